@@ -1,0 +1,56 @@
+"""The one error a user may see: a cause, a cure, and exit status 2.
+
+Everything the user can cause (a misspelt key, a truncated file, a full disk) is raised as `UserError` and shown by
+the command line as one line. Any other exception is a defect of this package and keeps its traceback.
+"""
+
+from __future__ import annotations
+
+import difflib
+import errno
+import os
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+
+
+class UserError(Exception):
+    """Something the user can mend: `cause` says what is wrong and where, `cure` what to do about it."""
+
+    exit_code = 2
+
+    def __init__(self, cause: str, cure: str = "") -> None:
+        self.cause, self.cure = cause, cure
+        super().__init__(f"{cause}; {cure}" if cure else cause)
+
+
+def did_you_mean(name: str, known: Iterable[str]) -> str:
+    """`did you mean 'x'?` for the closest known name, else the list of known names."""
+    names = sorted(known)
+    close = difflib.get_close_matches(name, names, n=1, cutoff=0.6)
+    return f"did you mean '{close[0]}'?" if close else f"known: {', '.join(names)}"
+
+
+def missing_extra(package: str, extra: str) -> UserError:
+    """The error for an optional library that is not installed, with the line that installs it."""
+    return UserError(f"this needs the package '{package}', which is not installed", f"pip install 'llama2[{extra}]'")
+
+
+@contextmanager
+def explain_os_errors(path: str | os.PathLike[str]) -> Iterator[None]:
+    """Turn the operating system's refusals about `path` (full disk, missing file, no permission) into `UserError`."""
+    cures = {
+        errno.ENOSPC: ("no space left on the device", "free some space and run the same command again: it resumes"),
+        errno.EDQUOT: ("the disk quota is used up", "free some space and run the same command again: it resumes"),
+        errno.ENOENT: ("no such file or directory", "check the path"),
+        errno.EACCES: ("permission denied", "check who owns it"),
+        errno.EROFS: ("the file system is read-only", "choose another --out"),
+        errno.EISDIR: ("this is a directory, a file was expected", "check the path"),
+        errno.ENOTDIR: ("a part of this path is a file, not a directory", "check the path"),
+    }
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in cures:
+            raise
+        cause, cure = cures[error.errno]
+        raise UserError(f"{error.filename or path}: {cause}", cure) from error

@@ -1,0 +1,166 @@
+"""Where the work runs: device, precision, ranks. The only module that names a device type.
+
+The same command runs alone or under torchrun: without its environment variables the world has one rank. CPU ranks
+talk over gloo, GPU ranks over NCCL. `tune_cpu` holds the two settings that make PyTorch fast on a CPU.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import time
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+from datetime import timedelta
+from functools import cache
+from typing import Any, Literal, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+Precision = Literal["fp32", "bf16"]
+T = TypeVar("T")
+TIMEOUT = timedelta(minutes=20)  # a silent hang is worse than an error
+
+
+def rank() -> int:
+    """This process's rank, 0 when alone."""
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def world() -> int:
+    """The number of ranks, 1 when alone."""
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def is_main() -> bool:
+    """Rank 0 writes files and prints."""
+    return rank() == 0
+
+
+def device() -> torch.device:
+    """This rank's device: its GPU, else the CPU. LLAMA2_DEVICE=cpu forces the CPU."""
+    if os.environ.get("LLAMA2_DEVICE") == "cpu" or not torch.cuda.is_available():
+        return torch.device("cpu")
+    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+
+
+def init() -> None:
+    """Join the other ranks if torchrun (or our launcher) started us; safe to call twice."""
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not dist.is_initialized():
+        where = device()
+        if where.type == "cuda":
+            torch.cuda.set_device(where)
+        dist.init_process_group("nccl" if where.type == "cuda" else "gloo", timeout=TIMEOUT)
+    tune_cpu()
+
+
+def shutdown() -> None:
+    """Leave the other ranks."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def barrier() -> None:
+    """Wait for all ranks."""
+    if dist.is_initialized():
+        dist.barrier()
+
+
+def all_sum(tensor: Tensor) -> Tensor:
+    """The sum of `tensor` over ranks, in place."""
+    if world() > 1:
+        dist.all_reduce(tensor)
+    return tensor
+
+
+def gather(items: Sequence[T]) -> list[T]:
+    """The items of all ranks, rank by rank, on every rank (picklable objects)."""
+    if world() == 1:
+        return list(items)
+    parts: list[Any] = [None] * world()
+    dist.all_gather_object(parts, list(items))
+    return [item for part in parts for item in part]
+
+
+def share(items: Sequence[T]) -> Sequence[T]:
+    """This rank's share of a list: every world-th item, so that uneven work spreads. `unshare` restores the order."""
+    return items[rank() :: world()]
+
+
+def unshare(items: Sequence[T]) -> list[T]:
+    """Results of `share` from all ranks, in the order of the whole list, on every rank."""
+    if world() == 1:
+        return list(items)
+    parts: list[Any] = [None] * world()
+    dist.all_gather_object(parts, list(items))
+    total = sum(len(part) for part in parts)
+    return [parts[index % world()][index // world()] for index in range(total)]
+
+
+def broadcast(value: T) -> T:
+    """Rank 0's value on every rank (a picklable object)."""
+    if world() == 1:
+        return value
+    box = [value]
+    dist.broadcast_object_list(box, src=0)
+    return box[0]
+
+
+def autocast(precision: Precision) -> AbstractContextManager[Any]:
+    """bf16 matrix products over fp32 weights, or nothing."""
+    return torch.autocast(device().type, torch.bfloat16) if precision == "bf16" else nullcontext()
+
+
+@cache
+def tune_cpu() -> None:
+    """Keep large blocks on the heap, and take oneDNN for fp32 products where that is exact.
+
+    glibc maps every block over 32 MiB anew and returns it on free, so with a 32,000-word vocabulary each step faults
+    its logits in again (up to 2.5x slower). MKL takes an AVX2 path on AMD; oneDNN does not, but where the CPU has
+    AMX it would round fp32 to bf16, so it is used only without AMX.
+    """
+    if device().type != "cpu":
+        return
+    try:
+        libc = ctypes.CDLL("libc.so.6")
+        for option, value in ((-4, 0), (-1, 2**31 - 1), (-2, 256 << 20)):  # M_MMAP_MAX, M_TRIM_THRESHOLD, M_TOP_PAD
+            libc.mallopt(option, value)
+    except OSError:
+        pass  # not glibc: nothing to tune
+    if not has_amx() and torch.backends.mkldnn.is_available():
+        torch.backends.mkldnn.matmul.fp32_precision = "bf16"
+
+
+@cache
+def has_amx() -> bool:
+    """Whether this CPU multiplies bf16 tiles in hardware."""
+    try:
+        with open("/proc/cpuinfo") as file:
+            return "amx_bf16" in file.read()
+    except OSError:
+        return True  # unknown: take the exact path
+
+
+@cache
+def peak_flops(precision: Precision) -> float:
+    """Floating-point operations a second of this device's matrix product, measured once (the ceiling of MFU)."""
+    where, kind = device(), torch.bfloat16 if precision == "bf16" else torch.float32
+    size = 8192 if where.type == "cuda" else 1024
+    a, b = (torch.randn(size, size, device=where).to(kind) for _ in range(2))
+    best = float("inf")
+    for _ in range(4):
+        best = min(best, _seconds(lambda: a @ b))
+    return 2 * size**3 / best
+
+
+def _seconds(work: Any) -> float:
+    work()
+    if device().type == "cuda":
+        torch.cuda.synchronize()
+    begin = time.perf_counter()
+    work()
+    if device().type == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter() - begin

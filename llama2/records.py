@@ -1,0 +1,224 @@
+"""The records every stage exchanges, and their JSON Lines files.
+
+One record of each kind serves the whole recipe (see docs/architecture.md): a `Document` is pretraining text, a
+`Dialog` is a training conversation, a `Prompt` asks for an answer, a `Preference` is one human comparison (§3.2.1).
+Files are JSON Lines, optionally `.gz`; a bad line is reported with its file and number.
+"""
+
+from __future__ import annotations
+
+import gzip
+import json
+import os
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from functools import cache
+from pathlib import Path
+from typing import IO, Any, Literal, TypeVar
+
+from pydantic import ConfigDict, TypeAdapter, ValidationError, with_config
+
+from llama2.errors import UserError, explain_os_errors
+
+Role = Literal["system", "user", "assistant"]
+Axis = Literal["helpful", "safe"]
+Degree = Literal["significantly", "better", "slightly", "negligibly"]
+SafetyLabel = Literal["preferred_only", "both", "neither"]
+DEGREES: tuple[Degree, ...] = ("significantly", "better", "slightly", "negligibly")
+_STRICT = ConfigDict(extra="forbid", strict=True)
+Record = TypeVar("Record")
+
+
+@with_config(_STRICT)
+@dataclass(frozen=True)
+class Message:
+    """One turn of a conversation."""
+
+    role: Role
+    content: str
+
+
+Messages = tuple[Message, ...]
+
+
+@with_config(_STRICT)
+@dataclass(frozen=True)
+class Document:
+    """A piece of pretraining text (§2.1)."""
+
+    text: str
+    id: str = ""
+    metadata: dict[str, Any] = field(default_factory=dict)
+
+
+@with_config(_STRICT)
+@dataclass(frozen=True)
+class Dialog:
+    """A conversation to learn from (§3.1). It ends with an assistant turn.
+
+    `train` says which assistant turns carry loss: all of them, or the last alone (Ghost Attention, §3.3).
+    """
+
+    messages: Messages
+    train: Literal["all", "last"] = "all"
+    metadata: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        check_roles(self.messages, last="assistant")
+
+
+@with_config(_STRICT)
+@dataclass(frozen=True)
+class Prompt:
+    """A conversation that waits for its next answer. `safety` is the tag is_safety(p) of §3.2.3."""
+
+    messages: Messages
+    id: str = ""
+    safety: bool = False
+    metadata: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        check_roles(self.messages, last="user")
+
+
+@with_config(_STRICT)
+@dataclass(frozen=True)
+class Response:
+    """An answer and where it came from."""
+
+    text: str
+    model: str = ""
+    temperature: float | None = None
+
+
+@with_config(_STRICT)
+@dataclass(frozen=True)
+class Preference:
+    """One comparison of two answers, in the order in which they were shown (§3.2.1).
+
+    `safety` is the three-bin safety label: only the preferred answer is safe, both are, or neither is.
+    """
+
+    id: str
+    prompt: Messages
+    responses: tuple[Response, Response]
+    preferred: Literal[0, 1]
+    degree: Degree
+    safety: SafetyLabel | None = None
+    axis: Axis = "helpful"
+    annotator: str = ""
+    round: int = 0
+    metadata: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        check_roles(self.prompt, last="user")
+
+    @property
+    def chosen(self) -> Response:
+        return self.responses[self.preferred]
+
+    @property
+    def rejected(self) -> Response:
+        return self.responses[1 - self.preferred]
+
+    @property
+    def chosen_safe(self) -> bool | None:
+        return None if self.safety is None else self.safety != "neither"
+
+    @property
+    def rejected_safe(self) -> bool | None:
+        return None if self.safety is None else self.safety == "both"
+
+
+def check_roles(messages: Messages, last: Role) -> None:
+    """Roles alternate user, assistant, ... after an optional system turn, and end with `last`; else ValueError."""
+    turns = messages[1:] if messages and messages[0].role == "system" else messages
+    if not turns:
+        raise ValueError("a conversation needs at least one user turn")
+    for index, message in enumerate(turns):
+        expected = ("user", "assistant")[index % 2]
+        if message.role != expected:
+            raise ValueError(f"roles must alternate user/assistant: turn {index + 1} is '{message.role}', "
+                             f"expected '{expected}'")
+    if turns[-1].role != last:
+        raise ValueError(f"the last turn must be '{last}', it is '{turns[-1].role}'")
+
+
+@cache
+def _adapter(kind: type) -> TypeAdapter[Any]:
+    return TypeAdapter(kind)
+
+
+def parse(kind: type[Record], row: str | bytes, where: str) -> Record:
+    """One JSON line as a record of `kind`; `where` (file and line) goes into the error."""
+    try:
+        record: Record = _adapter(kind).validate_json(row)
+        return record
+    except ValidationError as error:
+        first = error.errors()[0]
+        place = ".".join(str(part) for part in first["loc"])
+        message = first["msg"].removeprefix("Value error, ")
+        cause = f"{where}: {f'{place}: ' if place else ''}{message}"
+        raise UserError(cause, f"each line must be one {kind.__name__} record (docs/formats.md)") from None
+
+
+def to_json(record: object) -> str:
+    """A record as one line of JSON."""
+    return _adapter(type(record)).dump_json(record).decode()
+
+
+def _open(path: Path) -> IO[bytes]:
+    return gzip.open(path, "rb") if path.suffix == ".gz" else open(path, "rb")  # type: ignore[return-value]
+
+
+def read_lines(path: str | os.PathLike[str]) -> Iterator[tuple[int, str]]:
+    """Numbered non-blank lines of a (gzipped) UTF-8 file; bad bytes and truncated archives are named."""
+    path = Path(path)
+    number = 0
+    with explain_os_errors(path):
+        try:
+            with _open(path) as file:
+                for number, raw in enumerate(file, 1):
+                    line = raw.decode("utf-8")
+                    if line.strip():
+                        yield number, line
+        except UnicodeDecodeError as error:
+            raise UserError(f"{path}:{number}: not UTF-8 ({error.reason} at byte {error.start})",
+                            "convert the file to UTF-8") from error
+        except (EOFError, gzip.BadGzipFile) as error:
+            raise UserError(f"{path}:{number + 1}: truncated or corrupt gzip ({error})", "fetch it again") from error
+
+
+def read(kind: type[Record], path: str | os.PathLike[str]) -> Iterator[Record]:
+    """The records of a JSON Lines file. An empty file is an error: it is never what the user meant."""
+    empty = True
+    for number, line in read_lines(path):
+        empty = False
+        yield parse(kind, line, f"{path}:{number}")
+    if empty:
+        raise UserError(f"{path}: the file is empty", f"it should hold {kind.__name__} records, one a line")
+
+
+def write(path: str | os.PathLike[str], records: Iterable[object]) -> int:
+    """Write records as JSON Lines, atomically (a temporary file renamed into place); returns how many."""
+    path = Path(path)
+    count = 0
+    temporary = path.with_name(path.name + ".tmp")
+    with explain_os_errors(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        opener = gzip.open if path.suffix == ".gz" else open
+        with opener(temporary, "wt", encoding="utf-8") as file:
+            for count, record in enumerate(records, 1):
+                file.write(to_json(record) + "\n")
+        os.replace(temporary, path)
+    return count
+
+
+def messages_of(rows: Iterable[tuple[Role, str]]) -> Messages:
+    """`[("user", "Hi"), ...]` as messages."""
+    return tuple(Message(role, content) for role, content in rows)
+
+
+def dump(value: object) -> str:
+    """Indented JSON with sorted keys: stable across runs."""
+    return json.dumps(value, indent=1, sort_keys=True, default=str) + "\n"
