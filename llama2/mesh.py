@@ -129,8 +129,8 @@ def tune_cpu() -> None:
             libc.mallopt(option, value)
     except OSError:
         pass  # not glibc: nothing to tune
-    if not has_amx() and torch.backends.mkldnn.is_available():
-        torch.backends.mkldnn.matmul.fp32_precision = "bf16"
+    if not has_amx():
+        torch.backends.mkldnn.matmul.fp32_precision = "bf16"  # type: ignore[attr-defined]
 
 
 @cache

@@ -10,7 +10,7 @@ from __future__ import annotations
 import gzip
 import json
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Hashable, Iterable, Iterator
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
@@ -145,7 +145,7 @@ def check_roles(messages: Messages, last: Role) -> None:
 
 
 @cache
-def _adapter(kind: type) -> TypeAdapter[Any]:
+def _adapter(kind: Hashable) -> TypeAdapter[Any]:
     return TypeAdapter(kind)
 
 
@@ -208,8 +208,9 @@ def write(path: str | os.PathLike[str], records: Iterable[object]) -> int:
         path.parent.mkdir(parents=True, exist_ok=True)
         opener = gzip.open if path.suffix == ".gz" else open
         with opener(temporary, "wt", encoding="utf-8") as file:
-            for count, record in enumerate(records, 1):
+            for record in records:
                 file.write(to_json(record) + "\n")
+                count += 1
         os.replace(temporary, path)
     return count
 

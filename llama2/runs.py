@@ -1,0 +1,231 @@
+"""Run directories: what was asked, what it was made from, and whether it is finished.
+
+    <out>/config.yaml      the resolved configuration
+    <out>/manifest.json    verb, seed, code version, fingerprints of all inputs, machine
+    <out>/metrics.jsonl    one line a logged step
+    <out>/COMPLETE         written last: fingerprints of the outputs, seconds
+
+A finished run is skipped; an unfinished one is resumed; one whose configuration or inputs have changed is refused and
+the difference is named. One process writes a run at a time (an advisory lock). Only rank 0 touches the disk.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import json
+import os
+import platform
+import sys
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from functools import cache
+from pathlib import Path
+from typing import IO, Any
+
+import torch
+import yaml
+
+import llama2
+from llama2 import mesh
+from llama2.config import StageConfig, paths
+from llama2.errors import UserError, explain_os_errors
+from llama2.records import dump
+
+COMPLETE, MANIFEST, METRICS = "COMPLETE", "manifest.json", "metrics.jsonl"
+SECONDS = ".seconds"  # time spent by earlier, interrupted attempts
+_TRANSIENT = {"trainer", "checkpoints", COMPLETE, MANIFEST, METRICS, "config.yaml"}
+
+
+def write_atomic(path: Path, data: str | bytes) -> None:
+    """Write a whole file or nothing."""
+    temporary = path.with_name(path.name + ".tmp")
+    with explain_os_errors(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(temporary, "wb") as file:
+            file.write(data.encode() if isinstance(data, str) else data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+
+
+def sha256(path: Path) -> str:
+    """The hash of a file's content."""
+    with explain_os_errors(path), open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def fingerprint(path: Path) -> str:
+    """What `path` contains: of a finished run its recorded outputs, of a file or other directory its content."""
+    if not path.exists():
+        raise UserError(f"{path}: no such file or directory", "check the path, or run the stage that makes it")
+    for directory in (path, *path.parents):
+        if (directory / COMPLETE).is_file():
+            outputs = json.loads((directory / COMPLETE).read_text())["outputs"]
+            inside = path.relative_to(directory).as_posix()
+            chosen = {name: value for name, value in outputs.items()
+                      if inside == "." or name == inside or name.startswith(inside + "/")}
+            return _digest(chosen)
+    if path.is_file():
+        return sha256(path)
+    if (path / MANIFEST).is_file():
+        raise UserError(f"{path}: this run is not finished", "finish it first: repeat its command")
+    return _digest(_contents(path))
+
+
+def _contents(directory: Path) -> dict[str, str]:
+    """Hash of every lasting file below a run directory."""
+    files = sorted(p for p in directory.rglob("*") if p.is_file() and not p.name.endswith(".tmp"))
+    names = {p: p.relative_to(directory).as_posix() for p in files}
+    lasting = (item for item in names.items() if not item[1].startswith("."))
+    return {name: sha256(p) for p, name in lasting if name.split("/")[0] not in _TRANSIENT}
+
+
+def _digest(value: Mapping[str, str]) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+
+
+@cache
+def code_version() -> str:
+    """Package version and a hash of its source: two runs with the same value ran the same code."""
+    root = Path(llama2.__file__).parent
+    digest = hashlib.sha256()
+    for file in sorted(root.rglob("*.py")):
+        digest.update(file.relative_to(root).as_posix().encode() + file.read_bytes())
+    return f"{llama2.__version__}+{digest.hexdigest()[:12]}"
+
+
+class Run:
+    """An open run directory."""
+
+    def __init__(self, path: Path, finished: bool) -> None:
+        self.path, self.finished = path, finished
+        self._metrics: IO[str] | None = None
+
+    def log(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Append one line of metrics (rank 0)."""
+        if not mesh.is_main():
+            return
+        with explain_os_errors(self.path / METRICS):
+            if self._metrics is None:
+                self._metrics = open(self.path / METRICS, "a", encoding="utf-8")  # noqa: SIM115 - lives as long as the run
+            self._metrics.write(json.dumps({"step": step, **metrics}) + "\n")
+            self._metrics.flush()
+
+    def rewind(self, step: int) -> None:
+        """Forget metrics logged after `step`, when resuming from a checkpoint taken there."""
+        file = self.path / METRICS
+        if mesh.is_main() and file.exists():
+            kept = [line for line in file.read_text().splitlines() if _step(line) <= step]
+            write_atomic(file, "".join(line + "\n" for line in kept))
+
+    def write_json(self, name: str, value: object) -> None:
+        """Write `value` as a JSON file of the run (rank 0)."""
+        if mesh.is_main():
+            write_atomic(self.path / name, dump(value))
+
+    def close(self) -> None:
+        if self._metrics is not None:
+            self._metrics.close()
+
+
+def _step(line: str) -> float:
+    try:
+        return float(json.loads(line)["step"])
+    except (ValueError, KeyError):
+        return float("inf")  # a line cut off by a crash
+
+
+def read_metrics(path: Path) -> list[dict[str, float]]:
+    """The metrics a run logged, [] where it logged none."""
+    file = path / METRICS
+    return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
+
+
+@contextmanager
+def open_run(verb: str, config: StageConfig) -> Iterator[Run]:
+    """Open `config.out` for one stage; mark it complete when the block ends without an exception."""
+    path = config.out
+    lock = _lock(path) if mesh.is_main() else None
+    try:
+        finished = mesh.broadcast(_prepare(path, verb, config) if mesh.is_main() else False)
+        run, begin = Run(path, finished), time.time()
+        if finished:
+            print(f"{path}: already finished, skipped", file=sys.stderr) if mesh.is_main() else None
+            yield run
+            return
+        spent = float((path / SECONDS).read_text()) if (path / SECONDS).is_file() else 0.0
+        try:
+            yield run
+        except BaseException:
+            if mesh.is_main():
+                write_atomic(path / SECONDS, f"{spent + time.time() - begin:.2f}")
+            raise
+        finally:
+            run.close()
+        mesh.barrier()
+        if mesh.is_main():  # the completion mark, last of all
+            write_atomic(path / COMPLETE, dump({"outputs": _contents(path),
+                                                "seconds": round(spent + time.time() - begin, 2)}))
+            (path / SECONDS).unlink(missing_ok=True)
+        mesh.barrier()
+    finally:
+        if lock is not None:
+            lock.close()
+
+
+def _lock(path: Path) -> IO[str]:
+    with explain_os_errors(path):
+        path.mkdir(parents=True, exist_ok=True)
+        lock = open(path / ".lock", "a+", encoding="utf-8")  # noqa: SIM115 - held for the whole run
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        lock.seek(0)
+        owner = lock.read().strip()
+        lock.close()
+        raise UserError(f"{path}: another process{f' (pid {owner})' if owner else ''} is writing this run",
+                        "wait for it, or choose another --out") from None
+    lock.truncate(0)
+    lock.write(str(os.getpid()))
+    lock.flush()
+    return lock
+
+
+def _prepare(path: Path, verb: str, config: StageConfig) -> bool:
+    """Compare with what is there, record what is asked; True if there is nothing left to do."""
+    asked = config.model_dump(mode="json", exclude={"out"})
+    inputs = {key: fingerprint(value) for key, value in paths(config)}
+    finished = (path / COMPLETE).is_file()
+    if (path / MANIFEST).is_file():
+        old = json.loads((path / MANIFEST).read_text())
+        state = "a finished run" if finished else "an unfinished run"
+        differences = _differences({"verb": old["verb"], **old["config"]}, {"verb": verb, **asked})
+        if differences:
+            raise UserError(f"{path}: holds {state} with another configuration: {'; '.join(differences)}",
+                            "choose another --out, or delete that directory to start over")
+        changed = [key for key in inputs if old["inputs"].get(key) != inputs[key]]
+        if changed:
+            named = ", ".join(f"{key} ({dict(paths(config))[key]})" for key in changed)
+            raise UserError(f"{path}: holds {state} made from other inputs; changed: {named}",
+                            "choose another --out, or delete that directory to start over")
+        if not finished:
+            print(f"{path}: resuming", file=sys.stderr)
+        return finished
+    if finished or any(p.name not in {".lock", "config.yaml"} for p in path.iterdir()):
+        raise UserError(f"{path}: exists and is no run directory", "choose another --out")
+    write_atomic(path / "config.yaml", yaml.safe_dump(asked, sort_keys=False))
+    write_atomic(path / MANIFEST, dump({
+        "verb": verb, "config": asked, "inputs": inputs, "seed": config.seed, "code": code_version(),
+        "torch": torch.__version__, "python": platform.python_version(), "machine": platform.processor(),
+        "device": mesh.device().type, "ranks": mesh.world(), "threads": torch.get_num_threads(),
+        "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())}))
+    return False
+
+
+def _differences(old: Any, new: Any, key: str = "") -> list[str]:
+    if isinstance(old, dict) and isinstance(new, dict):
+        return [line for name in sorted({*old, *new})
+                for line in _differences(old.get(name), new.get(name), f"{key}.{name}" if key else name)]
+    return [] if old == new else [f"{key}: {old} -> {new}"]
