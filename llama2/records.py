@@ -10,9 +10,8 @@ from __future__ import annotations
 import gzip
 import json
 import os
-from collections.abc import Hashable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
-from functools import cache
 from pathlib import Path
 from typing import IO, Any, Literal, TypeVar
 
@@ -144,9 +143,13 @@ def check_roles(messages: Messages, last: Role) -> None:
         raise ValueError(f"the last turn must be '{last}', it is '{turns[-1].role}'")
 
 
-@cache
-def _adapter(kind: Hashable) -> TypeAdapter[Any]:
-    return TypeAdapter(kind)
+_ADAPTERS: dict[type, TypeAdapter[Any]] = {}
+
+
+def _adapter(kind: type) -> TypeAdapter[Any]:
+    if kind not in _ADAPTERS:
+        _ADAPTERS[kind] = TypeAdapter(kind)
+    return _ADAPTERS[kind]
 
 
 def parse(kind: type[Record], row: str | bytes, where: str) -> Record:

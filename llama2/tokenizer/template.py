@@ -1,0 +1,90 @@
+"""The chat format of Llama 2-Chat: the only place that knows its tags.
+
+Every finished turn is encoded alone, as BOS + "[INST] {user} [/INST] {assistant} " + EOS; the last user turn as BOS +
+"[INST] {user} [/INST]". Contents are stripped, and the system text is folded into the first user turn. The ids are
+those of Meta's reference code. The tags are plain text, no vocabulary items: BOS and EOS come from here alone and
+everything else goes through `Tokenizer.encode`, which cannot produce them, so a tag or a "</s>" typed by a user stays
+text. (The reference refuses prompts with tags in them; we answer them.)
+
+Why prompt and answer may be encoded apart: `Tokenizer` accepts only models whose pieces never run from a visible
+character into a space, so no merge spans the space between "[/INST]" and the answer, and SentencePiece's leading
+space stands for that space. So ids("... [/INST] a ") = ids("... [/INST]") + ids("a "): the boundary of the loss is
+exact, and what the model sees at inference is a prefix of what it was trained on.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Literal
+
+from llama2.records import Message, Messages, check_roles
+
+if TYPE_CHECKING:
+    from llama2.tokenizer.tokenizer import Tokenizer  # it writes CHAT_TEMPLATE beside its model
+
+BEGIN_INSTRUCTION, END_INSTRUCTION = "[INST]", "[/INST]"
+BEGIN_SYSTEM, END_SYSTEM = "<<SYS>>\n", "\n<</SYS>>\n\n"
+
+CHAT_TEMPLATE = (
+    "{% if messages[0]['role'] == 'system' %}"
+    "{% set system = '" + BEGIN_SYSTEM.replace("\n", "\\n") + "' + messages[0]['content'] + '"
+    + END_SYSTEM.replace("\n", "\\n") + "' %}{% set turns = messages[1:] %}"
+    "{% else %}{% set system = '' %}{% set turns = messages %}{% endif %}"
+    "{% for message in turns %}"
+    "{% if (message['role'] == 'user') != (loop.index0 % 2 == 0) or message['role'] not in ['user', 'assistant'] %}"
+    "{{ raise_exception('Roles must alternate user/assistant/user/assistant/...') }}{% endif %}"
+    "{% if message['role'] == 'user' %}"
+    "{% set content = (system if loop.first else '') + message['content'] %}"
+    "{{ bos_token + '" + BEGIN_INSTRUCTION + " ' + content.strip() + ' " + END_INSTRUCTION + "' }}"
+    "{% else %}{{ ' ' + message['content'].strip() + ' ' + eos_token }}{% endif %}"
+    "{% endfor %}"
+)
+"""Jinja for tokenizer_config.json: renders the same text in transformers, vLLM and llama.cpp."""
+
+
+def encode_dialog(
+    tokenizer: Tokenizer, messages: Messages, train: Literal["all", "last"] = "all"
+) -> tuple[list[int], list[bool]]:
+    """Ids of a finished conversation and its loss mask, of the same length.
+
+    `mask[i]` is True where `ids[i]` is to be predicted: the tokens of the answers and their EOS, of all assistant
+    turns or of the last alone (§3.3); never BOS, the user's text or a tag. ValueError if roles do not alternate.
+    """
+    check_roles(messages, last="assistant")
+    ids: list[int] = []
+    mask: list[bool] = []
+    turns = _fold_system(messages)
+    for index in range(0, len(turns), 2):
+        prompt = _prompt_ids(tokenizer, turns[index])
+        answer = _answer_ids(tokenizer, turns[index + 1])
+        trained = train == "all" or index + 2 == len(turns)
+        ids += prompt + answer
+        mask += [False] * len(prompt) + [trained] * len(answer)
+    return ids, mask
+
+
+def encode_prompt(tokenizer: Tokenizer, messages: Messages) -> list[int]:
+    """Ids of a conversation that waits for its answer, up to and including the closing tag of the last user turn.
+
+    A prefix of `encode_dialog` of any conversation that goes on from here. ValueError if roles do not alternate.
+    """
+    check_roles(messages, last="user")
+    turns = _fold_system(messages)
+    ids: list[int] = []
+    for index, turn in enumerate(turns):
+        ids += _prompt_ids(tokenizer, turn) if index % 2 == 0 else _answer_ids(tokenizer, turn)
+    return ids
+
+
+def _fold_system(messages: Messages) -> Messages:
+    if messages[0].role != "system":
+        return messages
+    system, first, *rest = messages
+    return (Message("user", BEGIN_SYSTEM + system.content + END_SYSTEM + first.content), *rest)
+
+
+def _prompt_ids(tokenizer: Tokenizer, turn: Message) -> list[int]:
+    return [tokenizer.bos, *tokenizer.encode(f"{BEGIN_INSTRUCTION} {turn.content.strip()} {END_INSTRUCTION}")]
+
+
+def _answer_ids(tokenizer: Tokenizer, turn: Message) -> list[int]:
+    return [*tokenizer.encode(f"{turn.content.strip()} "), tokenizer.eos]

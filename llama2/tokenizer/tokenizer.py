@@ -1,0 +1,142 @@
+"""SentencePiece behind one small class (§2.2): text to ids that are never control ids, and ids to text.
+
+The file is Meta's `tokenizer.model`, or one trained by `train`. BOS and EOS are added by callers as ids and by nobody
+as text: "</s>" in a document or a prompt is five characters like any others.
+"""
+
+from __future__ import annotations
+
+import codecs
+import hashlib
+import json
+import os
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+
+import sentencepiece
+
+from llama2.errors import UserError, explain_os_errors
+from llama2.tokenizer.template import CHAT_TEMPLATE
+
+FILE = "tokenizer.model"
+UNKNOWN, BOS, EOS = 0, 1, 2
+_SPACE = "\u2581"  # how SentencePiece writes a space
+
+
+class Tokenizer:
+    """A SentencePiece BPE model with byte fallback, whose ids 0, 1, 2 are unknown, BOS and EOS.
+
+    `model` is the content of a tokenizer.model file; `source` names it in errors.
+    """
+
+    def __init__(self, model: bytes, source: str = FILE) -> None:
+        self._model = model
+        try:
+            self._processor = sentencepiece.SentencePieceProcessor(model_proto=model)
+        except RuntimeError as error:
+            raise UserError(f"{source}: not a SentencePiece model, or a damaged one", "copy the file again") from error
+        _check(self._processor, source)
+        self.vocab_size: int = self._processor.vocab_size()
+        self.bos, self.eos = BOS, EOS
+        self.fingerprint = hashlib.sha256(model).hexdigest()
+        self._bytes = [self._bytes_of(piece) for piece in range(self.vocab_size)]
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> Tokenizer:
+        """From a tokenizer.model file, or from the directory that holds one (a checkpoint is such a directory)."""
+        path = Path(path)
+        file = path / FILE if path.is_dir() else path
+        with explain_os_errors(file):
+            return cls(file.read_bytes(), str(file))
+
+    @property
+    def pad(self) -> int:
+        """The id that fills padded places. The vocabulary has no padding item; no mask ever lets this one be seen."""
+        return UNKNOWN
+
+    def encode(self, text: str) -> list[int]:
+        """Ids of `text`, without BOS and EOS. Never a control id, whatever the text spells."""
+        return list(self._processor.encode(text))
+
+    def encode_many(self, texts: Sequence[str], threads: int = 1) -> list[list[int]]:
+        """`encode` of each text, on several threads."""
+        return [list(ids) for ids in self._processor.encode(list(texts), num_threads=threads)]
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """The text of `ids`. Control ids are silent, and bytes that are not UTF-8 become U+FFFD."""
+        return "".join(self.stream(ids))
+
+    def stream(self, ids: Iterable[int]) -> Iterator[str]:
+        """The text of `ids` as it becomes certain: one part an id, empty while a character lacks bytes.
+
+        The parts add up to `decode(ids)`, so a chat may print them as they come.
+        """
+        decoder = codecs.getincrementaldecoder("utf-8")("replace")
+        start = True
+        for token in ids:
+            part = self._bytes[token]
+            if start and part:
+                part, start = part.removeprefix(b" "), False  # the space that encode puts in front
+            yield decoder.decode(part)
+        yield decoder.decode(b"", final=True)
+
+    def save(self, directory: str | os.PathLike[str]) -> None:
+        """Write tokenizer.model and the two files with which transformers, vLLM and llama.cpp read it."""
+        names = {"bos_token": BOS, "eos_token": EOS, "unk_token": UNKNOWN}
+        special = {name: self._processor.id_to_piece(token) for name, token in names.items()}
+        settings = {
+            "add_bos_token": True,
+            "add_eos_token": False,
+            "chat_template": CHAT_TEMPLATE,
+            "clean_up_tokenization_spaces": False,
+            "legacy": True,
+            "sp_model_kwargs": {},
+            "tokenizer_class": "LlamaTokenizer",
+            **special,
+        }
+        directory = Path(directory)
+        with explain_os_errors(directory):
+            directory.mkdir(parents=True, exist_ok=True)
+            _replace(directory / FILE, self._model)
+            _replace(directory / "tokenizer_config.json", json.dumps(settings, indent=2).encode())
+            _replace(directory / "special_tokens_map.json", json.dumps(special, indent=2).encode())
+
+    def _bytes_of(self, token: int) -> bytes:
+        piece: str = self._processor.id_to_piece(token)
+        if self._processor.is_control(token):
+            return b""
+        if self._processor.is_byte(token):
+            return bytes([int(piece[3:5], 16)])  # "<0x41>"
+        if self._processor.is_unknown(token):
+            return " \u2047 ".encode()
+        return piece.replace(_SPACE, " ").encode()
+
+
+def _check(processor: sentencepiece.SentencePieceProcessor, source: str) -> None:
+    """Refuse models on which the guarantees of `encode` and of the chat template would not hold."""
+    cure = "use Llama 2's tokenizer.model or one made by 'llama2 tokenizer'"
+    found = (processor.unk_id(), processor.bos_id(), processor.eos_id())
+    if found != (UNKNOWN, BOS, EOS):
+        raise UserError(f"{source}: unknown, BOS and EOS have ids {found}, expected {(UNKNOWN, BOS, EOS)}", cure)
+    if not processor.is_control(BOS) or not processor.is_control(EOS):
+        raise UserError(f"{source}: BOS and EOS are ordinary vocabulary items, so a user could type them", cure)
+    size = processor.vocab_size()
+    if sum(processor.is_byte(token) for token in range(size)) != 256:
+        raise UserError(f"{source}: no byte fallback, so unknown characters would be lost", cure)
+    if [processor.id_to_piece(token) for token in processor.encode("a")][0][0] != _SPACE:
+        raise UserError(f"{source}: it puts no space in front of a text (add_dummy_prefix)", cure)
+    for token in range(size):
+        if processor.is_control(token) or processor.is_byte(token) or processor.is_unknown(token):
+            continue
+        piece = processor.id_to_piece(token)
+        if _SPACE in piece.lstrip(_SPACE):
+            raise UserError(f"{source}: the item {piece!r} runs across a space, so answers cannot be told from prompts",
+                            cure)
+        if not float(processor.get_score(token)).is_integer():
+            raise UserError(f"{source}: not a BPE model (item {piece!r} has a probability for a merge rank)", cure)
+
+
+def _replace(path: Path, content: bytes) -> None:
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_bytes(content)
+    os.replace(temporary, path)
