@@ -123,7 +123,7 @@ def _check(processor: sentencepiece.SentencePieceProcessor, source: str) -> None
     size = processor.vocab_size()
     if sum(processor.is_byte(token) for token in range(size)) != 256:
         raise UserError(f"{source}: no byte fallback, so unknown characters would be lost", cure)
-    if [processor.id_to_piece(token) for token in processor.encode("a")][0][0] != _SPACE:
+    if not processor.encode("a", out_type=str)[0].startswith(_SPACE):
         raise UserError(f"{source}: it puts no space in front of a text (add_dummy_prefix)", cure)
     for token in range(size):
         if processor.is_control(token) or processor.is_byte(token) or processor.is_unknown(token):

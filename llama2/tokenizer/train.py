@@ -31,7 +31,6 @@ def train(
     seed: int = 0,
     sample_bytes: int = 200_000_000,
     character_coverage: float = 0.99995,
-    threads: int = 1,
 ) -> Tokenizer:
     """Train on `texts`, or on a random sample of about `sample_bytes` of them, and save into `directory`.
 
@@ -67,7 +66,7 @@ def train(
             bos_id=BOS,
             eos_id=EOS,
             pad_id=-1,
-            num_threads=threads,
+            num_threads=1,  # the file records it
             minloglevel=2,
         )
     except RuntimeError as error:
@@ -92,14 +91,16 @@ def _sample(texts: Iterable[str], limit: int, seed: int) -> list[str]:
 
 def _lines(text: str) -> Iterator[str]:
     """The lines of a text, long ones cut at a space. Newlines stay out of the vocabulary: they are a byte item."""
+    longest = _LINE_BYTES // 4  # four bytes a character at most
     for line in text.split("\n"):
-        while len(line.encode()) > _LINE_BYTES:
-            cut = line.rfind(" ", 1, _LINE_BYTES // 4)  # four bytes a character at most
-            cut = cut if cut > 0 else _LINE_BYTES // 4
-            yield line[:cut]
-            line = line[cut:].removeprefix(" ")
-        if line:
-            yield line
+        start = 0
+        while len(line) - start > longest:
+            cut = line.rfind(" ", start + 1, start + longest)
+            end = cut if cut > 0 else start + longest
+            yield line[start:end]
+            start = end + (cut > 0)
+        if start < len(line):
+            yield line[start:]
 
 
 def _explain(message: str, vocab_size: int) -> Exception:
