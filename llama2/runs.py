@@ -175,6 +175,11 @@ def open_run(verb: str, config: StageConfig) -> Iterator[Run]:
             lock.close()
 
 
+def is_finished(verb: str, config: StageConfig) -> bool:
+    """Whether `config.out` holds this very run, complete; a changed configuration or input is refused as ever."""
+    return (config.out / COMPLETE).is_file() and _prepare(config.out, verb, config)
+
+
 def _lock(path: Path) -> IO[str]:
     with explain_os_errors(path):
         path.mkdir(parents=True, exist_ok=True)

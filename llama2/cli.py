@@ -1,0 +1,57 @@
+"""`llama2 <verb> [recipe.yaml] --section.key value`: parse, call, nothing else.
+
+Exit status: 0 done (or stopped on request, resumable), 1 a defect, 2 something the user can mend (one line says what).
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+
+import llama2
+from llama2.errors import UserError, did_you_mean, explain_os_errors
+from llama2.stages import launch
+
+HELP = """usage: llama2 <verb> [recipe.yaml] [--section.key value ...]
+
+The Llama 2 paper as commands, in its order:
+{verbs}
+
+  llama2 <verb> --help          every key of a verb, with its default
+  llama2 <verb> ... --dry-run   the resolved configuration and what it would cost, without doing it
+"""
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run one command and leave with its exit status."""
+    sys.exit(_guarded(list(sys.argv[1:] if arguments is None else arguments)))
+
+
+def _guarded(arguments: list[str]) -> int:
+    try:
+        with explain_os_errors("output"):
+            return _dispatch(arguments)
+    except UserError as error:
+        print(f"llama2: error: {error}".replace("\n", " "), file=sys.stderr)
+        return error.exit_code
+    except KeyboardInterrupt:
+        print("llama2: interrupted; the same command resumes", file=sys.stderr)
+        return 130
+
+
+def _dispatch(arguments: list[str]) -> int:
+    if not arguments or arguments[0] in ("-h", "--help", "help"):
+        width = max(map(len, launch.VERBS))
+        print(HELP.format(verbs="\n".join(f"  {name:{width}}  {verb.summary}" for name, verb in launch.VERBS.items())))
+        return 0
+    if arguments[0] in ("-V", "--version"):
+        print(f"llama2 {llama2.__version__}")
+        return 0
+    name, *rest = arguments
+    if name not in launch.VERBS:
+        raise UserError(f"unknown verb '{name}'", did_you_mean(name, launch.VERBS))
+    return launch.command(name, rest)
+
+
+if __name__ == "__main__":
+    main()

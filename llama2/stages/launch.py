@@ -1,0 +1,218 @@
+"""The table of verbs, and how one is carried out: here, or in processes of its own.
+
+A stage is a module with a `Config` (what to do), `run(config, run)` (do it into an open run directory) and, where it
+makes sense, `plan(config)` (what it would cost). This module turns a verb and a configuration into a finished run;
+`Workers` does the same in fresh processes, which is how a recipe runs stages side by side and data-parallel.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import multiprocessing
+import os
+import signal
+import socket
+import sys
+import threading
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+
+from llama2 import mesh, runs
+from llama2.config import StageConfig, build, parse
+from llama2.errors import UserError, explain_os_errors
+from llama2.train.hooks import Stopped
+
+
+@dataclass(frozen=True)
+class Verb:
+    """Where a verb lives and what it does."""
+
+    module: str
+    summary: str
+    makes_run: bool = True
+
+
+VERBS = {
+    "run": Verb("stages.pipeline", "§3.2  a whole recipe: an ordered list of runs, resumable at any point", False),
+    "world": Verb("stages.world", "      the synthetic world of the demo: documents, demonstrations, prompts"),
+    "import": Verb("stages.importing", "      public instruction and preference data into our records"),
+    "clean": Verb("stages.clean", "§2.1  documents: clean, mask personal data, deduplicate, hold out"),
+    "tokenizer": Verb("stages.tokenizer", "§2.2  train a SentencePiece BPE tokenizer"),
+    "tokenize": Verb("stages.tokenize", "§2.1  mix sources and write memory-mapped token shards"),
+    "pretrain": Verb("stages.pretrain", "§2.2  next-token training from scratch or from a checkpoint"),
+    "sft": Verb("stages.sft", "§3.1  supervised fine-tuning on dialogs, loss on answers only"),
+    "collect": Verb("stages.collect", "§3.2.1 two answers a prompt, compared by annotators"),
+    "reward": Verb("stages.reward", "§3.2.2 a reward model from comparisons: ranking with margin, safety auxiliary"),
+    "rejection": Verb("stages.rejection", "§3.2.3 best of K samples under the reward models"),
+    "ppo": Verb("stages.ppo", "§3.2.3 proximal policy optimisation against the reward models"),
+    "ghost": Verb("stages.ghost", "§3.3  Ghost Attention: dialogs that keep an instruction"),
+    "distill": Verb("stages.distill", "§4.2.4 safety context distillation"),
+    "select": Verb("stages.select", "§3.4.1 keep a version only if it beats its predecessor"),
+    "evaluate": Verb("evaluate.versions", "§3.4  every version, on both axes"),
+    "report": Verb("release.report", "      one self-contained HTML page about a recipe's runs"),
+    "chat": Verb("serve.terminal", "      talk to a checkpoint in the terminal", False),
+}
+
+
+def stage(verb: str) -> Any:
+    """The module behind a verb."""
+    return importlib.import_module(f"llama2.{VERBS[verb].module}")
+
+
+def command(verb: str, arguments: Sequence[str]) -> int:
+    """Parse and carry out one command line; the exit status."""
+    flags = [flag for flag in arguments if flag not in ("--dry-run", "--json")]
+    module = stage(verb)
+    config = parse(module.Config, _positional(module, flags), f"llama2 {verb}")
+    if "--dry-run" in arguments:
+        plan = {"config": config.model_dump(mode="json"), **(module.plan(config) if hasattr(module, "plan") else {})}
+        print(json.dumps(plan, indent=1) if "--json" in arguments else yaml.safe_dump(plan, sort_keys=False), end="")
+        return 0
+    try:
+        if VERBS[verb].makes_run:
+            execute(verb, config)
+            if mesh.is_main():
+                print(config.out)
+        else:
+            module.run(config)
+    except Stopped as stopped:
+        print(f"llama2: {stopped}; the same command resumes", file=sys.stderr)
+    finally:
+        mesh.shutdown()
+    return 0
+
+
+def _positional(module: Any, flags: list[str]) -> list[str]:
+    """`llama2 chat DIRECTORY`: a first argument that is no recipe fills the field the stage names as positional."""
+    name = getattr(module, "POSITIONAL", None)
+    if name and flags and not flags[0].startswith("-") and not flags[0].endswith((".yaml", ".yml")):
+        return [f"--{name.replace('_', '-')}", *flags]
+    return flags
+
+
+def execute(verb: str, config: StageConfig) -> None:
+    """Carry out one stage in this process (and its torchrun ranks), unless it is finished."""
+    mesh.init()
+    with runs.open_run(verb, config) as run:
+        if not run.finished:
+            stage(verb).run(config, run)
+
+
+# --- in processes of their own -------------------------------------------------------------------------------------
+
+_context = multiprocessing.get_context("forkserver")
+
+
+def preload() -> None:
+    """Import the heavy modules once, in the server every worker is forked from."""
+    _context.set_forkserver_preload(["torch", "llama2.stages.launch", "torch.distributed",
+                                     *(f"llama2.{verb.module}" for verb in VERBS.values())])
+
+
+@dataclass
+class Workers:
+    """The processes of one stage: `ranks` of them, `threads` each, writing to one log file."""
+
+    processes: list[Any]
+    lifelines: list[Connection]
+    messages: Connection
+    log: Path
+
+    @classmethod
+    def start(cls, verb: str, config: Mapping[str, Any], ranks: int, threads: int, log: Path) -> Workers:
+        """Fork the ranks of one stage."""
+        log.parent.mkdir(parents=True, exist_ok=True)
+        receive, send = _context.Pipe(duplex=False)
+        port = _free_port()
+        processes, lifelines = [], []
+        for rank in range(ranks):
+            theirs, ours = _context.Pipe(duplex=False)
+            environment = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks),
+                           "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+            process = _context.Process(target=_worker, args=(verb, dict(config), environment, threads, str(log),
+                                                             theirs, send))
+            process.start()
+            theirs.close()
+            processes.append(process)
+            lifelines.append(ours)
+        send.close()
+        return cls(processes, lifelines, receive, log)
+
+    def alive(self) -> bool:
+        """Whether any rank still runs; one that failed takes the others down (they would wait for it forever)."""
+        if any(process.exitcode not in (None, 0) for process in self.processes):
+            for process in self.processes:
+                process.kill()
+        return any(process.is_alive() for process in self.processes)
+
+    def stop(self) -> None:
+        """Ask for a checkpoint and a clean exit."""
+        for process in self.processes:
+            if process.is_alive() and process.pid:
+                os.kill(process.pid, signal.SIGTERM)
+
+    def kill(self) -> None:
+        for process in self.processes:
+            process.kill()
+
+    def result(self) -> str:
+        """'done', 'stopped' or an error's text, once no rank is alive."""
+        for process in self.processes:
+            process.join()
+        said = []
+        try:
+            while self.messages.poll():
+                said.append(self.messages.recv())
+        except EOFError:
+            pass
+        errors = [text for text in said if text not in ("done", "stopped")]
+        if errors:
+            return str(errors[0])
+        if any(process.exitcode for process in self.processes):
+            codes = sorted({process.exitcode for process in self.processes if process.exitcode})
+            return f"a process ended with exit status {codes[0]}; its log: {self.log}"
+        return "stopped" if "stopped" in said else "done"
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def _worker(verb: str, values: dict[str, Any], environment: dict[str, str], threads: int, log: str,
+            lifeline: Connection, messages: Connection) -> None:
+    """One rank of one stage: its output goes to the log, its outcome to the parent."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides; it sends SIGTERM
+    threading.Thread(target=_die_with_parent, args=(lifeline,), daemon=True).start()
+    os.environ.update(environment)
+    file = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+    os.dup2(file, 1)
+    os.dup2(file, 2)
+    torch.set_num_threads(threads)
+    try:
+        with explain_os_errors(values.get("out", "output")):
+            execute(verb, build(stage(verb).Config, values))
+        messages.send("done")
+    except Stopped:
+        messages.send("stopped")
+    except UserError as error:
+        messages.send(str(error))
+        raise SystemExit(error.exit_code) from None
+    finally:
+        mesh.shutdown()
+
+
+def _die_with_parent(lifeline: Connection) -> None:
+    """Block until the parent is gone (its end of the pipe closes), then end at once: no orphan holds a run."""
+    try:
+        lifeline.recv()
+    except EOFError:
+        os._exit(1)
