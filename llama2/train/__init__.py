@@ -1,0 +1,1 @@
+"""Training: one loop, its optimizer, objectives, data parallelism, hooks and checkpoints."""

@@ -1,0 +1,349 @@
+"""The one training loop. Pretraining, SFT, reward models and PPO differ only in source and objective.
+
+An objective returns *summed* loss, weight and metrics. Gradients of all micro-batches and ranks are summed and divided
+once by the global weight, so the split into micro-batches and ranks changes nothing but rounding. This file holds the
+only backward pass of the package.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import shutil
+import sys
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+
+from llama2 import mesh
+from llama2.config import Config
+from llama2.errors import UserError
+from llama2.mesh import Precision
+from llama2.train import optim, parallel
+
+Batch = dict[str, Tensor]
+
+
+@dataclass
+class Loss:
+    """What an objective returns for one micro-batch, everything summed.
+
+    `total` is differentiated; `weight` counts what it sums over (trained tokens, pairs). A metric is divided by
+    `weight` when reported, or by the metric `<name>/weight` where there is one. Every micro-batch of every rank must
+    have the same metrics.
+    """
+
+    total: Tensor
+    weight: Tensor
+    metrics: dict[str, Tensor] = field(default_factory=dict)
+
+
+Objective = Callable[[nn.Module, Batch], Loss]
+
+
+class Source(Protocol):
+    """Where batches come from. The state after a step must lead to the same later batches."""
+
+    def __next__(self) -> list[Batch]:
+        """The micro-batches of one optimizer step on this rank; StopIteration ends training.
+
+        Ranks may hold different numbers of micro-batches, except where the model is sharded.
+        """
+        ...
+
+    def state_dict(self) -> dict[str, Any]: ...
+
+    def load_state_dict(self, state: dict[str, Any]) -> None: ...
+
+
+class Plan(Config):
+    """How long to train, at which rate, and how often to look and to save."""
+
+    max_steps: int | None = Field(None, ge=0)
+    """optimizer steps; without it training ends with its source"""
+    schedule: optim.Schedule = "cosine"
+    warmup_steps: int = Field(0, ge=0)
+    total_steps: int | None = Field(None, ge=1)
+    """where the cosine ends; max_steps unless given"""
+    min_ratio: float = Field(0.1, ge=0, le=1)
+    """the last learning rate as a share of the peak"""
+    clip: float = Field(1.0, gt=0)
+    """largest norm of the mean gradient"""
+    log_every: int = Field(10, ge=1)
+    validate_every: int = Field(0, ge=0)
+    """steps between validations; 0: only at the end"""
+    save_every: int = Field(0, ge=0)
+    """steps between checkpoints; 0: only when stopped and at the end"""
+    keep: int = Field(2, ge=1)
+    """checkpoints to keep"""
+
+    def factor(self, step: int) -> float:
+        """The learning rate of update `step` (0-based) as a share of its peak."""
+        return optim.factor(step, self.schedule, self.warmup_steps, self.total_steps or self.max_steps, self.min_ratio)
+
+    def check(self) -> None:
+        """Raise `UserError` where schedule and length do not fit."""
+        total = self.total_steps or self.max_steps
+        if self.schedule == "cosine" and total is None:
+            raise UserError("a cosine schedule needs max_steps or total_steps", "set one, or schedule: constant")
+        if self.schedule == "cosine" and total is not None and 0 < total <= self.warmup_steps:
+            raise UserError(f"warmup_steps {self.warmup_steps} leaves nothing of a schedule of {total} steps",
+                            "lower warmup_steps")
+
+
+class Learner:
+    """A model and its optimizer, ready to be fitted. Apply `parallel.replicate` or `parallel.shard` to the model first.
+
+    `rates` gives parts of the model (name prefixes) peak learning rates of their own. With `compile` the objective
+    sees the compiled model; without a C++ compiler it stays eager and says so.
+    """
+
+    def __init__(self, model: nn.Module, optimizer: optim.AdamW | None = None, *,
+                 rates: Mapping[str, float] | None = None, precision: Precision = "fp32",
+                 compile: bool = False) -> None:
+        self.model, self.precision, self.step = model, precision, 0
+        self.optimizer = optim.adamw(model, optimizer or optim.AdamW(), rates)
+        self.forward: nn.Module = _compiled(model) if compile else model
+
+    def state_dict(self) -> dict[str, Any]:
+        """Model, optimizer and step; every rank calls it, the tensors of a sharded model arrive on rank 0."""
+        model, optimizer = parallel.full_state(self.model, self.optimizer)
+        return {"model": model, "optimizer": optimizer, "step": self.step}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restore what `state_dict` returned."""
+        parallel.load_full_state(self.model, self.optimizer, state["model"], state["optimizer"])
+        self.step = state["step"]
+
+
+def _compiled(model: nn.Module) -> nn.Module:
+    if not any(shutil.which(name) for name in (os.environ.get("CXX", "g++"), "g++", "clang++")):
+        if mesh.is_main():
+            print("no C++ compiler found: training without torch.compile (install g++ for more speed)",
+                  file=sys.stderr)
+        return model
+    compiled: nn.Module = torch.compile(model)  # type: ignore[assignment]
+    return compiled
+
+
+@dataclass(frozen=True)
+class Report:
+    """One optimizer step, summed over micro-batches and ranks."""
+
+    step: int
+    """steps done, this one included"""
+    sums: dict[str, float]
+    """loss (as train/loss) and metrics"""
+    weight: float
+    tokens: float
+    seconds: float
+    gradient_norm: float
+    """of the mean gradient, before clipping"""
+    learning_rate: float
+
+
+def means(sums: Mapping[str, float], weight: float) -> dict[str, float]:
+    """Each sum over its weight (`<name>/weight`, else `weight`); metrics nothing was counted for are left out."""
+    weights = {name: sums.get(f"{name}/weight", weight) for name in sums if not name.endswith("/weight")}
+    return {name: sums[name] / weights[name] for name in weights if weights[name]}
+
+
+class Hook:
+    """Watches training. Override what is needed; every rank calls every hook."""
+
+    def on_start(self, training: Training) -> None:
+        """Before the first step; a checkpoint is restored here."""
+
+    def on_step(self, training: Training, report: Report) -> None:
+        """After each update."""
+
+    def on_log(self, step: int, metrics: Mapping[str, float]) -> None:
+        """When any hook publishes metrics."""
+
+    def on_boundary(self, training: Training) -> None:
+        """After every hook has seen the step, or the end: the state is whole and may be saved."""
+
+    def on_end(self, training: Training) -> None:
+        """After the last step."""
+
+    def close(self) -> None:
+        """Always called, also after an error."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a resumed run must know."""
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restore what `state_dict` returned."""
+
+
+@dataclass
+class Training:
+    """What hooks see and may ask of the loop."""
+
+    learner: Learner
+    source: Source
+    plan: Plan
+    hooks: Sequence[Hook]
+    stop_requested: bool = False
+    """this rank was asked to stop"""
+    stop: bool = False
+    """some rank was asked: all save at this boundary and raise `Stopped`"""
+    finish: bool = False
+    """end normally after this step; a hook must set it on all ranks alike"""
+    ended: bool = False
+    """the last step is done and every hook has seen the end"""
+    checkpoint: Path | None = None
+    """the newest complete checkpoint"""
+    names: tuple[str, ...] = ()
+    """the objective's metrics, in the order in which ranks sum them"""
+
+    def log(self, metrics: Mapping[str, float]) -> None:
+        """Publish metrics of the current step to all hooks."""
+        for hook in self.hooks:
+            hook.on_log(self.learner.step, metrics)
+
+
+class Stopped(Exception):
+    """Training was asked to stop and has saved its state: not a failure."""
+
+    exit_code = 0
+
+    def __init__(self, step: int, checkpoint: Path | None) -> None:
+        self.step, self.checkpoint = step, checkpoint
+        super().__init__(f"stopped after step {step}; the same command resumes" if checkpoint
+                         else f"stopped after step {step}, nothing was saved")
+
+
+def fit(learner: Learner, source: Source, objective: Objective, plan: Plan, hooks: Sequence[Hook] = ()) -> None:
+    """Train until `plan.max_steps`, the end of the source or a hook's request.
+
+    Raises `Stopped` when asked to stop, `UserError` when loss or gradient is not finite (the update is not made).
+    """
+    plan.check()
+    training = Training(learner, source, plan, hooks)
+    was_training = learner.model.training
+    try:
+        for hook in hooks:
+            hook.on_start(training)
+        while not training.finish and (plan.max_steps is None or learner.step < plan.max_steps):
+            begin = time.perf_counter()
+            batches = _agreed(learner, next(source, None))
+            if batches is None:
+                break
+            learner.model.train()
+            report = _step(training, objective, batches, begin)
+            for hook in hooks:
+                hook.on_step(training, report)
+            if not training.stop and (training.finish or learner.step == plan.max_steps):
+                break
+            _boundary(training)
+            if training.stop:
+                raise Stopped(learner.step, training.checkpoint)
+        for hook in hooks:
+            hook.on_end(training)
+        training.ended = True
+        _boundary(training)
+    finally:
+        learner.model.train(was_training)
+        for hook in hooks:
+            hook.close()
+
+
+def _boundary(training: Training) -> None:
+    for hook in training.hooks:
+        hook.on_boundary(training)
+
+
+def _agreed(learner: Learner, batches: list[Batch] | None) -> list[Batch] | None:
+    """None on every rank as soon as one rank's source has ended: the others would wait for it for ever."""
+    if mesh.world() == 1:
+        return batches
+    count = -1 if batches is None else len(batches)
+    ended, total, squares = mesh.all_sum(torch.tensor(
+        [count < 0, count, count * count], dtype=torch.int64, device=mesh.device())).tolist()
+    if ended:
+        return None
+    if parallel.is_sharded(learner.model) and total * total != squares * mesh.world():
+        raise ValueError("a sharded model needs the same number of micro-batches on every rank")
+    return batches
+
+
+def _step(training: Training, objective: Objective, batches: Iterable[Batch], begin: float) -> Report:
+    """One update from the micro-batches of one step."""
+    learner, plan = training.learner, training.plan
+    rate = plan.factor(learner.step)
+    for group in learner.optimizer.param_groups:
+        group["lr"] = group["peak"] * rate
+    sums, weight, tokens = _differentiate(training, objective, batches)
+    norm = _update(training, sums["train/loss"], weight)
+    learner.step += 1
+    return Report(learner.step, sums, weight, tokens, time.perf_counter() - begin, norm,
+                  learner.optimizer.param_groups[0]["lr"])
+
+
+def _differentiate(training: Training, objective: Objective,
+                   batches: Iterable[Batch]) -> tuple[dict[str, float], float, float]:
+    """Gradients of the loss summed over micro-batches and ranks; sums of metrics, weight and tokens likewise.
+
+    A request to stop rides on the same collective, so that all ranks act on it at the same step.
+    """
+    learner, where = training.learner, mesh.device()
+    learner.optimizer.zero_grad(set_to_none=True)
+    names: tuple[str, ...] = ()
+    rows: list[Tensor] = []
+    tokens = 0
+    for batch in batches:
+        batch = {name: tensor.to(where, non_blocking=True) for name, tensor in batch.items()}
+        with mesh.autocast(learner.precision):
+            loss = objective(learner.forward, batch)
+        loss.total.backward()  # type: ignore[no-untyped-call]
+        names = tuple(sorted(loss.metrics))
+        rows.append(torch.stack([value.detach().double().reshape(()).to(where) for value in
+                                 (loss.total, loss.weight, *(loss.metrics[name] for name in names))]))
+        tokens += batch["tokens_BT"].numel() if "tokens_BT" in batch else 0
+    parallel.sum_gradients(learner.model)
+    _agree_on_names(training, names)
+    own = torch.stack(rows).sum(0) if rows else torch.zeros(2 + len(training.names), dtype=torch.float64, device=where)
+    extra = torch.tensor([training.stop_requested, tokens], dtype=torch.float64, device=where)
+    stop, all_tokens, total, weight, *values = mesh.all_sum(torch.cat([extra, own])).tolist()
+    training.stop = stop > 0
+    return {"train/loss": total, **dict(zip(training.names, values))}, weight, all_tokens
+
+
+def _agree_on_names(training: Training, names: tuple[str, ...]) -> None:
+    """Fix the order of metrics at the first step; a rank without micro-batches learns it from the others."""
+    if not training.names:
+        training.names = max(mesh.gather([names]), key=len)
+    if names and names != training.names:
+        raise ValueError(f"an objective must return the same metrics every time: {names}, before {training.names}")
+
+
+def _update(training: Training, total: float, weight: float) -> float:
+    """Divide the summed gradients by the global weight, clip, and step; returns the norm of the mean gradient.
+
+    Division and clipping are one multiplication. A step in which nothing was counted changes nothing.
+    """
+    learner, limit = training.learner, training.plan.clip
+    gradients = [p.grad for p in learner.model.parameters() if p.grad is not None]
+    norm = parallel.gradient_norm(gradients)
+    if not (math.isfinite(total) and math.isfinite(norm)):
+        mean = total / weight if weight else total
+        kept = f"the checkpoint {training.checkpoint} is kept" if training.checkpoint else "no checkpoint was taken yet"
+        raise UserError(
+            f"step {learner.step + 1}: the {'gradient norm' if math.isfinite(total) else 'loss'} is not finite "
+            f"(loss {mean:.4g}, gradient norm {norm / weight if weight else norm:.4g}, learning rate "
+            f"{learner.optimizer.param_groups[0]['lr']:.3g})",
+            f"lower learning_rate or lengthen warmup_steps, and look at the data of this step; {kept}")
+    if weight == 0:
+        return 0.0
+    norm /= weight
+    torch._foreach_mul_(gradients, (limit / norm if norm > limit else 1.0) / weight)
+    learner.optimizer.step()
+    return norm

@@ -1,0 +1,77 @@
+"""AdamW and the learning rate as the paper sets them (§2.2, Training Details).
+
+Betas (0.9, 0.95), eps 1e-5, weight decay 0.1, warm-up, cosine decay to 10 % of the peak. The paper does not say which
+tensors decay; here all matrices do, embeddings and output head included, and vectors (norm gains, biases) do not.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Literal
+
+import torch
+from pydantic import Field
+from torch import nn
+
+from llama2.config import Config
+
+Schedule = Literal["cosine", "constant"]
+FUSED_DEVICES = ("cpu", "cuda")
+
+
+class AdamW(Config):
+    """Settings of the optimizer; the defaults are the paper's."""
+
+    learning_rate: float = Field(3e-4, gt=0)
+    """peak of the schedule"""
+    beta1: float = Field(0.9, ge=0, lt=1)
+    beta2: float = Field(0.95, ge=0, lt=1)
+    eps: float = Field(1e-5, gt=0)
+    weight_decay: float = Field(0.1, ge=0)
+    """on matrices; vectors do not decay"""
+
+
+def groups(model: nn.Module, settings: AdamW, rates: Mapping[str, float] | None = None) -> list[dict[str, object]]:
+    """Parameter groups by peak learning rate and decay.
+
+    `rates` gives the parameters whose name starts with a prefix a peak of their own (`{"critic.": 3e-4}`); every
+    prefix must match. Frozen parameters are left out. A tensor shared under two names counts once.
+    """
+    rates = rates or {}
+    found: dict[tuple[float, float], list[nn.Parameter]] = {}
+    matched = set()
+    for name, parameter in model.named_parameters():
+        prefix = next((p for p in rates if name.startswith(p)), None)
+        matched.add(prefix)
+        if parameter.requires_grad:
+            peak = settings.learning_rate if prefix is None else rates[prefix]
+            decay = settings.weight_decay if parameter.dim() >= 2 else 0.0
+            found.setdefault((peak, decay), []).append(parameter)
+    if missing := set(rates) - matched:
+        raise ValueError(f"no parameter starts with {sorted(missing)}")
+    return [{"params": parameters, "peak": peak, "lr": peak, "weight_decay": decay}
+            for (peak, decay), parameters in found.items()]
+
+
+def adamw(model: nn.Module, settings: AdamW, rates: Mapping[str, float] | None = None) -> torch.optim.AdamW:
+    """AdamW over `groups(...)`, fused into one kernel where PyTorch has one."""
+    fused = all(p.device.type in FUSED_DEVICES for p in model.parameters())
+    return torch.optim.AdamW(groups(model, settings, rates), betas=(settings.beta1, settings.beta2),
+                             eps=settings.eps, fused=fused)
+
+
+def factor(step: int, schedule: Schedule, warmup_steps: int, total_steps: int | None, min_ratio: float) -> float:
+    """The learning rate of update `step` (0-based) as a share of its peak.
+
+    Linear warm-up reaches the peak at update `warmup_steps - 1`; cosine decay reaches `min_ratio` exactly at the last
+    update, `total_steps - 1`, and stays there.
+    """
+    if step < warmup_steps:
+        return (step + 1) / warmup_steps
+    if schedule == "constant":
+        return 1.0
+    if total_steps is None:
+        raise ValueError("a cosine schedule needs the total number of steps")
+    progress = min((step + 1 - warmup_steps) / max(total_steps - warmup_steps, 1), 1.0)
+    return min_ratio + (1 - min_ratio) * 0.5 * (1 + math.cos(math.pi * progress))

@@ -1,0 +1,189 @@
+"""Checkpoints of a run in progress: exact, atomic, and deletable.
+
+    <run>/checkpoints/step-00000100/           the model, as `save_model` writes it (a Hugging Face directory)
+    <run>/checkpoints/step-00000100/trainer/   state.pt: weights, optimizer, step, and of each rank random states,
+                                               source position and hooks
+    <run>/checkpoints/step-00000100/COMPLETE   written last
+
+A checkpoint is written under a temporary name, flushed to the disk and renamed, so a crash or a full disk leaves the
+one before. The weights in `state.pt` have the precision they are trained in, whatever `save_model` exports.
+Every rank reads the file, so several machines need a shared file system.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+import re
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from llama2 import mesh
+from llama2.errors import UserError, explain_os_errors
+from llama2.train import parallel
+from llama2.train.loop import Training
+
+SaveModel = Callable[[Path], None]
+CHECKPOINTS, TRAINER, STATE, COMPLETE = "checkpoints", "trainer", "state.pt", "COMPLETE"
+PARTIAL, DISCARDED = ".partial-", ".discarded-"
+_NAME = re.compile(r"step-(\d{8,})")
+
+
+def random_state() -> dict[str, Any]:
+    """The state of every global random generator of this process."""
+    kind, keys, position, has_gauss, gauss = np.random.get_state(legacy=True)
+    state: dict[str, Any] = {"python": random.getstate(), "torch": torch.get_rng_state(),
+                             "numpy": (str(kind), torch.from_numpy(np.array(keys)), int(position), int(has_gauss),
+                                       float(gauss))}
+    if mesh.device().type == "cuda":
+        state["cuda"] = torch.cuda.get_rng_state(mesh.device())
+    return state
+
+
+def set_random_state(state: dict[str, Any]) -> None:
+    """The inverse of `random_state`."""
+    version, internal, gauss = state["python"]
+    random.setstate((version, tuple(internal), gauss))
+    torch.set_rng_state(state["torch"])
+    kind, keys, *rest = state["numpy"]
+    np.random.set_state((kind, keys.numpy(), *rest))
+    if "cuda" in state and mesh.device().type == "cuda":
+        torch.cuda.set_rng_state(state["cuda"], mesh.device())
+
+
+def capture(training: Training) -> dict[str, Any]:
+    """Everything a resumed run needs. All ranks call it; rank 0 gets the whole."""
+    own = {"source": training.source.state_dict(), "random": random_state(),
+           "hooks": [(type(hook).__name__, hook.state_dict()) for hook in training.hooks]}
+    return {"learner": training.learner.state_dict(), "ranks": mesh.gather([own]), "finish": training.finish}
+
+
+def restore(training: Training, directory: Path) -> None:
+    """Bring learner, source, hooks and random generators to where the checkpoint `directory` left them."""
+    file = directory / TRAINER / STATE
+    sharded = parallel.is_sharded(training.learner.model)
+    try:
+        with explain_os_errors(file):
+            # weights_only: a checkpoint is data and must not run code. A sharded model reads it page by page.
+            state = torch.load(file, map_location="cpu", weights_only=True, mmap=sharded)
+    except (RuntimeError, EOFError, KeyError) as error:
+        raise UserError(f"{file}: truncated or damaged ({str(error).splitlines()[0]})",
+                        f"delete {directory}: the run resumes from the checkpoint before it") from error
+    if len(state["ranks"]) != mesh.world():
+        raise UserError(f"{directory}: taken by {len(state['ranks'])} ranks, this run has {mesh.world()}",
+                        f"start it with {len(state['ranks'])} ranks")
+    own = state["ranks"][mesh.rank()]
+    training.learner.load_state_dict(state["learner"])
+    training.source.load_state_dict(own["source"])
+    kinds = [type(hook).__name__ for hook in training.hooks]
+    if kinds != [kind for kind, _ in own["hooks"]]:
+        raise ValueError(f"a run must resume with the hooks it had: {[kind for kind, _ in own['hooks']]}, not {kinds}")
+    for hook, (_, saved) in zip(training.hooks, own["hooks"]):
+        hook.load_state_dict(saved)
+    set_random_state(own["random"])
+    training.finish = state["finish"]
+    training.checkpoint = directory
+
+
+def steps(run: Path) -> list[tuple[int, Path]]:
+    """The complete checkpoints below a run directory with their steps, oldest first."""
+    root = run / CHECKPOINTS
+    if not root.is_dir():
+        return []
+    named = ((_NAME.fullmatch(path.name), path) for path in root.iterdir())
+    return sorted((int(match[1]), path) for match, path in named if match and (path / COMPLETE).is_file())
+
+
+def latest(run: Path) -> Path | None:
+    """The newest complete checkpoint below a run directory; whatever a crash left unfinished does not count."""
+    found = steps(run)
+    return found[-1][1] if found else None
+
+
+def save(training: Training, run: Path, save_model: SaveModel | None = None, keep: int = 2) -> Path:
+    """Write the checkpoint of the current step and drop all but the newest `keep`. All ranks call it.
+
+    `save_model(directory)` is called on every rank, because a sharded model must be gathered together; only rank 0
+    may write. A step that has its checkpoint already is left alone.
+    """
+    directory = run / CHECKPOINTS / f"step-{training.learner.step:08d}"
+    if not mesh.broadcast((directory / COMPLETE).is_file()):
+        partial = directory.with_name(PARTIAL + directory.name)
+        state = capture(training)
+        failure = _attempt(lambda: _write(partial, state)) if mesh.is_main() else None
+        _raise_everywhere(failure)
+        if save_model is not None:
+            _raise_everywhere(_attempt(lambda: save_model(partial)), partial)
+        _raise_everywhere(_attempt(lambda: _finish(partial, directory)) if mesh.is_main() else None, partial)
+        if mesh.is_main():
+            _prune(run, keep)
+    training.checkpoint = directory
+    return directory
+
+
+def clear(run: Path) -> None:
+    """Delete all checkpoints of a run that needs them no more (rank 0)."""
+    if mesh.is_main():
+        shutil.rmtree(run / CHECKPOINTS, ignore_errors=True)
+
+
+def _attempt(work: Callable[[], None]) -> BaseException | None:
+    try:
+        work()
+    except Exception as error:
+        return error
+    return None
+
+
+def _raise_everywhere(error: BaseException | None, partial: Path | None = None) -> None:
+    """Raise on every rank what one rank met; the others would wait for it for ever. Removes the unfinished files."""
+    errors = [found for found in mesh.gather([error]) if found is not None]
+    if errors:
+        if partial is not None and mesh.is_main():
+            shutil.rmtree(partial, ignore_errors=True)
+        raise error or errors[0]
+
+
+def _write(partial: Path, state: dict[str, Any]) -> None:
+    with explain_os_errors(partial):
+        shutil.rmtree(partial, ignore_errors=True)
+        (partial / TRAINER).mkdir(parents=True)
+        try:
+            with open(partial / TRAINER / STATE, "wb") as file:
+                torch.save(state, file)
+        except BaseException:
+            shutil.rmtree(partial, ignore_errors=True)
+            raise
+
+
+def _finish(partial: Path, directory: Path) -> None:
+    with explain_os_errors(partial):
+        (partial / COMPLETE).touch()
+        for path in (*partial.rglob("*"), partial):
+            _flush(path)
+        if directory.exists():  # without its completion mark: a broken leftover
+            shutil.rmtree(directory)
+        os.rename(partial, directory)
+        _flush(directory.parent)
+
+
+def _flush(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _prune(run: Path, keep: int) -> None:
+    """Delete old checkpoints; each is renamed first, so that half of one is never taken for a whole."""
+    for _, path in steps(run)[:-keep]:
+        path.rename(path.with_name(DISCARDED + path.name))
+    for path in (run / CHECKPOINTS).iterdir():
+        if path.name.startswith((PARTIAL, DISCARDED)):
+            shutil.rmtree(path, ignore_errors=True)
