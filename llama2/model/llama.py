@@ -1,0 +1,340 @@
+"""The Llama 2 network (§2.2, table 1): pre-normalised decoder with RMSNorm, SwiGLU, rotary positions and GQA.
+
+Module names are those of Hugging Face's `LlamaForCausalLM`, so a state dict is a checkpoint, and rotary positions use
+its convention (the two halves of each head are paired). Norms, rotary tables, softmax and logits are computed in fp32
+whatever the precision of the products. The file knows nothing of ranks; parallelism is applied from outside.
+
+Shapes: B rows, T query positions, S key positions, D hidden, V vocabulary, H query heads, K key/value heads,
+G = H / K query heads that share one key head, E head dimension.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from llama2.errors import UserError
+from llama2.model.likelihood import log_likelihood, log_likelihood_and_entropy
+
+INITIAL_STD = 0.02
+EXPLICIT_LENGTH = 512  # on a CPU, up to this many queries, products and softmax beat the fused attention kernel
+
+
+@dataclass(frozen=True)
+class LlamaConfig:
+    """The shape of a model; names are those of Hugging Face's config.json."""
+
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    max_position_embeddings: int = 4096
+    rms_norm_eps: float = 1e-5
+    rope_theta: float = 10000.0
+    tie_word_embeddings: bool = False
+    bos_token_id: int = 1
+    eos_token_id: int = 2
+
+    def __post_init__(self) -> None:
+        for name in ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
+                     "num_key_value_heads", "max_position_embeddings"):
+            if getattr(self, name) < 1:
+                raise UserError(f"{name} is {getattr(self, name)}", "it must be at least 1")
+        if self.hidden_size % (2 * self.num_attention_heads):
+            raise UserError(f"hidden_size {self.hidden_size} does not divide into {self.num_attention_heads} heads of "
+                            "an even size", "rotary positions pair the dimensions of a head")
+        if self.num_attention_heads % self.num_key_value_heads:
+            raise UserError(f"num_attention_heads {self.num_attention_heads} is not a multiple of num_key_value_heads "
+                            f"{self.num_key_value_heads}", "each key head serves the same number of query heads")
+
+    @property
+    def head_dim(self) -> int:
+        return self.hidden_size // self.num_attention_heads
+
+    def parameters(self) -> int:
+        """The exact number of parameters of a language model of this shape (tied embeddings count once)."""
+        dim, kv = self.hidden_size, self.num_key_value_heads * self.head_dim
+        layer = 2 * dim * dim + 2 * dim * kv + 3 * dim * self.intermediate_size + 2 * dim
+        embeddings = self.vocab_size * dim * (1 if self.tie_word_embeddings else 2)
+        return embeddings + self.num_hidden_layers * layer + dim
+
+
+class Cache(Protocol):
+    """Keys and values of earlier positions, as attention sees them."""
+
+    mask_BTS: Tensor | None  # True where a query may look; None: the keys are the queries' own, causal
+
+    def update(self, layer: int, keys_BKTE: Tensor, values_BKTE: Tensor) -> tuple[Tensor, Tensor]:
+        """Append rotated keys and values of one layer; returns all keys_BKSE and values_BKSE."""
+        ...
+
+
+@dataclass(frozen=True)
+class Context:
+    """What all layers of one forward pass share."""
+
+    cos_BT1E: Tensor  # fp32; B is 1 if all rows have the same positions, E is half a head
+    sin_BT1E: Tensor
+    bias_B1TS: Tensor | None  # added to the scores; None: plain causal attention by the fused kernel
+    explicit: bool
+    cache: Cache | None
+
+
+class Linear(nn.Linear):
+    """A matrix without bias; `initialise` fills it, not the constructor."""
+
+    def __init__(self, inputs: int, outputs: int) -> None:
+        super().__init__(inputs, outputs, bias=False)
+
+    def reset_parameters(self) -> None:
+        pass
+
+
+class Embedding(nn.Embedding):
+    """Token embeddings; `initialise` fills them, not the constructor."""
+
+    def reset_parameters(self) -> None:
+        pass
+
+
+class RMSNorm(nn.Module):
+    """x / sqrt(mean(x²) + eps) · weight, in fp32; the result has the precision of the products that follow."""
+
+    def __init__(self, size: int, eps: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(size))
+        self.eps = eps
+
+    def forward(self, x_BTD: Tensor) -> Tensor:
+        x = x_BTD.float()
+        normed = x * torch.rsqrt(x.square().mean(-1, keepdim=True) + self.eps)
+        return (normed * self.weight).to(working_dtype(x_BTD))
+
+
+class Attention(nn.Module):
+    """Causal self-attention; each of K key heads serves G query heads (§2.2: grouped-query attention)."""
+
+    def __init__(self, config: LlamaConfig, layer: int) -> None:
+        super().__init__()
+        self.layer, self.head_dim = layer, config.head_dim
+        dim, kv = config.hidden_size, config.num_key_value_heads * config.head_dim
+        self.q_proj = Linear(dim, dim)
+        self.k_proj = Linear(dim, kv)
+        self.v_proj = Linear(dim, kv)
+        self.o_proj = Linear(dim, dim)
+
+    def forward(self, x_BTD: Tensor, context: Context) -> Tensor:
+        rows, length, _ = x_BTD.shape
+        q_BHTE, k_BKTE = (
+            rotate(project(x_BTD).view(rows, length, -1, self.head_dim), context).transpose(1, 2)
+            for project in (self.q_proj, self.k_proj)
+        )
+        v_BKTE = self.v_proj(x_BTD).view(rows, length, -1, self.head_dim).transpose(1, 2)
+        if context.cache is not None:
+            k_BKTE, v_BKTE = context.cache.update(self.layer, k_BKTE, v_BKTE)
+        attend = explicit_attention if context.explicit else fused_attention
+        out_BHTE = attend(q_BHTE, k_BKTE, v_BKTE, context.bias_B1TS)
+        out_BTD: Tensor = self.o_proj(out_BHTE.transpose(1, 2).reshape(rows, length, -1))
+        return out_BTD
+
+
+class FeedForward(nn.Module):
+    """SwiGLU: down(silu(gate(x)) · up(x))."""
+
+    def __init__(self, config: LlamaConfig) -> None:
+        super().__init__()
+        self.gate_proj = Linear(config.hidden_size, config.intermediate_size)
+        self.up_proj = Linear(config.hidden_size, config.intermediate_size)
+        self.down_proj = Linear(config.intermediate_size, config.hidden_size)
+
+    def forward(self, x_BTD: Tensor) -> Tensor:
+        out_BTD: Tensor = self.down_proj(F.silu(self.gate_proj(x_BTD)) * self.up_proj(x_BTD))
+        return out_BTD
+
+
+class Layer(nn.Module):
+    """Attention and feed-forward, each behind a norm and beside the residual stream."""
+
+    def __init__(self, config: LlamaConfig, layer: int) -> None:
+        super().__init__()
+        self.self_attn = Attention(config, layer)
+        self.mlp = FeedForward(config)
+        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+
+    def forward(self, x_BTD: Tensor, context: Context) -> Tensor:
+        x_BTD = x_BTD + self.self_attn(self.input_layernorm(x_BTD), context)
+        out_BTD: Tensor = x_BTD + self.mlp(self.post_attention_layernorm(x_BTD))
+        return out_BTD
+
+
+class Trunk(nn.Module):
+    """Embeddings, layers and the last norm: all of the model but its head. Hugging Face calls it `model`."""
+
+    def __init__(self, config: LlamaConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.gradient_checkpointing = False  # recompute each layer in the backward pass instead of keeping it
+        self.embed_tokens = Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(Layer(config, index) for index in range(config.num_hidden_layers))
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+
+    def forward(self, tokens_BT: Tensor, documents_BT: Tensor | None = None, positions_BT: Tensor | None = None,
+                cache: Cache | None = None) -> Tensor:
+        """Normed hidden states of the last layer, [B, T, D]."""
+        x_BTD = self.embed_tokens(tokens_BT)
+        context = self.context(x_BTD, documents_BT, positions_BT, cache)
+        for layer in self.layers:
+            if self.gradient_checkpointing and torch.is_grad_enabled():
+                x_BTD = checkpoint(layer, x_BTD, context, use_reentrant=False)
+            else:
+                x_BTD = layer(x_BTD, context)
+        hidden_BTD: Tensor = self.norm(x_BTD)
+        return hidden_BTD
+
+    def context(self, x_BTD: Tensor, documents_BT: Tensor | None, positions_BT: Tensor | None,
+                cache: Cache | None) -> Context:
+        """Rotary tables and mask, made once for all layers."""
+        length, where = x_BTD.shape[1], x_BTD.device
+        explicit = where.type == "cpu" and length <= EXPLICIT_LENGTH
+        if positions_BT is None:
+            positions_BT = torch.arange(length, device=where)[None]
+            if documents_BT is not None:
+                positions_BT = positions_within(documents_BT)
+        mask_BTS = cache.mask_BTS if cache is not None else None
+        if documents_BT is not None:
+            mask_BTS = same_document(documents_BT)
+        if mask_BTS is None and explicit:
+            mask_BTS = causal(length, where)[None]
+        bias_B1TS = None
+        if mask_BTS is not None:
+            kind = working_dtype(x_BTD)
+            # The least finite number, not -inf: a row that sees nothing (an idle cache slot) must not become NaN.
+            bias_B1TS = torch.zeros(mask_BTS.shape, dtype=kind, device=where)
+            bias_B1TS = bias_B1TS.masked_fill(~mask_BTS, torch.finfo(kind).min)[:, None]
+        cos_BT1E, sin_BT1E = rotary_tables(positions_BT, self.config.head_dim, self.config.rope_theta)
+        return Context(cos_BT1E, sin_BT1E, bias_B1TS, explicit, cache)
+
+
+class Llama(nn.Module):
+    """The language model. On construction its weights are drawn from `seed` (see `initialise`)."""
+
+    def __init__(self, config: LlamaConfig, seed: int = 0) -> None:
+        super().__init__()
+        self.config = config
+        self.model = Trunk(config)
+        self.lm_head = None if config.tie_word_embeddings else Linear(config.hidden_size, config.vocab_size)
+        initialise(self, seed)
+
+    @property
+    def head_weight(self) -> Tensor:
+        """The output matrix [V, D]; the embeddings' own if they are tied."""
+        return self.model.embed_tokens.weight if self.lm_head is None else self.lm_head.weight
+
+    def logits(self, hidden_BTD: Tensor) -> Tensor:
+        """Logits [..., V] in fp32 of final hidden states (`forward` with head=False)."""
+        return F.linear(hidden_BTD, self.head_weight).float()
+
+    def forward(self, tokens_BT: Tensor, *, documents_BT: Tensor | None = None, positions_BT: Tensor | None = None,
+                cache: Cache | None = None, targets_BT: Tensor | None = None, entropy: bool = False,
+                head: bool = True) -> Tensor | tuple[Tensor, Tensor]:
+        """Logits [B, T, V] in fp32; with head=False the final normed hidden states [B, T, D]; with targets, their
+        log-probabilities [B, T] in fp32 (see `likelihood`), and with entropy=True a pair: these and the entropy [B, T]
+        of each predicted distribution in nats, which carries no gradient.
+
+        documents_BT: the document of each packed token: attention stays inside a document, and positions restart.
+        Right-padded rows need no mask, since attention is causal. With a cache, positions_BT must be given.
+        """
+        hidden_BTD = self.model(tokens_BT, documents_BT, positions_BT, cache)
+        if targets_BT is None:
+            return self.logits(hidden_BTD) if head else hidden_BTD
+        weight_VD = self.head_weight.to(hidden_BTD.dtype)
+        if entropy:
+            return log_likelihood_and_entropy(hidden_BTD, weight_VD, targets_BT)
+        return log_likelihood(hidden_BTD, weight_VD, targets_BT)
+
+
+def initialise(model: nn.Module, seed: int) -> None:
+    """Draw all weights: normal with deviation 0.02, the two projections that write to the residual stream with
+    0.02 / sqrt(2 · layers) so that its variance does not grow with depth; norms are one.
+
+    The paper does not state its initialisation. A model on the meta device is left alone.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    layers = sum(isinstance(module, Layer) for module in model.modules())
+    for name, parameter in model.named_parameters():
+        if parameter.is_meta:
+            continue
+        with torch.no_grad():
+            if parameter.dim() == 1:
+                parameter.fill_(1.0)
+            else:
+                residual = name.endswith(("o_proj.weight", "down_proj.weight"))
+                std = INITIAL_STD / math.sqrt(2 * layers) if residual else INITIAL_STD
+                parameter.copy_(torch.empty(parameter.shape).normal_(0.0, std, generator=generator))
+
+
+def working_dtype(x: Tensor) -> torch.dtype:
+    """The precision in which products run: autocast's where it is on, else that of the activations."""
+    kind = x.device.type
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
+
+
+def rotary_tables(positions_BT: Tensor, head_dim: int, theta: float) -> tuple[Tensor, Tensor]:
+    """cos and sin of position / theta^(2 i / head_dim) in fp32, [B, T, 1, head_dim / 2]."""
+    exponents_E = torch.arange(0, head_dim, 2, dtype=torch.float32, device=positions_BT.device) / head_dim
+    angles_BT1E = (positions_BT.float()[..., None] * (1.0 / theta**exponents_E))[:, :, None]
+    return angles_BT1E.cos(), angles_BT1E.sin()
+
+
+def rotate(x_BTHE: Tensor, context: Context) -> Tensor:
+    """Rotate dimension i of each head with dimension i + head_dim / 2 by the angle of its position, in fp32."""
+    first, second = x_BTHE.float().chunk(2, dim=-1)
+    cos, sin = context.cos_BT1E, context.sin_BT1E
+    return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1).to(x_BTHE.dtype)
+
+
+def explicit_attention(q_BHTE: Tensor, k_BKSE: Tensor, v_BKSE: Tensor, bias_B1TS: Tensor | None) -> Tensor:
+    """Attention by two batched products; the G query heads of a key head are rows of one product, so keys are never
+    repeated. The softmax runs in fp32 inside its kernel."""
+    rows, heads, length, size = q_BHTE.shape
+    kv_heads, keys = k_BKSE.shape[1:3]
+    q_BKRE = (q_BHTE * size**-0.5).reshape(rows, kv_heads, -1, size)  # R = G · T rows
+    scores_BHTS = (q_BKRE @ k_BKSE.transpose(-1, -2)).view(rows, heads, length, keys)
+    if bias_B1TS is not None:
+        scores_BHTS = scores_BHTS + bias_B1TS
+    weights_BKRS = torch.softmax(scores_BHTS, dim=-1).to(v_BKSE.dtype).view(rows, kv_heads, -1, keys)
+    return (weights_BKRS @ v_BKSE).view(rows, heads, length, size)
+
+
+def fused_attention(q_BHTE: Tensor, k_BKSE: Tensor, v_BKSE: Tensor, bias_B1TS: Tensor | None) -> Tensor:
+    """Attention by PyTorch's fused kernels: for long sequences and for GPUs."""
+    return F.scaled_dot_product_attention(q_BHTE, k_BKSE, v_BKSE, attn_mask=bias_B1TS, is_causal=bias_B1TS is None,
+                                          enable_gqa=q_BHTE.shape[1] != k_BKSE.shape[1])
+
+
+def causal(length: int, device: torch.device) -> Tensor:
+    """[T, T], True where a position may look: at itself and at what came before."""
+    return torch.ones(length, length, dtype=torch.bool, device=device).tril()
+
+
+def same_document(documents_BT: Tensor) -> Tensor:
+    """[B, T, T], True where a position may look: at itself and at earlier positions of its document."""
+    same_BTT = documents_BT[:, :, None] == documents_BT[:, None, :]
+    return same_BTT & causal(documents_BT.shape[1], documents_BT.device)
+
+
+def positions_within(documents_BT: Tensor) -> Tensor:
+    """The position of each token inside its document (documents are runs of one id)."""
+    index_T = torch.arange(documents_BT.shape[1], device=documents_BT.device)
+    changes_BT = F.pad(documents_BT[:, 1:] != documents_BT[:, :-1], (1, 0), value=False)
+    starts_BT = torch.where(changes_BT, index_T, 0).cummax(dim=1).values
+    return index_T - starts_BT
