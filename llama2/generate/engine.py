@@ -1,0 +1,160 @@
+"""The one engine: token ids in, completions with their log-probabilities out (§3.2.3, §3.4.1, §4.2, A.2.1).
+
+Rollouts, rejection sampling, evaluation and chat differ only in who calls. Sequences of any lengths are decoded side
+by side in slots of a KV cache; a finished one gives its slot to the next prompt, and the samples of one prompt share
+its prefill. The engine runs the model's own code on its current weights, so log-probabilities are the trainer's: in
+fp32 within 1e-5 of a full forward pass, in bf16 within the rounding of bf16 logits (docs/architecture.md).
+
+Shapes: B live rows, T tokens of a prompt batch, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Literal, Protocol
+
+import torch
+from torch.distributed.tensor import DTensor
+
+from llama2.errors import UserError
+from llama2.generate.batch import Batch, Request
+from llama2.generate.sampling import Sampling
+from llama2.mesh import Precision
+from llama2.model.cache import KVCache
+from llama2.model.llama import Llama
+
+Tokens = Sequence[int]
+_ROUND = 64  # capacities are multiples of this, so that calls of similar length share one cache
+
+
+@dataclass(frozen=True)
+class Completion:
+    """One sample. `tokens` ends with the stop id if `finish` is "stop"; `logprobs` are those of `tokens` under the
+    model itself, before temperature, top-k and top-p."""
+
+    prompt: tuple[int, ...]
+    tokens: tuple[int, ...]
+    logprobs: tuple[float, ...]
+    finish: Literal["stop", "length"]
+
+
+class Generator(Protocol):
+    """Whatever completes prompts."""
+
+    def generate(
+        self, prompts: Sequence[Tokens], sampling: Sampling, indices: Sequence[int] | None = None
+    ) -> list[list[Completion]]: ...
+
+    def check(self, prompts: Sequence[Tokens]) -> None: ...
+
+    def stream(self, prompt: Tokens, sampling: Sampling) -> Iterator[int]: ...
+
+
+class Engine:
+    """Samples from `model` as its weights are at each call.
+
+    slots: sequences decoded side by side. capacity: the most tokens of a sequence, prompt included (default: the
+    context of the model). precision: "bf16" computes with weights rounded once a call, "fp32" with the model's own.
+    A copy of the weights is held only where the model's cannot be used as they are: another type, or sharded.
+    """
+
+    def __init__(
+        self, model: Llama, *, slots: int = 64, capacity: int | None = None, precision: Precision = "bf16"
+    ) -> None:
+        context = model.config.max_position_embeddings
+        self.slots, self.context = slots, min(capacity or context, context)
+        self._model, self._dtype = model, torch.bfloat16 if precision == "bf16" else torch.float32
+        self._copy: Llama | None = None
+        self._spare: KVCache | None = None
+
+    def generate(
+        self, prompts: Sequence[Tokens], sampling: Sampling, indices: Sequence[int] | None = None
+    ) -> list[list[Completion]]:
+        """`sampling.n` completions of each prompt, in the order of the prompts.
+
+        A completion depends on its prompt, `sampling` and its index alone: `indices` (default 0, 1, ...) names the
+        prompts to the random numbers, so that a share of a list gets the samples that the whole list would get.
+        UserError for a prompt that leaves no room for an answer; a sample that reaches the context ends by "length".
+        """
+        self.check(prompts)
+        names = range(len(prompts)) if indices is None else indices
+        requests = [
+            Request(tuple(prompt), name, sample, min(sampling.max_tokens, self.context - len(prompt)))
+            for prompt, name in zip(prompts, names, strict=True) for sample in range(sampling.n)
+        ]
+        model = self._current()
+        if not requests:
+            return []
+        batch = self._batch(model, requests, sampling)
+        while batch.step():
+            pass
+        self._spare = batch.cache
+        done = [
+            Completion(request.prompt, request.tokens, request.logprobs,
+                       "stop" if request.tokens[-1] in sampling.stop else "length")
+            for request in requests
+        ]
+        return [done[start : start + sampling.n] for start in range(0, len(done), sampling.n)]
+
+    def stream(self, prompt: Tokens, sampling: Sampling) -> Iterator[int]:
+        """The tokens of `generate([prompt], sampling)[0][0]`, each as it is drawn."""
+        self.check([prompt])
+        request = Request(tuple(prompt), 0, 0, min(sampling.max_tokens, self.context - len(prompt)))
+        batch = self._batch(self._current(), [request], sampling)
+        for _ in range(request.limit):
+            batch.step()
+            token = batch.newest()
+            yield token
+            if token in sampling.stop:
+                break
+        self._spare = batch.cache
+
+    def check(self, prompts: Sequence[Tokens]) -> None:
+        """Raise the UserError that `generate` would raise for these prompts."""
+        for index, prompt in enumerate(prompts):
+            name = f"prompt {index + 1} of {len(prompts)}" if len(prompts) > 1 else "the prompt"
+            excess = len(prompt) + 1 - self.context
+            if excess > 0:
+                raise UserError(f"{name} has {len(prompt)} tokens, {excess} more than leave room for an answer in the "
+                                f"context of {self.context}", "shorten it")
+            if not prompt:
+                raise UserError(f"{name} is empty", "begin it with the BOS token")
+            if not 0 <= min(prompt) <= max(prompt) < self._model.config.vocab_size:
+                raise UserError(f"{name} has token ids outside of the model's {self._model.config.vocab_size}",
+                                "use the tokenizer that belongs to the checkpoint")
+
+    def _batch(self, model: Llama, requests: list[Request], sampling: Sampling) -> Batch:
+        longest = max(len(request.prompt) + request.limit for request in requests)
+        slots = min(self.slots, len(requests))
+        spare, self._spare = self._spare, None  # taken, so that a stream left open keeps its own
+        if spare is None or spare.slots < slots or spare.capacity < longest:
+            if spare is not None:
+                slots, longest = max(slots, spare.slots), max(longest, spare.capacity)
+                del spare
+            c = model.config
+            spare = KVCache(c.num_hidden_layers, slots, c.num_key_value_heads, -(-longest // _ROUND) * _ROUND,
+                            c.head_dim, dtype=self._dtype, device=model.head_weight.device)
+        return Batch(model, spare, min(self.slots, len(requests)), requests, sampling)
+
+    def _current(self) -> Llama:
+        """The model with its weights of this moment, in the engine's precision."""
+        weights = list(self._model.parameters())
+        if all(weight.dtype == self._dtype and not isinstance(weight, DTensor) for weight in weights):
+            return self._model
+        with torch.no_grad():
+            if self._copy is None:
+                self._copy = _blank(self._model, self._dtype)
+            for own, weight in zip(self._copy.parameters(), weights, strict=True):
+                own.copy_(weight.full_tensor() if isinstance(weight, DTensor) else weight)
+        return self._copy
+
+
+def _blank(model: Llama, dtype: torch.dtype) -> Llama:
+    """A model of the same shape, unsharded, of type `dtype`, that never trains."""
+    with torch.device(next(model.parameters()).device):
+        blank = Llama(model.config)
+    return blank.to(dtype).requires_grad_(False)
+
+
+__all__ = ["Completion", "Engine", "Generator", "Sampling", "Tokens"]

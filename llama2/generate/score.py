@@ -1,0 +1,98 @@
+"""Log-probabilities and rewards of given token rows, in batches (§3.2.2, §3.2.3).
+
+Rows are sorted by length and padded on the right, which changes no result: attention is causal, and a reward is read
+at the last real token. Under several ranks the batches are dealt out and every rank returns all results; each rank
+makes the same number of forward passes, which sharded models need.
+
+Shapes: B rows, T their longest.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from itertools import chain
+from typing import TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from llama2.errors import UserError
+from llama2.mesh import Precision, autocast, share, unshare, world
+from llama2.model.llama import Llama
+from llama2.model.scorer import Scorer
+
+Row = Sequence[int]
+R = TypeVar("R")
+
+
+def logprobs(
+    model: Llama, rows: Sequence[Row], precision: Precision = "bf16", batch_tokens: int = 16384
+) -> list[list[float]]:
+    """log p(row[t] | row[:t]) for t = 1, 2, ...: one number fewer than the row has tokens.
+
+    `batch_tokens`: the most padded tokens of a forward pass. UserError for a row beyond the model's context.
+    """
+
+    def work(tokens_BT: Tensor, lengths: list[int]) -> list[list[float]]:
+        if tokens_BT.shape[1] == 1:
+            return [[] for _ in lengths]
+        inputs_BT, targets_BT = tokens_BT[:, :-1].contiguous(), tokens_BT[:, 1:].contiguous()
+        table: list[list[float]] = model(inputs_BT, targets_BT=targets_BT).tolist()
+        return [row[: length - 1] for row, length in zip(table, lengths)]
+
+    return _over_batches(model, model.config.max_position_embeddings, rows, work, precision, batch_tokens)
+
+
+def rewards(
+    scorer: Scorer, rows: Sequence[Row], precision: Precision = "bf16", batch_tokens: int = 16384
+) -> list[float]:
+    """The raw score (before any sigmoid) of each row, read at its last token: r(x, y) of equation 1.
+
+    `batch_tokens`: the most padded tokens of a forward pass. UserError for a row beyond the scorer's context.
+    """
+
+    def work(tokens_BT: Tensor, lengths: list[int]) -> list[float]:
+        lengths_B = torch.tensor(lengths, device=tokens_BT.device)
+        scores: list[float] = scorer(tokens_BT, lengths_B=lengths_B).float().tolist()
+        return scores
+
+    return _over_batches(scorer, scorer.config.max_position_embeddings, rows, work, precision, batch_tokens)
+
+
+def _over_batches(
+    model: nn.Module, context: int, rows: Sequence[Row], work: Callable[[Tensor, list[int]], list[R]],
+    precision: Precision, batch_tokens: int,
+) -> list[R]:
+    """`work(tokens_BT, lengths)` for batches of rows; its results in the order of `rows`."""
+    for index, row in enumerate(rows):
+        if not 0 < len(row) <= context:
+            raise UserError(f"row {index + 1} of {len(rows)} has {len(row)} tokens, the context of the model holds "
+                            f"1 to {context}", "drop or shorten it")
+    batches = _batches([len(row) for row in rows], batch_tokens)
+    mine = share(batches)
+    rounds = -(-len(batches) // world())
+    device = next(model.parameters()).device
+    results: list[list[R]] = []
+    with torch.inference_mode(), autocast(precision):
+        for turn in range(rounds):
+            batch = mine[turn] if turn < len(mine) else batches[0]  # a rank without work joins in all the same
+            lengths = [len(rows[index]) for index in batch]
+            padded = [(*rows[index], *(0,) * (max(lengths) - len(rows[index]))) for index in batch]
+            done = work(torch.tensor(padded, device=device), lengths)
+            if turn < len(mine):
+                results.append(done)
+    in_order: list[R | None] = [None] * len(rows)
+    for index, result in zip(chain(*batches), chain(*unshare(results))):
+        in_order[index] = result
+    return in_order  # type: ignore[return-value]
+
+
+def _batches(lengths: Sequence[int], batch_tokens: int) -> list[list[int]]:
+    """Indices of rows, longest first, in batches of at most `batch_tokens` padded tokens (or of one row)."""
+    order = sorted(range(len(lengths)), key=lambda index: -lengths[index])
+    batches = []
+    while order:
+        size = max(1, batch_tokens // lengths[order[0]])
+        batches.append(order[:size])
+        order = order[size:]
+    return batches
