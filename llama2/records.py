@@ -2,14 +2,16 @@
 
 One record of each kind serves the whole recipe (see docs/architecture.md): a `Document` is pretraining text, a
 `Dialog` is a training conversation, a `Prompt` asks for an answer, a `Preference` is one human comparison (§3.2.1).
-Files are JSON Lines, optionally `.gz`; a bad line is reported with its file and number.
+Files are JSON Lines, optionally `.gz` or `.zst`; a bad line is reported with its file and number.
 """
 
 from __future__ import annotations
 
 import gzip
+import io
 import json
 import os
+import zlib
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,7 +19,7 @@ from typing import IO, Any, Literal, TypeVar
 
 from pydantic import ConfigDict, TypeAdapter, ValidationError, with_config
 
-from llama2.errors import UserError, explain_os_errors
+from llama2.errors import UserError, explain_os_errors, missing_extra
 
 Role = Literal["system", "user", "assistant"]
 Axis = Literal["helpful", "safe"]
@@ -170,17 +172,59 @@ def to_json(record: object) -> str:
     return _adapter(type(record)).dump_json(record).decode()
 
 
-def _open(path: Path) -> IO[bytes]:
+class _Zstandard(io.RawIOBase):
+    """A `.zst` file's content. It refuses a truncated file, which the library's own reader takes for a short one."""
+
+    def __init__(self, path: Path) -> None:
+        try:
+            import zstandard
+        except ImportError:
+            raise missing_extra("zstandard", "data") from None
+        self._library, self._file = zstandard, open(path, "rb")  # noqa: SIM115
+        self._frame, self._ready = zstandard.ZstdDecompressor().decompressobj(), b""
+        self._inside = False
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, target: Any) -> int:
+        while not self._ready:
+            packed = self._frame.unused_data if self._frame.eof else b""
+            packed = packed or self._file.read(1 << 17)
+            if not packed:
+                if self._inside:
+                    raise EOFError("the end of the archive is missing")
+                return 0
+            if self._frame.eof:
+                self._frame = self._library.ZstdDecompressor().decompressobj()
+            try:
+                self._ready = self._frame.decompress(packed)
+            except self._library.ZstdError as error:
+                raise EOFError(str(error)) from error
+            self._inside = not self._frame.eof
+        count = min(len(target), len(self._ready))
+        target[:count], self._ready = self._ready[:count], self._ready[count:]
+        return count
+
+    def close(self) -> None:
+        self._file.close()
+        super().close()
+
+
+def open_bytes(path: Path) -> IO[bytes]:
+    """A file for reading, unpacked if its name ends in `.gz` or `.zst` (which needs the extra `data`)."""
+    if path.suffix == ".zst":
+        return io.BufferedReader(_Zstandard(path), 1 << 20)
     return gzip.open(path, "rb") if path.suffix == ".gz" else open(path, "rb")  # type: ignore[return-value]
 
 
 def read_lines(path: str | os.PathLike[str]) -> Iterator[tuple[int, str]]:
-    """Numbered non-blank lines of a (gzipped) UTF-8 file; bad bytes and truncated archives are named."""
+    """Numbered non-blank lines of a (packed) UTF-8 file; bad bytes and truncated archives are named."""
     path = Path(path)
     number = 0
     with explain_os_errors(path):
         try:
-            with _open(path) as file:
+            with open_bytes(path) as file:
                 for number, raw in enumerate(file, 1):
                     line = raw.decode("utf-8")
                     if line.strip():
@@ -188,8 +232,8 @@ def read_lines(path: str | os.PathLike[str]) -> Iterator[tuple[int, str]]:
         except UnicodeDecodeError as error:
             raise UserError(f"{path}:{number}: not UTF-8 ({error.reason} at byte {error.start})",
                             "convert the file to UTF-8") from error
-        except (EOFError, gzip.BadGzipFile) as error:
-            raise UserError(f"{path}:{number + 1}: truncated or corrupt gzip ({error})", "fetch it again") from error
+        except (EOFError, gzip.BadGzipFile, zlib.error) as error:
+            raise UserError(f"{path}:{number + 1}: truncated or corrupt archive ({error})", "fetch it again") from error
 
 
 def read(kind: type[Record], path: str | os.PathLike[str]) -> Iterator[Record]:

@@ -1,0 +1,161 @@
+"""Importers of prompts (§3.2.3, §4.2.4) into `records.Prompt`: questions, safety sets, dialogues cut before an answer.
+
+`Prompt.safety` is the tag is_safety(p) of §3.2.3. Sets that label their prompts keep the label in `metadata["label"]`:
+"unsafe" for prompts no one should comply with, "borderline" for prompts that look unsafe and are not.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from typing import Any, Literal
+
+from llama2.data.dialogs import DIALOG_FORMATS
+from llama2.records import Dialog, Messages, Prompt, parse
+from llama2.tables import Format, Malformed, Row, Skip, Tally, convert, digest
+from llama2.transcripts import messages, prompt
+
+Label = Literal["", "unsafe", "borderline"]
+_TEXT_KEYS = ("prompt", "question", "Question", "instruction", "Instruction", "query", "goal", "text")
+
+
+def import_prompts(path: str | os.PathLike[str], format: str = "auto", safety: bool | None = None, name: str = "",
+                   tally: Tally | None = None, malformed: Malformed = "stop") -> Iterator[Prompt]:
+    """The prompts in a file, a directory of files or a zip archive.
+
+    format: one of `PROMPT_FORMATS`, or "auto": recognised from the first record of each file.
+    safety: the safety tag of all prompts; None: true for those that their set calls unsafe, else false.
+    name: the set, kept as `metadata["source"]`; "" takes the name of the file.
+    tally: counts rows read, records kept and skipped by reason.
+    """
+    tally = Tally() if tally is None else tally
+    for row, item in convert(path, PROMPT_FORMATS, format, tally, malformed):
+        if not all(message.content for message in item.messages):
+            tally.skipped["empty turn"] += 1
+            continue
+        tally.kept += 1
+        source = str(item.metadata.get("source", name or row.name))
+        yield replace(item, id=item.id or prompt_id(item.messages, source),
+                      safety=item.safety if safety is None else safety,
+                      metadata={**item.metadata, "source": source})
+
+
+def prompt_id(turns: Messages, source: str) -> str:
+    """An id that depends on the set and on what is said."""
+    said = json.dumps([(m.role, m.content) for m in turns])
+    return f"{source}:{digest(said):016x}"
+
+
+def _prompt(turns: Messages, label: Label = "", **metadata: str) -> Prompt:
+    kept = {key: value for key, value in {"label": label, **metadata}.items() if value}
+    return Prompt(turns, safety=label == "unsafe", metadata=kept)
+
+
+def _ours(row: Row) -> Iterator[Prompt]:
+    yield parse(Prompt, json.dumps(row.value), row.where)
+
+
+def _is_ours(value: Any) -> bool:
+    turns = value.get("messages")
+    return (value.keys() <= {"messages", "id", "safety", "metadata"} and isinstance(turns, list) and bool(turns)
+            and isinstance(turns[-1], dict) and turns[-1].get("role") == "user")
+
+
+def _column(key: str, label: Label, *categories: str) -> Callable[[Row], Iterator[Prompt]]:
+    """A table with the prompt in one column and, at most, its category in another."""
+    def read(row: Row) -> Iterator[Prompt]:
+        yield _prompt(prompt(row.text(key)), label, category=row.text(*categories, optional=True) if categories else "")
+    return read
+
+
+def _xstest(row: Row) -> Iterator[Prompt]:
+    """XSTest: safe prompts that look unsafe, and their unsafe contrasts. Early files tell them apart by type only."""
+    kind = row.text("type")
+    stated = row.text("label", optional=True) or ("unsafe" if kind.startswith("contrast") else "safe")
+    if stated not in ("safe", "unsafe"):
+        raise row.error(f"'label' must be safe or unsafe, it is '{stated}'")
+    yield _prompt(prompt(row.text("prompt")), "unsafe" if stated == "unsafe" else "borderline", category=kind)
+
+
+def _list(row: Row) -> Iterator[Prompt]:
+    """One mapping with all prompts: `instructions` and, beside them, `tags`."""
+    said, tags = row.get("instructions"), row.get("tags") or []
+    if not isinstance(said, list) or not all(isinstance(item, str) for item in said):
+        raise row.error("'instructions' must be a list of texts")
+    for index, item in enumerate(said):
+        yield _prompt(prompt(item), category=str(tags[index]) if index < len(tags) else "")
+
+
+def _turns(row: Row) -> Iterator[Prompt]:
+    """MT-Bench: questions asked in turn; the first is the prompt, the others travel along."""
+    turns = row.get("turns")
+    if not isinstance(turns, list) or not turns or not all(isinstance(item, str) for item in turns):
+        raise row.error("'turns' must be a list of texts")
+    item = _prompt(prompt(turns[0]), category=row.text("category", optional=True))
+    yield replace(item, metadata={**item.metadata, "follow_ups": turns[1:]}) if turns[1:] else item
+
+
+def _plain(row: Row) -> Iterator[Prompt]:
+    """A text alone, or in the column that is called after what it is."""
+    if isinstance(row.value, str):
+        yield _prompt(prompt(row.value))
+    else:
+        key = next((key for key in _TEXT_KEYS if row.get(key) is not None), _TEXT_KEYS[0])
+        yield _prompt(prompt(row.text(key)), category=row.text("category", "Category", "Skill", optional=True))
+
+
+def _nested(row: Row) -> Iterator[Prompt]:
+    """Mappings of mappings of lists of prompts (by topic, by group and entity): the way down is the category."""
+    yield from _walk(row, row.value, ())
+
+
+def _walk(row: Row, value: Any, way: tuple[str, ...]) -> Iterator[Prompt]:
+    if isinstance(value, str):
+        yield _prompt(prompt(value), category="/".join(way))
+    elif isinstance(value, (list, dict)):
+        for key, item in value.items() if isinstance(value, dict) else (("", item) for item in value):
+            yield from _walk(row, item, (*way, key) if key else way)
+    else:
+        raise row.error(f"texts are expected below '{'/'.join(way)}', found {type(value).__name__}")
+
+
+def _is_nested(value: Any) -> bool:
+    return isinstance(value, dict) and bool(value) and all(isinstance(item, (dict, list)) for item in value.values())
+
+
+def _from_dialog(source: Format[Dialog]) -> Format[Prompt]:
+    """A dialogue as the prompt for its last answer."""
+    def read(row: Row) -> Iterator[Prompt | Skip]:
+        for dialog in source.convert(row):
+            yield dialog if isinstance(dialog, Skip) else _prompt(
+                dialog.messages[:-1], **({"category": dialog.metadata["category"]} if "category" in dialog.metadata
+                                         else {}))
+    return Format(source.name, source.keys, read, source.test)
+
+
+def _chat(row: Row) -> Iterator[Prompt]:
+    """A list of turns that waits for an answer."""
+    yield _prompt(messages(row, row.get("messages")))
+
+
+def _waits(value: Any) -> bool:
+    turns = value.get("messages")
+    return isinstance(turns, list) and bool(turns) and isinstance(turns[-1], dict) and turns[-1].get("role") == "user"
+
+
+PROMPT_FORMATS: tuple[Format[Prompt], ...] = (
+    Format("prompt", ("messages",), _ours, _is_ours),
+    Format("chat", ("messages",), _chat, _waits),
+    Format("xstest", ("prompt", "type", "focus|label|final_label"), _xstest),
+    Format("advbench", ("goal", "target"), _column("goal", "unsafe")),
+    Format("simple-safety-tests", ("prompts_final",), _column("prompts_final", "unsafe", "harm_area")),
+    Format("do-not-answer", ("question", "risk_area"), _column("question", "unsafe", "risk_area")),
+    Format("instructions", ("instructions",), _list, lambda value: isinstance(value["instructions"], list)),
+    Format("questions", ("turns",), _turns),
+    *(_from_dialog(source) for source in DIALOG_FORMATS),
+    Format("plain", ("|".join(_TEXT_KEYS),), _plain),
+    Format("lines", (), _plain, lambda value: isinstance(value, str)),
+    Format("nested", (), _nested, _is_nested),
+)
