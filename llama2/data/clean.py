@@ -19,7 +19,8 @@ from llama2.records import Document
 _CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u00ad\u200b\u200e\u200f\u202a-\u202e\u2060\u2066-\u2069\ufeff]")
 _SPACES = re.compile("[\u00a0\u1680\u2000-\u200a\u202f\u205f\u3000]")
 _BOILERPLATE = re.compile(
-    r"(all rights reserved|\bcookies?\b.{0,40}\b(use|accept|polic|setting|consent)|\b(use|accept)s? cookies?\b"
+    r"(all rights reserved|\bcookies? (polic|settings|consent)|\b(accept|reject)( all)? cookies\b"
+    r"|\b(we|site|website) uses? cookies\b"
     r"|privacy policy|terms of (use|service)|terms (and|&) conditions|sign up (for|to)\b|subscribe to (our|the)\b"
     r"|(enable|requires?) javascript|click here to\b|skip to (main )?content|share (this )?on (facebook|twitter|x)\b"
     r"|^(home|log ?in|sign ?in|sign ?up|register|menu|search|share|tweet|advertisement|read more|next|previous)"
