@@ -1,4 +1,4 @@
-"""Rows of files that other people made: JSON, JSON Lines, CSV, TSV, plain lines, Parquet, gzipped or in a zip archive.
+"""Rows of files that other people made: JSON, JSON Lines, CSV, TSV, plain lines, Parquet; packed or in a zip archive.
 
 The importers of `data` and `preferences` (§3.1, §3.2.1) describe public formats as functions from a `Row` to records;
 everything they share lives here: a row knows the file and line it came from, rows that cannot be used are counted by
@@ -24,11 +24,12 @@ from pathlib import Path
 from typing import IO, Any, Generic, Literal, TypeVar
 
 from llama2.errors import UserError, did_you_mean, explain_os_errors, missing_extra
+from llama2.records import open_bytes
 
 KINDS = (".jsonl", ".json", ".csv", ".tsv", ".txt", ".parquet")
 Malformed = Literal["stop", "skip"]
 T = TypeVar("T")
-_NAMELESS = re.compile(r"(train|test|valid|validation|dev|data|dataset|all)([-_.].*)?", re.IGNORECASE)
+_NAMELESS = re.compile(r"(train|test|valid|validation|dev|data|dataset|questions?|all)([-_.].*)?", re.IGNORECASE)
 
 
 class Skip(Exception):
@@ -161,7 +162,7 @@ def _tables_of_file(path: Path, label: str) -> Iterator[Iterator[Row]]:
     if path.suffix != ".zip":
         if not _kind(path.name):
             raise UserError(f"{path}: cannot tell what kind of file this is",
-                            f"known endings: {', '.join(KINDS)}, each also with .gz, and .zip")
+                            f"known endings: {', '.join(KINDS)}, each also with .gz or .zst, and .zip")
         yield _rows(path, str(path), set_name(path.parent.name + "/" + label))
         return
     with _readable(path), zipfile.ZipFile(path) as archive:
@@ -171,14 +172,18 @@ def _tables_of_file(path: Path, label: str) -> Iterator[Iterator[Row]]:
 
 
 def _kind(name: str) -> str:
-    suffix = Path(name.removesuffix(".gz")).suffix
+    suffix = Path(_unpacked(name)).suffix
     return suffix if suffix in KINDS else ""
+
+
+def _unpacked(name: str) -> str:
+    return name.removesuffix(".gz").removesuffix(".zst")
 
 
 def set_name(file: str) -> str:
     """What to call the records of a file: its stem, with its directory where the stem says nothing."""
     parent, _, leaf = file.rpartition("/")
-    stem = leaf.removesuffix(".gz").rpartition(".")[0] or leaf
+    stem = _unpacked(leaf).rpartition(".")[0] or leaf
     return f"{parent.rpartition('/')[2]}/{stem}".lstrip("/") if _NAMELESS.fullmatch(stem) else stem
 
 
@@ -214,8 +219,8 @@ def _opened(path: Path, member: str) -> Iterator[IO[bytes]]:
                 with gzip.open(inner, "rb") as file:
                     yield file  # type: ignore[misc]
         else:
-            with gzip.open(path, "rb") if path.suffix == ".gz" else open(path, "rb") as file:
-                yield file  # type: ignore[misc]
+            with open_bytes(path) as file:
+                yield file
 
 
 def _decoded(path: Path, label: str, member: str) -> Iterator[str]:

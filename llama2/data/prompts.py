@@ -1,7 +1,7 @@
 """Importers of prompts (§3.2.3, §4.2.4) into `records.Prompt`: questions, safety sets, dialogues cut before an answer.
 
-`Prompt.safety` is the tag is_safety(p) of §3.2.3. Sets that label their prompts keep the label in `metadata["label"]`:
-"unsafe" for prompts no one should comply with, "borderline" for prompts that look unsafe and are not.
+`metadata["family"]` is "unsafe" for prompts no one should comply with and "borderline" for prompts that look unsafe and
+are not, where a set tells; both carry `Prompt.safety`, the tag is_safety(p) of §3.2.3.
 """
 
 from __future__ import annotations
@@ -17,16 +17,17 @@ from llama2.records import Dialog, Messages, Prompt, parse
 from llama2.tables import Format, Malformed, Row, Skip, Tally, convert, digest
 from llama2.transcripts import messages, prompt
 
-Label = Literal["", "unsafe", "borderline"]
+Family = Literal["", "unsafe", "borderline"]
 _TEXT_KEYS = ("prompt", "question", "Question", "instruction", "Instruction", "query", "goal", "text")
 
 
-def import_prompts(path: str | os.PathLike[str], format: str = "auto", safety: bool | None = None, name: str = "",
-                   tally: Tally | None = None, malformed: Malformed = "stop") -> Iterator[Prompt]:
+def import_prompts(path: str | os.PathLike[str], format: str = "auto", safety: bool | None = None, family: Family = "",
+                   name: str = "", tally: Tally | None = None, malformed: Malformed = "stop") -> Iterator[Prompt]:
     """The prompts in a file, a directory of files or a zip archive.
 
     format: one of `PROMPT_FORMATS`, or "auto": recognised from the first record of each file.
-    safety: the safety tag of all prompts; None: true for those that their set calls unsafe, else false.
+    safety: the safety tag of all prompts; None: true for the unsafe and the borderline, else false.
+    family: the family of all prompts of whose set it is not known.
     name: the set, kept as `metadata["source"]`; "" takes the name of the file.
     tally: counts rows read, records kept and skipped by reason.
     """
@@ -37,9 +38,9 @@ def import_prompts(path: str | os.PathLike[str], format: str = "auto", safety: b
             continue
         tally.kept += 1
         source = str(item.metadata.get("source", name or row.name))
+        metadata = ({"family": family} if family else {}) | item.metadata | {"source": source}
         yield replace(item, id=item.id or prompt_id(item.messages, source),
-                      safety=item.safety if safety is None else safety,
-                      metadata={**item.metadata, "source": source})
+                      safety=item.safety or bool(family) if safety is None else safety, metadata=metadata)
 
 
 def prompt_id(turns: Messages, source: str) -> str:
@@ -48,9 +49,9 @@ def prompt_id(turns: Messages, source: str) -> str:
     return f"{source}:{digest(said):016x}"
 
 
-def _prompt(turns: Messages, label: Label = "", **metadata: str) -> Prompt:
-    kept = {key: value for key, value in {"label": label, **metadata}.items() if value}
-    return Prompt(turns, safety=label == "unsafe", metadata=kept)
+def _prompt(turns: Messages, family: Family = "", **metadata: str) -> Prompt:
+    kept = {key: value for key, value in {"family": family, **metadata}.items() if value}
+    return Prompt(turns, safety=bool(family), metadata=kept)
 
 
 def _ours(row: Row) -> Iterator[Prompt]:
@@ -63,10 +64,11 @@ def _is_ours(value: Any) -> bool:
             and isinstance(turns[-1], dict) and turns[-1].get("role") == "user")
 
 
-def _column(key: str, label: Label, *categories: str) -> Callable[[Row], Iterator[Prompt]]:
+def _column(key: str, family: Family, *categories: str) -> Callable[[Row], Iterator[Prompt]]:
     """A table with the prompt in one column and, at most, its category in another."""
     def read(row: Row) -> Iterator[Prompt]:
-        yield _prompt(prompt(row.text(key)), label, category=row.text(*categories, optional=True) if categories else "")
+        category = row.text(*categories, optional=True) if categories else ""
+        yield _prompt(prompt(row.text(key)), family, category=category)
     return read
 
 
