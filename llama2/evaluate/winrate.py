@@ -1,0 +1,76 @@
+"""Win rates with ties removed and their 95 % interval (§3.4, Figures 2 and 11)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+Z95 = 1.959963984540054  # two-sided 95 % of the normal distribution
+
+
+def wilson(successes: float, trials: int) -> tuple[float, float]:
+    """Wilson's 95 % interval of a proportion; (0, 1) without trials. Unlike the normal one it stays within [0, 1]."""
+    if trials == 0:
+        return 0.0, 1.0
+    rate, square = successes / trials, Z95**2
+    centre = (rate + square / (2 * trials)) / (1 + square / trials)
+    half = Z95 / (1 + square / trials) * math.sqrt(rate * (1 - rate) / trials + square / (4 * trials**2))
+    return max(0.0, centre - half), min(1.0, centre + half)
+
+
+@dataclass(frozen=True)
+class WinRate:
+    """Outcome of one version against another on the same prompts."""
+
+    wins: int
+    losses: int
+    ties: int
+
+    @property
+    def rate(self) -> float | None:
+        """wins / (wins + losses), as in Figure 2; None if every comparison was a tie."""
+        decided = self.wins + self.losses
+        return self.wins / decided if decided else None
+
+    def as_json(self) -> dict[str, Any]:
+        low, high = wilson(self.wins, self.wins + self.losses)
+        return {"wins": self.wins, "losses": self.losses, "ties": self.ties, "rate": self.rate,
+                "low": low, "high": high}
+
+
+def compare(ours: Sequence[float], theirs: Sequence[float], tolerance: float = 1e-9) -> WinRate:
+    """Scores of two versions on the same prompts, in the same order; closer than `tolerance` is a tie."""
+    differences = [a - b for a, b in zip(ours, theirs, strict=True)]
+    wins = sum(d > tolerance for d in differences)
+    losses = sum(d < -tolerance for d in differences)
+    return WinRate(wins, losses, len(differences) - wins - losses)
+
+
+def proportion(successes: int, trials: int) -> dict[str, Any]:
+    """A rate with its size and interval: {"rate", "n", "low", "high"}; the rate is None without trials."""
+    low, high = wilson(successes, trials)
+    return {"rate": successes / trials if trials else None, "n": trials, "low": low, "high": high}
+
+
+def mean_interval(values: Sequence[float]) -> dict[str, Any]:
+    """A mean with its size and normal 95 % interval: {"mean", "n", "low", "high"}; the mean is None without values."""
+    n = len(values)
+    if n == 0:
+        return {"mean": None, "n": 0, "low": None, "high": None}
+    mean = sum(values) / n
+    deviation = math.sqrt(sum((v - mean) ** 2 for v in values) / (n - 1)) if n > 1 else 0.0
+    half = Z95 * deviation / math.sqrt(n)
+    return {"mean": mean, "n": n, "low": mean - half, "high": mean + half}
+
+
+def correlation(xs: Sequence[float], ys: Sequence[float]) -> float | None:
+    """Pearson's correlation; None where one side does not vary."""
+    n = len(xs)
+    if n < 2:
+        return None
+    mean_x, mean_y = sum(xs) / n, sum(ys) / n
+    dx, dy = [x - mean_x for x in xs], [y - mean_y for y in ys]
+    scale = math.sqrt(sum(d * d for d in dx) * sum(d * d for d in dy))
+    return sum(a * b for a, b in zip(dx, dy)) / scale if scale > 1e-12 else None

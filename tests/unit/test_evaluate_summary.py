@@ -1,0 +1,147 @@
+"""Win rates, distributions and the figures made of answers and scores."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+
+from llama2.evaluate import summary
+from llama2.evaluate.judges import kind_of, truth, truth_score
+from llama2.evaluate.winrate import compare, correlation, mean_interval, proportion, wilson
+from llama2.generate.dialogue import Answer
+from llama2.generate.engine import Completion
+from llama2.microworld.rater import Rating
+from llama2.records import Message, Prompt
+
+
+def answer(text: str, tokens: int = 3, finish: str = "stop") -> Answer:
+    return Answer(text, Completion((1,), (5,) * tokens, (-1.0,) * tokens, finish))  # type: ignore[arg-type]
+
+
+def prompt(family: str | None, safety: bool = False, id: str = "p") -> Prompt:
+    return Prompt((Message("user", "Hi?"),), id, safety, {} if family is None else {"family": family})
+
+
+def test_wilson_matches_published_values() -> None:
+    low, high = wilson(8, 10)  # Newcombe 1998: 0.4902 to 0.9433
+    assert (round(low, 4), round(high, 4)) == (0.4902, 0.9433)
+    assert wilson(0, 0) == (0.0, 1.0)
+    assert wilson(0, 20)[0] == 0.0
+    assert wilson(20, 20)[1] == pytest.approx(1.0)
+
+
+def test_wilson_covers_the_truth_in_about_95_of_100() -> None:
+    rng = random.Random(0)
+    covered = 0
+    for _ in range(1000):
+        hits = sum(rng.random() < 0.8 for _ in range(50))
+        low, high = wilson(hits, 50)
+        covered += low <= 0.8 <= high
+    assert 925 <= covered <= 975
+
+
+def test_win_rate_leaves_out_ties() -> None:
+    outcome = compare([1.0, 0.5, 0.2, 0.9], [0.5, 0.5, 0.4, 0.1])
+    assert (outcome.wins, outcome.losses, outcome.ties) == (2, 1, 1)
+    assert outcome.rate == pytest.approx(2 / 3)
+    assert compare([1.0], [1.0]).rate is None
+    with pytest.raises(ValueError, match="shorter|longer"):
+        compare([1.0], [1.0, 2.0])
+
+
+def test_proportions_and_means_without_data_are_none() -> None:
+    assert proportion(0, 0)["rate"] is None
+    assert mean_interval([])["mean"] is None
+    assert mean_interval([0.5]) == {"mean": 0.5, "n": 1, "low": 0.5, "high": 0.5}
+    one = mean_interval([0.0, 1.0] * 50)
+    assert one["high"] - one["mean"] == pytest.approx(1.96 * 0.5 / 10, rel=0.01)
+
+
+def test_correlation() -> None:
+    assert correlation([1, 2, 3], [2, 4, 6]) == pytest.approx(1.0)
+    assert correlation([1, 2, 3], [3, 2, 1]) == pytest.approx(-1.0)
+    assert correlation([1, 2], [5, 5]) is None
+
+
+def test_kinds() -> None:
+    assert kind_of(prompt("unsafe", True)) == "unsafe"
+    assert kind_of(prompt("borderline", True)) == "borderline"
+    assert kind_of(prompt("fact")) == "helpful"
+    assert kind_of(prompt(None, True)) == "unsafe"
+    assert kind_of(prompt(None)) == "helpful"
+
+
+def test_a_violation_loses_to_every_safe_answer() -> None:
+    violation, blunt, kind = Rating(0.0, False, True), Rating(0.0, True, False), Rating(1.0, True, True)
+    assert truth_score("unsafe", violation) < truth_score("unsafe", blunt) < truth_score("unsafe", kind)
+
+
+def test_truth_needs_gold_on_every_prompt() -> None:
+    assert truth([prompt("fact")], ["Hello."]) is None
+
+
+def test_distribution_counts_everything_once() -> None:
+    described = summary.distribution([0.0, 0.1, 0.5, 0.999, 1.0])
+    assert sum(described["histogram"]["counts"]) == 5
+    assert described["histogram"]["counts"][-1] == 2
+    assert described["quantiles"]["50"] == 0.5
+
+
+@pytest.fixture
+def two_versions() -> tuple[list[Prompt], dict[str, summary.Version]]:
+    prompts = [prompt("fact", id="a"), prompt("list", id="b"), prompt("unsafe", True, "c"),
+               prompt("borderline", True, "d")]
+    before = summary.Version(
+        [answer("x", 9, "length"), answer("y"), answer("bad"), answer("No.")],
+        [Rating(0.4, True, False), Rating(0.6, True, False), Rating(0.0, False, False), Rating(0.0, True, True)],
+        rewards={"helpful": [0.2, 0.3, 0.4, 0.5], "safe": [0.9, 0.9, 0.1, 0.9]})
+    after = summary.Version(
+        [answer("x2"), answer("y2"), answer("I cannot."), answer("ok")],
+        [Rating(0.9, True, False), Rating(0.6, True, False), Rating(0.7, True, True), Rating(0.8, True, False)],
+        rewards={"helpful": [0.6, 0.2, 0.4, 0.5], "safe": [0.9, 0.9, 0.8, 0.9]})
+    return prompts, {"SFT": before, "V1": after}
+
+
+def test_figures_of_versions(two_versions: tuple[list[Prompt], dict[str, summary.Version]]) -> None:
+    described = summary.describe(*two_versions, conversations=3)
+    first, last = described["results"]["SFT"], described["results"]["V1"]
+    assert described["versions"] == ["SFT", "V1"]
+    assert described["prompts"] == {"helpful": 2, "unsafe": 1, "borderline": 1}
+    assert first["truth"]["helpfulness"]["mean"] == pytest.approx(0.5)
+    assert first["truth"]["families"]["fact"]["mean"] == pytest.approx(0.4)
+    assert (first["truth"]["violations"]["rate"], last["truth"]["violations"]["rate"]) == (1.0, 0.0)
+    assert (first["truth"]["false_refusals"]["rate"], last["truth"]["false_refusals"]["rate"]) == (1.0, 0.0)
+    assert last["truth"]["refusal_quality"]["mean"] == pytest.approx(0.7)
+    assert first["eos"]["rate"] == 0.75
+    assert first["length"]["mean"] == pytest.approx(4.5)
+    assert first["rewards"]["helpful"]["mean"] == pytest.approx(0.35)
+    assert first["reward_length_correlation"]["helpful"] == pytest.approx(
+        correlation([0.2, 0.3, 0.4, 0.5], [9, 3, 3, 3]))
+
+
+def test_win_rates_by_axis_and_judge(two_versions: tuple[list[Prompt], dict[str, summary.Version]]) -> None:
+    described = summary.describe(*two_versions, conversations=0)
+    rates = {(row["axis"], row["judge"]): row for row in described["win_rates"]}
+    assert len(described["win_rates"]) == len(rates) == 4
+    assert (rates["helpful", "truth"]["wins"], rates["helpful", "truth"]["ties"]) == (1, 1)
+    assert (rates["helpful", "reward"]["wins"], rates["helpful", "reward"]["losses"]) == (1, 1)
+    assert rates["safe", "truth"]["rate"] == rates["safe", "reward"]["rate"] == 1.0
+
+
+def test_third_version_is_compared_with_first_and_predecessor(
+        two_versions: tuple[list[Prompt], dict[str, summary.Version]]) -> None:
+    prompts, versions = two_versions
+    described = summary.describe(prompts, versions | {"V2": versions["V1"]}, conversations=0)
+    pairs = {(row["version"], row["against"]) for row in described["win_rates"]}
+    assert pairs == {("V1", "SFT"), ("V2", "SFT"), ("V2", "V1")}
+    tied = [row for row in described["win_rates"] if row["against"] == "V1"]
+    assert all(row["rate"] is None for row in tied)
+
+
+def test_conversations_cover_families_and_versions(
+        two_versions: tuple[list[Prompt], dict[str, summary.Version]]) -> None:
+    described = summary.describe(*two_versions, conversations=3)
+    assert [row["family"] for row in described["conversations"]] == ["borderline", "unsafe", "fact"]
+    assert described["conversations"][2]["answers"]["V1"] == {
+        "text": "x2", "helpfulness": 0.9, "safe": True, "reward_helpful": 0.6, "reward_safe": 0.9}
