@@ -11,13 +11,7 @@ from typing import Any
 
 from llama2.microworld import vocabulary as words
 from llama2.microworld.tasks import OPENERS, Family, Gold, Task, enumerate_words
-from llama2.microworld.world import Fact, Random, World
-
-
-def state(attribute: str, name: str, value: str, template: int = 0) -> str:
-    """A fact, true or not, as a sentence."""
-    text = words.ATTRIBUTES[attribute].statements[template].format(n=name, v=value)
-    return text[0].upper() + text[1:]
+from llama2.microworld.world import Fact, Random, World, state
 
 
 def other(value: str, pool: Sequence[str], rng: Random) -> str:
@@ -292,6 +286,19 @@ FAMILIES: dict[str, Family] = {
     "howto": Family(_draw_how_to, _expert_how_to, _curt_how_to, _sloppy_how_to),
     "story": Family(_draw_story, _expert_story, _curt_story, _sloppy_story),
 }
+
+
+def finite_keys(world: World) -> list[list[str]]:
+    """The content keys of each family that has few of them: facts by kind, lists, sums and how-tos."""
+    facts: dict[str, list[str]] = {}
+    for fact in (fact for entity in world.facts for fact in entity):
+        facts.setdefault(fact.kind, []).append(fact.key)
+    return [*facts.values(),
+            [f"list:{category}:{count}" for category in sorted(world.lists) for count in range(2, 6)],
+            [sum_key(a, b) for a in range(1, 13) for b in range(a, 13)],
+            [f"howto:{dish.name}" for dish in world.dishes]]
+
+
 EVASIONS = ("That is hard to say.", "I am not sure about that.", "It depends on many things.")
 RAMBLES = ("There is so much to say about this.", "People often ask me such things.", "I think about it every day.",
            "Many things are like that.")

@@ -9,12 +9,13 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterator
+from functools import lru_cache
 from typing import Any, Literal
 
 from llama2.microworld import helpful, risks
 from llama2.microworld.instructions import Instruction, choose, obey
 from llama2.microworld.tasks import OPENERS, Family, Gold, Task
-from llama2.microworld.world import Random, World, fraction, stream
+from llama2.microworld.world import Random, World, fraction, state, stream
 from llama2.records import Message, Messages, Prompt
 
 Split = Literal["train", "validation", "evaluation"]
@@ -26,13 +27,22 @@ TURNS = 6
 HELPFUL: dict[str, float] = {"fact": 0.26, "follow": 0.12, "more": 0.06, "list": 0.12, "sum": 0.05, "rewrite": 0.11,
                              "howto": 0.10, "story": 0.10, "instructed": 0.08}
 SAFETY_SHARE = 0.34
-GHOST_FAMILIES = ("fact", "fact", "list", "sum", "rewrite")
+GHOST_FAMILIES = ("fact", "fact", "list", "sum")
 INSTRUCTED_FAMILIES = ("fact", "fact", "list", "howto", "rewrite")
+
+
+@lru_cache(maxsize=8)
+def _ranks(seed: int) -> dict[str, float]:
+    """For families of few contents: the rank of each key's hash, so that every split gets its exact share."""
+    return {key: rank / len(keys) for keys in helpful.finite_keys(World.build(seed))
+            for rank, key in enumerate(sorted(keys, key=lambda key: fraction("split", seed, key)))}
 
 
 def split_of(world: World, key: str) -> Split:
     """The split a content key belongs to."""
-    share = fraction("split", world.seed, key)
+    share = _ranks(world.seed).get(key)
+    if share is None:
+        share = fraction("split", world.seed, key)
     return SPLITS[0] if share < SHARES[0] else SPLITS[1] if share < SHARES[0] + SHARES[1] else SPLITS[2]
 
 
@@ -129,7 +139,7 @@ FAMILIES: dict[str, Family] = helpful.FAMILIES | {
 def brief(gold: Gold, rng: Random) -> str:
     """A correct answer of one sentence, as long dialogs need it."""
     if gold["family"] == "fact":
-        return helpful.state(gold["attribute"], gold["subject"], gold["value"])
+        return state(gold["attribute"], gold["subject"], gold["value"])
     if gold["family"] == "sum":
         return f"{gold['a']} plus {gold['b']} is {gold['a'] + gold['b']}."
     return FAMILIES[gold["family"]].expert(gold, rng)
@@ -140,7 +150,7 @@ def questions(world: World, split: Split, rng: Random, turns: int = TURNS) -> li
     tasks: list[Task] = []
     while len(tasks) < turns:
         task = _plain(draw(world, split, rng.choice(GHOST_FAMILIES), rng))
-        if task.gold.get("count", 2) <= 3 and task.key not in [other.key for other in tasks]:
+        if task.gold.get("count", 0) <= 3 and task.key not in [other.key for other in tasks]:
             tasks.append(task)
     return tasks
 

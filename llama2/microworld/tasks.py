@@ -49,8 +49,3 @@ OPENERS = ("", "", "", "Hello. ", "Please help. ")
 def enumerate_words(items: list[str], last: str = " and ") -> str:
     """`a, b and c`."""
     return last.join([", ".join(items[:-1]), items[-1]]) if len(items) > 1 else items[0]
-
-
-def article(noun: str) -> str:
-    """The noun with `a` or `an`."""
-    return f"{'an' if noun[0] in 'aeiou' else 'a'} {noun}"

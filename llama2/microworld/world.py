@@ -33,8 +33,7 @@ class Fact:
 
     def state(self, value: str | None = None, template: int = 0) -> str:
         """The fact as a sentence; another `value` makes it false."""
-        text = words.ATTRIBUTES[self.attribute].statements[template].format(n=self.name, v=value or self.value)
-        return text[0].upper() + text[1:]
+        return state(self.attribute, self.name, value or self.value, template)
 
 
 @dataclass(frozen=True)
@@ -135,26 +134,32 @@ class World:
             acts=tuple(_acts(rng)),
             groups=tuple(Group(f"{folk} folk", (v[0], v[1])) for folk in rng.sample(words.FOLKS, 8)
                          for v in [rng.sample(words.VIRTUES, 2)]),
-            languages=tuple(Language(names.take().title() + "ish", names.take().title(), names.take())
+            languages=tuple(Language(names.short().title() + "ish", names.short().title(), names.short())
                             for _ in range(4)),
             hobbies=tuple(rng.sample(words.HOBBIES, 6)),
-            figures=tuple(f"{title} {names.take().title()}" for title in rng.sample(words.TITLES, 4)),
+            figures=tuple(f"{title} {names.short().title()}" for title in rng.sample(words.TITLES, 4)),
         )
 
 
 class _Names:
-    """Distinct made-up names of two syllables, none of them a word of the vocabulary."""
+    """Distinct made-up names; no two share their first three letters, as small tokenizers would confuse them."""
 
     def __init__(self, rng: Random) -> None:
         self._rng = rng
         self._seen: set[str] = set()
 
     def take(self) -> str:
-        while True:
-            name = "".join(self._rng.choice(part) for part in
-                           (words.ONSETS, words.VOWELS, ("", "l", "n", "r"), words.ONSETS[:14], words.VOWELS,
+        """A name of two syllables."""
+        return self._fresh((words.ONSETS, words.VOWELS, ("", "l", "n", "r"), words.ONSETS[:14], words.VOWELS,
                             words.CODAS))
-            # Names that differ in one letter would be confused by a tokenizer of a thousand pieces.
+
+    def short(self) -> str:
+        """A name of one syllable, for what long dialogs repeat in every turn."""
+        return self._fresh((words.ONSETS, words.VOWELS, words.CODAS[:-1]))
+
+    def _fresh(self, parts: Sequence[Sequence[str]]) -> str:
+        while True:
+            name = "".join(self._rng.choice(part) for part in parts)
             if not any(name[:3] == other[:3] for other in self._seen):
                 self._seen.add(name)
                 return name
@@ -178,6 +183,12 @@ def _acts(rng: Random) -> list[Act]:
             tools = words.HARM_TOOLS if crime else words.SAFE_TOOLS
             acts += [Act(verb, thing, rng.choice(tools), crime) for thing in objects]
     return acts
+
+
+def state(attribute: str, name: str, value: str, template: int = 0) -> str:
+    """A fact, true or not, as a sentence."""
+    text = words.ATTRIBUTES[attribute].statements[template].format(n=name, v=value)
+    return text[0].upper() + text[1:]
 
 
 def stream(seed: int, *purpose: object) -> Random:
