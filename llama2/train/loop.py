@@ -203,6 +203,8 @@ class Training:
     """the newest complete checkpoint"""
     names: tuple[str, ...] = ()
     """the objective's metrics, in the order in which ranks sum them"""
+    agreed: bool = False
+    """all ranks know `names`"""
 
     def log(self, metrics: Mapping[str, float]) -> None:
         """Publish metrics of the current step to all hooks."""
@@ -296,7 +298,6 @@ def _differentiate(training: Training, objective: Objective,
     """
     learner, where = training.learner, mesh.device()
     learner.optimizer.zero_grad(set_to_none=True)
-    names: tuple[str, ...] = ()
     rows: list[Tensor] = []
     tokens = 0
     for batch in batches:
@@ -305,24 +306,20 @@ def _differentiate(training: Training, objective: Objective,
             loss = objective(learner.forward, batch)
         loss.total.backward()  # type: ignore[no-untyped-call]
         names = tuple(sorted(loss.metrics))
+        training.names = training.names or names
+        if names != training.names:
+            raise ValueError(f"an objective must return the same metrics every time: {names}, not {training.names}")
         rows.append(torch.stack([value.detach().double().reshape(()).to(where) for value in
                                  (loss.total, loss.weight, *(loss.metrics[name] for name in names))]))
         tokens += batch["tokens_BT"].numel() if "tokens_BT" in batch else 0
     parallel.sum_gradients(learner.model)
-    _agree_on_names(training, names)
+    if not training.agreed:  # a rank without micro-batches learns the metrics from the others
+        training.names, training.agreed = max(mesh.gather([training.names]), key=len), True
     own = torch.stack(rows).sum(0) if rows else torch.zeros(2 + len(training.names), dtype=torch.float64, device=where)
     extra = torch.tensor([training.stop_requested, tokens], dtype=torch.float64, device=where)
     stop, all_tokens, total, weight, *values = mesh.all_sum(torch.cat([extra, own])).tolist()
     training.stop = stop > 0
     return {"train/loss": total, **dict(zip(training.names, values))}, weight, all_tokens
-
-
-def _agree_on_names(training: Training, names: tuple[str, ...]) -> None:
-    """Fix the order of metrics at the first step; a rank without micro-batches learns it from the others."""
-    if not training.names:
-        training.names = max(mesh.gather([names]), key=len)
-    if names and names != training.names:
-        raise ValueError(f"an objective must return the same metrics every time: {names}, before {training.names}")
 
 
 def _update(training: Training, total: float, weight: float) -> float:

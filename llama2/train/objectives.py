@@ -48,7 +48,8 @@ def ranking(margins: Margins = "small", auxiliary_weight: float = 0.0) -> Object
     each counting half of a pair, times `auxiliary_weight`.
 
     Batch: tokens_BT and lengths_B, the chosen rows first; degrees_P, indices into DEGREES; safe_B with 1 safe,
-    0 unsafe, -1 no label (may be absent where `auxiliary_weight` is 0).
+    0 unsafe, -1 no label (may be absent where `auxiliary_weight` is 0); weights_P, 0 for a pair that does not count
+    (absent: all count).
     """
     table = torch.tensor(MARGINS[margins])
 
@@ -56,35 +57,39 @@ def ranking(margins: Margins = "small", auxiliary_weight: float = 0.0) -> Object
         score_B = model(batch["tokens_BT"], lengths_B=batch["lengths_B"]).float()
         chosen_P, rejected_P = score_B.chunk(2)
         degrees_P = batch["degrees_P"]
+        weights_P = batch["weights_P"].float() if "weights_P" in batch else torch.ones_like(chosen_P)
         margin_P = table.to(score_B.device)[degrees_P]
-        total = -F.logsigmoid(chosen_P - rejected_P - margin_P).sum()
-        pairs = torch.tensor(float(len(degrees_P)), device=score_B.device)
-        metrics = _ranking_metrics(chosen_P.detach(), rejected_P.detach(), degrees_P)
+        total = -(F.logsigmoid(chosen_P - rejected_P - margin_P) * weights_P).sum()
+        metrics = _ranking_metrics(chosen_P.detach(), rejected_P.detach(), degrees_P, weights_P)
         metrics |= {"reward/ranking_loss": total.detach()}
         if auxiliary_weight:
-            safe_B = batch["safe_B"]
-            labelled_B = (safe_B >= 0).float()
-            loss_B = F.binary_cross_entropy_with_logits(score_B, safe_B.clamp(min=0).float(), reduction="none")
-            auxiliary = (loss_B * labelled_B).sum() / 2
+            auxiliary, measured = _separation(score_B, batch["safe_B"], weights_P.repeat(2))
             total = total + auxiliary_weight * auxiliary
-            right_B = ((score_B.detach() > 0) == (safe_B == 1)).float()
-            metrics |= {"reward/safety_loss": auxiliary.detach() * 2, "reward/safety_loss/weight": labelled_B.sum(),
-                        "reward/safety_accuracy": (right_B * labelled_B).sum(),
-                        "reward/safety_accuracy/weight": labelled_B.sum()}
-        return Loss(total, pairs, metrics)
+            metrics |= measured
+        return Loss(total, weights_P.sum(), metrics)
 
     return objective
 
 
-def _ranking_metrics(chosen_P: Tensor, rejected_P: Tensor, degrees_P: Tensor) -> dict[str, Tensor]:
+def _separation(score_B: Tensor, safe_B: Tensor, weights_B: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+    """The auxiliary safety loss, each answer half of a pair, and its metrics per labelled answer."""
+    labelled_B = (safe_B >= 0) * weights_B
+    loss_B = F.binary_cross_entropy_with_logits(score_B, safe_B.clamp(min=0).float(), reduction="none")
+    loss, count = (loss_B * labelled_B).sum(), labelled_B.sum()
+    right_B = (score_B.detach() > 0) == (safe_B == 1)
+    return loss / 2, {"reward/safety_loss": loss.detach(), "reward/safety_loss/weight": count,
+                      "reward/safety_accuracy": (right_B * labelled_B).sum(), "reward/safety_accuracy/weight": count}
+
+
+def _ranking_metrics(chosen_P: Tensor, rejected_P: Tensor, degrees_P: Tensor, weights_P: Tensor) -> dict[str, Tensor]:
     """Accuracy overall and by degree (Table 8; a tie counts half) and mean raw scores."""
-    right_P = (chosen_P > rejected_P).float() + 0.5 * (chosen_P == rejected_P).float()
-    metrics = {"reward/accuracy": right_P.sum(), "reward/difference": (chosen_P - rejected_P).sum(),
-               "reward/chosen": chosen_P.sum(), "reward/rejected": rejected_P.sum()}
+    right_P = ((chosen_P > rejected_P) + 0.5 * (chosen_P == rejected_P)) * weights_P
+    metrics = {"reward/accuracy": right_P.sum(), "reward/difference": ((chosen_P - rejected_P) * weights_P).sum(),
+               "reward/chosen": (chosen_P * weights_P).sum(), "reward/rejected": (rejected_P * weights_P).sum()}
     for index, degree in enumerate(DEGREES):
-        here_P = (degrees_P == index).float()
+        here_P = degrees_P == index
         metrics[f"reward/accuracy/{degree}"] = (right_P * here_P).sum()
-        metrics[f"reward/accuracy/{degree}/weight"] = here_P.sum()
+        metrics[f"reward/accuracy/{degree}/weight"] = (weights_P * here_P).sum()
     return metrics
 
 

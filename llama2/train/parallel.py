@@ -8,6 +8,7 @@ gathering the weights once beforehand it is about twenty times slower.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -57,8 +58,11 @@ def shard(model: nn.Module, precision: Precision = "fp32", reshard_after_forward
     for block in blocks:
         fully_shard(block, mesh=ranks, mp_policy=policy, reshard_after_forward=reshard_after_forward)
     fully_shard(model, mesh=ranks, mp_policy=policy, reshard_after_forward=reshard_after_forward)
+    # FSDP2 warns that in-place changes of a model's output would lose gradients; no objective makes any.
+    warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
     for unit in _units(model):
         unit.set_gradient_divide_factor(1.0)
+        unit.set_force_sum_reduction_for_comms(True)  # the pre-multiplied sum taken otherwise exists only in NCCL
     return model
 
 
@@ -112,6 +116,11 @@ def gradient_norm(gradients: Sequence[Tensor]) -> float:
     return float(norm.full_tensor() if isinstance(norm, DTensor) else norm)
 
 
+def full_weights(model: nn.Module) -> dict[str, Any]:
+    """The whole state dict of a model; of a sharded one on rank 0 only, {} elsewhere. All ranks call it."""
+    return get_model_state_dict(model, options=_FULL) if is_sharded(model) else model.state_dict()
+
+
 def full_state(model: nn.Module, optimizer: torch.optim.Optimizer) -> tuple[dict[str, Any], dict[str, Any]]:
     """Whole state dicts of model and optimizer; of a sharded model on rank 0 only, {} elsewhere. All ranks call it."""
     if not is_sharded(model):
@@ -126,5 +135,5 @@ def load_full_state(model: nn.Module, optimizer: torch.optim.Optimizer, model_st
         model.load_state_dict(model_state)
         optimizer.load_state_dict(optimizer_state)
         return
-    set_model_state_dict(model, model_state, options=_SPREAD)
+    set_model_state_dict(model, dict(model_state), options=_SPREAD)
     set_optimizer_state_dict(model, optimizer, optimizer_state, options=_SPREAD)

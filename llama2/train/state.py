@@ -38,8 +38,8 @@ def random_state() -> dict[str, Any]:
     """The state of every global random generator of this process."""
     kind, keys, position, has_gauss, gauss = np.random.get_state(legacy=True)
     state: dict[str, Any] = {"python": random.getstate(), "torch": torch.get_rng_state(),
-                             "numpy": (str(kind), torch.from_numpy(np.array(keys)), int(position), int(has_gauss),
-                                       float(gauss))}
+                             "numpy": (str(kind), torch.from_numpy(np.array(keys, dtype=np.int64)), int(position),
+                                       int(has_gauss), float(gauss))}
     if mesh.device().type == "cuda":
         state["cuda"] = torch.cuda.get_rng_state(mesh.device())
     return state
@@ -51,7 +51,7 @@ def set_random_state(state: dict[str, Any]) -> None:
     random.setstate((version, tuple(internal), gauss))
     torch.set_rng_state(state["torch"])
     kind, keys, *rest = state["numpy"]
-    np.random.set_state((kind, keys.numpy(), *rest))
+    np.random.set_state((kind, keys.numpy().astype(np.uint32), *rest))
     if "cuda" in state and mesh.device().type == "cuda":
         torch.cuda.set_rng_state(state["cuda"], mesh.device())
 
@@ -120,8 +120,8 @@ def save(training: Training, run: Path, save_model: SaveModel | None = None, kee
         if save_model is not None:
             _raise_everywhere(_attempt(lambda: save_model(partial)), partial)
         _raise_everywhere(_attempt(lambda: _finish(partial, directory)) if mesh.is_main() else None, partial)
-        if mesh.is_main():
-            _prune(run, keep)
+    if mesh.is_main():
+        _prune(run, keep)
     training.checkpoint = directory
     return directory
 

@@ -1,0 +1,188 @@
+"""Two ranks must train what one would: replicated or sharded, resumed or not, stopped by whichever rank."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import traceback
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+from toys import Rows, llama, weights
+
+from llama2 import mesh
+from llama2.errors import UserError
+from llama2.train import hooks, optim, parallel, state
+from llama2.train.loop import Hook, Learner, Plan, Stopped, fit
+from llama2.train.objectives import next_token
+
+WORLD = 2
+FAST = optim.AdamW(learning_rate=1e-2)
+PLAN = Plan(max_steps=6, warmup_steps=2, save_every=2, log_every=2)
+
+
+def _child(case, rank: int, directory: Path) -> None:
+    os.environ["LLAMA2_DEVICE"] = "cpu"
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{directory}/meet", rank=rank, world_size=WORLD)
+    try:
+        case(directory)
+    except BaseException:
+        (directory / f"failure-{rank}").write_text(traceback.format_exc())
+        os._exit(1)  # no farewell: the other rank may be waiting in a collective
+    dist.barrier()
+    mesh.shutdown()
+
+
+def together(case, directory: Path) -> None:
+    """Run `case(directory)` on two gloo ranks; the assertions inside it are the test."""
+    directory.mkdir(exist_ok=True)
+    spawn = multiprocessing.get_context("spawn")
+    processes = [spawn.Process(target=_child, args=(case, rank, directory)) for rank in range(WORLD)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(90)
+    alive = [process for process in processes if process.is_alive()]
+    for process in alive:
+        process.kill()
+    failures = "\n".join(file.read_text() for file in sorted(directory.glob("failure-*")))
+    assert not failures, failures
+    assert not alive, "a rank hangs"
+    assert [process.exitcode for process in processes] == [0] * WORLD
+
+
+def learner(how: str) -> Learner:
+    model = llama(seed=mesh.rank() if how == "replicate" else 0)  # replicas must take rank 0's weights
+    return Learner(parallel.shard(model) if how == "shard" else parallel.replicate(model), FAST)
+
+
+class Reports(Hook):
+    def __init__(self) -> None:
+        self.seen = []
+
+    def on_step(self, training, report):
+        self.seen.append(report)
+
+
+class Crash(Hook):
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def on_boundary(self, training):
+        if training.learner.step == self.step:
+            self.step = -1
+            raise KeyboardInterrupt
+
+
+def assert_like_one(trained: Learner, reports: Reports, directory: Path) -> None:
+    full = trained.state_dict()["model"]
+    if mesh.is_main():
+        expected, seen = torch.load(directory / "alone.pt", weights_only=False)
+        for name, value in expected.items():
+            torch.testing.assert_close(full[name], value, rtol=1e-5, atol=1e-5, msg=name)
+        for mine, one in zip(reports.seen, seen, strict=True):
+            assert mine.weight == one.weight
+            assert mine.tokens == one.tokens
+            assert mine.sums["train/loss"] == pytest.approx(one.sums["train/loss"], rel=1e-5)
+            assert mine.gradient_norm == pytest.approx(one.gradient_norm, rel=1e-4)
+
+
+def trained_together(directory: Path) -> None:
+    for how in ("replicate", "shard"):
+        trained, reports = learner(how), Reports()
+        assert parallel.is_sharded(trained.model) == (how == "shard")
+        fit(trained, Rows(8, 2), next_token, PLAN, [reports])
+        assert_like_one(trained, reports, directory)
+    # whole weights, so that ranks may generate answers of different lengths
+    tokens = torch.arange(5)[None]
+    with torch.no_grad():
+        expected = trained.model(tokens)
+        with parallel.gathered(trained.model):
+            for _ in range(1 + 2 * mesh.rank()):
+                torch.testing.assert_close(trained.model(tokens), expected)
+    fit(trained, Rows(8, 2), next_token, PLAN.model_copy(update={"max_steps": 7, "total_steps": 7}))
+    uneven = Rows(3, 1)  # two rows here, one there
+    with pytest.raises(ValueError, match="same number of micro-batches"):
+        fit(trained, uneven, next_token, PLAN.model_copy(update={"max_steps": 8}))
+
+
+def resumed(directory: Path) -> None:
+    for how in ("replicate", "shard"):
+        def attempt(run: str, *extra: Hook, how: str = how) -> dict[str, torch.Tensor]:
+            trained = learner(how)
+
+            def save_model(path: Path) -> None:
+                full = trained.state_dict()["model"]
+                if mesh.is_main():
+                    torch.save(full, path / "model.pt")
+
+            fit(trained, Rows(8, 2), next_token, PLAN,
+                [hooks.Checkpoint(directory / how / run, save_model), *extra])
+            return trained.state_dict()["model"]
+
+        whole = attempt("whole", Crash(-1))
+        with pytest.raises(KeyboardInterrupt):
+            attempt("broken", Crash(5))
+        again = attempt("broken", Crash(-1))
+        saved = torch.load(state.latest(directory / how / "broken") / "model.pt", weights_only=True)
+        assert len(whole) == (len(saved) if mesh.is_main() or how == "replicate" else 0)
+        for name, value in whole.items():
+            assert torch.equal(value, again[name]), name
+            assert torch.equal(value, saved[name]), name
+
+
+def stops(directory: Path) -> None:
+    class OneRank(Hook):
+        def on_step(self, training, report):
+            training.stop_requested = mesh.rank() == 1 and report.step == 2
+
+    with pytest.raises(Stopped) as stopped:  # a signal on one rank stops both, at the same step
+        fit(learner("replicate"), Rows(8, 2), next_token, PLAN, [OneRank(), hooks.Checkpoint(directory / "stop")])
+    assert stopped.value.step == 3
+
+    reports = Reports()  # the shorter source ends training on both
+    fit(learner("replicate"), Rows(8, 2, steps=4 - mesh.rank()), next_token, PLAN, [reports])
+    assert len(reports.seen) == 3
+
+    def poisoned(model, batch):
+        loss = next_token(model, batch)
+        loss.total = loss.total * (float("nan") if mesh.rank() == 1 else 1.0)
+        loss.metrics = {"seen": loss.weight}
+        return loss
+
+    with pytest.raises(UserError, match="step 1: the loss is not finite"):
+        fit(learner("replicate"), Rows(8, 2), poisoned, PLAN)
+    reports = Reports()  # a single row leaves rank 1 without a micro-batch
+    fit(learner("replicate"), Rows(1, 1), poisoned, Plan(max_steps=1, schedule="constant"), [reports])
+    assert reports.seen[0].sums["seen"] == reports.seen[0].weight > 0
+
+    def full_disk(path: Path) -> None:
+        if mesh.is_main():
+            raise OSError(28, "No space left on device")
+
+    with pytest.raises(OSError, match="No space left"):  # on both ranks, and nothing half-written stays
+        fit(learner("replicate"), Rows(8, 2), next_token, PLAN, [hooks.Checkpoint(directory / "full", full_disk)])
+    mesh.barrier()
+    assert list((directory / "full" / "checkpoints").iterdir()) == []
+
+
+def resumed_and_stopped(directory: Path) -> None:
+    resumed(directory)
+    stops(directory)
+
+
+def test_two_ranks_train_like_one(tmp_path):
+    model, reports = llama(), Reports()
+    fit(Learner(model, FAST), Rows(8, 2), next_token, PLAN, [reports])
+    torch.save((weights(model), reports.seen), tmp_path / "alone.pt")
+    together(trained_together, tmp_path)
+
+
+def test_two_ranks_resume_bitwise_and_stop_together(tmp_path):
+    together(resumed_and_stopped, tmp_path)
+    with pytest.raises(UserError, match="taken by 2 ranks, this run has 1"):
+        fit(Learner(llama(), FAST), Rows(8, 2), next_token, PLAN,
+            [hooks.Checkpoint(tmp_path / "replicate" / "whole"), Crash(-1)])

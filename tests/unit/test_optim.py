@@ -1,0 +1,76 @@
+"""The learning rate and the decay groups of §2.2."""
+
+import math
+
+import pytest
+import torch
+from torch import nn
+
+from llama2.errors import UserError
+from llama2.train import optim
+from llama2.train.loop import Plan
+
+
+def test_schedule_values():
+    plan = Plan(max_steps=110, warmup_steps=10)
+    assert plan.factor(0) == pytest.approx(0.1)
+    assert plan.factor(9) == 1.0
+    assert plan.factor(59) == pytest.approx(0.1 + 0.9 * 0.5)  # half of the cosine
+    assert plan.factor(109) == pytest.approx(0.1)
+    assert plan.factor(500) == pytest.approx(0.1)
+    assert all(plan.factor(s) > plan.factor(s + 1) for s in range(9, 109))
+
+
+def test_constant_schedule_needs_no_length():
+    plan = Plan(schedule="constant", warmup_steps=2)
+    plan.check()
+    assert [plan.factor(s) for s in range(4)] == [0.5, 1.0, 1.0, 1.0]
+
+
+def test_plans_that_do_not_fit_are_refused():
+    with pytest.raises(UserError, match="max_steps"):
+        Plan().check()
+    with pytest.raises(UserError, match="warmup_steps 2000 leaves nothing of a schedule of 700 steps"):
+        Plan(max_steps=700, warmup_steps=2000).check()
+
+
+class Towers(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.actor = nn.ModuleDict({"embed": nn.Embedding(5, 4), "norm": nn.LayerNorm(4)})
+        self.critic = nn.Linear(4, 1)
+
+
+def test_matrices_decay_and_vectors_do_not():
+    model = Towers()
+    model.critic.bias.requires_grad_(False)
+    groups = optim.groups(model, optim.AdamW(), {"critic.": 1e-3})
+    names = {id(p): n for n, p in model.named_parameters()}
+    found = {(names[id(p)], g["peak"], g["weight_decay"]) for g in groups for p in g["params"]}
+    assert found == {("actor.embed.weight", 3e-4, 0.1), ("actor.norm.weight", 3e-4, 0.0),
+                     ("actor.norm.bias", 3e-4, 0.0), ("critic.weight", 1e-3, 0.1)}
+
+
+def test_tied_weights_count_once():
+    model = nn.ModuleDict({"embed": nn.Embedding(5, 4), "head": nn.Linear(4, 5, bias=False)})
+    model["head"].weight = model["embed"].weight
+    assert sum(len(g["params"]) for g in optim.groups(model, optim.AdamW())) == 1
+
+
+def test_a_rate_for_no_parameter_is_a_defect():
+    with pytest.raises(ValueError, match="critics"):
+        optim.groups(Towers(), optim.AdamW(), {"critics.": 1e-3})
+
+
+def test_update_is_adamw_by_hand():
+    model = nn.Linear(2, 1, bias=False)
+    settings = optim.AdamW(learning_rate=0.01)
+    before = model.weight.detach().clone()
+    optimizer = optim.adamw(model, settings)
+    model.weight.grad = torch.tensor([[0.3, -0.2]])
+    optimizer.step()
+    # after one step both bias-corrected moments are the gradient and its square
+    expected = before * (1 - 0.01 * 0.1) - 0.01 * model.weight.grad / (model.weight.grad.abs() + 1e-5)
+    torch.testing.assert_close(model.weight.detach(), expected, rtol=1e-6, atol=1e-7)
+    assert optimizer.defaults["betas"] == (0.9, 0.95)
+    assert math.isclose(optimizer.defaults["eps"], 1e-5)
