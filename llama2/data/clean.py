@@ -18,21 +18,22 @@ from llama2.records import Document
 # Cc without tab and newline, zero-width and direction marks, the byte order mark, and line separators
 _CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u00ad\u200b\u200e\u200f\u202a-\u202e\u2060\u2066-\u2069\ufeff]")
 _SPACES = re.compile("[\u00a0\u1680\u2000-\u200a\u202f\u205f\u3000]")
-_BOILERPLATE = re.compile(
-    r"(all rights reserved|\bcookies? (polic|settings|consent)|\b(accept|reject)( all)? cookies\b"
-    r"|\b(we|site|website) uses? cookies\b"
-    r"|privacy policy|terms of (use|service)|terms (and|&) conditions|sign up (for|to)\b|subscribe to (our|the)\b"
-    r"|(enable|requires?) javascript|click here to\b|skip to (main )?content|share (this )?on (facebook|twitter|x)\b"
-    r"|^(home|log ?in|sign ?in|sign ?up|register|menu|search|share|tweet|advertisement|read more|next|previous)"
-    r"(\s*[|>/·»]\s*[\w ]{1,20})*$)",
-    re.IGNORECASE,
+_PHRASES = (  # what a boilerplate line holds or begins with, in lower case
+    "all rights reserved", "cookie policy", "cookie settings", "use cookies", "uses cookies", "accept all cookies",
+    "accept cookies", "privacy policy", "terms of use", "terms of service", "terms and conditions",
+    "terms & conditions", "sign up for", "subscribe to our", "enable javascript", "requires javascript", "click here to",
 )
+_BEGINNINGS = ("skip to content", "skip to main content", "back to top", "read more", "share on", "share this",
+               "advertisement")
+_NAVIGATION = {"home", "about", "contact", "login", "log", "in", "sign", "up", "register", "menu", "search", "shop",
+               "cart", "blog", "news", "faq", "next", "previous", "share", "tweet", "|", ">", "/", "·", "»", "•"}
+_TAGS = re.compile(r"(?:\s*</?[a-zA-Z][^<>]*>)+")
 _EMAIL = re.compile(r"(?<![\w.+-])[\w.+-]{1,64}@(?:[\w-]{1,63}\.){1,8}[a-zA-Z]{2,24}\b")
 _IP = re.compile(r"(?<![\w.])(?:\d{1,3}\.){3}\d{1,3}(?![\w]|\.\d)")
 _PHONE = re.compile(
     r"(?<![\w.,/-])(?:"
     r"\+\d{1,3}[ .-]?(?:\(\d{1,4}\)[ .-]?)?\d{1,4}(?:[ .-]?\d{2,4}){2,4}"  # +44 20 7946 0018
-    r"|(?:1[ .-])?\(\d{3}\)[ .-]?\d{3}[ .-]\d{4}"  # (555) 010-9999
+    r"|(?:1[ .-])?\(\d{3}\)[ .-]?\d{3,4}[ .-]\d{4}"  # (555) 010-9999
     r"|(?:1[ .-])?\d{3}([ .-])\d{3}\1\d{4}"  # 555-010-9999
     r"|0\d{2,4}[ /-]\d{3,4}[ -]?\d{3,4}"  # 020 7946 0018
     r")(?![\w-]|[.,]\d)"
@@ -41,10 +42,12 @@ _PHONE = re.compile(
 
 @dataclass(frozen=True)
 class Rules:
-    """What to clean. A document is dropped below `min_characters`, or when more than `max_repeated` of its characters
-    lie in lines that it repeats, or when one word makes up more than `max_one_word` of 50 words and more."""
+    """What to clean. A document is dropped below `min_characters`, or when more than `max_symbols` of its visible
+    characters are neither letters nor digits, or more than `max_repeated` of its characters lie in lines that it
+    repeats, or one word makes up more than `max_one_word` of 50 words and more."""
 
     min_characters: int = 20
+    max_symbols: float = 0.7
     max_repeated: float = 0.3
     max_one_word: float = 0.3
     remove_boilerplate: bool = True
@@ -70,21 +73,33 @@ def clean(
 def clean_text(text: str, rules: Rules, counts: Counter[str]) -> str:
     """One text with broken characters, boilerplate lines and personal data taken care of."""
     text = unicodedata.normalize("NFC", text.replace("\r\n", "\n").replace("\r", "\n").replace("\u2028", "\n"))
+    text = text.replace("&nbsp;", " ")
     text, removed = _CONTROL.subn("", text)
     counts["control characters removed"] += removed
     lines = [_SPACES.sub(" ", line).rstrip() for line in text.split("\n")]
     if rules.remove_boilerplate:
-        kept = [line for line in lines if len(line) > 200 or not _BOILERPLATE.search(line.strip())]
+        kept = [line for line in lines if not is_boilerplate(line)]
         counts["boilerplate lines removed"] += len(lines) - len(kept)
         lines = kept
     text = re.sub(r"\n{3,}", "\n\n", "\n".join(lines)).strip("\n")
     return mask_personal_data(text, counts) if rules.mask_personal_data else text
 
 
+def is_boilerplate(line: str) -> bool:
+    """Whether a line is a menu, a notice, a footer or nothing but tags. Lines of over 200 characters never are."""
+    words = line.lower().split()
+    if not words or len(line) > 200:
+        return False
+    plain = " ".join(words)
+    return (plain.startswith(_BEGINNINGS) or any(phrase in plain for phrase in _PHRASES)
+            or all(word in _NAVIGATION for word in words) or (plain[0] == "<" and bool(_TAGS.fullmatch(plain))))
+
+
 def mask_personal_data(text: str, counts: Counter[str]) -> str:
     """E-mail addresses, telephone numbers and IP addresses replaced by [email], [phone] and [ip address]."""
-    text, emails = _EMAIL.subn("[email]", text)
-    counts["e-mail addresses masked"] += emails
+    if "@" in text:
+        text, emails = _EMAIL.subn("[email]", text)
+        counts["e-mail addresses masked"] += emails
 
     def mask_ip(found: re.Match[str]) -> str:
         try:
@@ -105,6 +120,9 @@ def _unfit(text: str, rules: Rules) -> str:
         return "too short"
     if text.count("\ufffd") > 0.01 * len(text):
         return "broken encoding"
+    visible = len(text) - sum(map(str.isspace, text))
+    if visible - sum(map(str.isalnum, text)) > rules.max_symbols * visible:
+        return "mostly symbols"
     lines = Counter(line.strip() for line in text.split("\n") if line.strip())
     repeated = sum(len(line) * (count - 1) for line, count in lines.items())
     if repeated > rules.max_repeated * len(text):

@@ -23,10 +23,14 @@ def fingerprint(text: str) -> int:
     return int.from_bytes(hashlib.blake2b(words.encode(), digest_size=8).digest(), "little")
 
 
-def drop_duplicates(documents: Iterable[Document], counts: Counter[str] | None = None) -> Iterator[Document]:
-    """The first document of each text. About 60 bytes of memory a document."""
+def drop_duplicates(documents: Iterable[Document], counts: Counter[str] | None = None,
+                    seen: set[int] | None = None) -> Iterator[Document]:
+    """The first document of each text. About 60 bytes of memory a document.
+
+    Sources that share `seen` are deduplicated against one another.
+    """
     counts = Counter() if counts is None else counts
-    seen: set[int] = set()
+    seen = set() if seen is None else seen
     for document in documents:
         key = fingerprint(document.text)
         if key in seen:

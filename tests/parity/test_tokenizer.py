@@ -91,6 +91,21 @@ def test_agrees_with_sentencepiece(directory: Path, tokenizer: Tokenizer) -> Non
     assert all(tokenizer.decode(raw.encode(text)) == raw.decode(raw.encode(text)) for text in STRINGS)
 
 
+@settings(deadline=None, max_examples=100)
+@given(parts=st.lists(st.one_of(MARKS, st.sampled_from(["the", "mill ", " 1987", "  old", "."]), st.text(max_size=3)),
+                      min_size=1, max_size=30), part=st.integers(1, 12))
+def test_long_texts_in_parts_have_the_ids_of_the_whole(
+    directory: Path, tokenizer: Tokenizer, parts: list[str], part: int
+) -> None:
+    raw = sentencepiece.SentencePieceProcessor(model_file=str(directory / "tokenizer.model"))
+    text = "".join(parts)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("llama2.tokenizer.tokenizer._PART", part)
+        assert tokenizer.encode(text) == raw.encode(text)
+    book = (text + "the mill by the river ") * 600
+    assert tokenizer.encode(book) == raw.encode(book)
+
+
 def test_training_is_deterministic_and_bounded(tmp_path: Path) -> None:
     first = train(corpus(), 350, tmp_path / "a", sample_bytes=8000, seed=3)
     again = train(iter(corpus()), 350, tmp_path / "b", sample_bytes=8000, seed=3)

@@ -14,6 +14,7 @@ from llama2.records import Document
     ("Server 192.168.10.254, port 80", "Server [ip address], port 80"),
     ("Call (555) 010-9999 now", "Call [phone] now"),
     ("Call 555-010-9999.", "Call [phone]."),
+    ("Call Ann at (555) 0166-7117", "Call Ann at [phone]"),
     ("Call +44 20 7946 0018 or 1-800-555-0199", "Call [phone] or [phone]"),
     ("Ring 020 7946 0018!", "Ring [phone]!"),
 ])
@@ -39,21 +40,34 @@ def test_broken_characters_and_lines() -> None:
     assert (counts["control characters removed"], counts["boilerplate lines removed"]) == (3, 2)
 
 
+@pytest.mark.parametrize("line", [
+    "Home | About | Contact | Login", "MENU  SEARCH  SHOP", "Skip to main content", '<div class="nav">',
+    "We use cookies to improve your experience.", "Please enable JavaScript to continue.", "</div></body>",
+    "Subscribe to our newsletter!", "Click here to read more...", "  Share  on:  Chirper | Facepage &nbsp;", "Copyright 2023. All rights reserved.",
+    "Terms of use | Privacy policy", "Back to top",
+])
+def test_boilerplate_lines(line: str) -> None:
+    counts: Counter[str] = Counter()
+    assert clean_text(f"before\n{line}\nafter", Rules(), counts) == "before\nafter"
+    assert counts["boilerplate lines removed"] == 1
+
+
 def test_a_sentence_about_menus_stays() -> None:
     text = ("Home is where the heart is.\nI use two cookies a day; she accepts.\nNext day they searched for the menu.\n"
-            "    if share: search()\n\tx")
+            "    if share: search()\n\tx <b>\n3 + 4 = 7")
     assert clean_text(text, Rules(), Counter()) == text
 
 
 def test_documents_are_dropped_by_rule_and_counted() -> None:
     documents = [Document(text) for text in (
-        "A fine document with enough text in it.", "short", "same line here\n" * 9, "buy " * 60 + "now", "\ufffd" * 40)]
+        "A fine document with enough text in it.", "short", "same line here\n" * 9, "buy " * 60 + "now", "\ufffd" * 40,
+        "$%&*+=~ ^_|<>#$ &*+x")]
     counts: Counter[str] = Counter()
     kept = list(clean(iter(documents), Rules(), counts))
     assert kept == documents[:1]
     assert kept[0] is documents[0]
     assert {name: count for name, count in counts.items() if count} == {
-        "documents": 5, "kept": 1, "dropped: too short": 1, "dropped: repeated lines": 1,
+        "documents": 6, "kept": 1, "dropped: mostly symbols": 1, "dropped: too short": 1, "dropped: repeated lines": 1,
         "dropped: one word over and over": 1, "dropped: broken encoding": 1}
 
 
