@@ -40,7 +40,9 @@ class Completion:
 
 
 class Generator(Protocol):
-    """Whatever completes prompts."""
+    """Whatever completes prompts. `context` is the most tokens of prompt and completion together."""
+
+    context: int
 
     def generate(
         self, prompts: Sequence[Tokens], sampling: Sampling, indices: Sequence[int] | None = None

@@ -11,7 +11,7 @@ import sys
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
 from pydantic import Field
 
@@ -35,8 +35,6 @@ class Source(config.Config):
     path: Path
     format: str = "auto"
     """the name of a format (docs/data.md); auto: recognised from the first record of each file"""
-    name: str = ""
-    """what to call the set; empty: after the file"""
     axis: Axis | None = None
     """what answers were compared for; empty: as the format says, safe below a path with `harmless`, else helpful"""
     safety: bool | None = None
@@ -56,7 +54,8 @@ class Config(StageConfig):
 
     kind: Kind
     """what to make; comparisons can serve as dialogs (the preferred answers) and as prompts, dialogs as prompts"""
-    sources: Annotated[tuple[Source, ...], Field(min_length=1)]
+    sources: dict[str, Source] = {}
+    """name of the set -> {path, ...}; the records carry the name as `metadata.source`"""
     heldout: float = Field(0.0, ge=0, lt=1)
     """share of the opening turns that goes to heldout-<kind>.jsonl"""
     exclude: tuple[Path, ...] = ()
@@ -69,6 +68,7 @@ class Config(StageConfig):
 class _Imported:
     """What became of one source."""
 
+    name: str
     source: Source
     tally: Tally
     train: list[Record] = field(default_factory=list)
@@ -79,9 +79,11 @@ def run(config: Config, run: Run) -> None:
     """Write <kind>.jsonl, heldout-<kind>.jsonl if a share is held out, and summary.json."""
     if not mesh.is_main():
         return
+    if not config.sources:
+        raise UserError("there is nothing to import: 'sources' is empty", "name files: --sources.mine.path FILE")
     excluded = {opening(prompt.messages) for path in config.exclude for prompt in import_prompts(path)}
     seen: set[str] = set()
-    imported = [_import(config, source, excluded, seen) for source in config.sources]
+    imported = [_import(config, name, source, excluded, seen) for name, source in config.sources.items()]
     train = _shuffled((copy for item in imported for copy in _repeated(item, config.seed)), config.seed)
     heldout = _shuffled((record for item in imported for record in item.heldout), config.seed)
     if not train or (config.heldout and not heldout):
@@ -95,7 +97,7 @@ def run(config: Config, run: Run) -> None:
     run.write_json("summary.json", {"kind": config.kind, "train": _sizes(train), "heldout": _sizes(heldout),
                                     "sources": described})
     for line in described:
-        print(f"{line['path']}: {line['train']} to train on, {line['heldout']} held out, skipped {line['skipped']}",
+        print(f"{line['name']}: {line['train']} to train on, {line['heldout']} held out, skipped {line['skipped']}",
               file=sys.stderr)
 
 
@@ -110,11 +112,11 @@ def is_heldout(turns: Messages, share: float) -> bool:
     return digest("heldout", opening(turns)) < share * 2.0 ** 64
 
 
-def _import(config: Config, source: Source, excluded: set[str], seen: set[str]) -> _Imported:
+def _import(config: Config, name: str, source: Source, excluded: set[str], seen: set[str]) -> _Imported:
     """One source: what is too long, excluded or already there left out, then limited, then split."""
-    result = _Imported(source, Tally())
+    result = _Imported(name, source, Tally())
     kept: list[Record] = []
-    for record in _read(config.kind, source, result.tally):
+    for record in _read(config.kind, name, source, result.tally):
         reason = _unwanted(config, record, excluded, seen)
         if reason:
             result.tally.skipped[reason] += 1
@@ -139,9 +141,9 @@ def _unwanted(config: Config, record: Record, excluded: set[str], seen: set[str]
     return "duplicate" if _key(record) in seen else ""
 
 
-def _read(kind: Kind, source: Source, tally: Tally) -> Iterator[Record]:
+def _read(kind: Kind, name: str, source: Source, tally: Tally) -> Iterator[Record]:
     """The records of one source as `kind`, comparisons turned into dialogs or prompts where that is asked for."""
-    how: dict[str, Any] = {"name": source.name, "tally": tally, "malformed": source.malformed}
+    how: dict[str, Any] = {"name": name, "tally": tally, "malformed": source.malformed}
     comparisons = kind == "preferences" or holds_preferences(first(source.path), source.format)
     if not comparisons:
         if kind == "dialogs":
@@ -203,5 +205,5 @@ def _sizes(items: list[Record]) -> dict[str, Any]:
 
 
 def _describe(item: _Imported) -> dict[str, Any]:
-    return {"path": str(item.source.path), **item.tally.summary(), "train": len(item.train),
+    return {"name": item.name, "path": str(item.source.path), **item.tally.summary(), "train": len(item.train),
             "heldout": len(item.heldout), "characters_per_record": _sizes(item.train)["characters_per_record"]}

@@ -27,7 +27,7 @@ import yaml
 from llama2 import mesh, runs
 from llama2.config import StageConfig, build, parse
 from llama2.errors import UserError, explain_os_errors
-from llama2.train.hooks import Stopped
+from llama2.train.loop import Stopped
 
 
 @dataclass(frozen=True)
@@ -68,11 +68,12 @@ def stage(verb: str) -> Any:
 
 def command(verb: str, arguments: Sequence[str]) -> int:
     """Parse and carry out one command line; the exit status."""
-    flags = [flag for flag in arguments if flag not in ("--dry-run", "--json")]
+    ranks, flags = _ranks([flag for flag in arguments if flag not in ("--dry-run", "--json")])
     module = stage(verb)
     config = parse(module.Config, _positional(module, flags), f"llama2 {verb}")
     if "--dry-run" in arguments:
-        plan = {"config": config.model_dump(mode="json"), **(module.plan(config) if hasattr(module, "plan") else {})}
+        plan = {"config": config.model_dump(mode="json")}
+        plan |= module.plan(config, ranks) if hasattr(module, "plan") else {}
         print(json.dumps(plan, indent=1) if "--json" in arguments else yaml.safe_dump(plan, sort_keys=False), end="")
         return 0
     try:
@@ -87,6 +88,18 @@ def command(verb: str, arguments: Sequence[str]) -> int:
     finally:
         mesh.shutdown()
     return 0
+
+
+def _ranks(flags: list[str]) -> tuple[int, list[str]]:
+    """`--ranks N` says for how many ranks a dry run should plan; torchrun's environment says so too."""
+    ranks = int(os.environ.get("WORLD_SIZE", "1"))
+    if "--ranks" in flags:
+        place = flags.index("--ranks")
+        value = flags[place + 1] if place + 1 < len(flags) else ""
+        if not value.isdigit() or int(value) < 1:
+            raise UserError(f"--ranks takes a positive whole number, not '{value}'", "for example --dry-run --ranks 64")
+        ranks, flags = int(value), flags[:place] + flags[place + 2:]
+    return ranks, flags
 
 
 def _positional(module: Any, flags: list[str]) -> list[str]:

@@ -71,7 +71,7 @@ def steps_of(recipe: Config) -> dict[str, Step]:
     for name, given in recipe.steps.items():
         values = dict(given)
         needs: set[str] = set()
-        own = {key: values.pop(key) for key in ("processes", "cores", "seconds") if key in values}
+        own: dict[str, Any] = {key: values.pop(key) for key in ("processes", "cores", "seconds") if key in values}
         verb = values.pop("verb", None)
         if verb not in launch.VERBS or not launch.VERBS[verb].makes_run:
             raise UserError(f"steps.{name}: unknown verb '{verb}'",
@@ -109,14 +109,14 @@ def _resolved(value: Any, recipe: Config, steps: Mapping[str, Step], needs: set[
     return _REFERENCE.sub(lookup, value)
 
 
-def plan(recipe: Config) -> dict[str, Any]:
-    """What a dry run shows beyond the recipe itself: each step's plan."""
+def plan(recipe: Config, ranks: int) -> dict[str, Any]:
+    """What a dry run shows beyond the recipe itself: each step's plan, on `ranks` ranks or its own number."""
     described = {}
     for name, step in steps_of(recipe).items():
         module = launch.stage(step.verb)
         config = build(module.Config, step.values)
         described[name] = {"verb": step.verb, "needs": sorted(step.needs),
-                           **(module.plan(config) if hasattr(module, "plan") else {})}
+                           **(module.plan(config, max(ranks, step.processes)) if hasattr(module, "plan") else {})}
     return {"plan": described}
 
 
@@ -220,10 +220,12 @@ class Board:
         """Say how it ended."""
         if self.error:
             raise UserError(self.error, "mend it and repeat the command: finished steps are kept")
-        if self.stopping and len(self.finished) < len(self.steps):
-            raise launch.Stopped(f"{self.recipe.out}: stopped after {len(self.finished)} of {len(self.steps)} steps")
-        self.console.print(f"{self.recipe.out}: all {len(self.steps)} steps finished, {_clock(time.time() - self.begin)}",
-                           highlight=False)
+        took = _clock(time.time() - self.begin)
+        if len(self.finished) < len(self.steps):
+            ending = f"stopped after {len(self.finished)} of {len(self.steps)} steps; the same command resumes"
+        else:
+            ending = f"all {len(self.steps)} steps done in {took}"
+        self.console.print(f"{self.recipe.out}: {ending}", highlight=False)
 
     # --- the screen ---
 

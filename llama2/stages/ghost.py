@@ -1,0 +1,117 @@
+"""Ghost Attention (§3.3): dialogs that hold on to an instruction given once.
+
+Sampling: the instruction is joined to *every* user message, so the newest model obeys it at each turn. Training: it
+stays in the first user turn only, the loss on all earlier turns is zero, and only the last answer is learnt
+(`Dialog.train = "last"`). Half of the instructions are shortened. What is written feeds `sft`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from pydantic import Field
+
+from llama2 import records
+from llama2.config import StageConfig
+from llama2.errors import UserError
+from llama2.generate.dialogue import Chat
+from llama2.records import Dialog, Message, Messages, Prompt
+from llama2.runs import Run
+from llama2.stages.sampling import Sample, answer, has_room, load_chat, write_records
+
+
+class Config(StageConfig):
+    """Make Ghost Attention dialogs."""
+
+    policy: Path
+    """the newest model"""
+    conversations: Path
+    """JSONL of prompts whose metadata holds `questions` (the user turns) and `instruction` {text, short}"""
+    limit: int | None = Field(None, gt=0)
+    shortened: float = Field(0.5, ge=0, le=1)
+    """share of training dialogs that carry the short form of their instruction"""
+    first_depth: int = Field(1, gt=0)
+    """the earliest turn whose answer is learnt; every later turn gives a dialog of its own"""
+    sample: Sample = Sample(temperature=0.7)
+
+
+@dataclass(frozen=True)
+class Conversation:
+    """User turns and the instruction that should outlive them."""
+
+    questions: tuple[str, ...]
+    text: str
+    short: str
+
+
+def run(config: Config, run: Run) -> None:
+    """Write dialogs.jsonl and summary.json."""
+    chat = load_chat(config.policy, config.sample)
+    conversations = read(config.conversations)[: config.limit]
+    answers = converse(chat, conversations, config)
+    generator = np.random.default_rng(config.seed)
+    dialogs = [one for conversation, mine in zip(conversations, answers)
+               for one in training_dialogs(conversation, mine, config, generator.random() < config.shortened)]
+    write_records(run.path / "dialogs.jsonl", dialogs)
+    run.write_json("summary.json", {
+        "conversations": len(conversations), "dialogs": len(dialogs),
+        "turns": sum(map(len, answers)), "examples": [records.to_json(one) for one in dialogs[:3]]})
+
+
+def read(path: Path) -> list[Conversation]:
+    """Conversations with instructions."""
+    found = []
+    for prompt in records.read(Prompt, path):
+        try:
+            instruction = prompt.metadata["instruction"]
+            found.append(Conversation(tuple(map(str, prompt.metadata["questions"])), str(instruction["text"]),
+                                      str(instruction.get("short") or instruction["text"])))
+        except (KeyError, TypeError, AttributeError):
+            raise UserError(f"{path}: prompt '{prompt.id}' lacks metadata.questions or metadata.instruction.text",
+                            "Ghost Attention needs the user turns and an instruction (docs/formats.md)") from None
+    return found
+
+
+def converse(chat: Chat, conversations: Sequence[Conversation], config: Config) -> list[list[str]]:
+    """Answers of every turn, the instruction joined to each user message; all conversations go a turn at a time.
+
+    A conversation ends early when the context is full or an answer is empty or cut off.
+    """
+    answers: list[list[str]] = [[] for _ in conversations]
+    talking = list(range(len(conversations)))
+    for turn in range(max((len(one.questions) for one in conversations), default=0)):
+        talking = [index for index in talking
+                   if len(answers[index]) == turn < len(conversations[index].questions)]
+        asked = {index: _sampling_messages(conversations[index], answers[index]) for index in talking}
+        asked = {index: messages for index, messages in asked.items() if has_room(chat, messages)}
+        found = answer(chat, list(asked.values()), config.sample, seed=config.seed * 1000 + turn)
+        for index, mine in zip(asked, found):
+            if mine[0].text and mine[0].completion.finish == "stop":
+                answers[index].append(mine[0].text)
+    return answers
+
+
+def _sampling_messages(conversation: Conversation, answers: Sequence[str]) -> Messages:
+    """The dialog so far with the instruction on every user turn, waiting for the next answer."""
+    turns: list[Message] = []
+    for question, reply in zip(conversation.questions, [*answers, None]):
+        turns.append(Message("user", f"{conversation.text} {question}"))
+        if reply is not None:
+            turns.append(Message("assistant", reply))
+    return tuple(turns)
+
+
+def training_dialogs(conversation: Conversation, answers: Sequence[str], config: Config, short: bool) -> list[Dialog]:
+    """A dialog for every turn from `first_depth` on: the instruction in the first turn, only the last answer learnt."""
+    instruction = conversation.short if short else conversation.text
+    turns: list[Message] = []
+    dialogs = []
+    for depth, (question, reply) in enumerate(zip(conversation.questions, answers), 1):
+        turns += [Message("user", f"{instruction} {question}" if depth == 1 else question),
+                  Message("assistant", reply)]
+        if depth >= config.first_depth:
+            dialogs.append(Dialog(tuple(turns), "last", {"instruction": instruction, "depth": depth}))
+    return dialogs

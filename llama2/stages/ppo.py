@@ -1,0 +1,198 @@
+"""Proximal policy optimisation (§3.2.3) on top of a rejection-sampling checkpoint.
+
+Defaults are the paper's: AdamW (0.9, 0.95), eps 1e-5, decay 0.1, constant 1e-6, batches of 512 in minibatches of 64
+with one gradient step each, clip 0.2, beta 0.01 (0.005 for 34B and 70B), 200 to 400 iterations with early stopping on
+held-out prompts. See `rollouts` for the reward and for what the paper leaves open; `health` reads the run's pulse.
+"""
+
+from __future__ import annotations
+
+import shutil
+import statistics
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from pydantic import Field
+from torch import nn
+
+from llama2 import mesh
+from llama2.config import StageConfig
+from llama2.errors import UserError
+from llama2.evaluate.judges import kind_of
+from llama2.generate.dialogue import Chat
+from llama2.generate.engine import Engine
+from llama2.generate.rewards import RewardModels, Rewards, probability
+from llama2.model import checkpoint
+from llama2.records import Prompt
+from llama2.runs import Run, read_metrics
+from llama2.stages import health
+from llama2.stages.rollouts import ActorCritic, Rollouts, Settings
+from llama2.stages.sampling import Sample, answer, fitting, load_rewards, read_prompts, score
+from llama2.stages.training import Training, load_policy, load_scorer, model_plan, saver, train
+from llama2.train import hooks
+from llama2.train.loop import Hook, Plan, Report
+from llama2.train.loop import Training as Fitting
+from llama2.train.objectives import clipped, explained_variance
+from llama2.train.optim import AdamW
+
+
+class Config(StageConfig):
+    """Optimise a policy against the reward models."""
+
+    policy: Path
+    """where to start; the KL penalty refers to it as well"""
+    critic: Path | None = None
+    """where the value model starts; the helpfulness reward model unless given"""
+    rewards: RewardModels
+    prompts: Path
+    heldout: Path | None = None
+    """prompts for early stopping; without them the last policy is kept"""
+    heldout_limit: int = Field(256, gt=0)
+    judge: RewardModels | None = None
+    """reward models for the held-out prompts: others than those optimised, if there are any (Goodhart)"""
+    iterations: int = Field(200, gt=0)
+    batch_size: int = Field(512, gt=0)
+    """answers an iteration"""
+    minibatch_size: int = Field(64, gt=0)
+    """answers an update"""
+    micro_batch_size: int = Field(8, gt=0)
+    epochs: int = Field(1, gt=0)
+    """gradient steps each minibatch gets"""
+    beta: float = Field(0.01, ge=0)
+    """weight of the KL penalty"""
+    clip: float = Field(0.2, gt=0)
+    value_clip: float = Field(0.2, gt=0)
+    value_coefficient: float = Field(0.5, ge=0)
+    gamma: float = Field(1.0, gt=0, le=1)
+    lambda_: float = Field(0.95, ge=0, le=1)
+    critic_learning_rate: float | None = Field(None, gt=0)
+    """the actor's rate unless given"""
+    unfinished: float | None = None
+    """raw score of an answer cut off at max_tokens; its own score unless given"""
+    kl_stop: float = Field(30.0, gt=0)
+    """stop when the mean KL of an answer from the starting policy, in nats, exceeds this"""
+    validate_iterations: int = Field(10, gt=0)
+    patience: int = Field(5, ge=0)
+    """validations without improvement before stopping; 0: never"""
+    sample: Sample = Sample()
+    training: Training = Training(optimizer=AdamW(learning_rate=1e-6),
+                                  plan=Plan(schedule="constant", log_every=1, save_every=80))
+
+
+def plan(config: Config, ranks: int) -> dict[str, Any]:
+    """Parameters and memory: two models are trained, up to four only read."""
+    if not (config.policy / "config.json").exists():
+        return {}
+    steps = config.iterations * -(-config.batch_size // config.minibatch_size) * config.epochs
+    length = min(checkpoint.config_of(config.policy).max_position_embeddings, 2 * config.sample.max_tokens)
+    return model_plan(checkpoint.config_of(config.policy), config.training, ranks=ranks, rows=config.minibatch_size,
+                      micro_rows=config.micro_batch_size, length=length, steps=steps, models=2)
+
+
+def run(config: Config, run: Run) -> None:
+    """Optimise, keep the best policy on held-out prompts, write health.json."""
+    actor, tokenizer = load_policy(config.policy)
+    reference, _ = load_policy(config.policy)
+    critic, _ = load_scorer(config.critic or config.rewards.helpful, tokenizer)
+    rewards = load_rewards(config.rewards, tokenizer, config.sample.precision)
+    judge = load_rewards(config.judge, tokenizer, config.sample.precision) if config.judge else rewards
+    models = ActorCritic(actor, critic)
+    chat = Chat(Engine(actor, slots=config.sample.slots, precision=config.sample.precision), tokenizer)
+    prompts = fitting(chat, read_prompts(config.prompts, None, config.seed), room=config.sample.max_tokens // 2)
+    if not prompts:
+        raise UserError(f"{config.prompts}: every prompt is too long for the context", "shorten them")
+    watch = Watch(config.kl_stop, -(-config.batch_size // config.minibatch_size) * config.epochs)
+    source = Rollouts(models, reference.eval().requires_grad_(False), rewards, chat, prompts, settings(config),
+                      config.iterations, watch.observe)
+    training = config.training.with_steps(config.iterations * source.updates)
+    training = training.model_copy(update={"plan": training.plan.model_copy(
+        update={"validate_every": config.validate_iterations * source.updates})})
+    best = run.path / "best"
+    validate = heldout(config, chat, judge, saver(actor, tokenizer), best) if config.heldout else None
+    train(run, models, source, clipped(config.clip, config.value_clip, config.value_coefficient), training,
+          save_model=lambda directory: adopt(best, directory, saver(actor, tokenizer)), title="ppo",
+          validate=validate, extra=(watch,), derive=(explained_variance,),
+          rates={"critic.": config.critic_learning_rate or config.training.optimizer.learning_rate})
+    run.write_json("health.json", {"alarms": health.alarms(read_metrics(run.path), config.kl_stop),
+                                   "samples": source.samples})
+    if mesh.is_main():
+        shutil.rmtree(best, ignore_errors=True)
+
+
+def settings(config: Config) -> Settings:
+    """The part of the configuration that shapes a rollout."""
+    return Settings(config.batch_size, config.minibatch_size, config.micro_batch_size, config.epochs, config.beta,
+                    config.gamma, config.lambda_, config.unfinished, config.sample, config.training.precision,
+                    config.seed)
+
+
+def adopt(best: Path, directory: Path, save: Any) -> None:
+    """The final policy: the best one on held-out prompts, or the last where none was measured."""
+    if not best.exists():
+        save(directory)
+    elif mesh.is_main():
+        for file in best.iterdir():
+            shutil.copy2(file, directory / file.name)
+
+
+class Watch(Hook):
+    """Publishes what each iteration's rollout looked like; checks the first ratio; stops when KL runs away."""
+
+    def __init__(self, kl_stop: float, updates: int) -> None:
+        self.kl_stop, self.updates, self.pending = kl_stop, updates, dict[str, float]()
+        self.update_seconds = 0.0
+
+    def observe(self, found: dict[str, float]) -> None:
+        self.pending = found
+
+    def on_step(self, training: Fitting, report: Report) -> None:
+        first = (report.step - 1) % self.updates == 0
+        if first and report.sums["ppo/ratio_deviation"] != 0.0:
+            raise AssertionError(f"step {report.step}: the first ratio of an iteration must be exactly 1")
+        spent = self.pending.get("time/rollout", 0.0) + self.pending.get("time/scoring", 0.0) if first else 0.0
+        self.update_seconds += report.seconds - spent
+        if report.step % self.updates == 0:
+            training.log({**self.pending, "time/update": self.update_seconds})
+            self.update_seconds = 0.0
+            if self.pending.get("ppo/kl_reference", 0.0) > self.kl_stop:
+                training.finish = True
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"pending": self.pending, "update_seconds": self.update_seconds}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.pending, self.update_seconds = state["pending"], state["update_seconds"]
+
+
+class Heldout(hooks.Validate):
+    """Validation that also looks at the starting policy: it is the one to beat."""
+
+    def on_start(self, training: Fitting) -> None:
+        if training.learner.step == 0:
+            self._validate(training)
+
+
+def heldout(config: Config, chat: Chat, judge: Rewards, save: Any, best: Path) -> Heldout:
+    """Early stopping on held-out prompts: every kind of prompt counts alike, whatever its number."""
+    assert config.heldout is not None
+    prompts = fitting(chat, read_prompts(config.heldout, config.heldout_limit, config.seed), room=16)
+
+    def evaluate(model: nn.Module) -> dict[str, float]:
+        return measure(chat, judge, prompts, config)
+
+    def keep() -> None:
+        save(best)
+
+    return Heldout(evaluate, "heldout/reward", higher=True, patience=config.patience, keep_best=keep)
+
+
+def measure(chat: Chat, judge: Rewards, prompts: Sequence[Prompt], config: Config) -> dict[str, float]:
+    """Mean probability of being good, by kind of prompt and over kinds."""
+    answers = answer(chat, [prompt.messages for prompt in prompts], config.sample, seed=config.seed + 999_983)
+    marks = [probability(one[0].joined) for one in score(judge, chat.tokenizer, prompts, answers)]
+    kinds: dict[str, list[float]] = {}
+    for prompt, mark in zip(prompts, marks):
+        kinds.setdefault(kind_of(prompt), []).append(mark)
+    means = {f"heldout/{kind}": statistics.fmean(found) for kind, found in kinds.items()}
+    return {**means, "heldout/reward": statistics.fmean(means.values())}

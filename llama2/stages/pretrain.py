@@ -1,0 +1,143 @@
+"""Pretraining (§2.2): next-token prediction on packed shards, AdamW, cosine to a tenth, 4M tokens a step.
+
+The paper does not state initialisation, precision or whether attention crosses documents; here: see `model/llama.py`,
+bf16 over fp32 weights, and it does not.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import torch
+from pydantic import Field
+from torch import nn
+
+from llama2 import mesh
+from llama2.config import StageConfig
+from llama2.data.loader import Rows
+from llama2.data.mix import mix, mix_passes
+from llama2.data.pack import TextRows, collate
+from llama2.data.shards import Shards
+from llama2.errors import UserError, did_you_mean
+from llama2.model import checkpoint
+from llama2.model.llama import Llama, LlamaConfig
+from llama2.model.sizes import SIZES
+from llama2.runs import Run
+from llama2.stages.training import Training, flops_per_token, model_plan, saver, train
+from llama2.tokenizer.tokenizer import Tokenizer
+from llama2.train import hooks
+from llama2.train.loop import Plan
+from llama2.train.objectives import next_token
+from llama2.train.optim import AdamW
+
+
+class Config(StageConfig):
+    """Train a language model on token shards, from scratch or from a checkpoint."""
+
+    shards: Path
+    """a `llama2 tokenize` run"""
+    size: str = "tiny"
+    """a named size; its vocabulary becomes the tokenizer's"""
+    architecture: dict[str, int | float | bool] = {}
+    """differences from the named size, in the words of config.json (num_hidden_layers: 6)"""
+    model: Path | None = None
+    """continue from this checkpoint instead of starting afresh"""
+    sequence_length: int = Field(4096, gt=1)
+    batch_size: int = Field(1024, gt=0)
+    """rows of sequence_length tokens in an optimizer step, over all ranks (the paper: 4M tokens)"""
+    micro_batch_size: int = Field(4, gt=0)
+    """rows a rank computes at a time"""
+    mixture: dict[str, float] = {}
+    """source -> share of the tokens (any scale); without it every source is read as it is"""
+    epochs: float = Field(1.0, gt=0)
+    """tokens to train on, as a multiple of all tokens in the shards; training.plan.max_steps may end it earlier"""
+    validation_rows: int = Field(256, gt=0)
+    training: Training = Training(optimizer=AdamW(learning_rate=3e-4),
+                                  plan=Plan(warmup_steps=2000, validate_every=500, save_every=500))
+
+
+def architecture(config: Config, vocab_size: int | None) -> LlamaConfig:
+    """The model's shape: the named size with the differences asked for."""
+    if config.size not in SIZES:
+        raise UserError(f"unknown size '{config.size}'", did_you_mean(config.size, SIZES))
+    known = {field.name for field in dataclasses.fields(LlamaConfig)}
+    for key in config.architecture:
+        if key not in known:
+            raise UserError(f"architecture: unknown key '{key}'", did_you_mean(key, known))
+    changes: dict[str, Any] = {**({"vocab_size": vocab_size} if vocab_size else {}), **config.architecture}
+    try:
+        return dataclasses.replace(SIZES[config.size], **changes)
+    except ValueError as error:
+        raise UserError(f"architecture: {error}", "mend size or architecture") from None
+
+
+def plan(config: Config, ranks: int) -> dict[str, Any]:
+    """Parameters, tokens, steps and memory, without data or weights."""
+    shape = checkpoint.config_of(config.model) if config.model else architecture(config, None)
+    return model_plan(shape, config.training, ranks=ranks, rows=config.batch_size, micro_rows=config.micro_batch_size,
+                      length=config.sequence_length, steps=config.training.plan.max_steps)
+
+
+def run(config: Config, run: Run) -> None:
+    """Train, validate in bits per byte, and leave a checkpoint."""
+    tokenizer = Tokenizer.load(config.shards)
+    if config.model:
+        model = checkpoint.load(config.model, device=mesh.device())
+    else:
+        model = Llama(architecture(config, tokenizer.vocab_size), config.seed)
+    if config.sequence_length > model.config.max_position_embeddings:
+        raise UserError(f"sequence_length {config.sequence_length} exceeds the model's context "
+                        f"{model.config.max_position_embeddings}", "lower it, or raise max_position_embeddings")
+    rows = read_rows(config.shards / "train", tokenizer, config)
+    source = Rows(rows, lambda items: collate(items, config.sequence_length), batch_size=config.batch_size,
+                  micro_batch_size=config.micro_batch_size, seed=config.seed)
+    settings = config.training.with_steps(source.steps)
+    validation = Validation(config, tokenizer)
+    learner = train(run, model, source, next_token, settings, save_model=saver(model, tokenizer), title="pretrain",
+                    validate=hooks.Validate(validation),
+                    flops_per_token=flops_per_token(model.config, config.sequence_length))
+    run.write_json("summary.json", {
+        "parameters": model.config.parameters(), "steps": learner.step,
+        "tokens": learner.step * config.batch_size * config.sequence_length, "validation": validation.last})
+
+
+def read_rows(directory: Path, tokenizer: Tokenizer, config: Config) -> TextRows:
+    """Documents of all sources in a random order, mixed by weight, as rows of `sequence_length` tokens."""
+    shards = {path.name: Shards(path, tokenizer) for path in sorted(directory.iterdir()) if path.is_dir()}
+    lengths = {name: shard.lengths_N for name, shard in shards.items()}
+    if config.mixture:
+        total = sum(int(lengths_N.sum()) for lengths_N in lengths.values())
+        weights = {name: config.mixture.get(name, 0.0) for name in lengths} | config.mixture
+        order = mix(lengths, weights, round(config.epochs * total), config.seed)
+    else:
+        order = mix_passes(lengths, dict.fromkeys(lengths, config.epochs), config.seed)
+    return TextRows(list(shards.values()), order.source_N, order.document_N, config.sequence_length)
+
+
+class Validation:
+    """Loss and bits per byte on held-out documents: comparable between tokenizers, and with a compressor."""
+
+    def __init__(self, config: Config, tokenizer: Tokenizer) -> None:
+        every = config.model_copy(update={"mixture": {}, "epochs": 1.0, "seed": 0})
+        self.rows = read_rows(config.shards / "validation", tokenizer, every)
+        counts = json.loads((config.shards / "summary.json").read_text())["validation"]
+        self.bytes_per_token = counts["bytes"] / counts["tokens"]
+        self.config, self.last = config, dict[str, float]()
+
+    def __call__(self, model: nn.Module) -> dict[str, float]:
+        sums = torch.zeros(2, dtype=torch.float64, device=mesh.device())
+        few = mesh.share(range(min(len(self.rows), self.config.validation_rows)))
+        size = self.config.micro_batch_size
+        for start in range(0, len(few), size):
+            batch = collate([self.rows[index] for index in few[start:start + size]], self.config.sequence_length)
+            loss = next_token(model, {name: value.to(mesh.device()) for name, value in batch.items()})
+            sums += torch.stack([loss.total.double(), loss.weight.double()])
+        nats, tokens = mesh.all_sum(sums).tolist()
+        loss_per_token = nats / max(tokens, 1)
+        self.last = {"validation/loss": loss_per_token,
+                     "validation/bits_per_byte": loss_per_token / math.log(2) / self.bytes_per_token}
+        return self.last

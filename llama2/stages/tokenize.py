@@ -1,0 +1,46 @@
+"""Tokenize clean documents into memory-mapped shards, one directory a source (§2.1); `pretrain` mixes them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from llama2 import mesh
+from llama2.config import StageConfig
+from llama2.data.documents import read_documents
+from llama2.data.shards import Shards, write_shards
+from llama2.errors import UserError
+from llama2.runs import Run
+from llama2.tokenizer.tokenizer import Tokenizer
+
+
+class Config(StageConfig):
+    """Write token shards."""
+
+    documents: Path
+    """a `llama2 clean` run: its documents/ and heldout/"""
+    tokenizer: Path
+    """a tokenizer.model, or a directory that holds one"""
+
+
+def run(config: Config, run: Run) -> None:
+    """Write train/<source>/ and validation/<source>/."""
+    if not mesh.is_main():
+        return
+    tokenizer = Tokenizer.load(config.tokenizer)
+    tokenizer.save(run.path)
+    summary: dict[str, Any] = {}
+    for split, folder in (("train", "documents"), ("validation", "heldout")):
+        counts = {}
+        for file in sorted((config.documents / folder).glob("*.jsonl")):
+            target = run.path / split / file.stem
+            done = (target / "index.json").exists()  # by an attempt that was interrupted later
+            shards = Shards(target, tokenizer) if done else write_shards(read_documents(file), tokenizer, target)
+            counts[file.stem] = {"documents": len(shards), "tokens": int(shards.lengths_N.sum()),
+                                 "bytes": sum(len(document.text.encode()) for document in read_documents(file))}
+        if not counts:
+            raise UserError(f"{config.documents / folder}: there are no documents",
+                            "give a finished `llama2 clean` run (with heldout above 0)")
+        total = {key: sum(one[key] for one in counts.values()) for key in ("documents", "tokens", "bytes")}
+        summary[split] = {**total, "sources": counts}
+    run.write_json("summary.json", summary)

@@ -1,0 +1,33 @@
+"""Train the tokenizer (§2.2): SentencePiece BPE, numbers split into digits, unknown characters as bytes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+from pydantic import Field
+
+from llama2 import mesh
+from llama2.config import StageConfig
+from llama2.data.documents import read_documents
+from llama2.runs import Run
+from llama2.tokenizer.train import train
+
+
+class Config(StageConfig):
+    """Train a tokenizer on documents."""
+
+    documents: Annotated[tuple[Path, ...], Field(min_length=1)]
+    """files or directories of text, JSONL or parquet; a `llama2 clean` run among them stands for its documents"""
+    vocab_size: int = Field(32000, gt=260)
+    max_megabytes: float = Field(200.0, gt=0)
+    """train on a random sample of about this much text"""
+
+
+def run(config: Config, run: Run) -> None:
+    """Write tokenizer.model and its Hugging Face companions into the run directory."""
+    if mesh.is_main():
+        texts = (document.text for document in read_documents(config.documents))
+        tokenizer = train(texts, config.vocab_size, run.path, seed=config.seed,
+                          sample_bytes=round(config.max_megabytes * 1e6))
+        run.write_json("summary.json", {"vocab_size": tokenizer.vocab_size, "fingerprint": tokenizer.fingerprint})

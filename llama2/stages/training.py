@@ -1,0 +1,146 @@
+"""What every stage that trains shares: its settings, the hooks around `fit`, and the checkpoint it leaves behind.
+
+A stage hands over a model, a source and an objective; this module applies the parallelism, resumes, logs, validates,
+saves, and leaves a Hugging Face model directory with its tokenizer in the run directory.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import nn
+
+from llama2 import mesh
+from llama2.config import Config
+from llama2.errors import UserError
+from llama2.mesh import Precision
+from llama2.model import checkpoint
+from llama2.model.llama import Llama, LlamaConfig, Trunk
+from llama2.model.scorer import Scorer
+from llama2.runs import Run
+from llama2.tokenizer.tokenizer import Tokenizer
+from llama2.train import hooks, optim, parallel, state
+from llama2.train.loop import Hook, Learner, Objective, Plan, Source, fit
+
+
+class Training(Config):
+    """How to train: the same keys for every stage."""
+
+    optimizer: optim.AdamW = optim.AdamW()
+    plan: Plan = Plan()
+    precision: Precision = "bf16"
+    """bf16: matrix products in bf16 over fp32 weights"""
+    compile: bool = False
+    """torch.compile the model: worth its half minute only where training is long"""
+    parallel: Literal["replicate", "shard"] = "replicate"
+    """under several ranks: a copy of the model on each, or one model spread over all (FSDP2)"""
+    gradient_checkpointing: bool = False
+    """recompute activations in the backward pass: less memory, a third more work"""
+    tensorboard: bool = False
+
+    def with_steps(self, steps: int, warmup: int | None = None) -> Training:
+        """The same settings for a source of `steps` optimizer steps, unless max_steps says otherwise."""
+        plan = self.plan.model_copy(update={
+            "max_steps": min(self.plan.max_steps or steps, steps),
+            "warmup_steps": self.plan.warmup_steps if warmup is None else warmup})
+        return self.model_copy(update={"plan": plan})
+
+
+def train(run: Run, model: nn.Module, source: Source, objective: Objective, settings: Training, *,
+          save_model: Callable[[Path], None], title: str, extra: Sequence[Hook] = (),
+          validate: hooks.Validate | None = None, flops_per_token: float = 0.0,
+          rates: Mapping[str, float] | None = None, derive: Sequence[hooks.Derive] = ()) -> Learner:
+    """Fit `model` inside a run directory, resuming what is there, and write the final model with `save_model`."""
+    for module in model.modules():
+        if isinstance(module, Trunk):
+            module.gradient_checkpointing = settings.gradient_checkpointing
+    model.to(mesh.device())
+    if settings.parallel == "shard":
+        parallel.shard(model, settings.precision)
+    else:
+        parallel.replicate(model)
+    learner = Learner(model, settings.optimizer, rates=rates, precision=settings.precision, compile=settings.compile)
+    watchers: list[Hook] = [hooks.Log(run.log, flops_per_token, derive),
+                            hooks.ProgressBar(title, flops_per_token), *extra]
+    if validate is not None:
+        watchers.append(validate)
+    if settings.tensorboard:
+        watchers.append(hooks.TensorBoard(run.path / "tensorboard"))
+    watchers += [hooks.Signals(), hooks.Checkpoint(run.path, None, run.rewind)]
+    fit(learner, source, objective, settings.plan, watchers)
+    save_model(run.path)
+    mesh.barrier()
+    state.clear(run.path)
+    return learner
+
+
+def saver(model: Llama | Scorer, tokenizer: Tokenizer) -> Callable[[Path], None]:
+    """A function that writes `model` and its tokenizer as a Hugging Face directory (every rank calls it)."""
+    def save(directory: Path) -> None:
+        weights = parallel.full_weights(model)
+        if mesh.is_main():
+            checkpoint.save_tensors(weights, model.config, directory, scorer=isinstance(model, Scorer))
+            tokenizer.save(directory)
+    return save
+
+
+def load_policy(path: Path) -> tuple[Llama, Tokenizer]:
+    """A language model in fp32 on this rank's device, and the tokenizer beside it."""
+    tokenizer = fitting_tokenizer(path, checkpoint.config_of(path))
+    return checkpoint.load(path, dtype=torch.float32, device=mesh.device()), tokenizer
+
+
+def load_scorer(path: Path, tokenizer: Tokenizer | None = None, seed: int = 0) -> tuple[Scorer, Tokenizer]:
+    """A reward model (or a language model given a fresh scalar head), and the tokenizer beside it.
+
+    With `tokenizer`, refuses a reward model whose tokenizer is another one: its scores would mean nothing.
+    """
+    own = fitting_tokenizer(path, checkpoint.config_of(path))
+    if tokenizer is not None and own.fingerprint != tokenizer.fingerprint:
+        raise UserError(f"{path}: its tokenizer is not the policy's", "train policy and reward models on one tokenizer")
+    return checkpoint.load_scorer(path, dtype=torch.float32, device=mesh.device(), seed=seed), own
+
+
+def fitting_tokenizer(path: Path, config: LlamaConfig) -> Tokenizer:
+    """The tokenizer in `path`; its vocabulary must be the model's."""
+    tokenizer = Tokenizer.load(path)
+    if tokenizer.vocab_size != config.vocab_size:
+        raise UserError(f"{path}: the tokenizer has {tokenizer.vocab_size} pieces, the model {config.vocab_size}",
+                        "put the tokenizer there with which the model was trained")
+    return tokenizer
+
+
+def flops_per_token(config: LlamaConfig, length: int) -> float:
+    """Forward and backward, causal attention counted at half: 6 N + 6 L d T, input embedding not counted."""
+    lookup = 0 if config.tie_word_embeddings else config.vocab_size * config.hidden_size
+    return 6.0 * (config.parameters() - lookup + config.num_hidden_layers * config.hidden_size * length)
+
+
+def memory_per_rank(config: LlamaConfig, tokens: int, settings: Training, ranks: int,
+                    models: int = 1) -> dict[str, str]:
+    """Estimated GiB per rank: fp32 weights, gradients and two moments (16 bytes a parameter), and activations.
+
+    Activations: with checkpointing one bf16 vector a layer and token plus one layer's work; else about 34 hidden
+    vectors a layer in bf16 (Korthikanti et al. 2022, equation 1, without the attention matrix).
+    """
+    shards = ranks if settings.parallel == "shard" else 1
+    static = 16.0 * config.parameters() * models / shards
+    per_layer = tokens * config.hidden_size * 2 * 17
+    layers = config.num_hidden_layers
+    activations = tokens * config.hidden_size * 2 * layers + per_layer if settings.gradient_checkpointing \
+        else per_layer * layers
+    activations += tokens * config.vocab_size * 2
+    gib = 1 << 30
+    return {"weights, gradients, optimizer": f"{static / gib:.1f} GiB", "activations": f"{activations / gib:.1f} GiB",
+            "together": f"{(static + activations) / gib:.1f} GiB"}
+
+
+def model_plan(config: LlamaConfig, settings: Training, *, ranks: int, rows: int, micro_rows: int, length: int,
+               steps: int | None, models: int = 1) -> dict[str, Any]:
+    """What a dry run says of a training stage: `rows` of `length` tokens a step, `micro_rows` at a time on a rank."""
+    return {"parameters": config.parameters(), "ranks": ranks, "steps": steps or "known when the data is read",
+            "tokens_per_step": rows * length, "tokens": rows * length * steps if steps else None,
+            "memory_per_rank": memory_per_rank(config, length * micro_rows, settings, ranks, models)}
