@@ -172,16 +172,20 @@ def to_json(record: object) -> str:
     return _adapter(type(record)).dump_json(record).decode()
 
 
+def _zstandard() -> Any:
+    try:
+        import zstandard
+    except ImportError:
+        raise missing_extra("zstandard", "data") from None
+    return zstandard
+
+
 class _Zstandard(io.RawIOBase):
     """A `.zst` file's content. It refuses a truncated file, which the library's own reader takes for a short one."""
 
     def __init__(self, path: Path) -> None:
-        try:
-            import zstandard
-        except ImportError:
-            raise missing_extra("zstandard", "data") from None
-        self._library, self._file = zstandard, open(path, "rb")  # noqa: SIM115
-        self._frame, self._ready = zstandard.ZstdDecompressor().decompressobj(), b""
+        self._library, self._file = _zstandard(), open(path, "rb")  # noqa: SIM115
+        self._frame, self._ready = self._library.ZstdDecompressor().decompressobj(), b""
         self._inside = False
 
     def readable(self) -> bool:
@@ -247,13 +251,13 @@ def read(kind: type[Record], path: str | os.PathLike[str]) -> Iterator[Record]:
 
 
 def write(path: str | os.PathLike[str], records: Iterable[object]) -> int:
-    """Write records as JSON Lines, atomically (a temporary file renamed into place); returns how many."""
+    """Write records as JSON Lines (packed for `.gz` and `.zst`), atomically (a temporary file renamed into place); returns how many."""
     path = Path(path)
     count = 0
     temporary = path.with_name(path.name + ".tmp")
     with explain_os_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        opener = gzip.open if path.suffix == ".gz" else open
+        opener: Any = _zstandard().open if path.suffix == ".zst" else gzip.open if path.suffix == ".gz" else open
         with opener(temporary, "wt", encoding="utf-8") as file:
             for record in records:
                 file.write(to_json(record) + "\n")

@@ -21,15 +21,18 @@ _SPACES = re.compile("[\u00a0\u1680\u2000-\u200a\u202f\u205f\u3000]")
 _PHRASES = (  # what a boilerplate line holds or begins with, in lower case
     "all rights reserved", "cookie policy", "cookie settings", "use cookies", "uses cookies", "accept all cookies",
     "accept cookies", "privacy policy", "terms of use", "terms of service", "terms and conditions",
-    "terms & conditions", "sign up for", "subscribe to our", "enable javascript", "requires javascript", "click here to",
+    "terms & conditions", "sign up for", "subscribe to our", "enable javascript", "requires javascript",
+    "click here to",
 )
 _BEGINNINGS = ("skip to content", "skip to main content", "back to top", "read more", "share on", "share this",
                "advertisement")
 _NAVIGATION = {"home", "about", "contact", "login", "log", "in", "sign", "up", "register", "menu", "search", "shop",
                "cart", "blog", "news", "faq", "next", "previous", "share", "tweet", "|", ">", "/", "·", "»", "•"}
+_SYMBOL = re.compile(r"[\W_]")
 _TAGS = re.compile(r"(?:\s*</?[a-zA-Z][^<>]*>)+")
 _EMAIL = re.compile(r"(?<![\w.+-])[\w.+-]{1,64}@(?:[\w-]{1,63}\.){1,8}[a-zA-Z]{2,24}\b")
 _IP = re.compile(r"(?<![\w.])(?:\d{1,3}\.){3}\d{1,3}(?![\w]|\.\d)")
+_DIGITS = re.compile(r"\d(?:[^\d\n]{0,3}\d){3}")  # IP addresses and telephone numbers hold this, most texts do not
 _PHONE = re.compile(
     r"(?<![\w.,/-])(?:"
     r"\+\d{1,3}[ .-]?(?:\(\d{1,4}\)[ .-]?)?\d{1,4}(?:[ .-]?\d{2,4}){2,4}"  # +44 20 7946 0018
@@ -76,7 +79,7 @@ def clean_text(text: str, rules: Rules, counts: Counter[str]) -> str:
     text = text.replace("&nbsp;", " ")
     text, removed = _CONTROL.subn("", text)
     counts["control characters removed"] += removed
-    lines = [_SPACES.sub(" ", line).rstrip() for line in text.split("\n")]
+    lines = [line.rstrip() for line in _SPACES.sub(" ", text).split("\n")]
     if rules.remove_boilerplate:
         kept = [line for line in lines if not is_boilerplate(line)]
         counts["boilerplate lines removed"] += len(lines) - len(kept)
@@ -101,6 +104,9 @@ def mask_personal_data(text: str, counts: Counter[str]) -> str:
         text, emails = _EMAIL.subn("[email]", text)
         counts["e-mail addresses masked"] += emails
 
+    if not _DIGITS.search(text):
+        return text
+
     def mask_ip(found: re.Match[str]) -> str:
         try:
             ipaddress.IPv4Address(found[0])
@@ -120,8 +126,8 @@ def _unfit(text: str, rules: Rules) -> str:
         return "too short"
     if text.count("\ufffd") > 0.01 * len(text):
         return "broken encoding"
-    visible = len(text) - sum(map(str.isspace, text))
-    if visible - sum(map(str.isalnum, text)) > rules.max_symbols * visible:
+    visible = "".join(text.split())
+    if len(_SYMBOL.findall(visible)) > rules.max_symbols * len(visible):
         return "mostly symbols"
     lines = Counter(line.strip() for line in text.split("\n") if line.strip())
     repeated = sum(len(line) * (count - 1) for line, count in lines.items())

@@ -11,6 +11,7 @@ from llama2.records import Document
 
 @pytest.mark.parametrize(("text", "masked"), [
     ("Write to jo.doe+x@mail.example.org.", "Write to [email]."),
+    ("from 1.2.3.4", "from [ip address]"),
     ("Server 192.168.10.254, port 80", "Server [ip address], port 80"),
     ("Call (555) 010-9999 now", "Call [phone] now"),
     ("Call 555-010-9999.", "Call [phone]."),
@@ -43,7 +44,8 @@ def test_broken_characters_and_lines() -> None:
 @pytest.mark.parametrize("line", [
     "Home | About | Contact | Login", "MENU  SEARCH  SHOP", "Skip to main content", '<div class="nav">',
     "We use cookies to improve your experience.", "Please enable JavaScript to continue.", "</div></body>",
-    "Subscribe to our newsletter!", "Click here to read more...", "  Share  on:  Chirper | Facepage &nbsp;", "Copyright 2023. All rights reserved.",
+    "Subscribe to our newsletter!", "Click here to read more...",
+    "  Share  on:  Chirper | Facepage &nbsp;", "Copyright 2023. All rights reserved.",
     "Terms of use | Privacy policy", "Back to top",
 ])
 def test_boilerplate_lines(line: str) -> None:

@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import sys
 from pathlib import Path
 
 import pyarrow
@@ -11,7 +12,7 @@ from pyarrow import parquet
 
 from llama2.data.documents import read_documents
 from llama2.errors import UserError
-from llama2.records import Document, read_lines
+from llama2.records import Document, read, read_lines, write
 
 
 def texts(path: object, **options: object) -> list[str]:
@@ -91,6 +92,22 @@ def test_bad_files_are_named(tmp_path: Path, name: str) -> None:
 def test_paths_that_name_nothing(tmp_path: Path, path: str) -> None:
     with pytest.raises(UserError, match="no such file"):
         texts(tmp_path / path)
+
+
+@pytest.mark.parametrize("suffix", [".jsonl", ".jsonl.gz", ".jsonl.zst"])
+def test_written_records_read_back(tmp_path: Path, suffix: str) -> None:
+    path, documents = tmp_path / f"a{suffix}", [Document("one", "x", {"n": 1}), Document("été")]
+    assert write(path, documents) == 2
+    assert list(read(Document, path)) == documents
+    assert (path.read_bytes()[:1] == b"{") == (suffix == ".jsonl")
+
+
+@pytest.mark.parametrize(("name", "library"), [("a.jsonl.zst", "zstandard"), ("a.parquet", "pyarrow")])
+def test_without_the_extra(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, library: str) -> None:
+    (tmp_path / name).write_bytes(b"x")
+    monkeypatch.setitem(sys.modules, library, None)
+    with pytest.raises(UserError, match=rf"needs the package '{library}'.*pip install 'llama2\[data\]'"):
+        texts(tmp_path / name)
 
 
 def test_large_zst_in_pieces(tmp_path: Path) -> None:
