@@ -251,7 +251,7 @@ def read(kind: type[Record], path: str | os.PathLike[str]) -> Iterator[Record]:
 
 
 def write(path: str | os.PathLike[str], records: Iterable[object]) -> int:
-    """Write records as JSON Lines (packed for `.gz` and `.zst`), atomically (a temporary file renamed into place); returns how many."""
+    """Write records as JSON Lines (packed for `.gz` and `.zst`), atomically, and return how many there were."""
     path = Path(path)
     count = 0
     temporary = path.with_name(path.name + ".tmp")
