@@ -14,6 +14,8 @@ from hypothesis import strategies as st
 from llama2.data.loader import Batch, Rows
 from llama2.data.pack import collate, pack
 from llama2.errors import UserError
+from llama2.model.llama import Llama, LlamaConfig
+from llama2.train.objectives import next_token
 
 
 def numbers(items: Sequence[int]) -> Batch:
@@ -122,3 +124,19 @@ def test_split_and_whole_give_the_same_loss() -> None:
 
     assert losses(2, 1) == pytest.approx(losses(5, 1), rel=1e-12)
     assert losses(1, 3) == pytest.approx(losses(5, 1), rel=1e-12)
+
+
+def test_packed_dialogs_cost_what_they_cost_alone() -> None:
+    torch.manual_seed(0)
+    model = Llama(LlamaConfig(vocab_size=90, hidden_size=32, intermediate_size=48, num_hidden_layers=2,
+                              num_attention_heads=4, num_key_value_heads=2)).eval()
+    draw = np.random.default_rng(1)
+    items = [(draw.integers(3, 90, size).tolist(), (draw.random(size) < 0.6).tolist()) for size in
+             draw.integers(3, 20, 12)]
+    packed = pack(items, 24)
+    together = float(next_token(model, collate(packed.rows, 24)).total)
+    alone = sum(float(next_token(model, collate([[segment]])).total) for row in packed.rows for segment in row)
+    assert len(packed.rows) < len(items)
+    assert together == pytest.approx(alone, rel=1e-5)
+    mixed = float(next_token(model, collate(packed.rows, 24, separate=False)).total)
+    assert mixed != pytest.approx(alone, rel=1e-4)
