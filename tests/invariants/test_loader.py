@@ -126,6 +126,11 @@ def test_split_and_whole_give_the_same_loss() -> None:
     assert losses(1, 3) == pytest.approx(losses(5, 1), rel=1e-12)
 
 
+def cost(model: Llama, batch: Batch) -> float:
+    with torch.no_grad():
+        return float(next_token(model, batch).total)
+
+
 def test_packed_dialogs_cost_what_they_cost_alone() -> None:
     torch.manual_seed(0)
     model = Llama(LlamaConfig(vocab_size=90, hidden_size=32, intermediate_size=48, num_hidden_layers=2,
@@ -134,9 +139,9 @@ def test_packed_dialogs_cost_what_they_cost_alone() -> None:
     items = [(draw.integers(3, 90, size).tolist(), (draw.random(size) < 0.6).tolist()) for size in
              draw.integers(3, 20, 12)]
     packed = pack(items, 24)
-    together = float(next_token(model, collate(packed.rows, 24)).total)
-    alone = sum(float(next_token(model, collate([[segment]])).total) for row in packed.rows for segment in row)
+    together = cost(model, collate(packed.rows, 24))
+    alone = sum(cost(model, collate([[segment]])) for row in packed.rows for segment in row)
     assert len(packed.rows) < len(items)
     assert together == pytest.approx(alone, rel=1e-5)
-    mixed = float(next_token(model, collate(packed.rows, 24, separate=False)).total)
+    mixed = cost(model, collate(packed.rows, 24, separate=False))
     assert mixed != pytest.approx(alone, rel=1e-4)
