@@ -115,7 +115,7 @@ def resumed(directory: Path) -> None:
             trained = learner(how)
 
             def save_model(path: Path) -> None:
-                full = trained.state_dict()["model"]
+                full = parallel.full_weights(trained.model)
                 if mesh.is_main():
                     torch.save(full, path / "model.pt")
 
