@@ -50,7 +50,7 @@ class Source(config.Config):
 
 
 class Config(StageConfig):
-    """Import public data."""
+    """Import public data. A source is `--sources.NAME.path FILE`; its other keys are in docs/data.md."""
 
     kind: Kind
     """what to make; comparisons can serve as dialogs (the preferred answers) and as prompts, dialogs as prompts"""
