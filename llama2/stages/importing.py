@@ -59,7 +59,7 @@ class Config(StageConfig):
     heldout: float = Field(0.0, ge=0, lt=1)
     """share of the opening turns that goes to heldout-<kind>.jsonl"""
     exclude: tuple[Path, ...] = ()
-    """files of prompts none of which may open an imported conversation, such as those of an evaluation"""
+    """files of prompts, dialogs or comparisons; what opens one of theirs opens no imported conversation"""
     max_characters: int = Field(0, ge=0)
     """leave out records with more text than this, prompt and longest answer together; 0: no limit"""
 
@@ -81,7 +81,8 @@ def run(config: Config, run: Run) -> None:
         return
     if not config.sources:
         raise UserError("there is nothing to import: 'sources' is empty", "name files: --sources.mine.path FILE")
-    excluded = {opening(prompt.messages) for path in config.exclude for prompt in import_prompts(path)}
+    excluded = {opening(_messages(record)) for path in config.exclude
+                for record in _read("prompts", "", Source(path=path), Tally())}
     seen: set[str] = set()
     imported = [_import(config, name, source, excluded, seen) for name, source in config.sources.items()]
     train = _shuffled((copy for item in imported for copy in _repeated(item, config.seed)), config.seed)

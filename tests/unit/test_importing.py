@@ -95,6 +95,15 @@ def test_comparisons_serve_as_dialogs_and_prompts(tmp_path):
     assert prompt.metadata == {"source": "hh", "family": "unsafe"}
 
 
+def test_what_is_held_out_of_comparisons_can_be_kept_out_of_dialogs(tmp_path):
+    sources = {"mine": {"path": pairs(tmp_path / "p.jsonl", 200)}}
+    compared = carry_out(tmp_path / "p", kind="preferences", sources=sources, heldout=0.3)
+    heldout = compared / "heldout-preferences.jsonl"
+    dialogs = carry_out(tmp_path / "d", kind="dialogs", sources=sources, exclude=[heldout])
+    assert ({r.messages[:-1] for r in read(Dialog, dialogs / "dialogs.jsonl")}
+            == {r.prompt for r in read(Preference, compared / "preferences.jsonl")})
+
+
 @pytest.mark.parametrize(("values", "cause"), [
     ({"sources": {}}, "there is nothing to import"),
     ({"sources": {"x": {"path": FIXTURES / "hh.jsonl"}}, "heldout": 0.0001}, "no record is held out"),
