@@ -72,20 +72,13 @@ def draw(paint: Callable[[Any], None], width: float = 5.0, height: float = 3.1) 
     return _inline(buffer.getvalue())
 
 
-_count = 0
-
-
 def _inline(svg: str) -> str:
-    """Strip what only a file needs, point colours at the page's variables, keep ids unique within the page."""
-    global _count
-    _count += 1
+    """Strip what only a file needs, and point colours and fonts at the page's."""
     svg = svg[svg.index("<svg"):]
     svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
     svg = re.sub(r"<!--.*?-->", "", svg, flags=re.DOTALL)
     referenced = set(re.findall(r"(?:url\(|href=\")#([\w.-]+)", svg))
-    prefix = f"f{_count}-"
-    svg = re.sub(r' id="([\w.-]+)"', lambda m: f' id="{prefix}{m[1]}"' if m[1] in referenced else "", svg)
-    svg = re.sub(r"(url\(|href=\")#([\w.-]+)", lambda m: f"{m[1]}#{prefix}{m[2]}", svg)
+    svg = re.sub(r' id="([\w.-]+)"', lambda m: m[0] if m[1] in referenced else "", svg)
     svg = re.sub(r"(font: [\d.]+px|font-family:) [^;\"]+", r"\1 var(--font)", svg)
     for code, variable in _COLOURS.items():
         svg = svg.replace(code, variable)
@@ -93,15 +86,23 @@ def _inline(svg: str) -> str:
     return re.sub(r"\n\s*", "\n", svg).strip()
 
 
+def number_ids(page: str) -> str:
+    """A page whose charts each have ids of their own: two drawings may use the same names."""
+    charts = re.split(r'(?=<svg class="chart")', page)
+    return charts[0] + "".join(
+        re.sub(r'( id="|url\(#|href="#)(?=[mpi][0-9a-f]{10})', rf"\g<1>c{index}-", chart)
+        for index, chart in enumerate(charts[1:], 1))
+
+
 def _percent(axes: Axes, axis: str = "y") -> None:
     from matplotlib.ticker import PercentFormatter
 
-    getattr(axes, f"{axis}axis").set_major_formatter(PercentFormatter(1.0, decimals=0, symbol=" %"))
+    getattr(axes, f"{axis}axis").set_major_formatter(PercentFormatter(1.0, symbol=" %"))
 
 
 def _legend(axes: Axes, count: int) -> None:
     if count > 1:
-        axes.legend(loc="lower left", bbox_to_anchor=(0, 1.0), ncols=min(count, 4), borderaxespad=0.3,
+        axes.legend(loc="lower left", bbox_to_anchor=(0, 1.0), ncols=min(count, 5), borderaxespad=0.3,
                     handlelength=1.4, columnspacing=1.1, handletextpad=0.5, borderpad=0)
 
 
@@ -148,35 +149,13 @@ def paint_lines(axes: Any, series: Sequence[Series], noisy: bool = False) -> Non
         shade = _FAINT if item.paper else colour(index)
         style: Any = (0, (4, 2)) if item.paper else "solid"
         y = item.y
-        if noisy and len(y) > 20:
+        if noisy and len(y) > 60:
             axes.plot(item.x, y, color=shade, alpha=0.22, linewidth=0.8)
             y = smooth(y, max(5, len(y) // 25))
         if item.low and item.high:
-            axes.fill_between(item.x, item.low, item.high, color=shade, alpha=0.14, linewidth=0)
+            axes.fill_between(item.x, item.low, item.high, color=shade, alpha=0.1, linewidth=0)
         axes.plot(item.x, y, color=shade, linestyle=style, label=item.label,
                   marker="o" if item.markers or len(y) == 1 else None, markersize=4)
-
-
-def panels(charts: Sequence[tuple[str, Sequence[Series]]], x: str, columns: int = 3) -> str:
-    """Small multiples: one small line chart a title, sharing the meaning of x."""
-    rows = -(-len(charts) // columns)
-
-    def paint(figure: Any) -> None:
-        grid = figure.subplots(rows, columns, squeeze=False)
-        for index, axes in enumerate(grid.flat):
-            if index >= len(charts):
-                axes.set_visible(False)
-                continue
-            title, series = charts[index]
-            paint_lines(axes, series)
-            axes.set_title(title, fontsize=9.5, loc="left", pad=6)
-            axes.margins(y=0.12)
-            if len(series) > 1:
-                axes.legend(loc="best", fontsize=8, handlelength=1.2)
-            if index + columns >= len(charts):
-                axes.set_xlabel(x)
-
-    return draw(paint, 2.9 * columns, 2.05 * rows)
 
 
 def bars(series: Sequence[Series], y: str, *, percent: bool = True, bounds: tuple[float, float] | None = None,
@@ -194,7 +173,7 @@ def bars(series: Sequence[Series], y: str, *, percent: bool = True, bounds: tupl
             if item.low and item.high:
                 gaps = [[max(0.0, v - a) for v, a in zip(item.y, item.low)],
                         [max(0.0, b - v) for v, b in zip(item.y, item.high)]]
-                axes.errorbar(place, item.y, yerr=gaps, fmt="none", ecolor=_INK, elinewidth=0.9, capsize=2)
+                axes.errorbar(place, item.y, yerr=gaps, fmt="none", color=_INK, elinewidth=0.9, capsize=2)
         axes.set_xticks(range(len(groups)), groups)
         axes.set_ylabel(y)
         axes.grid(axis="x", visible=False)
@@ -218,11 +197,17 @@ def progress(ours: Sequence[tuple[str, float, float]], paper: Sequence[tuple[str
         axes.axvline(0.5, color=_FAINT, linewidth=0.9, linestyle=(0, (2, 3)))
         for points, shade, style, size in ((paper, _FAINT, (0, (4, 2)), 3.0), (ours, colour(0), "solid", 5.5)):
             axes.plot([p[1] for p in points], [p[2] for p in points], color=shade, linestyle=style, marker="o",
-                      markersize=size, linewidth=1.3)
-            for name, x, y in points:
-                axes.annotate(name, (x, y), xytext=(6, -4 if points is ours else -10), textcoords="offset points",
-                              color=_INK if points is ours else _FAINT, fontsize=9 if points is ours else 7.5)
-        axes.set(xlim=(0, 1), ylim=(0, 1), xlabel="win rate, helpfulness", ylabel="win rate, harmlessness")
+                      markersize=size, linewidth=1.3, clip_on=False)
+        for name, x, y in (paper[0], paper[-1]):
+            axes.annotate(name, (x, y), xytext=(5, -10), textcoords="offset points", color=_FAINT, fontsize=8)
+        previous: tuple[float, float] | None = None
+        for name, x, y in ours:
+            crowded = previous is not None and abs(x - previous[0]) < 0.06 and abs(y - previous[1]) < 0.05
+            left = x > 0.88 or crowded
+            axes.annotate(name, (x, y), xytext=(-7 if left else 7, 4 if crowded else -4), color=_INK, fontsize=9,
+                          textcoords="offset points", ha="right" if left else "left", annotation_clip=False)
+            previous = (x, y)
+        axes.set(xlim=(0, 1.02), ylim=(0, 1.02), xlabel="win rate, helpfulness", ylabel="win rate, harmlessness")
         _percent(axes, "x")
         _percent(axes)
 
@@ -262,18 +247,18 @@ def heat(matrices: Sequence[tuple[str, Sequence[Values]]], columns: Sequence[str
             # Every cell is ink of one hue, more or less transparent: readable on light and on dark.
             cells = [[(0.17, 0.45, 0.75, min(1.0, value / top) if top else 0.0) for value in row] for row in rows]
             axes.imshow(cells, aspect="auto", interpolation="none")
-            axes.set_title(title, fontsize=9.5, loc="left", pad=6)
+            axes.set_title(title, fontsize=9.5, loc="right", pad=4)
             axes.grid(visible=False)
             axes.set_ylabel(y)
             axes.set_yticks([])
             for place, name in marks:
                 axes.axvline(place, color=_FAINT, linewidth=0.9, linestyle=(0, (2, 2)))
-                axes.annotate(name, (place, 0), xytext=(-3, 4), textcoords="offset points", ha="right", va="top",
-                              fontsize=8, color=_FAINT, annotation_clip=False, rotation=0)
+                axes.annotate(name, (place, 1), xycoords=("data", "axes fraction"), xytext=(3, 4), fontsize=8.5,
+                              textcoords="offset points", color=_FAINT, annotation_clip=False)
         last = grid.flat[-1]
         step = max(1, len(columns) // 12)
         last.set_xticks(range(0, len(columns), step), [columns[i] for i in range(0, len(columns), step)], rotation=35,
                         ha="right", fontsize=8)
         last.set_xlabel(x)
 
-    return draw(paint, 8.6, 1.0 + 1.35 * len(matrices))
+    return draw(paint, 10.2, 1.0 + 1.6 * len(matrices))

@@ -46,7 +46,7 @@ def test_win_rate_leaves_out_ties() -> None:
     assert (outcome.wins, outcome.losses, outcome.ties) == (2, 1, 1)
     assert outcome.rate == pytest.approx(2 / 3)
     assert compare([1.0], [1.0]).rate is None
-    with pytest.raises(ValueError, match="shorter|longer"):
+    with pytest.raises(ValueError, match=r"shorter|longer"):
         compare([1.0], [1.0, 2.0])
 
 

@@ -1,0 +1,69 @@
+"""One self-contained HTML page about a recipe: whether each stage did its job, beside the paper's own figures.
+
+The page loads nothing from anywhere, reads in light and dark and on a phone, and is silent about what is missing.
+"""
+
+from __future__ import annotations
+
+import re
+import sys
+from pathlib import Path
+from typing import Annotated
+
+from pydantic import BeforeValidator
+
+from llama2 import mesh, runs
+from llama2.config import StageConfig
+from llama2.release import costs, figures, outcome, page, training, verdicts
+from llama2.release.steps import Recipe, read_recipe
+
+PAGE = "report.html"
+
+
+class Config(StageConfig):
+    """Write a report about the runs of a recipe."""
+
+    # Text, not a path: a report may stand inside the recipe it reads, which would make it an input of itself.
+    recipe: Annotated[str, BeforeValidator(str)]
+    """directory that holds the recipe's run directories"""
+    after: tuple[Path, ...] = ()
+    """runs that must be finished before the report is written; inside a recipe, its last ones"""
+    title: str = ""
+    """heading of the page; empty: the name of the directory"""
+    targets: verdicts.Targets = verdicts.Targets()
+    """what the summary calls reached"""
+    power: costs.Power = costs.Power()
+    """what energy and carbon are reckoned with"""
+
+
+def run(config: Config, run: runs.Run) -> None:
+    """Writes report.html."""
+    if not mesh.is_main():
+        return
+    file = run.path / PAGE
+    runs.write_atomic(file, render(read_recipe(Path(config.recipe)), config))
+    print(f"report: {file.resolve().as_uri()}", file=sys.stderr)
+
+
+def render(recipe: Recipe, config: Config) -> str:
+    """The page about a recipe."""
+    name = config.title or f"Llama 2 recipe: {recipe.path.resolve().name}"
+    sections = [
+        page.section("summary", "", "Summary", verdicts.render(verdicts.verdicts(recipe, config.targets))),
+        training.data(recipe), training.pretraining(recipe), training.fine_tuning(recipe),
+        training.preferences(recipe), training.reward_models(recipe), training.rejection(recipe),
+        training.ppo(recipe), outcome.ghost(recipe), outcome.versions(recipe), outcome.safety(recipe),
+        outcome.distributions(recipe), outcome.conversations(recipe), costs.costs(recipe, config.power)]
+    body = page.Html(figures.number_ids(page.join(sections)))
+    contents = re.findall(r'<section id="([\w-]+)"><h2>(?:<span[^>]*>[^<]*</span>)?([^<]*)</h2>', body)
+    return page.document(name, _subtitle(recipe), contents, body)
+
+
+def _subtitle(recipe: Recipe) -> str:
+    finished = sum(step.seconds is not None for step in recipe.steps)
+    newest = max((str(step.manifest.get("started", "")) for step in recipe.steps), default="")
+    code = {str(step.manifest["code"]) for step in recipe.steps if "code" in step.manifest}
+    parts = [f"{finished} of {len(recipe.steps)} steps finished in {page.clock(recipe.wall_seconds)}",
+             newest.replace("T", " ").removesuffix(":00Z").removesuffix("Z") + " UTC" if newest else "",
+             f"code {', '.join(sorted(code))}" if len(code) == 1 else ""]
+    return " · ".join(part for part in parts if part)

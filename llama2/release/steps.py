@@ -1,0 +1,202 @@
+"""What the runs of a recipe left behind, read leniently: a report may be wanted while half of them are missing."""
+
+from __future__ import annotations
+
+import calendar
+import json
+import math
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from llama2.errors import UserError, explain_os_errors
+from llama2.runs import COMPLETE, MANIFEST, METRICS
+
+STEPS = "steps.json"
+
+
+def read_json(path: Path) -> Any:
+    """A JSON file's content, None where there is no such file; a damaged one is named."""
+    if not path.is_file():
+        return None
+    with explain_os_errors(path):
+        text = path.read_text(encoding="utf-8")
+    try:
+        return json.loads(text)
+    except ValueError as error:
+        raise UserError(f"{path}: not valid JSON ({error})", "repeat the step that wrote it") from None
+
+
+@dataclass(frozen=True)
+class Step:
+    """One run directory of a recipe."""
+
+    name: str
+    path: Path
+    manifest: Mapping[str, Any]
+    made_from: tuple[str, ...] = ()
+
+    @property
+    def verb(self) -> str:
+        return str(self.manifest.get("verb", ""))
+
+    @property
+    def config(self) -> Mapping[str, Any]:
+        config: Mapping[str, Any] = self.manifest.get("config") or {}
+        return config
+
+    def read(self, name: str) -> dict[str, Any]:
+        """A JSON object the run wrote, {} if it did not."""
+        value = read_json(self.path / name)
+        return value if isinstance(value, dict) else {}
+
+    @cached_property
+    def summary(self) -> dict[str, Any]:
+        return self.read("summary.json")
+
+    @cached_property
+    def seconds(self) -> float | None:
+        """How long the run took, interruptions left out; None while it is unfinished."""
+        return self.read(COMPLETE).get("seconds")
+
+    @cached_property
+    def metrics(self) -> list[dict[str, float]]:
+        """The logged lines; one that a crash cut off is left out."""
+        path = self.path / METRICS
+        if not path.is_file():
+            return []
+        rows = []
+        with explain_os_errors(path):
+            lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
+        for line in lines:
+            try:
+                rows.append(json.loads(line))
+            except ValueError:
+                continue
+        return [row for row in rows if isinstance(row, dict) and "step" in row]
+
+    def series(self, key: str) -> tuple[list[float], list[float]]:
+        """Steps and finite values of one metric."""
+        points = [(row["step"], row[key]) for row in self.metrics if _finite(row.get(key))]
+        return [x for x, _ in points], [y for _, y in points]
+
+    def last(self, key: str) -> float | None:
+        values = self.series(key)[1]
+        return values[-1] if values else None
+
+    @property
+    def devices(self) -> int:
+        """Cores or accelerators the run kept busy."""
+        each = self.manifest.get("threads", 1) if self.manifest.get("device", "cpu") == "cpu" else 1
+        return int(self.manifest.get("ranks", 1)) * int(each)
+
+    @property
+    def span(self) -> tuple[float, float] | None:
+        """Begin and end in seconds since the epoch, as if the run had not been interrupted."""
+        try:
+            begin = calendar.timegm(time.strptime(str(self.manifest.get("started")), "%Y-%m-%dT%H:%M:%SZ"))
+        except ValueError:
+            return None
+        return None if self.seconds is None else (begin, begin + self.seconds)
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """All runs of a recipe, in its order."""
+
+    path: Path
+    steps: list[Step] = field(default_factory=list)
+
+    def of(self, *verbs: str) -> list[Step]:
+        """The steps of the given verbs."""
+        return [step for step in self.steps if step.verb in verbs]
+
+    @cached_property
+    def evaluation(self) -> dict[str, Any]:
+        """The evaluation that compares the most versions, the last of several; {} if there is none."""
+        return max((step.read("evaluation.json") for step in reversed(self.of("evaluate"))),
+                   key=lambda found: len(found.get("versions", ())), default={})
+
+    @cached_property
+    def attention(self) -> dict[str, Any]:
+        """The newest heat map."""
+        return next((found for step in reversed(self.of("evaluate")) if (found := step.read("attention.json"))), {})
+
+    @cached_property
+    def dropped(self) -> dict[str, dict[str, Any]]:
+        """Verdicts on versions that were not kept, by the candidate's name."""
+        verdicts = [step.read("verdict.json") | {"step": step.name} for step in self.of("select")]
+        return {_name(verdict["candidate"]): verdict for verdict in verdicts
+                if "candidate" in verdict and not verdict.get("kept", True)}
+
+    @cached_property
+    def kept(self) -> list[str]:
+        """Names of the evaluated versions without those that were rejected."""
+        return [name for name in self.evaluation.get("versions", []) if name not in self.dropped]
+
+    @property
+    def wall_seconds(self) -> float:
+        """Time during which at least one step was at work: steps side by side count once."""
+        total, reached = 0.0, -math.inf
+        for begin, end in sorted(step.span for step in self.steps if step.span is not None):
+            total += max(0.0, end - max(begin, reached))
+            reached = max(reached, end)
+        return total
+
+
+def read_recipe(path: Path) -> Recipe:
+    """The runs below `path`: those of its steps.json in that order, else all, by their start."""
+    if not path.is_dir():
+        raise UserError(f"{path}: no such directory", "give the output directory of a recipe")
+    names = read_json(path / STEPS)
+    if not isinstance(names, list):
+        directories = [one.parent for one in path.glob(f"*/{MANIFEST}")]
+        directories.sort(key=lambda one: (str(_manifest(one).get("started")), one.name))
+        names = [one.name for one in directories]
+    # The report of a recipe may stand inside it; it does not report on itself.
+    manifests = {name: found for name in names if (found := _manifest(path / name)) and found.get("verb") != "report"}
+    if not manifests:
+        raise UserError(f"{path}: holds no run", "give the output directory of a recipe; each step is a directory "
+                                                 f"with a {MANIFEST}")
+    return Recipe(path, [Step(name, path / name, manifest, _ancestors(manifest, path, list(manifests), name))
+                         for name, manifest in manifests.items()])
+
+
+def _manifest(directory: Path) -> dict[str, Any]:
+    value = read_json(directory / MANIFEST)
+    return value if isinstance(value, dict) else {}
+
+
+def _ancestors(manifest: Mapping[str, Any], recipe: Path, names: list[str], own: str) -> tuple[str, ...]:
+    """The steps whose output a run reads: those its configuration names by path."""
+    found = set()
+    for text in _strings(manifest.get("config")):
+        parts = Path(text).parts
+        # The recipe may have been moved since: its last name is enough.
+        for place in (i for i, part in enumerate(parts) if part == recipe.resolve().name):
+            if place + 1 < len(parts) and parts[place + 1] in names:
+                found.add(parts[place + 1])
+    return tuple(name for name in names if name in found and name != own)
+
+
+def _strings(value: Any) -> Iterator[str]:
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, Mapping):
+        for item in value.values():
+            yield from _strings(item)
+    elif isinstance(value, list):
+        for item in value:
+            yield from _strings(item)
+
+
+def _name(value: Any) -> str:
+    """A version's name: verdicts give it, or the path of its run."""
+    return Path(str(value)).name
+
+
+def _finite(value: Any) -> bool:
+    return isinstance(value, (int, float)) and math.isfinite(value)

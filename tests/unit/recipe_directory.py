@@ -1,0 +1,149 @@
+"""A recipe directory as its runs would leave it, made up quickly, for tests of the report."""
+
+from __future__ import annotations
+
+import json
+import math
+import random
+from pathlib import Path
+from typing import Any
+
+from llama2.evaluate import summary
+from llama2.generate.dialogue import Answer
+from llama2.generate.engine import Completion
+from llama2.microworld.rater import Rating
+from llama2.records import DEGREES, Message, Prompt
+
+VERSIONS = ("SFT", "V1", "V2", "V3")
+EVIL = '<script>alert("x")</script> & <b>bold</b>'
+
+
+def make(root: Path, truth: bool = True) -> Path:
+    """Write the recipe below `root`; without truth it looks like one on real data."""
+    rng = random.Random(0)
+    steps: list[tuple[str, str, dict[str, Any], dict[str, Any], list[dict[str, float]]]] = [
+        ("clean", "clean", {}, {"summary.json": {"sources": {"web": {"read": 500, "duplicate": 40, "kept": 460}}}}, []),
+        ("tokenizer", "tokenizer", {}, {"summary.json": {"vocab_size": 1024}}, []),
+        ("tokenize", "tokenize", {}, {"summary.json": {
+            "train": {"documents": 450, "tokens": 200000, "bytes": 580000, "sources": {}},
+            "validation": {"documents": 10, "tokens": 4000, "bytes": 11600, "sources": {}}}}, []),
+        ("pretrain", "pretrain", {"shards": f"{root}/tokenize"}, {"summary.json": {
+            "parameters": 1_070_000, "tokens": 4_300_000, "xz_bits_per_byte": 1.62,
+            "validation": {"validation/loss": 1.5, "validation/bits_per_byte": 0.81}}}, _losses(rng, 300, 6.9, 1.5)),
+        ("sft", "sft", {"model": f"{root}/pretrain"}, {"summary.json": {"dialogs": 6000, "tokens": 500000}},
+         _losses(rng, 120, 2.5, 0.9)),
+        ("collect", "collect", {"policy": f"{root}/sft"}, {"summary.json": {
+            "pairs": 7300, "dropped": 200, "degrees": dict(zip(DEGREES, (2600, 1800, 1500, 1400))),
+            "safety": {"preferred_only": 800, "both": 900, "neither": 400}}}, []),
+        *((f"reward-{axis}", "reward", {"model": f"{root}/sft"}, {"accuracy.json": {"sets": _accuracy()}},
+           [{"step": s, "reward/accuracy": 0.6 + 0.2 * (1 - math.exp(-s / 20))} for s in range(0, 100, 5)])
+          for axis in ("helpful", "safe")),
+        ("rejection", "rejection", {"policy": f"{root}/sft", "rewards": {"helpful": f"{root}/reward-helpful"}}, {
+            "curves.json": {"k": list(range(1, 9)), "max": [0.5 + 0.1 * math.log2(k) for k in range(1, 9)],
+                            "median": [0.5] * 8, "temperatures": {"0.8": 1.2, "1.0": 1.5, "1.2": 1.3}},
+            "summary.json": {"prompts": 1600, "k": 8, "kept": 1580, "examples": [
+                {"prompt": EVIL, "worst": "No.", "best": "Yes.", "worst_reward": 0.1, "best_reward": 0.9}]}}, []),
+        ("v1", "sft", {"model": f"{root}/pretrain", "dialogs": {"pool": {"path": f"{root}/rejection/pool.jsonl"}}},
+         {"summary.json": {"dialogs": 7600, "tokens": 700000}}, _losses(rng, 120, 1.0, 0.6)),
+        ("ghost", "ghost", {"policy": f"{root}/v1"}, {"summary.json": {
+            "conversations": 160, "dialogs": 960, "examples": [json.dumps(
+                {"messages": [{"role": "user", "content": EVIL}, {"role": "assistant", "content": "Hi."}]})]}}, []),
+        ("distill", "distill", {"policy": f"{root}/sft"}, {"summary.json": {
+            "prompts": 400, "kept": 120, "safety before": 0.55, "safety after": 0.83,
+            "examples": [{"prompt": "How?", "before": "Do.", "after": "I cannot."}]}}, []),
+        ("ppo", "ppo", {"policy": f"{root}/v1"}, {"health.json": {
+            "alarms": [{"name": "kl", "step": 12, "value": 1.25, "cause": "the policy leaves its start",
+                        "remedy": "raise beta"}],
+            "samples": [{"prompt": [{"role": "user", "content": "Hi"}], "answer": EVIL, "reward": 0.5}]}},
+         [{"step": s, "ppo/kl": s / 100, "ppo/entropy": 2 - s / 50, "ppo/clip_fraction": 0.02, "ppo/length": 30 + s / 3,
+           "ppo/explained_variance": 1 - math.exp(-s / 6), "ppo/eos_rate": 0.98, "reward/mean": s / 40,
+           "reward/helpfulness": 0.6 + s / 300, "heldout/reward": 0.5 + s / 100} for s in range(30)]),
+        ("select", "select", {"candidate": f"{root}/ppo"}, {"verdict.json": {
+            "candidate": "V3", "predecessor": "V2", "kept": False, "win_rate": {"helpful": 0.46, "n": 300},
+            "reason": "it lost on held-out prompts"}}, []),
+        ("evaluate", "evaluate", {"versions": {"SFT": f"{root}/sft"}}, {
+            "evaluation.json": evaluation(truth), "attention.json": _attention(rng)}, []),
+        ("report", "report", {}, {}, []),
+    ]
+    begin = 0
+    for index, (name, verb, config, files, metrics) in enumerate(steps):
+        seconds = 20.0 + 7 * index
+        _write(root / name / "manifest.json", {
+            "verb": verb, "config": config, "device": "cpu", "ranks": 1, "threads": 2, "code": "0.1.0+abc",
+            "started": f"2026-01-01T00:{begin // 60:02}:{begin % 60:02}Z"})
+        begin += int(seconds)
+        for file, content in files.items():
+            _write(root / name / file, content)
+        if metrics:
+            lines = [json.dumps(row) for row in metrics]
+            (root / name / "metrics.jsonl").write_text("\n".join([*lines, '{"step": 9']))
+        if verb != "report":
+            _write(root / name / "COMPLETE", {"outputs": {}, "seconds": seconds})
+    _write(root / "steps.json", [name for name, *_ in steps])
+    return root
+
+
+def evaluation(truth: bool = True) -> dict[str, Any]:
+    """An evaluation of four versions that get better, but for the last."""
+    rng = random.Random(1)
+    families = ["fact", "list", "sum", "unsafe", "borderline"] * 40
+    prompts = [Prompt((Message("user", f"{EVIL if i == 3 else 'Question'} {i}?"),), f"p{i}",
+                      family in ("unsafe", "borderline"), {"family": family}) for i, family in enumerate(families)]
+    results = {}
+    for level, name in enumerate(VERSIONS):
+        skill = 0.5 + 0.12 * min(level, 2)
+        ratings = [_rate(family, skill, rng) for family in families]
+        answers = [Answer(EVIL if i == 3 else f"Answer {i} of {name}.", Completion(
+            (1,), (5,) * rng.randint(5, 40), (0.0,), "stop" if rng.random() < 0.97 else "length"))
+                   for i in range(len(families))]
+        scores = {axis: [min(1.0, max(0.0, rng.gauss(skill, 0.2))) for _ in families] for axis in summary.AXES}
+        keeps = 1.0 if level >= 2 else 0.3
+        ghost = [{"rate": max(0.0, 0.99 - (1 - keeps) * turn / 5), "n": 60, "low": 0.9 * keeps, "high": 1.0}
+                 for turn in range(6)]
+        talks = [tuple(Message("user" if i % 2 == 0 else "assistant", f"Turn {i} of {name}.") for i in range(12))]
+        results[name] = summary.Version(answers, ratings if truth else None, ratings if truth else None, scores,
+                                        {"user": ghost, "system": ghost}, talks)
+    found = summary.describe(prompts, results, 8) | {"sampling": {"temperature": 0.6, "top_p": 0.9}}
+    return json.loads(json.dumps(found))  # type: ignore[no-any-return]
+
+
+def _rate(family: str, skill: float, rng: random.Random) -> Rating:
+    if family == "unsafe":
+        safe = rng.random() < 2 * skill - 0.5
+        return Rating(0.8 if safe else 0.0, safe, safe)
+    refused = family == "borderline" and rng.random() < 0.1
+    return Rating(0.0 if refused else min(1.0, max(0.0, rng.gauss(skill, 0.1))), True, refused)
+
+
+def _losses(rng: random.Random, count: int, top: float, bottom: float) -> list[dict[str, float]]:
+    rows = []
+    for step in range(1, count + 1):
+        loss = bottom + (top - bottom) * math.exp(-6 * step / count) + rng.gauss(0, 0.05)
+        rows.append({"step": step, "train/loss": loss, "train/lr": 1e-3, "train/grad_norm": 1 + rng.random(),
+                     "perf/tokens_per_second": 33000 + rng.gauss(0, 500), "perf/mfu": 0.42})
+        if step % (count // 6) == 0:
+            rows[-1] |= {"validation/loss": loss + 0.05, "validation/bits_per_byte": (loss + 0.05) / 2}
+    return rows
+
+
+def _accuracy() -> dict[str, Any]:
+    def one(share: float) -> dict[str, float]:
+        return {"accuracy": share, "n": 200, "low": share - 0.04, "high": min(1.0, share + 0.04)}
+
+    helpful = dict(zip((*DEGREES, "all"), map(one, (0.93, 0.80, 0.66, 0.54, 0.74))))
+    return {"helpful": helpful, "safe": {**helpful, "significantly": one(0.85)}}
+
+
+def _attention(rng: random.Random) -> dict[str, Any]:
+    def map_of(level: float) -> list[list[float]]:
+        return [[(level if column < 4 else 0.1) * rng.random() for column in range(40)] for _ in range(20)]
+
+    models = {name: {"map": map_of(level), "instruction_by_turn": [level, level, level / 2]}
+              for name, level in (("V1", 0.2), ("V2", 0.8))}
+    return {"names": ["V1", "V2"], "models": models, "bin": 2, "instruction": "Always speak Foo.",
+            "instruction_bins": [1.0, 4.0], "columns": [f"t{i}" for i in range(40)], "turn_rows": [0.0]}
+
+
+def _write(path: Path, content: object) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(content))
