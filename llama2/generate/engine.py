@@ -144,7 +144,7 @@ class Engine:
         weights = list(self._model.parameters())
         if all(weight.dtype == self._dtype and not isinstance(weight, DTensor) for weight in weights):
             return self._model
-        with torch.no_grad():
+        with torch.inference_mode():
             if self._copy is None:
                 self._copy = _blank(self._model, self._dtype)
             for own, weight in zip(self._copy.parameters(), weights, strict=True):
@@ -153,10 +153,10 @@ class Engine:
 
 
 def _blank(model: Llama, dtype: torch.dtype) -> Llama:
-    """A model of the same shape, unsharded, of type `dtype`, that never trains."""
-    with torch.device(next(model.parameters()).device):
+    """Memory for a model of the same shape, unsharded and of type `dtype`."""
+    with torch.device("meta"):
         blank = Llama(model.config)
-    return blank.to(dtype).requires_grad_(False)
+    return blank.to(dtype).to_empty(device=next(model.parameters()).device)
 
 
 __all__ = ["Completion", "Engine", "Generator", "Sampling", "Tokens"]
