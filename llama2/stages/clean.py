@@ -33,6 +33,8 @@ class Source(Section):
     """a file or directory: text, JSONL (.gz, .zst), parquet"""
     split: Literal["file", "paragraph", "line"] = "file"
     """what one document of a plain text file is"""
+    repeated_lines: int = Field(0, ge=0)
+    """drop a line after this many documents of the source have had it (menus, footers of web pages); 0 keeps all"""
 
 
 class Config(StageConfig):
@@ -41,8 +43,6 @@ class Config(StageConfig):
     sources: Annotated[dict[str, Source], Field(min_length=1)]
     """name -> where it lies"""
     min_characters: int = Field(20, ge=0)
-    repeated_lines: int = Field(5, ge=0)
-    """drop a line after this many documents have had it; 0 keeps all"""
     remove_boilerplate: bool = True
     mask_personal_data: bool = True
     max_characters: int = Field(0, ge=0)
@@ -63,8 +63,8 @@ def run(config: Config, run: Run) -> None:
         counts: Counter[str] = Counter()
         raw = _pieces(read_documents(source.path, split=source.split), config.max_characters)
         documents = clean(raw, rules, counts)
-        if config.repeated_lines:
-            documents = deduplicate.drop_repeated_lines(documents, counts, limit=config.repeated_lines)
+        if source.repeated_lines:
+            documents = deduplicate.drop_repeated_lines(documents, counts, limit=source.repeated_lines)
         kept = list(deduplicate.drop_duplicates(documents, counts, seen))
         aside = [_held_out(document, config.heldout) for document in kept]
         records.write(run.path / "documents" / f"{name}.jsonl", (d for d, out in zip(kept, aside) if not out))

@@ -108,7 +108,7 @@ class Rollouts:
             joined = whiten(torch.tensor([self._final(one, mark) for one, mark in zip(answers, scores)]))
             order = torch.randperm(len(prompts), generator=torch.Generator().manual_seed(settings.seed
                                                                                        + 7919 * self.iteration))
-            cuts = order.split(settings.minibatch_size)
+            cuts = torch.split(order, settings.minibatch_size)
             minibatches = [self._minibatch([answers[i] for i in cut], joined[cut]) for cut in cuts]
         statistics_ = self._finish(minibatches)
         self.observe({**describe(answers, scores), **statistics_, "time/rollout": rolled - begin,

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from itertools import chain
 from pathlib import Path
 from typing import Annotated
 
 from pydantic import Field
 
-from llama2 import mesh
+from llama2 import mesh, records
 from llama2.config import StageConfig
 from llama2.data.documents import read_documents
+from llama2.records import Dialog
 from llama2.runs import Run
+from llama2.tokenizer.template import render
 from llama2.tokenizer.train import train
 
 
@@ -19,6 +22,8 @@ class Config(StageConfig):
 
     documents: Annotated[tuple[Path, ...], Field(min_length=1)]
     """files or directories of text, JSONL or parquet; a `llama2 clean` run among them stands for its documents"""
+    dialogs: tuple[Path, ...] = ()
+    """dialogs to learn from as well, in the chat format: without them its tags cost many tokens a turn"""
     vocab_size: int = Field(32000, gt=260)
     max_megabytes: float = Field(200.0, gt=0)
     """train on a random sample of about this much text"""
@@ -27,7 +32,8 @@ class Config(StageConfig):
 def run(config: Config, run: Run) -> None:
     """Write tokenizer.model and its Hugging Face companions into the run directory."""
     if mesh.is_main():
-        texts = (document.text for document in read_documents(config.documents))
+        texts = chain((document.text for document in read_documents(config.documents)),
+                      (render(one.messages) for path in config.dialogs for one in records.read(Dialog, path)))
         tokenizer = train(texts, config.vocab_size, run.path, seed=config.seed,
                           sample_bytes=round(config.max_megabytes * 1e6))
         run.write_json("summary.json", {"vocab_size": tokenizer.vocab_size, "fingerprint": tokenizer.fingerprint})

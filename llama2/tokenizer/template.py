@@ -75,6 +75,13 @@ def encode_prompt(tokenizer: Tokenizer, messages: Messages) -> list[int]:
     return ids
 
 
+def render(messages: Messages) -> str:
+    """A conversation as text, without BOS and EOS: what a tokenizer is trained on if it shall know the format."""
+    parts = (f"{BEGIN_INSTRUCTION} {turn.content.strip()} {END_INSTRUCTION}" if turn.role == "user"
+             else turn.content.strip() for turn in _fold_system(messages))
+    return " ".join(parts)
+
+
 def _fold_system(messages: Messages) -> Messages:
     if messages[0].role != "system":
         return messages
