@@ -19,8 +19,9 @@ import torch
 from torch import Tensor
 
 KEEP_BYTES = 256 << 20  # a larger q is computed again in the backward pass instead of kept (a third more products)
-CHUNK_BYTES = {"cpu": 16 << 20}  # fp32 logits of one chunk: what the processor's caches hold
+CHUNK_BYTES = {"cpu": 4 << 20}  # fp32 logits of one chunk: what the caches of a processor hold
 LARGE_CHUNK_BYTES = 256 << 20  # elsewhere: enough rows to fill the device
+CHUNK_ROWS = 128  # at least, so that a chunk is still an efficient matrix product
 
 
 def log_likelihood(hidden_BTD: Tensor, weight_VD: Tensor, targets_BT: Tensor) -> Tensor:
@@ -103,11 +104,12 @@ def _chunk(hidden_CD: Tensor, weight_VD: Tensor, targets_C: Tensor, q_CV: Tensor
         entropy_C = (total_C1.log() - (shifted_CV.mul_(work_CV).sum(-1, keepdim=True) / total_C1))[:, 0]
     if work_CV is not q_CV:
         q_CV.copy_(work_CV)
-    q_CV.scatter_(1, targets_C[:, None], (torch.expm1(logp_C1) * total_C1).to(q_CV.dtype))
+    row_C = torch.arange(len(targets_C), device=targets_C.device)
+    q_CV[row_C, targets_C] = (torch.expm1(logp_C1) * total_C1).to(q_CV.dtype)[:, 0]  # scatter_ would copy it all
     return logp_C1[:, 0], total_C1[:, 0], entropy_C
 
 
 def _rows(hidden_ND: Tensor, vocabulary: int) -> int:
-    """Tokens of one chunk, a multiple of 32 (the tile of bf16 units)."""
+    """Tokens of one chunk."""
     limit = CHUNK_BYTES.get(hidden_ND.device.type, LARGE_CHUNK_BYTES)
-    return max(32, limit // (4 * vocabulary) // 32 * 32)
+    return max(CHUNK_ROWS, limit // (4 * vocabulary) // CHUNK_ROWS * CHUNK_ROWS)

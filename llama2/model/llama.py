@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -23,7 +23,7 @@ from llama2.errors import UserError
 from llama2.model.likelihood import log_likelihood, log_likelihood_and_entropy
 
 INITIAL_STD = 0.02
-EXPLICIT_LENGTH = 512  # on a CPU, up to this many queries, products and softmax beat the fused attention kernel
+EXPLICIT_LENGTH = 512  # on a CPU, up to this many queries (but not for one), products and softmax beat the fused kernel
 
 
 @dataclass(frozen=True)
@@ -114,9 +114,30 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x_BTD: Tensor) -> Tensor:
-        x = x_BTD.float()
-        normed = x * torch.rsqrt(x.square().mean(-1, keepdim=True) + self.eps)
-        return (normed * self.weight).to(working_dtype(x_BTD))
+        normed_BTD: Tensor = _Normalise.apply(  # type: ignore[no-untyped-call]
+            x_BTD, self.weight, self.eps, working_dtype(x_BTD))
+        return normed_BTD
+
+
+class _Normalise(torch.autograd.Function):
+    """RMSNorm with its gradient by hand: half the passes over memory that recorded operations take."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float, kind: torch.dtype) -> Tensor:
+        x32 = x.float()
+        scale = torch.rsqrt(x32.square().mean(-1, keepdim=True) + eps)
+        ctx.save_for_backward(x, weight, scale)
+        return (x32 * scale).mul_(weight).to(kind)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None, None]:
+        x, weight, scale = ctx.saved_tensors
+        unit, grad = x * scale, grad.float()
+        product = grad * unit
+        grad_weight = product.flatten(0, -2).sum(0).to(weight.dtype)
+        along = product.mul_(weight).mean(-1, keepdim=True)
+        grad_x = (grad * weight).sub_(unit.mul_(along)).mul_(scale)
+        return grad_x.to(x.dtype), grad_weight, None, None
 
 
 class Attention(nn.Module):
@@ -204,7 +225,7 @@ class Trunk(nn.Module):
                 cache: Cache | None) -> Context:
         """Rotary tables and mask, made once for all layers."""
         length, where = x_BTD.shape[1], x_BTD.device
-        explicit = where.type == "cpu" and length <= EXPLICIT_LENGTH
+        explicit = where.type == "cpu" and 1 < length <= EXPLICIT_LENGTH
         if positions_BT is None:
             positions_BT = torch.arange(length, device=where)[None]
             if documents_BT is not None:
@@ -310,15 +331,21 @@ def explicit_attention(q_BHTE: Tensor, k_BKSE: Tensor, v_BKSE: Tensor, bias_B1TS
     q_BKRE = (q_BHTE * size**-0.5).reshape(rows, kv_heads, -1, size)  # R = G · T rows
     scores_BHTS = (q_BKRE @ k_BKSE.transpose(-1, -2)).view(rows, heads, length, keys)
     if bias_B1TS is not None:
-        scores_BHTS = scores_BHTS + bias_B1TS
+        scores_BHTS = scores_BHTS + bias_B1TS  # in place it would be slower: these scores are a view
     weights_BKRS = torch.softmax(scores_BHTS, dim=-1).to(v_BKSE.dtype).view(rows, kv_heads, -1, keys)
     return (weights_BKRS @ v_BKSE).view(rows, heads, length, size)
 
 
 def fused_attention(q_BHTE: Tensor, k_BKSE: Tensor, v_BKSE: Tensor, bias_B1TS: Tensor | None) -> Tensor:
-    """Attention by PyTorch's fused kernels: for long sequences and for GPUs."""
-    return F.scaled_dot_product_attention(q_BHTE, k_BKSE, v_BKSE, attn_mask=bias_B1TS, is_causal=bias_B1TS is None,
-                                          enable_gqa=q_BHTE.shape[1] != k_BKSE.shape[1])
+    """Attention by PyTorch's fused kernels: for long sequences, for one query (decoding) and for GPUs."""
+    rows, heads, length, size = q_BHTE.shape
+    groups = heads // k_BKSE.shape[1]
+    if length == 1 and groups > 1:  # with one query, the G heads that share keys can pass as G queries of one head
+        q_BHTE = q_BHTE.view(rows, -1, groups, size)
+    out_BHTE = F.scaled_dot_product_attention(
+        q_BHTE, k_BKSE, v_BKSE, attn_mask=bias_B1TS, is_causal=bias_B1TS is None and length > 1,
+        enable_gqa=length > 1 and groups > 1)
+    return out_BHTE.view(rows, heads, length, size) if length == 1 else out_BHTE
 
 
 def causal(length: int, device: torch.device) -> Tensor:

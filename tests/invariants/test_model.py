@@ -149,6 +149,7 @@ def test_likelihood_equals_cross_entropy(monkeypatch: pytest.MonkeyPatch, tied: 
     """Values and gradients for an arbitrary upstream weight, in chunks of 32 tokens with a ragged last one."""
     monkeypatch.setattr(likelihood, "KEEP_BYTES", keep)
     monkeypatch.setattr(likelihood, "CHUNK_BYTES", {"cpu": chunk})
+    monkeypatch.setattr(likelihood, "CHUNK_ROWS", 32)
     model = Llama(config(tied=tied), seed=1)
     tokens_BT, targets_BT = tokens(3, 27), tokens(3, 27, seed=2)
     weight_BT = torch.randn(3, 27, generator=torch.Generator().manual_seed(3))
