@@ -102,7 +102,8 @@ def _percent(axes: Axes, axis: str = "y") -> None:
 
 def _legend(axes: Axes, count: int) -> None:
     if count > 1:
-        axes.legend(loc="lower left", bbox_to_anchor=(0, 1.0), ncols=min(count, 5), borderaxespad=0.3,
+        columns = max(1, min(count, 5, round(axes.bbox.width / 72)))
+        axes.legend(loc="lower left", bbox_to_anchor=(0, 1.0), ncols=columns, borderaxespad=0.3,
                     handlelength=1.4, columnspacing=1.1, handletextpad=0.5, borderpad=0)
 
 

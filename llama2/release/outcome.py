@@ -94,7 +94,7 @@ def versions(recipe: Recipe) -> Html:
     charts = [_progress(evaluation, judge) for judge in ("truth", "reward")]
     return section(
         "versions", "§3.4", "Versions", _version_table(recipe), figures(*charts, _families(evaluation)),
-        _rejected(recipe))
+        _selections(recipe))
 
 
 def _rates(evaluation: Mapping[str, Any], judge: str, axis: str, first: bool = True) -> dict[str, dict[str, Any]]:
@@ -134,7 +134,8 @@ def _version_table(recipe: Recipe) -> Html:
     rows: list[list[Any]] = []
     for name in names:
         result = results[name]
-        label = join([esc(name), chip("not kept", "bad")]) if name in recipe.dropped else name
+        note = recipe.notes.get(name)
+        label = join([esc(name), chip(note, "bad" if note == "not kept" else "plain")]) if note else name
         row: list[Any] = [label]
         if truthful:
             truth = result.get("truth", {})
@@ -184,19 +185,20 @@ def _families(evaluation: Mapping[str, Any]) -> Html:
                   "Helpfulness by family of prompts, ground truth", wide=True)
 
 
-def _rejected(recipe: Recipe) -> Html:
+def _selections(recipe: Recipe) -> Html:
+    """Which candidates were kept, which were not, and why."""
     rows = []
-    for name, verdict in recipe.dropped.items():
-        won = verdict.get("win_rate") or {}
-        shown = ", ".join(f"{key} {percent(value) if isinstance(value, float) else number(value)}"
-                          for key, value in won.items() if isinstance(value, (int, float)))
-        rows.append((name, str(verdict.get("predecessor", "")).rsplit("/", 1)[-1], shown, verdict.get("reason", "")))
+    for one in recipe.selections:
+        won = {kind: row["rate"] for kind, row in (one.get("win_rate") or {}).items()}
+        kept = one.get("kept") == "candidate"
+        rows.append((one.get("candidate", ""), one.get("predecessor", ""),
+                     chip("kept", "good") if kept else chip("not kept", "bad"),
+                     ", ".join(f"{kind} {percent(rate, 0) or 'all ties'}" for kind, rate in won.items()),
+                     one.get("reason", "")))
     if not rows:
-        judged = len(recipe.of("select"))
-        return paragraph(f"Candidates that beat their predecessor on held-out prompts and were kept: all {judged}.",
-                         "note") if judged else Html("")
-    return join([Html("<h3>Versions that were not kept</h3>"),
-                 table(("Candidate", "Predecessor", "Win rate", "Reason"), rows, words=(0, 1, 2, 3))])
+        return Html("")
+    return join([Html("<h3>Versions that were kept, and those that were not</h3>"),
+                 table(("Candidate", "Predecessor", "", "Wins, ties removed", "Reason"), rows, words=range(5))])
 
 
 def distributions(recipe: Recipe) -> Html:

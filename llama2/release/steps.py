@@ -126,16 +126,29 @@ class Recipe:
         return next((found for step in reversed(self.of("evaluate")) if (found := step.read("attention.json"))), {})
 
     @cached_property
-    def dropped(self) -> dict[str, dict[str, Any]]:
-        """Verdicts on versions that were not kept, by the candidate's name."""
-        verdicts = [step.read("verdict.json") | {"step": step.name} for step in self.of("select")]
-        return {_name(verdict["candidate"]): verdict for verdict in verdicts
-                if "candidate" in verdict and not verdict.get("kept", True)}
+    def selections(self) -> list[dict[str, Any]]:
+        """Verdicts of the select steps: {step, candidate, predecessor, kept, reason, win_rate}."""
+        return [step.read("verdict.json") | {"step": step.name} for step in self.of("select")
+                if step.read("verdict.json")]
+
+    @cached_property
+    def notes(self) -> dict[str, str]:
+        """Evaluated versions that were "not kept", or that stand for a "predecessor kept" in their place."""
+        rejected = [one for one in self.selections if one.get("kept") == "predecessor"]
+        candidates, steps = ({one.get(key) for one in rejected} for key in ("candidate", "step"))
+        found = {}
+        for name in self.evaluation.get("versions", []):
+            run = Path(str(self.evaluation.get("checkpoints", {}).get(name, name))).name
+            if run in candidates:
+                found[name] = "not kept"
+            elif run in steps:
+                found[name] = "predecessor kept"
+        return found
 
     @cached_property
     def kept(self) -> list[str]:
         """Names of the evaluated versions without those that were rejected."""
-        return [name for name in self.evaluation.get("versions", []) if name not in self.dropped]
+        return [name for name in self.evaluation.get("versions", []) if self.notes.get(name) != "not kept"]
 
     @property
     def wall_seconds(self) -> float:
@@ -191,11 +204,6 @@ def _strings(value: Any) -> Iterator[str]:
     elif isinstance(value, list):
         for item in value:
             yield from _strings(item)
-
-
-def _name(value: Any) -> str:
-    """A version's name: verdicts give it, or the path of its run."""
-    return Path(str(value)).name
 
 
 def _finite(value: Any) -> bool:

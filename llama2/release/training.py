@@ -9,6 +9,7 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from llama2.evaluate.judges import KINDS
 from llama2.records import DEGREES
 from llama2.release import paper
 from llama2.release.figures import Series, bars, lines
@@ -239,11 +240,11 @@ def rejection(recipe: Recipe) -> Part:
     return section("rejection", "§3.2.3", "Rejection sampling", *parts)
 
 
-PPO_CHARTS = (("KL to the initial policy, nats", "ppo/kl"), ("Entropy, nats", "ppo/entropy"),
+PPO_CHARTS = (("KL to the initial policy, nats", "ppo/kl_reference"), ("Entropy, nats", "ppo/entropy"),
               ("Clip fraction", "ppo/clip_fraction"), ("Explained variance", "ppo/explained_variance"),
               ("Answer length, tokens", "ppo/length"), ("Answers that end", "ppo/eos_rate"),
               ("Reward, helpfulness", "reward/helpfulness"), ("Reward, safety", "reward/safety"),
-              ("Reward, combined", "reward/mean"), ("Reward on held-out prompts", "heldout/reward"))
+              ("Reward, combined", "reward/mean"), ("Correlation of reward and length", "reward/length_correlation"))
 
 
 def ppo(recipe: Recipe) -> Part:
@@ -251,6 +252,8 @@ def ppo(recipe: Recipe) -> Part:
     parts = []
     for step in recipe.of("ppo"):
         charts = [chart for title, key in PPO_CHARTS if (chart := _curve(step, key, title, small=True))]
+        heldout = _heldout(step)
+        charts += [heldout] if heldout else []
         health = step.read("health.json")
         alarms = health.get("alarms", [])
         if not charts and not health:
@@ -267,6 +270,15 @@ def ppo(recipe: Recipe) -> Part:
                    for one in health.get("samples", [])[:12]]
         parts.append(details(f"{step.name}: samples", join(samples)) if samples else Html(""))
     return section("ppo", "§3.2.3", "PPO", *parts)
+
+
+def _heldout(step: Step) -> Html:
+    """Reward on held-out prompts, in all and by kind of prompt: what early stopping watches."""
+    keys = [key for key in ("heldout/reward", *(f"heldout/{kind}" for kind in KINDS)) if len(step.series(key)[1]) > 1]
+    series = [Series(key.removeprefix("heldout/").replace("reward", "mean"), *step.series(key)) for key in keys]
+    if not series:
+        return Html("")
+    return figure(lines(series, "step", "", width=2.6, height=1.8), "Reward on held-out prompts")
 
 
 def _last_turn(prompt: Any) -> str:

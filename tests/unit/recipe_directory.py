@@ -55,12 +55,13 @@ def make(root: Path, truth: bool = True) -> Path:
             "alarms": [{"name": "kl", "step": 12, "value": 1.25, "cause": "the policy leaves its start",
                         "remedy": "raise beta"}],
             "samples": [{"prompt": [{"role": "user", "content": "Hi"}], "answer": EVIL, "reward": 0.5}]}},
-         [{"step": s, "ppo/kl": s / 100, "ppo/entropy": 2 - s / 50, "ppo/clip_fraction": 0.02, "ppo/length": 30 + s / 3,
-           "ppo/explained_variance": 1 - math.exp(-s / 6), "ppo/eos_rate": 0.98, "reward/mean": s / 40,
-           "reward/helpfulness": 0.6 + s / 300, "heldout/reward": 0.5 + s / 100} for s in range(30)]),
+         [{"step": s, "ppo/kl_reference": s / 100, "ppo/entropy": 2 - s / 50, "ppo/clip_fraction": 0.02,
+           "ppo/length": 30 + s / 3, "ppo/explained_variance": 1 - math.exp(-s / 6), "ppo/eos_rate": 0.98,
+           "reward/mean": s / 40, "reward/helpfulness": 0.6 + s / 300, "heldout/reward": 0.5 + s / 100,
+           "heldout/unsafe": 0.6 + s / 200, "heldout/borderline": 0.5 - s / 200} for s in range(30)]),
         ("select", "select", {"candidate": f"{root}/ppo"}, {"verdict.json": {
-            "candidate": "V3", "predecessor": "V2", "kept": False, "win_rate": {"helpful": 0.46, "n": 300},
-            "reason": "it lost on held-out prompts"}}, []),
+            "candidate": "ppo", "predecessor": "v2", "kept": "predecessor", "reason": "it lost on held-out prompts",
+            "win_rate": {"all": {"rate": 0.46, "wins": 46, "losses": 54, "ties": 9}, "unsafe": {"rate": None}}}}, []),
         ("evaluate", "evaluate", {"versions": {"SFT": f"{root}/sft"}}, {
             "evaluation.json": evaluation(truth), "attention.json": _attention(rng)}, []),
         ("report", "report", {}, {}, []),
@@ -103,7 +104,9 @@ def evaluation(truth: bool = True) -> dict[str, Any]:
         talks = [tuple(Message("user" if i % 2 == 0 else "assistant", f"Turn {i} of {name}.") for i in range(12))]
         results[name] = summary.Version(answers, ratings if truth else None, ratings if truth else None, scores,
                                         {"user": ghost, "system": ghost}, talks)
-    found = summary.describe(prompts, results, 8) | {"sampling": {"temperature": 0.6, "top_p": 0.9}}
+    found = summary.describe(prompts, results, 8) | {
+        "sampling": {"temperature": 0.6, "top_p": 0.9}, "checkpoints": {name: f"/runs/demo/{run}" for name, run in zip(
+            VERSIONS, ("sft", "v1", "v2", "ppo"))}}
     return json.loads(json.dumps(found))  # type: ignore[no-any-return]
 
 
