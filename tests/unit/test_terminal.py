@@ -1,0 +1,157 @@
+"""The terminal chat, with a model that says what it was told to say."""
+
+import io
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from llama2 import records
+from llama2.errors import UserError
+from llama2.generate.sampling import Sampling
+from llama2.model import checkpoint
+from llama2.model.llama import Llama, LlamaConfig
+from llama2.records import Dialog, Messages
+from llama2.serve import terminal
+from llama2.tokenizer.train import train
+
+
+class Parrot:
+    """Answers "you said ..." and remembers what it was asked; "long" does not fit, "stop" is interrupted."""
+
+    def __init__(self) -> None:
+        self.asked: list[tuple[Messages, Sampling]] = []
+
+    def reply_stream(self, messages: Messages, sampling: Sampling) -> Iterator[str]:
+        self.asked.append((messages, sampling))
+        text = messages[-1].content
+        if text == "long":
+            raise UserError("the prompt has 70 tokens, 6 more than fit", "shorten it")
+        if text == "never":
+            raise KeyboardInterrupt
+        yield "you said"
+        if text == "stop":
+            raise KeyboardInterrupt
+        yield f" {text}"
+
+
+def talk(lines: str, system: str = "", model: Parrot | None = None) -> tuple[str, Parrot]:
+    model, sink = model or Parrot(), io.StringIO()
+    terminal.chat(model, Sampling(seed=5), system, source=io.StringIO(lines), sink=sink)  # type: ignore[arg-type]
+    return sink.getvalue(), model
+
+
+def contents(messages: Messages) -> list[str]:
+    return [message.content for message in messages]
+
+
+def test_a_pipe_gets_one_answer_a_line_and_nothing_else(capsys: pytest.CaptureFixture[str]) -> None:
+    answers, _ = talk("one\n\n  two \n/help\nthree")
+    assert answers == "you said one\nyou said two\nyou said three\n"
+    heard = capsys.readouterr()
+    assert heard.out == ""
+    assert "/save FILE" in heard.err
+
+
+def test_history_grows_and_each_question_has_its_seed() -> None:
+    _, model = talk("one\ntwo\n")
+    assert contents(model.asked[1][0]) == ["one", "you said one", "two"]
+    assert [sampling.seed for _, sampling in model.asked] == [5, 6]
+
+
+def test_system_and_reset() -> None:
+    _, model = talk("one\n/system Be brief.\ntwo\n/reset\nthree\n/system\nfour\n", system="Hello")
+    assert contents(model.asked[0][0]) == ["Hello", "one"]
+    assert contents(model.asked[1][0]) == ["Be brief.", "one", "you said one", "two"]
+    assert contents(model.asked[2][0]) == ["Be brief.", "three"]
+    assert contents(model.asked[3][0]) == ["three", "you said three", "four"]
+
+
+def test_save_adds_a_dialog(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = tmp_path / "talk.jsonl"
+    talk(f"/save {file}\none\n/save\n/save {file}\n", system="S")
+    assert "no conversation" in capsys.readouterr().err
+    talk(f"two\n/save {file}\n")
+    assert [contents(dialog.messages) for dialog in records.read(Dialog, file)] == [
+        ["S", "one", "you said one"], ["two", "you said two"]]
+    file.write_text("not a record\n")
+    assert talk(f"two\n/save {file}\nthree\n")[0].endswith("you said three\n")
+    assert file.read_text() == "not a record\n"
+    assert "talk.jsonl:1" in capsys.readouterr().err
+
+
+def test_unknown_commands_are_named_and_paths_are_text(capsys: pytest.CaptureFixture[str]) -> None:
+    answers, _ = talk("/rest\n/etc/passwd is what?\n")
+    assert answers == "you said /etc/passwd is what?\n"
+    assert "did you mean '/reset'?" in capsys.readouterr().err
+
+
+def test_a_conversation_beyond_the_context_goes_on(capsys: pytest.CaptureFixture[str]) -> None:
+    answers, model = talk("one\nlong\ntwo\n")
+    assert answers == "you said one\nyou said two\n"
+    assert contents(model.asked[2][0]) == ["one", "you said one", "two"]
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "6 more than fit" in line
+    assert "/reset" in line
+
+
+def test_an_interrupted_answer_is_kept_and_an_empty_one_is_not() -> None:
+    answers, model = talk("stop\nnever\ntwo\n")
+    assert answers == "you said\nyou said two\n"
+    assert contents(model.asked[2][0]) == ["stop", "you said", "two"]
+
+
+def test_quit_ends_a_pipe() -> None:
+    assert talk("one\n/quit\ntwo\n")[0] == "you said one\n"
+
+
+def test_escape_sequences_do_not_reach_the_terminal() -> None:
+    assert talk("\x1b[2J\n")[0] == "you said \ufffd[2J\n"
+
+
+def test_at_a_terminal_ctrl_c_keeps_the_session_and_ctrl_d_leaves(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Screen(io.StringIO):
+        def isatty(self) -> bool:
+            return True
+
+    typed: list[Any] = ["one", KeyboardInterrupt(), "two", EOFError()]
+
+    def ask(prompt: str) -> str:
+        event = typed.pop(0)
+        if isinstance(event, BaseException):
+            raise event
+        return str(event)
+
+    monkeypatch.setattr("builtins.input", ask)
+    sink = io.StringIO()
+    terminal.chat(Parrot(), Sampling(), source=Screen(), sink=sink)  # type: ignore[arg-type]
+    assert sink.getvalue() == "you said one\nyou said two\n"
+    assert typed == []
+
+
+@pytest.fixture(scope="module")
+def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("checkpoint")
+    tokenizer = train(["the quick brown fox jumps over the lazy dog " * 3] * 40, 300, path)
+    config = LlamaConfig(tokenizer.vocab_size, 32, 48, 1, 2, 2, max_position_embeddings=80)
+    checkpoint.save(Llama(config), path)
+    tokenizer.save(path)
+    return path
+
+
+def test_a_checkpoint_answers(directory: Path, monkeypatch: pytest.MonkeyPatch,
+                              capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(sys, "stdin", io.StringIO("the fox\n" + "the dog " * 40 + "\nthe dog\n"))
+    terminal.run(terminal.Config(checkpoint=directory, max_tokens=8))
+    heard = capsys.readouterr()
+    assert heard.out.count("\n") >= 2
+    assert heard.err.count("context of 80") == 1
+
+
+def test_a_foreign_tokenizer_is_refused(directory: Path, tmp_path: Path) -> None:
+    checkpoint.save(Llama(LlamaConfig(310, 32, 48, 1, 2, 2)), tmp_path)
+    (tmp_path / "tokenizer.model").write_bytes((directory / "tokenizer.model").read_bytes())
+    with pytest.raises(UserError, match="300 pieces, the model 310"):
+        terminal.run(terminal.Config(checkpoint=tmp_path))
