@@ -43,7 +43,7 @@ class Config(StageConfig):
     cores: int = Field(default_factory=lambda: len(os.sched_getaffinity(0)), gt=0)
     """processor cores the steps may use together"""
     parameters: dict[str, str | int | float] = {}
-    """values for `${name}` in the steps"""
+    """values for `${name}` in the steps; `${out}` is the recipe's own directory"""
     steps: dict[str, dict[str, Any]]
     """name -> {verb, processes, cores, seconds, and the verb's own keys}"""
 
@@ -95,6 +95,8 @@ def _resolved(value: Any, recipe: Config, steps: Mapping[str, Step], needs: set[
 
     def lookup(match: re.Match[str]) -> str:
         name = match[1]
+        if name == "out":
+            return str(recipe.out)
         if name in recipe.parameters:
             return str(recipe.parameters[name])
         if name not in steps:

@@ -1,0 +1,39 @@
+# Every target builds .venv itself; `make demo` and `make test` are all a newcomer needs.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+RECIPE ?= recipes/demo/recipe.yaml
+OUT ?= runs/demo
+
+.PHONY: demo test check bench clean help
+
+help:  ## list the targets
+	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/'
+
+$(STAMP): pyproject.toml constraints.txt
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@echo "installing into $(VENV) (once; a few minutes)"
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	@touch $(STAMP)
+
+demo: $(STAMP)  ## the whole recipe on a laptop: documents in, a chat model and a report out
+	$(BIN)/llama2 run $(RECIPE) --out $(OUT)
+	@echo
+	@echo "report:  $(OUT)/report/report.html"
+	@echo "talk:    $(BIN)/llama2 chat $(OUT)/final"
+	@if [ -t 0 ] && [ -t 1 ]; then $(BIN)/llama2 chat $(OUT)/final; fi
+
+test: $(STAMP)  ## all tests
+	$(BIN)/python -m pytest
+
+check: $(STAMP)  ## lint, types, layers
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+bench: $(STAMP)  ## every benchmark, each against a peer or a ceiling measured in the same run
+	@for script in benchmarks/*.py; do echo "== $$script"; $(BIN)/python $$script || exit 1; done
+
+clean:  ## remove the environment and caches, never runs
+	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis *.egg-info
