@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from llama2 import records
 from llama2.errors import UserError
@@ -18,6 +18,7 @@ from llama2.generate.dialogue import Chat
 from llama2.generate.sampling import Sampling
 from llama2.microworld.rater import adherence
 from llama2.records import Message, Messages, Prompt
+from llama2.tokenizer.template import encode_prompt
 
 Place = Literal["user", "system"]
 
@@ -55,24 +56,38 @@ def opening(dialog: Dialog, place: Place) -> Messages:
 
 
 def converse(chat: Chat, dialogs: Sequence[Dialog], sampling: Sampling, place: Place = "user") -> list[Messages]:
-    """Hold all dialogs to their last question; each ends with the model's last answer."""
-    talks = [opening(dialog, place) for dialog in dialogs]
+    """Hold all dialogs to their last question; each ends with the model's last answer.
+
+    A dialog that fills the context (a model that rambles) ends early.
+    """
+    talks: list[Messages] = [()] * len(dialogs)
+    live = list(range(len(dialogs)))
     for turn in range(max((len(dialog.questions) for dialog in dialogs), default=0)):
-        live = [i for i, dialog in enumerate(dialogs) if turn < len(dialog.questions)]
-        if turn:
-            for i in live:
-                talks[i] = (*talks[i], Message("user", dialogs[i].questions[turn]))
+        asked = {i: (*talks[i], Message("user", dialogs[i].questions[turn])) if turn else opening(dialogs[i], place)
+                 for i in live if turn < len(dialogs[i].questions)}
+        live = [i for i, talk in asked.items() if has_room(chat, talk)]
+        if not live:
+            break
+        talks = [asked[i] if i in live else talk for i, talk in enumerate(talks)]
         answers = chat.answers([talks[i] for i in live], replace(sampling, n=1, seed=sampling.seed + turn))
         for i, row in zip(live, answers, strict=True):
             talks[i] = (*talks[i], Message("assistant", row[0].text))
     return talks
 
 
-def by_turn(dialogs: Sequence[Dialog], talks: Sequence[Messages]) -> list[dict[str, float]]:
-    """The share of answers that obey at turn 1, 2, ...: {"rate", "n", "low", "high"} each."""
+def has_room(chat: Chat, messages: Messages, room: int = 8) -> bool:
+    """Whether the context leaves `room` tokens for an answer."""
+    return len(encode_prompt(chat.tokenizer, messages)) + room <= chat.engine.context
+
+
+def by_turn(dialogs: Sequence[Dialog], talks: Sequence[Messages]) -> list[dict[str, Any]]:
+    """The share of questions answered in obedience at turn 1, 2, ...: {"rate", "n", "low", "high"} each.
+
+    A question the dialog had no room for is not.
+    """
     obeyed: dict[int, list[bool]] = {}
     for dialog, talk in zip(dialogs, talks, strict=True):
         answers = [message.content for message in talk if message.role == "assistant"]
-        for turn, answer in enumerate(answers):
-            obeyed.setdefault(turn, []).append(adherence(dialog.markers, answer))
+        for turn in range(len(dialog.questions)):
+            obeyed.setdefault(turn, []).append(turn < len(answers) and adherence(dialog.markers, answers[turn]))
     return [proportion(sum(obeyed[turn]), len(obeyed[turn])) for turn in sorted(obeyed)]

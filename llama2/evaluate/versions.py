@@ -25,9 +25,10 @@ from llama2.generate.dialogue import Answer, Chat
 from llama2.generate.engine import Engine
 from llama2.generate.sampling import Sampling
 from llama2.microworld.rater import Rating
-from llama2.model.checkpoint import load
+from llama2.model.checkpoint import config_of, load
 from llama2.model.llama import Llama
 from llama2.records import Axis, Messages, Prompt
+from llama2.tokenizer.template import encode_prompt
 from llama2.tokenizer.tokenizer import Tokenizer
 
 
@@ -88,7 +89,10 @@ class Config(configuration.StageConfig):
 def run(config: Config, run: runs.Run) -> None:
     """Writes evaluation.json (figures), samples.jsonl (every answer with its scores), attention.json."""
     _check(config)
-    prompts = list(records.read(Prompt, config.prompts))[: config.limit]
+    read = list(records.read(Prompt, config.prompts))[: config.limit]
+    prompts = fitting(config, read)
+    if len(prompts) < len(read):
+        _say(f"{len(read) - len(prompts)} of {len(read)} prompts are too long for the context and were left out")
     dialogs = ghost.read(config.ghost, config.ghost_limit) if config.ghost else []
     judges: dict[Axis, RewardJudge] = {}
     if config.rewards.helpful:
@@ -122,6 +126,18 @@ def _check(config: Config) -> None:
         raise UserError("attention needs `ghost`", "give the file of dialogs under a lasting instruction")
 
 
+def fitting(config: Config, prompts: Sequence[Prompt], room: int = 8) -> list[Prompt]:
+    """The prompts that leave every version `room` tokens for its answer."""
+    kept = list(prompts)
+    for checkpoint in config.versions.values():
+        tokenizer, context = Tokenizer.load(checkpoint), config_of(checkpoint).max_position_embeddings
+        kept = [prompt for prompt in kept if len(encode_prompt(tokenizer, prompt.messages)) + room <= context]
+    if not kept:
+        raise UserError(f"{config.prompts}: no prompt is short enough for the context of all versions",
+                        "give shorter prompts")
+    return kept
+
+
 def _answer(config: Config, model: Llama, checkpoint: Path, prompts: Sequence[Prompt],
             dialogs: Sequence[ghost.Dialog], judges: Mapping[Axis, RewardJudge]) -> summary.Version:
     """All that one version has to say, and what the judges think of it."""
@@ -146,12 +162,15 @@ def _answer(config: Config, model: Llama, checkpoint: Path, prompts: Sequence[Pr
 
 def _attention(config: Config, models: dict[str, Llama], dialogs: Sequence[ghost.Dialog],
                results: Mapping[str, summary.Version]) -> dict[str, Any]:
-    """Figure 10 on the first dialog, with the answers of the last version asked for."""
+    """Figure 10 on the longest dialog, with the answers of the last version asked for."""
     last = config.attention[-1]
+    talk, dialog = max(zip(results[last].talks, dialogs, strict=True), key=lambda pair: len(pair[0]))
+    if not talk:
+        return {}
     models = {name: models[name] for name in config.attention}
     with torch.inference_mode(), mesh.autocast(config.precision):
-        return attention.compare(models, Tokenizer.load(config.versions[last]), results[last].talks[0],
-                                 dialogs[0].instruction)
+        return attention.compare(models, Tokenizer.load(config.versions[last]), talk,
+                                 dialog.instruction)
 
 
 def samples(version: str, prompts: Sequence[Prompt], result: summary.Version) -> list[dict[str, Any]]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -21,7 +22,7 @@ from llama2.model.llama import Llama, LlamaConfig
 from llama2.model.scorer import Scorer
 from llama2.records import Message, Messages, Prompt
 from llama2.runs import open_run
-from llama2.tokenizer.template import encode_dialog
+from llama2.tokenizer.template import encode_dialog, encode_prompt
 from llama2.tokenizer.tokenizer import Tokenizer
 from llama2.tokenizer.train import train
 
@@ -128,8 +129,9 @@ def test_mistakes_are_named(place: Path, tmp_path: Path, values: dict[str, objec
 class Parrot:
     """Answers every turn with its marker until turn `until`."""
 
-    def __init__(self, until: int) -> None:
+    def __init__(self, until: int, tokenizer: Tokenizer, context: int = 1000) -> None:
         self.until, self.seen = until, []  # type: ignore[var-annotated]
+        self.tokenizer, self.engine = tokenizer, SimpleNamespace(context=context)
 
     def answers(self, prompts: Sequence[Messages], sampling: Sampling) -> list[list[Answer]]:
         self.seen.append(prompts)
@@ -139,16 +141,35 @@ class Parrot:
 
 
 @pytest.mark.parametrize("where", ["user", "system"])
-def test_adherence_by_turn(where: ghost.Place) -> None:
+def test_adherence_by_turn(where: ghost.Place, tokenizer: Tokenizer) -> None:
     dialogs = [ghost.Dialog("Always speak Foo.", ("Hey!",), ("a?", "b?", "c?")),
                ghost.Dialog("Always speak Foo.", ("Hey!",), ("a?", "b?"))]
-    parrot = Parrot(until=2)
+    parrot = Parrot(2, tokenizer)
     talks = ghost.converse(parrot, dialogs, Sampling(), where)  # type: ignore[arg-type]
     turns = ghost.by_turn(dialogs, talks)
     assert [(turn["rate"], turn["n"]) for turn in turns] == [(1.0, 2), (1.0, 2), (0.0, 1)]
     said = [message.content for message in talks[0] if message.role != "assistant"]
     assert sum("Always speak Foo." in text for text in said) == 1
     assert len(parrot.seen[2]) == 1
+
+
+def test_dialog_that_fills_the_context_ends_and_counts_as_disobedience(tokenizer: Tokenizer) -> None:
+    dialogs = [ghost.Dialog("Always speak Foo.", ("Hey!",), ("a?", "b?", "c?"))] * 3
+    full = len(encode_prompt(tokenizer, ghost.opening(dialogs[0], "user"))) + 10
+    talks = ghost.converse(Parrot(9, tokenizer, full), dialogs, Sampling())  # type: ignore[arg-type]
+    assert [len(talk) for talk in talks] == [2, 2, 2]
+    assert [(turn["rate"], turn["n"]) for turn in ghost.by_turn(dialogs, talks)] == [(1.0, 3), (0.0, 3), (0.0, 3)]
+
+
+def test_prompts_beyond_the_context_are_left_out(place: Path) -> None:
+    ask = (Message("user", "Name two fruits."),)
+    long = (Message("user", "apple plum " * 200),)
+    records.write(place / "long.jsonl", [Prompt(ask, "short"), Prompt(long, "long")])
+    result = evaluate(place, "long", prompts=place / "long.jsonl")
+    assert result["prompts"] == {"helpful": 1, "unsafe": 0, "borderline": 0}
+    records.write(place / "only.jsonl", [Prompt(long, "long")])
+    with pytest.raises(UserError, match="no prompt is short enough"):
+        evaluate(place, "only", prompts=place / "only.jsonl")
 
 
 def test_recomputed_attention_gives_the_layer_its_own_output(tokenizer: Tokenizer) -> None:
