@@ -21,8 +21,8 @@ demo: $(STAMP)  ## the whole recipe on a laptop: documents in, a chat model and 
 	$(BIN)/llama2 run $(RECIPE) --out $(OUT)
 	@echo
 	@echo "report:  $(OUT)/report/report.html"
-	@echo "talk:    $(BIN)/llama2 chat $(OUT)/final"
-	@if [ -t 0 ] && [ -t 1 ]; then $(BIN)/llama2 chat $(OUT)/final; fi
+	@echo "talk:    $(BIN)/llama2 chat $(OUT)/v3"
+	@if [ -t 0 ] && [ -t 1 ]; then $(BIN)/llama2 chat $(OUT)/v3; fi
 
 test: $(STAMP)  ## all tests
 	$(BIN)/python -m pytest

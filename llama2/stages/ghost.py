@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from llama2 import records
 from llama2.config import StageConfig
@@ -28,14 +28,32 @@ class Config(StageConfig):
 
     policy: Path
     """the newest model"""
-    conversations: Path
+    conversations: Path | None = None
     """JSONL of prompts whose metadata holds `questions` (the user turns) and `instruction` {text, short}"""
+    questions: Path | None = None
+    """instead: JSONL of any prompts; conversations are made of their questions and random instructions"""
+    turns: int = Field(4, gt=0)
+    """user turns of a conversation made from `questions`"""
     limit: int | None = Field(None, gt=0)
+    """conversations; with `questions` as many as they yield unless given"""
     shortened: float = Field(0.5, ge=0, le=1)
     """share of training dialogs that carry the short form of their instruction"""
     first_depth: int = Field(1, gt=0)
     """the earliest turn whose answer is learnt; every later turn gives a dialog of its own"""
     sample: Sample = Sample(temperature=0.7)
+
+    @model_validator(mode="after")
+    def _one_of_both(self) -> Config:
+        if (self.conversations is None) == (self.questions is None):
+            raise ValueError("give either conversations or questions")
+        return self
+
+
+HOBBIES = ("chess", "gardening", "hiking", "painting", "photography", "cooking", "astronomy", "sailing", "pottery",
+           "birdwatching", "cycling", "poetry")
+LANGUAGES = ("French", "Spanish", "German", "Italian", "Portuguese", "Dutch")
+FIGURES = ("Napoleon", "Marie Curie", "Leonardo da Vinci", "Cleopatra", "Isaac Newton", "Jane Austen",
+           "Abraham Lincoln", "Ada Lovelace", "Galileo", "Florence Nightingale")
 
 
 @dataclass(frozen=True)
@@ -50,7 +68,7 @@ class Conversation:
 def run(config: Config, run: Run) -> None:
     """Write dialogs.jsonl and summary.json."""
     chat = load_chat(config.policy, config.sample)
-    conversations = read(config.conversations)[: config.limit]
+    conversations = (read(config.conversations) if config.conversations else compose(config))[: config.limit]
     answers = converse(chat, conversations, config)
     generator = np.random.default_rng(config.seed)
     dialogs = [one for conversation, mine in zip(conversations, answers)
@@ -72,6 +90,29 @@ def read(path: Path) -> list[Conversation]:
         except (KeyError, TypeError, AttributeError):
             raise UserError(f"{path}: prompt '{prompt.id}' lacks metadata.questions or metadata.instruction.text",
                             "Ghost Attention needs the user turns and an instruction (docs/formats.md)") from None
+    return found
+
+
+def compose(config: Config) -> list[Conversation]:
+    """Conversations of `turns` questions that have nothing to do with one another, under a random instruction.
+
+    An instruction is a hobby, a language, a public figure, or two of them. The paper had its own model write the
+    lists of hobbies and figures; here they are fixed.
+    """
+    assert config.questions is not None
+    generator = np.random.default_rng(config.seed)
+    asked = [prompt.messages[-1].content for prompt in records.read(Prompt, config.questions)
+             if len(prompt.messages) == 1 and not prompt.safety]
+    order = [asked[index] for index in generator.permutation(len(asked))]
+    found = []
+    for start in range(0, len(order) - config.turns + 1, config.turns):
+        parts = [(f"Your hobby is {hobby}.", f"Hobby: {hobby}.") for hobby in [generator.choice(HOBBIES)]]
+        parts += [(f"Always answer in {language}.", f"Language: {language}.") for language in
+                  [generator.choice(LANGUAGES)]]
+        parts += [(f"Act as {figure}.", f"Figure: {figure}.") for figure in [generator.choice(FIGURES)]]
+        kept = [parts[index] for index in generator.permutation(3)[: generator.integers(1, 3)]]
+        found.append(Conversation(tuple(order[start:start + config.turns]), " ".join(text for text, _ in kept),
+                                  " ".join(short for _, short in kept)))
     return found
 
 

@@ -102,7 +102,8 @@ def run(config: Config, run: Run) -> None:
                     flops_per_token=flops_per_token(model.config, config.sequence_length))
     run.write_json("summary.json", {
         "parameters": model.config.parameters(), "steps": learner.step,
-        "tokens": learner.step * config.batch_size * config.sequence_length, "validation": validation.last})
+        "tokens": learner.step * config.batch_size * config.sequence_length, "validation": validation.last,
+        "xz_bits_per_byte": validation.xz})
 
 
 def read_rows(directory: Path, tokenizer: Tokenizer, config: Config) -> TextRows:
@@ -125,7 +126,7 @@ class Validation:
         every = config.model_copy(update={"mixture": {}, "epochs": 1.0, "seed": 0})
         self.rows = read_rows(config.shards / "validation", tokenizer, every)
         counts = json.loads((config.shards / "summary.json").read_text())["validation"]
-        self.bytes_per_token = counts["bytes"] / counts["tokens"]
+        self.bytes_per_token, self.xz = counts["bytes"] / counts["tokens"], counts["xz_bits_per_byte"]
         self.config, self.last = config, dict[str, float]()
 
     def __call__(self, model: nn.Module) -> dict[str, float]:
