@@ -81,8 +81,8 @@ class Cache(Protocol):
 class Context:
     """What all layers of one forward pass share."""
 
-    cos_BT1E: Tensor  # fp32; B is 1 if all rows have the same positions, E is half a head
-    sin_BT1E: Tensor
+    cos_BT1E: Tensor  # fp32; B is 1 if all rows have the same positions
+    sin_BT1E: Tensor  # negative in the first half
     bias_B1TS: Tensor | None  # added to the scores; None: plain causal attention by the fused kernel
     explicit: bool
     cache: Cache | None
@@ -310,17 +310,19 @@ def working_dtype(x: Tensor) -> torch.dtype:
 
 
 def rotary_tables(positions_BT: Tensor, head_dim: int, theta: float) -> tuple[Tensor, Tensor]:
-    """cos and sin of position / theta^(2 i / head_dim) in fp32, [B, T, 1, head_dim / 2]."""
+    """cos and sin of position / theta^(2 i / head_dim) in fp32, [B, T, 1, head_dim], for `rotate`: both halves of a
+    head hold the same angles, and the sine is negated in the first."""
     exponents_E = torch.arange(0, head_dim, 2, dtype=torch.float32, device=positions_BT.device) / head_dim
     angles_BT1E = (positions_BT.float()[..., None] * (1.0 / theta**exponents_E))[:, :, None]
-    return angles_BT1E.cos(), angles_BT1E.sin()
+    cos, sin = angles_BT1E.cos(), angles_BT1E.sin()
+    return torch.cat((cos, cos), dim=-1), torch.cat((-sin, sin), dim=-1)
 
 
 def rotate(x_BTHE: Tensor, context: Context) -> Tensor:
     """Rotate dimension i of each head with dimension i + head_dim / 2 by the angle of its position, in fp32."""
-    first, second = x_BTHE.float().chunk(2, dim=-1)
-    cos, sin = context.cos_BT1E, context.sin_BT1E
-    return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1).to(x_BTHE.dtype)
+    x = x_BTHE.float()
+    swapped = x.roll(x.shape[-1] // 2, dims=-1)
+    return (x * context.cos_BT1E).add_(swapped.mul_(context.sin_BT1E)).to(x_BTHE.dtype)
 
 
 def explicit_attention(q_BHTE: Tensor, k_BKSE: Tensor, v_BKSE: Tensor, bias_B1TS: Tensor | None) -> Tensor:
