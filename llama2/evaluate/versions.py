@@ -64,7 +64,7 @@ class Config(configuration.StageConfig):
     """measure helpfulness of greedy answers too (only where there is ground truth)"""
     max_tokens: int = Field(256, gt=0)
     """most tokens of an answer"""
-    slots: int = Field(64, gt=0)
+    slots: int = Field(128, gt=0)
     """answers decoded side by side"""
     precision: mesh.Precision = "bf16"
     """of all matrix products"""

@@ -90,11 +90,10 @@ def versions(recipe: Recipe) -> Html:
     """§3.4: win rates on both axes by version (Figure 11), and what each version does."""
     evaluation = recipe.evaluation
     if not evaluation:
-        return Html("")
+        return section("versions", "§3.4", "Versions", _selections(recipe))
     charts = [_progress(evaluation, judge) for judge in ("truth", "reward")]
-    return section(
-        "versions", "§3.4", "Versions", _version_table(recipe), figures(*charts, _families(evaluation)),
-        _selections(recipe))
+    return section("versions", "§3.4", "Versions", _version_table(recipe), figures(*charts, _families(evaluation)),
+                   _selections(recipe))
 
 
 def _rates(evaluation: Mapping[str, Any], judge: str, axis: str, first: bool = True) -> dict[str, dict[str, Any]]:
@@ -237,12 +236,16 @@ def safety(recipe: Recipe) -> Html:
                 "refused without safety data, 27 % with all of it."))
     parts = [figures(*charts)]
     for step in recipe.of("distill"):
-        counts = {name: value for name, value in step.summary.items() if isinstance(value, (int, float))}
+        counts = step.summary
         if counts:
-            shown = ", ".join(f"{name} {number(value)}" for name, value in counts.items())
-            parts.append(paragraph(f"Context distillation (§4.2.4), {step.name}: {shown}. The paper's medians, read "
-                                   "off Figure 16: 0.75 as it was, 0.82 behind a generic preprompt, 0.87 behind an "
-                                   "answer template."))
+            before, after = counts.get("safety before"), counts.get("safety after")
+            moved = f"; median safety reward {before:.2f} → {after:.2f}" if before is not None and after is not None \
+                else ""
+            parts.append(paragraph(
+                f"Context distillation (§4.2.4), {step.name}: {number(counts.get('kept'))} answers to "
+                f"{number(counts.get('prompts'))} prompts beat the original's safety reward and were kept{moved}. The "
+                "paper's medians, read off Figure 16: 0.75 as it was, 0.82 behind a generic preprompt, 0.87 behind an "
+                "answer template."))
         parts.append(examples_of(step))
     return section("safety", "§4", "Safety", *parts)
 

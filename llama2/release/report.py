@@ -63,7 +63,7 @@ def _subtitle(recipe: Recipe) -> str:
     finished = sum(step.seconds is not None for step in recipe.steps)
     newest = max((str(step.manifest.get("started", "")) for step in recipe.steps), default="")
     code = {str(step.manifest["code"]) for step in recipe.steps if "code" in step.manifest}
-    parts = [f"{finished} of {len(recipe.steps)} steps finished in {page.clock(recipe.wall_seconds)}",
+    parts = [f"{finished} of {len(recipe.steps) + recipe.waiting} steps finished in {page.clock(recipe.wall_seconds)}",
              newest.replace("T", " ").removesuffix(":00Z").removesuffix("Z") + " UTC" if newest else "",
              f"code {', '.join(sorted(code))}" if len(code) == 1 else ""]
     return " · ".join(part for part in parts if part)

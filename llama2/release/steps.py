@@ -7,7 +7,7 @@ import json
 import math
 import time
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -108,7 +108,9 @@ class Recipe:
     """All runs of a recipe, in its order."""
 
     path: Path
-    steps: list[Step] = field(default_factory=list)
+    steps: list[Step]
+    waiting: int = 0
+    """steps that have not begun"""
 
     def of(self, *verbs: str) -> list[Step]:
         """The steps of the given verbs."""
@@ -151,6 +153,16 @@ class Recipe:
         return [name for name in self.evaluation.get("versions", []) if self.notes.get(name) != "not kept"]
 
     @property
+    def finished(self) -> bool:
+        """Whether nothing is left to do."""
+        return not self.waiting and all(step.seconds is not None for step in self.steps)
+
+    @property
+    def simulated(self) -> bool:
+        """Whether the recipe runs in the microworld, where the truth is known and annotators are simulated."""
+        return bool(self.of("world")) or any("truth" in one for one in self.evaluation.get("results", {}).values())
+
+    @property
     def wall_seconds(self) -> float:
         """Time during which at least one step was at work: steps side by side count once."""
         total, reached = 0.0, -math.inf
@@ -174,8 +186,9 @@ def read_recipe(path: Path) -> Recipe:
     if not manifests:
         raise UserError(f"{path}: holds no run", "give the output directory of a recipe; each step is a directory "
                                                  f"with a {MANIFEST}")
+    waiting = sum(not (path / name / MANIFEST).is_file() and name != "report" for name in names)
     return Recipe(path, [Step(name, path / name, manifest, _ancestors(manifest, path, list(manifests), name))
-                         for name, manifest in manifests.items()])
+                         for name, manifest in manifests.items()], waiting)
 
 
 def _manifest(directory: Path) -> dict[str, Any]:

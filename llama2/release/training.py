@@ -36,33 +36,53 @@ Part = Html
 
 def data(recipe: Recipe) -> Part:
     """§2.1: what went in, what was dropped, and the tokens it became."""
-    parts = []
-    for step in recipe.of("world", "import"):
-        counts = {name: value for name, value in step.summary.items() if isinstance(value, (int, float, str))}
-        if counts:
-            parts.append(paragraph(f"{step.name}: " + ", ".join(
-                f"{name} {number(value) if not isinstance(value, str) else value}" for name, value in counts.items())))
+    parts = [_world(step) for step in recipe.of("world")] + [_imported(step) for step in recipe.of("import")]
     for step in recipe.of("clean"):
-        parts.append(_by_source(step, step.summary.get("sources", {}), "documents in and out of cleaning"))
+        parts.append(_cleaned(step))
     for step in recipe.of("tokenizer"):
         if "vocab_size" in step.summary:
             parts.append(paragraph(f"{step.name}: {number(step.summary['vocab_size'])} pieces (the paper: 32,000)."))
     for step in recipe.of("tokenize"):
-        rows = {split: {key: counts[key] for key in ("documents", "tokens", "bytes") if key in counts}
-                for split, counts in step.summary.items() if isinstance(counts, dict)}
-        parts.append(_by_source(step, rows, "tokens"))
+        rows = [(split, *(number(counts.get(key), 9) for key in ("documents", "tokens", "bytes")),
+                 f"{counts['bytes'] / counts['tokens']:.2f}" if counts.get("tokens") else "")
+                for split, counts in step.summary.items() if isinstance(counts, dict)]
+        if rows:
+            parts.append(table((step.name, "Documents", "Tokens", "Bytes", "Bytes a token"), rows))
     return section("data", "§2.1", "Data and tokenizer", *parts)
 
 
-def _by_source(step: Step, sources: Mapping[str, Any], what: str) -> Html:
-    rows = {name: counts for name, counts in sources.items() if isinstance(counts, dict)}
-    columns = list(dict.fromkeys(key for counts in rows.values() for key, value in counts.items()
-                                 if isinstance(value, (int, float))))
-    if not columns:
-        return Html("")
-    return join([Html(f"<h3>{paragraph_text(f'{step.name}: {what}')}</h3>"),
-                 table(["", *columns], [[name, *(number(counts.get(key, 0), 6) for key in columns)]
-                                        for name, counts in rows.items()])])
+def _world(step: Step) -> Html:
+    """Records by file; those of one directory in one sum."""
+    sums: dict[str, float] = {}
+    for name, count in step.summary.items():
+        if isinstance(count, (int, float)):
+            group = name.split("/")[0].removesuffix(".jsonl")
+            sums[group] = sums.get(group, 0) + count
+    shown = ", ".join(f"{name} {number(count)}" for name, count in sums.items())
+    return paragraph(f"{step.name}: {shown}.") if shown else Html("")
+
+
+def _imported(step: Step) -> Html:
+    rows = []
+    for source in step.summary.get("sources", []):
+        skipped = source.get("skipped") or {}
+        why = ", ".join(f"{number(count)} {reason}" for reason, count in skipped.items() if count) \
+            if isinstance(skipped, dict) else str(skipped)
+        rows.append((source.get("name", ""), number(source.get("train")), number(source.get("heldout")), why))
+    headers = (f"{step.name} ({step.summary.get('kind', '')})", "To train on", "Held out", "Left out")
+    return table(headers, rows, words=(0, 3)) if rows else Html("")
+
+
+_KEPT = ("documents", "kept", "held out", "bytes")
+
+
+def _cleaned(step: Step) -> Html:
+    sources = step.summary.get("sources", {})
+    rows = [(name, *(number(counts.get(key, 0), 9) for key in _KEPT), ", ".join(
+        f"{number(count)} {what}" for what, count in counts.items() if what not in _KEPT and count))
+            for name, counts in sources.items()]
+    headers = (step.name, "Documents", "Kept", "Held out", "Bytes", "What cleaning did")
+    return table(headers, rows, words=(0, 5)) if rows else Html("")
 
 
 def paragraph_text(text: str) -> str:
@@ -231,6 +251,7 @@ def rejection(recipe: Recipe) -> Part:
         facts = [f"{number(step.summary.get('prompts'))} prompts", f"K = {step.summary.get('k', '?')}",
                  f"{number(step.summary.get('kept'))} answers kept"]
         facts += [f"{number(step.summary['earlier'])} from earlier rounds"] if step.summary.get("earlier") else []
+        facts += [f"temperature {step.summary['temperature']:g}"] if "temperature" in step.summary else []
         parts.append(paragraph(f"{step.name}: {', '.join(facts)}.") if step.summary else Html(""))
         parts.append(figures(*charts))
         examples = [join([talk([("user", one["prompt"]), (f"worst {one['worst_reward']:.2f}", one["worst"]),

@@ -58,11 +58,10 @@ def verdicts(recipe: Recipe, targets: Targets) -> list[Verdict]:
         found += _policy(kept, results, targets)
         found += _win_rates(recipe, kept, targets)
         found += _ghost(kept, results, targets)
-    truthful = any("truth" in result for result in results.values())
     for step in recipe.of("reward"):
-        found += _reward(step, targets, truthful)
+        found += _reward(step, targets, recipe.simulated)
     found += [verdict for step in recipe.of("pretrain") for verdict in _compression(step)]
-    if targets.minutes is not None and all(step.seconds is not None for step in recipe.steps):
+    if targets.minutes is not None and recipe.finished:
         found.append(Verdict("Time for the whole recipe", f"at most {clock(60 * targets.minutes)}",
                              clock(recipe.wall_seconds), recipe.wall_seconds <= 60 * targets.minutes))
     return found
@@ -145,12 +144,12 @@ def own_set(step: Step) -> str | None:
     return next((name for name in sets if axis_of(name) == axis_of(step.name)), next(iter(sets), None))
 
 
-def _reward(step: Step, targets: Targets, truthful: bool) -> Iterator[Verdict]:
+def _reward(step: Step, targets: Targets, simulated: bool) -> Iterator[Verdict]:
     name = own_set(step)
     if name is None:
         return
     by = accuracies(step)[name]
-    if not truthful:
+    if not simulated:
         if "all" in by:
             one = by["all"]
             yield Verdict(f"Reward model {step.name} on held-out human pairs", "95 % interval above 50 %",

@@ -22,7 +22,8 @@ def make(root: Path, truth: bool = True) -> Path:
     """Write the recipe below `root`; without truth it looks like one on real data."""
     rng = random.Random(0)
     steps: list[tuple[str, str, dict[str, Any], dict[str, Any], list[dict[str, float]]]] = [
-        ("clean", "clean", {}, {"summary.json": {"sources": {"web": {"read": 500, "duplicate": 40, "kept": 460}}}}, []),
+        ("clean", "clean", {}, {"summary.json": {"sources": {
+            "web": {"documents": 500, "duplicates": 40, "kept": 460}}}}, []),
         ("tokenizer", "tokenizer", {}, {"summary.json": {"vocab_size": 1024}}, []),
         ("tokenize", "tokenize", {}, {"summary.json": {
             "train": {"documents": 450, "tokens": 200000, "bytes": 580000, "sources": {}},
