@@ -1,19 +1,22 @@
 """Configuration: frozen pydantic models, YAML recipes that hold only differences from the defaults, flag overrides.
 
 A recipe and the flags behind it are merged first and checked once, so `learning_rat: 1e-4` in a file and
-`--optimizer.learning-rat 1e-4` on the command line fail alike: one line, before any work.
+`--optimizer.learning-rat 1e-4` on the command line fail alike: one line, before any work. Whatever is not said stays
+at the default, at every depth: `training: {optimizer: {eps: 1e-8}}` leaves the rest of a stage's training as it is.
 """
 
 from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar, get_args
+from typing import Any, TypeVar, get_args, get_origin
 
 import tyro
 import yaml
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
+from pydantic.fields import FieldInfo
 from pydantic_core import ErrorDetails
 
 from llama2.errors import UserError, did_you_mean, explain_os_errors
@@ -23,6 +26,16 @@ class Config(BaseModel):
     """Base of every configuration: frozen, and a key nobody declared is an error."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, protected_namespaces=())
+
+    @model_validator(mode="before")
+    @classmethod
+    def _over_defaults(cls, values: Any) -> Any:
+        """A section that is given in part differs from this class's default for it, not from that section's own."""
+        if not isinstance(values, Mapping):
+            return values
+        sections = {name: field.default for name, field in cls.model_fields.items()
+                    if isinstance(field.default, BaseModel) and isinstance(values.get(name), Mapping)}
+        return {**values, **{name: merge(default.model_dump(), values[name]) for name, default in sections.items()}}
 
 
 class StageConfig(Config):
@@ -81,51 +94,101 @@ def read_yaml(path: Path) -> dict[str, Any]:
     return value
 
 
+@dataclass(frozen=True)
+class Flag:
+    """The value of a flag: what YAML makes of it, and as it was typed, should text be wanted."""
+
+    value: Any
+    text: str
+
+
 def overrides(flags: Sequence[str]) -> dict[str, Any]:
-    """`--section.some-key value` pairs as a nested mapping; a flag without a value means true."""
+    """`--section.some-key value` pairs as a nested mapping of `Flag`.
+
+    Several values make a list; a flag without a value means true, and `--section.no-key` means false.
+    """
     nested: dict[str, Any] = {}
     index = 0
     while index < len(flags):
         flag = flags[index]
         if not flag.startswith("--") or flag == "--":
             raise UserError(f"unexpected argument '{flag}'", "overrides look like --section.key value")
-        name, equals, value = flag[2:].partition("=")
+        name, equals, given = flag[2:].partition("=")
         index += 1
-        if not equals:
-            if index < len(flags) and not flags[index].startswith("--"):
-                value, index = flags[index], index + 1
-            else:
-                value = "true"
+        words = [given] if equals else []
+        while not equals and index < len(flags) and not flags[index].startswith("--"):
+            words.append(flags[index])
+            index += 1
         *sections, key = name.replace("-", "_").split(".")
+        if not words:
+            words, key = ["false" if key.startswith("no_") else "true"], key.removeprefix("no_")
         place = nested
         for section in sections:
             place = place.setdefault(section, {})
-        place[key] = _scalar(value)
+            if isinstance(place, Flag):
+                raise UserError(f"--{name} and --{name.rpartition('.')[0]} are both given", "leave one out")
+        place[key] = Flag(_value(words[0]) if len(words) == 1 else [_value(word) for word in words], " ".join(words))
     return nested
 
 
-def _scalar(text: str) -> Any:
+def _value(text: str) -> Any:
+    """A number, true, false, null, or [a, b] and {a: b} in brackets; anything else is text, colons and all."""
     try:
-        return yaml.load(text, _Loader)
+        value = yaml.load(text, _Loader)
     except yaml.YAMLError:
         return text
+    if isinstance(value, (dict, list)) and text.lstrip()[:1] in ("{", "["):
+        return value
+    return value if text and isinstance(value, (bool, int, float, type(None))) else text
 
 
-def merge(base: Any, over: Any) -> Any:
+def merge(base: Any, over: Any, where: str = "") -> Any:
     """`over` laid upon `base`: mappings key by key, list items by index (`--sources.0.weight 2`), the rest replaced."""
+    prefix = f"{where}." if where else ""
     if isinstance(base, Mapping) and isinstance(over, Mapping):
-        return {**base, **{key: merge(base.get(key), value) for key, value in over.items()}}
-    if isinstance(base, list) and isinstance(over, Mapping) and all(key.isdigit() for key in over):
-        return [merge(item, over.get(str(index), item)) for index, item in enumerate(base)]
+        return {**base, **{key: merge(base.get(key), value, f"{prefix}{key}") for key, value in over.items()}}
+    if isinstance(base, (list, tuple)) and isinstance(over, Mapping) and all(str(key).isdigit() for key in over):
+        if beyond := [key for key in over if int(key) >= len(base)]:
+            raise UserError(f"'{prefix}{beyond[0]}': there are {len(base)} of them", "they are counted from 0")
+        return [merge(item, over.get(str(index), item), f"{prefix}{index}") for index, item in enumerate(base)]
     return over
 
 
 def build(kind: type[C], values: Mapping[str, Any], where: str = "") -> C:
-    """The checked configuration, or a `UserError` that names the first bad key."""
-    try:
-        return kind.model_validate(dict(values))
-    except ValidationError as error:
-        raise _explained(kind, error.errors()[0], where) from None
+    """The checked configuration, or a `UserError` that names the first bad key. Flags take the type wanted."""
+    wanted: dict[tuple[int | str, ...], Any] = {}
+    while True:
+        try:
+            return kind.model_validate(_plain(values, wanted))
+        except ValidationError as error:
+            first = error.errors()[0]
+            place, flag = first["loc"], _at(values, first["loc"])
+            if not isinstance(flag, Flag) or place in wanted or first["type"] not in _READINGS:
+                raise _explained(kind, first, where) from None
+            wanted[place] = flag.text if _READINGS[first["type"]] == "text" else [flag.value]
+
+
+_READINGS = {"string_type": "text", "path_type": "text", "tuple_type": "list", "list_type": "list"}
+
+
+def _plain(value: Any, wanted: Mapping[tuple[int | str, ...], Any], place: tuple[int | str, ...] = ()) -> Any:
+    """`value` with each `Flag` replaced by its value, or by the reading of it that `wanted` holds for its place."""
+    if isinstance(value, Flag):
+        return wanted.get(place, value.value)
+    if isinstance(value, Mapping):
+        return {key: _plain(item, wanted, (*place, key)) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_plain(item, wanted, (*place, index)) for index, item in enumerate(value)]
+    return value
+
+
+def _at(value: Any, place: Sequence[int | str]) -> Any:
+    """What stands at `place`, or at the last part of it that exists: a place inside a flag's value is that flag's."""
+    for key in place:
+        if not isinstance(value, Mapping) or key not in value:
+            break
+        value = value[key]
+    return value
 
 
 def _explained(kind: type[BaseModel], detail: ErrorDetails, where: str) -> UserError:
@@ -161,11 +224,28 @@ def parse(kind: type[C], arguments: Sequence[str], prog: str) -> C:
     """`[recipe.yaml] --section.key value ...` as a checked configuration. `--help` prints every key and its default."""
     flags, values, where = list(arguments), {}, ""
     if "-h" in flags or "--help" in flags:
-        tyro.cli(kind, prog=f"{prog} [recipe.yaml]", args=["--help"])
+        tyro.cli(kind, prog=f"{prog} [recipe.yaml]", default=_example(kind), args=["--help"])
     if flags and not flags[0].startswith("-"):
         where = flags.pop(0)
         values = read_yaml(Path(where))
     return build(kind, merge(values, overrides(flags)), where)
+
+
+def _example(kind: type[BaseModel]) -> Any:
+    """Every default, with `NAME` for the names a user gives: what the help shows."""
+    return kind.model_construct(**{name: _shown(field) for name, field in kind.model_fields.items()})
+
+
+def _shown(field: FieldInfo) -> Any:
+    origin, arguments = get_origin(field.annotation), get_args(field.annotation)
+    if origin is dict and isinstance(arguments[1], type) and issubclass(arguments[1], BaseModel):
+        return {"NAME": _example(arguments[1])}
+    if origin is dict and field.is_required():
+        return {}
+    if field.is_required():
+        inner = field.annotation
+        return _example(inner) if isinstance(inner, type) and issubclass(inner, BaseModel) else tyro.MISSING
+    return field.get_default(call_default_factory=True)
 
 
 def paths(config: BaseModel, prefix: str = "") -> Iterator[tuple[str, Path]]:
