@@ -51,7 +51,8 @@ class _LogLikelihood(torch.autograd.Function):
         tokens, vocabulary = len(hidden_ND), len(weight_VD)
         train = ctx.needs_input_grad[0] or ctx.needs_input_grad[1]
         keep = train and tokens * vocabulary * hidden_ND.element_size() <= KEEP_BYTES
-        rows = _rows(hidden_ND, vocabulary)
+        # A compiler fuses what follows the product, so that fp32 logits never exist; slices would only hinder it.
+        rows = tokens if keep and torch.compiler.is_compiling() else _rows(hidden_ND, vocabulary)
         logp_N = hidden_ND.new_zeros(tokens, dtype=torch.float32)
         entropy_N, total_N = torch.zeros_like(logp_N), torch.ones_like(logp_N)
         q_NV = hidden_ND.new_empty((tokens if keep else min(rows, tokens), vocabulary))
