@@ -23,7 +23,7 @@ from llama2.errors import UserError
 from llama2.model.likelihood import log_likelihood, log_likelihood_and_entropy
 
 INITIAL_STD = 0.02
-EXPLICIT_LENGTH = 512  # on a CPU, up to this many queries (but not for one), products and softmax beat the fused kernel
+EXPLICIT_LENGTH = 512  # on a CPU, up to this many queries, products and softmax beat the fused kernel's backward pass
 
 
 @dataclass(frozen=True)
@@ -225,7 +225,8 @@ class Trunk(nn.Module):
                 cache: Cache | None) -> Context:
         """Rotary tables and mask, made once for all layers."""
         length, where = x_BTD.shape[1], x_BTD.device
-        explicit = where.type == "cpu" and 1 < length <= EXPLICIT_LENGTH
+        # With a cache there is no backward pass. (Not a matter of gradient mode: PPO's ratios must begin at exactly 1.)
+        explicit = where.type == "cpu" and cache is None and length <= EXPLICIT_LENGTH
         if positions_BT is None:
             positions_BT = torch.arange(length, device=where)[None]
             if documents_BT is not None:
