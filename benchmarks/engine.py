@@ -1,0 +1,148 @@
+"""Generation: tokens a second of the engine, and its ratio to transformers' `generate` in the same run.
+
+    python benchmarks/engine.py [--shapes demo T S] [--batches 1 16 64] [--precisions fp32 bf16] [--threads N]
+
+Prefill and decode are greedy, without stop ids: prefill = rows x prompt / time of one token, decode = rows x (new - 1)
+/ (time of all tokens - time of one). `mixed` is what the recipe does: prompts and answers of many lengths, drawn at
+temperature 1, twice as many prompts as slots; transformers gets the same prompts in padded batches, longest first, and
+only tokens up to the stop id count. Both sides use the same weights, allocator and threads; the best of the repeats
+counts, repeats interleaved.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from collections.abc import Callable
+from dataclasses import replace
+
+import torch
+import transformers
+
+from llama2 import mesh
+from llama2.generate.engine import Engine
+from llama2.generate.sampling import Sampling
+from llama2.mesh import Precision
+from llama2.model.llama import Llama, LlamaConfig
+
+SHAPES = {
+    "demo": LlamaConfig(1024, 128, 352, 4, 4, 4, 512),
+    "T": LlamaConfig(2048, 192, 512, 6, 6, 2, 512),
+    "S": LlamaConfig(32000, 288, 768, 6, 6, 6, 512, tie_word_embeddings=True),
+}
+LENGTHS = {"demo": (40, 40), "T": (128, 128), "S": (128, 128)}  # tokens of a prompt and of an answer
+STOPS = 1 / 40  # share of the vocabulary that ends an answer in `mixed`
+
+
+def best(jobs: dict[str, Callable[[], float]], repeats: int) -> dict[str, float]:
+    """The least seconds of each job, after one run to warm up."""
+    for job in jobs.values():
+        job()
+    rounds = [{name: job() for name, job in jobs.items()} for _ in range(repeats)]
+    return {name: min(each[name] for each in rounds) for name in jobs}
+
+
+def clock(work: Callable[[], object]) -> float:
+    begin = time.perf_counter()
+    work()
+    return time.perf_counter() - begin
+
+
+def peer(model: Llama, precision: Precision) -> transformers.LlamaForCausalLM:
+    """The same weights in transformers."""
+    theirs = transformers.LlamaForCausalLM(transformers.LlamaConfig(**vars(model.config)))
+    theirs.load_state_dict(model.state_dict(), strict=False)
+    if model.config.tie_word_embeddings:
+        theirs.tie_weights()
+    return theirs.eval().to(torch.bfloat16 if precision == "bf16" else torch.float32)
+
+
+def random_prompts(config: LlamaConfig, lengths: list[int]) -> list[list[int]]:
+    generator = torch.Generator().manual_seed(0)
+    return [torch.randint(3, config.vocab_size, (length,), generator=generator).tolist() for length in lengths]
+
+
+def even(shape: str, rows: int, precision: Precision, repeats: int) -> None:
+    """Prefill and decode of rows of one length."""
+    model, (prompt, new) = Llama(SHAPES[shape]), LENGTHS[shape]
+    prompts, engine, theirs = random_prompts(model.config, [prompt] * rows), Engine(
+        model, slots=rows, precision=precision), peer(model, precision)
+    tokens = torch.tensor(prompts)
+    greedy = Sampling(temperature=0, max_tokens=new)
+
+    def hugging(count: int) -> object:
+        return theirs.generate(tokens, attention_mask=torch.ones_like(tokens), do_sample=False, max_new_tokens=count,
+                               eos_token_id=None, pad_token_id=0)
+
+    seconds = best({
+        "ours 1": lambda: clock(lambda: engine.generate(prompts, replace(greedy, max_tokens=1))),
+        "ours all": lambda: clock(lambda: engine.generate(prompts, greedy)),
+        "peer 1": lambda: clock(lambda: hugging(1)),
+        "peer all": lambda: clock(lambda: hugging(new)),
+    }, repeats)
+    for name, ours, peers in (
+        ("prefill", *(rows * prompt / seconds[f"{side} 1"] for side in ("ours", "peer"))),
+        ("decode", *(rows * (new - 1) / (seconds[f"{side} all"] - seconds[f"{side} 1"]) for side in ("ours", "peer"))),
+    ):
+        show(shape, rows, precision, name, ours, peers)
+
+
+def mixed(shape: str, rows: int, precision: Precision, repeats: int) -> None:
+    """Ragged prompts and answers, twice as many as slots."""
+    model, (prompt, new) = Llama(SHAPES[shape]), LENGTHS[shape]
+    lengths = torch.randint(prompt // 2, prompt * 3 // 2, (2 * rows,), generator=torch.Generator().manual_seed(1))
+    prompts = random_prompts(model.config, lengths.tolist())
+    stops = tuple(range(3, 3 + int(model.config.vocab_size * STOPS)))
+    engine, theirs = Engine(model, slots=rows, precision=precision), peer(model, precision)
+    sampling = Sampling(max_tokens=3 * new, stop=stops)
+    counts = {"ours": 0, "peer": 0}
+
+    def ours() -> None:
+        counts["ours"] = sum(len(each.tokens) for (each,) in engine.generate(prompts, sampling))
+
+    def hugging() -> None:
+        counts["peer"] = 0
+        order = sorted(prompts, key=len, reverse=True)
+        for batch in (order[:rows], order[rows:]):
+            width = len(batch[0])
+            tokens = torch.tensor([[0] * (width - len(each)) + each for each in batch])
+            mask = torch.tensor([[0] * (width - len(each)) + [1] * len(each) for each in batch])
+            out = theirs.generate(tokens, attention_mask=mask, do_sample=True, top_k=0, max_new_tokens=3 * new,
+                                  eos_token_id=list(stops), pad_token_id=0)[:, width:]
+            counts["peer"] += int((out != 0).sum())
+
+    rates = {"ours": 0.0, "peer": 0.0}
+    for _ in range(repeats + 1):  # the answers of the peer differ from run to run, so rates, not times
+        for name, work in (("ours", ours), ("peer", hugging)):
+            seconds = clock(work)
+            rates[name] = max(rates[name], counts[name] / seconds)
+    show(shape, rows, precision, "mixed", rates["ours"], rates["peer"])
+
+
+def show(shape: str, rows: int, precision: str, what: str, ours: float, peers: float) -> None:
+    print(f"{shape:5} rows {rows:3} {precision} {what:8} {ours:9,.0f} tokens/s  transformers {peers:9,.0f}  "
+          f"ratio {ours / peers:5.2f}", flush=True)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--shapes", nargs="+", default=list(SHAPES), choices=list(SHAPES))
+    parser.add_argument("--batches", nargs="+", type=int, default=[1, 16, 64])
+    parser.add_argument("--precisions", nargs="+", default=["fp32", "bf16"], choices=["fp32", "bf16"])
+    parser.add_argument("--threads", type=int)
+    parser.add_argument("--repeats", type=int, default=2)
+    arguments = parser.parse_args()
+    if arguments.threads:
+        torch.set_num_threads(arguments.threads)
+    mesh.tune_cpu()
+    transformers.utils.logging.set_verbosity_error()
+    print(f"{torch.get_num_threads()} threads")
+    for shape in arguments.shapes:
+        for precision in arguments.precisions:
+            for rows in arguments.batches:
+                even(shape, rows, precision, arguments.repeats)
+            mixed(shape, max(arguments.batches), precision, arguments.repeats)
+
+
+if __name__ == "__main__":
+    main()
