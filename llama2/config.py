@@ -64,6 +64,8 @@ def _mapping(loader: _Loader, node: yaml.MappingNode) -> dict[Any, Any]:
         if key_node.tag == "tag:yaml.org,2002:merge":  # `<<: *other`: its keys may be overridden
             continue
         key = loader.construct_object(key_node, deep=True)
+        if isinstance(key, (dict, list)):
+            raise yaml.MarkedYAMLError(problem="a list or mapping is no key", problem_mark=key_node.start_mark)
         if key in seen:
             raise yaml.MarkedYAMLError(problem=f"the key '{key}' is given twice", problem_mark=key_node.start_mark)
         seen.add(key)
@@ -96,10 +98,10 @@ def read_yaml(path: Path) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class Flag:
-    """The value of a flag: what YAML makes of it, and as it was typed, should text be wanted."""
+    """The value of a flag: what YAML makes of it, and as it was typed, should text be wanted (None for several)."""
 
     value: Any
-    text: str
+    text: str | None
 
 
 def overrides(flags: Sequence[str]) -> dict[str, Any]:
@@ -127,7 +129,7 @@ def overrides(flags: Sequence[str]) -> dict[str, Any]:
             place = place.setdefault(section, {})
             if isinstance(place, Flag):
                 raise UserError(f"--{name} and --{name.rpartition('.')[0]} are both given", "leave one out")
-        place[key] = Flag(_value(words[0]) if len(words) == 1 else [_value(word) for word in words], " ".join(words))
+        place[key] = Flag(_value(words[0]), words[0]) if len(words) == 1 else Flag([_value(w) for w in words], None)
     return nested
 
 
@@ -161,9 +163,10 @@ def build(kind: type[C], values: Mapping[str, Any], where: str = "") -> C:
         try:
             return kind.model_validate(_plain(values, wanted))
         except ValidationError as error:
-            first = error.errors()[0]
+            # a misspelt key leaves its right spelling missing as well: the misspelling is the one to name
+            first = min(error.errors(), key=lambda detail: detail["type"] != "extra_forbidden")
             place, flag = first["loc"], _at(values, first["loc"])
-            if not isinstance(flag, Flag) or place in wanted or first["type"] not in _READINGS:
+            if not isinstance(flag, Flag) or flag.text is None or place in wanted or first["type"] not in _READINGS:
                 raise _explained(kind, first, where) from None
             wanted[place] = flag.text if _READINGS[first["type"]] == "text" else [flag.value]
 
@@ -224,7 +227,8 @@ def parse(kind: type[C], arguments: Sequence[str], prog: str) -> C:
     """`[recipe.yaml] --section.key value ...` as a checked configuration. `--help` prints every key and its default."""
     flags, values, where = list(arguments), {}, ""
     if "-h" in flags or "--help" in flags:
-        tyro.cli(kind, prog=f"{prog} [recipe.yaml]", default=_example(kind), args=["--help"])
+        tyro.cli(kind, prog=f"{prog} [recipe.yaml]", default=_example(kind), args=["--help"],
+                 config=(tyro.conf.AvoidSubcommands,))
     if flags and not flags[0].startswith("-"):
         where = flags.pop(0)
         values = read_yaml(Path(where))
@@ -242,10 +246,12 @@ def _shown(field: FieldInfo) -> Any:
         return {"NAME": _example(arguments[1])}
     if origin is dict and field.is_required():
         return {}
-    if field.is_required():
-        inner = field.annotation
-        return _example(inner) if isinstance(inner, type) and issubclass(inner, BaseModel) else tyro.MISSING
-    return field.get_default(call_default_factory=True)
+    default = tyro.MISSING if field.is_required() else field.get_default(call_default_factory=True)
+    if default is tyro.MISSING or default is None:
+        for inner in _types(field.annotation):
+            if issubclass(inner, BaseModel):
+                return _example(inner)
+    return default
 
 
 def paths(config: BaseModel, prefix: str = "") -> Iterator[tuple[str, Path]]:

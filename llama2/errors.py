@@ -40,6 +40,8 @@ def explain_os_errors(path: str | os.PathLike[str]) -> Iterator[None]:
     """Turn the operating system's refusals about `path` (full disk, missing file, no permission) into `UserError`."""
     cures = {
         errno.ENOSPC: ("no space left on the device", "free some space and run the same command again: it resumes"),
+        errno.EFBIG: ("the file would exceed the largest size allowed", "raise the limit (ulimit -f) and run the same "
+                      "command again: it resumes"),
         errno.EDQUOT: ("the disk quota is used up", "free some space and run the same command again: it resumes"),
         errno.ENOENT: ("no such file or directory", "check the path"),
         errno.EACCES: ("permission denied", "check who owns it"),

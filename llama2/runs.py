@@ -16,6 +16,7 @@ import hashlib
 import json
 import os
 import platform
+import shutil
 import sys
 import time
 from collections.abc import Iterator, Mapping
@@ -35,7 +36,8 @@ from llama2.records import dump
 
 COMPLETE, MANIFEST, METRICS = "COMPLETE", "manifest.json", "metrics.jsonl"
 SECONDS = ".seconds"  # time spent by earlier, interrupted attempts
-_TRANSIENT = {"trainer", "checkpoints", COMPLETE, MANIFEST, METRICS, "config.yaml"}
+CHECKPOINTS = "checkpoints"  # needed until the run is complete, deleted after
+_TRANSIENT = {CHECKPOINTS, COMPLETE, MANIFEST, METRICS, "config.yaml"}
 
 
 def write_atomic(path: Path, data: str | bytes) -> None:
@@ -61,7 +63,7 @@ def fingerprint(path: Path) -> str:
     if not path.exists():
         raise UserError(f"{path}: no such file or directory", "check the path, or run the stage that makes it")
     for directory in (path, *path.parents):
-        if (directory / COMPLETE).is_file():
+        if (directory / COMPLETE).is_file() and (directory / MANIFEST).is_file():
             outputs = json.loads((directory / COMPLETE).read_text())["outputs"]
             inside = path.relative_to(directory).as_posix()
             chosen = {name: value for name, value in outputs.items()
@@ -115,6 +117,7 @@ class Run:
 
     def rewind(self, step: int) -> None:
         """Forget metrics logged after `step`, when resuming from a checkpoint taken there."""
+        self.close()
         file = self.path / METRICS
         if mesh.is_main() and file.exists():
             kept = [line for line in file.read_text().splitlines() if _step(line) <= step]
@@ -128,6 +131,7 @@ class Run:
     def close(self) -> None:
         if self._metrics is not None:
             self._metrics.close()
+            self._metrics = None
 
 
 def _step(line: str) -> float:
@@ -169,6 +173,7 @@ def open_run(verb: str, config: StageConfig) -> Iterator[Run]:
             write_atomic(path / COMPLETE, dump({"outputs": _contents(path),
                                                 "seconds": round(spent + time.time() - begin, 2)}))
             (path / SECONDS).unlink(missing_ok=True)
+            shutil.rmtree(path / CHECKPOINTS, ignore_errors=True)
         mesh.barrier()
     finally:
         if lock is not None:
@@ -218,7 +223,8 @@ def _prepare(path: Path, verb: str, config: StageConfig) -> bool:
         if not finished:
             print(f"{path}: resuming", file=sys.stderr)
         return finished
-    if finished or any(p.name not in {".lock", "config.yaml"} for p in path.iterdir()):
+    begun = {".lock", "config.yaml", "config.yaml.tmp", f"{MANIFEST}.tmp"}  # as a process killed below leaves it
+    if finished or any(p.name not in begun for p in path.iterdir()):
         raise UserError(f"{path}: exists and is no run directory", "choose another --out")
     write_atomic(path / "config.yaml", yaml.safe_dump(asked, sort_keys=False))
     write_atomic(path / MANIFEST, dump({

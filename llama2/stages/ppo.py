@@ -23,13 +23,21 @@ from llama2.evaluate.judges import kind_of
 from llama2.generate.dialogue import Chat
 from llama2.generate.engine import Engine
 from llama2.generate.rewards import RewardModels, Rewards, probability
-from llama2.model import checkpoint
 from llama2.records import Prompt
-from llama2.runs import Run, read_metrics
+from llama2.runs import CHECKPOINTS, Run, read_metrics
 from llama2.stages import health
+from llama2.stages.planning import (
+    UNKNOWN,
+    Cluster,
+    Lineage,
+    Tower,
+    engine_bytes,
+    scorer_bytes,
+    training_plan,
+)
 from llama2.stages.rollouts import ActorCritic, Rollouts, Settings
 from llama2.stages.sampling import Sample, answer, fitting, load_rewards, read_prompts, score
-from llama2.stages.training import Training, load_policy, load_scorer, model_plan, saver, train
+from llama2.stages.training import Training, load_policy, load_scorer, saver, train
 from llama2.train import hooks
 from llama2.train.loop import Hook, Plan, Report
 from llama2.train.loop import Training as Fitting
@@ -80,14 +88,22 @@ class Config(StageConfig):
                                   plan=Plan(schedule="constant", log_every=1, save_every=80))
 
 
-def plan(config: Config, ranks: int) -> dict[str, Any]:
-    """Parameters and memory: two models are trained, up to four only read."""
-    if not (config.policy / "config.json").exists():
-        return {}
+def plan(config: Config, cluster: Cluster, lineage: Lineage) -> dict[str, Any]:
+    """Parameters, steps and memory: policy and critic are trained, the reference and the reward models only read."""
+    policy = lineage.inherit(config.out, config.policy)
+    critic = lineage.shape(config.critic or config.rewards.helpful)
+    if policy is None or critic is None:
+        return UNKNOWN
+    towers = [Tower(policy), Tower(critic, scalar=True)]
+    judges = [path for models in (config.rewards, config.judge) if models for path in (models.helpful, models.safe)]
+    whole = 4.0 * policy.parameters() + scorer_bytes([lineage.shape(path) for path in judges if path])
+    size = 2 if config.training.precision == "bf16" else 4
     steps = config.iterations * -(-config.batch_size // config.minibatch_size) * config.epochs
-    length = min(checkpoint.config_of(config.policy).max_position_embeddings, 2 * config.sample.max_tokens)
-    return model_plan(checkpoint.config_of(config.policy), config.training, ranks=ranks, rows=config.minibatch_size,
-                      micro_rows=config.micro_batch_size, length=length, steps=steps, models=2)
+    return training_plan(towers, config.training, cluster, rows=config.minibatch_size,
+                         micro_rows=config.micro_batch_size,
+                         length=min(policy.max_position_embeddings, 2 * config.sample.max_tokens), steps=steps,
+                         whole=whole + engine_bytes(policy, config.sample),
+                         rollout=float(size * sum(tower.parameters for tower in towers)))
 
 
 def run(config: Config, run: Run) -> None:
@@ -108,7 +124,7 @@ def run(config: Config, run: Run) -> None:
     training = config.training.with_steps(config.iterations * source.updates)
     training = training.model_copy(update={"plan": training.plan.model_copy(
         update={"validate_every": config.validate_iterations * source.updates})})
-    best = run.path / "best"
+    best = run.path / CHECKPOINTS / "best"
     validate = heldout(config, chat, judge, saver(actor, tokenizer), best) if config.heldout else None
     train(run, models, source, clipped(config.clip, config.value_clip, config.value_coefficient), training,
           save_model=lambda directory: adopt(best, directory, saver(actor, tokenizer)), title="ppo",
@@ -116,8 +132,6 @@ def run(config: Config, run: Run) -> None:
           rates={"critic.": config.critic_learning_rate or config.training.optimizer.learning_rate})
     run.write_json("health.json", {"alarms": health.alarms(read_metrics(run.path), config.kl_stop),
                                    "samples": source.samples})
-    if mesh.is_main():
-        shutil.rmtree(best, ignore_errors=True)
 
 
 def settings(config: Config) -> Settings:

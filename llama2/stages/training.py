@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import nn
@@ -63,17 +63,19 @@ def train(run: Run, model: nn.Module, source: Source, objective: Objective, sett
     else:
         parallel.replicate(model)
     learner = Learner(model, settings.optimizer, rates=rates, precision=settings.precision, compile=settings.compile)
-    watchers: list[Hook] = [hooks.Log(run.log, flops_per_token, derive),
+    if state.latest(run.path) is None:
+        run.rewind(-1)  # a first attempt may have been killed before its first checkpoint
+    # Checkpoint restores the others before they start
+    watchers: list[Hook] = [hooks.Checkpoint(run.path, None, run.rewind), hooks.Log(run.log, flops_per_token, derive),
                             hooks.ProgressBar(title, flops_per_token), *extra]
     if validate is not None:
         watchers.append(validate)
     if settings.tensorboard:
         watchers.append(hooks.TensorBoard(run.path / "tensorboard"))
-    watchers += [hooks.Signals(), hooks.Checkpoint(run.path, None, run.rewind)]
+    watchers.append(hooks.Signals())
     fit(learner, source, objective, settings.plan, watchers)
     save_model(run.path)
     mesh.barrier()
-    state.clear(run.path)
     return learner
 
 
@@ -111,36 +113,3 @@ def fitting_tokenizer(path: Path, config: LlamaConfig) -> Tokenizer:
         raise UserError(f"{path}: the tokenizer has {tokenizer.vocab_size} pieces, the model {config.vocab_size}",
                         "put the tokenizer there with which the model was trained")
     return tokenizer
-
-
-def flops_per_token(config: LlamaConfig, length: int) -> float:
-    """Forward and backward, causal attention counted at half: 6 N + 6 L d T, input embedding not counted."""
-    lookup = 0 if config.tie_word_embeddings else config.vocab_size * config.hidden_size
-    return 6.0 * (config.parameters() - lookup + config.num_hidden_layers * config.hidden_size * length)
-
-
-def memory_per_rank(config: LlamaConfig, tokens: int, settings: Training, ranks: int,
-                    models: int = 1) -> dict[str, str]:
-    """Estimated GiB per rank: fp32 weights, gradients and two moments (16 bytes a parameter), and activations.
-
-    Activations: with checkpointing one bf16 vector a layer and token plus one layer's work; else about 34 hidden
-    vectors a layer in bf16 (Korthikanti et al. 2022, equation 1, without the attention matrix).
-    """
-    shards = ranks if settings.parallel == "shard" else 1
-    static = 16.0 * config.parameters() * models / shards
-    per_layer = tokens * config.hidden_size * 2 * 17
-    layers = config.num_hidden_layers
-    activations = tokens * config.hidden_size * 2 * layers + per_layer if settings.gradient_checkpointing \
-        else per_layer * layers
-    activations += tokens * config.vocab_size * 2
-    gib = 1 << 30
-    return {"weights, gradients, optimizer": f"{static / gib:.1f} GiB", "activations": f"{activations / gib:.1f} GiB",
-            "together": f"{(static + activations) / gib:.1f} GiB"}
-
-
-def model_plan(config: LlamaConfig, settings: Training, *, ranks: int, rows: int, micro_rows: int, length: int,
-               steps: int | None, models: int = 1) -> dict[str, Any]:
-    """What a dry run says of a training stage: `rows` of `length` tokens a step, `micro_rows` at a time on a rank."""
-    return {"parameters": config.parameters(), "ranks": ranks, "steps": steps or "known when the data is read",
-            "tokens_per_step": rows * length, "tokens": rows * length * steps if steps else None,
-            "memory_per_rank": memory_per_rank(config, length * micro_rows, settings, ranks, models)}

@@ -126,12 +126,6 @@ def save(training: Training, run: Path, save_model: SaveModel | None = None, kee
     return directory
 
 
-def clear(run: Path) -> None:
-    """Delete all checkpoints of a run that needs them no more (rank 0)."""
-    if mesh.is_main():
-        shutil.rmtree(run / CHECKPOINTS, ignore_errors=True)
-
-
 def _attempt(work: Callable[[], None]) -> BaseException | None:
     try:
         work()
