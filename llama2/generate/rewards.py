@@ -39,6 +39,10 @@ class RewardModels(Config):
     safe_weight: float = Field(0.5, ge=0, le=1)
     """of the rule `weighted`"""
 
+    def paths(self) -> tuple[Path, ...]:
+        """The checkpoints named here."""
+        return (self.helpful, self.safe) if self.safe else (self.helpful,)
+
 
 @dataclass(frozen=True)
 class Score:

@@ -12,7 +12,7 @@ import hashlib
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import numpy as np
 from pydantic import Field
@@ -23,6 +23,7 @@ from llama2.preferences.simulated import NOISE, Annotator
 from llama2.records import DEGREES, Axis, Preference, Prompt, Response
 from llama2.runs import Run
 from llama2.stages.distill import under_preprompt
+from llama2.stages.planning import Cluster, Lineage, sampling_plan
 from llama2.stages.sampling import Sample, answer, fitting, load_chat, read_prompts, write_records
 
 
@@ -45,6 +46,11 @@ class Config(StageConfig):
     noise: float = Field(NOISE, ge=0)
     round: int = Field(0, ge=0)
     sample: Sample = Sample()
+
+
+def plan(config: Config, cluster: Cluster, lineage: Lineage) -> dict[str, Any]:
+    """Memory: the policies whole on every rank."""
+    return sampling_plan([lineage.shape(path) for path in config.policies], [], config.sample, cluster)
 
 
 def run(config: Config, run: Run) -> None:

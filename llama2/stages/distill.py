@@ -20,6 +20,7 @@ from llama2.config import StageConfig
 from llama2.generate.rewards import RewardModels, probability
 from llama2.records import Dialog, Message, Messages, Prompt
 from llama2.runs import Run
+from llama2.stages.planning import Cluster, Lineage, sampling_plan
 from llama2.stages.sampling import (
     Sample,
     answer,
@@ -62,6 +63,12 @@ class Config(StageConfig):
     templates: dict[str, str] = {}
     """risk category -> answer template, added to half of the preprompts"""
     sample: Sample = Sample(temperature=0.7)
+
+
+def plan(config: Config, cluster: Cluster, lineage: Lineage) -> dict[str, Any]:
+    """Memory: policy and reward models whole on every rank."""
+    return sampling_plan([lineage.shape(config.policy)], [lineage.shape(path) for path in config.rewards.paths()],
+                         config.sample, cluster)
 
 
 def run(config: Config, run: Run) -> None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from pydantic import Field, model_validator
@@ -20,6 +21,7 @@ from llama2.errors import UserError
 from llama2.generate.dialogue import Chat
 from llama2.records import Dialog, Message, Messages, Prompt
 from llama2.runs import Run
+from llama2.stages.planning import Cluster, Lineage, sampling_plan
 from llama2.stages.sampling import Sample, answer, has_room, load_chat, write_records
 
 
@@ -63,6 +65,11 @@ class Conversation:
     questions: tuple[str, ...]
     text: str
     short: str
+
+
+def plan(config: Config, cluster: Cluster, lineage: Lineage) -> dict[str, Any]:
+    """Memory: the policy whole on every rank."""
+    return sampling_plan([lineage.shape(config.policy)], [], config.sample, cluster)
 
 
 def run(config: Config, run: Run) -> None:

@@ -1,8 +1,9 @@
 """The table of verbs, and how one is carried out: here, or in processes of its own.
 
 A stage is a module with a `Config` (what to do), `run(config, run)` (do it into an open run directory) and, where it
-makes sense, `plan(config)` (what it would cost). This module turns a verb and a configuration into a finished run;
-`Workers` does the same in fresh processes, which is how a recipe runs stages side by side and data-parallel.
+makes sense, `plan(config, cluster, lineage)` (what it would cost). This module turns a verb and a configuration into a
+finished run; `Workers` does the same in fresh processes, which is how a recipe runs stages side by side and
+data-parallel.
 """
 
 from __future__ import annotations
@@ -25,8 +26,9 @@ import torch
 import yaml
 
 from llama2 import mesh, runs
-from llama2.config import StageConfig, build, parse
+from llama2.config import StageConfig, build, overrides, parse
 from llama2.errors import UserError, explain_os_errors
+from llama2.stages import planning
 from llama2.train.loop import Stopped
 
 
@@ -68,14 +70,10 @@ def stage(verb: str) -> Any:
 
 def command(verb: str, arguments: Sequence[str]) -> int:
     """Parse and carry out one command line; the exit status."""
-    ranks, flags = _ranks([flag for flag in arguments if flag not in ("--dry-run", "--json")])
     module = stage(verb)
-    config = parse(module.Config, _positional(module, flags), f"llama2 {verb}")
     if "--dry-run" in arguments:
-        plan = {"config": config.model_dump(mode="json")}
-        plan |= module.plan(config, ranks) if hasattr(module, "plan") else {}
-        print(json.dumps(plan, indent=1) if "--json" in arguments else yaml.safe_dump(plan, sort_keys=False), end="")
-        return 0
+        return _dry_run(verb, module, [flag for flag in arguments if flag != "--dry-run"])
+    config = parse(module.Config, _positional(module, list(arguments)), f"llama2 {verb}")
     try:
         if VERBS[verb].makes_run:
             execute(verb, config)
@@ -90,16 +88,28 @@ def command(verb: str, arguments: Sequence[str]) -> int:
     return 0
 
 
-def _ranks(flags: list[str]) -> tuple[int, list[str]]:
-    """`--ranks N` says for how many ranks a dry run should plan; torchrun's environment says so too."""
-    ranks = int(os.environ.get("WORLD_SIZE", "1"))
-    if "--ranks" in flags:
-        place = flags.index("--ranks")
-        value = flags[place + 1] if place + 1 < len(flags) else ""
-        if not value.isdigit() or int(value) < 1:
-            raise UserError(f"--ranks takes a positive whole number, not '{value}'", "for example --dry-run --ranks 64")
-        ranks, flags = int(value), flags[:place] + flags[place + 2:]
-    return ranks, flags
+def _dry_run(verb: str, module: Any, arguments: list[str]) -> int:
+    """Print the resolved configuration and what it would cost; `--json` for programs."""
+    cluster, flags = _cluster([flag for flag in arguments if flag != "--json"])
+    config = parse(module.Config, _positional(module, flags), f"llama2 {verb}")
+    shown = {"config": config.model_dump(mode="json")}
+    if hasattr(module, "plan"):
+        shown |= {"cluster": cluster.model_dump()} | module.plan(config, cluster, planning.Lineage())
+    as_yaml = yaml.safe_dump(shown, sort_keys=False, default_flow_style=None, width=120)
+    print(json.dumps(shown, indent=1) if "--json" in arguments else as_yaml, end="")
+    return 0
+
+
+def _cluster(flags: list[str]) -> tuple[planning.Cluster, list[str]]:
+    """`--ranks`, `--gib`, `--tflops`, `--mfu` describe the machines of a dry run; all other flags are the stage's."""
+    mine: list[str] = []
+    rest: list[str] = []
+    for place, flag in enumerate(flags):
+        before = flags[place - 1] if place else ""
+        names = {f"--{name}" for name in planning.Cluster.model_fields}
+        (mine if flag.partition("=")[0] in names or before in names else rest).append(flag)
+    values = {"ranks": int(os.environ["WORLD_SIZE"])} if "WORLD_SIZE" in os.environ else {}
+    return build(planning.Cluster, values | overrides(mine), "--dry-run"), rest
 
 
 def _positional(module: Any, flags: list[str]) -> list[str]:

@@ -33,6 +33,7 @@ from llama2.config import StageConfig, build
 from llama2.errors import UserError, did_you_mean
 from llama2.records import dump
 from llama2.stages import launch
+from llama2.stages.planning import Cluster, Lineage
 
 _REFERENCE = re.compile(r"\$\{([A-Za-z0-9_]+)\}")
 
@@ -111,15 +112,17 @@ def _resolved(value: Any, recipe: Config, steps: Mapping[str, Step], needs: set[
     return _REFERENCE.sub(lookup, value)
 
 
-def plan(recipe: Config, ranks: int) -> dict[str, Any]:
-    """What a dry run shows beyond the recipe itself: each step's plan, on `ranks` ranks or its own number."""
-    described = {}
+def plan(recipe: Config, cluster: Cluster, lineage: Lineage) -> dict[str, Any]:
+    """What a dry run shows beyond the recipe itself: every step's whole configuration, and what it would cost."""
+    resolved, described = {}, {}
     for name, step in steps_of(recipe).items():
         module = launch.stage(step.verb)
         config = build(module.Config, step.values)
+        machines = cluster if cluster.ranks else cluster.model_copy(update={"ranks": step.processes})
+        resolved[name] = config.model_dump(mode="json")
         described[name] = {"verb": step.verb, "needs": sorted(step.needs),
-                           **(module.plan(config, max(ranks, step.processes)) if hasattr(module, "plan") else {})}
-    return {"plan": described}
+                           **(module.plan(config, machines, lineage) if hasattr(module, "plan") else {})}
+    return {"steps": resolved, "plan": described}
 
 
 def run(recipe: Config) -> None:

@@ -95,15 +95,17 @@ def plan(config: Config, cluster: Cluster, lineage: Lineage) -> dict[str, Any]:
     if policy is None or critic is None:
         return UNKNOWN
     towers = [Tower(policy), Tower(critic, scalar=True)]
-    judges = [path for models in (config.rewards, config.judge) if models for path in (models.helpful, models.safe)]
-    whole = 4.0 * policy.parameters() + scorer_bytes([lineage.shape(path) for path in judges if path])
+    judges = [*config.rewards.paths(), *(config.judge.paths() if config.judge else ())]
+    whole = 4.0 * policy.parameters() + scorer_bytes([lineage.shape(path) for path in judges])
     size = 2 if config.training.precision == "bf16" else 4
     steps = config.iterations * -(-config.batch_size // config.minibatch_size) * config.epochs
-    return training_plan(towers, config.training, cluster, rows=config.minibatch_size,
-                         micro_rows=config.micro_batch_size,
-                         length=min(policy.max_position_embeddings, 2 * config.sample.max_tokens), steps=steps,
-                         whole=whole + engine_bytes(policy, config.sample),
-                         rollout=float(size * sum(tower.parameters for tower in towers)))
+    found = training_plan(towers, config.training, cluster, rows=config.minibatch_size,
+                          micro_rows=config.micro_batch_size,
+                          length=min(policy.max_position_embeddings, 2 * config.sample.max_tokens), steps=steps,
+                          whole=whole + engine_bytes(policy, config.sample),
+                          rollout=float(size * sum(tower.parameters for tower in towers)))
+    del found["gpu_hours"]  # most of the time goes into sampling, which FLOPs do not tell
+    return found
 
 
 def run(config: Config, run: Run) -> None:

@@ -27,7 +27,8 @@ from llama2.model import checkpoint
 from llama2.model.llama import Llama, LlamaConfig
 from llama2.model.sizes import SIZES
 from llama2.runs import Run
-from llama2.stages.training import Training, flops_per_token, model_plan, saver, train
+from llama2.stages.planning import UNKNOWN, Cluster, Lineage, Tower, flops_per_token, training_plan
+from llama2.stages.training import Training, saver, train
 from llama2.tokenizer.tokenizer import Tokenizer
 from llama2.train import hooks
 from llama2.train.loop import Plan
@@ -75,11 +76,15 @@ def architecture(config: Config, vocab_size: int | None) -> LlamaConfig:
         raise UserError(f"architecture: {error}", "mend size or architecture") from None
 
 
-def plan(config: Config, ranks: int) -> dict[str, Any]:
-    """Parameters, tokens, steps and memory, without data or weights."""
-    shape = checkpoint.config_of(config.model) if config.model else architecture(config, None)
-    return model_plan(shape, config.training, ranks=ranks, rows=config.batch_size, micro_rows=config.micro_batch_size,
-                      length=config.sequence_length, steps=config.training.plan.max_steps)
+def plan(config: Config, cluster: Cluster, lineage: Lineage) -> dict[str, Any]:
+    """Parameters, tokens, steps, FLOPs and memory, without data or weights."""
+    shape = lineage.shape(config.model) if config.model else architecture(config, lineage.vocabulary(config.shards))
+    if shape is None:
+        return UNKNOWN
+    lineage.shapes[config.out] = shape
+    return training_plan([Tower(shape)], config.training, cluster, rows=config.batch_size,
+                         micro_rows=config.micro_batch_size, length=config.sequence_length,
+                         steps=config.training.plan.max_steps, packed=True)
 
 
 def run(config: Config, run: Run) -> None:

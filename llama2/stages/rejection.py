@@ -20,6 +20,7 @@ from llama2.generate.dialogue import Answer, Chat
 from llama2.generate.rewards import RewardModels, Rewards, Score, probability
 from llama2.records import Dialog, Prompt
 from llama2.runs import Run
+from llama2.stages.planning import Cluster, Lineage, sampling_plan
 from llama2.stages.sampling import (
     Sample,
     answer,
@@ -54,6 +55,12 @@ class Config(StageConfig):
     finished_only: bool = True
     """an answer cut off by max_tokens cannot be the best"""
     sample: Sample = Sample()
+
+
+def plan(config: Config, cluster: Cluster, lineage: Lineage) -> dict[str, Any]:
+    """Memory: policy and reward models whole on every rank."""
+    return sampling_plan([lineage.shape(config.policy)], [lineage.shape(path) for path in config.rewards.paths()],
+                         config.sample, cluster)
 
 
 def run(config: Config, run: Run) -> None:

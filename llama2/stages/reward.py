@@ -23,11 +23,11 @@ from llama2.data.loader import Batch, Rows
 from llama2.evaluate.winrate import wilson
 from llama2.generate.score import rewards
 from llama2.mesh import Precision
-from llama2.model import checkpoint
 from llama2.model.scorer import Scorer
 from llama2.records import DEGREES, Axis, Message, Preference
 from llama2.runs import Run
-from llama2.stages.training import Training, flops_per_token, load_scorer, model_plan, saver, train
+from llama2.stages.planning import UNKNOWN, Cluster, Lineage, Tower, flops_per_token, training_plan
+from llama2.stages.training import Training, load_scorer, saver, train
 from llama2.tokenizer.template import encode_dialog
 from llama2.tokenizer.tokenizer import Tokenizer
 from llama2.train.loop import Plan
@@ -84,12 +84,15 @@ class Pair:
         return max(len(self.chosen), len(self.rejected))
 
 
-def plan(config: Config, ranks: int) -> dict[str, Any]:
-    """Parameters and memory; steps are known once the data is read."""
-    if not (config.model / "config.json").exists():
-        return {}
-    return model_plan(checkpoint.config_of(config.model), config.training, ranks=ranks, rows=2 * config.batch_size,
-                      micro_rows=2 * config.micro_batch_size, length=config.max_tokens, steps=None)
+def plan(config: Config, cluster: Cluster, lineage: Lineage) -> dict[str, Any]:
+    """Parameters and memory, every answer as long as max_tokens allows; steps are known once the data is read."""
+    shape = lineage.inherit(config.out, config.model)
+    if shape is None:
+        return UNKNOWN
+    return training_plan([Tower(shape, scalar=True)], config.training, cluster, rows=2 * config.batch_size,
+                         micro_rows=2 * config.micro_batch_size,
+                         length=min(config.max_tokens, shape.max_position_embeddings),
+                         steps=config.training.plan.max_steps)
 
 
 def run(config: Config, run: Run) -> None:

@@ -23,6 +23,7 @@ from llama2.generate.rewards import RewardModels
 from llama2.preferences.simulated import Annotator
 from llama2.records import Prompt, Response
 from llama2.runs import Run
+from llama2.stages.planning import Cluster, Lineage, sampling_plan
 from llama2.stages.sampling import Sample, answer, fitting, load_chat, load_rewards, read_prompts, score
 
 
@@ -41,6 +42,13 @@ class Config(StageConfig):
     worst_kind: float = Field(0.4, ge=0, le=1)
     """and more than this share on every kind of prompt (helpful, unsafe, borderline)"""
     sample: Sample = Sample(temperature=0.6, top_p=0.9)
+
+
+def plan(config: Config, cluster: Cluster, lineage: Lineage) -> dict[str, Any]:
+    """Memory: one version after the other whole on every rank, beside the reward models."""
+    shape = lineage.inherit(config.out, config.candidate)
+    judges = config.rewards.paths() if config.rewards else ()
+    return sampling_plan([shape], [lineage.shape(path) for path in judges], config.sample, cluster)
 
 
 def run(config: Config, run: Run) -> None:

@@ -21,10 +21,10 @@ from llama2.config import StageConfig
 from llama2.data.loader import Rows
 from llama2.data.pack import Packed, collate, pack
 from llama2.errors import UserError
-from llama2.model import checkpoint
 from llama2.records import Dialog
 from llama2.runs import Run
-from llama2.stages.training import Training, flops_per_token, load_policy, model_plan, saver, train
+from llama2.stages.planning import UNKNOWN, Cluster, Lineage, Tower, flops_per_token, training_plan
+from llama2.stages.training import Training, load_policy, saver, train
 from llama2.tokenizer.template import encode_dialog
 from llama2.tokenizer.tokenizer import Tokenizer
 from llama2.train import hooks
@@ -58,12 +58,14 @@ class Config(StageConfig):
     training: Training = Training(optimizer=AdamW(learning_rate=2e-5), plan=Plan(save_every=200))
 
 
-def plan(config: Config, ranks: int) -> dict[str, Any]:
+def plan(config: Config, cluster: Cluster, lineage: Lineage) -> dict[str, Any]:
     """Parameters and memory; steps are known once the data is read."""
-    if not (config.model / "config.json").exists():
-        return {}
-    return model_plan(checkpoint.config_of(config.model), config.training, ranks=ranks, rows=config.batch_size,
-                      micro_rows=config.micro_batch_size, length=config.sequence_length, steps=None)
+    shape = lineage.inherit(config.out, config.model)
+    if shape is None:
+        return UNKNOWN
+    return training_plan([Tower(shape)], config.training, cluster, rows=config.batch_size,
+                         micro_rows=config.micro_batch_size, length=config.sequence_length,
+                         steps=config.training.plan.max_steps, packed=True)
 
 
 def run(config: Config, run: Run) -> None:

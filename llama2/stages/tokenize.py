@@ -12,6 +12,7 @@ from llama2.data.documents import read_documents
 from llama2.data.shards import Shards, write_shards
 from llama2.errors import UserError
 from llama2.runs import Run
+from llama2.stages.planning import Cluster, Lineage
 from llama2.tokenizer.tokenizer import Tokenizer
 
 
@@ -22,6 +23,11 @@ class Config(StageConfig):
     """a `llama2 clean` run: its documents/ and heldout/"""
     tokenizer: Path
     """a tokenizer.model, or a directory that holds one"""
+
+
+def plan(config: Config, cluster: Cluster, lineage: Lineage) -> dict[str, Any]:
+    """The vocabulary of the tokenizer."""
+    return lineage.inherit_vocabulary(config.out, config.tokenizer)
 
 
 def run(config: Config, run: Run) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from itertools import chain
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 from pydantic import Field
 
@@ -13,6 +13,7 @@ from llama2.config import StageConfig
 from llama2.data.documents import read_documents
 from llama2.records import Dialog
 from llama2.runs import Run
+from llama2.stages.planning import Cluster, Lineage
 from llama2.tokenizer.template import render
 from llama2.tokenizer.train import train
 
@@ -27,6 +28,12 @@ class Config(StageConfig):
     vocab_size: int = Field(32000, gt=260)
     max_megabytes: float = Field(200.0, gt=0)
     """train on a random sample of about this much text"""
+
+
+def plan(config: Config, cluster: Cluster, lineage: Lineage) -> dict[str, Any]:
+    """The vocabulary, which decides the size of what is trained on it."""
+    lineage.vocabularies[config.out] = config.vocab_size
+    return {"vocab_size": config.vocab_size}
 
 
 def run(config: Config, run: Run) -> None:

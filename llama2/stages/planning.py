@@ -1,0 +1,253 @@
+"""What a run would take, told from its configuration alone (`--dry-run`): parameters, tokens, steps, FLOPs, memory.
+
+Nothing is read but the config.json of checkpoints that exist already; what an earlier step of the recipe will leave
+behind is known from its own plan (`Lineage`). Memory is that of this code on GPUs, estimated: fp32 weights, gradients
+and two moments; what FSDP2 gathers; the tensors a layer keeps for its backward pass, counted one by one; and whole
+models that are only read, which every rank holds. What the CUDA context, NCCL and fragmentation take (a few GiB)
+comes on top.
+
+Bytes a number: 4 in fp32, 2 in bf16.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from pydantic import Field
+
+from llama2.config import Config
+from llama2.mesh import Precision
+from llama2.model import checkpoint
+from llama2.model.likelihood import KEEP_BYTES, LARGE_CHUNK_BYTES
+from llama2.model.llama import LlamaConfig
+from llama2.stages.sampling import Sample
+from llama2.stages.training import Training
+from llama2.tokenizer.tokenizer import Tokenizer
+
+GIB = float(1 << 30)
+UNKNOWN = {"parameters": "known when the model it starts from exists, or an earlier step of the recipe makes it"}
+
+
+class Cluster(Config):
+    """The machines a dry run reckons with; the defaults are the paper's A100-80GB."""
+
+    ranks: int | None = Field(None, gt=0)
+    """data-parallel ranks, one device each; the step's own number unless given"""
+    gib: float = Field(80.0, gt=0)
+    """memory of a device"""
+    tflops: float = Field(312.0, gt=0)
+    """dense bf16 peak of a device"""
+    mfu: float = Field(0.4, gt=0, le=1)
+    """share of that peak which training reaches"""
+
+
+@dataclass
+class Lineage:
+    """What earlier steps will leave behind, by run directory: models and vocabularies."""
+
+    shapes: dict[Path, LlamaConfig] = field(default_factory=dict)
+    vocabularies: dict[Path, int] = field(default_factory=dict)
+
+    def shape(self, path: Path) -> LlamaConfig | None:
+        """The architecture of the checkpoint that is, or will be, at `path`; None if nobody can tell."""
+        if path in self.shapes:
+            return self.shapes[path]
+        return checkpoint.config_of(path) if (path / checkpoint.CONFIG).is_file() else None
+
+    def inherit(self, out: Path, source: Path) -> LlamaConfig | None:
+        """A step that leaves a model of the shape it found at `source`."""
+        found = self.shape(source)
+        if found is not None:
+            self.shapes[out] = found
+        return found
+
+    def vocabulary(self, path: Path) -> int | None:
+        """The size of the vocabulary of the tokenizer that is, or will be, at `path`."""
+        if path in self.vocabularies:
+            return self.vocabularies[path]
+        file = path / "tokenizer.model" if path.is_dir() else path
+        return Tokenizer.load(file).vocab_size if file.is_file() else None
+
+    def inherit_vocabulary(self, out: Path, source: Path) -> dict[str, Any]:
+        """A step that carries on the tokenizer it found at `source`."""
+        size = self.vocabulary(source)
+        if size is None:
+            return {}
+        self.vocabularies[out] = size
+        return {"vocab_size": size}
+
+
+@dataclass(frozen=True)
+class Tower:
+    """A network that is trained: `Llama`, or with `scalar` a `Scorer` of the same trunk."""
+
+    shape: LlamaConfig
+    scalar: bool = False
+
+    @property
+    def parameters(self) -> int:
+        """The exact number."""
+        shape = self.shape
+        if not self.scalar:
+            return shape.parameters()
+        head = 0 if shape.tie_word_embeddings else shape.vocab_size * shape.hidden_size
+        return shape.parameters() - head + shape.hidden_size
+
+    @property
+    def block(self) -> int:
+        """Parameters of one layer."""
+        trunk = self.parameters - self.root
+        return trunk // self.shape.num_hidden_layers
+
+    @property
+    def root(self) -> int:
+        """Parameters outside of the layers: embeddings, last norm, head."""
+        shape, dim = self.shape, self.shape.hidden_size
+        tables = 1 if self.scalar or shape.tie_word_embeddings else 2
+        return tables * shape.vocab_size * dim + dim + (dim if self.scalar else 0)
+
+
+def training_plan(towers: Sequence[Tower], settings: Training, cluster: Cluster, *, rows: int, micro_rows: int,
+                  length: int, steps: int | None, packed: bool = False, whole: float = 0.0, rollout: float = 0.0
+                  ) -> dict[str, Any]:
+    """What a dry run says of a stage that trains `towers` on `rows` rows of `length` tokens an optimizer step.
+
+    micro_rows: rows a rank computes at a time. whole: bytes of models that every rank holds besides. rollout: bytes
+    needed while sampling, when no activations are held.
+    """
+    ranks = cluster.ranks or 1
+    micro_rows = min(micro_rows, -(-rows // ranks))
+    working = max(activations(towers, settings, micro_rows, length, packed, sharded(settings, ranks)), rollout)
+    flops = sum(flops_per_token(tower.shape, length) for tower in towers) * rows * length
+    return {
+        "parameters": sum(tower.parameters for tower in towers), "ranks": ranks,
+        "steps": steps or "known when the data is read", "tokens_per_step": rows * length,
+        "tokens": rows * length * steps if steps else "known when the data is read",
+        "micro_batches_per_step": -(-rows // (ranks * micro_rows)),
+        **_time(flops, steps, cluster),
+        **_memory(towers, settings, cluster, ranks, working, whole)}
+
+
+def _time(flops: float, steps: int | None, cluster: Cluster) -> dict[str, Any]:
+    seconds = flops / (cluster.mfu * cluster.tflops * 1e12)
+    if steps is None:
+        return {"flops_per_step": _rounded(flops), "gpu_hours_per_step": _rounded(seconds / 3600)}
+    return {"flops": _rounded(flops * steps), "gpu_hours": _rounded(seconds * steps / 3600)}
+
+
+def _memory(towers: Sequence[Tower], settings: Training, cluster: Cluster, ranks: int, working: float,
+            whole: float) -> dict[str, Any]:
+    """The estimate for `ranks`, whether it fits, and the fewest ranks on which it would."""
+    def parts(count: int) -> dict[str, float]:
+        split = count if sharded(settings, count) else 1
+        return {"weights, gradients, moments": 16 * sum(tower.parameters for tower in towers) / split,
+                "gathered": gathered(towers, settings, count), "activations or cache": working,
+                "whole models": whole}
+
+    def fits(count: int) -> bool:
+        return sum(parts(count).values()) <= cluster.gib * GIB
+
+    fewest = 1 if fits(1) else None
+    if fewest is None and settings.parallel == "shard":
+        many = parts(2)
+        states = 2 * many.pop("weights, gradients, moments")
+        room = cluster.gib * GIB - sum(many.values())
+        fewest = max(2, math.ceil(states / room)) if room > 0 else None
+    return _described(parts(ranks), cluster, fewest or "none: what a rank holds whole does not fit")
+
+
+def _described(parts: dict[str, float], cluster: Cluster, fewest: int | str) -> dict[str, Any]:
+    together = sum(parts.values())
+    return {"memory_per_rank_gib": {**{name: _rounded(value / GIB) for name, value in parts.items()},
+                                    "together": _rounded(together / GIB)},
+            f"fits_{cluster.gib:g}_gib": together <= cluster.gib * GIB, "fewest_ranks": fewest}
+
+
+def sharded(settings: Training, ranks: int) -> bool:
+    """Whether FSDP2 spreads the model: it does nothing on one rank."""
+    return settings.parallel == "shard" and ranks > 1
+
+
+def gathered(towers: Sequence[Tower], settings: Training, ranks: int) -> float:
+    """Bytes beside the state: copies of weights in the precision of the products, and gradients on their way.
+
+    Sharded: two layers and the root gathered, the gradients of one layer and the root, and one layer's in fp32 before
+    and after they are summed. Replicated: autocast keeps bf16 copies, and gradients are summed as one flat block.
+    """
+    size = 4 if settings.precision == "fp32" else 2
+    if sharded(settings, ranks):
+        block, root = max(tower.block for tower in towers), sum(tower.root for tower in towers)
+        return size * (2 * block + root) + size * (block + root) + 2 * 4 * block
+    count = sum(tower.parameters for tower in towers)
+    return (size * count if size == 2 else 0) + (4 * count if ranks > 1 else 0)
+
+
+def activations(towers: Sequence[Tower], settings: Training, rows: int, length: int, packed: bool,
+                spread: bool) -> float:
+    """Bytes kept for the backward pass of one micro-batch, and one layer's gradients as it is gone through."""
+    tokens, size = rows * length, 4 if settings.precision == "fp32" else 2
+    residual = 2 if size == 2 and spread else 4  # autocast leaves the residual stream in fp32, FSDP2 makes it bf16
+    total = 3.0 * tokens * length if packed else 0.0  # which position may look where, once for all layers
+    for tower in towers:
+        shape = tower.shape
+        layer = tokens * layer_bytes(shape, size, residual)
+        kept = tokens * shape.hidden_size * residual if settings.gradient_checkpointing else layer
+        total += shape.num_hidden_layers * kept + 2 * layer + tokens * shape.hidden_size * (residual + size)
+        if not tower.scalar:
+            logits = tokens * shape.vocab_size
+            total += min(size * logits, KEEP_BYTES) + min(4 * logits, LARGE_CHUNK_BYTES)
+    return total
+
+
+def layer_bytes(shape: LlamaConfig, size: int, residual: int) -> int:
+    """Bytes a token that one layer keeps: the stream at its two norms and their results; queries, keys, values and
+    what attention makes of them; gate, its SiLU, up and their product."""
+    dim, kv = shape.hidden_size, shape.num_key_value_heads * shape.head_dim
+    return 2 * residual * dim + size * (2 * dim + 2 * dim + 2 * kv + 4 * shape.intermediate_size)
+
+
+def flops_per_token(config: LlamaConfig, length: int) -> float:
+    """Forward and backward, causal attention counted at half: 6 N + 6 L d T, input embedding not counted."""
+    lookup = 0 if config.tie_word_embeddings else config.vocab_size * config.hidden_size
+    return 6.0 * (config.parameters() - lookup + config.num_hidden_layers * config.hidden_size * length)
+
+
+# --- stages that sample ----------------------------------------------------------------------------------------------
+
+def sampling_plan(policies: Sequence[LlamaConfig | None], scorers: Sequence[LlamaConfig | None], sample: Sample,
+                  cluster: Cluster) -> dict[str, Any]:
+    """What a dry run says of a stage that samples: every rank holds policies and reward models whole."""
+    known = [shape for shape in policies if shape is not None]
+    if len(known) < len(policies):
+        return UNKNOWN
+    parts = {"policies": 4.0 * sum(shape.parameters() for shape in known),
+             "engine and cache": max(engine_bytes(shape, sample) for shape in known),
+             "reward models": scorer_bytes(scorers)}
+    fewest = 1 if sum(parts.values()) <= cluster.gib * GIB else "none: what a rank holds whole does not fit"
+    return {"parameters": known[0].parameters(), "ranks": cluster.ranks or 1, **_described(parts, cluster, fewest)}
+
+
+def engine_bytes(shape: LlamaConfig, sample: Sample) -> float:
+    """The engine's copy of the weights and its cache, for prompts as long as the longest answers."""
+    size = _size(sample.precision)
+    columns = min(2 * sample.max_tokens, shape.max_position_embeddings)
+    token = 2 * shape.num_hidden_layers * shape.num_key_value_heads * shape.head_dim * size
+    return (shape.parameters() * size if size == 2 else 0) + float(sample.slots * columns * token)
+
+
+def scorer_bytes(shapes: Sequence[LlamaConfig | None]) -> float:
+    """Reward models in fp32, whole."""
+    return 4.0 * sum(Tower(shape, scalar=True).parameters for shape in shapes if shape is not None)
+
+
+def _size(precision: Precision) -> int:
+    return 4 if precision == "fp32" else 2
+
+
+def _rounded(value: float) -> float:
+    """Three digits: the estimates have no more."""
+    return float(f"{value:.3g}")
