@@ -5,6 +5,7 @@ Exit status: 0 done (or stopped on request, resumable), 1 a defect, 2 something 
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Sequence
 
@@ -34,6 +35,9 @@ def _guarded(arguments: list[str]) -> int:
     except UserError as error:
         print(f"llama2: error: {error}".replace("\n", " "), file=sys.stderr)
         return error.exit_code
+    except BrokenPipeError:  # `llama2 ... | head` has read enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
     except KeyboardInterrupt:
         print("llama2: interrupted; the same command resumes", file=sys.stderr)
         return 130

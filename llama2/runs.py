@@ -151,7 +151,7 @@ def read_metrics(path: Path) -> list[dict[str, float]]:
 def open_run(verb: str, config: StageConfig) -> Iterator[Run]:
     """Open `config.out` for one stage; mark it complete when the block ends without an exception."""
     path = config.out
-    lock = _lock(path) if mesh.is_main() else None
+    held = lock(path) if mesh.is_main() else None
     try:
         finished = mesh.broadcast(_prepare(path, verb, config) if mesh.is_main() else False)
         run, begin = Run(path, finished), time.time()
@@ -176,8 +176,8 @@ def open_run(verb: str, config: StageConfig) -> Iterator[Run]:
             shutil.rmtree(path / CHECKPOINTS, ignore_errors=True)
         mesh.barrier()
     finally:
-        if lock is not None:
-            lock.close()
+        if held is not None:
+            held.close()
 
 
 def is_finished(verb: str, config: StageConfig) -> bool:
@@ -185,22 +185,23 @@ def is_finished(verb: str, config: StageConfig) -> bool:
     return (config.out / COMPLETE).is_file() and _prepare(config.out, verb, config)
 
 
-def _lock(path: Path) -> IO[str]:
+def lock(path: Path) -> IO[str]:
+    """Make the directory this process's own until the file returned is closed; UserError if another process holds it."""
     with explain_os_errors(path):
         path.mkdir(parents=True, exist_ok=True)
-        lock = open(path / ".lock", "a+", encoding="utf-8")  # noqa: SIM115 - held for the whole run
+        held = open(path / ".lock", "a+", encoding="utf-8")  # noqa: SIM115 - held for the whole run
     try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
-        lock.seek(0)
-        owner = lock.read().strip()
-        lock.close()
+        held.seek(0)
+        owner = held.read().strip()
+        held.close()
         raise UserError(f"{path}: another process{f' (pid {owner})' if owner else ''} is writing this run",
                         "wait for it, or choose another --out") from None
-    lock.truncate(0)
-    lock.write(str(os.getpid()))
-    lock.flush()
-    return lock
+    held.truncate(0)
+    held.write(str(os.getpid()))
+    held.flush()
+    return held
 
 
 def _prepare(path: Path, verb: str, config: StageConfig) -> bool:

@@ -17,7 +17,7 @@ import socket
 import sys
 import threading
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -147,6 +147,8 @@ class Workers:
     lifelines: list[Connection]
     messages: Connection
     log: Path
+    asked: bool = field(default=False, init=False)
+    """whether they were asked to stop"""
 
     @classmethod
     def start(cls, verb: str, config: Mapping[str, Any], ranks: int, threads: int, log: Path) -> Workers:
@@ -176,12 +178,15 @@ class Workers:
         return any(process.is_alive() for process in self.processes)
 
     def stop(self) -> None:
-        """Ask for a checkpoint and a clean exit."""
+        """Ask for a checkpoint and a clean exit; a stage without checkpoints ends at once and starts over next time."""
+        self.asked = True
         for process in self.processes:
             if process.is_alive() and process.pid:
                 os.kill(process.pid, signal.SIGTERM)
 
     def kill(self) -> None:
+        """End them at once."""
+        self.asked = True
         for process in self.processes:
             process.kill()
 
@@ -198,6 +203,8 @@ class Workers:
         errors = [text for text in said if text not in ("done", "stopped")]
         if errors:
             return str(errors[0])
+        if self.asked and any(process.exitcode in (-signal.SIGTERM, -signal.SIGKILL) for process in self.processes):
+            return "stopped"
         if any(process.exitcode for process in self.processes):
             codes = sorted({process.exitcode for process in self.processes if process.exitcode})
             return f"a process ended with exit status {codes[0]}; its log: {self.log}"

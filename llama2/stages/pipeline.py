@@ -39,7 +39,7 @@ _REFERENCE = re.compile(r"\$\{([A-Za-z0-9_]+)\}")
 
 
 class Config(StageConfig):
-    """An ordered list of steps."""
+    """An ordered list of steps: steps.NAME.verb, .processes, .cores, .seconds, and the verb's own keys."""
 
     cores: int = Field(default_factory=lambda: len(os.sched_getaffinity(0)), gt=0)
     """processor cores the steps may use together"""
@@ -128,8 +128,12 @@ def plan(recipe: Config, cluster: Cluster, lineage: Lineage) -> dict[str, Any]:
 def run(recipe: Config) -> None:
     """Bring every step of a recipe to its end; finished ones are skipped, interrupted ones resumed."""
     steps = steps_of(recipe)
+    with runs.lock(recipe.out):
+        _work(recipe, steps)
+
+
+def _work(recipe: Config, steps: dict[str, Step]) -> None:
     launch.preload()
-    recipe.out.mkdir(parents=True, exist_ok=True)
     runs.write_atomic(recipe.out / "recipe.yaml", yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False))
     runs.write_atomic(recipe.out / "steps.json", dump(list(steps)))
     board = Board(recipe, steps)
@@ -182,6 +186,8 @@ class Board:
     def _start_ready(self) -> None:
         free = self.recipe.cores - sum(self._cores(self.steps[name]) for name in self.running)
         for name in list(self.waiting):
+            if self.stopping:
+                return
             step = self.steps[name]
             if step.needs - self.finished.keys() or self._cores(step) > free:
                 continue
@@ -196,6 +202,8 @@ class Board:
             log = self.recipe.out / "logs" / f"{name}.log"
             workers = launch.Workers.start(step.verb, step.values, step.processes, threads, log)
             self.running[name] = (workers, time.time())
+            if self.stopping:  # the signal came while they were being started
+                workers.stop()
 
     def _collect(self) -> None:
         for name, (workers, begin) in list(self.running.items()):
