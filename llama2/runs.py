@@ -186,7 +186,7 @@ def is_finished(verb: str, config: StageConfig) -> bool:
 
 
 def lock(path: Path) -> IO[str]:
-    """Make the directory this process's own until the file returned is closed; UserError if another process holds it."""
+    """Make the directory this process's own until the file returned is closed; UserError if another has it."""
     with explain_os_errors(path):
         path.mkdir(parents=True, exist_ok=True)
         held = open(path / ".lock", "a+", encoding="utf-8")  # noqa: SIM115 - held for the whole run

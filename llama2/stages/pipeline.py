@@ -186,8 +186,6 @@ class Board:
     def _start_ready(self) -> None:
         free = self.recipe.cores - sum(self._cores(self.steps[name]) for name in self.running)
         for name in list(self.waiting):
-            if self.stopping:
-                return
             step = self.steps[name]
             if step.needs - self.finished.keys() or self._cores(step) > free:
                 continue
@@ -202,8 +200,9 @@ class Board:
             log = self.recipe.out / "logs" / f"{name}.log"
             workers = launch.Workers.start(step.verb, step.values, step.processes, threads, log)
             self.running[name] = (workers, time.time())
-            if self.stopping:  # the signal came while they were being started
+            if self.stopping:  # the signal came meanwhile
                 workers.stop()
+                return
 
     def _collect(self) -> None:
         for name, (workers, begin) in list(self.running.items()):
