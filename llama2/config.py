@@ -96,6 +96,18 @@ def read_yaml(path: Path) -> dict[str, Any]:
     return value
 
 
+def read_recipe(path: Path, inside: tuple[Path, ...] = ()) -> dict[str, Any]:
+    """A recipe laid upon the one it `extends` (a path relative to its own), so that it holds only what differs."""
+    if path.resolve() in inside:
+        raise UserError(f"{path}: this recipe extends itself", "mend the key `extends`")
+    values = read_yaml(path)
+    base = values.pop("extends", None)
+    if base is None:
+        return values
+    under: dict[str, Any] = merge(read_recipe(path.parent / str(base), (*inside, path.resolve())), values)
+    return under
+
+
 @dataclass(frozen=True)
 class Flag:
     """The value of a flag: what YAML makes of it, and as it was typed, should text be wanted (None for several)."""
@@ -231,7 +243,7 @@ def parse(kind: type[C], arguments: Sequence[str], prog: str) -> C:
                  config=(tyro.conf.AvoidSubcommands,))
     if flags and not flags[0].startswith("-"):
         where = flags.pop(0)
-        values = read_yaml(Path(where))
+        values = read_recipe(Path(where))
     return build(kind, merge(values, overrides(flags)), where)
 
 

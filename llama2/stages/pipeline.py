@@ -28,7 +28,7 @@ from rich.console import Console
 from rich.live import Live
 from rich.text import Text
 
-from llama2 import runs
+from llama2 import mesh, runs
 from llama2.config import StageConfig, build
 from llama2.errors import UserError, did_you_mean
 from llama2.records import dump
@@ -45,8 +45,10 @@ class Config(StageConfig):
     """processor cores the steps may use together"""
     parameters: dict[str, str | int | float] = {}
     """values for `${name}` in the steps; `${out}` is the recipe's own directory"""
-    steps: dict[str, dict[str, Any]]
-    """name -> {verb, processes, cores, seconds, and the verb's own keys}"""
+    steps: dict[str, dict[str, Any] | None]
+    """name -> {verb, processes, cores, seconds, and the verb's own keys}; null leaves a step out"""
+    step: str | None = None
+    """carry out this one step, in this process and the ranks torchrun started with it"""
 
 
 class Step(StageConfig):
@@ -70,6 +72,10 @@ def steps_of(recipe: Config) -> dict[str, Step]:
     """The recipe's steps with every reference resolved and every configuration checked, before any work."""
     steps: dict[str, Step] = {}
     for name, given in recipe.steps.items():
+        if given is None:
+            continue
+        if name in recipe.parameters:
+            raise UserError(f"'{name}' is both a step and a parameter", f"leave out the step: --steps.{name} null")
         values = dict(given)
         needs: set[str] = set()
         own: dict[str, Any] = {key: values.pop(key) for key in ("processes", "cores", "seconds") if key in values}
@@ -147,6 +153,25 @@ def _work(recipe: Config, steps: dict[str, Step]) -> None:
         for kind, handler in handlers.items():
             signal.signal(kind, handler)
     board.finish()
+
+
+def _run_one(name: str, recipe: Config, steps: Mapping[str, Step]) -> None:
+    """One step under whatever started this process: a recipe's own ranks all live on one machine."""
+    if name not in steps:
+        raise UserError(f"the recipe has no step '{name}'", did_you_mean(name, steps))
+    step = steps[name]
+    mesh.init()
+    if mesh.is_main():
+        _describe(recipe, steps)
+    launch.execute(step.verb, build(launch.stage(step.verb).Config, step.values))
+
+
+def _describe(recipe: Config, steps: Mapping[str, Step]) -> None:
+    """Write the recipe beside its runs, for the reader and for the report."""
+    recipe.out.mkdir(parents=True, exist_ok=True)
+    described = recipe.model_dump(mode="json", exclude={"step"})
+    runs.write_atomic(recipe.out / "recipe.yaml", yaml.safe_dump(described, sort_keys=False))
+    runs.write_atomic(recipe.out / "steps.json", dump(list(steps)))
 
 
 class Board:

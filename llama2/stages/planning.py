@@ -144,9 +144,9 @@ def _memory(towers: Sequence[Tower], settings: Training, cluster: Cluster, ranks
     """The estimate for `ranks`, whether it fits, and the fewest ranks on which it would."""
     def parts(count: int) -> dict[str, float]:
         split = count if sharded(settings, count) else 1
-        return {"weights, gradients, moments": 16 * sum(tower.parameters for tower in towers) / split,
-                "gathered": gathered(towers, settings, count), "activations or cache": working,
-                "whole models": whole}
+        return {"weights_and_optimizer": 16 * sum(tower.parameters for tower in towers) / split,
+                "gathered": gathered(towers, settings, count), "activations_or_cache": working,
+                "whole_models": whole}
 
     def fits(count: int) -> bool:
         return sum(parts(count).values()) <= cluster.gib * GIB
@@ -154,7 +154,7 @@ def _memory(towers: Sequence[Tower], settings: Training, cluster: Cluster, ranks
     fewest = 1 if fits(1) else None
     if fewest is None and settings.parallel == "shard":
         many = parts(2)
-        states = 2 * many.pop("weights, gradients, moments")
+        states = 2 * many.pop("weights_and_optimizer")
         room = cluster.gib * GIB - sum(many.values())
         fewest = max(2, math.ceil(states / room)) if room > 0 else None
     return _described(parts(ranks), cluster, fewest or "none: what a rank holds whole does not fit")
@@ -225,8 +225,8 @@ def sampling_plan(policies: Sequence[LlamaConfig | None], scorers: Sequence[Llam
     if len(known) < len(policies):
         return UNKNOWN
     parts = {"policies": 4.0 * sum(shape.parameters() for shape in known),
-             "engine and cache": max(engine_bytes(shape, sample) for shape in known),
-             "reward models": scorer_bytes(scorers)}
+             "engine_and_cache": max(engine_bytes(shape, sample) for shape in known),
+             "reward_models": scorer_bytes(scorers)}
     fewest = 1 if sum(parts.values()) <= cluster.gib * GIB else "none: what a rank holds whole does not fit"
     return {"parameters": known[0].parameters(), "ranks": cluster.ranks or 1, **_described(parts, cluster, fewest)}
 
