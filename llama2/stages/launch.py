@@ -82,7 +82,7 @@ def command(verb: str, arguments: Sequence[str]) -> int:
         else:
             module.run(config)
     except Stopped as stopped:
-        print(f"llama2: {stopped}; the same command resumes", file=sys.stderr)
+        print(f"llama2: {stopped}", file=sys.stderr)
     finally:
         mesh.shutdown()
     return 0
