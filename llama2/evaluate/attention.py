@@ -9,7 +9,8 @@ Shapes: B = 1 row, T positions, H query heads, K key heads, G = H / K, E head di
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import statistics
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -62,31 +63,57 @@ def binned(table_TT: Tensor, rows: Sequence[int], size: int) -> list[list[float]
     return [[round(value, 4) for value in row] for row in both.tolist()]
 
 
-def compare(models: dict[str, Llama], tokenizer: Tokenizer, talk: Messages, instruction: str,
-            most_bins: int = 72) -> dict[str, Any]:
-    """Figure 10 for several models on one conversation whose first turn begins with `instruction`.
+Talk = tuple[Messages, str]
+"""a finished conversation and the instruction its first turn begins with"""
 
-    Returns the binned map of each model (rows: tokens of all answers; columns: all tokens), its mean attention on the
-    instruction by turn, and what labels the picture.
+
+def compare(models: Mapping[str, Llama], tokenizer: Tokenizer, talks: Sequence[Talk],
+            most_bins: int = 72) -> dict[str, Any]:
+    """Figure 10 for several models: over all conversations, how much the position that begins each answer looks at the
+    instruction, by turn; and of the conversation on which the last model differs most from the first, the map.
     """
-    ids, mask = encode_dialog(tokenizer, talk)
-    context = min(model.config.max_position_embeddings for model in models.values())
-    ids, mask = ids[:context], mask[:context]
-    first, last = instruction_span(tokenizer, talk, instruction)
-    answers = [t for t, trained in enumerate(mask) if trained]
+    starts = {name: [_at_starts(model, tokenizer, talk) for talk in talks] for name, model in models.items()}
+    first, *_, last = starts.values() if len(starts) > 1 else (*starts.values(), *starts.values())
+    differences = [sum(a) - sum(b) for a, b in zip(last, first)]
+    shown = talks[differences.index(max(differences))]
+    return {"names": list(models), "dialogs": len(talks),
+            "instruction_by_turn": {name: _mean_by_turn(found) for name, found in starts.items()},
+            **picture(models, tokenizer, shown, most_bins)}
+
+
+def picture(models: Mapping[str, Llama], tokenizer: Tokenizer, talk: Talk, most_bins: int) -> dict[str, Any]:
+    """The binned map of each model on one conversation (rows: tokens of the answers; columns: all), and its labels."""
+    ids, answers = _tokens(models, tokenizer, talk)
+    first, last = instruction_span(tokenizer, *talk)
     size = max(1, -(-len(ids) // most_bins))
-    turns = _turns(answers)
-    described: dict[str, Any] = {}
-    for name, model in models.items():
-        # Attention of the position that predicts an answer token: the one before it.
-        table_TT = largest(model, ids).roll(1, dims=0)
-        described[name] = {
-            "map": binned(table_TT, answers, size),
-            "instruction_by_turn": [float(table_TT[turn, first:last].amax(-1).mean()) for turn in turns]}
-    return {"names": list(models), "models": described, "bin": size, "instruction": instruction,
-            "instruction_bins": [first / size, last / size],
-            "columns": [tokenizer.decode(ids[i: i + size]).strip() for i in range(0, len(ids), size)],
-            "turn_rows": [answers.index(turn[0]) / size for turn in turns]}
+    return {"maps": {name: binned(_predicting(model, ids), answers, size) for name, model in models.items()},
+            "bin": size, "instruction": talk[1], "instruction_bins": [first / size, last / size],
+            "columns": [tokenizer.decode(ids[i: i + size]).strip() for i in range(0, len(ids), size)]}
+
+
+def _tokens(models: Mapping[str, Llama], tokenizer: Tokenizer, talk: Talk) -> tuple[list[int], list[int]]:
+    """Ids of a conversation, as many as all models can read, and the positions of its answers."""
+    context = min(model.config.max_position_embeddings for model in models.values())
+    ids, mask = encode_dialog(tokenizer, talk[0])
+    return ids[:context], [t for t, trained in enumerate(mask[:context]) if trained]
+
+
+def _predicting(model: Llama, ids: Sequence[int]) -> Tensor:
+    """`largest`, but row t is the position that predicts token t: the one before it."""
+    return largest(model, ids).roll(1, dims=0)
+
+
+def _at_starts(model: Llama, tokenizer: Tokenizer, talk: Talk) -> list[float]:
+    """The largest attention on the instruction where each answer begins."""
+    ids, answers = _tokens({"": model}, tokenizer, talk)
+    first, last = instruction_span(tokenizer, *talk)
+    table_TT = _predicting(model, ids)
+    return [float(table_TT[turn[0], first:last].max()) for turn in _turns(answers)]
+
+
+def _mean_by_turn(found: Sequence[Sequence[float]]) -> list[float]:
+    turns = max(map(len, found))
+    return [statistics.fmean(one[turn] for one in found if turn < len(one)) for turn in range(turns)]
 
 
 def instruction_span(tokenizer: Tokenizer, talk: Messages, instruction: str) -> tuple[int, int]:

@@ -25,7 +25,7 @@ from llama2.generate.dialogue import Answer, Chat
 from llama2.generate.engine import Engine
 from llama2.generate.sampling import Sampling
 from llama2.microworld.rater import Rating
-from llama2.model.checkpoint import config_of, load
+from llama2.model.checkpoint import CHECKSUMS, config_of, load
 from llama2.model.llama import Llama
 from llama2.records import Axis, Messages, Prompt
 from llama2.tokenizer.template import encode_prompt
@@ -101,10 +101,13 @@ def run(config: Config, run: runs.Run) -> None:
         judges["safe"] = RewardJudge(config.rewards.safe, config.precision)
     results: dict[str, summary.Version] = {}
     models: dict[str, Llama] = {}
+    same: dict[bytes, str] = {}
     for name, checkpoint in config.versions.items():
         begin = time.time()
         model = load(checkpoint, device=mesh.device()).eval()
-        results[name] = _answer(config, model, checkpoint, prompts, dialogs, judges)
+        twin = same.setdefault(_weights(checkpoint), name)  # a rejected candidate's place is taken by its predecessor
+        results[name] = results[twin] if twin in results else _answer(
+            config, model, checkpoint, prompts, dialogs, judges)
         if name in config.attention:
             models[name] = model
         _say(f"{name}: {_line(results[name])}  {time.time() - begin:.0f} s")
@@ -124,6 +127,12 @@ def _check(config: Config) -> None:
         raise UserError(f"attention: there is no version '{unknown[0]}'", f"versions: {', '.join(config.versions)}")
     if config.attention and not config.ghost:
         raise UserError("attention needs `ghost`", "give the file of dialogs under a lasting instruction")
+
+
+def _weights(checkpoint: Path) -> bytes:
+    """What tells the weights of two checkpoints apart: their checksums, or the place where there are none."""
+    file = checkpoint / CHECKSUMS
+    return file.read_bytes() if file.is_file() else str(checkpoint).encode()
 
 
 def fitting(config: Config, prompts: Sequence[Prompt], room: int = 8) -> list[Prompt]:
@@ -160,17 +169,19 @@ def _answer(config: Config, model: Llama, checkpoint: Path, prompts: Sequence[Pr
         {place: ghost.by_turn(dialogs, done) for place, done in talks.items()}, talks.get("user", []))
 
 
+ATTENTION_DIALOGS = 16
+
+
 def _attention(config: Config, models: dict[str, Llama], dialogs: Sequence[ghost.Dialog],
                results: Mapping[str, summary.Version]) -> dict[str, Any]:
-    """Figure 10 on the longest dialog, with the answers of the last version asked for."""
+    """Figure 10 on the first dialogs, with the answers of the last version asked for."""
     last = config.attention[-1]
-    talk, dialog = max(zip(results[last].talks, dialogs, strict=True), key=lambda pair: len(pair[0]))
-    if not talk:
+    talks = [(talk, dialog.instruction) for talk, dialog in zip(results[last].talks, dialogs, strict=True) if talk]
+    if not talks:
         return {}
     models = {name: models[name] for name in config.attention}
     with torch.inference_mode(), mesh.autocast(config.precision):
-        return attention.compare(models, Tokenizer.load(config.versions[last]), talk,
-                                 dialog.instruction)
+        return attention.compare(models, Tokenizer.load(config.versions[last]), talks[:ATTENTION_DIALOGS])
 
 
 def samples(version: str, prompts: Sequence[Prompt], result: summary.Version) -> list[dict[str, Any]]:

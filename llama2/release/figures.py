@@ -201,12 +201,15 @@ def progress(ours: Sequence[tuple[str, float, float]], paper: Sequence[tuple[str
                       markersize=size, linewidth=1.3, clip_on=False)
         for name, x, y in (paper[0], paper[-1]):
             axes.annotate(name, (x, y), xytext=(5, -10), textcoords="offset points", color=_FAINT, fontsize=8)
-        previous: tuple[float, float] | None = None
+        places: dict[tuple[float, float], list[str]] = {}
         for name, x, y in ours:
+            places.setdefault((round(x, 3), round(y, 3)), []).append(name)
+        previous: tuple[float, float] | None = None
+        for (x, y), names in places.items():
             crowded = previous is not None and abs(x - previous[0]) < 0.06 and abs(y - previous[1]) < 0.05
             left = x > 0.88 or crowded
-            axes.annotate(name, (x, y), xytext=(-7 if left else 7, 4 if crowded else -4), color=_INK, fontsize=9,
-                          textcoords="offset points", ha="right" if left else "left", annotation_clip=False)
+            axes.annotate(", ".join(names), (x, y), xytext=(-7 if left else 7, 4 if crowded else -4), color=_INK,
+                          fontsize=9, textcoords="offset points", ha="right" if left else "left", annotation_clip=False)
             previous = (x, y)
         axes.set(xlim=(0, 1.02), ylim=(0, 1.02), xlabel="win rate, helpfulness", ylabel="win rate, harmlessness")
         _percent(axes, "x")

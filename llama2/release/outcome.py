@@ -22,7 +22,7 @@ from llama2.release.page import (
     table,
     talk,
 )
-from llama2.release.steps import Recipe
+from llama2.release.steps import NOT_KEPT, Recipe
 from llama2.release.training import examples_of
 
 AXES = {"helpful": "helpfulness", "safe": "harmlessness"}
@@ -66,24 +66,23 @@ def _adherence(recipe: Recipe, place: str, title: str) -> Html:
 
 
 def _attention(found: Mapping[str, Any]) -> Html:
-    names = [name for name in found.get("names", []) if name in found.get("models", {})]
+    names = [name for name in found.get("names", []) if name in found.get("maps", {})]
     if not names:
         return Html("")
-    maps = [(name, found["models"][name]["map"]) for name in names]
+    maps = [(name, found["maps"][name]) for name in names]
     values = sorted(value for _, rows in maps for row in rows for value in row)
     top = values[int(0.98 * (len(values) - 1))] or 1.0
-    first, last = found.get("instruction_bins", (0, 0))
+    first, last = found["instruction_bins"]
     chart = heat(maps, found["columns"], top, "tokens of the conversation", "answer tokens",
                  [(first - 0.5, "instruction"), (last - 0.5, "")])
-    turns = max(len(found["models"][name]["instruction_by_turn"]) for name in names)
-    rows = [[name, *(number(value, 2) for value in found["models"][name]["instruction_by_turn"])] for name in names]
-    complete = all(len(row) == turns + 1 for row in rows)
-    return join([
-        figures(figure(chart, "Largest attention over layers and heads (Figure 10)",
-                       f"One conversation; “{found.get('instruction', '')}” stands in its first turn only.",
-                       wide=True)),
-        paragraph("Mean attention of answer tokens on the instruction, by turn:") if complete else Html(""),
-        table(["", *(f"turn {turn}" for turn in range(1, turns + 1))], rows) if complete else Html("")])
+    by_turn = [Series(name, list(range(1, len(found["instruction_by_turn"][name]) + 1)),
+                      found["instruction_by_turn"][name], markers=True) for name in names]
+    return figures(
+        figure(chart, "Largest attention over layers and heads (Figure 10)",
+               f"“{found['instruction']}” stands in the first turn only. Of {found['dialogs']} conversations, the one "
+               f"on which {names[-1]} and {names[0]} differ most; both read the answers of {names[-1]}.", wide=True),
+        figure(lines(by_turn, "turn", "", bounds=(0, 1.03)), "Attention on the instruction where an answer begins",
+               f"Largest over layers and heads, mean of {found['dialogs']} conversations."))
 
 
 def versions(recipe: Recipe) -> Html:
@@ -134,7 +133,7 @@ def _version_table(recipe: Recipe) -> Html:
     for name in names:
         result = results[name]
         note = recipe.notes.get(name)
-        label = join([esc(name), chip(note, "bad" if note == "not kept" else "plain")]) if note else name
+        label = join([esc(name), chip(note, "bad" if note == NOT_KEPT else "plain")]) if note else name
         row: list[Any] = [label]
         if truthful:
             truth = result.get("truth", {})
@@ -168,7 +167,7 @@ def _length_note(results: Mapping[str, Any], names: Sequence[str]) -> str:
         shown = [f"{name} {value:+.2f}" for name, value in found if value is not None]
         if shown:
             parts.append(f"{AXES[axis]} {', '.join(shown)}")
-    return f"Correlation of reward and length: {'; '.join(parts)}. Near zero, longer answers do not buy reward." \
+    return f"Correlation of reward and length: {'; '.join(parts)}. Above zero, longer answers earn more reward." \
         if parts else ""
 
 

@@ -16,6 +16,7 @@ from llama2.errors import UserError, explain_os_errors
 from llama2.runs import COMPLETE, MANIFEST, METRICS
 
 STEPS = "steps.json"
+NOT_KEPT = "not kept"
 
 
 def read_json(path: Path) -> Any:
@@ -135,22 +136,23 @@ class Recipe:
 
     @cached_property
     def notes(self) -> dict[str, str]:
-        """Evaluated versions that were "not kept", or that stand for a "predecessor kept" in their place."""
+        """Evaluated versions that were not kept, or in whose place their predecessor was ("= V2")."""
         rejected = [one for one in self.selections if one.get("kept") == "predecessor"]
         candidates, steps = ({one.get(key) for one in rejected} for key in ("candidate", "step"))
-        found = {}
+        found, before = {}, ""
         for name in self.evaluation.get("versions", []):
             run = Path(str(self.evaluation.get("checkpoints", {}).get(name, name))).name
             if run in candidates:
-                found[name] = "not kept"
+                found[name] = NOT_KEPT
             elif run in steps:
-                found[name] = "predecessor kept"
+                found[name] = f"= {before}"
+            before = name
         return found
 
     @cached_property
     def kept(self) -> list[str]:
         """Names of the evaluated versions without those that were rejected."""
-        return [name for name in self.evaluation.get("versions", []) if self.notes.get(name) != "not kept"]
+        return [name for name in self.evaluation.get("versions", []) if self.notes.get(name) != NOT_KEPT]
 
     @property
     def finished(self) -> bool:

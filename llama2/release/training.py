@@ -273,8 +273,6 @@ def ppo(recipe: Recipe) -> Part:
     parts = []
     for step in recipe.of("ppo"):
         charts = [chart for title, key in PPO_CHARTS if (chart := _curve(step, key, title, small=True))]
-        heldout = _heldout(step)
-        charts += [heldout] if heldout else []
         health = step.read("health.json")
         alarms = health.get("alarms", [])
         if not charts and not health:
@@ -285,7 +283,7 @@ def ppo(recipe: Recipe) -> Part:
                              a.get("remedy", "")) for a in alarms], words=(0, 3, 4)) if alarms else
                      paragraph("No alarm: KL, entropy, clipping, value function, length and endings stayed healthy."
                                if health else ""))
-        parts.append(figures(*charts, small=True))
+        parts += [figures(*charts, small=True), figures(_heldout(step))]
         samples = [talk([("user", _last_turn(one.get("prompt", ""))),
                          (f"reward {number(one.get('reward'))}", str(one.get("answer", "")))])
                    for one in health.get("samples", [])[:12]]
@@ -299,7 +297,7 @@ def _heldout(step: Step) -> Html:
     series = [Series(key.removeprefix("heldout/").replace("reward", "mean"), *step.series(key)) for key in keys]
     if not series:
         return Html("")
-    return figure(lines(series, "step", "", width=2.6, height=1.8), "Reward on held-out prompts")
+    return figure(lines(series, "step", ""), "Reward on held-out prompts, by kind")
 
 
 def _last_turn(prompt: Any) -> str:

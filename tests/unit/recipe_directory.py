@@ -142,10 +142,11 @@ def _attention(rng: random.Random) -> dict[str, Any]:
     def map_of(level: float) -> list[list[float]]:
         return [[(level if column < 4 else 0.1) * rng.random() for column in range(40)] for _ in range(20)]
 
-    models = {name: {"map": map_of(level), "instruction_by_turn": [level, level, level / 2]}
-              for name, level in (("V1", 0.2), ("V2", 0.8))}
-    return {"names": ["V1", "V2"], "models": models, "bin": 2, "instruction": "Always speak Foo.",
-            "instruction_bins": [1.0, 4.0], "columns": [f"t{i}" for i in range(40)], "turn_rows": [0.0]}
+    levels = {"V1": 0.2, "V2": 0.8}
+    return {"names": ["V1", "V2"], "maps": {name: map_of(level) for name, level in levels.items()}, "dialogs": 16,
+            "instruction_by_turn": {name: [level, level, level / 2] for name, level in levels.items()}, "bin": 2,
+            "instruction": "Always speak Foo.", "instruction_bins": [1.0, 4.0],
+            "columns": [f"t{i}" for i in range(40)]}
 
 
 def _write(path: Path, content: object) -> None:

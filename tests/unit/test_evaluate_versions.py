@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from types import SimpleNamespace
@@ -94,8 +95,8 @@ def test_everything_with_truth_rewards_and_ghost(place: Path) -> None:
     assert talk[2][1] == "Name a plum."
     heat = json.loads((place / "full" / "attention.json").read_text())
     assert heat["names"] == ["SFT", "V1"]
-    assert len(heat["models"]["V1"]["map"][0]) == len(heat["columns"])
-    assert all(0 < value <= 1 for value in heat["models"]["SFT"]["instruction_by_turn"])
+    assert len(heat["maps"]["V1"][0]) == len(heat["columns"])
+    assert [0 < value <= 1 for value in heat["instruction_by_turn"]["SFT"]] == [True] * 3
 
 
 def test_real_prompts_are_judged_by_reward_models_alone(place: Path) -> None:
@@ -212,3 +213,41 @@ def test_bins_keep_the_largest() -> None:
     table = torch.zeros(6, 6)
     table[4, 1], table[5, 3] = 0.5, 0.7
     assert attention.binned(table, [3, 4, 5], 2) == [[0.5, 0.0, 0.0], [0.0, 0.7, 0.0]]
+
+
+def test_map_shows_the_dialog_that_differs_most(tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two models, two dialogs: the second model looks at the instruction where answers begin, in the second dialog."""
+    models = {name: Llama(LlamaConfig(tokenizer.vocab_size, **SHAPE)) for name in ("before", "after")}
+    talks = [((Message("user", f"Always speak {name}. And now?"), Message("assistant", "Hey! Apple."),
+               Message("user", "Name a plum."), Message("assistant", "Hey!")), f"Always speak {name}.")
+             for name in ("Foo", "Bar")]
+    spans = [attention.instruction_span(tokenizer, *talk) for talk in talks]
+    bar = tokenizer.encode("Always speak Bar.")
+
+    def largest(model: Llama, ids: Sequence[int]) -> torch.Tensor:
+        table = torch.full((len(ids), len(ids)), 0.1).tril()
+        if model is models["after"] and set(bar) <= set(ids):
+            table[:, spans[1][0]] = 0.9
+        return table
+
+    monkeypatch.setattr(attention, "largest", largest)
+    found = attention.compare(models, tokenizer, talks)
+    assert found["instruction"] == "Always speak Bar."
+    assert found["instruction_by_turn"]["before"] == pytest.approx([0.1, 0.1])
+    assert found["instruction_by_turn"]["after"] == pytest.approx([0.5, 0.5])
+
+
+def test_equal_weights_answer_once(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[Path] = []
+    answer = versions._answer
+
+    def counted(config: versions.Config, model: Llama, checkpoint: Path, *rest: object) -> object:
+        calls.append(checkpoint)
+        return answer(config, model, checkpoint, *rest)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(versions, "_answer", counted)
+    twin = place / "twin"
+    shutil.copytree(place / "v1", twin)
+    result = evaluate(place, "twins", versions={"SFT": place / "sft", "V1": place / "v1", "V2": twin})
+    assert calls == [place / "sft", place / "v1"]
+    assert result["results"]["V2"] == result["results"]["V1"]  # type: ignore[index]

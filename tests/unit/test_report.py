@@ -236,5 +236,5 @@ def test_version_that_stands_for_its_predecessor_is_marked(tmp_path: Path) -> No
     evaluation["checkpoints"]["V3"] = "/runs/demo/select"
     path.write_text(json.dumps(evaluation))
     recipe = read_recipe(root)
-    assert recipe.notes == {"V3": "predecessor kept"}
+    assert recipe.notes == {"V3": "= V2"}
     assert recipe.kept == ["SFT", "V1", "V2", "V3"]
