@@ -3,9 +3,12 @@
 Rollouts, rejection sampling, evaluation and chat differ only in who calls. Sequences of any lengths are decoded side
 by side in slots of a KV cache; a finished one gives its slot to the next prompt, and the samples of one prompt share
 its prefill. The engine runs the model's own code on its current weights, so log-probabilities are the trainer's: in
-fp32 within 1e-5 of a full forward pass, in bf16 within the rounding of bf16 logits (docs/architecture.md).
+fp32 within 1e-5 of a full forward pass. In bf16 they differ from the trainer's by about as much as the trainer's own
+bf16 differs from fp32: 0.01 nats on average and 0.06 at most for logits with a deviation of 1.
 
-Shapes: B live rows, T tokens of a prompt batch, V vocabulary.
+Weights are rounded to bf16 once a call, not by autocast at each product: 1.5 to 2.2 times as fast, equally accurate.
+
+Shapes: T tokens of a prompt.
 """
 
 from __future__ import annotations

@@ -10,6 +10,7 @@ import transformers
 from llama2.errors import UserError
 from llama2.generate.engine import Completion, Engine
 from llama2.generate.sampling import Sampling
+from llama2.generate.score import logprobs
 from llama2.model.cache import KVCache
 from llama2.model.llama import Llama, LlamaConfig
 
@@ -57,6 +58,20 @@ def test_cached_decoding_equals_the_full_forward_pass(model: Llama) -> None:
             with torch.no_grad():
                 full = model(tokens[:, :-1], targets_BT=tokens[:, 1:])[0]
             assert each.logprobs == pytest.approx(full[len(each.prompt) - 1 :].tolist(), abs=1e-5)
+
+
+def test_bf16_is_as_near_to_fp32_as_the_trainer_is(model: Llama) -> None:
+    """Weights rounded once (engine) or by autocast at each product (trainer): errors of one size."""
+    results = [row[0] for row in Engine(model, precision="bf16").generate(prompts(40), PLAIN)]
+    rows = [each.prompt + each.tokens for each in results]
+    mine, errors = [torch.tensor(each.logprobs) for each in results], {}
+    exact, trainer = (
+        [torch.tensor(row[len(each.prompt) - 1 :]) for each, row in zip(results, logprobs(model, rows, precision))]
+        for precision in ("fp32", "bf16"))
+    for name, one, other in (("engine", mine, exact), ("trainer", trainer, exact), ("gap", mine, trainer)):
+        errors[name] = float((torch.cat(one) - torch.cat(other)).abs().mean())
+    assert 0 < errors["engine"] < 2 * errors["trainer"]
+    assert errors["gap"] < 2 * errors["trainer"]
 
 
 def test_batched_equals_alone(model: Llama) -> None:
