@@ -1,0 +1,54 @@
+"""The command line in this process, and in one of its own that is sent a signal at a chosen step."""
+
+from __future__ import annotations
+
+import os
+import traceback
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from llama2 import cli
+from llama2.stages import launch
+from llama2.train import hooks
+
+
+def llama2(*words: object) -> int:
+    """Carry out one command here; its exit status."""
+    return cli._guarded([str(word) for word in words])
+
+
+def in_a_process(log: Path, *words: object, number: int = 0, step: int = 0) -> int:
+    """Carry out one command in a process that sends itself signal `number` after update `step`; its exit status.
+
+    The process is forked from a server that has imported everything; what it prints goes to `log`.
+    """
+    launch.preload()
+    process = launch._context.Process(target=_child, args=([str(w) for w in words], number, step, str(log)))
+    process.start()
+    process.join(120)
+    if process.is_alive():
+        process.kill()
+        raise AssertionError(f"it hangs: {log.read_text()}")
+    assert process.exitcode is not None
+    return int(process.exitcode)
+
+
+def _child(words: list[str], number: int, step: int, log: str) -> None:
+    file = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+    os.dup2(file, 1)
+    os.dup2(file, 2)
+    torch.set_num_threads(1)
+
+    def send(self: Any, training: Any, report: Any) -> None:
+        if number and report.step == step:
+            os.kill(os.getpid(), number)
+
+    hooks.Signals.on_step = send  # type: ignore[method-assign]
+    try:
+        status = cli._guarded(words)
+    except BaseException:
+        traceback.print_exc()
+        status = 1
+    os._exit(status)
