@@ -51,15 +51,17 @@ def describe(prompts: Sequence[Prompt], results: Mapping[str, Version], conversa
 
 
 def describe_version(prompts: Sequence[Prompt], kinds: Sequence[Kind], result: Version) -> dict[str, Any]:
-    """The figures of one version."""
+    """The figures of one version. Each reward model is shown on the prompts of its own axis, as in Figure 20."""
     lengths = [len(answer.completion.tokens) for answer in result.answers]
     ends = sum(answer.completion.finish == "stop" for answer in result.answers)
     described: dict[str, Any] = {
         "length": mean_interval(lengths), "eos": proportion(ends, len(lengths)),
-        "rewards": {axis: distribution(scores) for axis, scores in result.rewards.items()},
+        "rewards": {axis: distribution(_on(kinds, axis, scores)) for axis, scores in result.rewards.items()
+                    if _on(kinds, axis, scores)},
         "rewards_by_kind": {axis: {kind: mean_interval(_of(kinds, kind, scores)) for kind in KINDS}
                             for axis, scores in result.rewards.items()},
-        "reward_length_correlation": {axis: correlation(scores, lengths) for axis, scores in result.rewards.items()},
+        "reward_length_correlation": {axis: correlation(_on(kinds, axis, scores), _on(kinds, axis, lengths))
+                                      for axis, scores in result.rewards.items()},
         "ghost": {place: list(turns) for place, turns in result.ghost.items()}}
     if result.ratings is not None:
         described["truth"] = truth_figures(prompts, kinds, result.ratings)
@@ -118,11 +120,9 @@ def win_rates(kinds: Sequence[Kind], results: Mapping[str, Version]) -> list[dic
 
 def _scores(kinds: Sequence[Kind], result: Version, axis: Axis, judge: str) -> list[float]:
     """The scores that count on an axis: those of its own prompts. Empty where the judge is absent."""
-    chosen = [i for i, kind in enumerate(kinds) if axis_of(kind) == axis]
     if judge == "truth":
-        ratings = result.ratings or ()
-        return [truth_score(kinds[i], ratings[i]) for i in chosen] if ratings else []
-    return [result.rewards[axis][i] for i in chosen] if axis in result.rewards else []
+        return _on(kinds, axis, [truth_score(kind, rating) for kind, rating in zip(kinds, result.ratings or ())])
+    return _on(kinds, axis, result.rewards.get(axis, ()))
 
 
 def choose(prompts: Sequence[Prompt], results: Mapping[str, Version], count: int) -> list[dict[str, Any]]:
@@ -147,6 +147,11 @@ def choose(prompts: Sequence[Prompt], results: Mapping[str, Version], count: int
         rows.append({"id": prompt.id, "kind": kind_of(prompt), "family": prompt.metadata.get("family"),
                      "messages": [[m.role, m.content] for m in prompt.messages], "answers": answers})
     return rows
+
+
+def _on(kinds: Sequence[Kind], axis: Axis, values: Sequence[T]) -> list[T]:
+    """The values of an axis's own prompts; none where there are no values."""
+    return [value for kind, value in zip(kinds, values) if axis_of(kind) == axis]
 
 
 def _of(kinds: Sequence[Kind], kind: Kind, values: Sequence[T]) -> list[T]:

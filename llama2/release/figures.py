@@ -206,7 +206,7 @@ def progress(ours: Sequence[tuple[str, float, float]], paper: Sequence[tuple[str
             places.setdefault((round(x, 3), round(y, 3)), []).append(name)
         previous: tuple[float, float] | None = None
         for (x, y), names in places.items():
-            crowded = previous is not None and abs(x - previous[0]) < 0.06 and abs(y - previous[1]) < 0.05
+            crowded = previous is not None and abs(x - previous[0]) < 0.12 and abs(y - previous[1]) < 0.05
             left = x > 0.88 or crowded
             axes.annotate(", ".join(names), (x, y), xytext=(-7 if left else 7, 4 if crowded else -4), color=_INK,
                           fontsize=9, textcoords="offset points", ha="right" if left else "left", annotation_clip=False)

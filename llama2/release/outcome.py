@@ -114,8 +114,8 @@ def _progress(evaluation: Mapping[str, Any], judge: str) -> Html:
     if len(points) < 2:
         return Html("")
     theirs = [(one.version, one.helpful, one.safe) for one in paper.WIN_RATES]
-    by = "ground truth" if judge == "truth" else "our reward models"
-    return figure(progress(points, theirs), f"Win rate against {names[0]}, judged by {by} (Figure 11)",
+    by = "ground truth" if judge == "truth" else "reward models"
+    return figure(progress(points, theirs), f"Win rate against {names[0]} by {by} (Figure 11)",
                   "Ties removed. Dashed: the paper's versions against ChatGPT by its reward models, read off.")
 
 
@@ -210,9 +210,9 @@ def distributions(recipe: Recipe) -> Html:
         found = [results[name]["rewards"][axis] for name in scored]
         rows = [(name, one["histogram"]["counts"], one["quantiles"]["50"]) for name, one in zip(scored, found)]
         charts.append(figure(ridges(rows, found[0]["histogram"]["edges"], f"{AXES[axis]} reward"),
-                             f"Scores of the {AXES[axis]} reward model by version (Figure 20)",
-                             "All prompts; dashed: median. In the paper each version shifts right and its tail of bad "
-                             "answers vanishes."))
+                             f"{AXES[axis].capitalize()} reward by version (Figure 20)",
+                             f"On {'helpful' if axis == 'helpful' else 'unsafe'} prompts; dashed: median. In the paper "
+                             "each version shifts right and its tail of bad answers vanishes."))
     return section("distributions", "§5.1", "Reward distributions", figures(*charts))
 
 

@@ -115,9 +115,10 @@ def test_figures_of_versions(two_versions: tuple[list[Prompt], dict[str, summary
     assert last["truth"]["refusal_quality"]["mean"] == pytest.approx(0.7)
     assert first["eos"]["rate"] == 0.75
     assert first["length"]["mean"] == pytest.approx(4.5)
-    assert first["rewards"]["helpful"]["mean"] == pytest.approx(0.35)
-    assert first["reward_length_correlation"]["helpful"] == pytest.approx(
-        correlation([0.2, 0.3, 0.4, 0.5], [9, 3, 3, 3]))
+    assert first["rewards"]["helpful"]["mean"] == pytest.approx(0.25)  # on the two helpful prompts
+    assert (first["rewards"]["safe"]["mean"], first["rewards"]["safe"]["n"]) == (0.1, 1)
+    assert first["rewards_by_kind"]["safe"]["borderline"]["mean"] == 0.9
+    assert first["reward_length_correlation"]["helpful"] == pytest.approx(-1.0)
 
 
 def test_win_rates_by_axis_and_judge(two_versions: tuple[list[Prompt], dict[str, summary.Version]]) -> None:
