@@ -240,13 +240,13 @@ def read_lines(path: str | os.PathLike[str]) -> Iterator[tuple[int, str]]:
             raise UserError(f"{path}:{number + 1}: truncated or corrupt archive ({error})", "fetch it again") from error
 
 
-def read(kind: type[Record], path: str | os.PathLike[str]) -> Iterator[Record]:
-    """The records of a JSON Lines file. An empty file is an error: it is never what the user meant."""
+def read(kind: type[Record], path: str | os.PathLike[str], may_be_empty: bool = False) -> Iterator[Record]:
+    """The records of a JSON Lines file. An empty file is an error unless expected: a user never means one."""
     empty = True
     for number, line in read_lines(path):
         empty = False
         yield parse(kind, line, f"{path}:{number}")
-    if empty:
+    if empty and not may_be_empty:
         raise UserError(f"{path}: the file is empty", f"it should hold {kind.__name__} records, one a line")
 
 

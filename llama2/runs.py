@@ -76,6 +76,11 @@ def fingerprint(path: Path) -> str:
     return _digest(_contents(path))
 
 
+def is_output(path: Path) -> bool:
+    """Whether a finished run wrote `path`: such a file may be empty, because nothing passed the stage's gate."""
+    return any((directory / COMPLETE).is_file() and (directory / MANIFEST).is_file() for directory in path.parents)
+
+
 def _contents(directory: Path) -> dict[str, str]:
     """Hash of every lasting file below a run directory."""
     files = sorted(p for p in directory.rglob("*") if p.is_file() and not p.name.endswith(".tmp"))

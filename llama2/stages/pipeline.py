@@ -239,7 +239,7 @@ class Board:
                 self.finished[name] = time.time() - begin
                 self.console.print(f"[{len(self.finished):2}/{len(self.steps)}] {name:24} "
                                    f"{_clock(time.time() - begin):>6}  {_last_line(workers.log)}",
-                                   highlight=False, markup=False)
+                                   highlight=False, markup=False, soft_wrap=True)
             elif outcome == "stopped":
                 self.stopping = True
             else:

@@ -18,7 +18,6 @@ from torch import nn
 
 from llama2 import mesh
 from llama2.config import StageConfig
-from llama2.errors import UserError
 from llama2.evaluate.judges import kind_of
 from llama2.generate.dialogue import Chat
 from llama2.generate.engine import Engine
@@ -118,8 +117,6 @@ def run(config: Config, run: Run) -> None:
     models = ActorCritic(actor, critic)
     chat = Chat(Engine(actor, slots=config.sample.slots, precision=config.sample.precision), tokenizer)
     prompts = fitting(chat, read_prompts(config.prompts, None, config.seed), room=config.sample.max_tokens // 2)
-    if not prompts:
-        raise UserError(f"{config.prompts}: every prompt is too long for the context", "shorten them")
     watch = Watch(config.kl_stop, -(-config.batch_size // config.minibatch_size) * config.epochs)
     source = Rollouts(models, reference.eval().requires_grad_(False), rewards, chat, prompts, settings(config),
                       config.iterations, watch.observe)

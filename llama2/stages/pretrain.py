@@ -94,6 +94,9 @@ def run(config: Config, run: Run) -> None:
         model = checkpoint.load(config.model, device=mesh.device())
     else:
         model = Llama(architecture(config, tokenizer.vocab_size), config.seed)
+    if model.config.vocab_size != tokenizer.vocab_size:
+        raise UserError(f"{config.shards}: its tokenizer has {tokenizer.vocab_size} pieces, the model "
+                        f"{model.config.vocab_size}", "tokenize with the tokenizer of the model")
     if config.sequence_length > model.config.max_position_embeddings:
         raise UserError(f"sequence_length {config.sequence_length} exceeds the model's context "
                         f"{model.config.max_position_embeddings}", "lower it, or raise max_position_embeddings")

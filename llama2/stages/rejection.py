@@ -19,7 +19,7 @@ from llama2.config import StageConfig
 from llama2.generate.dialogue import Answer, Chat
 from llama2.generate.rewards import RewardModels, Rewards, Score, probability
 from llama2.records import Dialog, Prompt
-from llama2.runs import Run
+from llama2.runs import Run, is_output
 from llama2.stages.planning import Cluster, Lineage, sampling_plan
 from llama2.stages.sampling import (
     Sample,
@@ -123,7 +123,8 @@ def _key(one: Dialog) -> str:
 
 def _rescored(config: Config, rewards: Rewards, chat: Chat, taken: set[str]) -> list[Dialog]:
     """The best answers of earlier rounds to prompts not sampled now; the newest reward models choose between rounds."""
-    pool = [one for path in config.earlier for one in records.read(Dialog, path / "best.jsonl")]
+    files = [path / "best.jsonl" for path in config.earlier]
+    pool = [one for file in files for one in records.read(Dialog, file, may_be_empty=is_output(file))]
     pool = [one for one in pool if _key(one) not in taken]
     rows = [encode_dialog(chat.tokenizer, one.messages)[0] for one in pool]
     marks = rewards(rows, [bool(one.metadata.get("safety")) for one in pool]) if pool else []

@@ -25,7 +25,7 @@ from llama2.generate.score import rewards
 from llama2.mesh import Precision
 from llama2.model.scorer import Scorer
 from llama2.records import DEGREES, Axis, Message, Preference
-from llama2.runs import Run
+from llama2.runs import Run, is_output
 from llama2.stages.planning import UNKNOWN, Cluster, Lineage, Tower, flops_per_token, training_plan
 from llama2.stages.training import Training, load_scorer, saver, train
 from llama2.tokenizer.template import encode_dialog
@@ -102,12 +102,13 @@ def run(config: Config, run: Run) -> None:
     pairs, skipped = mixed(config, tokenizer, longest)
     source = Rows(pairs, collate, batch_size=config.batch_size, micro_batch_size=config.micro_batch_size,
                   epochs=config.epochs, seed=config.seed, size=lambda pair: pair.size)
-    warmup = max(config.training.plan.warmup_steps, 5, round(0.03 * source.steps))
-    settings = config.training.with_steps(source.steps, min(warmup, source.steps - 1))
+    heldout = {name: encode(tokenizer, select(comparisons), longest)[0] for name, comparisons in config.heldout.items()}
+    steps = min(config.training.plan.max_steps or source.steps, source.steps)
+    warmup = max(config.training.plan.warmup_steps, 5, round(0.03 * steps))
+    settings = config.training.with_steps(source.steps, min(warmup, steps - 1))
     learner = train(run, scorer, source, ranking(config.margins, config.auxiliary_weight), settings,
                     save_model=saver(scorer, tokenizer), title="reward",
                     flops_per_token=flops_per_token(scorer.config, 128))
-    heldout = {name: encode(tokenizer, select(comparisons), longest)[0] for name, comparisons in config.heldout.items()}
     scorer.eval()
     measured = {name: accuracy(scorer, pairs, settings.precision) for name, pairs in heldout.items() if pairs}
     run.write_json("accuracy.json", {"sets": measured})
@@ -117,7 +118,7 @@ def run(config: Config, run: Run) -> None:
 
 def select(comparisons: Comparisons) -> list[Preference]:
     """The preferences of a set, of its axis alone."""
-    found = list(records.read(Preference, comparisons.path))
+    found = records.read(Preference, comparisons.path, may_be_empty=is_output(comparisons.path))
     return [one for one in found if comparisons.axis in (None, one.axis)]
 
 

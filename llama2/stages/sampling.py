@@ -10,6 +10,7 @@ from pydantic import Field
 
 from llama2 import mesh, records
 from llama2.config import Config
+from llama2.errors import UserError
 from llama2.generate.dialogue import Answer, Chat
 from llama2.generate.engine import Engine
 from llama2.generate.rewards import RewardModels, Rewards, Score
@@ -87,8 +88,12 @@ def has_room(chat: Chat, messages: Messages, room: int = 8) -> bool:
 
 
 def fitting(chat: Chat, prompts: Sequence[Prompt], room: int = 8) -> list[Prompt]:
-    """The prompts that leave `room` tokens for an answer."""
-    return [prompt for prompt in prompts if has_room(chat, prompt.messages, room)]
+    """The prompts that leave `room` tokens for an answer; UserError if there are prompts but none that does."""
+    kept = [prompt for prompt in prompts if has_room(chat, prompt.messages, room)]
+    if prompts and not kept:
+        raise UserError(f"none of {len(prompts)} prompts leaves {room} tokens for an answer in the context of "
+                        f"{chat.engine.context}", "give shorter prompts, or a model with a longer context")
+    return kept
 
 
 def write_records(path: Path, items: Sequence[object]) -> None:

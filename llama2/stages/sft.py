@@ -22,7 +22,7 @@ from llama2.data.loader import Rows
 from llama2.data.pack import Packed, collate, pack
 from llama2.errors import UserError
 from llama2.records import Dialog
-from llama2.runs import Run
+from llama2.runs import Run, is_output
 from llama2.stages.planning import UNKNOWN, Cluster, Lineage, Tower, flops_per_token, training_plan
 from llama2.stages.training import Training, load_policy, saver, train
 from llama2.tokenizer.template import encode_dialog
@@ -94,7 +94,7 @@ def read_dialogs(config: Config) -> list[Dialog]:
     generator = np.random.default_rng(config.seed)
     chosen: list[Dialog] = []
     for source in config.dialogs.values():
-        dialogs = list(records.read(Dialog, source.path))
+        dialogs = list(records.read(Dialog, source.path, may_be_empty=is_output(source.path)))
         whole, part = divmod(source.weight, 1)
         chosen += dialogs * int(whole)
         chosen += [dialogs[index] for index in generator.permutation(len(dialogs))[: round(part * len(dialogs))]]
