@@ -24,7 +24,7 @@ from llama2.records import DEGREES, Axis, Preference, Prompt, Response
 from llama2.runs import Run
 from llama2.stages.distill import under_preprompt
 from llama2.stages.planning import Cluster, Lineage, sampling_plan
-from llama2.stages.sampling import Sample, answer, fitting, load_chat, read_prompts, write_records
+from llama2.stages.sampling import Sample, answer, fitting, has_room, load_chat, read_prompts, write_records
 
 
 class Config(StageConfig):
@@ -98,8 +98,10 @@ def sampled(config: Config, chats: Sequence[Chat], prompts: Sequence[Prompt]) ->
     for side in range(2):
         asked = [prompt.messages for prompt in prompts]
         if side == 1:
-            asked = [under_preprompt(prompt, config.seed) if prompt.safety and chance < config.preprompted
-                     else prompt.messages for prompt, chance in zip(prompts, generator.random(len(prompts)))]
+            chances = generator.random(len(prompts))
+            other = [under_preprompt(prompt, config.seed) for prompt in prompts]
+            asked = [new if prompt.safety and chance < config.preprompted and has_room(chats[0], new)
+                     else prompt.messages for prompt, new, chance in zip(prompts, other, chances)]
         found = answer(chats[side % len(chats)], asked, config.sample, seed=2 * config.seed + side,
                        temperature=config.temperatures[side])
         sides.append([one[0].text for one in found])

@@ -26,6 +26,7 @@ from llama2.stages.sampling import (
     answer,
     dialog,
     fitting,
+    has_room,
     load_chat,
     load_rewards,
     read_prompts,
@@ -78,20 +79,20 @@ def run(config: Config, run: Run) -> None:
                            config.sample.precision)
     found = read_prompts(config.prompts, None, config.seed)
     prompts = fitting(chat, [prompt for prompt in found if adversarial(prompt, config.families)], room=48)
-    prompts = prompts[: config.limit]
+    prompts = [prompt for prompt in prompts if all(has_room(chat, preprompted(prompt, config, turn))
+                                                   for turn in range(config.k))][: config.limit]
     plain = answer(chat, [prompt.messages for prompt in prompts], config.sample, seed=config.seed)
     before = [one[0].safe for one in score(rewards, chat.tokenizer, prompts, plain)]
     best: list[tuple[float, str]] = [(mark, "") for mark in before]
     after: list[float] = []
     for turn in range(config.k):
-        asked = [under_preprompt(prompt, config.seed + turn, config.preprompts, config.templates)
-                 for prompt in prompts]
+        asked = [preprompted(prompt, config, turn) for prompt in prompts]
         answers = answer(chat, asked, config.sample, seed=config.seed + 100 + turn)
         marks = score(rewards, chat.tokenizer, prompts, answers)  # judged as answers to the bare prompt
         for index, (mine, mark) in enumerate(zip(answers, marks)):
             after.append(mark[0].safe)
-            if mine[0].completion.finish == "stop" and mine[0].text:
-                best[index] = max(best[index], (mark[0].safe, mine[0].text))
+            if mine[0].completion.finish == "stop" and mine[0].text and mark[0].safe > best[index][0]:
+                best[index] = mark[0].safe, mine[0].text
     kept: list[Dialog] = [dialog(prompt, text, reward=round(mark, 4), safety=True)
                           for prompt, (mark, text) in zip(prompts, best) if text]
     write_records(run.path / "dialogs.jsonl", kept)
@@ -103,6 +104,11 @@ def run(config: Config, run: Run) -> None:
 def adversarial(prompt: Prompt, families: Sequence[str]) -> bool:
     """Whether a prompt tries to get something unsafe: by its family, else by its tag."""
     return prompt.metadata["family"] in families if "family" in prompt.metadata else prompt.safety
+
+
+def preprompted(prompt: Prompt, config: Config, turn: int) -> Messages:
+    """What is asked for the answer number `turn`."""
+    return under_preprompt(prompt, config.seed + turn, config.preprompts, config.templates)
 
 
 def under_preprompt(prompt: Prompt, seed: int, preprompts: Sequence[str] = PREPROMPTS,
