@@ -185,6 +185,17 @@ def open_run(verb: str, config: StageConfig) -> Iterator[Run]:
             held.close()
 
 
+def check(verb: str, config: StageConfig) -> None:
+    """Refuse a configuration that differs from that of the run in `config.out`, if there is one."""
+    path = config.out
+    if (path / MANIFEST).is_file():
+        old = json.loads((path / MANIFEST).read_text())
+        differences = _differences({"verb": old["verb"], **old["config"]}, {"verb": verb, **_asked(config)})
+        if differences:
+            raise UserError(f"{path}: holds {_state(path)} with another configuration: {'; '.join(differences)}",
+                            "choose another --out, or delete that directory to start over")
+
+
 def is_finished(verb: str, config: StageConfig) -> bool:
     """Whether `config.out` holds this very run, complete; a changed configuration or input is refused as ever."""
     return (config.out / COMPLETE).is_file() and _prepare(config.out, verb, config)
@@ -211,20 +222,16 @@ def lock(path: Path) -> IO[str]:
 
 def _prepare(path: Path, verb: str, config: StageConfig) -> bool:
     """Compare with what is there, record what is asked; True if there is nothing left to do."""
-    asked = config.model_dump(mode="json", exclude={"out"})
+    check(verb, config)
+    asked = _asked(config)
     inputs = {key: fingerprint(value) for key, value in paths(config)}
     finished = (path / COMPLETE).is_file()
     if (path / MANIFEST).is_file():
         old = json.loads((path / MANIFEST).read_text())
-        state = "a finished run" if finished else "an unfinished run"
-        differences = _differences({"verb": old["verb"], **old["config"]}, {"verb": verb, **asked})
-        if differences:
-            raise UserError(f"{path}: holds {state} with another configuration: {'; '.join(differences)}",
-                            "choose another --out, or delete that directory to start over")
         changed = [key for key in inputs if old["inputs"].get(key) != inputs[key]]
         if changed:
             named = ", ".join(f"{key} ({dict(paths(config))[key]})" for key in changed)
-            raise UserError(f"{path}: holds {state} made from other inputs; changed: {named}",
+            raise UserError(f"{path}: holds {_state(path)} made from other inputs; changed: {named}",
                             "choose another --out, or delete that directory to start over")
         if not finished:
             print(f"{path}: resuming", file=sys.stderr)
@@ -239,6 +246,14 @@ def _prepare(path: Path, verb: str, config: StageConfig) -> bool:
         "device": mesh.device().type, "ranks": mesh.world(), "threads": torch.get_num_threads(),
         "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())}))
     return False
+
+
+def _asked(config: StageConfig) -> dict[str, Any]:
+    return config.model_dump(mode="json", exclude={"out"})
+
+
+def _state(path: Path) -> str:
+    return "a finished run" if (path / COMPLETE).is_file() else "an unfinished run"
 
 
 def _differences(old: Any, new: Any, key: str = "") -> list[str]:

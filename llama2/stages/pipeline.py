@@ -215,8 +215,12 @@ class Board:
             if step.needs - self.finished.keys() or self._cores(step) > free:
                 continue
             self.waiting.remove(name)
-            config = build(launch.stage(step.verb).Config, step.values)
-            if runs.is_finished(step.verb, config):
+            try:
+                done = runs.is_finished(step.verb, build(launch.stage(step.verb).Config, step.values))
+            except UserError as error:
+                self._fail(name, str(error))
+                return
+            if done:
                 self.finished[name] = 0.0
                 self.skipped += step.seconds
                 continue
@@ -243,9 +247,13 @@ class Board:
             elif outcome == "stopped":
                 self.stopping = True
             else:
-                self.error = self.error or f"step {name}: {outcome}"
-                for other, _ in self.running.values():
-                    other.stop()
+                self._fail(name, outcome)
+
+    def _fail(self, name: str, why: str) -> None:
+        """Remember the first error; what runs beside it saves and stops."""
+        self.error = self.error or f"step {name}: {why}"
+        for workers, _ in self.running.values():
+            workers.stop()
 
     def on_signal(self, number: int, frame: FrameType | None) -> None:
         """First signal: every step saves and stops. Second: kill them."""
