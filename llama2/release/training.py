@@ -69,7 +69,7 @@ def _imported(step: Step) -> Html:
         why = ", ".join(f"{number(count)} {reason}" for reason, count in skipped.items() if count) \
             if isinstance(skipped, dict) else str(skipped)
         rows.append((source.get("name", ""), number(source.get("train")), number(source.get("heldout")), why))
-    headers = (f"{step.name} ({step.summary.get('kind', '')})", "To train on", "Held out", "Left out")
+    headers = (f"{step.name} ({step.summary.get('kind', '')})", "Taken", "Held out", "Left out")
     return table(headers, rows, words=(0, 3)) if rows else Html("")
 
 
