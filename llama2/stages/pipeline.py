@@ -134,14 +134,19 @@ def plan(recipe: Config, cluster: Cluster, lineage: Lineage) -> dict[str, Any]:
 def run(recipe: Config) -> None:
     """Bring every step of a recipe to its end; finished ones are skipped, interrupted ones resumed."""
     steps = steps_of(recipe)
+    for step in steps.values():
+        runs.check(step.verb, build(launch.stage(step.verb).Config, step.values))
+    if recipe.step is not None:
+        _run_one(recipe.step, recipe, steps)
+        return
     with runs.lock(recipe.out):
-        _work(recipe, steps)
+        _run_all(recipe, steps)
 
 
-def _work(recipe: Config, steps: dict[str, Step]) -> None:
+def _run_all(recipe: Config, steps: dict[str, Step]) -> None:
+    """Every step in processes of its own."""
     launch.preload()
-    runs.write_atomic(recipe.out / "recipe.yaml", yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False))
-    runs.write_atomic(recipe.out / "steps.json", dump(list(steps)))
+    _describe(recipe, steps)
     board = Board(recipe, steps)
     handlers = {kind: signal.signal(kind, board.on_signal)
                 for kind in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
