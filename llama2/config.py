@@ -236,14 +236,17 @@ def _types(annotation: Any) -> Iterator[type]:
 
 
 def parse(kind: type[C], arguments: Sequence[str], prog: str) -> C:
-    """`[recipe.yaml] --section.key value ...` as a checked configuration. `--help` prints every key and its default."""
+    """`[recipe.yaml ...] --section.key value ...` as a checked configuration, each recipe laid upon those before it.
+
+    `--help` prints every key and its default.
+    """
     flags, values, where = list(arguments), {}, ""
     if "-h" in flags or "--help" in flags:
         tyro.cli(kind, prog=f"{prog} [recipe.yaml]", default=_example(kind), args=["--help"],
                  config=(tyro.conf.AvoidSubcommands,))
-    if flags and not flags[0].startswith("-"):
+    while flags and not flags[0].startswith("-") and (not where or flags[0].endswith((".yaml", ".yml"))):
         where = flags.pop(0)
-        values = read_recipe(Path(where))
+        values = merge(values, read_recipe(Path(where)))
     return build(kind, merge(values, overrides(flags)), where)
 
 
