@@ -275,7 +275,7 @@ class Board:
             ending = f"stopped after {len(self.finished)} of {len(self.steps)} steps; the same command resumes"
         else:
             ending = f"all {len(self.steps)} steps done in {took}"
-        self.console.print(f"{self.recipe.out}: {ending}", highlight=False)
+        self.console.print(f"{self.recipe.out}: {ending}", highlight=False, markup=False, soft_wrap=True)
 
     # --- the screen ---
 
