@@ -240,7 +240,8 @@ def parse(kind: type[C], arguments: Sequence[str], prog: str) -> C:
 
     `--help` prints every key and its default.
     """
-    flags, values, where = list(arguments), {}, ""
+    flags, where = list(arguments), ""
+    values: dict[str, Any] = {}
     if "-h" in flags or "--help" in flags:
         tyro.cli(kind, prog=f"{prog} [recipe.yaml]", default=_example(kind), args=["--help"],
                  config=(tyro.conf.AvoidSubcommands,))

@@ -12,7 +12,7 @@ Bytes a number: 4 in fp32, 2 in bf16.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -29,6 +29,7 @@ from llama2.stages.training import Training
 from llama2.tokenizer.tokenizer import Tokenizer
 
 GIB = float(1 << 30)
+NONE = "none: what every rank holds whole does not fit"
 UNKNOWN = {"parameters": "known when the model it starts from exists, or an earlier step of the recipe makes it"}
 
 
@@ -120,16 +121,22 @@ def training_plan(towers: Sequence[Tower], settings: Training, cluster: Cluster,
     needed while sampling, when no activations are held.
     """
     ranks = cluster.ranks or 1
-    micro_rows = min(micro_rows, -(-rows // ranks))
-    working = max(activations(towers, settings, micro_rows, length, packed, sharded(settings, ranks)), rollout)
+
+    def parts(count: int) -> dict[str, float]:
+        spread = sharded(settings, count)
+        kept = activations(towers, settings, min(micro_rows, -(-rows // count)), length, packed, spread)
+        return {"weights_and_optimizer": 16 * sum(tower.parameters for tower in towers) / (count if spread else 1),
+                "gathered": gathered(towers, settings, count), "activations_or_cache": max(kept, rollout),
+                "whole_models": whole}
+
     flops = sum(flops_per_token(tower.shape, length) for tower in towers) * rows * length
     return {
         "parameters": sum(tower.parameters for tower in towers), "ranks": ranks,
         "steps": steps or "known when the data is read", "tokens_per_step": rows * length,
         "tokens": rows * length * steps if steps else "known when the data is read",
-        "micro_batches_per_step": -(-rows // (ranks * micro_rows)),
+        "micro_batches_per_step": -(-(-(-rows // ranks)) // micro_rows),
         **_time(flops, steps, cluster),
-        **_memory(towers, settings, cluster, ranks, working, whole)}
+        **_described(parts(ranks), cluster, _fewest(parts, cluster, settings))}
 
 
 def _time(flops: float, steps: int | None, cluster: Cluster) -> dict[str, Any]:
@@ -139,25 +146,15 @@ def _time(flops: float, steps: int | None, cluster: Cluster) -> dict[str, Any]:
     return {"flops": _rounded(flops * steps), "gpu_hours": _rounded(seconds * steps / 3600)}
 
 
-def _memory(towers: Sequence[Tower], settings: Training, cluster: Cluster, ranks: int, working: float,
-            whole: float) -> dict[str, Any]:
-    """The estimate for `ranks`, whether it fits, and the fewest ranks on which it would."""
-    def parts(count: int) -> dict[str, float]:
-        split = count if sharded(settings, count) else 1
-        return {"weights_and_optimizer": 16 * sum(tower.parameters for tower in towers) / split,
-                "gathered": gathered(towers, settings, count), "activations_or_cache": working,
-                "whole_models": whole}
-
-    def fits(count: int) -> bool:
-        return sum(parts(count).values()) <= cluster.gib * GIB
-
-    fewest = 1 if fits(1) else None
-    if fewest is None and settings.parallel == "shard":
-        many = parts(2)
-        states = 2 * many.pop("weights_and_optimizer")
-        room = cluster.gib * GIB - sum(many.values())
-        fewest = max(2, math.ceil(states / room)) if room > 0 else None
-    return _described(parts(ranks), cluster, fewest or "none: what a rank holds whole does not fit")
+def _fewest(parts: Callable[[int], dict[str, float]], cluster: Cluster, settings: Training) -> int | str:
+    """The smallest number of ranks that holds a rank's parts."""
+    budget = cluster.gib * GIB
+    if sum(parts(1).values()) <= budget:
+        return 1
+    spread = parts(2)
+    states = 2 * spread.pop("weights_and_optimizer")
+    room = budget - sum(spread.values())
+    return max(2, math.ceil(states / room)) if settings.parallel == "shard" and room > 0 else NONE
 
 
 def _described(parts: dict[str, float], cluster: Cluster, fewest: int | str) -> dict[str, Any]:
@@ -227,7 +224,7 @@ def sampling_plan(policies: Sequence[LlamaConfig | None], scorers: Sequence[Llam
     parts = {"policies": 4.0 * sum(shape.parameters() for shape in known),
              "engine_and_cache": max(engine_bytes(shape, sample) for shape in known),
              "reward_models": scorer_bytes(scorers)}
-    fewest = 1 if sum(parts.values()) <= cluster.gib * GIB else "none: what a rank holds whole does not fit"
+    fewest = 1 if sum(parts.values()) <= cluster.gib * GIB else NONE
     return {"parameters": known[0].parameters(), "ranks": cluster.ranks or 1, **_described(parts, cluster, fewest)}
 
 

@@ -1,0 +1,180 @@
+"""Dry runs: the paper's sizes from their recipes alone, and estimates checked against what really is kept."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+
+from llama2 import config
+from llama2.errors import UserError
+from llama2.model.checkpoint import config_json
+from llama2.model.llama import Llama, LlamaConfig
+from llama2.model.scorer import Scorer
+from llama2.model.sizes import SIZES
+from llama2.records import dump
+from llama2.stages import launch, pipeline, pretrain, reward, sft
+from llama2.stages.planning import Cluster, Lineage, Tower, flops_per_token, layer_bytes
+from llama2.train.objectives import next_token
+
+RECIPES = Path(__file__).parents[2] / "recipes"
+PARAMETERS = {"7b": 6_738_415_616, "13b": 13_015_864_320, "34b": 33_743_970_304, "70b": 68_976_648_192}
+GPU_HOURS = {"7b": 184_320, "13b": 368_640, "34b": 1_038_336, "70b": 1_720_320}  # Table 2
+
+
+def planned(*arguments: str, **cluster: float) -> dict[str, Any]:
+    recipe = config.parse(pipeline.Config, [str(part) for part in arguments], "llama2 run")
+    return pipeline.plan(recipe, Cluster(**cluster), Lineage())
+
+
+@pytest.fixture(scope="module", params=PARAMETERS)
+def paper(request):
+    begin = time.perf_counter()
+    found = planned(RECIPES / request.param / "recipe.yaml", ranks=64)
+    assert time.perf_counter() - begin < 5
+    return request.param, found
+
+
+def test_the_papers_recipes_say_what_they_would_train(paper):
+    size, found = paper
+    plan, steps = found["plan"], found["steps"]
+    assert plan["pretrain"]["parameters"] == PARAMETERS[size]
+    assert plan["pretrain"]["tokens_per_step"] == 4_194_304
+    assert plan["pretrain"]["tokens"] == pytest.approx(2e12, rel=1e-4)
+    assert plan["pretrain"]["steps"] * plan["pretrain"]["tokens_per_step"] == plan["pretrain"]["tokens"]
+    assert plan["pretrain"]["gpu_hours"] == pytest.approx(GPU_HOURS[size], rel=0.15)
+    trained = [name for name, one in plan.items() if one["verb"] in ("pretrain", "sft", "reward", "ppo")]
+    assert len(trained) == 1 + 1 + 10 + 5 + 1
+    for name in trained:
+        assert plan[name]["parameters"] > 0.9 * PARAMETERS[size], name
+        assert plan[name]["memory_per_rank_gib"]["together"] > 0, name
+    large = size in ("34b", "70b")
+    assert steps["pretrain"]["training"]["optimizer"]["learning_rate"] == (1.5e-4 if large else 3e-4)
+    assert steps["v5_ppo"]["beta"] == (0.005 if large else 0.01)
+    rates = {steps[name]["training"]["optimizer"]["learning_rate"] for name in steps if plan[name]["verb"] == "reward"}
+    assert rates == {5e-6 if size == "70b" else 1e-5}
+    assert plan["v5_ppo"]["steps"] == 3200
+    assert (SIZES[size].num_key_value_heads == 8) == large
+
+
+def test_versions_follow_the_papers_order():
+    found = planned(RECIPES / "70b" / "recipe.yaml")
+    names = list(found["plan"])
+    assert [name for name in names if found["plan"][name]["verb"] == "ppo"] == ["v5_ppo"]
+    assert names.index("v3") < names.index("ghost") < names.index("v4_candidate")
+    assert "ghost" not in found["plan"]["v3_candidate"]["needs"]
+    assert [len(found["steps"][f"rejection{version}"]["earlier"]) for version in range(1, 6)] == [0, 0, 0, 3, 4]
+
+
+def test_other_recipes_lie_upon_one_of_the_paper():
+    seventy = planned(RECIPES / "7b" / "recipe.yaml", RECIPES / "from-70b.yaml")
+    assert "rejection1" not in seventy["plan"]
+    assert seventy["steps"]["v1_candidate"]["dialogs"]["rejection"]["path"] == "runs/70b/rejection1/pool.jsonl"
+    released = planned(RECIPES / "7b" / "recipe.yaml", RECIPES / "released.yaml", "--parameters.pretrain", "weights")
+    assert "pretrain" not in released["plan"]
+    assert released["steps"]["sft"]["model"] == "weights"
+    assert "exists" in released["plan"]["sft"]["parameters"]
+
+
+def test_a_step_cannot_also_be_a_parameter():
+    with pytest.raises(UserError, match=r"'sft' is both a step and a parameter; .*--steps\.sft null"):
+        planned(RECIPES / "7b" / "recipe.yaml", "--parameters.sft", "elsewhere")
+
+
+def test_a_recipe_extends_another_and_not_itself(tmp_path):
+    (tmp_path / "base.yaml").write_text("out: a\nsteps: {w: {verb: world, scale: 0.5, seconds: 9}, x: {verb: world}}\n")
+    (tmp_path / "over.yaml").write_text("extends: base.yaml\nout: b\nsteps: {w: {scale: 0.1}, x: null}\n")
+    recipe = config.parse(pipeline.Config, [str(tmp_path / "over.yaml")], "llama2 run")
+    (step,) = pipeline.steps_of(recipe).values()
+    assert (step.out, step.seconds, step.values["scale"]) == (Path("b/w"), 9, 0.1)
+    (tmp_path / "base.yaml").write_text("extends: over.yaml\n")
+    with pytest.raises(UserError, match="extends itself"):
+        config.read_recipe(tmp_path / "over.yaml")
+
+
+def test_the_tokenizers_vocabulary_decides_the_size(tmp_path):
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump({"out": "x", "steps": {
+        "words": {"verb": "tokenizer", "documents": ["text"], "vocab_size": 5000},
+        "shards": {"verb": "tokenize", "documents": "text", "tokenizer": "${words}"},
+        "base": {"verb": "pretrain", "shards": "${shards}", "size": "tiny"}}}, sort_keys=False))
+    assert planned(tmp_path / "recipe.yaml")["plan"]["base"]["parameters"] == \
+        pretrain.architecture(pretrain.Config(out="x", shards="y"), 5000).parameters()
+
+
+def test_a_checkpoint_that_exists_needs_no_recipe(tmp_path):
+    (tmp_path / "config.json").write_text(dump(config_json(SIZES["7b"])))
+    one = sft.Config(out="x", model=tmp_path, dialogs={"a": {"path": "b"}})
+    assert sft.plan(one, Cluster(), Lineage())["parameters"] == PARAMETERS["7b"]
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_parameters_are_counted_exactly(tied):
+    shape = LlamaConfig(96, 32, 64, 3, 4, 2, tie_word_embeddings=tied)
+    for tower, model in ((Tower(shape), Llama(shape)), (Tower(shape, scalar=True), Scorer(shape))):
+        assert tower.parameters == sum(parameter.numel() for parameter in model.parameters())
+        assert tower.block == sum(parameter.numel() for parameter in model.model.layers[0].parameters())
+        assert tower.root + 3 * tower.block == tower.parameters
+
+
+@pytest.mark.parametrize(("precision", "kv_heads"), [("bf16", 8), ("bf16", 2), ("fp32", 8)])
+def test_a_layer_keeps_what_the_plan_counts(precision, kv_heads):
+    layers, rows, length = 4, 2, 544  # above 512 queries attention is fused, as on a GPU
+    shape = LlamaConfig(64, 256, 704, layers, 8, kv_heads, 1024)
+    model, tokens_BT = Llama(shape), torch.zeros(rows, length, dtype=torch.long)
+    matrices = {tuple(p.shape) for p in model.parameters() if p.dim() == 2}
+    parameters = {p.data_ptr() for p in model.parameters()}
+    kept: dict[int, int] = {}
+    alive = []
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        if tensor.data_ptr() not in parameters and not {tuple(tensor.shape), tuple(tensor.shape[::-1])} & matrices:
+            kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        alive.append(tensor)
+        return tensor
+
+    batch = {"tokens_BT": tokens_BT, "targets_BT": tokens_BT, "weights_BT": torch.ones(rows, length)}
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor), \
+            torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"):
+        next_token(model, batch)
+    size = 2 if precision == "bf16" else 4
+    ends = (4 + size) * 256 + size * 64  # the last norm and the logits
+    assert sum(kept.values()) == pytest.approx(rows * length * (layers * layer_bytes(shape, size, 4) + ends), rel=0.03)
+
+
+def test_the_fewest_ranks_are_the_fewest():
+    config = reward.Config(out="x", model="m", preferences={"a": {"path": "b"}}, 
+                           training={"parallel": "shard", "gradient_checkpointing": True})
+    lineage = Lineage({Path("m"): SIZES["13b"]})
+
+    def plan(ranks: int) -> dict[str, Any]:
+        return reward.plan(config, Cluster(ranks=ranks, gib=141), lineage)
+
+    fewest = plan(1)["fewest_ranks"]
+    assert fewest > 1
+    assert plan(fewest)["fits_141_gib"]
+    assert not plan(fewest - 1)["fits_141_gib"]
+
+
+def test_what_every_rank_holds_whole_no_number_of_ranks_helps():
+    found = planned(RECIPES / "70b" / "recipe.yaml")["plan"]
+    assert str(found["rejection1"]["fewest_ranks"]).startswith("none")
+    assert str(found["v5_ppo"]["fewest_ranks"]).startswith("none")
+
+
+def test_flops_of_the_paper():
+    assert flops_per_token(SIZES["7b"], 4096) == pytest.approx(6 * 6.607e9 + 6 * 32 * 4096 * 4096, rel=1e-3)
+
+
+def test_the_command_line_takes_the_machines(capsys):
+    recipe = str(RECIPES / "13b" / "recipe.yaml")
+    launch.command("run", [recipe, "--dry-run", "--ranks", "256", "--gib=40", "--mfu", "0.5", "--seed", "3"])
+    shown = yaml.safe_load(capsys.readouterr().out)
+    assert shown["cluster"] == {"ranks": 256, "gib": 40.0, "tflops": 312.0, "mfu": 0.5}
+    assert shown["steps"]["pretrain"]["seed"] == 3
+    assert shown["plan"]["pretrain"]["ranks"] == 256
+    with pytest.raises(UserError, match=r"--dry-run: 'ranks': .*greater than 0"):
+        launch.command("run", [recipe, "--dry-run", "--ranks", "0"])
