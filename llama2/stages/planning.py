@@ -134,7 +134,7 @@ def training_plan(towers: Sequence[Tower], settings: Training, cluster: Cluster,
         "parameters": sum(tower.parameters for tower in towers), "ranks": ranks,
         "steps": steps or "known when the data is read", "tokens_per_step": rows * length,
         "tokens": rows * length * steps if steps else "known when the data is read",
-        "micro_batches_per_step": -(-(-(-rows // ranks)) // micro_rows),
+        "micro_batches_per_step": math.ceil(math.ceil(rows / ranks) / micro_rows),
         **_time(flops, steps, cluster),
         **_described(parts(ranks), cluster, _fewest(parts, cluster, settings))}
 

@@ -146,7 +146,7 @@ def test_a_layer_keeps_what_the_plan_counts(precision, kv_heads):
 
 
 def test_the_fewest_ranks_are_the_fewest():
-    config = reward.Config(out="x", model="m", preferences={"a": {"path": "b"}}, 
+    config = reward.Config(out="x", model="m", preferences={"a": {"path": "b"}},
                            training={"parallel": "shard", "gradient_checkpointing": True})
     lineage = Lineage({Path("m"): SIZES["13b"]})
 
