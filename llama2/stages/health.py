@@ -21,6 +21,7 @@ class Rule:
     wrong: Callable[[float, float], bool]
     cause: str
     remedy: str
+    settled: float = 0.0  # share of the run before which the rule does not apply
 
 
 @dataclass(frozen=True)
@@ -48,7 +49,8 @@ def rules(kl_stop: float) -> list[Rule]:
         Rule("ppo/clip_fraction", lambda first, now: now > 0.3,
              "updates are too large: most of them are cut", "lower the learning rate or the number of epochs"),
         Rule("ppo/explained_variance", lambda first, now: now < -0.5,
-             "the critic predicts worse than a constant", "raise critic_learning_rate or use more iterations"),
+             "the critic predicts worse than a constant", "raise critic_learning_rate or use more iterations",
+             settled=0.3),
         Rule("ppo/eos_rate", lambda first, now: now < 0.7 and now < first - 0.05,
              "answers no longer end", "set `unfinished` to a low score, or raise max_tokens"),
         Rule("ppo/length", lambda first, now: now > 2 * first or now < 0.5 * first,
@@ -75,7 +77,8 @@ def alarms(metrics: Sequence[Row], kl_stop: float) -> list[dict[str, Any]]:
         # one bad value is noise; two in a row, or the last one, is a finding
         bad = [rule.wrong(first, value) for _, value in rows]
         for place, (step, value) in enumerate(rows):
-            if bad[place] and (place + 1 == len(rows) or bad[place + 1]) and place > 0:
+            lasting = bad[place] and (place + 1 == len(rows) or bad[place + 1])
+            if lasting and place > 0 and place >= rule.settled * len(rows):
                 found.append(asdict(Alarm(rule.metric, step, value, rule.cause, rule.remedy)))
                 break
     return found
