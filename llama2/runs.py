@@ -6,7 +6,7 @@
     <out>/COMPLETE         written last: fingerprints of the outputs, seconds
 
 A finished run is skipped; an unfinished one is resumed; one whose configuration or inputs have changed is refused and
-the difference is named. One process writes a run at a time (an advisory lock). Only rank 0 touches the disk.
+the difference is named, unless it has done nothing yet: a mistake found at the start may be mended. One process writes a run at a time (an advisory lock). Only rank 0 touches the disk.
 """
 
 from __future__ import annotations
@@ -37,6 +37,7 @@ from llama2.records import dump
 COMPLETE, MANIFEST, METRICS = "COMPLETE", "manifest.json", "metrics.jsonl"
 SECONDS = ".seconds"  # time spent by earlier, interrupted attempts
 CHECKPOINTS = "checkpoints"  # needed until the run is complete, deleted after
+_BEGUN = {".lock", SECONDS, *(f"{name}{end}" for name in ("config.yaml", MANIFEST, SECONDS) for end in ("", ".tmp"))}
 _TRANSIENT = {CHECKPOINTS, COMPLETE, MANIFEST, METRICS, "config.yaml"}
 
 
@@ -188,7 +189,7 @@ def open_run(verb: str, config: StageConfig) -> Iterator[Run]:
 def check(verb: str, config: StageConfig) -> None:
     """Refuse a configuration that differs from that of the run in `config.out`, if there is one."""
     path = config.out
-    if (path / MANIFEST).is_file():
+    if (path / MANIFEST).is_file() and not _only_begun(path):
         old = json.loads((path / MANIFEST).read_text())
         differences = _differences({"verb": old["verb"], **old["config"]}, {"verb": verb, **_asked(config)})
         if differences:
@@ -226,7 +227,7 @@ def _prepare(path: Path, verb: str, config: StageConfig) -> bool:
     asked = _asked(config)
     inputs = {key: fingerprint(value) for key, value in paths(config)}
     finished = (path / COMPLETE).is_file()
-    if (path / MANIFEST).is_file():
+    if (path / MANIFEST).is_file() and not _only_begun(path):
         old = json.loads((path / MANIFEST).read_text())
         changed = [key for key in inputs if old["inputs"].get(key) != inputs[key]]
         if changed:
@@ -236,8 +237,7 @@ def _prepare(path: Path, verb: str, config: StageConfig) -> bool:
         if not finished:
             print(f"{path}: resuming", file=sys.stderr)
         return finished
-    begun = {".lock", "config.yaml", "config.yaml.tmp", f"{MANIFEST}.tmp"}  # as a process killed below leaves it
-    if finished or any(p.name not in begun for p in path.iterdir()):
+    if finished or not _only_begun(path):
         raise UserError(f"{path}: exists and is no run directory", "choose another --out")
     write_atomic(path / "config.yaml", yaml.safe_dump(asked, sort_keys=False))
     write_atomic(path / MANIFEST, dump({
@@ -246,6 +246,11 @@ def _prepare(path: Path, verb: str, config: StageConfig) -> bool:
         "device": mesh.device().type, "ranks": mesh.world(), "threads": torch.get_num_threads(),
         "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())}))
     return False
+
+
+def _only_begun(path: Path) -> bool:
+    """Whether a run directory holds nothing that a stage made."""
+    return all(file.name in _BEGUN for file in path.iterdir())
 
 
 def _asked(config: StageConfig) -> dict[str, Any]:

@@ -71,21 +71,26 @@ def run(config: Config) -> None:
     for stream in (sys.stdin, sys.stdout):
         if isinstance(stream, TextIOWrapper):
             stream.reconfigure(errors="replace")  # a stray byte must not end the session
-    chat(Chat(engine, tokenizer), sampling, config.system)
+    if not chat(Chat(engine, tokenizer), sampling, config.system):
+        sys.exit(UserError.exit_code)
 
 
 def chat(
     model: Chat, sampling: Sampling, system: str = "", *, source: TextIO | None = None, sink: TextIO | None = None
-) -> None:
-    """Converse until `source` (default stdin) ends or the user leaves; answers go to `sink` (default stdout)."""
+) -> bool:
+    """Converse until `source` (default stdin) ends or the user leaves; answers go to `sink` (default stdout).
+
+    False if `source` is a pipe and one of its lines could not be answered or obeyed.
+    """
     source, sink = source or sys.stdin, sink or sys.stdout
     session = Session(model, sampling, system, sink)
     if not source.isatty():
+        session.complaint = "llama2: error: "
         for line in source:
             session.turn(line)
             if not session.open:
                 break
-        return
+        return not session.failed
     if importlib.util.find_spec("readline"):  # gives input() editing and history; absent on some systems
         importlib.import_module("readline")
     _note("Type a message, or /help.")
@@ -96,13 +101,17 @@ def chat(
             break
         except KeyboardInterrupt:
             _note("\nCtrl-D or /quit leaves")
+    return True
 
 
 class Session:
-    """One conversation and the commands that act on it. `open` turns False when the user asks to leave."""
+    """One conversation and the commands that act on it. `open` turns False when the user asks to leave.
+
+    `failed` tells whether a line could not be answered or obeyed; `complaint` stands before the note that says why.
+    """
 
     def __init__(self, model: Chat, sampling: Sampling, system: str, sink: TextIO) -> None:
-        self.open = True
+        self.open, self.failed, self.complaint = True, False, ""
         self.turns: list[Message] = []
         self._model, self._sampling, self._system, self._sink = model, sampling, system, sink
         self._asked = 0
@@ -119,7 +128,8 @@ class Session:
             else:
                 self._answer(line)
         except UserError as error:
-            _note(str(error))
+            self.failed = True
+            _note(f"{self.complaint}{error}")
 
     def _obey(self, command: str, argument: str) -> None:
         if command == "/system":

@@ -144,10 +144,13 @@ def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_a_checkpoint_answers(directory: Path, monkeypatch: pytest.MonkeyPatch,
                               capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setattr(sys, "stdin", io.StringIO("the fox\n" + "the dog " * 40 + "\nthe dog\n"))
-    terminal.run(terminal.Config(checkpoint=directory, max_tokens=8))
+    with pytest.raises(SystemExit, match="2"):
+        terminal.run(terminal.Config(checkpoint=directory, max_tokens=8))
     heard = capsys.readouterr()
     assert heard.out.count("\n") >= 2
-    assert heard.err.count("context of 80") == 1
+    (line,) = heard.err.splitlines()
+    assert line.startswith("llama2: error: the prompt has ")
+    assert "context of 80" in line
 
 
 def test_a_foreign_tokenizer_is_refused(directory: Path, tmp_path: Path) -> None:
