@@ -6,7 +6,8 @@
     <out>/COMPLETE         written last: fingerprints of the outputs, seconds
 
 A finished run is skipped; an unfinished one is resumed; one whose configuration or inputs have changed is refused and
-the difference is named, unless it has done nothing yet: a mistake found at the start may be mended. One process writes a run at a time (an advisory lock). Only rank 0 touches the disk.
+the difference is named, unless it has done nothing yet: a mistake found at the start may be mended. One process
+writes a run at a time (an advisory lock). Only rank 0 touches the disk.
 """
 
 from __future__ import annotations
