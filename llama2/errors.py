@@ -44,6 +44,7 @@ def explain_os_errors(path: str | os.PathLike[str]) -> Iterator[None]:
                       "command again: it resumes"),
         errno.EDQUOT: ("the disk quota is used up", "free some space and run the same command again: it resumes"),
         errno.ENOENT: ("no such file or directory", "check the path"),
+        errno.EEXIST: ("a file of this name exists", "choose another name, or move it away"),
         errno.EACCES: ("permission denied", "check who owns it"),
         errno.EROFS: ("the file system is read-only", "choose another --out"),
         errno.EISDIR: ("this is a directory, a file was expected", "check the path"),

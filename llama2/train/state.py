@@ -12,6 +12,7 @@ Every rank reads the file, so several machines need a shared file system.
 
 from __future__ import annotations
 
+import io
 import os
 import random
 import re
@@ -147,11 +148,25 @@ def _write(partial: Path, state: dict[str, Any]) -> None:
     with explain_os_errors(partial):
         shutil.rmtree(partial, ignore_errors=True)
         (partial / TRAINER).mkdir(parents=True)
+        file = _File(io.FileIO(str(partial / TRAINER / STATE), "w"))
         try:
-            with open(partial / TRAINER / STATE, "wb") as file:
+            with file:
                 torch.save(state, file)
-        except BaseException:
+        except BaseException as error:
             shutil.rmtree(partial, ignore_errors=True)
+            raise file.refusal or error from None
+
+
+class _File(io.BufferedWriter):
+    """A file that remembers why it could not be written: `torch.save` hides a full disk behind an error of its own."""
+
+    refusal: OSError | None = None
+
+    def write(self, content: Any) -> int:
+        try:
+            return super().write(content)
+        except OSError as error:
+            self.refusal = error
             raise
 
 
