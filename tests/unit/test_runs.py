@@ -1,0 +1,271 @@
+"""Run directories: what is skipped, resumed and refused; a process killed anywhere leaves nothing half done."""
+
+import json
+import multiprocessing
+import os
+import signal
+import time
+from pathlib import Path
+
+import pytest
+from commands import llama2
+
+from llama2 import runs
+from llama2.config import Config, StageConfig
+from llama2.errors import UserError
+from llama2.stages import launch
+
+
+class Part(Config):
+    source: Path
+    weight: float = 1.0
+
+
+class Work(StageConfig):
+    parts: dict[str, Part] = {}
+    after: tuple[Path, ...] = ()
+    size: int = 1
+
+
+def config(tmp_path, size=1, **parts):
+    return Work(out=tmp_path / "out", size=size, parts={name: Part(source=path) for name, path in parts.items()})
+
+
+def work(settings, content="done"):
+    """A stage that writes one file; True if it had to."""
+    with runs.open_run("work", settings) as run:
+        if not run.finished:
+            runs.write_atomic(run.path / "result.txt", content)
+        return not run.finished
+
+
+def files(directory):
+    return {path.name: path.read_bytes() for path in directory.iterdir() if path.name != ".lock"}
+
+
+@pytest.fixture
+def source(tmp_path):
+    (tmp_path / "source.txt").write_text("one")
+    return tmp_path / "source.txt"
+
+
+def test_a_finished_run_is_not_repeated(tmp_path, source, capsys):
+    settings = config(tmp_path, a=source)
+    assert work(settings)
+    before = files(tmp_path / "out")
+    assert not work(settings, "again")
+    assert files(tmp_path / "out") == before
+    assert capsys.readouterr().err == f"{tmp_path / 'out'}: already finished, skipped\n"
+    assert runs.is_finished("work", settings)
+
+
+def test_the_manifest_says_what_was_asked_and_made_from_what(tmp_path, source):
+    work(config(tmp_path, size=3, a=source))
+    manifest = json.loads((tmp_path / "out/manifest.json").read_text())
+    assert manifest["verb"] == "work"
+    assert manifest["config"] == {"seed": 0, "parts": {"a": {"source": str(source), "weight": 1.0}}, "after": [],
+                                  "size": 3}
+    assert manifest["inputs"] == {"parts.a.source": runs.sha256(source)}
+    assert manifest["code"] == runs.code_version()
+    complete = json.loads((tmp_path / "out/COMPLETE").read_text())
+    assert complete["outputs"] == {"result.txt": runs.sha256(tmp_path / "out/result.txt")}
+    assert complete["seconds"] >= 0
+
+
+def test_the_completion_mark_is_written_last(tmp_path, monkeypatch):
+    written = []
+    write = runs.write_atomic
+    monkeypatch.setattr(runs, "write_atomic", lambda path, data: (written.append(path.name), write(path, data)))
+    work(config(tmp_path))
+    assert written == ["config.yaml", "manifest.json", "result.txt", "COMPLETE"]
+
+
+@pytest.mark.parametrize("finished", [True, False])
+def test_another_configuration_or_input_is_refused_and_named(tmp_path, source, finished):
+    settings = config(tmp_path, a=source)
+    try:
+        with runs.open_run("work", settings) as run:
+            runs.write_atomic(run.path / "result.txt", "half")
+            if not finished:
+                raise KeyboardInterrupt
+    except KeyboardInterrupt:
+        pass
+    before, state = files(tmp_path / "out"), "a finished run" if finished else "an unfinished run"
+    with pytest.raises(UserError, match=rf"holds {state} with another configuration: size: 1 -> 2; choose another"):
+        work(config(tmp_path, size=2, a=source))
+    with pytest.raises(UserError, match=r"parts.b: None -> \{'source': .*\}"):
+        work(config(tmp_path, a=source, b=source))
+    with pytest.raises(UserError, match="verb: work -> other"), runs.open_run("other", settings):
+        pass
+    source.write_text("two")
+    with pytest.raises(UserError, match=rf"{state} made from other inputs; changed: parts.a.source \(.*source.txt\)"):
+        work(settings)
+    source.unlink()
+    with pytest.raises(UserError, match=r"source.txt: no such file or directory"):
+        work(settings)
+    assert files(tmp_path / "out") == before
+    source.write_text("one")
+    assert work(settings) == (not finished)
+
+
+def test_a_run_that_has_done_nothing_may_be_corrected(tmp_path, source, capsys):
+    with pytest.raises(UserError, match="bad data"), runs.open_run("work", config(tmp_path, a=source)):
+        raise UserError("bad data")
+    source.write_text("mended")
+    assert work(config(tmp_path, size=5, a=source))
+    assert json.loads((tmp_path / "out/manifest.json").read_text())["config"]["size"] == 5
+    assert "resuming" not in capsys.readouterr().err
+
+
+def test_an_interrupted_run_is_resumed_and_its_time_counted(tmp_path, capsys):
+    def interrupted(settings):
+        with runs.open_run("work", settings) as run:
+            run.log(1, {"loss": 2.0})
+            time.sleep(0.05)
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        interrupted(config(tmp_path))
+    assert not (tmp_path / "out/COMPLETE").exists()
+    assert work(config(tmp_path))
+    assert capsys.readouterr().err == f"{tmp_path / 'out'}: resuming\n"
+    assert json.loads((tmp_path / "out/COMPLETE").read_text())["seconds"] >= 0.05
+    assert not (tmp_path / "out/.seconds").exists()
+
+
+def test_checkpoints_are_deleted_after_the_end_alone(tmp_path):
+    with runs.open_run("work", config(tmp_path)) as run:
+        (run.path / "checkpoints/step-1").mkdir(parents=True)
+    assert not (tmp_path / "out/checkpoints").exists()
+    assert json.loads((tmp_path / "out/COMPLETE").read_text())["outputs"] == {}
+
+
+@pytest.mark.parametrize("leftover", ["config.yaml", "config.yaml.tmp", "manifest.json.tmp"])
+def test_a_process_killed_while_opening_leaves_a_directory_that_opens(tmp_path, leftover):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / leftover).write_text("ha")
+    assert work(config(tmp_path))
+
+
+def _until_killed(settings, place, barrier):
+    write, replace = runs.write_atomic, os.replace
+
+    def stop(path, data):
+        if path.name == place:
+            barrier.set()
+            time.sleep(60)
+        write(path, data)
+
+    def stop_before_renaming(old, new):
+        if new.name == place.removesuffix("'s name"):
+            barrier.set()
+            time.sleep(60)
+        replace(old, new)
+
+    if place.endswith("'s name"):
+        runs.os.replace = stop_before_renaming
+    else:
+        runs.write_atomic = stop
+    work(settings)
+
+
+@pytest.mark.parametrize("place", ["config.yaml", "manifest.json", "manifest.json's name", "result.txt", "COMPLETE",
+                                   "COMPLETE's name"])
+def test_a_process_killed_anywhere_is_followed_by_one_that_finishes(tmp_path, place):
+    forkserver = multiprocessing.get_context("forkserver")
+    launch.preload()
+    reached = forkserver.Event()
+    process = forkserver.Process(target=_until_killed, args=(config(tmp_path), place, reached))
+    process.start()
+    assert reached.wait(30)
+    with pytest.raises(UserError, match=rf"another process \(pid {process.pid}\) is writing this run; wait for it"):
+        work(config(tmp_path))
+    os.kill(process.pid, signal.SIGKILL)
+    process.join()
+    assert not (tmp_path / "out/COMPLETE").exists()
+    assert work(config(tmp_path))
+    assert (tmp_path / "out/result.txt").read_text() == "done"
+    assert not work(config(tmp_path))
+
+
+# --- fingerprints ---------------------------------------------------------------------------------------------------
+
+
+def test_an_input_inside_a_run_is_known_by_its_recorded_content(tmp_path):
+    first = config(tmp_path)
+    work(first)
+    second = Work(out=tmp_path / "second", after=(first.out,), parts={"a": Part(source=first.out / "result.txt")})
+    work(second, "more")
+    (tmp_path / "out/metrics.jsonl").write_text("{}\n")  # no output
+    assert runs.is_finished("work", second)
+    assert runs.fingerprint(tmp_path / "out") != runs.fingerprint(tmp_path / "second")
+
+
+def test_an_unfinished_run_is_no_input(tmp_path):
+    with pytest.raises(KeyboardInterrupt), runs.open_run("work", config(tmp_path)):
+        raise KeyboardInterrupt
+    with pytest.raises(UserError, match="out: this run is not finished; finish it first"):
+        work(Work(out=tmp_path / "second", after=(tmp_path / "out",)))
+
+
+def test_a_plain_directory_is_known_by_all_its_files(tmp_path):
+    (tmp_path / "data/deep").mkdir(parents=True)
+    (tmp_path / "data/deep/a").write_text("a")
+    before = runs.fingerprint(tmp_path / "data")
+    (tmp_path / "data/.hidden").touch()
+    (tmp_path / "data/b.tmp").touch()
+    assert runs.fingerprint(tmp_path / "data") == before
+    (tmp_path / "data/deep/a").write_text("b")
+    assert runs.fingerprint(tmp_path / "data") != before
+
+
+def test_is_output(tmp_path):
+    work(config(tmp_path))
+    assert runs.is_output(tmp_path / "out/deep/none.jsonl")
+    assert not runs.is_output(tmp_path / "none.jsonl")
+
+
+# --- metrics --------------------------------------------------------------------------------------------------------
+
+
+def test_metrics_are_appended_and_rewound(tmp_path):
+    run = runs.Run(tmp_path, finished=False)
+    for step in range(1, 5):
+        run.log(step, {"loss": 1 / step})
+    run.rewind(2)
+    run.log(3, {"loss": 9.0})
+    run.close()
+    assert [(row["step"], row["loss"]) for row in runs.read_metrics(tmp_path)] == [(1, 1.0), (2, 0.5), (3, 9.0)]
+    with open(tmp_path / "metrics.jsonl", "a") as file:
+        file.write('{"step": 4, "lo')  # as a crash leaves it
+    run.rewind(3)
+    assert [row["step"] for row in runs.read_metrics(tmp_path)] == [1, 2, 3]
+    assert runs.read_metrics(tmp_path / "none") == []
+
+
+def test_a_directory_is_writable_again_once_its_file_is_closed(tmp_path):
+    held = runs.lock(tmp_path / "a")
+    with pytest.raises(UserError, match=f"pid {os.getpid()}"):
+        runs.lock(tmp_path / "a")
+    held.close()
+    runs.lock(tmp_path / "a").close()
+
+
+def test_write_atomic_leaves_the_old_file_when_it_cannot_write(tmp_path, monkeypatch):
+    runs.write_atomic(tmp_path / "a", "old")
+
+    def full(descriptor):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(runs.os, "fsync", full)
+    with pytest.raises(UserError, match="no space left on the device"):
+        runs.write_atomic(tmp_path / "a", "new")
+    assert (tmp_path / "a").read_text() == "old"
+
+
+def test_the_real_command_line_skips_and_resumes(tmp_path, capsys):
+    assert llama2("world", "--scale", 0.001, "--out", tmp_path / "w") == 0
+    assert llama2("world", "--scale", 0.001, "--out", tmp_path / "w") == 0
+    heard = capsys.readouterr()
+    assert heard.out == f"{tmp_path / 'w'}\n" * 2
+    assert heard.err == f"{tmp_path / 'w'}: already finished, skipped\n"
