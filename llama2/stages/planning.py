@@ -221,24 +221,24 @@ def sampling_plan(policies: Sequence[LlamaConfig | None], scorers: Sequence[Llam
     known = [shape for shape in policies if shape is not None]
     if len(known) < len(policies):
         return UNKNOWN
-    parts = {"policies": 4.0 * sum(shape.parameters() for shape in known),
-             "engine_and_cache": max(engine_bytes(shape, sample) for shape in known),
-             "reward_models": scorer_bytes(scorers)}
+    parts = {"policies": float(_size(sample.precision) * sum(shape.parameters() for shape in known)),
+             "engine_and_cache": max(engine_bytes(shape, sample, copied=False) for shape in known),
+             "reward_models": scorer_bytes(scorers, sample.precision)}
     fewest = 1 if sum(parts.values()) <= cluster.gib * GIB else NONE
     return {"parameters": known[0].parameters(), "ranks": cluster.ranks or 1, **_described(parts, cluster, fewest)}
 
 
-def engine_bytes(shape: LlamaConfig, sample: Sample) -> float:
-    """The engine's copy of the weights and its cache, for prompts as long as the longest answers."""
+def engine_bytes(shape: LlamaConfig, sample: Sample, *, copied: bool) -> float:
+    """The engine's cache, for prompts as long as the longest answers, and its copy of fp32 weights that are trained."""
     size = _size(sample.precision)
     columns = min(2 * sample.max_tokens, shape.max_position_embeddings)
     token = 2 * shape.num_hidden_layers * shape.num_key_value_heads * shape.head_dim * size
-    return (shape.parameters() * size if size == 2 else 0) + float(sample.slots * columns * token)
+    return (shape.parameters() * size if size == 2 and copied else 0) + float(sample.slots * columns * token)
 
 
-def scorer_bytes(shapes: Sequence[LlamaConfig | None]) -> float:
-    """Reward models in fp32, whole."""
-    return 4.0 * sum(Tower(shape, scalar=True).parameters for shape in shapes if shape is not None)
+def scorer_bytes(shapes: Sequence[LlamaConfig | None], precision: Precision) -> float:
+    """Reward models, whole, their matrices in the precision of the products."""
+    return float(_size(precision) * sum(Tower(shape, scalar=True).parameters for shape in shapes if shape is not None))
 
 
 def _size(precision: Precision) -> int:

@@ -36,8 +36,8 @@ from llama2.stages.planning import (
 )
 from llama2.stages.rollouts import ActorCritic, Rollouts, Settings
 from llama2.stages.sampling import Sample, answer, fitting, load_rewards, read_prompts, score
-from llama2.stages.training import Training, load_policy, load_scorer, saver, train
-from llama2.train import hooks
+from llama2.stages.training import Training, frozen, load_policy, load_scorer, saver, train
+from llama2.train import hooks, parallel
 from llama2.train.loop import Hook, Plan, Report
 from llama2.train.loop import Training as Fitting
 from llama2.train.objectives import clipped, explained_variance
@@ -95,13 +95,15 @@ def plan(config: Config, cluster: Cluster, lineage: Lineage) -> dict[str, Any]:
         return UNKNOWN
     towers = [Tower(policy), Tower(critic, scalar=True)]
     judges = [*config.rewards.paths(), *(config.judge.paths() if config.judge else ())]
-    whole = 4.0 * policy.parameters() + scorer_bytes([lineage.shape(path) for path in judges])
+    ranks = (cluster.ranks or 1) if config.training.parallel == "shard" else 1
     size = 2 if config.training.precision == "bf16" else 4
     steps = config.iterations * -(-config.batch_size // config.minibatch_size) * config.epochs
     found = training_plan(towers, config.training, cluster, rows=config.minibatch_size,
                           micro_rows=config.micro_batch_size,
                           length=min(policy.max_position_embeddings, 2 * config.sample.max_tokens), steps=steps,
-                          whole=whole + engine_bytes(policy, config.sample),
+                          whole=scorer_bytes([lineage.shape(path) for path in judges], config.training.precision)
+                          + (4.0 / ranks if ranks > 1 else size) * policy.parameters()
+                          + engine_bytes(policy, config.sample, copied=True),
                           rollout=float(size * sum(tower.parameters for tower in towers)))
     del found["gpu_hours"]  # most of the time goes into sampling, which FLOPs do not tell
     return found
@@ -111,6 +113,10 @@ def run(config: Config, run: Run) -> None:
     """Optimise, keep the best policy on held-out prompts, write health.json."""
     actor, tokenizer = load_policy(config.policy)
     reference, _ = load_policy(config.policy)
+    if config.training.parallel == "shard":
+        parallel.shard(reference, config.training.precision)  # the policy's own rounding: its first KL is exactly 0
+    else:
+        frozen(reference, config.training.precision)
     critic, _ = load_scorer(config.critic or config.rewards.helpful, tokenizer)
     rewards = load_rewards(config.rewards, tokenizer, config.sample.precision)
     judge = load_rewards(config.judge, tokenizer, config.sample.precision) if config.judge else rewards

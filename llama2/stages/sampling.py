@@ -17,7 +17,7 @@ from llama2.generate.rewards import RewardModels, Rewards, Score
 from llama2.generate.sampling import Sampling
 from llama2.mesh import Precision
 from llama2.records import Dialog, Message, Messages, Prompt
-from llama2.stages.training import load_policy, load_scorer
+from llama2.stages.training import frozen, load_policy, load_scorer
 from llama2.tokenizer.template import encode_prompt
 from llama2.tokenizer.tokenizer import Tokenizer
 
@@ -35,16 +35,17 @@ class Sample(Config):
 
 def load_chat(path: Path, sample: Sample) -> Chat:
     """A checkpoint ready to answer."""
-    model, tokenizer = load_policy(path)
+    model, tokenizer = load_policy(path, torch.bfloat16 if sample.precision == "bf16" else torch.float32)
     model.eval()
     return Chat(Engine(model, slots=sample.slots, precision=sample.precision), tokenizer)
 
 
 def load_rewards(settings: RewardModels, tokenizer: Tokenizer, precision: Precision = "bf16") -> Rewards:
     """Both reward models; their tokenizer must be the policy's."""
-    helpful, _ = load_scorer(settings.helpful, tokenizer)
-    safe = load_scorer(settings.safe, tokenizer)[0] if settings.safe else None
-    return Rewards(settings, helpful.eval(), safe.eval() if safe else None, precision)
+    helpful, safe = (frozen(load_scorer(path, tokenizer)[0], precision) if path else None
+                     for path in (settings.helpful, settings.safe))
+    assert helpful is not None
+    return Rewards(settings, helpful, safe, precision)
 
 
 def read_prompts(path: Path, limit: int | None, seed: int) -> list[Prompt]:
