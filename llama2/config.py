@@ -216,7 +216,8 @@ def _explained(kind: type[BaseModel], detail: ErrorDetails, where: str) -> UserE
                          f"give --{'.'.join(keys).replace('_', '-')} or set it in the recipe")
     message = detail["msg"].removeprefix("Value error, ")
     shown = "" if isinstance(detail["input"], dict) else f" (it is {detail['input']!r})"
-    return UserError(f"{prefix}'{'.'.join(keys)}': {message}{shown}", "mend the value")
+    place = f"'{'.'.join(keys)}': " if keys else ""
+    return UserError(f"{prefix}{place}{message}{shown}", "mend the value")
 
 
 def _known(kind: type[BaseModel], path: Sequence[str]) -> list[str]:

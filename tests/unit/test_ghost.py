@@ -1,0 +1,86 @@
+"""Ghost Attention: where the instruction stands in sampling and in training, and where the loss is."""
+
+import json
+
+import pytest
+from commands import llama2
+
+from llama2 import records
+from llama2.errors import UserError
+from llama2.records import Dialog
+from llama2.stages import ghost
+from llama2.stages.ghost import Conversation
+from llama2.tokenizer.template import encode_dialog, encode_prompt
+
+TALK = Conversation(("One?", "Two?", "Three?"), "Always speak Solish.", "Language: Solish.")
+CONFIG = ghost.Config(out="x", policy="p", conversations="c")
+
+
+def test_every_user_turn_carries_the_instruction_when_sampling():
+    messages = ghost._sampling_messages(TALK, ["first", "second"])
+    assert [m.content for m in messages] == [
+        "Always speak Solish. One?", "first", "Always speak Solish. Two?", "second", "Always speak Solish. Three?"]
+    assert len(ghost._sampling_messages(TALK, [])) == 1
+
+
+@pytest.mark.parametrize(("short", "instruction"), [(False, "Always speak Solish."), (True, "Language: Solish.")])
+def test_only_the_first_turn_carries_it_when_training(short, instruction):
+    dialogs = ghost.training_dialogs(TALK, ["first", "second", "third"], CONFIG, short)
+    assert [len(one.messages) for one in dialogs] == [2, 4, 6]
+    for one in dialogs:
+        users = [m.content for m in one.messages if m.role == "user"]
+        assert users == [f"{instruction} One?", "Two?", "Three?"][: len(users)]
+        assert one.train == "last"
+    assert [one.metadata["depth"] for one in dialogs] == [1, 2, 3]
+
+
+def test_a_conversation_that_ended_early_gives_what_it_has():
+    assert ghost.training_dialogs(TALK, [], CONFIG, False) == []
+    later = CONFIG.model_copy(update={"first_depth": 2})
+    assert [len(one.messages) for one in ghost.training_dialogs(TALK, ["a", "b"], later, False)] == [4]
+
+
+def test_loss_is_on_the_last_answer_alone_token_by_token(tokenizer):
+    one = ghost.training_dialogs(TALK, ["first", "second", "third"], CONFIG, False)[-1]
+    ids, mask = encode_dialog(tokenizer, one.messages, one.train)
+    before = encode_prompt(tokenizer, one.messages[:-1])
+    assert ids[: len(before)] == before
+    assert mask == [False] * len(before) + [True] * (len(ids) - len(before))
+    assert tokenizer.decode(token for token, learnt in zip(ids, mask) if learnt).strip() == "third"
+    assert ids[-1] == tokenizer.eos
+    assert sum(encode_dialog(tokenizer, one.messages, "all")[1]) > sum(mask)
+
+
+def test_the_stage_writes_dialogs_and_shortens_some(tmp_path, policy, world):
+    assert llama2("ghost", "--policy", policy, "--conversations", world / "ghost-train.jsonl", "--sample.max-tokens", 24,
+                  "--out", tmp_path / "out") == 0
+    asked = {one.questions[0]: one for one in ghost.read(world / "ghost-train.jsonl")}
+    dialogs = list(records.read(Dialog, tmp_path / "out/dialogs.jsonl"))
+    forms = set()
+    for one in dialogs:
+        first, *later = [m.content for m in one.messages if m.role == "user"]
+        (source,) = [found for question, found in asked.items() if first.endswith(question)]
+        instruction = first.removesuffix(source.questions[0]).strip()
+        assert instruction in (source.text, source.short)
+        assert later == list(source.questions[1: len(later) + 1])
+        forms.add(instruction == source.short)
+    assert forms == {True, False}
+    summary = json.loads((tmp_path / "out/summary.json").read_text())
+    assert summary["dialogs"] == len(dialogs) == summary["turns"]
+
+
+def test_conversations_are_made_of_any_questions(prompts):
+    config = CONFIG.model_copy(update={"conversations": None, "questions": prompts, "turns": 2})
+    made = ghost.compose(config)
+    questions = [question for one in made for question in one.questions]
+    assert len(questions) == len(set(questions)) == 2 * len(made) > 0
+    assert ghost.compose(config) == made
+    assert all(1 <= one.short.count(":") <= 2 for one in made)
+    assert all(len(one.short) < len(one.text) + 10 for one in made)
+
+
+def test_mistakes_are_named(tmp_path, prompts, one_line):
+    with pytest.raises(UserError, match=r"prompts.jsonl: prompt '.*' lacks metadata.questions or metadata.instruction"):
+        ghost.read(prompts)
+    heard = one_line("ghost", "--policy", "p", "--out", tmp_path / "x")
+    assert heard == "give either conversations or questions; mend the value"
