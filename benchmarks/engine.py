@@ -18,6 +18,7 @@ from dataclasses import replace
 
 import torch
 import transformers
+from common import SIZES
 
 from llama2 import mesh
 from llama2.generate.engine import Engine
@@ -27,8 +28,8 @@ from llama2.model.llama import Llama, LlamaConfig
 
 SHAPES = {
     "demo": LlamaConfig(1024, 128, 352, 4, 4, 4, 512),
-    "T": LlamaConfig(2048, 192, 512, 6, 6, 2, 512),
-    "S": LlamaConfig(32000, 288, 768, 6, 6, 6, 512, tie_word_embeddings=True),
+    "T": SIZES["T"].config,
+    "S": SIZES["S"].config,
 }
 LENGTHS = {"demo": (40, 40), "T": (128, 128), "S": (128, 128)}  # tokens of a prompt and of an answer
 STOPS = 1 / 40  # share of the vocabulary that ends an answer in `mixed`

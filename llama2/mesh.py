@@ -117,20 +117,26 @@ def autocast(precision: Precision) -> AbstractContextManager[Any]:
 def tune_cpu() -> None:
     """Keep large blocks on the heap, and take oneDNN for fp32 products where that is exact.
 
-    glibc maps every block over 32 MiB anew and returns it on free, so with a 32,000-word vocabulary each step faults
-    its logits in again (up to 2.5x slower). MKL takes an AVX2 path on AMD; oneDNN does not, but where the CPU has
-    AMX it would round fp32 to bf16, so it is used only without AMX.
+    MKL takes an AVX2 path on AMD; oneDNN does not, but where the CPU has AMX it would round fp32 to bf16, so it is
+    used only without AMX.
     """
     if device().type != "cpu":
         return
+    keep_large_blocks()
+    if not has_amx():
+        torch.backends.mkldnn.matmul.fp32_precision = "bf16"  # type: ignore[attr-defined]
+
+
+@cache
+def keep_large_blocks() -> None:
+    """glibc maps every block over 32 MiB anew and returns it on free, so with a 32,000-word vocabulary each step
+    faults its logits in again (up to 2.5x slower). Call it before large tensors exist."""
     try:
         libc = ctypes.CDLL("libc.so.6")
         for option, value in ((-4, 0), (-1, 2**31 - 1), (-2, 256 << 20)):  # M_MMAP_MAX, M_TRIM_THRESHOLD, M_TOP_PAD
             libc.mallopt(option, value)
     except OSError:
         pass  # not glibc: nothing to tune
-    if not has_amx():
-        torch.backends.mkldnn.matmul.fp32_precision = "bf16"  # type: ignore[attr-defined]
 
 
 @cache
