@@ -9,16 +9,16 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
 from pydantic import Field
 from torch import nn
 
 from llama2 import mesh
 from llama2.config import StageConfig
-from llama2.data.loader import Rows
+from llama2.data.loader import Batch, Rows
 from llama2.data.mix import mix, mix_passes
 from llama2.data.pack import TextRows, collate
 from llama2.data.shards import Shards
@@ -28,7 +28,7 @@ from llama2.model.llama import Llama, LlamaConfig
 from llama2.model.sizes import SIZES
 from llama2.runs import Run
 from llama2.stages.planning import UNKNOWN, Cluster, Lineage, Tower, flops_per_token, training_plan
-from llama2.stages.training import Training, saver, train
+from llama2.stages.training import Training, heldout_loss, saver, train
 from llama2.tokenizer.tokenizer import Tokenizer
 from llama2.train import hooks
 from llama2.train.loop import Plan
@@ -138,15 +138,12 @@ class Validation:
         self.config, self.last = config, dict[str, float]()
 
     def __call__(self, model: nn.Module) -> dict[str, float]:
-        sums = torch.zeros(2, dtype=torch.float64, device=mesh.device())
-        few = mesh.share(range(min(len(self.rows), self.config.validation_rows)))
-        size = self.config.micro_batch_size
-        for start in range(0, len(few), size):
-            batch = collate([self.rows[index] for index in few[start:start + size]], self.config.sequence_length)
-            loss = next_token(model, {name: value.to(mesh.device()) for name, value in batch.items()})
-            sums += torch.stack([loss.total.double(), loss.weight.double()])
-        nats, tokens = mesh.all_sum(sums).tolist()
+        few = range(min(len(self.rows), self.config.validation_rows))
+        nats, tokens = heldout_loss(model, few, self._collate, self.config.micro_batch_size)
         loss_per_token = nats / max(tokens, 1)
         self.last = {"validation/loss": loss_per_token,
                      "validation/bits_per_byte": loss_per_token / math.log(2) / self.bytes_per_token}
         return self.last
+
+    def _collate(self, indices: Sequence[int]) -> Batch:
+        return collate([self.rows[index] for index in indices], self.config.sequence_length)

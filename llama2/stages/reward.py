@@ -157,7 +157,7 @@ def collate(pairs: Sequence[Pair]) -> Batch:
     for index, row in enumerate(rows):
         tokens_BT[index, : len(row)] = torch.tensor(row)
     return {"tokens_BT": tokens_BT, "lengths_B": torch.tensor([len(row) for row in rows]),
-            "degrees_P": torch.tensor([pair.degree for pair in pairs]),
+            "degrees_P": torch.tensor([pair.degree for pair in pairs]), "weights_P": torch.ones(len(pairs)),
             "safe_B": torch.tensor([pair.safe[0] for pair in pairs] + [pair.safe[1] for pair in pairs])}
 
 

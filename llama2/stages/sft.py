@@ -11,11 +11,10 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import numpy as np
-import torch
 from pydantic import Field
 from torch import nn
 
-from llama2 import mesh, records
+from llama2 import records
 from llama2.config import Config as Section
 from llama2.config import StageConfig
 from llama2.data.loader import Rows
@@ -24,7 +23,7 @@ from llama2.errors import UserError
 from llama2.records import Dialog
 from llama2.runs import Run, is_output
 from llama2.stages.planning import UNKNOWN, Cluster, Lineage, Tower, flops_per_token, training_plan
-from llama2.stages.training import Training, load_policy, saver, train
+from llama2.stages.training import Training, heldout_loss, load_policy, saver, train
 from llama2.tokenizer.template import encode_dialog
 from llama2.tokenizer.tokenizer import Tokenizer
 from llama2.train import hooks
@@ -113,12 +112,7 @@ class Validation:
         self.rows, self.config, self.last = heldout.rows, config, dict[str, float]()
 
     def __call__(self, model: nn.Module) -> dict[str, float]:
-        sums = torch.zeros(2, dtype=torch.float64, device=mesh.device())
-        mine, size = mesh.share(self.rows), self.config.micro_batch_size
-        for start in range(0, len(mine), size):
-            batch = collate(mine[start:start + size], self.config.sequence_length)
-            loss = next_token(model, {name: value.to(mesh.device()) for name, value in batch.items()})
-            sums += torch.stack([loss.total.double(), loss.weight.double()])
-        nats, tokens = mesh.all_sum(sums).tolist()
+        nats, tokens = heldout_loss(model, self.rows, lambda rows: collate(rows, self.config.sequence_length),
+                                    self.config.micro_batch_size)
         self.last = {"validation/loss": nats / tokens} if tokens else {}
         return self.last

@@ -15,6 +15,7 @@ from torch import nn
 
 from llama2 import mesh
 from llama2.config import Config
+from llama2.data.loader import Rows
 from llama2.errors import UserError
 from llama2.mesh import Precision
 from llama2.model import checkpoint
@@ -23,7 +24,10 @@ from llama2.model.scorer import Scorer
 from llama2.runs import Run
 from llama2.tokenizer.tokenizer import Tokenizer
 from llama2.train import hooks, optim, parallel, state
-from llama2.train.loop import Hook, Learner, Objective, Plan, Source, fit
+from llama2.train.loop import Batch, Hook, Learner, Objective, Plan, Source, fit
+from llama2.train.objectives import next_token
+
+Item = TypeVar("Item")
 
 
 class Training(Config):
@@ -77,6 +81,22 @@ def train(run: Run, model: nn.Module, source: Source, objective: Objective, sett
     save_model(run.path)
     mesh.barrier()
     return learner
+
+
+def heldout_loss(model: nn.Module, rows: Sequence[Item], collate: Callable[[Sequence[Item]], Batch],
+                 micro_batch_size: int) -> tuple[float, float]:
+    """Summed cross-entropy in nats over `rows`, shared between ranks, and the tokens it sums over.
+
+    Every rank makes the same number of forward passes: a sharded model gathers its weights in each of them.
+    """
+    sums = torch.zeros(2, dtype=torch.float64, device=mesh.device())
+    for batches in Rows(rows, collate, batch_size=micro_batch_size * mesh.world(), micro_batch_size=micro_batch_size,
+                        shuffle=False) if rows else ():
+        for batch in batches:
+            loss = next_token(model, {name: value.to(mesh.device()) for name, value in batch.items()})
+            sums += torch.stack([loss.total.double(), loss.weight.double()])
+    nats, tokens = mesh.all_sum(sums).tolist()
+    return nats, tokens
 
 
 def saver(model: Llama | Scorer, tokenizer: Tokenizer) -> Callable[[Path], None]:
