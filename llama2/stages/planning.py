@@ -113,12 +113,10 @@ class Tower:
 
 
 def training_plan(towers: Sequence[Tower], settings: Training, cluster: Cluster, *, rows: int, micro_rows: int,
-                  length: int, steps: int | None, packed: bool = False, whole: float = 0.0, rollout: float = 0.0
-                  ) -> dict[str, Any]:
+                  length: int, steps: int | None, packed: bool = False, whole: float = 0.0) -> dict[str, Any]:
     """What a dry run says of a stage that trains `towers` on `rows` rows of `length` tokens an optimizer step.
 
-    micro_rows: rows a rank computes at a time. whole: bytes of models that every rank holds besides. rollout: bytes
-    needed while sampling, when no activations are held.
+    micro_rows: rows a rank computes at a time. whole: bytes of models that every rank holds besides.
     """
     ranks = cluster.ranks or 1
 
@@ -126,7 +124,7 @@ def training_plan(towers: Sequence[Tower], settings: Training, cluster: Cluster,
         spread = sharded(settings, count)
         kept = activations(towers, settings, min(micro_rows, -(-rows // count)), length, packed, spread)
         return {"weights_and_optimizer": 16 * sum(tower.parameters for tower in towers) / (count if spread else 1),
-                "gathered": gathered(towers, settings, count), "activations_or_cache": max(kept, rollout),
+                "gathered": gathered(towers, settings, count), "activations": kept,
                 "whole_models": whole}
 
     flops = sum(flops_per_token(tower.shape, length) for tower in towers) * rows * length

@@ -18,6 +18,7 @@ from torch import nn
 
 from llama2 import mesh
 from llama2.config import StageConfig
+from llama2.errors import UserError
 from llama2.evaluate.judges import kind_of
 from llama2.generate.dialogue import Chat
 from llama2.generate.engine import Engine
@@ -103,14 +104,17 @@ def plan(config: Config, cluster: Cluster, lineage: Lineage) -> dict[str, Any]:
                           length=min(policy.max_position_embeddings, 2 * config.sample.max_tokens), steps=steps,
                           whole=scorer_bytes([lineage.shape(path) for path in judges], config.training.precision)
                           + (4.0 / ranks if ranks > 1 else size) * policy.parameters()
-                          + engine_bytes(policy, config.sample, copied=True),
-                          rollout=float(size * sum(tower.parameters for tower in towers)))
+                          + engine_bytes(policy, config.sample, copied=True))
     del found["gpu_hours"]  # most of the time goes into sampling, which FLOPs do not tell
     return found
 
 
 def run(config: Config, run: Run) -> None:
     """Optimise, keep the best policy on held-out prompts, write health.json."""
+    sizes = (config.batch_size % config.minibatch_size, config.minibatch_size % mesh.world())
+    if config.training.parallel == "shard" and any(sizes):
+        raise UserError(f"a sharded policy needs equal shares: batch_size {config.batch_size}, minibatch_size "
+                        f"{config.minibatch_size}, {mesh.world()} ranks", "choose sizes that divide evenly")
     actor, tokenizer = load_policy(config.policy)
     reference, _ = load_policy(config.policy)
     if config.training.parallel == "shard":

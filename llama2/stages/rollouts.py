@@ -28,7 +28,6 @@ from llama2.model.llama import Llama
 from llama2.model.scorer import Scorer
 from llama2.records import Prompt
 from llama2.stages.sampling import Sample, answer, score
-from llama2.train import parallel
 from llama2.train.loop import Batch
 
 
@@ -100,16 +99,15 @@ class Rollouts:
         settings, begin = self.settings, time.perf_counter()
         prompts = self._choose()
         self.models.eval()
-        with parallel.gathered(self.models):
-            answers = [one[0] for one in answer(self.chat, [prompt.messages for prompt in prompts], settings.sample,
-                                                seed=settings.seed + self.iteration)]
-            rolled = time.perf_counter()
-            scores = [one[0] for one in score(self.rewards, self.chat.tokenizer, prompts, [[one] for one in answers])]
-            joined = whiten(torch.tensor([self._final(one, mark) for one, mark in zip(answers, scores)]))
-            order = torch.randperm(len(prompts), generator=torch.Generator().manual_seed(settings.seed
-                                                                                       + 7919 * self.iteration))
-            cuts = torch.split(order, settings.minibatch_size)
-            minibatches = [self._minibatch([answers[i] for i in cut], joined[cut]) for cut in cuts]
+        answers = [one[0] for one in answer(self.chat, [prompt.messages for prompt in prompts], settings.sample,
+                                            seed=settings.seed + self.iteration)]
+        rolled = time.perf_counter()
+        scores = [one[0] for one in score(self.rewards, self.chat.tokenizer, prompts, [[one] for one in answers])]
+        joined = whiten(torch.tensor([self._final(one, mark) for one, mark in zip(answers, scores)]))
+        order = torch.randperm(len(prompts), generator=torch.Generator().manual_seed(settings.seed
+                                                                                   + 7919 * self.iteration))
+        cuts = torch.split(order, settings.minibatch_size)
+        minibatches = [self._minibatch([answers[i] for i in cut], joined[cut]) for cut in cuts]
         statistics_ = self._finish(minibatches)
         self.observe({**describe(answers, scores), **statistics_, "time/rollout": rolled - begin,
                       "time/scoring": time.perf_counter() - rolled})
