@@ -129,13 +129,13 @@ def compare(name: str, arguments: argparse.Namespace) -> None:
                 found.setdefault(side.name, []).append(side.ask())
     peer = found.get("TRL fp32")
     print(f"{name}: seconds of an iteration, {PROMPTS} x ({PROMPT_TOKENS} + {NEW_TOKENS}) tokens, {EPOCHS} epochs")
-    for side, rounds in found.items():
-        print(f"  {side:10}", *(f"{part} {spread([each[part] for each in rounds], '.2f')} " for part in PARTS),
+    for label, rounds in found.items():
+        print(f"  {label:10}", *(f"{part} {spread([each[part] for each in rounds], '.2f')} " for part in PARTS),
               f"{PROMPTS * NEW_TOKENS / statistics.median(each['total'] for each in rounds):,.0f} new tokens/s")
-    for side, rounds in found.items():
+    for label, rounds in found.items():
         if peer and rounds is not peer:
             ratios = {part: [b[part] / a[part] for a, b in zip(rounds, peer)] for part in PARTS}
-            print(f"  TRL fp32 / {side}:", *(f"{part} {spread(values, '.2f')} " for part, values in ratios.items()))
+            print(f"  TRL fp32 / {label}:", *(f"{part} {spread(values, '.2f')} " for part, values in ratios.items()))
     sys.stdout.flush()
 
 

@@ -110,14 +110,14 @@ def compare(name: str, precision: str, sides: list[str], arguments: argparse.Nam
                 rates.setdefault(side.name, []).append(size.tokens / statistics.median(steps))
     flops = flops_per_token(size.config, size.length)
     print(f"{name} {precision}: matrix product {peak / 1e9:,.0f} GFLOP/s, {flops / 1e6:.1f} MFLOP a token")
-    for side, values in rates.items():
-        print(f"  {side:21} {spread(values):>30} tokens/s   MFU {statistics.median(values) * flops / peak:5.1%}   "
-              f"first step {first[side]:5.1f} s")
-    others = [values for side, values in rates.items() if not side.startswith("ours")]
+    for label, values in rates.items():
+        print(f"  {label:21} {spread(values):>30} tokens/s   MFU {statistics.median(values) * flops / peak:5.1%}   "
+              f"first step {first[label]:5.1f} s")
+    others = [values for label, values in rates.items() if not label.startswith("ours")]
     if others:
         better = max(others, key=statistics.median)
-        for side in [side for side in rates if side.startswith("ours")]:
-            print(f"  {side:21} {spread([a / b for a, b in zip(rates[side], better)], '.2f'):>30} of the better peer")
+        for label in [label for label in rates if label.startswith("ours")]:
+            print(f"  {label:21} {spread([a / b for a, b in zip(rates[label], better)], '.2f'):>30} of the better peer")
     sys.stdout.flush()
 
 
