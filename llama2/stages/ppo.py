@@ -115,13 +115,14 @@ def run(config: Config, run: Run) -> None:
     if config.training.parallel == "shard" and any(sizes):
         raise UserError(f"a sharded policy needs equal shares: batch_size {config.batch_size}, minibatch_size "
                         f"{config.minibatch_size}, {mesh.world()} ranks", "choose sizes that divide evenly")
-    actor, tokenizer = load_policy(config.policy)
-    reference, _ = load_policy(config.policy)
+    home = config.training.home()
+    actor, tokenizer = load_policy(config.policy, home=home)
+    reference, _ = load_policy(config.policy, home=home)
     if config.training.parallel == "shard":
         parallel.shard(reference, config.training.precision)  # the policy's own rounding: its first KL is exactly 0
     else:
         frozen(reference, config.training.precision)
-    critic, _ = load_scorer(config.critic or config.rewards.helpful, tokenizer)
+    critic, _ = load_scorer(config.critic or config.rewards.helpful, tokenizer, home=home)
     rewards = load_rewards(config.rewards, tokenizer, config.sample.precision)
     judge = load_rewards(config.judge, tokenizer, config.sample.precision) if config.judge else rewards
     models = ActorCritic(actor, critic)

@@ -13,10 +13,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from pydantic import Field
 from torch import nn
 
-from llama2 import mesh
 from llama2.config import StageConfig
 from llama2.data.loader import Batch, Rows
 from llama2.data.mix import mix, mix_passes
@@ -90,10 +90,12 @@ def plan(config: Config, cluster: Cluster, lineage: Lineage) -> dict[str, Any]:
 def run(config: Config, run: Run) -> None:
     """Train, validate in bits per byte, and leave a checkpoint."""
     tokenizer = Tokenizer.load(config.shards)
+    home = config.training.home()
     if config.model:
-        model = checkpoint.load(config.model, device=mesh.device())
+        model = checkpoint.load(config.model, device=home)
     else:
-        model = Llama(architecture(config, tokenizer.vocab_size), config.seed)
+        with torch.device("meta" if home.type == "meta" else "cpu"):
+            model = Llama(architecture(config, tokenizer.vocab_size), config.seed)
     if model.config.vocab_size != tokenizer.vocab_size:
         raise UserError(f"{config.shards}: its tokenizer has {tokenizer.vocab_size} pieces, the model "
                         f"{model.config.vocab_size}", "tokenize with the tokenizer of the model")

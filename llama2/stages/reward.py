@@ -97,7 +97,7 @@ def plan(config: Config, cluster: Cluster, lineage: Lineage) -> dict[str, Any]:
 
 def run(config: Config, run: Run) -> None:
     """Train, measure accuracy by set and degree, and leave a reward-model checkpoint."""
-    scorer, tokenizer = load_scorer(config.model, seed=config.seed)
+    scorer, tokenizer = load_scorer(config.model, seed=config.seed, home=config.training.home())
     longest = min(config.max_tokens, scorer.config.max_position_embeddings)
     pairs, skipped = mixed(config, tokenizer, longest)
     source = Rows(pairs, collate, batch_size=config.batch_size, micro_batch_size=config.micro_batch_size,

@@ -69,7 +69,7 @@ def plan(config: Config, cluster: Cluster, lineage: Lineage) -> dict[str, Any]:
 
 def run(config: Config, run: Run) -> None:
     """Fine-tune and leave a checkpoint."""
-    model, tokenizer = load_policy(config.model)
+    model, tokenizer = load_policy(config.model, home=config.training.home())
     if config.sequence_length > model.config.max_position_embeddings:
         raise UserError(f"sequence_length {config.sequence_length} exceeds the model's context "
                         f"{model.config.max_position_embeddings}", "lower it")

@@ -45,6 +45,12 @@ class Training(Config):
     """recompute activations in the backward pass: less memory, a third more work"""
     tensorboard: bool = False
 
+    def home(self) -> torch.device:
+        """Where a model to be trained is loaded: on the device, or, if it is to be spread, in rank 0's memory alone."""
+        if self.parallel == "shard" and mesh.world() > 1:
+            return torch.device("cpu" if mesh.is_main() else "meta")
+        return mesh.device()
+
     def with_steps(self, steps: int, warmup: int | None = None) -> Training:
         """The same settings for a source of `steps` optimizer steps, unless max_steps says otherwise."""
         plan = self.plan.model_copy(update={
@@ -61,11 +67,10 @@ def train(run: Run, model: nn.Module, source: Source, objective: Objective, sett
     for module in model.modules():
         if isinstance(module, Trunk):
             module.gradient_checkpointing = settings.gradient_checkpointing
-    model.to(mesh.device())
     if settings.parallel == "shard":
         parallel.shard(model, settings.precision)
     else:
-        parallel.replicate(model)
+        parallel.replicate(model.to(mesh.device()))
     learner = Learner(model, settings.optimizer, rates=rates, precision=settings.precision, compile=settings.compile)
     if state.latest(run.path) is None:
         run.rewind(-1)  # a first attempt may have been killed before its first checkpoint
@@ -109,13 +114,15 @@ def saver(model: Llama | Scorer, tokenizer: Tokenizer) -> Callable[[Path], None]
     return save
 
 
-def load_policy(path: Path, dtype: torch.dtype = torch.float32) -> tuple[Llama, Tokenizer]:
-    """A language model on this rank's device, and the tokenizer beside it."""
+def load_policy(path: Path, dtype: torch.dtype = torch.float32, home: torch.device | None = None
+                ) -> tuple[Llama, Tokenizer]:
+    """A language model on this rank's device (or at `home`), and the tokenizer beside it."""
     tokenizer = fitting_tokenizer(path, checkpoint.config_of(path))
-    return checkpoint.load(path, dtype=dtype, device=mesh.device()), tokenizer
+    return checkpoint.load(path, dtype=dtype, device=home or mesh.device()), tokenizer
 
 
-def load_scorer(path: Path, tokenizer: Tokenizer | None = None, seed: int = 0) -> tuple[Scorer, Tokenizer]:
+def load_scorer(path: Path, tokenizer: Tokenizer | None = None, seed: int = 0, home: torch.device | None = None
+                ) -> tuple[Scorer, Tokenizer]:
     """A reward model (or a language model given a fresh scalar head), and the tokenizer beside it.
 
     With `tokenizer`, refuses a reward model whose tokenizer is another one: its scores would mean nothing.
@@ -123,7 +130,7 @@ def load_scorer(path: Path, tokenizer: Tokenizer | None = None, seed: int = 0) -
     own = fitting_tokenizer(path, checkpoint.config_of(path))
     if tokenizer is not None and own.fingerprint != tokenizer.fingerprint:
         raise UserError(f"{path}: its tokenizer is not the policy's", "train policy and reward models on one tokenizer")
-    return checkpoint.load_scorer(path, dtype=torch.float32, device=mesh.device(), seed=seed), own
+    return checkpoint.load_scorer(path, dtype=torch.float32, device=home or mesh.device(), seed=seed), own
 
 
 N = TypeVar("N", bound=nn.Module)

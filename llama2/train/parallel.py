@@ -44,14 +44,20 @@ def replicate(model: nn.Module) -> nn.Module:
 
 
 def shard(model: nn.Module, precision: Precision = "fp32", reshard_after_forward: bool = True) -> nn.Module:
-    """Spread `model` over all ranks with FSDP2, in place; make the optimizer afterwards.
+    """Spread `model` over all ranks with FSDP2, in place, on their devices; make the optimizer afterwards.
+
+    The weights are rank 0's, which may lie in main memory; of the other ranks nothing but the shape is used, so they
+    may hold tensors of the meta device. No device ever holds the whole model.
 
     Each member of a `ModuleList` (a transformer block) is one unit, the rest is the root. With bf16 the weights are
-    gathered in bf16 and gradients are summed in fp32; the master weights stay as they are. Outside torchrun nothing
-    happens. `reshard_after_forward=False` keeps the gathered blocks for the backward pass: faster, more memory.
+    gathered in bf16 and gradients are summed in fp32; the master weights stay as they are. Outside torchrun the model
+    only moves to its device. `reshard_after_forward=False` keeps the gathered blocks for the backward pass: faster,
+    more memory.
     """
     if not dist.is_initialized():
-        return model
+        return model.to(mesh.device())
+    whole = model.state_dict() if mesh.is_main() else {}
+    model.to("meta")
     policy = MixedPrecisionPolicy(torch.bfloat16, torch.float32) if precision == "bf16" else MixedPrecisionPolicy()
     ranks = init_device_mesh(mesh.device().type, (mesh.world(),))
     blocks = [block for module in model.modules() if isinstance(module, nn.ModuleList) for block in module]
@@ -63,6 +69,8 @@ def shard(model: nn.Module, precision: Precision = "fp32", reshard_after_forward
     for unit in _units(model):
         unit.set_gradient_divide_factor(1.0)
         unit.set_force_sum_reduction_for_comms(True)  # the pre-multiplied sum taken otherwise exists only in NCCL
+    model.to_empty(device=mesh.device())
+    set_model_state_dict(model, whole, options=_SPREAD)
     return model
 
 

@@ -55,7 +55,8 @@ def together(case, directory: Path) -> None:
 
 
 def learner(how: str) -> Learner:
-    model = llama(seed=mesh.rank() if how == "replicate" else 0)  # replicas must take rank 0's weights
+    with torch.device("meta" if how == "shard" and mesh.rank() else "cpu"):
+        model = llama(seed=mesh.rank())  # all must take rank 0's weights, a shard's other ranks need none
     return Learner(parallel.shard(model) if how == "shard" else parallel.replicate(model), FAST)
 
 
