@@ -20,6 +20,7 @@ from llama2 import records
 from llama2.config import Config as Section
 from llama2.config import StageConfig
 from llama2.data.loader import Batch, Rows
+from llama2.errors import UserError
 from llama2.evaluate.winrate import wilson
 from llama2.generate.score import rewards
 from llama2.mesh import Precision
@@ -141,7 +142,10 @@ def mixed(config: Config, tokenizer: Tokenizer, longest: int) -> tuple[list[Pair
     shares = {name: one.share for name, one in config.preferences.items() if one.share is not None}
     pairs = [pair for name, (found, _) in sets.items() if name not in shares for pair in found]
     rest = 1 - sum(shares.values())
-    total = len(pairs) / rest if pairs and rest > 0 else sum(len(sets[name][0]) for name in shares)
+    whole = [name for name in sets if name not in shares]
+    if whole and rest < 1e-9:
+        raise UserError(f"the shares add up to {1 - rest:g}, which leaves nothing for: {', '.join(whole)}", "lower them")
+    total = len(pairs) / rest if whole else min(len(sets[name][0]) / share for name, share in shares.items())
     generator = np.random.default_rng(config.seed)
     for name, share in shares.items():
         found = sets[name][0]

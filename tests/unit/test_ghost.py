@@ -52,8 +52,8 @@ def test_loss_is_on_the_last_answer_alone_token_by_token(tokenizer):
 
 
 def test_the_stage_writes_dialogs_and_shortens_some(tmp_path, policy, world):
-    assert llama2("ghost", "--policy", policy, "--conversations", world / "ghost-train.jsonl", "--sample.max-tokens", 24,
-                  "--out", tmp_path / "out") == 0
+    assert llama2("ghost", "--policy", policy, "--conversations", world / "ghost-train.jsonl", "--out",
+                  tmp_path / "out", "--sample.max-tokens", 24) == 0
     asked = {one.questions[0]: one for one in ghost.read(world / "ghost-train.jsonl")}
     dialogs = list(records.read(Dialog, tmp_path / "out/dialogs.jsonl"))
     forms = set()
