@@ -144,7 +144,8 @@ def mixed(config: Config, tokenizer: Tokenizer, longest: int) -> tuple[list[Pair
     rest = 1 - sum(shares.values())
     whole = [name for name in sets if name not in shares]
     if whole and rest < 1e-9:
-        raise UserError(f"the shares add up to {1 - rest:g}, which leaves nothing for: {', '.join(whole)}", "lower them")
+        raise UserError(f"the shares add up to {1 - rest:g}, which leaves nothing for: {', '.join(whole)}",
+                        "lower them")
     total = len(pairs) / rest if whole else min(len(sets[name][0]) / share for name, share in shares.items())
     generator = np.random.default_rng(config.seed)
     for name, share in shares.items():
