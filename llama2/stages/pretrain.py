@@ -28,7 +28,7 @@ from llama2.model.llama import Llama, LlamaConfig
 from llama2.model.sizes import SIZES
 from llama2.runs import Run
 from llama2.stages.planning import UNKNOWN, Cluster, Lineage, Tower, flops_per_token, training_plan
-from llama2.stages.training import Training, heldout_loss, saver, train
+from llama2.stages.training import Training, heldout_loss, saver, train, validated
 from llama2.tokenizer.tokenizer import Tokenizer
 from llama2.train import hooks
 from llama2.train.loop import Plan
@@ -112,7 +112,7 @@ def run(config: Config, run: Run) -> None:
                     flops_per_token=flops_per_token(model.config, config.sequence_length))
     run.write_json("summary.json", {
         "parameters": model.config.parameters(), "steps": learner.step,
-        "tokens": learner.step * config.batch_size * config.sequence_length, "validation": validation.last,
+        "tokens": learner.step * config.batch_size * config.sequence_length, "validation": validated(run),
         "xz_bits_per_byte": validation.xz})
 
 
@@ -137,15 +137,14 @@ class Validation:
         self.rows = read_rows(config.shards / "validation", tokenizer, every)
         counts = json.loads((config.shards / "summary.json").read_text())["validation"]
         self.bytes_per_token, self.xz = counts["bytes"] / counts["tokens"], counts["xz_bits_per_byte"]
-        self.config, self.last = config, dict[str, float]()
+        self.config = config
 
     def __call__(self, model: nn.Module) -> dict[str, float]:
         few = range(min(len(self.rows), self.config.validation_rows))
         nats, tokens = heldout_loss(model, few, self._collate, self.config.micro_batch_size)
         loss_per_token = nats / max(tokens, 1)
-        self.last = {"validation/loss": loss_per_token,
-                     "validation/bits_per_byte": loss_per_token / math.log(2) / self.bytes_per_token}
-        return self.last
+        return {"validation/loss": loss_per_token,
+                "validation/bits_per_byte": loss_per_token / math.log(2) / self.bytes_per_token}
 
     def _collate(self, indices: Sequence[int]) -> Batch:
         return collate([self.rows[index] for index in indices], self.config.sequence_length)

@@ -23,7 +23,7 @@ from llama2.errors import UserError
 from llama2.records import Dialog
 from llama2.runs import Run, is_output
 from llama2.stages.planning import UNKNOWN, Cluster, Lineage, Tower, flops_per_token, training_plan
-from llama2.stages.training import Training, heldout_loss, load_policy, saver, train
+from llama2.stages.training import Training, heldout_loss, load_policy, saver, train, validated
 from llama2.tokenizer.template import encode_dialog
 from llama2.tokenizer.tokenizer import Tokenizer
 from llama2.train import hooks
@@ -78,14 +78,13 @@ def run(config: Config, run: Run) -> None:
     training, heldout = (packed(tokenizer, some, config) for some in (dialogs[count:], dialogs[:count]))
     source = Rows(training.rows, lambda rows: collate(rows, config.sequence_length), batch_size=config.batch_size,
                   micro_batch_size=config.micro_batch_size, epochs=config.epochs, seed=config.seed)
-    validation = Validation(heldout, config)
     learner = train(run, model, source, next_token, config.training.with_steps(source.steps),
-                    save_model=saver(model, tokenizer), title="sft", validate=hooks.Validate(validation),
+                    save_model=saver(model, tokenizer), title="sft", validate=hooks.Validate(Validation(heldout, config)),
                     flops_per_token=flops_per_token(model.config, config.sequence_length))
     run.write_json("summary.json", {
         "parameters": model.config.parameters(), "steps": learner.step, "dialogs": len(dialogs) - count,
         "tokens": learner.step * config.batch_size * config.sequence_length, "cut": training.cut,
-        "dropped": training.dropped, "fill": round(training.fill, 4), "validation": validation.last})
+        "dropped": training.dropped, "fill": round(training.fill, 4), "validation": validated(run)})
 
 
 def read_dialogs(config: Config) -> list[Dialog]:
@@ -109,10 +108,9 @@ class Validation:
     """Loss on the answers of held-out dialogs."""
 
     def __init__(self, heldout: Packed, config: Config) -> None:
-        self.rows, self.config, self.last = heldout.rows, config, dict[str, float]()
+        self.rows, self.config = heldout.rows, config
 
     def __call__(self, model: nn.Module) -> dict[str, float]:
         nats, tokens = heldout_loss(model, self.rows, lambda rows: collate(rows, self.config.sequence_length),
                                     self.config.micro_batch_size)
-        self.last = {"validation/loss": nats / tokens} if tokens else {}
-        return self.last
+        return {"validation/loss": nats / tokens} if tokens else {}

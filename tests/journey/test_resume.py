@@ -89,15 +89,20 @@ def test_a_run_stopped_twice_is_the_run_never_stopped(tmp_path, whole, commands,
     assert not (tmp_path / verb / "checkpoints").exists()
 
 
-def test_a_process_killed_between_the_last_step_and_the_end_trains_nothing_again(tmp_path, whole, commands,
-                                                                                 monkeypatch, capsys):
+@pytest.mark.parametrize("verb", ["pretrain", "sft", "reward", "ppo"])
+def test_stopped_between_the_last_step_and_the_end_nothing_is_trained_again(tmp_path, whole, commands, verb,
+                                                                            monkeypatch, capsys):
     """Measuring a reward model takes long at size; being killed there must not cost the training."""
-    words = (*commands["reward"], "--out", tmp_path / "reward")
+    words = (*commands[verb], "--out", tmp_path / verb)
+
+    def killed(*_: object) -> None:
+        raise KeyboardInterrupt
+
     with monkeypatch.context() as patched:
-        patched.setattr("llama2.stages.reward.accuracy", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        patched.setattr("llama2.runs.Run.write_json", killed)
         assert llama2(*words) == 130
     capsys.readouterr()
     assert llama2(*words) == 0
-    assert "reward 10/10" not in capsys.readouterr().err
-    expected, found = content(whole / "reward"), content(tmp_path / "reward")
+    assert "loss" not in capsys.readouterr().err  # no progress: nothing to train
+    expected, found = content(whole / verb), content(tmp_path / verb)
     assert [name for name in expected if found[name] != expected[name]] == []
