@@ -79,7 +79,8 @@ def run(config: Config, run: Run) -> None:
     source = Rows(training.rows, lambda rows: collate(rows, config.sequence_length), batch_size=config.batch_size,
                   micro_batch_size=config.micro_batch_size, epochs=config.epochs, seed=config.seed)
     learner = train(run, model, source, next_token, config.training.with_steps(source.steps),
-                    save_model=saver(model, tokenizer), title="sft", validate=hooks.Validate(Validation(heldout, config)),
+                    save_model=saver(model, tokenizer), title="sft",
+                    validate=hooks.Validate(Validation(heldout, config)),
                     flops_per_token=flops_per_token(model.config, config.sequence_length))
     run.write_json("summary.json", {
         "parameters": model.config.parameters(), "steps": learner.step, "dialogs": len(dialogs) - count,

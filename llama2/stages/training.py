@@ -21,7 +21,7 @@ from llama2.mesh import Precision
 from llama2.model import checkpoint
 from llama2.model.llama import Llama, LlamaConfig, Trunk
 from llama2.model.scorer import Scorer
-from llama2.runs import Run
+from llama2.runs import Run, read_metrics
 from llama2.tokenizer.tokenizer import Tokenizer
 from llama2.train import hooks, optim, parallel, state
 from llama2.train.loop import Batch, Hook, Learner, Objective, Plan, Source, fit
@@ -102,6 +102,12 @@ def heldout_loss(model: nn.Module, rows: Sequence[Item], collate: Callable[[Sequ
             sums += torch.stack([loss.total.double(), loss.weight.double()])
     nats, tokens = mesh.all_sum(sums).tolist()
     return nats, tokens
+
+
+def validated(run: Run) -> dict[str, float]:
+    """What the last validation found, even if that was before an interruption."""
+    rows = [row for row in read_metrics(run.path) if any(name.startswith("validation/") for name in row)]
+    return {name: value for name, value in rows[-1].items() if name != "step"} if rows else {}
 
 
 def saver(model: Llama | Scorer, tokenizer: Tokenizer) -> Callable[[Path], None]:
