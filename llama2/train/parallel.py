@@ -2,15 +2,14 @@
 
 `replicate` keeps a copy on every rank and sums gradients in one flattened all-reduce; `shard` spreads parameters,
 gradients and optimizer state with FSDP2. Both *sum* gradients over ranks; the loop divides once by the global weight,
-so two ranks train exactly what one would. `gathered` is the paper's remark on generation under FSDP (§3.2.3): without
-gathering the weights once beforehand it is about twenty times slower.
+so two ranks train exactly what one would. Sampling from a sharded model does not run through it: the paper found that
+about twenty times slower (§3.2.3), so `generate.engine` gathers the weights once a call.
 """
 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -81,25 +80,6 @@ def is_sharded(model: nn.Module) -> bool:
 
 def _units(model: nn.Module) -> list[FSDPModule]:
     return [module for module in model.modules() if isinstance(module, FSDPModule)]
-
-
-@contextmanager
-def gathered(model: nn.Module, reshard_after_forward: bool = True) -> Iterator[nn.Module]:
-    """Whole weights on every rank while the block runs, so that ranks may run it a different number of times.
-
-    For a sharded model; others pass through. `reshard_after_forward` is the value `shard` was given, restored at the
-    end. Do not train inside.
-    """
-    units = _units(model)
-    for unit in units:
-        unit.set_reshard_after_forward(False, recurse=False)
-        unit.unshard()
-    try:
-        yield model
-    finally:
-        for unit in units:
-            unit.set_reshard_after_forward(reshard_after_forward, recurse=False)
-            unit.reshard()
 
 
 def sum_gradients(model: nn.Module) -> None:

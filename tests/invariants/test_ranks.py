@@ -97,13 +97,6 @@ def trained_together(directory: Path) -> None:
         assert parallel.is_sharded(trained.model) == (how == "shard")
         fit(trained, Rows(8, 2), next_token, PLAN, [reports])
         assert_like_one(trained, reports, directory)
-    # whole weights, so that ranks may generate answers of different lengths
-    tokens = torch.arange(5)[None]
-    with torch.no_grad():
-        expected = trained.model(tokens)
-        with parallel.gathered(trained.model):
-            for _ in range(1 + 2 * mesh.rank()):
-                torch.testing.assert_close(trained.model(tokens), expected)
     fit(trained, Rows(8, 2), next_token, PLAN.model_copy(update={"max_steps": 7, "total_steps": 7}))
     uneven = Rows(3, 1)  # two rows here, one there
     with pytest.raises(ValueError, match="same number of micro-batches"):
