@@ -80,6 +80,12 @@ def has_room(chat: Chat, messages: Messages, room: int = 8) -> bool:
     return len(encode_prompt(chat.tokenizer, messages)) + room <= chat.engine.context
 
 
+def obedience(dialog: Dialog, talk: Messages) -> list[bool]:
+    """Whether each question was answered in obedience."""
+    answers = [message.content for message in talk if message.role == "assistant"]
+    return [turn < len(answers) and adherence(dialog.markers, answers[turn]) for turn in range(len(dialog.questions))]
+
+
 def by_turn(dialogs: Sequence[Dialog], talks: Sequence[Messages]) -> list[dict[str, Any]]:
     """The share of questions answered in obedience at turn 1, 2, ...: {"rate", "n", "low", "high"} each.
 
@@ -87,7 +93,6 @@ def by_turn(dialogs: Sequence[Dialog], talks: Sequence[Messages]) -> list[dict[s
     """
     obeyed: dict[int, list[bool]] = {}
     for dialog, talk in zip(dialogs, talks, strict=True):
-        answers = [message.content for message in talk if message.role == "assistant"]
-        for turn in range(len(dialog.questions)):
-            obeyed.setdefault(turn, []).append(turn < len(answers) and adherence(dialog.markers, answers[turn]))
+        for turn, obeys in enumerate(obedience(dialog, talk)):
+            obeyed.setdefault(turn, []).append(obeys)
     return [proportion(sum(obeyed[turn]), len(obeyed[turn])) for turn in sorted(obeyed)]

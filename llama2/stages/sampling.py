@@ -32,6 +32,10 @@ class Sample(Config):
     """answers generated side by side on a rank"""
     precision: Precision = "bf16"
 
+    def sampling(self, seed: int) -> Sampling:
+        """One answer a prompt, drawn this way."""
+        return Sampling(temperature=self.temperature, top_p=self.top_p, max_tokens=self.max_tokens, seed=seed)
+
 
 def load_chat(path: Path, sample: Sample) -> Chat:
     """A checkpoint ready to answer."""

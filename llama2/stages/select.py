@@ -17,6 +17,7 @@ from pydantic import Field
 
 from llama2 import mesh
 from llama2.config import StageConfig
+from llama2.evaluate import ghost
 from llama2.evaluate.judges import kind_of
 from llama2.evaluate.winrate import WinRate, compare
 from llama2.generate.rewards import RewardModels
@@ -35,12 +36,14 @@ class Config(StageConfig):
     prompts: Path
     """held-out prompts"""
     limit: int | None = Field(None, gt=0)
+    ghost: Path | None = None
+    """held-out dialogs under a lasting instruction: each is a comparison too, won by whoever obeys in more turns"""
     rewards: RewardModels | None = None
     """judge by these reward models; without them simulated annotators judge"""
     win_rate: float = Field(0.5, ge=0, le=1)
     """the candidate must win more than this share of decided comparisons"""
     worst_kind: float = Field(0.4, ge=0, le=1)
-    """and more than this share on every kind of prompt (helpful, unsafe, borderline)"""
+    """and more than this share on every kind of prompt (helpful, unsafe, borderline, ghost)"""
     sample: Sample = Sample(temperature=0.6, top_p=0.9)
 
 
@@ -56,16 +59,25 @@ def run(config: Config, run: Run) -> None:
     prompts: list[Prompt] = []
     texts: list[list[str]] = []
     marks: list[list[float]] = []
+    obeyed: list[list[float]] = []
+    talks = ghost.read(config.ghost) if config.ghost else []
     for path in (config.candidate, config.predecessor):
         chat = load_chat(path, config.sample)
         prompts = fitting(chat, read_prompts(config.prompts, config.limit, config.seed), room=16)
         answers = answer(chat, [prompt.messages for prompt in prompts], config.sample, seed=config.seed)
         texts.append([one[0].text for one in answers])
+        if talks:
+            held = ghost.converse(chat, talks, config.sample.sampling(config.seed))
+            obeyed.append([float(sum(ghost.obedience(one, said))) for one, said in zip(talks, held)])
         if config.rewards:
             rewards = load_rewards(config.rewards, chat.tokenizer, config.sample.precision)
             marks.append([one[0].joined for one in score(rewards, chat.tokenizer, prompts, answers)])
     preferred = compare_scores(marks) if config.rewards else compare_texts(config, prompts, texts)
-    verdict = judge(config, prompts, preferred)
+    kinds: list[str] = [kind_of(prompt) for prompt in prompts]
+    if talks:
+        preferred += compare_scores(obeyed)
+        kinds += ["ghost"] * len(talks)
+    verdict = judge(config, kinds, preferred)
     if mesh.is_main():
         copy(config.candidate if verdict["kept"] == "candidate" else config.predecessor, run.path)
     run.write_json("verdict.json", {"candidate": config.candidate.name, "predecessor": config.predecessor.name,
@@ -89,23 +101,22 @@ def compare_texts(config: Config, prompts: Sequence[Prompt], texts: Sequence[Seq
     return outcome
 
 
-def judge(config: Config, prompts: Sequence[Prompt], preferred: Sequence[float]) -> dict[str, Any]:
-    """Who is kept, and why: the win rate over all prompts and on every kind."""
-    zeros = [0.0] * len(preferred)
-    overall = compare(preferred, zeros)
-    kinds: dict[str, WinRate] = {}
-    for kind in sorted({kind_of(prompt) for prompt in prompts}):
-        here = [value for prompt, value in zip(prompts, preferred) if kind_of(prompt) == kind]
-        kinds[kind] = compare(here, [0.0] * len(here))
+def judge(config: Config, kinds: Sequence[str], preferred: Sequence[float]) -> dict[str, Any]:
+    """Who is kept, and why: the win rate over all comparisons and on every kind."""
+    overall = compare(preferred, [0.0] * len(preferred))
+    by_kind: dict[str, WinRate] = {}
+    for kind in sorted(set(kinds)):
+        here = [value for value, its in zip(preferred, kinds) if its == kind]
+        by_kind[kind] = compare(here, [0.0] * len(here))
     reasons = []
     if (overall.rate or 0.0) <= config.win_rate:
         reasons.append(f"it wins {overall.rate or 0:.0%} of decided comparisons, {config.win_rate:.0%} are needed")
     reasons += [f"on {kind} prompts it wins {found.rate:.0%}, {config.worst_kind:.0%} are needed"
-                for kind, found in kinds.items() if found.rate is not None and found.rate <= config.worst_kind
+                for kind, found in by_kind.items() if found.rate is not None and found.rate <= config.worst_kind
                 and found.wins + found.losses >= 10]
     return {"kept": "predecessor" if reasons else "candidate",
             "reason": "; ".join(reasons) or "it beats its predecessor",
-            "win_rate": {"all": overall.as_json(), **{kind: found.as_json() for kind, found in kinds.items()}}}
+            "win_rate": {"all": overall.as_json(), **{kind: found.as_json() for kind, found in by_kind.items()}}}
 
 
 def copy(source: Path, target: Path) -> None:
