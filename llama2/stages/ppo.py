@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import nn
 
 from llama2 import mesh
@@ -86,6 +86,13 @@ class Config(StageConfig):
     sample: Sample = Sample()
     training: Training = Training(optimizer=AdamW(learning_rate=1e-6),
                                   plan=Plan(schedule="constant", log_every=1, save_every=80))
+
+    @model_validator(mode="after")
+    def _eager(self) -> Config:
+        if self.training.compile:
+            raise ValueError("training.compile is not for PPO: rollout and update must compute alike to the last bit, "
+                             "and every batch has another shape")
+        return self
 
 
 def plan(config: Config, cluster: Cluster, lineage: Lineage) -> dict[str, Any]:
