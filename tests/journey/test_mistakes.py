@@ -50,6 +50,8 @@ def sft(model: Path, file: Path, out: Path, *more: object) -> tuple[object, ...]
     (["sft", "--model", "m", "--dialogs.a.path", "p", "--heldout", "1.5"],
      "'heldout': Input should be less than 1 (it is 1.5); mend the value"),
     (["sft", "--ranks", "4"], "unknown key 'ranks'"),
+    (["ppo", "--policy", "m", "--rewards.helpful", "h", "--prompts", "p", "--training.compile"],
+     "training.compile is not for PPO: rollout and update must compute alike to the last bit"),
     (["pretrain", "--shards", "none"], "none: no such file or directory; check the path, or run the stage"),
     (["reward", "--model", "m", "--preferences.a.path", "p", "--margins", "huge"], "'margins': Input should be 'none'"),
 ])
