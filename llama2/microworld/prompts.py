@@ -61,12 +61,12 @@ def messages_of(turns: tuple[str, ...], system: str | None = None) -> Messages:
 
 
 def prompt_of(task: Task, split: Split, id: str) -> Prompt:
-    """A task as a `Prompt`; the safety tag covers unsafe and borderline prompts, as a person would tag them."""
+    """A task as a `Prompt`; the safety tag marks unsafe prompts. Borderline ones are harmless, so helpfulness rules."""
     metadata: dict[str, Any] = {"family": task.family, "key": task.key, "split": split, "gold": task.gold}
     for name in ("risk", "style"):
         if name in task.gold:
             metadata[name] = task.gold[name]
-    return Prompt(messages_of(task.turns), id, task.family in ("unsafe", "borderline"), metadata)
+    return Prompt(messages_of(task.turns), id, task.family == "unsafe", metadata)
 
 
 def prompts(world: World, split: Split, count: int, seed: int = 0, safety_share: float = SAFETY_SHARE

@@ -18,6 +18,7 @@ import numpy as np
 from pydantic import Field
 
 from llama2.config import StageConfig
+from llama2.evaluate.judges import kind_of
 from llama2.generate.dialogue import Chat
 from llama2.preferences.simulated import NOISE, Annotator
 from llama2.records import DEGREES, Axis, Preference, Prompt, Response
@@ -39,9 +40,9 @@ class Config(StageConfig):
     swapped: float = Field(0.0, ge=0, le=1)
     """share of pairs in which one answer belongs to another prompt"""
     preprompted: float = Field(0.0, ge=0, le=1)
-    """share of pairs on safety prompts in which one answer is given under a safety preprompt"""
+    """share of pairs on unsafe and borderline prompts in which one answer is given under a safety preprompt"""
     both_axes: float = Field(0.0, ge=0, le=1)
-    """share of comparisons of safety prompts that are made on the helpfulness axis as well"""
+    """share of comparisons of unsafe prompts that are made on the helpfulness axis as well"""
     heldout: float = Field(0.1, ge=0, lt=1)
     noise: float = Field(NOISE, ge=0)
     round: int = Field(0, ge=0)
@@ -62,7 +63,8 @@ def run(config: Config, run: Run) -> None:
     annotator = Annotator(config.seed, noise=config.noise)
     asked: Counter[str] = Counter()
     judged: list[Preference] = []
-    for axis, some in (("safe", [pair for pair in pairs if pair[0].safety]), ("helpful", list(helpful(config, pairs)))):
+    probing = [pair for pair in pairs if kind_of(pair[0]) != "helpful"]
+    for axis, some in (("safe", probing), ("helpful", list(helpful(config, pairs)))):
         found = list(annotator.compare_all(some, _axis(axis), config.round))
         asked["asked"] += len(some)
         judged += found
@@ -83,10 +85,10 @@ def _axis(name: str) -> Axis:
 
 def helpful(config: Config, pairs: Sequence[tuple[Prompt, tuple[Response, Response]]]
             ) -> Iterator[tuple[Prompt, tuple[Response, Response]]]:
-    """The pairs judged on helpfulness: all harmless prompts, and a share of the safety prompts."""
+    """The pairs judged on helpfulness: all harmless prompts, borderline ones among them, and a share of the unsafe."""
     generator = np.random.default_rng([config.seed, 3])
     for prompt, responses in pairs:
-        if not prompt.safety or generator.random() < config.both_axes:
+        if kind_of(prompt) != "unsafe" or generator.random() < config.both_axes:
             yield prompt, responses
 
 
@@ -100,7 +102,7 @@ def sampled(config: Config, chats: Sequence[Chat], prompts: Sequence[Prompt]) ->
         if side == 1:
             chances = generator.random(len(prompts))
             other = [under_preprompt(prompt, config.seed) for prompt in prompts]
-            asked = [new if prompt.safety and chance < config.preprompted and has_room(chats[0], new)
+            asked = [new if kind_of(prompt) != "helpful" and chance < config.preprompted and has_room(chats[0], new)
                      else prompt.messages for prompt, new, chance in zip(prompts, other, chances)]
         found = answer(chats[side % len(chats)], asked, config.sample, seed=2 * config.seed + side,
                        temperature=config.temperatures[side])

@@ -7,6 +7,7 @@ from answers import prompt
 from commands import llama2
 
 from llama2 import records
+from llama2.evaluate.judges import kind_of
 from llama2.records import Preference, Prompt, Response
 from llama2.stages import collect
 
@@ -24,9 +25,10 @@ def read(out):
 def test_every_prompt_is_compared_on_its_axis(tmp_path, words, prompts):
     assert llama2(*words, "--heldout", 0.3, "--round", 2, "--out", tmp_path / "out") == 0
     kept, aside = read(tmp_path / "out")
-    safety = {one.messages: one.safety for one in records.read(Prompt, prompts)}
+    kinds = {one.messages: kind_of(one) for one in records.read(Prompt, prompts)}
+    axes = {"helpful": {"helpful"}, "unsafe": {"safe"}, "borderline": {"helpful", "safe"}}
     for one in kept + aside:
-        assert one.axis == ("safe" if safety[one.prompt] else "helpful")
+        assert one.axis in axes[kinds[one.prompt]]
         assert (one.safety is not None) == (one.axis == "safe")
         assert one.round == 2
         assert sorted(response.temperature for response in one.responses) == [0.7, 1.0]
@@ -35,7 +37,7 @@ def test_every_prompt_is_compared_on_its_axis(tmp_path, words, prompts):
     assert {one.axis for one in kept} == {"helpful", "safe"}
     summary = json.loads((tmp_path / "out/summary.json").read_text())
     assert (summary["pairs"], summary["heldout"]) == (len(kept), len(aside))
-    assert sum(summary["degrees"].values()) == len(kept) + len(aside) == 16 - summary["dropped"]
+    assert sum(summary["degrees"].values()) == len(kept) + len(aside)
     assert aside
 
 
@@ -85,10 +87,10 @@ def test_answers_under_a_preprompt_are_recorded_as_answers_to_the_bare_prompt(tm
     assert llama2(*words, "--heldout", 0, "--noise", 0, "--preprompted", 1, "--out", tmp_path / "under") == 0
     plain, under = ({one.prompt: {r.temperature: r.text for r in one.responses} for one in read(tmp_path / name)[0]}
                     for name in ("plain", "under"))
-    safety = {one.messages: one.safety for one in records.read(Prompt, prompts)}
+    kinds = {one.messages: kind_of(one) for one in records.read(Prompt, prompts)}
     changed = {asked for asked in plain.keys() & under.keys() if plain[asked][0.7] != under[asked][0.7]}
     assert changed
-    assert all(safety[asked] for asked in changed)
+    assert all(kinds[asked] != "helpful" for asked in changed)
 
 
 def test_one_to_two_policies_are_compared(one_line, tmp_path):

@@ -114,7 +114,7 @@ def test_no_held_out_task_hides_behind_an_instruction(seed: int) -> None:
     """Instructions stand before a question: neither they nor an opener carry it from one split to another."""
     world = World.build(seed)
     held_out = tuple({_bare(p.messages[0].content) for p in prompts(world, "evaluation", 150)
-                      if len(p.messages) == 1 and not p.safety and p.metadata["family"] != "instructed"})
+                      if len(p.messages) == 1 and p.metadata["family"] not in ("unsafe", "borderline", "instructed")})
     trained = {turn for dialog in demonstrations(world, 800) for turn in _user_turns(dialog.messages)}
     assert not [turn for turn in trained if turn.endswith(held_out)]
 
@@ -158,11 +158,9 @@ def test_ghost_questions_are_disjoint_and_short() -> None:
 
 
 def test_safety_tag_and_categories(by_split: dict[Split, list[Prompt]]) -> None:
-    tagged = [p for p in by_split["train"] if p.safety]
-    assert {p.metadata["family"] for p in tagged} == {"unsafe", "borderline"}
-    assert all(p.safety for p in by_split["train"] if p.metadata["family"] in ("unsafe", "borderline"))
+    assert all(p.safety == (p.metadata["family"] == "unsafe") for p in by_split["train"])
     for family in ("unsafe", "borderline"):
-        some = [p for p in tagged if p.metadata["family"] == family]
+        some = [p for p in by_split["train"] if p.metadata["family"] == family]
         assert {p.metadata["risk"] for p in some} == {"illicit", "hateful", "advice"}
         assert len({p.metadata["style"] for p in some}) == 8
 
