@@ -27,7 +27,7 @@ def in_a_process(log: Path, *words: object, number: int = 0, step: int = 0) -> i
     launch.preload()
     process = launch._context.Process(target=_child, args=([str(w) for w in words], number, step, str(log)))
     process.start()
-    process.join(120)
+    process.join(240)
     if process.is_alive():
         process.kill()
         raise AssertionError(f"it hangs: {log.read_text()}")

@@ -335,7 +335,7 @@ def test_a_full_disk_loses_nothing(tmp_path, base, world, kilobytes):
     launch.preload()
     process = launch._context.Process(target=_limited, args=(words, kilobytes << 10, str(tmp_path / "log")))
     process.start()
-    process.join(60)
+    process.join(200)
     *_, last = (tmp_path / "log").read_text().splitlines()
     assert process.exitcode == 2, last
     assert last.startswith("llama2: error: ")

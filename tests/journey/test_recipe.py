@@ -64,7 +64,7 @@ def alive(process: int) -> bool:
         return False
 
 
-def wait_until(condition: Callable[[], object], seconds: float = 90.0) -> bool:
+def wait_until(condition: Callable[[], object], seconds: float = 200.0) -> bool:
     end = time.time() + seconds
     while not condition():
         if time.time() > end:
@@ -98,10 +98,10 @@ def story(tmp_path_factory: pytest.TempPathFactory) -> Story:
     second = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=ENVIRONMENT)
     assert wait_until(lambda: list(story.out.glob("sft/checkpoints/step-*")) or second.poll() is not None)
     second.terminate()
-    story.stopped = second.communicate(timeout=60)[1]
+    story.stopped = second.communicate(timeout=200)[1]
     story.status = second.returncode
 
-    third = subprocess.run(command, capture_output=True, text=True, env=ENVIRONMENT, timeout=180)
+    third = subprocess.run(command, capture_output=True, text=True, env=ENVIRONMENT, timeout=250)
     assert third.returncode == 0, third.stderr
     story.resumed = third.stderr
     return story
@@ -160,7 +160,7 @@ def test_every_stage_did_its_work(story):
 
 def test_chat_answers_on_a_pipe(story):
     process = subprocess.run([*COMMAND, "chat", str(story.out / "sft"), "--max-tokens", "16"], env=ENVIRONMENT,
-                             input="Hello.\nAnd you?\n", capture_output=True, text=True, timeout=60)
+                             input="Hello.\nAnd you?\n", capture_output=True, text=True, timeout=200)
     assert process.returncode == 0, process.stderr
     assert process.stdout.count("\n") >= 2
     assert process.stderr == ""

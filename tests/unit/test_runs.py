@@ -177,7 +177,7 @@ def test_a_process_killed_anywhere_is_followed_by_one_that_finishes(tmp_path, pl
     reached = forkserver.Event()
     process = forkserver.Process(target=_until_killed, args=(config(tmp_path), place, reached))
     process.start()
-    assert reached.wait(30)
+    assert reached.wait(200)
     with pytest.raises(UserError, match=rf"another process \(pid {process.pid}\) is writing this run; wait for it"):
         work(config(tmp_path))
     os.kill(process.pid, signal.SIGKILL)
