@@ -76,6 +76,7 @@ def _write(work: Path, tensors: Mapping[str, Tensor], config: LlamaConfig, score
             save_file(converted, work / name, metadata={"format": "pt"})
         except SafetensorError as error:  # it hides the operating system's error number
             raise UserError(f"{work / name}: cannot write ({error})", "check the free space and the path") from error
+        (work / name).chmod(_shared_mode())
     if len(shards) > 1:
         size = sum(tensor.numel() for tensor in tensors.values()) * kept.itemsize
         where = {key: name for name, shard in zip(names, shards, strict=True) for key in shard}
@@ -131,6 +132,13 @@ def config_json(config: LlamaConfig, *, scorer: bool = False, dtype: torch.dtype
 
 
 # ---- loading --------------------------------------------------------------------------------------------------------
+def _shared_mode() -> int:
+    """The mode a new file gets from this process: safetensors makes its files readable by their owner alone."""
+    mask = os.umask(0)
+    os.umask(mask)
+    return 0o666 & ~mask
+
+
 def load(directory: Directory, *, dtype: torch.dtype = torch.float32, device: torch.device | str | None = None
          ) -> Llama:
     """The language model in a checkpoint directory, its weights converted to `dtype` and moved to `device`.
