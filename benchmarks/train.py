@@ -99,14 +99,12 @@ def compare(name: str, precision: str, sides: list[str], arguments: argparse.Nam
         roof = stack.enter_context(Side("ceiling", sys.executable, "train.py", [
             "--serve", "ceiling", "--size", name, "--dtype", precision], arguments.threads))
         running = [stack.enter_context(start(each, name, precision, arguments)) for each in sides]
+        for side in (roof, *running):  # all have started and are warm before any is measured
+            first[side.name] = side.ask(seconds=0).get("seconds", [0.0])[0]
         for _ in range(arguments.rounds):
             peak = max(peak, roof.ask(seconds=arguments.seconds)["flops"])
             for side in running:
-                begun = side.name in rates
-                steps = side.ask(seconds=arguments.seconds if begun else 0)["seconds"]
-                if not begun:  # nothing of the first question counts but how long its first step took
-                    first[side.name] = steps[0]
-                    steps = side.ask(seconds=arguments.seconds)["seconds"]
+                steps = side.ask(seconds=arguments.seconds)["seconds"]
                 rates.setdefault(side.name, []).append(size.tokens / statistics.median(steps))
     flops = flops_per_token(size.config, size.length)
     print(f"{name} {precision}: matrix product {peak / 1e9:,.0f} GFLOP/s, {flops / 1e6:.1f} MFLOP a token")

@@ -18,6 +18,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from llama2.model import fused
+
 KEEP_BYTES = 256 << 20  # a larger q is computed again in the backward pass instead of kept (a third more products)
 CHUNK_BYTES = {"cpu": 4 << 20}  # fp32 logits of one chunk: what the caches of a processor hold
 LARGE_CHUNK_BYTES = 256 << 20  # elsewhere: enough rows to fill the device
@@ -51,8 +53,10 @@ class _LogLikelihood(torch.autograd.Function):
         tokens, vocabulary = len(hidden_ND), len(weight_VD)
         train = ctx.needs_input_grad[0] or ctx.needs_input_grad[1]
         keep = train and tokens * vocabulary * hidden_ND.element_size() <= KEEP_BYTES
-        # A compiler fuses what follows the product, so that fp32 logits never exist; slices would only hinder it.
-        rows = tokens if keep and torch.compiler.is_compiling() else _rows(hidden_ND, vocabulary)
+        # A compiler fuses what follows the product, as our own kernel does, so that fp32 logits never exist: slices
+        # would only hinder.
+        whole = keep and (torch.compiler.is_compiling() or fused.runs(hidden_ND))
+        rows = tokens if whole else _rows(hidden_ND, vocabulary)
         logp_N = hidden_ND.new_zeros(tokens, dtype=torch.float32)
         entropy_N, total_N = torch.zeros_like(logp_N), torch.ones_like(logp_N)
         q_NV = hidden_ND.new_empty((tokens if keep else min(rows, tokens), vocabulary))
@@ -72,10 +76,10 @@ class _LogLikelihood(torch.autograd.Function):
     def backward(ctx: Any, grad_N: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
         hidden_ND, weight_VD, targets_N, total_N, *kept = ctx.saved_tensors
         scale_N1 = (-grad_N / total_N)[:, None]
-        scaled_ND = (hidden_ND * scale_N1).to(hidden_ND.dtype)
+        scaled_ND = _scaled(hidden_ND, scale_N1)
         if kept:
             q_NV: Tensor = kept[0]
-            return ((q_NV @ weight_VD) * scale_N1).to(hidden_ND.dtype), q_NV.t() @ scaled_ND, None, None
+            return _scaled(q_NV @ weight_VD, scale_N1), q_NV.t() @ scaled_ND, None, None
         rows = _rows(hidden_ND, len(weight_VD))
         grad_hidden_ND = torch.empty_like(hidden_ND)
         grad_weight_VD = torch.zeros_like(weight_VD, dtype=torch.float32)
@@ -84,7 +88,7 @@ class _LogLikelihood(torch.autograd.Function):
             part = slice(begin, min(begin + rows, len(hidden_ND)))
             q_CV = q_CV[: part.stop - part.start]
             _chunk(hidden_ND[part], weight_VD, targets_N[part], q_CV, False)
-            grad_hidden_ND[part] = (q_CV @ weight_VD) * scale_N1[part]
+            grad_hidden_ND[part] = _scaled(q_CV @ weight_VD, scale_N1[part])
             grad_weight_VD += q_CV.t() @ scaled_ND[part]
         return grad_hidden_ND, grad_weight_VD.to(weight_VD.dtype), None, None
 
@@ -93,6 +97,8 @@ def _chunk(hidden_CD: Tensor, weight_VD: Tensor, targets_C: Tensor, q_CV: Tensor
            ) -> tuple[Tensor, Tensor, Tensor | None]:
     """Writes q · total into `q_CV`; returns logp_C, total_C (the sum of exp(logits - largest)) and the entropy_C."""
     torch.mm(hidden_CD, weight_VD.t(), out=q_CV)
+    if fused.runs(q_CV):
+        return fused.likelihood(q_CV, targets_C, entropy)
     work_CV = q_CV.float() if q_CV.dtype != torch.float32 else q_CV
     work_CV.sub_(work_CV.amax(-1, keepdim=True))
     target_C1 = work_CV.gather(1, targets_C[:, None])
@@ -108,6 +114,11 @@ def _chunk(hidden_CD: Tensor, weight_VD: Tensor, targets_C: Tensor, q_CV: Tensor
     row_C = torch.arange(len(targets_C), device=targets_C.device)
     q_CV[row_C, targets_C] = (torch.expm1(logp_C1) * total_C1).to(q_CV.dtype)[:, 0]  # scatter_ would copy it all
     return logp_C1[:, 0], total_C1[:, 0], entropy_C
+
+
+def _scaled(x_ND: Tensor, scale_N1: Tensor) -> Tensor:
+    """x · scale in fp32, in the precision of x."""
+    return fused.scaled(x_ND, scale_N1) if fused.runs(x_ND) else (x_ND * scale_N1).to(x_ND.dtype)
 
 
 def _rows(hidden_ND: Tensor, vocabulary: int) -> int:

@@ -20,10 +20,11 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from llama2.errors import UserError
+from llama2.model import fused
 from llama2.model.likelihood import log_likelihood, log_likelihood_and_entropy
 
 INITIAL_STD = 0.02
-EXPLICIT_LENGTH = 512  # on a CPU, up to this many queries, products and softmax beat the fused kernel's backward pass
+EXPLICIT_LENGTH = 512  # on a CPU, up to this many queries, products and softmax beat PyTorch's fused kernel in training
 
 
 @dataclass(frozen=True)
@@ -83,9 +84,10 @@ class Context:
 
     cos_BT1E: Tensor  # fp32; B is 1 if all rows have the same positions
     sin_BT1E: Tensor  # negative in the first half
-    bias_B1TS: Tensor | None  # added to the scores; None: plain causal attention by the fused kernel
+    bias_B1TS: Tensor | None  # added to the scores; None: plain causal attention
     explicit: bool
     cache: Cache | None
+    fused: fused.View | None = None  # for our own kernels, where they run
 
 
 class Linear(nn.Linear):
@@ -106,17 +108,24 @@ class Embedding(nn.Embedding):
 
 
 class RMSNorm(nn.Module):
-    """x / sqrt(mean(x²) + eps) · weight, in fp32; the result has the precision of the products that follow."""
+    """x / sqrt(mean(x²) + eps) · weight, in fp32; the result has the precision of the products that follow.
+
+    It reads the residual stream, so it is also what adds a block's output to the stream: one pass over memory for both.
+    """
 
     def __init__(self, size: int, eps: float) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.ones(size))
         self.eps = eps
 
-    def forward(self, x_BTD: Tensor) -> Tensor:
-        normed_BTD: Tensor = _Normalise.apply(  # type: ignore[no-untyped-call]
-            x_BTD, self.weight, self.eps, working_dtype(x_BTD))
-        return normed_BTD
+    def forward(self, x_BTD: Tensor, update_BTD: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """The stream x + update (x without one), and its norm."""
+        kind = working_dtype(x_BTD)
+        if fused.runs(x_BTD):
+            return fused.normalise(x_BTD, update_BTD, self.weight, self.eps, kind)
+        x_BTD = x_BTD if update_BTD is None else x_BTD + update_BTD
+        normed_BTD: Tensor = _Normalise.apply(x_BTD, self.weight, self.eps, kind)  # type: ignore[no-untyped-call]
+        return x_BTD, normed_BTD
 
 
 class _Normalise(torch.autograd.Function):
@@ -154,6 +163,10 @@ class Attention(nn.Module):
 
     def forward(self, x_BTD: Tensor, context: Context) -> Tensor:
         rows, length, _ = x_BTD.shape
+        if context.fused is not None:
+            weights = (self.q_proj.weight, self.k_proj.weight, self.v_proj.weight)
+            joined_BTD: Tensor = self.o_proj(fused.attention(x_BTD, weights, self.head_dim, context.fused))
+            return joined_BTD
         q_BHTE, k_BKTE = (
             rotate(project(x_BTD).view(rows, length, -1, self.head_dim), context).transpose(1, 2)
             for project in (self.q_proj, self.k_proj)
@@ -176,8 +189,12 @@ class FeedForward(nn.Module):
         self.up_proj = Linear(config.hidden_size, config.intermediate_size)
         self.down_proj = Linear(config.intermediate_size, config.hidden_size)
 
-    def forward(self, x_BTD: Tensor) -> Tensor:
-        out_BTD: Tensor = self.down_proj(F.silu(self.gate_proj(x_BTD)) * self.up_proj(x_BTD))
+    def forward(self, x_BTD: Tensor, context: Context) -> Tensor:
+        if context.cache is None and fused.runs(x_BTD):
+            gated_BTF = fused.gated(x_BTD, self.gate_proj.weight, self.up_proj.weight)
+        else:
+            gated_BTF = F.silu(self.gate_proj(x_BTD)) * self.up_proj(x_BTD)
+        out_BTD: Tensor = self.down_proj(gated_BTF)
         return out_BTD
 
 
@@ -191,10 +208,11 @@ class Layer(nn.Module):
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
-    def forward(self, x_BTD: Tensor, context: Context) -> Tensor:
-        x_BTD = x_BTD + self.self_attn(self.input_layernorm(x_BTD), context)
-        out_BTD: Tensor = x_BTD + self.mlp(self.post_attention_layernorm(x_BTD))
-        return out_BTD
+    def forward(self, x_BTD: Tensor, update_BTD: Tensor | None, context: Context) -> tuple[Tensor, Tensor]:
+        """Takes and returns the stream and what is still to be added to it: the output of the last feed-forward."""
+        x_BTD, normed_BTD = self.input_layernorm(x_BTD, update_BTD)
+        x_BTD, normed_BTD = self.post_attention_layernorm(x_BTD, self.self_attn(normed_BTD, context))
+        return x_BTD, self.mlp(normed_BTD, context)
 
 
 class Trunk(nn.Module):
@@ -213,12 +231,13 @@ class Trunk(nn.Module):
         """Normed hidden states of the last layer, [B, T, D]."""
         x_BTD = self.embed_tokens(tokens_BT)
         context = self.context(x_BTD, documents_BT, positions_BT, cache)
+        update_BTD = None
         for layer in self.layers:
             if self.gradient_checkpointing and torch.is_grad_enabled():
-                x_BTD = checkpoint(layer, x_BTD, context, use_reentrant=False)
+                x_BTD, update_BTD = checkpoint(layer, x_BTD, update_BTD, context, use_reentrant=False)
             else:
-                x_BTD = layer(x_BTD, context)
-        hidden_BTD: Tensor = self.norm(x_BTD)
+                x_BTD, update_BTD = layer(x_BTD, update_BTD, context)
+        hidden_BTD: Tensor = self.norm(x_BTD, update_BTD)[1]
         return hidden_BTD
 
     def context(self, x_BTD: Tensor, documents_BT: Tensor | None, positions_BT: Tensor | None,
@@ -227,10 +246,15 @@ class Trunk(nn.Module):
         length, where = x_BTD.shape[1], x_BTD.device
         # With a cache there is no backward pass. (Not a matter of gradient mode: PPO's ratios must begin at exactly 1.)
         explicit = where.type == "cpu" and cache is None and length <= EXPLICIT_LENGTH
+        own = explicit and fused.runs(x_BTD)
         if positions_BT is None:
             positions_BT = torch.arange(length, device=where)[None]
             if documents_BT is not None:
                 positions_BT = positions_within(documents_BT)
+        cos_BT1E, sin_BT1E = rotary_tables(positions_BT, self.config.head_dim, self.config.rope_theta)
+        if own:
+            starts_BT = None if documents_BT is None else document_starts(documents_BT)
+            return Context(cos_BT1E, sin_BT1E, None, False, cache, fused.View(cos_BT1E, sin_BT1E, starts_BT))
         mask_BTS = cache.mask_BTS if cache is not None else None
         if documents_BT is not None:
             mask_BTS = same_document(documents_BT)
@@ -242,7 +266,6 @@ class Trunk(nn.Module):
             # The least finite number, not -inf: a row that sees nothing (an idle cache slot) must not become NaN.
             bias_B1TS = torch.zeros(mask_BTS.shape, dtype=kind, device=where)
             bias_B1TS = bias_B1TS.masked_fill(~mask_BTS, torch.finfo(kind).min)[:, None]
-        cos_BT1E, sin_BT1E = rotary_tables(positions_BT, self.config.head_dim, self.config.rope_theta)
         return Context(cos_BT1E, sin_BT1E, bias_B1TS, explicit, cache)
 
 
@@ -362,9 +385,13 @@ def same_document(documents_BT: Tensor) -> Tensor:
     return same_BTT & causal(documents_BT.shape[1], documents_BT.device)
 
 
-def positions_within(documents_BT: Tensor) -> Tensor:
-    """The position of each token inside its document (documents are runs of one id)."""
+def document_starts(documents_BT: Tensor) -> Tensor:
+    """The first position of each token's document (documents are runs of one id)."""
     index_T = torch.arange(documents_BT.shape[1], device=documents_BT.device)
     changes_BT = F.pad(documents_BT[:, 1:] != documents_BT[:, :-1], (1, 0), value=False)
-    starts_BT = torch.where(changes_BT, index_T, 0).cummax(dim=1).values
-    return index_T - starts_BT
+    return torch.where(changes_BT, index_T, 0).cummax(dim=1).values
+
+
+def positions_within(documents_BT: Tensor) -> Tensor:
+    """The position of each token inside its document."""
+    return torch.arange(documents_BT.shape[1], device=documents_BT.device) - document_starts(documents_BT)

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from llama2.model import likelihood, llama
+from llama2.model import fused, likelihood, llama
 from llama2.model.cache import KVCache
 from llama2.model.llama import Llama, LlamaConfig
 from llama2.model.scorer import Scorer
@@ -50,6 +50,7 @@ def assert_close(found: dict[str, Tensor], expected: dict[str, Tensor], toleranc
 @pytest.mark.parametrize("explicit_length", [512, 0], ids=["explicit", "fused"])
 def test_packed_equals_unpacked(monkeypatch: pytest.MonkeyPatch, explicit_length: int) -> None:
     monkeypatch.setattr(llama, "EXPLICIT_LENGTH", explicit_length)
+    monkeypatch.setattr(fused, "runs", lambda x: False)
     model = build()
     documents = [tokens(1, length, seed=length) for length in (7, 1, 12, 5)]
     packed_BT = torch.cat(documents, 1)
@@ -96,6 +97,7 @@ def test_right_padding_and_row_order_do_not_matter() -> None:
 @pytest.mark.parametrize("kv_heads", [4, 2, 1])
 @pytest.mark.parametrize("packed", [False, True])
 def test_explicit_attention_equals_fused(monkeypatch: pytest.MonkeyPatch, kv_heads: int, packed: bool) -> None:
+    monkeypatch.setattr(fused, "runs", lambda x: False)
     model = build(kv_heads)
     tokens_BT = tokens(2, 20)
     documents_BT = torch.arange(20)[None].expand(2, -1) // 8 if packed else None

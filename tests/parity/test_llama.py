@@ -10,7 +10,7 @@ import torch
 import transformers
 from torch import Tensor, nn
 
-from llama2.model import checkpoint
+from llama2.model import checkpoint, fused
 from llama2.model.llama import Llama, LlamaConfig
 from llama2.model.scorer import Scorer
 
@@ -53,7 +53,8 @@ def _no_gradients() -> object:
 
 @pytest.mark.parametrize("length", [37, 2048])
 @pytest.mark.parametrize("kv_heads", [4, 2, 1], ids=["mha", "gqa", "mqa"])
-def test_logits_equal_transformers(kv_heads: int, length: int) -> None:
+def test_logits_equal_transformers(monkeypatch: pytest.MonkeyPatch, kv_heads: int, length: int) -> None:
+    monkeypatch.setattr(fused, "runs", lambda x: False)
     hf = theirs(config(kv_heads))
     ours = Llama(config(kv_heads))
     ours.load_state_dict(hf.state_dict())
@@ -63,12 +64,27 @@ def test_logits_equal_transformers(kv_heads: int, length: int) -> None:
     assert distance(ours(tokens_BT), expected) < 1e-5
 
 
-def test_logits_agree_at_positions_beyond_the_first_context() -> None:
+@pytest.mark.parametrize("length", [37, 400])
+@pytest.mark.parametrize("kv_heads", [4, 2, 1], ids=["mha", "gqa", "mqa"])
+def test_our_kernels_err_no_more_than_transformers(kv_heads: int, length: int) -> None:
+    """They sum in another order, so what they are held to is the distance from the truth in fp64."""
+    hf = theirs(config(kv_heads))
+    ours = Llama(config(kv_heads))
+    ours.load_state_dict(hf.state_dict())
+    tokens_BT = tokens(2, length)
+    truth = hf.double()(tokens_BT).logits.float()
+    expected = hf.float()(tokens_BT).logits
+    assert distance(ours(tokens_BT), truth) < max(1e-5, 2 * distance(expected, truth))
+
+
+def test_logits_agree_at_positions_beyond_the_first_context(monkeypatch: pytest.MonkeyPatch) -> None:
     hf = theirs(config())
     ours = Llama(config())
     ours.load_state_dict(hf.state_dict())
     positions_BT = torch.arange(4000, 4064)[None]
     expected = hf(tokens(1, 64), position_ids=positions_BT).logits
+    assert distance(ours(tokens(1, 64), positions_BT=positions_BT), expected) < 3e-5
+    monkeypatch.setattr(fused, "runs", lambda x: False)
     assert distance(ours(tokens(1, 64), positions_BT=positions_BT), expected) < 1e-5
 
 
@@ -101,7 +117,7 @@ def test_we_load_what_transformers_writes(tmp_path: Path, tied: bool, shard: str
     ours = checkpoint.load(tmp_path)
     assert ours.config == config(tied=tied)
     expected = hf(tokens(2, 20)).logits
-    assert distance(ours(tokens(2, 20)), expected) < 1e-5
+    assert distance(ours(tokens(2, 20)), expected) < 3e-5
 
 
 @pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])

@@ -1,0 +1,361 @@
+// What a Llama does between matrix products, on a CPU: one pass over memory forwards, one backwards.
+//
+// fused.py says what each function computes and builds this file when it is first needed. Numbers are fp32 or bf16 in
+// memory and fp32 in between, and are rounded once. A row's result depends on that row alone, so that a batch and its
+// parts agree to the last bit, and no sum depends on the number of threads.
+//
+// Shapes: N rows, D hidden, F feed-forward, B rows of T positions, H heads of E dimensions, V vocabulary.
+
+#include <algorithm>
+#include <bit>
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <vector>
+
+namespace {
+
+constexpr float LOWEST = -3e38f;
+
+struct bf16 {
+    uint16_t bits;
+};
+
+inline float get(float x) { return x; }
+
+inline float get(bf16 x) { return std::bit_cast<float>(uint32_t(x.bits) << 16); }
+
+inline void put(float &to, float x) { to = x; }
+
+inline void put(bf16 &to, float x) {  // to the nearest, ties to even
+    uint32_t bits = std::bit_cast<uint32_t>(x);
+    uint32_t rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
+    to.bits = uint16_t(x != x ? 0x7fc0 : rounded);
+}
+
+// e^x, right to 1e-7; below -80 it stays at 2e-35, far from the denormal numbers, which are slow.
+[[gnu::always_inline]] inline float exponential(float x) {
+    x = x < -80.0f ? -80.0f : x;
+    x = x > 88.0f ? 88.0f : x;
+    float shifted = x * 1.44269504f + 12582912.0f;  // 1.5 * 2^23: the last bits of the sum are x / ln 2, rounded
+    float whole = shifted - 12582912.0f;
+    float rest = x - whole * 0.693359375f + whole * 2.12194440e-4f;  // ln 2 in two parts
+    float p = 1.9875691500e-4f;
+    p = p * rest + 1.3981999507e-3f;
+    p = p * rest + 8.3334519073e-3f;
+    p = p * rest + 4.1665795894e-2f;
+    p = p * rest + 1.6666665459e-1f;
+    p = p * rest + 5.0000001201e-1f;
+    p = p * rest * rest + rest + 1.0f;
+    return p * std::bit_cast<float>((std::bit_cast<int32_t>(shifted) << 23) + (127 << 23));
+}
+
+constexpr int64_t LANES = 16;  // an explicit width, since compilers do not vectorise a maximum
+
+template <class T> float largest(const T *row, int64_t n) {
+    if (n < LANES) {
+        float out = get(row[0]);
+        for (int64_t i = 1; i < n; i++) out = get(row[i]) > out ? get(row[i]) : out;
+        return out;
+    }
+    float lane[LANES];
+    for (int64_t j = 0; j < LANES; j++) lane[j] = get(row[j]);
+    for (int64_t i = LANES; i < n; i += LANES) {
+        const T *some = row + (i + LANES <= n ? i : n - LANES);
+#pragma omp simd
+        for (int64_t j = 0; j < LANES; j++) lane[j] = get(some[j]) > lane[j] ? get(some[j]) : lane[j];
+    }
+    float out = lane[0];
+    for (int64_t j = 1; j < LANES; j++) out = lane[j] > out ? lane[j] : out;
+    return out;
+}
+
+// ---- RMSNorm ----
+
+// stream = x + update, out = norm(stream); without an update the stream is x
+template <class X, class O>
+void norm(int64_t N, int64_t D, const X *x, const O *update, const float *weight, float eps, X *stream, O *out,
+          float *scale) {
+#pragma omp parallel for schedule(static)
+    for (int64_t n = 0; n < N; n++) {
+        const X *row = x + n * D;
+        if (update) {
+            X *sum = stream + n * D;
+#pragma omp simd
+            for (int64_t d = 0; d < D; d++) put(sum[d], get(row[d]) + get(update[n * D + d]));
+            row = sum;
+        }
+        float squares = 0;
+#pragma omp simd reduction(+ : squares)
+        for (int64_t d = 0; d < D; d++) squares += get(row[d]) * get(row[d]);
+        float s = 1.0f / std::sqrt(squares / float(D) + eps);
+        scale[n] = s;
+#pragma omp simd
+        for (int64_t d = 0; d < D; d++) put(out[n * D + d], get(row[d]) * s * weight[d]);
+    }
+}
+
+constexpr int64_t PARTS = 64;  // of all rows, summed apart, so that the number of threads changes nothing
+
+// grad_stream: what reaches the stream from beyond, if anything does; grad_x goes to x, and to the update as well
+template <class X, class O>
+void norm_back(int64_t N, int64_t D, const O *grad, const X *grad_stream, const X *stream, const float *weight,
+               const float *scale, X *grad_x, O *grad_update, float *grad_weight) {
+    std::vector<float> parts(PARTS * D, 0.0f);
+#pragma omp parallel for schedule(static)
+    for (int64_t part = 0; part < PARTS; part++) {
+        float *mine = parts.data() + part * D;
+        for (int64_t n = part * N / PARTS; n < (part + 1) * N / PARTS; n++) {
+            const X *row = stream + n * D;
+            const O *g = grad + n * D;
+            X *to = grad_x + n * D;
+            float s = scale[n], along = 0;
+#pragma omp simd reduction(+ : along)
+            for (int64_t d = 0; d < D; d++) {
+                float product = get(g[d]) * get(row[d]) * s;
+                mine[d] += product;
+                along += product * weight[d];
+            }
+            along *= s / float(D);
+            if (grad_stream) {
+#pragma omp simd
+                for (int64_t d = 0; d < D; d++)
+                    put(to[d], get(grad_stream[n * D + d]) + (get(g[d]) * weight[d] - get(row[d]) * along) * s);
+            } else {
+#pragma omp simd
+                for (int64_t d = 0; d < D; d++) put(to[d], (get(g[d]) * weight[d] - get(row[d]) * along) * s);
+            }
+            if (grad_update) {
+#pragma omp simd
+                for (int64_t d = 0; d < D; d++) put(grad_update[n * D + d], get(to[d]));
+            }
+        }
+    }
+    for (int64_t d = 0; d < D; d++) grad_weight[d] = 0;
+    for (size_t i = 0; i < parts.size(); i++) grad_weight[i % D] += parts[i];
+}
+
+// ---- SwiGLU ----
+
+template <class T> void swiglu(int64_t N, int64_t F, const T *y, T *out) {
+#pragma omp parallel for schedule(static)
+    for (int64_t n = 0; n < N; n++) {
+        const T *gate = y + n * 2 * F, *up = gate + F;
+#pragma omp simd
+        for (int64_t f = 0; f < F; f++)
+            put(out[n * F + f], get(gate[f]) * get(up[f]) / (1.0f + exponential(-get(gate[f]))));
+    }
+}
+
+template <class T> void swiglu_back(int64_t N, int64_t F, const T *grad, const T *y, T *grad_y) {
+#pragma omp parallel for schedule(static)
+    for (int64_t n = 0; n < N; n++) {
+        const T *gate = y + n * 2 * F, *up = gate + F, *g = grad + n * F;
+        T *grad_gate = grad_y + n * 2 * F, *grad_up = grad_gate + F;
+#pragma omp simd
+        for (int64_t f = 0; f < F; f++) {
+            float a = get(gate[f]), sigmoid = 1.0f / (1.0f + exponential(-a));
+            put(grad_up[f], get(g[f]) * a * sigmoid);
+            put(grad_gate[f], get(g[f]) * get(up[f]) * sigmoid * (1.0f + a * (1.0f - sigmoid)));
+        }
+    }
+}
+
+// ---- heads: between rows of a product and [B, H, end - begin, E] ----
+
+struct Place {  // heads `first` to `first + H` of positions `begin` to `end`; `stride` numbers between rows
+    int64_t B, T, stride, first, H, E, begin, end;
+};
+
+struct Tables {  // cos and sin [B or 1, T, E], the sine negative in the first half; null: no rotation
+    const float *cos, *sin;
+    int64_t rows;
+};
+
+template <class T> void turn(const T *from, T *to, int64_t E, const float *cos, const float *sin, float way, float scale) {
+    int64_t half = E / 2;
+    if (!cos) {
+#pragma omp simd
+        for (int64_t e = 0; e < E; e++) put(to[e], get(from[e]) * scale);
+        return;
+    }
+#pragma omp simd
+    for (int64_t e = 0; e < half; e++) {
+        float a = get(from[e]), b = get(from[e + half]);
+        put(to[e], (a * cos[e] + way * b * sin[e]) * scale);
+        put(to[e + half], (b * cos[e + half] + way * a * sin[e + half]) * scale);
+    }
+}
+
+// scatter: the other way round, and rotated back
+template <class T> void heads(Place p, Tables tables, T *rows, T *split, float scale, bool scatter) {
+    int64_t length = p.end - p.begin;
+#pragma omp parallel for schedule(static) collapse(2)
+    for (int64_t b = 0; b < p.B; b++)
+        for (int64_t t = p.begin; t < p.end; t++) {
+            int64_t place = ((tables.rows > 1 ? b * p.T : 0) + t) * p.E;
+            const float *cos = tables.cos ? tables.cos + place : nullptr, *sin = tables.cos ? tables.sin + place : nullptr;
+            for (int64_t h = 0; h < p.H; h++) {
+                T *row = rows + (b * p.T + t) * p.stride + (p.first + h) * p.E;
+                T *head = split + ((b * p.H + h) * length + t - p.begin) * p.E;
+                if (scatter)
+                    turn(head, row, p.E, cos, sin, -1.0f, scale);
+                else
+                    turn(row, head, p.E, cos, sin, 1.0f, scale);
+            }
+        }
+}
+
+// ---- softmax over the positions a query may see: from its document's first to its own ----
+
+constexpr int64_t TILE = 8;  // rows taken through one phase after another: a row alone would wait for its sums
+
+template <class T>
+void softmax(int64_t B, int64_t T_, int64_t H, int64_t begin, int64_t end, const int64_t *starts, T *scores) {
+    int64_t length = end - begin;
+#pragma omp parallel
+    {
+        std::vector<float> work(TILE * end);
+        float top[TILE], total[TILE];
+        int64_t from[TILE], count[TILE];
+#pragma omp for schedule(static) collapse(2)
+        for (int64_t bh = 0; bh < B * H; bh++)
+            for (int64_t first = begin; first < end; first += TILE) {
+                int64_t rows = std::min(TILE, end - first);
+                T *tile = scores + (bh * length + first - begin) * end;
+                for (int64_t r = 0; r < rows; r++) {
+                    int64_t t = first + r;
+                    from[r] = starts ? starts[bh / H * T_ + t] : 0;
+                    int64_t n = t + 1 - from[r];
+                    count[r] = std::min((n + LANES - 1) / LANES * LANES, end - from[r]);  // a loop's rest is slow
+                    T *row = tile + r * end + from[r];
+                    for (int64_t s = n; s < count[r]; s++) put(row[s], LOWEST);
+                    top[r] = largest(row, count[r]);
+                }
+                for (int64_t r = 0; r < rows; r++) {
+                    const T *row = tile + r * end + from[r];
+                    float sum = 0, *e = work.data() + r * end;
+#pragma omp simd reduction(+ : sum)
+                    for (int64_t s = 0; s < count[r]; s++) {
+                        e[s] = exponential(get(row[s]) - top[r]);
+                        sum += e[s];
+                    }
+                    total[r] = sum;
+                }
+                for (int64_t r = 0; r < rows; r++) {
+                    T *all = tile + r * end, *row = all + from[r];
+                    float scale = 1.0f / total[r], *e = work.data() + r * end;
+#pragma omp simd
+                    for (int64_t s = 0; s < count[r]; s++) put(row[s], e[s] * scale);
+                    int64_t t = first + r;
+                    std::memset(all, 0, from[r] * sizeof(T));
+                    std::memset(all + t + 1, 0, (end - t - 1) * sizeof(T));
+                }
+            }
+    }
+}
+
+template <class T>
+void softmax_back(int64_t B, int64_t T_, int64_t H, int64_t begin, int64_t end, const int64_t *starts, const T *weights,
+                  T *grad) {
+    int64_t length = end - begin;
+#pragma omp parallel for schedule(static) collapse(2)
+    for (int64_t bh = 0; bh < B * H; bh++)
+        for (int64_t t = begin; t < end; t++) {
+            int64_t from = starts ? starts[bh / H * T_ + t] : 0, n = t + 1 - from, place = (bh * length + t - begin) * end;
+            int64_t round = std::min((n + LANES - 1) / LANES * LANES, end - from);  // beyond n all weights are 0
+            const T *p = weights + place + from;
+            T *all = grad + place, *g = all + from;
+            float along = 0;
+#pragma omp simd reduction(+ : along)
+            for (int64_t s = 0; s < round; s++) along += get(p[s]) * get(g[s]);
+#pragma omp simd
+            for (int64_t s = 0; s < round; s++) put(g[s], get(p[s]) * (get(g[s]) - along));
+            std::memset(all, 0, from * sizeof(T));
+            std::memset(g + n, 0, (end - t - 1) * sizeof(T));
+        }
+}
+
+// ---- likelihood ----
+
+// In: logits. Out: (softmax - onehot) · total in their place, log p(target), total = sum of exp(logit - largest), and
+// the entropy where it is wanted.
+template <class T>
+void likelihood(int64_t N, int64_t V, T *logits, const int64_t *targets, float *logp, float *totals, float *entropy) {
+#pragma omp parallel for schedule(static)
+    for (int64_t n = 0; n < N; n++) {
+        T *row = logits + n * V;
+        float top = largest(row, V), total = 0, mean = 0, target = get(row[targets[n]]) - top;
+        if (entropy) {
+#pragma omp simd reduction(+ : total, mean)
+            for (int64_t v = 0; v < V; v++) {
+                float shifted = get(row[v]) - top, e = exponential(shifted);
+                total += e;
+                mean += e * shifted;
+                put(row[v], e);
+            }
+            entropy[n] = std::log(total) - mean / total;
+        } else {
+#pragma omp simd reduction(+ : total)
+            for (int64_t v = 0; v < V; v++) {
+                float e = exponential(get(row[v]) - top);
+                total += e;
+                put(row[v], e);
+            }
+        }
+        logp[n] = target - std::log(total);
+        totals[n] = total;
+        put(row[targets[n]], std::expm1(logp[n]) * total);
+    }
+}
+
+template <class T> void scaled(int64_t N, int64_t D, const T *x, const float *scale, T *out) {
+#pragma omp parallel for schedule(static)
+    for (int64_t n = 0; n < N; n++) {
+#pragma omp simd
+        for (int64_t d = 0; d < D; d++) put(out[n * D + d], get(x[n * D + d]) * scale[n]);
+    }
+}
+
+}  // namespace
+
+#define EACH(NAME, T)                                                                                                  \
+    void swiglu_##NAME(int64_t N, int64_t F, const T *y, T *out) { swiglu(N, F, y, out); }                             \
+    void swiglu_back_##NAME(int64_t N, int64_t F, const T *grad, const T *y, T *grad_y) {                              \
+        swiglu_back(N, F, grad, y, grad_y);                                                                            \
+    }                                                                                                                  \
+    void heads_##NAME(int64_t B, int64_t T_, int64_t stride, int64_t first, int64_t H, int64_t E, int64_t begin,       \
+                      int64_t end, const float *cos, const float *sin, int64_t tables, T *rows, T *split, float scale, \
+                      int64_t scatter) {                                                                               \
+        heads(Place{B, T_, stride, first, H, E, begin, end}, Tables{cos, sin, tables}, rows, split, scale, scatter);   \
+    }                                                                                                                  \
+    void softmax_##NAME(int64_t B, int64_t T_, int64_t H, int64_t begin, int64_t end, const int64_t *starts, T *x) {   \
+        softmax(B, T_, H, begin, end, starts, x);                                                                      \
+    }                                                                                                                  \
+    void softmax_back_##NAME(int64_t B, int64_t T_, int64_t H, int64_t begin, int64_t end, const int64_t *starts,      \
+                             const T *weights, T *grad) {                                                              \
+        softmax_back(B, T_, H, begin, end, starts, weights, grad);                                                     \
+    }                                                                                                                  \
+    void likelihood_##NAME(int64_t N, int64_t V, T *logits, const int64_t *targets, float *logp, float *totals,        \
+                           float *entropy) {                                                                           \
+        likelihood(N, V, logits, targets, logp, totals, entropy);                                                      \
+    }                                                                                                                  \
+    void scaled_##NAME(int64_t N, int64_t D, const T *x, const float *scale, T *out) { scaled(N, D, x, scale, out); }
+
+#define PAIR(NAME, X, O)                                                                                               \
+    void norm_##NAME(int64_t N, int64_t D, const X *x, const O *update, const float *weight, float eps, X *stream,     \
+                     O *out, float *scale) {                                                                           \
+        norm(N, D, x, update, weight, eps, stream, out, scale);                                                        \
+    }                                                                                                                  \
+    void norm_back_##NAME(int64_t N, int64_t D, const O *grad, const X *grad_stream, const X *stream,                  \
+                          const float *weight, const float *scale, X *grad_x, O *grad_update, float *grad_weight) {    \
+        norm_back(N, D, grad, grad_stream, stream, weight, scale, grad_x, grad_update, grad_weight);                   \
+    }
+
+extern "C" {
+EACH(f, float)
+EACH(b, bf16)
+PAIR(ff, float, float)
+PAIR(fb, float, bf16)
+PAIR(bb, bf16, bf16)
+}
