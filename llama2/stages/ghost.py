@@ -1,7 +1,6 @@
 """Ghost Attention (§3.3): dialogs that hold on to an instruction given once.
 
-Sampling: the instruction is joined to *every* user message, so the newest model obeys it at each turn; reward models
-may choose among several answers, so that what is learnt is no worse than what rejection sampling taught. Training: it
+Sampling: the instruction is joined to *every* user message, so the newest model obeys it at each turn. Training: it
 stays in the first user turn only, the loss on all earlier turns is zero, and only the last answer is learnt
 (`Dialog.train = "last"`). Half of the instructions are shortened. What is written feeds `sft`.
 """
@@ -19,12 +18,11 @@ from pydantic import Field, model_validator
 from llama2 import records
 from llama2.config import StageConfig
 from llama2.errors import UserError
-from llama2.generate.dialogue import Answer, Chat
-from llama2.generate.rewards import RewardModels, Score
+from llama2.generate.dialogue import Chat
 from llama2.records import Dialog, Message, Messages, Prompt
 from llama2.runs import Run
 from llama2.stages.planning import Cluster, Lineage, sampling_plan
-from llama2.stages.sampling import Sample, answer, has_room, load_chat, load_rewards, score, write_records
+from llama2.stages.sampling import Sample, answer, has_room, load_chat, write_records
 
 
 class Config(StageConfig):
@@ -44,18 +42,12 @@ class Config(StageConfig):
     """share of training dialogs that carry the short form of their instruction"""
     first_depth: int = Field(1, gt=0)
     """the earliest turn whose answer is learnt; every later turn gives a dialog of its own"""
-    rewards: RewardModels | None = None
-    """take the best of `k` answers at every turn, as rejection sampling does"""
-    k: int = Field(1, gt=0)
-    """answers sampled at every turn"""
     sample: Sample = Sample(temperature=0.7)
 
     @model_validator(mode="after")
     def _one_of_both(self) -> Config:
         if (self.conversations is None) == (self.questions is None):
             raise ValueError("give either conversations or questions")
-        if (self.k > 1) != (self.rewards is not None):
-            raise ValueError("k above 1 and rewards belong together: reward models choose among k answers")
         return self
 
 
@@ -76,9 +68,8 @@ class Conversation:
 
 
 def plan(config: Config, cluster: Cluster, lineage: Lineage) -> dict[str, Any]:
-    """Memory: the policy and the reward models whole on every rank."""
-    judges = [lineage.shape(path) for path in config.rewards.paths()] if config.rewards else []
-    return sampling_plan([lineage.shape(config.policy)], judges, config.sample, cluster)
+    """Memory: the policy whole on every rank."""
+    return sampling_plan([lineage.shape(config.policy)], [], config.sample, cluster)
 
 
 def run(config: Config, run: Run) -> None:
@@ -135,9 +126,8 @@ def compose(config: Config) -> list[Conversation]:
 def converse(chat: Chat, conversations: Sequence[Conversation], config: Config) -> list[list[str]]:
     """Answers of every turn, the instruction joined to each user message; all conversations go a turn at a time.
 
-    A conversation ends early when the context is full or every answer is empty or cut off.
+    A conversation ends early when the context is full or an answer is empty or cut off.
     """
-    rewards = load_rewards(config.rewards, chat.tokenizer, config.sample.precision) if config.rewards else None
     answers: list[list[str]] = [[] for _ in conversations]
     talking = list(range(len(conversations)))
     for turn in range(max((len(one.questions) for one in conversations), default=0)):
@@ -145,20 +135,11 @@ def converse(chat: Chat, conversations: Sequence[Conversation], config: Config) 
                    if len(answers[index]) == turn < len(conversations[index].questions)]
         asked = {index: _sampling_messages(conversations[index], answers[index]) for index in talking}
         asked = {index: messages for index, messages in asked.items() if has_room(chat, messages)}
-        found = answer(chat, list(asked.values()), config.sample, n=config.k, seed=config.seed * 1000 + turn)
-        found = [[one for one in mine if one.text and one.completion.finish == "stop"] for mine in found]
-        if rewards is not None:
-            marks = score(rewards, chat.tokenizer, [Prompt(messages) for messages in asked.values()], found)
-            found = [_best(mine, row) for mine, row in zip(found, marks)]
+        found = answer(chat, list(asked.values()), config.sample, seed=config.seed * 1000 + turn)
         for index, mine in zip(asked, found):
-            answers[index] += [one.text for one in mine[:1]]
+            if mine[0].text and mine[0].completion.finish == "stop":
+                answers[index].append(mine[0].text)
     return answers
-
-
-def _best(answers: Sequence[Answer], marks: Sequence[Score]) -> list[Answer]:
-    """The answer with the highest reward, if there is any."""
-    order = sorted(range(len(answers)), key=lambda index: -marks[index].joined)
-    return [answers[index] for index in order[:1]]
 
 
 def _sampling_messages(conversation: Conversation, answers: Sequence[str]) -> Messages:

@@ -38,7 +38,7 @@ class Training(Config):
     precision: Precision = "bf16"
     """bf16: matrix products in bf16 over fp32 weights"""
     compile: bool = False
-    """torch.compile the model: worth its half minute only where training is long"""
+    """torch.compile the model: for GPUs; on a CPU our own kernels are faster, and compiling turns them off"""
     parallel: Literal["replicate", "shard"] = "replicate"
     """under several ranks: a copy of the model on each, or one model spread over all (FSDP2)"""
     gradient_checkpointing: bool = False

@@ -84,25 +84,3 @@ def test_mistakes_are_named(tmp_path, prompts, one_line):
         ghost.read(prompts)
     heard = one_line("ghost", "--policy", "p", "--out", tmp_path / "x")
     assert heard == "give either conversations or questions; mend the value"
-
-
-def test_reward_models_choose_among_answers(monkeypatch, tmp_path, policy, world, scorers):
-    chosen = []
-    best = ghost._best
-    monkeypatch.setattr(ghost, "_best", lambda mine, marks: chosen.append((mine, marks)) or best(mine, marks))
-    assert llama2("ghost", "--policy", policy, "--conversations", world / "ghost-train.jsonl", "--limit", 4, "--k", 3,
-                  "--rewards.helpful", scorers[0], "--out", tmp_path / "out", "--sample.max-tokens", 24,
-                  "--sample.temperature", 1.0) == 0
-    texts = {one.messages[-1].content for one in records.read(Dialog, tmp_path / "out/dialogs.jsonl")}
-    assert any(len(mine) > 1 for mine, _ in chosen)
-    for mine, marks in chosen:
-        if mine:
-            top = max(range(len(mine)), key=lambda index: marks[index].joined)
-            assert mine[top].text in texts
-    assert best([], []) == []
-
-
-def test_several_answers_need_a_judge(tmp_path, policy, world, capsys):
-    assert llama2("ghost", "--policy", policy, "--conversations", world / "ghost-train.jsonl", "--k", 3, "--out",
-                  tmp_path / "out") == 2
-    assert "reward models choose" in capsys.readouterr().err
