@@ -69,16 +69,19 @@ class Engine:
     """Samples from `model` as its weights are at each call.
 
     slots: sequences decoded side by side. capacity: the most tokens of a sequence, prompt included (default: the
-    context of the model). precision: "bf16" computes with weights rounded once a call, "fp32" with the model's own.
-    A copy of the weights is held only where the model's cannot be used as they are: another type, or sharded.
+    context of the model). precision: "bf16" computes with weights rounded once a call, "fp32" with the model's own,
+    "int8" in bf16 with weights rounded to 8-bit integers and a scale for each output, which on a CPU are also read as
+    such. A copy of the weights is held only where the model's cannot be used as they are: another type, or sharded.
     """
 
     def __init__(
-        self, model: Llama, *, slots: int = 64, capacity: int | None = None, precision: Precision = "bf16"
+        self, model: Llama, *, slots: int = 64, capacity: int | None = None,
+        precision: Precision | Literal["int8"] = "bf16"
     ) -> None:
         context = model.config.max_position_embeddings
         self.slots, self.context = slots, min(capacity or context, context)
-        self._model, self._dtype = model, torch.bfloat16 if precision == "bf16" else torch.float32
+        self._model, self._dtype = model, torch.float32 if precision == "fp32" else torch.bfloat16
+        self._integers = precision == "int8"
         self._copy: Llama | None = None
         self._spare: KVCache | None = None
         self._decoder: Decoder | None = None
@@ -160,7 +163,7 @@ class Engine:
             return None
         state = [(weight.data_ptr(), weight._version) for weight in model.parameters() if not weight.is_inference()]
         if self._decoder is None or not state or state != self._state:
-            self._decoder, self._state = Decoder(model), state
+            self._decoder, self._state = Decoder(model, integers=self._integers), state
         return self._decoder
 
     def _cache(self, model: Llama, slots: int, capacity: int) -> KVCache:
@@ -171,13 +174,17 @@ class Engine:
     def _current(self) -> Llama:
         """The model with its weights of this moment, in the engine's precision."""
         weights = list(self._model.parameters())
-        if all(weight.dtype == self._dtype and not isinstance(weight, DTensor) for weight in weights):
+        usable = all(weight.dtype == self._dtype and not isinstance(weight, DTensor) for weight in weights)
+        if usable and not self._integers:
             return self._model
         with torch.inference_mode():
             if self._copy is None:
                 self._copy = _blank(self._model, self._dtype)
             for own, weight in zip(self._copy.parameters(), weights, strict=True):
                 own.copy_(weight.full_tensor() if isinstance(weight, DTensor) else weight)
+                if self._integers and own.dim() == 2:
+                    integers, scale = decode.rounded(own)
+                    own.copy_(integers * scale[:, None])
         return self._copy
 
 

@@ -4,13 +4,15 @@
 // weights lie in the order in which they are read, and products run on tiles (AMX), on pairs of bf16 (AVX-512), or on
 // plain vectors, whichever the processor has. decode.py packs the weights, says what is computed, and builds this file.
 //
-// Numbers are fp32 or bf16 (T) in memory; sums, norms, softmax and the residual stream are fp32. A row's result does not
+// Numbers are fp32 or bf16 (T) in memory, weights also 8-bit integers (W) with a scale for each output; sums, norms, softmax and the residual stream are fp32. A row's result does not
 // depend on the other rows of its step, to the last bit.
 //
 // Shapes: B rows, D hidden, F feed-forward, H query heads, K key heads, G = H / K, E head dimension, V vocabulary,
 // S columns of the cache. A packed matrix is [outputs / 16][inputs / pair][16][pair], zeros where sizes do not divide.
 
 #include "numbers.h"
+
+#include <type_traits>
 
 #ifdef __AVX512BF16__
 #include <immintrin.h>
@@ -24,8 +26,6 @@ namespace {
 
 constexpr int64_t LANES = 16;      // outputs of a block
 constexpr int64_t TILE_ROWS = 16;  // rows of an AMX tile
-
-template <class T> constexpr int64_t PAIR = sizeof(T) == 2 ? 2 : 1;
 
 inline int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
 
@@ -124,19 +124,40 @@ struct Tiles {
 
 // ---- the network ----
 
-template <class T> struct Layer {
-    const float *attention_norm, *mlp_norm;
-    const T *qkv, *output, *gate_up, *down;  // gate and up alternate block by block
+template <class W> struct Matrix {
+    const W *packed;
+    const float *scales;  // of each output, for integers
+
+    const W *at(int64_t inputs, int64_t block) const { return packed + block * round_up(inputs, 32) * LANES; }
 };
+
+template <class W> struct Layer {
+    const float *attention_norm, *mlp_norm;
+    Matrix<W> qkv, output, gate_up, down;  // gate and up alternate block by block
+};
+
+// A block of outputs of any kind of weights; `scratch` holds them as T if they are integers.
+template <class T, class W>
+void outputs_of(const Rows<T> &x, int64_t B, const Matrix<W> &matrix, int64_t inputs, int64_t n, std::vector<T> &scratch,
+                float *out) {
+    if constexpr (std::is_same_v<T, W>) {
+        block(x, B, matrix.at(inputs, n), out);
+    } else {
+        const W *from = matrix.at(inputs, n);
+        T *to = scratch.data();
+#pragma omp simd
+        for (int64_t i = 0; i < x.width * LANES; i++) put(to[i], float(from[i]));
+        block(x, B, to, out);
+        for (int64_t b = 0; b < B; b++)
+#pragma omp simd
+            for (int64_t j = 0; j < LANES; j++) out[b * LANES + j] *= matrix.scales[n * LANES + j];
+    }
+}
 
 struct Shape {
     int64_t layers, D, F, H, K, E, V, B, slots, columns;
     float eps;
 };
-
-template <class T> inline const T *weights(const T *packed, int64_t inputs, int64_t index) {
-    return packed + index * round_up(inputs, 32) * LANES;
-}
 
 template <class T> void normed(const float *x, const float *weight, int64_t D, float eps, T *out) {
     float squares = 0;
@@ -194,13 +215,16 @@ void attend(const Shape &s, const float *qkv, int64_t head, int64_t position, co
     }
 }
 
-template <class T>
+template <class T, class W>
 void step(const Shape &s, const void *const *pointers, const int64_t *tokens, const int64_t *positions, const float *cos,
           const float *sin, T *cache, float *logits) {
-    auto at = [&](int64_t i) { return static_cast<const T *>(pointers[i]); };
-    auto norm_at = [&](int64_t i) { return static_cast<const float *>(pointers[i]); };
-    const T *embedding = at(0), *head = at(1);
-    const float *last_norm = norm_at(2);
+    auto matrix = [&](int64_t i) {
+        return Matrix<W>{static_cast<const W *>(pointers[i]), static_cast<const float *>(pointers[i + 1])};
+    };
+    auto vector = [&](int64_t i) { return static_cast<const float *>(pointers[i]); };
+    const T *embedding = static_cast<const T *>(pointers[0]);
+    const float *last_norm = vector(1);
+    const Matrix<W> head = matrix(2);
     const int64_t P = (s.H + 2 * s.K) * s.E, slot = s.columns * s.K * s.E, half = s.E / 2;
     Rows<T> normal(s.B, s.D), mixed(s.B, s.H * s.E), gated(s.B, s.F);
     std::vector<float> stream(s.B * s.D), qkv(s.B * round_up(P, LANES));
@@ -210,11 +234,12 @@ void step(const Shape &s, const void *const *pointers, const int64_t *tokens, co
         Tiles tiles(sizeof(T) == 2);
         const int64_t padded = round_up(s.B, TILE_ROWS);
         std::vector<float> out(2 * padded * LANES), work(s.columns);
+        std::vector<T> scratch(round_up(std::max({s.D, s.F, s.H * s.E}), 32) * LANES);
         // Blocks of outputs, shared among threads; `use` gets the block's number and its B rows of 16 sums.
-        auto product = [&](const Rows<T> &x, const T *packed, int64_t inputs, int64_t outputs, auto use) {
+        auto product = [&](const Rows<T> &x, const Matrix<W> &by, int64_t inputs, int64_t outputs, auto use) {
 #pragma omp for schedule(static)
             for (int64_t n = 0; n < (outputs + LANES - 1) / LANES; n++) {
-                block(x, s.B, weights(packed, inputs, n), out.data());
+                outputs_of(x, s.B, by, inputs, n, scratch, out.data());
                 use(n * LANES, std::min(LANES, outputs - n * LANES));
             }
         };
@@ -230,10 +255,9 @@ void step(const Shape &s, const void *const *pointers, const int64_t *tokens, co
         for (int64_t b = 0; b < s.B; b++)
             for (int64_t d = 0; d < s.D; d++) stream[b * s.D + d] = get(embedding[tokens[b] * s.D + d]);
         for (int64_t l = 0; l < s.layers; l++) {
-            const void *const *own = pointers + 3 + 6 * l;
-            Layer<T> layer{static_cast<const float *>(own[0]), static_cast<const float *>(own[1]),
-                           static_cast<const T *>(own[2]), static_cast<const T *>(own[3]),
-                           static_cast<const T *>(own[4]), static_cast<const T *>(own[5])};
+            const int64_t own = 4 + 10 * l;
+            Layer<W> layer{vector(own), vector(own + 1), matrix(own + 2), matrix(own + 4), matrix(own + 6),
+                           matrix(own + 8)};
             T *keys = cache + 2 * l * s.slots * slot, *values = keys + s.slots * slot;
             norm(layer.attention_norm);
             product(normal, layer.qkv, s.D, P, [&](int64_t first, int64_t count) {
@@ -249,8 +273,8 @@ void step(const Shape &s, const void *const *pointers, const int64_t *tokens, co
 #pragma omp for schedule(static)
             for (int64_t n = 0; n < (s.F + LANES - 1) / LANES; n++) {
                 float *gate = out.data(), *up = gate + padded * LANES;
-                block(normal, s.B, weights(layer.gate_up, s.D, 2 * n), gate);
-                block(normal, s.B, weights(layer.gate_up, s.D, 2 * n + 1), up);
+                outputs_of(normal, s.B, layer.gate_up, s.D, 2 * n, scratch, gate);
+                outputs_of(normal, s.B, layer.gate_up, s.D, 2 * n + 1, scratch, up);
                 int64_t count = std::min(LANES, s.F - n * LANES);
                 for (int64_t b = 0; b < s.B; b++) {
                     const float *a = gate + b * LANES, *u = up + b * LANES;
@@ -268,14 +292,14 @@ void step(const Shape &s, const void *const *pointers, const int64_t *tokens, co
     }
 }
 
-// [outputs, inputs] -> packed; `every` and `offset` interleave the blocks of several matrices
-template <class T>
-void pack(int64_t outputs, int64_t inputs, const T *matrix, int64_t every, int64_t offset, T *packed) {
-    const int64_t size = round_up(inputs, 32) * LANES, pair = PAIR<T>;
+// [outputs, inputs] -> packed for products in pairs or not; `every` and `offset` interleave the blocks of several matrices
+template <class W>
+void pack(int64_t outputs, int64_t inputs, const W *matrix, int64_t every, int64_t offset, int64_t pair, W *packed) {
+    const int64_t size = round_up(inputs, 32) * LANES;
 #pragma omp parallel for schedule(static)
     for (int64_t n = 0; n < (outputs + LANES - 1) / LANES; n++) {
-        T *to = packed + (n * every + offset) * size;
-        std::memset(to, 0, size * sizeof(T));
+        W *to = packed + (n * every + offset) * size;
+        std::memset(to, 0, size * sizeof(W));
         for (int64_t j = 0; j < std::min(LANES, outputs - n * LANES); j++)
             for (int64_t k = 0; k < inputs; k++)
                 to[(k / pair * LANES + j) * pair + k % pair] = matrix[(n * LANES + j) * inputs + k];
@@ -284,17 +308,23 @@ void pack(int64_t outputs, int64_t inputs, const T *matrix, int64_t every, int64
 
 }  // namespace
 
-#define EACH(NAME, T)                                                                                                  \
-    void pack_##NAME(int64_t outputs, int64_t inputs, const T *matrix, int64_t every, int64_t offset, T *packed) {     \
-        pack(outputs, inputs, matrix, every, offset, packed);                                                          \
-    }                                                                                                                  \
+#define PACK(NAME, W, PAIR)                                                                                             \
+    void pack_##NAME(int64_t outputs, int64_t inputs, const W *matrix, int64_t every, int64_t offset, W *packed) {     \
+        pack(outputs, inputs, matrix, every, offset, PAIR, packed);                                                    \
+    }
+
+#define DECODE(NAME, T, W)                                                                                             \
     void decode_##NAME(const int64_t *n, float eps, const void *const *pointers, const int64_t *tokens,                \
                        const int64_t *positions, const float *cos, const float *sin, T *cache, float *logits) {        \
-        step(Shape{n[0], n[1], n[2], n[3], n[4], n[5], n[6], n[7], n[8], n[9], eps}, pointers, tokens, positions, cos, \
-             sin, cache, logits);                                                                                      \
+        step<T, W>(Shape{n[0], n[1], n[2], n[3], n[4], n[5], n[6], n[7], n[8], n[9], eps}, pointers, tokens,           \
+                   positions, cos, sin, cache, logits);                                                                \
     }
 
 extern "C" {
-EACH(f, float)
-EACH(b, bf16)
+PACK(f, float, 1)
+PACK(b, bf16, 2)
+PACK(i, int8_t, 2)
+DECODE(f, float, float)
+DECODE(b, bf16, bf16)
+DECODE(i, bf16, int8_t)
 }

@@ -1,7 +1,8 @@
 """One decoding step on a CPU in one call of `decode.cpp`: for the engine, while no gradient is wanted.
 
 `Decoder` packs a model's weights once, in the precision they have, and then answers as the model itself does with a
-`KVCache`: the newest token of each row in, fp32 logits out. A packed copy costs the memory of the weights again.
+`KVCache`: the newest token of each row in, fp32 logits out. A packed copy costs the memory of the weights again, or
+half of it as 8-bit integers: then each output has a scale of its own, and activations stay bf16.
 
 Shapes: B rows, V vocabulary.
 """
@@ -30,23 +31,31 @@ def runs(model: Llama) -> bool:
             and _call.found)
 
 
-class Decoder:
-    """The packed weights of `model` as they are now."""
+def rounded(weight: Tensor) -> tuple[Tensor, Tensor]:
+    """8-bit integers and the scale of each output: weight ≈ integers · scale, off by at most half a scale."""
+    scale = (weight.float().abs().amax(1) / 127).clamp(min=1e-12)
+    return (weight.float() / scale[:, None]).round().clamp(-127, 127).to(torch.int8), scale
 
-    def __init__(self, model: Llama) -> None:
+
+class Decoder:
+    """The packed weights of `model` as they are now; with `integers` in 8 bits (the model's own must be bf16)."""
+
+    def __init__(self, model: Llama, *, integers: bool = False) -> None:
         c = self.config = model.config
-        self.kind = model.head_weight.dtype
-        self._kept: list[Tensor] = [model.model.embed_tokens.weight.detach(), self._packed(model.head_weight),
-                                    model.model.norm.weight.detach().float()]
+        self.kind, self.letter = model.head_weight.dtype, "i" if integers else _LETTER[model.head_weight.dtype]
+        self._kept: list[Tensor | None] = [model.model.embed_tokens.weight.detach(),
+                                           model.model.norm.weight.detach().float(), *self._packed(model.head_weight)]
         for layer in model.model.layers:
             assert isinstance(layer, Layer)
             attention, mlp = layer.self_attn, layer.mlp
             qkv = torch.cat([part.weight for part in (attention.q_proj, attention.k_proj, attention.v_proj)])
             self._kept += [layer.input_layernorm.weight.detach().float(),
-                           layer.post_attention_layernorm.weight.detach().float(), self._packed(qkv),
-                           self._packed(attention.o_proj.weight),
-                           self._packed(mlp.gate_proj.weight, mlp.up_proj.weight), self._packed(mlp.down_proj.weight)]
-        self._pointers = (ctypes.c_void_p * len(self._kept))(*[tensor.data_ptr() for tensor in self._kept])
+                           layer.post_attention_layernorm.weight.detach().float(), *self._packed(qkv),
+                           *self._packed(attention.o_proj.weight),
+                           *self._packed(mlp.gate_proj.weight, mlp.up_proj.weight),
+                           *self._packed(mlp.down_proj.weight)]
+        pointers = [None if tensor is None else tensor.data_ptr() for tensor in self._kept]
+        self._pointers = (ctypes.c_void_p * len(pointers))(*pointers)
         positions = torch.arange(c.max_position_embeddings)[None]
         cos, sin = rotary_tables(positions, c.head_dim, c.rope_theta)
         self._cos, self._sin = (table[0, :, 0, c.head_dim // 2 :].contiguous() for table in (cos, sin))
@@ -59,17 +68,22 @@ class Decoder:
         numbers = (ctypes.c_int64 * 10)(c.num_hidden_layers, c.hidden_size, c.intermediate_size, c.num_attention_heads,
                                         c.num_key_value_heads, c.head_dim, c.vocab_size, rows, cache.slots,
                                         cache.capacity)
-        _call(f"decode_{_LETTER[self.kind]}", ctypes.addressof(numbers), float(c.rms_norm_eps),
+        _call(f"decode_{self.letter}", ctypes.addressof(numbers), float(c.rms_norm_eps),
               ctypes.addressof(self._pointers), tokens_B.contiguous(), positions_B.contiguous(), self._cos, self._sin,
               cache.data_LPNCKD, logits_BV)
         return logits_BV
 
-    def _packed(self, *matrices: Tensor) -> Tensor:
-        """Matrices of one shape, their blocks of outputs by turns."""
+    def _packed(self, *matrices: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Matrices of one shape, their blocks of outputs by turns; and the scales of integers."""
         outputs, inputs = matrices[0].shape
-        blocks, step = -(-outputs // _LANES) * len(matrices), -(-inputs // 32) * 32
-        packed = torch.empty(blocks, step * _LANES, dtype=self.kind)
+        blocks, step = -(-outputs // _LANES), -(-inputs // 32) * 32
+        kind = torch.int8 if self.letter == "i" else self.kind
+        packed = torch.empty(blocks * len(matrices), step * _LANES, dtype=kind)
+        scales = torch.ones(blocks, len(matrices), _LANES) if self.letter == "i" else None
         for offset, matrix in enumerate(matrices):
-            _call(f"pack_{_LETTER[self.kind]}", outputs, inputs, matrix.detach().contiguous(), len(matrices), offset,
-                  packed)
-        return packed
+            matrix = matrix.detach()
+            if scales is not None:
+                matrix, scale = rounded(matrix)
+                scales[:, offset] = torch.nn.functional.pad(scale, (0, blocks * _LANES - outputs)).view(blocks, _LANES)
+            _call(f"pack_{self.letter}", outputs, inputs, matrix.contiguous(), len(matrices), offset, packed)
+        return packed, scales

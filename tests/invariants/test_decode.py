@@ -69,3 +69,21 @@ def test_mixed_or_other_precisions_are_left_to_pytorch() -> None:
     model.model.norm.bfloat16()
     assert not decode.runs(model)
     assert not decode.runs(build(SHAPES["mqa"], torch.float16))
+
+
+@torch.inference_mode()
+def test_integers_are_read_as_what_they_stand_for() -> None:
+    shape = SHAPES["mha, tied"]
+    model = build(shape, torch.bfloat16)
+    decoder = decode.Decoder(model, integers=True)
+    for parameter in model.parameters():
+        if parameter.dim() == 2:
+            integers, scale = decode.rounded(parameter)
+            assert (parameter.float() - integers * scale[:, None]).abs().max() <= 0.5001 * scale.max()
+            parameter.copy_(integers * scale[:, None])
+    own, theirs = cache(shape, torch.bfloat16, 7), cache(shape, torch.bfloat16, 7)
+    for step in range(6):
+        tokens, positions = torch.randint(0, shape.vocab_size, (7,)), torch.full((7,), step)
+        theirs.decode(positions, 16)
+        expected = model(tokens[:, None], positions_BT=positions[:, None], cache=theirs)[:, 0]
+        assert (decoder(tokens, positions, own) - expected).norm() < 0.03 * expected.norm()

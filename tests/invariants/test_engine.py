@@ -203,3 +203,13 @@ def test_damaged_weights_are_reported() -> None:
         model.model.norm.weight.fill_(float("nan"))
     with pytest.raises(UserError, match="not finite"):
         engine(model).generate(prompts(2), PLAIN)
+
+
+def test_eight_bits_stay_near(model: Llama) -> None:
+    exact = engine(model).generate(prompts(30), Sampling(temperature=0, max_tokens=1))
+    rounded = Engine(model, precision="int8").generate(prompts(30), Sampling(temperature=0, max_tokens=1))
+    same = [one for (one,), (other,) in zip(exact, rounded) if one.tokens == other.tokens]
+    assert len(same) >= 24
+    gaps = [abs(one.logprobs[0] - other.logprobs[0]) for (one,), (other,) in zip(exact, rounded)
+            if one.tokens == other.tokens]
+    assert 0 < max(gaps) < 0.5
