@@ -42,7 +42,7 @@ class Tokenizer:
         self.vocab_size: int = self._processor.vocab_size()
         self.bos, self.eos = BOS, EOS
         self.fingerprint = hashlib.sha256(model).hexdigest()
-        self._bytes = [self._bytes_of(piece) for piece in range(self.vocab_size)]
+        self._bytes = [self._read_bytes(piece) for piece in range(self.vocab_size)]
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Tokenizer:
@@ -85,6 +85,10 @@ class Tokenizer:
             yield decoder.decode(part)
         yield decoder.decode(b"", final=True)
 
+    def bytes_of(self, token: int) -> bytes:
+        """What an id adds to a text: whole characters, or one byte of a longer one; nothing for BOS and EOS."""
+        return self._bytes[token]
+
     def save(self, directory: str | os.PathLike[str]) -> None:
         """Write tokenizer.model and the two files with which transformers, vLLM and llama.cpp read it."""
         names = {"bos_token": BOS, "eos_token": EOS, "unk_token": UNKNOWN}
@@ -106,7 +110,7 @@ class Tokenizer:
             _replace(directory / "tokenizer_config.json", json.dumps(settings, indent=2).encode())
             _replace(directory / "special_tokens_map.json", json.dumps(special, indent=2).encode())
 
-    def _bytes_of(self, token: int) -> bytes:
+    def _read_bytes(self, token: int) -> bytes:
         piece: str = self._processor.id_to_piece(token)
         if self._processor.is_control(token):
             return b""
