@@ -17,35 +17,31 @@ import hashlib
 import json
 import math
 import os
-import random
-import re
-import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from email.utils import parsedate_to_datetime
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
-from pydantic import BaseModel, Field, ValidationError
+from pydantic import Field
 
 from llama2.config import Config
-from llama2.errors import UserError, did_you_mean, missing_extra
+from llama2.errors import UserError, did_you_mean
 from llama2.generate.engine import Completion, Tokens
 from llama2.generate.journal import Journal, Keep
 from llama2.generate.sampling import Sampling
+from llama2.generate.wire import COMPLETIONS, MODELS, Choice, Reply, Trouble, Wire
 from llama2.tokenizer.tokenizer import Tokenizer
 
 Progress = Callable[[int, int], None]  # completions finished, and of how many
-LONGEST_PAUSE = 600.0  # seconds, whatever Retry-After says
 HOPELESS = 32  # so many failures without a success between them, and the rest is not asked for
-_TRY_AGAIN = {408, 409, 425, 429}  # and all from 500 on
-_NEVER = {401, 403, 404, 405}  # would be the same for every prompt
-_EXTRAS = ("return_token_ids", "return_tokens_as_token_ids", "stop_token_ids")  # beyond OpenAI's: a server may refuse
+_NEUTRAL = {"top_k": 0, "min_p": 0.0, "repetition_penalty": 1.0, "presence_penalty": 0.0, "frequency_penalty": 0.0}
 
 
 class Server(Config):
     """Where answers are sampled instead of here: vLLM, `llama2 serve`, or another server of the kind."""
+
+    incidental: ClassVar[frozenset[str]] = frozenset({"url", "key_env", "concurrency", "timeout", "retries"})
 
     url: str = Field(pattern=r"^https?://[^/]")
     """http://host:8000; it must serve the very model that is named as the policy"""
@@ -59,38 +55,6 @@ class Server(Config):
     """seconds that one answer may take"""
     retries: int = Field(5, ge=0)
     """how often a request that fails is repeated"""
-
-
-class _Logprobs(BaseModel):
-    tokens: list[str] = []
-    token_logprobs: list[float | None] = []
-
-
-class _Choice(BaseModel):
-    """What is read of one completion. Ids are in `token_ids`, or as "token_id:5" among the names of the tokens."""
-
-    text: str = ""
-    finish_reason: str | None = None
-    stop_reason: int | str | None = None
-    token_ids: list[int] | None = None
-    logprobs: _Logprobs | None = None
-
-    def ids(self) -> list[int] | None:
-        names = self.logprobs.tokens if self.logprobs else []
-        if self.token_ids is None and names and all(name.startswith("token_id:") for name in names):
-            return [int(name.removeprefix("token_id:")) for name in names]
-        return self.token_ids
-
-
-class _Reply(BaseModel):
-    choices: list[_Choice]
-
-
-class _Trouble(Exception):
-    """A request that failed; `again`: the least seconds to wait before it is repeated, None if that is of no use."""
-
-    def __init__(self, reason: str, again: float | None = 0.0) -> None:
-        self.reason, self.again = reason, again
 
 
 @dataclass(frozen=True)
@@ -126,12 +90,9 @@ class RemoteEngine:
         timeout: float = 600.0, concurrency: int = 64, pause: float = 1.0, state: Path | None = None,
         progress: Progress | None = None,
     ) -> None:
-        self.url, self.model, self.context = re.sub(r"/+(v1/*)?$", "", url), model, context
-        self._tokenizer, self._retries, self._timeout, self._pause = tokenizer, retries, timeout, pause
-        self._concurrency, self._progress, self._journal = concurrency, progress, Journal(state)
-        self._resumable = state is not None
-        self._extras = set(_EXTRAS)
-        self._headers = {"Authorization": f"Bearer {key}"} if key else {}
+        self._wire = Wire(url, key, retries=retries, timeout=timeout, concurrency=concurrency, pause=pause)
+        self.url, self.model, self.context, self.tokenizer = self._wire.url, model, context, tokenizer
+        self._progress, self._journal, self._resumable = progress, Journal(state), state is not None
 
     def generate(
         self, prompts: Sequence[Tokens], sampling: Sampling, indices: Sequence[int] | None = None
@@ -161,36 +122,27 @@ class RemoteEngine:
         for index, prompt in enumerate(prompts):
             name = f"prompt {index + 1} of {len(prompts)}" if len(prompts) > 1 else "the prompt"
             if len(prompt) >= self.context:
-                raise UserError(f"{name} has {len(prompt)} tokens, which leaves no room for an answer in the context of "
+                raise UserError(f"{name} has {len(prompt)} tokens and leaves no room for an answer in the context of "
                                 f"{self.context}", "shorten it")
             if not prompt:
                 raise UserError(f"{name} is empty", "begin it with the BOS token")
-            if not 0 <= min(prompt) <= max(prompt) < self._tokenizer.vocab_size:
-                raise UserError(f"{name} has token ids outside of the model's {self._tokenizer.vocab_size}",
+            if not 0 <= min(prompt) <= max(prompt) < self.tokenizer.vocab_size:
+                raise UserError(f"{name} has token ids outside of the model's {self.tokenizer.vocab_size}",
                                 "use the tokenizer that belongs to the checkpoint")
 
     def stream(self, prompt: Tokens, sampling: Sampling) -> Iterator[int]:
         """The tokens of one completion, each as it comes; nothing is repeated or kept. UserError if it breaks off."""
         self.check([prompt])
-        body = self._ask(tuple(prompt), sampling, 0, 0).body | {"stream": True}
-        httpx, text, told = _httpx(), "", False
+        text, told = "", False
         try:
-            with httpx.Client(base_url=self.url, headers=self._headers, timeout=self._timeout) as client, \
-                    client.stream("POST", "/v1/completions", json=self._sent(body)) as response:
-                if not response.is_success:
-                    response.read()
-                    self._refuse(response)
-                for line in response.iter_lines():
-                    for choice in _event(line):
-                        text += choice.text
-                        for token in choice.ids() or ():
-                            told = True
-                            yield token
-                            if token in sampling.stop:
-                                return
-        except httpx.RequestError as error:
-            raise UserError(f"{self.url}: {_said(error)}", "ask again") from None
-        except _Trouble as trouble:
+            for choice in self._wire.events(self._ask(tuple(prompt), sampling, 0, 0).body):
+                text += choice.text
+                for token in choice.ids() or ():
+                    told = True
+                    yield token
+                    if token in sampling.stop:
+                        return
+        except Trouble as trouble:
             raise UserError(f"{self.url}: {trouble.reason}", "ask again") from None
         if not told:
             yield from self._encode(text)
@@ -198,13 +150,12 @@ class RemoteEngine:
     def models(self) -> dict[str, int | None]:
         """The models served, each with the longest sequence it takes, where the server tells."""
         async def ask() -> Any:
-            async with self._client() as client:
-                return await self._patiently("models", lambda: self._request(client, "GET", "/v1/models"))
+            async with self._wire.client() as client:
+                return await self._wire.patiently(MODELS, lambda: self._wire.request(client, "GET", MODELS))
 
         try:
-            rows = asyncio.run(ask())["data"]
-            return {str(row["id"]): row.get("max_model_len") for row in rows}
-        except _Trouble as trouble:
+            return {str(row["id"]): row.get("max_model_len") for row in asyncio.run(ask())["data"]}
+        except Trouble as trouble:
             raise UserError(f"{self.url}: {trouble.reason}", "start the server, or mend the address") from None
         except (KeyError, TypeError, AttributeError):
             raise UserError(f"{self.url}: it does not list its models", "this is no server of completions") from None
@@ -212,19 +163,20 @@ class RemoteEngine:
     # --- what is asked ---------------------------------------------------------------------------------------------
 
     def _ask(self, prompt: tuple[int, ...], sampling: Sampling, number: int, sample: int) -> _Ask:
-        body = {
+        body: dict[str, Any] = {
             "model": self.model, "prompt": list(prompt), "n": 1, "logprobs": 1,
             "max_tokens": min(sampling.max_tokens, self.context - len(prompt)), "temperature": sampling.temperature,
             "top_p": sampling.top_p, "seed": seed_of(sampling.seed, number, sample),
             "stop_token_ids": list(sampling.stop), "return_token_ids": True, "return_tokens_as_token_ids": True,
         }
-        if sampling.top_k:
-            body["top_k"] = sampling.top_k
+        if sampling.grammar is not None:
+            raise UserError(f"{self.url}: a grammar cannot be sent to a server", "sample here, or without it")
+        body |= {name: getattr(sampling, name) for name, neutral in _NEUTRAL.items()
+                 if getattr(sampling, name) != neutral}
+        if sampling.logit_bias:
+            body["logit_bias"] = {str(token): value for token, value in sampling.logit_bias}
         key = hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()[:32]
         return _Ask(key, number, prompt, body)
-
-    def _sent(self, body: dict[str, Any]) -> dict[str, Any]:
-        return {name: value for name, value in body.items() if name not in _EXTRAS or name in self._extras}
 
     async def _ask_all(self, asks: Sequence[_Ask], sampling: Sampling, found: dict[str, Completion], keep: Keep,
                        tally: _Tally) -> None:
@@ -238,7 +190,7 @@ class RemoteEngine:
                     continue
                 try:
                     found[ask.key] = await self._complete(client, ask, sampling)
-                except _Trouble as trouble:
+                except Trouble as trouble:
                     tally.failures.append((ask, trouble.reason))
                     tally.in_a_row += 1
                     continue
@@ -247,8 +199,8 @@ class RemoteEngine:
                 if self._progress:
                     self._progress(tally.done, tally.total)
 
-        async with self._client() as client:
-            workers = [asyncio.ensure_future(work(client)) for _ in range(min(self._concurrency, len(asks)))]
+        async with self._wire.client() as client:
+            workers = [asyncio.ensure_future(work(client)) for _ in range(min(self._wire.concurrency, len(asks)))]
             try:
                 await asyncio.gather(*workers)
             finally:
@@ -258,71 +210,17 @@ class RemoteEngine:
 
     async def _complete(self, client: Any, ask: _Ask, sampling: Sampling) -> Completion:
         async def once() -> Completion:
-            reply = await self._request(client, "POST", "/v1/completions", ask.body)
+            reply = await self._wire.request(client, "POST", COMPLETIONS, ask.body)
             try:
-                return self._read(_Reply.model_validate(reply).choices[0], ask, sampling)
-            except (ValidationError, IndexError, ValueError):
-                raise _Trouble("an answer of another form than expected") from None
+                return self._read(Reply.model_validate(reply).choices[0], ask, sampling)
+            except (ValueError, IndexError):
+                raise Trouble("an answer of another form than expected") from None
 
-        return await self._patiently(ask.key, once)
-
-    # --- the network -----------------------------------------------------------------------------------------------
-
-    def _client(self) -> Any:
-        httpx = _httpx()
-        limits = httpx.Limits(max_connections=self._concurrency, max_keepalive_connections=self._concurrency)
-        return httpx.AsyncClient(base_url=self.url, headers=self._headers, limits=limits,
-                                 timeout=httpx.Timeout(None, connect=min(30.0, self._timeout)))
-
-    async def _patiently(self, key: str, once: Callable[[], Any]) -> Any:
-        """`once()`, repeated after pauses that double. They differ between requests, which would else come together."""
-        chance = random.Random(key).random
-        for turn in range(self._retries + 1):
-            try:
-                return await once()
-            except _Trouble as trouble:
-                if trouble.again is None or turn == self._retries:
-                    raise
-                pause = self._pause * 2**turn * (0.5 + chance())
-                await asyncio.sleep(min(max(pause, trouble.again), LONGEST_PAUSE))
-        raise AssertionError("unreachable")
-
-    async def _request(self, client: Any, method: str, path: str, body: dict[str, Any] | None = None) -> Any:
-        """The JSON of one reply; _Trouble, or a UserError for what no request of ours could get past."""
-        try:
-            async with asyncio.timeout(self._timeout):
-                response = await client.request(method, path, json=body and self._sent(body))
-                while not response.is_success and self._without(response.text):
-                    response = await client.request(method, path, json=body and self._sent(body))
-        except TimeoutError:
-            raise _Trouble(f"no answer within {self._timeout:g} s") from None
-        except _httpx().RequestError as error:
-            raise _Trouble(_said(error)) from None
-        if not response.is_success:
-            self._refuse(response)
-        try:
-            return response.json()
-        except ValueError:
-            raise _Trouble("an answer that is not JSON") from None
-
-    def _without(self, refusal: str) -> bool:
-        """Whether a server has refused a field that it can do without: it is not sent any more."""
-        refused = {name for name in self._extras if name in refusal}
-        self._extras -= refused
-        return bool(refused)
-
-    def _refuse(self, response: Any) -> None:
-        status = response.status_code
-        reason = f"HTTP {status}: {_message(response.text)}"
-        if status in _NEVER:
-            raise UserError(f"{self.url}: {reason}", "check its address, the name of the model there, and its key")
-        if status in _TRY_AGAIN or status >= 500:
-            raise _Trouble(reason, _retry_after(response.headers.get("retry-after", "")))
-        raise _Trouble(reason, again=None)
+        return await self._wire.patiently(ask.key, once)
 
     # --- what comes back -------------------------------------------------------------------------------------------
 
-    def _read(self, choice: _Choice, ask: _Ask, sampling: Sampling) -> Completion:
+    def _read(self, choice: Choice, ask: _Ask, sampling: Sampling) -> Completion:
         """A completion as an engine here would give it. ValueError for what cannot be one."""
         if choice.finish_reason not in ("stop", "length"):
             raise ValueError(f"finish_reason {choice.finish_reason}")
@@ -330,8 +228,8 @@ class RemoteEngine:
         ids = self._encode(choice.text) if found is None else found
         values = choice.logprobs.token_logprobs if choice.logprobs and found is not None else []
         logprobs = [math.nan if value is None else value for value in values] + [math.nan] * (len(ids) - len(values))
-        if any(not 0 <= token < self._tokenizer.vocab_size for token in ids):
-            raise UserError(f"{self.url}: '{self.model}' gives token ids outside of our {self._tokenizer.vocab_size}",
+        if any(not 0 <= token < self.tokenizer.vocab_size for token in ids):
+            raise UserError(f"{self.url}: '{self.model}' gives token ids outside of our {self.tokenizer.vocab_size}",
                             "it must be the model that is named as the policy, with the same tokenizer")
         end = next((place for place, token in enumerate(ids, 1) if token in sampling.stop), None)
         if end is None and choice.finish_reason == "stop" and sampling.stop:  # this server keeps the stop id to itself
@@ -344,7 +242,7 @@ class RemoteEngine:
         return Completion(ask.prompt, tuple(ids[:end]), tuple(logprobs[:end]), finish)
 
     def _encode(self, text: str) -> list[int]:
-        return self._tokenizer.encode(text.removeprefix(" "))
+        return self.tokenizer.encode(text.removeprefix(" "))
 
     def _failed(self, tally: _Tally) -> UserError:
         prompts = len({ask.number for ask, _ in tally.failures})
@@ -353,8 +251,8 @@ class RemoteEngine:
         others = f"; and {len(reasons) - 3} other reasons" if len(reasons) > 3 else ""
         first = min(ask.number for ask, _ in tally.failures)
         kept = f": the {tally.done} that are finished will not be asked for again" if self._resumable else ""
-        return UserError(f"{self.url}: {len(tally.failures)} of {tally.total} completions failed, of {prompts} prompts, "
-                         f"the first is number {first + 1}: {said}{others}",
+        return UserError(f"{self.url}: {len(tally.failures)} of {tally.total} completions failed, of {prompts} "
+                         f"prompts; the first is number {first + 1}: {said}{others}",
                          f"see to the server, and run the same command again{kept}")
 
 
@@ -387,52 +285,6 @@ def seed_of(seed: int, prompt: int, sample: int) -> int:
     return int.from_bytes(digest, "little") >> 1
 
 
-def _httpx() -> Any:
-    try:
-        import httpx
-    except ImportError:
-        raise missing_extra("httpx", "remote") from None
-    return httpx
-
-
-def _event(line: str) -> list[_Choice]:
-    """What one line of a stream brings."""
-    data = line.removeprefix("data:").strip()
-    if not line.startswith("data:") or data == "[DONE]":
-        return []
-    try:
-        return _Reply.model_validate_json(data).choices
-    except ValidationError:
-        raise _Trouble(_message(data)) from None
-
-
-def _stop_id(choice: _Choice, sampling: Sampling) -> int:
+def _stop_id(choice: Choice, sampling: Sampling) -> int:
     said = choice.stop_reason
     return said if isinstance(said, int) and said in sampling.stop else sampling.stop[0]
-
-
-def _retry_after(text: str) -> float:
-    """Seconds, given as such or as a date."""
-    try:
-        return max(0.0, float(text))
-    except ValueError:
-        pass
-    try:
-        return max(0.0, parsedate_to_datetime(text).timestamp() - time.time())
-    except (ValueError, TypeError):
-        return 0.0
-
-
-def _message(text: str) -> str:
-    """What a server says went wrong, in one line."""
-    try:
-        error = json.loads(text)
-        error = error.get("error", error) if isinstance(error, dict) else error
-        text = str(error.get("message", error)) if isinstance(error, dict) else str(error)
-    except ValueError:
-        pass
-    return " ".join(text.split())[:200] or "without a reason"
-
-
-def _said(error: Exception) -> str:
-    return " ".join(str(error).split()) or type(error).__name__
