@@ -120,7 +120,7 @@ class _Vocabulary:
 
 @lru_cache(maxsize=8)
 def _vocabulary(tokenizer: Tokenizer) -> Any:
-    """llguidance's own form of the vocabulary, a tree of bytes; a second for 32,000 items."""
+    """llguidance's own form of the vocabulary, a tree of bytes."""
     library = _llguidance()
     vocabulary = _Vocabulary(tokenizer, [tokenizer.bytes_of(token) for token in range(tokenizer.vocab_size)])
     return library.LLTokenizer(library.TokenizerWrapper(vocabulary))

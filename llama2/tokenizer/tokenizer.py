@@ -42,7 +42,7 @@ class Tokenizer:
         self.vocab_size: int = self._processor.vocab_size()
         self.bos, self.eos = BOS, EOS
         self.fingerprint = hashlib.sha256(model).hexdigest()
-        self._bytes = [self._read_bytes(piece) for piece in range(self.vocab_size)]
+        self._bytes = [self._bytes_of(piece) for piece in range(self.vocab_size)]
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Tokenizer:
@@ -86,7 +86,7 @@ class Tokenizer:
         yield decoder.decode(b"", final=True)
 
     def bytes_of(self, token: int) -> bytes:
-        """What an id adds to a text: whole characters, or one byte of a longer one; nothing for BOS and EOS."""
+        """What a token adds to a text: part of a character, if it is a byte item; nothing for a control id."""
         return self._bytes[token]
 
     def save(self, directory: str | os.PathLike[str]) -> None:
@@ -110,7 +110,7 @@ class Tokenizer:
             _replace(directory / "tokenizer_config.json", json.dumps(settings, indent=2).encode())
             _replace(directory / "special_tokens_map.json", json.dumps(special, indent=2).encode())
 
-    def _read_bytes(self, token: int) -> bytes:
+    def _bytes_of(self, token: int) -> bytes:
         piece: str = self._processor.id_to_piece(token)
         if self._processor.is_control(token):
             return b""

@@ -9,7 +9,9 @@ import pytest
 import torch
 
 from llama2.errors import UserError
+from llama2.generate.engine import Engine
 from llama2.generate.grammar import Grammar, json_grammar
+from llama2.generate.sampling import Sampling
 from llama2.model import checkpoint
 from llama2.records import Message
 from llama2.tokenizer.template import encode_prompt
@@ -158,11 +160,9 @@ def test_a_bad_schema_is_named(tokenizer, schema, said):
 def test_a_model_completes(tokenizer, policy):
     model = checkpoint.load(policy).eval()
     prompt = encode_prompt(tokenizer, (Message("user", "Who are you?"),))
-
-    def logits(tokens):
-        with torch.inference_mode():
-            return model(torch.tensor([[*prompt, *tokens]]))[0, -1]
-
     schema = {**PERSON, "properties": {**PERSON["properties"], "age": {"type": "integer", "minimum": 0, "maximum": 99}}}
-    found = json.loads(tokenizer.decode(write(tokenizer, json_grammar(tokenizer, schema), logits, limit=100)))
-    assert set(found) - {"age"} == {"name", "mood"}
+    sampling = Sampling(max_tokens=200, n=8, stop=(EOS,), grammar=json_grammar(tokenizer, schema))
+    for one in Engine(model, precision="fp32").generate([prompt], sampling)[0]:
+        assert one.finish == "stop"
+        found = json.loads(tokenizer.decode(one.tokens))
+        assert set(found) - {"age"} == {"name", "mood"}
