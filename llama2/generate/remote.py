@@ -148,13 +148,15 @@ class RemoteEngine:
             yield from self._encode(text)
 
     def models(self) -> dict[str, int | None]:
-        """The models served, each with the longest sequence it takes, where the server tells."""
+        """The language models served, each with the longest sequence it takes, where the server tells."""
         async def ask() -> Any:
             async with self._wire.client() as client:
                 return await self._wire.patiently(MODELS, lambda: self._wire.request(client, "GET", MODELS))
 
         try:
-            return {str(row["id"]): row.get("max_model_len") for row in asyncio.run(ask())["data"]}
+            rows = [(row, row.get("llama2") or {}) for row in asyncio.run(ask())["data"]]
+            return {str(row["id"]): row.get("max_model_len") or own.get("context") for row, own in rows
+                    if own.get("kind") != "reward"}
         except Trouble as trouble:
             raise UserError(f"{self.url}: {trouble.reason}", "start the server, or mend the address") from None
         except (KeyError, TypeError, AttributeError):
@@ -221,9 +223,10 @@ class RemoteEngine:
     # --- what comes back -------------------------------------------------------------------------------------------
 
     def _read(self, choice: Choice, ask: _Ask, sampling: Sampling) -> Completion:
-        """A completion as an engine here would give it. ValueError for what cannot be one."""
+        """A completion as an engine here would give it. Trouble, or ValueError, for what cannot be one."""
         if choice.finish_reason not in ("stop", "length"):
-            raise ValueError(f"finish_reason {choice.finish_reason}")
+            filtered = choice.finish_reason == "content_filter"  # and would be again
+            raise Trouble(f"finish_reason is '{choice.finish_reason}'", again=None if filtered else 0.0)
         found = choice.ids()
         ids = self._encode(choice.text) if found is None else found
         values = choice.logprobs.token_logprobs if choice.logprobs and found is not None else []

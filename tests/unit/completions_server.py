@@ -73,6 +73,8 @@ class Completions:
                 return JSONResponse({"choices": []})
             case "aborted":
                 return JSONResponse({"choices": [{"text": "", "finish_reason": "abort", "token_ids": []}]})
+            case "filtered":
+                return JSONResponse({"choices": [{"text": "No.", "finish_reason": "content_filter"}]})
             case "dropped":
                 return StreamingResponse(_breaking_off(), media_type="application/json")
             case "slow":
@@ -107,7 +109,8 @@ class Completions:
         yield ": a comment\n\ndata: [DONE]\n\n"
 
     async def models(self, request: Request) -> Response:
-        return JSONResponse({"data": [{"id": "tiny", "max_model_len": self.engine.context}]})
+        return JSONResponse({"data": [{"id": "tiny", "max_model_len": self.engine.context},
+                                      {"id": "judge", "llama2": {"kind": "reward", "context": 99}}]})
 
 
 async def _breaking_off() -> Any:

@@ -126,6 +126,13 @@ def test_a_killed_job_goes_on_where_it_was(remote, server, tmp_path):
     assert len(server.asked) == asked + 1
 
 
+def test_what_a_filter_keeps_back_is_not_asked_for_again(remote, server):
+    server.plan.append("filtered")
+    with pytest.raises(UserError, match="1 of 6 completions failed.*content_filter"):
+        remote().generate(PROMPTS, GREEDY)
+    assert len(server.asked) == 6
+
+
 def test_a_server_that_is_gone_is_not_asked_for_every_prompt(remote, server):
     server.plan.extend(["broken"] * 1000)
     with pytest.raises(UserError, match="100 of 100 completions failed") as error:
