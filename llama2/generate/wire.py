@@ -143,11 +143,15 @@ class Wire:
         return body and {name: value for name, value in body.items() if name not in left_out}
 
     def _left_out(self, response: Any, sent: dict[str, Any] | None) -> bool:
-        """Whether a request was refused for a field that we can do without. It is not sent any more."""
+        """Whether a request was refused for a field that we can do without. It is not sent any more.
+
+        It is the first that the refusal names; another may be what the server would have us say instead.
+        """
         wrong = response.text if response.status_code in (400, 422) else ""
-        refused = {name for name in _EXTRAS if name in (sent or ()) and name in wrong}
-        self._extras -= refused
-        return bool(refused)
+        named = [name for name in _EXTRAS if name in (sent or ()) and name in wrong]
+        if named:
+            self._extras.discard(min(named, key=wrong.index))
+        return bool(named)
 
     def _refuse(self, response: Any) -> None:
         status = response.status_code
