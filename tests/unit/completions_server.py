@@ -59,7 +59,8 @@ class Completions:
         if self.key and request.headers.get("authorization") != f"Bearer {self.key}":
             return JSONResponse({"error": {"message": "wrong key"}}, 401)
         if refused := [name for name in self.unknown if name in body]:
-            return JSONResponse({"error": {"message": f"unknown parameter '{refused[0]}'; did you mean 'return_token_ids'?"}}, 400)
+            message = f"unknown parameter '{refused[0]}'; did you mean 'return_token_ids'?"
+            return JSONResponse({"error": {"message": message}}, 400)
         if tuple(body["prompt"]) == self.poisoned:
             return JSONResponse({"error": {"message": "this one never"}}, 500)
         match self.plan.popleft() if self.plan else "":
