@@ -21,6 +21,7 @@ from torch import Tensor
 from llama2.errors import UserError
 from llama2.generate.sampling import UNIFORMS, Sampling, change, draw, uniforms
 from llama2.model.cache import KVCache
+from llama2.model.decode import Decoder
 from llama2.model.llama import Llama
 
 PREFILL_TOKENS = 4096  # padded tokens of one forward pass over prompts
@@ -120,10 +121,10 @@ class _Rows:
 class Batch:
     """Draws `requests` in the first `slots` slots of `cache`: `step` until it returns False, then read the requests."""
 
-    def __init__(self, model: Llama, cache: KVCache, slots: int, requests: Sequence[Request], most: int | None = None
-                 ) -> None:
+    def __init__(self, model: Llama, cache: KVCache, slots: int, requests: Sequence[Request], most: int | None = None,
+                 decoder: Decoder | None = None) -> None:
         self.cache = cache
-        self._model, self._slots = model, slots
+        self._model, self._slots, self._decoder = model, slots, decoder
         self._device = model.head_weight.device
         # Longest first: rows of similar length are live together, and short ones fill the end. Samples of one prompt
         # are neighbours, so at most one prompt waits half served.
@@ -276,6 +277,9 @@ class Batch:
         """One forward pass over the newest token of each live row."""
         rows, b = self._rows, slice(0, self._live)
         positions_B = rows.before_N[b] + rows.steps_N[b]
+        if self._decoder is not None:
+            self._logits_BV = self._decoder(rows.newest_N[b], positions_B, self.cache)
+            return
         self.cache.decode(positions_B, self._columns())
         logits_B1V = self._model(rows.newest_N[b, None], positions_BT=positions_B[:, None], cache=self.cache)
         self._logits_BV = logits_B1V[:, 0]

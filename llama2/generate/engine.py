@@ -25,7 +25,9 @@ from llama2.generate.batch import Batch, Request
 from llama2.generate.sampling import Sampling
 from llama2.generate.session import Session
 from llama2.mesh import Precision
+from llama2.model import decode
 from llama2.model.cache import KVCache
+from llama2.model.decode import Decoder
 from llama2.model.llama import Llama
 
 Tokens = Sequence[int]
@@ -79,6 +81,8 @@ class Engine:
         self._model, self._dtype = model, torch.bfloat16 if precision == "bf16" else torch.float32
         self._copy: Llama | None = None
         self._spare: KVCache | None = None
+        self._decoder: Decoder | None = None
+        self._state: list[tuple[int, int]] = []  # of the weights that are packed
 
     def generate(
         self, prompts: Sequence[Tokens], sampling: Sampling, indices: Sequence[int] | None = None
@@ -123,7 +127,7 @@ class Engine:
         (as many unless given), each of the engine's whole context."""
         model = self._current()
         return Session(model, self._cache(model, self.slots + (self.slots if kept is None else kept), self.context),
-                       self.slots)
+                       self.slots, self._packed(model))
 
     def check(self, prompts: Sequence[Tokens]) -> None:
         """Raise the UserError that `generate` would raise for these prompts."""
@@ -148,7 +152,16 @@ class Engine:
                 slots, longest = max(slots, spare.slots), max(longest, spare.capacity)
                 del spare
             spare = self._cache(model, slots, -(-longest // _ROUND) * _ROUND)
-        return Batch(model, spare, min(self.slots, len(requests)), requests)
+        return Batch(model, spare, min(self.slots, len(requests)), requests, decoder=self._packed(model))
+
+    def _packed(self, model: Llama) -> Decoder | None:
+        """The weights as our own decoding step reads them, where it runs; packed anew when they have changed."""
+        if not decode.runs(model):
+            return None
+        state = [(weight.data_ptr(), weight._version) for weight in model.parameters() if not weight.is_inference()]
+        if self._decoder is None or not state or state != self._state:
+            self._decoder, self._state = Decoder(model), state
+        return self._decoder
 
     def _cache(self, model: Llama, slots: int, capacity: int) -> KVCache:
         c = model.config

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from llama2.generate.batch import COMPACT, Batch, Prompt, Request, _check
 from llama2.model.cache import KVCache
+from llama2.model.decode import Decoder
 from llama2.model.llama import Llama
 
 CHUNK_TOKENS = {"cpu": 512}  # of prompts read between two steps of the others
@@ -43,8 +44,8 @@ class _Reading:
 class Session(Batch):
     """Serves requests until nobody has any; see `submit`, `cancel` and `step`."""
 
-    def __init__(self, model: Llama, cache: KVCache, slots: int) -> None:
-        super().__init__(model, cache, slots, (), cache.capacity)
+    def __init__(self, model: Llama, cache: KVCache, slots: int, decoder: Decoder | None = None) -> None:
+        super().__init__(model, cache, slots, (), cache.capacity, decoder)
         self.slots = slots
         self._chunk = CHUNK_TOKENS.get(self._device.type, LARGE_CHUNK_TOKENS)
         self._readings: deque[_Reading] = deque()

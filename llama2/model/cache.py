@@ -24,7 +24,7 @@ class KVCache:
         self.slots, self.capacity = slots, capacity
         # Zeros, not empty: masked columns get weight 0, and 0 times an uninitialised NaN would be NaN. All heads of a
         # token lie together, so that a row is written and read in one piece: on a CPU up to twice as fast.
-        self._data_LPNCKD = torch.zeros(layers, 2, slots, capacity, kv_heads, head_dim, dtype=dtype, device=device)
+        self.data_LPNCKD = torch.zeros(layers, 2, slots, capacity, kv_heads, head_dim, dtype=dtype, device=device)
         self._offsets_N = torch.arange(slots, device=device) * capacity
         self._columns_C = torch.arange(capacity, device=device)
         self._targets = self._columns_C  # tokens that the next update writes, counted over all slots
@@ -58,7 +58,7 @@ class KVCache:
 
     def update(self, layer: int, keys_BKTD: Tensor, values_BKTD: Tensor) -> tuple[Tensor, Tensor]:
         """Store the new keys and values of a layer; returns keys_BKSD, values_BKSD to attend to under `mask_BTS`."""
-        keys_NCKD, values_NCKD = self._data_LPNCKD[layer]
+        keys_NCKD, values_NCKD = self.data_LPNCKD[layer]
         for new_BKTD, kept_NCKD in ((keys_BKTD, keys_NCKD), (values_BKTD, values_NCKD)):
             new_MKD = new_BKTD.transpose(1, 2).flatten(0, 1).to(kept_NCKD.dtype)
             kept_NCKD.view(-1, *new_MKD.shape[1:]).index_copy_(0, self._targets, new_MKD)
@@ -69,4 +69,4 @@ class KVCache:
 
     def copy(self, sources_B: Tensor, targets_B: Tensor, columns: int) -> None:
         """Copy the first `columns` columns of some slots to others (a shared prompt; filling a gap)."""
-        self._data_LPNCKD[:, :, targets_B, :columns] = self._data_LPNCKD[:, :, sources_B, :columns]
+        self.data_LPNCKD[:, :, targets_B, :columns] = self.data_LPNCKD[:, :, sources_B, :columns]

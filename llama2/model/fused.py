@@ -11,7 +11,6 @@ E head dimension, S keys, V vocabulary.
 
 from __future__ import annotations
 
-import ctypes
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -23,30 +22,13 @@ from llama2.model import native
 
 BLOCK = 128  # queries that share one product: keys after the last of them are left out
 _LETTER = {torch.float32: "f", torch.bfloat16: "b"}
+_call = native.Library("fused")
 
 
 def runs(x: Tensor) -> bool:
     """Whether the functions of this module take `x`."""
     return (x.device.type == "cpu" and x.dtype in _LETTER and not torch.compiler.is_compiling()
-            and native.library() is not None)
-
-
-def _call(name: str, *arguments: Tensor | int | float | None) -> None:
-    """One function of the library: tensors go as pointers, whole numbers with 64 bits, others as fp32."""
-    function = _functions.get(name) or _declared(name, arguments)
-    function(*[value.data_ptr() if isinstance(value, Tensor) else value for value in arguments])
-
-
-_functions: dict[str, Any] = {}
-
-
-def _declared(name: str, arguments: Sequence[Tensor | int | float | None]) -> Any:
-    """The function with the types of its arguments, which are the same in every call."""
-    function = _functions[name] = getattr(native.library(), name)
-    function.restype = None
-    function.argtypes = [ctypes.c_int64 if isinstance(value, int) else ctypes.c_float if isinstance(value, float)
-                         else ctypes.c_void_p for value in arguments]
-    return function
+            and _call.found)
 
 
 # ---- residual stream and RMSNorm ----

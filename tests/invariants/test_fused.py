@@ -113,11 +113,11 @@ def test_the_exponential_is_exact_to_the_last_bits() -> None:
 @needs_compiler
 def test_it_is_built_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, forget: None) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    assert native.library() is not None
+    assert native.library("fused") is not None
     [path] = (tmp_path / "llama2").iterdir()
     stamp = path.stat().st_mtime_ns
     native.library.cache_clear()
-    assert native.library() is not None
+    assert native.library("fused") is not None
     assert [each.stat().st_mtime_ns for each in (tmp_path / "llama2").iterdir()] == [stamp]
 
 
@@ -125,7 +125,7 @@ def test_without_a_compiler_a_line_says_so(monkeypatch: pytest.MonkeyPatch, caps
                                            forget: None) -> None:
     monkeypatch.setenv("PATH", "")
     monkeypatch.delenv("CXX", raising=False)
-    assert native.library() is None
+    assert native.library("fused") is None
     assert not fused.runs(torch.zeros(1))
     assert "install g++" in capsys.readouterr().err
 
@@ -137,12 +137,12 @@ def test_a_compiler_that_fails_is_no_failure(tmp_path: Path, monkeypatch: pytest
     broken.chmod(broken.stat().st_mode | stat.S_IXUSR)
     monkeypatch.setenv("CXX", str(broken))
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    assert native.library() is None
+    assert native.library("fused") is None
     assert "no such instruction" in capsys.readouterr().err
     assert not any(path.suffix == ".so" for path in (tmp_path / "cache").rglob("*"))
 
 
 def test_it_can_be_turned_off(monkeypatch: pytest.MonkeyPatch, forget: None) -> None:
     monkeypatch.setenv("LLAMA2_NATIVE", "0")
-    assert native.library() is None
+    assert native.library("fused") is None
     assert os.environ["LLAMA2_NATIVE"] == "0"

@@ -30,13 +30,13 @@ def test_the_candidate_must_win_more_than_half(outcome, kept, reason):
 
 
 def test_a_kind_of_prompt_that_gets_worse_stops_the_candidate():
-    asked = of("helpful", 30) + of("unsafe", 10) + of("borderline", 10)
-    found = select.judge(CONFIG, asked, [1.0] * 30 + [1.0] * 3 + [-1.0] * 7 + [1.0] * 10)
+    asked = of("helpful", 90) + of("unsafe", 30) + of("borderline", 10)
+    found = select.judge(CONFIG, asked, [1.0] * 90 + [1.0] * 9 + [-1.0] * 21 + [1.0] * 10)
     assert found["kept"] == "predecessor"
     assert found["reason"] == "on unsafe prompts it wins 30%, 40% are needed"
     assert set(found["win_rate"]) == {"all", "helpful", "unsafe", "borderline"}
-    few = select.judge(CONFIG, of("helpful", 30) + of("unsafe", 9), [1.0] * 30 + [-1.0] * 9)
-    assert few["kept"] == "candidate"  # nine comparisons decide nothing
+    few = select.judge(CONFIG, of("helpful", 30) + of("unsafe", 10), [1.0] * 30 + [1.0] * 3 + [-1.0] * 7)
+    assert few["kept"] == "candidate"  # as likely by chance
 
 
 def test_scores_become_preferences():

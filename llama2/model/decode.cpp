@@ -1,0 +1,300 @@
+// One decoding step of a Llama on a CPU: the newest token of each row in, logits out, all layers in one call.
+//
+// PyTorch spends most of such a step on starting operations and on weights in an order that suits large products. Here
+// weights lie in the order in which they are read, and products run on tiles (AMX), on pairs of bf16 (AVX-512), or on
+// plain vectors, whichever the processor has. decode.py packs the weights, says what is computed, and builds this file.
+//
+// Numbers are fp32 or bf16 (T) in memory; sums, norms, softmax and the residual stream are fp32. A row's result does not
+// depend on the other rows of its step, to the last bit.
+//
+// Shapes: B rows, D hidden, F feed-forward, H query heads, K key heads, G = H / K, E head dimension, V vocabulary,
+// S columns of the cache. A packed matrix is [outputs / 16][inputs / pair][16][pair], zeros where sizes do not divide.
+
+#include "numbers.h"
+
+#ifdef __AVX512BF16__
+#include <immintrin.h>
+#endif
+#ifdef __AMX_BF16__
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+
+namespace {
+
+constexpr int64_t LANES = 16;      // outputs of a block
+constexpr int64_t TILE_ROWS = 16;  // rows of an AMX tile
+
+template <class T> constexpr int64_t PAIR = sizeof(T) == 2 ? 2 : 1;
+
+inline int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
+
+// Activations on their way into a product: rows padded to whole tiles, inputs to whole steps of 32, with zeros.
+template <class T> struct Rows {
+    int64_t width;
+    std::vector<T> data;
+    Rows(int64_t B, int64_t K) : width(round_up(K, 32)), data(round_up(B, TILE_ROWS) * width) {}
+    T *row(int64_t b) { return data.data() + b * width; }
+    const T *row(int64_t b) const { return data.data() + b * width; }
+};
+
+// ---- products: out[b][0..15] = sum over k of x[b][k] · w[k][0..15], for all rows of one block of outputs ----
+
+inline void block(const Rows<float> &x, int64_t B, const float *w, float *out) {
+    for (int64_t first = 0; first < B; first += 8) {
+        float sum[8][LANES] = {};
+        int64_t rows = std::min<int64_t>(8, B - first);
+        for (int64_t k = 0; k < x.width; k++)
+            for (int64_t r = 0; r < rows; r++) {
+                float value = x.row(first + r)[k];
+#pragma omp simd
+                for (int64_t j = 0; j < LANES; j++) sum[r][j] += value * w[k * LANES + j];
+            }
+        std::memcpy(out + first * LANES, sum, rows * sizeof sum[0]);
+    }
+}
+
+#if defined(__AVX512BF16__) && !defined(__AMX_BF16__)
+template <int R> inline void pairs(const Rows<bf16> &x, int64_t first, const bf16 *w, float *out) {
+    __m512 sum[R];
+    for (int r = 0; r < R; r++) sum[r] = _mm512_setzero_ps();
+    for (int64_t k = 0; k < x.width; k += 2) {
+        __m512bh weights = (__m512bh)_mm512_loadu_si512(w + k * LANES);
+        for (int r = 0; r < R; r++) {
+            int32_t pair;
+            std::memcpy(&pair, x.row(first + r) + k, 4);
+            sum[r] = _mm512_dpbf16_ps(sum[r], weights, (__m512bh)_mm512_set1_epi32(pair));
+        }
+    }
+    for (int r = 0; r < R; r++) _mm512_storeu_ps(out + (first + r) * LANES, sum[r]);
+}
+#endif
+
+inline void block(const Rows<bf16> &x, int64_t B, const bf16 *w, float *out) {
+#if defined(__AMX_BF16__)
+    for (int64_t first = 0; first < B; first += TILE_ROWS) {
+        _tile_zero(0);
+        for (int64_t k = 0; k < x.width; k += 32) {
+            _tile_loadd(1, x.row(first) + k, x.width * 2);
+            _tile_loadd(2, w + k * LANES, 64);
+            _tile_dpbf16ps(0, 1, 2);
+        }
+        _tile_stored(0, out + first * LANES, LANES * 4);
+    }
+#elif defined(__AVX512BF16__)
+    int64_t b = 0;
+    for (; b + 4 <= B; b += 4) pairs<4>(x, b, w, out);
+    for (; b < B; b++) pairs<1>(x, b, w, out);
+#else
+    for (int64_t b = 0; b < B; b++) {
+        float sum[LANES] = {};
+        for (int64_t k = 0; k < x.width; k += 2) {
+            float even = get(x.row(b)[k]), odd = get(x.row(b)[k + 1]);
+#pragma omp simd
+            for (int64_t j = 0; j < LANES; j++)
+                sum[j] += even * get(w[k * LANES + 2 * j]) + odd * get(w[k * LANES + 2 * j + 1]);
+        }
+        std::memcpy(out + b * LANES, sum, sizeof sum);
+    }
+#endif
+}
+
+// Tiles have to be asked for once a process and set up once a thread.
+struct Tiles {
+#ifdef __AMX_BF16__
+    bool used;
+    explicit Tiles(bool wanted) : used(wanted) {
+        if (!used) return;
+        static const long asked = syscall(SYS_arch_prctl, 0x1023, 18);  // ARCH_REQ_XCOMP_PERM, XTILEDATA
+        (void)asked;
+        struct alignas(64) {
+            uint8_t palette = 1, start = 0, reserved[14] = {};
+            uint16_t bytes[16] = {64, 64, 64};
+            uint8_t rows[16] = {16, 16, 16};
+        } setup;
+        _tile_loadconfig(&setup);
+    }
+    ~Tiles() {
+        if (used) _tile_release();
+    }
+#else
+    explicit Tiles(bool) {}
+#endif
+};
+
+// ---- the network ----
+
+template <class T> struct Layer {
+    const float *attention_norm, *mlp_norm;
+    const T *qkv, *output, *gate_up, *down;  // gate and up alternate block by block
+};
+
+struct Shape {
+    int64_t layers, D, F, H, K, E, V, B, slots, columns;
+    float eps;
+};
+
+template <class T> inline const T *weights(const T *packed, int64_t inputs, int64_t index) {
+    return packed + index * round_up(inputs, 32) * LANES;
+}
+
+template <class T> void normed(const float *x, const float *weight, int64_t D, float eps, T *out) {
+    float squares = 0;
+#pragma omp simd reduction(+ : squares)
+    for (int64_t d = 0; d < D; d++) squares += x[d] * x[d];
+    float scale = 1.0f / std::sqrt(squares / float(D) + eps);
+#pragma omp simd
+    for (int64_t d = 0; d < D; d++) put(out[d], x[d] * scale * weight[d]);
+}
+
+inline void turn(float *x, int64_t E, const float *cos, const float *sin) {
+    for (int64_t e = 0; e < E / 2; e++) {
+        float a = x[e], b = x[e + E / 2];
+        x[e] = a * cos[e] - b * sin[e];
+        x[e + E / 2] = b * cos[e] + a * sin[e];
+    }
+}
+
+// One row and key head: its key and value go into the cache at `position`, then its G queries look at 0..position.
+template <class T>
+void attend(const Shape &s, const float *qkv, int64_t head, int64_t position, const float *cos, const float *sin, T *keys,
+            T *values, float *work, T *out) {
+    int64_t G = s.H / s.K, E = s.E, step = s.K * E;
+    const float *k = qkv + (s.H + head) * E, *v = qkv + (s.H + s.K + head) * E;
+    std::vector<float> turned(k, k + E), query(E), sum(E);
+    turn(turned.data(), E, cos, sin);
+    for (int64_t e = 0; e < E; e++) {
+        put(keys[position * step + head * E + e], turned[e]);
+        put(values[position * step + head * E + e], v[e]);
+    }
+    for (int64_t g = 0; g < G; g++) {
+        std::copy_n(qkv + (head * G + g) * E, E, query.data());
+        turn(query.data(), E, cos, sin);
+        float scale = 1.0f / std::sqrt(float(E)), top = -INFINITY, total = 0, *q = query.data(), *o = sum.data();
+        for (int64_t t = 0; t <= position; t++) {
+            const T *key = keys + t * step + head * E;
+            float dot = 0;
+#pragma omp simd reduction(+ : dot)
+            for (int64_t e = 0; e < E; e++) dot += q[e] * get(key[e]);
+            work[t] = dot * scale;
+            top = std::max(top, work[t]);
+        }
+        std::fill_n(o, E, 0.0f);
+#pragma omp simd reduction(+ : total)
+        for (int64_t t = 0; t <= position; t++) {
+            work[t] = exponential(work[t] - top);
+            total += work[t];
+        }
+        for (int64_t t = 0; t <= position; t++) {
+            const T *value = values + t * step + head * E;
+#pragma omp simd
+            for (int64_t e = 0; e < E; e++) o[e] += work[t] * get(value[e]);
+        }
+        for (int64_t e = 0; e < E; e++) put(out[(head * G + g) * E + e], o[e] / total);
+    }
+}
+
+template <class T>
+void step(const Shape &s, const void *const *pointers, const int64_t *tokens, const int64_t *positions, const float *cos,
+          const float *sin, T *cache, float *logits) {
+    auto at = [&](int64_t i) { return static_cast<const T *>(pointers[i]); };
+    auto norm_at = [&](int64_t i) { return static_cast<const float *>(pointers[i]); };
+    const T *embedding = at(0), *head = at(1);
+    const float *last_norm = norm_at(2);
+    const int64_t P = (s.H + 2 * s.K) * s.E, slot = s.columns * s.K * s.E, half = s.E / 2;
+    Rows<T> normal(s.B, s.D), mixed(s.B, s.H * s.E), gated(s.B, s.F);
+    std::vector<float> stream(s.B * s.D), qkv(s.B * round_up(P, LANES));
+    const int64_t wide = round_up(P, LANES);
+#pragma omp parallel
+    {
+        Tiles tiles(sizeof(T) == 2);
+        const int64_t padded = round_up(s.B, TILE_ROWS);
+        std::vector<float> out(2 * padded * LANES), work(s.columns);
+        // Blocks of outputs, shared among threads; `use` gets the block's number and its B rows of 16 sums.
+        auto product = [&](const Rows<T> &x, const T *packed, int64_t inputs, int64_t outputs, auto use) {
+#pragma omp for schedule(static)
+            for (int64_t n = 0; n < (outputs + LANES - 1) / LANES; n++) {
+                block(x, s.B, weights(packed, inputs, n), out.data());
+                use(n * LANES, std::min(LANES, outputs - n * LANES));
+            }
+        };
+        auto add = [&](int64_t first, int64_t count) {
+            for (int64_t b = 0; b < s.B; b++)
+                for (int64_t j = 0; j < count; j++) stream[b * s.D + first + j] += out[b * LANES + j];
+        };
+        auto norm = [&](const float *weight) {
+#pragma omp for schedule(static)
+            for (int64_t b = 0; b < s.B; b++) normed(&stream[b * s.D], weight, s.D, s.eps, normal.row(b));
+        };
+#pragma omp for schedule(static)
+        for (int64_t b = 0; b < s.B; b++)
+            for (int64_t d = 0; d < s.D; d++) stream[b * s.D + d] = get(embedding[tokens[b] * s.D + d]);
+        for (int64_t l = 0; l < s.layers; l++) {
+            const void *const *own = pointers + 3 + 6 * l;
+            Layer<T> layer{static_cast<const float *>(own[0]), static_cast<const float *>(own[1]),
+                           static_cast<const T *>(own[2]), static_cast<const T *>(own[3]),
+                           static_cast<const T *>(own[4]), static_cast<const T *>(own[5])};
+            T *keys = cache + 2 * l * s.slots * slot, *values = keys + s.slots * slot;
+            norm(layer.attention_norm);
+            product(normal, layer.qkv, s.D, P, [&](int64_t first, int64_t count) {
+                for (int64_t b = 0; b < s.B; b++) std::copy_n(&out[b * LANES], count, &qkv[b * wide + first]);
+            });
+#pragma omp for schedule(dynamic) collapse(2)
+            for (int64_t b = 0; b < s.B; b++)
+                for (int64_t k = 0; k < s.K; k++)
+                    attend(s, &qkv[b * wide], k, positions[b], cos + positions[b] * half, sin + positions[b] * half,
+                           keys + b * slot, values + b * slot, work.data(), mixed.row(b));
+            product(mixed, layer.output, s.H * s.E, s.D, add);
+            norm(layer.mlp_norm);
+#pragma omp for schedule(static)
+            for (int64_t n = 0; n < (s.F + LANES - 1) / LANES; n++) {
+                float *gate = out.data(), *up = gate + padded * LANES;
+                block(normal, s.B, weights(layer.gate_up, s.D, 2 * n), gate);
+                block(normal, s.B, weights(layer.gate_up, s.D, 2 * n + 1), up);
+                int64_t count = std::min(LANES, s.F - n * LANES);
+                for (int64_t b = 0; b < s.B; b++) {
+                    const float *a = gate + b * LANES, *u = up + b * LANES;
+                    T *to = gated.row(b) + n * LANES;
+#pragma omp simd
+                    for (int64_t j = 0; j < count; j++) put(to[j], a[j] * u[j] / (1.0f + exponential(-a[j])));
+                }
+            }
+            product(gated, layer.down, s.F, s.D, add);
+        }
+        norm(last_norm);
+        product(normal, head, s.D, s.V, [&](int64_t first, int64_t count) {
+            for (int64_t b = 0; b < s.B; b++) std::copy_n(&out[b * LANES], count, logits + b * s.V + first);
+        });
+    }
+}
+
+// [outputs, inputs] -> packed; `every` and `offset` interleave the blocks of several matrices
+template <class T>
+void pack(int64_t outputs, int64_t inputs, const T *matrix, int64_t every, int64_t offset, T *packed) {
+    const int64_t size = round_up(inputs, 32) * LANES, pair = PAIR<T>;
+#pragma omp parallel for schedule(static)
+    for (int64_t n = 0; n < (outputs + LANES - 1) / LANES; n++) {
+        T *to = packed + (n * every + offset) * size;
+        std::memset(to, 0, size * sizeof(T));
+        for (int64_t j = 0; j < std::min(LANES, outputs - n * LANES); j++)
+            for (int64_t k = 0; k < inputs; k++)
+                to[(k / pair * LANES + j) * pair + k % pair] = matrix[(n * LANES + j) * inputs + k];
+    }
+}
+
+}  // namespace
+
+#define EACH(NAME, T)                                                                                                  \
+    void pack_##NAME(int64_t outputs, int64_t inputs, const T *matrix, int64_t every, int64_t offset, T *packed) {     \
+        pack(outputs, inputs, matrix, every, offset, packed);                                                          \
+    }                                                                                                                  \
+    void decode_##NAME(const int64_t *n, float eps, const void *const *pointers, const int64_t *tokens,                \
+                       const int64_t *positions, const float *cos, const float *sin, T *cache, float *logits) {        \
+        step(Shape{n[0], n[1], n[2], n[3], n[4], n[5], n[6], n[7], n[8], n[9], eps}, pointers, tokens, positions, cos, \
+             sin, cache, logits);                                                                                      \
+    }
+
+extern "C" {
+EACH(f, float)
+EACH(b, bf16)
+}
