@@ -11,7 +11,7 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar, get_args, get_origin
+from typing import Any, ClassVar, TypeVar, get_args, get_origin
 
 import tyro
 import yaml
@@ -26,6 +26,9 @@ class Config(BaseModel):
     """Base of every configuration: frozen, and a key nobody declared is an error."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, protected_namespaces=())
+
+    incidental: ClassVar[frozenset[str]] = frozenset()
+    """keys that say how the work is done and change nothing of the result: a run may be resumed with others"""
 
     @model_validator(mode="before")
     @classmethod
@@ -269,6 +272,17 @@ def _shown(field: FieldInfo) -> Any:
             if issubclass(inner, BaseModel):
                 return _example(inner)
     return default
+
+
+def incidentals(config: BaseModel, prefix: str = "") -> Iterator[str]:
+    """The dotted key of everything in a configuration that is incidental (see `Config`)."""
+    if isinstance(config, Config):
+        yield from (f"{prefix}{name}" for name in config.incidental)
+    for name in type(config).model_fields:
+        value = getattr(config, name)
+        for key, item in value.items() if isinstance(value, Mapping) else [("", value)]:
+            if isinstance(item, BaseModel):
+                yield from incidentals(item, ".".join(filter(None, (f"{prefix}{name}", str(key)))) + ".")
 
 
 def paths(config: BaseModel, prefix: str = "") -> Iterator[tuple[str, Path]]:

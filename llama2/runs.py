@@ -20,7 +20,7 @@ import platform
 import shutil
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
@@ -31,7 +31,7 @@ import yaml
 
 import llama2
 from llama2 import mesh
-from llama2.config import StageConfig, paths
+from llama2.config import StageConfig, incidentals, paths
 from llama2.errors import UserError, explain_os_errors
 from llama2.records import dump
 
@@ -192,7 +192,8 @@ def check(verb: str, config: StageConfig) -> None:
     path = config.out
     if (path / MANIFEST).is_file() and not _only_begun(path):
         old = json.loads((path / MANIFEST).read_text())
-        differences = _differences({"verb": old["verb"], **old["config"]}, {"verb": verb, **_asked(config)})
+        differences = _differences({"verb": old["verb"], **old["config"]}, {"verb": verb, **_asked(config)},
+                                   set(incidentals(config)))
         if differences:
             raise UserError(f"{path}: holds {_state(path)} with another configuration: {'; '.join(differences)}",
                             "choose another --out, or delete that directory to start over")
@@ -262,8 +263,8 @@ def _state(path: Path) -> str:
     return "a finished run" if (path / COMPLETE).is_file() else "an unfinished run"
 
 
-def _differences(old: Any, new: Any, key: str = "") -> list[str]:
+def _differences(old: Any, new: Any, ignored: Collection[str], key: str = "") -> list[str]:
     if isinstance(old, dict) and isinstance(new, dict):
         return [line for name in sorted({*old, *new})
-                for line in _differences(old.get(name), new.get(name), f"{key}.{name}" if key else name)]
-    return [] if old == new else [f"{key}: {old} -> {new}"]
+                for line in _differences(old.get(name), new.get(name), ignored, f"{key}.{name}" if key else name)]
+    return [] if old == new or key in ignored else [f"{key}: {old} -> {new}"]

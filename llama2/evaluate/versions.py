@@ -23,6 +23,7 @@ from llama2.evaluate import attention, ghost, summary
 from llama2.evaluate.judges import RewardJudge, kind_of, truth
 from llama2.generate.dialogue import Answer, Chat
 from llama2.generate.engine import Engine
+from llama2.generate.remote import Server, connect
 from llama2.generate.sampling import Sampling
 from llama2.microworld.rater import Rating
 from llama2.model.checkpoint import CHECKSUMS, config_of, load
@@ -70,6 +71,8 @@ class Config(configuration.StageConfig):
     """of all matrix products"""
     conversations: int = Field(8, ge=0)
     """prompts whose answers by every version are shown in the report"""
+    servers: dict[str, Server] = {}
+    """name of a version -> the server that answers for it; the others answer here"""
     attention: tuple[str, ...] = ()
     """versions to draw the attention heat map of (without and with Ghost Attention); needs `ghost`"""
 
@@ -104,11 +107,12 @@ def run(config: Config, run: runs.Run) -> None:
     same: dict[bytes, str] = {}
     for name, checkpoint in config.versions.items():
         begin = time.time()
-        model = load(checkpoint, device=mesh.device()).eval()
+        needed = name not in config.servers or name in config.attention
+        model = load(checkpoint, device=mesh.device()).eval() if needed else None
         twin = same.setdefault(_weights(checkpoint), name)  # a rejected candidate's place is taken by its predecessor
         results[name] = results[twin] if twin in results else _answer(
-            config, model, checkpoint, prompts, dialogs, judges)
-        if name in config.attention:
+            config, _chat(config, name, model, run), prompts, dialogs, judges)
+        if name in config.attention and model is not None:
             models[name] = model
         _say(f"{name}: {_line(results[name])}  {time.time() - begin:.0f} s")
     run.write_json("evaluation.json", summary.describe(prompts, results, config.conversations) | {
@@ -125,6 +129,8 @@ def _check(config: Config) -> None:
     unknown = [name for name in config.attention if name not in config.versions]
     if unknown:
         raise UserError(f"attention: there is no version '{unknown[0]}'", f"versions: {', '.join(config.versions)}")
+    if strange := [name for name in config.servers if name not in config.versions]:
+        raise UserError(f"servers: there is no version '{strange[0]}'", f"versions: {', '.join(config.versions)}")
     if config.attention and not config.ghost:
         raise UserError("attention needs `ghost`", "give the file of dialogs under a lasting instruction")
 
@@ -147,11 +153,21 @@ def fitting(config: Config, prompts: Sequence[Prompt], room: int = 8) -> list[Pr
     return kept
 
 
-def _answer(config: Config, model: Llama, checkpoint: Path, prompts: Sequence[Prompt],
-            dialogs: Sequence[ghost.Dialog], judges: Mapping[Axis, RewardJudge]) -> summary.Version:
-    """All that one version has to say, and what the judges think of it."""
+def _chat(config: Config, name: str, model: Llama | None, run: runs.Run) -> Chat:
+    """A version ready to answer: `model`, or its server, whose answers are kept until the run is finished."""
+    checkpoint = config.versions[name]
     tokenizer = Tokenizer.load(checkpoint)
-    chat = Chat(Engine(model, slots=config.slots, precision=config.precision), tokenizer)
+    if name in config.servers:
+        context = config_of(checkpoint).max_position_embeddings
+        kept = run.path / runs.CHECKPOINTS / "answers" / name
+        return Chat(connect(config.servers[name], tokenizer, context, state=kept), tokenizer)
+    assert model is not None
+    return Chat(Engine(model, slots=config.slots, precision=config.precision), tokenizer)
+
+
+def _answer(config: Config, chat: Chat, prompts: Sequence[Prompt], dialogs: Sequence[ghost.Dialog],
+            judges: Mapping[Axis, RewardJudge]) -> summary.Version:
+    """All that one version has to say, and what the judges think of it."""
     asked = [prompt.messages for prompt in prompts]
     answers = [row[0] for row in chat.answers(asked, config.sampling(config.seed))]
     texts = [answer.text for answer in answers]

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import numpy as np
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from llama2.config import StageConfig
 from llama2.evaluate.judges import kind_of
@@ -48,6 +48,12 @@ class Config(StageConfig):
     round: int = Field(0, ge=0)
     sample: Sample = Sample()
 
+    @model_validator(mode="after")
+    def _one_server(self) -> Config:
+        if self.sample.server is not None and len(set(self.policies)) > 1:
+            raise ValueError("sample.server answers for one model: give one policy, or sample here")
+        return self
+
 
 def plan(config: Config, cluster: Cluster, lineage: Lineage) -> dict[str, Any]:
     """Memory: the policies whole on every rank."""
@@ -57,7 +63,7 @@ def plan(config: Config, cluster: Cluster, lineage: Lineage) -> dict[str, Any]:
 def run(config: Config, run: Run) -> None:
     """Write preferences.jsonl, heldout.jsonl and summary.json."""
     prompts = read_prompts(config.prompts, config.limit, config.seed)
-    chats = [load_chat(path, config.sample) for path in dict.fromkeys(config.policies)]
+    chats = [load_chat(path, config.sample, run) for path in dict.fromkeys(config.policies)]
     prompts = fitting(chats[0], prompts, room=16)
     pairs = list(zip(prompts, sampled(config, chats, prompts)))
     annotator = Annotator(config.seed, noise=config.noise)

@@ -74,7 +74,7 @@ def plan(config: Config, cluster: Cluster, lineage: Lineage) -> dict[str, Any]:
 
 def run(config: Config, run: Run) -> None:
     """Write dialogs.jsonl: adversarial prompts with the answers that a preprompt improved."""
-    chat = load_chat(config.policy, config.sample)
+    chat = load_chat(config.policy, config.sample, run)
     rewards = load_rewards(config.rewards.model_copy(update={"rule": "safe"}), chat.tokenizer,
                            config.sample.precision)
     found = read_prompts(config.prompts, None, config.seed)

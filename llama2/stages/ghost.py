@@ -74,7 +74,7 @@ def plan(config: Config, cluster: Cluster, lineage: Lineage) -> dict[str, Any]:
 
 def run(config: Config, run: Run) -> None:
     """Write dialogs.jsonl and summary.json."""
-    chat = load_chat(config.policy, config.sample)
+    chat = load_chat(config.policy, config.sample, run)
     conversations = (read(config.conversations) if config.conversations else compose(config))[: config.limit]
     answers = converse(chat, conversations, config)
     generator = np.random.default_rng(config.seed)

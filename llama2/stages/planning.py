@@ -215,12 +215,16 @@ def flops_per_token(config: LlamaConfig, length: int) -> float:
 
 def sampling_plan(policies: Sequence[LlamaConfig | None], scorers: Sequence[LlamaConfig | None], sample: Sample,
                   cluster: Cluster) -> dict[str, Any]:
-    """What a dry run says of a stage that samples: every rank holds policies and reward models whole."""
+    """What a dry run says of a stage that samples: every rank holds policies and reward models whole.
+
+    Policies that a server samples are not held here.
+    """
     known = [shape for shape in policies if shape is not None]
     if len(known) < len(policies):
         return UNKNOWN
-    parts = {"policies": float(_size(sample.precision) * sum(shape.parameters() for shape in known)),
-             "engine_and_cache": max(engine_bytes(shape, sample, copied=False) for shape in known),
+    here = known if sample.server is None else []
+    parts = {"policies": float(_size(sample.precision) * sum(shape.parameters() for shape in here)),
+             "engine_and_cache": max((engine_bytes(shape, sample, copied=False) for shape in here), default=0.0),
              "reward_models": scorer_bytes(scorers, sample.precision)}
     fewest = 1 if sum(parts.values()) <= cluster.gib * GIB else NONE
     return {"parameters": known[0].parameters(), "ranks": cluster.ranks or 1, **_described(parts, cluster, fewest)}

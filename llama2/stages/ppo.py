@@ -88,6 +88,13 @@ class Config(StageConfig):
                                   plan=Plan(schedule="constant", log_every=1, save_every=80))
 
     @model_validator(mode="after")
+    def _here(self) -> Config:
+        if self.sample.server is not None:
+            raise ValueError("sample.server is not for PPO: rollouts need the policy's weights of this very step, "
+                             "which a server does not have")
+        return self
+
+    @model_validator(mode="after")
     def _eager(self) -> Config:
         if self.training.compile:
             raise ValueError("training.compile is not for PPO: rollout and update must compute alike to the last bit, "

@@ -65,7 +65,7 @@ def plan(config: Config, cluster: Cluster, lineage: Lineage) -> dict[str, Any]:
 
 def run(config: Config, run: Run) -> None:
     """Write best.jsonl (this round), pool.jsonl (with earlier rounds) and curves.json."""
-    chat = load_chat(config.policy, config.sample)
+    chat = load_chat(config.policy, config.sample, run)
     rewards = load_rewards(config.rewards, chat.tokenizer, config.sample.precision)
     prompts = fitting(chat, read_prompts(config.prompts, config.limit, config.seed))
     searched, temperature = search(config, chat, rewards, prompts)

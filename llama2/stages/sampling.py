@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+import time
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -13,11 +15,14 @@ from llama2.config import Config
 from llama2.errors import UserError
 from llama2.generate.dialogue import Answer, Chat
 from llama2.generate.engine import Engine
+from llama2.generate.remote import Progress, Server, connect
 from llama2.generate.rewards import RewardModels, Rewards, Score
 from llama2.generate.sampling import Sampling
 from llama2.mesh import Precision
+from llama2.model.checkpoint import config_of
 from llama2.records import Dialog, Message, Messages, Prompt
-from llama2.stages.training import frozen, load_policy, load_scorer
+from llama2.runs import CHECKPOINTS, Run
+from llama2.stages.training import fitting_tokenizer, frozen, load_policy, load_scorer
 from llama2.tokenizer.template import encode_prompt
 from llama2.tokenizer.tokenizer import Tokenizer
 
@@ -31,17 +36,38 @@ class Sample(Config):
     slots: int = Field(64, gt=0)
     """answers generated side by side on a rank"""
     precision: Precision = "bf16"
+    server: Server | None = None
+    """sample on a server that serves the policy, instead of here; under several ranks each asks for its share"""
 
     def sampling(self, seed: int) -> Sampling:
         """One answer a prompt, drawn this way."""
         return Sampling(temperature=self.temperature, top_p=self.top_p, max_tokens=self.max_tokens, seed=seed)
 
 
-def load_chat(path: Path, sample: Sample) -> Chat:
-    """A checkpoint ready to answer."""
+def load_chat(path: Path, sample: Sample, run: Run) -> Chat:
+    """A checkpoint ready to answer: here, or on a server, whose answers are kept in `run` until it is finished."""
+    if sample.server is not None:
+        config = config_of(path)
+        engine = connect(sample.server, fitting_tokenizer(path, config), config.max_position_embeddings,
+                         state=run.path / CHECKPOINTS / "answers", progress=reporter(sample.server.url))
+        return Chat(engine, engine.tokenizer)
     model, tokenizer = load_policy(path, torch.bfloat16 if sample.precision == "bf16" else torch.float32)
     model.eval()
     return Chat(Engine(model, slots=sample.slots, precision=sample.precision), tokenizer)
+
+
+def reporter(title: str, seconds: float = 10.0) -> Progress:
+    """Says on stderr how many answers have come, every so many seconds (rank 0, of its own share)."""
+    said = time.monotonic()
+
+    def report(done: int, total: int) -> None:
+        nonlocal said
+        now = time.monotonic()
+        if mesh.is_main() and now - said >= seconds:
+            said = now
+            print(f"{title}: {done:,} of {total:,} answers", file=sys.stderr, flush=True)
+
+    return report
 
 
 def load_rewards(settings: RewardModels, tokenizer: Tokenizer, precision: Precision = "bf16") -> Rewards:

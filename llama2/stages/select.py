@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from llama2 import mesh
 from llama2.config import StageConfig
@@ -47,6 +47,12 @@ class Config(StageConfig):
     done it: the 95 % interval reaches a half"""
     sample: Sample = Sample(temperature=0.6, top_p=0.9)
 
+    @model_validator(mode="after")
+    def _here(self) -> Config:
+        if self.sample.server is not None:
+            raise ValueError("sample.server answers for one model, and here two are compared: leave it out")
+        return self
+
 
 def plan(config: Config, cluster: Cluster, lineage: Lineage) -> dict[str, Any]:
     """Memory: one version after the other whole on every rank, beside the reward models."""
@@ -63,7 +69,7 @@ def run(config: Config, run: Run) -> None:
     obeyed: list[list[float]] = []
     talks = ghost.read(config.ghost) if config.ghost else []
     for path in (config.candidate, config.predecessor):
-        chat = load_chat(path, config.sample)
+        chat = load_chat(path, config.sample, run)
         prompts = fitting(chat, read_prompts(config.prompts, config.limit, config.seed), room=16)
         answers = answer(chat, [prompt.messages for prompt in prompts], config.sample, seed=config.seed)
         texts.append([one[0].text for one in answers])

@@ -238,16 +238,16 @@ def test_map_shows_the_dialog_that_differs_most(tokenizer: Tokenizer, monkeypatc
 
 
 def test_equal_weights_answer_once(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    calls: list[Path] = []
-    answer = versions._answer
+    calls: list[str] = []
+    chat = versions._chat
 
-    def counted(config: versions.Config, model: Llama, checkpoint: Path, *rest: object) -> object:
-        calls.append(checkpoint)
-        return answer(config, model, checkpoint, *rest)  # type: ignore[arg-type]
+    def counted(config: versions.Config, name: str, *rest: object) -> object:
+        calls.append(name)
+        return chat(config, name, *rest)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(versions, "_answer", counted)
+    monkeypatch.setattr(versions, "_chat", counted)
     twin = place / "twin"
     shutil.copytree(place / "v1", twin)
     result = evaluate(place, "twins", versions={"SFT": place / "sft", "V1": place / "v1", "V2": twin})
-    assert calls == [place / "sft", place / "v1"]
+    assert calls == ["SFT", "V1"]
     assert result["results"]["V2"] == result["results"]["V1"]  # type: ignore[index]

@@ -1,0 +1,142 @@
+"""Answers that are JSON of a given shape: which tokens may come next, so that the text always parses and validates.
+
+The work is done by llguidance, which walks the vocabulary with a parser; this module gives it our vocabulary as bytes
+and asks it for masks. Three things are settled here. SentencePiece puts a space in front of a first word, so a text
+may begin with one space, which JSON allows. Between values there may be one space, or a new line and an indentation:
+a model that loves white space must not fill its answer with it. And behind the last bracket there is nothing but EOS.
+Where only one text can follow, such as the name of a key, its pieces are those that the tokenizer would choose.
+
+Shapes: V vocabulary.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from llama2.errors import UserError, missing_extra
+from llama2.tokenizer.tokenizer import BOS, EOS, UNKNOWN, Tokenizer
+
+_WHITE_SPACE = r"( |\n {0,16})?"
+_OBJECT = {"type": "object"}
+
+
+class Grammar:
+    """What one text may still become. It remembers what was said, so each sample drives a copy of its own (`fresh`)."""
+
+    def __init__(self, matcher: Any, vocab_size: int) -> None:
+        self._start, self._matcher, self._vocab_size = matcher, matcher.deep_copy(), vocab_size
+        self._ended = False
+
+    def fresh(self) -> Grammar:
+        """The same grammar before the first token."""
+        return Grammar(self._start, self._vocab_size)
+
+    @property
+    def done(self) -> bool:
+        """Whether the text is complete and nothing but EOS may follow."""
+        return self._ended or bool(self._matcher.is_stopped())
+
+    def mask(self) -> Tensor:
+        """mask_V: True for every token that may come next, EOS among them when the text may end here."""
+        if self.done:
+            mask_V = torch.zeros(self._vocab_size, dtype=torch.bool)
+            mask_V[EOS] = True
+            return mask_V
+        packed = np.frombuffer(self._matcher.compute_bitmask(), dtype=np.uint8)
+        self._check()
+        allowed_V = np.unpackbits(packed, count=self._vocab_size, bitorder="little")
+        return torch.from_numpy(allowed_V).bool()
+
+    def accept(self, token: int) -> None:
+        """Go on by `token`. ValueError for one that cannot come next."""
+        if token == EOS and (self.done or self._matcher.is_accepting()):
+            self._ended = True
+        elif self._ended or not self._matcher.validate_tokens([token]):
+            raise ValueError(f"token {token} cannot come next in this grammar")
+        else:
+            self._matcher.consume_token(token)
+            self._check()
+
+    def _check(self) -> None:
+        if self._matcher.is_error():
+            raise UserError(f"the schema cannot be followed any further ({_first_line(self._matcher.get_error())})",
+                            "simplify it: patterns and bounds of length are what costs most")
+
+
+def json_grammar(tokenizer: Tokenizer, schema: dict[str, Any] | None = None) -> Grammar:
+    """The grammar of JSON texts that validate against `schema` (JSON Schema), or of any JSON object.
+
+    UserError names what is wrong with a schema, or which of its keys cannot be enforced while sampling.
+    """
+    # Given for the whole text, so that nothing inside of the schema can turn it off.
+    schema = {**(_OBJECT if schema is None else schema), "x-guidance": {"whitespace_pattern": _WHITE_SPACE}}
+    try:
+        text = json.dumps(schema, allow_nan=False)
+    except (TypeError, ValueError) as error:
+        raise _bad(str(error)) from None
+    return _compiled(tokenizer, text).fresh()
+
+
+@lru_cache(maxsize=64)
+def _compiled(tokenizer: Tokenizer, schema: str) -> Grammar:
+    library = _llguidance()
+    vocabulary = _vocabulary(tokenizer)
+    alone = library.LLMatcher.grammar_from_json_schema(schema)
+    wrong, messages = library.LLMatcher.validate_grammar_with_warnings(alone, vocabulary)
+    if wrong:
+        raise _bad(messages[0])
+    lark = library.LLMatcher.grammar_from_lark(f"start: lead value\nlead: / ?/\nvalue: %json {schema}")
+    matcher = library.LLMatcher(vocabulary, lark, log_level=0)
+    if matcher.is_error():
+        raise _bad(matcher.get_error())
+    return Grammar(matcher, tokenizer.vocab_size)
+
+
+@dataclass(frozen=True)
+class _Vocabulary:
+    """A vocabulary in the form that llguidance asks for; calling it encodes a text."""
+
+    tokenizer: Tokenizer
+    tokens: list[bytes]
+    eos_token_id: int = EOS
+    bos_token_id: int = BOS
+    special_token_ids: tuple[int, ...] = (UNKNOWN, BOS, EOS)
+
+    def __call__(self, text: str) -> list[int]:
+        """Ids of `text` inside of another text: what must come next is allowed in these pieces alone.
+
+        `encode` would put a space in front. No item runs across a line, so the ids behind a new line are those wanted.
+        """
+        ids = self.tokenizer.encode("\n" + text)  # a TypeError for bytes tells llguidance that we want text
+        return ids[len(self.tokenizer.encode("\n")) :]
+
+
+@lru_cache(maxsize=8)
+def _vocabulary(tokenizer: Tokenizer) -> Any:
+    """llguidance's own form of the vocabulary, a tree of bytes."""
+    library = _llguidance()
+    vocabulary = _Vocabulary(tokenizer, [tokenizer.bytes_of(token) for token in range(tokenizer.vocab_size)])
+    return library.LLTokenizer(library.TokenizerWrapper(vocabulary))
+
+
+def _llguidance() -> Any:
+    try:
+        import llguidance
+    except ImportError:
+        raise missing_extra("llguidance", "serve") from None
+    return llguidance
+
+
+def _bad(message: str) -> UserError:
+    return UserError(f"the JSON schema cannot be used: {_first_line(message)}", "mend or simplify the schema")
+
+
+def _first_line(message: str) -> str:
+    return " ".join(message.split())[:300]
