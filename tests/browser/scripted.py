@@ -96,7 +96,7 @@ def app(script: Script) -> Starlette:
 @contextmanager
 def running(script: Script) -> Iterator[str]:
     """The address of a server that follows `script`."""
-    server = uvicorn.Server(uvicorn.Config(app(script), port=0, log_level="error", lifespan="off",
+    server = uvicorn.Server(uvicorn.Config(app(script), port=0, log_level="critical", lifespan="off",
                                            timeout_graceful_shutdown=0))
     socket = server.config.bind_socket()
     thread = threading.Thread(target=server.run, kwargs={"sockets": [socket]}, daemon=True)

@@ -44,15 +44,15 @@ function measure(version, begun, start) {
   if (!start) return;
   version.delay = (start - begun) / 1000;
   const seconds = (performance.now() - start) / 1000;
-  if (version.tokens > 1 && seconds > 0) version.rate = (version.tokens - 1) / seconds;
+  if (version.tokens > 1 && seconds > 0.05) version.rate = (version.tokens - 1) / seconds;
 }
 
-/** What an answer cost, in words. */
-export function cost({ tokens, exact, rate, delay, finish }) {
+/** What an answer cost, in words; `brief` leaves out what is read once a day. */
+export function cost({ tokens, exact, rate, delay, finish }, brief = false) {
   if (!tokens) return "";
   const parts = [`${exact ? "" : "≈ "}${tokens} token${tokens === 1 ? "" : "s"}`];
   if (rate) parts.push(`${rate.toFixed(rate < 10 ? 1 : 0)} tokens/s`);
-  if (delay && finish) parts.push(`first after ${delay.toFixed(2)} s`);
+  if (delay && finish && !brief) parts.push(`first after ${delay.toFixed(2)} s`);
   if (finish === "length") parts.push("cut at the length limit");
   if (finish === "cancelled") parts.push("stopped");
   return parts.join(" · ");

@@ -33,6 +33,7 @@ function showConversation() {
   showTurns(turns, current.messages, actions);
   if (refused) turns.append(errorCard(refused, connect));
   else if (!current.messages.length) turns.append(welcome(settings.compare ? "" : modelOf(0)));
+  byId("main").classList.toggle("fresh", !current.messages.length);
   document.title = current.messages.length ? `${titleOf(current)} · llama2` : "llama2";
 }
 
@@ -52,7 +53,7 @@ function showModels() {
       keepSettings();
     } }, ...names.map((name) => h("option", { value: name, selected: name === modelOf(index) }, name)));
     return h("label", { class: "model-choice" }, settings.compare ? h("b", {}, "AB"[index]) : null, select,
-      icon("down"));
+      icon("chevron"));
   }));
 }
 
@@ -286,7 +287,8 @@ function toggleSettings(isOpen) {
   byId("panel").hidden = !isOpen;
   byId("tune").setAttribute("aria-expanded", String(isOpen));
   if (isOpen) showSettings();
-  (isOpen ? byId("system") : byId("tune")).focus();
+  if (!isOpen) byId("tune").focus();
+  else if (!finger.matches) byId("system").focus(); // a field would bring up the keyboard
 }
 
 function isDark() {

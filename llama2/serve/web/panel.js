@@ -20,7 +20,7 @@ let chosen = 0;
 export function showPanel(panel, conversation, actions) {
   const again = () => showPanel(panel, conversation, actions);
   const index = settings.compare ? chosen : 0;
-  panel.replaceChildren(
+  panel.replaceChildren(h("div", { class: "fields" },
     h("div", { class: "title" }, h("h2", {}, "Settings"), iconButton("close", "Close the settings", actions.close)),
     systemField(conversation, actions),
     settings.compare ? sides(again) : null,
@@ -30,7 +30,7 @@ export function showPanel(panel, conversation, actions) {
       actions.changed();
       again();
     } }, "Back to the defaults"),
-    h("button", { type: "button", class: "plain", onclick: actions.save }, icon("export"), "Export this conversation"));
+    h("button", { type: "button", class: "plain", onclick: actions.save }, icon("export"), "Export this conversation")));
 }
 
 /** The sampling settings of a side as the API wants them; `attempt` makes a seed differ when asked again. */
@@ -52,7 +52,7 @@ function sides(again) {
   const button = (index) => h("button", { type: "button", "aria-pressed": String(chosen === index), onclick: () => {
     chosen = index;
     again();
-  } }, `${"AB"[index]} · ${settings.sides[index].model || "model"}`);
+  } }, h("span", {}, `${"AB"[index]} · ${settings.sides[index].model || "model"}`));
   return h("div", { class: "segments", role: "group", "aria-label": "Side" }, button(0), button(1));
 }
 

@@ -1,7 +1,7 @@
 // The conversation as it is seen: questions, answers, and below each what can be done with it. An element belongs to
 // its message as long as nothing but the text of an answer changes, so a growing answer costs what has grown.
 import { cost } from "./answer.js";
-import { copy, fit, h, icon, iconButton } from "./dom.js";
+import { copy, fit, h, iconButton } from "./dom.js";
 import { errorCard } from "./errors.js";
 import { show as showMarkdown } from "./markdown.js";
 
@@ -36,7 +36,8 @@ export function grow(version) {
   if (!place) return;
   showMarkdown(place.text, version.content);
   place.text.classList.toggle("waiting", !version.content);
-  place.cost.textContent = cost(version);
+  place.cost.textContent = cost(version, place.brief);
+  place.cost.title = cost(version);
 }
 
 function article(message, actions) {
@@ -94,7 +95,7 @@ function answer(message, actions) {
 function column(message, version, side, actions) {
   const text = h("div", { class: "text" });
   const price = h("span", { class: "cost" });
-  places.set(version, { text, cost: price });
+  places.set(version, { text, cost: price, brief: side !== null });
   const node = h("section", { class: "column", "aria-busy": version.finish === null ? "true" : null },
     h("p", { class: "model" }, side === null ? null : h("b", {}, "AB"[side]), version.model || "assistant"),
     text,
@@ -115,7 +116,7 @@ function tools(message, version, side, actions) {
   const button = tool("copy", "Copy the answer", () => copy(version.content, button));
   const found = version.content ? [button] : [];
   if (side === null) found.push(...versionTools(message, actions));
-  if (side !== 1) found.push(tool("again", "Answer again", () => actions.again(message), "only-last"));
+  if (side !== 1 && !version.error) found.push(tool("again", "Answer again", () => actions.again(message), "only-last"));
   return found;
 }
 
@@ -135,7 +136,7 @@ function tool(name, label, onclick, extra = "", disabled = false) {
 
 /** What stands in place of a conversation that has not begun. */
 export function welcome(model) {
-  return h("div", { class: "welcome" }, icon("new"),
+  return h("div", { class: "welcome" },
     h("h1", {}, "What is on your mind?"),
     h("p", {}, model ? `${model} answers. ` : "", "Conversations stay in this browser."));
 }
