@@ -5,6 +5,7 @@ import { models } from "./api.js";
 import { fromLines, history, shown, toLines } from "./dialogs.js";
 import { announce, byId, fit, h, icon, isField, notice } from "./dom.js";
 import { errorCard } from "./errors.js";
+import { isAtEnd, isDark, narrow, scrolled, toEnd, toggleList, toggleTheme } from "./frame.js";
 import { showList } from "./list.js";
 import { sampling, showPanel } from "./panel.js";
 import { blank, conversations, follow, load, matching, remove, save, saveSettings, settings, titleOf } from "./store.js";
@@ -12,7 +13,6 @@ import { grow, renew, showTurns, welcome } from "./turns.js";
 
 const SAVE_EVERY = 1000; // milliseconds, while an answer grows
 const runs = new Map(); // conversation id -> the AbortControllers of its running answers
-const narrow = matchMedia("(max-width: 760px)");
 const finger = matchMedia("(hover: none) and (pointer: coarse)");
 let current = blank();
 let known = null; // names of the server's models, null before they are known
@@ -158,6 +158,7 @@ const actions = {
     ask(text);
   },
   again(message) {
+    stop(current.id);
     begin(message);
   },
   retry(message, failed) {
@@ -249,39 +250,13 @@ function grown(conversation, version) {
 }
 
 function grownNow() {
-  const stay = atEnd;
+  const stay = isAtEnd();
   for (const version of growing) grow(version);
   growing.clear();
   if (stay) toEnd();
 }
 
-// ---- scrolling ----
-
-let atEnd = true;
-
-function toEnd() {
-  const scroll = byId("scroll");
-  scroll.scrollTop = scroll.scrollHeight;
-  atEnd = true;
-  byId("bottom").hidden = true;
-}
-
-function scrolled() {
-  const { scrollTop, scrollHeight, clientHeight } = byId("scroll");
-  atEnd = scrollHeight - scrollTop - clientHeight < 60;
-  byId("bottom").hidden = atEnd;
-}
-
 // ---- the frame around ----
-
-function toggleList(isOpen) {
-  const drawn = narrow.matches && isOpen;
-  document.body.classList.toggle("listing", drawn);
-  byId("list").inert = narrow.matches && !isOpen;
-  byId("main").inert = drawn;
-  byId("menu").setAttribute("aria-expanded", String(drawn));
-  if (drawn) byId("list-close").focus();
-}
 
 function toggleSettings(isOpen) {
   byId("panel").hidden = !isOpen;
@@ -289,22 +264,6 @@ function toggleSettings(isOpen) {
   if (isOpen) showSettings();
   if (!isOpen) byId("tune").focus();
   else if (!finger.matches) byId("system").focus(); // a field would bring up the keyboard
-}
-
-function isDark() {
-  const { theme } = document.documentElement.dataset;
-  return theme ? theme === "dark" : matchMedia("(prefers-color-scheme: dark)").matches;
-}
-
-function toggleTheme() {
-  const theme = isDark() ? "light" : "dark";
-  document.documentElement.dataset.theme = theme;
-  try {
-    localStorage.setItem("llama2/theme", theme);
-  } catch {
-    // Then it holds for this page only.
-  }
-  byId("theme").setAttribute("aria-pressed", String(isDark()));
 }
 
 function toggleCompare() {

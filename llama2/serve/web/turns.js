@@ -116,7 +116,7 @@ function tools(message, version, side, actions) {
   const button = tool("copy", "Copy the answer", () => copy(version.content, button));
   const found = version.content ? [button] : [];
   if (side === null) found.push(...versionTools(message, actions));
-  if (side !== 1 && !version.error) found.push(tool("again", "Answer again", () => actions.again(message), "only-last"));
+  if (side !== 1 && !version.error) found.push(tool("again", side === null ? "Answer again" : "Answer both again", () => actions.again(message), "only-last"));
   return found;
 }
 
