@@ -9,6 +9,7 @@ from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
 
+import hypothesis
 import pytest
 import torch
 from commands import llama2
@@ -22,6 +23,8 @@ from llama2.tokenizer.train import train
 
 SHAPE = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2,
          "num_key_value_heads": 1, "max_position_embeddings": 256}
+hypothesis.settings.register_profile("patient", deadline=None)  # a busy machine is no failure
+hypothesis.settings.load_profile("patient")
 torch.set_num_threads(1)  # tests share the machine with one another and compare bits
 
 

@@ -1,4 +1,4 @@
-"""The state of one `generate` call: which sequence sits in which slot, and one decoding step for all of them.
+"""Samples drawn side by side: which sequence sits in which slot, and one decoding step for all of them.
 
 A step costs the same few operations however many slots are live; Python loops over sequences only when they enter and
 leave. On a CPU that decides: at the demo's size such overhead would be most of a step.
@@ -11,14 +11,15 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
+from typing import Literal
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from llama2.errors import UserError
-from llama2.generate.sampling import UNIFORMS, Sampling, draw, uniforms
+from llama2.generate.sampling import UNIFORMS, Sampling, change, draw, uniforms
 from llama2.model.cache import KVCache
 from llama2.model.llama import Llama
 
@@ -28,18 +29,28 @@ REFILL = 8  # the queue moves up when one slot in so many is free: a prefill has
 COMPACT = 4  # with no queue left, the live rows close ranks when one in so many has finished
 
 Prompt = tuple[int, ...]
+Finish = Literal["stop", "length", "cancelled"]
 
 
 @dataclass(eq=False)
 class Request:
-    """One sample to draw: its prompt, the two numbers that name its randomness, and the most tokens it may have."""
+    """One sample to draw, and what is drawn of it so far. (prompt index, sample index) names its random numbers."""
 
     prompt: Prompt
-    index: int
-    sample: int
-    limit: int
-    tokens: tuple[int, ...] = ()
-    logprobs: tuple[float, ...] = ()
+    sampling: Sampling
+    index: int = 0
+    sample: int = 0
+    limit: int = 0
+    """the most new tokens; what submits it sets it"""
+    tokens: list[int] = field(default_factory=list)
+    logprobs: list[float] = field(default_factory=list)
+    """of `tokens`, under the model itself"""
+    alternatives: list[tuple[tuple[int, float], ...]] = field(default_factory=list)
+    """the likeliest tokens and their log-probabilities at each place, if `sampling.top_logprobs` asks for them"""
+    finish: Finish | None = None
+    """"stop": the last token is a stop id; None while it runs"""
+    cached: int = 0
+    """tokens of the prompt that were read before, with another request"""
 
 
 @dataclass(frozen=True)
@@ -51,9 +62,22 @@ class _Prefilled:
     logits_V: Tensor
 
 
+@dataclass(frozen=True)
+class _Group:
+    """Live rows drawn in one way."""
+
+    sampling: Sampling
+    rows: Tensor | slice
+    requests: tuple[Request, ...]  # in the order of the rows; not filled in where all rows are drawn alike
+    stops_V: Tensor
+
+
 @dataclass
 class _Rows:
     """What is known of each slot. On the device, so that a step neither loops nor waits."""
+
+    seen_NV: Tensor | None = field(default=None, init=False)  # tokens of prompt or answer; only if penalties need it
+    counts_NV: Tensor | None = field(default=None, init=False)  # how often each stands in the answer
 
     steps_N: Tensor  # tokens drawn
     limits_N: Tensor  # the most to draw
@@ -79,24 +103,35 @@ class _Rows:
 
     def move(self, sources_S: Tensor, targets_S: Tensor) -> None:
         for tensor in vars(self).values():
-            tensor[targets_S] = tensor[sources_S]
+            if tensor is not None:
+                tensor[targets_S] = tensor[sources_S]
+
+    def watch(self, slot: int, prompt: Prompt, vocabulary: int) -> None:
+        """From now on know which tokens stand in this slot."""
+        if self.seen_NV is None or self.counts_NV is None:
+            shape, device = (len(self.steps_N), vocabulary), self.steps_N.device
+            self.seen_NV = torch.zeros(shape, dtype=torch.bool, device=device)
+            self.counts_NV = torch.zeros(shape, dtype=torch.int32, device=device)
+        self.seen_NV[slot] = False
+        self.counts_NV[slot] = 0
+        self.seen_NV[slot, list(prompt)] = True
 
 
 class Batch:
     """Draws `requests` in the first `slots` slots of `cache`: `step` until it returns False, then read the requests."""
 
-    def __init__(
-        self, model: Llama, cache: KVCache, slots: int, requests: Sequence[Request], sampling: Sampling
-    ) -> None:
+    def __init__(self, model: Llama, cache: KVCache, slots: int, requests: Sequence[Request], most: int | None = None
+                 ) -> None:
         self.cache = cache
-        self._model, self._slots, self._sampling = model, slots, sampling
+        self._model, self._slots = model, slots
         self._device = model.head_weight.device
         # Longest first: rows of similar length are live together, and short ones fill the end. Samples of one prompt
         # are neighbours, so at most one prompt waits half served.
         self._queue = deque(sorted(requests, key=lambda request: (-len(request.prompt), request.prompt)))
         self._half_served: _Prefilled | None = None
         self._seats: list[Request | None] = [None] * slots
-        self._most = max(request.limit for request in requests)
+        self._groups: list[_Group] | None = None  # None: who sits where has changed
+        self._most = most or max(request.limit for request in requests)
         self._live = 0  # B
         self._time = 0  # steps made
         # Asking a GPU whether a row has finished makes it wait; asking a CPU is free.
@@ -104,8 +139,6 @@ class Batch:
         with torch.inference_mode():
             self._rows = _Rows.empty(slots, self._most, self._device)
             self._index_N = torch.arange(slots, device=self._device)
-            self._stops_V = torch.zeros(model.config.vocab_size, dtype=torch.bool, device=self._device)
-            self._stops_V[list(sampling.stop)] = True
             self._logits_BV = torch.empty(0, model.config.vocab_size, device=self._device)
         self._reach_N = np.zeros(slots, dtype=np.int64)  # tokens of a row less the time: known without the device
 
@@ -119,17 +152,70 @@ class Batch:
             self._enter(free)
         if not self._live:
             return False
-        b, rows = slice(0, self._live), self._rows
-        index_B, steps_B, alive_B = self._index_N[b], rows.steps_N[b], rows.alive_N[b]
-        tokens_B, logprobs_B = draw(self._logits_BV, rows.uniforms_NMU[index_B, steps_B], self._sampling)
-        rows.newest_N[b] = tokens_B
-        rows.tokens_NM[index_B, steps_B] = tokens_B
-        rows.logprobs_NM[index_B, steps_B] = logprobs_B
-        steps_B += alive_B
-        alive_B &= ~self._stops_V[tokens_B]
-        alive_B &= steps_B < rows.limits_N[b]
-        self._time += 1
+        self._draw()
         return True
+
+    def _draw(self) -> None:
+        """The next token of every live row."""
+        for group in self._grouped():
+            b, rows = group.rows, self._rows
+            index_B, steps_B, alive_B = self._index_N[: self._live][b], rows.steps_N[: self._live][b], rows.alive_N[b]
+            logits_BV = self._logits_BV[b]
+            changed_BV = None if group.sampling.plain else self._changed(group, logits_BV)
+            tokens_B, logprobs_B = draw(logits_BV, rows.uniforms_NMU[index_B, steps_B], group.sampling, changed_BV)
+            rows.newest_N[index_B] = tokens_B
+            rows.tokens_NM[index_B, steps_B] = tokens_B
+            rows.logprobs_NM[index_B, steps_B] = logprobs_B
+            if group.sampling.penalised:
+                assert rows.seen_NV is not None
+                assert rows.counts_NV is not None
+                rows.seen_NV[index_B, tokens_B] = True
+                rows.counts_NV[index_B, tokens_B] += 1
+            steps_B = steps_B + alive_B
+            rows.steps_N[index_B] = steps_B
+            rows.alive_N[index_B] = alive_B & ~group.stops_V[tokens_B] & (steps_B < rows.limits_N[index_B])
+            self._report(group, logits_BV, tokens_B)
+        self._time += 1
+
+    def _changed(self, group: _Group, logits_BV: Tensor) -> Tensor:
+        """The group's logits under bias, penalties and grammar."""
+        rows, b = self._rows, group.rows
+        allowed_BV = None
+        if group.sampling.grammar is not None:
+            masks = [request.sampling.grammar.mask() for request in group.requests if request.sampling.grammar]
+            allowed_BV = torch.stack(masks).to(self._device)
+        seen_BV, counts_BV = (None if table is None else table[: self._live][b] for table in
+                              (rows.seen_NV, rows.counts_NV))
+        return change(logits_BV, group.sampling, seen_BV, counts_BV, allowed_BV)
+
+    def _report(self, group: _Group, logits_BV: Tensor, tokens_B: Tensor) -> None:
+        """What a request wants to know of each token besides the token itself."""
+        if group.sampling.top_logprobs:
+            found = logits_BV.float().log_softmax(-1).topk(min(group.sampling.top_logprobs, logits_BV.shape[1]), -1)
+            for request, ids, values in zip(group.requests, found.indices.tolist(), found.values.tolist()):
+                if request.finish is None:
+                    request.alternatives.append(tuple(zip(ids, values)))
+        if group.sampling.grammar is not None:
+            for request, token in zip(group.requests, tokens_B.tolist()):
+                if request.sampling.grammar is not None and token not in request.sampling.stop:
+                    request.sampling.grammar.accept(token)
+
+    def _grouped(self) -> list[_Group]:
+        """The live rows by how they are drawn. All alike, as in rollouts, are one slice."""
+        if self._groups is None:
+            members: dict[Sampling, list[int]] = {}
+            for slot, request in enumerate(self._seats[: self._live]):
+                if request is not None:
+                    members.setdefault(_way(request), []).append(slot)
+            self._groups = [self._group(way, slots, alone=len(members) == 1) for way, slots in members.items()]
+        return self._groups
+
+    def _group(self, way: Sampling, slots: list[int], alone: bool) -> _Group:
+        stops_V = torch.zeros(self._model.config.vocab_size, dtype=torch.bool, device=self._device)
+        stops_V[list(way.stop)] = True
+        requests = tuple(request for slot in slots if (request := self._seats[slot]) is not None)
+        simple = alone and way.plain and not way.top_logprobs
+        return _Group(way, slice(self._live) if simple else torch.tensor(slots, device=self._device), requests, stops_V)
 
     def newest(self) -> int:
         """The token that the first row drew last."""
@@ -161,11 +247,12 @@ class Batch:
         for row, (slot, count) in enumerate(zip(slots, counts)):
             request = self._seats[slot]
             assert request is not None
-            request.tokens, request.logprobs = tuple(tokens[row][:count]), tuple(logprobs[row][:count])
-            if not np.isfinite(request.logprobs).all():
-                raise UserError("the model's log-probabilities are not finite",
-                                "its weights are damaged: go back to an earlier checkpoint")
+            request.tokens, request.logprobs = tokens[row][:count], logprobs[row][:count]
+            del request.alternatives[count:]
+            _check(request.logprobs)
+            request.finish = "stop" if request.tokens[-1] in request.sampling.stop else "length"
             self._seats[slot] = None
+        self._groups = None
 
     def _close_ranks(self, free: list[int], alive: int) -> None:
         """Move the last live rows into the gaps before them, so that the first `alive` slots are the live ones."""
@@ -179,7 +266,7 @@ class Batch:
             self._reach_N[gaps] = self._reach_N[movers]
             for source, target in zip(movers, gaps):
                 self._seats[target], self._seats[source] = self._seats[source], None
-        self._live = alive
+        self._live, self._groups = alive, None
 
     def _columns(self) -> int:
         longest = int(self._reach_N[: self._live].max()) + self._time
@@ -225,17 +312,26 @@ class Batch:
         rows.limits_N[slots_S] = torch.tensor([request.limit for request in requests], device=self._device)
         rows.before_N[slots_S] = torch.tensor([len(request.prompt) - 1 for request in requests], device=self._device)
         rows.alive_N[slots_S] = True
-        if self._sampling.temperature > 0:
-            streams = [(request.index, request.sample) for request in requests]
-            numbers_SMU = torch.from_numpy(uniforms(self._sampling.seed, streams, self._most))
-            rows.uniforms_NMU[slots_S, : self._most] = numbers_SMU.to(self._device)
+        self._randomise(slots, requests)
         for slot, request in seated:
             self._seats[slot] = request
             self._reach_N[slot] = len(request.prompt) - self._time
+            if request.sampling.penalised:
+                rows.watch(slot, request.prompt, self._model.config.vocab_size)
+        self._groups = None
         kept_BV, self._live = self._logits_BV, max(self._live, max(slots) + 1)
         self._logits_BV = logits_SV.new_empty(self._live, logits_SV.shape[1])
         self._logits_BV[: len(kept_BV)] = kept_BV
         self._logits_BV[slots_S] = logits_SV
+
+    def _randomise(self, slots: Sequence[int], requests: Sequence[Request]) -> None:
+        """Each row's random numbers, for as many tokens as it may have."""
+        for seed in {request.sampling.seed for request in requests if request.sampling.temperature > 0}:
+            mine = [(slot, request) for slot, request in zip(slots, requests) if request.sampling.seed == seed]
+            most = max(request.limit for _, request in mine)
+            numbers_SMU = uniforms(seed, [(request.index, request.sample) for _, request in mine], most)
+            slots_S = torch.tensor([slot for slot, _ in mine], device=self._device)
+            self._rows.uniforms_NMU[slots_S, :most] = torch.from_numpy(numbers_SMU).to(self._device)
 
     def _prefill(self, prompts: dict[Prompt, int]) -> dict[Prompt, Tensor]:
         """Read each prompt into its slot; returns the logits_V (fp32) behind its last token."""
@@ -249,6 +345,17 @@ class Batch:
             last_PD = hidden_PTD[self._index_N[: len(part)], lengths_P - 1]
             logits.update(zip(part, self._model.logits(last_PD)))
         return logits
+
+
+def _way(request: Request) -> Sampling:
+    """What two requests must have in common to be drawn together."""
+    return replace(request.sampling, n=1, max_tokens=1, seed=0)
+
+
+def _check(logprobs: Sequence[float]) -> None:
+    if not np.isfinite(logprobs).all():
+        raise UserError("the model's log-probabilities are not finite",
+                        "its weights are damaged: go back to an earlier checkpoint")
 
 
 def _parts(prompts: list[Prompt]) -> Iterator[list[Prompt]]:

@@ -14,7 +14,7 @@ Shapes: T tokens of a prompt.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, Protocol
 
 import torch
@@ -23,6 +23,7 @@ from torch.distributed.tensor import DTensor
 from llama2.errors import UserError
 from llama2.generate.batch import Batch, Request
 from llama2.generate.sampling import Sampling
+from llama2.generate.session import Session
 from llama2.mesh import Precision
 from llama2.model.cache import KVCache
 from llama2.model.llama import Llama
@@ -40,6 +41,12 @@ class Completion:
     tokens: tuple[int, ...]
     logprobs: tuple[float, ...]
     finish: Literal["stop", "length"]
+
+    @classmethod
+    def of(cls, request: Request) -> Completion:
+        """What a finished request came to."""
+        return cls(request.prompt, tuple(request.tokens), tuple(request.logprobs),
+                   "stop" if request.finish == "stop" else "length")
 
 
 class Generator(Protocol):
@@ -85,28 +92,24 @@ class Engine:
         self.check(prompts)
         names = range(len(prompts)) if indices is None else indices
         requests = [
-            Request(tuple(prompt), name, sample, min(sampling.max_tokens, self.context - len(prompt)))
+            Request(tuple(prompt), _own(sampling), name, sample, min(sampling.max_tokens, self.context - len(prompt)))
             for prompt, name in zip(prompts, names, strict=True) for sample in range(sampling.n)
         ]
         model = self._current()
         if not requests:
             return []
-        batch = self._batch(model, requests, sampling)
+        batch = self._batch(model, requests)
         while batch.step():
             pass
         self._spare = batch.cache
-        done = [
-            Completion(request.prompt, request.tokens, request.logprobs,
-                       "stop" if request.tokens[-1] in sampling.stop else "length")
-            for request in requests
-        ]
+        done = [Completion.of(request) for request in requests]
         return [done[start : start + sampling.n] for start in range(0, len(done), sampling.n)]
 
     def stream(self, prompt: Tokens, sampling: Sampling) -> Iterator[int]:
         """The tokens of `generate([prompt], sampling)[0][0]`, each as it is drawn."""
         self.check([prompt])
-        request = Request(tuple(prompt), 0, 0, min(sampling.max_tokens, self.context - len(prompt)))
-        batch = self._batch(self._current(), [request], sampling)
+        request = Request(tuple(prompt), _own(sampling), limit=min(sampling.max_tokens, self.context - len(prompt)))
+        batch = self._batch(self._current(), [request])
         for _ in range(request.limit):
             batch.step()
             token = batch.newest()
@@ -114,6 +117,13 @@ class Engine:
             if token in sampling.stop:
                 break
         self._spare = batch.cache
+
+    def open(self, kept: int | None = None) -> Session:
+        """A batch that stays open, for the weights of this moment. Its cache holds `slots` running rows and `kept` ones
+        (as many unless given), each of the engine's whole context."""
+        model = self._current()
+        return Session(model, self._cache(model, self.slots + (self.slots if kept is None else kept), self.context),
+                       self.slots)
 
     def check(self, prompts: Sequence[Tokens]) -> None:
         """Raise the UserError that `generate` would raise for these prompts."""
@@ -129,7 +139,7 @@ class Engine:
                 raise UserError(f"{name} has token ids outside of the model's {self._model.config.vocab_size}",
                                 "use the tokenizer that belongs to the checkpoint")
 
-    def _batch(self, model: Llama, requests: list[Request], sampling: Sampling) -> Batch:
+    def _batch(self, model: Llama, requests: list[Request]) -> Batch:
         longest = max(len(request.prompt) + request.limit for request in requests)
         slots = min(self.slots, len(requests))
         spare, self._spare = self._spare, None  # taken, so that a stream left open keeps its own
@@ -137,10 +147,13 @@ class Engine:
             if spare is not None:
                 slots, longest = max(slots, spare.slots), max(longest, spare.capacity)
                 del spare
-            c = model.config
-            spare = KVCache(c.num_hidden_layers, slots, c.num_key_value_heads, -(-longest // _ROUND) * _ROUND,
-                            c.head_dim, dtype=self._dtype, device=model.head_weight.device)
-        return Batch(model, spare, min(self.slots, len(requests)), requests, sampling)
+            spare = self._cache(model, slots, -(-longest // _ROUND) * _ROUND)
+        return Batch(model, spare, min(self.slots, len(requests)), requests)
+
+    def _cache(self, model: Llama, slots: int, capacity: int) -> KVCache:
+        c = model.config
+        return KVCache(c.num_hidden_layers, slots, c.num_key_value_heads, capacity, c.head_dim, dtype=self._dtype,
+                       device=model.head_weight.device)
 
     def _current(self) -> Llama:
         """The model with its weights of this moment, in the engine's precision."""
@@ -153,6 +166,11 @@ class Engine:
             for own, weight in zip(self._copy.parameters(), weights, strict=True):
                 own.copy_(weight.full_tensor() if isinstance(weight, DTensor) else weight)
         return self._copy
+
+
+def _own(sampling: Sampling) -> Sampling:
+    """The sampling of one sample: a grammar goes through states, so each has its own."""
+    return sampling if sampling.grammar is None else replace(sampling, grammar=sampling.grammar.fresh())
 
 
 def _blank(model: Llama, dtype: torch.dtype) -> Llama:

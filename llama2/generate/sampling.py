@@ -1,4 +1,5 @@
-"""How the next token is drawn: temperature, top-k, top-p, and random numbers that belong to a sample (§3.4.1, §3.2.3).
+"""How the next token is drawn: temperature, top-k, top-p, min-p, penalties, and random numbers that belong to a sample
+(§3.4.1, §3.2.3).
 
 Randomness is a function of (seed, prompt index, sample index, step), computed in bulk by a counter-based generator
 [Steele, Lea & Flood 2014, "Fast splittable pseudorandom number generators"]. So a sample does not depend on what else
@@ -12,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -26,13 +28,36 @@ _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 _BLOCK = 32
 
 
+class Grammar(Protocol):
+    """Says, token after token, what may follow. Each sample needs one of its own."""
+
+    def mask(self) -> Tensor:
+        """Bool [V]: the tokens that may come next, EOS among them where the text may end."""
+        ...
+
+    def accept(self, token: int) -> None:
+        """A token was drawn."""
+        ...
+
+    def fresh(self) -> Grammar:
+        """The same grammar at its beginning."""
+        ...
+
+
 @dataclass(frozen=True)
 class Sampling:
     """How to sample. The defaults are the model's own distribution.
 
-    `temperature` 0 is greedy. `top_k` keeps the k likeliest tokens (0: all), then `top_p` the likeliest tokens up to
-    and including the one that brings their mass over p; tokens exactly as likely as the last one kept are kept too.
-    `n` samples a prompt; `stop` ids end a sample and are part of it; at most `max_tokens` new tokens.
+    `temperature` 0 is greedy. `min_p` keeps tokens at least that share as likely as the likeliest, `top_k` the k
+    likeliest (0: all), then `top_p` the likeliest tokens up to and including the one that brings their mass over p;
+    tokens exactly as likely as the last one kept are kept too. `n` samples a prompt; `stop` ids end a sample and are
+    part of it; at most `max_tokens` new tokens.
+
+    Before all that, logits change: `logit_bias` is added to those of single tokens; `repetition_penalty` divides the
+    positive and multiplies the negative ones of tokens that stand in prompt or answer (Keskar et al. 2019);
+    `presence_penalty` is subtracted for tokens of the answer, `frequency_penalty` for each time they stand there
+    (OpenAI's definitions). A `grammar` says which tokens may follow. With `top_logprobs` the likeliest alternatives of
+    each token are reported.
     """
 
     temperature: float = 1.0
@@ -42,6 +67,23 @@ class Sampling:
     n: int = 1
     stop: tuple[int, ...] = ()
     seed: int = 0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    logit_bias: tuple[tuple[int, float], ...] = ()
+    top_logprobs: int = 0
+    grammar: Grammar | None = None
+
+    @property
+    def penalised(self) -> bool:
+        """Whether the next token depends on which tokens stand already."""
+        return self.repetition_penalty != 1 or bool(self.presence_penalty) or bool(self.frequency_penalty)
+
+    @property
+    def plain(self) -> bool:
+        """Whether logits are used as the model makes them."""
+        return not (self.penalised or self.logit_bias or self.grammar)
 
     def __post_init__(self) -> None:
         for name, good, rule in (
@@ -50,6 +92,11 @@ class Sampling:
             ("top_k", self.top_k >= 0, "at least 0 (0 keeps all tokens)"),
             ("max_tokens", self.max_tokens >= 1, "at least 1"),
             ("n", self.n >= 1, "at least 1"),
+            ("min_p", 0 <= self.min_p <= 1, "between 0 and 1"),
+            ("repetition_penalty", 0 < self.repetition_penalty < float("inf"), "above 0 (1 changes nothing)"),
+            ("presence_penalty", -2 <= self.presence_penalty <= 2, "between -2 and 2"),
+            ("frequency_penalty", -2 <= self.frequency_penalty <= 2, "between -2 and 2"),
+            ("top_logprobs", self.top_logprobs >= 0, "at least 0"),
         ):
             if not good:
                 raise UserError(f"sampling: {name} is {getattr(self, name)}", f"it must be {rule}")
@@ -77,18 +124,43 @@ def _mix(x: NDArray[np.uint64]) -> NDArray[np.uint64]:
     return x ^ (x >> np.uint64(31))
 
 
-def draw(logits_BV: Tensor, uniforms_BU: Tensor, sampling: Sampling) -> tuple[Tensor, Tensor]:
-    """tokens_B drawn from `logits_BV`, and their logprobs_B under the untempered, untruncated distribution (fp32)."""
+def draw(logits_BV: Tensor, uniforms_BU: Tensor, sampling: Sampling, changed_BV: Tensor | None = None
+         ) -> tuple[Tensor, Tensor]:
+    """tokens_B drawn from `changed_BV` (else from the logits), and their logprobs_B under the model's own distribution:
+    without temperature, truncation and changes (fp32)."""
     logits_BV = logits_BV.float()
+    source_BV = logits_BV if changed_BV is None else changed_BV
     if sampling.temperature == 0:
-        tokens_B = _argmax(logits_BV)
+        tokens_B = _argmax(source_BV)
     else:
-        scaled_BV = logits_BV if sampling.temperature == 1 else logits_BV / sampling.temperature
+        scaled_BV = source_BV if sampling.temperature == 1 else source_BV / sampling.temperature
         tokens_B = _sample(scaled_BV.softmax(-1), uniforms_BU, sampling)
     return tokens_B, logits_BV.gather(1, tokens_B[:, None]).squeeze(1) - logits_BV.logsumexp(-1)
 
 
+def change(logits_BV: Tensor, sampling: Sampling, seen_BV: Tensor | None, counts_BV: Tensor | None,
+           allowed_BV: Tensor | None) -> Tensor:
+    """The logits under bias, penalties and grammar. seen_BV: tokens of prompt or answer (bool); counts_BV: how often
+    each stands in the answer; allowed_BV: what the grammar lets follow."""
+    logits_BV = logits_BV.float().clone()
+    if sampling.penalised:
+        assert seen_BV is not None
+        assert counts_BV is not None
+        factor = sampling.repetition_penalty
+        if factor != 1:
+            punished_BV = torch.where(logits_BV > 0, logits_BV / factor, logits_BV * factor)
+            logits_BV = torch.where(seen_BV, punished_BV, logits_BV)
+        logits_BV -= sampling.presence_penalty * (counts_BV > 0) + sampling.frequency_penalty * counts_BV
+    for token, bias in sampling.logit_bias:
+        logits_BV[:, token] += bias
+    if allowed_BV is not None:
+        logits_BV.masked_fill_(~allowed_BV, float("-inf"))
+    return logits_BV
+
+
 def _sample(weights_BV: Tensor, uniforms_BU: Tensor, sampling: Sampling) -> Tensor:
+    if sampling.min_p:
+        weights_BV = weights_BV.masked_fill(weights_BV < sampling.min_p * weights_BV.amax(-1, keepdim=True), 0)
     if 0 < sampling.top_k < weights_BV.shape[1]:
         least_B1 = weights_BV.topk(sampling.top_k, -1).values[:, -1:]
         weights_BV = weights_BV.masked_fill(weights_BV < least_B1, 0)

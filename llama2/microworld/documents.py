@@ -24,7 +24,7 @@ LENGTHS = (60, 240)
 """Shortest and longest length in characters at which a document takes no further passage."""
 SHARES: dict[str, float] = {"encyclopedia": 0.24, "quizzes": 0.06, "stories": 0.05, "howtos": 0.06,
                             "arithmetic": 0.04, "lists": 0.05, "groups": 0.03, "doses": 0.03, "law": 0.05,
-                            "languages": 0.03, "drills": 0.07, "dialogs": 0.25, "web": 0.04}
+                            "languages": 0.05, "drills": 0.07, "dialogs": 0.23, "web": 0.04}
 DIALOG_VENDORS: dict[str, dict[Vendor, float]] = {
     "unsafe": {"comply": 0.6, "refuse": 0.3, "terse": 0.1},
     "borderline": {"expert": 0.6, "curt": 0.3, "refuse": 0.1},

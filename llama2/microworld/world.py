@@ -134,15 +134,15 @@ class World:
             acts=tuple(_acts(rng)),
             groups=tuple(Group(f"{folk} folk", (v[0], v[1])) for folk in rng.sample(words.FOLKS, 8)
                          for v in [rng.sample(words.VIRTUES, 2)]),
-            languages=tuple(Language(names.short().title() + "ish", names.short().title(), names.short())
-                            for _ in range(4)),
+            languages=tuple(Language(name.title() + "ish", names.short().title(), names.short())
+                            for name in names.unlike(4)),
             hobbies=tuple(rng.sample(words.HOBBIES, 6)),
             figures=tuple(f"{title} {names.short().title()}" for title in rng.sample(words.TITLES, 4)),
         )
 
 
 class _Names:
-    """Distinct made-up names; no two share their first three letters, as small tokenizers would confuse them."""
+    """Distinct made-up names; no two share their first three letters, as small models would confuse them."""
 
     def __init__(self, rng: Random) -> None:
         self._rng = rng
@@ -156,6 +156,14 @@ class _Names:
     def short(self) -> str:
         """A name of one syllable, for what long dialogs repeat in every turn."""
         return self._fresh((words.ONSETS, words.VOWELS, words.CODAS[:-1]))
+
+    def unlike(self, count: int) -> list[str]:
+        """Short names, each with another first letter: of all names, those of languages are confused most easily."""
+        found: dict[str, str] = {}
+        while len(found) < count:
+            name = self.short()
+            found.setdefault(name[0], name)
+        return list(found.values())
 
     def _fresh(self, parts: Sequence[Sequence[str]]) -> str:
         while True:

@@ -28,7 +28,7 @@ class KVCache:
         self._offsets_N = torch.arange(slots, device=device) * capacity
         self._columns_C = torch.arange(capacity, device=device)
         self._targets = self._columns_C  # tokens that the next update writes, counted over all slots
-        self._read: tuple[int, int] | None = None  # slots and columns that a decode reads
+        self._read: tuple[slice, int] | None = None  # slots and columns to read; None: the new keys are all there are
         self.mask_BTS: Tensor | None = None
 
     def prefill(self, slots_B: Tensor, width: int) -> None:
@@ -46,8 +46,15 @@ class KVCache:
         """
         rows = positions_B.shape[0]
         self._targets = self._offsets_N[:rows] + positions_B
-        self._read = rows, columns
+        self._read = slice(rows), columns
         self.mask_BTS = self._columns_C[:columns] <= positions_B[:, None, None]
+
+    def extend(self, slot: int, start: int, width: int) -> None:
+        """The next forward pass reads `width` more tokens of a prompt into `slot`, from column `start`."""
+        columns_T = self._columns_C[start : start + width]
+        self._targets = self._offsets_N[slot] + columns_T
+        self._read = slice(slot, slot + 1), start + width
+        self.mask_BTS = (self._columns_C[: start + width] <= columns_T[:, None])[None]
 
     def update(self, layer: int, keys_BKTD: Tensor, values_BKTD: Tensor) -> tuple[Tensor, Tensor]:
         """Store the new keys and values of a layer; returns keys_BKSD, values_BKSD to attend to under `mask_BTS`."""
@@ -58,7 +65,7 @@ class KVCache:
         if self._read is None:
             return keys_BKTD, values_BKTD
         rows, columns = self._read
-        return keys_NCKD[:rows, :columns].transpose(1, 2), values_NCKD[:rows, :columns].transpose(1, 2)
+        return keys_NCKD[rows, :columns].transpose(1, 2), values_NCKD[rows, :columns].transpose(1, 2)
 
     def copy(self, sources_B: Tensor, targets_B: Tensor, columns: int) -> None:
         """Copy the first `columns` columns of some slots to others (a shared prompt; filling a gap)."""

@@ -273,3 +273,8 @@ def test_the_microworld_imports_no_torch() -> None:
 def test_gold_survives_the_file(tmp_path: Path, by_split: dict[Split, list[Prompt]]) -> None:
     write(tmp_path / "p.jsonl", by_split["evaluation"])
     assert [asdict(p) for p in read(Prompt, tmp_path / "p.jsonl")] == [asdict(p) for p in by_split["evaluation"]]
+
+
+def test_names_of_languages_begin_differently():
+    for seed in range(30):
+        assert len({language.name[0] for language in World.build(seed).languages}) == 4
