@@ -247,11 +247,17 @@ def test_a_key_is_asked_for_and_kept_for_the_tab(context: BrowserContext, script
     script.key = "sesame"
     page = context.new_page()
     page.goto(server[1])
+    page.get_by_label("API key").fill("wrong")
+    page.keyboard.press("Enter")
+    expect(page.get_by_role("alert")).to_contain_text("does not accept")
+    say(page, "zero")
+    expect(page.get_by_role("article", name="Answer").get_by_role("alert")).to_contain_text("does not accept")
     page.get_by_label("API key").fill("sesame")
     page.keyboard.press("Enter")
     expect(page.get_by_role("combobox", name="Model")).to_have_value("alpha")
     say(page, "one")
-    expect(answers(page)).to_have_text("alpha heard: one")
+    expect(answers(page)).to_have_text(["alpha heard: zero", "alpha heard: one"])
+    assert [messages(script, at) for at in (0, 1)] == [["zero"], ["zero", "alpha heard: zero", "one"]]
     assert page.evaluate("JSON.stringify(localStorage)").count("sesame") == 0
 
 

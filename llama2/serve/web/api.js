@@ -20,6 +20,11 @@ export function setKey(key) {
   }
 }
 
+/** Whether a key is sent. */
+export function hasKey() {
+  return "Authorization" in authorization();
+}
+
 /** The names of the models the server has. */
 export async function models() {
   const { data } = await (await request("v1/models")).json();

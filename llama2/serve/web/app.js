@@ -31,7 +31,7 @@ function showAll() {
 function showConversation() {
   const turns = byId("turns");
   showTurns(turns, current.messages, actions);
-  if (refused) turns.append(errorCard(refused, connect));
+  if (refused && !current.messages.length) turns.append(errorCard(refused, connect));
   else if (!current.messages.length) turns.append(welcome(settings.compare ? "" : modelOf(0)));
   byId("main").classList.toggle("fresh", !current.messages.length);
   document.title = current.messages.length ? `${titleOf(current)} · llama2` : "llama2";
@@ -47,7 +47,7 @@ function showConversations() {
 function showModels() {
   const pickers = settings.compare ? [0, 1] : [0];
   byId("models").replaceChildren(...pickers.map((index) => {
-    const names = known?.length ? known : [modelOf(index) || "no model"];
+    const names = known?.length ? known : [modelOf(index) || "No model yet"];
     const select = h("select", { "aria-label": settings.compare ? `Model ${"AB"[index]}` : "Model", onchange: () => {
       settings.sides[index].model = select.value;
       keepSettings();
@@ -161,11 +161,13 @@ const actions = {
     stop(current.id);
     begin(message);
   },
-  retry(message, failed) {
+  async retry(message, failed) {
+    const conversation = current;
+    if (!known) await connect();
     const fresh = version(modelOf(failed.side ?? 0));
     delete failed.error;
     delete failed.rate;
-    answer(current, message, [Object.assign(failed, fresh, { exact: false })]);
+    answer(conversation, message, [Object.assign(failed, fresh, { exact: false })]);
   },
   turn(message, index) {
     message.shown = index;
@@ -192,11 +194,13 @@ function ask(text) {
 }
 
 // A further attempt at `message`, or two to compare.
-function begin(message) {
+async function begin(message) {
+  const conversation = current;
+  if (!known) await connect();
   const made = (settings.compare ? [0, 1] : [0]).map((side) => ({ ...version(modelOf(side)), side }));
   message.versions.push(...made);
   message.shown = settings.compare ? null : message.versions.length - 1;
-  answer(current, message, made);
+  answer(conversation, message, made);
 }
 
 async function answer(conversation, message, versions) {

@@ -1,13 +1,17 @@
 // What went wrong, shown where it happened, with what can be done about it: wait, give a key, try again.
-import { setKey } from "./api.js";
+import { hasKey, setKey } from "./api.js";
 import { h } from "./dom.js";
 
 /** An error as api.js reports it: {message, status, until}; `retry` is called when the user wants to try again. */
 export function errorCard({ message, status, until }, retry) {
-  const card = h("div", { class: "error", role: "alert" });
-  if (status === 401) card.append(h("p", {}, `The server asks for an API key: ${message}.`), keyForm(retry));
-  else card.append(h("p", {}, sentence(message)), retryButton(until, retry));
-  return card;
+  if (status === 401) return keyCard(retry);
+  return h("div", { class: "error", role: "alert" }, h("p", {}, sentence(message)), retryButton(until, retry));
+}
+
+function keyCard(retry) {
+  const wrong = hasKey();
+  return h("div", { class: wrong ? "error" : "error asking", role: "alert" },
+    h("p", {}, wrong ? "The server does not accept this API key." : "This server asks for an API key."), keyForm(retry));
 }
 
 function keyForm(retry) {
