@@ -1,15 +1,15 @@
 """`llama2 chat CHECKPOINT`: talk to a model in the terminal; on a pipe, one answer for each line that comes in (A.7).
 
-Answers go to stdout, everything else to stderr. No system prompt is set unless the user sets one.
+Answers go to stdout, everything else to stderr: at a terminal as Markdown, on a pipe as the text they are. No system
+prompt is set unless the user sets one.
 """
 
 from __future__ import annotations
 
-import importlib
-import importlib.util
 import re
 import sys
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from io import TextIOWrapper
 from pathlib import Path
@@ -26,14 +26,20 @@ from llama2.generate.engine import Engine
 from llama2.generate.sampling import Sampling
 from llama2.mesh import Precision
 from llama2.model import checkpoint
-from llama2.records import Dialog, Message
+from llama2.records import Dialog, Message, Messages
+from llama2.serve import keyboard
+from llama2.serve.keyboard import History
+from llama2.serve.screen import Display, display
 from llama2.tokenizer.tokenizer import Tokenizer
 
 POSITIONAL = "checkpoint"
 COMMANDS = {
     "/system": "/system TEXT   set the system prompt, from the next answer on; without TEXT remove it",
+    "/retry": "/retry         answer the last message again",
+    "/edit": "/edit TEXT     say TEXT instead of the last message; without TEXT, edit it",
     "/reset": "/reset         forget the conversation, keep the system prompt",
     "/save": "/save FILE     add the conversation to FILE (JSON Lines, as training data are)",
+    "/load": "/load FILE     go on with the last conversation of FILE",
     "/help": "/help          show this",
     "/quit": "/quit          leave; so does Ctrl-D. Ctrl-C interrupts an answer",
 }
@@ -54,6 +60,10 @@ class Config(BaseConfig):
     """the longest answer"""
     seed: int = 0
     precision: Precision = "bf16"
+    plain: bool = False
+    """show answers as the text they are, not as Markdown"""
+    history: bool = True
+    """offer messages of earlier runs again; they are kept in $XDG_STATE_HOME/llama2/history, for you alone to read"""
 
 
 def run(config: Config) -> None:
@@ -66,59 +76,101 @@ def run(config: Config) -> None:
                         "put the tokenizer there with which the model was trained")
     dtype = torch.bfloat16 if config.precision == "bf16" else torch.float32
     model = checkpoint.load(config.checkpoint, dtype=dtype, device=mesh.device())
-    engine = Engine(model.eval(), slots=1, precision=config.precision)
+    engine = Meter(Engine(model.eval(), slots=1, precision=config.precision))
     sampling = Sampling(config.temperature, config.top_p, max_tokens=config.max_tokens, seed=config.seed)
     for stream in (sys.stdin, sys.stdout):
         if isinstance(stream, TextIOWrapper):
             stream.reconfigure(errors="replace")  # a stray byte must not end the session
-    if not chat(Chat(engine, tokenizer), sampling, config.system):
+    history = History(History.default()) if config.history else None
+    if not chat(Chat(engine, tokenizer), sampling, config.system, meter=engine, history=history, plain=config.plain):
         sys.exit(UserError.exit_code)
 
 
 def chat(
-    model: Chat, sampling: Sampling, system: str = "", *, source: TextIO | None = None, sink: TextIO | None = None
+    model: Chat, sampling: Sampling, system: str = "", *, source: TextIO | None = None, sink: TextIO | None = None,
+    meter: Meter | None = None, history: History | None = None, plain: bool = False,
 ) -> bool:
     """Converse until `source` (default stdin) ends or the user leaves; answers go to `sink` (default stdout).
 
+    At a terminal `meter` tells how fast answers were, and what is written goes into `history`.
     False if `source` is a pipe and one of its lines could not be answered or obeyed.
     """
     source, sink = source or sys.stdin, sink or sys.stdout
-    session = Session(model, sampling, system, sink)
-    if not source.isatty():
-        session.complaint = "llama2: error: "
-        for line in source:
-            session.turn(line)
-            if not session.open:
-                break
-        return not session.failed
-    if importlib.util.find_spec("readline"):  # gives input() editing and history; absent on some systems
-        importlib.import_module("readline")
+    session = Session(model, sampling, system, display(sink, plain))
+    if source.isatty():
+        session.meter = meter
+        _converse(session, history)
+        return True
+    session.complaint = "llama2: error: "
+    for line in source:
+        session.turn(line)
+        if not session.open:
+            break
+    return not session.failed
+
+
+def _converse(session: Session, history: History | None) -> None:
+    try:
+        earlier = history.read() if history else []
+    except UserError as error:
+        earlier, history = [], None
+        _note(f"what you write is not remembered: {error}")
+    ask = keyboard.recorded(history, keyboard.reader(earlier))
+    session.editable = True
     _note("Type a message, or /help.")
     while session.open:
         try:
-            session.turn(input("> "))
+            session.turn(ask(session.draft))
         except EOFError:
             break
         except KeyboardInterrupt:
+            session.draft = ""
             _note("\nCtrl-D or /quit leaves")
-    return True
+
+
+class Meter:
+    """An engine that tells how fast it was."""
+
+    def __init__(self, engine: Engine) -> None:
+        self._engine, self.tokens, self._begun, self._ended = engine, 0, 0.0, 0.0
+        self.context, self.check, self.generate = engine.context, engine.check, engine.generate
+
+    def stream(self, prompt: Sequence[int], sampling: Sampling) -> Iterator[int]:
+        """As the engine's, counted."""
+        self.tokens = 0
+        for token in self._engine.stream(prompt, sampling):
+            self._ended = time.perf_counter()
+            self._begun = self._begun if self.tokens else self._ended
+            self.tokens += 1
+            yield token
+
+    def __str__(self) -> str:
+        seconds = self._ended - self._begun  # from the first token on: reading the prompt is another speed
+        speed = f", {(self.tokens - 1) / seconds:.1f} tokens/s" if self.tokens > 1 and seconds > 0 else ""
+        return f"{self.tokens} token{'s' if self.tokens != 1 else ''}{speed}"
 
 
 class Session:
     """One conversation and the commands that act on it. `open` turns False when the user asks to leave.
 
     `failed` tells whether a line could not be answered or obeyed; `complaint` stands before the note that says why.
+    `draft` is what the user's next message should begin with: the message that is being edited, where the source is
+    `editable`.
     """
 
-    def __init__(self, model: Chat, sampling: Sampling, system: str, sink: TextIO) -> None:
-        self.open, self.failed, self.complaint = True, False, ""
+    def __init__(self, model: Chat, sampling: Sampling, system: str, show: Callable[[], Display]) -> None:
+        self.open, self.failed, self.complaint, self.draft, self.editable = True, False, "", "", False
         self.turns: list[Message] = []
-        self._model, self._sampling, self._system, self._sink = model, sampling, system, sink
+        self.meter: Meter | None = None
+        self._model, self._sampling, self._system = model, sampling, system
+        self._show = show
         self._asked = 0
+        self._last: tuple[str, list[Message]] | None = None  # the last message and what had been said before it
 
     def turn(self, line: str) -> None:
         """Obey a command or answer a message; whatever the user can cause becomes a note, and the session goes on."""
         line = line.strip()
+        editing, self.draft = bool(self.draft), ""
         if not line or not self.open:
             return
         command = _COMMAND.match(line)
@@ -126,7 +178,7 @@ class Session:
             if command:
                 self._obey(command[1], (command[2] or "").strip())
             else:
-                self._answer(line)
+                self._answer(line, self._earlier()[1] if editing else self.turns)
         except UserError as error:
             self.failed = True
             _note(f"{self.complaint}{error}")
@@ -135,8 +187,14 @@ class Session:
         if command == "/system":
             self._system = argument
             _note("system prompt set" if argument else "no system prompt")
+        elif command == "/retry":
+            self._answer(*self._earlier())
+        elif command == "/edit":
+            self._edit(argument)
+        elif command == "/load":
+            self._load(argument)
         elif command == "/reset":
-            self.turns = []
+            self.turns, self._last = [], None
             _note("the conversation is forgotten")
         elif command == "/save":
             self._save(argument)
@@ -147,24 +205,67 @@ class Session:
         else:
             raise UserError(f"unknown command {command}", did_you_mean(command, COMMANDS))
 
-    def _answer(self, text: str) -> None:
+    def _earlier(self) -> tuple[str, list[Message]]:
+        if not self._last:
+            raise UserError("nothing has been said yet", "say something first")
+        return self._last
+
+    def _edit(self, text: str) -> None:
+        last, before = self._earlier()
+        if text:
+            self._answer(text, before)
+        elif self.editable:
+            self.draft = last
+        else:
+            raise UserError("/edit needs the new text", "for example /edit Say it in one sentence")
+
+    def _answer(self, text: str, before: list[Message]) -> None:
+        """Answer `text` said after `before`; if there is an answer, that becomes the conversation."""
         question = Message("user", text)
+        self._last = text, list(before)
         self._asked += 1  # the same question asked again gets another answer
         sampling = replace(self._sampling, seed=self._sampling.seed + self._asked - 1)
-        said: list[str] = []
         try:
-            for part in self._model.reply_stream((*self._head(), *self.turns, question), sampling):
-                said.append(part)
-                print(_printable(part), end="", file=self._sink, flush=True)
-        except KeyboardInterrupt:
-            _note("\ninterrupted")
-            if not said:
-                return
+            said = self._draw((*self._head(), *before, question), sampling)
         except UserError as error:
-            cure = f"{error.cure}, or /reset to forget the conversation" if self.turns else error.cure
+            cure = f"{error.cure}, or /reset to forget the conversation" if before else error.cure
             raise UserError(error.cause, cure) from None
-        print(file=self._sink, flush=True)
-        self.turns += [question, Message("assistant", "".join(said))]
+        if said is not None:
+            self.turns = [*before, question, Message("assistant", said)]
+
+    def _draw(self, messages: Messages, sampling: Sampling) -> str | None:
+        """Show an answer while it is drawn. It may be interrupted: what there is then is kept, None if nothing."""
+        said: list[str] = []
+        screen = self._show()
+        try:
+            for part in self._model.reply_stream(messages, sampling):
+                said.append(part)
+                screen.add(part)
+            screen.end()
+        except KeyboardInterrupt:
+            if said:
+                screen.end()
+            _note("interrupted")
+            if not said:
+                return None
+        except BaseException:
+            if said:
+                screen.end()  # leaves the terminal as it was
+            raise
+        if self.meter:
+            _note(str(self.meter))
+        return "".join(said)
+
+    def _load(self, name: str) -> None:
+        if not name:
+            raise UserError("/load needs the name of a file", "for example /load talk.jsonl")
+        path = Path(name).expanduser()
+        *_, dialog = records.read(Dialog, path)
+        system = dialog.messages[0].role == "system"
+        self._system = dialog.messages[0].content if system else ""
+        self.turns = list(dialog.messages[1 if system else 0 :])
+        self._last = self.turns[-2].content, self.turns[:-2]
+        _note(f"{path}: {len(self.turns)} messages, the last to you; /retry answers again")
 
     def _save(self, name: str) -> None:
         if not name:
@@ -183,8 +284,3 @@ class Session:
 
 def _note(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
-
-
-def _printable(text: str) -> str:
-    """A model may emit any byte; what would command the terminal is shown as U+FFFD."""
-    return "".join(letter if letter.isprintable() or letter in "\n\t" else "\ufffd" for letter in text)

@@ -1,7 +1,15 @@
 """The terminal chat, with a model that says what it was told to say."""
 
+import importlib.util
 import io
+import json
+import os
+import re
+import select
+import stat
+import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -129,6 +137,114 @@ def test_at_a_terminal_ctrl_c_keeps_the_session_and_ctrl_d_leaves(monkeypatch: p
     terminal.chat(Parrot(), Sampling(), source=Screen(), sink=sink)  # type: ignore[arg-type]
     assert sink.getvalue() == "you said one\nyou said two\n"
     assert typed == []
+
+
+def test_retry_and_edit_replace_the_last_exchange(capsys: pytest.CaptureFixture[str]) -> None:
+    _, model = talk("/retry\n/edit x\none\n/retry\ntwo\n/edit three\n/edit\nfour\n/reset\n/retry\n")
+    assert [contents(asked) for asked, _ in model.asked] == [
+        ["one"], ["one"], ["one", "you said one", "two"], ["one", "you said one", "three"],
+        ["one", "you said one", "three", "you said three", "four"]]
+    assert [sampling.seed for _, sampling in model.asked] == [5, 6, 7, 8, 9]
+    complaints = capsys.readouterr().err
+    assert complaints.count("nothing has been said yet") == 3
+    assert complaints.count("/edit needs the new text") == 1
+
+
+def test_retry_after_a_refusal_asks_what_was_refused() -> None:
+    _, model = talk("one\nlong\n/retry\n/edit two\n")
+    assert [contents(asked)[-1] for asked, _ in model.asked] == ["one", "long", "long", "two"]
+    assert contents(model.asked[-1][0]) == ["one", "you said one", "two"]
+
+
+def test_load_goes_on_with_a_saved_conversation(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = tmp_path / "talk.jsonl"
+    talk(f"one\n/save {file}\n")
+    talk(f"two\n/save {file}\n", system="S")
+    _, model = talk(f"zero\n/load {file}\nthree\n/load {file}\n/retry\n/load {tmp_path}/none\n/load\n")
+    assert contents(model.asked[1][0]) == ["S", "two", "you said two", "three"]
+    assert contents(model.asked[2][0]) == ["S", "two"]
+    complaints = capsys.readouterr().err
+    assert "no such file" in complaints
+    assert "/load needs the name" in complaints
+
+
+class Conversation:
+    """`at_a_terminal.py` at a pseudo-terminal: what is typed goes in, what appears is waited for."""
+
+    def __init__(self, directory: Path, *options: str) -> None:
+        self._asked, self._seen = directory / "asked.jsonl", ""
+        self._screen, inner = os.openpty()
+        script = Path(__file__).with_name("at_a_terminal.py")
+        root = Path(terminal.__file__).parents[2]
+        environment = {**os.environ, "PYTHONPATH": str(root), "XDG_STATE_HOME": str(directory), "TERM": "xterm",
+                       "PROMPT_TOOLKIT_NO_CPR": "1", "COLUMNS": "80", "LINES": "24"}
+        self.process = subprocess.Popen([sys.executable, str(script), str(self._asked), *options], stdin=inner,
+                                        stdout=inner, stderr=inner, start_new_session=True, env=environment)
+        os.close(inner)
+        self.sees(">")
+
+    def type(self, text: str, *then: str) -> None:
+        """Type, and wait for what appears then, one after the other."""
+        os.write(self._screen, text.encode())
+        for each in then:
+            self.sees(each)
+
+    def sees(self, text: str) -> None:
+        """Wait until `text` appears behind everything that was waited for before."""
+        end = time.monotonic() + 15
+        while text not in self._seen:
+            assert time.monotonic() < end, self._seen
+            if select.select([self._screen], [], [], 0.1)[0]:
+                part = os.read(self._screen, 4096).decode(errors="replace")
+                self._seen += re.sub(r"\x1b\[[?0-9;]*[A-Za-z]", "", part)
+        self._seen = self._seen.partition(text)[2]
+
+    def __enter__(self) -> "Conversation":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        os.close(self._screen)
+        self.process.kill()
+        self.process.wait()
+
+    def leave(self) -> list[list[str]]:
+        self.type("\x04", "left asked.jsonl")
+        assert self.process.wait(30) == 0
+        return [json.loads(line) for line in self._asked.read_text().splitlines()]
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="no pseudo-terminals")
+def test_at_a_terminal_lines_are_joined_answers_interrupted_and_messages_remembered(tmp_path: Path) -> None:
+    with Conversation(tmp_path, "plain") as conversation:
+        conversation.type("one\\\r", ". ")
+        conversation.type("two\r", "heard 1", "complete", ">")
+        conversation.type("slow\r", "word word")
+        conversation.type("\x03", "interrupted", "complete", ">")
+        conversation.type("/edit\r", "edit", "slow")
+        conversation.type("er\r", "heard 3", "complete", ">")
+        first, second, third = conversation.leave()
+    assert first == ["one\ntwo"]
+    assert second == ["one\ntwo", "heard **1**", "slow"]
+    assert third == ["one\ntwo", "heard **1**", "slower"]
+    history = tmp_path / "llama2" / "history"
+    assert [json.loads(line) for line in history.read_text().splitlines()] == ["one\ntwo", "slow", "/edit", "slower"]
+    assert stat.S_IMODE(history.stat().st_mode) == 0o600
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="no pseudo-terminals")
+@pytest.mark.skipif(not importlib.util.find_spec("prompt_toolkit"), reason="prompt_toolkit is not installed")
+def test_with_prompt_toolkit_alt_enter_begins_a_line_and_the_last_run_is_a_key_away(tmp_path: Path) -> None:
+    (tmp_path / "llama2").mkdir()
+    (tmp_path / "llama2" / "history").write_text('"from before"\n')
+    with Conversation(tmp_path) as conversation:
+        conversation.type("one\x1b\rtwo\\\rthree\r", "heard 1", "complete", ">")
+        conversation.type('"""four\rfive"""\r', "heard 3", "complete", ">")
+        conversation.type("\x1b[A", "five")
+        conversation.type("\x03", "leaves", ">")
+        conversation.type("/retry\r", "heard 3", "complete", ">")
+        conversation.type("\x1b[A" * 7 + "\r", "heard 5", "complete", ">")
+        asked = conversation.leave()
+    assert [question[-1] for question in asked] == ["one\ntwo\nthree", "four\nfive", "four\nfive", "from before"]
 
 
 @pytest.fixture(scope="module")

@@ -1,0 +1,60 @@
+"""Messages of one line and of many, and the file that remembers them."""
+
+import stat
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from llama2.errors import UserError
+from llama2.serve import keyboard
+from llama2.serve.keyboard import History, message
+
+
+def typed(*lines: str) -> keyboard.Reader:
+    waiting = list(lines)
+    return lambda prompt, draft="": waiting.pop(0)
+
+
+@pytest.mark.parametrize(("lines", "expected"), [
+    (["one"], "one"),
+    (["one\\", "two\\", "three"], "one\ntwo\nthree"),
+    (['"""one', "", "  two", 'three"""'], "one\n\n  two\nthree"),
+    (['"""', "one", '"""'], "one"),
+    (['"""one"""'], "one"),
+    (['say """this"""'], 'say """this"""'),
+])
+def test_a_message_may_have_many_lines(lines: list[str], expected: str) -> None:
+    assert message(typed(*lines)) == expected
+
+
+def test_history_is_private_bounded_and_survives(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path))
+    history = History(History.default())
+    assert history.path == tmp_path / "llama2" / "history"
+    assert history.read() == []
+    history.path.parent.mkdir()
+    history.path.write_text('not JSON\n5\n"old"\n')
+    history.path.chmod(0o644)
+    history.add("one\ntwo")
+    assert stat.S_IMODE(history.path.stat().st_mode) == 0o600
+    assert history.read() == ["old", "one\ntwo"]
+    history.path.write_text('"x"\n' * 2500)
+    assert len(history.read()) == keyboard.KEPT
+    assert len(history.path.read_text().splitlines()) == keyboard.KEPT
+    assert stat.S_IMODE(history.path.stat().st_mode) == 0o600
+
+
+def test_a_relative_state_directory_is_no_state_directory(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_STATE_HOME", "here")
+    assert History.default() == Path.home() / ".local" / "state" / "llama2" / "history"
+
+
+def test_a_history_that_cannot_be_written_is_said_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "file").write_text("")
+    history = History(tmp_path / "file" / "history")
+    with pytest.raises(UserError):
+        history.add("one")
+    ask: Callable[[str], str] = keyboard.recorded(history, typed("one", "two"))
+    assert [ask(""), ask("")] == ["one", "two"]
+    assert capsys.readouterr().err.count("not remembered") == 1
