@@ -85,6 +85,10 @@ class Tokenizer:
             yield decoder.decode(part)
         yield decoder.decode(b"", final=True)
 
+    def bytes_of(self, token: int) -> bytes:
+        """What a token adds to a text: part of a character, if it is a byte item; nothing for a control id."""
+        return self._bytes[token]
+
     def save(self, directory: str | os.PathLike[str]) -> None:
         """Write tokenizer.model and the two files with which transformers, vLLM and llama.cpp read it."""
         names = {"bos_token": BOS, "eos_token": EOS, "unk_token": UNKNOWN}
