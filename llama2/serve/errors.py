@@ -18,7 +18,13 @@ class ApiError(Exception):
 
     def body(self) -> dict[str, Any]:
         """The JSON that goes to the client."""
-        return {"error": {"message": self.message, "type": self.kind, "param": self.param, "code": self.code}}
+        return {"error": {"message": _writable(self.message), "type": self.kind,
+                          "param": None if self.param is None else _writable(self.param), "code": self.code}}
+
+
+def _writable(text: str) -> str:
+    """Without halves of surrogate pairs, which a client may send as an escape in JSON and UTF-8 cannot hold."""
+    return text.encode("utf-8", "replace").decode()
 
 
 def invalid(message: str, param: str | None = None, code: str | None = None) -> ApiError:

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, field_validator, model_validator
 from pydantic_core import ErrorDetails
 
 from llama2.errors import did_you_mean
@@ -18,6 +18,17 @@ MOST_SAMPLES = 128
 MOST_PROMPTS = 128
 MOST_STOPS, LONGEST_STOP = 4, 512
 _UNION_TAGS = ("str", "int", "float", "bool", "none")
+
+
+def _writable(text: str) -> str:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise ValueError("half of a surrogate pair is no character") from None
+    return text
+
+
+Text = Annotated[str, AfterValidator(_writable)]
 
 
 class Strict(BaseModel):
@@ -31,14 +42,14 @@ class TextPart(Strict):
     """A piece of a message."""
 
     type: Literal["text"]
-    text: str
+    text: Text
 
 
 class Turn(Strict):
     """One message of a conversation."""
 
     role: Literal["system", "developer", "user", "assistant"]
-    content: str | list[TextPart]
+    content: Text | list[TextPart]
 
     def message(self) -> Message:
         content = self.content if isinstance(self.content, str) else "".join(part.text for part in self.content)
@@ -80,7 +91,7 @@ class JsonBySchema(Strict):
 
 
 ResponseFormat = Annotated[PlainText | JsonObject | JsonBySchema, Field(discriminator="type")]
-Stop = Annotated[str, Field(min_length=1, max_length=LONGEST_STOP)]
+Stop = Annotated[Text, Field(min_length=1, max_length=LONGEST_STOP)]
 
 
 class Sampled(Strict):
@@ -164,7 +175,7 @@ Ids = Annotated[list[int], Field(min_length=1)]
 class CompletionRequest(Sampled):
     """A text to go on with."""
 
-    prompt: (str | Ids | Annotated[list[str], Field(min_length=1, max_length=MOST_PROMPTS)]
+    prompt: (Text | Ids | Annotated[list[Text], Field(min_length=1, max_length=MOST_PROMPTS)]
              | Annotated[list[Ids], Field(min_length=1, max_length=MOST_PROMPTS)])
     """a text, several, or token ids; a text gets a BOS token in front, ids stay as they are"""
     max_tokens: int | None = Field(None, ge=0)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import socket
 import sys
+from contextlib import ExitStack
 
 from llama2 import mesh
 from llama2.errors import UserError, missing_extra
@@ -48,12 +49,14 @@ def run(config: Config) -> None:
 
 def _bound(host: str, port: int) -> socket.socket:
     """A socket that holds the address but does not listen yet."""
-    try:
-        family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
-        listener = socket.socket(family, kind, protocol)
-        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        listener.bind(address)
-    except OSError as error:
-        raise UserError(f"cannot listen at {host}:{port} ({error.strerror})",
-                        "choose another --host or --port") from None
+    with ExitStack() as closing:
+        try:
+            family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+            listener = closing.enter_context(socket.socket(family, kind, protocol))
+            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            listener.bind(address)
+        except OSError as error:
+            raise UserError(f"cannot listen at {host}:{port} ({error.strerror})",
+                            "choose another --host or --port") from None
+        closing.pop_all()
     return listener

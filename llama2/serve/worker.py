@@ -59,13 +59,17 @@ class Ticket:
 
     async def updates(self) -> AsyncIterator[list[Drawn]]:
         """New tokens as they come, several at a time for a reader that is slow. Raises what made the ticket fail."""
-        while self._open or self._news:
-            await self._event.wait()
-            self._event.clear()
+        while True:
             if self._error is not None:
                 raise self._error
-            news, self._news = self._news, {}
-            yield [self._drawn(sample, count, finish) for sample, (count, finish) in news.items()]
+            if self._news:
+                news, self._news = self._news, {}
+                yield [self._drawn(sample, count, finish) for sample, (count, finish) in news.items()]
+            elif self._open:
+                await self._event.wait()
+                self._event.clear()
+            else:
+                return
 
     def _drawn(self, sample: int, count: int, finish: Finish | None) -> Drawn:
         request, begin = self.requests[sample], self._seen[sample]

@@ -104,11 +104,12 @@ def test_the_likelihood_of_a_text(client, served):
     assert all(value < 0 for value in found.token_logprobs[1:])
     assert len(found.tokens) == len(found.text_offset) == len(ids)
     assert answer.usage.completion_tokens == 0
-    drawn = client.completions.create(model="policy", prompt=ids[:3], max_tokens=1, temperature=0, echo=True, logprobs=1)
-    again = client.completions.create(model="policy", prompt=ids[:3] + [9], max_tokens=0, echo=True, logprobs=1)
-    own, likeliest = drawn.choices[0].logprobs, again.choices[0].logprobs.top_logprobs[3]
-    if len(own.tokens) > 3:  # it may have ended at once
-        assert own.token_logprobs[3] == pytest.approx(max(likeliest.values()), abs=1e-4)
+    drawn = client.completions.create(model="policy", prompt=ids[:3], max_tokens=1, seed=4, logit_bias=LONG,
+                                      logprobs=0).choices[0].logprobs
+    again = client.completions.create(model="policy", prompt="The cat sees the dog", max_tokens=3, echo=True,
+                                      logprobs=0).choices[0].logprobs
+    assert again.token_logprobs[: len(ids)] == pytest.approx(found.token_logprobs, abs=1e-4)
+    assert drawn.text_offset == [again.text_offset[3]]  # as if the prompt had been there
 
 
 def test_scores(served, scorers):
@@ -135,7 +136,7 @@ def test_scores(served, scorers):
     ("chat/completions", {"messages": ASK * 2}, 400, "messages", "roles must alternate"),
     ("chat/completions", {"messages": [{"role": "tool", "content": ""}]}, 400, "messages.0.role", "input should be"),
     ("chat/completions", {}, 400, "messages", "field required"),
-    ("chat/completions", {"messages": [{"role": "user", "content": "word " * 400}]}, 400, "messages", "more than leave"),
+    ("chat/completions", {"messages": [{"role": "user", "content": "a " * 400}]}, 400, "messages", "more than leave"),
     ("completions", {"prompt": [70000]}, 400, "prompt", "token ids outside"),
     ("completions", {"prompt": []}, 400, "prompt", ""),
     ("completions", {"prompt": "a", "max_tokens": 0}, 400, "max_tokens", "only with echo"),
