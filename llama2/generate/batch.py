@@ -323,7 +323,7 @@ class Batch:
             if request.sampling.penalised:
                 rows.watch(slot, request.prompt, self._model.config.vocab_size)
         self._groups = None
-        kept_BV, self._live = self._logits_BV, max(self._live, max(slots) + 1)
+        kept_BV, self._live = self._logits_BV[: self._live], max(self._live, max(slots) + 1)
         self._logits_BV = logits_SV.new_empty(self._live, logits_SV.shape[1])
         self._logits_BV[: len(kept_BV)] = kept_BV
         self._logits_BV[slots_S] = logits_SV

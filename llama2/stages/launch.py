@@ -60,6 +60,7 @@ VERBS = {
     "evaluate": Verb("evaluate.versions", "§3.4  every version, on both axes"),
     "report": Verb("release.report", "      one self-contained HTML page about a recipe's runs"),
     "chat": Verb("serve.terminal", "      talk to a checkpoint in the terminal", False),
+    "serve": Verb("serve.server", "      serve checkpoints over HTTP, with OpenAI's interface and a chat page", False),
 }
 
 

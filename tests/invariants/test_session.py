@@ -204,3 +204,15 @@ def test_memory_in_use_is_reported(model: Llama) -> None:
     assert session.cached_tokens == 42
     finish(session)
     assert session.cached_tokens > 0
+
+
+def test_all_rows_may_end_in_the_same_step(model: Llama) -> None:
+    session = engine(model).open()
+    together = [Request(tuple(prompts(1)[0]), replace(PLAIN, max_tokens=3, stop=()), 0, sample) for sample in range(3)]
+    for request in together:
+        session.submit(request)
+    finish(session)
+    last = Request(tuple(prompts(2)[1]), PLAIN, 1)
+    session.submit(last)
+    finish(session)
+    assert_as_alone(model, [*together, last])

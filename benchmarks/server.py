@@ -1,0 +1,225 @@
+"""The server under load: tokens a second through HTTP, and their ratio to the engine alone at that batch in this run.
+
+    python benchmarks/server.py [--size T] [--clients 16] [--seconds 20] [--threads N]
+    python benchmarks/server.py --abuse [5000]
+
+A model of random weights is served by a process of its own, as users start it; as many streaming clients as it has
+slots ask again and again. The engine alone then draws the same batch in the same process settings. `--abuse` sends
+requests made from the OpenAPI document, and damaged ones, and counts what it gets: nothing but 503 may be above 499.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import collections
+import json
+import os
+import random
+import re
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import httpx
+import torch
+from common import HERE, SIZES
+
+from llama2 import mesh
+from llama2.generate.engine import Engine
+from llama2.generate.sampling import Sampling
+from llama2.microworld.build import write
+from llama2.model import checkpoint
+from llama2.model.llama import Llama
+from llama2.records import Prompt, read
+from llama2.tokenizer.train import train
+
+PROMPT, NEW = 64, 128  # tokens
+ENDLESS = {"2": -100}  # no answer ends early
+
+
+@dataclass
+class Heard:
+    """What the clients saw."""
+
+    tokens: int = 0
+    first: list[float] = field(default_factory=list)
+    between: list[float] = field(default_factory=list)
+    statuses: collections.Counter[int] = field(default_factory=collections.Counter)
+    errors: collections.Counter[str] = field(default_factory=collections.Counter)
+
+
+def make(size: str, directory: Path) -> Path:
+    """A checkpoint of a size, with a tokenizer of as many items (of which a small one is trained)."""
+    write(directory / "world", scale=0.02, seed=0)
+    texts = [message.content for prompt in read(Prompt, directory / "world/prompts-train.jsonl")
+             for message in prompt.messages]
+    tokenizer = train(texts, 420, directory / "model")
+    config = SIZES[size].config
+    checkpoint.save(Llama(type(config)(**{**vars(config), "vocab_size": tokenizer.vocab_size})), directory / "model")
+    return directory / "model"
+
+
+@contextmanager
+def server(model: Path, slots: int, threads: int, *flags: str) -> Iterator[tuple[str, int]]:
+    """`llama2 serve` in a process; its address and process id."""
+    with tempfile.NamedTemporaryFile("r+") as log:
+        environment = {**os.environ, "PYTHONPATH": str(HERE.parent), "OMP_NUM_THREADS": str(threads)}
+        command = [sys.executable, "-m", "llama2.cli", "serve", str(model), "--port", "0", "--slots", str(slots)]
+        process = subprocess.Popen([*command, *flags], stderr=log, env=environment)
+        try:
+            while not (found := re.search(r" at (http://\S+)", Path(log.name).read_text())):
+                if process.poll() is not None:
+                    sys.exit(Path(log.name).read_text())
+                time.sleep(0.05)
+            yield found[1], process.pid
+        finally:
+            process.terminate()
+            process.wait(20)
+
+
+async def client(url: str, number: int, until: float, heard: Heard) -> None:
+    """One client that asks, reads and asks again."""
+    generator = random.Random(number)
+    async with httpx.AsyncClient(timeout=120) as http:
+        while time.monotonic() < until:
+            body = {"prompt": [1, *(generator.randrange(3, 400) for _ in range(PROMPT - 1))], "max_tokens": NEW,
+                    "logit_bias": ENDLESS, "stream": True, "stream_options": {"include_usage": True}}
+            begin = latest = time.monotonic()
+            try:
+                async with http.stream("POST", f"{url}/v1/completions", json=body) as answer:
+                    heard.statuses[answer.status_code] += 1
+                    async for line in answer.aiter_lines():
+                        if not line.startswith("data: {"):
+                            continue
+                        chunk, now = json.loads(line[6:]), time.monotonic()
+                        heard.tokens += (chunk["usage"] or {"completion_tokens": 0})["completion_tokens"]
+                        if latest == begin:
+                            heard.first.append(now - begin)
+                        elif chunk["choices"]:
+                            heard.between.append(now - latest)
+                        latest = now
+            except httpx.HTTPError as error:
+                heard.errors[type(error).__name__] += 1
+
+
+async def load(url: str, clients: int, seconds: float) -> tuple[Heard, float]:
+    """What the clients heard, and for how long they asked."""
+    heard, begin = Heard(), time.monotonic()
+    await asyncio.gather(*(client(url, number, begin + seconds, heard) for number in range(clients)))
+    return heard, time.monotonic() - begin
+
+
+def alone(model: Path, rows: int, seconds: float) -> float:
+    """Tokens a second of the engine without a server, drawing the same."""
+    mesh.tune_cpu()
+    engine = Engine(checkpoint.load(model, dtype=torch.bfloat16).eval(), slots=rows)
+    generator = random.Random(0)
+    prompts = [[1, *(generator.randrange(3, 400) for _ in range(PROMPT - 1))] for _ in range(rows)]
+    sampling = Sampling(max_tokens=NEW, logit_bias=((2, -100.0),))
+    engine.generate(prompts, sampling)
+    count, begin = 0, time.monotonic()
+    while time.monotonic() < begin + seconds:
+        count += sum(len(each.tokens) for row in engine.generate(prompts, sampling) for each in row)
+    return count / (time.monotonic() - begin)
+
+
+def resident(process: int) -> float:
+    """Its memory in MiB."""
+    pages = int(Path(f"/proc/{process}/statm").read_text().split()[1])
+    return pages * os.sysconf("SC_PAGE_SIZE") / 2**20
+
+
+def measure(size: str, clients: int, seconds: float, threads: int) -> None:
+    with tempfile.TemporaryDirectory() as directory:
+        model = make(size, Path(directory))
+        with server(model, clients, threads) as (url, process):
+            asyncio.run(load(url, clients, 3))
+            before = resident(process)
+            heard, took = asyncio.run(load(url, clients, seconds))
+            growth = resident(process) - before
+        torch.set_num_threads(threads)
+        offline = alone(model, clients, min(seconds, 10))
+    served = heard.tokens / took
+    print(f"{size} {clients} clients, {threads} threads: {served:,.0f} tokens/s  engine alone {offline:,.0f}  "
+          f"ratio {served / offline:.2f}")
+    for name, values in (("first token", heard.first), ("between tokens", heard.between)):
+        cuts = statistics.quantiles(values, n=20)
+        print(f"{name}: p50 {1000 * cuts[9]:.1f} ms, p95 {1000 * cuts[18]:.1f} ms")
+    print(f"answers {dict(heard.statuses)}, errors {dict(heard.errors)}, memory grew by {growth:.1f} MiB")
+
+
+def abuse(count: int, threads: int) -> None:
+    """Requests made from the schema, and damaged ones; exits with 1 if one of them is fatal."""
+    with tempfile.TemporaryDirectory() as directory:
+        model = make("T", Path(directory))
+        with server(model, 8, threads, "--capacity", "48") as (url, process), httpx.Client(timeout=60) as http:
+            before, statuses = resident(process), collections.Counter[int]()
+            for request in requests(http, url, count):
+                answer = http.send(request)
+                statuses[answer.status_code] += 1
+                if answer.status_code >= 500 and answer.status_code != 503:
+                    sys.exit(f"{answer.status_code} for {request.method} {request.url} {request.content!r}")
+            healthy = http.get(f"{url}/health").json()["status"]
+            print(f"{sum(statuses.values())} requests: {dict(sorted(statuses.items()))}, then {healthy}; memory grew by "
+                  f"{resident(process) - before:.1f} MiB")
+
+
+def requests(http: httpx.Client, url: str, count: int) -> Iterator[httpx.Request]:
+    """`count` requests: every other one as the OpenAPI document describes them, the rest damaged."""
+    from hypothesis import HealthCheck, Phase, given, settings
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        import schemathesis
+    operations = [found.ok() for found in
+                  schemathesis.openapi.from_dict(http.get(f"{url}/openapi.json").json()).get_all_operations()]
+    made: list[httpx.Request] = []
+    each = -(-count // (2 * len(operations)))
+    for operation in operations:
+
+        @settings(max_examples=each, deadline=None, database=None, phases=[Phase.generate],
+                  suppress_health_check=list(HealthCheck))
+        @given(operation.as_strategy())
+        def collect(case: object) -> None:
+            arguments = case.as_transport_kwargs(base_url=url)  # type: ignore[attr-defined]
+            arguments.pop("cookies", None)
+            made.append(http.build_request(**arguments))
+
+        collect()
+    generator = random.Random(0)
+    good = json.dumps({"messages": [{"role": "user", "content": "Name a colour."}], "max_tokens": 2}).encode()
+    for request in made:
+        yield request
+        body = bytearray(request.content or good)
+        for _ in range(generator.randrange(1, 5)):
+            place = generator.randrange(len(body) + 1)
+            body[place : place + generator.randrange(4)] = generator.randbytes(generator.randrange(4))
+        path = generator.choice(("chat/completions", "completions", "score"))
+        yield http.build_request("POST", f"{url}/v1/{path}", content=bytes(body),
+                                 headers={"Content-Type": "application/json"})
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--size", default="T", choices=list(SIZES))
+    parser.add_argument("--clients", type=int, default=16)
+    parser.add_argument("--seconds", type=float, default=20)
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--abuse", type=int, nargs="?", const=5000)
+    arguments = parser.parse_args()
+    if arguments.abuse:
+        abuse(arguments.abuse, arguments.threads)
+    else:
+        measure(arguments.size, arguments.clients, arguments.seconds, arguments.threads)
+
+
+if __name__ == "__main__":
+    main()

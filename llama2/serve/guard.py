@@ -1,0 +1,169 @@
+"""What stands before every request: who may ask, how large and how slow a request may be, and a line in the log.
+
+Plain ASGI, outside of the framework, so that nothing is parsed for a client that is refused.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import hmac
+import json
+import secrets
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from typing import Any
+
+from starlette.datastructures import Headers
+from starlette.responses import JSONResponse
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from llama2.serve import errors
+from llama2.serve.clients import GONE
+from llama2.serve.errors import ApiError
+from llama2.serve.metrics import Metrics
+from llama2.serve.settings import Limits
+
+LOG = "llama2.log"  # in the scope: what the routes add to the line of their request
+_SECURITY = {
+    "Content-Security-Policy": "default-src 'self'; object-src 'none'; base-uri 'none'; form-action 'none'; "
+                               "frame-ancestors 'none'",
+    "X-Content-Type-Options": "nosniff",
+    "Referrer-Policy": "no-referrer",
+    "Cross-Origin-Resource-Policy": "same-origin",
+}
+LOOPBACK = ("localhost", "127.0.0.1", "::1", "[::1]")
+
+
+@dataclass
+class Traffic:
+    """How many requests are being answered, and whether new ones are still taken."""
+
+    active: int = 0
+    draining: bool = False
+
+
+@dataclass
+class Keys:
+    """The keys that open /v1; without any it is open. Only digests are kept, and all are compared, in constant time."""
+
+    digests: Sequence[bytes] = field(default=())
+
+    @classmethod
+    def of(cls, keys: Sequence[str]) -> Keys:
+        return cls([hashlib.sha256(key.encode()).digest() for key in keys])
+
+    def open(self, authorization: str) -> bool:
+        scheme, _, key = authorization.partition(" ")
+        given = hashlib.sha256(key.strip().encode("latin-1", "replace")).digest()
+        matches = [hmac.compare_digest(given, each) for each in self.digests]
+        return any(matches) and scheme.lower() == "bearer"
+
+
+class Guard:
+    """Wraps an application."""
+
+    def __init__(self, app: ASGIApp, limits: Limits, keys: Keys, traffic: Traffic, metrics: Metrics, loopback: bool
+                 ) -> None:
+        self._app, self._limits, self._keys, self._traffic, self._metrics = app, limits, keys, traffic, metrics
+        self._local = loopback and not keys.digests
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            return
+        answer = _Answer(send)
+        scope[LOG] = {}
+        begin = time.monotonic()
+        self._traffic.active += 1
+        try:
+            try:
+                body = await self._admit(scope, receive)
+            except ApiError as error:
+                await JSONResponse(error.body(), error.status, error.headers)(scope, receive, answer)
+            else:
+                await self._app(scope, _replayed(body, receive), answer)
+        finally:
+            self._traffic.active -= 1
+            self._note(scope, answer, time.monotonic() - begin)
+
+    async def _admit(self, scope: Scope, receive: Receive) -> bytes:
+        """The body of a request that may pass."""
+        headers, guarded = Headers(scope=scope), scope["path"].startswith("/v1/")
+        if self._local and _name(headers.get("host", "")) not in LOOPBACK:
+            # A page of another site may have its name resolve to this machine.
+            raise errors.ApiError(403, "a server without API keys answers to localhost and 127.0.0.1 only")
+        if guarded and self._keys.digests and not self._keys.open(headers.get("authorization", "")):
+            raise errors.ApiError(401, "the API key is missing or wrong; send 'Authorization: Bearer KEY'",
+                                  code="invalid_api_key", headers={"WWW-Authenticate": "Bearer"})
+        if guarded and self._traffic.draining:
+            raise errors.draining()
+        try:
+            async with asyncio.timeout(self._limits.body_seconds):
+                return await self._body(headers, receive)
+        except TimeoutError:
+            raise errors.ApiError(408, "the body of the request came too slowly", kind="timeout", code="timeout",
+                                  headers={"Connection": "close"}) from None
+
+    async def _body(self, headers: Headers, receive: Receive) -> bytes:
+        most = self._limits.body_bytes
+        announced = headers.get("content-length", "0")
+        parts, size = [], int(announced) if announced.isdigit() else 0
+        while size <= most:
+            message = await receive()
+            if message["type"] == "http.disconnect":
+                break
+            parts.append(message.get("body", b""))
+            size = sum(map(len, parts))
+            if not message.get("more_body"):
+                return b"".join(parts)
+        if size <= most:
+            return b""  # the client has gone; the application will hear of it
+        raise errors.ApiError(413, f"the body is larger than {most} bytes", code="request_too_large",
+                              headers={"Connection": "close"})
+
+    def _note(self, scope: Scope, answer: _Answer, seconds: float) -> None:
+        self._metrics.request(getattr(scope.get("route"), "path", "other"), answer.status)
+        client = scope.get("client") or ("",)
+        line: dict[str, Any] = {
+            "time": datetime.now(UTC).isoformat(timespec="milliseconds"), "id": answer.id,
+            "client": client[0], "method": scope["method"], "path": scope["path"][:200], "status": answer.status,
+            "ms": round(1000 * seconds), **scope[LOG]}
+        print(json.dumps(line), file=sys.stderr, flush=True)
+
+
+class _Answer:
+    """Sends what the application answers, with the headers that every answer has, and remembers its status."""
+
+    def __init__(self, send: Send) -> None:
+        self.status, self.id = GONE, secrets.token_hex(8)
+        self._send = send
+        self._headers = [(name.lower().encode(), value.encode())
+                         for name, value in {**_SECURITY, "X-Request-Id": self.id}.items()]
+
+    async def __call__(self, message: Message) -> None:
+        if message["type"] == "http.response.start":
+            self.status = message["status"]
+            message = {**message, "headers": [*message["headers"], *self._headers]}
+        await self._send(message)
+
+
+def _replayed(body: bytes, receive: Receive) -> Receive:
+    """A body that has been read, then whatever comes after it."""
+    read = False
+
+    async def again() -> Message:
+        nonlocal read
+        if read:
+            return await receive()
+        read = True
+        return {"type": "http.request", "body": body, "more_body": False}
+
+    return again
+
+
+def _name(host: str) -> str:
+    """The host without its port."""
+    return host if host.endswith("]") else host.rpartition(":")[0] or host

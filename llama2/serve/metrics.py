@@ -1,0 +1,77 @@
+"""What a server counts, in Prometheus' text format."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
+
+from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
+from prometheus_client.core import GaugeMetricFamily, Metric
+from prometheus_client.registry import Collector
+
+from llama2.serve.worker import Worker
+
+CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
+_SECONDS = (0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 30, 60)
+_STEPS = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5)
+_GAUGES = {
+    "llama2_up": ("1 while the model answers", lambda worker: float(worker.alive)),
+    "llama2_running": ("samples that have a slot", lambda worker: worker.running),
+    "llama2_waiting": ("samples that wait for a slot", lambda worker: worker.waiting),
+    "llama2_slots": ("samples that may run at a time", lambda worker: worker.slots),
+    "llama2_cached_tokens": ("tokens whose keys and values are kept", lambda worker: worker.cached_tokens),
+}
+
+
+class Metrics:
+    """Counters and histograms of one server, and gauges of its workers."""
+
+    def __init__(self) -> None:
+        self.registry = CollectorRegistry()
+        self._requests = Counter("llama2_requests", "requests answered", ["path", "status"], registry=self.registry)
+        self._prompt = Counter("llama2_prompt_tokens", "tokens of prompts", ["model"], registry=self.registry)
+        self._shared = Counter("llama2_prompt_tokens_cached", "of those, found in the cache", ["model"],
+                               registry=self.registry)
+        self._drawn = Counter("llama2_completion_tokens", "tokens drawn", ["model"], registry=self.registry)
+        self._first = Histogram("llama2_first_token_seconds", "from a request's arrival to its first token", ["model"],
+                                buckets=_SECONDS, registry=self.registry)
+        self._between = Histogram("llama2_between_tokens_seconds", "from one token of a sample to its next", ["model"],
+                                  buckets=_STEPS, registry=self.registry)
+
+    def watch(self, workers: Iterable[Worker]) -> None:
+        """Report the state of these workers whenever somebody asks."""
+        self.registry.register(_Gauges(tuple(workers)))
+
+    def request(self, path: str, status: int) -> None:
+        self._requests.labels(path, str(status)).inc()
+
+    def first_token(self, model: str, seconds: float) -> None:
+        self._first.labels(model).observe(seconds)
+
+    def between(self, model: str, seconds: float, count: int) -> None:
+        """`count` tokens of a sample came `seconds` after the one before."""
+        self._between.labels(model).observe(seconds / max(1, count))
+
+    def tokens(self, model: str, count: int) -> None:
+        self._drawn.labels(model).inc(count)
+
+    def prompt(self, model: str, usage: Mapping[str, Any]) -> None:
+        self._prompt.labels(model).inc(usage["prompt_tokens"])
+        self._shared.labels(model).inc(usage["prompt_tokens_details"]["cached_tokens"])
+
+    def text(self) -> bytes:
+        """What /metrics shows."""
+        shown: bytes = generate_latest(self.registry)  # type: ignore[no-untyped-call]
+        return shown
+
+
+class _Gauges(Collector):
+    def __init__(self, workers: tuple[Worker, ...]) -> None:
+        self._workers = workers
+
+    def collect(self) -> Iterator[Metric]:
+        for name, (meaning, read) in _GAUGES.items():
+            gauge = GaugeMetricFamily(name, meaning, labels=["model"])
+            for worker in self._workers:
+                gauge.add_metric([worker.name], read(worker))
+            yield gauge

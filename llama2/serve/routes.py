@@ -1,0 +1,225 @@
+"""The endpoints under /v1: a checked request in, an answer or a stream of it out."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import sys
+import traceback
+from collections.abc import AsyncGenerator, Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from typing import Any
+
+from fastapi import APIRouter, Request
+from fastapi.responses import JSONResponse, Response
+
+from llama2.errors import UserError
+from llama2.generate.rewards import probability
+from llama2.generate.sampling import Grammar
+from llama2.records import Message, Messages
+from llama2.serve import errors
+from llama2.serve.clients import EventStream, unless_gone
+from llama2.serve.errors import ApiError
+from llama2.serve.formats import ChatFormat, Format, TextFormat, sse
+from llama2.serve.generation import Asked, Event, Generation, check_prompts, collected, sampling_of
+from llama2.serve.guard import LOG
+from llama2.serve.metrics import Metrics
+from llama2.serve.models import ChatModel, Models, RewardModel
+from llama2.serve.safety import Gate
+from llama2.serve.schema import ChatRequest, CompletionRequest, JsonBySchema, JsonObject, ScoreRequest
+from llama2.serve.text import Decoder, Part
+from llama2.tokenizer.template import encode_prompt
+from llama2.tokenizer.tokenizer import Tokenizer
+
+DEFAULT_COMPLETION = 16  # tokens, OpenAI's default for /v1/completions
+Events = AsyncGenerator[list[Event], None]
+
+
+@dataclass(frozen=True)
+class Service:
+    """What the endpoints work with. `seconds`: the longest that a call may take."""
+
+    models: Models
+    gate: Gate | None
+    metrics: Metrics
+    seconds: float
+
+    async def chat(self, asked: ChatRequest, request: Request) -> Response:
+        """Answer a conversation."""
+        model, conversation = self.models.chat(asked.model), asked.conversation()
+        ids = await asyncio.to_thread(encode_prompt, model.tokenizer, conversation)
+        most = asked.max_completion_tokens or asked.max_tokens or model.context
+        sampling = sampling_of(asked, model, most, asked.top_logprobs or 0)
+        shape = asked.response_format
+        if isinstance(shape, JsonObject | JsonBySchema):
+            check_prompts(model, [ids], "messages")  # which is cheaper
+            wanted = shape.json_schema.schema_ if isinstance(shape, JsonBySchema) else None
+            sampling = replace(sampling, grammar=await asyncio.to_thread(_grammar, model.tokenizer, wanted))
+        generation = Generation(model, Asked([ids], sampling, asked.n or 1, asked.stops, True, "messages"),
+                                self.seconds, self.metrics)
+        events = self._judged(generation, lambda _: conversation)
+        objects = ChatFormat(model.name, model.tokenizer, bool(asked.logprobs), _include_usage(asked))
+        return await self._answer(request, generation, events, objects, bool(asked.stream))
+
+    async def complete(self, asked: CompletionRequest, request: Request) -> Response:
+        """Go on with texts."""
+        model = self.models.chat(asked.model)
+        prompts = await asyncio.to_thread(_encoded, model.tokenizer, asked.prompts())
+        most = DEFAULT_COMPLETION if asked.max_tokens is None else asked.max_tokens
+        n = (asked.n or 1) if most else 0
+        check_prompts(model, prompts, "prompt")
+        echoes = await self._echoes(model, asked, prompts) if asked.echo else []
+        generation = Generation(model, Asked(prompts, sampling_of(asked, model, most, asked.logprobs or 0), n,
+                                             asked.stops, False, "prompt"), self.seconds, self.metrics)
+        events = self._judged(generation, lambda index: (Message("user", model.tokenizer.decode(prompts[index])),))
+        objects = TextFormat(model.name, model.tokenizer, asked.logprobs is not None, _include_usage(asked))
+        return await self._answer(request, generation, _echoed(echoes, n, events), objects, bool(asked.stream))
+
+    async def score(self, asked: ScoreRequest, request: Request) -> Response:
+        """Judge an answer."""
+        model = self.models.reward(asked.model)
+        ids = await asyncio.to_thread(model.encode, asked.conversation())
+        if len(ids) > model.context:
+            raise errors.invalid(f"messages: the conversation has {len(ids)} tokens, {len(ids) - model.context} more "
+                                 f"than the context of {model.context}; shorten it", "messages",
+                                 "context_length_exceeded")
+        found = await unless_gone(request.receive, model.score(ids))
+        usage = {"prompt_tokens": len(ids), "completion_tokens": 0, "total_tokens": len(ids)}
+        _log(request, model, usage)
+        return JSONResponse({"object": "score", "model": model.name, "score": found,
+                             "probability": probability(found), "usage": usage})
+
+    async def _answer(self, request: Request, generation: Generation, events: Events, objects: Format, stream: bool
+                      ) -> Response:
+        count = len(generation.asked.prompts) * max(1, generation.asked.n)
+        if stream:
+            return EventStream(_chunks(generation, events, objects, count), generation,
+                               lambda: _log(request, generation.model, generation.usage()))
+        with generation:
+            wholes = await unless_gone(request.receive, collected(events, count))
+        usage = generation.usage()
+        _log(request, generation.model, usage)
+        return JSONResponse(objects.answer(wholes, usage))
+
+    async def _judged(self, generation: Generation, conversation: Callable[[int], Messages]) -> Events:
+        """The events of a generation; behind a gate, those of each whole answer after its verdict."""
+        if self.gate is None:
+            async for events in generation.events():
+                yield events
+            return
+        count, n = len(generation.ticket.requests), max(1, generation.asked.n)
+        for index, whole in enumerate(await collected(generation.events(), count)):
+            verdict = await self.gate.judge(conversation(index // n), whole.part.text)
+            if verdict.replaced:  # its tokens would tell what is not to be told
+                yield [Event(index, Part(self.gate.refusal), "content_filter", verdict)]
+            else:
+                yield [Event(index, whole.part, whole.finish, verdict)]
+
+    async def _echoes(self, model: ChatModel, asked: CompletionRequest, prompts: Sequence[Sequence[int]]
+                      ) -> list[Part]:
+        """Each prompt as the beginning of its completion, with log-probabilities if they are wanted."""
+        parts = []
+        for ids in prompts:
+            found = await model.prompt_logprobs(ids, asked.logprobs) if asked.logprobs is not None else []
+            decoder, part = Decoder(model.tokenizer), Part()
+            for place, token in enumerate(ids):
+                logprob, alternatives = found[place - 1] if found and place else (None, ())
+                part.add(decoder.push(token, logprob, alternatives))
+            part.add(decoder.close())
+            parts.append(part)
+        return parts
+
+
+def routes(service: Service) -> APIRouter:
+    """The endpoints of a service."""
+    router = APIRouter(tags=["v1"])
+    replies: dict[int | str, dict[str, Any]] = {
+        status: {"description": text} for status, text in (
+            (400, "a field is wrong; `param` names it"), (401, "the API key is missing or wrong"),
+            (404, "there is no such model"), (408, "it took too long"), (413, "the request is too large"),
+            (429, "the server is busy; Retry-After says when to come back"), (503, "the server shuts down"))}
+
+    @router.get("/v1/models")
+    async def models() -> JSONResponse:
+        """The models of this server."""
+        return JSONResponse({"object": "list", "data": [_described(model) for model in service.models]})
+
+    @router.get("/v1/models/{name}", responses={404: replies[404]})
+    async def model(name: str) -> JSONResponse:
+        """One of them."""
+        return JSONResponse(_described(service.models.named(name)))
+
+    @router.post("/v1/chat/completions", responses=replies)
+    async def chat(asked: ChatRequest, request: Request) -> Response:
+        """The answer to a conversation."""
+        return await service.chat(asked, request)
+
+    @router.post("/v1/completions", responses=replies)
+    async def complete(asked: CompletionRequest, request: Request) -> Response:
+        """What may follow a text."""
+        return await service.complete(asked, request)
+
+    @router.post("/v1/score", responses=replies)
+    async def score(asked: ScoreRequest, request: Request) -> Response:
+        """What a reward model thinks of the answer at the end of a conversation: its score and the sigmoid of it."""
+        return await service.score(asked, request)
+
+    return router
+
+
+async def _chunks(generation: Generation, events: Events, objects: Format, count: int) -> AsyncGenerator[bytes, None]:
+    """The server-sent events of a stream. What fails after the first byte is told in the stream."""
+    try:
+        yield objects.opening(count)
+        async for some in events:
+            yield b"".join(map(objects.event, some))
+        yield objects.closing(generation.usage())
+    except ApiError as error:
+        yield sse(error.body())
+    except Exception as error:
+        traceback.print_exception(error, file=sys.stderr)
+        yield sse(ApiError(500, "the server has a defect; its log says more", kind=errors.SERVER).body())
+
+
+async def _echoed(echoes: Sequence[Part], n: int, events: Events) -> Events:
+    """Events with the prompts in front. Without samples (n = 0) the prompts are all there is."""
+    for index, part in enumerate(echoes):
+        yield [Event(index * max(1, n) + sample, Part(part.text, list(part.pieces)), None if n else "length")
+               for sample in range(max(1, n))]
+    async for some in events:
+        yield some
+
+
+def _encoded(tokenizer: Tokenizer, prompts: Sequence[str | list[int]]) -> list[list[int]]:
+    return [[tokenizer.bos, *tokenizer.encode(prompt)] if isinstance(prompt, str) else prompt for prompt in prompts]
+
+
+def _grammar(tokenizer: Tokenizer, schema: dict[str, Any] | None) -> Grammar:
+    try:
+        return _compiled(tokenizer, json.dumps(schema)).fresh()
+    except UserError as error:
+        raise errors.invalid(f"response_format: {error}", "response_format") from None
+
+
+@lru_cache(maxsize=32)
+def _compiled(tokenizer: Tokenizer, schema: str) -> Grammar:
+    from llama2.generate.grammar import json_grammar
+
+    grammar: Grammar = json_grammar(tokenizer, json.loads(schema))
+    return grammar
+
+
+def _include_usage(asked: ChatRequest | CompletionRequest) -> bool:
+    return asked.stream_options is not None and asked.stream_options.include_usage
+
+
+def _log(request: Request, model: ChatModel | RewardModel, usage: dict[str, Any]) -> None:
+    """What the line of a request says besides its path and status."""
+    request.scope[LOG].update(model=model.name, prompt_tokens=usage["prompt_tokens"],
+                              completion_tokens=usage["completion_tokens"])
+
+
+def _described(model: ChatModel | RewardModel) -> dict[str, Any]:
+    return {"id": model.name, "object": "model", "created": model.created, "owned_by": "llama2",
+            "llama2": {"kind": model.kind, "context": model.context}}

@@ -1,0 +1,60 @@
+"""How a server is set up. Apart from what it runs, so that `--help` needs none of the optional libraries."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from pydantic import Field
+
+from llama2.config import Config
+from llama2.mesh import Precision
+
+
+class Limits(Config):
+    """What a client may take."""
+
+    waiting: int = Field(64, ge=0)
+    """samples that may wait for a slot, of each model; beyond that clients are asked to come back (429)"""
+    seconds: float = Field(600, gt=0)
+    """the longest that a request may take"""
+    body_bytes: int = Field(4 << 20, ge=1024)
+    """the largest request"""
+    body_seconds: float = Field(30, gt=0)
+    """the longest that a request may take to arrive"""
+    connections: int = Field(1024, ge=1)
+    """open connections; beyond that they are refused (503)"""
+    drain_seconds: float = Field(30, ge=0)
+    """after SIGTERM, the longest that running requests may take to finish"""
+
+
+class Safety(Config):
+    """Whether and how answers are judged before they are sent."""
+
+    model: Path | None = None
+    """reward model of safety; without it nothing is judged"""
+    threshold: float = Field(0.15, ge=0, le=1)
+    """an answer that is safe with less probability is replaced"""
+    refusal: str = "I'm sorry, but I can't help with that."
+    """what replaces it"""
+
+
+class ServeConfig(Config):
+    """Serve checkpoints over HTTP, with OpenAI's interface and a page to chat."""
+
+    checkpoints: tuple[Path, ...] = Field(min_length=1)
+    """directories of models; the first that answers is the default, reward models serve /v1/score"""
+    names: tuple[str, ...] = ()
+    """what clients call them (default: the names of the directories)"""
+    host: str = "127.0.0.1"
+    """address to listen at; 0.0.0.0 is every interface of this machine"""
+    port: int = Field(8000, ge=0, le=65535)
+    """0 takes a free one"""
+    api_keys: tuple[str, ...] = ()
+    """keys that clients must send; better set LLAMA2_API_KEYS (comma-separated), which no list of processes shows"""
+    slots: int = Field(16, ge=1)
+    """samples drawn at a time by each model"""
+    capacity: int | None = Field(None, ge=2)
+    """the most tokens of prompt and answer (default: the context of the model)"""
+    precision: Precision = "bf16"
+    limits: Limits = Limits()
+    safety: Safety = Safety()

@@ -1,0 +1,76 @@
+"""A real server at a free port, in a thread of the test's own process."""
+
+from __future__ import annotations
+
+import socket
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import httpx
+import openai
+
+from llama2.config import build
+from llama2.serve import http, models
+from llama2.serve.models import Models, RewardModel
+from llama2.serve.settings import ServeConfig
+
+
+@dataclass
+class Served:
+    """A running server: where it is, what it serves, and the object that runs it."""
+
+    url: str
+    models: Models
+    server: http.Server
+
+    def client(self, key: str = "none") -> openai.OpenAI:
+        return openai.OpenAI(base_url=f"{self.url}/v1", api_key=key, max_retries=0, timeout=60)
+
+    @property
+    def worker(self) -> Any:
+        return next(iter(self.models)).worker
+
+    def post(self, path: str, **body: Any) -> httpx.Response:
+        return httpx.post(f"{self.url}/v1/{path}", json=body, timeout=60)
+
+    @property
+    def address(self) -> tuple[str, int]:
+        host, _, port = self.url.removeprefix("http://").partition(":")
+        return host, int(port)
+
+
+@contextmanager
+def serving(*paths: Path, keys: Sequence[str] = (), judge: Path | None = None, **values: Any) -> Iterator[Served]:
+    """Serve checkpoints until the block ends. Answers are computed in fp32."""
+    config = build(ServeConfig, {"checkpoints": [str(path) for path in paths], "precision": "fp32", **values})
+    names = config.names or tuple(path.name for path in paths)
+    loaded = models.load(paths, names, slots=config.slots, capacity=config.capacity, waiting=config.limits.waiting,
+                         precision="fp32")
+    safe: RewardModel | None = models.load_judge(judge, loaded, 64, "fp32") if judge else None
+    server = http.server(loaded, safe, config, keys)
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        url = f"http://127.0.0.1:{listener.getsockname()[1]}"
+        thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
+        thread.start()
+        try:
+            wait_for(lambda: server.started)
+            yield Served(url, loaded, server)
+        finally:
+            server.should_exit = True
+            thread.join(20)
+            for model in (*loaded, *((safe,) if safe else ())):
+                model.worker.stop()
+
+
+def wait_for(condition: Any, seconds: float = 30) -> None:
+    """Until it holds; an error if it does not in time."""
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "it takes too long"
+        time.sleep(0.005)

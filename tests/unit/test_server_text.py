@@ -1,0 +1,93 @@
+"""Text that is certain: whole characters, no part of a stop string, no white space at the ends."""
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from llama2.serve.text import Decoder, Part, Stops
+
+LETTERS = st.text("abc", max_size=30)
+
+
+def cut(text, places):
+    """The text in parts."""
+    edges = [0, *sorted(place % (len(text) + 1) for place in places), len(text)]
+    return [text[begin:end] for begin, end in zip(edges, edges[1:], strict=False)]
+
+
+def through(stops, parts):
+    scanner = Stops(stops)
+    said = [scanner.push(part) for part in parts]
+    return said, scanner
+
+
+@given(LETTERS, st.lists(st.text("abc", min_size=1, max_size=4), min_size=1, max_size=4), st.lists(st.integers(0, 99)))
+def test_it_does_not_matter_how_a_text_is_cut(text, stops, places):
+    whole, scanner = through(stops, list(text))
+    said, other = through(stops, cut(text, places))
+    assert scanner.found == other.found == any(stop in text for stop in stops)
+    assert "".join(whole) + scanner.rest() == "".join(said) + other.rest()
+
+
+@given(LETTERS, st.lists(st.text("abc", min_size=1, max_size=4), min_size=1, max_size=4))
+def test_what_is_certain_is_before_any_stop_string(text, stops):
+    said, scanner = through(stops, list(text))
+    answer = "".join(said) + scanner.rest()
+    assert not any(stop in answer for stop in stops)
+    assert text.startswith(answer)
+    if scanner.found:
+        assert any(text[len(answer) :].startswith(stop) for stop in stops)
+    else:
+        assert answer == text
+
+
+def test_only_what_may_be_a_stop_string_waits():
+    assert through(["###", "\n\n"], ["a#", "b##", "\n", "c", "\n\n", "d"])[0] == ["a", "#b", "##", "\nc", "", ""]
+
+
+@pytest.fixture(scope="module")
+def decode(tokenizer):
+    def run(text, stops=(), strip=True):
+        decoder, whole = Decoder(tokenizer, stops, strip=strip), Part()
+        for place, token in enumerate(tokenizer.encode(text)):
+            if decoder.stopped:
+                break
+            whole.add(decoder.push(token, -float(place)))
+        whole.add(decoder.close())
+        return whole
+    return run
+
+
+def test_white_space_at_the_ends_is_taken_off(decode):
+    assert decode("  a  b \n ").text == "a  b"
+    assert decode("  a  b \n ", strip=False).text == "  a  b \n "
+    assert decode(" \n ").text == ""
+
+
+def test_a_character_of_several_tokens_comes_whole(tokenizer):
+    ids = tokenizer.encode("x\U0001f600y")
+    decoder = Decoder(tokenizer)
+    parts = [decoder.push(token, 0.0).text for token in ids]
+    assert "".join(parts) + decoder.close().text == "x\U0001f600y"
+    assert all(len(part) <= 1 for part in parts)
+    cut_off = Decoder(tokenizer)
+    text = "".join(cut_off.push(token, 0.0).text for token in ids[:-2]) + cut_off.close().text
+    assert text == "x\ufffd"
+
+
+def test_tokens_are_reported_with_the_text_they_begin(decode, tokenizer):
+    whole = decode("one two three", strip=False)
+    assert [piece.token for piece in whole.pieces] == tokenizer.encode("one two three")
+    assert [piece.logprob for piece in whole.pieces] == [-float(place) for place in range(len(whole.pieces))]
+    assert whole.pieces[0].offset == 0
+    stopped = decode("one two three", stops=["two"], strip=False)
+    assert stopped.text == "one "
+    assert all(piece.offset < 4 for piece in stopped.pieces)
+    assert tokenizer.decode(piece.token for piece in stopped.pieces).startswith("one")
+
+
+def test_a_continuation_keeps_its_space(tokenizer):
+    ids = tokenizer.encode("one two")
+    first = len(tokenizer.encode("one"))
+    decoder = Decoder(tokenizer, prompt=[tokenizer.bos, *ids[:first]])
+    assert "".join(decoder.push(token, 0.0).text for token in ids[first:]) + decoder.close().text == " two"
