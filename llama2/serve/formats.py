@@ -112,15 +112,21 @@ class TextFormat(Format):
 
     whole, chunk, prefix = "text_completion", "text_completion", "cmpl"
 
+    def __init__(self, model: str, tokenizer: Tokenizer, logprobs: bool, usage: bool = False, ids: bool = False
+                 ) -> None:
+        super().__init__(model, tokenizer, logprobs, usage)
+        self._ids = ids
+
     def opening(self, count: int) -> bytes:
         return b""
 
     def _content(self, index: int, whole: Whole) -> dict[str, Any]:
-        return {"index": index, "text": whole.part.text, "logprobs": self._tokens(whole.part)}
+        return self._delta(index, whole.part)
 
     def _delta(self, index: int, part: Part | None) -> dict[str, Any]:
+        ids = {"token_ids": [piece.token for piece in part.pieces] if part else []} if self._ids else {}
         return {"index": index, "text": "" if part is None else part.text,
-                "logprobs": None if part is None else self._tokens(part)}
+                "logprobs": None if part is None else self._tokens(part), **ids}
 
     def _tokens(self, part: Part) -> dict[str, Any] | None:
         if not self._logprobs:

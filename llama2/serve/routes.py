@@ -73,7 +73,8 @@ class Service:
         generation = Generation(model, Asked(prompts, sampling_of(asked, model, most, asked.logprobs or 0), n,
                                              asked.stops, False, "prompt"), self.seconds, self.metrics)
         events = self._judged(generation, lambda index: (Message("user", model.tokenizer.decode(prompts[index])),))
-        objects = TextFormat(model.name, model.tokenizer, asked.logprobs is not None, _include_usage(asked))
+        objects = TextFormat(model.name, model.tokenizer, asked.logprobs is not None, _include_usage(asked),
+                             bool(asked.return_token_ids))
         return await self._answer(request, generation, _echoed(echoes, n, events), objects, bool(asked.stream))
 
     async def score(self, asked: ScoreRequest, request: Request) -> Response:

@@ -182,6 +182,8 @@ class CompletionRequest(Sampled):
     """default 16; 0 with echo draws nothing"""
     echo: bool | None = None
     logprobs: int | None = Field(None, ge=0, le=20)
+    return_token_ids: bool | None = None
+    """report the ids that were drawn, but for the stop id; vLLM's name for it"""
 
     @model_validator(mode="after")
     def _something_to_do(self) -> CompletionRequest:
