@@ -168,8 +168,8 @@ def abuse(count: int, threads: int) -> None:
                 if answer.status_code >= 500 and answer.status_code != 503:
                     sys.exit(f"{answer.status_code} for {request.method} {request.url} {request.content!r}")
             healthy = http.get(f"{url}/health").json()["status"]
-            print(f"{sum(statuses.values())} requests: {dict(sorted(statuses.items()))}, then {healthy}; memory grew by "
-                  f"{resident(process) - before:.1f} MiB")
+            print(f"{sum(statuses.values())} requests: {dict(sorted(statuses.items()))}, then {healthy}; "
+                  f"memory grew by {resident(process) - before:.1f} MiB")
 
 
 def requests(http: httpx.Client, url: str, count: int) -> Iterator[httpx.Request]:
