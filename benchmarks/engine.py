@@ -1,29 +1,32 @@
-"""Generation: tokens a second of the engine, and its ratio to transformers' `generate` in the same run.
+"""Generation: tokens a second of the engine, and its ratio to transformers' `generate` and llama.cpp in the same run.
 
-    python benchmarks/engine.py [--shapes demo T S] [--batches 1 16 64] [--precisions fp32 bf16] [--threads N]
+    python benchmarks/engine.py [--shapes demo T S] [--batches 1 16 64] [--precisions fp32 bf16 int8] [--threads N]
+                                [--llamacpp-python PATH]
 
 Prefill and decode are greedy, without stop ids: prefill = rows x prompt / time of one token, decode = rows x (new - 1)
 / (time of all tokens - time of one). `mixed` is what the recipe does: prompts and answers of many lengths, drawn at
 temperature 1, twice as many prompts as slots; transformers gets the same prompts in padded batches, longest first, and
 only tokens up to the stop id count. Both sides use the same weights, allocator and threads; the best of the repeats
-counts, repeats interleaved.
+counts, repeats interleaved. llama.cpp takes part in prefill and decode if the given interpreter has llama-cpp-python and
+gguf; int8 is compared with its Q8_0. It is a process of its own that rests while others are measured.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import time
 from collections.abc import Callable
 from dataclasses import replace
+from typing import Literal
 
 import torch
 import transformers
-from common import SIZES
+from common import SIZES, Side
 
 from llama2 import mesh
 from llama2.generate.engine import Engine
 from llama2.generate.sampling import Sampling
-from llama2.mesh import Precision
 from llama2.model.llama import Llama, LlamaConfig
 
 SHAPES = {
@@ -32,6 +35,7 @@ SHAPES = {
     "S": SIZES["S"].config,
 }
 LENGTHS = {"demo": (40, 40), "T": (128, 128), "S": (128, 128)}  # tokens of a prompt and of an answer
+Engines = Literal["fp32", "bf16", "int8"]
 STOPS = 1 / 40  # share of the vocabulary that ends an answer in `mixed`
 
 
@@ -49,13 +53,13 @@ def clock(work: Callable[[], object]) -> float:
     return time.perf_counter() - begin
 
 
-def peer(model: Llama, precision: Precision) -> transformers.LlamaForCausalLM:
+def peer(model: Llama, precision: Engines) -> transformers.LlamaForCausalLM:
     """The same weights in transformers."""
     theirs = transformers.LlamaForCausalLM(transformers.LlamaConfig(**vars(model.config)))
     theirs.load_state_dict(model.state_dict(), strict=False)
     if model.config.tie_word_embeddings:
         theirs.tie_weights()
-    return theirs.eval().to(torch.bfloat16 if precision == "bf16" else torch.float32)
+    return theirs.eval().to(torch.float32 if precision == "fp32" else torch.bfloat16)
 
 
 def random_prompts(config: LlamaConfig, lengths: list[int]) -> list[list[int]]:
@@ -63,7 +67,19 @@ def random_prompts(config: LlamaConfig, lengths: list[int]) -> list[list[int]]:
     return [torch.randint(3, config.vocab_size, (length,), generator=generator).tolist() for length in lengths]
 
 
-def even(shape: str, rows: int, precision: Precision, repeats: int) -> None:
+def llamacpp(shape: str, rows: int, precision: str, prompts: list[list[int]], new: int, repeats: int, python: str
+             ) -> tuple[float, float]:
+    """llama.cpp's tokens a second of prefill and decode."""
+    kind = {"fp32": "f32", "bf16": "bf16", "int8": "q8_0"}[precision]
+    threads = torch.get_num_threads()
+    words = [json.dumps(vars(SHAPES[shape])), kind, str(rows), str(threads)]
+    with Side("llama.cpp", python, "llamacpp.py", words, threads) as side:
+        found = [side.ask(prompts=prompts, new=new) for _ in range(repeats + 1)]
+    tokens = rows * len(prompts[0]), rows * (new - 1)
+    return tokens[0] / min(each["prefill"] for each in found), tokens[1] / min(each["decode"] for each in found)
+
+
+def even(shape: str, rows: int, precision: Engines, repeats: int, python: str = "") -> None:
     """Prefill and decode of rows of one length."""
     model, (prompt, new) = Llama(SHAPES[shape]), LENGTHS[shape]
     prompts, engine, theirs = random_prompts(model.config, [prompt] * rows), Engine(
@@ -75,6 +91,7 @@ def even(shape: str, rows: int, precision: Precision, repeats: int) -> None:
         return theirs.generate(tokens, attention_mask=torch.ones_like(tokens), do_sample=False, max_new_tokens=count,
                                eos_token_id=None, pad_token_id=0)
 
+    rates: dict[str, float] = {}
     seconds = best({
         "ours 1": lambda: clock(lambda: engine.generate(prompts, replace(greedy, max_tokens=1))),
         "ours all": lambda: clock(lambda: engine.generate(prompts, greedy)),
@@ -86,9 +103,13 @@ def even(shape: str, rows: int, precision: Precision, repeats: int) -> None:
         ("decode", *(rows * (new - 1) / (seconds[f"{side} all"] - seconds[f"{side} 1"]) for side in ("ours", "peer"))),
     ):
         show(shape, rows, precision, name, ours, peers)
+        rates[name] = ours
+    if python:
+        for name, theirs in zip(rates, llamacpp(shape, rows, precision, prompts, new, repeats, python)):
+            show(shape, rows, precision, name, rates[name], theirs, "llama.cpp")
 
 
-def mixed(shape: str, rows: int, precision: Precision, repeats: int) -> None:
+def mixed(shape: str, rows: int, precision: Engines, repeats: int) -> None:
     """Ragged prompts and answers, twice as many as slots."""
     model, (prompt, new) = Llama(SHAPES[shape]), LENGTHS[shape]
     lengths = torch.randint(prompt // 2, prompt * 3 // 2, (2 * rows,), generator=torch.Generator().manual_seed(1))
@@ -120,8 +141,8 @@ def mixed(shape: str, rows: int, precision: Precision, repeats: int) -> None:
     show(shape, rows, precision, "mixed", rates["ours"], rates["peer"])
 
 
-def show(shape: str, rows: int, precision: str, what: str, ours: float, peers: float) -> None:
-    print(f"{shape:5} rows {rows:3} {precision} {what:8} {ours:9,.0f} tokens/s  transformers {peers:9,.0f}  "
+def show(shape: str, rows: int, precision: str, what: str, ours: float, peers: float, peer: str = "transformers") -> None:
+    print(f"{shape:5} rows {rows:3} {precision} {what:8} {ours:9,.0f} tokens/s  {peer:12} {peers:9,.0f}  "
           f"ratio {ours / peers:5.2f}", flush=True)
 
 
@@ -129,9 +150,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shapes", nargs="+", default=list(SHAPES), choices=list(SHAPES))
     parser.add_argument("--batches", nargs="+", type=int, default=[1, 16, 64])
-    parser.add_argument("--precisions", nargs="+", default=["fp32", "bf16"], choices=["fp32", "bf16"])
+    parser.add_argument("--precisions", nargs="+", default=["fp32", "bf16"], choices=["fp32", "bf16", "int8"])
     parser.add_argument("--threads", type=int)
     parser.add_argument("--repeats", type=int, default=2)
+    parser.add_argument("--llamacpp-python", default="", help="an interpreter that has llama-cpp-python and gguf")
     arguments = parser.parse_args()
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
@@ -141,7 +163,7 @@ def main() -> None:
     for shape in arguments.shapes:
         for precision in arguments.precisions:
             for rows in arguments.batches:
-                even(shape, rows, precision, arguments.repeats)
+                even(shape, rows, precision, arguments.repeats, arguments.llamacpp_python)
             mixed(shape, max(arguments.batches), precision, arguments.repeats)
 
 

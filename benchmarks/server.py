@@ -168,12 +168,12 @@ def abuse(count: int, threads: int) -> None:
                 if answer.status_code >= 500 and answer.status_code != 503:
                     sys.exit(f"{answer.status_code} for {request.method} {request.url} {request.content!r}")
             healthy = http.get(f"{url}/health").json()["status"]
-            print(f"{sum(statuses.values())} requests: {dict(sorted(statuses.items()))}, then {healthy}; memory grew by "
-                  f"{resident(process) - before:.1f} MiB")
+            print(f"{sum(statuses.values())} requests: {dict(sorted(statuses.items()))}, then {healthy}; "
+                  f"memory grew by {resident(process) - before:.1f} MiB")
 
 
 def requests(http: httpx.Client, url: str, count: int) -> Iterator[httpx.Request]:
-    """`count` requests: every other one as the OpenAPI document describes them, the rest damaged."""
+    """`count` requests: about half as the OpenAPI document describes them, the rest damaged."""
     from hypothesis import HealthCheck, Phase, given, settings
 
     with warnings.catch_warnings():
@@ -182,7 +182,7 @@ def requests(http: httpx.Client, url: str, count: int) -> Iterator[httpx.Request
     operations = [found.ok() for found in
                   schemathesis.openapi.from_dict(http.get(f"{url}/openapi.json").json()).get_all_operations()]
     made: list[httpx.Request] = []
-    each = -(-count // (2 * len(operations)))
+    each = -(-count // (2 * sum(operation.method.upper() == "POST" for operation in operations)))
     for operation in operations:
 
         @settings(max_examples=each, deadline=None, database=None, phases=[Phase.generate],
@@ -196,10 +196,10 @@ def requests(http: httpx.Client, url: str, count: int) -> Iterator[httpx.Request
         collect()
     generator = random.Random(0)
     good = json.dumps({"messages": [{"role": "user", "content": "Name a colour."}], "max_tokens": 2}).encode()
-    for request in made:
-        yield request
-        body = bytearray(request.content or good)
-        for _ in range(generator.randrange(1, 5)):
+    yield from made
+    for _ in range(count - len(made)):
+        body = bytearray(generator.choice(made).content or good)
+        for _ in range(generator.randrange(1, 4)):
             place = generator.randrange(len(body) + 1)
             body[place : place + generator.randrange(4)] = generator.randbytes(generator.randrange(4))
         path = generator.choice(("chat/completions", "completions", "score"))

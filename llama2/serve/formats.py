@@ -155,6 +155,6 @@ class TextFormat(Format):
 
 
 def sse(value: object) -> bytes:
-    """One server-sent event."""
-    return f"data: {json.dumps(value, ensure_ascii=False, separators=(',', ':'))}\n\n".encode()
+    """One server-sent event. In ASCII: some clients take U+2028 and its like for the end of a line."""
+    return f"data: {json.dumps(value, separators=(',', ':'))}\n\n".encode()
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import socket
-import sys
 import time
 from collections.abc import Sequence
 from types import FrameType
@@ -16,8 +15,6 @@ from llama2.serve.guard import LOOPBACK, Traffic
 from llama2.serve.models import Models, RewardModel
 from llama2.serve.settings import ServeConfig
 
-_SWITCH_SECONDS = float(__import__("os").environ.get("SW", "0.0002"))  # a model's thread gives the interpreter away at each of its many small operations: with Python's 5 ms
-# it would wait for the event loop as many times
 _FAREWELL_SECONDS = 2  # for requests that were just ended to tell their clients
 
 
@@ -59,7 +56,6 @@ def server(models: Models, judge: RewardModel | None, config: ServeConfig, keys:
 def serve(listener: socket.socket, models: Models, judge: RewardModel | None, config: ServeConfig,
           keys: Sequence[str]) -> None:
     """Serve at a bound socket until told to stop; then end the workers."""
-    sys.setswitchinterval(_SWITCH_SECONDS)
     try:
         server(models, judge, config, keys).run(sockets=[listener])
     finally:

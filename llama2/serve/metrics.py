@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
@@ -14,7 +14,7 @@ from llama2.serve.worker import Worker
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 _SECONDS = (0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 30, 60)
 _STEPS = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5)
-_GAUGES = {
+_GAUGES: dict[str, tuple[str, Callable[[Worker], float]]] = {
     "llama2_up": ("1 while the model answers", lambda worker: float(worker.alive)),
     "llama2_running": ("samples that have a slot", lambda worker: worker.running),
     "llama2_waiting": ("samples that wait for a slot", lambda worker: worker.waiting),
@@ -61,7 +61,7 @@ class Metrics:
 
     def text(self) -> bytes:
         """What /metrics shows."""
-        shown: bytes = generate_latest(self.registry)  # type: ignore[no-untyped-call]
+        shown: bytes = generate_latest(self.registry)
         return shown
 
 

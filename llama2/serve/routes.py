@@ -14,7 +14,7 @@ from typing import Any
 from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse, Response
 
-from llama2.errors import UserError
+from llama2.errors import UserError, missing_extra
 from llama2.generate.rewards import probability
 from llama2.generate.sampling import Grammar
 from llama2.records import Message, Messages
@@ -205,8 +205,10 @@ def _grammar(tokenizer: Tokenizer, schema: dict[str, Any] | None) -> Grammar:
 
 @lru_cache(maxsize=32)
 def _compiled(tokenizer: Tokenizer, schema: str) -> Grammar:
-    from llama2.generate.grammar import json_grammar
-
+    try:
+        from llama2.generate.grammar import json_grammar
+    except ModuleNotFoundError as error:
+        raise missing_extra(error.name or "llguidance", "serve") from None
     grammar: Grammar = json_grammar(tokenizer, json.loads(schema))
     return grammar
 

@@ -73,17 +73,15 @@ class Part:
 
 class Decoder:
     """The text of one sample. `prompt` are ids before it, of which a continuation needs to know whether it begins a
-    text; `strip` takes white space off both ends, as answers are shown."""
+    text, and from whose beginning offsets count; `strip` takes white space off both ends, as answers are shown."""
 
     def __init__(self, tokenizer: Tokenizer, stops: Sequence[str] = (), prompt: Sequence[int] = (),
                  strip: bool = False) -> None:
         self._pending: deque[int] = deque(prompt)
         self._texts = tokenizer.stream(self._ids())
-        for _ in prompt:
-            next(self._texts)
+        self._length = self._certain = sum(len(next(self._texts)) for _ in prompt)
         self._stops, self._strip = Stops(stops), strip
         self._begun, self._space = False, ""
-        self._length = self._certain = 0
         self._waiting: deque[Piece] = deque()
 
     @property

@@ -7,6 +7,7 @@ import json
 import httpx
 import openai
 import pytest
+import torch
 from servers import serving
 
 ASK = [{"role": "user", "content": "Name a colour."}]
@@ -110,6 +111,40 @@ def test_the_likelihood_of_a_text(client, served):
                                       logprobs=0).choices[0].logprobs
     assert again.token_logprobs[: len(ids)] == pytest.approx(found.token_logprobs, abs=1e-4)
     assert drawn.text_offset == [again.text_offset[3]]  # as if the prompt had been there
+
+
+class Spelling:
+    """A grammar of one text."""
+
+    def __init__(self, ids, size, eos):
+        self.ids, self.size, self.eos, self.place = ids, size, eos, 0
+
+    def mask(self):
+        allowed = torch.zeros(self.size, dtype=torch.bool)
+        allowed[self.ids[self.place] if self.place < len(self.ids) else self.eos] = True
+        return allowed
+
+    def accept(self, token):
+        self.place += 1
+
+    def fresh(self):
+        return Spelling(self.ids, self.size, self.eos)
+
+
+def test_a_grammar_guides_every_sample(client, monkeypatch):
+    wanted = []
+
+    def compiled(tokenizer, schema):
+        wanted.append(json.loads(schema))
+        return Spelling(tokenizer.encode('{"a": 1}'), tokenizer.vocab_size, tokenizer.eos)
+
+    monkeypatch.setattr("llama2.serve.routes._compiled", compiled)
+    shape = {"type": "object"}
+    for form in ({"type": "json_object"}, {"type": "json_schema", "json_schema": {"name": "x", "schema": shape}}):
+        answer = client.chat.completions.create(model="policy", messages=ASK, n=3, response_format=form)
+        assert [choice.message.content for choice in answer.choices] == ['{"a": 1}'] * 3
+        assert {choice.finish_reason for choice in answer.choices} == {"stop"}
+    assert wanted == [None, shape]
 
 
 def test_scores(served, scorers):

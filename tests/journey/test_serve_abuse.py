@@ -43,7 +43,8 @@ def test_a_client_that_vanishes_frees_its_slot(served, slow, stream):
     body = {**LONG, "stream": stream, "n": 4}
     with suppress(httpx.ReadTimeout), httpx.Client(timeout=0.3) as client, client.stream(
             "POST", f"{served.url}/v1/chat/completions", json=body) as answer:
-        next(answer.iter_bytes())
+        parts = answer.iter_bytes()
+        next(parts)
         assert served.worker.admitted == 4
     wait_for(lambda: served.worker.admitted == 0, 1)  # the answer would take two seconds
     wait_for(lambda: served.worker._session.running == 0, 1)

@@ -12,6 +12,7 @@ from servers import serving
 from llama2 import serve
 from llama2.generate.score import rewards
 from llama2.model import checkpoint
+from llama2.records import messages_of
 from llama2.tokenizer.template import encode_dialog
 
 ASK = [{"role": "user", "content": "Name a colour."}]
@@ -55,17 +56,11 @@ def test_a_reward_model_alone_only_scores(scorers):
         assert answer.status_code == 404
         assert answer.json()["error"]["param"] == "model"
         model = served.models.reward(None)
-        ids = encode_dialog(model.tokenizer, model_messages(conversation))[0]
+        ids = encode_dialog(model.tokenizer, messages_of((turn["role"], turn["content"]) for turn in conversation))[0]
         assert body["score"] == pytest.approx(rewards(checkpoint.load_scorer(scorers[0]), [ids], "fp32")[0], abs=1e-5)
         assert body["usage"]["prompt_tokens"] == len(ids)
         long = served.post("score", messages=[{"role": "user", "content": "a " * 400}, conversation[1]])
         assert long.json()["error"]["code"] == "context_length_exceeded"
-
-
-def model_messages(turns):
-    from llama2.records import messages_of
-
-    return messages_of((turn["role"], turn["content"]) for turn in turns)
 
 
 def test_several_models_have_their_names(policy):
@@ -97,7 +92,8 @@ def test_a_gate_replaces_what_it_finds_unsafe(policy, scorers, threshold):
             assert choice["logprobs"] == free["logprobs"]
         chunks = [json.loads(line[6:]) for line in httpx.post(
             f"{served.url}/v1/chat/completions", json={**asked, "stream": True}).text.split("\n\n")[:-2]]
-        assert "".join(chunk["choices"][0]["delta"].get("content", "") for chunk in chunks) == choice["message"]["content"]
+        said = "".join(chunk["choices"][0]["delta"].get("content", "") for chunk in chunks)
+        assert said == choice["message"]["content"]
         assert chunks[-1]["llama2"] == body["llama2"]
         several = served.post("completions", prompt=["a", "b"], n=2, seed=1).json()["choices"]
         assert len({each["llama2"]["safety"]["probability"] for each in several}) > 1

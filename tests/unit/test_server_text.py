@@ -1,5 +1,7 @@
 """Text that is certain: whole characters, no part of a stop string, no white space at the ends."""
 
+from itertools import pairwise
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -12,7 +14,7 @@ LETTERS = st.text("abc", max_size=30)
 def cut(text, places):
     """The text in parts."""
     edges = [0, *sorted(place % (len(text) + 1) for place in places), len(text)]
-    return [text[begin:end] for begin, end in zip(edges, edges[1:], strict=False)]
+    return [text[begin:end] for begin, end in pairwise(edges)]
 
 
 def through(stops, parts):
