@@ -7,8 +7,8 @@ Prefill and decode are greedy, without stop ids: prefill = rows x prompt / time 
 / (time of all tokens - time of one). `mixed` is what the recipe does: prompts and answers of many lengths, drawn at
 temperature 1, twice as many prompts as slots; transformers gets the same prompts in padded batches, longest first, and
 only tokens up to the stop id count. Both sides use the same weights, allocator and threads; the best of the repeats
-counts, repeats interleaved. llama.cpp takes part in prefill and decode if the given interpreter has llama-cpp-python and
-gguf; int8 is compared with its Q8_0. It is a process of its own that rests while others are measured.
+counts, repeats interleaved. llama.cpp takes part in prefill and decode if the given interpreter has llama-cpp-python
+and gguf; int8 is compared with its Q8_0. It is a process of its own that rests while others are measured.
 """
 
 from __future__ import annotations
@@ -141,7 +141,8 @@ def mixed(shape: str, rows: int, precision: Engines, repeats: int) -> None:
     show(shape, rows, precision, "mixed", rates["ours"], rates["peer"])
 
 
-def show(shape: str, rows: int, precision: str, what: str, ours: float, peers: float, peer: str = "transformers") -> None:
+def show(shape: str, rows: int, precision: str, what: str, ours: float, peers: float, peer: str = "transformers"
+         ) -> None:
     print(f"{shape:5} rows {rows:3} {precision} {what:8} {ours:9,.0f} tokens/s  {peer:12} {peers:9,.0f}  "
           f"ratio {ours / peers:5.2f}", flush=True)
 

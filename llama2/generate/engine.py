@@ -18,6 +18,7 @@ from dataclasses import dataclass, replace
 from typing import Literal, Protocol
 
 import torch
+from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from llama2.errors import UserError
@@ -158,12 +159,9 @@ class Engine:
         return Batch(model, spare, min(self.slots, len(requests)), requests, decoder=self._packed(model))
 
     def _packed(self, model: Llama) -> Decoder | None:
-        """The weights as our own decoding step reads them, where it runs; packed anew when they have changed."""
-        if not decode.runs(model):
-            return None
-        state = [(weight.data_ptr(), weight._version) for weight in model.parameters() if not weight.is_inference()]
-        if self._decoder is None or not state or state != self._state:
-            self._decoder, self._state = Decoder(model, integers=self._integers), state
+        """The weights as our own decoding step reads them, where it runs."""
+        if self._decoder is None and decode.runs(model):
+            self._decoder = Decoder(model, integers=self._integers)
         return self._decoder
 
     def _cache(self, model: Llama, slots: int, capacity: int) -> KVCache:
@@ -172,20 +170,33 @@ class Engine:
                        device=model.head_weight.device)
 
     def _current(self) -> Llama:
-        """The model with its weights of this moment, in the engine's precision."""
+        """The model with its weights of this moment, in the engine's precision; made anew only when they changed."""
         weights = list(self._model.parameters())
-        usable = all(weight.dtype == self._dtype and not isinstance(weight, DTensor) for weight in weights)
-        if usable and not self._integers:
+        sharded = any(isinstance(weight, DTensor) for weight in weights)
+        state = [] if sharded else [(weight.data_ptr(), _version(weight)) for weight in weights]
+        changed = sharded or state != self._state
+        if changed:
+            self._state, self._decoder = state, None
+        if not sharded and not self._integers and all(weight.dtype == self._dtype for weight in weights):
             return self._model
-        with torch.inference_mode():
-            if self._copy is None:
-                self._copy = _blank(self._model, self._dtype)
-            for own, weight in zip(self._copy.parameters(), weights, strict=True):
-                own.copy_(weight.full_tensor() if isinstance(weight, DTensor) else weight)
-                if self._integers and own.dim() == 2:
-                    integers, scale = decode.rounded(own)
-                    own.copy_(integers * scale[:, None])
+        if self._copy is None:
+            self._copy, changed = _blank(self._model, self._dtype), True
+        if changed:
+            with torch.inference_mode():
+                for own, weight in zip(self._copy.parameters(), weights, strict=True):
+                    self._fill(own, weight.full_tensor() if isinstance(weight, DTensor) else weight)
         return self._copy
+
+    def _fill(self, own: Tensor, weight: Tensor) -> None:
+        own.copy_(weight)
+        if self._integers and own.dim() == 2:
+            integers, scale = decode.rounded(own)
+            own.copy_(integers * scale[:, None])
+
+
+def _version(weight: Tensor) -> int:
+    """Counts what was written to a tensor; one made for inference cannot be trained."""
+    return 0 if weight.is_inference() else weight._version
 
 
 def _own(sampling: Sampling) -> Sampling:

@@ -213,3 +213,17 @@ def test_eight_bits_stay_near(model: Llama) -> None:
     gaps = [abs(one.logprobs[0] - other.logprobs[0]) for (one,), (other,) in zip(exact, rounded)
             if one.tokens == other.tokens]
     assert 0 < max(gaps) < 0.5
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "int8"])
+def test_changed_weights_are_seen(precision) -> None:
+    model, other = make_model(3), make_model(4)
+    used = Engine(model, precision=precision)
+    before = used.generate(prompts(4), PLAIN)
+    assert used.generate(prompts(4), PLAIN) == before
+    with torch.no_grad():
+        for own, new in zip(model.parameters(), other.parameters()):
+            own.copy_(new)
+    after = used.generate(prompts(4), PLAIN)
+    assert after != before
+    assert_same(after, Engine(other, precision=precision).generate(prompts(4), PLAIN))
