@@ -99,10 +99,11 @@ void norm_back(int64_t N, int64_t D, const O *grad, const X *grad_stream, const 
 
 // ---- SwiGLU ----
 
-template <class T> void swiglu(int64_t N, int64_t F, const T *y, T *out) {
+// `stride` numbers from one row of gate and up to the next
+template <class T> void swiglu(int64_t N, int64_t F, int64_t stride, const T *gates, const T *ups, T *out) {
 #pragma omp parallel for schedule(static)
     for (int64_t n = 0; n < N; n++) {
-        const T *gate = y + n * 2 * F, *up = gate + F;
+        const T *gate = gates + n * stride, *up = ups + n * stride;
 #pragma omp simd
         for (int64_t f = 0; f < F; f++)
             put(out[n * F + f], get(gate[f]) * get(up[f]) / (1.0f + exponential(-get(gate[f]))));
@@ -282,7 +283,9 @@ template <class T> void scaled(int64_t N, int64_t D, const T *x, const float *sc
 }  // namespace
 
 #define EACH(NAME, T)                                                                                                  \
-    void swiglu_##NAME(int64_t N, int64_t F, const T *y, T *out) { swiglu(N, F, y, out); }                             \
+    void swiglu_##NAME(int64_t N, int64_t F, int64_t stride, const T *gate, const T *up, T *out) {                     \
+        swiglu(N, F, stride, gate, up, out);                                                                           \
+    }                                                                                                                  \
     void swiglu_back_##NAME(int64_t N, int64_t F, const T *grad, const T *y, T *grad_y) {                              \
         swiglu_back(N, F, grad, y, grad_y);                                                                            \
     }                                                                                                                  \

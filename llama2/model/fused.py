@@ -77,13 +77,21 @@ def gated(x_BTD: Tensor, gate_FD: Tensor, up_FD: Tensor) -> Tensor:
     return out_BTF
 
 
+def gated_apart(gate_BTF: Tensor, up_BTF: Tensor) -> Tensor:
+    """silu(gate) · up without a gradient, of products made apart: joining their matrices would cost a copy of both."""
+    gate_BTF, up_BTF = gate_BTF.contiguous(), up_BTF.contiguous()
+    out_BTF, size = torch.empty_like(gate_BTF), gate_BTF.shape[-1]
+    _call(f"swiglu_{_LETTER[out_BTF.dtype]}", out_BTF.numel() // size, size, size, gate_BTF, up_BTF, out_BTF)
+    return out_BTF
+
+
 class _Gated(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, gate: Tensor, up: Tensor) -> Tensor:
         x_ND, weight_PD = _rows(x), _joined((gate, up), x.dtype)
         y_NP = torch.mm(x_ND, weight_PD.t())  # P = 2 F
         out = x.new_empty((*x.shape[:-1], len(gate)))
-        _call(f"swiglu_{_LETTER[x.dtype]}", len(x_ND), len(gate), y_NP, out)
+        _call(f"swiglu_{_LETTER[x.dtype]}", len(x_ND), len(gate), y_NP.shape[1], y_NP, y_NP[:, len(gate) :], out)
         ctx.save_for_backward(x_ND, weight_PD, y_NP)
         ctx.kinds = (gate.dtype, up.dtype)
         return out
@@ -113,6 +121,25 @@ def attention(x_BTD: Tensor, weights: Sequence[Tensor], size: int, view: View) -
     values, `size` is E. Scores are computed a block of queries at a time, without keys that none of them may see."""
     out_BTP: Tensor = _Attention.apply(x_BTD, *weights, size, view)  # type: ignore[no-untyped-call]
     return out_BTP
+
+
+def attention_apart(q_BTD: Tensor, k_BTD: Tensor, v_BTD: Tensor, size: int, view: View
+                    ) -> tuple[Tensor, Tensor, Tensor]:
+    """The same without a gradient, from products made apart: joined heads, and the rotated keys and the values,
+    [B, K, T, E] each, for a cache."""
+    q_BTD, k_BTD, v_BTD = q_BTD.contiguous(), k_BTD.contiguous(), v_BTD.contiguous()
+    rows, length, _ = q_BTD.shape
+    heads, kv = q_BTD.shape[-1] // size, k_BTD.shape[-1] // size
+    layout = _Layout(rows, length, heads, kv, size, view)
+    keys = layout.split(k_BTD, 0, kv, 0, length, turned=True)
+    values = layout.split(v_BTD, 0, kv, 0, length)
+    out = torch.empty_like(q_BTD)
+    for begin, end in layout.blocks():
+        queries = layout.split(q_BTD, 0, heads, begin, end, turned=True, scale=size**-0.5).view(rows * kv, -1, size)
+        weights = torch.bmm(queries, keys[:, :end].mT)
+        layout.softmax(weights, begin, end)
+        layout.join(torch.bmm(weights, values[:, :end]), out, 0, heads, begin, end)
+    return out, keys.view(rows, kv, length, size), values.view(rows, kv, length, size)
 
 
 class _Attention(torch.autograd.Function):

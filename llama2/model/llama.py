@@ -163,6 +163,12 @@ class Attention(nn.Module):
 
     def forward(self, x_BTD: Tensor, context: Context) -> Tensor:
         rows, length, _ = x_BTD.shape
+        if context.fused is not None and context.cache is not None:
+            out_BTD, k_BKTE, v_BKTE = fused.attention_apart(
+                self.q_proj(x_BTD), self.k_proj(x_BTD), self.v_proj(x_BTD), self.head_dim, context.fused)
+            context.cache.update(self.layer, k_BKTE, v_BKTE)
+            read_BTD: Tensor = self.o_proj(out_BTD)
+            return read_BTD
         if context.fused is not None:
             weights = (self.q_proj.weight, self.k_proj.weight, self.v_proj.weight)
             joined_BTD: Tensor = self.o_proj(fused.attention(x_BTD, weights, self.head_dim, context.fused))
@@ -176,8 +182,8 @@ class Attention(nn.Module):
             k_BKTE, v_BKTE = context.cache.update(self.layer, k_BKTE, v_BKTE)
         attend = explicit_attention if context.explicit else fused_attention
         out_BHTE = attend(q_BHTE, k_BKTE, v_BKTE, context.bias_B1TS)
-        out_BTD: Tensor = self.o_proj(out_BHTE.transpose(1, 2).reshape(rows, length, -1))
-        return out_BTD
+        joined: Tensor = self.o_proj(out_BHTE.transpose(1, 2).reshape(rows, length, -1))
+        return joined
 
 
 class FeedForward(nn.Module):
@@ -192,6 +198,8 @@ class FeedForward(nn.Module):
     def forward(self, x_BTD: Tensor, context: Context) -> Tensor:
         if context.cache is None and fused.runs(x_BTD):
             gated_BTF = fused.gated(x_BTD, self.gate_proj.weight, self.up_proj.weight)
+        elif fused.runs(x_BTD):
+            gated_BTF = fused.gated_apart(self.gate_proj(x_BTD), self.up_proj(x_BTD))
         else:
             gated_BTF = F.silu(self.gate_proj(x_BTD)) * self.up_proj(x_BTD)
         out_BTD: Tensor = self.down_proj(gated_BTF)
@@ -246,7 +254,8 @@ class Trunk(nn.Module):
         length, where = x_BTD.shape[1], x_BTD.device
         # With a cache there is no backward pass. (Not a matter of gradient mode: PPO's ratios must begin at exactly 1.)
         explicit = where.type == "cpu" and cache is None and length <= EXPLICIT_LENGTH
-        own = explicit and fused.runs(x_BTD)
+        prompt = cache is not None and cache.mask_BTS is None and not torch.is_grad_enabled()
+        own = (explicit or (prompt and length <= EXPLICIT_LENGTH)) and fused.runs(x_BTD)
         if positions_BT is None:
             positions_BT = torch.arange(length, device=where)[None]
             if documents_BT is not None:

@@ -77,7 +77,7 @@ def test_a_row_does_not_depend_on_its_neighbours(kind: torch.dtype) -> None:
         marks = fused.likelihood(q, targets[rows], True)
         y = torch.cat((x[rows] @ gate.t(), x[rows] @ up.t()), 1).to(kind)
         product = y.new_empty(len(y), 90)
-        fused._call(f"swiglu_{fused._LETTER[kind]}", len(y), 90, y, product)
+        fused._call(f"swiglu_{fused._LETTER[kind]}", len(y), 90, 180, y, y[:, 90:], product)
         return [q, *(mark for mark in marks if mark is not None), product,
                 fused.normalise(x[rows], None, weight, 1e-5, kind)[1]]
 
