@@ -81,7 +81,7 @@ def llamacpp(shape: str, rows: int, precision: str, prompts: list[list[int]], ne
 
 def even(shape: str, rows: int, precision: Engines, repeats: int, python: str = "") -> None:
     """Prefill and decode of rows of one length."""
-    model, (prompt, new) = Llama(SHAPES[shape]), LENGTHS[shape]
+    model, (prompt, new) = Llama(SHAPES[shape]).requires_grad_(False), LENGTHS[shape]
     prompts, engine, theirs = random_prompts(model.config, [prompt] * rows), Engine(
         model, slots=rows, precision=precision), peer(model, precision)
     tokens = torch.tensor(prompts)
@@ -111,7 +111,7 @@ def even(shape: str, rows: int, precision: Engines, repeats: int, python: str = 
 
 def mixed(shape: str, rows: int, precision: Engines, repeats: int) -> None:
     """Ragged prompts and answers, twice as many as slots."""
-    model, (prompt, new) = Llama(SHAPES[shape]), LENGTHS[shape]
+    model, (prompt, new) = Llama(SHAPES[shape]).requires_grad_(False), LENGTHS[shape]
     lengths = torch.randint(prompt // 2, prompt * 3 // 2, (2 * rows,), generator=torch.Generator().manual_seed(1))
     prompts = random_prompts(model.config, lengths.tolist())
     stops = tuple(range(3, 3 + int(model.config.vocab_size * STOPS)))

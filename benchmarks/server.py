@@ -120,7 +120,7 @@ async def load(url: str, clients: int, seconds: float) -> tuple[Heard, float]:
 def alone(model: Path, rows: int, seconds: float) -> float:
     """Tokens a second of the engine without a server, drawing the same."""
     mesh.tune_cpu()
-    engine = Engine(checkpoint.load(model, dtype=torch.bfloat16).eval(), slots=rows)
+    engine = Engine(checkpoint.load(model, dtype=torch.bfloat16).eval().requires_grad_(False), slots=rows)
     generator = random.Random(0)
     prompts = [[1, *(generator.randrange(3, 400) for _ in range(PROMPT - 1))] for _ in range(rows)]
     sampling = Sampling(max_tokens=NEW, logit_bias=((2, -100.0),))

@@ -170,11 +170,16 @@ class Engine:
                        device=model.head_weight.device)
 
     def _current(self) -> Llama:
-        """The model with its weights of this moment, in the engine's precision; made anew only when they changed."""
+        """The model with its weights of this moment, in the engine's precision.
+
+        Weights that may be trained are taken anew at every call: a fused optimizer leaves no trace of what it writes.
+        Frozen ones are taken once, as long as nothing else writes to them.
+        """
         weights = list(self._model.parameters())
         sharded = any(isinstance(weight, DTensor) for weight in weights)
-        state = [] if sharded else [(weight.data_ptr(), _version(weight)) for weight in weights]
-        changed = sharded or state != self._state
+        frozen = not sharded and not any(weight.requires_grad for weight in weights)
+        state = [(weight.data_ptr(), _version(weight)) for weight in weights] if frozen else []
+        changed = not frozen or state != self._state
         if changed:
             self._state, self._decoder = state, None
         if not sharded and not self._integers and all(weight.dtype == self._dtype for weight in weights):

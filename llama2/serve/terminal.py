@@ -76,7 +76,7 @@ def run(config: Config) -> None:
                         "put the tokenizer there with which the model was trained")
     dtype = torch.bfloat16 if config.precision == "bf16" else torch.float32
     model = checkpoint.load(config.checkpoint, dtype=dtype, device=mesh.device())
-    engine = Meter(Engine(model.eval(), slots=1, precision=config.precision))
+    engine = Meter(Engine(model.eval().requires_grad_(False), slots=1, precision=config.precision))
     sampling = Sampling(config.temperature, config.top_p, max_tokens=config.max_tokens, seed=config.seed)
     for stream in (sys.stdin, sys.stdout):
         if isinstance(stream, TextIOWrapper):

@@ -52,7 +52,7 @@ def load_chat(path: Path, sample: Sample, run: Run) -> Chat:
                          state=run.path / CHECKPOINTS / "answers", progress=reporter(sample.server.url))
         return Chat(engine, engine.tokenizer)
     model, tokenizer = load_policy(path, torch.bfloat16 if sample.precision == "bf16" else torch.float32)
-    model.eval()
+    model.eval().requires_grad_(False)
     return Chat(Engine(model, slots=sample.slots, precision=sample.precision), tokenizer)
 
 

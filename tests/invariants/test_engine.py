@@ -216,8 +216,25 @@ def test_eight_bits_stay_near(model: Llama) -> None:
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "int8"])
-def test_changed_weights_are_seen(precision) -> None:
+def test_a_fused_optimizer_is_noticed(precision) -> None:
+    """It writes to weights without counting their versions up."""
+    model = make_model(3)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.5, fused=True)
+    used = Engine(model, precision=precision)
+    before = used.generate(prompts(4), PLAIN)
+    for parameter in model.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    optimizer.step()
+    after = used.generate(prompts(4), PLAIN)
+    assert after != before
+    assert_same(after, Engine(model, precision=precision).generate(prompts(4), PLAIN))
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "int8"])
+@pytest.mark.parametrize("frozen", [True, False])
+def test_changed_weights_are_seen(precision, frozen) -> None:
     model, other = make_model(3), make_model(4)
+    model.requires_grad_(not frozen)
     used = Engine(model, precision=precision)
     before = used.generate(prompts(4), PLAIN)
     assert used.generate(prompts(4), PLAIN) == before
