@@ -5,6 +5,7 @@ Arguments: a file to which every question is appended as a line of JSON, and "pl
 
 import fcntl
 import json
+import signal
 import sys
 import termios
 import time
@@ -39,6 +40,7 @@ class Meter:
 
 if __name__ == "__main__":
     fcntl.ioctl(0, termios.TIOCSCTTY, 0)  # so that Ctrl-C reaches this process
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # tests in the background inherit that it is ignored
     if "plain" in sys.argv:
         keyboard._toolkit = keyboard._readline
     history = keyboard.History(keyboard.History.default())
