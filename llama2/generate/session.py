@@ -11,7 +11,7 @@ Not thread safe: one thread drives a session. B live rows.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -246,11 +246,6 @@ class Session(Batch):
     def _copy(self, sources: Sequence[int], targets: Sequence[int], columns: int) -> None:
         sources_S, targets_S = (torch.tensor(rows, device=self._device) for rows in (sources, targets))
         self.cache.copy(sources_S, targets_S, columns)
-
-    def drain(self) -> Iterable[Request]:
-        """Step until nothing is left; every request that ends, as it ends."""
-        while not self.idle:
-            yield from (request for request in self.step() if request.finish is not None)
 
 
 def _common(a: np.ndarray, b: np.ndarray) -> int:
