@@ -237,8 +237,7 @@ def _worker(verb: str, values: dict[str, Any], environment: dict[str, str], thre
     except UserError as error:
         messages.send(str(error))
         raise SystemExit(error.exit_code) from None
-    finally:
-        mesh.shutdown()
+    mesh.leave()
 
 
 def _die_with_parent(lifeline: Connection) -> None:

@@ -33,7 +33,7 @@ def _child(case, rank: int, directory: Path) -> None:
         (directory / f"failure-{rank}").write_text(traceback.format_exc())
         os._exit(1)  # no farewell: the other rank may be waiting in a collective
     dist.barrier()
-    mesh.shutdown()
+    mesh.leave()
 
 
 def together(case, directory: Path) -> None:
