@@ -56,11 +56,6 @@ def their_name(name: str) -> tuple[str, int | None]:
 
 
 # ---- reading --------------------------------------------------------------------------------------------------------
-def is_meta(path: Path) -> bool:
-    """Whether a directory looks like Meta's."""
-    return (path / PARAMETERS).is_file() and any(path.glob("consolidated.*.pth"))
-
-
 def read(path: Path, *, context: int = CONTEXT) -> Source:
     """A directory of Meta's, its model-parallel parts joined. `context`: the most positions, which no file names.
 
