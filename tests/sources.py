@@ -1,10 +1,11 @@
-"""Checkpoints for tests of formats: random models whose logits are of order one, as a reader would give them."""
+"""Models of random weights as the readers of other formats give them."""
 
 from __future__ import annotations
 
 import weakref
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -13,24 +14,55 @@ from llama2.model.formats.source import Source, Stored
 from llama2.model.llama import Llama, LlamaConfig
 from llama2.model.scorer import Scorer
 
+SHAPE = LlamaConfig(vocab_size=420, hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=8,
+                    num_key_value_heads=2, max_position_embeddings=512)
+Model = TypeVar("Model", Llama, Scorer)
+RATIOS = [8, 4, 2, 1]
+"""key heads for eight query heads: plain attention and three ratios of grouped queries"""
+STRINGS = ["Hello, the river", "a\nb\n\n  c", "x ", " x", "  x", "", "日本語 été 🙂", "year 1987, 3.14",
+           "[INST] hi [/INST]", "tab\there", "<0x41>", ". . .", "the    old    mill   ", "<<SYS>>\nx\n<</SYS>>",
+           "\x01\x7f", "ﬁ ½ Å", "▁a", "\r\n", "\n<s>\n", "<s>x</s>", "<unk>", "e\u0301", "\u200b\u202e", "a" * 300,
+           "[PAD400]"]
 
-def random_model(config: LlamaConfig, seed: int = 0, kind: type = Llama) -> Llama | Scorer:
-    """Wide matrices, so that attention is far from uniform, and norms that are not one."""
-    model = kind(config, seed)
+
+def model_of(config: LlamaConfig, dtype: torch.dtype = torch.float32, seed: int = 0) -> Llama:
+    """Wide weights, so that attention is far from uniform and logits are of order one; norms that are not one."""
+    return _drawn(Llama(config), seed).to(dtype)
+
+
+def scorer_of(config: LlamaConfig, seed: int = 0) -> Scorer:
+    """The same for reward models."""
+    return _drawn(Scorer(config), seed)
+
+
+def _drawn(model: Model, seed: int) -> Model:
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            noise = torch.empty(parameter.shape)
-            parameter.copy_(noise.uniform_(0.5, 1.5, generator=generator) if "norm" in name
-                            else noise.normal_(0, 0.2, generator=generator))
-    return model.eval()
+        for parameter in model.parameters():
+            if parameter.dim() == 1:
+                parameter.uniform_(0.5, 1.5, generator=generator)
+            else:
+                parameter.normal_(0.0, 0.2, generator=generator)
+    return model
 
 
-def source_of(model: Llama | Scorer, tokenizer: Path | None = None) -> Source:
-    """A model in memory as a `Source`."""
-    tensors = {name: Stored(tuple(value.shape), value.dtype, value.clone, f"memory: {name}")
-               for name, value in model.state_dict().items()}
-    return Source(Path("memory"), "memory", model.config, isinstance(model, Scorer), tensors, tokenizer)
+def source_of(model: Llama | Scorer, path: Path, tokenizer: Path | None = None,
+              read: Callable[[str, Tensor], Tensor] | None = None) -> Source:
+    """A model in memory as a source; `read` may do something else than copy."""
+    def stored(name: str, tensor: Tensor) -> Stored:
+        return Stored(tuple(tensor.shape), tensor.dtype,
+                      (lambda: read(name, tensor)) if read else tensor.clone, f"{path}: {name}")
+
+    tensors = {name: stored(name, tensor) for name, tensor in model.state_dict().items()}
+    return Source(path, "memory", model.config, isinstance(model, Scorer), tensors, tokenizer)
+
+
+def exact(source: Source, model: Llama) -> bool:
+    """Whether a source has the weights of a model, bit for bit, wherever they are of the same precision."""
+    weights = model.state_dict()
+    return source.tensors.keys() == weights.keys() and all(
+        stored.read().dtype == stored.dtype and torch.equal(stored.read().float(), weights[name].float())
+        for name, stored in source.tensors.items())
 
 
 def frugal(source: Source) -> Source:

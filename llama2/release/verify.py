@@ -7,10 +7,11 @@ compute of a sequence as long as the context. Exit status 0: equal within the to
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+import math
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import tyro
 from pydantic import Field
@@ -33,7 +34,7 @@ TOLERANCE = 1e-4
 class Config(Base):
     """Compare two checkpoints of any formats; exit status 1 if they are different models."""
 
-    checkpoints: tuple[Path, Path]
+    checkpoints: tuple[Path, ...] = Field(min_length=1)
     """two checkpoints: directories or files, of any format that can be read"""
     tolerance: float = Field(TOLERANCE, ge=0)
     """the largest difference allowed, of numbers in tensors and of logits (of scores, if they are reward models)"""
@@ -70,19 +71,31 @@ class Comparison:
 
 def run(config: Config) -> int:
     """Print the comparison on stdout; the exit status."""
+    if len(config.checkpoints) != 2:
+        raise UserError(f"{len(config.checkpoints)} checkpoints are given", "give two: llama2 verify A B")
     mesh.init()
     a, b = (open_source(path) for path in config.checkpoints)
     found = compared(a, b, length=config.length, tolerance=config.tolerance)
     differences = found.differences(config.tolerance)
     if config.as_json:
-        print(json.dumps({"a": str(a.path), "b": str(b.path), "equal": not differences, "differences": differences,
-                          "tolerance": config.tolerance, **asdict(found)}, indent=1))
+        print(json.dumps(_finite({"a": str(a.path), "b": str(b.path), "equal": not differences,
+                                  "differences": differences, "tolerance": config.tolerance, **asdict(found)}),
+                         indent=1, allow_nan=False))
     else:
         for side, source in zip("AB", (a, b)):
             print(f"{side:10}{source.path} ({source.format})")
         print(*lines(found, config.tolerance, _pieces(a, b)), sep="\n")
         print(f"{'verdict':10}{f'different: {differences[0]}' if differences else 'equal'}")
     return 1 if differences else 0
+
+
+def _finite(value: Any) -> Any:
+    """`value` as JSON can say it, which has no infinity: a difference without bound becomes null."""
+    if isinstance(value, Mapping):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def compared(a: Source, b: Source, *, length: int | None = None, tolerance: float = TOLERANCE) -> Comparison:

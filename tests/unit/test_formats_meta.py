@@ -14,14 +14,13 @@ from typing import Any
 
 import pytest
 import torch
-from sources import frugal, random_model, same, source_of, state
+from sources import frugal, model_of, same, scorer_of, source_of, state
 from torch import Tensor
 
 from llama2.errors import UserError
 from llama2.model.formats import archive, meta
 from llama2.model.formats.source import Source
 from llama2.model.llama import LlamaConfig
-from llama2.model.scorer import Scorer
 
 CONFIG = LlamaConfig(vocab_size=96, hidden_size=64, intermediate_size=112, num_hidden_layers=2, num_attention_heads=8,
                      num_key_value_heads=4)
@@ -32,7 +31,7 @@ COLUMNS = ("tok_embeddings", "wo", "w2")
 @pytest.fixture
 def source(tmp_path: Path) -> Source:
     (tmp_path / "vocabulary").write_bytes(b"pieces")
-    return source_of(random_model(CONFIG), tmp_path / "vocabulary")
+    return source_of(model_of(CONFIG), tmp_path, tmp_path / "vocabulary")
 
 
 @pytest.fixture
@@ -49,7 +48,7 @@ def their_files(directory: Path) -> list[dict[str, Tensor]]:
 @pytest.mark.parametrize("shards", [1, 2, 4])
 @pytest.mark.parametrize("kv_heads", [8, 4], ids=["mha", "gqa"])
 def test_what_is_written_is_read_bit_for_bit(tmp_path: Path, kv_heads: int, shards: int) -> None:
-    source = source_of(random_model(replace(CONFIG, num_key_value_heads=kv_heads)))
+    source = source_of(model_of(replace(CONFIG, num_key_value_heads=kv_heads)), tmp_path)
     meta.write(source, tmp_path / "model", shards=shards)
     again = meta.read(tmp_path / "model")
     assert again.config == source.config
@@ -107,7 +106,7 @@ def test_weights_are_converted_on_the_way(tmp_path: Path, source: Source) -> Non
 
 
 def test_tied_embeddings_are_written_twice(tmp_path: Path) -> None:
-    source = source_of(random_model(replace(CONFIG, tie_word_embeddings=True)))
+    source = source_of(model_of(replace(CONFIG, tie_word_embeddings=True)), tmp_path)
     meta.write(source, tmp_path / "model")
     again = meta.read(tmp_path / "model")
     assert not again.config.tie_word_embeddings
@@ -289,7 +288,7 @@ def test_every_truncation_and_every_damaged_byte_of_a_small_file_is_noticed_or_h
 
 def test_what_does_not_fit_the_format_is_refused(tmp_path: Path, source: Source) -> None:
     with pytest.raises(UserError, match="reward model"):
-        meta.write(source_of(random_model(CONFIG, kind=Scorer)), tmp_path / "model")
+        meta.write(source_of(scorer_of(CONFIG), tmp_path), tmp_path / "model")
     with pytest.raises(UserError, match="num_key_value_heads 4 does not divide into 8 shards"):
         meta.write(source, tmp_path / "model", shards=8)
     (tmp_path / "model").mkdir()

@@ -15,6 +15,7 @@ Shapes: N groups, G numbers of a group, P positions, E half a head.
 
 from __future__ import annotations
 
+import math
 import struct
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -27,13 +28,17 @@ from torch import Tensor
 from llama2.errors import UserError, explain_os_errors
 from llama2.model.formats import llama2c_vocabulary, pieces
 from llama2.model.formats.binary import (
+    EMBEDDINGS,
     FETCH_AGAIN,
+    HEAD,
+    NORM,
     halved,
     interleaved,
     kept,
     read_array,
     replacing,
     rotary_heads,
+    shape_of,
     shapes,
 )
 from llama2.model.formats.source import Source, Stored
@@ -45,7 +50,6 @@ _LARGEST_GROUP = 64
 _THETA, _EPS = 10000.0, 1e-5
 _NUMBERS = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads",
             "vocab_size", "max_position_embeddings")
-_EMBEDDINGS, _NORM, _OUTPUT = "model.embed_tokens.weight", "model.norm.weight", "lm_head.weight"
 _TABLES = "rotary tables"
 _ATTENTION = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj")
 _FEED_FORWARD = ("mlp.gate_proj", "mlp.down_proj", "mlp.up_proj")
@@ -62,11 +66,12 @@ class _Header:
     def size(self) -> int:
         return _HEADER if self.version else 4 * len(_NUMBERS)
 
-    def bytes_of(self, name: str, shape: tuple[int, ...]) -> int:
+    def bytes_of(self, name: str) -> int:
         """How many bytes a tensor takes."""
-        count = 1
-        for size in shape:
-            count *= size
+        if name == _TABLES:
+            return self.config.max_position_embeddings * self.config.head_dim * 4
+        shape = shape_of(name, self.config)
+        count = math.prod(shape)
         return count * 4 if self.group is None or len(shape) == 1 else count + count // self.group * 4
 
 
@@ -76,15 +81,15 @@ def _order(header: _Header) -> Iterator[str]:
         return (f"model.layers.{layer}.{kind}.weight" for kind in kinds
                 for layer in range(header.config.num_hidden_layers))
     if header.version == 0:
-        yield _EMBEDDINGS
+        yield EMBEDDINGS
         yield from each("input_layernorm", *_ATTENTION, "post_attention_layernorm", *_FEED_FORWARD)
-        yield from (_NORM, _TABLES)
+        yield from (NORM, _TABLES)
     else:
         yield from each("input_layernorm", "post_attention_layernorm")
-        yield from (_NORM, _EMBEDDINGS)
+        yield from (NORM, EMBEDDINGS)
         yield from each(*_ATTENTION, *_FEED_FORWARD)
     if not header.config.tie_word_embeddings:
-        yield _OUTPUT
+        yield HEAD
 
 
 # ---- writing --------------------------------------------------------------------------------------------------------
@@ -242,18 +247,11 @@ def _unpacked(path: Path, head: bytes) -> _Header:
 
 def _places(path: Path, header: _Header, size: int) -> dict[str, int]:
     """Where each tensor begins. The file must be exactly as long as they take."""
-    config, at = header.config, header.size
-    dim, kv = config.hidden_size, config.num_key_value_heads * config.head_dim
-    rows = {"k_proj": (kv, dim), "v_proj": (kv, dim), "gate_proj": (config.intermediate_size, dim),
-            "up_proj": (config.intermediate_size, dim), "down_proj": (dim, config.intermediate_size),
-            "embed_tokens": (config.vocab_size, dim), "lm_head": (config.vocab_size, dim),
-            "q_proj": (dim, dim), "o_proj": (dim, dim)}
+    at = header.size
     places: dict[str, int] = {}
     for name in _order(header):
-        shape = (config.max_position_embeddings, config.head_dim) if name == _TABLES else rows.get(
-            name.split(".")[-2], (dim,))
         places[name] = at
-        at += header.bytes_of(name, shape)
+        at += header.bytes_of(name)
         if at > size:
             raise UserError(f"{path}: {name}: truncated: the file ends at byte {size}, the tensor at {at}",
                             FETCH_AGAIN)
@@ -266,7 +264,7 @@ def _places(path: Path, header: _Header, size: int) -> dict[str, int]:
 def _stored(path: Path, header: _Header, name: str, offset: int, shape: tuple[int, ...]) -> Stored:
     place = f"{path}: {name}"
     heads, group = rotary_heads(name, header.config), header.group if len(shape) > 1 else None
-    count = header.bytes_of(name, shape)
+    count = header.bytes_of(name)
 
     def load() -> Tensor:
         data = torch.from_numpy(read_array(path, place, "u1", offset, count))
