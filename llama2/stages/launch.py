@@ -60,6 +60,8 @@ VERBS = {
     "select": Verb("stages.select", "§3.4.1 keep a version only if it beats its predecessor"),
     "evaluate": Verb("evaluate.versions", "§3.4  every version, on both axes"),
     "report": Verb("release.report", "      one self-contained HTML page about a recipe's runs"),
+    "export": Verb("release.export", "      write a checkpoint for other programs, and verify what was written", False),
+    "verify": Verb("release.verify", "      whether two checkpoints, in whatever formats, are the same model", False),
     "chat": Verb("serve.terminal", "      talk to a checkpoint in the terminal", False),
     "serve": Verb("serve.server", "      serve checkpoints over HTTP, with OpenAI's interface and a chat page", False),
 }
@@ -82,7 +84,7 @@ def command(verb: str, arguments: Sequence[str]) -> int:
             if mesh.is_main():
                 print(config.out)
         else:
-            module.run(config)
+            return int(module.run(config) or 0)  # a comparison has a result that scripts ask for
     except Stopped as stopped:
         print(f"llama2: {stopped}", file=sys.stderr)
     finally:
