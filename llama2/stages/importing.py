@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import shutil
 import sys
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
@@ -21,11 +20,11 @@ from torch import Tensor
 from llama2 import config, mesh
 from llama2.errors import UserError, explain_os_errors
 from llama2.model.formats import hf
+from llama2.model.formats.progress import Reading, size
 from llama2.model.formats.recognise import open_source
 from llama2.model.formats.source import Source, Stored
 from llama2.model.formats.tensorfile import is_finite
 from llama2.stages.planning import Cluster, Lineage
-from llama2.stages.progress import bytes_done
 from llama2.tokenizer.tokenizer import Tokenizer
 
 POSITIONAL = "path"
@@ -67,8 +66,8 @@ def run(config: Config) -> None:
     tokenizer = _tokenizer(source, config)
     _check_space(config.out, _size(source, config))
     _say(f"{source.path}: {_described(source)}")
-    with bytes_done(config.out.name, sum(stored.nbytes for stored in source.tensors.values())) as advance:
-        hf.write(_checked(source, advance), config.out, dtype=_dtype(config),
+    with Reading("import", size((source,))) as bar:
+        hf.write(bar.watched(_checked(source)), config.out, dtype=_dtype(config),
                  beside=tokenizer.save if tokenizer else lambda directory: None)
     _say(f"{len(source.tensors)} tensors, all numbers finite; {_vocabulary(source, tokenizer)}")
     print(config.out)
@@ -129,15 +128,14 @@ def _check_space(out: Path, size: int) -> None:
                         "free some space, choose another --out, or a smaller --dtype")
 
 
-def _checked(source: Source, advance: Callable[[int], None]) -> Source:
-    """The same checkpoint, whose tensors are refused when they are read and not finite; `advance` is told of bytes."""
+def _checked(source: Source) -> Source:
+    """The same checkpoint, whose tensors are refused when they are read and not finite."""
     def checked(stored: Stored) -> Stored:
         def read() -> Tensor:
             tensor = stored.read()
             if not is_finite(tensor):
                 raise UserError(f"{stored.place} has numbers that are infinite or undefined",
                                 "the file is damaged, or the model had diverged: fetch it again")
-            advance(stored.nbytes)
             return tensor
         return replace(stored, read=read)
     return replace(source, tensors={name: checked(stored) for name, stored in source.tensors.items()})
