@@ -19,7 +19,7 @@ from torch import Tensor
 
 from llama2 import config, mesh
 from llama2.errors import UserError, explain_os_errors
-from llama2.model.formats import hf
+from llama2.model.formats import hf, pieces
 from llama2.model.formats.progress import Reading, size
 from llama2.model.formats.recognise import open_source
 from llama2.model.formats.source import Source, Stored
@@ -63,13 +63,13 @@ def run(config: Config) -> None:
         if config.out.exists() and (not config.out.is_dir() or any(config.out.iterdir())):
             raise UserError(f"{config.out}: there is something already", "choose another --out, or move it away")
     source = _opened(config)
-    tokenizer = _tokenizer(source, config)
+    tokenizer, remark = _tokenizer(source, config)
     _check_space(config.out, _size(source, config))
     _say(f"{source.path}: {_described(source)}")
     with Reading("import", size((source,))) as bar:
         hf.write(bar.watched(_checked(source)), config.out, dtype=_dtype(config),
                  beside=tokenizer.save if tokenizer else lambda directory: None)
-    _say(f"{len(source.tensors)} tensors, all numbers finite; {_vocabulary(source, tokenizer)}")
+    _say(f"{len(source.tensors)} tensors, all numbers finite; {remark}")
     print(config.out)
 
 
@@ -81,27 +81,25 @@ def _dtype(config: Config) -> torch.dtype | None:
     return DTYPES[config.dtype] if config.dtype else None
 
 
-def _tokenizer(source: Source, config: Config) -> Tokenizer | None:
-    """The tokenizer given or found, None if there is neither. UserError if it has more pieces than the model."""
+def _tokenizer(source: Source, config: Config) -> tuple[Tokenizer | None, str]:
+    """The tokenizer given or found, and what is to be said of it; None if there is neither.
+
+    UserError if it has more pieces than the model. If it has fewer, it is padded: there is a name for each id.
+    """
     path = config.tokenizer or source.tokenizer
     if path is None:
-        return None
-    tokenizer = Tokenizer.load(path)
-    if tokenizer.vocab_size > source.config.vocab_size:
-        raise UserError(f"{path}: the tokenizer has {tokenizer.vocab_size} pieces, the model a vocabulary of "
-                        f"{source.config.vocab_size}", "give the model's own: --tokenizer tokenizer.model")
-    return tokenizer
-
-
-def _vocabulary(source: Source, tokenizer: Tokenizer | None) -> str:
-    if tokenizer is None:
-        return ("no tokenizer came with it: nothing can be said to the model, nor trained, before its "
-                f"{hf.TOKENIZER} lies in the directory (next time: --tokenizer FILE)")
-    padding = source.config.vocab_size - tokenizer.vocab_size
-    if padding:
-        return (f"the tokenizer has {tokenizer.vocab_size:,} pieces for a vocabulary of {source.config.vocab_size:,}: "
-                f"the last {padding:,} are padding, or pieces that were added and are not known here")
-    return f"the tokenizer has {tokenizer.vocab_size:,} pieces, as the model"
+        return None, (f"no tokenizer came with it: it can be neither trained nor talked to before its {hf.TOKENIZER} "
+                      f"lies in {config.out} (or import it again with --tokenizer FILE)")
+    tokenizer, size = Tokenizer.load(path), source.config.vocab_size
+    count = tokenizer.vocab_size
+    if count > size:
+        raise UserError(f"{path}: the tokenizer has {count:,} pieces, the model a vocabulary of {size:,}",
+                        "give the model's own: --tokenizer tokenizer.model")
+    if count == size:
+        return tokenizer, f"the tokenizer has {count:,} pieces, as the model"
+    return Tokenizer(pieces.padded(tokenizer.model, count, size), str(path)), (
+        f"the tokenizer has {count:,} pieces, the model {size:,}: the other {size - count:,} are padding now, "
+        "which no text spells")
 
 
 def _described(source: Source) -> str:
