@@ -58,7 +58,6 @@ def run(config: Config) -> None:
     """Write the checkpoint directory, and say what was found and checked."""
     if not mesh.is_main():
         return
-    mesh.tune_cpu()
     with explain_os_errors(config.out):
         if config.out.exists() and (not config.out.is_dir() or any(config.out.iterdir())):
             raise UserError(f"{config.out}: there is something already", "choose another --out, or move it away")
@@ -130,7 +129,7 @@ def _checked(source: Source) -> Source:
     """The same checkpoint, whose tensors are refused when they are read and not finite."""
     def checked(stored: Stored) -> Stored:
         def read() -> Tensor:
-            tensor = stored.read()
+            tensor = (stored.read_once or stored.read)()
             if not is_finite(tensor):
                 raise UserError(f"{stored.place} has numbers that are infinite or undefined",
                                 "the file is damaged, or the model had diverged: fetch it again")

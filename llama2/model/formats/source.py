@@ -28,6 +28,8 @@ class Stored:
     read: Callable[[], Tensor]
     place: str
     """file and name there, for errors"""
+    read_once: Callable[[], Tensor] | None = None
+    """`read` for those who do not come back: the operating system drops what it keeps of the file in memory"""
 
     @property
     def numel(self) -> int:

@@ -9,9 +9,11 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections import deque
 from collections.abc import Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor, wait
+from io import FileIO
 from pathlib import Path
 
 import torch
@@ -26,7 +28,8 @@ DTYPES = {
     "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
     "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2}
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
-_PIECE = 2 << 20  # numbers converted, hashed and written at once
+_PIECE = 2 << 20  # numbers converted and hashed at once
+_PART = 128 << 10  # bytes read or written at once: the system then keeps files in small blocks, which are at hand
 
 
 def entries(path: Path) -> dict[str, Stored]:
@@ -52,18 +55,30 @@ def entries(path: Path) -> dict[str, Stored]:
 
 
 def _stored(path: Path, place: str, dtype: torch.dtype, shape: tuple[int, ...], offset: int) -> Stored:
-    def read() -> Tensor:
+    def read(once: bool = False) -> Tensor:
         tensor = torch.empty(shape, dtype=dtype)
         with explain_os_errors(path), open(path, "rb", buffering=0) as file:
             file.seek(offset)
-            rest = memory(tensor)
-            while rest:
-                count = file.readinto(rest)
-                if not count:
-                    raise UserError(f"{place}: the file ends in it", "fetch it again")
-                rest = rest[count:]
+            if not fill(file, memory(tensor), once):
+                raise UserError(f"{place}: the file ends in it", "fetch it again")
         return tensor
-    return Stored(shape, dtype, read, place)
+    return Stored(shape, dtype, read, place, lambda: read(once=True))
+
+
+def fill(file: FileIO, room: memoryview, once: bool) -> bool:
+    """Read from where a file stands until `room` is full; False if the file ends before.
+
+    With `once` the operating system drops what it keeps of the file. Else a large copy fills all memory with what
+    nobody will read again, and where memory comes page by page from a hypervisor, that takes longer than the copy.
+    """
+    while room:
+        begin, count = file.tell(), file.readinto(room[:_PART])
+        if not count:
+            return False
+        if once and hasattr(os, "posix_fadvise"):
+            os.posix_fadvise(file.fileno(), begin, count, os.POSIX_FADV_DONTNEED)
+        room = room[count:]
+    return True
 
 
 def memory(tensor: Tensor) -> memoryview:
@@ -88,7 +103,8 @@ def write(path: Path, tensors: Mapping[str, Stored], dtype: torch.dtype | None =
             hashed: deque[Future[None]] = deque()
             for piece in _pieces(next(ahead), kinds[name], tensors[name].place):
                 hashed.append(other.submit(digest.update, piece))
-                file.write(piece)
+                for start in range(0, len(piece), _PART):
+                    file.write(piece[start : start + _PART])
                 del piece
                 if len(hashed) > 2:  # pieces that were converted are memory of their own
                     hashed.popleft().result()
