@@ -20,11 +20,11 @@ from llama2 import mesh
 from llama2.config import Config as Base
 from llama2.errors import UserError
 from llama2.model.formats import gguf, hf, llama2c, meta
+from llama2.model.formats.progress import Reading, size
 from llama2.model.formats.recognise import open_source
 from llama2.model.formats.source import Source
 from llama2.release import verify
 from llama2.release.compare import context
-from llama2.release.progress import Reading, size
 from llama2.tokenizer.template import CHAT_TEMPLATE
 from llama2.tokenizer.tokenizer import Tokenizer
 

@@ -19,11 +19,11 @@ from pydantic import Field
 from llama2 import mesh
 from llama2.config import Config as Base
 from llama2.errors import UserError
+from llama2.model.formats.progress import Reading, size
 from llama2.model.formats.recognise import open_source
 from llama2.model.formats.source import Source
 from llama2.release import compare, texts
 from llama2.release.compare import Outputs, Shapes, Tensors
-from llama2.release.progress import Reading, size
 from llama2.release.texts import Tokenizers
 from llama2.tokenizer.tokenizer import Tokenizer
 

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import shutil
 import sys
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
@@ -20,12 +19,12 @@ from torch import Tensor
 
 from llama2 import config, mesh
 from llama2.errors import UserError, explain_os_errors
-from llama2.model.formats import hf
+from llama2.model.formats import hf, pieces
+from llama2.model.formats.progress import Reading, size
 from llama2.model.formats.recognise import open_source
 from llama2.model.formats.source import Source, Stored
 from llama2.model.formats.tensorfile import is_finite
 from llama2.stages.planning import Cluster, Lineage
-from llama2.stages.progress import bytes_done
 from llama2.tokenizer.tokenizer import Tokenizer
 
 POSITIONAL = "path"
@@ -64,13 +63,13 @@ def run(config: Config) -> None:
         if config.out.exists() and (not config.out.is_dir() or any(config.out.iterdir())):
             raise UserError(f"{config.out}: there is something already", "choose another --out, or move it away")
     source = _opened(config)
-    tokenizer = _tokenizer(source, config)
+    tokenizer, remark = _tokenizer(source, config)
     _check_space(config.out, _size(source, config))
     _say(f"{source.path}: {_described(source)}")
-    with bytes_done(config.out.name, sum(stored.nbytes for stored in source.tensors.values())) as advance:
-        hf.write(_checked(source, advance), config.out, dtype=_dtype(config),
+    with Reading("import", size((source,))) as bar:
+        hf.write(bar.watched(_checked(source)), config.out, dtype=_dtype(config),
                  beside=tokenizer.save if tokenizer else lambda directory: None)
-    _say(f"{len(source.tensors)} tensors, all numbers finite; {_vocabulary(source, tokenizer)}")
+    _say(f"{len(source.tensors)} tensors, all numbers finite; {remark}")
     print(config.out)
 
 
@@ -82,27 +81,25 @@ def _dtype(config: Config) -> torch.dtype | None:
     return DTYPES[config.dtype] if config.dtype else None
 
 
-def _tokenizer(source: Source, config: Config) -> Tokenizer | None:
-    """The tokenizer given or found, None if there is neither. UserError if it has more pieces than the model."""
+def _tokenizer(source: Source, config: Config) -> tuple[Tokenizer | None, str]:
+    """The tokenizer given or found, and what is to be said of it; None if there is neither.
+
+    UserError if it has more pieces than the model. If it has fewer, it is padded: there is a name for each id.
+    """
     path = config.tokenizer or source.tokenizer
     if path is None:
-        return None
-    tokenizer = Tokenizer.load(path)
-    if tokenizer.vocab_size > source.config.vocab_size:
-        raise UserError(f"{path}: the tokenizer has {tokenizer.vocab_size} pieces, the model a vocabulary of "
-                        f"{source.config.vocab_size}", "give the model's own: --tokenizer tokenizer.model")
-    return tokenizer
-
-
-def _vocabulary(source: Source, tokenizer: Tokenizer | None) -> str:
-    if tokenizer is None:
-        return ("no tokenizer came with it: nothing can be said to the model, nor trained, before its "
-                f"{hf.TOKENIZER} lies in the directory (next time: --tokenizer FILE)")
-    padding = source.config.vocab_size - tokenizer.vocab_size
-    if padding:
-        return (f"the tokenizer has {tokenizer.vocab_size:,} pieces for a vocabulary of {source.config.vocab_size:,}: "
-                f"the last {padding:,} are padding, or pieces that were added and are not known here")
-    return f"the tokenizer has {tokenizer.vocab_size:,} pieces, as the model"
+        return None, (f"no tokenizer came with it: it can be neither trained nor talked to before its {hf.TOKENIZER} "
+                      f"lies in {config.out} (or import it again with --tokenizer FILE)")
+    tokenizer, size = Tokenizer.load(path), source.config.vocab_size
+    count = tokenizer.vocab_size
+    if count > size:
+        raise UserError(f"{path}: the tokenizer has {count:,} pieces, the model a vocabulary of {size:,}",
+                        "give the model's own: --tokenizer tokenizer.model")
+    if count == size:
+        return tokenizer, f"the tokenizer has {count:,} pieces, as the model"
+    return Tokenizer(pieces.padded(tokenizer.model, count, size), str(path)), (
+        f"the tokenizer has {count:,} pieces, the model {size:,}: the other {size - count:,} are padding now, "
+        "which no text spells")
 
 
 def _described(source: Source) -> str:
@@ -129,15 +126,14 @@ def _check_space(out: Path, size: int) -> None:
                         "free some space, choose another --out, or a smaller --dtype")
 
 
-def _checked(source: Source, advance: Callable[[int], None]) -> Source:
-    """The same checkpoint, whose tensors are refused when they are read and not finite; `advance` is told of bytes."""
+def _checked(source: Source) -> Source:
+    """The same checkpoint, whose tensors are refused when they are read and not finite."""
     def checked(stored: Stored) -> Stored:
         def read() -> Tensor:
             tensor = stored.read()
             if not is_finite(tensor):
                 raise UserError(f"{stored.place} has numbers that are infinite or undefined",
                                 "the file is damaged, or the model had diverged: fetch it again")
-            advance(stored.nbytes)
             return tensor
         return replace(stored, read=read)
     return replace(source, tensors={name: checked(stored) for name, stored in source.tensors.items()})

@@ -105,11 +105,11 @@ def test_what_is_held_out_of_comparisons_can_be_kept_out_of_dialogs(tmp_path):
 
 
 @pytest.mark.parametrize(("values", "cause"), [
-    ({"sources": {}}, "there is nothing to import"),
+    ({"sources": {}}, "there is nothing to prepare"),
     ({"sources": {"x": {"path": FIXTURES / "hh.jsonl"}}, "heldout": 0.0001}, "no record is held out"),
     ({"sources": {"x": {"path": FIXTURES / "hh.jsonl"}}, "max_characters": 3}, "no record is left to train on"),
     ({"sources": {"x": {"path": FIXTURES / "hh.jsonl", "axes": "safe"}}}, "unknown key 'sources.x.axes'"),
 ])
-def test_an_import_that_makes_nothing_says_why(tmp_path, values, cause):
+def test_a_preparation_that_makes_nothing_says_why(tmp_path, values, cause):
     with pytest.raises(UserError, match=cause):
         carry_out(tmp_path / "out", kind="preferences", **values)

@@ -36,21 +36,20 @@ STORAGES = {
     "CharStorage": torch.int8, "ByteStorage": torch.uint8, "BoolStorage": torch.bool}
 AGAIN = "fetch it again"
 _HEADER, _ALIGNMENT, _CHUNK = 30, 64, 1 << 24
-_BEFORE_ZIP = b"\x80\x02\x8a\x0al\xfc\x9cF\xf9 j\xa8P\x19."  # how files of PyTorch before 1.6 begin
 
 
 # ---- reading --------------------------------------------------------------------------------------------------------
 @dataclass(frozen=True)
-class _Member:
+class Member:
     """Where the bytes of a member lie in the file."""
 
     offset: int
     size: int
-    checksum: int  # 0: written without (torch.serialization.set_crc32_options(False))
+    checksum: int = 0  # 0: written without (torch.serialization.set_crc32_options(False))
 
 
 @dataclass(frozen=True)
-class _Storage:
+class Storage:
     """Numbers of one kind in one member."""
 
     key: str
@@ -59,10 +58,10 @@ class _Storage:
 
 
 @dataclass(frozen=True)
-class _View:
+class View:
     """A tensor as the pickle describes it: a window on a storage."""
 
-    storage: _Storage
+    storage: Storage
     offset: int
     shape: tuple[int, ...]
     stride: tuple[int, ...]
@@ -85,20 +84,23 @@ class _View:
         return True
 
 
-class _Reader(pickle.Unpickler):
-    """Reads a dictionary of tensors and nothing else: no name of a pickle is ever imported."""
+class Reader(pickle._Unpickler):
+    """Reads a dictionary of tensors and nothing else: no name of a pickle is ever imported.
 
-    def persistent_load(self, pid: Any) -> _Storage:
+    It is Python's unpickler in Python: the one in C takes memory for any length that a damaged file may spell.
+    """
+
+    def persistent_load(self, pid: Any) -> Storage:
         kind, dtype, key, _, count = pid
         if kind != "storage" or not isinstance(dtype, torch.dtype) or not isinstance(count, int):
             raise pickle.UnpicklingError(f"'{kind}' is no storage of numbers")
-        return _Storage(str(key), dtype, count)
+        return Storage(str(key), dtype, count)
 
     def find_class(self, module: str, name: str) -> Any:
-        def tensor(storage: _Storage, offset: int, shape: Any, stride: Any, *_: Any) -> _View:
-            return _View(storage, int(offset), tuple(map(int, shape)), tuple(map(int, stride)))
+        def tensor(storage: Storage, offset: int, shape: Any, stride: Any, *_: Any) -> View:
+            return View(storage, int(offset), tuple(map(int, shape)), tuple(map(int, stride)))
 
-        def parameter(data: _View, *_: Any) -> _View:
+        def parameter(data: View, *_: Any) -> View:
             return data
 
         if module == "torch" and name in STORAGES:
@@ -129,15 +131,13 @@ def entries(path: Path) -> dict[str, Stored]:
         if (order := members.get(f"{root}byteorder")) and _bytes(path, file, order, "byteorder") != \
                 sys.byteorder.encode():
             raise UserError(f"{path}: its numbers have another byte order than this machine", "save it again here")
-        described = _described(path, _bytes(path, file, members[f"{root}data.pkl"], "data.pkl"))
-    return {name: _stored(path, name, view, members.get(f"{root}data/{view.storage.key}"))
-            for name, view in described.items()}
+        content = _bytes(path, file, members[f"{root}data.pkl"], "data.pkl")
+    views = described(path, Reader(io.BytesIO(content)))
+    return {name: stored(path, name, view, members.get(f"{root}data/{view.storage.key}"))
+            for name, view in views.items()}
 
 
-def _members(path: Path, file: IO[bytes]) -> dict[str, _Member]:
-    if file.read(len(_BEFORE_ZIP)) == _BEFORE_ZIP:
-        raise UserError(f"{path}: written by PyTorch before 1.6, whose files must be read whole",
-                        "save it again: torch.save(torch.load(FILE, weights_only=True), FILE)")
+def _members(path: Path, file: IO[bytes]) -> dict[str, Member]:
     try:
         with zipfile.ZipFile(file) as archive:
             listed = archive.infolist()
@@ -155,11 +155,11 @@ def _members(path: Path, file: IO[bytes]) -> dict[str, _Member]:
         begin = item.header_offset + _HEADER + name + extra
         if begin + item.file_size > size:
             raise UserError(f"{path}: truncated in {item.filename}", AGAIN)
-        found[item.filename] = _Member(begin, item.file_size, item.CRC)
+        found[item.filename] = Member(begin, item.file_size, item.CRC)
     return found
 
 
-def _bytes(path: Path, file: IO[bytes], member: _Member, name: str) -> bytes:
+def _bytes(path: Path, file: IO[bytes], member: Member, name: str) -> bytes:
     file.seek(member.offset)
     content = file.read(member.size)
     if member.checksum and zlib.crc32(content) != member.checksum:
@@ -167,24 +167,26 @@ def _bytes(path: Path, file: IO[bytes], member: _Member, name: str) -> bytes:
     return content
 
 
-def _described(path: Path, content: bytes) -> dict[str, _View]:
+def described(path: Path, reader: Reader) -> dict[str, View]:
+    """The state dict that a pickle describes. UserError for code, for anything but tensors, and for a damaged one."""
     try:
-        found = _Reader(io.BytesIO(content)).load()
+        found = reader.load()
     except _Refused as refused:
         raise UserError(f"{path}: refused, for reading it would call '{refused}', which no file of weights needs",
                         "take the weights from where you trust them, best as safetensors") from None
     except Exception as error:  # a damaged pickle raises whatever the bytes happen to spell
-        raise UserError(f"{path}: data.pkl is damaged ({type(error).__name__}: {error})", AGAIN) from None
+        raise UserError(f"{path}: its list of tensors is damaged ({type(error).__name__}: {error})", AGAIN) from None
     if not isinstance(found, dict):
         raise UserError(f"{path}: it holds a {type(found).__name__}, a dictionary of tensors was expected",
                         "save model.state_dict()")
     for name, value in found.items():
-        if not isinstance(name, str) or not isinstance(value, _View):
+        if not isinstance(name, str) or not isinstance(value, View):
             raise UserError(f"{path}: '{name}' is no tensor", "save model.state_dict() alone")
     return dict(found)
 
 
-def _stored(path: Path, name: str, view: _View, member: _Member | None) -> Stored:
+def stored(path: Path, name: str, view: View, member: Member | None) -> Stored:
+    """A tensor whose numbers lie in `member`. UserError if they do not, or if the tensor is larger than they are."""
     place = f"{path}: tensor '{name}'"
     size = view.storage.count * view.storage.dtype.itemsize
     if member is None or member.size != size:
@@ -196,7 +198,7 @@ def _stored(path: Path, name: str, view: _View, member: _Member | None) -> Store
     return Stored(view.shape, view.storage.dtype, lambda: _read(path, place, view, member), place)
 
 
-def _read(path: Path, place: str, view: _View, member: _Member) -> Tensor:
+def _read(path: Path, place: str, view: View, member: Member) -> Tensor:
     """A copy of a tensor: its own numbers if they lie in one piece, else its storage's, of which it is a window."""
     dtype = view.storage.dtype
     whole = not view.is_contiguous() or view.count == view.storage.count
@@ -223,7 +225,7 @@ class _Described:
     """A tensor that pickles as `torch.save` would have pickled it."""
 
     def __init__(self, key: int, shape: tuple[int, ...], dtype: torch.dtype) -> None:
-        self.storage, self.shape = _Storage(str(key), dtype, math.prod(shape)), shape
+        self.storage, self.shape = Storage(str(key), dtype, math.prod(shape)), shape
 
     def __reduce__(self) -> tuple[Any, ...]:
         stride = tuple(math.prod(self.shape[axis + 1 :]) for axis in range(len(self.shape)))
@@ -232,7 +234,7 @@ class _Described:
 
 class _Writer(pickle.Pickler):
     def persistent_id(self, item: Any) -> Any:
-        if not isinstance(item, _Storage):
+        if not isinstance(item, Storage):
             return None
         kind = next(name for name, dtype in STORAGES.items() if dtype == item.dtype)
         return "storage", getattr(torch, kind), item.key, "cpu", item.count

@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 
 from llama2.errors import UserError
-from llama2.model.formats import archive, directory, tensorfile
+from llama2.model.formats import archive, before_zip, directory, tensorfile
 from llama2.model.formats.directory import CHECKSUMS, CONFIG, EMBEDDINGS, HEAD, INDEX, WEIGHTS
 from llama2.model.formats.source import Source, Stored
 from llama2.model.llama import LlamaConfig
@@ -37,7 +37,8 @@ def entries(files: list[Path]) -> dict[str, Stored]:
     """The tensors of several weight files, safetensors or PyTorch's, by name."""
     found: dict[str, Stored] = {}
     for file in files:
-        here = (tensorfile if file.suffix == ".safetensors" else archive).entries(file)
+        form = tensorfile if file.suffix == ".safetensors" else before_zip if before_zip.is_one(file) else archive
+        here = form.entries(file)
         for name in here.keys() & found.keys():
             raise UserError(f"{here[name].place} is in another file as well: {found[name].place}",
                             "remove the file that does not belong there")

@@ -87,7 +87,8 @@ def read(path: Path, base: Source, dtype: torch.dtype | None = None) -> Source:
     adapter = _open(path)
     scorer = base.scorer or SCORE in adapter.whole
     tensors = {name: stored for name, stored in base.tensors.items() if not (scorer and name == HEAD)}
-    if base.config.tie_word_embeddings and EMBEDDINGS in {*adapter.whole, *(f"{name}.weight" for name in adapter.pairs)}:
+    changed = {*adapter.whole, *(f"{module}.weight" for module in adapter.pairs)}
+    if base.config.tie_word_embeddings and EMBEDDINGS in changed:
         raise UserError(f"{path}: it changes {EMBEDDINGS}, which {base.path} shares with its output",
                         "merge it with the program that trained it")
     kind = hf.prevailing(base.tensors)

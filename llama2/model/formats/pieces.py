@@ -80,6 +80,13 @@ def build(pieces: Pieces, *, unknown: int = 0, bos: int = 1, eos: int = 2) -> by
     return body + _field(2, trainer) + _field(3, normalizer)
 
 
+def padded(model: bytes, count: int, size: int) -> bytes:
+    """A SentencePiece model of `count` items, made one of `size` by items that no text spells and that have no text."""
+    return model + b"".join(
+        _field(1, _field(1, f"[PAD{token}]".encode()) + _float(2, 0.0) + _varint_field(3, CONTROL))
+        for token in range(count, size))
+
+
 def _piece(fields: dict[int, bytes]) -> Piece:
     score: float = struct.unpack("<f", fields[2])[0] if 2 in fields else 0.0
     return Piece(fields[1].decode(), score, int(fields.get(3, NORMAL)))
