@@ -112,7 +112,7 @@ def write(source: Source, file: Path, *, version: Literal[0, 2] = 0) -> list[str
     with explain_os_errors(beside):
         if beside.exists() and beside.read_bytes() != content:
             raise UserError(f"{beside}: the tokenizer of another model is there", "choose another directory")
-    with replacing(file) as stream, replacing(beside) as other:
+    with replacing(beside) as other, replacing(file) as stream:
         other.write(content)
         stream.write(_packed(header))
         for name in _order(header):

@@ -42,7 +42,6 @@ class Pieces:
     normalised: bool = False
     """characters are replaced by others first (NFKC and the like), which no other format can say"""
 
-
     def unsaid(self, program: str) -> list[str]:
         """In sentences for the user, what `program` does not do to a text, so that it gives other tokens for some."""
         kept = f"which {program} does not: some texts get other tokens there"
