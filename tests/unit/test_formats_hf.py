@@ -1,4 +1,4 @@
-"""Hugging Face directories: read in every form they have, written a tensor at a time, refused in one line if damaged."""
+"""Hugging Face directories: read in all their forms, written a tensor at a time, refused in one line if damaged."""
 
 from __future__ import annotations
 
