@@ -21,7 +21,7 @@ from llama2.model.formats.source import Source
 from llama2.model.llama import Layer, LlamaConfig, RMSNorm, Trunk
 
 NORM = "model.norm.weight"
-_CHUNK = 1 << 22  # numbers that are compared at a time
+_CHUNK = 1 << 20  # numbers that are compared at a time
 _POSITIONS = 512  # whose logits are held at once
 _SIZES = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
           "num_key_value_heads")
@@ -135,11 +135,16 @@ class _Gap:
 
 def _gap(x: Tensor, y: Tensor) -> _Gap:
     largest = peak = squares = total = 0.0
+    kind = torch.float64 if torch.float64 in (x.dtype, y.dtype) else torch.float32
     for one, other in zip(torch.split(x.reshape(-1), _CHUNK), torch.split(y.reshape(-1), _CHUNK)):
-        one, other = one.double(), other.double()
+        one, other = one.to(kind), other.to(kind)
+        total += one.square().sum().item()
+        if torch.equal(one, other):
+            continue
         apart = difference(one, other)
-        largest, peak = max(largest, apart.max().item()), max(peak, one.abs().max().item())
-        squares, total = squares + apart.square().sum().item(), total + one.square().sum().item()
+        largest, squares = max(largest, apart.max().item()), squares + apart.square().sum().item()
+    if largest:
+        peak = max(part.abs().max().item() for part in torch.split(x.reshape(-1), _CHUNK))
     return _Gap(largest, peak, squares, total)
 
 

@@ -13,6 +13,7 @@ from typing import Any
 import gguf
 import numpy as np
 import pytest
+import sentencepiece
 import torch
 from sources import RATIOS, SHAPE, STRINGS, exact, model_of, source_of
 from torch import Tensor
@@ -162,6 +163,31 @@ def test_a_larger_vocabulary_is_filled_up(tmp_path: Path, pieces: Path, tokenize
     assert all(again.encode(text) == tokenizer.encode(text) for text in [*STRINGS, "[PAD421]"])
     with pytest.raises(UserError, match="420 pieces, the model 400"):
         ours.write(source_of(model_of(replace(SHAPE, vocab_size=400)), tmp_path, pieces), tmp_path / "n.gguf")
+
+
+def test_a_tokenizer_that_changes_text(tmp_path: Path, pieces: Path) -> None:
+    """Extra spaces are dropped by the tokenizer read back as well; what llama.cpp does not do is told."""
+    text = "\n".join("a river runs past the mill " + word for word in ("twice", "once", "again")) * 20
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(text.split("\n")), model_prefix=str(tmp_path / "nfkc"), model_type="bpe", vocab_size=290,
+        byte_fallback=True, hard_vocab_limit=False, normalization_rule_name="nmt_nfkc", minloglevel=2)
+    source = source_of(model_of(SHAPE), tmp_path, tmp_path / "nfkc.model")
+    notes = ours.write(source, tmp_path / "m.gguf")
+    assert [note.split(",")[0] for note in notes] == [
+        "the tokenizer replaces characters before it looks them up",
+        "the tokenizer drops spaces at the ends of a text and all but one inside"]
+    files = (tmp_path / "nfkc.model", ours.read(tmp_path / "m.gguf").tokenizer)
+    before, after = (Tokenizer.load(str(path)) for path in files)
+    for spaced in ("  the  mill ", "a river", " "):
+        assert before.encode(spaced) == after.encode(spaced)
+
+
+def test_a_damaged_tokenizer_is_named(tmp_path: Path, source: Source, pieces: Path) -> None:
+    whole, damaged = pieces.read_bytes(), tmp_path / "tokenizer.model"
+    for content in (b"", b"\x0a", whole[:2001], b"\xff" * 100, b"not a tokenizer", bytes(50)):
+        damaged.write_bytes(content)
+        with pytest.raises(UserError, match=r"tokenizer\.model: not a SentencePiece model"):
+            ours.write(replace(source, tokenizer=damaged), tmp_path / "m.gguf")
 
 
 # ---- how it is written ----------------------------------------------------------------------------------------------

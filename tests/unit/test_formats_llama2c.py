@@ -207,12 +207,23 @@ def test_what_cannot_be_written(tmp_path: Path, source: Source, model_file: Path
         llama2c.write(replace(source, tokenizer=None), target)
     with pytest.raises(UserError, match="version 1 of llama2"):
         llama2c.write(source, target, version=1)  # type: ignore[arg-type]
+    with pytest.raises(UserError, match="this name is the tokenizer's"):
+        llama2c.write(source, tmp_path / "tokenizer.bin")
     items = [pieces.Piece(f"w{token}", 0.0) for token in range(420)]
     strange = tmp_path / "tokenizer.model"
     strange.write_bytes(pieces.build(pieces.Pieces(items)))
     with pytest.raises(UserError, match="does not begin with unknown, BOS, EOS and the 256 bytes"):
         llama2c.write(replace(source, tokenizer=strange), target)
     assert [path.name for path in tmp_path.iterdir()] == ["tokenizer.model"]
+
+
+def test_what_the_tokenizer_does_beside_is_told(tmp_path: Path, source: Source, model_file: Path) -> None:
+    assert llama2c.write(source, tmp_path / "model.bin") == []
+    other = tmp_path / "tokenizer.model"
+    other.write_bytes(pieces.build(replace(pieces.load(model_file), extra_spaces_removed=True)))
+    notes = llama2c.write(replace(source, tokenizer=other), tmp_path / "model.bin")
+    assert len(notes) == 1
+    assert "drops spaces at the ends of a text" in notes[0]
 
 
 def test_another_tokenizer_in_the_way_stays(tmp_path: Path, source: Source) -> None:

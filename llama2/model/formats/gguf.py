@@ -147,10 +147,7 @@ def _notes(types: Mapping[str, Precision], vocabulary: Pieces, precision: Precis
         wider = sorted({name.split(".")[-2] for name, kind in types.items() if kind == "f16"})
         if wider:
             notes.append(f"{', '.join(wider)}: stored as f16, because their rows do not divide into blocks of {_BLOCK}")
-    if vocabulary.normalised:
-        notes.append("the tokenizer replaces characters before it looks them up, which llama.cpp does not: it gives "
-                     "other tokens for such text")
-    return notes
+    return notes + vocabulary.unsaid("llama.cpp")
 
 
 def _describe(writer: Any, source: Source, precision: Precision, name: str | None) -> None:

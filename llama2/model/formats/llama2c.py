@@ -93,27 +93,34 @@ def _order(header: _Header) -> Iterator[str]:
 
 
 # ---- writing --------------------------------------------------------------------------------------------------------
-def write(source: Source, file: Path, *, version: Literal[0, 2] = 0) -> None:
+def write(source: Source, file: Path, *, version: Literal[0, 2] = 0) -> list[str]:
     """Write a language model for run.c (version 0, fp32) or runq.c (version 2, int8), and `tokenizer.bin` beside it.
 
-    One tensor at a time is in memory, and the same source gives the same bytes. UserError for a reward model, for
-    constants that the format cannot hold, a vocabulary of another size than the model's, and another model's
-    `tokenizer.bin` in the way.
+    One tensor at a time is in memory, and the same source gives the same bytes. Returns, in sentences for the user,
+    what the files cannot say. UserError for a reward model, for constants that the format cannot hold, a vocabulary of
+    another size than the model's, and another model's `tokenizer.bin` in the way.
     """
     if version not in (0, 2):
         raise UserError(f"version {version} of llama2.c's format is not written", "choose 0 (run.c) or 2 (runq.c)")
     _check_writable(source)
     header = _Header(version, source.config, _group(source.config) if version else None)
     beside = file.parent / llama2c_vocabulary.FILE
-    vocabulary = _vocabulary(source, beside)
-    with replacing(file) as stream, replacing(beside) as other:
-        other.write(vocabulary)
+    if file == beside:
+        raise UserError(f"{file}: this name is the tokenizer's", "choose another name for the model")
+    vocabulary = _vocabulary(source)
+    content = llama2c_vocabulary.pack(vocabulary.items)
+    with explain_os_errors(beside):
+        if beside.exists() and beside.read_bytes() != content:
+            raise UserError(f"{beside}: the tokenizer of another model is there", "choose another directory")
+    with replacing(beside) as other, replacing(file) as stream:
+        other.write(content)
         stream.write(_packed(header))
         for name in _order(header):
             if name == _TABLES:
                 _write_tables(stream, source.config)
             else:
                 _write_tensor(stream, header, name, source.tensors[name])
+    return vocabulary.unsaid("llama2.c")
 
 
 def _check_writable(source: Source) -> None:
@@ -129,19 +136,15 @@ def _check_writable(source: Source) -> None:
                         "llama2.c takes 1 and 2 for granted: export in another format")
 
 
-def _vocabulary(source: Source, target: Path) -> bytes:
+def _vocabulary(source: Source) -> pieces.Pieces:
     if source.tokenizer is None:
         raise UserError(f"{source.path}: there is no tokenizer, without which llama2.c cannot run a model",
                         "put tokenizer.model beside the weights")
-    items = pieces.load(source.tokenizer).items
-    if len(items) != source.config.vocab_size:
-        raise UserError(f"{source.tokenizer}: the tokenizer has {len(items)} pieces, the model "
+    vocabulary = pieces.load(source.tokenizer)
+    if len(vocabulary.items) != source.config.vocab_size:
+        raise UserError(f"{source.tokenizer}: the tokenizer has {len(vocabulary.items)} pieces, the model "
                         f"{source.config.vocab_size}", "llama2.c wants as many of one as of the other")
-    content = llama2c_vocabulary.pack(items)
-    with explain_os_errors(target):
-        if target.exists() and target.read_bytes() != content:
-            raise UserError(f"{target}: the tokenizer of another model is there", "choose another directory")
-    return content
+    return vocabulary
 
 
 def _group(config: LlamaConfig) -> int:

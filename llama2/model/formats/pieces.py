@@ -42,6 +42,14 @@ class Pieces:
     normalised: bool = False
     """characters are replaced by others first (NFKC and the like), which no other format can say"""
 
+    def unsaid(self, program: str) -> list[str]:
+        """In sentences for the user, what `program` does not do to a text, so that it gives other tokens for some."""
+        kept = f"which {program} does not: some texts get other tokens there"
+        notes = [f"the tokenizer replaces characters before it looks them up, {kept}"] if self.normalised else []
+        if self.extra_spaces_removed:
+            notes.append(f"the tokenizer drops spaces at the ends of a text and all but one inside, {kept}")
+        return notes
+
 
 def load(path: Path) -> Pieces:
     """The vocabulary in a SentencePiece model file. UserError if it is none, or damaged."""
