@@ -18,19 +18,39 @@ from pathlib import Path
 from typing import IO, Any
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from llama2.errors import UserError, explain_os_errors
-from llama2.model.llama import Llama, LlamaConfig
+from llama2.model.llama import LlamaConfig
 
+EMBEDDINGS, NORM, HEAD = "model.embed_tokens.weight", "model.norm.weight", "lm_head.weight"
 FETCH_AGAIN = "fetch the file again, or make it again"
 
 
 def shapes(config: LlamaConfig) -> dict[str, tuple[int, ...]]:
     """The name and shape of every tensor of a language model, in the order of its state dict."""
-    with torch.device("meta"):
-        return {name: tuple(tensor.shape) for name, tensor in Llama(config).state_dict().items()}
+    return {name: shape_of(name, config) for name in _names(config)}
+
+
+def _names(config: LlamaConfig) -> Iterator[str]:
+    kinds = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj", "mlp.gate_proj",
+             "mlp.up_proj", "mlp.down_proj", "input_layernorm", "post_attention_layernorm")
+    yield EMBEDDINGS
+    yield from (f"model.layers.{layer}.{kind}.weight" for layer in range(config.num_hidden_layers) for kind in kinds)
+    yield NORM
+    if not config.tie_word_embeddings:
+        yield HEAD
+
+
+def shape_of(name: str, config: LlamaConfig) -> tuple[int, ...]:
+    """The shape of a tensor. Plain arithmetic: a damaged header may ask for sizes at which a model would overflow."""
+    dim, kv = config.hidden_size, config.num_key_value_heads * config.head_dim
+    kind = name.split(".")[-2]
+    if kind.endswith("norm"):
+        return (dim,)
+    rows = {"k_proj": kv, "v_proj": kv, "gate_proj": config.intermediate_size, "up_proj": config.intermediate_size,
+            "embed_tokens": config.vocab_size, "lm_head": config.vocab_size}
+    return rows.get(kind, dim), config.intermediate_size if kind == "down_proj" else dim
 
 
 def rotary_heads(name: str, config: LlamaConfig) -> int | None:

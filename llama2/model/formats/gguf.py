@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import functools
 import logging
+import math
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from types import ModuleType
@@ -27,7 +28,10 @@ from torch import Tensor
 from llama2.errors import UserError, missing_extra
 from llama2.model.formats import pieces
 from llama2.model.formats.binary import (
+    EMBEDDINGS,
     FETCH_AGAIN,
+    HEAD,
+    NORM,
     halved,
     interleaved,
     kept,
@@ -49,8 +53,7 @@ _LARGEST = {"f16": 65504.0, "q8_0": 65504.0 * 127, "q4_0": 65504.0 * 8}  # scale
 _QUANTIZATION_VERSION = 2
 _PAD_SCORE = -1000.0
 
-_OUTSIDE = {"model.embed_tokens.weight": "token_embd.weight", "model.norm.weight": "output_norm.weight",
-            "lm_head.weight": "output.weight"}
+_OUTSIDE = {EMBEDDINGS: "token_embd.weight", NORM: "output_norm.weight", HEAD: "output.weight"}
 _INSIDE = {"self_attn.q_proj": "attn_q", "self_attn.k_proj": "attn_k", "self_attn.v_proj": "attn_v",
            "self_attn.o_proj": "attn_output", "mlp.gate_proj": "ffn_gate", "mlp.up_proj": "ffn_up",
            "mlp.down_proj": "ffn_down", "input_layernorm": "attn_norm", "post_attention_layernorm": "ffn_norm"}
@@ -109,7 +112,7 @@ def write(source: Source, file: Path, *, precision: Precision = "f16", chat_temp
                 shape, kind = source.tensors[tensor].shape, library.GGMLQuantizationType[types[tensor].upper()]
                 block, size = library.GGML_QUANT_SIZES[kind]
                 writer.add_tensor_info(_their_name(tensor), shape, np.dtype("float32"),
-                                       int(np.prod(shape)) // block * size, raw_dtype=kind)
+                                       math.prod(shape) // block * size, raw_dtype=kind)
             writer.write_header_to_file()
             writer.write_kv_data_to_file()
             writer.write_ti_data_to_file()
@@ -135,8 +138,7 @@ def _type(name: str, stored: Stored, precision: Precision, config: LlamaConfig) 
         return precision
     if stored.shape[-1] % _BLOCK:
         return "f16"
-    output = "model.embed_tokens.weight" if config.tie_word_embeddings else "lm_head.weight"
-    return "q8_0" if name == output else precision
+    return "q8_0" if name == (EMBEDDINGS if config.tie_word_embeddings else HEAD) else precision
 
 
 def _notes(types: Mapping[str, Precision], vocabulary: Pieces, precision: Precision) -> list[str]:
@@ -309,7 +311,7 @@ def _stored(library: ModuleType, path: Path, header: Header, name: str, entry: E
     block, size = library.GGML_QUANT_SIZES[kind]
     if entry.shape[-1] % block:
         raise UserError(f"{place}: rows of {entry.shape[-1]} do not divide into blocks of {block}", FETCH_AGAIN)
-    count = int(np.prod(entry.shape)) // block * size
+    count = math.prod(entry.shape) // block * size
     if entry.offset + count > header.size:
         raise UserError(f"{place}: truncated: the file ends at byte {header.size}, the tensor at "
                         f"{entry.offset + count}", FETCH_AGAIN)

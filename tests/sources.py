@@ -1,0 +1,53 @@
+"""Models of random weights as the readers of other formats give them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from llama2.model.formats.source import Source, Stored
+from llama2.model.llama import Llama, LlamaConfig
+
+SHAPE = LlamaConfig(vocab_size=420, hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=8,
+                    num_key_value_heads=2, max_position_embeddings=512)
+RATIOS = [8, 4, 2, 1]
+"""key heads for eight query heads: plain attention and three ratios of grouped queries"""
+STRINGS = ["Hello, the river", "a\nb\n\n  c", "x ", " x", "  x", "", "日本語 été 🙂", "year 1987, 3.14",
+           "[INST] hi [/INST]", "tab\there", "<0x41>", ". . .", "the    old    mill   ", "<<SYS>>\nx\n<</SYS>>",
+           "\x01\x7f", "ﬁ ½ Å", "▁a", "\r\n", "\n<s>\n", "<s>x</s>", "<unk>", "e\u0301", "\u200b\u202e", "a" * 300,
+           "[PAD400]"]
+
+
+def model_of(config: LlamaConfig, dtype: torch.dtype = torch.float32, seed: int = 0) -> Llama:
+    """Wide weights, so that attention is far from uniform and logits are of order one; norms that are not one."""
+    generator = torch.Generator().manual_seed(seed)
+    model = Llama(config)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() == 1:
+                parameter.uniform_(0.5, 1.5, generator=generator)
+            else:
+                parameter.normal_(0.0, 0.2, generator=generator)
+    return model.to(dtype)
+
+
+def source_of(model: Llama, path: Path, tokenizer: Path | None, read: Callable[[str, Tensor], Tensor] | None = None
+              ) -> Source:
+    """A model in memory as a source; `read` may do something else than copy."""
+    def stored(name: str, tensor: Tensor) -> Stored:
+        return Stored(tuple(tensor.shape), tensor.dtype,
+                      (lambda: read(name, tensor)) if read else tensor.clone, f"{path}: {name}")
+
+    tensors = {name: stored(name, tensor) for name, tensor in model.state_dict().items()}
+    return Source(path, "memory", model.config, False, tensors, tokenizer)
+
+
+def exact(source: Source, model: Llama) -> bool:
+    """Whether a source has the weights of a model, bit for bit, wherever they are of the same precision."""
+    weights = model.state_dict()
+    return source.tensors.keys() == weights.keys() and all(
+        stored.read().dtype == stored.dtype and torch.equal(stored.read().float(), weights[name].float())
+        for name, stored in source.tensors.items())
