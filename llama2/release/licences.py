@@ -99,7 +99,7 @@ def document(lineage: Lineage, found: list[Material], licence: str, base_model: 
         "# Licences", warning,
         "## These weights", _weights(licence), LLAMA_2_NOTE if from_llama_2(lineage, base_model) else "",
         "## Base models and tokenizers", _table(bases) if bases else
-        "None: weights and tokenizer were trained from nothing.", _base(bases, lineage, base_model),
+        "None: the weights began at random, and the tokenizer was trained on the data below.", _base(bases, lineage, base_model),
         "## Data", _generated(lineage), _table(data),
         "" if data or lineage.of("world") else "Nothing is known about the data.",
         "## Software", "The model was made with `llama2`, which is under the Apache License 2.0. The code's licence is "
@@ -108,7 +108,7 @@ def document(lineage: Lineage, found: list[Material], licence: str, base_model: 
 
 def _weights(licence: str) -> str:
     return f"Licence: {md.text(licence)}, as whoever released them says." if licence else \
-        "Nobody has named a licence for these weights. Without one, nobody but their maker may pass them on."
+        "Nobody has named a licence for these weights. Without one, as a rule nobody but their maker may pass them on."
 
 
 def _base(bases: list[Material], lineage: Lineage, base_model: str) -> str:

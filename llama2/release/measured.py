@@ -137,7 +137,7 @@ def measured(lineage: Lineage) -> Measured | None:
     found: list[Measured] = []
     for step in lineage.recipe.of("evaluate"):
         content = step.read("evaluation.json")
-        name = _version(lineage, step) if content else None
+        name = _version(lineage, step) if content and step.seconds is not None else None
         if name in content.get("versions", ()):
             inputs: Mapping[str, str] = step.manifest["inputs"]
             digest = inputs.get("prompts", "")
@@ -153,7 +153,7 @@ def _version(lineage: Lineage, step: Step) -> str | None:
     names = [key.removeprefix("versions.") for key in inputs if key.startswith("versions.")]
     own = runs.fingerprint(lineage.released.step.path)
     exact = next((name for name in names if inputs[f"versions.{name}"] == own), None)
-    if exact is not None or step.seconds is None:
+    if exact is not None:
         return exact
     twins = {runs.fingerprint(one.path) for one in lineage.recipe.steps
              if one.seconds is not None and weights_of(one) == lineage.released.weights}

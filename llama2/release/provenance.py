@@ -43,14 +43,17 @@ def files(lineage: Lineage, measured: Measured | None) -> dict[str, str]:
 
 
 def _yaml(value: object) -> str:
-    return yaml.safe_dump(value, sort_keys=True, allow_unicode=True, width=120)
+    return yaml.safe_dump(value, sort_keys=False, allow_unicode=True, width=120)
 
 
 # ---- without places -------------------------------------------------------------------------------------------------
 def published(stage: Stage) -> dict[str, Any]:
     """The configuration of a stage, its inputs under the names they have in a release."""
     places = {one.key: one.place for one in stage.inputs}
-    found: dict[str, Any] = _renamed(dict(stage.step.config), places)
+    # The manifest sorts its keys, and the order of versions and sources means something: config.yaml keeps it.
+    file, config = stage.step.path / "config.yaml", dict(stage.step.config)
+    written = read_yaml(file) if file.is_file() else config
+    found: dict[str, Any] = _renamed(written if written == config else config, places)
     return found
 
 
