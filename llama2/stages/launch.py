@@ -44,7 +44,8 @@ class Verb:
 VERBS = {
     "run": Verb("stages.pipeline", "§3.2  a whole recipe: an ordered list of runs, resumable at any point", False),
     "world": Verb("stages.world", "      the synthetic world of the demo: documents, demonstrations, prompts"),
-    "import": Verb("stages.importing", "      public instruction and preference data into our records"),
+    "prepare": Verb("stages.prepare", "      public instruction and preference data into our records"),
+    "import": Verb("stages.importing", "      a checkpoint of any format (Hugging Face, PEFT, Meta, GGUF, llama2.c) as ours", False),
     "clean": Verb("stages.clean", "§2.1  documents: clean, mask personal data, deduplicate, hold out"),
     "tokenizer": Verb("stages.tokenizer", "§2.2  train a SentencePiece BPE tokenizer"),
     "tokenize": Verb("stages.tokenize", "§2.1  mix sources and write memory-mapped token shards"),
