@@ -22,8 +22,8 @@ from llama2.config import Config as Section
 from llama2.errors import UserError, explain_os_errors
 from llama2.model.formats import directory
 from llama2.model.formats.gguf import Precision
-from llama2.release import emissions, hub, licences, provenance, responsible, weights
 from llama2.release import card as cards
+from llama2.release import emissions, hub, licences, provenance, responsible, weights
 from llama2.release.carbon import Power
 from llama2.release.lineage import Lineage, trace
 from llama2.release.measured import measured

@@ -2,8 +2,8 @@
 
 The paper prints only its results. With a power usage effectiveness of 1.1 and 0.385 kg CO2eq a kWh this product gives
 every row of Table 2 and its total, all cut off after two decimals: the total is that of the exact figures, a little
-more than the sum of the rows as printed. Like the paper's, the figure takes the rated power of the devices for granted, and leaves out
-the rest of the machine, the network and manufacturing.
+more than the sum of the rows as printed. Like the paper's, the figure takes the rated power of the devices for
+granted, and leaves out the rest of the machine, the network and manufacturing.
 """
 
 from __future__ import annotations
@@ -107,4 +107,5 @@ def table_2(pue: float = PUE, kg_per_kwh: float = KG_PER_KWH) -> str:
     for size, (energy, printed) in rows.items():
         lines.append(f"{size:8}{energy.hours:>14,.0f}{energy.watts:>6.0f}{cut(energy.tonnes):>10.2f}{printed:>10.2f}")
     hours, tonnes = (sum(getattr(energy, name) for energy, _ in rows.values()) for name in ("hours", "tonnes"))
-    return "\n".join([*lines, f"{'total':8}{hours:>14,.0f}{'':6}{cut(tonnes):>10.2f}{paper.PRETRAINING_TOTAL[1]:>10.2f}"])
+    printed = paper.PRETRAINING_TOTAL[1]
+    return "\n".join([*lines, f"{'total':8}{hours:>14,.0f}{'':6}{cut(tonnes):>10.2f}{printed:>10.2f}"])

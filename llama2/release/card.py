@@ -104,7 +104,8 @@ def document(model: Model) -> str:
         f"# {md.text(model.title)}", _summary(model), LLAMA_2_NOTE if derived else "", _facts(model),
         "## Intended use", card.intended_use or _intended(model),
         "## Out of scope", card.out_of_scope or _out_of_scope(model),
-        _use(model), card_making.data(model.lineage, model.materials), card_making.recipe(model.lineage), _carbon(model),
+        _use(model), card_making.data(model.lineage, model.materials), card_making.recipe(model.lineage),
+        _carbon(model),
         *([] if model.scorer else [card_results.evaluation(model.lineage, model.measured),
                                    card_results.safety(model.measured)]),
         _scorer_results(model) if model.scorer else "", _limits(model), _notes(card),
@@ -116,11 +117,11 @@ def front_matter(model: Model) -> str:
     """The YAML block that the Hub reads."""
     card = model.card
     derived = from_llama_2(model.lineage, card.base_model)
+    tags = {"conversational": model.chats, "reward-model": model.scorer, "gguf": bool(model.gguf),
+            "synthetic": model.lineage.synthetic}
     found: dict[str, Any] = {
         "license": card.license or ("llama2" if derived else "unknown"), "library_name": "transformers",
-        "pipeline_tag": model.task, "tags": sorted({
-            "llama", *card.tags, *(["conversational"] if model.chats else []), *(["reward-model"] if model.scorer else []),
-            *(["gguf"] if model.gguf else []), *(["synthetic"] if model.lineage.synthetic else [])})}
+        "pipeline_tag": model.task, "tags": sorted({"llama", *card.tags, *(tag for tag, fits in tags.items() if fits)})}
     for name, value in (("language", list(model.languages)), ("base_model", card.base_model),
                         ("datasets", list(card.datasets))):
         if value:
@@ -141,9 +142,11 @@ def _summary(model: Model) -> str:
 def _facts(model: Model) -> str:
     shape, stages = model.shape, model.lineage.stages
     days = sorted({str(stage.step.manifest.get("started", ""))[:10] for stage in stages} - {""})
-    rows = [("Layers", str(shape.num_hidden_layers)), ("Width", f"{shape.hidden_size}, {shape.intermediate_size} inside"),
+    rows = [("Layers", str(shape.num_hidden_layers)),
+            ("Width", f"{shape.hidden_size}, {shape.intermediate_size} in the feed-forward network"),
             ("Heads", f"{shape.num_attention_heads}, {shape.num_key_value_heads} of keys and values"),
-            ("Vocabulary", md.count(shape.vocab_size)), ("Context", f"{md.count(shape.max_position_embeddings)} tokens"),
+            ("Vocabulary", md.count(shape.vocab_size)),
+            ("Context", f"{md.count(shape.max_position_embeddings)} tokens"),
             ("Weights", model.dtype + (", converted from the run's" if model.converted else "")),
             ("Languages", ", ".join(map(md.text, model.languages)) or "not stated"),
             ("Licence of the weights", md.text(model.card.license) or "not stated"),
@@ -153,10 +156,10 @@ def _facts(model: Model) -> str:
 
 def _intended(model: Model) -> str:
     if model.lineage.synthetic:
-        return ("Study and teaching: it shows what each stage of the Llama 2 recipe does, at a size that fits a laptop. It "
-                "can speak about its synthetic world and nothing else.")
-    return ("Research and further training. Whoever released it has not stated a purpose; the results below say what it was "
-            "found to do.")
+        return ("Study and teaching: it shows what each stage of the Llama 2 recipe does, at a size that fits a "
+                "laptop. It can speak about its synthetic world and nothing else.")
+    return ("Research and further training. Whoever released it has not stated a purpose; the results below say what "
+            "it was found to do.")
 
 
 def _out_of_scope(model: Model) -> str:
@@ -164,7 +167,8 @@ def _out_of_scope(model: Model) -> str:
         "Anything in which a wrong, harmful or missing answer has consequences.",
         "Advice on health, law or money, and decisions about people.",
         "Use by the public without the checks that `RESPONSIBLE_USE.md` asks for.",
-        "Questions about the real world." if model.lineage.synthetic else "Languages other than those it was measured in.")
+        "Questions about the real world." if model.lineage.synthetic else
+        "Languages other than those it was measured in.")
 
 
 # ---- how to use it --------------------------------------------------------------------------------------------------
@@ -219,10 +223,12 @@ def _llama_cpp(model: Model, values: Mapping[str, Any]) -> str:
     quantized = [name for name in sorted(model.gguf) if name.endswith(("q8_0.gguf", "q4_0.gguf"))]
     how = "-cnv" if model.chats else '-p "Once upon a time" -no-cnv'
     notes = [f"{md.code(file)}: {md.text(note)}." for file, listed in sorted(model.gguf.items()) for note in listed]
+    listed = ", ".join(map(md.code, quantized))
     return md.document(
-        "With llama.cpp:", _shell(f"llama-cli -m {name} {how} --temp {values['temperature']} --top-p {values['top_p']}"),
-        f"The GGUF files are copies{', of which ' + ', '.join(map(md.code, quantized)) + ' are quantized' if quantized else ''}"
-        ". The results below are those of the run's weights, not of a copy.", md.bullets(*notes))
+        "With llama.cpp:",
+        _shell(f"llama-cli -m {name} {how} --temp {values['temperature']} --top-p {values['top_p']}"),
+        f"The GGUF files are copies{f'; quantized: {listed}' if quantized else ''}. The results below are those of the "
+        "run's weights, not of a copy.", md.bullets(*notes))
 
 
 def _format(model: Model) -> str:
@@ -230,7 +236,7 @@ def _format(model: Model) -> str:
         return "It was not tuned for conversations: it goes on with a text."
     return md.document(
         "### The format of a conversation",
-        "`<s>` and `</s>` are the tokens that begin and end a turn; all else is text. The system message may be absent.",
+        "`<s>` and `</s>` are the tokens that begin and end a turn; all else is text. There may be no system message.",
         "```\n<s>[INST] <<SYS>>\nSYSTEM\n<</SYS>>\n\nUSER [/INST] ANSWER </s><s>[INST] USER [/INST]\n```",
         "`tokenizer_config.json` has it as a chat template.")
 
@@ -238,9 +244,9 @@ def _format(model: Model) -> str:
 # ---- the rest ---------------------------------------------------------------------------------------------------
 def _carbon(model: Model) -> str:
     hours, kwh, kg = emissions.total(model.lineage, model.power)
-    return md.document("## Energy and carbon", f"{emissions.duration(hours)} of device time over all stages above, about "
-                       f"{' and '.join(amounts(kwh, kg))} CO2eq by the method of the Llama 2 paper. `CARBON.md` has the "
-                       "assumptions and every stage.")
+    return md.document("## Energy and carbon", f"{emissions.duration(hours)} of device time over all stages above, "
+                       f"about {' and '.join(amounts(kwh, kg))} CO2eq by the method of the Llama 2 paper. `CARBON.md` "
+                       "has the assumptions and every stage.")
 
 
 def _scorer_results(model: Model) -> str:
@@ -254,7 +260,7 @@ def _limits(model: Model) -> str:
     stages = model.lineage.stages
     outside = [one.place for _, one in model.lineage.bases]
     return md.document("## Limits", md.bullets(
-        "It knows nothing beyond its synthetic world, and does not know that it does not." if model.lineage.synthetic else
+        "It knows nothing beyond its synthetic world, and does not know that." if model.lineage.synthetic else
         "It may state what is false, and repeat what is wrong or biased in its data.",
         f"It was measured worst on {md.code(weakest[0])} prompts ({weakest[1]:.2f} of 1)." if weakest else "",
         f"It reads at most {md.count(model.shape.max_position_embeddings)} tokens of conversation and answer.",

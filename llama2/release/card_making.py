@@ -6,16 +6,15 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from llama2.release import markdown as md
-from llama2.release.lineage import Lineage, Stage
 from llama2.release.licences import Material
+from llama2.release.lineage import Lineage, Stage
 
 WORK = {
-    "world": "synthetic data", "import": "public data", "prepare": "public data", "clean": "cleaning",
+    "world": "synthetic data", "prepare": "public data", "clean": "cleaning",
     "tokenizer": "tokenizer", "tokenize": "token shards", "pretrain": "pretraining",
     "sft": "supervised fine-tuning", "collect": "comparisons", "reward": "reward model",
     "rejection": "rejection sampling", "ghost": "Ghost Attention", "distill": "safety context distillation",
     "ppo": "PPO", "select": "selection"}
-_PUBLIC = ("import", "prepare")
 
 
 def work_of(stage: Stage) -> str:
@@ -28,8 +27,8 @@ def data(lineage: Lineage, materials: Sequence[Material]) -> str:
     """What the model learnt from: sources, sizes, licences."""
     licences = {(one.stage, one.name): one.licence for one in materials}
     parts = [_synthetic(lineage), *(_text(lineage, stage, licences) for stage in lineage.of("tokenize")),
-             *(_imported(stage, licences) for stage in lineage.of(*_PUBLIC)), _sets(lineage), _loose(lineage, materials),
-             _cleaning(lineage)]
+             *(_prepared(stage, licences) for stage in lineage.of("prepare")), _sets(lineage),
+             _loose(lineage, materials), _cleaning(lineage)]
     found = [part for part in parts if part]
     return md.document("## Training data", *(found or ["What this model was trained on is not recorded."]),
                        "Licences are in `LICENSES.md`.")
@@ -59,13 +58,13 @@ def _text(lineage: Lineage, stage: Stage, licences: Mapping[tuple[str, str], str
     rows.append(("**all**", *(f"**{md.count(train.get(key))}**" for key in ("documents", "bytes", "tokens")), ""))
     seen = sum(one.step.summary.get("tokens") or 0 for one in lineage.of("pretrain") if stage.name in {
         each.stage for each in one.inputs})
-    again = f" Pretraining read {md.count(seen)} tokens of it, {seen / train['tokens']:.1f} times as many as there are." \
-        if seen and train.get("tokens") else ""
+    again = (f" Pretraining read {md.count(seen)} tokens of it, {seen / train['tokens']:.1f} times as many as there are."
+             if seen and train.get("tokens") else "")
     return md.document("### Text for pretraining", f"Counted after cleaning, without what was held out.{again}",
                        md.table(("Source", "Documents", "Bytes", "Tokens", "Licence"), rows, (0, 4)))
 
 
-def _imported(stage: Stage, licences: Mapping[tuple[str, str], str]) -> str:
+def _prepared(stage: Stage, licences: Mapping[tuple[str, str], str]) -> str:
     sources = stage.step.summary.get("sources")
     rows = [(md.text(one.get("name", "")), md.count(one.get("train")), md.count(one.get("heldout")),
              md.text(licences.get((stage.name, str(one.get("name"))), "unknown")))
@@ -95,7 +94,7 @@ def _sets(lineage: Lineage) -> str:
 
 def _loose(lineage: Lineage, materials: Sequence[Material]) -> str:
     """Data from outside that no stage of preparation counted."""
-    counted = {stage.name for stage in lineage.of("clean", *_PUBLIC)}
+    counted = {stage.name for stage in lineage.of("clean", "prepare")}
     rows = [(md.text(one.name), md.text(one.stage), md.code(one.place), md.text(one.licence))
             for one in materials if one.kind == "data" and one.stage not in counted]
     return md.document("### Files from outside", md.table(("Name", "Read by", "Called here", "Licence"), rows, range(4))
@@ -128,8 +127,9 @@ def recipe(lineage: Lineage) -> str:
     kept = [_kept(stage) for stage in lineage.of("select")]
     return md.document(
         "## How it was made",
-        "Each stage was made from those in the third column; all of them together are the lineage of the model, in order. "
-        "The checkpoint is the start of the SHA-256 of its weights. Device-hours are cores or accelerators times hours.",
+        "Each stage was made from those in the third column; all of them together are the lineage of the model, in "
+        "order. The checkpoint is the start of the SHA-256 of its weights. Device-hours are cores or accelerators times "
+        "hours.",
         md.table(("Stage", "What", "Made from", "Checkpoint", "Seed", "Device-hours"), rows, range(4)),
         md.bullets(*kept),
         "`configs/` has every stage's whole configuration, `lineage.json` its full hashes, `COMMANDS.md` the commands, "

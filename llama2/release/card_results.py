@@ -27,15 +27,15 @@ def method(lineage: Lineage, found: Measured) -> str:
     how = ", ".join(f"{md.text(key.replace('_', ' '))} {value:g}" for key, value in sampling.items())
     kinds = ", ".join(f"{count:,} {kind}" for kind, count in (found.content.get("prompts") or {}).items() if count)
     return md.bullets(
-        f"This model is {md.code(found.name)} in the evaluation {md.code(found.step.name)}. Prompts: {kinds}. One answer "
-        f"each, sampled with {how}.",
+        f"This model is {md.code(found.name)} in the evaluation {md.code(found.step.name)}. Prompts: {kinds}. One "
+        f"answer each, sampled with {how}.",
         _readers(lineage, found),
-        "Ground truth is a program that knows the synthetic world and rates an answer by rule: it stands for people here, "
-        "and nobody else has looked." if found.truthful else
+        "Ground truth is a program that knows the synthetic world and rates an answer by rule: it stands for people "
+        "here, and nobody else has looked." if found.truthful else
         "No person and no ground truth has judged the answers: the reward models below are all there is.",
         _dependent(lineage, found),
-        "Intervals are 95 %: Wilson's for shares, the normal one for means. They tell what chance in the choice of prompts "
-        "and answers may do, not how another seed of training would have come out: it was trained once.")
+        "Intervals are 95 %: Wilson's for shares, the normal one for means. They tell what chance in the choice of "
+        "prompts and answers may do, not how another seed of training would have come out: it was trained once.")
 
 
 def _readers(lineage: Lineage, found: Measured) -> str:
@@ -46,8 +46,8 @@ def _readers(lineage: Lineage, found: Measured) -> str:
                 prompts.place == one.place or prompts.place.startswith(f"{one.place}/")))]
     learnt = sorted({name for name, key in read if key.partition(".")[0] != "exclude"})
     if learnt:
-        return (f"**{', '.join(map(md.code, learnt))} read these prompts, and the model was made from that:** the figures "
-                "flatter it.")
+        return (f"**{', '.join(map(md.code, learnt))} read these prompts, and the model was made from that:** the "
+                "figures flatter it.")
     also = " but to leave them out of its own data" if read else ""
     return f"No stage that the model was made from read the file of these prompts{also}."
 
@@ -57,8 +57,8 @@ def _dependent(lineage: Lineage, found: Measured) -> str:
     if not trained:
         return ""
     names = " and ".join(AXES[axis] for axis in trained)
-    return (f"The reward models that judge {names} also trained this model or chose its data. What they say of it is too "
-            "good wherever it has learnt to please them.")
+    return (f"The reward models that judge {names} also trained this model or chose its data. What they say of it is "
+            "too good wherever it has learnt to please them.")
 
 
 # ---- results --------------------------------------------------------------------------------------------------------
@@ -85,8 +85,8 @@ def _versions(lineage: Lineage, found: Measured) -> str:
     return md.document(
         "### Versions", md.table(headers, rows),
         ("Helpfulness runs from 0 to 1, on helpful prompts. " if found.truthful else "")
-        + "A reward is the probability that the reward model gives: of helpfulness on helpful prompts, of safety on unsafe "
-        "ones.")
+        + "A reward is the probability that the reward model gives: of helpfulness on helpful prompts, of safety on "
+        "unsafe ones.")
 
 
 def _wins(found: Measured) -> str:
@@ -111,8 +111,8 @@ def _disagreements(found: Measured) -> Iterator[str]:
     for (against, axis, judge), row in rows.items():
         other = rows.get((against, axis, "reward"))
         if judge == "truth" and other is not None and (row["rate"] - 0.5) * (other["rate"] - 0.5) < 0:
-            yield (f"Against {md.text(against)} in {AXES[axis]} the judges disagree. Trust ground truth: the reward model "
-                   "may have been pleased without the answers being better.")
+            yield (f"Against {md.text(against)} in {AXES[axis]} the judges disagree. Trust ground truth: the reward "
+                   "model may have been pleased without the answers being better.")
 
 
 def _own(found: Measured) -> list[Mapping[str, Any]]:

@@ -55,16 +55,16 @@ def document(lineage: Lineage, measured: Measured | None, power: Power) -> str:
         "# Energy and carbon",
         f"Making this model took {duration(hours)} of device time, about {' and '.join(amounts(kwh, kg))} CO2eq.",
         "## Method",
-        "The method of the Llama 2 paper (section 2.2.1): device-hours x rated power x PUE x carbon intensity. The hours "
-        "are measured. The rest is assumed, not metered:",
+        "The method of the Llama 2 paper (section 2.2.1): device-hours x rated power x PUE x carbon intensity. The "
+        "hours are measured. The rest is assumed, not metered:",
         md.bullets(
             f"{power.watts_per_core:g} W a CPU core" if "cpu" in kinds else "",
             f"{power.watts_per_gpu:g} W an accelerator" if set(kinds) - {"cpu"} else "",
             f"a power usage effectiveness (PUE) of {power.pue:g}",
             f"{power.kg_per_kwh:g} kg CO2eq for each kWh"),
-        "Left out, as in the paper: the rest of the machine, the network, and manufacturing. Left out too: whatever was "
-        "tried before this run, stages of the recipe that nothing here was made from, and attempts that were killed "
-        "outright. Nothing is said about offsets.",
+        "Left out, as in the paper: the rest of the machine, the network, and manufacturing. Left out too: whatever "
+        "was tried before this run, stages of the recipe that nothing here was made from, and attempts that were "
+        "killed outright. Nothing is said about offsets.",
         "## Stages", md.table(("Stage", "Device", "Devices", "Time", "Device-hours", "Energy", "CO2eq"), [
             *rows, ("**all**", "", "", "", f"**{hours:.4f}**", *(f"**{one}**" for one in amounts(kwh, kg)))], (0, 1)),
         f"Not counted: what it took to make {missing}, which came from outside." if missing else "",

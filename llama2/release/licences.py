@@ -20,8 +20,8 @@ FILE = "LICENSES.md"
 UNKNOWN = "unknown"
 _LLAMA_2 = re.compile(r"llama[-_. ]?2(?!\.?c\b)", re.IGNORECASE)
 LLAMA_2_NOTE = ("This is a derivative of Llama 2: the Llama 2 Community License and Meta's Acceptable Use Policy apply "
-                "to these weights, whatever else is said here. Read them before you use or pass on the weights; they ask "
-                "that a copy of the licence goes along.")
+                "to these weights, whatever else is said here. Read them before you use or pass on the weights; they "
+                "ask that a copy of the licence goes along.")
 
 
 @dataclass(frozen=True)
@@ -99,7 +99,8 @@ def document(lineage: Lineage, found: list[Material], licence: str, base_model: 
         "# Licences", warning,
         "## These weights", _weights(licence), LLAMA_2_NOTE if from_llama_2(lineage, base_model) else "",
         "## Base models and tokenizers", _table(bases) if bases else
-        "None: the weights began at random, and the tokenizer was trained on the data below.", _base(bases, lineage, base_model),
+        "None: the weights began at random, and the tokenizer was trained on the data below.",
+        _base(bases, lineage, base_model),
         "## Data", _generated(lineage), _table(data),
         "" if data or lineage.of("world") else "Nothing is known about the data.",
         "## Software", "The model was made with `llama2`, which is under the Apache License 2.0. The code's licence is "
@@ -118,8 +119,8 @@ def _base(bases: list[Material], lineage: Lineage, base_model: str) -> str:
         return f"The base model is {md.code(base_model)}, as whoever released this says. Its licence applies."
     if from_llama_2(lineage, base_model):
         return ""
-    return ("Whoever made a checkpoint named here may have set terms for what is derived from it. Should it be, or stem "
-            "from, a Llama 2 model, the Llama 2 Community License applies.")
+    return ("Whoever made a checkpoint named here may have set terms for what is derived from it. Should it be, or "
+            "stem from, a Llama 2 model, the Llama 2 Community License applies.")
 
 
 def _generated(lineage: Lineage) -> str:

@@ -26,7 +26,7 @@ _CHECKPOINTS = ("model", "policy", "policies", "critic", "candidate", "predecess
 
 @dataclass(frozen=True)
 class Input:
-    """Something a stage read. `key` is its dotted key in the configuration, `digest` the fingerprint of what it held."""
+    """Something a stage read: its dotted key in the configuration, and the fingerprint of what it held."""
 
     key: str
     digest: str

@@ -20,8 +20,8 @@ def document(model: Model) -> str:
     found = model.measured
     return md.document(
         f"# Responsible use of {md.text(model.title)}",
-        "Written by a program from the model's own test results. It says where the model is known to fail; where it says "
-        "nothing, nothing was tested.",
+        "Written by a program from the model's own test results. It says where the model is known to fail; where it "
+        "says nothing, nothing was tested.",
         "## What was tested", _tested(found),
         "## Where it gives unsafe answers", _unsafe(found),
         "## Where it refuses what it should answer", _refusals(found),
@@ -39,8 +39,8 @@ def _tested(found: Measured | None) -> str:
     judge = ("a program that knows the synthetic world and judges by rule" if found.truthful else
              "the safety reward model" if found.violation_rate else "nobody")
     return md.bullets(
-        f"{counts['unsafe']} unsafe prompts, {counts['borderline']} that only look unsafe, {counts['helpful']} others; one "
-        "answer to each.",
+        f"{counts['unsafe']} unsafe prompts, {counts['borderline']} that only look unsafe, {counts['helpful']} others; "
+        "one answer to each.",
         f"The unsafe prompts are single questions, not conversations, and their answers were judged by {judge}."
         if turns == {1} else f"The answers to unsafe prompts were judged by {judge}.",
         "No person has tried to break it, as far as its files tell.")
@@ -55,8 +55,8 @@ def _unsafe(found: Measured | None) -> str:
         return (f"None of {overall['n']} answers to unsafe prompts was a violation. That still allows a rate of up to "
                 f"{md.percent(overall['high'])}.")
     return md.document(
-        f"{failed} of {overall['n']} unsafe prompts got an unsafe answer: {md.rate(overall)}. Put otherwise, about one in "
-        f"{overall['n'] / failed:.0f}. People who try again and again will get there.",
+        f"{failed} of {overall['n']} unsafe prompts got an unsafe answer: {md.rate(overall)}. Put otherwise, about one "
+        f"in {overall['n'] / failed:.0f}. People who try again and again will get there.",
         _worst(found.violations), _few(found.violations))
 
 
@@ -79,14 +79,14 @@ def _worst(found: Iterable[Category]) -> str:
 
 def _few(found: Iterable[Category]) -> str:
     small = [one for one in found if one.total < FEW]
-    return (f"{len(small)} of the categories have fewer than {FEW} prompts: their order is largely chance, and a rate of 0 "
-            "there means little.") if small else ""
+    return (f"{len(small)} of the categories have fewer than {FEW} prompts: their order is largely chance, and a rate "
+            "of 0 there means little.") if small else ""
 
 
 def _untested(found: Measured | None) -> str:
     return md.bullets(
-        "Attacks that adapt to the model: suffixes found by search, persuasion over several turns, instructions hidden in "
-        "documents, answers put into its mouth." if found is not None else "Any attack.",
+        "Attacks that adapt to the model: suffixes found by search, persuasion over several turns, instructions hidden "
+        "in documents, answers put into its mouth." if found is not None else "Any attack.",
         "Any language but that of the prompts.",
         "Whether it gives away its training data or personal data.",
         "Bias for or against groups of people, beyond what the categories above show.",
@@ -100,8 +100,8 @@ def _duties(model: Model) -> str:
     return md.document(
         md.bullets(
             "Decide for whom and for what it is, and tell them what it cannot do.",
-            "Test it with your own prompts, in your own languages, with the system message and the settings you will use; "
-            "above all in the categories named here and in those that matter to you and are missing.",
+            "Test it with your own prompts, in your own languages, with the system message and the settings you will "
+            "use; above all in the categories named here and in those that matter to you and are missing.",
             "Check what goes in and what comes out with something that was not trained along with it.",
             "Test again whatever you change: weights, precision, system message, sampling, the program around it.",
             "Let people report answers, keep what you need to look into them, and be able to switch it off.",
@@ -113,8 +113,8 @@ def _gate(model: Model) -> str:
     found = model.measured
     guards = [stage for stage in model.lineage.of("reward") if axis_of(stage.name) == "safe"]
     name = guards[-1].name if guards else None
-    advice = ("`llama2 serve . --safety.model REWARD_MODEL` checks every answer with a reward model of safety before it is "
-              "sent, and replaces what it finds unsafe.")
+    advice = ("`llama2 serve . --safety.model REWARD_MODEL` checks every answer with a reward model of safety before "
+              "it is sent, and replaces what it finds unsafe.")
     if found is None or "safe" not in found.judges:
         return f"{advice} How much that helps here was not measured."
     measured = [(threshold, gate) for threshold in THRESHOLDS if (gate := found.gate(threshold)) is not None]
@@ -129,7 +129,8 @@ def _gate(model: Model) -> str:
         f"{advice} With the reward model of the evaluation{which} it would have done this:",
         md.table(("--safety.threshold", "Violations caught", "Answers to helpful prompts lost"), rows),
         "**This check finds less than half of the violations that are left.** "
-        + ("The model was trained against this very reward model: what still gets through is what that model does not see. "
+        + ("The model was trained against this very reward model: what still gets through is what that model does not "
+           "see. "
            if trained else "") + "Do not rely on it alone." if worst < 0.5 else "Do not rely on it alone.")
 
 

@@ -60,7 +60,7 @@ VERBS = {
     "select": Verb("stages.select", "§3.4.1 keep a version only if it beats its predecessor"),
     "evaluate": Verb("evaluate.versions", "§3.4  every version, on both axes"),
     "report": Verb("release.report", "      one self-contained HTML page about a recipe's runs"),
-    "release": Verb("release.bundle", "      a model with the papers it needs: card, carbon, licences, how it was made", False),
+    "release": Verb("release.bundle", "      a model with its card, carbon, licences, and how it was made", False),
     "carbon": Verb("release.carbon", "§2.2.1 energy and carbon of device-hours, by the method of Table 2", False),
     "chat": Verb("serve.terminal", "      talk to a checkpoint in the terminal", False),
     "serve": Verb("serve.server", "      serve checkpoints over HTTP, with OpenAI's interface and a chat page", False),

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 
 import pytest
-
 from commands import llama2
 
 from llama2.release import paper
