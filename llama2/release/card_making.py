@@ -58,7 +58,7 @@ def _text(lineage: Lineage, stage: Stage, licences: Mapping[tuple[str, str], str
     rows.append(("**all**", *(f"**{md.count(train.get(key))}**" for key in ("documents", "bytes", "tokens")), ""))
     seen = sum(one.step.summary.get("tokens") or 0 for one in lineage.of("pretrain") if stage.name in {
         each.stage for each in one.inputs})
-    again = (f" Pretraining read {md.count(seen)} tokens of it, {seen / train['tokens']:.1f} times as many as there are."
+    again = (f" Pretraining read {md.count(seen)} tokens of it, {seen / train['tokens']:.1f} times what there is."
              if seen and train.get("tokens") else "")
     return md.document("### Text for pretraining", f"Counted after cleaning, without what was held out.{again}",
                        md.table(("Source", "Documents", "Bytes", "Tokens", "Licence"), rows, (0, 4)))
@@ -127,8 +127,8 @@ def recipe(lineage: Lineage) -> str:
     kept = [_kept(stage) for stage in lineage.of("select")]
     return md.document(
         "## How it was made",
-        "Each stage was made from those in the third column; all of them together are the lineage of the model, in "
-        "order. The checkpoint is the start of the SHA-256 of its weights. Device-hours are cores or accelerators times "
+        "Each stage was made from those in the third column; they are the lineage of the model, in "
+        "order. The checkpoint is the start of the SHA-256 of its weights; device-hours are cores or accelerators times "
         "hours.",
         md.table(("Stage", "What", "Made from", "Checkpoint", "Seed", "Device-hours"), rows, range(4)),
         md.bullets(*kept),
