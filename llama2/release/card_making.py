@@ -127,9 +127,8 @@ def recipe(lineage: Lineage) -> str:
     kept = [_kept(stage) for stage in lineage.of("select")]
     return md.document(
         "## How it was made",
-        "Each stage was made from those in the third column; they are the lineage of the model, in "
-        "order. The checkpoint is the start of the SHA-256 of its weights; device-hours are cores or accelerators times "
-        "hours.",
+        "Each stage was made from those in the third column; they are the lineage of the model, in order. The checkpoint "
+        "is the start of the SHA-256 of its weights; device-hours are cores or accelerators times hours.",
         md.table(("Stage", "What", "Made from", "Checkpoint", "Seed", "Device-hours"), rows, range(4)),
         md.bullets(*kept),
         "`configs/` has every stage's whole configuration, `lineage.json` its full hashes, `COMMANDS.md` the commands, "

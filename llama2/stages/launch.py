@@ -60,6 +60,8 @@ VERBS = {
     "select": Verb("stages.select", "§3.4.1 keep a version only if it beats its predecessor"),
     "evaluate": Verb("evaluate.versions", "§3.4  every version, on both axes"),
     "report": Verb("release.report", "      one self-contained HTML page about a recipe's runs"),
+    "export": Verb("release.export", "      write a checkpoint for other programs, and verify what was written", False),
+    "verify": Verb("release.verify", "      whether two checkpoints, in whatever formats, are the same model", False),
     "release": Verb("release.bundle", "      a model with its card, carbon, licences, and how it was made", False),
     "carbon": Verb("release.carbon", "§2.2.1 energy and carbon of device-hours, by the method of Table 2", False),
     "chat": Verb("serve.terminal", "      talk to a checkpoint in the terminal", False),
@@ -84,7 +86,7 @@ def command(verb: str, arguments: Sequence[str]) -> int:
             if mesh.is_main():
                 print(config.out)
         else:
-            module.run(config)
+            return int(module.run(config) or 0)  # a comparison has a result that scripts ask for
     except Stopped as stopped:
         print(f"llama2: {stopped}", file=sys.stderr)
     finally:

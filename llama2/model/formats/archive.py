@@ -141,14 +141,15 @@ def _members(path: Path, file: IO[bytes]) -> dict[str, _Member]:
     try:
         with zipfile.ZipFile(file) as archive:
             listed = archive.infolist()
-    except (zipfile.BadZipFile, ValueError, OSError, struct.error) as error:
+    except (zipfile.BadZipFile, NotImplementedError, ValueError, OSError, struct.error) as error:
         raise UserError(f"{path}: truncated, or not a file of PyTorch's ({error})", AGAIN) from None
     size = file.seek(0, io.SEEK_END)
     found = {}
     for item in listed:
-        file.seek(item.header_offset)
+        file.seek(max(0, item.header_offset))
         header = file.read(_HEADER)
-        if len(header) < _HEADER or header[:4] != b"PK\3\4" or item.compress_type != zipfile.ZIP_STORED:
+        if (item.header_offset < 0 or len(header) < _HEADER or header[:4] != b"PK\3\4"
+                or item.compress_type != zipfile.ZIP_STORED):
             raise UserError(f"{path}: the member {item.filename} is damaged or compressed", AGAIN)
         name, extra = struct.unpack("<HH", header[26:30])
         begin = item.header_offset + _HEADER + name + extra

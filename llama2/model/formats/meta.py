@@ -15,7 +15,7 @@ import json
 import math
 import re
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
@@ -56,11 +56,6 @@ def their_name(name: str) -> tuple[str, int | None]:
 
 
 # ---- reading --------------------------------------------------------------------------------------------------------
-def is_meta(path: Path) -> bool:
-    """Whether a directory looks like Meta's."""
-    return (path / PARAMETERS).is_file() and any(path.glob("consolidated.*.pth"))
-
-
 def read(path: Path, *, context: int = CONTEXT) -> Source:
     """A directory of Meta's, its model-parallel parts joined. `context`: the most positions, which no file names.
 
@@ -228,16 +223,22 @@ def write(source: Source, directory: Path, *, dtype: torch.dtype | None = None, 
             targets = [stack.enter_context(archive.create(work / f"consolidated.{rank:02}.pth", layout))
                        for rank in range(shards)]
             for name in names:
-                tensor = stored[name].read().to(dtype or stored[name].dtype)
-                if heads := rotary_heads(name, source.config):
-                    tensor = interleaved(tensor, heads)
-                _, axis = their_name(name)
-                cut = [tensor] * shards if axis is None else tensor.chunk(shards, axis)
-                for target, part in zip(targets, cut):
-                    target(part)
+                _deal(name, stored[name], layout[their_name(name)[0]][1], source.config, targets)
         (work / PARAMETERS).write_text(json.dumps(parameters(source.config), indent=2) + "\n", encoding="utf-8")
         if source.tokenizer is not None:
             shutil.copyfile(source.tokenizer, work / TOKENIZER)
+
+
+def _deal(name: str, stored: Stored, dtype: torch.dtype, config: LlamaConfig,
+          targets: Sequence[Callable[[Tensor], None]]) -> None:
+    """Give each rank's file its part of a tensor."""
+    tensor = stored.read().to(dtype)
+    if heads := rotary_heads(name, config):
+        tensor = interleaved(tensor, heads)
+    _, axis = their_name(name)
+    parts = [tensor] * len(targets) if axis is None else tensor.chunk(len(targets), axis)
+    for target, part in zip(targets, parts):
+        target(part)
 
 
 def _divisible(place: Path, config: LlamaConfig, shards: int) -> None:
