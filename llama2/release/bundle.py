@@ -25,12 +25,13 @@ from llama2.model.formats.gguf import Precision
 from llama2.release import card as cards
 from llama2.release import emissions, hub, licences, provenance, responsible, weights
 from llama2.release.carbon import Power
+from llama2.release.export import Kind
 from llama2.release.lineage import Lineage, trace
 from llama2.release.measured import measured
 
 POSITIONAL = "run"
 SUMS = "SHA256SUMS"
-_DTYPES = {"float32": "f32", "float16": "f16", "bfloat16": "bf16"}
+_DTYPES = {"float32": "fp32", "float16": "fp16", "bfloat16": "bf16"}
 
 
 def _several(value: Any) -> Any:
@@ -45,7 +46,7 @@ class Config(Section):
     """directory of a finished run that holds a model"""
     out: Path
     """directory of the release; one that holds an earlier release of the same run is replaced"""
-    dtype: weights.Dtype | None = None
+    dtype: Kind | None = None
     """type of the weights; without it, the run's own files"""
     gguf: Annotated[tuple[Precision, ...], BeforeValidator(_several)] = ()
     """GGUF copies to add, separated by commas"""
@@ -66,19 +67,15 @@ class Config(Section):
 def run(config: Config) -> None:
     """Write the release, and upload it if that is asked for."""
     lineage = trace(config.run)
-    held = _held(config.out, config.run, lineage)
+    _check_target(config.out, config.run, lineage)
+    client = hub.connect(config.push, sure=config.yes) if config.push is not None else None
     weights.check(lineage.released)
     with _fresh(config.out) as work:
         fill(config, lineage, work)
-        same = held is not None and held == (work / SUMS).read_text() and not changed(config.out)
-        if held is not None and not same:
-            _remove(config.out, held)
-        if same:
-            shutil.rmtree(work)
-    print(f"{config.out}: {'unchanged' if same else 'released'}, "
-          f"{len((config.out / SUMS).read_text().splitlines())} files", file=sys.stderr)
-    if config.push is not None:
-        hub.push(config.out, config.push, private=config.private, sure=config.yes)
+    count = len((config.out / SUMS).read_text(encoding="utf-8").splitlines())
+    print(f"{config.out}: {count} files and their checksums", file=sys.stderr)
+    if client is not None and config.push is not None:
+        hub.push(config.out, config.push, client, private=config.private, sure=config.yes)
     print(config.out)
 
 
@@ -99,10 +96,11 @@ def fill(config: Config, lineage: Lineage, work: Path) -> None:
         licences.FILE: licences.document(lineage, materials, config.card.license, config.card.base_model),
         **provenance.files(lineage, found)}
     for name, text in papers.items():
-        _check_private(name, text, config.run)
-        runs.write_atomic(work / name, text)
+        (work / name).parent.mkdir(exist_ok=True)
+        (work / name).write_text(text, encoding="utf-8")
     (work / provenance.SCRIPT).chmod(0o755)
-    runs.write_atomic(work / SUMS, sums(work))
+    _check_private(work, config.run)
+    (work / SUMS).write_text(sums(work), encoding="utf-8")
 
 
 def sums(release: Path) -> str:
@@ -111,29 +109,24 @@ def sums(release: Path) -> str:
     return "".join(f"{runs.sha256(release / name)}  {name}\n" for name in names if name != SUMS)
 
 
-def changed(release: Path) -> list[str]:
-    """Files of a release that are not what its SHA256SUMS says, or are not in it."""
-    told = dict(line.split("  ", 1)[::-1] for line in (release / SUMS).read_text().splitlines())
-    here = dict(line.split("  ", 1)[::-1] for line in sums(release).splitlines())
-    return sorted(name for name in {*told, *here} if told.get(name) != here.get(name))
-
-
-def _check_private(name: str, text: str, run: Path) -> None:
+def _check_private(work: Path, run: Path) -> None:
     """No paper may name the home directory or where the run lies; what a person wrote is no exception."""
-    for place in provenance.places(run):
-        if place in text:
-            raise UserError(f"{name} would name the directory {place}", "take it out of --card.notes and the other "
-                            "--card settings, and out of the names that the recipe uses")
+    for file in sorted(path for path in work.rglob("*") if path.suffix in (".md", ".json", ".yaml", ".sh")):
+        text = file.read_text(encoding="utf-8")
+        for place in provenance.places(run):
+            if place in text:
+                raise UserError(f"{file.relative_to(work)} would name the directory {place}", "take it out of "
+                                "--card.notes and the other --card settings, and out of the names in the recipe")
 
 
 # ---- where it goes --------------------------------------------------------------------------------------------------
-def _held(out: Path, run: Path, lineage: Lineage) -> str | None:
-    """The checksums of an earlier release of the same run in `out`, None if it is empty or absent; else UserError."""
+def _check_target(out: Path, run: Path, lineage: Lineage) -> None:
+    """UserError unless `out` is absent, empty, or an earlier release of the same run and nothing else."""
     inner, outer = out.resolve(), run.resolve()
     if inner == outer or outer in inner.parents or inner in outer.parents:
         raise UserError(f"{out}: a release cannot lie in its run, nor the run in the release", "choose another --out")
     if not out.exists() or (out.is_dir() and not any(out.iterdir())):
-        return None
+        return
     refused = UserError(f"{out}: exists and is not empty", "choose another --out")
     if not out.is_dir() or not (out / SUMS).is_file():
         raise refused
@@ -147,24 +140,21 @@ def _held(out: Path, run: Path, lineage: Lineage) -> str | None:
     if foreign := sorted(path.relative_to(out).as_posix() for path in out.rglob("*")
                          if path.is_file() and path.relative_to(out).as_posix() not in {*told, SUMS}):
         raise UserError(f"{out}: holds a file that is no part of the release: {foreign[0]}", "move it away")
-    return (out / SUMS).read_text(encoding="utf-8")
 
 
 @contextmanager
 def _fresh(out: Path) -> Iterator[Path]:
     """A directory beside `out` that takes its place at the end, and vanishes if there is an error."""
-    work = out.resolve().with_name(f".{out.resolve().name}.tmp")
+    target = out.resolve()
+    work, old = (target.with_name(f".{target.name}.{end}") for end in ("tmp", "old"))
     with explain_os_errors(out):
         shutil.rmtree(work, ignore_errors=True)
         work.mkdir(parents=True)
         try:
             yield work
-            if work.exists():
-                os.replace(work, out.resolve())
+            if target.exists():
+                os.replace(target, old)
+            os.replace(work, target)
         finally:
             shutil.rmtree(work, ignore_errors=True)
-
-
-def _remove(out: Path, held: str) -> None:
-    """Take away an earlier release, which is known to hold nothing else."""
-    shutil.rmtree(out.resolve())
+            shutil.rmtree(old, ignore_errors=True)

@@ -207,7 +207,8 @@ def _use(model: Model) -> str:
     commands = ["llama2 serve .    # POST /v1/score"] if model.scorer else [
         "llama2 chat .", "llama2 serve .    # OpenAI's interface and a page to chat"] if model.chats else []
     return md.document(
-        "## How to use it", "With transformers:", f"```python\n{python}\n```",
+        "## How to use it", "With transformers (`pip install transformers sentencepiece protobuf`):",
+        f"```python\n{python}\n```",
         "With the program that made it:" if commands else "", _shell(*commands), _llama_cpp(model, values),
         _format(model), "The settings above are those it was measured with." if sampling and model.chats else "")
 
@@ -263,6 +264,7 @@ def _limits(model: Model) -> str:
         "It knows nothing beyond its synthetic world, and does not know that." if model.lineage.synthetic else
         "It may state what is false, and repeat what is wrong or biased in its data.",
         f"It was measured worst on {md.code(weakest[0])} prompts ({weakest[1]:.2f} of 1)." if weakest else "",
+        "The weights were converted after they were measured." if model.converted and found is not None else "",
         f"It reads at most {md.count(model.shape.max_position_embeddings)} tokens of conversation and answer.",
         "Truthfulness, bias, toxicity, memorised data, attacks over several turns, and languages were not measured.",
         f"Nothing is known here about how {', '.join(map(md.code, outside))} came about." if outside else "",

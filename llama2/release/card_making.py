@@ -123,12 +123,12 @@ def recipe(lineage: Lineage) -> str:
         made = list(dict.fromkeys(one.stage if one.stage else one.place for one in stage.inputs))
         rows.append((md.text(stage.name), work_of(stage), ", ".join(map(md.text, made)) or "–",
                      md.code(stage.weights[:12]) if stage.weights else "–",
-                     str(stage.step.manifest.get("seed", "–")), f"{stage.device_hours:.4f}"))
+                     str(stage.step.manifest.get("seed", "–")), md.hours(stage.device_hours)))
     kept = [_kept(stage) for stage in lineage.of("select")]
     return md.document(
         "## How it was made",
-        "Each stage was made from those in the third column; they are the lineage of the model, in order. The checkpoint "
-        "is the start of the SHA-256 of its weights; device-hours are cores or accelerators times hours.",
+        "Each stage was made from those in the third column; they are the model's lineage, in order. The checkpoint is "
+        "the start of the SHA-256 of its weights; device-hours are cores or accelerators times hours.",
         md.table(("Stage", "What", "Made from", "Checkpoint", "Seed", "Device-hours"), rows, range(4)),
         md.bullets(*kept),
         "`configs/` has every stage's whole configuration, `lineage.json` its full hashes, `COMMANDS.md` the commands, "

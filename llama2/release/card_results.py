@@ -57,8 +57,9 @@ def _dependent(lineage: Lineage, found: Measured) -> str:
     if not trained:
         return ""
     names = " and ".join(AXES[axis] for axis in trained)
-    return (f"The reward models that judge {names} also trained this model or chose its data. What they say of it is "
-            "too good wherever it has learnt to please them.")
+    who = "The reward models that judge" if len(trained) > 1 else "The reward model that judges"
+    return (f"{who} {names} also trained this model or chose its data: a judge that is too kind wherever the model has "
+            "learnt to please it.")
 
 
 # ---- results --------------------------------------------------------------------------------------------------------

@@ -66,7 +66,7 @@ def document(lineage: Lineage, measured: Measured | None, power: Power) -> str:
         "was tried before this run, stages of the recipe that nothing here was made from, and attempts that were "
         "killed outright. Nothing is said about offsets.",
         "## Stages", md.table(("Stage", "Device", "Devices", "Time", "Device-hours", "Energy", "CO2eq"), [
-            *rows, ("**all**", "", "", "", f"**{hours:.4f}**", *(f"**{one}**" for one in amounts(kwh, kg)))], (0, 1)),
+            *rows, ("**all**", "", "", "", f"**{md.hours(hours)}**", *(f"**{one}**" for one in amounts(kwh, kg)))], (0, 1)),
         f"Not counted: what it took to make {missing}, which came from outside." if missing else "",
         _evaluation(lineage, measured, power),
         f"The exact figures are in `{NUMBERS}`.")
@@ -74,14 +74,14 @@ def document(lineage: Lineage, measured: Measured | None, power: Power) -> str:
 
 def _row(stage: Stage, energy: Energy) -> tuple[str, ...]:
     return (md.text(stage.name), device_of(stage), str(stage.step.devices), duration((stage.step.seconds or 0) / 3600),
-            f"{energy.hours:.4f}", *amounts(energy.kwh, energy.kg))
+            md.hours(energy.hours), *amounts(energy.kwh, energy.kg))
 
 
 def _evaluation(lineage: Lineage, measured: Measured | None, power: Power) -> str:
     energy = costs.energy_of(measured.step, power) if measured is not None else None
     if energy is None:
         return ""
-    return (f"Its evaluation, of all versions together, took {energy.hours:.4f} device-hours more "
+    return (f"Its evaluation, of all versions together, took {md.hours(energy.hours)} device-hours more "
             f"({', '.join(amounts(energy.kwh, energy.kg))} CO2eq), which the sum does not hold.")
 
 

@@ -9,6 +9,8 @@ from typing import Any, Protocol
 
 from llama2.errors import UserError, missing_extra
 
+_REFUSALS = {"HfHubHTTPError", "HFValidationError", "LocalTokenNotFoundError", "HTTPError", "TransportError", "OSError"}
+
 
 class Client(Protocol):
     """The part of huggingface_hub's `HfApi` that an upload needs."""
@@ -18,8 +20,15 @@ class Client(Protocol):
     def upload_folder(self, *, repo_id: str, folder_path: str, repo_type: str, commit_message: str) -> Any: ...
 
 
-def connect() -> Client:
-    """huggingface_hub's client; UserError where there is no library or no token."""
+def connect(repository: str, *, sure: bool) -> Client:
+    """huggingface_hub's client, before any work is done.
+
+    UserError for a bad name, where there is no library or no token, and where nobody can be asked.
+    """
+    if repository.count("/") != 1 or not all(repository.split("/")):
+        raise UserError(f"--push {repository}: this is no name of a repository", "it looks like OWNER/NAME")
+    if not sure and not sys.stdin.isatty():
+        raise UserError(f"--push {repository}: nobody is here to confirm the upload", "add --yes if you are sure")
     try:
         from huggingface_hub import HfApi, get_token
     except ImportError:
@@ -30,40 +39,26 @@ def connect() -> Client:
     return client
 
 
-def push(release: Path, repository: str, *, private: bool, sure: bool, client: Client | None = None,
-         ask: Callable[[str], str] | None = None) -> None:
-    """Upload a finished release after showing what it holds; without `sure` somebody must say yes.
+def push(release: Path, repository: str, client: Client, *, private: bool, sure: bool,
+         ask: Callable[[str], str] = input) -> None:
+    """Show what a release holds and upload it; without `sure`, `ask` must be answered with yes.
 
-    UserError where nobody can be asked or says no, and for whatever the Hub refuses.
+    A repository that the upload creates is private if `private` says so. UserError if the answer is no, and for
+    whatever the Hub or the network refuses.
     """
-    if repository.count("/") != 1 or not all(repository.split("/")):
-        raise UserError(f"--push {repository}: this is no name of a repository", "it looks like OWNER/NAME")
     files = sorted(path for path in release.rglob("*") if path.is_file())
-    size = sum(path.stat().st_size for path in files)
-    if not sure and ask is None and not sys.stdin.isatty():
-        raise UserError(f"--push {repository}: nobody is here to confirm the upload", "add --yes if you are sure")
-    client = client or connect()
     for path in files:
         print(f"  {path.relative_to(release).as_posix()}  {path.stat().st_size:,} bytes", file=sys.stderr)
-    kind = "private" if private else "PUBLIC"
-    print(f"{len(files)} files, {size:,} bytes, to the {kind} repository {repository} (one that exists keeps its "
-          "visibility)", file=sys.stderr)
-    if not sure and (ask or input)("Upload? [y/N] ").strip().lower() not in ("y", "yes"):
+    print(f"{len(files)} files, {sum(path.stat().st_size for path in files):,} bytes, to {repository}: "
+          f"{'private' if private else 'PUBLIC'} if it is new, else as visible as it is", file=sys.stderr)
+    if not sure and ask("Upload? [y/N] ").strip().lower() not in ("y", "yes"):
         raise UserError("nothing was uploaded", f"the release is in {release}")
     try:
         client.whoami()
         client.create_repo(repository, private=private, exist_ok=True, repo_type="model")
-        client.upload_folder(repo_id=repository, folder_path=str(release), repo_type="model",
-                             commit_message="Release")
+        client.upload_folder(repo_id=repository, folder_path=str(release), repo_type="model", commit_message="Release")
     except Exception as error:
-        if not _is_refusal(error):
+        if not _REFUSALS & {kind.__name__ for kind in type(error).__mro__}:
             raise
         raise UserError(f"the Hugging Face Hub refused: {' '.join(str(error).split())}",
-                        f"check the token, its rights and the name; the release itself is in {release}") from error
-
-
-def _is_refusal(error: Exception) -> bool:
-    """Whether an upload failed for the Hub's or the network's reasons, and not for ours."""
-    names = {kind.__name__ for kind in type(error).__mro__}
-    return bool(names & {"HfHubHTTPError", "HFValidationError", "LocalTokenNotFoundError", "HTTPError", "OSError",
-                         "TransportError"})
+                        f"check the token, its rights and the name; the release is in {release}") from error

@@ -44,6 +44,11 @@ def count(value: float | None) -> str:
     return "–" if value is None else f"{value:,.0f}"
 
 
+def hours(value: float) -> str:
+    """Device-hours, of small ones as much as is not zero."""
+    return f"{value:,.4f}" if value >= 0.001 else f"{value:.6f}"
+
+
 def rate(found: Mapping[str, Any] | None, key: str = "rate") -> str:
     """A share with its 95 % interval."""
     if not found or found.get(key) is None:

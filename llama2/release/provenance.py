@@ -87,7 +87,7 @@ def _last(path: str) -> str:
 
 def published_recipe(recipe: dict[str, Any]) -> dict[str, Any]:
     """A recipe whose directories are those of a release."""
-    parameters = {name: f"inputs/{_last(value)}" if isinstance(value, str) and re.search(r"[/\\~]", value) else value
+    parameters = {name: "inputs" if isinstance(value, str) and re.search(r"[/\\~]", value) else value
                   for name, value in (recipe.get("parameters") or {}).items()}
     found: dict[str, Any] = _renamed({**recipe, "out": "runs", "parameters": parameters}, {})
     return found

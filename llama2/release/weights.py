@@ -3,24 +3,26 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal
-
-import torch
+from typing import Any
 
 from llama2 import runs
 from llama2.errors import UserError, explain_os_errors
 from llama2.model import checkpoint
 from llama2.model.formats import gguf, hf
 from llama2.model.formats.gguf import Precision
+from llama2.model.formats.recognise import open_source
+from llama2.model.formats.source import Source
+from llama2.release import verify
+from llama2.release.export import DTYPES, ROUNDING, Kind
 from llama2.release.lineage import Stage
 
-Dtype = Literal["f32", "f16", "bf16"]
-DTYPES = {"f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16}
 GGUF = "gguf"
+_ROUNDING = ROUNDING | {"f32": ROUNDING["fp32"], "f16": ROUNDING["fp16"]}
 _BESIDE = ("generation_config.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json",
            "tokenizer.json", "added_tokens.json")
 _ITS_OWN = (checkpoint.CONFIG, checkpoint.WEIGHTS, checkpoint.INDEX, checkpoint.CHECKSUMS)
@@ -47,7 +49,7 @@ def check(stage: Stage) -> None:
                             "restore the file, or repeat the run: what was measured is not this model")
 
 
-def write(stage: Stage, directory: Path, dtype: Dtype | None) -> None:
+def write(stage: Stage, directory: Path, dtype: Kind | None) -> None:
     """The model in Hugging Face's format: the run's own files, or the weights as `dtype` with the files beside them."""
     run = stage.step.path
     for name in names(run):
@@ -55,7 +57,9 @@ def write(stage: Stage, directory: Path, dtype: Dtype | None) -> None:
             with explain_os_errors(directory / name):
                 shutil.copyfile(run / name, directory / name)
     if dtype is not None:
-        hf.write(hf.read(run), directory, dtype=DTYPES[dtype])
+        source = hf.read(run)
+        hf.write(source, directory, dtype=DTYPES[dtype])
+        check_copy(source, directory, dtype)
 
 
 def write_gguf(stage: Stage, directory: Path, precisions: Sequence[Precision], title: str) -> dict[str, list[str]]:
@@ -69,7 +73,19 @@ def write_gguf(stage: Stage, directory: Path, precisions: Sequence[Precision], t
             (directory / name).parent.mkdir(exist_ok=True)
             found[name] = gguf.write(source, directory / name, precision=precision, name=title,
                                      chat_template=settings.get("chat_template"))
+            check_copy(source, directory / name, precision)
     return found
+
+
+def check_copy(source: Source, copy: Path, kind: str) -> None:
+    """Read a copy again: it may be no further from its source than rounding to its kind of numbers explains."""
+    found = verify.compared(source, open_source(copy), length=0, tolerance=math.inf)
+    apart = found.tensors.relative if found.tensors else math.inf
+    faults = found.differences(math.inf)
+    if apart > _ROUNDING[kind]:
+        faults.append(f"numbers differ by {apart:.3g} of a tensor's largest, and {kind} explains {_ROUNDING[kind]:.3g}")
+    if faults:
+        raise RuntimeError(f"{copy.name} is not the model it was made from: {faults[0]}")
 
 
 def settings_of(run: Path) -> dict[str, Any]:
