@@ -66,7 +66,7 @@ def document(lineage: Lineage, measured: Measured | None, power: Power) -> str:
         "was tried before this run, stages of the recipe that nothing here was made from, and attempts that were "
         "killed outright. Nothing is said about offsets.",
         "## Stages", md.table(("Stage", "Device", "Devices", "Time", "Device-hours", "Energy", "CO2eq"), [
-            *rows, ("**all**", "", "", "", f"**{md.hours(hours)}**", *(f"**{one}**" for one in amounts(kwh, kg)))], (0, 1)),
+            *rows, ("**all**", "", "", "", *(f"**{one}**" for one in (md.hours(hours), *amounts(kwh, kg))))], (0, 1)),
         f"Not counted: what it took to make {missing}, which came from outside." if missing else "",
         _evaluation(lineage, measured, power),
         f"The exact figures are in `{NUMBERS}`.")

@@ -1,4 +1,4 @@
-"""A release: complete, checked, the same bytes from the same run, silent about where it was made, private until asked."""
+"""A release: complete, checked, the same bytes from the same run, and silent about where it was made."""
 
 from __future__ import annotations
 
@@ -136,7 +136,8 @@ def test_versions_stay_in_their_order(copied: Path, tmp_path: Path) -> None:
     file = copied / "evaluate" / "evaluation.json"
     file.write_text(file.read_text().replace('"SFT"', '"Zero"'))
     assert llama2("release", copied / "v1", "--out", tmp_path / "out") == 0
-    assert list(yaml.safe_load((tmp_path / "out" / "configs" / "evaluate.yaml").read_text())["versions"]) == ["Zero", "V1"]
+    published = yaml.safe_load((tmp_path / "out" / "configs" / "evaluate.yaml").read_text())
+    assert list(published["versions"]) == ["Zero", "V1"]
 
 
 def test_the_commands_make_the_same_model(release: Path, made: Path, tmp_path: Path,
