@@ -144,4 +144,5 @@ def _bad(message: str) -> UserError:
 
 
 def _first_line(message: str) -> str:
-    return " ".join(message.split())[:300]
+    """Without the library's own state, which it appends."""
+    return " ".join(message.partition("<state>")[0].split())[:300]

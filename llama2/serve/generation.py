@@ -17,6 +17,7 @@ from llama2.serve.metrics import Metrics
 from llama2.serve.models import ChatModel
 from llama2.serve.safety import Verdict
 from llama2.serve.schema import Sampled
+from llama2.serve.shape import Shape
 from llama2.serve.text import Decoder, Part, Piece
 from llama2.serve.worker import Drawn, Ticket
 
@@ -104,6 +105,9 @@ class Generation:
                 return Event(drawn.sample, part, "stop")
         if drawn.finish is None:
             return Event(drawn.sample, part) if part else None
+        grammar = self.ticket.requests[drawn.sample].sampling.grammar
+        if isinstance(grammar, Shape) and grammar.error:
+            raise grammar.error
         part.add(sample.decoder.close())
         finish: Reason = "length" if drawn.finish == "length" else "stop"
         return Event(drawn.sample, part, finish, stop=None if sample.decoder.stopped else stop)

@@ -6,16 +6,13 @@ import asyncio
 import sys
 import traceback
 from collections.abc import AsyncGenerator, Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse, Response
 
-from llama2.errors import UserError
-from llama2.generate.grammar import json_grammar
 from llama2.generate.rewards import probability
-from llama2.generate.sampling import Sampling
 from llama2.records import Message, Messages
 from llama2.serve import errors
 from llama2.serve.clients import EventStream, unless_gone
@@ -26,7 +23,8 @@ from llama2.serve.guard import LOG
 from llama2.serve.metrics import Metrics
 from llama2.serve.models import ChatModel, Models, RewardModel
 from llama2.serve.safety import Gate
-from llama2.serve.schema import ChatRequest, CompletionRequest, JsonBySchema, JsonObject, Sampled, ScoreRequest
+from llama2.serve.schema import ChatRequest, CompletionRequest, ScoreRequest
+from llama2.serve.shape import shaped
 from llama2.serve.text import Decoder, Part
 from llama2.tokenizer.template import encode_prompt
 from llama2.tokenizer.tokenizer import Tokenizer
@@ -51,7 +49,7 @@ class Service:
         most = asked.max_completion_tokens or asked.max_tokens or model.context
         sampling = sampling_of(asked, model, most, asked.top_logprobs or 0)
         check_prompts(model, [ids], "messages")  # which is cheaper than a grammar
-        sampling = await _shaped(sampling, asked, model.tokenizer)
+        sampling = await shaped(sampling, asked, model.tokenizer)
         generation = Generation(model, Asked([ids], sampling, asked.n or 1, asked.stops, True, "messages"),
                                 self.seconds, self.metrics)
         events = self._judged(generation, lambda _: conversation)
@@ -66,7 +64,7 @@ class Service:
         n = (asked.n or 1) if most else 0
         sampling = sampling_of(asked, model, most, asked.logprobs or 0)
         check_prompts(model, prompts, "prompt")
-        sampling = await _shaped(sampling, asked, model.tokenizer)
+        sampling = await shaped(sampling, asked, model.tokenizer)
         echoes = await self._echoes(model, asked, prompts) if asked.echo else []
         generation = Generation(model, Asked(prompts, sampling, n, asked.stops, False, "prompt"), self.seconds,
                                 self.metrics)
@@ -192,18 +190,6 @@ async def _echoed(echoes: Sequence[Part], n: int, events: Events) -> Events:
 
 def _encoded(tokenizer: Tokenizer, prompts: Sequence[str | list[int]]) -> list[list[int]]:
     return [[tokenizer.bos, *tokenizer.encode(prompt)] if isinstance(prompt, str) else prompt for prompt in prompts]
-
-
-async def _shaped(sampling: Sampling, asked: Sampled, tokenizer: Tokenizer) -> Sampling:
-    """The sampling with the grammar of what the answer shall be."""
-    shape = asked.response_format
-    if not isinstance(shape, JsonObject | JsonBySchema):
-        return sampling
-    wanted = shape.json_schema.schema_ if isinstance(shape, JsonBySchema) else None
-    try:
-        return replace(sampling, grammar=await asyncio.to_thread(json_grammar, tokenizer, wanted))
-    except UserError as error:
-        raise errors.invalid(f"response_format: {error}", "response_format") from None
 
 
 def _include_usage(asked: ChatRequest | CompletionRequest) -> bool:
