@@ -24,6 +24,7 @@ from llama2.model import fused
 from llama2.model.likelihood import log_likelihood, log_likelihood_and_entropy
 
 INITIAL_STD = 0.02
+MOST, MOST_LAYERS = 1 << 26, 1 << 10  # a damaged file must not make us describe a model without end
 EXPLICIT_LENGTH = 512  # on a CPU, up to this many queries, products and softmax beat PyTorch's fused kernel in training
 
 
@@ -47,8 +48,9 @@ class LlamaConfig:
     def __post_init__(self) -> None:
         for name in ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
                      "num_key_value_heads", "max_position_embeddings"):
-            if getattr(self, name) < 1:
-                raise UserError(f"{name} is {getattr(self, name)}", "it must be at least 1")
+            most = MOST_LAYERS if name == "num_hidden_layers" else MOST
+            if not 1 <= getattr(self, name) <= most:
+                raise UserError(f"{name} is {getattr(self, name)}", f"it must be at least 1 and at most {most}")
         if self.hidden_size % (2 * self.num_attention_heads):
             raise UserError(f"hidden_size {self.hidden_size} does not divide into {self.num_attention_heads} heads of "
                             "an even size", "rotary positions pair the dimensions of a head")

@@ -36,7 +36,7 @@ Part = Html
 
 def data(recipe: Recipe) -> Part:
     """§2.1: what went in, what was dropped, and the tokens it became."""
-    parts = [_world(step) for step in recipe.of("world")] + [_imported(step) for step in recipe.of("import")]
+    parts = [_world(step) for step in recipe.of("world")] + [_imported(step) for step in recipe.of("prepare")]
     for step in recipe.of("clean"):
         parts.append(_cleaned(step))
     for step in recipe.of("tokenizer"):

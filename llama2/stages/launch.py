@@ -41,7 +41,8 @@ class Verb:
 VERBS = {
     "run": Verb("stages.pipeline", "§3.2  a whole recipe: an ordered list of runs, resumable at any point", False),
     "world": Verb("stages.world", "      the synthetic world of the demo: documents, demonstrations, prompts"),
-    "import": Verb("stages.importing", "      public instruction and preference data into our records"),
+    "prepare": Verb("stages.prepare", "      public instruction and preference data into our records"),
+    "import": Verb("stages.importing", "      a checkpoint of Hugging Face, PEFT, Meta, GGUF, llama2.c", False),
     "clean": Verb("stages.clean", "§2.1  documents: clean, mask personal data, deduplicate, hold out"),
     "tokenizer": Verb("stages.tokenizer", "§2.2  train a SentencePiece BPE tokenizer"),
     "tokenize": Verb("stages.tokenize", "§2.1  mix sources and write memory-mapped token shards"),
@@ -56,6 +57,8 @@ VERBS = {
     "select": Verb("stages.select", "§3.4.1 keep a version only if it beats its predecessor"),
     "evaluate": Verb("evaluate.versions", "§3.4  every version, on both axes"),
     "report": Verb("release.report", "      one self-contained HTML page about a recipe's runs"),
+    "export": Verb("release.export", "      write a checkpoint for other programs, and verify what was written", False),
+    "verify": Verb("release.verify", "      whether two checkpoints, in whatever formats, are the same model", False),
     "chat": Verb("serve.terminal", "      talk to a checkpoint in the terminal", False),
     "serve": Verb("serve.server", "      serve checkpoints over HTTP, with OpenAI's interface and a chat page", False),
 }
@@ -79,7 +82,7 @@ def command(verb: str, arguments: Sequence[str]) -> int:
             if mesh.is_main():
                 print(config.out)
         else:
-            module.run(config)
+            return int(module.run(config) or 0)  # a comparison has a result that scripts ask for
     except Stopped as stopped:
         print(f"llama2: {stopped}", file=sys.stderr)
     finally:

@@ -33,7 +33,7 @@ class Tokenizer:
     """
 
     def __init__(self, model: bytes, source: str = FILE) -> None:
-        self._model = model
+        self.model = model
         try:
             self._processor = sentencepiece.SentencePieceProcessor(model_proto=model)
         except RuntimeError as error:
@@ -106,7 +106,7 @@ class Tokenizer:
         directory = Path(directory)
         with explain_os_errors(directory):
             directory.mkdir(parents=True, exist_ok=True)
-            _replace(directory / FILE, self._model)
+            _replace(directory / FILE, self.model)
             _replace(directory / "tokenizer_config.json", json.dumps(settings, indent=2).encode())
             _replace(directory / "special_tokens_map.json", json.dumps(special, indent=2).encode())
 

@@ -7,7 +7,9 @@ Face's: rotary pairs lie half a head apart), whatever the file has.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -26,6 +28,16 @@ class Stored:
     read: Callable[[], Tensor]
     place: str
     """file and name there, for errors"""
+    read_once: Callable[[], Tensor] | None = None
+    """`read` for those who do not come back: the operating system drops what it keeps of the file in memory"""
+
+    @property
+    def numel(self) -> int:
+        return math.prod(self.shape)
+
+    @property
+    def nbytes(self) -> int:
+        return self.numel * self.dtype.itemsize
 
 
 @dataclass(frozen=True)
@@ -39,3 +51,20 @@ class Source:
     tensors: Mapping[str, Stored]
     tokenizer: Path | None
     """the SentencePiece model that came with it"""
+
+
+def read_ahead(tensors: Iterable[Stored]) -> Iterator[Tensor]:
+    """The tensors in turn. While the caller works on one the next is read, if both are no larger than the largest.
+
+    So memory holds one tensor, as far as size goes, provided that the caller drops each before it asks for the next.
+    """
+    waiting = list(tensors)[::-1]
+    most = max((stored.nbytes for stored in waiting), default=0)
+    following: Future[Tensor] | None = None
+    with ThreadPoolExecutor(1) as reader:
+        while waiting:
+            stored = waiting.pop()
+            held = [stored.read() if following is None else following.result()]
+            fits = waiting and stored.nbytes + waiting[-1].nbytes <= most
+            following = reader.submit(waiting[-1].read) if fits else None
+            yield held.pop()  # not a name of ours, which would keep it

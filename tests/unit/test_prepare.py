@@ -1,4 +1,4 @@
-"""The import stage: split by opening turn, limits, weights, exclusions, duplicates, and the same files every time."""
+"""The prepare stage: split by opening turn, limits, weights, exclusions, duplicates, and the same files every time."""
 
 import json
 from pathlib import Path
@@ -9,7 +9,7 @@ from llama2.config import build
 from llama2.errors import UserError
 from llama2.records import Dialog, Preference, Prompt, messages_of, read
 from llama2.runs import open_run
-from llama2.stages import importing
+from llama2.stages import prepare
 
 FIXTURES = Path(__file__).parent.parent / "fixtures" / "import"
 
@@ -21,9 +21,9 @@ def pairs(path: Path, count: int) -> Path:
 
 
 def carry_out(out: Path, **values: object) -> Path:
-    config = build(importing.Config, {"out": out, **values})
-    with open_run("import", config) as run:
-        importing.run(config, run)
+    config = build(prepare.Config, {"out": out, **values})
+    with open_run("prepare", config) as run:
+        prepare.run(config, run)
     return out
 
 
@@ -34,7 +34,7 @@ def test_the_same_opening_is_on_the_same_side_in_every_kind(tmp_path):
         out = carry_out(tmp_path / kind, kind=kind, sources=sources, heldout=0.3, seed=seed)
         train, heldout = (list(read(record, out / name)) for name in (f"{kind}.jsonl", f"heldout-{kind}.jsonl"))
         assert len(train) + len(heldout) == (200 if kind == "prompts" else 400)
-        openings = [{importing.opening(importing._messages(r)) for r in side} for side in (train, heldout)]
+        openings = [{prepare.opening(prepare._messages(r)) for r in side} for side in (train, heldout)]
         assert not openings[0] & openings[1]
         assert 35 < len(openings[1]) < 85
         sides[kind] = openings
@@ -43,9 +43,9 @@ def test_the_same_opening_is_on_the_same_side_in_every_kind(tmp_path):
 
 def test_a_larger_held_out_share_contains_a_smaller_one_and_case_does_not_count():
     turns = [messages_of([("user", f"Question  {i}")]) for i in range(500)]
-    small, large = ({t for t in turns if importing.is_heldout(t, share)} for share in (0.1, 0.2))
+    small, large = ({t for t in turns if prepare.is_heldout(t, share)} for share in (0.1, 0.2))
     assert small < large
-    assert all(importing.is_heldout(messages_of([("user", t[0].content.upper())]), 0.1) for t in small)
+    assert all(prepare.is_heldout(messages_of([("user", t[0].content.upper())]), 0.1) for t in small)
 
 
 def test_the_files_follow_from_seed_and_content_alone(tmp_path):
@@ -105,11 +105,11 @@ def test_what_is_held_out_of_comparisons_can_be_kept_out_of_dialogs(tmp_path):
 
 
 @pytest.mark.parametrize(("values", "cause"), [
-    ({"sources": {}}, "there is nothing to import"),
+    ({"sources": {}}, "there is nothing to prepare"),
     ({"sources": {"x": {"path": FIXTURES / "hh.jsonl"}}, "heldout": 0.0001}, "no record is held out"),
     ({"sources": {"x": {"path": FIXTURES / "hh.jsonl"}}, "max_characters": 3}, "no record is left to train on"),
     ({"sources": {"x": {"path": FIXTURES / "hh.jsonl", "axes": "safe"}}}, "unknown key 'sources.x.axes'"),
 ])
-def test_an_import_that_makes_nothing_says_why(tmp_path, values, cause):
+def test_a_preparation_that_makes_nothing_says_why(tmp_path, values, cause):
     with pytest.raises(UserError, match=cause):
         carry_out(tmp_path / "out", kind="preferences", **values)

@@ -1,0 +1,210 @@
+"""Public data into our records: dialogues (§3.1), comparisons (§3.2.1) and prompts, mixed, deduplicated and split.
+
+The split is a function of the first user turn alone: the same opening lies on the same side in every run, whatever
+its kind, seed or sources, so what is held out of one stage's data is held out of every other's. The order of the
+records, and which of them a limit keeps, follow from the seed.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import Field
+
+from llama2 import config, mesh, records
+from llama2.config import StageConfig
+from llama2.data.dialogs import import_dialogs
+from llama2.data.prompts import Family, import_prompts, prompt_id
+from llama2.errors import UserError
+from llama2.preferences.importers import holds_preferences, import_preferences
+from llama2.records import Axis, Dialog, Message, Messages, Preference, Prompt
+from llama2.runs import Run
+from llama2.tables import Malformed, Tally, digest, first
+
+Record = Dialog | Preference | Prompt
+Kind = Literal["dialogs", "preferences", "prompts"]
+
+
+class Source(config.Config):
+    """One file, directory or archive to take records from."""
+
+    path: Path
+    format: str = "auto"
+    """the name of a format (docs/data.md); auto: recognised from the first record of each file"""
+    axis: Axis | None = None
+    """what answers were compared for; empty: as the format says, safe below a path with `harmless`, else helpful"""
+    safety: bool | None = None
+    """the safety tag of all prompts; empty: as the set says"""
+    family: Family = ""
+    """prompts no one should comply with (unsafe), or that look so and are not (borderline), where the set is silent"""
+    limit: int = Field(0, ge=0)
+    """use at most this many records, chosen at random; 0: all"""
+    weight: float = Field(1.0, gt=0)
+    """how often each training record is written; 2.5 is two or three times, 0.5 every other record"""
+    malformed: Malformed = "stop"
+    """a row that is not in the format ends the run, or is skipped and counted"""
+
+
+class Config(StageConfig):
+    """Turn public data into records. A source is `--sources.NAME.path FILE`; its other keys are in docs/data.md."""
+
+    kind: Kind
+    """what to make; comparisons can serve as dialogs (the preferred answers) and as prompts, dialogs as prompts"""
+    sources: dict[str, Source] = {}
+    """name of the set -> {path, ...}; the records carry the name as `metadata.source`"""
+    heldout: float = Field(0.0, ge=0, lt=1)
+    """share of the opening turns that goes to heldout-<kind>.jsonl"""
+    exclude: tuple[Path, ...] = ()
+    """files of prompts, dialogs or comparisons; what opens one of theirs opens no conversation of ours"""
+    max_characters: int = Field(0, ge=0)
+    """leave out records with more text than this, prompt and longest answer together; 0: no limit"""
+
+
+@dataclass
+class _Imported:
+    """What became of one source."""
+
+    name: str
+    source: Source
+    tally: Tally
+    train: list[Record] = field(default_factory=list)
+    heldout: list[Record] = field(default_factory=list)
+
+
+def run(config: Config, run: Run) -> None:
+    """Write <kind>.jsonl, heldout-<kind>.jsonl if a share is held out, and summary.json."""
+    if not mesh.is_main():
+        return
+    if not config.sources:
+        raise UserError("there is nothing to prepare: 'sources' is empty", "name files: --sources.mine.path FILE")
+    excluded = {opening(_messages(record)) for path in config.exclude
+                for record in _read("prompts", "", Source(path=path), Tally())}
+    seen: set[str] = set()
+    imported = [_import(config, name, source, excluded, seen) for name, source in config.sources.items()]
+    train = _shuffled((copy for item in imported for copy in _repeated(item, config.seed)), config.seed)
+    heldout = _shuffled((record for item in imported for record in item.heldout), config.seed)
+    if not train or (config.heldout and not heldout):
+        reasons = {reason: count for item in imported for reason, count in item.tally.skipped.items()}
+        raise UserError(f"no {'record is left to train on' if not train else 'record is held out'}; skipped: {reasons}",
+                        "check the sources, the limits and the held-out share")
+    records.write(run.path / f"{config.kind}.jsonl", train)
+    if config.heldout:
+        records.write(run.path / f"heldout-{config.kind}.jsonl", heldout)
+    described = [_describe(item) for item in imported]
+    run.write_json("summary.json", {"kind": config.kind, "train": _sizes(train), "heldout": _sizes(heldout),
+                                    "sources": described})
+    for line in described:
+        print(f"{line['name']}: {line['train']} to train on, {line['heldout']} held out, skipped {line['skipped']}",
+              file=sys.stderr)
+
+
+def opening(turns: Messages) -> str:
+    """The first user turn, case and spacing aside: what the held-out split and exclusions go by."""
+    said = next(message.content for message in turns if message.role == "user")
+    return " ".join(said.lower().split())
+
+
+def is_heldout(turns: Messages, share: float) -> bool:
+    """Whether a conversation belongs to the held-out share; a larger share contains a smaller one."""
+    return digest("heldout", opening(turns)) < share * 2.0 ** 64
+
+
+def _import(config: Config, name: str, source: Source, excluded: set[str], seen: set[str]) -> _Imported:
+    """One source: what is too long, excluded or already there left out, then limited, then split."""
+    result = _Imported(name, source, Tally())
+    kept: list[Record] = []
+    for record in _read(config.kind, name, source, result.tally):
+        reason = _unwanted(config, record, excluded, seen)
+        if reason:
+            result.tally.skipped[reason] += 1
+        else:
+            seen.add(_key(record))
+            kept.append(record)
+    chosen = _shuffled(kept, config.seed)[:source.limit or None]
+    if len(chosen) < len(kept):
+        result.tally.skipped["over the limit"] = len(kept) - len(chosen)
+    result.tally.kept = len(chosen)
+    for record in chosen:
+        held = is_heldout(_messages(record), config.heldout)
+        (result.heldout if held else result.train).append(record)
+    return result
+
+
+def _unwanted(config: Config, record: Record, excluded: set[str], seen: set[str]) -> str:
+    if config.max_characters and _characters(record) > config.max_characters:
+        return "too long"
+    if opening(_messages(record)) in excluded:
+        return "excluded"
+    return "duplicate" if _key(record) in seen else ""
+
+
+def _read(kind: Kind, name: str, source: Source, tally: Tally) -> Iterator[Record]:
+    """The records of one source as `kind`, comparisons turned into dialogs or prompts where that is asked for."""
+    how: dict[str, Any] = {"name": name, "tally": tally, "malformed": source.malformed}
+    comparisons = kind == "preferences" or holds_preferences(first(source.path), source.format)
+    if not comparisons:
+        if kind == "dialogs":
+            yield from import_dialogs(source.path, source.format, **how)
+        else:
+            yield from import_prompts(source.path, source.format, source.safety, source.family, **how)
+        return
+    for item in import_preferences(source.path, source.format, source.axis, **how):
+        if kind == "preferences":
+            yield item
+        elif kind == "dialogs":
+            yield Dialog((*item.prompt, Message("assistant", item.chosen.text)), metadata=item.metadata)
+        else:
+            metadata = ({"family": source.family} if source.family else {}) | item.metadata
+            safety = item.axis == "safe" if source.safety is None else source.safety
+            yield Prompt(item.prompt, prompt_id(item.prompt, item.metadata.get("source", "")), safety, metadata)
+
+
+def _messages(record: Record) -> Messages:
+    return record.prompt if isinstance(record, Preference) else record.messages
+
+
+def _answers(record: Record) -> tuple[str, ...]:
+    return tuple(response.text for response in record.responses) if isinstance(record, Preference) else ()
+
+
+def _characters(record: Record) -> int:
+    """Length of the text: the prompt with the longest answer."""
+    longest = max(map(len, _answers(record)), default=0)
+    return sum(len(message.content) for message in _messages(record)) + longest
+
+
+def _key(record: Record) -> str:
+    """What makes two records the same: all that is said and, of a comparison, the axis."""
+    said = [f"{message.role}:{message.content}" for message in _messages(record)]
+    axis = record.axis if isinstance(record, Preference) else ""
+    return "\0".join([*said, *sorted(_answers(record)), axis])
+
+
+def _shuffled(items: Iterable[Record], seed: int) -> list[Record]:
+    """In an order that depends on the seed and the records alone."""
+    keyed = [(digest(str(seed), _key(item)), index, item) for index, item in enumerate(items)]
+    return [item for _, _, item in sorted(keyed, key=lambda entry: entry[:2])]
+
+
+def _repeated(item: _Imported, seed: int) -> Iterator[Record]:
+    """Every training record as often as its source's weight says, the fraction by chance."""
+    whole, fraction = divmod(item.source.weight, 1.0)
+    for record in item.train:
+        extra = digest("weight", str(seed), _key(record)) < fraction * 2.0 ** 64
+        yield from [record] * (int(whole) + extra)
+
+
+def _sizes(items: list[Record]) -> dict[str, Any]:
+    lengths = sorted(map(_characters, items))
+    quantiles = {f"p{share}": lengths[min(len(lengths) - 1, len(lengths) * share // 100)]
+                 for share in (10, 50, 90, 99)} if lengths else {}
+    return {"records": len(items), "characters": sum(lengths), "characters_per_record": quantiles}
+
+
+def _describe(item: _Imported) -> dict[str, Any]:
+    return {"name": item.name, "path": str(item.source.path), **item.tally.summary(), "train": len(item.train),
+            "heldout": len(item.heldout), "characters_per_record": _sizes(item.train)["characters_per_record"]}

@@ -1,0 +1,273 @@
+"""`llama2 import`: every format through the command line, what is said, and what is refused with nothing written."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import re
+import shutil
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from commands import llama2
+from safetensors.torch import load_file, save_file
+from sources import model_of, same, state
+
+from llama2.model import checkpoint
+from llama2.model.formats import hf, llama2c, meta
+from llama2.model.formats.recognise import open_source
+from llama2.model.llama import LlamaConfig
+from llama2.tokenizer.tokenizer import Tokenizer
+
+SHAPE = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
+         "num_key_value_heads": 2, "max_position_embeddings": 128}
+
+
+@pytest.fixture
+def model(tmp_path: Path, tokenizer: Tokenizer) -> Path:
+    """A checkpoint with wide weights and its tokenizer."""
+    checkpoint.save(model_of(LlamaConfig(tokenizer.vocab_size, **SHAPE)), tmp_path / "model")
+    tokenizer.save(tmp_path / "model")
+    return tmp_path / "model"
+
+
+def as_hf(model: Path, out: Path) -> Path:
+    return Path(shutil.copytree(model, out))
+
+
+def as_pickles(model: Path, out: Path) -> Path:
+    shutil.copytree(model, out)
+    torch.save(load_file(out / "model.safetensors"), out / "pytorch_model.bin")
+    (out / "model.safetensors").unlink()
+    (out / "checksums.json").unlink()
+    return out
+
+
+def as_adapter(model: Path, out: Path) -> Path:
+    """One that changes nothing: B is zero."""
+    out.mkdir()
+    settings = {"peft_type": "LORA", "r": 2, "lora_alpha": 4, "base_model_name_or_path": str(model)}
+    (out / "adapter_config.json").write_text(json.dumps(settings))
+    name = "base_model.model.model.layers.0.self_attn.q_proj.lora_{}.weight"
+    save_file({name.format("A"): torch.ones(2, 32), name.format("B"): torch.zeros(32, 2)},
+              out / "adapter_model.safetensors")
+    return out
+
+
+def as_meta(model: Path, out: Path) -> Path:
+    meta.write(hf.read(model), out, shards=2)
+    return out
+
+
+def as_llama2c(model: Path, out: Path) -> Path:
+    out.mkdir()
+    llama2c.write(hf.read(model), out / "model.bin")
+    return out / "model.bin"
+
+
+def as_gguf(model: Path, out: Path) -> Path:
+    gguf = pytest.importorskip("llama2.model.formats.gguf")
+    pytest.importorskip("gguf")
+    out.mkdir()
+    gguf.write(hf.read(model), out / "model.gguf", precision="f32")
+    return out / "model.gguf"
+
+
+FORMATS: list[tuple[Callable[[Path, Path], Path], str]] = [
+    (as_hf, "Hugging Face"), (as_pickles, "Hugging Face"), (as_adapter, "PEFT adapter of Hugging Face"),
+    (as_meta, "meta"), (as_llama2c, "llama2c"), (as_gguf, "gguf")]
+
+
+@pytest.mark.parametrize(("write", "told"), FORMATS, ids=[write.__name__ for write, _ in FORMATS])
+def test_every_format_comes_in_by_the_same_command(tmp_path: Path, model: Path, tokenizer: Tokenizer,
+                                                   write: Callable[[Path, Path], Path], told: str,
+                                                   capsys: pytest.CaptureFixture[str]) -> None:
+    path = write(model, tmp_path / "theirs")
+    assert llama2("import", path, "--out", tmp_path / "ours") == 0
+    heard = capsys.readouterr()
+    assert heard.out == f"{tmp_path / 'ours'}\n"
+    assert told.lower() in heard.err.lower()
+    assert "2 layers of width 32, 4 heads, 2 for keys and values" in heard.err
+    assert "all numbers finite; the tokenizer has 420 pieces, as the model" in heard.err
+    assert same(state(hf.read(tmp_path / "ours")), state(hf.read(model)))
+    text = "[INST] How old is the mill? [/INST] été 🙂"
+    assert Tokenizer.load(tmp_path / "ours").encode(text) == tokenizer.encode(text)
+    assert sorted(path.name for path in (tmp_path / "ours").iterdir()) == [
+        "checksums.json", "config.json", "model.safetensors", "special_tokens_map.json", "tokenizer.model",
+        "tokenizer_config.json"]
+    tokens = torch.tensor([[1, 300, 17, 5]])
+    with torch.no_grad():
+        assert torch.allclose(checkpoint.load(tmp_path / "ours")(tokens), checkpoint.load(model)(tokens), atol=1e-5)
+
+
+def test_what_came_in_is_talked_to_and_trained_at_once(tmp_path: Path, model: Path, world: Path,
+                                                       monkeypatch: pytest.MonkeyPatch,
+                                                       capsys: pytest.CaptureFixture[str]) -> None:
+    assert llama2("import", as_meta(model, tmp_path / "theirs"), "--out", tmp_path / "ours", "--dtype", "bf16") == 0
+    assert {stored.dtype for stored in hf.read(tmp_path / "ours").tensors.values()} == {torch.bfloat16}
+    monkeypatch.setattr(sys, "stdin", io.StringIO("Hello\n"))
+    assert llama2("chat", tmp_path / "ours", "--max-tokens", 4, "--no-history") == 0
+    assert llama2("sft", "--model", tmp_path / "ours", "--dialogs.all.path", world / "demonstrations.jsonl", "--out",
+                  tmp_path / "sft", "--sequence-length", 96, "--training.plan.max-steps", 1, "--batch-size", 2) == 0
+    assert checkpoint.load(tmp_path / "sft").config == checkpoint.config_of(tmp_path / "ours")
+
+
+def test_transformers_loads_what_came_in(tmp_path: Path, model: Path, tokenizer: Tokenizer) -> None:
+    transformers = pytest.importorskip("transformers")
+    tokenizer_file = cut_tokenizer(tokenizer, tmp_path / "cut.model", 415)
+    assert llama2("import", as_pickles(model, tmp_path / "theirs"), "--tokenizer", tokenizer_file, "--out",
+                  tmp_path / "ours") == 0
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "ours")
+    tokens = torch.tensor([[1, 300, 17, 5]])
+    with torch.no_grad():
+        assert torch.allclose(theirs(tokens).logits, checkpoint.load(model)(tokens), atol=1e-4)
+    ids = transformers.AutoTokenizer.from_pretrained(tmp_path / "ours")("How old is the mill?").input_ids
+    assert ids == [1, *Tokenizer.load(tokenizer_file).encode("How old is the mill?")]
+
+
+def test_only_the_precision_asked_for_changes(tmp_path: Path, model: Path) -> None:
+    assert llama2("import", model, "--out", tmp_path / "ours", "--dtype", "fp16") == 0
+    assert same(state(hf.read(tmp_path / "ours")), {name: tensor.half() for name, tensor
+                                                    in state(hf.read(model)).items()})
+    assert json.loads((tmp_path / "ours" / "config.json").read_text())["dtype"] == "float16"
+
+
+def test_a_dry_run_says_what_it_found_and_writes_nothing(tmp_path: Path, model: Path,
+                                                         capsys: pytest.CaptureFixture[str]) -> None:
+    assert llama2("import", model, "--out", tmp_path / "ours", "--dry-run", "--json") == 0
+    told = json.loads(capsys.readouterr().out)
+    assert "a language model of" in told["recognised"]
+    assert not (tmp_path / "ours").exists()
+
+
+# ---- tokenizers -----------------------------------------------------------------------------------------------------
+def cut_tokenizer(tokenizer: Tokenizer, file: Path, size: int) -> Path:
+    """The same tokenizer without its last pieces."""
+    from llama2.model.formats import pieces
+    file.parent.mkdir(exist_ok=True)
+    file.write_bytes(tokenizer.model)
+    whole = pieces.load(file)
+    file.write_bytes(pieces.build(pieces.Pieces(whole.items[:size])))
+    return file
+
+
+def test_a_vocabulary_larger_than_the_tokenizer_is_padded(tmp_path: Path, model: Path, tokenizer: Tokenizer,
+                                                          capsys: pytest.CaptureFixture[str]) -> None:
+    smaller = cut_tokenizer(tokenizer, tmp_path / "cut.model", 415)
+    assert llama2("import", model, "--tokenizer", smaller, "--out", tmp_path / "ours") == 0
+    assert "the tokenizer has 415 pieces, the model 420: the other 5 are padding now" in capsys.readouterr().err
+    padded, before = Tokenizer.load(tmp_path / "ours"), Tokenizer.load(smaller)
+    assert padded.vocab_size == 420
+    for text in ("the old mill [PAD417] [INST] x", "été\n", "[PAD415]"):
+        assert padded.encode(text) == before.encode(text)
+    assert padded.decode([*before.encode("mill"), 417, 419]) == "mill"
+
+
+def test_a_vocabulary_smaller_than_the_tokenizer_is_refused(tmp_path: Path, model: Path, tokenizer: Tokenizer,
+                                                            one_line: Callable[..., str]) -> None:
+    checkpoint.save(model_of(LlamaConfig(400, **SHAPE)), model)
+    assert re.search("the tokenizer has 420 pieces, the model a vocabulary of 400; give the model's own",
+                     one_line("import", model, "--out", tmp_path / "ours"))
+    assert not (tmp_path / "ours").exists()
+
+
+def test_a_checkpoint_without_a_tokenizer_comes_in_with_a_warning(tmp_path: Path, model: Path,
+                                                                  capsys: pytest.CaptureFixture[str]) -> None:
+    (model / "tokenizer.model").unlink()
+    assert llama2("import", model, "--out", tmp_path / "ours") == 0
+    assert "no tokenizer came with it" in capsys.readouterr().err
+    assert not (tmp_path / "ours" / "tokenizer.model").exists()
+
+
+# ---- what is refused ------------------------------------------------------------------------------------------------
+class Bomb:
+    def __init__(self, mark: Path) -> None:
+        self.mark = mark
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return os.mkdir, (str(self.mark),)
+
+
+def cut(path: Path) -> Path:
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    return path
+
+
+def faults(tmp_path: Path, model: Path) -> dict[str, tuple[Path, str]]:
+    """What is given to the command, and what it must say."""
+    made = {name: tmp_path / name for name in ("cut", "code", "shape", "mistral", "shard", "nothing", "text", "one")}
+    (shutil.copytree(model, made["cut"]) / "checksums.json").unlink()
+    cut(made["cut"] / "model.safetensors")
+    torch.save({"bomb": Bomb(tmp_path / "it ran")}, as_pickles(model, made["code"]) / "pytorch_model.bin")
+    weights = load_file(model / "model.safetensors")
+    weights["model.norm.weight"] = torch.ones(31)
+    torch.save(weights, as_pickles(model, made["shape"]) / "pytorch_model.bin")
+    as_hf(model, made["mistral"])
+    values = json.loads((model / "config.json").read_text()) | {"model_type": "mistral"}
+    (made["mistral"] / "config.json").write_text(json.dumps(values))
+    (as_meta(model, made["shard"]) / "consolidated.01.pth").unlink()
+    made["nothing"].mkdir()
+    (made["nothing"] / "model.gguf").write_bytes(b"GGUF")
+    made["text"].write_text("not a checkpoint at all, but long enough to look like one")
+    return {
+        "cut": (made["cut"], r"model\.safetensors: truncated"),
+        "code": (made["code"], r"pytorch_model\.bin: refused, for reading it would call 'posix\.mkdir'"),
+        "shape": (made["shape"], r"model\.norm\.weight \[31\] instead of \[32\]"),
+        "mistral": (made["mistral"], r"model_type is 'mistral'"),
+        "missing shard": (made["shard"], r"one of 2 shards, of which 1 are here"),
+        "half a llama2.c file": (cut(as_llama2c(model, made["one"])), r"model\.bin"),
+        "the file beside": (model / "model.safetensors", "one file of a checkpoint; give the directory it lies in"),
+        "a directory of something else": (made["nothing"], r"though model\.gguf is in it; give the file itself"),
+        "a text": (made["text"], r"no checkpoint; looked for a directory with config\.json .* a \.gguf file"),
+        "nowhere": (tmp_path / "nowhere", "no such file"),
+        "an empty directory": (Path(os.makedirs(tmp_path / "empty") or tmp_path / "empty"), "no checkpoint; looked"),
+    }
+
+
+def test_bad_input_is_one_line_and_nothing_is_written(tmp_path: Path, model: Path, one_line: Callable[..., str]
+                                                      ) -> None:
+    (tmp_path / "there").mkdir()
+    for name, (path, message) in faults(tmp_path, model).items():
+        for out in (tmp_path / "ours", tmp_path / "there"):
+            said = one_line("import", path, "--out", out)
+            assert re.search(message, said), f"{name}: {said}"
+            assert str(path) in said, name
+        assert not (tmp_path / "ours").exists()
+        assert not list((tmp_path / "there").iterdir())
+        assert not list(tmp_path.glob(".*"))
+    assert not (tmp_path / "it ran").exists()
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_numbers_that_are_not_finite_are_found_and_named(tmp_path: Path, model: Path, value: float,
+                                                         capsys: pytest.CaptureFixture[str]) -> None:
+    weights = load_file(model / "model.safetensors")
+    weights["model.layers.1.mlp.up_proj.weight"][47, 31] = value
+    save_file(weights, model / "model.safetensors")
+    (model / "checksums.json").unlink()
+    assert llama2("import", model, "--out", tmp_path / "ours") == 2
+    assert re.search(r"error: .*model\.safetensors: tensor 'model\.layers\.1\.mlp\.up_proj\.weight' has numbers that "
+                     r"are infinite or undefined", capsys.readouterr().err)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["model"]
+
+
+def test_what_is_there_already_stays(tmp_path: Path, model: Path, one_line: Callable[..., str]) -> None:
+    before = {path: path.read_bytes() for path in model.iterdir()}
+    assert "there is something already; choose another --out" in one_line("import", model, "--out", model)
+    assert {path: path.read_bytes() for path in model.iterdir()} == before
+    (tmp_path / "empty").mkdir()
+    assert llama2("import", model, "--out", tmp_path / "empty") == 0
+    assert same(state(open_source(tmp_path / "empty")), state(open_source(model)))
+
+
+def test_a_disk_that_is_too_small_is_found_before_anything_is_written(
+        tmp_path: Path, model: Path, one_line: Callable[..., str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10**6, 10**6 - 9, 9))
+    assert re.search(r"the weights take 0\.\d GB, and 0\.0 GB are free", one_line("import", model, "--out",
+                                                                                 tmp_path / "a" / "ours"))
+    assert not (tmp_path / "a").exists()
