@@ -1,14 +1,16 @@
 """Generation: tokens a second of the engine, and its ratio to transformers' `generate` and llama.cpp in the same run.
 
     python benchmarks/engine.py [--shapes demo T S] [--batches 1 16 64] [--precisions fp32 bf16 int8] [--threads N]
-                                [--llamacpp-python PATH]
+                                [--only even mixed rejection] [--llamacpp-python PATH]
 
 Prefill and decode are greedy, without stop ids: prefill = rows x prompt / time of one token, decode = rows x (new - 1)
 / (time of all tokens - time of one). `mixed` is what the recipe does: prompts and answers of many lengths, drawn at
 temperature 1, twice as many prompts as slots; transformers gets the same prompts in padded batches, longest first, and
-only tokens up to the stop id count. Both sides use the same weights, allocator and threads; the best of the repeats
-counts, repeats interleaved. llama.cpp takes part in prefill and decode if the given interpreter has llama-cpp-python
-and gguf; int8 is compared with its Q8_0. It is a process of its own that rests while others are measured.
+only tokens up to the stop id count. `rejection` is 16 samples of 64 tokens for each of 64 prompts, which transformers
+gets 16 prompts at a time (`num_return_sequences`). Both sides use the same weights, allocator and threads; the best of
+the repeats counts, repeats interleaved. llama.cpp takes part in prefill and decode if the given interpreter has
+llama-cpp-python and gguf; int8 is compared with its Q8_0. It is a process of its own that rests while others are
+measured.
 """
 
 from __future__ import annotations
@@ -36,6 +38,7 @@ SHAPES = {
 }
 LENGTHS = {"demo": (40, 40), "T": (128, 128), "S": (128, 128)}  # tokens of a prompt and of an answer
 Engines = Literal["fp32", "bf16", "int8"]
+REJECTION_PROMPTS, REJECTION_SAMPLES, REJECTION_TOKENS, REJECTION_PART = 64, 16, 64, 16
 STOPS = 1 / 40  # share of the vocabulary that ends an answer in `mixed`
 
 
@@ -141,10 +144,31 @@ def mixed(shape: str, rows: int, precision: Engines, repeats: int) -> None:
     show(shape, rows, precision, "mixed", rates["ours"], rates["peer"])
 
 
+def rejection(shape: str, rows: int, precision: Engines, repeats: int) -> None:
+    """Many samples of each prompt, as rejection sampling draws them (§3.2.3)."""
+    model, (prompt, _) = Llama(SHAPES[shape]).requires_grad_(False), LENGTHS[shape]
+    prompts = random_prompts(model.config, [prompt] * REJECTION_PROMPTS)
+    engine, theirs = Engine(model, slots=rows, precision=precision), peer(model, precision)
+    sampling = Sampling(n=REJECTION_SAMPLES, max_tokens=REJECTION_TOKENS)
+
+    def hugging() -> None:
+        for part in torch.tensor(prompts).split(REJECTION_PART):
+            theirs.generate(part, attention_mask=torch.ones_like(part), do_sample=True, top_k=0, eos_token_id=None,
+                            num_return_sequences=sampling.n, max_new_tokens=sampling.max_tokens, pad_token_id=0)
+
+    seconds = best({"ours": lambda: clock(lambda: engine.generate(prompts, sampling)),
+                    "peer": lambda: clock(hugging)}, repeats)
+    count = len(prompts) * sampling.n * sampling.max_tokens
+    show(shape, rows, precision, "rejection", count / seconds["ours"], count / seconds["peer"])
+
+
 def show(shape: str, rows: int, precision: str, what: str, ours: float, peers: float, peer: str = "transformers"
          ) -> None:
-    print(f"{shape:5} rows {rows:3} {precision} {what:8} {ours:9,.0f} tokens/s  {peer:12} {peers:9,.0f}  "
+    print(f"{shape:5} rows {rows:3} {precision} {what:9} {ours:9,.0f} tokens/s  {peer:12} {peers:9,.0f}  "
           f"ratio {ours / peers:5.2f}", flush=True)
+
+
+KINDS = {"even": even, "mixed": mixed, "rejection": rejection}
 
 
 def main() -> None:
@@ -154,6 +178,7 @@ def main() -> None:
     parser.add_argument("--precisions", nargs="+", default=["fp32", "bf16"], choices=["fp32", "bf16", "int8"])
     parser.add_argument("--threads", type=int)
     parser.add_argument("--repeats", type=int, default=2)
+    parser.add_argument("--only", nargs="+", default=list(KINDS), choices=list(KINDS))
     parser.add_argument("--llamacpp-python", default="", help="an interpreter that has llama-cpp-python and gguf")
     arguments = parser.parse_args()
     if arguments.threads:
@@ -163,9 +188,12 @@ def main() -> None:
     print(f"{torch.get_num_threads()} threads")
     for shape in arguments.shapes:
         for precision in arguments.precisions:
-            for rows in arguments.batches:
-                even(shape, rows, precision, arguments.repeats, arguments.llamacpp_python)
-            mixed(shape, max(arguments.batches), precision, arguments.repeats)
+            if "even" in arguments.only:
+                for rows in arguments.batches:
+                    even(shape, rows, precision, arguments.repeats, arguments.llamacpp_python)
+            for kind in ("mixed", "rejection"):
+                if kind in arguments.only:
+                    KINDS[kind](shape, max(arguments.batches), precision, arguments.repeats)
 
 
 if __name__ == "__main__":

@@ -42,6 +42,17 @@ _BEGUN = {".lock", SECONDS, *(f"{name}{end}" for name in ("config.yaml", MANIFES
 _TRANSIENT = {CHECKPOINTS, COMPLETE, MANIFEST, METRICS, "config.yaml"}
 
 
+class Stopped(Exception):
+    """Training was asked to stop and has saved its state: not a failure."""
+
+    exit_code = 0
+
+    def __init__(self, step: int, checkpoint: Path | None) -> None:
+        self.step, self.checkpoint = step, checkpoint
+        super().__init__(f"stopped after step {step}; the same command resumes" if checkpoint
+                         else f"stopped after step {step}, nothing was saved")
+
+
 def write_atomic(path: Path, data: str | bytes) -> None:
     """Write a whole file or nothing."""
     temporary = path.with_name(path.name + ".tmp")

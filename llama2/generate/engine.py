@@ -19,7 +19,6 @@ from typing import Literal, Protocol
 
 import torch
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 
 from llama2.errors import UserError
 from llama2.generate.batch import Batch, Request
@@ -176,7 +175,7 @@ class Engine:
         Frozen ones are taken once, as long as nothing else writes to them.
         """
         weights = list(self._model.parameters())
-        sharded = any(isinstance(weight, DTensor) for weight in weights)
+        sharded = any(_is_sharded(weight) for weight in weights)
         frozen = not sharded and not any(weight.requires_grad for weight in weights)
         state = [(weight.data_ptr(), _version(weight)) for weight in weights] if frozen else []
         changed = not frozen or state != self._state
@@ -189,7 +188,7 @@ class Engine:
         if changed:
             with torch.inference_mode():
                 for own, weight in zip(self._copy.parameters(), weights, strict=True):
-                    self._fill(own, weight.full_tensor() if isinstance(weight, DTensor) else weight)
+                    self._fill(own, _whole(weight))
         return self._copy
 
     def _fill(self, own: Tensor, weight: Tensor) -> None:
@@ -197,6 +196,16 @@ class Engine:
         if self._integers and own.dim() == 2:
             integers, scale = decode.rounded(own)
             own.copy_(integers * scale[:, None])
+
+
+def _is_sharded(weight: Tensor) -> bool:
+    """Told by its method: the class of sharded tensors takes half a second to import."""
+    return hasattr(weight, "full_tensor")
+
+
+def _whole(weight: Tensor) -> Tensor:
+    gathered: Tensor = weight.full_tensor() if hasattr(weight, "full_tensor") else weight
+    return gathered
 
 
 def _version(weight: Tensor) -> int:

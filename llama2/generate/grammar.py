@@ -28,15 +28,19 @@ _OBJECT = {"type": "object"}
 
 
 class Grammar:
-    """What one text may still become. It remembers what was said, so each sample drives a copy of its own (`fresh`)."""
+    """What one text may still become. It remembers what was said, so each sample drives a copy of its own (`fresh`).
 
-    def __init__(self, matcher: Any, vocab_size: int) -> None:
+    `schema` is the JSON Schema it was made of, None for any object.
+    """
+
+    def __init__(self, matcher: Any, vocab_size: int, schema: dict[str, Any] | None = None) -> None:
         self._start, self._matcher, self._vocab_size = matcher, matcher.deep_copy(), vocab_size
         self._ended = False
+        self.schema = schema
 
     def fresh(self) -> Grammar:
         """The same grammar before the first token."""
-        return Grammar(self._start, self._vocab_size)
+        return Grammar(self._start, self._vocab_size, self.schema)
 
     @property
     def done(self) -> bool:
@@ -76,16 +80,17 @@ def json_grammar(tokenizer: Tokenizer, schema: dict[str, Any] | None = None) -> 
     UserError names what is wrong with a schema, or which of its keys cannot be enforced while sampling.
     """
     # Given for the whole text, so that nothing inside of the schema can turn it off.
-    schema = {**(_OBJECT if schema is None else schema), "x-guidance": {"whitespace_pattern": _WHITE_SPACE}}
+    spaced = {**(_OBJECT if schema is None else schema), "x-guidance": {"whitespace_pattern": _WHITE_SPACE}}
     try:
-        text = json.dumps(schema, allow_nan=False)
+        text = json.dumps(spaced, allow_nan=False)
     except (TypeError, ValueError) as error:
         raise _bad(str(error)) from None
-    return _compiled(tokenizer, text).fresh()
+    return Grammar(_compiled(tokenizer, text), tokenizer.vocab_size, schema)
 
 
 @lru_cache(maxsize=64)
-def _compiled(tokenizer: Tokenizer, schema: str) -> Grammar:
+def _compiled(tokenizer: Tokenizer, schema: str) -> Any:
+    """llguidance's matcher before the first token."""
     library = _llguidance()
     vocabulary = _vocabulary(tokenizer)
     alone = library.LLMatcher.grammar_from_json_schema(schema)
@@ -96,7 +101,7 @@ def _compiled(tokenizer: Tokenizer, schema: str) -> Grammar:
     matcher = library.LLMatcher(vocabulary, lark, log_level=0)
     if matcher.is_error():
         raise _bad(matcher.get_error())
-    return Grammar(matcher, tokenizer.vocab_size)
+    return matcher
 
 
 @dataclass(frozen=True)
@@ -139,4 +144,5 @@ def _bad(message: str) -> UserError:
 
 
 def _first_line(message: str) -> str:
-    return " ".join(message.split())[:300]
+    """Without the library's own state, which it appends."""
+    return " ".join(message.partition("<state>")[0].split())[:300]

@@ -3,8 +3,9 @@
 So a large policy samples on vLLM, or on `llama2 serve`, while reward models score here. Prompts are sent as token ids,
 one request a sample, each with a seed made of the caller's seed, the number of the prompt and the number of the sample:
 a job that is resumed asks for the same. vLLM and `llama2 serve` send back token ids and log-probabilities
-(`return_token_ids`, `logprobs`). Of a server that sends text alone the text is encoded again, which may give other ids
-than were drawn, and the log-probabilities are NaN.
+(`return_token_ids`, `logprobs`), llama.cpp's server a list of both. Of a server that sends text alone the text is
+encoded again, which may give other ids than were drawn, and the log-probabilities are NaN. A grammar goes there as the
+JSON Schema it was made of.
 
 What a network does is expected: requests are repeated after a pause that doubles, one that fails for good takes no
 finished one with it, and finished ones are in the journal before the next is asked for.
@@ -28,14 +29,14 @@ from pydantic import Field
 from llama2.config import Config
 from llama2.errors import UserError, did_you_mean
 from llama2.generate.engine import Completion, Tokens
+from llama2.generate.grammar import Grammar
 from llama2.generate.journal import Journal, Keep
 from llama2.generate.sampling import Sampling
-from llama2.generate.wire import COMPLETIONS, MODELS, Choice, Reply, Trouble, Wire
+from llama2.generate.wire import COMPLETIONS, MODELS, NEUTRAL, Choice, Reply, Trouble, Wire
 from llama2.tokenizer.tokenizer import Tokenizer
 
 Progress = Callable[[int, int], None]  # completions finished, and of how many
 HOPELESS = 32  # so many failures without a success between them, and the rest is not asked for
-_NEUTRAL = {"top_k": 0, "min_p": 0.0, "repetition_penalty": 1.0, "presence_penalty": 0.0, "frequency_penalty": 0.0}
 
 
 class Server(Config):
@@ -170,15 +171,25 @@ class RemoteEngine:
             "max_tokens": min(sampling.max_tokens, self.context - len(prompt)), "temperature": sampling.temperature,
             "top_p": sampling.top_p, "seed": seed_of(sampling.seed, number, sample),
             "stop_token_ids": list(sampling.stop), "return_token_ids": True, "return_tokens_as_token_ids": True,
+            **{name: getattr(sampling, name) for name in NEUTRAL},
         }
         if sampling.grammar is not None:
-            raise UserError(f"{self.url}: a grammar cannot be sent to a server", "sample here, or without it")
-        body |= {name: getattr(sampling, name) for name, neutral in _NEUTRAL.items()
-                 if getattr(sampling, name) != neutral}
+            body["response_format"] = self._shape(sampling.grammar)
+        if self.tokenizer.eos not in sampling.stop:
+            body["ignore_eos"] = True
         if sampling.logit_bias:
             body["logit_bias"] = {str(token): value for token, value in sampling.logit_bias}
         key = hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()[:32]
         return _Ask(key, number, prompt, body)
+
+    def _shape(self, grammar: object) -> dict[str, Any]:
+        """What an answer shall be, in the words of OpenAI's chats, which vLLM and `llama2 serve` know here too."""
+        if not isinstance(grammar, Grammar):
+            raise UserError(f"{self.url}: a grammar can be sent to a server as a JSON Schema alone",
+                            "make it with json_grammar, or sample here")
+        if grammar.schema is None:
+            return {"type": "json_object"}
+        return {"type": "json_schema", "json_schema": {"name": "answer", "schema": grammar.schema}}
 
     async def _ask_all(self, asks: Sequence[_Ask], sampling: Sampling, found: dict[str, Completion], keep: Keep,
                        tally: _Tally) -> None:
@@ -214,8 +225,8 @@ class RemoteEngine:
         async def once() -> Completion:
             reply = await self._wire.request(client, "POST", COMPLETIONS, ask.body)
             try:
-                return self._read(Reply.model_validate(reply).choices[0], ask, sampling)
-            except (ValueError, IndexError):
+                return self._read(Reply.model_validate(reply).choice(), ask, sampling)
+            except ValueError:
                 raise Trouble("an answer of another form than expected") from None
 
         return await self._wire.patiently(ask.key, once)
@@ -242,7 +253,16 @@ class RemoteEngine:
         if not end:
             raise ValueError("nothing")
         finish: Literal["stop", "length"] = "stop" if ids[end - 1] in sampling.stop else "length"
+        if sampling.grammar is not None and finish == "stop":
+            self._check_json(ids[:end])
         return Completion(ask.prompt, tuple(ids[:end]), tuple(logprobs[:end]), finish)
+
+    def _check_json(self, ids: Sequence[int]) -> None:
+        """A server may leave `response_format` aside without a word."""
+        try:
+            json.loads(self.tokenizer.decode(ids))
+        except ValueError:
+            raise Trouble("the answer is no JSON, as if the server knew no response_format", again=None) from None
 
     def _encode(self, text: str) -> list[int]:
         return self.tokenizer.encode(text.removeprefix(" "))

@@ -21,11 +21,13 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from llama2.errors import UserError
+from llama2.model import native
 
 UNIFORMS = 2  # the second is used where the first drew a token outside of the nucleus
 _CANDIDATES = 256  # of the likeliest tokens, tried before a whole vocabulary is sorted
 _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 _BLOCK = 32
+_call = native.Library("draw")
 
 
 class Grammar(Protocol):
@@ -130,12 +132,35 @@ def draw(logits_BV: Tensor, uniforms_BU: Tensor, sampling: Sampling, changed_BV:
     without temperature, truncation and changes (fp32)."""
     logits_BV = logits_BV.float()
     source_BV = logits_BV if changed_BV is None else changed_BV
+    if logits_BV.device.type == "cpu" and _call.found and not (sampling.top_k or sampling.min_p):
+        return _drawn_natively(logits_BV, source_BV, uniforms_BU, sampling)
     if sampling.temperature == 0:
         tokens_B = _argmax(source_BV)
     else:
-        scaled_BV = source_BV if sampling.temperature == 1 else source_BV / sampling.temperature
-        tokens_B = _sample(scaled_BV.softmax(-1), uniforms_BU, sampling)
+        tokens_B = _sample(_weights(source_BV, sampling), uniforms_BU, sampling)
     return tokens_B, logits_BV.gather(1, tokens_B[:, None]).squeeze(1) - logits_BV.logsumexp(-1)
+
+
+def _drawn_natively(logits_BV: Tensor, source_BV: Tensor, uniforms_BU: Tensor, sampling: Sampling
+                    ) -> tuple[Tensor, Tensor]:
+    """`draw` in two passes over the logits; a row that leaves the nucleus is drawn again from the nucleus alone."""
+    rows, size = logits_BV.shape
+    logits_BV, source_BV = logits_BV.contiguous(), source_BV.contiguous()
+    tokens_B, logprobs_B = torch.empty(rows, dtype=torch.long), torch.empty(rows)
+    likelier_B = torch.empty(rows) if sampling.top_p < 1 and sampling.temperature else None
+    _call("draw", rows, size, logits_BV, source_BV, uniforms_BU[:, 0].contiguous(),
+          1 / sampling.temperature if sampling.temperature else 0.0, tokens_B, logprobs_B,
+          0 if likelier_B is None else likelier_B.data_ptr())
+    if likelier_B is not None and len(outside := (likelier_B > sampling.top_p).nonzero().squeeze(1)):
+        weights_BV = _weights(source_BV[outside], sampling)
+        nucleus_BV = _nucleus(weights_BV, sampling.top_p * weights_BV.sum(-1, keepdim=True))
+        tokens_B[outside], own_BV = _invert(nucleus_BV, uniforms_BU[outside, 1:])[0], logits_BV[outside]
+        logprobs_B[outside] = own_BV.gather(1, tokens_B[outside, None]).squeeze(1) - own_BV.logsumexp(-1)
+    return tokens_B, logprobs_B
+
+
+def _weights(logits_BV: Tensor, sampling: Sampling) -> Tensor:
+    return (logits_BV if sampling.temperature == 1 else logits_BV / sampling.temperature).softmax(-1)
 
 
 def change(logits_BV: Tensor, sampling: Sampling, seen_BV: Tensor | None, counts_BV: Tensor | None,

@@ -24,15 +24,26 @@ COMPLETIONS, MODELS = "/v1/completions", "/v1/models"
 LONGEST_PAUSE = 600.0  # seconds, whatever Retry-After says
 _TRY_AGAIN = {408, 425, 429}  # and all from 500 on
 _NEVER = {401, 403, 404, 405}  # would be the same for every request
+NEUTRAL: dict[str, Any] = {"top_k": 0, "min_p": 0.0, "repetition_penalty": 1.0, "presence_penalty": 0.0,
+                           "frequency_penalty": 0.0}
+"""what changes nothing; it is sent, as servers have defaults of their own"""
 _EXTRAS = ("return_token_ids", "return_tokens_as_token_ids", "stop_token_ids")  # not OpenAI's, and not essential
 T = TypeVar("T")
 
 
+class Token(BaseModel):
+    """A token as llama.cpp's server lists it."""
+
+    id: int | None = None
+    logprob: float | None = None
+
+
 class Logprobs(BaseModel):
-    """Names and log-probabilities of tokens, side by side."""
+    """Names and log-probabilities of tokens, side by side; or llama.cpp's list of both."""
 
     tokens: list[str] = []
     token_logprobs: list[float | None] = []
+    content: list[Token] = []
 
 
 class Choice(BaseModel):
@@ -52,10 +63,32 @@ class Choice(BaseModel):
         return self.token_ids
 
 
+class Usage(BaseModel):
+    """How many tokens were drawn."""
+
+    completion_tokens: int | None = None
+
+
 class Reply(BaseModel):
     """A reply, or one event of a stream."""
 
     choices: list[Choice]
+    usage: Usage | None = None
+
+    def choice(self) -> Choice:
+        """The one that was asked for; ValueError if there is none.
+
+        llama.cpp's list leaves out tokens inside of a character, so it counts only if it is as long as the answer.
+        """
+        if not self.choices:
+            raise ValueError("no choice")
+        choice, drawn = self.choices[0], self.usage.completion_tokens if self.usage else None
+        listed = choice.logprobs.content if choice.logprobs else []
+        ids = [token.id for token in listed if token.id is not None]
+        if ids and len(ids) == drawn:
+            choice.token_ids = ids
+            choice.logprobs = Logprobs(token_logprobs=[token.logprob for token in listed])
+        return choice
 
 
 class Trouble(Exception):
@@ -77,7 +110,7 @@ class Wire:
         self.url, self.concurrency = re.sub(r"/+(v1/*)?$", "", url), concurrency
         self._retries, self._timeout, self._pause = retries, timeout, pause
         self._headers = {"Authorization": f"Bearer {key}"} if key else {}
-        self._extras = set(_EXTRAS)
+        self._refused: set[str] = set()  # fields that this server does not know
 
     def client(self) -> Any:
         """One pool of connections, to be used as an asynchronous context."""
@@ -139,8 +172,8 @@ class Wire:
         yield from self.events(body)
 
     def _sent(self, body: dict[str, Any] | None) -> dict[str, Any] | None:
-        left_out = set(_EXTRAS) - self._extras
-        return body and {name: value for name, value in body.items() if name not in left_out}
+        return body and {name: value for name, value in body.items()
+                         if name not in self._refused or not _spare(name, value)}
 
     def _left_out(self, response: Any, sent: dict[str, Any] | None) -> bool:
         """Whether a request was refused for a field that we can do without. It is not sent any more.
@@ -148,9 +181,9 @@ class Wire:
         It is the first that the refusal names; another may be what the server would have us say instead.
         """
         wrong = response.text if response.status_code in (400, 422) else ""
-        named = [name for name in _EXTRAS if name in (sent or ()) and name in wrong]
+        named = [name for name, value in (sent or {}).items() if _spare(name, value) and name in wrong]
         if named:
-            self._extras.discard(min(named, key=wrong.index))
+            self._refused.add(min(named, key=wrong.index))
         return bool(named)
 
     def _refuse(self, response: Any) -> None:
@@ -161,6 +194,11 @@ class Wire:
         if status in _TRY_AGAIN or status >= 500:
             raise Trouble(reason, _retry_after(response.headers.get("retry-after", "")))
         raise Trouble(reason, again=None)
+
+
+def _spare(name: str, value: object) -> bool:
+    """Whether we can do without a field."""
+    return name in _EXTRAS or (name in NEUTRAL and value == NEUTRAL[name])
 
 
 def _httpx() -> Any:

@@ -89,6 +89,9 @@ def _errors(app: FastAPI) -> None:
 
     @app.exception_handler(RequestValidationError)
     async def malformed(request: Request, error: RequestValidationError) -> JSONResponse:
+        if "json" not in request.headers.get("content-type", ""):
+            unnamed = errors.invalid("the body must be JSON, and be called that: 'Content-Type: application/json'")
+            return JSONResponse(unnamed.body(), 400)
         return JSONResponse(errors.invalid(*schema.explained(error.errors())).body(), 400)
 
     @app.exception_handler(HTTPException)

@@ -45,7 +45,7 @@ class Format:
         if event.part:
             found += self._sent([{**self._delta(event.index, event.part), "finish_reason": None}])
         if event.finish:
-            last = {**self._delta(event.index, None), "finish_reason": event.finish}
+            last = {**self._delta(event.index, self._ending(event.stop)), "finish_reason": event.finish}
             found += self._sent([self._reported(last, event.verdict)], event.verdict)
         return found
 
@@ -58,6 +58,10 @@ class Format:
 
     def _delta(self, index: int, part: Part | None) -> dict[str, Any]:
         raise NotImplementedError
+
+    def _ending(self, stop: Piece | None) -> Part | None:
+        """What is reported with the end of a sample that ended by the id `stop`."""
+        return None
 
     def _sent(self, choices: list[dict[str, Any]], verdict: Verdict | None = None, usage: Usage | None = None) -> bytes:
         chunk = {**self._head, "object": self.chunk, "choices": choices}
@@ -121,7 +125,12 @@ class TextFormat(Format):
         return b""
 
     def _content(self, index: int, whole: Whole) -> dict[str, Any]:
-        return self._delta(index, whole.part)
+        ending = self._ending(whole.stop)
+        pieces = [*whole.part.pieces, *(ending.pieces if ending else ())]
+        return self._delta(index, Part(whole.part.text, pieces))
+
+    def _ending(self, stop: Piece | None) -> Part | None:
+        return Part("", [stop]) if stop and self._ids else None
 
     def _delta(self, index: int, part: Part | None) -> dict[str, Any]:
         ids = {"token_ids": [piece.token for piece in part.pieces] if part else []} if self._ids else {}

@@ -17,7 +17,8 @@ from llama2.serve.metrics import Metrics
 from llama2.serve.models import ChatModel
 from llama2.serve.safety import Verdict
 from llama2.serve.schema import Sampled
-from llama2.serve.text import Decoder, Part
+from llama2.serve.shape import Shape
+from llama2.serve.text import Decoder, Part, Piece
 from llama2.serve.worker import Drawn, Ticket
 
 Reason = Literal["stop", "length", "content_filter"]
@@ -31,6 +32,8 @@ class Event:
     part: Part
     finish: Reason | None = None
     verdict: Verdict | None = None
+    stop: Piece | None = None
+    """the stop id that ended it"""
 
 
 @dataclass
@@ -88,21 +91,26 @@ class Generation:
                 "prompt_tokens_details": {"cached_tokens": cached}}
 
     def _take(self, drawn: Drawn) -> Event | None:
-        sample, part = self._samples[drawn.sample], Part()
+        sample, part, stop = self._samples[drawn.sample], Part(), None
         last = len(drawn.tokens) - 1 if drawn.finish == "stop" else -1  # a stop id has no text
         for place, token in enumerate(drawn.tokens):
             sample.drawn += 1
-            if place == last:
-                break
             alternatives = drawn.alternatives[place] if place < len(drawn.alternatives) else ()
+            if place == last:
+                stop = sample.decoder.silent(token, drawn.logprobs[place], alternatives)
+                break
             part.add(sample.decoder.push(token, drawn.logprobs[place], alternatives))
             if sample.decoder.stopped:
                 self.ticket.cancel(drawn.sample)
                 return Event(drawn.sample, part, "stop")
         if drawn.finish is None:
             return Event(drawn.sample, part) if part else None
+        grammar = self.ticket.requests[drawn.sample].sampling.grammar
+        if isinstance(grammar, Shape) and grammar.error:
+            raise grammar.error
         part.add(sample.decoder.close())
-        return Event(drawn.sample, part, "length" if drawn.finish == "length" else "stop")
+        finish: Reason = "length" if drawn.finish == "length" else "stop"
+        return Event(drawn.sample, part, finish, stop=None if sample.decoder.stopped else stop)
 
     def _measure(self, news: Sequence[Drawn]) -> None:
         now, count = time.monotonic(), sum(len(drawn.tokens) for drawn in news)
@@ -130,6 +138,7 @@ class Whole:
     part: Part = field(default_factory=Part)
     finish: Reason = "length"
     verdict: Verdict | None = None
+    stop: Piece | None = None
 
 
 async def collected(events: AsyncIterator[list[Event]], count: int) -> list[Whole]:
@@ -140,6 +149,7 @@ async def collected(events: AsyncIterator[list[Event]], count: int) -> list[Whol
             whole = wholes[event.index]
             whole.part.add(event.part)
             whole.finish, whole.verdict = event.finish or whole.finish, event.verdict or whole.verdict
+            whole.stop = event.stop or whole.stop
     return wholes
 
 
@@ -149,13 +159,16 @@ def sampling_of(asked: Sampled, model: ChatModel, max_tokens: int, top_logprobs:
     size = model.tokenizer.vocab_size
     if outside := [token for token, _ in bias if token >= size]:
         raise errors.invalid(f"logit_bias: there is no token {outside[0]}; the model has {size}", "logit_bias")
+    stop = (*(() if asked.ignore_eos else (model.tokenizer.eos,)), *(asked.stop_token_ids or ()))
+    if outside := [token for token in stop if token >= size]:
+        raise errors.invalid(f"stop_token_ids: there is no token {outside[0]}; the model has {size}", "stop_token_ids")
     given = {name: value for name in ("temperature", "top_p", "top_k", "min_p", "repetition_penalty",
                                       "presence_penalty", "frequency_penalty")
              if (value := getattr(asked, name)) is not None}
     seed = secrets.randbits(63) if asked.seed is None else asked.seed
     try:
-        return Sampling(**given, max_tokens=max(1, max_tokens), stop=(model.tokenizer.eos,), seed=seed, logit_bias=bias,
-                        top_logprobs=min(top_logprobs, size))
+        return Sampling(**given, max_tokens=max(1, max_tokens), stop=tuple(dict.fromkeys(stop)), seed=seed,
+                        logit_bias=bias, top_logprobs=min(top_logprobs, size))
     except UserError as error:
         raise errors.invalid(str(error)) from None
 

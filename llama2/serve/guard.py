@@ -102,10 +102,14 @@ class Guard:
             raise errors.draining()
         try:
             async with asyncio.timeout(self._limits.body_seconds):
-                return await self._body(headers, receive)
+                body = await self._body(headers, receive)
+            body.decode()
         except TimeoutError:
             raise errors.ApiError(408, "the body of the request came too slowly", kind="timeout", code="timeout",
                                   headers={"Connection": "close"}) from None
+        except UnicodeDecodeError as error:
+            raise errors.invalid(f"the body is not UTF-8: byte {error.start + 1} cannot stand there") from None
+        return body
 
     async def _body(self, headers: Headers, receive: Receive) -> bytes:
         most = self._limits.body_bytes

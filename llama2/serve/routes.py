@@ -3,20 +3,16 @@
 from __future__ import annotations
 
 import asyncio
-import json
 import sys
 import traceback
 from collections.abc import AsyncGenerator, Callable, Sequence
-from dataclasses import dataclass, replace
-from functools import lru_cache
+from dataclasses import dataclass
 from typing import Any
 
 from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse, Response
 
-from llama2.errors import UserError, missing_extra
 from llama2.generate.rewards import probability
-from llama2.generate.sampling import Grammar
 from llama2.records import Message, Messages
 from llama2.serve import errors
 from llama2.serve.clients import EventStream, unless_gone
@@ -27,7 +23,8 @@ from llama2.serve.guard import LOG
 from llama2.serve.metrics import Metrics
 from llama2.serve.models import ChatModel, Models, RewardModel
 from llama2.serve.safety import Gate
-from llama2.serve.schema import ChatRequest, CompletionRequest, JsonBySchema, JsonObject, ScoreRequest
+from llama2.serve.schema import ChatRequest, CompletionRequest, ScoreRequest
+from llama2.serve.shape import shaped
 from llama2.serve.text import Decoder, Part
 from llama2.tokenizer.template import encode_prompt
 from llama2.tokenizer.tokenizer import Tokenizer
@@ -51,11 +48,8 @@ class Service:
         ids = await asyncio.to_thread(encode_prompt, model.tokenizer, conversation)
         most = asked.max_completion_tokens or asked.max_tokens or model.context
         sampling = sampling_of(asked, model, most, asked.top_logprobs or 0)
-        shape = asked.response_format
-        if isinstance(shape, JsonObject | JsonBySchema):
-            check_prompts(model, [ids], "messages")  # which is cheaper
-            wanted = shape.json_schema.schema_ if isinstance(shape, JsonBySchema) else None
-            sampling = replace(sampling, grammar=await asyncio.to_thread(_grammar, model.tokenizer, wanted))
+        check_prompts(model, [ids], "messages")  # which is cheaper than a grammar
+        sampling = await shaped(sampling, asked, model.tokenizer)
         generation = Generation(model, Asked([ids], sampling, asked.n or 1, asked.stops, True, "messages"),
                                 self.seconds, self.metrics)
         events = self._judged(generation, lambda _: conversation)
@@ -68,10 +62,12 @@ class Service:
         prompts = await asyncio.to_thread(_encoded, model.tokenizer, asked.prompts())
         most = DEFAULT_COMPLETION if asked.max_tokens is None else asked.max_tokens
         n = (asked.n or 1) if most else 0
+        sampling = sampling_of(asked, model, most, asked.logprobs or 0)
         check_prompts(model, prompts, "prompt")
+        sampling = await shaped(sampling, asked, model.tokenizer)
         echoes = await self._echoes(model, asked, prompts) if asked.echo else []
-        generation = Generation(model, Asked(prompts, sampling_of(asked, model, most, asked.logprobs or 0), n,
-                                             asked.stops, False, "prompt"), self.seconds, self.metrics)
+        generation = Generation(model, Asked(prompts, sampling, n, asked.stops, False, "prompt"), self.seconds,
+                                self.metrics)
         events = self._judged(generation, lambda index: (Message("user", model.tokenizer.decode(prompts[index])),))
         objects = TextFormat(model.name, model.tokenizer, asked.logprobs is not None, _include_usage(asked),
                              bool(asked.return_token_ids))
@@ -115,7 +111,7 @@ class Service:
             if verdict.replaced:  # its tokens would tell what is not to be told
                 yield [Event(index, Part(self.gate.refusal), "content_filter", verdict)]
             else:
-                yield [Event(index, whole.part, whole.finish, verdict)]
+                yield [Event(index, whole.part, whole.finish, verdict, whole.stop)]
 
     async def _echoes(self, model: ChatModel, asked: CompletionRequest, prompts: Sequence[Sequence[int]]
                       ) -> list[Part]:
@@ -194,23 +190,6 @@ async def _echoed(echoes: Sequence[Part], n: int, events: Events) -> Events:
 
 def _encoded(tokenizer: Tokenizer, prompts: Sequence[str | list[int]]) -> list[list[int]]:
     return [[tokenizer.bos, *tokenizer.encode(prompt)] if isinstance(prompt, str) else prompt for prompt in prompts]
-
-
-def _grammar(tokenizer: Tokenizer, schema: dict[str, Any] | None) -> Grammar:
-    try:
-        return _compiled(tokenizer, json.dumps(schema)).fresh()
-    except UserError as error:
-        raise errors.invalid(f"response_format: {error}", "response_format") from None
-
-
-@lru_cache(maxsize=32)
-def _compiled(tokenizer: Tokenizer, schema: str) -> Grammar:
-    try:
-        from llama2.generate.grammar import json_grammar
-    except ModuleNotFoundError as error:
-        raise missing_extra(error.name or "llguidance", "serve") from None
-    grammar: Grammar = json_grammar(tokenizer, json.loads(schema))
-    return grammar
 
 
 def _include_usage(asked: ChatRequest | CompletionRequest) -> bool:

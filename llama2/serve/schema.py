@@ -117,6 +117,11 @@ class Sampled(Strict):
     """the same seed and request give the same answer"""
     n: int | None = Field(None, ge=1, le=MOST_SAMPLES)
     stop: Stop | Annotated[list[Stop], Field(max_length=MOST_STOPS)] | None = None
+    stop_token_ids: list[Annotated[int, Field(ge=0)]] | None = Field(None, max_length=1024)
+    """token ids that end an answer besides EOS; vLLM's name for it"""
+    ignore_eos: bool | None = None
+    """go on behind EOS; vLLM's name for it"""
+    response_format: ResponseFormat | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     user: str | None = None
@@ -149,7 +154,6 @@ class ChatRequest(Sampled):
     """the newer name of max_tokens"""
     logprobs: bool | None = None
     top_logprobs: int | None = Field(None, ge=0, le=20)
-    response_format: ResponseFormat | None = None
 
     @field_validator("messages")
     @classmethod
@@ -183,7 +187,8 @@ class CompletionRequest(Sampled):
     echo: bool | None = None
     logprobs: int | None = Field(None, ge=0, le=20)
     return_token_ids: bool | None = None
-    """report the ids that were drawn, but for the stop id; vLLM's name for it"""
+    """report the ids that were drawn, also one that ended the text, which then has its place in `logprobs` too; vLLM's
+    name for it"""
 
     @model_validator(mode="after")
     def _something_to_do(self) -> CompletionRequest:

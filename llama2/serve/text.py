@@ -97,6 +97,10 @@ class Decoder:
         self._length += len(text)
         return self._part(self._stops.push(text))
 
+    def silent(self, token: int, logprob: float | None, alternatives: tuple[tuple[int, float], ...] = ()) -> Piece:
+        """How a token is reported that ends the text and is no part of it."""
+        return Piece(token, self._length, logprob, alternatives)
+
     def close(self) -> Part:
         """What is left when no token will follow."""
         part = self._part(self._stops.push(next(self._texts)))

@@ -9,7 +9,6 @@ data-parallel.
 from __future__ import annotations
 
 import importlib
-import json
 import multiprocessing
 import os
 import signal
@@ -23,13 +22,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 
 from llama2 import mesh, runs
-from llama2.config import StageConfig, build, overrides, parse
+from llama2.config import StageConfig, build, parse
 from llama2.errors import UserError, explain_os_errors
-from llama2.stages import planning
-from llama2.train.loop import Stopped
+from llama2.runs import Stopped
 
 
 @dataclass(frozen=True)
@@ -78,7 +75,8 @@ def command(verb: str, arguments: Sequence[str]) -> int:
     """Parse and carry out one command line; the exit status."""
     module = stage(verb)
     if "--dry-run" in arguments:
-        return _dry_run(verb, module, [flag for flag in arguments if flag != "--dry-run"])
+        dry = importlib.import_module("llama2.stages.dry")
+        return int(dry.show(verb, module, list(arguments), _positional))
     config = parse(module.Config, _positional(module, list(arguments)), f"llama2 {verb}")
     try:
         if VERBS[verb].makes_run:
@@ -92,30 +90,6 @@ def command(verb: str, arguments: Sequence[str]) -> int:
     finally:
         mesh.shutdown()
     return 0
-
-
-def _dry_run(verb: str, module: Any, arguments: list[str]) -> int:
-    """Print the resolved configuration and what it would cost; `--json` for programs."""
-    cluster, flags = _cluster([flag for flag in arguments if flag != "--json"])
-    config = parse(module.Config, _positional(module, flags), f"llama2 {verb}")
-    shown = {"config": config.model_dump(mode="json")}
-    if hasattr(module, "plan"):
-        shown |= {"cluster": cluster.model_dump()} | module.plan(config, cluster, planning.Lineage())
-    as_yaml = yaml.safe_dump(shown, sort_keys=False, default_flow_style=None, width=120)
-    print(json.dumps(shown, indent=1) if "--json" in arguments else as_yaml, end="")
-    return 0
-
-
-def _cluster(flags: list[str]) -> tuple[planning.Cluster, list[str]]:
-    """`--ranks`, `--gib`, `--tflops`, `--mfu` describe the machines of a dry run; all other flags are the stage's."""
-    mine: list[str] = []
-    rest: list[str] = []
-    for place, flag in enumerate(flags):
-        before = flags[place - 1] if place else ""
-        names = {f"--{name}" for name in planning.Cluster.model_fields}
-        (mine if flag.partition("=")[0] in names or before in names else rest).append(flag)
-    values = {"ranks": int(os.environ["WORLD_SIZE"])} if "WORLD_SIZE" in os.environ else {}
-    return build(planning.Cluster, values | overrides(mine), "--dry-run"), rest
 
 
 def _positional(module: Any, flags: list[str]) -> list[str]:

@@ -25,6 +25,7 @@ from llama2 import mesh
 from llama2.config import Config
 from llama2.errors import UserError
 from llama2.mesh import Precision
+from llama2.runs import Stopped
 from llama2.train import optim, parallel
 
 Batch = dict[str, Tensor]
@@ -210,17 +211,6 @@ class Training:
         """Publish metrics of the current step to all hooks."""
         for hook in self.hooks:
             hook.on_log(self.learner.step, metrics)
-
-
-class Stopped(Exception):
-    """Training was asked to stop and has saved its state: not a failure."""
-
-    exit_code = 0
-
-    def __init__(self, step: int, checkpoint: Path | None) -> None:
-        self.step, self.checkpoint = step, checkpoint
-        super().__init__(f"stopped after step {step}; the same command resumes" if checkpoint
-                         else f"stopped after step {step}, nothing was saved")
 
 
 def fit(learner: Learner, source: Source, objective: Objective, plan: Plan, hooks: Sequence[Hook] = ()) -> None:

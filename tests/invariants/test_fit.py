@@ -16,8 +16,9 @@ import torch
 from toys import Rows, llama, noisy, weights
 
 from llama2.errors import UserError
+from llama2.runs import Stopped
 from llama2.train import hooks, optim, state
-from llama2.train.loop import Hook, Learner, Loss, Plan, Stopped, fit
+from llama2.train.loop import Hook, Learner, Loss, Plan, fit
 from llama2.train.objectives import next_token
 
 PLAN = Plan(max_steps=9, warmup_steps=2, save_every=3, validate_every=4, log_every=2)

@@ -14,8 +14,9 @@ from toys import Rows, llama, weights
 
 from llama2 import mesh
 from llama2.errors import UserError
+from llama2.runs import Stopped
 from llama2.train import hooks, optim, parallel, state
-from llama2.train.loop import Hook, Learner, Plan, Stopped, fit
+from llama2.train.loop import Hook, Learner, Plan, fit
 from llama2.train.objectives import next_token
 
 WORLD = 2

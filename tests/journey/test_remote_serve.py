@@ -8,27 +8,47 @@ from servers import serving
 
 from llama2 import records
 from llama2.generate.engine import Engine
+from llama2.generate.grammar import json_grammar
 from llama2.generate.remote import Server, connect
 from llama2.generate.sampling import Sampling
 from llama2.model import checkpoint
-from llama2.records import Dialog
+from llama2.records import Dialog, Message
+from llama2.tokenizer.template import encode_prompt
+
+GREEDY = {"temperature": 0, "max_tokens": 40}
+WAYS = {
+    "an end": {"stop": (2,)},
+    "other ends": {"stop": (2, 300, 340, 360)},
+    "no end": {"stop": ()},
+    "penalties": {"stop": (2,), "repetition_penalty": 1.3, "presence_penalty": 0.5, "frequency_penalty": -0.5},
+    "a bias": {"stop": (2,), "logit_bias": ((2, -100.0), (350, 3.0))},
+    "a schema": {"stop": (2,), "grammar": {"type": "object", "properties": {"mood": {"enum": ["glad", "sad"]}},
+                                           "required": ["mood"], "additionalProperties": False}},
+}
 
 
-def test_completions_of_a_server_are_those_of_the_engine_here(base, policy, tokenizer):
-    prompts = [[1, 300 + row, 350, 360 + row] for row in range(5)]
-    for path in (base, policy):
-        here = Engine(checkpoint.load(path).eval(), precision="fp32")
-        sampling = Sampling(temperature=0, max_tokens=12, stop=(tokenizer.eos,))
-        with serving(path) as served:
-            remote = connect(Server(url=served.url), tokenizer, 10**6)
-            assert remote.context == here.context
-            for (mine,), (its,) in zip(remote.generate(prompts, sampling), here.generate(prompts, sampling)):
-                assert (mine.tokens, mine.finish) == (its.tokens, its.finish)
-                drawn = len(its.tokens) - (its.finish == "stop")  # this server does not report the stop id
-                assert mine.logprobs[:drawn] == pytest.approx(its.logprobs[:drawn], abs=1e-5)
-                stream = list(remote.stream(mine.prompt, sampling))
-                assert stream == list(its.tokens)[: len(stream)]
-                assert len(stream) >= drawn
+@pytest.fixture(scope="module")
+def pair(policy, tokenizer):
+    """The engine here, and one on a server of the same model."""
+    with serving(policy) as served:
+        here = Engine(checkpoint.load(policy).eval(), precision="fp32")
+        yield here, connect(Server(url=served.url), tokenizer, 10**6)
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_completions_of_a_server_are_those_of_the_engine_here(pair, tokenizer, way):
+    here, remote = pair
+    assert remote.context == here.context
+    given = dict(WAYS[way])
+    if "grammar" in given:
+        given["grammar"] = json_grammar(tokenizer, given["grammar"])
+    sampling = Sampling(**GREEDY, **given)
+    prompts = [encode_prompt(tokenizer, (Message("user", text),)) for text in ("Who are you?", "Name a colour.")]
+    prompts += [[1, 300 + row, 350, 360 + row] for row in range(5)]
+    for (mine,), (its,) in zip(remote.generate(prompts, sampling), here.generate(prompts, sampling)):
+        assert (mine.prompt, mine.tokens, mine.finish) == (its.prompt, its.tokens, its.finish)
+        assert mine.logprobs == pytest.approx(its.logprobs, abs=1e-5)  # an error of fp32 through JSON
+        assert list(remote.stream(mine.prompt, sampling)) == list(its.tokens)
 
 
 def test_rejection_sampling(tmp_path, base, scorers, prompts):

@@ -7,8 +7,11 @@ import json
 import httpx
 import openai
 import pytest
-import torch
 from servers import serving
+
+from llama2.generate.sampling import Sampling
+from llama2.records import Message
+from llama2.tokenizer.template import encode_prompt
 
 ASK = [{"role": "user", "content": "Name a colour."}]
 LONG = {"2": -100}  # no end before the limit
@@ -113,38 +116,46 @@ def test_the_likelihood_of_a_text(client, served):
     assert drawn.text_offset == [again.text_offset[3]]  # as if the prompt had been there
 
 
-class Spelling:
-    """A grammar of one text."""
-
-    def __init__(self, ids, size, eos):
-        self.ids, self.size, self.eos, self.place = ids, size, eos, 0
-
-    def mask(self):
-        allowed = torch.zeros(self.size, dtype=torch.bool)
-        allowed[self.ids[self.place] if self.place < len(self.ids) else self.eos] = True
-        return allowed
-
-    def accept(self, token):
-        self.place += 1
-
-    def fresh(self):
-        return Spelling(self.ids, self.size, self.eos)
+SHAPE = {"type": "object", "properties": {"mood": {"enum": ["glad", "sad"]}}, "required": ["mood"],
+         "additionalProperties": False}
 
 
-def test_a_grammar_guides_every_sample(client, monkeypatch):
-    wanted = []
+def test_a_schema_guides_every_sample(client):
+    form = {"type": "json_schema", "json_schema": {"name": "x", "schema": SHAPE}}
+    asked = {"model": "policy", "n": 3, "seed": 1, "max_tokens": 60}
+    answer = client.chat.completions.create(**asked, messages=ASK, response_format=form)
+    said = [choice.message.content for choice in answer.choices]
+    more = client.completions.create(**asked, prompt="The cat says", extra_body={"response_format": form})
+    for text in (*said, *(choice.text for choice in more.choices)):
+        assert json.loads(text)["mood"] in ("glad", "sad")
+    assert {choice.finish_reason for choice in (*answer.choices, *more.choices)} == {"stop"}
+    alone = client.chat.completions.create(**asked, messages=ASK, response_format={"type": "json_object"})
+    assert all(choice.message.content.startswith("{") for choice in alone.choices)
 
-    def compiled(tokenizer, schema):
-        wanted.append(json.loads(schema))
-        return Spelling(tokenizer.encode('{"a": 1}'), tokenizer.vocab_size, tokenizer.eos)
 
-    monkeypatch.setattr("llama2.serve.routes._compiled", compiled)
-    shape = {"type": "object"}
-    for form in ({"type": "json_object"}, {"type": "json_schema", "json_schema": {"name": "x", "schema": shape}}):
-        answer = client.chat.completions.create(model="policy", messages=ASK, n=3, response_format=form)
-        assert [choice.message.content for choice in answer.choices] == ['{"a": 1}'] * 3
-        assert {choice.finish_reason for choice in answer.choices} == {"stop"}
-    assert wanted == [None, shape]
+def test_the_end_is_reported_with_the_ids_it_is_one_of(client, served):
+    model = next(iter(served.models))
+    prompt = encode_prompt(model.tokenizer, (Message("user", "Name a colour."),))
+    asked = {"model": "policy", "prompt": prompt, "temperature": 0, "max_tokens": 60, "logprobs": 1}
+    plain = client.completions.create(**asked).choices[0]
+    assert plain.finish_reason == "stop"
+    for more in ({}, {"stop_token_ids": [model.tokenizer.encode(".")[-1]]}, {"ignore_eos": True}):
+        found = client.completions.create(**asked, extra_body={"return_token_ids": True, **more}).choices[0]
+        stop = (*(() if "ignore_eos" in more else (2,)), *more.get("stop_token_ids", ()))
+        (its,), = model.engine.generate([prompt], Sampling(temperature=0, max_tokens=60, stop=stop))
+        assert (tuple(found.token_ids), found.finish_reason) == (its.tokens, its.finish)
+        assert found.logprobs.token_logprobs == pytest.approx(its.logprobs, abs=1e-4)
+        assert len(found.logprobs.tokens) == len(found.logprobs.text_offset) == len(its.tokens)
+        chunks = list(client.completions.create(**asked, extra_body={"return_token_ids": True, **more}, stream=True))
+        parts = [chunk.choices[0] for chunk in chunks]
+        assert tuple(token for part in parts for token in part.token_ids) == its.tokens
+        assert "".join(part.text for part in parts) == found.text
+        assert [value for part in parts if part.logprobs for value in part.logprobs.token_logprobs] == pytest.approx(
+            its.logprobs, abs=1e-4)
+        if not more:  # nobody who did not ask for ids hears of one without text
+            assert plain.text == found.text
+            assert plain.logprobs.tokens == found.logprobs.tokens[:-1]
+            assert parts[-1].token_ids == [2]
 
 
 def test_scores(served, scorers):
@@ -174,6 +185,9 @@ def test_scores(served, scorers):
     ("chat/completions", {"messages": [{"role": "user", "content": "a " * 400}]}, 400, "messages", "more than leave"),
     ("completions", {"prompt": [70000]}, 400, "prompt", "token ids outside"),
     ("completions", {"prompt": []}, 400, "prompt", ""),
+    ("completions", {"prompt": "a", "stop_token_ids": [70000]}, 400, "stop_token_ids", "there is no token 70000"),
+    ("completions", {"prompt": "a", "response_format": {"type": "json_schema", "json_schema": {"schema": {
+        "type": "nothing"}}}}, 400, "response_format", "cannot be used"),
     ("completions", {"prompt": "a", "max_tokens": 0}, 400, "max_tokens", "only with echo"),
     ("score", {"messages": ASK}, 400, "messages", "last turn must be 'assistant'"),
     ("nonsense", {}, 404, None, "Not Found"),

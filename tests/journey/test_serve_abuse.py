@@ -12,6 +12,7 @@ import sys
 import threading
 import time
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
 
@@ -102,6 +103,24 @@ def test_requests_made_from_the_schema(brief):
         with httpx.Client(timeout=30) as client:
             answered()
     assert {200, 400, 404} <= set(seen)
+    assert served.post("chat/completions", messages=ASK, max_tokens=2).status_code == 200
+
+
+def test_a_schema_that_cannot_be_followed_ends_nothing_but_its_own_answer(served, slow):
+    """Sixty objects with thirty fields each are more than the parser keeps in mind at once."""
+    kinds = [{"type": "object", "properties": {f"k{kind}{field}": {"type": "integer"} for field in range(30)}}
+             for kind in range(60)]
+    form = {"type": "json_schema", "json_schema": {"name": "x", "schema": {"anyOf": kinds}}}
+    with ThreadPoolExecutor() as pool:
+        other = pool.submit(served.post, "chat/completions", **{**LONG, "max_tokens": 60})
+        for stream in (False, True):
+            answer = served.post("chat/completions", messages=ASK, response_format=form, stream=stream)
+            said = answer.text.strip().split("\n\n")[-1].removeprefix("data: ")
+            assert json.loads(said)["error"]["param"] == "response_format"
+            assert "cannot be followed any further" in said
+            assert answer.status_code == (200 if stream else 400)
+        assert other.result().json()["usage"]["completion_tokens"] == 60
+    wait_for(lambda: served.worker.admitted == 0)
     assert served.post("chat/completions", messages=ASK, max_tokens=2).status_code == 200
 
 

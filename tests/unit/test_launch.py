@@ -13,9 +13,8 @@ from commands import llama2
 from llama2 import cli, runs
 from llama2.config import build
 from llama2.model import checkpoint
-from llama2.runs import read_metrics
+from llama2.runs import Stopped, read_metrics
 from llama2.stages import launch
-from llama2.train.loop import Stopped
 
 
 def finish(workers, seconds=200):

@@ -1,12 +1,14 @@
 """Draws follow the distribution they promise, and depend on nothing but what names them."""
 
 import math
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 
 from llama2.errors import UserError
+from llama2.generate import sampling as sampling_module
 from llama2.generate.sampling import Sampling, draw, uniforms
 
 LOGITS = torch.tensor([2.0, 1.0, 0.5, 0.0, -1.0, -6.0, 1.5, -30.0])
@@ -85,6 +87,22 @@ def test_the_ends_of_the_interval_draw_possible_tokens(uniform: float) -> None:
     logits[0, 10:20] = 0.0
     tokens, _ = draw(logits, torch.full((1, 2), uniform), Sampling())
     assert 10 <= int(tokens) < 20
+
+
+@pytest.mark.skipif(not sampling_module._call.found, reason="no C++ compiler")
+@pytest.mark.parametrize("sampling", [Sampling(), Sampling(0.6), Sampling(1.3, 0.9), Sampling(0.0), Sampling(0.8, 0.3)])
+@pytest.mark.parametrize("changed", [False, True])
+def test_native_draws_are_those_of_pytorch(sampling: Sampling, changed: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    generator = torch.Generator().manual_seed(0)
+    logits = 3 * torch.randn(400, 1500, generator=generator)
+    numbers = torch.rand(400, 2, generator=generator)
+    source = torch.where(torch.rand(400, 1500, generator=generator) < 0.5, -math.inf, logits + 1) if changed else None
+    tokens, logprobs = draw(logits, numbers, sampling, source)
+    monkeypatch.setattr(sampling_module, "_call", SimpleNamespace(found=False))
+    expected, theirs = draw(logits, numbers, sampling, source)
+    same = tokens == expected
+    assert same.float().mean() >= 0.99, "sums rounded otherwise may move a draw to its neighbour, rarely"
+    torch.testing.assert_close(logprobs[same], theirs[same], atol=2e-5, rtol=0)
 
 
 def test_uniforms_are_named_by_seed_prompt_sample_and_place() -> None:

@@ -92,6 +92,16 @@ def test_malformed_bodies(served, body):
     assert answer.json()["error"]["type"] == "invalid_request_error"
 
 
+@pytest.mark.parametrize(("content", "kind", "said"), [
+    (b'{"messages": [{"role": "user", "content": "\xff"}]}', "application/json", "not UTF-8: byte 44"),
+    (b'{"messages": [{"role": "user", "content": "x"}]}', "application/x-www-form-urlencoded", "'Content-Type:"),
+])
+def test_what_is_wrong_with_a_body_is_said(served, content, kind, said):
+    answer = httpx.post(f"{served.url}/v1/chat/completions", content=content, headers={"Content-Type": kind})
+    assert answer.status_code == 400
+    assert said in answer.json()["error"]["message"]
+
+
 def test_not_http_at_all(served):
     with socket.create_connection(served.address, 5) as link:
         link.sendall(b"\x16\x03\x01 nonsense\r\n\r\n")

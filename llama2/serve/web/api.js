@@ -69,7 +69,9 @@ function authorization() {
 async function refusal(response) {
   const body = await response.json().catch(() => null);
   const wait = Number.parseFloat(response.headers.get("Retry-After") ?? "");
-  return new ApiError(body?.error?.message ?? `the server answered ${response.status}`, response.status,
+  const { message = `the server answered ${response.status}`, param } = body?.error ?? {};
+  const said = message.startsWith(`${param}: `) ? message.slice(param.length + 2) : message; // a user knows no fields
+  return new ApiError(said, response.status,
     Number.isFinite(wait) ? Math.min(Math.max(wait, 0), 3600) : 0);
 }
 

@@ -99,6 +99,7 @@ function column(message, version, side, actions) {
   const node = h("section", { class: "column", "aria-busy": version.finish === null ? "true" : null },
     h("p", { class: "model" }, side === null ? null : h("b", {}, "AB"[side]), version.model || "assistant"),
     text,
+    version.finish && !version.error && !version.content ? h("p", { class: "faint" }, "The answer is empty.") : null,
     version.error ? errorCard(version.error, () => actions.retry(message, version)) : null,
     h("div", { class: "foot" }, ...(version.finish === null ? [] : tools(message, version, side, actions)), price),
     side === null ? null : pickButton(message, version, side, actions));
@@ -108,7 +109,7 @@ function column(message, version, side, actions) {
 
 function pickButton(message, version, side, actions) {
   return h("button", { type: "button", class: "pick", "data-action": `pick-${side}`,
-    disabled: version.finish === null || !version.content, onclick: () => actions.pick(message, version) },
+    disabled: version.finish === null || (version.error && !version.content), onclick: () => actions.pick(message, version) },
     "Continue with this answer", h("kbd", {}, String(side + 1)));
 }
 

@@ -1,0 +1,38 @@
+"""`--dry-run`: the resolved configuration of a command and what it would cost. Apart from `launch.py`, because planning
+knows how stages train and sample, which a command that is carried out need not load."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable
+from typing import Any
+
+import yaml
+
+from llama2.config import build, overrides, parse
+from llama2.stages.planning import Cluster, Lineage
+
+
+def show(verb: str, module: Any, arguments: list[str], positional: Callable[[Any, list[str]], list[str]]) -> int:
+    """Print it, with `--json` for programs; the exit status. `positional` names a stage's first argument."""
+    cluster, flags = _cluster([flag for flag in arguments if flag not in ("--dry-run", "--json")])
+    config = parse(module.Config, positional(module, flags), f"llama2 {verb}")
+    shown = {"config": config.model_dump(mode="json")}
+    if hasattr(module, "plan"):
+        shown |= {"cluster": cluster.model_dump()} | module.plan(config, cluster, Lineage())
+    as_yaml = yaml.safe_dump(shown, sort_keys=False, default_flow_style=None, width=120)
+    print(json.dumps(shown, indent=1) if "--json" in arguments else as_yaml, end="")
+    return 0
+
+
+def _cluster(flags: list[str]) -> tuple[Cluster, list[str]]:
+    """`--ranks`, `--gib`, `--tflops`, `--mfu` describe the machines of a dry run; all other flags are the stage's."""
+    mine: list[str] = []
+    rest: list[str] = []
+    for place, flag in enumerate(flags):
+        before = flags[place - 1] if place else ""
+        names = {f"--{name}" for name in Cluster.model_fields}
+        (mine if flag.partition("=")[0] in names or before in names else rest).append(flag)
+    values = {"ranks": int(os.environ["WORLD_SIZE"])} if "WORLD_SIZE" in os.environ else {}
+    return build(Cluster, values | overrides(mine), "--dry-run"), rest
