@@ -148,8 +148,7 @@ def main() -> None:
             print(f"{name:7} {spread([value / 1e9 for value in values], '.2f')} GB/s")
         ratio = {name: statistics.median(a / b for a, b in zip(speeds["import"], speeds[name])) for name in speeds}
         print(f"import is {ratio['read']:.0%} of the disk's sequential read, {ratio['copy']:.0%} of a copy")
-        print(f"anonymous memory grows by {max(memory) / 1e6:.0f} MB at most: the largest tensor and "
-              f"{(max(memory) - largest) / 1e6:.0f} MB")
+        print(f"anonymous memory grows by {max(memory) / 1e6:.0f} MB at most")
 
 
 if __name__ == "__main__":

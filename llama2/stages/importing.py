@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import shutil
 import sys
-from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -22,7 +21,7 @@ from llama2.errors import UserError, explain_os_errors
 from llama2.model.formats import hf, pieces
 from llama2.model.formats.progress import Reading, size
 from llama2.model.formats.recognise import open_source
-from llama2.model.formats.source import Source, Stored
+from llama2.model.formats.source import Source, Stored, observed
 from llama2.model.formats.tensorfile import is_finite
 from llama2.stages.planning import Cluster, Lineage
 from llama2.tokenizer.tokenizer import Tokenizer
@@ -66,7 +65,7 @@ def run(config: Config) -> None:
     _check_space(config.out, _size(source, config))
     _say(f"{source.path}: {_described(source)}")
     with Reading("import", size((source,))) as bar:
-        hf.write(bar.watched(_checked(source)), config.out, dtype=_dtype(config),
+        hf.write(bar.watched(observed(source, _check_finite)), config.out, dtype=_dtype(config),
                  beside=tokenizer.save if tokenizer else lambda directory: None)
     _say(f"{len(source.tensors)} tensors, all numbers finite; {remark}")
     print(config.out)
@@ -125,17 +124,10 @@ def _check_space(out: Path, size: int) -> None:
                         "free some space, choose another --out, or a smaller --dtype")
 
 
-def _checked(source: Source) -> Source:
-    """The same checkpoint, whose tensors are refused when they are read and not finite."""
-    def checked(stored: Stored) -> Stored:
-        def read() -> Tensor:
-            tensor = (stored.read_once or stored.read)()
-            if not is_finite(tensor):
-                raise UserError(f"{stored.place} has numbers that are infinite or undefined",
-                                "the file is damaged, or the model had diverged: fetch it again")
-            return tensor
-        return replace(stored, read=read)
-    return replace(source, tensors={name: checked(stored) for name, stored in source.tensors.items()})
+def _check_finite(stored: Stored, tensor: Tensor) -> None:
+    if not is_finite(tensor):
+        raise UserError(f"{stored.place} has numbers that are infinite or undefined",
+                        "the file is damaged, or the model had diverged: fetch it again")
 
 
 def _say(line: str) -> None:

@@ -24,7 +24,7 @@ from sources import model_of, same, scorer_of, source_of, state
 from torch import Tensor
 
 from llama2.errors import UserError
-from llama2.model.formats import archive, before_zip, hf, tensorfile
+from llama2.model.formats import archive, before_zip, hf, source, tensorfile
 from llama2.model.formats.binary import HEAD
 from llama2.model.formats.directory import (
     CHECKSUMS,
@@ -36,7 +36,7 @@ from llama2.model.formats.directory import (
     config_json,
     shapes,
 )
-from llama2.model.formats.source import Stored, read_ahead
+from llama2.model.formats.source import Stored, observed, read_ahead
 from llama2.model.llama import LlamaConfig
 
 TINY = LlamaConfig(vocab_size=40, hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=4,
@@ -139,7 +139,8 @@ def test_weights_are_converted_as_pytorch_converts_them(tmp_path: Path, dtype: t
     assert json.loads((tmp_path / "model" / CONFIG).read_text())["dtype"] == str(dtype).removeprefix("torch.")
 
 
-def test_as_much_is_in_memory_as_the_largest_tensor_takes(tmp_path: Path) -> None:
+def test_as_much_is_in_memory_as_the_largest_tensor_takes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(source, "SMALL", 0)
     model = model_of(TINY)
     held, most = 0, 0
     largest = max(tensor.nbytes for tensor in model.state_dict().values())
@@ -158,6 +159,26 @@ def test_as_much_is_in_memory_as_the_largest_tensor_takes(tmp_path: Path) -> Non
     hf.write(source_of(model, tmp_path, read=read), tmp_path / "model")
     assert held == 0
     assert most == largest  # and not more, though small tensors are read ahead
+
+
+def test_what_lies_in_order_passes_in_parts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tensorfile, "_PIECE", 100)
+    hf.write(source_of(model_of(TINY), tmp_path), tmp_path / "model")
+    seen: list[int] = []
+    hf.write(observed(hf.read(tmp_path / "model"), lambda stored, tensor: seen.append(tensor.numel())),
+             tmp_path / "again", dtype=torch.bfloat16)
+    assert max(seen) == 100
+    assert sum(seen) == TINY.parameters()
+    assert same(state(hf.read(tmp_path / "again")), weights(dtype=torch.bfloat16))
+
+
+def test_a_tensor_that_is_read_otherwise_is_not_taken_in_parts(tmp_path: Path) -> None:
+    hf.write(source_of(model_of(TINY), tmp_path), tmp_path / "model")
+    found = hf.read(tmp_path / "model")
+    doubled = {name: replace(stored, read=lambda stored=stored: stored.read() * 2)
+               for name, stored in found.tensors.items()}
+    hf.write(replace(found, tensors=doubled), tmp_path / "again")
+    assert same(state(hf.read(tmp_path / "again")), {name: tensor * 2 for name, tensor in weights().items()})
 
 
 def test_reading_ahead_keeps_the_order_and_raises_where_it_failed() -> None:

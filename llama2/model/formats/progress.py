@@ -5,14 +5,12 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Iterable
-from dataclasses import replace
 from types import TracebackType
 
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
-from torch import Tensor
 
-from llama2.model.formats.source import Source, Stored
+from llama2.model.formats.source import Source, observed
 
 SECONDS_BETWEEN_LINES = 10.0
 
@@ -43,15 +41,7 @@ class Reading:
 
     def watched(self, source: Source) -> Source:
         """The same checkpoint; what is read of it moves the bar."""
-        return replace(source, tensors={name: self._watched(stored) for name, stored in source.tensors.items()})
-
-    def _watched(self, stored: Stored) -> Stored:
-        def read() -> Tensor:
-            tensor = stored.read()
-            self._advance(stored.nbytes)
-            return tensor
-
-        return replace(stored, read=read)
+        return observed(source, lambda stored, tensor: self._advance(stored.nbytes))
 
     def _advance(self, count: int) -> None:
         self.done = min(self.done + count, self.total)

@@ -8,15 +8,17 @@ Face's: rotary pairs lie half a head apart), whatever the file has.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from llama2.model.llama import LlamaConfig
+
+SMALL = 32 << 20  # bytes that do not matter
 
 
 @dataclass(frozen=True)
@@ -28,8 +30,6 @@ class Stored:
     read: Callable[[], Tensor]
     place: str
     """file and name there, for errors"""
-    read_once: Callable[[], Tensor] | None = None
-    """`read` for those who do not come back: the operating system drops what it keeps of the file in memory"""
 
     @property
     def numel(self) -> int:
@@ -38,6 +38,21 @@ class Stored:
     @property
     def nbytes(self) -> int:
         return self.numel * self.dtype.itemsize
+
+    def parts(self) -> Sequence[Stored]:
+        """The same numbers as short flat tensors in turn, if the file has them so; for who goes through them once."""
+        return self.read.parts() if isinstance(self.read, InOrder) else (self,)
+
+
+@dataclass(frozen=True)
+class InOrder:
+    """How to read a tensor whose numbers lie in the file in their order: whole, or a part after another."""
+
+    whole: Callable[[], Tensor]
+    parts: Callable[[], Sequence[Stored]]
+
+    def __call__(self) -> Tensor:
+        return self.whole()
 
 
 @dataclass(frozen=True)
@@ -53,13 +68,28 @@ class Source:
     """the SentencePiece model that came with it"""
 
 
+def observed(source: Source, see: Callable[[Stored, Tensor], None]) -> Source:
+    """The same checkpoint; `see` is shown every tensor, or part of one, when it is read, and may refuse it."""
+    def watched(stored: Stored) -> Stored:
+        def read() -> Tensor:
+            tensor = stored.read()
+            see(stored, tensor)
+            return tensor
+
+        if isinstance(stored.read, InOrder):
+            return replace(stored, read=InOrder(read, lambda: [watched(part) for part in stored.parts()]))
+        return replace(stored, read=read)
+    return replace(source, tensors={name: watched(stored) for name, stored in source.tensors.items()})
+
+
 def read_ahead(tensors: Iterable[Stored]) -> Iterator[Tensor]:
-    """The tensors in turn. While the caller works on one the next is read, if both are no larger than the largest.
+    """The tensors in turn. While the caller works on one the next is read, if both are small, or together no larger
+    than the largest.
 
     So memory holds one tensor, as far as size goes, provided that the caller drops each before it asks for the next.
     """
     waiting = list(tensors)[::-1]
-    most = max((stored.nbytes for stored in waiting), default=0)
+    most = max((SMALL, *(stored.nbytes for stored in waiting)))
     following: Future[Tensor] | None = None
     with ThreadPoolExecutor(1) as reader:
         while waiting:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 from collections import deque
 from collections.abc import Iterator, Mapping
@@ -21,14 +22,14 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from llama2.errors import UserError, explain_os_errors
-from llama2.model.formats.source import Stored, read_ahead
+from llama2.model.formats.source import InOrder, Stored, read_ahead
 
 DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64,
     "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
     "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2}
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
-_PIECE = 2 << 20  # numbers converted and hashed at once
+_PIECE = 2 << 20  # numbers read, converted and hashed at once
 _PART = 128 << 10  # bytes read or written at once: the system then keeps files in small blocks, which are at hand
 
 
@@ -54,18 +55,24 @@ def entries(path: Path) -> dict[str, Stored]:
     return found
 
 
-def _stored(path: Path, place: str, dtype: torch.dtype, shape: tuple[int, ...], offset: int) -> Stored:
-    def read(once: bool = False) -> Tensor:
+def _stored(path: Path, place: str, dtype: torch.dtype, shape: tuple[int, ...], offset: int, once: bool = False
+            ) -> Stored:
+    def read() -> Tensor:
         tensor = torch.empty(shape, dtype=dtype)
         with explain_os_errors(path), open(path, "rb", buffering=0) as file:
             file.seek(offset)
-            if not fill(file, memory(tensor), once):
+            if not _fill(file, memory(tensor), once):
                 raise UserError(f"{place}: the file ends in it", "fetch it again")
         return tensor
-    return Stored(shape, dtype, read, place, lambda: read(once=True))
+
+    def parts() -> list[Stored]:
+        count = math.prod(shape)
+        return [_stored(path, place, dtype, (min(_PIECE, count - start),), offset + start * dtype.itemsize, once=True)
+                for start in range(0, count, _PIECE)]
+    return Stored(shape, dtype, read if once else InOrder(read, parts), place)
 
 
-def fill(file: FileIO, room: memoryview, once: bool) -> bool:
+def _fill(file: FileIO, room: memoryview, once: bool) -> bool:
     """Read from where a file stands until `room` is full; False if the file ends before.
 
     With `once` the operating system drops what it keeps of the file. Else a large copy fills all memory with what
@@ -98,10 +105,11 @@ def write(path: Path, tensors: Mapping[str, Stored], dtype: torch.dtype | None =
         header = _header([(name, kinds[name], tensors[name]) for name in order])
         file.write(header)
         digest.update(header)
-        ahead = read_ahead(tensors[name] for name in order)
-        for name in order:
+        parts = [(part, kinds[name]) for name in order for part in tensors[name].parts()]
+        ahead = read_ahead(part for part, _ in parts)
+        for part, kind in parts:
             hashed: deque[Future[None]] = deque()
-            for piece in _pieces(next(ahead), kinds[name], tensors[name].place):
+            for piece in _pieces(next(ahead), kind, part.place):
                 hashed.append(other.submit(digest.update, piece))
                 for start in range(0, len(piece), _PART):
                     file.write(piece[start : start + _PART])
