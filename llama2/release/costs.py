@@ -4,26 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from pydantic import Field
-
-from llama2.config import Config
 from llama2.release import paper
-from llama2.release.carbon import KG_PER_KWH, PUE, WATTS_PER_CORE, WATTS_PER_GPU, Energy
+from llama2.release.carbon import Energy, Power, amounts
 from llama2.release.page import Html, chip, clock, number, paragraph, percent, section, short, table
 from llama2.release.steps import Recipe, Step
-
-
-class Power(Config):
-    """What energy and carbon are reckoned with."""
-
-    watts_per_core: float = Field(WATTS_PER_CORE, gt=0)
-    """rated power of one CPU core"""
-    watts_per_gpu: float = Field(WATTS_PER_GPU, gt=0)
-    """rated power of one accelerator"""
-    pue: float = Field(PUE, ge=1)
-    """power usage effectiveness of the data centre"""
-    kg_per_kwh: float = Field(KG_PER_KWH, ge=0)
-    """carbon intensity of the grid, kg CO2eq per kWh"""
 
 
 def energy_of(step: Step, power: Power) -> Energy | None:
@@ -50,7 +34,7 @@ def costs(recipe: Recipe, power: Power) -> Html:
                                ("kg", energy.kg)):
                 totals[key] += value
     rows.append((Html("<b>all steps</b>"), "", "", clock(totals["seconds"]), number(totals["hours"]),
-                 *_amounts(totals["kwh"], totals["kg"]), "", ""))
+                 *amounts(totals["kwh"], totals["kg"]), "", ""))
     headers = ("Step", "Verb", "Made from", "Time", "Device-hours", "Energy", "CO₂eq", "Tokens/s", "MFU")
     return section(
         "costs", "§2.2.1", "Time, energy and carbon",
@@ -61,12 +45,7 @@ def costs(recipe: Recipe, power: Power) -> Html:
 def _time(step: Step, energy: Energy | None) -> tuple[str | Html, str, str, str]:
     if energy is None:
         return chip("unfinished", "bad"), "", "", ""
-    return (clock(step.seconds), number(energy.hours), *_amounts(energy.kwh, energy.kg))
-
-
-def _amounts(kwh: float, kg: float) -> tuple[str, str]:
-    return (f"{1000 * kwh:.3g} Wh" if kwh < 1 else f"{kwh:,.3g} kWh",
-            f"{1000 * kg:.3g} g" if kg < 1 else f"{kg:,.3g} kg")
+    return (clock(step.seconds), number(energy.hours), *amounts(energy.kwh, energy.kg))
 
 
 def _machine(recipe: Recipe) -> str:

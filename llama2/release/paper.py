@@ -12,6 +12,9 @@ PRETRAINING: dict[str, tuple[int, int, float]] = {
     "70B": (1_720_320, 400, 291.42)}
 """Table 2: GPU-hours, watts, tonnes CO2eq"""
 
+PRETRAINING_TOTAL = (3_311_616, 539.00)
+"""Table 2, its last row: GPU-hours, tonnes CO2eq (the rows as printed sum to 538.98)"""
+
 REWARD_ACCURACY: dict[str, dict[str, tuple[float, float, float, float, float]]] = {
     "safe": {"safe": (0.943, 0.763, 0.657, 0.553, 0.645), "helpful": (0.646, 0.575, 0.538, 0.522, 0.562)},
     "helpful": {"safe": (0.899, 0.732, 0.638, 0.545, 0.628), "helpful": (0.807, 0.675, 0.609, 0.547, 0.632)}}

@@ -15,6 +15,7 @@ from pydantic import BeforeValidator
 from llama2 import mesh, runs
 from llama2.config import StageConfig
 from llama2.release import costs, figures, outcome, page, training, verdicts
+from llama2.release.carbon import Power
 from llama2.release.steps import Recipe, read_recipe
 
 PAGE = "report.html"
@@ -32,7 +33,7 @@ class Config(StageConfig):
     """heading of the page; empty: the name of the directory"""
     targets: verdicts.Targets = verdicts.Targets()
     """what the summary calls reached"""
-    power: costs.Power = costs.Power()
+    power: Power = Power()
     """what energy and carbon are reckoned with"""
 
 

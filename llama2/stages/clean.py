@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 from itertools import chain
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field
 
@@ -29,12 +29,16 @@ from llama2.runs import Run
 class Source(Section):
     """Where one source of text lies."""
 
+    incidental: ClassVar[frozenset[str]] = frozenset({"license"})
+
     path: Path
     """a file or directory: text, JSONL (.gz, .zst), parquet"""
     split: Literal["file", "paragraph", "line"] = "file"
     """what one document of a plain text file is"""
     repeated_lines: int = Field(0, ge=0)
     """drop a line after this many documents of the source have had it (menus, footers of web pages); 0 keeps all"""
+    license: str | None = None
+    """its licence, for the papers of a release; nothing depends on it"""
 
 
 class Config(StageConfig):

@@ -59,6 +59,8 @@ VERBS = {
     "report": Verb("release.report", "      one self-contained HTML page about a recipe's runs"),
     "export": Verb("release.export", "      write a checkpoint for other programs, and verify what was written", False),
     "verify": Verb("release.verify", "      whether two checkpoints, in whatever formats, are the same model", False),
+    "release": Verb("release.bundle", "      a model with its card, carbon, licences, and how it was made", False),
+    "carbon": Verb("release.carbon", "§2.2.1 energy and carbon of device-hours, by the method of Table 2", False),
     "chat": Verb("serve.terminal", "      talk to a checkpoint in the terminal", False),
     "serve": Verb("serve.server", "      serve checkpoints over HTTP, with OpenAI's interface and a chat page", False),
 }

@@ -11,7 +11,7 @@ import sys
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from pydantic import Field
 
@@ -32,6 +32,8 @@ Kind = Literal["dialogs", "preferences", "prompts"]
 class Source(config.Config):
     """One file, directory or archive to take records from."""
 
+    incidental: ClassVar[frozenset[str]] = frozenset({"license"})
+
     path: Path
     format: str = "auto"
     """the name of a format (docs/data.md); auto: recognised from the first record of each file"""
@@ -47,6 +49,8 @@ class Source(config.Config):
     """how often each training record is written; 2.5 is two or three times, 0.5 every other record"""
     malformed: Malformed = "stop"
     """a row that is not in the format ends the run, or is skipped and counted"""
+    license: str | None = None
+    """its licence, for the papers of a release; nothing depends on it"""
 
 
 class Config(StageConfig):

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, ClassVar
 
 import numpy as np
 import torch
@@ -39,12 +39,16 @@ from llama2.train.optim import AdamW
 class Comparisons(Section):
     """One set of comparisons."""
 
+    incidental: ClassVar[frozenset[str]] = frozenset({"license"})
+
     path: Path
     """JSONL of preferences"""
     axis: Axis | None = None
     """take only those made on this axis"""
     share: float | None = Field(None, gt=0, le=1)
     """of all training pairs; without it every pair is taken once"""
+    license: str | None = None
+    """its licence, for the papers of a release; nothing depends on it"""
 
 
 class Config(StageConfig):

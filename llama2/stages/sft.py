@@ -8,7 +8,7 @@ distillation all end in this stage, each with its own dialogs.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, ClassVar
 
 import numpy as np
 from pydantic import Field
@@ -35,10 +35,14 @@ from llama2.train.optim import AdamW
 class Dialogs(Section):
     """One set of dialogs."""
 
+    incidental: ClassVar[frozenset[str]] = frozenset({"license"})
+
     path: Path
     """JSONL of dialogs: {"messages": [{"role": ..., "content": ...}, ...]}"""
     weight: float = Field(1.0, gt=0)
     """read it this often an epoch: 2 reads it twice, 0.5 reads a random half"""
+    license: str | None = None
+    """its licence, for the papers of a release; nothing depends on it"""
 
 
 class Config(StageConfig):

@@ -5,16 +5,46 @@ from __future__ import annotations
 import math
 
 import pytest
+from commands import llama2
 
 from llama2.release import paper
-from llama2.release.carbon import Energy
+from llama2.release.carbon import Energy, cut
+
+TABLE_2 = [("7B", 184_320, 400, 31.22), ("13B", 368_640, 400, 62.44), ("34B", 1_038_336, 350, 153.90),
+           ("70B", 1_720_320, 400, 291.42)]
 
 
-@pytest.mark.parametrize("size", paper.PRETRAINING)
-def test_reproduces_table_2(size: str) -> None:
-    hours, watts, tonnes = paper.PRETRAINING[size]
+@pytest.mark.parametrize(("size", "hours", "watts", "tonnes"), TABLE_2)
+def test_reproduces_table_2(size: str, hours: int, watts: int, tonnes: float) -> None:
     # The paper cuts off after two decimals.
-    assert math.floor(Energy(hours, watts).tonnes * 100) / 100 == tonnes
+    assert cut(Energy(hours, watts).tonnes) == tonnes
+    assert paper.PRETRAINING[size] == (hours, watts, tonnes)
+
+
+def test_reproduces_the_total_of_table_2() -> None:
+    assert len(TABLE_2) == len(paper.PRETRAINING)
+    assert sum(hours for _, hours, _, _ in TABLE_2) == 3_311_616 == paper.PRETRAINING_TOTAL[0]
+    # 539.00 is the sum of the exact figures, cut off; the rows as they are printed come to less
+    assert cut(math.fsum(Energy(hours, watts).tonnes for _, hours, watts, _ in TABLE_2)) == 539.00
+    assert paper.PRETRAINING_TOTAL[1] == 539.00
+    assert math.fsum(tonnes for *_, tonnes in TABLE_2) == pytest.approx(538.98)
+
+
+def test_a_command_reckons(capsys: pytest.CaptureFixture[str]) -> None:
+    assert llama2("carbon", "--hours", 1000, "--watts", 350, "--pue", 1.2, "--kg-per-kwh", 0.1) == 0
+    said = capsys.readouterr().out
+    assert "= 420 kWh" in said
+    assert "= 42 kg CO2eq = 0.042 t" in said
+
+
+def test_without_hours_the_command_gives_table_2(capsys: pytest.CaptureFixture[str]) -> None:
+    assert llama2("carbon") == 0
+    rows = [line.split() for line in capsys.readouterr().out.splitlines()[1:]]
+    assert [row[-2] for row in rows] == [row[-1] for row in rows] == ["31.22", "62.44", "153.90", "291.42", "539.00"]
+
+
+def test_hours_cannot_be_negative(one_line) -> None:
+    assert "hours" in one_line("carbon", "--hours", -1)
 
 
 def test_units() -> None:
