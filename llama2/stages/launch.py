@@ -59,6 +59,7 @@ VERBS = {
     "select": Verb("stages.select", "§3.4.1 keep a version only if it beats its predecessor"),
     "evaluate": Verb("evaluate.versions", "§3.4  every version, on both axes"),
     "report": Verb("release.report", "      one self-contained HTML page about a recipe's runs"),
+    "quantize": Verb("evaluate.quantization", "      what weights of fewer bits cost, on held-out text", False),
     "chat": Verb("serve.terminal", "      talk to a checkpoint in the terminal", False),
     "serve": Verb("serve.server", "      serve checkpoints over HTTP, with OpenAI's interface and a chat page", False),
 }
