@@ -4,9 +4,9 @@
 // weights lie in the order in which they are read, and products run on tiles (AMX), on pairs of bf16 (AVX-512), or on
 // plain vectors, whichever the processor has. decode.py packs the weights, says what is computed, and builds this file.
 //
-// Numbers are fp32 or bf16 (T) in memory, weights also integers (W) of 8 bits with a scale for each output or of 4 bits
-// with a scale for each 32 inputs; sums, norms, softmax and the residual stream are fp32. A row's result does not depend
-// on the other rows of its step, to the last bit.
+// Numbers are fp32 or bf16 (T) in memory, weights also integers (W) of 8 bits with a scale for each output or of 4
+// bits with a scale for each 32 inputs; sums, norms, softmax and the residual stream are fp32. A row's result does not
+// depend on the other rows of its step, to the last bit.
 //
 // Shapes: B rows, D hidden, F feed-forward, H query heads, K key heads, G = H / K, E head dimension, V vocabulary,
 // S columns of the cache. A packed matrix is [outputs / 16][inputs / pair][16][pair], zeros where sizes do not divide.
@@ -125,7 +125,8 @@ struct Tiles {
 
 // ---- the network ----
 
-// 32 inputs of a block in 4 bits: a weight is (integer - zero) · scale. A byte holds a pair, the even input in its low half.
+// 32 inputs of a block in 4 bits: a weight is (integer - zero) · scale. A byte holds a pair, the even input in its low
+// half.
 struct Nibbles {
     bf16 scales[LANES];
     uint8_t zeros[LANES];
@@ -145,9 +146,19 @@ template <class W> struct Matrix {
     }
 };
 
+#ifdef __AVX512BF16__
+inline __m128i load16(const void *at) { return _mm_loadu_si128(static_cast<const __m128i *>(at)); }
+#endif
+
 inline void unpack(const int8_t *from, int64_t count, bf16 *to) {  // bf16 holds them exactly: nothing is rounded
+#ifdef __AVX512BF16__
+    auto floats = [](const int8_t *at) { return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(load16(at))); };
+    for (int64_t i = 0; i < count; i += 2 * LANES)
+        _mm512_storeu_si512(to + i, (__m512i)_mm512_cvtne2ps_pbh(floats(from + i + LANES), floats(from + i)));
+#else
 #pragma omp simd
     for (int64_t i = 0; i < count; i++) to[i].bits = uint16_t(std::bit_cast<uint32_t>(float(from[i])) >> 16);
+#endif
 }
 
 inline void unpack(const Nibbles *from, int64_t count, bf16 *to) {
@@ -155,7 +166,7 @@ inline void unpack(const Nibbles *from, int64_t count, bf16 *to) {
     alignas(64) uint16_t order[2 * LANES];
     for (int64_t i = 0; i < 2 * LANES; i++) order[i] = uint16_t(i / 2 + i % 2 * LANES);
     const __m512i by_turns = _mm512_load_si512(order), low = _mm512_set1_epi32(15);
-    auto bytes = [](const uint8_t *at) { return _mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i *)at)); };
+    auto bytes = [](const uint8_t *at) { return _mm512_cvtepu8_epi32(load16(at)); };
     for (; count > 0; count -= WEIGHTS<Nibbles>, from++) {
         const __m512i halves = _mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i *)from->scales));
         const __m512 scale = _mm512_castsi512_ps(_mm512_slli_epi32(halves, 16));
