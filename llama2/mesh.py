@@ -11,7 +11,7 @@ import os
 import sys
 import time
 from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, nullcontext, suppress
 from datetime import timedelta
 from functools import cache
 from typing import Any, Literal, NoReturn, TypeVar
@@ -159,6 +159,16 @@ def keep_large_blocks() -> None:
         libc.madvise(begin, end - begin, 14)  # MADV_HUGEPAGE
     except (OSError, AttributeError, StopIteration):
         pass  # not glibc, or not Linux: nothing to tune
+
+
+def rest() -> None:
+    """Let go of the threads with which this thread has worked in parallel; its next parallel work starts new ones.
+
+    With more of them in a process than cores, OpenMP sends threads to sleep at every barrier: half the speed where
+    steps are short. So a thread that has nothing to do for a while, beside one that has, should let go.
+    """
+    with suppress(OSError, AttributeError):  # another runtime than GCC's
+        ctypes.CDLL("libgomp.so.1").omp_pause_resource_all(1)  # omp_pause_soft
 
 
 @cache

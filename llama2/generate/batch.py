@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Literal
 
 import numpy as np
@@ -25,6 +26,7 @@ from llama2.model.decode import Decoder
 from llama2.model.llama import Llama
 
 PREFILL_TOKENS = 4096  # padded tokens of one forward pass over prompts
+READ_TOKENS = 256  # of prompts that the decoder reads in one call; longer ones are quicker in PyTorch's large products
 COLUMNS = 16  # the number of columns read is a multiple of this, so that kernels meet few shapes
 REFILL = 8  # the queue moves up when one slot in so many is free: a prefill has a fixed cost to spread
 COMPACT = 4  # with no queue left, the live rows close ranks when one in so many has finished
@@ -52,6 +54,11 @@ class Request:
     """"stop": the last token is a stop id; None while it runs"""
     cached: int = 0
     """tokens of the prompt that were read before, with another request"""
+
+    @cached_property
+    def way(self) -> Sampling:
+        """What two requests must have in common to be drawn together."""
+        return replace(self.sampling, n=1, max_tokens=1, seed=0)
 
 
 @dataclass(frozen=True)
@@ -207,7 +214,7 @@ class Batch:
             members: dict[Sampling, list[int]] = {}
             for slot, request in enumerate(self._seats[: self._live]):
                 if request is not None:
-                    members.setdefault(_way(request), []).append(slot)
+                    members.setdefault(request.way, []).append(slot)
             self._groups = [self._group(way, slots, alone=len(members) == 1) for way, slots in members.items()]
         return self._groups
 
@@ -340,7 +347,10 @@ class Batch:
     def _prefill(self, prompts: dict[Prompt, int]) -> dict[Prompt, Tensor]:
         """Read each prompt into its slot; returns the logits_V (fp32) behind its last token."""
         logits: dict[Prompt, Tensor] = {}
-        for part in _parts(list(prompts)):
+        short = [prompt for prompt in prompts if self._decoder is not None and len(prompt) <= READ_TOKENS]
+        for part in _parts(short, READ_TOKENS):
+            logits.update(zip(part, self._read([(prompts[prompt], 0, prompt) for prompt in part])))
+        for part in _parts([prompt for prompt in prompts if prompt not in logits], PREFILL_TOKENS):
             lengths_P = torch.tensor([len(prompt) for prompt in part], device=self._device)
             width = len(part[0])
             tokens_PT = torch.tensor([(*prompt, *(0,) * (width - len(prompt))) for prompt in part])
@@ -350,10 +360,14 @@ class Batch:
             logits.update(zip(part, self._model.logits(last_PD)))
         return logits
 
-
-def _way(request: Request) -> Sampling:
-    """What two requests must have in common to be drawn together."""
-    return replace(request.sampling, n=1, max_tokens=1, seed=0)
+    def _read(self, pieces: Sequence[tuple[int, int, Prompt]]) -> Tensor:
+        """Read pieces of prompts, (slot, begin, tokens), by the decoder; logits_PV behind the last token of each."""
+        assert self._decoder is not None
+        lengths_P = torch.tensor([len(tokens) for _, _, tokens in pieces])
+        tokens_B = torch.tensor([token for _, _, tokens in pieces for token in tokens])
+        slots_B = torch.tensor([slot for slot, _, _ in pieces]).repeat_interleave(lengths_P)
+        positions_B = torch.cat([torch.arange(begin, begin + len(tokens)) for _, begin, tokens in pieces])
+        return self._decoder.read(tokens_B, slots_B, positions_B, lengths_P.cumsum(0) - 1, self.cache)
 
 
 def _check(logprobs: Sequence[float]) -> None:
@@ -362,10 +376,10 @@ def _check(logprobs: Sequence[float]) -> None:
                         "its weights are damaged: go back to an earlier checkpoint")
 
 
-def _parts(prompts: list[Prompt]) -> Iterator[list[Prompt]]:
-    """Prompts, longest first, in parts of at most PREFILL_TOKENS padded tokens (or of one prompt)."""
+def _parts(prompts: list[Prompt], tokens: int) -> Iterator[list[Prompt]]:
+    """Prompts, longest first, in parts of at most `tokens` padded tokens (or of one prompt)."""
     start = 0
     while start < len(prompts):
-        rows = max(1, PREFILL_TOKENS // len(prompts[start]))
+        rows = max(1, tokens // len(prompts[start]))
         yield prompts[start : start + rows]
         start += rows

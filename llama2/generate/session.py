@@ -18,13 +18,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from llama2.generate.batch import COMPACT, Batch, Prompt, Request, _check
+from llama2.generate.batch import COMPACT, READ_TOKENS, Batch, Prompt, Request, _check
 from llama2.model.cache import KVCache
 from llama2.model.decode import Decoder
 from llama2.model.llama import Llama
 
 CHUNK_TOKENS = {"cpu": 512}  # of prompts read between two steps of the others
 LARGE_CHUNK_TOKENS = 2048  # on other devices
+READ_PAIRS = 2 * READ_TOKENS**2  # of a new token and one before it: attention to more is quicker in PyTorch
 WORTH_SHARING = 16  # tokens: below, copying saves nothing
 
 
@@ -50,7 +51,7 @@ class Session(Batch):
         self._chunk = CHUNK_TOKENS.get(self._device.type, LARGE_CHUNK_TOKENS)
         self._readings: deque[_Reading] = deque()
         self._taken: set[int] = set()  # slots of running requests and of prompts being read
-        self._kept: dict[int, np.ndarray] = {}  # row -> its tokens; the least recently useful first
+        self._kept: dict[int, Prompt] = {}  # row -> its tokens; the least recently useful first
 
     @property
     def waiting(self) -> int:
@@ -122,11 +123,12 @@ class Session(Batch):
 
     def _share(self, prompt: Prompt, slot: int) -> int:
         """Copy into `slot` the longest beginning of the prompt that lies in the cache; its length."""
-        ids = np.array(prompt)
-        rows: dict[int, np.ndarray] = {**self._kept, **{
-            other: np.array([*request.prompt, *request.tokens[:-1]]) for other, request in enumerate(self._seats)
-            if request is not None}}
-        lengths = {row: min(_common(ids, tokens), len(prompt) - 1) for row, tokens in rows.items()}
+        head = prompt[:WORTH_SHARING]
+        rows = {row: tokens for row, tokens in self._kept.items() if tokens[:WORTH_SHARING] == head}
+        for other, request in enumerate(self._seats):
+            if request is not None and request.prompt[:WORTH_SHARING] == head[:len(request.prompt)]:
+                rows[other] = (*request.prompt, *request.tokens[:-1])
+        lengths = {row: min(_common(prompt, tokens), len(prompt) - 1) for row, tokens in rows.items()}
         source = max(lengths, key=lambda row: lengths[row], default=None)
         if source is None or lengths[source] < WORTH_SHARING:
             return 0
@@ -176,6 +178,9 @@ class Session(Batch):
     def _extend(self, reading: _Reading, width: int) -> Tensor:
         """Read the next `width` tokens of a prompt; the logits_V behind the last."""
         begin, prompt = reading.done, reading.prompt
+        if self._decoder is not None and width <= READ_TOKENS and width * (begin + width) <= READ_PAIRS:
+            reading.done += width
+            return self._read([(reading.slot, begin, prompt[begin : begin + width])])[0]
         self.cache.extend(reading.slot, begin, width)
         tokens_1T = torch.tensor([prompt[begin : begin + width]], device=self._device)
         positions_1T = torch.arange(begin, begin + width, device=self._device)[None]
@@ -206,12 +211,12 @@ class Session(Batch):
                 continue
             request.tokens.append(tokens[slot])
             request.logprobs.append(logprobs[slot])
-            _check(request.logprobs[-1:])
             touched.append(request)
             if not alive[slot]:
                 request.finish = "stop" if tokens[slot] in request.sampling.stop else "length"
                 self._keep(slot, request)
                 self._free(slot)
+        _check([request.logprobs[-1] for request in touched])
         self._narrow()
         return touched
 
@@ -232,9 +237,12 @@ class Session(Batch):
 
     def _keep(self, slot: int, request: Request) -> None:
         """Keep what a finished request has read and written (its last token has no keys yet)."""
-        tokens = np.array([*request.prompt, *request.tokens[:-1]])
-        room = range(self._slots, self.cache.slots)
-        inside = [row for row, kept in self._kept.items() if _common(kept, tokens) == len(kept)]
+        tokens = (*request.prompt, *request.tokens[:-1])
+        if len(tokens) < WORTH_SHARING:
+            return
+        head, room = tokens[:WORTH_SHARING], range(self._slots, self.cache.slots)
+        inside = [row for row, kept in self._kept.items()
+                  if kept[:WORTH_SHARING] == head and kept == tokens[:len(kept)]]
         free = [row for row in room if row not in self._kept]
         row = inside[0] if inside else free[0] if free else next(iter(self._kept), None)
         if row is None:
@@ -248,8 +256,8 @@ class Session(Batch):
         self.cache.copy(sources_S, targets_S, columns)
 
 
-def _common(a: np.ndarray, b: np.ndarray) -> int:
+def _common(a: Sequence[int], b: Sequence[int]) -> int:
     """How many tokens two sequences share from their beginning."""
     length = min(len(a), len(b))
-    different = np.flatnonzero(a[:length] != b[:length])
+    different = np.flatnonzero(np.array(a[:length]) != np.array(b[:length]))
     return int(different[0]) if len(different) else length

@@ -1,4 +1,5 @@
-// One decoding step of a Llama on a CPU: the newest token of each row in, logits out, all layers in one call.
+// One step of a Llama on a CPU: a token of each row in, logits out, all layers in one call. Rows are sequences of which
+// each gets its newest token, or the tokens of prompts.
 //
 // PyTorch spends most of such a step on starting operations and on weights in an order that suits large products. Here
 // weights lie in the order in which they are read, and products run on tiles (AMX), on pairs of bf16 (AVX-512), or on
@@ -27,6 +28,8 @@ namespace {
 
 constexpr int64_t LANES = 16;      // outputs of a block
 constexpr int64_t TILE_ROWS = 16;  // rows of an AMX tile
+constexpr int64_t AHEAD = 8;  // columns of the cache asked of memory before they are read
+constexpr int64_t SHARED_ROWS = 16;  // with fewer rows, the heads of a row are shared among threads
 
 inline int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
 
@@ -71,17 +74,48 @@ template <int R> inline void pairs(const Rows<bf16> &x, int64_t first, const bf1
 }
 #endif
 
+#ifdef __AMX_BF16__
+// R tiles of rows share each tile of weights.
+template <int R> inline void tiles(const Rows<bf16> &x, int64_t first, const bf16 *w, float *out) {
+    const bf16 *from = x.row(first);
+    const int64_t next = TILE_ROWS * x.width;
+    _tile_zero(0);
+    if constexpr (R > 1) _tile_zero(1);
+    if constexpr (R > 2) {
+        _tile_zero(2);
+        _tile_zero(3);
+    }
+    for (int64_t k = 0; k < x.width; k += 32) {
+        _tile_loadd(4, w + k * LANES, 64);
+        _tile_loadd(5, from + k, x.width * 2);
+        _tile_dpbf16ps(0, 5, 4);
+        if constexpr (R > 1) {
+            _tile_loadd(6, from + next + k, x.width * 2);
+            _tile_dpbf16ps(1, 6, 4);
+        }
+        if constexpr (R > 2) {
+            _tile_loadd(5, from + 2 * next + k, x.width * 2);
+            _tile_dpbf16ps(2, 5, 4);
+            _tile_loadd(6, from + 3 * next + k, x.width * 2);
+            _tile_dpbf16ps(3, 6, 4);
+        }
+    }
+    float *to = out + first * LANES;
+    _tile_stored(0, to, LANES * 4);
+    if constexpr (R > 1) _tile_stored(1, to + TILE_ROWS * LANES, LANES * 4);
+    if constexpr (R > 2) {
+        _tile_stored(2, to + 2 * TILE_ROWS * LANES, LANES * 4);
+        _tile_stored(3, to + 3 * TILE_ROWS * LANES, LANES * 4);
+    }
+}
+#endif
+
 inline void block(const Rows<bf16> &x, int64_t B, const bf16 *w, float *out) {
 #if defined(__AMX_BF16__)
-    for (int64_t first = 0; first < B; first += TILE_ROWS) {
-        _tile_zero(0);
-        for (int64_t k = 0; k < x.width; k += 32) {
-            _tile_loadd(1, x.row(first) + k, x.width * 2);
-            _tile_loadd(2, w + k * LANES, 64);
-            _tile_dpbf16ps(0, 1, 2);
-        }
-        _tile_stored(0, out + first * LANES, LANES * 4);
-    }
+    int64_t first = 0;
+    for (; first + 3 * TILE_ROWS < B; first += 4 * TILE_ROWS) tiles<4>(x, first, w, out);
+    for (; first + TILE_ROWS < B; first += 2 * TILE_ROWS) tiles<2>(x, first, w, out);
+    if (first < B) tiles<1>(x, first, w, out);
 #elif defined(__AVX512BF16__)
     int64_t b = 0;
     for (; b + 4 <= B; b += 4) pairs<4>(x, b, w, out);
@@ -110,8 +144,8 @@ struct Tiles {
         (void)asked;
         struct alignas(64) {
             uint8_t palette = 1, start = 0, reserved[14] = {};
-            uint16_t bytes[16] = {64, 64, 64};
-            uint8_t rows[16] = {16, 16, 16};
+            uint16_t bytes[16] = {64, 64, 64, 64, 64, 64, 64};
+            uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16};
         } setup;
         _tile_loadconfig(&setup);
     }
@@ -213,6 +247,8 @@ void outputs_of(const Rows<T> &x, int64_t B, const Matrix<W> &matrix, int64_t in
 
 struct Shape {
     int64_t layers, D, F, H, K, E, V, B, slots, columns;
+    int64_t answers;  // rows whose logits are wanted
+    int64_t apart;    // whether every row has a slot of its own
     float eps;
 };
 
@@ -233,48 +269,120 @@ inline void turn(float *x, int64_t E, const float *cos, const float *sin) {
     }
 }
 
-// One row and key head: its key and value go into the cache at `position`, then its G queries look at 0..position.
+// Queries and keys of one row turn to their position; keys and values of heads `from` to `to` go into the cache.
 template <class T>
-void attend(const Shape &s, const float *qkv, int64_t head, int64_t position, const float *cos, const float *sin, T *keys,
-            T *values, float *work, T *out) {
-    int64_t G = s.H / s.K, E = s.E, step = s.K * E;
-    const float *k = qkv + (s.H + head) * E, *v = qkv + (s.H + s.K + head) * E;
-    std::vector<float> turned(k, k + E), query(E), sum(E);
-    turn(turned.data(), E, cos, sin);
-    for (int64_t e = 0; e < E; e++) {
-        put(keys[position * step + head * E + e], turned[e]);
-        put(values[position * step + head * E + e], v[e]);
-    }
-    for (int64_t g = 0; g < G; g++) {
-        std::copy_n(qkv + (head * G + g) * E, E, query.data());
-        turn(query.data(), E, cos, sin);
-        float scale = 1.0f / std::sqrt(float(E)), top = -INFINITY, total = 0, *q = query.data(), *o = sum.data();
-        for (int64_t t = 0; t <= position; t++) {
-            const T *key = keys + t * step + head * E;
-            float dot = 0;
-#pragma omp simd reduction(+ : dot)
-            for (int64_t e = 0; e < E; e++) dot += q[e] * get(key[e]);
-            work[t] = dot * scale;
-            top = std::max(top, work[t]);
-        }
-        std::fill_n(o, E, 0.0f);
-#pragma omp simd reduction(+ : total)
-        for (int64_t t = 0; t <= position; t++) {
-            work[t] = exponential(work[t] - top);
-            total += work[t];
-        }
-        for (int64_t t = 0; t <= position; t++) {
-            const T *value = values + t * step + head * E;
-#pragma omp simd
-            for (int64_t e = 0; e < E; e++) o[e] += work[t] * get(value[e]);
-        }
-        for (int64_t e = 0; e < E; e++) put(out[(head * G + g) * E + e], o[e] / total);
+void enter(const Shape &s, float *qkv, int64_t from, int64_t to, const float *cos, const float *sin, T *keys, T *values) {
+    const int64_t G = s.H / s.K, E = s.E;
+    for (int64_t h = from * G; h < to * G; h++) turn(qkv + h * E, E, cos, sin);
+    for (int64_t k = from; k < to; k++) {
+        float *key = qkv + (s.H + k) * E, *value = qkv + (s.H + s.K + k) * E;
+        turn(key, E, cos, sin);
+        for (int64_t e = 0; e < E; e++) put(keys[k * E + e], key[e]), put(values[k * E + e], value[e]);
     }
 }
 
+// ---- attention: 16 numbers at a time, written out, for compilers make little of loops as short as a head ----
+
+using Lanes = float __attribute__((vector_size(64)));
+
+inline Lanes load(const float *from) {
+    Lanes x;
+    std::memcpy(&x, from, sizeof x);
+    return x;
+}
+
+inline Lanes load(const bf16 *from) {
+    uint16_t __attribute__((vector_size(32))) bits;
+    std::memcpy(&bits, from, sizeof bits);
+    using Wide = uint32_t __attribute__((vector_size(64)));
+    return std::bit_cast<Lanes>(__builtin_convertvector(bits, Wide) << 16);
+}
+
+template <class T> Lanes load(const T *from, int64_t count) {  // fewer than 16, then zeros
+    T whole[LANES] = {};
+    std::copy_n(from, count, whole);
+    return load(whole);
+}
+
+inline float total(Lanes x) {
+    auto a = __builtin_shufflevector(x, x, 0, 1, 2, 3, 4, 5, 6, 7) + __builtin_shufflevector(x, x, 8, 9, 10, 11, 12, 13, 14, 15);
+    auto b = __builtin_shufflevector(a, a, 0, 1, 2, 3) + __builtin_shufflevector(a, a, 4, 5, 6, 7);
+    return (b[0] + b[1]) + (b[2] + b[3]);
+}
+
+// The head dimension as vectors: N of them, or as many as it takes (N = 0), of which the last may be short.
+template <int N> struct Head {
+    int64_t E, count;
+    explicit Head(int64_t E) : E(E), count(N ? N : (E + LANES - 1) / LANES) {}
+
+    template <class T> Lanes at(const T *from, int64_t i) const {
+        if constexpr (N > 0) return load(from + i * LANES);
+        return (i + 1) * LANES <= E ? load(from + i * LANES) : load(from + i * LANES, E - i * LANES);
+    }
+    template <class T> float dot(const float *q, const T *key) const {
+        Lanes sum = at(q, 0) * at(key, 0);
+        for (int64_t i = 1; i < count; i++) sum += at(q, i) * at(key, i);
+        return total(sum);
+    }
+};
+
+// Memory is asked for what will be read AHEAD columns later, even behind the last: asking does no harm.
+template <class T> void fetch(const T *from, int64_t count) {
+    for (int64_t i = 0; i < count; i += 64 / int64_t(sizeof(T))) __builtin_prefetch(from + i);
+}
+
+// The queries of one row and key heads `from` to `to` look at columns 0..position. All heads of a column lie together,
+// so columns are gone through in the order of memory. `work` holds a row of scores for each head, then its sums.
+template <int N, class T>
+void attend(const Shape &s, const float *queries, int64_t from, int64_t to, int64_t position, const T *keys,
+            const T *values, float *work, T *out) {
+    const Head<N> head(s.E);
+    const int64_t G = s.H / s.K, E = s.E, step = s.K * E, heads = (to - from) * G, first = from * G;
+    const int64_t room = head.count * LANES;
+    const float scale = 1.0f / std::sqrt(float(E));
+    float *sums = work + heads * s.columns;
+    for (int64_t t = 0; t <= position; t++) {
+        fetch(keys + (t + AHEAD) * step + from * E, (to - from) * E);
+        for (int64_t k = from, h = 0; k < to; k++)
+            for (int64_t g = 0; g < G; g++, h++)
+                work[h * s.columns + t] = scale * head.dot(queries + (first + h) * E, keys + t * step + k * E);
+    }
+    for (int64_t h = 0; h < heads; h++) {
+        float *score = work + h * s.columns, top = -INFINITY, all = 0;
+#pragma omp simd reduction(max : top)
+        for (int64_t t = 0; t <= position; t++) top = std::max(top, score[t]);
+#pragma omp simd reduction(+ : all)
+        for (int64_t t = 0; t <= position; t++) all += score[t] = exponential(score[t] - top);
+        const float share = 1.0f / all;
+#pragma omp simd
+        for (int64_t t = 0; t <= position; t++) score[t] *= share;
+    }
+    std::fill_n(sums, heads * room, 0.0f);
+    for (int64_t t = 0; t <= position; t += 4) {
+        const int64_t several = std::min<int64_t>(4, position + 1 - t);
+        for (int64_t j = 0; j < 4; j++) fetch(values + (t + j + AHEAD) * step + from * E, (to - from) * E);
+        for (int64_t k = from, h = 0; k < to; k++)
+            for (int64_t g = 0; g < G; g++, h++) {
+                const float *w = work + h * s.columns + t;
+                const T *value = values + t * step + k * E;
+                for (int64_t i = 0; i < head.count; i++) {
+                    Lanes sum = load(sums + h * room + i * LANES);
+                    for (int64_t j = 0; j < several; j++) sum += w[j] * head.at(value + j * step, i);
+                    std::memcpy(sums + h * room + i * LANES, &sum, sizeof sum);
+                }
+            }
+    }
+    for (int64_t h = 0; h < heads; h++)
+        for (int64_t e = 0; e < E; e++) put(out[(first + h) * E + e], sums[h * room + e]);
+}
+
+template <class T> auto attention(int64_t E) {
+    return E == 32 ? attend<2, T> : E == 48 ? attend<3, T> : E == 64 ? attend<4, T> : E == 128 ? attend<8, T> : attend<0, T>;
+}
+
 template <class T, class W, class H>  // weights of the layers and of the head
-void step(const Shape &s, const void *const *pointers, const int64_t *tokens, const int64_t *positions, const float *cos,
-          const float *sin, T *cache, float *logits) {
+void step(const Shape &s, const void *const *pointers, const int64_t *tokens, const int64_t *slots,
+          const int64_t *positions, const float *cos, const float *sin, T *cache, const int64_t *answers, float *logits) {
     auto matrix = [&](int64_t i) {
         return Matrix<W>{static_cast<const W *>(pointers[i]), static_cast<const float *>(pointers[i + 1])};
     };
@@ -286,17 +394,19 @@ void step(const Shape &s, const void *const *pointers, const int64_t *tokens, co
     Rows<T> normal(s.B, s.D), mixed(s.B, s.H * s.E), gated(s.B, s.F);
     std::vector<float> stream(s.B * s.D), qkv(s.B * round_up(P, LANES));
     const int64_t wide = round_up(P, LANES);
+    const auto look = attention<T>(s.E);
+    const int64_t parts = s.B >= SHARED_ROWS ? 1 : std::min(s.K, (SHARED_ROWS + s.B - 1) / s.B);
 #pragma omp parallel
     {
         Tiles tiles(sizeof(T) == 2);
         const int64_t padded = round_up(s.B, TILE_ROWS);
-        std::vector<float> out(2 * padded * LANES), work(s.columns);
+        std::vector<float> out(2 * padded * LANES), work(s.H * (s.columns + round_up(s.E, LANES)));
         std::vector<T> scratch(round_up(std::max({s.D, s.F, s.H * s.E}), 32) * LANES);
-        // Blocks of outputs, shared among threads; `use` gets the block's number and its B rows of 16 sums.
-        auto product = [&](const Rows<T> &x, const auto &by, int64_t inputs, int64_t outputs, auto use) {
+        // Blocks of outputs, shared among threads; `use` gets the block's first output and its rows of 16 sums.
+        auto product = [&](const Rows<T> &x, int64_t rows, const auto &by, int64_t inputs, int64_t outputs, auto use) {
 #pragma omp for schedule(static)
             for (int64_t n = 0; n < (outputs + LANES - 1) / LANES; n++) {
-                outputs_of(x, s.B, by, inputs, n, scratch, out.data());
+                outputs_of(x, rows, by, inputs, n, scratch, out.data());
                 use(n * LANES, std::min(LANES, outputs - n * LANES));
             }
         };
@@ -317,15 +427,26 @@ void step(const Shape &s, const void *const *pointers, const int64_t *tokens, co
                            matrix(own + 8)};
             T *keys = cache + 2 * l * s.slots * slot, *values = keys + s.slots * slot;
             norm(layer.attention_norm);
-            product(normal, layer.qkv, s.D, P, [&](int64_t first, int64_t count) {
+            product(normal, s.B, layer.qkv, s.D, P, [&](int64_t first, int64_t count) {
                 for (int64_t b = 0; b < s.B; b++) std::copy_n(&out[b * LANES], count, &qkv[b * wide + first]);
             });
+            auto entered = [&](int64_t b, int64_t from, int64_t to) {
+                const int64_t at = slots[b] * slot + positions[b] * s.K * s.E, turn = positions[b] * half;
+                enter(s, &qkv[b * wide], from, to, cos + turn, sin + turn, keys + at, values + at);
+            };
+            if (!s.apart) {
+#pragma omp for schedule(static)
+                for (int64_t b = 0; b < s.B; b++) entered(b, 0, s.K);
+            }
 #pragma omp for schedule(dynamic) collapse(2)
             for (int64_t b = 0; b < s.B; b++)
-                for (int64_t k = 0; k < s.K; k++)
-                    attend(s, &qkv[b * wide], k, positions[b], cos + positions[b] * half, sin + positions[b] * half,
-                           keys + b * slot, values + b * slot, work.data(), mixed.row(b));
-            product(mixed, layer.output, s.H * s.E, s.D, add);
+                for (int64_t part = 0; part < parts; part++) {
+                    const int64_t from = part * s.K / parts, to = (part + 1) * s.K / parts;
+                    if (s.apart) entered(b, from, to);
+                    look(s, &qkv[b * wide], from, to, positions[b], keys + slots[b] * slot, values + slots[b] * slot,
+                         work.data(), mixed.row(b));
+                }
+            product(mixed, s.B, layer.output, s.H * s.E, s.D, add);
             norm(layer.mlp_norm);
 #pragma omp for schedule(static)
             for (int64_t n = 0; n < (s.F + LANES - 1) / LANES; n++) {
@@ -340,11 +461,13 @@ void step(const Shape &s, const void *const *pointers, const int64_t *tokens, co
                     for (int64_t j = 0; j < count; j++) put(to[j], a[j] * u[j] / (1.0f + exponential(-a[j])));
                 }
             }
-            product(gated, layer.down, s.F, s.D, add);
+            product(gated, s.B, layer.down, s.F, s.D, add);
         }
-        norm(last_norm);
-        product(normal, head, s.D, s.V, [&](int64_t first, int64_t count) {
-            for (int64_t b = 0; b < s.B; b++) std::copy_n(&out[b * LANES], count, logits + b * s.V + first);
+#pragma omp for schedule(static)
+        for (int64_t a = 0; a < s.answers; a++)
+            normed(&stream[answers[a] * s.D], last_norm, s.D, s.eps, normal.row(a));
+        product(normal, s.answers, head, s.D, s.V, [&](int64_t first, int64_t count) {
+            for (int64_t a = 0; a < s.answers; a++) std::copy_n(&out[a * LANES], count, logits + a * s.V + first);
         });
     }
 }
@@ -372,9 +495,10 @@ void pack(int64_t outputs, int64_t inputs, const W *matrix, int64_t every, int64
 
 #define DECODE(NAME, T, W, H)                                                                                          \
     void decode_##NAME(const int64_t *n, float eps, const void *const *pointers, const int64_t *tokens,                \
-                       const int64_t *positions, const float *cos, const float *sin, T *cache, float *logits) {        \
-        step<T, W, H>(Shape{n[0], n[1], n[2], n[3], n[4], n[5], n[6], n[7], n[8], n[9], eps}, pointers, tokens,        \
-                      positions, cos, sin, cache, logits);                                                             \
+                       const int64_t *slots, const int64_t *positions, const float *cos, const float *sin, T *cache,   \
+                       const int64_t *answers, float *logits) {                                                        \
+        step<T, W, H>(Shape{n[0], n[1], n[2], n[3], n[4], n[5], n[6], n[7], n[8], n[9], n[10], n[11], eps}, pointers,  \
+                      tokens, slots, positions, cos, sin, cache, answers, logits);                                     \
     }
 
 extern "C" {

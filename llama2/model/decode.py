@@ -1,10 +1,10 @@
-"""One decoding step on a CPU in one call of `decode.cpp`: for the engine, while no gradient is wanted.
+"""One step of decoding on a CPU in one call of `decode.cpp`: for the engine, while no gradient is wanted.
 
 `Decoder` packs a model's weights once, in the precision they have, and then answers as the model itself does with a
 `KVCache`: the newest token of each row in, fp32 logits out. A packed copy costs the memory of the weights again, or
 what matrices take as integers (see `quantize`), if they are given as such: activations then stay bf16.
 
-Shapes: B rows, V vocabulary.
+Shapes: B rows (tokens), A of them that want an answer, V vocabulary.
 """
 
 from __future__ import annotations
@@ -63,6 +63,7 @@ class Decoder:
                            *self._packed(out), *self._packed(gate, up), *self._packed(down)]
         pointers = [None if tensor is None else tensor.data_ptr() for tensor in self._kept]
         self._pointers = (ctypes.c_void_p * len(pointers))(*pointers)
+        self._places = torch.arange(64)
         positions = torch.arange(c.max_position_embeddings)[None]
         cos, sin = rotary_tables(positions, c.head_dim, c.rope_theta)
         self._cos, self._sin = (table[0, :, 0, c.head_dim // 2 :].contiguous() for table in (cos, sin))
@@ -70,15 +71,30 @@ class Decoder:
     def __call__(self, tokens_B: Tensor, positions_B: Tensor, cache: KVCache) -> Tensor:
         """logits_BV behind each row's newest token, whose keys and values are added at its position. Rows are the
         first B slots of the cache."""
-        c, rows = self.config, len(tokens_B)
-        logits_BV = torch.empty(rows, c.vocab_size)
-        numbers = (ctypes.c_int64 * 10)(c.num_hidden_layers, c.hidden_size, c.intermediate_size, c.num_attention_heads,
-                                        c.num_key_value_heads, c.head_dim, c.vocab_size, rows, cache.slots,
-                                        cache.capacity)
+        rows_B = self._index(len(tokens_B))
+        return self._step(tokens_B, rows_B, positions_B, cache, rows_B, apart=True)
+
+    def read(self, tokens_B: Tensor, slots_B: Tensor, positions_B: Tensor, last_A: Tensor, cache: KVCache) -> Tensor:
+        """Read prompts: each token goes into its slot at its position, and sees all that stands before it there. The
+        logits_AV behind the tokens of which `last_A` are the places."""
+        return self._step(tokens_B, slots_B, positions_B, cache, last_A, apart=False)
+
+    def _step(self, tokens_B: Tensor, slots_B: Tensor, positions_B: Tensor, cache: KVCache, answers_A: Tensor,
+              apart: bool) -> Tensor:
+        c = self.config
+        logits_AV = torch.empty(len(answers_A), c.vocab_size)
+        numbers = (ctypes.c_int64 * 12)(c.num_hidden_layers, c.hidden_size, c.intermediate_size, c.num_attention_heads,
+                                        c.num_key_value_heads, c.head_dim, c.vocab_size, len(tokens_B), cache.slots,
+                                        cache.capacity, len(answers_A), apart)
         _call(f"decode_{self.letter}", ctypes.addressof(numbers), float(c.rms_norm_eps),
-              ctypes.addressof(self._pointers), tokens_B.contiguous(), positions_B.contiguous(), self._cos, self._sin,
-              cache.data_LPNCKD, logits_BV)
-        return logits_BV
+              ctypes.addressof(self._pointers), tokens_B.contiguous(), slots_B, positions_B.contiguous(), self._cos,
+              self._sin, cache.data_LPNCKD, answers_A, logits_AV)
+        return logits_AV
+
+    def _index(self, count: int) -> Tensor:
+        if len(self._places) < count:
+            self._places = torch.arange(2 * count)
+        return self._places[:count]
 
     def _packed(self, *matrices: Tensor | Rounded) -> tuple[Tensor, Tensor | None]:
         """Matrices of one shape, their blocks of outputs by turns; and the scales of 8-bit integers."""

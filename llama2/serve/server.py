@@ -44,6 +44,7 @@ def run(config: Config) -> None:
             print("llama2: anybody who reaches this address may use it: set LLAMA2_API_KEYS", file=sys.stderr)
         print(f"llama2: serving {', '.join(names)} at http://{f'[{address}]' if ':' in address else address}:{port}",
               file=sys.stderr, flush=True)
+        mesh.rest()  # the models' own threads do all the work from here on
         http.serve(listener, served, judge, config, keys)
 
 

@@ -10,10 +10,10 @@ import torch
 import transformers
 
 from llama2.errors import UserError
+from llama2.generate.batch import Batch
 from llama2.generate.engine import Completion, Engine
 from llama2.generate.sampling import Sampling
 from llama2.generate.score import logprobs
-from llama2.model.cache import KVCache
 from llama2.model.llama import Llama, LlamaConfig
 from llama2.model.quantize import Bits
 
@@ -106,9 +106,8 @@ def test_samples_that_share_a_prefill_equal_samples_that_do_not(model: Llama) ->
 
 def test_one_prefill_a_prompt(model: Llama, monkeypatch: pytest.MonkeyPatch) -> None:
     read: list[int] = []
-    prefill = KVCache.prefill
-    monkeypatch.setattr(KVCache, "prefill", lambda self, slots, width: (read.append(len(slots)), prefill(
-        self, slots, width))[1])
+    prefill = Batch._prefill
+    monkeypatch.setattr(Batch, "_prefill", lambda self, prompts: (read.append(len(prompts)), prefill(self, prompts))[1])
     engine(model, 4).generate([*prompts(3), prompts(3)[0]], replace(PLAIN, n=10))
     assert sum(read) == 3, "three different prompts, forty samples, four slots"
 
