@@ -25,7 +25,7 @@ import time
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import httpx
@@ -37,8 +37,10 @@ from llama2.generate.engine import Engine
 from llama2.generate.sampling import Sampling
 from llama2.microworld.build import write
 from llama2.model import checkpoint
+from llama2.model.formats import pieces
 from llama2.model.llama import Llama
 from llama2.records import Prompt, read
+from llama2.tokenizer.tokenizer import FILE, Tokenizer
 from llama2.tokenizer.train import train
 
 PROMPT, NEW = 64, 128  # tokens
@@ -57,13 +59,16 @@ class Heard:
 
 
 def make(size: str, directory: Path) -> Path:
-    """A checkpoint of a size, with a tokenizer of as many items (of which a small one is trained)."""
+    """A checkpoint of a size, with a tokenizer of as many items: a small one is trained, words are made up."""
     write(directory / "world", scale=0.02, seed=0)
     texts = [message.content for prompt in read(Prompt, directory / "world/prompts-train.jsonl")
              for message in prompt.messages]
-    tokenizer = train(texts, 420, directory / "model")
     config = SIZES[size].config
-    checkpoint.save(Llama(type(config)(**{**vars(config), "vocab_size": tokenizer.vocab_size})), directory / "model")
+    train(texts, 420, directory / "small")
+    known = pieces.load(directory / "small" / FILE)
+    words = (pieces.Piece(f"{pieces.SPACE}w{number}", -number) for number in range(len(known.items), config.vocab_size))
+    Tokenizer(pieces.build(replace(known, items=[*known.items, *words]))).save(directory / "model")
+    checkpoint.save(Llama(config), directory / "model")
     return directory / "model"
 
 

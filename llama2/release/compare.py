@@ -16,7 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from llama2.model.formats.directory import EMBEDDINGS, HEAD, SCORE
+from llama2.model.formats.binary import EMBEDDINGS, HEAD
+from llama2.model.formats.directory import SCORE
 from llama2.model.formats.source import Source
 from llama2.model.llama import Layer, LlamaConfig, RMSNorm, Trunk
 

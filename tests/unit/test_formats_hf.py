@@ -25,7 +25,17 @@ from torch import Tensor
 
 from llama2.errors import UserError
 from llama2.model.formats import archive, before_zip, hf, tensorfile
-from llama2.model.formats.directory import CHECKSUMS, CONFIG, HEAD, INDEX, PICKLED, PICKLED_INDEX, WEIGHTS, config_json
+from llama2.model.formats.binary import HEAD
+from llama2.model.formats.directory import (
+    CHECKSUMS,
+    CONFIG,
+    INDEX,
+    PICKLED,
+    PICKLED_INDEX,
+    WEIGHTS,
+    config_json,
+    shapes,
+)
 from llama2.model.formats.source import Stored, read_ahead
 from llama2.model.llama import LlamaConfig
 
@@ -71,6 +81,13 @@ def test_what_is_written_is_read_bit_for_bit(tmp_path: Path, config: LlamaConfig
     assert same(state(again), dict(model.state_dict()))
     assert (tmp_path / "model" / INDEX).exists() == (shard_bytes == 3_000)
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
+
+
+def test_the_shapes_expected_are_those_of_the_models() -> None:
+    for config in (TINY, TIED, replace(TINY, num_key_value_heads=4)):
+        for model, scorer in ((model_of(config), False), (scorer_of(config), True)):
+            found = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+            assert list(shapes(config, scorer=scorer).items()) == list(found.items())
 
 
 def test_a_reward_model_is_one_when_it_is_read_again(tmp_path: Path) -> None:

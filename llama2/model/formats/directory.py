@@ -19,13 +19,13 @@ from typing import Any
 import torch
 
 from llama2.errors import UserError, did_you_mean, explain_os_errors
-from llama2.model.llama import Llama, LlamaConfig
-from llama2.model.scorer import Scorer
+from llama2.model.formats import binary
+from llama2.model.llama import LlamaConfig
 
 CONFIG, WEIGHTS, INDEX, CHECKSUMS = "config.json", "model.safetensors", "model.safetensors.index.json", "checksums.json"
 PICKLED, PICKLED_INDEX = "pytorch_model.bin", "pytorch_model.bin.index.json"
 LANGUAGE_MODEL, SEQUENCE_SCORER = "LlamaForCausalLM", "LlamaForSequenceClassification"
-HEAD, SCORE, EMBEDDINGS = "lm_head.weight", "score.weight", "model.embed_tokens.weight"
+SCORE = "score.weight"
 PADDING = 0  # transformers finds the last real token of a row by it; the published tokenizer has no id for padding
 UNFIT = "this model cannot be loaded"
 
@@ -124,9 +124,11 @@ def config_json(config: LlamaConfig, *, scorer: bool = False, dtype: torch.dtype
 # ---- tensors and their files ----------------------------------------------------------------------------------------
 def shapes(config: LlamaConfig, *, scorer: bool = False) -> dict[str, tuple[int, ...]]:
     """Every tensor of a model of this shape, in the order of its state dict."""
-    with torch.device("meta"):
-        model = Scorer(config) if scorer else Llama(config)
-    return {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    found = binary.shapes(config)
+    if scorer:
+        found.pop(binary.HEAD, None)
+        found[SCORE] = (1, config.hidden_size)
+    return found
 
 
 def check_shapes(place: Path, expected: Mapping[str, tuple[int, ...]], found: Mapping[str, tuple[int, ...]],

@@ -14,7 +14,8 @@ import torch
 
 from llama2.errors import UserError
 from llama2.model.formats import archive, before_zip, directory, tensorfile
-from llama2.model.formats.directory import CHECKSUMS, CONFIG, EMBEDDINGS, HEAD, INDEX, WEIGHTS
+from llama2.model.formats.binary import EMBEDDINGS, HEAD
+from llama2.model.formats.directory import CHECKSUMS, CONFIG, INDEX, WEIGHTS
 from llama2.model.formats.source import Source, Stored
 from llama2.model.llama import LlamaConfig
 

@@ -25,7 +25,7 @@ from torch import Tensor
 
 from llama2.errors import UserError, did_you_mean, explain_os_errors
 from llama2.model.formats import archive
-from llama2.model.formats.binary import halved, interleaved, rotary_heads, shapes
+from llama2.model.formats.binary import EMBEDDINGS, HEAD, halved, interleaved, rotary_heads, shapes
 from llama2.model.formats.source import Source, Stored
 from llama2.model.llama import LlamaConfig
 
@@ -40,7 +40,6 @@ _INSIDE = {
     "mlp.gate_proj": ("feed_forward.w1", ROWS), "mlp.down_proj": ("feed_forward.w2", COLUMNS),
     "mlp.up_proj": ("feed_forward.w3", ROWS), "input_layernorm": ("attention_norm", None),
     "post_attention_layernorm": ("ffn_norm", None)}
-_HEAD, _EMBEDDINGS = "lm_head.weight", "model.embed_tokens.weight"
 _AGAIN = "fetch it again"
 
 
@@ -214,8 +213,8 @@ def write(source: Source, directory: Path, *, dtype: torch.dtype | None = None, 
     _divisible(source.path, source.config, shards)
     names = list(shapes(source.config))
     if source.config.tie_word_embeddings:
-        names.append(_HEAD)
-    stored = {name: source.tensors.get(name, source.tensors[_EMBEDDINGS]) for name in names}
+        names.append(HEAD)
+    stored = {name: source.tensors.get(name, source.tensors[EMBEDDINGS]) for name in names}
     layout = {theirs: (_part(stored[name].shape, axis, shards), dtype or stored[name].dtype)
               for name in names for theirs, axis in [their_name(name)]}
     with _fresh(directory) as work:

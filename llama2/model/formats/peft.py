@@ -20,7 +20,8 @@ from torch import Tensor
 
 from llama2.errors import UserError
 from llama2.model.formats import directory, hf
-from llama2.model.formats.directory import EMBEDDINGS, HEAD, SCORE
+from llama2.model.formats.binary import EMBEDDINGS, HEAD
+from llama2.model.formats.directory import SCORE
 from llama2.model.formats.source import Source, Stored
 
 CONFIG, WEIGHTS = "adapter_config.json", ("adapter_model.safetensors", "adapter_model.bin")
