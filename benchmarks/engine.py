@@ -1,7 +1,7 @@
 """Generation: tokens a second of the engine, and its ratio to transformers' `generate` and llama.cpp in the same run.
 
-    python benchmarks/engine.py [--shapes demo T S] [--batches 1 16 64] [--precisions fp32 bf16 int8] [--threads N]
-                                [--only even mixed rejection] [--llamacpp-python PATH]
+    python benchmarks/engine.py [--shapes demo T S] [--batches 1 16 64] [--precisions fp32 bf16 int8 int4]
+                                [--threads N] [--only even mixed rejection] [--llamacpp-python PATH]
 
 Prefill and decode are greedy, without stop ids: prefill = rows x prompt / time of one token, decode = rows x (new - 1)
 / (time of all tokens - time of one). `mixed` is what the recipe does: prompts and answers of many lengths, drawn at
@@ -9,8 +9,8 @@ temperature 1, twice as many prompts as slots; transformers gets the same prompt
 only tokens up to the stop id count. `rejection` is 16 samples of 64 tokens for each of 64 prompts, which transformers
 gets 16 prompts at a time (`num_return_sequences`). Both sides use the same weights, allocator and threads; the best of
 the repeats counts, repeats interleaved. llama.cpp takes part in prefill and decode if the given interpreter has
-llama-cpp-python and gguf; int8 is compared with its Q8_0. It is a process of its own that rests while others are
-measured.
+llama-cpp-python and gguf; int8 is compared with its Q8_0, int4 with its Q4_1. It is a process of its own that rests
+while others are measured.
 """
 
 from __future__ import annotations
@@ -20,7 +20,6 @@ import json
 import time
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Literal
 
 import torch
 import transformers
@@ -30,6 +29,7 @@ from llama2 import mesh
 from llama2.generate.engine import Engine
 from llama2.generate.sampling import Sampling
 from llama2.model.llama import Llama, LlamaConfig
+from llama2.model.quantize import WeightPrecision
 
 SHAPES = {
     "demo": LlamaConfig(1024, 128, 352, 4, 4, 4, 512),
@@ -37,7 +37,6 @@ SHAPES = {
     "S": SIZES["S"].config,
 }
 LENGTHS = {"demo": (40, 40), "T": (128, 128), "S": (128, 128)}  # tokens of a prompt and of an answer
-Engines = Literal["fp32", "bf16", "int8"]
 REJECTION_PROMPTS, REJECTION_SAMPLES, REJECTION_TOKENS, REJECTION_PART = 64, 16, 64, 16
 STOPS = 1 / 40  # share of the vocabulary that ends an answer in `mixed`
 
@@ -56,7 +55,7 @@ def clock(work: Callable[[], object]) -> float:
     return time.perf_counter() - begin
 
 
-def peer(model: Llama, precision: Engines) -> transformers.LlamaForCausalLM:
+def peer(model: Llama, precision: WeightPrecision) -> transformers.LlamaForCausalLM:
     """The same weights in transformers."""
     theirs = transformers.LlamaForCausalLM(transformers.LlamaConfig(**vars(model.config)))
     theirs.load_state_dict(model.state_dict(), strict=False)
@@ -73,7 +72,7 @@ def random_prompts(config: LlamaConfig, lengths: list[int]) -> list[list[int]]:
 def llamacpp(shape: str, rows: int, precision: str, prompts: list[list[int]], new: int, repeats: int, python: str
              ) -> tuple[float, float]:
     """llama.cpp's tokens a second of prefill and decode."""
-    kind = {"fp32": "f32", "bf16": "bf16", "int8": "q8_0"}[precision]
+    kind = {"fp32": "f32", "bf16": "bf16", "int8": "q8_0", "int4": "q4_1"}[precision]
     threads = torch.get_num_threads()
     words = [json.dumps(vars(SHAPES[shape])), kind, str(rows), str(threads)]
     with Side("llama.cpp", python, "llamacpp.py", words, threads) as side:
@@ -82,7 +81,7 @@ def llamacpp(shape: str, rows: int, precision: str, prompts: list[list[int]], ne
     return tokens[0] / min(each["prefill"] for each in found), tokens[1] / min(each["decode"] for each in found)
 
 
-def even(shape: str, rows: int, precision: Engines, repeats: int, python: str = "") -> None:
+def even(shape: str, rows: int, precision: WeightPrecision, repeats: int, python: str = "") -> None:
     """Prefill and decode of rows of one length."""
     model, (prompt, new) = Llama(SHAPES[shape]).requires_grad_(False), LENGTHS[shape]
     prompts, engine, theirs = random_prompts(model.config, [prompt] * rows), Engine(
@@ -112,7 +111,7 @@ def even(shape: str, rows: int, precision: Engines, repeats: int, python: str = 
             show(shape, rows, precision, name, rates[name], theirs, "llama.cpp")
 
 
-def mixed(shape: str, rows: int, precision: Engines, repeats: int) -> None:
+def mixed(shape: str, rows: int, precision: WeightPrecision, repeats: int) -> None:
     """Ragged prompts and answers, twice as many as slots."""
     model, (prompt, new) = Llama(SHAPES[shape]).requires_grad_(False), LENGTHS[shape]
     lengths = torch.randint(prompt // 2, prompt * 3 // 2, (2 * rows,), generator=torch.Generator().manual_seed(1))
@@ -144,7 +143,7 @@ def mixed(shape: str, rows: int, precision: Engines, repeats: int) -> None:
     show(shape, rows, precision, "mixed", rates["ours"], rates["peer"])
 
 
-def rejection(shape: str, rows: int, precision: Engines, repeats: int) -> None:
+def rejection(shape: str, rows: int, precision: WeightPrecision, repeats: int) -> None:
     """Many samples of each prompt, as rejection sampling draws them (§3.2.3)."""
     model, (prompt, _) = Llama(SHAPES[shape]).requires_grad_(False), LENGTHS[shape]
     prompts = random_prompts(model.config, [prompt] * REJECTION_PROMPTS)
@@ -175,7 +174,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shapes", nargs="+", default=list(SHAPES), choices=list(SHAPES))
     parser.add_argument("--batches", nargs="+", type=int, default=[1, 16, 64])
-    parser.add_argument("--precisions", nargs="+", default=["fp32", "bf16"], choices=["fp32", "bf16", "int8"])
+    parser.add_argument("--precisions", nargs="+", default=["fp32", "bf16"], choices=["fp32", "bf16", "int8", "int4"])
     parser.add_argument("--threads", type=int)
     parser.add_argument("--repeats", type=int, default=2)
     parser.add_argument("--only", nargs="+", default=list(KINDS), choices=list(KINDS))

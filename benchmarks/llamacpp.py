@@ -1,6 +1,6 @@
 """llama.cpp as a side of engine.py: prefill and decode of even rows, greedy, on random weights.
 
-    python benchmarks/llamacpp.py SIZE f32|bf16|q8_0 ROWS THREADS
+    python benchmarks/llamacpp.py SIZE f32|bf16|q8_0|q4_1 ROWS THREADS
 
 Started by engine.py with an interpreter that has llama-cpp-python, gguf and numpy; needs nothing else.
 """
@@ -21,7 +21,7 @@ import llama_cpp
 import numpy as np
 
 KINDS = {"f32": gguf.GGMLQuantizationType.F32, "bf16": gguf.GGMLQuantizationType.BF16,
-         "q8_0": gguf.GGMLQuantizationType.Q8_0}
+         "q8_0": gguf.GGMLQuantizationType.Q8_0, "q4_1": gguf.GGMLQuantizationType.Q4_1}
 
 
 def write(path: Path, shape: dict[str, Any], kind: str) -> None:
@@ -45,7 +45,8 @@ def write(path: Path, shape: dict[str, Any], kind: str) -> None:
 
     def matrix(name: str, outputs: int, inputs: int) -> None:
         weights = random.normal(0, 0.02, (outputs, inputs)).astype(np.float32)
-        writer.add_tensor(name, gguf.quants.quantize(weights, KINDS[kind]), raw_dtype=KINDS[kind])
+        own = KINDS["bf16" if kind == "q4_1" and not name.startswith("blk.") else kind]  # 4 bits in the layers, as ours
+        writer.add_tensor(name, gguf.quants.quantize(weights, own), raw_dtype=own)
 
     matrix("token_embd.weight", vocabulary, dim)
     for layer in range(layers):

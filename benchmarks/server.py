@@ -25,7 +25,7 @@ import time
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import httpx
@@ -37,8 +37,10 @@ from llama2.generate.engine import Engine
 from llama2.generate.sampling import Sampling
 from llama2.microworld.build import write
 from llama2.model import checkpoint
+from llama2.model.formats import pieces
 from llama2.model.llama import Llama
 from llama2.records import Prompt, read
+from llama2.tokenizer.tokenizer import FILE, Tokenizer
 from llama2.tokenizer.train import train
 
 PROMPT, NEW = 64, 128  # tokens
@@ -57,13 +59,16 @@ class Heard:
 
 
 def make(size: str, directory: Path) -> Path:
-    """A checkpoint of a size, with a tokenizer of as many items (of which a small one is trained)."""
+    """A checkpoint of a size, with a tokenizer of as many items: a small one is trained, words are made up."""
     write(directory / "world", scale=0.02, seed=0)
     texts = [message.content for prompt in read(Prompt, directory / "world/prompts-train.jsonl")
              for message in prompt.messages]
-    tokenizer = train(texts, 420, directory / "model")
     config = SIZES[size].config
-    checkpoint.save(Llama(type(config)(**{**vars(config), "vocab_size": tokenizer.vocab_size})), directory / "model")
+    train(texts, 420, directory / "small")
+    known = pieces.load(directory / "small" / FILE)
+    words = (pieces.Piece(f"{pieces.SPACE}w{number}", -number) for number in range(len(known.items), config.vocab_size))
+    Tokenizer(pieces.build(replace(known, items=[*known.items, *words]))).save(directory / "model")
+    checkpoint.save(Llama(config), directory / "model")
     return directory / "model"
 
 
@@ -86,35 +91,49 @@ def server(model: Path, slots: int, threads: int, *flags: str) -> Iterator[tuple
 
 
 async def client(url: str, number: int, until: float, heard: Heard) -> None:
-    """One client that asks, reads and asks again."""
+    """One client that asks, reads and asks again, over one connection.
+
+    It takes bytes from the socket and looks for the end of the answer: the server shares the cores with its clients,
+    and an HTTP library with a JSON parser would take more of them for each chunk than the server does.
+    """
     generator = random.Random(number)
-    async with httpx.AsyncClient(timeout=120) as http:
-        while time.monotonic() < until:
-            body = {"prompt": [1, *(generator.randrange(3, 400) for _ in range(PROMPT - 1))], "max_tokens": NEW,
-                    "logit_bias": ENDLESS, "stream": True, "stream_options": {"include_usage": True}}
-            begin = latest = time.monotonic()
-            try:
-                async with http.stream("POST", f"{url}/v1/completions", json=body) as answer:
-                    heard.statuses[answer.status_code] += 1
-                    async for line in answer.aiter_lines():
-                        if not line.startswith("data: {"):
-                            continue
-                        chunk, now = json.loads(line[6:]), time.monotonic()
-                        heard.tokens += (chunk["usage"] or {"completion_tokens": 0})["completion_tokens"]
-                        if latest == begin:
-                            heard.first.append(now - begin)
-                        elif chunk["choices"]:
-                            heard.between.append(now - latest)
-                        latest = now
-            except httpx.HTTPError as error:
-                heard.errors[type(error).__name__] += 1
+    host, port = url.removeprefix("http://").split(":")
+    reader, writer = await asyncio.open_connection(host, int(port), limit=1 << 22)
+    while time.monotonic() < until:
+        body = json.dumps({"prompt": [1, *(generator.randrange(3, 400) for _ in range(PROMPT - 1))], "max_tokens": NEW,
+                           "logit_bias": ENDLESS, "stream": True, "stream_options": {"include_usage": True}}).encode()
+        begin = latest = time.monotonic()
+        writer.write(b"POST /v1/completions HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Type: application/json\r\n"
+                     b"Content-Length: %d\r\n\r\n" % len(body) + body)
+        head = await reader.readuntil(b"\r\n\r\n")
+        heard.statuses[int(head[9:12])] += 1
+        if b"chunked" not in head:
+            heard.errors["no stream"] += 1
+            break
+        end = b""
+        while not end.endswith(b"0\r\n\r\n"):
+            data = await reader.read(1 << 16)
+            now, end = time.monotonic(), (end + data)[-1000:]
+            if not data:
+                heard.errors["connection lost"] += 1
+                return
+            (heard.first if latest == begin else heard.between).append(now - latest)
+            latest = now
+        if not (tokens := re.search(rb'"completion_tokens":(\d+)', end)):
+            heard.errors["no usage"] += 1
+            continue
+        if latest <= until:
+            heard.tokens += int(tokens[1])
+        else:  # of the last answer, what came in time
+            heard.tokens += round(int(tokens[1]) * (until - begin) / (latest - begin))
+    writer.close()
 
 
-async def load(url: str, clients: int, seconds: float) -> tuple[Heard, float]:
-    """What the clients heard, and for how long they asked."""
+async def load(url: str, clients: int, seconds: float) -> Heard:
+    """What the clients heard in these seconds."""
     heard, begin = Heard(), time.monotonic()
     await asyncio.gather(*(client(url, number, begin + seconds, heard) for number in range(clients)))
-    return heard, time.monotonic() - begin
+    return heard
 
 
 def alone(model: Path, rows: int, seconds: float) -> float:
@@ -143,11 +162,11 @@ def measure(size: str, clients: int, seconds: float, threads: int) -> None:
         with server(model, clients, threads) as (url, process):
             asyncio.run(load(url, clients, 3))
             before = resident(process)
-            heard, took = asyncio.run(load(url, clients, seconds))
+            heard = asyncio.run(load(url, clients, seconds))
             growth = resident(process) - before
         torch.set_num_threads(threads)
         offline = alone(model, clients, min(seconds, 10))
-    served = heard.tokens / took
+    served = heard.tokens / seconds
     print(f"{size} {clients} clients, {threads} threads: {served:,.0f} tokens/s  engine alone {offline:,.0f}  "
           f"ratio {served / offline:.2f}")
     for name, values in (("first token", heard.first), ("between tokens", heard.between)):

@@ -46,12 +46,12 @@ class Served:
 
 @contextmanager
 def serving(*paths: Path, keys: Sequence[str] = (), judge: Path | None = None, **values: Any) -> Iterator[Served]:
-    """Serve checkpoints until the block ends. Answers are computed in fp32."""
+    """Serve checkpoints until the block ends. Answers are computed in fp32 unless asked otherwise."""
     config = build(ServeConfig, {"checkpoints": [str(path) for path in paths], "precision": "fp32", **values})
     names = config.names or tuple(path.name for path in paths)
     loaded = models.load(paths, names, slots=config.slots, capacity=config.capacity, waiting=config.limits.waiting,
-                         precision="fp32")
-    safe: RewardModel | None = models.load_judge(judge, loaded, 64, "fp32") if judge else None
+                         precision=config.precision)
+    safe: RewardModel | None = models.load_judge(judge, loaded, 64, config.precision) if judge else None
     server = http.server(loaded, safe, config, keys)
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))

@@ -26,6 +26,7 @@ from llama2.generate.engine import Engine
 from llama2.generate.remote import Server, connect
 from llama2.generate.sampling import Sampling
 from llama2.microworld.rater import Rating
+from llama2.model import quantize
 from llama2.model.checkpoint import CHECKSUMS, config_of, load
 from llama2.model.llama import Llama
 from llama2.records import Axis, Messages, Prompt
@@ -67,7 +68,8 @@ class Config(configuration.StageConfig):
     """most tokens of an answer"""
     slots: int = Field(128, gt=0)
     """answers decoded side by side"""
-    precision: mesh.Precision = "bf16"
+    precision: quantize.WeightPrecision = "bf16"
+    """of the versions' weights; int8 and int4 measure what is served so. Reward models judge in bf16 then"""
     """of all matrix products"""
     conversations: int = Field(8, ge=0)
     """prompts whose answers by every version are shown in the report"""
@@ -99,9 +101,9 @@ def run(config: Config, run: runs.Run) -> None:
     dialogs = ghost.read(config.ghost, config.ghost_limit) if config.ghost else []
     judges: dict[Axis, RewardJudge] = {}
     if config.rewards.helpful:
-        judges["helpful"] = RewardJudge(config.rewards.helpful, config.precision)
+        judges["helpful"] = RewardJudge(config.rewards.helpful, quantize.computing(config.precision))
     if config.rewards.safe:
-        judges["safe"] = RewardJudge(config.rewards.safe, config.precision)
+        judges["safe"] = RewardJudge(config.rewards.safe, quantize.computing(config.precision))
     results: dict[str, summary.Version] = {}
     models: dict[str, Llama] = {}
     same: dict[bytes, str] = {}
@@ -196,7 +198,7 @@ def _attention(config: Config, models: dict[str, Llama], dialogs: Sequence[ghost
     if not talks:
         return {}
     models = {name: models[name] for name in config.attention}
-    with torch.inference_mode(), mesh.autocast(config.precision):
+    with torch.inference_mode(), mesh.autocast(quantize.computing(config.precision)):
         return attention.compare(models, Tokenizer.load(config.versions[last]), talks[:ATTENTION_DIALOGS])
 
 

@@ -24,11 +24,11 @@ from llama2.errors import UserError
 from llama2.generate.batch import Batch, Request
 from llama2.generate.sampling import Sampling
 from llama2.generate.session import Session
-from llama2.mesh import Precision
-from llama2.model import decode
+from llama2.model import decode, quantize
 from llama2.model.cache import KVCache
 from llama2.model.decode import Decoder
 from llama2.model.llama import Llama
+from llama2.model.quantize import Rounded, WeightPrecision
 
 Tokens = Sequence[int]
 _ROUND = 64  # capacities are multiples of this, so that calls of similar length share one cache
@@ -70,19 +70,21 @@ class Engine:
 
     slots: sequences decoded side by side. capacity: the most tokens of a sequence, prompt included (default: the
     context of the model). precision: "bf16" computes with weights rounded once a call, "fp32" with the model's own,
-    "int8" in bf16 with weights rounded to 8-bit integers and a scale for each output, which on a CPU are also read as
-    such. A copy of the weights is held only where the model's cannot be used as they are: another type, or sharded.
+    "int8" and "int4" in bf16 with matrices rounded to integers (see `model/quantize.py`), which on a CPU a decoding
+    step also reads as such. A copy of the weights is held only where the model's cannot be used as they are: another
+    type, rounded, or sharded. UserError for "int4" without torchao.
     """
 
     def __init__(
-        self, model: Llama, *, slots: int = 64, capacity: int | None = None,
-        precision: Precision | Literal["int8"] = "bf16"
+        self, model: Llama, *, slots: int = 64, capacity: int | None = None, precision: WeightPrecision = "bf16"
     ) -> None:
+        quantize.check(precision)
         context = model.config.max_position_embeddings
         self.slots, self.context = slots, min(capacity or context, context)
         self._model, self._dtype = model, torch.float32 if precision == "fp32" else torch.bfloat16
-        self._integers = precision == "int8"
+        self._bits = precision if precision == "int8" or precision == "int4" else None
         self._copy: Llama | None = None
+        self._rounded: dict[str, Rounded] = {}  # matrices of the copy, until they are packed
         self._spare: KVCache | None = None
         self._decoder: Decoder | None = None
         self._state: list[tuple[int, int]] = []  # of the weights that are packed
@@ -102,7 +104,7 @@ class Engine:
             Request(tuple(prompt), _own(sampling), name, sample, min(sampling.max_tokens, self.context - len(prompt)))
             for prompt, name in zip(prompts, names, strict=True) for sample in range(sampling.n)
         ]
-        model = self._current()
+        model = self.current()
         if not requests:
             return []
         batch = self._batch(model, requests)
@@ -116,7 +118,7 @@ class Engine:
         """The tokens of `generate([prompt], sampling)[0][0]`, each as it is drawn."""
         self.check([prompt])
         request = Request(tuple(prompt), _own(sampling), limit=min(sampling.max_tokens, self.context - len(prompt)))
-        batch = self._batch(self._current(), [request])
+        batch = self._batch(self.current(), [request])
         for _ in range(request.limit):
             batch.step()
             token = batch.newest()
@@ -128,7 +130,7 @@ class Engine:
     def open(self, kept: int | None = None) -> Session:
         """A batch that stays open, for the weights of this moment. Its cache holds `slots` running rows and `kept` ones
         (as many unless given), each of the engine's whole context."""
-        model = self._current()
+        model = self.current()
         return Session(model, self._cache(model, self.slots + (self.slots if kept is None else kept), self.context),
                        self.slots, self._packed(model))
 
@@ -160,7 +162,8 @@ class Engine:
     def _packed(self, model: Llama) -> Decoder | None:
         """The weights as our own decoding step reads them, where it runs."""
         if self._decoder is None and decode.runs(model):
-            self._decoder = Decoder(model, integers=self._integers)
+            self._decoder = Decoder(model, self._rounded)
+            self._rounded = {}
         return self._decoder
 
     def _cache(self, model: Llama, slots: int, capacity: int) -> KVCache:
@@ -168,8 +171,8 @@ class Engine:
         return KVCache(c.num_hidden_layers, slots, c.num_key_value_heads, capacity, c.head_dim, dtype=self._dtype,
                        device=model.head_weight.device)
 
-    def _current(self) -> Llama:
-        """The model with its weights of this moment, in the engine's precision.
+    def current(self) -> Llama:
+        """The model that this engine serves: with its weights of this moment, in the engine's precision.
 
         Weights that may be trained are taken anew at every call: a fused optimizer leaves no trace of what it writes.
         Frozen ones are taken once, as long as nothing else writes to them.
@@ -181,21 +184,27 @@ class Engine:
         changed = not frozen or state != self._state
         if changed:
             self._state, self._decoder = state, None
-        if not sharded and not self._integers and all(weight.dtype == self._dtype for weight in weights):
+        if not sharded and self._bits is None and all(weight.dtype == self._dtype for weight in weights):
             return self._model
         if self._copy is None:
             self._copy, changed = _blank(self._model, self._dtype), True
         if changed:
             with torch.inference_mode():
-                for own, weight in zip(self._copy.parameters(), weights, strict=True):
-                    self._fill(own, _whole(weight))
+                for (name, own), weight in zip(self._copy.named_parameters(), weights, strict=True):
+                    own.copy_(_whole(weight))
+                    self._round(name, own)
+            if not decode.runs(self._copy):
+                self._rounded = {}
         return self._copy
 
-    def _fill(self, own: Tensor, weight: Tensor) -> None:
-        own.copy_(weight)
-        if self._integers and own.dim() == 2:
-            integers, scale = decode.rounded(own)
-            own.copy_(integers * scale[:, None])
+    def _round(self, name: str, own: Tensor) -> None:
+        """Put into a parameter of the copy what its integers stand for, if it is one that is rounded."""
+        tied = self._model.config.tie_word_embeddings
+        if self._bits is None or quantize.kept(name, own, self._bits, tied=tied):
+            return
+        found = quantize.rounded(own, self._bits)
+        own.copy_(found.weight())
+        self._rounded[name] = found
 
 
 def _is_sharded(weight: Tensor) -> bool:

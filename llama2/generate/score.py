@@ -43,6 +43,25 @@ def logprobs(
     return _over_batches(model, model.config.max_position_embeddings, rows, work, precision, batch_tokens)
 
 
+def predictions(
+    model: Llama, rows: Sequence[Row], precision: Precision = "bf16", batch_tokens: int = 2048
+) -> list[tuple[list[float], list[int]]]:
+    """The numbers of `logprobs`, and the likeliest token at each of these places: what greedy decoding would choose.
+
+    `batch_tokens`: the most padded tokens of a forward pass, whose logits are held. UserError for a row beyond the
+    model's context.
+    """
+
+    def work(tokens_BT: Tensor, lengths: list[int]) -> list[tuple[list[float], list[int]]]:
+        if tokens_BT.shape[1] == 1:
+            return [([], []) for _ in lengths]
+        logp_BTV = model(tokens_BT[:, :-1].contiguous()).log_softmax(-1)
+        own_BT, best_BT = logp_BTV.gather(2, tokens_BT[:, 1:, None])[..., 0].tolist(), logp_BTV.argmax(-1).tolist()
+        return [(own[: length - 1], best[: length - 1]) for own, best, length in zip(own_BT, best_BT, lengths)]
+
+    return _over_batches(model, model.config.max_position_embeddings, rows, work, precision, batch_tokens)
+
+
 def rewards(
     scorer: Scorer, rows: Sequence[Row], precision: Precision = "bf16", batch_tokens: int = 16384
 ) -> list[float]:

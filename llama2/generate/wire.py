@@ -28,6 +28,7 @@ NEUTRAL: dict[str, Any] = {"top_k": 0, "min_p": 0.0, "repetition_penalty": 1.0, 
                            "frequency_penalty": 0.0}
 """what changes nothing; it is sent, as servers have defaults of their own"""
 _EXTRAS = ("return_token_ids", "return_tokens_as_token_ids", "stop_token_ids")  # not OpenAI's, and not essential
+_TEXT_ALONE = re.compile(r"prompt\W+(?:str\W+)?msg\W+Input should be a valid string")
 T = TypeVar("T")
 
 
@@ -189,6 +190,9 @@ class Wire:
     def _refuse(self, response: Any) -> None:
         status = response.status_code
         reason = f"HTTP {status}: {_message(response.text)}"
+        if _TEXT_ALONE.search(response.text):
+            raise UserError(f"{self.url}: it takes prompts as text alone, where tags and text cannot be told apart",
+                            "sample on one that takes token ids: vLLM, llama.cpp's llama-server, 'llama2 serve'")
         if status in _NEVER:
             raise UserError(f"{self.url}: {reason}", "check its address, the name of the model there, and its key")
         if status in _TRY_AGAIN or status >= 500:

@@ -5,9 +5,9 @@
 // weights lie in the order in which they are read, and products run on tiles (AMX), on pairs of bf16 (AVX-512), or on
 // plain vectors, whichever the processor has. decode.py packs the weights, says what is computed, and builds this file.
 //
-// Numbers are fp32 or bf16 (T) in memory, weights also 8-bit integers (W) with a scale for each output; sums, norms,
-// softmax and the residual stream are fp32. A row's result does not depend on the other rows of its step, to the last
-// bit.
+// Numbers are fp32 or bf16 (T) in memory, weights also integers (W) of 8 bits with a scale for each output or of 4
+// bits with a scale for each 32 inputs; sums, norms, softmax and the residual stream are fp32. A row's result does not
+// depend on the other rows of its step, to the last bit.
 //
 // Shapes: B rows, D hidden, F feed-forward, H query heads, K key heads, G = H / K, E head dimension, V vocabulary,
 // S columns of the cache. A packed matrix is [outputs / 16][inputs / pair][16][pair], zeros where sizes do not divide.
@@ -159,12 +159,69 @@ struct Tiles {
 
 // ---- the network ----
 
+// 32 inputs of a block in 4 bits: a weight is (integer - zero) · scale. A byte holds a pair, the even input in its low
+// half.
+struct Nibbles {
+    bf16 scales[LANES];
+    uint8_t zeros[LANES];
+    uint8_t pairs[16][LANES];
+};
+static_assert(sizeof(Nibbles) == 304);
+
+template <class W> constexpr int64_t WEIGHTS = 1;  // in one W
+template <> constexpr int64_t WEIGHTS<Nibbles> = 32 * LANES;
+
 template <class W> struct Matrix {
     const W *packed;
-    const float *scales;  // of each output, for integers
+    const float *scales;  // of each output, for integers of 8 bits
 
-    const W *at(int64_t inputs, int64_t block) const { return packed + block * round_up(inputs, 32) * LANES; }
+    const W *at(int64_t inputs, int64_t block) const {
+        return packed + block * round_up(inputs, 32) * LANES / WEIGHTS<W>;
+    }
 };
+
+#ifdef __AVX512BF16__
+inline __m128i load16(const void *at) { return _mm_loadu_si128(static_cast<const __m128i *>(at)); }
+#endif
+
+inline void unpack(const int8_t *from, int64_t count, bf16 *to) {  // bf16 holds them exactly: nothing is rounded
+#ifdef __AVX512BF16__
+    auto floats = [](const int8_t *at) { return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(load16(at))); };
+    for (int64_t i = 0; i < count; i += 2 * LANES)
+        _mm512_storeu_si512(to + i, (__m512i)_mm512_cvtne2ps_pbh(floats(from + i + LANES), floats(from + i)));
+#else
+#pragma omp simd
+    for (int64_t i = 0; i < count; i++) to[i].bits = uint16_t(std::bit_cast<uint32_t>(float(from[i])) >> 16);
+#endif
+}
+
+inline void unpack(const Nibbles *from, int64_t count, bf16 *to) {
+#ifdef __AVX512BF16__  // compilers find a quarter of this speed
+    alignas(64) uint16_t order[2 * LANES];
+    for (int64_t i = 0; i < 2 * LANES; i++) order[i] = uint16_t(i / 2 + i % 2 * LANES);
+    const __m512i by_turns = _mm512_load_si512(order), low = _mm512_set1_epi32(15);
+    auto bytes = [](const uint8_t *at) { return _mm512_cvtepu8_epi32(load16(at)); };
+    for (; count > 0; count -= WEIGHTS<Nibbles>, from++) {
+        const __m512i halves = _mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i *)from->scales));
+        const __m512 scale = _mm512_castsi512_ps(_mm512_slli_epi32(halves, 16));
+        const __m512i zero = bytes(from->zeros);
+        auto weights = [&](__m512i x) { return _mm512_mul_ps(_mm512_cvtepi32_ps(_mm512_sub_epi32(x, zero)), scale); };
+        for (int64_t pair = 0; pair < 16; pair++, to += 2 * LANES) {
+            const __m512i both = bytes(from->pairs[pair]);
+            const __m512 even = weights(_mm512_and_si512(both, low)), odd = weights(_mm512_srli_epi32(both, 4));
+            _mm512_storeu_si512(to, _mm512_permutexvar_epi16(by_turns, (__m512i)_mm512_cvtne2ps_pbh(odd, even)));
+        }
+    }
+#else
+    for (; count > 0; count -= WEIGHTS<Nibbles>, from++)
+        for (int64_t pair = 0; pair < 16; pair++, to += 2 * LANES)
+            for (int64_t j = 0; j < LANES; j++) {
+                int32_t both = from->pairs[pair][j], zero = from->zeros[j];
+                put(to[2 * j], float((both & 15) - zero) * get(from->scales[j]));
+                put(to[2 * j + 1], float((both >> 4) - zero) * get(from->scales[j]));
+            }
+#endif
+}
 
 template <class W> struct Layer {
     const float *attention_norm, *mlp_norm;
@@ -178,14 +235,13 @@ void outputs_of(const Rows<T> &x, int64_t B, const Matrix<W> &matrix, int64_t in
     if constexpr (std::is_same_v<T, W>) {
         block(x, B, matrix.at(inputs, n), out);
     } else {
-        const W *from = matrix.at(inputs, n);
         T *to = scratch.data();
-#pragma omp simd
-        for (int64_t i = 0; i < x.width * LANES; i++) put(to[i], float(from[i]));
+        unpack(matrix.at(inputs, n), x.width * LANES, to);
         block(x, B, to, out);
-        for (int64_t b = 0; b < B; b++)
+        if constexpr (std::is_same_v<W, int8_t>)
+            for (int64_t b = 0; b < B; b++)
 #pragma omp simd
-            for (int64_t j = 0; j < LANES; j++) out[b * LANES + j] *= matrix.scales[n * LANES + j];
+                for (int64_t j = 0; j < LANES; j++) out[b * LANES + j] *= matrix.scales[n * LANES + j];
     }
 }
 
@@ -324,7 +380,7 @@ template <class T> auto attention(int64_t E) {
     return E == 32 ? attend<2, T> : E == 48 ? attend<3, T> : E == 64 ? attend<4, T> : E == 128 ? attend<8, T> : attend<0, T>;
 }
 
-template <class T, class W>
+template <class T, class W, class H>  // weights of the layers and of the head
 void step(const Shape &s, const void *const *pointers, const int64_t *tokens, const int64_t *slots,
           const int64_t *positions, const float *cos, const float *sin, T *cache, const int64_t *answers, float *logits) {
     auto matrix = [&](int64_t i) {
@@ -333,7 +389,7 @@ void step(const Shape &s, const void *const *pointers, const int64_t *tokens, co
     auto vector = [&](int64_t i) { return static_cast<const float *>(pointers[i]); };
     const T *embedding = static_cast<const T *>(pointers[0]);
     const float *last_norm = vector(1);
-    const Matrix<W> head = matrix(2);
+    const Matrix<H> head{static_cast<const H *>(pointers[2]), static_cast<const float *>(pointers[3])};
     const int64_t P = (s.H + 2 * s.K) * s.E, slot = s.columns * s.K * s.E, half = s.E / 2;
     Rows<T> normal(s.B, s.D), mixed(s.B, s.H * s.E), gated(s.B, s.F);
     std::vector<float> stream(s.B * s.D), qkv(s.B * round_up(P, LANES));
@@ -347,7 +403,7 @@ void step(const Shape &s, const void *const *pointers, const int64_t *tokens, co
         std::vector<float> out(2 * padded * LANES), work(s.H * (s.columns + round_up(s.E, LANES)));
         std::vector<T> scratch(round_up(std::max({s.D, s.F, s.H * s.E}), 32) * LANES);
         // Blocks of outputs, shared among threads; `use` gets the block's first output and its rows of 16 sums.
-        auto product = [&](const Rows<T> &x, int64_t rows, const Matrix<W> &by, int64_t inputs, int64_t outputs, auto use) {
+        auto product = [&](const Rows<T> &x, int64_t rows, const auto &by, int64_t inputs, int64_t outputs, auto use) {
 #pragma omp for schedule(static)
             for (int64_t n = 0; n < (outputs + LANES - 1) / LANES; n++) {
                 outputs_of(x, rows, by, inputs, n, scratch, out.data());
@@ -437,19 +493,20 @@ void pack(int64_t outputs, int64_t inputs, const W *matrix, int64_t every, int64
         pack(outputs, inputs, matrix, every, offset, PAIR, packed);                                                    \
     }
 
-#define DECODE(NAME, T, W)                                                                                             \
+#define DECODE(NAME, T, W, H)                                                                                          \
     void decode_##NAME(const int64_t *n, float eps, const void *const *pointers, const int64_t *tokens,                \
                        const int64_t *slots, const int64_t *positions, const float *cos, const float *sin, T *cache,   \
                        const int64_t *answers, float *logits) {                                                        \
-        step<T, W>(Shape{n[0], n[1], n[2], n[3], n[4], n[5], n[6], n[7], n[8], n[9], n[10], n[11], eps}, pointers,     \
-                   tokens, slots, positions, cos, sin, cache, answers, logits);                                        \
+        step<T, W, H>(Shape{n[0], n[1], n[2], n[3], n[4], n[5], n[6], n[7], n[8], n[9], n[10], n[11], eps}, pointers,  \
+                      tokens, slots, positions, cos, sin, cache, answers, logits);                                     \
     }
 
 extern "C" {
 PACK(f, float, 1)
 PACK(b, bf16, 2)
 PACK(i, int8_t, 2)
-DECODE(f, float, float)
-DECODE(b, bf16, bf16)
-DECODE(i, bf16, int8_t)
+DECODE(f, float, float, float)
+DECODE(b, bf16, bf16, bf16)
+DECODE(i, bf16, int8_t, int8_t)
+DECODE(n, bf16, Nibbles, bf16)
 }

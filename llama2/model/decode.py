@@ -2,7 +2,7 @@
 
 `Decoder` packs a model's weights once, in the precision they have, and then answers as the model itself does with a
 `KVCache`: the newest token of each row in, fp32 logits out. A packed copy costs the memory of the weights again, or
-half of it as 8-bit integers: then each output has a scale of its own, and activations stay bf16.
+what matrices take as integers (see `quantize`), if they are given as such: activations then stay bf16.
 
 Shapes: B rows (tokens), A of them that want an answer, V vocabulary.
 """
@@ -10,16 +10,22 @@ Shapes: B rows (tokens), A of them that want an answer, V vocabulary.
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Mapping
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from llama2.model import native
 from llama2.model.cache import KVCache
-from llama2.model.llama import Layer, Llama, rotary_tables
+from llama2.model.llama import Llama, rotary_tables
+from llama2.model.quantize import EMBEDDING, GROUP, HEAD, Rounded
 
 _LETTER = {torch.float32: "f", torch.bfloat16: "b"}
 _LANES = 16  # outputs of a packed block
+_MATRICES = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "mlp.gate_proj", "mlp.up_proj",
+             "self_attn.o_proj", "mlp.down_proj")
+_NORMS = ("input_layernorm", "post_attention_layernorm")
 _call = native.Library("decode")
 
 
@@ -31,29 +37,30 @@ def runs(model: Llama) -> bool:
             and _call.found)
 
 
-def rounded(weight: Tensor) -> tuple[Tensor, Tensor]:
-    """8-bit integers and the scale of each output: weight ≈ integers · scale, off by at most half a scale."""
-    scale = (weight.float().abs().amax(1) / 127).clamp(min=1e-12)
-    return (weight.float() / scale[:, None]).round().clamp(-127, 127).to(torch.int8), scale
-
-
 class Decoder:
-    """The packed weights of `model` as they are now; with `integers` in 8 bits (the model's own must be bf16)."""
+    """The packed weights of `model` as they are now.
 
-    def __init__(self, model: Llama, *, integers: bool = False) -> None:
+    integers: its matrices by their names in the state dict, rounded; the head and all of the layers in 8 bits, or those
+    of the layers in 4. `model` is then in bf16.
+    """
+
+    def __init__(self, model: Llama, integers: Mapping[str, Rounded] | None = None) -> None:
         c = self.config = model.config
-        self.kind, self.letter = model.head_weight.dtype, "i" if integers else _LETTER[model.head_weight.dtype]
+        self.kind = model.head_weight.dtype
+        weights: dict[str, Tensor | Rounded] = {
+            **{name: weight.detach() for name, weight in model.named_parameters()}, **(integers or {})}
+        head = weights[EMBEDDING if c.tie_word_embeddings else HEAD]
+        self.letter = _LETTER[self.kind]
+        if integers:
+            self.letter = "i" if isinstance(head, Rounded) else "n"
         self._kept: list[Tensor | None] = [model.model.embed_tokens.weight.detach(),
-                                           model.model.norm.weight.detach().float(), *self._packed(model.head_weight)]
-        for layer in model.model.layers:
-            assert isinstance(layer, Layer)
-            attention, mlp = layer.self_attn, layer.mlp
-            qkv = torch.cat([part.weight for part in (attention.q_proj, attention.k_proj, attention.v_proj)])
-            self._kept += [layer.input_layernorm.weight.detach().float(),
-                           layer.post_attention_layernorm.weight.detach().float(), *self._packed(qkv),
-                           *self._packed(attention.o_proj.weight),
-                           *self._packed(mlp.gate_proj.weight, mlp.up_proj.weight),
-                           *self._packed(mlp.down_proj.weight)]
+                                           model.model.norm.weight.detach().float(), *self._packed(head)]
+        for layer in range(c.num_hidden_layers):
+            prefix = f"model.layers.{layer}."
+            query, key, value, gate, up, out, down = (weights[f"{prefix}{name}.weight"] for name in _MATRICES)
+            norms = (model.get_parameter(f"{prefix}{name}.weight") for name in _NORMS)
+            self._kept += [*(norm.detach().float() for norm in norms), *self._packed(_joined(query, key, value)),
+                           *self._packed(out), *self._packed(gate, up), *self._packed(down)]
         pointers = [None if tensor is None else tensor.data_ptr() for tensor in self._kept]
         self._pointers = (ctypes.c_void_p * len(pointers))(*pointers)
         self._places = torch.arange(64)
@@ -89,17 +96,41 @@ class Decoder:
             self._places = torch.arange(2 * count)
         return self._places[:count]
 
-    def _packed(self, *matrices: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Matrices of one shape, their blocks of outputs by turns; and the scales of integers."""
-        outputs, inputs = matrices[0].shape
+    def _packed(self, *matrices: Tensor | Rounded) -> tuple[Tensor, Tensor | None]:
+        """Matrices of one shape, their blocks of outputs by turns; and the scales of 8-bit integers."""
+        numbers = [matrix.integers_OI if isinstance(matrix, Rounded) else matrix for matrix in matrices]
+        outputs, inputs = numbers[0].shape
         blocks, step = -(-outputs // _LANES), -(-inputs // 32) * 32
-        kind = torch.int8 if self.letter == "i" else self.kind
-        packed = torch.empty(blocks * len(matrices), step * _LANES, dtype=kind)
-        scales = torch.ones(blocks, len(matrices), _LANES) if self.letter == "i" else None
-        for offset, matrix in enumerate(matrices):
-            matrix = matrix.detach()
-            if scales is not None:
-                matrix, scale = rounded(matrix)
-                scales[:, offset] = torch.nn.functional.pad(scale, (0, blocks * _LANES - outputs)).view(blocks, _LANES)
-            _call(f"pack_{self.letter}", outputs, inputs, matrix.contiguous(), len(matrices), offset, packed)
-        return packed, scales
+        letter = "i" if numbers[0].dtype == torch.int8 else _LETTER[self.kind]
+        packed = torch.empty(blocks * len(matrices), step * _LANES, dtype=numbers[0].dtype)
+        for offset, matrix in enumerate(numbers):
+            _call(f"pack_{letter}", outputs, inputs, matrix.contiguous(), len(matrices), offset, packed)
+        whole = [matrix for matrix in matrices if isinstance(matrix, Rounded)]
+        if not whole:
+            return packed, None
+        scales = _lanes([matrix.scales_OG for matrix in whole])
+        zeros = [matrix.zeros_OG for matrix in whole if matrix.zeros_OG is not None]
+        return (_nibbles(packed, scales, _lanes(zeros)), None) if zeros else (packed, scales)
+
+
+def _joined(*matrices: Tensor | Rounded) -> Tensor | Rounded:
+    """Matrices of the same inputs as one."""
+    whole = [matrix for matrix in matrices if isinstance(matrix, Rounded)]
+    if not whole:
+        return torch.cat([matrix for matrix in matrices if isinstance(matrix, Tensor)])
+    zeros = [matrix.zeros_OG for matrix in whole if matrix.zeros_OG is not None]
+    return Rounded(torch.cat([matrix.integers_OI for matrix in whole]), torch.cat([each.scales_OG for each in whole]),
+                   torch.cat(zeros) if zeros else None, whole[0].inputs)
+
+
+def _lanes(tables_OG: list[Tensor]) -> Tensor:
+    """Numbers of each output and group as blocks read them: [blocks, G, 16], the blocks of several tables by turns."""
+    blocks = [F.pad(table, (0, 0, 0, -len(table) % _LANES)).view(-1, _LANES, table.shape[1]) for table in tables_OG]
+    return torch.stack(blocks, 1).flatten(0, 1).transpose(1, 2).contiguous()
+
+
+def _nibbles(packed: Tensor, scales: Tensor, zeros: Tensor) -> Tensor:
+    """Packed integers -8..7 as bytes of two, behind the scales and zeros of their group: `Nibbles` of decode.cpp."""
+    pairs = (packed.view(*scales.shape[:2], GROUP // 2 * _LANES, 2) + 8).to(torch.uint8)
+    return torch.cat([scales.bfloat16().view(torch.uint8), (zeros + 8).to(torch.uint8),
+                      pairs[..., 0] | pairs[..., 1] << 4], -1)

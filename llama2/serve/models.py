@@ -19,8 +19,9 @@ from llama2.errors import UserError, did_you_mean
 from llama2.generate.engine import Engine
 from llama2.generate.score import rewards
 from llama2.mesh import Precision
-from llama2.model import checkpoint
+from llama2.model import checkpoint, quantize
 from llama2.model.llama import Llama
+from llama2.model.quantize import WeightPrecision
 from llama2.model.scorer import Scorer
 from llama2.records import Messages
 from llama2.serve import errors
@@ -44,7 +45,7 @@ class ChatModel:
     model: Llama
     engine: Engine
     worker: Worker
-    precision: Precision
+    precision: WeightPrecision
 
     kind: Kind = "chat"
 
@@ -55,7 +56,8 @@ class ChatModel:
 
     async def prompt_logprobs(self, ids: Sequence[int], count: int) -> list[tuple[float, Alternatives]]:
         """log p of each token of `ids` but the first, and the `count` likeliest in its place."""
-        return await self.worker.call(partial(_prompt_logprobs, self.model, ids, count, self.precision))
+        return await self.worker.call(partial(_prompt_logprobs, self.engine, ids, count,
+                                              quantize.computing(self.precision)))
 
 
 @dataclass(frozen=True)
@@ -127,8 +129,9 @@ class Models:
 
 
 def load(paths: Sequence[Path], names: Sequence[str], *, slots: int, capacity: int | None, waiting: int,
-         precision: Precision) -> Models:
+         precision: WeightPrecision) -> Models:
     """Load checkpoints and start their workers, each with its self-test. UserError for what cannot be served."""
+    quantize.check(precision)
     kinds = [check(path) for path in paths]
     if twice := next((name for name in names if list(names).count(name) > 1), None):
         raise UserError(f"two models are called '{twice}'", "name them: --names A B")
@@ -137,7 +140,7 @@ def load(paths: Sequence[Path], names: Sequence[str], *, slots: int, capacity: i
                         "put a language model first")
     return Models([
         load_chat(path, name, slots=slots, capacity=capacity, waiting=waiting, precision=precision) if kind == "chat"
-        else load_reward(path, name, waiting=waiting, precision=precision)
+        else load_reward(path, name, waiting=waiting, precision=quantize.computing(precision))
         for path, name, kind in zip(paths, names, kinds)])
 
 
@@ -170,11 +173,10 @@ def _template(path: Path) -> str:
     return str(settings.get("chat_template", "")) if isinstance(settings, dict) else ""
 
 
-def load_chat(path: Path, name: str, *, slots: int, capacity: int | None, waiting: int, precision: Precision
-              ) -> ChatModel:
+def load_chat(path: Path, name: str, *, slots: int, capacity: int | None, waiting: int,
+              precision: WeightPrecision) -> ChatModel:
     """A language model with its worker running."""
-    dtype = torch.bfloat16 if precision == "bf16" else torch.float32
-    model = checkpoint.load(path, dtype=dtype, device=mesh.device()).eval()
+    model = checkpoint.load(path, dtype=quantize.loading(precision), device=mesh.device()).eval()
     model.requires_grad_(False)
     engine = Engine(model, slots=slots, capacity=capacity, precision=precision)
     worker = Worker(name, engine, waiting)
@@ -194,10 +196,10 @@ def load_reward(path: Path, name: str, *, waiting: int, precision: Precision) ->
     return RewardModel(name, _created(path), Tokenizer.load(path), scorer, worker, precision)
 
 
-def load_judge(path: Path, models: Models, waiting: int, precision: Precision) -> RewardModel:
+def load_judge(path: Path, models: Models, waiting: int, precision: WeightPrecision) -> RewardModel:
     """The reward model that judges the answers of `models`; it must be able to read the longest of them."""
     check(path)
-    judge = load_reward(path, path.resolve().name, waiting=waiting, precision=precision)
+    judge = load_reward(path, path.resolve().name, waiting=waiting, precision=quantize.computing(precision))
     longest = max((model.context for model in models if model.kind == "chat"), default=0)
     if judge.context < longest:
         raise UserError(f"{path}: it reads {judge.context} tokens, and answers may have {longest}",
@@ -210,8 +212,9 @@ def _created(path: Path) -> int:
 
 
 @torch.inference_mode()
-def _prompt_logprobs(model: Llama, ids: Sequence[int], count: int, precision: Precision
+def _prompt_logprobs(engine: Engine, ids: Sequence[int], count: int, precision: Precision
                      ) -> list[tuple[float, Alternatives]]:
+    model = engine.current()
     device = model.head_weight.device
     tokens_T = torch.tensor(ids, device=device)
     found: list[tuple[float, Alternatives]] = []

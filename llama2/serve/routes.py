@@ -7,7 +7,7 @@ import sys
 import traceback
 from collections.abc import AsyncGenerator, Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse, Response
@@ -29,6 +29,8 @@ from llama2.serve.text import Decoder, Part
 from llama2.tokenizer.template import encode_prompt
 from llama2.tokenizer.tokenizer import Tokenizer
 
+R = TypeVar("R")
+PAGE = 4000  # characters
 DEFAULT_COMPLETION = 16  # tokens, OpenAI's default for /v1/completions
 Events = AsyncGenerator[list[Event], None]
 
@@ -45,7 +47,8 @@ class Service:
     async def chat(self, asked: ChatRequest, request: Request) -> Response:
         """Answer a conversation."""
         model, conversation = self.models.chat(asked.model), asked.conversation()
-        ids = await asyncio.to_thread(encode_prompt, model.tokenizer, conversation)
+        ids = await _aside(sum(len(each.content) for each in conversation), encode_prompt, model.tokenizer,
+                           conversation)
         most = asked.max_completion_tokens or asked.max_tokens or model.context
         sampling = sampling_of(asked, model, most, asked.top_logprobs or 0)
         check_prompts(model, [ids], "messages")  # which is cheaper than a grammar
@@ -59,7 +62,7 @@ class Service:
     async def complete(self, asked: CompletionRequest, request: Request) -> Response:
         """Go on with texts."""
         model = self.models.chat(asked.model)
-        prompts = await asyncio.to_thread(_encoded, model.tokenizer, asked.prompts())
+        prompts = await _aside(sum(map(len, asked.prompts())), _encoded, model.tokenizer, asked.prompts())
         most = DEFAULT_COMPLETION if asked.max_tokens is None else asked.max_tokens
         n = (asked.n or 1) if most else 0
         sampling = sampling_of(asked, model, most, asked.logprobs or 0)
@@ -186,6 +189,11 @@ async def _echoed(echoes: Sequence[Part], n: int, events: Events) -> Events:
                for sample in range(max(1, n))]
     async for some in events:
         yield some
+
+
+async def _aside(size: int, work: Callable[..., R], *arguments: object) -> R:
+    """The result of `work`, in a thread of its own if its input is long: starting one takes longer than a page."""
+    return work(*arguments) if size <= PAGE else await asyncio.to_thread(work, *arguments)
 
 
 def _encoded(tokenizer: Tokenizer, prompts: Sequence[str | list[int]]) -> list[list[int]]:

@@ -42,10 +42,10 @@ def run(config: Config) -> None:
         address, port = listener.getsockname()[:2]
         if not keys and address not in http.LOOPBACK:
             print("llama2: anybody who reaches this address may use it: set LLAMA2_API_KEYS", file=sys.stderr)
-        print(f"llama2: serving {', '.join(names)} at http://{f'[{address}]' if ':' in address else address}:{port}",
-              file=sys.stderr, flush=True)
+        greeting = (f"llama2: serving {', '.join(names)} at "
+                    f"http://{f'[{address}]' if ':' in address else address}:{port}")
         mesh.rest()  # the models' own threads do all the work from here on
-        http.serve(listener, served, judge, config, keys)
+        http.serve(listener, served, judge, config, keys, greeting)
 
 
 def _bound(host: str, port: int) -> socket.socket:

@@ -7,7 +7,7 @@ from pathlib import Path
 from pydantic import Field
 
 from llama2.config import Config
-from llama2.mesh import Precision
+from llama2.model.quantize import WeightPrecision
 
 
 class Limits(Config):
@@ -55,6 +55,7 @@ class ServeConfig(Config):
     """samples drawn at a time by each model"""
     capacity: int | None = Field(None, ge=2)
     """the most tokens of prompt and answer (default: the context of the model)"""
-    precision: Precision = "bf16"
+    precision: WeightPrecision = "bf16"
+    """of weights; int8 and int4 (needs torchao) let decoding read less, and `llama2 quantize` says what they cost"""
     limits: Limits = Limits()
     safety: Safety = Safety()

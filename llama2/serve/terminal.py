@@ -15,7 +15,6 @@ from io import TextIOWrapper
 from pathlib import Path
 from typing import TextIO
 
-import torch
 from pydantic import Field
 
 from llama2 import mesh, records
@@ -24,8 +23,7 @@ from llama2.errors import UserError, did_you_mean
 from llama2.generate.dialogue import Chat
 from llama2.generate.engine import Engine
 from llama2.generate.sampling import Sampling
-from llama2.mesh import Precision
-from llama2.model import checkpoint
+from llama2.model import checkpoint, quantize
 from llama2.records import Dialog, Message, Messages
 from llama2.serve import keyboard
 from llama2.serve.keyboard import History
@@ -59,7 +57,8 @@ class Config(BaseConfig):
     max_tokens: int = Field(1024, ge=1)
     """the longest answer"""
     seed: int = 0
-    precision: Precision = "bf16"
+    precision: quantize.WeightPrecision = "bf16"
+    """of weights; int8 and int4 (needs torchao) let decoding read less, and `llama2 quantize` says what they cost"""
     plain: bool = False
     """show answers as the text they are, not as Markdown"""
     history: bool = True
@@ -74,8 +73,8 @@ def run(config: Config) -> None:
     if tokenizer.vocab_size != pieces:
         raise UserError(f"{config.checkpoint}: the tokenizer has {tokenizer.vocab_size} pieces, the model {pieces}",
                         "put the tokenizer there with which the model was trained")
-    dtype = torch.bfloat16 if config.precision == "bf16" else torch.float32
-    model = checkpoint.load(config.checkpoint, dtype=dtype, device=mesh.device())
+    quantize.check(config.precision)
+    model = checkpoint.load(config.checkpoint, dtype=quantize.loading(config.precision), device=mesh.device())
     engine = Meter(Engine(model.eval().requires_grad_(False), slots=1, precision=config.precision))
     sampling = Sampling(config.temperature, config.top_p, max_tokens=config.max_tokens, seed=config.seed)
     for stream in (sys.stdin, sys.stdout):

@@ -57,6 +57,7 @@ VERBS = {
     "select": Verb("stages.select", "§3.4.1 keep a version only if it beats its predecessor"),
     "evaluate": Verb("evaluate.versions", "§3.4  every version, on both axes"),
     "report": Verb("release.report", "      one self-contained HTML page about a recipe's runs"),
+    "quantize": Verb("evaluate.quantization", "      what weights of fewer bits cost, on held-out text", False),
     "export": Verb("release.export", "      write a checkpoint for other programs, and verify what was written", False),
     "verify": Verb("release.verify", "      whether two checkpoints, in whatever formats, are the same model", False),
     "release": Verb("release.bundle", "      a model with its card, carbon, licences, and how it was made", False),

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from pydantic import Field
+from pydantic import Field, field_validator
 
 from llama2 import mesh, records
 from llama2.config import Config
@@ -38,6 +38,14 @@ class Sample(Config):
     precision: Precision = "bf16"
     server: Server | None = None
     """sample on a server that serves the policy, instead of here; under several ranks each asks for its share"""
+
+    @field_validator("precision", mode="before")
+    @classmethod
+    def _unrounded(cls, value: object) -> object:
+        if value in ("int8", "int4"):
+            raise ValueError("rounded weights are for chat, serve and evaluate; what is learnt from is sampled with "
+                             "the policy's own, in fp32 or bf16")
+        return value
 
     def sampling(self, seed: int) -> Sampling:
         """One answer a prompt, drawn this way."""

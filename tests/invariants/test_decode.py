@@ -5,7 +5,7 @@ import shutil
 import pytest
 import torch
 
-from llama2.model import decode
+from llama2.model import decode, quantize
 from llama2.model.cache import KVCache
 from llama2.model.llama import Llama, LlamaConfig
 
@@ -71,19 +71,26 @@ def test_mixed_or_other_precisions_are_left_to_pytorch() -> None:
     assert not decode.runs(build(SHAPES["mqa"], torch.float16))
 
 
+@pytest.mark.parametrize("bits", ["int8", "int4"])
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
 @torch.inference_mode()
-def test_integers_are_read_as_what_they_stand_for() -> None:
-    shape = SHAPES["mha, tied"]
+def test_integers_are_read_as_what_they_stand_for(shape: LlamaConfig, bits: quantize.Bits) -> None:
+    """In 4 bits the very bf16 numbers that PyTorch multiplies with; in 8 bits before they are rounded to bf16."""
+    if bits == "int4":
+        pytest.importorskip("torchao")
     model = build(shape, torch.bfloat16)
-    decoder = decode.Decoder(model, integers=True)
-    for parameter in model.parameters():
-        if parameter.dim() == 2:
-            integers, scale = decode.rounded(parameter)
-            assert (parameter.float() - integers * scale[:, None]).abs().max() <= 0.5001 * scale.max()
-            parameter.copy_(integers * scale[:, None])
-    own, theirs = cache(shape, torch.bfloat16, 7), cache(shape, torch.bfloat16, 7)
+    integers = {name: quantize.rounded(weight, bits) for name, weight in model.named_parameters()
+                if not quantize.kept(name, weight, bits, tied=shape.tie_word_embeddings)}
+    decoder = decode.Decoder(model, integers)
+    for name, found in integers.items():
+        model.get_parameter(name).copy_(found.weight())
+    same = decode.Decoder(model)
+    own, theirs, plain = (cache(shape, torch.bfloat16, 7) for _ in range(3))
     for step in range(6):
         tokens, positions = torch.randint(0, shape.vocab_size, (7,)), torch.full((7,), step)
         theirs.decode(positions, 16)
         expected = model(tokens[:, None], positions_BT=positions[:, None], cache=theirs)[:, 0]
-        assert (decoder(tokens, positions, own) - expected).norm() < 0.03 * expected.norm()
+        found_BV = decoder(tokens, positions, own)
+        assert (found_BV - expected).norm() < 0.03 * expected.norm()
+        if bits == "int4":
+            assert torch.equal(found_BV, same(tokens, positions, plain))

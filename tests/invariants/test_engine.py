@@ -1,7 +1,9 @@
 """What must not change a sample: the cache, the batch, the slots, shared prefills, ranks (fp32)."""
 
 from collections.abc import Sequence
+from copy import deepcopy
 from dataclasses import replace
+from importlib.util import find_spec
 
 import pytest
 import torch
@@ -13,10 +15,15 @@ from llama2.generate.engine import Completion, Engine
 from llama2.generate.sampling import Sampling
 from llama2.generate.score import logprobs
 from llama2.model.llama import Llama, LlamaConfig
+from llama2.model.quantize import Bits
 
 CONFIG = LlamaConfig(vocab_size=96, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
                      num_key_value_heads=2, max_position_embeddings=64)
 PLAIN = Sampling(max_tokens=12, seed=7)
+
+
+PRECISIONS = ["fp32", "bf16", "int8", pytest.param("int4", marks=pytest.mark.skipif(
+    find_spec("torchao") is None, reason="no torchao"))]
 
 
 def make_model(seed: int = 0, config: LlamaConfig = CONFIG) -> Llama:
@@ -204,17 +211,51 @@ def test_damaged_weights_are_reported() -> None:
         engine(model).generate(prompts(2), PLAIN)
 
 
-def test_eight_bits_stay_near(model: Llama) -> None:
+def rounded_engine(model: Llama, bits: Bits, slots: int = 64) -> Engine:
+    if bits == "int4":
+        pytest.importorskip("torchao")
+    return Engine(model, slots=slots, precision=bits)
+
+
+@pytest.mark.parametrize(("bits", "least", "most"), [("int8", 24, 0.5), ("int4", 16, 3.0)])
+def test_rounded_weights_stay_near(model: Llama, bits: Bits, least: int, most: float) -> None:
     exact = engine(model).generate(prompts(30), Sampling(temperature=0, max_tokens=1))
-    rounded = Engine(model, precision="int8").generate(prompts(30), Sampling(temperature=0, max_tokens=1))
+    rounded = rounded_engine(model, bits).generate(prompts(30), Sampling(temperature=0, max_tokens=1))
     same = [one for (one,), (other,) in zip(exact, rounded) if one.tokens == other.tokens]
-    assert len(same) >= 24
+    assert len(same) >= least
     gaps = [abs(one.logprobs[0] - other.logprobs[0]) for (one,), (other,) in zip(exact, rounded)
             if one.tokens == other.tokens]
-    assert 0 < max(gaps) < 0.5
+    assert 0 < max(gaps) < most
 
 
-@pytest.mark.parametrize("precision", ["fp32", "bf16", "int8"])
+@pytest.mark.parametrize("bits", ["int8", "int4"])
+def test_rounded_batched_equals_alone(model: Llama, bits: Bits) -> None:
+    batch = prompts(13)
+    alone = [rounded_engine(model, bits).generate([prompt], PLAIN, indices=[index])[0]
+             for index, prompt in enumerate(batch)]
+    for slots in (4, 64):
+        assert_same(rounded_engine(model, bits, slots).generate(batch, PLAIN), alone)
+
+
+@pytest.mark.parametrize("bits", ["int8", "int4"])
+def test_rounded_cached_decoding_equals_the_full_forward_pass(model: Llama, bits: Bits) -> None:
+    """Of the model that the engine serves, whose weights are bf16: within its own distance to products in fp32."""
+    mine = rounded_engine(model, bits)
+    results = [row[0] for row in mine.generate(prompts(40), PLAIN)]
+    rows, served = [each.prompt + each.tokens for each in results], mine.current()
+    full, exact = (
+        torch.tensor([value for each, row in zip(results, logprobs(measured, rows, precision))
+                      for value in row[len(each.prompt) - 1 :]])
+        for measured, precision in ((served, "bf16"), (deepcopy(served).float(), "fp32")))
+    own = torch.tensor([value for each in results for value in each.logprobs])
+    error = (full - exact).abs().mean()
+    assert 0 < error < 0.01
+    assert (own - full).abs().mean() < 2 * error
+    assert (own - full).abs().max() < 0.05
+    assert (own - exact).abs().mean() < 2 * error
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
 def test_a_fused_optimizer_is_noticed(precision) -> None:
     """It writes to weights without counting their versions up."""
     model = make_model(3)
@@ -229,7 +270,7 @@ def test_a_fused_optimizer_is_noticed(precision) -> None:
     assert_same(after, Engine(model, precision=precision).generate(prompts(4), PLAIN))
 
 
-@pytest.mark.parametrize("precision", ["fp32", "bf16", "int8"])
+@pytest.mark.parametrize("precision", PRECISIONS)
 @pytest.mark.parametrize("frozen", [True, False])
 def test_changed_weights_are_seen(precision, frozen) -> None:
     model, other = make_model(3), make_model(4)

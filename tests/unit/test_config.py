@@ -167,7 +167,7 @@ def test_help_shows_every_key_of_a_verb(verb, capsys):
         launch.command(verb, ["--help"])
     assert left.value.code == 0
     shown = capsys.readouterr().out
-    fields = set(launch.stage(verb).Config.model_fields) - {"steps"}
+    fields = {field.alias or name for name, field in launch.stage(verb).Config.model_fields.items()} - {"steps"}
     assert [name for name in sorted(fields) if f"--{name.replace('_', '-').rstrip('-')}" not in shown] == []
 
 

@@ -190,6 +190,20 @@ def test_llamacpp_lists_ids_beside_their_log_probabilities(server, remote, token
     assert connect(Server(url=remote.url), tokenizer, 200).context == 200  # it does not say how much it takes
 
 
+@pytest.mark.parametrize(("status", "answer"), [
+    (500, {"error": {"message": "2 validation errors:\n  {'type': 'string_type', 'loc': ('body', 'prompt', 'str'), "
+                                "'msg': 'Input should be a valid string', 'input': [1, 300, 350]}", "code": None,
+                     "type": "internal_server_error", "param": None}}),
+    (422, {"detail": [{"type": "string_type", "loc": ["body", "prompt"], "msg": "Input should be a valid string"}]}),
+])
+def test_a_server_that_takes_text_alone_is_named_at_once(server, remote, status, answer):
+    """The Python server of llama.cpp says the first, FastAPI's own words are the second."""
+    server.answers.append((status, answer))
+    with pytest.raises(UserError, match="prompts as text alone"):
+        remote.generate([PROMPT], GREEDY)
+    assert len(server.asked) == 1
+
+
 def test_llamacpp_leaves_out_tokens_inside_of_a_character(server, remote, tokenizer):
     ids = (*tokenizer.encode("a\U0001f600b"), 2)
     whole = [token for token in ids if tokenizer.bytes_of(token) not in (b"\xf0", b"\x9f", b"\x98")]
