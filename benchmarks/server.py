@@ -160,7 +160,7 @@ def measure(size: str, clients: int, seconds: float, threads: int) -> None:
     with tempfile.TemporaryDirectory() as directory:
         model = make(size, Path(directory))
         with server(model, clients, threads) as (url, process):
-            asyncio.run(load(url, clients, 3))
+            asyncio.run(load(url, clients, min(30, seconds / 4)))
             before = resident(process)
             heard = asyncio.run(load(url, clients, seconds))
             growth = resident(process) - before

@@ -19,7 +19,7 @@ from llama2.serve.safety import Verdict
 from llama2.serve.schema import Sampled
 from llama2.serve.shape import Shape
 from llama2.serve.text import Decoder, Part, Piece
-from llama2.serve.worker import Drawn, Ticket
+from llama2.serve.worker import Alternatives, Drawn, Ticket
 
 Reason = Literal["stop", "length", "content_filter"]
 
@@ -53,6 +53,8 @@ class Asked:
     strip: bool
     """answers are stripped; continuations are what stands behind their prompt"""
     param: str
+    pieces: bool = True
+    """tokens are reported one by one, not only their text"""
 
 
 class Generation:
@@ -91,26 +93,36 @@ class Generation:
                 "prompt_tokens_details": {"cached_tokens": cached}}
 
     def _take(self, drawn: Drawn) -> Event | None:
-        sample, part, stop = self._samples[drawn.sample], Part(), None
-        last = len(drawn.tokens) - 1 if drawn.finish == "stop" else -1  # a stop id has no text
-        for place, token in enumerate(drawn.tokens):
-            sample.drawn += 1
-            alternatives = drawn.alternatives[place] if place < len(drawn.alternatives) else ()
-            if place == last:
-                stop = sample.decoder.silent(token, drawn.logprobs[place], alternatives)
-                break
-            part.add(sample.decoder.push(token, drawn.logprobs[place], alternatives))
+        sample, stop = self._samples[drawn.sample], None
+        sample.drawn += len(drawn.tokens)
+        count = len(drawn.tokens) - (drawn.finish == "stop")  # a stop id has no text
+        if self.asked.pieces or self.asked.stops:
+            part = self._pushed(drawn, count)
             if sample.decoder.stopped:
                 self.ticket.cancel(drawn.sample)
                 return Event(drawn.sample, part, "stop")
+        else:
+            part = sample.decoder.push_text(drawn.tokens[:count])
         if drawn.finish is None:
             return Event(drawn.sample, part) if part else None
+        if count < len(drawn.tokens):
+            stop = sample.decoder.silent(drawn.tokens[count], drawn.logprobs[count], _at(drawn.alternatives, count))
         grammar = self.ticket.requests[drawn.sample].sampling.grammar
         if isinstance(grammar, Shape) and grammar.error:
             raise grammar.error
         part.add(sample.decoder.close())
         finish: Reason = "length" if drawn.finish == "length" else "stop"
         return Event(drawn.sample, part, finish, stop=None if sample.decoder.stopped else stop)
+
+    def _pushed(self, drawn: Drawn, count: int) -> Part:
+        """The first `count` tokens, up to a stop string; what was drawn behind it does not count."""
+        sample, part = self._samples[drawn.sample], Part()
+        for place, token in enumerate(drawn.tokens[:count]):
+            part.add(sample.decoder.push(token, drawn.logprobs[place], _at(drawn.alternatives, place)))
+            if sample.decoder.stopped:
+                sample.drawn -= len(drawn.tokens) - place - 1
+                break
+        return part
 
     def _measure(self, news: Sequence[Drawn]) -> None:
         now, count = time.monotonic(), sum(len(drawn.tokens) for drawn in news)
@@ -171,6 +183,10 @@ def sampling_of(asked: Sampled, model: ChatModel, max_tokens: int, top_logprobs:
                         logit_bias=bias, top_logprobs=min(top_logprobs, size))
     except UserError as error:
         raise errors.invalid(str(error)) from None
+
+
+def _at(alternatives: Sequence[Alternatives], place: int) -> Alternatives:
+    return alternatives[place] if place < len(alternatives) else ()
 
 
 def check_prompts(model: ChatModel, prompts: Sequence[Sequence[int]], param: str) -> None:

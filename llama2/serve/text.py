@@ -97,6 +97,13 @@ class Decoder:
         self._length += len(text)
         return self._part(self._stops.push(text))
 
+    def push_text(self, tokens: Sequence[int]) -> Part:
+        """More tokens of which only the text is wanted, where there are no stop strings."""
+        self._pending.extend(tokens)
+        text = "".join([next(self._texts) for _ in tokens])
+        self._length += len(text)
+        return self._part(text)
+
     def silent(self, token: int, logprob: float | None, alternatives: tuple[tuple[int, float], ...] = ()) -> Piece:
         """How a token is reported that ends the text and is no part of it."""
         return Piece(token, self._length, logprob, alternatives)

@@ -31,7 +31,7 @@ from llama2.serve import errors
 R = TypeVar("R")
 Alternatives = tuple[tuple[int, float], ...]
 SELF_TEST_TOKENS = 4
-PACE = 0.001  # seconds from one piece of news to the next for each sample that runs: telling costs a tenth of that
+PACE = 0.002  # seconds from one piece of news to the next for each sample that runs: telling costs a tenth of that
 
 
 @dataclass(frozen=True)
