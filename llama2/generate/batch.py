@@ -26,7 +26,8 @@ from llama2.model.decode import Decoder
 from llama2.model.llama import Llama
 
 PREFILL_TOKENS = 4096  # padded tokens of one forward pass over prompts
-READ_TOKENS = 256  # of prompts that the decoder reads in one call; longer ones are quicker in PyTorch's large products
+READ_TOKENS = 256  # of prompts that the decoder reads in one call; longer ones, and more than FEW_TOKENS at once, are
+FEW_TOKENS = 1024  # quicker in PyTorch's large products
 COLUMNS = 16  # the number of columns read is a multiple of this, so that kernels meet few shapes
 REFILL = 8  # the queue moves up when one slot in so many is free: a prefill has a fixed cost to spread
 COMPACT = 4  # with no queue left, the live rows close ranks when one in so many has finished
@@ -347,7 +348,8 @@ class Batch:
     def _prefill(self, prompts: dict[Prompt, int]) -> dict[Prompt, Tensor]:
         """Read each prompt into its slot; returns the logits_V (fp32) behind its last token."""
         logits: dict[Prompt, Tensor] = {}
-        short = [prompt for prompt in prompts if self._decoder is not None and len(prompt) <= READ_TOKENS]
+        few = self._decoder is not None and sum(map(len, prompts)) <= FEW_TOKENS
+        short = [prompt for prompt in prompts if few and len(prompt) <= READ_TOKENS]
         for part in _parts(short, READ_TOKENS):
             logits.update(zip(part, self._read([(prompts[prompt], 0, prompt) for prompt in part])))
         for part in _parts([prompt for prompt in prompts if prompt not in logits], PREFILL_TOKENS):
