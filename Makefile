@@ -33,7 +33,7 @@ check: $(STAMP)  ## lint, types, layers
 	$(BIN)/lint-imports
 
 bench: $(STAMP)  ## every benchmark, each against a peer or a ceiling measured in the same run
-	@for name in engine train ppo server quantize; do echo "== $$name"; $(BIN)/python benchmarks/$$name.py || exit 1; done
+	@for name in engine train ppo server quantize formats; do echo "== $$name"; $(BIN)/python benchmarks/$$name.py || exit 1; done
 
 clean:  ## remove the environment and caches, never runs
 	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis *.egg-info
