@@ -51,7 +51,8 @@ def _built(compiler: str, name: str) -> Path:
     flags = (*FLAGS, WIDE) if platform.machine() == "x86_64" else FLAGS
     version = subprocess.run([compiler, "--version"], capture_output=True, text=True, check=True).stdout
     source = HERE / f"{name}.cpp"
-    parts = (source.read_text(), *(path.read_text() for path in sorted(HERE.glob("*.h"))), *flags, version, _processor())
+    headers = [path.read_text() for path in sorted(HERE.glob("*.h"))]
+    parts = (source.read_text(), *headers, *flags, version, _processor())
     tag = hashlib.sha256("\0".join(parts).encode()).hexdigest()[:16]
     for folder in _folders():
         path = folder / f"{name}-{tag}.so"
