@@ -131,10 +131,10 @@ def trace(run: Path) -> Lineage:
     if weights_of(tracer.stages[name].step) is None:
         raise UserError(f"{run}: a run of '{manifest.get('verb')}' holds no model",
                         "give a run of pretrain, sft, ppo, select or reward")
-    order = [step.name for step in recipe.steps]
-    if all(stage.name in order for stage in stages):
+    called, order = recipe_name(recipe.path), [step.name for step in recipe.steps]
+    if called and all(stage.name in order for stage in stages):  # without a recipe, runs are listed by when they began
         stages.sort(key=lambda stage: order.index(stage.name))
-    return Lineage(recipe, recipe_name(recipe.path), tuple(stages))
+    return Lineage(recipe, called, tuple(stages))
 
 
 def recipe_name(directory: Path) -> str:

@@ -21,6 +21,7 @@ from commands import llama2
 from llama2.errors import UserError
 from llama2.model import checkpoint
 from llama2.release import hub
+from llama2.release.lineage import trace
 from llama2.release.provenance import without_places
 from llama2.stages import launch
 
@@ -174,6 +175,14 @@ def test_a_run_outside_of_a_recipe(policy: Path, tmp_path: Path) -> None:
     card = (tmp_path / "out" / "README.md").read_text()
     assert card.count("**Not measured.**") == 2
     assert "`inputs/base`" in (tmp_path / "out" / "LICENSES.md").read_text()
+
+
+def test_runs_that_began_in_the_same_second_stand_in_the_order_they_were_made(
+        policy: Path, world: Path, tmp_path: Path) -> None:
+    for run in (policy, world):
+        manifest = Path(shutil.copytree(run, tmp_path / run.name)) / "manifest.json"
+        manifest.write_text(json.dumps(json.loads(manifest.read_text()) | {"started": "2026-01-01T00:00:00Z"}))
+    assert [stage.name for stage in trace(tmp_path / "policy").stages] == ["world", "policy"]
 
 
 def test_what_was_made_anew_is_not_taken_for_what_was_read(copied: Path, made: Path, tmp_path: Path) -> None:
