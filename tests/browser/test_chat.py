@@ -51,7 +51,7 @@ def script(server: tuple[Script, str]) -> Script:
 @pytest.fixture
 def context(browser: Browser, script: Script) -> Iterator[BrowserContext]:
     context = browser.new_context(viewport={"width": 1200, "height": 800}, color_scheme="light")
-    context.set_default_timeout(5000)
+    context.set_default_timeout(20_000)
     yield context
     context.close()
 

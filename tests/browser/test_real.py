@@ -98,7 +98,7 @@ def relay(served: Served) -> Iterator[Relay]:
 def page(browser: Browser, relay: Relay) -> Iterator[Page]:
     """The page, freshly opened; the test fails if anything in it raised an error or was refused by its policy."""
     context = browser.new_context(viewport={"width": 1200, "height": 800})
-    context.set_default_timeout(10000)
+    context.set_default_timeout(20_000)
     wrong: list[str] = []
     page = context.new_page()
     page.on("pageerror", lambda error: wrong.append(str(error)))
@@ -192,7 +192,7 @@ def test_two_models_side_by_side_show_a_hostile_prompt_as_text(page: Page, serve
     expect(page.locator(".bubble")).to_have_text([HOSTILE, HOSTILE])
     assert page.locator("#turns").locator("script, img, iframe, style, [onerror]").count() == 0
     assert stored(page)["messages"][0]["content"] == HOSTILE
-    assert {model.name: model.worker.admitted for model in served.models} == {"policy": 0, "base": 0}
+    wait_for(lambda: {model.name: model.worker.admitted for model in served.models} == {"policy": 0, "base": 0}, 2)
 
 
 def test_a_server_that_goes_away_in_the_middle(page: Page, relay: Relay, served: Served, slow: None) -> None:
