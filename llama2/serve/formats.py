@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import secrets
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -17,7 +18,7 @@ Usage = Mapping[str, object]
 DONE = b"data: [DONE]\n\n"
 
 
-class Format:
+class Format(ABC):
     """The objects of one call. `logprobs` tells whether tokens are reported."""
 
     whole: str
@@ -35,9 +36,9 @@ class Format:
         return self._judged({**self._head, "object": self.whole, "choices": choices, "usage": usage},
                             [whole.verdict for whole in wholes])
 
+    @abstractmethod
     def opening(self, count: int) -> bytes:
         """What a stream of `count` samples begins with."""
-        raise NotImplementedError
 
     def event(self, event: Event) -> bytes:
         """News of one sample as one chunk, or as two where it ends."""
@@ -53,11 +54,13 @@ class Format:
         """What a stream ends with."""
         return (self._sent([], None, usage) if self._usage else b"") + DONE
 
+    @abstractmethod
     def _content(self, index: int, whole: Whole) -> dict[str, Any]:
-        raise NotImplementedError
+        """A finished sample, but for how it finished."""
 
+    @abstractmethod
     def _delta(self, index: int, part: Part | None) -> dict[str, Any]:
-        raise NotImplementedError
+        """News of a sample, but for how it finished; None where there is no more text."""
 
     def _ending(self, stop: Piece | None) -> Part | None:
         """What is reported with the end of a sample that ended by the id `stop`."""
