@@ -18,8 +18,9 @@ from torch import Tensor
 
 from llama2.model import native
 from llama2.model.cache import KVCache
+from llama2.model.formats.binary import EMBEDDINGS, HEAD
 from llama2.model.llama import Llama, rotary_tables
-from llama2.model.quantize import EMBEDDING, GROUP, HEAD, Rounded
+from llama2.model.quantize import GROUP, Rounded
 
 _LETTER = {torch.float32: "f", torch.bfloat16: "b"}
 _LANES = 16  # outputs of a packed block
@@ -49,7 +50,7 @@ class Decoder:
         self.kind = model.head_weight.dtype
         weights: dict[str, Tensor | Rounded] = {
             **{name: weight.detach() for name, weight in model.named_parameters()}, **(integers or {})}
-        head = weights[EMBEDDING if c.tie_word_embeddings else HEAD]
+        head = weights[EMBEDDINGS if c.tie_word_embeddings else HEAD]
         self.letter = _LETTER[self.kind]
         if integers:
             self.letter = "i" if isinstance(head, Rounded) else "n"

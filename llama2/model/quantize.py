@@ -25,11 +25,11 @@ from torch import Tensor, nn
 
 from llama2 import mesh
 from llama2.errors import missing_extra
+from llama2.model.formats.binary import EMBEDDINGS, HEAD
 
 Bits = Literal["int8", "int4"]
 WeightPrecision = Literal["fp32", "bf16", "int8", "int4"]  # in which an engine keeps weights
 GROUP = 32  # inputs that share a scale in int4; it divides the inputs of nearly all models, and is a step of a product
-EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 
 
 @dataclass(frozen=True)
@@ -64,9 +64,9 @@ def kept(name: str, weight: Tensor, bits: Bits, *, tied: bool) -> str:
     """Why a parameter of a language model is not rounded; empty if it is. `tied`: the embedding is also the head."""
     if weight.dim() != 2:
         return "a vector"
-    if name == EMBEDDING and not tied:
+    if name == EMBEDDINGS and not tied:
         return "looked up, not multiplied"
-    if name in (EMBEDDING, HEAD) and bits == "int4":
+    if name in (EMBEDDINGS, HEAD) and bits == "int4":
         return "the head: its errors are errors of logits"
     return ""
 
