@@ -1,6 +1,7 @@
 """The server under load: tokens a second through HTTP, and their ratio to the engine alone at that batch in this run.
 
     python benchmarks/server.py [--size T] [--clients 16] [--seconds 20] [--threads N]
+    python benchmarks/server.py --startup [--size S]
     python benchmarks/server.py --abuse [5000]
 
 A model of random weights is served by a process of its own, as users start it; as many streaming clients as it has
@@ -30,7 +31,7 @@ from pathlib import Path
 
 import httpx
 import torch
-from common import HERE, SIZES
+from common import HERE, SIZES, spread
 
 from llama2 import mesh
 from llama2.generate.engine import Engine
@@ -175,6 +176,25 @@ def measure(size: str, clients: int, seconds: float, threads: int) -> None:
     print(f"answers {dict(heard.statuses)}, errors {dict(heard.errors)}, memory grew by {growth:.1f} MiB")
 
 
+def startup(size: str, threads: int, repeats: int = 3) -> None:
+    """Seconds from a command to its first answer, files in memory."""
+    with tempfile.TemporaryDirectory() as directory:
+        model = make(size, Path(directory))
+        served, said = [], []
+        for _ in range(repeats + 1):
+            begin = time.monotonic()
+            with server(model, 8, threads) as (url, _):
+                httpx.post(f"{url}/v1/completions", json={"prompt": "Hello", "max_tokens": 8}).raise_for_status()
+                served.append(time.monotonic() - begin)
+            begin = time.monotonic()
+            command = [sys.executable, "-m", "llama2.cli", "chat", str(model), "--max-tokens", "8"]
+            subprocess.run(command, input="Hello\n", text=True, capture_output=True, check=True,
+                           env={**os.environ, "PYTHONPATH": str(HERE.parent), "OMP_NUM_THREADS": str(threads)})
+            said.append(time.monotonic() - begin)
+        for name, seconds in (("serve, first answer", served[1:]), ("chat, one answer and the end", said[1:])):
+            print(f"{size} {name}: {spread(seconds, '.1f')} s")
+
+
 def abuse(count: int, threads: int) -> None:
     """Requests made from the schema, and damaged ones; exits with 1 if one of them is fatal."""
     with tempfile.TemporaryDirectory() as directory:
@@ -232,10 +252,13 @@ def main() -> None:
     parser.add_argument("--clients", type=int, default=16)
     parser.add_argument("--seconds", type=float, default=20)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--startup", action="store_true")
     parser.add_argument("--abuse", type=int, nargs="?", const=5000)
     arguments = parser.parse_args()
     if arguments.abuse:
         abuse(arguments.abuse, arguments.threads)
+    elif arguments.startup:
+        startup(arguments.size, arguments.threads)
     else:
         measure(arguments.size, arguments.clients, arguments.seconds, arguments.threads)
 
