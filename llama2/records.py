@@ -52,20 +52,25 @@ class Document:
     metadata: dict[str, Any] = field(default_factory=dict)
 
 
+Train = Literal["all", "last"] | tuple[bool, ...]
+
+
 @with_config(_STRICT)
 @dataclass(frozen=True)
 class Dialog:
     """A conversation to learn from (§3.1). It ends with an assistant turn.
 
-    `train` says which assistant turns carry loss: all of them, or the last alone (Ghost Attention, §3.3).
+    `train` says which assistant turns carry loss: all of them, the last alone (a sampled answer, §3.2.3, §4.2.4; Ghost
+    Attention, §3.3), or those for which a mask, one truth value for each assistant turn, says so.
     """
 
     messages: Messages
-    train: Literal["all", "last"] = "all"
+    train: Train = "all"
     metadata: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         check_roles(self.messages, last="assistant")
+        trained_turns(self.messages, self.train)
 
 
 @with_config(_STRICT)
@@ -143,6 +148,18 @@ def check_roles(messages: Messages, last: Role) -> None:
                              f"expected '{expected}'")
     if turns[-1].role != last:
         raise ValueError(f"the last turn must be '{last}', it is '{turns[-1].role}'")
+
+
+def trained_turns(messages: Messages, train: Train) -> tuple[bool, ...]:
+    """Whether each assistant turn carries loss, in their order; ValueError for a mask of another length."""
+    turns = sum(message.role == "assistant" for message in messages)
+    if train == "all":
+        return (True,) * turns
+    if train == "last":
+        return (False,) * (turns - 1) + (True,)
+    if len(train) != turns:
+        raise ValueError(f"'train' has {len(train)} values for {turns} assistant turns")
+    return train
 
 
 _ADAPTERS: dict[type, TypeAdapter[Any]] = {}

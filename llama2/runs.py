@@ -34,6 +34,7 @@ from llama2 import mesh
 from llama2.config import StageConfig, incidentals, paths
 from llama2.errors import UserError, explain_os_errors
 from llama2.records import dump
+from llama2.tally import Tally
 
 COMPLETE, MANIFEST, METRICS = "COMPLETE", "manifest.json", "metrics.jsonl"
 SECONDS = ".seconds"  # time spent by earlier, interrupted attempts
@@ -121,7 +122,12 @@ class Run:
 
     def __init__(self, path: Path, finished: bool) -> None:
         self.path, self.finished = path, finished
+        self.tallies: dict[str, Tally] = {}
         self._metrics: IO[str] | None = None
+
+    def tally(self, name: str) -> Tally:
+        """The counts of one set of records that this run reads; what they come to is said when the run ends."""
+        return self.tallies.setdefault(name, Tally())
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
         """Append one line of metrics (rank 0)."""
@@ -192,6 +198,8 @@ def open_run(verb: str, config: StageConfig) -> Iterator[Run]:
                                                 "seconds": round(spent + time.time() - begin, 2)}))
             (path / SECONDS).unlink(missing_ok=True)
             shutil.rmtree(path / CHECKPOINTS, ignore_errors=True)
+            for name, tally in run.tallies.items():
+                print(f"{path}: {name}: {tally.line()}", file=sys.stderr)
         mesh.barrier()
     finally:
         if held is not None:

@@ -9,8 +9,9 @@ from __future__ import annotations
 import re
 from typing import Any
 
+from llama2.files import Row
 from llama2.records import Message, Messages, Role
-from llama2.tables import Row, Skip
+from llama2.tables import Skip
 
 ROLES: dict[str, Role] = {
     "system": "system", "developer": "system",

@@ -12,8 +12,10 @@ from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
+from llama2.files import Row
 from llama2.records import Dialog, Message, Messages, check_roles, parse
-from llama2.tables import Format, Malformed, Row, Skip, Tally, convert
+from llama2.tables import Format, Malformed, Skip, convert
+from llama2.tally import Tally
 from llama2.transcripts import join, messages, prompt
 
 

@@ -13,8 +13,10 @@ from dataclasses import replace
 from typing import Any, Literal
 
 from llama2.data.dialogs import DIALOG_FORMATS
+from llama2.files import Row
 from llama2.records import Dialog, Messages, Prompt, parse
-from llama2.tables import Format, Malformed, Row, Skip, Tally, convert, digest
+from llama2.tables import Format, Malformed, Skip, convert, digest
+from llama2.tally import Tally
 from llama2.transcripts import messages, prompt
 
 Family = Literal["", "unsafe", "borderline"]

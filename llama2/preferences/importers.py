@@ -18,8 +18,10 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
+from llama2.files import Row
 from llama2.records import Axis, Message, Messages, Preference, Response, SafetyLabel, parse
-from llama2.tables import Format, Malformed, Row, Skip, Tally, convert, digest
+from llama2.tables import Format, Malformed, Skip, convert, digest
+from llama2.tally import Tally
 from llama2.transcripts import is_transcript, join, messages, prompt, transcript, turn
 
 

@@ -20,10 +20,12 @@ from llama2.config import StageConfig
 from llama2.data.dialogs import import_dialogs
 from llama2.data.prompts import Family, import_prompts, prompt_id
 from llama2.errors import UserError
+from llama2.files import first
 from llama2.preferences.importers import holds_preferences, import_preferences
 from llama2.records import Axis, Dialog, Message, Messages, Preference, Prompt
 from llama2.runs import Run
-from llama2.tables import Malformed, Tally, digest, first
+from llama2.tables import Malformed, digest
+from llama2.tally import Tally
 
 Record = Dialog | Preference | Prompt
 Kind = Literal["dialogs", "preferences", "prompts"]

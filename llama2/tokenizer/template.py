@@ -14,9 +14,9 @@ exact, and what the model sees at inference is a prefix of what it was trained o
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
-from llama2.records import Message, Messages, check_roles
+from llama2.records import Message, Messages, Train, check_roles, trained_turns
 
 if TYPE_CHECKING:
     from llama2.tokenizer.tokenizer import Tokenizer  # it writes CHAT_TEMPLATE beside its model
@@ -42,21 +42,20 @@ CHAT_TEMPLATE = (
 
 
 def encode_dialog(
-    tokenizer: Tokenizer, messages: Messages, train: Literal["all", "last"] = "all"
+    tokenizer: Tokenizer, messages: Messages, train: Train = "all"
 ) -> tuple[list[int], list[bool]]:
     """Ids of a finished conversation and its loss mask, of the same length.
 
-    `mask[i]` is True where `ids[i]` is to be predicted: the tokens of the answers and their EOS, of all assistant
-    turns or of the last alone (§3.3); never BOS, the user's text or a tag. ValueError if roles do not alternate.
+    `mask[i]` is True where `ids[i]` is to be predicted: the tokens of the answers and their EOS, of the assistant turns
+    that `train` names (`records.Dialog`); never BOS, the user's text or a tag. ValueError if roles do not alternate.
     """
     check_roles(messages, last="assistant")
     ids: list[int] = []
     mask: list[bool] = []
     turns = _fold_system(messages)
-    for index in range(0, len(turns), 2):
+    for index, trained in zip(range(0, len(turns), 2), trained_turns(messages, train), strict=True):
         prompt = _prompt_ids(tokenizer, turns[index])
         answer = _answer_ids(tokenizer, turns[index + 1])
-        trained = train == "all" or index + 2 == len(turns)
         ids += prompt + answer
         mask += [False] * len(prompt) + [trained] * len(answer)
     return ids, mask

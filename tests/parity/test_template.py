@@ -113,3 +113,16 @@ def test_roles_must_alternate(directory: Path, tokenizer: Tokenizer, roles: list
     theirs = LlamaTokenizer.from_pretrained(directory)
     with pytest.raises(Exception, match="Roles must alternate"):
         theirs.apply_chat_template([{"role": role, "content": "x"} for role in roles])
+
+
+def test_a_mask_of_turns_says_which_answers_are_learnt(tokenizer: Tokenizer) -> None:
+    messages = messages_of(DIALOGS["turns"])  # type: ignore[arg-type]
+    ids, every = encode_dialog(tokenizer, messages)
+    for answers in ((True, False), (False, True), (False, False), (True, True)):
+        same, mask = encode_dialog(tokenizer, messages, answers)
+        assert same == ids
+        learnt = tokenizer.decode([token for token, kept in zip(ids, mask) if kept])
+        assert ("Hello." in learnt, "Still here." in learnt) == answers
+        assert all(whole or not kept for whole, kept in zip(every, mask))
+    with pytest.raises(ValueError, match="'train' has 1 values for 2 assistant turns"):
+        encode_dialog(tokenizer, messages, (True,))

@@ -10,9 +10,10 @@ import pytest
 from llama2.data.dialogs import DIALOG_FORMATS, import_dialogs
 from llama2.data.prompts import import_prompts
 from llama2.errors import UserError
+from llama2.files import set_name, tables
 from llama2.preferences.importers import PREFERENCE_FORMATS, import_preferences
 from llama2.records import Dialog, Preference, messages_of, to_json
-from llama2.tables import Tally, set_name, tables
+from llama2.tally import Tally
 
 FIXTURES = Path(__file__).parent.parent / "fixtures" / "import"
 PREFERENCES = {  # file: (format, chosen answers, rejected answers)

@@ -1,0 +1,55 @@
+"""Work in parts: finished ones are kept, a damaged end is made again, and the rows are the same in the end."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from llama2.parts import in_parts
+from llama2.runs import CHECKPOINTS, Run
+
+ITEMS = list(range(10))
+
+
+def doubled(calls: list[int], fail_at: int | None = None) -> Any:
+    def work(some: Sequence[int], first: int) -> list[Any]:
+        if first == fail_at:
+            raise RuntimeError("killed")
+        calls.append(first)
+        return [{"item": item, "text": "\ud83d" * item} for item in some]
+
+    return work
+
+
+def test_rows_come_in_order_whatever_the_size(tmp_path: Path) -> None:
+    for size in (1, 3, 10, 99):
+        rows = [row["item"] for row in in_parts(Run(tmp_path / str(size), False), "x", ITEMS, size, doubled([]))]
+        assert rows == ITEMS
+
+
+def test_finished_parts_are_not_made_again(tmp_path: Path) -> None:
+    calls: list[int] = []
+    with pytest.raises(RuntimeError):
+        list(in_parts(Run(tmp_path, False), "x", ITEMS, 3, doubled(calls, fail_at=6)))
+    assert calls == [0, 3]
+    again: list[int] = []
+    rows = list(in_parts(Run(tmp_path, False), "x", ITEMS, 3, doubled(again)))
+    assert again == [6, 9]
+    assert rows == list(in_parts(Run(tmp_path / "other", False), "x", ITEMS, 3, doubled([])))
+
+
+@pytest.mark.parametrize("damage", [b'{"part":', b'{"part":1,"sum":5,"rows":"[1]"}\n', b"\xff\xfe\n"])
+def test_a_damaged_end_is_made_again(tmp_path: Path, damage: bytes) -> None:
+    list(in_parts(Run(tmp_path, False), "x", ITEMS, 5, doubled([])))
+    file = tmp_path / CHECKPOINTS / "parts" / "x.jsonl"
+    first = file.read_bytes().split(b"\n")[0] + b"\n"
+    file.write_bytes(first + damage)
+    calls: list[int] = []
+    rows = [row["item"] for row in in_parts(Run(tmp_path, False), "x", ITEMS, 5, doubled(calls))]
+    assert calls == [5]
+    assert rows == ITEMS
+
+
+def test_nothing_to_do(tmp_path: Path) -> None:
+    assert list(in_parts(Run(tmp_path, False), "x", [], 5, doubled([]))) == []
