@@ -27,10 +27,9 @@ from pathlib import Path
 from typing import IO, Any
 
 import torch
-import yaml
 
 import llama2
-from llama2 import mesh
+from llama2 import mesh, yaml12
 from llama2.config import StageConfig, incidentals, paths
 from llama2.errors import UserError, explain_os_errors
 from llama2.records import dump
@@ -76,6 +75,9 @@ def fingerprint(path: Path) -> str:
     """What `path` contains: of a finished run its recorded outputs, of a file or other directory its content."""
     if not path.exists():
         raise UserError(f"{path}: no such file or directory", "check the path, or run the stage that makes it")
+    if not path.is_file() and not path.is_dir():
+        raise UserError(f"{path}: this is no file and no directory",
+                        "a run must find the same input again: write it to a file")
     for directory in (path, *path.parents):
         if (directory / COMPLETE).is_file() and (directory / MANIFEST).is_file():
             outputs = json.loads((directory / COMPLETE).read_text())["outputs"]
@@ -260,7 +262,7 @@ def _prepare(path: Path, verb: str, config: StageConfig) -> bool:
         return finished
     if finished or not _only_begun(path):
         raise UserError(f"{path}: exists and is no run directory", "choose another --out")
-    write_atomic(path / "config.yaml", yaml.safe_dump(asked, sort_keys=False))
+    write_atomic(path / "config.yaml", yaml12.dump(asked))
     write_atomic(path / MANIFEST, dump({
         "verb": verb, "config": asked, "inputs": inputs, "seed": config.seed, "code": code_version(),
         "torch": torch.__version__, "python": platform.python_version(), "machine": platform.processor(),

@@ -159,8 +159,7 @@ def test_the_installed_command(tmp_path):
     command = [sys.executable, "-m", "llama2.cli", "world", "--scale", "7", "--out", str(tmp_path / "x")]
     process = subprocess.run(command, capture_output=True, text=True, timeout=200)
     assert (process.returncode, process.stdout) == (2, "")
-    assert process.stderr == ("llama2: error: 'scale': Input should be less than or equal to 1 (it is 7); "
-                              "mend the value\n")
+    assert process.stderr == ("llama2: error: '--scale': must be at most 1 (it is 7); mend the value\n")
     assert not (tmp_path / "x").exists()
 
 
