@@ -17,7 +17,7 @@ import sys
 import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from multiprocessing import forkserver
+from multiprocessing import forkserver, resource_tracker
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -133,6 +133,7 @@ def preload() -> None:
     """Import the heavy modules once, in the server every worker is forked from. It never hears of Ctrl-C."""
     _context.set_forkserver_preload(["torch", "llama2.stages.launch", "torch.distributed",
                                      *(f"llama2.{verb.module}" for verb in VERBS.values())])
+    resource_tracker.ensure_running()  # first: to start it lets Ctrl-C through
     with held_back():
         forkserver.ensure_running()
 
