@@ -22,7 +22,7 @@ import os
 import re
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from itertools import chain
 from pathlib import Path, PurePosixPath
 from typing import Any, Literal, TypeVar
@@ -34,7 +34,8 @@ from llama2.reading.rows import Bad, File, Found, Row, text_rows
 from llama2.reading.values import json_lines, json_values
 from llama2.tally import Tally
 
-__all__ = ["Bad", "File", "Row", "files", "filled", "first", "matches", "rows", "set_name", "tables", "walk"]
+__all__ = ["Bad", "File", "Row", "at_home", "files", "filled", "first", "is_pattern", "matches", "rows", "set_name",
+           "tables", "walk"]
 T = TypeVar("T")
 Place = str | os.PathLike[str]
 Use = Literal["rows", "documents", "records"]
@@ -107,7 +108,7 @@ def files(paths: Place | Iterable[Place], use: Use = "rows", tally: Tally | None
         left: Counter[str] = Counter()
         found: dict[File, None] = {}  # a glob may match a folder and what is in it
         for place in matches(path):
-            named = place == _at_home(path) and not place.is_dir()
+            named = place == at_home(path) and not place.is_dir()
             found |= dict.fromkeys(_named(place, use, left) if named else _searched(place, use, left))
         if not found:
             held = f", only {', '.join(left)}" if left else ""
@@ -120,27 +121,37 @@ def files(paths: Place | Iterable[Place], use: Use = "rows", tally: Tally | None
 
 def matches(path: Place) -> list[Path]:
     """The file or folder at a path, or all those that fit a glob, sorted; UserError if there are none."""
-    place = _at_home(path)
+    place = at_home(path)
+    if not is_pattern(path):
+        with explain_os_errors(place):
+            if place.exists():
+                return [place]
+        raise UserError(f"{shown(place)}: no such file or directory", "check the path, or run the stage that makes it")
     with explain_os_errors(place):
-        if place.exists():
-            return [place]
-        found = sorted(Path(each) for each in glob.glob(str(place), recursive=True) if glob.has_magic(str(place)))
+        found = sorted(Path(each) for each in glob.glob(str(place), recursive=True))
     if not found:
-        lost = "no file matches this pattern" if glob.has_magic(str(place)) else "no such file or directory"
-        raise UserError(f"{shown(place)}: {lost}", "check the path")
+        raise UserError(f"{shown(place)}: no file matches this pattern", "check the path")
     return found
 
 
-def walk(folder: Path) -> Iterator[Path]:
-    """Every file below a folder, links followed, sorted. A folder that is not entered, because it is hidden or was
-    entered before (a link in a circle), stands for what is in it."""
+def is_pattern(path: Place) -> bool:
+    """Whether a path is a glob and not the name of a file, which may have brackets in it."""
+    return glob.has_magic(os.fspath(path)) and not os.path.lexists(at_home(path))
+
+
+def walk(folder: Path, without: Collection[str] = ()) -> Iterator[Path]:
+    """Every file below a folder, links followed, sorted; none of the names `without` right below it.
+
+    A folder that is not entered, because it is hidden or was entered before (a link in a circle), stands for what is
+    in it.
+    """
     with explain_os_errors(folder):
         here = folder.resolve()
-        yield from _walk(folder, {_identity(place) for place in (here, *here.parents)})
+        yield from _walk(folder, {_identity(place) for place in (here, *here.parents)}, without)
 
 
-def _walk(folder: Path, entered: set[tuple[int, int]]) -> Iterator[Path]:
-    for name in sorted(os.listdir(folder)):
+def _walk(folder: Path, entered: set[tuple[int, int]], without: Collection[str] = ()) -> Iterator[Path]:
+    for name in sorted(set(os.listdir(folder)).difference(without)):
         path = folder / name
         if not path.is_dir() or _hidden(name) or _identity(path) in entered:
             yield path
@@ -233,7 +244,8 @@ def _listed(paths: Place | Iterable[Place]) -> list[Place]:
     return [paths] if isinstance(paths, str | os.PathLike) else list(paths)
 
 
-def _at_home(path: Place) -> Path:
+def at_home(path: Place) -> Path:
+    """A path with its `~` written out."""
     try:
         return Path(path).expanduser()
     except RuntimeError as error:

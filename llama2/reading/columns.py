@@ -161,7 +161,8 @@ def parquet_rows(file: File) -> Found:
                     yield (number, _whole_numbers(unified(value))) if not isinstance(value, Exception) else Bad(
                         f"{file.label}:{number}", f"a value that cannot be read ({value})", "mend the row")
         except (pyarrow.ArrowException, MemoryError, OSError) as error:
-            raise UserError(f"{file.label}:{number + 1}: truncated or corrupt Parquet file ({error})",
+            said = " ".join(str(error).split())
+            raise UserError(f"{file.label}:{number + 1}: truncated or corrupt Parquet file ({said})",
                             "fetch it again") from error
 
 

@@ -133,7 +133,8 @@ def test_a_comparison_without_two_answers(tmp_path, one_line: Refused, base, cha
     file.write_bytes(line(PAIR) + line(PAIR | change))
     heard = one_line("reward", "--model", base, "--preferences.all.path", file, "--out", tmp_path / "out")
     assert refusal in heard
-    assert heard.endswith("each line must be one Preference record (docs/formats.md)")
+    assert heard.endswith("each line must be one Preference record (docs/formats.md); `llama2 prepare --kind "
+                          f"preferences --sources.NAME.path {file} --out DIR` makes them of other formats")
 
 
 def test_a_bad_heldout_file_is_found_before_training(tmp_path, one_line: Refused, base, preferences):
