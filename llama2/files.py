@@ -51,7 +51,7 @@ _KINDS: dict[Use, dict[str, str]] = {
     "rows": _DATA | _TEXT, "documents": _DATA | _TEXT | {".md": ".txt", ".rst": ".txt"}, "records": _DATA}
 _NAMELESS = re.compile(r"(train|test|valid|validation|dev|data|dataset|questions?|all)([-_.].*)?", re.IGNORECASE)
 _NO_DATA = re.compile(
-    r"(read[-_ ]?me|licen[cs]e|copying)([-_. ]\S{1,20})?(\.(txt|text|md|rst))?"
+    r"(read[-_ ]?me|licen[cs]e|copying)([-_ ][\w-]{1,20}|([-_. ][\w-]{1,20})?\.(txt|text|md|rst))?"
     r"|(notice|change[-_]?log|contributing|citation|authors|data_?card|dataset_?card)(\.(txt|text|md|rst))?"
     r"|(dataset_infos?|dataset_dict|dataset-metadata|state|manifest|summary|config|package)\.json"
     r"|metrics\.jsonl|requirements\.txt|(md5|sha\d*)(sums?)?\.txt", re.IGNORECASE)

@@ -27,10 +27,9 @@ def csv_rows(file: File) -> Found:
     records = _Records(file, ",")
     for header in records:
         names = _header(header, file.label)
-        for separator, what in ((";", "semicolons, not by commas"), ("\t", "tabs")):
+        for separator, what, cure in ((";", "semicolons", "save it with commas"), ("\t", "tabs", "name the file .tsv")):
             if len(names) == 1 and separator in names[0]:
-                raise UserError(f"{file.label}: the cells are separated by {what}",
-                                "name the file .tsv" if separator == "\t" else "save it with commas")
+                raise UserError(f"{file.label}: the cells are separated by {what}, not by commas", cure)
         yield from _mapped(records, names, file.label)
 
 
