@@ -12,7 +12,8 @@ import shutil
 import sys
 import tempfile
 from collections.abc import Iterator
-from typing import Any
+from contextlib import contextmanager
+from typing import IO, Any
 
 from llama2.errors import UserError, missing_extra
 from llama2.reading.packed import explained, opened
@@ -185,12 +186,15 @@ def _whole_numbers(value: Any) -> Any:
     return [_whole_numbers(item) for item in value] if isinstance(value, list) else value
 
 
-def _seekable(file: File) -> Any:
+@contextmanager
+def _seekable(file: File) -> Iterator[IO[bytes]]:
     """A file that can be read in any order: itself, or a copy of what is packed."""
     if not file.member and file.path.suffix.lower() == file.kind:
-        return open(file.path, "rb")
-    copy = tempfile.TemporaryFile()  # noqa: SIM115 - closed by the caller
-    with opened(file.path, file.member) as content:
-        shutil.copyfileobj(content, copy)
-    copy.seek(0)
-    return copy
+        with open(file.path, "rb") as content:
+            yield content
+        return
+    with tempfile.TemporaryFile() as copy:
+        with opened(file.path, file.member) as packed:
+            shutil.copyfileobj(packed, copy)
+        copy.seek(0)
+        yield copy
