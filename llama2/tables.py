@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Any, Generic, Literal, TypeVar
 
 from llama2.errors import UserError, did_you_mean
-from llama2.files import Row, tables
+from llama2.files import Bad, Row, tables
 from llama2.tally import Tally
 
 Malformed = Literal["stop", "skip"]
@@ -44,33 +44,32 @@ class Format(Generic[T]):
 
 def convert(path: str | os.PathLike[str], formats: Sequence[Format[T]], name: str, tally: Tally,
             malformed: Malformed = "stop") -> Iterator[tuple[Row, T]]:
-    """The records of a file, directory or archive, each with its row. `name` "auto": recognised file by file."""
+    """The records of a file, directory or archive, each with its row. `name` "auto": recognised file by file.
+
+    With `malformed` "skip", rows that are damaged or of no known format are counted and reading goes on behind them.
+    """
     if name != "auto" and name not in {f.name for f in formats}:
         raise UserError(f"unknown format '{name}'", did_you_mean(name, ["auto", *(f.name for f in formats)]))
-    for rows in tables(path):
+    for rows in tables(path, tally):
         chosen: Format[T] | None = None
         for row in rows:
-            chosen = chosen or _choose(formats, name, row)
             tally.read += 1
             try:
+                if isinstance(row, Bad):
+                    raise row.error(", or import with malformed: skip")
+                chosen = chosen or _choose(formats, name, row)
                 records = [*chosen.convert(row)]
             except Skip as skip:
                 records = [skip]
-            except ValueError as error:
+            except (ValueError, UserError) as error:
                 if malformed == "stop":
-                    raise row.error(str(error)) from None
-                records = [Skip("malformed")]
-            except UserError:
-                if malformed == "stop":
-                    raise
+                    raise error if isinstance(error, UserError) else row.error(str(error)) from None
                 records = [Skip("malformed")]
             for record in records:
                 if isinstance(record, Skip):
                     tally.skipped[record.reason] += 1
-                else:
+                elif isinstance(row, Row):
                     yield row, record
-        if chosen is None:
-            raise UserError(f"{path}: a file without records", "check the file")
 
 
 def _choose(formats: Sequence[Format[T]], name: str, row: Row) -> Format[T]:

@@ -17,6 +17,8 @@ class Tally:
     skipped: Counter[str] = field(default_factory=Counter)
     cures: dict[str, str] = field(default_factory=dict)
     """reason -> what would keep these records"""
+    files: Counter[str] = field(default_factory=Counter)
+    """files of a folder, a glob or an archive that were left out, by reason"""
 
     def skip(self, reason: str, cure: str = "", count: int = 1) -> None:
         """Count records that are left out; `cure` says what would keep them."""
@@ -24,10 +26,15 @@ class Tally:
         if cure:
             self.cures[reason] = cure
 
+    def leave(self, reason: str, count: int = 1) -> None:
+        """Count files that are not read."""
+        self.files[reason] += count
+
     def summary(self) -> dict[str, Any]:
         """Plain JSON: rows read, records kept, cut short, and skipped by reason."""
         return {"read": self.read, "kept": self.kept, **({"cut": self.cut} if self.cut else {}),
-                "skipped": dict(self.skipped.most_common())}
+                "skipped": dict(self.skipped.most_common()),
+                **({"files left out": dict(self.files.most_common())} if self.files else {})}
 
     def line(self) -> str:
         """`read 5, kept 2, cut 1, left out 3: empty answer 2, too long 1 (raise --sequence-length)`."""
@@ -38,4 +45,9 @@ class Tally:
                    for reason, count in self.skipped.most_common() if count]
         if reasons:
             said += f", left out {sum(self.skipped.values()):,}: {', '.join(reasons)}"
-        return said
+        return f"{said}; {self.left_out()}" if self.files else said
+
+    def left_out(self) -> str:
+        """`files left out 2: hidden 1, README.md 1`."""
+        reasons = ", ".join(f"{reason} {count:,}" for reason, count in self.files.most_common())
+        return f"files left out {sum(self.files.values()):,}: {reasons}"
