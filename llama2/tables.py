@@ -16,7 +16,7 @@ from typing import Any, Generic, Literal, TypeVar
 
 from llama2.columns import unread
 from llama2.errors import UserError, did_you_mean
-from llama2.files import Row, tables
+from llama2.files import Bad, Row, tables
 from llama2.tally import Tally
 
 Malformed = Literal["stop", "skip"]
@@ -24,6 +24,7 @@ T = TypeVar("T")
 SAMPLE = 64
 """rows by which a format is recognised"""
 _FILES = 16
+_MEND = "mend the row, or import with malformed: skip"
 
 
 class Skip(Exception):
@@ -89,30 +90,32 @@ AUTO = Reading()
 
 def convert(path: str | os.PathLike[str], formats: Sequence[Format[T]], how: Reading,
             tally: Tally) -> Iterator[tuple[Row, T]]:
-    """The records of a file, directory or archive, each with its row."""
+    """The records of a file, directory or archive, each with its row.
+
+    Where malformed rows are skipped, so are those that are damaged or of no known format.
+    """
     if how.format != "auto" and how.format not in {f.name for f in formats}:
         raise UserError(f"unknown format '{how.format}'",
                         did_you_mean(how.format, ["auto", *(f.name for f in formats)]))
-    for rows in tables(path):
+    for rows in tables(path, tally):
         head, everything = _peek(rows)
         header = _header(formats, how.format, head)
-        chosen = _choose(formats, how, [_named(row, header) for row in head[bool(header):]])
-        empty = True
+        chosen = _choose(formats, how, [_named(row, header) for row in head[bool(header):] if isinstance(row, Row)])
         for row in islice(everything, bool(header), None):
-            empty = False
             tally.read += 1
             for record in _records(row, header, chosen, how, tally):
                 if isinstance(record, Skip):
                     tally.skip(record.reason, record.cure)
-                else:
+                elif isinstance(row, Row):
                     yield row, record
-        if empty:
-            raise UserError(f"{path}: a file without records", "check the file")
 
 
-def _records(row: Row, header: list[str], chosen: Format[T] | None, how: Reading, tally: Tally) -> list[T | Skip]:
+def _records(row: Row | Bad, header: list[str], chosen: Format[T] | None, how: Reading,
+             tally: Tally) -> list[T | Skip]:
     """What a row holds. A row that is malformed is an error, or something to skip."""
     try:
+        if isinstance(row, Bad):
+            raise row.error(", or import with malformed: skip")
         if chosen is None:
             raise _unknown(row)
         tally.note("format", chosen.name)
@@ -121,7 +124,7 @@ def _records(row: Row, header: list[str], chosen: Format[T] | None, how: Reading
         return [skip]
     except (ValueError, UserError) as error:
         if how.malformed == "stop":
-            raise error if isinstance(error, UserError) else row.error(str(error)) from None
+            raise error if isinstance(error, UserError) else UserError(f"{row.where}: {error}", _MEND) from None
         return [Skip(f"column {', '.join(error.columns)} would be lost" if isinstance(error, Lost) else "malformed")]
 
 
@@ -144,13 +147,13 @@ def _read(row: Row, chosen: Format[T], how: Reading, tally: Tally) -> list[T | S
 
 def sample(path: str | os.PathLike[str]) -> Iterator[list[Row]]:
     """The first rows of the first files: what is at a path, as far as it can be read."""
-    for rows in islice(tables(path), _FILES):
-        yield _peek(rows)[0]
+    for rows in islice(tables(path, Tally()), _FILES):
+        yield [row for row in _peek(rows)[0] if isinstance(row, Row)]
 
 
-def _peek(rows: Iterator[Row]) -> tuple[list[Row], Iterator[Row]]:
+def _peek(rows: Iterator[Row | Bad]) -> tuple[list[Row | Bad], Iterator[Row | Bad]]:
     """The first rows, and all of them; an error on the way is raised in its turn."""
-    head: list[Row] = []
+    head: list[Row | Bad] = []
     failures: list[UserError] = []
     try:
         for row in islice(rows, SAMPLE):
@@ -158,7 +161,7 @@ def _peek(rows: Iterator[Row]) -> tuple[list[Row], Iterator[Row]]:
     except UserError as error:
         failures.append(error)
 
-    def everything() -> Iterator[Row]:
+    def everything() -> Iterator[Row | Bad]:
         yield from head
         for failure in failures:
             raise failure
@@ -166,9 +169,9 @@ def _peek(rows: Iterator[Row]) -> tuple[list[Row], Iterator[Row]]:
     return head, everything()
 
 
-def _header(formats: Sequence[Format[T]], name: str, head: list[Row]) -> list[str]:
+def _header(formats: Sequence[Format[T]], name: str, head: list[Row | Bad]) -> list[str]:
     """The first row of a table of cells, if a format knows its cells as keys, else []."""
-    if not head or not isinstance(head[0].value, list):
+    if not head or not isinstance(head[0], Row) or not isinstance(head[0].value, list):
         return []
     cells = [str(cell).strip() for cell in head[0].value]
     known = any(f.keys and not f.missing(cells) for f in formats if name in ("auto", f.name))

@@ -21,6 +21,8 @@ class Tally:
     """reason -> what would keep these records"""
     notes: dict[str, Counter[str]] = field(default_factory=dict)
     """what was found -> how many rows: of each format, of each column that is not read"""
+    files: Counter[str] = field(default_factory=Counter)
+    """files of a folder, a glob or an archive that were left out, by reason"""
 
     def skip(self, reason: str, cure: str = "", count: int = 1) -> None:
         """Count records that are left out; `cure` says what would keep them."""
@@ -32,11 +34,16 @@ class Tally:
         """Count a thing found that leaves nothing out: `note("format", "alpaca")`."""
         self.notes.setdefault(what, Counter())[name] += count
 
+    def leave(self, reason: str, count: int = 1) -> None:
+        """Count files that are not read."""
+        self.files[reason] += count
+
     def summary(self) -> dict[str, Any]:
         """Plain JSON: rows read, records kept, cut short, and skipped by reason; then what was noted."""
         noted = {what.replace(" ", "_"): dict(found.most_common()) for what, found in self.notes.items()}
         return {"read": self.read, "kept": self.kept, **({"cut": self.cut} if self.cut else {}),
-                "skipped": dict(self.skipped.most_common()), **noted}
+                "skipped": dict(self.skipped.most_common()), **noted,
+                **({"files left out": dict(self.files.most_common())} if self.files else {})}
 
     def line(self) -> str:
         """`read 5, kept 2, left out 3: empty answer 2, too long 1 (raise --sequence-length); format: turns 5`."""
@@ -51,4 +58,9 @@ class Tally:
             named = [f"{name} {count:,}" for name, count in found.most_common(_NAMED)]
             more = [f"and {len(found) - _NAMED} more"] if len(found) > _NAMED else []
             said += f"; {what}: {', '.join([*named, *more])}"
-        return said
+        return f"{said}; {self.left_out()}" if self.files else said
+
+    def left_out(self) -> str:
+        """`files left out 2: hidden 1, README.md 1`."""
+        reasons = ", ".join(f"{reason} {count:,}" for reason, count in self.files.most_common())
+        return f"files left out {sum(self.files.values()):,}: {reasons}"

@@ -271,7 +271,7 @@ def test_parquet(tmp_path):
     parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "x.parquet")
     assert [p.chosen.text for p in import_preferences(tmp_path / "x.parquet")] == ["d-o-g"]
     (tmp_path / "bad.parquet").write_bytes(b"nothing")
-    with pytest.raises(UserError, match="not a readable Parquet file"):
+    with pytest.raises(UserError, match="truncated or corrupt Parquet file"):
         list(import_preferences(tmp_path / "bad.parquet"))
 
 
@@ -287,14 +287,14 @@ def test_rows_know_their_lines(tmp_path):
 @pytest.mark.parametrize(("name", "content", "cause"), [
     ("a.jsonl", b'{"instruction": "x", "output": "y"}\n{"instruction": \n', "a.jsonl:2: not valid JSON"),
     ("a.jsonl", b'{"instruction": "x", "output": "y"}\n\xff\n', "a.jsonl:2: not UTF-8"),
-    ("a.jsonl", b"", "a file without records"),
+    ("a.jsonl", b"", "a.jsonl: the file is empty"),
     ("a.jsonl", b'{"colour": "x"}\n', "a.jsonl:1: the format is not recognised; the first record has 'colour'"),
     ("a.json", b'[\n{"instruction": "x", "output": "y"}\n{"instruction"', r"a.json:3: not valid JSON \(',' or"),
     ("a.json", b'[\n{"instruction": "x", "output": "y"},\n{"instruction"', "a.json:3: not valid JSON"),
     ("a.jsonl.gz", gzip.compress(b'{"instruction": "x", "output": "y"}\n')[:-9], "truncated or corrupt archive"),
     ("a.zip", b"PK nothing", "truncated or corrupt archive"),
     ("a.csv", b"instruction,output\nx,y\nx,y,z\n", "a.csv:3: this row has more cells than the header"),
-    ("a.csv", b"instruction,output\nx,y\nx\n", "a.csv:3: 'output' is missing"),
+    ("a.csv", b"instruction,output\nx,y\nx\n", "a.csv:3: this row has fewer cells than the header"),
     ("a.xls", b"", "cannot tell what kind of file this is"),
 ])
 def test_a_bad_file_is_named(tmp_path, name, content, cause):
@@ -306,7 +306,7 @@ def test_a_bad_file_is_named(tmp_path, name, content, cause):
 def test_missing_files_and_unknown_formats(tmp_path):
     with pytest.raises(UserError, match="no such file"):
         list(import_dialogs(tmp_path / "none.jsonl"))
-    with pytest.raises(UserError, match="no file to import in this directory"):
+    with pytest.raises(UserError, match="no file of a known kind"):
         list(import_dialogs(tmp_path))
     with pytest.raises(UserError, match="unknown format 'alpacca'; did you mean 'alpaca'"):
         list(import_dialogs(FIXTURES / "alpaca.json", Reading("alpacca")))
