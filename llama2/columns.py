@@ -20,7 +20,9 @@ _ABOUT = frozenset((
     "constraint", "prefix", "suffix", "support", "selftext", "history", "input", "system", "abstract", "chunk",
     "snippet", "ctx", "sentence", "scenario", "dialogue", "transcript"))
 _ASKED = frozenset(("question", "prompt", "instruction", "query", "problem", "text"))
-_OPTIONS = frozenset(("option", "choice", "candidate", "ending", "distractor", "opa", "opb", "opc", "opd"))
+_OPTIONS = frozenset((
+    "option", "choice", "candidate", "ending", "distractor", "opa", "opb", "opc", "opd",
+    "chosen", "rejected"))
 _NUMBERED = frozenset(("answer", "ans", "sol", "solution", "opt", "a", "b", "c", "d", "e"))
 _MEDIA = frozenset(("image", "img", "picture", "video", "audio", "media", "attachment"))
 _WORTH = frozenset((

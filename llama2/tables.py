@@ -12,7 +12,7 @@ import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
-from typing import Any, Generic, Literal, TypeVar
+from typing import Any, Generic, Literal, TypeGuard, TypeVar
 
 from llama2.columns import unread
 from llama2.errors import UserError, did_you_mean
@@ -24,6 +24,7 @@ T = TypeVar("T")
 SAMPLE = 64
 """rows by which a format is recognised"""
 _FILES = 16
+_TYPES: dict[type, str] = {dict: "a mapping", list: "a list of cells", str: "a text"}
 _MEND = "mend the row, or import with malformed: skip"
 
 
@@ -48,7 +49,7 @@ class Lost(UserError):
 
 @dataclass(frozen=True)
 class Format(Generic[T]):
-    """A public format. A row is in it if it has every one of `keys` ("a|b": either) and passes `test`.
+    """A public format. A row is in it if it is `of` its type, has all `keys` ("a|b": either) and passes `test`.
 
     `known` are columns of the set that its records do not need. A format `on_request` is never recognised.
     """
@@ -59,16 +60,17 @@ class Format(Generic[T]):
     test: Callable[[Row], bool] = lambda row: True
     known: tuple[str, ...] = ()
     on_request: bool = False
+    of: type = dict
 
-    def missing(self, names: Iterable[Any]) -> str:
-        """The first key that is not among `names`, "" if all are."""
-        present = {*names}
+    def missing(self, value: Any) -> str:
+        """The first key that a value lacks, "" if it has all."""
+        present = {*value} if isinstance(value, dict) else set()
         return next((key.split("|")[0] for key in self.keys if not present & {*key.split("|")}), "")
 
     def matches(self, row: Row) -> bool:
-        if self.on_request or (self.keys and not isinstance(row.value, dict)):
-            return False
-        return (not self.keys or not self.missing(row.value)) and self.test(Row(row.value, row.where, row.name))
+        """Whether a row can be in this format, as far as its keys tell."""
+        return (not self.on_request and isinstance(row.value, self.of) and not self.missing(row.value)
+                and self.test(Row(row.value, row.where, row.name)))
 
 
 @dataclass(frozen=True)
@@ -100,7 +102,7 @@ def convert(path: str | os.PathLike[str], formats: Sequence[Format[T]], how: Rea
     for rows in tables(path, tally):
         head, everything = _peek(rows)
         header = _header(formats, how.format, head)
-        chosen = _choose(formats, how, [_named(row, header) for row in head[bool(header):] if isinstance(row, Row)])
+        chosen = _choose(formats, how, [_named(row, header) for row in head[bool(header):] if _is_whole(row, header)])
         for row in islice(everything, bool(header), None):
             tally.read += 1
             for record in _records(row, header, chosen, how, tally):
@@ -129,7 +131,9 @@ def _records(row: Row | Bad, header: list[str], chosen: Format[T] | None, how: R
 
 
 def _read(row: Row, chosen: Format[T], how: Reading, tally: Tally) -> list[T | Skip]:
-    missing = chosen.missing(row.value) if isinstance(row.value, dict) else ""
+    if not isinstance(row.value, chosen.of):
+        raise row.error(f"the format '{chosen.name}' has {_TYPES[chosen.of]} for a row, this is {_shape(row.value)}")
+    missing = chosen.missing(row.value)
     if missing:
         raise row.error(f"'{missing}' is missing: this row is not in the format '{chosen.name}'")
     records = [*chosen.convert(row)]
@@ -174,15 +178,19 @@ def _header(formats: Sequence[Format[T]], name: str, head: list[Row | Bad]) -> l
     if not head or not isinstance(head[0], Row) or not isinstance(head[0].value, list):
         return []
     cells = [str(cell).strip() for cell in head[0].value]
-    known = any(f.keys and not f.missing(cells) for f in formats if name in ("auto", f.name))
+    known = any(f.keys and not f.missing(dict.fromkeys(cells)) for f in formats if name in ("auto", f.name))
     return cells if known else []
+
+
+def _is_whole(row: Row | Bad, header: list[str]) -> TypeGuard[Row]:
+    return isinstance(row, Row) and (not header or not isinstance(row.value, list) or len(row.value) == len(header))
 
 
 def _named(row: Row, header: list[str]) -> Row:
     """A row of cells as a mapping, under the names of its header."""
     if not header or not isinstance(row.value, list):
         return row
-    if len(row.value) != len(header):
+    if not _is_whole(row, header):
         raise row.error(f"this row has {len(row.value)} cells, the header {len(header)}")
     return replace(row, value=dict(zip(header, row.value)), asked=set(), parts=[])
 
@@ -216,10 +224,15 @@ def _choose(formats: Sequence[Format[T]], how: Reading, rows: list[Row]) -> Form
 
 
 def _unknown(row: Row) -> UserError:
-    shown = ", ".join(map(repr, row.value)) if isinstance(row.value, dict) else (
-        f"{len(row.value)} cells" if isinstance(row.value, list) else type(row.value).__name__)
+    shown = ", ".join(map(repr, row.value)) if isinstance(row.value, dict) else _shape(row.value)
     return row.error(f"the format is not recognised; the first record has {shown[:200]}",
                      "name the format (docs/data.md), rename its columns, or import with malformed: skip")
+
+
+def _shape(value: Any) -> str:
+    if isinstance(value, list):
+        return f"a list of {len(value)} cells"
+    return _TYPES.get(type(value), type(value).__name__)
 
 
 def digest(*parts: str) -> int:

@@ -141,7 +141,7 @@ def _has_turns(answer: Any) -> bool:
 
 def _chain_of_thought(row: Row) -> Iterator[Dialog]:
     """FLAN's tables: question, answer, rationale; the answer is given after the rationale."""
-    if not isinstance(row.value, list) or len(row.value) != 3:
+    if len(row.value) != 3 or not all(isinstance(cell, str) for cell in row.value):
         raise row.error("three cells are expected: question, answer, rationale")
     question, answer, rationale = (tidy(cell.replace("\\n", "\n")) for cell in row.value)
     if not answer or not rationale:
@@ -187,7 +187,7 @@ _READERS: tuple[Format[Dialog], ...] = (
     Format("xstest-answers", ("prompt", "type", "completion", "final_label"), _xstest),
     Format("alpaca", ("instruction|Instruction", "output|response"), _alpaca, known=("text",)),
     Format("question-answer", ("prompt|question|Question|query|problem", "|".join(ANSWERS)), _question_answer),
-    Format("chain-of-thought", (), _chain_of_thought, on_request=True),
+    Format("chain-of-thought", (), _chain_of_thought, on_request=True, of=list),
 )
 ASKED: tuple[Format[Dialog], ...] = tuple(f for f in _READERS if f.name not in ("question-answer", "xstest-answers"))
 """the formats whose rows are prompts too, whatever their answers are worth"""

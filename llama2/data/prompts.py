@@ -40,6 +40,8 @@ def import_prompts(path: str | os.PathLike[str], how: Reading = AUTO, safety: bo
             continue
         tally.kept += 1
         source = str(item.metadata.get("source", name or row.name))
+        if item.metadata.get("family", family):
+            tally.note("family", str(item.metadata.get("family", family)))
         metadata = ({"family": family} if family else {}) | item.metadata | {"source": source}
         yield replace(item, id=item.id or prompt_id(item.messages, source),
                       safety=item.safety or bool(family) if safety is None else safety, metadata=metadata)
@@ -91,6 +93,8 @@ def _list(row: Row) -> Iterator[Prompt]:
     said, tags = row.get("instructions"), row.get("tags") or []
     if not isinstance(said, list) or not all(isinstance(item, str) for item in said):
         raise row.error("'instructions' must be a list of texts")
+    if not isinstance(tags, list):
+        raise row.error("'tags' must be a list")
     for index, item in enumerate(said):
         yield _prompt(prompt(item), category=str(tags[index]) if index < len(tags) else "")
 
@@ -105,13 +109,14 @@ def _turns(row: Row) -> Iterator[Prompt]:
 
 
 def _plain(row: Row) -> Iterator[Prompt]:
-    """A text alone, or in the column that is called after what it is, with what it is about."""
-    if isinstance(row.value, str):
-        yield _prompt(prompt(row.value))
-        return
+    """A text in the column that is called after what it is, with what it is about."""
     turns = asked(row)
     check_roles(turns, last="user")
     yield _prompt(turns, category=row.text("category", "Category", "Skill", optional=True))
+
+
+def _lines(row: Row) -> Iterator[Prompt]:
+    yield _prompt(prompt(row.value))
 
 
 def _toxigen(row: Row) -> Iterator[Prompt]:
@@ -121,7 +126,7 @@ def _toxigen(row: Row) -> Iterator[Prompt]:
 
 
 def _is_toxigen(row: Row) -> bool:
-    return isinstance(row.value, str) and row.value.startswith("- ") and "\\n-" in row.value
+    return row.value.startswith("- ") and "\\n-" in row.value
 
 
 def _nested(row: Row) -> Iterator[Prompt]:
@@ -140,7 +145,7 @@ def _walk(row: Row, value: Any, way: tuple[str, ...]) -> Iterator[Prompt]:
 
 
 def _is_nested(row: Row) -> bool:
-    return isinstance(row.value, dict) and bool(row.value) and all(map(_holds_texts, row.value.values()))
+    return bool(row.value) and all(map(_holds_texts, row.value.values()))
 
 
 def _holds_texts(value: Any) -> bool:
@@ -167,7 +172,7 @@ def _from_dialog(source: Format[Dialog]) -> Format[Prompt]:
             yield dialog if isinstance(dialog, Skip) else _prompt(
                 dialog.messages[:-1], **({"category": dialog.metadata["category"]} if "category" in dialog.metadata
                                          else {}))
-    return Format(source.name, source.keys, read, source.test, source.known, source.on_request)
+    return Format(source.name, source.keys, read, source.test, source.known, source.on_request, source.of)
 
 
 def _chat(row: Row) -> Iterator[Prompt]:
@@ -199,8 +204,8 @@ PROMPT_FORMATS: tuple[Format[Prompt], ...] = (
     *(_from_dialog(source) for source in ASKED),
     Format("question-answer", ("prompt|question|Question|query|problem", "|".join(ANSWERS)), _plain),
     Format("plain", ("|".join(_TEXT_KEYS),), _plain),
-    Format("toxigen", (), _toxigen, _is_toxigen),
-    Format("lines", (), _plain, lambda row: isinstance(row.value, str)),
+    Format("toxigen", (), _toxigen, _is_toxigen, of=str),
+    Format("lines", (), _lines, of=str),
     Format("catqa", (), _catqa, _is_catqa),
     Format("nested", (), _nested, _is_nested),
 )
