@@ -120,7 +120,6 @@ def _records(row: Row | Bad, header: list[str], chosen: Format[T] | None, how: R
             raise row.error(", or import with malformed: skip")
         if chosen is None:
             raise _unknown(row)
-        tally.note("format", chosen.name)
         return _read(_without(_named(row, header), how.ignore), chosen, how, tally)
     except Skip as skip:
         return [skip]
@@ -136,6 +135,7 @@ def _read(row: Row, chosen: Format[T], how: Reading, tally: Tally) -> list[T | S
     missing = chosen.missing(row.value)
     if missing:
         raise row.error(f"'{missing}' is missing: this row is not in the format '{chosen.name}'")
+    tally.note("format", chosen.name)
     records = [*chosen.convert(row)]
     if all(isinstance(record, Skip) for record in records):
         return records
