@@ -22,17 +22,16 @@ import re
 import shutil
 import sys
 import time
-from collections.abc import Collection, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from functools import cache
 from pathlib import Path
 from typing import IO, Any
 
 import torch
-import yaml
 
 import llama2
-from llama2 import files, mesh
+from llama2 import files, mesh, yaml12
 from llama2.config import StageConfig, incidentals, paths
 from llama2.errors import UserError, explain_os_errors
 from llama2.records import dump
@@ -87,6 +86,9 @@ def fingerprint(path: Path) -> str:
 
 
 def _fingerprint(path: Path) -> str:
+    if not path.is_file() and not path.is_dir():
+        raise UserError(f"{path}: this is no file and no directory",
+                        "a run must find the same input again: write it to a file")
     for directory in (path, *path.parents):
         if (directory / COMPLETE).is_file() and (directory / MANIFEST).is_file():
             outputs = json.loads((directory / COMPLETE).read_text("utf-8"))["outputs"]
@@ -201,6 +203,7 @@ def read_metrics(path: Path) -> list[dict[str, float]]:
 def open_run(verb: str, config: StageConfig) -> Iterator[Run]:
     """Open `config.out` for one stage; mark it complete when the block ends without an exception."""
     path = config.out
+    new = [place for place in (path, *path.parents) if not place.exists()]
     held = lock(path) if mesh.is_main() else None
     try:
         finished = mesh.broadcast(_prepare(path, verb, config) if mesh.is_main() else False)
@@ -227,6 +230,12 @@ def open_run(verb: str, config: StageConfig) -> Iterator[Run]:
             for name, tally in run.tallies.items():
                 print(f"{path}: {name}: {tally.line()}", file=sys.stderr)
         mesh.barrier()
+    except UserError:
+        if held is not None and _only_begun(path):
+            _clear(path, new)
+        elif held is not None and not (path / MANIFEST).is_file():  # it is no run directory
+            (path / ".lock").unlink(missing_ok=True)
+        raise
     finally:
         if held is not None:
             held.close()
@@ -247,6 +256,18 @@ def _remove_checkpoints(folder: Path) -> None:
         shutil.rmtree(folder, ignore_errors=True)
     if folder.exists():
         print(f"{folder}: could not be deleted, and is no longer needed", file=sys.stderr)
+
+
+def _clear(path: Path, new: Sequence[Path]) -> None:
+    """Take away what was begun in a run directory that holds nothing else, and the directories made for it."""
+    for file in path.rglob("*"):
+        if file.is_file() or file.is_symlink():
+            file.unlink()
+    for directory in sorted((place for place in path.rglob("*") if place.is_dir()), reverse=True):
+        directory.rmdir()
+    with suppress(OSError):  # somebody else has put something there
+        for place in new:
+            place.rmdir()
 
 
 def check(verb: str, config: StageConfig) -> None:
@@ -273,6 +294,9 @@ def lock(path: Path) -> IO[str]:
         held = open(path / ".lock", "a+", encoding="utf-8")  # noqa: SIM115 - held for the whole run
     try:
         fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        if not os.fstat(held.fileno()).st_nlink:  # whoever held it has just cleared the directory
+            held.close()
+            return lock(path)
     except BlockingIOError:
         held.seek(0)
         owner = held.read().strip()
@@ -310,7 +334,7 @@ def _prepare(path: Path, verb: str, config: StageConfig) -> bool:
         return finished
     if finished or not _only_begun(path):
         raise UserError(f"{path}: exists and is no run directory", "choose another --out")
-    write_atomic(path / "config.yaml", yaml.safe_dump(asked, sort_keys=False))
+    write_atomic(path / "config.yaml", yaml12.dump(asked))
     write_atomic(path / MANIFEST, dump({
         "verb": verb, "config": asked, "inputs": inputs, "seed": config.seed, "code": code_version(),
         "torch": torch.__version__, "python": platform.python_version(), "machine": platform.processor(),
@@ -320,8 +344,9 @@ def _prepare(path: Path, verb: str, config: StageConfig) -> bool:
 
 
 def _only_begun(path: Path) -> bool:
-    """Whether a run directory holds nothing that a stage made."""
-    return all(file.name in _BEGUN for file in path.iterdir())
+    """Whether a run directory holds nothing that a stage made, but for directories without a file."""
+    return all(file.name in _BEGUN or (file.is_dir() and not any(inside.is_file() for inside in file.rglob("*")))
+               for file in path.iterdir())
 
 
 def _asked(config: StageConfig) -> dict[str, Any]:

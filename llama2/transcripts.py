@@ -11,7 +11,7 @@ from typing import Any
 
 from llama2.columns import is_filled
 from llama2.files import Row, tidy
-from llama2.flags import LEARNT, NOT_LEARNT, turn_flag
+from llama2.marks import LEARNT, NOT_LEARNT, turn_flag
 from llama2.records import Message, Messages, Role
 from llama2.tables import Skip
 

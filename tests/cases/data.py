@@ -697,7 +697,8 @@ def _configuration() -> Iterator[tuple[str, str, Work]]:
         return go
 
     two = (
-        'out: OUT\nparameters: {my-data: DATA}\nsteps:\n  sft-a: {verb: sft, model: MODEL, dialogs: {mine: {path: "${my-data}"}}}\n'
+        'out: OUT\nparameters: {my-data: DATA}\nsteps:\n'
+        '  sft-a: {verb: sft, model: MODEL, dialogs: {mine: {path: "${my-data}"}}}\n'
         '  sft-b: {verb: sft, model: MODEL, dialogs: {mine: {path: "${my-data}"}}}\n'
     )
     yield "--epochs without a value", "refused", lambda b: _no(sft("--epochs")(b), "epochs.*value")

@@ -46,14 +46,15 @@ def sft(model: Path, file: Path, out: Path, *more: object) -> tuple[object, ...]
 @pytest.mark.parametrize(("words", "refusal"), [
     (["stf"], "unknown verb 'stf'; did you mean 'sft'?"),
     (["sft", "--training.optimizer.learning-rat", "1e-4"],
-     "unknown key 'training.optimizer.learning_rat'; did you mean 'learning_rate'?"),
+     "unknown flag '--training.optimizer.learning-rat'; did you mean '--training.optimizer.learning-rate'?"),
     (["sft", "--model", "m", "--dialogs.a.path", "p", "--heldout", "1.5"],
-     "'heldout': Input should be less than 1 (it is 1.5); mend the value"),
-    (["sft", "--ranks", "4"], "unknown key 'ranks'"),
+     "'--heldout': must be less than 1 (it is 1.5); mend the value"),
+    (["sft", "--ranks", "4"], "unknown flag '--ranks'"),
     (["ppo", "--policy", "m", "--rewards.helpful", "h", "--prompts", "p", "--training.compile"],
      "training.compile is not for PPO: rollout and update must compute alike to the last bit"),
     (["pretrain", "--shards", "none"], "none: no such file or directory; check the path, or run the stage"),
-    (["reward", "--model", "m", "--preferences.a.path", "p", "--margins", "huge"], "'margins': Input should be 'none'"),
+    (["reward", "--model", "m", "--preferences.a.path", "p", "--margins", "huge"],
+     "'--margins': must be 'none', 'small' or 'large'"),
 ])
 def test_a_wrong_key_or_value_on_the_command_line(tmp_path, one_line: Refused, words, refusal):
     assert refusal in one_line(*words, *(["--out", tmp_path / "x"] if words[0] != "stf" else []))
@@ -63,7 +64,7 @@ def test_a_wrong_key_in_a_recipe(tmp_path, one_line: Refused):
     file = tmp_path / "recipe.yaml"
     for text, refusal in (
             ("sequence_lenght: 5", "unknown key 'sequence_lenght'; did you mean 'sequence_length'?"),
-            ("epochs: 0", "'epochs': Input should be greater than 0 (it is 0); mend the value"),
+            ("epochs: 0", "'epochs': must be greater than 0 (it is 0); mend the value"),
             ("epochs: 1\nepochs: 2", "not valid YAML (the key 'epochs' is given twice); mend the line")):
         file.write_text(f"model: m\ndialogs: {{a: {{path: p}}}}\n{text}\n")
         heard = one_line("sft", file, "--out", tmp_path / "x")
