@@ -7,6 +7,7 @@ tests themselves are known to work before a GPU sees them. A test writes figures
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -27,6 +28,25 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(pytest.mark.gpu)
             if DEVICE.type != "cuda" and not TINY:
                 item.add_marker(skip)
+
+
+def pytest_runtest_logreport(report: pytest.TestReport) -> None:
+    if report.when == "call" or report.outcome != "passed":
+        _tell(report.nodeid, report.outcome, report.duration, dict(report.user_properties), report.longreprtext)
+
+
+def pytest_collectreport(report: pytest.CollectReport) -> None:
+    if report.failed:
+        _tell(f"{report.nodeid}::import", "failed", 0.0, {}, report.longreprtext)
+
+
+def _tell(test: str, outcome: str, seconds: float, figures: dict[str, object], words: str) -> None:
+    """A line for `benchmarks/gpu.py`, which may have to end a test that hangs."""
+    if report := os.environ.get("LLAMA2_GPU_REPORT"):
+        file, _, name = test.partition("::")
+        with open(report, "a") as lines:
+            lines.write(json.dumps({"file": Path(file).stem, "name": name, "outcome": outcome, "seconds": seconds,
+                                    "figures": figures, "words": words[-3000:] if outcome == "failed" else ""}) + "\n")
 
 
 @pytest.fixture

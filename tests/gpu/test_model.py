@@ -124,10 +124,12 @@ def test_one_query_among_idle_slots(device, keys) -> None:
 
 @pytest.mark.filterwarnings("ignore")
 def test_compiled_equals_eager(device, on_cuda, record_property) -> None:
+    if not on_cuda:
+        pytest.skip("on a CPU tests/invariants/test_attention.py compiles it")
     model = build().to(device)
     data = moved(batch(), device)
     eager, expected = results(model, data, device, bf16=True)
-    compiled = torch.compile(model, backend="inductor" if on_cuda else "aot_eager")
+    compiled = torch.compile(model)
     found, gradients = results(compiled, data, device, bf16=True)
     gradients = {name.removeprefix("_orig_mod."): gradient for name, gradient in gradients.items()}
     worst = max(distance(gradients[name], expected[name]) for name in expected)
