@@ -95,8 +95,8 @@ class Iterations(Hook):
 
 def ours(size: Size, precision: mesh.Precision) -> None:
     """This project as a side."""
-    actor, reference = Llama(size.config), Llama(size.config)
-    critic, helpful = Scorer(size.config, 1), Scorer(size.config, 2)
+    actor, reference = (Llama(size.config).to(mesh.device()) for _ in range(2))
+    critic, helpful = (Scorer(size.config, seed).to(mesh.device()) for seed in (1, 2))
     random = torch.Generator().manual_seed(0)
     prompts = [Prompt((Message("user", Words().decode(torch.randint(
         3, size.config.vocab_size, (PROMPT_TOKENS - TEMPLATE,), generator=random).tolist())),)) for _ in range(PROMPTS)]

@@ -186,10 +186,11 @@ def activations(towers: Sequence[Tower], settings: Training, rows: int, length: 
     """Bytes kept for the backward pass of one micro-batch, and one layer's gradients as it is gone through."""
     tokens, size = rows * length, 4 if settings.precision == "fp32" else 2
     residual = 2 if size == 2 and spread else 4  # autocast leaves the residual stream in fp32, FSDP2 makes it bf16
-    total = 3.0 * tokens * length if packed else 0.0  # which position may look where, once for all layers
+    masked = packed and size == 4  # in bf16 the kernel is told where documents begin
+    total = (1.0 + size) * tokens * length if masked else 0.0  # which position may look where, once for all layers
     for tower in towers:
         shape = tower.shape
-        layer = tokens * layer_bytes(shape, size, residual)
+        layer = tokens * (layer_bytes(shape, size, residual) + (repeated_bytes(shape, size) if size == 4 else 0))
         kept = tokens * shape.hidden_size * residual if settings.gradient_checkpointing else layer
         total += shape.num_hidden_layers * kept + 2 * layer + tokens * shape.hidden_size * (residual + size)
         if not tower.scalar:
@@ -203,6 +204,13 @@ def layer_bytes(shape: LlamaConfig, size: int, residual: int) -> int:
     what attention makes of them; gate, its SiLU, up and their product."""
     dim, kv = shape.hidden_size, shape.num_key_value_heads * shape.head_dim
     return 2 * residual * dim + size * (2 * dim + 2 * dim + 2 * kv + 4 * shape.intermediate_size)
+
+
+def repeated_bytes(shape: LlamaConfig, size: int) -> int:
+    """Bytes a token that a layer keeps more where keys and values are repeated for the heads that share them: in fp32,
+    and for masks (`model/attention.py`)."""
+    more = shape.num_attention_heads - shape.num_key_value_heads
+    return 2 * size * shape.head_dim * more
 
 
 def flops_per_token(config: LlamaConfig, length: int) -> float:
