@@ -137,10 +137,12 @@ def collate(rows: Sequence[Row], sequence_length: int | None = None, *, separate
     """Rows as a batch, padded at the right to `sequence_length` or to the longest row.
 
     tokens_BT, targets_BT int64; weights_BT float32, 1 where the target carries loss; documents_BT (number of the
-    segment within its row; padding counts as one more) and positions_BT (place within the segment) int64. With
-    `separate` off the last two are left out, and segments of a row see those before them.
+    segment within its row; padding counts as one more) and positions_BT (place within the segment) int64; read_B int64,
+    the places of a row that hold a token. With `separate` off documents and positions are left out, and segments of a
+    row see those before them.
     """
-    longest = max(sum(len(segment) for segment in row) for row in rows)
+    read_B = np.array([sum(len(segment) for segment in row) for row in rows], np.int64)
+    longest = int(read_B.max())
     shape = (len(rows), sequence_length or longest)
     if longest > shape[1]:
         raise ValueError(f"a row of {longest} places in a batch of {shape[1]}")
@@ -158,7 +160,7 @@ def collate(rows: Sequence[Row], sequence_length: int | None = None, *, separate
             place += len(segment)
         documents_BT[index, place:] = len(row)
         positions_BT[index, place:] = np.arange(shape[1] - place)
-    batch = {"tokens_BT": tokens_BT, "targets_BT": targets_BT, "weights_BT": weights_BT}
+    batch = {"tokens_BT": tokens_BT, "targets_BT": targets_BT, "weights_BT": weights_BT, "read_B": read_B}
     if separate:
         batch |= {"documents_BT": documents_BT, "positions_BT": positions_BT}
     return {name: torch.from_numpy(array) for name, array in batch.items()}

@@ -72,7 +72,7 @@ class Config(StageConfig):
     """pairs a rank computes at a time"""
     epochs: int = Field(1, gt=0)
     training: Training = Training(optimizer=AdamW(learning_rate=1e-5), plan=Plan(save_every=200))
-    """warm-up is 3 % of the steps, at least 5, unless plan.warmup_steps says more"""
+    """warm-up is 3 % of the steps, at least 5, unless plan.warmup_steps says otherwise"""
 
 
 @dataclass(frozen=True)
@@ -109,8 +109,7 @@ def run(config: Config, run: Run) -> None:
                   epochs=config.epochs, seed=config.seed, size=lambda pair: pair.size)
     heldout = {name: encode(tokenizer, select(comparisons), longest)[0] for name, comparisons in config.heldout.items()}
     steps = min(config.training.plan.max_steps or source.steps, source.steps)
-    warmup = max(config.training.plan.warmup_steps, 5, round(0.03 * steps))
-    settings = config.training.with_steps(source.steps, min(warmup, steps - 1))
+    settings = config.training.with_steps(source.steps, warmup(config.training.plan, steps))
     learner = train(run, scorer, source, ranking(config.margins, config.auxiliary_weight), settings,
                     save_model=saver(scorer, tokenizer), title="reward",
                     flops_per_token=flops_per_token(scorer.config, 128))
@@ -119,6 +118,11 @@ def run(config: Config, run: Run) -> None:
     run.write_json("accuracy.json", {"sets": measured})
     run.write_json("summary.json", {"pairs": len(pairs), "too long": skipped, "steps": learner.step,
                                     "parameters": scorer.config.parameters()})
+
+
+def warmup(plan: Plan, steps: int) -> int:
+    """The paper's 3 % of the steps and at least 5, as far as there are steps for it, unless the plan says otherwise."""
+    return min(max(5, round(0.03 * steps)), steps - 1) if plan.warmup_steps is None else plan.warmup_steps
 
 
 def select(comparisons: Comparisons) -> list[Preference]:

@@ -15,6 +15,7 @@ from llama2.data.loader import Batch, Rows
 from llama2.data.pack import collate, pack
 from llama2.errors import UserError
 from llama2.model.llama import Llama, LlamaConfig
+from llama2.train.loop import count_tokens
 from llama2.train.objectives import next_token
 
 
@@ -92,6 +93,15 @@ def test_without_weights_a_rank_may_have_nothing() -> None:
 
     pairs = [Rows(range(1), bare, batch_size=4, micro_batch_size=1, rank=rank, world=2) for rank in range(2)]
     assert [len(next(source)) for source in pairs] == [1, 0]
+
+
+def test_what_a_rank_borrows_counts_nothing() -> None:
+    def padded(items: Sequence[int]) -> Batch:
+        return {"tokens_BT": torch.ones(len(items), 5), "weights_BT": torch.ones(len(items), 5),
+                "read_B": torch.full((len(items),), 4)}
+
+    shares = [Rows(range(1), padded, batch_size=4, micro_batch_size=1, rank=rank, world=2) for rank in range(2)]
+    assert [count_tokens(batch) for share in shares for batch in next(share)] == [(4, 5), (0, 0)]
 
 
 def test_errors() -> None:

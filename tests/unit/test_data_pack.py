@@ -123,7 +123,9 @@ def test_packed_rows_hold_each_target_once(items: list[tuple[list[int], list[boo
         assert not expected
         return
     batch = {name: tensor.numpy() for name, tensor in collate(packed.rows, length).items()}
+    read_B = batch.pop("read_B")
     assert {array.shape for array in batch.values()} == {(len(packed.rows), length)}
+    assert read_B.tolist() == [sum(len(segment) for segment in row) for row in packed.rows]
     found: Counter[tuple[int, ...]] = Counter()
     for row in range(len(packed.rows)):
         numbers = batch["documents_BT"][row]
