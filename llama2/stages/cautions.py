@@ -23,8 +23,12 @@ def of_length(asked: Plan, steps: int, items: int, what: str, batch_size: int, e
         yield (f"max_steps {limit:,} is more than the {_count(steps, 'update')} of {_count(epochs, 'epoch')}: training "
                f"and its schedule end there; --epochs {needed} would be enough")
     if steps < FEW_UPDATES and (limit is None or limit > steps):
-        yield (f"{_count(steps, 'update')} from {_count(items, what)} in {_count(epochs, 'epoch')}: fewer than "
-               f"{FEW_UPDATES} teach little; {_more_updates(items, epochs)}")
+        yield few_updates(steps, f"{_count(items, what)} in {_count(epochs, 'epoch')}", _more_updates(items, epochs))
+
+
+def few_updates(steps: int, source: str, cure: str) -> str:
+    """The caution that `steps` updates are few, and what would make more of the same data."""
+    return f"{_count(steps, 'update')} from {source}: fewer than {FEW_UPDATES} teach little; {cure}"
 
 
 def of_schedule(plan: Plan) -> Iterator[str]:
