@@ -116,6 +116,14 @@ def row_length(asked: int, context: int) -> int:
     return asked
 
 
+def check_left(run: Run, prefix: str) -> None:
+    """Raise UserError with all counts where nothing is left of the sets whose tally begins with `prefix`."""
+    tallies = {name: tally for name, tally in run.tallies.items() if name.startswith(prefix)}
+    if not any(tally.kept for tally in tallies.values()):
+        counts = "; ".join(f"{name}: {tally.line()}" for name, tally in tallies.items())
+        raise UserError(f"nothing is left to train on: {counts}", "mend the data, or what leaves it out")
+
+
 def validated(run: Run) -> dict[str, float]:
     """What the last validation found, even if that was before an interruption."""
     rows = [row for row in read_metrics(run.path) if any(name.startswith("validation/") for name in row)]

@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from llama2.data.loader import Batch, Rows
-from llama2.data.pack import collate, pack
+from llama2.data.pack import Segment, collate, pack
 from llama2.errors import UserError
 from llama2.model.llama import Llama, LlamaConfig
 from llama2.train.loop import count_tokens
@@ -119,7 +119,7 @@ def test_split_and_whole_give_the_same_loss() -> None:
     draw = np.random.default_rng(0)
     items = [(draw.integers(3, 90, size).tolist(), (draw.random(size) < 0.5).tolist()) for size in
              draw.integers(2, 20, 50)]
-    packed = pack(items, 24).rows
+    packed = pack([Segment(np.array(ids), np.array(mask)) for ids, mask in items], 24).rows
     table = torch.rand(90, dtype=torch.float64)
 
     def losses(micro: int, world: int) -> list[float]:
@@ -148,7 +148,7 @@ def test_packed_dialogs_cost_what_they_cost_alone() -> None:
     draw = np.random.default_rng(1)
     items = [(draw.integers(3, 90, size).tolist(), (draw.random(size) < 0.6).tolist()) for size in
              draw.integers(3, 20, 12)]
-    packed = pack(items, 24)
+    packed = pack([Segment(np.array(ids), np.array(mask)) for ids, mask in items], 24)
     together = cost(model, collate(packed.rows, 24))
     alone = sum(cost(model, collate([[segment]])) for row in packed.rows for segment in row)
     assert len(packed.rows) < len(items)
