@@ -1,11 +1,20 @@
 """Judges without understanding: right values where they are known, and the optimum of the fit."""
 
+import math
 import random
 
 import pytest
 import torch
 
-from llama2.preferences.baselines import MOST_PAIRS, WORDS, BagOfWords, by_length, fit_logistic
+from llama2.preferences.baselines import (
+    MOST_PAIRS,
+    PENALTIES,
+    WORDS,
+    BagOfWords,
+    best_penalty,
+    by_length,
+    fit_logistic,
+)
 
 
 def test_the_longer_answer_wins_and_on_safety_the_shorter():
@@ -14,13 +23,21 @@ def test_the_longer_answer_wins_and_on_safety_the_shorter():
     assert by_length((pair, True) for pair in pairs) == [0.0, 1.0, 0.5]
 
 
-def test_one_feature_has_the_weight_of_the_closed_equation():
-    """n answers with a word against none, wins of them k: sigmoid(w) - (k / n) + w / n = 0 at the optimum."""
+@pytest.mark.parametrize("penalty", [0.5, 1.0, 30.0])
+def test_one_feature_has_the_weight_of_the_closed_equation(penalty):
+    """A word that 30 preferred answers have and 10 others: 30 (1 - s(w)) - 10 s(w) = penalty w at the optimum."""
     features_NF = torch.tensor([[1.0]] * 30 + [[-1.0]] * 10)
-    weight = float(fit_logistic(features_NF))
-    assert 30 * (1 - torch.sigmoid(torch.tensor(weight))) - 10 * torch.sigmoid(torch.tensor(weight)) == \
-        pytest.approx(weight, abs=1e-5)
-    assert 0.8 < weight < 1.2
+    weight = float(fit_logistic(features_NF, penalty))
+    right = 1 / (1 + math.exp(-weight))
+    assert 30 * (1 - right) - 10 * right == pytest.approx(penalty * weight, abs=1e-3)
+
+
+def test_noise_is_given_a_stronger_penalty_than_what_decides():
+    draw = torch.Generator().manual_seed(1)
+    noise_NF = torch.randint(-1, 2, (500, 300), generator=draw).float()
+    clear_NF = noise_NF * noise_NF[:, :1].sign() + torch.eye(300)[0]
+    assert best_penalty(noise_NF) == max(PENALTIES)
+    assert best_penalty(clear_NF) < max(PENALTIES)
 
 
 def test_the_fit_is_the_optimum_where_features_depend_on_one_another():
@@ -28,10 +45,10 @@ def test_the_fit_is_the_optimum_where_features_depend_on_one_another():
     features_NF = torch.randint(-1, 2, (300, 80), generator=draw).float()
     features_NF[:, 40:60] = features_NF[:, :20]
     features_NF[:, -1] = 30 * torch.randn(300, generator=draw)
-    weights_F = fit_logistic(features_NF)
-    gradient_F = weights_F - features_NF.T @ (1 - torch.sigmoid(features_NF @ weights_F))
-    assert float(gradient_F.norm()) < 1e-2
-    assert torch.equal(weights_F, fit_logistic(features_NF))
+    weights_F = fit_logistic(features_NF, 2.0)
+    gradient_F = 2 * weights_F - features_NF.T @ (1 - torch.sigmoid(features_NF @ weights_F))
+    assert float(gradient_F.norm()) < 0.05
+    assert torch.equal(weights_F, fit_logistic(features_NF, 2.0))
 
 
 def test_words_decide_where_length_does_not():
