@@ -199,6 +199,12 @@ def has_amx() -> bool:
         return True  # unknown: take the exact path
 
 
+def is_exclusive() -> bool:
+    """Whether this process has its device to itself: a CPU works for others as well, so what it could do at best can
+    neither be measured at any one time nor held against it at another."""
+    return device().type != "cpu"
+
+
 @cache
 def peak_flops(precision: Precision) -> float:
     """Floating-point operations a second of this device's matrix product, measured once (the ceiling of MFU).

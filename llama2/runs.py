@@ -3,6 +3,7 @@
     <out>/config.yaml      the resolved configuration
     <out>/manifest.json    verb, seed, code version, fingerprints of all inputs, machine
     <out>/metrics.jsonl    one line a logged step
+    <out>/warnings.json    what the user was warned of, a list of lines; absent if of nothing
     <out>/COMPLETE         written last: fingerprints of the outputs, seconds
 
 A finished run is skipped; an unfinished one is resumed; one whose configuration or inputs have changed is refused and
@@ -37,14 +38,15 @@ from llama2.errors import UserError, explain_os_errors
 from llama2.records import dump
 from llama2.tally import Tally
 
-COMPLETE, MANIFEST, METRICS = "COMPLETE", "manifest.json", "metrics.jsonl"
+COMPLETE, MANIFEST, METRICS, WARNINGS = "COMPLETE", "manifest.json", "metrics.jsonl", "warnings.json"
 SECONDS = ".seconds"  # time spent by earlier, interrupted attempts
 CHECKPOINTS = "checkpoints"  # needed until the run is complete, deleted after
 _CHECKPOINT = re.compile(r"(\.partial-|\.discarded-)?step-\d+|parts|answers|best")
-_BEGUN = {".lock", SECONDS, *(f"{name}{end}" for name in ("config.yaml", MANIFEST, SECONDS) for end in ("", ".tmp"))}
 _MODELS = {"model", "policy", "critic", "candidate", "predecessor", "helpful", "safe"}  # names of keys, in every stage
 _MODELS_BY_NAME = {"versions", "policies"}
-_TRANSIENT = {CHECKPOINTS, COMPLETE, MANIFEST, METRICS, "config.yaml"}
+_FIRST = ("config.yaml", MANIFEST, SECONDS, WARNINGS)
+_BEGUN = {".lock", SECONDS, *(f"{name}{end}" for name in _FIRST for end in ("", ".tmp"))}
+_TRANSIENT = {CHECKPOINTS, COMPLETE, MANIFEST, METRICS, WARNINGS, "config.yaml"}
 
 
 class Stopped(Exception):
@@ -151,11 +153,24 @@ class Run:
     def __init__(self, path: Path, finished: bool) -> None:
         self.path, self.finished = path, finished
         self.tallies: dict[str, Tally] = {}
+        self.warnings: list[str] = []
         self._metrics: IO[str] | None = None
 
     def tally(self, name: str) -> Tally:
         """The counts of one set of records that this run reads; what they come to is said when the run ends."""
         return self.tallies.setdefault(name, Tally())
+
+    def say(self, line: str) -> None:
+        """Print a line about this run on standard error (rank 0)."""
+        if mesh.is_main():
+            print(f"{self.path}: {line}", file=sys.stderr, flush=True)
+
+    def warn(self, line: str) -> None:
+        """Say, and keep in warnings.json, what makes this run worth less than its user may think."""
+        if line not in self.warnings:
+            self.warnings.append(line)
+            self.say(f"warning: {line}")
+            self.write_json(WARNINGS, self.warnings)
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
         """Append one line of metrics (rank 0)."""

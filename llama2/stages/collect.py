@@ -8,7 +8,6 @@ under a safety preprompt, which is more often a refusal. As in the paper some co
 
 from __future__ import annotations
 
-import hashlib
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -18,6 +17,7 @@ import numpy as np
 from pydantic import Field, model_validator
 
 from llama2.config import StageConfig
+from llama2.data.split import is_heldout
 from llama2.evaluate.judges import kind_of
 from llama2.generate.dialogue import Chat
 from llama2.preferences.simulated import NOISE, Annotator
@@ -44,6 +44,7 @@ class Config(StageConfig):
     both_axes: float = Field(0.0, ge=0, le=1)
     """share of comparisons of unsafe prompts that are made on the helpfulness axis as well"""
     heldout: float = Field(0.1, ge=0, lt=1)
+    """share of the conversations whose comparisons go to heldout.jsonl: the same ones in every round"""
     noise: float = Field(NOISE, ge=0)
     round: int = Field(0, ge=0)
     sample: Sample = Sample()
@@ -74,7 +75,7 @@ def run(config: Config, run: Run) -> None:
         found = list(annotator.compare_all(some, _axis(axis), config.round))
         asked["asked"] += len(some)
         judged += found
-    aside = [_unit(one.id) < config.heldout for one in judged]
+    aside = [is_heldout(one.prompt, config.heldout) for one in judged]
     kept = [one for one, out in zip(judged, aside) if not out]
     write_records(run.path / "preferences.jsonl", kept)
     write_records(run.path / "heldout.jsonl", [one for one, out in zip(judged, aside) if out])
@@ -119,9 +120,5 @@ def sampled(config: Config, chats: Sequence[Chat], prompts: Sequence[Prompt]) ->
         sides[1][index] = text
     return [(Response(first, names[0], config.temperatures[0]), Response(second, names[-1], config.temperatures[1]))
             for first, second in zip(*sides)]
-
-
-def _unit(identity: str) -> float:
-    return int.from_bytes(hashlib.blake2b(identity.encode(), digest_size=8).digest(), "little") / 2**64
 
 

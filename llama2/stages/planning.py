@@ -127,7 +127,7 @@ def training_plan(towers: Sequence[Tower], settings: Training, cluster: Cluster,
                 "gathered": gathered(towers, settings, count), "activations": kept,
                 "whole_models": whole}
 
-    flops = sum(flops_per_token(tower.shape, length) for tower in towers) * rows * length
+    flops = sum(flops_per_token(tower.shape, length, tower.scalar) for tower in towers) * rows * length
     return {
         "parameters": sum(tower.parameters for tower in towers), "ranks": ranks,
         "steps": steps or "known when the data is read", "tokens_per_step": rows * length,
@@ -213,10 +213,15 @@ def repeated_bytes(shape: LlamaConfig, size: int) -> int:
     return 2 * size * shape.head_dim * more
 
 
-def flops_per_token(config: LlamaConfig, length: int) -> float:
-    """Forward and backward, causal attention counted at half: 6 N + 6 L d T, input embedding not counted."""
-    lookup = 0 if config.tie_word_embeddings else config.vocab_size * config.hidden_size
-    return 6.0 * (config.parameters() - lookup + config.num_hidden_layers * config.hidden_size * length)
+def flops_per_token(config: LlamaConfig, length: float, scalar: bool = False) -> float:
+    """Forward and backward, causal attention counted at half: 6 N + 6 L d T, input embedding not counted.
+
+    A reward model (`scalar`) has a head of one row and reads it at one token of a conversation, which is nothing. For
+    rows of several lengths, T is their mean with each token counted once: the sum of T^2 over the sum of T.
+    """
+    tables = (1 if config.tie_word_embeddings else 2) - (0 if scalar else 1)  # of those counted, not multiplied with
+    unused = tables * config.vocab_size * config.hidden_size
+    return 6.0 * (config.parameters() - unused + config.num_hidden_layers * config.hidden_size * length)
 
 
 # --- stages that sample ----------------------------------------------------------------------------------------------

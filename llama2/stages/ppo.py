@@ -150,10 +150,12 @@ def run(config: Config, run: Run) -> None:
         update={"validate_every": config.validate_iterations * source.updates})})
     best = run.path / CHECKPOINTS / "best"
     validate = heldout(config, chat, judge, saver(actor, tokenizer), best) if config.heldout else None
-    train(run, models, source, clipped(config.clip, config.value_clip, config.value_coefficient), training,
-          save_model=lambda directory: adopt(best, directory, saver(actor, tokenizer)), title="ppo",
-          validate=validate, extra=(watch,), derive=(explained_variance,),
-          rates={"critic.": config.critic_learning_rate or config.training.optimizer.learning_rate})
+    learner = train(run, models, source, clipped(config.clip, config.value_clip, config.value_coefficient), training,
+                    save_model=lambda directory: adopt(best, directory, saver(actor, tokenizer)), title="ppo",
+                    validate=validate, extra=(watch,), derive=(explained_variance,),
+                    rates={"critic.": config.critic_learning_rate or config.training.optimizer.learning_rate})
+    run.write_json("summary.json", {"parameters": actor.config.parameters(), "steps": learner.step,
+                                    "tokens": learner.tokens, "trained": learner.trained})
     run.write_json("health.json", {"alarms": health.alarms(read_metrics(run.path), config.kl_stop),
                                    "samples": source.samples})
 

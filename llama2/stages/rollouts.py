@@ -182,7 +182,8 @@ class Rollouts:
 
 
 def collate(answers: Sequence[Answer], rewards: Tensor) -> Batch:
-    """Prompts and answers as right-padded rows: inputs, targets, the mask of answers, the score at their last token."""
+    """Prompts and answers as right-padded rows: inputs, targets, the mask of answers, the score at their last token;
+    read_B, the inputs of each row that are no padding."""
     lengths = [(len(one.completion.prompt), len(one.completion.tokens)) for one in answers]
     width = max(prompt + new for prompt, new in lengths) - 1
     tokens_BT, targets_BT = (torch.zeros(len(answers), width, dtype=torch.long) for _ in range(2))
@@ -194,12 +195,13 @@ def collate(answers: Sequence[Answer], rewards: Tensor) -> Batch:
         engine_BT[row, prompt - 1 : prompt + new - 1] = torch.tensor(one.completion.logprobs)
         final_BT[row, prompt + new - 2] = rewards[row]
     return {"tokens_BT": tokens_BT, "targets_BT": targets_BT, "weights_BT": weights_BT, "final_BT": final_BT,
-            "engine_BT": engine_BT}
+            "engine_BT": engine_BT, "read_B": torch.tensor([prompt + new - 1 for prompt, new in lengths])}
 
 
 def strip(batch: Batch) -> Batch:
     """What the objective needs of a micro-batch."""
-    keep = ("tokens_BT", "targets_BT", "weights_BT", "old_logp_BT", "old_values_BT", "advantages_BT", "returns_BT")
+    keep = ("tokens_BT", "targets_BT", "weights_BT", "old_logp_BT", "old_values_BT", "advantages_BT", "returns_BT",
+            "read_B")
     return {name: batch[name] for name in keep}
 
 

@@ -64,9 +64,10 @@ def adamw(model: nn.Module, settings: AdamW, rates: Mapping[str, float] | None =
 def factor(step: int, schedule: Schedule, warmup_steps: int, total_steps: int | None, min_ratio: float) -> float:
     """The learning rate of update `step` (0-based) as a share of its peak.
 
-    Linear warm-up reaches the peak at update `warmup_steps - 1`; cosine decay reaches `min_ratio` exactly at the last
-    update, `total_steps - 1`, and stays there.
+    Linear warm-up reaches the peak at update `warmup_steps - 1` (without warm-up the first update has it); cosine decay
+    reaches `min_ratio` exactly at the last update, `total_steps - 1`, and stays there. A single update has the peak.
     """
+    warmup_steps = max(warmup_steps, 1)
     if step < warmup_steps:
         return (step + 1) / warmup_steps
     if schedule == "constant":

@@ -15,10 +15,11 @@ import pytest
 import torch
 from toys import Rows, llama, noisy, weights
 
+from llama2 import mesh
 from llama2.errors import UserError
 from llama2.runs import Stopped
 from llama2.train import hooks, optim, state
-from llama2.train.loop import Hook, Learner, Loss, Plan, fit
+from llama2.train.loop import Hook, Learner, Loss, Plan, count_tokens, fit
 from llama2.train.objectives import next_token
 
 PLAN = Plan(max_steps=9, warmup_steps=2, save_every=3, validate_every=4, log_every=2)
@@ -355,7 +356,39 @@ def test_logged_means_are_weighted_over_the_window():
     assert logged[0][1]["train/grad_norm"] == window[-1].gradient_norm
     speed = sum(r.tokens for r in window) / sum(r.seconds for r in window)
     assert logged[0][1]["perf/tokens_per_second"] == pytest.approx(speed)
-    assert 0 < logged[0][1]["perf/mfu"] < 1
+    assert "perf/mfu" not in logged[0][1]  # a CPU's peak is nobody's
+
+
+def test_mfu_is_a_share_of_the_peak_and_never_above_it(monkeypatch):
+    monkeypatch.setattr(mesh, "is_exclusive", lambda: True)
+    logged = []
+    for peak in (1e15, 1.0):
+        monkeypatch.setattr(mesh, "peak_flops", lambda precision, peak=peak: peak)
+        fit(Learner(llama(), FAST), Rows(), next_token, Plan(max_steps=2, log_every=2),
+            [hooks.Log(lambda step, metrics: logged.append(metrics), flops_per_token=1e6)])
+    below, above = logged
+    assert below["perf/mfu"] == pytest.approx(below["perf/tokens_per_second"] * 1e6 / 1e15)
+    assert above["perf/mfu"] == 1.0
+
+
+def test_tokens_are_counted_without_padding_and_over_interruptions(tmp_path):
+    """Toy rows have 12 places, of which the loss mask says how many are trained; here the first three are read."""
+    class Padded(Rows):
+        def __next__(self):
+            return [batch | {"read_B": torch.full((len(batch["tokens_BT"]),), 3)} for batch in super().__next__()]
+
+    def attempt(directory: Path, crash: Crash) -> Learner:
+        learner = Learner(llama(), FAST)
+        fit(learner, Padded(8, 3), next_token, PLAN, [hooks.Checkpoint(directory), crash])
+        return learner
+
+    crash = Crash(5)
+    with pytest.raises(KeyboardInterrupt):
+        attempt(tmp_path, crash)
+    resumed, source = attempt(tmp_path, crash), Rows(8, 3)
+    under_loss = sum(int(batch["weights_BT"].sum()) for _ in range(9) for batch in next(source))
+    assert (resumed.tokens, resumed.trained) == (9 * 8 * 3, under_loss)
+    assert count_tokens({"tokens_BT": torch.zeros(4, 7), "read_B": torch.tensor([7, 2, 3, 0])}) == (12, 3)
 
 
 def test_progress_without_a_terminal_is_a_few_plain_lines(capsys):
@@ -370,6 +403,7 @@ def test_the_bar_shows_eta_speed_and_mfu(monkeypatch, capsys):
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
     monkeypatch.setenv("TERM", "xterm")
     monkeypatch.setenv("COLUMNS", "160")
+    monkeypatch.setattr(mesh, "is_exclusive", lambda: True)
     fit(Learner(llama(), FAST), Rows(), next_token, Plan(max_steps=3), [hooks.ProgressBar("sft", 1e6)])
     text = capsys.readouterr().err
     assert all(part in text for part in ("sft", "3/3", "ETA 0:00", "tokens/s", "MFU"))

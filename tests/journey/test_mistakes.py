@@ -76,7 +76,7 @@ def test_a_wrong_key_in_a_recipe(tmp_path, one_line: Refused):
 def test_a_model_size_that_does_not_fit_its_data(tmp_path, one_line: Refused, policy, world):
     out, dialogs = tmp_path / "x", world / "demonstrations.jsonl"
     refusal = one_line(*sft(policy, dialogs, out), "--sequence-length", 512)
-    assert refusal == "sequence_length 512 exceeds the model's context 256; lower it"
+    assert refusal == "sequence_length 512 exceeds the model's context 256; give --sequence-length 256 or less"
     assert llama2(*sft(policy, dialogs, out), "--sequence-length", 96, "--training.plan.max-steps", 1) == 0
 
 

@@ -180,6 +180,14 @@ def test_flops_of_the_paper():
     assert flops_per_token(SIZES["7b"], 4096) == pytest.approx(6 * 6.607e9 + 6 * 32 * 4096 * 4096, rel=1e-3)
 
 
+@pytest.mark.parametrize("tied", [False, True])
+def test_flops_are_those_of_the_matrices_a_token_is_multiplied_with(tied):
+    shape = LlamaConfig(96, 32, 64, 3, 4, 2, tie_word_embeddings=tied)
+    layers = sum(parameter.numel() for parameter in Llama(shape).model.layers.parameters()) + 32
+    assert flops_per_token(shape, 10) == 6 * (layers + 96 * 32 + 3 * 32 * 10)
+    assert flops_per_token(shape, 10, scalar=True) == 6 * (layers + 3 * 32 * 10)  # no head over the vocabulary
+
+
 def test_the_command_line_takes_the_machines(capsys):
     recipe = str(RECIPES / "13b" / "recipe.yaml")
     launch.command("run", [recipe, "--dry-run", "--ranks", "256", "--gib=40", "--mfu", "0.5", "--seed", "3"])

@@ -74,6 +74,7 @@ def test_collate_puts_mask_on_the_answer_and_reward_on_its_last_token():
     assert found["tokens_BT"].tolist() == [[1, 5, 6, 7, 8], [1, 9, 0, 0, 0], [1, 5, 0, 0, 0]]
     assert found["targets_BT"].tolist() == [[5, 6, 7, 8, 2], [9, 2, 0, 0, 0], [5, 9, 0, 0, 0]]
     assert found["weights_BT"].tolist() == [[0, 0, 1, 1, 1], [1, 1, 0, 0, 0], [0, 1, 0, 0, 0]]
+    assert found["read_B"].tolist() == [5, 2, 2]
     assert found["final_BT"].tolist() == [[0, 0, 0, 0, 0.5], [0, -2, 0, 0, 0], [0, 3, 0, 0, 0]]
     torch.testing.assert_close(found["engine_BT"], torch.tensor(
         [[0, 0, -0.1, -0.2, -0.3], [-0.4, -0.5, 0, 0, 0], [0, -0.6, 0, 0, 0]]))
