@@ -63,8 +63,10 @@ class Rewards:
 
     def __call__(self, rows: Sequence[Sequence[int]], tags: Sequence[bool]) -> list[Score]:
         """`rows` are token ids of whole conversations, answer included; every rank gets every score."""
-        helpful = rewards(self.helpful, rows, precision=self.precision)
-        safe = rewards(self.safe, rows, precision=self.precision) if self.safe else [math.inf] * len(rows)
+        helpful = rewards(self.helpful, rows, self.precision, name=self.settings.helpful)
+        safe = [math.inf] * len(rows)
+        if self.safe:
+            safe = rewards(self.safe, rows, self.precision, name=self.settings.safe)
         return [Score(h, s, join(self.settings, h, s, tag)) for h, s, tag in zip(helpful, safe, tags)]
 
 
