@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import shutil
 import statistics
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from llama2 import mesh
 from llama2.config import StageConfig
 from llama2.errors import UserError
 from llama2.evaluate.judges import kind_of
-from llama2.generate.dialogue import Chat
+from llama2.generate.dialogue import Answer, Chat
 from llama2.generate.engine import Engine
 from llama2.generate.rewards import RewardModels, Rewards, probability
 from llama2.records import Prompt
@@ -58,7 +59,8 @@ class Config(StageConfig):
     """prompts for early stopping; without them the last policy is kept"""
     heldout_limit: int = Field(256, gt=0)
     judge: RewardModels | None = None
-    """reward models for the held-out prompts: others than those optimised, if there are any (Goodhart)"""
+    """reward models for the held-out prompts: others than those optimised, if there are any, since what is optimised no
+    longer measures (Goodhart). The paper has a general one, trained on open data"""
     iterations: int = Field(200, gt=0)
     batch_size: int = Field(512, gt=0)
     """answers an iteration, at least 2: rewards are whitened over them"""
@@ -118,14 +120,14 @@ def plan(config: Config, cluster: Cluster, lineage: Lineage) -> dict[str, Any]:
     if policy is None or critic is None:
         return UNKNOWN
     towers = [Tower(policy), Tower(critic, scalar=True)]
-    judges = [*config.rewards.paths(), *(config.judge.paths() if config.judge else ())]
+    judges = [one.paths() for one in (config.rewards, config.judge) if one]  # never on the device together
     steps = config.iterations * -(-config.batch_size // config.minibatch_size) * config.epochs
     found = training_plan(towers, config.training, cluster, rows=config.minibatch_size,
                           micro_rows=config.micro_batch_size,
                           length=min(policy.max_position_embeddings, 2 * config.sample.max_tokens), steps=steps,
                           reference=policy,
-                          whole=scorer_bytes([lineage.shape(path) for path in judges], config.training.precision)
-                          + engine_bytes(policy, config.sample, copied=True))
+                          whole=max(scorer_bytes([lineage.shape(path) for path in paths], config.training.precision)
+                                    for paths in judges) + engine_bytes(policy, config.sample, copied=True))
     del found["gpu_hours"]  # most of the time goes into sampling, which FLOPs do not tell
     return found
 
@@ -144,8 +146,10 @@ def run(config: Config, run: Run) -> None:
     else:
         frozen(reference, config.training.precision)
     critic, _ = load_scorer(config.critic or config.rewards.helpful, tokenizer, home=home)
+    judge = load_rewards(config.judge, tokenizer, config.sample.precision) if config.judge else None
+    if judge is not None:
+        judge.to("cpu")
     rewards = load_rewards(config.rewards, tokenizer, config.sample.precision)
-    judge = load_rewards(config.judge, tokenizer, config.sample.precision) if config.judge else rewards
     models = ActorCritic(actor, critic)
     chat = Chat(Engine(actor, slots=config.sample.slots, precision=config.sample.precision), tokenizer)
     prompts = fitting(chat, read_prompts(config.prompts, None, config.seed), room=config.sample.max_tokens // 2)
@@ -157,7 +161,7 @@ def run(config: Config, run: Run) -> None:
     training = training.model_copy(update={"plan": training.plan.model_copy(
         update={"validate_every": config.validate_iterations * source.updates})})
     best = run.path / CHECKPOINTS / "best"
-    validate = heldout(config, chat, judge, saver(actor, tokenizer), best) if config.heldout else None
+    validate = heldout(config, chat, rewards, judge, saver(actor, tokenizer), best) if config.heldout else None
     train(run, models, source, clipped(config.clip, config.value_clip, config.value_coefficient), training,
           save_model=lambda directory: adopt(best, directory, saver(actor, tokenizer)), title="ppo",
           validate=validate, extra=(watch, doctor), derive=(explained_variance,), apart=(ACTOR, CRITIC),
@@ -230,13 +234,31 @@ class Heldout(hooks.Validate):
             self._validate(training)
 
 
-def heldout(config: Config, chat: Chat, judge: Rewards, save: Any, best: Path) -> Heldout:
+@contextmanager
+def at_hand(judge: Rewards, rewards: Rewards) -> Iterator[Rewards]:
+    """The judge on the device, in the place of the reward models: it is needed so seldom that it has none of its own.
+    """
+    rewards.to("cpu")
+    judge.to(mesh.device())
+    try:
+        yield judge
+    finally:
+        judge.to("cpu")
+        rewards.to(mesh.device())
+
+
+def heldout(config: Config, chat: Chat, rewards: Rewards, judge: Rewards | None, save: Any, best: Path) -> Heldout:
     """Early stopping on held-out prompts: every kind of prompt counts alike, whatever its number."""
     assert config.heldout is not None
     prompts = fitting(chat, read_prompts(config.heldout, config.heldout_limit, config.seed), room=16)
 
     def evaluate(model: nn.Module) -> dict[str, float]:
-        return measure(chat, judge, prompts, config)
+        answers = answer(chat, [prompt.messages for prompt in prompts], config.sample,
+                         seed=seeded(config.seed, 999_983))
+        if judge is None:
+            return measure(chat, rewards, prompts, answers)
+        with at_hand(judge, rewards):
+            return measure(chat, judge, prompts, answers)
 
     def keep() -> None:
         save(best)
@@ -244,9 +266,9 @@ def heldout(config: Config, chat: Chat, judge: Rewards, save: Any, best: Path) -
     return Heldout(evaluate, "heldout/reward", higher=True, patience=config.patience, keep_best=keep)
 
 
-def measure(chat: Chat, judge: Rewards, prompts: Sequence[Prompt], config: Config) -> dict[str, float]:
+def measure(chat: Chat, judge: Rewards, prompts: Sequence[Prompt],
+            answers: Sequence[Sequence[Answer]]) -> dict[str, float]:
     """Mean probability of being good, by kind of prompt and over kinds."""
-    answers = answer(chat, [prompt.messages for prompt in prompts], config.sample, seed=seeded(config.seed, 999_983))
     marks = [probability(one[0].joined) for one in score(judge, chat.tokenizer, prompts, answers)]
     kinds: dict[str, list[float]] = {}
     for prompt, mark in zip(prompts, marks):
