@@ -2,7 +2,9 @@
 
 Defaults are the paper's: AdamW (0.9, 0.95), eps 1e-5, decay 0.1, constant 1e-6, batches of 512 in minibatches of 64
 with one gradient step each, clip 0.2, beta 0.01 (0.005 for 34B and 70B), 200 to 400 iterations with early stopping on
-held-out prompts. See `rollouts` for the reward and for what the paper leaves open; `health` reads the run's pulse.
+held-out prompts. Policy and critic are two networks of one optimizer: each is clipped by its own gradient norm and may
+have a rate of its own. See `rollouts` for the reward and for what the paper leaves open; `health` reads the run's
+pulse.
 """
 
 from __future__ import annotations
