@@ -61,7 +61,7 @@ class RewardJudge:
             raise UserError(f"{directory}: not a reward model (it has no scalar head)",
                             "give the output directory of a `reward` run")
         self._scorer = load_scorer(directory, dtype=torch.float32, device=mesh.device()).eval()
-        self._tokenizer = Tokenizer.load(directory)
+        self._directory, self._tokenizer = directory, Tokenizer.load(directory)
         self._precision: Precision = precision
 
     def scores(self, prompts: Sequence[Prompt], answers: Sequence[str]) -> list[float]:
@@ -71,7 +71,7 @@ class RewardJudge:
         for prompt, answer in zip(prompts, answers, strict=True):
             ids, _ = encode_dialog(self._tokenizer, (*prompt.messages, Message("assistant", answer)))
             rows.append(ids[-context:])
-        return [probability(score) for score in rewards(self._scorer, rows, self._precision)]
+        return [probability(score) for score in rewards(self._scorer, rows, self._precision, name=self._directory)]
 
 
 def axis_of(kind: Kind) -> Axis | None:

@@ -113,19 +113,23 @@ class Tower:
 
 
 def training_plan(towers: Sequence[Tower], settings: Training, cluster: Cluster, *, rows: int, micro_rows: int,
-                  length: int, steps: int | None, packed: bool = False, whole: float = 0.0) -> dict[str, Any]:
+                  length: int, steps: int | None, packed: bool = False, whole: float = 0.0,
+                  reference: LlamaConfig | None = None) -> dict[str, Any]:
     """What a dry run says of a stage that trains `towers` on `rows` rows of `length` tokens an optimizer step.
 
-    micro_rows: rows a rank computes at a time. whole: bytes of models that every rank holds besides.
+    micro_rows: rows a rank computes at a time. whole: bytes of models that every rank holds besides. reference: a
+    model that is only read, and is spread over the ranks like those that are trained.
     """
     ranks = cluster.ranks or 1
 
     def parts(count: int) -> dict[str, float]:
         spread = sharded(settings, count)
         kept = activations(towers, settings, min(micro_rows, -(-rows // count)), length, packed, spread)
-        return {"weights_and_optimizer": 16 * sum(tower.parameters for tower in towers) / (count if spread else 1),
-                "gathered": gathered(towers, settings, count), "activations": kept,
-                "whole_models": whole}
+        states = 16 * sum(tower.parameters for tower in towers)
+        read = (4 if spread else _size(settings.precision)) * reference.parameters() if reference else 0
+        return {"weights_and_optimizer": states / (count if spread else 1),
+                **({"reference": read / (count if spread else 1)} if reference else {}),
+                "gathered": gathered(towers, settings, count), "activations": kept, "whole_models": whole}
 
     flops = sum(flops_per_token(tower.shape, length, tower.scalar) for tower in towers) * rows * length
     return {
@@ -150,7 +154,7 @@ def _fewest(parts: Callable[[int], dict[str, float]], cluster: Cluster, settings
     if sum(parts(1).values()) <= budget:
         return 1
     spread = parts(2)
-    states = 2 * spread.pop("weights_and_optimizer")
+    states = 2 * (spread.pop("weights_and_optimizer") + spread.pop("reference", 0.0))
     room = budget - sum(spread.values())
     return max(2, math.ceil(states / room)) if settings.parallel == "shard" and room > 0 else NONE
 

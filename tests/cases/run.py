@@ -31,8 +31,8 @@ from llama2.model.llama import Llama, LlamaConfig
 from llama2.model.scorer import Scorer
 from llama2.tokenizer import train as train_tokenizer
 
-WORDS = ["the", "cat", "sat", "on", "a", "mat", "why", "how", "what", "is", "tea", "sun", "moon", "and", "leaves", "yes",
-         "no", "hello", "good", "answer", "question"]
+WORDS = ["the", "cat", "sat", "on", "a", "mat", "why", "how", "what", "is", "tea", "sun", "moon", "and", "leaves",
+         "yes", "no", "hello", "good", "answer", "question"]
 
 
 @dataclass

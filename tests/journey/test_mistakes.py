@@ -52,6 +52,8 @@ def sft(model: Path, file: Path, out: Path, *more: object) -> tuple[object, ...]
     (["sft", "--ranks", "4"], "unknown flag '--ranks'"),
     (["ppo", "--policy", "m", "--rewards.helpful", "h", "--prompts", "p", "--training.compile"],
      "training.compile is not for PPO: rollout and update must compute alike to the last bit"),
+    (["ppo", "--policy", "m", "--rewards.helpful", "h", "--prompts", "p", "--batch-size", "1"],
+     "'batch_size': one answer an iteration teaches nothing: rewards are whitened over the answers of an iteration"),
     (["pretrain", "--shards", "none"], "none: no such file or directory; check the path, or run the stage"),
     (["reward", "--model", "m", "--preferences.a.path", "p", "--margins", "huge"],
      "'--margins': must be 'none', 'small' or 'large'"),
