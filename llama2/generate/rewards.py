@@ -57,8 +57,7 @@ class Rewards:
     """Scores answers with both models. `tags[i]` is is_safety(p) of row i."""
 
     def __init__(self, settings: RewardModels, helpful: Scorer, safe: Scorer | None, precision: Precision) -> None:
-        if safe is None and settings.rule in ("min", "safe"):
-            raise UserError(f"the rule '{settings.rule}' needs a safety reward model", "set rewards.safe")
+        check(settings)
         self.settings, self.helpful, self.safe, self.precision = settings, helpful, safe, precision
 
     def __call__(self, rows: Sequence[Sequence[int]], tags: Sequence[bool]) -> list[Score]:
@@ -66,6 +65,12 @@ class Rewards:
         helpful = rewards(self.helpful, rows, precision=self.precision)
         safe = rewards(self.safe, rows, precision=self.precision) if self.safe else [math.inf] * len(rows)
         return [Score(h, s, join(self.settings, h, s, tag)) for h, s, tag in zip(helpful, safe, tags)]
+
+
+def check(settings: RewardModels) -> None:
+    """UserError if the rule needs a reward model that is not given."""
+    if settings.safe is None and settings.rule in ("min", "safe"):
+        raise UserError(f"the rule '{settings.rule}' needs a safety reward model", "set rewards.safe")
 
 
 def join(settings: RewardModels, helpful: float, safe: float, tag: bool) -> float:
