@@ -21,13 +21,12 @@ from llama2.mesh import Precision, autocast, share, unshare, world
 from llama2.model.llama import Llama
 from llama2.model.scorer import Scorer
 
-BATCH_TOKENS = 16384  # the most padded tokens of one forward pass
 Row = Sequence[int]
 R = TypeVar("R")
 
 
 def logprobs(
-    model: Llama, rows: Sequence[Row], precision: Precision = "bf16", batch_tokens: int = BATCH_TOKENS
+    model: Llama, rows: Sequence[Row], precision: Precision = "bf16", batch_tokens: int = 16384
 ) -> list[list[float]]:
     """log p(row[t] | row[:t]) for t = 1, 2, ...: one number fewer than the row has tokens.
 
@@ -64,7 +63,7 @@ def predictions(
 
 
 def rewards(
-    scorer: Scorer, rows: Sequence[Row], precision: Precision = "bf16", batch_tokens: int = BATCH_TOKENS
+    scorer: Scorer, rows: Sequence[Row], precision: Precision = "bf16", batch_tokens: int = 16384
 ) -> list[float]:
     """The raw score (before any sigmoid) of each row, read at its last token: r(x, y) of equation 1.
 

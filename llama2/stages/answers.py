@@ -36,6 +36,7 @@ from llama2.tokenizer.tokenizer import Tokenizer
 
 ROUNDS = 8  # a part is as many answers as the slots give in so many rounds
 JUDGED = 1024  # answers in a part of a reward model's work
+JUDGED_TOKENS = 4096  # padded tokens that it reads in one forward pass
 
 T = TypeVar("T")
 Ready = Callable[[], T]
@@ -133,7 +134,7 @@ def judged(run: Run, name: str, path: Path, precision: Precision, prompts: Seque
             def work(some: Sequence[int], first: int, answers: Sequence[Answer] = answers, same: bool = same
                      ) -> list[float]:
                 rows = [judged_row(tokenizer, prompts[index], answers[index], same)[-context:] for index in some]
-                return rewards(judge(), rows, precision)
+                return rewards(judge(), rows, precision, JUDGED_TOKENS)
 
             found[version] = list(in_parts(run, f"{name}-{version}", range(len(prompts)), JUDGED, work))
     return found

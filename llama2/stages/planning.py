@@ -15,17 +15,17 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from pydantic import Field
 
 from llama2.config import Config
 from llama2.generate.batch import PREFILL_TOKENS
-from llama2.generate.score import BATCH_TOKENS
 from llama2.mesh import Precision
 from llama2.model import checkpoint, quantize
 from llama2.model.likelihood import KEEP_BYTES, LARGE_CHUNK_BYTES
 from llama2.model.llama import LlamaConfig
+from llama2.stages.answers import JUDGED_TOKENS
 from llama2.stages.sampling import Sample
 from llama2.stages.training import Training
 from llama2.tokenizer.tokenizer import Tokenizer
@@ -46,9 +46,6 @@ class Cluster(Config):
     """dense bf16 peak of a device"""
     mfu: float = Field(0.4, gt=0, le=1)
     """share of that peak which training reaches"""
-    device: Literal["gpu", "cpu"] = "gpu"
-    """on a CPU the engine packs the weights once more for its decoding steps"""
-
 
 @dataclass
 class Lineage:
@@ -240,34 +237,41 @@ def judging_plan(versions: Mapping[str, LlamaConfig | None], judges: Mapping[str
     """What a dry run says of a stage that asks one version after the other and then one judge after the other
     (`answers`): the most that a rank holds at a time is the largest of them.
 
-    whole_context: dialogs are held until they fill the context. looked_at: the attention of versions is drawn.
+    whole_context: dialogs are held until they fill the context. looked_at: the attention of versions is drawn. On a CPU
+    the engine packs the weights once more for its decoding steps.
     """
     if any(shape is None for shape in (*versions.values(), *judges.values())):
         return UNKNOWN
     products = quantize.computing(precision)
     sample = Sample(max_tokens=max_tokens, slots=slots, precision=products)
-    rounded = precision not in ("fp32", "bf16")
     phases: dict[str, dict[str, float]] = {}
+    packed = 0.0
     for shape in filter(None, versions.values()):
         weights = float(_size(products) * shape.parameters())
-        packed = packed_bytes(shape, products) if cluster.device == "cpu" else 0.0
+        copies = 0 if precision in ("fp32", "bf16") else weights
+        columns = shape.max_position_embeddings if whole_context else 2 * max_tokens
         _largest(phases, "version", {
-            "weights": weights, "copies": weights * rounded + packed,
-            "cache": cache_bytes(shape, sample, shape.max_position_embeddings if whole_context else 2 * max_tokens),
+            "weights": weights, "copies": copies, "cache": cache_bytes(shape, sample, columns),
             "activations": max(forward_bytes(shape, PREFILL_TOKENS, products, bare=True), drawing_bytes(shape, slots))})
+        packed = max(packed, packed_bytes(shape, products))
         if looked_at:
             length = shape.max_position_embeddings
             _largest(phases, "attention", {"weights": weights, "activations": 4.0 * 4 * length**2})
     for shape in filter(None, judges.values()):
         _largest(phases, "judge", {"weights": scorer_bytes([shape], products),
-                                   "activations": forward_bytes(shape, BATCH_TOKENS, products)})
-    peak = max(sum(parts.values()) for parts in phases.values())
-    described = {name: {part: _rounded(value / GIB) for part, value in parts.items() if value}
-                 for name, parts in phases.items()}
-    fits = peak <= cluster.gib * GIB
-    return {"parameters": max(shape.parameters() for shape in versions.values() if shape),
+                                   "activations": forward_bytes(shape, JUDGED_TOKENS, products)})
+
+    if not phases:
+        return {}  # servers answer for all versions, and nobody judges
+    sums = {name: sum(parts.values()) for name, parts in phases.items()}
+    fits = max(sums.values()) <= cluster.gib * GIB
+    return {"parameters": max((shape.parameters() for shape in versions.values() if shape), default=0),
             "ranks": cluster.ranks or 1,
-            "memory_per_rank_gib": {**described, "together": _rounded(peak / GIB)},
+            "memory_per_rank_gib": {
+                **{name: {part: _rounded(value / GIB) for part, value in parts.items() if value}
+                   for name, parts in phases.items()},
+                "together": _rounded(max(sums.values()) / GIB),
+                "together_on_a_cpu": _rounded(max(sums.get("version", 0.0) + packed, *sums.values()) / GIB)},
             f"fits_{cluster.gib:g}_gib": fits, "fewest_ranks": 1 if fits else NONE}
 
 
@@ -298,12 +302,13 @@ def packed_bytes(shape: LlamaConfig, precision: Precision) -> float:
 
 
 def forward_bytes(shape: LlamaConfig, tokens: int, precision: Precision, *, bare: bool = False) -> float:
-    """The most that is alive inside a layer of a forward pass without gradient: stream and update before it, stream and
-    norm within it, and three of the feed-forward's width. `bare`: weights are in the precision of the products, and so
+    """The most that is alive inside a layer of a forward pass without gradient: the stream before and within the layer,
+    and either, while queries are rotated, three of them in fp32 and five more in the precision of the products, or the
+    update, the norm and three of the feed-forward's width. `bare`: weights are in the precision of the products, and so
     is the stream; autocast leaves it in fp32."""
-    size = _size(precision)
-    stream = size if bare else 4
-    return float(tokens * (2 * (stream + size) * shape.hidden_size + 3 * size * shape.intermediate_size))
+    size, dim = _size(precision), shape.hidden_size
+    stream = 2 * (size if bare else 4) * dim
+    return float(tokens * (stream + max((3 * 4 + 5 * size) * dim, 2 * size * dim + 3 * size * shape.intermediate_size)))
 
 
 def drawing_bytes(shape: LlamaConfig, slots: int) -> float:

@@ -106,6 +106,14 @@ def test_real_prompts_are_judged_by_reward_models_alone(place: Path) -> None:
     assert {(row["axis"], row["judge"]) for row in result["win_rates"]} == {("helpful", "reward")}  # type: ignore[attr-defined]
 
 
+def test_truth_on_some_prompts_judges_none_and_says_so(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    some = [*records.read(Prompt, place / "prompts.jsonl"), *records.read(Prompt, place / "plain.jsonl")]
+    records.write(place / "some.jsonl", some)
+    result = evaluate(place, "some", prompts=place / "some.jsonl", rewards={"helpful": place / "helpful"})
+    assert "truth" not in result["results"]["SFT"]  # type: ignore[index]
+    assert "4 of 6 prompts carry ground truth: it does not judge" in capsys.readouterr().err
+
+
 def test_results_depend_on_the_seed_alone(place: Path) -> None:
     first, again, other = (evaluate(place, f"seed-{name}", seed=seed, versions={"SFT": place / "sft"})
                            for name, seed in (("a", 1), ("b", 1), ("c", 2)))
