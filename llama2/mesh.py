@@ -7,6 +7,7 @@ talk over gloo, GPU ranks over NCCL. `tune_cpu` holds the two settings that make
 from __future__ import annotations
 
 import ctypes
+import gc
 import os
 import platform
 import sys
@@ -127,6 +128,13 @@ def broadcast(value: T) -> T:
 def autocast(precision: Precision) -> AbstractContextManager[Any]:
     """bf16 matrix products over fp32 weights, or nothing."""
     return torch.autocast(device().type, torch.bfloat16) if precision == "bf16" else nullcontext()
+
+
+def free_memory() -> None:
+    """Give back what nothing refers to any more, so that the next model finds room where the last one was."""
+    gc.collect()
+    if device().type == "cuda":
+        torch.cuda.empty_cache()
 
 
 @cache

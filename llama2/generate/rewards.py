@@ -58,8 +58,7 @@ class Rewards:
     """Scores answers with both models. `tags[i]` is is_safety(p) of row i."""
 
     def __init__(self, settings: RewardModels, helpful: Scorer, safe: Scorer | None, precision: Precision) -> None:
-        if safe is None and settings.rule in ("min", "safe"):
-            raise UserError(f"the rule '{settings.rule}' needs a safety reward model", "set rewards.safe")
+        check(settings)
         self.settings, self.helpful, self.safe, self.precision = settings, helpful, safe, precision
 
     def to(self, device: torch.device | str) -> None:
@@ -75,6 +74,12 @@ class Rewards:
         if self.safe:
             safe = rewards(self.safe, rows, self.precision, name=self.settings.safe)
         return [Score(h, s, join(self.settings, h, s, tag)) for h, s, tag in zip(helpful, safe, tags)]
+
+
+def check(settings: RewardModels) -> None:
+    """UserError if the rule needs a reward model that is not given."""
+    if settings.safe is None and settings.rule in ("min", "safe"):
+        raise UserError(f"the rule '{settings.rule}' needs a safety reward model", "set rewards.safe")
 
 
 def join(settings: RewardModels, helpful: float, safe: float, tag: bool) -> float:
