@@ -12,10 +12,12 @@ import io
 import json
 import os
 import zlib
-from collections.abc import Iterable, Iterator
+from array import array
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import IO, Any, Literal, TypeVar
+from typing import IO, Any, Literal, TypeVar, overload
 
 from pydantic import ConfigDict, TypeAdapter, ValidationError, with_config
 
@@ -134,6 +136,23 @@ class Preference:
     @property
     def rejected_safe(self) -> bool | None:
         return None if self.safety is None else self.safety == "both"
+
+
+@with_config(_STRICT)
+@dataclass(frozen=True)
+class Pair:
+    """Two answers that nobody has judged yet, as they are to be shown; with the blanks filled in, a `Preference`."""
+
+    id: str
+    prompt: Messages
+    responses: tuple[Response, Response]
+    preferred: None = None
+    degree: None = None
+    safety: None = None
+    axis: Axis = "helpful"
+    annotator: str = ""
+    round: int = 0
+    metadata: dict[str, Any] = field(default_factory=dict)
 
 
 def check_roles(messages: Messages, last: Role) -> None:
@@ -269,18 +288,53 @@ def read(kind: type[Record], path: str | os.PathLike[str], may_be_empty: bool = 
 
 def write(path: str | os.PathLike[str], records: Iterable[object]) -> int:
     """Write records as JSON Lines (packed for `.gz` and `.zst`), atomically, and return how many there were."""
-    path = Path(path)
     count = 0
+    with writing(path) as put:
+        for record in records:
+            put(record)
+            count += 1
+    return count
+
+
+@contextmanager
+def writing(path: str | os.PathLike[str]) -> Iterator[Callable[[object], None]]:
+    """A function that writes one more record; the file appears under its name when the block ends well."""
+    path = Path(path)
     temporary = path.with_name(path.name + ".tmp")
     with explain_os_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         opener: Any = _zstandard().open if path.suffix == ".zst" else gzip.open if path.suffix == ".gz" else open
         with opener(temporary, "wt", encoding="utf-8") as file:
-            for record in records:
-                file.write(to_json(record) + "\n")
-                count += 1
+            yield lambda record: file.write(to_json(record) + "\n")
         os.replace(temporary, path)
-    return count
+
+
+class Stored(Sequence[Record]):
+    """The records of a plain JSON Lines file, read when they are asked for: memory holds where each line begins."""
+
+    def __init__(self, kind: type[Record], path: Path) -> None:
+        self._kind, self._path = kind, path
+        self._starts = array("Q")
+        place = 0
+        with explain_os_errors(path), open(path, "rb") as file:
+            for line in file:
+                if line.strip():
+                    self._starts.append(place)
+                place += len(line)
+
+    def __len__(self) -> int:
+        return len(self._starts)
+
+    @overload
+    def __getitem__(self, index: int) -> Record: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[Record]: ...
+    def __getitem__(self, index: int | slice) -> Record | list[Record]:
+        if isinstance(index, slice):
+            return [self[place] for place in range(*index.indices(len(self)))]
+        with explain_os_errors(self._path), open(self._path, "rb") as file:
+            file.seek(self._starts[index])
+            return parse(self._kind, file.readline(), f"{self._path}, record {index + 1}")
 
 
 def messages_of(rows: Iterable[tuple[Role, str]]) -> Messages:

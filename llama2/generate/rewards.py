@@ -61,6 +61,11 @@ class Rewards:
             raise UserError(f"the rule '{settings.rule}' needs a safety reward model", "set rewards.safe")
         self.settings, self.helpful, self.safe, self.precision = settings, helpful, safe, precision
 
+    @property
+    def context(self) -> int:
+        """The most tokens of a row."""
+        return min(model.config.max_position_embeddings for model in (self.helpful, self.safe) if model)
+
     def __call__(self, rows: Sequence[Sequence[int]], tags: Sequence[bool]) -> list[Score]:
         """`rows` are token ids of whole conversations, answer included; every rank gets every score."""
         helpful = rewards(self.helpful, rows, precision=self.precision)
