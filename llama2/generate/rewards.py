@@ -67,6 +67,11 @@ class Rewards:
             if model is not None:
                 model.to(device)
 
+    @property
+    def context(self) -> int:
+        """The most tokens of a row."""
+        return min(model.config.max_position_embeddings for model in (self.helpful, self.safe) if model)
+
     def __call__(self, rows: Sequence[Sequence[int]], tags: Sequence[bool]) -> list[Score]:
         """`rows` are token ids of whole conversations, answer included; every rank gets every score."""
         helpful = rewards(self.helpful, rows, self.precision, name=self.settings.helpful)

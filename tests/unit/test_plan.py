@@ -95,10 +95,23 @@ def test_a_third_reward_model_guards_against_what_the_two_were_fooled_into():
     assert "general" in plan["v5_ppo"]["needs"]
 
 
+@pytest.mark.parametrize("size", ["7b", "13b", "34b"])
+def test_smaller_sizes_learn_from_samples_of_the_largest(size):
+    """And from their own with one recipe more, which changes nothing else. Neither needs a run of 70B to be planned."""
+    given, own = planned(RECIPES / size / "recipe.yaml"), planned(RECIPES / size / "recipe.yaml",
+                                                                  RECIPES / "own-samples.yaml")
+    rounds = {f"rejection{version}" for version in range(1, 6)}
+    assert own["steps"].keys() - given["steps"].keys() == rounds
+    for name, step in given["steps"].items():
+        if not name.endswith("_candidate"):
+            assert step == own["steps"][name]
+            continue
+        paths = [found["steps"][name]["dialogs"].pop("rejection")["path"] for found in (given, own)]
+        assert paths == [f"runs/70b/rejection{name[1]}/pool.jsonl", f"runs/{size}/rejection{name[1]}/pool.jsonl"]
+        assert step == own["steps"][name]
+
+
 def test_other_recipes_lie_upon_one_of_the_paper():
-    seventy = planned(RECIPES / "7b" / "recipe.yaml", RECIPES / "from-70b.yaml")
-    assert "rejection1" not in seventy["plan"]
-    assert seventy["steps"]["v1_candidate"]["dialogs"]["rejection"]["path"] == "runs/70b/rejection1/pool.jsonl"
     released = planned(RECIPES / "7b" / "recipe.yaml", RECIPES / "released.yaml", "--parameters.pretrain", "weights")
     assert "pretrain" not in released["plan"]
     assert released["steps"]["sft"]["model"] == "weights"
