@@ -58,7 +58,7 @@ VERBS = {
     "ghost": Verb("stages.ghost", "§3.3  Ghost Attention: dialogs that keep an instruction"),
     "distill": Verb("stages.distill", "§4.2.4 safety context distillation"),
     "select": Verb("stages.select", "§3.4.1 keep a version only if it beats its predecessor"),
-    "evaluate": Verb("evaluate.versions", "§3.4  every version, on both axes"),
+    "evaluate": Verb("stages.evaluate", "§3.4  every version, on both axes"),
     "report": Verb("release.report", "      one self-contained HTML page about a recipe's runs"),
     "quantize": Verb("evaluate.quantization", "      what weights of fewer bits cost, on held-out text", False),
     "export": Verb("release.export", "      write a checkpoint for other programs, and verify what was written", False),
