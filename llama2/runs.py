@@ -88,9 +88,6 @@ def fingerprint(path: Path) -> str:
 
 
 def _fingerprint(path: Path) -> str:
-    if not path.is_file() and not path.is_dir():
-        raise UserError(f"{path}: this is no file and no directory",
-                        "a run must find the same input again: write it to a file")
     for directory in (path, *path.parents):
         if (directory / COMPLETE).is_file() and (directory / MANIFEST).is_file():
             outputs = json.loads((directory / COMPLETE).read_text("utf-8"))["outputs"]
