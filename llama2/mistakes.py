@@ -180,6 +180,8 @@ def _rule(detail: ErrorDetails, kind: Any) -> tuple[str, str]:
         cure = "put it in quotes"
     elif bool in options and not isinstance(given, bool):
         cure = "write true or false"
+    elif schema.takes_several(kind) and not isinstance(given, (Mapping, list, tuple)):
+        cure = f"write [{_shown(given)}]"
     return f"{schema.wanted(kind)} is wanted", cure
 
 

@@ -43,8 +43,9 @@ class Flag:
     words: tuple[str, ...]
 
     def typed(self) -> str:
-        """Its value as it was typed."""
-        return " ".join(self.words)
+        """Its value as it was typed, in quotes where it could not be seen otherwise."""
+        text = " ".join(self.words)
+        return text if text.strip() and text.isprintable() else repr(text)
 
 
 def kinds(annotation: Any) -> tuple[Any, ...]:
@@ -155,7 +156,7 @@ def usage(place: Place) -> str:
     """How a value is given to a place, or to the first key below it: `--dialogs.NAME.path PATH`."""
     below, kind = next(leaves(place.kind), ((), place.kind))
     flag = ".".join(filter(None, (place.flag, dashed(*below))))
-    return f"--{flag} {' ...'.join((metavar(kind), '')) if takes_several(kind) else metavar(kind)}"
+    return f"--{flag} {metavar(kind)}{' ...' if takes_several(kind) and Any not in kinds(kind) else ''}"
 
 
 _METAVARS = {int: "NUMBER", float: "NUMBER", str: "TEXT", Path: "PATH", bool: "true|false"}
