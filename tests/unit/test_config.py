@@ -198,6 +198,9 @@ def test_true_is_no_number_in_any_verb(verb):
     ("inner: {name: 2024}", "'inner.name': text is wanted (it is 2024); put it in quotes"),
     ("numbers: [1, false]", "'numbers.1': a number is wanted (it is false)"),
     ("numbers: [1, .inf]", "'numbers.1': must be a finite number (it is inf)"),
+    ("limit: 9223372036854775808", "'limit': must be at most 9223372036854775807 (it is 9223372036854775808)"),
+    ("limit: 1e30", "'limit': must be at most 9223372036854775807 (it is "),
+    ("inner: {rate: 1" + "0" * 400 + "}", "'inner.rate': a number is wanted (it is 1000"),
     ("numbers: 3", "'numbers': a list is wanted (it is 3); write [3]"),
     ("mixed: {a: true}", "'mixed.a': text or a number is wanted (it is true)"),
     ("mixed: {a: [1]}", "'mixed.a': text or a number is wanted (it is [1])"),
@@ -361,6 +364,12 @@ def test_files_that_cannot_be_read_are_named(tmp_path):
         parse(Whole, [str(tmp_path / "latin.yaml")], "llama2 test")
     with pytest.raises(UserError, match=r"none.yaml: no such file"):
         parse(Whole, [str(tmp_path / "none.yaml")], "llama2 test")
+
+
+def test_recipes_saved_on_windows_are_read(tmp_path):
+    (tmp_path / "r.yaml").write_bytes("\ufeffout: x\r\ninner: {rate: 2}\r\ntitle: é\r\n".encode())
+    config = parse(Whole, [str(tmp_path / "r.yaml")], "llama2 test")
+    assert (config.out, config.inner.rate, config.title) == (Path("x"), 2, "é")
 
 
 def test_extends_is_relative_to_the_file(tmp_path, monkeypatch):
