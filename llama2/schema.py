@@ -18,9 +18,6 @@ from pydantic.fields import FieldInfo
 
 from llama2 import yaml12
 
-FIELD_NAMES = "field names"
-"""marks (`Annotated`) a mapping whose keys are names of fields, not chosen by the user"""
-
 
 @dataclass(frozen=True)
 class Place:
@@ -83,20 +80,14 @@ def inner(annotation: Any, name: str) -> tuple[str, Any, bool] | None:
         if kind in models(kind):
             found = spelt(kind, name)
             if found is not None:
-                marked = FIELD_NAMES in found[1].metadata
-                return found[0], Annotated[found[1].annotation, FIELD_NAMES] if marked else found[1].annotation, True
+                return found[0], found[1].annotation, True
         elif get_origin(kind) is dict:
-            field = _marked(annotation)
-            return name.replace("-", "_") if field else name, get_args(kind)[1], field
+            return name, get_args(kind)[1], False
         elif get_origin(kind) in (tuple, list) and name.isdigit():
             return name, item(kind, int(name)), False
         elif kind is Any:
             return name, Any, False
     return None
-
-
-def _marked(annotation: Any) -> bool:
-    return get_origin(annotation) is Annotated and FIELD_NAMES in get_args(annotation)[1:]
 
 
 def item(kind: Any, index: int) -> Any:

@@ -250,11 +250,18 @@ def test_names_that_users_chose_are_kept_letter_by_letter(tmp_path):
         parse(Whole, [file, "--sets.open_assistant.weight", "2"], "llama2 test")
 
 
-def test_names_of_fields_may_have_dashes_in_a_mapping_of_fields():
-    found = parse(pretrain.Config, ["--out", "x", "--shards", "s", "--architecture.hidden-size", "64",
-                                    "--mixture.my-web", "0.5"], "llama2 pretrain")
-    assert found.architecture == {"hidden_size": 64}
+def test_a_shape_is_said_by_fields_and_a_mixture_by_names():
+    words = ["--out", "x", "--shards", "s", "--architecture.hidden-size", "64", "--mixture.my-web", "0.5"]
+    found = parse(pretrain.Config, words, "llama2 pretrain")
+    assert found.architecture.model_dump(exclude_none=True) == {"hidden_size": 64}
     assert found.mixture == {"my-web": 0.5}
+    shape = pretrain.architecture(found.model_copy(update={"size": "tiny"}), 500)
+    assert (shape.vocab_size, shape.hidden_size) == (500, 64)
+    with pytest.raises(UserError, match=r"unknown flag '--architecture.hidden-sizes'; did you mean "
+                                        r"'--architecture.hidden-size'\?"):
+        parse(pretrain.Config, [*words, "--architecture.hidden-sizes", "3"], "llama2 pretrain")
+    with pytest.raises(UserError, match=r"'architecture.num_hidden_layers': a whole number or null is wanted"):
+        build(pretrain.Config, {"out": "x", "shards": "s", "architecture": {"num_hidden_layers": True}})
 
 
 @pytest.mark.parametrize("name", ["a/b", "..", ".", "", "/etc", ".hidden", "a\\b", "a\nb"])
