@@ -139,7 +139,7 @@ def code_version() -> str:
     """Package version and a hash of its source: two runs with the same value ran the same code."""
     root = Path(llama2.__file__).parent
     digest = hashlib.sha256()
-    for file in sorted(root.rglob("*.py")):
+    for file in sorted(path for path in root.rglob("*") if path.suffix in (".py", ".cpp", ".h")):
         digest.update(file.relative_to(root).as_posix().encode() + file.read_bytes())
     return f"{llama2.__version__}+{digest.hexdigest()[:12]}"
 
@@ -240,7 +240,8 @@ def open_run(verb: str, config: StageConfig) -> Iterator[Run]:
             (path / SECONDS).unlink(missing_ok=True)
             _remove_checkpoints(path / CHECKPOINTS)
             for name, tally in run.tallies.items():
-                print(f"{path}: {name}: {tally.line()}", file=sys.stderr)
+                if tally.read:
+                    print(f"{path}: {name}: {tally.line()}", file=sys.stderr)
         mesh.barrier()
     except UserError:
         if held is not None and _only_begun(path):

@@ -1,6 +1,7 @@
 """What a command needs and does not find, and what is given for a model and is none."""
 
 import json
+import os
 
 import pytest
 
@@ -40,3 +41,9 @@ def test_a_name_of_the_hub_is_explained(tmp_path, one_line, verb):
     assert one_line(*words[verb]) == (
         f"{name}: no such file or directory; nothing is downloaded here: to have it from the Hugging Face Hub, run "
         f"`hf download {name} --local-dir Llama-2-7b-chat-hf` and give Llama-2-7b-chat-hf")
+
+
+def test_a_pipe_is_no_input(tmp_path, one_line, base):
+    os.mkfifo(tmp_path / "pipe")
+    assert one_line("sft", "--model", base, "--dialogs.a.path", tmp_path / "pipe", "--out", tmp_path / "o") == (
+        f"{tmp_path}/pipe: a pipe or a device, of which nobody can tell later what was read; write it to a file first")
