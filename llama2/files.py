@@ -201,7 +201,7 @@ def _searched(place: Path, use: Use, left: Counter[str]) -> Iterator[File]:
 
 def _members(path: Path, use: Use, left: Counter[str]) -> Iterator[File]:
     for member in members(path):
-        parts = PurePosixPath(member).parts
+        parts = PurePosixPath(member).parts or (member,)
         reason = "hidden" if any(map(_hidden, parts)) else _no_data(parts[-1], use, inside=True)
         if reason:
             left[reason] += 1
