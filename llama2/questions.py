@@ -15,7 +15,7 @@ from llama2.records import Message, Messages
 from llama2.transcripts import join, messages, prompt
 
 INSTRUCTIONS = ("instruction", "Instruction")
-QUESTIONS = ("prompt", "question", "Question", "query", "problem", "goal", "text")
+QUESTIONS = ("prompt", "question", "Question", "query", "problem", "goal", *INSTRUCTIONS, "text", "input")
 CONTEXTS = ("context", "Context", "contexts", "passage", "Passage", "passages", "article", "document", "documents",
             "paragraph", "paragraphs", "background", "knowledge", "evidence", "story", "support", "fact", "facts",
             "Body", "body", "hint")
@@ -25,7 +25,7 @@ _LETTERED = re.compile(r"\(?[A-Za-z0-9][).:]")
 _TEXTS = ("text", "content", "body", "passage")
 
 
-def asked(row: Row, keys: tuple[str, ...] = (*QUESTIONS, *INSTRUCTIONS)) -> Messages:
+def asked(row: Row, keys: tuple[str, ...] = QUESTIONS) -> Messages:
     """The turns before the answer: `keys` say where the question may stand; a list of turns is taken as it is."""
     key = _key(row, keys)
     said = row.get(key)
@@ -51,11 +51,10 @@ def complete(row: Row, said: str, instruction: bool) -> str:
     if not said and not instruction:
         return ""  # a passage alone asks nothing
     contexts = [text for key in CONTEXTS for text in texts(row, key) if text not in said]
-    given = row.text("input", optional=True)
-    options = _options(row)
+    given = [text for text in [row.text("input", optional=True)] if text not in said]
     if instruction:
-        return join(said, given, *contexts, options)
-    return join(*contexts, said, given, options)
+        return join(said, *given, *contexts, _options(row))
+    return join(*contexts, said, *given, _options(row))
 
 
 def system(row: Row) -> str:

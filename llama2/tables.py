@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import shlex
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
@@ -44,7 +45,7 @@ class Lost(UserError):
         names = ", ".join(f"'{column}'" for column in columns)
         super().__init__(f"{row.where}: {names} would be lost: the format '{format}' does not read that",
                          "put it into the prompt, name another format, or leave it out: "
-                         f"--sources.NAME.ignore {','.join(columns)}")
+                         f"--sources.NAME.ignore {shlex.join(columns)}")
 
 
 @dataclass(frozen=True)

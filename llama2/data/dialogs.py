@@ -2,7 +2,7 @@
 
 A row whose roles do not alternate is an error that names file, line and turn; a well-formed row that teaches nothing
 (an empty answer, an answer marked as bad, turns that use tools) is skipped and counted by reason. Marks and loss flags
-are the business of `flags`, and hold for every format alike.
+are the business of `marks`, and hold for every format alike.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
-from llama2 import flags
+from llama2 import marks
 from llama2.columns import is_filled
 from llama2.files import Row, tidy
 from llama2.questions import INSTRUCTIONS, asked, complete, system
@@ -22,7 +22,8 @@ from llama2.tables import AUTO, Format, Reading, Skip, convert
 from llama2.tally import Tally
 from llama2.transcripts import conversation, join, messages
 
-ANSWERS = ("response", "answer", "completion", "Answer", "Response", "solution", "answers")
+QUESTION_KEYS = "prompt|question|Question|query|problem|input"
+ANSWERS = ("response", "solution", "answer", "completion", "Answer", "Response", "answers", "output")
 
 
 def import_dialogs(path: str | os.PathLike[str], how: Reading = AUTO, name: str = "",
@@ -186,9 +187,9 @@ _READERS: tuple[Format[Dialog], ...] = (
     Format("self-instruct", ("instruction", "instances"), _self_instruct),
     Format("xstest-answers", ("prompt", "type", "completion", "final_label"), _xstest),
     Format("alpaca", ("instruction|Instruction", "output|response"), _alpaca, known=("text",)),
-    Format("question-answer", ("prompt|question|Question|query|problem", "|".join(ANSWERS)), _question_answer),
+    Format("question-answer", (QUESTION_KEYS, "|".join(ANSWERS)), _question_answer),
     Format("chain-of-thought", (), _chain_of_thought, on_request=True, of=list),
 )
 ASKED: tuple[Format[Dialog], ...] = tuple(f for f in _READERS if f.name not in ("question-answer", "xstest-answers"))
 """the formats whose rows are prompts too, whatever their answers are worth"""
-DIALOG_FORMATS: tuple[Format[Dialog], ...] = tuple(replace(f, convert=flags.learnt(f.convert)) for f in _READERS)
+DIALOG_FORMATS: tuple[Format[Dialog], ...] = tuple(replace(f, convert=marks.learnt(f.convert)) for f in _READERS)

@@ -12,9 +12,9 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Any, Literal
 
-from llama2.data.dialogs import ANSWERS, ASKED
+from llama2.data.dialogs import ANSWERS, ASKED, QUESTION_KEYS
 from llama2.files import Row
-from llama2.questions import INSTRUCTIONS, QUESTIONS, asked, system
+from llama2.questions import QUESTIONS, asked, system
 from llama2.records import Dialog, Message, Messages, Prompt, check_roles, parse
 from llama2.tables import AUTO, Format, Reading, Skip, convert, digest
 from llama2.tally import Tally
@@ -189,7 +189,6 @@ def _waits(row: Row) -> bool:
             and str(turns[-1].get("role")).lower() in ("user", "human"))
 
 
-_TEXT_KEYS = (*QUESTIONS, *INSTRUCTIONS)
 _REVIEWED = ("question", "response", "harmful", "action")
 PROMPT_FORMATS: tuple[Format[Prompt], ...] = (
     Format("prompt", ("messages",), _ours, _is_ours),
@@ -202,8 +201,8 @@ PROMPT_FORMATS: tuple[Format[Prompt], ...] = (
     Format("instructions", ("instructions",), _list, lambda row: isinstance(row.get("instructions"), list)),
     Format("questions", ("turns",), _turns),
     *(_from_dialog(source) for source in ASKED),
-    Format("question-answer", ("prompt|question|Question|query|problem", "|".join(ANSWERS)), _plain),
-    Format("plain", ("|".join(_TEXT_KEYS),), _plain),
+    Format("question-answer", (QUESTION_KEYS, "|".join(ANSWERS)), _plain),
+    Format("plain", ("|".join(QUESTIONS),), _plain),
     Format("toxigen", (), _toxigen, _is_toxigen, of=str),
     Format("lines", (), _lines, of=str),
     Format("catqa", (), _catqa, _is_catqa),

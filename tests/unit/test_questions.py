@@ -59,6 +59,22 @@ def test_what_cannot_be_joined_is_refused_by_name(tmp_path, row, cause):
         prompts(tmp_path, row)
 
 
+@pytest.mark.parametrize(("row", "said"), [
+    ({"input": "Is it?", "output": "yes"}, ("Is it?", "yes")),
+    ({"prompt": "Add.", "input": "2 and 3", "output": "5"}, ("Add.\n\n2 and 3", "5")),
+    ({"problem": "2 + 3", "solution": "It is 5.", "answer": "5"}, ("2 + 3", "It is 5.")),
+])
+def test_questions_and_answers_have_many_names(tmp_path, row, said):
+    assert dialogs(tmp_path, row)[0] == [(said, "all")]
+
+
+def test_comparisons_have_inputs_and_contexts_too(tmp_path):
+    pair = {"chosen": "a", "rejected": "b"}
+    for row, said in (({"instruction": "Add.", "input": "2 and 3"}, "Add.\n\n2 and 3"), ({"input": "Add."}, "Add."),
+                      ({"question": "Who?", "context": MILL}, f"{MILL}\n\nWho?")):
+        assert comparisons(tmp_path, row | pair)[0] == [((said,), "a", "b", "better")]
+
+
 @pytest.mark.parametrize(("row", "cause"), [
     ({"question": "Is it", "answer": True}, "'answer' must be text, it is bool"),
     ({"question": "Is it", "answer": False}, "'answer' must be text, it is bool"),

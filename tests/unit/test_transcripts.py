@@ -47,6 +47,15 @@ def test_only_what_the_human_says_opens_a_transcript(tmp_path):
     assert dialogs(tmp_path, row)[0] == [(("Hi", "Hello", "Bye", "Ciao"), "all")]
 
 
+@pytest.mark.parametrize("text", [
+    "<|im_start|>user\nHi<|im_end|>", "<s>[INST] Hi [/INST] Hello </s>", "[INST] Hi [/INST]", "### Human: Hi",
+    "<|user|>\nHi", "<|begin_of_text|><|start_header_id|>user", "<start_of_turn>user\nHi"])
+def test_a_conversation_in_a_models_template_is_no_prompt(tmp_path, text):
+    with pytest.raises(UserError, match=r"rows.jsonl:1: the text is a conversation in a model's template \("):
+        prompts(tmp_path, {"text": text})
+    assert prompts(tmp_path, {"text": f"What does {text} mean?"})[0] == [f"What does {text} mean?"]
+
+
 @pytest.mark.parametrize(("messages", "cause"), [
     ([{"role": "wizard", "content": "x"}], "turn 1 has the role 'wizard'"),
     ([{"content": "x"}], "turn 1 has the role None"),
