@@ -25,17 +25,17 @@ from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator
 from itertools import chain
 from pathlib import Path, PurePosixPath
-from typing import Any, Literal, TypeVar
+from typing import Literal, TypeVar
 
 from llama2.errors import UserError, explain_os_errors
 from llama2.reading.columns import csv_rows, parquet_rows, tsv_rows
 from llama2.reading.packed import PACKINGS, ZIP, members, shown, unpacked
-from llama2.reading.rows import Bad, File, Found, Row, text_rows
+from llama2.reading.rows import Bad, File, Found, Row, text_rows, tidy
 from llama2.reading.values import json_lines, json_values
 from llama2.tally import Tally
 
-__all__ = ["Bad", "File", "Row", "at_home", "files", "filled", "first", "is_pattern", "matches", "rows", "set_name",
-           "tables", "walk"]
+__all__ = ["Bad", "File", "Row", "at_home", "files", "filled", "is_pattern", "matches", "rows", "set_name", "tables",
+           "tidy", "walk"]
 T = TypeVar("T")
 Place = str | os.PathLike[str]
 Use = Literal["rows", "documents", "records"]
@@ -66,16 +66,6 @@ def rows(file: File) -> Iterator[Row | Bad]:
 def tables(paths: Place | Iterable[Place], tally: Tally | None = None) -> Iterator[Iterator[Row | Bad]]:
     """One iterator of rows for every file at `paths`; none is empty."""
     return (found for _, found in filled(paths, rows, tally=tally))
-
-
-def first(path: Place) -> Any:
-    """The value of the first row that is whole: what formats are recognised by."""
-    bad: Bad | None = None
-    for row in chain.from_iterable(tables(path, Tally())):
-        if isinstance(row, Row):
-            return row.value
-        bad = bad or row
-    raise bad.error() if bad else UserError(f"{path}: holds no records", "check the path")
 
 
 def filled(paths: Place | Iterable[Place], read: Callable[[File], Iterator[T]], use: Use = "rows",

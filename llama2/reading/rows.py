@@ -9,7 +9,7 @@ from __future__ import annotations
 import codecs
 import io
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any
 
@@ -37,31 +37,60 @@ class File:
 @dataclass(frozen=True)
 class Row:
     """One record of a file: `value` is a mapping, a list of cells or a line of text; `where` is file and line;
-    `name` is the set it belongs to, after the file (`test.jsonl` and its like are named with their directory)."""
+    `name` is the set it belongs to, after the file (`test.jsonl` and its like are named with their directory).
+
+    A row remembers which of its keys were asked for, and which mappings inside it were read: what is left says what a
+    reader overlooks.
+    """
 
     value: Any
     where: str
     name: str
+    asked: set[str] = field(default_factory=set, compare=False, repr=False)
+    parts: list[Row] = field(default_factory=list, compare=False, repr=False)
 
     def error(self, cause: str, cure: str = "mend the row, or import with malformed: skip") -> UserError:
         """The error that names this row."""
         return UserError(f"{self.where}: {cause}", cure)
 
+    def part(self, value: Any) -> Row:
+        """A mapping inside this row, as a row whose keys are watched likewise."""
+        self.parts.append(Row(value, self.where, self.name))
+        return self.parts[-1]
+
+    def whole(self) -> Any:
+        """The value, all of it read."""
+        if isinstance(self.value, dict):
+            self.asked.update(self.value)
+        return self.value
+
     def get(self, key: str) -> Any:
-        """The value of a key, None where there is none."""
-        return self.value.get(key) if isinstance(self.value, dict) else None
+        """The value of a key, None where there is none; NaN, the null of tables, is None."""
+        self.asked.add(key)
+        value = self.value.get(key) if isinstance(self.value, dict) else None
+        return None if value != value else value
 
     def text(self, *keys: str, optional: bool = False) -> str:
-        """The text of the first of `keys` that the row has, stripped; with `optional`, "" where there is none."""
+        """The text of the first of `keys` that says something, tidy, "" where all are empty or null.
+
+        UserError where the row has none of them, unless that is `optional`, or where one is no text.
+        """
+        empty = optional
         for key in keys:
             value = self.get(key)
-            if isinstance(value, str):
-                return value.strip()
-            if value is not None:
+            if isinstance(value, str) and tidy(value):
+                return tidy(value)
+            if value is not None and not isinstance(value, str):
                 raise self.error(f"'{key}' must be text, it is {type(value).__name__}")
-        if optional:
+            empty = empty or (isinstance(self.value, dict) and key in self.value)
+        if empty:
             return ""
         raise self.error(f"'{keys[0]}' is missing")
+
+
+def tidy(text: str) -> str:
+    """A text with "\\n" as its only line end, and no space around it."""
+    return text.replace("\r\n", "\n").replace("\r", "\n").strip()
 
 
 @dataclass(frozen=True)
