@@ -20,6 +20,7 @@ from llama2.data.prompts import import_prompts
 from llama2.errors import UserError
 from llama2.preferences.importers import import_preferences
 from llama2.records import Dialog, Document, Preference, Prompt
+from llama2.tables import Reading
 from llama2.tally import Tally
 
 MUTATIONS, SECONDS = 500, 10
@@ -119,9 +120,9 @@ def made(chance, folder):
 
 READERS = {
     "documents": lambda path, how: read_documents(path, split="paragraph", tally=Tally(), malformed=how),
-    "dialogs": lambda path, how: import_dialogs(path, tally=Tally(), malformed=how),
-    "prompts": lambda path, how: import_prompts(path, tally=Tally(), malformed=how),
-    "preferences": lambda path, how: import_preferences(path, tally=Tally(), malformed=how),
+    "dialogs": lambda path, how: import_dialogs(path, Reading(malformed=how), tally=Tally()),
+    "prompts": lambda path, how: import_prompts(path, Reading(malformed=how), tally=Tally()),
+    "preferences": lambda path, how: import_preferences(path, Reading(malformed=how), tally=Tally()),
     **{kind.__name__: (lambda path, how, kind=kind: records.read(kind, path, tally=Tally()))
        for kind in (Document, Dialog, Prompt, Preference)},
 }
