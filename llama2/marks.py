@@ -1,84 +1,119 @@
-"""Flags behind a verb: `--section.some-key value`, read by what the configuration wants there."""
+"""What other tools say of an answer: that it is bad, or that it carries no loss (§3.1).
+
+One rule for every format. A mark on a row (`label` of KTO sets, `harmful`, `is_safe`) leaves out the row whose answer
+is bad. A loss flag (`weight` of OpenAI and mistral-finetune, `train` of axolotl, `loss`, `loss_mask`) on a turn or on a
+row becomes `Dialog.train`. A flag that is neither yes nor no, such as half a weight, is refused: no record can keep it.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import replace
+from typing import Any, Literal
 
-from llama2 import mistakes, schema
-from llama2.errors import UserError
-from llama2.recipes import merge
-from llama2.schema import Flag
+from llama2.files import Row
+from llama2.records import Dialog, trained_turns
+from llama2.tables import Skip
 
+GOOD = ("label", "desirable", "is_desirable", "kto_tag", "good", "is_good", "accepted", "is_accepted", "correct",
+        "is_correct", "safe", "is_safe", "preferred", "is_preferred", "thumbs_up", "liked")
+"""columns that are true where the answer is good"""
+BAD = ("harmful", "is_harmful", "bad", "is_bad", "unsafe", "is_unsafe", "toxic", "is_toxic", "undesirable",
+       "is_undesirable", "is_rejected", "incorrect", "is_incorrect", "thumbs_down", "disliked")
+"""columns that are true where it is bad"""
+LEARNT = ("weight", "train", "loss", "loss_mask", "mask", "loss_weight", "loss_scale", "training", "trainable", "learn",
+          "train_on_turn")
+"""flags that are true where a turn carries loss"""
+NOT_LEARNT = ("masked", "no_loss", "ignore_loss")
+"""flags that are true where it carries none"""
+DETAIL = ("train_detail", "training_detail")
+"""parts of a turn, which a record cannot tell apart"""
 
-def overrides(kind: Any, arguments: Sequence[str], under: Mapping[str, Any]) -> dict[str, Any]:
-    """The flags as a nested mapping of `Flag`, spelt as the configuration `kind` spells its keys.
-
-    Several values make a list. A flag without a value is true, and `--section.no-key` false, where the key is true or
-    false and nothing else. `under` is what the flags are laid upon: a step that it has says what its keys are.
-    """
-    nested: dict[str, Any] = {}
-    given = _split(arguments)
-    for flag in sorted(given, key=lambda flag: not flag.name.endswith(".verb")):  # a verb says what else there is
-        below = merge(under, nested)
-        place, value = _read(kind, flag, below)
-        _put(nested, place.names, Flag(value, flag.name, flag.words))
-    return nested
-
-
-def _split(arguments: Sequence[str]) -> list[Flag]:
-    """Each flag with its words; UserError for a word that belongs to none."""
-    found: list[Flag] = []
-    closed = True  # `--key=value` takes no further words
-    for argument in arguments:
-        if argument.startswith("--") and argument != "--":
-            name, closed, word = argument.partition("=")[0], "=" in argument, argument.partition("=")[2]
-            found.append(Flag(None, name, (word,) if closed else ()))
-        elif closed or argument == "--":
-            raise UserError(f"unexpected argument '{argument}'",
-                            "a recipe stands before all flags, and these look like --section.key value")
-        else:
-            found[-1] = Flag(None, found[-1].name, (*found[-1].words, argument))
-    return found
+_YES = frozenset(("true", "1", "1.0", "yes", "y", "t"))
+_NO = frozenset(("false", "0", "0.0", "no", "n", "f"))
+_GOOD = _YES | {"good", "desirable", "chosen", "accepted", "positive", "correct", "safe", "harmless", "preferred"}
+_BAD = _NO | {"-1", "-1.0", "bad", "undesirable", "rejected", "negative", "incorrect", "wrong", "unsafe", "harmful",
+              "toxic", "hate"}
+_CURE = "write 0 or 1, or leave it out: --sources.NAME.ignore"
 
 
-def _read(kind: Any, flag: Flag, below: Mapping[str, Any]) -> tuple[schema.Place, Any]:
-    """Where a flag leads and what it says there; UserError where it says nothing or too much."""
-    names = flag.name[2:].split(".")
-    place = schema.find(kind, names, below)
-    if not flag.words:
-        return _switched(kind, flag, names, place, below)
-    if place.kind is None:
-        raise mistakes.unknown_flag(kind, flag, below)
-    if len(flag.words) == 1:
-        return place, schema.value_of(flag.words[0], place.kind)
-    if not schema.takes_several(place.kind) and not schema.is_section(place.kind):
-        raise UserError(f"unexpected argument '{flag.words[1]}' behind {flag.name} {flag.words[0]}",
-                        "a recipe stands before all flags; quote a value that has spaces")
-    return place, schema.several(flag.words, place.kind)
+def marked_bad(row: Row) -> bool:
+    """Whether a row says that its answer is bad. A text that is no such mark is left unread; a number is an error."""
+    for key in (*GOOD, *BAD):
+        value = row.get(key)
+        if value is None or value == "":
+            continue
+        word = str(value).strip().lower()
+        if word in (_BAD if key in GOOD else _YES):
+            return True
+        if word not in _GOOD | _BAD:
+            if isinstance(value, (int, float)):
+                raise row.error(f"'{key}' is {value}, neither good nor bad", f"{_CURE} {key}")
+            row.asked.discard(key)
+    return False
 
 
-def _switched(kind: Any, flag: Flag, names: list[str], place: schema.Place, below: Mapping[str, Any]
-              ) -> tuple[schema.Place, bool]:
-    """A flag without a value: true for its key, or false for the key behind `no-`."""
-    last = names[-1].replace("_", "-")
-    if place.kind is None and last.startswith("no-"):
-        other = schema.find(kind, [*names[:-1], names[-1][3:]], below)
-        if other.kind is not None and schema.takes_none(other.kind):
-            return other, False
-    if place.kind is None:
-        raise mistakes.unknown_flag(kind, flag, below)
-    if not schema.takes_none(place.kind):
-        raise UserError(f"'{flag.name[2:]}' needs a value", f"write {schema.usage(place)}")
-    return place, True
+def turn_flag(turn: Row, number: int) -> bool:
+    """Whether an assistant turn carries loss; true where nothing is said."""
+    where = f"turn {number}: "
+    for key in DETAIL:
+        if turn.get(key):
+            raise turn.error(f"{where}'{key}' marks parts of the turn, a record only whole turns",
+                             "split the turn, or remove the key")
+    return _all_agree(turn, where)
 
 
-def _put(nested: dict[str, Any], names: Sequence[str], flag: Flag) -> None:
-    *sections, key = names
-    for section in sections:
-        nested = nested.setdefault(section, {})
-        if isinstance(nested, Flag):
-            raise UserError(f"{flag.name} and {nested.name} are both given", "leave one out")
-    if isinstance(nested.get(key), dict):
-        raise UserError(f"{flag.name} and a key below it are both given", "leave one out")
-    nested[key] = flag
+def row_flags(row: Row) -> Literal["all", "last"] | tuple[bool, ...]:
+    """What a row says of its turns: all, the last, or one truth value each. Skip where it is not to be learnt."""
+    train = row.get("train")
+    said: list[tuple[bool, ...]] = []
+    for key in (*LEARNT, *NOT_LEARNT):
+        value = row.get(key)
+        if isinstance(value, list):
+            said.append(tuple(_truth(row, "", key, item) for item in value))
+    if len({*said}) > 1:
+        raise row.error("its flags contradict one another", "keep one of them")
+    if not _all_agree(row, "", "train" if train in ("all", "last") else ""):
+        raise Skip("not to be learnt")
+    return said[0] if said else "last" if train == "last" else "all"
+
+
+def _all_agree(row: Row, where: str, but: str = "") -> bool:
+    flags = [_truth(row, where, key, value) for key in (*LEARNT, *NOT_LEARNT)
+             if (value := row.get(key)) is not None and value != "" and key != but and not isinstance(value, list)]
+    return all(flags)
+
+
+def _truth(row: Row, where: str, key: str, value: Any) -> bool:
+    word = str(value).strip().lower()
+    if word not in _YES | _NO:
+        raise row.error(f"{where}'{key}' is {value!r}; a turn is learnt or it is not", f"{_CURE} {key}")
+    return (word in _YES) != (key in NOT_LEARNT)
+
+
+def learnt(convert: Callable[[Row], Iterable[Dialog | Skip]]) -> Callable[[Row], Iterator[Dialog | Skip]]:
+    """A reader of dialogues that honours what a row says of its answers."""
+    def read(row: Row) -> Iterator[Dialog | Skip]:
+        if marked_bad(row):
+            raise Skip("the answer is marked as bad")
+        flags = row_flags(row)
+        for item in convert(row):
+            yield item if isinstance(item, Skip) else _masked(row, item, flags)
+    return read
+
+
+def _masked(row: Row, dialog: Dialog, flags: Literal["all", "last"] | tuple[bool, ...]) -> Dialog | Skip:
+    answers = [message.role == "assistant" for message in dialog.messages]
+    if isinstance(flags, tuple) and len(flags) == len(answers):
+        flags = tuple(flag for flag, answer in zip(flags, answers) if answer)
+    if isinstance(flags, tuple) and len(flags) != sum(answers):
+        raise row.error(f"{len(flags)} flags for {sum(answers)} answers in {len(answers)} turns",
+                        "give every turn, or every answer, its flag")
+
+    mask = tuple(one and other for one, other in zip(trained_turns(dialog.messages, dialog.train),
+                                                     trained_turns(dialog.messages, flags)))
+    if not any(mask):
+        return Skip("no turn to learn from")
+    if dialog.train == "last" or flags == "last":
+        return replace(dialog, train="last")
+    return replace(dialog, train="all" if all(mask) else mask)
