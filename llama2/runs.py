@@ -97,6 +97,9 @@ def _fingerprint(path: Path) -> str:
             return _digest(chosen)
     if path.is_file():
         return sha256(path)
+    if not path.is_dir():
+        raise UserError(f"{path}: a pipe or a device, of which nobody can tell later what was read",
+                        "write it to a file first")
     if (path / MANIFEST).is_file():
         raise UserError(f"{path}: this run is not finished", "finish it first: repeat its command")
     return _digest(_contents(path))

@@ -279,7 +279,7 @@ def test_a_folder_of_links_is_known_by_what_they_lead_to(tmp_path):
 
 def test_a_pipe_is_no_input(tmp_path):
     os.mkfifo(tmp_path / "pipe")
-    with pytest.raises(UserError, match=r"pipe: this is no file and no directory; .*write it to a file"):
+    with pytest.raises(UserError, match=r"pipe: a pipe or a device.*write it to a file first"):
         runs.fingerprint(tmp_path / "pipe")
 
 
