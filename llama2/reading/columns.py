@@ -12,7 +12,8 @@ import shutil
 import sys
 import tempfile
 from collections.abc import Iterator
-from typing import Any
+from contextlib import contextmanager
+from typing import IO, Any
 
 from llama2.errors import UserError, missing_extra
 from llama2.reading.packed import explained, opened
@@ -27,10 +28,9 @@ def csv_rows(file: File) -> Found:
     records = _Records(file, ",")
     for header in records:
         names = _header(header, file.label)
-        for separator, what in ((";", "semicolons, not by commas"), ("\t", "tabs")):
+        for separator, what, cure in ((";", "semicolons", "save it with commas"), ("\t", "tabs", "name the file .tsv")):
             if len(names) == 1 and separator in names[0]:
-                raise UserError(f"{file.label}: the cells are separated by {what}",
-                                "name the file .tsv" if separator == "\t" else "save it with commas")
+                raise UserError(f"{file.label}: the cells are separated by {what}, not by commas", cure)
         yield from _mapped(records, names, file.label)
 
 
@@ -186,12 +186,15 @@ def _whole_numbers(value: Any) -> Any:
     return [_whole_numbers(item) for item in value] if isinstance(value, list) else value
 
 
-def _seekable(file: File) -> Any:
+@contextmanager
+def _seekable(file: File) -> Iterator[IO[bytes]]:
     """A file that can be read in any order: itself, or a copy of what is packed."""
     if not file.member and file.path.suffix.lower() == file.kind:
-        return open(file.path, "rb")
-    copy = tempfile.TemporaryFile()  # noqa: SIM115 - closed by the caller
-    with opened(file.path, file.member) as content:
-        shutil.copyfileobj(content, copy)
-    copy.seek(0)
-    return copy
+        with open(file.path, "rb") as content:
+            yield content
+        return
+    with tempfile.TemporaryFile() as copy:
+        with opened(file.path, file.member) as packed:
+            shutil.copyfileobj(packed, copy)
+        copy.seek(0)
+        yield copy

@@ -163,6 +163,7 @@ def _is_utf16(head: bytes) -> bool:
 
 def _wide(content: IO[bytes], encoding: str, label: str) -> Iterator[str]:
     try:
-        yield from io.TextIOWrapper(content, encoding)
+        with io.TextIOWrapper(content, encoding) as text:
+            yield from text
     except UnicodeError as error:
         raise UserError(f"{label}: not {encoding.upper()}, as its first bytes say ({error})", TO_UTF8) from error
