@@ -181,6 +181,8 @@ def _before(row: Row, shared: Messages) -> Messages:
     given = asked(row, _PROMPTS) if any(row.get(key) for key in _PROMPTS) else ()
     if given and (shared[0].role == "assistant" or given[-1].role == "assistant"):
         return (*given, *shared)
+    if given and given[-1] not in shared:
+        raise Skip("prompt and answers differ")
     said = system(row)
     first = given[:1] if given and given[0].role == "system" else (Message("system", said),) if said else ()
     return shared if shared[0].role == "system" else (*first, *shared)

@@ -82,6 +82,8 @@ def test_a_comparison_of_continuations(tmp_path):
     assert comparisons(tmp_path, longer)[0] == expected
     whole = {"prompt": turns("a"), "chosen": turns("a", "b", "c", "good"), "rejected": turns("a", "b", "c", "bad")}
     assert comparisons(tmp_path, whole)[0] == expected
+    read, tally = comparisons(tmp_path, whole | {"prompt": turns("something else")})
+    assert (read, dict(tally.skipped)) == ([], {"prompt and answers differ": 1})
     for rejected in (goes_on("bad"), goes_on("x", "c", "bad"), "bad"):
         read, tally = comparisons(tmp_path, row | {"rejected": rejected})
         assert (read, dict(tally.skipped)) == ([], {"earlier turns differ": 1})
