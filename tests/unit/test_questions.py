@@ -34,6 +34,8 @@ def test_reading_comprehension_puts_the_passage_before_the_question(tmp_path):
     ({"instruction": "Who?", "context": MILL}, f"Who?\n\n{MILL}"),
     ({"instruction": "Sum up.", "input": MILL}, f"Sum up.\n\n{MILL}"),
     ({"instruction": "", "input": "Only an input."}, "Only an input."),
+    ({"instruction": "What rhymes with cat?", "input": "cat"}, "What rhymes with cat?\n\ncat"),
+    ({"question": "What rhymes with cat?", "context": "cat"}, "cat\n\nWhat rhymes with cat?"),
     ({"prompt": f"Read: {MILL} Who?", "context": MILL}, f"Read: {MILL} Who?"),
 ])
 def test_a_prompt_holds_all_that_is_asked(tmp_path, row, said):

@@ -51,9 +51,10 @@ def test_only_what_the_human_says_opens_a_transcript(tmp_path):
     "<|im_start|>user\nHi<|im_end|>", "<s>[INST] Hi [/INST] Hello </s>", "[INST] Hi [/INST]", "### Human: Hi",
     "<|user|>\nHi", "<|begin_of_text|><|start_header_id|>user", "<start_of_turn>user\nHi"])
 def test_a_conversation_in_a_models_template_is_no_prompt(tmp_path, text):
-    with pytest.raises(UserError, match=r"rows.jsonl:1: the text is a conversation in a model's template \("):
-        prompts(tmp_path, {"text": text})
-    assert prompts(tmp_path, {"text": f"What does {text} mean?"})[0] == [f"What does {text} mean?"]
+    read, tally = prompts(tmp_path, {"text": text}, {"text": f"What does {text} mean?"}, {"text": "Hi"})
+    assert read == [f"What does {text} mean?", "Hi"]
+    assert dict(tally.skipped) == {"text in a model's template": 1}
+    assert "give its turns as a list" in tally.line()
 
 
 @pytest.mark.parametrize(("messages", "cause"), [
