@@ -57,10 +57,10 @@ def _key(row: Row, keys: tuple[str, ...]) -> str:
 
 def complete(row: Row, said: str, instruction: bool) -> str:
     """A question or an instruction joined with its context, its input and its options."""
-    if not said and not instruction:
-        return ""  # a passage alone asks nothing
     contexts = [text for key in CONTEXTS for text in texts(row, key) if len(text) < _COPIED or text not in said]
     given = [text for text in [row.text("input", optional=True)] if text != said]
+    if not said and not instruction:
+        return ""  # a passage alone asks nothing
     if instruction:
         return join(said, *given, *contexts, _options(row))
     return join(*contexts, said, *given, _options(row))

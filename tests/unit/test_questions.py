@@ -47,6 +47,12 @@ def test_inputs_tell_prompts_apart(tmp_path):
     assert prompts(tmp_path, *rows)[0] == ["Sum up.\n\nOne.", "Sum up.\n\nTwo."]
 
 
+def test_a_passage_alone_asks_nothing(tmp_path):
+    for question in ("", None):
+        read, tally = prompts(tmp_path, {"question": question, "passage": MILL})
+        assert (read, dict(tally.skipped)) == ([], {"empty turn": 1})
+
+
 @pytest.mark.parametrize(("row", "cause"), [
     ({"context": "Ann fell.", "question": "Why?", "answerA": "ice", "answerB": "wind"},
      "'answerA', 'answerB' would be lost"),
