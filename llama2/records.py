@@ -10,11 +10,12 @@ from __future__ import annotations
 import gzip
 import json
 import os
-from collections.abc import Callable, Iterable, Iterator
+from array import array
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, TypeVar, overload
 
 import pydantic_core
 from pydantic import ConfigDict, TypeAdapter, ValidationError, with_config
@@ -140,6 +141,23 @@ class Preference:
         return None if self.safety is None else self.safety == "both"
 
 
+@with_config(_STRICT)
+@dataclass(frozen=True)
+class Pair:
+    """Two answers that nobody has judged yet, as they are to be shown; with the blanks filled in, a `Preference`."""
+
+    id: str
+    prompt: Messages
+    responses: tuple[Response, Response]
+    preferred: None = None
+    degree: None = None
+    safety: None = None
+    axis: Axis = "helpful"
+    annotator: str = ""
+    round: int = 0
+    metadata: dict[str, Any] = field(default_factory=dict)
+
+
 def check_roles(messages: Messages, last: Role) -> None:
     """Roles alternate user, assistant, ... after an optional system turn, and end with `last`; else ValueError."""
     turns = messages[1:] if messages and messages[0].role == "system" else messages
@@ -231,7 +249,7 @@ def write(path: str | os.PathLike[str], records: Iterable[object]) -> int:
 
 @contextmanager
 def writing(path: str | os.PathLike[str]) -> Iterator[Callable[[object], None]]:
-    """A function that writes one record. The file stands under its name when the block ends without an exception."""
+    """A function that writes one more record; the file appears under its name when the block ends well."""
     path = Path(path)
     temporary = path.with_name(path.name + ".tmp")
     with explain_os_errors(path):
@@ -240,6 +258,34 @@ def writing(path: str | os.PathLike[str]) -> Iterator[Callable[[object], None]]:
         with opener(temporary, "wt", encoding="utf-8") as file:
             yield lambda record: file.write(to_json(record) + "\n")
         os.replace(temporary, path)
+
+
+class Stored(Sequence[Record]):
+    """The records of a plain JSON Lines file, read when they are asked for: memory holds where each line begins."""
+
+    def __init__(self, kind: type[Record], path: Path) -> None:
+        self._kind, self._path = kind, path
+        self._starts = array("Q")
+        place = 0
+        with explain_os_errors(path), open(path, "rb") as file:
+            for line in file:
+                if line.strip():
+                    self._starts.append(place)
+                place += len(line)
+
+    def __len__(self) -> int:
+        return len(self._starts)
+
+    @overload
+    def __getitem__(self, index: int) -> Record: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[Record]: ...
+    def __getitem__(self, index: int | slice) -> Record | list[Record]:
+        if isinstance(index, slice):
+            return [self[place] for place in range(*index.indices(len(self)))]
+        with explain_os_errors(self._path), open(self._path, "rb") as file:
+            file.seek(self._starts[index])
+            return parse(self._kind, file.readline(), f"{self._path}, record {index + 1}")
 
 
 def messages_of(rows: Iterable[tuple[Role, str]]) -> Messages:

@@ -3,6 +3,7 @@
     <out>/config.yaml      the resolved configuration
     <out>/manifest.json    verb, seed, code version, fingerprints of all inputs, machine
     <out>/metrics.jsonl    one line a logged step
+    <out>/warnings.json    what the user was warned of, a list of lines; absent if of nothing
     <out>/COMPLETE         written last: fingerprints of the outputs, seconds
 
 A finished run is skipped; an unfinished one is resumed; one whose configuration or inputs have changed is refused and
@@ -22,30 +23,30 @@ import re
 import shutil
 import sys
 import time
-from collections.abc import Collection, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from functools import cache
 from pathlib import Path
 from typing import IO, Any
 
 import torch
-import yaml
 
 import llama2
-from llama2 import files, mesh
+from llama2 import files, mesh, yaml12
 from llama2.config import StageConfig, incidentals, paths
 from llama2.errors import UserError, explain_os_errors
 from llama2.records import dump
 from llama2.tally import Tally
 
-COMPLETE, MANIFEST, METRICS = "COMPLETE", "manifest.json", "metrics.jsonl"
+COMPLETE, MANIFEST, METRICS, WARNINGS = "COMPLETE", "manifest.json", "metrics.jsonl", "warnings.json"
 SECONDS = ".seconds"  # time spent by earlier, interrupted attempts
 CHECKPOINTS = "checkpoints"  # needed until the run is complete, deleted after
 _CHECKPOINT = re.compile(r"(\.partial-|\.discarded-)?step-\d+|parts|answers|best")
-_BEGUN = {".lock", SECONDS, *(f"{name}{end}" for name in ("config.yaml", MANIFEST, SECONDS) for end in ("", ".tmp"))}
 _MODELS = {"model", "policy", "critic", "candidate", "predecessor", "helpful", "safe"}  # names of keys, in every stage
 _MODELS_BY_NAME = {"versions", "policies"}
-_TRANSIENT = {CHECKPOINTS, COMPLETE, MANIFEST, METRICS, "config.yaml"}
+_FIRST = ("config.yaml", MANIFEST, SECONDS, WARNINGS)
+_BEGUN = {".lock", SECONDS, *(f"{name}{end}" for name in _FIRST for end in ("", ".tmp"))}
+_TRANSIENT = {CHECKPOINTS, COMPLETE, MANIFEST, METRICS, WARNINGS, "config.yaml"}
 
 
 class Stopped(Exception):
@@ -87,6 +88,9 @@ def fingerprint(path: Path) -> str:
 
 
 def _fingerprint(path: Path) -> str:
+    if not path.is_file() and not path.is_dir():
+        raise UserError(f"{path}: this is no file and no directory",
+                        "a run must find the same input again: write it to a file")
     for directory in (path, *path.parents):
         if (directory / COMPLETE).is_file() and (directory / MANIFEST).is_file():
             outputs = json.loads((directory / COMPLETE).read_text("utf-8"))["outputs"]
@@ -149,11 +153,24 @@ class Run:
     def __init__(self, path: Path, finished: bool) -> None:
         self.path, self.finished = path, finished
         self.tallies: dict[str, Tally] = {}
+        self.warnings: list[str] = []
         self._metrics: IO[str] | None = None
 
     def tally(self, name: str) -> Tally:
         """The counts of one set of records that this run reads; what they come to is said when the run ends."""
         return self.tallies.setdefault(name, Tally())
+
+    def say(self, line: str) -> None:
+        """Print a line about this run on standard error (rank 0)."""
+        if mesh.is_main():
+            print(f"{self.path}: {line}", file=sys.stderr, flush=True)
+
+    def warn(self, line: str) -> None:
+        """Say, and keep in warnings.json, what makes this run worth less than its user may think."""
+        if line not in self.warnings:
+            self.warnings.append(line)
+            self.say(f"warning: {line}")
+            self.write_json(WARNINGS, self.warnings)
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
         """Append one line of metrics (rank 0)."""
@@ -201,6 +218,7 @@ def read_metrics(path: Path) -> list[dict[str, float]]:
 def open_run(verb: str, config: StageConfig) -> Iterator[Run]:
     """Open `config.out` for one stage; mark it complete when the block ends without an exception."""
     path = config.out
+    new = [place for place in (path, *path.parents) if not place.exists()]
     held = lock(path) if mesh.is_main() else None
     try:
         finished = mesh.broadcast(_prepare(path, verb, config) if mesh.is_main() else False)
@@ -227,6 +245,12 @@ def open_run(verb: str, config: StageConfig) -> Iterator[Run]:
             for name, tally in run.tallies.items():
                 print(f"{path}: {name}: {tally.line()}", file=sys.stderr)
         mesh.barrier()
+    except UserError:
+        if held is not None and _only_begun(path):
+            _clear(path, new)
+        elif held is not None and not (path / MANIFEST).is_file():  # it is no run directory
+            (path / ".lock").unlink(missing_ok=True)
+        raise
     finally:
         if held is not None:
             held.close()
@@ -247,6 +271,18 @@ def _remove_checkpoints(folder: Path) -> None:
         shutil.rmtree(folder, ignore_errors=True)
     if folder.exists():
         print(f"{folder}: could not be deleted, and is no longer needed", file=sys.stderr)
+
+
+def _clear(path: Path, new: Sequence[Path]) -> None:
+    """Take away what was begun in a run directory that holds nothing else, and the directories made for it."""
+    for file in path.rglob("*"):
+        if file.is_file() or file.is_symlink():
+            file.unlink()
+    for directory in sorted((place for place in path.rglob("*") if place.is_dir()), reverse=True):
+        directory.rmdir()
+    with suppress(OSError):  # somebody else has put something there
+        for place in new:
+            place.rmdir()
 
 
 def check(verb: str, config: StageConfig) -> None:
@@ -273,6 +309,9 @@ def lock(path: Path) -> IO[str]:
         held = open(path / ".lock", "a+", encoding="utf-8")  # noqa: SIM115 - held for the whole run
     try:
         fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        if not os.fstat(held.fileno()).st_nlink:  # whoever held it has just cleared the directory
+            held.close()
+            return lock(path)
     except BlockingIOError:
         held.seek(0)
         owner = held.read().strip()
@@ -310,7 +349,7 @@ def _prepare(path: Path, verb: str, config: StageConfig) -> bool:
         return finished
     if finished or not _only_begun(path):
         raise UserError(f"{path}: exists and is no run directory", "choose another --out")
-    write_atomic(path / "config.yaml", yaml.safe_dump(asked, sort_keys=False))
+    write_atomic(path / "config.yaml", yaml12.dump(asked))
     write_atomic(path / MANIFEST, dump({
         "verb": verb, "config": asked, "inputs": inputs, "seed": config.seed, "code": code_version(),
         "torch": torch.__version__, "python": platform.python_version(), "machine": platform.processor(),
@@ -320,8 +359,9 @@ def _prepare(path: Path, verb: str, config: StageConfig) -> bool:
 
 
 def _only_begun(path: Path) -> bool:
-    """Whether a run directory holds nothing that a stage made."""
-    return all(file.name in _BEGUN for file in path.iterdir())
+    """Whether a run directory holds nothing that a stage made, but for directories without a file."""
+    return all(file.name in _BEGUN or (file.is_dir() and not any(inside.is_file() for inside in file.rglob("*")))
+               for file in path.iterdir())
 
 
 def _asked(config: StageConfig) -> dict[str, Any]:

@@ -26,6 +26,8 @@ class Tally:
 
     def skip(self, reason: str, cure: str = "", count: int = 1) -> None:
         """Count records that are left out; `cure` says what would keep them."""
+        if not count:
+            return
         self.skipped[reason] += count
         if cure:
             self.cures[reason] = cure

@@ -138,6 +138,8 @@ def _ours(row: Row) -> Iterator[Preference]:
     responses = row.get("responses")
     if not isinstance(responses, list) or len(responses) != 2:
         raise row.error("a preference needs two answers")
+    if row.get("preferred") is None:
+        raise Skip("not judged yet")
     yield parse(Preference, json.dumps(row.whole()), row.where)
 
 

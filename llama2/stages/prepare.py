@@ -18,6 +18,7 @@ from llama2 import config, mesh, records
 from llama2.config import StageConfig
 from llama2.data.dialogs import import_dialogs
 from llama2.data.prompts import Family, import_prompts, prompt_id
+from llama2.data.split import is_heldout, opening
 from llama2.errors import UserError
 from llama2.preferences.importers import holds_preferences, import_preferences
 from llama2.records import Axis, Dialog, Message, Messages, Preference, Prompt
@@ -103,17 +104,6 @@ def run(config: Config, run: Run) -> None:
         records.write(run.path / f"heldout-{config.kind}.jsonl", heldout)
     run.write_json("summary.json", {"kind": config.kind, "train": _sizes(train), "heldout": _sizes(heldout),
                                     "sources": [_describe(item) for item in imported]})
-
-
-def opening(turns: Messages) -> str:
-    """The first user turn, case and spacing aside: what the held-out split and exclusions go by."""
-    said = next(message.content for message in turns if message.role == "user")
-    return " ".join(said.lower().split())
-
-
-def is_heldout(turns: Messages, share: float) -> bool:
-    """Whether a conversation belongs to the held-out share; a larger share contains a smaller one."""
-    return digest("heldout", opening(turns)) < share * 2.0 ** 64
 
 
 def _import(config: Config, name: str, source: Source, excluded: set[str], seen: set[str],

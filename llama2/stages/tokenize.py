@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import lzma
 from pathlib import Path
 from typing import Any
 
@@ -52,11 +51,4 @@ def run(config: Config, run: Run) -> None:
                             "give a finished `llama2 clean` run (with heldout above 0)")
         total = {key: sum(one[key] for one in counts.values()) for key in ("documents", "tokens", "bytes")}
         summary[split] = {**total, "sources": counts}
-    summary["validation"]["xz_bits_per_byte"] = xz_bits_per_byte(config.documents / "heldout")
     run.write_json("summary.json", summary)
-
-
-def xz_bits_per_byte(directory: Path, most: int = 1 << 26) -> float:
-    """What `xz -9` makes of the held-out text (its first 64 MiB): the bar a language model should clear."""
-    text = "\n".join(document.text for document in read_documents(directory)).encode()[:most]
-    return 8 * len(lzma.compress(text, preset=9)) / len(text)

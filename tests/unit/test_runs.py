@@ -118,6 +118,33 @@ def test_a_run_that_has_done_nothing_may_be_corrected(tmp_path, source, capsys):
     assert "resuming" not in capsys.readouterr().err
 
 
+def fails(settings, made):
+    """A stage that makes one thing, a directory or a file, and is then refused."""
+    with pytest.raises(UserError, match=r"bad data|is no run directory"), runs.open_run("work", settings) as run:
+        _make(run.path / made)
+
+
+def _make(path):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.touch() if path.suffix else path.mkdir()
+    raise UserError("bad data")
+
+
+def test_a_run_that_failed_before_it_did_anything_leaves_nothing(tmp_path, source):
+    deep = config(tmp_path, a=source).model_copy(update={"out": tmp_path / "new/deep/out"})
+    fails(deep, "empty/folder")
+    assert not (tmp_path / "new").exists()
+    (tmp_path / "out").mkdir()
+    fails(config(tmp_path, a=source), "empty")
+    assert list((tmp_path / "out").iterdir()) == []
+    (tmp_path / "out/thesis.txt").write_text("years of work")
+    fails(config(tmp_path, a=source), "empty")
+    assert [file.name for file in (tmp_path / "out").iterdir()] == ["thesis.txt"]
+    fails(deep, "half.txt")
+    assert (tmp_path / "new/deep/out/half.txt").exists()
+    assert (tmp_path / "new/deep/out/manifest.json").exists()
+
+
 def test_an_interrupted_run_is_resumed_and_its_time_counted(tmp_path, capsys):
     def interrupted(settings):
         with runs.open_run("work", settings) as run:
