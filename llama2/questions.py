@@ -71,6 +71,16 @@ def system(row: Row) -> str:
     return row.text("system", "system_prompt", "system_message", "sys", optional=True)
 
 
+def category_of(row: Row, *keys: str) -> str:
+    """What kind of question it is, in the first of `keys` (`category`) that holds text; others are left unread."""
+    for key in keys or ("category",):
+        value = row.get(key)
+        if isinstance(value, str) and tidy(value):
+            return tidy(value)
+        row.asked.discard(key)
+    return ""
+
+
 def _system_turn(row: Row) -> Messages:
     said = system(row)
     return (Message("system", said),) if said else ()

@@ -94,6 +94,14 @@ def test_an_answer_that_is_no_text_is_refused(tmp_path, row, cause):
         dialogs(tmp_path, row)
 
 
+@pytest.mark.parametrize("value", [{"violence": True}, 7, ["a"]])
+def test_a_category_that_is_no_text_is_left_unread(tmp_path, value):
+    for row in ({"prompt": "q", "response": "r"}, {"instruction": "q", "output": "r"}):
+        read, tally = dialogs(tmp_path, row | {"category": value})
+        assert (read, dict(tally.notes["columns not read"])) == ([(("q", "r"), "all")], {"category": 1})
+    assert prompts(tmp_path, {"prompt": "q", "category": value})[0] == ["q"]
+
+
 @pytest.mark.parametrize("key", ["system", "system_prompt", "system_message"])
 def test_the_system_turn_is_read_in_every_layout(tmp_path, key):
     for row in ({"question": "q", "response": "r"}, {"instruction": "q", "output": "r"}, {"messages": turns("q", "r")}):
