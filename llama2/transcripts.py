@@ -25,9 +25,6 @@ TOOLS = frozenset({"tool", "tools", "function", "observation", "function_call", 
 _TEXT_PARTS = ("text", "input_text", "output_text")
 _SPEAKER = re.compile(r"(?:\A|\n\n)\s*(Human|Assistant):")
 _OPENING = re.compile(r"\A\s*Human:")
-_TEMPLATE = re.compile(
-    r"\A\s*(<\|(im_start|user|system|prompter|begin_of_text|start_header_id)\|>|<s>\s*\[INST\]|\[INST\]|### Human:"
-    r"|<start_of_turn>|<bos>)")
 _ALPACA = re.compile(r"### Instruction:\n(?P<instruction>.*?)(?:\n\n### Input:\n(?P<input>.*?))?\n\n### Response:\s*\Z",
                      re.DOTALL)
 
@@ -105,14 +102,8 @@ def transcript(text: str) -> Messages:
 
 
 def prompt(text: str) -> Messages:
-    """A prompt given as one text: a transcript, an Alpaca prompt with its wrapping, or what the user says.
-
-    ValueError for a conversation in the template of some model: its marks are no text.
-    """
+    """A prompt given as one text: a transcript, an Alpaca prompt with its wrapping, or what the user says."""
     text = tidy(text)
-    marked = _TEMPLATE.match(text)
-    if marked:
-        raise ValueError(f"the text is a conversation in a model's template ('{marked[1]}'): give its turns as a list")
     if is_transcript(text):
         turns = transcript(text)
         return turns[:-1] if turns[-1].role == "assistant" and not turns[-1].content else turns

@@ -16,7 +16,7 @@ from typing import Any
 from llama2 import marks
 from llama2.columns import is_filled
 from llama2.files import Row, tidy
-from llama2.questions import INSTRUCTIONS, asked, complete, system
+from llama2.questions import INSTRUCTIONS, asked, category_of, complete, system
 from llama2.records import Dialog, Message, Messages, check_roles, parse
 from llama2.tables import AUTO, Format, Reading, Skip, convert
 from llama2.tally import Tally
@@ -88,7 +88,7 @@ def _alpaca(row: Row) -> Iterator[Dialog]:
     turns = (*((Message("system", said),) if said else ()), *(turn for both in past for turn in both),
              Message("user", complete(row, row.text(*INSTRUCTIONS), True)),
              Message("assistant", row.text("output", "response")))
-    yield _dialog(turns, row.text("category", optional=True))
+    yield _dialog(turns, category_of(row))
 
 
 def _history(row: Row) -> list[list[str]]:
@@ -127,7 +127,7 @@ def _question_answer(row: Row) -> Iterator[Dialog]:
         raise row.error(f"'{key}' must be text or a list of turns, it is {type(answer).__name__}")
     if not isinstance(answer, (list, dict)):
         said = tidy(answer) if isinstance(answer, str) else row.text(key)
-        yield _dialog((*turns, Message("assistant", said)), row.text("category", optional=True))
+        yield _dialog((*turns, Message("assistant", said)), category_of(row))
         return
 
     answers, learnt = conversation(row, [answer] if isinstance(answer, dict) else answer)

@@ -1,5 +1,7 @@
 """Columns that nobody reads: those that change the meaning are refused by name, the others are counted."""
 
+import shlex
+
 import pytest
 from strangers import comparisons, dialogs, prompts, turns
 
@@ -21,6 +23,7 @@ def test_a_column_that_changes_the_meaning_is_refused_by_name(tmp_path, column):
         dialogs(tmp_path, row)
     read, tally = dialogs(tmp_path, row, malformed="skip")
     assert (read, dict(tally.skipped)) == ([], {f"column {column} would be lost": 1})
+    assert f"(--sources.NAME.ignore {shlex.quote(column)})" in tally.line()
     read, tally = dialogs(tmp_path, row, ignore=(column,))
     assert (read, tally.kept) == ([(("When?", "In 1746."), "all")], 1)
 

@@ -34,6 +34,8 @@ def test_reading_comprehension_puts_the_passage_before_the_question(tmp_path):
     ({"instruction": "Who?", "context": MILL}, f"Who?\n\n{MILL}"),
     ({"instruction": "Sum up.", "input": MILL}, f"Sum up.\n\n{MILL}"),
     ({"instruction": "", "input": "Only an input."}, "Only an input."),
+    ({"instruction": "What rhymes with cat?", "input": "cat"}, "What rhymes with cat?\n\ncat"),
+    ({"question": "What rhymes with cat?", "context": "cat"}, "cat\n\nWhat rhymes with cat?"),
     ({"prompt": f"Read: {MILL} Who?", "context": MILL}, f"Read: {MILL} Who?"),
 ])
 def test_a_prompt_holds_all_that_is_asked(tmp_path, row, said):
@@ -43,6 +45,12 @@ def test_a_prompt_holds_all_that_is_asked(tmp_path, row, said):
 def test_inputs_tell_prompts_apart(tmp_path):
     rows = [{"instruction": "Sum up.", "input": text} for text in ("One.", "Two.")]
     assert prompts(tmp_path, *rows)[0] == ["Sum up.\n\nOne.", "Sum up.\n\nTwo."]
+
+
+def test_a_passage_alone_asks_nothing(tmp_path):
+    for question in ("", None):
+        read, tally = prompts(tmp_path, {"question": question, "passage": MILL})
+        assert (read, dict(tally.skipped)) == ([], {"empty turn": 1})
 
 
 @pytest.mark.parametrize(("row", "cause"), [
@@ -84,6 +92,14 @@ def test_comparisons_have_inputs_and_contexts_too(tmp_path):
 def test_an_answer_that_is_no_text_is_refused(tmp_path, row, cause):
     with pytest.raises(UserError, match=f"rows.jsonl:1: {cause}"):
         dialogs(tmp_path, row)
+
+
+@pytest.mark.parametrize("value", [{"violence": True}, 7, ["a"]])
+def test_a_category_that_is_no_text_is_left_unread(tmp_path, value):
+    for row in ({"prompt": "q", "response": "r"}, {"instruction": "q", "output": "r"}):
+        read, tally = dialogs(tmp_path, row | {"category": value})
+        assert (read, dict(tally.notes["columns not read"])) == ([(("q", "r"), "all")], {"category": 1})
+    assert prompts(tmp_path, {"prompt": "q", "category": value})[0] == ["q"]
 
 
 @pytest.mark.parametrize("key", ["system", "system_prompt", "system_message"])
