@@ -49,6 +49,7 @@ class Targets(Config):
 
 
 State = Literal["reached", "not reached", "too few to tell"]
+ORDER: tuple[State, ...] = ("not reached", "too few to tell", "reached")
 FEW = 30  # values whose mean has no normal interval
 
 
@@ -78,8 +79,7 @@ def judge(interval: Interval, least: float = -math.inf, most: float = math.inf) 
 
 def together(states: Sequence[State]) -> State:
     """One state for several claims that must all hold."""
-    order: tuple[State, ...] = ("not reached", "too few to tell", "reached")
-    return min(states, key=order.index)
+    return min(states, key=ORDER.index)
 
 
 def exact(good: bool) -> State:
@@ -116,7 +116,7 @@ def _policy(kept: list[str], results: dict[str, Any], targets: Targets) -> Itera
         few = min(before["n"], after["n"]) < FEW
         yield Verdict(f"Helpfulness, {way}", f"+{targets.helpfulness_gain:.2f} or more",
                       f"{before['mean']:.3f} → {after['mean']:.3f}: {gain:+.3f}"
-                      + ("" if few else f" [{gain - half:+.3f}, {gain + half:+.3f}]"),
+                      + ("" if few else f" [{gain - half:+.3f},\u00a0{gain + half:+.3f}]"),
                       "too few to tell" if few else judge((gain - half, gain + half), targets.helpfulness_gain),
                       f"{after['n']:,} prompts")
     before, after = first["violations"], last["violations"]
@@ -125,7 +125,7 @@ def _policy(kept: list[str], results: dict[str, Any], targets: Targets) -> Itera
         factor = f"{before['rate'] / after['rate']:.1f}x fewer" if after["rate"] else "none left"
         yield Verdict(f"Violations, {way}", f"at least {targets.violation_factor:g}x fewer",
                       f"{percent(before['rate'])} → {percent(after['rate'])}: {factor} "
-                      f"[{fewer[0]:.1f}x, {fewer[1]:.1f}x]", judge(fewer, targets.violation_factor),
+                      f"[{fewer[0]:.1f}x,\u00a0{fewer[1]:.1f}x]", judge(fewer, targets.violation_factor),
                       f"{after['n']:,} prompts")
     before, after = first["false_refusals"], last["false_refusals"]
     if before["n"] and after["n"]:
@@ -139,11 +139,11 @@ def _policy(kept: list[str], results: dict[str, Any], targets: Targets) -> Itera
 
 def _points(value: float, interval: Interval) -> str:
     low, high = (100 * end for end in interval)
-    return f"{100 * value:+.1f} points [{low:+.1f}, {high:+.1f}]"
+    return f"{100 * value:+.1f} points [{low:+.1f},\u00a0{high:+.1f}]"
 
 
 def _share(one: Mapping[str, Any], key: str = "rate") -> str:
-    return f"{percent(one[key])} [{100 * one['low']:.0f}, {100 * one['high']:.0f}]"
+    return f"{percent(one[key])} [{100 * one['low']:.0f},\u00a0{100 * one['high']:.0f}]"
 
 
 def _win_rates(recipe: Recipe, kept: list[str], targets: Targets) -> Iterator[Verdict]:
@@ -162,13 +162,14 @@ def _predecessors(recipe: Recipe, kept: list[str], targets: Targets) -> Iterator
     if not rows:
         return
     nets = [net_wins(row["wins"], row["losses"], row["ties"]) for row in rows]
-    worst = min(range(len(rows)), key=lambda place: nets[place][0])
+    states = [judge(net, -targets.drop) for net in nets]
+    worst = min(range(len(rows)), key=lambda place: (ORDER.index(states[place]), nets[place][0]))
     row, count = rows[worst], sum(rows[worst][key] for key in ("wins", "losses", "ties"))
     yield Verdict("No kept version falls below its predecessor",
                   f"losses beyond wins on at most {100 * targets.drop:g} % of prompts",
-                  f"least certain: {row['version']}, {_AXIS[row['axis']]}, {row['wins']} won, {row['losses']} lost: "
+                  f"weakest: {row['version']}, {_AXIS[row['axis']]}, {row['wins']} won, {row['losses']} lost: "
                   f"{_points((row['wins'] - row['losses']) / count, nets[worst])}",
-                  together([judge(net, -targets.drop) for net in nets]),
+                  together(states),
                   f"{count:,} prompts, {len(rows)} comparisons")
 
 

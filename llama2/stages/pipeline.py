@@ -33,7 +33,7 @@ from llama2.config import StageConfig, build
 from llama2.errors import UserError, did_you_mean
 from llama2.records import dump
 from llama2.stages import launch
-from llama2.stages.planning import Cluster, Lineage
+from llama2.stages.planning import Cluster, Lineage, total
 
 _REFERENCE = re.compile(r"\$\{([A-Za-z0-9_]+)\}")
 
@@ -128,7 +128,7 @@ def plan(recipe: Config, cluster: Cluster, lineage: Lineage) -> dict[str, Any]:
         resolved[name] = config.model_dump(mode="json")
         described[name] = {"verb": step.verb, "needs": sorted(step.needs),
                            **(module.plan(config, machines, lineage) if hasattr(module, "plan") else {})}
-    return {"steps": resolved, "plan": described}
+    return {"steps": resolved, "plan": described, "total": total(described)}
 
 
 def run(recipe: Config) -> None:
