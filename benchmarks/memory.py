@@ -123,9 +123,9 @@ def make(root: Path) -> Path:
 
 
 def _long(tokenizer: Tokenizer, index: int) -> str:
-    """A text whose prompt has as many tokens as wanted, or a few fewer."""
+    """A text whose prompt has as many tokens as wanted, or a few fewer; another for each index."""
     words = WORDS.split()
-    text = words[index % len(words)]
+    text = f"{index} {words[index % len(words)]}"
     while len(encode_prompt(tokenizer, (Message("user", f"{text} {words[len(text) % len(words)]}"),))) <= PROMPT_TOKENS:
         text += f" {words[len(text) % len(words)]}"
     return text

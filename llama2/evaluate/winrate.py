@@ -1,9 +1,15 @@
-"""Win rates with ties removed and their 95 % interval (§3.4, Figures 2 and 11)."""
+"""Win rates with ties removed, and 95 % intervals of what an evaluation counts (§3.4, Figures 2 and 11).
+
+Shares: Wilson. Differences and ratios of two shares are made of two Wilson intervals: Newcombe's method 10 (Statistics
+in Medicine 17, 1998), and Donner and Zou's MOVER-R (Statistical Methods in Medical Research 21, 2012). Wins less losses
+on the same prompts: the paired interval of Agresti and Min (Statistics in Medicine 24, 2005), half a case added to each
+of four cells.
+"""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -52,6 +58,37 @@ def proportion(successes: int, trials: int) -> dict[str, Any]:
     """A rate with its size and interval: {"rate", "n", "low", "high"}; the rate is None without trials."""
     low, high = wilson(successes, trials)
     return {"rate": successes / trials if trials else None, "n": trials, "low": low, "high": high}
+
+
+Interval = tuple[float, float]
+
+
+def share_difference(after: Mapping[str, Any], before: Mapping[str, Any]) -> Interval:
+    """The interval of after - before, two `proportion`s of prompts that need not be the same."""
+    gain = after["rate"] - before["rate"]
+    down = math.hypot(after["rate"] - after["low"], before["high"] - before["rate"])
+    up = math.hypot(after["high"] - after["rate"], before["rate"] - before["low"])
+    return gain - down, gain + up
+
+
+def share_ratio(before: Mapping[str, Any], after: Mapping[str, Any]) -> Interval:
+    """The interval of before / after, two `proportion`s: how many times fewer cases there are now. It is (0, inf) where
+    there were none and are none."""
+    p, q = before["rate"], after["rate"]
+    # Each end solves a quadratic in the ratio r: edge · r² - 2 p q r + room = 0.
+    low_edge, high_edge = (after[end] * (2 * q - after[end]) for end in ("high", "low"))
+    low_room, high_room = (before[end] * (2 * p - before[end]) for end in ("low", "high"))
+    low = low_room / (p * q + math.sqrt((p * q) ** 2 - low_room * low_edge)) if low_room else 0.0
+    root = math.sqrt(max(0.0, (p * q) ** 2 - high_room * high_edge))
+    return low, (p * q + root) / high_edge if high_edge > 0 else math.inf
+
+
+def net_wins(wins: int, losses: int, ties: int) -> Interval:
+    """The interval of (wins - losses) / comparisons: by how much more of all prompts one version is better on than the
+    other is. Ties count as comparisons, so that many of them make a small difference certain."""
+    count, gain = wins + losses + ties + 2, wins - losses
+    half = Z95 * math.sqrt(wins + losses + 1 - gain**2 / count) / count
+    return gain / count - half, gain / count + half
 
 
 def mean_interval(values: Sequence[float]) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from llama2.records import DEGREES
 from llama2.release import markdown as md
 from llama2.release.lineage import Lineage
 from llama2.release.measured import UNSAFE_BELOW, Category, Measured
-from llama2.release.verdicts import accuracies
+from llama2.release.verdicts import BASELINES, accuracies
 
 AXES = {"helpful": "helpfulness", "safe": "harmlessness"}
 NOTHING = "**Not measured.** No evaluation beside this run compares it with anything."
@@ -158,14 +158,16 @@ def _pretraining(lineage: Lineage) -> str:
 
 def _rewards(lineage: Lineage) -> str:
     """Accuracy on held-out comparisons of the reward models the model was made with (Table 8)."""
-    rows = [(md.text(stage.name), md.text(name), *(_accuracy(by.get(degree)) for degree in (*DEGREES, "all")))
+    rows = [(md.text(stage.name), md.text(name), *(_accuracy(by.get(degree)) for degree in (*DEGREES, "all")),
+             *(_accuracy(by.get("baselines", {}).get(key)) for key in BASELINES))
             for stage in lineage.of("reward") for name, by in sorted(accuracies(stage.step).items())]
+    degrees = (f"{degree} better" if degree != "better" else degree for degree in DEGREES)
     return md.document(
         "### The reward models it was made with",
         "Share of held-out comparisons in which the preferred answer scores higher, by how much better it is. Half is "
-        "what guessing gets.",
-        md.table(("Reward model", "Comparisons", *(f"{degree} better" if degree != "better" else degree
-                                                   for degree in DEGREES), "all"), rows, (0, 1))) if rows else ""
+        "what guessing gets. Beside it, on the same comparisons, judges that understand nothing: one takes the longer "
+        "answer (for safety the shorter), one weighs words without their order.",
+        md.table(("Reward model", "Comparisons", *degrees, "all", *BASELINES.values()), rows, (0, 1))) if rows else ""
 
 
 def _accuracy(one: Mapping[str, Any] | None) -> str:

@@ -184,19 +184,33 @@ def _families(evaluation: Mapping[str, Any]) -> Html:
 
 
 def _selections(recipe: Recipe) -> Html:
-    """Which candidates were kept, which were not, and why."""
+    """Which candidates were kept, which were not, why, and whether chance may have decided."""
     rows = []
     for one in recipe.selections:
-        won = {kind: row["rate"] for kind, row in (one.get("win_rate") or {}).items()}
-        kept = one.get("kept") == "candidate"
-        rows.append((one.get("candidate", ""), one.get("predecessor", ""),
-                     chip("kept", "good") if kept else chip("not kept", "bad"),
-                     ", ".join(f"{kind} {percent(rate, 0) or 'all ties'}" for kind, rate in won.items()),
+        won: Mapping[str, Mapping[str, Any]] = one.get("win_rate") or {}
+        kept = chip("kept", "good") if one.get("kept") == "candidate" else chip("not kept", "bad")
+        low, high = (won.get("all", {}).get(end) for end in ("low", "high"))
+        if low is not None and high is not None and low <= one.get("needed", 0.5) <= high:
+            kept = join([kept, chip("too few to tell", "few")])
+        rows.append((one.get("candidate", ""), one.get("predecessor", ""), kept,
+                     Html("<br>".join(f"{esc(kind)} {_decided(row)}" for kind, row in won.items())),
                      one.get("reason", "")))
     if not rows:
         return Html("")
     return join([Html("<h3>Versions that were kept, and those that were not</h3>"),
-                 table(("Candidate", "Predecessor", "", "Wins, ties removed", "Reason"), rows, words=range(5))])
+                 table(("Candidate", "Predecessor", "", "Wins, ties removed", "Reason"), rows, words=range(5),
+                       note="In brackets: the 95 % interval. Too few to tell: it holds the share that was needed, so "
+                            "another choice of prompts might have decided otherwise.")])
+
+
+def _decided(row: Mapping[str, Any]) -> str:
+    """A win rate with its interval and what it stands on."""
+    ties = f"{row['ties']:,} ties" if row.get("ties") else ""
+    if row.get("rate") is None:
+        return ties or "all ties"
+    interval = f" [{100 * row['low']:.0f}, {100 * row['high']:.0f}]" if "low" in row and "high" in row else ""
+    count = f" of {row['wins'] + row['losses']:,}" if "wins" in row and "losses" in row else ""
+    return f"{percent(row['rate'], 0)}{interval}{count}" + (f", {ties}" if ties else "")
 
 
 def distributions(recipe: Recipe) -> Html:

@@ -57,7 +57,7 @@ def table(headers: Sequence[Any], rows: Sequence[Sequence[Any]], words: Sequence
 
 
 def chip(text: str, kind: str) -> Html:
-    """A small coloured label; `kind` is good, bad or plain."""
+    """A small coloured label; `kind` is good, bad, few (too few to tell) or plain."""
     return Html(f'<span class="chip {kind}">{esc(text)}</span>')
 
 
@@ -141,6 +141,7 @@ STYLE = """
   --font: system-ui, -apple-system, "Segoe UI", Roboto, "Helvetica Neue", "Noto Sans", "DejaVu Sans", sans-serif;
   --paper: #fdfdfc; --card: #ffffff; --ink: #1c2126; --faint: #626b75; --grid: #d9dde2; --soft: #f2f4f6;
   --accent: #1f5f9e; --good: #1a7347; --good-soft: #e2f3e9; --bad: #a8321f; --bad-soft: #fbe6e1;
+  --few: #7a5600; --few-soft: #faf0d2;
   --s1: #1f6cb0; --s2: #c8590f; --s3: #1f8a5b; --s4: #8d3f9c;
   --s5: #96700a; --s6: #1391a5; --s7: #bd2f53; --s8: #5f6873;
 }
@@ -148,6 +149,7 @@ STYLE = """
   :root {
     --paper: #14171a; --card: #1b1f23; --ink: #e4e8ec; --faint: #9aa4ae; --grid: #363d44; --soft: #22272c;
     --accent: #7db4ea; --good: #6fd09c; --good-soft: #17392a; --bad: #f2937f; --bad-soft: #47211a;
+    --few: #e3c16b; --few-soft: #3b3014;
     --s1: #6aaeea; --s2: #f0914f; --s3: #59c795; --s4: #c98ad6;
     --s5: #d9b24a; --s6: #52c5d6; --s7: #f07a98; --s8: #9aa4ae;
   }
@@ -195,6 +197,7 @@ tbody tr:last-child td { border-bottom: 0; }
   white-space: nowrap; background: var(--soft); color: var(--faint); }
 .chip.good { background: var(--good-soft); color: var(--good); }
 .chip.bad { background: var(--bad-soft); color: var(--bad); }
+.chip.few { background: var(--few-soft); color: var(--few); }
 details { margin: 10px 0; border: 1px solid var(--grid); border-radius: 8px; background: var(--card); }
 summary { cursor: pointer; padding: 9px 14px; font-weight: 600; font-size: 0.94rem; overflow-wrap: anywhere; }
 details > :not(summary) { margin-left: 14px; margin-right: 14px; }

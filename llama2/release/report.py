@@ -50,7 +50,8 @@ def render(recipe: Recipe, config: Config) -> str:
     """The page about a recipe."""
     name = config.title or f"Llama 2 recipe: {recipe.path.resolve().name}"
     sections = [
-        page.section("summary", "", "Summary", verdicts.render(verdicts.verdicts(recipe, config.targets))),
+        page.section("summary", "", "Summary", verdicts.render(verdicts.verdicts(recipe, config.targets)),
+                     _warnings(recipe)),
         training.data(recipe), training.pretraining(recipe), training.fine_tuning(recipe),
         training.preferences(recipe), training.reward_models(recipe), training.rejection(recipe),
         training.ppo(recipe), outcome.ghost(recipe), outcome.versions(recipe), outcome.safety(recipe),
@@ -58,6 +59,14 @@ def render(recipe: Recipe, config: Config) -> str:
     body = page.Html(figures.number_ids(page.join(sections)))
     contents = re.findall(r'<section id="([\w-]+)"><h2>(?:<span[^>]*>[^<]*</span>)?([^<]*)</h2>', body)
     return page.document(name, _subtitle(recipe), contents, body)
+
+
+def _warnings(recipe: Recipe) -> page.Html:
+    """What makes a run worth less than its figures, in the run's own words."""
+    rows = [(step.name, line) for step in recipe.steps for line in step.warnings]
+    if not rows:
+        return page.Html("")
+    return page.join([page.Html("<h3>Warnings</h3>"), page.table(("Run", "What it warned of"), rows, words=(0, 1))])
 
 
 def _subtitle(recipe: Recipe) -> str:

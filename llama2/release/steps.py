@@ -59,6 +59,12 @@ class Step:
         return self.read("summary.json")
 
     @cached_property
+    def warnings(self) -> list[str]:
+        """What the user was warned of while it ran."""
+        found = read_json(self.path / "warnings.json")
+        return [str(line) for line in found] if isinstance(found, list) else []
+
+    @cached_property
     def seconds(self) -> float | None:
         """How long the run took, interruptions left out; None while it is unfinished."""
         return self.read(COMPLETE).get("seconds")

@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from llama2.errors import UserError
 from llama2.tokenizer.tokenizer import Tokenizer
 
 _RANDOM = 200
@@ -95,7 +96,7 @@ def _differences(one: Tokenizer, other: Tokenizer, items: int, found: list[str])
 def _refuses(tokenizer: Tokenizer, text: str) -> bool:
     try:
         tokenizer.encode(text)
-    except (TypeError, UnicodeError):
+    except UserError:
         return True
     return False
 

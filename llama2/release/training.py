@@ -29,7 +29,7 @@ from llama2.release.page import (
     talk,
 )
 from llama2.release.steps import Recipe, Step
-from llama2.release.verdicts import accuracies, axis_of, own_set
+from llama2.release.verdicts import BASELINES, accuracies, axis_of, own_set
 
 Part = Html
 
@@ -194,23 +194,32 @@ def _shares(counts: Mapping[str, float]) -> dict[str, float]:
 
 def reward_models(recipe: Recipe) -> Part:
     """§3.2.2: accuracy on held-out pairs by degree, beside Table 8."""
-    charts, rows = [], []
+    charts: list[Html] = []
+    rows: list[list[Any]] = []
     for step in recipe.of("reward"):
         own = own_set(step)
         for name, by in accuracies(step).items():
-            rows.append([f"{step.name} on {name}", *(_share(by.get(degree)) for degree in (*DEGREES, "all"))])
+            known = by.get("baselines", {})
+            rows.append([f"{step.name} on {name}", *(_share(by.get(degree)) for degree in (*DEGREES, "all")),
+                         *(_share(known.get(key)) for key in BASELINES)])
             printed = paper.REWARD_ACCURACY.get(axis_of(step.name) or "", {}).get(axis_of(name) or "")
             if printed:
-                rows.append([Html("<i>paper, 70B, Table 8</i>"), *(percent(share) for share in printed)])
+                rows.append([Html("<i>paper, 70B, Table 8</i>"), *(percent(share) for share in printed), "", ""])
             if name == own:
                 charts.append(_degrees(step, name, by, printed))
         curve = _curve(step, "reward/accuracy", f"{step.name}: accuracy on training pairs")
         charts += [curve] if curve else []
     if not rows and not charts:
         return Html("")
-    headers = ("Reward model on held-out set", *(f"{degree}" for degree in DEGREES), "all")
+    headers = ["Reward model on held-out set", *DEGREES, "all", "by length", "bag of words"]
+    if not any(row[-1] or row[-2] for row in rows):  # runs of an earlier version measured no baselines
+        headers, rows = headers[:-2], [row[:-2] for row in rows]
     return section("reward", "§3.2.2", "Reward models", table(headers, rows) if rows else Html(""), figures(*charts),
                    paragraph("Accuracy: the preferred answer scores higher. Small figures: number of pairs; whiskers: "
+                             "95 % (Wilson). Beside it, on all pairs of the set, judges that understand nothing: one "
+                             "takes the longer answer (for safety the shorter), one weighs words without their order, "
+                             "learnt from the same pairs." if len(headers) > len(DEGREES) + 2 else
+                             "Accuracy: the preferred answer scores higher. Small figures: number of pairs; whiskers: "
                              "95 % (Wilson).", "note"))
 
 

@@ -23,7 +23,7 @@ from llama2.errors import UserError, did_you_mean
 from llama2.records import dump
 from llama2.stages import launch
 from llama2.stages.board import Board
-from llama2.stages.planning import Cluster, Lineage
+from llama2.stages.planning import Cluster, Lineage, total
 from llama2.stages.recipe import Config, Step, check_inputs, referred_to, steps_of
 
 __all__ = ["Config", "plan", "run"]
@@ -39,7 +39,7 @@ def plan(recipe: Config, cluster: Cluster, lineage: Lineage) -> dict[str, Any]:
         resolved[name] = config.model_dump(mode="json")
         described[name] = {"verb": step.verb, "needs": sorted(step.needs),
                            **(module.plan(config, machines, lineage) if hasattr(module, "plan") else {})}
-    return {"steps": resolved, "plan": described}
+    return {"steps": resolved, "plan": described, "total": total(described)}
 
 
 def run(recipe: Config) -> int:

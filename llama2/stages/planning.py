@@ -229,6 +229,16 @@ def flops_per_token(config: LlamaConfig, length: float, scalar: bool = False) ->
     return 6.0 * (config.parameters() - unused + config.num_hidden_layers * config.hidden_size * length)
 
 
+def total(plans: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+    """What all steps of a recipe come to: GPU-hours where they are known, and the steps that do not fit."""
+    hours = {name: plan["gpu_hours"] for name, plan in plans.items() if "gpu_hours" in plan}
+    tight = {name: {"gib": plan["memory_per_rank_gib"]["together"], "fewest_ranks": plan["fewest_ranks"]}
+             for name, plan in plans.items() for key, fits in plan.items() if key.startswith("fits_") and not fits}
+    return {"gpu_hours": _rounded(sum(hours.values())), "gpu_hours_unknown_of": [
+        name for name, plan in plans.items() if name not in hours and "memory_per_rank_gib" in plan],
+        "do_not_fit": tight}
+
+
 # --- stages that sample ----------------------------------------------------------------------------------------------
 
 def sampling_plan(policies: Sequence[LlamaConfig | None], scorers: Sequence[LlamaConfig | None], sample: Sample,

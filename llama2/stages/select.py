@@ -169,13 +169,15 @@ def judge(config: Config, kinds: Sequence[str], preferred: Sequence[float]) -> d
         here = [value for value, its in zip(preferred, kinds) if its == kind]
         by_kind[kind] = compare(here, [0.0] * len(here))
     reasons = []
-    if (overall.rate or 0.0) <= config.win_rate:
-        reasons.append(f"it wins {overall.rate or 0:.0%} of decided comparisons, {config.win_rate:.0%} are needed")
+    if overall.rate is None:
+        reasons.append(f"all {overall.ties} comparisons are ties")
+    elif overall.rate <= config.win_rate:
+        reasons.append(f"it wins {overall.rate:.0%} of decided comparisons, {config.win_rate:.0%} are needed")
     reasons += [f"on {kind} prompts it wins {found.rate:.0%}, {config.worst_kind:.0%} are needed"
                 for kind, found in by_kind.items() if found.rate is not None and found.rate <= config.worst_kind
                 and wilson(found.wins, found.wins + found.losses)[1] < 0.5]
     return {"kept": "predecessor" if reasons else "candidate",
-            "reason": "; ".join(reasons) or "it beats its predecessor",
+            "reason": "; ".join(reasons) or "it beats its predecessor", "needed": config.win_rate,
             "win_rate": {"all": overall.as_json(), **{kind: found.as_json() for kind, found in by_kind.items()}}}
 
 

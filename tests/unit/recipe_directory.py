@@ -134,8 +134,9 @@ def _accuracy() -> dict[str, Any]:
     def one(share: float) -> dict[str, float]:
         return {"accuracy": share, "n": 200, "low": share - 0.04, "high": min(1.0, share + 0.04)}
 
-    helpful = dict(zip((*DEGREES, "all"), map(one, (0.93, 0.80, 0.66, 0.54, 0.74))))
-    return {"helpful": helpful, "safe": {**helpful, "significantly": one(0.85)}}
+    helpful: dict[str, Any] = dict(zip((*DEGREES, "all"), map(one, (0.95, 0.80, 0.66, 0.54, 0.74))))
+    baselines = {"longer": one(0.61), "bag_of_words": one(0.72)}
+    return {"helpful": {**helpful, "baselines": baselines}, "safe": {**helpful, "significantly": one(0.80)}}
 
 
 def _attention(rng: random.Random) -> dict[str, Any]:

@@ -2,13 +2,23 @@
 
 from __future__ import annotations
 
+import math
 import random
 
 import pytest
 
 from llama2.evaluate import summary
 from llama2.evaluate.judges import kind_of, truth, truth_score
-from llama2.evaluate.winrate import compare, correlation, mean_interval, proportion, wilson
+from llama2.evaluate.winrate import (
+    compare,
+    correlation,
+    mean_interval,
+    net_wins,
+    proportion,
+    share_difference,
+    share_ratio,
+    wilson,
+)
 from llama2.generate.dialogue import Answer
 from llama2.generate.engine import Completion
 from llama2.microworld.rater import Rating
@@ -39,6 +49,39 @@ def test_wilson_covers_the_truth_in_about_95_of_100() -> None:
         low, high = wilson(hits, 50)
         covered += low <= 0.8 <= high
     assert 925 <= covered <= 975
+
+
+def test_difference_of_shares_matches_published_values() -> None:
+    low, high = share_difference(proportion(56, 70), proportion(48, 80))  # Newcombe 1998, method 10
+    assert (round(low, 4), round(high, 4)) == (0.0524, 0.3339)
+    assert share_difference(proportion(0, 2), proportion(0, 2)) == pytest.approx((-0.6576, 0.6576), abs=1e-4)
+
+
+def test_intervals_of_pairs_and_ratios_cover_the_truth_in_about_95_of_100() -> None:
+    rng = random.Random(0)
+    pairs = ratios = 0
+    for _ in range(1000):
+        drawn = [rng.random() for _ in range(150)]
+        wins, losses = sum(one < 0.10 for one in drawn), sum(0.10 <= one < 0.16 for one in drawn)
+        low, high = net_wins(wins, losses, 150 - wins - losses)
+        pairs += low <= 0.04 <= high
+        before, after = (sum(rng.random() < share for _ in range(150)) for share in (0.36, 0.12))
+        low, high = share_ratio(proportion(before, 150), proportion(after, 150))
+        ratios += low <= 3.0 <= high
+    assert 925 <= pairs <= 980
+    assert 925 <= ratios <= 980
+
+
+def test_nothing_of_nothing_says_nothing() -> None:
+    assert share_ratio(proportion(0, 2), proportion(0, 2)) == (0.0, math.inf)
+    low, high = share_ratio(proportion(2, 2), proportion(0, 2))
+    assert low < 3
+    assert high == math.inf
+    assert share_ratio(proportion(0, 20), proportion(5, 20))[0] == 0.0
+    assert share_ratio(proportion(48, 150), proportion(0, 150))[0] > 8
+    low, high = net_wins(0, 0, 2)
+    assert low < -0.4
+    assert high > 0.4
 
 
 def test_win_rate_leaves_out_ties() -> None:

@@ -18,7 +18,8 @@ from llama2.model.llama import Llama, LlamaConfig
 from llama2.model.scorer import Scorer
 from llama2.model.sizes import SIZES
 from llama2.records import dump
-from llama2.stages import launch, pipeline, ppo, pretrain, reward, sft
+from llama2.stages import evaluate, launch, pipeline, ppo, pretrain, reward, select, sft
+from llama2.stages.answers import load_judge
 from llama2.stages.planning import (
     Cluster,
     Lineage,
@@ -27,6 +28,7 @@ from llama2.stages.planning import (
     flops_per_token,
     layer_bytes,
     repeated_bytes,
+    scorer_bytes,
 )
 from llama2.stages.training import Training
 from llama2.train.objectives import next_token
@@ -219,6 +221,43 @@ def test_the_judge_of_ppo_takes_the_place_of_the_reward_models():
     assert whole({"helpful": "h"}) == whole(None)
     large, small = (Tower(SIZES[size], scalar=True).parameters for size in ("70b", "7b"))
     assert whole({"helpful": "large"}) - whole(None) == pytest.approx(2 * (large - 2 * small) / 2**30, rel=0.01)
+
+
+def test_judging_needs_the_largest_model_not_their_sum():
+    lineage = Lineage({Path(name): SIZES["7b"] for name in ("a", "b", "h", "s")})
+    judges = {"helpful": "h", "safe": "s"}
+    one = evaluate.Config(out="x", versions={"A": "a", "B": "b"}, prompts="p", rewards=judges)
+    other = select.Config(out="x", candidate="b", predecessor="a", prompts="p", rewards=judges,
+                          sample={"max_tokens": 256, "slots": 128})
+    for found in (evaluate.plan(one, Cluster(), lineage), select.plan(other, Cluster(), lineage)):
+        memory = found["memory_per_rank_gib"]
+        weights = 2 * PARAMETERS["7b"] / 2**30
+        assert memory["version"]["weights"] == pytest.approx(weights, rel=1e-2)
+        assert memory["version"]["cache"] == pytest.approx(128 * 512 * 2 * 32 * 4096 * 2 / 2**30, rel=1e-2)
+        judge = 2 * 6_607_077_376 - 4096 * 32000 * 2 + 4 * 32000 * 4096  # matrices in bf16, embeddings in fp32
+        assert memory["judge"]["weights"] == pytest.approx(judge / 2**30, rel=1e-2)
+        assert memory["together"] == pytest.approx(sum(memory["version"].values()), rel=1e-2)
+        assert found["fits_80_gib"]
+    whole = evaluate.plan(one.model_copy(update={"ghost": Path("g")}), Cluster(), lineage)
+    cache = whole["memory_per_rank_gib"]["version"]["cache"]
+    assert cache == pytest.approx(128 * 4096 * 2 * 32 * 4096 * 2 / 2**30, rel=1e-2)  # dialogs fill the context
+    assert not whole["fits_80_gib"]
+
+
+def test_reward_models_are_planned_as_they_are_loaded(tmp_path, scorers):
+    for precision in ("bf16", "fp32"):
+        judge = load_judge(scorers[0], precision)
+        alive = sum(parameter.numel() * parameter.element_size() for parameter in judge.parameters())
+        assert scorer_bytes([judge.config], precision) == alive
+
+
+def test_a_recipe_has_a_total():
+    found = planned(RECIPES / "7b" / "recipe.yaml", ranks=64)
+    assert found["total"]["gpu_hours"] == pytest.approx(found["plan"]["pretrain"]["gpu_hours"], rel=0.2)
+    assert "distill" in found["total"]["gpu_hours_unknown_of"]
+    seventy = planned(RECIPES / "70b" / "recipe.yaml", ranks=64)["total"]["do_not_fit"]
+    assert {"rejection1", "v5_ppo"} <= set(seventy)
+    assert "pretrain" not in seventy
 
 
 def test_what_every_rank_holds_whole_no_number_of_ranks_helps():

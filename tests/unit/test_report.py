@@ -14,11 +14,12 @@ from recipe_directory import EVIL, make
 
 from llama2.config import build
 from llama2.errors import UserError
+from llama2.evaluate.winrate import WinRate, mean_interval, proportion
 from llama2.release import report
 from llama2.release.figures import Series, lines
 from llama2.release.page import clock, esc, number, percent, short
 from llama2.release.steps import read_recipe
-from llama2.release.verdicts import Targets, verdicts
+from llama2.release.verdicts import Targets, Verdict, verdicts
 from llama2.runs import open_run
 
 VOID = {"meta", "br", "img", "link", "use", "path", "image"}
@@ -122,38 +123,128 @@ def test_rejected_version_is_named_with_its_reason(page: str) -> None:
     assert "raise beta" in page
 
 
+def judged(recipe: Path, targets: Targets | None = None) -> dict[str, Verdict]:
+    return {verdict.what: verdict for verdict in verdicts(read_recipe(recipe), targets or Targets())}
+
+
 def test_verdicts(recipe: Path) -> None:
-    found = {verdict.what: verdict for verdict in verdicts(read_recipe(recipe), Targets(minutes=10))}
+    found = judged(recipe, Targets(minutes=10))
     assert found["Helpfulness, SFT → V2"].good  # V3 was not kept
+    assert found["Helpfulness, SFT → V2"].count == "120 prompts"
     assert found["Violations, SFT → V2"].good
     assert found["Reward model reward-helpful, by degree of preference"].good
-    assert not found["Reward model reward-safe, by degree of preference"].good
+    assert found["Reward model reward-safe, by degree of preference"].state == "not reached"
     assert found["Held-out text, bits per byte (pretrain)"].good
-    assert found["Instruction obeyed at turns 2/4/6"].good
-    assert not found["Time for the whole recipe"].good
-    strict = Targets(helpfulness_gain=0.9, win_rate=1.0, violation_factor=1e6)
-    bad = {verdict.what for verdict in verdicts(read_recipe(recipe), strict) if not verdict.good}
-    assert {"Helpfulness, SFT → V2", "Violations, SFT → V2", "Win rate of V2 against SFT, ties removed"} <= bad
+    assert found["Time for the whole recipe"].state == "not reached"
+    bad = judged(recipe, Targets(helpfulness_gain=0.9, win_rate=0.999, violation_factor=1e6))
+    for what in ("Helpfulness, SFT → V2", "Violations, SFT → V2", "Win rate of V2 against SFT, ties removed"):
+        assert not bad[what].good
+
+
+def test_an_interval_that_holds_the_target_decides_nothing(tmp_path: Path) -> None:
+    root = make(tmp_path / "demo")
+    path = root / "evaluate" / "evaluation.json"
+    content = json.loads(path.read_text())
+
+    def with_violations(before: tuple[int, int], after: tuple[int, int]) -> Verdict:
+        for version, (count, of) in (("SFT", before), ("V2", after)):
+            content["results"][version]["truth"]["violations"] = proportion(count, of)
+        path.write_text(json.dumps(content))
+        return judged(root)["Violations, SFT → V2"]
+
+    nothing = with_violations((0, 2), (0, 2))
+    assert (nothing.state, nothing.count) == ("too few to tell", "2 prompts")
+    assert with_violations((2, 2), (0, 2)).state == "too few to tell"
+    assert with_violations((48, 150), (16, 150)).state == "too few to tell"  # 3.0x, by chance more or less
+    assert with_violations((55, 150), (9, 150)).state == "reached"
+    assert with_violations((48, 150), (0, 150)).state == "reached"
+    assert with_violations((48, 150), (45, 150)).state == "not reached"
+    content["results"]["V2"]["truth"]["helpfulness"] = mean_interval([1.0, 1.0])
+    path.write_text(json.dumps(content))
+    assert judged(root)["Helpfulness, SFT → V2"].state == "too few to tell"
+
+
+def test_ghost_attention_needs_enough_dialogs(tmp_path: Path) -> None:
+    root = make(tmp_path / "demo")
+    path = root / "evaluate" / "evaluation.json"
+    content = json.loads(path.read_text())
+    states = []
+    for obeyed, of in ((60, 60), (200, 200), (30, 60)):
+        content["results"]["V2"]["ghost"]["user"] = [proportion(obeyed, of)] * 6
+        content["results"]["SFT"]["ghost"]["user"] = [proportion(of, of), *[proportion(0, of)] * 5]
+        path.write_text(json.dumps(content))
+        states.append(judged(root)["Instruction obeyed at turns 2/4/6"].state)
+    assert states == ["too few to tell", "reached", "not reached"]
+
+
+def test_a_reward_model_stands_beside_its_baselines(recipe: Path, page: str, tmp_path: Path) -> None:
+    verdict = judged(recipe)["Reward model reward-helpful beside its baselines"]
+    assert verdict.state == "too few to tell"  # 74 % of 200 is not beyond a bag of words at 72 %
+    assert "bag of words 72.0" in verdict.reached
+    assert "Reward model reward-safe beside its baselines" not in judged(recipe)
+    assert "bag of words" in page
+    old = make(tmp_path / "old")
+    for step in ("reward-helpful", "reward-safe"):
+        path = old / step / "accuracy.json"
+        sets = json.loads(path.read_text())["sets"]
+        for one in sets.values():
+            one.pop("baselines", None)
+        path.write_text(json.dumps(sets))  # and not yet below "sets"
+    assert "bag of words" not in report.render(read_recipe(old), build(report.Config, {
+        "out": tmp_path / "o", "recipe": str(old)}))
+
+
+def test_warnings_of_runs_are_shown(tmp_path: Path) -> None:
+    root = make(tmp_path / "demo")
+    (root / "sft" / "warnings.json").write_text(json.dumps(["2 steps: fewer than 50", EVIL]))
+    shown = report.render(read_recipe(root), build(report.Config, {"out": tmp_path / "o", "recipe": str(root)}))
+    assert "2 steps: fewer than 50" in shown
+    assert str(esc(EVIL)) in shown
+    assert EVIL not in shown
+
+
+def test_decisions_show_what_they_stand_on(tmp_path: Path) -> None:
+    root = make(tmp_path / "demo")
+    rows = {"all": WinRate(12, 8, 20), "ghost": WinRate(0, 1, 39)}
+    (root / "select" / "verdict.json").write_text(json.dumps({
+        "candidate": "ppo", "predecessor": "v2", "kept": "candidate", "reason": "it beats its predecessor",
+        "win_rate": {kind: row.as_json() for kind, row in rows.items()}}))
+    shown = report.render(read_recipe(root), build(report.Config, {"out": tmp_path / "o", "recipe": str(root)}))
+    assert "all 60\u00a0% [39, 78] of 20, 20 ties" in shown
+    assert "ghost 0\u00a0% [0, 79] of 1, 39 ties" in shown
+    versions = shown[shown.index('<section id="versions">') : shown.index('<section id="safety">')]
+    assert "too few to tell</span>" in versions
 
 
 def test_real_data_is_judged_by_what_it_can_show(tmp_path: Path) -> None:
     root = make(tmp_path / "real", truth=False)
     found = {verdict.what for verdict in verdicts(read_recipe(root), Targets())}
     assert found == {"Reward model reward-helpful on held-out human pairs",
+                     "Reward model reward-helpful beside its baselines",
                      "Reward model reward-safe on held-out human pairs", "Held-out text, bits per byte (pretrain)"}
 
 
-def test_drop_below_predecessor_is_found(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("outcome", "state"), [
+    (WinRate(6, 4, 140), "reached"),  # ties make it certain that little changed
+    (WinRate(3, 60, 60), "not reached"),
+    (WinRate(1, 10, 139), "too few to tell"),  # worse, but by less or more than 3 % of the prompts?
+    (WinRate(0, 0, 2), "too few to tell"),
+])
+def test_a_version_is_compared_with_its_predecessor_itself(tmp_path: Path, outcome: WinRate, state: str) -> None:
     root = make(tmp_path / "demo")
     path = root / "evaluate" / "evaluation.json"
     evaluation = json.loads(path.read_text())
     for row in evaluation["win_rates"]:
-        if (row["version"], row["axis"], row["judge"], row["against"]) == ("V2", "helpful", "truth", "SFT"):
-            row["rate"] = 0.6
+        if row["judge"] == "truth":
+            row |= WinRate(80, 10, 60).as_json()
+            if (row["version"], row["axis"], row["against"]) == ("V2", "safe", "V1"):
+                row |= outcome.as_json()
+            if (row["version"], row["axis"], row["against"]) == ("V2", "safe", "SFT"):
+                row |= WinRate(53, 2, 95).as_json()  # fewer than V1's share against the first: no fall
     path.write_text(json.dumps(evaluation))
-    verdict = next(v for v in verdicts(read_recipe(root), Targets()) if v.what.startswith("No kept version"))
-    assert not verdict.good
-    assert "V2, helpfulness" in verdict.reached
+    verdict = judged(root)["No kept version falls below its predecessor"]
+    assert verdict.state == state
+    assert f"V2, harmlessness, {outcome.wins} won, {outcome.losses} lost" in verdict.reached
 
 
 def test_lineage_and_times(recipe: Path, tmp_path: Path) -> None:
