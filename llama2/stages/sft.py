@@ -111,7 +111,8 @@ def run(config: Config, run: Run) -> None:
     chosen = weighted(config, sets, run)
     check_left(run, "dialogs.")
     rows = pack(chosen, config.sequence_length)
-    measured = encode(tokenizer, heldout, config.sequence_length, context, run.tally("held out")).segments
+    measured = encode(tokenizer, heldout, config.sequence_length, context, run.tally("held out")).segments \
+        if heldout else []
     source = Rows(rows.rows, lambda some: collate(some, config.sequence_length), batch_size=config.batch_size,
                   micro_batch_size=config.micro_batch_size, epochs=config.epochs, seed=config.seed)
     for line in (*cautions.of_length(config.training.plan, source.steps, len(rows.rows), "row", config.batch_size,
@@ -133,7 +134,7 @@ def run(config: Config, run: Run) -> None:
         "dropped": sum(tally.skipped[TOO_LONG] for tally in tallies), "fill": round(rows.fill, 4),
         "validation": found, "sources": {name: run.tally(f"dialogs.{name}").summary() for name in sets}})
     run.say(f"{learner.tokens:,} tokens read, {learner.trained:,} of them learnt; "
-            + (f"validation loss {found['validation/loss']:.4f} on {len(measured):,} dialogs" if found
+            + (f"validation loss {found['validation/loss']:.4f} ({len(measured):,} held out)" if found
                else "no validation"))
 
 
@@ -150,7 +151,8 @@ def read_dialogs(config: Config, run: Run) -> tuple[dict[str, list[Dialog]], lis
         openings = [opening(one.messages) for found in read.values() for one in found]
         aside = heldout_openings(openings, config.heldout)
         measured = [one for found in read.values() for one in found if opening(one.messages) in aside]
-        run.tally("held out").read = len(measured)
+        if measured:
+            run.tally("held out").read = len(measured)
     training = {}
     for name, found in read.items():
         training[name] = [one for one in found if opening(one.messages) not in aside]
@@ -199,16 +201,17 @@ def encode(tokenizer: Tokenizer, dialogs: Sequence[Dialog], length: int, context
             segments.append(segment)
             tally.cut += len(ids) > length + 1
     if len(segments) < len(dialogs):
-        tally.skip(TOO_LONG, longer_rows(longest, context), len(dialogs) - len(segments))
+        tally.skip(TOO_LONG, longer_rows(longest, length, context), len(dialogs) - len(segments))
     tally.kept += len(segments)
     return Encoded(segments, longest)
 
 
-def longer_rows(longest: int, context: int) -> str:
-    """What would keep dialogs of up to `longest` tokens whole."""
+def longer_rows(longest: int, length: int, context: int) -> str:
+    """What would keep dialogs of up to `longest` tokens whole, or more of them."""
     if longest <= context:
         return f"--sequence-length {longest} holds the longest"
-    return f"the longest has {longest:,} tokens, the model's context {context:,}"
+    most = f"--sequence-length {context} is the most" if length < context else "--sequence-length is at its most"
+    return f"{most} in the model's context, the longest has {longest:,} tokens"
 
 
 def weighted(config: Config, sets: Mapping[str, Encoded], run: Run) -> list[Segment]:
@@ -233,7 +236,7 @@ def of_data(config: Config, packed: Packed, chosen: Sequence[Segment], sets: Map
     longest = max(encoded.longest for encoded in sets.values())
     if not any((segment.mask & (segment.ids == tokenizer.eos)).any() for segment in chosen):
         yield (f"all answers are cut off at {config.sequence_length} tokens, so the model does not learn to end one; "
-               + longer_rows(longest, context))
+               + longer_rows(longest, config.sequence_length, context))
     if packed.fill < FILL and longest < config.sequence_length:
         yield (f"{1 - packed.fill:.0%} of the places in a row are padding, computed for nothing; --sequence-length "
                f"{longest} holds the longest dialog")
