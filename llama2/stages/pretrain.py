@@ -10,7 +10,7 @@ import dataclasses
 import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 from pydantic import Field
@@ -27,6 +27,7 @@ from llama2.model import checkpoint
 from llama2.model.llama import Llama, LlamaConfig
 from llama2.model.sizes import SIZES
 from llama2.runs import Run
+from llama2.schema import FIELD_NAMES
 from llama2.stages import cautions
 from llama2.stages.planning import UNKNOWN, Cluster, Lineage, Tower, flops_per_token, training_plan
 from llama2.stages.training import Training, heldout_loss, row_length, saver, train, validated
@@ -44,7 +45,7 @@ class Config(StageConfig):
     """a `llama2 tokenize` run"""
     size: str = "tiny"
     """a named size; its vocabulary becomes the tokenizer's"""
-    architecture: dict[str, int | float | bool] = {}
+    architecture: Annotated[dict[str, int | float | bool], FIELD_NAMES] = {}
     """differences from the named size, in the words of config.json (num_hidden_layers: 6)"""
     model: Path | None = None
     """continue from this checkpoint instead of starting afresh"""

@@ -42,6 +42,8 @@ def run(config: Config, run: Run) -> None:
             target = run.path / split / file.stem
             done = (target / "index.json").exists()  # by an attempt that was interrupted later
             shards = Shards(target, tokenizer) if done else write_shards(read_documents(file), tokenizer, target)
+            run.tally(split).read += len(shards)
+            run.tally(split).kept += len(shards)
             counts[file.stem] = {"documents": len(shards), "tokens": int(shards.lengths_N.sum()),
                                  "bytes": sum(len(document.text.encode()) for document in read_documents(file))}
         if not counts:

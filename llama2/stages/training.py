@@ -64,7 +64,8 @@ class Training(Config):
 def train(run: Run, model: nn.Module, source: Source, objective: Objective, settings: Training, *,
           save_model: Callable[[Path], None], title: str, extra: Sequence[Hook] = (),
           validate: hooks.Validate | None = None, flops_per_token: float = 0.0,
-          rates: Mapping[str, float] | None = None, derive: Sequence[hooks.Derive] = ()) -> Learner:
+          rates: Mapping[str, float] | None = None, apart: Sequence[str] = (),
+          derive: Sequence[hooks.Derive] = ()) -> Learner:
     """Fit `model` inside a run directory, resuming what is there, and write the final model with `save_model`."""
     for line in cautions.of_schedule(settings.plan):
         run.warn(line)
@@ -75,7 +76,8 @@ def train(run: Run, model: nn.Module, source: Source, objective: Objective, sett
         parallel.shard(model, settings.precision)
     else:
         parallel.replicate(model.to(mesh.device()))
-    learner = Learner(model, settings.optimizer, rates=rates, precision=settings.precision, compile=settings.compile)
+    learner = Learner(model, settings.optimizer, rates=rates, apart=apart, precision=settings.precision,
+                      compile=settings.compile)
     if state.latest(run.path) is None:
         run.rewind(-1)  # a first attempt may have been killed before its first checkpoint
     # Checkpoint restores the others before they start

@@ -76,7 +76,7 @@ class Plan(Config):
     min_ratio: float = Field(0.1, ge=0, le=1)
     """the last learning rate as a share of the peak"""
     clip: float = Field(1.0, gt=0)
-    """largest norm of the mean gradient"""
+    """largest norm of the mean gradient, of each part of the model that is clipped apart"""
     log_every: int = Field(10, ge=1)
     validate_every: int = Field(0, ge=0)
     """steps between validations; 0: only at the end"""
@@ -107,18 +107,20 @@ class Plan(Config):
 class Learner:
     """A model and its optimizer, ready to be fitted. Apply `parallel.replicate` or `parallel.shard` to the model first.
 
-    `rates` gives parts of the model (name prefixes) peak learning rates of their own. With `compile` the objective
-    sees the compiled model; without a C++ compiler it stays eager and says so.
+    `rates` gives parts of the model (name prefixes) peak learning rates of their own. `apart` names parts whose
+    gradients are clipped each by its own norm; what no prefix matches is one more part, called "". With `compile` the
+    objective sees the compiled model; without a C++ compiler it stays eager and says so.
 
     `tokens` counts the real tokens read so far, over all ranks, and `trained` those of them that carried loss.
     """
 
     def __init__(self, model: nn.Module, optimizer: optim.AdamW | None = None, *,
-                 rates: Mapping[str, float] | None = None, precision: Precision = "fp32",
+                 rates: Mapping[str, float] | None = None, apart: Sequence[str] = (), precision: Precision = "fp32",
                  compile: bool = False) -> None:
         self.model, self.precision = model, precision
         self.step = self.tokens = self.trained = 0
         self.optimizer = optim.adamw(model, optimizer or optim.AdamW(), rates)
+        self.parts = optim.parts(model, apart)
         self.forward: nn.Module = _compiled(model) if compile else model
 
     def state_dict(self) -> dict[str, Any]:
@@ -157,9 +159,14 @@ class Report:
     trained: float
     """tokens that carried loss"""
     seconds: float
-    gradient_norm: float
-    """of the mean gradient, before clipping"""
+    gradient_norms: dict[str, float]
+    """of the mean gradient of each part that is clipped apart, before clipping"""
     learning_rate: float
+
+    @property
+    def gradient_norm(self) -> float:
+        """Of the whole mean gradient, before clipping."""
+        return math.hypot(*self.gradient_norms.values())
 
 
 def means(sums: Mapping[str, float], weight: float) -> dict[str, float]:
@@ -287,11 +294,11 @@ def _step(training: Training, objective: Objective, batches: Iterable[Batch], be
     for group in learner.optimizer.param_groups:
         group["lr"] = group["peak"] * rate
     sums, weight, tokens, trained = _differentiate(training, objective, batches)
-    norm = _update(training, sums["train/loss"], weight)
+    norms = _update(training, sums["train/loss"], weight)
     learner.step += 1
     learner.tokens += round(tokens)
     learner.trained += round(trained)
-    return Report(learner.step, sums, weight, tokens, trained, time.perf_counter() - begin, norm,
+    return Report(learner.step, sums, weight, tokens, trained, time.perf_counter() - begin, norms,
                   learner.optimizer.param_groups[0]["lr"])
 
 
@@ -342,25 +349,36 @@ def _differentiate(training: Training, objective: Objective,
     return {"train/loss": total, **dict(zip(training.names, values))}, weight, all_tokens, all_trained
 
 
-def _update(training: Training, total: float, weight: float) -> float:
-    """Divide the summed gradients by the global weight, clip, and step; returns the norm of the mean gradient.
+def _update(training: Training, total: float, weight: float) -> dict[str, float]:
+    """Divide the summed gradients by the global weight, clip each part, and step; returns the mean gradients' norms.
 
     Division and clipping are one multiplication. A step in which nothing was counted changes nothing.
     """
     learner, limit = training.learner, training.plan.clip
-    gradients = [p.grad for p in learner.model.parameters() if p.grad is not None]
-    norm = parallel.gradient_norm(gradients)
-    if not (math.isfinite(total) and math.isfinite(norm)):
-        mean = total / weight if weight else total
-        kept = f"the checkpoint {training.checkpoint} is kept" if training.checkpoint else "no checkpoint was taken yet"
-        raise UserError(
-            f"step {learner.step + 1}: the {'gradient norm' if math.isfinite(total) else 'loss'} is not finite "
-            f"(loss {mean:.4g}, gradient norm {norm / weight if weight else norm:.4g}, learning rate "
-            f"{learner.optimizer.param_groups[0]['lr']:.3g})",
-            f"lower learning_rate or lengthen warmup_steps, and look at the data of this step; {kept}")
+    gradients = {name: [p.grad for p in part if p.grad is not None] for name, part in learner.parts.items()}
+    norms = {name: parallel.gradient_norm(part) for name, part in gradients.items()}
+    if not all(map(math.isfinite, (total, *norms.values()))):
+        raise _not_finite(training, total, norms, weight)
     if weight == 0:
-        return 0.0
-    norm /= weight
-    torch._foreach_mul_(gradients, (limit / norm if norm > limit else 1.0) / weight)
+        return dict.fromkeys(norms, 0.0)
+
+    norms = {name: norm / weight for name, norm in norms.items()}
+    for name, part in gradients.items():
+        if part:
+            torch._foreach_mul_(part, (limit / norms[name] if norms[name] > limit else 1.0) / weight)
     learner.optimizer.step()
-    return norm
+    return norms
+
+
+def _not_finite(training: Training, total: float, norms: Mapping[str, float], weight: float) -> UserError:
+    """Which number went wrong at this step, in which part of the model, and what is left to go on from."""
+    learner, count = training.learner, weight or 1.0
+    what, where = "loss", ""
+    if math.isfinite(total):
+        name = next(name for name, norm in norms.items() if not math.isfinite(norm))
+        what, where = "gradient norm", f" of the {name.rstrip('.')}" if name else ""
+    kept = f"the checkpoint {training.checkpoint} is kept" if training.checkpoint else "no checkpoint was taken yet"
+    return UserError(
+        f"step {learner.step + 1}: the {what}{where} is not finite (loss {total / count:.4g}, gradient norm "
+        f"{math.hypot(*norms.values()) / count:.4g}, learning rate {learner.optimizer.param_groups[0]['lr']:.3g})",
+        f"lower learning_rate or lengthen warmup_steps, and look at the data of this step; {kept}")

@@ -78,6 +78,77 @@ def test_gradients_are_divided_by_the_weight_and_clipped(clip):
     assert reports.seen[0].gradient_norm == pytest.approx(1.25)
 
 
+class Pair(torch.nn.Module):
+    """Two towers of which one has far larger gradients, and a parameter that belongs to neither."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(3)
+        self.actor, self.critic = torch.nn.Linear(4, 3), torch.nn.Linear(4, 1)
+        self.scale = torch.nn.Parameter(torch.ones(1))
+
+
+def pair_loss(model, batch) -> Loss:
+    x = batch["x"]
+    total = model.actor(x).square().sum() + 500 * (model.scale * model.critic(x)).square().sum()
+    return Loss(total, torch.tensor(float(len(x))))
+
+
+class Numbers(Rows):
+    def __next__(self):
+        self.step += 1
+        x = torch.randn(6, 4, generator=torch.Generator().manual_seed(self.step))
+        return [{"x": part} for part in x.split(2)]
+
+
+def test_parts_clipped_apart_are_what_separate_clipping_makes_of_them():
+    """Three updates against torch's own `clip_grad_norm_`, once for each part."""
+    model, reports = Pair(), Reports()
+    learner = Learner(model, FAST, apart=("actor.", "critic."))
+    fit(learner, Numbers(), pair_loss, Plan(max_steps=3, schedule="constant", clip=0.5), [reports])
+
+    other = Pair()
+    optimizer, source = Learner(other, FAST).optimizer, Numbers()
+    for step in range(3):
+        optimizer.zero_grad()
+        batch = {"x": torch.cat([part["x"] for part in next(source)])}
+        loss = pair_loss(other, batch)
+        (loss.total / loss.weight).backward()
+        norms = {name: float(torch.nn.utils.clip_grad_norm_(part, 0.5)) for name, part in
+                 (("actor.", other.actor.parameters()), ("critic.", other.critic.parameters()), ("", [other.scale]))}
+        optimizer.step()
+        seen = reports.seen[step]
+        assert seen.gradient_norms == pytest.approx(norms, rel=1e-4)
+        assert seen.gradient_norm == pytest.approx(sum(norm**2 for norm in norms.values()) ** 0.5, rel=1e-4)
+        assert norms["critic."] > 50 * norms["actor."] > 50 * 0.5
+    for name, value in weights(other).items():
+        torch.testing.assert_close(weights(model)[name], value, rtol=1e-4, atol=1e-5, msg=name)
+
+
+def test_a_part_moves_as_if_it_were_alone():
+    """However large the other's gradient is."""
+    def alone(model, batch) -> Loss:
+        return Loss(model.actor(batch["x"]).square().sum(), torch.tensor(float(len(batch["x"]))))
+
+    plan, moved = Plan(max_steps=3, schedule="constant"), []
+    for objective, apart in ((alone, ()), (pair_loss, ("critic.", "scale")), (pair_loss, ())):
+        model = Pair()
+        fit(Learner(model, FAST, apart=apart), Numbers(), objective, plan)
+        moved.append(torch.cat([p.detach().flatten() for p in model.actor.parameters()]))
+    torch.testing.assert_close(moved[1], moved[0], rtol=1e-6, atol=1e-7)
+    assert not torch.allclose(moved[2], moved[0], rtol=1e-3)  # clipped together, one chokes the other
+
+
+def test_the_part_whose_gradient_is_not_finite_is_named():
+    def broken(model, batch) -> Loss:
+        loss = pair_loss(model, batch)
+        model.critic.weight.register_hook(lambda gradient: gradient * float("nan"))
+        return loss
+
+    with pytest.raises(UserError, match=r"step 1: the gradient norm of the critic is not finite \(loss "):
+        fit(Learner(Pair(), FAST, apart=("actor.", "critic.")), Numbers(), broken, Plan(max_steps=1))
+
+
 def test_the_learning_rate_follows_the_plan():
     reports, plan = Reports(), Plan(max_steps=6, warmup_steps=2)
     fit(Learner(llama(), FAST), Rows(), next_token, plan, [reports])

@@ -90,3 +90,16 @@ def test_update_is_adamw_by_hand():
     torch.testing.assert_close(model.weight.detach(), expected, rtol=1e-6, atol=1e-7)
     assert optimizer.defaults["betas"] == (0.9, 0.95)
     assert math.isclose(optimizer.defaults["eps"], 1e-5)
+
+
+def test_parts_are_named_by_prefix_and_the_rest_is_one_more():
+    model = Towers()
+    model.critic.bias.requires_grad_(False)
+    names = {id(p): n for n, p in model.named_parameters()}
+    found = {part: [names[id(p)] for p in parameters] for part, parameters in optim.parts(model, ["critic."]).items()}
+    assert found == {"critic.": ["critic.weight"],
+                     "": ["actor.embed.weight", "actor.norm.weight", "actor.norm.bias"]}
+    assert [*optim.parts(model, ())] == [""]
+    assert [*optim.parts(model, ("actor.", "critic."))] == ["actor.", "critic."]  # nothing is left over
+    with pytest.raises(ValueError, match="no parameter starts with"):
+        optim.parts(model, ("value.",))
