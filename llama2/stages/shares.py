@@ -63,5 +63,5 @@ def _unreachable(short: Sequence[str], there: Mapping[str, int], shares: Mapping
 
 def _floor(share: float) -> float:
     """Three digits, rounded down."""
-    scale = 10 ** (2 - math.floor(math.log10(share)))
+    scale = 10.0 ** (2 - math.floor(math.log10(share)))
     return math.floor(share * scale) / scale
