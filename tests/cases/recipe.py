@@ -86,20 +86,22 @@ def _pool(bench: Bench) -> tuple[bool, str]:
     ]
     one = bench.llama2(*common, "--out", "OUT")
     two = bench.llama2(*common, "--seed", "1", "--earlier", str(one.out), "--out", "OUT")
-    rewards = [
-        {json.dumps(row["messages"][:-1]): row["metadata"]["reward"] for row in got.records(name)}  # type: ignore
-        for got, name in ((one, "best.jsonl"), (two, "best.jsonl"), (two, "pool.jsonl"))
-    ]
-    old, new, pool = rewards
-    right = (
-        one.status == two.status == 0
-        and len(old) == 12
-        and all(abs(pool[key] - max(old[key], new[key])) < 1e-2 for key in old)
-        and any(old[key] > new[key] for key in old)
-    )
-    return right, f"{two.short()} | " + ", ".join(
-        f"{old[key]:.2f}/{new[key]:.2f}->{pool.get(key, math.nan):.2f}" for key in list(old)[:4]
-    )
+    old, new, pool = ({json.dumps(row["messages"][:-1]): row["messages"][-1]["content"] for row in got.records(name)}
+                      for got, name in ((one, "best.jsonl"), (two, "best.jsonl"), (two, "pool.jsonl")))
+    wanted = {key: max((old[key], new[key]), key=lambda text: _score(bench, key, text)) for key in old}
+    kept = sum(wanted[key] == old[key] != new[key] for key in old)
+    return pool == wanted and 0 < kept < 12, f"{two.short()} | of 12 prompts {kept} keep their earlier answer"
+
+
+def _score(bench: Bench, prompt: str, text: str) -> float:
+    """What the reward model gives to an answer as a finished one."""
+    from llama2.generate.score import rewards
+    from llama2.model import checkpoint
+    from llama2.tokenizer import Tokenizer, encode_dialog
+
+    turns = tuple(Message(turn["role"], turn["content"]) for turn in json.loads(prompt))
+    row, _ = encode_dialog(Tokenizer.load(bench.model), (*turns, Message("assistant", text)))
+    return rewards(checkpoint.load_scorer(bench.helpful), [row])[0]
 
 
 def _seeds(bench: Bench) -> tuple[bool, str]:
@@ -214,6 +216,7 @@ def _bits_per_byte(bench: Bench) -> tuple[bool, str]:
 
 
 def _sft_leak(bench: Bench) -> tuple[bool, str]:
+    from llama2.runs import Run
     from llama2.stages import sft
 
     file = bench.scratch / "leak.jsonl"
@@ -224,8 +227,8 @@ def _sft_leak(bench: Bench) -> tuple[bool, str]:
         heldout=0.02,  # type: ignore[arg-type]
         dialogs={"a": {"path": file, "weight": 3}},
     )
-    training, heldout = sft.split(config)
-    both = {one.messages for one in training} & {one.messages for one in heldout}
+    sets, heldout = sft.read_dialogs(config, Run(bench.scratch / "o", False))
+    both = {one.messages for some in sets.values() for one in some} & {one.messages for one in heldout}
     return bool(heldout) and not both, f"{len(heldout)} held out, {len(both)} of them trained on"
 
 
@@ -266,7 +269,7 @@ def _share(bench: Bench) -> tuple[bool, str]:
     ]
     refused = bench.llama2(*common, "--preferences.o.share", "0.47")
     reached = bench.llama2(*common, "--preferences.o.share", "0.05")
-    right = refused.status == 2 and "'o'" in refused.said and reached.status == 0
+    right = refused.status == 2 and "a share of" in refused.said and reached.status == 0
     return right, f"{refused.short()} | {json.dumps(reached.json('summary.json'))[:300]}"
 
 
