@@ -141,9 +141,11 @@ def run(config: Config, run: Run) -> None:
         "sets": {name: {"pairs": len(found), "share": round(len(found) / len(pairs), 4)}
                  for name, found in sets.items()},
         "read": {name: tally.summary() for name, tally in run.tallies.items()}})
+    if not measured:
+        run.conclude(f"{len(pairs):,} pairs, {learner.tokens:,} tokens read; no held-out pairs to measure accuracy on")
     for name, found in measured.items():
         axis = axis_of(heldout[name])
-        run.say(told(name, found, axis))
+        run.conclude(told(name, found, axis))
         for line in explained(name, found) if axis == axis_of(pairs) else ():
             run.warn(line)
 

@@ -133,9 +133,9 @@ def run(config: Config, run: Run) -> None:
         "tokens": learner.tokens, "trained": learner.trained, "cut": sum(tally.cut for tally in tallies),
         "dropped": sum(tally.skipped[TOO_LONG] for tally in tallies), "fill": round(rows.fill, 4),
         "validation": found, "sources": {name: run.tally(f"dialogs.{name}").summary() for name in sets}})
-    run.say(f"{learner.tokens:,} tokens read, {learner.trained:,} of them learnt; "
-            + (f"validation loss {found['validation/loss']:.4f} ({len(measured):,} held out)" if found
-               else "no validation"))
+    measured_loss = f"validation loss {found['validation/loss']:.4f} ({len(measured):,} held out)" if found else (
+        "no validation")
+    run.conclude(f"{learner.tokens:,} tokens read, {learner.trained:,} of them learnt; {measured_loss}")
 
 
 def read_dialogs(config: Config, run: Run) -> tuple[dict[str, list[Dialog]], list[Dialog]]:
