@@ -22,6 +22,7 @@ from llama2.config import StageConfig
 from llama2.data.loader import Rows
 from llama2.data.pack import Packed, Segment, collate, pack, shortened
 from llama2.data.split import heldout_openings, opening
+from llama2.model.llama import Llama
 from llama2.records import Dialog, trained_turns
 from llama2.runs import Run, is_output
 from llama2.stages import cautions
@@ -40,7 +41,7 @@ from llama2.tally import Tally
 from llama2.tokenizer.template import encode_dialog
 from llama2.tokenizer.tokenizer import Tokenizer
 from llama2.train import hooks
-from llama2.train.loop import Plan
+from llama2.train.loop import Learner, Plan
 from llama2.train.objectives import next_token
 from llama2.train.optim import AdamW
 
@@ -103,39 +104,46 @@ def plan(config: Config, cluster: Cluster, lineage: Lineage) -> dict[str, Any]:
 def run(config: Config, run: Run) -> None:
     """Fine-tune and leave a checkpoint."""
     model, tokenizer = load_policy(config.model, home=config.training.home())
-    row_length(config.sequence_length, model.config.max_position_embeddings)
-    dialogs, heldout = read_dialogs(config, run)
     context = model.config.max_position_embeddings
-    sets = {name: encode(tokenizer, found, config.sequence_length, context, run.tally(f"dialogs.{name}"))
+    length = row_length(config.sequence_length, context)
+
+    dialogs, heldout = read_dialogs(config, run)
+    sets = {name: encode(tokenizer, found, length, context, run.tally(f"dialogs.{name}"))
             for name, found in dialogs.items()}
     chosen = weighted(config, sets, run)
     check_left(run, "dialogs.")
-    rows = pack(chosen, config.sequence_length)
-    measured = encode(tokenizer, heldout, config.sequence_length, context, run.tally("held out")).segments \
-        if heldout else []
-    source = Rows(rows.rows, lambda some: collate(some, config.sequence_length), batch_size=config.batch_size,
+    measured = encode(tokenizer, heldout, length, context, run.tally("held out")).segments if heldout else []
+
+    packed = pack(chosen, length)
+    source = Rows(packed.rows, lambda rows: collate(rows, length), batch_size=config.batch_size,
                   micro_batch_size=config.micro_batch_size, epochs=config.epochs, seed=config.seed)
-    for line in (*cautions.of_length(config.training.plan, source.steps, len(rows.rows), "row", config.batch_size,
+    for line in (*cautions.of_length(config.training.plan, source.steps, len(packed.rows), "row", config.batch_size,
                                      config.epochs),
-                 *of_data(config, rows, chosen, sets, tokenizer, context),
+                 *of_data(config, packed, chosen, sets, tokenizer, context),
                  *of_sets(config, run, len(measured))):
         run.warn(line)
+
+    validate = hooks.Validate(Validation(pack(measured, length), config)) if measured else None
     learner = train(run, model, source, next_token, config.training.with_steps(source.steps),
-                    save_model=saver(model, tokenizer), title="sft",
-                    validate=hooks.Validate(Validation(pack(measured, config.sequence_length), config))
-                    if measured else None,
-                    flops_per_token=flops_per_token(model.config, config.sequence_length))
-    tallies = [run.tally(f"dialogs.{name}") for name in sets]
+                    save_model=saver(model, tokenizer), title="sft", validate=validate,
+                    flops_per_token=flops_per_token(model.config, length))
+    conclude(run, model, learner, packed, list(sets), len(measured))
+
+
+def conclude(run: Run, model: Llama, learner: Learner, packed: Packed, names: Sequence[str], heldout: int) -> None:
+    """Write summary.json, and say what was read and found."""
+    tallies = {name: run.tally(f"dialogs.{name}") for name in names}
     found = validated(run)
     run.write_json("summary.json", {
         "parameters": model.config.parameters(), "steps": learner.step,
-        "dialogs": sum(tally.kept for tally in tallies), "heldout": len(measured),
-        "tokens": learner.tokens, "trained": learner.trained, "cut": sum(tally.cut for tally in tallies),
-        "dropped": sum(tally.skipped[TOO_LONG] for tally in tallies), "fill": round(rows.fill, 4),
-        "validation": found, "sources": {name: run.tally(f"dialogs.{name}").summary() for name in sets}})
-    measured_loss = f"validation loss {found['validation/loss']:.4f} ({len(measured):,} held out)" if found else (
-        "no validation")
-    run.conclude(f"{learner.tokens:,} tokens read, {learner.trained:,} of them learnt; {measured_loss}")
+        "dialogs": sum(tally.kept for tally in tallies.values()), "heldout": heldout,
+        "tokens": learner.tokens, "trained": learner.trained,
+        "cut": sum(tally.cut for tally in tallies.values()),
+        "dropped": sum(tally.skipped[TOO_LONG] for tally in tallies.values()),
+        "fill": round(packed.fill, 4), "validation": found,
+        "sources": {name: tally.summary() for name, tally in tallies.items()}})
+    loss = f"validation loss {found['validation/loss']:.4f} ({heldout:,} held out)" if found else "no validation"
+    run.conclude(f"{learner.tokens:,} tokens read, {learner.trained:,} of them learnt; {loss}")
 
 
 def read_dialogs(config: Config, run: Run) -> tuple[dict[str, list[Dialog]], list[Dialog]]:
