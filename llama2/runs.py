@@ -32,7 +32,7 @@ from typing import IO, Any
 import torch
 
 import llama2
-from llama2 import files, mesh, yaml12
+from llama2 import files, interrupts, mesh, yaml12
 from llama2.config import StageConfig, incidentals, paths
 from llama2.errors import UserError, explain_os_errors
 from llama2.records import dump
@@ -50,12 +50,11 @@ _TRANSIENT = {CHECKPOINTS, COMPLETE, MANIFEST, METRICS, WARNINGS, "config.yaml"}
 
 
 class Stopped(Exception):
-    """Training was asked to stop and has saved its state: not a failure."""
+    """Training was asked to stop and has saved its state: not a failure, but Ctrl-C (`interrupted`) ends scripts too."""
 
-    exit_code = 0
-
-    def __init__(self, step: int, checkpoint: Path | None) -> None:
+    def __init__(self, step: int, checkpoint: Path | None, interrupted: bool = False) -> None:
         self.step, self.checkpoint = step, checkpoint
+        self.exit_code = interrupts.STATUS if interrupted else 0
         super().__init__(f"stopped after step {step}; the same command resumes" if checkpoint
                          else f"stopped after step {step}, nothing was saved")
 
