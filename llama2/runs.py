@@ -87,9 +87,6 @@ def fingerprint(path: Path) -> str:
 
 
 def _fingerprint(path: Path) -> str:
-    if not path.is_file() and not path.is_dir():
-        raise UserError(f"{path}: this is no file and no directory",
-                        "a run must find the same input again: write it to a file")
     for directory in (path, *path.parents):
         if (directory / COMPLETE).is_file() and (directory / MANIFEST).is_file():
             outputs = json.loads((directory / COMPLETE).read_text("utf-8"))["outputs"]
@@ -141,7 +138,7 @@ def code_version() -> str:
     """Package version and a hash of its source: two runs with the same value ran the same code."""
     root = Path(llama2.__file__).parent
     digest = hashlib.sha256()
-    for file in sorted(root.rglob("*.py")):
+    for file in sorted(path for path in root.rglob("*") if path.suffix in (".py", ".cpp", ".h")):
         digest.update(file.relative_to(root).as_posix().encode() + file.read_bytes())
     return f"{llama2.__version__}+{digest.hexdigest()[:12]}"
 
@@ -173,7 +170,8 @@ class Run:
 
     def end(self) -> None:
         """Say what was read, kept and left out, and what the run came to (rank 0)."""
-        for line in (*(f"{name}: {tally.line()}" for name, tally in self.tallies.items()), *self.results):
+        counts = (f"{name}: {tally.line()}" for name, tally in self.tallies.items() if tally.read)
+        for line in (*counts, *self.results):
             self._say(line)
 
     def _say(self, line: str) -> None:
