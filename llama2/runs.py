@@ -50,7 +50,7 @@ _TRANSIENT = {CHECKPOINTS, COMPLETE, MANIFEST, METRICS, WARNINGS, "config.yaml"}
 
 
 class Stopped(Exception):
-    """Training was asked to stop and has saved its state: not a failure, but Ctrl-C (`interrupted`) ends scripts too."""
+    """Training was asked to stop and has saved its state: no failure, but Ctrl-C (`interrupted`) ends scripts too."""
 
     def __init__(self, step: int, checkpoint: Path | None, interrupted: bool = False) -> None:
         self.step, self.checkpoint = step, checkpoint
