@@ -57,8 +57,9 @@ def test_held_out_comparisons_are_chosen_by_their_question(tmp_path, words):
     (kept, more), (later, fewer) = read(tmp_path / "all"), read(tmp_path / "few")
     assert all(is_heldout(one.prompt, 0.5) for one in more)
     assert not any(is_heldout(one.prompt, 0.5) for one in kept)
-    assert {one.prompt for one in fewer} <= {one.prompt for one in more}
-    assert not {one.prompt for one in fewer} & {one.prompt for one in (*kept, *later)}
+    assert all(is_heldout(one.prompt, 0.2) for one in fewer)
+    assert not any(is_heldout(one.prompt, 0.2) for one in later)
+    assert not {one.prompt for one in fewer} & {one.prompt for one in kept}
 
 
 def test_safety_prompts_may_be_judged_on_helpfulness_too():
