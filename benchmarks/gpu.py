@@ -23,6 +23,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -219,8 +220,8 @@ def finished(command: list[str], seconds: float, tiny: bool = False, hear: Calla
     process = subprocess.Popen(command, cwd=ROOT, env=environment, text=True, stdout=subprocess.PIPE,
                                stderr=subprocess.STDOUT, start_new_session=True)
     assert process.stdout is not None
-    signal.signal(signal.SIGALRM, lambda *_: end(process))
-    signal.setitimer(signal.ITIMER_REAL, max(seconds, 0.1))
+    timer = threading.Timer(max(seconds, 0.1), end, [process])
+    timer.start()
     try:
         for line in process.stdout:
             lines.append(line)
@@ -229,8 +230,9 @@ def finished(command: list[str], seconds: float, tiny: bool = False, hear: Calla
                 hear(line)
         code = process.wait()
     finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
+        timer.cancel()
         end(process)
+        process.stdout.close()
     late = time.monotonic() - begun >= seconds
     if code == 0 and not late:
         return ""
