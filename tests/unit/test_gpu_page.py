@@ -119,6 +119,8 @@ def test_only_what_is_missing_is_installed(gpu: Any, monkeypatch: pytest.MonkeyP
     for name in names if wheels else ():
         (folder / name).touch()
     commands: list[list[str]] = []
+    monkeypatch.setenv("PYTHONPATH", "")
+    monkeypatch.setattr(sys, "path", [*sys.path])
     monkeypatch.setattr(gpu, "NEEDED", {"numpy": "numpy", "surely_missing": "surely-missing"})
     monkeypatch.setattr(gpu, "finished", lambda command, seconds: commands.append(command) or "no network")
     told = gpu.provide(folder, time.monotonic() + 5)
@@ -129,6 +131,15 @@ def test_only_what_is_missing_is_installed(gpu: Any, monkeypatch: pytest.MonkeyP
     assert not any("torch" in word for word in command[4:] if "site" not in word)
     assert "Not there at all: surely-missing" in told[1]
     assert "no network" in told[1]
+    assert os.environ["PYTHONPATH"] == str(gpu.SITE)
+
+
+def test_a_machine_that_has_all_is_left_alone(gpu: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(gpu, "NEEDED", {"numpy": "numpy"})
+    monkeypatch.setattr(gpu, "finished", lambda *_: pytest.fail("it installs"))
+    before = os.environ.get("PYTHONPATH"), [*sys.path]
+    assert gpu.provide(tmp_path, time.monotonic() + 5) == []
+    assert (os.environ.get("PYTHONPATH"), sys.path) == before
 
 
 def test_a_page_of_every_kind_of_figure(page: Any) -> None:
