@@ -7,6 +7,7 @@ talk over gloo, GPU ranks over NCCL. `tune_cpu` holds the two settings that make
 from __future__ import annotations
 
 import ctypes
+import gc
 import os
 import platform
 import sys
@@ -134,6 +135,13 @@ def autocast(precision: Precision) -> AbstractContextManager[Any]:
     return torch.autocast(device().type, torch.bfloat16) if precision == "bf16" else nullcontext()
 
 
+def free_memory() -> None:
+    """Give back what nothing refers to any more, so that the next model finds room where the last one was."""
+    gc.collect()
+    if device().type == "cuda":
+        torch.cuda.empty_cache()
+
+
 @cache
 def tune_cpu() -> None:
     """Keep large blocks on the heap, and take oneDNN for fp32 products where that is exact.
@@ -202,6 +210,12 @@ def has_amx() -> bool:
             return "amx_bf16" in file.read()
     except OSError:
         return True  # unknown: take the exact path
+
+
+def is_exclusive() -> bool:
+    """Whether this process has its device to itself: a CPU works for others as well, so what it could do at best can
+    neither be measured at any one time nor held against it at another."""
+    return device().type != "cpu"
 
 
 @cache

@@ -166,9 +166,9 @@ def test_a_page_of_every_kind_of_figure(page: Any) -> None:
 def test_a_test_tells_of_itself(tmp_path: Path) -> None:
     """What tests/gpu writes for the page, here of tests that skip themselves or cannot be imported."""
     report = tmp_path / "report.jsonl"
-    command = [sys.executable, "-m", "pytest", "tests/gpu/test_model.py", "-q", "--confcutdir=tests/gpu", "-p",
+    command = [sys.executable, "-m", "pytest", "tests/gpu/test_gpu_model.py", "-q", "--confcutdir=tests/gpu", "-p",
                "no:cacheprovider", "-k", "one_query"]
     environment = {**os.environ, "LLAMA2_GPU_REPORT": str(report), "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     subprocess.run(command, cwd=ROOT, env={**environment, "LLAMA2_GPU_TINY": "1"}, capture_output=True, check=True)
     rows = [json.loads(line) for line in report.read_text().splitlines()]
-    assert [(row["file"], row["outcome"]) for row in rows] == [("test_model", "passed")] * 3
+    assert [(row["file"], row["outcome"]) for row in rows] == [("test_gpu_model", "passed")] * 3
