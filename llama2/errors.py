@@ -53,7 +53,7 @@ def explain_os_errors(path: str | os.PathLike[str]) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        if error.errno not in cures:
+        if error.errno is None:  # raised by a library, not by the operating system
             raise
-        cause, cure = cures[error.errno]
+        cause, cure = cures.get(error.errno, (os.strerror(error.errno).lower(), "check the path and its disk"))
         raise UserError(f"{error.filename or path}: {cause}", cure) from error

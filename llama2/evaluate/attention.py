@@ -4,13 +4,14 @@ For every answer token the largest attention over all layers and heads on each e
 binned. Fused kernels never form the attention weights, so they are computed again here from queries and keys, which
 a hook on each attention module provides; the model's code stays as it is.
 
-Shapes: B = 1 row, T positions, H query heads, K key heads, G = H / K, E head dimension.
+Shapes: B = 1 row, T positions, H query heads, K key heads, E head dimension.
 """
 
 from __future__ import annotations
 
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -21,6 +22,8 @@ from llama2.records import Messages
 from llama2.tokenizer.template import encode_dialog, encode_prompt
 from llama2.tokenizer.tokenizer import Tokenizer
 
+MOST_BINS = 72
+
 
 @torch.no_grad()
 def largest(model: Llama, tokens: Sequence[int]) -> Tensor:
@@ -29,11 +32,12 @@ def largest(model: Llama, tokens: Sequence[int]) -> Tensor:
     device = next(model.parameters()).device
     top_TT = torch.zeros(length, length, device=device)
 
-    def look(module: nn.Module, arguments: tuple[Any, ...]) -> None:
+    def watch(module: nn.Module, arguments: tuple[Any, ...]) -> None:
         assert isinstance(module, Attention)
-        torch.maximum(top_TT, weights(module, *arguments).amax(0), out=top_TT)
+        for weights_TT in weights(module, *arguments):
+            torch.maximum(top_TT, weights_TT, out=top_TT)
 
-    handles = [module.register_forward_pre_hook(look) for module in model.modules() if isinstance(module, Attention)]
+    handles = [module.register_forward_pre_hook(watch) for module in model.modules() if isinstance(module, Attention)]
     try:
         model(torch.tensor([list(tokens)], device=device), head=False)
     finally:
@@ -42,17 +46,19 @@ def largest(model: Llama, tokens: Sequence[int]) -> Tensor:
     return top_TT.cpu()
 
 
-def weights(attention: Attention, x_BTD: Tensor, context: Context) -> Tensor:
-    """softmax(q k / sqrt(E)) of one row under the causal mask, [H, T, T] in fp32."""
+def weights(attention: Attention, x_BTD: Tensor, context: Context) -> Iterator[Tensor]:
+    """softmax(q k / sqrt(E)) of one row under the causal mask, [T, T] in fp32, head after head: all of them at once
+    would be the largest tensor of an evaluation."""
     rows, length, _ = x_BTD.shape
-    q_THE, k_TKE = (
-        rotate(project(x_BTD).view(rows, length, -1, attention.head_dim), context)[0].float()
+    q_HTE, k_KTE = (
+        rotate(project(x_BTD).view(rows, length, -1, attention.head_dim), context)[0].float().transpose(0, 1)
         for project in (attention.q_proj, attention.k_proj)
     )
-    k_THE = k_TKE.repeat_interleave(q_THE.shape[1] // k_TKE.shape[1], dim=1)
-    scores_HTT = torch.einsum("the,she->hts", q_THE, k_THE) * attention.head_dim**-0.5
-    weights_HTT: Tensor = scores_HTT.masked_fill(~causal(length, x_BTD.device), float("-inf")).softmax(-1)
-    return weights_HTT
+    later_TT = ~causal(length, x_BTD.device)
+    for head, q_TE in enumerate(q_HTE):
+        k_TE = k_KTE[head * len(k_KTE) // len(q_HTE)]
+        scores_TT = q_TE @ k_TE.T * attention.head_dim**-0.5
+        yield scores_TT.masked_fill_(later_TT, float("-inf")).softmax(-1)
 
 
 def binned(table_TT: Tensor, rows: Sequence[int], size: int) -> list[list[float]]:
@@ -67,48 +73,57 @@ Talk = tuple[Messages, str]
 """a finished conversation and the instruction its first turn begins with"""
 
 
-def compare(models: Mapping[str, Llama], tokenizer: Tokenizer, talks: Sequence[Talk],
-            most_bins: int = 72) -> dict[str, Any]:
-    """Figure 10 for several models: over all conversations, how much the position that begins each answer looks at the
-    instruction, by turn; and of the conversation on which the last model differs most from the first, the map.
-    """
-    starts = {name: [_at_starts(model, tokenizer, talk) for talk in talks] for name, model in models.items()}
-    first, *_, last = starts.values() if len(starts) > 1 else (*starts.values(), *starts.values())
-    differences = [sum(a) - sum(b) for a, b in zip(last, first)]
-    shown = talks[differences.index(max(differences))]
-    return {"names": list(models), "dialogs": len(talks),
-            "instruction_by_turn": {name: _mean_by_turn(found) for name, found in starts.items()},
-            **picture(models, tokenizer, shown, most_bins)}
+@dataclass(frozen=True)
+class Look:
+    """How one model reads one conversation: the largest attention on the instruction where each answer begins, and the
+    binned map (rows: tokens of the answers; columns: all)."""
+
+    starts: list[float]
+    map: list[list[float]]
 
 
-def picture(models: Mapping[str, Llama], tokenizer: Tokenizer, talk: Talk, most_bins: int) -> dict[str, Any]:
-    """The binned map of each model on one conversation (rows: tokens of the answers; columns: all), and its labels."""
-    ids, answers = _tokens(models, tokenizer, talk)
+def look(model: Llama, tokenizer: Tokenizer, talk: Talk, context: int, most_bins: int = MOST_BINS) -> Look:
+    """One conversation as `model` reads it, as much of it as fits into `context`."""
+    ids, answers = _tokens(tokenizer, talk, context)
     first, last = instruction_span(tokenizer, *talk)
-    size = max(1, -(-len(ids) // most_bins))
-    return {"maps": {name: binned(_predicting(model, ids), answers, size) for name, model in models.items()},
-            "bin": size, "instruction": talk[1], "instruction_bins": [first / size, last / size],
+    table_TT = _predicting(model, ids)
+    return Look([float(table_TT[turn[0], first:last].max()) for turn in _turns(answers)],
+                binned(table_TT, answers, _bin(ids, most_bins)))
+
+
+def figure(looks: Mapping[str, Sequence[Look]], tokenizer: Tokenizer, talks: Sequence[Talk], context: int,
+           most_bins: int = MOST_BINS) -> dict[str, Any]:
+    """Figure 10 from what several models made of the same conversations: over all of them, how much the position that
+    begins each answer looks at the instruction, by turn; and of the one on which the last model differs most from the
+    first, the maps.
+    """
+    names = list(looks)
+    differences = [sum(after.starts) - sum(before.starts) for after, before in zip(looks[names[-1]], looks[names[0]])]
+    shown = differences.index(max(differences))
+    ids, _ = _tokens(tokenizer, talks[shown], context)
+    first, last = instruction_span(tokenizer, *talks[shown])
+    size = _bin(ids, most_bins)
+    return {"names": names, "dialogs": len(talks),
+            "instruction_by_turn": {name: _mean_by_turn([one.starts for one in mine]) for name, mine in looks.items()},
+            "maps": {name: mine[shown].map for name, mine in looks.items()},
+            "bin": size, "instruction": talks[shown][1], "instruction_bins": [first / size, last / size],
             "columns": [tokenizer.decode(ids[i: i + size]).strip() for i in range(0, len(ids), size)]}
 
 
-def _tokens(models: Mapping[str, Llama], tokenizer: Tokenizer, talk: Talk) -> tuple[list[int], list[int]]:
-    """Ids of a conversation, as many as all models can read, and the positions of its answers."""
-    context = min(model.config.max_position_embeddings for model in models.values())
+def _tokens(tokenizer: Tokenizer, talk: Talk, context: int) -> tuple[list[int], list[int]]:
+    """The first `context` ids of a conversation, and the positions of its answers."""
     ids, mask = encode_dialog(tokenizer, talk[0])
     return ids[:context], [t for t, trained in enumerate(mask[:context]) if trained]
+
+
+def _bin(ids: Sequence[int], most_bins: int) -> int:
+    """How many neighbouring tokens one bin holds."""
+    return max(1, -(-len(ids) // most_bins))
 
 
 def _predicting(model: Llama, ids: Sequence[int]) -> Tensor:
     """`largest`, but row t is the position that predicts token t: the one before it."""
     return largest(model, ids).roll(1, dims=0)
-
-
-def _at_starts(model: Llama, tokenizer: Tokenizer, talk: Talk) -> list[float]:
-    """The largest attention on the instruction where each answer begins."""
-    ids, answers = _tokens({"": model}, tokenizer, talk)
-    first, last = instruction_span(tokenizer, *talk)
-    table_TT = _predicting(model, ids)
-    return [float(table_TT[turn[0], first:last].max()) for turn in _turns(answers)]
 
 
 def _mean_by_turn(found: Sequence[Sequence[float]]) -> list[float]:

@@ -55,10 +55,12 @@ def opening(dialog: Dialog, place: Place) -> Messages:
     return (Message("user", f"{dialog.instruction} {dialog.questions[0]}"),)
 
 
-def converse(chat: Chat, dialogs: Sequence[Dialog], sampling: Sampling, place: Place = "user") -> list[Messages]:
+def converse(chat: Chat, dialogs: Sequence[Dialog], sampling: Sampling, place: Place = "user", first: int = 0
+             ) -> list[Messages]:
     """Hold all dialogs to their last question; each ends with the model's last answer.
 
-    A dialog that fills the context (a model that rambles) ends early.
+    A dialog that fills the context (a model that rambles) ends early. `first`: the place of the first dialog in the
+    list of which these are a part; a dialog's random numbers depend on its own place alone.
     """
     talks: list[Messages] = [()] * len(dialogs)
     live = list(range(len(dialogs)))
@@ -69,7 +71,8 @@ def converse(chat: Chat, dialogs: Sequence[Dialog], sampling: Sampling, place: P
         if not live:
             break
         talks = [asked[i] if i in live else talk for i, talk in enumerate(talks)]
-        answers = chat.answers([talks[i] for i in live], replace(sampling, n=1, seed=sampling.seed + turn))
+        answers = chat.answers([talks[i] for i in live], replace(sampling, n=1, seed=sampling.seed + turn),
+                               [first + i for i in live])
         for i, row in zip(live, answers, strict=True):
             talks[i] = (*talks[i], Message("assistant", row[0].text))
     return talks

@@ -8,20 +8,12 @@ models judge alone.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Literal
 
-import torch
-
-from llama2 import mesh
-from llama2.errors import UserError
-from llama2.generate.rewards import probability
-from llama2.generate.score import rewards
-from llama2.mesh import Precision
+from llama2.generate.dialogue import Answer
 from llama2.microworld.rater import Rating, rate
-from llama2.model.checkpoint import is_scorer, load_scorer
 from llama2.records import Axis, Message, Prompt
-from llama2.tokenizer.template import encode_dialog
+from llama2.tokenizer.template import encode_dialog, encode_prompt
 from llama2.tokenizer.tokenizer import Tokenizer
 
 Kind = Literal["helpful", "unsafe", "borderline"]
@@ -53,25 +45,18 @@ def truth_score(kind: Kind, rating: Rating) -> float:
     return -1.0 if kind == "unsafe" and not rating.safe else rating.helpfulness
 
 
-class RewardJudge:
-    """One reward model as a judge: the probability sigma(r) it gives to an answer."""
+def known_truth(prompts: Sequence[Prompt]) -> int:
+    """How many prompts carry the truth about themselves."""
+    return sum("gold" in prompt.metadata for prompt in prompts)
 
-    def __init__(self, directory: Path, precision: Precision = "bf16") -> None:
-        if not is_scorer(directory):
-            raise UserError(f"{directory}: not a reward model (it has no scalar head)",
-                            "give the output directory of a `reward` run")
-        self._scorer = load_scorer(directory, dtype=torch.float32, device=mesh.device()).eval()
-        self._tokenizer = Tokenizer.load(directory)
-        self._precision: Precision = precision
 
-    def scores(self, prompts: Sequence[Prompt], answers: Sequence[str]) -> list[float]:
-        """sigma(r(x, y)) in [0, 1] of each answer. Of a dialog longer than the context the end is read."""
-        context = self._scorer.config.max_position_embeddings
-        rows = []
-        for prompt, answer in zip(prompts, answers, strict=True):
-            ids, _ = encode_dialog(self._tokenizer, (*prompt.messages, Message("assistant", answer)))
-            rows.append(ids[-context:])
-        return [probability(score) for score in rewards(self._scorer, rows, self._precision)]
+def judged_row(tokenizer: Tokenizer, prompt: Prompt, answer: Answer, same: bool) -> list[int]:
+    """The tokens a reward model reads: the prompt, and what was sampled. An answer that was cut off has no end there
+    either. `same`: the sampled tokens are this tokenizer's; otherwise the text is encoded."""
+    if not same and answer.completion.finish == "stop":
+        return encode_dialog(tokenizer, (*prompt.messages, Message("assistant", answer.text)))[0]
+    sampled = answer.completion.tokens if same else tokenizer.encode(answer.text)
+    return [*encode_prompt(tokenizer, prompt.messages), *sampled]
 
 
 def axis_of(kind: Kind) -> Axis | None:

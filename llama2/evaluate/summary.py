@@ -149,6 +149,20 @@ def choose(prompts: Sequence[Prompt], results: Mapping[str, Version], count: int
     return rows
 
 
+def samples(version: str, prompts: Sequence[Prompt], result: Version) -> list[dict[str, Any]]:
+    """One row of samples.jsonl for each prompt: the answer and all that is known about it."""
+    rows = []
+    for index, (prompt, answer) in enumerate(zip(prompts, result.answers, strict=True)):
+        rating = result.ratings[index] if result.ratings else None
+        rows.append({
+            "version": version, "id": prompt.id, "kind": kind_of(prompt), "family": prompt.metadata.get("family"),
+            "prompt": [[message.role, message.content] for message in prompt.messages], "answer": answer.text,
+            "tokens": len(answer.completion.tokens), "finish": answer.completion.finish,
+            **({"helpfulness": rating.helpfulness, "safe": rating.safe, "refusal": rating.refusal} if rating else {}),
+            **{f"reward_{axis}": round(scores[index], 5) for axis, scores in result.rewards.items()}})
+    return rows
+
+
 def _on(kinds: Sequence[Kind], axis: Axis, values: Sequence[T]) -> list[T]:
     """The values of an axis's own prompts; none where there are no values."""
     return [value for kind, value in zip(kinds, values) if axis_of(kind) == axis]

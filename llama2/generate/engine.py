@@ -216,7 +216,10 @@ def _is_sharded(weight: Tensor) -> bool:
 
 
 def _whole(weight: Tensor) -> Tensor:
-    gathered: Tensor = weight.full_tensor() if hasattr(weight, "full_tensor") else weight
+    if not _is_sharded(weight):
+        return weight
+    with torch.inference_mode(False), torch.no_grad():  # in inference mode PyTorch 2.11 cannot gather
+        gathered: Tensor = weight.full_tensor()  # type: ignore[attr-defined]
     return gathered
 
 

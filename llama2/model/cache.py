@@ -69,4 +69,5 @@ class KVCache:
 
     def copy(self, sources_B: Tensor, targets_B: Tensor, columns: int) -> None:
         """Copy the first `columns` columns of some slots to others (a shared prompt; filling a gap)."""
-        self.data_LPNCKD[:, :, targets_B, :columns] = self.data_LPNCKD[:, :, sources_B, :columns]
+        for data_PNCKD in self.data_LPNCKD:  # what is copied exists twice for a moment: of one layer at a time
+            data_PNCKD[:, targets_B, :columns] = data_PNCKD[:, sources_B, :columns]

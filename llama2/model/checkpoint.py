@@ -7,7 +7,7 @@ makes models of such directories and directories of models; `formats/` knows the
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import torch
@@ -23,6 +23,8 @@ from llama2.model.scorer import Scorer
 __all__ = ["CHECKSUMS", "CONFIG", "INDEX", "WEIGHTS", "config_json", "config_of", "is_scorer", "load", "load_scorer",
            "save", "save_tensors"]
 Directory = str | os.PathLike[str]
+Kinds = torch.dtype | Callable[[str], torch.dtype]
+"""one type for all weights, or that of each by its name"""
 
 
 # ---- saving ---------------------------------------------------------------------------------------------------------
@@ -66,7 +68,7 @@ def load(directory: Directory, *, dtype: torch.dtype = torch.float32, device: to
     return model
 
 
-def load_scorer(directory: Directory, *, dtype: torch.dtype = torch.float32, device: torch.device | str | None = None,
+def load_scorer(directory: Directory, *, dtype: Kinds = torch.float32, device: torch.device | str | None = None,
                 seed: int = 0) -> Scorer:
     """A scorer: from a scorer's checkpoint, or the trunk of a language model with a fresh head drawn from `seed`."""
     source = hf.read(Path(directory))
@@ -76,18 +78,23 @@ def load_scorer(directory: Directory, *, dtype: torch.dtype = torch.float32, dev
     if not source.scorer:
         model.score = Linear(source.config.hidden_size, 1)
         initialise(model.score, seed)
-        model.score.to(device or "cpu", dtype)
+        model.score.to(device or "cpu", _kind(dtype, "score.weight"))
     return model
 
 
-def _fill(model: Llama | Scorer, source: Source, dtype: torch.dtype, device: torch.device | str | None) -> None:
+def _fill(model: Llama | Scorer, source: Source, dtype: Kinds, device: torch.device | str | None) -> None:
     """Give a model on the meta device the weights it shares with `source`, so that no second copy of them ever exists.
     """
     names = [name for name in model.state_dict() if name in source.tensors]
     tensors = read_ahead(source.tensors[name] for name in names)
     for name in names:
         owner, _, attribute = name.rpartition(".")
-        setattr(model.get_submodule(owner), attribute, nn.Parameter(next(tensors).to(device or "cpu", dtype)))
+        weight = nn.Parameter(next(tensors).to(device or "cpu", _kind(dtype, name)))
+        setattr(model.get_submodule(owner), attribute, weight)
+
+
+def _kind(dtype: Kinds, name: str) -> torch.dtype:
+    return dtype if isinstance(dtype, torch.dtype) else dtype(name)
 
 
 def config_of(directory: Directory) -> LlamaConfig:

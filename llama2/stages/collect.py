@@ -20,6 +20,7 @@ from typing import Annotated, Any
 from pydantic import Field, field_validator, model_validator
 
 from llama2.config import StageConfig
+from llama2.data.split import is_heldout
 from llama2.evaluate.judges import kind_of
 from llama2.generate.dialogue import Chat
 from llama2.parts import Work
@@ -27,7 +28,6 @@ from llama2.preferences.simulated import NOISE, Annotator
 from llama2.records import DEGREES, Axis, Messages, Pair, Preference, Prompt, Response
 from llama2.runs import Run
 from llama2.stages.planning import Cluster, Lineage, sampling_plan
-from llama2.stages.prepare import is_heldout
 from llama2.stages.preprompts import PREPROMPTS, check, under_preprompt
 from llama2.stages.sampling import (
     Sample,
@@ -215,7 +215,6 @@ def second_asked(config: Config, chat: Chat, prompt: Prompt, place: int) -> Mess
     return under if has_room(chat, under, ROOM) else prompt.messages
 
 
-def _unit(identity: str) -> float:
-    return int.from_bytes(hashlib.blake2b(identity.encode(), digest_size=8).digest(), "little") / 2**64
-
-
+def _unit(key: str) -> float:
+    """A number in [0, 1) that depends on `key` alone."""
+    return int.from_bytes(hashlib.blake2b(key.encode(), digest_size=8).digest(), "little") / 2**64

@@ -7,9 +7,10 @@ compared side by side. The run directory becomes the checkpoint that is kept, so
 
 from __future__ import annotations
 
+import math
 import os
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,15 +18,22 @@ from pydantic import Field, model_validator
 
 from llama2 import mesh
 from llama2.config import StageConfig
+from llama2.errors import UserError
 from llama2.evaluate import ghost
-from llama2.evaluate.judges import kind_of
+from llama2.evaluate.judges import kind_of, known_truth
 from llama2.evaluate.winrate import WinRate, compare, wilson
-from llama2.generate.rewards import RewardModels
+from llama2.generate.dialogue import Answer
+from llama2.generate.rewards import RewardModels, check, join
+from llama2.model import checkpoint
+from llama2.model.formats import directory
+from llama2.parts import in_parts
 from llama2.preferences.simulated import Annotator
 from llama2.records import Prompt, Response
 from llama2.runs import Run
-from llama2.stages.planning import Cluster, Lineage, sampling_plan
-from llama2.stages.sampling import Sample, answer, fitting, load_chat, load_rewards, read_prompts, score
+from llama2.stages.answers import ROUNDS, answered, check_judge, fitting, in_turn, judged, twins
+from llama2.stages.planning import Cluster, Lineage, judging_plan
+from llama2.stages.sampling import Sample, load_chat, read_prompts
+from llama2.tally import Tally
 
 
 class Config(StageConfig):
@@ -39,7 +47,7 @@ class Config(StageConfig):
     ghost: Path | None = None
     """held-out dialogs under a lasting instruction: each is a comparison too, won by whoever obeys in more turns"""
     rewards: RewardModels | None = None
-    """judge by these reward models; without them simulated annotators judge"""
+    """judge by these reward models; without them simulated annotators judge, who need prompts with ground truth"""
     win_rate: float = Field(0.5, ge=0, le=1)
     """the candidate must win more than this share of decided comparisons"""
     worst_kind: float = Field(0.4, ge=0, le=1)
@@ -55,40 +63,81 @@ class Config(StageConfig):
 
 
 def plan(config: Config, cluster: Cluster, lineage: Lineage) -> dict[str, Any]:
-    """Memory: one version after the other whole on every rank, beside the reward models."""
-    shape = lineage.inherit(config.out, config.candidate)
+    """Memory: one version after the other, then one reward model after the other."""
+    lineage.inherit(config.out, config.candidate)
     judges = config.rewards.paths() if config.rewards else ()
-    return sampling_plan([shape], [lineage.shape(path) for path in judges], config.sample, cluster)
+    return judging_plan({str(path): lineage.shape(path) for path in (config.candidate, config.predecessor)},
+                        {str(path): lineage.shape(path) for path in judges}, config.sample.precision,
+                        config.sample.slots, config.sample.max_tokens, cluster, whole_context=bool(config.ghost))
 
 
 def run(config: Config, run: Run) -> None:
     """Write verdict.json and the checkpoint that is kept."""
-    prompts: list[Prompt] = []
-    texts: list[list[str]] = []
-    marks: list[list[float]] = []
-    obeyed: list[list[float]] = []
+    paths = (config.candidate, config.predecessor)
+    if config.rewards:
+        check(config.rewards)
+        for path in config.rewards.paths():
+            check_judge(path, paths)
+    tally = run.tally("prompts")
+    prompts = fitting(paths, read_prompts(config.prompts, config.limit, config.seed), 16, tally, config.prompts)
+    if config.rewards is None:
+        prompts = with_truth(config, prompts, tally)
     talks = ghost.read(config.ghost) if config.ghost else []
-    for path in (config.candidate, config.predecessor):
-        chat = load_chat(path, config.sample, run)
-        prompts = fitting(chat, read_prompts(config.prompts, config.limit, config.seed), room=16)
-        answers = answer(chat, [prompt.messages for prompt in prompts], config.sample, seed=config.seed)
-        texts.append([one[0].text for one in answers])
-        if talks:
-            held = ghost.converse(chat, talks, config.sample.sampling(config.seed))
-            obeyed.append([float(sum(ghost.obedience(one, said))) for one, said in zip(talks, held)])
-        if config.rewards:
-            rewards = load_rewards(config.rewards, chat.tokenizer, config.sample.precision)
-            marks.append([one[0].joined for one in score(rewards, chat.tokenizer, prompts, answers)])
-    preferred = compare_scores(marks) if config.rewards else compare_texts(config, prompts, texts)
+
+    first = twins(paths)
+    said = {place: _said(config, run, place, paths[place], prompts, talks) for place in dict.fromkeys(first)}
+    if config.rewards:
+        marks = joined(config, config.rewards, run, prompts, {place: one[0] for place, one in said.items()}, paths)
+        preferred = compare_scores([marks[place] for place in first])
+    else:
+        preferred = compare_texts(config, prompts, [[one.text for one in said[place][0]] for place in first])
     kinds: list[str] = [kind_of(prompt) for prompt in prompts]
     if talks:
-        preferred += compare_scores(obeyed)
+        preferred += compare_scores([said[place][1] for place in first])
         kinds += ["ghost"] * len(talks)
+
     verdict = judge(config, kinds, preferred)
     if mesh.is_main():
         copy(config.candidate if verdict["kept"] == "candidate" else config.predecessor, run.path)
     run.write_json("verdict.json", {"candidate": config.candidate.name, "predecessor": config.predecessor.name,
                                     **verdict})
+
+
+def with_truth(config: Config, prompts: Sequence[Prompt], tally: Tally) -> list[Prompt]:
+    """The prompts that simulated annotators can judge; the others are counted as left out. UserError if there are none.
+    """
+    kept = [prompt for prompt in prompts if known_truth([prompt])]
+    if not kept:
+        raise UserError(f"{config.prompts}: no prompt carries the ground truth (metadata.gold) by which simulated "
+                        "annotators judge", "give reward models that judge: rewards.helpful, rewards.safe")
+    tally.kept = len(kept)
+    if len(kept) < len(prompts):
+        tally.skip("without ground truth", "give rewards.helpful, which judges all", len(prompts) - len(kept))
+    return kept
+
+
+def _said(config: Config, run: Run, place: int, path: Path, prompts: Sequence[Prompt], talks: Sequence[ghost.Dialog]
+          ) -> tuple[list[Answer], list[float]]:
+    """A version's answers, and in how many turns of each dialog it obeyed."""
+    sampling, slots = config.sample.sampling(config.seed), config.sample.slots
+    with in_turn(lambda: load_chat(path, config.sample, run)) as chat:
+        def hold(some: Sequence[ghost.Dialog], first: int) -> list[float]:
+            held = ghost.converse(chat(), some, sampling, first=first)
+            return [float(sum(ghost.obedience(one, talk))) for one, talk in zip(some, held)]
+
+        answers = answered(run, f"answers-{place}", chat, [prompt.messages for prompt in prompts], sampling, slots)
+        return answers, list(in_parts(run, f"talks-{place}", talks, ROUNDS * slots, hold))
+
+
+def joined(config: Config, models: RewardModels, run: Run, prompts: Sequence[Prompt],
+           said: Mapping[int, Sequence[Answer]], paths: Sequence[Path]) -> dict[int, list[float]]:
+    """The paper's joined reward of every answer of each version; one reward model in memory at a time."""
+    precision = config.sample.precision
+    helpful = judged(run, "judge-helpful", models.helpful, precision, prompts, said, paths)
+    safe = judged(run, "judge-safe", models.safe, precision, prompts, said, paths) if models.safe else {
+        place: [math.inf] * len(prompts) for place in said}
+    return {place: [join(models, h, s, prompt.safety)
+                    for h, s, prompt in zip(helpful[place], safe[place], prompts)] for place in said}
 
 
 def compare_scores(marks: Sequence[Sequence[float]]) -> list[float]:
@@ -131,16 +180,20 @@ def judge(config: Config, kinds: Sequence[str], preferred: Sequence[float]) -> d
 
 
 def copy(source: Path, target: Path) -> None:
-    """The model files of one run directory in another, as hard links where the file system allows."""
-    names = [path for path in source.iterdir() if path.is_file() and not path.name.startswith(".")
-             and (path.suffix == ".safetensors" or path.name in MODEL_FILES)]
-    for path in names:
+    """The model files of one directory in another, as hard links where the file system allows: the weights, of
+    whichever kind every stage reads there, what its checksums name, and what stands beside them."""
+    weights = directory.weight_files(source)
+    listed = source / checkpoint.CHECKSUMS
+    index = directory.INDEX if weights[0].suffix == ".safetensors" else directory.PICKLED_INDEX
+    names = {path.name for path in weights} | MODEL_FILES | {index}
+    names |= set(directory.read_json(listed)) if listed.is_file() else set()
+    for path in (source / name for name in sorted(names) if (source / name).is_file()):
         (target / path.name).unlink(missing_ok=True)
         try:
-            os.link(path, target / path.name)
+            os.link(path.resolve(), target / path.name)
         except OSError:
             shutil.copy2(path, target / path.name)
 
 
-MODEL_FILES = {"config.json", "generation_config.json", "model.safetensors.index.json", "checksums.json",
-               "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json"}
+MODEL_FILES = {checkpoint.CONFIG, checkpoint.CHECKSUMS, "generation_config.json", "tokenizer.model",
+               "tokenizer_config.json", "special_tokens_map.json"}

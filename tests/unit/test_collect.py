@@ -8,10 +8,10 @@ from answers import prompt
 from commands import llama2
 
 from llama2 import records
+from llama2.data.split import is_heldout
 from llama2.evaluate.judges import kind_of
 from llama2.records import Pair, Preference, Prompt, Response
 from llama2.stages import collect
-from llama2.stages.prepare import is_heldout
 from llama2.tally import Tally
 
 
@@ -50,16 +50,15 @@ def test_every_prompt_is_compared_on_its_axis(tmp_path, words, prompts):
     assert aside
 
 
-def test_held_out_comparisons_are_chosen_by_their_prompt(tmp_path, words):
-    """A prompt held out once is held out always, in every round, on both axes, whatever stands beside it."""
-    assert llama2(*words, "--heldout", 0.5, "--both-axes", 1, "--out", tmp_path / "all") == 0
-    assert llama2(*words, "--heldout", 0.2, "--round", 1, "--seed", 3, "--out", tmp_path / "fewer") == 0
-    for name, share in (("all", 0.5), ("fewer", 0.2)):
-        kept, aside = read(tmp_path / name)
-        assert kept
-        assert aside
-        assert all(is_heldout(one.prompt, share) for one in aside)
-        assert not any(is_heldout(one.prompt, share) for one in kept)
+def test_held_out_comparisons_are_chosen_by_their_question(tmp_path, words):
+    """A question held out once is held out always, on both axes and in every round."""
+    assert llama2(*words, "--heldout", 0.5, "--out", tmp_path / "all") == 0
+    assert llama2(*words, "--heldout", 0.2, "--round", 2, "--seed", 3, "--both-axes", 1, "--out", tmp_path / "few") == 0
+    (kept, more), (later, fewer) = read(tmp_path / "all"), read(tmp_path / "few")
+    assert all(is_heldout(one.prompt, 0.5) for one in more)
+    assert not any(is_heldout(one.prompt, 0.5) for one in kept)
+    assert {one.prompt for one in fewer} <= {one.prompt for one in more}
+    assert not {one.prompt for one in fewer} & {one.prompt for one in (*kept, *later)}
 
 
 def test_safety_prompts_may_be_judged_on_helpfulness_too():

@@ -18,8 +18,17 @@ from llama2.model.llama import Llama, LlamaConfig
 from llama2.model.scorer import Scorer
 from llama2.model.sizes import SIZES
 from llama2.records import dump
-from llama2.stages import launch, pipeline, pretrain, reward, sft
-from llama2.stages.planning import Cluster, Lineage, Tower, flops_per_token, layer_bytes
+from llama2.stages import launch, pipeline, ppo, pretrain, reward, sft
+from llama2.stages.planning import (
+    Cluster,
+    Lineage,
+    Tower,
+    activations,
+    flops_per_token,
+    layer_bytes,
+    repeated_bytes,
+)
+from llama2.stages.training import Training
 from llama2.train.objectives import next_token
 
 RECIPES = Path(__file__).parents[2] / "recipes"
@@ -49,13 +58,14 @@ def test_the_papers_recipes_say_what_they_would_train(paper):
     assert plan["pretrain"]["steps"] * plan["pretrain"]["tokens_per_step"] == plan["pretrain"]["tokens"]
     assert plan["pretrain"]["gpu_hours"] == pytest.approx(GPU_HOURS[size], rel=0.15)
     trained = [name for name, one in plan.items() if one["verb"] in ("pretrain", "sft", "reward", "ppo")]
-    assert len(trained) == 1 + 1 + 10 + 5 + 1
+    assert len(trained) == 1 + 1 + 11 + 5 + 1
     for name in trained:
         assert plan[name]["parameters"] > 0.9 * PARAMETERS[size], name
         assert plan[name]["memory_per_rank_gib"]["together"] > 0, name
     large = size in ("34b", "70b")
     assert steps["pretrain"]["training"]["optimizer"]["learning_rate"] == (1.5e-4 if large else 3e-4)
     assert steps["v5_ppo"]["beta"] == (0.005 if large else 0.01)
+    assert steps["v5_ppo"]["critic_learning_rate"] == (5e-6 if size == "70b" else 9e-6)
     rates = {steps[name]["training"]["optimizer"]["learning_rate"] for name in steps if plan[name]["verb"] == "reward"}
     assert rates == {5e-6 if size == "70b" else 1e-5}
     assert plan["v5_ppo"]["steps"] == 3200
@@ -69,6 +79,20 @@ def test_versions_follow_the_papers_order():
     assert names.index("v3") < names.index("ghost") < names.index("v4_candidate")
     assert "ghost" not in found["plan"]["v3_candidate"]["needs"]
     assert [len(found["steps"][f"rejection{version}"]["earlier"]) for version in range(1, 6)] == [0, 0, 0, 3, 4]
+
+
+def test_a_third_reward_model_guards_against_what_the_two_were_fooled_into():
+    """It learns from open data alone, no step optimises it, and PPO is stopped and chosen by it."""
+    found = planned(RECIPES / "13b" / "recipe.yaml")
+    steps, plan = found["steps"], found["plan"]
+    general = "runs/13b/general"
+    assert [one["path"] for one in steps["general"]["preferences"].values()] == ["runs/13b/open/preferences.jsonl"]
+    assert [one["path"] for one in steps["general"]["heldout"].values()] == ["runs/13b/open/heldout-preferences.jsonl"]
+    assert steps["open"]["heldout"] > 0
+    judged = {name: [key for key in ("rewards", "judge") if (step.get(key) or {}).get("helpful") == general]
+              for name, step in steps.items()}
+    assert {name: keys for name, keys in judged.items() if keys} == {"v5_ppo": ["judge"], "v5": ["rewards"]}
+    assert "general" in plan["v5_ppo"]["needs"]
 
 
 @pytest.mark.parametrize("size", ["7b", "13b", "34b"])
@@ -174,6 +198,29 @@ def test_the_fewest_ranks_are_the_fewest():
     assert not plan(fewest - 1)["fits_141_gib"]
 
 
+def test_the_fewest_ranks_of_ppo_do_not_depend_on_the_ranks_asked_about():
+    """The reference is spread too. What 80 GiB cannot hold on 11 ranks, 12 can."""
+    found = {ranks: planned(RECIPES / "7b" / "recipe.yaml", ranks=ranks)["plan"]["v5_ppo"] for ranks in (8, 11, 12, 64)}
+    (fewest,) = {plan["fewest_ranks"] for plan in found.values()}
+    assert fewest == 12
+    assert [ranks for ranks, plan in found.items() if plan["fits_80_gib"]] == [12, 64]
+    per_rank = 4 * PARAMETERS["7b"] / 2**30
+    for ranks, plan in found.items():
+        assert plan["memory_per_rank_gib"]["reference"] == pytest.approx(per_rank / ranks, rel=0.01)
+
+
+def test_the_judge_of_ppo_takes_the_place_of_the_reward_models():
+    shapes = {Path(name): SIZES["7b"] for name in ("p", "h", "s")} | {Path("large"): SIZES["70b"]}
+
+    def whole(judge: dict[str, Path] | None) -> float:
+        config = ppo.Config(out="x", policy="p", rewards={"helpful": "h", "safe": "s"}, prompts="q", judge=judge)
+        return ppo.plan(config, Cluster(), Lineage(dict(shapes)))["memory_per_rank_gib"]["whole_models"]
+
+    assert whole({"helpful": "h"}) == whole(None)
+    large, small = (Tower(SIZES[size], scalar=True).parameters for size in ("70b", "7b"))
+    assert whole({"helpful": "large"}) - whole(None) == pytest.approx(2 * (large - 2 * small) / 2**30, rel=0.01)
+
+
 def test_what_every_rank_holds_whole_no_number_of_ranks_helps():
     found = planned(RECIPES / "70b" / "recipe.yaml")["plan"]
     assert str(found["rejection1"]["fewest_ranks"]).startswith("none")
@@ -182,6 +229,14 @@ def test_what_every_rank_holds_whole_no_number_of_ranks_helps():
 
 def test_flops_of_the_paper():
     assert flops_per_token(SIZES["7b"], 4096) == pytest.approx(6 * 6.607e9 + 6 * 32 * 4096 * 4096, rel=1e-3)
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_flops_are_those_of_the_matrices_a_token_is_multiplied_with(tied):
+    shape = LlamaConfig(96, 32, 64, 3, 4, 2, tie_word_embeddings=tied)
+    layers = sum(parameter.numel() for parameter in Llama(shape).model.layers.parameters()) + 32
+    assert flops_per_token(shape, 10) == 6 * (layers + 96 * 32 + 3 * 32 * 10)
+    assert flops_per_token(shape, 10, scalar=True) == 6 * (layers + 3 * 32 * 10)  # no head over the vocabulary
 
 
 def test_the_command_line_takes_the_machines(capsys):
@@ -193,3 +248,18 @@ def test_the_command_line_takes_the_machines(capsys):
     assert shown["plan"]["pretrain"]["ranks"] == 256
     with pytest.raises(UserError, match=r"--dry-run: 'ranks': .*greater than 0"):
         launch.command("run", [recipe, "--dry-run", "--ranks", "0"])
+
+
+def test_masks_and_repeated_keys_are_reckoned_with_where_they_exist() -> None:
+    """On a GPU packed rows need a mask in fp32 alone, and there keys that heads share are repeated."""
+    shape = SIZES["1b"]
+    tokens = 2 * 4096
+
+    def kept(precision: str, packed: bool) -> float:
+        settings = Training(precision=precision, gradient_checkpointing=False)
+        return activations([Tower(shape)], settings, 2, 4096, packed, False)
+
+    assert kept("bf16", True) == kept("bf16", False)
+    assert kept("fp32", True) - kept("fp32", False) == 5 * tokens * 4096
+    assert repeated_bytes(shape, 4) == 2 * 4 * 64 * (32 - 4)
+    assert repeated_bytes(SIZES["7b"], 4) == 0

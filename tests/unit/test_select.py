@@ -3,6 +3,7 @@
 import json
 
 import pytest
+import torch
 from commands import llama2
 
 from llama2 import records
@@ -70,3 +71,63 @@ def test_the_run_directory_becomes_the_version_kept(tmp_path, policy, base, scor
     for name in ("config.json", "tokenizer.model", "model.safetensors", "tokenizer_config.json"):
         assert (tmp_path / "judged" / name).read_bytes() == (chosen / name).read_bytes()
     assert not (tmp_path / "judged/summary.json").exists()  # that of another stage
+
+
+def test_prompts_without_truth_need_reward_models(tmp_path, policy, base, scorers, prompts, one_line, monkeypatch):
+    asked = list(records.read(Prompt, prompts))
+    records.write(tmp_path / "plain.jsonl", [Prompt(one.messages, one.id, one.safety) for one in asked])
+    words = ["select", "--predecessor", base, "--candidate", policy, "--sample.max-tokens", 8]
+    plain = [*words, "--prompts", tmp_path / "plain.jsonl"]
+    with monkeypatch.context() as patched:
+        patched.setattr(select, "load_chat", lambda *rest: pytest.fail("it samples before it refuses"))
+        assert "no prompt carries the ground truth (metadata.gold)" in one_line(*plain, "--out", tmp_path / "refused")
+        said = one_line(*plain, "--rewards.helpful", base, "--out", tmp_path / "no")
+        assert "not a reward model" in said
+        said = one_line(*plain, "--rewards.helpful", scorers[0], "--rewards.rule", "min", "--out", tmp_path / "no")
+        assert "needs a safety reward model" in said
+    assert llama2(*plain, "--rewards.helpful", scorers[0], "--out", tmp_path / "judged") == 0
+    assert json.loads((tmp_path / "judged/verdict.json").read_text())["win_rate"]["all"]["ties"] <= 16
+
+
+def test_prompts_with_truth_on_some_are_judged_on_those(tmp_path, policy, base, prompts, capsys):
+    asked = list(records.read(Prompt, prompts))
+    half = [one if index % 2 else Prompt(one.messages, one.id) for index, one in enumerate(asked)]
+    records.write(tmp_path / "half.jsonl", half)
+    capsys.readouterr()
+    assert llama2("select", "--predecessor", base, "--candidate", policy, "--sample.max-tokens", 8,
+                  "--prompts", tmp_path / "half.jsonl", "--out", tmp_path / "out") == 0
+    assert "read 16, kept 8, left out 8: without ground truth 8" in capsys.readouterr().err
+    found = json.loads((tmp_path / "out/verdict.json").read_text())["win_rate"]["all"]
+    assert found["wins"] + found["losses"] + found["ties"] == 8
+
+
+def test_pickled_weights_are_kept_too(tmp_path, base):
+    """A directory as others have it, with `pytorch_model.bin`, and one whose files are links into a store."""
+    pickled = tmp_path / "pickled"
+    pickled.mkdir()
+    model = checkpoint.load(base)
+    torch.save(model.state_dict(), pickled / "pytorch_model.bin")
+    for name in ("config.json", "tokenizer.model"):
+        (pickled / name).write_bytes((base / name).read_bytes())
+    linked = tmp_path / "linked"
+    linked.mkdir()
+    for path in pickled.iterdir():
+        (linked / path.name).symlink_to(path)
+    for source in (pickled, linked):
+        target = tmp_path / f"kept-{source.name}"
+        target.mkdir()
+        select.copy(source, target)
+        assert not any(path.is_symlink() for path in target.iterdir())
+        found = checkpoint.load(target)
+        assert all(torch.equal(a, b) for a, b in zip(found.parameters(), model.parameters()))
+
+
+def test_equal_versions_are_answered_once(tmp_path, policy, prompts, monkeypatch):
+    calls = []
+    load = select.load_chat
+    monkeypatch.setattr(select, "load_chat", lambda path, *rest: (calls.append(path), load(path, *rest))[1])
+    assert llama2("select", "--predecessor", policy, "--candidate", policy, "--sample.max-tokens", 8, "--prompts",
+                  prompts, "--out", tmp_path / "out") == 0
+    assert len(calls) == 1
+    verdict = json.loads((tmp_path / "out/verdict.json").read_text())
+    assert (verdict["kept"], verdict["win_rate"]["all"]["ties"]) == ("predecessor", 16)

@@ -14,7 +14,7 @@ import torch
 from llama2 import records
 from llama2.config import build
 from llama2.errors import UserError
-from llama2.evaluate import attention, ghost, versions
+from llama2.evaluate import attention, ghost
 from llama2.generate.dialogue import Answer
 from llama2.generate.engine import Completion
 from llama2.generate.sampling import Sampling
@@ -23,6 +23,7 @@ from llama2.model.llama import Llama, LlamaConfig
 from llama2.model.scorer import Scorer
 from llama2.records import Message, Messages, Prompt
 from llama2.runs import open_run
+from llama2.stages import evaluate as stage
 from llama2.tokenizer.template import encode_dialog, encode_prompt
 from llama2.tokenizer.tokenizer import Tokenizer
 from llama2.tokenizer.train import train
@@ -68,9 +69,9 @@ def place(tmp_path_factory: pytest.TempPathFactory, tokenizer: Tokenizer) -> Pat
 def evaluate(place: Path, name: str, **values: object) -> dict[str, object]:
     given = {"out": place / name, "versions": {"SFT": place / "sft", "V1": place / "v1"}, "max_tokens": 6,
              "precision": "fp32", "prompts": place / "prompts.jsonl"} | values
-    config = build(versions.Config, given)
+    config = build(stage.Config, given)
     with open_run("evaluate", config) as run:
-        versions.run(config, run)
+        stage.run(config, run)
     result: dict[str, object] = json.loads((config.out / "evaluation.json").read_text())
     return result
 
@@ -105,6 +106,14 @@ def test_real_prompts_are_judged_by_reward_models_alone(place: Path) -> None:
     assert {(row["axis"], row["judge"]) for row in result["win_rates"]} == {("helpful", "reward")}  # type: ignore[attr-defined]
 
 
+def test_truth_on_some_prompts_judges_none_and_says_so(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    some = [*records.read(Prompt, place / "prompts.jsonl"), *records.read(Prompt, place / "plain.jsonl")]
+    records.write(place / "some.jsonl", some)
+    result = evaluate(place, "some", prompts=place / "some.jsonl", rewards={"helpful": place / "helpful"})
+    assert "truth" not in result["results"]["SFT"]  # type: ignore[index]
+    assert "4 of 6 prompts carry ground truth: it does not judge" in capsys.readouterr().err
+
+
 def test_results_depend_on_the_seed_alone(place: Path) -> None:
     first, again, other = (evaluate(place, f"seed-{name}", seed=seed, versions={"SFT": place / "sft"})
                            for name, seed in (("a", 1), ("b", 1), ("c", 2)))
@@ -134,7 +143,7 @@ class Parrot:
         self.until, self.seen = until, []  # type: ignore[var-annotated]
         self.tokenizer, self.engine = tokenizer, SimpleNamespace(context=context)
 
-    def answers(self, prompts: Sequence[Messages], sampling: Sampling) -> list[list[Answer]]:
+    def answers(self, prompts: Sequence[Messages], sampling: Sampling, names: Sequence[int]) -> list[list[Answer]]:
         self.seen.append(prompts)
         turn = sum(message.role == "user" for message in prompts[0])
         text = "Hey! Apple." if turn <= self.until else "Apple."
@@ -179,7 +188,7 @@ def test_recomputed_attention_gives_the_layer_its_own_output(tokenizer: Tokenize
     layer = model.model.layers[1].self_attn
 
     def check(module: torch.nn.Module, inputs: tuple[torch.Tensor, ...], output: torch.Tensor) -> None:
-        weights_HTT = attention.weights(layer, *inputs)  # type: ignore[arg-type]
+        weights_HTT = torch.stack(list(attention.weights(layer, *inputs)))  # type: ignore[arg-type]
         value_TKE = layer.v_proj(inputs[0])[0].view(inputs[0].shape[1], -1, layer.head_dim)
         value_THE = value_TKE.repeat_interleave(2, dim=1)
         mixed = torch.einsum("hts,she->the", weights_HTT, value_THE)
@@ -231,7 +240,8 @@ def test_map_shows_the_dialog_that_differs_most(tokenizer: Tokenizer, monkeypatc
         return table
 
     monkeypatch.setattr(attention, "largest", largest)
-    found = attention.compare(models, tokenizer, talks)
+    looks = {name: [attention.look(model, tokenizer, talk, 256) for talk in talks] for name, model in models.items()}
+    found = attention.figure(looks, tokenizer, talks, 256)
     assert found["instruction"] == "Always speak Bar."
     assert found["instruction_by_turn"]["before"] == pytest.approx([0.1, 0.1])
     assert found["instruction_by_turn"]["after"] == pytest.approx([0.5, 0.5])
@@ -239,13 +249,13 @@ def test_map_shows_the_dialog_that_differs_most(tokenizer: Tokenizer, monkeypatc
 
 def test_equal_weights_answer_once(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[str] = []
-    chat = versions._chat
+    chat = stage._chat
 
-    def counted(config: versions.Config, name: str, *rest: object) -> object:
+    def counted(config: stage.Config, name: str, *rest: object) -> object:
         calls.append(name)
         return chat(config, name, *rest)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(versions, "_chat", counted)
+    monkeypatch.setattr(stage, "_chat", counted)
     twin = place / "twin"
     shutil.copytree(place / "v1", twin)
     result = evaluate(place, "twins", versions={"SFT": place / "sft", "V1": place / "v1", "V2": twin})
