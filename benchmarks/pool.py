@@ -1,12 +1,13 @@
 """The pool over rounds of rejection sampling (§3.2.3): does a skill stay that was taught in the first round alone?
 
-    make demo && python benchmarks/pool.py [--recipe runs/demo] [--skill story] [--prompts 400] [--k 4] [--seed 0]
+    make demo && python benchmarks/pool.py [--recipe runs/demo] [--skill story] [--seed 0]
 
-Three rounds from the demo's SFT model, each trained on what rejection sampling kept. The first round asks for the skill
-(a family of the microworld's prompts) among other things, the second and third for other things only. Once each round
-is trained on its own best answers, as up to the paper's V3; once on the pool of all rounds (`earlier`). Printed is the
-mean helpfulness, by the world's own truth, of answers (temperature 0.6, top-p 0.9, as versions are judged) to held-out
-prompts of the skill and of the rest. It takes some minutes on two cores, and goes on in --out after an interruption.
+Three rounds from the demo's SFT model, each trained on what rejection sampling kept. The first asks for the skill (a
+family of the microworld's prompts) and for answers to unsafe prompts, the second and third for the latter only. Once
+each version is trained on the best answers of its own round, as up to the paper's V3; once on the pool of all rounds
+(`earlier`). Printed is the mean helpfulness, by the world's own truth, of answers (temperature 0.6, top-p 0.9, as
+versions are judged) to held-out prompts of either kind, with its standard error. It takes some minutes on two cores,
+and goes on in --out after an interruption.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ from llama2.stages import launch
 from llama2.stages.sampling import Sample, answer, load_chat, seed_for
 
 ROUNDS = 3
-REST = ("unsafe",)
+LATER = ("unsafe",)
 MAX_TOKENS = 64
 ANSWERS = 4  # to each held-out prompt
 
@@ -50,7 +51,7 @@ def asked(arguments: argparse.Namespace, out: Path) -> list[Path]:
     world, half = arguments.recipe / "world", arguments.prompts // 2
     files = []
     for number in range(ROUNDS):
-        mine = chosen(world, "train", REST, 2 * half, number * 2 * half)
+        mine = chosen(world, "train", LATER, 2 * half, number * 2 * half)
         if number == 0:
             mine = chosen(world, "train", (arguments.skill,), half) + mine[:half]
         files.append(out / f"prompts{number + 1}.jsonl")
@@ -106,7 +107,7 @@ def main() -> None:
     files = asked(arguments, out)
     world = arguments.recipe / "world"
     tests = {arguments.skill: chosen(world, "evaluation", (arguments.skill,), 200),
-             "the rest": chosen(world, "evaluation", REST, 300)}
+             "asked later": chosen(world, "evaluation", LATER, 300)}
     arms = {name: arm(arguments, out, name, name == "pool", files) for name in ("newest", "pool")}
     print(f"{'version':22}" + "".join(f"{f'{name} ({len(some)})':>22}" for name, some in tests.items()))
     lines = [("SFT", arguments.recipe / "sft"), ("V1", arms["pool"][0])]
