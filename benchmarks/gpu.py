@@ -34,7 +34,7 @@ ROOT = HERE.parent
 SITE = ROOT / ".gpu"  # packages that were missing
 NEEDED = {"numpy": "numpy", "sentencepiece": "sentencepiece", "safetensors": "safetensors", "pydantic": "pydantic",
           "tyro": "tyro", "yaml": "PyYAML", "rich": "rich", "pytest": "pytest", "pytest_timeout": "pytest-timeout"}
-TESTS = {"test_model": 90, "test_engine": 60, "test_training": 60, "test_command": 60}  # file: seconds at most
+TESTS = {"test_gpu_model": 90, "test_gpu_engine": 60, "test_training": 60, "test_command": 60}  # file: seconds at most
 JOBS = {"ceilings": 40, "training 1b": 60, "generation 1b": 45, "training 7b": 60, "generation 7b": 60, "ppo": 60,
         "training 1b compiled": 110, "training 7b, activations kept": 45, "training 7b compiled": 90}
 TINY_JOBS = ("ceilings", "training 1b", "training 7b", "generation 1b", "ppo")

@@ -9,6 +9,7 @@ What takes seconds to import is imported when a command is known, under a handle
 from __future__ import annotations
 
 import importlib
+import io
 import os
 import sys
 from collections.abc import Sequence
@@ -30,6 +31,9 @@ The Llama 2 paper as commands, in its order:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run one command and leave with its exit status."""
+    for stream in (sys.stdout, sys.stderr):  # in the locale C, help and file names could not be printed
+        if isinstance(stream, io.TextIOWrapper) and stream.encoding.lower() in ("ascii", "ansi_x3.4-1968"):
+            stream.reconfigure(encoding="utf-8", errors="backslashreplace")
     sys.exit(_guarded(list(sys.argv[1:] if arguments is None else arguments)))
 
 

@@ -18,7 +18,7 @@ _ABOUT = frozenset((
     "context", "passage", "document", "doc", "article", "background", "knowledge", "evidence", "paragraph", "body",
     "story", "premise", "hypothesis", "excerpt", "fact", "hint", "table", "schema", "persona", "personality",
     "constraint", "prefix", "suffix", "support", "selftext", "history", "input", "system", "abstract", "chunk",
-    "snippet", "ctx", "sentence", "scenario", "dialogue", "transcript"))
+    "snippet", "ctx", "sentence", "scenario", "dialogue", "transcript", "role", "speaker"))
 _ASKED = frozenset(("question", "prompt", "instruction", "query", "problem", "text"))
 _OPTIONS = frozenset((
     "option", "choice", "candidate", "ending", "distractor", "opa", "opb", "opc", "opd",

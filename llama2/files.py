@@ -164,6 +164,8 @@ def set_name(file: str) -> str:
 
 def _named(path: Path, use: Use, left: Counter[str]) -> Iterator[File]:
     """The file that a user names, or the members of the archive."""
+    if _is_pointer(path):
+        raise UserError(f"{shown(path)}: a pointer of Git LFS, the data itself is not here", "fetch it: git lfs pull")
     if path.suffix.lower() == ZIP:
         yield from _members(path, use, left)
         return
@@ -171,6 +173,14 @@ def _named(path: Path, use: Use, left: Counter[str]) -> Iterator[File]:
     if not kind:
         raise UserError(f"{shown(path)}: cannot tell what kind of file this is", f"known endings: {_known(use)}")
     yield File(path, "", shown(path), set_name(shown(f"{path.parent.name}/{path.name}")), kind)
+
+
+def _is_pointer(path: Path) -> bool:
+    with explain_os_errors(path):
+        if not path.is_file() or path.stat().st_size > 1024:
+            return False
+        with open(path, "rb") as file:
+            return file.read(40).startswith(b"version https://git-lfs.github.com/")
 
 
 def _searched(place: Path, use: Use, left: Counter[str]) -> Iterator[File]:
@@ -191,7 +201,7 @@ def _searched(place: Path, use: Use, left: Counter[str]) -> Iterator[File]:
 
 def _members(path: Path, use: Use, left: Counter[str]) -> Iterator[File]:
     for member in members(path):
-        parts = PurePosixPath(member).parts
+        parts = PurePosixPath(member).parts or (member,)
         reason = "hidden" if any(map(_hidden, parts)) else _no_data(parts[-1], use, inside=True)
         if reason:
             left[reason] += 1

@@ -12,26 +12,35 @@ from typing import Any
 from llama2.columns import is_filled
 from llama2.files import Row, tidy
 from llama2.records import Message, Messages
+from llama2.tables import Skip
 from llama2.transcripts import join, messages, prompt
 
 INSTRUCTIONS = ("instruction", "Instruction")
-QUESTIONS = ("prompt", "question", "Question", "query", "problem", "goal", "text")
+QUESTIONS = ("prompt", "question", "Question", "query", "problem", "goal", *INSTRUCTIONS, "text", "input")
 CONTEXTS = ("context", "Context", "contexts", "passage", "Passage", "passages", "article", "document", "documents",
             "paragraph", "paragraphs", "background", "knowledge", "evidence", "story", "support", "fact", "facts",
             "Body", "body", "hint")
 """what a question is about"""
+_COPIED = 16
+"""a context of so many characters that stands in the question is not put there again"""
 _OPTIONS = ("options", "choices")
+_TEMPLATE = re.compile(
+    r"<\|(im_start|user|system|prompter|begin_of_text|start_header_id)\|>|<s>\s*\[INST\]|\[INST\]|### Human:"
+    r"|<start_of_turn>|<bos>")
 _LETTERED = re.compile(r"\(?[A-Za-z0-9][).:]")
 _TEXTS = ("text", "content", "body", "passage")
 
 
-def asked(row: Row, keys: tuple[str, ...] = (*QUESTIONS, *INSTRUCTIONS)) -> Messages:
+def asked(row: Row, keys: tuple[str, ...] = QUESTIONS) -> Messages:
     """The turns before the answer: `keys` say where the question may stand; a list of turns is taken as it is."""
     key = _key(row, keys)
     said = row.get(key)
     if isinstance(said, list):
         return messages(row, said, system(row))
-    turns = prompt(row.text(key))
+    text = row.text(key)
+    if key == "text" and _TEMPLATE.match(text):
+        raise Skip("text in a model's template", "give its turns as a list")
+    turns = prompt(text)
     opening = _system_turn(row)
     if len(turns) > 1 or turns[0].role != "user":
         return (*opening, *turns)
@@ -48,19 +57,28 @@ def _key(row: Row, keys: tuple[str, ...]) -> str:
 
 def complete(row: Row, said: str, instruction: bool) -> str:
     """A question or an instruction joined with its context, its input and its options."""
+    contexts = [text for key in CONTEXTS for text in texts(row, key) if len(text) < _COPIED or text not in said]
+    given = [text for text in [row.text("input", optional=True)] if text != said]
     if not said and not instruction:
         return ""  # a passage alone asks nothing
-    contexts = [text for key in CONTEXTS for text in texts(row, key) if text not in said]
-    given = row.text("input", optional=True)
-    options = _options(row)
     if instruction:
-        return join(said, given, *contexts, options)
-    return join(*contexts, said, given, options)
+        return join(said, *given, *contexts, _options(row))
+    return join(*contexts, said, *given, _options(row))
 
 
 def system(row: Row) -> str:
     """The system turn, in the column that is called after it."""
     return row.text("system", "system_prompt", "system_message", "sys", optional=True)
+
+
+def category_of(row: Row, *keys: str) -> str:
+    """What kind of question it is, in the first of `keys` (`category`) that holds text; others are left unread."""
+    for key in keys or ("category",):
+        value = row.get(key)
+        if isinstance(value, str) and tidy(value):
+            return tidy(value)
+        row.asked.discard(key)
+    return ""
 
 
 def _system_turn(row: Row) -> Messages:

@@ -88,9 +88,6 @@ def fingerprint(path: Path) -> str:
 
 
 def _fingerprint(path: Path) -> str:
-    if not path.is_file() and not path.is_dir():
-        raise UserError(f"{path}: this is no file and no directory",
-                        "a run must find the same input again: write it to a file")
     for directory in (path, *path.parents):
         if (directory / COMPLETE).is_file() and (directory / MANIFEST).is_file():
             outputs = json.loads((directory / COMPLETE).read_text("utf-8"))["outputs"]
@@ -142,7 +139,7 @@ def code_version() -> str:
     """Package version and a hash of its source: two runs with the same value ran the same code."""
     root = Path(llama2.__file__).parent
     digest = hashlib.sha256()
-    for file in sorted(root.rglob("*.py")):
+    for file in sorted(path for path in root.rglob("*") if path.suffix in (".py", ".cpp", ".h")):
         digest.update(file.relative_to(root).as_posix().encode() + file.read_bytes())
     return f"{llama2.__version__}+{digest.hexdigest()[:12]}"
 
@@ -243,7 +240,8 @@ def open_run(verb: str, config: StageConfig) -> Iterator[Run]:
             (path / SECONDS).unlink(missing_ok=True)
             _remove_checkpoints(path / CHECKPOINTS)
             for name, tally in run.tallies.items():
-                print(f"{path}: {name}: {tally.line()}", file=sys.stderr)
+                if tally.read:
+                    print(f"{path}: {name}: {tally.line()}", file=sys.stderr)
         mesh.barrier()
     except UserError:
         if held is not None and _only_begun(path):

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import shlex
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
@@ -40,11 +41,11 @@ class Lost(UserError):
     """A row that has more to say than its format reads."""
 
     def __init__(self, row: Row, format: str, columns: Sequence[str]) -> None:
-        self.columns = columns
+        self.skip = Skip(f"column {', '.join(columns)} would be lost", f"--sources.NAME.ignore {shlex.join(columns)}")
         names = ", ".join(f"'{column}'" for column in columns)
         super().__init__(f"{row.where}: {names} would be lost: the format '{format}' does not read that",
                          "put it into the prompt, name another format, or leave it out: "
-                         f"--sources.NAME.ignore {','.join(columns)}")
+                         f"--sources.NAME.ignore {shlex.join(columns)}")
 
 
 @dataclass(frozen=True)
@@ -126,7 +127,7 @@ def _records(row: Row | Bad, header: list[str], chosen: Format[T] | None, how: R
     except (ValueError, UserError) as error:
         if how.malformed == "stop":
             raise error if isinstance(error, UserError) else UserError(f"{row.where}: {error}", _MEND) from None
-        return [Skip(f"column {', '.join(error.columns)} would be lost" if isinstance(error, Lost) else "malformed")]
+        return [error.skip if isinstance(error, Lost) else Skip("malformed")]
 
 
 def _read(row: Row, chosen: Format[T], how: Reading, tally: Tally) -> list[T | Skip]:

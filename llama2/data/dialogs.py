@@ -16,13 +16,14 @@ from typing import Any
 from llama2 import marks
 from llama2.columns import is_filled
 from llama2.files import Row, tidy
-from llama2.questions import INSTRUCTIONS, asked, complete, system
+from llama2.questions import INSTRUCTIONS, asked, category_of, complete, system
 from llama2.records import Dialog, Message, Messages, check_roles, parse
 from llama2.tables import AUTO, Format, Reading, Skip, convert
 from llama2.tally import Tally
 from llama2.transcripts import conversation, join, messages
 
-ANSWERS = ("response", "answer", "completion", "Answer", "Response", "solution", "answers")
+QUESTION_KEYS = "prompt|question|Question|query|problem|input"
+ANSWERS = ("response", "solution", "answer", "completion", "Answer", "Response", "answers", "output")
 
 
 def import_dialogs(path: str | os.PathLike[str], how: Reading = AUTO, name: str = "",
@@ -87,7 +88,7 @@ def _alpaca(row: Row) -> Iterator[Dialog]:
     turns = (*((Message("system", said),) if said else ()), *(turn for both in past for turn in both),
              Message("user", complete(row, row.text(*INSTRUCTIONS), True)),
              Message("assistant", row.text("output", "response")))
-    yield _dialog(turns, row.text("category", optional=True))
+    yield _dialog(turns, category_of(row))
 
 
 def _history(row: Row) -> list[list[str]]:
@@ -126,7 +127,7 @@ def _question_answer(row: Row) -> Iterator[Dialog]:
         raise row.error(f"'{key}' must be text or a list of turns, it is {type(answer).__name__}")
     if not isinstance(answer, (list, dict)):
         said = tidy(answer) if isinstance(answer, str) else row.text(key)
-        yield _dialog((*turns, Message("assistant", said)), row.text("category", optional=True))
+        yield _dialog((*turns, Message("assistant", said)), category_of(row))
         return
 
     answers, learnt = conversation(row, [answer] if isinstance(answer, dict) else answer)
@@ -186,7 +187,7 @@ _READERS: tuple[Format[Dialog], ...] = (
     Format("self-instruct", ("instruction", "instances"), _self_instruct),
     Format("xstest-answers", ("prompt", "type", "completion", "final_label"), _xstest),
     Format("alpaca", ("instruction|Instruction", "output|response"), _alpaca, known=("text",)),
-    Format("question-answer", ("prompt|question|Question|query|problem", "|".join(ANSWERS)), _question_answer),
+    Format("question-answer", (QUESTION_KEYS, "|".join(ANSWERS)), _question_answer),
     Format("chain-of-thought", (), _chain_of_thought, on_request=True, of=list),
 )
 ASKED: tuple[Format[Dialog], ...] = tuple(f for f in _READERS if f.name not in ("question-answer", "xstest-answers"))

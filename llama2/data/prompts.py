@@ -12,9 +12,9 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Any, Literal
 
-from llama2.data.dialogs import ANSWERS, ASKED
+from llama2.data.dialogs import ANSWERS, ASKED, QUESTION_KEYS
 from llama2.files import Row
-from llama2.questions import INSTRUCTIONS, QUESTIONS, asked, system
+from llama2.questions import QUESTIONS, asked, category_of, system
 from llama2.records import Dialog, Message, Messages, Prompt, check_roles, parse
 from llama2.tables import AUTO, Format, Reading, Skip, convert, digest
 from llama2.tally import Tally
@@ -104,7 +104,7 @@ def _turns(row: Row) -> Iterator[Prompt]:
     turns = row.get("turns")
     if not isinstance(turns, list) or not turns or not all(isinstance(item, str) for item in turns):
         raise row.error("'turns' must be a list of texts")
-    item = _prompt(prompt(turns[0]), category=row.text("category", optional=True))
+    item = _prompt(prompt(turns[0]), category=category_of(row))
     yield replace(item, metadata={**item.metadata, "follow_ups": turns[1:]}) if turns[1:] else item
 
 
@@ -112,7 +112,7 @@ def _plain(row: Row) -> Iterator[Prompt]:
     """A text in the column that is called after what it is, with what it is about."""
     turns = asked(row)
     check_roles(turns, last="user")
-    yield _prompt(turns, category=row.text("category", "Category", "Skill", optional=True))
+    yield _prompt(turns, category=category_of(row, "category", "Category", "Skill"))
 
 
 def _lines(row: Row) -> Iterator[Prompt]:
@@ -179,7 +179,7 @@ def _chat(row: Row) -> Iterator[Prompt]:
     """A list of turns that waits for an answer."""
     turns = messages(row, row.get("messages"), system(row))
     check_roles(turns, last="user")
-    item = _prompt(turns, category=row.text("category", optional=True))
+    item = _prompt(turns, category=category_of(row))
     yield replace(item, safety=row.get("safety") is True)
 
 
@@ -189,7 +189,6 @@ def _waits(row: Row) -> bool:
             and str(turns[-1].get("role")).lower() in ("user", "human"))
 
 
-_TEXT_KEYS = (*QUESTIONS, *INSTRUCTIONS)
 _REVIEWED = ("question", "response", "harmful", "action")
 PROMPT_FORMATS: tuple[Format[Prompt], ...] = (
     Format("prompt", ("messages",), _ours, _is_ours),
@@ -202,8 +201,8 @@ PROMPT_FORMATS: tuple[Format[Prompt], ...] = (
     Format("instructions", ("instructions",), _list, lambda row: isinstance(row.get("instructions"), list)),
     Format("questions", ("turns",), _turns),
     *(_from_dialog(source) for source in ASKED),
-    Format("question-answer", ("prompt|question|Question|query|problem", "|".join(ANSWERS)), _plain),
-    Format("plain", ("|".join(_TEXT_KEYS),), _plain),
+    Format("question-answer", (QUESTION_KEYS, "|".join(ANSWERS)), _plain),
+    Format("plain", ("|".join(QUESTIONS),), _plain),
     Format("toxigen", (), _toxigen, _is_toxigen, of=str),
     Format("lines", (), _lines, of=str),
     Format("catqa", (), _catqa, _is_catqa),

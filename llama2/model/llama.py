@@ -104,6 +104,11 @@ class Linear(nn.Linear):
         pass
 
 
+def is_bare(*projections: nn.Module) -> bool:
+    """Whether kernels may multiply with these modules' weights instead of calling them: an adapter must be called."""
+    return all(type(projection) is Linear for projection in projections)
+
+
 class Embedding(nn.Embedding):
     """Token embeddings; `initialise` fills them, not the constructor."""
 
@@ -203,9 +208,9 @@ class FeedForward(nn.Module):
         self.down_proj = Linear(config.intermediate_size, config.hidden_size)
 
     def forward(self, x_BTD: Tensor, context: Context) -> Tensor:
-        if context.cache is None and fused.runs(x_BTD):
+        if context.cache is None and fused.runs(x_BTD) and is_bare(self.gate_proj, self.up_proj):
             gated_BTF = fused.gated(x_BTD, self.gate_proj.weight, self.up_proj.weight)
-        elif fused.runs(x_BTD):
+        elif context.cache is not None and fused.runs(x_BTD):
             gated_BTF = fused.gated_apart(self.gate_proj(x_BTD), self.up_proj(x_BTD))
         else:
             gated_BTF = F.silu(self.gate_proj(x_BTD)) * self.up_proj(x_BTD)
@@ -255,6 +260,13 @@ class Trunk(nn.Module):
         hidden_BTD: Tensor = self.norm(x_BTD, update_BTD)[1]
         return hidden_BTD
 
+    @property
+    def bare(self) -> bool:
+        """Whether no projection whose weight our kernels read has been replaced."""
+        return all(isinstance(layer, Layer) and is_bare(
+            layer.self_attn.q_proj, layer.self_attn.k_proj, layer.self_attn.v_proj, layer.mlp.gate_proj,
+            layer.mlp.up_proj) for layer in self.layers)
+
     def context(self, x_BTD: Tensor, documents_BT: Tensor | None, positions_BT: Tensor | None,
                 cache: Cache | None) -> Context:
         """Rotary tables and mask, made once for all layers."""
@@ -262,7 +274,7 @@ class Trunk(nn.Module):
         # With a cache there is no backward pass. (Not a matter of gradient mode: PPO's ratios must begin at exactly 1.)
         explicit = where.type == "cpu" and cache is None and length <= EXPLICIT_LENGTH
         prompt = cache is not None and cache.mask_BTS is None and not torch.is_grad_enabled()
-        own = (explicit or (prompt and length <= EXPLICIT_LENGTH)) and fused.runs(x_BTD)
+        own = (explicit or (prompt and length <= EXPLICIT_LENGTH)) and fused.runs(x_BTD) and self.bare
         if positions_BT is None:
             positions_BT = torch.arange(length, device=where)[None]
             if documents_BT is not None:

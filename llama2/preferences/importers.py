@@ -23,7 +23,7 @@ from typing import Any, Literal, NamedTuple
 
 from llama2.files import Row, tidy
 from llama2.preferences.scores import by_score
-from llama2.questions import asked, system
+from llama2.questions import asked, category_of, system
 from llama2.records import Axis, Degree, Message, Messages, Preference, Response, SafetyLabel, parse
 from llama2.tables import AUTO, Format, Reading, Skip, convert, digest, sample
 from llama2.tally import Tally
@@ -183,6 +183,8 @@ def _before(row: Row, shared: Messages) -> Messages:
     given = asked(row, _PROMPTS) if any(row.get(key) for key in _PROMPTS) else ()
     if given and (shared[0].role == "assistant" or given[-1].role == "assistant"):
         return (*given, *shared)
+    if given and given[-1] not in shared:
+        raise Skip("prompt and answers differ")
     said = system(row)
     first = given[:1] if given and given[0].role == "system" else (Message("system", said),) if said else ()
     return shared if shared[0].role == "system" else (*first, *shared)
@@ -221,7 +223,7 @@ def _labelled_pair(first_key: str, second_key: str, label_key: str, first: Any, 
         answers = (_answer(row, first_key), _answer(row, second_key))
         said = join(*(row.text(key, optional=index > 0) for index, key in enumerate(prompt_keys)))
         yield _ordered(prompt(said), answers, _labelled(row, label_key, first, second, tie),
-                       category=row.text("scenario", optional=True))
+                       category=category_of(row, "scenario"))
     return read
 
 

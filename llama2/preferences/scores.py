@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import TypeVar
 
 from llama2.files import Row
+from llama2.marks import row_flags
 from llama2.tables import Skip
 
 T = TypeVar("T")
@@ -21,8 +22,11 @@ _DIFFERENCE = ("margin", "score_diff", "score_difference", "rating_diff")
 
 
 def by_score(convert: Callable[[Row], Iterable[T | Skip]]) -> Callable[[Row], Iterator[T | Skip]]:
-    """A reader of comparisons that leaves out what the scores beside the two answers call a tie or a contradiction."""
+    """A reader of comparisons that leaves out those without weight, and what the scores beside the two answers call a
+    tie or a contradiction."""
     def read(row: Row) -> Iterator[T | Skip]:
+        if row_flags(row) not in ("all", "last"):
+            raise row.error("a comparison has no turns to mask", "give the row a weight of 0 or 1")
         yield from convert(row)
         for difference in _differences(row):
             if difference == 0:

@@ -25,7 +25,7 @@ from llama2.errors import UserError, explain_os_errors, missing_extra
 PACKINGS = (".gz", ".bz2", ".xz", ".zst")
 ZIP = ".zip"
 _DAMAGE = (EOFError, gzip.BadGzipFile, zlib.error, lzma.LZMAError, zipfile.BadZipFile, struct.error, RuntimeError,
-           ValueError, OverflowError)
+           ValueError, OverflowError, LookupError)
 
 
 def unpacked(name: str) -> str:
@@ -55,7 +55,7 @@ def opened(path: Path, member: str = "") -> Iterator[IO[bytes]]:
 def members(path: Path) -> list[str]:
     """The names of the files in a zip archive, sorted; its directories are none."""
     with explained(lambda: shown(path)), zipfile.ZipFile(path) as archive:
-        return sorted(item.filename for item in archive.infolist() if not item.is_dir())
+        return sorted(item.filename for item in archive.infolist() if item.filename and not item.is_dir())
 
 
 @contextmanager

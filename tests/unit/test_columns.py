@@ -1,5 +1,7 @@
 """Columns that nobody reads: those that change the meaning are refused by name, the others are counted."""
 
+import shlex
+
 import pytest
 from strangers import comparisons, dialogs, prompts, turns
 
@@ -17,10 +19,11 @@ ASKED = {"question": "When?", "answer": "In 1746."}
     "images", "image_url", "chosen", "rejected", "code"])
 def test_a_column_that_changes_the_meaning_is_refused_by_name(tmp_path, column):
     row = ASKED | {column: "The mill was built in 1746."}
-    with pytest.raises(UserError, match=f"rows.jsonl:1: '{column}' would be lost.*--sources.NAME.ignore {column}"):
+    with pytest.raises(UserError, match=f"rows.jsonl:1: '{column}' would be lost.*--sources.NAME.ignore '?{column}"):
         dialogs(tmp_path, row)
     read, tally = dialogs(tmp_path, row, malformed="skip")
     assert (read, dict(tally.skipped)) == ([], {f"column {column} would be lost": 1})
+    assert f"(--sources.NAME.ignore {shlex.quote(column)})" in tally.line()
     read, tally = dialogs(tmp_path, row, ignore=(column,))
     assert (read, tally.kept) == ([(("When?", "In 1746."), "all")], 1)
 

@@ -168,6 +168,14 @@ def test_an_encrypted_archive_is_named(tmp_path):
         list(import_dialogs(tmp_path / "a.zip"))
 
 
+@pytest.mark.parametrize("name", ["a.jsonl", "a.parquet", "a.zip", "a.txt"])
+def test_a_pointer_of_git_lfs_is_named(tmp_path, name):
+    (tmp_path / name).write_text("version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12345\n")
+    for path in (tmp_path / name, tmp_path):
+        with pytest.raises(UserError, match=rf"{name}: a pointer of Git LFS, .*; fetch it: git lfs pull"):
+            list(read_documents(path))
+
+
 def test_names_that_are_no_text_do_not_spoil_records(tmp_path):
     name = os.fsdecode(b"caf\xe9.txt")
     try:

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from llama2.data.dialogs import DIALOG_FORMATS, import_dialogs
-from llama2.data.prompts import import_prompts
+from llama2.data.prompts import PROMPT_FORMATS, import_prompts
 from llama2.errors import UserError
 from llama2.files import set_name, tables
 from llama2.preferences.importers import PREFERENCE_FORMATS, import_preferences
@@ -173,6 +173,12 @@ def test_a_dialogue_format_is_recognised(file):
     name, turns = DIALOGS[file]
     for format in ("auto", name) if name != "chain-of-thought" else (name,):
         assert [d.messages for d in import_dialogs(FIXTURES / file, Reading(format))] == [messages_of(t) for t in turns]
+
+
+def test_every_format_stands_in_the_documentation():
+    page = (Path(__file__).parents[2] / "docs" / "data.md").read_text()
+    for format in (*DIALOG_FORMATS, *PREFERENCE_FORMATS, *PROMPT_FORMATS):
+        assert f"`{format.name}`" in page
 
 
 def test_every_dialogue_format_has_a_fixture():

@@ -42,4 +42,4 @@ def test_a_name_of_the_hub_is_explained(tmp_path, one_line, verb):
 def test_a_pipe_is_no_input(tmp_path, one_line, base):
     os.mkfifo(tmp_path / "pipe")
     assert one_line("sft", "--model", base, "--dialogs.a.path", tmp_path / "pipe", "--out", tmp_path / "o") == (
-        f"{tmp_path}/pipe: this is no file and no directory; a run must find the same input again: write it to a file")
+        f"{tmp_path}/pipe: a pipe or a device, of which nobody can tell later what was read; write it to a file first")

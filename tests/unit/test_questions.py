@@ -34,6 +34,8 @@ def test_reading_comprehension_puts_the_passage_before_the_question(tmp_path):
     ({"instruction": "Who?", "context": MILL}, f"Who?\n\n{MILL}"),
     ({"instruction": "Sum up.", "input": MILL}, f"Sum up.\n\n{MILL}"),
     ({"instruction": "", "input": "Only an input."}, "Only an input."),
+    ({"instruction": "What rhymes with cat?", "input": "cat"}, "What rhymes with cat?\n\ncat"),
+    ({"question": "What rhymes with cat?", "context": "cat"}, "cat\n\nWhat rhymes with cat?"),
     ({"prompt": f"Read: {MILL} Who?", "context": MILL}, f"Read: {MILL} Who?"),
 ])
 def test_a_prompt_holds_all_that_is_asked(tmp_path, row, said):
@@ -43,6 +45,12 @@ def test_a_prompt_holds_all_that_is_asked(tmp_path, row, said):
 def test_inputs_tell_prompts_apart(tmp_path):
     rows = [{"instruction": "Sum up.", "input": text} for text in ("One.", "Two.")]
     assert prompts(tmp_path, *rows)[0] == ["Sum up.\n\nOne.", "Sum up.\n\nTwo."]
+
+
+def test_a_passage_alone_asks_nothing(tmp_path):
+    for question in ("", None):
+        read, tally = prompts(tmp_path, {"question": question, "passage": MILL})
+        assert (read, dict(tally.skipped)) == ([], {"empty turn": 1})
 
 
 @pytest.mark.parametrize(("row", "cause"), [
@@ -59,6 +67,22 @@ def test_what_cannot_be_joined_is_refused_by_name(tmp_path, row, cause):
         prompts(tmp_path, row)
 
 
+@pytest.mark.parametrize(("row", "said"), [
+    ({"input": "Is it?", "output": "yes"}, ("Is it?", "yes")),
+    ({"prompt": "Add.", "input": "2 and 3", "output": "5"}, ("Add.\n\n2 and 3", "5")),
+    ({"problem": "2 + 3", "solution": "It is 5.", "answer": "5"}, ("2 + 3", "It is 5.")),
+])
+def test_questions_and_answers_have_many_names(tmp_path, row, said):
+    assert dialogs(tmp_path, row)[0] == [(said, "all")]
+
+
+def test_comparisons_have_inputs_and_contexts_too(tmp_path):
+    pair = {"chosen": "a", "rejected": "b"}
+    for row, said in (({"instruction": "Add.", "input": "2 and 3"}, "Add.\n\n2 and 3"), ({"input": "Add."}, "Add."),
+                      ({"question": "Who?", "context": MILL}, f"{MILL}\n\nWho?")):
+        assert comparisons(tmp_path, row | pair)[0] == [((said,), "a", "b", "better")]
+
+
 @pytest.mark.parametrize(("row", "cause"), [
     ({"question": "Is it", "answer": True}, "'answer' must be text, it is bool"),
     ({"question": "Is it", "answer": False}, "'answer' must be text, it is bool"),
@@ -68,6 +92,14 @@ def test_what_cannot_be_joined_is_refused_by_name(tmp_path, row, cause):
 def test_an_answer_that_is_no_text_is_refused(tmp_path, row, cause):
     with pytest.raises(UserError, match=f"rows.jsonl:1: {cause}"):
         dialogs(tmp_path, row)
+
+
+@pytest.mark.parametrize("value", [{"violence": True}, 7, ["a"]])
+def test_a_category_that_is_no_text_is_left_unread(tmp_path, value):
+    for row in ({"prompt": "q", "response": "r"}, {"instruction": "q", "output": "r"}):
+        read, tally = dialogs(tmp_path, row | {"category": value})
+        assert (read, dict(tally.notes["columns not read"])) == ([(("q", "r"), "all")], {"category": 1})
+    assert prompts(tmp_path, {"prompt": "q", "category": value})[0] == ["q"]
 
 
 @pytest.mark.parametrize("key", ["system", "system_prompt", "system_message"])

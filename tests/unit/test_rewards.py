@@ -11,9 +11,12 @@ from hypothesis import strategies as st
 
 from llama2.config import build
 from llama2.errors import UserError
-from llama2.evaluate.judges import RewardJudge
+from llama2.generate.dialogue import Answer
+from llama2.generate.engine import Completion
 from llama2.generate.rewards import RewardModels, Rewards, join, probability
 from llama2.model import checkpoint
+from llama2.runs import Run
+from llama2.stages.answers import judged
 from llama2.stages.sampling import load_rewards
 from llama2.tokenizer.tokenizer import Tokenizer
 
@@ -91,4 +94,5 @@ def test_a_model_whose_scores_are_not_numbers_is_named(tmp_path, scorers, policy
     with pytest.raises(UserError, match=r"broken: 2 of 2 scores are not finite numbers \(the first is nan, of row 1"):
         rewards([[1, 9, 30, 40, 2], [1, 9, 2]], [False, False])
     with pytest.raises(UserError, match="broken: 1 of 1 scores are not finite"):
-        RewardJudge(tmp_path / "broken", "fp32").scores([prompt("Hi")], ["Yes."])
+        judged(Run(tmp_path / "run", False), "judge", tmp_path / "broken", "fp32", [prompt("Hi")],
+               {0: [Answer("Yes.", Completion((), (9, 2), (), "stop"))]}, [policy])

@@ -363,3 +363,26 @@ def test_the_real_command_line_skips_and_resumes(tmp_path, capsys):
     heard = capsys.readouterr()
     assert heard.out == f"{tmp_path / 'w'}\n" * 2
     assert heard.err == f"{tmp_path / 'w'}: already finished, skipped\n"
+
+
+def test_the_code_version_covers_compiled_code(tmp_path, monkeypatch):
+    """Kernels change results as Python does."""
+    package = tmp_path / "llama2"
+    package.mkdir()
+    for name in ("__init__.py", "kernel.cpp", "kernel.h", "notes.md"):
+        (package / name).write_text("one")
+    monkeypatch.setattr(runs.llama2, "__file__", str(package / "__init__.py"))
+
+    def version():
+        runs.code_version.cache_clear()
+        return runs.code_version()
+
+    before = version()
+    (package / "notes.md").write_text("two")
+    assert version() == before
+    versions = {before}
+    for name in ("__init__.py", "kernel.cpp", "kernel.h"):
+        (package / name).write_text("two")
+        versions.add(version())
+    assert len(versions) == 4
+    runs.code_version.cache_clear()

@@ -40,6 +40,14 @@ def test_scores_that_compare_nothing_are_refused_by_name(tmp_path, row):
         comparisons(tmp_path, PAIR | row)
 
 
+def test_the_weight_of_a_comparison_is_all_or_nothing(tmp_path):
+    read, tally = comparisons(tmp_path, PAIR | {"weight": 1.0}, PAIR | {"weight": 0})
+    assert (read, dict(tally.skipped)) == (KEPT, {"not to be learnt": 1})
+    for row, cause in (({"weight": 0.5}, "'weight' is 0.5"), ({"loss_mask": [1, 0]}, "a comparison has no turns")):
+        with pytest.raises(UserError, match=f"rows.jsonl:1: {cause}"):
+            comparisons(tmp_path, PAIR | row)
+
+
 def test_ultrafeedback_and_argilla(tmp_path):
     binarized = PAIR | {"prompt_id": "7", "messages": turns("p", "x"), "score_chosen": 8.0, "score_rejected": 7.5}
     argilla = PAIR | {"source": "s", "chosen-rating": 5.0, "chosen-model": "m", "rejected-rating": 3,

@@ -47,6 +47,16 @@ def test_only_what_the_human_says_opens_a_transcript(tmp_path):
     assert dialogs(tmp_path, row)[0] == [(("Hi", "Hello", "Bye", "Ciao"), "all")]
 
 
+@pytest.mark.parametrize("text", [
+    "<|im_start|>user\nHi<|im_end|>", "<s>[INST] Hi [/INST] Hello </s>", "[INST] Hi [/INST]", "### Human: Hi",
+    "<|user|>\nHi", "<|begin_of_text|><|start_header_id|>user", "<start_of_turn>user\nHi"])
+def test_a_conversation_in_a_models_template_is_no_prompt(tmp_path, text):
+    read, tally = prompts(tmp_path, {"text": text}, {"text": f"What does {text} mean?"}, {"text": "Hi"})
+    assert read == [f"What does {text} mean?", "Hi"]
+    assert dict(tally.skipped) == {"text in a model's template": 1}
+    assert "give its turns as a list" in tally.line()
+
+
 @pytest.mark.parametrize(("messages", "cause"), [
     ([{"role": "wizard", "content": "x"}], "turn 1 has the role 'wizard'"),
     ([{"content": "x"}], "turn 1 has the role None"),
@@ -73,6 +83,8 @@ def test_a_comparison_of_continuations(tmp_path):
     assert comparisons(tmp_path, longer)[0] == expected
     whole = {"prompt": turns("a"), "chosen": turns("a", "b", "c", "good"), "rejected": turns("a", "b", "c", "bad")}
     assert comparisons(tmp_path, whole)[0] == expected
+    read, tally = comparisons(tmp_path, whole | {"prompt": turns("something else")})
+    assert (read, dict(tally.skipped)) == ([], {"prompt and answers differ": 1})
     for rejected in (goes_on("bad"), goes_on("x", "c", "bad"), "bad"):
         read, tally = comparisons(tmp_path, row | {"rejected": rejected})
         assert (read, dict(tally.skipped)) == ([], {"earlier turns differ": 1})
