@@ -134,9 +134,9 @@ def run(config: Config, run: Run) -> None:
         "trained": learner.trained, "validation": found, "validation_bytes": validation.text.size, **bars,
         "passes": {name: round(times * learner.tokens / rows.places, 4) for name, times in order.passes.items()}})
     if bars:
-        run.say(f"{learner.tokens:,} tokens read; {found['validation/bits_per_byte']:.3f} bits per byte on "
-                f"{validation.text.size:,} bytes of held-out text (xz -9: {bars['xz_bits_per_byte']:.3f}, "
-                f"bzip2 -9: {bars['bzip2_bits_per_byte']:.3f})")
+        run.conclude(f"{learner.tokens:,} tokens read; {found['validation/bits_per_byte']:.3f} bits per byte on "
+                     f"{validation.text.size:,} bytes of held-out text (xz -9: {bars['xz_bits_per_byte']:.3f}, "
+                     f"bzip2 -9: {bars['bzip2_bits_per_byte']:.3f})")
 
 
 def check_length(config: Config, rows: TextRows, steps: int) -> None:

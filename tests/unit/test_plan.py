@@ -24,13 +24,10 @@ from llama2.stages.planning import (
     Cluster,
     Lineage,
     Tower,
-    activations,
     flops_per_token,
     layer_bytes,
-    repeated_bytes,
     scorer_bytes,
 )
-from llama2.stages.training import Training
 from llama2.train.objectives import next_token
 
 RECIPES = Path(__file__).parents[2] / "recipes"
@@ -287,18 +284,3 @@ def test_the_command_line_takes_the_machines(capsys):
     assert shown["plan"]["pretrain"]["ranks"] == 256
     with pytest.raises(UserError, match="'--ranks': must be greater than 0"):
         launch.command("run", [recipe, "--dry-run", "--ranks", "0"])
-
-
-def test_masks_and_repeated_keys_are_reckoned_with_where_they_exist() -> None:
-    """On a GPU packed rows need a mask in fp32 alone, and there keys that heads share are repeated."""
-    shape = SIZES["1b"]
-    tokens = 2 * 4096
-
-    def kept(precision: str, packed: bool) -> float:
-        settings = Training(precision=precision, gradient_checkpointing=False)
-        return activations([Tower(shape)], settings, 2, 4096, packed, False)
-
-    assert kept("bf16", True) == kept("bf16", False)
-    assert kept("fp32", True) - kept("fp32", False) == 5 * tokens * 4096
-    assert repeated_bytes(shape, 4) == 2 * 4 * 64 * (32 - 4)
-    assert repeated_bytes(SIZES["7b"], 4) == 0
