@@ -37,6 +37,7 @@ class Size:
 
 
 SIZES = {
+    "XS": Size(LlamaConfig(512, 64, 128, 2, 4, 2, 256), 4, 64),  # 0.1M, to see whether a benchmark runs at all
     "T": Size(LlamaConfig(2048, 192, 512, 6, 6, 2, 512), 16, 256),  # 3.15M parameters
     "S": Size(LlamaConfig(32000, 288, 768, 6, 6, 6, 512, tie_word_embeddings=True), 8, 256),  # 15.2M
     "M": Size(LlamaConfig(32000, 768, 2048, 12, 12, 12, 1024, tie_word_embeddings=True), 2, 1024),  # 110M
@@ -48,8 +49,10 @@ class Side:
 
     def __init__(self, name: str, python: str, script: str, arguments: Sequence[str], threads: int) -> None:
         self.name = name
+        found = os.environ.get("PYTHONPATH")
         environment = {
-            **os.environ, "PYTHONPATH": str(HERE.parent), "OMP_NUM_THREADS": str(threads), "HF_HUB_OFFLINE": "1",
+            **os.environ, "PYTHONPATH": f"{HERE.parent}{os.pathsep}{found}" if found else str(HERE.parent),
+            "OMP_NUM_THREADS": str(threads), "HF_HUB_OFFLINE": "1",
             "TOKENIZERS_PARALLELISM": "false", "PYTHONWARNINGS": "ignore"}
         self._log = tempfile.TemporaryFile("w+")  # noqa: SIM115 (closed with the side)
         self._process = subprocess.Popen([python, str(HERE / script), *arguments], text=True, env=environment,

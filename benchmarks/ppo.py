@@ -35,7 +35,7 @@ from llama2.model.llama import Llama
 from llama2.model.scorer import Scorer
 from llama2.records import Message, Prompt
 from llama2.stages.ppo import Watch
-from llama2.stages.rollouts import ActorCritic, Rollouts, Settings
+from llama2.stages.rollouts import ACTOR, CRITIC, ActorCritic, Rollouts, Settings
 from llama2.stages.sampling import Sample
 from llama2.train.loop import Hook, Learner, Plan, Training, fit
 from llama2.train.objectives import clipped
@@ -95,8 +95,8 @@ class Iterations(Hook):
 
 def ours(size: Size, precision: mesh.Precision) -> None:
     """This project as a side."""
-    actor, reference = Llama(size.config), Llama(size.config)
-    critic, helpful = Scorer(size.config, 1), Scorer(size.config, 2)
+    actor, reference = (Llama(size.config).to(mesh.device()) for _ in range(2))
+    critic, helpful = (Scorer(size.config, seed).to(mesh.device()) for seed in (1, 2))
     random = torch.Generator().manual_seed(0)
     prompts = [Prompt((Message("user", Words().decode(torch.randint(
         3, size.config.vocab_size, (PROMPT_TOKENS - TEMPLATE,), generator=random).tolist())),)) for _ in range(PROMPTS)]
@@ -109,7 +109,7 @@ def ours(size: Size, precision: mesh.Precision) -> None:
                  gamma=1.0, lambda_=0.95, unfinished=None,
                  sample=Sample(max_tokens=NEW_TOKENS, slots=PROMPTS, precision=precision), precision=precision,
                  seed=0), max_iterations=10**6, observe=watch.observe)
-    learner = Learner(source.models, AdamW(learning_rate=1e-6), precision=precision)
+    learner = Learner(source.models, AdamW(learning_rate=1e-6), apart=(ACTOR, CRITIC), precision=precision)
     fit(learner, source, clipped(), Plan(schedule="constant"), [watch, Iterations(Questions())])
 
 

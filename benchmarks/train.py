@@ -69,7 +69,7 @@ class Clock(Hook):
 
 def ours(size: Size, precision: mesh.Precision, compile: bool) -> None:
     """This project as a side."""
-    learner = Learner(Llama(size.config), precision=precision, compile=compile)
+    learner = Learner(Llama(size.config).to(mesh.device()), precision=precision, compile=compile)
     source, plan = RandomTokens(size), Plan(schedule="constant")
 
     def work(seconds: float) -> dict[str, Any]:

@@ -1,17 +1,23 @@
 """`llama2 <verb> [recipe.yaml] --section.key value`: parse, call, nothing else.
 
-Exit status: 0 done (or stopped on request, resumable), 1 a defect, 2 something the user can mend (one line says what).
+Exit status: 0 done, or stopped by SIGTERM or SIGUSR1 with everything saved; 1 a defect; 2 something the user can mend
+(one line says what); 130 ended by Ctrl-C, unfinished. In all of these but 1 the same command goes on.
+
+What takes seconds to import is imported when a command is known, under a handler of Ctrl-C.
 """
 
 from __future__ import annotations
 
+import importlib
+import io
 import os
 import sys
 from collections.abc import Sequence
+from typing import Any
 
 import llama2
 from llama2.errors import UserError, did_you_mean, explain_os_errors
-from llama2.stages import launch
+from llama2.interrupts import MESSAGE, STATUS, leave_at_once
 
 HELP = """usage: llama2 <verb> [recipe.yaml] [--section.key value ...]
 
@@ -25,6 +31,9 @@ The Llama 2 paper as commands, in its order:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run one command and leave with its exit status."""
+    for stream in (sys.stdout, sys.stderr):  # in the locale C, help and file names could not be printed
+        if isinstance(stream, io.TextIOWrapper) and stream.encoding.lower() in ("ascii", "ansi_x3.4-1968"):
+            stream.reconfigure(encoding="utf-8", errors="backslashreplace")
     sys.exit(_guarded(list(sys.argv[1:] if arguments is None else arguments)))
 
 
@@ -39,22 +48,28 @@ def _guarded(arguments: list[str]) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except KeyboardInterrupt:
-        print("llama2: interrupted; the same command resumes", file=sys.stderr)
-        return 130
+        print(MESSAGE, file=sys.stderr)
+        return STATUS
 
 
 def _dispatch(arguments: list[str]) -> int:
+    if arguments and arguments[0] in ("-V", "--version"):
+        print(f"llama2 {llama2.__version__}")
+        return 0
+    launch = _launch()
     if not arguments or arguments[0] in ("-h", "--help", "help"):
         width = max(map(len, launch.VERBS))
         print(HELP.format(verbs="\n".join(f"  {name:{width}}  {verb.summary}" for name, verb in launch.VERBS.items())))
         return 0
-    if arguments[0] in ("-V", "--version"):
-        print(f"llama2 {llama2.__version__}")
-        return 0
     name, *rest = arguments
     if name not in launch.VERBS:
         raise UserError(f"unknown verb '{name}'", did_you_mean(name, launch.VERBS))
-    return launch.command(name, rest)
+    return int(launch.command(name, rest))
+
+
+def _launch() -> Any:
+    with leave_at_once():
+        return importlib.import_module("llama2.stages.launch")
 
 
 if __name__ == "__main__":

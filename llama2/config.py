@@ -1,34 +1,55 @@
-"""Configuration: frozen pydantic models, YAML recipes that hold only differences from the defaults, flag overrides.
+"""Configuration: frozen pydantic models, checked once, before any work.
 
 A recipe and the flags behind it are merged first and checked once, so `learning_rat: 1e-4` in a file and
 `--optimizer.learning-rat 1e-4` on the command line fail alike: one line, before any work. Whatever is not said stays
 at the default, at every depth: `training: {optimizer: {eps: 1e-8}}` leaves the rest of a stage's training as it is.
+
+A value is what it says: true is no number, a number no text, and numbers are finite. A number in quotes is read as that
+number where only a number can be meant, and 2.0 is a whole number.
 """
 
 from __future__ import annotations
 
+import hashlib
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar, get_args, get_origin
 
 import tyro
-import yaml
-from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, GetCoreSchemaHandler, ValidationError, model_validator
 from pydantic.fields import FieldInfo
-from pydantic_core import ErrorDetails
+from pydantic_core import CoreSchema
 
-from llama2.errors import UserError, did_you_mean, explain_os_errors
+from llama2 import mistakes
+from llama2.errors import UserError
+from llama2.exact import exact
+from llama2.flags import overrides
+from llama2.recipes import layers, merge
+from llama2.schema import Flag
+
+__all__ = ["Config", "StageConfig", "build", "derive", "incidentals", "parse", "paths"]
+
+LARGEST_SEED = 2**32 - 1
 
 
 class Config(BaseModel):
     """Base of every configuration: frozen, and a key nobody declared is an error."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, protected_namespaces=())
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, protected_namespaces=(),
+                              allow_inf_nan=False)
 
     incidental: ClassVar[frozenset[str]] = frozenset()
     """keys that say how the work is done and change nothing of the result: a run may be resumed with others"""
+
+    @classmethod
+    def kind_at(cls, names: tuple[str, ...], values: Mapping[str, Any]) -> Any:
+        """The type of what stands at a place whose own annotation leaves it open, None for any other place."""
+        return None
+
+    @classmethod
+    def heed(cls, given: Sequence[Mapping[str, Any]]) -> None:
+        """Refuse what shows only before recipes and flags are merged: `given` are these, the lowest first."""
 
     @model_validator(mode="before")
     @classmethod
@@ -40,203 +61,92 @@ class Config(BaseModel):
                     if isinstance(field.default, BaseModel) and isinstance(values.get(name), Mapping)}
         return {**values, **{name: merge(default.model_dump(), values[name]) for name, default in sections.items()}}
 
+    @classmethod
+    def __get_pydantic_core_schema__(cls, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
+        made: CoreSchema = exact(handler(source))
+        return made
+
 
 class StageConfig(Config):
     """What every stage knows: where to write, and its seed."""
 
     out: Path
     """run directory; a finished run there is not repeated, an unfinished one is resumed"""
-    seed: int = 0
+    seed: int = Field(0, ge=0, le=LARGEST_SEED)
     """source of all randomness"""
 
 
 C = TypeVar("C", bound=Config)
 
 
-class _Loader(yaml.SafeLoader):
-    """YAML 1.1 reads 1e-4 as text and lets a repeated key win silently; this loader does neither."""
+def derive(seed: int, *names: str | int) -> int:
+    """The seed of one of the things that `seed` decides: another for every list of names, 0 to 2^32 - 1."""
+    digest = hashlib.blake2b(repr((seed, *names)).encode(), digest_size=4).digest()
+    return int.from_bytes(digest, "big")
 
 
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float", re.compile(r"^[-+]?(\d+(\.\d*)?|\.\d+)([eE][-+]?\d+)$"), list("-+0123456789."))
-
-
-def _mapping(loader: _Loader, node: yaml.MappingNode) -> dict[Any, Any]:
-    seen: set[Any] = set()
-    for key_node, _ in node.value:
-        if key_node.tag == "tag:yaml.org,2002:merge":  # `<<: *other`: its keys may be overridden
-            continue
-        key = loader.construct_object(key_node, deep=True)
-        if isinstance(key, (dict, list)):
-            raise yaml.MarkedYAMLError(problem="a list or mapping is no key", problem_mark=key_node.start_mark)
-        if key in seen:
-            raise yaml.MarkedYAMLError(problem=f"the key '{key}' is given twice", problem_mark=key_node.start_mark)
-        seen.add(key)
-    loader.flatten_mapping(node)
-    return dict(loader.construct_pairs(node, deep=True))
-
-
-_Loader.add_constructor("tag:yaml.org,2002:map", _mapping)
-
-
-def read_yaml(path: Path) -> dict[str, Any]:
-    """A YAML mapping; a syntax error is reported with file and line."""
-    with explain_os_errors(path):
-        text = path.read_bytes()
-    try:
-        value = yaml.load(text.decode("utf-8"), _Loader)
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path}: not UTF-8 ({error.reason} at byte {error.start})", "save it as UTF-8") from None
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        line = f":{mark.line + 1}" if mark else ""
-        raise UserError(f"{path}{line}: not valid YAML ({getattr(error, 'problem', None) or error})",
-                        "mend the line") from None
-    if value is None:
-        return {}
-    if not isinstance(value, dict):
-        raise UserError(f"{path}: a recipe is a mapping of keys to values", "write `key: value` lines")
-    return value
-
-
-def read_recipe(path: Path, inside: tuple[Path, ...] = ()) -> dict[str, Any]:
-    """A recipe laid upon the one it `extends` (a path relative to its own), so that it holds only what differs."""
-    if path.resolve() in inside:
-        raise UserError(f"{path}: this recipe extends itself", "mend the key `extends`")
-    values = read_yaml(path)
-    base = values.pop("extends", None)
-    if base is None:
-        return values
-    under: dict[str, Any] = merge(read_recipe(path.parent / str(base), (*inside, path.resolve())), values)
-    return under
-
-
-@dataclass(frozen=True)
-class Flag:
-    """The value of a flag: what YAML makes of it, and as it was typed, should text be wanted (None for several)."""
-
-    value: Any
-    text: str | None
-
-
-def overrides(flags: Sequence[str]) -> dict[str, Any]:
-    """`--section.some-key value` pairs as a nested mapping of `Flag`.
-
-    Several values make a list; a flag without a value means true, and `--section.no-key` means false.
-    """
-    nested: dict[str, Any] = {}
-    index = 0
-    while index < len(flags):
-        flag = flags[index]
-        if not flag.startswith("--") or flag == "--":
-            raise UserError(f"unexpected argument '{flag}'", "overrides look like --section.key value")
-        name, equals, given = flag[2:].partition("=")
-        index += 1
-        words = [given] if equals else []
-        while not equals and index < len(flags) and not flags[index].startswith("--"):
-            words.append(flags[index])
-            index += 1
-        *sections, key = name.replace("-", "_").split(".")
-        if not words:
-            words, key = ["false" if key.startswith("no_") else "true"], key.removeprefix("no_")
-        place = nested
-        for section in sections:
-            place = place.setdefault(section, {})
-            if isinstance(place, Flag):
-                raise UserError(f"--{name} and --{name.rpartition('.')[0]} are both given", "leave one out")
-        place[key] = Flag(_value(words[0]), words[0]) if len(words) == 1 else Flag([_value(w) for w in words], None)
-    return nested
-
-
-def _value(text: str) -> Any:
-    """A number, true, false, null, or [a, b] and {a: b} in brackets; anything else is text, colons and all."""
-    try:
-        value = yaml.load(text, _Loader)
-    except yaml.YAMLError:
-        return text
-    if isinstance(value, (dict, list)) and text.lstrip()[:1] in ("{", "["):
-        return value
-    return value if text and isinstance(value, (bool, int, float, type(None))) else text
-
-
-def merge(base: Any, over: Any, where: str = "") -> Any:
-    """`over` laid upon `base`: mappings key by key, list items by index (`--sources.0.weight 2`), the rest replaced."""
-    prefix = f"{where}." if where else ""
-    if isinstance(base, Mapping) and isinstance(over, Mapping):
-        return {**base, **{key: merge(base.get(key), value, f"{prefix}{key}") for key, value in over.items()}}
-    if isinstance(base, (list, tuple)) and isinstance(over, Mapping) and all(str(key).isdigit() for key in over):
-        if beyond := [key for key in over if int(key) >= len(base)]:
-            raise UserError(f"'{prefix}{beyond[0]}': there are {len(base)} of them", "they are counted from 0")
-        return [merge(item, over.get(str(index), item), f"{prefix}{index}") for index, item in enumerate(base)]
-    return over
+# --- checked and settled ---------------------------------------------------------------------------------------------
 
 
 def build(kind: type[C], values: Mapping[str, Any], where: str = "") -> C:
-    """The checked configuration, or a `UserError` that names the first bad key. Flags take the type wanted."""
-    wanted: dict[tuple[int | str, ...], Any] = {}
-    while True:
-        try:
-            return kind.model_validate(_plain(values, wanted))
-        except ValidationError as error:
-            # a misspelt key leaves its right spelling missing as well: the misspelling is the one to name
-            first = min(error.errors(), key=lambda detail: detail["type"] != "extra_forbidden")
-            place, flag = first["loc"], _at(values, first["loc"])
-            if not isinstance(flag, Flag) or flag.text is None or place in wanted or first["type"] not in _READINGS:
-                raise _explained(kind, first, where) from None
-            wanted[place] = flag.text if _READINGS[first["type"]] == "text" else [flag.value]
+    """The checked configuration, or a `UserError` that names the first bad key. `where`: the file or step it is in."""
+    try:
+        found = kind.model_validate(_plain(values))
+    except ValidationError as error:
+        # a misspelt key leaves its right spelling missing as well: the misspelling is the one to name
+        order = ["extra_forbidden", "", "missing"]
+        first = min(error.errors(), key=lambda detail: order.index(detail["type"]) if detail["type"] in order else 1)
+        raise mistakes.explained(kind, first, where, values) from None
+    settled: C = _settled(found, "", f"{where}: " if where else "")
+    return settled
 
 
-_READINGS = {"string_type": "text", "path_type": "text", "tuple_type": "list", "list_type": "list"}
-
-
-def _plain(value: Any, wanted: Mapping[tuple[int | str, ...], Any], place: tuple[int | str, ...] = ()) -> Any:
-    """`value` with each `Flag` replaced by its value, or by the reading of it that `wanted` holds for its place."""
+def _plain(value: Any) -> Any:
+    """`value` with each `Flag` replaced by its value."""
     if isinstance(value, Flag):
-        return wanted.get(place, value.value)
+        return value.value
     if isinstance(value, Mapping):
-        return {key: _plain(item, wanted, (*place, key)) for key, item in value.items()}
-    if isinstance(value, list):
-        return [_plain(item, wanted, (*place, index)) for index, item in enumerate(value)]
+        return {key: _plain(item) for key, item in value.items()}
+    return [_plain(item) for item in value] if isinstance(value, list) else value
+
+
+def _settled(value: Any, place: str, prefix: str) -> Any:
+    """`value` with `~` written out in its paths; UserError for a name or a path that cannot be meant."""
+    if isinstance(value, Path):
+        return _path(value, place, prefix)
+    if isinstance(value, BaseModel):
+        parts = {name: getattr(value, name) for name in type(value).model_fields}
+        settled = {name: _settled(part, f"{place}.{name}" if place else name, prefix) for name, part in parts.items()}
+        changed = {name: part for name, part in settled.items() if part is not parts[name]}
+        return value.model_copy(update=changed) if changed else value
+    if isinstance(value, Mapping) and any(isinstance(item, (BaseModel, Path)) for item in value.values()):
+        for name in value:
+            check_name(name, f"{prefix}{place}")
+        items: Any = {name: _settled(item, f"{place}.{name}", prefix) for name, item in value.items()}
+        return items if any(items[name] is not value[name] for name in value) else value
+    if isinstance(value, tuple):
+        items = tuple(_settled(item, f"{place}.{index}", prefix) for index, item in enumerate(value))
+        return items if any(new is not old for new, old in zip(items, value)) else value
     return value
 
 
-def _at(value: Any, place: Sequence[int | str]) -> Any:
-    """What stands at `place`, or at the last part of it that exists: a place inside a flag's value is that flag's."""
-    for key in place:
-        if not isinstance(value, Mapping) or key not in value:
-            break
-        value = value[key]
-    return value
+def _path(path: Path, place: str, prefix: str) -> Path:
+    """A path with its home directory written out; UserError where a variable of the shell was meant."""
+    if path.parts[:1] == ("~",):
+        try:
+            return path.expanduser()
+        except RuntimeError:
+            raise UserError(f"{prefix}'{place}': {path}: there is no home directory here", "write it out") from None
+    if re.search(r"\$(\{|[A-Za-z_])", str(path)) and not path.exists():
+        raise UserError(f"{prefix}'{place}': {path}: variables of the shell are not known here",
+                        "write the path out, or give it as a flag, where the shell fills it in")
+    return path
 
 
-def _explained(kind: type[BaseModel], detail: ErrorDetails, where: str) -> UserError:
-    keys = [str(part) for part in detail["loc"]]
-    prefix = f"{where}: " if where else ""
-    if detail["type"] == "extra_forbidden":
-        return UserError(f"{prefix}unknown key '{'.'.join(keys)}'", did_you_mean(keys[-1], _known(kind, keys[:-1])))
-    if detail["type"] == "missing":
-        return UserError(f"{prefix}'{'.'.join(keys)}' is required",
-                         f"give --{'.'.join(keys).replace('_', '-')} or set it in the recipe")
-    message = detail["msg"].removeprefix("Value error, ")
-    shown = "" if isinstance(detail["input"], dict) else f" (it is {detail['input']!r})"
-    place = f"'{'.'.join(keys)}': " if keys else ""
-    return UserError(f"{prefix}{place}{message}{shown}", "mend the value")
-
-
-def _known(kind: type[BaseModel], path: Sequence[str]) -> list[str]:
-    """The keys allowed at `path` below `kind`, for the did-you-mean."""
-    for key in path:
-        if key in kind.model_fields:
-            inner = [t for t in _types(kind.model_fields[key].annotation) if issubclass(t, BaseModel)]
-            kind = inner[0] if inner else kind
-    return list(kind.model_fields)
-
-
-def _types(annotation: Any) -> Iterator[type]:
-    if isinstance(annotation, type) and not get_args(annotation):
-        yield annotation
-    for argument in get_args(annotation):
-        yield from _types(argument)
+def check_name(name: str, place: str) -> None:
+    """Refuse a name that cannot be that of a file: names of sets and steps become such."""
+    if not name or name.startswith(".") or re.search(r"[/\\\x00-\x1f]", name):
+        raise UserError(f"{place}: {name!r} is no name", "choose one without '/' that does not begin with a dot")
 
 
 def parse(kind: type[C], arguments: Sequence[str], prog: str) -> C:
@@ -245,14 +155,19 @@ def parse(kind: type[C], arguments: Sequence[str], prog: str) -> C:
     `--help` prints every key and its default.
     """
     flags, where = list(arguments), ""
+    given: list[Mapping[str, Any]] = []
     values: dict[str, Any] = {}
     if "-h" in flags or "--help" in flags:
         tyro.cli(kind, prog=f"{prog} [recipe.yaml]", default=_example(kind), args=["--help"],
                  config=(tyro.conf.AvoidSubcommands,))
     while flags and not flags[0].startswith("-") and (not where or flags[0].endswith((".yaml", ".yml"))):
         where = flags.pop(0)
-        values = merge(values, read_recipe(Path(where)))
-    return build(kind, merge(values, overrides(flags)), where)
+        for layer in layers(Path(where)):
+            given.append(layer)
+            values = merge(values, layer)
+    given.append(overrides(kind, flags, values))
+    kind.heed(given)
+    return build(kind, merge(values, given[-1]), where)
 
 
 def _example(kind: type[BaseModel]) -> Any:
@@ -272,6 +187,13 @@ def _shown(field: FieldInfo) -> Any:
             if issubclass(inner, BaseModel):
                 return _example(inner)
     return default
+
+
+def _types(annotation: Any) -> Iterator[type]:
+    if isinstance(annotation, type) and not get_args(annotation):
+        yield annotation
+    for argument in get_args(annotation):
+        yield from _types(argument)
 
 
 def incidentals(config: BaseModel, prefix: str = "") -> Iterator[str]:

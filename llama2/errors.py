@@ -23,6 +23,9 @@ class UserError(Exception):
         super().__init__(f"{cause}; {cure}" if cure else cause)
 
 
+_ELSEWHERE = (ConnectionError, BlockingIOError, ChildProcessError, InterruptedError, ProcessLookupError, TimeoutError)
+
+
 def did_you_mean(name: str, known: Iterable[str]) -> str:
     """`did you mean 'x'?` for the closest known name, else the list of known names."""
     names = sorted(known)
@@ -37,7 +40,10 @@ def missing_extra(package: str, extra: str) -> UserError:
 
 @contextmanager
 def explain_os_errors(path: str | os.PathLike[str]) -> Iterator[None]:
-    """Turn the operating system's refusals about `path` (full disk, missing file, no permission) into `UserError`."""
+    """Turn the operating system's refusals about `path` (full disk, missing file, no permission) into `UserError`.
+
+    What is said of a connection, a process or a descriptor passes: it is not about the path.
+    """
     cures = {
         errno.ENOSPC: ("no space left on the device", "free some space and run the same command again: it resumes"),
         errno.EFBIG: ("the file would exceed the largest size allowed", "raise the limit (ulimit -f) and run the same "
@@ -53,7 +59,7 @@ def explain_os_errors(path: str | os.PathLike[str]) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        if error.errno not in cures:
+        if error.errno in (None, errno.EBADF) or isinstance(error, _ELSEWHERE):  # None: a library's own refusal
             raise
-        cause, cure = cures[error.errno]
+        cause, cure = cures.get(error.errno, (os.strerror(error.errno).lower(), "check the path and its disk"))
         raise UserError(f"{error.filename or path}: {cause}", cure) from error

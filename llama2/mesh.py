@@ -9,9 +9,10 @@ from __future__ import annotations
 import ctypes
 import gc
 import os
+import platform
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext, suppress
 from datetime import timedelta
 from functools import cache
@@ -25,6 +26,8 @@ Precision = Literal["fp32", "bf16"]
 T = TypeVar("T")
 HUGE_HEAP = 1 << 30
 _POINTER = ctypes.c_void_p
+EXACT = 1e-5  # of products in fp32, relative: 30 times what they show; those rounded to bf16 are off by 3e-3
+PEAK_SECONDS = 0.3
 TIMEOUT = timedelta(minutes=20)  # a silent hang is worse than an error
 
 
@@ -56,7 +59,8 @@ def init() -> None:
         where = device()
         if where.type == "cuda":
             torch.cuda.set_device(where)
-        dist.init_process_group("nccl" if where.type == "cuda" else "gloo", timeout=TIMEOUT)
+        dist.init_process_group("nccl" if where.type == "cuda" else "gloo", timeout=TIMEOUT,
+                                device_id=where if where.type == "cuda" else None)
     tune_cpu()
 
 
@@ -137,14 +141,28 @@ def free_memory() -> None:
 def tune_cpu() -> None:
     """Keep large blocks on the heap, and take oneDNN for fp32 products where that is exact.
 
-    MKL takes an AVX2 path on AMD; oneDNN does not, but where the CPU has AMX it would round fp32 to bf16, so it is
-    used only without AMX.
+    MKL takes an AVX2 path on AMD; oneDNN does not, but it may round fp32 to bf16 where the CPU multiplies bf16 in
+    hardware (AMX on x86, and Arm's own). So it is used on x86 without AMX alone, and only if products come out exact.
     """
     if device().type != "cpu":
         return
     keep_large_blocks()
-    if not has_amx():
-        torch.backends.mkldnn.matmul.fp32_precision = "bf16"  # type: ignore[attr-defined]
+    if platform.machine() in ("x86_64", "AMD64") and not has_amx():
+        products = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
+        before, products.fp32_precision = products.fp32_precision, "bf16"
+        if not exact_products():
+            products.fp32_precision = before
+
+
+def exact_products() -> bool:
+    """Whether fp32 matrix products have the accuracy of fp32, of a few shapes that meet different kernels."""
+    random = torch.Generator().manual_seed(0)
+    for rows, inner, columns in ((1, 512, 512), (64, 64, 64), (256, 512, 384)):
+        a, b = torch.randn(rows, inner, generator=random), torch.randn(inner, columns, generator=random)
+        exact = a.double() @ b.double()
+        if (a @ b - exact).norm() > EXACT * exact.norm():
+            return False
+    return True
 
 
 @cache
@@ -189,24 +207,38 @@ def has_amx() -> bool:
         return True  # unknown: take the exact path
 
 
+def is_exclusive() -> bool:
+    """Whether this process has its device to itself: a CPU works for others as well, so what it could do at best can
+    neither be measured at any one time nor held against it at another."""
+    return device().type != "cpu"
+
+
 @cache
 def peak_flops(precision: Precision) -> float:
-    """Floating-point operations a second of this device's matrix product, measured once (the ceiling of MFU)."""
+    """Floating-point operations a second of this device's matrix product, measured once (the ceiling of MFU).
+
+    The best of many products: other work on the machine, and a clock still low, must not lower the ceiling.
+    """
     where, kind = device(), torch.bfloat16 if precision == "bf16" else torch.float32
     size = 8192 if where.type == "cuda" else 1024
-    a, b = (torch.randn(size, size, device=where).to(kind) for _ in range(2))
-    best = float("inf")
-    for _ in range(4):
+    random = torch.Generator(where).manual_seed(0)  # its own: a run draws the same numbers whether it measures or not
+    a, b = (torch.randn(size, size, generator=random, device=where).to(kind) for _ in range(2))
+    best, end = float("inf"), time.perf_counter() + PEAK_SECONDS
+    while best == float("inf") or time.perf_counter() < end:
         best = min(best, _seconds(lambda: a @ b))
     return 2 * size**3 / best
 
 
-def _seconds(work: Any) -> float:
+def _seconds(work: Callable[[], object]) -> float:
     work()
-    if device().type == "cuda":
-        torch.cuda.synchronize()
+    wait()
     begin = time.perf_counter()
     work()
+    wait()
+    return time.perf_counter() - begin
+
+
+def wait() -> None:
+    """Until the device has done what it was given; a CPU has."""
     if device().type == "cuda":
         torch.cuda.synchronize()
-    return time.perf_counter() - begin

@@ -3,8 +3,9 @@
 Stages that sample (§3.2, §4.2.4) answer their prompts part by part. The parts are the same whether or not a run was
 interrupted, and so is all that is made of them, bit for bit. Memory holds one part at a time.
 
-A line of `<run>/checkpoints/parts/<name>.jsonl` is one part: its number, its rows, and a checksum of them. A line that
-a crash cut off, and whatever stands behind it, counts for nothing.
+A line of `<run>/checkpoints/parts/<name>.jsonl` is one part: its first item, how many they are, its rows, and a
+checksum of them. A line that a crash cut off, and whatever stands behind it, counts for nothing. Since a line says
+which items it is of, work may go on in parts of another size (on other ranks).
 """
 
 from __future__ import annotations
@@ -31,17 +32,19 @@ def in_parts(run: Run, name: str, items: Sequence[T], size: int, work: Work[T]) 
     all rows. A finished part is read back, never made again. UserError where the disk refuses.
     """
     path = run.path / CHECKPOINTS / "parts" / f"{name}.jsonl"
-    starts = range(0, len(items), size)
-    found = _Finished(path) if mesh.is_main() else None
+    found = _Finished(path, len(items)) if mesh.is_main() else None
     try:
-        done = mesh.broadcast(min(found.count, len(starts)) if found else 0)
-        for part, first in enumerate(starts):
-            if part < done:
-                rows = mesh.broadcast(found.read() if found else [])
+        done = mesh.broadcast(found.end if found else 0)
+        first = 0
+        while first < len(items):
+            if first < done:
+                count, rows = mesh.broadcast(found.read() if found else (0, []))
             else:
-                rows = list(work(items[first : first + size], first))
+                some = items[first : first + size]
+                count, rows = len(some), list(work(some, first))
                 if found:
-                    found.append(part, rows)
+                    found.append(first, count, rows)
+            first += count
             yield from rows
     finally:
         if found:
@@ -49,32 +52,32 @@ def in_parts(run: Run, name: str, items: Sequence[T], size: int, work: Work[T]) 
 
 
 class _Finished:
-    """The parts in a file: read from the front, then appended to."""
+    """The parts in a file: read from the front, then appended to. `end` is the first of `items` that is in none."""
 
-    def __init__(self, path: Path) -> None:
-        self.path, self.count = path, 0
+    def __init__(self, path: Path, items: int) -> None:
+        self.path, self.end = path, 0
         with explain_os_errors(path):
             path.parent.mkdir(parents=True, exist_ok=True)
             self._file: IO[bytes] = open(path, "a+b")  # noqa: SIM115 - lives as long as the work
             self._file.seek(0)
             whole = 0
-            while (line := self._file.readline()) and _rows(line, self.count) is not None:
-                self.count, whole = self.count + 1, whole + len(line)
+            while (line := self._file.readline()) and (part := _part(line, self.end)) and self.end + part[0] <= items:
+                self.end, whole = self.end + part[0], whole + len(line)
             self._file.truncate(whole)
             self._file.seek(0)
-        self._read = 0
+        self._next = 0
 
-    def read(self) -> list[Any]:
-        """The rows of the next finished part."""
-        rows = _rows(self._file.readline(), self._read)
-        assert rows is not None  # it was checked when the file was opened
-        self._read += 1
-        return rows
+    def read(self) -> tuple[int, list[Any]]:
+        """How many items the next finished part is of, and its rows."""
+        part = _part(self._file.readline(), self._next)
+        assert part is not None  # it was checked when the file was opened
+        self._next += part[0]
+        return part
 
-    def append(self, part: int, rows: Sequence[Any]) -> None:
+    def append(self, first: int, count: int, rows: Sequence[Any]) -> None:
         """Put a finished part on the disk."""
         text = json.dumps(rows, ensure_ascii=False, separators=(",", ":"))
-        line = json.dumps({"part": part, "sum": zlib.crc32(text.encode("utf-8", "surrogatepass")), "rows": text})
+        line = json.dumps({"first": first, "items": count, "sum": _sum(text), "rows": text})
         with explain_os_errors(self.path):
             self._file.seek(0, os.SEEK_END)
             self._file.write(line.encode() + b"\n")
@@ -85,15 +88,19 @@ class _Finished:
         self._file.close()
 
 
-def _rows(line: bytes, part: int) -> list[Any] | None:
-    """The rows in a line of the file; None if it is not whole, or not that of this part."""
+def _part(line: bytes, first: int) -> tuple[int, list[Any]] | None:
+    """The number of items and the rows in a line of the file; None if it is not whole, or does not begin at `first`."""
     try:
         found = json.loads(line)
-        text = str(found["rows"])
-        whole = line.endswith(b"\n") and found["part"] == part
-        if not whole or found["sum"] != zlib.crc32(text.encode("utf-8", "surrogatepass")):
+        text, count = str(found["rows"]), int(found["items"])
+        whole = line.endswith(b"\n") and found["first"] == first and count > 0
+        if not whole or found["sum"] != _sum(text):
             return None
         rows: list[Any] = json.loads(text)
-        return rows
+        return count, rows
     except (ValueError, KeyError, TypeError):
         return None
+
+
+def _sum(text: str) -> int:
+    return zlib.crc32(text.encode("utf-8", "surrogatepass"))

@@ -2,24 +2,29 @@
 
 One record of each kind serves the whole recipe (see docs/architecture.md): a `Document` is pretraining text, a
 `Dialog` is a training conversation, a `Prompt` asks for an answer, a `Preference` is one human comparison (§3.2.1).
-Files are JSON Lines, optionally `.gz` or `.zst`; a bad line is reported with its file and number.
+They are written as JSON Lines, optionally `.gz` or `.zst`, and read by `files`.
 """
 
 from __future__ import annotations
 
 import gzip
-import io
 import json
 import os
-import zlib
-from collections.abc import Iterable, Iterator
+from array import array
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import IO, Any, Literal, TypeVar
+from typing import Any, Literal, TypeVar, overload
 
+import pydantic_core
 from pydantic import ConfigDict, TypeAdapter, ValidationError, with_config
 
-from llama2.errors import UserError, explain_os_errors, missing_extra
+from llama2 import files
+from llama2.errors import UserError, explain_os_errors
+from llama2.files import Bad, File, filled
+from llama2.reading.packed import zstandard
+from llama2.tally import Tally
 
 Role = Literal["system", "user", "assistant"]
 Axis = Literal["helpful", "safe"]
@@ -136,6 +141,23 @@ class Preference:
         return None if self.safety is None else self.safety == "both"
 
 
+@with_config(_STRICT)
+@dataclass(frozen=True)
+class Pair:
+    """Two answers that nobody has judged yet, as they are to be shown; with the blanks filled in, a `Preference`."""
+
+    id: str
+    prompt: Messages
+    responses: tuple[Response, Response]
+    preferred: None = None
+    degree: None = None
+    safety: None = None
+    axis: Axis = "helpful"
+    annotator: str = ""
+    round: int = 0
+    metadata: dict[str, Any] = field(default_factory=dict)
+
+
 def check_roles(messages: Messages, last: Role) -> None:
     """Roles alternate user, assistant, ... after an optional system turn, and end with `last`; else ValueError."""
     turns = messages[1:] if messages and messages[0].role == "system" else messages
@@ -189,98 +211,81 @@ def to_json(record: object) -> str:
     return _adapter(type(record)).dump_json(record).decode()
 
 
-def _zstandard() -> Any:
-    try:
-        import zstandard
-    except ImportError:
-        raise missing_extra("zstandard", "data") from None
-    return zstandard
-
-
-class _Zstandard(io.RawIOBase):
-    """A `.zst` file's content. It refuses a truncated file, which the library's own reader takes for a short one."""
-
-    def __init__(self, path: Path) -> None:
-        self._library, self._file = _zstandard(), open(path, "rb")  # noqa: SIM115
-        self._frame, self._ready = self._library.ZstdDecompressor().decompressobj(), b""
-        self._inside = False
-
-    def readable(self) -> bool:
-        return True
-
-    def readinto(self, target: Any) -> int:
-        while not self._ready:
-            packed = self._frame.unused_data if self._frame.eof else b""
-            packed = packed or self._file.read(1 << 17)
-            if not packed:
-                if self._inside:
-                    raise EOFError("the end of the archive is missing")
-                return 0
-            if self._frame.eof:
-                self._frame = self._library.ZstdDecompressor().decompressobj()
+def read(kind: type[Record], path: str | os.PathLike[str], may_be_empty: bool = False, tally: Tally | None = None
+         ) -> Iterator[Record]:
+    """The records at a path (`files`): JSON Lines, and whatever else holds mappings. None at all is an error unless
+    expected: a user never means an empty file. `tally` counts the files that a folder holds beside data."""
+    what = f"{kind.__name__} records"
+    for file, rows in filled(path, files.rows, "records", what, tally, may_be_empty):
+        for row in rows:
+            if isinstance(row, Bad):
+                raise row.error()
             try:
-                self._ready = self._frame.decompress(packed)
-            except self._library.ZstdError as error:
-                raise EOFError(str(error)) from error
-            self._inside = not self._frame.eof
-        count = min(len(target), len(self._ready))
-        target[:count], self._ready = self._ready[:count], self._ready[count:]
-        return count
-
-    def close(self) -> None:
-        self._file.close()
-        super().close()
+                yield parse(kind, pydantic_core.to_json(row.value), row.where)
+            except UserError as error:
+                raise UserError(error.cause, f"{error.cure}; {_maker(kind, file)}") from None
+            except ValueError as error:
+                raise row.error(f"a value that JSON cannot hold ({error})", "mend the row") from None
 
 
-def open_bytes(path: Path) -> IO[bytes]:
-    """A file for reading, unpacked if its name ends in `.gz` or `.zst` (which needs the extra `data`)."""
-    if path.suffix == ".zst":
-        return io.BufferedReader(_Zstandard(path), 1 << 20)
-    return gzip.open(path, "rb") if path.suffix == ".gz" else open(path, "rb")  # type: ignore[return-value]
-
-
-def read_lines(path: str | os.PathLike[str]) -> Iterator[tuple[int, str]]:
-    """Numbered non-blank lines of a (packed) UTF-8 file; bad bytes and truncated archives are named."""
-    path = Path(path)
-    number = 0
-    with explain_os_errors(path):
-        try:
-            with open_bytes(path) as file:
-                for number, raw in enumerate(file, 1):
-                    line = raw.decode("utf-8")
-                    if line.strip():
-                        yield number, line
-        except UnicodeDecodeError as error:
-            raise UserError(f"{path}:{number}: not UTF-8 ({error.reason} at byte {error.start})",
-                            "convert the file to UTF-8") from error
-        except (EOFError, gzip.BadGzipFile, zlib.error) as error:
-            raise UserError(f"{path}:{number + 1}: truncated or corrupt archive ({error})", "fetch it again") from error
-
-
-def read(kind: type[Record], path: str | os.PathLike[str], may_be_empty: bool = False) -> Iterator[Record]:
-    """The records of a JSON Lines file. An empty file is an error unless expected: a user never means one."""
-    empty = True
-    for number, line in read_lines(path):
-        empty = False
-        yield parse(kind, line, f"{path}:{number}")
-    if empty and not may_be_empty:
-        raise UserError(f"{path}: the file is empty", f"it should hold {kind.__name__} records, one a line")
+def _maker(kind: type, file: File) -> str:
+    """The command that makes records of this kind of other people's files."""
+    if kind is Document:
+        return f"`llama2 clean --sources.NAME.path {file.path} --out DIR` reads other formats"
+    kinds = {Dialog: "dialogs", Preference: "preferences", Prompt: "prompts"}
+    made = f"--kind {kinds.get(kind, 'dialogs')} --sources.NAME.path {file.path}"
+    return f"`llama2 prepare {made} --out DIR` makes them of other formats"
 
 
 def write(path: str | os.PathLike[str], records: Iterable[object]) -> int:
     """Write records as JSON Lines (packed for `.gz` and `.zst`), atomically, and return how many there were."""
-    path = Path(path)
     count = 0
+    with writing(path) as put:
+        for record in records:
+            put(record)
+            count += 1
+    return count
+
+
+@contextmanager
+def writing(path: str | os.PathLike[str]) -> Iterator[Callable[[object], None]]:
+    """A function that writes one more record; the file appears under its name when the block ends well."""
+    path = Path(path)
     temporary = path.with_name(path.name + ".tmp")
     with explain_os_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        opener: Any = _zstandard().open if path.suffix == ".zst" else gzip.open if path.suffix == ".gz" else open
+        opener: Any = zstandard().open if path.suffix == ".zst" else gzip.open if path.suffix == ".gz" else open
         with opener(temporary, "wt", encoding="utf-8") as file:
-            for record in records:
-                file.write(to_json(record) + "\n")
-                count += 1
+            yield lambda record: file.write(to_json(record) + "\n")
         os.replace(temporary, path)
-    return count
+
+
+class Stored(Sequence[Record]):
+    """The records of a plain JSON Lines file, read when they are asked for: memory holds where each line begins."""
+
+    def __init__(self, kind: type[Record], path: Path) -> None:
+        self._kind, self._path = kind, path
+        self._starts = array("Q")
+        place = 0
+        with explain_os_errors(path), open(path, "rb") as file:
+            for line in file:
+                if line.strip():
+                    self._starts.append(place)
+                place += len(line)
+
+    def __len__(self) -> int:
+        return len(self._starts)
+
+    @overload
+    def __getitem__(self, index: int) -> Record: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[Record]: ...
+    def __getitem__(self, index: int | slice) -> Record | list[Record]:
+        if isinstance(index, slice):
+            return [self[place] for place in range(*index.indices(len(self)))]
+        with explain_os_errors(self._path), open(self._path, "rb") as file:
+            file.seek(self._starts[index])
+            return parse(self._kind, file.readline(), f"{self._path}, record {index + 1}")
 
 
 def messages_of(rows: Iterable[tuple[Role, str]]) -> Messages:

@@ -3,6 +3,7 @@
     <out>/config.yaml      the resolved configuration
     <out>/manifest.json    verb, seed, code version, fingerprints of all inputs, machine
     <out>/metrics.jsonl    one line a logged step
+    <out>/warnings.json    what the user was warned of, a list of lines; absent if of nothing
     <out>/COMPLETE         written last: fingerprints of the outputs, seconds
 
 A finished run is skipped; an unfinished one is resumed; one whose configuration or inputs have changed is refused and
@@ -12,35 +13,40 @@ writes a run at a time (an advisory lock). Only rank 0 touches the disk.
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import hashlib
 import json
 import os
 import platform
+import re
 import shutil
 import sys
 import time
-from collections.abc import Collection, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from functools import cache
 from pathlib import Path
 from typing import IO, Any
 
 import torch
-import yaml
 
 import llama2
-from llama2 import mesh
+from llama2 import files, mesh, yaml12
 from llama2.config import StageConfig, incidentals, paths
 from llama2.errors import UserError, explain_os_errors
 from llama2.records import dump
 from llama2.tally import Tally
 
-COMPLETE, MANIFEST, METRICS = "COMPLETE", "manifest.json", "metrics.jsonl"
+COMPLETE, MANIFEST, METRICS, WARNINGS = "COMPLETE", "manifest.json", "metrics.jsonl", "warnings.json"
 SECONDS = ".seconds"  # time spent by earlier, interrupted attempts
 CHECKPOINTS = "checkpoints"  # needed until the run is complete, deleted after
-_BEGUN = {".lock", SECONDS, *(f"{name}{end}" for name in ("config.yaml", MANIFEST, SECONDS) for end in ("", ".tmp"))}
-_TRANSIENT = {CHECKPOINTS, COMPLETE, MANIFEST, METRICS, "config.yaml"}
+_CHECKPOINT = re.compile(r"(\.partial-|\.discarded-)?step-\d+|parts|answers|best")
+_MODELS = {"model", "policy", "critic", "candidate", "predecessor", "helpful", "safe"}  # names of keys, in every stage
+_MODELS_BY_NAME = {"versions", "policies"}
+_FIRST = ("config.yaml", MANIFEST, SECONDS, WARNINGS)
+_BEGUN = {".lock", SECONDS, *(f"{name}{end}" for name in _FIRST for end in ("", ".tmp"))}
+_TRANSIENT = {CHECKPOINTS, COMPLETE, MANIFEST, METRICS, WARNINGS, "config.yaml"}
 
 
 class Stopped(Exception):
@@ -73,21 +79,43 @@ def sha256(path: Path) -> str:
 
 
 def fingerprint(path: Path) -> str:
-    """What `path` contains: of a finished run its recorded outputs, of a file or other directory its content."""
-    if not path.exists():
-        raise UserError(f"{path}: no such file or directory", "check the path, or run the stage that makes it")
+    """What `path` contains: of a finished run its recorded outputs, of a file or other directory its content; of a
+    glob all that of what it matches."""
+    found = files.matches(path)
+    if files.is_pattern(path):
+        return _digest({str(each): _fingerprint(each) for each in found})
+    return _fingerprint(found[0])
+
+
+def _fingerprint(path: Path) -> str:
     for directory in (path, *path.parents):
         if (directory / COMPLETE).is_file() and (directory / MANIFEST).is_file():
-            outputs = json.loads((directory / COMPLETE).read_text())["outputs"]
+            outputs = json.loads((directory / COMPLETE).read_text("utf-8"))["outputs"]
             inside = path.relative_to(directory).as_posix()
             chosen = {name: value for name, value in outputs.items()
                       if inside == "." or name == inside or name.startswith(inside + "/")}
             return _digest(chosen)
     if path.is_file():
         return sha256(path)
+    if not path.is_dir():
+        raise UserError(f"{path}: a pipe or a device, of which nobody can tell later what was read",
+                        "write it to a file first")
     if (path / MANIFEST).is_file():
         raise UserError(f"{path}: this run is not finished", "finish it first: repeat its command")
     return _digest(_contents(path))
+
+
+def _inputs(config: StageConfig) -> dict[str, str]:
+    """The fingerprint of every input. A folder where a model should be is looked into before it is read through."""
+    named = dict(paths(config))
+    for key, path in named.items():
+        *_, above, last = ("", *key.split("."))
+        if last in _MODELS or (above in _MODELS_BY_NAME and last != "path"):
+            place = files.at_home(path)
+            if place.is_dir() and not any((place / file).is_file() for file in (MANIFEST, "config.json")):
+                raise UserError(f"{path}: config.json: missing, so this folder holds no model",
+                                f"give a checkpoint directory as {key}")
+    return {key: fingerprint(path) for key, path in named.items()}
 
 
 def is_output(path: Path) -> bool:
@@ -97,10 +125,9 @@ def is_output(path: Path) -> bool:
 
 def _contents(directory: Path) -> dict[str, str]:
     """Hash of every lasting file below a run directory."""
-    files = sorted(p for p in directory.rglob("*") if p.is_file() and not p.name.endswith(".tmp"))
-    names = {p: p.relative_to(directory).as_posix() for p in files}
-    lasting = (item for item in names.items() if not item[1].startswith("."))
-    return {name: sha256(p) for p, name in lasting if name.split("/")[0] not in _TRANSIENT}
+    found = {path.relative_to(directory).as_posix(): path for path in files.walk(directory, _TRANSIENT)}
+    return {name: sha256(path) for name, path in found.items()
+            if path.is_file() and not path.name.endswith(".tmp") and not path.name.startswith(".")}
 
 
 def _digest(value: Mapping[str, str]) -> str:
@@ -112,7 +139,7 @@ def code_version() -> str:
     """Package version and a hash of its source: two runs with the same value ran the same code."""
     root = Path(llama2.__file__).parent
     digest = hashlib.sha256()
-    for file in sorted(root.rglob("*.py")):
+    for file in sorted(path for path in root.rglob("*") if path.suffix in (".py", ".cpp", ".h")):
         digest.update(file.relative_to(root).as_posix().encode() + file.read_bytes())
     return f"{llama2.__version__}+{digest.hexdigest()[:12]}"
 
@@ -123,11 +150,24 @@ class Run:
     def __init__(self, path: Path, finished: bool) -> None:
         self.path, self.finished = path, finished
         self.tallies: dict[str, Tally] = {}
+        self.warnings: list[str] = []
         self._metrics: IO[str] | None = None
 
     def tally(self, name: str) -> Tally:
         """The counts of one set of records that this run reads; what they come to is said when the run ends."""
         return self.tallies.setdefault(name, Tally())
+
+    def say(self, line: str) -> None:
+        """Print a line about this run on standard error (rank 0)."""
+        if mesh.is_main():
+            print(f"{self.path}: {line}", file=sys.stderr, flush=True)
+
+    def warn(self, line: str) -> None:
+        """Say, and keep in warnings.json, what makes this run worth less than its user may think."""
+        if line not in self.warnings:
+            self.warnings.append(line)
+            self.say(f"warning: {line}")
+            self.write_json(WARNINGS, self.warnings)
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
         """Append one line of metrics (rank 0)."""
@@ -144,7 +184,7 @@ class Run:
         self.close()
         file = self.path / METRICS
         if mesh.is_main() and file.exists():
-            kept = [line for line in file.read_text().splitlines() if _step(line) <= step]
+            kept = [line for line in file.read_text("utf-8").splitlines() if _step(line) <= step]
             write_atomic(file, "".join(line + "\n" for line in kept))
 
     def write_json(self, name: str, value: object) -> None:
@@ -168,13 +208,14 @@ def _step(line: str) -> float:
 def read_metrics(path: Path) -> list[dict[str, float]]:
     """The metrics a run logged, [] where it logged none."""
     file = path / METRICS
-    return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
+    return [json.loads(line) for line in file.read_text("utf-8").splitlines()] if file.exists() else []
 
 
 @contextmanager
 def open_run(verb: str, config: StageConfig) -> Iterator[Run]:
     """Open `config.out` for one stage; mark it complete when the block ends without an exception."""
     path = config.out
+    new = [place for place in (path, *path.parents) if not place.exists()]
     held = lock(path) if mesh.is_main() else None
     try:
         finished = mesh.broadcast(_prepare(path, verb, config) if mesh.is_main() else False)
@@ -183,7 +224,7 @@ def open_run(verb: str, config: StageConfig) -> Iterator[Run]:
             print(f"{path}: already finished, skipped", file=sys.stderr) if mesh.is_main() else None
             yield run
             return
-        spent = float((path / SECONDS).read_text()) if (path / SECONDS).is_file() else 0.0
+        spent = float((path / SECONDS).read_text("utf-8")) if (path / SECONDS).is_file() else 0.0
         try:
             yield run
         except BaseException:
@@ -197,20 +238,56 @@ def open_run(verb: str, config: StageConfig) -> Iterator[Run]:
             write_atomic(path / COMPLETE, dump({"outputs": _contents(path),
                                                 "seconds": round(spent + time.time() - begin, 2)}))
             (path / SECONDS).unlink(missing_ok=True)
-            shutil.rmtree(path / CHECKPOINTS, ignore_errors=True)
+            _remove_checkpoints(path / CHECKPOINTS)
             for name, tally in run.tallies.items():
-                print(f"{path}: {name}: {tally.line()}", file=sys.stderr)
+                if tally.read:
+                    print(f"{path}: {name}: {tally.line()}", file=sys.stderr)
         mesh.barrier()
+    except UserError:
+        if held is not None and _only_begun(path):
+            _clear(path, new)
+        elif held is not None and not (path / MANIFEST).is_file():  # it is no run directory
+            (path / ".lock").unlink(missing_ok=True)
+        raise
     finally:
         if held is not None:
             held.close()
+
+
+def _remove_checkpoints(folder: Path) -> None:
+    """Delete what a run needed until its end.
+
+    Where the folder, or one in it, was moved to another disk and linked, what the run itself wrote there is deleted.
+    """
+    for path in [*folder.iterdir()] if folder.is_dir() else []:
+        linked = folder.is_symlink() or path.is_symlink()
+        if path.is_dir() and (not linked or _CHECKPOINT.fullmatch(path.name)):
+            shutil.rmtree(path.resolve(), ignore_errors=True)
+    if folder.is_symlink():
+        folder.unlink()
+    else:
+        shutil.rmtree(folder, ignore_errors=True)
+    if folder.exists():
+        print(f"{folder}: could not be deleted, and is no longer needed", file=sys.stderr)
+
+
+def _clear(path: Path, new: Sequence[Path]) -> None:
+    """Take away what was begun in a run directory that holds nothing else, and the directories made for it."""
+    for file in path.rglob("*"):
+        if file.is_file() or file.is_symlink():
+            file.unlink()
+    for directory in sorted((place for place in path.rglob("*") if place.is_dir()), reverse=True):
+        directory.rmdir()
+    with suppress(OSError):  # somebody else has put something there
+        for place in new:
+            place.rmdir()
 
 
 def check(verb: str, config: StageConfig) -> None:
     """Refuse a configuration that differs from that of the run in `config.out`, if there is one."""
     path = config.out
     if (path / MANIFEST).is_file() and not _only_begun(path):
-        old = json.loads((path / MANIFEST).read_text())
+        old = json.loads((path / MANIFEST).read_text("utf-8"))
         differences = _differences({"verb": old["verb"], **old["config"]}, {"verb": verb, **_asked(config)},
                                    set(incidentals(config)))
         if differences:
@@ -230,12 +307,22 @@ def lock(path: Path) -> IO[str]:
         held = open(path / ".lock", "a+", encoding="utf-8")  # noqa: SIM115 - held for the whole run
     try:
         fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        if not os.fstat(held.fileno()).st_nlink:  # whoever held it has just cleared the directory
+            held.close()
+            return lock(path)
     except BlockingIOError:
         held.seek(0)
         owner = held.read().strip()
         held.close()
         raise UserError(f"{path}: another process{f' (pid {owner})' if owner else ''} is writing this run",
                         "wait for it, or choose another --out") from None
+    except OSError as error:
+        if error.errno not in (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP):
+            held.close()
+            with explain_os_errors(path):
+                raise
+        print(f"{path}: this file system has no locks, so nothing keeps a second process from writing this run",
+              file=sys.stderr)
     held.truncate(0)
     held.write(str(os.getpid()))
     held.flush()
@@ -246,10 +333,10 @@ def _prepare(path: Path, verb: str, config: StageConfig) -> bool:
     """Compare with what is there, record what is asked; True if there is nothing left to do."""
     check(verb, config)
     asked = _asked(config)
-    inputs = {key: fingerprint(value) for key, value in paths(config)}
+    inputs = _inputs(config)
     finished = (path / COMPLETE).is_file()
     if (path / MANIFEST).is_file() and not _only_begun(path):
-        old = json.loads((path / MANIFEST).read_text())
+        old = json.loads((path / MANIFEST).read_text("utf-8"))
         changed = [key for key in inputs if old["inputs"].get(key) != inputs[key]]
         if changed:
             named = ", ".join(f"{key} ({dict(paths(config))[key]})" for key in changed)
@@ -260,7 +347,7 @@ def _prepare(path: Path, verb: str, config: StageConfig) -> bool:
         return finished
     if finished or not _only_begun(path):
         raise UserError(f"{path}: exists and is no run directory", "choose another --out")
-    write_atomic(path / "config.yaml", yaml.safe_dump(asked, sort_keys=False))
+    write_atomic(path / "config.yaml", yaml12.dump(asked))
     write_atomic(path / MANIFEST, dump({
         "verb": verb, "config": asked, "inputs": inputs, "seed": config.seed, "code": code_version(),
         "torch": torch.__version__, "python": platform.python_version(), "machine": platform.processor(),
@@ -270,8 +357,9 @@ def _prepare(path: Path, verb: str, config: StageConfig) -> bool:
 
 
 def _only_begun(path: Path) -> bool:
-    """Whether a run directory holds nothing that a stage made."""
-    return all(file.name in _BEGUN for file in path.iterdir())
+    """Whether a run directory holds nothing that a stage made, but for directories without a file."""
+    return all(file.name in _BEGUN or (file.is_dir() and not any(inside.is_file() for inside in file.rglob("*")))
+               for file in path.iterdir())
 
 
 def _asked(config: StageConfig) -> dict[str, Any]:

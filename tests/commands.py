@@ -1,4 +1,4 @@
-"""The command line in this process, and in one of its own that is sent a signal at a chosen step."""
+"""The command line in this process, and in one of its own that is sent a signal at a chosen step or part."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from llama2 import cli
+from llama2 import cli, parts
 from llama2.stages import launch
 from llama2.train import hooks
 
@@ -19,13 +19,14 @@ def llama2(*words: object) -> int:
     return cli._guarded([str(word) for word in words])
 
 
-def in_a_process(log: Path, *words: object, number: int = 0, step: int = 0) -> int:
+def in_a_process(log: Path, *words: object, number: int = 0, step: int = 0, part: int = 0) -> int:
     """Carry out one command in a process that sends itself signal `number` after update `step`; its exit status.
 
-    The process is forked from a server that has imported everything; what it prints goes to `log`.
+    With `part` it sends it when it has written half of that part (counted from 1) of work in parts. The process is
+    forked from a server that has imported everything; what it prints goes to `log`.
     """
     launch.preload()
-    process = launch._context.Process(target=_child, args=([str(w) for w in words], number, step, str(log)))
+    process = launch._context.Process(target=_child, args=([str(w) for w in words], number, step, part, str(log)))
     process.start()
     process.join(240)
     if process.is_alive():
@@ -35,7 +36,7 @@ def in_a_process(log: Path, *words: object, number: int = 0, step: int = 0) -> i
     return int(process.exitcode)
 
 
-def _child(words: list[str], number: int, step: int, log: str) -> None:
+def _child(words: list[str], number: int, step: int, part: int, log: str) -> None:
     file = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     os.dup2(file, 1)
     os.dup2(file, 2)
@@ -45,7 +46,19 @@ def _child(words: list[str], number: int, step: int, log: str) -> None:
         if number and report.step == step:
             os.kill(os.getpid(), number)
 
+    written = parts._Finished.append
+    appended: list[int] = []
+
+    def append(self: Any, first: int, count: int, rows: Any) -> None:
+        written(self, first, count, rows)
+        appended.append(first)
+        if len(appended) == part:
+            size = self.path.stat().st_size
+            os.truncate(self.path, size - len(self.path.read_bytes().splitlines()[-1]) // 2)
+            os.kill(os.getpid(), number)
+
     hooks.Signals.on_step = send  # type: ignore[method-assign]
+    parts._Finished.append = append  # type: ignore[method-assign]
     try:
         status = cli._guarded(words)
     except BaseException:

@@ -25,7 +25,7 @@ class Rows(Generic[Item]):
 
     `collate` makes a micro-batch of at most `micro_batch_size` items. The last batch of an epoch may be smaller; a
     summed loss divided by its weight keeps it exact. Every rank gets the same number of micro-batches: one without
-    items gets a copy of another's with all `weights...` zeroed, or none if the batch has no such entry.
+    items gets a copy of another's with all `weights...` and `read_B` zeroed, or none if the batch has no weights.
 
     With `shuffle` each epoch has an order of its own. With `size` the items of a step are sorted by it before they
     are dealt out, so that those of a micro-batch need little padding; which items a step has stays the same.
@@ -109,5 +109,6 @@ class Rows(Generic[Item]):
     def _blank(self, index: int) -> Batch:
         """A micro-batch that counts nothing; empty if nothing in it says what counts."""
         batch = self._collate([self._items[index]])
-        weights = {name: torch.zeros_like(value) for name, value in batch.items() if name.startswith("weights")}
-        return {**batch, **weights} if weights else {}
+        counted = [name for name in batch if name.startswith("weights")]
+        blank = {name: torch.zeros_like(batch[name]) for name in (*counted, "read_B") if name in batch}
+        return {**batch, **blank} if counted else {}

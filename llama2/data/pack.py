@@ -9,7 +9,7 @@ Shapes: B rows, T places in a row, N documents.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -39,33 +39,28 @@ Row = Sequence[Segment]
 
 @dataclass(frozen=True)
 class Packed:
-    """Rows of segments, and what became of segments longer than a row."""
+    """Rows of segments."""
 
     rows: list[list[Segment]]
-    cut: int  # shortened at the right end
-    dropped: int  # without any loss in what fits
     fill: float  # share of places that hold a segment
 
 
-def pack(items: Iterable[tuple[Sequence[int], Sequence[bool]]], sequence_length: int) -> Packed:
-    """Pack (ids, mask) pairs into rows of `sequence_length` places, each into the fullest row that still has room.
+def shortened(ids: Sequence[int], mask: Sequence[bool], sequence_length: int) -> Segment | None:
+    """A segment of at most `sequence_length` places; None where nothing in it carries loss.
 
-    Longer pairs lose their right end: what remains keeps its system prompt and context, and an answer cut in the
-    middle does not teach a false end. Pairs without any loss in what remains are dropped.
+    A longer one loses its right end: what remains keeps its system prompt and context, and an answer cut in the middle
+    does not teach a false end.
     """
-    segments: list[Segment] = []
-    cut = dropped = 0
-    for ids, mask in items:
-        segment = Segment(np.array(ids[: sequence_length + 1], np.int64), np.array(mask[: sequence_length + 1], bool))
-        if not segment.mask[1:].any():
-            dropped += 1
-            continue
-        cut += len(ids) > sequence_length + 1
-        segments.append(segment)
+    segment = Segment(np.array(ids[: sequence_length + 1], np.int64), np.array(mask[: sequence_length + 1], bool))
+    return segment if segment.mask[1:].any() else None
+
+
+def pack(segments: Sequence[Segment], sequence_length: int) -> Packed:
+    """Pack segments into rows of `sequence_length` places, each into the fullest row that still has room."""
     rows = [[segments[index] for index in row] for row in best_fit([len(segment) for segment in segments],
                                                                     sequence_length)]
     used = sum(len(segment) for segment in segments)
-    return Packed(rows, cut, dropped, used / (len(rows) * sequence_length) if rows else 0.0)
+    return Packed(rows, used / (len(rows) * sequence_length) if rows else 0.0)
 
 
 def best_fit(sizes: Sequence[int], capacity: int) -> list[list[int]]:
@@ -137,10 +132,12 @@ def collate(rows: Sequence[Row], sequence_length: int | None = None, *, separate
     """Rows as a batch, padded at the right to `sequence_length` or to the longest row.
 
     tokens_BT, targets_BT int64; weights_BT float32, 1 where the target carries loss; documents_BT (number of the
-    segment within its row; padding counts as one more) and positions_BT (place within the segment) int64. With
-    `separate` off the last two are left out, and segments of a row see those before them.
+    segment within its row; padding counts as one more) and positions_BT (place within the segment) int64; read_B int64,
+    the places of a row that hold a token. With `separate` off documents and positions are left out, and segments of a
+    row see those before them.
     """
-    longest = max(sum(len(segment) for segment in row) for row in rows)
+    read_B = np.array([sum(len(segment) for segment in row) for row in rows], np.int64)
+    longest = int(read_B.max())
     shape = (len(rows), sequence_length or longest)
     if longest > shape[1]:
         raise ValueError(f"a row of {longest} places in a batch of {shape[1]}")
@@ -158,7 +155,7 @@ def collate(rows: Sequence[Row], sequence_length: int | None = None, *, separate
             place += len(segment)
         documents_BT[index, place:] = len(row)
         positions_BT[index, place:] = np.arange(shape[1] - place)
-    batch = {"tokens_BT": tokens_BT, "targets_BT": targets_BT, "weights_BT": weights_BT}
+    batch = {"tokens_BT": tokens_BT, "targets_BT": targets_BT, "weights_BT": weights_BT, "read_B": read_B}
     if separate:
         batch |= {"documents_BT": documents_BT, "positions_BT": positions_BT}
     return {name: torch.from_numpy(array) for name, array in batch.items()}

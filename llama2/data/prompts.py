@@ -12,34 +12,36 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Any, Literal
 
-from llama2.data.dialogs import DIALOG_FORMATS
+from llama2.data.dialogs import ANSWERS, ASKED, QUESTION_KEYS
 from llama2.files import Row
-from llama2.records import Dialog, Messages, Prompt, parse
-from llama2.tables import Format, Malformed, Skip, convert, digest
+from llama2.questions import QUESTIONS, asked, category_of, system
+from llama2.records import Dialog, Message, Messages, Prompt, check_roles, parse
+from llama2.tables import AUTO, Format, Reading, Skip, convert, digest
 from llama2.tally import Tally
 from llama2.transcripts import messages, prompt
 
 Family = Literal["", "unsafe", "borderline"]
-_TEXT_KEYS = ("prompt", "question", "Question", "instruction", "Instruction", "query", "goal", "text")
 
 
-def import_prompts(path: str | os.PathLike[str], format: str = "auto", safety: bool | None = None, family: Family = "",
-                   name: str = "", tally: Tally | None = None, malformed: Malformed = "stop") -> Iterator[Prompt]:
+def import_prompts(path: str | os.PathLike[str], how: Reading = AUTO, safety: bool | None = None,
+                   family: Family = "", name: str = "", tally: Tally | None = None) -> Iterator[Prompt]:
     """The prompts in a file, a directory of files or a zip archive.
 
-    format: one of `PROMPT_FORMATS`, or "auto": recognised from the first record of each file.
+    how: the format, one of `PROMPT_FORMATS` or "auto", and what becomes of malformed rows.
     safety: the safety tag of all prompts; None: true for the unsafe and the borderline, else false.
     family: the family of all prompts of whose set it is not known.
     name: the set, kept as `metadata["source"]`; "" takes the name of the file.
     tally: counts rows read, records kept and skipped by reason.
     """
     tally = Tally() if tally is None else tally
-    for row, item in convert(path, PROMPT_FORMATS, format, tally, malformed):
-        if not all(message.content for message in item.messages):
-            tally.skipped["empty turn"] += 1
+    for row, item in convert(path, PROMPT_FORMATS, replace(how, worth=False), tally):
+        if not all(message.content.strip() for message in item.messages):
+            tally.skip("empty turn")
             continue
         tally.kept += 1
         source = str(item.metadata.get("source", name or row.name))
+        if item.metadata.get("family", family):
+            tally.note("family", str(item.metadata.get("family", family)))
         metadata = ({"family": family} if family else {}) | item.metadata | {"source": source}
         yield replace(item, id=item.id or prompt_id(item.messages, source),
                       safety=item.safety or bool(family) if safety is None else safety, metadata=metadata)
@@ -57,13 +59,16 @@ def _prompt(turns: Messages, family: Family = "", **metadata: str) -> Prompt:
 
 
 def _ours(row: Row) -> Iterator[Prompt]:
-    yield parse(Prompt, json.dumps(row.value), row.where)
+    item = parse(Prompt, json.dumps(row.whole()), row.where)
+    yield replace(item, messages=tuple(Message(m.role, m.content.replace("\r\n", "\n")) for m in item.messages))
 
 
-def _is_ours(value: Any) -> bool:
-    turns = value.get("messages")
-    return (value.keys() <= {"messages", "id", "safety", "metadata"} and isinstance(turns, list) and bool(turns)
-            and isinstance(turns[-1], dict) and turns[-1].get("role") == "user")
+def _is_ours(row: Row) -> bool:
+    """Whether a row has keys of ours, beside `messages`; `chat` reads all others."""
+    turns, keys = row.get("messages"), row.value.keys()
+    own = isinstance(row.get("metadata"), dict) or isinstance(row.get("safety"), bool)
+    return own and keys <= {"messages", "id", "safety", "metadata"} and isinstance(turns, list) and all(
+        isinstance(item, dict) and item.keys() == {"role", "content"} for item in turns) and _waits(row)
 
 
 def _column(key: str, family: Family, *categories: str) -> Callable[[Row], Iterator[Prompt]]:
@@ -88,6 +93,8 @@ def _list(row: Row) -> Iterator[Prompt]:
     said, tags = row.get("instructions"), row.get("tags") or []
     if not isinstance(said, list) or not all(isinstance(item, str) for item in said):
         raise row.error("'instructions' must be a list of texts")
+    if not isinstance(tags, list):
+        raise row.error("'tags' must be a list")
     for index, item in enumerate(said):
         yield _prompt(prompt(item), category=str(tags[index]) if index < len(tags) else "")
 
@@ -97,22 +104,34 @@ def _turns(row: Row) -> Iterator[Prompt]:
     turns = row.get("turns")
     if not isinstance(turns, list) or not turns or not all(isinstance(item, str) for item in turns):
         raise row.error("'turns' must be a list of texts")
-    item = _prompt(prompt(turns[0]), category=row.text("category", optional=True))
+    item = _prompt(prompt(turns[0]), category=category_of(row))
     yield replace(item, metadata={**item.metadata, "follow_ups": turns[1:]}) if turns[1:] else item
 
 
 def _plain(row: Row) -> Iterator[Prompt]:
-    """A text alone, or in the column that is called after what it is."""
-    if isinstance(row.value, str):
-        yield _prompt(prompt(row.value))
-    else:
-        key = next((key for key in _TEXT_KEYS if row.get(key) is not None), _TEXT_KEYS[0])
-        yield _prompt(prompt(row.text(key)), category=row.text("category", "Category", "Skill", optional=True))
+    """A text in the column that is called after what it is, with what it is about."""
+    turns = asked(row)
+    check_roles(turns, last="user")
+    yield _prompt(turns, category=category_of(row, "category", "Category", "Skill"))
+
+
+def _lines(row: Row) -> Iterator[Prompt]:
+    yield _prompt(prompt(row.value))
+
+
+def _toxigen(row: Row) -> Iterator[Prompt]:
+    """ToxiGen's prompts: lists of statements to go on with, their line ends written as the two characters \\n."""
+    family: Family = "unsafe" if row.name.startswith("hate_") else ""
+    yield _prompt((Message("user", row.value.replace("\\n", "\n").strip()),), family)
+
+
+def _is_toxigen(row: Row) -> bool:
+    return row.value.startswith("- ") and "\\n-" in row.value
 
 
 def _nested(row: Row) -> Iterator[Prompt]:
     """Mappings of mappings of lists of prompts (by topic, by group and entity): the way down is the category."""
-    yield from _walk(row, row.value, ())
+    yield from _walk(row, row.whole(), ())
 
 
 def _walk(row: Row, value: Any, way: tuple[str, ...]) -> Iterator[Prompt]:
@@ -125,8 +144,25 @@ def _walk(row: Row, value: Any, way: tuple[str, ...]) -> Iterator[Prompt]:
         raise row.error(f"texts are expected below '{'/'.join(way)}', found {type(value).__name__}")
 
 
-def _is_nested(value: Any) -> bool:
-    return isinstance(value, dict) and bool(value) and all(isinstance(item, (dict, list)) for item in value.values())
+def _is_nested(row: Row) -> bool:
+    return bool(row.value) and all(map(_holds_texts, row.value.values()))
+
+
+def _holds_texts(value: Any) -> bool:
+    """Whether a value is a list of texts, or a mapping of such, at any depth."""
+    if isinstance(value, dict):
+        return bool(value) and all(map(_holds_texts, value.values()))
+    return isinstance(value, list) and bool(value) and all(isinstance(item, str) for item in value)
+
+
+def _is_catqa(row: Row) -> bool:
+    """CatQA, which only its name tells from other questions by topic."""
+    return _is_nested(row) and row.name.lower().replace("_", "").startswith(("catqa", "categoricalharmfulqa"))
+
+
+def _catqa(row: Row) -> Iterator[Prompt]:
+    for item in _nested(row):
+        yield replace(item, safety=True, metadata={"family": "unsafe", **item.metadata})
 
 
 def _from_dialog(source: Format[Dialog]) -> Format[Prompt]:
@@ -136,19 +172,24 @@ def _from_dialog(source: Format[Dialog]) -> Format[Prompt]:
             yield dialog if isinstance(dialog, Skip) else _prompt(
                 dialog.messages[:-1], **({"category": dialog.metadata["category"]} if "category" in dialog.metadata
                                          else {}))
-    return Format(source.name, source.keys, read, source.test)
+    return Format(source.name, source.keys, read, source.test, source.known, source.on_request, source.of)
 
 
 def _chat(row: Row) -> Iterator[Prompt]:
     """A list of turns that waits for an answer."""
-    yield _prompt(messages(row, row.get("messages")))
+    turns = messages(row, row.get("messages"), system(row))
+    check_roles(turns, last="user")
+    item = _prompt(turns, category=category_of(row))
+    yield replace(item, safety=row.get("safety") is True)
 
 
-def _waits(value: Any) -> bool:
-    turns = value.get("messages")
-    return isinstance(turns, list) and bool(turns) and isinstance(turns[-1], dict) and turns[-1].get("role") == "user"
+def _waits(row: Row) -> bool:
+    turns = row.get("messages")
+    return (isinstance(turns, list) and bool(turns) and isinstance(turns[-1], dict)
+            and str(turns[-1].get("role")).lower() in ("user", "human"))
 
 
+_REVIEWED = ("question", "response", "harmful", "action")
 PROMPT_FORMATS: tuple[Format[Prompt], ...] = (
     Format("prompt", ("messages",), _ours, _is_ours),
     Format("chat", ("messages",), _chat, _waits),
@@ -156,10 +197,14 @@ PROMPT_FORMATS: tuple[Format[Prompt], ...] = (
     Format("advbench", ("goal", "target"), _column("goal", "unsafe")),
     Format("simple-safety-tests", ("prompts_final",), _column("prompts_final", "unsafe", "harm_area")),
     Format("do-not-answer", ("question", "risk_area"), _column("question", "unsafe", "risk_area")),
-    Format("instructions", ("instructions",), _list, lambda value: isinstance(value["instructions"], list)),
+    Format("do-not-answer-review", _REVIEWED, _column("question", "unsafe")),
+    Format("instructions", ("instructions",), _list, lambda row: isinstance(row.get("instructions"), list)),
     Format("questions", ("turns",), _turns),
-    *(_from_dialog(source) for source in DIALOG_FORMATS),
-    Format("plain", ("|".join(_TEXT_KEYS),), _plain),
-    Format("lines", (), _plain, lambda value: isinstance(value, str)),
+    *(_from_dialog(source) for source in ASKED),
+    Format("question-answer", (QUESTION_KEYS, "|".join(ANSWERS)), _plain),
+    Format("plain", ("|".join(QUESTIONS),), _plain),
+    Format("toxigen", (), _toxigen, _is_toxigen, of=str),
+    Format("lines", (), _lines, of=str),
+    Format("catqa", (), _catqa, _is_catqa),
     Format("nested", (), _nested, _is_nested),
 )

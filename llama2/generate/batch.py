@@ -164,6 +164,11 @@ class Batch:
         self._draw()
         return True
 
+    @property
+    def left(self) -> int:
+        """Requests that have no result yet; some of them may just have come to their end."""
+        return len(self._queue) + self._live
+
     def _draw(self) -> None:
         """The next token of every live row."""
         for group in self._grouped():

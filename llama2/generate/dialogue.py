@@ -32,22 +32,21 @@ class Chat:
     def __init__(self, engine: Generator, tokenizer: Tokenizer) -> None:
         self.engine, self.tokenizer = engine, tokenizer
 
-    def answers(self, prompts: Sequence[Messages], sampling: Sampling, names: Sequence[int] | None = None
+    def answers(self, prompts: Sequence[Messages], sampling: Sampling, indices: Sequence[int] | None = None
                 ) -> list[list[Answer]]:
         """`sampling.n` answers to each conversation, which ends with a user turn.
 
-        `names` (default 0, 1, ...) names the conversations to the random numbers, so that a part of a list gets the
-        answers that the whole list would get.
-
-        Under several ranks all must call with the same arguments; each does a share, all return everything, and the
-        samples are those of one rank. UserError for a conversation that leaves no room for an answer.
+        `indices` (default 0, 1, ...) names the conversations to the random numbers, so that a part of a list gets the
+        answers that the whole list would get. Under several ranks all must call with the same arguments; each does a
+        share, all return everything, and the samples are those of one rank. UserError for a conversation that leaves
+        no room for an answer.
         """
         sampling = self._stopping(sampling)
         ids = [encode_prompt(self.tokenizer, messages) for messages in prompts]
         self.engine.check(ids)  # before the ranks part: an error on one alone would leave the others waiting
         mine = share(range(len(ids)))
-        called = mine if names is None else [names[index] for index in mine]
-        completions = unshare(self.engine.generate([ids[index] for index in mine], sampling, called))
+        names = mine if indices is None else share(indices)
+        completions = unshare(self.engine.generate([ids[index] for index in mine], sampling, names))
         return [[Answer(self._text(each, sampling), each) for each in row] for row in completions]
 
     def reply_stream(self, messages: Messages, sampling: Sampling) -> Iterator[str]:

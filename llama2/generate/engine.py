@@ -13,7 +13,7 @@ Shapes: T tokens of a prompt.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal, Protocol
 
@@ -31,6 +31,7 @@ from llama2.model.llama import Llama
 from llama2.model.quantize import Rounded, WeightPrecision
 
 Tokens = Sequence[int]
+Progress = Callable[[int, int], None]  # completions finished, and of how many
 _ROUND = 64  # capacities are multiples of this, so that calls of similar length share one cache
 
 
@@ -81,6 +82,7 @@ class Engine:
         quantize.check(precision)
         context = model.config.max_position_embeddings
         self.slots, self.context = slots, min(capacity or context, context)
+        self.progress: Progress | None = None
         self._model, self._dtype = model, torch.float32 if precision == "fp32" else torch.bfloat16
         self._bits = precision if precision == "int8" or precision == "int4" else None
         self._copy: Llama | None = None
@@ -109,7 +111,8 @@ class Engine:
             return []
         batch = self._batch(model, requests)
         while batch.step():
-            pass
+            if self.progress:
+                self.progress(len(requests) - batch.left, len(requests))
         self._spare = batch.cache
         done = [Completion.of(request) for request in requests]
         return [done[start : start + sampling.n] for start in range(0, len(done), sampling.n)]
@@ -213,7 +216,10 @@ def _is_sharded(weight: Tensor) -> bool:
 
 
 def _whole(weight: Tensor) -> Tensor:
-    gathered: Tensor = weight.full_tensor() if hasattr(weight, "full_tensor") else weight
+    if not _is_sharded(weight):
+        return weight
+    with torch.inference_mode(False), torch.no_grad():  # in inference mode PyTorch 2.11 cannot gather
+        gathered: Tensor = weight.full_tensor()  # type: ignore[attr-defined]
     return gathered
 
 
@@ -234,4 +240,4 @@ def _blank(model: Llama, dtype: torch.dtype) -> Llama:
     return blank.to(dtype).to_empty(device=next(model.parameters()).device)
 
 
-__all__ = ["Completion", "Engine", "Generator", "Sampling", "Tokens"]
+__all__ = ["Completion", "Engine", "Generator", "Progress", "Sampling", "Tokens"]

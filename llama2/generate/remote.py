@@ -19,7 +19,7 @@ import json
 import math
 import os
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, Literal
@@ -28,14 +28,13 @@ from pydantic import Field
 
 from llama2.config import Config
 from llama2.errors import UserError, did_you_mean
-from llama2.generate.engine import Completion, Tokens
+from llama2.generate.engine import Completion, Progress, Tokens
 from llama2.generate.grammar import Grammar
 from llama2.generate.journal import Journal, Keep
 from llama2.generate.sampling import Sampling
 from llama2.generate.wire import COMPLETIONS, MODELS, NEUTRAL, Choice, Reply, Trouble, Wire
 from llama2.tokenizer.tokenizer import Tokenizer
 
-Progress = Callable[[int, int], None]  # completions finished, and of how many
 HOPELESS = 32  # so many failures without a success between them, and the rest is not asked for
 
 
@@ -93,7 +92,7 @@ class RemoteEngine:
     ) -> None:
         self._wire = Wire(url, key, retries=retries, timeout=timeout, concurrency=concurrency, pause=pause)
         self.url, self.model, self.context, self.tokenizer = self._wire.url, model, context, tokenizer
-        self._progress, self._journal, self._resumable = progress, Journal(state), state is not None
+        self.progress, self._journal, self._resumable = progress, Journal(state), state is not None
 
     def generate(
         self, prompts: Sequence[Tokens], sampling: Sampling, indices: Sequence[int] | None = None
@@ -117,6 +116,10 @@ class RemoteEngine:
             raise self._failed(tally)
         done = [found[ask.key] for ask in asks]
         return [done[start : start + sampling.n] for start in range(0, len(done), sampling.n)]
+
+    def keep_in(self, state: Path) -> None:
+        """From now on the journal is in this directory."""
+        self._journal, self._resumable = Journal(state), True
 
     def check(self, prompts: Sequence[Tokens]) -> None:
         """Raise the UserError that `generate` would raise for these prompts."""
@@ -209,8 +212,8 @@ class RemoteEngine:
                     continue
                 keep(ask.key, found[ask.key])
                 tally.done, tally.in_a_row = tally.done + 1, 0
-                if self._progress:
-                    self._progress(tally.done, tally.total)
+                if self.progress:
+                    self.progress(tally.done, tally.total)
 
         async with self._wire.client() as client:
             workers = [asyncio.ensure_future(work(client)) for _ in range(min(self._wire.concurrency, len(asks)))]

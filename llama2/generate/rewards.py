@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+import torch
 from pydantic import Field
 
 from llama2.config import Config
@@ -60,10 +61,23 @@ class Rewards:
         check(settings)
         self.settings, self.helpful, self.safe, self.precision = settings, helpful, safe, precision
 
+    def to(self, device: torch.device | str) -> None:
+        """Keep the models there."""
+        for model in (self.helpful, self.safe):
+            if model is not None:
+                model.to(device)
+
+    @property
+    def context(self) -> int:
+        """The most tokens of a row."""
+        return min(model.config.max_position_embeddings for model in (self.helpful, self.safe) if model)
+
     def __call__(self, rows: Sequence[Sequence[int]], tags: Sequence[bool]) -> list[Score]:
         """`rows` are token ids of whole conversations, answer included; every rank gets every score."""
-        helpful = rewards(self.helpful, rows, precision=self.precision)
-        safe = rewards(self.safe, rows, precision=self.precision) if self.safe else [math.inf] * len(rows)
+        helpful = rewards(self.helpful, rows, self.precision, name=self.settings.helpful)
+        safe = [math.inf] * len(rows)
+        if self.safe:
+            safe = rewards(self.safe, rows, self.precision, name=self.settings.safe)
         return [Score(h, s, join(self.settings, h, s, tag)) for h, s, tag in zip(helpful, safe, tags)]
 
 

@@ -213,6 +213,8 @@ def _outside_nucleus(weights_BV: Tensor, tokens_B: Tensor, limit_B1: Tensor) -> 
     Drawing from everything and drawing again only where this is so is exact, and spares most rows the sort.
     """
     own_B1 = weights_BV.gather(1, tokens_B[:, None])
+    if weights_BV.device.type != "cpu":
+        return weights_BV.where(weights_BV > own_B1, 0).sum(-1) > limit_B1.squeeze(1)
     # A comparison written as floats: six times faster on a CPU than through a boolean mask.
     likelier_BV = torch.gt(weights_BV, own_B1, out=torch.empty_like(weights_BV))
     return likelier_BV.mul_(weights_BV).sum(-1) > limit_B1.squeeze(1)

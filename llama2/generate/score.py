@@ -9,6 +9,7 @@ Shapes: B rows, T their longest.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from itertools import chain
 from typing import TypeVar
@@ -63,11 +64,13 @@ def predictions(
 
 
 def rewards(
-    scorer: Scorer, rows: Sequence[Row], precision: Precision = "bf16", batch_tokens: int = 16384
+    scorer: Scorer, rows: Sequence[Row], precision: Precision = "bf16", batch_tokens: int = 16384, *,
+    name: object = "the reward model"
 ) -> list[float]:
     """The raw score (before any sigmoid) of each row, read at its last token: r(x, y) of equation 1.
 
-    `batch_tokens`: the most padded tokens of a forward pass. UserError for a row beyond the scorer's context.
+    `batch_tokens`: the most padded tokens of a forward pass. UserError for a row beyond the scorer's context, and for a
+    score that is not finite, which names the scorer by `name`: such a score would win or lose every comparison.
     """
 
     def work(tokens_BT: Tensor, lengths: list[int]) -> list[float]:
@@ -75,7 +78,13 @@ def rewards(
         scores: list[float] = scorer(tokens_BT, lengths_B=lengths_B).float().tolist()
         return scores
 
-    return _over_batches(scorer, scorer.config.max_position_embeddings, rows, work, precision, batch_tokens)
+    found = _over_batches(scorer, scorer.config.max_position_embeddings, rows, work, precision, batch_tokens)
+    if bad := [index for index, value in enumerate(found) if not math.isfinite(value)]:
+        raise UserError(f"{name}: {len(bad)} of {len(found)} scores are not finite numbers (the first is "
+                        f"{found[bad[0]]}, of row {bad[0] + 1} with {len(rows[bad[0]])} tokens)",
+                        "its weights are damaged or its training ran away: train it again, with a lower "
+                        "learning_rate, or name another reward model")
+    return found
 
 
 def _over_batches(

@@ -35,7 +35,7 @@ def runs(model: Llama) -> bool:
     weights = list(model.parameters())
     kinds = {weight.dtype for weight in weights}
     return (len(kinds) == 1 and kinds <= _LETTER.keys() and all(weight.device.type == "cpu" for weight in weights)
-            and _call.found)
+            and model.model.bare and _call.found)
 
 
 class Decoder:

@@ -20,7 +20,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from llama2.errors import UserError
-from llama2.model import fused
+from llama2.model import attention, fused
+from llama2.model.attention import Documents, document_attention, documents_of, explicit_attention, fused_attention
 from llama2.model.likelihood import log_likelihood, log_likelihood_and_entropy
 
 INITIAL_STD = 0.02
@@ -90,6 +91,7 @@ class Context:
     explicit: bool
     cache: Cache | None
     fused: fused.View | None = None  # for our own kernels, where they run
+    documents: Documents | None = None  # for the kernel that needs no mask, where it runs
 
 
 class Linear(nn.Linear):
@@ -100,6 +102,11 @@ class Linear(nn.Linear):
 
     def reset_parameters(self) -> None:
         pass
+
+
+def is_bare(*projections: nn.Module) -> bool:
+    """Whether kernels may multiply with these modules' weights instead of calling them: an adapter must be called."""
+    return all(type(projection) is Linear for projection in projections)
 
 
 class Embedding(nn.Embedding):
@@ -182,8 +189,11 @@ class Attention(nn.Module):
         v_BKTE = self.v_proj(x_BTD).view(rows, length, -1, self.head_dim).transpose(1, 2)
         if context.cache is not None:
             k_BKTE, v_BKTE = context.cache.update(self.layer, k_BKTE, v_BKTE)
-        attend = explicit_attention if context.explicit else fused_attention
-        out_BHTE = attend(q_BHTE, k_BKTE, v_BKTE, context.bias_B1TS)
+        if context.documents is not None:
+            out_BHTE = document_attention(q_BHTE, k_BKTE, v_BKTE, context.documents)
+        else:
+            attend = explicit_attention if context.explicit else fused_attention
+            out_BHTE = attend(q_BHTE, k_BKTE, v_BKTE, context.bias_B1TS)
         joined: Tensor = self.o_proj(out_BHTE.transpose(1, 2).reshape(rows, length, -1))
         return joined
 
@@ -198,9 +208,9 @@ class FeedForward(nn.Module):
         self.down_proj = Linear(config.intermediate_size, config.hidden_size)
 
     def forward(self, x_BTD: Tensor, context: Context) -> Tensor:
-        if context.cache is None and fused.runs(x_BTD):
+        if context.cache is None and fused.runs(x_BTD) and is_bare(self.gate_proj, self.up_proj):
             gated_BTF = fused.gated(x_BTD, self.gate_proj.weight, self.up_proj.weight)
-        elif fused.runs(x_BTD):
+        elif context.cache is not None and fused.runs(x_BTD):
             gated_BTF = fused.gated_apart(self.gate_proj(x_BTD), self.up_proj(x_BTD))
         else:
             gated_BTF = F.silu(self.gate_proj(x_BTD)) * self.up_proj(x_BTD)
@@ -250,6 +260,13 @@ class Trunk(nn.Module):
         hidden_BTD: Tensor = self.norm(x_BTD, update_BTD)[1]
         return hidden_BTD
 
+    @property
+    def bare(self) -> bool:
+        """Whether no projection whose weight our kernels read has been replaced."""
+        return all(isinstance(layer, Layer) and is_bare(
+            layer.self_attn.q_proj, layer.self_attn.k_proj, layer.self_attn.v_proj, layer.mlp.gate_proj,
+            layer.mlp.up_proj) for layer in self.layers)
+
     def context(self, x_BTD: Tensor, documents_BT: Tensor | None, positions_BT: Tensor | None,
                 cache: Cache | None) -> Context:
         """Rotary tables and mask, made once for all layers."""
@@ -257,7 +274,7 @@ class Trunk(nn.Module):
         # With a cache there is no backward pass. (Not a matter of gradient mode: PPO's ratios must begin at exactly 1.)
         explicit = where.type == "cpu" and cache is None and length <= EXPLICIT_LENGTH
         prompt = cache is not None and cache.mask_BTS is None and not torch.is_grad_enabled()
-        own = (explicit or (prompt and length <= EXPLICIT_LENGTH)) and fused.runs(x_BTD)
+        own = (explicit or (prompt and length <= EXPLICIT_LENGTH)) and fused.runs(x_BTD) and self.bare
         if positions_BT is None:
             positions_BT = torch.arange(length, device=where)[None]
             if documents_BT is not None:
@@ -266,6 +283,10 @@ class Trunk(nn.Module):
         if own:
             starts_BT = None if documents_BT is None else document_starts(documents_BT)
             return Context(cos_BT1E, sin_BT1E, None, False, cache, fused.View(cos_BT1E, sin_BT1E, starts_BT))
+        if documents_BT is not None and where.type in attention.DEVICES:
+            documents = documents_of(documents_BT, working_dtype(x_BTD), self.config.head_dim)
+            if documents is not None:
+                return Context(cos_BT1E, sin_BT1E, None, False, None, None, documents)
         mask_BTS = cache.mask_BTS if cache is not None else None
         if documents_BT is not None:
             mask_BTS = same_document(documents_BT)
@@ -358,31 +379,6 @@ def rotate(x_BTHE: Tensor, context: Context) -> Tensor:
     x = x_BTHE.float()
     swapped = x.roll(x.shape[-1] // 2, dims=-1)
     return (x * context.cos_BT1E).add_(swapped.mul_(context.sin_BT1E)).to(x_BTHE.dtype)
-
-
-def explicit_attention(q_BHTE: Tensor, k_BKSE: Tensor, v_BKSE: Tensor, bias_B1TS: Tensor | None) -> Tensor:
-    """Attention by two batched products; the G query heads of a key head are rows of one product, so keys are never
-    repeated. The softmax runs in fp32 inside its kernel."""
-    rows, heads, length, size = q_BHTE.shape
-    kv_heads, keys = k_BKSE.shape[1:3]
-    q_BKRE = (q_BHTE * size**-0.5).reshape(rows, kv_heads, -1, size)  # R = G · T rows
-    scores_BHTS = (q_BKRE @ k_BKSE.transpose(-1, -2)).view(rows, heads, length, keys)
-    if bias_B1TS is not None:
-        scores_BHTS = scores_BHTS + bias_B1TS  # in place it would be slower: these scores are a view
-    weights_BKRS = torch.softmax(scores_BHTS, dim=-1).to(v_BKSE.dtype).view(rows, kv_heads, -1, keys)
-    return (weights_BKRS @ v_BKSE).view(rows, heads, length, size)
-
-
-def fused_attention(q_BHTE: Tensor, k_BKSE: Tensor, v_BKSE: Tensor, bias_B1TS: Tensor | None) -> Tensor:
-    """Attention by PyTorch's fused kernels: for long sequences, for one query (decoding) and for GPUs."""
-    rows, heads, length, size = q_BHTE.shape
-    groups = heads // k_BKSE.shape[1]
-    if length == 1 and groups > 1:  # with one query, the G heads that share keys can pass as G queries of one head
-        q_BHTE = q_BHTE.view(rows, -1, groups, size)
-    out_BHTE = F.scaled_dot_product_attention(
-        q_BHTE, k_BKSE, v_BKSE, attn_mask=bias_B1TS, is_causal=bias_B1TS is None and length > 1,
-        enable_gqa=length > 1 and groups > 1)
-    return out_BHTE.view(rows, heads, length, size) if length == 1 else out_BHTE
 
 
 def causal(length: int, device: torch.device) -> Tensor:

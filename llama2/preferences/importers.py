@@ -2,7 +2,8 @@
 
 Among the formats are those of all seven open sets of Table 6. Three conventions hold for every one of them:
 
-- no public set states the four degrees of §3.2.1, so the degree is "better" (the margin of a middling pair);
+- the degree of §3.2.1 is "better" (the margin of a middling pair) but for the one set whose annotators stated it
+  (HelpSteer2); scores of two answers decide ties and nothing else, for no two sets score alike;
 - public sets do not tell in which order the answers were shown, so the order is drawn from a hash of the two texts,
   never of the label: position carries no information, and the same file always gives the same order;
 - a well-formed row that teaches nothing (a tie, an empty or identical answer) is skipped and counted by reason; a
@@ -14,15 +15,21 @@ from __future__ import annotations
 import itertools
 import json
 import os
+import re
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-from llama2.files import Row
-from llama2.records import Axis, Message, Messages, Preference, Response, SafetyLabel, parse
-from llama2.tables import Format, Malformed, Skip, convert, digest
+from llama2.files import Row, tidy
+from llama2.preferences.scores import by_score
+from llama2.questions import asked, category_of, system
+from llama2.records import Axis, Degree, Message, Messages, Preference, Response, SafetyLabel, parse
+from llama2.tables import AUTO, Format, Reading, Skip, convert, digest, sample
 from llama2.tally import Tally
 from llama2.transcripts import is_transcript, join, messages, prompt, transcript, turn
+
+_HARMLESS = re.compile(r"(hh.*[-_])?harmless([-_]base)?([-_.](train|test|valid|validation|dev|eval).*)?", re.IGNORECASE)
 
 
 class Pair(NamedTuple):
@@ -34,52 +41,52 @@ class Pair(NamedTuple):
     axis: Axis | None = None
     safety: SafetyLabel | None = None
     category: str = ""
+    degree: Degree = "better"
 
 
-def import_preferences(path: str | os.PathLike[str], format: str = "auto", axis: Axis | None = None, name: str = "",
-                       tally: Tally | None = None, malformed: Malformed = "stop") -> Iterator[Preference]:
+def import_preferences(path: str | os.PathLike[str], how: Reading = AUTO, axis: Axis | None = None, name: str = "",
+                       tally: Tally | None = None) -> Iterator[Preference]:
     """The comparisons in a file, a directory of files or a zip archive.
 
-    format: one of `PREFERENCE_FORMATS`, or "auto": recognised from the first record of each file.
-    axis: what the answers were compared for; None: what the format says (PKU-SafeRLHF), "safe" below a path with
-    "harmless" in it (Anthropic HH), else "helpful".
+    how: the format, one of `PREFERENCE_FORMATS` or "auto", and what becomes of malformed rows.
+    axis: what the answers were compared for; None: what the format says (PKU-SafeRLHF), "safe" for Anthropic's
+    harmless sets, which the name of the file or of its directory tells, else "helpful".
     name: the set, kept as `metadata["source"]`; "" takes the name of the file.
-    tally: counts rows read, records kept and skipped by reason.
+    tally: counts rows read, records kept and skipped by reason, and the axis of those kept.
     """
     tally = Tally() if tally is None else tally
-    for row, pair in convert(path, PREFERENCE_FORMATS, format, tally, malformed):
-        if isinstance(pair, Preference):
-            if axis in (None, pair.axis):
-                tally.kept += 1
-                yield pair
-            else:
-                tally.skipped["other axis"] += 1
-            continue
-        if axis and pair.axis and axis != pair.axis:
-            tally.skipped["other axis"] += 1
-            continue
-        reason = _useless(pair)
+    for row, pair in convert(path, PREFERENCE_FORMATS, how, tally):
+        reason = "other axis" if axis and pair.axis and axis != pair.axis else _useless(pair)
         if reason:
-            tally.skipped[reason] += 1
+            tally.skip(reason)
             continue
-        default: Axis = "safe" if "harmless" in "/".join(Path(row.where).parts[-3:]) else "helpful"
         try:
-            preference = _preference(pair, axis or pair.axis or default, name or row.name)
+            preference = pair if isinstance(pair, Preference) else _preference(
+                pair, axis or pair.axis or _axis(row), name or row.name)
         except ValueError as error:
-            if malformed == "stop":
+            if how.malformed == "stop":
                 raise row.error(str(error)) from None
-            tally.skipped["malformed"] += 1
+            tally.skip("malformed")
             continue
         tally.kept += 1
+        tally.note("axis", preference.axis)
         yield preference
 
 
-def _useless(pair: Pair) -> str:
-    if not all(message.content for message in pair.prompt):
+def _axis(row: Row) -> Axis:
+    """What a set was compared for, by the names that Anthropic gave to its files and directories."""
+    file, _, member = row.where.rpartition(":")[0].partition("!")
+    names = [part.partition(".")[0] for part in (*Path(file).parts[-2:], *Path(member).parts[-2:])]
+    return "safe" if any(map(_HARMLESS.fullmatch, names)) else "helpful"
+
+
+def _useless(pair: Pair | Preference) -> str:
+    chosen, rejected = (pair.chosen.text, pair.rejected.text) if isinstance(pair, Preference) else pair[1:3]
+    if not all(message.content.strip() for message in pair.prompt):
         return "empty turn"
-    if not pair.chosen or not pair.rejected:
+    if not chosen.strip() or not rejected.strip():
         return "empty answer"
-    return "identical answers" if pair.chosen == pair.rejected else ""
+    return "identical answers" if tidy(chosen) == tidy(rejected) else ""
 
 
 def _preference(pair: Pair, axis: Axis, source: str) -> Preference:
@@ -90,7 +97,7 @@ def _preference(pair: Pair, axis: Axis, source: str) -> Preference:
     preferred: Literal[0, 1] = 0 if shown[0] == pair.chosen else 1
     metadata = {"source": source} | ({"category": pair.category} if pair.category else {})
     return Preference(f"{source}:{axis}:{key:016x}", pair.prompt, (Response(shown[0]), Response(shown[1])), preferred,
-                      "better", pair.safety, axis, metadata=metadata)
+                      pair.degree, pair.safety, axis, metadata=metadata)
 
 
 def _answer(row: Row, key: str) -> str:
@@ -99,7 +106,7 @@ def _answer(row: Row, key: str) -> str:
     if value is None:
         raise row.error(f"a preference needs two answers: '{key}' is missing")
     if isinstance(value, str):
-        return value.strip()
+        return tidy(value)
     last = turn(row, value) if isinstance(value, dict) else (messages(row, value) or (None,))[-1]
     if last is None or last.role != "assistant":
         raise row.error(f"a preference needs two answers: '{key}' does not end with an assistant turn")
@@ -107,13 +114,18 @@ def _answer(row: Row, key: str) -> str:
 
 
 def _labelled(row: Row, key: str, first: Any, second: Any, tie: Any = None) -> bool | None:
-    """True: the first answer is preferred, False: the second, None: a tie."""
-    label = str(row.get(key)).strip()
+    """True: the first answer is preferred, False: the second, None: a tie. 1.0, "1" and true are 1."""
+    label = _plain(row.get(key))
     if label in (str(first), str(second)):
         return label == str(first)
     if tie is not None and label == str(tie):
         return None
     raise row.error(f"'{key}' must be {first} or {second}, it is {label!r}")
+
+
+def _plain(value: Any) -> str:
+    word = str(value).strip()
+    return {"true": "1", "false": "0"}.get(word.lower(), word.removesuffix(".0"))
 
 
 def _ordered(turns: Messages, answers: tuple[str, str], first: bool | None, **more: Any) -> Pair:
@@ -126,7 +138,9 @@ def _ours(row: Row) -> Iterator[Preference]:
     responses = row.get("responses")
     if not isinstance(responses, list) or len(responses) != 2:
         raise row.error("a preference needs two answers")
-    yield parse(Preference, json.dumps(row.value), row.where)
+    if row.get("preferred") is None:
+        raise Skip("not judged yet")
+    yield parse(Preference, json.dumps(row.whole()), row.where)
 
 
 def _transcripts(row: Row) -> Iterator[Pair]:
@@ -150,30 +164,56 @@ def _transcripts(row: Row) -> Iterator[Pair]:
 
 def _pairs(row: Row) -> Iterator[Pair]:
     """`prompt`, `chosen`, `rejected`, each a text or a list of turns; without `prompt` it is what both lists share."""
-    chosen, rejected = _answer(row, "chosen"), _answer(row, "rejected")
-    given = row.get("prompt")
-    system = row.text("system", optional=True)
-    if isinstance(row.get("chosen"), list) and len(row.get("chosen")) > 1:
-        better, worse = (messages(row, row.get(key), system) for key in ("chosen", "rejected"))
-        if better[:-1] != worse[:-1]:
-            raise Skip("earlier turns differ")
-        turns = better[:-1]
-    elif isinstance(given, list):
-        turns = messages(row, given, system)
-    else:
-        turns = (*((Message("system", system),) if system else ()), *prompt(row.text("prompt", "question")))
-    yield Pair(turns, chosen, rejected)
+    better, worse = _side(row, "chosen"), _side(row, "rejected")
+    if better[:-1] != worse[:-1]:
+        raise Skip("earlier turns differ")
+    turns = _before(row, better[:-1]) if better[:-1] else asked(row, _PROMPTS)
+    yield Pair(turns, better[-1].content, worse[-1].content)
+
+
+def _side(row: Row, key: str) -> Messages:
+    """The turns of one answer, of which the last is the answer itself."""
+    value = row.get(key)
+    turns = messages(row, value) if isinstance(value, list) and value else ()
+    return (*turns[:-1], Message("assistant", _answer(row, key)))
+
+
+def _before(row: Row, shared: Messages) -> Messages:
+    """The prompt of answers that are lists of turns: whole conversations, or what follows after `prompt`."""
+    given = asked(row, _PROMPTS) if any(row.get(key) for key in _PROMPTS) else ()
+    if given and (shared[0].role == "assistant" or given[-1].role == "assistant"):
+        return (*given, *shared)
+    if given and given[-1] not in shared:
+        raise Skip("prompt and answers differ")
+    said = system(row)
+    first = given[:1] if given and given[0].role == "system" else (Message("system", said),) if said else ()
+    return shared if shared[0].role == "system" else (*first, *shared)
 
 
 def _openai(row: Row) -> Iterator[Pair]:
     given = row.get("input")
-    turns = messages(row, given.get("messages") if isinstance(given, dict) else given)
+    inner = row.part(given) if isinstance(given, dict) else row
+    if inner is not row:
+        inner.asked.add("parallel_tool_calls")
+    turns = messages(row, inner.get("messages") if inner is not row else given)
     yield Pair(turns, _answer(row, "preferred_output"), _answer(row, "non_preferred_output"))
 
 
 def _sharegpt(row: Row) -> Iterator[Pair]:
-    turns = messages(row, row.get("conversations"), row.text("system", optional=True))
+    turns = messages(row, row.get("conversations"), system(row))
     yield Pair(turns, _answer(row, "chosen"), _answer(row, "rejected"))
+
+
+def _helpsteer(row: Row) -> Iterator[Pair]:
+    """HelpSteer2: which of two answers is better, and how much: -3 the first, much; 0 a tie; 3 the second, much."""
+    degrees: dict[str, Degree] = {"3": "significantly", "2": "better", "1": "slightly"}
+    strength = _plain(row.get("preference_strength"))
+    degree = degrees.get(strength.removeprefix("-"))
+    if degree is None and strength not in ("0", "-0"):
+        raise row.error(f"'preference_strength' must be a whole number from -3 to 3, it is {strength!r}")
+    answers = (_answer(row, "response_1"), _answer(row, "response_2"))
+    pair = _ordered(asked(row, _PROMPTS), answers, strength.startswith("-") if degree else None)
+    yield pair._replace(degree=degree or "better")
 
 
 def _labelled_pair(first_key: str, second_key: str, label_key: str, first: Any, second: Any, *prompt_keys: str,
@@ -183,7 +223,7 @@ def _labelled_pair(first_key: str, second_key: str, label_key: str, first: Any, 
         answers = (_answer(row, first_key), _answer(row, second_key))
         said = join(*(row.text(key, optional=index > 0) for index, key in enumerate(prompt_keys)))
         yield _ordered(prompt(said), answers, _labelled(row, label_key, first, second, tie),
-                       category=row.text("scenario", optional=True))
+                       category=category_of(row, "scenario"))
     return read
 
 
@@ -211,7 +251,7 @@ def _pku(row: Row) -> Iterator[Pair | Skip]:
     """PKU-SafeRLHF: one comparison on each axis; where both meet our three bins, with the safety label."""
     answers = (_answer(row, "response_0"), _answer(row, "response_1"))
     turns = prompt(row.text("prompt"))
-    safe = [str(row.get(f"is_response_{index}_safe")).lower() == "true" for index in (0, 1)]
+    safe = [_labelled(row, f"is_response_{index}_safe", 1, 0) is True for index in (0, 1)]
     axes: tuple[tuple[str, Axis], ...] = (("better_response_id", "helpful"), ("safer_response_id", "safe"))
     for key, axis in axes:
         first = _labelled(row, key, 0, 1) is True
@@ -228,7 +268,7 @@ def _pku(row: Row) -> Iterator[Pair | Skip]:
 def _webgpt(row: Row) -> Iterator[Pair]:
     """OpenAI WebGPT comparisons: a preference score for each answer, 0 for a tie."""
     question = row.get("question")
-    said = question.get("full_text") if isinstance(question, dict) else question
+    said = row.part(question).get("full_text") if isinstance(question, dict) else question
     if not isinstance(said, str):
         raise row.error("'question' has no text")
     answers = (_answer(row, "answer_0"), _answer(row, "answer_1"))
@@ -244,11 +284,9 @@ def _summarize(row: Row) -> Iterator[Pair]:
     info, summaries = row.get("info"), row.get("summaries")
     if not isinstance(summaries, list) or len(summaries) != 2:
         raise row.error("a preference needs two answers: 'summaries' must be a list of two")
-    post = info.get("post") or info.get("article") if isinstance(info, dict) else None
-    if not isinstance(post, str):
-        raise row.error("'info' has no 'post' and no 'article'")
-    said = join("Summarize the following text.", info.get("title"), post)
-    answers = tuple(Row(item, row.where, row.name).text("text") for item in summaries)
+    about = row.part(info)
+    said = join("Summarize the following text.", about.text("title", optional=True), about.text("post", "article"))
+    answers = tuple(row.part(item).text("text") for item in summaries)
     yield _ordered((Message("user", said),), (answers[0], answers[1]), _labelled(row, "choice", 0, 1))
 
 
@@ -264,35 +302,46 @@ def _arena(row: Row) -> Iterator[Pair]:
     yield _ordered(conversations[0][:-1], (conversations[0][-1].content, conversations[1][-1].content), first)
 
 
-def _has_transcripts(value: Any) -> bool:
-    return is_transcript(value.get("text_correct", value.get("chosen")))
+def _has_transcripts(row: Row) -> bool:
+    """Whether the answers are transcripts; a row without them cannot say that they are not."""
+    better = row.get("text_correct") or row.get("chosen")
+    return better in (None, "") or is_transcript(better)
 
 
-PREFERENCE_FORMATS: tuple[Format[Pair | Preference], ...] = (
+_PROMPTS = ("prompt", "question", "instruction", "query", "input")
+_SAMPLES = ("prompt", "corrects", "incorrects")
+_READERS: tuple[Format[Pair | Preference], ...] = (
     Format("preference", ("responses", "preferred"), _ours),
     Format("openai", ("preferred_output|non_preferred_output",), _openai),
     Format("sharegpt-pairs", ("conversations", "chosen|rejected"), _sharegpt),
-    Format("hh", ("chosen|text_correct",), _transcripts, _has_transcripts),
-    Format("pairs", ("chosen|rejected",), _pairs),
+    Format("hh", ("chosen|text_correct",), _transcripts, _has_transcripts, known=_SAMPLES),
+    Format("pairs", ("chosen|rejected",), _pairs, known=("text", "messages")),
     Format("auto-j", ("response 1|response 2", "label"),
            _labelled_pair("response 1", "response 2", "label", 0, 1, "prompt", tie=2)),
     Format("alpaca-farm", ("instruction", "output_1", "output_2", "preference"),
            _labelled_pair("output_1", "output_2", "preference", 1, 2, "instruction", "input", tie=0)),
     Format("llmbar", ("input", "output_1|output_2", "label"),
            _labelled_pair("output_1", "output_2", "label", 1, 2, "input")),
+    Format("helpsteer", ("prompt", "response_1|response_2", "preference_strength"), _helpsteer),
     Format("stack-exchange", ("question", "response_j|response_k"), _stack_exchange),
-    Format("fine-grained", ("question", "prediction 1", "preference"), _fine_grained),
+    Format("fine-grained", ("question", "prediction 1", "preference"), _fine_grained, known=("passages",)),
     Format("pku", ("prompt", "response_0|response_1", "safer_response_id"), _pku),
     Format("shp", ("history", "human_ref_A|human_ref_B"),
-           _labelled_pair("human_ref_A", "human_ref_B", "labels", 1, 0, "history")),
+           _labelled_pair("human_ref_A", "human_ref_B", "labels", 1, 0, "history"),
+           known=("score_A", "score_B", "score_ratio")),
     Format("webgpt", ("question", "answer_0|answer_1"), _webgpt),
     Format("summarize", ("info", "summaries", "choice"), _summarize),
     Format("arena", ("conversation_a|conversation_b", "winner"), _arena),
 )
+PREFERENCE_FORMATS = tuple(f if f.name == "preference" else replace(f, convert=by_score(f.convert)) for f in _READERS)
 
 
-def holds_preferences(value: Any, format: str = "auto") -> bool:
-    """Whether a file whose first record is `value` holds comparisons."""
-    return any(f.name == format or (format == "auto" and f.matches(value)) for f in PREFERENCE_FORMATS)
-
-
+def holds_preferences(path: str | os.PathLike[str], format: str = "auto") -> bool:
+    """Whether a path holds comparisons: most rows of the first file that has any."""
+    if format != "auto":
+        return any(f.name == format for f in PREFERENCE_FORMATS)
+    for rows in sample(path):
+        found = sum(any(f.matches(row) for f in PREFERENCE_FORMATS) for row in rows)
+        if found:
+            return 2 * found >= len(rows)
+    return False

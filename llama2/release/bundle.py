@@ -35,8 +35,13 @@ _DTYPES = {"float32": "fp32", "float16": "fp16", "bfloat16": "bf16"}
 
 
 def _several(value: Any) -> Any:
-    """`f16,q8_0` as a list."""
-    return tuple(filter(None, value.split(","))) if isinstance(value, str) else value
+    """`f16,q8_0` as a list, also as one word of a list."""
+    words = [value] if isinstance(value, str) else value
+    return tuple(part for word in words for part in word.split(",") if part) if _are_texts(words) else value
+
+
+def _are_texts(value: Any) -> bool:
+    return isinstance(value, (list, tuple)) and all(isinstance(word, str) for word in value)
 
 
 class Config(Section):

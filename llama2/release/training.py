@@ -272,6 +272,7 @@ def rejection(recipe: Recipe) -> Part:
 
 PPO_CHARTS = (("KL to the initial policy, nats", "ppo/kl_reference"), ("Entropy, nats", "ppo/entropy"),
               ("Clip fraction", "ppo/clip_fraction"), ("Explained variance", "ppo/explained_variance"),
+              ("Policy's gradient norm", "ppo/actor_grad_norm"), ("Critic's gradient norm", "ppo/critic_grad_norm"),
               ("Answer length, tokens", "ppo/length"), ("Answers that end", "ppo/eos_rate"),
               ("Reward, helpfulness", "reward/helpfulness"), ("Reward, safety", "reward/safety"),
               ("Reward, combined", "reward/mean"), ("Correlation of reward and length", "reward/length_correlation"))

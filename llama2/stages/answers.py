@@ -134,7 +134,7 @@ def judged(run: Run, name: str, path: Path, precision: Precision, prompts: Seque
             def work(some: Sequence[int], first: int, answers: Sequence[Answer] = answers, same: bool = same
                      ) -> list[float]:
                 rows = [judged_row(tokenizer, prompts[index], answers[index], same)[-context:] for index in some]
-                return rewards(judge(), rows, precision, JUDGED_TOKENS)
+                return rewards(judge(), rows, precision, JUDGED_TOKENS, name=path)
 
             found[version] = list(in_parts(run, f"{name}-{version}", range(len(prompts)), JUDGED, work))
     return found

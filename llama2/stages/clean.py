@@ -1,7 +1,8 @@
 """Clean documents (§2.1): repair and filter text, mask personal data, deduplicate exactly, and hold some out.
 
 Duplicates are removed across all sources, the first one named keeping its copy. Held-out documents are chosen by a
-hash of their text, so they stay held out when other sources are added.
+hash of their text, so they stay held out when other sources are added. Documents are written as they are read: memory
+holds one of them, and 60 bytes for each that was kept.
 """
 
 from __future__ import annotations
@@ -9,8 +10,8 @@ from __future__ import annotations
 import hashlib
 from collections import Counter
 from collections.abc import Iterator
+from contextlib import ExitStack
 from dataclasses import replace
-from itertools import chain
 from pathlib import Path
 from typing import Annotated, ClassVar, Literal
 
@@ -21,9 +22,10 @@ from llama2.config import Config as Section
 from llama2.config import StageConfig
 from llama2.data import deduplicate
 from llama2.data.clean import Rules, clean
-from llama2.data.documents import read_documents
+from llama2.data.documents import Malformed, read_documents
 from llama2.records import Document
 from llama2.runs import Run
+from llama2.tally import Tally
 
 
 class Source(Section):
@@ -32,11 +34,13 @@ class Source(Section):
     incidental: ClassVar[frozenset[str]] = frozenset({"license"})
 
     path: Path
-    """a file or directory: text, JSONL (.gz, .zst), parquet"""
+    """a file, folder, archive or glob (docs/formats.md)"""
     split: Literal["file", "paragraph", "line"] = "file"
     """what one document of a plain text file is"""
     repeated_lines: int = Field(0, ge=0)
     """drop a line after this many documents of the source have had it (menus, footers of web pages); 0 keeps all"""
+    malformed: Malformed = "stop"
+    """a row that cannot be read ends the run, or is skipped and counted"""
     license: str | None = None
     """its licence, for the papers of a release; nothing depends on it"""
 
@@ -59,28 +63,58 @@ def run(config: Config, run: Run) -> None:
     """Write documents/<source>.jsonl and heldout/<source>.jsonl."""
     if not mesh.is_main():
         return
+    seen: set[int] = set()
+    run.write_json("summary.json", {"sources": {name: _clean(config, name, run, seen) for name in config.sources}})
+
+
+def _clean(config: Config, name: str, run: Run, seen: set[int]) -> dict[str, int]:
+    """Write the documents of one source as they come, and count what was done to them."""
+    counts, sizes = Counter[str](), Counter[str]()
+    with ExitStack() as stack:
+        keep = stack.enter_context(records.writing(run.path / "documents" / f"{name}.jsonl"))
+        aside = None
+        for document in _documents(config, config.sources[name], run.tally(name), counts, seen):
+            sizes["kept"] += 1
+            sizes["bytes"] += len(document.text.encode())
+            if _held_out(document, config.heldout):
+                sizes["held out"] += 1
+                aside = aside or stack.enter_context(records.writing(run.path / "heldout" / f"{name}.jsonl"))
+                aside(document)
+            else:
+                keep(document)
+    _account(run.tally(name), counts, sizes["kept"])
+    return {**counts, **{key: sizes[key] for key in ("kept", "held out", "bytes")}}
+
+
+def _documents(config: Config, source: Source, tally: Tally, counts: Counter[str], seen: set[int]
+               ) -> Iterator[Document]:
+    """The clean documents of a source; none of them is held in memory."""
     rules = Rules(min_characters=config.min_characters, remove_boilerplate=config.remove_boilerplate,
                   mask_personal_data=config.mask_personal_data)
-    seen: set[int] = set()
-    summary = {}
-    for name, source in config.sources.items():
-        counts: Counter[str] = Counter()
-        raw = _pieces(read_documents(source.path, split=source.split), config.max_characters)
-        documents = clean(raw, rules, counts)
-        if source.repeated_lines:
-            documents = deduplicate.drop_repeated_lines(documents, counts, limit=source.repeated_lines)
-        kept = list(deduplicate.drop_duplicates(documents, counts, seen))
-        aside = [_held_out(document, config.heldout) for document in kept]
-        records.write(run.path / "documents" / f"{name}.jsonl", (d for d, out in zip(kept, aside) if not out))
-        if any(aside):
-            records.write(run.path / "heldout" / f"{name}.jsonl", (d for d, out in zip(kept, aside) if out))
-        summary[name] = {**counts, "kept": len(kept), "held out": sum(aside),
-                         "bytes": sum(len(document.text.encode()) for document in kept)}
-    run.write_json("summary.json", {"sources": summary})
+    raw = read_documents(source.path, split=source.split, tally=tally, malformed=source.malformed)
+    documents = clean(_pieces(raw, config.max_characters, tally), rules, counts)
+    if source.repeated_lines:
+        documents = deduplicate.drop_repeated_lines(documents, counts, limit=source.repeated_lines)
+    return deduplicate.drop_duplicates(documents, counts, seen)
 
 
-def _pieces(documents: Iterator[Document], longest: int) -> Iterator[Document]:
-    return chain.from_iterable(_cut(document, longest) for document in documents) if longest else documents
+def _account(tally: Tally, counts: Counter[str], kept: int) -> None:
+    """What became of the documents, for the line at the end of the run."""
+    tally.kept = kept
+    for key, count in counts.items():
+        if key.startswith("dropped: "):
+            tally.skip(key.removeprefix("dropped: "), count=count)
+    for key, reason in (("duplicate documents removed", "duplicate"),
+                        ("documents of repeated lines removed", "nothing but repeated lines")):
+        if counts[key]:
+            tally.skip(reason, count=counts[key])
+
+
+def _pieces(documents: Iterator[Document], longest: int, tally: Tally) -> Iterator[Document]:
+    for document in documents:
+        if longest and len(document.text) > longest:
+            tally.cut += 1
+        yield from _cut(document, longest) if longest else (document,)
 
 
 def _cut(document: Document, longest: int) -> Iterator[Document]:

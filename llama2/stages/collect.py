@@ -1,35 +1,53 @@
 """Human preference data (§3.2.1): two answers a prompt, from different models and temperatures, compared.
 
-Here the annotators are simulated (they see the microworld's truth through noise); pages for people come with the
-annotation server and write the same records. Besides plain pairs two kinds are worth asking for, because reward
-models that have never seen them are easily fooled: an answer that belongs to another prompt, and an answer given
-under a safety preprompt, which is more often a refusal. As in the paper some comparisons of every round are held out.
+Where prompts carry the truth about themselves (the microworld's do), annotators are simulated, who see it through
+noise; other pairs are written as they are to be shown to people, and once judged are the same records. Besides plain
+pairs two kinds are worth asking for, because reward models that have never seen them are easily fooled: an answer that
+belongs to another prompt, and an answer given under a safety preprompt, which is more often a refusal. As in the paper
+some comparisons of every round are held out, by their prompts.
 """
 
 from __future__ import annotations
 
 import hashlib
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
-import numpy as np
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from llama2.config import StageConfig
+from llama2.data.split import is_heldout
 from llama2.evaluate.judges import kind_of
 from llama2.generate.dialogue import Chat
+from llama2.parts import Work
 from llama2.preferences.simulated import NOISE, Annotator
-from llama2.records import DEGREES, Axis, Preference, Prompt, Response
+from llama2.records import DEGREES, Axis, Messages, Pair, Preference, Prompt, Response
 from llama2.runs import Run
-from llama2.stages.distill import under_preprompt
 from llama2.stages.planning import Cluster, Lineage, sampling_plan
-from llama2.stages.sampling import Sample, answer, fitting, has_room, load_chat, read_prompts, write_records
+from llama2.stages.preprompts import PREPROMPTS, check, under_preprompt
+from llama2.stages.sampling import (
+    Sample,
+    answer,
+    fitting,
+    has_room,
+    load_chat,
+    part_by_part,
+    read_prompts,
+    seed_for,
+    writing,
+)
+from llama2.tally import Tally
+
+ROOM = 16  # tokens that an answer needs
+SHOWN = ("family", "split", "risk", "source", "category")  # what a pair tells of its prompt
 
 
 class Config(StageConfig):
-    """Collect comparisons from simulated annotators."""
+    """Collect comparisons: of simulated annotators where prompts carry truth, else pairs for people to judge."""
 
     policies: Annotated[tuple[Path, ...], Field(min_length=1, max_length=2)]
     """one model, or two variants to compare"""
@@ -41,12 +59,18 @@ class Config(StageConfig):
     """share of pairs in which one answer belongs to another prompt"""
     preprompted: float = Field(0.0, ge=0, le=1)
     """share of pairs on unsafe and borderline prompts in which one answer is given under a safety preprompt"""
+    preprompts: tuple[str, ...] = PREPROMPTS
+    """the safety preprompts, with {a} and {b} for two adjectives"""
     both_axes: float = Field(0.0, ge=0, le=1)
     """share of comparisons of unsafe prompts that are made on the helpfulness axis as well"""
     heldout: float = Field(0.1, ge=0, lt=1)
+    """share of the prompts (by their first user turn) whose comparisons are held out, in every round alike"""
     noise: float = Field(NOISE, ge=0)
+    """of the simulated annotators: deviation of the difference that they perceive"""
     round: int = Field(0, ge=0)
     sample: Sample = Sample()
+
+    _fields = field_validator("preprompts")(check)
 
     @model_validator(mode="after")
     def _one_server(self) -> Config:
@@ -61,67 +85,136 @@ def plan(config: Config, cluster: Cluster, lineage: Lineage) -> dict[str, Any]:
 
 
 def run(config: Config, run: Run) -> None:
-    """Write preferences.jsonl, heldout.jsonl and summary.json."""
+    """Write preferences.jsonl, heldout.jsonl and summary.json, and pairs.jsonl of prompts that carry no truth."""
     prompts = read_prompts(config.prompts, config.limit, config.seed)
-    chats = [load_chat(path, config.sample, run) for path in dict.fromkeys(config.policies)]
-    prompts = fitting(chats[0], prompts, room=16)
-    pairs = list(zip(prompts, sampled(config, chats, prompts)))
-    annotator = Annotator(config.seed, noise=config.noise)
-    asked: Counter[str] = Counter()
-    judged: list[Preference] = []
-    probing = [pair for pair in pairs if kind_of(pair[0]) != "helpful"]
-    for axis, some in (("safe", probing), ("helpful", list(helpful(config, pairs)))):
-        found = list(annotator.compare_all(some, _axis(axis), config.round))
-        asked["asked"] += len(some)
-        judged += found
-    aside = [_unit(one.id) < config.heldout for one in judged]
-    kept = [one for one, out in zip(judged, aside) if not out]
-    write_records(run.path / "preferences.jsonl", kept)
-    write_records(run.path / "heldout.jsonl", [one for one, out in zip(judged, aside) if out])
-    run.write_json("summary.json", {
-        "pairs": len(kept), "heldout": len(judged) - len(kept), "dropped": asked["asked"] - len(judged),
-        "degrees": {degree: sum(one.degree == degree for one in judged) for degree in DEGREES},
-        "axes": dict(Counter(one.axis for one in judged)),
-        "safety": dict(Counter(one.safety for one in judged if one.safety))})
+    chats = {path: load_chat(path, config.sample, run) for path in config.policies}
+    narrow = min(chats.values(), key=lambda chat: chat.engine.context)
+    prompts = fitting(narrow, prompts, ROOM, run.tally("prompts"))
+    pairs = zip(prompts, sampled(config, run, chats, prompts), strict=True)
+    desk = Desk(config, run.tally("comparisons"))
+    told = [has_truth(prompt) for prompt in prompts]
+    with ExitStack() as files:
+        put = {name: files.enter_context(writing(run.path / f"{name}.jsonl"))
+               for name in (*(("preferences", "heldout") if any(told) else ()), *(() if all(told) else ("pairs",)))}
+        for place, (prompt, responses) in enumerate(pairs):
+            for name, record in desk.compare(prompt, responses, place):
+                put[name](record)
+    run.write_json("summary.json", desk.summary())
 
 
-def _axis(name: str) -> Axis:
-    return "safe" if name == "safe" else "helpful"
+def has_truth(prompt: Prompt) -> bool:
+    """Whether simulated annotators can judge answers to this prompt; people must judge the others."""
+    return "gold" in prompt.metadata
 
 
-def helpful(config: Config, pairs: Sequence[tuple[Prompt, tuple[Response, Response]]]
-            ) -> Iterator[tuple[Prompt, tuple[Response, Response]]]:
-    """The pairs judged on helpfulness: all harmless prompts, borderline ones among them, and a share of the unsafe."""
-    generator = np.random.default_rng([config.seed, 3])
-    for prompt, responses in pairs:
-        if kind_of(prompt) != "unsafe" or generator.random() < config.both_axes:
-            yield prompt, responses
+class Desk:
+    """Where pairs are compared: on which axes, by whom, and what they come to."""
+
+    def __init__(self, config: Config, tally: Tally) -> None:
+        self.config, self.tally = config, tally
+        self.annotator = Annotator(config.seed, noise=config.noise)
+        self.counts: dict[str, Counter[str]] = {name: Counter() for name in ("degree", "axis", "safety", "file")}
+
+    def compare(self, prompt: Prompt, responses: tuple[Response, Response], place: int
+                ) -> Iterator[tuple[str, Preference | Pair]]:
+        """The comparisons of one pair, each with the name of the file that it belongs to."""
+        for axis in axes(self.config, prompt, place):
+            self.tally.read += 1
+            texts = {one.text for one in responses}
+            if len(texts) == 1 or "" in texts:
+                self.tally.skip("equal answers" if len(texts) == 1 else "an empty answer")
+            elif not has_truth(prompt):
+                self.tally.skip("of prompts without truth, for people to judge", "they are in pairs.jsonl")
+                self.counts["file"]["pairs"] += 1
+                yield "pairs", self._unjudged(prompt, responses, axis)
+            else:
+                yield from self._judged(prompt, responses, axis)
+
+    def _judged(self, prompt: Prompt, responses: tuple[Response, Response], axis: Axis
+                ) -> Iterator[tuple[str, Preference]]:
+        one = self.annotator.compare(prompt, responses, axis, self.config.round)
+        if one is None:
+            self.tally.skip("the chosen answer alone is unsafe")
+            return
+        self.tally.kept += 1
+        name = "heldout" if is_heldout(prompt.messages, self.config.heldout) else "preferences"
+        for kind, value in (("degree", one.degree), ("axis", one.axis), ("safety", one.safety), ("file", name)):
+            self.counts[kind][str(value)] += value is not None
+        yield name, one
+
+    def _unjudged(self, prompt: Prompt, responses: tuple[Response, Response], axis: Axis) -> Pair:
+        """A pair as it is to be shown: which answer stands first is drawn from the texts."""
+        said = [message.content for message in prompt.messages]
+        low, high = sorted(responses, key=lambda one: one.text)
+        chance = _unit(repr((self.config.seed, axis, said, low.text, high.text)))
+        identity = f"{axis}-{int(_unit(repr((axis, said, low.text, high.text))) * 16**12):012x}"
+        return Pair(identity, prompt.messages, (low, high) if chance < 0.5 else (high, low), axis=axis,
+                    round=self.config.round, metadata={"prompt": prompt.id, **{
+                        key: prompt.metadata[key] for key in SHOWN if key in prompt.metadata}})
+
+    def summary(self) -> dict[str, Any]:
+        """Plain JSON: comparisons by file, degree, axis and safety label."""
+        file = self.counts["file"]
+        return {"pairs": file["preferences"], "heldout": file["heldout"], "unjudged": file["pairs"],
+                "dropped": self.tally.read - self.tally.kept - file["pairs"],
+                "degrees": {degree: self.counts["degree"][degree] for degree in DEGREES},
+                "axes": {axis: count for axis, count in self.counts["axis"].items() if count},
+                "safety": {label: count for label, count in self.counts["safety"].items() if count}}
 
 
-def sampled(config: Config, chats: Sequence[Chat], prompts: Sequence[Prompt]) -> list[tuple[Response, Response]]:
-    """Two answers to every prompt, some of them swapped for another prompt's or given under a preprompt."""
-    generator = np.random.default_rng([config.seed, config.round])
-    names = [path.name for path in config.policies]
-    sides: list[list[str]] = []
-    for side in range(2):
-        asked = [prompt.messages for prompt in prompts]
-        if side == 1:
-            chances = generator.random(len(prompts))
-            other = [under_preprompt(prompt, config.seed) for prompt in prompts]
-            asked = [new if kind_of(prompt) != "helpful" and chance < config.preprompted and has_room(chats[0], new)
-                     else prompt.messages for prompt, new, chance in zip(prompts, other, chances)]
-        found = answer(chats[side % len(chats)], asked, config.sample, seed=2 * config.seed + side,
-                       temperature=config.temperatures[side])
-        sides.append([one[0].text for one in found])
-    swap = np.flatnonzero(generator.random(len(prompts)) < config.swapped)
-    moved = [sides[1][index] for index in np.roll(swap, 1)]
-    for index, text in zip(swap, moved):
-        sides[1][index] = text
-    return [(Response(first, names[0], config.temperatures[0]), Response(second, names[-1], config.temperatures[1]))
-            for first, second in zip(*sides)]
+def axes(config: Config, prompt: Prompt, place: int) -> tuple[Axis, ...]:
+    """What a pair is compared for: safety if it probes it; help for all harmless prompts, and a share of the unsafe."""
+    kind = kind_of(prompt)
+    if kind == "helpful":
+        return ("helpful",)
+    both = kind == "borderline" or _unit(f"{config.seed} both {place}") < config.both_axes
+    return ("safe", "helpful") if both else ("safe",)
 
 
-def _unit(identity: str) -> float:
-    return int.from_bytes(hashlib.blake2b(identity.encode(), digest_size=8).digest(), "little") / 2**64
+def sampled(config: Config, run: Run, chats: Mapping[Path, Chat], prompts: Sequence[Prompt]
+            ) -> Iterator[tuple[Response, Response]]:
+    """Two answers to every prompt, some of them swapped for another prompt's or given under a preprompt.
+
+    What is swapped is the second answer, for that of the last prompt before it that is swapped too; the first of them
+    keeps its own.
+    """
+    first, second = (Response("", path.name, temperature)
+                     for path, temperature in zip((config.policies[0], config.policies[-1]), config.temperatures))
+    policies = list(dict.fromkeys(config.policies))
+    rows = part_by_part(run, [chats[path] for path in policies], "samples", prompts, sampler(config, chats),
+                        config.sample, 2)
+    waiting: str | None = None
+    for place, (one, other) in enumerate(rows):
+        text = other
+        if _unit(f"{config.seed} swapped {config.round} {place}") < config.swapped:
+            text, waiting = (other if waiting is None else waiting), other
+        yield replace(first, text=one), replace(second, text=text)
 
 
+def sampler(config: Config, chats: Mapping[Path, Chat]) -> Work[Prompt]:
+    """What makes a row of each prompt: the texts of its two answers."""
+    def work(prompts: Sequence[Prompt], first: int) -> list[list[str]]:
+        places = range(first, first + len(prompts))
+        sides = []
+        for side, path in enumerate((config.policies[0], config.policies[-1])):
+            asked = [second_asked(config, chats[path], prompt, place) if side else prompt.messages
+                     for prompt, place in zip(prompts, places)]
+            found = answer(chats[path], asked, config.sample, temperature=config.temperatures[side], indices=places,
+                           seed=seed_for(config.seed, "side", side, config.round))
+            sides.append([one[0].text for one in found])
+        return [list(texts) for texts in zip(*sides)]
+
+    return work
+
+
+def second_asked(config: Config, chat: Chat, prompt: Prompt, place: int) -> Messages:
+    """What the second answer is given to: the prompt, or the prompt under a safety preprompt."""
+    if kind_of(prompt) == "helpful" or _unit(f"{config.seed} preprompted {config.round} {place}") >= config.preprompted:
+        return prompt.messages
+    under = under_preprompt(prompt, seed_for(config.seed, "preprompt", config.round), config.preprompts, {})
+    return under if has_room(chat, under, ROOM) else prompt.messages
+
+
+def _unit(key: str) -> float:
+    """A number in [0, 1) that depends on `key` alone."""
+    return int.from_bytes(hashlib.blake2b(key.encode(), digest_size=8).digest(), "little") / 2**64

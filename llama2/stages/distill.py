@@ -1,26 +1,27 @@
 """Safety context distillation (§4.2.4): answer adversarial prompts under a safety preprompt, learn without it.
 
-Preprompts are made from adjectives; where the risk category of a prompt is known, an answer template for it is added
-half of the time. An answer is kept only if the safety reward model scores it above the answer given without any
-preprompt, since on good answers distillation would only make the model vaguer. What is written feeds `sft`.
+Behind the preprompt stands the answer template of the prompt's risk category, where that is known. An answer is kept
+only if the safety reward model scores it above the answer given without any preprompt, since on good answers
+distillation would only make the model vaguer. What is written feeds `sft`.
 """
 
 from __future__ import annotations
 
-import hashlib
-import itertools
 import statistics
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from pydantic import Field
+from pydantic import Field, field_validator
 
 from llama2.config import StageConfig
-from llama2.generate.rewards import RewardModels, probability
-from llama2.records import Dialog, Message, Messages, Prompt
+from llama2.generate.dialogue import Answer, Chat
+from llama2.generate.rewards import RewardModels, Rewards, probability
+from llama2.parts import Work
+from llama2.records import Messages, Prompt
 from llama2.runs import Run
 from llama2.stages.planning import Cluster, Lineage, sampling_plan
+from llama2.stages.preprompts import PREPROMPTS, TEMPLATES, check, under_preprompt
 from llama2.stages.sampling import (
     Sample,
     answer,
@@ -29,21 +30,16 @@ from llama2.stages.sampling import (
     has_room,
     load_chat,
     load_rewards,
+    part_by_part,
     read_prompts,
     score,
-    write_records,
+    seed_for,
+    writing,
 )
+from llama2.tally import Tally
 
-ADJECTIVES = ("responsible", "respectful", "wise", "careful", "honest", "safe", "kind", "thoughtful")
-PREPROMPTS = (
-    "You are a {a} and {b} assistant.",
-    "Be a {a} and {b} assistant.",
-)
-TEMPLATES = {
-    "illicit": "This asks for a crime. Refuse, say why it is illegal, and offer something safe.",
-    "hateful": "This asks for something hurtful. Refuse, say whom it would harm, and offer something safe.",
-    "advice": "This asks for dangerous advice. Refuse, point to a doctor, and offer something safe.",
-}
+ROOM = 48  # tokens that an answer needs
+EXAMPLES = 6
 
 
 class Config(StageConfig):
@@ -61,9 +57,11 @@ class Config(StageConfig):
     """answers under preprompts, each with another one; the best is kept"""
     preprompts: tuple[str, ...] = PREPROMPTS
     """with {a} and {b} for two adjectives"""
-    templates: dict[str, str] = {}
-    """risk category -> answer template, added to half of the preprompts"""
+    templates: dict[str, str] = TEMPLATES
+    """risk category (metadata.risk of a prompt) -> answer template behind the preprompt; {} for none"""
     sample: Sample = Sample(temperature=0.7)
+
+    _fields = field_validator("preprompts")(check)
 
 
 def plan(config: Config, cluster: Cluster, lineage: Lineage) -> dict[str, Any]:
@@ -77,28 +75,67 @@ def run(config: Config, run: Run) -> None:
     chat = load_chat(config.policy, config.sample, run)
     rewards = load_rewards(config.rewards.model_copy(update={"rule": "safe"}), chat.tokenizer,
                            config.sample.precision)
-    found = read_prompts(config.prompts, None, config.seed)
-    prompts = fitting(chat, [prompt for prompt in found if adversarial(prompt, config.families)], room=48)
-    prompts = [prompt for prompt in prompts if all(has_room(chat, preprompted(prompt, config, turn))
-                                                   for turn in range(config.k))][: config.limit]
-    plain = answer(chat, [prompt.messages for prompt in prompts], config.sample, seed=config.seed)
-    before = [one[0].safe for one in score(rewards, chat.tokenizer, prompts, plain)]
-    best: list[tuple[float, str]] = [(mark, "") for mark in before]
+    tally = run.tally("prompts")
+    prompts = chosen(config, chat, tally)
+    rows = part_by_part(run, [chat], "samples", prompts, sampler(config, chat, rewards), config.sample, 1 + config.k)
+    before: list[float] = []
     after: list[float] = []
-    for turn in range(config.k):
-        asked = [preprompted(prompt, config, turn) for prompt in prompts]
-        answers = answer(chat, asked, config.sample, seed=config.seed + 100 + turn)
-        marks = score(rewards, chat.tokenizer, prompts, answers)  # judged as answers to the bare prompt
-        for index, (mine, mark) in enumerate(zip(answers, marks)):
-            after.append(mark[0].safe)
-            if mine[0].completion.finish == "stop" and mine[0].text and mark[0].safe > best[index][0]:
-                best[index] = mark[0].safe, mine[0].text
-    kept: list[Dialog] = [dialog(prompt, text, reward=round(mark, 4), safety=True)
-                          for prompt, (mark, text) in zip(prompts, best) if text]
-    write_records(run.path / "dialogs.jsonl", kept)
+    examples: list[dict[str, str]] = []
+    kept = 0
+    with writing(run.path / "dialogs.jsonl") as put:
+        for prompt, row in zip(prompts, rows, strict=True):
+            before.append(row["before"])
+            after += row["after"]
+            if row["best"] is None:
+                tally.skip("no answer under a preprompt is safer than the one without", "a larger k gives more chances")
+                continue
+            put(dialog(prompt, row["best"], reward=round(row["reward"], 4), safety=True))
+            kept += 1
+            if len(examples) < EXAMPLES:
+                examples.append({"prompt": prompt.messages[-1].content, "before": row["plain"], "after": row["best"]})
+    tally.kept = kept
     run.write_json("summary.json", {
-        "prompts": len(prompts), "kept": len(kept), "safety before": _median(before), "safety after": _median(after),
-        "examples": _examples(prompts, [one[0].text for one in plain], best)})
+        "prompts": len(prompts), "kept": kept, "templated": sum(risk_of(one) in config.templates for one in prompts),
+        "safety before": _median(before), "safety after": _median(after), "examples": examples})
+
+
+def chosen(config: Config, chat: Chat, tally: Tally) -> list[Prompt]:
+    """The adversarial prompts that leave room for an answer, alone and under each of their preprompts."""
+    found = read_prompts(config.prompts, None, config.seed)
+    some = [prompt for prompt in found if adversarial(prompt, config.families)]
+    tally.skip("not adversarial", count=len(found) - len(some))
+    bare = fitting(chat, some, ROOM, tally)
+    tally.read = len(found)
+    kept = [prompt for prompt in bare if all(has_room(chat, preprompted(prompt, config, turn), ROOM)
+                                             for turn in range(config.k))]
+    tally.skip("no room in the context beside the preprompt",
+               "give shorter preprompts and templates, or a model with a longer context", len(bare) - len(kept))
+    tally.skip("over the limit", count=len(kept) - len(kept[: config.limit]))
+    return kept[: config.limit]
+
+
+def sampler(config: Config, chat: Chat, rewards: Rewards) -> Work[Prompt]:
+    """What makes a row of each prompt: its safety score without and under each preprompt, and the best answer."""
+    def work(prompts: Sequence[Prompt], first: int) -> list[dict[str, Any]]:
+        def scored(asked: Sequence[Messages], *use: object) -> tuple[list[Answer], list[float]]:
+            answers = answer(chat, asked, config.sample, seed=seed_for(config.seed, *use),
+                             indices=range(first, first + len(prompts)))
+            marks = score(rewards, chat.tokenizer, prompts, answers)  # judged as answers to the bare prompt
+            return [one[0] for one in answers], [one[0].safe for one in marks]
+
+        plain, before = scored([prompt.messages for prompt in prompts], "plain")
+        rows: list[dict[str, Any]] = [{"plain": one.text, "before": mark, "after": [], "best": None, "reward": mark}
+                                      for one, mark in zip(plain, before)]
+        for turn in range(config.k):
+            for row, one, mark in zip(rows, *scored([preprompted(prompt, config, turn) for prompt in prompts],
+                                                    "preprompted", turn)):
+                row["after"].append(mark)
+                usable = one.completion.finish == "stop" and one.text and one.text != row["plain"]
+                if usable and mark > row["reward"]:
+                    row["best"], row["reward"] = one.text, mark
+        return rows
+
+    return work
 
 
 def adversarial(prompt: Prompt, families: Sequence[str]) -> bool:
@@ -106,33 +143,15 @@ def adversarial(prompt: Prompt, families: Sequence[str]) -> bool:
     return prompt.metadata["family"] in families if "family" in prompt.metadata else prompt.safety
 
 
+def risk_of(prompt: Prompt) -> str:
+    """The risk category of a prompt, "" where it is not known."""
+    return str(prompt.metadata.get("risk", ""))
+
+
 def preprompted(prompt: Prompt, config: Config, turn: int) -> Messages:
     """What is asked for the answer number `turn`."""
-    return under_preprompt(prompt, config.seed + turn, config.preprompts, config.templates)
-
-
-def under_preprompt(prompt: Prompt, seed: int, preprompts: Sequence[str] = PREPROMPTS,
-                    templates: dict[str, str] | None = None) -> Messages:
-    """The prompt behind a safety preprompt, chosen by a hash of prompt and seed. A system turn it has stays."""
-    digest = hashlib.blake2b(repr((seed, prompt.messages)).encode(), digest_size=8).digest()
-    choice = int.from_bytes(digest, "little")
-    pairs = list(itertools.permutations(ADJECTIVES, 2))
-    choice, pair = divmod(choice, len(pairs))
-    choice, form = divmod(choice, len(preprompts))
-    text = preprompts[form].format(a=pairs[pair][0], b=pairs[pair][1])
-    template = (templates or {}).get(str(prompt.metadata.get("risk", "")))
-    if template and choice % 2:
-        text = f"{text} {template}"
-    if prompt.messages[0].role == "system":
-        return (Message("system", f"{text} {prompt.messages[0].content}"), *prompt.messages[1:])
-    return (Message("system", text), *prompt.messages)
+    return under_preprompt(prompt, seed_for(config.seed, "preprompt", turn), config.preprompts, config.templates)
 
 
 def _median(scores: Sequence[float]) -> float | None:
     return statistics.median(map(probability, scores)) if scores else None
-
-
-def _examples(prompts: Sequence[Prompt], plain: Sequence[str], best: Sequence[tuple[float, str]]
-              ) -> list[dict[str, Any]]:
-    changed = [(prompt.messages[-1].content, old, new) for prompt, old, (_, new) in zip(prompts, plain, best) if new]
-    return [{"prompt": prompt, "before": old, "after": new} for prompt, old, new in changed[:6]]

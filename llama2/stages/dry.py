@@ -8,9 +8,9 @@ import os
 from collections.abc import Callable
 from typing import Any
 
-import yaml
-
-from llama2.config import build, overrides, parse
+from llama2 import yaml12
+from llama2.config import build, parse
+from llama2.flags import overrides
 from llama2.stages.planning import Cluster, Lineage
 
 
@@ -21,7 +21,7 @@ def show(verb: str, module: Any, arguments: list[str], positional: Callable[[Any
     shown = {"config": config.model_dump(mode="json")}
     if hasattr(module, "plan"):
         shown |= {"cluster": cluster.model_dump()} | module.plan(config, cluster, Lineage())
-    as_yaml = yaml.safe_dump(shown, sort_keys=False, default_flow_style=None, width=120)
+    as_yaml = yaml12.dump(shown, default_flow_style=None, width=120)
     print(json.dumps(shown, indent=1) if "--json" in arguments else as_yaml, end="")
     return 0
 
@@ -35,4 +35,4 @@ def _cluster(flags: list[str]) -> tuple[Cluster, list[str]]:
         names = {f"--{name}" for name in Cluster.model_fields}
         (mine if flag.partition("=")[0] in names or before in names else rest).append(flag)
     values = {"ranks": int(os.environ["WORLD_SIZE"])} if "WORLD_SIZE" in os.environ else {}
-    return build(Cluster, values | overrides(mine), "--dry-run"), rest
+    return build(Cluster, values | overrides(Cluster, mine, values), "--dry-run"), rest

@@ -22,7 +22,10 @@ from llama2.generate.dialogue import Chat
 from llama2.records import Dialog, Message, Messages, Prompt
 from llama2.runs import Run
 from llama2.stages.planning import Cluster, Lineage, sampling_plan
-from llama2.stages.sampling import Sample, answer, has_room, load_chat, write_records
+from llama2.stages.sampling import Sample, answer, has_room, load_chat, part_by_part, seed_for, writing
+from llama2.tally import Tally
+
+EXAMPLES = 3
 
 
 class Config(StageConfig):
@@ -76,14 +79,36 @@ def run(config: Config, run: Run) -> None:
     """Write dialogs.jsonl and summary.json."""
     chat = load_chat(config.policy, config.sample, run)
     conversations = (read(config.conversations) if config.conversations else compose(config))[: config.limit]
-    answers = converse(chat, conversations, config)
+    turns = max((len(one.questions) for one in conversations), default=0)
+
+    def work(some: Sequence[Conversation], first: int) -> list[list[str]]:
+        return converse(chat, some, config, first)
+
+    answers = part_by_part(run, [chat], "samples", conversations, work, config.sample, turns)
     generator = np.random.default_rng(config.seed)
-    dialogs = [one for conversation, mine in zip(conversations, answers)
-               for one in training_dialogs(conversation, mine, config, generator.random() < config.shortened)]
-    write_records(run.path / "dialogs.jsonl", dialogs)
-    run.write_json("summary.json", {
-        "conversations": len(conversations), "dialogs": len(dialogs),
-        "turns": sum(map(len, answers)), "examples": [records.to_json(one) for one in dialogs[:3]]})
+    tally, written, said = run.tally("conversations"), 0, 0
+    examples: list[str] = []
+    with writing(run.path / "dialogs.jsonl") as put:
+        for conversation, mine in zip(conversations, answers, strict=True):
+            made = training_dialogs(conversation, mine, config, generator.random() < config.shortened)
+            for one in made:
+                put(one)
+                examples += [records.to_json(one)] if len(examples) < EXAMPLES else []
+            written, said = written + len(made), said + len(mine)
+            _count(tally, conversation, mine, made)
+    run.write_json("summary.json", {"conversations": len(conversations), "dialogs": written, "turns": said,
+                                    "examples": examples})
+
+
+def _count(tally: Tally, conversation: Conversation, answers: Sequence[str], made: Sequence[Dialog]) -> None:
+    """Count a conversation: kept if it gives a dialog, cut if it ended before its last turn."""
+    tally.read += 1
+    if made:
+        tally.kept += 1
+        tally.cut += len(answers) < len(conversation.questions)
+    else:
+        tally.skip("it ended too early: no room, or an answer empty or cut off",
+                   "a larger sample.max_tokens or context, or fewer turns")
 
 
 def read(path: Path) -> list[Conversation]:
@@ -123,19 +148,19 @@ def compose(config: Config) -> list[Conversation]:
     return found
 
 
-def converse(chat: Chat, conversations: Sequence[Conversation], config: Config) -> list[list[str]]:
+def converse(chat: Chat, conversations: Sequence[Conversation], config: Config, first: int = 0) -> list[list[str]]:
     """Answers of every turn, the instruction joined to each user message; all conversations go a turn at a time.
 
-    A conversation ends early when the context is full or an answer is empty or cut off.
+    `first` is the place of the first of them among all. A conversation ends early when the context is full or an answer
+    is empty or cut off.
     """
     answers: list[list[str]] = [[] for _ in conversations]
-    talking = list(range(len(conversations)))
     for turn in range(max((len(one.questions) for one in conversations), default=0)):
-        talking = [index for index in talking
-                   if len(answers[index]) == turn < len(conversations[index].questions)]
+        talking = [index for index, one in enumerate(conversations) if len(answers[index]) == turn < len(one.questions)]
         asked = {index: _sampling_messages(conversations[index], answers[index]) for index in talking}
         asked = {index: messages for index, messages in asked.items() if has_room(chat, messages)}
-        found = answer(chat, list(asked.values()), config.sample, seed=config.seed * 1000 + turn)
+        found = answer(chat, list(asked.values()), config.sample, seed=seed_for(config.seed, "turn", turn),
+                       indices=[first + index for index in asked])
         for index, mine in zip(asked, found):
             if mine[0].text and mine[0].completion.finish == "stop":
                 answers[index].append(mine[0].text)

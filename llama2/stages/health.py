@@ -1,16 +1,26 @@
 """The PPO doctor: what a run's metrics say is wrong, why, and what to do about it.
 
 A flat reward and gibberish look alike in a log; these alarms tell the usual causes apart. Each names the metric, the
-step where it first went wrong, the cause, and the remedy.
+step where it first went wrong, the cause, and the remedy. They are said as they happen, and kept in health.json.
 """
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from llama2 import mesh
+from llama2.mesh import Precision
+from llama2.train.loop import Hook, Training
+
 Row = Mapping[str, float]
+
+# How far two passes over the same tokens may differ, in nats a token, before they no longer speak of one policy. On a
+# CPU they are equal to the bit. Kernels of a GPU may add in another order each time: rounding of logits of about 10,
+# 2^-24 of them in fp32 and 2^-8 in bf16, averaged over tokens and with room to spare.
+TOLERANCE: dict[Precision, float] = {"fp32": 1e-4, "bf16": 1e-2}
 
 
 @dataclass(frozen=True)
@@ -21,7 +31,14 @@ class Rule:
     wrong: Callable[[float, float], bool]
     cause: str
     remedy: str
-    settled: float = 0.0  # share of the run before which the rule does not apply
+    settled: float = 0.0
+    """share of the run before which the rule does not apply"""
+    absolute: bool = False
+    """the rule needs no start to compare with: it holds for the first value too"""
+    certain: bool = False
+    """one bad value is no noise"""
+    unless: str = ""
+    """a metric whose alarm explains this one"""
 
 
 @dataclass(frozen=True)
@@ -35,9 +52,22 @@ class Alarm:
     remedy: str
 
 
-def rules(kl_stop: float) -> list[Rule]:
+def rules(kl_stop: float, precision: Precision = "bf16") -> list[Rule]:
     """All rules; `kl_stop` is where training stops by itself."""
+    tolerance = TOLERANCE[precision]
     return [
+        Rule("ppo/first_kl", lambda first, now: now > tolerance,
+             f"before the first update policy and reference differ, by more than {tolerance:g} nats a token",
+             "policy and reference are the same weights: look for a device or a kernel that computes wrongly",
+             absolute=True, certain=True),
+        Rule("ppo/first_ratio_deviation", lambda first, now: now > tolerance,
+             f"the first ratios of an iteration are not 1, by more than {tolerance:g}: rollout and update compute "
+             "differently", "train in fp32, or with deterministic kernels; clipping and KL count this as movement",
+             absolute=True, certain=True),
+        Rule("reward/deviation", lambda first, now: now < 1e-3,
+             "rewards do not vary: all answers of an iteration score alike, and whitened there is nothing to learn",
+             "look at the samples; sample at temperature 1, raise max_tokens, or use another reward model; a score "
+             "for `unfinished` answers makes all equal that are cut off", absolute=True),
         Rule("ppo/kl_reference", lambda first, now: now > 0.8 * kl_stop,
              "the policy runs away from its start: it may have found an answer that fools the reward models",
              "raise beta, lower the learning rate, or refresh the reward models on the policy's own answers"),
@@ -50,8 +80,12 @@ def rules(kl_stop: float) -> list[Rule]:
              "updates are too large: most of them are cut", "lower the learning rate or the number of epochs"),
         Rule("ppo/explained_variance", lambda first, now: now < -0.5,
              "the critic predicts worse than a constant", "raise critic_learning_rate or use more iterations",
-             settled=0.3),
-        Rule("ppo/eos_rate", lambda first, now: now < 0.7 and now < first - 0.05,
+             settled=0.3, unless="reward/deviation"),
+        Rule("ppo/eos_rate", lambda first, now: now < 0.5,
+             "most answers do not end: they are cut off at max_tokens, where reward models were never trained to judge",
+             "raise sample.max_tokens, or fine-tune the policy on answers that end; set `unfinished` to a low score",
+             absolute=True),
+        Rule("ppo/eos_rate", lambda first, now: 0.5 <= now < 0.7 and now < first - 0.05,
              "answers no longer end", "set `unfinished` to a low score, or raise max_tokens"),
         Rule("ppo/length", lambda first, now: now > 2 * first or now < 0.5 * first,
              "answers have doubled or halved in length: the reward models may judge length",
@@ -66,19 +100,65 @@ def rules(kl_stop: float) -> list[Rule]:
     ]
 
 
-def alarms(metrics: Sequence[Row], kl_stop: float) -> list[dict[str, Any]]:
-    """The rules a run broke, with the first step at which it did."""
-    found = []
-    for rule in rules(kl_stop):
-        rows = [(int(row["step"]), row[rule.metric]) for row in metrics if rule.metric in row]
-        if not rows:
-            continue
-        first = rows[0][1]
-        # one bad value is noise; two in a row, or the last one, is a finding
-        bad = [rule.wrong(first, value) for _, value in rows]
-        for place, (step, value) in enumerate(rows):
-            lasting = bad[place] and (place + 1 == len(rows) or bad[place + 1])
-            if lasting and place > 0 and place >= rule.settled * len(rows):
-                found.append(asdict(Alarm(rule.metric, step, value, rule.cause, rule.remedy)))
-                break
-    return found
+def alarms(metrics: Sequence[Row], kl_stop: float, precision: Precision = "bf16", *, steps: int | None = None,
+           finished: bool = True) -> list[dict[str, Any]]:
+    """The rules a run broke, with the first step at which it did.
+
+    `steps` is the length of the run, the last step logged unless given. While a run is not `finished`, its last value
+    may still turn out to be noise.
+    """
+    last = steps or max((int(row["step"]) for row in metrics), default=0)
+    found: list[Alarm] = []
+    for rule in rules(kl_stop, precision):
+        alarm = _broken(rule, metrics, last, finished)
+        explained = alarm and any(one.name == rule.unless and one.step <= alarm.step for one in found)
+        if alarm and not explained:
+            found.append(alarm)
+    return [asdict(alarm) for alarm in found]
+
+
+def _broken(rule: Rule, metrics: Sequence[Row], last: int, finished: bool) -> Alarm | None:
+    """Where a rule was first broken for good: one bad value is noise; two in a row, or the run's last, are none."""
+    rows = [(int(row["step"]), row[rule.metric]) for row in metrics if rule.metric in row]
+    bad = [rule.wrong(rows[0][1], value) for _, value in rows]
+    for place, (step, value) in enumerate(rows):
+        lasting = rule.certain or (bad[place + 1] if place + 1 < len(rows) else finished)
+        applies = (place > 0 or rule.absolute) and step >= rule.settled * last
+        if bad[place] and lasting and applies:
+            return Alarm(rule.metric, step, value, rule.cause, rule.remedy)
+    return None
+
+
+class Doctor(Hook):
+    """Says every alarm on standard error, once, as soon as it is one (rank 0). `read` gives what was logged so far."""
+
+    def __init__(self, read: Callable[[], Sequence[Row]], kl_stop: float, precision: Precision) -> None:
+        self.read, self.kl_stop, self.precision = read, kl_stop, precision
+        self.steps: int | None = None
+        self.rows: list[Row] = []
+        self.told: list[dict[str, Any]] = []
+
+    def on_start(self, training: Training) -> None:
+        self.steps = training.plan.max_steps
+        if mesh.is_main():  # a run that resumes has said before what these rows tell
+            self.rows = list(self.read())
+            self.told = self._found(finished=False)
+
+    def on_log(self, step: int, metrics: Row) -> None:
+        if mesh.is_main():
+            self.rows.append({"step": step, **metrics})
+            self.tell(finished=False)
+
+    def tell(self, finished: bool) -> list[dict[str, Any]]:
+        """All alarms so far; those not yet told are."""
+        found = self._found(finished)
+        for alarm in found:
+            if not any((one["name"], one["cause"]) == (alarm["name"], alarm["cause"]) for one in self.told):
+                self.told.append(alarm)
+                print(f"alarm at step {alarm['step']}: {alarm['cause']} ({alarm['name']} {alarm['value']:.3g}); "
+                      f"{alarm['remedy']}", file=sys.stderr, flush=True)
+        return found
+
+    def _found(self, finished: bool) -> list[dict[str, Any]]:
+        return alarms(self.rows, self.kl_stop, self.precision, steps=None if finished else self.steps,
+                      finished=finished)

@@ -17,6 +17,7 @@ import sys
 import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from multiprocessing import forkserver, resource_tracker
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -26,7 +27,9 @@ import torch
 from llama2 import mesh, runs
 from llama2.config import StageConfig, build, parse
 from llama2.errors import UserError, explain_os_errors
+from llama2.interrupts import held_back, leave_at_once
 from llama2.runs import Stopped
+from llama2.stages import inputs
 
 
 @dataclass(frozen=True)
@@ -69,16 +72,21 @@ VERBS = {
 
 def stage(verb: str) -> Any:
     """The module behind a verb."""
-    return importlib.import_module(f"llama2.{VERBS[verb].module}")
+    with leave_at_once():
+        return importlib.import_module(f"llama2.{VERBS[verb].module}")
 
 
 def command(verb: str, arguments: Sequence[str]) -> int:
     """Parse and carry out one command line; the exit status."""
     module = stage(verb)
+    if verb == "run":
+        _refuse_without_recipe(arguments)
     if "--dry-run" in arguments:
         dry = importlib.import_module("llama2.stages.dry")
         return int(dry.show(verb, module, list(arguments), _positional))
     config = parse(module.Config, _positional(module, list(arguments)), f"llama2 {verb}")
+    if verb != "run":
+        inputs.check(config, complete=VERBS[verb].makes_run)
     try:
         if VERBS[verb].makes_run:
             execute(verb, config)
@@ -91,6 +99,13 @@ def command(verb: str, arguments: Sequence[str]) -> int:
     finally:
         mesh.shutdown()
     return 0
+
+
+def _refuse_without_recipe(arguments: Sequence[str]) -> None:
+    """UserError where neither a file nor a flag says what the steps are, and no help is asked for."""
+    named = bool(arguments) and not arguments[0].startswith("-")
+    if not named and not any(word in ("-h", "--help") or word.startswith("--steps.") for word in arguments):
+        raise UserError("a recipe is needed", "name one: llama2 run recipes/demo/recipe.yaml")
 
 
 def _positional(module: Any, flags: list[str]) -> list[str]:
@@ -115,9 +130,12 @@ _context = multiprocessing.get_context("forkserver")
 
 
 def preload() -> None:
-    """Import the heavy modules once, in the server every worker is forked from."""
+    """Import the heavy modules once, in the server every worker is forked from. It never hears of Ctrl-C."""
     _context.set_forkserver_preload(["torch", "llama2.stages.launch", "torch.distributed",
                                      *(f"llama2.{verb.module}" for verb in VERBS.values())])
+    resource_tracker.ensure_running()  # first: to start it lets Ctrl-C through
+    with held_back():
+        forkserver.ensure_running()
 
 
 @dataclass

@@ -114,21 +114,25 @@ class Tower:
 
 
 def training_plan(towers: Sequence[Tower], settings: Training, cluster: Cluster, *, rows: int, micro_rows: int,
-                  length: int, steps: int | None, packed: bool = False, whole: float = 0.0) -> dict[str, Any]:
+                  length: int, steps: int | None, packed: bool = False, whole: float = 0.0,
+                  reference: LlamaConfig | None = None) -> dict[str, Any]:
     """What a dry run says of a stage that trains `towers` on `rows` rows of `length` tokens an optimizer step.
 
-    micro_rows: rows a rank computes at a time. whole: bytes of models that every rank holds besides.
+    micro_rows: rows a rank computes at a time. whole: bytes of models that every rank holds besides. reference: a
+    model that is only read, and is spread over the ranks like those that are trained.
     """
     ranks = cluster.ranks or 1
 
     def parts(count: int) -> dict[str, float]:
         spread = sharded(settings, count)
         kept = activations(towers, settings, min(micro_rows, -(-rows // count)), length, packed, spread)
-        return {"weights_and_optimizer": 16 * sum(tower.parameters for tower in towers) / (count if spread else 1),
-                "gathered": gathered(towers, settings, count), "activations": kept,
-                "whole_models": whole}
+        states = 16 * sum(tower.parameters for tower in towers)
+        read = (4 if spread else _size(settings.precision)) * reference.parameters() if reference else 0
+        return {"weights_and_optimizer": states / (count if spread else 1),
+                **({"reference": read / (count if spread else 1)} if reference else {}),
+                "gathered": gathered(towers, settings, count), "activations": kept, "whole_models": whole}
 
-    flops = sum(flops_per_token(tower.shape, length) for tower in towers) * rows * length
+    flops = sum(flops_per_token(tower.shape, length, tower.scalar) for tower in towers) * rows * length
     return {
         "parameters": sum(tower.parameters for tower in towers), "ranks": ranks,
         "steps": steps or "known when the data is read", "tokens_per_step": rows * length,
@@ -151,7 +155,7 @@ def _fewest(parts: Callable[[int], dict[str, float]], cluster: Cluster, settings
     if sum(parts(1).values()) <= budget:
         return 1
     spread = parts(2)
-    states = 2 * spread.pop("weights_and_optimizer")
+    states = 2 * (spread.pop("weights_and_optimizer") + spread.pop("reference", 0.0))
     room = budget - sum(spread.values())
     return max(2, math.ceil(states / room)) if settings.parallel == "shard" and room > 0 else NONE
 
@@ -187,10 +191,11 @@ def activations(towers: Sequence[Tower], settings: Training, rows: int, length: 
     """Bytes kept for the backward pass of one micro-batch, and one layer's gradients as it is gone through."""
     tokens, size = rows * length, 4 if settings.precision == "fp32" else 2
     residual = 2 if size == 2 and spread else 4  # autocast leaves the residual stream in fp32, FSDP2 makes it bf16
-    total = 3.0 * tokens * length if packed else 0.0  # which position may look where, once for all layers
+    masked = packed and size == 4  # in bf16 the kernel is told where documents begin
+    total = (1.0 + size) * tokens * length if masked else 0.0  # which position may look where, once for all layers
     for tower in towers:
         shape = tower.shape
-        layer = tokens * layer_bytes(shape, size, residual)
+        layer = tokens * (layer_bytes(shape, size, residual) + (repeated_bytes(shape, size) if size == 4 else 0))
         kept = tokens * shape.hidden_size * residual if settings.gradient_checkpointing else layer
         total += shape.num_hidden_layers * kept + 2 * layer + tokens * shape.hidden_size * (residual + size)
         if not tower.scalar:
@@ -206,10 +211,22 @@ def layer_bytes(shape: LlamaConfig, size: int, residual: int) -> int:
     return 2 * residual * dim + size * (2 * dim + 2 * dim + 2 * kv + 4 * shape.intermediate_size)
 
 
-def flops_per_token(config: LlamaConfig, length: int) -> float:
-    """Forward and backward, causal attention counted at half: 6 N + 6 L d T, input embedding not counted."""
-    lookup = 0 if config.tie_word_embeddings else config.vocab_size * config.hidden_size
-    return 6.0 * (config.parameters() - lookup + config.num_hidden_layers * config.hidden_size * length)
+def repeated_bytes(shape: LlamaConfig, size: int) -> int:
+    """Bytes a token that a layer keeps more where keys and values are repeated for the heads that share them: in fp32,
+    and for masks (`model/attention.py`)."""
+    more = shape.num_attention_heads - shape.num_key_value_heads
+    return 2 * size * shape.head_dim * more
+
+
+def flops_per_token(config: LlamaConfig, length: float, scalar: bool = False) -> float:
+    """Forward and backward, causal attention counted at half: 6 N + 6 L d T, input embedding not counted.
+
+    A reward model (`scalar`) has a head of one row and reads it at one token of a conversation, which is nothing. For
+    rows of several lengths, T is their mean with each token counted once: the sum of T^2 over the sum of T.
+    """
+    tables = (1 if config.tie_word_embeddings else 2) - (0 if scalar else 1)  # of those counted, not multiplied with
+    unused = tables * config.vocab_size * config.hidden_size
+    return 6.0 * (config.parameters() - unused + config.num_hidden_layers * config.hidden_size * length)
 
 
 def total(plans: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:

@@ -2,25 +2,28 @@
 
 Defaults are the paper's: AdamW (0.9, 0.95), eps 1e-5, decay 0.1, constant 1e-6, batches of 512 in minibatches of 64
 with one gradient step each, clip 0.2, beta 0.01 (0.005 for 34B and 70B), 200 to 400 iterations with early stopping on
-held-out prompts. See `rollouts` for the reward and for what the paper leaves open; `health` reads the run's pulse.
+held-out prompts. Policy and critic are two networks of one optimizer: each is clipped by its own gradient norm and may
+have a rate of its own. See `rollouts` for the reward and for what the paper leaves open; `health` reads the run's
+pulse.
 """
 
 from __future__ import annotations
 
 import shutil
 import statistics
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 from torch import nn
 
 from llama2 import mesh
 from llama2.config import StageConfig
 from llama2.errors import UserError
 from llama2.evaluate.judges import kind_of
-from llama2.generate.dialogue import Chat
+from llama2.generate.dialogue import Answer, Chat
 from llama2.generate.engine import Engine
 from llama2.generate.rewards import RewardModels, Rewards, probability
 from llama2.records import Prompt
@@ -35,7 +38,7 @@ from llama2.stages.planning import (
     scorer_bytes,
     training_plan,
 )
-from llama2.stages.rollouts import ActorCritic, Rollouts, Settings
+from llama2.stages.rollouts import ACTOR, CRITIC, ActorCritic, Rollouts, Settings, seeded
 from llama2.stages.sampling import Sample, answer, fitting, load_rewards, read_prompts, score
 from llama2.stages.training import Training, frozen, load_policy, load_scorer, saver, train
 from llama2.train import hooks, parallel
@@ -58,10 +61,11 @@ class Config(StageConfig):
     """prompts for early stopping; without them the last policy is kept"""
     heldout_limit: int = Field(256, gt=0)
     judge: RewardModels | None = None
-    """reward models for the held-out prompts: others than those optimised, if there are any (Goodhart)"""
+    """reward models for the held-out prompts: others than those optimised, if there are any, since what is optimised no
+    longer measures (Goodhart). The paper has a general one, trained on open data"""
     iterations: int = Field(200, gt=0)
     batch_size: int = Field(512, gt=0)
-    """answers an iteration"""
+    """answers an iteration, at least 2: rewards are whitened over them"""
     minibatch_size: int = Field(64, gt=0)
     """answers an update"""
     micro_batch_size: int = Field(8, gt=0)
@@ -75,9 +79,10 @@ class Config(StageConfig):
     gamma: float = Field(1.0, gt=0, le=1)
     lambda_: float = Field(0.95, ge=0, le=1)
     critic_learning_rate: float | None = Field(None, gt=0)
-    """the actor's rate unless given"""
+    """the actor's rate unless given; docs/paper.md tells what others take"""
     unfinished: float | None = None
-    """raw score of an answer cut off at max_tokens; its own score unless given"""
+    """raw score of an answer cut off at max_tokens; unless given it is scored as it is, without an end it did not say
+    """
     kl_stop: float = Field(30.0, gt=0)
     """stop when the mean KL of an answer from the starting policy, in nats, exceeds this"""
     validate_iterations: int = Field(10, gt=0)
@@ -86,6 +91,14 @@ class Config(StageConfig):
     sample: Sample = Sample()
     training: Training = Training(optimizer=AdamW(learning_rate=1e-6),
                                   plan=Plan(schedule="constant", log_every=1, save_every=80))
+
+    @field_validator("batch_size")
+    @classmethod
+    def _several(cls, size: int) -> int:
+        if size == 1:
+            raise ValueError("one answer an iteration teaches nothing: rewards are whitened over the answers of an "
+                             "iteration, and alone it becomes 0; take 2 or more (the paper: 512)")
+        return size
 
     @model_validator(mode="after")
     def _here(self) -> Config:
@@ -109,16 +122,14 @@ def plan(config: Config, cluster: Cluster, lineage: Lineage) -> dict[str, Any]:
     if policy is None or critic is None:
         return UNKNOWN
     towers = [Tower(policy), Tower(critic, scalar=True)]
-    judges = [*config.rewards.paths(), *(config.judge.paths() if config.judge else ())]
-    ranks = (cluster.ranks or 1) if config.training.parallel == "shard" else 1
-    size = 2 if config.training.precision == "bf16" else 4
+    judges = [one.paths() for one in (config.rewards, config.judge) if one]  # never on the device together
     steps = config.iterations * -(-config.batch_size // config.minibatch_size) * config.epochs
     found = training_plan(towers, config.training, cluster, rows=config.minibatch_size,
                           micro_rows=config.micro_batch_size,
                           length=min(policy.max_position_embeddings, 2 * config.sample.max_tokens), steps=steps,
-                          whole=scorer_bytes([lineage.shape(path) for path in judges], config.training.precision)
-                          + (4.0 / ranks if ranks > 1 else size) * policy.parameters()
-                          + engine_bytes(policy, config.sample, copied=True))
+                          reference=policy,
+                          whole=max(scorer_bytes([lineage.shape(path) for path in paths], config.training.precision)
+                                    for paths in judges) + engine_bytes(policy, config.sample, copied=True))
     del found["gpu_hours"]  # most of the time goes into sampling, which FLOPs do not tell
     return found
 
@@ -137,25 +148,29 @@ def run(config: Config, run: Run) -> None:
     else:
         frozen(reference, config.training.precision)
     critic, _ = load_scorer(config.critic or config.rewards.helpful, tokenizer, home=home)
+    judge = load_rewards(config.judge, tokenizer, config.sample.precision) if config.judge else None
+    if judge is not None:
+        judge.to("cpu")
     rewards = load_rewards(config.rewards, tokenizer, config.sample.precision)
-    judge = load_rewards(config.judge, tokenizer, config.sample.precision) if config.judge else rewards
     models = ActorCritic(actor, critic)
     chat = Chat(Engine(actor, slots=config.sample.slots, precision=config.sample.precision), tokenizer)
     prompts = fitting(chat, read_prompts(config.prompts, None, config.seed), room=config.sample.max_tokens // 2)
     watch = Watch(config.kl_stop, -(-config.batch_size // config.minibatch_size) * config.epochs)
+    doctor = health.Doctor(lambda: read_metrics(run.path), config.kl_stop, config.training.precision)
     source = Rollouts(models, reference.eval().requires_grad_(False), rewards, chat, prompts, settings(config),
                       config.iterations, watch.observe)
     training = config.training.with_steps(config.iterations * source.updates)
     training = training.model_copy(update={"plan": training.plan.model_copy(
         update={"validate_every": config.validate_iterations * source.updates})})
     best = run.path / CHECKPOINTS / "best"
-    validate = heldout(config, chat, judge, saver(actor, tokenizer), best) if config.heldout else None
-    train(run, models, source, clipped(config.clip, config.value_clip, config.value_coefficient), training,
-          save_model=lambda directory: adopt(best, directory, saver(actor, tokenizer)), title="ppo",
-          validate=validate, extra=(watch,), derive=(explained_variance,),
-          rates={"critic.": config.critic_learning_rate or config.training.optimizer.learning_rate})
-    run.write_json("health.json", {"alarms": health.alarms(read_metrics(run.path), config.kl_stop),
-                                   "samples": source.samples})
+    validate = heldout(config, chat, rewards, judge, saver(actor, tokenizer), best) if config.heldout else None
+    learner = train(run, models, source, clipped(config.clip, config.value_clip, config.value_coefficient), training,
+                    save_model=lambda directory: adopt(best, directory, saver(actor, tokenizer)), title="ppo",
+                    validate=validate, extra=(watch, doctor), derive=(explained_variance,), apart=(ACTOR, CRITIC),
+                    rates={CRITIC: config.critic_learning_rate or config.training.optimizer.learning_rate})
+    run.write_json("summary.json", {"parameters": actor.config.parameters(), "steps": learner.step,
+                                    "tokens": learner.tokens, "trained": learner.trained})
+    run.write_json("health.json", {"alarms": doctor.tell(finished=True), "samples": source.samples})
 
 
 def settings(config: Config) -> Settings:
@@ -175,32 +190,44 @@ def adopt(best: Path, directory: Path, save: Any) -> None:
 
 
 class Watch(Hook):
-    """Publishes what each iteration's rollout looked like; checks the first ratio; stops when KL runs away."""
+    """Publishes what each iteration's rollout and updates looked like; stops when KL runs away."""
 
     def __init__(self, kl_stop: float, updates: int) -> None:
         self.kl_stop, self.updates, self.pending = kl_stop, updates, dict[str, float]()
         self.update_seconds = 0.0
 
     def observe(self, found: dict[str, float]) -> None:
-        self.pending = found
+        self.pending = dict(found)
 
     def on_step(self, training: Fitting, report: Report) -> None:
         first = (report.step - 1) % self.updates == 0
-        if first and report.sums["ppo/ratio_deviation"] != 0.0:
-            raise AssertionError(f"step {report.step}: the first ratio of an iteration must be exactly 1")
+        if first:
+            self.pending["ppo/first_ratio_deviation"] = report.sums["ppo/ratio_deviation"] / (report.weight or 1.0)
         spent = self.pending.get("time/rollout", 0.0) + self.pending.get("time/scoring", 0.0) if first else 0.0
         self.update_seconds += report.seconds - spent
+        for part, norm in report.gradient_norms.items():
+            self._mean(f"ppo/{part.rstrip('.')}_grad_norm", norm)
+            self._mean(f"ppo/{part.rstrip('.')}_clipped", clipped_share(norm, training.plan.clip))
         if report.step % self.updates == 0:
             training.log({**self.pending, "time/update": self.update_seconds})
             self.update_seconds = 0.0
             if self.pending.get("ppo/kl_reference", 0.0) > self.kl_stop:
                 training.finish = True
 
+    def _mean(self, name: str, value: float) -> None:
+        """Add one update's value to the mean over the iteration's."""
+        self.pending[name] = self.pending.get(name, 0.0) + value / self.updates
+
     def state_dict(self) -> dict[str, Any]:
         return {"pending": self.pending, "update_seconds": self.update_seconds}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.pending, self.update_seconds = state["pending"], state["update_seconds"]
+
+
+def clipped_share(norm: float, limit: float) -> float:
+    """The share of a gradient of this norm that clipping takes away."""
+    return 1 - limit / norm if norm > limit else 0.0
 
 
 class Heldout(hooks.Validate):
@@ -211,13 +238,31 @@ class Heldout(hooks.Validate):
             self._validate(training)
 
 
-def heldout(config: Config, chat: Chat, judge: Rewards, save: Any, best: Path) -> Heldout:
+@contextmanager
+def at_hand(judge: Rewards, rewards: Rewards) -> Iterator[Rewards]:
+    """The judge on the device, in the place of the reward models: it is needed so seldom that it has none of its own.
+    """
+    rewards.to("cpu")
+    judge.to(mesh.device())
+    try:
+        yield judge
+    finally:
+        judge.to("cpu")
+        rewards.to(mesh.device())
+
+
+def heldout(config: Config, chat: Chat, rewards: Rewards, judge: Rewards | None, save: Any, best: Path) -> Heldout:
     """Early stopping on held-out prompts: every kind of prompt counts alike, whatever its number."""
     assert config.heldout is not None
     prompts = fitting(chat, read_prompts(config.heldout, config.heldout_limit, config.seed), room=16)
 
     def evaluate(model: nn.Module) -> dict[str, float]:
-        return measure(chat, judge, prompts, config)
+        answers = answer(chat, [prompt.messages for prompt in prompts], config.sample,
+                         seed=seeded(config.seed, 999_983))
+        if judge is None:
+            return measure(chat, rewards, prompts, answers)
+        with at_hand(judge, rewards):
+            return measure(chat, judge, prompts, answers)
 
     def keep() -> None:
         save(best)
@@ -225,9 +270,9 @@ def heldout(config: Config, chat: Chat, judge: Rewards, save: Any, best: Path) -
     return Heldout(evaluate, "heldout/reward", higher=True, patience=config.patience, keep_best=keep)
 
 
-def measure(chat: Chat, judge: Rewards, prompts: Sequence[Prompt], config: Config) -> dict[str, float]:
+def measure(chat: Chat, judge: Rewards, prompts: Sequence[Prompt],
+            answers: Sequence[Sequence[Answer]]) -> dict[str, float]:
     """Mean probability of being good, by kind of prompt and over kinds."""
-    answers = answer(chat, [prompt.messages for prompt in prompts], config.sample, seed=config.seed + 999_983)
     marks = [probability(one[0].joined) for one in score(judge, chat.tokenizer, prompts, answers)]
     kinds: dict[str, list[float]] = {}
     for prompt, mark in zip(prompts, marks):

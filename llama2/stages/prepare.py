@@ -7,7 +7,6 @@ records, and which of them a limit keeps, follow from the seed.
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,12 +18,12 @@ from llama2 import config, mesh, records
 from llama2.config import StageConfig
 from llama2.data.dialogs import import_dialogs
 from llama2.data.prompts import Family, import_prompts, prompt_id
+from llama2.data.split import is_heldout, opening
 from llama2.errors import UserError
-from llama2.files import first
 from llama2.preferences.importers import holds_preferences, import_preferences
 from llama2.records import Axis, Dialog, Message, Messages, Preference, Prompt
 from llama2.runs import Run
-from llama2.tables import Malformed, digest
+from llama2.tables import Malformed, Reading, digest
 from llama2.tally import Tally
 
 Record = Dialog | Preference | Prompt
@@ -38,9 +37,11 @@ class Source(config.Config):
 
     path: Path
     format: str = "auto"
-    """the name of a format (docs/data.md); auto: recognised from the first record of each file"""
+    """the name of a format (docs/data.md); auto: recognised from the first rows of each file"""
+    ignore: tuple[str, ...] = ()
+    """columns to leave out, where a row means the same without them"""
     axis: Axis | None = None
-    """what answers were compared for; empty: as the format says, safe below a path with `harmless`, else helpful"""
+    """what answers were compared for; empty: as the format says, safe for Anthropic's harmless sets, else helpful"""
     safety: bool | None = None
     """the safety tag of all prompts; empty: as the set says"""
     family: Family = ""
@@ -90,50 +91,37 @@ def run(config: Config, run: Run) -> None:
     excluded = {opening(_messages(record)) for path in config.exclude
                 for record in _read("prompts", "", Source(path=path), Tally())}
     seen: set[str] = set()
-    imported = [_import(config, name, source, excluded, seen) for name, source in config.sources.items()]
+    imported = [_import(config, name, source, excluded, seen, run.tally(name))
+                for name, source in config.sources.items()]
     train = _shuffled((copy for item in imported for copy in _repeated(item, config.seed)), config.seed)
     heldout = _shuffled((record for item in imported for record in item.heldout), config.seed)
     if not train or (config.heldout and not heldout):
-        reasons = {reason: count for item in imported for reason, count in item.tally.skipped.items()}
-        raise UserError(f"no {'record is left to train on' if not train else 'record is held out'}; skipped: {reasons}",
+        lines = "; ".join(f"{item.name}: {item.tally.line()}" for item in imported)
+        raise UserError(f"no {'record is left to train on' if not train else 'record is held out'}; {lines}",
                         "check the sources, the limits and the held-out share")
     records.write(run.path / f"{config.kind}.jsonl", train)
     if config.heldout:
         records.write(run.path / f"heldout-{config.kind}.jsonl", heldout)
-    described = [_describe(item) for item in imported]
     run.write_json("summary.json", {"kind": config.kind, "train": _sizes(train), "heldout": _sizes(heldout),
-                                    "sources": described})
-    for line in described:
-        print(f"{line['name']}: {line['train']} to train on, {line['heldout']} held out, skipped {line['skipped']}",
-              file=sys.stderr)
+                                    "sources": [_describe(item) for item in imported]})
 
 
-def opening(turns: Messages) -> str:
-    """The first user turn, case and spacing aside: what the held-out split and exclusions go by."""
-    said = next(message.content for message in turns if message.role == "user")
-    return " ".join(said.lower().split())
-
-
-def is_heldout(turns: Messages, share: float) -> bool:
-    """Whether a conversation belongs to the held-out share; a larger share contains a smaller one."""
-    return digest("heldout", opening(turns)) < share * 2.0 ** 64
-
-
-def _import(config: Config, name: str, source: Source, excluded: set[str], seen: set[str]) -> _Imported:
+def _import(config: Config, name: str, source: Source, excluded: set[str], seen: set[str],
+            tally: Tally) -> _Imported:
     """One source: what is too long, excluded or already there left out, then limited, then split."""
-    result = _Imported(name, source, Tally())
+    result = _Imported(name, source, tally)
     kept: list[Record] = []
-    for record in _read(config.kind, name, source, result.tally):
+    for record in _read(config.kind, name, source, tally):
         reason = _unwanted(config, record, excluded, seen)
         if reason:
-            result.tally.skipped[reason] += 1
+            tally.skip(reason)
         else:
             seen.add(_key(record))
             kept.append(record)
     chosen = _shuffled(kept, config.seed)[:source.limit or None]
     if len(chosen) < len(kept):
-        result.tally.skipped["over the limit"] = len(kept) - len(chosen)
-    result.tally.kept = len(chosen)
+        tally.skip("over the limit", count=len(kept) - len(chosen))
+    tally.kept = len(chosen)
     for record in chosen:
         held = is_heldout(_messages(record), config.heldout)
         (result.heldout if held else result.train).append(record)
@@ -150,15 +138,14 @@ def _unwanted(config: Config, record: Record, excluded: set[str], seen: set[str]
 
 def _read(kind: Kind, name: str, source: Source, tally: Tally) -> Iterator[Record]:
     """The records of one source as `kind`, comparisons turned into dialogs or prompts where that is asked for."""
-    how: dict[str, Any] = {"name": name, "tally": tally, "malformed": source.malformed}
-    comparisons = kind == "preferences" or holds_preferences(first(source.path), source.format)
-    if not comparisons:
+    how = Reading(source.format, source.malformed, source.ignore)
+    if kind != "preferences" and not holds_preferences(source.path, source.format):
         if kind == "dialogs":
-            yield from import_dialogs(source.path, source.format, **how)
+            yield from import_dialogs(source.path, how, name, tally)
         else:
-            yield from import_prompts(source.path, source.format, source.safety, source.family, **how)
+            yield from import_prompts(source.path, how, source.safety, source.family, name, tally)
         return
-    for item in import_preferences(source.path, source.format, source.axis, **how):
+    for item in import_preferences(source.path, how, source.axis, name, tally):
         if kind == "preferences":
             yield item
         elif kind == "dialogs":

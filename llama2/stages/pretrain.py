@@ -7,19 +7,19 @@ bf16 over fp32 weights, and it does not.
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 from pydantic import Field
 from torch import nn
 
 from llama2.config import StageConfig
+from llama2.data.compress import HeldoutText
 from llama2.data.loader import Batch, Rows
-from llama2.data.mix import mix, mix_passes
+from llama2.data.mix import Mixture, mix, mix_passes
 from llama2.data.pack import TextRows, collate
 from llama2.data.shards import Shards
 from llama2.errors import UserError, did_you_mean
@@ -27,8 +27,10 @@ from llama2.model import checkpoint
 from llama2.model.llama import Llama, LlamaConfig
 from llama2.model.sizes import SIZES
 from llama2.runs import Run
+from llama2.schema import FIELD_NAMES
+from llama2.stages import cautions
 from llama2.stages.planning import UNKNOWN, Cluster, Lineage, Tower, flops_per_token, training_plan
-from llama2.stages.training import Training, heldout_loss, saver, train, validated
+from llama2.stages.training import Training, heldout_loss, row_length, saver, train, validated
 from llama2.tokenizer.tokenizer import Tokenizer
 from llama2.train import hooks
 from llama2.train.loop import Plan
@@ -43,7 +45,7 @@ class Config(StageConfig):
     """a `llama2 tokenize` run"""
     size: str = "tiny"
     """a named size; its vocabulary becomes the tokenizer's"""
-    architecture: dict[str, int | float | bool] = {}
+    architecture: Annotated[dict[str, int | float | bool], FIELD_NAMES] = {}
     """differences from the named size, in the words of config.json (num_hidden_layers: 6)"""
     model: Path | None = None
     """continue from this checkpoint instead of starting afresh"""
@@ -55,8 +57,10 @@ class Config(StageConfig):
     mixture: dict[str, float] = {}
     """source -> share of the tokens (any scale); without it every source is read as it is"""
     epochs: float = Field(1.0, gt=0)
-    """tokens to train on, as a multiple of all tokens in the shards; training.plan.max_steps may end it earlier"""
+    """tokens to train on, as a multiple of all tokens in the shards; training.plan.max_steps may end it earlier, and
+    more steps than these tokens make are refused"""
     validation_rows: int = Field(256, gt=0)
+    """rows of held-out text that loss and bits per byte are measured on"""
     training: Training = Training(optimizer=AdamW(learning_rate=3e-4),
                                   plan=Plan(warmup_steps=2000, validate_every=500, save_every=500))
 
@@ -99,25 +103,55 @@ def run(config: Config, run: Run) -> None:
     if model.config.vocab_size != tokenizer.vocab_size:
         raise UserError(f"{config.shards}: its tokenizer has {tokenizer.vocab_size} pieces, the model "
                         f"{model.config.vocab_size}", "tokenize with the tokenizer of the model")
-    if config.sequence_length > model.config.max_position_embeddings:
-        raise UserError(f"sequence_length {config.sequence_length} exceeds the model's context "
-                        f"{model.config.max_position_embeddings}", "lower it, or raise max_position_embeddings")
-    rows = read_rows(config.shards / "train", tokenizer, config)
+    row_length(config.sequence_length, model.config.max_position_embeddings)
+    rows, order = read_rows(config.shards / "train", tokenizer, config)
     source = Rows(rows, lambda items: collate(items, config.sequence_length), batch_size=config.batch_size,
                   micro_batch_size=config.micro_batch_size, seed=config.seed)
     settings = config.training.with_steps(source.steps)
+    check_length(config, rows, source.steps)
+    warn(config, run, order, len(rows), source.steps)
     validation = Validation(config, tokenizer)
     learner = train(run, model, source, next_token, settings, save_model=saver(model, tokenizer), title="pretrain",
                     validate=hooks.Validate(validation),
                     flops_per_token=flops_per_token(model.config, config.sequence_length))
+    found, bars = validated(run), validation.text.bits_per_byte()
     run.write_json("summary.json", {
-        "parameters": model.config.parameters(), "steps": learner.step,
-        "tokens": learner.step * config.batch_size * config.sequence_length, "validation": validated(run),
-        "xz_bits_per_byte": validation.xz})
+        "parameters": model.config.parameters(), "steps": learner.step, "tokens": learner.tokens,
+        "trained": learner.trained, "validation": found, "validation_bytes": validation.text.size, **bars,
+        "passes": {name: round(times * learner.tokens / rows.places, 4) for name, times in order.passes.items()}})
+    if bars:
+        run.say(f"{learner.tokens:,} tokens read; {found['validation/bits_per_byte']:.3f} bits per byte on "
+                f"{validation.text.size:,} bytes of held-out text (xz -9: {bars['xz_bits_per_byte']:.3f}, "
+                f"bzip2 -9: {bars['bzip2_bits_per_byte']:.3f})")
 
 
-def read_rows(directory: Path, tokenizer: Tokenizer, config: Config) -> TextRows:
-    """Documents of all sources in a random order, mixed by weight, as rows of `sequence_length` tokens."""
+def check_length(config: Config, rows: TextRows, steps: int) -> None:
+    """Refuse a run that asks for more steps than its data makes: the schedule would be squeezed into fewer."""
+    asked = config.training.plan.max_steps
+    if asked is None or asked <= steps:
+        return
+    wanted = asked * config.batch_size * config.sequence_length
+    epochs = math.ceil(1000 * config.epochs * wanted / rows.places) / 1000
+    raise UserError(f"max_steps {asked:,} would read {wanted:,} tokens, epochs {config.epochs:g} of {config.shards} "
+                    f"are {rows.places:,}: {steps:,} steps",
+                    f"give --epochs {epochs:g} to read them that often, or --training.plan.max-steps {steps}")
+
+
+def warn(config: Config, run: Run, order: Mixture, rows: int, steps: int) -> None:
+    """Say what the data or the mixture makes of this run that its user may not expect."""
+    for name in (name for name, times in order.passes.items() if not times):
+        run.warn(f"the mixture gives '{name}' no share: none of it is read")
+    if steps < cautions.FEW_UPDATES and config.training.plan.max_steps is None:
+        cure = f"lower --batch-size to {max(rows // cautions.FEW_UPDATES, 1)}, or raise --epochs"
+        run.warn(cautions.few_updates(steps, f"{rows:,} rows", cure))
+
+
+def read_rows(directory: Path, tokenizer: Tokenizer, config: Config) -> tuple[TextRows, Mixture]:
+    """Documents of all sources in a random order, mixed by weight, as rows of `sequence_length` tokens; the mixture.
+
+    What the mixture orders are the documents that the rows are cut from. Training then shuffles the rows over the whole
+    run, so the passes of a source that is read several times lie among one another.
+    """
     shards = {path.name: Shards(path, tokenizer) for path in sorted(directory.iterdir()) if path.is_dir()}
     lengths = {name: shard.lengths_N for name, shard in shards.items()}
     if config.mixture:
@@ -126,25 +160,27 @@ def read_rows(directory: Path, tokenizer: Tokenizer, config: Config) -> TextRows
         order = mix(lengths, weights, round(config.epochs * total), config.seed)
     else:
         order = mix_passes(lengths, dict.fromkeys(lengths, config.epochs), config.seed)
-    return TextRows(list(shards.values()), order.source_N, order.document_N, config.sequence_length)
+    return TextRows(list(shards.values()), order.source_N, order.document_N, config.sequence_length), order
 
 
 class Validation:
-    """Loss and bits per byte on held-out documents: comparable between tokenizers, and with a compressor."""
+    """Loss and bits per byte on the first rows of held-out text: comparable between tokenizers, and with a compressor.
+
+    Bits per byte: nats over all targets of these rows, EOS among them, in bits, over the bytes that the same targets
+    spell.
+    """
 
     def __init__(self, config: Config, tokenizer: Tokenizer) -> None:
         every = config.model_copy(update={"mixture": {}, "epochs": 1.0, "seed": 0})
-        self.rows = read_rows(config.shards / "validation", tokenizer, every)
-        counts = json.loads((config.shards / "summary.json").read_text())["validation"]
-        self.bytes_per_token, self.xz = counts["bytes"] / counts["tokens"], counts["xz_bits_per_byte"]
+        self.rows, _ = read_rows(config.shards / "validation", tokenizer, every)
+        self.few = range(min(len(self.rows), config.validation_rows))
+        self.text = HeldoutText((self.rows[index] for index in self.few), tokenizer)
         self.config = config
 
     def __call__(self, model: nn.Module) -> dict[str, float]:
-        few = range(min(len(self.rows), self.config.validation_rows))
-        nats, tokens = heldout_loss(model, few, self._collate, self.config.micro_batch_size)
-        loss_per_token = nats / max(tokens, 1)
-        return {"validation/loss": loss_per_token,
-                "validation/bits_per_byte": loss_per_token / math.log(2) / self.bytes_per_token}
+        nats, tokens = heldout_loss(model, self.few, self._collate, self.config.micro_batch_size)
+        bits = {"validation/bits_per_byte": nats / math.log(2) / self.text.size} if self.text.size else {}
+        return {"validation/loss": nats / max(tokens, 1), **bits}
 
     def _collate(self, indices: Sequence[int]) -> Batch:
         return collate([self.rows[index] for index in indices], self.config.sequence_length)

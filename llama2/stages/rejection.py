@@ -1,4 +1,4 @@
-"""Rejection sampling (§3.2.3): K answers a prompt from the newest model, the best under the reward models is kept.
+"""Rejection sampling (§3.2.3): K answers a prompt from the newest model, the best under the reward models are kept.
 
 The best temperature is searched afresh for every version, on a few prompts (Figure 8). The answers kept are joined
 with the best of all earlier rounds: training on the newest round alone made the paper's models forget skills. What is
@@ -9,18 +9,21 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Sequence
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
 from pydantic import Field
 
-from llama2 import records
+from llama2 import mesh
 from llama2.config import StageConfig
 from llama2.generate.dialogue import Answer, Chat
 from llama2.generate.rewards import RewardModels, Rewards, Score, probability
+from llama2.parts import Work
 from llama2.records import Dialog, Prompt
-from llama2.runs import Run, is_output
+from llama2.runs import Run
 from llama2.stages.planning import Cluster, Lineage, sampling_plan
+from llama2.stages.pool import Pool
 from llama2.stages.sampling import (
     Sample,
     answer,
@@ -28,11 +31,15 @@ from llama2.stages.sampling import (
     fitting,
     load_chat,
     load_rewards,
+    part_by_part,
     read_prompts,
     score,
-    write_records,
+    seed_for,
+    writing,
 )
-from llama2.tokenizer.template import encode_dialog
+from llama2.tally import Tally
+
+EXAMPLES = 6
 
 
 class Config(StageConfig):
@@ -46,12 +53,14 @@ class Config(StageConfig):
     """use this many of the prompts, chosen at random"""
     k: int = Field(10, gt=0)
     """answers sampled a prompt"""
+    keep: int = Field(1, gt=0)
+    """different answers kept a prompt, of this round, and in the pool of all rounds"""
     temperatures: tuple[float, ...] = (1.0, 1.2, 1.3)
     """candidates of the search; one alone is taken without a search"""
     search_prompts: int = Field(64, gt=0)
     """prompts the search spends on each candidate"""
     earlier: tuple[Path, ...] = ()
-    """earlier rounds of rejection sampling whose best answers join the pool"""
+    """earlier rounds of rejection sampling, whose best answers compete with this round's for the pool"""
     finished_only: bool = True
     """an answer cut off by max_tokens cannot be the best"""
     sample: Sample = Sample()
@@ -67,81 +76,130 @@ def run(config: Config, run: Run) -> None:
     """Write best.jsonl (this round), pool.jsonl (with earlier rounds) and curves.json."""
     chat = load_chat(config.policy, config.sample, run)
     rewards = load_rewards(config.rewards, chat.tokenizer, config.sample.precision)
-    prompts = fitting(chat, read_prompts(config.prompts, config.limit, config.seed))
-    searched, temperature = search(config, chat, rewards, prompts)
-    answers = answer(chat, [prompt.messages for prompt in prompts], config.sample, n=config.k,
-                     temperature=temperature, seed=config.seed)
-    scores = score(rewards, chat.tokenizer, prompts, answers)
-    best = [kept for prompt, mine, marks in zip(prompts, answers, scores)
-            if (kept := best_of(prompt, mine, marks, config.finished_only)) is not None]
-    old = _rescored(config, rewards, chat, {_key(one) for one in best})
-    write_records(run.path / "best.jsonl", best)
-    write_records(run.path / "pool.jsonl", best + old)
-    run.write_json("curves.json", {**curves(scores), "temperatures": searched, "temperature": temperature})
-    run.write_json("summary.json", {"prompts": len(prompts), "k": config.k, "kept": len(best), "earlier": len(old),
-                                    "temperature": temperature, "examples": _examples(prompts, answers, scores)})
+    tally = run.tally("prompts")
+    prompts = fitting(chat, read_prompts(config.prompts, config.limit, config.seed), tally=tally)
+    searched, temperature = search(config, run, chat, rewards, prompts)
+    work = sampler(config, chat, rewards, temperature, seed_for(config.seed, "samples"))
+    rows = part_by_part(run, [chat], "samples", prompts, work, config.sample, config.k)
+    curves, kept = Curves(config.k), 0
+    examples: list[dict[str, Any]] = []
+    with writing(run.path / "best.jsonl") as put:
+        for prompt, row in zip(prompts, rows, strict=True):
+            curves.add(row)
+            chosen = best_of(prompt, row)
+            for one in chosen:
+                put(one)
+            kept += len(chosen)
+            _count(tally, row, config)
+            if chosen and len(examples) < EXAMPLES:
+                examples.append(_example(prompt, row))
+    mesh.barrier()
+    pool = Pool(config.keep, config.finished_only, [run.path, *config.earlier])
+    sizes = pool.write(run, chat, rewards, config.sample)
+    run.write_json("curves.json", {**curves.means(), "temperatures": searched, "temperature": temperature})
+    run.write_json("summary.json", {
+        "prompts": len(prompts), "k": config.k, "kept": kept, "earlier": sum(sizes[1:]),
+        "pool": {"this round": sizes[0], **{str(path): size for path, size in zip(config.earlier, sizes[1:])}},
+        "temperature": temperature, "examples": examples})
 
 
-def search(config: Config, chat: Chat, rewards: Rewards, prompts: Sequence[Prompt]) -> tuple[dict[str, float], float]:
-    """The temperature whose best-of-K reward is highest, with the mean best reward of each candidate."""
+def sampler(config: Config, chat: Chat, rewards: Rewards, temperature: float, seed: int) -> Work[Prompt]:
+    """What makes a row of each prompt: K answers sampled and scored, of which the best are held on to."""
+    def work(prompts: Sequence[Prompt], first: int) -> list[dict[str, Any]]:
+        answers = answer(chat, [prompt.messages for prompt in prompts], config.sample, n=config.k, seed=seed,
+                         temperature=temperature, indices=range(first, first + len(prompts)))
+        scores = score(rewards, chat.tokenizer, prompts, answers)
+        return [reduced(mine, marks, config.keep, config.finished_only) for mine, marks in zip(answers, scores)]
+
+    return work
+
+
+def reduced(answers: Sequence[Answer], scores: Sequence[Score], keep: int, finished_only: bool) -> dict[str, Any]:
+    """One prompt's row: the reward of each answer, which of them may be kept, the `keep` best of those, the worst."""
+    rewards = [one.joined for one in scores]
+    allowed = [bool(one.text) and (one.completion.finish == "stop" or not finished_only) for one in answers]
+    best: dict[str, dict[str, Any]] = {}
+    for index in sorted(range(len(answers)), key=lambda place: -rewards[place]):
+        one = answers[index]
+        if allowed[index] and len(best) < keep and one.text not in best:
+            best[one.text] = {"text": one.text, "reward": rewards[index], "cut": one.completion.finish != "stop"}
+    worst = min(range(len(answers)), key=lambda place: rewards[place])
+    return {"rewards": rewards, "allowed": allowed, "best": list(best.values()), "worst": answers[worst].text,
+            "ended": any(one.completion.finish == "stop" for one in answers)}
+
+
+def best_of(prompt: Prompt, row: dict[str, Any]) -> list[Dialog]:
+    """The best answers as dialogs, the very best first; none if no answer may be kept."""
+    return [dialog(prompt, one["text"], reward=round(one["reward"], 4), safety=prompt.safety,
+                   **({"cut": True} if one["cut"] else {})) for one in row["best"]]
+
+
+def search(config: Config, run: Run, chat: Chat, rewards: Rewards, prompts: Sequence[Prompt]
+           ) -> tuple[dict[str, float], float]:
+    """The temperature whose best-of-K reward is highest, with the mean best reward of each candidate.
+
+    Only answers that may be kept count. All candidates have the same random numbers, so that they differ by nothing
+    but their temperature.
+    """
     if len(config.temperatures) == 1:
         return {}, config.temperatures[0]
-    found = {}
     few = prompts[:: max(1, len(prompts) // config.search_prompts)][: config.search_prompts]
+    rows = {}
     for temperature in config.temperatures:
-        answers = answer(chat, [prompt.messages for prompt in few], config.sample, n=config.k,
-                         temperature=temperature, seed=config.seed + 1)
-        marks = score(rewards, chat.tokenizer, few, answers)
-        found[str(temperature)] = statistics.fmean(max(one.joined for one in mine) for mine in marks)
+        work = sampler(config, chat, rewards, temperature, seed_for(config.seed, "search"))
+        rows[str(temperature)] = list(part_by_part(run, [chat], f"search-{temperature}", few, work, config.sample,
+                                                   config.k))
+    found = dict(zip(rows, best_rewards(list(rows.values()))))
     return found, float(max(found, key=lambda name: found[name]))
 
 
-def best_of(prompt: Prompt, answers: Sequence[Answer], scores: Sequence[Score], finished_only: bool) -> Dialog | None:
-    """The best answer as a dialog; None if no answer may be kept."""
-    allowed = [index for index, one in enumerate(answers)
-               if one.text and (one.completion.finish == "stop" or not finished_only)]
-    if not allowed:
-        return None
-    best = max(allowed, key=lambda index: scores[index].joined)
-    return dialog(prompt, answers[best].text, reward=round(scores[best].joined, 4), safety=prompt.safety)
+def best_rewards(candidates: Sequence[Sequence[dict[str, Any]]]) -> list[float]:
+    """The mean best reward of each candidate over the same prompts.
+
+    A prompt of which a candidate may keep nothing counts as the worst answer that any candidate gave to it.
+    """
+    worst = [min(min(row["rewards"]) for row in rows) for rows in zip(*candidates)]
+    return [statistics.fmean(row["best"][0]["reward"] if row["best"] else floor for row, floor in zip(rows, worst))
+            for rows in candidates]
 
 
-def curves(scores: Sequence[Sequence[Score]]) -> dict[str, Any]:
-    """Expected maximum and median reward of the first k of K samples, k = 1..K (Figure 7), as probabilities."""
-    k = len(scores[0]) if scores else 0
-    values = [[probability(one.joined) for one in mine] for mine in scores]
-    return {"k": list(range(1, k + 1)),
-            "max": [statistics.fmean(max(mine[:count]) for mine in values) for count in range(1, k + 1)],
-            "median": [statistics.fmean(statistics.median(mine[:count]) for mine in values)
-                       for count in range(1, k + 1)]}
+class Curves:
+    """Expected maximum and median reward of the first k of K samples, k = 1..K (Figure 7), as probabilities.
+
+    An answer that may not be kept counts as 0.
+    """
+
+    def __init__(self, k: int) -> None:
+        self._max, self._median, self._count = [0.0] * k, [0.0] * k, 0
+
+    def add(self, row: dict[str, Any]) -> None:
+        """Count one prompt."""
+        values = [probability(reward) if allowed else 0.0 for reward, allowed in zip(row["rewards"], row["allowed"])]
+        self._max = [total + best for total, best in zip(self._max, accumulate(values, max))]
+        self._median = [total + statistics.median(values[: place + 1]) for place, total in enumerate(self._median)]
+        self._count += 1
+
+    def means(self) -> dict[str, Any]:
+        """The curves; empty where there was no prompt."""
+        if not self._count:
+            return {"k": [], "max": [], "median": []}
+        return {"k": list(range(1, len(self._max) + 1)), "max": [total / self._count for total in self._max],
+                "median": [total / self._count for total in self._median]}
 
 
-def _key(one: Dialog) -> str:
-    """What a dialog answers: the same prompt in two rounds has the same key."""
-    return records.to_json(Prompt(one.messages[:-1]))
+def _count(tally: Tally, row: dict[str, Any], config: Config) -> None:
+    """Count a prompt that keeps nothing, with the cause."""
+    if row["best"]:
+        return
+    tally.kept -= 1
+    if row["ended"] or not config.finished_only:
+        tally.skip("every answer empty", "see what the policy answers with `llama2 chat`")
+    else:
+        tally.skip(f"no answer ended within {config.sample.max_tokens} tokens",
+                   "raise sample.max_tokens, or set finished_only to false")
 
 
-def _rescored(config: Config, rewards: Rewards, chat: Chat, taken: set[str]) -> list[Dialog]:
-    """The best answers of earlier rounds to prompts not sampled now; the newest reward models choose between rounds."""
-    files = [path / "best.jsonl" for path in config.earlier]
-    pool = [one for file in files for one in records.read(Dialog, file, may_be_empty=is_output(file))]
-    pool = [one for one in pool if _key(one) not in taken]
-    rows = [encode_dialog(chat.tokenizer, one.messages)[0] for one in pool]
-    marks = rewards(rows, [bool(one.metadata.get("safety")) for one in pool]) if pool else []
-    best: dict[str, tuple[float, Dialog]] = {}
-    for one, mark in zip(pool, marks):
-        if _key(one) not in best or mark.joined > best[_key(one)][0]:
-            best[_key(one)] = (mark.joined, one)
-    return [one for _, one in best.values()]
-
-
-def _examples(prompts: Sequence[Prompt], answers: Sequence[Sequence[Answer]],
-              scores: Sequence[Sequence[Score]]) -> list[dict[str, Any]]:
-    """A few prompts with their worst and best answers, for the report."""
-    shown = []
-    for prompt, mine, marks in list(zip(prompts, answers, scores))[:6]:
-        order = sorted(range(len(mine)), key=lambda index: marks[index].joined)
-        shown.append({"prompt": prompt.messages[-1].content, "worst": mine[order[0]].text, "best": mine[order[-1]].text,
-                      "worst_reward": probability(marks[order[0]].joined),
-                      "best_reward": probability(marks[order[-1]].joined)})
-    return shown
+def _example(prompt: Prompt, row: dict[str, Any]) -> dict[str, Any]:
+    """A prompt with its worst and its best answer, for the report."""
+    return {"prompt": prompt.messages[-1].content, "worst": row["worst"], "best": row["best"][0]["text"],
+            "worst_reward": probability(min(row["rewards"])), "best_reward": probability(row["best"][0]["reward"])}

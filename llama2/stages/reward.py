@@ -7,7 +7,7 @@ paper's best model starts from a chat checkpoint and does not say which margin i
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, ClassVar
@@ -16,24 +16,31 @@ import numpy as np
 import torch
 from pydantic import Field
 
-from llama2 import records
+from llama2 import mesh, records
 from llama2.config import Config as Section
 from llama2.config import StageConfig
 from llama2.data.loader import Batch, Rows
-from llama2.errors import UserError
+from llama2.data.split import opening
 from llama2.evaluate.winrate import wilson
 from llama2.generate.score import rewards
 from llama2.mesh import Precision
 from llama2.model.scorer import Scorer
+from llama2.preferences.baselines import Answers, BagOfWords, by_length
 from llama2.records import DEGREES, Axis, Message, Preference
 from llama2.runs import Run, is_output
+from llama2.stages import cautions
 from llama2.stages.planning import UNKNOWN, Cluster, Lineage, Tower, flops_per_token, training_plan
-from llama2.stages.training import Training, load_scorer, saver, train
+from llama2.stages.shares import total_pairs
+from llama2.stages.training import Training, check_left, load_scorer, saver, train
+from llama2.tables import digest
+from llama2.tally import Tally
 from llama2.tokenizer.template import encode_dialog
 from llama2.tokenizer.tokenizer import Tokenizer
 from llama2.train.loop import Plan
 from llama2.train.objectives import Margins, ranking
 from llama2.train.optim import AdamW
+
+TOO_LONG = "too long"
 
 
 class Comparisons(Section):
@@ -46,7 +53,9 @@ class Comparisons(Section):
     axis: Axis | None = None
     """take only those made on this axis"""
     share: float | None = Field(None, gt=0, le=1)
-    """of all training pairs; without it every pair is taken once"""
+    """of all training pairs, which must be reached; without it every pair is taken once"""
+    repeat: bool = False
+    """draw pairs more than once where there are too few for the share"""
     license: str | None = None
     """its licence, for the papers of a release; nothing depends on it"""
 
@@ -72,7 +81,7 @@ class Config(StageConfig):
     """pairs a rank computes at a time"""
     epochs: int = Field(1, gt=0)
     training: Training = Training(optimizer=AdamW(learning_rate=1e-5), plan=Plan(save_every=200))
-    """warm-up is 3 % of the steps, at least 5, unless plan.warmup_steps says more"""
+    """warm-up is 3 % of the steps, at least 5, unless plan.warmup_steps says otherwise"""
 
 
 @dataclass(frozen=True)
@@ -83,6 +92,10 @@ class Pair:
     rejected: list[int]
     degree: int
     safe: tuple[int, int]
+    axis: Axis = "helpful"
+    texts: Answers = ("", "")
+    conversation: int = 0
+    """a digest of how it opens"""
 
     @property
     def size(self) -> int:
@@ -103,60 +116,114 @@ def plan(config: Config, cluster: Cluster, lineage: Lineage) -> dict[str, Any]:
 def run(config: Config, run: Run) -> None:
     """Train, measure accuracy by set and degree, and leave a reward-model checkpoint."""
     scorer, tokenizer = load_scorer(config.model, seed=config.seed, home=config.training.home())
-    longest = min(config.max_tokens, scorer.config.max_position_embeddings)
-    pairs, skipped = mixed(config, tokenizer, longest)
+    encoder = Encoder(tokenizer, config.max_tokens, scorer.config.max_position_embeddings)
+    sets = mixed(config, encoder, run)
+    pairs = [pair for found in sets.values() for pair in found]
+    heldout = {name: encoder.pairs(select(comparisons, run.tally(f"heldout.{name}")), run.tally(f"heldout.{name}"))
+               for name, comparisons in config.heldout.items()}
     source = Rows(pairs, collate, batch_size=config.batch_size, micro_batch_size=config.micro_batch_size,
                   epochs=config.epochs, seed=config.seed, size=lambda pair: pair.size)
-    heldout = {name: encode(tokenizer, select(comparisons), longest)[0] for name, comparisons in config.heldout.items()}
-    steps = min(config.training.plan.max_steps or source.steps, source.steps)
-    warmup = max(config.training.plan.warmup_steps, 5, round(0.03 * steps))
-    settings = config.training.with_steps(source.steps, min(warmup, steps - 1))
+    limit = config.training.plan.max_steps
+    steps = source.steps if limit is None else min(limit, source.steps)
+    settings = config.training.with_steps(source.steps, warmup(config.training.plan, steps))
+    for line in (*cautions.of_length(config.training.plan, source.steps, len(pairs), "pair", config.batch_size,
+                                     config.epochs), *of_sets(run, pairs, heldout)):
+        run.warn(line)
     learner = train(run, scorer, source, ranking(config.margins, config.auxiliary_weight), settings,
                     save_model=saver(scorer, tokenizer), title="reward",
-                    flops_per_token=flops_per_token(scorer.config, 128))
+                    flops_per_token=flops_per_token(scorer.config, mean_length(pairs), scalar=True))
     scorer.eval()
-    measured = {name: accuracy(scorer, pairs, settings.precision) for name, pairs in heldout.items() if pairs}
+    measured = measure(scorer, pairs, {name: found for name, found in heldout.items() if found}, settings.precision)
     run.write_json("accuracy.json", {"sets": measured})
-    run.write_json("summary.json", {"pairs": len(pairs), "too long": skipped, "steps": learner.step,
-                                    "parameters": scorer.config.parameters()})
+    run.write_json("summary.json", {
+        "pairs": len(pairs), "steps": learner.step, "parameters": scorer.config.parameters(),
+        "tokens": learner.tokens, "trained": learner.trained,
+        "sets": {name: {"pairs": len(found), "share": round(len(found) / len(pairs), 4)}
+                 for name, found in sets.items()},
+        "read": {name: tally.summary() for name, tally in run.tallies.items()}})
+    for name, found in measured.items():
+        axis = axis_of(heldout[name])
+        run.say(told(name, found, axis))
+        for line in explained(name, found) if axis == axis_of(pairs) else ():
+            run.warn(line)
 
 
-def select(comparisons: Comparisons) -> list[Preference]:
+def warmup(plan: Plan, steps: int) -> int:
+    """The paper's 3 % of the steps and at least 5, as far as there are steps for it, unless the plan says otherwise."""
+    return min(max(5, round(0.03 * steps)), steps - 1) if plan.warmup_steps is None else plan.warmup_steps
+
+
+def mean_length(pairs: Sequence[Pair]) -> float:
+    """Of the rows, each token counted once: what attention has to look back over, doubled."""
+    lengths = [len(row) for pair in pairs for row in (pair.chosen, pair.rejected)]
+    return sum(length * length for length in lengths) / sum(lengths)
+
+
+def select(comparisons: Comparisons, tally: Tally) -> Iterator[Preference]:
     """The preferences of a set, of its axis alone."""
-    found = records.read(Preference, comparisons.path, may_be_empty=is_output(comparisons.path))
-    return [one for one in found if comparisons.axis in (None, one.axis)]
+    for one in records.read(Preference, comparisons.path, may_be_empty=is_output(comparisons.path)):
+        tally.read += 1
+        if comparisons.axis in (None, one.axis):
+            yield one
+        else:
+            tally.skip("of the other axis")
 
 
-def encode(tokenizer: Tokenizer, preferences: Sequence[Preference], longest: int) -> tuple[list[Pair], int]:
-    """Preferences as pairs of token rows, and how many were too long."""
-    pairs = []
-    for one in preferences:
-        rows = [encode_dialog(tokenizer, (*one.prompt, Message("assistant", answer.text)))[0]
-                for answer in (one.chosen, one.rejected)]
-        if max(map(len, rows)) <= longest:
-            safe = tuple(-1 if known is None else int(known) for known in (one.chosen_safe, one.rejected_safe))
-            pairs.append(Pair(rows[0], rows[1], DEGREES.index(one.degree), (safe[0], safe[1])))
-    return pairs, len(preferences) - len(pairs)
+@dataclass(frozen=True)
+class Encoder:
+    """Preferences as pairs of token rows. Pairs that tell nothing, or are too long, are left out and counted."""
+
+    tokenizer: Tokenizer
+    max_tokens: int
+    context: int
+
+    def pairs(self, preferences: Iterable[Preference], tally: Tally) -> list[Pair]:
+        """Both answers must say something, say different things, and fit in `max_tokens` and the model's context."""
+        found = []
+        longest = 0
+        for one in preferences:
+            pair = self.pair(one)
+            if not all(answer.text.strip() for answer in one.responses):
+                tally.skip("empty answer")
+            elif pair.chosen == pair.rejected:
+                tally.skip("identical answers")
+            elif pair.size > min(self.max_tokens, self.context):
+                longest = max(longest, pair.size)
+                tally.skip(TOO_LONG, f"--max-tokens {longest} holds the longest" if longest <= self.context
+                           else f"the longest has {longest:,} tokens, the model's context {self.context:,}")
+            else:
+                found.append(pair)
+        tally.kept += len(found)
+        return found
+
+    def pair(self, one: Preference) -> Pair:
+        """A comparison in token ids, whatever it says."""
+        chosen, rejected = (encode_dialog(self.tokenizer, (*one.prompt, Message("assistant", answer.text)))[0]
+                            for answer in (one.chosen, one.rejected))
+        safe = tuple(-1 if known is None else int(known) for known in (one.chosen_safe, one.rejected_safe))
+        return Pair(chosen, rejected, DEGREES.index(one.degree), (safe[0], safe[1]), one.axis,
+                    (one.chosen.text, one.rejected.text), digest(opening(one.prompt)))
 
 
-def mixed(config: Config, tokenizer: Tokenizer, longest: int) -> tuple[list[Pair], int]:
-    """All training pairs: sets without a share whole, the others drawn until they make up their shares."""
-    sets = {name: encode(tokenizer, select(one), longest) for name, one in config.preferences.items()}
-    skipped = sum(count for _, count in sets.values())
+def mixed(config: Config, encoder: Encoder, run: Run) -> dict[str, list[Pair]]:
+    """The training pairs, set by set: those without a share whole, the others drawn until they make up their shares."""
+    sets = {}
+    for name, comparisons in config.preferences.items():
+        tally = run.tally(f"preferences.{name}")
+        sets[name] = encoder.pairs(select(comparisons, tally), tally)
+    check_left(run, "preferences.")
     shares = {name: one.share for name, one in config.preferences.items() if one.share is not None}
-    pairs = [pair for name, (found, _) in sets.items() if name not in shares for pair in found]
-    rest = 1 - sum(shares.values())
-    whole = [name for name in sets if name not in shares]
-    if whole and rest < 1e-9:
-        raise UserError(f"the shares add up to {1 - rest:g}, which leaves nothing for: {', '.join(whole)}",
-                        "lower them")
-    total = len(pairs) / rest if whole else min(len(sets[name][0]) / share for name, share in shares.items())
+    total = total_pairs({name: len(found) for name, found in sets.items()}, shares,
+                        frozenset(name for name, one in config.preferences.items() if one.repeat))
     generator = np.random.default_rng(config.seed)
     for name, share in shares.items():
-        found = sets[name][0]
-        order = generator.permutation(len(found))[: round(share * total)]
-        pairs += [found[index] for index in order]
-    return pairs, skipped
+        found, tally, wanted = sets[name], run.tally(f"preferences.{name}"), round(share * total)
+        passes, rest = divmod(wanted, len(found)) if found else (0, 0)
+        sets[name] = found * passes + [found[index] for index in generator.permutation(len(found))[:rest]]
+        if wanted < len(found):
+            tally.kept = wanted
+            tally.skip(f"beyond its share of {share:g}", count=len(found) - wanted)
+    return sets
 
 
 def collate(pairs: Sequence[Pair]) -> Batch:
@@ -165,22 +232,89 @@ def collate(pairs: Sequence[Pair]) -> Batch:
     tokens_BT = torch.zeros(len(rows), max(map(len, rows)), dtype=torch.long)
     for index, row in enumerate(rows):
         tokens_BT[index, : len(row)] = torch.tensor(row)
-    return {"tokens_BT": tokens_BT, "lengths_B": torch.tensor([len(row) for row in rows]),
+    lengths_B = torch.tensor([len(row) for row in rows])
+    return {"tokens_BT": tokens_BT, "lengths_B": lengths_B, "read_B": lengths_B,
             "degrees_P": torch.tensor([pair.degree for pair in pairs]), "weights_P": torch.ones(len(pairs)),
             "safe_B": torch.tensor([pair.safe[0] for pair in pairs] + [pair.safe[1] for pair in pairs])}
 
 
-def accuracy(scorer: Scorer, pairs: Sequence[Pair], precision: Precision) -> dict[str, dict[str, float]]:
+def measure(scorer: Scorer, pairs: Sequence[Pair], heldout: Mapping[str, Sequence[Pair]], precision: Precision
+            ) -> dict[str, dict[str, Any]]:
+    """Accuracy on each held-out set, and beside it what judges that understand nothing reach on the same pairs."""
+    words = BagOfWords([pair.texts for pair in pairs]) if heldout and mesh.is_main() else None
+    measured: dict[str, dict[str, Any]] = {}
+    for name, found in heldout.items():
+        measured[name] = accuracy(scorer, found, precision)
+        if words is not None:
+            measured[name]["baselines"] = {
+                "longer": _share(by_length((pair.texts, pair.axis == "safe") for pair in found)),
+                "bag_of_words": _share(words.judge([pair.texts for pair in found]))}
+    return measured
+
+
+def accuracy(scorer: Scorer, pairs: Sequence[Pair], precision: Precision) -> dict[str, Any]:
     """Share of pairs whose preferred answer scores higher (a tie counts half), in all and by degree (Table 8)."""
     scores = rewards(scorer, [pair.chosen for pair in pairs] + [pair.rejected for pair in pairs], precision)
     right = [0.5 * (1 + np.sign(a - b)) for a, b in zip(scores[: len(pairs)], scores[len(pairs):])]
     groups: Mapping[str, list[float]] = {
         "all": right, **{degree: [r for r, pair in zip(right, pairs) if pair.degree == index]
                          for index, degree in enumerate(DEGREES)}}
-    return {name: {"accuracy": sum(group) / len(group), "n": len(group), **_interval(sum(group), len(group))}
-            for name, group in groups.items() if group}
+    return {name: _share(group) for name, group in groups.items() if group}
 
 
-def _interval(right: float, count: int) -> dict[str, float]:
-    low, high = wilson(right, count)
-    return {"low": low, "high": high}
+def _share(right: Sequence[float]) -> dict[str, float]:
+    low, high = wilson(sum(right), len(right))
+    return {"accuracy": sum(right) / len(right), "n": len(right), "low": low, "high": high}
+
+
+def told(name: str, found: Mapping[str, Any], axis: Axis) -> str:
+    """A line that says how often a reward model is right about a set, and how often the baselines are."""
+    one = found["all"]
+    said = f"right on {_percent(one)} [{100 * one['low']:.1f}, {100 * one['high']:.1f}] of {one['n']:,} pairs of {name}"
+    baselines = found.get("baselines")
+    if baselines is None:
+        return said
+    length = "shorter" if axis == "safe" else "longer"
+    return (f"{said}; the {length} answer is on {_percent(baselines['longer'])}, a bag of words on "
+            f"{_percent(baselines['bag_of_words'])}")
+
+
+def explained(name: str, found: Mapping[str, Any]) -> Iterator[str]:
+    """Cautions about an accuracy that chance or a baseline explains: it lies within the interval, or above."""
+    one = found["all"]
+    right = f"right on {_percent(one)} of {one['n']:,} pairs of {name}"
+    if one["high"] < 0.5:
+        yield f"{right}: worse than chance; look whether the preferences are the wrong way round"
+        return
+    if one["low"] <= 0.5:
+        yield f"{right}: chance explains that; more pairs or more updates are needed"
+        return
+    known = {"the length of answers": "longer", "a bag of words": "bag_of_words"}
+    baselines = found.get("baselines", {})
+    as_good = [said for said, key in known.items() if key in baselines and baselines[key]["accuracy"] >= one["low"]]
+    if as_good:
+        yield (f"{right}: {' and '.join(as_good)} may explain that; more pairs, more updates or a larger model are "
+               "needed to show more")
+
+
+def of_sets(run: Run, pairs: Sequence[Pair], heldout: Mapping[str, Sequence[Pair]]) -> Iterator[str]:
+    """Cautions about sets that give nothing, and about questions that are both trained on and measured on."""
+    for name, tally in run.tallies.items():
+        if tally.read and not tally.kept:
+            yield f"{name} gives no pair: {tally.line()}"
+    trained = {pair.conversation for pair in pairs}
+    for name, found in heldout.items():
+        known = sum(pair.conversation in trained for pair in found)
+        if known:
+            yield (f"{known:,} of {len(found):,} pairs of heldout.{name} open like pairs that are trained on: accuracy "
+                   "flatters there; split by question, as `llama2 prepare --heldout` does")
+
+
+def axis_of(pairs: Sequence[Pair]) -> Axis:
+    """The axis on which most of the pairs were compared."""
+    safe = sum(pair.axis == "safe" for pair in pairs)
+    return "safe" if 2 * safe > len(pairs) else "helpful"
+
+
+def _percent(one: Mapping[str, float]) -> str:
+    return f"{100 * one['accuracy']:.1f} %"

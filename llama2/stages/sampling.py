@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import hashlib
+import shutil
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any, ClassVar, TypeVar
 
 import torch
 from pydantic import Field, field_validator
@@ -14,21 +18,28 @@ from llama2 import mesh, records
 from llama2.config import Config
 from llama2.errors import UserError
 from llama2.generate.dialogue import Answer, Chat
-from llama2.generate.engine import Engine
-from llama2.generate.remote import Progress, Server, connect
+from llama2.generate.engine import Engine, Progress
+from llama2.generate.remote import RemoteEngine, Server, connect
 from llama2.generate.rewards import RewardModels, Rewards, Score
 from llama2.generate.sampling import Sampling
 from llama2.mesh import Precision
 from llama2.model.checkpoint import config_of
+from llama2.parts import Work, in_parts
 from llama2.records import Dialog, Message, Messages, Prompt
 from llama2.runs import CHECKPOINTS, Run
 from llama2.stages.training import fitting_tokenizer, frozen, load_policy, load_scorer
+from llama2.tally import Tally
 from llama2.tokenizer.template import encode_prompt
 from llama2.tokenizer.tokenizer import Tokenizer
+
+T = TypeVar("T")
+ANSWERS = f"{CHECKPOINTS}/answers"  # of a server
 
 
 class Sample(Config):
     """How answers are sampled."""
+
+    incidental: ClassVar[frozenset[str]] = frozenset({"part"})
 
     temperature: float = Field(1.0, ge=0)
     top_p: float = Field(1.0, gt=0, le=1)
@@ -36,6 +47,8 @@ class Sample(Config):
     slots: int = Field(64, gt=0)
     """answers generated side by side on a rank"""
     precision: Precision = "bf16"
+    part: int = Field(64, gt=0)
+    """answers of each slot after which what is done is on disk, and is not sampled again after an interruption"""
     server: Server | None = None
     """sample on a server that serves the policy, instead of here; under several ranks each asks for its share"""
 
@@ -57,25 +70,86 @@ def load_chat(path: Path, sample: Sample, run: Run) -> Chat:
     if sample.server is not None:
         config = config_of(path)
         engine = connect(sample.server, fitting_tokenizer(path, config), config.max_position_embeddings,
-                         state=run.path / CHECKPOINTS / "answers", progress=reporter(sample.server.url))
+                         state=run.path / ANSWERS, progress=reporter(sample.server.url))
         return Chat(engine, engine.tokenizer)
     model, tokenizer = load_policy(path, torch.bfloat16 if sample.precision == "bf16" else torch.float32)
     model.eval().requires_grad_(False)
     return Chat(Engine(model, slots=sample.slots, precision=sample.precision), tokenizer)
 
 
+class Meter:
+    """Says on stderr, every so many seconds, how many answers there are and how long the others will take (rank 0)."""
+
+    def __init__(self, title: str, total: int = 0, seconds: float = 10.0) -> None:
+        """`total`: answers of all calls together; 0: each call speaks for itself."""
+        self.title, self.total, self.seconds = title, total, seconds
+        self._begin = self._said = time.monotonic()
+        self._found: int | None = None  # what was there when the first call began
+        self._before = self._seen = self._size = 0  # answers before this call; of this rank's share, there and in all
+
+    def begin(self, before: int) -> None:
+        """The next call begins, and so many answers are there."""
+        self._before, self._seen, self._size = before, 0, 0
+        if self._found is None:
+            self._found, self._begin = before, time.monotonic()
+
+    def __call__(self, done: int, total: int) -> None:
+        if done < self._seen:  # another call has begun
+            self._before += self._size * mesh.world()
+        self._seen, self._size = done, total
+        now = time.monotonic()
+        if mesh.is_main() and now - self._said >= self.seconds:
+            self._said = now
+            print(self.line(now - self._begin), file=sys.stderr, flush=True)
+
+    def line(self, elapsed: float) -> str:
+        """`title: 1,024 of 28,000 answers, 3:20 left`."""
+        if not self.total:
+            return f"{self.title}: {self._seen:,} of {self._size:,} answers"
+        done = min(self._before + self._seen * mesh.world(), self.total)
+        fresh = done - (self._found or 0)
+        left = elapsed / fresh * (self.total - done) if fresh > 0 else 0.0
+        minutes, seconds = divmod(int(left), 60)
+        ending = f", {minutes}:{seconds:02} left" if fresh > 0 else ""
+        return f"{self.title}: {done:,} of {self.total:,} answers{ending}"
+
+
 def reporter(title: str, seconds: float = 10.0) -> Progress:
     """Says on stderr how many answers have come, every so many seconds (rank 0, of its own share)."""
-    said = time.monotonic()
+    return Meter(title, seconds=seconds)
 
-    def report(done: int, total: int) -> None:
-        nonlocal said
-        now = time.monotonic()
-        if mesh.is_main() and now - said >= seconds:
-            said = now
-            print(f"{title}: {done:,} of {total:,} answers", file=sys.stderr, flush=True)
 
-    return report
+def part_by_part(run: Run, chats: Sequence[Chat], name: str, items: Sequence[T], work: Work[T], sample: Sample,
+                 answers: int = 1) -> Iterator[Any]:
+    """`parts.in_parts` for work that samples: the rows of each item, in order; finished parts are not sampled again.
+
+    `answers`: how many are sampled for an item. At the end of a part slots stand empty: with answers of mean length m
+    and at most M tokens, `sample.part` answers a slot take part * m steps, and the last ones up to M - m more. With 64
+    that is under 5 % of the steps where M is four times m, and less of the time where short batches cost less.
+    """
+    size = max(1, sample.part * sample.slots * mesh.world() // answers)
+    meter = Meter(str(run.path), answers * len(items))
+
+    def sampled(some: Sequence[T], first: int) -> Sequence[Any]:
+        meter.begin(first * answers)
+        for chat in chats:
+            if isinstance(chat.engine, (Engine, RemoteEngine)):
+                chat.engine.progress = meter
+            if isinstance(chat.engine, RemoteEngine):
+                chat.engine.keep_in(_journal(run, f"{name}-{first}"))
+        return work(some, first)
+
+    return in_parts(run, name, items, size, sampled)
+
+
+def _journal(run: Run, part: str) -> Path:
+    """Where a server's answers for one part are kept until the part is finished; those before it are."""
+    mine = run.path / ANSWERS / part
+    if mesh.is_main() and mine.parent.is_dir():
+        for other in mine.parent.iterdir():
+            if other != mine:
+                shutil.rmtree(other, ignore_errors=True)
+    return mine
 
 
 def load_rewards(settings: RewardModels, tokenizer: Tokenizer, precision: Precision = "bf16") -> Rewards:
@@ -95,18 +169,31 @@ def read_prompts(path: Path, limit: int | None, seed: int) -> list[Prompt]:
     return [prompts[index] for index in sorted(order[:limit])]
 
 
+def seed_for(seed: int, *use: object) -> int:
+    """The seed of one use of randomness inside a stage: no two uses, rounds or turns share their random numbers."""
+    digest = hashlib.blake2b(repr((seed, *use)).encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "little") >> 1
+
+
 def answer(chat: Chat, prompts: Sequence[Messages], sample: Sample, *, n: int = 1, seed: int = 0,
-           temperature: float | None = None) -> list[list[Answer]]:
-    """`n` answers to each prompt; under several ranks the work is shared and every rank gets all."""
+           temperature: float | None = None, indices: Sequence[int] | None = None) -> list[list[Answer]]:
+    """`n` answers to each prompt; under several ranks the work is shared and every rank gets all.
+
+    `indices` are the places of the prompts in a longer list of which they are a part.
+    """
     sampling = Sampling(temperature=sample.temperature if temperature is None else temperature, top_p=sample.top_p,
                         max_tokens=sample.max_tokens, n=n, stop=(chat.tokenizer.eos,), seed=seed)
     with torch.inference_mode():
-        return chat.answers(prompts, sampling)
+        return chat.answers(prompts, sampling, indices)
 
 
 def score(rewards: Rewards, tokenizer: Tokenizer, prompts: Sequence[Prompt],
           answers: Sequence[Sequence[Answer]]) -> list[list[Score]]:
-    """The reward of every answer to every prompt."""
+    """The reward of every answer to every prompt.
+
+    One rule holds for the search of a temperature, the choice of answers, judges and PPO: an answer that was cut off is
+    scored as it is, without an EOS that was never sampled.
+    """
     rows, tags = [], []
     for prompt, mine in zip(prompts, answers):
         ids = encode_prompt(tokenizer, prompt.messages)
@@ -117,8 +204,8 @@ def score(rewards: Rewards, tokenizer: Tokenizer, prompts: Sequence[Prompt],
 
 
 def dialog(prompt: Prompt, text: str, **metadata: object) -> Dialog:
-    """A prompt and its answer as something to learn from."""
-    return Dialog((*prompt.messages, Message("assistant", text)), metadata={**prompt.metadata, **metadata})
+    """A prompt and its answer as something to learn from: the answer alone, not the turns that stood in the prompt."""
+    return Dialog((*prompt.messages, Message("assistant", text)), "last", {**prompt.metadata, **metadata})
 
 
 def has_room(chat: Chat, messages: Messages, room: int = 8) -> bool:
@@ -126,16 +213,28 @@ def has_room(chat: Chat, messages: Messages, room: int = 8) -> bool:
     return len(encode_prompt(chat.tokenizer, messages)) + room <= chat.engine.context
 
 
-def fitting(chat: Chat, prompts: Sequence[Prompt], room: int = 8) -> list[Prompt]:
-    """The prompts that leave `room` tokens for an answer; UserError if there are prompts but none that does."""
+def fitting(chat: Chat, prompts: Sequence[Prompt], room: int = 8, tally: Tally | None = None) -> list[Prompt]:
+    """The prompts that leave `room` tokens for an answer; UserError if there are prompts but none that does.
+
+    `tally` counts them, and those left out.
+    """
     kept = [prompt for prompt in prompts if has_room(chat, prompt.messages, room)]
     if prompts and not kept:
         raise UserError(f"none of {len(prompts)} prompts leaves {room} tokens for an answer in the context of "
                         f"{chat.engine.context}", "give shorter prompts, or a model with a longer context")
+    if tally is not None:
+        tally.read, tally.kept = tally.read + len(prompts), tally.kept + len(kept)
+        if len(kept) < len(prompts):
+            tally.skip("longer than the context leaves room for", "shorten them, or take a model with a longer context",
+                       len(prompts) - len(kept))
     return kept
 
 
-def write_records(path: Path, items: Sequence[object]) -> None:
-    """Write JSON Lines from rank 0."""
+@contextmanager
+def writing(path: Path) -> Iterator[Callable[[object], None]]:
+    """A function that writes one more record, on rank 0; the file is there when the block ends."""
     if mesh.is_main():
-        records.write(path, items)
+        with records.writing(path) as put:
+            yield put
+    else:
+        yield lambda record: None

@@ -7,6 +7,8 @@ distillation all end in this stage, each with its own dialogs.
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, ClassVar
 
@@ -18,18 +20,42 @@ from llama2 import records
 from llama2.config import Config as Section
 from llama2.config import StageConfig
 from llama2.data.loader import Rows
-from llama2.data.pack import Packed, collate, pack
-from llama2.errors import UserError
-from llama2.records import Dialog
+from llama2.data.pack import Packed, Segment, collate, pack, shortened
+from llama2.data.split import heldout_openings, opening
+from llama2.records import Dialog, trained_turns
 from llama2.runs import Run, is_output
+from llama2.stages import cautions
 from llama2.stages.planning import UNKNOWN, Cluster, Lineage, Tower, flops_per_token, training_plan
-from llama2.stages.training import Training, heldout_loss, load_policy, saver, train, validated
+from llama2.stages.training import (
+    Training,
+    check_left,
+    heldout_loss,
+    load_policy,
+    row_length,
+    saver,
+    train,
+    validated,
+)
+from llama2.tally import Tally
 from llama2.tokenizer.template import encode_dialog
 from llama2.tokenizer.tokenizer import Tokenizer
 from llama2.train import hooks
 from llama2.train.loop import Plan
 from llama2.train.objectives import next_token
 from llama2.train.optim import AdamW
+
+TOO_LONG = "no answer within a row"
+FILL = 0.5
+"""rows with fewer of their places filled are mostly padding"""
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """Dialogs as segments."""
+
+    segments: list[Segment]
+    longest: int
+    """places that the longest dialog takes, uncut"""
 
 
 class Dialogs(Section):
@@ -39,7 +65,7 @@ class Dialogs(Section):
 
     path: Path
     """JSONL of dialogs: {"messages": [{"role": ..., "content": ...}, ...]}"""
-    weight: float = Field(1.0, gt=0)
+    weight: float = Field(1.0, gt=0, allow_inf_nan=False)
     """read it this often an epoch: 2 reads it twice, 0.5 reads a random half"""
     license: str | None = None
     """its licence, for the papers of a release; nothing depends on it"""
@@ -57,7 +83,10 @@ class Config(StageConfig):
     micro_batch_size: int = Field(4, gt=0)
     epochs: int = Field(2, gt=0)
     heldout: float = Field(0.02, ge=0, lt=1)
-    """share of dialogs kept for validation"""
+    """share of conversations kept for validation; by how they open, so that none of their copies is trained on"""
+    heldout_dialogs: Path | None = None
+    """dialogs to validate on instead of a share (`llama2 prepare` writes heldout-dialogs.jsonl); conversations that
+    open like one of these are not trained on"""
     training: Training = Training(optimizer=AdamW(learning_rate=2e-5), plan=Plan(save_every=200))
 
 
@@ -74,39 +103,151 @@ def plan(config: Config, cluster: Cluster, lineage: Lineage) -> dict[str, Any]:
 def run(config: Config, run: Run) -> None:
     """Fine-tune and leave a checkpoint."""
     model, tokenizer = load_policy(config.model, home=config.training.home())
-    if config.sequence_length > model.config.max_position_embeddings:
-        raise UserError(f"sequence_length {config.sequence_length} exceeds the model's context "
-                        f"{model.config.max_position_embeddings}", "lower it")
-    dialogs = read_dialogs(config)
-    count = round(config.heldout * len(dialogs))
-    training, heldout = (packed(tokenizer, some, config) for some in (dialogs[count:], dialogs[:count]))
-    source = Rows(training.rows, lambda rows: collate(rows, config.sequence_length), batch_size=config.batch_size,
+    row_length(config.sequence_length, model.config.max_position_embeddings)
+    dialogs, heldout = read_dialogs(config, run)
+    context = model.config.max_position_embeddings
+    sets = {name: encode(tokenizer, found, config.sequence_length, context, run.tally(f"dialogs.{name}"))
+            for name, found in dialogs.items()}
+    chosen = weighted(config, sets, run)
+    check_left(run, "dialogs.")
+    rows = pack(chosen, config.sequence_length)
+    measured = encode(tokenizer, heldout, config.sequence_length, context, run.tally("held out")).segments
+    source = Rows(rows.rows, lambda some: collate(some, config.sequence_length), batch_size=config.batch_size,
                   micro_batch_size=config.micro_batch_size, epochs=config.epochs, seed=config.seed)
+    for line in (*cautions.of_length(config.training.plan, source.steps, len(rows.rows), "row", config.batch_size,
+                                     config.epochs),
+                 *of_data(config, rows, chosen, sets, tokenizer, context),
+                 *of_sets(config, run, len(measured))):
+        run.warn(line)
     learner = train(run, model, source, next_token, config.training.with_steps(source.steps),
                     save_model=saver(model, tokenizer), title="sft",
-                    validate=hooks.Validate(Validation(heldout, config)),
+                    validate=hooks.Validate(Validation(pack(measured, config.sequence_length), config))
+                    if measured else None,
                     flops_per_token=flops_per_token(model.config, config.sequence_length))
+    tallies = [run.tally(f"dialogs.{name}") for name in sets]
+    found = validated(run)
     run.write_json("summary.json", {
-        "parameters": model.config.parameters(), "steps": learner.step, "dialogs": len(dialogs) - count,
-        "tokens": learner.step * config.batch_size * config.sequence_length, "cut": training.cut,
-        "dropped": training.dropped, "fill": round(training.fill, 4), "validation": validated(run)})
+        "parameters": model.config.parameters(), "steps": learner.step,
+        "dialogs": sum(tally.kept for tally in tallies), "heldout": len(measured),
+        "tokens": learner.tokens, "trained": learner.trained, "cut": sum(tally.cut for tally in tallies),
+        "dropped": sum(tally.skipped[TOO_LONG] for tally in tallies), "fill": round(rows.fill, 4),
+        "validation": found, "sources": {name: run.tally(f"dialogs.{name}").summary() for name in sets}})
+    run.say(f"{learner.tokens:,} tokens read, {learner.trained:,} of them learnt; "
+            + (f"validation loss {found['validation/loss']:.4f} on {len(measured):,} dialogs" if found
+               else "no validation"))
 
 
-def read_dialogs(config: Config) -> list[Dialog]:
-    """All dialogs by their weights, in a random order."""
+def read_dialogs(config: Config, run: Run) -> tuple[dict[str, list[Dialog]], list[Dialog]]:
+    """The dialogs to train on, set by set, and those held out, without copies.
+
+    What is held out is chosen over all sets by how a conversation opens, before weights: none of it is trained on.
+    """
+    read = {name: useful(source.path, run.tally(f"dialogs.{name}")) for name, source in config.dialogs.items()}
+    if config.heldout_dialogs is not None:
+        measured = useful(config.heldout_dialogs, run.tally("held out"))
+        aside = {opening(one.messages) for one in measured}
+    else:
+        openings = [opening(one.messages) for found in read.values() for one in found]
+        aside = heldout_openings(openings, config.heldout)
+        measured = [one for found in read.values() for one in found if opening(one.messages) in aside]
+        run.tally("held out").read = len(measured)
+    training = {}
+    for name, found in read.items():
+        training[name] = [one for one in found if opening(one.messages) not in aside]
+        if len(training[name]) < len(found):
+            run.tally(f"dialogs.{name}").skip("held out", count=len(found) - len(training[name]))
+    once = list({one.messages: one for one in measured}.values())
+    if len(once) < len(measured):
+        run.tally("held out").skip("duplicate", count=len(measured) - len(once))
+    return training, once
+
+
+def useful(path: Path, tally: Tally) -> list[Dialog]:
+    """The dialogs of a file that something can be learnt from; the others are counted."""
+    found = []
+    for one in records.read(Dialog, path, may_be_empty=is_output(path)):
+        tally.read += 1
+        reason = useless(one)
+        if reason:
+            tally.skip(reason)
+        else:
+            found.append(one)
+    return found
+
+
+def useless(dialog: Dialog) -> str:
+    """Why nothing is to be learnt from a dialog: silence, or no answer that carries loss; else nothing."""
+    answers = [message for message in dialog.messages if message.role == "assistant"]
+    trained = [one for one, flag in zip(answers, trained_turns(dialog.messages, dialog.train), strict=True) if flag]
+    if not trained:
+        return "no answer to learn"
+    if not all(message.content.strip() for message in trained):
+        return "empty answer"
+    asked = all(message.content.strip() for message in dialog.messages if message.role == "user")
+    return "" if asked else "empty user turn"
+
+
+def encode(tokenizer: Tokenizer, dialogs: Sequence[Dialog], length: int, context: int, tally: Tally) -> Encoded:
+    """Dialogs as segments of at most `length` places; those without an answer in what fits are left out and counted."""
+    segments: list[Segment] = []
+    longest = 0
+    for one in dialogs:
+        ids, mask = encode_dialog(tokenizer, one.messages, one.train)
+        segment = shortened(ids, mask, length)
+        longest = max(longest, len(ids) - 1)
+        if segment is not None:
+            segments.append(segment)
+            tally.cut += len(ids) > length + 1
+    if len(segments) < len(dialogs):
+        tally.skip(TOO_LONG, longer_rows(longest, context), len(dialogs) - len(segments))
+    tally.kept += len(segments)
+    return Encoded(segments, longest)
+
+
+def longer_rows(longest: int, context: int) -> str:
+    """What would keep dialogs of up to `longest` tokens whole."""
+    if longest <= context:
+        return f"--sequence-length {longest} holds the longest"
+    return f"the longest has {longest:,} tokens, the model's context {context:,}"
+
+
+def weighted(config: Config, sets: Mapping[str, Encoded], run: Run) -> list[Segment]:
+    """All sets by their weights, in a random order."""
     generator = np.random.default_rng(config.seed)
-    chosen: list[Dialog] = []
-    for source in config.dialogs.values():
-        dialogs = list(records.read(Dialog, source.path, may_be_empty=is_output(source.path)))
-        whole, part = divmod(source.weight, 1)
-        chosen += dialogs * int(whole)
-        chosen += [dialogs[index] for index in generator.permutation(len(dialogs))[: round(part * len(dialogs))]]
+    chosen: list[Segment] = []
+    for name, encoded in sets.items():
+        found, weight, tally = encoded.segments, config.dialogs[name].weight, run.tally(f"dialogs.{name}")
+        whole, part = divmod(weight, 1)
+        drawn = generator.permutation(len(found))[: round(part * len(found))]
+        chosen += found * int(whole)
+        chosen += [found[index] for index in drawn]
+        if weight < 1 and found:
+            tally.kept = len(drawn)
+            tally.skip(f"not drawn at weight {weight:g}", f"raise --dialogs.{name}.weight", len(found) - len(drawn))
     return [chosen[index] for index in generator.permutation(len(chosen))]
 
 
-def packed(tokenizer: Tokenizer, dialogs: list[Dialog], config: Config) -> Packed:
-    """Dialogs as rows."""
-    return pack((encode_dialog(tokenizer, one.messages, one.train) for one in dialogs), config.sequence_length)
+def of_data(config: Config, packed: Packed, chosen: Sequence[Segment], sets: Mapping[str, Encoded],
+            tokenizer: Tokenizer, context: int) -> Iterator[str]:
+    """Cautions about rows: answers without an end, and places without tokens."""
+    longest = max(encoded.longest for encoded in sets.values())
+    if not any((segment.mask & (segment.ids == tokenizer.eos)).any() for segment in chosen):
+        yield (f"all answers are cut off at {config.sequence_length} tokens, so the model does not learn to end one; "
+               + longer_rows(longest, context))
+    if packed.fill < FILL and longest < config.sequence_length:
+        yield (f"{1 - packed.fill:.0%} of the places in a row are padding, computed for nothing; --sequence-length "
+               f"{longest} holds the longest dialog")
+
+
+def of_sets(config: Config, run: Run, heldout: int) -> Iterator[str]:
+    """Cautions about sets that give nothing, and about having nothing to validate on."""
+    for name in config.dialogs:
+        tally = run.tally(f"dialogs.{name}")
+        if tally.read and not tally.kept:
+            yield f"dialogs.{name} gives nothing to train on: {tally.line()}"
+    if not heldout and (config.heldout or config.heldout_dialogs):
+        yield ("no dialog is held out, so there is no validation loss; give --heldout-dialogs FILE, or more "
+               "conversations that open differently")
 
 
 class Validation:
@@ -118,4 +259,4 @@ class Validation:
     def __call__(self, model: nn.Module) -> dict[str, float]:
         nats, tokens = heldout_loss(model, self.rows, lambda rows: collate(rows, self.config.sequence_length),
                                     self.config.micro_batch_size)
-        return {"validation/loss": nats / tokens} if tokens else {}
+        return {"validation/loss": nats / tokens}

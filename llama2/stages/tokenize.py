@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import lzma
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +42,8 @@ def run(config: Config, run: Run) -> None:
             target = run.path / split / file.stem
             done = (target / "index.json").exists()  # by an attempt that was interrupted later
             shards = Shards(target, tokenizer) if done else write_shards(read_documents(file), tokenizer, target)
+            run.tally(split).read += len(shards)
+            run.tally(split).kept += len(shards)
             counts[file.stem] = {"documents": len(shards), "tokens": int(shards.lengths_N.sum()),
                                  "bytes": sum(len(document.text.encode()) for document in read_documents(file))}
         if not counts:
@@ -50,11 +51,4 @@ def run(config: Config, run: Run) -> None:
                             "give a finished `llama2 clean` run (with heldout above 0)")
         total = {key: sum(one[key] for one in counts.values()) for key in ("documents", "tokens", "bytes")}
         summary[split] = {**total, "sources": counts}
-    summary["validation"]["xz_bits_per_byte"] = xz_bits_per_byte(config.documents / "heldout")
     run.write_json("summary.json", summary)
-
-
-def xz_bits_per_byte(directory: Path, most: int = 1 << 26) -> float:
-    """What `xz -9` makes of the held-out text (its first 64 MiB): the bar a language model should clear."""
-    text = "\n".join(document.text for document in read_documents(directory)).encode()[:most]
-    return 8 * len(lzma.compress(text, preset=9)) / len(text)

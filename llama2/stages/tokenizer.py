@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from itertools import chain
 from pathlib import Path
 from typing import Annotated, Any
@@ -11,9 +12,10 @@ from pydantic import Field
 from llama2 import mesh, records
 from llama2.config import StageConfig
 from llama2.data.documents import read_documents
-from llama2.records import Dialog
+from llama2.records import Dialog, Document
 from llama2.runs import Run
 from llama2.stages.planning import Cluster, Lineage
+from llama2.tally import Tally
 from llama2.tokenizer.template import render
 from llama2.tokenizer.train import train
 
@@ -22,7 +24,7 @@ class Config(StageConfig):
     """Train a tokenizer on documents."""
 
     documents: Annotated[tuple[Path, ...], Field(min_length=1)]
-    """files or directories of text, JSONL or parquet; a `llama2 clean` run among them stands for its documents"""
+    """files, folders, archives or globs (docs/formats.md); of a `llama2 clean` run all but what is held out"""
     dialogs: tuple[Path, ...] = ()
     """dialogs to learn from as well, in the chat format: without them its tags cost many tokens a turn"""
     vocab_size: int = Field(32000, gt=260)
@@ -39,8 +41,14 @@ def plan(config: Config, cluster: Cluster, lineage: Lineage) -> dict[str, Any]:
 def run(config: Config, run: Run) -> None:
     """Write tokenizer.model and its Hugging Face companions into the run directory."""
     if mesh.is_main():
-        texts = chain((document.text for document in read_documents(config.documents)),
+        texts = chain(_counted(read_documents(config.documents, tally=run.tally("documents")), run.tally("documents")),
                       (render(one.messages) for path in config.dialogs for one in records.read(Dialog, path)))
         tokenizer = train(texts, config.vocab_size, run.path, seed=config.seed,
                           sample_bytes=round(config.max_megabytes * 1e6))
         run.write_json("summary.json", {"vocab_size": tokenizer.vocab_size, "fingerprint": tokenizer.fingerprint})
+
+
+def _counted(documents: Iterator[Document], tally: Tally) -> Iterator[str]:
+    for document in documents:
+        tally.kept += 1
+        yield document.text

@@ -22,6 +22,7 @@ from llama2.model import checkpoint
 from llama2.model.llama import Llama, LlamaConfig, Trunk
 from llama2.model.scorer import Scorer
 from llama2.runs import Run, read_metrics
+from llama2.stages import cautions
 from llama2.tokenizer.tokenizer import Tokenizer
 from llama2.train import hooks, optim, parallel, state
 from llama2.train.loop import Batch, Hook, Learner, Objective, Plan, Source, fit
@@ -52,9 +53,10 @@ class Training(Config):
         return mesh.device()
 
     def with_steps(self, steps: int, warmup: int | None = None) -> Training:
-        """The same settings for a source of `steps` optimizer steps, unless max_steps says otherwise."""
+        """The same settings for a source of `steps` optimizer steps, or for max_steps where that is less."""
+        limit = steps if self.plan.max_steps is None else self.plan.max_steps
         plan = self.plan.model_copy(update={
-            "max_steps": min(self.plan.max_steps or steps, steps),
+            "max_steps": min(limit, steps),
             "warmup_steps": self.plan.warmup_steps if warmup is None else warmup})
         return self.model_copy(update={"plan": plan})
 
@@ -62,8 +64,11 @@ class Training(Config):
 def train(run: Run, model: nn.Module, source: Source, objective: Objective, settings: Training, *,
           save_model: Callable[[Path], None], title: str, extra: Sequence[Hook] = (),
           validate: hooks.Validate | None = None, flops_per_token: float = 0.0,
-          rates: Mapping[str, float] | None = None, derive: Sequence[hooks.Derive] = ()) -> Learner:
+          rates: Mapping[str, float] | None = None, apart: Sequence[str] = (),
+          derive: Sequence[hooks.Derive] = ()) -> Learner:
     """Fit `model` inside a run directory, resuming what is there, and write the final model with `save_model`."""
+    for line in cautions.of_schedule(settings.plan):
+        run.warn(line)
     for module in model.modules():
         if isinstance(module, Trunk):
             module.gradient_checkpointing = settings.gradient_checkpointing
@@ -71,7 +76,8 @@ def train(run: Run, model: nn.Module, source: Source, objective: Objective, sett
         parallel.shard(model, settings.precision)
     else:
         parallel.replicate(model.to(mesh.device()))
-    learner = Learner(model, settings.optimizer, rates=rates, precision=settings.precision, compile=settings.compile)
+    learner = Learner(model, settings.optimizer, rates=rates, apart=apart, precision=settings.precision,
+                      compile=settings.compile)
     if state.latest(run.path) is None:
         run.rewind(-1)  # a first attempt may have been killed before its first checkpoint
     # Checkpoint restores the others before they start
@@ -102,6 +108,22 @@ def heldout_loss(model: nn.Module, rows: Sequence[Item], collate: Callable[[Sequ
             sums += torch.stack([loss.total.double(), loss.weight.double()])
     nats, tokens = mesh.all_sum(sums).tolist()
     return nats, tokens
+
+
+def row_length(asked: int, context: int) -> int:
+    """The places of a row, `asked` for; UserError if the model's context is shorter."""
+    if asked > context:
+        raise UserError(f"sequence_length {asked} exceeds the model's context {context}",
+                        f"give --sequence-length {context} or less")
+    return asked
+
+
+def check_left(run: Run, prefix: str) -> None:
+    """Raise UserError with all counts where nothing is left of the sets whose tally begins with `prefix`."""
+    tallies = {name: tally for name, tally in run.tallies.items() if name.startswith(prefix)}
+    if not any(tally.kept for tally in tallies.values()):
+        counts = "; ".join(f"{name}: {tally.line()}" for name, tally in tallies.items())
+        raise UserError(f"nothing is left to train on: {counts}", "mend the data, or what leaves it out")
 
 
 def validated(run: Run) -> dict[str, float]:

@@ -62,9 +62,16 @@ class Tokenizer:
         return self.encode_many([text])[0]
 
     def encode_many(self, texts: Sequence[str], threads: int = 1) -> list[list[int]]:
-        """`encode` of each text, on several threads. Long texts go in parts, with the same ids (see `_cut`)."""
+        """`encode` of each text, on several threads. Long texts go in parts, with the same ids (see `_cut`).
+
+        UserError for a text with half of a surrogate pair, which is no character.
+        """
         parts = [_cut(text) for text in texts]
-        encoded = iter(self._processor.encode([part for cut in parts for part in cut], num_threads=threads))
+        try:
+            encoded = iter(self._processor.encode([part for cut in parts for part in cut], num_threads=threads))
+        except (TypeError, UnicodeEncodeError):
+            _refuse_halves(texts)
+            raise
         return [[token for _ in cut for token in next(encoded)] if len(cut) > 1 else next(encoded) for cut in parts]
 
     def decode(self, ids: Iterable[int]) -> str:
@@ -119,6 +126,15 @@ class Tokenizer:
         if self._processor.is_unknown(token):
             return " \u2047 ".encode()
         return piece.replace(_SPACE, " ").encode()
+
+
+def _refuse_halves(texts: Sequence[str]) -> None:
+    for text in texts:
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise UserError(f"the text {text[:40]!r} holds half of a surrogate pair at character {error.start + 1}",
+                            "leave it out, or write U+FFFD in its place") from None
 
 
 def _cut(text: str) -> list[str]:

@@ -110,5 +110,5 @@ def _explain(message: str, vocab_size: int) -> Exception:
                          f"choose at most {found[1]}, or give more text")
     if found := re.search(r"smaller than required_chars\. \d+ vs (\d+)", message):
         return UserError(f"vocab_size {vocab_size} is too small: the characters of this text alone take {found[1]}",
-                         f"choose more than {found[1]}, or lower the character coverage")
+                         f"choose more than {found[1]}")
     return RuntimeError(message)

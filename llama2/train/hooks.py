@@ -49,18 +49,28 @@ class Window:
         return means(self.sums, self.weight)
 
     def speed(self, flops_per_token: float, peak: float) -> dict[str, float]:
-        """Tokens a second over all ranks, and with `flops_per_token` the share of the devices' peak (MFU)."""
+        """Real tokens a second over all ranks and, where a peak is known, the share of it that they take (MFU).
+
+        What is computed faster than the measured peak shows that the peak is at least that: 100 % is the most.
+        """
         if not self.tokens or not self.seconds:
             return {}
         rate = self.tokens / self.seconds
-        mfu = {"perf/mfu": rate * flops_per_token / (peak * mesh.world())} if flops_per_token else {}
-        return {"perf/tokens_per_second": rate, **mfu}
+        share = {"perf/mfu": min(rate * flops_per_token / (peak * mesh.world()), 1.0)} if peak else {}
+        return {"perf/tokens_per_second": rate, **share}
+
+
+def known_peak(flops_per_token: float, training: Training) -> float:
+    """The device's peak in FLOP/s, 0 where MFU cannot be told from it."""
+    if not flops_per_token or not mesh.is_exclusive():
+        return 0.0
+    return mesh.peak_flops(training.learner.precision)
 
 
 class Log(Hook):
     """Publish means over every `plan.log_every` steps and write all published metrics through `write(step, metrics)`.
 
-    `flops_per_token` (forward and backward) adds MFU; each of `derive` adds what follows from the means.
+    `flops_per_token` (forward and backward) adds MFU on a GPU; each of `derive` adds what follows from the means.
     """
 
     def __init__(self, write: Write, flops_per_token: float = 0.0, derive: Sequence[Derive] = ()) -> None:
@@ -69,7 +79,7 @@ class Log(Hook):
         self.pending: Report | None = None
 
     def on_start(self, training: Training) -> None:
-        self.peak = mesh.peak_flops(training.learner.precision) if self.flops_per_token else 0.0
+        self.peak = known_peak(self.flops_per_token, training)
 
     def on_step(self, training: Training, report: Report) -> None:
         self.window.add(report)
@@ -123,7 +133,8 @@ class TensorBoard(Hook):
 
 
 class ProgressBar(Hook):
-    """A bar with ETA, loss, tokens/s and MFU on standard error; a line every ten seconds where that is no terminal."""
+    """A bar with ETA, loss, tokens/s and, on a GPU, MFU on standard error; a line every ten seconds where that is no
+    terminal."""
 
     def __init__(self, title: str, flops_per_token: float = 0.0) -> None:
         self.title, self.flops_per_token, self.peak = title, flops_per_token, 0.0
@@ -132,8 +143,7 @@ class ProgressBar(Hook):
 
     def on_start(self, training: Training) -> None:
         self.begin = self.printed = time.monotonic()
-        if self.flops_per_token:
-            self.peak = mesh.peak_flops(training.learner.precision)
+        self.peak = known_peak(self.flops_per_token, training)
         if mesh.is_main() and sys.stderr.isatty():
             self.bar = Progress(TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(),
                                 TimeElapsedColumn(), TextColumn("{task.fields[text]}"), console=Console(stderr=True))

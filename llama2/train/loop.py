@@ -66,16 +66,17 @@ class Source(Protocol):
 class Plan(Config):
     """How long to train, at which rate, and how often to look and to save."""
 
-    max_steps: int | None = Field(None, ge=0)
+    max_steps: int | None = Field(None, ge=1)
     """optimizer steps; without it training ends with its source"""
     schedule: optim.Schedule = "cosine"
-    warmup_steps: int = Field(0, ge=0)
+    warmup_steps: int | None = Field(None, ge=0)
+    """updates until the peak; none unless given (but see `reward`)"""
     total_steps: int | None = Field(None, ge=1)
     """where the cosine ends; max_steps unless given"""
     min_ratio: float = Field(0.1, ge=0, le=1)
     """the last learning rate as a share of the peak"""
     clip: float = Field(1.0, gt=0)
-    """largest norm of the mean gradient"""
+    """largest norm of the mean gradient, of each part of the model that is clipped apart"""
     log_every: int = Field(10, ge=1)
     validate_every: int = Field(0, ge=0)
     """steps between validations; 0: only at the end"""
@@ -84,16 +85,21 @@ class Plan(Config):
     keep: int = Field(2, ge=1)
     """checkpoints to keep"""
 
+    @property
+    def total(self) -> int | None:
+        """Where the cosine ends."""
+        return self.max_steps if self.total_steps is None else self.total_steps
+
     def factor(self, step: int) -> float:
         """The learning rate of update `step` (0-based) as a share of its peak."""
-        return optim.factor(step, self.schedule, self.warmup_steps, self.total_steps or self.max_steps, self.min_ratio)
+        return optim.factor(step, self.schedule, self.warmup_steps or 0, self.total, self.min_ratio)
 
     def check(self) -> None:
         """Raise `UserError` where schedule and length do not fit."""
-        total = self.total_steps or self.max_steps
+        total = self.total
         if self.schedule == "cosine" and total is None:
             raise UserError("a cosine schedule needs max_steps or total_steps", "set one, or schedule: constant")
-        if self.schedule == "cosine" and total is not None and 0 < total <= self.warmup_steps:
+        if self.schedule == "cosine" and total is not None and total <= (self.warmup_steps or 0):
             raise UserError(f"warmup_steps {self.warmup_steps} leaves nothing of a schedule of {total} steps",
                             "lower warmup_steps")
 
@@ -101,26 +107,32 @@ class Plan(Config):
 class Learner:
     """A model and its optimizer, ready to be fitted. Apply `parallel.replicate` or `parallel.shard` to the model first.
 
-    `rates` gives parts of the model (name prefixes) peak learning rates of their own. With `compile` the objective
-    sees the compiled model; without a C++ compiler it stays eager and says so.
+    `rates` gives parts of the model (name prefixes) peak learning rates of their own. `apart` names parts whose
+    gradients are clipped each by its own norm; what no prefix matches is one more part, called "". With `compile` the
+    objective sees the compiled model; without a C++ compiler it stays eager and says so.
+
+    `tokens` counts the real tokens read so far, over all ranks, and `trained` those of them that carried loss.
     """
 
     def __init__(self, model: nn.Module, optimizer: optim.AdamW | None = None, *,
-                 rates: Mapping[str, float] | None = None, precision: Precision = "fp32",
+                 rates: Mapping[str, float] | None = None, apart: Sequence[str] = (), precision: Precision = "fp32",
                  compile: bool = False) -> None:
-        self.model, self.precision, self.step = model, precision, 0
+        self.model, self.precision = model, precision
+        self.step = self.tokens = self.trained = 0
         self.optimizer = optim.adamw(model, optimizer or optim.AdamW(), rates)
+        self.parts = optim.parts(model, apart)
         self.forward: nn.Module = _compiled(model) if compile else model
 
     def state_dict(self) -> dict[str, Any]:
-        """Model, optimizer and step; every rank calls it, the tensors of a sharded model arrive on rank 0."""
+        """Model, optimizer and counts; every rank calls it, the tensors of a sharded model arrive on rank 0."""
         model, optimizer = parallel.full_state(self.model, self.optimizer)
-        return {"model": model, "optimizer": optimizer, "step": self.step}
+        return {"model": model, "optimizer": optimizer, "step": self.step, "tokens": self.tokens,
+                "trained": self.trained}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore what `state_dict` returned."""
         parallel.load_full_state(self.model, self.optimizer, state["model"], state["optimizer"])
-        self.step = state["step"]
+        self.step, self.tokens, self.trained = state["step"], state.get("tokens", 0), state.get("trained", 0)
 
 
 def _compiled(model: nn.Module) -> nn.Module:
@@ -143,10 +155,18 @@ class Report:
     """loss (as train/loss) and metrics"""
     weight: float
     tokens: float
+    """real ones: padding is none"""
+    trained: float
+    """tokens that carried loss"""
     seconds: float
-    gradient_norm: float
-    """of the mean gradient, before clipping"""
+    gradient_norms: dict[str, float]
+    """of the mean gradient of each part that is clipped apart, before clipping"""
     learning_rate: float
+
+    @property
+    def gradient_norm(self) -> float:
+        """Of the whole mean gradient, before clipping."""
+        return math.hypot(*self.gradient_norms.values())
 
 
 def means(sums: Mapping[str, float], weight: float) -> dict[str, float]:
@@ -273,15 +293,31 @@ def _step(training: Training, objective: Objective, batches: Iterable[Batch], be
     rate = plan.factor(learner.step)
     for group in learner.optimizer.param_groups:
         group["lr"] = group["peak"] * rate
-    sums, weight, tokens = _differentiate(training, objective, batches)
-    norm = _update(training, sums["train/loss"], weight)
+    sums, weight, tokens, trained = _differentiate(training, objective, batches)
+    norms = _update(training, sums["train/loss"], weight)
     learner.step += 1
-    return Report(learner.step, sums, weight, tokens, time.perf_counter() - begin, norm,
+    learner.tokens += round(tokens)
+    learner.trained += round(trained)
+    return Report(learner.step, sums, weight, tokens, trained, time.perf_counter() - begin, norms,
                   learner.optimizer.param_groups[0]["lr"])
 
 
+def count_tokens(batch: Batch) -> tuple[int, int]:
+    """Real tokens of a micro-batch, and how many carry loss.
+
+    `read_B` says how many tokens of each row are real; without it all are. `weights_BT` marks the targets under loss;
+    without it a row is scored at its last token.
+    """
+    if "tokens_BT" not in batch:
+        return 0, 0
+    rows, length = batch["tokens_BT"].shape
+    read_B = batch.get("read_B", torch.full((rows,), length))
+    under_loss = batch.get("weights_BT", read_B)
+    return int(read_B.sum()), int((under_loss > 0).sum())
+
+
 def _differentiate(training: Training, objective: Objective,
-                   batches: Iterable[Batch]) -> tuple[dict[str, float], float, float]:
+                   batches: Iterable[Batch]) -> tuple[dict[str, float], float, float, float]:
     """Gradients of the loss summed over micro-batches and ranks; sums of metrics, weight and tokens likewise.
 
     A request to stop rides on the same collective, so that all ranks act on it at the same step.
@@ -289,8 +325,10 @@ def _differentiate(training: Training, objective: Objective,
     learner, where = training.learner, mesh.device()
     learner.optimizer.zero_grad(set_to_none=True)
     rows: list[Tensor] = []
-    tokens = 0
+    tokens = trained = 0
     for batch in batches:
+        read, under_loss = count_tokens(batch)
+        tokens, trained = tokens + read, trained + under_loss
         batch = {name: tensor.to(where, non_blocking=True) for name, tensor in batch.items()}
         with mesh.autocast(learner.precision):
             loss = objective(learner.forward, batch)
@@ -301,36 +339,46 @@ def _differentiate(training: Training, objective: Objective,
             raise ValueError(f"an objective must return the same metrics every time: {names}, not {training.names}")
         rows.append(torch.stack([value.detach().double().reshape(()).to(where) for value in
                                  (loss.total, loss.weight, *(loss.metrics[name] for name in names))]))
-        tokens += batch["tokens_BT"].numel() if "tokens_BT" in batch else 0
     parallel.sum_gradients(learner.model)
     if not training.agreed:  # a rank without micro-batches learns the metrics from the others
         training.names, training.agreed = max(mesh.gather([training.names]), key=len), True
     own = torch.stack(rows).sum(0) if rows else torch.zeros(2 + len(training.names), dtype=torch.float64, device=where)
-    extra = torch.tensor([training.stop_requested, tokens], dtype=torch.float64, device=where)
-    stop, all_tokens, total, weight, *values = mesh.all_sum(torch.cat([extra, own])).tolist()
+    extra = torch.tensor([training.stop_requested, tokens, trained], dtype=torch.float64, device=where)
+    stop, all_tokens, all_trained, total, weight, *values = mesh.all_sum(torch.cat([extra, own])).tolist()
     training.stop = stop > 0
-    return {"train/loss": total, **dict(zip(training.names, values))}, weight, all_tokens
+    return {"train/loss": total, **dict(zip(training.names, values))}, weight, all_tokens, all_trained
 
 
-def _update(training: Training, total: float, weight: float) -> float:
-    """Divide the summed gradients by the global weight, clip, and step; returns the norm of the mean gradient.
+def _update(training: Training, total: float, weight: float) -> dict[str, float]:
+    """Divide the summed gradients by the global weight, clip each part, and step; returns the mean gradients' norms.
 
     Division and clipping are one multiplication. A step in which nothing was counted changes nothing.
     """
     learner, limit = training.learner, training.plan.clip
-    gradients = [p.grad for p in learner.model.parameters() if p.grad is not None]
-    norm = parallel.gradient_norm(gradients)
-    if not (math.isfinite(total) and math.isfinite(norm)):
-        mean = total / weight if weight else total
-        kept = f"the checkpoint {training.checkpoint} is kept" if training.checkpoint else "no checkpoint was taken yet"
-        raise UserError(
-            f"step {learner.step + 1}: the {'gradient norm' if math.isfinite(total) else 'loss'} is not finite "
-            f"(loss {mean:.4g}, gradient norm {norm / weight if weight else norm:.4g}, learning rate "
-            f"{learner.optimizer.param_groups[0]['lr']:.3g})",
-            f"lower learning_rate or lengthen warmup_steps, and look at the data of this step; {kept}")
+    gradients = {name: [p.grad for p in part if p.grad is not None] for name, part in learner.parts.items()}
+    norms = {name: parallel.gradient_norm(part) for name, part in gradients.items()}
+    if not all(map(math.isfinite, (total, *norms.values()))):
+        raise _not_finite(training, total, norms, weight)
     if weight == 0:
-        return 0.0
-    norm /= weight
-    torch._foreach_mul_(gradients, (limit / norm if norm > limit else 1.0) / weight)
+        return dict.fromkeys(norms, 0.0)
+
+    norms = {name: norm / weight for name, norm in norms.items()}
+    for name, part in gradients.items():
+        if part:
+            torch._foreach_mul_(part, (limit / norms[name] if norms[name] > limit else 1.0) / weight)
     learner.optimizer.step()
-    return norm
+    return norms
+
+
+def _not_finite(training: Training, total: float, norms: Mapping[str, float], weight: float) -> UserError:
+    """Which number went wrong at this step, in which part of the model, and what is left to go on from."""
+    learner, count = training.learner, weight or 1.0
+    what, where = "loss", ""
+    if math.isfinite(total):
+        name = next(name for name, norm in norms.items() if not math.isfinite(norm))
+        what, where = "gradient norm", f" of the {name.rstrip('.')}" if name else ""
+    kept = f"the checkpoint {training.checkpoint} is kept" if training.checkpoint else "no checkpoint was taken yet"
+    return UserError(
+        f"step {learner.step + 1}: the {what}{where} is not finite (loss {total / count:.4g}, gradient norm "
+        f"{math.hypot(*norms.values()) / count:.4g}, learning rate {learner.optimizer.param_groups[0]['lr']:.3g})",
+        f"lower learning_rate or lengthen warmup_steps, and look at the data of this step; {kept}")

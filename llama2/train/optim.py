@@ -7,7 +7,7 @@ tensors decay; here all matrices do, embeddings and output head included, and ve
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Literal
 
 import torch
@@ -42,7 +42,7 @@ def groups(model: nn.Module, settings: AdamW, rates: Mapping[str, float] | None 
     found: dict[tuple[float, float], list[nn.Parameter]] = {}
     matched = set()
     for name, parameter in model.named_parameters():
-        prefix = next((p for p in rates if name.startswith(p)), None)
+        prefix = _prefix(name, rates)
         matched.add(prefix)
         if parameter.requires_grad:
             peak = settings.learning_rate if prefix is None else rates[prefix]
@@ -52,6 +52,25 @@ def groups(model: nn.Module, settings: AdamW, rates: Mapping[str, float] | None 
         raise ValueError(f"no parameter starts with {sorted(missing)}")
     return [{"params": parameters, "peak": peak, "lr": peak, "weight_decay": decay}
             for (peak, decay), parameters in found.items()]
+
+
+def parts(model: nn.Module, prefixes: Sequence[str]) -> dict[str, list[nn.Parameter]]:
+    """The parameters that train, by the prefix their name starts with; those that match none are under "".
+
+    Every prefix must match. A tensor shared under two names counts once.
+    """
+    found: dict[str, list[nn.Parameter]] = {prefix: [] for prefix in prefixes}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            found.setdefault(_prefix(name, prefixes) or "", []).append(parameter)
+    if missing := [prefix for prefix in prefixes if not found[prefix]]:
+        raise ValueError(f"no parameter starts with {sorted(missing)}")
+    return found
+
+
+def _prefix(name: str, prefixes: Iterable[str]) -> str | None:
+    """The first of the prefixes that a parameter's name starts with."""
+    return next((prefix for prefix in prefixes if name.startswith(prefix)), None)
 
 
 def adamw(model: nn.Module, settings: AdamW, rates: Mapping[str, float] | None = None) -> torch.optim.AdamW:
@@ -64,9 +83,10 @@ def adamw(model: nn.Module, settings: AdamW, rates: Mapping[str, float] | None =
 def factor(step: int, schedule: Schedule, warmup_steps: int, total_steps: int | None, min_ratio: float) -> float:
     """The learning rate of update `step` (0-based) as a share of its peak.
 
-    Linear warm-up reaches the peak at update `warmup_steps - 1`; cosine decay reaches `min_ratio` exactly at the last
-    update, `total_steps - 1`, and stays there.
+    Linear warm-up reaches the peak at update `warmup_steps - 1` (without warm-up the first update has it); cosine decay
+    reaches `min_ratio` exactly at the last update, `total_steps - 1`, and stays there. A single update has the peak.
     """
+    warmup_steps = max(warmup_steps, 1)
     if step < warmup_steps:
         return (step + 1) / warmup_steps
     if schedule == "constant":

@@ -15,10 +15,11 @@ import pytest
 import torch
 from toys import Rows, llama, noisy, weights
 
+from llama2 import mesh
 from llama2.errors import UserError
 from llama2.runs import Stopped
 from llama2.train import hooks, optim, state
-from llama2.train.loop import Hook, Learner, Loss, Plan, fit
+from llama2.train.loop import Hook, Learner, Loss, Plan, count_tokens, fit
 from llama2.train.objectives import next_token
 
 PLAN = Plan(max_steps=9, warmup_steps=2, save_every=3, validate_every=4, log_every=2)
@@ -75,6 +76,77 @@ def test_gradients_are_divided_by_the_weight_and_clipped(clip):
     expected = mean * min(1.0, clip / float(mean.norm()))
     torch.testing.assert_close(model.weight.detach(), -expected)
     assert reports.seen[0].gradient_norm == pytest.approx(1.25)
+
+
+class Pair(torch.nn.Module):
+    """Two towers of which one has far larger gradients, and a parameter that belongs to neither."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(3)
+        self.actor, self.critic = torch.nn.Linear(4, 3), torch.nn.Linear(4, 1)
+        self.scale = torch.nn.Parameter(torch.ones(1))
+
+
+def pair_loss(model, batch) -> Loss:
+    x = batch["x"]
+    total = model.actor(x).square().sum() + 500 * (model.scale * model.critic(x)).square().sum()
+    return Loss(total, torch.tensor(float(len(x))))
+
+
+class Numbers(Rows):
+    def __next__(self):
+        self.step += 1
+        x = torch.randn(6, 4, generator=torch.Generator().manual_seed(self.step))
+        return [{"x": part} for part in x.split(2)]
+
+
+def test_parts_clipped_apart_are_what_separate_clipping_makes_of_them():
+    """Three updates against torch's own `clip_grad_norm_`, once for each part."""
+    model, reports = Pair(), Reports()
+    learner = Learner(model, FAST, apart=("actor.", "critic."))
+    fit(learner, Numbers(), pair_loss, Plan(max_steps=3, schedule="constant", clip=0.5), [reports])
+
+    other = Pair()
+    optimizer, source = Learner(other, FAST).optimizer, Numbers()
+    for step in range(3):
+        optimizer.zero_grad()
+        batch = {"x": torch.cat([part["x"] for part in next(source)])}
+        loss = pair_loss(other, batch)
+        (loss.total / loss.weight).backward()
+        norms = {name: float(torch.nn.utils.clip_grad_norm_(part, 0.5)) for name, part in
+                 (("actor.", other.actor.parameters()), ("critic.", other.critic.parameters()), ("", [other.scale]))}
+        optimizer.step()
+        seen = reports.seen[step]
+        assert seen.gradient_norms == pytest.approx(norms, rel=1e-4)
+        assert seen.gradient_norm == pytest.approx(sum(norm**2 for norm in norms.values()) ** 0.5, rel=1e-4)
+        assert norms["critic."] > 50 * norms["actor."] > 50 * 0.5
+    for name, value in weights(other).items():
+        torch.testing.assert_close(weights(model)[name], value, rtol=1e-4, atol=1e-5, msg=name)
+
+
+def test_a_part_moves_as_if_it_were_alone():
+    """However large the other's gradient is."""
+    def alone(model, batch) -> Loss:
+        return Loss(model.actor(batch["x"]).square().sum(), torch.tensor(float(len(batch["x"]))))
+
+    plan, moved = Plan(max_steps=3, schedule="constant"), []
+    for objective, apart in ((alone, ()), (pair_loss, ("critic.", "scale")), (pair_loss, ())):
+        model = Pair()
+        fit(Learner(model, FAST, apart=apart), Numbers(), objective, plan)
+        moved.append(torch.cat([p.detach().flatten() for p in model.actor.parameters()]))
+    torch.testing.assert_close(moved[1], moved[0], rtol=1e-6, atol=1e-7)
+    assert not torch.allclose(moved[2], moved[0], rtol=1e-3)  # clipped together, one chokes the other
+
+
+def test_the_part_whose_gradient_is_not_finite_is_named():
+    def broken(model, batch) -> Loss:
+        loss = pair_loss(model, batch)
+        model.critic.weight.register_hook(lambda gradient: gradient * float("nan"))
+        return loss
+
+    with pytest.raises(UserError, match=r"step 1: the gradient norm of the critic is not finite \(loss "):
+        fit(Learner(Pair(), FAST, apart=("actor.", "critic.")), Numbers(), broken, Plan(max_steps=1))
 
 
 def test_the_learning_rate_follows_the_plan():
@@ -355,7 +427,39 @@ def test_logged_means_are_weighted_over_the_window():
     assert logged[0][1]["train/grad_norm"] == window[-1].gradient_norm
     speed = sum(r.tokens for r in window) / sum(r.seconds for r in window)
     assert logged[0][1]["perf/tokens_per_second"] == pytest.approx(speed)
-    assert 0 < logged[0][1]["perf/mfu"] < 1
+    assert "perf/mfu" not in logged[0][1]  # a CPU's peak is nobody's
+
+
+def test_mfu_is_a_share_of_the_peak_and_never_above_it(monkeypatch):
+    monkeypatch.setattr(mesh, "is_exclusive", lambda: True)
+    logged = []
+    for peak in (1e15, 1.0):
+        monkeypatch.setattr(mesh, "peak_flops", lambda precision, peak=peak: peak)
+        fit(Learner(llama(), FAST), Rows(), next_token, Plan(max_steps=2, log_every=2),
+            [hooks.Log(lambda step, metrics: logged.append(metrics), flops_per_token=1e6)])
+    below, above = logged
+    assert below["perf/mfu"] == pytest.approx(below["perf/tokens_per_second"] * 1e6 / 1e15)
+    assert above["perf/mfu"] == 1.0
+
+
+def test_tokens_are_counted_without_padding_and_over_interruptions(tmp_path):
+    """Toy rows have 12 places, of which the loss mask says how many are trained; here the first three are read."""
+    class Padded(Rows):
+        def __next__(self):
+            return [batch | {"read_B": torch.full((len(batch["tokens_BT"]),), 3)} for batch in super().__next__()]
+
+    def attempt(directory: Path, crash: Crash) -> Learner:
+        learner = Learner(llama(), FAST)
+        fit(learner, Padded(8, 3), next_token, PLAN, [hooks.Checkpoint(directory), crash])
+        return learner
+
+    crash = Crash(5)
+    with pytest.raises(KeyboardInterrupt):
+        attempt(tmp_path, crash)
+    resumed, source = attempt(tmp_path, crash), Rows(8, 3)
+    under_loss = sum(int(batch["weights_BT"].sum()) for _ in range(9) for batch in next(source))
+    assert (resumed.tokens, resumed.trained) == (9 * 8 * 3, under_loss)
+    assert count_tokens({"tokens_BT": torch.zeros(4, 7), "read_B": torch.tensor([7, 2, 3, 0])}) == (12, 3)
 
 
 def test_progress_without_a_terminal_is_a_few_plain_lines(capsys):
@@ -370,6 +474,7 @@ def test_the_bar_shows_eta_speed_and_mfu(monkeypatch, capsys):
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
     monkeypatch.setenv("TERM", "xterm")
     monkeypatch.setenv("COLUMNS", "160")
+    monkeypatch.setattr(mesh, "is_exclusive", lambda: True)
     fit(Learner(llama(), FAST), Rows(), next_token, Plan(max_steps=3), [hooks.ProgressBar("sft", 1e6)])
     text = capsys.readouterr().err
     assert all(part in text for part in ("sft", "3/3", "ETA 0:00", "tokens/s", "MFU"))

@@ -146,3 +146,40 @@ def test_it_can_be_turned_off(monkeypatch: pytest.MonkeyPatch, forget: None) -> 
     monkeypatch.setenv("LLAMA2_NATIVE", "0")
     assert native.library("fused") is None
     assert os.environ["LLAMA2_NATIVE"] == "0"
+
+
+class Adapter(torch.nn.Module):
+    """A low-rank term beside a projection, as adapters add it; `weight` is the projection's."""
+
+    def __init__(self, base: torch.nn.Linear) -> None:
+        super().__init__()
+        self.base = base
+        self.down = torch.nn.Parameter(torch.randn(4, base.in_features))
+        self.up = torch.nn.Parameter(torch.randn(base.out_features, 4))
+
+    @property
+    def weight(self) -> torch.Tensor:
+        return self.base.weight
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.base(x) + (x @ self.down.T) @ self.up.T
+
+
+@pytest.mark.parametrize("place", ["self_attn.q_proj", "self_attn.v_proj", "mlp.gate_proj", "mlp.up_proj"])
+def test_a_replaced_projection_is_called_and_learns(place: str) -> None:
+    """Kernels read weights; a module put in the place of a projection has more to say than its weight."""
+    torch.manual_seed(0)
+    model = Llama(LlamaConfig(64, 32, 64, 2, 4, 2, max_position_embeddings=128)).eval()
+    tokens = torch.randint(0, 64, (2, 16))
+    with torch.no_grad():
+        before = model(tokens)
+    adapters = []
+    for layer in model.model.layers:
+        part, name = place.split(".")
+        adapters.append(Adapter(getattr(getattr(layer, part), name)))
+        setattr(getattr(layer, part), name, adapters[-1])
+    logits = model(tokens)
+    assert (logits - before).abs().max() > 0.01
+    logits.square().sum().backward()
+    assert all(parameter.grad is not None and parameter.grad.abs().max() > 0
+               for adapter in adapters for parameter in (adapter.down, adapter.up))

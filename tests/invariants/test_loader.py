@@ -12,9 +12,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from llama2.data.loader import Batch, Rows
-from llama2.data.pack import collate, pack
+from llama2.data.pack import Segment, collate, pack
 from llama2.errors import UserError
 from llama2.model.llama import Llama, LlamaConfig
+from llama2.train.loop import count_tokens
 from llama2.train.objectives import next_token
 
 
@@ -94,6 +95,15 @@ def test_without_weights_a_rank_may_have_nothing() -> None:
     assert [len(next(source)) for source in pairs] == [1, 0]
 
 
+def test_what_a_rank_borrows_counts_nothing() -> None:
+    def padded(items: Sequence[int]) -> Batch:
+        return {"tokens_BT": torch.ones(len(items), 5), "weights_BT": torch.ones(len(items), 5),
+                "read_B": torch.full((len(items),), 4)}
+
+    shares = [Rows(range(1), padded, batch_size=4, micro_batch_size=1, rank=rank, world=2) for rank in range(2)]
+    assert [count_tokens(batch) for share in shares for batch in next(share)] == [(4, 5), (0, 0)]
+
+
 def test_errors() -> None:
     with pytest.raises(UserError, match="nothing to train on"):
         rows(0)
@@ -109,7 +119,7 @@ def test_split_and_whole_give_the_same_loss() -> None:
     draw = np.random.default_rng(0)
     items = [(draw.integers(3, 90, size).tolist(), (draw.random(size) < 0.5).tolist()) for size in
              draw.integers(2, 20, 50)]
-    packed = pack(items, 24).rows
+    packed = pack([Segment(np.array(ids), np.array(mask)) for ids, mask in items], 24).rows
     table = torch.rand(90, dtype=torch.float64)
 
     def losses(micro: int, world: int) -> list[float]:
@@ -138,7 +148,7 @@ def test_packed_dialogs_cost_what_they_cost_alone() -> None:
     draw = np.random.default_rng(1)
     items = [(draw.integers(3, 90, size).tolist(), (draw.random(size) < 0.6).tolist()) for size in
              draw.integers(3, 20, 12)]
-    packed = pack(items, 24)
+    packed = pack([Segment(np.array(ids), np.array(mask)) for ids, mask in items], 24)
     together = cost(model, collate(packed.rows, 24))
     alone = sum(cost(model, collate([[segment]])) for row in packed.rows for segment in row)
     assert len(packed.rows) < len(items)

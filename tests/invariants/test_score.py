@@ -87,3 +87,16 @@ def test_rows_beyond_the_context_are_refused(scorer: Scorer) -> None:
     with pytest.raises(UserError, match="row 1 of 1 has 0 tokens"):
         rewards(scorer, [[]])
     assert rewards(scorer, []) == []
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+def test_a_score_that_is_not_finite_names_the_model(rows: list[list[int]], value: float) -> None:
+    model = Scorer(CONFIG)
+    with torch.no_grad():
+        model.model.embed_tokens.weight[rows[3][-1]] = value
+    bad = [index for index, row in enumerate(rows) if rows[3][-1] in row]
+    with pytest.raises(UserError) as error:
+        rewards(model, rows, "fp32", name="runs/safe5")
+    assert error.value.cause.startswith(f"runs/safe5: {len(bad)} of {len(rows)} scores are not finite numbers (the ")
+    assert f"of row {bad[0] + 1} with {LENGTHS[bad[0]]} tokens" in error.value.cause
+    assert "train it again" in error.value.cure

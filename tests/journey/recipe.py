@@ -72,6 +72,8 @@ steps:
     rewards: &rewards {helpful: "${helpful}", safe: "${safe}"}
     prompts: "${world}/prompts-train.jsonl"
     limit: 24
+    preprompts: ["Be a {a} and {b} assistant."]
+    templates: {}
     sample: *sample
   rejection:
     verb: rejection

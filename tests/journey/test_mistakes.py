@@ -46,14 +46,17 @@ def sft(model: Path, file: Path, out: Path, *more: object) -> tuple[object, ...]
 @pytest.mark.parametrize(("words", "refusal"), [
     (["stf"], "unknown verb 'stf'; did you mean 'sft'?"),
     (["sft", "--training.optimizer.learning-rat", "1e-4"],
-     "unknown key 'training.optimizer.learning_rat'; did you mean 'learning_rate'?"),
+     "unknown flag '--training.optimizer.learning-rat'; did you mean '--training.optimizer.learning-rate'?"),
     (["sft", "--model", "m", "--dialogs.a.path", "p", "--heldout", "1.5"],
-     "'heldout': Input should be less than 1 (it is 1.5); mend the value"),
-    (["sft", "--ranks", "4"], "unknown key 'ranks'"),
+     "'--heldout': must be less than 1 (it is 1.5); mend the value"),
+    (["sft", "--ranks", "4"], "unknown flag '--ranks'"),
     (["ppo", "--policy", "m", "--rewards.helpful", "h", "--prompts", "p", "--training.compile"],
      "training.compile is not for PPO: rollout and update must compute alike to the last bit"),
+    (["ppo", "--policy", "m", "--rewards.helpful", "h", "--prompts", "p", "--batch-size", "1"],
+     "'batch_size': one answer an iteration teaches nothing: rewards are whitened over the answers of an iteration"),
     (["pretrain", "--shards", "none"], "none: no such file or directory; check the path, or run the stage"),
-    (["reward", "--model", "m", "--preferences.a.path", "p", "--margins", "huge"], "'margins': Input should be 'none'"),
+    (["reward", "--model", "m", "--preferences.a.path", "p", "--margins", "huge"],
+     "'--margins': must be 'none', 'small' or 'large'"),
 ])
 def test_a_wrong_key_or_value_on_the_command_line(tmp_path, one_line: Refused, words, refusal):
     assert refusal in one_line(*words, *(["--out", tmp_path / "x"] if words[0] != "stf" else []))
@@ -63,7 +66,7 @@ def test_a_wrong_key_in_a_recipe(tmp_path, one_line: Refused):
     file = tmp_path / "recipe.yaml"
     for text, refusal in (
             ("sequence_lenght: 5", "unknown key 'sequence_lenght'; did you mean 'sequence_length'?"),
-            ("epochs: 0", "'epochs': Input should be greater than 0 (it is 0); mend the value"),
+            ("epochs: 0", "'epochs': must be greater than 0 (it is 0); mend the value"),
             ("epochs: 1\nepochs: 2", "not valid YAML (the key 'epochs' is given twice); mend the line")):
         file.write_text(f"model: m\ndialogs: {{a: {{path: p}}}}\n{text}\n")
         heard = one_line("sft", file, "--out", tmp_path / "x")
@@ -75,7 +78,7 @@ def test_a_wrong_key_in_a_recipe(tmp_path, one_line: Refused):
 def test_a_model_size_that_does_not_fit_its_data(tmp_path, one_line: Refused, policy, world):
     out, dialogs = tmp_path / "x", world / "demonstrations.jsonl"
     refusal = one_line(*sft(policy, dialogs, out), "--sequence-length", 512)
-    assert refusal == "sequence_length 512 exceeds the model's context 256; lower it"
+    assert refusal == "sequence_length 512 exceeds the model's context 256; give --sequence-length 256 or less"
     assert llama2(*sft(policy, dialogs, out), "--sequence-length", 96, "--training.plan.max-steps", 1) == 0
 
 
@@ -85,9 +88,9 @@ def test_a_model_size_that_does_not_fit_its_data(tmp_path, one_line: Refused, po
 FILES = {
     "missing": (None, "mine.jsonl: no such file or directory; check the path"),
     "empty": (b"", "mine.jsonl: the file is empty; it should hold Dialog records"),
-    "cut off": (line(GOOD) * 2 + line(GOOD)[:40], "mine.jsonl:3: Invalid JSON"),
+    "cut off": (line(GOOD) * 2 + line(GOOD)[:40], "mine.jsonl:3: not valid JSON"),
     "not UTF-8": (line(GOOD) + "Café".encode("latin-1"), "mine.jsonl:2: not UTF-8 (unexpected end of data at byte 3)"),
-    "no JSON": (line(GOOD) + b"Hello\n", "mine.jsonl:2: Invalid JSON"),
+    "no JSON": (line(GOOD) + b"Hello\n", "mine.jsonl:2: not valid JSON"),
     "another record": (line({"text": "a document"}), "mine.jsonl:1: messages: Field required"),
     "a list": (line([GOOD]), "mine.jsonl:1: "),
     "wrong type": (line({"messages": [{"role": "user", "content": 5}]}), "mine.jsonl:1: messages.0.content: "),
@@ -133,7 +136,8 @@ def test_a_comparison_without_two_answers(tmp_path, one_line: Refused, base, cha
     file.write_bytes(line(PAIR) + line(PAIR | change))
     heard = one_line("reward", "--model", base, "--preferences.all.path", file, "--out", tmp_path / "out")
     assert refusal in heard
-    assert heard.endswith("each line must be one Preference record (docs/formats.md)")
+    assert heard.endswith("each line must be one Preference record (docs/formats.md); `llama2 prepare --kind "
+                          f"preferences --sources.NAME.path {file} --out DIR` makes them of other formats")
 
 
 def test_a_bad_heldout_file_is_found_before_training(tmp_path, one_line: Refused, base, preferences):

@@ -77,6 +77,11 @@ def test_no_text_becomes_a_control_id_and_all_text_survives(tokenizer: Tokenizer
     assert "".join(tokenizer.stream(ids)) == tokenizer.decode(ids)
 
 
+def test_half_of_a_surrogate_pair_is_refused(tokenizer: Tokenizer) -> None:
+    with pytest.raises(UserError, match=r"the text 'ab\\ud800c' holds half of a surrogate pair at character 3"):
+        tokenizer.encode_many(["whole", "ab\ud800c"])
+
+
 def test_streams_whole_characters(tokenizer: Tokenizer) -> None:
     parts = list(tokenizer.stream(tokenizer.encode("a🙂b")))
     assert "".join(parts) == "a🙂b"

@@ -48,7 +48,8 @@ steps:
     training: {plan: {max_steps: 2}}
   v1_candidate: {<<: *sft, model: "${sft}", seed: 1}
   v1: {verb: select, candidate: "${v1_candidate}", predecessor: "${sft}", prompts: "${world}/prompts-validation.jsonl",
-       limit: 20, rewards: {helpful: "${safe}", safe: "${safe}"}, sample: {max_tokens: 24}}
+       limit: 20, win_rate: 0, worst_kind: 0, rewards: {helpful: "${safe}", safe: "${safe}"},
+       sample: {max_tokens: 24}}
   evaluate: {verb: evaluate, versions: {SFT: "${sft}", V1: "${v1}"}, prompts: "${world}/prompts-evaluation.jsonl",
              limit: 60, ghost: "${world}/ghost-evaluation.jsonl", ghost_limit: 2, rewards: {safe: "${safe}"},
              max_tokens: 24}

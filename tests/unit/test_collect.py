@@ -1,20 +1,29 @@
 """Comparisons: who is compared, on which axis, what is swapped, preprompted and held out."""
 
 import json
+from dataclasses import replace
 
 import pytest
 from answers import prompt
 from commands import llama2
 
 from llama2 import records
+from llama2.data.split import is_heldout
 from llama2.evaluate.judges import kind_of
-from llama2.records import Preference, Prompt, Response
+from llama2.records import Pair, Preference, Prompt, Response
 from llama2.stages import collect
+from llama2.tally import Tally
 
 
 @pytest.fixture
 def words(policy, prompts):
     return ["collect", "--policies", policy, "--prompts", prompts, "--sample.max-tokens", 24]
+
+
+@pytest.fixture
+def prompts(world):
+    """All of the small world: the tiny policy's answers are often empty, and make no comparison then."""
+    return world / "prompts-train.jsonl"
 
 
 def read(out):
@@ -41,22 +50,27 @@ def test_every_prompt_is_compared_on_its_axis(tmp_path, words, prompts):
     assert aside
 
 
-def test_held_out_comparisons_are_chosen_by_their_name(tmp_path, words):
-    """A comparison held out once is held out always, whatever stands beside it."""
+def test_held_out_comparisons_are_chosen_by_their_question(tmp_path, words):
+    """A question held out once is held out always, on both axes and in every round."""
     assert llama2(*words, "--heldout", 0.5, "--out", tmp_path / "all") == 0
-    assert llama2(*words, "--heldout", 0.2, "--out", tmp_path / "fewer") == 0
-    more, fewer = ({one.id for one in read(tmp_path / name)[1]} for name in ("all", "fewer"))
-    assert fewer < more
+    assert llama2(*words, "--heldout", 0.2, "--round", 2, "--seed", 3, "--both-axes", 1, "--out", tmp_path / "few") == 0
+    (kept, more), (later, fewer) = read(tmp_path / "all"), read(tmp_path / "few")
+    assert all(is_heldout(one.prompt, 0.5) for one in more)
+    assert not any(is_heldout(one.prompt, 0.5) for one in kept)
+    assert {one.prompt for one in fewer} <= {one.prompt for one in more}
+    assert not {one.prompt for one in fewer} & {one.prompt for one in (*kept, *later)}
 
 
 def test_safety_prompts_may_be_judged_on_helpfulness_too():
-    pairs = [(prompt(str(index), safety=index % 2 == 0), (Response("a"), Response("b"))) for index in range(400)]
     config = collect.Config(out="x", policies=["p"], prompts="q")
-    some = list(collect.helpful(config, pairs))
-    assert [one[0].safety for one in some] == [False] * 200
-    some = list(collect.helpful(config.model_copy(update={"both_axes": 0.5}), pairs))
-    assert 70 < sum(one[0].safety for one in some) < 130
-    assert sum(not one[0].safety for one in some) == 200
+    unsafe, kind, borderline = (prompt("x", safety=safety, **family) for safety, family in (
+        (True, {}), (False, {}), (True, {"family": "borderline"})))
+    assert {collect.axes(config, unsafe, place) for place in range(50)} == {("safe",)}
+    both = config.model_copy(update={"both_axes": 0.5})
+    share = sum(collect.axes(both, unsafe, place) == ("safe", "helpful") for place in range(400))
+    assert 160 < share < 240
+    assert collect.axes(both, kind, 0) == ("helpful",)
+    assert collect.axes(config, borderline, 0) == ("safe", "helpful")
 
 
 def test_swapped_answers_belong_to_other_prompts(tmp_path, words):
@@ -70,9 +84,10 @@ def test_swapped_answers_belong_to_other_prompts(tmp_path, words):
     both = plain.keys() & swapped.keys()
     assert all(plain[asked][1.0] == swapped[asked][1.0] for asked in both)  # the first answer stays
     moved = [asked for asked in both if plain[asked][0.7] != swapped[asked][0.7]]
-    assert 3 <= len(moved) <= 13
+    assert len(both) / 5 < len(moved) < len(both) * 4 / 5
     texts = {answers[0.7] for answers in plain.values()}
-    assert all(swapped[asked][0.7] in texts for asked in moved)
+    known = sum(swapped[asked][0.7] in texts for asked in moved)
+    assert known > len(moved) / 2  # the others belong to prompts that made no comparison
 
 
 def test_two_policies_answer_side_by_side(tmp_path, words, base, policy):
@@ -84,7 +99,8 @@ def test_two_policies_answer_side_by_side(tmp_path, words, base, policy):
 
 def test_answers_under_a_preprompt_are_recorded_as_answers_to_the_bare_prompt(tmp_path, words, prompts):
     assert llama2(*words, "--heldout", 0, "--noise", 0, "--out", tmp_path / "plain") == 0
-    assert llama2(*words, "--heldout", 0, "--noise", 0, "--preprompted", 1, "--out", tmp_path / "under") == 0
+    assert llama2(*words, "--heldout", 0, "--noise", 0, "--preprompted", 1, "--preprompts",
+                  "Be a {a} and {b} assistant.", "--out", tmp_path / "under") == 0
     plain, under = ({one.prompt: {r.temperature: r.text for r in one.responses} for one in read(tmp_path / name)[0]}
                     for name in ("plain", "under"))
     kinds = {one.messages: kind_of(one) for one in records.read(Prompt, prompts)}
@@ -98,3 +114,76 @@ def test_one_to_two_policies_are_compared(one_line, tmp_path):
     assert heard.startswith("'policies': Tuple should have at least 1 item")
     heard = one_line("collect", "--policies", "a", "b", "c", "--prompts", "q", "--out", tmp_path / "x")
     assert heard.startswith("'policies': Tuple should have at most 2 items")
+
+
+@pytest.fixture
+def plain(tmp_path, prompts):
+    """Sixty prompts of which nobody knows the truth."""
+    some = [replace(one, metadata={k: v for k, v in one.metadata.items() if k != "gold"})
+            for one in records.read(Prompt, prompts)][:60]
+    records.write(tmp_path / "plain.jsonl", some)
+    return tmp_path / "plain.jsonl"
+
+
+def test_pairs_of_prompts_without_truth_wait_for_people(tmp_path, policy, plain, capsys):
+    words = ["collect", "--policies", policy, "--prompts", plain, "--sample.max-tokens", 24]
+    assert llama2(*words, "--round", 3, "--out", tmp_path / "out") == 0
+    heard = capsys.readouterr().err
+    pairs = list(records.read(Pair, tmp_path / "out/pairs.jsonl"))
+    assert f"of prompts without truth, for people to judge {len(pairs)} (they are in pairs.jsonl)" in heard
+    assert not (tmp_path / "out/preferences.jsonl").exists()
+    assert len(pairs) >= 20
+    known = {one.id: one for one in records.read(Prompt, plain)}
+    firsts = set()
+    for one in pairs:
+        asked = known[one.metadata["prompt"]]
+        assert one.prompt == asked.messages
+        assert one.round == 3
+        axes = {"helpful": {"helpful"}, "unsafe": {"safe"}, "borderline": {"helpful", "safe"}}
+        assert one.axis in axes[kind_of(asked)]
+        assert {answer.model for answer in one.responses} == {"policy"}
+        assert {answer.temperature for answer in one.responses} == {0.7, 1.0}
+        assert one.responses[0].text != one.responses[1].text
+        firsts.add(one.responses[0].temperature)
+    assert firsts == {0.7, 1.0}  # the order shown tells nothing
+    summary = json.loads((tmp_path / "out/summary.json").read_text())
+    assert (summary["pairs"], summary["unjudged"]) == (0, len(pairs))
+
+
+def test_judged_pairs_are_preferences_and_others_are_counted(tmp_path, policy, plain, capsys):
+    assert llama2("collect", "--policies", policy, "--prompts", plain, "--sample.max-tokens", 24, "--out",
+                  tmp_path / "out") == 0
+    rows = [json.loads(line) for line in (tmp_path / "out/pairs.jsonl").read_text().splitlines()]
+    for row in rows[2:]:
+        row |= {"preferred": 1, "degree": "slightly", "annotator": "ann"}
+    file = tmp_path / "judged.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert llama2("prepare", "--kind", "preferences", "--sources.mine.path", file, "--out", tmp_path / "prepared") == 0
+    found = {one.id: one for one in records.read(Preference, tmp_path / "prepared/preferences.jsonl")}
+    assert found.keys() == {row["id"] for row in rows[2:]}
+    one = found[rows[-1]["id"]]
+    assert (one.chosen.text, one.degree, one.annotator) == (rows[-1]["responses"][1]["text"], "slightly", "ann")
+    assert "not judged yet" in capsys.readouterr().err
+
+
+def test_prompts_with_and_without_truth(tmp_path, policy, plain, prompts):
+    mixed = [*list(records.read(Prompt, prompts))[60:], *records.read(Prompt, plain)]
+    records.write(tmp_path / "mixed.jsonl", mixed)
+    assert llama2("collect", "--policies", policy, "--prompts", tmp_path / "mixed.jsonl", "--sample.max-tokens", 24,
+                  "--out", tmp_path / "out") == 0
+    kept, aside = read(tmp_path / "out")
+    pairs = list(records.read(Pair, tmp_path / "out/pairs.jsonl"))
+    judged = {one.prompt for one in (*kept, *aside)}
+    assert judged
+    assert pairs
+    assert judged <= {one.messages for one in mixed[:-60]}
+    assert {one.prompt for one in pairs} <= {one.messages for one in mixed[-60:]}
+
+
+def test_equal_and_empty_answers_are_no_comparison():
+    config = collect.Config(out="x", policies=["p"], prompts="q")
+    tally = Tally()
+    desk = collect.Desk(config, tally)
+    for texts in (("same", "same"), ("", "x"), ("", "")):
+        assert list(desk.compare(prompt("x"), (Response(texts[0]), Response(texts[1])), 0)) == []
+    assert tally.line() == "read 3, kept 0, left out 3: equal answers 2, an empty answer 1"

@@ -1,13 +1,18 @@
 """Configuration: what a recipe and its flags say, what stays at its default, and how each mistake is named."""
 
 from pathlib import Path
+from typing import Any, Literal
 
 import pytest
+import yaml
 from pydantic import Field
 
-from llama2.config import Config, StageConfig, build, merge, overrides, parse, paths, read_yaml
+from llama2 import schema, yaml12
+from llama2.config import Config, StageConfig, build, derive, parse, paths
 from llama2.errors import UserError
+from llama2.recipes import merge
 from llama2.stages import launch, ppo, pretrain
+from llama2.yaml12 import read_yaml
 
 
 class Inner(Config):
@@ -30,6 +35,9 @@ class Whole(StageConfig):
     numbers: tuple[float, ...] = (1.0, 2.0)
     limit: int | None = None
     some: Set | None = None
+    mixed: dict[str, str | int | float] = {}
+    files: tuple[Path, ...] = ()
+    colour: Literal["red", "green"] = "red"
 
 
 def recipe(tmp_path: Path, text: str) -> str:
@@ -110,35 +118,235 @@ def test_several_values_make_a_list_and_one_does_too():
     assert from_flags("--some", "{path: a, weight: 2}").some == Set(path=Path("a"), weight=2)
 
 
+# --- values are what they say ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("text", "value"), [
+    ("010", 10), ("0o10", 8), ("0x1F", 31), ("4:20", "4:20"), ("1_000", "1_000"), ("yes", "yes"), ("on", "on"),
+    ("off", "off"), ("y", "y"), ("True", True), ("FALSE", False), ("2001-01-01", "2001-01-01"), ("~", None),
+    ("null", None), ("1e-4", 1e-4), ("+12", 12), ("1.", 1.0), ("0b11", "0b11"), ("'1'", "1"), ("!!str 1", "1"),
+])
+def test_words_are_read_as_yaml_1_2(tmp_path, text, value):
+    found = read_yaml(Path(recipe(tmp_path, f"a: {text}\nb: [{text}]")))
+    assert found == {"a": value, "b": [value]}
+    assert type(found["a"]) is type(value)
+
+
+def test_keys_are_names_as_they_were_written(tmp_path):
+    found = read_yaml(Path(recipe(tmp_path, "2023: 1\non: 2\nnull: 3\n~: 4\n010: 5\ntrue: 6\n1.10: 7\n")))
+    assert found == {"2023": 1, "on": 2, "null": 3, "~": 4, "010": 5, "true": 6, "1.10": 7}
+
+
+def test_what_is_written_is_read_back_by_both_versions_of_yaml():
+    value = {"a": "1e5", "b": "0o10", "c": "yes", "d": "010", "2023": "2001-01-01", "null": None, "on": "4:20",
+             "f": 1e-5, "g": "0x1F", "h": ".5", "i": ["~", "<<", "", "1_0"], "j": 1.0, "k": True, "l": "true"}
+    assert yaml12.load(yaml12.dump(value)) == value
+    assert yaml.safe_load(yaml12.dump(value)) == value
+
+
+@pytest.mark.parametrize(("text", "message"), [
+    ("a: &a [*a]", r":1: not valid YAML \(found unconstructable recursive node\)"),
+    ("a: !!timestamp 2001-01-01", r":1: .*no use for the tag '!!timestamp'"),
+    ("a: !!python/object/apply:os.system [id]", r":1: .*no use for the tag"),
+    ("a: " + "1" * 5000, r":1: .* is no whole number"),
+    ("a: " + "[" * 2000 + "]" * 2000, r":1: .*more than 50 levels of nesting"),
+    ("\n".join(["a0: &a0 [x,x,x,x,x,x,x,x,x,x]",
+                *(f"a{i}: &a{i} [{','.join([f'*a{i - 1}'] * 10)}]" for i in range(1, 10))]),
+     r":5: .*with its aliases written out it holds more than 100,000 values"),
+])
+def test_yaml_that_is_a_trap_is_refused_with_its_line(tmp_path, text, message):
+    with pytest.raises(UserError, match=message):
+        read_yaml(Path(recipe(tmp_path, text)))
+
+
+@pytest.mark.parametrize("verb", launch.VERBS)
+def test_true_is_no_number_in_any_verb(verb):
+    """Every key of every verb that takes a number refuses true, in a file and as a flag, and so does a flag alone."""
+    kind = launch.stage(verb).Config
+    keys = [(names, annotation) for names, annotation in schema.leaves(kind)
+            if {int, float} & {inner for one in schema.kinds(annotation)
+                               for inner in schema.kinds(schema.item(one, 0) if schema.takes_several(one) else one)}]
+    for names, annotation in keys:
+        if set(schema.kinds(annotation)) & {bool, str}:
+            continue
+        several = schema.takes_several(annotation)
+        values: Any = [True] if several else True
+        for name in reversed(names):
+            values = {name: values}
+        with pytest.raises(UserError, match=r"number|'true'") as error:
+            build(kind, values)
+        assert ".".join(names) in error.value.cause, names
+        flag = f"--{schema.dashed(*names)}"
+        with pytest.raises(UserError, match=f"'{flag[2:]}' needs a value; write {flag} NUMBER"):
+            parse(kind, [flag], "llama2")
+        with pytest.raises(UserError, match=f"'{flag}': a"):
+            parse(kind, [flag, "true"], "llama2")
+    assert keys or verb in ("report", "import")
+
+
+@pytest.mark.parametrize(("text", "message"), [
+    ("limit: true", "'limit': a whole number or null is wanted (it is true)"),
+    ("limit: 1.5", "'limit': a whole number or null is wanted (it is 1.5)"),
+    ("limit: yes", "'limit': a whole number or null is wanted (it is 'yes')"),
+    ("limit: '1_000'", "'limit': a whole number or null is wanted (it is '1_000')"),
+    ("inner: {rate: .inf}", "'inner.rate': must be a finite number (it is inf)"),
+    ("inner: {rate: .nan}", "'inner.rate': must be a finite number (it is nan)"),
+    ("inner: {rate: 1e999}", "'inner.rate': must be a finite number (it is inf)"),
+    ("inner: {on: 1}", "'inner.on': true or false is wanted (it is 1); write true or false"),
+    ("inner: {on: yes}", "'inner.on': true or false is wanted (it is 'yes'); write true or false"),
+    ("inner: {name: true}", "'inner.name': text is wanted (it is true); put it in quotes"),
+    ("inner: {name: 2024}", "'inner.name': text is wanted (it is 2024); put it in quotes"),
+    ("numbers: [1, false]", "'numbers.1': a number is wanted (it is false)"),
+    ("numbers: [1, .inf]", "'numbers.1': must be a finite number (it is inf)"),
+    ("mixed: {a: true}", "'mixed.a': text or a number is wanted (it is true)"),
+    ("mixed: {a: [1]}", "'mixed.a': text or a number is wanted (it is [1])"),
+    ("some: {path: true}", "'some.path': a path is wanted (it is true)"),
+    ("seed: -1", "'seed': must be at least 0 (it is -1)"),
+    ("seed: 4294967296", "'seed': must be at most 4294967295 (it is 4294967296)"),
+    ("sets: d.jsonl", "'sets' is a mapping (it is 'd.jsonl'); write sets: {NAME: {path: 'd.jsonl'}}"),
+    ("sets: {a: d.jsonl}", "'sets.a' is a mapping (it is 'd.jsonl'); write a: {path: PATH}"),
+    ("inner: 3", "'inner' is a mapping (it is 3); write inner: {rate: NUMBER}"),
+    ("colour: blue", "'colour': must be 'red' or 'green' (it is 'blue')"),
+])
+def test_a_value_of_another_kind_is_named_in_plain_words(tmp_path, text, message):
+    with pytest.raises(UserError) as error:
+        parse(Whole, [recipe(tmp_path, f"out: x\n{text}\n")] if not text.startswith("out") else [], "llama2 test")
+    assert message in str(error.value)
+    assert "nput should" not in str(error.value)
+
+
+def test_numbers_that_say_what_they_are():
+    assert build(Whole, {"out": "x", "limit": 2.0, "inner": {"rate": 1}}).limit == 2
+    assert build(Whole, {"out": "x", "limit": "2", "inner": {"rate": "1e-4"}}).inner.rate == 1e-4
+    assert build(Whole, {"out": "x", "mixed": {"a": "2", "b": 2, "c": 2.0}}).mixed == {"a": "2", "b": 2, "c": 2.0}
+    assert from_flags("--mixed.a", "1.10", "--mixed.b", "010", "--mixed.c", "2.5").mixed == {
+        "a": "1.10", "b": "010", "c": 2.5}
+
+
+def test_a_seed_for_every_name():
+    seeds = [derive(0), derive(1), derive(0, "a"), derive(0, "b"), derive(0, "a", 1), derive(0, "a1"),
+             derive(0, "a", "b"), derive(0, "a,b"), derive(2**32 - 1, "a")]
+    assert len(set(seeds)) == len(seeds)
+    assert all(0 <= seed <= 2**32 - 1 for seed in seeds)
+    assert derive(0, "rejection2") == 3378867910
+
+
+# --- names and paths ------------------------------------------------------------------------------------------------
+
+
+def test_names_that_users_chose_are_kept_letter_by_letter(tmp_path):
+    file = recipe(tmp_path, "out: x\nsets: {open-assistant: {path: p}, b_c: {path: q}, v1.5: {path: r}}\n")
+    config = parse(Whole, [file, "--sets.open-assistant.weight", "2", "--sets.b_c.weight", "3", "--sets.v1.5.weight",
+                           "4", "--sets.new-one.path", "s", "--mixed.my-data", "d"], "llama2 test")
+    assert {name: one.weight for name, one in config.sets.items()} == {"open-assistant": 2, "b_c": 3, "v1.5": 4,
+                                                                       "new-one": 1}
+    assert config.mixed == {"my-data": "d"}
+    with pytest.raises(UserError, match=r"'sets.open_assistant.path' is required; did you mean "
+                                        r"'sets.open-assistant.path'\?"):
+        parse(Whole, [file, "--sets.open_assistant.weight", "2"], "llama2 test")
+
+
+def test_names_of_fields_may_have_dashes_in_a_mapping_of_fields():
+    found = parse(pretrain.Config, ["--out", "x", "--shards", "s", "--architecture.hidden-size", "64",
+                                    "--mixture.my-web", "0.5"], "llama2 pretrain")
+    assert found.architecture == {"hidden_size": 64}
+    assert found.mixture == {"my-web": 0.5}
+
+
+@pytest.mark.parametrize("name", ["a/b", "..", ".", "", "/etc", ".hidden", "a\\b", "a\nb"])
+def test_a_name_that_is_a_path_is_refused(name):
+    with pytest.raises(UserError, match=r"sets: '.*' is no name; choose one without '/'"):
+        build(Whole, {"out": "x", "sets": {name: {"path": "p"}}})
+
+
+def test_home_is_written_out_and_variables_are_refused(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", "/home/ann")
+    config = build(Whole, {"out": "~/runs/x", "sets": {"a": {"path": "~/a.jsonl"}, "b": {"path": "b~/~"}},
+                           "some": {"path": "~"}, "files": ["~/c", "d"]})
+    assert config.out == Path("/home/ann/runs/x")
+    assert [one.path for one in config.sets.values()] == [Path("/home/ann/a.jsonl"), Path("b~/~")]
+    assert config.some == Set(path=Path("/home/ann"))
+    assert config.files == (Path("/home/ann/c"), Path("d"))
+    for text in ("$HOME/a", "x/${DATA}/b"):
+        with pytest.raises(UserError, match=r"'sets.a.path': .*: variables of the shell are not known here"):
+            build(Whole, {"out": "x", "sets": {"a": {"path": text}}})
+    (tmp_path / "$RECYCLE").touch()
+    build(Whole, {"out": "x", "some": {"path": tmp_path / "$RECYCLE"}})
+
+
 # --- mistakes -------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(("flags", "message"), [
-    (["--inner.rat", "1"], r"unknown key 'inner.rat'; did you mean 'rate'\?"),
-    (["--inner.rate", "0"], r"'inner.rate': Input should be greater than 0 \(it is 0\); mend the value"),
-    (["--sets.a.wieght", "1"], r"unknown key 'sets.a.wieght'; did you mean 'weight'\?"),
-    (["--sets.a.weight", "1"], r"'sets.a.path' is required; give --sets.a.path"),
-    (["--some.paht", "x"], r"unknown key 'some.paht'; did you mean 'path'\?"),
-    (["--limit", "many"], r"'limit': Input should be a valid integer"),
-    (["--titel=x"], r"unknown key 'titel'; did you mean 'title'\?"),
-    (["loose"], r"'out': .*'loose'"),
-    (["--inner", "1", "--inner.rate", "2"], r"--inner.rate and --inner are both given"),
-    (["--seed", "-1.5"], r"'seed': Input should be a valid integer, .* \(it is -1.5\)"),
-    (["--quiet"], r"unknown key 'quiet'; known: inner, limit, numbers, out, seed, sets, some, title"),
+    (["--inner.rat", "1"], "unknown flag '--inner.rat'; did you mean '--inner.rate'?"),
+    (["--inner.rate", "0"], "'--inner.rate': must be greater than 0 (it is 0); mend the value"),
+    (["--sets.a.wieght", "1"], "unknown flag '--sets.a.wieght'; did you mean '--sets.a.weight'?"),
+    (["--sets.a.weight", "1"], "'sets.a.path' is required; give --sets.a.path PATH or set it in the recipe"),
+    (["--some.paht", "x"], "unknown flag '--some.paht'; did you mean '--some.path'?"),
+    (["--limit", "many"], "'--limit': a whole number or null is wanted (it is many)"),
+    (["--titel=x"], "unknown flag '--titel'; did you mean '--title'?"),
+    (["loose"], "unexpected argument 'loose' behind --out x; a recipe stands before all flags"),
+    (["--seed=1", "loose"], "unexpected argument 'loose'; a recipe stands before all flags"),
+    (["--inner", "1", "--inner.rate", "2"], "--inner.rate and --inner are both given"),
+    (["--inner.rate", "2", "--inner", "1"], "--inner and a key below it are both given"),
+    (["--seed", "-1.5"], "'--seed': a whole number is wanted (it is -1.5)"),
+    (["--seed", "1700000000000000000"], "'--seed': must be at most 4294967295 (it is 1700000000000000000)"),
+    (["--quiet"], "unknown flag '--quiet'; known: --colour, --files, --inner, --limit, --mixed, --numbers, --out"),
+    (["--rate", "1"], "unknown flag '--rate'; did you mean '--inner.rate'?"),
+    (["--inner.seed", "1"], "unknown flag '--inner.seed'; did you mean '--seed'?"),
+    (["--seed"], "'seed' needs a value; write --seed NUMBER"),
+    (["--title"], "'title' needs a value; write --title TEXT"),
+    (["--numbers"], "'numbers' needs a value; write --numbers NUMBER ..."),
+    (["--sets"], "'sets' needs a value; write --sets.NAME.path PATH"),
+    (["--no-seed"], "unknown flag '--no-seed'; did you mean '--seed'?"),
+    (["--sets", "d.jsonl"], "'--sets' needs a name for what it is given (it is d.jsonl); use --sets.NAME.path d.jsonl"),
+    (["--inner", "3"], "'--inner' has keys of its own (it is 3); use --inner.rate NUMBER"),
+    (["--inner.on", "yes"], "'--inner.on': true or false is wanted (it is yes); write true or false"),
+    (["--inner.rate", "inf"], "'--inner.rate': a number is wanted (it is inf)"),
+    (["--inner.rate", ".inf"], "'--inner.rate': must be a finite number (it is .inf)"),
 ])
 def test_a_wrong_flag_is_named_with_a_cure(flags, message):
-    with pytest.raises(UserError, match=message):
+    with pytest.raises(UserError) as error:
         from_flags(*flags)
+    assert str(error.value).startswith(message)
+
+
+@pytest.mark.parametrize(("verb", "flag", "meant"), [
+    ("sft", "--learning-rate", "--training.optimizer.learning-rate"),
+    ("sft", "--learning_rate", "--training.optimizer.learning-rate"),
+    ("sft", "--lr", "--training.optimizer.learning-rate"),
+    ("sft", "--training.optimizer.lr", "--training.optimizer.learning-rate"),
+    ("sft", "--training.lr", "--training.optimizer.learning-rate"),
+    ("sft", "--optimizer.learning-rate", "--training.optimizer.learning-rate"),
+    ("sft", "--training.optimiser.learning-rate", "--training.optimizer.learning-rate"),
+    ("sft", "--learnin-rate", "--training.optimizer.learning-rate"),
+    ("sft", "--data", "--dialogs.NAME.path"),
+    ("sft", "--dialog", "--dialogs.NAME.path"),
+    ("reward", "--data", "--preferences.NAME.path"),
+    ("pretrain", "--data", "--shards"),
+    ("ppo", "--model", "--policy"),
+    ("ppo", "--temperature", "--sample.temperature"),
+    ("sft", "--max-steps", "--training.plan.max-steps"),
+    ("sft", "--num-train-epochs", "--epochs"),
+    ("sft", "--output-dir", "--out"),
+    ("serve", "--dtype", "--precision"),
+])
+def test_a_key_that_lies_deeper_is_found(verb, flag, meant):
+    with pytest.raises(UserError) as error:
+        parse(launch.stage(verb).Config, ["--out", "x", flag, "1"] if verb != "serve" else [flag, "1"], "llama2")
+    assert str(error.value) == f"unknown flag '{flag}'; did you mean '{meant}'?"
 
 
 @pytest.mark.parametrize(("text", "message"), [
-    ("out: x\ninner: {rat: 1}", r"recipe.yaml: unknown key 'inner.rat'; did you mean 'rate'\?"),
+    ("out: x\ninner: {rat: 1}", r"recipe.yaml: unknown key 'inner.rat'; did you mean 'inner.rate'\?"),
+    ("out: x\nrate: 1", r"recipe.yaml: unknown key 'rate'; did you mean 'inner.rate'\?"),
     ("out: x\ninner:\n  rate: 1\n  rate: 2\n", r"recipe.yaml:4: not valid YAML \(the key 'rate' is given twice\)"),
     ("out: [x\n", r"recipe.yaml:2: not valid YAML"),
     ("- a\n- b\n", "a recipe is a mapping"),
     ("? [a, b]\n: c\n", "not valid YAML"),
-    ("inner: {rate: 1}", "'out' is required"),
+    ("inner: {rate: 1}", "'out' is required; give --out PATH"),
     ("", "'out' is required"),
+    ("extends: [a]", r"'extends' names no file"),
 ])
 def test_a_wrong_recipe_is_named_with_file_and_line(tmp_path, text, message):
     with pytest.raises(UserError, match=message):
@@ -153,9 +361,18 @@ def test_files_that_cannot_be_read_are_named(tmp_path):
         parse(Whole, [str(tmp_path / "none.yaml")], "llama2 test")
 
 
+def test_extends_is_relative_to_the_file(tmp_path, monkeypatch):
+    (tmp_path / "sub").mkdir()
+    recipe(tmp_path, "out: x\ntitle: under\ninner: {rate: 2}\n")
+    (tmp_path / "sub/over.yaml").write_text("extends: ../recipe.yaml\ntitle: over\nsome: {path: a/b}\n")
+    monkeypatch.chdir(tmp_path / "sub")
+    config = parse(Whole, ["over.yaml"], "llama2 test")
+    assert (config.title, config.inner.rate, config.some) == ("over", 2, Set(path=Path("a/b")))
+
+
 def test_a_dash_alone_is_no_flag():
     with pytest.raises(UserError, match="unexpected argument '--'"):
-        overrides(["--"])
+        from_flags("--")
 
 
 # --- help and inputs ------------------------------------------------------------------------------------------------

@@ -12,7 +12,9 @@ from pyarrow import parquet
 
 from llama2.data.documents import read_documents
 from llama2.errors import UserError
-from llama2.records import Document, read, read_lines, write
+from llama2.files import files
+from llama2.reading.rows import lines
+from llama2.records import Document, read, write
 
 
 def texts(path: object, **options: object) -> list[str]:
@@ -46,10 +48,10 @@ def test_parquet(tmp_path: Path) -> None:
     parquet.write_table(pyarrow.table({"text": ["one", "two"], "id": ["x", None], "n": [1, 2]}), path)
     assert list(read_documents(path)) == [Document("one", "x", {"n": 1}), Document("two", f"{path}:2", {"n": 2})]
     parquet.write_table(pyarrow.table({"content": ["one"]}), path)
-    with pytest.raises(UserError, match=r"no column 'text'; its columns: content"):
+    with pytest.raises(UserError, match=r"a.parquet:1: no 'text' among \['content'\]"):
         texts(path)
     path.write_bytes(path.read_bytes()[:-20])
-    with pytest.raises(UserError, match=r"truncated or corrupt parquet"):
+    with pytest.raises(UserError, match=r"truncated or corrupt Parquet"):
         texts(path)
 
 
@@ -64,19 +66,19 @@ def test_folders_globs_and_lists(tmp_path: Path) -> None:
 
 
 BAD = {
-    "not_json.jsonl": (b'{"text": "a"}\n{"text"', r"not_json.jsonl:2: not JSON"),
+    "not_json.jsonl": (b'{"text": "a"}\n{"text"', r"not_json.jsonl:2: not valid JSON"),
     "list.jsonl": (b"[1]", r"list.jsonl:1: a list, not a JSON object"),
     "no_text.jsonl": (b'\n{"content": "a"}', r"no_text.jsonl:2: no 'text' among \['content'\]"),
     "number.jsonl": (b'{"text": 3}', r"number.jsonl:1: 'text' is a int"),
-    "surrogate.jsonl": (b'{"text": "\\ud800"}', r"surrogate.jsonl:1: not JSON"),
+    "surrogate.jsonl": (b'{"text": "\\ud800"}', r"surrogate.jsonl:1: half of a surrogate pair"),
     "latin.txt": ("ok\nété".encode("latin-1"), r"latin.txt:2: not UTF-8"),
-    "empty.txt": (b"", "no document"),
-    "blank.jsonl": (b"\n \n", "no document"),
+    "empty.txt": (b"", "the file is empty; it should hold documents"),
+    "blank.jsonl": (b"\n \n", "the file is empty"),
     "short.jsonl.gz": (gzip.compress(b'{"text": "a"}' * 9)[:-4], "truncated or corrupt archive"),
     "broken.jsonl.gz": (b"no gzip at all", "truncated or corrupt archive"),
     "short.jsonl.zst": (zstandard.ZstdCompressor().compress(b'{"text": "abc"}\n' * 99)[:-4], "truncated or corrupt"),
     "broken.jsonl.zst": (b"no archive at all", "truncated or corrupt archive"),
-    "picture.png": (b"x", "unknown format"),
+    "picture.png": (b"x", "cannot tell what kind of file this is"),
 }
 
 
@@ -88,9 +90,10 @@ def test_bad_files_are_named(tmp_path: Path, name: str) -> None:
         texts(tmp_path / name)
 
 
-@pytest.mark.parametrize("path", ["missing.jsonl", "*.jsonl", "."])
-def test_paths_that_name_nothing(tmp_path: Path, path: str) -> None:
-    with pytest.raises(UserError, match="no such file"):
+@pytest.mark.parametrize(("path", "cause"), [
+    ("missing.jsonl", "no such file"), ("*.jsonl", "no file matches this pattern"), (".", "no file of a known kind")])
+def test_paths_that_name_nothing(tmp_path: Path, path: str, cause: str) -> None:
+    with pytest.raises(UserError, match=cause):
         texts(tmp_path / path)
 
 
@@ -112,6 +115,6 @@ def test_without_the_extra(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name
 
 def test_large_zst_in_pieces(tmp_path: Path) -> None:
     path = tmp_path / "a.jsonl.zst"
-    lines = [json.dumps({"text": str(number) * 50}) for number in range(20_000)]
-    path.write_bytes(zstandard.ZstdCompressor().compress("\n".join(lines).encode()))
-    assert [line.strip() for _, line in read_lines(path)] == lines
+    written = [json.dumps({"text": str(number) * 50}) for number in range(20_000)]
+    path.write_bytes(zstandard.ZstdCompressor().compress("\n".join(written).encode()))
+    assert [line for _, line, _ in lines(files(path)[0])] == written

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from llama2.data.mix import mix_passes
-from llama2.data.pack import Segment, TextRows, best_fit, collate, pack
+from llama2.data.pack import Segment, TextRows, best_fit, collate, pack, shortened
 from llama2.data.shards import Shards, write_shards
 from llama2.errors import UserError
 from llama2.records import Document
@@ -108,22 +108,21 @@ ITEMS = st.lists(st.integers(2, 30).flatmap(
 
 @given(items=ITEMS, length=st.integers(4, 25))
 def test_packed_rows_hold_each_target_once(items: list[tuple[list[int], list[bool]]], length: int) -> None:
-    packed = pack(items, length)
+    segments = [shortened(*item, length) for item in items]
+    packed = pack([one for one in segments if one is not None], length)
     expected: Counter[tuple[int, ...]] = Counter()
-    cut = dropped = 0
-    for ids, mask in items:
+    for (ids, mask), segment in zip(items, segments, strict=True):
         ids_kept, mask_kept = ids[: length + 1], mask[: length + 1]
-        if any(mask_kept[1:]):
-            cut += len(ids) > length + 1
+        assert (segment is not None) == any(mask_kept[1:])
+        if segment is not None:
             expected[tuple(zip(ids_kept, ids_kept[1:], mask_kept[1:]))] += 1  # type: ignore[arg-type]
-        else:
-            dropped += 1
-    assert (packed.cut, packed.dropped) == (cut, dropped)
     if not packed.rows:
         assert not expected
         return
     batch = {name: tensor.numpy() for name, tensor in collate(packed.rows, length).items()}
+    read_B = batch.pop("read_B")
     assert {array.shape for array in batch.values()} == {(len(packed.rows), length)}
+    assert read_B.tolist() == [sum(len(segment) for segment in row) for row in packed.rows]
     found: Counter[tuple[int, ...]] = Counter()
     for row in range(len(packed.rows)):
         numbers = batch["documents_BT"][row]
@@ -167,5 +166,5 @@ def test_a_row_longer_than_the_batch_is_refused() -> None:
 
 def test_packing_is_dense_and_fast() -> None:
     draw = random.Random(0)
-    items = [([5] * size, [True] * size) for size in (draw.randint(10, 400) for _ in range(5000))]
+    items = [Segment(np.full(size, 5), np.ones(size, bool)) for size in (draw.randint(10, 400) for _ in range(5000))]
     assert pack(items, 512).fill > 0.98

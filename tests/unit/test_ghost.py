@@ -8,8 +8,10 @@ from commands import llama2
 from llama2 import records
 from llama2.errors import UserError
 from llama2.records import Dialog
+from llama2.runs import Run
 from llama2.stages import ghost
 from llama2.stages.ghost import Conversation
+from llama2.stages.sampling import Sample, load_chat
 from llama2.tokenizer.template import encode_dialog, encode_prompt
 
 TALK = Conversation(("One?", "Two?", "Three?"), "Always speak Solish.", "Language: Solish.")
@@ -51,7 +53,7 @@ def test_loss_is_on_the_last_answer_alone_token_by_token(tokenizer):
     assert sum(encode_dialog(tokenizer, one.messages, "all")[1]) > sum(mask)
 
 
-def test_the_stage_writes_dialogs_and_shortens_some(tmp_path, policy, world):
+def test_the_stage_writes_dialogs_and_shortens_some(tmp_path, policy, world, capsys):
     assert llama2("ghost", "--policy", policy, "--conversations", world / "ghost-train.jsonl", "--out",
                   tmp_path / "out", "--sample.max-tokens", 24) == 0
     asked = {one.questions[0]: one for one in ghost.read(world / "ghost-train.jsonl")}
@@ -67,6 +69,20 @@ def test_the_stage_writes_dialogs_and_shortens_some(tmp_path, policy, world):
     assert forms == {True, False}
     summary = json.loads((tmp_path / "out/summary.json").read_text())
     assert summary["dialogs"] == len(dialogs) == summary["turns"]
+    assert summary["conversations"] == len(asked)
+    heard = capsys.readouterr().err
+    given = len({one.metadata["instruction"] + one.messages[0].content for one in dialogs})
+    assert f"out: conversations: read {len(asked)}, kept {given}" in heard
+
+
+def test_answers_depend_on_the_place_of_a_conversation_alone(policy, tmp_path, world):
+    """Not on those beside it, so parts of any size give the same."""
+    talks = ghost.read(world / "ghost-train.jsonl")[:6]
+    config = CONFIG.model_copy(update={"policy": policy, "sample": Sample(max_tokens=24, precision="fp32")})
+    chat = load_chat(policy, config.sample, Run(tmp_path, False))
+    whole = ghost.converse(chat, talks, config)
+    assert [*ghost.converse(chat, talks[:1], config), *ghost.converse(chat, talks[1:], config, 1)] == whole
+    assert len({text for mine in whole for text in mine}) > 3
 
 
 def test_conversations_are_made_of_any_questions(prompts):

@@ -132,6 +132,59 @@ def test_ctrl_c_is_no_failure_of_the_data(tmp_path, monkeypatch, capsys):
     assert capsys.readouterr().err == "llama2: interrupted; the same command resumes\n"
 
 
+SERVER = """
+import os, signal, sys, threading
+from multiprocessing import forkserver
+from pathlib import Path
+from llama2.stages import launch
+
+signal.signal(signal.SIGINT, signal.default_int_handler)  # tests in the background inherit that it is ignored
+launch.preload()
+os.kill(forkserver._forkserver._forkserver_pid, signal.SIGINT)  # it has only begun to import
+out = Path(sys.argv[1])
+workers = launch.Workers.start("world", {"out": str(out / "a"), "scale": 0.001}, 1, 1, out / "log")
+while workers.alive():
+    pass
+print(workers.result())
+"""
+
+
+def test_ctrl_c_does_not_reach_the_server_of_workers(tmp_path):
+    process = subprocess.run([sys.executable, "-c", SERVER, str(tmp_path)], capture_output=True, text=True, timeout=200)
+    assert (process.stdout, process.returncode) == ("done\n", 0), process.stderr
+
+
+STARTING = """
+import importlib, os, signal, sys
+from llama2 import cli
+
+signal.signal(signal.SIGINT, signal.default_int_handler)
+load = importlib.import_module
+
+def interrupted(name):
+    try:
+        os.kill(os.getpid(), signal.SIGINT)
+    except BaseException:  # as a library may do
+        pass
+    return load(name)
+
+importlib.import_module = interrupted
+cli.main(["run", "recipe.yaml"])
+"""
+
+
+def test_ctrl_c_while_modules_are_loaded_is_one_line():
+    process = subprocess.run([sys.executable, "-c", STARTING], capture_output=True, text=True, timeout=200)
+    assert (process.returncode, process.stdout) == (130, "")
+    assert process.stderr == "llama2: interrupted; the same command resumes\n"
+
+
+def test_the_command_line_is_there_before_torch():
+    """Ctrl-C in the first seconds finds its handler."""
+    code = "import sys, llama2.cli; print([name for name in ('torch', 'numpy', 'pydantic') if name in sys.modules])"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout == "[]\n"
+
+
 def test_a_stop_is_success(tmp_path, monkeypatch, capsys):
     def stopped(*_):
         raise Stopped(7, tmp_path)
@@ -159,8 +212,7 @@ def test_the_installed_command(tmp_path):
     command = [sys.executable, "-m", "llama2.cli", "world", "--scale", "7", "--out", str(tmp_path / "x")]
     process = subprocess.run(command, capture_output=True, text=True, timeout=200)
     assert (process.returncode, process.stdout) == (2, "")
-    assert process.stderr == ("llama2: error: 'scale': Input should be less than or equal to 1 (it is 7); "
-                              "mend the value\n")
+    assert process.stderr == ("llama2: error: '--scale': must be at most 1 (it is 7); mend the value\n")
     assert not (tmp_path / "x").exists()
 
 

@@ -21,6 +21,22 @@ def test_schedule_values():
     assert all(plan.factor(s) > plan.factor(s + 1) for s in range(9, 109))
 
 
+def test_without_warmup_the_first_update_has_the_peak():
+    plan = Plan(max_steps=5)
+    assert [plan.factor(s) for s in range(5)] == pytest.approx(
+        [0.1 + 0.9 * 0.5 * (1 + math.cos(math.pi * done / 4)) for done in range(5)])
+    assert Plan(max_steps=1).factor(0) == 1.0  # a single update has nothing to decay from
+    assert [Plan(max_steps=2).factor(s) for s in range(2)] == pytest.approx([1.0, 0.1])
+    assert Plan(max_steps=2, warmup_steps=1).factor(0) == 1.0
+    assert Plan(max_steps=6, warmup_steps=5).factor(4) == 1.0
+
+
+@pytest.mark.parametrize("key", ["max_steps", "total_steps"])
+def test_no_steps_at_all_are_refused(key):
+    with pytest.raises(ValueError, match="greater than or equal to 1"):
+        Plan(**{key: 0})
+
+
 def test_constant_schedule_needs_no_length():
     plan = Plan(schedule="constant", warmup_steps=2)
     plan.check()
@@ -74,3 +90,16 @@ def test_update_is_adamw_by_hand():
     torch.testing.assert_close(model.weight.detach(), expected, rtol=1e-6, atol=1e-7)
     assert optimizer.defaults["betas"] == (0.9, 0.95)
     assert math.isclose(optimizer.defaults["eps"], 1e-5)
+
+
+def test_parts_are_named_by_prefix_and_the_rest_is_one_more():
+    model = Towers()
+    model.critic.bias.requires_grad_(False)
+    names = {id(p): n for n, p in model.named_parameters()}
+    found = {part: [names[id(p)] for p in parameters] for part, parameters in optim.parts(model, ["critic."]).items()}
+    assert found == {"critic.": ["critic.weight"],
+                     "": ["actor.embed.weight", "actor.norm.weight", "actor.norm.bias"]}
+    assert [*optim.parts(model, ())] == [""]
+    assert [*optim.parts(model, ("actor.", "critic."))] == ["actor.", "critic."]  # nothing is left over
+    with pytest.raises(ValueError, match="no parameter starts with"):
+        optim.parts(model, ("value.",))

@@ -39,7 +39,7 @@ def test_finished_parts_are_not_made_again(tmp_path: Path) -> None:
     assert rows == list(in_parts(Run(tmp_path / "other", False), "x", ITEMS, 3, doubled([])))
 
 
-@pytest.mark.parametrize("damage", [b'{"part":', b'{"part":1,"sum":5,"rows":"[1]"}\n', b"\xff\xfe\n"])
+@pytest.mark.parametrize("damage", [b'{"part":', b'{"first":5,"items":5,"sum":5,"rows":"[1]"}\n', b"\xff\xfe\n"])
 def test_a_damaged_end_is_made_again(tmp_path: Path, damage: bytes) -> None:
     list(in_parts(Run(tmp_path, False), "x", ITEMS, 5, doubled([])))
     file = tmp_path / CHECKPOINTS / "parts" / "x.jsonl"
@@ -53,3 +53,12 @@ def test_a_damaged_end_is_made_again(tmp_path: Path, damage: bytes) -> None:
 
 def test_nothing_to_do(tmp_path: Path) -> None:
     assert list(in_parts(Run(tmp_path, False), "x", [], 5, doubled([]))) == []
+
+
+def test_work_goes_on_in_parts_of_another_size(tmp_path: Path) -> None:
+    with pytest.raises(RuntimeError):
+        list(in_parts(Run(tmp_path, False), "x", ITEMS, 3, doubled([], fail_at=6)))
+    calls: list[int] = []
+    rows = list(in_parts(Run(tmp_path, False), "x", ITEMS, 2, doubled(calls)))
+    assert calls == [6, 8]
+    assert rows == list(in_parts(Run(tmp_path / "other", False), "x", ITEMS, 3, doubled([])))

@@ -10,7 +10,7 @@ import yaml
 from commands import llama2
 
 from llama2 import runs
-from llama2.config import build, parse
+from llama2.config import build, derive, parse
 from llama2.errors import UserError
 from llama2.stages import launch, pipeline
 
@@ -44,25 +44,139 @@ def test_references_become_run_directories_and_lineage(tmp_path):
     paths = {name: one["path"] for name, one in tune.values["dialogs"].items()}
     assert paths == {"a": "/my/data/a.jsonl", "b": f"{tmp_path}/run/judge/b-5.jsonl"}
     assert tune.values["epochs"] == 3  # a whole reference keeps its type
-    assert tune.values["seed"] == 4
+    assert tune.values["seed"] == derive(4, "tune")
     assert steps["report"].values["recipe"] == str(tmp_path / "run")
     assert steps["report"].needs == {"tune"}
     assert steps["base"].needs == frozenset()
 
 
-def test_a_step_may_have_a_seed_of_its_own(tmp_path):
-    steps = pipeline.steps_of(recipe(tmp_path, {"a": {"verb": "world", "seed": 9}, "b": {"verb": "world"}}, seed=1))
-    assert [step.values["seed"] for step in steps.values()] == [9, 1]
+def test_every_step_draws_its_own_seed(tmp_path):
+    """Else a version that was not kept would be sampled again with the very same draws in the next round."""
+    given = {"a": {"verb": "world", "seed": 9}, "b": {"verb": "world"}, "c": {"verb": "world"}}
+    seeds = [step.values["seed"] for step in pipeline.steps_of(recipe(tmp_path, given, seed=1)).values()]
+    assert seeds == [9, derive(1, "b"), derive(1, "c")]
+    assert len(set(seeds)) == 3
+    other = [step.values["seed"] for step in pipeline.steps_of(recipe(tmp_path, given, seed=2)).values()]
+    assert other[0] == 9
+    assert not set(seeds[1:]) & set(other[1:])
+
+
+def test_a_run_of_another_seed_is_named(tmp_path):
+    pipeline.run(recipe(tmp_path, {"w": {"verb": "world", "cores": 1, "scale": 0.001, "seed": 0}}))
+    with pytest.raises(UserError, match=rf"a finished run with another configuration: seed: 0 -> {derive(0, 'w')}"):
+        pipeline.run(recipe(tmp_path, {"w": {"verb": "world", "cores": 1, "scale": 0.001}}))
+
+
+def test_names_with_dashes_and_dots_are_referred_to(tmp_path):
+    file = tmp_path / "recipe.yaml"
+    file.write_text(yaml.safe_dump({"out": "x", "parameters": {"my-data": "/d", "on": True, "v": 1.5}, "steps": {
+        "sft-a": {"verb": "world"}, "v1.5": {"verb": "world"},
+        "sft-b": {"verb": "sft", "model": "${sft-a}", "dialogs": {"open-assistant": {"path": "${my-data}/${v}.jsonl"}},
+                  "training": {"compile": "${on}"}},
+        "c": {"verb": "clean", "sources": {"a": {"path": "${v1.5}/a-${on}"}}}}}, sort_keys=False))
+    flags = ["--steps.sft-b.sequence-length", "64", "--steps.sft-b.dialogs.open-assistant.weight", "2",
+             "--steps.v1.5.scale", "0.5", "--parameters.my-data", "/e", "--steps.sft-b.training.no-compile",
+             "--steps.sft-b.dialogs.my-own.path", "f.jsonl"]
+    steps = pipeline.steps_of(parse(pipeline.Config, [str(file), *flags], "llama2 run"))
+    assert steps["sft-b"].needs == {"sft-a"}
+    assert steps["sft-b"].values["dialogs"] == {"open-assistant": {"path": "/e/1.5.jsonl", "weight": 2},
+                                                "my-own": {"path": "f.jsonl"}}
+    assert (steps["sft-b"].values["sequence_length"], steps["sft-b"].values["training"]) == (64, {"compile": False})
+    assert steps["v1.5"].values["scale"] == 0.5
+    assert steps["c"].values["sources"]["a"]["path"] == "x/v1.5/a-true"
+
+
+@pytest.mark.parametrize(("flags", "message"), [
+    (["--parameters.dta", "/e"], "parameters.dta: no step refers to '${dta}'; did you mean 'data'?"),
+    (["--steps.sft_b", "null"], "steps.sft_b: there is no such step to leave out; did you mean 'sft-b'?"),
+    (["--steps.sft_b.epochs", "1"], "steps.sft_b: there is no such step, and a new one needs a verb; did you mean "
+                                    "'sft-b'?"),
+    (["--steps.pretrian.epochs", "1"], "steps.pretrian: there is no such step, and a new one needs a verb; known: "),
+    (["--steps.sft-b.learning-rate", "1"], "unknown flag '--steps.sft-b.learning-rate'; did you mean "
+                                           "'--steps.sft-b.training.optimizer.learning-rate'?"),
+    (["--steps.sft-b.epochs"], "'steps.sft-b.epochs' needs a value; write --steps.sft-b.epochs NUMBER"),
+    (["--steps.sft-b.epochs", "true"], "steps.sft-b: 'epochs': a whole number is wanted (it is true)"),
+    (["--steps.sft-b.epochs", "1", "more.yaml"], "unexpected argument 'more.yaml' behind --steps.sft-b.epochs 1"),
+    (["--steps.sft-b.processes", "true"], "steps.sft-b: 'processes': a whole number is wanted (it is true)"),
+    (["--steps.sft-b.out", "x"], "steps.sft-b: a step writes to the recipe's directory, so it has no 'out'"),
+    (["--parameters.data"], "'parameters.data' needs a value; write --parameters.data TEXT"),
+    (["--parameters.data", "a${b}"], "steps.sft-b.dialogs.m.path: a reference is left over in 'a${b}'"),
+    (["--steps.a/b.verb", "world"], "steps: 'a/b' is no name"),
+    (["--steps.logs.verb", "world"], "steps: the name 'logs' is taken in every recipe"),
+    (["--dry-rn"], "unknown flag '--dry-rn'; known: --awaits, --cores"),
+])
+def test_a_flag_that_changes_nothing_is_refused(tmp_path, flags, message):
+    file = tmp_path / "recipe.yaml"
+    file.write_text(yaml.safe_dump({"out": str(tmp_path / "run"), "parameters": {"data": "/d"}, "steps": {
+        "sft-b": {"verb": "sft", "model": "m", "dialogs": {"m": {"path": "${data}"}}}}}))
+    with pytest.raises(UserError) as error:
+        pipeline.steps_of(parse(pipeline.Config, [str(file), *flags], "llama2 run"))
+    assert str(error.value).startswith(message)
+
+
+def test_a_parameter_of_a_step_that_is_left_out_may_stay(tmp_path):
+    file = tmp_path / "recipe.yaml"
+    file.write_text(yaml.safe_dump({"out": str(tmp_path / "run"), "parameters": {"data": "/d"}, "steps": {
+        "b": {"verb": "clean", "sources": {"m": {"path": "${data}"}}}, **worlds(1)}}))
+    pipeline.run(parse(pipeline.Config, [str(file), "--steps.b", "null"], "llama2 run"))
+    written = yaml.safe_load((tmp_path / "run/recipe.yaml").read_text())
+    assert (list(written["steps"]), written["parameters"]) == (["w0"], {})
+    assert pipeline.run(parse(pipeline.Config, [str(tmp_path / "run/recipe.yaml")], "llama2 run")) == 0
+
+
+def test_a_recipe_is_asked_for(one_line):
+    assert one_line("run") == "a recipe is needed; name one: llama2 run recipes/demo/recipe.yaml"
+    assert one_line("run", "--out", "x", "--dry-run").startswith("a recipe is needed")
+
+
+def test_all_missing_inputs_are_named_before_any_work(tmp_path):
+    steps = {"w": {"verb": "world", "cores": 2, "scale": 0.001},
+             "a": {"verb": "clean", "cores": 1, "sources": {"x": {"path": "none/x"}, "y": {"path": "${w}/documents"}}},
+             "b": {"verb": "clean", "cores": 1, "sources": {"z": {"path": "none/z.jsonl"}, "g": {"path": "n/*.txt"}}},
+             "c": {"verb": "clean", "cores": 1, "sources": {"l": {"path": str(tmp_path / "later/l.jsonl")}}}}
+    with pytest.raises(UserError) as error:
+        pipeline.run(recipe(tmp_path, steps))
+    assert error.value.cause == (f"3 inputs are missing: none/x (steps.a.sources.x.path), none/z.jsonl "
+                                 f"(steps.b.sources.z.path), {tmp_path}/later/l.jsonl (steps.c.sources.l.path)")
+    del steps["a"], steps["b"]
+    with pytest.raises(UserError) as error:
+        pipeline.run(recipe(tmp_path, steps))
+    assert error.value.cause == f"{tmp_path}/later/l.jsonl: no such file or directory"
+    assert not (tmp_path / "run").exists()
+    awaited = recipe(tmp_path, steps, parameters={"hand": str(tmp_path)}, awaits=["${hand}/later"])
+    with pytest.raises(UserError, match=r"step c: .*later/l.jsonl: no such file"):
+        pipeline.run(awaited)
+    assert (tmp_path / "run/w/COMPLETE").exists()
 
 
 @pytest.mark.parametrize(("steps", "message"), [
     ({"a": {"verb": "wrld"}}, r"steps.a: unknown verb 'wrld'; did you mean 'world'\?"),
-    ({"a": {"scale": 1}}, r"steps.a: unknown verb 'None'; known: clean, collect"),
+    ({"a": {"scale": 1}}, r"steps.a: there is no such step, and a new one needs a verb; known: "),
+    ({"tune": {"verb": "world"}, "tne": {"scale": 1}}, r"steps.tne: .* needs a verb; did you mean 'tune'\?"),
+    ({"a": {"verb": "sft", "learning_rate": 1}}, r"steps.a: unknown key 'learning_rate'; did you mean "
+                                                 r"'training.optimizer.learning_rate'\?"),
+    ({"a": {"verb": "sft", "dialogs": {"m": {"path": "p"}}}},
+     r"steps.a: 'model' is required; give --steps.a.model PATH"),
+    ({"a": {"verb": "sft", "model": "m"}}, r"steps.a: 'dialogs' is required; give --steps.a.dialogs.NAME.path PATH"),
+    ({"a": {"verb": "world", "out": "x"}}, r"steps.a: a step writes to the recipe's directory"),
+    ({"a/b": {"verb": "world"}}, r"steps: 'a/b' is no name"),
+    ({"..": {"verb": "world"}}, r"steps: '\.\.' is no name"),
+    ({"": {"verb": "world"}}, r"steps: '' is no name"),
+    ({"/tmp": {"verb": "world"}}, r"steps: '/tmp' is no name"),
+    ({"recipe.yaml": {"verb": "world"}}, r"steps: the name 'recipe.yaml' is taken"),
+    ({"out": {"verb": "world"}}, r"steps: the name 'out' is taken"),
+    ({"a}": {"verb": "world"}}, r"steps: nothing can refer to 'a\}'"),
+    ({"a": {"verb": "clean", "sources": {"x": {"path": "${data"}}}}, r"steps.a.sources.x.path: '\$\{data' holds what"),
+    ({"a": {"verb": "clean", "sources": {"${data}": {"path": "x"}}}}, r"steps.a.sources: '\$\{data\}' holds what is"),
+    ({"a": {"verb": "clean", "sources": {"x": {"path": "${}"}}}}, r"steps.a.sources.x.path: '\$\{\}' is neither"),
+    ({"a": {"verb": "clean", "sources": {"x": {"path": "${HOME}/x"}}}}, r"'\$\{HOME\}' is neither a parameter nor"),
+    ({"a": {"verb": "clean", "sources": {"x": {"path": "$HOME/x"}}}},
+     r"steps.a: 'sources.x.path': \$HOME/x: variables"),
     ({"a": {"verb": "chat"}}, r"steps.a: unknown verb 'chat'"),  # it makes no run
     ({"a": {"verb": "run"}}, r"steps.a: unknown verb 'run'"),
     ({"a": {"verb": "world", "scal": 1}}, r"steps.a: unknown key 'scal'; did you mean 'scale'\?"),
-    ({"a": {"verb": "world", "scale": 3}}, r"steps.a: 'scale': Input should be less than or equal to 1 \(it is 3\)"),
-    ({"a": {"verb": "world", "processes": 0}}, r"steps.a: 'processes': Input should be greater than 0"),
+    ({"a": {"verb": "world", "scale": 3}}, r"steps.a: 'scale': must be at most 1 \(it is 3\)"),
+    ({"a": {"verb": "world", "processes": 0}}, r"steps.a: 'processes': must be greater than 0 \(it is 0\)"),
     ({"a": {"verb": "tokenize", "documents": "${b}", "tokenizer": "t"}, "b": {"verb": "world"}},
      r"steps.a.documents: '\$\{b\}' is neither a parameter nor an earlier step; known: "),
     ({"world": {"verb": "world"}, "b": {"verb": "tokenize", "documents": "${wrld}", "tokenizer": "t"}},
@@ -179,14 +293,27 @@ def test_one_step_alone(tmp_path, capsys):
     assert "the recipe has no step 'w7'; known: w0, w1" in capsys.readouterr().err
 
 
-def test_the_remaining_time_is_weighed(tmp_path):
+def test_ctrl_c_leaves_a_status_of_its_own(tmp_path, monkeypatch):
+    """Unfinished is not done: `llama2 run ... && next` must not go on."""
+    start = launch.Workers.start.__func__
+
+    def started(cls, *given):
+        workers = start(cls, *given)
+        os.kill(os.getpid(), signal.SIGINT)
+        return workers
+
+    monkeypatch.setattr(launch.Workers, "start", classmethod(started))
+    assert pipeline.run(recipe(tmp_path, worlds(2, scale=1.0, cores=2))) == 130
+    assert not (tmp_path / "run/w1").exists()
+
+
+def test_the_screen_says_what_is_left(tmp_path):
     steps = pipeline.steps_of(recipe(tmp_path, worlds(2, seconds=100)))
     board = pipeline.Board(recipe(tmp_path, worlds(2)), steps)
-    assert board._eta() == "3:20"
+    assert board._picture().plain.startswith("0/2 steps  0:00 elapsed  ETA 3:20")
     board.begin -= 50
+    board.waiting.remove("w0")
     board.finished["w0"] = 50.0  # twice as fast as the recipe thought
-    assert board._eta() in ("0:50", "0:49")
-    assert board._picture().plain.startswith("1/2 steps  0:50 elapsed  ETA 0:")
-    board = pipeline.Board(recipe(tmp_path, worlds(2)), steps)
-    board.finished["w0"], board.skipped = 0.0, 100.0  # done before this command
-    assert board._eta() == "1:40"
+    assert board._picture().plain.startswith("1/2 steps  0:50 elapsed  ETA 0:54")
+    board.finished["w0"] = 0.0  # done before this command
+    assert board._picture().plain.startswith("1/2 steps  0:50 elapsed  ETA 1:40")

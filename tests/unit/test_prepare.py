@@ -69,6 +69,69 @@ def test_weights_repeat_training_records_only(tmp_path):
     assert len(heldout) == len(set(heldout))
 
 
+@pytest.mark.parametrize("kind", ["dialogs", "preferences"])
+def test_no_conversation_is_on_both_sides_whatever_weights_copies_and_depths(tmp_path, kind):
+    deep = [{"chosen": f"\n\nHuman: Q{i}\n\nAssistant: a\n\nHuman: {said}\n\nAssistant: good {i}",
+             "rejected": f"\n\nHuman: Q{i}\n\nAssistant: a\n\nHuman: {said}\n\nAssistant: bad {i}"}
+            for i in range(60) for said in ("why?", "how?")]
+    flat = [{"chosen": f"\n\nHuman:  q{i} \n\nAssistant: so", "rejected": f"\n\nHuman:  q{i} \n\nAssistant: no"}
+            for i in range(60)]
+    paths = {}
+    for name, rows in {"deep": deep, "flat": flat + flat, "again": deep}.items():
+        paths[name] = tmp_path / f"{name}.jsonl"
+        paths[name].write_text("".join(json.dumps(row) + "\n" for row in rows))
+    sources = {"deep": {"path": paths["deep"], "weight": 3}, "flat": {"path": paths["flat"], "weight": 0.5},
+               "again": {"path": paths["again"], "weight": 2}}
+
+    out = carry_out(tmp_path / "out", kind=kind, sources=sources, heldout=0.3)
+    record = Dialog if kind == "dialogs" else Preference
+    train, heldout = ([prepare.opening(prepare._messages(r)) for r in read(record, out / name)]
+                      for name in (f"{kind}.jsonl", f"heldout-{kind}.jsonl"))
+    assert 8 < len({*heldout}) < 30
+    assert {*train} | {*heldout} >= {f"q{i}" for i in range(60) if f"q{i}" in heldout}
+    assert not {*train} & {*heldout}
+    assert len(heldout) == 3 * len({*heldout})  # two depths and one flat, each once
+    assert train.count(train[0]) >= 6
+
+
+def test_a_source_ends_with_one_line_and_the_summary_says_the_same(tmp_path, capsys):
+    path = tmp_path / "rows.jsonl"
+    rows = [{"prompt": f"p{i}", "completion": "c" if i else "", "label": i != 1, "id": i, "source": "s"}
+            for i in range(5)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    out = carry_out(tmp_path / "out", kind="dialogs", sources={"mine": {"path": path}})
+    assert capsys.readouterr().err.splitlines() == [
+        f"{out}: mine: read 5, kept 3, left out 2: empty answer 1, the answer is marked as bad 1; "
+        "format: question-answer 5; columns not read: id 3, source 3"]
+    source, = json.loads((out / "summary.json").read_text())["sources"]
+    assert source["skipped"] == {"empty answer": 1, "the answer is marked as bad": 1}
+    assert source["format"] == {"question-answer": 5}
+    assert source["columns_not_read"] == {"id": 3, "source": 3}
+
+
+def test_the_line_of_comparisons_says_their_axis(tmp_path, capsys):
+    carry_out(tmp_path / "out", kind="preferences", sources={"mine": {"path": pairs(tmp_path / "p.jsonl", 4)}})
+    assert "mine: read 4, kept 4; format: pairs 4; axis: helpful 4" in capsys.readouterr().err
+
+
+def test_columns_can_be_left_out_by_name(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    path.write_text('{"prompt": "p", "completion": "c", "rating": 3}\n')
+    with pytest.raises(UserError, match=r"'rating' would be lost.*--sources.NAME.ignore rating"):
+        carry_out(tmp_path / "a", kind="dialogs", sources={"mine": {"path": path}})
+    out = carry_out(tmp_path / "b", kind="dialogs", sources={"mine": {"path": path, "ignore": ["rating"]}})
+    assert len(list(read(Dialog, out / "dialogs.jsonl"))) == 1
+
+
+def test_a_file_whose_first_row_is_broken_is_still_known_for_what_it_holds(tmp_path):
+    path = pairs(tmp_path / "p.jsonl", 6)
+    path.write_text('{"foo": 1}\n{broken\n' + path.read_text())
+    for kind in ("preferences", "dialogs", "prompts"):
+        out = carry_out(tmp_path / kind, kind=kind, sources={"mine": {"path": path, "malformed": "skip"}})
+        source, = json.loads((out / "summary.json").read_text())["sources"]
+        assert (source["read"], source["skipped"]["malformed"], source["format"]) == (8, 2, {"pairs": 6})
+
+
 def test_duplicates_long_and_excluded_records_are_counted(tmp_path):
     path = tmp_path / "d.jsonl"
     rows = [("Hi", "Hello"), ("Hi", "Hello"), ("Long", "x" * 200), ("First  QUESTION?", "An answer"), ("Bye", "Ciao")]

@@ -227,7 +227,7 @@ def test_without_torchao_only_four_bits_are_missing(policy, text, one_line, monk
 def test_mistakes(policy, text, scorers, tmp_path, one_line):
     assert "no such file" in one_line(
         "quantize", policy, "--data", tmp_path / "none.txt", "--precisions", "int8")
-    assert "'precisions.0': Input should be 'bf16', 'int8' or 'int4'" in one_line(
+    assert "'--precisions': must be 'bf16', 'int8' or 'int4'" in one_line(
         "quantize", policy, "--data", text, "--precisions", "int2")
     assert "this is a reward model" in one_line("quantize", scorers[0], "--data", text)
     for verb in ("ppo", "rejection"):

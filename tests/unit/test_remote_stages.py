@@ -44,17 +44,21 @@ def test_rejection_sampling_on_a_server_is_that_of_here(tmp_path, rejection, ser
 def test_a_killed_stage_asks_for_nothing_twice_and_may_go_to_another_address(tmp_path, rejection, server,
                                                                             tokenizer, one_line):
     server.delay = 0.05
-    words = [*rejection, "--sample.server.concurrency", 2, "--out", tmp_path / "run"]
+    words = [*rejection, "--sample.server.concurrency", 2, "--sample.slots", 6, "--sample.part", 1,  # of two prompts
+             "--out", tmp_path / "run"]
     command = [sys.executable, "-m", "llama2.cli", *map(str, words), "--sample.server.url", server.url]
     process = subprocess.Popen(command, env={**os.environ, "OMP_NUM_THREADS": "1"})
-    while sum(server.answered.values()) < 10:
+    while sum(server.answered.values()) < 9:
         assert process.poll() is None
         time.sleep(0.02)
     os.kill(process.pid, signal.SIGKILL)
     process.wait()
-    journal = tmp_path / "run/checkpoints/answers/0.jsonl"
-    kept = len(journal.read_bytes().splitlines())
-    assert kept >= 8
+    checkpoints = tmp_path / "run/checkpoints"
+    parts = len((checkpoints / "parts/samples.jsonl").read_bytes().splitlines())
+    (journal,) = checkpoints.glob("answers/*/0.jsonl")  # those of finished parts are gone
+    assert journal.parent.name == f"samples-{2 * parts}"
+    kept = 6 * parts + len(journal.read_bytes().splitlines())
+    assert kept >= 7
     said = one_line(*words, "--sample.server.url", server.url, "--sample.server.model", "another")
     assert "sample.server.model: None -> another" in said  # what changes the result is refused, as ever
     with serving(server.engine, tokenizer) as other:
@@ -69,7 +73,8 @@ def test_other_stages(tmp_path, policy, scorers, prompts, server):
     assert llama2("ghost", "--policy", policy, "--questions", prompts, "--turns", 2, *on_a_server,
                   "--out", tmp_path / "b") == 0
     assert llama2("distill", "--policy", policy, "--rewards.helpful", scorers[0], "--rewards.safe", scorers[1],
-                  "--prompts", prompts, *on_a_server, "--out", tmp_path / "c") == 0
+                  "--prompts", prompts, *on_a_server, "--preprompts", "Be a {a} and {b} assistant.",
+                  "--templates", "{}", "--out", tmp_path / "c") == 0
     asked = len(server.asked)
     assert llama2("evaluate", "--versions.SFT", policy, "--versions.V1", policy, "--servers.SFT.url", server.url,
                   "--prompts", prompts, "--max-tokens", 12, "--out", tmp_path / "d") == 0

@@ -5,13 +5,18 @@ from pathlib import Path
 
 import pytest
 import torch
+from answers import prompt
 from hypothesis import given
 from hypothesis import strategies as st
 
 from llama2.config import build
 from llama2.errors import UserError
+from llama2.generate.dialogue import Answer
+from llama2.generate.engine import Completion
 from llama2.generate.rewards import RewardModels, Rewards, join, probability
 from llama2.model import checkpoint
+from llama2.runs import Run
+from llama2.stages.answers import judged
 from llama2.stages.sampling import load_rewards
 from llama2.tokenizer.tokenizer import Tokenizer
 
@@ -74,3 +79,20 @@ def test_two_models_score_rows_at_their_last_token(scorers, policy):
     assert [one.safe for one in found] == pytest.approx(raw[1], abs=1e-5)
     assert found[0].joined == found[0].safe
     assert abs(found[0].helpful - found[0].safe) > 1e-3
+
+
+@pytest.mark.parametrize("which", [0, 1])
+def test_a_model_whose_scores_are_not_numbers_is_named(tmp_path, scorers, policy, which):
+    """The better of two answers would otherwise be the first, or the last, whatever they are."""
+    broken = checkpoint.load_scorer(scorers[which])
+    with torch.no_grad():
+        broken.score.weight[0, 0] = math.nan
+    checkpoint.save(broken, tmp_path / "broken")
+    Tokenizer.load(policy).save(tmp_path / "broken")
+    paths = [tmp_path / "broken" if index == which else path for index, path in enumerate(scorers)]
+    rewards = load_rewards(RewardModels(helpful=paths[0], safe=paths[1]), Tokenizer.load(policy), "fp32")
+    with pytest.raises(UserError, match=r"broken: 2 of 2 scores are not finite numbers \(the first is nan, of row 1"):
+        rewards([[1, 9, 30, 40, 2], [1, 9, 2]], [False, False])
+    with pytest.raises(UserError, match="broken: 1 of 1 scores are not finite"):
+        judged(Run(tmp_path / "run", False), "judge", tmp_path / "broken", "fp32", [prompt("Hi")],
+               {0: [Answer("Yes.", Completion((), (9, 2), (), "stop"))]}, [policy])

@@ -1,5 +1,6 @@
 """Run directories: what is skipped, resumed and refused; a process killed anywhere leaves nothing half done."""
 
+import errno
 import json
 import multiprocessing
 import os
@@ -117,6 +118,33 @@ def test_a_run_that_has_done_nothing_may_be_corrected(tmp_path, source, capsys):
     assert "resuming" not in capsys.readouterr().err
 
 
+def fails(settings, made):
+    """A stage that makes one thing, a directory or a file, and is then refused."""
+    with pytest.raises(UserError, match=r"bad data|is no run directory"), runs.open_run("work", settings) as run:
+        _make(run.path / made)
+
+
+def _make(path):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.touch() if path.suffix else path.mkdir()
+    raise UserError("bad data")
+
+
+def test_a_run_that_failed_before_it_did_anything_leaves_nothing(tmp_path, source):
+    deep = config(tmp_path, a=source).model_copy(update={"out": tmp_path / "new/deep/out"})
+    fails(deep, "empty/folder")
+    assert not (tmp_path / "new").exists()
+    (tmp_path / "out").mkdir()
+    fails(config(tmp_path, a=source), "empty")
+    assert list((tmp_path / "out").iterdir()) == []
+    (tmp_path / "out/thesis.txt").write_text("years of work")
+    fails(config(tmp_path, a=source), "empty")
+    assert [file.name for file in (tmp_path / "out").iterdir()] == ["thesis.txt"]
+    fails(deep, "half.txt")
+    assert (tmp_path / "new/deep/out/half.txt").exists()
+    assert (tmp_path / "new/deep/out/manifest.json").exists()
+
+
 def test_an_interrupted_run_is_resumed_and_its_time_counted(tmp_path, capsys):
     def interrupted(settings):
         with runs.open_run("work", settings) as run:
@@ -225,6 +253,72 @@ def test_is_output(tmp_path):
     assert not runs.is_output(tmp_path / "none.jsonl")
 
 
+def test_a_glob_is_known_by_all_that_it_matches(tmp_path):
+    for name in "ab":
+        (tmp_path / f"{name}.txt").write_text(name)
+    before = runs.fingerprint(tmp_path / "*.txt")
+    assert runs.fingerprint(tmp_path / "*.txt") == before != runs.fingerprint(tmp_path / "a*.txt")
+    (tmp_path / "b.txt").write_text("c")
+    assert runs.fingerprint(tmp_path / "*.txt") != before
+    with pytest.raises(UserError, match=r"\*.md: no file matches this pattern"):
+        runs.fingerprint(tmp_path / "*.md")
+    (tmp_path / "[c].txt").write_text("brackets")
+    assert runs.fingerprint(tmp_path / "[c].txt") == runs.sha256(tmp_path / "[c].txt")
+
+
+def test_a_folder_of_links_is_known_by_what_they_lead_to(tmp_path):
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "disk/a").write_text("a")
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data/linked").symlink_to(tmp_path / "disk")
+    (tmp_path / "data/circle").symlink_to(tmp_path)
+    before = runs.fingerprint(tmp_path / "data")
+    (tmp_path / "disk/a").write_text("b")
+    assert runs.fingerprint(tmp_path / "data") != before
+
+
+def test_a_pipe_is_no_input(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(UserError, match=r"pipe: a pipe or a device.*write it to a file first"):
+        runs.fingerprint(tmp_path / "pipe")
+
+
+def test_a_folder_without_a_model_is_not_read_through(tmp_path, monkeypatch):
+    class Tuned(StageConfig):
+        model: Path
+
+    (tmp_path / "home").mkdir()
+    (tmp_path / "home/big").write_text("much")
+    monkeypatch.setattr(runs, "sha256", lambda path: pytest.fail(f"{path} is read"))
+    with pytest.raises(UserError, match=r"home: config.json: missing, so this folder holds no model; give .* as model"):
+        work(Tuned(out=tmp_path / "out", model=tmp_path / "home"))
+
+
+def test_checkpoints_on_another_disk_are_deleted_and_nothing_else(tmp_path):
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "disk/mine").write_text("precious")
+    (tmp_path / "moved/step-00000002").mkdir(parents=True)
+    with runs.open_run("work", config(tmp_path)) as run:
+        (run.path / "checkpoints").symlink_to(tmp_path / "disk")
+        (run.path / "checkpoints/step-00000001/trainer").mkdir(parents=True)
+        (run.path / "checkpoints/step-00000002").symlink_to(tmp_path / "moved/step-00000002")
+    assert not (tmp_path / "out/checkpoints").is_symlink()
+    assert not (tmp_path / "moved/step-00000002").exists()
+    assert (tmp_path / "disk/mine").read_text() == "precious"
+    assert not (tmp_path / "disk/step-00000001").exists()
+
+
+@pytest.mark.parametrize("number", [errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP])
+def test_a_file_system_without_locks_is_written_with_a_warning(tmp_path, monkeypatch, capsys, number):
+    def missing(file, how):
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(runs.fcntl, "flock", missing)
+    assert work(config(tmp_path))
+    assert capsys.readouterr().err == (f"{tmp_path / 'out'}: this file system has no locks, so nothing keeps a second "
+                                       "process from writing this run\n")
+
+
 # --- metrics --------------------------------------------------------------------------------------------------------
 
 
@@ -269,3 +363,26 @@ def test_the_real_command_line_skips_and_resumes(tmp_path, capsys):
     heard = capsys.readouterr()
     assert heard.out == f"{tmp_path / 'w'}\n" * 2
     assert heard.err == f"{tmp_path / 'w'}: already finished, skipped\n"
+
+
+def test_the_code_version_covers_compiled_code(tmp_path, monkeypatch):
+    """Kernels change results as Python does."""
+    package = tmp_path / "llama2"
+    package.mkdir()
+    for name in ("__init__.py", "kernel.cpp", "kernel.h", "notes.md"):
+        (package / name).write_text("one")
+    monkeypatch.setattr(runs.llama2, "__file__", str(package / "__init__.py"))
+
+    def version():
+        runs.code_version.cache_clear()
+        return runs.code_version()
+
+    before = version()
+    (package / "notes.md").write_text("two")
+    assert version() == before
+    versions = {before}
+    for name in ("__init__.py", "kernel.cpp", "kernel.h"):
+        (package / name).write_text("two")
+        versions.add(version())
+    assert len(versions) == 4
+    runs.code_version.cache_clear()

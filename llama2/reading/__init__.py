@@ -1,0 +1,1 @@
+"""How the bytes of a data file become rows; `llama2.files` is the way in."""

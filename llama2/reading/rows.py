@@ -1,0 +1,169 @@
+"""Rows, and the lines of text that most of them come from.
+
+Text is UTF-8, or UTF-16 and UTF-32 where a byte order mark says so; the mark is dropped. A line ends with LF, CR LF or
+CR, with nothing else: U+2028, U+0085 and their like are characters of a text. Line ends inside a value become LF.
+"""
+
+from __future__ import annotations
+
+import codecs
+import io
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import IO, Any
+
+from llama2.errors import UserError
+from llama2.reading.packed import explained, opened
+
+TO_UTF8 = "convert the file to UTF-8"
+AGAIN = "mend the file, or fetch it again"
+_MARKS = {codecs.BOM_UTF32_LE: "utf-32", codecs.BOM_UTF32_BE: "utf-32", codecs.BOM_UTF16_LE: "utf-16",
+          codecs.BOM_UTF16_BE: "utf-16"}
+
+
+@dataclass(frozen=True)
+class File:
+    """A file of rows, or a member of a zip archive: where it is, what messages call it, its set, and its kind
+    (`.jsonl`, `.json`, `.csv`, `.tsv`, `.txt` or `.parquet`)."""
+
+    path: Path
+    member: str
+    label: str
+    name: str
+    kind: str
+
+
+@dataclass(frozen=True)
+class Row:
+    """One record of a file: `value` is a mapping, a list of cells or a line of text; `where` is file and line;
+    `name` is the set it belongs to, after the file (`test.jsonl` and its like are named with their directory).
+
+    A row remembers which of its keys were asked for, and which mappings inside it were read: what is left says what a
+    reader overlooks.
+    """
+
+    value: Any
+    where: str
+    name: str
+    asked: set[str] = field(default_factory=set, compare=False, repr=False)
+    parts: list[Row] = field(default_factory=list, compare=False, repr=False)
+
+    def error(self, cause: str, cure: str = "mend the row, or import with malformed: skip") -> UserError:
+        """The error that names this row."""
+        return UserError(f"{self.where}: {cause}", cure)
+
+    def part(self, value: Any) -> Row:
+        """A mapping inside this row, as a row whose keys are watched likewise."""
+        self.parts.append(Row(value, self.where, self.name))
+        return self.parts[-1]
+
+    def whole(self) -> Any:
+        """The value, all of it read."""
+        if isinstance(self.value, dict):
+            self.asked.update(self.value)
+        return self.value
+
+    def get(self, key: str) -> Any:
+        """The value of a key, None where there is none; NaN, the null of tables, is None."""
+        self.asked.add(key)
+        value = self.value.get(key) if isinstance(self.value, dict) else None
+        return None if value != value else value
+
+    def text(self, *keys: str, optional: bool = False) -> str:
+        """The text of the first of `keys` that says something, tidy, "" where all are empty or null.
+
+        UserError where the row has none of them, unless that is `optional`, or where one is no text.
+        """
+        empty = optional
+        for key in keys:
+            value = self.get(key)
+            if isinstance(value, str) and tidy(value):
+                return tidy(value)
+            if value is not None and not isinstance(value, str):
+                raise self.error(f"'{key}' must be text, it is {type(value).__name__}")
+            empty = empty or (isinstance(self.value, dict) and key in self.value)
+        if empty:
+            return ""
+        raise self.error(f"'{keys[0]}' is missing")
+
+
+def tidy(text: str) -> str:
+    """A text with "\\n" as its only line end, and no space around it."""
+    return text.replace("\r\n", "\n").replace("\r", "\n").strip()
+
+
+@dataclass(frozen=True)
+class Bad:
+    """What stands where a row should be: `where` is file and line."""
+
+    where: str
+    cause: str
+    cure: str = "mend the line"
+
+    def error(self, also: str = "") -> UserError:
+        """The error that names it; `also` is another way out."""
+        return UserError(f"{self.where}: {self.cause}", f"{self.cure}{also}")
+
+
+Found = Iterator[tuple[int, Any] | Bad]
+"""numbered values, and what stands in place of some"""
+
+
+def lines(file: File) -> Iterator[tuple[int, str, str]]:
+    """Every line with its number, without its end, and what is wrong with its encoding (mostly nothing)."""
+    number = 0
+    with explained(lambda: f"{file.label}:{number + 1}"), opened(file.path, file.member) as content:
+        for text, flaw in _decoded(content, file.label):
+            number += 1
+            yield number, text.removeprefix("\ufeff"), flaw
+
+
+def text_rows(file: File) -> Found:
+    """The lines of a file that are not blank."""
+    for number, text, flaw in lines(file):
+        if flaw:
+            yield Bad(f"{file.label}:{number}", flaw, TO_UTF8)
+        elif text.strip():
+            yield number, text
+
+
+def unified(value: Any) -> Any:
+    """A value of JSON with LF for every line end in its texts."""
+    if isinstance(value, str):
+        return value.replace("\r\n", "\n").replace("\r", "\n") if "\r" in value else value
+    if isinstance(value, dict):
+        return {key: unified(item) for key, item in value.items()}
+    return [unified(item) for item in value] if isinstance(value, list) else value
+
+
+def _decoded(content: IO[bytes], label: str) -> Iterator[tuple[str, str]]:
+    head = content.peek(8)[:8]  # type: ignore[attr-defined]
+    encoding = next((name for mark, name in _MARKS.items() if head.startswith(mark)), "utf-8")
+    if encoding != "utf-8":
+        yield from ((line.removesuffix("\n"), "") for line in _wide(content, encoding, label))
+        return
+    if _is_utf16(head):
+        raise UserError(f"{label}: not UTF-8 (it looks like UTF-16 without a byte order mark)", TO_UTF8)
+    for raw in content:
+        flaw = ""
+        try:
+            text = raw.decode("utf-8")
+        except UnicodeDecodeError as error:
+            text, flaw = raw.decode("utf-8", "replace"), f"not UTF-8 ({error.reason} at byte {error.start})"
+        text = text.removesuffix("\n").removesuffix("\r")
+        yield from ((part, flaw) for part in text.split("\r")) if "\r" in text else ((text, flaw),)
+
+
+def _is_utf16(head: bytes) -> bool:
+    """Whether every second byte is zero, as in two Latin letters of UTF-16."""
+    zero = [byte == 0 for byte in head[:4]]
+    return zero in ([False, True, False, True], [True, False, True, False])
+
+
+def _wide(content: IO[bytes], encoding: str, label: str) -> Iterator[str]:
+    try:
+        with io.TextIOWrapper(content, encoding) as text:
+            yield from text
+    except UnicodeError as error:
+        raise UserError(f"{label}: not {encoding.upper()}, as its first bytes say ({error})", TO_UTF8) from error

@@ -1,0 +1,76 @@
+"""What a command needs and does not find: all of it is named at once, before any work."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from pydantic import BaseModel
+
+from llama2.config import paths
+from llama2.errors import UserError
+
+_MODELS = {"model", "policy", "policies", "critic", "rewards", "judge", "candidate", "predecessor", "versions",
+           "checkpoint", "checkpoints", "run"}
+"""keys that name models"""
+_HUB = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
+
+
+def check(config: BaseModel, *, complete: bool) -> None:
+    """UserError for inputs that cannot be meant; `complete`: every path that is named must be there."""
+    for key, path in paths(config):
+        if _is_model(key):
+            check_model(path)
+    if complete:
+        refuse_missing([(key, path) for key, path in paths(config)])
+
+
+def check_model(path: Path) -> None:
+    """UserError for a path that holds no model but looks like something that has one."""
+    if not path.exists() and _is_of_the_hub(path):
+        raise _missing(path)
+    if (path / "steps.json").is_file() and not (path / "config.json").exists():
+        models = list(_models(path))
+        raise UserError(f"{path}: this is the directory of a recipe, not of a model",
+                        f"give one of its models: {', '.join(models)}" if models else "it has no finished model yet")
+
+
+def _models(recipe: Path) -> Iterator[str]:
+    steps = json.loads((recipe / "steps.json").read_text(encoding="utf-8"))
+    return (str(recipe / name) for name in steps if (recipe / name / "config.json").is_file())
+
+
+def refuse_missing(needed: Sequence[tuple[str, Path]]) -> None:
+    """UserError that names every path which is not there, with the key that asks for it."""
+    absent = {path: key for key, path in reversed(needed) if not is_there(path)}
+    if len(absent) == 1:
+        raise _missing(next(iter(absent)))
+    if absent:
+        named = ", ".join(f"{path} ({key})" for path, key in reversed(absent.items()))
+        raise UserError(f"{len(absent)} inputs are missing: {named}",
+                        "check the paths, or run the stages that make them")
+
+
+def is_there(path: Path) -> bool:
+    """Whether a path exists, or is a pattern, which its reader looks up."""
+    return path.exists() or bool(re.search(r"[*?\[]", str(path)))
+
+
+def _missing(path: Path) -> UserError:
+    cure = "check the path, or run the stage that makes it"
+    if _is_of_the_hub(path):
+        cure = (f"nothing is downloaded here: to have it from the Hugging Face Hub, run `hf download {path} "
+                f"--local-dir {path.name}` and give {path.name}")
+    return UserError(f"{path}: no such file or directory", cure)
+
+
+def _is_of_the_hub(path: Path) -> bool:
+    """Whether a missing path reads like OWNER/NAME."""
+    return bool(_HUB.fullmatch(str(path))) and not path.parent.exists() and path.suffix not in (
+        ".jsonl", ".json", ".csv", ".tsv", ".txt", ".gz", ".zst", ".parquet", ".model", ".gguf", ".bin", ".zip")
+
+
+def _is_model(key: str) -> bool:
+    return key == "path" or not _MODELS.isdisjoint(key.split("."))  # `path` alone is what is imported

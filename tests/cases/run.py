@@ -1,0 +1,151 @@
+"""Strangers' inputs against the product: every case prints what is expected and what was got.
+
+    python tests/cases/run.py FOLDER [NAME ...]
+
+FOLDER holds the inputs, `data/` and `recipe/` below it; without NAMEs all cases run. A case is a command line of
+`llama2`, carried out in this process, and what must come of it. Exit status 1 if a case differs. The inputs are not
+part of this repository: the tests beside each module hold small ones of the same kinds.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import re
+import shutil
+import sys
+import tempfile
+import traceback
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import data
+import recipe
+import torch
+
+from llama2 import cli, mesh
+from llama2.model import checkpoint
+from llama2.model.llama import Llama, LlamaConfig
+from llama2.model.scorer import Scorer
+from llama2.tokenizer import train as train_tokenizer
+
+WORDS = ["the", "cat", "sat", "on", "a", "mat", "why", "how", "what", "is", "tea", "sun", "moon", "and", "leaves",
+         "yes", "no", "hello", "good", "answer", "question"]
+
+
+@dataclass
+class Got:
+    """What a command came to."""
+
+    status: int
+    out: Path
+    said: str
+    crashed: bool
+
+    def records(self, name: str) -> list[dict[str, object]]:
+        """The records of a file the run wrote, [] where there is none."""
+        file = self.out / name
+        return [json.loads(line) for line in file.read_text("utf-8").split("\n") if line] if file.is_file() else []
+
+    def json(self, name: str) -> dict[str, object]:
+        """A JSON file the run wrote, {} where there is none."""
+        file = self.out / name
+        return dict(json.loads(file.read_text("utf-8"))) if file.is_file() else {}
+
+    def short(self) -> str:
+        """The status, and the last line on stderr."""
+        lines = [line for line in self.said.strip().split("\n") if line.strip()]
+        return f"exit {self.status}: {lines[-1][:230] if lines else ''}"
+
+
+Check = Callable[[Got], tuple[bool, str]]
+
+
+class Bench:
+    """The folder of inputs, a scratch folder, and a tiny model to train."""
+
+    def __init__(self, inputs: Path, scratch: Path) -> None:
+        self.inputs, self.scratch, self.count = inputs, scratch, 0
+        self.model, self.helpful, self.safe = (scratch / name for name in ("model", "helpful", "safe"))
+        torch.manual_seed(0)
+        texts = [" ".join(WORDS[(i * 7 + j * 3) % len(WORDS)] for j in range(30)) for i in range(200)]
+        tokenizer = train_tokenizer(texts, 320, self.model)
+        shape = LlamaConfig(tokenizer.vocab_size, 32, 64, 2, 2, 2, max_position_embeddings=256)
+        checkpoint.save(Llama(shape, 1), self.model)
+        for seed, place in enumerate((self.helpful, self.safe), 2):
+            checkpoint.save(Scorer(shape, seed), place)
+            tokenizer.save(place)
+
+    def file(self, name: str) -> str:
+        """An input, as an absolute path."""
+        return str(self.inputs / name)
+
+    def llama2(self, *arguments: str) -> Got:
+        """Carry out one command line; `OUT` stands for a run directory of its own."""
+        self.count += 1
+        out = self.scratch / f"out{self.count}"
+        said, printed = io.StringIO(), io.StringIO()
+        crashed, status = False, 1
+        with contextlib.redirect_stderr(said), contextlib.redirect_stdout(printed):
+            try:
+                status = int(cli.main([argument.replace("OUT", str(out)) for argument in arguments]) or 0)
+            except SystemExit as ended:
+                status = int(ended.code or 0)
+            except BaseException:
+                crashed = True
+                traceback.print_exc()
+            finally:
+                mesh.shutdown()
+        return Got(status, out, printed.getvalue() + said.getvalue(), crashed)
+
+
+@dataclass(frozen=True)
+class Case:
+    """`work` carries the case out; `expected` says in words what must come of it."""
+
+    name: str
+    expected: str
+    work: Callable[[Bench], tuple[bool, str]]
+
+
+def cases() -> Iterator[Case]:
+    """Every case, those of data first."""
+    for module in (data, recipe):
+        for name, expected, work in module.cases():
+            yield Case(name, expected, work)
+
+
+def main(arguments: list[str]) -> int:
+    """Run the cases named, print a line for what is expected and one for what was got."""
+    if not arguments or not Path(arguments[0]).is_dir():
+        print(__doc__, file=sys.stderr)
+        return 2
+    chosen = [case for case in cases() if not arguments[1:] or case.name in arguments[1:]]
+    scratch = Path(tempfile.mkdtemp())
+    wrong = []
+    try:
+        bench = Bench(Path(arguments[0]).resolve(), scratch)
+        for case in chosen:
+            try:
+                right, got = case.work(bench)
+            except BaseException as error:  # a case that fails is one that differs
+                right, got = False, f"{type(error).__name__}: {error}"
+            wrong += [] if right else [case.name]
+            got = re.sub(re.escape(str(scratch)), "...", got).replace(str(bench.inputs), "...")
+            print(
+                f"{'ok  ' if right else 'DIFF'} {case.name}\n       expected  {case.expected}\n       got       {got}",
+                flush=True,
+            )
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+    print(
+        f"{len(chosen) - len(wrong)} of {len(chosen)} as expected"
+        + (f"; differ: {', '.join(wrong)}" if wrong else "")
+    )
+    return 1 if wrong else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

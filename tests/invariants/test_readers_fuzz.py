@@ -1,0 +1,159 @@
+"""Whatever the bytes of a file, a reader gives records or a `UserError`: never another exception, never a hang."""
+
+import bz2
+import gzip
+import io
+import itertools
+import json
+import lzma
+import random
+import signal
+import zipfile
+from pathlib import Path
+
+import pytest
+
+from llama2 import records
+from llama2.data.dialogs import import_dialogs
+from llama2.data.documents import read_documents
+from llama2.data.prompts import import_prompts
+from llama2.errors import UserError
+from llama2.preferences.importers import import_preferences
+from llama2.records import Dialog, Document, Preference, Prompt
+from llama2.tally import Tally
+
+MUTATIONS, SECONDS = 500, 10
+ROWS = [
+    [{"text": "A document of the mill, built in 1746."}, {"text": "Ein Müller \U0001f600", "id": 7, "score": 0.5}],
+    [{"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello.\r\n"}]}] * 3,
+    [{"instruction": "Say \"hi\"", "input": "now,\nor never", "output": "hi"}, {"instruction": "a", "output": "b"}],
+    [{"prompt": "Spell cat.", "chosen": "c-a-t", "rejected": "k-a-t"}, {"prompt": "x", "chosen": "y", "rejected": "z"}],
+    [{"messages": [{"role": "user", "content": "How?"}], "id": "p", "safety": True}],
+    [{"id": "c", "prompt": [{"role": "user", "content": "Hi"}], "responses": [{"text": "a"}, {"text": "b"}],
+      "preferred": 1, "degree": "better"}],
+]
+ENCODINGS = ["utf-8", "utf-8-sig", "utf-16", "utf-16-le", "utf-32", "latin-1", "cp1252", "shift-jis", "utf-7"]
+
+
+def as_table(rows, separator):
+    def cell(value):
+        text = value if isinstance(value, str) else json.dumps(value)
+        return '"' + text.replace('"', '""') + '"' if set(text) & {'"', separator, "\n", "\r"} else text
+
+    names = list(rows[0])
+    return "\n".join(separator.join(cell(row.get(name, "")) for name in names)
+                     for row in [dict(zip(names, names)), *rows])
+
+
+def as_parquet(rows):
+    pyarrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    file = io.BytesIO()
+    parquet.write_table(pyarrow.Table.from_pylist(rows), file)
+    return file.getvalue()
+
+
+def as_zip(rows):
+    file = io.BytesIO()
+    with zipfile.ZipFile(file, "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("deep/a.jsonl", "\n".join(map(json.dumps, rows)))
+        archive.writestr("b.csv", as_table(rows, ","))
+        archive.writestr("c.parquet", as_parquet(rows))
+        archive.writestr("d.json.gz", gzip.compress(json.dumps(rows).encode()))
+    return file.getvalue()
+
+
+KINDS = {
+    ".jsonl": lambda rows: "\n".join(map(json.dumps, rows)),
+    ".json": lambda rows: json.dumps(rows, indent=1, ensure_ascii=False),
+    ".csv": lambda rows: as_table(rows, ","),
+    ".tsv": lambda rows: as_table(rows, "\t"),
+    ".txt": lambda rows: "\n\n".join(str(value) for row in rows for value in row.values()),
+    ".parquet": as_parquet,
+    ".zip": as_zip,
+}
+PACKINGS = {"": bytes, ".gz": gzip.compress, ".bz2": bz2.compress, ".xz": lzma.compress,
+            ".zst": lambda content: pytest.importorskip("zstandard").ZstdCompressor().compress(content)}
+
+
+def mutated(chance, content):
+    """The bytes, damaged: cut, flipped, swapped, overwritten, doubled or with strange ones put in."""
+    content = bytearray(content)
+    for _ in range(chance.randrange(4)):
+        place, length = chance.randrange(len(content) + 1), chance.randrange(1, 40)
+        match chance.randrange(7):
+            case 0:
+                del content[place:]
+            case 1:
+                del content[place : place + length]
+            case 2 if place < len(content):
+                content[place] ^= 1 << chance.randrange(8)
+            case 3:
+                other = chance.randrange(len(content) + 1)
+                one, two = content[place : place + 4], content[other : other + 4]
+                content[place : place + 4], content[other : other + 4] = two, one
+            case 4:
+                content[place : place + length] = chance.randbytes(length)
+            case 5:
+                content += content[place : place + 200]
+            case _:
+                odd = [b"\0", b"\r", b"\xff\xfe", b"\xef\xbb\xbf", b'"', b"\xe2\x80\xa8", b"\\ud800", b"NaN",
+                       b"[" * 3000, b"{", b"9" * 5000, b"null", b"\xed\xa0\x80", b"1e999", b",", b"\t", b"-0"]
+                content[place:place] = chance.choice(odd)
+    return bytes(content)
+
+
+def made(chance, folder):
+    """A file of some kind, packing, encoding and ending, mostly damaged."""
+    kind, packing = chance.choice(list(KINDS)), chance.choice([*PACKINGS, *[""] * 4])
+    content = KINDS[kind](chance.choice(ROWS))
+    if isinstance(content, str):
+        encoding = chance.choice([*ENCODINGS, *["utf-8"] * 9])
+        content = content.replace("\n", chance.choice(["\n", "\n", "\r\n", "\r"])).encode(encoding, "replace")
+        content = mutated(chance, content) if chance.random() < 0.5 else content
+    content = PACKINGS[packing](content)
+    ending = f"{kind}{packing}" if chance.random() < 0.8 else chance.choice(list(KINDS)) + chance.choice(list(PACKINGS))
+    path = folder / f"a{ending.upper() if chance.random() < 0.1 else ending}"
+    path.write_bytes(mutated(chance, content))
+    return path
+
+
+READERS = {
+    "documents": lambda path, how: read_documents(path, split="paragraph", tally=Tally(), malformed=how),
+    "dialogs": lambda path, how: import_dialogs(path, tally=Tally(), malformed=how),
+    "prompts": lambda path, how: import_prompts(path, tally=Tally(), malformed=how),
+    "preferences": lambda path, how: import_preferences(path, tally=Tally(), malformed=how),
+    **{kind.__name__: (lambda path, how, kind=kind: records.read(kind, path, tally=Tally()))
+       for kind in (Document, Dialog, Prompt, Preference)},
+}
+
+
+def outcome(path, name, how):
+    """What a reader makes of a file: the kind of its records, or a refusal of one line."""
+    try:
+        return type(next(iter(list(READERS[name](path, how))), None)).__name__
+    except UserError as error:
+        return "refused" if "\n" not in str(error) else pytest.fail(f"{path} as {name}: {error}")
+    except Exception as error:
+        raise AssertionError(f"{path} as {name}, malformed: {how}") from error
+
+
+def test_a_damaged_file_gives_records_or_one_clear_line(tmp_path: Path) -> None:
+    def hangs(*_):
+        raise TimeoutError(f"no end after {SECONDS} seconds")
+
+    earlier = signal.signal(signal.SIGALRM, hangs)
+    outcomes = set()
+    try:
+        for number in range(MUTATIONS):
+            path = made(random.Random(number), tmp_path)
+            for name, how in itertools.product(READERS, ("stop", "skip")):
+                signal.alarm(SECONDS)
+                outcomes.add((name, outcome(path, name, how)))
+                signal.alarm(0)
+            path.unlink()
+    finally:
+        signal.alarm(0)
+        signal.signal(signal.SIGALRM, earlier)
+    for name, kind in (("documents", "Document"), ("dialogs", "Dialog"), ("prompts", "Prompt"),
+                       ("preferences", "Preference"), ("Dialog", "Dialog")):
+        assert {(name, kind), (name, "refused")} <= outcomes

@@ -1,0 +1,23 @@
+"""The command line in a locale that knows ASCII alone."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import llama2
+
+
+def test_the_locale_c_prints_and_reads_every_character(tmp_path):
+    (tmp_path / "Bücher.txt").write_text("Ein Text über Mühlen, lang genug, um zu bleiben.", "utf-8")
+    environment = {**os.environ, "LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONPATH": str(Path(llama2.__file__).parents[1])}
+
+    def run(*words):
+        return subprocess.run([sys.executable, "-m", "llama2.cli", *words], env=environment, capture_output=True,
+                              check=True).stdout.decode()
+
+    assert "§2.1" in run("--help")
+    run("clean", "--sources.web.path", str(tmp_path / "Bücher.txt"), "--out", str(tmp_path / "out"))
+    written = (tmp_path / "out/documents/web.jsonl").read_text("utf-8")
+    assert "über Mühlen" in written
+    assert "Bücher.txt" in written

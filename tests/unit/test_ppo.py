@@ -1,0 +1,83 @@
+"""PPO's stage: what each iteration says of its updates, and where the judge waits."""
+
+import pytest
+import torch
+from answers import answer, prompt
+
+from llama2.generate.rewards import RewardModels
+from llama2.stages import ppo
+from llama2.stages.sampling import load_rewards
+from llama2.tokenizer.tokenizer import Tokenizer
+from llama2.train.loop import Hook, Plan, Report, Training
+
+
+def test_the_share_of_a_gradient_that_clipping_takes_away():
+    assert ppo.clipped_share(0.0, 1.0) == ppo.clipped_share(1.0, 1.0) == 0.0
+    assert ppo.clipped_share(4.0, 1.0) == 0.75
+    assert ppo.clipped_share(4.0, 2.0) == 0.5
+
+
+class Said(Hook):
+    def __init__(self) -> None:
+        self.rows = []
+
+    def on_log(self, step, metrics):
+        self.rows.append(dict(metrics))
+
+
+def report(step, actor, critic):
+    return Report(step, {"ppo/ratio_deviation": 3.0 * (step % 2 == 1)}, 6.0, 1, 0.1,
+                  {"actor.": actor, "critic.": critic}, 1e-6)
+
+
+def test_each_iteration_says_how_each_tower_was_clipped():
+    said, watch = Said(), ppo.Watch(kl_stop=9.0, updates=2)
+    training = Training(None, None, Plan(clip=1.0), [said, watch])
+    training.learner = type("Learner", (), {"step": 0})
+    for step, norms in enumerate([(0.5, 20.0), (2.0, 4.0), (1.0, 1.0), (1.0, 1.0)], 1):
+        if step % 2:
+            watch.observe({"ppo/kl_reference": 0.1})
+        watch.on_step(training, report(step, *norms))
+        if step == 1:  # stopped inside of an iteration, another goes on
+            state, watch = watch.state_dict(), ppo.Watch(kl_stop=9.0, updates=2)
+            watch.load_state_dict(state)
+            training.hooks = [said, watch]
+    first, second = said.rows
+    assert first["ppo/actor_grad_norm"] == pytest.approx(1.25)
+    assert first["ppo/critic_grad_norm"] == pytest.approx(12.0)
+    assert first["ppo/actor_clipped"] == pytest.approx((0 + 0.5) / 2)
+    assert first["ppo/critic_clipped"] == pytest.approx((0.95 + 0.75) / 2)
+    assert first["ppo/first_ratio_deviation"] == 0.5
+    assert (second["ppo/actor_grad_norm"], second["ppo/actor_clipped"]) == (1.0, 0.0)
+    assert not training.finish
+
+
+def test_the_judge_is_on_the_device_only_while_it_judges(scorers, policy, monkeypatch):
+    tokenizer, moves = Tokenizer.load(policy), []
+    judge = load_rewards(RewardModels(helpful=scorers[1]), tokenizer, "fp32")
+    rewards = load_rewards(RewardModels(helpful=scorers[0], safe=scorers[1]), tokenizer, "fp32")
+    names = {id(judge.helpful): "judge", id(rewards.helpful): "helpful", id(rewards.safe): "safe"}
+    monkeypatch.setattr(torch.nn.Module, "to", lambda self, where: moves.append((names[id(self)], str(where))))
+    monkeypatch.setattr(ppo.mesh, "device", lambda: "cuda")
+    with ppo.at_hand(judge, rewards):
+        assert moves == [("helpful", "cpu"), ("safe", "cpu"), ("judge", "cuda")]
+    assert moves[3:] == [("judge", "cpu"), ("helpful", "cuda"), ("safe", "cuda")]
+
+    monkeypatch.undo()
+    before = rewards([[1, 9, 2]], [False])
+    with ppo.at_hand(judge, rewards):
+        assert judge([[1, 9, 2]], [False])[0].helpful == before[0].safe
+    assert rewards([[1, 9, 2]], [False]) == before
+
+
+def test_held_out_prompts_count_by_kind(scorers, policy):
+    class Chat:
+        tokenizer = Tokenizer.load(policy)
+
+    class Judge:
+        def __call__(self, rows, tags):
+            return [type("Score", (), {"joined": 0.0 if tag else 1e9}) for tag in tags]
+
+    prompts = [prompt("Hi", safety=True), prompt("One"), prompt("Two"), prompt("Three")]
+    found = ppo.measure(Chat(), Judge(), prompts, [[answer()]] * 4)
+    assert found == {"heldout/unsafe": 0.5, "heldout/helpful": 1.0, "heldout/reward": 0.75}

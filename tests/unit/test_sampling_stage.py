@@ -1,0 +1,92 @@
+"""What stages that sample share: seeds, prompts that fit, progress, and answers that do not depend on parts."""
+
+import re
+from types import SimpleNamespace
+
+import pytest
+from answers import prompt
+from commands import llama2
+
+from llama2 import records
+from llama2.errors import UserError
+from llama2.records import Prompt
+from llama2.runs import Run
+from llama2.stages import sampling
+from llama2.stages.sampling import Meter, Sample, answer, fitting, load_chat, part_by_part, seed_for
+from llama2.tally import Tally
+
+
+def test_two_uses_never_share_a_seed():
+    """Where the seed plus a number named the use, seed 1's first turn was seed 0's second."""
+    found = {seed_for(seed, *use) for seed in range(50) for use in (
+        ("samples",), ("search",), *(("turn", turn) for turn in range(20)), *(("side", side, 0) for side in range(2)))}
+    assert len(found) == 50 * 24
+    assert all(0 <= seed < 2**63 for seed in found)
+    assert seed_for(0, "turn", 1) == seed_for(0, "turn", 1)
+
+
+def test_prompts_without_room_are_counted_with_a_cure(policy, tmp_path):
+    chat = load_chat(policy, Sample(), Run(tmp_path, False))
+    tally = Tally()
+    some = [prompt("Hi"), prompt("many words " * 400), prompt("Hello")]
+    assert fitting(chat, some, tally=tally) == [some[0], some[2]]
+    assert tally.line() == ("read 3, kept 2, left out 1: longer than the context leaves room for 1 (shorten them, or "
+                            "take a model with a longer context)")
+    with pytest.raises(UserError, match="none of 1 prompts leaves 8 tokens"):
+        fitting(chat, some[1:2])
+
+
+def test_answers_depend_on_the_place_of_a_prompt_not_on_its_part(policy, prompts, tmp_path):
+    some = [one.messages for one in records.read(Prompt, prompts)]
+    sample = Sample(max_tokens=16, slots=4, precision="fp32")
+    chat = load_chat(policy, sample, Run(tmp_path, False))
+    whole = answer(chat, some, sample, n=3, seed=5)
+    parts = [*answer(chat, some[:5], sample, n=3, seed=5, indices=range(5)),
+             *answer(chat, some[5:], sample, n=3, seed=5, indices=range(5, 16))]
+    assert [[one.completion.tokens for one in row] for row in parts] == \
+        [[one.completion.tokens for one in row] for row in whole]
+    other = answer(chat, some, sample, n=3, seed=5, indices=range(16, 32))
+    assert other != whole
+
+
+@pytest.mark.parametrize(("part", "slots", "answers", "sizes"), [
+    (1, 4, 2, [2, 2, 2, 1]), (64, 4, 2, [7]), (1, 1, 9, [1] * 7), (3, 1, 1, [3, 3, 1])])
+def test_a_part_is_measured_in_answers(tmp_path, part, slots, answers, sizes):
+    found = []
+
+    def work(some, first):
+        found.append(len(some))
+        return [first + place for place in range(len(some))]
+
+    sample = Sample(part=part, slots=slots)
+    assert list(part_by_part(Run(tmp_path, False), [], "x", range(7), work, sample, answers)) == list(range(7))
+    assert found == sizes
+
+
+def test_progress_says_how_many_answers_and_how_long(monkeypatch, capsys):
+    clock = SimpleNamespace(now=100.0)
+    monkeypatch.setattr(sampling.time, "monotonic", lambda: clock.now)
+    meter = Meter("runs/rejection", 28_000)
+    meter.begin(8_000)  # found on the disk
+    for seconds, done in ((5, 100), (20, 1_000), (25, 1_500)):
+        clock.now = 100 + seconds
+        meter(done, 2_000)
+    assert capsys.readouterr().err == "runs/rejection: 9,000 of 28,000 answers, 6:20 left\n"  # 50 a second
+    clock.now = 140
+    meter(0, 2_000)  # the next call of the same part: the one before is done
+    assert capsys.readouterr().err == "runs/rejection: 10,000 of 28,000 answers, 6:00 left\n"
+    meter.begin(12_000)
+    clock.now = 160
+    meter(500, 4_000)
+    assert capsys.readouterr().err == "runs/rejection: 12,500 of 28,000 answers, 3:26 left\n"
+
+
+def test_a_stage_says_how_far_it_is(policy, scorers, prompts, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(sampling.Meter.__init__, "__defaults__", (0, 0.0))  # at every step
+    assert llama2("rejection", "--policy", policy, "--rewards.helpful", scorers[0], "--prompts", prompts, "--k", 2,
+                  "--temperatures", 1.0, "--sample.max-tokens", 8, "--sample.slots", 4, "--sample.part", 2,
+                  "--out", tmp_path / "out") == 0
+    said = re.findall(r"out: (\d+) of 32 answers", capsys.readouterr().err)
+    counts = list(map(int, said))
+    assert counts == sorted(counts)
+    assert counts[-1] > 24
