@@ -23,6 +23,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -31,7 +32,7 @@ from gpu_page import Page
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent
-SITE = ROOT / ".gpu"  # packages that were missing
+SITE = ROOT / ".gpu" / str(sys.implementation.cache_tag)  # packages that this Python misses
 NEEDED = {"numpy": "numpy", "sentencepiece": "sentencepiece", "safetensors": "safetensors", "pydantic": "pydantic",
           "tyro": "tyro", "yaml": "PyYAML", "rich": "rich", "pytest": "pytest", "pytest_timeout": "pytest-timeout"}
 TESTS = {"test_gpu_model": 90, "test_gpu_engine": 60, "test_training": 60, "test_command": 60}  # file: seconds at most
@@ -119,11 +120,14 @@ def driver() -> str:
 
 
 def provide(wheels: Path, end: float) -> list[str]:
-    """Install what is missing into `SITE`, which comes first on the path of every part; what is to be told of it."""
-    sys.path.append(str(SITE))
-    missing = [package for module, package in NEEDED.items() if importlib.util.find_spec(module) is None]
+    """Install what is missing into `SITE` and put that on the path of every part; what is to be told of it."""
+    missing = absent()
     if not missing:
         return []
+    sys.path.append(str(SITE))
+    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(SITE), os.environ.get("PYTHONPATH")]))
+    if not absent():
+        return [f"Brought beside PyTorch: {', '.join(missing)}."]
     pip = [sys.executable, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", "--no-input",
            "--no-compile", "--target", str(SITE)]
     found = [path for path in sorted(wheels.glob("*.whl")) if not here(path.name.split("-")[0])]
@@ -132,14 +136,18 @@ def provide(wheels: Path, end: float) -> list[str]:
     else:
         pip += ["--retries", "0", "--timeout", "5", *missing]
     said = finished(pip, end - time.monotonic())
-    importlib.invalidate_caches()
-    still = [package for module, package in NEEDED.items() if importlib.util.find_spec(module) is None]
-    told = [f"Not there before: {', '.join(missing)}; installed beside PyTorch, from "
-            f"{'wheels' if found else 'the package index'}."]
+    still = absent()
+    told = [f"Brought beside PyTorch: {', '.join(missing)}, from {'wheels' if found else 'the package index'}."]
     if still:
         told.append(f"Not there at all: {', '.join(still)}; what needs them fails below. "
                     f"pip said: {said.strip().splitlines()[-1] if said.strip() else 'nothing'}")
     return told
+
+
+def absent() -> list[str]:
+    """The packages that cannot be imported."""
+    importlib.invalidate_caches()
+    return [package for module, package in NEEDED.items() if importlib.util.find_spec(module) is None]
 
 
 def here(distribution: str) -> bool:
@@ -211,7 +219,7 @@ def job(page: Page, name: str, seconds: float, tiny: bool) -> None:
 
 def finished(command: list[str], seconds: float, tiny: bool = False, hear: Callable[[str], None] | None = None) -> str:
     """Run a command for so many seconds at most; "" if it went well, else what it said, and why it ended."""
-    path = [str(ROOT), str(SITE), *filter(None, [os.environ.get("PYTHONPATH")])]
+    path = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
     environment = {**os.environ, "PYTHONUNBUFFERED": "1", "PYTHONPATH": os.pathsep.join(path)}
     if tiny:
         environment |= {"LLAMA2_DEVICE": "cpu", "LLAMA2_GPU_TINY": "1"}
@@ -219,8 +227,8 @@ def finished(command: list[str], seconds: float, tiny: bool = False, hear: Calla
     process = subprocess.Popen(command, cwd=ROOT, env=environment, text=True, stdout=subprocess.PIPE,
                                stderr=subprocess.STDOUT, start_new_session=True)
     assert process.stdout is not None
-    signal.signal(signal.SIGALRM, lambda *_: end(process))
-    signal.setitimer(signal.ITIMER_REAL, max(seconds, 0.1))
+    timer = threading.Timer(max(seconds, 0.1), end, [process])
+    timer.start()
     try:
         for line in process.stdout:
             lines.append(line)
@@ -229,8 +237,9 @@ def finished(command: list[str], seconds: float, tiny: bool = False, hear: Calla
                 hear(line)
         code = process.wait()
     finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
+        timer.cancel()
         end(process)
+        process.stdout.close()
     late = time.monotonic() - begun >= seconds
     if code == 0 and not late:
         return ""

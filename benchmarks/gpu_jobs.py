@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from common import SIZES as SMALL
 from common import Side, Size
-from train import Clock, RandomTokens
+from train import RandomTokens
 
 from llama2 import mesh
 from llama2.generate.engine import Engine
@@ -145,30 +145,49 @@ def fitting(shape: LlamaConfig, rows: int, length: int, settings: Training, most
 
 
 def training(scale: Scale, name: str, *, compile: bool = False, checkpointing: bool = False) -> None:
-    """Tokens a second and MFU of whole optimizer steps; the peak of memory against the plan."""
-    rows, length, whole = scale.rows[name], scale.length, scale.shapes[name]
+    """Tokens a second and MFU of whole optimizer steps; the peak of memory against the plan.
+
+    Where the plan said too little, fewer layers are tried: a figure of some is better than none.
+    """
     settings = Training(precision="bf16", compile=compile, gradient_checkpointing=checkpointing)
-    shape = fitting(whole, rows, length, settings, COMPILED_LAYERS if compile and name == "7b" else 10**6)
-    job = f"training {name}"
-    figures = {"what": "training", "shape": name, "layers": shape.num_hidden_layers, "of": whole.num_hidden_layers,
-               "parameters": shape.parameters(), "rows": rows, "length": length, "compile": compile,
-               "checkpointing": checkpointing, "plan_bytes": planned(shape, rows, length, settings)}
+    most = COMPILED_LAYERS if compile and name == "7b" else 10**6
+    planned_for = fitting(scale.shapes[name], scale.rows[name], scale.length, settings, most)
+    for share in (1.0, 0.75, 0.5):
+        layers = max(1, int(share * planned_for.num_hidden_layers))
+        try:
+            train(scale, name, replace(planned_for, num_hidden_layers=layers), settings)
+            return
+        except torch.OutOfMemoryError as error:
+            say(f"training {name}", what="memory", layers=layers, words=str(error).splitlines()[0])
+        fresh_memory()
+
+
+def train(scale: Scale, name: str, shape: LlamaConfig, settings: Training) -> None:
+    """`training` of one shape."""
+    rows, length = scale.rows[name], scale.length
+    plan = planned(shape, rows, length, settings)
     fresh_memory()
     model = on_device(shape)
-    model.model.gradient_checkpointing = checkpointing
-    learner = Learner(model, AdamW(learning_rate=1e-5), precision="bf16", compile=compile)
-    source, begin = PackedTokens(Size(shape, rows, length)), time.perf_counter()
-    fit(learner, source, next_token, Plan(schedule="constant", max_steps=2))
-    mesh.wait()
-    figures["first_seconds"] = time.perf_counter() - begin
-    clock = Clock(1e9)
-    begin = time.perf_counter()
-    fit(learner, source, next_token, Plan(schedule="constant", max_steps=2 + scale.steps), [clock])
-    mesh.wait()
-    seconds = (time.perf_counter() - begin) / scale.steps
+    model.model.gradient_checkpointing = settings.gradient_checkpointing
+    learner = Learner(model, AdamW(learning_rate=1e-5), precision="bf16", compile=settings.compile)
+    source = PackedTokens(Size(shape, rows, length))
+    first = steps(learner, source, 2)
+    seconds = steps(learner, source, scale.steps) / scale.steps
     rate = rows * length / seconds
-    say(job, **figures, seconds_per_step=seconds, tokens_per_second=rate, peak_bytes=peak_memory(),
-        flops=rate * flops_per_token(shape, length))
+    say(f"training {name}", what="training", shape=name, layers=shape.num_hidden_layers,
+        of=scale.shapes[name].num_hidden_layers, parameters=shape.parameters(), rows=rows, length=length,
+        compile=settings.compile, checkpointing=settings.gradient_checkpointing, first_seconds=first,
+        seconds_per_step=seconds, tokens_per_second=rate, flops=rate * flops_per_token(shape, length),
+        plan_bytes=plan, peak_bytes=peak_memory())
+
+
+def steps(learner: Learner, source: PackedTokens, count: int) -> float:
+    """Seconds of so many more optimizer steps."""
+    mesh.wait()
+    begin = time.perf_counter()
+    fit(learner, source, next_token, Plan(schedule="constant", max_steps=learner.step + count))
+    mesh.wait()
+    return time.perf_counter() - begin
 
 
 # ---- generation -----------------------------------------------------------------------------------------------------

@@ -112,7 +112,9 @@ class Page:
                 for one in self._of("training")]
         head = ("shape", "layers", "parameters", "tokens a step", "", "activations", "tokens/s", "TFLOP/s", "MFU",
                 "first two steps")
-        return _section("Training", f"{TRAINING}\n\n{_table(head, rows)}\n"
+        lacking = "".join(f"With {one['layers']} layers ({one['job']}) the memory did not do: {one['words']}\n\n"
+                          for one in self._of("memory"))
+        return _section("Training", f"{TRAINING}\n\n{_table(head, rows)}\n{lacking}"
                         "`python benchmarks/gpu_jobs.py 'training 7b'`") if rows else ""
 
     def _generation(self) -> str:

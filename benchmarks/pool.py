@@ -1,12 +1,13 @@
 """The pool over rounds of rejection sampling (§3.2.3): does a skill stay that was taught in the first round alone?
 
-    make demo && python benchmarks/pool.py [--recipe runs/demo] [--skill rewrite] [--prompts 400] [--k 4] [--seed 0]
+    make demo && python benchmarks/pool.py [--recipe runs/demo] [--skill story] [--seed 0]
 
-Three rounds from the demo's SFT model, each trained on what rejection sampling kept. The first round asks for the skill
-(a family of the microworld's prompts) among other things, the second and third for other things only. Once each round
-is trained on its own best answers, as up to the paper's V3; once on the pool of all rounds (`earlier`). Printed is the
-mean helpfulness, by the world's own truth, of greedy answers to held-out prompts of the skill and of the rest. It takes
-some minutes on two cores and writes below --out, where it goes on after an interruption.
+Three rounds from the demo's SFT model, each trained on what rejection sampling kept. The first asks for the skill (a
+family of the microworld's prompts) and for answers to unsafe prompts, the second and third for the latter only. Once
+each version is trained on the best answers of its own round, as up to the paper's V3; once on the pool of all rounds
+(`earlier`). Printed is the mean helpfulness, by the world's own truth, of answers (temperature 0.6, top-p 0.9, as
+versions are judged) to held-out prompts of either kind, with its standard error. It takes some minutes on two cores,
+and goes on in --out after an interruption.
 """
 
 from __future__ import annotations
@@ -27,8 +28,9 @@ from llama2.stages import launch
 from llama2.stages.sampling import Sample, answer, load_chat, seed_for
 
 ROUNDS = 3
-REST = ("fact", "list", "howto", "unsafe", "borderline")
+LATER = ("unsafe",)
 MAX_TOKENS = 64
+ANSWERS = 4  # to each held-out prompt
 
 
 def carry_out(verb: str, out: Path, **values: Any) -> Path:
@@ -49,7 +51,7 @@ def asked(arguments: argparse.Namespace, out: Path) -> list[Path]:
     world, half = arguments.recipe / "world", arguments.prompts // 2
     files = []
     for number in range(ROUNDS):
-        mine = chosen(world, "train", REST, 2 * half, number * 2 * half)
+        mine = chosen(world, "train", LATER, 2 * half, number * 2 * half)
         if number == 0:
             mine = chosen(world, "train", (arguments.skill,), half) + mine[:half]
         files.append(out / f"prompts{number + 1}.jsonl")
@@ -78,32 +80,34 @@ def arm(arguments: argparse.Namespace, out: Path, name: str, pooled: bool, files
 
 
 def helpfulness(version: Path, prompts: list[Prompt], out: Path) -> tuple[float, float]:
-    """Mean of the true helpfulness of greedy answers, and its standard error."""
-    sample = Sample(temperature=0.0, max_tokens=MAX_TOKENS, slots=256)
+    """Mean of the true helpfulness of answers, and its standard error over prompts."""
+    sample = Sample(temperature=0.6, top_p=0.9, max_tokens=MAX_TOKENS, slots=256)
     chat: Chat = load_chat(version, sample, Run(out, finished=False))
-    texts = [one[0].text for one in answer(chat, [prompt.messages for prompt in prompts], sample)]
-    ratings = truth(prompts, texts)
-    assert ratings is not None
-    values = [one.helpfulness for one in ratings]
+    answers = answer(chat, [prompt.messages for prompt in prompts], sample, n=ANSWERS, seed=1)
+    values = []
+    for prompt, mine in zip(prompts, answers):
+        ratings = truth([prompt] * ANSWERS, [one.text for one in mine])
+        assert ratings is not None
+        values.append(statistics.fmean(one.helpfulness for one in ratings))
     return statistics.fmean(values), statistics.stdev(values) / len(values) ** 0.5
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--recipe", type=Path, default=Path("runs/demo"), help="a finished run of recipes/demo")
-    parser.add_argument("--skill", default="rewrite")
+    parser.add_argument("--skill", default="story")
     parser.add_argument("--prompts", type=int, default=400)
     parser.add_argument("--k", type=int, default=4)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--epochs", type=float, default=2.0)
-    parser.add_argument("--learning-rate", type=float, default=6e-4)
+    parser.add_argument("--epochs", type=float, default=4.0)
+    parser.add_argument("--learning-rate", type=float, default=1e-3)
     parser.add_argument("--out", type=Path)
     arguments = parser.parse_args()
     out = arguments.out or Path(tempfile.mkdtemp(prefix="pool-"))
     files = asked(arguments, out)
     world = arguments.recipe / "world"
     tests = {arguments.skill: chosen(world, "evaluation", (arguments.skill,), 200),
-             "the rest": chosen(world, "evaluation", REST, 300)}
+             "asked later": chosen(world, "evaluation", LATER, 300)}
     arms = {name: arm(arguments, out, name, name == "pool", files) for name in ("newest", "pool")}
     print(f"{'version':22}" + "".join(f"{f'{name} ({len(some)})':>22}" for name, some in tests.items()))
     lines = [("SFT", arguments.recipe / "sft"), ("V1", arms["pool"][0])]

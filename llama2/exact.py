@@ -8,6 +8,9 @@ from pydantic_core import core_schema
 
 from llama2.yaml12 import scalar
 
+_LARGEST = 2**63 - 1
+"""of whole numbers: what libraries below take"""
+
 
 def exact(node: Any, alternative: bool = False) -> Any:
     """A pydantic schema in which true, 1 and "1" are three values, at every depth.
@@ -20,6 +23,8 @@ def exact(node: Any, alternative: bool = False) -> Any:
         return node
     if node.get("type") in ("int", "float", "bool", "str"):
         strict = {**node, "strict": True}
+        if node["type"] == "int" and not {"lt", "le"} & node.keys():
+            strict["le"] = _LARGEST
         if node.get("strict") or alternative or node["type"] in ("bool", "str"):
             return strict
         return core_schema.no_info_before_validator_function(_whole if node["type"] == "int" else _number, strict)

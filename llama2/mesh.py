@@ -22,6 +22,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from llama2.errors import UserError
+
 Precision = Literal["fp32", "bf16"]
 T = TypeVar("T")
 HUGE_HEAP = 1 << 30
@@ -58,6 +60,9 @@ def init() -> None:
     if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not dist.is_initialized():
         where = device()
         if where.type == "cuda":
+            if where.index >= torch.cuda.device_count():
+                raise UserError(f"this machine has {torch.cuda.device_count()} GPUs, and rank {where.index} on it "
+                                "wants one of its own", "start fewer processes here, or set LLAMA2_DEVICE=cpu")
             torch.cuda.set_device(where)
         dist.init_process_group("nccl" if where.type == "cuda" else "gloo", timeout=TIMEOUT,
                                 device_id=where if where.type == "cuda" else None)

@@ -180,17 +180,23 @@ def _rule(detail: ErrorDetails, kind: Any) -> tuple[str, str]:
         cure = "put it in quotes"
     elif bool in options and not isinstance(given, bool):
         cure = "write true or false"
+    elif schema.takes_several(kind) and not isinstance(given, (Mapping, list, tuple)):
+        cure = f"write [{_shown(given)}]"
     return f"{schema.wanted(kind)} is wanted", cure
 
 
 def _shown(value: Any) -> str:
-    """A value as it is written in a recipe."""
+    """A value as it is written in a recipe, the beginning of a long one."""
     if isinstance(value, bool):
-        return "true" if value else "false"
-    if value is None:
-        return "null"
-    if isinstance(value, Mapping):
-        return "a mapping"
-    if isinstance(value, (list, tuple)):
-        return f"[{', '.join(map(_shown, value))}]"
-    return f"'{value}'" if isinstance(value, str) else f"{value:g}" if isinstance(value, float) else str(value)
+        text = "true" if value else "false"
+    elif value is None:
+        text = "null"
+    elif isinstance(value, Mapping):
+        text = "a mapping"
+    elif isinstance(value, (list, tuple)):
+        text = f"[{', '.join(map(_shown, value))}]"
+    elif isinstance(value, float):
+        text = f"{value:g}"
+    else:
+        text = f"'{value}'" if isinstance(value, str) else str(value)
+    return text if len(text) <= 100 else f"{text[:97]}..."

@@ -32,7 +32,7 @@ from typing import IO, Any
 import torch
 
 import llama2
-from llama2 import files, mesh, yaml12
+from llama2 import files, interrupts, mesh, yaml12
 from llama2.config import StageConfig, incidentals, paths
 from llama2.errors import UserError, explain_os_errors
 from llama2.records import dump
@@ -50,12 +50,11 @@ _TRANSIENT = {CHECKPOINTS, COMPLETE, MANIFEST, METRICS, WARNINGS, "config.yaml"}
 
 
 class Stopped(Exception):
-    """Training was asked to stop and has saved its state: not a failure."""
+    """Training was asked to stop and has saved its state: no failure, but Ctrl-C (`interrupted`) ends scripts too."""
 
-    exit_code = 0
-
-    def __init__(self, step: int, checkpoint: Path | None) -> None:
+    def __init__(self, step: int, checkpoint: Path | None, interrupted: bool = False) -> None:
         self.step, self.checkpoint = step, checkpoint
+        self.exit_code = interrupts.STATUS if interrupted else 0
         super().__init__(f"stopped after step {step}; the same command resumes" if checkpoint
                          else f"stopped after step {step}, nothing was saved")
 
@@ -151,23 +150,33 @@ class Run:
         self.path, self.finished = path, finished
         self.tallies: dict[str, Tally] = {}
         self.warnings: list[str] = []
+        self.results: list[str] = []
         self._metrics: IO[str] | None = None
 
     def tally(self, name: str) -> Tally:
         """The counts of one set of records that this run reads; what they come to is said when the run ends."""
         return self.tallies.setdefault(name, Tally())
 
-    def say(self, line: str) -> None:
-        """Print a line about this run on standard error (rank 0)."""
-        if mesh.is_main():
-            print(f"{self.path}: {line}", file=sys.stderr, flush=True)
-
     def warn(self, line: str) -> None:
-        """Say, and keep in warnings.json, what makes this run worth less than its user may think."""
+        """Say, and keep in warnings.json, what makes this run worth less than its user may think (rank 0)."""
         if line not in self.warnings:
             self.warnings.append(line)
-            self.say(f"warning: {line}")
+            self._say(f"warning: {line}")
             self.write_json(WARNINGS, self.warnings)
+
+    def conclude(self, line: str) -> None:
+        """Have `line`, what this run came to, said when it ends: last, after its counts."""
+        self.results.append(line)
+
+    def end(self) -> None:
+        """Say what was read, kept and left out, and what the run came to (rank 0)."""
+        counts = (f"{name}: {tally.line()}" for name, tally in self.tallies.items() if tally.read)
+        for line in (*counts, *self.results):
+            self._say(line)
+
+    def _say(self, line: str) -> None:
+        if mesh.is_main():
+            print(f"{self.path}: {line}", file=sys.stderr, flush=True)
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
         """Append one line of metrics (rank 0)."""
@@ -196,6 +205,12 @@ class Run:
         if self._metrics is not None:
             self._metrics.close()
             self._metrics = None
+
+
+def read_warnings(path: Path) -> list[str]:
+    """What the user of a run was warned of."""
+    file = path / WARNINGS
+    return list(json.loads(file.read_text("utf-8"))) if file.is_file() else []
 
 
 def _step(line: str) -> float:
@@ -239,9 +254,7 @@ def open_run(verb: str, config: StageConfig) -> Iterator[Run]:
                                                 "seconds": round(spent + time.time() - begin, 2)}))
             (path / SECONDS).unlink(missing_ok=True)
             _remove_checkpoints(path / CHECKPOINTS)
-            for name, tally in run.tallies.items():
-                if tally.read:
-                    print(f"{path}: {name}: {tally.line()}", file=sys.stderr)
+            run.end()
         mesh.barrier()
     except UserError:
         if held is not None and _only_begun(path):

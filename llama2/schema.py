@@ -18,9 +18,6 @@ from pydantic.fields import FieldInfo
 
 from llama2 import yaml12
 
-FIELD_NAMES = "field names"
-"""marks (`Annotated`) a mapping whose keys are names of fields, not chosen by the user"""
-
 
 @dataclass(frozen=True)
 class Place:
@@ -43,8 +40,9 @@ class Flag:
     words: tuple[str, ...]
 
     def typed(self) -> str:
-        """Its value as it was typed."""
-        return " ".join(self.words)
+        """Its value as it was typed, in quotes where it could not be seen otherwise."""
+        text = " ".join(self.words)
+        return text if text.strip() and text.isprintable() else repr(text)
 
 
 def kinds(annotation: Any) -> tuple[Any, ...]:
@@ -82,20 +80,14 @@ def inner(annotation: Any, name: str) -> tuple[str, Any, bool] | None:
         if kind in models(kind):
             found = spelt(kind, name)
             if found is not None:
-                marked = FIELD_NAMES in found[1].metadata
-                return found[0], Annotated[found[1].annotation, FIELD_NAMES] if marked else found[1].annotation, True
+                return found[0], found[1].annotation, True
         elif get_origin(kind) is dict:
-            field = _marked(annotation)
-            return name.replace("-", "_") if field else name, get_args(kind)[1], field
+            return name, get_args(kind)[1], False
         elif get_origin(kind) in (tuple, list) and name.isdigit():
             return name, item(kind, int(name)), False
         elif kind is Any:
             return name, Any, False
     return None
-
-
-def _marked(annotation: Any) -> bool:
-    return get_origin(annotation) is Annotated and FIELD_NAMES in get_args(annotation)[1:]
 
 
 def item(kind: Any, index: int) -> Any:
@@ -155,7 +147,7 @@ def usage(place: Place) -> str:
     """How a value is given to a place, or to the first key below it: `--dialogs.NAME.path PATH`."""
     below, kind = next(leaves(place.kind), ((), place.kind))
     flag = ".".join(filter(None, (place.flag, dashed(*below))))
-    return f"--{flag} {' ...'.join((metavar(kind), '')) if takes_several(kind) else metavar(kind)}"
+    return f"--{flag} {metavar(kind)}{' ...' if takes_several(kind) and Any not in kinds(kind) else ''}"
 
 
 _METAVARS = {int: "NUMBER", float: "NUMBER", str: "TEXT", Path: "PATH", bool: "true|false"}

@@ -133,6 +133,10 @@ class RMSNorm(nn.Module):
         if fused.runs(x_BTD):
             return fused.normalise(x_BTD, update_BTD, self.weight, self.eps, kind)
         x_BTD = x_BTD if update_BTD is None else x_BTD + update_BTD
+        if torch.compiler.is_compiling():  # it fuses as well, and in PyTorch 2.11 it loses gradients made by hand
+            x32 = x_BTD.float()
+            scale = torch.rsqrt(x32.square().mean(-1, keepdim=True) + self.eps)
+            return x_BTD, (x32 * scale * self.weight).to(kind)
         normed_BTD: Tensor = _Normalise.apply(x_BTD, self.weight, self.eps, kind)  # type: ignore[no-untyped-call]
         return x_BTD, normed_BTD
 

@@ -258,7 +258,6 @@ def _scorer_results(model: Model) -> str:
 def _limits(model: Model) -> str:
     found = model.measured
     weakest = card_results.weakest(found) if found is not None else None
-    stages = model.lineage.stages
     outside = [one.place for _, one in model.lineage.bases]
     return md.document("## Limits", md.bullets(
         "It knows nothing beyond its synthetic world, and does not know that." if model.lineage.synthetic else
@@ -268,7 +267,7 @@ def _limits(model: Model) -> str:
         f"It reads at most {md.count(model.shape.max_position_embeddings)} tokens of conversation and answer.",
         "Truthfulness, bias, toxicity, memorised data, attacks over several turns, and languages were not measured.",
         f"Nothing is known here about how {', '.join(map(md.code, outside))} came about." if outside else "",
-        "Trained once, with one seed." if len({s.step.manifest.get("seed") for s in stages}) == 1 else ""))
+        "Every stage was carried out once, with one seed."))
 
 
 def _notes(card: Card) -> str:

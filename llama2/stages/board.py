@@ -97,6 +97,9 @@ class Board:
                 self.console.print(f"[{len(self.finished):2}/{len(self.steps)}] {name:24} "
                                    f"{_clock(self.finished[name]):>6}  {work.log.last_line()}",
                                    highlight=False, markup=False, soft_wrap=True)
+                for line in runs.read_warnings(self.steps[name].out):
+                    self.console.print(f"        {name}: warning: {line}", highlight=False, markup=False,
+                                       soft_wrap=True)
             elif outcome == "stopped":
                 self.stopping = self.stopping or signal.SIGTERM
             else:

@@ -85,7 +85,7 @@ def run(config: Config, run: Run) -> None:
         return converse(chat, some, config, first)
 
     answers = part_by_part(run, [chat], "samples", conversations, work, config.sample, turns)
-    generator = np.random.default_rng(config.seed)
+    generator = np.random.default_rng(seed_for(config.seed, "shortened"))
     tally, written, said = run.tally("conversations"), 0, 0
     examples: list[str] = []
     with writing(run.path / "dialogs.jsonl") as put:
@@ -132,7 +132,7 @@ def compose(config: Config) -> list[Conversation]:
     lists of hobbies and figures; here they are fixed.
     """
     assert config.questions is not None
-    generator = np.random.default_rng(config.seed)
+    generator = np.random.default_rng(seed_for(config.seed, "compose"))
     asked = [prompt.messages[-1].content for prompt in records.read(Prompt, config.questions)
              if len(prompt.messages) == 1 and not prompt.safety]
     order = [asked[index] for index in generator.permutation(len(asked))]

@@ -22,24 +22,29 @@ def check(config: BaseModel, *, complete: bool) -> None:
     """UserError for inputs that cannot be meant; `complete`: every path that is named must be there."""
     for key, path in paths(config):
         if _is_model(key):
-            check_model(path)
+            check_model(path, scorer=bool({"rewards", "judge"} & set(key.split("."))))
     if complete:
         refuse_missing([(key, path) for key, path in paths(config)])
 
 
-def check_model(path: Path) -> None:
-    """UserError for a path that holds no model but looks like something that has one."""
+def check_model(path: Path, *, scorer: bool) -> None:
+    """UserError for a path that holds no model but looks like something that has one. scorer: a reward model is asked
+    for."""
     if not path.exists() and _is_of_the_hub(path):
         raise _missing(path)
     if (path / "steps.json").is_file() and not (path / "config.json").exists():
-        models = list(_models(path))
+        models = list(_models(path, scorer))
         raise UserError(f"{path}: this is the directory of a recipe, not of a model",
-                        f"give one of its models: {', '.join(models)}" if models else "it has no finished model yet")
+                        f"give one of its models, such as {path / models[-1]}; it has {', '.join(models)}" if models
+                        else "it has no such model yet")
 
 
-def _models(recipe: Path) -> Iterator[str]:
-    steps = json.loads((recipe / "steps.json").read_text(encoding="utf-8"))
-    return (str(recipe / name) for name in steps if (recipe / name / "config.json").is_file())
+def _models(recipe: Path, scorer: bool) -> Iterator[str]:
+    """The steps of a recipe that left a model of the kind asked for."""
+    for name in json.loads((recipe / "steps.json").read_text(encoding="utf-8")):
+        file = recipe / name / "config.json"
+        if file.is_file() and scorer == ("SequenceClassification" in file.read_text(encoding="utf-8")):
+            yield name
 
 
 def refuse_missing(needed: Sequence[tuple[str, Path]]) -> None:

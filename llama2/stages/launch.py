@@ -96,6 +96,7 @@ def command(verb: str, arguments: Sequence[str]) -> int:
             return int(module.run(config) or 0)  # a comparison has a result that scripts ask for
     except Stopped as stopped:
         print(f"llama2: {stopped}", file=sys.stderr)
+        return stopped.exit_code
     finally:
         mesh.shutdown()
     return 0

@@ -41,6 +41,7 @@ from llama2.stages.planning import (
 from llama2.stages.rollouts import ACTOR, CRITIC, ActorCritic, Rollouts, Settings, seeded
 from llama2.stages.sampling import Sample, answer, fitting, load_rewards, read_prompts, score
 from llama2.stages.training import Training, frozen, load_policy, load_scorer, saver, train
+from llama2.tally import Tally
 from llama2.train import hooks, parallel
 from llama2.train.loop import Hook, Plan, Report
 from llama2.train.loop import Training as Fitting
@@ -154,7 +155,8 @@ def run(config: Config, run: Run) -> None:
     rewards = load_rewards(config.rewards, tokenizer, config.sample.precision)
     models = ActorCritic(actor, critic)
     chat = Chat(Engine(actor, slots=config.sample.slots, precision=config.sample.precision), tokenizer)
-    prompts = fitting(chat, read_prompts(config.prompts, None, config.seed), room=config.sample.max_tokens // 2)
+    prompts = fitting(chat, read_prompts(config.prompts, None, config.seed), config.sample.max_tokens // 2,
+                      run.tally("prompts"))
     watch = Watch(config.kl_stop, -(-config.batch_size // config.minibatch_size) * config.epochs)
     doctor = health.Doctor(lambda: read_metrics(run.path), config.kl_stop, config.training.precision)
     source = Rollouts(models, reference.eval().requires_grad_(False), rewards, chat, prompts, settings(config),
@@ -163,7 +165,8 @@ def run(config: Config, run: Run) -> None:
     training = training.model_copy(update={"plan": training.plan.model_copy(
         update={"validate_every": config.validate_iterations * source.updates})})
     best = run.path / CHECKPOINTS / "best"
-    validate = heldout(config, chat, rewards, judge, saver(actor, tokenizer), best) if config.heldout else None
+    validate = (heldout(config, chat, rewards, judge, saver(actor, tokenizer), best, run.tally("held-out prompts"))
+                if config.heldout else None)
     learner = train(run, models, source, clipped(config.clip, config.value_clip, config.value_coefficient), training,
                     save_model=lambda directory: adopt(best, directory, saver(actor, tokenizer)), title="ppo",
                     validate=validate, extra=(watch, doctor), derive=(explained_variance,), apart=(ACTOR, CRITIC),
@@ -251,10 +254,11 @@ def at_hand(judge: Rewards, rewards: Rewards) -> Iterator[Rewards]:
         rewards.to(mesh.device())
 
 
-def heldout(config: Config, chat: Chat, rewards: Rewards, judge: Rewards | None, save: Any, best: Path) -> Heldout:
+def heldout(config: Config, chat: Chat, rewards: Rewards, judge: Rewards | None, save: Any, best: Path, tally: Tally
+            ) -> Heldout:
     """Early stopping on held-out prompts: every kind of prompt counts alike, whatever its number."""
     assert config.heldout is not None
-    prompts = fitting(chat, read_prompts(config.heldout, config.heldout_limit, config.seed), room=16)
+    prompts = fitting(chat, read_prompts(config.heldout, config.heldout_limit, config.seed), 16, tally)
 
     def evaluate(model: nn.Module) -> dict[str, float]:
         answers = answer(chat, [prompt.messages for prompt in prompts], config.sample,

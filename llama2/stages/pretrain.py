@@ -10,12 +10,13 @@ import dataclasses
 import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import torch
 from pydantic import Field
 from torch import nn
 
+from llama2.config import Config as Section
 from llama2.config import StageConfig
 from llama2.data.compress import HeldoutText
 from llama2.data.loader import Batch, Rows
@@ -27,7 +28,6 @@ from llama2.model import checkpoint
 from llama2.model.llama import Llama, LlamaConfig
 from llama2.model.sizes import SIZES
 from llama2.runs import Run
-from llama2.schema import FIELD_NAMES
 from llama2.stages import cautions
 from llama2.stages.planning import UNKNOWN, Cluster, Lineage, Tower, flops_per_token, training_plan
 from llama2.stages.training import Training, heldout_loss, row_length, saver, train, validated
@@ -38,6 +38,23 @@ from llama2.train.objectives import next_token
 from llama2.train.optim import AdamW
 
 
+class Architecture(Section):
+    """A model's shape where it differs from that of the named size; names are those of Hugging Face's config.json."""
+
+    vocab_size: int | None = Field(None, gt=0)
+    """the tokenizer's unless given"""
+    hidden_size: int | None = Field(None, gt=0)
+    intermediate_size: int | None = Field(None, gt=0)
+    num_hidden_layers: int | None = Field(None, gt=0)
+    num_attention_heads: int | None = Field(None, gt=0)
+    num_key_value_heads: int | None = Field(None, gt=0)
+    max_position_embeddings: int | None = Field(None, gt=0)
+    """the longest context"""
+    rms_norm_eps: float | None = Field(None, gt=0)
+    rope_theta: float | None = Field(None, gt=0)
+    tie_word_embeddings: bool | None = None
+
+
 class Config(StageConfig):
     """Train a language model on token shards, from scratch or from a checkpoint."""
 
@@ -45,7 +62,7 @@ class Config(StageConfig):
     """a `llama2 tokenize` run"""
     size: str = "tiny"
     """a named size; its vocabulary becomes the tokenizer's"""
-    architecture: Annotated[dict[str, int | float | bool], FIELD_NAMES] = {}
+    architecture: Architecture = Architecture()
     """differences from the named size, in the words of config.json (num_hidden_layers: 6)"""
     model: Path | None = None
     """continue from this checkpoint instead of starting afresh"""
@@ -69,11 +86,8 @@ def architecture(config: Config, vocab_size: int | None) -> LlamaConfig:
     """The model's shape: the named size with the differences asked for."""
     if config.size not in SIZES:
         raise UserError(f"unknown size '{config.size}'", did_you_mean(config.size, SIZES))
-    known = {field.name for field in dataclasses.fields(LlamaConfig)}
-    for key in config.architecture:
-        if key not in known:
-            raise UserError(f"architecture: unknown key '{key}'", did_you_mean(key, known))
-    changes: dict[str, Any] = {**({"vocab_size": vocab_size} if vocab_size else {}), **config.architecture}
+    own = config.architecture.model_dump(exclude_none=True)
+    changes: dict[str, Any] = {**({"vocab_size": vocab_size} if vocab_size else {}), **own}
     try:
         return dataclasses.replace(SIZES[config.size], **changes)
     except ValueError as error:
@@ -120,9 +134,9 @@ def run(config: Config, run: Run) -> None:
         "trained": learner.trained, "validation": found, "validation_bytes": validation.text.size, **bars,
         "passes": {name: round(times * learner.tokens / rows.places, 4) for name, times in order.passes.items()}})
     if bars:
-        run.say(f"{learner.tokens:,} tokens read; {found['validation/bits_per_byte']:.3f} bits per byte on "
-                f"{validation.text.size:,} bytes of held-out text (xz -9: {bars['xz_bits_per_byte']:.3f}, "
-                f"bzip2 -9: {bars['bzip2_bits_per_byte']:.3f})")
+        run.conclude(f"{learner.tokens:,} tokens read; {found['validation/bits_per_byte']:.3f} bits per byte on "
+                     f"{validation.text.size:,} bytes of held-out text (xz -9: {bars['xz_bits_per_byte']:.3f}, "
+                     f"bzip2 -9: {bars['bzip2_bits_per_byte']:.3f})")
 
 
 def check_length(config: Config, rows: TextRows, steps: int) -> None:

@@ -71,7 +71,8 @@ class Config(StageConfig):
                     _check_new(name, step, [*known, *steps])
             known |= dict.fromkeys(steps)
             used |= referred_to(layer)
-            parameters |= dict.fromkeys(layer.get("parameters") or ())
+            given_here = layer.get("parameters")
+            parameters |= dict.fromkeys(given_here if isinstance(given_here, Mapping) else ())
         for name in parameters:
             if name not in used:
                 raise UserError(f"parameters.{name}: no step refers to '${{{name}}}'",

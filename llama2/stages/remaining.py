@@ -13,7 +13,7 @@ _BELIEF = 10.0
 """seconds for which the recipe's own weights count beside what is measured"""
 _SURE = 0.2
 """share of a step from which on its own speed alone is believed"""
-_OF = re.compile(r"(?<![\w./])(\d[\d,]*)/(\d[\d,]*)(?![\w/.])")
+_OF = re.compile(r"(?<![\w./])(\d[\d,]*)(?:/| of )(\d[\d,]*)(?![\w/.])")
 _PERCENT = re.compile(r"^[\w .-]*?(\d{1,3}(?:\.\d+)?) ?%")
 
 

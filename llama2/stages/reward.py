@@ -36,7 +36,7 @@ from llama2.tables import digest
 from llama2.tally import Tally
 from llama2.tokenizer.template import encode_dialog
 from llama2.tokenizer.tokenizer import Tokenizer
-from llama2.train.loop import Plan
+from llama2.train.loop import Learner, Plan
 from llama2.train.objectives import Margins, ranking
 from llama2.train.optim import AdamW
 
@@ -117,35 +117,55 @@ def run(config: Config, run: Run) -> None:
     """Train, measure accuracy by set and degree, and leave a reward-model checkpoint."""
     scorer, tokenizer = load_scorer(config.model, seed=config.seed, home=config.training.home())
     encoder = Encoder(tokenizer, config.max_tokens, scorer.config.max_position_embeddings)
+
     sets = mixed(config, encoder, run)
     pairs = [pair for found in sets.values() for pair in found]
-    heldout = {name: encoder.pairs(select(comparisons, run.tally(f"heldout.{name}")), run.tally(f"heldout.{name}"))
-               for name, comparisons in config.heldout.items()}
+    heldout = read_heldout(config, encoder, run)
+
     source = Rows(pairs, collate, batch_size=config.batch_size, micro_batch_size=config.micro_batch_size,
                   epochs=config.epochs, seed=config.seed, size=lambda pair: pair.size)
     limit = config.training.plan.max_steps
     steps = source.steps if limit is None else min(limit, source.steps)
     settings = config.training.with_steps(source.steps, warmup(config.training.plan, steps))
     for line in (*cautions.of_length(config.training.plan, source.steps, len(pairs), "pair", config.batch_size,
-                                     config.epochs), *of_sets(run, pairs, heldout)):
+                                     config.epochs),
+                 *of_sets(run, pairs, heldout)):
         run.warn(line)
+
     learner = train(run, scorer, source, ranking(config.margins, config.auxiliary_weight), settings,
                     save_model=saver(scorer, tokenizer), title="reward",
                     flops_per_token=flops_per_token(scorer.config, mean_length(pairs), scalar=True))
     scorer.eval()
-    measured = measure(scorer, pairs, {name: found for name, found in heldout.items() if found}, settings.precision)
-    run.write_json("accuracy.json", {"sets": measured})
-    run.write_json("summary.json", {
-        "pairs": len(pairs), "steps": learner.step, "parameters": scorer.config.parameters(),
-        "tokens": learner.tokens, "trained": learner.trained,
-        "sets": {name: {"pairs": len(found), "share": round(len(found) / len(pairs), 4)}
-                 for name, found in sets.items()},
-        "read": {name: tally.summary() for name, tally in run.tallies.items()}})
+    measured = measure(scorer, pairs, heldout, settings.precision)
+    conclude(run, scorer, learner, sets, measured)
     for name, found in measured.items():
         axis = axis_of(heldout[name])
-        run.say(told(name, found, axis))
+        run.conclude(told(name, found, axis))
         for line in explained(name, found) if axis == axis_of(pairs) else ():
             run.warn(line)
+
+
+def conclude(run: Run, scorer: Scorer, learner: Learner, sets: Mapping[str, Sequence[Pair]],
+             measured: Mapping[str, Any]) -> None:
+    """Write accuracy.json and summary.json: what was trained on, by set, and what came of it."""
+    total = sum(map(len, sets.values()))
+    run.write_json("accuracy.json", {"sets": measured})
+    run.write_json("summary.json", {
+        "pairs": total, "steps": learner.step, "parameters": scorer.config.parameters(),
+        "tokens": learner.tokens, "trained": learner.trained,
+        "sets": {name: {"pairs": len(found), "share": round(len(found) / total, 4)} for name, found in sets.items()},
+        "read": {name: tally.summary() for name, tally in run.tallies.items()}})
+    if not measured:
+        run.conclude(f"{total:,} pairs, {learner.tokens:,} tokens read; no held-out pairs to measure accuracy on")
+
+
+def read_heldout(config: Config, encoder: Encoder, run: Run) -> dict[str, list[Pair]]:
+    """The pairs to measure accuracy on, of every set that has any."""
+    heldout = {}
+    for name, comparisons in config.heldout.items():
+        tally = run.tally(f"heldout.{name}")
+        heldout[name] = encoder.pairs(select(comparisons, tally), tally)
+    return {name: found for name, found in heldout.items() if found}
 
 
 def warmup(plan: Plan, steps: int) -> int:

@@ -123,9 +123,9 @@ def part_by_part(run: Run, chats: Sequence[Chat], name: str, items: Sequence[T],
                  answers: int = 1) -> Iterator[Any]:
     """`parts.in_parts` for work that samples: the rows of each item, in order; finished parts are not sampled again.
 
-    `answers`: how many are sampled for an item. At the end of a part slots stand empty: with answers of mean length m
-    and at most M tokens, `sample.part` answers a slot take part * m steps, and the last ones up to M - m more. With 64
-    that is under 5 % of the steps where M is four times m, and less of the time where short batches cost less.
+    `answers`: how many are sampled for an item. At the end of a part slots stand empty: where answers have m tokens on
+    average and at most M, it takes sample.part * m decoding steps and up to M - m more. With the demo's lengths (17,
+    and 53) parts of 64 take 2.5 % more steps than one part would, parts of 32 take 4.9 %.
     """
     size = max(1, sample.part * sample.slots * mesh.world() // answers)
     meter = Meter(str(run.path), answers * len(items))

@@ -22,6 +22,7 @@ from llama2.config import StageConfig
 from llama2.data.loader import Rows
 from llama2.data.pack import Packed, Segment, collate, pack, shortened
 from llama2.data.split import heldout_openings, opening
+from llama2.model.llama import Llama
 from llama2.records import Dialog, trained_turns
 from llama2.runs import Run, is_output
 from llama2.stages import cautions
@@ -40,7 +41,7 @@ from llama2.tally import Tally
 from llama2.tokenizer.template import encode_dialog
 from llama2.tokenizer.tokenizer import Tokenizer
 from llama2.train import hooks
-from llama2.train.loop import Plan
+from llama2.train.loop import Learner, Plan
 from llama2.train.objectives import next_token
 from llama2.train.optim import AdamW
 
@@ -103,38 +104,46 @@ def plan(config: Config, cluster: Cluster, lineage: Lineage) -> dict[str, Any]:
 def run(config: Config, run: Run) -> None:
     """Fine-tune and leave a checkpoint."""
     model, tokenizer = load_policy(config.model, home=config.training.home())
-    row_length(config.sequence_length, model.config.max_position_embeddings)
-    dialogs, heldout = read_dialogs(config, run)
     context = model.config.max_position_embeddings
-    sets = {name: encode(tokenizer, found, config.sequence_length, context, run.tally(f"dialogs.{name}"))
+    length = row_length(config.sequence_length, context)
+
+    dialogs, heldout = read_dialogs(config, run)
+    sets = {name: encode(tokenizer, found, length, context, run.tally(f"dialogs.{name}"))
             for name, found in dialogs.items()}
     chosen = weighted(config, sets, run)
     check_left(run, "dialogs.")
-    rows = pack(chosen, config.sequence_length)
-    measured = encode(tokenizer, heldout, config.sequence_length, context, run.tally("held out")).segments
-    source = Rows(rows.rows, lambda some: collate(some, config.sequence_length), batch_size=config.batch_size,
+    measured = encode(tokenizer, heldout, length, context, run.tally("held out")).segments if heldout else []
+
+    packed = pack(chosen, length)
+    source = Rows(packed.rows, lambda rows: collate(rows, length), batch_size=config.batch_size,
                   micro_batch_size=config.micro_batch_size, epochs=config.epochs, seed=config.seed)
-    for line in (*cautions.of_length(config.training.plan, source.steps, len(rows.rows), "row", config.batch_size,
+    for line in (*cautions.of_length(config.training.plan, source.steps, len(packed.rows), "row", config.batch_size,
                                      config.epochs),
-                 *of_data(config, rows, chosen, sets, tokenizer, context),
+                 *of_data(config, packed, chosen, sets, tokenizer, context),
                  *of_sets(config, run, len(measured))):
         run.warn(line)
+
+    validate = hooks.Validate(Validation(pack(measured, length), config)) if measured else None
     learner = train(run, model, source, next_token, config.training.with_steps(source.steps),
-                    save_model=saver(model, tokenizer), title="sft",
-                    validate=hooks.Validate(Validation(pack(measured, config.sequence_length), config))
-                    if measured else None,
-                    flops_per_token=flops_per_token(model.config, config.sequence_length))
-    tallies = [run.tally(f"dialogs.{name}") for name in sets]
+                    save_model=saver(model, tokenizer), title="sft", validate=validate,
+                    flops_per_token=flops_per_token(model.config, length))
+    conclude(run, model, learner, packed, list(sets), len(measured))
+
+
+def conclude(run: Run, model: Llama, learner: Learner, packed: Packed, names: Sequence[str], heldout: int) -> None:
+    """Write summary.json, and say what was read and found."""
+    tallies = {name: run.tally(f"dialogs.{name}") for name in names}
     found = validated(run)
     run.write_json("summary.json", {
         "parameters": model.config.parameters(), "steps": learner.step,
-        "dialogs": sum(tally.kept for tally in tallies), "heldout": len(measured),
-        "tokens": learner.tokens, "trained": learner.trained, "cut": sum(tally.cut for tally in tallies),
-        "dropped": sum(tally.skipped[TOO_LONG] for tally in tallies), "fill": round(rows.fill, 4),
-        "validation": found, "sources": {name: run.tally(f"dialogs.{name}").summary() for name in sets}})
-    run.say(f"{learner.tokens:,} tokens read, {learner.trained:,} of them learnt; "
-            + (f"validation loss {found['validation/loss']:.4f} on {len(measured):,} dialogs" if found
-               else "no validation"))
+        "dialogs": sum(tally.kept for tally in tallies.values()), "heldout": heldout,
+        "tokens": learner.tokens, "trained": learner.trained,
+        "cut": sum(tally.cut for tally in tallies.values()),
+        "dropped": sum(tally.skipped[TOO_LONG] for tally in tallies.values()),
+        "fill": round(packed.fill, 4), "validation": found,
+        "sources": {name: tally.summary() for name, tally in tallies.items()}})
+    loss = f"validation loss {found['validation/loss']:.4f} ({heldout:,} held out)" if found else "no validation"
+    run.conclude(f"{learner.tokens:,} tokens read, {learner.trained:,} of them learnt; {loss}")
 
 
 def read_dialogs(config: Config, run: Run) -> tuple[dict[str, list[Dialog]], list[Dialog]]:
@@ -150,7 +159,8 @@ def read_dialogs(config: Config, run: Run) -> tuple[dict[str, list[Dialog]], lis
         openings = [opening(one.messages) for found in read.values() for one in found]
         aside = heldout_openings(openings, config.heldout)
         measured = [one for found in read.values() for one in found if opening(one.messages) in aside]
-        run.tally("held out").read = len(measured)
+        if measured:
+            run.tally("held out").read = len(measured)
     training = {}
     for name, found in read.items():
         training[name] = [one for one in found if opening(one.messages) not in aside]
@@ -199,16 +209,17 @@ def encode(tokenizer: Tokenizer, dialogs: Sequence[Dialog], length: int, context
             segments.append(segment)
             tally.cut += len(ids) > length + 1
     if len(segments) < len(dialogs):
-        tally.skip(TOO_LONG, longer_rows(longest, context), len(dialogs) - len(segments))
+        tally.skip(TOO_LONG, longer_rows(longest, length, context), len(dialogs) - len(segments))
     tally.kept += len(segments)
     return Encoded(segments, longest)
 
 
-def longer_rows(longest: int, context: int) -> str:
-    """What would keep dialogs of up to `longest` tokens whole."""
+def longer_rows(longest: int, length: int, context: int) -> str:
+    """What would keep dialogs of up to `longest` tokens whole, or more of them."""
     if longest <= context:
         return f"--sequence-length {longest} holds the longest"
-    return f"the longest has {longest:,} tokens, the model's context {context:,}"
+    most = f"--sequence-length {context} is the most" if length < context else "--sequence-length is at its most"
+    return f"{most} in the model's context, the longest has {longest:,} tokens"
 
 
 def weighted(config: Config, sets: Mapping[str, Encoded], run: Run) -> list[Segment]:
@@ -233,7 +244,7 @@ def of_data(config: Config, packed: Packed, chosen: Sequence[Segment], sets: Map
     longest = max(encoded.longest for encoded in sets.values())
     if not any((segment.mask & (segment.ids == tokenizer.eos)).any() for segment in chosen):
         yield (f"all answers are cut off at {config.sequence_length} tokens, so the model does not learn to end one; "
-               + longer_rows(longest, context))
+               + longer_rows(longest, config.sequence_length, context))
     if packed.fill < FILL and longest < config.sequence_length:
         yield (f"{1 - packed.fill:.0%} of the places in a row are padding, computed for nothing; --sequence-length "
                f"{longest} holds the longest dialog")

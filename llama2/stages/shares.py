@@ -7,7 +7,7 @@ reached with what there is would be another mix: it is refused.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from llama2.errors import UserError
 
@@ -41,18 +41,27 @@ def total_pairs(there: Mapping[str, int], shares: Mapping[str, float], repeated:
     else:
         raise UserError(f"nothing is left of {', '.join(whole)}, which the shares of the other sets refer to",
                         "mend the data, or what leaves it out")
-    for name, share in shares.items():
-        if round(share * total) > there[name] and name not in repeated:
-            raise _unreachable(name, share, total, there[name], rest + share)
+    short = [name for name, share in shares.items() if round(share * total) > there[name] and name not in repeated]
+    if short:
+        raise _unreachable(short, there, shares, total)
     return total
 
 
-def _unreachable(name: str, share: float, total: float, there: int, room: float) -> UserError:
-    """`room`: what the sets with other shares leave for this one and those taken whole."""
-    possible = there * room / (total * (room - share) + there)
-    scale = 10 ** (2 - math.floor(math.log10(possible)))
-    wanted = round(share * total)
+def _unreachable(short: Sequence[str], there: Mapping[str, int], shares: Mapping[str, float], total: float
+                 ) -> UserError:
+    """Names the sets in `short`, which have too few pairs, and the shares they would make up if taken whole."""
+    taken = sum(count for name, count in there.items() if name in short or name not in shares)
+    possible = taken / (1 - sum(share for name, share in shares.items() if name not in short))
+    few = ", ".join(f"'{name}' has {there[name]:,} of {round(shares[name] * total):,} pairs" for name in short)
+    lower = " and ".join(f"--preferences.{name}.share to {_floor(there[name] / possible):g}" for name in short)
+    again = " ".join(f"--preferences.{name}.repeat true" for name in short)
     return UserError(
-        f"preferences.{name}: a share of {share:g} of {round(total):,} pairs is {wanted:,}, it has {there:,}",
-        f"lower --preferences.{name}.share to {math.floor(possible * scale) / scale:g}, draw pairs more than once with "
-        f"--preferences.{name}.repeat true, or give every set a share: then the scarcest decides how many there are")
+        f"the shares of {round(total):,} pairs cannot be reached: {few}",
+        f"lower {lower}, draw pairs more than once with {again}, or give every set a share: then the scarcest decides "
+        "how many pairs there are")
+
+
+def _floor(share: float) -> float:
+    """Three digits, rounded down."""
+    scale = 10.0 ** (2 - math.floor(math.log10(share)))
+    return math.floor(share * scale) / scale

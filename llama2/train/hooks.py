@@ -6,6 +6,7 @@ random generators, so a run trains alike with and without it.
 
 from __future__ import annotations
 
+import os
 import signal
 import sys
 import threading
@@ -269,7 +270,10 @@ class Checkpoint(Hook):
 
 
 class Signals(Hook):
-    """SIGTERM and SIGUSR1 (a scheduler's warning) end training at the next step boundary, with its state saved."""
+    """SIGTERM, SIGUSR1 (a scheduler's warning) and Ctrl-C end training at the next step boundary, with its state saved.
+
+    A second Ctrl-C does not wait for the boundary. Where Ctrl-C is ignored, or somebody else's, it stays so.
+    """
 
     def __init__(self) -> None:
         self.before: dict[signal.Signals, Any] = {}
@@ -277,9 +281,15 @@ class Signals(Hook):
     def on_start(self, training: Training) -> None:
         def request(number: int, frame: FrameType | None) -> None:
             training.stop_requested = True
+            if number == signal.SIGINT:
+                training.interrupted = True
+                signal.signal(number, signal.default_int_handler)
+                os.write(2, b"\nstopping at the end of this step; Ctrl-C again ends at once\n")
 
         if threading.current_thread() is threading.main_thread():  # Python delivers signals nowhere else
-            self.before = {s: signal.signal(s, request) for s in (signal.SIGTERM, signal.SIGUSR1)}
+            ours = signal.getsignal(signal.SIGINT) is signal.default_int_handler
+            numbers = (signal.SIGTERM, signal.SIGUSR1, *((signal.SIGINT,) if ours else ()))
+            self.before = {number: signal.signal(number, request) for number in numbers}
 
     def close(self) -> None:
         for number, handler in self.before.items():

@@ -214,6 +214,8 @@ class Training:
     hooks: Sequence[Hook]
     stop_requested: bool = False
     """this rank was asked to stop"""
+    interrupted: bool = False
+    """... by Ctrl-C"""
     stop: bool = False
     """some rank was asked: all save at this boundary and raise `Stopped`"""
     finish: bool = False
@@ -257,7 +259,7 @@ def fit(learner: Learner, source: Source, objective: Objective, plan: Plan, hook
                 break
             _boundary(training)
             if training.stop:
-                raise Stopped(learner.step, training.checkpoint)
+                raise Stopped(learner.step, training.checkpoint, training.interrupted)
         for hook in hooks:
             hook.on_end(training)
         training.ended = True

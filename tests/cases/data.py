@@ -519,7 +519,7 @@ def _training() -> Iterator[tuple[str, str, Work]]:
     yield (
         "sft_drop",
         "all dropped: the number, the longest and what holds it are named",
-        lambda b: _no(sft("sft_drop.jsonl")(b), "left out 2.*823 tokens.*context"),
+        lambda b: _no(sft("sft_drop.jsonl")(b), "left out 2.*--sequence-length 256.*context.*823 tokens"),
     )
     yield (
         "allcut",

@@ -185,6 +185,7 @@ def _select_copies(bench: Bench) -> tuple[bool, str]:
 
 
 def _bits_per_byte(bench: Bench) -> tuple[bool, str]:
+    from llama2.data.compress import target_bytes
     from llama2.data.shards import Shards, write_shards
     from llama2.stages import pretrain
     from llama2.tokenizer import train
@@ -211,9 +212,12 @@ def _bits_per_byte(bench: Bench) -> tuple[bool, str]:
 
     got = pretrain.Validation(config, tokenizer)(Uniform())["validation/bits_per_byte"]
     exact = (tokens - len(documents)) * math.log2(tokenizer.vocab_size) / size
-    few = pretrain.Validation(config.model_copy(update={"validation_rows": 3}), tokenizer)(Uniform())
-    close = abs(got / exact - 1) < 2e-3 and abs(few["validation/bits_per_byte"] / exact - 1) < 0.2
-    return close, f"{got:.4f}, exact {exact:.4f}; of 3 rows {few['validation/bits_per_byte']:.4f}"
+    rows = pretrain.Validation(config.model_copy(update={"validation_rows": 3}), tokenizer)
+    few = rows(Uniform())["validation/bits_per_byte"]
+    first = b"".join(target_bytes(segment, tokenizer) for row in range(3) for segment in rows.rows[row])
+    bits = 3 * 128 * math.log2(tokenizer.vocab_size) / len(first)
+    close = abs(got / exact - 1) < 1e-5 and abs(few / bits - 1) < 1e-5
+    return close, f"{got:.4f}, exact {exact:.4f}; of 3 rows {few:.4f}, exact {bits:.4f}"
 
 
 def _sft_leak(bench: Bench) -> tuple[bool, str]:
@@ -270,7 +274,7 @@ def _share(bench: Bench) -> tuple[bool, str]:
     ]
     refused = bench.llama2(*common, "--preferences.o.share", "0.47")
     reached = bench.llama2(*common, "--preferences.o.share", "0.05")
-    right = refused.status == 2 and "a share of" in refused.said and reached.status == 0
+    right = refused.status == 2 and "'o' has 100 of 940 pairs" in refused.said and reached.status == 0
     return right, f"{refused.short()} | {json.dumps(reached.json('summary.json'))[:300]}"
 
 

@@ -6,7 +6,7 @@ from copy import deepcopy
 
 import pytest
 import torch
-from shapes import batch, build, distance, moved, results
+from shapes import LENGTH, batch, build, distance, moved, results
 
 from llama2.model import attention
 from llama2.model.attention import fused_attention
@@ -59,7 +59,7 @@ def test_logits_and_entropy_equal_the_cpu(device) -> None:
 
 def test_scores_equal_the_cpu(device) -> None:
     scorer, data = Scorer(build().config, 3), batch(False)
-    lengths_B = torch.tensor([203, 17, 1])
+    lengths_B = torch.tensor([LENGTH, 17, 1])
     with torch.no_grad():
         scorer.score.weight.mul_(30)
         exact = deepcopy(scorer)(data["tokens_BT"], lengths_B=lengths_B), deepcopy(scorer)(data["tokens_BT"])
@@ -81,12 +81,12 @@ def test_packed_rows_need_no_mask(device, on_cuda, record_property, size) -> Non
 @pytest.mark.parametrize("way", ["documents", "mask", "causal"])
 def test_shared_keys_never_fill_the_memory_with_scores(device, on_cuda, record_property, kind, way) -> None:
     """Rows of 4096 and 32 heads that share 4: scores alone would take 1 GiB in bf16, 2 GiB in fp32, several times."""
-    shape = LlamaConfig(8, 2048, 8, 1, 32, 4, 4096)
-    length = 4096 if on_cuda else 96
+    length, width = (4096, 2048) if on_cuda else (96, 256)
+    shape = LlamaConfig(8, width, 8, 1, 32, 4, 4096)
     module = Attention(shape, 0).to(device, kind)
     for parameter in module.parameters():
         torch.nn.init.normal_(parameter, std=0.02)
-    x_BTD = torch.randn(1, length, 2048, device=device, dtype=kind, requires_grad=True)
+    x_BTD = torch.randn(1, length, width, device=device, dtype=kind, requires_grad=True)
     documents_BT = (torch.arange(length, device=device) // (length // 4))[None]
     tables = rotary_tables(torch.arange(length, device=device)[None], shape.head_dim, 1e4)
     documents = attention.documents_of(documents_BT, kind, shape.head_dim) if way == "documents" else None

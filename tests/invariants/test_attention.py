@@ -13,8 +13,12 @@ from test_model import assert_close, build, gradients, tokens
 from torch import Tensor
 from torch.nn.attention import varlen as theirs
 
+from llama2.mesh import Precision
 from llama2.model import attention, fused, llama
 from llama2.model.attention import explicit_attention
+from llama2.model.sizes import SIZES
+from llama2.stages.planning import Tower, activations, repeated_bytes
+from llama2.stages.training import Training
 
 DOCUMENTS = ((7, 1, 12), (20,))  # lengths, row by row
 
@@ -169,3 +173,16 @@ def test_a_compiled_model_knows_the_bounds(monkeypatch, on_bounds) -> None:
         found_BT = compiled(tokens_BT, documents_BT=documents, targets_BT=tokens_BT)
     assert (found_BT - expected_BT).abs().max() < 1e-4
     assert_close(gradients(model, found_BT.sum()), expected, 1e-4)
+
+
+def test_the_plan_reckons_with_masks_and_repeated_keys_where_they_exist() -> None:
+    """On a GPU packed rows need a mask in fp32 alone, and there keys that heads share are repeated."""
+    shape, tokens = SIZES["1b"], 2 * 4096
+
+    def kept(precision: Precision, packed: bool) -> float:
+        return activations([Tower(shape)], Training(precision=precision), 2, 4096, packed, False)
+
+    assert kept("bf16", True) == kept("bf16", False)
+    assert kept("fp32", True) - kept("fp32", False) == 5 * tokens * 4096
+    assert repeated_bytes(shape, 4) == 2 * 4 * 64 * (32 - 4)
+    assert repeated_bytes(SIZES["7b"], 4) == 0

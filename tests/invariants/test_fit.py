@@ -254,8 +254,40 @@ def test_a_finished_run_does_not_train_again(tmp_path):
     assert reports.seen == []
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
-def test_signals_save_and_stop_at_the_step_boundary(tmp_path, number):
+@pytest.fixture
+def at_a_terminal():
+    """Ctrl-C as Python starts with it: a process in the background inherits that it is ignored."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+def test_a_second_ctrl_c_does_not_wait(tmp_path, at_a_terminal):
+    class Twice(Hook):
+        def on_step(self, training, report):
+            if report.step == 2:
+                os.kill(os.getpid(), signal.SIGINT)
+                assert training.stop_requested
+                os.kill(os.getpid(), signal.SIGINT)
+
+    with pytest.raises(KeyboardInterrupt):
+        run_once(tmp_path, hooks.Signals(), Twice())
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    assert state.latest(tmp_path) is None
+
+
+def test_ctrl_c_that_is_ignored_stays_ignored(tmp_path, at_a_terminal):
+    class Send(Hook):
+        def on_step(self, training, report):
+            os.kill(os.getpid(), signal.SIGINT)
+
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    run_once(tmp_path, hooks.Signals(), Send())
+    assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT])
+def test_signals_save_and_stop_at_the_step_boundary(tmp_path, number, at_a_terminal):
     class Send(Hook):
         def on_step(self, training, report):
             if report.step == 4:
@@ -265,7 +297,7 @@ def test_signals_save_and_stop_at_the_step_boundary(tmp_path, number):
     before = signal.getsignal(number)
     with pytest.raises(Stopped) as stopped:
         run_once(tmp_path / "stopped", hooks.Signals(), Send())
-    assert stopped.value.exit_code == 0
+    assert stopped.value.exit_code == (130 if number == signal.SIGINT else 0)
     assert stopped.value.step == 5  # the signal arrived after step 4 was decided
     assert stopped.value.checkpoint == state.latest(tmp_path / "stopped")
     assert signal.getsignal(number) == before

@@ -20,6 +20,7 @@ from llama2.data.prompts import import_prompts
 from llama2.errors import UserError
 from llama2.preferences.importers import import_preferences
 from llama2.records import Dialog, Document, Preference, Prompt
+from llama2.tables import Reading
 from llama2.tally import Tally
 
 MUTATIONS, SECONDS = 500, 10
@@ -32,6 +33,9 @@ ROWS = [
     [{"id": "c", "prompt": [{"role": "user", "content": "Hi"}], "responses": [{"text": "a"}, {"text": "b"}],
       "preferred": 1, "degree": "better"}],
 ]
+FIXTURES = Path(__file__).parent.parent / "fixtures" / "import"
+FORMATS = [[json.loads(line) for line in file.read_text("utf-8").splitlines() if line.strip()]
+           for file in sorted(FIXTURES.glob("*.jsonl"))]
 ENCODINGS = ["utf-8", "utf-8-sig", "utf-16", "utf-16-le", "utf-32", "latin-1", "cp1252", "shift-jis", "utf-7"]
 
 
@@ -75,6 +79,17 @@ PACKINGS = {"": bytes, ".gz": gzip.compress, ".bz2": bz2.compress, ".xz": lzma.c
             ".zst": lambda content: pytest.importorskip("zstandard").ZstdCompressor().compress(content)}
 
 
+def disturbed(chance, value):
+    """JSON in which some values are of another type, missing, or more than they should be."""
+    if chance.random() < 0.04:
+        return chance.choice([None, True, 0, -1, 1.5, "", " ", "\0", [], {}, [None], [[]], {"": None}, [value],
+                              {"role": value}])
+    if isinstance(value, dict):
+        return {key if chance.random() > 0.02 else key.upper(): disturbed(chance, item) for key, item in value.items()
+                if chance.random() > 0.02}
+    return [disturbed(chance, item) for item in value] if isinstance(value, list) else value
+
+
 def mutated(chance, content):
     """The bytes, damaged: cut, flipped, swapped, overwritten, doubled or with strange ones put in."""
     content = bytearray(content)
@@ -105,7 +120,10 @@ def mutated(chance, content):
 def made(chance, folder):
     """A file of some kind, packing, encoding and ending, mostly damaged."""
     kind, packing = chance.choice(list(KINDS)), chance.choice([*PACKINGS, *[""] * 4])
-    content = KINDS[kind](chance.choice(ROWS))
+    rows = chance.choice(ROWS)
+    if kind in (".json", ".jsonl") and chance.random() < 0.6:
+        rows = [disturbed(chance, row) for row in chance.choice(FORMATS)]
+    content = KINDS[kind](rows)
     if isinstance(content, str):
         encoding = chance.choice([*ENCODINGS, *["utf-8"] * 9])
         content = content.replace("\n", chance.choice(["\n", "\n", "\r\n", "\r"])).encode(encoding, "replace")
@@ -113,15 +131,15 @@ def made(chance, folder):
     content = PACKINGS[packing](content)
     ending = f"{kind}{packing}" if chance.random() < 0.8 else chance.choice(list(KINDS)) + chance.choice(list(PACKINGS))
     path = folder / f"a{ending.upper() if chance.random() < 0.1 else ending}"
-    path.write_bytes(mutated(chance, content))
+    path.write_bytes(mutated(chance, content) if chance.random() < 0.8 else content)
     return path
 
 
 READERS = {
     "documents": lambda path, how: read_documents(path, split="paragraph", tally=Tally(), malformed=how),
-    "dialogs": lambda path, how: import_dialogs(path, tally=Tally(), malformed=how),
-    "prompts": lambda path, how: import_prompts(path, tally=Tally(), malformed=how),
-    "preferences": lambda path, how: import_preferences(path, tally=Tally(), malformed=how),
+    "dialogs": lambda path, how: import_dialogs(path, Reading(malformed=how), tally=Tally()),
+    "prompts": lambda path, how: import_prompts(path, Reading(malformed=how), tally=Tally()),
+    "preferences": lambda path, how: import_preferences(path, Reading(malformed=how), tally=Tally()),
     **{kind.__name__: (lambda path, how, kind=kind: records.read(kind, path, tally=Tally()))
        for kind in (Document, Dialog, Prompt, Preference)},
 }

@@ -19,7 +19,7 @@ from commands import llama2
 from llama2 import records
 from llama2.model import checkpoint
 from llama2.records import Dialog, messages_of
-from llama2.runs import read_metrics
+from llama2.runs import read_metrics, read_warnings
 from llama2.tokenizer.template import encode_dialog, encode_prompt
 from llama2.tokenizer.tokenizer import Tokenizer
 
@@ -120,6 +120,9 @@ def test_sigterm_saves_what_runs_and_exits_with_zero(story):
 def test_a_resumed_recipe_goes_on_where_it_was(story):
     assert "all 17 steps done" in story.resumed
     assert len(finished(story.out)) == 17
+    for line in read_warnings(story.out / "helpful"):
+        assert f"helpful: warning: {line}\n" in story.resumed
+    assert read_warnings(story.out / "helpful")
     log = (story.out / "logs/sft.log").read_text()
     assert f"{story.out / 'sft'}: resuming" in log
     steps = [row["step"] for row in read_metrics(story.out / "sft") if "train/loss" in row]

@@ -7,7 +7,7 @@ import re
 import pytest
 
 from llama2.config import StageConfig
-from llama2.runs import open_run
+from llama2.runs import open_run, read_warnings
 from llama2.stages import cautions
 from llama2.stages.training import Training
 from llama2.train.loop import Plan
@@ -80,7 +80,20 @@ def test_warnings_are_said_once_and_kept_and_a_warned_user_may_still_change_thin
     with pytest.raises(KeyboardInterrupt):
         attempt(0, end=False)
     attempt(1, end=True)
-    assert json.loads((tmp_path / "run/warnings.json").read_text()) == ["few updates", "no end"]
+    assert read_warnings(tmp_path / "run") == ["few updates", "no end"]
     said = [line for line in capsys.readouterr().err.splitlines() if "warning" in line]
     assert said == [f"{tmp_path}/run: warning: {line}" for line in ("few updates", "no end")] * 2
     assert json.loads((tmp_path / "run/COMPLETE").read_text())["outputs"] == {}
+
+
+def test_a_run_ends_with_its_counts_and_what_it_came_to(tmp_path, capsys):
+    with open_run("world", StageConfig(out=tmp_path / "run")) as run:
+        run.conclude("right on 60 %")
+        tally = run.tally("pairs")
+        tally.read, tally.kept = 5, 4
+        tally.skip("too long", "raise --max-tokens")
+        assert capsys.readouterr().err == ""
+    assert capsys.readouterr().err.splitlines() == [
+        f"{tmp_path}/run: pairs: read 5, kept 4, left out 1: too long 1 (raise --max-tokens)",
+        f"{tmp_path}/run: right on 60 %"]
+    assert read_warnings(tmp_path / "run") == []

@@ -77,3 +77,9 @@ def test_globs_and_folders_are_read_and_what_is_left_out_is_said(tmp_path, capsy
         heard = capsys.readouterr().err
         assert "read 2, kept 2; files left out" in heard
         assert heard.strip().endswith(said)
+
+
+def test_a_source_is_named_like_a_file(tmp_path, one_line):
+    (tmp_path / "a.txt").write_text(text(1))
+    assert "without '/'" in one_line("clean", "--sources.web/x.path", tmp_path / "a.txt", "--out", tmp_path / "out")
+    assert not (tmp_path / "out").exists()

@@ -198,6 +198,10 @@ def test_true_is_no_number_in_any_verb(verb):
     ("inner: {name: 2024}", "'inner.name': text is wanted (it is 2024); put it in quotes"),
     ("numbers: [1, false]", "'numbers.1': a number is wanted (it is false)"),
     ("numbers: [1, .inf]", "'numbers.1': must be a finite number (it is inf)"),
+    ("limit: 9223372036854775808", "'limit': must be at most 9223372036854775807 (it is 9223372036854775808)"),
+    ("limit: 1e30", "'limit': must be at most 9223372036854775807 (it is "),
+    ("inner: {rate: 1" + "0" * 400 + "}", "'inner.rate': a number is wanted (it is 1000"),
+    ("numbers: 3", "'numbers': a list is wanted (it is 3); write [3]"),
     ("mixed: {a: true}", "'mixed.a': text or a number is wanted (it is true)"),
     ("mixed: {a: [1]}", "'mixed.a': text or a number is wanted (it is [1])"),
     ("some: {path: true}", "'some.path': a path is wanted (it is true)"),
@@ -246,11 +250,18 @@ def test_names_that_users_chose_are_kept_letter_by_letter(tmp_path):
         parse(Whole, [file, "--sets.open_assistant.weight", "2"], "llama2 test")
 
 
-def test_names_of_fields_may_have_dashes_in_a_mapping_of_fields():
-    found = parse(pretrain.Config, ["--out", "x", "--shards", "s", "--architecture.hidden-size", "64",
-                                    "--mixture.my-web", "0.5"], "llama2 pretrain")
-    assert found.architecture == {"hidden_size": 64}
+def test_a_shape_is_said_by_fields_and_a_mixture_by_names():
+    words = ["--out", "x", "--shards", "s", "--architecture.hidden-size", "64", "--mixture.my-web", "0.5"]
+    found = parse(pretrain.Config, words, "llama2 pretrain")
+    assert found.architecture.model_dump(exclude_none=True) == {"hidden_size": 64}
     assert found.mixture == {"my-web": 0.5}
+    shape = pretrain.architecture(found.model_copy(update={"size": "tiny"}), 500)
+    assert (shape.vocab_size, shape.hidden_size) == (500, 64)
+    with pytest.raises(UserError, match=r"unknown flag '--architecture.hidden-sizes'; did you mean "
+                                        r"'--architecture.hidden-size'\?"):
+        parse(pretrain.Config, [*words, "--architecture.hidden-sizes", "3"], "llama2 pretrain")
+    with pytest.raises(UserError, match=r"'architecture.num_hidden_layers': a whole number or null is wanted"):
+        build(pretrain.Config, {"out": "x", "shards": "s", "architecture": {"num_hidden_layers": True}})
 
 
 @pytest.mark.parametrize("name", ["a/b", "..", ".", "", "/etc", ".hidden", "a\\b", "a\nb"])
@@ -298,6 +309,7 @@ def test_home_is_written_out_and_variables_are_refused(tmp_path, monkeypatch):
     (["--title"], "'title' needs a value; write --title TEXT"),
     (["--numbers"], "'numbers' needs a value; write --numbers NUMBER ..."),
     (["--sets"], "'sets' needs a value; write --sets.NAME.path PATH"),
+    (["--seed", ""], "'--seed': a whole number is wanted (it is '')"),
     (["--no-seed"], "unknown flag '--no-seed'; did you mean '--seed'?"),
     (["--sets", "d.jsonl"], "'--sets' needs a name for what it is given (it is d.jsonl); use --sets.NAME.path d.jsonl"),
     (["--inner", "3"], "'--inner' has keys of its own (it is 3); use --inner.rate NUMBER"),
@@ -359,6 +371,12 @@ def test_files_that_cannot_be_read_are_named(tmp_path):
         parse(Whole, [str(tmp_path / "latin.yaml")], "llama2 test")
     with pytest.raises(UserError, match=r"none.yaml: no such file"):
         parse(Whole, [str(tmp_path / "none.yaml")], "llama2 test")
+
+
+def test_recipes_saved_on_windows_are_read(tmp_path):
+    (tmp_path / "r.yaml").write_bytes("\ufeffout: x\r\ninner: {rate: 2}\r\ntitle: é\r\n".encode())
+    config = parse(Whole, [str(tmp_path / "r.yaml")], "llama2 test")
+    assert (config.out, config.inner.rate, config.title) == (Path("x"), 2, "é")
 
 
 def test_extends_is_relative_to_the_file(tmp_path, monkeypatch):

@@ -16,17 +16,21 @@ def test_all_missing_inputs_of_a_command_are_named_at_once(tmp_path, one_line, b
 
 def test_a_recipes_directory_is_no_model(tmp_path, one_line, base, prompts):
     recipe = tmp_path / "demo"
-    for name in ("world", "sft", "v1"):
+    for name in ("world", "sft", "safe", "v1"):
         (recipe / name).mkdir(parents=True)
-    (recipe / "steps.json").write_text(json.dumps(["world", "sft", "v1", "v2"]))
+    (recipe / "steps.json").write_text(json.dumps(["world", "sft", "safe", "v1", "v2"]))
     for name in ("sft", "v1"):
         (recipe / name / "config.json").write_text("{}")
-    told = (f"{recipe}: this is the directory of a recipe, not of a model; give one of its models: {recipe}/sft, "
-            f"{recipe}/v1")
+    (recipe / "safe/config.json").write_text('{"architectures": ["LlamaForSequenceClassification"]}')
+    told = (f"{recipe}: this is the directory of a recipe, not of a model; give one of its models, such as "
+            f"{recipe}/v1; it has sft, v1")
     assert one_line("chat", recipe) == told
     assert one_line("serve", recipe) == told
     assert one_line("collect", "--policies", base, recipe, "--prompts", prompts, "--out", tmp_path / "o") == told
     assert one_line("evaluate", "--versions.SFT", recipe, "--prompts", prompts, "--out", tmp_path / "o") == told
+    heard = one_line("ppo", "--policy", base, "--rewards.safe", recipe, "--rewards.helpful", base, "--prompts", prompts,
+                     "--out", tmp_path / "o")
+    assert heard.endswith(f"such as {recipe}/safe; it has safe")
 
 
 @pytest.mark.parametrize("verb", ["chat", "sft", "import"])

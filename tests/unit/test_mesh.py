@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from llama2 import mesh
+from llama2.errors import UserError
 
 PRODUCTS: Any = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
 
@@ -68,3 +69,11 @@ def test_the_peak_is_the_best_of_many_products_and_draws_nothing(monkeypatch) ->
     monkeypatch.setattr(mesh, "_seconds", lambda work: next(seconds, 0.3))
     assert mesh.peak_flops.__wrapped__("fp32") == pytest.approx(2 * 1024**3 / 0.01)
     assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_more_ranks_than_gpus_are_refused(monkeypatch) -> None:
+    monkeypatch.setattr(mesh, "device", lambda: torch.device("cuda", 1))
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(UserError, match="this machine has 1 GPUs, and rank 1"):
+        mesh.init()

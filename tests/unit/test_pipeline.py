@@ -103,6 +103,7 @@ def test_names_with_dashes_and_dots_are_referred_to(tmp_path):
     (["--parameters.data", "a${b}"], "steps.sft-b.dialogs.m.path: a reference is left over in 'a${b}'"),
     (["--steps.a/b.verb", "world"], "steps: 'a/b' is no name"),
     (["--steps.logs.verb", "world"], "steps: the name 'logs' is taken in every recipe"),
+    (["--parameters", "3"], "'--parameters' needs a name for what it is given (it is 3); use --parameters.NAME 3"),
     (["--dry-rn"], "unknown flag '--dry-rn'; known: --awaits, --cores"),
 ])
 def test_a_flag_that_changes_nothing_is_refused(tmp_path, flags, message):

@@ -50,6 +50,7 @@ def test_it_never_stands_still():
     ("reading 25 %", 0.25), ("sampled 12.5% of the prompts", 0.125), ("ppo 3: loss 0.1, 9 tokens/s, MFU 97%", None),
     ("runs/v1/3/4: resuming", None), ("9 tokens/s", None), ("5/0", None), ("7/4 time", None), ("", None),
     ("asked http://host:80/1/2: 30/40", 0.75),
+    ("runs/demo/rejection1: 7,000 of 28,000 answers, 3:20 left", 0.25),
 ])
 def test_progress_is_read_from_a_line(line, share):
     assert share_of(line) == share

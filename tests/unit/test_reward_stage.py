@@ -60,16 +60,18 @@ def test_a_share_that_cannot_be_reached_is_refused_with_one_that_can(tmp_path, t
     sets = {"h": {"path": files[0]}, "s": {"path": files[1], "share": 0.03}, "o": {"path": files[2], "share": 0.47}}
     with pytest.raises(UserError) as refused:
         mixed(config(**sets), tokenizer)
-    assert refused.value.cause == "preferences.s: a share of 0.03 of 200 pairs is 6, it has 5"
-    sets["s"]["share"] = 0.02
-    with pytest.raises(UserError) as refused:
-        mixed(config(**sets), tokenizer)
-    assert refused.value.cause == "preferences.o: a share of 0.47 of 196 pairs is 92, it has 10"
-    assert refused.value.cure.startswith("lower --preferences.o.share to 0.089, draw pairs more than once with "
-                                         "--preferences.o.repeat true, or give every set a share")
-    sets["o"]["share"] = 0.089
+    assert refused.value.cause == ("the shares of 200 pairs cannot be reached: 's' has 5 of 6 pairs, 'o' has 10 of 94 "
+                                   "pairs")
+    assert refused.value.cure.startswith(
+        "lower --preferences.s.share to 0.0434 and --preferences.o.share to 0.0869, draw pairs more than once with "
+        "--preferences.s.repeat true --preferences.o.repeat true, or give every set a share")
+    sets["s"]["share"], sets["o"]["share"] = 0.0434, 0.0869
     assert {name: len(found) for name, found in mixed(config(**sets), tokenizer)[0].items()} == {
-        "h": 100, "s": 2, "o": 10}
+        "h": 100, "s": 5, "o": 10}
+    sets["s"]["share"], sets["o"]["share"] = 0.02, 0.47
+    with pytest.raises(UserError, match=r"shares of 196 pairs cannot be reached: 'o' has 10 of 92 pairs; lower "
+                                        r"--preferences\.o\.share to 0\.089, draw"):
+        mixed(config(**sets), tokenizer)
     sets["o"] |= {"share": 0.47, "repeat": True}
     drawn = mixed(config(**sets), tokenizer)[0]["o"]
     times = Counter(tuple(pair.chosen) for pair in drawn)

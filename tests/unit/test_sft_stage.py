@@ -146,7 +146,7 @@ def test_every_dialog_is_accounted_for_and_tokens_are_counted(tmp_path, base, to
                    for name in json.loads(row))
     heard = capsys.readouterr().err
     assert (f"{out}: dialogs.mine: read 15, kept 13, cut 1, left out 2: empty answer 1, no answer within a row 1 "
-            f"(the longest has {longest} tokens, the model's context 256)") in heard
+            f"(--sequence-length 256 is the most in the model's context, the longest has {longest} tokens)") in heard
     assert f"{summary['tokens']:,} tokens read, {summary['trained']:,} of them learnt; no validation" in heard
 
 
