@@ -39,8 +39,8 @@ def killed(words: list[object], after: int) -> int:
 def _child(words: list[str], after: int) -> None:
     append, done = parts._Finished.append, [0]
 
-    def counted(self: Any, part: int, rows: Any) -> None:
-        append(self, part, rows)
+    def counted(self: Any, *part: Any) -> None:
+        append(self, *part)
         done[0] += 1
         if done[0] == after:
             os.kill(os.getpid(), signal.SIGKILL)
@@ -94,9 +94,9 @@ def test_one_model_is_in_memory_at_a_time(command, tmp_path, base, policy, score
         seen.append(("version", len(models()) - before, next(self.engine._model.parameters()).dtype))
         return ask(self, *rest)
 
-    def scored(scorer: Scorer, *rest: Any) -> Any:
+    def scored(scorer: Scorer, *rest: Any, **named: Any) -> Any:
         seen.append(("judge", len(models()) - before, scorer.model.layers[0].mlp.up_proj.weight.dtype))
-        return judge(scorer, *rest)
+        return judge(scorer, *rest, **named)
 
     monkeypatch.setattr(answers.Chat, "answers", asked)
     monkeypatch.setattr(answers, "rewards", scored)
