@@ -90,7 +90,7 @@ def rescored(dialogs: Sequence[Dialog], tokenizer: Tokenizer, rewards: Rewards, 
     """Of each dialog a digest of what was asked, one of the answer, and its reward; None if it may not be kept."""
     rows = [_row(one, tokenizer) for one in dialogs]
     usable = [len(row) <= rewards.context and bool(one.messages[-1].content)
-              and not (finished_only and one.metadata.get("cut")) for one, row in zip(dialogs, rows)]
+              and not (finished_only and one.metadata.get("cut") is True) for one, row in zip(dialogs, rows)]
     places = [place for place, fine in enumerate(usable) if fine]
     tags = [bool(dialogs[place].metadata.get("safety")) for place in places]
     marks = rewards([rows[place] for place in places], tags)
@@ -101,7 +101,7 @@ def rescored(dialogs: Sequence[Dialog], tokenizer: Tokenizer, rewards: Rewards, 
 
 def _row(one: Dialog, tokenizer: Tokenizer) -> list[int]:
     """Token ids of a dialog; an answer that was cut off has no EOS."""
-    if one.metadata.get("cut"):
+    if one.metadata.get("cut") is True:
         return [*encode_prompt(tokenizer, one.messages[:-1]), *tokenizer.encode(one.messages[-1].content)]
     return encode_dialog(tokenizer, one.messages)[0]
 

@@ -62,7 +62,7 @@ class Config(StageConfig):
     earlier: tuple[Path, ...] = ()
     """earlier rounds of rejection sampling, whose best answers compete with this round's for the pool"""
     finished_only: bool = True
-    """an answer cut off by max_tokens cannot be the best; where it can, `sft` learns it as if it ended there"""
+    """an answer cut off by max_tokens cannot be the best; where it can, `sft` learns it without an end"""
     sample: Sample = Sample()
 
 

@@ -38,7 +38,7 @@ from llama2.stages.training import (
     validated,
 )
 from llama2.tally import Tally
-from llama2.tokenizer.template import encode_dialog
+from llama2.tokenizer.template import encode_dialog, encode_prompt
 from llama2.tokenizer.tokenizer import Tokenizer
 from llama2.train import hooks
 from llama2.train.loop import Learner, Plan
@@ -202,7 +202,7 @@ def encode(tokenizer: Tokenizer, dialogs: Sequence[Dialog], length: int, context
     segments: list[Segment] = []
     longest = 0
     for one in dialogs:
-        ids, mask = encode_dialog(tokenizer, one.messages, one.train)
+        ids, mask = learnt_tokens(tokenizer, one)
         segment = shortened(ids, mask, length)
         longest = max(longest, len(ids) - 1)
         if segment is not None:
@@ -212,6 +212,15 @@ def encode(tokenizer: Tokenizer, dialogs: Sequence[Dialog], length: int, context
         tally.skip(TOO_LONG, longer_rows(longest, length, context), len(dialogs) - len(segments))
     tally.kept += len(segments)
     return Encoded(segments, longest)
+
+
+def learnt_tokens(tokenizer: Tokenizer, dialog: Dialog) -> tuple[list[int], list[bool]]:
+    """Ids of a dialog and the mask of those to be learnt. An answer that sampling cut off has no end to be learnt."""
+    if dialog.metadata.get("cut") is not True:
+        return encode_dialog(tokenizer, dialog.messages, dialog.train)
+    asked = encode_prompt(tokenizer, dialog.messages[:-1])
+    answer = tokenizer.encode(dialog.messages[-1].content)
+    return [*asked, *answer], [False] * len(asked) + [True] * len(answer)
 
 
 def longer_rows(longest: int, length: int, context: int) -> str:

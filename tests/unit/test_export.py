@@ -85,7 +85,7 @@ def test_reward_models_go_to_hugging_face_alone(tmp_path: Path, scorers: tuple[P
     (["--to", "hf", "--shards", 2], "--shards does not go with --to hf"),
     (["--to", "llama2c", "--type", "q4_0"], "llama2.c has no q4_0"),
     (["--to", "meta", "--shards", 2], "num_key_value_heads 1 does not divide into 2 shards"),
-    (["--to", "onnx"], "'to'"),
+    (["--to", "onnx"], "'--to'"),
 ], ids=lambda value: " ".join(map(str, value)) if isinstance(value, list) else None)
 def test_what_does_not_fit_is_refused(tmp_path: Path, base: Path, one_line: Callable[..., str], options: list[Any],
                                       words: str) -> None:

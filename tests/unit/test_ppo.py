@@ -26,7 +26,7 @@ class Said(Hook):
 
 
 def report(step, actor, critic):
-    return Report(step, {"ppo/ratio_deviation": 3.0 * (step % 2 == 1)}, 6.0, 1, 0.1,
+    return Report(step, {"ppo/ratio_deviation": 3.0 * (step % 2 == 1)}, 6.0, 1, 1, 0.1,
                   {"actor.": actor, "critic.": critic}, 1e-6)
 
 

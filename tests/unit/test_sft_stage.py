@@ -193,3 +193,15 @@ def test_a_set_of_which_nothing_is_drawn_is_warned_of(tmp_path, base):
 def test_no_weight_is_infinite(tmp_path):
     with pytest.raises(UserError, match=r"dialogs\.a\.weight.*finite"):
         config(tmp_path, {"a": ([dialog("Hi", "Hello.")], {"weight": float("inf")})})
+
+
+def test_an_answer_that_sampling_cut_off_has_no_end_to_learn(tokenizer):
+    whole = dialog("Hi", "Hello there", train="last")
+    cut = Dialog(whole.messages, "last", {"cut": True})
+    ids, mask = sft.learnt_tokens(tokenizer, whole)
+    assert ids[-1] == tokenizer.eos
+    assert mask[-1]
+    short, learnt = sft.learnt_tokens(tokenizer, cut)
+    assert short == ids[:len(short)]
+    assert tokenizer.eos not in [token for token, kept in zip(short, learnt) if kept]
+    assert tokenizer.decode([token for token, kept in zip(short, learnt) if kept]).strip() == "Hello there"
