@@ -16,13 +16,14 @@ from typing import Any
 Z95 = 1.959963984540054  # two-sided 95 % of the normal distribution
 
 
-def wilson(successes: float, trials: int) -> tuple[float, float]:
-    """Wilson's 95 % interval of a proportion; (0, 1) without trials. Unlike the normal one it stays within [0, 1]."""
+def wilson(successes: float, trials: int, z: float = Z95) -> tuple[float, float]:
+    """Wilson's interval of a proportion, of 95 % unless `z` says otherwise; (0, 1) without trials. Unlike the normal
+    one it stays within [0, 1]."""
     if trials == 0:
         return 0.0, 1.0
-    rate, square = successes / trials, Z95**2
+    rate, square = successes / trials, z**2
     centre = (rate + square / (2 * trials)) / (1 + square / trials)
-    half = Z95 / (1 + square / trials) * math.sqrt(rate * (1 - rate) / trials + square / (4 * trials**2))
+    half = z / (1 + square / trials) * math.sqrt(rate * (1 - rate) / trials + square / (4 * trials**2))
     return max(0.0, centre - half), min(1.0, centre + half)
 
 
