@@ -216,11 +216,12 @@ def encode(tokenizer: Tokenizer, dialogs: Sequence[Dialog], length: int, context
 
 def learnt_tokens(tokenizer: Tokenizer, dialog: Dialog) -> tuple[list[int], list[bool]]:
     """Ids of a dialog and the mask of those to be learnt. An answer that sampling cut off has no end to be learnt."""
+    ids, mask = encode_dialog(tokenizer, dialog.messages, dialog.train)
     if dialog.metadata.get("cut") is not True:
-        return encode_dialog(tokenizer, dialog.messages, dialog.train)
-    asked = encode_prompt(tokenizer, dialog.messages[:-1])
+        return ids, mask
+    asked = len(encode_prompt(tokenizer, dialog.messages[:-1]))
     answer = tokenizer.encode(dialog.messages[-1].content)
-    return [*asked, *answer], [False] * len(asked) + [True] * len(answer)
+    return [*ids[:asked], *answer], [*mask[:asked], *(mask[-1:] * len(answer))]
 
 
 def longer_rows(longest: int, length: int, context: int) -> str:
