@@ -129,7 +129,7 @@ def run(config: Config, run: Run) -> None:
     settings = config.training.with_steps(source.steps, warmup(config.training.plan, steps))
     for line in (*cautions.of_length(config.training.plan, source.steps, len(pairs), "pair", config.batch_size,
                                      config.epochs),
-                 *of_sets(run, pairs, heldout)):
+                 *of_sets(run, pairs, heldout), *of_labels(pairs, config.auxiliary_weight)):
         run.warn(line)
 
     learner = train(run, scorer, source, ranking(config.margins, config.auxiliary_weight), settings,
@@ -138,10 +138,11 @@ def run(config: Config, run: Run) -> None:
     scorer.eval()
     measured = measure(scorer, pairs, heldout, settings.precision)
     conclude(run, scorer, learner, sets, measured)
-    for name, found in measured.items():
+    own = axis_of(pairs)
+    for name in sorted(measured, key=lambda name: axis_of(heldout[name]) == own):  # the last line stands for the run
         axis = axis_of(heldout[name])
-        run.conclude(told(name, found, axis))
-        for line in explained(name, found) if axis == axis_of(pairs) else ():
+        run.conclude(told(name, measured[name], axis))
+        for line in explained(name, measured[name]) if axis == own else ():
             run.warn(line)
 
 
@@ -328,6 +329,15 @@ def of_sets(run: Run, pairs: Sequence[Pair], heldout: Mapping[str, Sequence[Pair
         if known:
             yield (f"{known:,} of {len(found):,} pairs of heldout.{name} open like pairs that are trained on: accuracy "
                    "flatters there; split by question, as `llama2 prepare --heldout` does")
+
+
+def of_labels(pairs: Sequence[Pair], auxiliary_weight: float) -> Iterator[str]:
+    """A caution where the auxiliary loss has no answer, or answers of one kind alone, to learn from."""
+    labels = {label for pair in pairs for label in pair.safe if label >= 0}
+    if auxiliary_weight and len(labels) < 2:
+        found = f"all labelled answers are {'safe' if labels == {1} else 'unsafe'}" if labels else "no pair has one"
+        yield (f"auxiliary_weight {auxiliary_weight:g} needs safety labels of both kinds, and {found}: the auxiliary "
+               "loss separates nothing; give pairs with `safety`, or leave it out")
 
 
 def axis_of(pairs: Sequence[Pair]) -> Axis:
