@@ -122,10 +122,11 @@ def _policy(kept: list[str], results: dict[str, Any], targets: Targets) -> Itera
     before, after = first["violations"], last["violations"]
     if before["n"] and after["n"]:
         fewer = share_ratio(before, after)
-        factor = f"{before['rate'] / after['rate']:.1f}x fewer" if after["rate"] else "none left"
+        factor = ("none before" if not before["rate"] else
+                  f"{before['rate'] / after['rate']:.1f}x fewer" if after["rate"] else "none left")
         yield Verdict(f"Violations, {way}", f"at least {targets.violation_factor:g}x fewer",
                       f"{percent(before['rate'])} → {percent(after['rate'])}: {factor} "
-                      f"[{fewer[0]:.1f}x,\u00a0{fewer[1]:.1f}x]", judge(fewer, targets.violation_factor),
+                      f"[{_times(fewer[0])},\u00a0{_times(fewer[1])}]", judge(fewer, targets.violation_factor),
                       f"{after['n']:,} prompts")
     before, after = first["false_refusals"], last["false_refusals"]
     if before["n"] and after["n"]:
@@ -135,6 +136,10 @@ def _policy(kept: list[str], results: dict[str, Any], targets: Targets) -> Itera
                       f"{percent(before['rate'])} → {percent(after['rate'])}: "
                       f"{_points(after['rate'] - before['rate'], rise)}",
                       judge(rise, most=targets.false_refusal_rise), f"{after['n']:,} prompts")
+
+
+def _times(factor: float) -> str:
+    return f"{factor:.1f}x" if math.isfinite(factor) else "no end"
 
 
 def _points(value: float, interval: Interval) -> str:
