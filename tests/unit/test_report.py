@@ -168,6 +168,15 @@ def test_an_interval_that_holds_the_target_decides_nothing(tmp_path: Path) -> No
     assert judged(root)["Helpfulness, SFT → V2"].state == "too few to tell"
 
 
+@pytest.mark.parametrize(("size", "state"), [(9_999, "too few to tell"), (10_000, "reached"), (None, "reached")])
+def test_a_compressor_needs_text_to_learn_from(tmp_path: Path, size: int | None, state: str) -> None:
+    root = make(tmp_path / "demo")
+    path = root / "pretrain" / "summary.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | ({"validation_bytes": size} if size else {})))
+    verdict = judged(root)["Held-out text, bits per byte (pretrain)"]
+    assert (verdict.state, verdict.count) == (state, f"{size:,} bytes" if size else "")
+
+
 def test_ghost_attention_needs_enough_dialogs(tmp_path: Path) -> None:
     root = make(tmp_path / "demo")
     path = root / "evaluate" / "evaluation.json"
