@@ -7,7 +7,7 @@ paper's best model starts from a chat checkpoint and does not say which margin i
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, ClassVar
@@ -140,9 +140,8 @@ def run(config: Config, run: Run) -> None:
     conclude(run, scorer, learner, sets, measured)
     own = axis_of(pairs)
     for name in sorted(measured, key=lambda name: axis_of(heldout[name]) == own):  # the last line stands for the run
-        axis = axis_of(heldout[name])
-        run.conclude(told(name, measured[name], axis))
-        for line in explained(name, measured[name]) if axis == own else ():
+        run.conclude(told(name, measured[name], {pair.axis for pair in heldout[name]}))
+        for line in explained(name, measured[name]) if axis_of(heldout[name]) == own else ():
             run.warn(line)
 
 
@@ -288,15 +287,16 @@ def _share(right: Sequence[float]) -> dict[str, float]:
     return {"accuracy": sum(right) / len(right), "n": len(right), "low": low, "high": high}
 
 
-def told(name: str, found: Mapping[str, Any], axis: Axis) -> str:
-    """A line that says how often a reward model is right about a set, and how often the baselines are."""
+def told(name: str, found: Mapping[str, Any], axes: Set[Axis]) -> str:
+    """A line that says how often a reward model is right about a set of such axes, and how often the baselines are."""
     one = found["all"]
     said = f"right on {_percent(one)} [{100 * one['low']:.1f}, {100 * one['high']:.1f}] of {one['n']:,} pairs of {name}"
     baselines = found.get("baselines")
     if baselines is None:
         return said
-    length = "shorter" if axis == "safe" else "longer"
-    return (f"{said}; the {length} answer is on {_percent(baselines['longer'])}, a bag of words on "
+    length = "the shorter answer" if axes == {"safe"} else "the longer answer"
+    length += " (about safety the shorter)" if len(axes) > 1 else ""
+    return (f"{said}; {length} is on {_percent(baselines['longer'])}, a bag of words on "
             f"{_percent(baselines['bag_of_words'])}")
 
 

@@ -174,7 +174,10 @@ def test_an_accuracy_that_proves_nothing_is_warned_of(interval, longer, words, e
     for line, part in zip(lines, expected):
         assert line.startswith(f"right on {50 * (low + high):.1f} % of 40 pairs of b: ")
         assert part in line
-    assert reward.told("b", found, "safe") == (
+    both = reward.told("b", found, {"safe", "helpful"})
+    assert f"the longer answer (about safety the shorter) is on {100 * longer:.1f} %" in both
+    assert "the longer answer is on" in reward.told("b", found, {"helpful"})
+    assert reward.told("b", found, {"safe"}) == (
         f"right on {50 * (low + high):.1f} % [{100 * low:.1f}, {100 * high:.1f}] of 40 pairs of b; the shorter answer "
         f"is on {100 * longer:.1f} %, a bag of words on {100 * words:.1f} %")
 
