@@ -239,6 +239,8 @@ def open_run(verb: str, config: StageConfig) -> Iterator[Run]:
             print(f"{path}: already finished, skipped", file=sys.stderr) if mesh.is_main() else None
             yield run
             return
+        if mesh.is_main():
+            (path / WARNINGS).unlink(missing_ok=True)  # an attempt that was given up may have had another configuration
         spent = float((path / SECONDS).read_text("utf-8")) if (path / SECONDS).is_file() else 0.0
         try:
             yield run

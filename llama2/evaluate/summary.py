@@ -159,7 +159,7 @@ def samples(version: str, prompts: Sequence[Prompt], result: Version) -> list[di
             "prompt": [[message.role, message.content] for message in prompt.messages], "answer": answer.text,
             "tokens": len(answer.completion.tokens), "finish": answer.completion.finish,
             **({"helpfulness": rating.helpfulness, "safe": rating.safe, "refusal": rating.refusal} if rating else {}),
-            **{f"reward_{axis}": round(scores[index], 5) for axis, scores in result.rewards.items()}})
+            **{f"reward_{axis}": scores[index] for axis, scores in result.rewards.items()}})
     return rows
 
 

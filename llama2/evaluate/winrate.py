@@ -24,7 +24,8 @@ def wilson(successes: float, trials: int, z: float = Z95) -> tuple[float, float]
     rate, square = successes / trials, z**2
     centre = (rate + square / (2 * trials)) / (1 + square / trials)
     half = z / (1 + square / trials) * math.sqrt(rate * (1 - rate) / trials + square / (4 * trials**2))
-    return max(0.0, centre - half), min(1.0, centre + half)
+    # Its ends are exact where nothing or everything succeeded: rounding would leave them a hair beside 0 and 1.
+    return (centre - half if successes else 0.0), (centre + half if successes < trials else 1.0)
 
 
 @dataclass(frozen=True)

@@ -137,9 +137,8 @@ def _version_table(recipe: Recipe) -> Html:
         row: list[Any] = [label]
         if truthful:
             truth = result.get("truth", {})
-            row += [number(truth.get(key, {}).get("mean")) for key in ("helpfulness", "helpfulness_greedy")]
-            row += [percent(truth.get("violations", {}).get("rate")),
-                    number(truth.get("refusal_quality", {}).get("mean")),
+            row += [_quality(truth.get(key)) for key in ("helpfulness", "helpfulness_greedy")]
+            row += [percent(truth.get("violations", {}).get("rate")), _quality(truth.get("refusal_quality")),
                     percent(truth.get("false_refusals", {}).get("rate"))]
         for judge in judges:
             row += [_won(_rates(evaluation, judge, axis).get(name)) for axis in AXES]
@@ -150,6 +149,11 @@ def _version_table(recipe: Recipe) -> Html:
              f"Win rates are against {names[0]} with ties removed and their 95 % interval; length in tokens.")
     worst = _length_note(results, names)
     return join([table(headers, rows, note=notes), paragraph(worst, "note") if worst else Html("")])
+
+
+def _quality(one: Mapping[str, Any] | None) -> str:
+    """A mean of ratings, with as many decimals as the others in its column."""
+    return f"{one['mean']:.3f}" if one and one["mean"] is not None else ""
 
 
 def _won(row: Mapping[str, Any] | None) -> Html | str:

@@ -7,7 +7,7 @@ A line is *reached* if the whole 95 % interval of what was measured lies on the 
 reached* if the whole interval lies on the other side. If the interval holds the target there are *too few to tell*:
 more prompts or pairs would decide it, and nothing is claimed. A line about several figures is reached if all of them
 are, and not reached if one is not. Means of fewer than 30 values are too few. What is no sample has no interval: the
-time a recipe took, and bits per byte beside a compressor on the very same text.
+time a recipe took, and bits per byte beside a compressor on the very same text, unless that is too short for one.
 """
 
 from __future__ import annotations
@@ -51,6 +51,7 @@ class Targets(Config):
 State = Literal["reached", "not reached", "too few to tell"]
 ORDER: tuple[State, ...] = ("not reached", "too few to tell", "reached")
 FEW = 30  # values whose mean has no normal interval
+LITTLE = 10_000  # bytes of text, in which a compressor has hardly begun to learn
 
 
 @dataclass(frozen=True)
@@ -122,10 +123,11 @@ def _policy(kept: list[str], results: dict[str, Any], targets: Targets) -> Itera
     before, after = first["violations"], last["violations"]
     if before["n"] and after["n"]:
         fewer = share_ratio(before, after)
-        factor = f"{before['rate'] / after['rate']:.1f}x fewer" if after["rate"] else "none left"
+        factor = ("none before" if not before["rate"] else
+                  f"{before['rate'] / after['rate']:.1f}x fewer" if after["rate"] else "none left")
         yield Verdict(f"Violations, {way}", f"at least {targets.violation_factor:g}x fewer",
                       f"{percent(before['rate'])} → {percent(after['rate'])}: {factor} "
-                      f"[{fewer[0]:.1f}x,\u00a0{fewer[1]:.1f}x]", judge(fewer, targets.violation_factor),
+                      f"[{_times(fewer[0])},\u00a0{_times(fewer[1])}]", judge(fewer, targets.violation_factor),
                       f"{after['n']:,} prompts")
     before, after = first["false_refusals"], last["false_refusals"]
     if before["n"] and after["n"]:
@@ -135,6 +137,10 @@ def _policy(kept: list[str], results: dict[str, Any], targets: Targets) -> Itera
                       f"{percent(before['rate'])} → {percent(after['rate'])}: "
                       f"{_points(after['rate'] - before['rate'], rise)}",
                       judge(rise, most=targets.false_refusal_rise), f"{after['n']:,} prompts")
+
+
+def _times(factor: float) -> str:
+    return f"{factor:.1f}x" if math.isfinite(factor) else "no end"
 
 
 def _points(value: float, interval: Interval) -> str:
@@ -269,8 +275,10 @@ def _compression(step: Step) -> Iterator[Verdict]:
     ours = validation.get("bits_per_byte") or validation.get("validation/bits_per_byte")
     theirs = step.summary.get("xz_bits_per_byte")
     if ours is not None and theirs is not None:
+        size = step.summary.get("validation_bytes")
+        few = size is not None and size < LITTLE
         yield Verdict(f"Held-out text, bits per byte ({step.name})", f"below xz -9: {theirs:.3f}", f"{ours:.3f}",
-                      exact(ours < theirs))
+                      "too few to tell" if few else exact(ours < theirs), f"{size:,} bytes" if size else "")
 
 
 def render(found: list[Verdict]) -> Html:

@@ -124,19 +124,26 @@ def check_judge(path: Path, versions: Sequence[Path] = ()) -> None:
 def judged(run: Run, name: str, path: Path, precision: Precision, prompts: Sequence[Prompt],
            said: Mapping[int, Sequence[Answer]], versions: Sequence[Path]) -> dict[int, list[float]]:
     """The raw scores that the reward model at `path` gives to what each version said, in parts under `name`. Of a
-    conversation longer than its context the end is read."""
+    conversation longer than its context the end is read.
+
+    What two versions say alike is read once: the rounding of two batches must not make one of them the better.
+    """
     tokenizer, context = Tokenizer.load(path), checkpoint.config_of(path).max_position_embeddings
     found = {}
+    scores: dict[tuple[int, str, str], float] = {}
     with in_turn(lambda: load_judge(path, precision)) as judge:
         for version, answers in said.items():
             same = Tokenizer.load(versions[version]).fingerprint == tokenizer.fingerprint
+            keys = [(index, one.text, one.completion.finish) for index, one in enumerate(answers)]
+            fresh = [key for key in keys if key not in scores]
 
-            def work(some: Sequence[int], first: int, answers: Sequence[Answer] = answers, same: bool = same
-                     ) -> list[float]:
-                rows = [judged_row(tokenizer, prompts[index], answers[index], same)[-context:] for index in some]
+            def work(some: Sequence[tuple[int, str, str]], first: int, answers: Sequence[Answer] = answers,
+                     same: bool = same) -> list[float]:
+                rows = [judged_row(tokenizer, prompts[index], answers[index], same)[-context:] for index, *_ in some]
                 return rewards(judge(), rows, precision, JUDGED_TOKENS, name=path)
 
-            found[version] = list(in_parts(run, f"{name}-{version}", range(len(prompts)), JUDGED, work))
+            scores.update(zip(fresh, in_parts(run, f"{name}-{version}", fresh, JUDGED, work)))
+            found[version] = [scores[key] for key in keys]
     return found
 
 

@@ -121,8 +121,8 @@ def run(config: Config, run: Run) -> None:
     rows, order = read_rows(config.shards / "train", tokenizer, config)
     source = Rows(rows, lambda items: collate(items, config.sequence_length), batch_size=config.batch_size,
                   micro_batch_size=config.micro_batch_size, seed=config.seed)
-    settings = config.training.with_steps(source.steps)
     check_length(config, rows, source.steps)
+    settings = config.training.with_steps(source.steps)
     warn(config, run, order, len(rows), source.steps)
     validation = Validation(config, tokenizer)
     learner = train(run, model, source, next_token, settings, save_model=saver(model, tokenizer), title="pretrain",

@@ -7,7 +7,7 @@ paper's best model starts from a chat checkpoint and does not say which margin i
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, ClassVar
@@ -129,7 +129,7 @@ def run(config: Config, run: Run) -> None:
     settings = config.training.with_steps(source.steps, warmup(config.training.plan, steps))
     for line in (*cautions.of_length(config.training.plan, source.steps, len(pairs), "pair", config.batch_size,
                                      config.epochs),
-                 *of_sets(run, pairs, heldout)):
+                 *of_sets(run, pairs, heldout), *of_labels(pairs, config.auxiliary_weight)):
         run.warn(line)
 
     learner = train(run, scorer, source, ranking(config.margins, config.auxiliary_weight), settings,
@@ -138,10 +138,10 @@ def run(config: Config, run: Run) -> None:
     scorer.eval()
     measured = measure(scorer, pairs, heldout, settings.precision)
     conclude(run, scorer, learner, sets, measured)
-    for name, found in measured.items():
-        axis = axis_of(heldout[name])
-        run.conclude(told(name, found, axis))
-        for line in explained(name, found) if axis == axis_of(pairs) else ():
+    own = axis_of(pairs)
+    for name in sorted(measured, key=lambda name: axis_of(heldout[name]) == own):  # the last line stands for the run
+        run.conclude(told(name, measured[name], {pair.axis for pair in heldout[name]}))
+        for line in explained(name, measured[name]) if axis_of(heldout[name]) == own else ():
             run.warn(line)
 
 
@@ -287,15 +287,16 @@ def _share(right: Sequence[float]) -> dict[str, float]:
     return {"accuracy": sum(right) / len(right), "n": len(right), "low": low, "high": high}
 
 
-def told(name: str, found: Mapping[str, Any], axis: Axis) -> str:
-    """A line that says how often a reward model is right about a set, and how often the baselines are."""
+def told(name: str, found: Mapping[str, Any], axes: Set[Axis]) -> str:
+    """A line that says how often a reward model is right about a set of such axes, and how often the baselines are."""
     one = found["all"]
     said = f"right on {_percent(one)} [{100 * one['low']:.1f}, {100 * one['high']:.1f}] of {one['n']:,} pairs of {name}"
     baselines = found.get("baselines")
     if baselines is None:
         return said
-    length = "shorter" if axis == "safe" else "longer"
-    return (f"{said}; the {length} answer is on {_percent(baselines['longer'])}, a bag of words on "
+    length = "the shorter answer" if axes == {"safe"} else "the longer answer"
+    length += " (about safety the shorter)" if len(axes) > 1 else ""
+    return (f"{said}; {length} is on {_percent(baselines['longer'])}, a bag of words on "
             f"{_percent(baselines['bag_of_words'])}")
 
 
@@ -328,6 +329,15 @@ def of_sets(run: Run, pairs: Sequence[Pair], heldout: Mapping[str, Sequence[Pair
         if known:
             yield (f"{known:,} of {len(found):,} pairs of heldout.{name} open like pairs that are trained on: accuracy "
                    "flatters there; split by question, as `llama2 prepare --heldout` does")
+
+
+def of_labels(pairs: Sequence[Pair], auxiliary_weight: float) -> Iterator[str]:
+    """A caution where the auxiliary loss has no answer, or answers of one kind alone, to learn from."""
+    labels = {label for pair in pairs for label in pair.safe if label >= 0}
+    if auxiliary_weight and len(labels) < 2:
+        found = f"all labelled answers are {'safe' if labels == {1} else 'unsafe'}" if labels else "no pair has one"
+        yield (f"auxiliary_weight {auxiliary_weight:g} needs safety labels of both kinds, and {found}: the auxiliary "
+               "loss separates nothing; give pairs with `safety`, or leave it out")
 
 
 def axis_of(pairs: Sequence[Pair]) -> Axis:

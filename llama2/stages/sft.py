@@ -117,6 +117,7 @@ def run(config: Config, run: Run) -> None:
     packed = pack(chosen, length)
     source = Rows(packed.rows, lambda rows: collate(rows, length), batch_size=config.batch_size,
                   micro_batch_size=config.micro_batch_size, epochs=config.epochs, seed=config.seed)
+    settings = config.training.with_steps(source.steps)
     for line in (*cautions.of_length(config.training.plan, source.steps, len(packed.rows), "row", config.batch_size,
                                      config.epochs),
                  *of_data(config, packed, chosen, sets, tokenizer, context),
@@ -124,9 +125,8 @@ def run(config: Config, run: Run) -> None:
         run.warn(line)
 
     validate = hooks.Validate(Validation(pack(measured, length), config)) if measured else None
-    learner = train(run, model, source, next_token, config.training.with_steps(source.steps),
-                    save_model=saver(model, tokenizer), title="sft", validate=validate,
-                    flops_per_token=flops_per_token(model.config, length))
+    learner = train(run, model, source, next_token, settings, save_model=saver(model, tokenizer), title="sft",
+                    validate=validate, flops_per_token=flops_per_token(model.config, length))
     conclude(run, model, learner, packed, list(sets), len(measured))
 
 
@@ -216,11 +216,12 @@ def encode(tokenizer: Tokenizer, dialogs: Sequence[Dialog], length: int, context
 
 def learnt_tokens(tokenizer: Tokenizer, dialog: Dialog) -> tuple[list[int], list[bool]]:
     """Ids of a dialog and the mask of those to be learnt. An answer that sampling cut off has no end to be learnt."""
+    ids, mask = encode_dialog(tokenizer, dialog.messages, dialog.train)
     if dialog.metadata.get("cut") is not True:
-        return encode_dialog(tokenizer, dialog.messages, dialog.train)
-    asked = encode_prompt(tokenizer, dialog.messages[:-1])
+        return ids, mask
+    asked = len(encode_prompt(tokenizer, dialog.messages[:-1]))
     answer = tokenizer.encode(dialog.messages[-1].content)
-    return [*asked, *answer], [False] * len(asked) + [True] * len(answer)
+    return [*ids[:asked], *answer], [*mask[:asked], *(mask[-1:] * len(answer))]
 
 
 def longer_rows(longest: int, length: int, context: int) -> str:

@@ -101,7 +101,7 @@ class Plan(Config):
             raise UserError("a cosine schedule needs max_steps or total_steps", "set one, or schedule: constant")
         if self.schedule == "cosine" and total is not None and total <= (self.warmup_steps or 0):
             raise UserError(f"warmup_steps {self.warmup_steps} leaves nothing of a schedule of {total} steps",
-                            "lower warmup_steps")
+                            "lower --training.plan.warmup-steps")
 
 
 class Learner:

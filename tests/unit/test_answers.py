@@ -22,6 +22,7 @@ from llama2.model import checkpoint
 from llama2.model.llama import Llama
 from llama2.model.scorer import Scorer
 from llama2.records import Message, Prompt
+from llama2.runs import Run
 from llama2.stages import answers, launch
 from llama2.tokenizer.template import encode_dialog, encode_prompt
 from llama2.tokenizer.tokenizer import Tokenizer
@@ -158,3 +159,30 @@ def test_prompts_left_out_are_counted(tmp_path, base, policy, scorers, capsys):
     assert llama2(*selection(base, policy, scorers, tmp_path / "prompts.jsonl"), "--out", tmp_path / "out") == 0
     said = capsys.readouterr().err
     assert "prompts: read 2, kept 1, left out 1: too long for the context of a version 1 (give shorter prompts)" in said
+
+
+def test_equal_answers_have_equal_scores_whatever_stands_beside_them(tmp_path, base, scorers, monkeypatch):
+    """Batches of other shapes round otherwise, as one more call does here, and a comparison must not be won by that."""
+    tokenizer = Tokenizer.load(base)
+    judge, calls = answers.rewards, []
+
+    def rounded(*rest: Any, **named: Any) -> list[float]:
+        calls.append(len(rest[1]))
+        return [mark + 1e-5 * len(calls) for mark in judge(*rest, **named)]
+
+    monkeypatch.setattr(answers, "rewards", rounded)
+    asked = [Prompt((Message("user", f"Name {number} fruits."),), str(number)) for number in range(24)]
+
+    def said(text: str) -> Answer:
+        return Answer(text, Completion((), (*tokenizer.encode(text), tokenizer.eos), (), "stop"))
+
+    ours = [said("The apple " * (1 + number % 5)) for number in range(24)]
+    theirs = [said("A long answer, " * 8) if number % 3 == 0 else one for number, one in enumerate(ours)]
+    cut = [Answer(one.text, Completion((), one.completion.tokens[:-1], (), "length")) for one in ours]
+    run = Run(tmp_path, False)
+    marks = answers.judged(run, "judge", scorers[0], "fp32", asked, {0: ours, 1: theirs, 2: cut}, [base] * 3)
+    assert [a == b for a, b in zip(marks[0], marks[1])] == [number % 3 != 0 for number in range(24)]
+    assert not any(a == b for a, b in zip(marks[0], marks[2]))  # an answer without an end is another
+    assert calls == [24, 8, 24]
+    rows = [judged_row(tokenizer, prompt, one, same=True) for prompt, one in zip(asked, theirs)]
+    assert marks[1] == pytest.approx(judge(answers.load_judge(scorers[0], "fp32"), rows, "fp32"), abs=1e-4)

@@ -63,6 +63,14 @@ def test_a_schedule_that_never_reaches_its_peak():
     assert Plan(schedule="constant", warmup_steps=40, max_steps=40).factor(39) == 1
 
 
+def test_a_warm_up_that_leaves_nothing_of_the_schedule_is_one_line(tmp_path, base, world, one_line):
+    """Refused, not warned of and refused."""
+    said = one_line("sft", "--model", base, "--dialogs.all.path", world / "demonstrations.jsonl", "--sequence-length",
+                    192, "--batch-size", 64, "--training.plan.warmup-steps", 2000, "--out", tmp_path / "out")
+    assert said.startswith("warmup_steps 2000 leaves nothing of a schedule of ")
+    assert said.endswith(" steps; lower --training.plan.warmup-steps")
+
+
 def test_a_limit_never_lengthens_a_run():
     assert Training(plan=Plan(max_steps=7)).with_steps(500).plan.max_steps == 7
     assert Training(plan=Plan(max_steps=700)).with_steps(500).plan.max_steps == 500
@@ -84,6 +92,20 @@ def test_warnings_are_said_once_and_kept_and_a_warned_user_may_still_change_thin
     said = [line for line in capsys.readouterr().err.splitlines() if "warning" in line]
     assert said == [f"{tmp_path}/run: warning: {line}" for line in ("few updates", "no end")] * 2
     assert json.loads((tmp_path / "run/COMPLETE").read_text())["outputs"] == {}
+
+
+def test_what_an_attempt_that_was_given_up_was_warned_of_is_forgotten(tmp_path):
+    def attempt(seed: int) -> None:
+        with open_run("world", StageConfig(out=tmp_path / "run", seed=seed)) as run:
+            if seed == 0:
+                run.warn("few updates")
+                raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        attempt(0)
+    assert read_warnings(tmp_path / "run") == ["few updates"]
+    attempt(1)
+    assert read_warnings(tmp_path / "run") == []
 
 
 def test_a_run_ends_with_its_counts_and_what_it_came_to(tmp_path, capsys):

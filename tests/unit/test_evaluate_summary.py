@@ -84,6 +84,19 @@ def test_nothing_of_nothing_says_nothing() -> None:
     assert high > 0.4
 
 
+def test_intervals_of_nothing_and_of_all_have_exact_ends_whatever_the_count() -> None:
+    for count in range(1, 500):
+        assert wilson(0, count)[0] == 0.0 < wilson(0, count)[1] < 1.0
+        assert 0.0 < wilson(count, count)[0] < wilson(count, count)[1] == 1.0
+        none, some, every = (proportion(hits, count) for hits in (0, (count + 1) // 2, count))
+        low, high = share_ratio(none, some)
+        assert (low, 0.0 < high < math.inf) == (0.0, True)
+        assert share_ratio(none, none) == (0.0, math.inf)
+        assert share_ratio(every, none)[1] == math.inf
+        low, high = share_ratio(every, every)
+        assert low < 1.0 < high
+
+
 def test_win_rate_leaves_out_ties() -> None:
     outcome = compare([1.0, 0.5, 0.2, 0.9], [0.5, 0.5, 0.4, 0.1])
     assert (outcome.wins, outcome.losses, outcome.ties) == (2, 1, 1)

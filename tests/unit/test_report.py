@@ -159,9 +159,22 @@ def test_an_interval_that_holds_the_target_decides_nothing(tmp_path: Path) -> No
     assert with_violations((55, 150), (9, 150)).state == "reached"
     assert with_violations((48, 150), (0, 150)).state == "reached"
     assert with_violations((48, 150), (45, 150)).state == "not reached"
+    assert with_violations((48, 150), (0, 150)).reached.endswith(": none left [12.5x,\u00a0no end]")
+    worse = with_violations((0, 100), (5, 100))
+    assert worse.state == "not reached"
+    assert worse.reached.startswith("0.0\u00a0% → 5.0\u00a0%: none before [0.0x,")
     content["results"]["V2"]["truth"]["helpfulness"] = mean_interval([1.0, 1.0])
     path.write_text(json.dumps(content))
     assert judged(root)["Helpfulness, SFT → V2"].state == "too few to tell"
+
+
+@pytest.mark.parametrize(("size", "state"), [(9_999, "too few to tell"), (10_000, "reached"), (None, "reached")])
+def test_a_compressor_needs_text_to_learn_from(tmp_path: Path, size: int | None, state: str) -> None:
+    root = make(tmp_path / "demo")
+    path = root / "pretrain" / "summary.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | ({"validation_bytes": size} if size else {})))
+    verdict = judged(root)["Held-out text, bits per byte (pretrain)"]
+    assert (verdict.state, verdict.count) == (state, f"{size:,} bytes" if size else "")
 
 
 def test_ghost_attention_needs_enough_dialogs(tmp_path: Path) -> None:

@@ -174,7 +174,10 @@ def test_an_accuracy_that_proves_nothing_is_warned_of(interval, longer, words, e
     for line, part in zip(lines, expected):
         assert line.startswith(f"right on {50 * (low + high):.1f} % of 40 pairs of b: ")
         assert part in line
-    assert reward.told("b", found, "safe") == (
+    both = reward.told("b", found, {"safe", "helpful"})
+    assert f"the longer answer (about safety the shorter) is on {100 * longer:.1f} %" in both
+    assert "the longer answer is on" in reward.told("b", found, {"helpful"})
+    assert reward.told("b", found, {"safe"}) == (
         f"right on {50 * (low + high):.1f} % [{100 * low:.1f}, {100 * high:.1f}] of 40 pairs of b; the shorter answer "
         f"is on {100 * longer:.1f} %, a bag of words on {100 * words:.1f} %")
 
@@ -207,3 +210,31 @@ def test_a_reward_model_learns_what_is_preferred(tmp_path, policy, tokenizer, ca
     first, on = (checkpoint.load_scorer(tmp_path / name).score.weight.detach() for name in ("out", "on"))
     assert float((first - on).abs().max()) < 0.01  # a reward model goes on with its own head
     assert not torch.equal(first, on)
+
+
+@pytest.mark.parametrize(("label", "weight", "said"), [
+    (None, 0.5, ["auxiliary_weight 0.5 needs safety labels of both kinds, and no pair has one"]),
+    ("both", 0.5, ["all labelled answers are safe"]),
+    ("neither", 0.5, ["all labelled answers are unsafe"]),
+    ("preferred_only", 0.5, []), (None, 0.0, []),
+])
+def test_an_auxiliary_loss_without_labels_to_separate_is_warned_of(tokenizer, label, weight, said):
+    answers = Response("Yes."), Response("No.")
+    one = Preference("x", messages_of([("user", "Hi")]), answers, 0, "better", label, "safe")
+    unlabelled = Preference("y", messages_of([("user", "Hi")]), answers, 0, "better")
+    pairs = [reward.Encoder(tokenizer, 200, 256).pair(each) for each in (one, unlabelled)]
+    lines = list(reward.of_labels(pairs, weight))
+    assert len(lines) == len(said)
+    assert all(part in line for part, line in zip(said, lines))
+
+
+@pytest.mark.parametrize("axis", ["helpful", "safe"])
+def test_the_last_line_is_about_the_axis_that_was_trained_on(tmp_path, policy, axis, capsys):
+    """It is the one that a recipe shows."""
+    sets = [write(tmp_path / f"{name}.jsonl", 8, name) for name in ("helpful", "safe")]
+    assert llama2("reward", "--model", policy, "--preferences.a.path", write(tmp_path / "a.jsonl", 8, axis),
+                  "--heldout.helpful.path", sets[0], "--heldout.safe.path", sets[1], "--batch-size", 8,
+                  "--out", tmp_path / "out") == 0
+    lines = [line for line in capsys.readouterr().err.splitlines() if ": right on " in line and "warning" not in line]
+    assert len(lines) == 2
+    assert f"of 8 pairs of {axis};" in lines[-1]

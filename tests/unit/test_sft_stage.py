@@ -205,3 +205,14 @@ def test_an_answer_that_sampling_cut_off_has_no_end_to_learn(tokenizer):
     assert short == ids[:len(short)]
     assert tokenizer.eos not in [token for token, kept in zip(short, learnt) if kept]
     assert tokenizer.decode([token for token, kept in zip(short, learnt) if kept]).strip() == "Hello there"
+
+
+@pytest.mark.parametrize(("train", "flags"), [("all", (True, True)), ("last", (False, True)),
+                                              ((True, False), (True, False))])
+def test_what_train_names_is_learnt_of_a_dialog_that_was_cut_off_too(tokenizer, train, flags):
+    one = Dialog(dialog("Hi.", "Yes.", "And now?", "The answer is").messages, train, {"cut": True})
+    ids, mask = sft.learnt_tokens(tokenizer, one)
+    first, last = [*tokenizer.encode("Yes. "), tokenizer.eos], tokenizer.encode("The answer is")
+    learnt = [index for index, flag in zip(ids, mask, strict=True) if flag]
+    assert learnt == first * flags[0] + last * flags[1]
+    assert ids[-len(last):] == last
