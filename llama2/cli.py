@@ -12,7 +12,7 @@ import importlib
 import io
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import llama2
@@ -57,14 +57,24 @@ def _dispatch(arguments: list[str]) -> int:
         print(f"llama2 {llama2.__version__}")
         return 0
     launch = _launch()
+    if len(arguments) > 1 and arguments[0] in ("-h", "--help", "help"):  # `llama2 help sft`
+        arguments = [arguments[1], "--help"]
     if not arguments or arguments[0] in ("-h", "--help", "help"):
         width = max(map(len, launch.VERBS))
         print(HELP.format(verbs="\n".join(f"  {name:{width}}  {verb.summary}" for name, verb in launch.VERBS.items())))
         return 0
     name, *rest = arguments
     if name not in launch.VERBS:
-        raise UserError(f"unknown verb '{name}'", did_you_mean(name, launch.VERBS))
+        raise _no_verb(name, launch.VERBS)
     return int(launch.command(name, rest))
+
+
+def _no_verb(name: str, verbs: Mapping[str, Any]) -> UserError:
+    if name.endswith((".yaml", ".yml")):
+        return UserError(f"{name}: a recipe stands behind a verb", f"write llama2 run {name}")
+    if name.startswith("-"):
+        return UserError(f"a verb stands before all flags ({name})", "llama2 help lists the verbs")
+    return UserError(f"unknown verb '{name}'", did_you_mean(name, verbs))
 
 
 def _launch() -> Any:

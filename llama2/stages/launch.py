@@ -81,7 +81,7 @@ def command(verb: str, arguments: Sequence[str]) -> int:
     module = stage(verb)
     if verb == "run":
         _refuse_without_recipe(arguments)
-    if "--dry-run" in arguments:
+    if any(word.partition("=")[0] == "--dry-run" for word in arguments):
         dry = importlib.import_module("llama2.stages.dry")
         return int(dry.show(verb, module, list(arguments), _positional))
     config = parse(module.Config, _positional(module, list(arguments)), f"llama2 {verb}")
@@ -104,7 +104,8 @@ def command(verb: str, arguments: Sequence[str]) -> int:
 
 def _refuse_without_recipe(arguments: Sequence[str]) -> None:
     """UserError where neither a file nor a flag says what the steps are, and no help is asked for."""
-    named = bool(arguments) and not arguments[0].startswith("-")
+    words = [word for word in arguments if word not in ("--dry-run", "--json")]
+    named = bool(words) and not words[0].startswith("-")
     if not named and not any(word in ("-h", "--help") or word.startswith("--steps.") for word in arguments):
         raise UserError("a recipe is needed", "name one: llama2 run recipes/demo/recipe.yaml")
 

@@ -19,7 +19,6 @@ from typing import Any
 
 from llama2 import mesh, runs, yaml12
 from llama2.config import build
-from llama2.errors import UserError, did_you_mean
 from llama2.records import dump
 from llama2.stages import launch
 from llama2.stages.board import Board
@@ -74,8 +73,6 @@ def _run_all(recipe: Config, steps: dict[str, Step]) -> int:
 
 def _run_one(name: str, recipe: Config, steps: Mapping[str, Step]) -> None:
     """One step under whatever started this process: a recipe's own ranks all live on one machine."""
-    if name not in steps:
-        raise UserError(f"the recipe has no step '{name}'", did_you_mean(name, steps))
     step = steps[name]
     mesh.init()
     if mesh.is_main():
