@@ -1,7 +1,7 @@
 """`llama2 <verb> [recipe.yaml] --section.key value`: parse, call, nothing else.
 
-Exit status: 0 done, or stopped by SIGTERM or SIGUSR1 with everything saved; 1 a defect; 2 something the user can mend
-(one line says what); 130 ended by Ctrl-C, unfinished. In all of these but 1 the same command goes on.
+Exit status: 0 done, or stopped by SIGTERM, SIGUSR1 or SIGHUP with everything saved; 1 a defect; 2 something the user
+can mend (one line says what); 130 ended by Ctrl-C, unfinished. In all of these but 1 the same command goes on.
 
 What takes seconds to import is imported when a command is known, under a handler of Ctrl-C.
 """
@@ -31,10 +31,20 @@ The Llama 2 paper as commands, in its order:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run one command and leave with its exit status."""
+    _open_closed_streams()
     for stream in (sys.stdout, sys.stderr):  # in the locale C, help and file names could not be printed
         if isinstance(stream, io.TextIOWrapper) and stream.encoding.lower() in ("ascii", "ansi_x3.4-1968"):
             stream.reconfigure(encoding="utf-8", errors="backslashreplace")
     sys.exit(_guarded(list(sys.argv[1:] if arguments is None else arguments)))
+
+
+def _open_closed_streams() -> None:
+    """Give what was closed (`llama2 ... <&-`, a service) an end that says and hears nothing, before a file gets it."""
+    for number, name in enumerate(("stdin", "stdout", "stderr")):
+        if getattr(sys, name) is None:
+            nothing = os.open(os.devnull, os.O_RDWR)
+            os.dup2(nothing, number)
+            setattr(sys, name, open(number, "w" if number else "r", encoding="utf-8", closefd=False))  # noqa: SIM115
 
 
 def _guarded(arguments: list[str]) -> int:

@@ -4,11 +4,10 @@ knows how stages train and sample, which a command that is carried out need not 
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Callable
 from typing import Any
 
-from llama2 import yaml12
+from llama2 import mesh, yaml12
 from llama2.config import build, parse
 from llama2.errors import UserError
 from llama2.flags import overrides
@@ -49,5 +48,6 @@ def _cluster(flags: list[str]) -> tuple[Cluster, list[str]]:
         if word.startswith("--"):
             into = mine if word.partition("=")[0] in names else rest
         into.append(word)
-    values = {"ranks": int(os.environ["WORLD_SIZE"])} if "WORLD_SIZE" in os.environ else {}
+    ranks = mesh.asked()
+    values = {"ranks": ranks} if ranks else {}
     return build(Cluster, values | overrides(Cluster, mine, values), "--dry-run"), rest

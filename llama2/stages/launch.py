@@ -132,7 +132,7 @@ _context = multiprocessing.get_context("forkserver")
 
 
 def preload() -> None:
-    """Import the heavy modules once, in the server every worker is forked from. It never hears of Ctrl-C."""
+    """Import the heavy modules once, in the server every worker is forked from. It hears of no signal to stop."""
     _context.set_forkserver_preload(["torch", "llama2.stages.launch", "torch.distributed",
                                      *(f"llama2.{verb.module}" for verb in VERBS.values())])
     resource_tracker.ensure_running()  # first: to start it lets Ctrl-C through
@@ -222,6 +222,7 @@ def _worker(verb: str, values: dict[str, Any], environment: dict[str, str], thre
             lifeline: Connection, messages: Connection) -> None:
     """One rank of one stage: its output goes to the log, its outcome to the parent."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides; it sends SIGTERM
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})
     threading.Thread(target=_die_with_parent, args=(lifeline,), daemon=True).start()
     os.environ.update(environment)
     file = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)

@@ -17,7 +17,7 @@ import threading
 from collections.abc import Mapping
 from typing import Any
 
-from llama2 import mesh, runs, yaml12
+from llama2 import interrupts, mesh, runs, yaml12
 from llama2.config import build
 from llama2.records import dump
 from llama2.stages import launch
@@ -58,7 +58,7 @@ def _run_all(recipe: Config, steps: dict[str, Step]) -> int:
     """Every step in processes of its own."""
     board = Board(recipe, steps)
     handlers = {kind: signal.signal(kind, board.on_signal)
-                for kind in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+                for kind in (*interrupts.requests(), signal.SIGINT)
                 if threading.current_thread() is threading.main_thread()}
     try:
         launch.preload()

@@ -169,7 +169,8 @@ from llama2.stages import launch
 
 signal.signal(signal.SIGINT, signal.default_int_handler)  # tests in the background inherit that it is ignored
 launch.preload()
-os.kill(forkserver._forkserver._forkserver_pid, signal.SIGINT)  # it has only begun to import
+for number in (signal.SIGINT, signal.SIGHUP, signal.SIGTERM, signal.SIGUSR1):
+    os.kill(forkserver._forkserver._forkserver_pid, number)  # it has only begun to import
 out = Path(sys.argv[1])
 workers = launch.Workers.start("world", {"out": str(out / "a"), "scale": 0.001}, 1, 1, out / "log")
 while workers.alive():
@@ -178,7 +179,7 @@ print(workers.result())
 """
 
 
-def test_ctrl_c_does_not_reach_the_server_of_workers(tmp_path):
+def test_signals_to_the_whole_group_do_not_reach_the_server_of_workers(tmp_path):
     process = subprocess.run([sys.executable, "-c", SERVER, str(tmp_path)], capture_output=True, text=True, timeout=200)
     assert (process.stdout, process.returncode) == ("done\n", 0), process.stderr
 
