@@ -1,7 +1,7 @@
 """`llama2 <verb> [recipe.yaml] --section.key value`: parse, call, nothing else.
 
-Exit status: 0 done, or stopped by SIGTERM or SIGUSR1 with everything saved; 1 a defect; 2 something the user can mend
-(one line says what); 130 ended by Ctrl-C, unfinished. In all of these but 1 the same command goes on.
+Exit status: 0 done, or stopped by SIGTERM, SIGUSR1 or SIGHUP with everything saved; 1 a defect; 2 something the user
+can mend (one line says what); 130 ended by Ctrl-C, unfinished. In all of these but 1 the same command goes on.
 
 What takes seconds to import is imported when a command is known, under a handler of Ctrl-C.
 """
@@ -12,7 +12,7 @@ import importlib
 import io
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import llama2
@@ -31,10 +31,20 @@ The Llama 2 paper as commands, in its order:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run one command and leave with its exit status."""
+    _open_closed_streams()
     for stream in (sys.stdout, sys.stderr):  # in the locale C, help and file names could not be printed
         if isinstance(stream, io.TextIOWrapper) and stream.encoding.lower() in ("ascii", "ansi_x3.4-1968"):
             stream.reconfigure(encoding="utf-8", errors="backslashreplace")
     sys.exit(_guarded(list(sys.argv[1:] if arguments is None else arguments)))
+
+
+def _open_closed_streams() -> None:
+    """Give what was closed (`llama2 ... <&-`, a service) an end that says and hears nothing, before a file gets it."""
+    for number, name in enumerate(("stdin", "stdout", "stderr")):
+        if getattr(sys, name) is None:
+            nothing = os.open(os.devnull, os.O_RDWR)
+            os.dup2(nothing, number)
+            setattr(sys, name, open(number, "w" if number else "r", encoding="utf-8", closefd=False))  # noqa: SIM115
 
 
 def _guarded(arguments: list[str]) -> int:
@@ -57,14 +67,24 @@ def _dispatch(arguments: list[str]) -> int:
         print(f"llama2 {llama2.__version__}")
         return 0
     launch = _launch()
+    if len(arguments) > 1 and arguments[0] in ("-h", "--help", "help"):  # `llama2 help sft`
+        arguments = [arguments[1], "--help"]
     if not arguments or arguments[0] in ("-h", "--help", "help"):
         width = max(map(len, launch.VERBS))
         print(HELP.format(verbs="\n".join(f"  {name:{width}}  {verb.summary}" for name, verb in launch.VERBS.items())))
         return 0
     name, *rest = arguments
     if name not in launch.VERBS:
-        raise UserError(f"unknown verb '{name}'", did_you_mean(name, launch.VERBS))
+        raise _no_verb(name, launch.VERBS)
     return int(launch.command(name, rest))
+
+
+def _no_verb(name: str, verbs: Mapping[str, Any]) -> UserError:
+    if name.endswith((".yaml", ".yml")):
+        return UserError(f"{name}: a recipe stands behind a verb", f"write llama2 run {name}")
+    if name.startswith("-"):
+        return UserError(f"a verb stands before all flags ({name})", "llama2 help lists the verbs")
+    return UserError(f"unknown verb '{name}'", did_you_mean(name, verbs))
 
 
 def _launch() -> Any:

@@ -21,7 +21,7 @@ from pydantic import BaseModel, ConfigDict, Field, GetCoreSchemaHandler, Validat
 from pydantic.fields import FieldInfo
 from pydantic_core import CoreSchema
 
-from llama2 import mistakes
+from llama2 import mistakes, schema
 from llama2.errors import UserError
 from llama2.exact import exact
 from llama2.flags import overrides
@@ -132,11 +132,11 @@ def _settled(value: Any, place: str, prefix: str) -> Any:
 
 def _path(path: Path, place: str, prefix: str) -> Path:
     """A path with its home directory written out; UserError where a variable of the shell was meant."""
-    if path.parts[:1] == ("~",):
+    if path.parts[:1] == ("~",) or (str(path).startswith("~") and not path.exists()):
         try:
             return path.expanduser()
         except RuntimeError:
-            raise UserError(f"{prefix}'{place}': {path}: there is no home directory here", "write it out") from None
+            raise UserError(f"{prefix}'{place}': {path}: there is no such home directory", "write it out") from None
     if re.search(r"\$(\{|[A-Za-z_])", str(path)) and not path.exists():
         raise UserError(f"{prefix}'{place}': {path}: variables of the shell are not known here",
                         "write the path out, or give it as a flag, where the shell fills it in")
@@ -162,12 +162,27 @@ def parse(kind: type[C], arguments: Sequence[str], prog: str) -> C:
                  config=(tyro.conf.AvoidSubcommands,))
     while flags and not flags[0].startswith("-") and (not where or flags[0].endswith((".yaml", ".yml"))):
         where = flags.pop(0)
-        for layer in layers(Path(where)):
+        for layer in _layers(kind, where):
             given.append(layer)
             values = merge(values, layer)
+    if "steps" in values and "steps" not in kind.model_fields:
+        raise UserError(f"{where}: this recipe has steps, each with a verb of its own",
+                        f"write llama2 run {where}, or with --step NAME for one of them")
     given.append(overrides(kind, flags, values))
     kind.heed(given)
     return build(kind, merge(values, given[-1]), where)
+
+
+def _layers(kind: type[BaseModel], name: str) -> list[dict[str, Any]]:
+    """The recipe `name` and those below it; where that is data or a model, UserError with the flag it goes behind."""
+    path = Path(name)
+    if not path.exists() or (path.suffix in ("", ".yaml", ".yml", ".json") and not path.is_dir()):
+        return layers(path)
+    keys = [names for names, inner in schema.leaves(kind) if Path in schema.kinds(inner) and names != ("out",)]
+    cure = f"give data and models behind a flag, such as --{schema.dashed(*keys[0])} {name}" if keys else "name one"
+    if (path / "recipe.yaml").is_file():
+        cure = f"did you mean {path / 'recipe.yaml'}?"
+    raise UserError(f"{name}: what stands before all flags is a recipe, a file that ends in .yaml", cure)
 
 
 def _example(kind: type[BaseModel]) -> Any:

@@ -27,10 +27,11 @@ _ELSEWHERE = (ConnectionError, BlockingIOError, ChildProcessError, InterruptedEr
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:
-    """`did you mean 'x'?` for the closest known name, else the list of known names."""
+    """`did you mean 'x'?` for the closest known name, in whatever case, else the list of known names."""
     names = sorted(known)
-    close = difflib.get_close_matches(name, names, n=1, cutoff=0.6)
-    return f"did you mean '{close[0]}'?" if close else f"known: {', '.join(names)}"
+    lower = {each.lower(): each for each in reversed(names)}
+    close = difflib.get_close_matches(name.lower(), lower, n=1, cutoff=0.6)
+    return f"did you mean '{lower[close[0]]}'?" if close else f"known: {', '.join(names) or 'none'}"
 
 
 def missing_extra(package: str, extra: str) -> UserError:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from pydantic_core import core_schema
+from pydantic_core import PydanticCustomError, core_schema
 
 from llama2.yaml12 import scalar
 
@@ -29,8 +29,17 @@ def exact(node: Any, alternative: bool = False) -> Any:
             return strict
         return core_schema.no_info_before_validator_function(_whole if node["type"] == "int" else _number, strict)
     inside = alternative or node.get("type") == "union"
-    return {key: item if key in ("default", "metadata", "serialization", "config") else exact(item, inside)
+    made = {key: item if key in ("default", "metadata", "serialization", "config") else exact(item, inside)
             for key, item in node.items()}
+    is_path = node.get("custom_error_type") == "path_type"
+    return core_schema.no_info_before_validator_function(_not_blank, made) if is_path else made
+
+
+def _not_blank(value: Any) -> Any:
+    """A path is no empty text, which Python takes for the directory one is in."""
+    if isinstance(value, str) and not value.strip():
+        raise PydanticCustomError("path_type", "a path is wanted")
+    return value
 
 
 def _number(value: Any) -> Any:

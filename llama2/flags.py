@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
-from typing import Any
+from pathlib import Path
+from typing import Any, get_origin
 
 from llama2 import mistakes, schema
 from llama2.errors import UserError
@@ -22,6 +24,7 @@ def overrides(kind: Any, arguments: Sequence[str], under: Mapping[str, Any]) -> 
     for flag in sorted(given, key=lambda flag: not flag.name.endswith(".verb")):  # a verb says what else there is
         below = merge(under, nested)
         place, value = _read(kind, flag, below)
+        _refuse_second(place, flag, nested)
         _put(nested, place.names, Flag(value, flag.name, flag.words))
     return nested
 
@@ -54,6 +57,7 @@ def _read(kind: Any, flag: Flag, below: Mapping[str, Any]) -> tuple[schema.Place
         return place, schema.value_of(flag.words[0], place.kind)
     if not schema.takes_several(place.kind) and not schema.is_section(place.kind):
         raise UserError(f"unexpected argument '{flag.words[1]}' behind {flag.name} {flag.words[0]}",
+                        "flags begin with two dashes" if re.match("-[A-Za-z]", flag.words[1]) else
                         "a recipe stands before all flags; quote a value that has spaces")
     return place, schema.several(flag.words, place.kind)
 
@@ -71,6 +75,18 @@ def _switched(kind: Any, flag: Flag, names: list[str], place: schema.Place, belo
     if not schema.takes_none(place.kind):
         raise UserError(f"'{flag.name[2:]}' needs a value", f"write {schema.usage(place)}")
     return place, True
+
+
+def _refuse_second(place: schema.Place, flag: Flag, nested: Mapping[str, Any]) -> None:
+    """Of a flag given twice the last counts; but two lists, or two inputs, are meant together."""
+    there: Any = nested
+    for name in place.names:
+        there = there.get(name) if isinstance(there, Mapping) else None
+    lists = [kind for kind in schema.kinds(place.kind) if get_origin(kind) in (tuple, list)]
+    if isinstance(there, Flag) and (lists or Path in schema.kinds(place.kind)) and place.names != ("out",):
+        raise UserError(f"{flag.name} is given twice ({there.typed()}, {flag.typed()})",
+                        f"give all behind one: {flag.name} {there.typed()} {flag.typed()}" if lists else
+                        "leave one out, or give the second another name")
 
 
 def _put(nested: dict[str, Any], names: Sequence[str], flag: Flag) -> None:

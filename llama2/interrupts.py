@@ -1,4 +1,4 @@
-"""Ctrl-C while modules are loaded: it ends the process at once, with one line.
+"""What asks a command to stop. Ctrl-C while modules are loaded ends the process at once, with one line.
 
 As an exception it would be raised inside of some library's import, which may swallow it or make another error of it.
 """
@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import signal
+import stat
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,6 +16,22 @@ from types import FrameType
 STATUS = 130
 """the exit status of a command that Ctrl-C ended"""
 MESSAGE = "llama2: interrupted; the same command resumes"
+
+
+def requests() -> tuple[signal.Signals, ...]:
+    """The signals that ask for a stop with everything saved; a closed terminal is one, unless `nohup` made it none."""
+    ours = signal.getsignal(signal.SIGHUP) is signal.SIG_DFL
+    return (signal.SIGTERM, signal.SIGUSR1, *((signal.SIGHUP,) if ours else ()))
+
+
+def let_go_of_terminal(number: int) -> None:
+    """After SIGHUP nobody reads: what is still said would be an error of its own."""
+    if number == signal.SIGHUP:
+        nothing = os.open(os.devnull, os.O_WRONLY)
+        for descriptor in (1, 2):
+            if stat.S_ISCHR(os.fstat(descriptor).st_mode):
+                os.dup2(nothing, descriptor)
+        os.close(nothing)
 
 
 @contextmanager
@@ -38,8 +55,12 @@ def _leave(number: int, frame: FrameType | None) -> None:
 
 @contextmanager
 def held_back() -> Iterator[None]:
-    """Ctrl-C comes when the block is left; processes begun in it never hear of one."""
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    """What asks for a stop comes when the block is left; processes begun in it never hear of it, unless they ask to.
+
+    A terminal, `timeout`, Slurm and systemd send their signals to all processes of a command.
+    """
+    every = {signal.SIGINT, signal.SIGHUP, signal.SIGTERM, signal.SIGUSR1}
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, every)
     try:
         yield
     finally:

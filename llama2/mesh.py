@@ -50,20 +50,36 @@ def is_main() -> bool:
 
 def device() -> torch.device:
     """This rank's device: its GPU, else the CPU. LLAMA2_DEVICE=cpu forces the CPU."""
+    if os.environ.get("LLAMA2_DEVICE", "") not in ("", "cpu"):
+        raise UserError(f"LLAMA2_DEVICE={os.environ['LLAMA2_DEVICE']}: it may be cpu and nothing else",
+                        "unset it: GPUs are used where there are any")
     if os.environ.get("LLAMA2_DEVICE") == "cpu" or not torch.cuda.is_available():
         return torch.device("cpu")
     return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
 
 
+def asked() -> int | None:
+    """The number of ranks that torchrun (or our launcher) started, None if it did not start us."""
+    text = os.environ.get("WORLD_SIZE", "")
+    if text and not (text.isdecimal() and int(text)):
+        raise UserError(f"WORLD_SIZE={text}: the number of ranks is wanted", "unset it, or start with torchrun")
+    return int(text) if text else None
+
+
 def init() -> None:
     """Join the other ranks if torchrun (or our launcher) started us; safe to call twice."""
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not dist.is_initialized():
+    ranks = asked() or 1
+    if ranks > 1 and not dist.is_initialized():
         where = device()
         if where.type == "cuda":
             if where.index >= torch.cuda.device_count():
                 raise UserError(f"this machine has {torch.cuda.device_count()} GPUs, and rank {where.index} on it "
                                 "wants one of its own", "start fewer processes here, or set LLAMA2_DEVICE=cpu")
             torch.cuda.set_device(where)
+        missing = [name for name in ("RANK", "MASTER_ADDR", "MASTER_PORT") if not os.environ.get(name)]
+        if missing:
+            raise UserError(f"WORLD_SIZE={ranks}, but {' and '.join(missing)} is not set",
+                            "start the ranks with torchrun, or unset WORLD_SIZE to run alone")
         dist.init_process_group("nccl" if where.type == "cuda" else "gloo", timeout=TIMEOUT,
                                 device_id=where if where.type == "cuda" else None)
     tune_cpu()

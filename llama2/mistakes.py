@@ -31,12 +31,14 @@ _ALIASES = {
 """what other programs call our keys, the likeliest first"""
 
 
+OF_DRY_RUNS = ("--ranks", "--gib", "--tflops", "--mfu", "--json")
+
 # --- what was meant --------------------------------------------------------------------------------------------------
 
 
 def suggestion(root: Any, parent: Place, tail: Sequence[str], *, as_flag: bool) -> str:
     """`did you mean 'x'?` for the place that `tail`, unknown below `parent`, probably means; else the keys known."""
-    wanted = [name.replace("-", "_") for name in tail]
+    wanted = [name.replace("-", "_").lower() for name in tail]
     for start in (parent, Place((), root, "")):
         found = _meant(start, wanted)
         if found is not None:
@@ -80,6 +82,8 @@ def _keys(kind: type[BaseModel]) -> list[str]:
 
 def unknown_flag(root: Any, flag: Flag, values: Mapping[str, Any]) -> UserError:
     """A flag that leads nowhere."""
+    if flag.name in OF_DRY_RUNS:
+        return UserError(f"unknown flag '{flag.name}'", "it is for a dry run: add --dry-run")
     names = flag.name[2:].split(".")
     known = next(count for count in range(len(names) - 1, -1, -1)
                  if schema.find(root, names[:count], values).kind is not None)
@@ -98,6 +102,10 @@ def explained(root: type[BaseModel], detail: ErrorDetails, where: str, values: M
     key = ".".join(names)
     if detail["type"] == "extra_forbidden":
         parent = schema.find(root, names[:-1], values)
+        inside = schema.find(root, [*names[:-1], *names[-1].split(".")], {})
+        if inside.kind is not None:  # as a flag has it
+            return UserError(f"{prefix}'{key}': a key of a recipe has no dots",
+                             f"write {_nested(inside.names, schema.metavar(inside.kind))}")
         return UserError(f"{prefix}unknown key '{key}'", suggestion(root, parent, names[-1:], as_flag=False))
     if detail["type"] == "missing":
         return UserError(f"{prefix}'{key}' is required", _how_to_give(place, names, where, values))
@@ -151,10 +159,19 @@ def _no_section(place: Place, given: Flag | None, value: Any, prefix: str) -> Us
         what = "needs a name for what it is given" if chosen else "has keys of its own"
         return UserError(f"{prefix}'{given.name}' {what} (it is {given.typed()})", f"use {usage}")
     inner = _shown(value) if chosen and not isinstance(value, (list, tuple)) else schema.metavar(kind)
-    for name in reversed(below):
-        inner = f"{{{name}: {inner}}}"
+    if below:
+        inner = f"{{{_nested(below, inner)}}}"
     return UserError(f"{prefix}'{'.'.join(place.names)}' is a mapping (it is {_shown(value)})",
                      f"write {place.names[-1]}: {inner}" if place.names else "write `key: value` lines")
+
+
+def _nested(names: Sequence[str], value: str) -> str:
+    """`a: {b: value}`"""
+    *above, last = names
+    text = f"{last}: {value}"
+    for name in reversed(above):
+        text = f"{name}: {{{text}}}"
+    return text
 
 
 def _rule(detail: ErrorDetails, kind: Any) -> tuple[str, str]:
@@ -178,7 +195,7 @@ def _rule(detail: ErrorDetails, kind: Any) -> tuple[str, str]:
     cure = "mend the value"
     if str in options and isinstance(given, (bool, int, float)):
         cure = "put it in quotes"
-    elif bool in options and not isinstance(given, bool):
+    elif bool in options and str not in options:
         cure = "write true or false"
     elif schema.takes_several(kind) and not isinstance(given, (Mapping, list, tuple)):
         cure = f"write [{_shown(given)}]"

@@ -303,8 +303,8 @@ def check(verb: str, config: StageConfig) -> None:
     path = config.out
     if (path / MANIFEST).is_file() and not _only_begun(path):
         old = json.loads((path / MANIFEST).read_text("utf-8"))
-        differences = _differences({"verb": old["verb"], **old["config"]}, {"verb": verb, **_asked(config)},
-                                   set(incidentals(config)))
+        differences = ([f"verb: {old['verb']} -> {verb}"] if old["verb"] != verb else
+                       _differences(old["config"], _asked(config), set(incidentals(config))))
         if differences:
             raise UserError(f"{path}: holds {_state(path)} with another configuration: {'; '.join(differences)}",
                             "choose another --out, or delete that directory to start over")

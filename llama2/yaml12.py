@@ -63,7 +63,9 @@ def _error(problem: str, mark: Any) -> yaml.MarkedYAMLError:
     return yaml.MarkedYAMLError(problem=problem, problem_mark=mark)
 
 
-def _mapping(loader: _Loader, node: yaml.MappingNode) -> dict[str, Any]:
+def _mapping(loader: _Loader, node: yaml.Node) -> dict[str, Any]:
+    if not isinstance(node, yaml.MappingNode):
+        raise _error("this is no mapping", node.start_mark)
     seen: set[Hashable] = set()
     for key, _ in node.value:
         if key.tag == f"{_TAG}merge":  # `<<: *other`: its keys may be overridden
@@ -72,13 +74,45 @@ def _mapping(loader: _Loader, node: yaml.MappingNode) -> dict[str, Any]:
             raise _error("a list or mapping is no key", key.start_mark)
         if key.value in seen:
             raise _error(f"the key '{key.value}' is given twice", key.start_mark)
-        seen.add(key.value)
+        seen.add(_text(loader, key))
     loader.flatten_mapping(node)
     return {key.value: loader.construct_object(value, deep=True) for key, value in node.value}
 
 
-def _int(loader: _Loader, node: yaml.ScalarNode) -> int:
-    text = str(node.value)
+def _list(loader: _Loader, node: yaml.Node) -> list[Any]:
+    if not isinstance(node, yaml.SequenceNode):
+        raise _error("this is no list", node.start_mark)
+    return [loader.construct_object(item, deep=True) for item in node.value]
+
+
+def _word(node: yaml.Node) -> str:
+    if not isinstance(node, yaml.ScalarNode):
+        raise _error("a list or mapping where its tag says otherwise", node.start_mark)
+    return str(node.value)
+
+
+def _text(loader: _Loader, node: yaml.Node) -> str:
+    text = _word(node)
+    if any("\ud800" <= character <= "\udfff" for character in text):
+        raise _error("half of a character, written as \\ud800 to \\udfff", node.start_mark)
+    return text
+
+
+def _null(loader: _Loader, node: yaml.Node) -> None:
+    text = _word(node)
+    if not _NULL.match(text):
+        raise _error(f"'{text[:40]}' is not null", node.start_mark)
+
+
+def _bool(loader: _Loader, node: yaml.Node) -> bool:
+    text = _word(node)
+    if not _BOOL.match(text):
+        raise _error(f"'{text[:40]}' is neither true nor false", node.start_mark)
+    return text.lower() == "true"
+
+
+def _int(loader: _Loader, node: yaml.Node) -> int:
+    text = _word(node)
     base = {"0o": 8, "0x": 16}.get(text[:2], 10)
     try:
         return int(text[2:] if base != 10 else text, base)
@@ -86,8 +120,8 @@ def _int(loader: _Loader, node: yaml.ScalarNode) -> int:
         raise _error(f"'{text[:40]}' is no whole number", node.start_mark) from None
 
 
-def _float(loader: _Loader, node: yaml.ScalarNode) -> float:
-    text = str(node.value).lower()
+def _float(loader: _Loader, node: yaml.Node) -> float:
+    text = _word(node).lower()
     try:
         return float(re.sub(r"^([-+]?)\.(inf|nan)$", r"\1\2", text))
     except ValueError:
@@ -99,12 +133,12 @@ def _foreign(loader: _Loader, node: yaml.Node) -> Any:
 
 
 _Loader.yaml_constructors = {
-    f"{_TAG}null": lambda loader, node: None,
-    f"{_TAG}bool": lambda loader, node: node.value.lower() == "true",
+    f"{_TAG}null": _null,
+    f"{_TAG}bool": _bool,
     f"{_TAG}int": _int,
     f"{_TAG}float": _float,
-    f"{_TAG}str": yaml.SafeLoader.yaml_constructors[f"{_TAG}str"],
-    f"{_TAG}seq": lambda loader, node: [loader.construct_object(item, deep=True) for item in node.value],
+    f"{_TAG}str": _text,
+    f"{_TAG}seq": _list,
     f"{_TAG}map": _mapping,
     None: _foreign,
 }
@@ -124,7 +158,10 @@ for _name, _pattern in (("int", _INT), ("float", _FLOAT)):
 
 def load(text: str) -> Any:
     """The value of a YAML text; `yaml.YAMLError` where it is none."""
-    return yaml.load(text, _Loader)
+    try:
+        return yaml.load(text, _Loader)
+    except (OverflowError, ValueError):  # chr of what PyYAML read behind \\U
+        raise yaml.YAMLError("an escape \\U that names no character") from None
 
 
 def dump(value: Any, **how: Any) -> str:
@@ -143,6 +180,20 @@ def scalar(text: str) -> Any:
     return text
 
 
+def _explained(path: Path, text: str, error: yaml.YAMLError) -> UserError:
+    """What is wrong with a recipe, with its line, in the words of whoever writes one."""
+    if isinstance(error, yaml.reader.ReaderError):
+        line = text.count("\n", 0, error.position) + 1
+        return UserError(f"{path}:{line}: a character that no text has (code {error.character})", "take it out")
+    mark, problem = getattr(error, "problem_mark", None), getattr(error, "problem", None) or str(error)
+    cure = "mend the line"
+    if "found another document" in problem:
+        problem, cure = "a second document begins here", "a recipe is one: take out the line '---'"
+    elif "'\\t'" in problem:
+        problem, cure = "a tab stands where YAML takes spaces alone", "write spaces"
+    return UserError(f"{path}{f':{mark.line + 1}' if mark else ''}: not valid YAML ({problem})", cure)
+
+
 def read_yaml(path: Path) -> dict[str, Any]:
     """A YAML mapping; a syntax error is reported with file and line."""
     with explain_os_errors(path):
@@ -152,10 +203,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
     except UnicodeDecodeError as error:
         raise UserError(f"{path}: not UTF-8 ({error.reason} at byte {error.start})", "save it as UTF-8") from None
     except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        line = f":{mark.line + 1}" if mark else ""
-        raise UserError(f"{path}{line}: not valid YAML ({getattr(error, 'problem', None) or error})",
-                        "mend the line") from None
+        raise _explained(path, text.decode("utf-8"), error) from None
     if value is None:
         return {}
     if not isinstance(value, dict):

@@ -15,7 +15,7 @@ from rich.text import Text
 from llama2 import runs
 from llama2.config import build
 from llama2.errors import UserError
-from llama2.interrupts import STATUS
+from llama2.interrupts import STATUS, let_go_of_terminal
 from llama2.stages import launch
 from llama2.stages.recipe import Config, Step
 from llama2.stages.remaining import Log, remaining
@@ -80,7 +80,11 @@ class Board:
             free -= self._cores(step)
             threads = max(1, self._cores(step) // step.processes)
             log = Log(self.recipe.out / "logs" / f"{name}.log", time.time())
-            workers = launch.Workers.start(step.verb, step.values, step.processes, threads, log.path)
+            try:
+                workers = launch.Workers.start(step.verb, step.values, step.processes, threads, log.path)
+            except EOFError:  # a signal to the whole group, or a machine without memory, ended what starts processes
+                self._fail(name, "the process that starts others was killed")
+                return
             self.running[name] = Work(workers, log)
             if self.stopping:  # the signal came meanwhile
                 workers.stop()
@@ -113,6 +117,7 @@ class Board:
 
     def on_signal(self, number: int, frame: FrameType | None) -> None:
         """First signal: every step saves and stops. Second: kill them."""
+        let_go_of_terminal(number)
         for work in self.running.values():
             work.workers.kill() if self.stopping else work.workers.stop()
         self.stopping = number

@@ -4,19 +4,19 @@ knows how stages train and sample, which a command that is carried out need not 
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Callable
 from typing import Any
 
-from llama2 import yaml12
+from llama2 import mesh, yaml12
 from llama2.config import build, parse
+from llama2.errors import UserError
 from llama2.flags import overrides
 from llama2.stages.planning import Cluster, Lineage
 
 
 def show(verb: str, module: Any, arguments: list[str], positional: Callable[[Any, list[str]], list[str]]) -> int:
     """Print it, with `--json` for programs; the exit status. `positional` names a stage's first argument."""
-    cluster, flags = _cluster([flag for flag in arguments if flag not in ("--dry-run", "--json")])
+    cluster, flags = _cluster(_without(arguments, ("--dry-run", "--json")))
     config = parse(module.Config, positional(module, flags), f"llama2 {verb}")
     shown = {"config": config.model_dump(mode="json")}
     if hasattr(module, "plan"):
@@ -26,13 +26,28 @@ def show(verb: str, module: Any, arguments: list[str], positional: Callable[[Any
     return 0
 
 
+def _without(arguments: list[str], switches: tuple[str, ...]) -> list[str]:
+    """The arguments but for `switches`, which take no value: a word behind one may be a recipe before all flags."""
+    rest: list[str] = []
+    for word, following in zip(arguments, [*arguments[1:], "--"]):
+        switch, _, value = word.partition("=")
+        if switch not in switches:
+            rest.append(word)
+        elif value or (rest and not following.startswith("--")):
+            raise UserError(f"{switch} takes no value (it is {value or following})", "leave it out")
+    return rest
+
+
 def _cluster(flags: list[str]) -> tuple[Cluster, list[str]]:
     """`--ranks`, `--gib`, `--tflops`, `--mfu` describe the machines of a dry run; all other flags are the stage's."""
     mine: list[str] = []
     rest: list[str] = []
-    for place, flag in enumerate(flags):
-        before = flags[place - 1] if place else ""
-        names = {f"--{name}" for name in Cluster.model_fields}
-        (mine if flag.partition("=")[0] in names or before in names else rest).append(flag)
-    values = {"ranks": int(os.environ["WORLD_SIZE"])} if "WORLD_SIZE" in os.environ else {}
+    names = {f"--{name}" for name in Cluster.model_fields}
+    into = rest
+    for word in flags:
+        if word.startswith("--"):
+            into = mine if word.partition("=")[0] in names else rest
+        into.append(word)
+    ranks = mesh.asked()
+    values = {"ranks": ranks} if ranks else {}
     return build(Cluster, values | overrides(Cluster, mine, values), "--dry-run"), rest

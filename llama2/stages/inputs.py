@@ -9,8 +9,9 @@ from pathlib import Path
 
 from pydantic import BaseModel
 
-from llama2.config import paths
+from llama2.config import StageConfig, paths
 from llama2.errors import UserError
+from llama2.runs import COMPLETE
 
 _MODELS = {"model", "policy", "policies", "critic", "rewards", "judge", "candidate", "predecessor", "versions",
            "checkpoint", "checkpoints", "run"}
@@ -23,8 +24,16 @@ def check(config: BaseModel, *, complete: bool) -> None:
     for key, path in paths(config):
         if _is_model(key):
             check_model(path, scorer=bool({"rewards", "judge"} & set(key.split("."))))
+        if isinstance(config, StageConfig):
+            _refuse_inside(config.out, key, path)
     if complete:
         refuse_missing([(key, path) for key, path in paths(config)])
+
+
+def _refuse_inside(out: Path, key: str, path: Path) -> None:
+    """UserError for a run that would change an input by lying in it; what a finished run holds is known for good."""
+    if path.is_dir() and not (path / COMPLETE).is_file() and out.resolve().is_relative_to(path.resolve()):
+        raise UserError(f"{out}: lies in {path}, which is an input ({key}) and would change", "choose another --out")
 
 
 def check_model(path: Path, *, scorer: bool) -> None:

@@ -81,7 +81,7 @@ def command(verb: str, arguments: Sequence[str]) -> int:
     module = stage(verb)
     if verb == "run":
         _refuse_without_recipe(arguments)
-    if "--dry-run" in arguments:
+    if any(word.partition("=")[0] == "--dry-run" for word in arguments):
         dry = importlib.import_module("llama2.stages.dry")
         return int(dry.show(verb, module, list(arguments), _positional))
     config = parse(module.Config, _positional(module, list(arguments)), f"llama2 {verb}")
@@ -104,7 +104,8 @@ def command(verb: str, arguments: Sequence[str]) -> int:
 
 def _refuse_without_recipe(arguments: Sequence[str]) -> None:
     """UserError where neither a file nor a flag says what the steps are, and no help is asked for."""
-    named = bool(arguments) and not arguments[0].startswith("-")
+    words = [word for word in arguments if word not in ("--dry-run", "--json")]
+    named = bool(words) and not words[0].startswith("-")
     if not named and not any(word in ("-h", "--help") or word.startswith("--steps.") for word in arguments):
         raise UserError("a recipe is needed", "name one: llama2 run recipes/demo/recipe.yaml")
 
@@ -131,7 +132,7 @@ _context = multiprocessing.get_context("forkserver")
 
 
 def preload() -> None:
-    """Import the heavy modules once, in the server every worker is forked from. It never hears of Ctrl-C."""
+    """Import the heavy modules once, in the server every worker is forked from. It hears of no signal to stop."""
     _context.set_forkserver_preload(["torch", "llama2.stages.launch", "torch.distributed",
                                      *(f"llama2.{verb.module}" for verb in VERBS.values())])
     resource_tracker.ensure_running()  # first: to start it lets Ctrl-C through
@@ -221,6 +222,7 @@ def _worker(verb: str, values: dict[str, Any], environment: dict[str, str], thre
             lifeline: Connection, messages: Connection) -> None:
     """One rank of one stage: its output goes to the log, its outcome to the parent."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides; it sends SIGTERM
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})
     threading.Thread(target=_die_with_parent, args=(lifeline,), daemon=True).start()
     os.environ.update(environment)
     file = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)

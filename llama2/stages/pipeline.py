@@ -17,9 +17,8 @@ import threading
 from collections.abc import Mapping
 from typing import Any
 
-from llama2 import mesh, runs, yaml12
+from llama2 import interrupts, mesh, runs, yaml12
 from llama2.config import build
-from llama2.errors import UserError, did_you_mean
 from llama2.records import dump
 from llama2.stages import launch
 from llama2.stages.board import Board
@@ -59,7 +58,7 @@ def _run_all(recipe: Config, steps: dict[str, Step]) -> int:
     """Every step in processes of its own."""
     board = Board(recipe, steps)
     handlers = {kind: signal.signal(kind, board.on_signal)
-                for kind in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+                for kind in (*interrupts.requests(), signal.SIGINT)
                 if threading.current_thread() is threading.main_thread()}
     try:
         launch.preload()
@@ -74,8 +73,6 @@ def _run_all(recipe: Config, steps: dict[str, Step]) -> int:
 
 def _run_one(name: str, recipe: Config, steps: Mapping[str, Step]) -> None:
     """One step under whatever started this process: a recipe's own ranks all live on one machine."""
-    if name not in steps:
-        raise UserError(f"the recipe has no step '{name}'", did_you_mean(name, steps))
     step = steps[name]
     mesh.init()
     if mesh.is_main():

@@ -12,6 +12,7 @@ from typing import Any
 
 from pydantic import Field, create_model
 
+from llama2 import mistakes, schema
 from llama2.config import Config as Section
 from llama2.config import StageConfig, build, check_name, derive, paths
 from llama2.errors import UserError, did_you_mean
@@ -140,6 +141,12 @@ def steps_of(recipe: Config) -> dict[str, Step]:
     for name, given in recipe.steps.items():
         if given is not None:
             steps[name] = _step(name, given, recipe, steps)
+    if not steps:
+        raise UserError("the recipe has no steps", "give some: steps: {NAME: {verb: VERB}}")
+    if recipe.step is not None and recipe.step not in steps:
+        raise UserError(f"the recipe has no step '{recipe.step}'", did_you_mean(recipe.step, steps))
+    for text in recipe.awaits:
+        _resolved(text, recipe, steps, set(), "awaits")
     return steps
 
 
@@ -161,6 +168,9 @@ def _step(name: str, given: Mapping[str, Any], recipe: Config, earlier: Mapping[
     verb = given.get("verb")
     if verb is None:
         _check_new(name, given, list(recipe.steps))
+    if isinstance(verb, str) and verb in launch.VERBS and not _makes_run(verb):
+        raise UserError(f"{where}: unknown verb '{verb}' for a step: it leaves no run that others could read",
+                        "call it behind the recipe")
     if not isinstance(verb, str) or not _makes_run(verb):
         raise UserError(f"{where}: unknown verb '{verb}'",
                         did_you_mean(str(verb), [v for v, entry in launch.VERBS.items() if entry.makes_run]))
@@ -168,6 +178,10 @@ def _step(name: str, given: Mapping[str, Any], recipe: Config, earlier: Mapping[
     values = _resolved(dict(given), recipe, earlier, needs, where)
     own = {key: values.pop(key) for key in StepKeys.model_fields if key in values}
     values = {"seed": derive(recipe.seed, name), **values, "out": str(recipe.out / name)}
+    if unknown := next((key for key in values if schema.spelt(launch.stage(verb).Config, key) is None), None):
+        meant = schema.Place((), _kind(verb), "")
+        raise UserError(f"{where}: unknown key '{unknown}'",
+                        mistakes.suggestion(_kind(verb), meant, [unknown], as_flag=False))
     build(launch.stage(verb).Config, values, where)
     return build(Step, {"name": name, "out": recipe.out / name, "values": values, "needs": frozenset(needs), **own},
                  where)
@@ -191,8 +205,7 @@ def _resolved(value: Any, recipe: Config, steps: Mapping[str, Step], needs: set[
         if name in recipe.parameters:
             return _text(recipe.parameters[name])
         if name not in steps:
-            raise UserError(f"{where}: '${{{name}}}' is neither a parameter nor an earlier step",
-                            did_you_mean(name, [*steps, *recipe.parameters]))
+            raise _no_reference(name, recipe, steps, where)
         needs.add(name)
         return str(recipe.out / name)
 
@@ -202,6 +215,19 @@ def _resolved(value: Any, recipe: Config, steps: Mapping[str, Step], needs: set[
     resolved = _REFERENCE.sub(lookup, value)
     _refuse_leftover(resolved, value, where)
     return resolved
+
+
+def _no_reference(name: str, recipe: Config, steps: Mapping[str, Step], where: str) -> UserError:
+    """Why `${name}` stands for nothing."""
+    known = [*steps, *recipe.parameters]
+    cure = did_you_mean(name, known)
+    if name in recipe.steps and recipe.steps[name] is None:
+        cure = f"that step is left out: give what it would have made, --parameters.{name} PATH"
+    elif where.startswith(f"steps.{name}."):
+        cure = f"known: {', '.join(sorted(known)) or 'none'}; it is this step itself"
+    elif name in recipe.steps:
+        cure = f"known: {', '.join(sorted(known)) or 'none'}; that step comes later: put it before this one"
+    return UserError(f"{where}: '${{{name}}}' is neither a parameter nor an earlier step", cure)
 
 
 def _text(value: str | int | float | bool) -> str:

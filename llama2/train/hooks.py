@@ -21,7 +21,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from torch import nn
 
-from llama2 import mesh
+from llama2 import interrupts, mesh
 from llama2.errors import missing_extra
 from llama2.train import state
 from llama2.train.loop import Hook, Report, Training, means
@@ -270,7 +270,8 @@ class Checkpoint(Hook):
 
 
 class Signals(Hook):
-    """SIGTERM, SIGUSR1 (a scheduler's warning) and Ctrl-C end training at the next step boundary, with its state saved.
+    """SIGTERM, SIGUSR1 (a scheduler's warning), SIGHUP (a closed terminal) and Ctrl-C end training at the next step
+    boundary, with its state saved.
 
     A second Ctrl-C does not wait for the boundary. Where Ctrl-C is ignored, or somebody else's, it stays so.
     """
@@ -281,6 +282,7 @@ class Signals(Hook):
     def on_start(self, training: Training) -> None:
         def request(number: int, frame: FrameType | None) -> None:
             training.stop_requested = True
+            interrupts.let_go_of_terminal(number)
             if number == signal.SIGINT:
                 training.interrupted = True
                 signal.signal(number, signal.default_int_handler)
@@ -288,7 +290,7 @@ class Signals(Hook):
 
         if threading.current_thread() is threading.main_thread():  # Python delivers signals nowhere else
             ours = signal.getsignal(signal.SIGINT) is signal.default_int_handler
-            numbers = (signal.SIGTERM, signal.SIGUSR1, *((signal.SIGINT,) if ours else ()))
+            numbers = (*interrupts.requests(), *((signal.SIGINT,) if ours else ()))
             self.before = {number: signal.signal(number, request) for number in numbers}
 
     def close(self) -> None:

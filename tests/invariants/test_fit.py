@@ -256,10 +256,11 @@ def test_a_finished_run_does_not_train_again(tmp_path):
 
 @pytest.fixture
 def at_a_terminal():
-    """Ctrl-C as Python starts with it: a process in the background inherits that it is ignored."""
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    """Ctrl-C and SIGHUP as Python starts with them: a process in the background inherits that they are ignored."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler), signal.signal(signal.SIGHUP, signal.SIG_DFL)
     yield
-    signal.signal(signal.SIGINT, before)
+    signal.signal(signal.SIGINT, before[0])
+    signal.signal(signal.SIGHUP, before[1])
 
 
 def test_a_second_ctrl_c_does_not_wait(tmp_path, at_a_terminal):
@@ -286,7 +287,7 @@ def test_ctrl_c_that_is_ignored_stays_ignored(tmp_path, at_a_terminal):
     assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP, signal.SIGINT])
 def test_signals_save_and_stop_at_the_step_boundary(tmp_path, number, at_a_terminal):
     class Send(Hook):
         def on_step(self, training, report):

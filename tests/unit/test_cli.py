@@ -1,4 +1,4 @@
-"""The command line in a locale that knows ASCII alone."""
+"""The command line in a locale that knows ASCII alone, and without a terminal or a pipe behind its streams."""
 
 import os
 import subprocess
@@ -21,3 +21,14 @@ def test_the_locale_c_prints_and_reads_every_character(tmp_path):
     written = (tmp_path / "out/documents/web.jsonl").read_text("utf-8")
     assert "über Mühlen" in written
     assert "Bücher.txt" in written
+
+
+def test_streams_that_are_closed_say_and_hear_nothing(tmp_path):
+    """As under some services: a file opened later must not take the place of standard error."""
+    environment = {**os.environ, "PYTHONPATH": str(Path(llama2.__file__).parents[1])}
+    file = tmp_path / "text.txt"
+    file.write_text("a text that is long enough to stay")
+    command = f"{sys.executable} -m llama2.cli clean --sources.a.path {file} --out {tmp_path}/out <&- >&- 2>&-"
+    assert subprocess.run(["sh", "-c", command], env=environment, check=False).returncode == 0
+    assert (tmp_path / "out/COMPLETE").is_file()
+    assert (tmp_path / "out/.lock").read_text().isdecimal()

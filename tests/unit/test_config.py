@@ -149,6 +149,17 @@ def test_what_is_written_is_read_back_by_both_versions_of_yaml():
     ("a: !!timestamp 2001-01-01", r":1: .*no use for the tag '!!timestamp'"),
     ("a: !!python/object/apply:os.system [id]", r":1: .*no use for the tag"),
     ("a: " + "1" * 5000, r":1: .* is no whole number"),
+    ("a: 1\nb: !!map 3", r":2: .*this is no mapping"),
+    ("a: !!seq 3", r":1: .*this is no list"),
+    ("a: !!bool maybe", r":1: .*'maybe' is neither true nor false"),
+    ("a: !!null x", r":1: .*'x' is not null"),
+    ("a: !!int {b: 1}", r":1: .*a list or mapping where its tag says otherwise"),
+    (r'a: "\U99999999"', r"recipe.yaml: .*an escape \\U that names no character"),
+    (r'a: "\ud800"', r":1: .*half of a character"),
+    (r'"\ud800": a', r":1: .*half of a character"),
+    ("a: 1\nb: 2\x07\n", r":2: a character that no text has \(code 7\); take it out"),
+    ("a: 1\n---\nb: 2\n", r":2: .*a second document begins here\); a recipe is one"),
+    ("a:\n\tb: 2\n", r":2: .*a tab stands where YAML takes spaces alone\); write spaces"),
     ("a: " + "[" * 2000 + "]" * 2000, r":1: .*more than 50 levels of nesting"),
     ("\n".join(["a0: &a0 [x,x,x,x,x,x,x,x,x,x]",
                 *(f"a{i}: &a{i} [{','.join([f'*a{i - 1}'] * 10)}]" for i in range(1, 10))]),
@@ -278,6 +289,9 @@ def test_home_is_written_out_and_variables_are_refused(tmp_path, monkeypatch):
     assert [one.path for one in config.sets.values()] == [Path("/home/ann/a.jsonl"), Path("b~/~")]
     assert config.some == Set(path=Path("/home/ann"))
     assert config.files == (Path("/home/ann/c"), Path("d"))
+    assert build(Whole, {"out": "~root/x"}).out == Path("~root/x").expanduser() != Path("~root/x")
+    with pytest.raises(UserError, match=r"'out': ~nobody-here/x: there is no such home directory; write it out"):
+        build(Whole, {"out": "~nobody-here/x"})
     for text in ("$HOME/a", "x/${DATA}/b"):
         with pytest.raises(UserError, match=r"'sets.a.path': .*: variables of the shell are not known here"):
             build(Whole, {"out": "x", "sets": {"a": {"path": text}}})
@@ -299,6 +313,13 @@ def test_home_is_written_out_and_variables_are_refused(tmp_path, monkeypatch):
     (["loose"], "unexpected argument 'loose' behind --out x; a recipe stands before all flags"),
     (["--seed=1", "loose"], "unexpected argument 'loose'; a recipe stands before all flags"),
     (["--inner", "1", "--inner.rate", "2"], "--inner.rate and --inner are both given"),
+    (["--numbers", "1", "2", "--numbers=3"], "--numbers is given twice (1 2, 3); give all behind one: --numbers 1 2 3"),
+    (["--sets.a.path", "p", "--sets.a.path", "q"], "--sets.a.path is given twice (p, q); leave one out, or give the"),
+    (["--seed", "1", "-limit", "2"], "unexpected argument '-limit' behind --seed 1; flags begin with two dashes"),
+    (["--LIMIT", "2"], "unknown flag '--LIMIT'; did you mean '--limit'?"),
+    (["--ranks", "8"], "unknown flag '--ranks'; it is for a dry run: add --dry-run"),
+    (["--some.path", ""], "'--some.path': a path is wanted (it is ''); mend the value"),
+    (["--files", "a", " "], "'--files': a path is wanted (it is ' '); mend the value"),
     (["--inner.rate", "2", "--inner", "1"], "--inner and a key below it are both given"),
     (["--seed", "-1.5"], "'--seed': a whole number is wanted (it is -1.5)"),
     (["--seed", "1700000000000000000"], "'--seed': must be at most 4294967295 (it is 1700000000000000000)"),
@@ -351,6 +372,10 @@ def test_a_key_that_lies_deeper_is_found(verb, flag, meant):
 
 @pytest.mark.parametrize(("text", "message"), [
     ("out: x\ninner: {rat: 1}", r"recipe.yaml: unknown key 'inner.rat'; did you mean 'inner.rate'\?"),
+    ("out: x\ninner.rate: 1", r"recipe.yaml: 'inner.rate': a key of a recipe has no dots; write inner: {rate: NUMBER}"),
+    ("out: x\nsteps: {a: {verb: sft}}", r"recipe.yaml: this recipe has steps, each with a verb of its own; write "
+                                         r"llama2 run "),
+    ("out: ''", r"'out': a path is wanted \(it is ''\)"),
     ("out: x\nrate: 1", r"recipe.yaml: unknown key 'rate'; did you mean 'inner.rate'\?"),
     ("out: x\ninner:\n  rate: 1\n  rate: 2\n", r"recipe.yaml:4: not valid YAML \(the key 'rate' is given twice\)"),
     ("out: [x\n", r"recipe.yaml:2: not valid YAML"),
@@ -386,6 +411,23 @@ def test_extends_is_relative_to_the_file(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path / "sub")
     config = parse(Whole, ["over.yaml"], "llama2 test")
     assert (config.title, config.inner.rate, config.some) == ("over", 2, Set(path=Path("a/b")))
+
+
+def test_of_a_flag_given_twice_the_last_counts():
+    config = from_flags("--seed", "1", "--title", "a", "--seed=2", "--out", "y")
+    assert (config.seed, config.out) == (2, Path("y"))
+
+
+def test_what_is_no_recipe_is_told_where_it_goes(tmp_path):
+    (tmp_path / "chats.jsonl").write_text("{}\n")
+    recipe(tmp_path, "out: x\n")
+    (tmp_path / "empty").mkdir()
+    flag = "give data and models behind a flag, such as --sets.NAME.path"
+    for name, cure in (("chats.jsonl", f"{flag} {tmp_path}/chats.jsonl"), ("empty", f"{flag} {tmp_path}/empty"),
+                       ("", f"did you mean {tmp_path}/recipe.yaml?")):
+        with pytest.raises(UserError, match="what stands before all flags is a recipe") as error:
+            parse(Whole, [str(tmp_path / name)], "llama2 test")
+        assert error.value.cure == cure
 
 
 def test_a_dash_alone_is_no_flag():

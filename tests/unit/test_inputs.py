@@ -4,6 +4,7 @@ import json
 import os
 
 import pytest
+from commands import llama2
 
 
 def test_all_missing_inputs_of_a_command_are_named_at_once(tmp_path, one_line, base):
@@ -47,3 +48,15 @@ def test_a_pipe_is_no_input(tmp_path, one_line, base):
     os.mkfifo(tmp_path / "pipe")
     assert one_line("sft", "--model", base, "--dialogs.a.path", tmp_path / "pipe", "--out", tmp_path / "o") == (
         f"{tmp_path}/pipe: a pipe or a device, of which nobody can tell later what was read; write it to a file first")
+
+
+def test_a_run_does_not_lie_in_its_own_input(tmp_path, one_line):
+    (tmp_path / "texts").mkdir()
+    (tmp_path / "texts/a.txt").write_text("a text that is long enough to stay")
+    (tmp_path / "link").symlink_to("texts")
+    for out in (tmp_path / "texts/clean", tmp_path / "texts", tmp_path / "link/deep/clean"):
+        heard = one_line("clean", "--sources.a.path", tmp_path / "texts", "--out", out)
+        assert heard == (f"{out}: lies in {tmp_path}/texts, which is an input (sources.a.path) and would change; "
+                         "choose another --out")
+    assert [file.name for file in (tmp_path / "texts").iterdir()] == ["a.txt"]
+    assert llama2("clean", "--sources.a.path", tmp_path / "texts", "--out", tmp_path / "texts2") == 0

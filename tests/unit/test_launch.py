@@ -1,5 +1,6 @@
 """Verbs carried out here and in processes of their own: what comes back, what is stopped, what a crash leaves."""
 
+import json
 import os
 import signal
 import subprocess
@@ -123,6 +124,34 @@ def test_help_lists_every_verb_in_the_papers_order(capsys):
     assert capsys.readouterr().out.startswith("llama2 ")
 
 
+def test_help_of_one_verb(capsys):
+    with pytest.raises(SystemExit) as left:
+        llama2("help", "carbon")
+    assert left.value.code == 0
+    assert "usage: llama2 carbon" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("words", "heard"), [
+    (["Sft"], "unknown verb 'Sft'; did you mean 'sft'?"),
+    (["my/recipe.yaml", "--dry-run"], "my/recipe.yaml: a recipe stands behind a verb; write llama2 run my/recipe.yaml"),
+    (["--out", "x", "sft"], "a verb stands before all flags (--out); llama2 help lists the verbs"),
+    (["world", "--out", "x", "--dry-run", "false"], "--dry-run takes no value (it is false); leave it out"),
+    (["world", "--out", "x", "--dry-run=1"], "--dry-run takes no value (it is 1); leave it out"),
+    (["world", "--out", "x", "--dry-run", "--json", "1"], "--json takes no value (it is 1); leave it out"),
+    (["world", "--out", "x", "--dry-run", "--ranks", "2", "3"], "unexpected argument '3' behind --ranks 2"),
+])
+def test_a_command_that_begins_wrongly(tmp_path, monkeypatch, one_line, words, heard):
+    monkeypatch.chdir(tmp_path)
+    assert one_line(*words).startswith(heard)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_recipe_may_stand_behind_dry_run(tmp_path, capsys):
+    (tmp_path / "recipe.yaml").write_text("{out: x, steps: {a: {verb: world}}}")
+    assert llama2("run", "--dry-run", "--json", tmp_path / "recipe.yaml") == 0
+    assert json.loads(capsys.readouterr().out)["steps"]["a"]["scale"] == 1.0
+
+
 def test_ctrl_c_is_no_failure_of_the_data(tmp_path, monkeypatch, capsys):
     def interrupted(*_):
         raise KeyboardInterrupt
@@ -140,7 +169,8 @@ from llama2.stages import launch
 
 signal.signal(signal.SIGINT, signal.default_int_handler)  # tests in the background inherit that it is ignored
 launch.preload()
-os.kill(forkserver._forkserver._forkserver_pid, signal.SIGINT)  # it has only begun to import
+for number in (signal.SIGINT, signal.SIGHUP, signal.SIGTERM, signal.SIGUSR1):
+    os.kill(forkserver._forkserver._forkserver_pid, number)  # it has only begun to import
 out = Path(sys.argv[1])
 workers = launch.Workers.start("world", {"out": str(out / "a"), "scale": 0.001}, 1, 1, out / "log")
 while workers.alive():
@@ -149,7 +179,7 @@ print(workers.result())
 """
 
 
-def test_ctrl_c_does_not_reach_the_server_of_workers(tmp_path):
+def test_signals_to_the_whole_group_do_not_reach_the_server_of_workers(tmp_path):
     process = subprocess.run([sys.executable, "-c", SERVER, str(tmp_path)], capture_output=True, text=True, timeout=200)
     assert (process.stdout, process.returncode) == ("done\n", 0), process.stderr
 

@@ -77,3 +77,21 @@ def test_more_ranks_than_gpus_are_refused(monkeypatch) -> None:
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(UserError, match="this machine has 1 GPUs, and rank 1"):
         mesh.init()
+
+
+@pytest.mark.parametrize(("given", "message"), [
+    ({"WORLD_SIZE": "two"}, "WORLD_SIZE=two: the number of ranks is wanted; unset it, or start with torchrun"),
+    ({"WORLD_SIZE": "0"}, "WORLD_SIZE=0: the number of ranks is wanted"),
+    ({"WORLD_SIZE": "2", "RANK": "0"}, "WORLD_SIZE=2, but MASTER_ADDR and MASTER_PORT is not set; start"),
+    ({"LLAMA2_DEVICE": "gpu"}, "LLAMA2_DEVICE=gpu: it may be cpu and nothing else; unset it"),
+])
+def test_an_environment_that_cannot_be_meant_is_one_line(tmp_path, monkeypatch, one_line, given, message) -> None:
+    for name, value in given.items():
+        monkeypatch.setenv(name, value)
+    assert one_line("world", "--out", tmp_path / "w", "--scale", "0.001").startswith(message)
+    assert not (tmp_path / "w").exists()
+
+
+def test_a_dry_run_reckons_with_the_ranks_of_the_environment(monkeypatch, one_line) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "x")
+    assert one_line("world", "--out", "w", "--dry-run").startswith("WORLD_SIZE=x: the number of ranks is wanted")

@@ -182,6 +182,16 @@ def test_all_missing_inputs_are_named_before_any_work(tmp_path):
      r"steps.a.documents: '\$\{b\}' is neither a parameter nor an earlier step; known: "),
     ({"world": {"verb": "world"}, "b": {"verb": "tokenize", "documents": "${wrld}", "tokenizer": "t"}},
      r"steps.b.documents: '\$\{wrld\}' is neither .*; did you mean 'world'\?"),
+    ({"a": {"verb": "tokenize", "documents": "${a}", "tokenizer": "t"}},
+     r"steps.a.documents: '\$\{a\}' is neither .*; known: data; it is this step itself"),
+    ({"a": {"verb": "tokenize", "documents": "${b}", "tokenizer": "t"}, "b": {"verb": "world"}},
+     r"steps.a.documents: .*; that step comes later: put it before this one"),
+    ({"b": None, "a": {"verb": "tokenize", "documents": "${b}", "tokenizer": "t"}},
+     r"steps.a.documents: .*; that step is left out: give what it would have made, --parameters.b PATH"),
+    ({"a": {"verb": "export"}}, r"steps.a: unknown verb 'export' for a step: it leaves no run"),
+    ({"a": {"verb": "SFT"}}, r"steps.a: unknown verb 'SFT'; did you mean 'sft'\?"),
+    ({"a": {"verb": "world", "process": 2}}, r"steps.a: unknown key 'process'; did you mean 'processes'\?"),
+    ({}, "the recipe has no steps"),
     ({"data": {"verb": "world"}}, r"'data' is both a step and a parameter"),
 ])
 def test_mistakes_are_found_before_any_work(tmp_path, steps, message):
@@ -281,6 +291,15 @@ def test_a_signal_stops_a_recipe_of_steps_without_checkpoints(tmp_path, capsys):
                                                         "command resumes")
     assert not (tmp_path / "run/w1/COMPLETE").exists()
     assert not (tmp_path / "run/w2").exists()
+
+
+def test_a_dry_run_finds_what_a_run_would_refuse(tmp_path, one_line):
+    file = tmp_path / "recipe.yaml"
+    file.write_text(yaml.safe_dump({"out": str(tmp_path / "run"), "awaits": ["${w8}/a"], "steps": worlds(2)}))
+    heard = one_line("run", file, "--dry-run")
+    assert heard == "awaits: '${w8}' is neither a parameter nor an earlier step; known: w0, w1"
+    heard = one_line("run", file, "--awaits", "x", "--step", "w7", "--dry-run")
+    assert heard == "the recipe has no step 'w7'; known: w0, w1"
 
 
 def test_one_step_alone(tmp_path, capsys):

@@ -96,7 +96,7 @@ def test_another_configuration_or_input_is_refused_and_named(tmp_path, source, f
         work(config(tmp_path, size=2, a=source))
     with pytest.raises(UserError, match=r"parts.b: None -> \{'source': .*\}"):
         work(config(tmp_path, a=source, b=source))
-    with pytest.raises(UserError, match="verb: work -> other"), runs.open_run("other", settings):
+    with pytest.raises(UserError, match="configuration: verb: work -> other; choose"), runs.open_run("other", settings):
         pass
     source.write_text("two")
     with pytest.raises(UserError, match=rf"{state} made from other inputs; changed: parts.a.source \(.*source.txt\)"):
