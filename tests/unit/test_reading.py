@@ -244,3 +244,14 @@ def test_a_packed_file_with_the_name_of_text_is_told_apart(tmp_path, content, wh
     for name in ("a.jsonl", "a.csv", "a.json"):
         with pytest.raises(UserError, match=f"{name}: holds {what}, not text; give the file the ending"):
             read(tmp_path / name, content)
+
+
+def test_a_key_that_stands_twice_is_no_choice_of_ours(tmp_path):
+    good = '{"a" :"x\\": y", "b": [{"a": 1}, {"a": 2}], "c": {"a": 3}}'
+    value = {"a": 'x": y', "b": [{"a": 1}, {"a": 2}], "c": {"a": 3}}
+    for bad in ('{"a": 1, "a": 1}', '{"b": [{"a":1, "x": {"a": 2}, "a" :3}]}'):
+        cause = "the key 'a' stands twice in a mapping"
+        assert read(tmp_path / "a.jsonl", f"{good}\n{bad}\n{good}\n") == [value, (2, cause), value]
+        assert read(tmp_path / "a.json", f"[{good},\n{bad}]") == [value, (2, cause)]
+        with pytest.raises(UserError, match=f"a.json:1: {cause}"):
+            read(tmp_path / "a.json", bad)
