@@ -172,6 +172,11 @@ def _identity(path: Path) -> tuple[int, int]:
     return status.st_dev, status.st_ino
 
 
+def is_rows(file: File) -> bool:
+    """Whether a file is called after rows that are more than lines of text."""
+    return bool(_kind(file.member or file.path.name, "records"))
+
+
 def set_name(file: str) -> str:
     """What to call the records of a file: its stem, with its directory where the stem says nothing."""
     parent, _, leaf = file.rpartition("/")

@@ -14,6 +14,7 @@ import torch
 from commands import llama2
 
 from llama2 import parts, records
+from llama2.errors import UserError
 from llama2.evaluate.judges import judged_row
 from llama2.generate import score
 from llama2.generate.dialogue import Answer
@@ -23,6 +24,7 @@ from llama2.model.llama import Llama
 from llama2.model.scorer import Scorer
 from llama2.records import Message, Prompt
 from llama2.stages import answers, launch
+from llama2.tally import Tally
 from llama2.tokenizer.template import encode_dialog, encode_prompt
 from llama2.tokenizer.tokenizer import Tokenizer
 
@@ -158,3 +160,11 @@ def test_prompts_left_out_are_counted(tmp_path, base, policy, scorers, capsys):
     assert llama2(*selection(base, policy, scorers, tmp_path / "prompts.jsonl"), "--out", tmp_path / "out") == 0
     said = capsys.readouterr().err
     assert "prompts: read 2, kept 1, left out 1: too long for the context of a version 1 (give shorter prompts)" in said
+
+
+def test_prompts_that_ask_nothing_are_counted(base, tmp_path):
+    some, tally = [Prompt((Message("user", said),), said) for said in ("Hi", "", " ")], Tally()
+    assert answers.fitting([base], some, 8, tally, tmp_path) == some[:1]
+    assert tally.line() == "read 3, kept 1, left out 2: empty turn 2"
+    with pytest.raises(UserError, match="it holds no prompt; give prompts"):
+        answers.fitting([base], some[1:], 8, tally, tmp_path)
