@@ -64,6 +64,24 @@ def marked_bad(row: Row) -> bool:
     return False
 
 
+def marked_unsafe(row: Row) -> bool:
+    """Whether a row without an answer says that its prompt is unsafe: `label` in words, `unsafe`, `harmful`, `safe`."""
+    found = False
+    for key in [*row.value]:
+        mark, word = _mark(key), _word(row.value[key])
+        if (mark in ("unsafe", "harmful", "safe") and word in _YES | _NO) or (
+                mark == "label" and word in ("unsafe", "harmful", "safe", "harmless")):
+            row.get(key)
+            found |= word in ("unsafe", "harmful") or (mark != "label" and (word in _YES) == (mark != "safe"))
+    return found
+
+
+def is_yes(value: Any) -> bool | None:
+    """A truth value in any spelling, None where a value is none."""
+    word = _word(value)
+    return True if word in _YES else False if word in _NO else None
+
+
 def _mark(key: str) -> str:
     """The name of `GOOD` or `BAD` that a column has, "" where it has none: `is_safe` and `answerIsSafe` are "safe"."""
     words = [word.lower() for word in WORD.findall(str(key))]

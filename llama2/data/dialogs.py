@@ -67,8 +67,11 @@ def _is_ours(row: Row) -> bool:
 
 def _turns(row: Row) -> Iterator[Dialog | Skip]:
     """Lists of turns: ShareGPT, and the chat layouts of OpenAI, axolotl, mistral-finetune, LMSYS and KTO sets."""
-    given = [value for key in ("conversations", "messages", "conversation") if is_filled(value := row.get(key))]
-    turns, learnt = conversation(row, given[0] if given else [], system(row))
+    given = {key: value for key in ("conversations", "messages", "conversation") if is_filled(value := row.get(key))}
+    read = [conversation(row, value, system(row)) for value in given.values()] or [((), ())]
+    if any(other != read[0] for other in read):
+        raise row.error(f"{' and '.join(map(repr, given))} differ", "keep one of them")
+    turns, learnt = read[0]
     if not any(message.role != "system" for message in turns):
         raise Skip("no turns")
     check_roles(turns, last=turns[-1].role if turns[-1].role != "system" else "assistant")
