@@ -20,7 +20,7 @@ from llama2.questions import INSTRUCTIONS, asked, category_of, complete, system
 from llama2.records import Dialog, Message, Messages, check_roles, parse
 from llama2.tables import AUTO, Format, Reading, Skip, convert
 from llama2.tally import Tally
-from llama2.transcripts import conversation, join, messages
+from llama2.transcripts import conversation, join, messages, unwrapped
 
 QUESTION_KEYS = "prompt|question|Question|query|problem|input"
 ANSWERS = ("response", "solution", "answer", "completion", "Answer", "Response", "answers", "output")
@@ -89,7 +89,7 @@ def _alpaca(row: Row) -> Iterator[Dialog]:
     said = system(row)
     past = [(Message("user", tidy(question)), Message("assistant", tidy(answer))) for question, answer in _history(row)]
     turns = (*((Message("system", said),) if said else ()), *(turn for both in past for turn in both),
-             Message("user", complete(row, row.text(*INSTRUCTIONS), True)),
+             Message("user", complete(row, unwrapped(row.text(*INSTRUCTIONS)), True)),
              Message("assistant", row.text("output", "response")))
     yield _dialog(turns, category_of(row))
 

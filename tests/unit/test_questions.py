@@ -153,3 +153,9 @@ def test_two_lists_of_turns_that_differ_are_refused(tmp_path):
     assert dialogs(tmp_path, row)[0] == [(("q", "r"), "all")]
     with pytest.raises(UserError, match=r"rows.jsonl:1: 'conversations' and 'messages' differ"):
         dialogs(tmp_path, row | {"messages": turns("q", "s")})
+
+
+def test_the_wrapping_of_alpaca_is_no_part_of_what_is_asked(tmp_path):
+    said = "Below is an instruction.\n\n### Instruction:\nAdd.\n\n### Input:\n2 and 3\n\n### Response:"
+    for key in ("prompt", "instruction"):
+        assert dialogs(tmp_path, {key: said, "output": "5"})[0] == [(("Add.\n\n2 and 3", "5"), "all")]
