@@ -18,7 +18,10 @@ _ABOUT = frozenset((
     "context", "passage", "document", "doc", "article", "background", "knowledge", "evidence", "paragraph", "body",
     "story", "premise", "hypothesis", "excerpt", "fact", "hint", "table", "schema", "persona", "personality",
     "constraint", "prefix", "suffix", "support", "selftext", "history", "input", "system", "abstract", "chunk",
-    "snippet", "ctx", "sentence", "scenario", "dialogue", "transcript", "role", "speaker"))
+    "snippet", "ctx", "sentence", "scenario", "dialogue", "dialog", "transcript", "role", "speaker", "definition",
+    "guideline", "requirement", "rule", "demonstration", "exemplar"))
+_ABOUT_ALONE = (["content"], ["post"])
+"""names that say so when no other word stands beside them (`reasoning_content` is no matter)"""
 _ASKED = frozenset(("question", "prompt", "instruction", "query", "problem", "text"))
 _OPTIONS = frozenset((
     "option", "choice", "candidate", "ending", "distractor", "opa", "opb", "opc", "opd",
@@ -26,14 +29,15 @@ _OPTIONS = frozenset((
 _NUMBERED = frozenset(("answer", "ans", "sol", "solution", "opt", "a", "b", "c", "d", "e"))
 _MEDIA = frozenset(("image", "img", "picture", "video", "audio", "media", "attachment"))
 _WORTH = frozenset((
-    "score", "rating", "reward", "margin", "weight", "helpfulness", "correctness", "advantage"))
+    "score", "rating", "reward", "margin", "weight", "helpfulness", "correctness", "advantage", "quality"))
 _TOOLS = frozenset(("tool", "function", "plugin"))
 _DESCRIBES = frozenset((
     "id", "idx", "index", "url", "uri", "link", "type", "kind", "len", "length", "count", "num", "number", "name",
     "title", "date", "time", "lang", "language", "hash", "token", "source", "start", "end", "category", "dataset",
     "version", "model", "fingerprint"))
 _FORMER = frozenset(("original", "orig", "raw", "seed", "labelling"))
-_WORD = re.compile(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+|\d+")
+_PLACEHOLDER = re.compile(r"\bnumber\d\b")
+WORD = re.compile(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+|\d+")
 
 
 @dataclass(frozen=True)
@@ -58,7 +62,7 @@ def unread(row: Row, known: Collection[str] = (), worth: bool = True) -> Unread:
     lost, harmless, tools = list[str](), list[str](), False
 
     for key, value in left:
-        words = [_singular(word.lower()) for word in _WORD.findall(str(key))]
+        words = [_singular(word.lower()) for word in WORD.findall(str(key))]
         if key in known or _is_harmless(words, value, read, worth):
             harmless.append(str(key))
         elif _TOOLS & {*words}:
@@ -85,9 +89,11 @@ def _is_harmless(words: list[str], value: Any, read: str, worth: bool) -> bool:
     found = {*words}
     if _MEDIA & found:
         return False
+    if words == ["number"] and _PLACEHOLDER.search(read):
+        return False  # MAWPS: the numbers that stand for `number0` in the question
     if words[-1] in _DESCRIBES or words[0] in _FORMER:
         return True
-    if _TOOLS & found or _ABOUT & found or _OPTIONS & found or _is_numbered(words):
+    if words in _ABOUT_ALONE or _TOOLS & found or _ABOUT & found or _OPTIONS & found or _is_numbered(words):
         return False
     if _ASKED & found:
         return isinstance(value, str) and tidy(value) in read  # a copy of what was read

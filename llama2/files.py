@@ -50,6 +50,8 @@ _TEXT = {".txt": ".txt", ".text": ".txt"}
 _KINDS: dict[Use, dict[str, str]] = {
     "rows": _DATA | _TEXT, "documents": _DATA | _TEXT | {".md": ".txt", ".rst": ".txt"}, "records": _DATA}
 _NAMELESS = re.compile(r"(train|test|valid|validation|dev|data|dataset|questions?|all)([-_.].*)?", re.IGNORECASE)
+_SPLIT = re.compile(r"(?:.*[-_.])?(train(?:ing)?|test|valid|validation|dev|eval)(?:[-_.].*)?", re.IGNORECASE)
+_TAR = re.compile(r"\.(tar|tgz|tbz2?|txz|tar\.\w+)$", re.IGNORECASE)
 _NO_DATA = re.compile(
     r"(read[-_ ]?me|licen[cs]e|copying)([-_ ][\w-]{1,20}|([-_. ][\w-]{1,20})?\.(txt|text|md|rst))?"
     r"|(notice|change[-_]?log|contributing|citation|authors|data_?card|dataset_?card)(\.(txt|text|md|rst))?"
@@ -102,11 +104,26 @@ def files(paths: Place | Iterable[Place], use: Use = "rows", tally: Tally | None
             found |= dict.fromkeys(_named(place, use, left) if named else _searched(place, use, left))
         if not found:
             held = f", only {', '.join(left)}" if left else ""
-            raise UserError(f"{shown(path)}: there is no file of a known kind{held}", f"known endings: {_known(use)}")
+            unpack = "unpack the archives inside, or: " if any("archive" in reason for reason in left) else ""
+            raise UserError(f"{shown(path)}: there is no file of a known kind{held}",
+                            f"{unpack}known endings: {_known(use)}")
         if left:
             _leave(tally, left, shown(path))
         every += found
+    _note_splits(every, tally)
     return every
+
+
+def _note_splits(found: list[File], tally: Tally | None) -> None:
+    """Say so where a folder has a part to test on beside the one to train on: both are read."""
+    splits = [match[1].lower() for file in found if (match := _SPLIT.fullmatch(_stem(file)))]
+    if tally is not None and len(set(splits)) > 1:
+        for split in splits:
+            tally.note("splits read alike", split)
+
+
+def _stem(file: File) -> str:
+    return unpacked((file.member or file.path.name).rpartition("/")[2]).rpartition(".")[0]
 
 
 def matches(path: Place) -> list[Path]:
@@ -155,6 +172,11 @@ def _identity(path: Path) -> tuple[int, int]:
     return status.st_dev, status.st_ino
 
 
+def is_rows(file: File) -> bool:
+    """Whether a file is called after rows that are more than lines of text."""
+    return bool(_kind(file.member or file.path.name, "records"))
+
+
 def set_name(file: str) -> str:
     """What to call the records of a file: its stem, with its directory where the stem says nothing."""
     parent, _, leaf = file.rpartition("/")
@@ -170,6 +192,8 @@ def _named(path: Path, use: Use, left: Counter[str]) -> Iterator[File]:
         yield from _members(path, use, left)
         return
     kind = _kind(path.name, use) or (".jsonl" if use == "records" else "")
+    if not kind and _TAR.search(path.name):
+        raise UserError(f"{shown(path)}: a tar archive, which is not read", "unpack it (tar -xf) and name the folder")
     if not kind:
         raise UserError(f"{shown(path)}: cannot tell what kind of file this is", f"known endings: {_known(use)}")
     yield File(path, "", shown(path), set_name(shown(f"{path.parent.name}/{path.name}")), kind)
@@ -225,6 +249,8 @@ def _no_data(name: str, use: Use, inside: bool = False) -> str:
         return name
     if _kind(name, use) or (name.lower().endswith(ZIP) and not inside):
         return ""
+    if name.lower().endswith(ZIP) or _TAR.search(name):
+        return f"archive inside an archive ({name})" if inside else f"tar archive ({name})"
     return f"of another kind ({Path(name).suffix.lower() or name})"
 
 

@@ -9,18 +9,25 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
+from itertools import dropwhile
 from typing import Any, Literal
 
+from llama2.columns import WORD
 from llama2.files import Row
 from llama2.records import Dialog, trained_turns
 from llama2.tables import Skip
 
-GOOD = ("label", "desirable", "is_desirable", "kto_tag", "good", "is_good", "accepted", "is_accepted", "correct",
-        "is_correct", "safe", "is_safe", "preferred", "is_preferred", "thumbs_up", "liked")
+GOOD = frozenset((
+    "label", "kto label", "kto tag", "human label", "desirable", "good", "accepted", "acceptable", "accept", "approved",
+    "correct", "safe", "preferred", "thumbs up", "upvoted", "liked", "valid", "passed", "helpful", "feedback",
+    "verdict", "judgement", "judgment", "thumbs"))
 """columns that are true where the answer is good"""
-BAD = ("harmful", "is_harmful", "bad", "is_bad", "unsafe", "is_unsafe", "toxic", "is_toxic", "undesirable",
-       "is_undesirable", "is_rejected", "incorrect", "is_incorrect", "thumbs_down", "disliked")
+BAD = frozenset((
+    "harmful", "bad", "unsafe", "toxic", "undesirable", "is rejected", "incorrect", "wrong", "invalid", "unhelpful",
+    "thumbs down", "downvoted", "disliked", "flagged", "spam", "hallucinated", "hallucination", "discarded", "deleted"))
 """columns that are true where it is bad"""
+_ABOUT_WHAT = frozenset(("is", "was", "human", "answer", "response", "completion", "output"))
+"""words before a mark that say what is marked: `is_safe`, `answerIsCorrect`"""
 LEARNT = ("weight", "train", "loss", "loss_mask", "mask", "loss_weight", "loss_scale", "training", "trainable", "learn",
           "train_on_turn")
 """flags that are true where a turn carries loss"""
@@ -31,26 +38,62 @@ DETAIL = ("train_detail", "training_detail")
 
 _YES = frozenset(("true", "1", "1.0", "yes", "y", "t"))
 _NO = frozenset(("false", "0", "0.0", "no", "n", "f"))
-_GOOD = _YES | {"good", "desirable", "chosen", "accepted", "positive", "correct", "safe", "harmless", "preferred"}
+_GOOD = _YES | {"good", "desirable", "chosen", "accepted", "positive", "correct", "safe", "harmless", "preferred",
+                "thumbs up", "up", "\N{THUMBS UP SIGN}", "like", "liked", "approved", "valid", "pass", "passed",
+                "helpful", "acceptable"}
 _BAD = _NO | {"-1", "-1.0", "bad", "undesirable", "rejected", "negative", "incorrect", "wrong", "unsafe", "harmful",
-              "toxic", "hate"}
+              "toxic", "hate", "reject", "dispreferred", "thumbs down", "down", "\N{THUMBS DOWN SIGN}", "dislike",
+              "disliked", "disapproved", "invalid", "fail", "failed", "unhelpful", "unacceptable", "flagged", "spam"}
 _CURE = "write 0 or 1, or leave it out: --sources.NAME.ignore"
 
 
 def marked_bad(row: Row) -> bool:
     """Whether a row says that its answer is bad. A text that is no such mark is left unread; a number is an error."""
-    for key in (*GOOD, *BAD):
-        value = row.get(key)
+    for key in [*row.value] if isinstance(row.value, dict) else []:
+        mark = _mark(key)
+        value = row.get(key) if mark else None
         if value is None or value == "":
             continue
-        word = str(value).strip().lower()
-        if word in (_BAD if key in GOOD else _YES):
+        word = _word(value)
+        if word in (_BAD if mark in GOOD else _YES):
             return True
         if word not in _GOOD | _BAD:
             if isinstance(value, (int, float)):
                 raise row.error(f"'{key}' is {value}, neither good nor bad", f"{_CURE} {key}")
             row.asked.discard(key)
     return False
+
+
+def marked_unsafe(row: Row) -> bool:
+    """Whether a row without an answer says that its prompt is unsafe: `label` in words, `unsafe`, `harmful`, `safe`."""
+    found = False
+    for key in [*row.value]:
+        mark, word = _mark(key), _word(row.value[key])
+        if (mark in ("unsafe", "harmful", "safe") and word in _YES | _NO) or (
+                mark == "label" and word in ("unsafe", "harmful", "safe", "harmless")):
+            row.get(key)
+            found |= word in ("unsafe", "harmful") or (mark != "label" and (word in _YES) == (mark != "safe"))
+    return found
+
+
+def is_yes(value: Any) -> bool | None:
+    """A truth value in any spelling, None where a value is none."""
+    word = _word(value)
+    return True if word in _YES else False if word in _NO else None
+
+
+def _mark(key: str) -> str:
+    """The name of `GOOD` or `BAD` that a column has, "" where it has none: `is_safe` and `answerIsSafe` are "safe"."""
+    words = [word.lower() for word in WORD.findall(str(key))]
+    marked = list(dropwhile(_ABOUT_WHAT.__contains__, words))
+    names = [" ".join(words), *([" ".join(marked)] if marked != ["label"] else [])]  # `answer_label` may be a letter
+    return next((name for name in names if name in GOOD | BAD), "")
+
+
+def _word(value: Any) -> str:
+    """How a mark is spelled, whatever its case and what joins its words: `Thumbs_Down` is "thumbs down"."""
+    said = str(value).strip().lower()
+    return said.replace("_", " ").replace("-", " ").strip() if not said.startswith("-") else said
 
 
 def turn_flag(turn: Row, number: int) -> bool:

@@ -114,6 +114,9 @@ def _options(row: Row) -> str:
         if isinstance(value, dict) and isinstance(value.get("text"), list):
             labels = value.get("label") or []
             items, value = [str(label) for label in labels], value["text"]
+        elif isinstance(value, dict):  # MedQA: {"A": "the first", ...}
+            value = {label: item for label, item in value.items() if item is not None}
+            items, value = list(value), list(value.values())
         else:
             items = []
         if not is_filled(value):

@@ -91,6 +91,11 @@ class Prompt:
     def __post_init__(self) -> None:
         check_roles(self.messages, last="user")
 
+    @property
+    def asks(self) -> bool:
+        """Whether every turn says something."""
+        return all(message.content.strip() for message in self.messages)
+
 
 @with_config(_STRICT)
 @dataclass(frozen=True)
@@ -219,7 +224,7 @@ def read(kind: type[Record], path: str | os.PathLike[str], may_be_empty: bool = 
     for file, rows in filled(path, files.rows, "records", what, tally, may_be_empty):
         for row in rows:
             if isinstance(row, Bad):
-                raise row.error()
+                raise row.error("" if files.is_rows(file) else f"; {_maker(kind, file)}")
             try:
                 yield parse(kind, pydantic_core.to_json(row.value), row.where)
             except UserError as error:

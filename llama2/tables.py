@@ -7,13 +7,17 @@ columns that were not read; a row that would lose its meaning with one of them i
 
 from __future__ import annotations
 
+import ast
 import hashlib
 import os
+import re
 import shlex
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
 from typing import Any, Generic, Literal, TypeGuard, TypeVar
+
+import pydantic_core
 
 from llama2.columns import unread
 from llama2.errors import UserError, did_you_mean
@@ -26,6 +30,10 @@ SAMPLE = 64
 """rows by which a format is recognised"""
 _FILES = 16
 _TYPES: dict[type, str] = {dict: "a mapping", list: "a list of cells", str: "a text"}
+_TURNS = ("messages", "conversations", "conversation", "prompt", "completion", "chosen", "rejected", "conversation_a",
+          "conversation_b", "preferred_output", "non_preferred_output")
+"""columns in which a list of turns may be written as text, as CSV must"""
+_WRITTEN = re.compile(r"""\s*(array\()?\[\s*\{\s*(["'])(role|content|from|value|name)\2\s*:""")
 _MEND = "mend the row, or import with malformed: skip"
 
 
@@ -101,7 +109,7 @@ def convert(path: str | os.PathLike[str], formats: Sequence[Format[T]], how: Rea
         raise UserError(f"unknown format '{how.format}'",
                         did_you_mean(how.format, ["auto", *(f.name for f in formats)]))
     for rows in tables(path, tally):
-        head, everything = _peek(rows)
+        head, everything = _peek(map(_with_turns, rows))
         header = _header(formats, how.format, head)
         chosen = _choose(formats, how, [_named(row, header) for row in head[bool(header):] if _is_whole(row, header)])
         for row in islice(everything, bool(header), None):
@@ -153,7 +161,33 @@ def _read(row: Row, chosen: Format[T], how: Reading, tally: Tally) -> list[T | S
 def sample(path: str | os.PathLike[str]) -> Iterator[list[Row]]:
     """The first rows of the first files: what is at a path, as far as it can be read."""
     for rows in islice(tables(path, Tally()), _FILES):
-        yield [row for row in _peek(rows)[0] if isinstance(row, Row)]
+        yield [row for row in _peek(map(_with_turns, rows))[0] if isinstance(row, Row)]
+
+
+def _with_turns(row: Row | Bad) -> Row | Bad:
+    """A row in which lists of turns that are written as text are lists again."""
+    if isinstance(row, Bad) or not isinstance(row.value, dict):
+        return row
+    written = {key: said for key in _TURNS if isinstance(said := row.value.get(key), str) and _WRITTEN.match(said)}
+    read = {key: _turns_of(said) for key, said in written.items()}
+    for key, turns in read.items():
+        if turns is None:
+            return Bad(row.where, f"'{key}' is a list of turns written as text, in a way that cannot be read back",
+                       "write the turns as JSON, best into a file of JSON Lines")
+    return replace(row, value=row.value | read) if read else row
+
+
+def _turns_of(said: str) -> list[Any] | None:
+    """A list of mappings that is written as JSON or as Python writes it, None where it is neither."""
+    for read in (pydantic_core.from_json, ast.literal_eval):
+        try:
+            turns = read(said.strip())
+            pydantic_core.to_json(turns)  # refuses what UTF-8 cannot hold
+        except (ValueError, SyntaxError, RecursionError, MemoryError):
+            continue
+        if isinstance(turns, list) and all(isinstance(turn, dict) for turn in turns):
+            return turns
+    return None
 
 
 def _peek(rows: Iterator[Row | Bad]) -> tuple[list[Row | Bad], Iterator[Row | Bad]]:

@@ -107,10 +107,13 @@ def prompt(text: str) -> Messages:
     if is_transcript(text):
         turns = transcript(text)
         return turns[:-1] if turns[-1].role == "assistant" and not turns[-1].content else turns
+    return (Message("user", unwrapped(text)),)
+
+
+def unwrapped(text: str) -> str:
+    """A prompt without the wrapping of Alpaca."""
     wrapped = _ALPACA.search(text)
-    if wrapped:
-        return (Message("user", join(wrapped["instruction"], wrapped["input"])),)
-    return (Message("user", text),)
+    return join(wrapped["instruction"], wrapped["input"]) if wrapped else text
 
 
 def join(*parts: str | None) -> str:

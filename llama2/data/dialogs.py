@@ -20,7 +20,7 @@ from llama2.questions import INSTRUCTIONS, asked, category_of, complete, system
 from llama2.records import Dialog, Message, Messages, check_roles, parse
 from llama2.tables import AUTO, Format, Reading, Skip, convert
 from llama2.tally import Tally
-from llama2.transcripts import conversation, join, messages
+from llama2.transcripts import conversation, join, messages, unwrapped
 
 QUESTION_KEYS = "prompt|question|Question|query|problem|input"
 ANSWERS = ("response", "solution", "answer", "completion", "Answer", "Response", "answers", "output")
@@ -67,8 +67,11 @@ def _is_ours(row: Row) -> bool:
 
 def _turns(row: Row) -> Iterator[Dialog | Skip]:
     """Lists of turns: ShareGPT, and the chat layouts of OpenAI, axolotl, mistral-finetune, LMSYS and KTO sets."""
-    given = [value for key in ("conversations", "messages", "conversation") if is_filled(value := row.get(key))]
-    turns, learnt = conversation(row, given[0] if given else [], system(row))
+    given = {key: value for key in ("conversations", "messages", "conversation") if is_filled(value := row.get(key))}
+    read = [conversation(row, value, system(row)) for value in given.values()] or [((), ())]
+    if any(other != read[0] for other in read):
+        raise row.error(f"{' and '.join(map(repr, given))} differ", "keep one of them")
+    turns, learnt = read[0]
     if not any(message.role != "system" for message in turns):
         raise Skip("no turns")
     check_roles(turns, last=turns[-1].role if turns[-1].role != "system" else "assistant")
@@ -86,7 +89,7 @@ def _alpaca(row: Row) -> Iterator[Dialog]:
     said = system(row)
     past = [(Message("user", tidy(question)), Message("assistant", tidy(answer))) for question, answer in _history(row)]
     turns = (*((Message("system", said),) if said else ()), *(turn for both in past for turn in both),
-             Message("user", complete(row, row.text(*INSTRUCTIONS), True)),
+             Message("user", complete(row, unwrapped(row.text(*INSTRUCTIONS)), True)),
              Message("assistant", row.text("output", "response")))
     yield _dialog(turns, category_of(row))
 

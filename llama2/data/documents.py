@@ -23,13 +23,14 @@ Malformed = Literal["stop", "skip"]
 
 def read_documents(
     paths: str | os.PathLike[str] | Iterable[str | os.PathLike[str]], *, split: Split = "file",
-    tally: Tally | None = None, malformed: Malformed = "stop"
+    tally: Tally | None = None, malformed: Malformed = "stop", also: str = ""
 ) -> Iterator[Document]:
     """The documents of files, folders (searched through) and globs, in sorted order within each.
 
     `split` says what one document of a plain text file is: the file, a paragraph (between blank lines) or a line.
     `tally` counts documents read, rows left out as malformed, and files left out. UserError names the file and line
-    of what cannot be read, unless `malformed` rows are skipped, and a file or a whole set without any document.
+    of what cannot be read, unless `malformed` rows are skipped, and a file or a whole set without any document; `also`
+    is a way out that it names beside its own.
     """
     tally = tally or Tally()
     found = files.filled(paths, _reader(split), "documents", "documents", tally)
@@ -38,7 +39,7 @@ def read_documents(
         if isinstance(item, Document):
             yield item
         elif malformed == "stop":
-            raise item.error()
+            raise item.error(also)
         else:
             tally.skip("malformed")
 
@@ -82,7 +83,8 @@ def _document(row: Row | Bad) -> Document | Bad:
     fields = dict(row.value)
     text, name, metadata = (fields.pop(key, None) for key in ("text", "id", "metadata"))
     if not isinstance(text, str):
-        found = f"'text' is a {type(text).__name__}" if text is not None else f"no 'text' among {sorted(fields)}"
+        said = "null" if text is None else f"a {type(text).__name__}"
+        found = f"'text' is {said}" if "text" in row.value else f"no 'text' among {sorted(fields)}"
         return Bad(row.where, found, "each document needs a string 'text'")
     extra = metadata if isinstance(metadata, dict) else {} if metadata is None else {"metadata": metadata}
     return Document(text, row.where if name is None else str(name), {**fields, **extra})

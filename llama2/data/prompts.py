@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Any, Literal
 
+from llama2 import marks
 from llama2.data.dialogs import ANSWERS, ASKED, QUESTION_KEYS
 from llama2.files import Row
 from llama2.questions import QUESTIONS, asked, category_of, system
@@ -112,7 +113,27 @@ def _plain(row: Row) -> Iterator[Prompt]:
     """A text in the column that is called after what it is, with what it is about."""
     turns = asked(row)
     check_roles(turns, last="user")
-    yield _prompt(turns, category=category_of(row, "category", "Category", "Skill"))
+    yield _tagged(row, _prompt(turns, category=category_of(row, "category", "Category", "Skill")))
+
+
+def _alone(row: Row) -> Iterator[Prompt]:
+    """A prompt without an answer: what marks there are speak of the prompt."""
+    for item in _plain(row):
+        family = item.metadata.get("family", "unsafe") if marks.marked_unsafe(row) else ""
+        yield replace(item, safety=True, metadata={**item.metadata, "family": family}) if family else item
+
+
+def _tagged(row: Row, item: Prompt) -> Prompt:
+    """A prompt with the safety tag and the family that its row states, as our own records do."""
+    stated, inner = marks.is_yes(row.get("safety")), row.get("metadata")
+    families = {family for family in (row.get("family"), inner.get("family") if isinstance(inner, dict) else None)
+                if family in ("unsafe", "borderline")}
+    row.asked.difference_update(["metadata", *(["safety"] if stated is None else []),
+                                 *([] if row.get("family") in ("unsafe", "borderline") else ["family"])])
+    if len(families) > 1:
+        raise row.error("'family' and 'metadata.family' differ", "keep one of them")
+    family = {"family": families.pop()} if families else {}
+    return replace(item, safety=bool(stated or (family and stated is None)), metadata={**item.metadata, **family})
 
 
 def _lines(row: Row) -> Iterator[Prompt]:
@@ -179,8 +200,7 @@ def _chat(row: Row) -> Iterator[Prompt]:
     """A list of turns that waits for an answer."""
     turns = messages(row, row.get("messages"), system(row))
     check_roles(turns, last="user")
-    item = _prompt(turns, category=category_of(row))
-    yield replace(item, safety=row.get("safety") is True)
+    yield _tagged(row, _prompt(turns, category=category_of(row)))
 
 
 def _waits(row: Row) -> bool:
@@ -202,7 +222,7 @@ PROMPT_FORMATS: tuple[Format[Prompt], ...] = (
     Format("questions", ("turns",), _turns),
     *(_from_dialog(source) for source in ASKED),
     Format("question-answer", (QUESTION_KEYS, "|".join(ANSWERS)), _plain),
-    Format("plain", ("|".join(QUESTIONS),), _plain),
+    Format("plain", ("|".join(QUESTIONS),), _alone),
     Format("toxigen", (), _toxigen, _is_toxigen, of=str),
     Format("lines", (), _lines, of=str),
     Format("catqa", (), _catqa, _is_catqa),

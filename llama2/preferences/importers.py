@@ -297,8 +297,8 @@ def _arena(row: Row) -> Iterator[Pair]:
         raise row.error("a preference needs two answers: a conversation is empty")
     if conversations[0][:-1] != conversations[1][:-1]:
         raise Skip("earlier turns differ")
-    winner = str(row.get("winner"))
-    first = None if winner.startswith("tie") else _labelled(row, "winner", "model_a", "model_b")
+    winner = str(row.get("winner")).lower()
+    first = None if winner.startswith(("tie", "both", "draw")) else _labelled(row, "winner", "model_a", "model_b")
     yield _ordered(conversations[0][:-1], (conversations[0][-1].content, conversations[1][-1].content), first)
 
 

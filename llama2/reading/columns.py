@@ -20,6 +20,8 @@ from llama2.reading.packed import explained, opened
 from llama2.reading.rows import TO_UTF8, Bad, File, Found, lines, text_rows, unified
 from llama2.reading.values import COLUMNS
 
+_NULLS = frozenset(("NaN", "nan", "<NA>", "#N/A", "NULL"))
+"""what tables of text write where there is nothing; words such as None may be meant"""
 _Line = tuple[int, str, str]
 
 
@@ -27,6 +29,8 @@ def csv_rows(file: File) -> Found:
     """Mappings of the names in the header to texts."""
     records = _Records(file, ",")
     for header in records:
+        if not isinstance(header, Bad) and header[1] == ["sep=", ""]:
+            continue  # Excel's first line, which names the comma
         names = _header(header, file.label)
         for separator, what, cure in ((";", "semicolons", "save it with commas"), ("\t", "tabs", "name the file .tsv")):
             if len(names) == 1 and separator in names[0]:
@@ -78,7 +82,7 @@ def _mapped(records: Iterator[tuple[int, list[str]] | Bad], names: list[str], la
             continue
         line, cells = record
         if len(cells) == len(names):
-            yield line, dict(zip(names, cells))
+            yield line, {name: "" if cell.strip() in _NULLS else cell for name, cell in zip(names, cells)}
         elif len(cells) > len(names):
             yield Bad(f"{label}:{line}", f"this row has more cells than the header ({len(cells)}, not {len(names)})",
                       "quote cells that hold separators")

@@ -20,6 +20,8 @@ TO_UTF8 = "convert the file to UTF-8"
 AGAIN = "mend the file, or fetch it again"
 _MARKS = {codecs.BOM_UTF32_LE: "utf-32", codecs.BOM_UTF32_BE: "utf-32", codecs.BOM_UTF16_LE: "utf-16",
           codecs.BOM_UTF16_BE: "utf-16"}
+_FORMATS = {b"\x1f\x8b": "gzip data", b"\x28\xb5\x2f\xfd": "Zstandard data", b"\xfd7zXZ\0": "xz data",
+            b"BZh91AY&": "bzip2 data", b"PK\x03\x04": "a zip archive", b"PAR1\x15": "Parquet data"}
 
 
 @dataclass(frozen=True)
@@ -143,6 +145,9 @@ def _decoded(content: IO[bytes], label: str) -> Iterator[tuple[str, str]]:
     if encoding != "utf-8":
         yield from ((line.removesuffix("\n"), "") for line in _wide(content, encoding, label))
         return
+    packed = next((what for mark, what in _FORMATS.items() if head.startswith(mark)), "")
+    if packed:
+        raise UserError(f"{label}: holds {packed}, not text", "give the file the ending that it should have")
     if _is_utf16(head):
         raise UserError(f"{label}: not UTF-8 (it looks like UTF-16 without a byte order mark)", TO_UTF8)
     for raw in content:

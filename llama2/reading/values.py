@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import re
+from collections import Counter
+from contextlib import suppress
 from typing import Any
 
 import pydantic_core
@@ -71,6 +73,9 @@ def _one(text: str, number: int, label: str) -> tuple[int, Any] | Bad:
         return Bad(where, cause.replace(" at line 1 column", " at column"))
     if isinstance(value, list) and any(isinstance(item, dict) for item in value):
         return Bad(where, "a JSON list of records, where each line should be one", "name the file .json")
+    twice = _twice(text, value)
+    if twice:
+        return Bad(where, f"the key '{twice}' stands twice in a mapping", "keep one of them")
     return number, unified(value) if _RETURN.search(text) else value
 
 
@@ -92,6 +97,34 @@ def _encodable(value: Any) -> bool:
     except (UnicodeEncodeError, RecursionError):
         return False
     return True
+
+
+def _twice(text: str, value: Any) -> str:
+    """A key that a mapping in the text has twice, of which `value` holds the last; "" if there is none."""
+    if text.count('":') + text.count('" :') == _keys(value):
+        return ""  # so it mostly is: nothing needs to be read again
+    found: list[str] = []
+
+    def note(pairs: list[tuple[str, Any]]) -> None:
+        count = Counter(key for key, _ in pairs)
+        found.extend(key for key in count if count[key] > 1)
+
+    with suppress(ValueError, RecursionError):
+        json.loads(text, object_pairs_hook=note)
+    return found[0] if found else ""
+
+
+def _keys(value: Any) -> int:
+    """How many keys the mappings in a value have."""
+    count, left = 0, [value]
+    while left:
+        item = left.pop()
+        if isinstance(item, dict):
+            count += len(item)
+            left += item.values()
+        elif isinstance(item, list):
+            left += item
+    return count
 
 
 def _refused(text: str, label: str) -> UserError | None:
@@ -167,4 +200,7 @@ def _elements(text: str, label: str) -> Found:
 def _element(value: Any, written: str, line: int, label: str) -> tuple[int, Any] | Bad:
     if _HALF.search(written) and not _encodable(value):
         return Bad(f"{label}:{line}", _NO_TEXT, "mend the element")
+    twice = _twice(written, value)
+    if twice:
+        return Bad(f"{label}:{line}", f"the key '{twice}' stands twice in a mapping", "keep one of them")
     return line, unified(value) if _RETURN.search(written) else value

@@ -63,17 +63,19 @@ def in_turn(load: Ready[T]) -> Iterator[Ready[T]]:
 
 def fitting(checkpoints: Sequence[Path], prompts: Sequence[Prompt], room: int, tally: Tally, source: Path
             ) -> list[Prompt]:
-    """The prompts that leave every version `room` tokens for its answer; the others are counted in `tally`."""
-    kept = list(prompts)
+    """The prompts that ask something and leave every version `room` tokens for its answer; the others are counted in
+    `tally`."""
+    asking = [prompt for prompt in prompts if prompt.asks]
+    kept = asking
     for path in checkpoints:
         tokenizer, context = Tokenizer.load(path), checkpoint.config_of(path).max_position_embeddings
         kept = [prompt for prompt in kept if len(encode_prompt(tokenizer, prompt.messages)) + room <= context]
     if not kept:
-        raise UserError(f"{source}: no prompt is short enough for the context of all versions" if prompts
-                        else f"{source}: it holds no prompt", "give shorter prompts" if prompts else "give prompts")
+        raise UserError(f"{source}: no prompt is short enough for the context of all versions" if asking
+                        else f"{source}: it holds no prompt", "give shorter prompts" if asking else "give prompts")
     tally.read, tally.kept = len(prompts), len(kept)
-    if len(kept) < len(prompts):
-        tally.skip("too long for the context of a version", "give shorter prompts", len(prompts) - len(kept))
+    tally.skip("empty turn", count=len(prompts) - len(asking))
+    tally.skip("too long for the context of a version", "give shorter prompts", len(asking) - len(kept))
     return kept
 
 

@@ -91,7 +91,8 @@ def _documents(config: Config, source: Source, tally: Tally, counts: Counter[str
     """The clean documents of a source; none of them is held in memory."""
     rules = Rules(min_characters=config.min_characters, remove_boilerplate=config.remove_boilerplate,
                   mask_personal_data=config.mask_personal_data)
-    raw = read_documents(source.path, split=source.split, tally=tally, malformed=source.malformed)
+    raw = read_documents(source.path, split=source.split, tally=tally, malformed=source.malformed,
+                         also=", or leave out what cannot be read with malformed: skip")
     documents = clean(_pieces(raw, config.max_characters, tally), rules, counts)
     if source.repeated_lines:
         documents = deduplicate.drop_repeated_lines(documents, counts, limit=source.repeated_lines)

@@ -214,19 +214,23 @@ def has_room(chat: Chat, messages: Messages, room: int = 8) -> bool:
 
 
 def fitting(chat: Chat, prompts: Sequence[Prompt], room: int = 8, tally: Tally | None = None) -> list[Prompt]:
-    """The prompts that leave `room` tokens for an answer; UserError if there are prompts but none that does.
+    """The prompts that ask something and leave `room` tokens for an answer; UserError if there are prompts but none
+    that does.
 
     `tally` counts them, and those left out.
     """
-    kept = [prompt for prompt in prompts if has_room(chat, prompt.messages, room)]
+    asking = [prompt for prompt in prompts if prompt.asks]
+    if prompts and not asking:
+        raise UserError(f"none of {len(prompts)} prompts asks anything: each has an empty turn", "mend the prompts")
+    kept = [prompt for prompt in asking if has_room(chat, prompt.messages, room)]
     if prompts and not kept:
         raise UserError(f"none of {len(prompts)} prompts leaves {room} tokens for an answer in the context of "
                         f"{chat.engine.context}", "give shorter prompts, or a model with a longer context")
     if tally is not None:
         tally.read, tally.kept = tally.read + len(prompts), tally.kept + len(kept)
-        if len(kept) < len(prompts):
-            tally.skip("longer than the context leaves room for", "shorten them, or take a model with a longer context",
-                       len(prompts) - len(kept))
+        tally.skip("empty turn", count=len(prompts) - len(asking))
+        tally.skip("longer than the context leaves room for", "shorten them, or take a model with a longer context",
+                   len(asking) - len(kept))
     return kept
 
 

@@ -14,6 +14,7 @@ import torch
 from commands import llama2
 
 from llama2 import parts, records
+from llama2.errors import UserError
 from llama2.evaluate.judges import judged_row
 from llama2.generate import score
 from llama2.generate.dialogue import Answer
@@ -24,6 +25,7 @@ from llama2.model.scorer import Scorer
 from llama2.records import Message, Prompt
 from llama2.runs import Run
 from llama2.stages import answers, launch
+from llama2.tally import Tally
 from llama2.tokenizer.template import encode_dialog, encode_prompt
 from llama2.tokenizer.tokenizer import Tokenizer
 
@@ -186,3 +188,11 @@ def test_equal_answers_have_equal_scores_whatever_stands_beside_them(tmp_path, b
     assert calls == [24, 8, 24]
     rows = [judged_row(tokenizer, prompt, one, same=True) for prompt, one in zip(asked, theirs)]
     assert marks[1] == pytest.approx(judge(answers.load_judge(scorers[0], "fp32"), rows, "fp32"), abs=1e-4)
+
+
+def test_prompts_that_ask_nothing_are_counted(base, tmp_path):
+    some, tally = [Prompt((Message("user", said),), said) for said in ("Hi", "", " ")], Tally()
+    assert answers.fitting([base], some, 8, tally, tmp_path) == some[:1]
+    assert tally.line() == "read 3, kept 1, left out 2: empty turn 2"
+    with pytest.raises(UserError, match="it holds no prompt; give prompts"):
+        answers.fitting([base], some[1:], 8, tally, tmp_path)

@@ -7,6 +7,7 @@ import pytest
 from commands import llama2
 
 from llama2 import records
+from llama2.errors import UserError
 from llama2.records import Document
 from llama2.runs import Run
 from llama2.stages.clean import Config, run
@@ -83,3 +84,9 @@ def test_a_source_is_named_like_a_file(tmp_path, one_line):
     (tmp_path / "a.txt").write_text(text(1))
     assert "without '/'" in one_line("clean", "--sources.web/x.path", tmp_path / "a.txt", "--out", tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+def test_what_cannot_be_read_is_named_with_the_way_out(tmp_path):
+    (tmp_path / "a.txt").write_bytes(text(1).encode() + b"\xff")
+    with pytest.raises(UserError, match=r"a.txt:1: not UTF-8.*or leave out what cannot be read with malformed: skip"):
+        clean(tmp_path, {"a": {"path": tmp_path / "a.txt"}})

@@ -16,7 +16,8 @@ ASKED = {"question": "When?", "answer": "In 1746."}
     "premise", "hypothesis", "retrieved_passages", "SourceDocument", "excerpt", "schema", "table", "persona",
     "selftext", "abstract", "rag_context", "Background Story", "option_a", "optionA", "answerB", "sol1", "ending0",
     "A", "distractors", "history", "instruction", "query", "rating", "helpfulness", "quality_score", "margin",
-    "images", "image_url", "chosen", "rejected", "code"])
+    "images", "image_url", "chosen", "rejected", "code", "definition", "Guidelines", "few_shot_demonstrations",
+    "content", "quality"])
 def test_a_column_that_changes_the_meaning_is_refused_by_name(tmp_path, column):
     row = ASKED | {column: "The mill was built in 1746."}
     with pytest.raises(UserError, match=f"rows.jsonl:1: '{column}' would be lost.*--sources.NAME.ignore '?{column}"):
@@ -31,7 +32,7 @@ def test_a_column_that_changes_the_meaning_is_refused_by_name(tmp_path, column):
 @pytest.mark.parametrize("column", [
     "id", "_id", "source", "dataset", "category", "date", "url", "split", "title", "language", "prompt_id",
     "passage_id", "document_url", "context_length", "input_tokens", "topic", "rationale", "original_question",
-    "lang_code"])
+    "lang_code", "reasoning_content", "content_type", "Numbers"])
 def test_a_harmless_column_is_counted(tmp_path, column):
     read, tally = dialogs(tmp_path, ASKED | {column: "7"}, ASKED)
     assert len(read) == 2
@@ -103,3 +104,9 @@ def test_what_was_asked_for_is_remembered_by_the_row():
     assert unread(row).lost == ("text", "score")
     assert unread(row).harmless == ("id",)
     assert unread(row, known=("text",), worth=False).lost == ()
+
+
+def test_numbers_that_a_question_has_places_for_are_not_lost(tmp_path):
+    row = {"Question": "Ann had number0 pens and lost number1 .", "Answer": "3.0", "Numbers": "5 2"}
+    with pytest.raises(UserError, match="'Numbers' would be lost"):
+        dialogs(tmp_path, row)

@@ -69,6 +69,7 @@ BAD = {
     "not_json.jsonl": (b'{"text": "a"}\n{"text"', r"not_json.jsonl:2: not valid JSON"),
     "list.jsonl": (b"[1]", r"list.jsonl:1: a list, not a JSON object"),
     "no_text.jsonl": (b'\n{"content": "a"}', r"no_text.jsonl:2: no 'text' among \['content'\]"),
+    "null.jsonl": (b'{"text": null}', r"null.jsonl:1: 'text' is null"),
     "number.jsonl": (b'{"text": 3}', r"number.jsonl:1: 'text' is a int"),
     "surrogate.jsonl": (b'{"text": "\\ud800"}', r"surrogate.jsonl:1: half of a surrogate pair"),
     "latin.txt": ("ok\nété".encode("latin-1"), r"latin.txt:2: not UTF-8"),

@@ -45,7 +45,28 @@ def test_what_is_no_data_is_left_out_and_counted(tmp_path):
     os.mkfifo(tmp_path / "pipe.jsonl")
     assert found(tmp_path) == (["a.jsonl"], {
         "hidden": 4, "README.txt": 2, "readme_zh.md": 1, "LICENSE": 1, "dataset_infos.json": 1,
-        "of another kind (.png)": 2, "of another kind (.gz)": 1, "broken link": 1, "no regular file": 1})
+        "of another kind (.png)": 2, "tar archive (x.tar.gz)": 1, "broken link": 1, "no regular file": 1})
+
+
+def test_an_archive_that_is_not_read_says_so(tmp_path):
+    fill(tmp_path, "x.tar.gz", "y.tgz")
+    for name in ("x.tar.gz", "y.tgz"):
+        with pytest.raises(UserError, match=f"{name}: a tar archive, which is not read; unpack it"):
+            files.files(tmp_path / name)
+    with zipfile.ZipFile(tmp_path / "outer.zip", "w") as archive:
+        archive.writestr("inner.zip", b"")
+    with pytest.raises(UserError, match=r"only archive inside an archive \(inner.zip\); unpack the archives inside"):
+        files.files(tmp_path / "outer.zip")
+
+
+def test_the_parts_of_a_set_that_are_read_together_are_said(tmp_path):
+    fill(tmp_path, "data/train-00000-of-00002.jsonl", "data/train-00001-of-00002.jsonl", "data/my_test.jsonl.gz")
+    tally = Tally()
+    files.files(tmp_path, tally=tally)
+    assert tally.line() == "read 0, kept 0; splits read alike: train 2, test 1"
+    tally = Tally()
+    files.files(tmp_path / "data" / "train*", tally=tally)
+    assert tally.notes == {}
 
 
 def test_data_that_is_named_like_a_notice_is_read(tmp_path):
@@ -150,7 +171,7 @@ def test_archives_hold_tables_of_every_kind_and_say_what_they_leave_out(tmp_path
         archive.writestr("inner.zip", LINE)
     tally = Tally()
     assert len(list(import_dialogs(tmp_path / "Z.ZIP", tally=tally))) == 2
-    assert tally.left_out() == "files left out 3: README.md 1, hidden 1, of another kind (.zip) 1"
+    assert tally.left_out() == "files left out 3: README.md 1, hidden 1, archive inside an archive (inner.zip) 1"
     with zipfile.ZipFile(tmp_path / "empty.zip", "w"):
         pass
     with pytest.raises(UserError, match=r"empty.zip: there is no file of a known kind"):

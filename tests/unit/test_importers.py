@@ -6,6 +6,7 @@ import zipfile
 from pathlib import Path
 
 import pytest
+from strangers import comparisons, turns
 
 from llama2.data.dialogs import DIALOG_FORMATS, import_dialogs
 from llama2.data.prompts import PROMPT_FORMATS, import_prompts
@@ -330,3 +331,10 @@ def test_what_is_imported_can_be_written_and_read():
     assert Dialog(**json.loads(to_json(dialog)) | {"messages": dialog.messages}) == dialog
     assert isinstance(preference, Preference)
     assert json.loads(to_json(preference))["responses"][preference.preferred]["text"] == "The nightingale."
+
+
+def test_ties_of_the_arena_have_many_names(tmp_path):
+    sides = {f"conversation_{side}": turns("Hi", said) for side, said in (("a", "good"), ("b", "bad"))}
+    rows = [sides | {"winner": winner} for winner in ("tie", "tie (bothbad)", "both_bad", "Tie", "draw", "model_a")]
+    read, tally = comparisons(tmp_path, *rows)
+    assert (read, dict(tally.skipped)) == ([(("Hi",), "good", "bad", "better")], {"tie": 5})

@@ -35,12 +35,27 @@ def test_an_answer_that_is_marked_as_bad_is_left_out_of_every_format(tmp_path, f
 
 @pytest.mark.parametrize("mark", [
     {"kto_tag": False}, {"is_safe": False}, {"is_safe": "0"}, {"is_good": 0}, {"is_correct": "False"}, {"harmful": 1},
-    {"harmful": "1"}, {"harmful": True}, {"is_bad": 1.0}, {"toxic": True}, {"unsafe": "yes"}, {"thumbs_down": 1}])
+    {"harmful": "1"}, {"harmful": True}, {"is_bad": 1.0}, {"toxic": True}, {"unsafe": "yes"}, {"thumbs_down": 1},
+    {"kto_label": False}, {"isSafe": False}, {"answer_is_correct": 0}, {"is_approved": False}, {"valid": "false"},
+    {"passed": 0}, {"Liked": False}, {"response_wrong": True}, {"is_flagged": True}, {"discarded": 1}])
 def test_marks_have_many_names(tmp_path, mark):
     read, tally = dialogs(tmp_path, ROWS["alpaca"] | mark)
     assert (read, dict(tally.skipped)) == ([], {"the answer is marked as bad": 1})
     opposite = {key: str(value).lower() in ("0", "false") for key, value in mark.items()}
     assert dialogs(tmp_path, ROWS["alpaca"] | opposite)[0] == LEARNT
+
+
+@pytest.mark.parametrize(("bad", "good"), [
+    ("thumbs_down", "thumbs_up"), ("Thumbs-Down", "Thumbs-Up"), ("\N{THUMBS DOWN SIGN}", "\N{THUMBS UP SIGN}"),
+    ("dispreferred", "preferred"), ("FAIL", "PASS"), ("invalid", "valid"), ("unacceptable", "acceptable")])
+def test_marks_have_many_spellings(tmp_path, bad, good):
+    read, tally = dialogs(tmp_path, ROWS["alpaca"] | {"feedback": bad}, ROWS["alpaca"] | {"feedback": good})
+    assert (read, dict(tally.skipped)) == (LEARNT, {"the answer is marked as bad": 1})
+
+
+def test_the_letter_of_a_right_answer_is_no_mark(tmp_path):
+    read, tally = dialogs(tmp_path, ROWS["alpaca"] | {"answer_label": 0, "tag": 0})
+    assert (read, tally.skipped) == (LEARNT, {})
 
 
 def test_the_layouts_of_kto_are_read_as_texts_and_as_turns(tmp_path):

@@ -1,8 +1,9 @@
 """A question is joined with what it is about; SQuAD-, BoolQ-, SVAMP-, SocialIQa-, PIQA- and RAG-like rows."""
 
 import pytest
-from strangers import comparisons, dialogs, prompts, turns
+from strangers import comparisons, dialogs, prompts, turns, write
 
+from llama2.data.prompts import import_prompts
 from llama2.errors import UserError
 
 MILL = "The mill was built in 1746 by Jo."
@@ -116,3 +117,45 @@ def test_two_system_turns_that_differ_are_refused(tmp_path):
     with pytest.raises(UserError, match="the column 'system' and the system turn differ"):
         dialogs(tmp_path, row)
     assert dialogs(tmp_path, row | {"system": "Be rude."})[0] == [(("Be rude.", "q", "r"), "all")]
+
+
+@pytest.mark.parametrize(("tags", "safety", "family"), [
+    ({"safety": True}, True, ""), ({"safety": "true"}, True, ""), ({"safety": 0}, False, ""),
+    ({"safety": "S1"}, False, ""),
+    ({"family": "borderline"}, True, "borderline"), ({"family": "unsafe", "safety": False}, False, "unsafe"),
+    ({"metadata": {"family": "unsafe"}, "id": 7}, True, "unsafe"), ({"family": "Smith"}, False, ""),
+    ({"family": ["a"]}, False, "")])
+def test_a_prompt_keeps_the_tags_that_its_row_states(tmp_path, tags, safety, family):
+    for row in ({"prompt": "q"}, {"messages": turns("q")}, {"question": "q", "answer": "a"}):
+        found = list(import_prompts(write(tmp_path / "rows.jsonl", row | {"note": "x"} | tags)))
+        assert [(one.safety, one.metadata.get("family", "")) for one in found] == [(safety, family)], row
+
+
+@pytest.mark.parametrize(("mark", "unsafe"), [
+    ({"label": "unsafe"}, True), ({"label": "Harmful"}, True), ({"label": "safe"}, False), ({"label": "sports"}, False),
+    ({"unsafe": "1"}, True), ({"unsafe": 0}, False), ({"is_harmful": True}, True), ({"is_safe": False}, True),
+    ({"is_safe": "yes"}, False), ({"label": 1}, False)])
+def test_a_mark_beside_a_prompt_without_an_answer_is_its_own(tmp_path, mark, unsafe):
+    found = list(import_prompts(write(tmp_path / "rows.jsonl", {"prompt": "q"} | mark)))
+    assert [(one.safety, one.metadata.get("family", "")) for one in found] == [(unsafe, "unsafe" if unsafe else "")]
+    found = list(import_prompts(write(tmp_path / "rows.jsonl", {"prompt": "q", "response": "r"} | mark)))
+    assert [one.safety for one in found] == [False]  # it speaks of the answer
+
+
+def test_options_may_be_a_mapping_of_letters(tmp_path):
+    row = {"question": "Who?", "options": {"A": "Jo", "B": "Al", "C": None}, "answer": "Al"}
+    assert dialogs(tmp_path, row)[0] == [(("Who?\n\nA. Jo\nB. Al", "Al"), "all")]
+
+
+def test_two_lists_of_turns_that_differ_are_refused(tmp_path):
+    sharegpt = [{"from": "human", "value": "q"}, {"from": "gpt", "value": "r"}]
+    row = {"messages": turns("q", "r"), "conversations": sharegpt}
+    assert dialogs(tmp_path, row)[0] == [(("q", "r"), "all")]
+    with pytest.raises(UserError, match=r"rows.jsonl:1: 'conversations' and 'messages' differ"):
+        dialogs(tmp_path, row | {"messages": turns("q", "s")})
+
+
+def test_the_wrapping_of_alpaca_is_no_part_of_what_is_asked(tmp_path):
+    said = "Below is an instruction.\n\n### Instruction:\nAdd.\n\n### Input:\n2 and 3\n\n### Response:"
+    for key in ("prompt", "instruction"):
+        assert dialogs(tmp_path, {key: said, "output": "5"})[0] == [(("Add.\n\n2 and 3", "5"), "all")]

@@ -1,6 +1,8 @@
 """How bytes become text, and text becomes rows: what is told apart, and what is bad and passed over."""
 
+import gzip
 import json
+import lzma
 import math
 
 import pytest
@@ -222,3 +224,34 @@ def test_damaged_and_empty_parquet_is_named(tmp_path):
     parquet.write_table(pyarrow.table({"text": pyarrow.array([], pyarrow.string())}), path)
     with pytest.raises(UserError, match="the file is empty"):
         list(tables(path))
+
+
+def test_what_tables_of_text_write_for_nothing_is_nothing(tmp_path):
+    assert read(tmp_path / "a.csv", "a,b\nNaN,x\n<NA>,None\n") == [{"a": "", "b": "x"}, {"a": "", "b": "None"}]
+    assert read(tmp_path / "a.tsv", "question\tanswer\nx\tNULL\n") == [{"question": "x", "answer": ""}]
+
+
+def test_the_line_in_which_excel_names_the_comma_is_no_header(tmp_path):
+    assert read(tmp_path / "a.csv", "sep=,\r\na,b\r\n1,2\r\n") == [{"a": "1", "b": "2"}]
+    with pytest.raises(UserError, match="the cells are separated by semicolons, not by commas"):
+        read(tmp_path / "a.csv", "sep=;\r\na;b\r\n1;2\r\n")
+
+
+@pytest.mark.parametrize(("content", "what"), [
+    (gzip.compress(b"{}"), "gzip data"), (lzma.compress(b"{}"), "xz data"), (b"PAR1\x15\0\x15\0", "Parquet data"),
+    (b"PK\x03\x04\0\0\0\0", "a zip archive")])
+def test_a_packed_file_with_the_name_of_text_is_told_apart(tmp_path, content, what):
+    for name in ("a.jsonl", "a.csv", "a.json"):
+        with pytest.raises(UserError, match=f"{name}: holds {what}, not text; give the file the ending"):
+            read(tmp_path / name, content)
+
+
+def test_a_key_that_stands_twice_is_no_choice_of_ours(tmp_path):
+    good = '{"a" :"x\\": y", "b": [{"a": 1}, {"a": 2}], "c": {"a": 3}}'
+    value = {"a": 'x": y', "b": [{"a": 1}, {"a": 2}], "c": {"a": 3}}
+    for bad in ('{"a": 1, "a": 1}', '{"b": [{"a":1, "x": {"a": 2}, "a" :3}]}'):
+        cause = "the key 'a' stands twice in a mapping"
+        assert read(tmp_path / "a.jsonl", f"{good}\n{bad}\n{good}\n") == [value, (2, cause), value]
+        assert read(tmp_path / "a.json", f"[{good},\n{bad}]") == [value, (2, cause)]
+        with pytest.raises(UserError, match=f"a.json:1: {cause}"):
+            read(tmp_path / "a.json", bad)

@@ -117,3 +117,13 @@ def test_a_write_that_fails_leaves_the_old_file(tmp_path):
     with pytest.raises(UserError, match="no space left"):
         records.write(file, some())
     assert [one.text for one in records.read(Document, file)] == ["old"]
+
+
+def test_a_file_of_other_kinds_is_told_how_to_become_records(tmp_path):
+    (tmp_path / "a.txt").write_text("What is tea?\n")
+    (tmp_path / "a.jsonl").write_text("What is tea?\n")
+    cure = f"`llama2 prepare --kind prompts --sources.NAME.path {tmp_path}/a.txt --out DIR` makes them of other formats"
+    for name, more in (("a.txt", f"; {cure}"), ("a.jsonl", "")):
+        with pytest.raises(UserError, match=f"{name}:1: not valid JSON") as error:
+            list(records.read(Prompt, tmp_path / name))
+        assert error.value.cure == f"mend the line{more}"

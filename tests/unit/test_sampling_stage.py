@@ -36,6 +36,15 @@ def test_prompts_without_room_are_counted_with_a_cure(policy, tmp_path):
         fitting(chat, some[1:2])
 
 
+def test_prompts_that_ask_nothing_are_counted(policy, tmp_path):
+    chat = load_chat(policy, Sample(), Run(tmp_path, False))
+    some, tally = [prompt("Hi"), prompt(""), prompt(" \n")], Tally()
+    assert fitting(chat, some, tally=tally) == some[:1]
+    assert tally.line() == "read 3, kept 1, left out 2: empty turn 2"
+    with pytest.raises(UserError, match="none of 2 prompts asks anything"):
+        fitting(chat, some[1:])
+
+
 def test_answers_depend_on_the_place_of_a_prompt_not_on_its_part(policy, prompts, tmp_path):
     some = [one.messages for one in records.read(Prompt, prompts)]
     sample = Sample(max_tokens=16, slots=4, precision="fp32")

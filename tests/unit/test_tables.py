@@ -1,5 +1,7 @@
 """How a format is recognised, and what becomes of rows that are not in it."""
 
+import json
+
 import pytest
 from strangers import comparisons, dialogs, prompts, turns, write
 
@@ -219,3 +221,25 @@ def test_useless_comparisons_are_counted_in_our_own_format_too(tmp_path):
     assert dict(tally.skipped) == {"identical answers": 2, "empty answer": 2}
     read, tally = dialogs(tmp_path, *({"messages": turns(*said), "train": "all"} for said in (("a", " "), (" ", "b"))))
     assert (read, dict(tally.skipped)) == ([], {"empty answer": 1, "empty turn": 1})
+
+
+@pytest.mark.parametrize("spell", [json.dumps, repr, lambda turns: json.dumps(turns, indent=1)])
+def test_turns_that_are_written_as_text_are_turns(tmp_path, spell):
+    read, tally = dialogs(tmp_path, {"messages": spell(turns("Is it\n?", "yes"))})
+    assert (read, dict(tally.notes["format"])) == ([(("Is it\n?", "yes"), "all")], {"turns": 1})
+    row = {"prompt": spell(turns("Hi")), "chosen": spell([{"role": "assistant", "content": "good"}]),
+           "rejected": spell([{"role": "assistant", "content": "bad"}])}
+    assert comparisons(tmp_path, row)[0] == [(("Hi",), "good", "bad", "better")]
+    assert holds_preferences(tmp_path / "rows.jsonl")
+
+
+@pytest.mark.parametrize("written", [
+    "[{'role': 'user', 'content': 'Hi'}\n {'role': 'assistant', 'content': 'Hello'}]",
+    '[{"role": "user", "content": "H', "array([{'content': 'Hi', 'role': 'user'}], dtype=object)",
+    '[{"role": "user", "content": "\\ud83d"}]'])
+def test_turns_written_as_text_that_cannot_be_read_back_are_no_answer(tmp_path, written):
+    row = {"prompt": "Hi", "completion": written}
+    with pytest.raises(UserError, match=r"rows.jsonl:1: 'completion' is a list of turns written as text.*JSON Lines"):
+        dialogs(tmp_path, row)
+    read, tally = dialogs(tmp_path, row, {"prompt": "Hi", "completion": "[{}] is JSON"}, malformed="skip")
+    assert (read, dict(tally.skipped)) == ([(("Hi", "[{}] is JSON"), "all")], {"malformed": 1})
