@@ -81,6 +81,18 @@ def test_the_completion_mark_is_written_last(tmp_path, monkeypatch):
     assert written == ["config.yaml", "manifest.json", "result.txt", "COMPLETE"]
 
 
+def test_what_a_death_behind_the_completion_mark_left_is_taken_away(tmp_path):
+    work(config(tmp_path))
+    (tmp_path / "out/checkpoints/parts").mkdir(parents=True)
+    (tmp_path / "out/checkpoints/parts/samples.jsonl").write_text("much")
+    (tmp_path / "out/.seconds").write_text("3")
+    before = (tmp_path / "out/COMPLETE").read_bytes()
+    work(config(tmp_path))
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {
+        "COMPLETE", ".lock", "config.yaml", "manifest.json", "result.txt"}
+    assert (tmp_path / "out/COMPLETE").read_bytes() == before
+
+
 @pytest.mark.parametrize("finished", [True, False])
 def test_another_configuration_or_input_is_refused_and_named(tmp_path, source, finished):
     settings = config(tmp_path, a=source)
@@ -291,6 +303,9 @@ def test_a_folder_without_a_model_is_not_read_through(tmp_path, monkeypatch):
     (tmp_path / "home/big").write_text("much")
     monkeypatch.setattr(runs, "sha256", lambda path: pytest.fail(f"{path} is read"))
     with pytest.raises(UserError, match=r"home: config.json: missing, so this folder holds no model; give .* as model"):
+        work(Tuned(out=tmp_path / "out", model=tmp_path / "home"))
+    (tmp_path / "home/adapter_config.json").write_text("{}")
+    with pytest.raises(UserError, match=r"it is a PEFT adapter: `llama2 import .*home --base BASE --out MODEL`"):
         work(Tuned(out=tmp_path / "out", model=tmp_path / "home"))
 
 
