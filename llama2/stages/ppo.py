@@ -39,7 +39,7 @@ from llama2.stages.planning import (
     training_plan,
 )
 from llama2.stages.rollouts import ACTOR, CRITIC, ActorCritic, Rollouts, Settings, seeded
-from llama2.stages.sampling import Sample, answer, fitting, load_rewards, read_prompts, score
+from llama2.stages.sampling import Sample, answer, fitting, load_rewards, read_prompts, readable, score
 from llama2.stages.training import Training, frozen, load_policy, load_scorer, saver, train
 from llama2.tally import Tally
 from llama2.train import hooks, parallel
@@ -155,8 +155,11 @@ def run(config: Config, run: Run) -> None:
     rewards = load_rewards(config.rewards, tokenizer, config.sample.precision)
     models = ActorCritic(actor, critic)
     chat = Chat(Engine(actor, slots=config.sample.slots, precision=config.sample.precision), tokenizer)
-    prompts = fitting(chat, read_prompts(config.prompts, None, config.seed), config.sample.max_tokens // 2,
-                      run.tally("prompts"))
+    tally = run.tally("prompts")
+    prompts = fitting(chat, read_prompts(config.prompts, None, config.seed), max(1, config.sample.max_tokens // 2),
+                      tally, "lower sample.max_tokens, of which half must fit behind a prompt, shorten "
+                      "them, or take a model with a longer context")
+    prompts = readable(chat, rewards, prompts, config.sample, tally)
     watch = Watch(config.kl_stop, -(-config.batch_size // config.minibatch_size) * config.epochs)
     doctor = health.Doctor(lambda: read_metrics(run.path), config.kl_stop, config.training.precision)
     source = Rollouts(models, reference.eval().requires_grad_(False), rewards, chat, prompts, settings(config),
@@ -259,6 +262,7 @@ def heldout(config: Config, chat: Chat, rewards: Rewards, judge: Rewards | None,
     """Early stopping on held-out prompts: every kind of prompt counts alike, whatever its number."""
     assert config.heldout is not None
     prompts = fitting(chat, read_prompts(config.heldout, config.heldout_limit, config.seed), 16, tally)
+    prompts = readable(chat, judge or rewards, prompts, config.sample, tally)
 
     def evaluate(model: nn.Module) -> dict[str, float]:
         answers = answer(chat, [prompt.messages for prompt in prompts], config.sample,
