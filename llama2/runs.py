@@ -249,7 +249,8 @@ def open_run(verb: str, config: StageConfig) -> Iterator[Run]:
             yield run
         except BaseException:
             if mesh.is_main():
-                write_atomic(path / SECONDS, f"{spent + time.time() - begin:.2f}")
+                with suppress(UserError):  # on a full disk what stopped the run is what counts
+                    write_atomic(path / SECONDS, f"{spent + time.time() - begin:.2f}")
             raise
         finally:
             run.close()

@@ -372,6 +372,24 @@ def test_write_atomic_leaves_the_old_file_when_it_cannot_write(tmp_path, monkeyp
     assert (tmp_path / "a").read_text() == "old"
 
 
+def test_a_full_disk_is_named_by_what_it_stopped(tmp_path, monkeypatch):
+    """Not by the note of the seconds spent, which finds no space either."""
+    def full(descriptor):
+        raise OSError(28, "No space left on device")
+
+    def fill():
+        with runs.open_run("work", config(tmp_path)) as run:
+            (run.path / "part").write_text("kept")
+            monkeypatch.setattr(runs.os, "fsync", full)
+            runs.write_atomic(run.path / "result.txt", "much")
+
+    with pytest.raises(UserError, match=r"result\.txt: no space left"):
+        fill()
+    monkeypatch.undo()
+    assert (tmp_path / "out/part").read_text() == "kept"
+    work(config(tmp_path))
+
+
 def test_the_real_command_line_skips_and_resumes(tmp_path, capsys):
     assert llama2("world", "--scale", 0.001, "--out", tmp_path / "w") == 0
     assert llama2("world", "--scale", 0.001, "--out", tmp_path / "w") == 0
