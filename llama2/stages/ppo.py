@@ -174,6 +174,8 @@ def run(config: Config, run: Run) -> None:
                     save_model=lambda directory: adopt(best, directory, saver(actor, tokenizer)), title="ppo",
                     validate=validate, extra=(watch, doctor), derive=(explained_variance,), apart=(ACTOR, CRITIC),
                     rates={CRITIC: config.critic_learning_rate or config.training.optimizer.learning_rate})
+    if line := ending(config, learner.step, config.iterations * source.updates, watch, validate):
+        run.conclude(line)
     run.write_json("summary.json", {"parameters": actor.config.parameters(), "steps": learner.step,
                                     "tokens": learner.tokens, "trained": learner.trained})
     run.write_json("health.json", {"alarms": doctor.tell(finished=True), "samples": source.samples})
@@ -242,6 +244,19 @@ class Heldout(hooks.Validate):
     def on_start(self, training: Fitting) -> None:
         if training.learner.step == 0:
             self._validate(training)
+
+
+def ending(config: Config, step: int, steps: int, watch: Watch, validate: Heldout | None) -> str:
+    """Why training stopped before its last update, if it did, and which policy was kept, if held-out prompts chose."""
+    kl, said = watch.pending.get("ppo/kl_reference", 0.0), []
+    if step < steps:
+        why = (f"the mean KL of an answer from the start is {kl:.3g} nats, over kl_stop {config.kl_stop:g}"
+               if kl > config.kl_stop else f"{config.patience} validations in a row brought no improvement")
+        said.append(f"stopped at update {step:,} of {steps:,}: {why}")
+    if validate is not None and validate.best is not None:
+        said.append(f"the policy kept is that of update {validate.best_step:,}, the best on held-out prompts "
+                    f"({validate.monitor} {validate.best:.3f})")
+    return "; ".join(said)
 
 
 @contextmanager
