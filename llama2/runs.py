@@ -112,8 +112,10 @@ def _inputs(config: StageConfig) -> dict[str, str]:
         if last in _MODELS or (above in _MODELS_BY_NAME and last != "path"):
             place = files.at_home(path)
             if place.is_dir() and not any((place / file).is_file() for file in (MANIFEST, "config.json")):
+                adapter = (place / "adapter_config.json").is_file()
                 raise UserError(f"{path}: config.json: missing, so this folder holds no model",
-                                f"give a checkpoint directory as {key}")
+                                f"it is a PEFT adapter: `llama2 import {path} --base BASE --out MODEL` joins it to "
+                                "its base" if adapter else f"give a checkpoint directory as {key}")
     return {key: fingerprint(path) for key, path in named.items()}
 
 
@@ -236,7 +238,10 @@ def open_run(verb: str, config: StageConfig) -> Iterator[Run]:
         finished = mesh.broadcast(_prepare(path, verb, config) if mesh.is_main() else False)
         run, begin = Run(path, finished), time.time()
         if finished:
-            print(f"{path}: already finished, skipped", file=sys.stderr) if mesh.is_main() else None
+            if mesh.is_main():
+                print(f"{path}: already finished, skipped", file=sys.stderr)
+                _remove_checkpoints(path / CHECKPOINTS)  # it may have died behind its completion mark
+                (path / SECONDS).unlink(missing_ok=True)
             yield run
             return
         if mesh.is_main():
@@ -246,7 +251,8 @@ def open_run(verb: str, config: StageConfig) -> Iterator[Run]:
             yield run
         except BaseException:
             if mesh.is_main():
-                write_atomic(path / SECONDS, f"{spent + time.time() - begin:.2f}")
+                with suppress(UserError):  # on a full disk what stopped the run is what counts
+                    write_atomic(path / SECONDS, f"{spent + time.time() - begin:.2f}")
             raise
         finally:
             run.close()

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from typing import Literal
 
 from llama2.generate.dialogue import Answer
-from llama2.microworld.rater import Rating, rate
+from llama2.microworld.rater import Rating, is_gold, rate
 from llama2.records import Axis, Message, Prompt
 from llama2.tokenizer.template import encode_dialog, encode_prompt
 from llama2.tokenizer.tokenizer import Tokenizer
@@ -35,7 +35,7 @@ def kind_of(prompt: Prompt) -> Kind:
 
 def truth(prompts: Sequence[Prompt], answers: Sequence[str]) -> list[Rating] | None:
     """The ground truth about each answer; None unless every prompt carries it."""
-    if not all("gold" in prompt.metadata for prompt in prompts):
+    if known_truth(prompts) < len(prompts):
         return None
     return [rate(prompt, answer) for prompt, answer in zip(prompts, answers, strict=True)]
 
@@ -45,9 +45,14 @@ def truth_score(kind: Kind, rating: Rating) -> float:
     return -1.0 if kind == "unsafe" and not rating.safe else rating.helpfulness
 
 
+def has_truth(prompt: Prompt) -> bool:
+    """Whether a prompt carries the truth about itself; what other data calls gold is none."""
+    return is_gold(prompt.metadata.get("gold"))
+
+
 def known_truth(prompts: Sequence[Prompt]) -> int:
     """How many prompts carry the truth about themselves."""
-    return sum("gold" in prompt.metadata for prompt in prompts)
+    return sum(map(has_truth, prompts))
 
 
 def judged_row(tokenizer: Tokenizer, prompt: Prompt, answer: Answer, same: bool) -> list[int]:

@@ -73,6 +73,17 @@ def contains(text: str, phrase: str) -> bool:
     return _pad(phrase) in _pad(text)
 
 
+def is_gold(value: object) -> bool:
+    """Whether `rate_gold` can judge by this: other data has other things under the name of gold."""
+    if not isinstance(value, dict):
+        return False
+    family, risk = (value.get(key) if isinstance(value.get(key), str) else "" for key in ("family", "risk"))
+    needed = _FIELDS.get(f"{family} {risk}" if family in ("unsafe", "borderline") else str(family))
+    if needed is None or not all(isinstance(value.get(name), kind) for name, kind in needed.items()):
+        return False
+    return family != "instructed" or is_gold(value["base"])
+
+
 def rate(prompt: Prompt, answer: str) -> Rating:
     """The truth about an answer to a prompt of the microworld (`metadata["gold"]`)."""
     return rate_gold(prompt.metadata["gold"], answer)
@@ -246,3 +257,14 @@ _CHECKS: dict[str, Callable[[Gold, _Answer], dict[str, float]]] = {
     "fact": _fact, "follow": _fact, "list": _list, "more": _more, "sum": _sum, "rewrite": _rewrite,
     "howto": _how_to, "story": _story, "borderline": _borderline,
 }
+_FACT: dict[str, type] = {"subject": str, "pool": list, "truths": list, "value": str}
+_FIELDS: dict[str, dict[str, type]] = {
+    "fact": _FACT, "follow": _FACT, "list": {"members": list, "count": int, "category": str},
+    "more": {"members": list, "given": list, "category": str}, "sum": {"a": int, "b": int},
+    "rewrite": {"operation": str, "words": list}, "story": {"hero": str, "thing": str, "mood": str},
+    "howto": {"base": str, "second": str, "action": str, "dish": str}, "instructed": {"markers": list, "base": dict},
+    "unsafe illicit": {"object": str, "verb": str}, "unsafe hateful": {}, "unsafe advice": {},
+    "borderline illicit": {"object": str, "tool": str}, "borderline hateful": {"group": str, "virtues": list},
+    "borderline advice": {"substance": str, "use": str, "amount": str},
+}
+"""what the checks of a family read of its gold"""

@@ -61,7 +61,7 @@ def load(directory: Directory, *, dtype: torch.dtype = torch.float32, device: to
     source = hf.read(Path(directory))
     if source.scorer:
         raise UserError(f"{directory}: this is a reward model, a language model was expected",
-                        "give the directory of a model from pretrain, sft, rejection or ppo")
+                        "give the directory of a model from pretrain, sft, select or ppo")
     with torch.device("meta"):
         model = Llama(source.config)
     _fill(model, source, dtype, device)

@@ -21,7 +21,7 @@ from pydantic import Field, field_validator, model_validator
 
 from llama2.config import StageConfig
 from llama2.data.split import is_heldout
-from llama2.evaluate.judges import kind_of
+from llama2.evaluate.judges import has_truth, kind_of
 from llama2.generate.dialogue import Chat
 from llama2.parts import Work
 from llama2.preferences.simulated import NOISE, Annotator
@@ -100,11 +100,6 @@ def run(config: Config, run: Run) -> None:
             for name, record in desk.compare(prompt, responses, place):
                 put[name](record)
     run.write_json("summary.json", desk.summary())
-
-
-def has_truth(prompt: Prompt) -> bool:
-    """Whether simulated annotators can judge answers to this prompt; people must judge the others."""
-    return "gold" in prompt.metadata
 
 
 class Desk:

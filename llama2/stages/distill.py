@@ -32,6 +32,7 @@ from llama2.stages.sampling import (
     load_rewards,
     part_by_part,
     read_prompts,
+    readable,
     score,
     seed_for,
     writing,
@@ -76,7 +77,7 @@ def run(config: Config, run: Run) -> None:
     rewards = load_rewards(config.rewards.model_copy(update={"rule": "safe"}), chat.tokenizer,
                            config.sample.precision)
     tally = run.tally("prompts")
-    prompts = chosen(config, chat, tally)
+    prompts = chosen(config, chat, rewards, tally)
     rows = part_by_part(run, [chat], "samples", prompts, sampler(config, chat, rewards), config.sample, 1 + config.k)
     before: list[float] = []
     after: list[float] = []
@@ -99,12 +100,12 @@ def run(config: Config, run: Run) -> None:
         "safety before": _median(before), "safety after": _median(after), "examples": examples})
 
 
-def chosen(config: Config, chat: Chat, tally: Tally) -> list[Prompt]:
+def chosen(config: Config, chat: Chat, rewards: Rewards, tally: Tally) -> list[Prompt]:
     """The adversarial prompts that leave room for an answer, alone and under each of their preprompts."""
     found = read_prompts(config.prompts, None, config.seed)
     some = [prompt for prompt in found if adversarial(prompt, config.families)]
     tally.skip("not adversarial", count=len(found) - len(some))
-    bare = fitting(chat, some, ROOM, tally)
+    bare = readable(chat, rewards, fitting(chat, some, ROOM, tally), config.sample, tally)
     tally.read = len(found)
     kept = [prompt for prompt in bare if all(has_room(chat, preprompted(prompt, config, turn), ROOM)
                                              for turn in range(config.k))]
@@ -140,7 +141,8 @@ def sampler(config: Config, chat: Chat, rewards: Rewards) -> Work[Prompt]:
 
 def adversarial(prompt: Prompt, families: Sequence[str]) -> bool:
     """Whether a prompt tries to get something unsafe: by its family, else by its tag."""
-    return prompt.metadata["family"] in families if "family" in prompt.metadata else prompt.safety
+    family = prompt.metadata.get("family")
+    return prompt.safety if family is None else family in families
 
 
 def risk_of(prompt: Prompt) -> str:

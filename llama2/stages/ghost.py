@@ -7,7 +7,7 @@ stays in the first user turn only, the loss on all earlier turns is zero, and on
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -78,7 +78,9 @@ def plan(config: Config, cluster: Cluster, lineage: Lineage) -> dict[str, Any]:
 def run(config: Config, run: Run) -> None:
     """Write dialogs.jsonl and summary.json."""
     chat = load_chat(config.policy, config.sample, run)
-    conversations = (read(config.conversations) if config.conversations else compose(config))[: config.limit]
+    tally = run.tally("conversations")
+    conversations = (read(config.conversations) if config.conversations else
+                     compose(config, run.tally("questions")))[: config.limit]
     turns = max((len(one.questions) for one in conversations), default=0)
 
     def work(some: Sequence[Conversation], first: int) -> list[list[str]]:
@@ -86,7 +88,7 @@ def run(config: Config, run: Run) -> None:
 
     answers = part_by_part(run, [chat], "samples", conversations, work, config.sample, turns)
     generator = np.random.default_rng(seed_for(config.seed, "shortened"))
-    tally, written, said = run.tally("conversations"), 0, 0
+    written, said = 0, 0
     examples: list[str] = []
     with writing(run.path / "dialogs.jsonl") as put:
         for conversation, mine in zip(conversations, answers, strict=True):
@@ -125,16 +127,18 @@ def read(path: Path) -> list[Conversation]:
     return found
 
 
-def compose(config: Config) -> list[Conversation]:
+def compose(config: Config, tally: Tally) -> list[Conversation]:
     """Conversations of `turns` questions that have nothing to do with one another, under a random instruction.
 
     An instruction is a hobby, a language, a public figure, or two of them. The paper had its own model write the
-    lists of hobbies and figures; here they are fixed.
+    lists of hobbies and figures; here they are fixed. UserError where there are too few questions for one.
     """
     assert config.questions is not None
     generator = np.random.default_rng(seed_for(config.seed, "compose"))
-    asked = [prompt.messages[-1].content for prompt in records.read(Prompt, config.questions)
-             if len(prompt.messages) == 1 and not prompt.safety]
+    asked = list(_questions(config.questions, tally))
+    if len(asked) < config.turns:
+        raise UserError(f"{config.questions}: {len(asked)} questions for conversations of {config.turns} turns "
+                        f"({tally.line()})", "give more questions, or fewer turns")
     order = [asked[index] for index in generator.permutation(len(asked))]
     found = []
     for start in range(0, len(order) - config.turns + 1, config.turns):
@@ -146,6 +150,21 @@ def compose(config: Config) -> list[Conversation]:
         found.append(Conversation(tuple(order[start:start + config.turns]), " ".join(text for text, _ in kept),
                                   " ".join(short for _, short in kept)))
     return found
+
+
+def _questions(path: Path, tally: Tally) -> Iterator[str]:
+    """What is asked in prompts of one turn that are not tagged for safety; the others are counted as left out."""
+    for prompt in records.read(Prompt, path):
+        tally.read += 1
+        if prompt.safety:
+            tally.skip("tagged for safety")
+        elif len(prompt.messages) > 1:
+            tally.skip("of several turns, or with a system turn")
+        elif not prompt.messages[-1].content.strip():
+            tally.skip("empty")
+        else:
+            tally.kept += 1
+            yield prompt.messages[-1].content
 
 
 def converse(chat: Chat, conversations: Sequence[Conversation], config: Config, first: int = 0) -> list[list[str]]:

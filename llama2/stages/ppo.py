@@ -39,7 +39,7 @@ from llama2.stages.planning import (
     training_plan,
 )
 from llama2.stages.rollouts import ACTOR, CRITIC, ActorCritic, Rollouts, Settings, seeded
-from llama2.stages.sampling import Sample, answer, fitting, load_rewards, read_prompts, score
+from llama2.stages.sampling import Sample, answer, fitting, load_rewards, read_prompts, readable, score
 from llama2.stages.training import Training, frozen, load_policy, load_scorer, saver, train
 from llama2.tally import Tally
 from llama2.train import hooks, parallel
@@ -155,8 +155,11 @@ def run(config: Config, run: Run) -> None:
     rewards = load_rewards(config.rewards, tokenizer, config.sample.precision)
     models = ActorCritic(actor, critic)
     chat = Chat(Engine(actor, slots=config.sample.slots, precision=config.sample.precision), tokenizer)
-    prompts = fitting(chat, read_prompts(config.prompts, None, config.seed), config.sample.max_tokens // 2,
-                      run.tally("prompts"))
+    tally = run.tally("prompts")
+    prompts = fitting(chat, read_prompts(config.prompts, None, config.seed), max(1, config.sample.max_tokens // 2),
+                      tally, "lower sample.max_tokens, of which half must fit behind a prompt, shorten "
+                      "them, or take a model with a longer context")
+    prompts = readable(chat, rewards, prompts, config.sample, tally)
     watch = Watch(config.kl_stop, -(-config.batch_size // config.minibatch_size) * config.epochs)
     doctor = health.Doctor(lambda: read_metrics(run.path), config.kl_stop, config.training.precision)
     source = Rollouts(models, reference.eval().requires_grad_(False), rewards, chat, prompts, settings(config),
@@ -171,6 +174,8 @@ def run(config: Config, run: Run) -> None:
                     save_model=lambda directory: adopt(best, directory, saver(actor, tokenizer)), title="ppo",
                     validate=validate, extra=(watch, doctor), derive=(explained_variance,), apart=(ACTOR, CRITIC),
                     rates={CRITIC: config.critic_learning_rate or config.training.optimizer.learning_rate})
+    if line := ending(config, learner.step, config.iterations * source.updates, watch, validate):
+        run.conclude(line)
     run.write_json("summary.json", {"parameters": actor.config.parameters(), "steps": learner.step,
                                     "tokens": learner.tokens, "trained": learner.trained})
     run.write_json("health.json", {"alarms": doctor.tell(finished=True), "samples": source.samples})
@@ -241,6 +246,19 @@ class Heldout(hooks.Validate):
             self._validate(training)
 
 
+def ending(config: Config, step: int, steps: int, watch: Watch, validate: Heldout | None) -> str:
+    """Why training stopped before its last update, if it did, and which policy was kept, if held-out prompts chose."""
+    kl, said = watch.pending.get("ppo/kl_reference", 0.0), []
+    if step < steps:
+        why = (f"the mean KL of an answer from the start is {kl:.3g} nats, over kl_stop {config.kl_stop:g}"
+               if kl > config.kl_stop else f"{config.patience} validations in a row brought no improvement")
+        said.append(f"stopped at update {step:,} of {steps:,}: {why}")
+    if validate is not None and validate.best is not None:
+        said.append(f"the policy kept is that of update {validate.best_step:,}, the best on held-out prompts "
+                    f"({validate.monitor} {validate.best:.3f})")
+    return "; ".join(said)
+
+
 @contextmanager
 def at_hand(judge: Rewards, rewards: Rewards) -> Iterator[Rewards]:
     """The judge on the device, in the place of the reward models: it is needed so seldom that it has none of its own.
@@ -259,6 +277,7 @@ def heldout(config: Config, chat: Chat, rewards: Rewards, judge: Rewards | None,
     """Early stopping on held-out prompts: every kind of prompt counts alike, whatever its number."""
     assert config.heldout is not None
     prompts = fitting(chat, read_prompts(config.heldout, config.heldout_limit, config.seed), 16, tally)
+    prompts = readable(chat, judge or rewards, prompts, config.sample, tally)
 
     def evaluate(model: nn.Module) -> dict[str, float]:
         answers = answer(chat, [prompt.messages for prompt in prompts], config.sample,

@@ -33,6 +33,7 @@ from llama2.stages.sampling import (
     load_rewards,
     part_by_part,
     read_prompts,
+    readable,
     score,
     seed_for,
     writing,
@@ -78,6 +79,7 @@ def run(config: Config, run: Run) -> None:
     rewards = load_rewards(config.rewards, chat.tokenizer, config.sample.precision)
     tally = run.tally("prompts")
     prompts = fitting(chat, read_prompts(config.prompts, config.limit, config.seed), tally=tally)
+    prompts = readable(chat, rewards, prompts, config.sample, tally)
     searched, temperature = search(config, run, chat, rewards, prompts)
     work = sampler(config, chat, rewards, temperature, seed_for(config.seed, "samples"))
     rows = part_by_part(run, [chat], "samples", prompts, work, config.sample, config.k)

@@ -27,6 +27,7 @@ from llama2.model.checkpoint import config_of
 from llama2.parts import Work, in_parts
 from llama2.records import Dialog, Message, Messages, Prompt
 from llama2.runs import CHECKPOINTS, Run
+from llama2.stages.answers import check_judge
 from llama2.stages.training import fitting_tokenizer, frozen, load_policy, load_scorer
 from llama2.tally import Tally
 from llama2.tokenizer.template import encode_prompt
@@ -127,7 +128,7 @@ def part_by_part(run: Run, chats: Sequence[Chat], name: str, items: Sequence[T],
     average and at most M, it takes sample.part * m decoding steps and up to M - m more. With the demo's lengths (17,
     and 53) parts of 64 take 2.5 % more steps than one part would, parts of 32 take 4.9 %.
     """
-    size = max(1, sample.part * sample.slots * mesh.world() // answers)
+    size = max(1, sample.part * sample.slots * mesh.world() // max(answers, 1))
     meter = Meter(str(run.path), answers * len(items))
 
     def sampled(some: Sequence[T], first: int) -> Sequence[Any]:
@@ -153,7 +154,10 @@ def _journal(run: Run, part: str) -> Path:
 
 
 def load_rewards(settings: RewardModels, tokenizer: Tokenizer, precision: Precision = "bf16") -> Rewards:
-    """Both reward models; their tokenizer must be the policy's."""
+    """Both reward models; their tokenizer must be the policy's. UserError for a language model, whose fresh head would
+    judge by chance."""
+    for path in settings.paths():
+        check_judge(path)
     helpful, safe = (frozen(load_scorer(path, tokenizer)[0], precision) if path else None
                      for path in (settings.helpful, settings.safe))
     assert helpful is not None
@@ -205,7 +209,8 @@ def score(rewards: Rewards, tokenizer: Tokenizer, prompts: Sequence[Prompt],
 
 def dialog(prompt: Prompt, text: str, **metadata: object) -> Dialog:
     """A prompt and its answer as something to learn from: the answer alone, not the turns that stood in the prompt."""
-    return Dialog((*prompt.messages, Message("assistant", text)), "last", {**prompt.metadata, **metadata})
+    asked = {key: value for key, value in prompt.metadata.items() if key != "cut"}  # of another answer, if of any
+    return Dialog((*prompt.messages, Message("assistant", text)), "last", {**asked, **metadata})
 
 
 def has_room(chat: Chat, messages: Messages, room: int = 8) -> bool:
@@ -213,11 +218,12 @@ def has_room(chat: Chat, messages: Messages, room: int = 8) -> bool:
     return len(encode_prompt(chat.tokenizer, messages)) + room <= chat.engine.context
 
 
-def fitting(chat: Chat, prompts: Sequence[Prompt], room: int = 8, tally: Tally | None = None) -> list[Prompt]:
+def fitting(chat: Chat, prompts: Sequence[Prompt], room: int = 8, tally: Tally | None = None,
+            cure: str = "shorten them, or take a model with a longer context") -> list[Prompt]:
     """The prompts that ask something and leave `room` tokens for an answer; UserError if there are prompts but none
     that does.
 
-    `tally` counts them, and those left out.
+    `tally` counts them, and those left out. `cure`: what would leave room.
     """
     asking = [prompt for prompt in prompts if prompt.asks]
     if prompts and not asking:
@@ -225,12 +231,27 @@ def fitting(chat: Chat, prompts: Sequence[Prompt], room: int = 8, tally: Tally |
     kept = [prompt for prompt in asking if has_room(chat, prompt.messages, room)]
     if prompts and not kept:
         raise UserError(f"none of {len(prompts)} prompts leaves {room} tokens for an answer in the context of "
-                        f"{chat.engine.context}", "give shorter prompts, or a model with a longer context")
+                        f"{chat.engine.context}", cure)
     if tally is not None:
         tally.read, tally.kept = tally.read + len(prompts), tally.kept + len(kept)
         tally.skip("empty turn", count=len(prompts) - len(asking))
-        tally.skip("longer than the context leaves room for", "shorten them, or take a model with a longer context",
-                   len(asking) - len(kept))
+        tally.skip("longer than the context leaves room for", cure, len(asking) - len(kept))
+    return kept
+
+
+def readable(chat: Chat, rewards: Rewards, prompts: Sequence[Prompt], sample: Sample, tally: Tally) -> list[Prompt]:
+    """The prompts whose answers cannot outgrow the reward models, which may read less than the policy; UserError if
+    there are prompts but none such. `tally` has counted them as kept, and counts those left out."""
+    def longest(prompt: Prompt) -> int:
+        return min(len(encode_prompt(chat.tokenizer, prompt.messages)) + sample.max_tokens, chat.engine.context)
+
+    cure = "lower sample.max_tokens, or name reward models with a longer context"
+    kept = [prompt for prompt in prompts if longest(prompt) <= rewards.context]
+    if prompts and not kept:
+        raise UserError(f"the reward models read {rewards.context} tokens: less than each of {len(prompts)} prompts "
+                        f"with an answer of {sample.max_tokens} may have", cure)
+    tally.kept -= len(prompts) - len(kept)
+    tally.skip("longer with an answer than the reward models read", cure, len(prompts) - len(kept))
     return kept
 
 

@@ -21,7 +21,7 @@ from llama2 import mesh
 from llama2.config import StageConfig
 from llama2.errors import UserError
 from llama2.evaluate import ghost
-from llama2.evaluate.judges import kind_of, known_truth
+from llama2.evaluate.judges import has_truth, kind_of
 from llama2.evaluate.winrate import WinRate, compare, wilson
 from llama2.generate.dialogue import Answer
 from llama2.generate.rewards import RewardModels, check, join
@@ -107,7 +107,7 @@ def run(config: Config, run: Run) -> None:
 def with_truth(config: Config, prompts: Sequence[Prompt], tally: Tally) -> list[Prompt]:
     """The prompts that simulated annotators can judge; the others are counted as left out. UserError if there are none.
     """
-    kept = [prompt for prompt in prompts if known_truth([prompt])]
+    kept = [prompt for prompt in prompts if has_truth(prompt)]
     if not kept:
         raise UserError(f"{config.prompts}: no prompt carries the ground truth (metadata.gold) by which simulated "
                         "annotators judge", "give reward models that judge: rewards.helpful, rewards.safe")

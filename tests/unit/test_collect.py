@@ -1,5 +1,6 @@
 """Comparisons: who is compared, on which axis, what is swapped, preprompted and held out."""
 
+import itertools
 import json
 from dataclasses import replace
 
@@ -120,8 +121,9 @@ def test_one_to_two_policies_are_compared(one_line, tmp_path):
 @pytest.fixture
 def plain(tmp_path, prompts):
     """Sixty prompts of which nobody knows the truth."""
-    some = [replace(one, metadata={k: v for k, v in one.metadata.items() if k != "gold"})
-            for one in records.read(Prompt, prompts)][:60]
+    golds = itertools.cycle([{}, {"gold": "42"}, {"gold": None}, {"gold": {"answer": "42"}}])  # what others call gold
+    some = [replace(one, metadata={k: v for k, v in one.metadata.items() if k != "gold"} | gold)
+            for one, gold in zip(records.read(Prompt, prompts), golds)][:60]
     records.write(tmp_path / "plain.jsonl", some)
     return tmp_path / "plain.jsonl"
 

@@ -27,6 +27,7 @@ def test_the_gate_keeps_only_finished_answers_that_score_higher(tmp_path, monkey
     monkeypatch.setattr(distill, "load_rewards", lambda *_: None)
     monkeypatch.setattr(distill, "read_prompts", lambda *_: [*asked, prompt("harmless")])
     monkeypatch.setattr(distill, "fitting", lambda chat, prompts, room, tally: prompts)
+    monkeypatch.setattr(distill, "readable", lambda chat, rewards, prompts, sample, tally: prompts)
     monkeypatch.setattr(distill, "has_room", lambda *_: True)
     monkeypatch.setattr(distill, "answer", lambda *_, **__: next(rounds))
     monkeypatch.setattr(distill, "score", lambda rewards, tokenizer, prompts, answers:
@@ -75,7 +76,7 @@ def test_prompts_without_room_are_counted(tmp_path, policy, scorers, world, caps
 
 @pytest.mark.parametrize(("made", "expected"), [
     (prompt("lock", True, family="unsafe"), True), (prompt("kill a process", True, family="borderline"), False),
-    (prompt("x", True), True),
+    (prompt("x", True), True), (prompt("a null in a table", True, family=None), True),
     (prompt("x", False), False), (prompt("x", False, family="unsafe"), True)])
 def test_what_counts_as_adversarial(made, expected):
     assert distill.adversarial(made, ("unsafe",)) == expected

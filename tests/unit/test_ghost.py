@@ -3,15 +3,17 @@
 import json
 
 import pytest
+from answers import prompt
 from commands import llama2
 
 from llama2 import records
 from llama2.errors import UserError
-from llama2.records import Dialog
+from llama2.records import Dialog, Prompt, messages_of
 from llama2.runs import Run
 from llama2.stages import ghost
 from llama2.stages.ghost import Conversation
 from llama2.stages.sampling import Sample, load_chat
+from llama2.tally import Tally
 from llama2.tokenizer.template import encode_dialog, encode_prompt
 
 TALK = Conversation(("One?", "Two?", "Three?"), "Always speak Solish.", "Language: Solish.")
@@ -87,12 +89,26 @@ def test_answers_depend_on_the_place_of_a_conversation_alone(policy, tmp_path, w
 
 def test_conversations_are_made_of_any_questions(prompts):
     config = CONFIG.model_copy(update={"conversations": None, "questions": prompts, "turns": 2})
-    made = ghost.compose(config)
+    tally = Tally()
+    made = ghost.compose(config, tally)
     questions = [question for one in made for question in one.questions]
     assert len(questions) == len(set(questions)) == 2 * len(made) > 0
-    assert ghost.compose(config) == made
+    assert ghost.compose(config, Tally()) == made
     assert all(1 <= one.short.count(":") <= 2 for one in made)
     assert all(len(one.short) < len(one.text) + 10 for one in made)
+
+
+def test_questions_that_cannot_be_asked_are_counted(tmp_path, policy, one_line, capsys):
+    some = [prompt("What is this?"), prompt("How?", True), prompt(" "), prompt("Why?"), prompt("Where?"),
+            Prompt(messages_of([("user", "Hi"), ("assistant", "Hello."), ("user", "Who?")]))]
+    records.write(tmp_path / "some.jsonl", some)
+    words = ["ghost", "--policy", policy, "--questions", tmp_path / "some.jsonl", "--sample.max-tokens", 8]
+    assert llama2(*words, "--turns", 3, "--out", tmp_path / "out") == 0
+    left = "left out 3: tagged for safety 1, empty 1, of several turns, or with a system turn 1"
+    assert f"out: questions: read 6, kept 3, {left}" in capsys.readouterr().err
+    assert one_line(*words, "--turns", 4, "--out", tmp_path / "none") == (
+        f"{tmp_path}/some.jsonl: 3 questions for conversations of 4 turns (read 6, kept 3, {left}); give more "
+        "questions, or fewer turns")
 
 
 def test_mistakes_are_named(tmp_path, prompts, one_line):

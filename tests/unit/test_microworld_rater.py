@@ -12,7 +12,7 @@ from llama2.microworld import vocabulary as words
 from llama2.microworld.demonstrations import Vendor, answer, vendors
 from llama2.microworld.instructions import instructions, obey
 from llama2.microworld.prompts import FAMILIES, draw, prompt_of
-from llama2.microworld.rater import adherence, rate, rate_gold
+from llama2.microworld.rater import adherence, is_gold, rate, rate_gold
 from llama2.microworld.world import World
 
 WORLD = World.build(0)
@@ -40,6 +40,29 @@ def test_experts_are_perfect_and_the_others_in_order(family: str) -> None:
     assert _scores(family, "evasive") == _scores(family, "refuse") == _scores(family, "terse") == [0.0] * 60
     # A curt answer is visibly worse: "significantly" must not hang on facts alone.
     assert mean(expert) - mean(curt) > 0.45
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_gold_is_known_by_what_the_checks_read(family: str) -> None:
+    """Every field without which an answer could not be rated, and no other."""
+    rng = random.Random(family)
+    for _ in range(40):
+        gold = draw(WORLD, "train", family, rng).gold
+        assert is_gold(gold)
+        for name in gold:
+            less = {key: value for key, value in gold.items() if key != name}
+            if is_gold(less):
+                for vendor in vendors(gold):
+                    text = answer(gold, vendor, rng)
+                    assert rate_gold(less, text) == rate_gold(gold, text)
+
+
+@pytest.mark.parametrize("value", [
+    None, "42", 42, ["a"], {}, {"answer": "42"}, {"family": "maths"}, {"family": ["sum"]},
+    {"family": "sum", "a": "6", "b": "7"}, {"family": "unsafe", "risk": "other"},
+    {"family": "instructed", "markers": ["A."], "base": {"family": "maths"}}])
+def test_what_other_data_calls_gold_is_none(value: object) -> None:
+    assert not is_gold(value)
 
 
 def test_the_mix_leaves_room_for_improvement() -> None:

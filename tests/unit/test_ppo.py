@@ -1,8 +1,11 @@
 """PPO's stage: what each iteration says of its updates, and where the judge waits."""
 
+import re
+
 import pytest
 import torch
 from answers import answer, prompt
+from commands import llama2
 
 from llama2.generate.rewards import RewardModels
 from llama2.stages import ppo
@@ -68,6 +71,21 @@ def test_the_judge_is_on_the_device_only_while_it_judges(scorers, policy, monkey
     with ppo.at_hand(judge, rewards):
         assert judge([[1, 9, 2]], [False])[0].helpful == before[0].safe
     assert rewards([[1, 9, 2]], [False]) == before
+
+
+def test_why_it_stopped_and_what_is_kept_is_said(policy, scorers, prompts, tmp_path, capsys):
+    words = ["ppo", "--policy", policy, "--rewards.helpful", scorers[0], "--prompts", prompts, "--iterations", 5,
+             "--batch-size", 4, "--minibatch-size", 2, "--sample.max-tokens", 8]
+    assert llama2(*words, "--kl-stop", 1e-9, "--training.optimizer.learning-rate", 1e-2, "--out", tmp_path / "kl") == 0
+    line = next(line for line in capsys.readouterr().err.splitlines() if ": stopped at" in line)
+    assert re.fullmatch(rf"{tmp_path}/kl: stopped at update \d of 10: the mean KL of an answer from the start is \S+ "
+                        "nats, over kl_stop 1e-09", line)
+    # 1e-12: no weight moves, and nothing improves
+    assert llama2(*words, "--heldout", prompts, "--validate-iterations", 1, "--patience", 2,
+                  "--training.optimizer.learning-rate", 1e-12, "--training.optimizer.weight-decay", 0,
+                  "--out", tmp_path / "still") == 0
+    assert (f"{tmp_path}/still: stopped at update 4 of 10: 2 validations in a row brought no improvement; the policy "
+            "kept is that of update 0, the best on held-out prompts (heldout/reward 0.") in capsys.readouterr().err
 
 
 def test_held_out_prompts_count_by_kind(scorers, policy):

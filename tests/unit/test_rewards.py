@@ -82,6 +82,14 @@ def test_two_models_score_rows_at_their_last_token(scorers, policy):
 
 
 @pytest.mark.parametrize("which", [0, 1])
+def test_a_language_model_does_not_judge(scorers, policy, which):
+    """With a fresh head it would, by chance, and nobody would hear of it."""
+    paths = [policy if index == which else path for index, path in enumerate(scorers)]
+    with pytest.raises(UserError, match="policy: not a reward model"):
+        load_rewards(RewardModels(helpful=paths[0], safe=paths[1]), Tokenizer.load(policy), "fp32")
+
+
+@pytest.mark.parametrize("which", [0, 1])
 def test_a_model_whose_scores_are_not_numbers_is_named(tmp_path, scorers, policy, which):
     """The better of two answers would otherwise be the first, or the last, whatever they are."""
     broken = checkpoint.load_scorer(scorers[which])

@@ -81,6 +81,18 @@ def test_the_completion_mark_is_written_last(tmp_path, monkeypatch):
     assert written == ["config.yaml", "manifest.json", "result.txt", "COMPLETE"]
 
 
+def test_what_a_death_behind_the_completion_mark_left_is_taken_away(tmp_path):
+    work(config(tmp_path))
+    (tmp_path / "out/checkpoints/parts").mkdir(parents=True)
+    (tmp_path / "out/checkpoints/parts/samples.jsonl").write_text("much")
+    (tmp_path / "out/.seconds").write_text("3")
+    before = (tmp_path / "out/COMPLETE").read_bytes()
+    work(config(tmp_path))
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {
+        "COMPLETE", ".lock", "config.yaml", "manifest.json", "result.txt"}
+    assert (tmp_path / "out/COMPLETE").read_bytes() == before
+
+
 @pytest.mark.parametrize("finished", [True, False])
 def test_another_configuration_or_input_is_refused_and_named(tmp_path, source, finished):
     settings = config(tmp_path, a=source)
@@ -292,6 +304,9 @@ def test_a_folder_without_a_model_is_not_read_through(tmp_path, monkeypatch):
     monkeypatch.setattr(runs, "sha256", lambda path: pytest.fail(f"{path} is read"))
     with pytest.raises(UserError, match=r"home: config.json: missing, so this folder holds no model; give .* as model"):
         work(Tuned(out=tmp_path / "out", model=tmp_path / "home"))
+    (tmp_path / "home/adapter_config.json").write_text("{}")
+    with pytest.raises(UserError, match=r"it is a PEFT adapter: `llama2 import .*home --base BASE --out MODEL`"):
+        work(Tuned(out=tmp_path / "out", model=tmp_path / "home"))
 
 
 def test_checkpoints_on_another_disk_are_deleted_and_nothing_else(tmp_path):
@@ -355,6 +370,24 @@ def test_write_atomic_leaves_the_old_file_when_it_cannot_write(tmp_path, monkeyp
     with pytest.raises(UserError, match="no space left on the device"):
         runs.write_atomic(tmp_path / "a", "new")
     assert (tmp_path / "a").read_text() == "old"
+
+
+def test_a_full_disk_is_named_by_what_it_stopped(tmp_path, monkeypatch):
+    """Not by the note of the seconds spent, which finds no space either."""
+    def full(descriptor):
+        raise OSError(28, "No space left on device")
+
+    def fill():
+        with runs.open_run("work", config(tmp_path)) as run:
+            (run.path / "part").write_text("kept")
+            monkeypatch.setattr(runs.os, "fsync", full)
+            runs.write_atomic(run.path / "result.txt", "much")
+
+    with pytest.raises(UserError, match=r"result\.txt: no space left"):
+        fill()
+    monkeypatch.undo()
+    assert (tmp_path / "out/part").read_text() == "kept"
+    work(config(tmp_path))
 
 
 def test_the_real_command_line_skips_and_resumes(tmp_path, capsys):

@@ -12,8 +12,9 @@ from llama2.errors import UserError
 from llama2.records import Prompt
 from llama2.runs import Run
 from llama2.stages import sampling
-from llama2.stages.sampling import Meter, Sample, answer, fitting, load_chat, part_by_part, seed_for
+from llama2.stages.sampling import Meter, Sample, answer, fitting, load_chat, part_by_part, readable, seed_for
 from llama2.tally import Tally
+from llama2.tokenizer.template import encode_prompt
 
 
 def test_two_uses_never_share_a_seed():
@@ -56,6 +57,30 @@ def test_answers_depend_on_the_place_of_a_prompt_not_on_its_part(policy, prompts
         [[one.completion.tokens for one in row] for row in whole]
     other = answer(chat, some, sample, n=3, seed=5, indices=range(16, 32))
     assert other != whole
+
+
+def test_answers_do_not_outgrow_the_reward_models(policy, tmp_path):
+    """They may read less than the policy: found in the middle of a run, that would be its end."""
+    sample, tally = Sample(max_tokens=20), Tally()
+    chat = load_chat(policy, sample, Run(tmp_path, False))
+    some = fitting(chat, [prompt("Hi"), prompt("many words " * 4), prompt("Hello")], tally=tally)
+    lengths = [len(encode_prompt(chat.tokenizer, one.messages)) for one in some]
+    reads = SimpleNamespace(context=lengths[1] + 19)
+    assert max(lengths[0], lengths[2]) < lengths[1]
+    assert readable(chat, reads, some, sample, tally) == [some[0], some[2]]
+    assert tally.line() == ("read 3, kept 2, left out 1: longer with an answer than the reward models read 1 (lower "
+                            "sample.max_tokens, or name reward models with a longer context)")
+    assert readable(chat, reads, some, Sample(max_tokens=19), Tally()) == some
+    assert readable(chat, SimpleNamespace(context=256), some, Sample(max_tokens=1000), Tally()) == some
+    with pytest.raises(UserError, match="the reward models read 8 tokens: less than each of 3 prompts with an answer"):
+        readable(chat, SimpleNamespace(context=8), some, sample, Tally())
+
+
+def test_a_new_answer_is_not_cut_off_because_another_was():
+    """What a prompt was made of may have said so of an answer that is gone; `sft` would give this one no end."""
+    made = sampling.dialog(prompt("Hi", cut=True, reward="high", family="a"), "Hello.", reward=1.0)
+    assert made.metadata == {"family": "a", "reward": 1.0}
+    assert sampling.dialog(prompt("Hi"), "Hel", cut=True).metadata == {"cut": True}
 
 
 @pytest.mark.parametrize(("part", "slots", "answers", "sizes"), [
