@@ -46,7 +46,7 @@ def together(case, directory: Path) -> None:
     for process in processes:
         process.start()
     for process in processes:
-        process.join(90)
+        process.join(240)
     alive = [process for process in processes if process.is_alive()]
     for process in alive:
         process.kill()
