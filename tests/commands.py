@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import traceback
 from pathlib import Path
 from typing import Any
@@ -41,6 +42,7 @@ def _child(words: list[str], number: int, step: int, part: int, log: str) -> Non
     os.dup2(file, 1)
     os.dup2(file, 2)
     torch.set_num_threads(1)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})  # the server of workers does not listen to it
 
     def send(self: Any, training: Any, report: Any) -> None:
         if number and report.step == step:
