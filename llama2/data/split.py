@@ -17,10 +17,14 @@ ENOUGH = 10
 """conversations of which one can be spared"""
 
 
-def opening(turns: Messages) -> str:
-    """The first user turn, case and spacing aside: what the held-out split and exclusions go by."""
-    said = next(message.content for message in turns if message.role == "user")
-    return " ".join(said.lower().split())
+def opening(turns: Messages, instruction: str = "") -> str:
+    """The first user turn, case and spacing aside: what the held-out split and exclusions go by.
+
+    `instruction` is what Ghost Attention put in front of it: the question behind it is the conversation's own.
+    """
+    said = next(message.content for message in turns if message.role == "user").strip()
+    asked = said.removeprefix(instruction.strip()).strip() or said
+    return " ".join(asked.lower().split())
 
 
 def is_heldout(turns: Messages, share: float) -> bool:

@@ -154,22 +154,27 @@ def read_dialogs(config: Config, run: Run) -> tuple[dict[str, list[Dialog]], lis
     read = {name: useful(source.path, run.tally(f"dialogs.{name}")) for name, source in config.dialogs.items()}
     if config.heldout_dialogs is not None:
         measured = useful(config.heldout_dialogs, run.tally("held out"))
-        aside = {opening(one.messages) for one in measured}
+        aside = {asked(one) for one in measured}
     else:
-        openings = [opening(one.messages) for found in read.values() for one in found]
+        openings = [asked(one) for found in read.values() for one in found]
         aside = heldout_openings(openings, config.heldout)
-        measured = [one for found in read.values() for one in found if opening(one.messages) in aside]
+        measured = [one for found in read.values() for one in found if asked(one) in aside]
         if measured:
             run.tally("held out").read = len(measured)
     training = {}
     for name, found in read.items():
-        training[name] = [one for one in found if opening(one.messages) not in aside]
+        training[name] = [one for one in found if asked(one) not in aside]
         if len(training[name]) < len(found):
             run.tally(f"dialogs.{name}").skip("held out", count=len(found) - len(training[name]))
     once = list({one.messages: one for one in measured}.values())
     if len(once) < len(measured):
         run.tally("held out").skip("duplicate", count=len(measured) - len(once))
     return training, once
+
+
+def asked(dialog: Dialog) -> str:
+    """How a conversation opens, whatever lasting instruction stands before it."""
+    return opening(dialog.messages, str(dialog.metadata.get("instruction") or ""))
 
 
 def useful(path: Path, tally: Tally) -> list[Dialog]:

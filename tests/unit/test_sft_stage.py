@@ -216,3 +216,18 @@ def test_what_train_names_is_learnt_of_a_dialog_that_was_cut_off_too(tokenizer, 
     learnt = [index for index, flag in zip(ids, mask, strict=True) if flag]
     assert learnt == first * flags[0] + last * flags[1]
     assert ids[-len(last):] == last
+
+
+def test_a_question_held_out_is_not_trained_on_behind_an_instruction(tmp_path):
+    questions = [f"What is number {number}?" for number in range(200)]
+    plain = [dialog(question, "It is a number.") for question in questions]
+    ghost = [Dialog(messages_of([("user", f"Act as a king. {question}"), ("assistant", "I, the king, know it."),
+                                 ("user", "And?"), ("assistant", "No more.")]), "last",
+                    {"instruction": "Act as a king.", "depth": 2}) for question in questions]
+    made = config(tmp_path, {"plain": (plain, {}), "ghost": (ghost, {})}, heldout=0.2)
+    training, heldout = sft.read_dialogs(made, Run(tmp_path, False))
+    aside = {sft.asked(one) for one in heldout}
+    assert 20 < len(aside) < 60
+    assert len(heldout) == 2 * len(aside)
+    assert not aside & {sft.asked(one) for found in training.values() for one in found}
+    assert {sft.asked(one) for one in ghost} == {sft.asked(one) for one in plain}
