@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import json
 import os
+import sys
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -63,6 +64,9 @@ class _Finished:
             whole = 0
             while (line := self._file.readline()) and (part := _part(line, self.end)) and self.end + part[0] <= items:
                 self.end, whole = self.end + part[0], whole + len(line)
+            if line.endswith(b"\n"):  # a line that a crash cut off is nothing to speak of
+                print(f"{path}: damaged behind the first {self.end} of {items}; the rest is made again",
+                      file=sys.stderr)
             self._file.truncate(whole)
             self._file.seek(0)
         self._next = 0

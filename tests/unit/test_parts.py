@@ -40,7 +40,7 @@ def test_finished_parts_are_not_made_again(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("damage", [b'{"part":', b'{"first":5,"items":5,"sum":5,"rows":"[1]"}\n', b"\xff\xfe\n"])
-def test_a_damaged_end_is_made_again(tmp_path: Path, damage: bytes) -> None:
+def test_a_damaged_end_is_made_again(tmp_path: Path, damage: bytes, capsys: pytest.CaptureFixture[str]) -> None:
     list(in_parts(Run(tmp_path, False), "x", ITEMS, 5, doubled([])))
     file = tmp_path / CHECKPOINTS / "parts" / "x.jsonl"
     first = file.read_bytes().split(b"\n")[0] + b"\n"
@@ -49,6 +49,8 @@ def test_a_damaged_end_is_made_again(tmp_path: Path, damage: bytes) -> None:
     rows = [row["item"] for row in in_parts(Run(tmp_path, False), "x", ITEMS, 5, doubled(calls))]
     assert calls == [5]
     assert rows == ITEMS
+    said = f"{file}: damaged behind the first 5 of 10; the rest is made again\n" if damage.endswith(b"\n") else ""
+    assert capsys.readouterr().err == said
 
 
 def test_nothing_to_do(tmp_path: Path) -> None:
