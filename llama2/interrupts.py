@@ -36,7 +36,10 @@ def let_go_of_terminal(number: int) -> None:
 
 @contextmanager
 def leave_at_once() -> Iterator[None]:
-    """Nothing in this block needs an end of its own. Whoever handles or ignores Ctrl-C already goes on doing so."""
+    """Ctrl-C in this block ends the process at once: nothing in it needs an orderly end.
+
+    Where Ctrl-C is handled or ignored already, that stays as it is.
+    """
     mine = threading.current_thread() is threading.main_thread()
     if not mine or signal.getsignal(signal.SIGINT) is not signal.default_int_handler:
         yield

@@ -66,7 +66,7 @@ class Dialogs(Section):
 
     path: Path
     """JSONL of dialogs: {"messages": [{"role": ..., "content": ...}, ...]}"""
-    weight: float = Field(1.0, gt=0, allow_inf_nan=False)
+    weight: float = Field(1.0, gt=0)
     """read it this often an epoch: 2 reads it twice, 0.5 reads a random half"""
     license: str | None = None
     """its licence, for the papers of a release; nothing depends on it"""
@@ -151,28 +151,28 @@ def read_dialogs(config: Config, run: Run) -> tuple[dict[str, list[Dialog]], lis
 
     What is held out is chosen over all sets by how a conversation opens, before weights: none of it is trained on.
     """
-    read = {name: useful(source.path, run.tally(f"dialogs.{name}")) for name, source in config.dialogs.items()}
+    read = {name: [(opening_of(one), one) for one in useful(source.path, run.tally(f"dialogs.{name}"))]
+            for name, source in config.dialogs.items()}
+    every = [pair for found in read.values() for pair in found]
     if config.heldout_dialogs is not None:
         measured = useful(config.heldout_dialogs, run.tally("held out"))
-        aside = {asked(one) for one in measured}
+        aside = {opening_of(one) for one in measured}
     else:
-        openings = [asked(one) for found in read.values() for one in found]
-        aside = heldout_openings(openings, config.heldout)
-        measured = [one for found in read.values() for one in found if asked(one) in aside]
-        if measured:
-            run.tally("held out").read = len(measured)
+        aside = heldout_openings([said for said, _ in every], config.heldout)
+        measured = [one for said, one in every if said in aside]
+        run.tally("held out").read = len(measured)
+
     training = {}
     for name, found in read.items():
-        training[name] = [one for one in found if asked(one) not in aside]
-        if len(training[name]) < len(found):
-            run.tally(f"dialogs.{name}").skip("held out", count=len(found) - len(training[name]))
+        training[name] = [one for said, one in found if said not in aside]
+        run.tally(f"dialogs.{name}").skip("held out", count=len(found) - len(training[name]))
+
     once = list({one.messages: one for one in measured}.values())
-    if len(once) < len(measured):
-        run.tally("held out").skip("duplicate", count=len(measured) - len(once))
+    run.tally("held out").skip("duplicate", count=len(measured) - len(once))
     return training, once
 
 
-def asked(dialog: Dialog) -> str:
+def opening_of(dialog: Dialog) -> str:
     """How a conversation opens, whatever lasting instruction stands before it."""
     return opening(dialog.messages, str(dialog.metadata.get("instruction") or ""))
 

@@ -226,8 +226,8 @@ def test_a_question_held_out_is_not_trained_on_behind_an_instruction(tmp_path):
                     {"instruction": "Act as a king.", "depth": 2}) for question in questions]
     made = config(tmp_path, {"plain": (plain, {}), "ghost": (ghost, {})}, heldout=0.2)
     training, heldout = sft.read_dialogs(made, Run(tmp_path, False))
-    aside = {sft.asked(one) for one in heldout}
+    aside = {sft.opening_of(one) for one in heldout}
     assert 20 < len(aside) < 60
     assert len(heldout) == 2 * len(aside)
-    assert not aside & {sft.asked(one) for found in training.values() for one in found}
-    assert {sft.asked(one) for one in ghost} == {sft.asked(one) for one in plain}
+    assert not aside & {sft.opening_of(one) for found in training.values() for one in found}
+    assert {sft.opening_of(one) for one in ghost} == {sft.opening_of(one) for one in plain}
