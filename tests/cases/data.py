@@ -1,4 +1,4 @@
-"""Cases of data: files, rows, labels, flags, folders, configuration."""
+"""Cases of data: files, rows, labels, flags, folders."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from checks import Work, is_refusal, ok, refusal
+
 if TYPE_CHECKING:
     from run import Bench, Got
-
-Work = Callable[["Bench"], tuple[bool, str]]
 
 
 def cases() -> Iterator[tuple[str, str, Work]]:
@@ -20,8 +20,6 @@ def cases() -> Iterator[tuple[str, str, Work]]:
     yield from _labels()
     yield from _readers()
     yield from _folders()
-    yield from _training()
-    yield from _configuration()
 
 
 # --- what is checked --------------------------------------------------------------------------------------------------
@@ -54,13 +52,9 @@ def _refused(kind: str, file: str, pattern: str, *more: str) -> Work:
 
     def work(bench: Bench) -> tuple[bool, str]:
         got = _prepare(kind, file, *more)(bench)
-        return _clean_refusal(got, pattern), got.short()
+        return is_refusal(got, pattern), got.short()
 
     return work
-
-
-def _clean_refusal(got: Got, pattern: str) -> bool:
-    return got.status == 2 and not got.crashed and bool(re.search(pattern, got.said, re.IGNORECASE))
 
 
 def _either(first: Work, second: Work) -> Work:
@@ -415,7 +409,7 @@ def _folders() -> Iterator[tuple[str, str, Work]]:
     yield (
         "docbom",
         "clean reads a byte order mark",
-        lambda bench: _ok(
+        lambda bench: ok(
             bench.llama2(
                 "clean", "--sources.web.path", bench.file("data/docbom.jsonl"), "--heldout", "0", "--out", "OUT"
             ),
@@ -425,7 +419,7 @@ def _folders() -> Iterator[tuple[str, str, Work]]:
     yield (
         "surrogate_doc",
         "clean names a lone surrogate",
-        lambda bench: _no(
+        lambda bench: refusal(
             bench.llama2("clean", "--sources.web.path", bench.file("data/surrogate_doc.jsonl"), "--out", "OUT"),
             r"surrogate_doc\.jsonl:1",
         ),
@@ -439,345 +433,6 @@ def _tokenizer(name: str) -> Work:
         got = bench.llama2(
             "tokenizer", "--documents", bench.file(f"data/{name}.txt"), "--vocab-size", "300", "--out", "OUT"
         )
-        return not got.crashed and (got.status == 0 or _clean_refusal(got, "")), got.short()
-
-    return work
-
-
-def _ok(got: Got, test: Callable[[Got], bool]) -> tuple[bool, str]:
-    return got.status == 0 and test(got), got.short()
-
-
-def _no(got: Got, pattern: str) -> tuple[bool, str]:
-    return _clean_refusal(got, pattern), got.short()
-
-
-def _training() -> Iterator[tuple[str, str, Work]]:
-    def sft(file: str, *more: str) -> Callable[[Bench], Got]:
-        return lambda bench: bench.llama2(
-            "sft",
-            "--model",
-            str(bench.model),
-            "--dialogs.mine.path",
-            bench.file(f"data/{file}"),
-            "--sequence-length",
-            "128",
-            "--heldout",
-            "0",
-            "--training.precision",
-            "fp32",
-            "--out",
-            "OUT",
-            *more,
-        )
-
-    def reward(file: str, *more: str) -> Callable[[Bench], Got]:
-        return lambda bench: bench.llama2(
-            "reward",
-            "--model",
-            str(bench.model),
-            "--preferences.mine.path",
-            bench.file(f"data/{file}"),
-            "--batch-size",
-            "8",
-            "--training.precision",
-            "fp32",
-            "--out",
-            "OUT",
-            *more,
-        )
-
-    yield "sft_bom", "sft reads a byte order mark", lambda b: _ok(sft("sft_bom.jsonl")(b), lambda got: True)
-    yield (
-        "sft4",
-        "true tokens are counted, and few updates warned of",
-        lambda b: _ok(
-            sft("sft4.jsonl")(b),
-            lambda got: int(str(got.json("summary.json")["tokens"])) < 1000 and "update" in got.said,
-        ),
-    )
-    yield (
-        "alp200",
-        "few updates are warned of, with a batch that would mend it",
-        lambda b: _ok(sft("alp200.jsonl", "--epochs", "1")(b), lambda got: "batch" in got.said),
-    )
-    yield (
-        "sft_empty",
-        "empty answers teach nothing: refused with the number",
-        lambda b: _no(sft("sft_empty.jsonl")(b), "empty"),
-    )
-    yield (
-        "sft_empty_u",
-        "an empty user turn is said or kept",
-        lambda b: (not (got := sft("sft_empty_u.jsonl")(b)).crashed, got.short()),
-    )
-    yield (
-        "sft_long",
-        "dropped and cut dialogs are said",
-        lambda b: _ok(sft("sft_long.jsonl")(b), lambda got: bool(re.search(r"left out|dropped", got.said))),
-    )
-    yield (
-        "sft_drop",
-        "all dropped: the number, the longest and what holds it are named",
-        lambda b: _no(sft("sft_drop.jsonl")(b), "left out 2.*--sequence-length 256.*context.*823 tokens"),
-    )
-    yield (
-        "allcut",
-        "no answer ends: warned of",
-        lambda b: _ok(
-            sft("allcut.jsonl")(b), lambda got: bool(re.search("EOS|end|stop", got.said)) and "cut" in got.said
-        ),
-    )
-    yield (
-        "sft_share",
-        "the tool that reads ShareGPT is named",
-        lambda b: _no(sft("sft_share.jsonl")(b), "llama2 prepare"),
-    )
-    yield "sft_arr.json", "a JSON list is read, or the tool named", lambda b: _read_or_named(sft("sft_arr.json")(b))
-    yield "sft_arrp.json", "... printed over lines too", lambda b: _read_or_named(sft("sft_arrp.json")(b))
-    yield "sft_id", "an unknown key is read, or the tool named", lambda b: _read_or_named(sft("sft_id.jsonl")(b))
-    yield "leak", "weights never bring a held-out dialog into training", _leak
-    yield (
-        "rm_ident",
-        "identical pairs train nothing",
-        lambda b: _no(reward("rm_ident.jsonl")(b), "identical|same|equal"),
-    )
-    yield "rm_empty", "empty pairs train nothing", lambda b: _no(reward("rm_empty.jsonl")(b), "empty|identical")
-    yield (
-        "rm_toolong",
-        "all too long: the number and the cure",
-        lambda b: _no(reward("rm_toolong.jsonl")(b), "long"),
-    )
-    yield (
-        "rm_somelong",
-        "some too long: counted aloud",
-        lambda b: _ok(reward("rm_somelong.jsonl")(b), lambda got: bool(re.search("too long|longer", got.said))),
-    )
-    yield (
-        "rm_heldout",
-        "held-out pairs that are too long are counted aloud",
-        lambda b: _ok(
-            reward("rm_good.jsonl", "--heldout.h.path", b.file("data/rm_somelong.jsonl"))(b),
-            lambda got: bool(re.search("too long|longer", got.said)),
-        ),
-    )
-    yield (
-        "rm_good",
-        "one update is warned of; its rate is the peak",
-        lambda b: _ok(reward("rm_good.jsonl", "--batch-size", "512")(b), lambda got: "update" in got.said),
-    )
-    yield (
-        "rm_share",
-        "a share its set cannot give is refused",
-        lambda b: _no(
-            reward(
-                "rm_good.jsonl",
-                "--preferences.few.path",
-                b.file("data/rm_one.jsonl"),
-                "--preferences.few.share",
-                "0.5",
-            )(b),
-            "share",
-        ),
-    )
-    yield (
-        "rm_contra",
-        "contradicting labels do not crash",
-        lambda b: _ok(reward("rm_contra.jsonl")(b), lambda got: True),
-    )
-    yield (
-        "prompts_long",
-        "too long prompts are counted aloud",
-        lambda b: _ok(
-            b.llama2(
-                "rejection",
-                "--policy",
-                str(b.model),
-                "--rewards.helpful",
-                str(b.helpful),
-                "--prompts",
-                b.file("data/prompts_long.jsonl"),
-                "--k",
-                "2",
-                "--temperatures",
-                "1.0",
-                "--sample.max-tokens",
-                "8",
-                "--out",
-                "OUT",
-            ),
-            lambda got: bool(re.search("left out|too long|longer", got.said)),
-        ),
-    )
-    yield (
-        "ppo eos",
-        "answers that never end are alarmed of",
-        lambda b: _ok(_ppo(b), lambda got: "eos_rate" in str(got.json("health.json"))),
-    )
-    yield (
-        "ppo batch 1",
-        "a batch of one has no signal: refused",
-        lambda b: _no(_ppo(b, "--batch-size", "1", "--minibatch-size", "1"), "batch"),
-    )
-
-
-def _ppo(bench: Bench, *more: str) -> Got:
-    sizes = more or ("--batch-size", "4", "--minibatch-size", "2")
-    return bench.llama2(
-        "ppo",
-        "--policy",
-        str(bench.model),
-        "--rewards.helpful",
-        str(bench.helpful),
-        "--prompts",
-        bench.file("data/prompts.jsonl"),
-        "--iterations",
-        "2",
-        "--sample.max-tokens",
-        "8",
-        "--training.precision",
-        "fp32",
-        "--out",
-        "OUT",
-        *sizes,
-    )
-
-
-def _read_or_named(got: Got) -> tuple[bool, str]:
-    return not got.crashed and (got.status == 0 or _clean_refusal(got, "llama2 prepare")), got.short()
-
-
-def _leak(bench: Bench) -> tuple[bool, str]:
-    from llama2.runs import Run
-    from llama2.stages import sft
-
-    config = sft.Config(
-        out=bench.scratch / "leak",
-        model=bench.model,
-        heldout=0.2,
-        dialogs={"a": {"path": bench.file("data/leak.jsonl"), "weight": 3}},
-    )
-    sets, heldout = sft.read_dialogs(config, Run(bench.scratch / "leak", False))
-    both = {one.messages for some in sets.values() for one in some} & {one.messages for one in heldout}
-    return bool(heldout) and not both, f"{len(heldout)} held out, {len(both)} of them trained on"
-
-
-def _configuration() -> Iterator[tuple[str, str, Work]]:
-    def sft(*more: str) -> Callable[[Bench], Got]:
-        return lambda bench: bench.llama2(
-            "sft",
-            "--model",
-            str(bench.model),
-            "--dialogs.a.path",
-            bench.file("data/sft4.jsonl"),
-            "--out",
-            "OUT",
-            *more,
-            "--dry-run",
-        )
-
-    def recipe(text: str, *more: str) -> Callable[[Bench], Got]:
-        def go(bench: Bench) -> Got:
-            bench.count += 1
-            file = bench.scratch / f"recipe{bench.count}.yaml"
-            file.write_text(
-                text.replace("MODEL", str(bench.model))
-                .replace("DATA", bench.file("data/sft4.jsonl"))
-                .replace("OUT", str(bench.scratch / f"recipe{bench.count}")),
-                "utf-8",
-            )
-            return bench.llama2("run", str(file), *more)
-
-        return go
-
-    two = (
-        'out: OUT\nparameters: {my-data: DATA}\nsteps:\n'
-        '  sft-a: {verb: sft, model: MODEL, dialogs: {mine: {path: "${my-data}"}}}\n'
-        '  sft-b: {verb: sft, model: MODEL, dialogs: {mine: {path: "${my-data}"}}}\n'
-    )
-    yield "--epochs without a value", "refused", lambda b: _no(sft("--epochs")(b), "epochs.*value")
-    yield "--seed without a value", "refused", lambda b: _no(sft("--seed")(b), "seed.*value")
-    yield "--epochs true", "a truth value is no number", lambda b: _no(sft("--epochs", "true")(b), "epochs")
-    yield "--seed -1", "out of range", lambda b: _no(sft("--seed", "-1")(b), "seed")
-    yield "--seed 10^19", "out of range", lambda b: _no(sft("--seed", "10000000000000000000")(b), "seed")
-    yield "weight .inf", "finite numbers only", lambda b: _no(sft("--dialogs.a.weight", ".inf")(b), "weight|finite")
-    yield (
-        "max_steps 0",
-        "refused, or nothing is trained",
-        lambda b: _no(sft("--training.plan.max-steps", "0")(b), "max.steps"),
-    )
-    yield (
-        "max_steps false",
-        "a truth value is no number",
-        lambda b: _no(sft("--training.plan.max-steps", "false")(b), "max.steps"),
-    )
-    yield (
-        "--learning-rate",
-        "the right key is suggested",
-        lambda b: _no(sft("--learning-rate", "1e-4")(b), r"--training\.optimizer\.learning-rate"),
-    )
-    yield (
-        "names with dashes",
-        "kept letter by letter",
-        lambda b: _ok(
-            sft("--dialogs.open-assistant.path", b.file("data/sft4.jsonl"), "--dialogs.open-assistant.weight", "2")(
-                b
-            ),
-            lambda got: "open-assistant" in got.said and "open_assistant" not in got.said,
-        ),
-    )
-    yield (
-        "rec: a parameter with a dash",
-        "is a reference",
-        lambda b: _ok(recipe(two, "--dry-run")(b), lambda got: "${" not in got.said.partition("\nplan:")[2]),
-    )
-    yield (
-        "rec2: a misspelt parameter",
-        "refused with a suggestion",
-        lambda b: _no(recipe(two, "--parameters.my-dta", "x", "--dry-run")(b), "my-data"),
-    )
-    yield (
-        "rec2: a step left out",
-        "is left out",
-        lambda b: _ok(
-            recipe(two, "--steps.sft-b", "null", "--dry-run")(b),
-            lambda got: "sft-b:" not in got.said.split("plan:")[-1],
-        ),
-    )
-    yield (
-        "rec2: a step that does not exist",
-        "refused with a suggestion",
-        lambda b: _no(recipe(two, "--steps.sft-c", "null", "--dry-run")(b), "sft-[ab]"),
-    )
-    yield (
-        "a reference to nothing",
-        "refused before any work",
-        lambda b: _no(
-            recipe(two.replace('"${my-data}"}}}\n', '"${my data}"}}}\n', 1), "--dry-run")(b),
-            r"\$\{my data\}|my data",
-        ),
-    )
-    for text, key in (
-        ("seed: 010", "8"),
-        ("sequence_length: 4:20", "260"),
-        ("batch_size: true", "1"),
-        ("epochs: on", "1"),
-        ("epochs: yes", "1"),
-    ):
-        yield f"YAML `{text}`", f"never {key}", _yaml(text, key)
-
-
-def _yaml(text: str, wrong: str) -> Work:
-    def work(bench: Bench) -> tuple[bool, str]:
-        file = bench.scratch / "one.yaml"
-        file.write_text(
-            f"model: {bench.model}\ndialogs: {{a: {{path: {bench.file('data/sft4.jsonl')}}}}}\n{text}\n", "utf-8"
-        )
-        got = bench.llama2("sft", str(file), "--out", "OUT", "--dry-run")
-        key = text.partition(":")[0]
-        right = _clean_refusal(got, key) or (
-            got.status == 0 and not re.search(rf"^\s*{key}: {wrong}$", got.said, re.MULTILINE)
-        )
-        return right, got.short() if got.status else str(re.findall(rf"^\s*{key}: .*$", got.said, re.MULTILINE))
+        return not got.crashed and (got.status == 0 or is_refusal(got, "")), got.short()
 
     return work

@@ -8,11 +8,12 @@ import random
 import re
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
+from checks import Work, leaves_apart
 from torch import nn
 
 from llama2 import records
@@ -20,8 +21,6 @@ from llama2.records import Dialog, Document, Message, Preference, Prompt, Respon
 
 if TYPE_CHECKING:
     from run import Bench
-
-Work = Callable[["Bench"], tuple[bool, str]]
 
 
 def cases() -> Iterator[tuple[str, str, Work]]:
@@ -67,25 +66,9 @@ def _pool(bench: Bench) -> tuple[bool, str]:
         ],
     )
     # the tiny model never ends an answer: unfinished ones are let through
-    common = [
-        "rejection",
-        "--policy",
-        str(bench.model),
-        "--rewards.helpful",
-        str(bench.helpful),
-        "--prompts",
-        str(prompts),
-        "--k",
-        "3",
-        "--temperatures",
-        "1.0",
-        "--sample.max-tokens",
-        "12",
-        "--finished-only",
-        "false",
-    ]
-    one = bench.llama2(*common, "--out", "OUT")
-    two = bench.llama2(*common, "--seed", "1", "--earlier", str(one.out), "--out", "OUT")
+    more = ("--k", "3", "--sample.max-tokens", "12", "--finished-only", "false")
+    one = bench.rejection(prompts, *more)
+    two = bench.rejection(prompts, *more, "--seed", "1", "--earlier", str(one.out))
     old, new, pool = ({json.dumps(row["messages"][:-1]): row["messages"][-1]["content"] for row in got.records(name)}
                       for got, name in ((one, "best.jsonl"), (two, "best.jsonl"), (two, "pool.jsonl")))
     wanted = {key: max((old[key], new[key]), key=lambda text: _score(bench, key, text)) for key in old}
@@ -221,20 +204,9 @@ def _bits_per_byte(bench: Bench) -> tuple[bool, str]:
 
 
 def _sft_leak(bench: Bench) -> tuple[bool, str]:
-    from llama2.runs import Run
-    from llama2.stages import sft
-
     file = bench.scratch / "leak.jsonl"
     records.write(file, [Dialog((Message("user", f"q{i}"), Message("assistant", f"a{i}"))) for i in range(1000)])
-    config = sft.Config(
-        out=bench.scratch / "o",
-        model=bench.model,
-        heldout=0.02,  # type: ignore[arg-type]
-        dialogs={"a": {"path": file, "weight": 3}},
-    )
-    sets, heldout = sft.read_dialogs(config, Run(bench.scratch / "o", False))
-    both = {one.messages for some in sets.values() for one in some} & {one.messages for one in heldout}
-    return bool(heldout) and not both, f"{len(heldout)} held out, {len(both)} of them trained on"
+    return leaves_apart(bench, file, 0.02)
 
 
 def _share(bench: Bench) -> tuple[bool, str]:
@@ -288,23 +260,7 @@ def _not_a_number(bench: Bench) -> tuple[bool, str]:
         scorer.score.weight.fill_(math.nan)
     checkpoint.save(scorer, broken)
     Tokenizer.load(bench.model).save(broken)
-    got = bench.llama2(
-        "rejection",
-        "--policy",
-        str(bench.model),
-        "--rewards.helpful",
-        str(broken),
-        "--prompts",
-        bench.file("data/prompts.jsonl"),
-        "--k",
-        "2",
-        "--temperatures",
-        "1.0",
-        "--sample.max-tokens",
-        "8",
-        "--out",
-        "OUT",
-    )
+    got = bench.rejection(bench.file("data/prompts.jsonl"), judge=broken)
     return got.status == 2 and not got.crashed and "finite" in got.said, got.short()
 
 

@@ -21,9 +21,11 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+import configuration
 import data
 import recipe
 import torch
+import training
 
 from llama2 import cli, mesh
 from llama2.model import checkpoint
@@ -82,6 +84,12 @@ class Bench:
         """An input, as an absolute path."""
         return str(self.inputs / name)
 
+    def rejection(self, prompts: Path | str, *more: str, judge: Path | None = None) -> Got:
+        """Two short answers to each prompt, the better one kept; of a flag given twice, `more` counts."""
+        return self.llama2(
+            "rejection", "--policy", str(self.model), "--rewards.helpful", str(judge or self.helpful), "--prompts",
+            str(prompts), "--k", "2", "--temperatures", "1.0", "--sample.max-tokens", "8", "--out", "OUT", *more)
+
     def llama2(self, *arguments: str) -> Got:
         """Carry out one command line; `OUT` stands for a run directory of its own."""
         self.count += 1
@@ -112,7 +120,7 @@ class Case:
 
 def cases() -> Iterator[Case]:
     """Every case, those of data first."""
-    for module in (data, recipe):
+    for module in (data, training, configuration, recipe):
         for name, expected, work in module.cases():
             yield Case(name, expected, work)
 
