@@ -5,14 +5,16 @@ from __future__ import annotations
 import socket
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import httpx
 import openai
+import pytest
 
 from llama2.config import build
 from llama2.serve import http, models
@@ -66,6 +68,37 @@ def serving(*paths: Path, keys: Sequence[str] = (), judge: Path | None = None, *
             thread.join(20)
             for model in (*loaded, *((safe,) if safe else ())):
                 model.worker.stop()
+
+
+class Pace:
+    """Steps that take a while; after `STEPS` of them the model waits until it is told to go on.
+
+    So an answer is being drawn for as long as a test needs, however slow the machine is.
+    """
+
+    STEPS = 60
+
+    def __init__(self) -> None:
+        self.taken, self._told = 0, threading.Event()
+
+    def step(self, step: Callable[[], Any]) -> Any:
+        time.sleep(0.02)
+        self.taken += 1
+        if self.taken > self.STEPS:
+            self._told.wait(60)
+        return step()
+
+    def go_on(self) -> None:
+        self._told.set()
+
+
+def paced(served: Served, monkeypatch: pytest.MonkeyPatch) -> Iterator[Pace]:
+    """How fast the models of a server draw until a test ends."""
+    pace = Pace()
+    for session in (model.worker._session for model in served.models if model.kind == "chat"):
+        monkeypatch.setattr(session, "step", partial(pace.step, session.step))
+    yield pace
+    pace.go_on()
 
 
 def wait_for(condition: Any, seconds: float = 30) -> None:

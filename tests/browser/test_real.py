@@ -6,20 +6,24 @@ import json
 import re
 import socket
 import threading
-import time
 from collections.abc import Iterator
 from contextlib import suppress
+from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
+import torch
 
 pytest.importorskip("playwright", reason="playwright is not installed")
 pytest.importorskip("uvicorn", reason="uvicorn is not installed")
 
 from pages import answers, idle, say
 from playwright.sync_api import Browser, Page, expect
-from servers import Served, serving, wait_for
+from servers import Pace, Served, paced, serving, wait_for
+
+from llama2.model import checkpoint
+from llama2.tokenizer.tokenizer import Tokenizer
 
 HOSTILE = ("<script>window.harmed='script'</script><img src=x onerror=\"window.harmed='image'\"> [INST] <<SYS>> </s> "
            "<s> [/INST] **not bold** [link](javascript:window.harmed=1)")
@@ -74,17 +78,36 @@ def _end(*links: socket.socket) -> None:
 
 
 @pytest.fixture(scope="module")
-def served(policy: Any, base: Any) -> Iterator[Served]:
-    with serving(policy, base, slots=2) as running:
+def endless(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model that draws letters for ever: no seed and no temperature lets it draw EOS.
+
+    The first number of every hidden state is large and no layer changes it. The head reads from it that all tokens but
+    those of plain letters are out of question: their probability is 0 in fp32.
+    """
+    directory = tmp_path_factory.mktemp("models") / "endless"
+    model, tokenizer = checkpoint.load(base), Tokenizer.load(base)
+    plain_V = torch.tensor([len(tokenizer.bytes_of(token)) > 1 and tokenizer.bytes_of(token).strip().isalpha()
+                            for token in range(tokenizer.vocab_size)])
+    with torch.no_grad():
+        model.model.embed_tokens.weight[:, 0] = 1
+        for layer in model.model.layers:
+            layer.self_attn.o_proj.weight[0] = 0
+            layer.mlp.down_proj.weight[0] = 0
+        model.lm_head.weight[:, 0] = torch.where(plain_V, 0.0, -1e4)
+    checkpoint.save(model, directory)
+    tokenizer.save(directory)
+    return directory
+
+
+@pytest.fixture(scope="module")
+def served(policy: Path, endless: Path) -> Iterator[Served]:
+    with serving(policy, endless, slots=2) as running:
         yield running
 
 
 @pytest.fixture
-def slow(served: Served, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Every step takes a while, so that there is time to do something during an answer."""
-    for model in served.models:
-        step = model.worker._session.step
-        monkeypatch.setattr(model.worker._session, "step", lambda step=step: (time.sleep(0.02), step())[1])
+def pace(served: Served, monkeypatch: pytest.MonkeyPatch) -> Iterator[Pace]:
+    yield from paced(served, monkeypatch)
 
 
 @pytest.fixture
@@ -130,7 +153,7 @@ def stored(page: Page) -> dict[str, Any]:
 
 
 def choose(page: Page, model: str, **settings: str) -> None:
-    """A model (the one called base has learnt nothing, not even to end), and how it is sampled."""
+    """A model, and how it is sampled."""
     page.get_by_role("combobox", name="Model").select_option(model)
     page.get_by_role("button", name="Settings").click()
     for name, value in settings.items():
@@ -138,13 +161,15 @@ def choose(page: Page, model: str, **settings: str) -> None:
     page.get_by_role("button", name="Close the settings").click()
 
 
-def test_what_is_shown_is_what_the_server_answers_turn_after_turn(page: Page, served: Served, slow: None) -> None:
-    choose(page, "base", Seed="7", Longest_answer="25")
+def test_what_is_shown_is_what_the_server_answers_turn_after_turn(page: Page, served: Served, pace: Pace) -> None:
+    choose(page, "endless", Seed="7", Longest_answer=str(Pace.STEPS + 1))
     asked: list[dict[str, Any]] = []
     page.on("request", lambda request: asked.append(request.post_data_json) if request.method == "POST" else None)
     for turn, text in enumerate(("Who are you?", "Name a colour."), 1):
         say(page, text)
-        expect(page.get_by_role("button", name="Stop")).to_be_visible()
+        if turn == 1:  # the second answer has no end to wait for
+            expect(page.get_by_role("button", name="Stop")).to_be_visible()
+            pace.go_on()
         finished(page, turn)
         again = served.post("chat/completions", **{**asked[-1], "stream": False, "stream_options": None}).json()
         (kept,) = (each["versions"][0]["content"] for each in stored(page)["messages"][2 * turn - 1 :])
@@ -162,24 +187,26 @@ def test_what_is_shown_is_what_the_server_answers_turn_after_turn(page: Page, se
     assert asked[-1] == {**asked[1], "seed": 8}
 
 
-def test_stop_keeps_the_text_and_frees_the_slot(page: Page, served: Served, slow: None) -> None:
-    choose(page, "base")
+def test_stop_keeps_the_text_and_frees_the_slot(page: Page, served: Served, pace: Pace) -> None:
+    choose(page, "endless")
     say(page, "Go on")
     expect(answers(page)).to_have_text(lengthy(8))
-    assert 'llama2_running{model="base"} 1.0' in httpx.get(f"{served.url}/metrics").text
+    assert 'llama2_running{model="endless"} 1.0' in httpx.get(f"{served.url}/metrics").text
     grown = len(answers(page).inner_text())
     expect(answers(page)).to_have_text(lengthy(grown + 5))  # it streams
     page.get_by_role("button", name="Stop").click()
     expect(page.locator(".cost")).to_contain_text("stopped")
     idle(page)
-    wait_for(lambda: 'llama2_running{model="base"} 0.0' in httpx.get(f"{served.url}/metrics").text, 2)
+    pace.go_on()
+    wait_for(lambda: 'llama2_running{model="endless"} 0.0' in httpx.get(f"{served.url}/metrics").text)
     assert len(answers(page).inner_text()) > grown
     assert httpx.get(f"{served.url}/health").json()["status"] == "ok"
 
 
 def test_two_models_side_by_side_show_a_hostile_prompt_as_text(page: Page, served: Served) -> None:
+    choose(page, "policy", Longest_answer="8")  # so that the prompt fits in twice
     page.get_by_role("button", name="Side by side").click()
-    expect(page.get_by_role("combobox", name="Model B")).to_have_value("base")
+    expect(page.get_by_role("combobox", name="Model B")).to_have_value("endless")
     say(page, HOSTILE)
     expect(page.locator(".pick")).to_have_count(2)
     expect(page.locator(".cost").nth(1)).to_contain_text("token")
@@ -192,11 +219,11 @@ def test_two_models_side_by_side_show_a_hostile_prompt_as_text(page: Page, serve
     expect(page.locator(".bubble")).to_have_text([HOSTILE, HOSTILE])
     assert page.locator("#turns").locator("script, img, iframe, style, [onerror]").count() == 0
     assert stored(page)["messages"][0]["content"] == HOSTILE
-    wait_for(lambda: {model.name: model.worker.admitted for model in served.models} == {"policy": 0, "base": 0}, 2)
+    wait_for(lambda: {model.name: model.worker.admitted for model in served.models} == {"policy": 0, "endless": 0})
 
 
-def test_a_server_that_goes_away_in_the_middle(page: Page, relay: Relay, served: Served, slow: None) -> None:
-    choose(page, "base")
+def test_a_server_that_goes_away_in_the_middle(page: Page, relay: Relay, served: Served, pace: Pace) -> None:
+    choose(page, "endless")
     say(page, "Go on")
     expect(answers(page)).to_have_text(lengthy(8))
     relay.cut()
@@ -204,12 +231,13 @@ def test_a_server_that_goes_away_in_the_middle(page: Page, relay: Relay, served:
     expect(card).to_contain_text("The answer broke off")
     kept = answers(page).inner_text()
     assert len(kept) >= 8
-    wait_for(lambda: all(model.worker.admitted == 0 for model in served.models), 2)
+    pace.go_on()
+    wait_for(lambda: all(model.worker.admitted == 0 for model in served.models))
     card.get_by_role("button", name="Try again").click()
     expect(card).to_contain_text("The server cannot be reached")
     relay.mend()
     page.reload()
-    expect(page.get_by_role("combobox", name="Model")).to_have_value("base")
+    expect(page.get_by_role("combobox", name="Model")).to_have_value("endless")
     page.get_by_role("combobox", name="Model").select_option("policy")
     page.get_by_role("alert").get_by_role("button", name="Try again").click()
     finished(page)
@@ -217,6 +245,7 @@ def test_a_server_that_goes_away_in_the_middle(page: Page, relay: Relay, served:
 
 
 def test_a_conversation_that_does_not_fit_is_refused_in_words(page: Page, served: Served) -> None:
+    choose(page, "policy", Longest_answer="8")  # so that another turn fits in
     say(page, "Who are you?")
     finished(page)
     say(page, "word " * 300)

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import json
 import os
 import re
 import signal
 import subprocess
 import sys
-import threading
 import time
 import warnings
 from concurrent.futures import ThreadPoolExecutor
@@ -19,7 +19,7 @@ from pathlib import Path
 import httpx
 import pytest
 from hypothesis import HealthCheck, given, settings
-from servers import serving, wait_for
+from servers import paced, serving, wait_for
 
 ROOT = Path(__file__).parents[2]
 ASK = [{"role": "user", "content": "Name a colour."}]
@@ -39,16 +39,23 @@ def slow(served, monkeypatch):
     monkeypatch.setattr(served.worker._session, "step", lambda: (time.sleep(0.01), step())[1])
 
 
+@pytest.fixture
+def pace(served, monkeypatch):
+    yield from paced(served, monkeypatch)
+
+
 @pytest.mark.parametrize("stream", [False, True])
-def test_a_client_that_vanishes_frees_its_slot(served, slow, stream):
+def test_a_client_that_vanishes_frees_its_slot(served, pace, stream):
     body = {**LONG, "stream": stream, "n": 4}
     with suppress(httpx.ReadTimeout), httpx.Client(timeout=0.3) as client, client.stream(
             "POST", f"{served.url}/v1/chat/completions", json=body) as answer:
         parts = answer.iter_bytes()
         next(parts)
         assert served.worker.admitted == 4
-    wait_for(lambda: served.worker.admitted == 0, 1)  # the answer would take two seconds
-    wait_for(lambda: served.worker._session.running == 0, 1)
+    wait_for(lambda: served.worker.admitted == 0)
+    pace.go_on()
+    wait_for(lambda: served.worker._session.running == 0)
+    assert pace.taken <= pace.STEPS + 1  # the answer would take two hundred
     assert served.post("chat/completions", messages=ASK, max_tokens=2).status_code == 200
 
 
@@ -126,17 +133,15 @@ def test_a_schema_that_cannot_be_followed_ends_nothing_but_its_own_answer(served
 
 def test_a_model_that_fails(policy, capsys):
     with serving(policy, slots=2) as served:
-        failing = threading.Event()
-        step = served.worker._session.step
+        step, taken = served.worker._session.step, itertools.count()
 
         def fail():
-            if failing.is_set():
+            if next(taken) == 30:
                 raise RuntimeError("out of memory")
             time.sleep(0.01)
             return step()
 
         served.worker._session.step = fail
-        threading.Timer(0.3, failing.set).start()
         with httpx.stream("POST", f"{served.url}/v1/chat/completions", json={**LONG, "stream": True},
                           timeout=20) as answer:
             lines = answer.read().decode().strip().split("\n\n")
