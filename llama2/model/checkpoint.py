@@ -15,7 +15,8 @@ from torch import Tensor, nn
 
 from llama2.errors import UserError
 from llama2.model.formats import hf
-from llama2.model.formats.directory import CHECKSUMS, CONFIG, INDEX, WEIGHTS, config_json, read_config
+from llama2.model.formats.config import config_json, read_config
+from llama2.model.formats.directory import CHECKSUMS, CONFIG, INDEX, WEIGHTS
 from llama2.model.formats.source import Source, Stored, read_ahead
 from llama2.model.llama import Linear, Llama, LlamaConfig, initialise
 from llama2.model.scorer import Scorer

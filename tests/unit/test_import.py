@@ -98,8 +98,8 @@ def test_every_format_comes_in_by_the_same_command(tmp_path: Path, model: Path, 
     text = "[INST] How old is the mill? [/INST] été 🙂"
     assert Tokenizer.load(tmp_path / "ours").encode(text) == tokenizer.encode(text)
     assert sorted(path.name for path in (tmp_path / "ours").iterdir()) == [
-        "checksums.json", "config.json", "model.safetensors", "special_tokens_map.json", "tokenizer.model",
-        "tokenizer_config.json"]
+        "checksums.json", "config.json", "generation_config.json", "model.safetensors", "special_tokens_map.json",
+        "tokenizer.model", "tokenizer_config.json"]
     tokens = torch.tensor([[1, 300, 17, 5]])
     with torch.no_grad():
         assert torch.allclose(checkpoint.load(tmp_path / "ours")(tokens), checkpoint.load(model)(tokens), atol=1e-5)
@@ -108,7 +108,8 @@ def test_every_format_comes_in_by_the_same_command(tmp_path: Path, model: Path, 
 def test_what_came_in_is_talked_to_and_trained_at_once(tmp_path: Path, model: Path, world: Path,
                                                        monkeypatch: pytest.MonkeyPatch,
                                                        capsys: pytest.CaptureFixture[str]) -> None:
-    assert llama2("import", as_meta(model, tmp_path / "theirs"), "--out", tmp_path / "ours", "--dtype", "bf16") == 0
+    assert llama2("import", as_meta(model, tmp_path / "theirs"), "--out", tmp_path / "ours", "--dtype", "bf16",
+                  "--chat-template", "llama2") == 0
     assert {stored.dtype for stored in hf.read(tmp_path / "ours").tensors.values()} == {torch.bfloat16}
     monkeypatch.setattr(sys, "stdin", io.StringIO("Hello\n"))
     assert llama2("chat", tmp_path / "ours", "--max-tokens", 4, "--no-history") == 0
