@@ -294,19 +294,24 @@ def _number(path: Path, metadata: Mapping[str, Any], key: str, fallback: float |
     if isinstance(value, bool) or not isinstance(value, int if whole else int | float):
         shown = "different numbers" if isinstance(value, list) else repr(value)
         raise UserError(f"{path}: {key} is {shown}, a number was expected", "this model cannot be read")
-    return value if whole else float(str(np.float32(value)))  # 1e-05 for the fp32 number nearest to it
+    return value if whole else _as_written(value)
+
+
+def _as_written(value: float) -> float:
+    """1e-05 for the fp32 number nearest to it."""
+    return float(str(np.float32(value)))
 
 
 def _refuse_variants(path: Path, metadata: Mapping[str, Any], config: LlamaConfig) -> None:
     """What later members of the architecture have and Llama 2 has not; 0 switches a factor off in llama.cpp."""
-    head, off = (config.head_dim,), (0, 1)
+    head, off = (config.head_dim,), (1, 0)
     plain: dict[str, tuple[Any, ...]] = {
         "rope.dimension_count": head, "attention.key_length": head, "attention.value_length": head,
         "rope.scaling.type": ("none", "linear"), "rope.scaling.factor": off, "rope.scale_linear": off,
-        "rope.scaling.attn_factor": (1, 0), "rope.scaling.yarn_attn_factor": (1, 0),
+        "rope.scaling.attn_factor": off, "rope.scaling.yarn_attn_factor": off,
         "rope.scaling.yarn_ext_factor": (0, -1), "rope.scaling.yarn_log_multiplier": (0,),
         "attention.causal": (True,), "attention.scale": (config.head_dim**-0.5, 0), "logit_scale": off,
-        "residual_scale": off, "embedding_scale": off, "expert_count": (0,), "expert_used_count": off,
+        "residual_scale": off, "embedding_scale": off, "expert_count": (0,), "expert_used_count": (0, 1),
     }
     known = {*_CONFIG.values(), *_WITHOUT_EFFECT}
     for name, found in metadata.items():
@@ -317,7 +322,8 @@ def _refuse_variants(path: Path, metadata: Mapping[str, Any], config: LlamaConfi
             continue
         if not any(_is(found, value) for value in plain.get(key, (False, 0, ""))):
             has = f", Llama 2 has {plain[key][0]!r}" if key in plain else ", a key that Llama 2 does not have"
-            raise UserError(f"{path}: {name} is {repr(found)[:60]}{has}", "this model cannot be read")
+            shown = _as_written(found) if isinstance(found, float) else repr(found)[:60]
+            raise UserError(f"{path}: {name} is {shown}{has}", "this model cannot be read")
 
 
 def _is(found: Any, value: Any) -> bool:
