@@ -25,7 +25,6 @@ from llama2.model.formats.recognise import open_source
 from llama2.model.formats.source import Source
 from llama2.release import verify
 from llama2.release.compare import context
-from llama2.tokenizer.template import CHAT_TEMPLATE
 from llama2.tokenizer.tokenizer import Tokenizer
 
 POSITIONAL = "checkpoint"
@@ -64,6 +63,8 @@ def run(config: Config) -> int:
     source = open_source(config.checkpoint, base=config.base, dtype=DTYPES.get(config.dtype or ""))
     kind = _kind(config, source)
     target = _target(config, kind)
+    for remark in source.remarks:
+        print(f"llama2: note: {remark}", file=sys.stderr)
     if source.tokenizer is None:
         print(f"llama2: {config.checkpoint} has no tokenizer, so none is written", file=sys.stderr)
     with Reading("write", size((source,))) as bar:
@@ -134,7 +135,7 @@ def _write(config: Config, source: Source, target: Path, kind: str) -> list[str]
         llama2c.write(source, target, version=2 if kind == "q8_0" else 0)
     else:
         precision = cast(gguf.Precision, _KINDS.get(kind, kind))
-        return gguf.write(source, target, precision=precision, chat_template=CHAT_TEMPLATE,
+        return gguf.write(source, target, precision=precision, chat_template=source.template,
                           name=config.checkpoint.resolve().name)
     return []
 
@@ -142,7 +143,7 @@ def _write(config: Config, source: Source, target: Path, kind: str) -> list[str]
 def _tokenizer_files(source: Source) -> Callable[[Path], None]:
     def write(directory: Path) -> None:
         if source.tokenizer is not None:
-            Tokenizer.load(source.tokenizer).save(directory)
+            Tokenizer.load(source.tokenizer).speaking(source.template).save(directory)
 
     return write
 

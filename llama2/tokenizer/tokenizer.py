@@ -7,6 +7,7 @@ as text: "</s>" in a document or a prompt is five characters like any others.
 from __future__ import annotations
 
 import codecs
+import copy
 import hashlib
 import json
 import os
@@ -16,6 +17,7 @@ from pathlib import Path
 
 import sentencepiece
 
+from llama2 import beside
 from llama2.errors import UserError, explain_os_errors
 from llama2.tokenizer.template import CHAT_TEMPLATE
 
@@ -29,7 +31,9 @@ _BETWEEN_WORDS = re.compile("(?<=[!-~]) (?=[A-Za-z])")
 class Tokenizer:
     """A SentencePiece BPE model with byte fallback, whose ids 0, 1, 2 are unknown, BOS and EOS.
 
-    `model` is the content of a tokenizer.model file; `source` names it in errors.
+    `model` is the content of a tokenizer.model file; `source` names it in errors. `eos` ends what is written for
+    training; `stops` are all ids that end an answer of the model to which it belongs, `eos` first. `template` is that
+    model's chat template, which `save` writes beside the tokenizer; None: it has none.
     """
 
     def __init__(self, model: bytes, source: str = FILE) -> None:
@@ -41,16 +45,42 @@ class Tokenizer:
         _check(self._processor, source)
         self.vocab_size: int = self._processor.vocab_size()
         self.bos, self.eos = BOS, EOS
+        self.stops: tuple[int, ...] = (EOS,)
+        self.template: str | None = CHAT_TEMPLATE
         self.fingerprint = hashlib.sha256(model).hexdigest()
         self._bytes = [self._bytes_of(piece) for piece in range(self.vocab_size)]
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Tokenizer:
-        """From a tokenizer.model file, or from the directory that holds one (a checkpoint is such a directory)."""
+        """From a tokenizer.model file, or from the directory that holds one (a checkpoint is such a directory), with
+        the ends of answers and the chat template that the directory names."""
         path = Path(path)
         file = path / FILE if path.is_dir() else path
         with explain_os_errors(file):
-            return cls(file.read_bytes(), str(file))
+            found = cls(file.read_bytes(), str(file))
+        if path.is_dir():
+            found.stops = tuple(dict.fromkeys((*found.stops, *beside.stop_ids(path))))
+            found.template = beside.chat_template(path)
+        return found
+
+    def speaking(self, template: str | None) -> Tokenizer:
+        """The same tokenizer, beside a model with another chat template."""
+        other = copy.copy(self)
+        other.template = template
+        return other
+
+    def check(self, place: str | os.PathLike[str], vocab_size: int, bos: int) -> None:
+        """UserError unless it is the tokenizer of a model with so many embeddings, which begins texts with `bos`."""
+        if self.vocab_size != vocab_size:
+            raise UserError(f"{place}: the tokenizer has {self.vocab_size} pieces, the model {vocab_size}",
+                            "put the tokenizer there with which the model was trained")
+        self.check_bos(place, bos)
+
+    def check_bos(self, place: str | os.PathLike[str], bos: int) -> None:
+        """UserError unless the id that begins a text is the one that its model names."""
+        if bos != self.bos:
+            raise UserError(f"{place}: the model's bos_token_id is {bos}, the tokenizer's is {self.bos}",
+                            f"if the model was trained with this tokenizer, set bos_token_id to {self.bos}")
 
     @property
     def pad(self) -> int:
@@ -103,7 +133,7 @@ class Tokenizer:
         settings = {
             "add_bos_token": True,
             "add_eos_token": False,
-            "chat_template": CHAT_TEMPLATE,
+            **({"chat_template": self.template} if self.template else {}),
             "clean_up_tokenization_spaces": False,
             "legacy": True,
             "sp_model_kwargs": {},
