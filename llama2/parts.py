@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import IO, Any, TypeVar
 
-from llama2 import mesh
+from llama2 import mesh, plain
 from llama2.errors import explain_os_errors
 from llama2.runs import CHECKPOINTS, Run
 
@@ -95,12 +95,12 @@ class _Finished:
 def _part(line: bytes, first: int) -> tuple[int, list[Any]] | None:
     """The number of items and the rows in a line of the file; None if it is not whole, or does not begin at `first`."""
     try:
-        found = json.loads(line)
+        found = plain.parsed(line)
         text, count = str(found["rows"]), int(found["items"])
         whole = line.endswith(b"\n") and found["first"] == first and count > 0
         if not whole or found["sum"] != _sum(text):
             return None
-        rows: list[Any] = json.loads(text)
+        rows: list[Any] = plain.parsed(text)
         return count, rows
     except (ValueError, KeyError, TypeError):
         return None

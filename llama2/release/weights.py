@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import re
 import shutil
@@ -10,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from llama2 import runs
+from llama2 import plain, runs
 from llama2.errors import UserError, explain_os_errors
 from llama2.model import checkpoint
 from llama2.model.formats import gguf, hf
@@ -91,8 +90,7 @@ def check_copy(source: Source, copy: Path, kind: str) -> None:
 def settings_of(run: Path) -> dict[str, Any]:
     """tokenizer_config.json, empty where there is none."""
     file = run / "tokenizer_config.json"
-    found = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
-    return found if isinstance(found, dict) else {}
+    return plain.json_object(file) if file.is_file() else {}
 
 
 def slug(title: str) -> str:

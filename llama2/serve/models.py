@@ -5,7 +5,6 @@ A checkpoint that cannot do what is asked of it is refused before anything is lo
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -14,7 +13,7 @@ from typing import Literal
 
 import torch
 
-from llama2 import mesh
+from llama2 import mesh, plain
 from llama2.errors import UserError, did_you_mean
 from llama2.generate.engine import Engine
 from llama2.generate.score import rewards
@@ -162,15 +161,9 @@ def check(path: Path) -> Kind:
 def _template(path: Path) -> str:
     file = path / "chat_template.jinja"
     if file.exists():
-        return file.read_text(encoding="utf-8", errors="replace")
+        return plain.content(file).decode("utf-8", "replace")
     file = path / "tokenizer_config.json"
-    if not file.exists():
-        return ""
-    try:
-        settings = json.loads(file.read_bytes())
-    except ValueError as error:
-        raise UserError(f"{file}: not valid JSON ({error})", "fetch it again") from None
-    return str(settings.get("chat_template", "")) if isinstance(settings, dict) else ""
+    return str(plain.json_object(file).get("chat_template", "")) if file.exists() else ""
 
 
 def load_chat(path: Path, name: str, *, slots: int, capacity: int | None, waiting: int,

@@ -16,6 +16,7 @@ from pathlib import Path
 
 import sentencepiece
 
+from llama2 import plain
 from llama2.errors import UserError, explain_os_errors
 from llama2.tokenizer.template import CHAT_TEMPLATE
 
@@ -49,8 +50,7 @@ class Tokenizer:
         """From a tokenizer.model file, or from the directory that holds one (a checkpoint is such a directory)."""
         path = Path(path)
         file = path / FILE if path.is_dir() else path
-        with explain_os_errors(file):
-            return cls(file.read_bytes(), str(file))
+        return cls(plain.content(file), str(file))
 
     @property
     def pad(self) -> int:

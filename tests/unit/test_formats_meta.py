@@ -244,7 +244,7 @@ MISTAKES = {
     "text": (parameter("dim", "64"), r"params\.json: dim is '64'"),
     "no number": (parameter("norm_eps", "small"), r"norm_eps is 'small'"),
     "later": (parameter("use_scaled_rope", True), r"later model"),
-    "no JSON": (lambda d: (d / "params.json").write_text("{"), r"params\.json: not valid JSON"),
+    "no JSON": (lambda d: (d / "params.json").write_text("{"), r"params\.json:1: not valid JSON"),
     "no key": (lambda d: (d / "params.json").write_text("{}"), r"params\.json: the key 'dim' is missing"),
 }
 

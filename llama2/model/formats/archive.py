@@ -27,6 +27,7 @@ from typing import IO, Any
 import torch
 from torch import Tensor
 
+from llama2 import plain
 from llama2.errors import UserError, explain_os_errors
 from llama2.model.formats.source import Stored
 
@@ -123,7 +124,7 @@ def entries(path: Path) -> dict[str, Stored]:
     UserError for a truncated file, one that holds anything but tensors, or code, and for a tensor that lies outside
     its storage; later, from `Stored.read`, for numbers that do not match their checksum.
     """
-    with explain_os_errors(path), open(path, "rb") as file:
+    with explain_os_errors(path), plain.opened(path) as file:
         members = _members(path, file)
         root = next((name.removesuffix("data.pkl") for name in members if name.endswith("/data.pkl")), None)
         if root is None:

@@ -25,6 +25,7 @@ from typing import IO, Literal
 import torch
 from torch import Tensor
 
+from llama2 import plain
 from llama2.errors import UserError, explain_os_errors
 from llama2.model.formats import llama2c_vocabulary, pieces
 from llama2.model.formats.binary import (
@@ -201,7 +202,7 @@ def read(path: Path) -> Source:
     That one is put into a SentencePiece model file that lives as long as the process. UserError for another file,
     another version, and a size that is not what the header asks for.
     """
-    with explain_os_errors(path), open(path, "rb") as file:
+    with explain_os_errors(path), plain.opened(path) as file:
         head = file.read(_HEADER)
         size = file.seek(0, 2)
     header = _unpacked(path, head)

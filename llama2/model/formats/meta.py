@@ -23,11 +23,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from llama2 import plain
 from llama2.errors import UserError, did_you_mean, explain_os_errors
 from llama2.model.formats import archive
 from llama2.model.formats.binary import EMBEDDINGS, HEAD, halved, interleaved, rotary_heads, shapes
 from llama2.model.formats.source import Source, Stored
 from llama2.model.llama import LlamaConfig
+from llama2.printable import shown
 
 PARAMETERS, TOKENIZER = "params.json", "tokenizer.model"
 CONTEXT = 4096
@@ -40,7 +42,6 @@ _INSIDE = {
     "mlp.gate_proj": ("feed_forward.w1", ROWS), "mlp.down_proj": ("feed_forward.w2", COLUMNS),
     "mlp.up_proj": ("feed_forward.w3", ROWS), "input_layernorm": ("attention_norm", None),
     "post_attention_layernorm": ("ffn_norm", None)}
-_AGAIN = "fetch it again"
 
 
 def their_name(name: str) -> tuple[str, int | None]:
@@ -74,23 +75,17 @@ def read(path: Path, *, context: int = CONTEXT) -> Source:
 
 
 def _parameters(file: Path) -> dict[str, Any]:
-    with explain_os_errors(file):
-        content = file.read_bytes()
-    try:
-        values = json.loads(content)
-    except ValueError as error:
-        raise UserError(f"{file}: not valid JSON ({error})", _AGAIN) from None
-    if not isinstance(values, dict):
-        raise UserError(f"{file}: a JSON object was expected", _AGAIN)
+    values = plain.json_object(file)
     for name in ("dim", "n_layers", "n_heads"):
         if name not in values:
             raise UserError(f"{file}: the key '{name}' is missing", did_you_mean(name, values))
     for name in ("dim", "n_layers", "n_heads", "n_kv_heads", "vocab_size", "max_seq_len"):
         if values.get(name) is not None and type(values[name]) is not int:
-            raise UserError(f"{file}: {name} is {values[name]!r}", "a whole number was expected")
+            raise UserError(f"{file}: {name} is {shown(values[name])}", "a whole number was expected")
     for name in ("norm_eps", "rope_theta"):
-        if values.get(name) is not None and type(values[name]) not in (int, float):
-            raise UserError(f"{file}: {name} is {values[name]!r}", "a number was expected")
+        value = values.get(name)
+        if value is not None and (type(value) not in (int, float) or not math.isfinite(value)):
+            raise UserError(f"{file}: {name} is {shown(value)}", "a finite number was expected")
     if values.get("use_scaled_rope") or values.get("moe"):
         raise UserError(f"{file}: a later model than Llama 2", "only models of the Llama 2 family can be read")
     return values

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from llama2 import plain
 from llama2.errors import UserError
 from llama2.model.formats import directory, hf
 from llama2.model.formats.binary import EMBEDDINGS, HEAD
@@ -73,7 +74,7 @@ class _Adapter:
 
 def base_of(path: Path, given: Path | None = None) -> Path:
     """Where the model lies that an adapter belongs to: as given, or as its config says."""
-    named = directory.read_json(path / CONFIG).get(_BASE)
+    named = plain.json_object(path / CONFIG).get(_BASE)
     if given is None and (not isinstance(named, str) or not Path(named).exists()):
         raise UserError(f"{path / CONFIG}: the base model '{named}' is not on this machine",
                         "name its place: --base DIRECTORY")
@@ -112,19 +113,19 @@ def read(path: Path, base: Source, dtype: torch.dtype | None = None) -> Source:
 
 
 def _open(path: Path) -> _Adapter:
-    values = directory.read_json(path / CONFIG)
+    values = plain.json_object(path / CONFIG)
     _refuse_others(path / CONFIG, values)
     files = [path / name for name in WEIGHTS if (path / name).exists()][:1]
     if not files:
         raise UserError(f"{path}: neither {' nor '.join(WEIGHTS)} is there", "fetch the adapter again")
     adapter = _Adapter(path, values)
     for name, stored in hf.entries(files).items():
-        plain = _WRAPPERS.sub("", name)
-        if part := _PART.match(plain):
+        folded = _WRAPPERS.sub("", name)
+        if part := _PART.match(folded):
             adapter.pairs.setdefault(part[1], {})[part[3]] = stored
             adapter.flat |= {part[1]} if part[2] else set()
-        elif plain.endswith(".weight") and "lora" not in plain:
-            adapter.whole[plain] = stored
+        elif folded.endswith(".weight") and "lora" not in folded:
+            adapter.whole[folded] = stored
         else:
             raise UserError(f"{stored.place}: this is no part of a plain LoRA adapter",
                             "merge it with the program that trained it")

@@ -13,7 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from llama2.errors import UserError, explain_os_errors
+from llama2 import plain
+from llama2.errors import UserError
 
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)
 SPACE = "\u2581"  # how SentencePiece writes a space
@@ -53,8 +54,7 @@ class Pieces:
 
 def load(path: Path) -> Pieces:
     """The vocabulary in a SentencePiece model file. UserError if it is none, or damaged."""
-    with explain_os_errors(path):
-        model = path.read_bytes()
+    model = plain.content(path)
     items: list[Piece] = []
     prefix, removed, charsmap = True, True, b""  # as SentencePiece has them when the file does not say
     try:
