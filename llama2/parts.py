@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import json
 import os
-import sys
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -20,6 +19,7 @@ from typing import IO, Any, TypeVar
 
 from llama2 import mesh, plain
 from llama2.errors import explain_os_errors
+from llama2.printable import say
 from llama2.runs import CHECKPOINTS, Run
 
 T = TypeVar("T")
@@ -65,8 +65,7 @@ class _Finished:
             while (line := self._file.readline()) and (part := _part(line, self.end)) and self.end + part[0] <= items:
                 self.end, whole = self.end + part[0], whole + len(line)
             if line.endswith(b"\n"):  # a line that a crash cut off is nothing to speak of
-                print(f"{path}: damaged behind the first {self.end} of {items}; the rest is made again",
-                      file=sys.stderr)
+                say(f"{path}: damaged behind the first {self.end} of {items}; the rest is made again")
             self._file.truncate(whole)
             self._file.seek(0)
         self._next = 0

@@ -94,12 +94,19 @@ def parsed(text: str | bytes) -> Any:
         raise ValueError(f"no text in {error.encoding}: {error.reason} at byte {error.start}") from None
     except RecursionError:
         raise ValueError("nested too deeply") from None
-    level, here = 0, [found]
-    while here := [item for value in here for item in _items(value)]:
-        level += 1
-        if level > DEEPEST:
-            raise ValueError(f"nested more than {DEEPEST} levels deep")
+    if is_deep(found, DEEPEST):
+        raise ValueError(f"nested more than {DEEPEST} levels deep")
     return found
+
+
+def is_deep(value: Any, most: int) -> bool:
+    """Whether lists and objects are nested more than `most` levels: who walks through them by recursion would fall."""
+    here = [value]
+    for _ in range(most):
+        here = [item for each in here for item in _items(each)]
+        if not here:
+            return False
+    return any(isinstance(each, (dict, list)) for each in here)
 
 
 def _object(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import os
 import shutil
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -21,6 +20,7 @@ from llama2.config import Config as Section
 from llama2.errors import UserError, explain_os_errors
 from llama2.model.formats import directory
 from llama2.model.formats.gguf import Precision
+from llama2.printable import say
 from llama2.release import card as cards
 from llama2.release import emissions, hub, licences, provenance, responsible, weights
 from llama2.release.carbon import Power
@@ -77,7 +77,7 @@ def run(config: Config) -> None:
     with _fresh(config.out) as work:
         fill(config, lineage, work)
     count = len((config.out / SUMS).read_text(encoding="utf-8").splitlines())
-    print(f"{config.out}: {count} files and their checksums", file=sys.stderr)
+    say(f"{config.out}: {count} files and their checksums")
     if client is not None and config.push is not None:
         hub.push(config.out, config.push, client, private=config.private, sure=config.yes)
     print(config.out)

@@ -9,7 +9,6 @@ it is there.
 from __future__ import annotations
 
 import shutil
-import sys
 from pathlib import Path
 from typing import Any, Literal
 
@@ -23,6 +22,7 @@ from llama2.model.formats.progress import Reading, size
 from llama2.model.formats.recognise import open_source
 from llama2.model.formats.source import Source, Stored, observed
 from llama2.model.formats.tensorfile import is_finite
+from llama2.printable import say
 from llama2.stages.planning import Cluster, Lineage
 from llama2.tokenizer.tokenizer import Tokenizer
 
@@ -131,4 +131,4 @@ def _check_finite(stored: Stored, tensor: Tensor) -> None:
 
 
 def _say(line: str) -> None:
-    print(f"llama2: {line}", file=sys.stderr, flush=True)
+    say(f"llama2: {line}")

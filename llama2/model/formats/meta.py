@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import re
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -70,14 +71,14 @@ def read(path: Path, *, context: int = CONTEXT) -> Source:
     config = _config(path, values, parts, context)
     _check(config, files, parts)
     tensors = {name: _joined(name, shape, parts, config) for name, shape in shapes(config).items()}
-    found = (place for place in (path / TOKENIZER, path.resolve().parent / TOKENIZER) if place.is_file())
+    found = (place for place in (path / TOKENIZER, path.resolve().parent / TOKENIZER) if os.path.lexists(place))
     return Source(path, "meta", config, False, tensors, next(found, None))
 
 
 def _parameters(file: Path) -> dict[str, Any]:
     values = plain.json_object(file)
     for name in ("dim", "n_layers", "n_heads"):
-        if name not in values:
+        if values.get(name) is None:
             raise UserError(f"{file}: the key '{name}' is missing", did_you_mean(name, values))
     for name in ("dim", "n_layers", "n_heads", "n_kv_heads", "vocab_size", "max_seq_len"):
         if values.get(name) is not None and type(values[name]) is not int:
@@ -86,6 +87,7 @@ def _parameters(file: Path) -> dict[str, Any]:
         value = values.get(name)
         if value is not None and (type(value) not in (int, float) or not math.isfinite(value)):
             raise UserError(f"{file}: {name} is {shown(value)}", "a finite number was expected")
+    values = {name: value for name, value in values.items() if value is not None}
     if values.get("use_scaled_rope") or values.get("moe"):
         raise UserError(f"{file}: a later model than Llama 2", "only models of the Llama 2 family can be read")
     return values
@@ -116,12 +118,12 @@ def _config(path: Path, values: Mapping[str, Any], parts: Sequence[Mapping[str, 
         config = LlamaConfig(
             vocab_size=embeddings[0], hidden_size=values["dim"], intermediate_size=gate[0] * len(parts),
             num_hidden_layers=values["n_layers"], num_attention_heads=values["n_heads"],
-            num_key_value_heads=values.get("n_kv_heads") or values["n_heads"],
-            max_position_embeddings=values.get("max_seq_len") or context,
-            rms_norm_eps=float(values.get("norm_eps") or 1e-5), rope_theta=float(values.get("rope_theta") or 10000.0))
+            num_key_value_heads=values.get("n_kv_heads", values["n_heads"]),
+            max_position_embeddings=values.get("max_seq_len", context),
+            rms_norm_eps=float(values.get("norm_eps", 1e-5)), rope_theta=float(values.get("rope_theta", 10000.0)))
     except UserError as error:
         raise UserError(f"{path / PARAMETERS}: {error.cause}", error.cure) from None
-    if values.get("vocab_size", -1) not in (None, -1, config.vocab_size):
+    if values.get("vocab_size", -1) not in (-1, config.vocab_size):
         raise UserError(f"{path / PARAMETERS}: vocab_size is {values['vocab_size']}, tok_embeddings.weight has "
                         f"{config.vocab_size} rows", "they are of different models")
     if config.num_hidden_layers > len(parts[0]):

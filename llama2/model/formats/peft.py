@@ -13,6 +13,7 @@ nobody needs. An adapter may part the output matrix from embeddings that the bas
 from __future__ import annotations
 
 import math
+import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
@@ -88,8 +89,8 @@ class _Adapter:
 def base_of(path: Path, given: Path | None = None) -> Path:
     """Where the model lies that an adapter belongs to: as given, or as its config says."""
     named = plain.json_object(path / CONFIG).get(_BASE)
-    if given is None and (not isinstance(named, str) or not Path(named).exists()):
-        raise UserError(f"{path / CONFIG}: the base model '{named}' is not on this machine",
+    if given is None and (not isinstance(named, str) or not os.path.exists(named)):
+        raise UserError(f"{path / CONFIG}: the base model {shown(named)} is not on this machine",
                         "name its place: --base DIRECTORY")
     return given or Path(str(named))
 
