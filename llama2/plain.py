@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import stat
 from collections.abc import Sequence
 from io import BufferedReader
@@ -54,6 +55,16 @@ def content(path: str | os.PathLike[str], most: int = LARGEST) -> bytes:
         raise UserError(f"{path}: {size:,} bytes, at most {most:,} were expected", "check the path")
     with explain_os_errors(path), open(path, "rb") as file:
         return file.read()
+
+
+def check_room(path: str | os.PathLike[str], size: int, or_else: str) -> None:
+    """UserError if less than `size` bytes are free where a path is or will be; `or_else` would take fewer."""
+    place = next(parent for parent in (Path(path).absolute(), *Path(path).absolute().parents) if parent.exists())
+    with explain_os_errors(place):
+        free = shutil.disk_usage(place).free
+    if size > free:
+        raise UserError(f"{path}: the weights take {size / 1e9:.1f} GB, and {free / 1e9:.1f} GB are free",
+                        f"free some space, choose another --out, or {or_else}")
 
 
 def json_value(path: str | os.PathLike[str], cure: str = AGAIN) -> Any:

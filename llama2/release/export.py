@@ -16,7 +16,7 @@ from typing import Literal, cast
 import torch
 from pydantic import Field
 
-from llama2 import mesh
+from llama2 import mesh, plain
 from llama2.config import Config as Base
 from llama2.errors import UserError
 from llama2.model.formats import gguf, hf, llama2c, meta
@@ -34,6 +34,9 @@ DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 _KINDS = {"fp32": "f32", "fp16": "f16", "bf16": "bf16"}  # what llama.cpp calls them
 ROUNDING = {"fp32": 2.0**-24, "fp16": 2.0**-11, "bf16": 2.0**-8, "q8_0": 1 / 127, "q4_0": 1 / 7}
 """the largest error of a number beside the largest number of its tensor that each kind explains"""
+
+_BYTES = {"fp32": 4.0, "fp16": 2.0, "bf16": 2.0, "q8_0": 34 / 32, "q4_0": 18 / 32}
+"""of a number, with its share of a block's scale"""
 
 
 class Config(Base):
@@ -64,6 +67,7 @@ def run(config: Config) -> int:
     source = open_source(config.checkpoint, base=config.base, dtype=DTYPES.get(config.dtype or ""))
     kind = _kind(config, source)
     target = _target(config, kind)
+    plain.check_room(target, _bytes(config, source, kind), "a smaller --type or --dtype")
     if source.tokenizer is None:
         print(f"llama2: {config.checkpoint} has no tokenizer, so none is written", file=sys.stderr)
     with Reading("write", size((source,))) as bar:
@@ -102,6 +106,14 @@ def _kind(config: Config, source: Source) -> str:
     return config.dtype or stored
 
 
+def _bytes(config: Config, source: Source, kind: str) -> int:
+    """About how many the weights will take."""
+    each = source.tensors.values()
+    if config.to in ("hf", "meta") and config.dtype is None:
+        return sum(stored.nbytes for stored in each)
+    return round(sum(stored.numel for stored in each) * _BYTES[kind])
+
+
 def _rounding(config: Config, source: Source, kind: str) -> float:
     """The largest error that storing a checkpoint so explains, beside a tensor's largest number; 0: there is none."""
     if config.to in ("hf", "meta") and config.dtype is None:
@@ -128,15 +140,14 @@ def _write(config: Config, source: Source, target: Path, kind: str) -> list[str]
     dtype = DTYPES.get(config.dtype or "")
     if config.to == "hf":
         hf.write(source, target, dtype=dtype, beside=_tokenizer_files(source))
-    elif config.to == "meta":
-        meta.write(source, target, dtype=dtype, shards=config.shards)
-    elif config.to == "llama2c":
-        llama2c.write(source, target, version=2 if kind == "q8_0" else 0)
-    else:
-        precision = cast(gguf.Precision, _KINDS.get(kind, kind))
-        return gguf.write(source, target, precision=precision, chat_template=CHAT_TEMPLATE,
-                          name=config.checkpoint.resolve().name)
-    return []
+        return []
+    if config.to == "meta":
+        return meta.write(source, target, dtype=dtype, shards=config.shards)
+    if config.to == "llama2c":
+        return llama2c.write(source, target, version=2 if kind == "q8_0" else 0)
+    precision = cast(gguf.Precision, _KINDS.get(kind, kind))
+    return gguf.write(source, target, precision=precision, chat_template=CHAT_TEMPLATE,
+                      name=config.checkpoint.resolve().name)
 
 
 def _tokenizer_files(source: Source) -> Callable[[Path], None]:

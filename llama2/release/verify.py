@@ -104,7 +104,7 @@ def compared(a: Source, b: Source, *, length: int | None = None, tolerance: floa
     notes = list(shapes.notes)
     tokenizer = None
     if a.tokenizer and b.tokenizer:
-        tokenizer = texts.compare(a.tokenizer, b.tokenizer)
+        tokenizer = texts.compare(a.tokenizer, b.tokenizer, (a.format, b.format))
         notes += tokenizer.notes
     else:
         lacking = [str(side.path) for side in (a, b) if side.tokenizer is None]

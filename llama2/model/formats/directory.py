@@ -22,7 +22,6 @@ from llama2 import plain
 from llama2.errors import UserError, did_you_mean, explain_os_errors
 from llama2.model.formats import binary
 from llama2.model.llama import LlamaConfig
-from llama2.plain import json_object as read_json
 from llama2.printable import shown
 
 CONFIG, WEIGHTS, INDEX, CHECKSUMS = "config.json", "model.safetensors", "model.safetensors.index.json", "checksums.json"
@@ -31,6 +30,7 @@ LANGUAGE_MODEL, SEQUENCE_SCORER = "LlamaForCausalLM", "LlamaForSequenceClassific
 SCORE = "score.weight"
 PADDING = 0  # transformers finds the last real token of a row by it; the published tokenizer has no id for padding
 UNFIT = "this model cannot be loaded"
+read_json = plain.json_object
 
 
 # ---- config.json ----------------------------------------------------------------------------------------------------
@@ -77,13 +77,13 @@ def _refuse_relatives(path: Path, values: Mapping[str, Any]) -> None:
              "rope_scaling": ("default", scaling.get("rope_type", scaling.get("type")))}
     for name, (expected, found) in fixed.items():
         if found is not None and found != expected:
-            raise UserError(f"{path}: {name} is {shown(found)}, Llama 2 has {expected!r}", UNFIT)
+            raise UserError(f"{path}: {name} is {found!r}, Llama 2 has {expected!r}", UNFIT)
 
 
 def _section(path: Path, values: Mapping[str, Any], name: str) -> Mapping[str, Any]:
     section = values.get(name) or {}
     if not isinstance(section, Mapping):
-        raise UserError(f"{path}: {name} is {shown(section)}", "a JSON object was expected")
+        raise UserError(f"{path}: {name} is {section!r}", "a JSON object was expected")
     return section
 
 
@@ -93,7 +93,7 @@ def _check_number(path: Path, name: str, value: Any) -> None:
         "float": ((int, float), "a number was expected")}
     allowed, wanted = kinds[str(LlamaConfig.__dataclass_fields__[name].type)]
     if not isinstance(value, allowed) or (isinstance(value, bool) and bool not in allowed) or value != value:
-        raise UserError(f"{path}: {name} is {shown(value)}", wanted)
+        raise UserError(f"{path}: {name} is {value!r}", wanted)
 
 
 def _is_scorer(path: Path, values: Mapping[str, Any]) -> bool:
@@ -101,8 +101,7 @@ def _is_scorer(path: Path, values: Mapping[str, Any]) -> bool:
     known = {name.lower(): name for name in (LANGUAGE_MODEL, SEQUENCE_SCORER)}  # early conversions wrote LLaMA
     names = [known.get(str(name).lower()) for name in listed] if isinstance(listed, list) else []
     if not names or None in names:
-        raise UserError(f"{path}: architectures is {shown(listed)}",
-                        f"{LANGUAGE_MODEL} or {SEQUENCE_SCORER} was expected")
+        raise UserError(f"{path}: architectures is {listed!r}", f"{LANGUAGE_MODEL} or {SEQUENCE_SCORER} was expected")
     return SEQUENCE_SCORER in names
 
 

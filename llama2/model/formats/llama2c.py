@@ -34,6 +34,7 @@ from llama2.model.formats.binary import (
     HEAD,
     NORM,
     halved,
+    in_single,
     interleaved,
     kept,
     read_array,
@@ -129,7 +130,7 @@ def _check_writable(source: Source) -> None:
         raise UserError(f"{source.path}: this is a reward model, and llama2.c has no place for its head",
                         "export a language model")
     config = source.config
-    if config.rope_theta != _THETA or config.rms_norm_eps != _EPS:
+    if (in_single(config.rope_theta), in_single(config.rms_norm_eps)) != (_THETA, in_single(_EPS)):
         raise UserError(f"{source.path}: rope_theta is {config.rope_theta}, rms_norm_eps {config.rms_norm_eps}",
                         f"llama2.c takes {_THETA} and {_EPS} for granted: export in another format")
     if (config.bos_token_id, config.eos_token_id) != (1, 2):

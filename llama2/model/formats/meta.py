@@ -26,7 +26,7 @@ from torch import Tensor
 
 from llama2 import plain
 from llama2.errors import UserError, did_you_mean, explain_os_errors
-from llama2.model.formats import archive
+from llama2.model.formats import archive, pieces
 from llama2.model.formats.binary import EMBEDDINGS, HEAD, halved, interleaved, rotary_heads, shapes
 from llama2.model.formats.source import Source, Stored
 from llama2.model.llama import LlamaConfig
@@ -34,6 +34,7 @@ from llama2.printable import shown
 
 PARAMETERS, TOKENIZER = "params.json", "tokenizer.model"
 CONTEXT = 4096
+_THETA = 10000.0
 ROWS, COLUMNS = 0, 1
 _OUTSIDE = {"model.embed_tokens": ("tok_embeddings", COLUMNS), "model.norm": ("norm", None),
             "lm_head": ("output", ROWS)}
@@ -120,7 +121,7 @@ def _config(path: Path, values: Mapping[str, Any], parts: Sequence[Mapping[str, 
             num_hidden_layers=values["n_layers"], num_attention_heads=values["n_heads"],
             num_key_value_heads=values.get("n_kv_heads", values["n_heads"]),
             max_position_embeddings=values.get("max_seq_len", context),
-            rms_norm_eps=float(values.get("norm_eps", 1e-5)), rope_theta=float(values.get("rope_theta", 10000.0)))
+            rms_norm_eps=float(values.get("norm_eps", 1e-5)), rope_theta=float(values.get("rope_theta", _THETA)))
     except UserError as error:
         raise UserError(f"{path / PARAMETERS}: {error.cause}", error.cure) from None
     if values.get("vocab_size", -1) not in (-1, config.vocab_size):
@@ -196,12 +197,12 @@ def _agreed(pieces: Sequence[Stored]) -> Tensor:
 
 
 # ---- writing --------------------------------------------------------------------------------------------------------
-def write(source: Source, directory: Path, *, dtype: torch.dtype | None = None, shards: int = 1) -> None:
+def write(source: Source, directory: Path, *, dtype: torch.dtype | None = None, shards: int = 1) -> list[str]:
     """Write a language model as Meta's code loads it on `shards` model-parallel ranks.
 
     One tensor at a time is in memory, whatever the number of files. `dtype` converts the weights; without it each
-    keeps its own. UserError for a reward model, a shape that does not divide into so many ranks, and a directory that
-    holds something already.
+    keeps its own. Returns, in sentences for the user, what Meta's code does not read. UserError for a reward model, a
+    shape that does not divide into so many ranks, and a directory that holds something already.
     """
     directory = Path(directory)
     if source.scorer:
@@ -222,7 +223,18 @@ def write(source: Source, directory: Path, *, dtype: torch.dtype | None = None, 
                 _deal(name, stored[name], layout[their_name(name)[0]][1], source.config, targets)
         (work / PARAMETERS).write_text(json.dumps(parameters(source.config), indent=2) + "\n", encoding="utf-8")
         if source.tokenizer is not None:
-            shutil.copyfile(source.tokenizer, work / TOKENIZER)
+            (work / TOKENIZER).write_bytes(_as_large(source.tokenizer, source.config.vocab_size))
+    theta = source.config.rope_theta
+    return [] if theta == _THETA else [
+        f"{PARAMETERS} has rope_theta {theta:g}, which Code Llama's code reads; that of Llama 2 knows no such key and "
+        f"takes {_THETA:g} for granted"]
+
+
+def _as_large(tokenizer: Path, size: int) -> bytes:
+    """A tokenizer with an item for each row of the embeddings: Meta's code makes as many rows as it has items."""
+    model = plain.content(tokenizer)
+    count = len(pieces.parse(model, str(tokenizer)).items)
+    return model if count >= size else pieces.padded(model, count, size)
 
 
 def _deal(name: str, stored: Stored, dtype: torch.dtype, config: LlamaConfig,
@@ -254,7 +266,7 @@ def parameters(config: LlamaConfig) -> dict[str, Any]:
                               "vocab_size": config.vocab_size, **_width(config)}
     if config.num_key_value_heads != config.num_attention_heads:
         values["n_kv_heads"] = config.num_key_value_heads
-    if config.rope_theta != 10000.0:
+    if config.rope_theta != _THETA:
         values["rope_theta"] = config.rope_theta
     return values
 

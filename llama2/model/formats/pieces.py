@@ -54,7 +54,11 @@ class Pieces:
 
 def load(path: Path) -> Pieces:
     """The vocabulary in a SentencePiece model file. UserError if it is none, or damaged."""
-    model = plain.content(path)
+    return parse(plain.content(path), str(path))
+
+
+def parse(model: bytes, place: str) -> Pieces:
+    """`load` for the content of a file; `place` names it in errors."""
     items: list[Piece] = []
     prefix, removed, charsmap = True, True, b""  # as SentencePiece has them when the file does not say
     try:
@@ -66,9 +70,9 @@ def load(path: Path) -> Pieces:
                 charsmap = normalizer.get(2, b"")
                 prefix, removed = bool(normalizer.get(3, prefix)), bool(normalizer.get(4, removed))
     except (IndexError, KeyError, TypeError, ValueError, struct.error):
-        raise UserError(f"{path}: not a SentencePiece model, or a damaged one", "copy the file again") from None
+        raise UserError(f"{place}: not a SentencePiece model, or a damaged one", "copy the file again") from None
     if not items:
-        raise UserError(f"{path}: not a SentencePiece model: it has no items", "copy the file again")
+        raise UserError(f"{place}: not a SentencePiece model: it has no items", "copy the file again")
     return Pieces(items, prefix, removed, bool(charsmap))
 
 
