@@ -240,7 +240,7 @@ def open_run(verb: str, config: StageConfig) -> Iterator[Run]:
         run, begin = Run(path, finished), time.time()
         if finished:
             if mesh.is_main():
-                print(f"{path}: already finished, skipped", file=sys.stderr)
+                say(f"{path}: already finished, skipped")
                 _remove_checkpoints(path / CHECKPOINTS)  # it may have died behind its completion mark
                 (path / SECONDS).unlink(missing_ok=True)
             yield run

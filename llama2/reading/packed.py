@@ -25,8 +25,9 @@ from llama2.errors import UserError, explain_os_errors, missing_extra
 
 PACKINGS = (".gz", ".bz2", ".xz", ".zst")
 ZIP = ".zip"
-_DAMAGE = (EOFError, gzip.BadGzipFile, zlib.error, lzma.LZMAError, zipfile.BadZipFile, struct.error, RuntimeError,
-           ValueError, OverflowError, LookupError)
+DAMAGE = (EOFError, gzip.BadGzipFile, zlib.error, lzma.LZMAError, zipfile.BadZipFile, struct.error, RuntimeError,
+          ValueError, OverflowError, LookupError)
+"""what libraries raise over bytes that are not what they should be"""
 
 
 def unpacked(name: str) -> str:
@@ -66,7 +67,7 @@ def explained(place: Callable[[], str]) -> Iterator[None]:
         yield
     except NotImplementedError as error:
         raise UserError(f"{place()}: packed in a way that cannot be read ({error})", "pack it as gzip") from error
-    except _DAMAGE as error:
+    except DAMAGE as error:
         raise UserError(f"{place()}: truncated or corrupt archive ({error})", "fetch it again") from error
     except OSError as error:
         if error.errno in (None, errno.EINVAL):  # a library's refusal, or an offset in an archive that points nowhere

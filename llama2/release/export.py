@@ -8,7 +8,6 @@ and the difference is printed. One tensor at a time is in memory.
 from __future__ import annotations
 
 import math
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Literal, cast
@@ -23,6 +22,7 @@ from llama2.model.formats import gguf, hf, llama2c, meta
 from llama2.model.formats.progress import Reading, size
 from llama2.model.formats.recognise import open_source
 from llama2.model.formats.source import Source
+from llama2.printable import say
 from llama2.release import verify
 from llama2.release.compare import context
 from llama2.tokenizer.template import CHAT_TEMPLATE
@@ -69,14 +69,14 @@ def run(config: Config) -> int:
     target = _target(config, kind)
     plain.check_room(target, _bytes(config, source, kind), "a smaller --type or --dtype")
     if source.tokenizer is None:
-        print(f"llama2: {config.checkpoint} has no tokenizer, so none is written", file=sys.stderr)
+        say(f"llama2: {config.checkpoint} has no tokenizer, so none is written")
     with Reading("write", size((source,))) as bar:
         for note in _write(config, bar.watched(source), target, kind):
-            print(f"llama2: note: {note}", file=sys.stderr)
+            say(f"llama2: note: {note}")
     try:
         status = _verified(source, open_source(target), kind, _rounding(config, source, kind), config.length)
     except UserError as error:  # what was just written cannot be read: that is not the user's mistake
-        print(f"llama2: error: {error}", file=sys.stderr)
+        say(f"llama2: error: {error}")
         return 1
     if status == 0:
         print(target)
@@ -169,12 +169,11 @@ def _verified(source: Source, written: Source, kind: str, allowed: float, length
         failures.insert(0, f"{found.tensors.relative_name} differs by {apart:.3g} of its largest number, and {kind} "
                         f"explains {allowed:.3g}")
     for line in verify.lines(found, tolerance):
-        print(line, file=sys.stderr)
+        say(line)
     if failures:
-        print(f"llama2: error: {written.path} is not the model it was made from: {failures[0]}; do not use it",
-              file=sys.stderr)
+        say(f"llama2: error: {written.path} is not the model it was made from: {failures[0]}; do not use it")
         return 1
-    print(f"llama2: done: {written.path} holds " + (
+    say(f"llama2: done: {written.path} holds " + (
         f"the original, rounded to {kind} by at most {apart:.2%} of the largest number of a tensor" if allowed
-        else "every number of the original"), file=sys.stderr)
+        else "every number of the original"))
     return 0

@@ -30,6 +30,7 @@ from torch import Tensor
 from llama2 import plain
 from llama2.errors import UserError, explain_os_errors
 from llama2.model.formats.source import Stored
+from llama2.reading.packed import DAMAGE
 
 STORAGES = {
     "FloatStorage": torch.float32, "HalfStorage": torch.float16, "BFloat16Storage": torch.bfloat16,
@@ -142,7 +143,7 @@ def _members(path: Path, file: IO[bytes]) -> dict[str, Member]:
     try:
         with zipfile.ZipFile(file) as archive:
             listed = archive.infolist()
-    except (zipfile.BadZipFile, NotImplementedError, ValueError, OSError, struct.error) as error:
+    except (*DAMAGE, NotImplementedError, OSError) as error:
         raise UserError(f"{path}: truncated, or not a file of PyTorch's ({error})", AGAIN) from None
     size = file.seek(0, io.SEEK_END)
     found = {}
