@@ -8,11 +8,10 @@ and an end that only the first names was an end in training. A template is `chat
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
-from typing import Any
 
-from llama2.errors import UserError, explain_os_errors
+from llama2 import plain
+from llama2.errors import UserError
 
 CONFIG, GENERATION = "config.json", "generation_config.json"
 TEMPLATE, SETTINGS = "chat_template.jinja", "tokenizer_config.json"
@@ -26,7 +25,7 @@ def stop_ids(directory: Path, size: int | None = None) -> tuple[int, ...]:
     """
     found: list[int] = []
     for file in (directory / CONFIG, directory / GENERATION):
-        listed = _object(file).get("eos_token_id") if file.is_file() else None
+        listed = plain.json_object(file).get("eos_token_id") if file.is_file() else None
         ids = listed if isinstance(listed, list) else [] if listed is None else [listed]
         if not ids and listed is not None:
             raise UserError(f"{file}: eos_token_id is []", "name an id that ends an answer")
@@ -44,25 +43,12 @@ def chat_template(directory: Path) -> str | None:
     """The chat template in a directory, in Jinja; None if there is none."""
     file = directory / TEMPLATE
     if file.is_file():
-        with explain_os_errors(file):
-            return file.read_text(encoding="utf-8", errors="replace")
+        return plain.content(file).decode("utf-8", "replace")
     file = directory / SETTINGS
-    found = _object(file).get("chat_template") if file.is_file() else None
+    found = plain.json_object(file).get("chat_template") if file.is_file() else None
     if isinstance(found, list):  # several, each with a name
         named = {one.get("name"): one.get("template") for one in found if isinstance(one, dict)}
         found = named.get(_DEFAULT, next(iter(named.values()), None))
     if found is not None and not isinstance(found, str):
         raise UserError(f"{file}: chat_template is {str(found)[:60]!r}", "a text was expected")
     return found or None
-
-
-def _object(path: Path) -> dict[str, Any]:
-    with explain_os_errors(path):
-        text = path.read_bytes()
-    try:
-        values = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{path}: not valid JSON ({error})", "fetch it again") from None
-    if not isinstance(values, dict):
-        raise UserError(f"{path}: a JSON object was expected", "fetch it again")
-    return values

@@ -18,6 +18,7 @@ from typing import Any
 import llama2
 from llama2.errors import UserError, did_you_mean, explain_os_errors
 from llama2.interrupts import MESSAGE, STATUS, leave_at_once
+from llama2.printable import say
 
 HELP = """usage: llama2 <verb> [recipe.yaml] [--section.key value ...]
 
@@ -52,7 +53,7 @@ def _guarded(arguments: list[str]) -> int:
         with explain_os_errors("output"):
             return _dispatch(arguments)
     except UserError as error:
-        print(f"llama2: error: {error}".replace("\n", " "), file=sys.stderr)
+        say(f"llama2: error: {error}")
         return error.exit_code
     except BrokenPipeError:  # `llama2 ... | head` has read enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -25,6 +25,7 @@ from llama2 import mistakes, schema
 from llama2.errors import UserError
 from llama2.exact import exact
 from llama2.flags import overrides
+from llama2.printable import is_safe
 from llama2.recipes import layers, merge
 from llama2.schema import Flag
 
@@ -132,6 +133,8 @@ def _settled(value: Any, place: str, prefix: str) -> Any:
 
 def _path(path: Path, place: str, prefix: str) -> Path:
     """A path with its home directory written out; UserError where a variable of the shell was meant."""
+    if "\0" in str(path):
+        raise UserError(f"{prefix}'{place}': {path}: no path has a NUL in it", "take it out")
     if path.parts[:1] == ("~",) or (str(path).startswith("~") and not path.exists()):
         try:
             return path.expanduser()
@@ -145,7 +148,7 @@ def _path(path: Path, place: str, prefix: str) -> Path:
 
 def check_name(name: str, place: str) -> None:
     """Refuse a name that cannot be that of a file: names of sets and steps become such."""
-    if not name or name.startswith(".") or re.search(r"[/\\\x00-\x1f]", name):
+    if not name or name.startswith(".") or re.search(r"[/\\]", name) or not all(map(is_safe, name)):
         raise UserError(f"{place}: {name!r} is no name", "choose one without '/' that does not begin with a dot")
 
 

@@ -8,22 +8,29 @@ from __future__ import annotations
 
 import difflib
 import errno
+import io
 import os
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
+from llama2.printable import line
+
 
 class UserError(Exception):
-    """Something the user can mend: `cause` says what is wrong and where, `cure` what to do about it."""
+    """Something the user can mend: `cause` says what is wrong and where, `cure` what to do about it.
+
+    Both are made fit for a terminal, one line of bounded length, for they name what stands in files.
+    """
 
     exit_code = 2
 
     def __init__(self, cause: str, cure: str = "") -> None:
-        self.cause, self.cure = cause, cure
-        super().__init__(f"{cause}; {cure}" if cure else cause)
+        self.cause, self.cure = line(cause), line(cure)
+        super().__init__(f"{self.cause}; {self.cure}" if cure else self.cause)
 
 
-_ELSEWHERE = (ConnectionError, BlockingIOError, ChildProcessError, InterruptedError, ProcessLookupError, TimeoutError)
+_ELSEWHERE = (ConnectionError, BlockingIOError, ChildProcessError, InterruptedError, ProcessLookupError, TimeoutError,
+              io.UnsupportedOperation)
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:
@@ -41,9 +48,9 @@ def missing_extra(package: str, extra: str) -> UserError:
 
 @contextmanager
 def explain_os_errors(path: str | os.PathLike[str]) -> Iterator[None]:
-    """Turn the operating system's refusals about `path` (full disk, missing file, no permission) into `UserError`.
+    """Turn every refusal about `path` (full disk, missing file, no permission; a library's own) into `UserError`.
 
-    What is said of a connection, a process or a descriptor passes: it is not about the path.
+    What is said of a connection, a process or a descriptor passes, unless a file is named: it is not about the path.
     """
     cures = {
         errno.ENOSPC: ("no space left on the device", "free some space and run the same command again: it resumes"),
@@ -56,11 +63,21 @@ def explain_os_errors(path: str | os.PathLike[str]) -> Iterator[None]:
         errno.EROFS: ("the file system is read-only", "choose another --out"),
         errno.EISDIR: ("this is a directory, a file was expected", "check the path"),
         errno.ENOTDIR: ("a part of this path is a file, not a directory", "check the path"),
+        errno.ENAMETOOLONG: ("this name is too long for the file system", "choose a shorter one"),
+        errno.ELOOP: ("symbolic links that lead in a circle", "mend the links, or name another path"),
     }
     try:
         yield
     except OSError as error:
-        if error.errno in (None, errno.EBADF) or isinstance(error, _ELSEWHERE):  # None: a library's own refusal
+        if error.filename is None and (error.errno == errno.EBADF or isinstance(error, _ELSEWHERE)):
             raise
+        if error.errno is None:  # a library's own
+            raise UserError(f"{path}: {error or type(error).__name__}", "check the file and its disk") from error
         cause, cure = cures.get(error.errno, (os.strerror(error.errno).lower(), "check the path and its disk"))
-        raise UserError(f"{error.filename or path}: {cause}", cure) from error
+        raise UserError(f"{_named(error, path)}: {cause}", cure) from error
+
+
+def _named(error: OSError, path: str | os.PathLike[str]) -> str:
+    """The file that a refusal is about, where it says one (as a name, or as the bytes of one)."""
+    named = error.filename
+    return os.fsdecode(named) if isinstance(named, (str, bytes)) and named else str(path)

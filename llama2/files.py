@@ -20,7 +20,6 @@ from __future__ import annotations
 import glob
 import os
 import re
-import sys
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator
 from itertools import chain
@@ -28,6 +27,7 @@ from pathlib import Path, PurePosixPath
 from typing import Literal, TypeVar
 
 from llama2.errors import UserError, explain_os_errors
+from llama2.printable import say
 from llama2.reading.columns import csv_rows, parquet_rows, tsv_rows
 from llama2.reading.packed import PACKINGS, ZIP, members, shown, unpacked
 from llama2.reading.rows import Bad, File, Found, Row, text_rows, tidy
@@ -284,4 +284,4 @@ def _leave(tally: Tally | None, left: Counter[str], place: str) -> None:
     for reason, count in left.items():
         counts.leave(reason, count)
     if tally is None and os.environ.get("RANK", "0") == "0":
-        print(f"{place}: {counts.left_out()}", file=sys.stderr)
+        say(f"{place}: {counts.left_out()}")

@@ -12,14 +12,14 @@ from __future__ import annotations
 
 import json
 import os
-import sys
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import IO, Any, TypeVar
 
-from llama2 import mesh
+from llama2 import mesh, plain
 from llama2.errors import explain_os_errors
+from llama2.printable import say
 from llama2.runs import CHECKPOINTS, Run
 
 T = TypeVar("T")
@@ -65,8 +65,7 @@ class _Finished:
             while (line := self._file.readline()) and (part := _part(line, self.end)) and self.end + part[0] <= items:
                 self.end, whole = self.end + part[0], whole + len(line)
             if line.endswith(b"\n"):  # a line that a crash cut off is nothing to speak of
-                print(f"{path}: damaged behind the first {self.end} of {items}; the rest is made again",
-                      file=sys.stderr)
+                say(f"{path}: damaged behind the first {self.end} of {items}; the rest is made again")
             self._file.truncate(whole)
             self._file.seek(0)
         self._next = 0
@@ -95,12 +94,12 @@ class _Finished:
 def _part(line: bytes, first: int) -> tuple[int, list[Any]] | None:
     """The number of items and the rows in a line of the file; None if it is not whole, or does not begin at `first`."""
     try:
-        found = json.loads(line)
+        found = plain.parsed(line)
         text, count = str(found["rows"]), int(found["items"])
         whole = line.endswith(b"\n") and found["first"] == first and count > 0
         if not whole or found["sum"] != _sum(text):
             return None
-        rows: list[Any] = json.loads(text)
+        rows: list[Any] = plain.parsed(text)
         return count, rows
     except (ValueError, KeyError, TypeError):
         return None

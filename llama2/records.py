@@ -20,7 +20,7 @@ from typing import Any, Literal, TypeVar, overload
 import pydantic_core
 from pydantic import ConfigDict, TypeAdapter, ValidationError, with_config
 
-from llama2 import files
+from llama2 import files, plain
 from llama2.errors import UserError, explain_os_errors
 from llama2.files import Bad, File, filled
 from llama2.reading.packed import zstandard
@@ -272,7 +272,7 @@ class Stored(Sequence[Record]):
         self._kind, self._path = kind, path
         self._starts = array("Q")
         place = 0
-        with explain_os_errors(path), open(path, "rb") as file:
+        with explain_os_errors(path), plain.opened(path) as file:
             for line in file:
                 if line.strip():
                     self._starts.append(place)

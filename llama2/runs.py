@@ -35,6 +35,7 @@ import llama2
 from llama2 import files, interrupts, mesh, yaml12
 from llama2.config import StageConfig, incidentals, paths
 from llama2.errors import UserError, explain_os_errors
+from llama2.printable import say
 from llama2.records import dump
 from llama2.tally import Tally
 
@@ -178,7 +179,7 @@ class Run:
 
     def _say(self, line: str) -> None:
         if mesh.is_main():
-            print(f"{self.path}: {line}", file=sys.stderr, flush=True)
+            say(f"{self.path}: {line}")
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
         """Append one line of metrics (rank 0)."""
@@ -239,7 +240,7 @@ def open_run(verb: str, config: StageConfig) -> Iterator[Run]:
         run, begin = Run(path, finished), time.time()
         if finished:
             if mesh.is_main():
-                print(f"{path}: already finished, skipped", file=sys.stderr)
+                say(f"{path}: already finished, skipped")
                 _remove_checkpoints(path / CHECKPOINTS)  # it may have died behind its completion mark
                 (path / SECONDS).unlink(missing_ok=True)
             yield run

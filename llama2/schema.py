@@ -42,6 +42,7 @@ class Flag:
     def typed(self) -> str:
         """Its value as it was typed, in quotes where it could not be seen otherwise."""
         text = " ".join(self.words)
+        text = text if len(text) <= 100 else f"{text[:97]}..."
         return text if text.strip() and text.isprintable() else repr(text)
 
 

@@ -15,12 +15,15 @@ from typing import Any
 
 import yaml
 
-from llama2.errors import UserError, explain_os_errors
+from llama2 import plain
+from llama2.errors import UserError
 
 DEEPEST = 50
 """levels of nesting"""
 MOST = 100_000
 """values of a file, every alias counted as often as it is used"""
+LARGEST = 4 << 20
+"""bytes of a file"""
 
 _TAG = "tag:yaml.org,2002:"
 _NULL = re.compile(r"^(~|null|Null|NULL|)$")
@@ -196,8 +199,7 @@ def _explained(path: Path, text: str, error: yaml.YAMLError) -> UserError:
 
 def read_yaml(path: Path) -> dict[str, Any]:
     """A YAML mapping; a syntax error is reported with file and line."""
-    with explain_os_errors(path):
-        text = path.read_bytes()
+    text = plain.content(path, LARGEST)
     try:
         value = load(text.decode("utf-8"))
     except UnicodeDecodeError as error:

@@ -12,7 +12,6 @@ Each document is BOS, its ids, EOS.
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -21,6 +20,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from llama2 import plain
 from llama2.errors import UserError, explain_os_errors
 from llama2.records import Document, dump
 from llama2.tokenizer import Tokenizer
@@ -105,14 +105,13 @@ class Shards:
     def __init__(self, directory: str | os.PathLike[str], tokenizer: Tokenizer | None = None) -> None:
         self.directory = Path(directory)
         where = self.directory / _INDEX
-        with explain_os_errors(where):
-            try:
-                self._index: dict[str, Any] = json.loads(where.read_text("utf-8"))
-                self.vocab_size: int = self._index["vocab_size"]
-                self.fingerprint: str = self._index["tokenizer"]
-                dtype, version, files = self._index["dtype"], self._index["version"], self._index["files"]
-            except (ValueError, KeyError, TypeError) as error:
-                raise UserError(f"{where}: not an index of token shards ({error})", "tokenize again") from error
+        self._index = plain.json_object(where, "tokenize again")
+        try:
+            self.vocab_size: int = self._index["vocab_size"]
+            self.fingerprint: str = self._index["tokenizer"]
+            dtype, version, files = self._index["dtype"], self._index["version"], self._index["files"]
+        except KeyError as error:
+            raise UserError(f"{where}: not an index of token shards (it has no {error})", "tokenize again") from error
         if version != _VERSION:
             raise UserError(f"{where}: version {version}, expected {_VERSION}", "tokenize again")
         if tokenizer is not None and tokenizer.fingerprint != self.fingerprint:

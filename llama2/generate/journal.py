@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO
 
-from llama2 import mesh
+from llama2 import mesh, plain
 from llama2.errors import explain_os_errors
 from llama2.generate.engine import Completion
 
@@ -73,7 +73,7 @@ def _line(key: str, completion: Completion) -> bytes:
 
 def _read(line: bytes, asked: Mapping[str, tuple[int, ...]]) -> tuple[str, Completion | None]:
     try:
-        row = json.loads(line)
+        row = plain.parsed(line)
         key = row["key"]
         if key not in asked:
             return key, None

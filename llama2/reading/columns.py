@@ -15,6 +15,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import IO, Any
 
+from llama2 import plain
 from llama2.errors import UserError, missing_extra
 from llama2.reading.packed import explained, opened
 from llama2.reading.rows import TO_UTF8, Bad, File, Found, lines, text_rows, unified
@@ -194,7 +195,7 @@ def _whole_numbers(value: Any) -> Any:
 def _seekable(file: File) -> Iterator[IO[bytes]]:
     """A file that can be read in any order: itself, or a copy of what is packed."""
     if not file.member and file.path.suffix.lower() == file.kind:
-        with open(file.path, "rb") as content:
+        with plain.opened(file.path) as content:
             yield content
         return
     with tempfile.TemporaryFile() as copy:

@@ -20,12 +20,14 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import IO, Any
 
+from llama2 import plain
 from llama2.errors import UserError, explain_os_errors, missing_extra
 
 PACKINGS = (".gz", ".bz2", ".xz", ".zst")
 ZIP = ".zip"
-_DAMAGE = (EOFError, gzip.BadGzipFile, zlib.error, lzma.LZMAError, zipfile.BadZipFile, struct.error, RuntimeError,
-           ValueError, OverflowError, LookupError)
+DAMAGE = (EOFError, gzip.BadGzipFile, zlib.error, lzma.LZMAError, zipfile.BadZipFile, struct.error, RuntimeError,
+          ValueError, OverflowError, LookupError)
+"""what libraries raise over bytes that are not what they should be"""
 
 
 def unpacked(name: str) -> str:
@@ -42,7 +44,7 @@ def _packing(name: str) -> str:
 def opened(path: Path, member: str = "") -> Iterator[IO[bytes]]:
     """The unpacked content of a file, or of one member of a zip archive, for reading from front to back."""
     with ExitStack() as stack:
-        file: IO[bytes] = stack.enter_context(open(path, "rb"))
+        file: IO[bytes] = stack.enter_context(plain.opened(path))
         if member:
             archive = stack.enter_context(zipfile.ZipFile(file))
             if archive.getinfo(member).flag_bits & 1:
@@ -54,7 +56,7 @@ def opened(path: Path, member: str = "") -> Iterator[IO[bytes]]:
 
 def members(path: Path) -> list[str]:
     """The names of the files in a zip archive, sorted; its directories are none."""
-    with explained(lambda: shown(path)), zipfile.ZipFile(path) as archive:
+    with explained(lambda: shown(path)), plain.opened(path) as file, zipfile.ZipFile(file) as archive:
         return sorted(item.filename for item in archive.infolist() if item.filename and not item.is_dir())
 
 
@@ -65,7 +67,7 @@ def explained(place: Callable[[], str]) -> Iterator[None]:
         yield
     except NotImplementedError as error:
         raise UserError(f"{place()}: packed in a way that cannot be read ({error})", "pack it as gzip") from error
-    except _DAMAGE as error:
+    except DAMAGE as error:
         raise UserError(f"{place()}: truncated or corrupt archive ({error})", "fetch it again") from error
     except OSError as error:
         if error.errno in (None, errno.EINVAL):  # a library's refusal, or an offset in an archive that points nowhere

@@ -11,6 +11,7 @@ from typing import Any
 import pydantic_core
 
 from llama2.errors import UserError
+from llama2.plain import is_deep
 from llama2.reading.rows import AGAIN, TO_UTF8, Bad, File, Found, lines, unified
 
 # columns that sets of instructions, conversations, prompts and comparisons have: what tells a header from a row
@@ -25,6 +26,8 @@ _TABLES = ("data", "rows", "train", "examples", "records", "items")
 _HALF = re.compile(r"\\u[dD][89a-fA-F]")
 _RETURN = re.compile(r"\\r|\\u000[dD]")
 _BLANK = re.compile(r"\s*")
+_DEEPEST = 200
+"""levels of a value, as in JSON Lines"""
 _NO_TEXT = "half of a surrogate pair, which is no character"
 
 
@@ -198,6 +201,8 @@ def _elements(text: str, label: str) -> Found:
 
 
 def _element(value: Any, written: str, line: int, label: str) -> tuple[int, Any] | Bad:
+    if is_deep(value, _DEEPEST):
+        return Bad(f"{label}:{line}", f"nested more than {_DEEPEST} levels deep", "mend the element")
     if _HALF.search(written) and not _encodable(value):
         return Bad(f"{label}:{line}", _NO_TEXT, "mend the element")
     twice = _twice(written, value)

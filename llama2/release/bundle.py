@@ -6,10 +6,8 @@ or a directory of it. SHA256SUMS is written last, and the whole appears at once 
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,11 +15,12 @@ from typing import Annotated, Any
 
 from pydantic import BeforeValidator
 
-from llama2 import runs
+from llama2 import plain, runs
 from llama2.config import Config as Section
 from llama2.errors import UserError, explain_os_errors
 from llama2.model.formats import directory
 from llama2.model.formats.gguf import Precision
+from llama2.printable import say
 from llama2.release import card as cards
 from llama2.release import emissions, hub, licences, provenance, responsible, weights
 from llama2.release.carbon import Power
@@ -78,7 +77,7 @@ def run(config: Config) -> None:
     with _fresh(config.out) as work:
         fill(config, lineage, work)
     count = len((config.out / SUMS).read_text(encoding="utf-8").splitlines())
-    print(f"{config.out}: {count} files and their checksums", file=sys.stderr)
+    say(f"{config.out}: {count} files and their checksums")
     if client is not None and config.push is not None:
         hub.push(config.out, config.push, client, private=config.private, sure=config.yes)
     print(config.out)
@@ -89,7 +88,7 @@ def fill(config: Config, lineage: Lineage, work: Path) -> None:
     found = measured(lineage)
     materials = licences.materials(lineage, config.licenses)
     weights.write(lineage.released, work, config.dtype)
-    settings = json.loads((work / directory.CONFIG).read_text(encoding="utf-8"))
+    settings = plain.json_object(work / directory.CONFIG)
     dtype = _DTYPES.get(str(settings.get("dtype", settings.get("torch_dtype"))), "not stated")
     model = cards.Model(lineage, found, materials, config.card, config.power, dtype, config.dtype is not None)
     copies = weights.write_gguf(lineage.released, work, config.gguf, model.title)
@@ -136,9 +135,9 @@ def _check_target(out: Path, run: Path, lineage: Lineage) -> None:
     if not out.is_dir() or not (out / SUMS).is_file():
         raise refused
     try:
-        earlier = json.loads((out / provenance.LINEAGE).read_text(encoding="utf-8"))["model"]["fingerprint"]
+        earlier = plain.json_object(out / provenance.LINEAGE)["model"]["fingerprint"]
         told = {line.split("  ", 1)[1] for line in (out / SUMS).read_text(encoding="utf-8").splitlines()}
-    except (OSError, ValueError, KeyError, TypeError, IndexError):
+    except (UserError, OSError, ValueError, KeyError, TypeError, IndexError):
         raise refused from None
     if earlier != runs.fingerprint(lineage.released.step.path):
         raise UserError(f"{out}: holds the release of another run", "choose another --out")

@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from llama2.model.formats.binary import EMBEDDINGS, HEAD
+from llama2.model.formats.binary import EMBEDDINGS, HEAD, in_single
 from llama2.model.formats.directory import SCORE
 from llama2.model.formats.source import Source
 from llama2.model.llama import Layer, LlamaConfig, RMSNorm, Trunk
@@ -30,6 +30,8 @@ _CONSTANTS = ("rms_norm_eps", "rope_theta")
 _LABELS = ("max_position_embeddings", "bos_token_id", "eos_token_id")
 _UNSAID: Mapping[str, tuple[str, ...]] = {"meta": _LABELS, "llama2c": ("bos_token_id", "eos_token_id")}
 """what a format does not hold: its reader gives Llama 2's value"""
+_SINGLE = {"gguf", "llama2c"}
+"""formats whose constants are numbers of fp32, in which all models compute"""
 
 
 @dataclass(frozen=True)
@@ -83,10 +85,12 @@ class Outputs:
 
 def shapes(a: Source, b: Source) -> Shapes:
     """Compare two configurations, and whether both are language models."""
+    single = bool({a.format, b.format} & _SINGLE)
+
     def differing(names: tuple[str, ...]) -> Iterator[tuple[str, str]]:
         for name in names:
             one, other = getattr(a.config, name), getattr(b.config, name)
-            if one != other:
+            if one != other and not (single and name in _CONSTANTS and in_single(one) == in_single(other)):
                 yield name, f"{name}: {one} and {other}"
 
     sizes = [text for _, text in differing(_SIZES)]

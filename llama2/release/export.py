@@ -8,7 +8,6 @@ and the difference is printed. One tensor at a time is in memory.
 from __future__ import annotations
 
 import math
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Literal, cast
@@ -16,13 +15,14 @@ from typing import Literal, cast
 import torch
 from pydantic import Field
 
-from llama2 import mesh
+from llama2 import mesh, plain
 from llama2.config import Config as Base
 from llama2.errors import UserError
 from llama2.model.formats import gguf, hf, llama2c, meta
 from llama2.model.formats.progress import Reading, size
 from llama2.model.formats.recognise import open_source
 from llama2.model.formats.source import Source
+from llama2.printable import say
 from llama2.release import verify
 from llama2.release.compare import context
 from llama2.tokenizer.tokenizer import Tokenizer
@@ -33,6 +33,9 @@ DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 _KINDS = {"fp32": "f32", "fp16": "f16", "bf16": "bf16"}  # what llama.cpp calls them
 ROUNDING = {"fp32": 2.0**-24, "fp16": 2.0**-11, "bf16": 2.0**-8, "q8_0": 1 / 127, "q4_0": 1 / 7}
 """the largest error of a number beside the largest number of its tensor that each kind explains"""
+
+_BYTES = {"fp32": 4.0, "fp16": 2.0, "bf16": 2.0, "q8_0": 34 / 32, "q4_0": 18 / 32}
+"""of a number, with its share of a block's scale"""
 
 
 class Config(Base):
@@ -64,16 +67,17 @@ def run(config: Config) -> int:
     kind = _kind(config, source)
     target = _target(config, kind)
     for remark in source.remarks:
-        print(f"llama2: note: {remark}", file=sys.stderr)
+        say(f"llama2: note: {remark}")
+    plain.check_room(target, _bytes(config, source, kind), "a smaller --type or --dtype")
     if source.tokenizer is None:
-        print(f"llama2: {config.checkpoint} has no tokenizer, so none is written", file=sys.stderr)
+        say(f"llama2: {config.checkpoint} has no tokenizer, so none is written")
     with Reading("write", size((source,))) as bar:
         for note in _write(config, bar.watched(source), target, kind):
-            print(f"llama2: note: {note}", file=sys.stderr)
+            say(f"llama2: note: {note}")
     try:
         status = _verified(source, open_source(target), kind, _rounding(config, source, kind), config.length)
     except UserError as error:  # what was just written cannot be read: that is not the user's mistake
-        print(f"llama2: error: {error}", file=sys.stderr)
+        say(f"llama2: error: {error}")
         return 1
     if status == 0:
         print(target)
@@ -103,6 +107,14 @@ def _kind(config: Config, source: Source) -> str:
     return config.dtype or stored
 
 
+def _bytes(config: Config, source: Source, kind: str) -> int:
+    """About how many the weights will take."""
+    each = source.tensors.values()
+    if config.to in ("hf", "meta") and config.dtype is None:
+        return sum(stored.nbytes for stored in each)
+    return round(sum(stored.numel for stored in each) * _BYTES[kind])
+
+
 def _rounding(config: Config, source: Source, kind: str) -> float:
     """The largest error that storing a checkpoint so explains, beside a tensor's largest number; 0: there is none."""
     if config.to in ("hf", "meta") and config.dtype is None:
@@ -129,15 +141,14 @@ def _write(config: Config, source: Source, target: Path, kind: str) -> list[str]
     dtype = DTYPES.get(config.dtype or "")
     if config.to == "hf":
         hf.write(source, target, dtype=dtype, beside=_tokenizer_files(source))
-    elif config.to == "meta":
-        meta.write(source, target, dtype=dtype, shards=config.shards)
-    elif config.to == "llama2c":
-        llama2c.write(source, target, version=2 if kind == "q8_0" else 0)
-    else:
-        precision = cast(gguf.Precision, _KINDS.get(kind, kind))
-        return gguf.write(source, target, precision=precision, chat_template=source.template,
-                          name=config.checkpoint.resolve().name)
-    return []
+        return []
+    if config.to == "meta":
+        return meta.write(source, target, dtype=dtype, shards=config.shards)
+    if config.to == "llama2c":
+        return llama2c.write(source, target, version=2 if kind == "q8_0" else 0)
+    precision = cast(gguf.Precision, _KINDS.get(kind, kind))
+    return gguf.write(source, target, precision=precision, chat_template=source.template,
+                      name=config.checkpoint.resolve().name)
 
 
 def _tokenizer_files(source: Source) -> Callable[[Path], None]:
@@ -159,12 +170,11 @@ def _verified(source: Source, written: Source, kind: str, allowed: float, length
         failures.insert(0, f"{found.tensors.relative_name} differs by {apart:.3g} of its largest number, and {kind} "
                         f"explains {allowed:.3g}")
     for line in verify.lines(found, tolerance):
-        print(line, file=sys.stderr)
+        say(line)
     if failures:
-        print(f"llama2: error: {written.path} is not the model it was made from: {failures[0]}; do not use it",
-              file=sys.stderr)
+        say(f"llama2: error: {written.path} is not the model it was made from: {failures[0]}; do not use it")
         return 1
-    print(f"llama2: done: {written.path} holds " + (
+    say(f"llama2: done: {written.path} holds " + (
         f"the original, rounded to {kind} by at most {apart:.2%} of the largest number of a tensor" if allowed
-        else "every number of the original"), file=sys.stderr)
+        else "every number of the original"))
     return 0

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from llama2.errors import UserError, missing_extra
+from llama2.printable import say
 
 _REFUSALS = {"HfHubHTTPError", "HFValidationError", "LocalTokenNotFoundError", "HTTPError", "TransportError", "OSError"}
 
@@ -48,7 +49,7 @@ def push(release: Path, repository: str, client: Client, *, private: bool, sure:
     """
     files = sorted(path for path in release.rglob("*") if path.is_file())
     for path in files:
-        print(f"  {path.relative_to(release).as_posix()}  {path.stat().st_size:,} bytes", file=sys.stderr)
+        say(f"  {path.relative_to(release).as_posix()}  {path.stat().st_size:,} bytes")
     print(f"{len(files)} files, {sum(path.stat().st_size for path in files):,} bytes, to {repository}: "
           f"{'private' if private else 'PUBLIC'} if it is new, else as visible as it is", file=sys.stderr)
     if not sure and ask("Upload? [y/N] ").strip().lower() not in ("y", "yes"):

@@ -13,12 +13,11 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from llama2 import runs
 from llama2.errors import UserError
 from llama2.model.checkpoint import CONFIG, INDEX, WEIGHTS
 from llama2.release.steps import Recipe, Step, read_json, read_recipe
+from llama2.yaml12 import read_yaml
 
 RECIPE = "recipe.yaml"
 _CHECKPOINTS = ("model", "policy", "policies", "critic", "candidate", "predecessor", "rewards", "judge", "tokenizer")
@@ -143,9 +142,8 @@ def recipe_name(directory: Path) -> str:
     if not file.is_file():
         return ""
     try:
-        values = yaml.safe_load(file.read_text(encoding="utf-8"))
-        return Path(values["out"]).name
-    except (yaml.YAMLError, KeyError, TypeError, UnicodeDecodeError):
+        return Path(read_yaml(file)["out"]).name
+    except (UserError, KeyError, TypeError):
         raise UserError(f"{file}: this is no recipe", "repeat `llama2 run`, which writes it") from None
 
 

@@ -5,14 +5,13 @@ A version of an evaluation is the model if the evaluation read this very run, or
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from llama2 import runs
+from llama2 import plain, runs
 from llama2.errors import UserError, explain_os_errors
 from llama2.evaluate.winrate import proportion
 from llama2.release.lineage import Lineage, locate, weights_of
@@ -165,7 +164,7 @@ def _lines(file: Path) -> Iterable[dict[str, Any]]:
     with explain_os_errors(file), open(file, encoding="utf-8") as stream:
         for number, line in enumerate(stream, 1):
             try:
-                row = json.loads(line)
+                row = plain.parsed(line)
             except ValueError:
                 raise UserError(f"{file}:{number}: not valid JSON", "repeat the step that wrote it") from None
             if isinstance(row, dict):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import calendar
-import json
 import math
 import time
 from collections.abc import Iterator, Mapping
@@ -12,6 +11,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from llama2 import plain
 from llama2.errors import UserError, explain_os_errors
 from llama2.runs import COMPLETE, MANIFEST, METRICS
 
@@ -21,14 +21,7 @@ NOT_KEPT = "not kept"
 
 def read_json(path: Path) -> Any:
     """A JSON file's content, None where there is no such file; a damaged one is named."""
-    if not path.is_file():
-        return None
-    with explain_os_errors(path):
-        text = path.read_text(encoding="utf-8")
-    try:
-        return json.loads(text)
-    except ValueError as error:
-        raise UserError(f"{path}: not valid JSON ({error})", "repeat the step that wrote it") from None
+    return plain.json_value(path, "repeat the step that wrote it") if path.is_file() else None
 
 
 @dataclass(frozen=True)
@@ -80,7 +73,7 @@ class Step:
             lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
         for line in lines:
             try:
-                rows.append(json.loads(line))
+                rows.append(plain.parsed(line))
             except ValueError:
                 continue
         return [row for row in rows if isinstance(row, dict) and "step" in row]

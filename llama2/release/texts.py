@@ -8,11 +8,13 @@ vocabulary holds, and runs far longer than any item.
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 from llama2.errors import UserError
+from llama2.model.formats import pieces
+from llama2.model.formats.pieces import Pieces
 from llama2.tokenizer.tokenizer import Tokenizer
 
 _RANDOM = 200
@@ -62,16 +64,38 @@ UNWRITABLE = ("\ud800", "a\udfffb", "\ud83d and the rest")
 """halves of characters, which no UTF-8 text has: both must refuse them"""
 
 
-def compare(a: Path, b: Path) -> Tokenizers:
-    """Two SentencePiece files. UserError if one cannot be loaded."""
+_UNHELD: Mapping[str, tuple[str, ...]] = {"llama2c": ("extra_spaces_removed", "normalised"), "gguf": ("normalised",)}
+"""what a format does not hold of a tokenizer: its reader gives one that leaves a text as it is"""
+_DONE = {"extra_spaces_removed": "spaces at the ends of a text and all but one inside are dropped",
+         "normalised": "characters of a text are replaced by others"}
+
+
+def compare(a: Path, b: Path, formats: Collection[str] = ()) -> Tokenizers:
+    """Two SentencePiece files. UserError if one cannot be loaded.
+
+    `formats` are those of their checkpoints: what one of them does not hold is no difference, but a note.
+    """
     one, other = Tokenizer.load(a), Tokenizer.load(b)
+    identical = one.fingerprint == other.fingerprint
+    one, other, notes = _as_held(one, other, {name for form in formats for name in _UNHELD.get(form, ())})
     found = texts()
     items = min(one.vocab_size, other.vocab_size)
-    notes = () if one.vocab_size == other.vocab_size else (
-        f"the vocabularies have {one.vocab_size} and {other.vocab_size} items; those beyond are in no text",)
-    identical = one.fingerprint == other.fingerprint
+    if one.vocab_size != other.vocab_size:
+        notes += (f"the vocabularies have {one.vocab_size} and {other.vocab_size} items; those beyond are in no text",)
     return Tokenizers(items, len(found) + len(UNWRITABLE), identical,
                       next(_differences(one, other, items, found), None), notes)
+
+
+def _as_held(one: Tokenizer, other: Tokenizer, unheld: Collection[str]) -> tuple[Tokenizer, Tokenizer, tuple[str, ...]]:
+    """Both tokenizers without what one has and a format does not hold, and what that is, in sentences."""
+    parsed = [pieces.parse(each.model, "tokenizer.model") for each in (one, other)]
+    apart = [name for name in sorted(unheld) if getattr(parsed[0], name) != getattr(parsed[1], name)]
+    if not apart:
+        return one, other, ()
+    plain = [Tokenizer(pieces.build(Pieces(each.items, each.dummy_prefix, each.extra_spaces_removed and
+                                           "extra_spaces_removed" not in apart))) for each in parsed]
+    return plain[0], plain[1], tuple(f"{_DONE[name]} by one of the tokenizers, which one of the formats does not hold: "
+                                     "some texts get other tokens" for name in apart)
 
 
 def _differences(one: Tokenizer, other: Tokenizer, items: int, found: list[str]) -> Iterator[str]:

@@ -5,10 +5,10 @@ Each function returns one section in the paper's order, empty where the recipe h
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from llama2 import plain
 from llama2.evaluate.judges import KINDS
 from llama2.records import DEGREES
 from llama2.release import paper
@@ -322,7 +322,7 @@ def examples_of(step: Step) -> Html:
     """The example dialogs or answers a step put into its summary."""
     shown = []
     for one in step.summary.get("examples", []):
-        example = json.loads(one) if isinstance(one, str) and one.startswith("{") else one
+        example = plain.parsed(one) if isinstance(one, str) and one.startswith("{") else one
         if isinstance(example, dict) and "messages" in example:
             shown.append(talk([(m["role"], m["content"]) for m in example["messages"]]))
         elif isinstance(example, dict) and "prompt" in example:

@@ -22,6 +22,7 @@ from llama2.errors import UserError
 from llama2.model.formats.progress import Reading, size
 from llama2.model.formats.recognise import open_source
 from llama2.model.formats.source import Source
+from llama2.printable import line
 from llama2.release import compare, texts
 from llama2.release.compare import Outputs, Shapes, Tensors
 from llama2.release.texts import Tokenizers
@@ -83,9 +84,9 @@ def run(config: Config) -> int:
                          indent=1, allow_nan=False))
     else:
         for side, source in zip("AB", (a, b)):
-            print(f"{side:10}{source.path} ({source.format})")
-        print(*lines(found, config.tolerance, _pieces(a, b)), sep="\n")
-        print(f"{'verdict':10}{f'different: {differences[0]}' if differences else 'equal'}")
+            print(line(f"{side:10}{source.path} ({source.format})"))
+        print(*map(line, lines(found, config.tolerance, _pieces(a, b))), sep="\n")
+        print(line(f"{'verdict':10}{f'different: {differences[0]}' if differences else 'equal'}"))
     return 1 if differences else 0
 
 
@@ -104,7 +105,7 @@ def compared(a: Source, b: Source, *, length: int | None = None, tolerance: floa
     notes = list(shapes.notes)
     tokenizer = None
     if a.tokenizer and b.tokenizer:
-        tokenizer = texts.compare(a.tokenizer, b.tokenizer)
+        tokenizer = texts.compare(a.tokenizer, b.tokenizer, (a.format, b.format))
         notes += tokenizer.notes
     else:
         lacking = [str(side.path) for side in (a, b) if side.tokenizer is None]

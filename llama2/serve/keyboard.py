@@ -15,6 +15,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Protocol
 
+from llama2 import plain
 from llama2.errors import UserError, explain_os_errors
 
 PROMPT, CONTINUED, BLOCK = "> ", ". ", '"""'
@@ -116,7 +117,7 @@ def recorded(history: History | None, read: Reader) -> Callable[[str], str]:
 
 def _text(line: str) -> str:
     try:
-        text = json.loads(line)
+        text = plain.parsed(line)
     except ValueError:
         return ""
     return text if isinstance(text, str) else ""

@@ -11,6 +11,8 @@ from rich.live import Live
 from rich.markdown import Markdown
 from rich.segment import Segment
 
+from llama2.printable import printable
+
 REFRESH = 0.08
 """seconds between two drawings of a growing answer: often enough to read along, and cheap beside a token"""
 
@@ -100,11 +102,6 @@ def blocks(text: str) -> list[str]:
     lines = text.split("\n")
     ends = [*starts[1:], len(lines)]
     return ["\n".join(lines[start:end]) for start, end in zip([0, *starts[1:]], ends)]
-
-
-def printable(text: str) -> str:
-    """A model may emit any byte; what would command the terminal is shown as U+FFFD."""
-    return "".join(letter if letter.isprintable() or letter in "\n\t" else "\ufffd" for letter in text)
 
 
 def _markdown(text: str) -> Markdown:

@@ -24,6 +24,7 @@ from llama2.generate.dialogue import Chat
 from llama2.generate.engine import Engine
 from llama2.generate.sampling import Sampling
 from llama2.model import checkpoint, quantize
+from llama2.printable import printable
 from llama2.records import Dialog, Message, Messages
 from llama2.serve import keyboard
 from llama2.serve.keyboard import History
@@ -284,4 +285,4 @@ class Session:
 
 
 def _note(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)
+    print(printable(text), file=sys.stderr, flush=True)

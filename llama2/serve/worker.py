@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import asyncio
 import queue
-import sys
 import threading
 import time
 import traceback
@@ -26,6 +25,7 @@ from llama2.generate.batch import Finish, Request
 from llama2.generate.engine import BEGIN, TEST_TOKENS, Engine
 from llama2.generate.sampling import Sampling
 from llama2.generate.session import Session
+from llama2.printable import say
 from llama2.serve import errors
 
 R = TypeVar("R")
@@ -314,7 +314,7 @@ class Worker:
             return
         if not isinstance(error, UserError):
             traceback.print_exception(error)
-        print(f"llama2: the model '{self.name}' has failed: {error}", file=sys.stderr, flush=True)
+        say(f"llama2: the model '{self.name}' has failed: {error}")
         self._later(self.fail_all, errors.interrupted(self.name))
 
 

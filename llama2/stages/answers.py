@@ -88,8 +88,7 @@ def twins(checkpoints: Sequence[Path]) -> list[int]:
 
 def content(path: Path) -> object:
     """What tells two checkpoints apart: shape, tokenizer and weights; the place, where the weights are elsewhere."""
-    listed = path / checkpoint.CHECKSUMS
-    known = directory.read_json(listed) if listed.is_file() else {}
+    known = directory.listed(path)
     try:
         weights = sorted(known.get(file.name) or directory.sha256(file) for file in directory.weight_files(path))
     except UserError:

@@ -16,6 +16,7 @@ from llama2 import runs
 from llama2.config import build
 from llama2.errors import UserError
 from llama2.interrupts import STATUS, let_go_of_terminal
+from llama2.printable import line
 from llama2.stages import launch
 from llama2.stages.recipe import Config, Step
 from llama2.stages.remaining import Log, remaining
@@ -101,8 +102,8 @@ class Board:
                 self.console.print(f"[{len(self.finished):2}/{len(self.steps)}] {name:24} "
                                    f"{_clock(self.finished[name]):>6}  {work.log.last_line()}",
                                    highlight=False, markup=False, soft_wrap=True)
-                for line in runs.read_warnings(self.steps[name].out):
-                    self.console.print(f"        {name}: warning: {line}", highlight=False, markup=False,
+                for warning in runs.read_warnings(self.steps[name].out):
+                    self.console.print(f"        {name}: warning: {line(warning)}", highlight=False, markup=False,
                                        soft_wrap=True)
             elif outcome == "stopped":
                 self.stopping = self.stopping or signal.SIGTERM
@@ -131,7 +132,7 @@ class Board:
             ending = f"stopped after {len(self.finished)} of {len(self.steps)} steps; the same command resumes"
         else:
             ending = f"all {len(self.steps)} steps done in {took}"
-        self.console.print(f"{self.recipe.out}: {ending}", highlight=False, markup=False, soft_wrap=True)
+        self.console.print(line(f"{self.recipe.out}: {ending}"), highlight=False, markup=False, soft_wrap=True)
         interrupted = self.stopping == signal.SIGINT and len(self.finished) < len(self.steps)
         return STATUS if interrupted else 0
 

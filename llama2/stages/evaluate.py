@@ -10,7 +10,6 @@ One model is in memory at a time, and finished parts are kept: see `answers`.
 from __future__ import annotations
 
 import json
-import sys
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -33,6 +32,7 @@ from llama2.model import quantize
 from llama2.model.checkpoint import config_of
 from llama2.model.llama import Llama
 from llama2.parts import in_parts
+from llama2.printable import say
 from llama2.records import Axis, Message, Messages, Prompt
 from llama2.stages.answers import ROUNDS, answered, check_judge, fitting, in_turn, judged, twins
 from llama2.stages.planning import Cluster, Lineage, judging_plan
@@ -256,4 +256,4 @@ def _line(result: summary.Version) -> str:
 
 def _say(line: str) -> None:
     if mesh.is_main():
-        print(line, file=sys.stderr)
+        say(line)

@@ -8,8 +8,6 @@ it is there.
 
 from __future__ import annotations
 
-import shutil
-import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
@@ -17,13 +15,14 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from llama2 import config, mesh
+from llama2 import config, mesh, plain
 from llama2.errors import UserError, explain_os_errors
 from llama2.model.formats import hf, pieces
 from llama2.model.formats.progress import Reading, size
 from llama2.model.formats.recognise import open_source
 from llama2.model.formats.source import Source, Stored, observed
 from llama2.model.formats.tensorfile import is_finite
+from llama2.printable import say
 from llama2.stages.planning import Cluster, Lineage
 from llama2.tokenizer.template import CHAT_TEMPLATE, described, is_llama_2
 from llama2.tokenizer.tokenizer import Tokenizer
@@ -66,10 +65,11 @@ def run(config: Config) -> None:
             raise UserError(f"{config.out}: there is something already", "choose another --out, or move it away")
     source = _opened(config)
     tokenizer, remark = _tokenizer(source, config)
-    _check_space(config.out, _size(source, config))
+    plain.check_room(config.out, _size(source, config), "a smaller --dtype")
     _say(f"{source.path}: {_described(source)}")
     for line in source.remarks:
         _say(line)
+    _say(f"{config.out}: {_growth(source, config)}")
     with Reading("import", size((source,))) as bar:
         hf.write(bar.watched(observed(_ending(source, tokenizer), _check_finite)), config.out, dtype=_dtype(config),
                  beside=tokenizer.save if tokenizer else lambda directory: None)
@@ -144,12 +144,23 @@ def _size(source: Source, config: Config) -> int:
     return sum(stored.numel * (_dtype(config) or stored.dtype).itemsize for stored in source.tensors.values())
 
 
-def _check_space(out: Path, size: int) -> None:
-    place = next(parent for parent in (out.absolute(), *out.absolute().parents) if parent.exists())
-    free = shutil.disk_usage(place).free
-    if size > free:
-        raise UserError(f"{out}: the weights take {size / 1e9:.1f} GB, and {free / 1e9:.1f} GB are free",
-                        "free some space, choose another --out, or a smaller --dtype")
+def _growth(source: Source, config: Config) -> str:
+    """How much is written, and the flag for less where it is more than was there."""
+    written, there = _size(source, config), _taken(source.path)
+    said = f"the weights take {_gigabytes(written)}"
+    if there is None or written < 1.25 * there or config.dtype is not None:
+        return said
+    halved = sum(stored.numel for stored in source.tensors.values()) * 2
+    return f"{said}, in {source.path} {_gigabytes(there)}; --dtype bf16 takes {_gigabytes(halved)}"
+
+
+def _taken(path: Path) -> int | None:
+    """Bytes of one file that holds a whole model; of a directory None: it stores numbers as they will be written."""
+    return path.stat().st_size if path.is_file() else None
+
+
+def _gigabytes(count: int) -> str:
+    return f"{count / 1e9:.1f} GB" if count >= 1e8 else f"{count / 1e6:.1f} MB"
 
 
 def _check_finite(stored: Stored, tensor: Tensor) -> None:
@@ -159,4 +170,4 @@ def _check_finite(stored: Stored, tensor: Tensor) -> None:
 
 
 def _say(line: str) -> None:
-    print(f"llama2: {line}", file=sys.stderr, flush=True)
+    say(f"llama2: {line}")

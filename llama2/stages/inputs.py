@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from pydantic import BaseModel
 
+from llama2 import plain
 from llama2.config import StageConfig, paths
 from llama2.errors import UserError
 from llama2.runs import COMPLETE
@@ -50,9 +50,9 @@ def check_model(path: Path, *, scorer: bool) -> None:
 
 def _models(recipe: Path, scorer: bool) -> Iterator[str]:
     """The steps of a recipe that left a model of the kind asked for."""
-    for name in json.loads((recipe / "steps.json").read_text(encoding="utf-8")):
-        file = recipe / name / "config.json"
-        if file.is_file() and scorer == ("SequenceClassification" in file.read_text(encoding="utf-8")):
+    for name in plain.json_list(recipe / "steps.json", "run the recipe again, which writes it"):
+        file = recipe / str(name) / "config.json"
+        if file.is_file() and scorer == (b"SequenceClassification" in plain.content(file)):
             yield name
 
 

@@ -9,6 +9,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from llama2.printable import line
+
 _BELIEF = 10.0
 """seconds for which the recipe's own weights count beside what is measured"""
 _SURE = 0.2
@@ -83,9 +85,9 @@ class Log:
         return [line.strip() for line in re.split(r"[\r\n]", text) if line.strip()], state.st_mtime
 
     def last_line(self) -> str:
-        """The newest line."""
+        """The newest line, fit for a terminal: a step says what it finds in files."""
         lines, _ = self.tail()
-        return lines[-1] if lines else ""
+        return line(lines[-1]) if lines else ""
 
     def running(self, weight: float, now: float) -> Running:
         """How far the step is, by the newest line that says so."""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import shutil
-import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -25,6 +24,7 @@ from llama2.generate.sampling import Sampling
 from llama2.mesh import Precision
 from llama2.model.checkpoint import config_of
 from llama2.parts import Work, in_parts
+from llama2.printable import say
 from llama2.records import Dialog, Message, Messages, Prompt
 from llama2.runs import CHECKPOINTS, Run
 from llama2.stages.answers import check_judge
@@ -105,7 +105,7 @@ class Meter:
         now = time.monotonic()
         if mesh.is_main() and now - self._said >= self.seconds:
             self._said = now
-            print(self.line(now - self._begin), file=sys.stderr, flush=True)
+            say(self.line(now - self._begin))
 
     def line(self, elapsed: float) -> str:
         """`title: 1,024 of 28,000 answers, 3:20 left`."""

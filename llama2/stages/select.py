@@ -187,10 +187,8 @@ def copy(source: Path, target: Path) -> None:
     """The model files of one directory in another, as hard links where the file system allows: the weights, of
     whichever kind every stage reads there, what its checksums name, and what stands beside them."""
     weights = directory.weight_files(source)
-    listed = source / checkpoint.CHECKSUMS
     index = directory.INDEX if weights[0].suffix == ".safetensors" else directory.PICKLED_INDEX
-    names = {path.name for path in weights} | MODEL_FILES | {index}
-    names |= set(directory.read_json(listed)) if listed.is_file() else set()
+    names = {path.name for path in weights} | MODEL_FILES | {index} | set(directory.listed(source))
     for path in (source / name for name in sorted(names) if (source / name).is_file()):
         (target / path.name).unlink(missing_ok=True)
         try:

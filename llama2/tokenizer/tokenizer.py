@@ -17,7 +17,7 @@ from pathlib import Path
 
 import sentencepiece
 
-from llama2 import beside
+from llama2 import beside, plain
 from llama2.errors import UserError, explain_os_errors
 from llama2.tokenizer.template import CHAT_TEMPLATE
 
@@ -56,8 +56,7 @@ class Tokenizer:
         the ends of answers and the chat template that the directory names."""
         path = Path(path)
         file = path / FILE if path.is_dir() else path
-        with explain_os_errors(file):
-            found = cls(file.read_bytes(), str(file))
+        found = cls(plain.content(file), str(file))
         if path.is_dir():
             found.stops = tuple(dict.fromkeys((*found.stops, *beside.stop_ids(path))))
             found.template = beside.chat_template(path)

@@ -31,7 +31,7 @@ def test_ends_are_those_of_both_files(tmp_path: Path) -> None:
                                   '{"eos_token_id": [null]}'])
 def test_damage_is_one_line_with_the_file(tmp_path: Path, text: str) -> None:
     put(tmp_path, "generation_config.json", text)
-    with pytest.raises(UserError, match=r"generation_config\.json: ") as raised:
+    with pytest.raises(UserError, match=r"generation_config\.json:") as raised:
         beside.stop_ids(tmp_path)
     assert "\n" not in str(raised.value)
     assert raised.value.cure

@@ -275,7 +275,7 @@ def test_a_shape_is_said_by_fields_and_a_mixture_by_names():
         build(pretrain.Config, {"out": "x", "shards": "s", "architecture": {"num_hidden_layers": True}})
 
 
-@pytest.mark.parametrize("name", ["a/b", "..", ".", "", "/etc", ".hidden", "a\\b", "a\nb"])
+@pytest.mark.parametrize("name", ["a/b", "..", ".", "", "/etc", ".hidden", "a\\b", "a\nb", "a\x1b[2J", "a\u202eb"])
 def test_a_name_that_is_a_path_is_refused(name):
     with pytest.raises(UserError, match=r"sets: '.*' is no name; choose one without '/'"):
         build(Whole, {"out": "x", "sets": {name: {"path": "p"}}})
@@ -451,3 +451,15 @@ def test_help_shows_every_key_of_a_verb(verb, capsys):
 def test_every_path_but_out_is_an_input():
     config = build(Whole, {"out": "o", "sets": {"a": {"path": "p"}}, "some": {"path": "q"}})
     assert dict(paths(config)) == {"sets.a.path": Path("p"), "some.path": Path("q")}
+
+
+def test_a_path_with_a_nul_is_refused(tmp_path):
+    (tmp_path / "a.yaml").write_text('out: "a\\0b"\nshards: s\n')
+    with pytest.raises(UserError, match=r"a\.yaml: 'out': a\\x00b: no path has a NUL in it"):
+        parse(pretrain.Config, [str(tmp_path / "a.yaml")], "llama2 pretrain")
+
+
+def test_a_long_word_is_not_repeated_in_full(tmp_path):
+    with pytest.raises(UserError) as error:
+        parse(pretrain.Config, ["--out", "x", "--shards", "s", "--batch-size", "9" * 5000 + "x"], "llama2 pretrain")
+    assert len(str(error.value)) < 300

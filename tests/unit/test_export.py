@@ -16,7 +16,7 @@ from commands import llama2
 from sources import state
 
 from llama2.model import checkpoint
-from llama2.model.formats import meta
+from llama2.model.formats import meta, pieces
 from llama2.model.formats.recognise import open_source
 from llama2.model.formats.source import Source
 from llama2.release import export
@@ -47,6 +47,66 @@ def test_every_format_is_written_and_verified(tmp_path: Path, base: Path, option
         original = state(open_source(base))
         assert all(torch.equal(tensor, original[key]) for key, tensor in state(written).items())
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+@pytest.fixture
+def frugal(tmp_path: Path, base: Path) -> Path:
+    """The model with a tokenizer that drops extra spaces, as SentencePiece's do unless told otherwise."""
+    shutil.copytree(base, tmp_path / "frugal")
+    (tmp_path / "frugal" / "checksums.json").unlink()
+    file = tmp_path / "frugal" / "tokenizer.model"
+    file.write_bytes(pieces.build(replace(pieces.load(file), extra_spaces_removed=True)))
+    assert Tokenizer.load(file).encode("a  b ") == Tokenizer.load(file).encode("a b")
+    return tmp_path / "frugal"
+
+
+def test_a_format_is_held_only_to_what_it_can_say_of_a_tokenizer(tmp_path: Path, frugal: Path,
+                                                                 capsys: pytest.CaptureFixture[str]) -> None:
+    for kind, name in (("llama2c", "model.bin"), ("gguf", "frugal-f32.gguf"), ("meta", "."), ("hf", ".")):
+        assert llama2("export", frugal, "--to", kind, "--out", tmp_path / kind) == 0
+        heard = capsys.readouterr().err
+        told = "note: the tokenizer drops spaces at the ends of a text and all but one inside" in heard
+        assert told == (kind in ("llama2c", "gguf"))
+        assert "holds every number of the original" in heard.splitlines()[-1]
+        assert llama2("verify", frugal, tmp_path / kind / name, "--length", 8) == 0
+        heard = capsys.readouterr().out
+        assert ("dropped by one of the tokenizers, which one of the formats does not hold" in heard) == (
+            kind == "llama2c")
+
+
+def test_another_vocabulary_is_no_matter_of_the_format(tmp_path: Path, frugal: Path, monkeypatch: pytest.MonkeyPatch,
+                                                       capsys: pytest.CaptureFixture[str]) -> None:
+    def swapped(target: Path) -> None:
+        content = (target.parent / "tokenizer.bin").read_bytes()
+        assert content.count(b"\x01\x00\x00\x00e") == 1
+        (target.parent / "tokenizer.bin").write_bytes(content.replace(b"\x01\x00\x00\x00e", b"\x01\x00\x00\x00~"))
+
+    monkeypatch.setattr(export.llama2c, "write", damaged_after(export.llama2c.write, swapped))
+    assert llama2("export", frugal, "--to", "llama2c", "--out", tmp_path / "out") == 1
+    assert "tokenizers differ: item" in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_constants_are_compared_as_numbers_of_the_format(tmp_path: Path, base: Path,
+                                                         capsys: pytest.CaptureFixture[str]) -> None:
+    """1e-5 in fp32, as some conversions write it, and a base with more digits than fp32 has."""
+    for name, theta, formats in (("a", 10000.0, ("llama2c", "gguf")), ("b", 12345.678912345, ("gguf",))):
+        shape = replace(checkpoint.config_of(base), rms_norm_eps=9.999999747378752e-06, rope_theta=theta)
+        checkpoint.save(checkpoint.Llama(shape), tmp_path / name)
+        Tokenizer.load(base).save(tmp_path / name)
+        for kind in formats:
+            assert llama2("export", tmp_path / name, "--to", kind, "--out", tmp_path / f"{name}-{kind}") == 0
+    assert llama2("export", tmp_path / "b", "--to", "llama2c", "--out", tmp_path / "c") == 2
+    assert "rope_theta is 12345.678912345" in capsys.readouterr().err.splitlines()[-1]
+    assert llama2("verify", tmp_path / "a", tmp_path / "b", "--length", 8) == 1
+
+
+def test_a_disk_that_is_too_small_is_said_before_anything_is_written(
+        tmp_path: Path, base: Path, one_line: Callable[..., str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10**6, 10**6 - 9, 9))
+    for kind in ("hf", "meta", "gguf", "llama2c"):
+        assert "the weights take 0.0 GB, and 0.0 GB are free; free some space, choose another --out, or a smaller" in (
+            one_line("export", base, "--to", kind, "--out", tmp_path / "out"))
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_meta_is_cut_for_ranks(tmp_path: Path, base: Path) -> None:
@@ -117,11 +177,11 @@ def damaged_after(write: Callable[..., Any], damage: Callable[[Path], None]) -> 
 def test_a_wrong_number_in_what_was_written_is_found(tmp_path: Path, base: Path, monkeypatch: pytest.MonkeyPatch,
                                                      capsys: pytest.CaptureFixture[str]) -> None:
     """A writer that makes a mistake: the files are sound, but hold another model."""
-    def transposed(source: Source, target: Path, **options: Any) -> None:
+    def transposed(source: Source, target: Path, **options: Any) -> list[str]:
         name = "model.layers.1.self_attn.o_proj.weight"
         stored = source.tensors[name]
         wrong = replace(stored, read=lambda: stored.read().t().contiguous())
-        original(replace(source, tensors={**source.tensors, name: wrong}), target, **options)
+        return original(replace(source, tensors={**source.tensors, name: wrong}), target, **options)
 
     original = meta.write
     monkeypatch.setattr(export.meta, "write", transposed)

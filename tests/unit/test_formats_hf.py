@@ -20,7 +20,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from sources import model_of, same, scorer_of, source_of, state
+from sources import SHAPE, model_of, same, scorer_of, source_of, state
 from torch import Tensor
 
 from llama2.errors import UserError
@@ -429,3 +429,25 @@ def test_each_fault_is_one_line_that_names_it(tmp_path: Path, fault: str) -> Non
     assert str(directory) in str(raised.value)
     assert "\n" not in str(raised.value)
     assert raised.value.cure
+
+
+@pytest.mark.parametrize("name", ["/dev/zero", "../base/config.json", "/etc/shadow", "a/b", ".."])
+def test_checksums_name_plain_files_of_their_own_directory(tmp_path: Path, name: str) -> None:
+    hf.write(source_of(model_of(SHAPE), tmp_path), tmp_path / "model")
+    (tmp_path / "model" / "checksums.json").write_text(json.dumps({name: "0" * 64}))
+    with pytest.raises(UserError, match=rf"checksums\.json: it names '{name}', which is no file of this directory"):
+        hf.read(tmp_path / "model")
+
+
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors", "checksums.json"])
+def test_a_pipe_or_a_device_in_the_place_of_a_file_is_refused_at_once(tmp_path: Path, name: str) -> None:
+    hf.write(source_of(model_of(SHAPE), tmp_path), tmp_path / "model")
+    path = tmp_path / "model" / name
+    path.unlink()
+    os.mkfifo(path)
+    with pytest.raises(UserError, match=rf"{name}: this is a pipe, a file was expected; write its content to a file"):
+        hf.read(tmp_path / "model")
+    path.unlink()
+    path.symlink_to("/dev/zero")
+    with pytest.raises(UserError, match=rf"{name}: this is a device, a file was expected"):
+        hf.read(tmp_path / "model")

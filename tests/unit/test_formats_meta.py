@@ -18,7 +18,8 @@ from sources import frugal, model_of, same, scorer_of, source_of, state
 from torch import Tensor
 
 from llama2.errors import UserError
-from llama2.model.formats import archive, meta
+from llama2.model.formats import archive, meta, pieces
+from llama2.model.formats.pieces import Piece, Pieces
 from llama2.model.formats.source import Source
 from llama2.model.llama import LlamaConfig
 
@@ -28,9 +29,14 @@ ROWS = ("output", "wq", "wk", "wv", "w1", "w3")
 COLUMNS = ("tok_embeddings", "wo", "w2")
 
 
+VOCABULARY = pieces.build(Pieces([
+    Piece("<unk>", 0.0, pieces.UNKNOWN), Piece("<s>", 0.0, pieces.CONTROL), Piece("</s>", 0.0, pieces.CONTROL),
+    *(Piece(f"{letter}", -index) for index, letter in enumerate("abcdefghijklmnopqrstuvwxyz"))]))
+
+
 @pytest.fixture
 def source(tmp_path: Path) -> Source:
-    (tmp_path / "vocabulary").write_bytes(b"pieces")
+    (tmp_path / "vocabulary").write_bytes(VOCABULARY)
     return source_of(model_of(CONFIG), tmp_path, tmp_path / "vocabulary")
 
 
@@ -42,6 +48,29 @@ def written(tmp_path: Path, source: Source) -> Path:
 
 def their_files(directory: Path) -> list[dict[str, Tensor]]:
     return [torch.load(path, weights_only=True, mmap=True) for path in sorted(directory.glob("consolidated.*.pth"))]
+
+
+def test_a_base_that_metas_code_of_llama_2_does_not_read_is_said(tmp_path: Path, source: Source) -> None:
+    assert meta.write(source, tmp_path / "plain") == []
+    longer = replace(source, config=replace(CONFIG, rope_theta=1e6))
+    assert meta.write(longer, tmp_path / "longer") == [
+        "params.json has rope_theta 1e+06, which Code Llama's code reads; that of Llama 2 knows no such key and takes "
+        "10000 for granted"]
+    assert meta.read(tmp_path / "longer").config.rope_theta == 1e6
+
+
+@pytest.mark.parametrize(("key", "value"), [("norm_eps", None), ("rope_theta", None), ("n_kv_heads", None),
+                                            ("max_seq_len", None)])
+def test_null_says_nothing(written: Path, key: str, value: object) -> None:
+    file = written / "params.json"
+    values = {"n_kv_heads": 4} | json.loads(file.read_text())
+    wanted = meta.read(written).config
+    file.write_text(json.dumps(values | {key: value}))
+    if key == "n_kv_heads":
+        with pytest.raises(UserError, match=r"wk\.weight' is \[16, 64\], .* \[32, 64\]"):
+            meta.read(written)
+    else:
+        assert meta.read(written).config == wanted
 
 
 # ---- what is written ------------------------------------------------------------------------------------------------
@@ -165,7 +194,10 @@ def test_the_tokenizer_lies_beside_or_above(written: Path) -> None:
     shutil.move(written / "tokenizer.model", written.parent / "tokenizer.model")
     found = meta.read(written).tokenizer
     assert found is not None
-    assert found.read_bytes() == b"pieces"
+    items = pieces.load(found).items
+    assert [item.text for item in items[3:6]] == ["a", "b", "c"]
+    assert [item.text for item in items[29:31]] == ["[PAD29]", "[PAD30]"]  # Meta's code makes a row for each item
+    assert len(items) == CONFIG.vocab_size
     found.unlink()
     assert meta.read(written).tokenizer is None
 
@@ -242,9 +274,12 @@ MISTAKES = {
     "odd heads": (parameter("n_kv_heads", 3), r"params\.json: .*3"),
     "vocabulary": (parameter("vocab_size", 97), r"vocab_size is 97, tok_embeddings\.weight has 96 rows"),
     "text": (parameter("dim", "64"), r"params\.json: dim is '64'"),
+    "no width": (parameter("dim", None), r"params\.json: the key 'dim' is missing"),
+    "no end": (parameter("norm_eps", float("inf")), r"norm_eps is inf; a finite number was expected"),
+    "a thousand values": (parameter("n_heads", [8] * 1000), r"n_heads is \[8, 8, 8, .{,90}\.\.\.; a whole number"),
     "no number": (parameter("norm_eps", "small"), r"norm_eps is 'small'"),
     "later": (parameter("use_scaled_rope", True), r"later model"),
-    "no JSON": (lambda d: (d / "params.json").write_text("{"), r"params\.json: not valid JSON"),
+    "no JSON": (lambda d: (d / "params.json").write_text("{"), r"params\.json:1: not valid JSON"),
     "no key": (lambda d: (d / "params.json").write_text("{}"), r"params\.json: the key 'dim' is missing"),
 }
 

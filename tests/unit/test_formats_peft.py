@@ -185,8 +185,14 @@ SETTINGS = [
     ({"layer_replication": [[0, 2]]}, "layer_replication"), ({"never_heard_of": {"a": 1}}, "never_heard_of"),
     ({"init_lora_weights": "pissa"}, "init_lora_weights is 'pissa', which changes the base"),
     ({"task_type": "TOKEN_CLS"}, "task_type is 'TOKEN_CLS'"), ({"rank_pattern": [1]}, r"rank_pattern is \[1\]"),
-    ({"alpha_pattern": {"(": 1}}, r"alpha_pattern has '\('"), ({"r": "4"}, "r is '4'"), ({"r": None}, "r is None"),
-    ({"r": 0}, r"is \[4, 16\] instead of \[0, 16\]"), ({"lora_alpha": None}, "lora_alpha is None"),
+    ({"alpha_pattern": {"(": 1}}, r"alpha_pattern has '\('"), ({"r": math.inf}, "r is inf; a finite number"),
+    ({"r": 4.5}, "r is 4.5; a whole number above 0"), ({"lora_alpha": math.nan}, "lora_alpha is nan; a finite number"),
+    ({"r": 10**400}, "r is inf; a finite number"), ({"r": True}, "r is True; a finite number"),
+    ({"alpha_pattern": {"q_proj": -math.inf}}, "alpha_pattern of 'q_proj' is -inf; a finite number"),
+    ({"rank_pattern": {"q_proj": 0}}, "rank_pattern of 'q_proj' is 0; a whole number above 0"),
+    ({"rank_pattern": {"q_proj": [4]}}, r"rank_pattern of 'q_proj' is \[4\]; a finite number"),
+    ({"r": "4"}, "r is '4'"), ({"r": None}, "r is None"),
+    ({"r": 0}, "r is 0; a whole number above 0"), ({"lora_alpha": None}, "lora_alpha is None"),
     ({"r": 8}, r"q_proj\.lora_A\.weight' is \[4, 16\] instead of \[8, 16\]"),
 ]
 
@@ -230,11 +236,71 @@ def test_tensors_that_do_not_fit_are_named(tmp_path: Path, base: Path, damage: C
     assert "\n" not in str(raised.value)
 
 
-def test_an_adapter_of_weights_that_are_shared_is_refused(tmp_path: Path) -> None:
-    hf.write(source_of(model_of(replace(CONFIG, tie_word_embeddings=True)), tmp_path), tmp_path / "base")
-    path = adapter(tmp_path / "adapter", PAIRS | {f"{PREFIX}{TABLE}.weight": torch.ones(40, 16)})
-    with pytest.raises(UserError, match="shares with its output"):
-        open_source(path)
+def test_a_grown_vocabulary_is_saved_three_times_of_which_one_counts(tmp_path: Path, base: Path) -> None:
+    """As PEFT saves `modules_to_save` after `resize_token_embeddings`."""
+    tensors = dict(PAIRS)
+    for module in (TABLE, HEAD):
+        trained = torch.randn(42, 16)
+        tensors |= {f"{PREFIX}{module}.weight": trained, f"{PREFIX}{module}.modules_to_save.weight": trained.clone(),
+                    f"{PREFIX}{module}.original_module.weight": torch.randn(42, 16)}
+    found = open_source(adapter(tmp_path / "adapter", tensors, modules_to_save=["embed_tokens", "lm_head"]))
+    assert found.config == replace(CONFIG, vocab_size=42)
+    weights = state(found)
+    for module in (TABLE, HEAD):
+        assert torch.equal(weights[f"{module}.weight"], tensors[f"{PREFIX}{module}.weight"])
+
+
+@pytest.mark.parametrize("other", ["modules_to_save", "base_layer"])
+def test_two_names_of_one_weight_must_agree(tmp_path: Path, base: Path, other: str) -> None:
+    twice = {f"{PREFIX}{HEAD}.weight": torch.ones(40, 16), f"{PREFIX}{HEAD}.{other}.weight": torch.zeros(40, 16)}
+    with pytest.raises(UserError, match=r"are both lm_head\.weight, and differ; save the adapter again"):
+        open_source(adapter(tmp_path / "adapter", PAIRS | twice))
+
+
+def test_what_was_replaced_alone_is_no_adapter(tmp_path: Path, base: Path) -> None:
+    alone = {f"{PREFIX}{HEAD}.original_module.weight": torch.ones(40, 16)}
+    with pytest.raises(UserError, match=r"1 unknown: lm_head\.original_module\.weight"):
+        open_source(adapter(tmp_path / "adapter", PAIRS | alone))
+
+
+TIED = replace(CONFIG, tie_word_embeddings=True)
+
+
+@pytest.fixture
+def tied(tmp_path: Path) -> dict[str, Tensor]:
+    """A base that shares its embeddings with its output."""
+    hf.write(source_of(model_of(TIED), tmp_path), tmp_path / "base")
+    return state(hf.read(tmp_path / "base"))
+
+
+def test_shared_tables_that_grew_alike_stay_shared(tmp_path: Path, tied: State) -> None:
+    table = torch.randn(42, 16)
+    both = {f"{PREFIX}{TABLE}.weight": table, f"{PREFIX}{HEAD}.weight": table.clone()}
+    found = open_source(adapter(tmp_path / "adapter", PAIRS | both))
+    assert found.config == replace(TIED, vocab_size=42)
+    assert "lm_head.weight" not in found.tensors
+    assert torch.equal(state(found)[f"{TABLE}.weight"], table)
+    assert open_source(adapter(tmp_path / "plain", PAIRS)).config == TIED
+
+
+@pytest.mark.parametrize("changed", [(TABLE,), (HEAD,), (TABLE, HEAD)], ids="+".join)
+def test_shared_tables_are_parted_by_what_changes_one_of_them(tmp_path: Path, tied: State, changed: tuple[str, ...]
+                                                              ) -> None:
+    new = {f"{PREFIX}{module}.weight": torch.randn(40, 16) for module in changed}
+    found = open_source(adapter(tmp_path / "adapter", PAIRS | new))
+    assert found.config == CONFIG
+    for module in (TABLE, HEAD):
+        expected = new.get(f"{PREFIX}{module}.weight", tied[f"{TABLE}.weight"])
+        assert torch.equal(state(found)[f"{module}.weight"], expected)
+
+
+def test_an_adapter_on_a_shared_table_is_on_one_side_alone(tmp_path: Path, tied: State) -> None:
+    a, b = torch.randn(4, 40), torch.randn(16, 4)
+    pair = {f"{PREFIX}{TABLE}.lora_embedding_A": a, f"{PREFIX}{TABLE}.lora_embedding_B": b}
+    found = open_source(adapter(tmp_path / "adapter", pair))
+    assert found.config == CONFIG
+    assert torch.equal(state(found)["lm_head.weight"], tied[f"{TABLE}.weight"])
+    assert torch.allclose(state(found)[f"{TABLE}.weight"], tied[f"{TABLE}.weight"] + 1.5 * (b @ a).T, atol=1e-5)
 
 
 def test_a_cut_or_hostile_adapter_is_refused(tmp_path: Path, base: Path) -> None:

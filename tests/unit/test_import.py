@@ -395,3 +395,17 @@ def test_an_unknown_key_is_said(tmp_path: Path, model: Path, capsys: pytest.Capt
     assert "config.json: unknown and left out: my_note" in capsys.readouterr().err
     checkpoint.load(model)
     assert "config.json: unknown and left out: my_note" in capsys.readouterr().err
+def test_what_quantized_weights_grow_to_is_said_with_the_flag_for_less(tmp_path: Path, model: Path,
+                                                                       capsys: pytest.CaptureFixture[str]) -> None:
+    gguf = pytest.importorskip("llama2.model.formats.gguf")
+    pytest.importorskip("gguf")
+    gguf.write(hf.read(model), tmp_path / "small.gguf", precision="q4_0")
+    count = sum(stored.numel for stored in hf.read(model).tensors.values())
+    there = (tmp_path / "small.gguf").stat().st_size
+    assert llama2("import", tmp_path / "small.gguf", "--out", tmp_path / "a") == 0
+    assert (f"{tmp_path / 'a'}: the weights take {4 * count / 1e6:.1f} MB, in {tmp_path / 'small.gguf'} "
+            f"{there / 1e6:.1f} MB; --dtype bf16 takes {2 * count / 1e6:.1f} MB\n") in capsys.readouterr().err
+    assert llama2("import", tmp_path / "small.gguf", "--out", tmp_path / "b", "--dtype", "bf16") == 0
+    assert f"{tmp_path / 'b'}: the weights take {2 * count / 1e6:.1f} MB\n" in capsys.readouterr().err
+    assert llama2("import", model, "--out", tmp_path / "c") == 0
+    assert f"{tmp_path / 'c'}: the weights take {4 * count / 1e6:.1f} MB\n" in capsys.readouterr().err

@@ -100,6 +100,13 @@ def test_a_line_that_is_no_json_is_passed_over(tmp_path):
         list(import_dialogs(tmp_path / "b.jsonl"))
 
 
+@pytest.mark.parametrize("depth", [300, 900])
+def test_an_element_that_is_nested_too_deeply_spoils_itself_alone(tmp_path, depth):
+    for deep in ("[" * depth + "]" * depth, '{"a":' * depth + "1" + "}" * depth):
+        assert read(tmp_path / "a.json", f'[{{"a": 1}},\n{{"a": {deep}}},\n{{"a": 2}}]') == [
+            {"a": 1}, (2, "nested more than 200 levels deep"), {"a": 2}]
+
+
 @pytest.mark.parametrize(("content", "cause"), [
     ('[\n{"a": 1}\n]', "name the file .json"), ('[{"a": 1}]', "name the file .json")])
 def test_a_list_under_the_name_of_json_lines_is_named(tmp_path, content, cause):

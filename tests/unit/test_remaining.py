@@ -56,6 +56,13 @@ def test_progress_is_read_from_a_line(line, share):
     assert share_of(line) == share
 
 
+def test_the_newest_line_of_a_log_is_fit_for_a_terminal(tmp_path):
+    (tmp_path / "log").write_text("")
+    log = Log(tmp_path / "log", 0.0)
+    (tmp_path / "log").write_text("one\nread \x1b[2J\u202efile\n")
+    assert log.last_line() == r"read \x1b[2J\u202efile"
+
+
 def test_a_log_tells_how_far_its_step_is(tmp_path):
     path = tmp_path / "log"
     path.write_text("sft 80/80: done\n")  # an earlier attempt

@@ -27,8 +27,10 @@ from typing import IO, Any
 import torch
 from torch import Tensor
 
+from llama2 import plain
 from llama2.errors import UserError, explain_os_errors
 from llama2.model.formats.source import Stored
+from llama2.reading.packed import DAMAGE
 
 STORAGES = {
     "FloatStorage": torch.float32, "HalfStorage": torch.float16, "BFloat16Storage": torch.bfloat16,
@@ -123,7 +125,7 @@ def entries(path: Path) -> dict[str, Stored]:
     UserError for a truncated file, one that holds anything but tensors, or code, and for a tensor that lies outside
     its storage; later, from `Stored.read`, for numbers that do not match their checksum.
     """
-    with explain_os_errors(path), open(path, "rb") as file:
+    with explain_os_errors(path), plain.opened(path) as file:
         members = _members(path, file)
         root = next((name.removesuffix("data.pkl") for name in members if name.endswith("/data.pkl")), None)
         if root is None:
@@ -141,7 +143,7 @@ def _members(path: Path, file: IO[bytes]) -> dict[str, Member]:
     try:
         with zipfile.ZipFile(file) as archive:
             listed = archive.infolist()
-    except (zipfile.BadZipFile, NotImplementedError, ValueError, OSError, struct.error) as error:
+    except (*DAMAGE, NotImplementedError, OSError) as error:
         raise UserError(f"{path}: truncated, or not a file of PyTorch's ({error})", AGAIN) from None
     size = file.seek(0, io.SEEK_END)
     found = {}

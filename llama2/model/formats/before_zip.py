@@ -11,6 +11,7 @@ import io
 from pathlib import Path
 from typing import IO, Any
 
+from llama2 import plain
 from llama2.errors import UserError, explain_os_errors
 from llama2.model.formats import archive
 from llama2.model.formats.source import Stored
@@ -36,7 +37,7 @@ class _Reader(archive.Reader):
 
 def is_one(path: Path) -> bool:
     """Whether a file has this format."""
-    with explain_os_errors(path), open(path, "rb") as file:
+    with explain_os_errors(path), plain.opened(path) as file:
         return file.read(len(_BEGIN)) == _BEGIN
 
 

@@ -72,6 +72,11 @@ def halved(weight_RD: Tensor, heads: int) -> Tensor:
     return weight_RD.reshape(heads, rows // heads // 2, 2, columns).transpose(1, 2).reshape(rows, columns)
 
 
+def in_single(number: float) -> float:
+    """A number as fp32 holds it."""
+    return float(np.float32(number))
+
+
 def read_array(path: Path, place: str, dtype: str, offset: int, count: int) -> np.ndarray[Any, Any]:
     """`count` numbers from `offset` on. UserError if the file ends before, which it did not when it was opened."""
     with explain_os_errors(path):

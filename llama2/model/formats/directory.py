@@ -16,14 +16,17 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from llama2 import plain
 from llama2.errors import UserError, explain_os_errors
 from llama2.model.formats import binary
 from llama2.model.llama import LlamaConfig
+from llama2.printable import shown
 
 CONFIG, WEIGHTS, INDEX, CHECKSUMS = "config.json", "model.safetensors", "model.safetensors.index.json", "checksums.json"
 PICKLED, PICKLED_INDEX = "pytorch_model.bin", "pytorch_model.bin.index.json"
 SCORE = "score.weight"
 PADDING = 0  # transformers finds the last real token of a row by it; the published tokenizer has no id for padding
+read_json = plain.json_object
 
 
 # ---- tensors and their files ----------------------------------------------------------------------------------------
@@ -65,8 +68,9 @@ def _shards(directory: Path, index: str) -> list[Path]:
     if not isinstance(weight_map, dict) or not weight_map:
         raise UserError(f"{directory / index}: no weight_map", "fetch the checkpoint again")
     for tensor, name in weight_map.items():
-        if not isinstance(name, str) or Path(name).name != name:
-            raise UserError(f"{directory / index}: the file of '{tensor}' is {name!r}", "fetch the checkpoint again")
+        if not plain.is_own(name):
+            raise UserError(f"{directory / index}: the file of '{tensor}' is {shown(name)}",
+                            "fetch the checkpoint again")
         if not (directory / name).exists():
             raise UserError(f"{directory / name}: missing, though {index} names it", "fetch this shard")
     return [directory / name for name in sorted(set(weight_map.values()))]
@@ -109,10 +113,7 @@ def _replace_files(work: Path, directory: Path) -> None:
 
 def verify_checksums(directory: Path) -> None:
     """UserError if a file differs from what checksums.json says; nothing if there is none."""
-    path = directory / CHECKSUMS
-    if not path.exists():
-        return
-    for name, expected in read_json(path).items():
+    for name, expected in listed(directory).items():
         if not (directory / name).exists():
             raise UserError(f"{directory / name}: missing, though {CHECKSUMS} names it", "fetch the checkpoint again")
         if sha256(directory / name) != expected:
@@ -120,23 +121,23 @@ def verify_checksums(directory: Path) -> None:
                             f"fetch it again, or delete {CHECKSUMS} if you changed the file on purpose")
 
 
+def listed(directory: Path) -> dict[str, str]:
+    """What checksums.json says: the names of files of the directory, each with its checksum; {} if there is none."""
+    path = directory / CHECKSUMS
+    found = read_json(path) if path.exists() else {}
+    cure = f"fetch the checkpoint again, or delete {CHECKSUMS}"
+    for name, value in found.items():
+        if not plain.is_own(name):
+            raise UserError(f"{path}: it names {shown(name)}, which is no file of this directory", cure)
+        if not isinstance(value, str):
+            raise UserError(f"{path}: the checksum of {shown(name)} is {shown(value)}", cure)
+    return found
+
+
 def sha256(path: Path) -> str:
     """The hash of a file's content."""
-    with explain_os_errors(path), open(path, "rb") as file:
+    with explain_os_errors(path), plain.opened(path) as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """A file that holds a JSON object."""
-    with explain_os_errors(path):
-        text = path.read_bytes()
-    try:
-        values = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{path}: not valid JSON ({error})", "fetch it again") from None
-    if not isinstance(values, dict):
-        raise UserError(f"{path}: a JSON object was expected", "fetch it again")
-    return values
 
 
 def write_json(path: Path, values: Mapping[str, Any]) -> None:

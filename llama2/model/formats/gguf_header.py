@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 
+from llama2 import plain
 from llama2.errors import UserError, explain_os_errors
 from llama2.model.formats.binary import FETCH_AGAIN
 
@@ -46,7 +47,7 @@ class Header:
 
 def read_header(path: Path) -> Header:
     """The head of a GGUF file. UserError if it is another file, of another version, truncated or damaged."""
-    with explain_os_errors(path), open(path, "rb") as file:
+    with explain_os_errors(path), plain.opened(path) as file:
         if file.read(len(MAGIC)) != MAGIC:
             raise UserError(f"{path}: not a GGUF file: it does not begin with 'GGUF'", "check the path")
         with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:

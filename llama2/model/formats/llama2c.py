@@ -25,6 +25,7 @@ from typing import IO, Literal
 import torch
 from torch import Tensor
 
+from llama2 import plain
 from llama2.errors import UserError, explain_os_errors
 from llama2.model.formats import llama2c_vocabulary, pieces
 from llama2.model.formats.binary import (
@@ -33,6 +34,7 @@ from llama2.model.formats.binary import (
     HEAD,
     NORM,
     halved,
+    in_single,
     interleaved,
     kept,
     read_array,
@@ -128,7 +130,7 @@ def _check_writable(source: Source) -> None:
         raise UserError(f"{source.path}: this is a reward model, and llama2.c has no place for its head",
                         "export a language model")
     config = source.config
-    if config.rope_theta != _THETA or config.rms_norm_eps != _EPS:
+    if (in_single(config.rope_theta), in_single(config.rms_norm_eps)) != (_THETA, in_single(_EPS)):
         raise UserError(f"{source.path}: rope_theta is {config.rope_theta}, rms_norm_eps {config.rms_norm_eps}",
                         f"llama2.c takes {_THETA} and {_EPS} for granted: export in another format")
     if (config.bos_token_id, config.eos_token_id) != (1, 2):
@@ -201,7 +203,7 @@ def read(path: Path) -> Source:
     That one is put into a SentencePiece model file that lives as long as the process. UserError for another file,
     another version, and a size that is not what the header asks for.
     """
-    with explain_os_errors(path), open(path, "rb") as file:
+    with explain_os_errors(path), plain.opened(path) as file:
         head = file.read(_HEADER)
         size = file.seek(0, 2)
     header = _unpacked(path, head)

@@ -10,7 +10,8 @@ import struct
 from collections.abc import Sequence
 from pathlib import Path
 
-from llama2.errors import UserError, explain_os_errors
+from llama2 import plain
+from llama2.errors import UserError
 from llama2.model.formats.binary import FETCH_AGAIN
 from llama2.model.formats.pieces import BYTE, CONTROL, NORMAL, SPACE, UNKNOWN, Piece
 
@@ -36,8 +37,7 @@ def pack(items: Sequence[Piece]) -> bytes:
 
 def load(path: Path, size: int) -> list[Piece]:
     """The items of a tokenizer.bin of `size` items. UserError if it has another number, or is no such file."""
-    with explain_os_errors(path):
-        data = path.read_bytes()
+    data = plain.content(path)
     found: list[tuple[str, float]] = []
     at = 4
     try:

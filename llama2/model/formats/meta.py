@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import re
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -23,14 +24,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from llama2 import plain
 from llama2.errors import UserError, did_you_mean, explain_os_errors
-from llama2.model.formats import archive
+from llama2.model.formats import archive, pieces
 from llama2.model.formats.binary import EMBEDDINGS, HEAD, halved, interleaved, rotary_heads, shapes
 from llama2.model.formats.source import Source, Stored
 from llama2.model.llama import LlamaConfig
+from llama2.printable import shown
 
 PARAMETERS, TOKENIZER = "params.json", "tokenizer.model"
 CONTEXT = 4096
+_THETA = 10000.0
 ROWS, COLUMNS = 0, 1
 _OUTSIDE = {"model.embed_tokens": ("tok_embeddings", COLUMNS), "model.norm": ("norm", None),
             "lm_head": ("output", ROWS)}
@@ -40,7 +44,6 @@ _INSIDE = {
     "mlp.gate_proj": ("feed_forward.w1", ROWS), "mlp.down_proj": ("feed_forward.w2", COLUMNS),
     "mlp.up_proj": ("feed_forward.w3", ROWS), "input_layernorm": ("attention_norm", None),
     "post_attention_layernorm": ("ffn_norm", None)}
-_AGAIN = "fetch it again"
 
 
 def their_name(name: str) -> tuple[str, int | None]:
@@ -69,28 +72,23 @@ def read(path: Path, *, context: int = CONTEXT) -> Source:
     config = _config(path, values, parts, context)
     _check(config, files, parts)
     tensors = {name: _joined(name, shape, parts, config) for name, shape in shapes(config).items()}
-    found = (place for place in (path / TOKENIZER, path.resolve().parent / TOKENIZER) if place.is_file())
+    found = (place for place in (path / TOKENIZER, path.resolve().parent / TOKENIZER) if os.path.lexists(place))
     return Source(path, "meta", config, False, tensors, next(found, None))
 
 
 def _parameters(file: Path) -> dict[str, Any]:
-    with explain_os_errors(file):
-        content = file.read_bytes()
-    try:
-        values = json.loads(content)
-    except ValueError as error:
-        raise UserError(f"{file}: not valid JSON ({error})", _AGAIN) from None
-    if not isinstance(values, dict):
-        raise UserError(f"{file}: a JSON object was expected", _AGAIN)
+    values = plain.json_object(file)
     for name in ("dim", "n_layers", "n_heads"):
-        if name not in values:
+        if values.get(name) is None:
             raise UserError(f"{file}: the key '{name}' is missing", did_you_mean(name, values))
     for name in ("dim", "n_layers", "n_heads", "n_kv_heads", "vocab_size", "max_seq_len"):
         if values.get(name) is not None and type(values[name]) is not int:
-            raise UserError(f"{file}: {name} is {values[name]!r}", "a whole number was expected")
+            raise UserError(f"{file}: {name} is {shown(values[name])}", "a whole number was expected")
     for name in ("norm_eps", "rope_theta"):
-        if values.get(name) is not None and type(values[name]) not in (int, float):
-            raise UserError(f"{file}: {name} is {values[name]!r}", "a number was expected")
+        value = values.get(name)
+        if value is not None and (type(value) not in (int, float) or not math.isfinite(value)):
+            raise UserError(f"{file}: {name} is {shown(value)}", "a finite number was expected")
+    values = {name: value for name, value in values.items() if value is not None}
     if values.get("use_scaled_rope") or values.get("moe"):
         raise UserError(f"{file}: a later model than Llama 2", "only models of the Llama 2 family can be read")
     return values
@@ -121,12 +119,12 @@ def _config(path: Path, values: Mapping[str, Any], parts: Sequence[Mapping[str, 
         config = LlamaConfig(
             vocab_size=embeddings[0], hidden_size=values["dim"], intermediate_size=gate[0] * len(parts),
             num_hidden_layers=values["n_layers"], num_attention_heads=values["n_heads"],
-            num_key_value_heads=values.get("n_kv_heads") or values["n_heads"],
-            max_position_embeddings=values.get("max_seq_len") or context,
-            rms_norm_eps=float(values.get("norm_eps") or 1e-5), rope_theta=float(values.get("rope_theta") or 10000.0))
+            num_key_value_heads=values.get("n_kv_heads", values["n_heads"]),
+            max_position_embeddings=values.get("max_seq_len", context),
+            rms_norm_eps=float(values.get("norm_eps", 1e-5)), rope_theta=float(values.get("rope_theta", _THETA)))
     except UserError as error:
         raise UserError(f"{path / PARAMETERS}: {error.cause}", error.cure) from None
-    if values.get("vocab_size", -1) not in (None, -1, config.vocab_size):
+    if values.get("vocab_size", -1) not in (-1, config.vocab_size):
         raise UserError(f"{path / PARAMETERS}: vocab_size is {values['vocab_size']}, tok_embeddings.weight has "
                         f"{config.vocab_size} rows", "they are of different models")
     if config.num_hidden_layers > len(parts[0]):
@@ -199,12 +197,12 @@ def _agreed(pieces: Sequence[Stored]) -> Tensor:
 
 
 # ---- writing --------------------------------------------------------------------------------------------------------
-def write(source: Source, directory: Path, *, dtype: torch.dtype | None = None, shards: int = 1) -> None:
+def write(source: Source, directory: Path, *, dtype: torch.dtype | None = None, shards: int = 1) -> list[str]:
     """Write a language model as Meta's code loads it on `shards` model-parallel ranks.
 
     One tensor at a time is in memory, whatever the number of files. `dtype` converts the weights; without it each
-    keeps its own. UserError for a reward model, a shape that does not divide into so many ranks, and a directory that
-    holds something already.
+    keeps its own. Returns, in sentences for the user, what Meta's code does not read. UserError for a reward model, a
+    shape that does not divide into so many ranks, and a directory that holds something already.
     """
     directory = Path(directory)
     if source.scorer:
@@ -225,7 +223,18 @@ def write(source: Source, directory: Path, *, dtype: torch.dtype | None = None, 
                 _deal(name, stored[name], layout[their_name(name)[0]][1], source.config, targets)
         (work / PARAMETERS).write_text(json.dumps(parameters(source.config), indent=2) + "\n", encoding="utf-8")
         if source.tokenizer is not None:
-            shutil.copyfile(source.tokenizer, work / TOKENIZER)
+            (work / TOKENIZER).write_bytes(_as_large(source.tokenizer, source.config.vocab_size))
+    theta = source.config.rope_theta
+    return [] if theta == _THETA else [
+        f"{PARAMETERS} has rope_theta {theta:g}, which Code Llama's code reads; that of Llama 2 knows no such key and "
+        f"takes {_THETA:g} for granted"]
+
+
+def _as_large(tokenizer: Path, size: int) -> bytes:
+    """A tokenizer with an item for each row of the embeddings: Meta's code makes as many rows as it has items."""
+    model = plain.content(tokenizer)
+    count = len(pieces.parse(model, str(tokenizer)).items)
+    return model if count >= size else pieces.padded(model, count, size)
 
 
 def _deal(name: str, stored: Stored, dtype: torch.dtype, config: LlamaConfig,
@@ -257,7 +266,7 @@ def parameters(config: LlamaConfig) -> dict[str, Any]:
                               "vocab_size": config.vocab_size, **_width(config)}
     if config.num_key_value_heads != config.num_attention_heads:
         values["n_kv_heads"] = config.num_key_value_heads
-    if config.rope_theta != 10000.0:
+    if config.rope_theta != _THETA:
         values["rope_theta"] = config.rope_theta
     return values
 

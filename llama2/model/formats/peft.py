@@ -4,11 +4,16 @@ An adapter of a matrix W [O, I] is a pair A [R, I], B [O, R] of small rank R; wh
 s = alpha / R, or alpha / sqrt(R) with `use_rslora` (https://arxiv.org/abs/2106.09685, section 4.1). It is added in
 fp32 and rounded once. `fan_in_fan_out` says how matrices of other architectures lie; Llama's lie one way, whatever it
 says. Settings that would mean another sum (DoRA and many more) are refused by name, those we have never heard of too.
+
+Modules that were trained whole (`modules_to_save`) take the place of the base's. Where a vocabulary has grown, PEFT
+saves them up to three times: what was trained under two names, and what was there before as `original_module`, which
+nobody needs. An adapter may part the output matrix from embeddings that the base shares with it.
 """
 
 from __future__ import annotations
 
 import math
+import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
@@ -18,12 +23,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from llama2 import plain
 from llama2.beside import chat_template
 from llama2.errors import UserError
 from llama2.model.formats import directory, hf
 from llama2.model.formats.binary import EMBEDDINGS, HEAD
 from llama2.model.formats.directory import SCORE
 from llama2.model.formats.source import Source, Stored
+from llama2.printable import shown
 
 CONFIG, WEIGHTS = "adapter_config.json", ("adapter_model.safetensors", "adapter_model.bin")
 _BASE = "base_model_name_or_path"
@@ -34,6 +41,7 @@ _CHANGE_NOTHING = {  # of what an adapter stands for: who made it, how it was dr
     "megatron_core", "loftq_config", "eva_config", "corda_config", "qalora_group_size", "runtime_config",
     "ensure_weight_tying"}
 _KEEPS_THE_BASE = (None, True, False, "gaussian", "eva", "orthogonal")
+_TRAINED, _REPLACED = ".modules_to_save.", ".original_module."
 _WRAPPERS = re.compile(r"^base_model\.model\.|\.(?:modules_to_save|base_layer)(?=\.)")
 _PART = re.compile(r"(.+)\.lora_(embedding_)?([AB])(?:\.weight)?$")
 _PIECE = 1 << 22  # numbers merged at once
@@ -54,29 +62,36 @@ class _Adapter:
 
     def number(self, module: str, key: str, pattern: str) -> float:
         """A setting, where `pattern` may have another for this module."""
-        for expression, value in (self.values.get(pattern) or {}).items():
+        named, value = key, self.values.get(key)
+        for expression, other in (self.values.get(pattern) or {}).items():
             try:
                 if re.match(rf"(.*\.)?({expression})$", module):
-                    return float(value)
-            except (re.error, ValueError, TypeError) as error:
-                raise UserError(f"{self.path / CONFIG}: {pattern} has {expression!r}: {value!r} ({error})",
+                    named, value = f"{pattern} of {shown(expression)}", other
+                    break
+            except (re.error, RecursionError) as error:
+                raise UserError(f"{self.path / CONFIG}: {pattern} has {shown(expression)} ({error})",
                                 "mend it") from None
-        value = self.values.get(key)
-        if isinstance(value, bool) or not isinstance(value, int | float):
-            raise UserError(f"{self.path / CONFIG}: {key} is {value!r}", "a number was expected")
+        if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+            raise UserError(f"{self.path / CONFIG}: {named} is {shown(value)}", "a finite number was expected")
+        if key == "r" and (value < 1 or value != int(value)):
+            raise UserError(f"{self.path / CONFIG}: {named} is {shown(value)}", "a whole number above 0 was expected")
         return float(value)
+
+    def rank(self, module: str) -> int:
+        """R."""
+        return int(self.number(module, "r", "rank_pattern"))
 
     def scale(self, module: str) -> float:
         """The factor of B·A."""
-        rank, alpha = self.number(module, "r", "rank_pattern"), self.number(module, "lora_alpha", "alpha_pattern")
+        rank, alpha = self.rank(module), self.number(module, "lora_alpha", "alpha_pattern")
         return alpha / (math.sqrt(rank) if self.values.get("use_rslora") else rank)
 
 
 def base_of(path: Path, given: Path | None = None) -> Path:
     """Where the model lies that an adapter belongs to: as given, or as its config says."""
-    named = directory.read_json(path / CONFIG).get(_BASE)
-    if given is None and (not isinstance(named, str) or not Path(named).exists()):
-        raise UserError(f"{path / CONFIG}: the base model '{named}' is not on this machine",
+    named = plain.json_object(path / CONFIG).get(_BASE)
+    if given is None and (not isinstance(named, str) or not os.path.exists(named)):
+        raise UserError(f"{path / CONFIG}: the base model {shown(named)} is not on this machine",
                         "name its place: --base DIRECTORY")
     return given or Path(str(named))
 
@@ -88,11 +103,10 @@ def read(path: Path, base: Source, dtype: torch.dtype | None = None) -> Source:
     """
     adapter = _open(path)
     scorer = base.scorer or SCORE in adapter.whole
+    config = base.config
     tensors = {name: stored for name, stored in base.tensors.items() if not (scorer and name == HEAD)}
-    changed = {*adapter.whole, *(f"{module}.weight" for module in adapter.pairs)}
-    if base.config.tie_word_embeddings and EMBEDDINGS in changed:
-        raise UserError(f"{path}: it changes {EMBEDDINGS}, which {base.path} shares with its output",
-                        "merge it with the program that trained it")
+    if config.tie_word_embeddings and not scorer and _parts_the_head(adapter):
+        config, tensors[HEAD] = replace(config, tie_word_embeddings=False), tensors[EMBEDDINGS]
     kind = hf.prevailing(base.tensors)
     for name, stored in adapter.whole.items():
         tensors[name] = _converted(stored, dtype or (base.tensors[name].dtype if name in base.tensors else kind))
@@ -101,10 +115,11 @@ def read(path: Path, base: Source, dtype: torch.dtype | None = None) -> Source:
         if name not in tensors:
             raise UserError(f"{next(iter(pair.values())).place}: {base.path} has no {name}", "give its own --base")
         tensors[name] = _merged(adapter, module, pair, tensors[name], dtype or tensors[name].dtype)
-    config = base.config
     if EMBEDDINGS in adapter.whole and len(adapter.whole[EMBEDDINGS].shape) == 2:
         config = replace(config, vocab_size=adapter.whole[EMBEDDINGS].shape[0])  # new items were added
     shapes = directory.shapes(config, scorer=scorer)
+    if HEAD not in shapes:  # equal to the embeddings
+        tensors.pop(HEAD, None)
     directory.check_shapes(path, shapes, {name: stored.shape for name, stored in tensors.items()},
                            f"its base {base.path}")
     tokenizer = path / hf.TOKENIZER
@@ -114,19 +129,18 @@ def read(path: Path, base: Source, dtype: torch.dtype | None = None) -> Source:
 
 
 def _open(path: Path) -> _Adapter:
-    values = directory.read_json(path / CONFIG)
+    values = plain.json_object(path / CONFIG)
     _refuse_others(path / CONFIG, values)
     files = [path / name for name in WEIGHTS if (path / name).exists()][:1]
     if not files:
         raise UserError(f"{path}: neither {' nor '.join(WEIGHTS)} is there", "fetch the adapter again")
     adapter = _Adapter(path, values)
-    for name, stored in hf.entries(files).items():
-        plain = _WRAPPERS.sub("", name)
-        if part := _PART.match(plain):
+    for folded, stored in _folded(hf.entries(files)).items():
+        if part := _PART.match(folded):
             adapter.pairs.setdefault(part[1], {})[part[3]] = stored
             adapter.flat |= {part[1]} if part[2] else set()
-        elif plain.endswith(".weight") and "lora" not in plain:
-            adapter.whole[plain] = stored
+        elif folded.endswith(".weight") and "lora" not in folded:
+            adapter.whole[folded] = stored
         else:
             raise UserError(f"{stored.place}: this is no part of a plain LoRA adapter",
                             "merge it with the program that trained it")
@@ -135,22 +149,47 @@ def _open(path: Path) -> _Adapter:
     return adapter
 
 
+def _folded(entries: Mapping[str, Stored]) -> dict[str, Stored]:
+    """The tensors by their names in the base, without those that were replaced by what was trained."""
+    found: dict[str, Stored] = {}
+    for name, stored in entries.items():
+        if _REPLACED in name and any(name.replace(_REPLACED, by) in entries for by in (_TRAINED, ".")):
+            continue
+        folded = _WRAPPERS.sub("", name)
+        twin = found.setdefault(folded, stored)
+        if twin is not stored and not (twin.shape == stored.shape and torch.equal(twin.read(), stored.read())):
+            raise UserError(f"{stored.place} and {twin.place} are both {folded}, and differ",
+                            "save the adapter again with the program that trained it")
+    return found
+
+
+def _parts_the_head(adapter: _Adapter) -> bool:
+    """Whether an adapter of a model that shares its embeddings with its output changes the two in different ways."""
+    embeddings, head = (adapter.whole.get(name) for name in (EMBEDDINGS, HEAD))
+    changed = {*adapter.whole, *(f"{module}.weight" for module in adapter.pairs)} & {EMBEDDINGS, HEAD}
+    trained = any(f"{module}.weight" in changed for module in adapter.pairs)
+    if embeddings is None or head is None or trained:
+        return bool(changed)
+    return embeddings.shape != head.shape or not torch.equal(embeddings.read(), head.read())
+
+
 def _refuse_others(file: Path, values: Mapping[str, Any]) -> None:
     """UserError for settings under which W + s · B·A would not be the model that was trained."""
     cure = "merge it with the program that trained it, and import the result"
     if values.get("peft_type") != "LORA":
-        raise UserError(f"{file}: peft_type is {values.get('peft_type')!r}, only LORA can be merged", cure)
+        raise UserError(f"{file}: peft_type is {shown(values.get('peft_type'))}, only LORA can be merged", cure)
     for name in sorted(values.keys() - _CHANGE_NOTHING):
         if values[name]:
-            raise UserError(f"{file}: {name} is {values[name]!r}, only plain LoRA can be merged", cure)
+            raise UserError(f"{file}: {name} is {shown(values[name])}, only plain LoRA can be merged", cure)
     if not any(values.get("init_lora_weights") is known or values.get("init_lora_weights") == known
                for known in _KEEPS_THE_BASE):
-        raise UserError(f"{file}: init_lora_weights is {values['init_lora_weights']!r}, which changes the base", cure)
+        raise UserError(f"{file}: init_lora_weights is {shown(values['init_lora_weights'])}, which changes the base",
+                        cure)
     if values.get("task_type") not in (None, "CAUSAL_LM", "SEQ_CLS"):
-        raise UserError(f"{file}: task_type is {values['task_type']!r}, CAUSAL_LM or SEQ_CLS was expected", cure)
+        raise UserError(f"{file}: task_type is {shown(values['task_type'])}, CAUSAL_LM or SEQ_CLS was expected", cure)
     for name in ("rank_pattern", "alpha_pattern"):
         if not isinstance(values.get(name) or {}, dict):
-            raise UserError(f"{file}: {name} is {values[name]!r}", "a JSON object was expected")
+            raise UserError(f"{file}: {name} is {shown(values[name])}", "a JSON object was expected")
 
 
 def _converted(stored: Stored, dtype: torch.dtype) -> Stored:
@@ -164,11 +203,11 @@ def _merged(adapter: _Adapter, module: str, pair: Mapping[str, Stored], weight: 
             raise UserError(f"{adapter.path}: {module} has no lora_{letter}", "fetch the adapter again")
     flat = module in adapter.flat
     wide, tall = (pair["B"], pair["A"]) if flat else (pair["A"], pair["B"])
-    rank = round(adapter.number(module, "r", "rank_pattern"))
+    rank = adapter.rank(module)
     outputs, inputs = weight.shape if len(weight.shape) == 2 else (0, 0)
     for stored, shape in ((wide, (rank, inputs)), (tall, (outputs, rank))):
         expected = shape[::-1] if flat else shape
-        if rank < 1 or stored.shape != expected:
+        if stored.shape != expected:
             raise UserError(f"{stored.place} is {list(stored.shape)} instead of {list(expected)}",
                             f"the adapter and its {CONFIG}, or its base, do not belong together")
     scale = adapter.scale(module)

@@ -13,7 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from llama2.errors import UserError, explain_os_errors
+from llama2 import plain
+from llama2.errors import UserError
 
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)
 SPACE = "\u2581"  # how SentencePiece writes a space
@@ -53,8 +54,11 @@ class Pieces:
 
 def load(path: Path) -> Pieces:
     """The vocabulary in a SentencePiece model file. UserError if it is none, or damaged."""
-    with explain_os_errors(path):
-        model = path.read_bytes()
+    return parse(plain.content(path), str(path))
+
+
+def parse(model: bytes, place: str) -> Pieces:
+    """`load` for the content of a file; `place` names it in errors."""
     items: list[Piece] = []
     prefix, removed, charsmap = True, True, b""  # as SentencePiece has them when the file does not say
     try:
@@ -66,9 +70,9 @@ def load(path: Path) -> Pieces:
                 charsmap = normalizer.get(2, b"")
                 prefix, removed = bool(normalizer.get(3, prefix)), bool(normalizer.get(4, removed))
     except (IndexError, KeyError, TypeError, ValueError, struct.error):
-        raise UserError(f"{path}: not a SentencePiece model, or a damaged one", "copy the file again") from None
+        raise UserError(f"{place}: not a SentencePiece model, or a damaged one", "copy the file again") from None
     if not items:
-        raise UserError(f"{path}: not a SentencePiece model: it has no items", "copy the file again")
+        raise UserError(f"{place}: not a SentencePiece model: it has no items", "copy the file again")
     return Pieces(items, prefix, removed, bool(charsmap))
 
 

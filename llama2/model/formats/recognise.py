@@ -7,6 +7,7 @@ from pathlib import Path
 
 import torch
 
+from llama2 import plain
 from llama2.errors import UserError, explain_os_errors
 from llama2.model.formats import gguf, hf, llama2c, meta, peft
 from llama2.model.formats.directory import CONFIG
@@ -46,7 +47,7 @@ def _directory(path: Path) -> Source:
 
 
 def _file(path: Path) -> Source:
-    with explain_os_errors(path), open(path, "rb") as file:
+    with explain_os_errors(path), plain.opened(path) as file:
         begin = file.read(_LEGACY.size)
     if begin[:4] == b"GGUF":
         return gguf.read(path)

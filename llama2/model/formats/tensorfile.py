@@ -21,6 +21,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from llama2 import plain
 from llama2.errors import UserError, explain_os_errors
 from llama2.model.formats.source import InOrder, Stored, read_ahead
 
@@ -35,6 +36,7 @@ _PART = 128 << 10  # bytes read or written at once: the system then keeps files 
 
 def entries(path: Path) -> dict[str, Stored]:
     """The tensors of a safetensors file by name. UserError for a file that is truncated or none; reads no numbers."""
+    plain.check(path)
     try:
         with explain_os_errors(path):
             with safe_open(path, framework="pt", device="cpu"):

@@ -1,0 +1,52 @@
+"""Text of others, as a terminal may be shown it.
+
+Names of tensors and files, values of configurations and answers of models may hold any character. An escape sequence
+would command the terminal, and a mark of direction would show a text in another order than it has. Messages show such
+characters by their number, are one line each, and have an end.
+"""
+
+from __future__ import annotations
+
+import sys
+import unicodedata
+from typing import Any
+
+LONGEST = 2000
+"""characters of a message"""
+_SHOWN = 100
+_JOINERS = "\u200c\u200d"  # without which Persian words and emoji fall apart
+
+
+def is_safe(letter: str) -> bool:
+    """Whether a character is only drawn: it neither commands a terminal nor moves what stands around it."""
+    return letter.isprintable() or letter in _JOINERS or unicodedata.category(letter) == "Zs"
+
+
+def printable(text: str) -> str:
+    """A text with its lines and tabs, in which each character that is more than drawn is U+FFFD."""
+    return "".join(letter if is_safe(letter) or letter in "\n\t" else "\ufffd" for letter in text)
+
+
+def line(text: str, most: int = LONGEST) -> str:
+    """A text as one line of at most `most` characters, without its middle where it is longer.
+
+    Line ends and tabs become spaces; what is more than drawn is spelt by its number, as `\\x1b`.
+    """
+    if len(text) > most:
+        text = f"{text[: most * 3 // 4]} ... {text[-(most // 4):]}"
+    return "".join(letter if is_safe(letter) else " " if letter in "\n\r\t" else ascii(letter)[1:-1]
+                   for letter in text)
+
+
+def shown(value: Any) -> str:
+    """A value of a file as Python writes it, the beginning of a long one."""
+    try:
+        text = repr(value)
+    except (RecursionError, ValueError):  # nested too deeply; a number of too many digits
+        text = f"a {type(value).__name__} too large to show"
+    return line(text if len(text) <= _SHOWN else f"{text[: _SHOWN - 3]}...")
+
+
+def say(text: str) -> None:
+    """One line on standard error."""
+    print(line(text, 2 * LONGEST), file=sys.stderr, flush=True)
