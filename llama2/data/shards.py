@@ -21,6 +21,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from llama2 import durable
 from llama2.errors import UserError, explain_os_errors
 from llama2.records import Document, dump
 from llama2.tokenizer import Tokenizer
@@ -47,7 +48,7 @@ def write_shards(
     dtype = np.dtype("<u2" if tokenizer.vocab_size <= 1 << 16 else "<u4")
     files: list[dict[str, Any]] = []
     with explain_os_errors(directory):
-        directory.mkdir(parents=True, exist_ok=True)
+        durable.make(directory)
         encoded = _encode(documents, tokenizer, dtype, threads)
         document = next(encoded, None)
         while document is not None:
@@ -62,9 +63,9 @@ def write_shards(
                     end += len(document)
                     ends.append(end)
                     document = next(encoded, None)
-            os.replace(directory / f"{name}.tmp", directory / name)
+            durable.replace(directory / f"{name}.tmp", directory / name)
             ends_name, ends_content = f"documents-{number:05}.bin", np.array(ends, dtype="<i8").tobytes()
-            _replace(directory / ends_name, ends_content)
+            durable.write_atomic(directory / ends_name, ends_content)
             files.append({"tokens": name, "tokens_sha256": digest.hexdigest(), "token_count": end,
                           "documents": ends_name, "documents_sha256": hashlib.sha256(ends_content).hexdigest(),
                           "document_count": len(ends)})
@@ -72,7 +73,7 @@ def write_shards(
             raise UserError(f"{directory}: there are no documents to tokenize", "check the sources and cleaning rules")
         index = {"version": _VERSION, "dtype": dtype.name, "vocab_size": tokenizer.vocab_size,
                  "tokenizer": tokenizer.fingerprint, "files": files}
-        _replace(directory / _INDEX, dump(index).encode())
+        durable.write_atomic(directory / _INDEX, dump(index))
     return Shards(directory, tokenizer)
 
 
@@ -156,9 +157,3 @@ class Shards:
             if size != count * kind.itemsize:
                 raise UserError(f"{path}: {size} bytes, expected {count * kind.itemsize}", "copy or tokenize it again")
             return np.memmap(path, dtype=kind, mode="r")
-
-
-def _replace(path: Path, content: bytes) -> None:
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_bytes(content)
-    os.replace(temporary, path)

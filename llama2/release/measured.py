@@ -152,11 +152,11 @@ def _version(lineage: Lineage, step: Step) -> str | None:
     """What an evaluation calls the released run: by its fingerprint, else by its weights."""
     inputs: Mapping[str, str] = step.manifest.get("inputs") or {}
     names = [key.removeprefix("versions.") for key in inputs if key.startswith("versions.")]
-    own = runs.fingerprint(lineage.released.step.path)
+    own = runs.recorded(lineage.released.step.path)
     exact = next((name for name in names if inputs[f"versions.{name}"] == own), None)
     if exact is not None:
         return exact
-    twins = {runs.fingerprint(one.path) for one in lineage.recipe.steps
+    twins = {runs.recorded(one.path) for one in lineage.recipe.steps
              if one.seconds is not None and weights_of(one) == lineage.released.weights}
     return next((name for name in reversed(names) if inputs[f"versions.{name}"] in twins), None)
 

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from pydantic import BaseModel
 
+from llama2 import outputs
 from llama2.config import StageConfig, paths
 from llama2.errors import UserError
-from llama2.runs import COMPLETE
+from llama2.runs import COMPLETE, read_list
 
 _MODELS = {"model", "policy", "policies", "critic", "rewards", "judge", "candidate", "predecessor", "versions",
            "checkpoint", "checkpoints", "run"}
@@ -28,6 +28,14 @@ def check(config: BaseModel, *, complete: bool) -> None:
             _refuse_inside(config.out, key, path)
     if complete:
         refuse_missing([(key, path) for key, path in paths(config)])
+
+
+def check_whole(config: BaseModel) -> None:
+    """UserError for an input that is not what the finished run in which it lies wrote."""
+    for _, path in paths(config):
+        run = outputs.home(path)
+        if run is not None:
+            outputs.check(run, path.relative_to(run).as_posix())
 
 
 def _refuse_inside(out: Path, key: str, path: Path) -> None:
@@ -50,7 +58,7 @@ def check_model(path: Path, *, scorer: bool) -> None:
 
 def _models(recipe: Path, scorer: bool) -> Iterator[str]:
     """The steps of a recipe that left a model of the kind asked for."""
-    for name in json.loads((recipe / "steps.json").read_text(encoding="utf-8")):
+    for name in read_list(recipe / "steps.json", "repeat `llama2 run`, which writes it"):
         file = recipe / name / "config.json"
         if file.is_file() and scorer == ("SequenceClassification" in file.read_text(encoding="utf-8")):
             yield name

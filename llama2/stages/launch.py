@@ -87,6 +87,8 @@ def command(verb: str, arguments: Sequence[str]) -> int:
     config = parse(module.Config, _positional(module, list(arguments)), f"llama2 {verb}")
     if verb != "run":
         inputs.check(config, complete=VERBS[verb].makes_run)
+    if not VERBS[verb].makes_run:  # a run compares its inputs when it opens
+        inputs.check_whole(config)
     try:
         if VERBS[verb].makes_run:
             execute(verb, config)

@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 
+from llama2 import durable
 from llama2.errors import UserError, did_you_mean, explain_os_errors
 from llama2.model.formats import binary
 from llama2.model.llama import LlamaConfig
@@ -181,8 +182,9 @@ def replacing(directory: Path) -> Iterator[Path]:
         work.mkdir(parents=True)
         try:
             yield work
+            durable.flush_tree(work)
             if fresh:
-                os.replace(work, directory)
+                durable.replace(work, directory)
             else:
                 _replace_files(work, directory)
         finally:
@@ -199,7 +201,8 @@ def _replace_files(work: Path, directory: Path) -> None:
         os.replace(work / name, directory / name)
     for name in stale:
         (directory / name).unlink(missing_ok=True)
-    os.replace(work / new[-1], directory / new[-1])
+    durable.flush(directory)
+    durable.replace(work / new[-1], directory / new[-1])
 
 
 def verify_checksums(directory: Path) -> None:
