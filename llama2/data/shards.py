@@ -26,7 +26,7 @@ from llama2.errors import UserError, explain_os_errors
 from llama2.records import Document, dump
 from llama2.tokenizer import Tokenizer
 
-_INDEX, _VERSION = "index.json", 1
+INDEX, _VERSION = "index.json", 1
 _BATCH_BYTES = 8 << 20
 
 
@@ -43,7 +43,7 @@ def write_shards(
     A directory without index (an interrupted run) is written afresh; one with an index is refused with UserError.
     """
     directory = Path(directory)
-    if (directory / _INDEX).exists():
+    if (directory / INDEX).exists():
         raise UserError(f"{directory}: already holds token shards", "remove them or choose another directory")
     dtype = np.dtype("<u2" if tokenizer.vocab_size <= 1 << 16 else "<u4")
     files: list[dict[str, Any]] = []
@@ -73,7 +73,7 @@ def write_shards(
             raise UserError(f"{directory}: there are no documents to tokenize", "check the sources and cleaning rules")
         index = {"version": _VERSION, "dtype": dtype.name, "vocab_size": tokenizer.vocab_size,
                  "tokenizer": tokenizer.fingerprint, "files": files}
-        durable.write_atomic(directory / _INDEX, dump(index))
+        durable.write_atomic(directory / INDEX, dump(index))
     return Shards(directory, tokenizer)
 
 
@@ -105,7 +105,7 @@ class Shards:
 
     def __init__(self, directory: str | os.PathLike[str], tokenizer: Tokenizer | None = None) -> None:
         self.directory = Path(directory)
-        where = self.directory / _INDEX
+        where = self.directory / INDEX
         with explain_os_errors(where):
             try:
                 self._index: dict[str, Any] = json.loads(where.read_text("utf-8"))
@@ -157,3 +157,9 @@ class Shards:
             if size != count * kind.itemsize:
                 raise UserError(f"{path}: {size} bytes, expected {count * kind.itemsize}", "copy or tokenize it again")
             return np.memmap(path, dtype=kind, mode="r")
+
+
+def verify(every: Iterable[Shards]) -> None:
+    """UserError names a file whose content differs from its index."""
+    for shards in every:
+        shards.verify()

@@ -12,7 +12,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from llama2 import runs
+from llama2 import outputs, runs
 from llama2.errors import UserError, explain_os_errors
 from llama2.evaluate.winrate import proportion
 from llama2.release.lineage import Lineage, locate, weights_of
@@ -162,6 +162,7 @@ def _version(lineage: Lineage, step: Step) -> str | None:
 
 
 def _lines(file: Path) -> Iterable[dict[str, Any]]:
+    outputs.check_file(file)
     with explain_os_errors(file), open(file, encoding="utf-8") as stream:
         for number, line in enumerate(stream, 1):
             try:

@@ -25,6 +25,9 @@ from llama2.model.llama import LlamaConfig
 
 CONFIG, WEIGHTS, INDEX, CHECKSUMS = "config.json", "model.safetensors", "model.safetensors.index.json", "checksums.json"
 PICKLED, PICKLED_INDEX = "pytorch_model.bin", "pytorch_model.bin.index.json"
+BESIDE = ("generation_config.json", "tokenizer.model", "tokenizer.json", "tokenizer_config.json",
+          "special_tokens_map.json", "added_tokens.json", "chat_template.jinja", "chat_template.json")
+"""what may stand beside the weights: how to generate, the tokenizer, the template of a chat"""
 LANGUAGE_MODEL, SEQUENCE_SCORER = "LlamaForCausalLM", "LlamaForSequenceClassification"
 SCORE = "score.weight"
 PADDING = 0  # transformers finds the last real token of a row by it; the published tokenizer has no id for padding
@@ -154,6 +157,16 @@ def weight_files(directory: Path) -> list[Path]:
         if (directory / whole).exists():
             return [directory / whole]
     raise UserError(f"{directory}: neither {WEIGHTS} nor {INDEX} is there, nor {PICKLED}", "check the path")
+
+
+def model_files(directory: Path) -> list[str]:
+    """The names of all files that make up the model in a directory: what any program reads there."""
+    weights = weight_files(directory)
+    listed = directory / CHECKSUMS
+    index = INDEX if weights[0].suffix == ".safetensors" else PICKLED_INDEX
+    names = {path.name for path in weights} | {CONFIG, CHECKSUMS, index, *BESIDE}
+    names |= {name for name in (read_json(listed) if listed.is_file() else {}) if Path(name).name == name}
+    return sorted(name for name in names if (directory / name).is_file())
 
 
 def _shards(directory: Path, index: str) -> list[Path]:
