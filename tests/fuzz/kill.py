@@ -11,13 +11,14 @@ cut to nothing or to half. Which these are is known because the processes write 
 this script puts on their path wraps `os.fsync`, and is nowhere but there.
 
 At the end of a story every output of every step is compared with the run that was never stopped. Processes that still
-live ten seconds after a kill are orphans. Exit status 1 for a difference, an orphan, a traceback, or a run that is
+live half a minute after a kill are orphans. Exit status 1 for a difference, an orphan, a traceback, or a run that is
 stuck.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import random
@@ -46,6 +47,8 @@ def fsync(descriptor):
 if _notes:
     os.fsync = fsync
 """
+PATIENCE = 30.0
+"""seconds after which a process that still lives is an orphan; on an idle machine the last is gone after five"""
 TIMED = {"report"}  # it tells how long everything took
 
 
@@ -56,6 +59,8 @@ class Tale:
     kills: int = 0
     cuts: int = 0
     files_cut: int = 0
+    lived: float = 0.0
+    """seconds that the last process lived after a kill, at most"""
     stories: int = 0
     faults: list[str] = field(default_factory=list)
 
@@ -75,12 +80,14 @@ def family(session: int) -> set[int]:
 
 def end(session: int, tale: Tale) -> None:
     """Wait until nobody of a session is left; who stays is an orphan, and is ended."""
-    last = time.monotonic() + 10
-    while (left := family(session)) and time.monotonic() < last:
+    begin = time.monotonic()
+    while (left := family(session)) and time.monotonic() < begin + PATIENCE:
         time.sleep(0.05)
-    if left:
-        tale.faults.append(f"{len(left)} processes outlive a kill")
-        for process in left:
+    tale.lived = max(tale.lived, time.monotonic() - begin)
+    for process in left:
+        with contextlib.suppress(OSError):
+            words = Path(f"/proc/{process}/cmdline").read_text().replace("\0", " ")
+            tale.faults.append(f"a process outlives a kill: {words[:100]}")
             os.kill(process, signal.SIGKILL)
 
 
@@ -193,7 +200,7 @@ def main() -> int:
     for line in tale.faults:
         print(line)
     print(f"{tale.kills} kills, {tale.cuts} with {tale.files_cut} unflushed files cut, {tale.stories} recipes "
-          f"finished, {len(tale.faults)} faults (seed {chosen.seed})")
+          f"finished, {len(tale.faults)} faults; the last process lived {tale.lived:.1f} s (seed {chosen.seed})")
     return 1 if tale.faults else 0
 
 
