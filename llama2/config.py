@@ -12,7 +12,8 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Iterator, Mapping, Sequence
+import unicodedata
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar, get_args, get_origin
 
@@ -32,6 +33,8 @@ from llama2.schema import Flag
 __all__ = ["Config", "StageConfig", "build", "derive", "incidentals", "parse", "paths"]
 
 LARGEST_SEED = 2**32 - 1
+_DEVICES = re.compile(r"con|prn|aux|nul|(com|lpt)[0-9]", re.IGNORECASE)
+_LONGEST_NAME = 200  # a file may have 255, and names get endings
 
 
 class Config(BaseModel):
@@ -121,8 +124,7 @@ def _settled(value: Any, place: str, prefix: str) -> Any:
         changed = {name: part for name, part in settled.items() if part is not parts[name]}
         return value.model_copy(update=changed) if changed else value
     if isinstance(value, Mapping) and any(isinstance(item, (BaseModel, Path)) for item in value.values()):
-        for name in value:
-            check_name(name, f"{prefix}{place}")
+        check_names(value, f"{prefix}{place}")
         items: Any = {name: _settled(item, f"{place}.{name}", prefix) for name, item in value.items()}
         return items if any(items[name] is not value[name] for name in value) else value
     if isinstance(value, tuple):
@@ -146,10 +148,23 @@ def _path(path: Path, place: str, prefix: str) -> Path:
     return path
 
 
-def check_name(name: str, place: str) -> None:
-    """Refuse a name that cannot be that of a file: names of sets and steps become such."""
-    if not name or name.startswith(".") or re.search(r"[/\\]", name) or not all(map(is_safe, name)):
-        raise UserError(f"{place}: {name!r} is no name", "choose one without '/' that does not begin with a dot")
+def check_names(names: Iterable[str], place: str) -> None:
+    """Refuse names that cannot be those of files side by side, on any system: names of sets and steps become such."""
+    known: dict[str, str] = {}
+    for name in names:
+        bare = name.split(".")[0].strip()
+        if not name or name[0] in ". " or name[-1] in ". " or re.search(r"[/\\]", name) or not all(map(is_safe, name)):
+            raise UserError(f"{place}: {name!r} is no name", "choose one without '/' that neither begins nor ends with "
+                            "a dot or a space")
+        if _DEVICES.fullmatch(bare):
+            raise UserError(f"{place}: {name!r} names a device on some systems", "choose another name")
+        if len(name.encode("utf-8", "surrogatepass")) > _LONGEST_NAME:
+            raise UserError(f"{place}: the name that begins with {name[:20]!r} is too long for a file",
+                            f"choose one of at most {_LONGEST_NAME} bytes")
+        other = known.setdefault(unicodedata.normalize("NFC", name).casefold(), name)
+        if other != name:
+            raise UserError(f"{place}: the names {other!r} and {name!r} are one file on some systems",
+                            "choose names that differ in more than the case of letters")
 
 
 def parse(kind: type[C], arguments: Sequence[str], prog: str) -> C:

@@ -146,6 +146,21 @@ def broadcast(value: T) -> T:
     return box[0]
 
 
+def first(work: Callable[[], T]) -> T:
+    """What `work` gives on rank 0, on every rank; a UserError that it raises there is raised on every rank."""
+    found: list[T] = []
+    failure: UserError | None = None
+    if is_main():
+        try:
+            found = [work()]
+        except UserError as error:
+            failure = error
+    found, failure = broadcast((found, failure))
+    if failure is not None:
+        raise failure
+    return found[0]
+
+
 def autocast(precision: Precision) -> AbstractContextManager[Any]:
     """bf16 matrix products over fp32 weights, or nothing."""
     return torch.autocast(device().type, torch.bfloat16) if precision == "bf16" else nullcontext()

@@ -20,7 +20,7 @@ from typing import Any, Literal, TypeVar, overload
 import pydantic_core
 from pydantic import ConfigDict, TypeAdapter, ValidationError, with_config
 
-from llama2 import files, plain
+from llama2 import durable, files, plain
 from llama2.errors import UserError, explain_os_errors
 from llama2.files import Bad, File, filled
 from llama2.reading.packed import zstandard
@@ -258,11 +258,11 @@ def writing(path: str | os.PathLike[str]) -> Iterator[Callable[[object], None]]:
     path = Path(path)
     temporary = path.with_name(path.name + ".tmp")
     with explain_os_errors(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
+        durable.make(path.parent)
         opener: Any = zstandard().open if path.suffix == ".zst" else gzip.open if path.suffix == ".gz" else open
         with opener(temporary, "wt", encoding="utf-8") as file:
             yield lambda record: file.write(to_json(record) + "\n")
-        os.replace(temporary, path)
+        durable.replace(temporary, path)
 
 
 class Stored(Sequence[Record]):

@@ -4,7 +4,7 @@
     <out>/manifest.json    verb, seed, code version, fingerprints of all inputs, machine
     <out>/metrics.jsonl    one line a logged step
     <out>/warnings.json    what the user was warned of, a list of lines; absent if of nothing
-    <out>/COMPLETE         written last: fingerprints of the outputs, seconds
+    <out>/COMPLETE         written last: fingerprints of the outputs (`outputs`), seconds
 
 A finished run is skipped; an unfinished one is resumed; one whose configuration or inputs have changed is refused and
 the difference is named, unless it has done nothing yet: a mistake found at the start may be mended. One process
@@ -17,6 +17,7 @@ import errno
 import fcntl
 import hashlib
 import json
+import math
 import os
 import platform
 import re
@@ -32,22 +33,22 @@ from typing import IO, Any
 import torch
 
 import llama2
-from llama2 import files, interrupts, mesh, yaml12
+from llama2 import durable, files, interrupts, mesh, outputs, plain, switches, yaml12
 from llama2.config import StageConfig, incidentals, paths
 from llama2.errors import UserError, explain_os_errors
 from llama2.printable import say
 from llama2.records import dump
 from llama2.tally import Tally
 
-COMPLETE, MANIFEST, METRICS, WARNINGS = "COMPLETE", "manifest.json", "metrics.jsonl", "warnings.json"
+COMPLETE, MANIFEST, METRICS, WARNINGS = outputs.COMPLETE, outputs.MANIFEST, outputs.METRICS, outputs.WARNINGS
 SECONDS = ".seconds"  # time spent by earlier, interrupted attempts
-CHECKPOINTS = "checkpoints"  # needed until the run is complete, deleted after
+CHECKPOINTS = outputs.CHECKPOINTS  # needed until the run is complete, deleted after
 _CHECKPOINT = re.compile(r"(\.partial-|\.discarded-)?step-\d+|parts|answers|best")
 _MODELS = {"model", "policy", "critic", "candidate", "predecessor", "helpful", "safe"}  # names of keys, in every stage
 _MODELS_BY_NAME = {"versions", "policies"}
 _FIRST = ("config.yaml", MANIFEST, SECONDS, WARNINGS)
 _BEGUN = {".lock", SECONDS, *(f"{name}{end}" for name in _FIRST for end in ("", ".tmp"))}
-_TRANSIENT = {CHECKPOINTS, COMPLETE, MANIFEST, METRICS, WARNINGS, "config.yaml"}
+write_atomic, sha256 = durable.write_atomic, outputs.sha256
 
 
 class Stopped(Exception):
@@ -60,40 +61,26 @@ class Stopped(Exception):
                          else f"stopped after step {step}, nothing was saved")
 
 
-def write_atomic(path: Path, data: str | bytes) -> None:
-    """Write a whole file or nothing."""
-    temporary = path.with_name(path.name + ".tmp")
-    with explain_os_errors(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with open(temporary, "wb") as file:
-            file.write(data.encode() if isinstance(data, str) else data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-
-
-def sha256(path: Path) -> str:
-    """The hash of a file's content."""
-    with explain_os_errors(path), open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
 def fingerprint(path: Path) -> str:
-    """What `path` contains: of a finished run its recorded outputs, of a file or other directory its content; of a
-    glob all that of what it matches."""
+    """What `path` contains: of a finished run its outputs, of a file or other directory its content; of a glob all that
+    of what it matches. UserError names an output that is not what its run wrote."""
     found = files.matches(path)
     if files.is_pattern(path):
         return _digest({str(each): _fingerprint(each) for each in found})
     return _fingerprint(found[0])
 
 
+def recorded(run: Path, inside: str = ".") -> str:
+    """The fingerprint of what a finished run wrote, or of a path inside, whatever has become of it."""
+    return _digest(outputs.recorded(run, inside))
+
+
 def _fingerprint(path: Path) -> str:
-    for directory in (path, *path.parents):
-        if (directory / COMPLETE).is_file() and (directory / MANIFEST).is_file():
-            outputs = json.loads((directory / COMPLETE).read_text("utf-8"))["outputs"]
-            inside = path.relative_to(directory).as_posix()
-            chosen = {name: value for name, value in outputs.items()
-                      if inside == "." or name == inside or name.startswith(inside + "/")}
+    run = outputs.home(path)
+    if run is not None:
+        inside = path.relative_to(run).as_posix()
+        chosen = outputs.check(run, inside)
+        if chosen or inside == ".":  # anything else was put there by somebody
             return _digest(chosen)
     if path.is_file():
         return sha256(path)
@@ -102,7 +89,7 @@ def _fingerprint(path: Path) -> str:
                         "write it to a file first")
     if (path / MANIFEST).is_file():
         raise UserError(f"{path}: this run is not finished", "finish it first: repeat its command")
-    return _digest(_contents(path))
+    return _digest(outputs.contents(path))
 
 
 def _inputs(config: StageConfig) -> dict[str, str]:
@@ -122,14 +109,7 @@ def _inputs(config: StageConfig) -> dict[str, str]:
 
 def is_output(path: Path) -> bool:
     """Whether a finished run wrote `path`: such a file may be empty, because nothing passed the stage's gate."""
-    return any((directory / COMPLETE).is_file() and (directory / MANIFEST).is_file() for directory in path.parents)
-
-
-def _contents(directory: Path) -> dict[str, str]:
-    """Hash of every lasting file below a run directory."""
-    found = {path.relative_to(directory).as_posix(): path for path in files.walk(directory, _TRANSIENT)}
-    return {name: sha256(path) for name, path in found.items()
-            if path.is_file() and not path.name.endswith(".tmp") and not path.name.startswith(".")}
+    return outputs.home(path.parent) is not None
 
 
 def _digest(value: Mapping[str, str]) -> str:
@@ -138,12 +118,13 @@ def _digest(value: Mapping[str, str]) -> str:
 
 @cache
 def code_version() -> str:
-    """Package version and a hash of its source: two runs with the same value ran the same code."""
+    """Package version, a hash of its source, and what was switched off: two runs with the same value ran the same code.
+    """
     root = Path(llama2.__file__).parent
     digest = hashlib.sha256()
     for file in sorted(path for path in root.rglob("*") if path.suffix in (".py", ".cpp", ".h")):
         digest.update(file.relative_to(root).as_posix().encode() + file.read_bytes())
-    return f"{llama2.__version__}+{digest.hexdigest()[:12]}"
+    return f"{llama2.__version__}+{digest.hexdigest()[:12]}{'' if switches.native() else '.nonative'}"
 
 
 class Run:
@@ -196,8 +177,13 @@ class Run:
         self.close()
         file = self.path / METRICS
         if mesh.is_main() and file.exists():
-            kept = [line for line in file.read_text("utf-8").splitlines() if _step(line) <= step]
-            write_atomic(file, "".join(line + "\n" for line in kept))
+            with explain_os_errors(file):
+                lines = file.read_bytes().split(b"\n")
+            steps = [_step(line) for line in lines]
+            if damaged := steps[:-1].count(None):  # the last is what a crash cut off, or nothing
+                self._say(f"{METRICS}: damaged: {damaged} lines of it cannot be read and are left out")
+            kept = [line for line, at in zip(lines, steps) if at is not None and at <= step]
+            write_atomic(file, b"".join(line + b"\n" for line in kept))
 
     def write_json(self, name: str, value: object) -> None:
         """Write `value` as a JSON file of the run (rank 0)."""
@@ -213,20 +199,32 @@ class Run:
 def read_warnings(path: Path) -> list[str]:
     """What the user of a run was warned of."""
     file = path / WARNINGS
-    return list(json.loads(file.read_text("utf-8"))) if file.is_file() else []
+    return read_list(file, outputs.cure(path)) if file.is_file() else []
 
 
-def _step(line: str) -> float:
+def read_list(file: Path, cure: str) -> list[str]:
+    """The texts in a JSON file; UserError with `cure` where it is damaged."""
+    found: list[str] = plain.json_list(file, cure)
+    if not all(isinstance(line, str) for line in found):
+        raise UserError(f"{file}: damaged: a list of texts was expected", cure)
+    return found
+
+
+def _step(line: bytes) -> float | None:
+    """The step of a line of metrics; None for a line that is not whole."""
     try:
         return float(json.loads(line)["step"])
-    except (ValueError, KeyError):
-        return float("inf")  # a line cut off by a crash
+    except (ValueError, KeyError, TypeError):
+        return None
 
 
 def read_metrics(path: Path) -> list[dict[str, float]]:
-    """The metrics a run logged, [] where it logged none."""
+    """The metrics a run logged, [] where it logged none; a line that is not whole is left out."""
     file = path / METRICS
-    return [json.loads(line) for line in file.read_text("utf-8").splitlines()] if file.exists() else []
+    if not file.exists():
+        return []
+    with explain_os_errors(file):
+        return [json.loads(line) for line in file.read_bytes().split(b"\n") if _step(line) is not None]
 
 
 @contextmanager
@@ -237,7 +235,7 @@ def open_run(verb: str, config: StageConfig) -> Iterator[Run]:
     held = lock(path) if mesh.is_main() else None
     try:
         finished = mesh.broadcast(_prepare(path, verb, config) if mesh.is_main() else False)
-        run, begin = Run(path, finished), time.time()
+        run, begin = Run(path, finished), time.monotonic()
         if finished:
             if mesh.is_main():
                 say(f"{path}: already finished, skipped")
@@ -247,20 +245,19 @@ def open_run(verb: str, config: StageConfig) -> Iterator[Run]:
             return
         if mesh.is_main():
             (path / WARNINGS).unlink(missing_ok=True)  # an attempt that was given up may have had another configuration
-        spent = float((path / SECONDS).read_text("utf-8")) if (path / SECONDS).is_file() else 0.0
+        spent = _spent(path / SECONDS)
         try:
             yield run
         except BaseException:
             if mesh.is_main():
                 with suppress(UserError):  # on a full disk what stopped the run is what counts
-                    write_atomic(path / SECONDS, f"{spent + time.time() - begin:.2f}")
+                    write_atomic(path / SECONDS, f"{spent + time.monotonic() - begin:.2f}")
             raise
         finally:
             run.close()
         mesh.barrier()
         if mesh.is_main():  # the completion mark, last of all
-            write_atomic(path / COMPLETE, dump({"outputs": _contents(path),
-                                                "seconds": round(spent + time.time() - begin, 2)}))
+            write_atomic(path / COMPLETE, outputs.mark(path, round(spent + time.monotonic() - begin, 2)))
             (path / SECONDS).unlink(missing_ok=True)
             _remove_checkpoints(path / CHECKPOINTS)
             run.end()
@@ -274,6 +271,18 @@ def open_run(verb: str, config: StageConfig) -> Iterator[Run]:
     finally:
         if held is not None:
             held.close()
+
+
+def _spent(file: Path) -> float:
+    """Seconds that earlier attempts took; 0 where that is not known."""
+    try:
+        seconds = float(file.read_text("utf-8")) if mesh.is_main() and file.is_file() else 0.0
+        if math.isfinite(seconds) and seconds >= 0:
+            return seconds
+    except (OSError, ValueError):
+        pass
+    print(f"{file}: damaged: how long earlier attempts took is not counted", file=sys.stderr)
+    return 0.0
 
 
 def _remove_checkpoints(folder: Path) -> None:
@@ -309,7 +318,7 @@ def check(verb: str, config: StageConfig) -> None:
     """Refuse a configuration that differs from that of the run in `config.out`, if there is one."""
     path = config.out
     if (path / MANIFEST).is_file() and not _only_begun(path):
-        old = json.loads((path / MANIFEST).read_text("utf-8"))
+        old = _manifest(path)
         differences = ([f"verb: {old['verb']} -> {verb}"] if old["verb"] != verb else
                        _differences(old["config"], _asked(config), set(incidentals(config))))
         if differences:
@@ -325,7 +334,7 @@ def is_finished(verb: str, config: StageConfig) -> bool:
 def lock(path: Path) -> IO[str]:
     """Make the directory this process's own until the file returned is closed; UserError if another has it."""
     with explain_os_errors(path):
-        path.mkdir(parents=True, exist_ok=True)
+        durable.make(path)
         held = open(path / ".lock", "a+", encoding="utf-8")  # noqa: SIM115 - held for the whole run
     try:
         fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -358,24 +367,54 @@ def _prepare(path: Path, verb: str, config: StageConfig) -> bool:
     inputs = _inputs(config)
     finished = (path / COMPLETE).is_file()
     if (path / MANIFEST).is_file() and not _only_begun(path):
-        old = json.loads((path / MANIFEST).read_text("utf-8"))
+        old = _manifest(path)
         changed = [key for key in inputs if old["inputs"].get(key) != inputs[key]]
         if changed:
             named = ", ".join(f"{key} ({dict(paths(config))[key]})" for key in changed)
             raise UserError(f"{path}: holds {_state(path)} made from other inputs; changed: {named}",
                             "choose another --out, or delete that directory to start over")
-        if not finished:
-            print(f"{path}: resuming", file=sys.stderr)
+        if finished:
+            outputs.check_whole(path)
+        else:
+            _resume(path, old, asked)
         return finished
-    if finished or not _only_begun(path):
+    if finished:
+        raise UserError(f"{path / MANIFEST}: missing, though this run is finished", outputs.cure(path))
+    if not _only_begun(path):
         raise UserError(f"{path}: exists and is no run directory", "choose another --out")
     write_atomic(path / "config.yaml", yaml12.dump(asked))
-    write_atomic(path / MANIFEST, dump({
+    write_atomic(path / MANIFEST, outputs.seal({
         "verb": verb, "config": asked, "inputs": inputs, "seed": config.seed, "code": code_version(),
         "torch": torch.__version__, "python": platform.python_version(), "machine": platform.processor(),
         "device": mesh.device().type, "ranks": mesh.world(), "threads": torch.get_num_threads(),
         "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())}))
     return False
+
+
+def _manifest(path: Path) -> dict[str, Any]:
+    """What a run wrote down when it began."""
+    finished = (path / COMPLETE).is_file()
+    cure = outputs.cure(path) if finished else f"delete {path}: the same command starts over"
+    found = outputs.unseal(path / MANIFEST, cure)
+    if not isinstance(found.get("config"), dict) or not isinstance(found.get("inputs"), dict) or "verb" not in found:
+        raise UserError(f"{path / MANIFEST}: damaged: it does not say what the run is of", cure)
+    return found
+
+
+def _resume(path: Path, old: Mapping[str, Any], asked: Mapping[str, Any]) -> None:
+    """Say that a run goes on, and what is not as it was."""
+    print(f"{path}: resuming", file=sys.stderr)
+    if old.get("code") != code_version():
+        print(f"{path}: it was begun by other code, {old.get('code')}, and goes on with {code_version()}",
+              file=sys.stderr)
+    file = path / "config.yaml"
+    try:
+        whole = yaml12.read_yaml(file) == old["config"]
+    except UserError:
+        whole = False
+    if not whole:
+        print(f"{file}: damaged; written again", file=sys.stderr)
+        write_atomic(file, yaml12.dump(asked))
 
 
 def _only_begun(path: Path) -> bool:

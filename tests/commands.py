@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import traceback
@@ -10,7 +11,7 @@ from typing import Any
 
 import torch
 
-from llama2 import cli, parts
+from llama2 import cli, outputs, parts
 from llama2.stages import launch
 from llama2.train import hooks
 
@@ -18,6 +19,16 @@ from llama2.train import hooks
 def llama2(*words: object) -> int:
     """Carry out one command here; its exit status."""
     return cli._guarded([str(word) for word in words])
+
+
+def vouch(*runs: Path) -> None:
+    """Let finished runs say that they wrote what they hold now, which a test has put there."""
+    for run in runs:
+        manifest = json.loads((run / outputs.MANIFEST).read_text())
+        manifest.pop("sum", None)
+        (run / outputs.MANIFEST).write_text(outputs.seal(manifest))
+        seconds = json.loads((run / outputs.COMPLETE).read_text())["seconds"]
+        (run / outputs.COMPLETE).write_text(outputs.mark(run, seconds))
 
 
 def in_a_process(log: Path, *words: object, number: int = 0, step: int = 0, part: int = 0) -> int:

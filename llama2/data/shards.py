@@ -20,12 +20,12 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from llama2 import plain
+from llama2 import durable, plain
 from llama2.errors import UserError, explain_os_errors
 from llama2.records import Document, dump
 from llama2.tokenizer import Tokenizer
 
-_INDEX, _VERSION = "index.json", 1
+INDEX, _VERSION = "index.json", 1
 _BATCH_BYTES = 8 << 20
 
 
@@ -42,12 +42,12 @@ def write_shards(
     A directory without index (an interrupted run) is written afresh; one with an index is refused with UserError.
     """
     directory = Path(directory)
-    if (directory / _INDEX).exists():
+    if (directory / INDEX).exists():
         raise UserError(f"{directory}: already holds token shards", "remove them or choose another directory")
     dtype = np.dtype("<u2" if tokenizer.vocab_size <= 1 << 16 else "<u4")
     files: list[dict[str, Any]] = []
     with explain_os_errors(directory):
-        directory.mkdir(parents=True, exist_ok=True)
+        durable.make(directory)
         encoded = _encode(documents, tokenizer, dtype, threads)
         document = next(encoded, None)
         while document is not None:
@@ -62,9 +62,9 @@ def write_shards(
                     end += len(document)
                     ends.append(end)
                     document = next(encoded, None)
-            os.replace(directory / f"{name}.tmp", directory / name)
+            durable.replace(directory / f"{name}.tmp", directory / name)
             ends_name, ends_content = f"documents-{number:05}.bin", np.array(ends, dtype="<i8").tobytes()
-            _replace(directory / ends_name, ends_content)
+            durable.write_atomic(directory / ends_name, ends_content)
             files.append({"tokens": name, "tokens_sha256": digest.hexdigest(), "token_count": end,
                           "documents": ends_name, "documents_sha256": hashlib.sha256(ends_content).hexdigest(),
                           "document_count": len(ends)})
@@ -72,7 +72,7 @@ def write_shards(
             raise UserError(f"{directory}: there are no documents to tokenize", "check the sources and cleaning rules")
         index = {"version": _VERSION, "dtype": dtype.name, "vocab_size": tokenizer.vocab_size,
                  "tokenizer": tokenizer.fingerprint, "files": files}
-        _replace(directory / _INDEX, dump(index).encode())
+        durable.write_atomic(directory / INDEX, dump(index))
     return Shards(directory, tokenizer)
 
 
@@ -104,7 +104,7 @@ class Shards:
 
     def __init__(self, directory: str | os.PathLike[str], tokenizer: Tokenizer | None = None) -> None:
         self.directory = Path(directory)
-        where = self.directory / _INDEX
+        where = self.directory / INDEX
         self._index = plain.json_object(where, "tokenize again")
         try:
             self.vocab_size: int = self._index["vocab_size"]
@@ -157,7 +157,7 @@ class Shards:
             return np.memmap(path, dtype=kind, mode="r")
 
 
-def _replace(path: Path, content: bytes) -> None:
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_bytes(content)
-    os.replace(temporary, path)
+def verify(every: Iterable[Shards]) -> None:
+    """UserError names a file whose content differs from its index."""
+    for shards in every:
+        shards.verify()

@@ -1,7 +1,8 @@
 """Finished completions on disk, so that a job that was killed or failed asks for nothing twice.
 
 A directory holds one file of JSON Lines for each rank, to which a line is appended when a completion is finished. All
-files are read, so a job may go on with another number of ranks. A line cut off by a crash counts for nothing.
+files are read, so a job may go on with another number of ranks. A line cut off by a crash counts for nothing; one that
+was damaged later is known by its checksum, and its completion is asked for again.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import zlib
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -68,13 +70,19 @@ def _begin_line(sink: IO[bytes]) -> None:
 def _line(key: str, completion: Completion) -> bytes:
     logprobs = [None if math.isnan(value) else value for value in completion.logprobs]
     row = {"key": key, "tokens": completion.tokens, "logprobs": logprobs, "finish": completion.finish}
-    return json.dumps(row, separators=(",", ":")).encode() + b"\n"
+    return json.dumps({**row, "sum": _sum(row)}, separators=(",", ":")).encode() + b"\n"
+
+
+def _sum(row: Mapping[str, object]) -> int:
+    return zlib.crc32(json.dumps(row, separators=(",", ":")).encode())
 
 
 def _read(line: bytes, asked: Mapping[str, tuple[int, ...]]) -> tuple[str, Completion | None]:
     try:
         row = plain.parsed(line)
         key = row["key"]
+        if row.pop("sum") != _sum(row):
+            return "", None
         if key not in asked:
             return key, None
         logprobs = tuple(math.nan if value is None else float(value) for value in row["logprobs"])

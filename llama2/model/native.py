@@ -26,6 +26,8 @@ from typing import Any
 
 from torch import Tensor
 
+from llama2 import switches
+
 HERE = Path(__file__).parent
 FLAGS = ("-O3", "-march=native", "-std=c++20", "-fopenmp", "-fno-math-errno", "-fno-trapping-math", "-fno-thread-jumps",
          "-shared", "-fPIC")
@@ -35,7 +37,7 @@ WIDE = "-mprefer-vector-width=512"  # x86: GCC would take half of an AVX-512 reg
 @cache
 def library(name: str) -> ctypes.CDLL | None:
     """The functions of `name`.cpp, or None where they cannot be built."""
-    if os.environ.get("LLAMA2_NATIVE") == "0" or not sys.platform.startswith("linux"):
+    if not switches.native() or not sys.platform.startswith("linux"):
         return None
     compiler = next((found for name in (os.environ.get("CXX"), "g++", "clang++") if name
                      if (found := shutil.which(name))), None)

@@ -15,7 +15,7 @@ from typing import Annotated, Any
 
 from pydantic import BeforeValidator
 
-from llama2 import plain, runs
+from llama2 import durable, plain, runs
 from llama2.config import Config as Section
 from llama2.errors import UserError, explain_os_errors
 from llama2.model.formats import directory
@@ -139,7 +139,7 @@ def _check_target(out: Path, run: Path, lineage: Lineage) -> None:
         told = {line.split("  ", 1)[1] for line in (out / SUMS).read_text(encoding="utf-8").splitlines()}
     except (UserError, OSError, ValueError, KeyError, TypeError, IndexError):
         raise refused from None
-    if earlier != runs.fingerprint(lineage.released.step.path):
+    if earlier != runs.recorded(lineage.released.step.path):
         raise UserError(f"{out}: holds the release of another run", "choose another --out")
     if foreign := sorted(path.relative_to(out).as_posix() for path in out.rglob("*")
                          if path.is_file() and path.relative_to(out).as_posix() not in {*told, SUMS}):
@@ -156,9 +156,10 @@ def _fresh(out: Path) -> Iterator[Path]:
         work.mkdir(parents=True)
         try:
             yield work
+            durable.flush_tree(work)
             if target.exists():
                 os.replace(target, old)
-            os.replace(work, target)
+            durable.replace(work, target)
         finally:
             shutil.rmtree(work, ignore_errors=True)
             shutil.rmtree(old, ignore_errors=True)

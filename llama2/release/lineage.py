@@ -202,7 +202,8 @@ def locate(run: Path, path: str, digest: str) -> tuple[Path | None, Path | None]
     """
     for candidate in _candidates(run, path):
         home = _home(candidate)
-        if home is not None and home != run and candidate.exists() and runs.fingerprint(candidate) == digest:
+        if home is not None and home != run and candidate.exists() and (
+                runs.recorded(home, candidate.relative_to(home).as_posix()) == digest):
             return candidate, home
     return None, None
 

@@ -11,7 +11,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from llama2 import plain, runs
+from llama2 import outputs, plain, runs
 from llama2.errors import UserError, explain_os_errors
 from llama2.evaluate.winrate import proportion
 from llama2.release.lineage import Lineage, locate, weights_of
@@ -151,16 +151,17 @@ def _version(lineage: Lineage, step: Step) -> str | None:
     """What an evaluation calls the released run: by its fingerprint, else by its weights."""
     inputs: Mapping[str, str] = step.manifest.get("inputs") or {}
     names = [key.removeprefix("versions.") for key in inputs if key.startswith("versions.")]
-    own = runs.fingerprint(lineage.released.step.path)
+    own = runs.recorded(lineage.released.step.path)
     exact = next((name for name in names if inputs[f"versions.{name}"] == own), None)
     if exact is not None:
         return exact
-    twins = {runs.fingerprint(one.path) for one in lineage.recipe.steps
+    twins = {runs.recorded(one.path) for one in lineage.recipe.steps
              if one.seconds is not None and weights_of(one) == lineage.released.weights}
     return next((name for name in reversed(names) if inputs[f"versions.{name}"] in twins), None)
 
 
 def _lines(file: Path) -> Iterable[dict[str, Any]]:
+    outputs.check_file(file)
     with explain_os_errors(file), open(file, encoding="utf-8") as stream:
         for number, line in enumerate(stream, 1):
             try:

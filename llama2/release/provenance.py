@@ -98,7 +98,7 @@ def described(lineage: Lineage) -> dict[str, Any]:
     """The lineage for programs: every stage with its inputs, versions, seed, time and fingerprints."""
     released = lineage.released
     return {"format": 1, "recipe": lineage.name,
-            "model": {"stage": released.name, "fingerprint": runs.fingerprint(released.step.path),
+            "model": {"stage": released.name, "fingerprint": runs.recorded(released.step.path),
                       "weights": released.weights},
             "stages": [_stage(stage) for stage in lineage.stages]}
 
@@ -108,7 +108,7 @@ def _stage(stage: Stage) -> dict[str, Any]:
     kept = {name: manifest[name] for name in ("code", "torch", "python", "device", "ranks", "threads", "seed")
             if name in manifest}
     return {"name": stage.name, "verb": step.verb, **kept, "date": date(stage), "seconds": step.seconds,
-            "fingerprint": runs.fingerprint(step.path), "weights": stage.weights,
+            "fingerprint": runs.recorded(step.path), "weights": stage.weights,
             "inputs": {one.key: {"place": one.place, "sha256": one.digest} for one in stage.inputs}}
 
 

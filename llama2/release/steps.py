@@ -11,16 +11,17 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from llama2 import plain
+from llama2 import outputs, plain
 from llama2.errors import UserError, explain_os_errors
-from llama2.runs import COMPLETE, MANIFEST, METRICS
+from llama2.runs import COMPLETE, MANIFEST, METRICS, read_list
 
 STEPS = "steps.json"
 NOT_KEPT = "not kept"
 
 
 def read_json(path: Path) -> Any:
-    """A JSON file's content, None where there is no such file; a damaged one is named."""
+    """A JSON file's content, None where there is no such file; one that is not what its run wrote is named."""
+    outputs.check_file(path)
     return plain.json_value(path, "repeat the step that wrote it") if path.is_file() else None
 
 
@@ -66,6 +67,7 @@ class Step:
     def metrics(self) -> list[dict[str, float]]:
         """The logged lines; one that a crash cut off is left out."""
         path = self.path / METRICS
+        outputs.check_file(path)
         if not path.is_file():
             return []
         rows = []
@@ -177,8 +179,9 @@ def read_recipe(path: Path) -> Recipe:
     """The runs below `path`: those of its steps.json in that order, else all, by their start."""
     if not path.is_dir():
         raise UserError(f"{path}: no such directory", "give the output directory of a recipe")
-    names = read_json(path / STEPS)
-    if not isinstance(names, list):
+    if (path / STEPS).is_file():
+        names = read_list(path / STEPS, "repeat `llama2 run`, which writes it")
+    else:
         directories = [one.parent for one in path.glob(f"*/{MANIFEST}")]
         directories.sort(key=lambda one: (str(_manifest(one).get("started")), one.name))
         names = [one.name for one in directories]

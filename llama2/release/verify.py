@@ -23,7 +23,7 @@ from llama2.model.formats.progress import Reading, size
 from llama2.model.formats.recognise import open_source
 from llama2.model.formats.source import Source
 from llama2.printable import line
-from llama2.release import compare, texts
+from llama2.release import compare, intact, texts
 from llama2.release.compare import Outputs, Shapes, Tensors
 from llama2.release.texts import Tokenizers
 from llama2.tokenizer.tokenizer import Tokenizer
@@ -33,10 +33,11 @@ TOLERANCE = 1e-4
 
 
 class Config(Base):
-    """Compare two checkpoints of any formats; exit status 1 if they are different models."""
+    """Compare two checkpoints of any formats, or one run with what it wrote; exit status 1 if they differ."""
 
     checkpoints: tuple[Path, ...] = Field(min_length=1)
-    """two checkpoints: directories or files, of any format that can be read"""
+    """two checkpoints: directories or files, of any format that can be read; or one finished run, or a recipe's
+    directory, of which every file is read"""
     tolerance: float = Field(TOLERANCE, ge=0)
     """the largest difference allowed, of numbers in tensors and of logits (of scores, if they are reward models)"""
     length: int | None = Field(None, ge=0)
@@ -72,8 +73,10 @@ class Comparison:
 
 def run(config: Config) -> int:
     """Print the comparison on stdout; the exit status."""
+    if len(config.checkpoints) == 1:
+        return intact.show(config.checkpoints[0], config.as_json)
     if len(config.checkpoints) != 2:
-        raise UserError(f"{len(config.checkpoints)} checkpoints are given", "give two: llama2 verify A B")
+        raise UserError(f"{len(config.checkpoints)} checkpoints are given", "give two: llama2 verify A B, or one run")
     mesh.init()
     a, b = (open_source(path) for path in config.checkpoints)
     found = compared(a, b, length=config.length, tolerance=config.tolerance)

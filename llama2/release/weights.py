@@ -12,6 +12,7 @@ from llama2 import runs
 from llama2.errors import UserError, explain_os_errors
 from llama2.model import checkpoint
 from llama2.model.formats import gguf, hf
+from llama2.model.formats.directory import BESIDE
 from llama2.model.formats.gguf import Precision
 from llama2.model.formats.recognise import open_source
 from llama2.model.formats.source import Source
@@ -21,22 +22,20 @@ from llama2.release.lineage import Stage
 
 GGUF = "gguf"
 _ROUNDING = ROUNDING | {"f32": ROUNDING["fp32"], "f16": ROUNDING["fp16"]}
-_BESIDE = ("generation_config.json", "tokenizer.model", "tokenizer_config.json", "chat_template.jinja",
-           "special_tokens_map.json",           "tokenizer.json", "added_tokens.json")
 _ITS_OWN = (checkpoint.CONFIG, checkpoint.WEIGHTS, checkpoint.INDEX, checkpoint.CHECKSUMS)
 
 
 def names(run: Path) -> list[str]:
     """The files that make up the model in a run directory."""
     return sorted(path.name for path in run.iterdir() if path.is_file() and (
-        path.name in (*_ITS_OWN, *_BESIDE) or re.fullmatch(r"model-\d+-of-\d+\.safetensors", path.name)))
+        path.name in (*_ITS_OWN, *BESIDE) or re.fullmatch(r"model-\d+-of-\d+\.safetensors", path.name)))
 
 
 def check(stage: Stage) -> None:
     """UserError unless every file of the model is there and has the checksum that its run recorded."""
     outputs: dict[str, str] = stage.step.read(runs.COMPLETE).get("outputs") or {}
     run = stage.step.path
-    recorded = {name for name in outputs if name.endswith(".safetensors") or name in (*_ITS_OWN, *_BESIDE)}
+    recorded = {name for name in outputs if name.endswith(".safetensors") or name in (*_ITS_OWN, *BESIDE)}
     for name in sorted({*names(run), *recorded}):
         if not (run / name).is_file():
             raise UserError(f"{run / name}: missing, though the run wrote it", "restore the file, or repeat the run")
@@ -51,7 +50,7 @@ def write(stage: Stage, directory: Path, dtype: Kind | None) -> None:
     """The model in Hugging Face's format: the run's own files, or the weights as `dtype` with the files beside them."""
     run = stage.step.path
     for name in names(run):
-        if dtype is None or name in _BESIDE:
+        if dtype is None or name in BESIDE:
             with explain_os_errors(directory / name):
                 shutil.copyfile(run / name, directory / name)
     if dtype is not None:

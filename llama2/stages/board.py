@@ -40,7 +40,7 @@ class Board:
         self.finished: dict[str, float] = {}  # seconds it took; 0 if it was finished before we began
         self.error = ""
         self.stopping = 0  # the number of the signal
-        self.begin = time.time()
+        self.begin = time.monotonic()
         self.console = Console(stderr=True)
         self.live: Live | None = None
 
@@ -48,15 +48,15 @@ class Board:
 
     def work(self) -> None:
         """Start what can start, wait for what runs, until nothing is left or something failed."""
-        spoken = time.time()
+        spoken = time.monotonic()
         while self.running or (self.waiting and not self.error and not self.stopping):
             if not self.error and not self.stopping:
                 self._start_ready()
             self._collect()
             if self.live:
                 self.live.update(self._picture())
-            elif time.time() - spoken > 30:
-                spoken = time.time()
+            elif time.monotonic() - spoken > 30:
+                spoken = time.monotonic()
                 self.console.print(self._picture(), soft_wrap=True)
             time.sleep(0.05)
 
@@ -80,7 +80,7 @@ class Board:
                 continue
             free -= self._cores(step)
             threads = max(1, self._cores(step) // step.processes)
-            log = Log(self.recipe.out / "logs" / f"{name}.log", time.time())
+            log = Log(self.recipe.out / "logs" / f"{name}.log", time.monotonic())
             try:
                 workers = launch.Workers.start(step.verb, step.values, step.processes, threads, log.path)
             except EOFError:  # a signal to the whole group, or a machine without memory, ended what starts processes
@@ -98,7 +98,7 @@ class Board:
             del self.running[name]
             outcome = work.workers.result()
             if outcome == "done":
-                self.finished[name] = time.time() - work.log.begin
+                self.finished[name] = time.monotonic() - work.log.begin
                 self.console.print(f"[{len(self.finished):2}/{len(self.steps)}] {name:24} "
                                    f"{_clock(self.finished[name]):>6}  {work.log.last_line()}",
                                    highlight=False, markup=False, soft_wrap=True)
@@ -127,7 +127,7 @@ class Board:
         """Say how it ended; the exit status: 130 for a recipe that Ctrl-C left unfinished."""
         if self.error:
             raise UserError(self.error, "mend it and repeat the command: finished steps are kept")
-        took = _clock(time.time() - self.begin)
+        took = _clock(time.monotonic() - self.begin)
         if len(self.finished) < len(self.steps):
             ending = f"stopped after {len(self.finished)} of {len(self.steps)} steps; the same command resumes"
         else:
@@ -146,7 +146,7 @@ class Board:
         return self.live
 
     def _picture(self) -> Text:
-        now = time.time()
+        now = time.monotonic()
         done = f"{len(self.finished)}/{len(self.steps)} steps"
         lines = [f"{done}  {_clock(now - self.begin)} elapsed  ETA {self._eta(now)}"]
         for name, work in self.running.items():

@@ -146,7 +146,7 @@ def run(config: Config, run: runs.Run) -> None:
     for name, result in results.items():
         _say(f"{name}: {_line(result)}")
     run.write_json("evaluation.json", summary.describe(prompts, results, config.conversations) | {
-        "checkpoints": {name: str(path) for name, path in config.versions.items()},
+        "checkpoints": {name: path.resolve().name for name, path in config.versions.items()},
         "sampling": {"temperature": config.temperature, "top_p": config.top_p, "max_tokens": config.max_tokens}})
     if mesh.is_main():
         rows = (row for name, result in results.items() for row in summary.samples(name, prompts, result))

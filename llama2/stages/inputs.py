@@ -8,10 +8,10 @@ from pathlib import Path
 
 from pydantic import BaseModel
 
-from llama2 import plain
+from llama2 import outputs, plain
 from llama2.config import StageConfig, paths
 from llama2.errors import UserError
-from llama2.runs import COMPLETE
+from llama2.runs import COMPLETE, read_list
 
 _MODELS = {"model", "policy", "policies", "critic", "rewards", "judge", "candidate", "predecessor", "versions",
            "checkpoint", "checkpoints", "run"}
@@ -28,6 +28,14 @@ def check(config: BaseModel, *, complete: bool) -> None:
             _refuse_inside(config.out, key, path)
     if complete:
         refuse_missing([(key, path) for key, path in paths(config)])
+
+
+def check_whole(config: BaseModel) -> None:
+    """UserError for an input that is not what the finished run in which it lies wrote."""
+    for _, path in paths(config):
+        run = outputs.home(path)
+        if run is not None:
+            outputs.check(run, path.relative_to(run).as_posix())
 
 
 def _refuse_inside(out: Path, key: str, path: Path) -> None:
@@ -50,8 +58,8 @@ def check_model(path: Path, *, scorer: bool) -> None:
 
 def _models(recipe: Path, scorer: bool) -> Iterator[str]:
     """The steps of a recipe that left a model of the kind asked for."""
-    for name in plain.json_list(recipe / "steps.json", "run the recipe again, which writes it"):
-        file = recipe / str(name) / "config.json"
+    for name in read_list(recipe / "steps.json", "repeat `llama2 run`, which writes it"):
+        file = recipe / name / "config.json"
         if file.is_file() and scorer == (b"SequenceClassification" in plain.content(file)):
             yield name
 

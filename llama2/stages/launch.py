@@ -62,7 +62,7 @@ VERBS = {
     "report": Verb("release.report", "      one self-contained HTML page about a recipe's runs"),
     "quantize": Verb("evaluate.quantization", "      what weights of fewer bits cost, on held-out text", False),
     "export": Verb("release.export", "      write a checkpoint for other programs, and verify what was written", False),
-    "verify": Verb("release.verify", "      whether two checkpoints, in whatever formats, are the same model", False),
+    "verify": Verb("release.verify", "      whether two checkpoints are the same model, or a run is undamaged", False),
     "release": Verb("release.bundle", "      a model with its card, carbon, licences, and how it was made", False),
     "carbon": Verb("release.carbon", "§2.2.1 energy and carbon of device-hours, by the method of Table 2", False),
     "chat": Verb("serve.terminal", "      talk to a checkpoint in the terminal", False),
@@ -85,8 +85,10 @@ def command(verb: str, arguments: Sequence[str]) -> int:
         dry = importlib.import_module("llama2.stages.dry")
         return int(dry.show(verb, module, list(arguments), _positional))
     config = parse(module.Config, _positional(module, list(arguments)), f"llama2 {verb}")
-    if verb != "run":
+    if verb != "run" and not (verb == "verify" and len(config.checkpoints) == 1):  # a run is looked at, not a model
         inputs.check(config, complete=VERBS[verb].makes_run)
+    if not VERBS[verb].makes_run and verb != "verify":  # a stage compares its inputs when its run opens
+        inputs.check_whole(config)
     try:
         if VERBS[verb].makes_run:
             execute(verb, config)

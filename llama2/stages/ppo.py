@@ -26,6 +26,8 @@ from llama2.evaluate.judges import kind_of
 from llama2.generate.dialogue import Answer, Chat
 from llama2.generate.engine import Engine
 from llama2.generate.rewards import RewardModels, Rewards, probability
+from llama2.model.formats.directory import model_files, verify_checksums
+from llama2.model.llama import Llama
 from llama2.records import Prompt
 from llama2.runs import CHECKPOINTS, Run, read_metrics
 from llama2.stages import health
@@ -42,6 +44,7 @@ from llama2.stages.rollouts import ACTOR, CRITIC, ActorCritic, Rollouts, Setting
 from llama2.stages.sampling import Sample, answer, fitting, load_rewards, read_prompts, readable, score
 from llama2.stages.training import Training, frozen, load_policy, load_scorer, saver, train
 from llama2.tally import Tally
+from llama2.tokenizer.tokenizer import Tokenizer
 from llama2.train import hooks, parallel
 from llama2.train.loop import Hook, Plan, Report
 from llama2.train.loop import Training as Fitting
@@ -171,7 +174,7 @@ def run(config: Config, run: Run) -> None:
     validate = (heldout(config, chat, rewards, judge, saver(actor, tokenizer), best, run.tally("held-out prompts"))
                 if config.heldout else None)
     learner = train(run, models, source, clipped(config.clip, config.value_clip, config.value_coefficient), training,
-                    save_model=lambda directory: adopt(best, directory, saver(actor, tokenizer)), title="ppo",
+                    save_model=lambda directory: adopt(best, directory, actor, tokenizer), title="ppo",
                     validate=validate, extra=(watch, doctor), derive=(explained_variance,), apart=(ACTOR, CRITIC),
                     rates={CRITIC: config.critic_learning_rate or config.training.optimizer.learning_rate})
     if line := ending(config, learner.step, config.iterations * source.updates, watch, validate):
@@ -188,13 +191,20 @@ def settings(config: Config) -> Settings:
                     config.seed)
 
 
-def adopt(best: Path, directory: Path, save: Any) -> None:
-    """The final policy: the best one on held-out prompts, or the last where none was measured."""
+def adopt(best: Path, directory: Path, actor: Llama, tokenizer: Tokenizer) -> None:
+    """The final policy: the best one on held-out prompts, or the last where none was measured. UserError if the best
+    was damaged meanwhile."""
     if not best.exists():
-        save(directory)
-    elif mesh.is_main():
-        for file in best.iterdir():
-            shutil.copy2(file, directory / file.name)
+        saver(actor, tokenizer)(directory)
+        return
+    try:
+        mesh.first(lambda: verify_checksums(best))
+    except UserError as error:
+        raise UserError(error.cause, f"delete {best.parent}: the same command starts over") from None
+    if mesh.is_main():
+        for name in model_files(best):
+            shutil.copy2(best / name, directory / name)
+        tokenizer.save(directory)
 
 
 class Watch(Hook):

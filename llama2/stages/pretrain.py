@@ -16,6 +16,7 @@ import torch
 from pydantic import Field
 from torch import nn
 
+from llama2 import mesh, outputs
 from llama2.beside import chat_template
 from llama2.config import Config as Section
 from llama2.config import StageConfig
@@ -23,7 +24,7 @@ from llama2.data.compress import HeldoutText
 from llama2.data.loader import Batch, Rows
 from llama2.data.mix import Mixture, mix, mix_passes
 from llama2.data.pack import TextRows, collate
-from llama2.data.shards import Shards
+from llama2.data.shards import Shards, verify
 from llama2.errors import UserError, did_you_mean
 from llama2.model import checkpoint
 from llama2.model.llama import Llama, LlamaConfig
@@ -171,6 +172,8 @@ def read_rows(directory: Path, tokenizer: Tokenizer, config: Config) -> tuple[Te
     run, so the passes of a source that is read several times lie among one another.
     """
     shards = {path.name: Shards(path, tokenizer) for path in sorted(directory.iterdir()) if path.is_dir()}
+    if outputs.home(directory) is None:  # no run vouches for them
+        mesh.first(lambda: verify(shards.values()))
     lengths = {name: shard.lengths_N for name, shard in shards.items()}
     if config.mixture:
         total = sum(int(lengths_N.sum()) for lengths_N in lengths.values())

@@ -14,7 +14,7 @@ from pydantic import Field, create_model
 
 from llama2 import mistakes, schema
 from llama2.config import Config as Section
-from llama2.config import StageConfig, build, check_name, derive, paths
+from llama2.config import StageConfig, build, check_names, derive, paths
 from llama2.errors import UserError, did_you_mean
 from llama2.schema import Flag
 from llama2.stages import inputs, launch
@@ -135,6 +135,8 @@ def _names_in(value: Any) -> Iterator[str]:
 
 def steps_of(recipe: Config) -> dict[str, Step]:
     """The recipe's steps with every reference resolved and every configuration checked, before any work."""
+    check_names(recipe.steps, "steps")
+    check_names(recipe.parameters, "parameters")
     for name in (*recipe.steps, *recipe.parameters):
         _check_name(name, "steps" if name in recipe.steps else "parameters")
     steps: dict[str, Step] = {}
@@ -151,8 +153,7 @@ def steps_of(recipe: Config) -> dict[str, Step]:
 
 
 def _check_name(name: str, place: str) -> None:
-    check_name(name, place)
-    if name in _RESERVED:
+    if name.lower() in _RESERVED:
         raise UserError(f"{place}: the name '{name}' is taken in every recipe", "choose another")
     if re.search(r"[${}]", name):
         raise UserError(f"{place}: nothing can refer to '{name}'", "choose a name without $, { and }")

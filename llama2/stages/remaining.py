@@ -66,32 +66,40 @@ def _fading(expected: float, passed: float) -> float:
 
 
 class Log:
-    """What a running step writes, and how far it says it is."""
+    """What a running step writes, and how far it says it is. Times are of a clock that never goes back."""
 
     def __init__(self, path: Path, begin: float) -> None:
         self.path, self.begin = path, begin
         self.from_byte = path.stat().st_size if path.exists() else 0  # an earlier attempt wrote to the same file
+        self.size, self.grown = self.from_byte, begin  # the size when it was last looked at, and when it had changed
         self.first: tuple[float, float] | None = None  # time and share of what this attempt began with
 
-    def tail(self) -> tuple[list[str], float]:
-        """The newest lines of this attempt, and when the last of them was written."""
+    def tail(self) -> list[str]:
+        """The newest lines of this attempt."""
         try:
             with open(self.path, "rb") as file:
-                state = os.fstat(file.fileno())
-                file.seek(max(self.from_byte, state.st_size - 2000))
+                file.seek(max(self.from_byte, os.fstat(file.fileno()).st_size - 2000))
                 text = file.read().decode("utf-8", "replace")
         except OSError:
-            return [], self.begin
-        return [line.strip() for line in re.split(r"[\r\n]", text) if line.strip()], state.st_mtime
+            return []
+        return [line.strip() for line in re.split(r"[\r\n]", text) if line.strip()]
 
     def last_line(self) -> str:
         """The newest line, fit for a terminal: a step says what it finds in files."""
-        lines, _ = self.tail()
+        lines = self.tail()
         return line(lines[-1]) if lines else ""
+
+    def _written(self, now: float) -> float:
+        """When the newest line was seen first. By the clock of `now`, which nobody sets back as they do that of files.
+        """
+        size = self.path.stat().st_size if self.path.exists() else self.size
+        if size != self.size:
+            self.size, self.grown = size, now
+        return self.grown
 
     def running(self, weight: float, now: float) -> Running:
         """How far the step is, by the newest line that says so."""
-        lines, at = self.tail()
+        lines, at = self.tail(), self._written(now)
         share = next((found for line in reversed(lines) if (found := share_of(line)) is not None), None)
         if share is None:
             return Running(weight, now - self.begin)

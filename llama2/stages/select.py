@@ -25,7 +25,6 @@ from llama2.evaluate.judges import has_truth, kind_of
 from llama2.evaluate.winrate import WinRate, compare, wilson
 from llama2.generate.dialogue import Answer
 from llama2.generate.rewards import RewardModels, check, join
-from llama2.model import checkpoint
 from llama2.model.formats import directory
 from llama2.parts import in_parts
 from llama2.preferences.simulated import Annotator
@@ -184,18 +183,10 @@ def judge(config: Config, kinds: Sequence[str], preferred: Sequence[float]) -> d
 
 
 def copy(source: Path, target: Path) -> None:
-    """The model files of one directory in another, as hard links where the file system allows: the weights, of
-    whichever kind every stage reads there, what its checksums name, and what stands beside them."""
-    weights = directory.weight_files(source)
-    index = directory.INDEX if weights[0].suffix == ".safetensors" else directory.PICKLED_INDEX
-    names = {path.name for path in weights} | MODEL_FILES | {index} | set(directory.listed(source))
-    for path in (source / name for name in sorted(names) if (source / name).is_file()):
-        (target / path.name).unlink(missing_ok=True)
+    """The model in one directory in another too, as hard links where the file system allows."""
+    for name in directory.model_files(source):
+        (target / name).unlink(missing_ok=True)
         try:
-            os.link(path.resolve(), target / path.name)
+            os.link((source / name).resolve(), target / name)
         except OSError:
-            shutil.copy2(path, target / path.name)
-
-
-MODEL_FILES = {checkpoint.CONFIG, checkpoint.CHECKSUMS, "generation_config.json", "tokenizer.model",
-               "chat_template.jinja", "tokenizer_config.json", "special_tokens_map.json"}
+            shutil.copy2(source / name, target / name)

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Any
 
 from llama2 import mesh
 from llama2.config import StageConfig
 from llama2.data.documents import read_documents
-from llama2.data.shards import Shards, write_shards
+from llama2.data.shards import INDEX, Shards, write_shards
 from llama2.errors import UserError
 from llama2.runs import Run
 from llama2.stages.planning import Cluster, Lineage
@@ -40,8 +41,7 @@ def run(config: Config, run: Run) -> None:
         counts = {}
         for file in sorted((config.documents / folder).glob("*.jsonl")):
             target = run.path / split / file.stem
-            done = (target / "index.json").exists()  # by an attempt that was interrupted later
-            shards = Shards(target, tokenizer) if done else write_shards(read_documents(file), tokenizer, target)
+            shards = _finished(target, tokenizer) or write_shards(read_documents(file), tokenizer, target)
             run.tally(split).read += len(shards)
             run.tally(split).kept += len(shards)
             counts[file.stem] = {"documents": len(shards), "tokens": int(shards.lengths_N.sum()),
@@ -52,3 +52,17 @@ def run(config: Config, run: Run) -> None:
         total = {key: sum(one[key] for one in counts.values()) for key in ("documents", "tokens", "bytes")}
         summary[split] = {**total, "sources": counts}
     run.write_json("summary.json", summary)
+
+
+def _finished(target: Path, tokenizer: Tokenizer) -> Shards | None:
+    """The shards that an earlier attempt finished; damaged ones are named and cleared away."""
+    if not (target / INDEX).exists():
+        return None
+    try:
+        shards = Shards(target, tokenizer)
+        shards.verify()
+        return shards
+    except UserError as error:
+        print(f"{error.cause}; written again", file=sys.stderr)
+        (target / INDEX).unlink()
+        return None

@@ -17,7 +17,7 @@ from pathlib import Path
 
 import sentencepiece
 
-from llama2 import beside, plain
+from llama2 import beside, durable, plain
 from llama2.errors import UserError, explain_os_errors
 from llama2.tokenizer.template import CHAT_TEMPLATE
 
@@ -206,6 +206,4 @@ def _check(processor: sentencepiece.SentencePieceProcessor, source: str) -> None
 
 
 def _replace(path: Path, content: bytes) -> None:
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_bytes(content)
-    os.replace(temporary, path)
+    durable.write_atomic(path, content)

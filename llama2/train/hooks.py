@@ -257,9 +257,12 @@ class Checkpoint(Hook):
         self.run, self.save_model, self.on_resume = run, save_model, on_resume
 
     def on_start(self, training: Training) -> None:
-        newest = mesh.broadcast(state.latest(self.run))
+        newest = state.newest_whole(self.run)
         if newest is not None:
             state.restore(training, newest)
+            if mesh.is_main() and state.lost_metrics(self.run, newest):
+                print(f"{self.run}/metrics.jsonl: damaged: lines logged before step {training.learner.step} are lost, "
+                      "and the report's curves lack them", file=sys.stderr)
             if self.on_resume is not None:
                 self.on_resume(training.learner.step)
 

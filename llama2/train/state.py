@@ -3,20 +3,25 @@
     <run>/checkpoints/step-00000100/           the model, as `save_model` writes it (a Hugging Face directory)
     <run>/checkpoints/step-00000100/trainer/   state.pt: weights, optimizer, step, and of each rank random states,
                                                source position and hooks
-    <run>/checkpoints/step-00000100/COMPLETE   written last
+    <run>/checkpoints/step-00000100/COMPLETE   written last: SHA-256 of state.pt, and of the metrics logged until then
 
 A checkpoint is written under a temporary name, flushed to the disk and renamed, so a crash or a full disk leaves the
-one before. The weights in `state.pt` have the precision they are trained in, whatever `save_model` exports.
+one before. One that was damaged later is named, and the one before it is taken. The weights in `state.pt` have the
+precision they are trained in, whatever `save_model` exports.
 Every rank reads the file, so several machines need a shared file system.
 """
 
 from __future__ import annotations
 
+import hashlib
 import io
 import os
+import pickle
 import random
 import re
 import shutil
+import sys
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -24,7 +29,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from llama2 import mesh
+from llama2 import durable, mesh, outputs
 from llama2.errors import UserError, explain_os_errors
 from llama2.train import parallel
 from llama2.train.loop import Training
@@ -72,9 +77,8 @@ def restore(training: Training, directory: Path) -> None:
         with explain_os_errors(file):
             # weights_only: a checkpoint is data and must not run code. A sharded model reads it page by page.
             state = torch.load(file, map_location="cpu", weights_only=True, mmap=sharded)
-    except (RuntimeError, EOFError, KeyError) as error:
-        raise UserError(f"{file}: truncated or damaged ({str(error).splitlines()[0]})",
-                        f"delete {directory}: the run resumes from the checkpoint before it") from error
+    except (RuntimeError, EOFError, KeyError, pickle.UnpicklingError) as error:
+        raise _damaged(directory, (str(error).splitlines() or ["it is empty"])[0]) from error
     if len(state["ranks"]) != mesh.world():
         raise UserError(f"{directory}: taken by {len(state['ranks'])} ranks, this run has {mesh.world()}",
                         f"start it with {len(state['ranks'])} ranks")
@@ -106,6 +110,76 @@ def latest(run: Path) -> Path | None:
     return found[-1][1] if found else None
 
 
+def newest_whole(run: Path) -> Path | None:
+    """The newest complete checkpoint below a run directory whose content is what was written. All ranks call it.
+
+    A damaged one is named and put aside: the run goes on from the one before. UserError where no other is left.
+    """
+    return mesh.first(lambda: _newest_whole(run))
+
+
+def _newest_whole(run: Path) -> Path | None:
+    damaged: list[tuple[Path, UserError]] = []
+    for step, directory in reversed(steps(run)):
+        try:
+            _check(directory)
+        except UserError as error:
+            damaged.append((directory, error))
+            continue
+        for path, fault in damaged:
+            print(f"{fault.cause}; training goes on from step {step}", file=sys.stderr)
+            path.rename(path.with_name(DISCARDED + path.name))
+        return directory
+    if damaged:
+        raise damaged[0][1]
+    return None
+
+
+def _check(directory: Path) -> None:
+    """UserError if a checkpoint is not what was written."""
+    file, mark = directory / TRAINER / STATE, directory / COMPLETE
+    if not file.is_file():
+        raise _damaged(directory, "it is missing")
+    if not mark.stat().st_size:  # of an earlier version, without a checksum: the archive has one for each tensor
+        try:
+            with explain_os_errors(file), zipfile.ZipFile(file) as archive:
+                wrong = archive.testzip()
+        except (zipfile.BadZipFile, EOFError, ValueError, NotImplementedError) as error:
+            raise _damaged(directory, str(error)) from None
+        if wrong:
+            raise _damaged(directory, f"{wrong} differs from its checksum")
+    elif outputs.unseal(mark, _cure(directory)).get(STATE) != outputs.sha256(file):
+        raise _damaged(directory, "its content differs from its checksum")
+
+
+def _damaged(directory: Path, how: str) -> UserError:
+    return UserError(f"{directory / TRAINER / STATE}: truncated or damaged ({how})", _cure(directory))
+
+
+def _cure(directory: Path) -> str:
+    older = [step for step, path in steps(directory.parent.parent) if path.name < directory.name]
+    return f"delete {directory}: the same command goes on " + (
+        f"from the checkpoint of step {older[-1]}" if older else "from the beginning")
+
+
+def lost_metrics(run: Path, directory: Path) -> bool:
+    """Whether lines of metrics that were there when a checkpoint was taken are no longer as they were."""
+    if not (directory / COMPLETE).stat().st_size:
+        return False
+    size, digest = outputs.unseal(directory / COMPLETE, _cure(directory)).get(outputs.METRICS) or (0, None)
+    return digest is not None and _metrics(run, size) != [size, digest]
+
+
+def _metrics(run: Path, size: int = -1) -> list[Any] | None:
+    """Length and SHA-256 of the first `size` bytes of the metrics, or of all; None where there are none."""
+    file = run / outputs.METRICS
+    if not file.is_file():
+        return None
+    with explain_os_errors(file), open(file, "rb") as opened:
+        content = opened.read(size)
+    return [len(content), hashlib.sha256(content).hexdigest()]
+
+
 def save(training: Training, run: Path, save_model: SaveModel | None = None, keep: int = 2) -> Path:
     """Write the checkpoint of the current step and drop all but the newest `keep`. All ranks call it.
 
@@ -116,11 +190,12 @@ def save(training: Training, run: Path, save_model: SaveModel | None = None, kee
     if not mesh.broadcast((directory / COMPLETE).is_file()):
         partial = directory.with_name(PARTIAL + directory.name)
         state = capture(training)
-        failure = _attempt(lambda: _write(partial, state)) if mesh.is_main() else None
+        said: dict[str, Any] = {outputs.METRICS: _metrics(run)} if mesh.is_main() else {}
+        failure = _attempt(lambda: said.update({STATE: _write(partial, state)})) if mesh.is_main() else None
         _raise_everywhere(failure)
         if save_model is not None:
             _raise_everywhere(_attempt(lambda: save_model(partial)), partial)
-        _raise_everywhere(_attempt(lambda: _finish(partial, directory)) if mesh.is_main() else None, partial)
+        _raise_everywhere(_attempt(lambda: _finish(partial, directory, said)) if mesh.is_main() else None, partial)
     if mesh.is_main():
         _prune(run, keep)
     training.checkpoint = directory
@@ -144,10 +219,11 @@ def _raise_everywhere(error: BaseException | None, partial: Path | None = None) 
         raise error or errors[0]
 
 
-def _write(partial: Path, state: dict[str, Any]) -> None:
+def _write(partial: Path, state: dict[str, Any]) -> str:
+    """Write the state; its SHA-256."""
     with explain_os_errors(partial):
         shutil.rmtree(partial, ignore_errors=True)
-        (partial / TRAINER).mkdir(parents=True)
+        durable.make(partial / TRAINER)
         file = _File(io.FileIO(str(partial / TRAINER / STATE), "w"))
         try:
             with file:
@@ -155,38 +231,38 @@ def _write(partial: Path, state: dict[str, Any]) -> None:
         except BaseException as error:
             shutil.rmtree(partial, ignore_errors=True)
             raise file.refusal or error from None
+    return file.digest.hexdigest()
 
 
 class _File(io.BufferedWriter):
-    """A file that remembers why it could not be written: `torch.save` hides a full disk behind an error of its own."""
+    """A file that hashes what goes into it, and remembers why it could not be written: `torch.save` hides a full disk
+    behind an error of its own."""
 
     refusal: OSError | None = None
 
+    def __init__(self, raw: io.FileIO) -> None:
+        super().__init__(raw)
+        self.digest = hashlib.sha256()
+
     def write(self, content: Any) -> int:
         try:
+            self.digest.update(content)
             return super().write(content)
         except OSError as error:
             self.refusal = error
             raise
 
 
-def _finish(partial: Path, directory: Path) -> None:
+def _finish(partial: Path, directory: Path, said: dict[str, Any]) -> None:
+    run = directory.parent.parent
     with explain_os_errors(partial):
-        (partial / COMPLETE).touch()
-        for path in (*partial.rglob("*"), partial):
-            _flush(path)
+        (partial / COMPLETE).write_text(outputs.seal(said), encoding="utf-8")
+        durable.flush(run / outputs.METRICS)
+        durable.flush_tree(partial)
         if directory.exists():  # without its completion mark: a broken leftover
             shutil.rmtree(directory)
         os.rename(partial, directory)
-        _flush(directory.parent)
-
-
-def _flush(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+        durable.flush(directory.parent)
 
 
 def _prune(run: Path, keep: int) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -372,12 +373,63 @@ def test_unfinished_checkpoints_do_not_count(tmp_path):
     assert state.latest(tmp_path).name == "step-00000002"
 
 
-def test_a_damaged_checkpoint_is_named(tmp_path):
+def _flip(file):
+    """One bit in the middle of the numbers."""
+    content = bytearray(file.read_bytes())
+    content[len(content) * 3 // 10] ^= 1 << 6
+    file.write_bytes(content)
+
+
+DAMAGES = {"cut": lambda file: file.write_bytes(file.read_bytes()[: file.stat().st_size // 2]),
+           "emptied": lambda file: file.write_bytes(b""), "flipped": _flip, "missing": Path.unlink}
+
+
+@pytest.mark.parametrize("name", ["trainer/state.pt", "COMPLETE"])
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_damaged_checkpoint_is_named_and_the_one_before_taken(tmp_path, capsys, damage, name):
+    expected, _ = run_once(tmp_path / "whole")
+    run_once(tmp_path / "run")
+    newest = state.latest(tmp_path / "run")
+    DAMAGES[damage](newest / name)
+    capsys.readouterr()
+    result, lines = run_once(tmp_path / "run")
+    assert_same(expected, result)
+    said = capsys.readouterr().err
+    if name == "COMPLETE" and damage in ("emptied", "missing"):  # as versions before wrote it; as a crash leaves it
+        assert said == ""
+    else:
+        assert f"{newest / name}: " in said or f"{newest / 'trainer/state.pt'}: truncated or damaged (" in said
+        assert "damaged" in said
+        assert said.endswith("; training goes on from step 6\n")
+    again = [] if not said and damage == "emptied" else [8, 9]  # lines are logged at even steps and the end
+    assert sorted({json.loads(line)[0] for line in lines}) == again
+    assert state.newest_whole(tmp_path / "run").name == "step-00000009"  # written anew
+
+
+@pytest.mark.parametrize("marked", [True, False])
+@pytest.mark.parametrize("damage", ["cut", "emptied", "flipped", "missing"])
+def test_the_only_checkpoint_damaged_is_named_with_its_cure(tmp_path, damage, marked):
     run_once(tmp_path)
-    file = state.latest(tmp_path) / "trainer" / "state.pt"
-    file.write_bytes(file.read_bytes()[:1000])
-    with pytest.raises(UserError, match=r"step-00000009/trainer/state.pt: truncated or damaged"):
+    before, newest = (path for _, path in state.steps(tmp_path))
+    shutil.rmtree(before)
+    DAMAGES[damage](newest / "trainer/state.pt")
+    if not marked:
+        (newest / "COMPLETE").write_bytes(b"")
+    with pytest.raises(UserError, match=r"step-00000009/trainer/state.pt: truncated or damaged \(") as error:
         run_once(tmp_path)
+    assert error.value.cure == f"delete {newest}: the same command goes on from the beginning"
+
+
+def test_lost_metrics_are_named(tmp_path, capsys):
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n')
+    run_once(tmp_path)
+    capsys.readouterr()
+    run_once(tmp_path)
+    assert capsys.readouterr().err == ""
+    (tmp_path / "metrics.jsonl").write_text("")
+    run_once(tmp_path)
+    assert capsys.readouterr().err == (f"{tmp_path}/metrics.jsonl: damaged: lines logged before step 9 are lost, and "
+                                       "the report's curves lack them\n")
 
 
 def test_a_full_disk_keeps_the_checkpoint_before(tmp_path, monkeypatch):

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import yaml
-from commands import llama2
+from commands import llama2, vouch
 
 from llama2.evaluate.winrate import wilson
 from llama2.release import markdown as md
@@ -49,6 +49,7 @@ def change_rows(recipe: Path, change: Callable[[Rows], None]) -> Rows:
     rows = [json.loads(line) for line in file.read_text().splitlines()]
     change([row for row in rows if row["version"] == "V1"])
     file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    vouch(file.parent)
     return [row for row in rows if row["version"] == "V1"]
 
 
@@ -57,6 +58,7 @@ def change_evaluation(recipe: Path, change: Callable[[dict[str, Any]], None]) ->
     found: dict[str, Any] = json.loads(file.read_text())
     change(found)
     file.write_text(json.dumps(found))
+    vouch(file.parent)
     return found
 
 
@@ -217,6 +219,7 @@ def read_the_prompts(recipe: Path, key: str) -> None:
     manifest["inputs"][f"{key}.0"] = prompts["inputs"]["prompts"]
     manifest["config"][key] = [prompts["config"]["prompts"]]
     file.write_text(json.dumps(manifest))
+    vouch(file.parent)
 
 
 def test_prompts_that_were_learnt_from_are_named(recipe: Path) -> None:
@@ -257,6 +260,7 @@ def test_an_evaluation_of_another_model_is_not_this_models(recipe: Path) -> None
     manifest = json.loads(file.read_text())
     manifest["inputs"] |= {key: "0" * 64 for key in manifest["inputs"] if key.startswith("versions.")}
     file.write_text(json.dumps(manifest))
+    vouch(file.parent)
     found = papers(recipe / "v1")
     assert found["README.md"].count("**Not measured.**") == 2
     assert "model-index" not in found["README.md"]
@@ -286,6 +290,7 @@ def test_an_unknown_licence_is_called_unknown(recipe: Path) -> None:
     for stage in ("sft", "v1_candidate"):
         file = recipe / stage / "manifest.json"
         file.write_text(file.read_text().replace('"CC-BY-4.0"', "null"))
+        vouch(file.parent)
     assert licences(recipe)[0][4:] == ["**unknown**", ""]
     assert "**1 of 1 licences are unknown.**" in papers(recipe / "v1")["LICENSES.md"]
 
@@ -303,6 +308,7 @@ def test_a_finished_run_is_not_refused_for_a_licence(recipe: Path, made: Path,
                                                      capsys: pytest.CaptureFixture[str]) -> None:
     for manifest in recipe.glob("*/manifest.json"):
         manifest.write_text(manifest.read_text().replace(str(made), str(recipe)))
+        vouch(manifest.parent)
     text = (made.parents[1] / "recipe.yaml").read_text().replace("CC-BY-4.0", "MIT").replace(str(made), str(recipe))
     (recipe.parent / "recipe.yaml").write_text(text)
     assert llama2("run", recipe.parent / "recipe.yaml", "--step", "sft") == 0

@@ -275,10 +275,22 @@ def test_a_shape_is_said_by_fields_and_a_mixture_by_names():
         build(pretrain.Config, {"out": "x", "shards": "s", "architecture": {"num_hidden_layers": True}})
 
 
-@pytest.mark.parametrize("name", ["a/b", "..", ".", "", "/etc", ".hidden", "a\\b", "a\nb", "a\x1b[2J", "a\u202eb"])
+@pytest.mark.parametrize("name", ["a/b", "..", ".", "", "/etc", ".hidden", "a\\b", "a\nb", "a\x1b[2J", "a\u202eb",
+                                  "a\0", "a ", "a.", "a\ud800"])
 def test_a_name_that_is_a_path_is_refused(name):
     with pytest.raises(UserError, match=r"sets: '.*' is no name; choose one without '/'"):
         build(Whole, {"out": "x", "sets": {name: {"path": "p"}}})
+
+
+@pytest.mark.parametrize(("names", "why"), [
+    (["con"], "'con' names a device on some systems"), (["NUL.txt"], "'NUL.txt' names a device"),
+    (["Lpt1"], "'Lpt1' names a device"), (["web", "Web"], "the names 'web' and 'Web' are one file on some systems"),
+    (["\u00e9", "e\u0301"], "are one file on some systems"), (["x" * 201], "'xxxxxxxxxxxxxxxxxxxx' is too long"),
+    (["\u00e9" * 101], "is too long for a file; choose one of at most 200 bytes")])
+def test_names_that_cannot_stand_side_by_side_everywhere_are_refused(names, why):
+    with pytest.raises(UserError, match=f"sets: .*{why}"):
+        build(Whole, {"out": "x", "sets": {name: {"path": "p"} for name in names}})
+    build(Whole, {"out": "x", "sets": {name: {"path": "p"} for name in ["console", "c4:en", "\u00e9" * 100, "a b"]}})
 
 
 def test_home_is_written_out_and_variables_are_refused(tmp_path, monkeypatch):

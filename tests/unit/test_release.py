@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from commands import llama2
+from commands import llama2, vouch
 
 from llama2.errors import UserError
 from llama2.model import checkpoint
@@ -136,6 +136,7 @@ def test_versions_stay_in_their_order(copied: Path, tmp_path: Path) -> None:
         file.write_text(re.sub(r"\bSFT\b", "Zero", file.read_text()))
     file = copied / "evaluate" / "evaluation.json"
     file.write_text(file.read_text().replace('"SFT"', '"Zero"'))
+    vouch(file.parent)
     assert llama2("release", copied / "v1", "--out", tmp_path / "out") == 0
     published = yaml.safe_load((tmp_path / "out" / "configs" / "evaluate.yaml").read_text())
     assert list(published["versions"]) == ["Zero", "V1"]
@@ -182,14 +183,16 @@ def test_runs_that_began_in_the_same_second_stand_in_the_order_they_were_made(
     for run in (policy, world):
         manifest = Path(shutil.copytree(run, tmp_path / run.name)) / "manifest.json"
         manifest.write_text(json.dumps(json.loads(manifest.read_text()) | {"started": "2026-01-01T00:00:00Z"}))
+        vouch(manifest.parent)
     assert [stage.name for stage in trace(tmp_path / "policy").stages] == ["world", "policy"]
 
 
 def test_what_was_made_anew_is_not_taken_for_what_was_read(copied: Path, made: Path, tmp_path: Path) -> None:
     manifest = copied / "safe" / "manifest.json"
     manifest.write_text(manifest.read_text().replace(str(made.parent), "/gone"))
-    complete = copied / "collect" / "COMPLETE"
-    complete.write_text(complete.read_text().replace('"preferences.jsonl": "', '"preferences.jsonl": "0'))
+    preferences = copied / "collect" / "preferences.jsonl"
+    preferences.write_text(preferences.read_text() * 2)
+    vouch(manifest.parent, preferences.parent)
     assert llama2("release", copied / "v1", "--out", tmp_path / "out") == 0
     stages = json.loads((tmp_path / "out" / "lineage.json").read_text())["stages"]
     safe = next(stage for stage in stages if stage["name"] == "safe")
@@ -218,7 +221,8 @@ def test_a_damaged_checkpoint(copied: Path, tmp_path: Path, one_line: Any, name:
     data = file.read_bytes()
     file.unlink()  # it may be a hard link
     file.write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
-    assert f"{name}: its checksum differs" in one_line("release", copied / "v1", "--out", tmp_path / "out")
+    refusal = one_line("release", copied / "v1", "--out", tmp_path / "out")
+    assert f"{name}: its content is not what this run wrote" in refusal
     assert list(tmp_path.iterdir()) == [copied.parent]
 
 

@@ -117,6 +117,11 @@ def test_a_killed_job_goes_on_where_it_was(remote, server, tmp_path):
     assert set(server.answered.values()) == {1}
     assert sum(server.answered.values()) == 12
     asked = len(server.asked)
+    lines = file.read_bytes().splitlines(keepends=True)
+    file.write_bytes(b"".join([lines[0].replace(b'"tokens":[', b'"tokens":[7', 1), *lines[1:]]))  # the disk errs
+    assert remote().generate(PROMPTS, RANDOM) == whole
+    assert len(server.asked) == asked + 1
+    asked = len(server.asked)
     assert remote().generate(PROMPTS, RANDOM) == whole
     assert remote().generate(PROMPTS[1:2], RANDOM, [1]) == whole[1:2]
     assert len(server.asked) == asked

@@ -306,6 +306,7 @@ def test_bare_manifests_make_a_page(tmp_path: Path) -> None:
     (lambda root: None, "holds no run"),
     (lambda root: shutil.rmtree(root), "no such directory"),
     (lambda root: (root / "steps.json").write_text("{"), r"steps\.json:1: not valid JSON"),
+    (lambda root: (root / "steps.json").write_text("[1]"), "steps.json: damaged: a list of texts was expected"),
 ])
 def test_mistakes_are_named(tmp_path: Path, prepare: object, message: str) -> None:
     root = tmp_path / "recipe"

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from commands import llama2
 
-from llama2 import runs
+from llama2 import outputs, runs
 from llama2.config import Config, StageConfig
 from llama2.errors import UserError
 from llama2.stages import launch
@@ -228,6 +228,91 @@ def test_a_process_killed_anywhere_is_followed_by_one_that_finishes(tmp_path, pl
     assert not work(config(tmp_path))
 
 
+# --- what was damaged while it was unfinished -----------------------------------------------------------------------
+
+
+@pytest.fixture
+def unfinished(tmp_path):
+    def stopped():
+        with runs.open_run("work", config(tmp_path)) as run:
+            run.log(1, {"loss": 2.0})
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        stopped()
+    return tmp_path / "out"
+
+
+@pytest.mark.parametrize("content", ["", "{", "[1]", "{}", '{"verb": "work", "config": [], "inputs": {}}'])
+def test_a_damaged_manifest_of_an_unfinished_run_is_named_with_its_cure(tmp_path, unfinished, content):
+    (unfinished / "manifest.json").write_text(content)
+    with pytest.raises(UserError, match=r"manifest.json:") as error:
+        work(config(tmp_path))
+    assert error.value.cure == f"delete {unfinished}: the same command starts over"
+
+
+def test_every_value_of_a_manifest_counts(tmp_path, unfinished):
+    file = unfinished / "manifest.json"
+    file.write_text(file.read_text().replace('"seed": 0', '"seed": 8'))
+    with pytest.raises(UserError, match=r"manifest.json: damaged: its content does not fit its checksum"):
+        work(config(tmp_path))
+
+
+@pytest.mark.parametrize("content", ["", "soon", "nan", "-3", "1e999", "\0"])
+def test_damaged_seconds_count_for_nothing(tmp_path, unfinished, content, capsys):
+    (unfinished / ".seconds").write_text(content)
+    assert work(config(tmp_path))
+    assert f"{unfinished / '.seconds'}: damaged: how long earlier attempts took is not counted\n" in (
+        capsys.readouterr().err)
+    assert 0 <= json.loads((unfinished / "COMPLETE").read_text())["seconds"] < 60
+
+
+@pytest.mark.parametrize("content", [None, b"", b"size: 7", b"{", b"\xff"])
+def test_a_damaged_configuration_is_written_again(tmp_path, unfinished, content, capsys):
+    file = unfinished / "config.yaml"
+    before = file.read_text()
+    file.unlink()
+    if content is not None:
+        file.write_bytes(content)
+    assert work(config(tmp_path))
+    assert f"{file}: damaged; written again\n" in capsys.readouterr().err
+    assert file.read_text() == before
+
+
+def test_damaged_lines_of_metrics_are_counted(tmp_path, capsys):
+    run = runs.Run(tmp_path, finished=False)
+    for step in range(1, 5):
+        run.log(step, {"loss": 1 / step})
+    run.close()
+    file = tmp_path / "metrics.jsonl"
+    file.write_bytes(file.read_bytes().replace(b'{"step": 2', b'{"step\xff": 2').replace(b'{"step": 3', b"[3"))
+    run.rewind(3)
+    assert capsys.readouterr().err == (f"{tmp_path}: metrics.jsonl: damaged: 2 lines of it cannot be read and are left "
+                                       "out\n")
+    assert [row["step"] for row in runs.read_metrics(tmp_path)] == [1]
+
+
+@pytest.mark.parametrize("content", ["", "[", "{}", "[1]"])
+def test_damaged_warnings_are_named(tmp_path, content):
+    (tmp_path / "warnings.json").write_text(content)
+    with pytest.raises(UserError, match=r"warnings.json:.*(a list of texts was expected|a JSON list was expected|not valid JSON).*; restore it"):
+        runs.read_warnings(tmp_path)
+
+
+def test_a_clock_that_is_set_back_shortens_no_run(tmp_path, monkeypatch):
+    now = time.time()
+    monkeypatch.setattr(time, "time", lambda: now - 3600)
+    with runs.open_run("work", config(tmp_path)):
+        monkeypatch.setattr(time, "time", lambda: now - 7200)
+    assert json.loads((tmp_path / "out/COMPLETE").read_text())["seconds"] >= 0
+
+
+def test_a_run_that_goes_on_with_other_code_says_so(tmp_path, unfinished, monkeypatch, capsys):
+    monkeypatch.setattr(runs, "code_version", lambda: "1+other")
+    assert work(config(tmp_path))
+    assert "it was begun by other code, " in capsys.readouterr().err
+
+
 # --- fingerprints ---------------------------------------------------------------------------------------------------
 
 
@@ -301,7 +386,8 @@ def test_a_folder_without_a_model_is_not_read_through(tmp_path, monkeypatch):
 
     (tmp_path / "home").mkdir()
     (tmp_path / "home/big").write_text("much")
-    monkeypatch.setattr(runs, "sha256", lambda path: pytest.fail(f"{path} is read"))
+    monkeypatch.setattr(outputs, "sha256", lambda path: pytest.fail(f"{path} is read"))
+    monkeypatch.setattr(runs, "sha256", outputs.sha256)
     with pytest.raises(UserError, match=r"home: config.json: missing, so this folder holds no model; give .* as model"):
         work(Tuned(out=tmp_path / "out", model=tmp_path / "home"))
     (tmp_path / "home/adapter_config.json").write_text("{}")
@@ -418,4 +504,7 @@ def test_the_code_version_covers_compiled_code(tmp_path, monkeypatch):
         (package / name).write_text("two")
         versions.add(version())
     assert len(versions) == 4
+    monkeypatch.setenv("LLAMA2_NATIVE", "off")  # other operations round otherwise
+    versions.add(version())
+    assert len(versions) == 5
     runs.code_version.cache_clear()

@@ -1,6 +1,8 @@
 """Which version is kept, and why."""
 
 import json
+import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -132,6 +134,17 @@ def test_pickled_weights_are_kept_too(tmp_path, base):
         assert not any(path.is_symlink() for path in target.iterdir())
         found = checkpoint.load(target)
         assert all(torch.equal(a, b) for a, b in zip(found.parameters(), model.parameters()))
+
+
+def test_all_that_makes_up_a_model_is_kept_and_nothing_else(tmp_path, base):
+    source = Path(shutil.copytree(base, tmp_path / "source"))
+    beside = ("generation_config.json", "tokenizer.json", "added_tokens.json", "chat_template.jinja")
+    for name in (*beside, "README.md", "optimizer.pt"):
+        (source / name).write_text("{}")
+    target = tmp_path / "target"
+    target.mkdir()
+    select.copy(source, target)
+    assert {path.name for path in target.iterdir()} == {*(path.name for path in base.iterdir()), *beside}
 
 
 def test_equal_versions_are_answered_once(tmp_path, policy, prompts, monkeypatch):

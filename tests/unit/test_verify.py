@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import shutil
 import weakref
 from collections.abc import Callable
@@ -16,6 +17,7 @@ from commands import llama2
 from sources import frugal, model_of, scorer_of, source_of
 from torch import Tensor
 
+from llama2 import outputs
 from llama2.errors import UserError
 from llama2.model import checkpoint
 from llama2.model.formats import pieces
@@ -244,7 +246,7 @@ def test_json_has_no_infinity(tmp_path: Path, base: Path, capsys: pytest.Capture
 
 
 def test_mistakes(base: Path, one_line: Callable[..., str]) -> None:
-    assert "1 checkpoints are given" in one_line("verify", base)
+    assert "no finished run, nor a recipe's directory with some in it; give one, or two" in one_line("verify", base)
     assert "3 checkpoints are given" in one_line("verify", base, base, base)
     assert "no such file" in one_line("verify", base, base / "nowhere")
     assert "exceeds the context" in one_line("verify", base, base, "--length", 257)
@@ -253,3 +255,34 @@ def test_mistakes(base: Path, one_line: Callable[..., str]) -> None:
 def test_a_length_beyond_the_context_is_refused(source: Source) -> None:
     with pytest.raises(UserError, match="exceeds the context of the models, 700"):
         verify.compared(source, source, length=701)
+
+
+# ---- a run and what it wrote ----------------------------------------------------------------------------------------
+def _flip(file: Path) -> None:
+    """One bit in the middle; neither the size nor the time tells."""
+    status, content = file.stat(), bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    file.write_bytes(content)
+    os.utime(file, ns=(status.st_atime_ns, status.st_mtime_ns))
+
+
+def test_all_that_differs_in_a_run_is_named(policy: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str],
+                                           monkeypatch: pytest.MonkeyPatch) -> None:
+    run = Path(shutil.copytree(policy, tmp_path / "recipe/run"))
+    (tmp_path / "recipe/steps.json").write_text('["run", "waiting"]')
+    monkeypatch.setattr(outputs, "CHEAP", 0)  # as if all files were large
+    assert llama2("verify", run) == 0
+    assert capsys.readouterr().out == f"{run}: all that this run wrote is there, unchanged\n"
+    _flip(run / "model.safetensors")
+    (run / "config.json").write_text("{}")
+    for place in (run, run.parent):
+        assert llama2("verify", place) == 1
+        first, second = capsys.readouterr().out.splitlines()
+        assert first.startswith(f"{run / 'config.json'}: it has 2 bytes, and this run wrote ")
+        assert second == f"{run / 'model.safetensors'}: its content is not what this run wrote"
+    assert llama2("verify", run, "--json") == 1
+    found = json.loads(capsys.readouterr().out)
+    assert (found["whole"], found["runs"]) == (False, {str(run): [first, second]})
+    (run / "COMPLETE").write_text("")
+    assert llama2("verify", run) == 1
+    assert capsys.readouterr().out == f"{run / 'COMPLETE'}: damaged: it is empty\n"

@@ -9,7 +9,6 @@ from __future__ import annotations
 import atexit
 import functools
 import hashlib
-import os
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -20,6 +19,7 @@ from typing import IO, Any
 import numpy as np
 from torch import Tensor
 
+from llama2 import durable
 from llama2.errors import UserError, explain_os_errors
 from llama2.model.llama import LlamaConfig
 
@@ -92,10 +92,10 @@ def replacing(file: Path) -> Iterator[IO[bytes]]:
     temporary = file.with_name(f".{file.name}.tmp")
     with explain_os_errors(file):
         try:
-            file.parent.mkdir(parents=True, exist_ok=True)
+            durable.make(file.parent)
             with open(temporary, "wb") as stream:
                 yield stream
-            os.replace(temporary, file)
+            durable.replace(temporary, file)
         finally:
             temporary.unlink(missing_ok=True)
 

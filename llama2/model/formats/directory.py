@@ -16,7 +16,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from llama2 import plain
+from llama2 import durable, plain
 from llama2.errors import UserError, explain_os_errors
 from llama2.model.formats import binary
 from llama2.model.llama import LlamaConfig
@@ -24,6 +24,9 @@ from llama2.printable import shown
 
 CONFIG, WEIGHTS, INDEX, CHECKSUMS = "config.json", "model.safetensors", "model.safetensors.index.json", "checksums.json"
 PICKLED, PICKLED_INDEX = "pytorch_model.bin", "pytorch_model.bin.index.json"
+BESIDE = ("generation_config.json", "tokenizer.model", "tokenizer.json", "tokenizer_config.json",
+          "special_tokens_map.json", "added_tokens.json", "chat_template.jinja", "chat_template.json")
+"""what may stand beside the weights: how to generate, the tokenizer, the template of a chat"""
 SCORE = "score.weight"
 PADDING = 0  # transformers finds the last real token of a row by it; the published tokenizer has no id for padding
 read_json = plain.json_object
@@ -63,6 +66,14 @@ def weight_files(directory: Path) -> list[Path]:
     raise UserError(f"{directory}: neither {WEIGHTS} nor {INDEX} is there, nor {PICKLED}", "check the path")
 
 
+def model_files(directory: Path) -> list[str]:
+    """The names of all files that make up the model in a directory: what any program reads there."""
+    weights = weight_files(directory)
+    index = INDEX if weights[0].suffix == ".safetensors" else PICKLED_INDEX
+    names = {path.name for path in weights} | {CONFIG, CHECKSUMS, index, *BESIDE}
+    return sorted(name for name in names | set(listed(directory)) if (directory / name).is_file())
+
+
 def _shards(directory: Path, index: str) -> list[Path]:
     weight_map = read_json(directory / index).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
@@ -90,8 +101,9 @@ def replacing(directory: Path) -> Iterator[Path]:
         work.mkdir(parents=True)
         try:
             yield work
+            durable.flush_tree(work)
             if fresh:
-                os.replace(work, directory)
+                durable.replace(work, directory)
             else:
                 _replace_files(work, directory)
         finally:
@@ -108,7 +120,8 @@ def _replace_files(work: Path, directory: Path) -> None:
         os.replace(work / name, directory / name)
     for name in stale:
         (directory / name).unlink(missing_ok=True)
-    os.replace(work / new[-1], directory / new[-1])
+    durable.flush(directory)
+    durable.replace(work / new[-1], directory / new[-1])
 
 
 def verify_checksums(directory: Path) -> None:

@@ -24,7 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from llama2 import plain
+from llama2 import durable, plain
 from llama2.errors import UserError, did_you_mean, explain_os_errors
 from llama2.model.formats import archive, pieces
 from llama2.model.formats.binary import EMBEDDINGS, HEAD, halved, interleaved, rotary_heads, shapes
@@ -307,6 +307,7 @@ def _fresh(directory: Path) -> Iterator[Path]:
             yield work
             if directory.exists():
                 directory.rmdir()
-            work.rename(directory)
+            durable.flush_tree(work)
+            durable.replace(work, directory)
         finally:
             shutil.rmtree(work, ignore_errors=True)

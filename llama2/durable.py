@@ -1,0 +1,82 @@
+"""Files that outlast a power cut: what stands under a name is whole, and is still there afterwards.
+
+To rename a file is enough against `kill -9`. Against a power cut the content must be on the disk before the name, and
+the name, which is the directory's content, before anything that relies on it.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+from llama2.errors import explain_os_errors
+
+_CANNOT = {errno.EINVAL, errno.EBADF, errno.ENOTSUP, errno.ENOSYS}  # file systems that flush no directories
+
+
+def write_atomic(path: Path, data: str | bytes) -> None:
+    """Write a whole file or nothing."""
+    temporary = path.with_name(path.name + ".tmp")
+    with explain_os_errors(path):
+        make(path.parent)
+        temporary.write_bytes(data.encode() if isinstance(data, str) else data)
+        replace(temporary, path)
+
+
+def replace(temporary: Path, path: Path) -> None:
+    """Give a finished file, or a directory whose content is flushed, its name; what had the name is gone."""
+    flush(temporary)
+    os.replace(temporary, path)
+    flush(path.parent)
+
+
+def make(directory: Path) -> None:
+    """Make a directory and those above it."""
+    new = [place for place in (directory, *directory.parents) if not place.exists()]
+    directory.mkdir(parents=True, exist_ok=True)
+    flush_names(new)
+
+
+def flush_names(paths: Iterable[Path]) -> None:
+    """Put on the disk that these paths are there."""
+    for parent in dict.fromkeys(path.parent for path in paths):
+        flush(parent)
+
+
+def flush_tree(directory: Path) -> None:
+    """Put a directory with everything below it on the disk; what it links to elsewhere, too."""
+    for path in _below(directory):
+        flush(path)
+    flush(directory)
+
+
+def _below(directory: Path) -> Iterator[Path]:
+    """Every file and directory below, the deepest first."""
+    for above, folders, names in os.walk(directory, topdown=False):
+        yield from (Path(above, name) for name in (*names, *folders))
+
+
+def flush_all(paths: Iterable[Path], directory: Path) -> None:
+    """Put files below a directory on the disk, and that they are there."""
+    above: dict[Path, None] = {directory: None}
+    for path in paths:
+        flush(path)
+        above |= dict.fromkeys(place for place in path.parents if place.is_relative_to(directory))
+    for place in above:
+        flush(place)
+
+
+def flush(path: Path) -> None:
+    """Put a file's content, or a directory's list of names, on the disk."""
+    if not path.is_file() and not path.is_dir():  # a pipe would wait; a link may lead nowhere
+        return
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        if path.is_file() or error.errno not in _CANNOT:
+            raise
+    finally:
+        os.close(descriptor)
