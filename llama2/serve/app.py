@@ -92,7 +92,7 @@ def _errors(app: FastAPI) -> None:
         if "json" not in request.headers.get("content-type", ""):
             unnamed = errors.invalid("the body must be JSON, and be called that: 'Content-Type: application/json'")
             return JSONResponse(unnamed.body(), 400)
-        return JSONResponse(errors.invalid(*schema.explained(error.errors())).body(), 400)
+        return JSONResponse(errors.invalid(*schema.explained(error.errors(), request.url.path)).body(), 400)
 
     @app.exception_handler(HTTPException)
     async def elsewhere(request: Request, error: HTTPException) -> JSONResponse:

@@ -55,6 +55,8 @@ class Asked:
     param: str
     pieces: bool = True
     """tokens are reported one by one, not only their text"""
+    begun: str = ""
+    """the beginning of the answer that is gone on with"""
 
 
 class Generation:
@@ -70,8 +72,9 @@ class Generation:
         requests = [
             Request(tuple(prompt), _own(_within(asked.sampling, model.context - len(prompt))), index, sample)
             for index, prompt in enumerate(asked.prompts) for sample in range(asked.n)]
+        alone = asked.strip and not asked.begun.strip()  # a text of its own
         self._samples = [
-            _Sample(Decoder(model.tokenizer, asked.stops, () if asked.strip else request.prompt, asked.strip))
+            _Sample(Decoder(model.tokenizer, asked.stops, () if alone else request.prompt, asked.strip, asked.begun))
             for request in requests]
         self.ticket: Ticket = model.worker.submit(requests, seconds)
 
@@ -177,6 +180,10 @@ def sampling_of(asked: Sampled, model: ChatModel, max_tokens: int, top_logprobs:
     given = {name: value for name in ("temperature", "top_p", "top_k", "min_p", "repetition_penalty",
                                       "presence_penalty", "frequency_penalty")
              if (value := getattr(asked, name)) is not None}
+    if asked.top_k == -1:  # vLLM's word for all
+        given["top_k"] = 0
+    if asked.top_p == 0:  # the smallest nucleus there is
+        given |= {"temperature": 0.0, "top_p": 1.0}
     seed = secrets.randbits(63) if asked.seed is None else asked.seed
     try:
         return Sampling(**given, max_tokens=max(1, max_tokens), stop=tuple(dict.fromkeys(stop)), seed=seed,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Mapping
 from html import escape
 from typing import Any
@@ -41,6 +42,8 @@ def _type(field: Mapping[str, Any]) -> str:
     for union in ("anyOf", "oneOf"):
         if union in field:
             return " or ".join(kind for option in field[union] if (kind := _type(option)) != "null")
+    if "enum" in field:
+        return " or ".join(json.dumps(value) for value in field["enum"])
     if field.get("type") == "array":
         return f"list of {_type(field.get('items', {}))}"
     bounds = {"minimum": "≥", "exclusiveMinimum": ">", "maximum": "≤", "exclusiveMaximum": "<"}

@@ -17,21 +17,20 @@ from llama2.records import Message, Messages
 from llama2.serve import errors
 from llama2.serve.clients import EventStream, unless_gone
 from llama2.serve.errors import ApiError
-from llama2.serve.formats import ChatFormat, Format, TextFormat, sse
+from llama2.serve.formats import ChatFormat, Format, TextFormat, Wanted, sse
 from llama2.serve.generation import Asked, Event, Generation, check_prompts, collected, sampling_of
 from llama2.serve.guard import LOG
 from llama2.serve.metrics import Metrics
 from llama2.serve.models import ChatModel, Models, RewardModel
 from llama2.serve.safety import Gate
-from llama2.serve.schema import ChatRequest, CompletionRequest, ScoreRequest
+from llama2.serve.schema import ChatRequest, CompletionRequest, ScoreRequest, StreamOptions
 from llama2.serve.shape import shaped
 from llama2.serve.text import Decoder, Part
-from llama2.tokenizer.template import encode_prompt
+from llama2.tokenizer.template import encode_begun, encode_prompt
 from llama2.tokenizer.tokenizer import Tokenizer
 
 R = TypeVar("R")
 PAGE = 4000  # characters
-DEFAULT_COMPLETION = 16  # tokens, OpenAI's default for /v1/completions
 Events = AsyncGenerator[list[Event], None]
 
 
@@ -47,33 +46,36 @@ class Service:
     async def chat(self, asked: ChatRequest, request: Request) -> Response:
         """Answer a conversation."""
         model, conversation = self.models.chat(asked.model), asked.conversation()
-        ids = await _aside(sum(len(each.content) for each in conversation), encode_prompt, model.tokenizer,
-                           conversation)
-        most = asked.max_completion_tokens or asked.max_tokens or model.context
-        sampling = sampling_of(asked, model, most, asked.top_logprobs or 0)
+        encode = encode_begun if asked.continue_final_message else encode_prompt
+        ids = await _aside(sum(len(each.content) for each in conversation), encode, model.tokenizer, conversation)
+        sampling = sampling_of(asked, model, asked.most or model.context, asked.top_logprobs or 0)
         check_prompts(model, [ids], "messages")  # which is cheaper than a grammar
         sampling = await shaped(sampling, asked, model.tokenizer)
+        prompt, begun = conversation, ""
+        if asked.continue_final_message:
+            prompt, begun = conversation[:-1], conversation[-1].content
+        wanted = _wanted(asked, bool(asked.logprobs))
         generation = Generation(model, Asked([ids], sampling, asked.n or 1, asked.stops, True, "messages",
-                                             pieces=bool(asked.logprobs)), self.seconds, self.metrics)
-        events = self._judged(generation, lambda _: conversation)
-        objects = ChatFormat(model.name, model.tokenizer, bool(asked.logprobs), _include_usage(asked))
+                                             pieces=wanted.tokens, begun=begun), self.seconds, self.metrics)
+        events = self._judged(generation, lambda _: prompt)
+        objects = ChatFormat(model.name, model.tokenizer, wanted)
         return await self._answer(request, generation, events, objects, bool(asked.stream))
 
     async def complete(self, asked: CompletionRequest, request: Request) -> Response:
         """Go on with texts."""
         model = self.models.chat(asked.model)
         prompts = await _aside(sum(map(len, asked.prompts())), _encoded, model.tokenizer, asked.prompts())
-        most = DEFAULT_COMPLETION if asked.max_tokens is None else asked.max_tokens
+        most = model.context if asked.most is None else asked.most
         n = (asked.n or 1) if most else 0
         sampling = sampling_of(asked, model, most, asked.logprobs or 0)
         check_prompts(model, prompts, "prompt")
         sampling = await shaped(sampling, asked, model.tokenizer)
         echoes = await self._echoes(model, asked, prompts) if asked.echo else []
-        generation = Generation(model, Asked(prompts, sampling, n, asked.stops, False, "prompt", pieces=(
-            asked.logprobs is not None or bool(asked.return_token_ids))), self.seconds, self.metrics)
+        wanted = _wanted(asked, asked.logprobs is not None, bool(asked.return_token_ids))
+        generation = Generation(model, Asked(prompts, sampling, n, asked.stops, False, "prompt", pieces=wanted.tokens),
+                                self.seconds, self.metrics)
         events = self._judged(generation, lambda index: (Message("user", model.tokenizer.decode(prompts[index])),))
-        objects = TextFormat(model.name, model.tokenizer, asked.logprobs is not None, _include_usage(asked),
-                             bool(asked.return_token_ids))
+        objects = TextFormat(model.name, model.tokenizer, wanted)
         return await self._answer(request, generation, _echoed(echoes, n, events), objects, bool(asked.stream))
 
     async def score(self, asked: ScoreRequest, request: Request) -> Response:
@@ -110,7 +112,7 @@ class Service:
             return
         count, n = len(generation.ticket.requests), max(1, generation.asked.n)
         for index, whole in enumerate(await collected(generation.events(), count)):
-            verdict = await self.gate.judge(conversation(index // n), whole.part.text)
+            verdict = await self.gate.judge(conversation(index // n), generation.asked.begun + whole.part.text)
             if verdict.replaced:  # its tokens would tell what is not to be told
                 yield [Event(index, Part(self.gate.refusal), "content_filter", verdict)]
             else:
@@ -171,9 +173,10 @@ def routes(service: Service) -> APIRouter:
 async def _chunks(generation: Generation, events: Events, objects: Format, count: int) -> AsyncGenerator[bytes, None]:
     """The server-sent events of a stream. What fails after the first byte is told in the stream."""
     try:
-        yield objects.opening(count)
+        yield objects.opening(count, generation.usage())
         async for some in events:
-            yield b"".join(map(objects.event, some))
+            usage = generation.usage()
+            yield b"".join([objects.event(event, usage) for event in some])
         yield objects.closing(generation.usage())
     except ApiError as error:
         yield sse(error.body())
@@ -200,8 +203,11 @@ def _encoded(tokenizer: Tokenizer, prompts: Sequence[str | list[int]]) -> list[l
     return [[tokenizer.bos, *tokenizer.encode(prompt)] if isinstance(prompt, str) else prompt for prompt in prompts]
 
 
-def _include_usage(asked: ChatRequest | CompletionRequest) -> bool:
-    return asked.stream_options is not None and asked.stream_options.include_usage
+def _wanted(asked: ChatRequest | CompletionRequest, logprobs: bool, ids: bool = False) -> Wanted:
+    """What a client wants to hear of besides the text."""
+    options = asked.stream_options or StreamOptions()
+    return Wanted(logprobs, ids, bool(asked.return_tokens_as_token_ids), bool(options.include_usage),
+                  bool(options.include_usage and options.continuous_usage_stats), bool(options.include_obfuscation))
 
 
 def _log(request: Request, model: ChatModel | RewardModel, usage: dict[str, Any]) -> None:

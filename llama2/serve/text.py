@@ -1,7 +1,7 @@
 """Tokens in, text out as it becomes certain: whole characters, and never a part of what may become a stop string.
 
 A stop string is looked for in the text, wherever its pieces fall. The tokens themselves are reported together with the
-text they begin, so tokens of a stop string are reported no more than its text.
+text they begin; those of a stop string, which have none, with the end: every token that counts is reported.
 """
 
 from __future__ import annotations
@@ -73,15 +73,20 @@ class Part:
 
 class Decoder:
     """The text of one sample. `prompt` are ids before it, of which a continuation needs to know whether it begins a
-    text, and from whose beginning offsets count; `strip` takes white space off both ends, as answers are shown."""
+    text, and from whose beginning offsets count; `strip` takes white space off both ends, as answers are shown.
+
+    `begun` is the beginning of an answer that this goes on with: only the white space that it ends with is taken off
+    the beginning, as far as it comes again.
+    """
 
     def __init__(self, tokenizer: Tokenizer, stops: Sequence[str] = (), prompt: Sequence[int] = (),
-                 strip: bool = False) -> None:
+                 strip: bool = False, begun: str = "") -> None:
         self._pending: deque[int] = deque(prompt)
         self._texts = tokenizer.stream(self._ids())
         self._length = self._certain = sum(len(next(self._texts)) for _ in prompt)
         self._stops, self._strip = Stops(stops), strip
-        self._begun, self._space = False, ""
+        self._begun, self._space = bool(begun.strip()), ""
+        self._again = len(begun) - len(begun.rstrip(" ")) if self._begun else 0  # spaces that were there already
         self._waiting: deque[Piece] = deque()
 
     @property
@@ -95,7 +100,10 @@ class Decoder:
         self._waiting.append(Piece(token, self._length, logprob, alternatives))
         text = next(self._texts)
         self._length += len(text)
-        return self._part(self._stops.push(text))
+        part = self._part(self._stops.push(text))
+        if self.stopped:
+            self._flush(part)
+        return part
 
     def push_text(self, tokens: Sequence[int]) -> Part:
         """More tokens of which only the text is wanted, where there are no stop strings."""
@@ -113,9 +121,13 @@ class Decoder:
         part = self._part(self._stops.push(next(self._texts)))
         if not self.stopped:
             part.add(self._part(self._stops.rest()))
-            part.pieces += self._waiting
-        self._waiting.clear()
+        self._flush(part)
         return part
+
+    def _flush(self, part: Part) -> None:
+        """Report the tokens that begin no text of their own."""
+        part.pieces += self._waiting
+        self._waiting.clear()
 
     def _ids(self) -> Iterator[int]:
         while self._pending:
@@ -130,6 +142,8 @@ class Decoder:
 
     def _stripped(self, text: str) -> str:
         """White space waits until something follows it."""
+        while self._again and text:
+            text, self._again = (text[1:], self._again - 1) if text[0] == " " else (text, 0)
         text = self._space + text if self._begun else text.lstrip()
         kept = text.rstrip()
         self._space = text[len(kept) :] if self._begun or kept else ""

@@ -109,6 +109,18 @@ def encode_prompt(tokenizer: Tokenizer, messages: Messages) -> list[int]:
     return ids
 
 
+def encode_begun(tokenizer: Tokenizer, messages: Messages) -> list[int]:
+    """Ids of a conversation whose last turn is the beginning of an answer, up to where the answer goes on.
+
+    A prefix of `encode_dialog` of the finished conversation if the beginning ends where a word does. Spaces at its end
+    are left out: a space belongs to the item of the word behind it, and one alone stands before EOS only.
+    ValueError if roles do not alternate.
+    """
+    check_roles(messages, last="assistant")
+    begun = messages[-1].content.lstrip().rstrip(" ")
+    return encode_prompt(tokenizer, messages[:-1]) + (tokenizer.encode(begun) if begun else [])
+
+
 def render(messages: Messages) -> str:
     """A conversation as text, without BOS and EOS: what a tokenizer is trained on if it shall know the format."""
     parts = (f"{BEGIN_INSTRUCTION} {turn.content.strip()} {END_INSTRUCTION}" if turn.role == "user"

@@ -125,6 +125,11 @@ class Tokenizer:
         """What a token adds to a text: part of a character, if it is a byte item; nothing for a control id."""
         return self._bytes[token]
 
+    def name_of(self, token: int) -> str:
+        """What the vocabulary calls a token: "</s>" for EOS."""
+        name: str = self._processor.id_to_piece(token)
+        return name
+
     def save(self, directory: str | os.PathLike[str]) -> None:
         """Write tokenizer.model and the two files with which transformers, vLLM and llama.cpp read it."""
         names = {"bos_token": BOS, "eos_token": EOS, "unk_token": UNKNOWN}

@@ -9,6 +9,7 @@ from transformers import LlamaTokenizer
 
 from llama2.records import Messages, messages_of
 from llama2.tokenizer import Tokenizer, encode_dialog, encode_prompt, train
+from llama2.tokenizer.template import encode_begun
 
 TEXTS = [f"The miller of mill {number} asked his sister how old the river is.\n    été" for number in range(200)]
 
@@ -126,3 +127,18 @@ def test_a_mask_of_turns_says_which_answers_are_learnt(tokenizer: Tokenizer) -> 
         assert all(whole or not kept for whole, kept in zip(every, mask))
     with pytest.raises(ValueError, match="'train' has 1 values for 2 assistant turns"):
         encode_dialog(tokenizer, messages, (True,))
+
+
+@settings(deadline=None, max_examples=200)
+@given(answer=st.lists(st.one_of(st.sampled_from(["mill", "is", "a", "[INST]", "</s>", "1746", "\n"]),
+                                 st.text("abé🙂.,", max_size=5)), max_size=8),
+       kept=st.integers(0, 8), spaces=st.integers(0, 3))
+def test_a_begun_answer_has_the_ids_that_its_whole_was_trained_with(
+    tokenizer: Tokenizer, answer: list[str], kept: int, spaces: int
+) -> None:
+    question = [("user", "How old?")]
+    whole = encode_dialog(tokenizer, messages_of([*question, ("assistant", " ".join(answer))]))[0]  # type: ignore[list-item]
+    begun = " " + " ".join(answer[:kept]) + " " * spaces
+    ids = encode_begun(tokenizer, messages_of([*question, ("assistant", begun)]))  # type: ignore[list-item]
+    assert whole[: len(ids)] == ids
+    assert len(ids) >= len(encode_prompt(tokenizer, messages_of(question)))  # type: ignore[arg-type]

@@ -295,7 +295,7 @@ def test_damaged_lines_of_metrics_are_counted(tmp_path, capsys):
 @pytest.mark.parametrize("content", ["", "[", "{}", "[1]"])
 def test_damaged_warnings_are_named(tmp_path, content):
     (tmp_path / "warnings.json").write_text(content)
-    with pytest.raises(UserError, match=r"warnings.json:.*(a list of texts was expected|a JSON list was expected|not valid JSON).*; restore it"):
+    with pytest.raises(UserError, match=r"warnings\.json:.*; restore it"):
         runs.read_warnings(tmp_path)
 
 

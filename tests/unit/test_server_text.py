@@ -84,8 +84,8 @@ def test_tokens_are_reported_with_the_text_they_begin(decode, tokenizer):
     assert whole.pieces[0].offset == 0
     stopped = decode("one two three", stops=["two"], strip=False)
     assert stopped.text == "one "
-    assert all(piece.offset < 4 for piece in stopped.pieces)
-    assert tokenizer.decode(piece.token for piece in stopped.pieces).startswith("one")
+    assert "one two".startswith(tokenizer.decode(piece.token for piece in stopped.pieces))
+    assert [piece.token for piece in stopped.pieces] == tokenizer.encode("one two three")[: len(stopped.pieces)]
 
 
 def test_a_continuation_keeps_its_space(tokenizer):
@@ -93,3 +93,28 @@ def test_a_continuation_keeps_its_space(tokenizer):
     first = len(tokenizer.encode("one"))
     decoder = Decoder(tokenizer, prompt=[tokenizer.bos, *ids[:first]])
     assert "".join(decoder.push(token, 0.0).text for token in ids[first:]) + decoder.close().text == " two"
+
+
+@pytest.mark.parametrize(("begun", "rest"), [("one", " two"), ("one ", "two"), ("one  ", "two"), ("  one", " two"),
+                                             (" ", "one two"), ("", "one two")])
+def test_the_rest_of_an_answer_goes_on_where_it_was_begun(tokenizer, begun, rest):
+    """White space that the beginning ends with is not said again; the end is still stripped."""
+    head = begun.strip()
+    prompt = [tokenizer.bos, *(tokenizer.encode(head) if head else [])]
+    whole = tokenizer.encode("one two ")
+    decoder = Decoder(tokenizer, prompt=prompt, strip=True, begun=begun)
+    said = "".join(decoder.push(token, 0.0).text for token in whole[len(prompt) - 1 :]) + decoder.close().text
+    assert said == rest
+
+
+def test_every_token_of_a_stop_string_is_reported(tokenizer):
+    for text, stop in (("one two three", "o thr"), ("one two three", "one"), ("ab😀c", "😀")):
+        decoder, whole, pushed = Decoder(tokenizer, [stop]), Part(), []
+        for token in tokenizer.encode(text):
+            pushed.append(token)
+            whole.add(decoder.push(token, 0.0))
+            if decoder.stopped:
+                break
+        assert whole.text == text[: text.index(stop)]
+        assert [piece.token for piece in whole.pieces] == pushed
+        assert not decoder.close()
