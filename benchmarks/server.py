@@ -59,12 +59,13 @@ class Heard:
     errors: collections.Counter[str] = field(default_factory=collections.Counter)
 
 
-def make(size: str, directory: Path) -> Path:
-    """A checkpoint of a size, with a tokenizer of as many items: a small one is trained, words are made up."""
+def make(size: str, directory: Path, **shape: int) -> Path:
+    """A checkpoint of a size, but for what `shape` says, with a tokenizer of as many items: a small one is trained,
+    words are made up."""
     write(directory / "world", scale=0.02, seed=0)
     texts = [message.content for prompt in read(Prompt, directory / "world/prompts-train.jsonl")
              for message in prompt.messages]
-    config = SIZES[size].config
+    config = replace(SIZES[size].config, **shape)
     train(texts, 420, directory / "small")
     known = pieces.load(directory / "small" / FILE)
     words = (pieces.Piece(f"{pieces.SPACE}w{number}", -number) for number in range(len(known.items), config.vocab_size))

@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
+import gc
+import resource
 import socket
 import sys
 import time
 from collections.abc import Sequence
+from functools import partial
 from types import FrameType
 
 import uvicorn
 
 from llama2.serve import errors
 from llama2.serve.app import application
-from llama2.serve.guard import LOOPBACK, Traffic
+from llama2.serve.connection import Connection
+from llama2.serve.guard import Traffic
 from llama2.serve.models import Models, RewardModel
-from llama2.serve.settings import ServeConfig
+from llama2.serve.settings import Limits, ServeConfig
 
+_OTHER_FILES = 128  # that a process has open besides its connections
 _FAREWELL_SECONDS = 2  # for requests that were just ended to tell their clients
 
 
@@ -57,8 +62,9 @@ def server(models: Models, judge: RewardModel | None, config: ServeConfig, keys:
     traffic = Traffic()
     app = application(models, judge, config, keys, traffic)
     settings = uvicorn.Config(
-        app, log_level="warning", access_log=False, server_header=False, lifespan="off", ws="none", http="h11",
-        loop="asyncio", proxy_headers=False, limit_concurrency=config.limits.connections, timeout_keep_alive=60,
+        app, log_level="warning", access_log=False, server_header=False, lifespan="off", ws="none",
+        http=partial(Connection, traffic=traffic, limits=config.limits),  # type: ignore[arg-type]
+        loop="asyncio", proxy_headers=False, timeout_keep_alive=config.limits.idle_seconds,  # type: ignore[arg-type]
         timeout_graceful_shutdown=_FAREWELL_SECONDS)
     return Server(settings, traffic, models, config.limits.drain_seconds, greeting)
 
@@ -66,11 +72,23 @@ def server(models: Models, judge: RewardModel | None, config: ServeConfig, keys:
 def serve(listener: socket.socket, models: Models, judge: RewardModel | None, config: ServeConfig,
           keys: Sequence[str], greeting: str) -> None:
     """Serve at a bound socket until told to stop; then end the workers."""
+    config = config.model_copy(update={"limits": _affordable(config.limits)})
+    ready = server(models, judge, config, keys, greeting)
+    gc.collect()
+    gc.freeze()  # what a collection need not look at holds up no request
     try:
-        server(models, judge, config, keys, greeting).run(sockets=[listener])
+        ready.run(sockets=[listener])
     finally:
         for model in (*models, *((judge,) if judge else ())):
             model.worker.stop()
 
 
-__all__ = ["LOOPBACK", "Server", "serve", "server"]
+def _affordable(limits: Limits) -> Limits:
+    """The limits with no more connections than the system lets this process open, which is raised if it may be."""
+    wanted = limits.connections + _OTHER_FILES
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft < wanted and soft != resource.RLIM_INFINITY:
+        soft = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    most = limits.connections if soft == resource.RLIM_INFINITY else max(1, soft - _OTHER_FILES)
+    return limits.model_copy(update={"connections": min(limits.connections, most)})

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import asyncio
+import json
 import sys
 import traceback
 from collections.abc import AsyncGenerator, Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any
 
 from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse, Response
@@ -15,10 +15,12 @@ from fastapi.responses import JSONResponse, Response
 from llama2.generate.rewards import probability
 from llama2.records import Message, Messages
 from llama2.serve import errors
+from llama2.serve.aside import aside
+from llama2.serve.body import BodyRoute
 from llama2.serve.clients import EventStream, unless_gone
 from llama2.serve.errors import ApiError
 from llama2.serve.formats import ChatFormat, Format, TextFormat, sse
-from llama2.serve.generation import Asked, Event, Generation, check_prompts, collected, sampling_of
+from llama2.serve.generation import Asked, Event, Generation, Whole, check_prompts, collected, sampling_of
 from llama2.serve.guard import LOG
 from llama2.serve.metrics import Metrics
 from llama2.serve.models import ChatModel, Models, RewardModel
@@ -26,12 +28,12 @@ from llama2.serve.safety import Gate
 from llama2.serve.schema import ChatRequest, CompletionRequest, ScoreRequest
 from llama2.serve.shape import shaped
 from llama2.serve.text import Decoder, Part
+from llama2.serve.worker import Alternatives
 from llama2.tokenizer.template import encode_prompt
 from llama2.tokenizer.tokenizer import Tokenizer
 
-R = TypeVar("R")
-PAGE = 4000  # characters
 DEFAULT_COMPLETION = 16  # tokens, OpenAI's default for /v1/completions
+SHARE = 10  # a token's work, in characters read
 Events = AsyncGenerator[list[Event], None]
 
 
@@ -47,8 +49,8 @@ class Service:
     async def chat(self, asked: ChatRequest, request: Request) -> Response:
         """Answer a conversation."""
         model, conversation = self.models.chat(asked.model), asked.conversation()
-        ids = await _aside(sum(len(each.content) for each in conversation), encode_prompt, model.tokenizer,
-                           conversation)
+        size = refuse_longer(model, [each.content for each in conversation], "messages")
+        ids = await aside(size, encode_prompt, model.tokenizer, conversation)
         most = asked.max_completion_tokens or asked.max_tokens or model.context
         sampling = sampling_of(asked, model, most, asked.top_logprobs or 0)
         check_prompts(model, [ids], "messages")  # which is cheaper than a grammar
@@ -62,7 +64,8 @@ class Service:
     async def complete(self, asked: CompletionRequest, request: Request) -> Response:
         """Go on with texts."""
         model = self.models.chat(asked.model)
-        prompts = await _aside(sum(map(len, asked.prompts())), _encoded, model.tokenizer, asked.prompts())
+        size = sum(refuse_longer(model, [text], "prompt") for text in asked.prompts() if isinstance(text, str))
+        prompts = await aside(size, _encoded, model.tokenizer, asked.prompts())
         most = DEFAULT_COMPLETION if asked.max_tokens is None else asked.max_tokens
         n = (asked.n or 1) if most else 0
         sampling = sampling_of(asked, model, most, asked.logprobs or 0)
@@ -78,8 +81,9 @@ class Service:
 
     async def score(self, asked: ScoreRequest, request: Request) -> Response:
         """Judge an answer."""
-        model = self.models.reward(asked.model)
-        ids = await asyncio.to_thread(model.encode, asked.conversation())
+        model, conversation = self.models.reward(asked.model), asked.conversation()
+        size = refuse_longer(model, [each.content for each in conversation], "messages")
+        ids = await aside(size, model.encode, conversation)
         if len(ids) > model.context:
             raise errors.invalid(f"messages: the conversation has {len(ids)} tokens, {len(ids) - model.context} more "
                                  f"than the context of {model.context}; shorten it", "messages",
@@ -100,7 +104,8 @@ class Service:
             wholes = await unless_gone(request.receive, collected(events, count))
         usage = generation.usage()
         _log(request, generation.model, usage)
-        return JSONResponse(objects.answer(wholes, usage))
+        size = sum(cost(whole.part) for whole in wholes)
+        return Response(await aside(size, _rendered, objects, wholes, usage), media_type="application/json")
 
     async def _judged(self, generation: Generation, conversation: Callable[[int], Messages]) -> Events:
         """The events of a generation; behind a gate, those of each whole answer after its verdict."""
@@ -122,18 +127,13 @@ class Service:
         parts = []
         for ids in prompts:
             found = await model.prompt_logprobs(ids, asked.logprobs) if asked.logprobs is not None else []
-            decoder, part = Decoder(model.tokenizer), Part()
-            for place, token in enumerate(ids):
-                logprob, alternatives = found[place - 1] if found and place else (None, ())
-                part.add(decoder.push(token, logprob, alternatives))
-            part.add(decoder.close())
-            parts.append(part)
+            parts.append(await aside(SHARE * len(ids), _echo, model.tokenizer, ids, found))
         return parts
 
 
 def routes(service: Service) -> APIRouter:
     """The endpoints of a service."""
-    router = APIRouter(tags=["v1"])
+    router = APIRouter(tags=["v1"], route_class=BodyRoute)
     replies: dict[int | str, dict[str, Any]] = {
         status: {"description": text} for status, text in (
             (400, "a field is wrong; `param` names it"), (401, "the API key is missing or wrong"),
@@ -145,7 +145,7 @@ def routes(service: Service) -> APIRouter:
         """The models of this server."""
         return JSONResponse({"object": "list", "data": [_described(model) for model in service.models]})
 
-    @router.get("/v1/models/{name}", responses={404: replies[404]})
+    @router.get("/v1/models/{name:path}", responses={404: replies[404]})
     async def model(name: str) -> JSONResponse:
         """One of them."""
         return JSONResponse(_described(service.models.named(name)))
@@ -173,7 +173,7 @@ async def _chunks(generation: Generation, events: Events, objects: Format, count
     try:
         yield objects.opening(count)
         async for some in events:
-            yield b"".join(map(objects.event, some))
+            yield await aside(sum(cost(event.part) for event in some), _events, objects, some)
         yield objects.closing(generation.usage())
     except ApiError as error:
         yield sse(error.body())
@@ -191,9 +191,41 @@ async def _echoed(echoes: Sequence[Part], n: int, events: Events) -> Events:
         yield some
 
 
-async def _aside(size: int, work: Callable[..., R], *arguments: object) -> R:
-    """The result of `work`, in a thread of its own if its input is long: starting one takes longer than a page."""
-    return work(*arguments) if size <= PAGE else await asyncio.to_thread(work, *arguments)
+def cost(part: Part) -> int:
+    """How long it takes to write a part as JSON, in characters as long as those of a page to read."""
+    return len(part.text) // SHARE + SHARE * sum(1 + len(piece.alternatives) for piece in part.pieces)
+
+
+def refuse_longer(model: ChatModel | RewardModel, texts: Sequence[str], param: str) -> int:
+    """The characters of `texts`; ApiError if they are too many for the context, whatever their tokens are.
+
+    Encoding a text takes a thousand times as long as counting its letters.
+    """
+    size = sum(map(len, texts))
+    if size > model.context * model.longest:
+        raise errors.invalid(f"{param}: it has {size} characters, more than the {model.context} tokens of the context "
+                             "can hold; shorten it", param, "context_length_exceeded")
+    return size
+
+
+def _echo(tokenizer: Tokenizer, ids: Sequence[int], found: Sequence[tuple[float, Alternatives]]) -> Part:
+    """A prompt as it is shown, with what was `found` of each token but the first."""
+    decoder, part = Decoder(tokenizer), Part()
+    for place, token in enumerate(ids):
+        logprob, alternatives = found[place - 1] if found and place else (None, ())
+        part.add(decoder.push(token, logprob, alternatives))
+    part.add(decoder.close())
+    return part
+
+
+def _events(objects: Format, events: Sequence[Event]) -> bytes:
+    return b"".join(map(objects.event, events))
+
+
+def _rendered(objects: Format, wholes: Sequence[Whole], usage: dict[str, Any]) -> bytes:
+    """An answer as JSON, written a value at a time: `json.dumps` would hold up other threads until its end."""
+    writer = json.JSONEncoder(ensure_ascii=False, allow_nan=False, separators=(",", ":"))
+    return "".join(writer.iterencode(objects.answer(wholes, usage))).encode()
 
 
 def _encoded(tokenizer: Tokenizer, prompts: Sequence[str | list[int]]) -> list[list[int]]:

@@ -8,8 +8,16 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, field_validator, model_validator
-from pydantic_core import ErrorDetails
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    GetCoreSchemaHandler,
+    field_validator,
+    model_validator,
+)
+from pydantic_core import CoreSchema, ErrorDetails
 
 from llama2.errors import did_you_mean
 from llama2.records import Message, check_roles
@@ -28,6 +36,15 @@ def _writable(text: str) -> str:
     return text
 
 
+def _failing_fast(part: Any) -> Any:
+    if isinstance(part, dict):
+        copy = {key: _failing_fast(value) for key, value in part.items()}
+        return {**copy, "fail_fast": True} if part.get("type") == "list" else copy
+    if isinstance(part, list | tuple):
+        return type(part)(map(_failing_fast, part))
+    return part
+
+
 Text = Annotated[str, AfterValidator(_writable)]
 
 
@@ -36,6 +53,12 @@ class Strict(BaseModel):
 
     model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False, frozen=True,
                               use_attribute_docstrings=True, protected_namespaces=())
+
+    @classmethod
+    def __get_pydantic_core_schema__(cls, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
+        """Every list is checked up to its first fault: a client may send as many as it likes."""
+        found: CoreSchema = _failing_fast(handler(source))
+        return found
 
 
 class TextPart(Strict):
