@@ -55,8 +55,8 @@ class Service:
         sampling = sampling_of(asked, model, most, asked.top_logprobs or 0)
         check_prompts(model, [ids], "messages")  # which is cheaper than a grammar
         sampling = await shaped(sampling, asked, model.tokenizer)
-        generation = Generation(model, Asked([ids], sampling, asked.n or 1, asked.stops, True, "messages",
-                                             pieces=bool(asked.logprobs)), self.seconds, self.metrics)
+        generation = await self._begun(model, Asked([ids], sampling, asked.n or 1, asked.stops, True, "messages",
+                                                    pieces=bool(asked.logprobs)))
         events = self._judged(generation, lambda _: conversation)
         objects = ChatFormat(model.name, model.tokenizer, bool(asked.logprobs), _include_usage(asked))
         return await self._answer(request, generation, events, objects, bool(asked.stream))
@@ -72,8 +72,8 @@ class Service:
         check_prompts(model, prompts, "prompt")
         sampling = await shaped(sampling, asked, model.tokenizer)
         echoes = await self._echoes(model, asked, prompts) if asked.echo else []
-        generation = Generation(model, Asked(prompts, sampling, n, asked.stops, False, "prompt", pieces=(
-            asked.logprobs is not None or bool(asked.return_token_ids))), self.seconds, self.metrics)
+        generation = await self._begun(model, Asked(prompts, sampling, n, asked.stops, False, "prompt", pieces=(
+            asked.logprobs is not None or bool(asked.return_token_ids))))
         events = self._judged(generation, lambda index: (Message("user", model.tokenizer.decode(prompts[index])),))
         objects = TextFormat(model.name, model.tokenizer, asked.logprobs is not None, _include_usage(asked),
                              bool(asked.return_token_ids))
@@ -93,6 +93,11 @@ class Service:
         _log(request, model, usage)
         return JSONResponse({"object": "score", "model": model.name, "score": found,
                              "probability": probability(found), "usage": usage})
+
+    async def _begun(self, model: ChatModel, asked: Asked) -> Generation:
+        """What is asked, on its way."""
+        size = asked.n * sum(map(len, asked.prompts))
+        return (await aside(size, Generation, model, asked, self.seconds, self.metrics)).begin()
 
     async def _answer(self, request: Request, generation: Generation, events: Events, objects: Format, stream: bool
                       ) -> Response:
