@@ -21,6 +21,8 @@ from llama2.serve.models import Models, RewardModel
 from llama2.serve.settings import Limits, ServeConfig
 
 _OTHER_FILES = 128  # that a process has open besides its connections
+_TURN_SECONDS = 0.001  # an answer needs the interpreter back several times
+_TIDY_SECONDS = 60
 _FAREWELL_SECONDS = 2  # for requests that were just ended to tell their clients
 
 
@@ -33,6 +35,7 @@ class Server(uvicorn.Server):
         self._greeting = greeting
         self._traffic, self._models, self._drain_seconds = traffic, models, drain_seconds
         self._deadline: float | None = None
+        self._tidied = time.monotonic()
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         """Say so once clients can connect: who waits for that line may ask at once."""
@@ -46,6 +49,9 @@ class Server(uvicorn.Server):
         self._traffic.draining = True
 
     async def on_tick(self, counter: int) -> bool:
+        if not self._traffic.active and time.monotonic() - self._tidied > _TIDY_SECONDS:
+            gc.collect()
+            self._tidied = time.monotonic()
         if self._traffic.draining:
             now = time.monotonic()
             self._deadline = self._deadline or now + self._drain_seconds
@@ -74,13 +80,21 @@ def serve(listener: socket.socket, models: Models, judge: RewardModel | None, co
     """Serve at a bound socket until told to stop; then end the workers."""
     config = config.model_copy(update={"limits": _affordable(config.limits)})
     ready = server(models, judge, config, keys, greeting)
-    gc.collect()
-    gc.freeze()  # what a collection need not look at holds up no request
+    _share_time()
     try:
         ready.run(sockets=[listener])
     finally:
         for model in (*models, *((judge,) if judge else ())):
             model.worker.stop()
+
+
+def _share_time() -> None:
+    """Let no thread keep the event loop waiting: a turn is short, and a collection of garbage does not look at what was
+    there before the first request, nor at all that lives (`on_tick` does that when nobody waits)."""
+    sys.setswitchinterval(_TURN_SECONDS)
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(5000, 10, 1000)
 
 
 def _affordable(limits: Limits) -> Limits:

@@ -7,6 +7,7 @@ import sys
 import traceback
 from collections.abc import AsyncGenerator, Callable, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 from fastapi import APIRouter, Request
@@ -33,6 +34,7 @@ from llama2.tokenizer.template import encode_prompt
 from llama2.tokenizer.tokenizer import Tokenizer
 
 DEFAULT_COMPLETION = 16  # tokens, OpenAI's default for /v1/completions
+MOST_TOKENS = 256  # in one event of a stream
 SHARE = 10  # a token's work, in characters read
 Events = AsyncGenerator[list[Event], None]
 
@@ -190,8 +192,11 @@ async def _chunks(generation: Generation, events: Events, objects: Format, count
 async def _echoed(echoes: Sequence[Part], n: int, events: Events) -> Events:
     """Events with the prompts in front. Without samples (n = 0) the prompts are all there is."""
     for index, part in enumerate(echoes):
-        yield [Event(index * max(1, n) + sample, Part(part.text, list(part.pieces)), None if n else "length")
-               for sample in range(max(1, n))]
+        *first, last = _split(part)
+        for sample in range(index * max(1, n), (index + 1) * max(1, n)):
+            for each in first:
+                yield [Event(sample, Part(each.text, list(each.pieces)))]
+            yield [Event(sample, Part(last.text, list(last.pieces)), None if n else "length")]
     async for some in events:
         yield some
 
@@ -221,6 +226,15 @@ def _echo(tokenizer: Tokenizer, ids: Sequence[int], found: Sequence[tuple[float,
         part.add(decoder.push(token, logprob, alternatives))
     part.add(decoder.close())
     return part
+
+
+def _split(part: Part) -> list[Part]:
+    """A part in pieces that are written as JSON in little time."""
+    places = range(MOST_TOKENS, len(part.pieces), MOST_TOKENS)
+    cuts = [part.pieces[place].offset for place in places]
+    texts = [part.text[begin:end] for begin, end in pairwise([0, *cuts, len(part.text)])]
+    return [Part(text, part.pieces[place : place + MOST_TOKENS])
+            for text, place in zip(texts, (0, *places), strict=True)]
 
 
 def _events(objects: Format, events: Sequence[Event]) -> bytes:
