@@ -213,8 +213,9 @@ def refuse_longer(model: ChatModel | RewardModel, texts: Sequence[str], param: s
     """
     size = sum(map(len, texts))
     if size > model.context * model.longest:
-        raise errors.invalid(f"{param}: it has {size} characters, more than the {model.context} tokens of the context "
-                             "can hold; shorten it", param, "context_length_exceeded")
+        raise errors.invalid(f"{param}: the prompt has {size} characters, at least {-(-size // model.longest)} tokens, "
+                             f"more than leave room for an answer in the context of {model.context}; shorten it", param,
+                             "context_length_exceeded")
     return size
 
 

@@ -92,7 +92,7 @@ def test_a_text_that_cannot_fit_is_never_encoded(served: Served, monkeypatch: py
     assert answer.status_code == 400
     error = answer.json()["error"]
     assert (error["param"], error["code"]) == (param, "context_length_exceeded")
-    assert "the 256 tokens of the context can hold" in error["message"]
+    assert "more than leave room for an answer in the context of 256; shorten it" in error["message"]
 
 
 def test_the_longest_text_that_may_fit_is_encoded(served: Served) -> None:
