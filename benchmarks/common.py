@@ -54,9 +54,10 @@ class Side:
             **os.environ, "PYTHONPATH": f"{HERE.parent}{os.pathsep}{found}" if found else str(HERE.parent),
             "OMP_NUM_THREADS": str(threads), "HF_HUB_OFFLINE": "1",
             "TOKENIZERS_PARALLELISM": "false", "PYTHONWARNINGS": "ignore"}
-        self._log = tempfile.TemporaryFile("w+")  # noqa: SIM115 (closed with the side)
-        self._process = subprocess.Popen([python, str(HERE / script), *arguments], text=True, env=environment,
-                                         stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._log)
+        self._log = tempfile.TemporaryFile("w+", encoding="utf-8")  # noqa: SIM115 (closed with the side)
+        self._process = subprocess.Popen([python, str(HERE / script), *arguments], text=True, encoding="utf-8",
+                                         env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+                                         stderr=self._log)
 
     def ask(self, **question: Any) -> dict[str, Any]:
         """The answer to a question; the process dies of what it cannot do, and its last words are shown."""
@@ -92,7 +93,7 @@ class Questions:
     """The other end: iterate over what is asked, `answer` each. Whatever else is printed goes to standard error."""
 
     def __init__(self) -> None:
-        self._out = os.fdopen(os.dup(1), "w")
+        self._out = os.fdopen(os.dup(1), "w", encoding="utf-8")
         os.dup2(2, 1)
 
     def __iter__(self) -> Iterator[dict[str, Any]]:

@@ -87,7 +87,7 @@ def bring_in(directory: Path, target: Path, threads: int) -> tuple[float, int, i
               "print(time.perf_counter() - begin)\nsys.exit(code)")
     process = subprocess.Popen(
         [sys.executable, "-c", script, "import", str(directory), "--out", str(target)], stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True,
+        stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, encoding="utf-8",
         env={**os.environ, "PYTHONPATH": str(HERE.parent), "OMP_NUM_THREADS": str(threads)})
     assert process.stdout is not None
     process.stdout.readline()
@@ -110,7 +110,7 @@ def bring_in(directory: Path, target: Path, threads: int) -> tuple[float, int, i
 def anonymous(pid: int) -> int:
     """The memory of a process that is no file's, in bytes."""
     try:
-        with open(f"/proc/{pid}/status") as file:
+        with open(f"/proc/{pid}/status", encoding="utf-8") as file:
             return next((int(line.split()[1]) << 10 for line in file if line.startswith("RssAnon")), 0)
     except OSError:
         return 0  # it has ended

@@ -99,7 +99,8 @@ def run_all(page: Page, end: float, tiny: bool) -> None:
 def about_the_device() -> dict[str, str]:
     """Names and versions; `problem` where this interpreter has no PyTorch that works."""
     try:
-        done = subprocess.run([sys.executable, "-c", DEVICE], capture_output=True, text=True, timeout=120)
+        done = subprocess.run([sys.executable, "-c", DEVICE], capture_output=True, text=True, encoding="utf-8",
+                              timeout=120)
         if done.returncode:
             return {"problem": f"{sys.executable} cannot import torch: {done.stderr.strip().splitlines()[-1]}"}
         found: dict[str, str] = json.loads(done.stdout.splitlines()[-1])
@@ -114,7 +115,8 @@ def driver() -> str:
     """The version of NVIDIA's driver."""
     command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
     try:
-        return subprocess.run(command, capture_output=True, text=True, timeout=20).stdout.strip() or "unknown"
+        done = subprocess.run(command, capture_output=True, text=True, encoding="utf-8", timeout=20)
+        return done.stdout.strip() or "unknown"
     except (OSError, subprocess.TimeoutExpired):
         return "unknown"
 
@@ -173,7 +175,7 @@ def tests(page: Page, names: list[str], seconds: float, tiny: bool) -> None:
 
         def hear(_: str = "") -> None:
             nonlocal told
-            lines = report.read_text().splitlines()
+            lines = report.read_text(encoding="utf-8").splitlines()
             if len(lines) > told:
                 page.tests += [json.loads(line) for line in lines[told:]]
                 told = len(lines)
@@ -224,7 +226,7 @@ def finished(command: list[str], seconds: float, tiny: bool = False, hear: Calla
     if tiny:
         environment |= {"LLAMA2_DEVICE": "cpu", "LLAMA2_GPU_TINY": "1"}
     begun, lines = time.monotonic(), list[str]()
-    process = subprocess.Popen(command, cwd=ROOT, env=environment, text=True, stdout=subprocess.PIPE,
+    process = subprocess.Popen(command, cwd=ROOT, env=environment, text=True, encoding="utf-8", stdout=subprocess.PIPE,
                                stderr=subprocess.STDOUT, start_new_session=True)
     assert process.stdout is not None
     timer = threading.Timer(max(seconds, 0.1), end, [process])

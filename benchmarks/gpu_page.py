@@ -62,7 +62,7 @@ class Page:
     def write(self) -> None:
         """The whole page, under a temporary name first."""
         temporary = self.path.with_name(self.path.name + ".tmp")
-        temporary.write_text(self.text())
+        temporary.write_text(self.text(), encoding="utf-8")
         os.replace(temporary, self.path)
 
     def text(self) -> str:

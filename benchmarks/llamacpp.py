@@ -126,7 +126,7 @@ def _QUIET(level: int, text: bytes, data: Any) -> None:
 def main() -> None:
     """Answers {"prompts": ..., "new": ...} with {"prefill": seconds, "decode": seconds}."""
     shape, kind, rows, threads = json.loads(sys.argv[1]), sys.argv[2], int(sys.argv[3]), int(sys.argv[4])
-    out = os.fdopen(os.dup(1), "w")
+    out = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)
     with tempfile.TemporaryDirectory() as folder:
         write(Path(folder) / "model.gguf", shape, kind)

@@ -59,12 +59,13 @@ class Heard:
     errors: collections.Counter[str] = field(default_factory=collections.Counter)
 
 
-def make(size: str, directory: Path) -> Path:
-    """A checkpoint of a size, with a tokenizer of as many items: a small one is trained, words are made up."""
+def make(size: str, directory: Path, **shape: int) -> Path:
+    """A checkpoint of a size, but for what `shape` says, with a tokenizer of as many items: a small one is trained,
+    words are made up."""
     write(directory / "world", scale=0.02, seed=0)
     texts = [message.content for prompt in read(Prompt, directory / "world/prompts-train.jsonl")
              for message in prompt.messages]
-    config = SIZES[size].config
+    config = replace(SIZES[size].config, **shape)
     train(texts, 420, directory / "small")
     known = pieces.load(directory / "small" / FILE)
     words = (pieces.Piece(f"{pieces.SPACE}w{number}", -number) for number in range(len(known.items), config.vocab_size))
@@ -76,14 +77,14 @@ def make(size: str, directory: Path) -> Path:
 @contextmanager
 def server(model: Path, slots: int, threads: int, *flags: str) -> Iterator[tuple[str, int]]:
     """`llama2 serve` in a process; its address and process id."""
-    with tempfile.NamedTemporaryFile("r+") as log:
+    with tempfile.NamedTemporaryFile("r+", encoding="utf-8") as log:
         environment = {**os.environ, "PYTHONPATH": str(HERE.parent), "OMP_NUM_THREADS": str(threads)}
         command = [sys.executable, "-m", "llama2.cli", "serve", str(model), "--port", "0", "--slots", str(slots)]
         process = subprocess.Popen([*command, *flags], stderr=log, env=environment)
         try:
-            while not (found := re.search(r" at (http://\S+)", Path(log.name).read_text())):
+            while not (found := re.search(r" at (http://\S+)", Path(log.name).read_text(encoding="utf-8"))):
                 if process.poll() is not None:
-                    sys.exit(Path(log.name).read_text())
+                    sys.exit(Path(log.name).read_text(encoding="utf-8"))
                 time.sleep(0.05)
             yield found[1], process.pid
         finally:
@@ -153,7 +154,7 @@ def alone(model: Path, rows: int, seconds: float) -> float:
 
 def resident(process: int) -> float:
     """Its memory in MiB."""
-    pages = int(Path(f"/proc/{process}/statm").read_text().split()[1])
+    pages = int(Path(f"/proc/{process}/statm").read_text(encoding="utf-8").split()[1])
     return pages * os.sysconf("SC_PAGE_SIZE") / 2**20
 
 
@@ -188,7 +189,7 @@ def startup(size: str, threads: int, repeats: int = 3) -> None:
                 served.append(time.monotonic() - begin)
             begin = time.monotonic()
             command = [sys.executable, "-m", "llama2.cli", "chat", str(model), "--max-tokens", "8"]
-            subprocess.run(command, input="Hello\n", text=True, capture_output=True, check=True,
+            subprocess.run(command, input="Hello\n", text=True, encoding="utf-8", capture_output=True, check=True,
                            env={**os.environ, "PYTHONPATH": str(HERE.parent), "OMP_NUM_THREADS": str(threads)})
             said.append(time.monotonic() - begin)
         for name, seconds in (("serve, first answer", served[1:]), ("chat, one answer and the end", said[1:])):

@@ -34,8 +34,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Run one command and leave with its exit status."""
     _open_closed_streams()
     for stream in (sys.stdout, sys.stderr):  # in the locale C, help and file names could not be printed
-        if isinstance(stream, io.TextIOWrapper) and stream.encoding.lower() in ("ascii", "ansi_x3.4-1968"):
-            stream.reconfigure(encoding="utf-8", errors="backslashreplace")
+        if isinstance(stream, io.TextIOWrapper):
+            ascii_only = stream.encoding.lower() in ("ascii", "ansi_x3.4-1968")
+            stream.reconfigure(encoding="utf-8" if ascii_only else None, errors="backslashreplace")
     sys.exit(_guarded(list(sys.argv[1:] if arguments is None else arguments)))
 
 

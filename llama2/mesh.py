@@ -215,7 +215,7 @@ def keep_large_blocks() -> None:
         libc.malloc.restype, libc.malloc.argtypes, libc.free.argtypes = _POINTER, [ctypes.c_size_t], [_POINTER]
         libc.madvise.argtypes = [_POINTER, ctypes.c_size_t, ctypes.c_int]
         libc.free(libc.malloc(HUGE_HEAP))  # the heap grows by this much and stays; it takes memory when it is used
-        with open("/proc/self/maps") as file:
+        with open("/proc/self/maps", encoding="utf-8", errors="replace") as file:
             heap = next(line for line in file if line.rstrip().endswith("[heap]")).split()[0]
         begin, end = (int(part, 16) for part in heap.split("-"))
         libc.madvise(begin, end - begin, 14)  # MADV_HUGEPAGE
@@ -237,7 +237,7 @@ def rest() -> None:
 def has_amx() -> bool:
     """Whether this CPU multiplies bf16 tiles in hardware."""
     try:
-        with open("/proc/cpuinfo") as file:
+        with open("/proc/cpuinfo", encoding="utf-8", errors="replace") as file:
             return "amx_bf16" in file.read()
     except OSError:
         return True  # unknown: take the exact path

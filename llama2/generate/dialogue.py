@@ -10,6 +10,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import takewhile
 
+from llama2.errors import UserError
 from llama2.generate.engine import Completion, Generator
 from llama2.generate.sampling import Sampling
 from llama2.mesh import share, unshare
@@ -55,6 +56,14 @@ class Chat:
         sampling = self._stopping(sampling)
         ids = self.engine.stream(encode_prompt(self.tokenizer, messages), sampling)
         return _stripped(self.tokenizer.stream(takewhile(lambda token: token not in sampling.stop, ids)))
+
+    def fits(self, messages: Messages) -> bool:
+        """Whether a conversation leaves room for an answer."""
+        try:
+            self.engine.check([encode_prompt(self.tokenizer, messages)])
+        except UserError:
+            return False
+        return True
 
     def _stopping(self, sampling: Sampling) -> Sampling:
         return replace(sampling, stop=tuple(dict.fromkeys((*sampling.stop, *self.tokenizer.stops))))

@@ -7,18 +7,18 @@ from pathlib import Path
 from typing import Any
 
 from fastapi import FastAPI, Request
-from fastapi.exceptions import RequestValidationError
 from fastapi.responses import HTMLResponse, JSONResponse, Response
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp
 
 import llama2
-from llama2.serve import errors, reference, schema
+from llama2.serve import errors, reference
 from llama2.serve.clients import GONE, Gone
 from llama2.serve.errors import ApiError
-from llama2.serve.guard import LOOPBACK, Guard, Keys, Traffic
+from llama2.serve.guard import Guard, Keys, Traffic
 from llama2.serve.metrics import CONTENT_TYPE, Metrics
 from llama2.serve.models import Models, RewardModel
+from llama2.serve.origins import Cors, listens_here
 from llama2.serve.routes import Service, routes
 from llama2.serve.safety import Gate
 from llama2.serve.settings import ServeConfig
@@ -53,7 +53,8 @@ def application(models: Models, judge: RewardModel | None, config: ServeConfig, 
         """Counters for Prometheus."""
         return Response(metrics.text(), media_type=CONTENT_TYPE)
 
-    return Guard(app, config.limits, Keys.of(keys), traffic, metrics, config.host in LOOPBACK)
+    app.openapi()  # made once, and before anybody waits for it
+    return Guard(app, config.limits, Keys.of(keys), traffic, metrics, Cors(config.cors), listens_here(config.host))
 
 
 def _pages(app: FastAPI, web: Path) -> None:
@@ -87,17 +88,13 @@ def _errors(app: FastAPI) -> None:
     async def refused(request: Request, error: ApiError) -> JSONResponse:
         return JSONResponse(error.body(), error.status, error.headers)
 
-    @app.exception_handler(RequestValidationError)
-    async def malformed(request: Request, error: RequestValidationError) -> JSONResponse:
-        if "json" not in request.headers.get("content-type", ""):
-            unnamed = errors.invalid("the body must be JSON, and be called that: 'Content-Type: application/json'")
-            return JSONResponse(unnamed.body(), 400)
-        return JSONResponse(errors.invalid(*schema.explained(error.errors(), request.url.path)).body(), 400)
-
     @app.exception_handler(HTTPException)
     async def elsewhere(request: Request, error: HTTPException) -> JSONResponse:
         message = f"{request.method} {request.url.path[:100]}: {error.detail}"
-        return JSONResponse(ApiError(error.status_code, message).body(), error.status_code, error.headers)
+        headers = dict(error.headers or {})
+        if "GET" in (methods := headers.get("allow", headers.get("Allow", ""))).split(", "):
+            headers = {"Allow": f"{methods}, HEAD"}
+        return JSONResponse(ApiError(error.status_code, message).body(), error.status_code, headers)
 
     @app.exception_handler(Gone)
     async def gone(request: Request, error: Gone) -> Response:

@@ -42,7 +42,8 @@ class EventStream(Response):
 
     def __init__(self, events: AsyncGenerator[bytes, None], held: AbstractContextManager[object],
                  end: Callable[[], None]) -> None:
-        super().__init__(media_type="text/event-stream", headers={"Cache-Control": "no-cache"})
+        super().__init__(media_type="text/event-stream", headers={
+            "Cache-Control": "no-cache", "X-Accel-Buffering": "no"})  # proxies pass each event on as it comes
         del self.headers["content-length"]
         self._events, self._held, self._end = events, held, end
 

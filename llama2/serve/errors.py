@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+LONGEST = 2000
+"""characters of a message, which may quote the request"""
 INVALID, SERVER = "invalid_request_error", "server_error"
 
 
@@ -13,7 +15,8 @@ class ApiError(Exception):
     def __init__(self, status: int, message: str, *, kind: str = INVALID, param: str | None = None,
                  code: str | None = None, headers: dict[str, str] | None = None) -> None:
         super().__init__(message)
-        self.status, self.message, self.kind, self.param, self.code = status, message, kind, param, code
+        self.status, self.message, self.kind, self.code = status, message[:LONGEST], kind, code
+        self.param = param and param[:LONGEST]
         self.headers = headers or {}
 
     def body(self) -> dict[str, Any]:
@@ -36,6 +39,12 @@ def overloaded(seconds: int) -> ApiError:
     """All slots and all places of the queue are taken; `seconds` is a guess at when one is free."""
     return ApiError(429, f"the server is busy; try again in {seconds} s", kind="rate_limit_error",
                     code="overloaded", headers={"Retry-After": str(seconds)})
+
+
+def crowded() -> ApiError:
+    """All connections are taken, and all of them are being answered."""
+    return ApiError(503, "there are too many connections; try again", kind=SERVER, code="overloaded",
+                    headers={"Retry-After": "1", "Connection": "close"})
 
 
 def draining() -> ApiError:

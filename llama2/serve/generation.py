@@ -60,10 +60,13 @@ class Asked:
 
 
 class Generation:
-    """Draws what is asked. A context: its samples are cancelled when it ends. ApiError if they cannot be drawn."""
+    """Draws what is asked, from `begin` on. A context: its samples are cancelled when it ends. ApiError if they cannot
+    be drawn. It may be made in any thread; everything else is the event loop's."""
+
+    ticket: Ticket
 
     def __init__(self, model: ChatModel, asked: Asked, seconds: float, metrics: Metrics) -> None:
-        self.model, self.asked = model, asked
+        self.model, self.asked, self._seconds = model, asked, seconds
         self._metrics, self._began, self._first, self._newest = metrics, time.monotonic(), True, 0.0
         check_prompts(model, asked.prompts, asked.param)
         if model.worker.limit < len(asked.prompts) * asked.n:
@@ -76,7 +79,12 @@ class Generation:
         self._samples = [
             _Sample(Decoder(model.tokenizer, asked.stops, () if alone else request.prompt, asked.strip, asked.begun))
             for request in requests]
-        self.ticket: Ticket = model.worker.submit(requests, seconds)
+        self._requests = requests
+
+    def begin(self) -> Generation:
+        """Have the samples drawn. ApiError if there is no room for them."""
+        self.ticket = self.model.worker.submit(self._requests, self._seconds)
+        return self
 
     async def events(self) -> AsyncGenerator[list[Event], None]:
         """What becomes certain, as it does; the last event of each sample says how it finished."""

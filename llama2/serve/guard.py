@@ -9,22 +9,24 @@ import asyncio
 import hashlib
 import hmac
 import json
+import re
 import secrets
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import Any
 
 from starlette.datastructures import Headers
-from starlette.responses import JSONResponse
+from starlette.responses import JSONResponse, Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from llama2.serve import errors
 from llama2.serve.clients import GONE
 from llama2.serve.errors import ApiError
 from llama2.serve.metrics import Metrics
+from llama2.serve.origins import Cors, host_name, is_loopback
 from llama2.serve.settings import Limits
 
 LOG = "llama2.log"  # in the scope: what the routes add to the line of their request
@@ -35,14 +37,16 @@ _SECURITY = {
     "Referrer-Policy": "no-referrer",
     "Cross-Origin-Resource-Policy": "same-origin",
 }
-LOOPBACK = ("localhost", "127.0.0.1", "::1", "[::1]")
+_WHOLE = re.compile("[Hh][Tt][Tt][Pp][Ss]?://([^/]*)")
+_VITAL = ("/health", "/metrics")  # answered however many connections there are
 
 
 @dataclass
 class Traffic:
-    """How many requests are being answered, and whether new ones are still taken."""
+    """How many requests are being answered and connections open, and whether new requests are still taken."""
 
     active: int = 0
+    connections: int = 0
     draining: bool = False
 
 
@@ -66,65 +70,70 @@ class Keys:
 class Guard:
     """Wraps an application."""
 
-    def __init__(self, app: ASGIApp, limits: Limits, keys: Keys, traffic: Traffic, metrics: Metrics, loopback: bool
-                 ) -> None:
+    def __init__(self, app: ASGIApp, limits: Limits, keys: Keys, traffic: Traffic, metrics: Metrics, cors: Cors,
+                 loopback: bool) -> None:
         self._app, self._limits, self._keys, self._traffic, self._metrics = app, limits, keys, traffic, metrics
-        self._local = loopback and not keys.digests
+        self._cors, self._local = cors, loopback and not keys.digests
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             return
-        answer = _Answer(send)
-        scope[LOG] = {}
+        inner = _usual(scope)
+        headers = Headers(scope=inner)
+        answer = _Answer(send, self._cors.headers(headers))
+        inner[LOG] = {}
         begin = time.monotonic()
         self._traffic.active += 1
         try:
             try:
-                body = await self._admit(scope, receive)
+                body = await self._admit(inner, headers, receive)
+            except _Preflight as allowed:
+                await Response(status_code=204, headers=allowed.headers)(inner, receive, answer)
             except ApiError as error:
-                await JSONResponse(error.body(), error.status, error.headers)(scope, receive, answer)
+                await JSONResponse(error.body(), error.status, error.headers)(inner, receive, answer)
             else:
-                await self._app(scope, _replayed(body, receive), answer)
+                await self._app(inner, _replayed(body, receive), answer)
         finally:
             self._traffic.active -= 1
-            self._note(scope, answer, time.monotonic() - begin)
+            self._note({**inner, "method": scope["method"]}, answer, time.monotonic() - begin)
 
-    async def _admit(self, scope: Scope, receive: Receive) -> bytes:
+    async def _admit(self, scope: Scope, headers: Headers, receive: Receive) -> bytes:
         """The body of a request that may pass."""
-        headers, guarded = Headers(scope=scope), scope["path"].startswith("/v1/")
-        if self._local and _name(headers.get("host", "")) not in LOOPBACK:
-            # A page of another site may have its name resolve to this machine.
+        guarded = scope["path"].startswith("/v1/")
+        if self._local and "host" in headers and not is_loopback(host_name(headers["host"])):
+            # A page of another site may have its name resolve to this machine. Browsers always name a host.
             raise errors.ApiError(403, "a server without API keys answers to localhost and 127.0.0.1 only")
+        if self._traffic.connections > self._limits.connections and scope["path"] not in _VITAL:
+            raise errors.crowded()
+        if scope["method"] == "OPTIONS" and (allowed := self._cors.preflight(headers)) is not None:
+            raise _Preflight(allowed)
         if guarded and self._keys.digests and not self._keys.open(headers.get("authorization", "")):
             raise errors.ApiError(401, "the API key is missing or wrong; send 'Authorization: Bearer KEY'",
                                   code="invalid_api_key", headers={"WWW-Authenticate": "Bearer"})
         if guarded and self._traffic.draining:
             raise errors.draining()
+        if (coding := headers.get("content-encoding", "identity").strip().lower()) not in ("", "identity"):
+            raise errors.ApiError(415, f"Content-Encoding: {coding[:40]} is not supported; send the body as it is",
+                                  headers={"Accept-Encoding": "identity", "Connection": "close"})
         try:
             async with asyncio.timeout(self._limits.body_seconds):
-                body = await self._body(headers, receive)
-            body.decode()
+                return await self._body(headers, receive)
         except TimeoutError:
             raise errors.ApiError(408, "the body of the request came too slowly", kind="timeout", code="timeout",
                                   headers={"Connection": "close"}) from None
-        except UnicodeDecodeError as error:
-            raise errors.invalid(f"the body is not UTF-8: byte {error.start + 1} cannot stand there") from None
-        return body
 
     async def _body(self, headers: Headers, receive: Receive) -> bytes:
         most = self._limits.body_bytes
         announced = headers.get("content-length", "0")
-        parts, size = [], int(announced) if announced.isdigit() else 0
-        while size <= most:
+        parts, size = [], 0
+        while max(size, int(announced) if announced.isdigit() else 0) <= most:
             message = await receive()
             if message["type"] == "http.disconnect":
-                break
+                return b""  # the application will hear of it
             parts.append(message.get("body", b""))
-            size = sum(map(len, parts))
+            size += len(parts[-1])
             if not message.get("more_body"):
                 return b"".join(parts)
-        if size <= most:
-            return b""  # the client has gone; the application will hear of it
         raise errors.ApiError(413, f"the body is larger than {most} bytes", code="request_too_large",
                               headers={"Connection": "close"})
 
@@ -141,11 +150,11 @@ class Guard:
 class _Answer:
     """Sends what the application answers, with the headers that every answer has, and remembers its status."""
 
-    def __init__(self, send: Send) -> None:
+    def __init__(self, send: Send, more: Mapping[str, str]) -> None:
         self.status, self.id = GONE, secrets.token_hex(8)
         self._send = send
         self._headers = [(name.lower().encode(), value.encode())
-                         for name, value in {**_SECURITY, "X-Request-Id": self.id}.items()]
+                         for name, value in {**_SECURITY, **more, "X-Request-Id": self.id}.items()]
 
     async def __call__(self, message: Message) -> None:
         if message["type"] == "http.response.start":
@@ -168,6 +177,21 @@ def _replayed(body: bytes, receive: Receive) -> Receive:
     return again
 
 
-def _name(host: str) -> str:
-    """The host without its port."""
-    return host if host.endswith("]") else host.rpartition(":")[0] or host
+def _usual(scope: Scope) -> Scope:
+    """The scope that the application sees: HEAD is GET (what is sent has no body), a slash at the end of a path changes
+    nothing, and a target that names the whole address is its path."""
+    path, headers = scope["path"], scope["headers"]
+    if whole := _WHOLE.match(path):
+        path = path[whole.end() :] or "/"
+        headers = [(b"host", whole[1].encode("latin-1", "replace")),
+                   *((name, value) for name, value in headers if name != b"host")]
+    return {**scope, "path": path.rstrip("/") or "/", "headers": headers,
+            "method": "GET" if scope["method"] == "HEAD" else scope["method"]}
+
+
+class _Preflight(Exception):
+    """A browser's question that is answered before keys are asked for."""
+
+    def __init__(self, headers: dict[str, str]) -> None:
+        super().__init__()
+        self.headers = headers

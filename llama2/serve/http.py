@@ -2,20 +2,27 @@
 
 from __future__ import annotations
 
+import gc
+import resource
 import socket
 import sys
 import time
 from collections.abc import Sequence
+from functools import partial
 from types import FrameType
 
 import uvicorn
 
 from llama2.serve import errors
 from llama2.serve.app import application
-from llama2.serve.guard import LOOPBACK, Traffic
+from llama2.serve.connection import Connection
+from llama2.serve.guard import Traffic
 from llama2.serve.models import Models, RewardModel
-from llama2.serve.settings import ServeConfig
+from llama2.serve.settings import Limits, ServeConfig
 
+_OTHER_FILES = 128  # that a process has open besides its connections
+_TURN_SECONDS = 0.001  # an answer needs the interpreter back several times
+_TIDY_SECONDS = 60
 _FAREWELL_SECONDS = 2  # for requests that were just ended to tell their clients
 
 
@@ -28,6 +35,7 @@ class Server(uvicorn.Server):
         self._greeting = greeting
         self._traffic, self._models, self._drain_seconds = traffic, models, drain_seconds
         self._deadline: float | None = None
+        self._tidied = time.monotonic()
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         """Say so once clients can connect: who waits for that line may ask at once."""
@@ -41,6 +49,9 @@ class Server(uvicorn.Server):
         self._traffic.draining = True
 
     async def on_tick(self, counter: int) -> bool:
+        if not self._traffic.active and time.monotonic() - self._tidied > _TIDY_SECONDS:
+            gc.collect()
+            self._tidied = time.monotonic()
         if self._traffic.draining:
             now = time.monotonic()
             self._deadline = self._deadline or now + self._drain_seconds
@@ -57,8 +68,9 @@ def server(models: Models, judge: RewardModel | None, config: ServeConfig, keys:
     traffic = Traffic()
     app = application(models, judge, config, keys, traffic)
     settings = uvicorn.Config(
-        app, log_level="warning", access_log=False, server_header=False, lifespan="off", ws="none", http="h11",
-        loop="asyncio", proxy_headers=False, limit_concurrency=config.limits.connections, timeout_keep_alive=60,
+        app, log_level="warning", access_log=False, server_header=False, lifespan="off", ws="none",
+        http=partial(Connection, traffic=traffic, limits=config.limits),  # type: ignore[arg-type]
+        loop="asyncio", proxy_headers=False, timeout_keep_alive=config.limits.idle_seconds,  # type: ignore[arg-type]
         timeout_graceful_shutdown=_FAREWELL_SECONDS)
     return Server(settings, traffic, models, config.limits.drain_seconds, greeting)
 
@@ -66,11 +78,31 @@ def server(models: Models, judge: RewardModel | None, config: ServeConfig, keys:
 def serve(listener: socket.socket, models: Models, judge: RewardModel | None, config: ServeConfig,
           keys: Sequence[str], greeting: str) -> None:
     """Serve at a bound socket until told to stop; then end the workers."""
+    config = config.model_copy(update={"limits": _affordable(config.limits)})
+    ready = server(models, judge, config, keys, greeting)
+    _share_time()
     try:
-        server(models, judge, config, keys, greeting).run(sockets=[listener])
+        ready.run(sockets=[listener])
     finally:
         for model in (*models, *((judge,) if judge else ())):
             model.worker.stop()
 
 
-__all__ = ["LOOPBACK", "Server", "serve", "server"]
+def _share_time() -> None:
+    """Let no thread keep the event loop waiting: a turn is short, and a collection of garbage does not look at what was
+    there before the first request, nor at all that lives (`on_tick` does that when nobody waits)."""
+    sys.setswitchinterval(_TURN_SECONDS)
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(5000, 10, 1000)
+
+
+def _affordable(limits: Limits) -> Limits:
+    """The limits with no more connections than the system lets this process open, which is raised if it may be."""
+    wanted = limits.connections + _OTHER_FILES
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft < wanted and soft != resource.RLIM_INFINITY:
+        soft = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    most = limits.connections if soft == resource.RLIM_INFINITY else max(1, soft - _OTHER_FILES)
+    return limits.model_copy(update={"connections": min(limits.connections, most)})

@@ -70,7 +70,7 @@ class History:
         if not self.path.exists():
             return []
         with explain_os_errors(self.path):
-            lines = self.path.read_text(errors="replace").splitlines()
+            lines = self.path.read_text(encoding="utf-8", errors="replace").splitlines()
         found = [text for line in lines if (text := _text(line))]
         if len(found) > 2 * KEPT:
             self._replace(found[-KEPT:])

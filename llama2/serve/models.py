@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Literal
 
@@ -49,6 +49,11 @@ class ChatModel:
     kind: Kind = "chat"
 
     @property
+    def longest(self) -> int:
+        """The most characters that a token may stand for."""
+        return _longest(self.tokenizer)
+
+    @property
     def context(self) -> int:
         """The most tokens of prompt and answer together."""
         return self.engine.context
@@ -71,6 +76,11 @@ class RewardModel:
     precision: Precision
 
     kind: Kind = "reward"
+
+    @property
+    def longest(self) -> int:
+        """The most characters that a token may stand for."""
+        return _longest(self.tokenizer)
 
     @property
     def context(self) -> int:
@@ -186,6 +196,11 @@ def load_judge(path: Path, models: Models, waiting: int, precision: WeightPrecis
         raise UserError(f"{path}: it reads {judge.context} tokens, and answers may have {longest}",
                         f"set --capacity {judge.context}")
     return judge
+
+
+@lru_cache
+def _longest(tokenizer: Tokenizer) -> int:
+    return max(len(tokenizer.bytes_of(token).decode(errors="replace")) for token in range(tokenizer.vocab_size))
 
 
 def _created(path: Path) -> int:

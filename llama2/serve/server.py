@@ -23,7 +23,7 @@ _EXTRA = ("fastapi", "starlette", "uvicorn", "prometheus_client")
 def run(config: Config) -> None:
     """Serve until told to stop."""
     try:
-        from llama2.serve import http
+        from llama2.serve import http, origins
     except ModuleNotFoundError as error:
         if (error.name or "").partition(".")[0] not in _EXTRA:
             raise
@@ -32,6 +32,13 @@ def run(config: Config) -> None:
     if len(names) != len(config.checkpoints):
         raise UserError(f"{len(config.checkpoints)} checkpoints and {len(names)} names", "give one name for each")
     keys = config.api_keys or tuple(filter(None, os.environ.get("LLAMA2_API_KEYS", "").split(",")))
+    try:
+        origins.Cors(config.cors)
+    except ValueError as error:
+        raise UserError(f"--cors: {error}", "give scheme, host and port") from None
+    if origins.ANY in config.cors and not keys:
+        raise UserError("--cors '*' without API keys lets every page that you visit use the models",
+                        "name the origins, or set LLAMA2_API_KEYS")
     with _bound(config.host, config.port) as listener:
         mesh.init()
         served = models.load(config.checkpoints, names, slots=config.slots, capacity=config.capacity,
@@ -40,7 +47,7 @@ def run(config: Config) -> None:
         if config.safety.model is not None:
             judge = models.load_judge(config.safety.model, served, config.limits.waiting, config.precision)
         address, port = listener.getsockname()[:2]
-        if not keys and address not in http.LOOPBACK:
+        if not keys and not origins.is_loopback(address):
             print("llama2: anybody who reaches this address may use it: set LLAMA2_API_KEYS", file=sys.stderr)
         greeting = (f"llama2: serving {', '.join(names)} at "
                     f"http://{f'[{address}]' if ':' in address else address}:{port}")

@@ -21,8 +21,13 @@ class Limits(Config):
     """the largest request"""
     body_seconds: float = Field(30, gt=0)
     """the longest that a request may take to arrive"""
+    head_seconds: float = Field(20, gt=0)
+    """the longest that a client may take to say what it wants; a connection that stays silent is closed"""
+    idle_seconds: float = Field(60, gt=0)
+    """the longest that a connection waits for another request"""
     connections: int = Field(1024, ge=1)
-    """open connections; beyond that they are refused (503)"""
+    """open connections; beyond that the one that has been idle the longest is closed, and if none is, requests are
+    refused (503)"""
     drain_seconds: float = Field(30, ge=0)
     """after SIGTERM, the longest that running requests may take to finish"""
 
@@ -51,6 +56,8 @@ class ServeConfig(Config):
     """0 takes a free one"""
     api_keys: tuple[str, ...] = ()
     """keys that clients must send; better set LLAMA2_API_KEYS (comma-separated), which no list of processes shows"""
+    cors: tuple[str, ...] = ()
+    """origins whose pages may ask from a browser, for example http://localhost:5173; * for all, with API keys"""
     slots: int = Field(16, ge=1)
     """samples drawn at a time by each model"""
     capacity: int | None = Field(None, ge=2)

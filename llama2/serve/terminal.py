@@ -1,11 +1,13 @@
 """`llama2 chat CHECKPOINT`: talk to a model in the terminal; on a pipe, one answer for each line that comes in (A.7).
 
 Answers go to stdout, everything else to stderr: at a terminal as Markdown, on a pipe as the text they are. No system
-prompt is set unless the user sets one.
+prompt is set unless the user sets one. On a pipe every line is something to answer, also one that begins with a slash:
+it comes from data that nobody has read.
 """
 
 from __future__ import annotations
 
+import codecs
 import re
 import sys
 import time
@@ -63,6 +65,10 @@ class Config(BaseConfig):
     """of weights; int8 and int4 (needs torchao) let decoding read less, and `llama2 quantize` says what they cost"""
     plain: bool = False
     """show answers as the text they are, not as Markdown"""
+    each_line: bool = False
+    """on a pipe, answer each line as a conversation of its own; else they are turns of one"""
+    commands: bool = False
+    """on a pipe, obey lines such as /system TEXT and /reset too; anything in the input may then write files"""
     history: bool = True
     """offer messages of earlier runs again; they are kept in $XDG_STATE_HOME/llama2/history, for you alone to read"""
 
@@ -83,19 +89,24 @@ def run(config: Config) -> None:
     for stream in (sys.stdin, sys.stdout):
         if isinstance(stream, TextIOWrapper):
             stream.reconfigure(errors="replace")  # a stray byte must not end the session
+    if isinstance(sys.stdin, TextIOWrapper) and codecs.lookup(sys.stdin.encoding).name == "ascii":
+        sys.stdin.reconfigure(encoding="utf-8")  # of which ASCII is a part
     history = History(History.default()) if config.history else None
-    if not chat(Chat(engine, tokenizer), sampling, config.system, meter=engine, history=history, plain=config.plain):
+    if not chat(Chat(engine, tokenizer), sampling, config.system, meter=engine, history=history, plain=config.plain,
+                each_line=config.each_line, commands=config.commands):
         sys.exit(UserError.exit_code)
 
 
 def chat(
     model: Chat, sampling: Sampling, system: str = "", *, source: TextIO | None = None, sink: TextIO | None = None,
-    meter: Meter | None = None, history: History | None = None, plain: bool = False,
+    meter: Meter | None = None, history: History | None = None, plain: bool = False, each_line: bool = False,
+    commands: bool = False,
 ) -> bool:
     """Converse until `source` (default stdin) ends or the user leaves; answers go to `sink` (default stdout).
 
-    At a terminal `meter` tells how fast answers were, and what is written goes into `history`.
-    False if `source` is a pipe and one of its lines could not be answered or obeyed.
+    At a terminal `meter` tells how fast answers were, and what is written goes into `history`. On a pipe lines are text
+    unless `commands` are to be obeyed, and turns of one conversation unless `each_line` begins one. That conversation
+    may outgrow the context: it ends there. False if a line of a pipe could not be answered or obeyed.
     """
     source, sink = source or sys.stdin, sink or sys.stdout
     session = Session(model, sampling, system, display(sink, plain))
@@ -103,10 +114,12 @@ def chat(
         session.meter = meter
         _converse(session, history)
         return True
-    session.complaint = "llama2: error: "
+    session.complaint, session.commands = "llama2: error: ", commands
     for line in source:
+        if each_line:
+            session.begin()
         session.turn(line)
-        if not session.open:
+        if not session.open or session.outgrown:
             break
     return not session.failed
 
@@ -157,11 +170,13 @@ class Session:
 
     `failed` tells whether a line could not be answered or obeyed; `complaint` stands before the note that says why.
     `draft` is what the user's next message should begin with: the message that is being edited, where the source is
-    `editable`.
+    `editable`. `commands` tells whether lines may be commands. `outgrown` turns True when a message would have fitted
+    into the context but for what had been said before.
     """
 
     def __init__(self, model: Chat, sampling: Sampling, system: str, show: Callable[[], Display]) -> None:
         self.open, self.failed, self.complaint, self.draft, self.editable = True, False, "", "", False
+        self.commands, self.outgrown = True, False
         self.turns: list[Message] = []
         self.meter: Meter | None = None
         self._model, self._sampling, self._system = model, sampling, system
@@ -175,7 +190,7 @@ class Session:
         editing, self.draft = bool(self.draft), ""
         if not line or not self.open:
             return
-        command = _COMMAND.match(line)
+        command = _COMMAND.match(line) if self.commands else None
         try:
             if command:
                 self._obey(command[1], (command[2] or "").strip())
@@ -184,6 +199,10 @@ class Session:
         except UserError as error:
             self.failed = True
             _note(f"{self.complaint}{error}")
+
+    def begin(self) -> None:
+        """A conversation as if there had been none before."""
+        self.turns, self._last, self._asked = [], None, 0
 
     def _obey(self, command: str, argument: str) -> None:
         if command == "/system":
@@ -230,10 +249,18 @@ class Session:
         try:
             said = self._draw((*self._head(), *before, question), sampling)
         except UserError as error:
-            cure = f"{error.cure}, or /reset to forget the conversation" if before else error.cure
-            raise UserError(error.cause, cure) from None
+            if not before:
+                raise
+            self.outgrown = self._model.fits((*self._head(), question))
+            raise UserError(error.cause, self._room(error.cure)) from None
         if said is not None:
             self.turns = [*before, question, Message("assistant", said)]
+
+    def _room(self, cure: str) -> str:
+        """What to do about a conversation that has grown too long."""
+        if self.commands:
+            return f"{cure}, or /reset to forget the conversation"
+        return "the conversation ends here: --each-line answers every line alone" if self.outgrown else cure
 
     def _draw(self, messages: Messages, sampling: Sampling) -> str | None:
         """Show an answer while it is drawn. It may be interrupted: what there is then is kept, None if nothing."""

@@ -7,7 +7,17 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationInfo, field_validator, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    GetCoreSchemaHandler,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
+from pydantic_core import CoreSchema
 
 from llama2.records import Message
 from llama2.serve.fields import AUDIO, ELSEWHERE, TOOLS, Only
@@ -21,6 +31,15 @@ def _writable(text: str) -> str:
     return text
 
 
+def _failing_fast(part: Any) -> Any:
+    if isinstance(part, dict):
+        copy = {key: _failing_fast(value) for key, value in part.items()}
+        return {**copy, "fail_fast": True} if part.get("type") == "list" else copy
+    if isinstance(part, list | tuple):
+        return type(part)(map(_failing_fast, part))
+    return part
+
+
 Text = Annotated[str, AfterValidator(_writable)]
 
 
@@ -29,6 +48,12 @@ class Strict(BaseModel):
 
     model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False, frozen=True,
                               use_attribute_docstrings=True, protected_namespaces=())
+
+    @classmethod
+    def __get_pydantic_core_schema__(cls, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
+        """Every list is checked up to its first fault: a client may send as many as it likes."""
+        found: CoreSchema = _failing_fast(handler(source))
+        return found
 
 
 Ignored = Annotated[Any, Field(description="accepted and ignored")]

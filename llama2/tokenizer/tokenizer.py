@@ -87,8 +87,11 @@ class Tokenizer:
         return UNKNOWN
 
     def encode(self, text: str) -> list[int]:
-        """Ids of `text`, without BOS and EOS. Never a control id, whatever the text spells."""
-        return self.encode_many([text])[0]
+        """Ids of `text`, without BOS and EOS. Never a control id, whatever the text spells.
+
+        Other threads get their turn between the parts of a long text (see `_cut`).
+        """
+        return [token for part in _cut(text) for token in self.encode_many([part])[0]]
 
     def encode_many(self, texts: Sequence[str], threads: int = 1) -> list[list[int]]:
         """`encode` of each text, on several threads. Long texts go in parts, with the same ids (see `_cut`).

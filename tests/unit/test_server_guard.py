@@ -1,5 +1,6 @@
 """Who may ask, how much at a time, and what every answer carries."""
 
+import gzip
 import json
 import socket
 import time
@@ -34,6 +35,16 @@ def test_other_names_of_this_machine_are_refused(served):
     """A page elsewhere whose name is made to resolve to 127.0.0.1 must not reach a server without keys."""
     for host, status in (("evil.example", 403), ("localhost:80", 200), ("[::1]:80", 200), ("127.0.0.1.evil", 403)):
         assert httpx.get(f"{served.url}/v1/models", headers={"Host": host}).status_code == status
+
+
+def test_any_name_of_loopback_is_answered(served):
+    for host in ("LOCALHOST:80", "localhost.:80", "127.0.0.2", "[::1]"):
+        assert httpx.get(f"{served.url}/v1/models", headers={"Host": host}).status_code == 200
+
+
+def test_a_server_at_another_address_of_loopback_is_as_careful(policy):
+    with serving(policy, host="127.0.0.2") as served:
+        assert httpx.get(f"{served.url}/v1/models", headers={"Host": "evil.example"}).status_code == 403
 
 
 def test_a_page_elsewhere_cannot_send_a_form(served):
@@ -100,6 +111,108 @@ def test_what_is_wrong_with_a_body_is_said(served, content, kind, said):
     answer = httpx.post(f"{served.url}/v1/chat/completions", content=content, headers={"Content-Type": kind})
     assert answer.status_code == 400
     assert said in answer.json()["error"]["message"]
+
+
+def test_a_packed_body_is_refused_by_name(served):
+    answer = httpx.post(f"{served.url}/v1/chat/completions", content=gzip.compress(json.dumps(ASK).encode()),
+                        headers={"Content-Type": "application/json", "Content-Encoding": "gzip"})
+    assert answer.status_code == 415
+    assert "Content-Encoding: gzip" in answer.json()["error"]["message"]
+    assert answer.headers["accept-encoding"] == "identity"
+    plain = httpx.post(f"{served.url}/v1/chat/completions", json=ASK, headers={"Content-Encoding": "identity"})
+    assert plain.status_code == 200
+
+
+def test_head_is_get_without_a_body(served):
+    for path in ("/", "/health", "/v1/models", "/docs"):
+        head, get = httpx.head(f"{served.url}{path}"), httpx.get(f"{served.url}{path}")
+        assert (head.status_code, head.content) == (200, b"")
+        assert head.headers["content-type"] == get.headers["content-type"]
+        assert int(head.headers["content-length"]) == len(get.content)
+
+
+@pytest.mark.parametrize(("method", "path", "allowed"), [
+    ("POST", "/v1/models", {"GET", "HEAD"}), ("DELETE", "/v1/models/policy", {"GET", "HEAD"}),
+    ("GET", "/v1/chat/completions", {"POST"}), ("HEAD", "/v1/completions", {"POST"}), ("PUT", "/", {"GET", "HEAD"}),
+    ("OPTIONS", "/v1/chat/completions", {"POST"}),
+])
+def test_a_wrong_method_is_told_the_right_ones(served, method, path, allowed):
+    answer = httpx.request(method, f"{served.url}{path}")
+    assert answer.status_code == 405
+    assert set(answer.headers["allow"].split(", ")) == allowed
+    assert method == "HEAD" or answer.json()["error"]["message"].startswith(f"{method} {path}: ")
+
+
+@pytest.mark.parametrize(("target", "status"), [
+    ("/v1/models/", 200), ("/v1/models//", 200), ("/health/", 200), ("/v1/models?limit=20", 200), ("//v1/models", 404),
+    ("/v1", 404), ("/models", 404), ("*", 404), ("/v1/models/none", 404),
+])
+def test_targets(served, target, status):
+    heard = get(served, target)
+    assert heard.startswith(b"HTTP/1.1 %d " % status)
+    assert status == 200 or b'{"error":{' in heard
+
+
+def test_a_target_may_be_a_whole_address_and_then_names_the_host(served):
+    port = served.address[1]
+    assert get(served, f"http://localhost:{port}/v1/models").startswith(b"HTTP/1.1 200 ")
+    assert get(served, "HTTP://localhost").startswith(b"HTTP/1.1 200 ")
+    assert get(served, "http://evil.example/v1/models").startswith(b"HTTP/1.1 403 ")
+
+
+def get(served, target):
+    with socket.create_connection(served.address, 10) as link:
+        link.sendall(f"GET {target} HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n".encode())
+        heard = b""
+        while part := link.recv(65536):
+            heard += part
+    return heard
+
+
+def test_a_slash_at_the_end_of_a_post_changes_nothing(served):
+    assert httpx.post(f"{served.url}/v1/chat/completions/", json=ASK).status_code == 200
+
+
+def test_a_name_with_a_slash(policy):
+    with serving(policy, names=["org/second"]) as served:
+        for path in ("org%2Fsecond", "org/second", "org/second/"):
+            assert httpx.get(f"{served.url}/v1/models/{path}").json()["id"] == "org/second"
+        assert served.client().models.retrieve("org/second").id == "org/second"
+
+
+def test_pages_of_named_sites_may_ask(policy):
+    with serving(policy, keys=("secret",), cors=["http://localhost:5173"]) as served:
+        site = {"Origin": "http://localhost:5173"}
+        asking = {**site, "Access-Control-Request-Method": "POST",
+                  "Access-Control-Request-Headers": "authorization,content-type"}
+        before = httpx.options(f"{served.url}/v1/chat/completions", headers=asking)
+        assert before.status_code == 204
+        assert before.headers["access-control-allow-origin"] == site["Origin"]
+        assert before.headers["access-control-allow-headers"] == "authorization,content-type"
+        assert "POST" in before.headers["access-control-allow-methods"]
+        answer = httpx.post(f"{served.url}/v1/chat/completions", json=ASK,
+                            headers={**site, "Authorization": "Bearer secret"})
+        refused = httpx.post(f"{served.url}/v1/chat/completions", json=ASK, headers=site)
+        assert (answer.status_code, refused.status_code) == (200, 401)  # and a page may read why
+        for each in (answer, refused):
+            assert each.headers["access-control-allow-origin"] == site["Origin"]
+            assert "X-Request-Id" in each.headers["access-control-expose-headers"]
+            assert each.headers["vary"] == "Origin"
+        other = {**asking, "Origin": "https://evil.example"}
+        assert httpx.options(f"{served.url}/v1/chat/completions", headers=other).status_code == 401
+        assert "access-control-allow-origin" not in httpx.get(f"{served.url}/health", headers=other).headers
+
+
+@pytest.mark.parametrize(("origins", "cause"), [
+    (("*",), "--cors '*' without API keys"), (("localhost:5173",), "--cors: 'localhost:5173' is no origin")])
+def test_origins_that_are_refused_at_the_start(policy, one_line, monkeypatch, origins, cause):
+    monkeypatch.delenv("LLAMA2_API_KEYS", raising=False)
+    assert one_line("serve", policy, "--port", 0, "--cors", *origins).startswith(cause)
+
+
+def test_streams_are_not_held_back_by_proxies(served):
+    headers = served.post("chat/completions", **ASK, stream=True).headers
+    assert (headers["x-accel-buffering"], headers["cache-control"]) == ("no", "no-cache")
 
 
 def test_not_http_at_all(served):

@@ -48,9 +48,15 @@ class Parrot:
         yield f" {text}"
 
 
-def talk(lines: str, system: str = "", model: Parrot | None = None) -> tuple[str, Parrot]:
+    def fits(self, messages: Messages) -> bool:
+        return messages[-1].content != "long"
+
+
+def talk(lines: str, system: str = "", model: Parrot | None = None, **pipe: bool) -> tuple[str, Parrot]:
+    """What is said on a pipe whose commands are obeyed, and the model that heard it."""
     model, sink = model or Parrot(), io.StringIO()
-    terminal.chat(model, Sampling(seed=5), system, source=io.StringIO(lines), sink=sink)  # type: ignore[arg-type]
+    terminal.chat(model, Sampling(seed=5), system, source=io.StringIO(lines), sink=sink,  # type: ignore[arg-type]
+                  **{"commands": True, **pipe})
     return sink.getvalue(), model
 
 
@@ -64,6 +70,21 @@ def test_a_pipe_gets_one_answer_a_line_and_nothing_else(capsys: pytest.CaptureFi
     heard = capsys.readouterr()
     assert heard.out == ""
     assert "/save FILE" in heard.err
+
+
+def test_lines_of_a_pipe_are_text_unless_asked(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    lines = [f"/save {tmp_path}/file", "/load x", "/quit", "/system Be rude.", "/retry", "/rest"]
+    answers, model = talk("\n".join(lines), commands=False)
+    assert answers == "".join(f"you said {line}\n" for line in lines)
+    assert [contents(asked)[-1] for asked, _ in model.asked] == lines
+    assert list(tmp_path.iterdir()) == []
+    assert capsys.readouterr().err == ""
+
+
+def test_each_line_is_answered_as_if_it_were_alone() -> None:
+    _, model = talk("one\ntwo\none\n", system="S", each_line=True)
+    assert [contents(asked) for asked, _ in model.asked] == [["S", "one"], ["S", "two"], ["S", "one"]]
+    assert [sampling.seed for _, sampling in model.asked] == [5, 5, 5]
 
 
 def test_history_grows_and_each_question_has_its_seed() -> None:
@@ -270,6 +291,33 @@ def test_a_checkpoint_answers(directory: Path, monkeypatch: pytest.MonkeyPatch,
     (line,) = heard.err.splitlines()
     assert line.startswith("llama2: error: the prompt has ")
     assert "context of 80" in line
+
+
+def piped(directory: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], **config: Any
+          ) -> tuple[int, int, list[str]]:
+    """Exit status, answers and complaints of forty lines."""
+    monkeypatch.setattr(sys, "stdin", io.StringIO("the fox\n" * 40))
+    try:
+        terminal.run(terminal.Config(checkpoint=directory, max_tokens=8, **config))
+    except SystemExit as left:
+        status = left.code
+    else:
+        status = 0
+    heard = capsys.readouterr()
+    assert isinstance(status, int)
+    return status, heard.out.count("\n"), heard.err.splitlines()
+
+
+def test_a_conversation_of_a_pipe_ends_where_the_context_does(
+        directory: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    status, _, complaints = piped(directory, monkeypatch, capsys)
+    assert status == 2
+    (line,) = complaints
+    assert line.startswith("llama2: error: the prompt has ")
+    assert line.endswith("the conversation ends here: --each-line answers every line alone")
+    status, answers, complaints = piped(directory, monkeypatch, capsys, each_line=True)
+    assert (status, complaints) == (0, [])
+    assert answers >= 40
 
 
 def test_a_foreign_tokenizer_is_refused(directory: Path, tmp_path: Path) -> None:
