@@ -58,7 +58,8 @@ class Tokenizer:
         file = path / FILE if path.is_dir() else path
         found = cls(plain.content(file), str(file))
         if path.is_dir():
-            found.stops = tuple(dict.fromkeys((*found.stops, *beside.stop_ids(path))))
+            ends = (token for token in beside.stop_ids(path) if 0 <= token < found.vocab_size)
+            found.stops = tuple(dict.fromkeys((*found.stops, *ends)))
             found.template = beside.chat_template(path)
         return found
 
@@ -71,8 +72,9 @@ class Tokenizer:
     def check(self, place: str | os.PathLike[str], vocab_size: int, bos: int) -> None:
         """UserError unless it is the tokenizer of a model with so many embeddings, which begins texts with `bos`."""
         if self.vocab_size != vocab_size:
+            padded = ", or import the model, which pads it" if self.vocab_size < vocab_size else ""
             raise UserError(f"{place}: the tokenizer has {self.vocab_size} pieces, the model {vocab_size}",
-                            "put the tokenizer there with which the model was trained")
+                            f"put the tokenizer there with which the model was trained{padded}")
         self.check_bos(place, bos)
 
     def check_bos(self, place: str | os.PathLike[str], bos: int) -> None:
