@@ -25,7 +25,6 @@ from llama2 import mistakes, schema
 from llama2.errors import UserError
 from llama2.exact import exact
 from llama2.flags import overrides
-from llama2.printable import is_safe
 from llama2.recipes import layers, merge
 from llama2.schema import Flag
 
@@ -148,7 +147,7 @@ def _path(path: Path, place: str, prefix: str) -> Path:
 
 def check_name(name: str, place: str) -> None:
     """Refuse a name that cannot be that of a file: names of sets and steps become such."""
-    if not name or name.startswith(".") or re.search(r"[/\\]", name) or not all(map(is_safe, name)):
+    if not name or name.startswith(".") or re.search(r"[/\\\x00-\x1f]", name):
         raise UserError(f"{place}: {name!r} is no name", "choose one without '/' that does not begin with a dot")
 
 

@@ -144,7 +144,7 @@ FAULTS: dict[str, tuple[Callable[[Path], object], str]] = {
         (d / "c").read_text() + " "), r"config\.json: its checksum differs"),
     "no weights": (lambda d: (d / checkpoint.WEIGHTS).unlink(), r"neither model\.safetensors nor"),
     "no config": (lambda d: (d / "config.json").unlink(), r"config\.json: missing"),
-    "config is not JSON": (lambda d: (d / "config.json").write_text("{"), r"config\.json: not valid JSON"),
+    "config is not JSON": (lambda d: (d / "config.json").write_text("{"), r"config\.json:1: not valid JSON"),
     "config is a list": (lambda d: (d / "config.json").write_text("[]"), r"a JSON object was expected"),
     "another architecture": (edit_config(model_type="gpt2"), r"model_type is 'gpt2', not 'llama'"),
     "key missing": (edit_config(hidden_size="delete"), r"key 'hidden_size' is missing"),

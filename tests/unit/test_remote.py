@@ -12,6 +12,7 @@ from llama2.errors import UserError
 from llama2.generate.engine import Engine
 from llama2.generate.remote import RemoteEngine, Server, connect
 from llama2.generate.sampling import Sampling
+from llama2.generate.wire import _message
 from llama2.model import checkpoint
 
 PROMPTS = [[1, 300 + 7 * row, *range(340 + row, 350 + 5 * row)] for row in range(6)]
@@ -221,3 +222,9 @@ def test_a_model_with_other_tokens_is_refused(remote, server):
     server._choice = lambda body: {"text": "", "finish_reason": "stop", "token_ids": [31999]}
     with pytest.raises(UserError, match="token ids outside of our 420"):
         remote_engine.generate(PROMPTS, GREEDY)
+
+
+def test_what_a_server_says_in_json_that_is_nested_without_end_is_told_as_text():
+    text = '{"error": ' + "[" * 100_000
+    assert _message(text) == text[:200]
+    assert _message('{"error": {"message": "no \\u001b[2J\\nroom"}}') == "no \x1b[2J room"
