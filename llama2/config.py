@@ -26,7 +26,6 @@ from llama2 import mistakes, schema
 from llama2.errors import UserError
 from llama2.exact import exact
 from llama2.flags import overrides
-from llama2.printable import is_safe
 from llama2.recipes import layers, merge
 from llama2.schema import Flag
 

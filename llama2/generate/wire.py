@@ -8,7 +8,6 @@ server may refuse a field that OpenAI does not have; those we can do without are
 from __future__ import annotations
 
 import asyncio
-import json
 import random
 import re
 import time
@@ -18,6 +17,7 @@ from typing import Any, TypeVar
 
 from pydantic import BaseModel, ValidationError
 
+from llama2 import plain
 from llama2.errors import UserError, missing_extra
 
 COMPLETIONS, MODELS = "/v1/completions", "/v1/models"
@@ -151,7 +151,7 @@ class Wire:
         if not response.is_success:
             self._refuse(response)
         try:
-            return response.json()
+            return plain.parsed(response.content)
         except ValueError:
             raise Trouble("an answer that is not JSON") from None
 
@@ -239,7 +239,7 @@ def _retry_after(text: str) -> float:
 def _message(text: str) -> str:
     """What a server says went wrong, in one line."""
     try:
-        error = json.loads(text)
+        error = plain.parsed(text)
         error = error.get("error", error) if isinstance(error, dict) else error
         text = str(error.get("message", error)) if isinstance(error, dict) else str(error)
     except ValueError:

@@ -13,6 +13,7 @@ from llama2.errors import UserError
 from llama2.generate.engine import Engine
 from llama2.generate.remote import RemoteEngine, Server, connect
 from llama2.generate.sampling import Sampling
+from llama2.generate.wire import _message
 from llama2.model import checkpoint
 
 PROMPTS = [[1, 300 + 7 * row, *range(340 + row, 350 + 5 * row)] for row in range(6)]
@@ -239,3 +240,9 @@ def test_a_server_ends_answers_where_the_sampling_says(remote, server, tokenizer
         asking.generate(PROMPTS[:1], replace(GREEDY, stop=stop))
         assert server.asked[-1].get("ignore_eos", False) is ignored
         assert server.asked[-1]["stop_token_ids"] == list(stop)
+
+
+def test_what_a_server_says_in_json_that_is_nested_without_end_is_told_as_text():
+    text = '{"error": ' + "[" * 100_000
+    assert _message(text) == text[:200]
+    assert _message('{"error": {"message": "no \\u001b[2J\\nroom"}}') == "no \x1b[2J room"
