@@ -15,6 +15,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import suppress
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -89,8 +90,8 @@ def mark(run: Path, seconds: float) -> str:
 
 def home(path: Path) -> Path | None:
     """The finished run that a path is, or lies in."""
-    return next((directory for directory in (path, *path.parents)
-                 if (directory / COMPLETE).is_file() and (directory / MANIFEST).is_file()), None)
+    return next((directory for directory in (path, *path.parents) if ".." not in path.relative_to(directory).parts
+                 and (directory / COMPLETE).is_file() and (directory / MANIFEST).is_file()), None)
 
 
 def recorded(run: Path, inside: str = ".") -> dict[str, str]:
@@ -101,7 +102,7 @@ def recorded(run: Path, inside: str = ".") -> dict[str, str]:
 def check(run: Path, inside: str = ".") -> dict[str, str]:
     """`recorded`, of files that are what the run wrote; UserError names one that is not, or does not belong there."""
     chosen = recorded(run, inside)
-    for fault in (*faults(run, {*chosen, MANIFEST}), *_strangers(run, inside, chosen)):
+    for fault in chain(faults(run, {*chosen, MANIFEST}), _strangers(run, inside, chosen)):
         raise fault
     return chosen
 

@@ -121,7 +121,7 @@ class Recipe:
     @cached_property
     def evaluation(self) -> dict[str, Any]:
         """The evaluation that compares the most versions, the last of several; {} if there is none."""
-        return max((step.read("evaluation.json") for step in reversed(self.of("evaluate"))),
+        return max((step.read("evaluation.json") for step in reversed(self.of("evaluate")) if step.seconds is not None),
                    key=lambda found: len(found.get("versions", ())), default={})
 
     @cached_property

@@ -91,18 +91,25 @@ def end(session: int, tale: Tale) -> None:
             os.kill(process, signal.SIGKILL)
 
 
-def fail_power(out: Path, notes: Path, chance: random.Random) -> int:
-    """Cut every file that was not flushed since it was written; how many they were."""
+def unflushed(out: Path, notes: Path) -> list[Path]:
+    """The files with something in them that was not flushed since they were written."""
     flushed = set(notes.read_text().splitlines()) if notes.exists() else set()
-    cut = 0
-    for path in sorted(out.rglob("*")):
-        if path.is_symlink() or not path.is_file() or path.name == ".lock" or path.suffix == ".log":
-            continue
-        state = path.stat()
-        if state.st_size and f"{state.st_ino} {state.st_size} {state.st_mtime_ns}" not in flushed:
-            os.truncate(path, chance.choice([0, state.st_size // 2]))
-            cut += 1
-    return cut
+    found = []
+    for folder, _, names in os.walk(out):
+        for path in (Path(folder, name) for name in names if name != ".lock" and not name.endswith(".log")):
+            with contextlib.suppress(OSError):  # it has just got its name
+                state = path.lstat()
+                if state.st_size and f"{state.st_ino} {state.st_size} {state.st_mtime_ns}" not in flushed:
+                    found.append(path)
+    return sorted(found)
+
+
+def fail_power(out: Path, notes: Path, chance: random.Random) -> int:
+    """Cut every file that was not flushed; how many they were."""
+    files = unflushed(out, notes)
+    for path in files:
+        os.truncate(path, chance.choice([0, path.stat().st_size // 2]))
+    return len(files)
 
 
 def results(out: Path) -> dict[str, dict[str, str]]:
@@ -137,8 +144,11 @@ class Bench:
         """One attempt, killed after a while; True if it came to its end before."""
         process = self.start(out)
         try:
-            status = process.wait(self.chance.uniform(0.2, self.longest))
+            process.wait(self.chance.uniform(0.2, self.longest))
         except subprocess.TimeoutExpired:
+            while cut and process.poll() is None and not unflushed(out, self.notes):
+                time.sleep(0.001)  # the power fails when there is something to lose
+        if process.poll() is None:
             if self.chance.random() < 0.25:
                 process.kill()
             else:
@@ -149,7 +159,7 @@ class Bench:
             if cut:
                 tale.cuts, tale.files_cut = tale.cuts + 1, tale.files_cut + fail_power(out, self.notes, self.chance)
             return False
-        if status:
+        if status := process.wait():
             said = self.log.read_text("utf-8", "replace").strip().splitlines()
             tale.faults.append(f"story {tale.stories + 1} is stuck with exit status {status}: {' / '.join(said[-2:])}")
         end(process.pid, tale)

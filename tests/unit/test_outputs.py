@@ -139,6 +139,15 @@ def test_a_file_put_into_a_run_is_known_by_its_content(tmp_path, made):
         use(made / "mine.txt", tmp_path / "used")
 
 
+def test_what_lies_beside_a_run_is_none_of_it(tmp_path, made, monkeypatch):
+    (tmp_path / "mine.txt").write_text("one")
+    monkeypatch.chdir(made)
+    assert outputs.home(Path("../mine.txt")) is None
+    assert outputs.home(Path("../made/pool.jsonl")) == Path("../made")
+    assert outputs.home(Path("pool.jsonl")) == Path()
+    assert not runs.is_output(Path("../mine.txt"))
+
+
 def test_large_files_are_read_when_a_time_differs_or_it_is_asked_for(made, monkeypatch):
     monkeypatch.setattr(outputs, "CHEAP", SIZE + 500)
     flip(made / "pool.jsonl")

@@ -7,9 +7,11 @@ import torch
 from answers import answer, prompt
 from commands import llama2
 
+from llama2.errors import UserError
 from llama2.generate.rewards import RewardModels
 from llama2.stages import ppo
 from llama2.stages.sampling import load_rewards
+from llama2.stages.training import load_policy, saver
 from llama2.tokenizer.tokenizer import Tokenizer
 from llama2.train.loop import Hook, Plan, Report, Training
 
@@ -99,3 +101,19 @@ def test_held_out_prompts_count_by_kind(scorers, policy):
     prompts = [prompt("Hi", safety=True), prompt("One"), prompt("Two"), prompt("Three")]
     found = ppo.measure(Chat(), Judge(), prompts, [[answer()]] * 4)
     assert found == {"heldout/unsafe": 0.5, "heldout/helpful": 1.0, "heldout/reward": 0.75}
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "config.json"])
+def test_a_best_policy_that_was_damaged_meanwhile_is_not_taken(policy, tmp_path, name):
+    best, out = tmp_path / "checkpoints/best", tmp_path / "out"
+    out.mkdir()
+    actor, tokenizer = load_policy(policy)
+    saver(actor, tokenizer)(best)
+    ppo.adopt(best, out, actor, tokenizer)
+    assert {path.name: path.read_bytes() for path in out.iterdir()} == {
+        path.name: path.read_bytes() for path in best.iterdir()}
+    content = bytearray((best / name).read_bytes())
+    content[len(content) // 2] ^= 1
+    (best / name).write_bytes(content)
+    with pytest.raises(UserError, match=rf"best/{name}: its checksum differs.*delete {best.parent}: the same command"):
+        ppo.adopt(best, out, actor, tokenizer)
