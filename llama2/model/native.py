@@ -52,44 +52,40 @@ class _Compiler:
     macros: str
 
 
+_refused: list[str] = []
+"""why nothing can be built here, once that is known: of three libraries the second and third would not fare better"""
+
+
 @cache
 def library(name: str) -> ctypes.CDLL | None:
     """The functions of `name`.cpp, or None where they cannot be built."""
-    if os.environ.get("LLAMA2_NATIVE") == "0" or not sys.platform.startswith("linux"):
+    if os.environ.get("LLAMA2_NATIVE") == "0" or not sys.platform.startswith("linux") or _refused:
         return None
-    compilers, reasons = _compilers()
-    for compiler in list(compilers):
-        try:
-            return _loaded(compiler, name)
-        except _Unusable as error:
-            compilers.remove(compiler)  # for the other libraries as well: each would wait as long
-            reasons.append(str(error))
-        except OSError as error:
-            reasons.append(str(error))
-            break
-    if not reasons:
-        _say("no C++ compiler found: this CPU runs at about half its speed (install g++)")
-    else:
-        _say(f"this CPU runs at about half its speed, for no library can be built: {reasons[0]}")
+    try:
+        return _loaded(_compiler(), name)
+    except (OSError, _Unusable) as error:
+        _refused.append(str(error))
+    if os.environ.get("RANK", "0") == "0":
+        print(f"this CPU runs at about half its speed: {_refused[0]}", file=sys.stderr)
     return None
 
 
+def forget() -> None:
+    """Look again, for compiler and libraries, when one is wanted."""
+    library.cache_clear()
+    _compiler.cache_clear()
+    _refused.clear()
+
+
 @cache
-def _compilers() -> tuple[list[_Compiler], list[str]]:
-    """The compilers that answer, in order of preference, and why others do not."""
-    found: list[_Compiler] = []
-    reasons: list[str] = []
+def _compiler() -> _Compiler:
+    """The first compiler there is. What $CXX names may have arguments. _Unusable if there is none."""
     for words in (os.environ.get("CXX", ""), "g++", "clang++"):
         with suppress(ValueError):  # a quotation mark without its pair
             program, *rest = shlex.split(words) or [""]
-            path = shutil.which(program) if program else None
-            if path is None or any(path == other.command[0] for other in found):
-                continue
-            try:
-                found.append(_asked((path, *rest)))
-            except (OSError, _Unusable) as error:
-                reasons.append(str(error))
-    return found, reasons
+            if program and (path := shutil.which(program)):
+                return _asked((path, *rest))
+    raise _Unusable("no C++ compiler found (install g++)")
 
 
 def _asked(command: tuple[str, ...]) -> _Compiler:
@@ -195,16 +191,6 @@ def _reason(error: OSError, folder: Path) -> str:
 
 def _strerror(error: OSError) -> str:
     return (error.strerror or str(error)).lower() if error.errno else str(error)
-
-
-_said: list[str] = []
-
-
-def _say(line: str) -> None:
-    """The first reason is said, once: of three libraries each has the same."""
-    if not _said and os.environ.get("RANK", "0") == "0":
-        print(line, file=sys.stderr)
-    _said.append(line)
 
 
 class Library:
