@@ -31,6 +31,7 @@ The Llama 2 paper as commands, in its order:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run one command and leave with its exit status."""
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "FATAL")  # what matters of it comes as an exception, in one line
     _open_closed_streams()
     for stream in (sys.stdout, sys.stderr):  # in the locale C, help and file names could not be printed
         if isinstance(stream, io.TextIOWrapper) and stream.encoding.lower() in ("ascii", "ansi_x3.4-1968"):

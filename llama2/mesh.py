@@ -22,6 +22,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from llama2 import rendezvous
 from llama2.errors import UserError
 
 Precision = Literal["fp32", "bf16"]
@@ -76,12 +77,11 @@ def init() -> None:
                 raise UserError(f"this machine has {torch.cuda.device_count()} GPUs, and rank {where.index} on it "
                                 "wants one of its own", "start fewer processes here, or set LLAMA2_DEVICE=cpu")
             torch.cuda.set_device(where)
-        missing = [name for name in ("RANK", "MASTER_ADDR", "MASTER_PORT") if not os.environ.get(name)]
-        if missing:
-            raise UserError(f"WORLD_SIZE={ranks}, but {' and '.join(missing)} is not set",
-                            "start the ranks with torchrun, or unset WORLD_SIZE to run alone")
-        dist.init_process_group("nccl" if where.type == "cuda" else "gloo", timeout=TIMEOUT,
-                                device_id=where if where.type == "cuda" else None)
+        rendezvous.check(ranks)
+        with rendezvous.joining(ranks, TIMEOUT):
+            dist.init_process_group("nccl" if where.type == "cuda" else "gloo", timeout=TIMEOUT,
+                                    device_id=where if where.type == "cuda" else None)
+            rendezvous.remember(gather([rendezvous.myself()]))
     tune_cpu()
 
 
@@ -200,7 +200,7 @@ def keep_large_blocks() -> None:
         libc.malloc.restype, libc.malloc.argtypes, libc.free.argtypes = _POINTER, [ctypes.c_size_t], [_POINTER]
         libc.madvise.argtypes = [_POINTER, ctypes.c_size_t, ctypes.c_int]
         libc.free(libc.malloc(HUGE_HEAP))  # the heap grows by this much and stays; it takes memory when it is used
-        with open("/proc/self/maps") as file:
+        with open("/proc/self/maps", encoding="utf-8", errors="replace") as file:
             heap = next(line for line in file if line.rstrip().endswith("[heap]")).split()[0]
         begin, end = (int(part, 16) for part in heap.split("-"))
         libc.madvise(begin, end - begin, 14)  # MADV_HUGEPAGE
@@ -222,7 +222,7 @@ def rest() -> None:
 def has_amx() -> bool:
     """Whether this CPU multiplies bf16 tiles in hardware."""
     try:
-        with open("/proc/cpuinfo") as file:
+        with open("/proc/cpuinfo", encoding="utf-8", errors="replace") as file:
             return "amx_bf16" in file.read()
     except OSError:
         return True  # unknown: take the exact path

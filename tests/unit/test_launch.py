@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from multiprocessing import forkserver
 
 import pytest
 import torch
@@ -78,8 +79,23 @@ def test_one_rank_that_dies_takes_the_others_down(tmp_path):
     workers = launch.Workers.start("world", {"out": str(tmp_path / "a")}, 2, 1, tmp_path / "log")
     wait_for(lambda: (tmp_path / "a/documents").exists())
     os.kill(workers.processes[0].pid, signal.SIGKILL)
-    assert finish(workers, 20) == f"a process ended with exit status -9; its log: {tmp_path / 'log'}"
+    assert finish(workers, 20) == ("a worker process was killed (signal 9; out of memory?); "
+                                    f"its log: {tmp_path / 'log'}")
     assert not any(process.is_alive() for process in workers.processes)
+
+
+def test_what_starts_workers_may_be_killed(tmp_path):
+    """By a machine without memory: its workers end as well, though no signal reaches them any more."""
+    workers = launch.Workers.start("world", {"out": str(tmp_path / "a")}, 1, 1, tmp_path / "log")
+    wait_for(lambda: (tmp_path / "a/documents").exists())
+    held = (tmp_path / "a/.lock").read_text()
+    os.kill(forkserver._forkserver._forkserver_pid, signal.SIGKILL)
+    assert finish(workers, 20) == ("a worker process was killed (with the one that starts them; out of memory?); "
+                                   f"its log: {tmp_path / 'log'}")
+    assert workers.killed
+    wait_for(lambda: not os.path.exists(f"/proc/{held}"))
+    workers = launch.Workers.start("world", {"out": str(tmp_path / "a"), "scale": 1}, 1, 1, tmp_path / "log")
+    assert finish(workers) == "done"
 
 
 TWO = {
