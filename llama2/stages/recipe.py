@@ -12,7 +12,7 @@ from typing import Any
 
 from pydantic import Field, create_model
 
-from llama2 import mistakes, schema
+from llama2 import files, mistakes, schema
 from llama2.config import Config as Section
 from llama2.config import StageConfig, build, check_name, derive, paths
 from llama2.errors import UserError, did_you_mean
@@ -246,7 +246,7 @@ def _refuse_leftover(resolved: str, written: str, where: str) -> None:
 
 def check_inputs(recipe: Config, steps: Mapping[str, Step]) -> None:
     """UserError that names every input which no step makes, nobody makes later, and which is not there."""
-    later = [recipe.out, *(Path(_resolved(text, recipe, steps, set(), "awaits")).expanduser()
+    later = [recipe.out, *(files.at_home(_resolved(text, recipe, steps, set(), "awaits"))
                            for text in recipe.awaits)]
     needed: list[tuple[str, Path]] = []
     for name, step in steps.items():
