@@ -11,7 +11,9 @@ number where only a number can be meant, and 2.0 is a whole number.
 from __future__ import annotations
 
 import hashlib
+import os
 import re
+import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar, get_args, get_origin
@@ -31,6 +33,7 @@ from llama2.schema import Flag
 __all__ = ["Config", "StageConfig", "build", "derive", "incidentals", "parse", "paths"]
 
 LARGEST_SEED = 2**32 - 1
+NARROWEST = 40  # columns of a terminal in which help can be read
 
 
 class Config(BaseModel):
@@ -158,6 +161,8 @@ def parse(kind: type[C], arguments: Sequence[str], prog: str) -> C:
     given: list[Mapping[str, Any]] = []
     values: dict[str, Any] = {}
     if "-h" in flags or "--help" in flags:
+        if shutil.get_terminal_size().columns < NARROWEST:  # where no word fits, its lines are broken without end
+            os.environ["COLUMNS"] = str(NARROWEST)
         tyro.cli(kind, prog=f"{prog} [recipe.yaml]", default=_example(kind), args=["--help"],
                  config=(tyro.conf.AvoidSubcommands,))
     while flags and not flags[0].startswith("-") and (not where or flags[0].endswith((".yaml", ".yml"))):

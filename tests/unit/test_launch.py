@@ -147,6 +147,16 @@ def test_help_of_one_verb(capsys):
     assert "usage: llama2 carbon" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("columns", ["1", "0", "x"])
+def test_help_for_a_terminal_without_width(monkeypatch, capsys, columns):
+    """Its lines were broken for ever."""
+    monkeypatch.setenv("COLUMNS", columns)
+    with pytest.raises(SystemExit) as left:
+        llama2("carbon", "--help")
+    assert left.value.code == 0
+    assert "usage: llama2 carbon" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(("words", "heard"), [
     (["Sft"], "unknown verb 'Sft'; did you mean 'sft'?"),
     (["my/recipe.yaml", "--dry-run"], "my/recipe.yaml: a recipe stands behind a verb; write llama2 run my/recipe.yaml"),
