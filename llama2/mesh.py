@@ -23,6 +23,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from llama2 import rendezvous
+from llama2.cores import cores
 from llama2.errors import UserError
 
 Precision = Literal["fp32", "bf16"]
@@ -168,6 +169,8 @@ def tune_cpu() -> None:
     if device().type != "cpu":
         return
     keep_large_blocks()
+    if torch.get_num_threads() > cores():
+        torch.set_num_threads(cores())
     if platform.machine() in ("x86_64", "AMD64") and not has_amx():
         products = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
         before, products.fp32_precision = products.fp32_precision, "bf16"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import difflib
-import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from functools import cache
@@ -15,6 +14,7 @@ from pydantic import Field, create_model
 from llama2 import files, mistakes, schema
 from llama2.config import Config as Section
 from llama2.config import StageConfig, build, check_name, derive, paths
+from llama2.cores import cores
 from llama2.errors import UserError, did_you_mean
 from llama2.schema import Flag
 from llama2.stages import inputs, launch
@@ -38,7 +38,7 @@ class StepKeys(Section):
 class Config(StageConfig):
     """An ordered list of steps: steps.NAME.verb, .processes, .cores, .seconds, and the verb's own keys."""
 
-    cores: int = Field(default_factory=lambda: len(os.sched_getaffinity(0)), gt=0)
+    cores: int = Field(default_factory=cores, gt=0)
     """processor cores the steps may use together"""
     parameters: dict[str, str | int | float | bool] = {}
     """values for `${name}` in the steps; `${out}` is the recipe's own directory"""
