@@ -36,6 +36,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     for stream in (sys.stdout, sys.stderr):  # in the locale C, help and file names could not be printed
         if isinstance(stream, io.TextIOWrapper) and stream.encoding.lower() in ("ascii", "ansi_x3.4-1968"):
             stream.reconfigure(encoding="utf-8", errors="backslashreplace")
+        elif isinstance(stream, io.TextIOWrapper) and stream.errors == "strict":  # names of files need not be text
+            stream.reconfigure(errors="surrogateescape")
     sys.exit(_guarded(list(sys.argv[1:] if arguments is None else arguments)))
 
 

@@ -272,6 +272,16 @@ def test_the_installed_command(tmp_path):
     assert not (tmp_path / "x").exists()
 
 
+@pytest.mark.parametrize("errors", ["strict", "surrogateescape"])
+def test_a_folder_whose_name_is_no_text(tmp_path, errors):
+    """It is printed as the bytes it is, so that a script finds it."""
+    out = tmp_path / os.fsdecode(b"caf\xe9")
+    command = [sys.executable, "-m", "llama2.cli", "world", "--scale", "0.001", "--out", str(out)]
+    process = subprocess.run(command, capture_output=True, timeout=200,
+                             env={**os.environ, "PYTHONIOENCODING": f"utf-8:{errors}"})
+    assert (process.returncode, process.stdout) == (0, os.fsencode(out) + b"\n"), process.stderr
+
+
 def test_a_dry_run_touches_nothing(tmp_path, capsys, policy, world):
     out = tmp_path / "x"
     assert llama2("sft", "--dry-run", "--ranks", 2, "--model", policy, "--dialogs.a.path",
