@@ -6,6 +6,7 @@ whether its process is still there, and name it.
 
 from __future__ import annotations
 
+import errno
 import os
 import platform
 import sys
@@ -74,6 +75,8 @@ def joining(ranks: int, limit: timedelta) -> Iterator[None]:
         if "EADDRINUSE" in str(error):
             raise UserError(f"MASTER_PORT={os.environ['MASTER_PORT']}: another program uses this port",
                             "give all ranks another one (`torchrun --standalone` finds a free one)") from error
+        if os.strerror(errno.EMFILE).lower() in str(error).lower():
+            raise UserError(f"rank {rank}: too many open files", "raise the limit (`ulimit -n`)") from error
         if isinstance(error, RuntimeError) and not is_sign(error):
             raise
         raise UserError(cause, cure) from error
