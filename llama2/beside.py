@@ -26,7 +26,7 @@ def stop_ids(directory: Path, size: int | None = None) -> tuple[int, ...]:
     """
     found: list[int] = []
     for file in (directory / CONFIG, directory / GENERATION):
-        listed = plain.jsonplain.json_object(file).get("eos_token_id") if file.is_file() else None
+        listed = plain.json_object(file).get("eos_token_id") if file.is_file() else None
         ids = listed if isinstance(listed, list) else [] if listed is None else [listed]
         if not ids and listed is not None:
             raise UserError(f"{file}: eos_token_id is []", "name an id that ends an answer")
@@ -45,7 +45,8 @@ def stop_ids(directory: Path, size: int | None = None) -> tuple[int, ...]:
 
 def _added_end(directory: Path) -> int | None:
     """The id of the tokenizer's EOS, if that is an item added behind those of its model."""
-    settings, added = (plain.json_object(file) if file.is_file() else {} for file in (directory / SETTINGS, directory / ADDED))
+    settings, added = (plain.json_object(file) if file.is_file() else {}
+                       for file in (directory / SETTINGS, directory / ADDED))
     end = settings.get("eos_token")
     end = end.get("content") if isinstance(end, dict) else end
     listed = settings.get("added_tokens_decoder")
@@ -63,7 +64,7 @@ def chat_template(directory: Path) -> str | None:
     if file.is_file():
         return plain.content(file).decode("utf-8", "replace")
     file = directory / SETTINGS
-    found = plain.jsonplain.json_object(file).get("chat_template") if file.is_file() else None
+    found = plain.json_object(file).get("chat_template") if file.is_file() else None
     if isinstance(found, list):  # several, each with a name
         named = {one.get("name"): one.get("template") for one in found if isinstance(one, dict)}
         found = named.get(_DEFAULT, next(iter(named.values()), None))

@@ -8,6 +8,7 @@ What takes seconds to import is imported when a command is known, under a handle
 
 from __future__ import annotations
 
+import codecs
 import importlib
 import io
 import os
@@ -29,15 +30,27 @@ The Llama 2 paper as commands, in its order:
   llama2 <verb> ... --dry-run   the resolved configuration and what it would cost, without doing it
 """
 
+_SPELT = "llama2-spelt"  # a way of writing what a stream cannot, by its name
+
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run one command and leave with its exit status."""
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "FATAL")  # what matters of it comes as an exception, in one line
     _open_closed_streams()
+    codecs.register_error(_SPELT, _spell)
     for stream in (sys.stdout, sys.stderr):  # in the locale C, help and file names could not be printed
         if isinstance(stream, io.TextIOWrapper):
             ascii_only = stream.encoding.lower() in ("ascii", "ansi_x3.4-1968")
-            stream.reconfigure(encoding="utf-8" if ascii_only else None, errors="backslashreplace")
+            stream.reconfigure(encoding="utf-8" if ascii_only else None, errors=_SPELT)
     sys.exit(_guarded(list(sys.argv[1:] if arguments is None else arguments)))
+
+
+def _spell(error: UnicodeError) -> tuple[str | bytes, int]:
+    """What a stream writes for a character it has not: a byte of a file's name as it is, all else by its number."""
+    try:
+        return codecs.lookup_error("surrogateescape")(error)
+    except UnicodeError:
+        return codecs.lookup_error("backslashreplace")(error)
 
 
 def _open_closed_streams() -> None:

@@ -11,7 +11,9 @@ number where only a number can be meant, and 2.0 is a whole number.
 from __future__ import annotations
 
 import hashlib
+import os
 import re
+import shutil
 import unicodedata
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -26,6 +28,7 @@ from llama2 import mistakes, schema
 from llama2.errors import UserError
 from llama2.exact import exact
 from llama2.flags import overrides
+from llama2.printable import is_safe
 from llama2.recipes import layers, merge
 from llama2.schema import Flag
 
@@ -34,6 +37,7 @@ __all__ = ["Config", "StageConfig", "build", "derive", "incidentals", "parse", "
 LARGEST_SEED = 2**32 - 1
 _DEVICES = re.compile(r"con|prn|aux|nul|(com|lpt)[0-9]", re.IGNORECASE)
 _LONGEST_NAME = 200  # a file may have 255, and names get endings
+NARROWEST = 40  # columns of a terminal in which help can be read
 
 
 class Config(BaseModel):
@@ -175,6 +179,8 @@ def parse(kind: type[C], arguments: Sequence[str], prog: str) -> C:
     given: list[Mapping[str, Any]] = []
     values: dict[str, Any] = {}
     if "-h" in flags or "--help" in flags:
+        if shutil.get_terminal_size().columns < NARROWEST:  # where no word fits, its lines are broken without end
+            os.environ["COLUMNS"] = str(NARROWEST)
         tyro.cli(kind, prog=f"{prog} [recipe.yaml]", default=_example(kind), args=["--help"],
                  config=(tyro.conf.AvoidSubcommands,))
     while flags and not flags[0].startswith("-") and (not where or flags[0].endswith((".yaml", ".yml"))):

@@ -22,6 +22,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from llama2 import rendezvous
+from llama2.cores import cores
 from llama2.errors import UserError
 
 Precision = Literal["fp32", "bf16"]
@@ -76,12 +78,11 @@ def init() -> None:
                 raise UserError(f"this machine has {torch.cuda.device_count()} GPUs, and rank {where.index} on it "
                                 "wants one of its own", "start fewer processes here, or set LLAMA2_DEVICE=cpu")
             torch.cuda.set_device(where)
-        missing = [name for name in ("RANK", "MASTER_ADDR", "MASTER_PORT") if not os.environ.get(name)]
-        if missing:
-            raise UserError(f"WORLD_SIZE={ranks}, but {' and '.join(missing)} is not set",
-                            "start the ranks with torchrun, or unset WORLD_SIZE to run alone")
-        dist.init_process_group("nccl" if where.type == "cuda" else "gloo", timeout=TIMEOUT,
-                                device_id=where if where.type == "cuda" else None)
+        rendezvous.check(ranks)
+        with rendezvous.joining(ranks, TIMEOUT):
+            dist.init_process_group("nccl" if where.type == "cuda" else "gloo", timeout=TIMEOUT,
+                                    device_id=where if where.type == "cuda" else None)
+            rendezvous.remember(gather([rendezvous.myself()]))
     tune_cpu()
 
 
@@ -183,6 +184,8 @@ def tune_cpu() -> None:
     if device().type != "cpu":
         return
     keep_large_blocks()
+    if torch.get_num_threads() > cores():
+        torch.set_num_threads(cores())
     if platform.machine() in ("x86_64", "AMD64") and not has_amx():
         products = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
         before, products.fp32_precision = products.fp32_precision, "bf16"

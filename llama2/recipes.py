@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from llama2 import files
 from llama2.errors import UserError
 from llama2.yaml12 import read_yaml
 
@@ -20,7 +21,7 @@ def layers(path: Path, inside: tuple[Path, ...] = ()) -> list[dict[str, Any]]:
         return [values]
     if not isinstance(base, str) or not base:
         raise UserError(f"{path}: 'extends' names no file (it is {base!r})", "give the path of one recipe")
-    under = layers(path.parent / Path(base).expanduser(), (*inside, path.resolve()))
+    under = layers(path.parent / files.at_home(base), (*inside, path.resolve()))
     return [*under, values]
 
 

@@ -46,6 +46,8 @@ CHECKPOINTS = outputs.CHECKPOINTS  # needed until the run is complete, deleted a
 _CHECKPOINT = re.compile(r"(\.partial-|\.discarded-)?step-\d+|parts|answers|best")
 _MODELS = {"model", "policy", "critic", "candidate", "predecessor", "helpful", "safe"}  # names of keys, in every stage
 _MODELS_BY_NAME = {"versions", "policies"}
+_NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP, errno.EINVAL, errno.ENOTTY, errno.EACCES, errno.EPERM)
+"""how file systems (NFS, FUSE, 9p) and containers say that there are no locks"""
 _FIRST = ("config.yaml", MANIFEST, SECONDS, WARNINGS)
 _BEGUN = {".lock", SECONDS, *(f"{name}{end}" for name in _FIRST for end in ("", ".tmp"))}
 write_atomic, sha256 = durable.write_atomic, outputs.sha256
@@ -348,15 +350,15 @@ def lock(path: Path) -> IO[str]:
         raise UserError(f"{path}: another process{f' (pid {owner})' if owner else ''} is writing this run",
                         "wait for it, or choose another --out") from None
     except OSError as error:
-        if error.errno not in (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP):
+        if error.errno not in _NO_LOCKS:
             held.close()
             with explain_os_errors(path):
                 raise
         print(f"{path}: this file system has no locks, so nothing keeps a second process from writing this run",
               file=sys.stderr)
-    held.truncate(0)
-    held.write(str(os.getpid()))
-    held.flush()
+    with suppress(OSError):  # a courtesy to whoever asks for the lock: a full disk is named when a file needs it
+        os.truncate(held.fileno(), 0)
+        os.write(held.fileno(), str(os.getpid()).encode())
     return held
 
 

@@ -1,9 +1,10 @@
 """Builds the C++ files of this folder with the compiler at hand when they are first needed, and loads them.
 
-Each library is kept in the user's cache under a name that tells source, flags, compiler and processor, so it is built
-once, in about two seconds. A cache that cannot be written, or into which others can write, is passed over. Without a
-compiler everything runs in PyTorch's own operations, slower, and a line on standard error says so. LLAMA2_NATIVE=0
-asks for that.
+Each library is kept in the user's cache under a name that tells source, flags, compiler and the processor's
+instructions, so it is built once, in about two seconds, and machines that share a cache keep libraries of their own.
+It ends in the hash of its content: what is damaged or half written is built again. A cache that cannot be written, or
+into which others can write (`private`), is passed over. Where nothing can be built everything runs in PyTorch's own
+operations, slower, and one line on standard error says why. LLAMA2_NATIVE=0 asks for that.
 """
 
 from __future__ import annotations
@@ -12,119 +13,184 @@ import ctypes
 import errno
 import hashlib
 import os
-import platform
+import shlex
 import shutil
-import stat
+import signal
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
-from llama2 import switches
+from llama2 import private, switches
 
 HERE = Path(__file__).parent
 FLAGS = ("-O3", "-march=native", "-std=c++20", "-fopenmp", "-fno-math-errno", "-fno-trapping-math", "-fno-thread-jumps",
          "-shared", "-fPIC")
 WIDE = "-mprefer-vector-width=512"  # x86: GCC would take half of an AVX-512 register
+ASKING, BUILDING = 30, 120
+"""seconds that a compiler may take to tell of itself, and to build a library"""
+MARK = b"\nsha256 of the above: "
+_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG)
+
+
+class _Unusable(Exception):
+    """A compiler that cannot build this, and why."""
+
+
+@dataclass(frozen=True)
+class _Compiler:
+    """A compiler with its flags; `macros` tell its version, and the instructions that it will use."""
+
+    command: tuple[str, ...]
+    macros: str
+
+
+_refused: list[str] = []
+"""why nothing can be built here, once that is known: of three libraries the second and third would not fare better"""
 
 
 @cache
 def library(name: str) -> ctypes.CDLL | None:
     """The functions of `name`.cpp, or None where they cannot be built."""
-    if not switches.native() or not sys.platform.startswith("linux"):
-        return None
-    compiler = next((found for name in (os.environ.get("CXX"), "g++", "clang++") if name
-                     if (found := shutil.which(name))), None)
-    if compiler is None:
-        _say("no C++ compiler found: this CPU runs at about half its speed (install g++)")
+    if not switches.native() or not sys.platform.startswith("linux") or _refused:
         return None
     try:
-        return _loaded(compiler, name)
-    except (OSError, subprocess.SubprocessError) as error:
-        detail = getattr(error, "stderr", None) or str(error)
-        _say(f"{name}.cpp does not build here, so this CPU runs slower: {detail.strip().splitlines()[0]}")
-        return None
+        return _loaded(_compiler(), name)
+    except (OSError, _Unusable) as error:
+        _refused.append(str(error))
+    if os.environ.get("RANK", "0") == "0":
+        print(f"this CPU runs at about half its speed: {_refused[0]}", file=sys.stderr)
+    return None
 
 
-def _loaded(compiler: str, name: str) -> ctypes.CDLL:
+def forget() -> None:
+    """Look again, for compiler and libraries, when one is wanted."""
+    library.cache_clear()
+    _compiler.cache_clear()
+    _refused.clear()
+
+
+@cache
+def _compiler() -> _Compiler:
+    """The first compiler there is. What $CXX names may have arguments. _Unusable if there is none."""
+    for words in (os.environ.get("CXX", ""), "g++", "clang++"):
+        with suppress(ValueError):  # a quotation mark without its pair
+            program, *rest = shlex.split(words) or [""]
+            if program and (path := shutil.which(program)):
+                return _asked((path, *rest))
+    raise _Unusable("no C++ compiler found (install g++)")
+
+
+def _asked(command: tuple[str, ...]) -> _Compiler:
+    """What a compiler tells of itself: the macros it defines before it has read anything."""
+    show = ("-dM", "-E", "-x", "c++", os.devnull)
+    macros = _run((*command, *FLAGS, *show), ASKING)
+    wide = (WIDE,) if "__x86_64__" in macros else ()
+    return _Compiler((*command, *FLAGS, *wide), macros)
+
+
+def _loaded(compiler: _Compiler, name: str) -> ctypes.CDLL:
     """The library, from the first folder that is ours and takes it; at last from one that is deleted at once."""
-    flags = (*FLAGS, WIDE) if platform.machine() == "x86_64" else FLAGS
-    version = subprocess.run([compiler, "--version"], capture_output=True, check=True).stdout.decode("utf-8", "replace")
     texts = [path.read_text("utf-8") for path in (HERE / f"{name}.cpp", *sorted(HERE.glob("*.h")))]
-    tag = hashlib.sha256("\0".join((*texts, *flags, version, _processor())).encode()).hexdigest()[:16]
-    command = [compiler, *flags, str(HERE / f"{name}.cpp"), "-o"]
-    for folder in _folders():
+    tag = hashlib.sha256("\0".join((*texts, *compiler.command, compiler.macros)).encode()).hexdigest()[:16]
+    command = (*compiler.command, str(HERE / f"{name}.cpp"), "-o")
+    reasons = []
+    for folder in private.folders():
         try:
-            _make_private(folder)
+            private.make(folder)
             return ctypes.CDLL(str(_built(command, folder / f"{name}-{tag}.so")))
-        except OSError:  # read-only, full, no folder, not ours, or without the right to run what is in it: the next one
-            continue
-    with tempfile.TemporaryDirectory(prefix="llama2-") as scratch:
-        return ctypes.CDLL(str(_built(command, Path(scratch) / f"{name}.so")))
+        except OSError as error:  # read-only, full, no folder, not ours, or without the right to run what is in it
+            reasons.append(_reason(error, folder))
+    try:
+        with tempfile.TemporaryDirectory(prefix="llama2-", ignore_cleanup_errors=True) as scratch:
+            private.check_way(Path(scratch))
+            return ctypes.CDLL(str(_built(command, Path(scratch) / f"{name}.so")))
+    except OSError as error:
+        reasons.append(_reason(error, Path("a temporary folder")))
+        raise OSError(f"{'; '.join(reasons)} (set XDG_CACHE_HOME to a folder of your own)") from error
 
 
 def _built(command: Sequence[str], path: Path) -> Path:
     """The library's path; it is built under another name and moved, so that nobody loads half of it."""
-    if path.exists():
-        _check_owner(path)
-        return path
-    with tempfile.TemporaryDirectory(dir=path.parent) as scratch:
+    if os.path.lexists(path):
+        private.check(path)
+        if _is_whole(path.read_bytes()):
+            return path
+    with tempfile.TemporaryDirectory(dir=path.parent, ignore_cleanup_errors=True) as scratch:
         new = Path(scratch) / path.name
-        try:
-            subprocess.run([*command, str(new)], capture_output=True, text=True, errors="replace", check=True,
-                           timeout=120, env={**os.environ, "LC_ALL": "C"})
-        except subprocess.CalledProcessError as error:
-            for number in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG):
-                if os.strerror(number) in error.stderr:
-                    raise OSError(number, os.strerror(number)) from error
-            raise
+        _run([*command, str(new)], BUILDING, TMPDIR=scratch)
+        _try(new, command)
+        digest = hashlib.sha256(new.read_bytes()).hexdigest().encode()
+        with open(new, "ab") as file:
+            file.write(MARK + digest)
+            file.flush()
+            os.fsync(file.fileno())
         new.chmod(0o700)
         os.replace(new, path)
     return path
 
 
-def _folders() -> Iterator[Path]:
-    """Where to keep the library, in order of preference."""
-    with suppress(RuntimeError):  # no HOME, and a user without an entry
-        yield Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "llama2"
-    yield Path(tempfile.gettempdir()) / f"llama2-{os.getuid()}"
-
-
-def _make_private(folder: Path) -> None:
-    """Make a folder that no one else can put anything into. PermissionError if another could have: whoever owns a
-    folder of programs, or may write there, decides what its readers run."""
-    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-    _check_owner(folder)
-    if folder.stat().st_mode & 0o077:
-        folder.chmod(0o700)
-
-
-def _check_owner(path: Path) -> None:
-    for status in (path.lstat(), path.stat()):
-        writable = status.st_mode & 0o022 and not stat.S_ISLNK(status.st_mode)
-        if status.st_uid != os.getuid() or writable:
-            raise PermissionError(errno.EPERM, "others may have written it", str(path))
-
-
-def _processor() -> str:
-    """What decides which instructions there are."""
+def _try(new: Path, command: Sequence[str]) -> None:
+    """_Unusable if what a compiler has built is no library for this machine; OSError if the folder runs none."""
     try:
-        with open("/proc/cpuinfo", encoding="utf-8", errors="replace") as file:
-            return next((line for line in file if line.startswith(("flags", "Features"))), platform.machine())
-    except OSError:
-        return platform.machine()
+        ctypes.CDLL(str(new))
+    except OSError as error:
+        if "failed to map segment" in str(error):  # mounted noexec
+            raise
+        why = str(error).removeprefix(f"{new}: ")
+        raise _Unusable(f"{Path(command[0]).name} builds nothing that can be loaded ({why})") from None
 
 
-@cache
-def _say(line: str) -> None:
-    if os.environ.get("RANK", "0") == "0":
-        print(line, file=sys.stderr)
+def _is_whole(content: bytes) -> bool:
+    """Whether a library is what was built: a truncated one would end the process when it is run."""
+    before, _, digest = content.rpartition(MARK)
+    return hashlib.sha256(before).hexdigest().encode() == digest
+
+
+def _run(command: Sequence[str], seconds: float, **environment: str) -> str:
+    """What a compiler prints. After so many seconds it is ended, with all that it has started. _Unusable if it fails,
+    OSError if the disk refuses what it writes."""
+    name = Path(command[0]).name
+    try:
+        with subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                              text=True, encoding="utf-8", errors="replace", start_new_session=True,
+                              env={**os.environ, "LC_ALL": "C", **environment}) as process:
+            try:
+                said, complaint = process.communicate(timeout=seconds)
+            except BaseException:
+                with suppress(ProcessLookupError):
+                    os.killpg(process.pid, signal.SIGKILL)
+                raise
+    except subprocess.TimeoutExpired:
+        raise _Unusable(f"{name} takes longer than {seconds:g} seconds") from None
+    except OSError as error:
+        raise _Unusable(f"{name} cannot be run ({_strerror(error)})") from error
+    if process.returncode:
+        for number in _DISK:
+            if os.strerror(number) in complaint:
+                raise OSError(number, os.strerror(number))
+        lines = [line.strip() for line in complaint.splitlines() if line.strip()]
+        errors = [line for line in lines if "error" in line or "not found" in line or "cannot find" in line]
+        status = process.returncode
+        ending = f"exit status {status}" if status > 0 else f"ended by signal {-status}"
+        raise _Unusable(f"{name}: {[*errors, *lines, ending][0]}")
+    return said
+
+
+def _reason(error: OSError, folder: Path) -> str:
+    """Why a folder is of no use."""
+    return f"{error.filename or folder}: {_strerror(error)}"
+
+
+def _strerror(error: OSError) -> str:
+    return (error.strerror or str(error)).lower() if error.errno else str(error)
 
 
 class Library:

@@ -6,6 +6,7 @@ outside inputs/<name>, wherever either lay.
 
 from __future__ import annotations
 
+import os
 import re
 import shlex
 from collections.abc import Mapping
@@ -175,5 +176,5 @@ def _evaluation(lineage: Lineage, measured: Measured | None) -> str:
 
 def places(path: Path) -> list[str]:
     """What must not stand in any paper: the home directory and where the run lies."""
-    found = {str(Path.home()), str(path.resolve().parent), str(path.absolute().parent)}
+    found = {os.path.expanduser("~"), str(path.resolve().parent), str(path.absolute().parent)}
     return sorted(place for place in found if len(PurePosixPath(place).parts) > 2)

@@ -61,16 +61,19 @@ class History:
 
     @staticmethod
     def default() -> Path:
-        """Where the state of programs belongs (XDG)."""
+        """Where the state of programs belongs (XDG). UserError for a user without a home directory."""
         state = os.environ.get("XDG_STATE_HOME", "")
-        return (Path(state) if os.path.isabs(state) else Path.home() / ".local" / "state") / "llama2" / "history"
+        try:
+            return (Path(state) if os.path.isabs(state) else Path.home() / ".local" / "state") / "llama2" / "history"
+        except RuntimeError:
+            raise UserError("this user has no home directory", "set XDG_STATE_HOME") from None
 
     def read(self) -> list[str]:
         """The last messages, oldest first; what is no message is passed over."""
-        if not self.path.exists():
-            return []
         with explain_os_errors(self.path):
-            lines = self.path.read_text(encoding="utf-8", errors="replace").splitlines()
+            if not self.path.exists():
+                return []
+            lines = self.path.read_text("utf-8", "replace").splitlines()
         found = [text for line in lines if (text := _text(line))]
         if len(found) > 2 * KEPT:
             self._replace(found[-KEPT:])

@@ -19,7 +19,7 @@ from typing import TextIO
 
 from pydantic import Field
 
-from llama2 import mesh, records
+from llama2 import files, mesh, records
 from llama2.config import Config as BaseConfig
 from llama2.errors import UserError, did_you_mean
 from llama2.generate.dialogue import Chat
@@ -91,10 +91,18 @@ def run(config: Config) -> None:
             stream.reconfigure(errors="replace")  # a stray byte must not end the session
     if isinstance(sys.stdin, TextIOWrapper) and codecs.lookup(sys.stdin.encoding).name == "ascii":
         sys.stdin.reconfigure(encoding="utf-8")  # of which ASCII is a part
-    history = History(History.default()) if config.history else None
+    history = _history() if config.history and sys.stdin.isatty() else None
     if not chat(Chat(engine, tokenizer), sampling, config.system, meter=engine, history=history, plain=config.plain,
                 each_line=config.each_line, commands=config.commands):
         sys.exit(UserError.exit_code)
+
+
+def _history() -> History | None:
+    try:
+        return History(History.default())
+    except UserError as error:
+        _note(f"what you write is not remembered: {error}")
+        return None
 
 
 def chat(
@@ -288,7 +296,7 @@ class Session:
     def _load(self, name: str) -> None:
         if not name:
             raise UserError("/load needs the name of a file", "for example /load talk.jsonl")
-        path = Path(name).expanduser()
+        path = files.at_home(Path(name))
         *_, dialog = records.read(Dialog, path)
         system = dialog.messages[0].role == "system"
         self._system = dialog.messages[0].content if system else ""
@@ -301,7 +309,7 @@ class Session:
             raise UserError("/save needs the name of a file", "for example /save talk.jsonl")
         if not self.turns:
             raise UserError("there is no conversation to save", "say something first")
-        path = Path(name).expanduser()
+        path = files.at_home(Path(name))
         earlier = list(records.read(Dialog, path)) if path.exists() and path.stat().st_size else []
         count = records.write(path, [*earlier, Dialog((*self._head(), *self.turns))])
         _note(f"{path}: {count} conversation{'s' if count > 1 else ''}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import threading
 import time
@@ -21,6 +22,10 @@ from llama2.stages import launch
 from llama2.stages.recipe import Config, Step
 from llama2.stages.remaining import Log, remaining
 
+MEND = "mend it and repeat the command: finished steps are kept"
+RESUMES = "the same command resumes"
+LIMITS = "see `ulimit -a` and what else runs here; the same command resumes"
+
 
 @dataclass(frozen=True)
 class Work:
@@ -38,7 +43,7 @@ class Board:
         self.waiting = list(steps)
         self.running: dict[str, Work] = {}
         self.finished: dict[str, float] = {}  # seconds it took; 0 if it was finished before we began
-        self.error = ""
+        self.error: UserError | None = None
         self.stopping = 0  # the number of the signal
         self.begin = time.monotonic()
         self.console = Console(stderr=True)
@@ -84,7 +89,10 @@ class Board:
             try:
                 workers = launch.Workers.start(step.verb, step.values, step.processes, threads, log.path)
             except EOFError:  # a signal to the whole group, or a machine without memory, ended what starts processes
-                self._fail(name, "the process that starts others was killed")
+                self._fail(name, "the process that starts others was killed (out of memory?)", RESUMES)
+                return
+            except OSError as error:  # BlockingIOError, too: no more processes
+                self._fail(name, f"no process could be started ({os.strerror(error.errno or 0).lower()})", LIMITS)
                 return
             self.running[name] = Work(workers, log)
             if self.stopping:  # the signal came meanwhile
@@ -108,11 +116,11 @@ class Board:
             elif outcome == "stopped":
                 self.stopping = self.stopping or signal.SIGTERM
             else:
-                self._fail(name, outcome)
+                self._fail(name, outcome, RESUMES if work.workers.killed else MEND)
 
-    def _fail(self, name: str, why: str) -> None:
+    def _fail(self, name: str, why: str, cure: str = MEND) -> None:
         """Remember the first error; what runs beside it saves and stops."""
-        self.error = self.error or f"step {name}: {why}"
+        self.error = self.error or UserError(f"step {name}: {why}", cure)
         for work in self.running.values():
             work.workers.stop()
 
@@ -126,7 +134,7 @@ class Board:
     def finish(self) -> int:
         """Say how it ended; the exit status: 130 for a recipe that Ctrl-C left unfinished."""
         if self.error:
-            raise UserError(self.error, "mend it and repeat the command: finished steps are kept")
+            raise self.error
         took = _clock(time.monotonic() - self.begin)
         if len(self.finished) < len(self.steps):
             ending = f"stopped after {len(self.finished)} of {len(self.steps)} steps; the same command resumes"

@@ -171,7 +171,7 @@ def _check(config: Config) -> None:
 def _answers(config: Config, place: int, run: runs.Run, prompts: Sequence[Prompt], dialogs: Sequence[ghost.Dialog]
              ) -> Said:
     """All that the version at this place has to say."""
-    begin, name = time.time(), list(config.versions)[place]
+    begin, name = time.monotonic(), list(config.versions)[place]
     asked = [prompt.messages for prompt in prompts]
     talks: dict[ghost.Place, list[Messages]] = {}
     with in_turn(lambda: _chat(config, name, run)) as chat:
@@ -186,7 +186,7 @@ def _answers(config: Config, place: int, run: runs.Run, prompts: Sequence[Prompt
 
             rows = in_parts(run, f"talks-{one}-{place}", dialogs, ROUNDS * config.slots, hold)
             talks[one] = [tuple(Message(role, content) for role, content in row) for row in rows]
-    _say(f"{name}: answered in {time.time() - begin:.0f} s")
+    _say(f"{name}: answered in {time.monotonic() - begin:.0f} s")
     return Said(answers, greedy, talks)
 
 

@@ -24,7 +24,7 @@ from typing import Any
 
 import torch
 
-from llama2 import mesh, runs
+from llama2 import mesh, rendezvous, runs
 from llama2.config import StageConfig, build, parse
 from llama2.errors import UserError, explain_os_errors
 from llama2.interrupts import held_back, leave_at_once
@@ -122,14 +122,16 @@ def _positional(module: Any, flags: list[str]) -> list[str]:
 
 def execute(verb: str, config: StageConfig) -> None:
     """Carry out one stage in this process (and its torchrun ranks), unless it is finished."""
-    mesh.init()
-    with runs.open_run(verb, config) as run:
-        if not run.finished:
-            stage(verb).run(config, run)
+    with rendezvous.together():
+        mesh.init()
+        with runs.open_run(verb, config) as run:
+            if not run.finished:
+                stage(verb).run(config, run)
 
 
 # --- in processes of their own -------------------------------------------------------------------------------------
 
+SERVER_GONE = 255  # what multiprocessing says of a process whose parent, the server of workers, has ended
 _context = multiprocessing.get_context("forkserver")
 
 
@@ -152,6 +154,13 @@ class Workers:
     log: Path
     asked: bool = field(default=False, init=False)
     """whether they were asked to stop"""
+    failed: int = field(default=0, init=False)
+    """the exit status of the first that failed, negative if a signal ended it"""
+
+    @property
+    def killed(self) -> bool:
+        """Whether the system, not the work, ended a process: there is nothing to mend."""
+        return not self.asked and (self.failed < 0 or self.failed == SERVER_GONE)
 
     @classmethod
     def start(cls, verb: str, config: Mapping[str, Any], ranks: int, threads: int, log: Path) -> Workers:
@@ -175,9 +184,12 @@ class Workers:
 
     def alive(self) -> bool:
         """Whether any rank still runs; one that failed takes the others down (they would wait for it forever)."""
-        if any(process.exitcode not in (None, 0) for process in self.processes):
+        self.failed = self.failed or next((process.exitcode for process in self.processes if process.exitcode), 0)
+        if self.failed:
             for process in self.processes:
                 process.kill()
+            for lifeline in self.lifelines:  # without the server of workers no signal reaches them
+                lifeline.close()
         return any(process.is_alive() for process in self.processes)
 
     def stop(self) -> None:
@@ -203,14 +215,21 @@ class Workers:
                 said.append(self.messages.recv())
         except EOFError:
             pass
+        self.failed = self.failed or next((process.exitcode for process in self.processes if process.exitcode), 0)
         errors = [text for text in said if text not in ("done", "stopped")]
-        if errors:
-            return str(errors[0])
+        own = [text for text in errors if not text.endswith(rendezvous.RESUMES)]  # others only miss who failed
+        if own:
+            return str(own[0])
         if self.asked and any(process.exitcode in (-signal.SIGTERM, -signal.SIGKILL) for process in self.processes):
             return "stopped"
-        if any(process.exitcode for process in self.processes):
-            codes = sorted({process.exitcode for process in self.processes if process.exitcode})
-            return f"a process ended with exit status {codes[0]}; its log: {self.log}"
+        if self.killed:
+            how = f"signal {-self.failed}" if self.failed < 0 else "with the one that starts them"
+            memory = "; out of memory?" if self.failed in (-signal.SIGKILL, SERVER_GONE) else ""
+            return f"a worker process was killed ({how}{memory}); its log: {self.log}"
+        if errors:
+            return str(errors[0])
+        if self.failed:
+            return f"a process ended with exit status {self.failed}; its log: {self.log}"
         return "stopped" if "stopped" in said else "done"
 
 

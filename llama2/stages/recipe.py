@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import difflib
-import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from functools import cache
@@ -12,9 +11,10 @@ from typing import Any
 
 from pydantic import Field, create_model
 
-from llama2 import mistakes, schema
+from llama2 import files, mistakes, schema
 from llama2.config import Config as Section
 from llama2.config import StageConfig, build, check_names, derive, paths
+from llama2.cores import cores
 from llama2.errors import UserError, did_you_mean
 from llama2.schema import Flag
 from llama2.stages import inputs, launch
@@ -38,7 +38,7 @@ class StepKeys(Section):
 class Config(StageConfig):
     """An ordered list of steps: steps.NAME.verb, .processes, .cores, .seconds, and the verb's own keys."""
 
-    cores: int = Field(default_factory=lambda: len(os.sched_getaffinity(0)), gt=0)
+    cores: int = Field(default_factory=cores, gt=0)
     """processor cores the steps may use together"""
     parameters: dict[str, str | int | float | bool] = {}
     """values for `${name}` in the steps; `${out}` is the recipe's own directory"""
@@ -247,7 +247,7 @@ def _refuse_leftover(resolved: str, written: str, where: str) -> None:
 
 def check_inputs(recipe: Config, steps: Mapping[str, Step]) -> None:
     """UserError that names every input which no step makes, nobody makes later, and which is not there."""
-    later = [recipe.out, *(Path(_resolved(text, recipe, steps, set(), "awaits")).expanduser()
+    later = [recipe.out, *(files.at_home(_resolved(text, recipe, steps, set(), "awaits"))
                            for text in recipe.awaits)]
     needed: list[tuple[str, Path]] = []
     for name, step in steps.items():

@@ -23,9 +23,9 @@ needs_compiler = pytest.mark.skipif(not shutil.which("g++") and not shutil.which
 @pytest.fixture
 def forget() -> None:
     """`library` looks again, now and after the test."""
-    native.library.cache_clear()
+    native.forget()
     yield
-    native.library.cache_clear()
+    native.forget()
 
 
 def measure(model: torch.nn.Module, batch: dict[str, Tensor], precision: Precision) -> list[Tensor]:

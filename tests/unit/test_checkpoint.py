@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import re
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -221,3 +223,11 @@ def test_only_models_of_this_package_are_saved(tmp_path: Path) -> None:
         checkpoint.save(torch.nn.Linear(1, 1), tmp_path / "m")
     checkpoint.save(Scorer(CONFIG), tmp_path / "scorer")
     assert json.loads((tmp_path / "scorer" / "config.json").read_text())["num_labels"] == 1
+
+
+def test_a_folder_whose_name_is_not_utf8_is_read_like_any_other(base, tmp_path):
+    """Old disks and archives have such names; the library of the format takes none of them."""
+    folder = tmp_path / os.fsdecode(b"caf\xe9")
+    shutil.copytree(base, folder)
+    for name, value in checkpoint.load(base).state_dict().items():
+        assert torch.equal(checkpoint.load(folder).state_dict()[name], value), name

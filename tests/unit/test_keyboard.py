@@ -50,6 +50,16 @@ def test_a_relative_state_directory_is_no_state_directory(monkeypatch: pytest.Mo
     assert History.default() == Path.home() / ".local" / "state" / "llama2" / "history"
 
 
+def test_a_user_without_a_home_directory_has_no_history(monkeypatch: pytest.MonkeyPatch) -> None:
+    def unknown() -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.delenv("XDG_STATE_HOME", raising=False)
+    monkeypatch.setattr(Path, "home", unknown)
+    with pytest.raises(UserError, match=r"^this user has no home directory; set XDG_STATE_HOME$"):
+        History.default()
+
+
 def test_a_history_that_cannot_be_written_is_said_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "file").write_text("")
     history = History(tmp_path / "file" / "history")

@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from multiprocessing import forkserver
 
 import pytest
 import torch
@@ -78,8 +79,31 @@ def test_one_rank_that_dies_takes_the_others_down(tmp_path):
     workers = launch.Workers.start("world", {"out": str(tmp_path / "a")}, 2, 1, tmp_path / "log")
     wait_for(lambda: (tmp_path / "a/documents").exists())
     os.kill(workers.processes[0].pid, signal.SIGKILL)
-    assert finish(workers, 20) == f"a process ended with exit status -9; its log: {tmp_path / 'log'}"
+    assert finish(workers, 20) == ("a worker process was killed (signal 9; out of memory?); "
+                                    f"its log: {tmp_path / 'log'}")
     assert not any(process.is_alive() for process in workers.processes)
+
+
+def alive(pid):
+    try:
+        with open(f"/proc/{pid}/stat") as file:
+            return file.read().rpartition(")")[2].split()[0] != "Z"  # a container may have nobody who asks how it ended
+    except FileNotFoundError:
+        return False
+
+
+def test_what_starts_workers_may_be_killed(tmp_path):
+    """By a machine without memory: its workers end as well, though no signal reaches them any more."""
+    workers = launch.Workers.start("world", {"out": str(tmp_path / "a")}, 1, 1, tmp_path / "log")
+    wait_for(lambda: (tmp_path / "a/documents").exists())
+    held = (tmp_path / "a/.lock").read_text()
+    os.kill(forkserver._forkserver._forkserver_pid, signal.SIGKILL)
+    assert finish(workers, 20) == ("a worker process was killed (with the one that starts them; out of memory?); "
+                                   f"its log: {tmp_path / 'log'}")
+    assert workers.killed
+    wait_for(lambda: not alive(held))
+    workers = launch.Workers.start("world", {"out": str(tmp_path / "a"), "scale": 1}, 1, 1, tmp_path / "log")
+    assert finish(workers) == "done"
 
 
 TWO = {
@@ -127,6 +151,16 @@ def test_help_lists_every_verb_in_the_papers_order(capsys):
 def test_help_of_one_verb(capsys):
     with pytest.raises(SystemExit) as left:
         llama2("help", "carbon")
+    assert left.value.code == 0
+    assert "usage: llama2 carbon" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("columns", ["1", "0", "x"])
+def test_help_for_a_terminal_without_width(monkeypatch, capsys, columns):
+    """Its lines were broken for ever."""
+    monkeypatch.setenv("COLUMNS", columns)
+    with pytest.raises(SystemExit) as left:
+        llama2("carbon", "--help")
     assert left.value.code == 0
     assert "usage: llama2 carbon" in capsys.readouterr().out
 
@@ -244,6 +278,16 @@ def test_the_installed_command(tmp_path):
     assert (process.returncode, process.stdout) == (2, "")
     assert process.stderr == ("llama2: error: '--scale': must be at most 1 (it is 7); mend the value\n")
     assert not (tmp_path / "x").exists()
+
+
+@pytest.mark.parametrize("errors", ["strict", "surrogateescape"])
+def test_a_folder_whose_name_is_no_text(tmp_path, errors):
+    """It is printed as the bytes it is, so that a script finds it."""
+    out = tmp_path / os.fsdecode(b"caf\xe9")
+    command = [sys.executable, "-m", "llama2.cli", "world", "--scale", "0.001", "--out", str(out)]
+    process = subprocess.run(command, capture_output=True, timeout=200,
+                             env={**os.environ, "PYTHONIOENCODING": f"utf-8:{errors}"})
+    assert (process.returncode, process.stdout) == (0, os.fsencode(out) + b"\n"), process.stderr
 
 
 def test_a_dry_run_touches_nothing(tmp_path, capsys, policy, world):

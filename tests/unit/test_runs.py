@@ -409,7 +409,8 @@ def test_checkpoints_on_another_disk_are_deleted_and_nothing_else(tmp_path):
     assert not (tmp_path / "disk/step-00000001").exists()
 
 
-@pytest.mark.parametrize("number", [errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP])
+@pytest.mark.parametrize("number", [errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP, errno.EINVAL,
+                                    errno.ENOTTY, errno.EACCES, errno.EPERM])
 def test_a_file_system_without_locks_is_written_with_a_warning(tmp_path, monkeypatch, capsys, number):
     def missing(file, how):
         raise OSError(number, os.strerror(number))
@@ -418,6 +419,27 @@ def test_a_file_system_without_locks_is_written_with_a_warning(tmp_path, monkeyp
     assert work(config(tmp_path))
     assert capsys.readouterr().err == (f"{tmp_path / 'out'}: this file system has no locks, so nothing keeps a second "
                                        "process from writing this run\n")
+
+
+def test_another_refusal_of_a_lock_is_one_line(tmp_path, monkeypatch):
+    def stale(file, how):
+        raise OSError(errno.ESTALE, os.strerror(errno.ESTALE))
+
+    monkeypatch.setattr(runs.fcntl, "flock", stale)
+    with pytest.raises(UserError, match=rf"^{tmp_path}/a: stale file handle; check the path and its disk$"):
+        runs.lock(tmp_path / "a")
+
+
+def test_a_lock_on_a_full_disk_holds(tmp_path, monkeypatch):
+    """Its content is a courtesy; what needs room names the disk."""
+    def full(*_):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(runs.os, "write", full)
+    held = runs.lock(tmp_path / "a")
+    with pytest.raises(UserError, match=r"a: another process is writing this run; wait for it"):
+        runs.lock(tmp_path / "a")
+    held.close()
 
 
 # --- metrics --------------------------------------------------------------------------------------------------------

@@ -16,6 +16,7 @@ from collections.abc import Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from io import FileIO
 from pathlib import Path
+from typing import BinaryIO
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -38,12 +39,11 @@ def entries(path: Path) -> dict[str, Stored]:
     """The tensors of a safetensors file by name. UserError for a file that is truncated or none; reads no numbers."""
     plain.check(path)
     try:
-        with explain_os_errors(path):
-            with safe_open(path, framework="pt", device="cpu"):
+        with explain_os_errors(path), open(path, "rb") as file:
+            with safe_open(_utf8(path, file), framework="pt", device="cpu"):
                 pass  # the header is whole, and describes each byte of the file once
-            with open(path, "rb") as file:
-                length = int.from_bytes(file.read(8), "little")
-                header = json.loads(file.read(length))
+            length = int.from_bytes(file.read(8), "little")
+            header = json.loads(file.read(length))
     except (SafetensorError, ValueError) as error:
         raise UserError(f"{path}: truncated or not a safetensors file ({error})", "fetch it again") from None
     header.pop("__metadata__", None)
@@ -55,6 +55,15 @@ def entries(path: Path) -> dict[str, Stored]:
         found[name] = _stored(path, place, DTYPES[told["dtype"]], tuple(told["shape"]),
                               8 + length + told["data_offsets"][0])
     return found
+
+
+def _utf8(path: Path, file: BinaryIO) -> str:
+    """A name of an open file that the library can take: it knows none that is not UTF-8."""
+    try:
+        path.as_posix().encode()
+    except UnicodeEncodeError:
+        return f"/proc/self/fd/{file.fileno()}"
+    return str(path)
 
 
 def _stored(path: Path, place: str, dtype: torch.dtype, shape: tuple[int, ...], offset: int, once: bool = False
