@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import ctypes
 import json
 import os
 import re
 import shutil
 import signal
+import struct
 import subprocess
 import sys
 import time
@@ -44,10 +46,19 @@ def fine(got: Got, *never: str) -> tuple[bool, str]:
 
 
 def as_user(number: int) -> Callable[[], None]:
+    """Become another user, who may read everything (the interpreter may lie in a closed home) and owns nothing."""
+    system = ctypes.CDLL(None, use_errno=True)
+    keep, ambient, rise, read_all = 8, 47, 2, 2
+
     def become() -> None:
         os.setgroups([])
         os.setgid(number)
+        system.prctl(keep, 1, 0, 0, 0)
         os.setuid(number)
+        head = struct.pack("Ii", 0x20080522, 0)
+        system.capset(head, struct.pack("6I", *(1 << read_all,) * 3, 0, 0, 0))
+        system.prctl(ambient, rise, read_all, 0, 0)
+
     return become
 
 

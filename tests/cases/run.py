@@ -20,6 +20,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import time
 import traceback
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -84,6 +85,7 @@ class Bench:
         self.inputs, self.scratch, self.count = inputs, scratch, 0
         self.services: dict[str, Service] = {}
         self.model, self.helpful, self.safe = (scratch / name for name in ("model", "helpful", "safe"))
+        torch.set_num_threads(1)  # processes are forked from this one
         torch.manual_seed(0)
         texts = [" ".join(WORDS[(i * 7 + j * 3) % len(WORDS)] for j in range(30)) for i in range(200)]
         tokenizer = train_tokenizer(texts, 320, self.model)
@@ -130,15 +132,42 @@ class Bench:
         """
         self.count += 1
         out = self.scratch / f"out{self.count}"
-        words = [sys.executable, "-m", "llama2.cli", *(word.replace("OUT", str(out)) for word in arguments)]
+        words = [word.replace("OUT", str(out)) for word in arguments]
+        if environment or before is not None:
+            return self._fresh(words, out, seconds, said, before, environment)
+        return self._forked(words, out, seconds, said)
+
+    def _fresh(self, words: list[str], out: Path, seconds: float, said: str, before: Callable[[], None] | None,
+               environment: Mapping[str, str | None]) -> Got:
+        """In a process that begins anew: a start takes seconds."""
         try:
-            ended = subprocess.run(words, input=said.encode("utf-8", "surrogatepass"), capture_output=True,
-                                   timeout=seconds, env=surroundings(environment), preexec_fn=before,
-                                   cwd=self.scratch)
-        except subprocess.TimeoutExpired as late:
-            return Got(124, out, f"hang: no end after {late.timeout:g} seconds", True)
+            ended = subprocess.run([sys.executable, "-m", "llama2.cli", *words], timeout=seconds, preexec_fn=before,
+                                   input=said.encode("utf-8", "surrogatepass"), capture_output=True,
+                                   env=surroundings(environment), cwd=self.scratch)
+        except subprocess.TimeoutExpired:
+            return Got(124, out, f"hang: no end after {seconds:g} seconds", True)
         printed = (ended.stdout + ended.stderr).decode("utf-8", "replace")
         return Got(ended.returncode, out, printed, ended.returncode < 0 or "Traceback (most recent" in printed)
+
+    def _forked(self, words: list[str], out: Path, seconds: float, said: str) -> Got:
+        """In a process forked from this one, which has everything imported."""
+        printed = self.scratch / f"printed{self.count}"
+        (self.scratch / "said").write_text(said, "utf-8")
+        sys.stdout.flush()
+        child = os.fork()
+        if not child:
+            _carry_out(words, self.scratch / "said", printed)
+        end, status = time.monotonic() + seconds, None
+        while status is None and time.monotonic() < end:
+            ended, found = os.waitpid(child, os.WNOHANG)
+            status = os.waitstatus_to_exitcode(found) if ended else None
+            time.sleep(0.005)
+        if status is None:
+            os.kill(child, 9)
+            os.waitpid(child, 0)
+            return Got(124, out, f"hang: no end after {seconds:g} seconds", True)
+        text = printed.read_text("utf-8", "replace")
+        return Got(status, out, text, status < 0 or "Traceback (most recent" in text)
 
     def served(self, *paths: Path | str, **flags: str) -> Service:
         """A server of these models, one and the same for every case that asks for it alike."""
@@ -152,6 +181,27 @@ class Bench:
         """End all servers."""
         for service in self.services.values():
             service.stop()
+
+
+def _carry_out(words: list[str], said: Path, printed: Path) -> None:
+    """Run one command line in this forked process, and end it."""
+    status = 1
+    for number, name, kind in ((0, said, os.O_RDONLY), (1, printed, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)):
+        os.dup2(os.open(name, kind), number)
+    os.dup2(1, 2)
+    sys.stdin, sys.stdout, sys.stderr = (open(number, mode, encoding="utf-8", errors=errors)  # noqa: SIM115
+                                         for number, mode, errors in ((0, "r", "surrogateescape"), (1, "w", "strict"),
+                                                                      (2, "w", "backslashreplace")))
+    try:
+        cli.main(words)
+        status = 0
+    except SystemExit as ended:
+        status = int(ended.code or 0)
+    except BaseException:
+        traceback.print_exc()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)
 
 
 def surroundings(changes: Mapping[str, str | None]) -> dict[str, str]:
