@@ -181,11 +181,11 @@ def _models() -> Iterator[tuple[str, str, Work]]:
         "collect": ("collect", "--policies", "SICK", "--prompts", "PROMPTS", *few),
         "rejection": ("rejection", "--policy", "SICK", "--rewards.helpful", "HELPFUL", "--prompts", "PROMPTS", "--k",
                       "2", "--temperatures", "1.0", *few),
-        "export": ("export", "SICK", "--to", "meta", "--out", "OUT"),
     }.items():
         def work(bench: Bench, words: tuple[str, ...] = words) -> tuple[bool, str]:
             prompts = bench.scratch / "few.jsonl"
-            asked = [{"id": f"p{n}", "messages": [{"role": "user", "content": "why"}]} for n in range(4)]
+            asked = [{"id": f"p{n}", "messages": [{"role": "user", "content": "why"}], "metadata": {
+                "questions": ["why", "how"], "instruction": {"text": "say tea"}}} for n in range(4)]
             prompts.write_text("".join(json.dumps(one) + "\n" for one in asked))
             for name, place in (("SICK", sick(bench)), ("PROMPTS", prompts), ("HELPFUL", bench.helpful)):
                 words = tuple(word.replace(name, str(place)) for word in words)
