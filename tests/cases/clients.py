@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
@@ -58,7 +59,8 @@ def refused(pattern: str, path: str = "chat", never: tuple[str, ...] = UNREASONE
     def work(service: Service) -> tuple[bool, str]:
         got = (service.chat if path == "chat" else service.complete)(**body)
         text = got.text.lower()
-        return got.status_code == 400 and pattern in text and not any(one in text for one in never), _status(got)
+        named = bool(re.search(pattern, text)) and not any(one in text for one in never)
+        return got.status_code == 400 and named, _status(got)
     return with_server(work)
 
 
@@ -136,8 +138,9 @@ def _fields() -> Iterator[tuple[str, str, Work]]:
     yield "chat: tools", "refused by reason", refused("tool", tools=[TOOL], tool_choice="auto")
     yield "chat: tools, required", "refused by reason", refused("tool", tools=[TOOL], tool_choice="required")
     yield "chat: functions", "refused by reason", refused("function", functions=[TOOL["function"]])
-    yield "chat: audio", "refused by reason", refused("audio", modalities=["text", "audio"])
-    yield "chat: store true", "refused by reason, with no wrong hint", refused("store", store=True)
+    yield "chat: audio", "refused by reason", refused("audio|modalities", modalities=["text", "audio"])
+    yield "chat: store true", "of no effect, or refused by reason", either(
+        answers(store=True), refused("store", store=True))
     yield "chat: reasoning_effort", "refused by reason, or of no effect", either(
         answers(reasoning_effort="low"), refused("reasoning_effort", reasoning_effort="low"))
     yield "chat: verbosity", "refused by reason, or of no effect", either(
@@ -239,8 +242,10 @@ def _edges() -> Iterator[tuple[str, str, Work]]:
                         }.items():
         yield f"turns: {name}", "accepted, or refused by reason", either(
             answers(messages=turns), refused("", never=(), messages=turns))
-    for extra in ({}, {"continue_final_message": True, "add_generation_prompt": False}):
-        yield f"prefill {extra or ''}", "the answer goes on where it was left", _prefill(extra)
+    yield "prefill", "the answer goes on where it was left", _prefill(
+        {"continue_final_message": True, "add_generation_prompt": False})
+    yield "prefill unasked", "the answer goes on, or how to ask for that is said", either(_prefill({}), refused(
+        "continue_final_message", messages=[*ASK, {"role": "assistant", "content": "tea is"}]))
     many = [*ASK, {"role": "assistant", "content": "tea"}]
     yield "prefill: contradiction", "refused by reason", refused(
         "continue_final_message", messages=many, continue_final_message=True, add_generation_prompt=True)

@@ -526,12 +526,21 @@ def _processes() -> Iterator[tuple[str, str, Work]]:
 
 # ---- chat on a pipe -------------------------------------------------------------------------------------------------
 def _pipes() -> Iterator[tuple[str, str, Work]]:
-    def many(bench: Bench) -> tuple[bool, str]:
-        got = bench.process("chat", str(bench.model), "--max-tokens", "4", "--temperature", "0",
-                            said="".join(f"how is tea {n}\n" for n in range(60)))
-        return fine(got, "tokens, ")[0] and "error" not in got.said, got.short()
+    lines = "".join(f"how is tea {number}\n" for number in range(60))
 
-    yield "chat: 60 lines on a pipe", "all are answered", many
+    def many(bench: Bench) -> tuple[bool, str]:
+        got = bench.process("chat", str(bench.model), "--max-tokens", "4", "--temperature", "0", "--each-line",
+                            said=lines)
+        return fine(got, "llama2: error")[0], got.short()
+
+    yield "chat: 60 lines on a pipe, each alone", "all are answered", many
+
+    def grown(bench: Bench) -> tuple[bool, str]:
+        got = bench.process("chat", str(bench.model), "--max-tokens", "4", "--temperature", "0", said=lines)
+        errors = got.said.count("llama2: error: ")
+        return got.status == 2 and errors == 1 and "--each-line" in got.said, f"{got.short()} | {errors} errors"
+
+    yield "chat: 60 lines on a pipe", "a conversation that outgrows the context ends, in one line that names a cure", grown
 
     def commands(bench: Bench) -> tuple[bool, str]:
         file = bench.scratch / "saved.jsonl"
