@@ -540,7 +540,7 @@ def _pipes() -> Iterator[tuple[str, str, Work]]:
         errors = got.said.count("llama2: error: ")
         return got.status == 2 and errors == 1 and "--each-line" in got.said, f"{got.short()} | {errors} errors"
 
-    yield "chat: 60 lines on a pipe", "a conversation that outgrows the context ends, in one line that names a cure", grown
+    yield "chat: 60 lines on a pipe", "what outgrows the context ends in one line that names a cure", grown
 
     def commands(bench: Bench) -> tuple[bool, str]:
         file = bench.scratch / "saved.jsonl"
