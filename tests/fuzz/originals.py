@@ -8,6 +8,7 @@ import io
 import json
 import lzma
 import os
+import shutil
 import subprocess
 import sys
 import zipfile
@@ -44,7 +45,8 @@ def build(folder: Path) -> None:
     """Make all of them below `folder`. Takes a minute or two; nothing here depends on a seed of the fuzzing."""
     if (folder / "done").exists():
         return
-    folder.mkdir(parents=True, exist_ok=True)
+    shutil.rmtree(folder, ignore_errors=True)  # what was begun
+    folder.mkdir(parents=True)
     _runs(folder / "runs")
     _models(folder, folder / "runs" / "recipe" / "world" / "demonstrations.jsonl")
     _records(folder)
