@@ -12,7 +12,7 @@ import shutil
 import subprocess
 import sys
 import zipfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -204,9 +204,11 @@ def _runs(folder: Path) -> None:
     """A finished recipe, and runs of three kinds that were stopped half-way."""
     folder.mkdir()
     place = recipe.write(folder / "recipe.yaml")
-    environment: Mapping[str, str] = {**os.environ, "OMP_NUM_THREADS": "1"}
-    subprocess.run([sys.executable, "-m", "llama2.cli", "run", str(place), "--out", str(folder / "recipe")], check=True,
-                   env=environment, capture_output=True)
+    root = str(Path(__file__).resolve().parents[2])
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": root}
+    made = subprocess.run([sys.executable, "-m", "llama2.cli", "run", str(place), "--out", str(folder / "recipe")],
+                          env=environment, capture_output=True, text=True)
+    assert made.returncode == 0, made.stderr[-2000:]
     for name, words, stop in (("training", TRAINING, {"step": 9}), ("parts", PARTS, {"part": 2})):
         out = folder / name
         status = in_a_process(folder / f"{name}.log", *_words(words, folder, out), number=15, **stop)
