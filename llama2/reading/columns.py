@@ -160,7 +160,8 @@ def parquet_rows(file: File) -> Found:
     number = 0
     with explained(lambda: f"{file.label}:{number + 1}"), _seekable(file) as content:
         try:
-            for batch in parquet.ParquetFile(content).iter_batches(batch_size=1024):
+            found = parquet.ParquetFile(content, page_checksum_verification=True)  # of the pages that have one
+            for batch in found.iter_batches(batch_size=1024):
                 for value in _values(batch):
                     number += 1
                     yield (number, _whole_numbers(unified(value))) if not isinstance(value, Exception) else Bad(

@@ -2,8 +2,10 @@
 
     python tests/cases/run.py FOLDER [NAME ...]
 
-FOLDER holds the inputs, `data/` and `recipe/` below it; without NAMEs all cases run. A case is a command line of
-`llama2`, carried out in this process, and what must come of it. Exit status 1 if a case differs. The inputs are not
+FOLDER holds the inputs, in the folders `data`, `recipe`, `formats` and `reliability`; without NAMEs all cases run, and
+a name that ends with * is the beginning of names. A case is a command line of `llama2`, carried out in this process or,
+where it may hang or crash, in one of its own with a time limit, or requests to a real server; and what must come of it.
+Exit status 1 if a case differs. The inputs are not
 part of this repository: the tests beside each module hold small ones of the same kinds.
 """
 
@@ -12,20 +14,29 @@ from __future__ import annotations
 import contextlib
 import io
 import json
+import os
 import re
 import shutil
+import subprocess
 import sys
 import tempfile
+import time
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+import clients
 import configuration
 import data
+import formats
+import machines
 import recipe
+import reliability
 import torch
 import training
+import wire
+from service import Service
 
 from llama2 import cli, mesh
 from llama2.model import checkpoint
@@ -33,6 +44,8 @@ from llama2.model.llama import Llama, LlamaConfig
 from llama2.model.scorer import Scorer
 from llama2.tokenizer import train as train_tokenizer
 
+ROOT = Path(__file__).resolve().parents[2]
+MODULES = (data, training, configuration, recipe, formats, clients, wire, reliability, machines)
 WORDS = ["the", "cat", "sat", "on", "a", "mat", "why", "how", "what", "is", "tea", "sun", "moon", "and", "leaves",
          "yes", "no", "hello", "good", "answer", "question"]
 
@@ -70,7 +83,9 @@ class Bench:
 
     def __init__(self, inputs: Path, scratch: Path) -> None:
         self.inputs, self.scratch, self.count = inputs, scratch, 0
+        self.services: dict[str, Service] = {}
         self.model, self.helpful, self.safe = (scratch / name for name in ("model", "helpful", "safe"))
+        torch.set_num_threads(1)  # processes are forked from this one
         torch.manual_seed(0)
         texts = [" ".join(WORDS[(i * 7 + j * 3) % len(WORDS)] for j in range(30)) for i in range(200)]
         tokenizer = train_tokenizer(texts, 320, self.model)
@@ -108,6 +123,92 @@ class Bench:
                 mesh.shutdown()
         return Got(status, out, printed.getvalue() + said.getvalue(), crashed)
 
+    def process(self, *arguments: str, seconds: float = 120, said: str = "", before: Callable[[], None] | None = None,
+                **environment: str | None) -> Got:
+        """Carry out one command line in a process of its own; crashed if it hangs, dies of a signal or has a traceback.
+
+        `said` is its standard input; `environment` changes variables (None takes one away); `before` is called in the
+        process before it begins.
+        """
+        self.count += 1
+        out = self.scratch / f"out{self.count}"
+        words = [word.replace("OUT", str(out)) for word in arguments]
+        if environment or before is not None:
+            return self._fresh(words, out, seconds, said, before, environment)
+        return self._forked(words, out, seconds, said)
+
+    def _fresh(self, words: list[str], out: Path, seconds: float, said: str, before: Callable[[], None] | None,
+               environment: Mapping[str, str | None]) -> Got:
+        """In a process that begins anew: a start takes seconds."""
+        try:
+            ended = subprocess.run([sys.executable, "-m", "llama2.cli", *words], timeout=seconds, preexec_fn=before,
+                                   input=said.encode("utf-8", "surrogatepass"), capture_output=True,
+                                   env=surroundings(environment), cwd=self.scratch)
+        except subprocess.TimeoutExpired:
+            return Got(124, out, f"hang: no end after {seconds:g} seconds", True)
+        printed = (ended.stdout + ended.stderr).decode("utf-8", "replace")
+        return Got(ended.returncode, out, printed, ended.returncode < 0 or "Traceback (most recent" in printed)
+
+    def _forked(self, words: list[str], out: Path, seconds: float, said: str) -> Got:
+        """In a process forked from this one, which has everything imported."""
+        printed = self.scratch / f"printed{self.count}"
+        (self.scratch / "said").write_text(said, "utf-8")
+        sys.stdout.flush()
+        child = os.fork()
+        if not child:
+            _carry_out(words, self.scratch / "said", printed)
+        end, status = time.monotonic() + seconds, None
+        while status is None and time.monotonic() < end:
+            ended, found = os.waitpid(child, os.WNOHANG)
+            status = os.waitstatus_to_exitcode(found) if ended else None
+            time.sleep(0.005)
+        if status is None:
+            os.kill(child, 9)
+            os.waitpid(child, 0)
+            return Got(124, out, f"hang: no end after {seconds:g} seconds", True)
+        text = printed.read_text("utf-8", "replace")
+        return Got(status, out, text, status < 0 or "Traceback (most recent" in text)
+
+    def served(self, *paths: Path | str, **flags: str) -> Service:
+        """A server of these models, one and the same for every case that asks for it alike."""
+        key = json.dumps([[str(path) for path in paths], flags], sort_keys=True)
+        if key not in self.services:
+            self.services[key] = Service(self.scratch / f"server{len(self.services)}.log", paths, flags,
+                                         surroundings({}))
+        return self.services[key]
+
+    def close(self) -> None:
+        """End all servers."""
+        for service in self.services.values():
+            service.stop()
+
+
+def _carry_out(words: list[str], said: Path, printed: Path) -> None:
+    """Run one command line in this forked process, and end it."""
+    status = 1
+    for number, name, kind in ((0, said, os.O_RDONLY), (1, printed, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)):
+        os.dup2(os.open(name, kind), number)
+    os.dup2(1, 2)
+    sys.stdin, sys.stdout, sys.stderr = (open(number, mode, encoding="utf-8", errors=errors)  # noqa: SIM115
+                                         for number, mode, errors in ((0, "r", "surrogateescape"), (1, "w", "strict"),
+                                                                      (2, "w", "backslashreplace")))
+    try:
+        cli.main(words)
+        status = 0
+    except SystemExit as ended:
+        status = int(ended.code or 0)
+    except BaseException:
+        traceback.print_exc()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)
+
+
+def surroundings(changes: Mapping[str, str | None]) -> dict[str, str]:
+    """The environment of a process that runs this tree's code, with changes."""
+    found = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", **changes}
+    return {name: value for name, value in found.items() if value is not None}
+
 
 @dataclass(frozen=True)
 class Case:
@@ -120,9 +221,13 @@ class Case:
 
 def cases() -> Iterator[Case]:
     """Every case, those of data first."""
-    for module in (data, training, configuration, recipe):
+    for module in MODULES:
         for name, expected, work in module.cases():
             yield Case(name, expected, work)
+
+
+def is_named(name: str, asked: str) -> bool:
+    return name.startswith(asked[:-1]) if asked.endswith("*") else name == asked
 
 
 def main(arguments: list[str]) -> int:
@@ -130,15 +235,16 @@ def main(arguments: list[str]) -> int:
     if not arguments or not Path(arguments[0]).is_dir():
         print(__doc__, file=sys.stderr)
         return 2
-    chosen = [case for case in cases() if not arguments[1:] or case.name in arguments[1:]]
+    names = arguments[1:]
+    chosen = [case for case in cases() if not names or any(is_named(case.name, name) for name in names)]
     scratch = Path(tempfile.mkdtemp())
     wrong = []
+    bench = Bench(Path(arguments[0]).resolve(), scratch)
     try:
-        bench = Bench(Path(arguments[0]).resolve(), scratch)
         for case in chosen:
             try:
                 right, got = case.work(bench)
-            except BaseException as error:  # a case that fails is one that differs
+            except Exception as error:  # a case that fails is one that differs
                 right, got = False, f"{type(error).__name__}: {error}"
             wrong += [] if right else [case.name]
             got = re.sub(re.escape(str(scratch)), "...", got).replace(str(bench.inputs), "...")
@@ -147,6 +253,7 @@ def main(arguments: list[str]) -> int:
                 flush=True,
             )
     finally:
+        bench.close()
         shutil.rmtree(scratch, ignore_errors=True)
     print(
         f"{len(chosen) - len(wrong)} of {len(chosen)} as expected"

@@ -262,3 +262,14 @@ def test_a_key_that_stands_twice_is_no_choice_of_ours(tmp_path):
         assert read(tmp_path / "a.json", f"[{good},\n{bad}]") == [value, (2, cause)]
         with pytest.raises(UserError, match=f"a.json:1: {cause}"):
             read(tmp_path / "a.json", bad)
+
+
+def test_a_changed_byte_in_a_parquet_page_with_a_checksum_is_noticed(tmp_path):
+    pyarrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    path = tmp_path / "a.parquet"
+    parquet.write_table(pyarrow.table({"text": ["the old mill"]}), path, compression="none", use_dictionary=False,
+                        write_page_checksum=True)
+    assert [row.value for rows in tables(path) for row in rows] == [{"text": "the old mill"}]
+    path.write_bytes(path.read_bytes().replace(b"the old mill", b"the new mill"))
+    with pytest.raises(UserError, match=r"a\.parquet:1: truncated or corrupt Parquet file .*; fetch it again"):
+        [row for rows in tables(path) for row in rows]
