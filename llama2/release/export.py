@@ -140,11 +140,8 @@ def _write(config: Config, source: Source, target: Path, kind: str) -> list[str]
 
 
 def _tokenizer_files(source: Source) -> Callable[[Path], None]:
-    def write(directory: Path) -> None:
-        if source.tokenizer is not None:
-            Tokenizer.load(source.tokenizer).save(directory)
-
-    return write
+    """Writes what belongs beside the weights; a faulty tokenizer is refused now, not when the weights are written."""
+    return Tokenizer.load(source.tokenizer).save if source.tokenizer is not None else lambda directory: None
 
 
 def _verified(source: Source, written: Source, kind: str, allowed: float, length: int) -> int:

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from llama2.errors import UserError
+from llama2.tokenizer.pieces import Held
 from llama2.tokenizer.tokenizer import Tokenizer
 
 _RANDOM = 200
@@ -62,8 +63,8 @@ UNWRITABLE = ("\ud800", "a\udfffb", "\ud83d and the rest")
 """halves of characters, which no UTF-8 text has: both must refuse them"""
 
 
-def compare(a: Path, b: Path) -> Tokenizers:
-    """Two SentencePiece files. UserError if one cannot be loaded."""
+def compare(a: Path | Held, b: Path | Held) -> Tokenizers:
+    """Two SentencePiece models. UserError if one cannot be loaded."""
     one, other = Tokenizer.load(a), Tokenizer.load(b)
     found = texts()
     items = min(one.vocab_size, other.vocab_size)

@@ -199,5 +199,5 @@ def copy(source: Path, target: Path) -> None:
             shutil.copy2(path, target / path.name)
 
 
-MODEL_FILES = {checkpoint.CONFIG, checkpoint.CHECKSUMS, "generation_config.json", "tokenizer.model",
-               "tokenizer_config.json", "special_tokens_map.json"}
+MODEL_FILES = {checkpoint.CONFIG, checkpoint.CHECKSUMS, "generation_config.json", "tokenizer.model", "tokenizer.json",
+               "added_tokens.json", "tokenizer_config.json", "special_tokens_map.json"}

@@ -98,8 +98,8 @@ def test_every_format_comes_in_by_the_same_command(tmp_path: Path, model: Path, 
     text = "[INST] How old is the mill? [/INST] été 🙂"
     assert Tokenizer.load(tmp_path / "ours").encode(text) == tokenizer.encode(text)
     assert sorted(path.name for path in (tmp_path / "ours").iterdir()) == [
-        "checksums.json", "config.json", "model.safetensors", "special_tokens_map.json", "tokenizer.model",
-        "tokenizer_config.json"]
+        "checksums.json", "config.json", "model.safetensors", "special_tokens_map.json", "tokenizer.json",
+        "tokenizer.model", "tokenizer_config.json"]
     tokens = torch.tensor([[1, 300, 17, 5]])
     with torch.no_grad():
         assert torch.allclose(checkpoint.load(tmp_path / "ours")(tokens), checkpoint.load(model)(tokens), atol=1e-5)
@@ -148,7 +148,7 @@ def test_a_dry_run_says_what_it_found_and_writes_nothing(tmp_path: Path, model: 
 # ---- tokenizers -----------------------------------------------------------------------------------------------------
 def cut_tokenizer(tokenizer: Tokenizer, file: Path, size: int) -> Path:
     """The same tokenizer without its last pieces."""
-    from llama2.model.formats import pieces
+    from llama2.tokenizer import pieces
     file.parent.mkdir(exist_ok=True)
     file.write_bytes(tokenizer.model)
     whole = pieces.load(file)
@@ -178,10 +178,24 @@ def test_a_vocabulary_smaller_than_the_tokenizer_is_refused(tmp_path: Path, mode
 
 def test_a_checkpoint_without_a_tokenizer_comes_in_with_a_warning(tmp_path: Path, model: Path,
                                                                   capsys: pytest.CaptureFixture[str]) -> None:
-    (model / "tokenizer.model").unlink()
+    for name in ("tokenizer.model", "tokenizer.json"):
+        (model / name).unlink()
     assert llama2("import", model, "--out", tmp_path / "ours") == 0
     assert "no tokenizer came with it" in capsys.readouterr().err
     assert not (tmp_path / "ours" / "tokenizer.model").exists()
+
+
+def test_a_tokenizer_under_another_name_is_pointed_out_and_taken(tmp_path: Path, model: Path, tokenizer: Tokenizer,
+                                                                 capsys: pytest.CaptureFixture[str]) -> None:
+    theirs = as_llama2c(model, tmp_path / "theirs").with_name("tokenizer.bin")
+    for name in ("tokenizer.model", "tokenizer.json"):
+        (model / name).unlink()
+    shutil.copy(theirs, model / "tok512.bin")
+    assert llama2("import", model, "--out", tmp_path / "without") == 0
+    assert f"it may be {model / 'tok512.bin'}" in capsys.readouterr().err
+    assert llama2("import", model, "--tokenizer", model / "tok512.bin", "--out", tmp_path / "ours") == 0
+    again = Tokenizer.load(tmp_path / "ours")
+    assert all(again.encode(text) == tokenizer.encode(text) for text in ("the  old mill", "été\n", "</s>"))
 
 
 # ---- what is refused ------------------------------------------------------------------------------------------------

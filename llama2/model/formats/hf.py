@@ -18,6 +18,7 @@ from llama2.model.formats.binary import EMBEDDINGS, HEAD
 from llama2.model.formats.directory import CHECKSUMS, CONFIG, INDEX, WEIGHTS
 from llama2.model.formats.source import Source, Stored
 from llama2.model.llama import LlamaConfig
+from llama2.tokenizer import foreign
 
 TOKENIZER = "tokenizer.model"
 SHARD_BYTES = 5 << 30
@@ -29,9 +30,8 @@ def read(path: Path) -> Source:
     config, scorer = directory.read_config(path)
     files = directory.weight_files(path)
     directory.verify_checksums(path)
-    tokenizer = path / TOKENIZER
     return Source(path, "Hugging Face", config, scorer, fitting(path, entries(files), config, scorer),
-                  tokenizer if tokenizer.exists() else None)
+                  foreign.find(path))
 
 
 def entries(files: list[Path]) -> dict[str, Stored]:

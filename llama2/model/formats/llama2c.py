@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 
 from llama2.errors import UserError, explain_os_errors
-from llama2.model.formats import llama2c_vocabulary, pieces
+from llama2.model.formats import llama2c_vocabulary
 from llama2.model.formats.binary import (
     EMBEDDINGS,
     FETCH_AGAIN,
@@ -34,7 +34,6 @@ from llama2.model.formats.binary import (
     NORM,
     halved,
     interleaved,
-    kept,
     read_array,
     replacing,
     rotary_heads,
@@ -43,6 +42,7 @@ from llama2.model.formats.binary import (
 )
 from llama2.model.formats.source import Source, Stored
 from llama2.model.llama import LlamaConfig, rotary_tables
+from llama2.tokenizer import pieces
 
 MAGIC = 0x616B3432
 _HEADER = 256  # bytes, of versions 1 and 2
@@ -198,8 +198,7 @@ def _bytes(tensor: Tensor) -> bytes:
 def read(path: Path) -> Source:
     """A model of llama2.c as a `Source`, in fp32, with the tokenizer of a `tokenizer.bin` beside it if there is one.
 
-    That one is put into a SentencePiece model file that lives as long as the process. UserError for another file,
-    another version, and a size that is not what the header asks for.
+    UserError for another file, another version, and a size that is not what the header asks for.
     """
     with explain_os_errors(path), open(path, "rb") as file:
         head = file.read(_HEADER)
@@ -211,8 +210,7 @@ def read(path: Path) -> Source:
     beside = path.parent / llama2c_vocabulary.FILE
     tokenizer = None
     if beside.exists():
-        items = llama2c_vocabulary.load(beside, header.config.vocab_size)
-        tokenizer = kept(pieces.build(pieces.Pieces(items)), "tokenizer.model")
+        tokenizer = llama2c_vocabulary.held(beside, header.config.vocab_size)
     return Source(path, "llama2c", header.config, False, tensors, tokenizer)
 
 

@@ -28,6 +28,7 @@ from llama2.model.formats import archive
 from llama2.model.formats.binary import EMBEDDINGS, HEAD, halved, interleaved, rotary_heads, shapes
 from llama2.model.formats.source import Source, Stored
 from llama2.model.llama import LlamaConfig
+from llama2.tokenizer import pieces
 
 PARAMETERS, TOKENIZER = "params.json", "tokenizer.model"
 CONTEXT = 4096
@@ -225,7 +226,7 @@ def write(source: Source, directory: Path, *, dtype: torch.dtype | None = None, 
                 _deal(name, stored[name], layout[their_name(name)[0]][1], source.config, targets)
         (work / PARAMETERS).write_text(json.dumps(parameters(source.config), indent=2) + "\n", encoding="utf-8")
         if source.tokenizer is not None:
-            shutil.copyfile(source.tokenizer, work / TOKENIZER)
+            (work / TOKENIZER).write_bytes(pieces.content(source.tokenizer))
 
 
 def _deal(name: str, stored: Stored, dtype: torch.dtype, config: LlamaConfig,

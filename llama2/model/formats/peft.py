@@ -23,6 +23,7 @@ from llama2.model.formats import directory, hf
 from llama2.model.formats.binary import EMBEDDINGS, HEAD
 from llama2.model.formats.directory import SCORE
 from llama2.model.formats.source import Source, Stored
+from llama2.tokenizer import foreign
 
 CONFIG, WEIGHTS = "adapter_config.json", ("adapter_model.safetensors", "adapter_model.bin")
 _BASE = "base_model_name_or_path"
@@ -106,9 +107,8 @@ def read(path: Path, base: Source, dtype: torch.dtype | None = None) -> Source:
     shapes = directory.shapes(config, scorer=scorer)
     directory.check_shapes(path, shapes, {name: stored.shape for name, stored in tensors.items()},
                            f"its base {base.path}")
-    tokenizer = path / hf.TOKENIZER
     return Source(path, f"PEFT adapter of {base.format}", config, scorer, {name: tensors[name] for name in shapes},
-                  tokenizer if tokenizer.exists() else base.tokenizer)
+                  foreign.find(path) or base.tokenizer)
 
 
 def _open(path: Path) -> _Adapter:

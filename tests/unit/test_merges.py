@@ -1,0 +1,88 @@
+"""A list of merges does to a text what SentencePiece does by scores, and gives the scores back."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+from conversations import contents, trained, with_lowest_spaces
+
+from llama2.tokenizer import Tokenizer, merges, pieces
+from llama2.tokenizer.pieces import BYTE, CONTROL, NORMAL, SPACE, UNKNOWN, Piece, Pieces
+
+
+@pytest.fixture(scope="module")
+def ordinary(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
+    return trained(tmp_path_factory.mktemp("trained"))
+
+
+@pytest.fixture(scope="module", params=["as trained", "lowest spaces"])
+def tokenizer(request: pytest.FixtureRequest, ordinary: Tokenizer) -> Tokenizer:
+    return ordinary if request.param == "as trained" else with_lowest_spaces(ordinary)
+
+
+def made(texts: list[str], scores: list[float]) -> Tokenizer:
+    """A tokenizer of these items behind unknown, BOS, EOS and the bytes."""
+    first = [Piece("<unk>", 0.0, UNKNOWN), Piece("<s>", 0.0, CONTROL), Piece("</s>", 0.0, CONTROL)]
+    items = [Piece(f"<0x{byte:02X}>", 0.0, BYTE) for byte in range(256)]
+    return Tokenizer(pieces.build(Pieces([*first, *items, *map(Piece, texts, scores)])))
+
+
+def vocabulary(tokenizer: Tokenizer) -> Pieces:
+    return pieces.parse(tokenizer.model, "here")
+
+
+def test_the_merges_give_the_ids(tokenizer: Tokenizer) -> None:
+    merger = merges.merger(vocabulary(tokenizer).items)
+    draw = random.Random(0)
+    for text in (contents(draw) for _ in range(1500)):
+        assert merger.encode(text) == tokenizer.encode(text), text
+
+
+def test_a_run_of_spaces_grows_from_the_left(ordinary: Tokenizer) -> None:
+    tokenizer = with_lowest_spaces(ordinary)
+    items = vocabulary(tokenizer).items
+    for run in range(1, 60):
+        ids = tokenizer.encode(" " * (run - 1) + "\n")[: run // 16 + bool(run % 16)]
+        assert [len(items[token].text) for token in ids] == [16] * (run // 16) + [run % 16] * bool(run % 16)
+        assert merges.merger(items).encode(" " * (run - 1) + "\n") == tokenizer.encode(" " * (run - 1) + "\n")
+
+
+@pytest.mark.parametrize(("text", "items"), [
+    ("xaba", ["▁", "x", "a", "b", "xa", "ba", "ab", "aba"]),
+    ("ababa", ["▁", "a", "b", "ab", "ba", "aba"]),
+    ("aabaa", ["▁", "a", "b", "aa", "ab", "aab", "baa", "aabaa"]),
+])
+def test_of_two_divisions_of_one_item_the_leftmost_wins(text: str, items: list[str]) -> None:
+    """p q r with pq = qr, whichever of p and q is longer."""
+    draw = random.Random(0)
+    for _ in range(200):
+        order = draw.sample(range(len(items)), len(items))
+        tokenizer = made([items[place] for place in order], [-float(rank) for rank in range(len(items))])
+        merger = merges.merger(vocabulary(tokenizer).items)
+        for one in (text, text * 2, text * 3, f"b{text}a{text}"):
+            assert merger.encode(one) == tokenizer.encode(one), (one, order)
+
+
+def test_scores_come_back(tokenizer: Tokenizer) -> None:
+    items = vocabulary(tokenizer).items
+    texts = {item.text: token for token, item in enumerate(items) if item.kind == NORMAL}
+    scores = merges.scored(texts, merges.listed(items))
+    assert scores is not None
+    assert {text: scores[text] for text in texts if len(text) > 1} == {
+        item.text: item.score for item in items if item.kind == NORMAL and len(item.text) > 1}
+
+
+def test_merges_that_leave_a_way_out_have_no_scores(ordinary: Tokenizer) -> None:
+    items = vocabulary(ordinary).items
+    texts = {item.text: token for token, item in enumerate(items) if item.kind == NORMAL}
+    found = merges.listed(items)
+    assert merges.scored(texts, found[:-1]) is None
+    assert merges.scored(texts, [*found, found[0]]) is None
+
+
+def test_characters_outside_become_bytes(ordinary: Tokenizer) -> None:
+    merger = merges.merger(vocabulary(ordinary).items)
+    assert merger.encode("🙂")[-4:] == [3 + byte for byte in "🙂".encode()]
+    assert merger.encode("") == ordinary.encode("") == []
+    assert merger.encode(SPACE) == ordinary.encode(SPACE)
