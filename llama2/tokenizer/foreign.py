@@ -125,7 +125,7 @@ def _added(directory: Path, inside: Mapping[int, Added]) -> dict[int, Added]:
 
     file = directory / ADDED
     for text, token in _object(file).items():
-        add(file, _id(file, token), text, False)
+        add(file, _id(file, token), _text(file, text), False)
     return {token: Added(entry.text, entry.special or entry.text in roles) for token, entry in sorted(found.items())}
 
 
@@ -151,7 +151,15 @@ def _id(file: Path, value: Any) -> int:
 def _entry(file: Path, entry: Any) -> tuple[str, bool]:
     if not isinstance(entry, dict) or not isinstance(entry.get("content"), str) or not entry["content"]:
         raise UserError(f"{file}: an added token is {entry!r}", _FETCH)
-    return entry["content"], entry.get("special") is True
+    return _text(file, entry["content"]), entry.get("special") is True
+
+
+def _text(file: Path, text: str) -> str:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise UserError(f"{file}: the item {text!a} holds half of a surrogate pair", _FETCH) from None
+    return text
 
 
 # ---- tokenizer.json -------------------------------------------------------------------------------------------------
@@ -160,9 +168,9 @@ def read(file: Path) -> Fast:
     values = _object(file)
     model = _mapping(file, values, "model")
     _refuse_others(file, values, model)
-    texts = _mapping(file, model, "vocab")
-    if not texts or sorted(map(repr, texts.values())) != sorted({repr(_id(file, token)) for token in texts.values()}):
-        raise UserError(f"{file}: the ids in its vocabulary are no numbers, or stand there twice", _FETCH)
+    texts = {_text(file, text): _id(file, token) for text, token in _mapping(file, model, "vocab").items()}
+    if not texts or len(set(texts.values())) < len(texts):
+        raise UserError(f"{file}: its vocabulary is empty, or an id stands there twice", _FETCH)
 
     listed = [tuple(merge.split(" ")) if isinstance(merge, str) else merge for merge in _list(file, model, "merges")]
     for rank, merge in enumerate(listed):

@@ -21,6 +21,7 @@ from llama2.tokenizer.template import CHAT_TEMPLATE
 JSON, SETTINGS, SPECIAL = "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"
 _SAMPLE = 400  # items that are tried alone, and in a row
 _ROWS = 60
+_LONGEST = 64  # characters of an item that is tried
 
 
 # ---- writing --------------------------------------------------------------------------------------------------------
@@ -130,7 +131,7 @@ def texts(items: Sequence[Piece]) -> Iterator[str]:
         yield f"if x:\n{' ' * run}return{' ' * run}1"
     yield from _hard()
 
-    words = [item.text.replace(SPACE, " ") for item in items if item.kind == NORMAL]
+    words = [item.text.replace(SPACE, " ") for item in items if item.kind == NORMAL and len(item.text) <= _LONGEST]
     yield from words[:: len(words) // _SAMPLE + 1]
 
     draw = random.Random(0)

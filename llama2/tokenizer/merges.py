@@ -20,6 +20,7 @@ from llama2.tokenizer.pieces import BYTE, NORMAL, SPACE, Piece
 
 Merge = tuple[str, str]
 
+_LONGEST = 1024  # characters of an item that is looked at; Llama 2's have 16 at most
 _LOWEST = -1e9  # the score that the published model gives to runs of spaces
 
 
@@ -42,6 +43,8 @@ def listed(items: Sequence[Piece]) -> list[Merge]:
 
 def _divisions(text: str, known: set[str]) -> list[Merge]:
     """Every way to divide an item into two, in the order in which they are to be tried."""
+    if len(text) > _LONGEST:
+        return []
     cuts = [cut for cut in range(len(text) - 1, 0, -1) if text[:cut] in known and text[cut:] in known]
     for cut in cuts[:]:
         other = len(text) - cut

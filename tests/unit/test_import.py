@@ -185,6 +185,52 @@ def test_a_checkpoint_without_a_tokenizer_comes_in_with_a_warning(tmp_path: Path
     assert not (tmp_path / "ours" / "tokenizer.model").exists()
 
 
+def test_a_directory_as_transformers_5_leaves_it_comes_in_whole(tmp_path: Path, model: Path, tokenizer: Tokenizer,
+                                                                one_line: Callable[..., str]) -> None:
+    (model / "tokenizer.model").unlink()
+    assert llama2("import", model, "--out", tmp_path / "ours") == 0
+    again = Tokenizer.load(tmp_path / "ours")
+    assert all(again.encode(text) == tokenizer.encode(text) for text in ("the  old mill", "été\n", "</s>", "    x"))
+    values = json.loads((model / "tokenizer.json").read_bytes())
+    (model / "tokenizer.json").write_text(json.dumps(values | {"decoder": {"type": "ByteLevel"}}))
+    said = one_line("import", model, "--out", tmp_path / "none")
+    assert said.startswith(f"{model / 'tokenizer.json'}: a byte-level BPE tokenizer, as Llama 3")
+    assert not (tmp_path / "none").exists()
+
+
+def test_added_tokens_are_control_items_in_every_format(tmp_path: Path, model: Path, tokenizer: Tokenizer,
+                                                        capsys: pytest.CaptureFixture[str]) -> None:
+    """A tune whose answers end with an item that its trainer added behind those of tokenizer.model."""
+    checkpoint.save(model_of(LlamaConfig(422, **SHAPE)), model)
+    (model / "tokenizer.json").unlink()
+    (model / "added_tokens.json").write_text(json.dumps({"<|im_end|>": 420, "<|im_start|>": 421}))
+    (model / "special_tokens_map.json").write_text(json.dumps({
+        "eos_token": "<|im_end|>", "additional_special_tokens": ["<|im_start|>"]}))
+    assert llama2("import", model, "--out", tmp_path / "ours") == 0
+    assert "422 pieces, as the model, of which no text spells '<|im_end|>', '<|im_start|>'" in capsys.readouterr().err
+    (tmp_path / "back").mkdir()
+    for form, target in (("hf", "hf"), ("meta", "meta"), ("gguf", "gguf/model.gguf")):
+        assert llama2("export", tmp_path / "ours", "--to", form, "--out", tmp_path / target) == 0
+        assert llama2("import", tmp_path / target, "--out", tmp_path / "back" / form) == 0
+        found = Tokenizer.load(tmp_path / "back" / form)
+        assert found.controls == {"<s>": 1, "</s>": 2, "<|im_end|>": 420, "<|im_start|>": 421}
+        assert found.encode("<|im_start|>x<|im_end|>") == tokenizer.encode("<|im_start|>x<|im_end|>")
+
+
+def test_files_of_a_tokenizer_that_disagree_are_said(tmp_path: Path, model: Path, tokenizer: Tokenizer,
+                                                     capsys: pytest.CaptureFixture[str]) -> None:
+    values = json.loads((model / "tokenizer.json").read_bytes())
+    values["model"]["merges"].reverse()
+    (model / "tokenizer.json").write_text(json.dumps(values))
+    assert llama2("import", model, "--out", tmp_path / "ours") == 0
+    said = capsys.readouterr().err
+    assert f"{model / 'tokenizer.json'} is not the tokenizer of the tokenizer.model beside it" in said
+    assert Tokenizer.load(tmp_path / "ours").fingerprint == tokenizer.fingerprint
+    assert llama2("verify", model, tmp_path / "ours") == 1
+    assert "is not the tokenizer of the tokenizer.model beside it" in capsys.readouterr().out
+    assert llama2("verify", tmp_path / "ours", tmp_path / "ours") == 0
+
+
 def test_a_tokenizer_under_another_name_is_pointed_out_and_taken(tmp_path: Path, model: Path, tokenizer: Tokenizer,
                                                                  capsys: pytest.CaptureFixture[str]) -> None:
     theirs = as_llama2c(model, tmp_path / "theirs").with_name("tokenizer.bin")
