@@ -2,17 +2,14 @@
 
 SentencePiece joins the two neighbours whose union has the highest score, and of equal scores the leftmost. A list of
 merges joins the pair that stands first in it, wherever the pair is. Both do the same to a text if every way to divide
-an item into two items is listed, the items in the order of their scores. Two cases need care:
+an item into two items is listed, the items in the order of their scores.
 
-- One item, two divisions, in a text where both are possible: p q r with pq = qr. The leftmost must win, so the division
-  into p and q is listed before that into q and r.
-- Items of equal scores, as the runs of spaces in the published model (-1e9 each). SentencePiece lets such a run grow
-  from the left until it is the longest item. So does a list in which divisions with a long left part come first.
+Equal scores need care: those of runs of spaces in the published model (-1e9 each). SentencePiece lets such a run grow
+from the left until it is the longest item. So does a list in which divisions with a long left part come first.
 """
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import pairwise
 
@@ -20,7 +17,7 @@ from llama2.tokenizer.pieces import BYTE, NORMAL, SPACE, Piece
 
 Merge = tuple[str, str]
 
-_LONGEST = 1024  # characters of an item that is looked at; Llama 2's have 16 at most
+_LONGEST = 1024  # characters at which an item is divided; Llama 2's have 16 at most
 _LOWEST = -1e9  # the score that the published model gives to runs of spaces
 
 
@@ -28,31 +25,16 @@ _LOWEST = -1e9  # the score that the published model gives to runs of spaces
 def listed(items: Sequence[Piece]) -> list[Merge]:
     """The merges of a vocabulary, those to be tried first in front."""
     known = {item.text for item in items if item.kind == NORMAL}
-    scores = Counter(item.score for item in items if item.kind == NORMAL and len(item.text) > 1)
-
     found = [(-item.score, left, right) for item in items if item.kind == NORMAL
              for left, right in _divisions(item.text, known)]
 
-    def order(entry: tuple[float, str, str]) -> tuple[float, int, int]:
-        score, left, right = entry
-        alone = scores[-score] == 1  # then its divisions stand in order already
-        return (score, 0, 0) if alone else (score, -len(left), -len(right))
-
-    return [(left, right) for _, left, right in sorted(found, key=order)]
+    return [(left, right) for _, left, right in sorted(found, key=lambda one: (one[0], -len(one[1]), -len(one[2])))]
 
 
 def _divisions(text: str, known: set[str]) -> list[Merge]:
-    """Every way to divide an item into two, in the order in which they are to be tried."""
-    if len(text) > _LONGEST:
-        return []
-    cuts = [cut for cut in range(len(text) - 1, 0, -1) if text[:cut] in known and text[cut:] in known]
-    for cut in cuts[:]:
-        other = len(text) - cut
-        overlap = cut < other and other in cuts and text[cut:] == text[:other]  # p q r with pq = qr
-        if overlap and text[other:] != text[:cut]:
-            cuts.remove(cut)
-            cuts.insert(cuts.index(other), cut)
-    return [(text[:cut], text[cut:]) for cut in cuts]
+    """Every way to divide an item into two."""
+    return [(text[:cut], text[cut:]) for cut in range(min(len(text), _LONGEST) - 1, 0, -1)
+            if text[:cut] in known and text[cut:] in known]
 
 
 # ---- merges to items ------------------------------------------------------------------------------------------------
