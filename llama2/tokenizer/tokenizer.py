@@ -74,6 +74,13 @@ class Tokenizer:
         """The id that fills padded places. The vocabulary has no padding item; no mask ever lets this one be seen."""
         return UNKNOWN
 
+    def same(self, other: Tokenizer) -> bool:
+        """Whether it is the other one: the same file, or one that was built again from the same items."""
+        if self.fingerprint == other.fingerprint:
+            return True
+        ours, theirs = (_vocabulary(one.model) for one in (self, other))
+        return ours == theirs and not ours.normalised  # the table of replacements may be another
+
     def encode(self, text: str) -> list[int]:
         """Ids of `text`, without BOS and EOS. Never a control id, whatever the text spells."""
         return self.encode_many([text])[0]
@@ -141,7 +148,7 @@ class Tokenizer:
             content = file.read_bytes()
         if content == _companions(self.model)[huggingface.JSON]:
             return None
-        found = foreign.disagreement(directory, pieces.parse(self.model, FILE), self._processor)
+        found = foreign.disagreement(directory, _vocabulary(self.model), self._processor)
         return f"{file} is not the tokenizer of the {FILE} beside it ({found})" if found else None
 
     def _controls(self) -> dict[str, int]:
@@ -161,14 +168,19 @@ class Tokenizer:
 
 
 @functools.lru_cache(maxsize=4)
+def _vocabulary(model: bytes) -> pieces.Pieces:
+    return pieces.parse(model, FILE)
+
+
+@functools.lru_cache(maxsize=4)
 def _companions(model: bytes) -> dict[str, bytes]:
-    return huggingface.companions(pieces.parse(model, FILE), unknown=UNKNOWN, bos=BOS, eos=EOS)
+    return huggingface.companions(_vocabulary(model), unknown=UNKNOWN, bos=BOS, eos=EOS)
 
 
 @functools.lru_cache(maxsize=4)
 def _unlike(model: bytes) -> tuple[str, ...]:
     processor = sentencepiece.SentencePieceProcessor(model_proto=model)
-    return tuple(huggingface.unlike(pieces.parse(model, FILE), processor.encode))
+    return tuple(huggingface.unlike(_vocabulary(model), processor.encode))
 
 
 def _refuse_halves(texts: Sequence[str]) -> None:

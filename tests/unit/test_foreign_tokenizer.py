@@ -52,7 +52,8 @@ def change(file: Path, **values: Any) -> None:
 def test_a_model_is_built_of_it(alone: Path, tokenizer: Tokenizer) -> None:
     for place in (alone, alone / "tokenizer.json"):
         again = Tokenizer.load(place)
-        assert again.vocab_size == tokenizer.vocab_size
+        assert again.same(tokenizer)
+        assert not again.same(Tokenizer(pieces.padded(tokenizer.model, tokenizer.vocab_size, tokenizer.vocab_size + 1)))
         for text in TEXTS:
             assert again.encode(text) == tokenizer.encode(text)
             assert again.decode(again.encode(text)) == text
