@@ -60,7 +60,7 @@ def judged_row(tokenizer: Tokenizer, prompt: Prompt, answer: Answer, same: bool)
     either. `same`: the sampled tokens are this tokenizer's; otherwise the text is encoded."""
     if not same and answer.completion.finish == "stop":
         return encode_dialog(tokenizer, (*prompt.messages, Message("assistant", answer.text)))[0]
-    sampled = answer.completion.tokens if same else tokenizer.encode(answer.text)
+    sampled = answer.completion.ended_by(tokenizer.eos) if same else tokenizer.encode(answer.text)
     return [*encode_prompt(tokenizer, prompt.messages), *sampled]
 
 

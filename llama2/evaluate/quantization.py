@@ -22,7 +22,6 @@ from pydantic import Field
 from llama2 import config as configuration
 from llama2 import mesh, runs
 from llama2.data.documents import Split, read_documents
-from llama2.errors import UserError
 from llama2.generate.engine import Engine
 from llama2.generate.score import predictions
 from llama2.model import quantize
@@ -62,9 +61,7 @@ def run(config: Config) -> None:
     for precision in config.precisions:
         quantize.check(precision)
     shape, tokenizer = config_of(config.checkpoint), Tokenizer.load(config.checkpoint)
-    if tokenizer.vocab_size != shape.vocab_size:
-        raise UserError(f"{config.checkpoint}: the tokenizer has {tokenizer.vocab_size} pieces, the model "
-                        f"{shape.vocab_size}", "put the tokenizer there with which the model was trained")
+    tokenizer.check(config.checkpoint, shape.vocab_size, shape.bos_token_id)
     model = load(config.checkpoint, device=mesh.device()).eval().requires_grad_(False)
     count, rows = windows(read_documents(config.data, split=config.split), tokenizer, shape.max_position_embeddings,
                           config.tokens)

@@ -27,7 +27,8 @@ class Answer:
 
 
 class Chat:
-    """Answers conversations with `engine`. An answer ends at EOS, besides the stop ids of the sampling."""
+    """Answers conversations with `engine`. An answer ends where the model ends answers (`Tokenizer.stops`), and at
+    the stop ids of the sampling."""
 
     def __init__(self, engine: Generator, tokenizer: Tokenizer) -> None:
         self.engine, self.tokenizer = engine, tokenizer
@@ -56,7 +57,7 @@ class Chat:
         return _stripped(self.tokenizer.stream(takewhile(lambda token: token not in sampling.stop, ids)))
 
     def _stopping(self, sampling: Sampling) -> Sampling:
-        return replace(sampling, stop=tuple(dict.fromkeys((*sampling.stop, self.tokenizer.eos))))
+        return replace(sampling, stop=tuple(dict.fromkeys((*sampling.stop, *self.tokenizer.stops))))
 
     def _text(self, completion: Completion, sampling: Sampling) -> str:
         tokens = completion.tokens[:-1] if completion.finish == "stop" else completion.tokens

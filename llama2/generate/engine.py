@@ -32,6 +32,7 @@ from llama2.model.quantize import Rounded, WeightPrecision
 
 Tokens = Sequence[int]
 Progress = Callable[[int, int], None]  # completions finished, and of how many
+BEGIN, TEST_TOKENS = 1, 4  # what an engine that tests itself begins with, and how far it goes
 _ROUND = 64  # capacities are multiples of this, so that calls of similar length share one cache
 
 
@@ -44,6 +45,10 @@ class Completion:
     tokens: tuple[int, ...]
     logprobs: tuple[float, ...]
     finish: Literal["stop", "length"]
+
+    def ended_by(self, eos: int) -> tuple[int, ...]:
+        """`tokens`, of which `eos` is the end if any stop id was: so ends every answer that is learnt from."""
+        return (*self.tokens[:-1], eos) if self.finish == "stop" else self.tokens
 
     @classmethod
     def of(cls, request: Request) -> Completion:
@@ -129,6 +134,14 @@ class Engine:
             if token in sampling.stop:
                 break
         self._spare = batch.cache
+
+    def test(self, place: object = "the model") -> None:
+        """One short greedy answer. UserError if its log-probabilities are not finite, as where weights are damaged."""
+        question = Sampling(temperature=0, max_tokens=TEST_TOKENS)
+        try:
+            self.generate([[BEGIN]], question)
+        except UserError as error:
+            raise UserError(f"{place}: {error.cause}", error.cure) from None
 
     def open(self, kept: int | None = None) -> Session:
         """A batch that stays open, for the weights of this moment. Its cache holds `slots` running rows and `kept` ones

@@ -112,7 +112,10 @@ class _Vocabulary:
     tokens: list[bytes]
     eos_token_id: int = EOS
     bos_token_id: int = BOS
-    special_token_ids: tuple[int, ...] = (UNKNOWN, BOS, EOS)
+
+    @property
+    def special_token_ids(self) -> tuple[int, ...]:
+        return tuple(dict.fromkeys((UNKNOWN, BOS, *self.tokenizer.stops)))
 
     def __call__(self, text: str) -> list[int]:
         """Ids of `text` inside of another text: what must come next is allowed in these pieces alone.

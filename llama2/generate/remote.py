@@ -178,7 +178,7 @@ class RemoteEngine:
         }
         if sampling.grammar is not None:
             body["response_format"] = self._shape(sampling.grammar)
-        if self.tokenizer.eos not in sampling.stop:
+        if not set(self.tokenizer.stops) <= set(sampling.stop):  # else a server stops at each of them
             body["ignore_eos"] = True
         if sampling.logit_bias:
             body["logit_bias"] = {str(token): value for token, value in sampling.logit_bias}

@@ -6,7 +6,9 @@ makes models of such directories and directories of models; `formats/` knows the
 
 from __future__ import annotations
 
+import functools
 import os
+import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
@@ -15,7 +17,8 @@ from torch import Tensor, nn
 
 from llama2.errors import UserError
 from llama2.model.formats import hf
-from llama2.model.formats.directory import CHECKSUMS, CONFIG, INDEX, WEIGHTS, config_json, read_config
+from llama2.model.formats.config import config_json, read_config
+from llama2.model.formats.directory import CHECKSUMS, CONFIG, INDEX, WEIGHTS
 from llama2.model.formats.source import Source, Stored, read_ahead
 from llama2.model.llama import Linear, Llama, LlamaConfig, initialise
 from llama2.model.scorer import Scorer
@@ -85,12 +88,21 @@ def load_scorer(directory: Directory, *, dtype: Kinds = torch.float32, device: t
 def _fill(model: Llama | Scorer, source: Source, dtype: Kinds, device: torch.device | str | None) -> None:
     """Give a model on the meta device the weights it shares with `source`, so that no second copy of them ever exists.
     """
+    for remark in source.remarks:
+        _say(remark)
     names = [name for name in model.state_dict() if name in source.tensors]
     tensors = read_ahead(source.tensors[name] for name in names)
     for name in names:
         owner, _, attribute = name.rpartition(".")
         weight = nn.Parameter(next(tensors).to(device or "cpu", _kind(dtype, name)))
         setattr(model.get_submodule(owner), attribute, weight)
+
+
+@functools.cache
+def _say(remark: str) -> None:
+    """Once, however often a checkpoint is loaded; of several processes the first."""
+    if os.environ.get("RANK", "0") == "0":
+        print(f"llama2: note: {remark}", file=sys.stderr, flush=True)
 
 
 def _kind(dtype: Kinds, name: str) -> torch.dtype:

@@ -26,6 +26,7 @@ from llama2.model.likelihood import log_likelihood, log_likelihood_and_entropy
 
 INITIAL_STD = 0.02
 MOST, MOST_LAYERS = 1 << 26, 1 << 10  # a damaged file must not make us describe a model without end
+ROPE_THETA, NORM_EPS = (1.0, 1e15), (1e-30, 1.0)  # beyond, fp32 has no rotary tables and no norms that mean anything
 EXPLICIT_LENGTH = 512  # on a CPU, up to this many queries, products and softmax beat PyTorch's fused kernel in training
 
 
@@ -44,7 +45,8 @@ class LlamaConfig:
     rope_theta: float = 10000.0
     tie_word_embeddings: bool = False
     bos_token_id: int = 1
-    eos_token_id: int = 2
+    eos_token_id: int | tuple[int, ...] = 2
+    """one id, or several of which each ends an answer"""
 
     def __post_init__(self) -> None:
         for name in ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
@@ -58,6 +60,27 @@ class LlamaConfig:
         if self.num_attention_heads % self.num_key_value_heads:
             raise UserError(f"num_attention_heads {self.num_attention_heads} is not a multiple of num_key_value_heads "
                             f"{self.num_key_value_heads}", "each key head serves the same number of query heads")
+        self._check_constants()
+
+    def _check_constants(self) -> None:
+        for name, (least, most) in (("rope_theta", ROPE_THETA), ("rms_norm_eps", NORM_EPS)):
+            if not least <= getattr(self, name) <= most:
+                raise UserError(f"{name} is {getattr(self, name)}",
+                                f"it must be at least {least:g} and at most {most:g}")
+        ids = self.stops
+        if not ids:
+            raise UserError("eos_token_id is empty", "name an id that ends an answer")
+        for name, token in (("bos_token_id", self.bos_token_id), *(("eos_token_id", token) for token in ids)):
+            if not 0 <= token < self.vocab_size:
+                raise UserError(f"{name} is {token}", f"it must be an id of the vocabulary, at least 0 and below "
+                                f"vocab_size {self.vocab_size}")
+        object.__setattr__(self, "eos_token_id", ids[0] if len(ids) == 1 else ids)  # one way to say one thing
+
+    @property
+    def stops(self) -> tuple[int, ...]:
+        """Every id that ends an answer, each once, the first the one that is `eos_token_id` where there is one."""
+        listed = (self.eos_token_id,) if isinstance(self.eos_token_id, int) else self.eos_token_id
+        return tuple(dict.fromkeys(listed))
 
     @property
     def head_dim(self) -> int:

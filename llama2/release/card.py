@@ -15,7 +15,7 @@ import yaml
 
 from llama2.config import Config
 from llama2.errors import UserError, explain_os_errors
-from llama2.model.formats import directory
+from llama2.model.formats.config import read_config
 from llama2.model.llama import LlamaConfig
 from llama2.release import card_making, card_results, emissions
 from llama2.release import markdown as md
@@ -74,12 +74,12 @@ class Model:
 
     @property
     def shape(self) -> LlamaConfig:
-        return directory.read_config(self.lineage.released.step.path)[0]
+        return read_config(self.lineage.released.step.path)[0]
 
     @property
     def scorer(self) -> bool:
         """Whether it is a reward model."""
-        return directory.read_config(self.lineage.released.step.path)[1]
+        return read_config(self.lineage.released.step.path)[1]
 
     @property
     def chats(self) -> bool:

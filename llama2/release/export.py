@@ -25,7 +25,6 @@ from llama2.model.formats.recognise import open_source
 from llama2.model.formats.source import Source
 from llama2.release import verify
 from llama2.release.compare import context
-from llama2.tokenizer.template import CHAT_TEMPLATE
 from llama2.tokenizer.tokenizer import Tokenizer
 
 POSITIONAL = "checkpoint"
@@ -64,6 +63,8 @@ def run(config: Config) -> int:
     source = open_source(config.checkpoint, base=config.base, dtype=DTYPES.get(config.dtype or ""))
     kind = _kind(config, source)
     target = _target(config, kind)
+    for remark in source.remarks:
+        print(f"llama2: note: {remark}", file=sys.stderr)
     if source.tokenizer is None:
         print(f"llama2: {config.checkpoint} has no tokenizer, so none is written", file=sys.stderr)
     with Reading("write", size((source,))) as bar:
@@ -134,14 +135,16 @@ def _write(config: Config, source: Source, target: Path, kind: str) -> list[str]
         llama2c.write(source, target, version=2 if kind == "q8_0" else 0)
     else:
         precision = cast(gguf.Precision, _KINDS.get(kind, kind))
-        return gguf.write(source, target, precision=precision, chat_template=CHAT_TEMPLATE,
+        return gguf.write(source, target, precision=precision, chat_template=source.template,
                           name=config.checkpoint.resolve().name)
     return []
 
 
 def _tokenizer_files(source: Source) -> Callable[[Path], None]:
     """Writes what belongs beside the weights; a faulty tokenizer is refused now, not when the weights are written."""
-    return Tokenizer.load(source.tokenizer).save if source.tokenizer is not None else lambda directory: None
+    if source.tokenizer is None:
+        return lambda directory: None
+    return Tokenizer.load(source.tokenizer).speaking(source.template).save
 
 
 def _verified(source: Source, written: Source, kind: str, allowed: float, length: int) -> int:

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import json
 import math
 import re
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from llama2 import runs
 from llama2.errors import UserError, explain_os_errors
@@ -23,8 +21,8 @@ from llama2.release.lineage import Stage
 
 GGUF = "gguf"
 _ROUNDING = ROUNDING | {"f32": ROUNDING["fp32"], "f16": ROUNDING["fp16"]}
-_BESIDE = ("generation_config.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json",
-           "tokenizer.json", "added_tokens.json")
+_BESIDE = ("generation_config.json", "tokenizer.model", "tokenizer_config.json", "chat_template.jinja",
+           "special_tokens_map.json",           "tokenizer.json", "added_tokens.json")
 _ITS_OWN = (checkpoint.CONFIG, checkpoint.WEIGHTS, checkpoint.INDEX, checkpoint.CHECKSUMS)
 
 
@@ -67,12 +65,11 @@ def write_gguf(stage: Stage, directory: Path, precisions: Sequence[Precision], t
     found = {}
     if precisions:
         source = hf.read(stage.step.path)
-        settings = settings_of(stage.step.path)
         for precision in precisions:
             name = f"{GGUF}/{slug(title)}-{precision}.gguf"
             (directory / name).parent.mkdir(exist_ok=True)
             found[name] = gguf.write(source, directory / name, precision=precision, name=title,
-                                     chat_template=settings.get("chat_template"))
+                                     chat_template=source.template)
             check_copy(source, directory / name, precision)
     return found
 
@@ -86,13 +83,6 @@ def check_copy(source: Source, copy: Path, kind: str) -> None:
         faults.append(f"numbers differ by {apart:.3g} of a tensor's largest, and {kind} explains {_ROUNDING[kind]:.3g}")
     if faults:
         raise RuntimeError(f"{copy.name} is not the model it was made from: {faults[0]}")
-
-
-def settings_of(run: Path) -> dict[str, Any]:
-    """tokenizer_config.json, empty where there is none."""
-    file = run / "tokenizer_config.json"
-    found = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
-    return found if isinstance(found, dict) else {}
 
 
 def slug(title: str) -> str:

@@ -171,7 +171,7 @@ def sampling_of(asked: Sampled, model: ChatModel, max_tokens: int, top_logprobs:
     size = model.tokenizer.vocab_size
     if outside := [token for token, _ in bias if token >= size]:
         raise errors.invalid(f"logit_bias: there is no token {outside[0]}; the model has {size}", "logit_bias")
-    stop = (*(() if asked.ignore_eos else (model.tokenizer.eos,)), *(asked.stop_token_ids or ()))
+    stop = (*(() if asked.ignore_eos else model.tokenizer.stops), *(asked.stop_token_ids or ()))
     if outside := [token for token in stop if token >= size]:
         raise errors.invalid(f"stop_token_ids: there is no token {outside[0]}; the model has {size}", "stop_token_ids")
     given = {name: value for name in ("temperature", "top_p", "top_k", "min_p", "repetition_penalty",

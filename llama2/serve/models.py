@@ -5,7 +5,6 @@ A checkpoint that cannot do what is asked of it is refused before anything is lo
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -26,7 +25,7 @@ from llama2.model.scorer import Scorer
 from llama2.records import Messages
 from llama2.serve import errors
 from llama2.serve.worker import Alternatives, Worker
-from llama2.tokenizer.template import BEGIN_INSTRUCTION, encode_dialog
+from llama2.tokenizer.template import check_template, encode_dialog
 from llama2.tokenizer.tokenizer import Tokenizer
 
 Kind = Literal["chat", "reward"]
@@ -147,30 +146,12 @@ def load(paths: Sequence[Path], names: Sequence[str], *, slots: int, capacity: i
 def check(path: Path) -> Kind:
     """What kind of model lies there; UserError if its tokenizer or chat template is missing or another's."""
     scorer = checkpoint.is_scorer(path)
-    pieces, found = checkpoint.config_of(path).vocab_size, Tokenizer.load(path).vocab_size
-    if found != pieces:
-        raise UserError(f"{path}: the tokenizer has {found} pieces, the model {pieces}",
-                        "put the tokenizer there with which the model was trained")
+    shape, tokenizer = checkpoint.config_of(path), Tokenizer.load(path)
+    tokenizer.check(path, shape.vocab_size, shape.bos_token_id)
     if scorer:
         return "reward"
-    if BEGIN_INSTRUCTION not in _template(path):
-        raise UserError(f"{path}: there is no Llama 2 chat template in its tokenizer_config.json",
-                        "serve a model that was tuned for chat (llama2 sft), or copy tokenizer_config.json from one")
+    check_template(path, tokenizer.template)
     return "chat"
-
-
-def _template(path: Path) -> str:
-    file = path / "chat_template.jinja"
-    if file.exists():
-        return file.read_text(encoding="utf-8", errors="replace")
-    file = path / "tokenizer_config.json"
-    if not file.exists():
-        return ""
-    try:
-        settings = json.loads(file.read_bytes())
-    except ValueError as error:
-        raise UserError(f"{file}: not valid JSON ({error})", "fetch it again") from None
-    return str(settings.get("chat_template", "")) if isinstance(settings, dict) else ""
 
 
 def load_chat(path: Path, name: str, *, slots: int, capacity: int | None, waiting: int,

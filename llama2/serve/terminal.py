@@ -28,6 +28,7 @@ from llama2.records import Dialog, Message, Messages
 from llama2.serve import keyboard
 from llama2.serve.keyboard import History
 from llama2.serve.screen import Display, display
+from llama2.tokenizer.template import check_template
 from llama2.tokenizer.tokenizer import Tokenizer
 
 POSITIONAL = "checkpoint"
@@ -68,14 +69,15 @@ class Config(BaseConfig):
 def run(config: Config) -> None:
     """Load the checkpoint and talk until the user leaves."""
     mesh.init()
-    tokenizer = Tokenizer.load(config.checkpoint)
-    pieces = checkpoint.config_of(config.checkpoint).vocab_size
-    if tokenizer.vocab_size != pieces:
-        raise UserError(f"{config.checkpoint}: the tokenizer has {tokenizer.vocab_size} pieces, the model {pieces}",
-                        "put the tokenizer there with which the model was trained")
+    shape, tokenizer = checkpoint.config_of(config.checkpoint), Tokenizer.load(config.checkpoint)
+    tokenizer.check(config.checkpoint, shape.vocab_size, shape.bos_token_id)
+    if not checkpoint.is_scorer(config.checkpoint):  # which is refused as what it is
+        check_template(config.checkpoint, tokenizer.template)
     quantize.check(config.precision)
     model = checkpoint.load(config.checkpoint, dtype=quantize.loading(config.precision), device=mesh.device())
-    engine = Meter(Engine(model.eval().requires_grad_(False), slots=1, precision=config.precision))
+    inner = Engine(model.eval().requires_grad_(False), slots=1, precision=config.precision)
+    inner.test(config.checkpoint)
+    engine = Meter(inner)
     sampling = Sampling(config.temperature, config.top_p, max_tokens=config.max_tokens, seed=config.seed)
     for stream in (sys.stdin, sys.stdout):
         if isinstance(stream, TextIOWrapper):

@@ -23,14 +23,13 @@ from typing import Any, TypeVar
 from llama2 import mesh
 from llama2.errors import UserError
 from llama2.generate.batch import Finish, Request
-from llama2.generate.engine import Engine
+from llama2.generate.engine import BEGIN, TEST_TOKENS, Engine
 from llama2.generate.sampling import Sampling
 from llama2.generate.session import Session
 from llama2.serve import errors
 
 R = TypeVar("R")
 Alternatives = tuple[tuple[int, float], ...]
-SELF_TEST_TOKENS = 4
 PACE = 0.002  # seconds from one piece of news to the next for each sample that runs: telling costs a tenth of that
 
 
@@ -243,10 +242,13 @@ class Worker:
 
     def _test(self, session: Session) -> None:
         """One short greedy answer: a model that cannot give it is not served."""
-        request = Request((1,), Sampling(temperature=0, max_tokens=SELF_TEST_TOKENS))
+        request = Request((BEGIN,), Sampling(temperature=0, max_tokens=TEST_TOKENS))
         session.submit(request)
-        while request.finish is None:
-            session.step()
+        try:
+            while request.finish is None:
+                session.step()
+        except UserError as error:
+            raise UserError(f"{self.name}: {error.cause}", error.cure) from None
 
     def _obey(self) -> bool:
         """Carry out the commands that have come, waiting for one if nothing runs; False when told to end."""

@@ -19,8 +19,8 @@ from typing import Any
 
 from pydantic import Field, field_validator
 
+from llama2 import beside, mesh, records, runs
 from llama2 import config as configuration
-from llama2 import mesh, records, runs
 from llama2.errors import UserError
 from llama2.evaluate import attention, ghost, summary
 from llama2.evaluate.judges import known_truth, truth
@@ -37,6 +37,7 @@ from llama2.records import Axis, Message, Messages, Prompt
 from llama2.stages.answers import ROUNDS, answered, check_judge, fitting, in_turn, judged, twins
 from llama2.stages.planning import Cluster, Lineage, judging_plan
 from llama2.stages.training import load_policy
+from llama2.tokenizer.template import check_template
 from llama2.tokenizer.tokenizer import Tokenizer
 
 
@@ -192,12 +193,15 @@ def _answers(config: Config, place: int, run: runs.Run, prompts: Sequence[Prompt
 def _chat(config: Config, name: str, run: runs.Run) -> Chat:
     """A version ready to answer: here, or its server, whose answers are kept until the run is finished."""
     checkpoint = config.versions[name]
+    check_template(checkpoint, beside.chat_template(checkpoint))
     if name in config.servers:
         tokenizer, context = Tokenizer.load(checkpoint), config_of(checkpoint).max_position_embeddings
         kept = run.path / runs.CHECKPOINTS / "answers" / name
         return Chat(connect(config.servers[name], tokenizer, context, state=kept), tokenizer)
     model, tokenizer = _load(config, name)
-    return Chat(Engine(model, slots=config.slots, precision=config.precision), tokenizer)
+    engine = Engine(model, slots=config.slots, precision=config.precision)
+    engine.test(checkpoint)
+    return Chat(engine, tokenizer)
 
 
 def _load(config: Config, name: str) -> tuple[Llama, Tokenizer]:

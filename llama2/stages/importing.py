@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import shutil
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -26,6 +27,7 @@ from llama2.model.formats.tensorfile import is_finite
 from llama2.stages.planning import Cluster, Lineage
 from llama2.tokenizer import foreign, huggingface, pieces
 from llama2.tokenizer.pieces import Held
+from llama2.tokenizer.template import CHAT_TEMPLATE, described, is_llama_2
 from llama2.tokenizer.tokenizer import Tokenizer
 
 POSITIONAL = "path"
@@ -45,6 +47,8 @@ class Config(config.Config):
     """of an adapter: the model that it was trained upon; empty: as the adapter says"""
     tokenizer: Path | None = None
     """a tokenizer.model, tokenizer.json or llama2.c's .bin, or a directory that has one; empty: what comes with it"""
+    chat_template: Literal["llama2"] | None = None
+    """write Llama 2's, whatever the model has: for one that was tuned for that format and does not say so"""
 
 
 def plan(config: Config, cluster: Cluster, lineage: Lineage) -> dict[str, Any]:
@@ -66,10 +70,14 @@ def run(config: Config) -> None:
     tokenizer, remark = _tokenizer(source, config)
     _check_space(config.out, _size(source, config))
     _say(f"{source.path}: {_described(source)}")
+    for line in source.remarks:
+        _say(line)
     with Reading("import", size((source,))) as bar:
-        hf.write(bar.watched(observed(source, _check_finite)), config.out, dtype=_dtype(config),
+        hf.write(bar.watched(observed(_ending(source, tokenizer), _check_finite)), config.out, dtype=_dtype(config),
                  beside=tokenizer.save if tokenizer else lambda directory: None)
     _say(f"{len(source.tensors)} tensors, all numbers finite; {remark}")
+    if tokenizer:
+        _say_template(source, config)
     print(config.out)
 
 
@@ -91,16 +99,17 @@ def _tokenizer(source: Source, config: Config) -> tuple[Tokenizer | None, str]:
         return None, (f"no tokenizer came with it: it can be neither trained nor talked to before its {hf.TOKENIZER} "
                       f"lies in {config.out} (or import it again with --tokenizer FILE){_candidates(source)}")
     tokenizer, size = Tokenizer.load(place), source.config.vocab_size
+    tokenizer.check_bos(source.path, source.config.bos_token_id)
     count = tokenizer.vocab_size
     if count > size:
         raise UserError(f"{place}: the tokenizer has {count:,} pieces, the model a vocabulary of {size:,}",
                         "give the model's own: --tokenizer tokenizer.model")
+    tokenizer = tokenizer if count == size else Tokenizer(pieces.padded(tokenizer.model, count, size), str(place))
+    tokenizer.template = CHAT_TEMPLATE if config.chat_template else source.template
     special = [name for name, token in tokenizer.controls.items() if token not in (tokenizer.bos, tokenizer.eos)]
     control = (f", of which no text spells {', '.join(ascii(name) for name in special[:4])}"
                f"{', ...' if len(special) > 4 else ''}" if special else "")
-    if count == size:
-        return tokenizer, f"the tokenizer has {count:,} pieces, as the model{control}"
-    return Tokenizer(pieces.padded(tokenizer.model, count, size), str(place)), (
+    return tokenizer, f"the tokenizer has {count:,} pieces, as the model{control}" if count == size else (
         f"the tokenizer has {count:,} pieces{control}, the model {size:,}: the other {size - count:,} are padding now, "
         "which no text spells")
 
@@ -123,6 +132,25 @@ def _candidates(source: Source) -> str:
     found = sorted(file.name for file in beside.glob("*tok*")
                    if file.suffix in (".model", ".bin", ".json") and file.name not in others)
     return f"; it may be {' or '.join(str(beside / name) for name in found[:3])}" if found else ""
+
+
+def _ending(source: Source, tokenizer: Tokenizer | None) -> Source:
+    """The same checkpoint, whose answers end at the tokenizer's EOS besides the ids that it names itself."""
+    if tokenizer is None or tokenizer.eos in source.config.stops:
+        return source
+    return replace(source, config=replace(source.config, eos_token_id=(*source.config.stops, tokenizer.eos)))
+
+
+def _say_template(source: Source, config: Config) -> None:
+    """What became of the chat template, and what that means."""
+    if config.chat_template:
+        had = "it had none" if source.template is None else f"the model's was {described(source.template)}"
+        _say(f"its chat template is Llama 2's, as asked; {had}")
+    elif not is_llama_2(source.template):
+        kept = "no chat template came with it" if source.template is None else (
+            f"its chat template is {described(source.template)}, and is kept")
+        _say(f"{kept}: it can be trained, and talked to after sft (or at once, if it was tuned for Llama 2's format: "
+             "import it with --chat-template llama2)")
 
 
 def _described(source: Source) -> str:

@@ -16,6 +16,7 @@ import torch
 from pydantic import Field
 from torch import nn
 
+from llama2.beside import chat_template
 from llama2.config import Config as Section
 from llama2.config import StageConfig
 from llama2.data.compress import HeldoutText
@@ -111,6 +112,8 @@ def run(config: Config, run: Run) -> None:
     home = config.training.home()
     if config.model:
         model = checkpoint.load(config.model, device=home)
+        tokenizer.check_bos(config.model, model.config.bos_token_id)
+        tokenizer = tokenizer.speaking(chat_template(config.model))
     else:
         with torch.device("meta" if home.type == "meta" else "cpu"):
             model = Llama(architecture(config, tokenizer.vocab_size), config.seed)
@@ -125,7 +128,8 @@ def run(config: Config, run: Run) -> None:
     settings = config.training.with_steps(source.steps)
     warn(config, run, order, len(rows), source.steps)
     validation = Validation(config, tokenizer)
-    learner = train(run, model, source, next_token, settings, save_model=saver(model, tokenizer), title="pretrain",
+    learner = train(run, model, source, next_token, settings, save_model=saver(model, tokenizer, taught=False),
+                    title="pretrain",
                     validate=hooks.Validate(validation),
                     flops_per_token=flops_per_token(model.config, config.sequence_length))
     found, bars = validated(run), validation.text.bits_per_byte()

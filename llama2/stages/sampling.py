@@ -30,7 +30,7 @@ from llama2.runs import CHECKPOINTS, Run
 from llama2.stages.answers import check_judge
 from llama2.stages.training import fitting_tokenizer, frozen, load_policy, load_scorer
 from llama2.tally import Tally
-from llama2.tokenizer.template import encode_prompt
+from llama2.tokenizer.template import check_template, encode_prompt
 from llama2.tokenizer.tokenizer import Tokenizer
 
 T = TypeVar("T")
@@ -70,12 +70,16 @@ def load_chat(path: Path, sample: Sample, run: Run) -> Chat:
     """A checkpoint ready to answer: here, or on a server, whose answers are kept in `run` until it is finished."""
     if sample.server is not None:
         config = config_of(path)
-        engine = connect(sample.server, fitting_tokenizer(path, config), config.max_position_embeddings,
-                         state=run.path / ANSWERS, progress=reporter(sample.server.url))
-        return Chat(engine, engine.tokenizer)
+        tokenizer = fitting_tokenizer(path, config)
+        check_template(path, tokenizer.template)
+        remote = connect(sample.server, tokenizer, config.max_position_embeddings, state=run.path / ANSWERS,
+                         progress=reporter(sample.server.url))
+        return Chat(remote, tokenizer)
     model, tokenizer = load_policy(path, torch.bfloat16 if sample.precision == "bf16" else torch.float32)
-    model.eval().requires_grad_(False)
-    return Chat(Engine(model, slots=sample.slots, precision=sample.precision), tokenizer)
+    check_template(path, tokenizer.template)
+    engine = Engine(model.eval().requires_grad_(False), slots=sample.slots, precision=sample.precision)
+    engine.test(path)
+    return Chat(engine, tokenizer)
 
 
 class Meter:
@@ -186,7 +190,7 @@ def answer(chat: Chat, prompts: Sequence[Messages], sample: Sample, *, n: int = 
     `indices` are the places of the prompts in a longer list of which they are a part.
     """
     sampling = Sampling(temperature=sample.temperature if temperature is None else temperature, top_p=sample.top_p,
-                        max_tokens=sample.max_tokens, n=n, stop=(chat.tokenizer.eos,), seed=seed)
+                        max_tokens=sample.max_tokens, n=n, stop=chat.tokenizer.stops, seed=seed)
     with torch.inference_mode():
         return chat.answers(prompts, sampling, indices)
 
@@ -201,7 +205,7 @@ def score(rewards: Rewards, tokenizer: Tokenizer, prompts: Sequence[Prompt],
     rows, tags = [], []
     for prompt, mine in zip(prompts, answers):
         ids = encode_prompt(tokenizer, prompt.messages)
-        rows += [[*ids, *one.completion.tokens] for one in mine]
+        rows += [[*ids, *one.completion.ended_by(tokenizer.eos)] for one in mine]
         tags += [prompt.safety] * len(mine)
     scores = iter(rewards(rows, tags))
     return [[next(scores) for _ in mine] for mine in answers]

@@ -200,4 +200,4 @@ def copy(source: Path, target: Path) -> None:
 
 
 MODEL_FILES = {checkpoint.CONFIG, checkpoint.CHECKSUMS, "generation_config.json", "tokenizer.model", "tokenizer.json",
-               "added_tokens.json", "tokenizer_config.json", "special_tokens_map.json"}
+               "added_tokens.json", "chat_template.jinja", "tokenizer_config.json", "special_tokens_map.json"}

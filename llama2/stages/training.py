@@ -7,6 +7,7 @@ saves, and leaves a Hugging Face model directory with its tokenizer in the run d
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Literal, TypeVar
 
@@ -23,6 +24,7 @@ from llama2.model.llama import Llama, LlamaConfig, Trunk
 from llama2.model.scorer import Scorer
 from llama2.runs import Run, read_metrics
 from llama2.stages import cautions
+from llama2.tokenizer.template import CHAT_TEMPLATE
 from llama2.tokenizer.tokenizer import Tokenizer
 from llama2.train import hooks, optim, parallel, state
 from llama2.train.loop import Batch, Hook, Learner, Objective, Plan, Source, fit
@@ -134,13 +136,21 @@ def validated(run: Run) -> dict[str, float]:
     return {name: value for name, value in rows[-1].items() if name != "step"} if rows else {}
 
 
-def saver(model: Llama | Scorer, tokenizer: Tokenizer) -> Callable[[Path], None]:
-    """A function that writes `model` and its tokenizer as a Hugging Face directory (every rank calls it)."""
+def saver(model: Llama | Scorer, tokenizer: Tokenizer, *, taught: bool = True) -> Callable[[Path], None]:
+    """A function that writes `model` and its tokenizer as a Hugging Face directory (every rank calls it).
+
+    Where it was `taught` Llama 2's chat format, that is its chat template; else the tokenizer's stays. Its answers end
+    at every id at which they did, and at the one that is taught.
+    """
+    beside = tokenizer.speaking(CHAT_TEMPLATE) if taught else tokenizer
+    stops = tuple(dict.fromkeys((*model.config.stops, *tokenizer.stops)))
+
     def save(directory: Path) -> None:
         weights = parallel.full_weights(model)
         if mesh.is_main():
-            checkpoint.save_tensors(weights, model.config, directory, scorer=isinstance(model, Scorer))
-            tokenizer.save(directory)
+            checkpoint.save_tensors(weights, replace(model.config, eos_token_id=stops), directory,
+                                    scorer=isinstance(model, Scorer))
+            beside.save(directory)
     return save
 
 
@@ -180,7 +190,5 @@ def frozen(model: N, precision: Precision) -> N:
 def fitting_tokenizer(path: Path, config: LlamaConfig) -> Tokenizer:
     """The tokenizer in `path`; its vocabulary must be the model's."""
     tokenizer = Tokenizer.load(path)
-    if tokenizer.vocab_size != config.vocab_size:
-        raise UserError(f"{path}: the tokenizer has {tokenizer.vocab_size} pieces, the model {config.vocab_size}",
-                        "put the tokenizer there with which the model was trained")
+    tokenizer.check(path, config.vocab_size, config.bos_token_id)
     return tokenizer

@@ -11,12 +11,11 @@ import functools
 import json
 import random
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 from llama2.tokenizer import merges, pieces
 from llama2.tokenizer.merges import Merge, Merger
 from llama2.tokenizer.pieces import CONTROL, NORMAL, SPACE, UNKNOWN, USER_DEFINED, Piece, Pieces
-from llama2.tokenizer.template import CHAT_TEMPLATE
 
 JSON, SETTINGS, SPECIAL = "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"
 _SAMPLE = 400  # items that are tried alone, and in a row
@@ -25,40 +24,53 @@ _LONGEST = 64  # characters of an item that is tried
 
 
 # ---- writing --------------------------------------------------------------------------------------------------------
-def companions(vocabulary: Pieces, *, unknown: int, bos: int, eos: int) -> dict[str, bytes]:
-    """The files beside `tokenizer.model`, name -> content."""
-    special = {name: vocabulary.items[token].text
-               for name, token in (("bos_token", bos), ("eos_token", eos), ("unk_token", unknown))}
-    added = {token: _added(item) for token, item in enumerate(vocabulary.items)
-             if item.kind in (UNKNOWN, CONTROL, USER_DEFINED) and item != pieces.padding(token)}
-    settings = {
+class Special(NamedTuple):
+    """The ids of the items that stand for something."""
+
+    unknown: int
+    bos: int
+    eos: int
+
+
+def fast(vocabulary: Pieces, special: Special) -> bytes:
+    """The content of `tokenizer.json`."""
+    items = vocabulary.items
+    return json.dumps({
+        "version": "1.0",
+        "truncation": None,
+        "padding": None,
+        "added_tokens": [{"id": token, **entry} for token, entry in _added(items).items()],
+        **_pipeline(items[special.bos].text, special.bos),
+        "model": _model(items, items[special.unknown].text),
+    }, ensure_ascii=False, separators=(",", ":")).encode()
+
+
+def settings(vocabulary: Pieces, special: Special, template: str | None) -> dict[str, bytes]:
+    """The two small files beside it, name -> content, with the chat template of a model, if it has one."""
+    names = {name: vocabulary.items[token].text for name, token in
+             (("bos_token", special.bos), ("eos_token", special.eos), ("unk_token", special.unknown))}
+    values = {
         "add_bos_token": True,
         "add_eos_token": False,
-        "added_tokens_decoder": {str(token): entry for token, entry in added.items()},
-        "chat_template": CHAT_TEMPLATE,
+        "added_tokens_decoder": {str(token): entry for token, entry in _added(vocabulary.items).items()},
+        **({"chat_template": template} if template else {}),
         "clean_up_tokenization_spaces": False,
         "legacy": True,
         "sp_model_kwargs": {},
         "tokenizer_class": "LlamaTokenizer",
-        **special,
+        **names,
     }
-    fast = {
-        "version": "1.0",
-        "truncation": None,
-        "padding": None,
-        "added_tokens": [{"id": token, **entry} for token, entry in added.items()],
-        **_pipeline(special["bos_token"], bos),
-        "model": _model(vocabulary.items, special["unk_token"]),
-    }
-    return {
-        JSON: json.dumps(fast, ensure_ascii=False, separators=(",", ":")).encode(),
-        SETTINGS: json.dumps(settings, indent=2).encode(),
-        SPECIAL: json.dumps(special, indent=2).encode(),
-    }
+    return {SETTINGS: json.dumps(values, indent=2).encode(), SPECIAL: json.dumps(names, indent=2).encode()}
 
 
-def _added(item: Piece) -> dict[str, Any]:
-    """An item that is looked for in a text before all else. One that users may type is not special."""
+def _added(items: Sequence[Piece]) -> dict[int, dict[str, Any]]:
+    """The items that are looked for in a text before all else; padding is none of them."""
+    return {token: _token(item) for token, item in enumerate(items)
+            if item.kind in (UNKNOWN, CONTROL, USER_DEFINED) and item != pieces.padding(token)}
+
+
+def _token(item: Piece) -> dict[str, Any]:
+    """One that users may type is not special."""
     text = item.text.replace(SPACE, " ") if item.kind == USER_DEFINED else item.text
     return {"content": text, "single_word": False, "lstrip": False, "rstrip": False, "normalized": False,
             "special": item.kind != USER_DEFINED}

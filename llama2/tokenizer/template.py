@@ -16,6 +16,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from llama2.errors import UserError
 from llama2.records import Message, Messages, Train, check_roles, trained_turns
 
 if TYPE_CHECKING:
@@ -39,6 +40,40 @@ CHAT_TEMPLATE = (
     "{% endfor %}"
 )
 """Jinja for tokenizer_config.json: renders the same text in transformers, vLLM and llama.cpp."""
+
+_MARKS = {"ChatML": ("<|im_start|>",), "Llama 3": ("<|start_header_id|>",), "Llama 4": ("<|header_start|>",),
+          "Gemma": ("<start_of_turn>",), "Command R": ("<|START_OF_TURN_TOKEN|>",),
+          "Zephyr": ("<|assistant|>",), "Zephyr ": ("'<|' + message['role'] + '|>",), "DeepSeek": ("<｜Assistant｜>",),
+          "Alpaca": ("### Instruction",), "Vicuna": ("ASSISTANT:",), "Guanaco": ("### Assistant",),
+          "OpenChat": ("GPT4 Correct",), "Mistral": (BEGIN_INSTRUCTION, END_INSTRUCTION)}
+
+
+def is_llama_2(template: str | None) -> bool:
+    """Whether a chat template, in Jinja, writes this format: with its tags for turns and for the system text, and with
+    no tag of another format."""
+    ours = (BEGIN_INSTRUCTION, END_INSTRUCTION, BEGIN_SYSTEM.strip(), END_SYSTEM.strip())
+    return template is not None and all(tag in template for tag in ours) and "<|" not in template
+
+
+def described(template: str | None) -> str:
+    """What a chat template is called, as far as its tags tell."""
+    if template is None:
+        return "none"
+    if is_llama_2(template):
+        return "Llama 2's"
+    for name, marks in _MARKS.items():
+        if all(mark in template for mark in marks):
+            return f"another's ({name.strip()})"
+    return f"another's ({' '.join(template.split())[:60]!r}...)"
+
+
+def check_template(place: object, template: str | None) -> None:
+    """UserError unless a model's chat template is Llama 2's, the one format in which it is asked here."""
+    if is_llama_2(template):
+        return
+    found = "" if template is None else f", but {described(template)}"
+    raise UserError(f"{place}: there is no Llama 2 chat template in its tokenizer_config.json{found}",
+                    "tune it for Llama 2's format (llama2 sft); or, if it was, import it with --chat-template llama2")
 
 
 def encode_dialog(

@@ -7,6 +7,7 @@ as text: "</s>" in a document or a prompt is five characters like any others.
 from __future__ import annotations
 
 import codecs
+import copy
 import functools
 import hashlib
 import os
@@ -16,13 +17,16 @@ from pathlib import Path
 
 import sentencepiece
 
+from llama2 import beside
 from llama2.errors import UserError, explain_os_errors
 from llama2.tokenizer import foreign, huggingface, pieces
 from llama2.tokenizer.foreign import say_once
 from llama2.tokenizer.pieces import SPACE, Held
+from llama2.tokenizer.template import CHAT_TEMPLATE
 
 FILE = foreign.MODEL
 UNKNOWN, BOS, EOS = 0, 1, 2
+SPECIAL = huggingface.Special(UNKNOWN, BOS, EOS)
 _PART = 4000
 _BETWEEN_WORDS = re.compile("(?<=[!-~]) (?=[A-Za-z])")
 
@@ -30,7 +34,9 @@ _BETWEEN_WORDS = re.compile("(?<=[!-~]) (?=[A-Za-z])")
 class Tokenizer:
     """A SentencePiece BPE model with byte fallback, whose ids 0, 1, 2 are unknown, BOS and EOS.
 
-    `model` is the content of a tokenizer.model file; `source` names it in errors.
+    `model` is the content of a tokenizer.model file; `source` names it in errors. `eos` ends what is written for
+    training; `stops` are all ids that end an answer of the model to which it belongs, `eos` first. `template` is that
+    model's chat template, which `save` writes beside the tokenizer; None: it has none.
     """
 
     def __init__(self, model: bytes, source: str = FILE) -> None:
@@ -42,6 +48,8 @@ class Tokenizer:
         _check(self._processor, source)
         self.vocab_size: int = self._processor.vocab_size()
         self.bos, self.eos = BOS, EOS
+        self.stops: tuple[int, ...] = (EOS,)
+        self.template: str | None = CHAT_TEMPLATE
         self.fingerprint = hashlib.sha256(model).hexdigest()
         self._bytes = [self._bytes_of(piece) for piece in range(self.vocab_size)]
         self.controls = self._controls()
@@ -53,6 +61,7 @@ class Tokenizer:
         directory), or from inside another file.
 
         Of a directory that holds both, tokenizer.model is taken; if the other gives other ids, it is said on stderr.
+        With it come the ends of answers and the chat template that the directory names.
         """
         if isinstance(place, Held):
             return cls(place.make(), place.place)
@@ -67,7 +76,28 @@ class Tokenizer:
         tokenizer = cls(pieces.content(found), str(found))
         if said := tokenizer.disagreement(path):
             say_once(f"{said}; {FILE} is used here, and transformers uses the other: remove the one that is wrong")
+        tokenizer.stops = tuple(dict.fromkeys((*tokenizer.stops, *beside.stop_ids(path))))
+        tokenizer.template = beside.chat_template(path)
         return tokenizer
+
+    def speaking(self, template: str | None) -> Tokenizer:
+        """The same tokenizer, beside a model with another chat template."""
+        other = copy.copy(self)
+        other.template = template
+        return other
+
+    def check(self, place: str | os.PathLike[str], vocab_size: int, bos: int) -> None:
+        """UserError unless it is the tokenizer of a model with so many embeddings, which begins texts with `bos`."""
+        if self.vocab_size != vocab_size:
+            raise UserError(f"{place}: the tokenizer has {self.vocab_size} pieces, the model {vocab_size}",
+                            "put the tokenizer there with which the model was trained")
+        self.check_bos(place, bos)
+
+    def check_bos(self, place: str | os.PathLike[str], bos: int) -> None:
+        """UserError unless the id that begins a text is the one that its model names."""
+        if bos != self.bos:
+            raise UserError(f"{place}: the model's bos_token_id is {bos}, the tokenizer's is {self.bos}",
+                            f"if the model was trained with this tokenizer, set bos_token_id to {self.bos}")
 
     @property
     def pad(self) -> int:
@@ -126,7 +156,8 @@ class Tokenizer:
         Where transformers will give other ids than `encode`, for some texts, it is said on stderr, once.
         """
         directory = Path(directory)
-        files = _companions(self.model)
+        files = {huggingface.JSON: _fast(self.model),
+                 **huggingface.settings(_vocabulary(self.model), SPECIAL, self.template)}
         with explain_os_errors(directory):
             directory.mkdir(parents=True, exist_ok=True)
             _replace(directory / FILE, self.model)
@@ -146,7 +177,7 @@ class Tokenizer:
             return None
         with explain_os_errors(file):
             content = file.read_bytes()
-        if content == _companions(self.model)[huggingface.JSON]:
+        if content == _fast(self.model):
             return None
         found = foreign.disagreement(directory, _vocabulary(self.model), self._processor)
         return f"{file} is not the tokenizer of the {FILE} beside it ({found})" if found else None
@@ -173,8 +204,8 @@ def _vocabulary(model: bytes) -> pieces.Pieces:
 
 
 @functools.lru_cache(maxsize=4)
-def _companions(model: bytes) -> dict[str, bytes]:
-    return huggingface.companions(_vocabulary(model), unknown=UNKNOWN, bos=BOS, eos=EOS)
+def _fast(model: bytes) -> bytes:
+    return huggingface.fast(_vocabulary(model), SPECIAL)
 
 
 @functools.lru_cache(maxsize=4)

@@ -69,7 +69,7 @@ def test_replacing_a_checkpoint_keeps_other_files_and_leaves_no_old_shard(saved:
     checkpoint.save(third, saved)
     assert same(checkpoint.load(saved), third)
     assert sorted(path.name for path in saved.iterdir()) == [
-        "checksums.json", "config.json", "model.safetensors", "tokenizer.model"]
+        "checksums.json", "config.json", "generation_config.json", "model.safetensors", "tokenizer.model"]
 
 
 def test_a_failed_save_leaves_the_old_checkpoint(saved: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -80,7 +80,8 @@ def test_a_failed_save_leaves_the_old_checkpoint(saved: Path, monkeypatch: pytes
     with pytest.raises(UserError, match="no space left"):
         checkpoint.save(Llama(CONFIG, seed=2), saved)
     assert same(checkpoint.load(saved), Llama(CONFIG, seed=1))
-    assert sorted(path.name for path in saved.iterdir()) == ["checksums.json", "config.json", "model.safetensors"]
+    assert sorted(path.name for path in saved.iterdir()) == [
+        "checksums.json", "config.json", "generation_config.json", "model.safetensors"]
 
 
 def test_a_scorer_starts_from_a_language_model_and_round_trips(saved: Path, tmp_path: Path) -> None:
@@ -152,7 +153,7 @@ FAULTS: dict[str, tuple[Callable[[Path], object], str]] = {
     "scaled positions": (edit_config(rope_parameters={"rope_type": "llama3", "rope_theta": 1e4}),
                          r"rope_type is 'llama3'"),
     "scaled positions, old key": (edit_config(rope_scaling={"type": "linear", "factor": 2}),
-                                  r"rope_scaling is 'linear'"),
+                                  r"rope_scaling\.type is 'linear' with the factor 2"),
     "biases": (edit_config(attention_bias=True), r"attention_bias is True"),
     "wide heads": (edit_config(head_dim=64), r"head_dim is 64"),
     "impossible shape": (edit_config(num_key_value_heads=3), r"config\.json: num_attention_heads 4 is not a multiple"),

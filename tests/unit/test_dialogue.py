@@ -98,3 +98,14 @@ def test_ranks_share_the_prompts_by_their_places(tokenizer: Tokenizer, monkeypat
     assert [row[0].completion.prompt for row in whole] == [
         (*encode_prompt(tokenizer, messages), index) for index, messages in enumerate(prompts)]
     assert engine.asked == [5, 5, 5], "every rank checks every prompt"
+
+
+def test_every_end_of_the_model_ends_an_answer(tokenizer: Tokenizer) -> None:
+    own = tokenizer.speaking(None)
+    own.stops = (tokenizer.eos, 290, 291)
+    for end in own.stops:
+        chat = Chat(Fixed([*tokenizer.encode("fox"), end, 5, 6]), own)
+        ((answer,),) = chat.answers([TALK], Sampling())
+        assert (answer.text, answer.completion.finish, answer.completion.tokens[-1]) == ("fox", "stop", end)
+        assert answer.completion.ended_by(own.eos) == (*tokenizer.encode("fox"), tokenizer.eos)
+        assert "".join(chat.reply_stream(TALK, Sampling())) == "fox"

@@ -61,7 +61,7 @@ def test_hugging_face_has_all_files_that_its_readers_look_for(tmp_path: Path, ba
     assert llama2("export", base, "--to", "hf", "--dtype", "bf16", "--out", tmp_path / "out") == 0
     assert {path.name for path in (tmp_path / "out").iterdir()} == {
         "config.json", "model.safetensors", "checksums.json", "tokenizer.model", "tokenizer.json",
-        "tokenizer_config.json", "special_tokens_map.json"}
+        "tokenizer_config.json", "generation_config.json", "special_tokens_map.json"}
     config = json.loads((tmp_path / "out" / "config.json").read_text())
     assert config["torch_dtype"] == config["dtype"] == "bfloat16"
     assert config["rope_theta"] == config["rope_parameters"]["rope_theta"]

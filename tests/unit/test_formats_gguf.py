@@ -18,7 +18,7 @@ import pytest
 import sentencepiece
 import torch
 from commands import llama2
-from sources import RATIOS, SHAPE, STRINGS, exact, model_of, source_of
+from sources import RATIOS, SHAPE, STRINGS, exact, model_of, same, source_of, state
 from torch import Tensor
 
 from llama2.errors import UserError
@@ -410,3 +410,74 @@ def test_other_files_and_versions(file: Path, tmp_path: Path) -> None:
             ours.read(other)
     with pytest.raises(UserError, match="no such file"):
         ours.read(tmp_path / "nothing")
+
+
+# ---- metadata that change nothing, and such that do -----------------------------------------------------------------
+@pytest.mark.parametrize("change", [
+    {"llama.rope.scaling.factor": 1.0}, {"llama.rope.scaling.factor": 0.0}, {"llama.rope.scale_linear": 1.0},
+    {"llama.rope.scaling.type": "linear", "llama.rope.scaling.factor": 1.0}, {"llama.rope.scaling.type": "none"},
+    {"llama.rope.scaling.attn_factor": 1.0}, {"llama.expert_count": 0, "llama.expert_used_count": 0},
+    {"llama.attention.sliding_window": 4096}, {"llama.attention.scale": SHAPE.head_dim**-0.5},
+    {"llama.logit_scale": 1.0}, {"llama.attention.causal": True}, {"llama.use_parallel_residual": False},
+    {"llama.rope.scaling.original_context_length": 2048, "llama.rope.scaling.finetuned": False},
+    {"general.anything": 5, "another.rope.scaling.factor": 4.0},
+])
+def test_keys_at_which_nothing_changes_are_taken(file: Path, tmp_path: Path, change: dict[str, Any]) -> None:
+    assert ours.read(copy(file, tmp_path / "changed.gguf", change=change)).config == SHAPE
+
+
+@pytest.mark.parametrize(("change", "message"), [
+    ({"llama.rope.scaling.factor": 4.0}, r"llama\.rope\.scaling\.factor is 4\.0"),
+    ({"llama.rope.scaling.type": "linear", "llama.rope.scaling.factor": 4.0}, r"scaling\.factor is 4\.0"),
+    ({"llama.rope.scale_linear": 4.0}, r"rope\.scale_linear is 4\.0"),
+    ({"llama.rope.scaling.attn_factor": 1.2}, r"rope\.scaling\.attn_factor is 1\.2"),
+    ({"llama.rope.scaling.yarn_log_multiplier": 0.1}, r"rope\.scaling\.yarn_log_multiplier is 0\.1"),
+    ({"llama.attention.sliding_window": 16}, r"attention\.sliding_window is 16"),
+    ({"llama.attention.causal": False}, r"attention\.causal is False, Llama 2 has True"),
+    ({"llama.logit_scale": 0.5}, r"logit_scale is 0\.5"),
+    ({"llama.residual_scale": 0.22}, r"residual_scale is 0\.22"),
+    ({"llama.embedding_scale": 12.0}, r"embedding_scale is 12\.0"),
+    ({"llama.attention.scale": 0.02}, r"attention\.scale is 0\.02"),
+    ({"llama.use_parallel_residual": True}, r"use_parallel_residual is True, a key that Llama 2 does not have"),
+    ({"llama.attn_logit_softcapping": 50.0}, r"attn_logit_softcapping is 50\.0"),
+    ({"llama.rope.freq_base": 0.0}, r"rope_theta is 0\.0"),
+    ({"llama.attention.layer_norm_rms_epsilon": float("inf")}, "rms_norm_eps is inf"),
+    ({"tokenizer.ggml.eos_token_id": 420}, "eos_token_id is 420"),
+    ({"tokenizer.chat_template": 5}, "chat_template is no text"),
+])
+def test_keys_that_change_the_outputs_are_refused_by_name(file: Path, tmp_path: Path, change: dict[str, Any],
+                                                          message: str) -> None:
+    with pytest.raises(UserError, match=message) as raised:
+        ours.read(copy(file, tmp_path / "changed.gguf", change=change))
+    assert "changed.gguf: " in str(raised.value)
+
+
+def test_factors_of_rotary_frequencies(file: Path, tmp_path: Path) -> None:
+    kind = gguf.GGMLQuantizationType.F32
+    ones = np.ones(SHAPE.head_dim // 2, np.float32)
+    found = ours.read(copy(file, tmp_path / "ones.gguf", tensors={"rope_freqs.weight": (ones, kind)}))
+    assert same(state(found), state(ours.read(file)))
+    scaled = ones.copy()
+    scaled[-1] = 8
+    with pytest.raises(UserError, match=r"rope_freqs\.weight scales rotary positions"):
+        ours.read(copy(file, tmp_path / "scaled.gguf", tensors={"rope_freqs.weight": (scaled, kind)}))
+    with pytest.raises(UserError, match=r"rope_freqs\.weight has shape \[5\]"):
+        ours.read(copy(file, tmp_path / "five.gguf", tensors={"rope_freqs.weight": (np.ones(5, np.float32), kind)}))
+
+
+@pytest.mark.parametrize(("ends", "noted"), [((2,), 0), ((2, 5), 0), ((300, 2, 7), 0), ((2, 5, 7, 9), 1)])
+def test_the_ends_of_answers_go_out_and_come_in(source: Source, tmp_path: Path, ends: tuple[int, ...], noted: int
+                                                ) -> None:
+    several = replace(source, config=replace(SHAPE, eos_token_id=ends))
+    notes = ours.write(several, tmp_path / "m.gguf", precision="f32")
+    assert len(notes) == noted
+    found = ours.read(tmp_path / "m.gguf")
+    assert found.config.stops == ends[:3]
+    assert found.tokenizer is not None
+    assert Tokenizer.load(found.tokenizer).eos == 2
+
+
+def test_the_template_of_a_file_comes_with_it(source: Source, file: Path, tmp_path: Path) -> None:
+    assert ours.read(file).template == CHAT_TEMPLATE
+    ours.write(source, tmp_path / "bare.gguf")
+    assert ours.read(tmp_path / "bare.gguf").template is None

@@ -22,6 +22,7 @@ from llama2.model import checkpoint
 from llama2.model.formats import hf, llama2c, meta
 from llama2.model.formats.recognise import open_source
 from llama2.model.llama import LlamaConfig
+from llama2.tokenizer import CHAT_TEMPLATE
 from llama2.tokenizer.tokenizer import Tokenizer
 
 SHAPE = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
@@ -98,8 +99,8 @@ def test_every_format_comes_in_by_the_same_command(tmp_path: Path, model: Path, 
     text = "[INST] How old is the mill? [/INST] été 🙂"
     assert Tokenizer.load(tmp_path / "ours").encode(text) == tokenizer.encode(text)
     assert sorted(path.name for path in (tmp_path / "ours").iterdir()) == [
-        "checksums.json", "config.json", "model.safetensors", "special_tokens_map.json", "tokenizer.json",
-        "tokenizer.model", "tokenizer_config.json"]
+        "checksums.json", "config.json", "generation_config.json", "model.safetensors", "special_tokens_map.json",
+        "tokenizer.json", "tokenizer.model", "tokenizer_config.json"]
     tokens = torch.tensor([[1, 300, 17, 5]])
     with torch.no_grad():
         assert torch.allclose(checkpoint.load(tmp_path / "ours")(tokens), checkpoint.load(model)(tokens), atol=1e-5)
@@ -108,7 +109,8 @@ def test_every_format_comes_in_by_the_same_command(tmp_path: Path, model: Path, 
 def test_what_came_in_is_talked_to_and_trained_at_once(tmp_path: Path, model: Path, world: Path,
                                                        monkeypatch: pytest.MonkeyPatch,
                                                        capsys: pytest.CaptureFixture[str]) -> None:
-    assert llama2("import", as_meta(model, tmp_path / "theirs"), "--out", tmp_path / "ours", "--dtype", "bf16") == 0
+    assert llama2("import", as_meta(model, tmp_path / "theirs"), "--out", tmp_path / "ours", "--dtype", "bf16",
+                  "--chat-template", "llama2") == 0
     assert {stored.dtype for stored in hf.read(tmp_path / "ours").tensors.values()} == {torch.bfloat16}
     monkeypatch.setattr(sys, "stdin", io.StringIO("Hello\n"))
     assert llama2("chat", tmp_path / "ours", "--max-tokens", 4, "--no-history") == 0
@@ -331,3 +333,125 @@ def test_a_disk_that_is_too_small_is_found_before_anything_is_written(
     assert re.search(r"the weights take 0\.\d GB, and 0\.0 GB are free", one_line("import", model, "--out",
                                                                                  tmp_path / "a" / "ours"))
     assert not (tmp_path / "a").exists()
+
+
+# ---- chat templates -------------------------------------------------------------------------------------------------
+ZEPHYR = ("{% for message in messages %}{{ '<|' + message['role'] + '|>\\n' + message['content'] + eos_token }}"
+          "{% endfor %}{{ '<|assistant|>\\n' }}")
+
+
+def asked_by(model: Path, template: str | None) -> Path:
+    """A model whose directory has another chat template, or none."""
+    Tokenizer.load(model).speaking(template).save(model)
+    (model / "checksums.json").unlink()
+    return model
+
+
+def settings(directory: Path) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads((directory / "tokenizer_config.json").read_text())
+    return found
+
+
+@pytest.mark.parametrize(("template", "told"), [
+    (ZEPHYR, r"its chat template is another's \(Zephyr\), and is kept: .*--chat-template llama2"),
+    (None, "no chat template came with it: .*--chat-template llama2")])
+def test_the_template_of_others_is_kept_and_refused_wherever_it_is_used(
+        tmp_path: Path, model: Path, world: Path, template: str | None, told: str, one_line: Callable[..., str],
+        capsys: pytest.CaptureFixture[str]) -> None:
+    """Neither import nor export launders it; tuning for Llama 2's format does."""
+    asked_by(model, template)
+    assert llama2("import", model, "--out", tmp_path / "in") == 0
+    assert re.search(told, capsys.readouterr().err)
+    assert llama2("export", tmp_path / "in", "--to", "hf", "--out", tmp_path / "out") == 0
+    assert llama2("export", tmp_path / "in", "--to", "gguf", "--out", tmp_path / "m.gguf") == 0
+    assert llama2("import", tmp_path / "m.gguf", "--out", tmp_path / "again") == 0
+    for directory in (model, tmp_path / "in", tmp_path / "out", tmp_path / "again"):
+        assert settings(directory).get("chat_template") == template
+        for words in (("chat", directory, "--no-history"), ("serve", directory, "--port", 0),
+                      ("ghost", "--policy", directory, "--questions", world / "prompts-train.jsonl", "--limit", 1,
+                       "--out", tmp_path / "ghost")):
+            assert "there is no Llama 2 chat template" in one_line(*words)
+        shutil.rmtree(tmp_path / "ghost", ignore_errors=True)
+    assert llama2("sft", "--model", tmp_path / "in", "--dialogs.all.path", world / "demonstrations.jsonl", "--out",
+                  tmp_path / "sft", "--sequence-length", 96, "--training.plan.max-steps", 1, "--batch-size", 2) == 0
+    assert settings(tmp_path / "sft")["chat_template"] == CHAT_TEMPLATE
+
+
+def test_llama_2s_template_is_written_if_asked(tmp_path: Path, model: Path, monkeypatch: pytest.MonkeyPatch,
+                                               capsys: pytest.CaptureFixture[str]) -> None:
+    asked_by(model, ZEPHYR)
+    assert llama2("import", model, "--out", tmp_path / "in", "--chat-template", "llama2") == 0
+    assert "Llama 2's, as asked; the model's was another's (Zephyr)" in capsys.readouterr().err
+    assert settings(tmp_path / "in")["chat_template"] == CHAT_TEMPLATE
+    monkeypatch.setattr(sys, "stdin", io.StringIO("Hello\n"))
+    assert llama2("chat", tmp_path / "in", "--max-tokens", 4, "--no-history") == 0
+
+
+def test_a_template_in_a_file_of_its_own_comes_in(tmp_path: Path, model: Path) -> None:
+    """As transformers 5 writes it. An adapter's goes before its base's."""
+    (model / "chat_template.jinja").write_text(ZEPHYR)
+    assert llama2("import", model, "--out", tmp_path / "in") == 0
+    assert settings(tmp_path / "in")["chat_template"] == ZEPHYR
+    adapter = as_adapter(model, tmp_path / "adapter")
+    (adapter / "tokenizer_config.json").write_text(json.dumps({"chat_template": "theirs"}))
+    assert llama2("import", adapter, "--out", tmp_path / "merged") == 0
+    assert settings(tmp_path / "merged")["chat_template"] == "theirs"
+
+
+# ---- where answers begin and end ------------------------------------------------------------------------------------
+def edited(model: Path, name: str = "config.json", **changes: Any) -> Path:
+    file = model / name
+    file.write_text(json.dumps((json.loads(file.read_text()) if file.exists() else {}) | changes))
+    (model / "checksums.json").unlink(missing_ok=True)
+    return model
+
+
+def ends(directory: Path) -> list[Any]:
+    return [json.loads((directory / name).read_text())["eos_token_id"]
+            for name in ("config.json", "generation_config.json")]
+
+
+def test_an_end_behind_the_items_of_the_tokenizer_is_kept_everywhere(
+        tmp_path: Path, model: Path, tokenizer: Tokenizer, world: Path) -> None:
+    """As of a model tuned for ChatML, whose end of a turn was added behind the items."""
+    smaller = cut_tokenizer(tokenizer, tmp_path / "cut.model", 418)
+    edited(edited(model, eos_token_id=418), "generation_config.json", eos_token_id=418)
+    assert llama2("import", model, "--tokenizer", smaller, "--out", tmp_path / "in") == 0
+    assert ends(tmp_path / "in") == [[418, 2], [418, 2]]
+    assert Tokenizer.load(tmp_path / "in").stops == (2, 418)
+    assert llama2("export", tmp_path / "in", "--to", "hf", "--out", tmp_path / "out") == 0
+    assert ends(tmp_path / "out") == [[418, 2], [418, 2]]
+    assert llama2("export", tmp_path / "in", "--to", "gguf", "--out", tmp_path / "m.gguf") == 0
+    assert llama2("import", tmp_path / "m.gguf", "--out", tmp_path / "again") == 0
+    assert ends(tmp_path / "again") == [[418, 2], [418, 2]]
+    assert llama2("sft", "--model", tmp_path / "in", "--dialogs.all.path", world / "demonstrations.jsonl", "--out",
+                  tmp_path / "sft", "--sequence-length", 96, "--training.plan.max-steps", 1, "--batch-size", 2) == 0
+    assert ends(tmp_path / "sft") == [[418, 2], [418, 2]]
+
+
+def test_a_model_tuned_where_it_lies_ends_by_what_it_was_taught(tmp_path: Path, model: Path, world: Path) -> None:
+    edited(model, eos_token_id=7)
+    edited(model, "generation_config.json", eos_token_id=[7, 9])
+    assert llama2("sft", "--model", model, "--dialogs.all.path", world / "demonstrations.jsonl", "--out",
+                  tmp_path / "sft", "--sequence-length", 96, "--training.plan.max-steps", 1, "--batch-size", 2) == 0
+    assert ends(tmp_path / "sft") == [[7, 9, 2], [7, 9, 2]]
+
+
+def test_another_begin_than_the_tokenizers_is_refused_in_every_format(
+        tmp_path: Path, model: Path, one_line: Callable[..., str]) -> None:
+    edited(model, bos_token_id=0)
+    file = as_gguf(model, tmp_path / "theirs")
+    for path in (model, file):
+        assert one_line("import", path, "--out", tmp_path / "in") == (
+            f"{path}: the model's bos_token_id is 0, the tokenizer's is 1; if the model was trained with this "
+            "tokenizer, set bos_token_id to 1")
+    for words in (("chat", model, "--no-history"), ("serve", model, "--port", 0)):
+        assert "the model's bos_token_id is 0, the tokenizer's is 1" in one_line(*words)
+
+
+def test_an_unknown_key_is_said(tmp_path: Path, model: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    edited(model, my_note="from Bob")
+    assert llama2("import", model, "--out", tmp_path / "in") == 0
+    assert "config.json: unknown and left out: my_note" in capsys.readouterr().err
+    checkpoint.load(model)
+    assert "config.json: unknown and left out: my_note" in capsys.readouterr().err

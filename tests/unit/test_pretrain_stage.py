@@ -11,11 +11,15 @@ import torch
 from commands import llama2
 from torch import nn
 
+from llama2.beside import chat_template, stop_ids
 from llama2.data.compress import HeldoutText, target_bytes
 from llama2.data.pack import Segment
 from llama2.data.shards import Shards, write_shards
+from llama2.model import checkpoint
+from llama2.model.llama import Llama, LlamaConfig
 from llama2.records import Document
 from llama2.stages import pretrain
+from llama2.tokenizer import CHAT_TEMPLATE
 from llama2.tokenizer.train import train
 
 TEXTS = [f"The mill number {number} stands by the river{' and turns' * (number % 5)}." for number in range(60)]
@@ -156,3 +160,18 @@ def test_a_source_with_a_share_beyond_its_size_is_read_more_often(tokens, tmp_pa
     total = sum(int(length.sum()) for length in lengths.values())
     for name, times in passes.items():
         assert times == pytest.approx(0.5 * total / int(lengths[name].sum()), rel=0.03)
+
+
+def test_a_base_keeps_its_template_and_its_ends(tokens, tmp_path):
+    """Llama 2's is written by `tokenize` for a model that begins here, and by no step that does not teach it."""
+    assert run(tokens, tmp_path / "new", "--training.plan.max-steps", 2) == 0
+    assert chat_template(tmp_path / "new") == CHAT_TEMPLATE
+    for template in (None, "{{ theirs }}"):
+        theirs = tmp_path / f"theirs-{template is None}"
+        checkpoint.save(Llama(LlamaConfig(tokens[1].vocab_size, 16, 24, 1, 2, 2, 64, eos_token_id=(2, 9))), theirs)
+        tokens[1].speaking(template).save(theirs)
+        out = tmp_path / f"out-{template is None}"
+        assert llama2("pretrain", "--shards", tokens[0], "--model", theirs, "--out", out, "--sequence-length", 16,
+                      "--batch-size", 4, "--training.plan.warmup-steps", 1, "--training.plan.max-steps", 2) == 0
+        assert chat_template(out) == template
+        assert stop_ids(out) == (2, 9)

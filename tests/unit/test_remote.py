@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import time
+from dataclasses import replace
 
 import pytest
 from completions_server import serving
@@ -221,3 +222,15 @@ def test_a_model_with_other_tokens_is_refused(remote, server):
     server._choice = lambda body: {"text": "", "finish_reason": "stop", "token_ids": [31999]}
     with pytest.raises(UserError, match="token ids outside of our 420"):
         remote_engine.generate(PROMPTS, GREEDY)
+
+
+def test_a_server_ends_answers_where_the_sampling_says(remote, server, tokenizer):
+    """A server stops at all ends of its model, which are not all asked for here."""
+    several = tokenizer.speaking(None)
+    several.stops = (tokenizer.eos, 300)
+    for stop, ignored in (((2,), True), ((2, 300), False), ((300, 2, 5), False), ((), True)):
+        asking = remote(state=None)
+        asking.tokenizer = several
+        asking.generate(PROMPTS[:1], replace(GREEDY, stop=stop))
+        assert server.asked[-1].get("ignore_eos", False) is ignored
+        assert server.asked[-1]["stop_token_ids"] == list(stop)

@@ -1,11 +1,14 @@
 """What stages that sample share: seeds, prompts that fit, progress, and answers that do not depend on parts."""
 
+import json
 import re
+import shutil
 from types import SimpleNamespace
 
 import pytest
 from answers import prompt
 from commands import llama2
+from safetensors.torch import load_file, save_file
 
 from llama2 import records
 from llama2.errors import UserError
@@ -124,3 +127,28 @@ def test_a_stage_says_how_far_it_is(policy, scorers, prompts, tmp_path, monkeypa
     counts = list(map(int, said))
     assert counts == sorted(counts)
     assert counts[-1] > 24
+
+
+def test_a_policy_that_says_nothing_is_refused_before_it_is_asked(policy, prompts, tmp_path, one_line):
+    ruined = tmp_path / "ruined"
+    shutil.copytree(policy, ruined)
+    weights = load_file(ruined / "model.safetensors")
+    weights["model.norm.weight"][0] = float("nan")
+    save_file(weights, ruined / "model.safetensors")
+    (ruined / "checksums.json").unlink()
+    said = "ruined: the model's log-probabilities are not finite; its weights are damaged"
+    for words in (("ghost", "--policy", ruined, "--questions", prompts), ("collect", "--policies", ruined, "--prompts",
+                                                                         prompts),
+                  ("evaluate", "--versions.one", ruined, "--prompts", prompts)):
+        assert said in one_line(*words, "--out", tmp_path / f"out-{words[0]}")
+
+
+def test_answers_end_at_every_id_that_the_policy_names(policy, tmp_path):
+    several = tmp_path / "several"
+    shutil.copytree(policy, several)
+    (several / "generation_config.json").write_text(json.dumps({"eos_token_id": [2, *range(5, 420)]}))
+    (several / "checksums.json").unlink()
+    chat = load_chat(several, Sample(), Run(tmp_path, False))
+    ((found,),) = answer(chat, [prompt("Hi").messages], Sample(max_tokens=9))
+    assert found.completion.finish == "stop"
+    assert len(found.completion.tokens) == 1

@@ -7,6 +7,7 @@ import sys
 
 import httpx
 import pytest
+from safetensors.torch import load_file, save_file
 from servers import serving
 
 from llama2 import serve
@@ -99,3 +100,29 @@ def test_a_gate_replaces_what_it_finds_unsafe(policy, scorers, threshold):
         assert len({each["llama2"]["safety"]["probability"] for each in several}) > 1
         if threshold:
             assert {each["text"] for each in several} == {"No."}
+
+
+def test_an_answer_ends_at_every_id_that_the_model_names(policy, tmp_path):
+    several = tmp_path / "several"
+    shutil.copytree(policy, several)
+    (several / "generation_config.json").write_text(json.dumps({"eos_token_id": [2, 5, 300]}))
+    (several / "checksums.json").unlink()
+    with serving(several) as served:
+        for end in (2, 5, 300):
+            asked = {"messages": ASK, "max_tokens": 40, "temperature": 0, "logit_bias": {str(end): 100}}
+            body = served.post("chat/completions", **asked).json()
+            assert body["choices"][0]["finish_reason"] == "stop"
+            assert body["choices"][0]["message"]["content"] == ""
+            assert body["usage"]["completion_tokens"] == 1
+        asked = {"prompt": "a", "max_tokens": 7, "temperature": 0, "logit_bias": {"300": 100}, "ignore_eos": True}
+        assert served.post("completions", **asked).json()["usage"]["completion_tokens"] == 7
+
+
+def test_a_model_that_says_nothing_is_refused_by_its_name(policy, tmp_path, one_line):
+    ruined = tmp_path / "ruined"
+    shutil.copytree(policy, ruined)
+    weights = load_file(ruined / "model.safetensors")
+    weights["model.norm.weight"][0] = float("nan")
+    save_file(weights, ruined / "model.safetensors")
+    (ruined / "checksums.json").unlink()
+    assert "ruined: the model's log-probabilities are not finite" in one_line("serve", ruined, "--port", 0)

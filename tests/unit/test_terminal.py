@@ -6,6 +6,7 @@ import json
 import os
 import re
 import select
+import shutil
 import stat
 import subprocess
 import sys
@@ -15,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from safetensors.torch import load_file, save_file
 
 from llama2 import records
 from llama2.errors import UserError
@@ -22,7 +24,8 @@ from llama2.generate.sampling import Sampling
 from llama2.model import checkpoint
 from llama2.model.llama import Llama, LlamaConfig
 from llama2.records import Dialog, Messages
-from llama2.serve import terminal
+from llama2.serve import models, terminal
+from llama2.tokenizer.tokenizer import Tokenizer
 from llama2.tokenizer.train import train
 
 
@@ -274,3 +277,36 @@ def test_a_foreign_tokenizer_is_refused(directory: Path, tmp_path: Path) -> None
     (tmp_path / "tokenizer.model").write_bytes((directory / "tokenizer.model").read_bytes())
     with pytest.raises(UserError, match="300 pieces, the model 310"):
         terminal.run(terminal.Config(checkpoint=tmp_path))
+
+
+ASKED_ALIKE = "there is no Llama 2 chat template in its tokenizer_config.json"
+
+
+def copied(directory: Path, target: Path) -> Path:
+    shutil.copytree(directory, target)
+    return target
+
+
+@pytest.mark.parametrize(("template", "called"), [
+    (None, ASKED_ALIKE + ";"), ("{% for m in messages %}<|im_start|>{{ m['role'] }}{% endfor %}", "another's (ChatML)"),
+    ("{{ '[INST] ' + messages[0]['content'] + ' [/INST]' }}", "another's (Mistral)")])
+def test_a_model_that_is_asked_otherwise_is_refused(directory: Path, tmp_path: Path, template: str | None, called: str
+                                                    ) -> None:
+    other = copied(directory, tmp_path / "other")
+    Tokenizer.load(directory).speaking(template).save(other)
+    for refuse in (lambda: terminal.run(terminal.Config(checkpoint=other)), lambda: models.check(other)):
+        with pytest.raises(UserError) as raised:
+            refuse()
+        assert ASKED_ALIKE in str(raised.value)
+        assert called in str(raised.value)
+        assert "--chat-template llama2" in raised.value.cure
+
+
+def test_weights_that_say_nothing_are_refused(directory: Path, tmp_path: Path) -> None:
+    ruined = copied(directory, tmp_path / "ruined")
+    weights = load_file(ruined / "model.safetensors")
+    weights["model.norm.weight"][3] = float("nan")
+    save_file(weights, ruined / "model.safetensors")
+    (ruined / "checksums.json").unlink()
+    with pytest.raises(UserError, match=r"ruined: the model's log-probabilities are not finite"):
+        terminal.run(terminal.Config(checkpoint=ruined))

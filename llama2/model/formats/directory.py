@@ -1,4 +1,4 @@
-"""What a checkpoint directory consists of: the names of its files, config.json, the index of shards, the checksums.
+"""What a checkpoint directory consists of: the names of its files, the index of shards, the checksums.
 
 It is a Hugging Face model directory. Beside the standard files stands `checksums.json` (file name -> SHA-256), written
 last: a directory that has it is complete, and what was damaged later is found on reading. Its absence is no error:
@@ -16,109 +16,14 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from llama2.errors import UserError, did_you_mean, explain_os_errors
+from llama2.errors import UserError, explain_os_errors
 from llama2.model.formats import binary
 from llama2.model.llama import LlamaConfig
 
 CONFIG, WEIGHTS, INDEX, CHECKSUMS = "config.json", "model.safetensors", "model.safetensors.index.json", "checksums.json"
 PICKLED, PICKLED_INDEX = "pytorch_model.bin", "pytorch_model.bin.index.json"
-LANGUAGE_MODEL, SEQUENCE_SCORER = "LlamaForCausalLM", "LlamaForSequenceClassification"
 SCORE = "score.weight"
 PADDING = 0  # transformers finds the last real token of a row by it; the published tokenizer has no id for padding
-UNFIT = "this model cannot be loaded"
-
-
-# ---- config.json ----------------------------------------------------------------------------------------------------
-def read_config(directory: Path) -> tuple[LlamaConfig, bool]:
-    """The shape of the model in a directory, and whether it is a scorer. UserError names the key that does not fit."""
-    path = directory / CONFIG
-    if not directory.is_dir():
-        raise UserError(f"{directory}: no such checkpoint directory", "check the path")
-    if not path.exists():
-        raise UserError(f"{path}: missing", f"a checkpoint directory has a {CONFIG} beside its weights")
-    values = read_json(path)
-    _refuse_relatives(path, values)
-    required = {"vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"}
-    for name in sorted(name for name in required if values.get(name) is None):
-        raise UserError(f"{path}: the key '{name}' is missing", did_you_mean(name, values))
-    known = {name: values[name] for name in LlamaConfig.__dataclass_fields__ if values.get(name) is not None}
-    known.setdefault("num_key_value_heads", known["num_attention_heads"])
-    known.setdefault("rope_theta", _section(path, values, "rope_parameters").get("rope_theta", 10000.0))
-    if isinstance(known.get("eos_token_id"), list) and known["eos_token_id"]:
-        known["eos_token_id"] = known["eos_token_id"][0]
-    for name, value in known.items():
-        _check_number(path, name, value)
-    try:
-        config = LlamaConfig(**known)
-    except UserError as error:
-        raise UserError(f"{path}: {error.cause}", error.cure) from None
-    if values.get("head_dim") not in (None, config.head_dim):
-        raise UserError(f"{path}: head_dim is {values['head_dim']}, Llama 2 has hidden_size / num_attention_heads = "
-                        f"{config.head_dim}", UNFIT)
-    return config, _is_scorer(path, values)
-
-
-def _refuse_relatives(path: Path, values: Mapping[str, Any]) -> None:
-    """UserError for another architecture, and for what Llama 2 has not: its weights might load and say nonsense."""
-    if values.get("model_type") != "llama":
-        raise UserError(f"{path}: model_type is '{values.get('model_type')}', not 'llama'",
-                        "only models of the Llama 2 family can be loaded")
-    if values.get("quantization_config"):
-        method = _section(path, values, "quantization_config").get("quant_method", "unknown")
-        raise UserError(f"{path}: the weights are quantized (quant_method '{method}')", "take the original weights")
-    rope, scaling = _section(path, values, "rope_parameters"), _section(path, values, "rope_scaling")
-    fixed = {"hidden_act": ("silu", values.get("hidden_act")), "attention_bias": (False, values.get("attention_bias")),
-             "mlp_bias": (False, values.get("mlp_bias")), "rope_type": ("default", rope.get("rope_type")),
-             "rope_scaling": ("default", scaling.get("rope_type", scaling.get("type")))}
-    for name, (expected, found) in fixed.items():
-        if found is not None and found != expected:
-            raise UserError(f"{path}: {name} is {found!r}, Llama 2 has {expected!r}", UNFIT)
-
-
-def _section(path: Path, values: Mapping[str, Any], name: str) -> Mapping[str, Any]:
-    section = values.get(name) or {}
-    if not isinstance(section, Mapping):
-        raise UserError(f"{path}: {name} is {section!r}", "a JSON object was expected")
-    return section
-
-
-def _check_number(path: Path, name: str, value: Any) -> None:
-    kinds: dict[str, tuple[tuple[type, ...], str]] = {
-        "bool": ((bool,), "true or false was expected"), "int": ((int,), "a whole number was expected"),
-        "float": ((int, float), "a number was expected")}
-    allowed, wanted = kinds[str(LlamaConfig.__dataclass_fields__[name].type)]
-    if not isinstance(value, allowed) or (isinstance(value, bool) and bool not in allowed) or value != value:
-        raise UserError(f"{path}: {name} is {value!r}", wanted)
-
-
-def _is_scorer(path: Path, values: Mapping[str, Any]) -> bool:
-    listed = values.get("architectures") or [LANGUAGE_MODEL]
-    known = {name.lower(): name for name in (LANGUAGE_MODEL, SEQUENCE_SCORER)}  # early conversions wrote LLaMA
-    names = [known.get(str(name).lower()) for name in listed] if isinstance(listed, list) else []
-    if not names or None in names:
-        raise UserError(f"{path}: architectures is {listed!r}", f"{LANGUAGE_MODEL} or {SEQUENCE_SCORER} was expected")
-    return SEQUENCE_SCORER in names
-
-
-def config_json(config: LlamaConfig, *, scorer: bool = False, dtype: torch.dtype = torch.float32) -> dict[str, Any]:
-    """config.json, complete for transformers 4 and 5 (which renamed `torch_dtype` and `rope_theta`)."""
-    precision = str(dtype).removeprefix("torch.")
-    values: dict[str, Any] = {
-        "architectures": [SEQUENCE_SCORER if scorer else LANGUAGE_MODEL],
-        "model_type": "llama",
-        **{name: getattr(config, name) for name in LlamaConfig.__dataclass_fields__},
-        "head_dim": config.head_dim,
-        "rope_scaling": None,
-        "rope_parameters": {"rope_type": "default", "rope_theta": config.rope_theta},
-        "hidden_act": "silu", "attention_bias": False, "attention_dropout": 0.0, "mlp_bias": False,
-        "initializer_range": 0.02, "pretraining_tp": 1, "use_cache": True,
-        "torch_dtype": precision, "dtype": precision,
-    }
-    if scorer:
-        values |= {"num_labels": 1, "id2label": {"0": "LABEL_0"}, "label2id": {"LABEL_0": 0}, "pad_token_id": PADDING}
-    return values
 
 
 # ---- tensors and their files ----------------------------------------------------------------------------------------

@@ -64,6 +64,13 @@ _CONFIG = {"hidden_size": "embedding_length", "intermediate_size": "feed_forward
            "num_key_value_heads": "attention.head_count_kv", "max_position_embeddings": "context_length",
            "rms_norm_eps": "attention.layer_norm_rms_epsilon", "rope_theta": "rope.freq_base"}
 _DEFAULTS = {"rope_theta": 10000.0}
+_ENDS = tuple(f"tokenizer.ggml.{name}_token_id" for name in ("eos", "eot", "eom"))  # each ends an answer in llama.cpp
+_FACTORS = "rope_freqs.weight"  # by which rotary frequencies are divided
+_WITHOUT_EFFECT = {
+    "vocab_size", "attention.layer_norm_epsilon", "rope.scaling.original_context_length", "rope.scaling.finetuned",
+    "rope.scaling.yarn_beta_fast", "rope.scaling.yarn_beta_slow", "pooling_type", "tensor_data_layout",
+}
+"""of keys of the architecture: what repeats a size, belongs to kinds that are refused, or describes the file"""
 
 
 def _library() -> ModuleType:
@@ -126,7 +133,7 @@ def write(source: Source, file: Path, *, precision: Precision = "f16", chat_temp
             for part in _converted(tensor, source, types[tensor]):
                 stream.write(part)
         stream.write(bytes(-stream.tell() % ALIGNMENT))
-    return _notes(types, vocabulary, precision)
+    return _notes(types, vocabulary, precision) + _unnamed(source.config)
 
 
 def _ordered(source: Source) -> Iterator[str]:
@@ -150,6 +157,12 @@ def _notes(types: Mapping[str, Precision], vocabulary: Pieces, precision: Precis
         if wider:
             notes.append(f"{', '.join(wider)}: stored as f16, because their rows do not divide into blocks of {_BLOCK}")
     return notes + vocabulary.unsaid("llama.cpp")
+
+
+def _unnamed(config: LlamaConfig) -> list[str]:
+    more = config.stops[len(_ENDS):]
+    return [f"answers end at {len(config.stops)} ids, and GGUF has places for {len(_ENDS)}: "
+            f"{', '.join(map(str, more))} left out"] if more else []
 
 
 def _describe(writer: Any, source: Source, precision: Precision, name: str | None) -> None:
@@ -180,7 +193,8 @@ def _describe_tokenizer(writer: Any, source: Source, vocabulary: Pieces) -> None
     writer.add_token_scores([item.score for item in items])
     writer.add_token_types([item.kind for item in items])
     writer.add_bos_token_id(source.config.bos_token_id)
-    writer.add_eos_token_id(source.config.eos_token_id)
+    for key, token in zip(_ENDS, source.config.stops):
+        writer.add_uint32(key, token)
     writer.add_unk_token_id(unknown)
     writer.add_pad_token_id(unknown)
     writer.add_add_bos_token(True)
@@ -229,6 +243,7 @@ def read(path: Path) -> Source:
     config = _config(path, header)
     expected = {name: (_their_name(name), shape) for name, shape in shapes(config).items()}
     _check_names(path, header, {theirs for theirs, _ in expected.values()})
+    _refuse_factors(library, path, header, config)
     tensors = {}
     for name, (theirs, shape) in expected.items():
         entry = header.tensors[theirs]
@@ -236,7 +251,10 @@ def read(path: Path) -> Source:
             raise UserError(f"{path}: tensor '{theirs}' has shape {list(entry.shape)}, its metadata asks for "
                             f"{list(shape)}", FETCH_AGAIN)
         tensors[name] = _stored(library, path, header, theirs, entry, rotary_heads(name, config))
-    return Source(path, "gguf", config, False, tensors, _tokenizer(path, header, config))
+    template = header.metadata.get("tokenizer.chat_template")
+    if template is not None and not isinstance(template, str):
+        raise UserError(f"{path}: tokenizer.chat_template is no text", FETCH_AGAIN)
+    return Source(path, "gguf", config, False, tensors, _tokenizer(path, header, config), template or None)
 
 
 def _config(path: Path, header: Header) -> LlamaConfig:
@@ -260,9 +278,9 @@ def _config(path: Path, header: Header) -> LlamaConfig:
     if embeddings is None or len(embeddings.shape) != 2:
         raise UserError(f"{path}: tensor 'token_embd.weight' is missing or no matrix", FETCH_AGAIN)
     values["vocab_size"] = embeddings.shape[0]
-    for field in ("bos", "eos"):
-        values[f"{field}_token_id"] = _number(path, metadata, f"tokenizer.ggml.{field}_token_id",
-                                              getattr(LlamaConfig, f"{field}_token_id"))
+    values["bos_token_id"] = _number(path, metadata, "tokenizer.ggml.bos_token_id", LlamaConfig.bos_token_id)
+    ends = [_number(path, metadata, key, None) for key in _ENDS if key in metadata]
+    values["eos_token_id"] = tuple(ends) or LlamaConfig.eos_token_id
     try:
         config = LlamaConfig(**values, tie_word_embeddings="output.weight" not in header.tensors)
     except UserError as error:
@@ -278,23 +296,61 @@ def _number(path: Path, metadata: Mapping[str, Any], key: str, fallback: float |
     if isinstance(value, bool) or not isinstance(value, int if whole else int | float):
         shown = "different numbers" if isinstance(value, list) else repr(value)
         raise UserError(f"{path}: {key} is {shown}, a number was expected", "this model cannot be read")
-    return value if whole else float(str(np.float32(value)))  # 1e-05 for the fp32 number nearest to it
+    return value if whole else _as_written(value)
+
+
+def _as_written(value: float) -> float:
+    """1e-05 for the fp32 number nearest to it."""
+    return float(str(np.float32(value)))
 
 
 def _refuse_variants(path: Path, metadata: Mapping[str, Any], config: LlamaConfig) -> None:
-    """What later members of the architecture have and Llama 2 has not."""
-    plain = {"rope.dimension_count": config.head_dim, "attention.key_length": config.head_dim,
-             "attention.value_length": config.head_dim, "rope.scaling.type": "none", "rope.scale_linear": 1.0,
-             "expert_count": 0}
-    for key, value in plain.items():
-        found = metadata.get(f"llama.{key}", value)
-        if found != value:
-            raise UserError(f"{path}: llama.{key} is {found!r}, Llama 2 has {value!r}", "this model cannot be read")
+    """What later members of the architecture have and Llama 2 has not; 0 switches a factor off in llama.cpp."""
+    head, off = (config.head_dim,), (1, 0)
+    plain: dict[str, tuple[Any, ...]] = {
+        "rope.dimension_count": head, "attention.key_length": head, "attention.value_length": head,
+        "rope.scaling.type": ("none", "linear"), "rope.scaling.factor": off, "rope.scale_linear": off,
+        "rope.scaling.attn_factor": off, "rope.scaling.yarn_attn_factor": off,
+        "rope.scaling.yarn_ext_factor": (0, -1), "rope.scaling.yarn_log_multiplier": (0,),
+        "attention.causal": (True,), "attention.scale": (config.head_dim**-0.5, 0), "logit_scale": off,
+        "residual_scale": off, "embedding_scale": off, "expert_count": (0,), "expert_used_count": (0, 1),
+    }
+    known = {*_CONFIG.values(), *_WITHOUT_EFFECT}
+    for name, found in metadata.items():
+        key = name.removeprefix("llama.")
+        if key == name or key in known:
+            continue
+        if key == "attention.sliding_window" and isinstance(found, int) and found >= config.max_position_embeddings:
+            continue
+        if not any(_is(found, value) for value in plain.get(key, (False, 0, ""))):
+            has = f", Llama 2 has {plain[key][0]!r}" if key in plain else ", a key that Llama 2 does not have"
+            shown = _as_written(found) if isinstance(found, float) else repr(found)[:60]
+            raise UserError(f"{path}: {name} is {shown}{has}", "this model cannot be read")
+
+
+def _is(found: Any, value: Any) -> bool:
+    """Equality in which true is no number and numbers have the precision of fp32."""
+    if isinstance(found, bool) != isinstance(value, bool):
+        return False
+    return bool(np.float32(found) == np.float32(value)) if isinstance(found, float) and value != "" else found == value
+
+
+def _refuse_factors(library: ModuleType, path: Path, header: Header, config: LlamaConfig) -> None:
+    """Factors of rotary frequencies are how llama.cpp keeps scaled positions; factors of 1 scale nothing."""
+    entry = header.tensors.get(_FACTORS)
+    if entry is None:
+        return
+    if entry.shape != (config.head_dim // 2,):
+        raise UserError(f"{path}: {_FACTORS} has shape {list(entry.shape)}, not one factor for each of "
+                        f"{config.head_dim // 2} frequencies", FETCH_AGAIN)
+    if not bool((_stored(library, path, header, _FACTORS, entry, None).read() == 1).all()):
+        raise UserError(f"{path}: {_FACTORS} scales rotary positions, which Llama 2 does not",
+                        "this model cannot be read")
 
 
 def _check_names(path: Path, header: Header, expected: set[str]) -> None:
     for words, names in (("missing", expected - header.tensors.keys()),
-                         ("unknown to Llama 2", header.tensors.keys() - expected)):
+                         ("unknown to Llama 2", header.tensors.keys() - expected - {_FACTORS})):
         if names:
             shown = ", ".join(sorted(names)[:4]) + (", ..." if len(names) > 4 else "")
             raise UserError(f"{path}: {len(names)} tensors are {words}: {shown}",
@@ -365,9 +421,7 @@ def _vocabulary(path: Path, metadata: Mapping[str, Any], config: LlamaConfig) ->
         vocabulary = Pieces(items, bool(metadata.get("tokenizer.ggml.add_space_prefix", True)),
                             bool(metadata.get("tokenizer.ggml.remove_extra_whitespaces", False)))
         unknown = int(metadata.get("tokenizer.ggml.unknown_token_id", 0))
-        usual = [items[token].kind for token in (1, 2)] == [pieces.CONTROL] * 2  # the model may end by another item
-        bos, eos = (1, 2) if usual else (config.bos_token_id, config.eos_token_id)
-        return pieces.build(vocabulary, unknown=unknown, bos=bos, eos=eos)
+        return pieces.build(vocabulary, unknown=unknown)  # BOS 1 and EOS 2: what else ends answers is the config's
     except (AttributeError, IndexError, TypeError, ValueError):
         raise UserError(f"{path}: the tokenizer in its metadata is damaged",
                         f"{FETCH_AGAIN}, or give one: --tokenizer FILE") from None
@@ -379,7 +433,7 @@ def _items(path: Path, metadata: Mapping[str, Any], config: LlamaConfig) -> list
     count = config.vocab_size
     scores = metadata.get("tokenizer.ggml.scores", [0.0] * count)
     special = {int(metadata.get("tokenizer.ggml.unknown_token_id", 0)): pieces.UNKNOWN,
-               config.bos_token_id: pieces.CONTROL, config.eos_token_id: pieces.CONTROL}
+               **dict.fromkeys((config.bos_token_id, *config.stops), pieces.CONTROL)}
     kinds = metadata.get("tokenizer.ggml.token_type", [
         special.get(token, pieces.BYTE if _BYTE.fullmatch(text) else pieces.NORMAL)
         for token, text in enumerate(texts if isinstance(texts, list) else [])])

@@ -12,8 +12,9 @@ from pathlib import Path
 
 import torch
 
+from llama2.beside import GENERATION, chat_template
 from llama2.errors import UserError
-from llama2.model.formats import archive, before_zip, directory, tensorfile
+from llama2.model.formats import archive, before_zip, config, directory, tensorfile
 from llama2.model.formats.binary import EMBEDDINGS, HEAD
 from llama2.model.formats.directory import CHECKSUMS, CONFIG, INDEX, WEIGHTS
 from llama2.model.formats.source import Source, Stored
@@ -27,11 +28,11 @@ _FLOATS = {torch.float64, torch.float32, torch.float16, torch.bfloat16}
 
 def read(path: Path) -> Source:
     """The checkpoint in a directory. UserError names the file, key or tensor that is damaged or does not fit."""
-    config, scorer = directory.read_config(path)
+    shape, scorer = config.read_config(path)
     files = directory.weight_files(path)
     directory.verify_checksums(path)
-    return Source(path, "Hugging Face", config, scorer, fitting(path, entries(files), config, scorer),
-                  foreign.find(path))
+    return Source(path, "Hugging Face", shape, scorer, fitting(path, entries(files), shape, scorer),
+                  foreign.find(path), chat_template(path), config.remarks(path, shape))
 
 
 def entries(files: list[Path]) -> dict[str, Stored]:
@@ -47,12 +48,12 @@ def entries(files: list[Path]) -> dict[str, Stored]:
     return found
 
 
-def fitting(place: Path, found: Mapping[str, Stored], config: LlamaConfig, scorer: bool) -> dict[str, Stored]:
+def fitting(place: Path, found: Mapping[str, Stored], shape: LlamaConfig, scorer: bool) -> dict[str, Stored]:
     """The tensors of a model in the order of its state dict, if these are they; else a UserError that names them.
 
     Left out is what carries nothing: rotary tables of early conversions, and a head that a model shares.
     """
-    shapes = directory.shapes(config, scorer=scorer)
+    shapes = directory.shapes(shape, scorer=scorer)
     kept = {name: stored for name, stored in found.items() if not name.endswith("rotary_emb.inv_freq")}
     if HEAD in kept and HEAD not in shapes and EMBEDDINGS in kept and not scorer:
         if not torch.equal(kept[HEAD].read(), kept[EMBEDDINGS].read()):
@@ -86,7 +87,9 @@ def write(source: Source, path: Path, *, dtype: torch.dtype | None = None, shard
             directory.write_json(work / INDEX,
                                  {"metadata": {"total_size": size}, "weight_map": dict(sorted(where.items()))})
         kept = dtype or prevailing(source.tensors)
-        directory.write_json(work / CONFIG, directory.config_json(source.config, scorer=source.scorer, dtype=kept))
+        directory.write_json(work / CONFIG, config.config_json(source.config, scorer=source.scorer, dtype=kept))
+        if not source.scorer:
+            directory.write_json(work / GENERATION, config.generation_json(source.config))
         beside(work)
         sums |= {file.name: directory.sha256(file) for file in work.iterdir() if file.name not in sums}
         directory.write_json(work / CHECKSUMS, dict(sorted(sums.items())))

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from llama2.beside import chat_template
 from llama2.errors import UserError
 from llama2.model.formats import directory, hf
 from llama2.model.formats.binary import EMBEDDINGS, HEAD
@@ -108,7 +109,7 @@ def read(path: Path, base: Source, dtype: torch.dtype | None = None) -> Source:
     directory.check_shapes(path, shapes, {name: stored.shape for name, stored in tensors.items()},
                            f"its base {base.path}")
     return Source(path, f"PEFT adapter of {base.format}", config, scorer, {name: tensors[name] for name in shapes},
-                  foreign.find(path) or base.tokenizer)
+                  foreign.find(path) or base.tokenizer, chat_template(path) or base.template, base.remarks)
 
 
 def _open(path: Path) -> _Adapter:

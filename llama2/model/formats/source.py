@@ -67,6 +67,10 @@ class Source:
     tensors: Mapping[str, Stored]
     tokenizer: Path | Held | None
     """the SentencePiece model that came with it, read when it is asked for"""
+    template: str | None = None
+    """the chat template that came with it, in Jinja"""
+    remarks: tuple[str, ...] = ()
+    """in sentences for the user, what was left out because nobody knows what it means"""
 
 
 def observed(source: Source, see: Callable[[Stored, Tensor], None]) -> Source:

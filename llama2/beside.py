@@ -1,0 +1,68 @@
+"""What a model directory says, beside its weights, of how the model is talked to: ids that end answers, chat template.
+
+Tokenizers and models both ask, and neither knows the other. Every id that `config.json` or `generation_config.json`
+names as EOS ends an answer: transformers generates by the second file, vLLM by the tokenizer's EOS and the second file,
+and an end that only the first names was an end in training. A template is `chat_template.jinja`, or what
+`tokenizer_config.json` holds, in the order of transformers.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from llama2.errors import UserError, explain_os_errors
+
+CONFIG, GENERATION = "config.json", "generation_config.json"
+TEMPLATE, SETTINGS = "chat_template.jinja", "tokenizer_config.json"
+_DEFAULT = "default"  # of several templates by name
+
+
+def stop_ids(directory: Path, size: int | None = None) -> tuple[int, ...]:
+    """The ids that end an answer, each once, in the order in which the files name them; () if none does.
+
+    UserError for what is no id, and for an id outside of a vocabulary of `size`.
+    """
+    found: list[int] = []
+    for file in (directory / CONFIG, directory / GENERATION):
+        listed = _object(file).get("eos_token_id") if file.is_file() else None
+        ids = listed if isinstance(listed, list) else [] if listed is None else [listed]
+        if not ids and listed is not None:
+            raise UserError(f"{file}: eos_token_id is []", "name an id that ends an answer")
+        for token in ids:
+            if isinstance(token, bool) or not isinstance(token, int):
+                raise UserError(f"{file}: eos_token_id is {listed!r}", "a whole number was expected, or a list of them")
+            if size is not None and not 0 <= token < size:
+                raise UserError(f"{file}: eos_token_id is {token}",
+                                f"it must be an id of the vocabulary, at least 0 and below vocab_size {size}")
+            found.append(token)
+    return tuple(dict.fromkeys(found))
+
+
+def chat_template(directory: Path) -> str | None:
+    """The chat template in a directory, in Jinja; None if there is none."""
+    file = directory / TEMPLATE
+    if file.is_file():
+        with explain_os_errors(file):
+            return file.read_text(encoding="utf-8", errors="replace")
+    file = directory / SETTINGS
+    found = _object(file).get("chat_template") if file.is_file() else None
+    if isinstance(found, list):  # several, each with a name
+        named = {one.get("name"): one.get("template") for one in found if isinstance(one, dict)}
+        found = named.get(_DEFAULT, next(iter(named.values()), None))
+    if found is not None and not isinstance(found, str):
+        raise UserError(f"{file}: chat_template is {str(found)[:60]!r}", "a text was expected")
+    return found or None
+
+
+def _object(path: Path) -> dict[str, Any]:
+    with explain_os_errors(path):
+        text = path.read_bytes()
+    try:
+        values = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path}: not valid JSON ({error})", "fetch it again") from None
+    if not isinstance(values, dict):
+        raise UserError(f"{path}: a JSON object was expected", "fetch it again")
+    return values

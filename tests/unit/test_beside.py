@@ -1,0 +1,59 @@
+"""What lies beside weights: ids that end answers, and chat templates, wherever others put them."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from llama2 import beside
+from llama2.errors import UserError
+
+
+def put(directory: Path, name: str, values: Any) -> None:
+    (directory / name).write_text(values if isinstance(values, str) else json.dumps(values))
+
+
+def test_nothing_beside_says_nothing(tmp_path: Path) -> None:
+    assert beside.stop_ids(tmp_path) == ()
+    assert beside.chat_template(tmp_path) is None
+
+
+def test_ends_are_those_of_both_files(tmp_path: Path) -> None:
+    put(tmp_path, "config.json", {"eos_token_id": 128001})
+    put(tmp_path, "generation_config.json", {"eos_token_id": [128001, 128008, 128009]})
+    assert beside.stop_ids(tmp_path) == (128001, 128008, 128009)
+
+
+@pytest.mark.parametrize("text", ["[1]", "{", '{"eos_token_id": "2"}', '{"eos_token_id": []}',
+                                  '{"eos_token_id": [null]}'])
+def test_damage_is_one_line_with_the_file(tmp_path: Path, text: str) -> None:
+    put(tmp_path, "generation_config.json", text)
+    with pytest.raises(UserError, match=r"generation_config\.json: ") as raised:
+        beside.stop_ids(tmp_path)
+    assert "\n" not in str(raised.value)
+    assert raised.value.cure
+
+
+@pytest.mark.parametrize(("settings", "found"), [
+    ({}, None), ({"chat_template": None}, None), ({"chat_template": ""}, None), ({"chat_template": "a"}, "a"),
+    ({"chat_template": [{"name": "tool_use", "template": "t"}, {"name": "default", "template": "d"}]}, "d"),
+    ({"chat_template": [{"name": "rag", "template": "r"}]}, "r"),
+])
+def test_a_template_of_the_settings(tmp_path: Path, settings: Any, found: str | None) -> None:
+    put(tmp_path, "tokenizer_config.json", settings)
+    assert beside.chat_template(tmp_path) == found
+
+
+def test_a_file_of_its_own_goes_first(tmp_path: Path) -> None:
+    put(tmp_path, "tokenizer_config.json", {"chat_template": "a"})
+    put(tmp_path, "chat_template.jinja", "b")
+    assert beside.chat_template(tmp_path) == "b"
+
+
+def test_a_template_that_is_no_text_is_refused(tmp_path: Path) -> None:
+    put(tmp_path, "tokenizer_config.json", {"chat_template": 7})
+    with pytest.raises(UserError, match=r"tokenizer_config\.json: chat_template is '7'; a text was expected"):
+        beside.chat_template(tmp_path)
