@@ -144,7 +144,7 @@ def _tokenizer_files(source: Source) -> Callable[[Path], None]:
     """Writes what belongs beside the weights; a faulty tokenizer is refused now, not when the weights are written."""
     if source.tokenizer is None:
         return lambda directory: None
-    return Tokenizer.load(source.tokenizer).speaking(source.template).save
+    return Tokenizer.load(source.tokenizer).speaking(source.template, source.config.stops).save
 
 
 def _verified(source: Source, written: Source, kind: str, allowed: float, length: int) -> int:

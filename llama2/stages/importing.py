@@ -105,7 +105,7 @@ def _tokenizer(source: Source, config: Config) -> tuple[Tokenizer | None, str]:
         raise UserError(f"{place}: the tokenizer has {count:,} pieces, the model a vocabulary of {size:,}",
                         "give the model's own: --tokenizer tokenizer.model")
     tokenizer = tokenizer if count == size else Tokenizer(pieces.padded(tokenizer.model, count, size), str(place))
-    tokenizer.template = CHAT_TEMPLATE if config.chat_template else source.template
+    tokenizer = tokenizer.speaking(CHAT_TEMPLATE if config.chat_template else source.template, source.config.stops)
     special = [name for name, token in tokenizer.controls.items() if token not in (tokenizer.bos, tokenizer.eos)]
     control = (f", of which no text spells {', '.join(ascii(name) for name in special[:4])}"
                f"{', ...' if len(special) > 4 else ''}" if special else "")

@@ -22,7 +22,7 @@ from llama2.errors import UserError, explain_os_errors
 from llama2.tokenizer import foreign, huggingface, pieces
 from llama2.tokenizer.foreign import say_once
 from llama2.tokenizer.pieces import SPACE, Held
-from llama2.tokenizer.template import CHAT_TEMPLATE
+from llama2.tokenizer.template import CHAT_TEMPLATE, is_llama_2
 
 FILE = foreign.MODEL
 UNKNOWN, BOS, EOS = 0, 1, 2
@@ -50,6 +50,7 @@ class Tokenizer:
         self.bos, self.eos = BOS, EOS
         self.stops: tuple[int, ...] = (EOS,)
         self.template: str | None = CHAT_TEMPLATE
+        self.told_eos = EOS
         self.fingerprint = hashlib.sha256(model).hexdigest()
         self._bytes = [self._bytes_of(piece) for piece in range(self.vocab_size)]
         self.controls = self._controls()
@@ -76,14 +77,19 @@ class Tokenizer:
         tokenizer = cls(pieces.content(found), str(found))
         if said := tokenizer.disagreement(path):
             say_once(f"{said}; {FILE} is used here, and transformers uses the other: remove the one that is wrong")
-        tokenizer.stops = tuple(dict.fromkeys((*tokenizer.stops, *beside.stop_ids(path))))
-        tokenizer.template = beside.chat_template(path)
-        return tokenizer
+        ends = beside.stop_ids(path)
+        tokenizer.stops = tuple(dict.fromkeys((*tokenizer.stops, *ends)))
+        return tokenizer.speaking(beside.chat_template(path), ends)
 
-    def speaking(self, template: str | None) -> Tokenizer:
-        """The same tokenizer, beside a model with another chat template."""
+    def speaking(self, template: str | None, ends: Sequence[int] = ()) -> Tokenizer:
+        """The same tokenizer, beside a model with another chat template, whose answers end at one of the ids `ends`.
+
+        The first of them is what other programs are told is EOS, if no text spells it; Llama 2's format has its own.
+        """
         other = copy.copy(self)
         other.template = template
+        first = () if is_llama_2(template) else (token for token in ends[:1] if token in self.controls.values())
+        other.told_eos = next(iter(first), EOS)
         return other
 
     def check(self, place: str | os.PathLike[str], vocab_size: int, bos: int) -> None:
@@ -157,7 +163,7 @@ class Tokenizer:
         """
         directory = Path(directory)
         files = {huggingface.JSON: _fast(self.model),
-                 **huggingface.settings(_vocabulary(self.model), SPECIAL, self.template)}
+                 **huggingface.settings(_vocabulary(self.model), SPECIAL._replace(eos=self.told_eos), self.template)}
         with explain_os_errors(directory):
             directory.mkdir(parents=True, exist_ok=True)
             _replace(directory / FILE, self.model)

@@ -219,6 +219,25 @@ def test_added_tokens_are_control_items_in_every_format(tmp_path: Path, model: P
         assert found.encode("<|im_start|>x<|im_end|>") == tokenizer.encode("<|im_start|>x<|im_end|>")
 
 
+def test_eos_is_told_as_the_model_has_it(tmp_path: Path, model: Path) -> None:
+    """A template writes `eos_token`, and trainers put it behind answers: it stays what it was if the format does."""
+    checkpoint.save(model_of(LlamaConfig(422, **SHAPE, eos_token_id=420)), model)
+    for name in ("tokenizer.json", "special_tokens_map.json"):
+        (model / name).unlink()
+    (model / "added_tokens.json").write_text(json.dumps({"<|im_end|>": 420, "<|im_start|>": 421}))
+    template = "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}{{ eos_token }}{% endfor %}"
+    (model / "tokenizer_config.json").write_text(json.dumps({
+        "eos_token": "<|im_end|>", "extra_special_tokens": ["<|im_start|>"], "chat_template": template}))
+    assert llama2("import", model, "--out", tmp_path / "ours") == 0
+    assert llama2("import", model, "--chat-template", "llama2", "--out", tmp_path / "llama2") == 0
+    assert llama2("export", tmp_path / "ours", "--to", "hf", "--out", tmp_path / "again") == 0
+    for place, eos in (("ours", "<|im_end|>"), ("again", "<|im_end|>"), ("llama2", "</s>")):
+        told = [json.loads((tmp_path / place / name).read_bytes())["eos_token"]
+                for name in ("tokenizer_config.json", "special_tokens_map.json")]
+        assert told == [eos, eos], place
+        assert Tokenizer.load(tmp_path / place).eos == 2
+
+
 def test_files_of_a_tokenizer_that_disagree_are_said(tmp_path: Path, model: Path, tokenizer: Tokenizer,
                                                      capsys: pytest.CaptureFixture[str]) -> None:
     values = json.loads((model / "tokenizer.json").read_bytes())
