@@ -21,6 +21,7 @@ from typing import Any
 
 import sentencepiece
 
+from llama2.beside import stop_ids
 from llama2.errors import UserError, explain_os_errors
 from llama2.tokenizer import merges, pieces
 from llama2.tokenizer.huggingface import JSON, SETTINGS, SPECIAL, difference
@@ -117,7 +118,7 @@ def _added(directory: Path, inside: Mapping[int, Added]) -> dict[int, Added]:
         if before is not None and before.text != text:
             raise UserError(f"{file}: id {token} is {text!r} here and {before.text!r} in another file of the tokenizer",
                             "the files are of different tokenizers: put those of this model there")
-        found[token] = Added(text, flag or text in roles or (before is not None and before.special))
+        found[token] = Added(text, flag or (before is not None and before.special))
 
     file = directory / SETTINGS
     for token, entry in _mapping(file, settings, "added_tokens_decoder").items():
@@ -126,7 +127,10 @@ def _added(directory: Path, inside: Mapping[int, Added]) -> dict[int, Added]:
     file = directory / ADDED
     for text, token in _object(file).items():
         add(file, _id(file, token), _text(file, text), False)
-    return {token: Added(entry.text, entry.special or entry.text in roles) for token, entry in sorted(found.items())}
+
+    ends = stop_ids(directory)
+    return {token: Added(entry.text, entry.special or entry.text in roles or token in ends)
+            for token, entry in sorted(found.items())}
 
 
 def _roles(values: Mapping[str, Any]) -> Iterator[str]:

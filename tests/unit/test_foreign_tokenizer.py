@@ -151,6 +151,16 @@ def test_special_ones_are_control_items_and_others_are_found_in_text(directory: 
     assert found.decode([*tokenizer.encode("mill"), size, size + 1, size + 2]) == "mill<tool>"
 
 
+def test_what_ends_answers_is_no_text_whatever_its_files_call_it(directory: Path, tokenizer: Tokenizer) -> None:
+    size = tokenizer.vocab_size
+    (directory / "added_tokens.json").write_text(json.dumps({"<|im_end|>": size, "<|im_start|>": size + 1}))
+    (directory / "generation_config.json").write_text(json.dumps({"eos_token_id": [2, size]}))
+    found = Tokenizer.load(directory)
+    assert found.controls == {"<s>": 1, "</s>": 2, "<|im_end|>": size}
+    assert found.encode("mill<|im_end|>") == tokenizer.encode("mill<|im_end|>")
+    assert found.stops == (2, size)
+
+
 def test_they_are_kept_in_what_we_write(tmp_path: Path, directory: Path, tokenizer: Tokenizer,
                                         capsys: pytest.CaptureFixture[str]) -> None:
     size = tokenizer.vocab_size
