@@ -1,8 +1,9 @@
 """What a model directory says, beside its weights, of how the model is talked to: ids that end answers, chat template.
 
 Tokenizers and models both ask, and neither knows the other. Every id that `config.json` or `generation_config.json`
-names as EOS ends an answer: transformers generates by the second file, vLLM by the tokenizer's EOS and the second file,
-and an end that only the first names was an end in training. A template is `chat_template.jinja`, or what
+names as EOS ends an answer, and so does an item that was added to the tokenizer and is its `eos_token`: transformers
+generates by the second file, vLLM by the tokenizer's EOS and the second file, and an end that only the first names was
+an end in training. A template is `chat_template.jinja`, or what
 `tokenizer_config.json` holds, in the order of transformers.
 """
 
@@ -15,7 +16,7 @@ from typing import Any
 from llama2.errors import UserError, explain_os_errors
 
 CONFIG, GENERATION = "config.json", "generation_config.json"
-TEMPLATE, SETTINGS = "chat_template.jinja", "tokenizer_config.json"
+TEMPLATE, SETTINGS, ADDED = "chat_template.jinja", "tokenizer_config.json", "added_tokens.json"
 _DEFAULT = "default"  # of several templates by name
 
 
@@ -37,7 +38,24 @@ def stop_ids(directory: Path, size: int | None = None) -> tuple[int, ...]:
                 raise UserError(f"{file}: eos_token_id is {token}",
                                 f"it must be an id of the vocabulary, at least 0 and below vocab_size {size}")
             found.append(token)
+    named = _added_end(directory)
+    if named is not None and (size is None or named < size):  # beyond the vocabulary no model can say it
+        found.append(named)
     return tuple(dict.fromkeys(found))
+
+
+def _added_end(directory: Path) -> int | None:
+    """The id of the tokenizer's EOS, if that is an item added behind those of its model."""
+    settings, added = (_object(file) if file.is_file() else {} for file in (directory / SETTINGS, directory / ADDED))
+    end = settings.get("eos_token")
+    end = end.get("content") if isinstance(end, dict) else end
+    listed = settings.get("added_tokens_decoder")
+    ids = {item.get("content"): token for token, item in (listed.items() if isinstance(listed, dict) else ())
+           if isinstance(item, dict) and isinstance(item.get("content"), str)} | added
+    found = ids.get(end) if isinstance(end, str) else None
+    if isinstance(found, str) and found.isascii() and found.isdigit():
+        return int(found[:20])
+    return found if isinstance(found, int) and not isinstance(found, bool) and found >= 0 else None
 
 
 def chat_template(directory: Path) -> str | None:

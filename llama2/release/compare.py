@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from llama2.model.formats import gguf
 from llama2.model.formats.binary import EMBEDDINGS, HEAD
 from llama2.model.formats.directory import SCORE
 from llama2.model.formats.source import Source
@@ -93,6 +94,8 @@ def shapes(a: Source, b: Source) -> Shapes:
     if a.scorer != b.scorer:
         sizes.insert(0, " and ".join("a reward model" if side.scorer else "a language model" for side in (a, b)))
     unsaid = {*_UNSAID.get(a.format, ()), *_UNSAID.get(b.format, ())}
+    if gguf.FORMAT in (a.format, b.format) and a.config.stops[:len(gguf.ENDS)] == b.config.stops[:len(gguf.ENDS)]:
+        unsaid.add("eos_token_id")  # it has places for so many
     labels = list(differing(_LABELS))
     return Shapes(tuple(sizes), tuple([text for _, text in differing(_CONSTANTS)]
                                       + [text for name, text in labels if name not in unsaid]),

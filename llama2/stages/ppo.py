@@ -42,6 +42,7 @@ from llama2.stages.rollouts import ACTOR, CRITIC, ActorCritic, Rollouts, Setting
 from llama2.stages.sampling import Sample, answer, fitting, load_rewards, read_prompts, readable, score
 from llama2.stages.training import Training, frozen, load_policy, load_scorer, saver, train
 from llama2.tally import Tally
+from llama2.tokenizer.template import check_template
 from llama2.train import hooks, parallel
 from llama2.train.loop import Hook, Plan, Report
 from llama2.train.loop import Training as Fitting
@@ -143,6 +144,7 @@ def run(config: Config, run: Run) -> None:
                         f"{config.minibatch_size}, {mesh.world()} ranks", "choose sizes that divide evenly")
     home = config.training.home()
     actor, tokenizer = load_policy(config.policy, home=home)
+    check_template(config.policy, tokenizer.template)
     reference, _ = load_policy(config.policy, home=home)
     if config.training.parallel == "shard":
         parallel.shard(reference, config.training.precision)  # the policy's own rounding: its first KL is exactly 0

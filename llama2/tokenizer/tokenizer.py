@@ -77,7 +77,7 @@ class Tokenizer:
         tokenizer = cls(pieces.content(found), str(found))
         if said := tokenizer.disagreement(path):
             say_once(f"{said}; {FILE} is used here, and transformers uses the other: remove the one that is wrong")
-        ends = beside.stop_ids(path)
+        ends = [token for token in beside.stop_ids(path) if 0 <= token < tokenizer.vocab_size]
         tokenizer.stops = tuple(dict.fromkeys((*tokenizer.stops, *ends)))
         return tokenizer.speaking(beside.chat_template(path), ends)
 
@@ -95,8 +95,9 @@ class Tokenizer:
     def check(self, place: str | os.PathLike[str], vocab_size: int, bos: int) -> None:
         """UserError unless it is the tokenizer of a model with so many embeddings, which begins texts with `bos`."""
         if self.vocab_size != vocab_size:
+            padded = ", or import the model, which pads it" if self.vocab_size < vocab_size else ""
             raise UserError(f"{place}: the tokenizer has {self.vocab_size} pieces, the model {vocab_size}",
-                            "put the tokenizer there with which the model was trained")
+                            f"put the tokenizer there with which the model was trained{padded}")
         self.check_bos(place, bos)
 
     def check_bos(self, place: str | os.PathLike[str], bos: int) -> None:

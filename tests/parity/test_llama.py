@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 import transformers
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from llama2.model import checkpoint, fused
@@ -175,3 +179,70 @@ def test_config_has_both_spellings_of_renamed_keys(tmp_path: Path) -> None:
     values = json.loads((tmp_path / "config.json").read_text())
     assert values["torch_dtype"] == values["dtype"] == "bfloat16"
     assert values["rope_theta"] == values["rope_parameters"]["rope_theta"] == 10000.0
+
+
+# ---- config.json of others ------------------------------------------------------------------------------------------
+LEAST = {"model_type": "llama", "architectures": ["LlamaForCausalLM"], "vocab_size": 96, "hidden_size": 64,
+         "intermediate_size": 112, "num_hidden_layers": 3, "num_attention_heads": 4}
+ACCEPTED: dict[str, dict[str, object]] = {
+    "absent": {},
+    "nulls": {"num_key_value_heads": None, "rope_scaling": None, "pad_token_id": None, "head_dim": None},
+    "at the top": {"rope_theta": 5e5, "rms_norm_eps": 1e-3, "num_key_value_heads": 2, "max_position_embeddings": 99},
+    "in its section": {"rope_parameters": {"rope_type": "default", "rope_theta": 5e5}},
+    "in both places": {"rope_theta": 5e5, "rope_parameters": {"rope_theta": 5e5}},
+    "linear by 1": {"rope_scaling": {"type": "linear", "factor": 1.0}},
+    "dynamic by 1": {"rope_scaling": {"rope_type": "dynamic", "factor": 1.0}},
+    "llama3 by 1": {"rope_scaling": {"rope_type": "llama3", "factor": 1.0, "low_freq_factor": 1.0,
+                                     "high_freq_factor": 4.0, "original_max_position_embeddings": 64}},
+    "swish": {"hidden_act": "swish"},
+    "tied": {"tie_word_embeddings": True},
+    "several ends": {"eos_token_id": [2, 5], "bos_token_id": 3},
+    "of training": {"attention_dropout": 0.3, "pretraining_tp": 2, "initializer_range": 0.5},
+}
+
+
+@pytest.mark.parametrize("name", ACCEPTED)
+def test_a_config_that_is_taken_means_what_transformers_takes_it_for(tmp_path: Path, name: str) -> None:
+    """Small weights, so that the epsilon counts."""
+    (tmp_path / "config.json").write_text(json.dumps(LEAST | ACCEPTED[name]))
+    torch.manual_seed(0)
+    hf = transformers.LlamaForCausalLM(transformers.LlamaConfig.from_pretrained(tmp_path)).eval()
+    with torch.no_grad():
+        hf.model.embed_tokens.weight.copy_(0.002 * torch.randn(96, 64))
+    save_file({key: value.clone() for key, value in hf.state_dict().items()}, tmp_path / "model.safetensors")
+    ours, expected = checkpoint.load(tmp_path), hf(tokens(2, 90)).logits
+    assert distance(ours(tokens(2, 90)), expected) < 1e-4 * expected.abs().max()
+    theirs, mine = hf.config, ours.config
+    assert (theirs.rms_norm_eps, theirs.max_position_embeddings, theirs.bos_token_id, theirs.tie_word_embeddings) == (
+        mine.rms_norm_eps, mine.max_position_embeddings, mine.bos_token_id, mine.tie_word_embeddings)
+    assert theirs.eos_token_id == (mine.eos_token_id if isinstance(mine.eos_token_id, int) else list(mine.stops))
+    assert theirs.rope_parameters["rope_theta"] == mine.rope_theta
+
+
+def test_a_config_means_what_transformers_4_takes_it_for(tmp_path: Path) -> None:
+    """transformers 5 renamed and moved keys; the values of absent ones are the same."""
+    python = os.environ.get("LLAMA2_PEER_TRANSFORMERS4")
+    if not python:
+        pytest.skip("LLAMA2_PEER_TRANSFORMERS4 names no interpreter with transformers 4")
+    fields = ["num_key_value_heads", "max_position_embeddings", "rms_norm_eps", "rope_theta", "tie_word_embeddings",
+              "bos_token_id", "eos_token_id"]
+    for name, changes in ACCEPTED.items():
+        if "rope_parameters" in changes:
+            continue  # unknown to it
+        (tmp_path / "config.json").write_text(json.dumps(LEAST | changes))
+        code = (f"import json, transformers; c = transformers.LlamaConfig.from_pretrained({str(tmp_path)!r}); "
+                f"print(json.dumps([getattr(c, name) for name in {fields}]))")
+        environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
+        told = subprocess.run([python, "-c", code], capture_output=True, text=True, check=True, env=environment)
+        found = checkpoint.config_of(tmp_path)
+        mine = [getattr(found, field) for field in fields]
+        mine[-1] = mine[-1] if isinstance(mine[-1], int) else list(mine[-1])
+        assert json.loads(told.stdout.splitlines()[-1]) == mine, name
+
+
+@pytest.mark.parametrize("ends", [2, (2, 5, 7)])
+def test_transformers_ends_answers_where_we_do(tmp_path: Path, ends: int | tuple[int, ...]) -> None:
+    checkpoint.save(Llama(replace(config(), eos_token_id=ends)), tmp_path)
+    hf = transformers.AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert hf.generation_config.eos_token_id == hf.config.eos_token_id == (
+        ends if isinstance(ends, int) else list(ends))

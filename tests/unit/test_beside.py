@@ -57,3 +57,21 @@ def test_a_template_that_is_no_text_is_refused(tmp_path: Path) -> None:
     put(tmp_path, "tokenizer_config.json", {"chat_template": 7})
     with pytest.raises(UserError, match=r"tokenizer_config\.json: chat_template is '7'; a text was expected"):
         beside.chat_template(tmp_path)
+
+
+END = {"content": "<|im_end|>", "special": True}
+
+
+@pytest.mark.parametrize(("settings", "added", "stops"), [
+    ({"eos_token": "<|im_end|>", "added_tokens_decoder": {"2": {"content": "</s>"}, "1024": END}}, {}, (2, 1024)),
+    ({"eos_token": END}, {"<|im_end|>": 1024, "<|im_start|>": 1025}, (2, 1024)),
+    ({"eos_token": "</s>"}, {"<|im_end|>": 1024}, (2,)), ({"eos_token": "</s>"}, {"</s>": 2}, (2,)),
+    ({"eos_token": None}, {"<|im_end|>": 1024}, (2,)), ({"eos_token": "<|im_end|>"}, {"<|im_end|>": "x"}, (2,)),
+    ({"eos_token": "<|im_end|>"}, {"<|im_end|>": 5000}, (2,)), ({"eos_token": ["a"]}, {}, (2,)),
+])
+def test_an_added_item_that_is_the_tokenizers_eos_ends_answers_too(tmp_path: Path, settings: Any, added: Any,
+                                                                   stops: tuple[int, ...]) -> None:
+    put(tmp_path, "config.json", {"eos_token_id": 2})
+    put(tmp_path, "tokenizer_config.json", settings)
+    put(tmp_path, "added_tokens.json", added)
+    assert beside.stop_ids(tmp_path, 1026) == stops

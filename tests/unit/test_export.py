@@ -168,3 +168,13 @@ def test_a_damaged_source_leaves_no_target(tmp_path: Path, base: Path, one_line:
     os.truncate(path, path.stat().st_size - 100)
     assert "model.safetensors" in one_line("export", tmp_path / "model", "--to", "meta", "--out", tmp_path / "out")
     assert sorted(found.name for found in tmp_path.iterdir()) == ["model"]
+
+
+def test_more_ends_than_a_format_can_name_are_noted(tmp_path: Path, base: Path, capsys: pytest.CaptureFixture[str]
+                                                    ) -> None:
+    shape = replace(checkpoint.config_of(base), eos_token_id=(2, 5, 7, 9))
+    checkpoint.save(checkpoint.Llama(shape), tmp_path / "model")
+    Tokenizer.load(base).save(tmp_path / "model")
+    assert llama2("export", tmp_path / "model", "--to", "gguf", "--out", tmp_path / "m.gguf") == 0
+    assert "answers end at 4 ids, and GGUF has places for 3: 9 left out" in capsys.readouterr().err
+    assert open_source(tmp_path / "m.gguf").config.stops == (2, 5, 7)

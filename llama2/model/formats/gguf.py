@@ -64,7 +64,8 @@ _CONFIG = {"hidden_size": "embedding_length", "intermediate_size": "feed_forward
            "num_key_value_heads": "attention.head_count_kv", "max_position_embeddings": "context_length",
            "rms_norm_eps": "attention.layer_norm_rms_epsilon", "rope_theta": "rope.freq_base"}
 _DEFAULTS = {"rope_theta": 10000.0}
-_ENDS = tuple(f"tokenizer.ggml.{name}_token_id" for name in ("eos", "eot", "eom"))  # each ends an answer in llama.cpp
+FORMAT = "gguf"
+ENDS = tuple(f"tokenizer.ggml.{name}_token_id" for name in ("eos", "eot", "eom"))  # each ends an answer in llama.cpp
 _FACTORS = "rope_freqs.weight"  # by which rotary frequencies are divided
 _WITHOUT_EFFECT = {
     "vocab_size", "attention.layer_norm_epsilon", "rope.scaling.original_context_length", "rope.scaling.finetuned",
@@ -160,8 +161,8 @@ def _notes(types: Mapping[str, Precision], vocabulary: Pieces, precision: Precis
 
 
 def _unnamed(config: LlamaConfig) -> list[str]:
-    more = config.stops[len(_ENDS):]
-    return [f"answers end at {len(config.stops)} ids, and GGUF has places for {len(_ENDS)}: "
+    more = config.stops[len(ENDS):]
+    return [f"answers end at {len(config.stops)} ids, and GGUF has places for {len(ENDS)}: "
             f"{', '.join(map(str, more))} left out"] if more else []
 
 
@@ -193,7 +194,7 @@ def _describe_tokenizer(writer: Any, source: Source, vocabulary: Pieces) -> None
     writer.add_token_scores([item.score for item in items])
     writer.add_token_types([item.kind for item in items])
     writer.add_bos_token_id(source.config.bos_token_id)
-    for key, token in zip(_ENDS, source.config.stops):
+    for key, token in zip(ENDS, source.config.stops):
         writer.add_uint32(key, token)
     writer.add_unk_token_id(unknown)
     writer.add_pad_token_id(unknown)
@@ -254,7 +255,7 @@ def read(path: Path) -> Source:
     template = header.metadata.get("tokenizer.chat_template")
     if template is not None and not isinstance(template, str):
         raise UserError(f"{path}: tokenizer.chat_template is no text", FETCH_AGAIN)
-    return Source(path, "gguf", config, False, tensors, _tokenizer(path, header, config), template or None)
+    return Source(path, FORMAT, config, False, tensors, _tokenizer(path, header, config), template or None)
 
 
 def _config(path: Path, header: Header) -> LlamaConfig:
@@ -279,7 +280,7 @@ def _config(path: Path, header: Header) -> LlamaConfig:
         raise UserError(f"{path}: tensor 'token_embd.weight' is missing or no matrix", FETCH_AGAIN)
     values["vocab_size"] = embeddings.shape[0]
     values["bos_token_id"] = _number(path, metadata, "tokenizer.ggml.bos_token_id", LlamaConfig.bos_token_id)
-    ends = [_number(path, metadata, key, None) for key in _ENDS if key in metadata]
+    ends = [_number(path, metadata, key, None) for key in ENDS if key in metadata]
     values["eos_token_id"] = tuple(ends) or LlamaConfig.eos_token_id
     try:
         config = LlamaConfig(**values, tie_word_embeddings="output.weight" not in header.tensors)
