@@ -38,9 +38,9 @@ from llama2.generate.engine import Engine
 from llama2.generate.sampling import Sampling
 from llama2.microworld.build import write
 from llama2.model import checkpoint
-from llama2.model.formats import pieces
 from llama2.model.llama import Llama
 from llama2.records import Prompt, read
+from llama2.tokenizer import pieces
 from llama2.tokenizer.tokenizer import FILE, Tokenizer
 from llama2.tokenizer.train import train
 

@@ -51,7 +51,7 @@ def _added_end(directory: Path) -> int | None:
     end = end.get("content") if isinstance(end, dict) else end
     listed = settings.get("added_tokens_decoder")
     ids = {item.get("content"): token for token, item in (listed.items() if isinstance(listed, dict) else ())
-           if isinstance(item, dict)} | added
+           if isinstance(item, dict) and isinstance(item.get("content"), str)} | added
     found = ids.get(end) if isinstance(end, str) else None
     if isinstance(found, str) and found.isascii() and found.isdigit():
         return int(found[:20])

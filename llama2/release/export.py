@@ -152,11 +152,10 @@ def _write(config: Config, source: Source, target: Path, kind: str) -> list[str]
 
 
 def _tokenizer_files(source: Source) -> Callable[[Path], None]:
-    def write(directory: Path) -> None:
-        if source.tokenizer is not None:
-            Tokenizer.load(source.tokenizer).speaking(source.template).save(directory)
-
-    return write
+    """Writes what belongs beside the weights; a faulty tokenizer is refused now, not when the weights are written."""
+    if source.tokenizer is None:
+        return lambda directory: None
+    return Tokenizer.load(source.tokenizer).speaking(source.template, source.config.stops).save
 
 
 def _verified(source: Source, written: Source, kind: str, allowed: float, length: int) -> int:

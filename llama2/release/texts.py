@@ -13,8 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from llama2.errors import UserError
-from llama2.model.formats import pieces
-from llama2.model.formats.pieces import Pieces
+from llama2.tokenizer import pieces
+from llama2.tokenizer.pieces import Held, Pieces
 from llama2.tokenizer.tokenizer import Tokenizer
 
 _RANDOM = 200
@@ -70,8 +70,8 @@ _DONE = {"extra_spaces_removed": "spaces at the ends of a text and all but one i
          "normalised": "characters of a text are replaced by others"}
 
 
-def compare(a: Path, b: Path, formats: Collection[str] = ()) -> Tokenizers:
-    """Two SentencePiece files. UserError if one cannot be loaded.
+def compare(a: Path | Held, b: Path | Held, formats: Collection[str] = ()) -> Tokenizers:
+    """Two SentencePiece models. UserError if one cannot be loaded.
 
     `formats` are those of their checkpoints: what one of them does not hold is no difference, but a note.
     """

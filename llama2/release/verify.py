@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -110,6 +110,9 @@ def compared(a: Source, b: Source, *, length: int | None = None, tolerance: floa
     if a.tokenizer and b.tokenizer:
         tokenizer = texts.compare(a.tokenizer, b.tokenizer, (a.format, b.format))
         notes += tokenizer.notes
+        for side in (a, b):
+            tokenizer, more = _beside(side, tokenizer)
+            notes += more
     else:
         lacking = [str(side.path) for side in (a, b) if side.tokenizer is None]
         notes.append(f"tokenizers were not compared: there is none in {' and '.join(lacking)}")
@@ -124,6 +127,18 @@ def compared(a: Source, b: Source, *, length: int | None = None, tolerance: floa
         tensors = compare.tensors(a, b)
         outputs = compare.outputs(a, b, length, tolerance, mesh.device()) if length else None
     return Comparison(shapes, tensors, tokenizer, outputs, tuple(notes))
+
+
+def _beside(side: Source, found: Tokenizers) -> tuple[Tokenizers, tuple[str, ...]]:
+    """`found`, and as a difference if transformers reads another tokenizer in a directory than we; what it cannot do at
+    all is a note."""
+    if side.tokenizer is None or not side.path.is_dir():
+        return found, ()
+    tokenizer = Tokenizer.load(side.tokenizer)
+    said = tokenizer.disagreement(side.path)
+    if said is None or tokenizer.unlike_transformers():
+        return found, tokenizer.unlike_transformers()
+    return replace(found, difference=found.difference or said), ()
 
 
 def _pieces(a: Source, b: Source) -> Tokenizer | None:

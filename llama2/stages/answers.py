@@ -117,8 +117,8 @@ def check_judge(path: Path, versions: Sequence[Path] = ()) -> None:
     if not checkpoint.is_scorer(path):
         raise UserError(f"{path}: not a reward model (it has no scalar head)",
                         "give the output directory of a `reward` run")
-    own = Tokenizer.load(path).fingerprint
-    if any(Tokenizer.load(version).fingerprint != own for version in versions):
+    own = Tokenizer.load(path)
+    if not all(Tokenizer.load(version).same(own) for version in versions):
         raise UserError(f"{path}: its tokenizer is not the policy's", "train policy and reward models on one tokenizer")
 
 
@@ -134,7 +134,7 @@ def judged(run: Run, name: str, path: Path, precision: Precision, prompts: Seque
     scores: dict[tuple[int, str, str], float] = {}
     with in_turn(lambda: load_judge(path, precision)) as judge:
         for version, answers in said.items():
-            same = Tokenizer.load(versions[version]).fingerprint == tokenizer.fingerprint
+            same = Tokenizer.load(versions[version]).same(tokenizer)
             keys = [(index, one.text, one.completion.finish) for index, one in enumerate(answers)]
             fresh = [key for key in keys if key not in scores]
 

@@ -17,13 +17,15 @@ from torch import Tensor
 
 from llama2 import config, mesh, plain
 from llama2.errors import UserError, explain_os_errors
-from llama2.model.formats import hf, pieces
+from llama2.model.formats import hf, llama2c_vocabulary
 from llama2.model.formats.progress import Reading, size
 from llama2.model.formats.recognise import open_source
 from llama2.model.formats.source import Source, Stored, observed
 from llama2.model.formats.tensorfile import is_finite
 from llama2.printable import say
 from llama2.stages.planning import Cluster, Lineage
+from llama2.tokenizer import foreign, huggingface, pieces
+from llama2.tokenizer.pieces import Held
 from llama2.tokenizer.template import CHAT_TEMPLATE, described, is_llama_2
 from llama2.tokenizer.tokenizer import Tokenizer
 
@@ -43,7 +45,7 @@ class Config(config.Config):
     base: Path | None = None
     """of an adapter: the model that it was trained upon; empty: as the adapter says"""
     tokenizer: Path | None = None
-    """a tokenizer.model, or a directory that has one; empty: the one that comes with the checkpoint"""
+    """a tokenizer.model, tokenizer.json or llama2.c's .bin, or a directory that has one; empty: what comes with it"""
     chat_template: Literal["llama2"] | None = None
     """write Llama 2's, whatever the model has: for one that was tuned for that format and does not say so"""
 
@@ -92,21 +94,44 @@ def _tokenizer(source: Source, config: Config) -> tuple[Tokenizer | None, str]:
 
     UserError if it has more pieces than the model. If it has fewer, it is padded: there is a name for each id.
     """
-    path = config.tokenizer or source.tokenizer
-    if path is None:
+    place = _place(source, config)
+    if place is None:
         return None, (f"no tokenizer came with it: it can be neither trained nor talked to before its {hf.TOKENIZER} "
-                      f"lies in {config.out} (or import it again with --tokenizer FILE)")
-    tokenizer, size = Tokenizer.load(path), source.config.vocab_size
+                      f"lies in {config.out} (or import it again with --tokenizer FILE){_candidates(source)}")
+    tokenizer, size = Tokenizer.load(place), source.config.vocab_size
     tokenizer.check_bos(source.path, source.config.bos_token_id)
     count = tokenizer.vocab_size
     if count > size:
-        raise UserError(f"{path}: the tokenizer has {count:,} pieces, the model a vocabulary of {size:,}",
+        raise UserError(f"{place}: the tokenizer has {count:,} pieces, the model a vocabulary of {size:,}",
                         "give the model's own: --tokenizer tokenizer.model")
-    tokenizer = tokenizer if count == size else Tokenizer(pieces.padded(tokenizer.model, count, size), str(path))
-    tokenizer.template = CHAT_TEMPLATE if config.chat_template else source.template
-    return tokenizer, f"the tokenizer has {count:,} pieces, as the model" if count == size else (
-        f"the tokenizer has {count:,} pieces, the model {size:,}: the other {size - count:,} are padding now, "
+    tokenizer = tokenizer if count == size else Tokenizer(pieces.padded(tokenizer.model, count, size), str(place))
+    tokenizer = tokenizer.speaking(CHAT_TEMPLATE if config.chat_template else source.template, source.config.stops)
+    special = [name for name, token in tokenizer.controls.items() if token not in (tokenizer.bos, tokenizer.eos)]
+    control = (f", of which no text spells {', '.join(ascii(name) for name in special[:4])}"
+               f"{', ...' if len(special) > 4 else ''}" if special else "")
+    return tokenizer, f"the tokenizer has {count:,} pieces, as the model{control}" if count == size else (
+        f"the tokenizer has {count:,} pieces{control}, the model {size:,}: the other {size - count:,} are padding now, "
         "which no text spells")
+
+
+def _place(source: Source, config: Config) -> Path | Held | None:
+    """Where the tokenizer is: what was given, or what came with the checkpoint."""
+    given = config.tokenizer
+    if given is not None:
+        of_llama2c = given.suffix == ".bin" and given.is_file()
+        return llama2c_vocabulary.held(given, source.config.vocab_size) if of_llama2c else given
+    if source.path.is_dir() and str(source.tokenizer) == str(source.path / hf.TOKENIZER):
+        return source.path  # where it is held against the tokenizer.json beside it
+    return source.tokenizer
+
+
+def _candidates(source: Source) -> str:
+    """Files beside a model that look like its tokenizer under another name."""
+    beside = source.path if source.path.is_dir() else source.path.parent
+    others = (huggingface.SETTINGS, huggingface.SPECIAL, foreign.ADDED, source.path.name)
+    found = sorted(file.name for file in beside.glob("*tok*")
+                   if file.suffix in (".model", ".bin", ".json") and file.name not in others)
+    return f"; it may be {' or '.join(str(beside / name) for name in found[:3])}" if found else ""
 
 
 def _ending(source: Source, tokenizer: Tokenizer | None) -> Source:

@@ -28,6 +28,7 @@ from llama2.model.llama import LlamaConfig
 from llama2.stages.answers import JUDGED_TOKENS
 from llama2.stages.sampling import Sample
 from llama2.stages.training import Training
+from llama2.tokenizer import foreign
 from llama2.tokenizer.tokenizer import Tokenizer
 
 GIB = float(1 << 30)
@@ -71,8 +72,8 @@ class Lineage:
         """The size of the vocabulary of the tokenizer that is, or will be, at `path`."""
         if path in self.vocabularies:
             return self.vocabularies[path]
-        file = path / "tokenizer.model" if path.is_dir() else path
-        return Tokenizer.load(file).vocab_size if file.is_file() else None
+        found = foreign.find(path) if path.is_dir() else path.is_file()
+        return Tokenizer.load(path).vocab_size if found else None
 
     def inherit_vocabulary(self, out: Path, source: Path) -> dict[str, Any]:
         """A step that carries on the tokenizer it found at `source`."""

@@ -17,7 +17,7 @@ from pydantic import Field
 from torch import nn
 
 from llama2 import mesh, outputs
-from llama2.beside import chat_template
+from llama2.beside import chat_template, stop_ids
 from llama2.config import Config as Section
 from llama2.config import StageConfig
 from llama2.data.compress import HeldoutText
@@ -114,7 +114,7 @@ def run(config: Config, run: Run) -> None:
     if config.model:
         model = checkpoint.load(config.model, device=home)
         tokenizer.check_bos(config.model, model.config.bos_token_id)
-        tokenizer = tokenizer.speaking(chat_template(config.model))
+        tokenizer = tokenizer.speaking(chat_template(config.model), stop_ids(config.model))
     else:
         with torch.device("meta" if home.type == "meta" else "cpu"):
             model = Llama(architecture(config, tokenizer.vocab_size), config.seed)

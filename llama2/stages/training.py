@@ -168,7 +168,7 @@ def load_scorer(path: Path, tokenizer: Tokenizer | None = None, seed: int = 0, h
     With `tokenizer`, refuses a reward model whose tokenizer is another one: its scores would mean nothing.
     """
     own = fitting_tokenizer(path, checkpoint.config_of(path))
-    if tokenizer is not None and own.fingerprint != tokenizer.fingerprint:
+    if tokenizer is not None and not own.same(tokenizer):
         raise UserError(f"{path}: its tokenizer is not the policy's", "train policy and reward models on one tokenizer")
     return checkpoint.load_scorer(path, dtype=torch.float32, device=home or mesh.device(), seed=seed), own
 

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import codecs
 import copy
+import functools
 import hashlib
-import json
 import os
 import re
 from collections.abc import Iterable, Iterator, Sequence
@@ -17,13 +17,16 @@ from pathlib import Path
 
 import sentencepiece
 
-from llama2 import beside, durable, plain
+from llama2 import beside, durable
 from llama2.errors import UserError, explain_os_errors
-from llama2.tokenizer.template import CHAT_TEMPLATE
+from llama2.tokenizer import foreign, huggingface, pieces
+from llama2.tokenizer.foreign import say_once
+from llama2.tokenizer.pieces import SPACE, Held
+from llama2.tokenizer.template import CHAT_TEMPLATE, is_llama_2
 
-FILE = "tokenizer.model"
+FILE = foreign.MODEL
 UNKNOWN, BOS, EOS = 0, 1, 2
-_SPACE = "\u2581"  # how SentencePiece writes a space
+SPECIAL = huggingface.Special(UNKNOWN, BOS, EOS)
 _PART = 4000
 _BETWEEN_WORDS = re.compile("(?<=[!-~]) (?=[A-Za-z])")
 
@@ -47,26 +50,46 @@ class Tokenizer:
         self.bos, self.eos = BOS, EOS
         self.stops: tuple[int, ...] = (EOS,)
         self.template: str | None = CHAT_TEMPLATE
+        self.told_eos = EOS
         self.fingerprint = hashlib.sha256(model).hexdigest()
         self._bytes = [self._bytes_of(piece) for piece in range(self.vocab_size)]
+        self.controls = self._controls()
+        """items that no text spells, name -> id: BOS, EOS, and whatever else was added; padding is not among them"""
 
     @classmethod
-    def load(cls, path: str | os.PathLike[str]) -> Tokenizer:
-        """From a tokenizer.model file, or from the directory that holds one (a checkpoint is such a directory), with
-        the ends of answers and the chat template that the directory names."""
-        path = Path(path)
-        file = path / FILE if path.is_dir() else path
-        found = cls(plain.content(file), str(file))
-        if path.is_dir():
-            ends = (token for token in beside.stop_ids(path) if 0 <= token < found.vocab_size)
-            found.stops = tuple(dict.fromkeys((*found.stops, *ends)))
-            found.template = beside.chat_template(path)
-        return found
+    def load(cls, place: str | os.PathLike[str] | Held) -> Tokenizer:
+        """From a tokenizer.model or tokenizer.json, or from the directory that holds one (a checkpoint is such a
+        directory), or from inside another file.
 
-    def speaking(self, template: str | None) -> Tokenizer:
-        """The same tokenizer, beside a model with another chat template."""
+        Of a directory that holds both, tokenizer.model is taken; if the other gives other ids, it is said on stderr.
+        With it come the ends of answers and the chat template that the directory names.
+        """
+        if isinstance(place, Held):
+            return cls(place.make(), place.place)
+        path = Path(place)
+        if not path.is_dir():
+            held = foreign.of_json(path) if path.suffix == ".json" and path.exists() else path
+            return cls(pieces.content(held), str(held))
+        found = foreign.find(path)
+        if found is None:
+            raise UserError(f"{path / FILE}: no such file or directory, and no {huggingface.JSON} either",
+                            "check the path")
+        tokenizer = cls(pieces.content(found), str(found))
+        if said := tokenizer.disagreement(path):
+            say_once(f"{said}; {FILE} is used here, and transformers uses the other: remove the one that is wrong")
+        ends = [token for token in beside.stop_ids(path) if 0 <= token < tokenizer.vocab_size]
+        tokenizer.stops = tuple(dict.fromkeys((*tokenizer.stops, *ends)))
+        return tokenizer.speaking(beside.chat_template(path), ends)
+
+    def speaking(self, template: str | None, ends: Sequence[int] = ()) -> Tokenizer:
+        """The same tokenizer, beside a model with another chat template, whose answers end at one of the ids `ends`.
+
+        The first of them is what other programs are told is EOS, if no text spells it; Llama 2's format has its own.
+        """
         other = copy.copy(self)
         other.template = template
+        first = () if is_llama_2(template) else (token for token in ends[:1] if token in self.controls.values())
+        other.told_eos = next(iter(first), EOS)
         return other
 
     def check(self, place: str | os.PathLike[str], vocab_size: int, bos: int) -> None:
@@ -87,6 +110,13 @@ class Tokenizer:
     def pad(self) -> int:
         """The id that fills padded places. The vocabulary has no padding item; no mask ever lets this one be seen."""
         return UNKNOWN
+
+    def same(self, other: Tokenizer) -> bool:
+        """Whether it is the other one: the same file, or one that was built again from the same items."""
+        if self.fingerprint == other.fingerprint:
+            return True
+        ours, theirs = (_vocabulary(one.model) for one in (self, other))
+        return ours == theirs and not ours.normalised  # the table of replacements may be another
 
     def encode(self, text: str) -> list[int]:
         """Ids of `text`, without BOS and EOS. Never a control id, whatever the text spells.
@@ -136,25 +166,41 @@ class Tokenizer:
         return name
 
     def save(self, directory: str | os.PathLike[str]) -> None:
-        """Write tokenizer.model and the two files with which transformers, vLLM and llama.cpp read it."""
-        names = {"bos_token": BOS, "eos_token": EOS, "unk_token": UNKNOWN}
-        special = {name: self._processor.id_to_piece(token) for name, token in names.items()}
-        settings = {
-            "add_bos_token": True,
-            "add_eos_token": False,
-            **({"chat_template": self.template} if self.template else {}),
-            "clean_up_tokenization_spaces": False,
-            "legacy": True,
-            "sp_model_kwargs": {},
-            "tokenizer_class": "LlamaTokenizer",
-            **special,
-        }
+        """Write tokenizer.model and the files with which transformers, vLLM and llama.cpp read it.
+
+        Where transformers will give other ids than `encode`, for some texts, it is said on stderr, once.
+        """
         directory = Path(directory)
+        files = {huggingface.JSON: _fast(self.model),
+                 **huggingface.settings(_vocabulary(self.model), SPECIAL._replace(eos=self.told_eos), self.template)}
         with explain_os_errors(directory):
             directory.mkdir(parents=True, exist_ok=True)
             _replace(directory / FILE, self.model)
-            _replace(directory / "tokenizer_config.json", json.dumps(settings, indent=2).encode())
-            _replace(directory / "special_tokens_map.json", json.dumps(special, indent=2).encode())
+            for name, content in files.items():
+                _replace(directory / name, content)
+        for note in self.unlike_transformers():
+            say_once(f"note: {note}")
+
+    def unlike_transformers(self) -> tuple[str, ...]:
+        """In sentences, where transformers gives other ids; empty for a tokenizer such as Llama 2's."""
+        return _unlike(self.model)
+
+    def disagreement(self, directory: Path) -> str | None:
+        """In words, where the tokenizer.json in the directory of this tokenizer.model gives other ids; else None."""
+        file = directory / huggingface.JSON
+        if not file.exists() or not (directory / FILE).exists():
+            return None
+        with explain_os_errors(file):
+            content = file.read_bytes()
+        if content == _fast(self.model):
+            return None
+        found = foreign.disagreement(directory, _vocabulary(self.model), self._processor)
+        return f"{file} is not the tokenizer of the {FILE} beside it ({found})" if found else None
+
+    def _controls(self) -> dict[str, int]:
+        names = {token: self._processor.id_to_piece(token) for token in range(self.vocab_size)
+                 if self._processor.is_control(token)}
+        return {name: token for token, name in names.items() if name != pieces.padding(token).text}
 
     def _bytes_of(self, token: int) -> bytes:
         piece: str = self._processor.id_to_piece(token)
@@ -164,7 +210,23 @@ class Tokenizer:
             return bytes([int(piece[3:5], 16)])  # "<0x41>"
         if self._processor.is_unknown(token):
             return " \u2047 ".encode()
-        return piece.replace(_SPACE, " ").encode()
+        return piece.replace(SPACE, " ").encode()
+
+
+@functools.lru_cache(maxsize=4)
+def _vocabulary(model: bytes) -> pieces.Pieces:
+    return pieces.parse(model, FILE)
+
+
+@functools.lru_cache(maxsize=4)
+def _fast(model: bytes) -> bytes:
+    return huggingface.fast(_vocabulary(model), SPECIAL)
+
+
+@functools.lru_cache(maxsize=4)
+def _unlike(model: bytes) -> tuple[str, ...]:
+    processor = sentencepiece.SentencePieceProcessor(model_proto=model)
+    return tuple(huggingface.unlike(_vocabulary(model), processor.encode))
 
 
 def _refuse_halves(texts: Sequence[str]) -> None:
@@ -193,7 +255,7 @@ def _cut(text: str) -> list[str]:
 
 def _check(processor: sentencepiece.SentencePieceProcessor, source: str) -> None:
     """Refuse models on which the guarantees of `encode` and of the chat template would not hold."""
-    cure = "use Llama 2's tokenizer.model or one made by 'llama2 tokenizer'"
+    cure = "use Llama 2's tokenizer.model or one made by 'llama2 tokenizer' (import has --tokenizer FILE)"
     found = (processor.unk_id(), processor.bos_id(), processor.eos_id())
     if found != (UNKNOWN, BOS, EOS):
         raise UserError(f"{source}: unknown, BOS and EOS have ids {found}, expected {(UNKNOWN, BOS, EOS)}", cure)
@@ -202,13 +264,13 @@ def _check(processor: sentencepiece.SentencePieceProcessor, source: str) -> None
     size = processor.vocab_size()
     if sum(processor.is_byte(token) for token in range(size)) != 256:
         raise UserError(f"{source}: no byte fallback, so unknown characters would be lost", cure)
-    if not processor.encode("a", out_type=str)[0].startswith(_SPACE):
+    if not processor.encode("a", out_type=str)[0].startswith(SPACE):
         raise UserError(f"{source}: it puts no space in front of a text (add_dummy_prefix)", cure)
     for token in range(size):
         if processor.is_control(token) or processor.is_byte(token) or processor.is_unknown(token):
             continue
         piece = processor.id_to_piece(token)
-        if _SPACE in piece.lstrip(_SPACE):
+        if SPACE in piece.lstrip(SPACE):
             raise UserError(f"{source}: the item {piece!r} runs across a space, so answers cannot be told from prompts",
                             cure)
         if not float(processor.get_score(token)).is_integer():

@@ -193,6 +193,11 @@ def one_bit(path: Path) -> None:
     (path / "model.safetensors").write_bytes(content)
 
 
+def no_tokenizer(path: Path) -> None:
+    for name in ("tokenizer.model", "tokenizer.json"):
+        (path / name).unlink()
+
+
 DAMAGES = {
     "missing": (no_tensor, False, "the tensors do not fit config.json: 1 missing: model.norm.weight"),
     "extra": (more_tensors, False, "the tensors do not fit config.json: 1 unknown: model.extra"),
@@ -201,7 +206,7 @@ DAMAGES = {
     "damaged": (one_bit, True, "model.safetensors: its checksum differs from checksums.json; fetch it again"),
     "no weights": (lambda path: (path / "model.safetensors").unlink(), False, "neither model.safetensors nor "),
     "no config": (lambda path: (path / "config.json").unlink(), False, "config.json: missing"),
-    "no tokenizer": (lambda path: (path / "tokenizer.model").unlink(), False, "tokenizer.model: no such file"),
+    "no tokenizer": (no_tokenizer, False, "tokenizer.model: no such file"),
     "tokenizer": (other_tokenizer, False, "the tokenizer has 290 pieces, the model 420; put the tokenizer there"),
 }
 

@@ -16,11 +16,11 @@ from commands import llama2
 from sources import state
 
 from llama2.model import checkpoint
-from llama2.model.formats import meta, pieces
+from llama2.model.formats import meta
 from llama2.model.formats.recognise import open_source
 from llama2.model.formats.source import Source
 from llama2.release import export
-from llama2.tokenizer import Tokenizer
+from llama2.tokenizer import Tokenizer, pieces
 
 
 @pytest.mark.parametrize(("options", "name", "verified"), [
@@ -120,8 +120,8 @@ def test_meta_is_cut_for_ranks(tmp_path: Path, base: Path) -> None:
 def test_hugging_face_has_all_files_that_its_readers_look_for(tmp_path: Path, base: Path) -> None:
     assert llama2("export", base, "--to", "hf", "--dtype", "bf16", "--out", tmp_path / "out") == 0
     assert {path.name for path in (tmp_path / "out").iterdir()} == {
-        "config.json", "model.safetensors", "checksums.json", "tokenizer.model", "tokenizer_config.json",
-        "generation_config.json", "special_tokens_map.json"}
+        "config.json", "model.safetensors", "checksums.json", "tokenizer.model", "tokenizer.json",
+        "tokenizer_config.json", "generation_config.json", "special_tokens_map.json"}
     config = json.loads((tmp_path / "out" / "config.json").read_text())
     assert config["torch_dtype"] == config["dtype"] == "bfloat16"
     assert config["rope_theta"] == config["rope_parameters"]["rope_theta"]

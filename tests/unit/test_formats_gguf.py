@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import random
+import re
 import struct
 import sys
 import weakref
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,6 +17,7 @@ import numpy as np
 import pytest
 import sentencepiece
 import torch
+from commands import llama2
 from sources import RATIOS, SHAPE, STRINGS, exact, model_of, same, source_of, state
 from torch import Tensor
 
@@ -177,7 +180,7 @@ def test_a_tokenizer_that_changes_text(tmp_path: Path, pieces: Path) -> None:
         "the tokenizer replaces characters before it looks them up",
         "the tokenizer drops spaces at the ends of a text and all but one inside"]
     files = (tmp_path / "nfkc.model", ours.read(tmp_path / "m.gguf").tokenizer)
-    before, after = (Tokenizer.load(str(path)) for path in files)
+    before, after = (Tokenizer.load(place) for place in files if place is not None)
     for spaced in ("  the  mill ", "a river", " "):
         assert before.encode(spaced) == after.encode(spaced)
 
@@ -298,12 +301,46 @@ def test_other_quantizations_are_read_as_the_library_reads_them(tmp_path: Path, 
     ({"llama.attention.head_count": 0}, r"m\.gguf: num_attention_heads is 0"),
     ({"llama.block_count": 1 << 30}, r"block_count is 1073741824, but there are only 21 tensors"),
     ({"llama.feed_forward_length": 128}, r"tensor 'blk\.0\.ffn_gate\.weight' has shape \[96, 64\].*\[128, 64\]"),
-    ({"tokenizer.ggml.scores": [0.0] * 419}, r"tokenizer\.ggml\.tokens, \.scores and \.token_type do not all have 420"),
     ({"general.alignment": 24}, r"general\.alignment is 24, not a power of two"),
 ])
 def test_what_is_not_llama_2(file: Path, tmp_path: Path, change: dict[str, Any], message: str) -> None:
     with pytest.raises(UserError, match=message):
         ours.read(copy(file, tmp_path / "changed-m.gguf", change=change))
+
+
+@pytest.mark.parametrize(("change", "message"), [
+    ({"tokenizer.ggml.scores": [0.0] * 419}, r"tokenizer\.ggml\.tokens, \.scores and \.token_type do not all have 420"),
+    ({"tokenizer.ggml.token_type": [1] * 419}, r"do not all have 420 items.*--tokenizer FILE"),
+    ({"tokenizer.ggml.token_type": [1] * 420}, r"no item of its tokenizer is the one for unknown.*--tokenizer FILE"),
+    ({"tokenizer.ggml.model": "gpt2"}, r"its tokenizer is of the kind 'gpt2'.*--tokenizer FILE"),
+    ({"tokenizer.ggml.add_space_prefix": False}, r"it puts no space in front of a text"),
+])
+def test_a_faulty_tokenizer_names_the_file_and_can_be_replaced(
+        file: Path, pieces: Path, tmp_path: Path, change: dict[str, Any], message: str, one_line: Callable[..., str]
+) -> None:
+    faulty = copy(file, tmp_path / "faulty.gguf", change=change)
+    said = one_line("import", faulty, "--out", tmp_path / "ours")
+    assert re.match(rf"{re.escape(str(faulty))}: .*{message}", said), said
+    assert llama2("import", faulty, "--tokenizer", pieces, "--out", tmp_path / "ours") == 0
+    assert Tokenizer.load(tmp_path / "ours").fingerprint == Tokenizer.load(pieces).fingerprint
+
+
+def test_kinds_of_items_may_be_left_out(file: Path, tmp_path: Path, tokenizer: Tokenizer) -> None:
+    """llama.cpp takes them for plain then; which are BOS, EOS, unknown and bytes is told elsewhere."""
+    found = ours.read(copy(file, tmp_path / "m.gguf", drop="tokenizer.ggml.token_type")).tokenizer
+    assert found is not None
+    again = Tokenizer.load(found)
+    for text in STRINGS:
+        assert again.encode(text) == tokenizer.encode(text)
+        assert again.decode(again.encode(text)) == tokenizer.decode(tokenizer.encode(text))
+
+
+def test_scores_may_be_left_out_and_it_is_said(file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    place = copy(file, tmp_path / "m.gguf", drop="tokenizer.ggml.scores")
+    assert llama2("import", place, "--out", tmp_path / "ours") == 0
+    assert f"{place}: its tokenizer has no scores" in capsys.readouterr().err
+    again = Tokenizer.load(tmp_path / "ours")
+    assert again.decode(again.encode("the old mill")) == "the old mill"
 
 
 def test_missing_unknown_and_unreadable_tensors(file: Path, tmp_path: Path) -> None:

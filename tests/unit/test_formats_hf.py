@@ -125,7 +125,7 @@ def test_checksums_are_those_of_all_files_the_tokenizer_included(tmp_path: Path)
     assert {"tokenizer.model", CONFIG, INDEX} < sums.keys()
     for name, digest in sums.items():
         assert hashlib.sha256((tmp_path / "model" / name).read_bytes()).hexdigest() == digest
-    assert hf.read(tmp_path / "model").tokenizer == tmp_path / "model" / "tokenizer.model"
+    assert str(hf.read(tmp_path / "model").tokenizer) == str(tmp_path / "model" / "tokenizer.model")
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])

@@ -17,10 +17,10 @@ from sources import RATIOS, SHAPE, STRINGS, exact, model_of, source_of
 from torch import Tensor
 
 from llama2.errors import UserError
-from llama2.model.formats import llama2c, pieces
+from llama2.model.formats import llama2c
 from llama2.model.formats.source import Source
 from llama2.model.llama import Llama, LlamaConfig
-from llama2.tokenizer import Tokenizer
+from llama2.tokenizer import Tokenizer, pieces
 
 KINDS = {"att": "input_layernorm", "q": "self_attn.q_proj", "k": "self_attn.k_proj", "v": "self_attn.v_proj",
          "o": "self_attn.o_proj", "ffn": "post_attention_layernorm", "1": "mlp.gate_proj", "2": "mlp.down_proj",
@@ -302,6 +302,12 @@ def test_other_files_and_versions(tmp_path: Path) -> None:
         llama2c.read(tmp_path / "nothing")
 
 
+def load(model: Path) -> Tokenizer:
+    beside = llama2c.read(model).tokenizer
+    assert beside is not None
+    return Tokenizer.load(beside)
+
+
 def test_a_damaged_tokenizer_is_named(tmp_path: Path, source: Source) -> None:
     llama2c.write(source, tmp_path / "model.bin")
     file = tmp_path / "tokenizer.bin"
@@ -310,7 +316,7 @@ def test_a_damaged_tokenizer_is_named(tmp_path: Path, source: Source) -> None:
     for size in [0, 3, 4, len(whole) - 1, *(draw.randrange(len(whole)) for _ in range(60))]:
         file.write_bytes(whole[:size])
         with pytest.raises(UserError, match=r"tokenizer\.bin: (truncated or damaged: item|it has \d+ items)"):
-            llama2c.read(tmp_path / "model.bin")
+            load(tmp_path / "model.bin")
     file.write_bytes(whole.replace(b"<0x41>", b"<0x42>"))
     with pytest.raises(UserError, match="it does not begin with unknown, BOS, EOS and the 256 bytes"):
-        llama2c.read(tmp_path / "model.bin")
+        load(tmp_path / "model.bin")

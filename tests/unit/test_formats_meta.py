@@ -18,10 +18,11 @@ from sources import frugal, model_of, same, scorer_of, source_of, state
 from torch import Tensor
 
 from llama2.errors import UserError
-from llama2.model.formats import archive, meta, pieces
-from llama2.model.formats.pieces import Piece, Pieces
+from llama2.model.formats import archive, meta
 from llama2.model.formats.source import Source
 from llama2.model.llama import LlamaConfig
+from llama2.tokenizer import pieces
+from llama2.tokenizer.pieces import Piece, Pieces
 
 CONFIG = LlamaConfig(vocab_size=96, hidden_size=64, intermediate_size=112, num_hidden_layers=2, num_attention_heads=8,
                      num_key_value_heads=4)

@@ -100,7 +100,7 @@ def test_every_format_comes_in_by_the_same_command(tmp_path: Path, model: Path, 
     assert Tokenizer.load(tmp_path / "ours").encode(text) == tokenizer.encode(text)
     assert sorted(path.name for path in (tmp_path / "ours").iterdir()) == [
         "checksums.json", "config.json", "generation_config.json", "model.safetensors", "special_tokens_map.json",
-        "tokenizer.model", "tokenizer_config.json"]
+        "tokenizer.json", "tokenizer.model", "tokenizer_config.json"]
     tokens = torch.tensor([[1, 300, 17, 5]])
     with torch.no_grad():
         assert torch.allclose(checkpoint.load(tmp_path / "ours")(tokens), checkpoint.load(model)(tokens), atol=1e-5)
@@ -150,7 +150,7 @@ def test_a_dry_run_says_what_it_found_and_writes_nothing(tmp_path: Path, model: 
 # ---- tokenizers -----------------------------------------------------------------------------------------------------
 def cut_tokenizer(tokenizer: Tokenizer, file: Path, size: int) -> Path:
     """The same tokenizer without its last pieces."""
-    from llama2.model.formats import pieces
+    from llama2.tokenizer import pieces
     file.parent.mkdir(exist_ok=True)
     file.write_bytes(tokenizer.model)
     whole = pieces.load(file)
@@ -180,10 +180,89 @@ def test_a_vocabulary_smaller_than_the_tokenizer_is_refused(tmp_path: Path, mode
 
 def test_a_checkpoint_without_a_tokenizer_comes_in_with_a_warning(tmp_path: Path, model: Path,
                                                                   capsys: pytest.CaptureFixture[str]) -> None:
-    (model / "tokenizer.model").unlink()
+    for name in ("tokenizer.model", "tokenizer.json"):
+        (model / name).unlink()
     assert llama2("import", model, "--out", tmp_path / "ours") == 0
     assert "no tokenizer came with it" in capsys.readouterr().err
     assert not (tmp_path / "ours" / "tokenizer.model").exists()
+
+
+def test_a_directory_as_transformers_5_leaves_it_comes_in_whole(tmp_path: Path, model: Path, tokenizer: Tokenizer,
+                                                                one_line: Callable[..., str]) -> None:
+    (model / "tokenizer.model").unlink()
+    assert llama2("import", model, "--out", tmp_path / "ours") == 0
+    again = Tokenizer.load(tmp_path / "ours")
+    assert all(again.encode(text) == tokenizer.encode(text) for text in ("the  old mill", "été\n", "</s>", "    x"))
+    values = json.loads((model / "tokenizer.json").read_bytes())
+    (model / "tokenizer.json").write_text(json.dumps(values | {"decoder": {"type": "ByteLevel"}}))
+    said = one_line("import", model, "--out", tmp_path / "none")
+    assert said.startswith(f"{model / 'tokenizer.json'}: a byte-level BPE tokenizer, as Llama 3")
+    assert not (tmp_path / "none").exists()
+
+
+def test_added_tokens_are_control_items_in_every_format(tmp_path: Path, model: Path, tokenizer: Tokenizer,
+                                                        capsys: pytest.CaptureFixture[str]) -> None:
+    """A tune whose answers end with an item that its trainer added behind those of tokenizer.model."""
+    checkpoint.save(model_of(LlamaConfig(422, **SHAPE)), model)
+    (model / "tokenizer.json").unlink()
+    (model / "added_tokens.json").write_text(json.dumps({"<|im_end|>": 420, "<|im_start|>": 421}))
+    (model / "special_tokens_map.json").write_text(json.dumps({
+        "eos_token": "<|im_end|>", "additional_special_tokens": ["<|im_start|>"]}))
+    assert llama2("import", model, "--out", tmp_path / "ours") == 0
+    assert "422 pieces, as the model, of which no text spells '<|im_end|>', '<|im_start|>'" in capsys.readouterr().err
+    (tmp_path / "back").mkdir()
+    for form, target in (("hf", "hf"), ("meta", "meta"), ("gguf", "gguf/model.gguf")):
+        assert llama2("export", tmp_path / "ours", "--to", form, "--out", tmp_path / target) == 0
+        assert llama2("import", tmp_path / target, "--out", tmp_path / "back" / form) == 0
+        found = Tokenizer.load(tmp_path / "back" / form)
+        assert found.controls == {"<s>": 1, "</s>": 2, "<|im_end|>": 420, "<|im_start|>": 421}
+        assert found.encode("<|im_start|>x<|im_end|>") == tokenizer.encode("<|im_start|>x<|im_end|>")
+
+
+def test_eos_is_told_as_the_model_has_it(tmp_path: Path, model: Path) -> None:
+    """A template writes `eos_token`, and trainers put it behind answers: it stays what it was if the format does."""
+    checkpoint.save(model_of(LlamaConfig(422, **SHAPE, eos_token_id=420)), model)
+    for name in ("tokenizer.json", "special_tokens_map.json"):
+        (model / name).unlink()
+    (model / "added_tokens.json").write_text(json.dumps({"<|im_end|>": 420, "<|im_start|>": 421}))
+    template = "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}{{ eos_token }}{% endfor %}"
+    (model / "tokenizer_config.json").write_text(json.dumps({
+        "eos_token": "<|im_end|>", "extra_special_tokens": ["<|im_start|>"], "chat_template": template}))
+    assert llama2("import", model, "--out", tmp_path / "ours") == 0
+    assert llama2("import", model, "--chat-template", "llama2", "--out", tmp_path / "llama2") == 0
+    assert llama2("export", tmp_path / "ours", "--to", "hf", "--out", tmp_path / "again") == 0
+    for place, eos in (("ours", "<|im_end|>"), ("again", "<|im_end|>"), ("llama2", "</s>")):
+        told = [json.loads((tmp_path / place / name).read_bytes())["eos_token"]
+                for name in ("tokenizer_config.json", "special_tokens_map.json")]
+        assert told == [eos, eos], place
+        assert Tokenizer.load(tmp_path / place).eos == 2
+
+
+def test_files_of_a_tokenizer_that_disagree_are_said(tmp_path: Path, model: Path, tokenizer: Tokenizer,
+                                                     capsys: pytest.CaptureFixture[str]) -> None:
+    values = json.loads((model / "tokenizer.json").read_bytes())
+    values["model"]["merges"].reverse()
+    (model / "tokenizer.json").write_text(json.dumps(values))
+    assert llama2("import", model, "--out", tmp_path / "ours") == 0
+    said = capsys.readouterr().err
+    assert f"{model / 'tokenizer.json'} is not the tokenizer of the tokenizer.model beside it" in said
+    assert Tokenizer.load(tmp_path / "ours").fingerprint == tokenizer.fingerprint
+    assert llama2("verify", model, tmp_path / "ours") == 1
+    assert "is not the tokenizer of the tokenizer.model beside it" in capsys.readouterr().out
+    assert llama2("verify", tmp_path / "ours", tmp_path / "ours") == 0
+
+
+def test_a_tokenizer_under_another_name_is_pointed_out_and_taken(tmp_path: Path, model: Path, tokenizer: Tokenizer,
+                                                                 capsys: pytest.CaptureFixture[str]) -> None:
+    theirs = as_llama2c(model, tmp_path / "theirs").with_name("tokenizer.bin")
+    for name in ("tokenizer.model", "tokenizer.json"):
+        (model / name).unlink()
+    shutil.copy(theirs, model / "tok512.bin")
+    assert llama2("import", model, "--out", tmp_path / "without") == 0
+    assert f"it may be {model / 'tok512.bin'}" in capsys.readouterr().err
+    assert llama2("import", model, "--tokenizer", model / "tok512.bin", "--out", tmp_path / "ours") == 0
+    again = Tokenizer.load(tmp_path / "ours")
+    assert all(again.encode(text) == tokenizer.encode(text) for text in ("the  old mill", "été\n", "</s>"))
 
 
 # ---- what is refused ------------------------------------------------------------------------------------------------

@@ -36,7 +36,8 @@ def test_what_cannot_be_served_is_refused(policy, scorers, tmp_path, one_line):
     settings = json.loads((bare / "tokenizer_config.json").read_text())
     (bare / "tokenizer_config.json").write_text(json.dumps({**settings, "chat_template": "{{ messages }}"}))
     assert "no Llama 2 chat template in its tokenizer_config.json" in one_line("serve", bare, "--port", 0)
-    (bare / "tokenizer.model").unlink()
+    for name in ("tokenizer.model", "tokenizer.json"):
+        (bare / name).unlink()
     assert "tokenizer.model: no such file" in one_line("serve", bare, "--port", 0)
 
 

@@ -20,11 +20,10 @@ from torch import Tensor
 from llama2 import outputs
 from llama2.errors import UserError
 from llama2.model import checkpoint
-from llama2.model.formats import pieces
 from llama2.model.formats.source import Source
 from llama2.model.llama import Layer, Llama, LlamaConfig
 from llama2.release import compare, texts, verify
-from llama2.tokenizer import Tokenizer, train
+from llama2.tokenizer import Tokenizer, pieces, train
 
 SHAPE = LlamaConfig(vocab_size=420, hidden_size=32, intermediate_size=48, num_hidden_layers=3, num_attention_heads=4,
                     num_key_value_heads=2, max_position_embeddings=700)

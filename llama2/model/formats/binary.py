@@ -6,11 +6,6 @@ Shapes: R rows, D columns.
 
 from __future__ import annotations
 
-import atexit
-import functools
-import hashlib
-import shutil
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -98,19 +93,3 @@ def replacing(file: Path) -> Iterator[IO[bytes]]:
             durable.replace(temporary, file)
         finally:
             temporary.unlink(missing_ok=True)
-
-
-def kept(content: bytes, name: str) -> Path:
-    """A file of this content that lives as long as the process: for what stands inside another file."""
-    path = _directory() / hashlib.sha256(content).hexdigest() / name
-    with explain_os_errors(path):
-        path.parent.mkdir(exist_ok=True)
-        path.write_bytes(content)
-    return path
-
-
-@functools.cache
-def _directory() -> Path:
-    path = tempfile.mkdtemp(prefix="llama2-")
-    atexit.register(shutil.rmtree, path, ignore_errors=True)
-    return Path(path)

@@ -16,6 +16,7 @@ from __future__ import annotations
 import functools
 import logging
 import math
+import re
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from types import ModuleType
@@ -26,7 +27,6 @@ import torch
 from torch import Tensor
 
 from llama2.errors import UserError, missing_extra
-from llama2.model.formats import pieces
 from llama2.model.formats.binary import (
     EMBEDDINGS,
     FETCH_AGAIN,
@@ -34,16 +34,17 @@ from llama2.model.formats.binary import (
     NORM,
     halved,
     interleaved,
-    kept,
     read_array,
     replacing,
     rotary_heads,
     shapes,
 )
 from llama2.model.formats.gguf_header import ALIGNMENT, Entry, Header, read_header
-from llama2.model.formats.pieces import Piece, Pieces
 from llama2.model.formats.source import Source, Stored
 from llama2.model.llama import LlamaConfig
+from llama2.tokenizer import pieces
+from llama2.tokenizer.foreign import say_once
+from llama2.tokenizer.pieces import Held, Piece, Pieces
 
 Precision = Literal["f32", "f16", "bf16", "q8_0", "q4_0"]
 _BLOCK = 32
@@ -52,6 +53,7 @@ _FILE_TYPES = {"f32": 0, "f16": 1, "q4_0": 2, "q8_0": 7, "bf16": 32}
 _LARGEST = {"f16": 65504.0, "q8_0": 65504.0 * 127, "q4_0": 65504.0 * 8}  # scales of blocks are numbers of fp16
 _QUANTIZATION_VERSION = 2
 _PAD_SCORE = -1000.0
+_BYTE = re.compile("<0x[0-9A-F]{2}>")
 
 _OUTSIDE = {EMBEDDINGS: "token_embd.weight", NORM: "output_norm.weight", HEAD: "output.weight"}
 _INSIDE = {"self_attn.q_proj": "attn_q", "self_attn.k_proj": "attn_k", "self_attn.v_proj": "attn_v",
@@ -233,7 +235,7 @@ def _encode(part: Tensor, kind: Precision) -> np.ndarray[Any, Any]:
 def read(path: Path) -> Source:
     """A GGUF file as a `Source`: tensors of fp32, fp16 and bf16 as they are, quantized ones dequantized to fp32.
 
-    The tokenizer inside is put into a file that lives as long as the process; None if it is no SentencePiece model.
+    The tokenizer inside becomes a SentencePiece model when it is asked for, so a faulty one can be replaced.
     UserError for another architecture, a type that cannot be read, missing, unknown or wrongly shaped tensors, and a
     truncated or damaged file.
     """
@@ -402,21 +404,44 @@ def _can_dequantize(library: ModuleType, kind: Any) -> bool:
     return True
 
 
-def _tokenizer(path: Path, header: Header, config: LlamaConfig) -> Path | None:
-    """The vocabulary in the metadata as a SentencePiece model file; None if it is of another kind."""
-    metadata = header.metadata
-    if metadata.get("tokenizer.ggml.model") != "llama":
+def _tokenizer(path: Path, header: Header, config: LlamaConfig) -> Held | None:
+    """The vocabulary in the metadata as a SentencePiece model; None if there is none."""
+    if "tokenizer.ggml.model" not in header.metadata:
         return None
-    columns = [metadata.get(f"tokenizer.ggml.{key}") for key in ("tokens", "scores", "token_type")]
-    if not all(isinstance(column, list) and len(column) == config.vocab_size for column in columns):
-        raise UserError(f"{path}: tokenizer.ggml.tokens, .scores and .token_type do not all have {config.vocab_size} "
-                        "items, as the embeddings have", FETCH_AGAIN)
+    return Held(str(path), functools.cache(lambda: _vocabulary(path, header.metadata, config)))
+
+
+def _vocabulary(path: Path, metadata: Mapping[str, Any], config: LlamaConfig) -> bytes:
+    kind = metadata["tokenizer.ggml.model"]
+    if kind != "llama":
+        raise UserError(f"{path}: its tokenizer is of the kind {kind!r}; only those of Llama 2's kind ('llama': "
+                        "SentencePiece BPE) can be read", "give the tokenizer.model of this model: --tokenizer FILE")
     try:
-        items = [Piece(text, float(score), int(kind)) for text, score, kind in zip(*columns)]
+        items = _items(path, metadata, config)
+        pieces.check(items, str(path), f"{FETCH_AGAIN}, or give a tokenizer: --tokenizer FILE")
         vocabulary = Pieces(items, bool(metadata.get("tokenizer.ggml.add_space_prefix", True)),
                             bool(metadata.get("tokenizer.ggml.remove_extra_whitespaces", False)))
         unknown = int(metadata.get("tokenizer.ggml.unknown_token_id", 0))
-        model = pieces.build(vocabulary, unknown=unknown)  # BOS 1 and EOS 2: what else ends answers is the config's
+        return pieces.build(vocabulary, unknown=unknown)  # BOS 1 and EOS 2: what else ends answers is the config's
     except (AttributeError, IndexError, TypeError, ValueError):
-        raise UserError(f"{path}: the tokenizer in its metadata is damaged", FETCH_AGAIN) from None
-    return kept(model, "tokenizer.model")
+        raise UserError(f"{path}: the tokenizer in its metadata is damaged",
+                        f"{FETCH_AGAIN}, or give one: --tokenizer FILE") from None
+
+
+def _items(path: Path, metadata: Mapping[str, Any], config: LlamaConfig) -> list[Piece]:
+    """The items; where scores or kinds are not told, as llama.cpp has it: 0, and plain but for the special ones."""
+    texts = metadata.get("tokenizer.ggml.tokens")
+    count = config.vocab_size
+    scores = metadata.get("tokenizer.ggml.scores", [0.0] * count)
+    special = {int(metadata.get("tokenizer.ggml.unknown_token_id", 0)): pieces.UNKNOWN,
+               **dict.fromkeys((config.bos_token_id, *config.stops), pieces.CONTROL)}
+    kinds = metadata.get("tokenizer.ggml.token_type", [
+        special.get(token, pieces.BYTE if _BYTE.fullmatch(text) else pieces.NORMAL)
+        for token, text in enumerate(texts if isinstance(texts, list) else [])])
+    if not all(isinstance(column, list) and len(column) == count for column in (texts, scores, kinds)):
+        raise UserError(f"{path}: tokenizer.ggml.tokens, .scores and .token_type do not all have {count} "
+                        "items, as the embeddings have", f"{FETCH_AGAIN}, or give a tokenizer: --tokenizer FILE")
+    if "tokenizer.ggml.scores" not in metadata:
+        say_once(f"note: {path}: its tokenizer has no scores (tokenizer.ggml.scores), so texts get other tokens than "
+                 "the model was trained on, here and in llama.cpp, unless you give its own: --tokenizer FILE")
+    return [Piece(text, float(score), int(kind)) for text, score, kind in zip(texts or [], scores, kinds)]

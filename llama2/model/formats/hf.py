@@ -19,6 +19,7 @@ from llama2.model.formats.binary import EMBEDDINGS, HEAD
 from llama2.model.formats.directory import CHECKSUMS, CONFIG, INDEX, WEIGHTS
 from llama2.model.formats.source import Source, Stored
 from llama2.model.llama import LlamaConfig
+from llama2.tokenizer import foreign
 
 TOKENIZER = "tokenizer.model"
 SHARD_BYTES = 5 << 30
@@ -30,9 +31,8 @@ def read(path: Path) -> Source:
     shape, scorer = config.read_config(path)
     files = directory.weight_files(path)
     directory.verify_checksums(path)
-    tokenizer = path / TOKENIZER
     return Source(path, "Hugging Face", shape, scorer, fitting(path, entries(files), shape, scorer),
-                  tokenizer if tokenizer.exists() else None, chat_template(path), config.remarks(path, shape))
+                  foreign.find(path), chat_template(path), config.remarks(path, shape))
 
 
 def entries(files: list[Path]) -> dict[str, Stored]:

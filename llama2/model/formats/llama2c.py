@@ -27,7 +27,7 @@ from torch import Tensor
 
 from llama2 import plain
 from llama2.errors import UserError, explain_os_errors
-from llama2.model.formats import llama2c_vocabulary, pieces
+from llama2.model.formats import llama2c_vocabulary
 from llama2.model.formats.binary import (
     EMBEDDINGS,
     FETCH_AGAIN,
@@ -36,7 +36,6 @@ from llama2.model.formats.binary import (
     halved,
     in_single,
     interleaved,
-    kept,
     read_array,
     replacing,
     rotary_heads,
@@ -45,6 +44,7 @@ from llama2.model.formats.binary import (
 )
 from llama2.model.formats.source import Source, Stored
 from llama2.model.llama import LlamaConfig, rotary_tables
+from llama2.tokenizer import pieces
 
 MAGIC = 0x616B3432
 _HEADER = 256  # bytes, of versions 1 and 2
@@ -200,8 +200,7 @@ def _bytes(tensor: Tensor) -> bytes:
 def read(path: Path) -> Source:
     """A model of llama2.c as a `Source`, in fp32, with the tokenizer of a `tokenizer.bin` beside it if there is one.
 
-    That one is put into a SentencePiece model file that lives as long as the process. UserError for another file,
-    another version, and a size that is not what the header asks for.
+    UserError for another file, another version, and a size that is not what the header asks for.
     """
     with explain_os_errors(path), plain.opened(path) as file:
         head = file.read(_HEADER)
@@ -213,8 +212,7 @@ def read(path: Path) -> Source:
     beside = path.parent / llama2c_vocabulary.FILE
     tokenizer = None
     if beside.exists():
-        items = llama2c_vocabulary.load(beside, header.config.vocab_size)
-        tokenizer = kept(pieces.build(pieces.Pieces(items)), "tokenizer.model")
+        tokenizer = llama2c_vocabulary.held(beside, header.config.vocab_size)
     return Source(path, "llama2c", header.config, False, tensors, tokenizer)
 
 

@@ -6,6 +6,7 @@ spell them. Kinds are not told: ids 0, 1, 2 are unknown, BOS and EOS, the next 2
 
 from __future__ import annotations
 
+import functools
 import struct
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,7 +14,8 @@ from pathlib import Path
 from llama2 import plain
 from llama2.errors import UserError
 from llama2.model.formats.binary import FETCH_AGAIN
-from llama2.model.formats.pieces import BYTE, CONTROL, NORMAL, SPACE, UNKNOWN, Piece
+from llama2.tokenizer import pieces
+from llama2.tokenizer.pieces import BYTE, CONTROL, NORMAL, SPACE, UNKNOWN, Held, Piece
 
 FILE = "tokenizer.bin"
 _SPECIAL = (Piece("<unk>", 0.0, UNKNOWN), Piece("<s>", 0.0, CONTROL), Piece("</s>", 0.0, CONTROL))
@@ -33,6 +35,11 @@ def pack(items: Sequence[Piece]) -> bytes:
     rows = [text.encode() for text in texts]
     body = b"".join(struct.pack("<fI", item.score, len(row)) + row for item, row in zip(items, rows))
     return struct.pack("<I", max(map(len, rows))) + body
+
+
+def held(path: Path, size: int) -> Held:
+    """A tokenizer.bin of `size` items as a SentencePiece model."""
+    return Held(str(path), functools.cache(lambda: pieces.build(pieces.Pieces(load(path, size)))))
 
 
 def load(path: Path, size: int) -> list[Piece]:

@@ -26,11 +26,13 @@ from torch import Tensor
 
 from llama2 import durable, plain
 from llama2.errors import UserError, did_you_mean, explain_os_errors
-from llama2.model.formats import archive, pieces
+from llama2.model.formats import archive
 from llama2.model.formats.binary import EMBEDDINGS, HEAD, halved, interleaved, rotary_heads, shapes
 from llama2.model.formats.source import Source, Stored
 from llama2.model.llama import LlamaConfig
 from llama2.printable import shown
+from llama2.tokenizer import pieces
+from llama2.tokenizer.pieces import Held
 
 PARAMETERS, TOKENIZER = "params.json", "tokenizer.model"
 CONTEXT = 4096
@@ -230,9 +232,9 @@ def write(source: Source, directory: Path, *, dtype: torch.dtype | None = None, 
         f"takes {_THETA:g} for granted"]
 
 
-def _as_large(tokenizer: Path, size: int) -> bytes:
+def _as_large(tokenizer: Path | Held, size: int) -> bytes:
     """A tokenizer with an item for each row of the embeddings: Meta's code makes as many rows as it has items."""
-    model = plain.content(tokenizer)
+    model = pieces.content(tokenizer)
     count = len(pieces.parse(model, str(tokenizer)).items)
     return model if count >= size else pieces.padded(model, count, size)
 

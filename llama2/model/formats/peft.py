@@ -31,6 +31,7 @@ from llama2.model.formats.binary import EMBEDDINGS, HEAD
 from llama2.model.formats.directory import SCORE
 from llama2.model.formats.source import Source, Stored
 from llama2.printable import shown
+from llama2.tokenizer import foreign
 
 CONFIG, WEIGHTS = "adapter_config.json", ("adapter_model.safetensors", "adapter_model.bin")
 _BASE = "base_model_name_or_path"
@@ -122,10 +123,8 @@ def read(path: Path, base: Source, dtype: torch.dtype | None = None) -> Source:
         tensors.pop(HEAD, None)
     directory.check_shapes(path, shapes, {name: stored.shape for name, stored in tensors.items()},
                            f"its base {base.path}")
-    tokenizer = path / hf.TOKENIZER
     return Source(path, f"PEFT adapter of {base.format}", config, scorer, {name: tensors[name] for name in shapes},
-                  tokenizer if tokenizer.exists() else base.tokenizer, chat_template(path) or base.template,
-                  base.remarks)
+                  foreign.find(path) or base.tokenizer, chat_template(path) or base.template, base.remarks)
 
 
 def _open(path: Path) -> _Adapter:

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from llama2.model.llama import LlamaConfig
+from llama2.tokenizer.pieces import Held
 
 SMALL = 32 << 20  # bytes that do not matter
 
@@ -64,8 +65,8 @@ class Source:
     config: LlamaConfig
     scorer: bool
     tensors: Mapping[str, Stored]
-    tokenizer: Path | None
-    """the SentencePiece model that came with it"""
+    tokenizer: Path | Held | None
+    """the SentencePiece model that came with it, read when it is asked for"""
     template: str | None = None
     """the chat template that came with it, in Jinja"""
     remarks: tuple[str, ...] = ()

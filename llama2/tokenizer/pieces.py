@@ -8,7 +8,7 @@ file, which is one protocol buffer: `pieces` (1), `trainer_spec` (2) and `normal
 from __future__ import annotations
 
 import struct
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -52,9 +52,29 @@ class Pieces:
         return notes
 
 
-def load(path: Path) -> Pieces:
-    """The vocabulary in a SentencePiece model file. UserError if it is none, or damaged."""
-    return parse(plain.content(path), str(path))
+@dataclass(frozen=True)
+class Held:
+    """A SentencePiece model that stands inside another file, or that several files make; read when it is asked for."""
+
+    place: str
+    """names it in errors"""
+    make: Callable[[], bytes]
+    """the content of a model file. UserError if what is at the place cannot be made into one"""
+
+    def __str__(self) -> str:
+        return self.place
+
+
+def content(where: Path | Held) -> bytes:
+    """The content of a SentencePiece model file."""
+    if isinstance(where, Held):
+        return where.make()
+    return plain.content(where)
+
+
+def load(where: Path | Held) -> Pieces:
+    """The vocabulary of a SentencePiece model. UserError if it is none, or damaged."""
+    return parse(content(where), str(where))
 
 
 def parse(model: bytes, place: str) -> Pieces:
@@ -76,11 +96,22 @@ def parse(model: bytes, place: str) -> Pieces:
     return Pieces(items, prefix, removed, bool(charsmap))
 
 
+def check(items: Sequence[Piece], place: str, cure: str) -> None:
+    """UserError if SentencePiece cannot have these items: no unknown one, or one that stands there twice."""
+    if not any(item.kind == UNKNOWN for item in items):
+        raise UserError(f"{place}: no item of its tokenizer is the one for unknown text", cure)
+    seen: set[str] = set()
+    for token, item in enumerate(items):
+        if not item.text or item.text in seen:
+            raise UserError(f"{place}: item {token} of its tokenizer, {item.text!a}, is "
+                            f"{'there twice' if item.text else 'empty'}", cure)
+        seen.add(item.text)
+
+
 def build(pieces: Pieces, *, unknown: int = 0, bos: int = 1, eos: int = 2) -> bytes:
     """The content of a SentencePiece BPE model file with these items, that encodes as the original does."""
     items = pieces.items
-    body = b"".join(_field(1, _field(1, item.text.encode()) + _float(2, item.score) + _varint_field(3, item.kind))
-                    for item in items)
+    body = extended(b"", items)
     trainer = _varint_field(3, _BPE) + _varint_field(4, len(items))
     trainer += _varint_field(35, any(item.kind == BYTE for item in items))  # byte_fallback
     for number, token in ((40, unknown), (41, bos), (42, eos), (43, -1)):  # the last: no padding item
@@ -92,11 +123,23 @@ def build(pieces: Pieces, *, unknown: int = 0, bos: int = 1, eos: int = 2) -> by
     return body + _field(2, trainer) + _field(3, normalizer)
 
 
+def padding(token: int) -> Piece:
+    """The item that fills an id of which nothing is known: no text spells it, and it has no text."""
+    return Piece(f"[PAD{token}]", 0.0, CONTROL)
+
+
 def padded(model: bytes, count: int, size: int) -> bytes:
-    """A SentencePiece model of `count` items, made one of `size` by items that no text spells and that have no text."""
-    return model + b"".join(
-        _field(1, _field(1, f"[PAD{token}]".encode()) + _float(2, 0.0) + _varint_field(3, CONTROL))
-        for token in range(count, size))
+    """A SentencePiece model of `count` items, made one of `size`."""
+    return extended(model, [padding(token) for token in range(count, size)])
+
+
+def extended(model: bytes, items: Sequence[Piece]) -> bytes:
+    """A SentencePiece model with more items behind its own."""
+    return model + b"".join(_item(item) for item in items)
+
+
+def _item(item: Piece) -> bytes:
+    return _field(1, _field(1, item.text.encode()) + _float(2, item.score) + _varint_field(3, item.kind))
 
 
 def _piece(fields: dict[int, bytes]) -> Piece:
