@@ -48,7 +48,7 @@ TEMPLATE = 3  # tokens of a prompt that are BOS and the tags of the chat format
 class Words:
     """A tokenizer of numbers: each word is an id, other words are 0."""
 
-    bos, eos = 1, 2
+    bos, eos, stops = 1, 2, (2,)
 
     def encode(self, text: str) -> list[int]:
         return [int(word) if word.isdigit() else 0 for word in text.split()]

@@ -13,7 +13,6 @@ from __future__ import annotations
 import functools
 import json
 import re
-import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,8 +20,10 @@ from typing import Any
 
 import sentencepiece
 
+from llama2 import plain
 from llama2.beside import stop_ids
-from llama2.errors import UserError, explain_os_errors
+from llama2.errors import UserError
+from llama2.printable import say
 from llama2.tokenizer import merges, pieces
 from llama2.tokenizer.huggingface import JSON, SETTINGS, SPECIAL, difference
 from llama2.tokenizer.merges import Merge, Merger
@@ -307,22 +308,12 @@ def disagreement(directory: Path, vocabulary: Pieces, processor: sentencepiece.S
 @functools.cache
 def say_once(line: str) -> None:
     """A line on stderr, however often it is called for."""
-    print(f"llama2: {line}", file=sys.stderr, flush=True)
+    say(f"llama2: {line}")
 
 
 def _object(file: Path) -> dict[str, Any]:
     """The object in a JSON file; an empty one if there is no such file."""
-    if not file.exists():
-        return {}
-    with explain_os_errors(file):
-        content = file.read_bytes()
-    try:
-        values = json.loads(content)
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{file}: not valid JSON ({error})", _FETCH) from None
-    if not isinstance(values, dict):
-        raise UserError(f"{file}: a JSON object was expected", _FETCH)
-    return values
+    return plain.json_object(file, _FETCH) if file.exists() else {}
 
 
 def _mapping(file: Path, values: Mapping[str, Any], key: str) -> dict[str, Any]:

@@ -273,8 +273,7 @@ def test_a_prompt_longer_than_the_context(tmp_path, base, monkeypatch, capsys, o
     assert heard.out.count("\n") >= 2
     (only,) = heard.err.splitlines()
     assert only.startswith("llama2: error: the prompt has ")
-    assert only.endswith("more than leave room for an answer in the context of 256; shorten it, or /reset to forget "
-                         "the conversation")
+    assert only.endswith("more than leave room for an answer in the context of 256; shorten it")
     (tmp_path / "p.jsonl").write_bytes(line({"messages": [{"role": "user", "content": "a long question " * 99}]}))
     heard = one_line("collect", "--policies", base, "--prompts", tmp_path / "p.jsonl", "--out", tmp_path / "out")
     assert heard.startswith("none of 1 prompts leaves 16 tokens for an answer in the context of 256")

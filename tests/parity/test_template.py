@@ -137,7 +137,8 @@ def test_a_begun_answer_has_the_ids_that_its_whole_was_trained_with(
     tokenizer: Tokenizer, answer: list[str], kept: int, spaces: int
 ) -> None:
     question = [("user", "How old?")]
-    whole = encode_dialog(tokenizer, messages_of([*question, ("assistant", " ".join(answer))]))[0]  # type: ignore[list-item]
+    answered = [*question, ("assistant", " ".join([*answer, "end"]))]  # spaces at its very end are not trained on
+    whole = encode_dialog(tokenizer, messages_of(answered))[0]  # type: ignore[arg-type]
     begun = " " + " ".join(answer[:kept]) + " " * spaces
     ids = encode_begun(tokenizer, messages_of([*question, ("assistant", begun)]))  # type: ignore[list-item]
     assert whole[: len(ids)] == ids

@@ -71,7 +71,7 @@ def test_shards_refuse_what_does_not_fit(shards: Shards, tmp_path: Path, tokeniz
     tokens.write_bytes(content[:-2] + b"\0\0")
     with pytest.raises(UserError, match=r"tokens-00001\.bin: its checksum differs"):
         Shards(shards.directory).verify()
-    for content, cause in (("{", "not an index"), ("[]", "not an index"),
+    for content, cause in (("{", "not valid JSON"), ("[]", "a JSON object was expected"),
                            (json.dumps({**json.loads(index.read_text()), "version": 9}), "version 9")):
         index.write_text(content)
         with pytest.raises(UserError, match=cause):

@@ -130,7 +130,7 @@ def test_merges_that_sentencepiece_cannot_follow_are_refused(alone: Path) -> Non
 @pytest.mark.parametrize("content", [b"", b"{", b"[]", b"\xff\xfe", b'{"model": ' + b"[" * 100_000])
 def test_damage_is_one_line(alone: Path, content: bytes) -> None:
     (alone / "tokenizer.json").write_bytes(content)
-    with pytest.raises(UserError, match=r"tokenizer\.json: "):
+    with pytest.raises(UserError, match=r"tokenizer\.json(: |:1: )"):
         Tokenizer.load(alone)
 
 
@@ -164,6 +164,7 @@ def test_what_ends_answers_is_no_text_whatever_its_files_call_it(directory: Path
 def test_they_are_kept_in_what_we_write(tmp_path: Path, directory: Path, tokenizer: Tokenizer,
                                         capsys: pytest.CaptureFixture[str]) -> None:
     size = tokenizer.vocab_size
+    foreign.say_once.cache_clear()
     (directory / "added_tokens.json").write_text(json.dumps({"<|im_end|>": size, "<tool>": size + 1}))
     (directory / "special_tokens_map.json").write_text(json.dumps({"eos_token": {"content": "<|im_end|>"}}))
     Tokenizer.load(directory).save(tmp_path / "ours")

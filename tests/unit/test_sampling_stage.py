@@ -7,7 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 from answers import prompt
-from commands import llama2
+from commands import llama2, vouch
 from safetensors.torch import load_file, save_file
 
 from llama2 import records
@@ -136,6 +136,7 @@ def test_a_policy_that_says_nothing_is_refused_before_it_is_asked(policy, prompt
     weights["model.norm.weight"][0] = float("nan")
     save_file(weights, ruined / "model.safetensors")
     (ruined / "checksums.json").unlink()
+    vouch(ruined)
     said = "ruined: the model's log-probabilities are not finite; its weights are damaged"
     for words in (("ghost", "--policy", ruined, "--questions", prompts), ("collect", "--policies", ruined, "--prompts",
                                                                          prompts),

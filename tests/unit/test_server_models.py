@@ -7,6 +7,7 @@ import sys
 
 import httpx
 import pytest
+from commands import vouch
 from safetensors.torch import load_file, save_file
 from servers import serving
 
@@ -35,9 +36,11 @@ def test_what_cannot_be_served_is_refused(policy, scorers, tmp_path, one_line):
     shutil.copytree(policy, bare)
     settings = json.loads((bare / "tokenizer_config.json").read_text())
     (bare / "tokenizer_config.json").write_text(json.dumps({**settings, "chat_template": "{{ messages }}"}))
+    vouch(bare)
     assert "no Llama 2 chat template in its tokenizer_config.json" in one_line("serve", bare, "--port", 0)
     for name in ("tokenizer.model", "tokenizer.json"):
         (bare / name).unlink()
+    vouch(bare)
     assert "tokenizer.model: no such file" in one_line("serve", bare, "--port", 0)
 
 
@@ -126,4 +129,5 @@ def test_a_model_that_says_nothing_is_refused_by_its_name(policy, tmp_path, one_
     weights["model.norm.weight"][0] = float("nan")
     save_file(weights, ruined / "model.safetensors")
     (ruined / "checksums.json").unlink()
+    vouch(ruined)
     assert "ruined: the model's log-probabilities are not finite" in one_line("serve", ruined, "--port", 0)

@@ -284,4 +284,4 @@ def test_all_that_differs_in_a_run_is_named(policy: Path, tmp_path: Path, capsys
     assert (found["whole"], found["runs"]) == (False, {str(run): [first, second]})
     (run / "COMPLETE").write_text("")
     assert llama2("verify", run) == 1
-    assert capsys.readouterr().out == f"{run / 'COMPLETE'}: damaged: it is empty\n"
+    assert capsys.readouterr().out == f"{run / 'COMPLETE'}: the file is empty, JSON was expected\n"
