@@ -10,12 +10,14 @@ an end in training. A template is `chat_template.jinja`, or what
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 from llama2 import plain
 from llama2.errors import UserError
 
 CONFIG, GENERATION = "config.json", "generation_config.json"
 TEMPLATE, SETTINGS, ADDED = "chat_template.jinja", "tokenizer_config.json", "added_tokens.json"
+FAST, SPECIAL = "tokenizer.json", "special_tokens_map.json"
 _DEFAULT = "default"  # of several templates by name
 
 
@@ -45,17 +47,34 @@ def stop_ids(directory: Path, size: int | None = None) -> tuple[int, ...]:
 
 def _added_end(directory: Path) -> int | None:
     """The id of the tokenizer's EOS, if that is an item added behind those of its model."""
-    settings, added = (plain.json_object(file) if file.is_file() else {}
-                       for file in (directory / SETTINGS, directory / ADDED))
-    end = settings.get("eos_token")
+    settings, special = (_object(directory / name) for name in (SETTINGS, SPECIAL))
+    end = settings.get("eos_token") or special.get("eos_token")
     end = end.get("content") if isinstance(end, dict) else end
+    if not isinstance(end, str):
+        return None
+
     listed = settings.get("added_tokens_decoder")
-    ids = {item.get("content"): token for token, item in (listed.items() if isinstance(listed, dict) else ())
-           if isinstance(item, dict) and isinstance(item.get("content"), str)} | added
-    found = ids.get(end) if isinstance(end, str) else None
+    told = {text: token for token, item in (listed.items() if isinstance(listed, dict) else ())
+            if isinstance(text := _content(item), str)} | _object(directory / ADDED)
+    found = told[end] if end in told else _fast_id(directory, end)
     if isinstance(found, str) and found.isascii() and found.isdigit():
         return int(found[:20])
     return found if isinstance(found, int) and not isinstance(found, bool) and found >= 0 else None
+
+
+def _fast_id(directory: Path, text: str) -> Any:
+    """The id of a token that `tokenizer.json` adds: transformers 5 writes it there alone."""
+    listed = _object(directory / FAST).get("added_tokens")
+    entries = listed if isinstance(listed, list) else []
+    return next((entry.get("id") for entry in entries if _content(entry) == text), None)
+
+
+def _content(entry: Any) -> Any:
+    return entry.get("content") if isinstance(entry, dict) else None
+
+
+def _object(file: Path) -> dict[str, Any]:
+    return plain.json_object(file) if file.is_file() else {}
 
 
 def chat_template(directory: Path) -> str | None:

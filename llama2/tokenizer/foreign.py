@@ -73,6 +73,11 @@ def of_json(file: Path) -> Held:
 
 def _with_added(model: Path) -> bytes:
     content = pieces.content(model)
+    settings = model.parent / SETTINGS
+    if _object(settings).get("add_prefix_space") is False:
+        raise UserError(f"{settings}: add_prefix_space is false: no space is put in front of a text, which only models "
+                        "of other families were trained on", f"if this one was trained with {MODEL} as it is, take the "
+                        f"key out, or import it with --tokenizer {model}")
     fast = model.parent / JSON
     added = _added(model.parent, _listed(fast, _object(fast)))
     if not added:
@@ -298,6 +303,8 @@ def disagreement(directory: Path, vocabulary: Pieces, processor: sentencepiece.S
         fast = read(file)
     except UserError as error:
         return error.cause.removeprefix(f"{file}: ")
+    if fast.dummy_prefix != vocabulary.dummy_prefix:
+        return f"it puts {'a' if fast.dummy_prefix else 'no'} space in front of a text"
     for token, item in enumerate(vocabulary.items):
         if item.kind in (NORMAL, BYTE) and fast.texts.get(item.text) != token:
             return f"item {token}, {item.text!a}, is not item {token} there"

@@ -299,9 +299,9 @@ def meta_like(bench: Bench) -> Path:
         for piece in proto.pieces:
             if len(piece.piece) > 1 and set(piece.piece) == {"\u2581"}:
                 piece.score, spaces = -1e9, spaces + 1
-        for count in range(2, 17) if not spaces else ():
-            for piece in proto.pieces[-count:-count + 1]:
-                piece.piece, piece.score = "\u2581" * count, -1e9
+        merged = [piece for piece in proto.pieces if piece.type == 1 and len(piece.piece) > 1]
+        for count in range(2, 17) if not spaces else ():  # of the last no other is made
+            merged[-count].piece, merged[-count].score = "\u2581" * count, -1e9
         Tokenizer(proto.SerializeToString()).save(place)
         (place / "checksums.json").unlink(missing_ok=True)
     return place

@@ -213,10 +213,11 @@ def _quantized(bench: Bench) -> tuple[bool, str]:
         made[name] = gguf.quants.dequantize(raw.reshape(content.shape[0], -1), kind)
         return kind, raw.reshape(content.shape[0], -1)
 
-    place = whole(bench, bench.model, "wide", {"hidden_size": 256, "intermediate_size": 512, "num_attention_heads": 8,
-                                               "num_key_value_heads": 4, "head_dim": None})
+    place = whole(bench, bench.model, "quantized", {
+        "hidden_size": 256, "intermediate_size": 512, "num_attention_heads": 8, "num_key_value_heads": 4,
+        "head_dim": None})
     (place / "checksums.json").unlink(missing_ok=True)
-    file = bench.scratch / "gguf" / "wide.gguf"
+    file = bench.scratch / "gguf" / "quantized.gguf"
     plain(bench)
     made_ = bench.llama2("export", str(place), "--to", "gguf", "--type", "f32", "--out", str(file))
     assert made_.status == 0, made_.said

@@ -2,11 +2,12 @@
 
     python tests/cases/run.py FOLDER [NAME ...]
 
-FOLDER holds the inputs, in the folders `data`, `recipe`, `formats` and `reliability`; without NAMEs all cases run, and
-a name that ends with * is the beginning of names. A case is a command line of `llama2`, carried out in this process or,
-where it may hang or crash, in one of its own with a time limit, or requests to a real server; and what must come of it.
-Exit status 1 if a case differs. The inputs are not
-part of this repository: the tests beside each module hold small ones of the same kinds.
+FOLDER holds the inputs, in the folders `data`, `recipe`, `formats` and `reliability`; without NAMEs all cases run. A
+NAME is that of a case, or of a script beside this one (`formats`); one that ends with * is the beginning of names.
+
+A case is a command line of `llama2`, carried out in this process or, where it may hang or crash, in one of its own with
+a time limit, or requests to a real server; and what must come of it. Exit status 1 if a case differs. The inputs are
+not part of this repository: the tests beside each module hold small ones of the same kinds.
 """
 
 from __future__ import annotations
@@ -212,8 +213,9 @@ def surroundings(changes: Mapping[str, str | None]) -> dict[str, str]:
 
 @dataclass(frozen=True)
 class Case:
-    """`work` carries the case out; `expected` says in words what must come of it."""
+    """`work` carries the case out; `expected` says in words what must come of it; `script` is where it stands."""
 
+    script: str
     name: str
     expected: str
     work: Callable[[Bench], tuple[bool, str]]
@@ -223,11 +225,12 @@ def cases() -> Iterator[Case]:
     """Every case, those of data first."""
     for module in MODULES:
         for name, expected, work in module.cases():
-            yield Case(name, expected, work)
+            yield Case(module.__name__, name, expected, work)
 
 
-def is_named(name: str, asked: str) -> bool:
-    return name.startswith(asked[:-1]) if asked.endswith("*") else name == asked
+def is_named(case: Case, asked: str) -> bool:
+    return any(name.startswith(asked[:-1]) if asked.endswith("*") else name == asked
+               for name in (case.script, case.name))
 
 
 def main(arguments: list[str]) -> int:
@@ -235,8 +238,12 @@ def main(arguments: list[str]) -> int:
     if not arguments or not Path(arguments[0]).is_dir():
         print(__doc__, file=sys.stderr)
         return 2
-    names = arguments[1:]
-    chosen = [case for case in cases() if not names or any(is_named(case.name, name) for name in names)]
+    names, every = arguments[1:], list(cases())
+    for name in names:
+        if not any(is_named(case, name) for case in every):
+            print(f"{name}: no such case", file=sys.stderr)
+            return 2
+    chosen = [case for case in every if not names or any(is_named(case, name) for name in names)]
     scratch = Path(tempfile.mkdtemp())
     wrong = []
     bench = Bench(Path(arguments[0]).resolve(), scratch)

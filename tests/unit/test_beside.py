@@ -75,3 +75,19 @@ def test_an_added_item_that_is_the_tokenizers_eos_ends_answers_too(tmp_path: Pat
     put(tmp_path, "tokenizer_config.json", settings)
     put(tmp_path, "added_tokens.json", added)
     assert beside.stop_ids(tmp_path, 1026) == stops
+
+
+@pytest.mark.parametrize(("files", "stops"), [
+    ({"tokenizer.json": {"added_tokens": [{"id": 2, "content": "</s>"}, {"id": 1024, "content": "<|im_end|>"}]}},
+     (2, 1024)),
+    ({"tokenizer.json": {"added_tokens": [{"id": 2, "content": "</s>"}]}}, (2,)),
+    ({"tokenizer.json": {"added_tokens": {"<|im_end|>": 1024}}}, (2,)),
+    ({"tokenizer_config.json": {}, "special_tokens_map.json": {"eos_token": {"content": "<|im_end|>"}},
+      "added_tokens.json": {"<|im_end|>": 1024}}, (2, 1024)),
+])
+def test_the_end_of_a_tokenizer_may_stand_in_any_of_its_files(tmp_path: Path, files: dict[str, Any],
+                                                              stops: tuple[int, ...]) -> None:
+    put(tmp_path, "config.json", {"eos_token_id": 2})
+    for name, values in {"tokenizer_config.json": {"eos_token": "<|im_end|>"}, **files}.items():
+        put(tmp_path, name, values)
+    assert beside.stop_ids(tmp_path, 1026) == stops

@@ -179,6 +179,22 @@ def test_they_are_kept_in_what_we_write(tmp_path: Path, directory: Path, tokeniz
     assert again.encode("a<tool>b").count(size + 1) == 1
 
 
+def test_those_found_in_text_are_no_matter_of_merges(directory: Path, tokenizer: Tokenizer,
+                                                     capsys: pytest.CaptureFixture[str]) -> None:
+    """With both files nothing is amiss, and `tokenizer.json` alone makes the same tokenizer."""
+    size = tokenizer.vocab_size
+    listed = json.loads((directory / "tokenizer.json").read_bytes())["added_tokens"]
+    change(directory / "tokenizer.json", added_tokens=[*listed, {"id": size, "content": "<|im_start|>"}])
+    (directory / "added_tokens.json").write_text(json.dumps({"<|im_start|>": size}))
+    both = Tokenizer.load(directory)
+    assert capsys.readouterr().err == ""
+    for name in ("tokenizer.model", "added_tokens.json"):
+        (directory / name).unlink()
+    alone = Tokenizer.load(directory)
+    assert alone.encode("<|im_start|>user\nmill") == both.encode("<|im_start|>user\nmill")
+    assert alone.encode("<|im_start|>user").count(size) == 1
+
+
 def test_those_that_the_model_has_no_place_for_are_left_out_aloud(directory: Path, tokenizer: Tokenizer,
                                                                   capsys: pytest.CaptureFixture[str]) -> None:
     """A token for padding that was added without growing the model, as many published tunes have it."""
@@ -234,6 +250,18 @@ def test_a_file_of_ours_that_only_looks_otherwise_agrees(directory: Path, capsys
     change(directory / "tokenizer.json", normalizer=None, pre_tokenizer=METASPACE)
     Tokenizer.load(directory)
     assert capsys.readouterr().err == ""
+
+
+def test_a_tokenizer_without_a_space_in_front_is_refused(directory: Path, tokenizer: Tokenizer,
+                                                         capsys: pytest.CaptureFixture[str]) -> None:
+    change(directory / "tokenizer.json", normalizer={"type": "Replace", "pattern": {"String": " "},
+                                                     "content": "\u2581"})
+    Tokenizer.load(directory)
+    assert "it puts no space in front of a text" in capsys.readouterr().err
+    change(directory / "tokenizer_config.json", add_prefix_space=False)
+    with pytest.raises(UserError, match=r"tokenizer_config\.json: add_prefix_space is false.*--tokenizer "):
+        Tokenizer.load(directory)
+    assert Tokenizer.load(directory / "tokenizer.model").same(tokenizer)
 
 
 def test_a_directory_with_neither(tmp_path: Path, one_line: Callable[..., str]) -> None:
