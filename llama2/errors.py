@@ -13,7 +13,10 @@ import os
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
-from llama2.printable import line
+from llama2.printable import LONGEST, line
+
+_LONGEST_CAUSE, _ROOM = LONGEST * 3 // 4, 40
+"""characters of a cause, and of what is said around it and its cure"""
 
 
 class UserError(Exception):
@@ -25,7 +28,7 @@ class UserError(Exception):
     exit_code = 2
 
     def __init__(self, cause: str, cure: str = "") -> None:
-        self.cause, self.cure = line(cause), line(cure)
+        self.cause, self.cure = line(cause, _LONGEST_CAUSE), line(cure, LONGEST - _LONGEST_CAUSE - _ROOM)
         super().__init__(f"{self.cause}; {self.cure}" if cure else self.cause)
 
 

@@ -21,6 +21,7 @@ from typing import Any
 
 from llama2 import durable, files, plain
 from llama2.errors import UserError, explain_os_errors
+from llama2.printable import shown
 from llama2.records import dump
 
 COMPLETE, MANIFEST, METRICS, WARNINGS = "COMPLETE", "manifest.json", "metrics.jsonl", "warnings.json"
@@ -31,6 +32,7 @@ _RECORDS = (CONFIG, MANIFEST, METRICS, WARNINGS)
 _TRANSIENT = {CHECKPOINTS, COMPLETE, *_RECORDS}
 _COMPARED = ".compared"  # sizes and times with which files of a copy were found to be the run's
 _SUM = "sum"
+_MOST = 10**12  # seconds, or cores, than which no run has more
 
 
 def sha256(path: Path) -> str:
@@ -96,7 +98,7 @@ def home(path: Path) -> Path | None:
 
 def recorded(run: Path, inside: str = ".") -> dict[str, str]:
     """The hash of every output of a finished run, or of those at a path inside, as the run wrote it down."""
-    return {name: digest for name, digest in _read(run)["outputs"].items() if _is_at(name, inside)}
+    return {name: digest for name, digest in completed(run)["outputs"].items() if _is_at(name, inside)}
 
 
 def check(run: Path, inside: str = ".") -> dict[str, str]:
@@ -123,7 +125,7 @@ def check_file(path: Path) -> None:
 
 def faults(run: Path, only: Collection[str] | None = None, *, thorough: bool = False) -> Iterator[UserError]:
     """What is not as a finished run wrote it, of all files or of those named `only`. thorough: all content is read."""
-    said = _read(run)
+    said = completed(run)
     digests = {**said["outputs"], **said.get("records", {})}
     written, compared = said.get("files", {}), _compared(run)
     waiting: list[tuple[int, str, bool]] = []
@@ -177,11 +179,53 @@ def _strangers(run: Path, inside: str, chosen: Collection[str]) -> Iterator[User
                 yield UserError(f"{path}: the run in {run} did not write this file", f"take it out of {run}")
 
 
-def _read(run: Path) -> dict[str, Any]:
+def completed(run: Path) -> dict[str, Any]:
+    """The completion mark of a finished run, or of one of before, which has no `sum` and less in it."""
     found = unseal(run / COMPLETE, cure(run))
     if not isinstance(found.get("outputs"), dict):
         raise UserError(f"{run / COMPLETE}: damaged: it lists no outputs", cure(run))
+    known = {"records": {}, "files": {}, "seconds": None} | found
+    for name, fits in (("outputs", _are_texts), ("records", _are_texts), ("files", _are_sizes), ("seconds", _is_time)):
+        if not fits(known[name]):
+            raise UserError(f"{run / COMPLETE}: damaged: {name} is {shown(known[name])}", cure(run))
     return found
+
+
+def manifest(run: Path) -> dict[str, Any]:
+    """What a run wrote down when it began, and runs of before less of it; UserError where it cannot be that."""
+    whole = cure(run) if (run / COMPLETE).is_file() else f"delete {run}: the same command starts over"
+    found = unseal(run / MANIFEST, whole)
+    known = {"verb": "", "config": {}, "inputs": {}, "ranks": 1, "threads": 1, "device": "cpu"} | found
+    for name, fits in (("verb", _is_text), ("config", _is_mapping), ("inputs", _are_texts), ("ranks", _is_count),
+                       ("threads", _is_count), ("device", _is_text)):
+        if not fits(known[name]):
+            raise UserError(f"{run / MANIFEST}: damaged: {name} is {shown(known[name])}", whole)
+    return found
+
+
+def _is_mapping(value: Any) -> bool:
+    return isinstance(value, dict)
+
+
+def _is_text(value: Any) -> bool:
+    return isinstance(value, str)
+
+
+def _is_count(value: Any) -> bool:
+    return type(value) is int and 0 < value < _MOST
+
+
+def _is_time(value: Any) -> bool:
+    return value is None or (type(value) in (int, float) and 0 <= value < _MOST)
+
+
+def _are_texts(value: Any) -> bool:
+    return isinstance(value, dict) and all(map(_is_text, value.values()))
+
+
+def _are_sizes(value: Any) -> bool:
+    return isinstance(value, dict) and all(
+        isinstance(pair, list) and len(pair) == 2 and all(type(one) is int for one in pair) for pair in value.values())
 
 
 def _is_at(name: str, inside: str) -> bool:

@@ -14,6 +14,7 @@ from typing import Any
 LONGEST = 2000
 """characters of a message"""
 _SHOWN = 100
+_GAP = " ... "
 _JOINERS = "\u200c\u200d"  # without which Persian words and emoji fall apart
 
 
@@ -32,10 +33,16 @@ def line(text: str, most: int = LONGEST) -> str:
 
     Line ends and tabs become spaces; what is more than drawn is spelt by its number, as `\\x1b`.
     """
-    if len(text) > most:
-        text = f"{text[: most * 3 // 4]} ... {text[-(most // 4):]}"
-    return "".join(letter if is_safe(letter) else " " if letter in "\n\r\t" else ascii(letter)[1:-1]
-                   for letter in text)
+    spelt = "".join(letter if is_safe(letter) else " " if letter in "\n\r\t" else ascii(letter)[1:-1]
+                    for letter in _without_middle(text, most))
+    return _without_middle(spelt, most)  # numbers are longer than what they spell
+
+
+def _without_middle(text: str, most: int) -> str:
+    if len(text) <= most:
+        return text
+    end = most // 4
+    return f"{text[: most - end - len(_GAP)]}{_GAP}{text[-end:]}"
 
 
 def shown(value: Any) -> str:
@@ -49,4 +56,4 @@ def shown(value: Any) -> str:
 
 def say(text: str) -> None:
     """One line on standard error."""
-    print(line(text, 2 * LONGEST), file=sys.stderr, flush=True)
+    print(line(text), file=sys.stderr, flush=True)

@@ -181,10 +181,10 @@ class Run:
         if mesh.is_main() and file.exists():
             with explain_os_errors(file):
                 lines = file.read_bytes().split(b"\n")
-            steps = [_step(line) for line in lines]
-            if damaged := steps[:-1].count(None):  # the last is what a crash cut off, or nothing
+            rows = [_row(line) for line in lines]
+            if damaged := rows[:-1].count(None):  # the last is what a crash cut off, or nothing
                 self._say(f"{METRICS}: damaged: {damaged} lines of it cannot be read and are left out")
-            kept = [line for line, at in zip(lines, steps) if at is not None and at <= step]
+            kept = [line for line, row in zip(lines, rows) if row is not None and row["step"] <= step]
             write_atomic(file, b"".join(line + b"\n" for line in kept))
 
     def write_json(self, name: str, value: object) -> None:
@@ -212,12 +212,15 @@ def read_list(file: Path, cure: str) -> list[str]:
     return found
 
 
-def _step(line: bytes) -> float | None:
-    """The step of a line of metrics; None for a line that is not whole."""
+def _row(line: bytes) -> dict[str, float] | None:
+    """A line of metrics; None for one that is not whole."""
     try:
-        return float(json.loads(line)["step"])
-    except (ValueError, KeyError, TypeError):
+        found = plain.parsed(line)
+    except ValueError:
         return None
+    if not isinstance(found, dict) or not all(isinstance(value, (int, float)) for value in found.values()):
+        return None
+    return found if math.isfinite(found.get("step", math.nan)) else None
 
 
 def read_metrics(path: Path) -> list[dict[str, float]]:
@@ -226,7 +229,7 @@ def read_metrics(path: Path) -> list[dict[str, float]]:
     if not file.exists():
         return []
     with explain_os_errors(file):
-        return [json.loads(line) for line in file.read_bytes().split(b"\n") if _step(line) is not None]
+        return [row for line in file.read_bytes().split(b"\n") if (row := _row(line)) is not None]
 
 
 @contextmanager
@@ -394,12 +397,12 @@ def _prepare(path: Path, verb: str, config: StageConfig) -> bool:
 
 
 def _manifest(path: Path) -> dict[str, Any]:
-    """What a run wrote down when it began."""
-    finished = (path / COMPLETE).is_file()
-    cure = outputs.cure(path) if finished else f"delete {path}: the same command starts over"
-    found = outputs.unseal(path / MANIFEST, cure)
-    if not isinstance(found.get("config"), dict) or not isinstance(found.get("inputs"), dict) or "verb" not in found:
-        raise UserError(f"{path / MANIFEST}: damaged: it does not say what the run is of", cure)
+    """What a run wrote down when it began, all that it is known by."""
+    found = outputs.manifest(path)
+    if not {"verb", "config", "inputs"} <= found.keys():
+        raise UserError(f"{path / MANIFEST}: damaged: it does not say what the run is of",
+                        outputs.cure(path) if (path / COMPLETE).is_file() else
+                        f"delete {path}: the same command starts over")
     return found
 
 

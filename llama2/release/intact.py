@@ -11,15 +11,14 @@ from pathlib import Path
 
 from llama2 import outputs
 from llama2.errors import UserError
-from llama2.runs import read_list
+from llama2.release.steps import STEPS, read_steps
 
 
 def runs_at(path: Path) -> list[Path]:
     """The finished run at a path, or those of the recipe there; UserError if there are none."""
     if outputs.home(path) == path:
         return [path]
-    file = path / "steps.json"
-    names = read_list(file, "repeat `llama2 run`, which writes it") if file.is_file() else []
+    names = read_steps(path) if (path / STEPS).is_file() else []
     found = [path / name for name in names if outputs.home(path / name) == path / name]
     if not found:
         raise UserError(f"{path}: no finished run, nor a recipe's directory with some in it",

@@ -16,7 +16,7 @@ from typing import Any
 from llama2 import runs
 from llama2.errors import UserError
 from llama2.model.checkpoint import CONFIG, INDEX, WEIGHTS
-from llama2.release.steps import Recipe, Step, read_json, read_recipe
+from llama2.release.steps import Recipe, Step, read_manifest, read_recipe
 from llama2.yaml12 import read_yaml
 
 RECIPE = "recipe.yaml"
@@ -109,7 +109,7 @@ class Lineage:
 
 def weights_of(step: Step) -> str | None:
     """SHA-256 of a finished run's weights, as it recorded it."""
-    outputs: Mapping[str, str] = step.read(runs.COMPLETE).get("outputs") or {}
+    outputs = step.recorded
     return (outputs.get(INDEX) or outputs.get(WEIGHTS)) if CONFIG in outputs else None
 
 
@@ -118,8 +118,8 @@ def trace(run: Path) -> Lineage:
 
     UserError for what is no run, is not finished, or holds no model.
     """
-    manifest = read_json(run / runs.MANIFEST)
-    if not isinstance(manifest, dict):
+    manifest = read_manifest(run)
+    if not manifest:
         raise UserError(f"{run}: this is no run directory", "give the directory that a stage such as sft or ppo wrote")
     if not (run / runs.COMPLETE).is_file():
         raise UserError(f"{run}: this run is not finished", "finish it first: repeat its command")
@@ -163,7 +163,7 @@ class _Tracer:
             name += "-2"
         if name in self.stages:
             return name
-        step = Step(name, run, read_json(run / runs.MANIFEST))
+        step = Step(name, run, read_manifest(run))
         recorded: Mapping[str, str] = step.manifest.get("inputs") or {}
         inputs = []
         for key, path in sorted(leaves(step.config)):

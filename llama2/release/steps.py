@@ -12,11 +12,13 @@ from pathlib import Path
 from typing import Any
 
 from llama2 import outputs, plain
-from llama2.errors import UserError, explain_os_errors
-from llama2.runs import COMPLETE, MANIFEST, METRICS, read_list
+from llama2.errors import UserError
+from llama2.printable import shown
+from llama2.runs import COMPLETE, MANIFEST, METRICS, WARNINGS, read_list, read_metrics, read_warnings
 
 STEPS = "steps.json"
 NOT_KEPT = "not kept"
+_LARGEST = 1e30  # what a chart can still be drawn of
 
 
 def read_json(path: Path) -> Any:
@@ -55,34 +57,28 @@ class Step:
     @cached_property
     def warnings(self) -> list[str]:
         """What the user was warned of while it ran."""
-        found = read_json(self.path / "warnings.json")
-        return [str(line) for line in found] if isinstance(found, list) else []
+        outputs.check_file(self.path / WARNINGS)
+        return read_warnings(self.path)
 
     @cached_property
     def seconds(self) -> float | None:
         """How long the run took, interruptions left out; None while it is unfinished."""
-        return self.read(COMPLETE).get("seconds")
+        return outputs.completed(self.path).get("seconds") if (self.path / COMPLETE).is_file() else None
+
+    @cached_property
+    def recorded(self) -> Mapping[str, str]:
+        """The hash of each output of a finished run; {} of others."""
+        return outputs.recorded(self.path) if (self.path / COMPLETE).is_file() else {}
 
     @cached_property
     def metrics(self) -> list[dict[str, float]]:
         """The logged lines; one that a crash cut off is left out."""
-        path = self.path / METRICS
-        outputs.check_file(path)
-        if not path.is_file():
-            return []
-        rows = []
-        with explain_os_errors(path):
-            lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
-        for line in lines:
-            try:
-                rows.append(plain.parsed(line))
-            except ValueError:
-                continue
-        return [row for row in rows if isinstance(row, dict) and "step" in row]
+        outputs.check_file(self.path / METRICS)
+        return read_metrics(self.path)
 
     def series(self, key: str) -> tuple[list[float], list[float]]:
         """Steps and finite values of one metric."""
-        points = [(row["step"], row[key]) for row in self.metrics if _finite(row.get(key))]
+        points = [(row["step"], row[key]) for row in self.metrics if _finite(row.get(key)) and _finite(row["step"])]
         return [x for x, _ in points], [y for _, y in points]
 
     def last(self, key: str) -> float | None:
@@ -175,18 +171,29 @@ class Recipe:
         return total
 
 
+def read_steps(path: Path) -> list[str]:
+    """The names of a recipe's runs, in its order."""
+    cure = "repeat `llama2 run`, which writes it"
+    names = read_list(path / STEPS, cure)
+    for name in names:
+        if not plain.is_own(name):
+            raise UserError(f"{path / STEPS}: damaged: {shown(name)} is the name of no run", cure)
+    return names
+
+
 def read_recipe(path: Path) -> Recipe:
     """The runs below `path`: those of its steps.json in that order, else all, by their start."""
     if not path.is_dir():
         raise UserError(f"{path}: no such directory", "give the output directory of a recipe")
     if (path / STEPS).is_file():
-        names = read_list(path / STEPS, "repeat `llama2 run`, which writes it")
+        names = read_steps(path)
     else:
         directories = [one.parent for one in path.glob(f"*/{MANIFEST}")]
-        directories.sort(key=lambda one: (str(_manifest(one).get("started")), one.name))
+        directories.sort(key=lambda one: (str(read_manifest(one).get("started")), one.name))
         names = [one.name for one in directories]
     # The report of a recipe may stand inside it; it does not report on itself.
-    manifests = {name: found for name in names if (found := _manifest(path / name)) and found.get("verb") != "report"}
+    manifests = {name: found for name in names
+                 if (found := read_manifest(path / name)) and found.get("verb") != "report"}
     if not manifests:
         raise UserError(f"{path}: holds no run", "give the output directory of a recipe; each step is a directory "
                                                  f"with a {MANIFEST}")
@@ -195,9 +202,10 @@ def read_recipe(path: Path) -> Recipe:
                          for name, manifest in manifests.items()], waiting)
 
 
-def _manifest(directory: Path) -> dict[str, Any]:
-    value = read_json(directory / MANIFEST)
-    return value if isinstance(value, dict) else {}
+def read_manifest(directory: Path) -> dict[str, Any]:
+    """What the run in a directory wrote down when it began, {} where there is none; UserError if it is damaged."""
+    outputs.check_file(directory / MANIFEST)
+    return outputs.manifest(directory) if (directory / MANIFEST).is_file() else {}
 
 
 def _ancestors(manifest: Mapping[str, Any], recipe: Path, names: list[str], own: str) -> tuple[str, ...]:
@@ -224,4 +232,4 @@ def _strings(value: Any) -> Iterator[str]:
 
 
 def _finite(value: Any) -> bool:
-    return isinstance(value, (int, float)) and math.isfinite(value)
+    return isinstance(value, (int, float)) and abs(value) < _LARGEST

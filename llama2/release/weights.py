@@ -33,8 +33,7 @@ def names(run: Path) -> list[str]:
 
 def check(stage: Stage) -> None:
     """UserError unless every file of the model is there and has the checksum that its run recorded."""
-    outputs: dict[str, str] = stage.step.read(runs.COMPLETE).get("outputs") or {}
-    run = stage.step.path
+    outputs, run = stage.step.recorded, stage.step.path
     recorded = {name for name in outputs if name.endswith(".safetensors") or name in (*_ITS_OWN, *BESIDE)}
     for name in sorted({*names(run), *recorded}):
         if not (run / name).is_file():

@@ -22,8 +22,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from mutations import BINARY, BYTES, JSON, LINES, SAFETENSORS, Mutation
+from mutations import BINARY, BYTES, JSON, LINES, SAFETENSORS, YAML, Mutation
 from originals import PARTS, TEXTS, TRAINING
+from words import RIGHT, WITHOUT_OUT, in_values, in_words
 
 from llama2.model import checkpoint
 from llama2.tokenizer import Tokenizer
@@ -225,13 +226,47 @@ def _read_again() -> Iterator[Group]:
         ("evaluate/attention.json", JSON, SUMS),
     ):
         yield Group(f"report:{file.rpartition('/')[2]}", RECIPE, file, mutations, report, oracle, nothing, 0.5)
-    yield Group("recipe.yaml", "recipe.yaml", "recipe.yaml", BYTES,
+    for file, mutations in (("*/metrics.jsonl", LINES), ("*/COMPLETE", JSON), ("*/manifest.json", JSON),
+                            ("*/warnings.json", JSON)):
+        yield Group(f"older:{file.rpartition('/')[2]}", "runs/older", file, mutations, report, OPEN, nothing, 0.5)
+    yield Group("verify:steps.json", "runs/older", "steps.json", JSON, ("verify", "IN"), OPEN, nothing, 0.3)
+    yield Group("release", "runs/older", "*/manifest.json", JSON, ("release", "IN/v1", "--out", "OUT"), OPEN, nothing,
+                0.5)
+    yield Group("recipe.yaml", "recipe.yaml", "recipe.yaml", YAML,
                 ("run", "IN/recipe.yaml", "--out", "OUT", "--dry-run"), OPEN, nothing)
-    yield Group("sft.yaml", "sft.yaml", "sft.yaml", BYTES,
+    yield Group("sft.yaml", "sft.yaml", "sft.yaml", YAML,
                 ("sft", "IN/sft.yaml", "--model", "ALL/runs/recipe/sft", "--dialogs.a.path",
                  "ALL/runs/recipe/world/demonstrations.jsonl", "--out", "OUT", "--dry-run"), OPEN, nothing)
 
 
+_ROWS = {
+    "sft": ("--dialogs.a.path", "demonstrations"), "reward": ("--preferences.a.path", "preferences"),
+    "collect": ("--prompts", "prompts-train"), "rejection": ("--prompts", "prompts-train"),
+    "ppo": ("--prompts", "prompts-train"), "ghost": ("--conversations", "ghost-train"),
+    "distill": ("--prompts", "prompts-train"), "evaluate": ("--prompts", "prompts-evaluation"),
+    "select": ("--prompts", "prompts-evaluation"), "tokenizer": ("--documents", "documents")}
+
+
+def _asked() -> Iterator[Group]:
+    """Rows that stages read, configurations, and what is typed."""
+    for verb, (flag, name) in _ROWS.items():
+        typed = list(RIGHT[verb])
+        typed[typed.index(flag) + 1] = f"IN/{name}.jsonl"
+        yield Group(f"rows:{verb}", "rows", f"{name}.jsonl", LINES, (verb, *typed, "--out", "OUT"), OPEN, nothing, 0.8)
+    for verb in RIGHT:
+        yield Group(f"words:{verb}", f"words/{verb}", "words.json", (in_words,), ("WORDS", "--dry-run"), OPEN, nothing,
+                    0.5)
+        if verb not in ("world", "serve", "chat"):
+            yield Group(f"values:{verb}", f"words/{verb}", "words.json", (in_values,), ("WORDS",), OPEN, nothing, 0.5)
+        if verb not in WITHOUT_OUT and verb not in ("import", "export", "release", "report", "prepare"):
+            yield Group(f"config:{verb}", f"runs/recipe/{_STEP_OF.get(verb, verb)}", "config.yaml", YAML,
+                        (verb, "IN/config.yaml", "--out", "OUT", "--dry-run"), OPEN, nothing, 0.4)
+
+
+_STEP_OF = {"reward": "helpful", "select": "v1", "ppo": "v2"}
+
+
 def groups() -> list[Group]:
     """Every group, those of models first."""
-    return [group for each in (_imports, _prepared, _runs, _unfinished, _read_again) for group in each()]
+    return [group for each in (_imports, _prepared, _runs, _unfinished, _read_again,
+                                                            _asked) for group in each()]

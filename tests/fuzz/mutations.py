@@ -11,6 +11,8 @@ import struct
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import yaml
+
 Mutation = Callable[[random.Random, bytes], bytes]
 HEAD = 4096  # bytes at the front, where most formats have what they are read by
 ESCAPES = "\x1b]0;title\x07\x1b[2J\u202e"
@@ -21,6 +23,10 @@ ODD_VALUES: list[Any] = [None, True, False, 0, -1, 1, 2, 0.5, -0.0, 1e-320, 1e30
                          "../../x", "/dev/zero", ESCAPES, "a" * 3000, [], {}, [None], [[]], {"": None}, [0] * 1000,
                          [1, 2]]
 ODD_LENGTHS = [0, 1, 2, 0x7FFF, 0xFFFF, 0x7FFFFFFF, 0xFFFFFFFF, 1 << 40, (1 << 63) - 1, (1 << 64) - 1]
+ODD_YAML = ["a: &a [*a]", "<<: 1", "x: !!python/object/apply:os.getcwd []", "? [a, b]\n: c", "x: 2001-01-01", "y: yes",
+            "x: 0o17", "x: 1:30", "x: *nothing", "x: |\n  a\n b", "\tx: 1", "x: " + "[" * 3000, "---\nx: 1",
+            "%YAML 9.9", "x: !!binary zzz", "steps: {}", "x: ${y}", "x: ${", "x: .nan", "x: !!set {a, b}", "null: 1",
+            "1: 2"]
 DEEP = 100_000
 
 
@@ -148,8 +154,8 @@ def in_json(chance: random.Random, content: bytes) -> bytes:
     """One value of a JSON file changed; or a key that stands there twice, or nesting without end."""
     try:
         value = json.loads(content)
-    except ValueError:
-        return flip(chance, content)
+    except (ValueError, RecursionError):  # it is damaged already
+        return flip(chance, content) if content else b"x"
     trick = chance.random()
     if trick < 0.05:
         return b"[" * DEEP + b"]" * DEEP
@@ -171,6 +177,15 @@ def in_lines(chance: random.Random, content: bytes) -> bytes:
     return b"\n".join(lines)
 
 
+def in_yaml(chance: random.Random, content: bytes) -> bytes:
+    """One value of a YAML file changed, or a line put into it."""
+    if chance.random() < 0.3:
+        lines = content.decode().split("\n")
+        lines.insert(chance.randrange(len(lines) + 1), chance.choice(ODD_YAML))
+        return "\n".join(lines).encode()
+    return yaml.safe_dump(disturbed(chance, yaml.safe_load(content)), sort_keys=False).encode()
+
+
 def in_safetensors(chance: random.Random, content: bytes) -> bytes:
     """One value of the head of a safetensors file changed; its length fits."""
     (size,) = struct.unpack_from("<Q", content)
@@ -179,5 +194,6 @@ def in_safetensors(chance: random.Random, content: bytes) -> bytes:
 
 
 JSON: tuple[Mutation, ...] = (*(in_json,) * 12, *BYTES)
+YAML: tuple[Mutation, ...] = (*(in_yaml,) * 12, *BYTES)
 LINES: tuple[Mutation, ...] = (*(in_lines,) * 9, *BYTES)
 SAFETENSORS: tuple[Mutation, ...] = (*(in_safetensors,) * 6, *BINARY)

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import words
 from commands import in_a_process, llama2
 from journey import recipe
 from safetensors.torch import save_file
@@ -50,6 +51,8 @@ def build(folder: Path) -> None:
     _runs(folder / "runs")
     _models(folder, folder / "runs" / "recipe" / "world" / "demonstrations.jsonl")
     _records(folder)
+    _rows(folder / "rows", folder / "runs" / "recipe")
+    words.write(folder)
     (folder / "done").touch()
 
 
@@ -155,6 +158,19 @@ def _records(folder: Path) -> None:
     (place / "sft.yaml").write_text(SFT)
 
 
+def _rows(folder: Path, recipe: Path) -> None:
+    """Records as stages read them, as data of a user's own: a few lines of each."""
+    folder.mkdir()
+    for file in ("demonstrations", "prompts-train", "prompts-evaluation", "ghost-train"):
+        _head(recipe / "world" / f"{file}.jsonl", folder / f"{file}.jsonl")
+    _head(recipe / "collect" / "preferences.jsonl", folder / "preferences.jsonl")
+    _head(next((recipe / "clean" / "documents").glob("*.jsonl")), folder / "documents.jsonl")
+
+
+def _head(source: Path, target: Path) -> None:
+    target.write_text("".join(line + "\n" for line in source.read_text("utf-8").splitlines()[:12]), "utf-8")
+
+
 SFT = """model: BASE
 dialogs: {a: {path: "DIALOGS", weight: 2}}
 sequence_length: 64
@@ -209,11 +225,21 @@ def _runs(folder: Path) -> None:
     made = subprocess.run([sys.executable, "-m", "llama2.cli", "run", str(place), "--out", str(folder / "recipe")],
                           env=environment, capture_output=True, text=True)
     assert made.returncode == 0, made.stderr[-2000:]
-    for name, words, stop in (("training", TRAINING, {"step": 9}), ("parts", PARTS, {"part": 2})):
+    _as_before(folder / "recipe", folder / "older")
+    for name, asked, stop in (("training", TRAINING, {"step": 9}), ("parts", PARTS, {"part": 2})):
         out = folder / name
-        status = in_a_process(folder / f"{name}.log", *_words(words, folder, out), number=15, **stop)
+        status = in_a_process(folder / f"{name}.log", *_words(asked, folder, out), number=15, **stop)
         assert (out / "checkpoints").is_dir(), f"{name}: {status}\n{(folder / f'{name}.log').read_text()}"
-        assert llama2(*_words(words, folder, folder / f"{name}-whole")) == 0
+        assert llama2(*_words(asked, folder, folder / f"{name}-whole")) == 0
+
+
+def _as_before(recipe: Path, older: Path) -> None:
+    """The runs of a recipe as they were before they had hashes of what they say about themselves."""
+    shutil.copytree(recipe, older)
+    for name, added in (("COMPLETE", {"records", "files", "sum"}), ("manifest.json", {"sum"})):
+        for file in older.glob(f"*/{name}"):
+            said = json.loads(file.read_text())
+            file.write_text(json.dumps({key: value for key, value in said.items() if key not in added}))
 
 
 TRAINING = ("sft", "--model", "RUNS/recipe/pretrain", "--dialogs.a.path", "RUNS/recipe/world/demonstrations.jsonl",

@@ -183,6 +183,24 @@ def test_runs_of_before_are_compared_by_content(made):
         runs.fingerprint(made)
 
 
+@pytest.mark.parametrize(("name", "key", "value"), [
+    ("COMPLETE", "outputs", {"pool.jsonl": 7}), ("COMPLETE", "outputs", ["pool.jsonl"]), ("COMPLETE", "seconds", "1"),
+    ("COMPLETE", "seconds", -1), ("COMPLETE", "seconds", float("inf")), ("COMPLETE", "records", None),
+    ("COMPLETE", "files", {"pool.jsonl": [1]}), ("COMPLETE", "files", {"pool.jsonl": 1}),
+    ("manifest.json", "config", []), ("manifest.json", "inputs", {"a": None}), ("manifest.json", "ranks", "2"),
+    ("manifest.json", "threads", 0), ("manifest.json", "device", {}), ("manifest.json", "verb", None)])
+def test_runs_of_before_have_no_sum_and_are_held_to_their_shape(made, name, key, value):
+    file = made / name
+    said = json.loads(file.read_text())
+    del said["sum"]
+    file.write_text(json.dumps(said))
+    read = {"COMPLETE": outputs.completed, "manifest.json": outputs.manifest}[name]
+    assert read(made) == said
+    file.write_text(json.dumps(said | {key: value}))
+    with pytest.raises(UserError, match=rf"{name}: damaged: .*{key}"):
+        read(made)
+
+
 def test_every_file_and_directory_is_on_the_disk_before_the_completion_mark(tmp_path, monkeypatch):
     """Also those which a stage wrote without a thought."""
     events, flush = [], os.fsync

@@ -3,7 +3,7 @@
 import pytest
 
 from llama2.errors import UserError
-from llama2.printable import line, printable, say, shown
+from llama2.printable import LONGEST, line, printable, say, shown
 
 CLEAR, TITLE, RIGHT_TO_LEFT = "\x1b[2J", "\x1b]0;mine\x07", "\u202e"
 
@@ -27,9 +27,16 @@ def test_a_message_is_one_line_that_spells_what_is_not_drawn(text, expected):
 
 def test_a_long_message_keeps_both_ends():
     found = line("begin" + "x" * 100_000 + "end")
-    assert len(found) < 2010
+    assert len(found) == LONGEST
     assert found.startswith("beginxxx")
     assert found.endswith("xxxend")
+
+
+def test_a_message_of_what_must_be_spelt_is_no_longer_for_it():
+    found = line("begin" + "\x1b" * 100_000 + "end")
+    assert len(found) == LONGEST
+    assert found.startswith(r"begin\x1b\x1b")
+    assert found.endswith(r"\x1b\x1bend")
 
 
 def test_values_are_shown_as_far_as_they_can_be():
@@ -51,7 +58,7 @@ def test_errors_are_fit_for_a_terminal():
     assert str(error).isprintable()
     assert str(error).startswith(r"m/\x1b]0;mine\x07: tensor '\x1b[2Jyyy")
     assert str(error).endswith(r"yyy' is wrong; fetch \u202eit again")
-    assert len(str(error)) < 2100
+    assert len(str(UserError("\x1b" * 5000, "\x1b" * 5000))) < LONGEST - len("llama2: error: ")
 
 
 def test_what_is_said_is_one_line(capsys):

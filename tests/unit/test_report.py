@@ -302,11 +302,25 @@ def test_bare_manifests_make_a_page(tmp_path: Path) -> None:
     assert page.count("unfinished") == 12
 
 
+def test_lines_of_metrics_that_cannot_be_drawn_are_left_out(tmp_path: Path) -> None:
+    (tmp_path / "sft").mkdir()
+    (tmp_path / "sft" / "manifest.json").write_text(json.dumps({"verb": "sft"}))
+    (tmp_path / "sft" / "metrics.jsonl").write_text("".join(line + "\n" for line in (
+        '{"step": 1, "train/loss": 2.5}', '{"step": "2", "train/loss": 2.5}', '{"step": 3, "train/loss": null}',
+        '{"step": 4, "train/loss": 1e308}', '{"step": NaN, "train/loss": 1}', "[" * 100_000, "[1]", '{"step": 5',
+        f'{{"step": {10**400}, "train/loss": 1}}', '{"step": 6, "train/loss": 1.5}')))
+    recipe = read_recipe(tmp_path)
+    assert recipe.steps[0].series("train/loss") == ([1, 6], [2.5, 1.5])
+    assert "2.500 → 1.500" in report.render(recipe, build(report.Config, {"out": tmp_path / "o", "recipe": "r"}))
+
+
 @pytest.mark.parametrize(("prepare", "message"), [
     (lambda root: None, "holds no run"),
     (lambda root: shutil.rmtree(root), "no such directory"),
     (lambda root: (root / "steps.json").write_text("{"), r"steps\.json:1: not valid JSON"),
     (lambda root: (root / "steps.json").write_text("[1]"), "steps.json: damaged: a list of texts was expected"),
+    *((lambda root, name=name: (root / "steps.json").write_text(json.dumps([name])),
+       "steps.json: damaged: '.*' is the name of no run") for name in ("", ".", "..", "a/b", "/etc", "\0")),
 ])
 def test_mistakes_are_named(tmp_path: Path, prepare: object, message: str) -> None:
     root = tmp_path / "recipe"

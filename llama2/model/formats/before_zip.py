@@ -35,6 +35,11 @@ class _Reader(archive.Reader):
         return storage
 
 
+def either(path: Path) -> dict[str, Stored]:
+    """The tensors in a file of PyTorch's by name, as it writes them now or wrote them then."""
+    return entries(path) if is_one(path) else archive.entries(path)
+
+
 def is_one(path: Path) -> bool:
     """Whether a file has this format."""
     with explain_os_errors(path), plain.opened(path) as file:

@@ -14,7 +14,7 @@ import torch
 
 from llama2.beside import GENERATION, chat_template
 from llama2.errors import UserError
-from llama2.model.formats import archive, before_zip, config, directory, tensorfile
+from llama2.model.formats import before_zip, config, directory, tensorfile
 from llama2.model.formats.binary import EMBEDDINGS, HEAD
 from llama2.model.formats.directory import CHECKSUMS, CONFIG, INDEX, WEIGHTS
 from llama2.model.formats.source import Source, Stored
@@ -39,8 +39,7 @@ def entries(files: list[Path]) -> dict[str, Stored]:
     """The tensors of several weight files, safetensors or PyTorch's, by name."""
     found: dict[str, Stored] = {}
     for file in files:
-        form = tensorfile if file.suffix == ".safetensors" else before_zip if before_zip.is_one(file) else archive
-        here = form.entries(file)
+        here = tensorfile.entries(file) if file.suffix == ".safetensors" else before_zip.either(file)
         for name in here.keys() & found.keys():
             raise UserError(f"{here[name].place} is in another file as well: {found[name].place}",
                             "remove the file that does not belong there")

@@ -26,7 +26,7 @@ from torch import Tensor
 
 from llama2 import durable, plain
 from llama2.errors import UserError, did_you_mean, explain_os_errors
-from llama2.model.formats import archive
+from llama2.model.formats import archive, before_zip
 from llama2.model.formats.binary import EMBEDDINGS, HEAD, halved, interleaved, rotary_heads, shapes
 from llama2.model.formats.source import Source, Stored
 from llama2.model.llama import LlamaConfig
@@ -69,7 +69,7 @@ def read(path: Path, *, context: int = CONTEXT) -> Source:
     path = Path(path)
     values = _parameters(path / PARAMETERS)
     files = _files(path)
-    parts = [{name: stored for name, stored in archive.entries(file).items() if not name.endswith("rope.freqs")}
+    parts = [{name: stored for name, stored in before_zip.either(file).items() if not name.endswith("rope.freqs")}
              for file in files]
     config = _config(path, values, parts, context)
     _check(config, files, parts)
