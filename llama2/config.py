@@ -82,6 +82,9 @@ class StageConfig(Config):
     seed: int = Field(0, ge=0, le=LARGEST_SEED)
     """source of all randomness"""
 
+    around: ClassVar[frozenset[str]] = frozenset()
+    """keys of texts that name a directory in which the run may lie, and with which it may be moved"""
+
 
 C = TypeVar("C", bound=Config)
 

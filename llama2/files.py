@@ -34,8 +34,8 @@ from llama2.reading.rows import Bad, File, Found, Row, text_rows, tidy
 from llama2.reading.values import json_lines, json_values
 from llama2.tally import Tally
 
-__all__ = ["Bad", "File", "Row", "at_home", "files", "filled", "is_pattern", "matches", "rows", "set_name", "tables",
-           "tidy", "walk"]
+__all__ = ["Bad", "File", "Row", "at_home", "files", "filled", "fixed", "is_pattern", "matches", "rows", "set_name",
+           "tables", "tidy", "walk"]
 T = TypeVar("T")
 Place = str | os.PathLike[str]
 Use = Literal["rows", "documents", "records"]
@@ -144,6 +144,12 @@ def matches(path: Place) -> list[Path]:
 def is_pattern(path: Place) -> bool:
     """Whether a path is a glob and not the name of a file, which may have brackets in it."""
     return glob.has_magic(os.fspath(path)) and not os.path.lexists(at_home(path))
+
+
+def fixed(pattern: Place) -> Path:
+    """The folder in which the matches of a glob lie, or folders in it."""
+    place = at_home(pattern)
+    return next(above for above in place.parents if not glob.has_magic(str(above)))
 
 
 def walk(folder: Path, without: Collection[str] = ()) -> Iterator[Path]:

@@ -28,6 +28,7 @@ COMPLETE, MANIFEST, METRICS, WARNINGS = "COMPLETE", "manifest.json", "metrics.js
 CONFIG, CHECKPOINTS = "config.yaml", "checkpoints"
 CHEAP = 256 << 20
 """bytes of a run that are read each time it is used: about a third of a second"""
+SECOND = 1_000_000_000
 _RECORDS = (CONFIG, MANIFEST, METRICS, WARNINGS)
 _TRANSIENT = {CHECKPOINTS, COMPLETE, *_RECORDS}
 _COMPARED = ".compared"  # sizes and times with which files of a copy were found to be the run's
@@ -101,10 +102,11 @@ def recorded(run: Path, inside: str = ".") -> dict[str, str]:
     return {name: digest for name, digest in completed(run)["outputs"].items() if _is_at(name, inside)}
 
 
-def check(run: Path, inside: str = ".") -> dict[str, str]:
-    """`recorded`, of files that are what the run wrote; UserError names one that is not, or does not belong there."""
+def check(run: Path, inside: str = ".", but: Collection[str] = ()) -> dict[str, str]:
+    """`recorded`, of files that are what the run wrote; UserError names one that is not, or does not belong there. What
+    is called as in `but` may be of any content."""
     chosen = recorded(run, inside)
-    for fault in chain(faults(run, {*chosen, MANIFEST}), _strangers(run, inside, chosen)):
+    for fault in chain(faults(run, {*chosen, MANIFEST}.difference(but)), _strangers(run, inside, chosen, but)):
         raise fault
     return chosen
 
@@ -139,9 +141,16 @@ def faults(run: Path, only: Collection[str] | None = None, *, thorough: bool = F
         if name in written and found[0] != written[name][0]:
             yield _fault(run, name, f"it has {found[0]:,} bytes, and this run wrote {written[name][0]:,}")
         else:
-            waiting.append((found[0], name, found not in (written.get(name), compared.get(name))))
+            waiting.append((found[0], name, not _is_known(found, written.get(name), compared.get(name))))
 
     yield from _differing(run, sorted(waiting), digests, thorough)
+
+
+def _is_known(found: list[int], *records: list[int] | None) -> bool:
+    """Whether size and time of a file are recorded, or the time without its fraction: file systems and archives that
+    keep whole seconds cut that off."""
+    whole = [[record[0], record[1] // SECOND * SECOND] for record in records if record is not None]
+    return found in (*records, *whole)
 
 
 def _differing(run: Path, waiting: list[tuple[int, str, bool]], digests: Mapping[str, str], thorough: bool
@@ -169,13 +178,13 @@ def _compared(run: Path) -> dict[str, Any]:
         return {}
 
 
-def _strangers(run: Path, inside: str, chosen: Collection[str]) -> Iterator[UserError]:
+def _strangers(run: Path, inside: str, chosen: Collection[str], but: Collection[str]) -> Iterator[UserError]:
     """Files that stand among the outputs and look like them, so that who reads the folder would read them too."""
     if (run / inside).is_dir():
         kinds = {(Path(name).parent, Path(name).suffix) for name in chosen}
         for name, path in _lasting(run):
             place = Path(name)
-            if _is_at(name, inside) and name not in chosen and (place.parent, place.suffix) in kinds:
+            if _is_at(name, inside) and name not in (*chosen, *but) and (place.parent, place.suffix) in kinds:
                 yield UserError(f"{path}: the run in {run} did not write this file", f"take it out of {run}")
 
 
@@ -233,8 +242,11 @@ def _is_at(name: str, inside: str) -> bool:
 
 
 def _fault(run: Path, name: str, what: str) -> UserError:
+    way = "copy it out, and name the copy"
+    if (run / "config.json").is_file():  # a model is its whole folder
+        way = f"copy {run}, delete {COMPLETE} and {MANIFEST} in the copy, and name the copy"
     return UserError(f"{run / name}: {what}", f"{cure(run)}; a version of your own is used where it lies outside of "
-                     "runs: copy it out, and name the copy")
+                     f"runs: {way}")
 
 
 def cure(run: Path) -> str:

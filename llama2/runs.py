@@ -68,8 +68,16 @@ def fingerprint(path: Path) -> str:
     of what it matches. UserError names an output that is not what its run wrote."""
     found = files.matches(path)
     if files.is_pattern(path):
-        return _digest({str(each): _fingerprint(each) for each in found})
+        fixed = files.fixed(path)
+        return _digest({each.relative_to(fixed).as_posix(): _fingerprint(each) for each in found})
     return _fingerprint(found[0])
+
+
+def _was_fingerprint(path: Path) -> str | None:
+    """What earlier versions took for the fingerprint of a glob: it held where the files lie."""
+    if not files.is_pattern(path):
+        return None
+    return _digest({str(each): _fingerprint(each) for each in files.matches(path)})
 
 
 def recorded(run: Path, inside: str = ".") -> str:
@@ -325,7 +333,8 @@ def check(verb: str, config: StageConfig) -> None:
     if (path / MANIFEST).is_file() and not _only_begun(path):
         old = _manifest(path)
         differences = ([f"verb: {old['verb']} -> {verb}"] if old["verb"] != verb else
-                       _differences(old["config"], _asked(config), set(incidentals(config))))
+                       _differences(old["config"], _asked(config), {*incidentals(config), *_around(config)},
+                                    dict(paths(config))))
         if differences:
             raise UserError(f"{path}: holds {_state(path)} with another configuration: {'; '.join(differences)}",
                             "choose another --out, or delete that directory to start over")
@@ -373,10 +382,12 @@ def _prepare(path: Path, verb: str, config: StageConfig) -> bool:
     finished = (path / COMPLETE).is_file()
     if (path / MANIFEST).is_file() and not _only_begun(path):
         old = _manifest(path)
-        changed = [key for key in inputs if old["inputs"].get(key) != inputs[key]]
+        named = dict(paths(config))
+        changed = [key for key in inputs
+                   if old["inputs"].get(key) not in (inputs[key], _was_fingerprint(files.at_home(named[key])))]
         if changed:
-            named = ", ".join(f"{key} ({dict(paths(config))[key]})" for key in changed)
-            raise UserError(f"{path}: holds {_state(path)} made from other inputs; changed: {named}",
+            which = ", ".join(f"{key} ({named[key]})" for key in changed)
+            raise UserError(f"{path}: holds {_state(path)} made from other inputs; changed: {which}",
                             "choose another --out, or delete that directory to start over")
         if finished:
             outputs.check_whole(path)
@@ -414,7 +425,7 @@ def _resume(path: Path, old: Mapping[str, Any], asked: Mapping[str, Any]) -> Non
               file=sys.stderr)
     file = path / "config.yaml"
     try:
-        whole = yaml12.read_yaml(file) == old["config"]
+        whole = yaml12.read_yaml(file) in (old["config"], asked)
     except UserError:
         whole = False
     if not whole:
@@ -436,8 +447,28 @@ def _state(path: Path) -> str:
     return "a finished run" if (path / COMPLETE).is_file() else "an unfinished run"
 
 
-def _differences(old: Any, new: Any, ignored: Collection[str], key: str = "") -> list[str]:
+def _around(config: StageConfig) -> set[str]:
+    """The keys that name a directory around `out`: it may be moved, with the run in it."""
+    out = config.out.resolve()
+    return {key for key in config.around if out.is_relative_to(Path(getattr(config, key)).resolve())}
+
+
+def _differences(old: Any, new: Any, ignored: Collection[str], inputs: Mapping[str, Path], key: str = ""
+                 ) -> list[str]:
+    """What was asked and what is, where that differs. Inputs are compared elsewhere, by what they hold: they, and the
+    run with them, may lie at another place than they did."""
+    pairs: list[tuple[str, Any, Any]] = []
     if isinstance(old, dict) and isinstance(new, dict):
-        return [line for name in sorted({*old, *new})
-                for line in _differences(old.get(name), new.get(name), ignored, f"{key}.{name}" if key else name)]
-    return [] if old == new or key in ignored else [f"{key}: {old} -> {new}"]
+        pairs = [(f"{key}.{name}" if key else name, old.get(name), new.get(name)) for name in sorted({*old, *new})]
+    elif isinstance(old, list) and isinstance(new, list) and len(old) == len(new):
+        pairs = [(f"{key}.{index}", *both) for index, both in enumerate(zip(old, new))]
+    elif old == new or key in ignored or (isinstance(old, str) and key in inputs and _is_named(inputs[key], old)):
+        return []
+    else:
+        return [f"{key}: {old} -> {new}"]
+    return [line for name, was, is_now in pairs for line in _differences(was, is_now, ignored, inputs, name)]
+
+
+def _is_named(path: Path, old: str) -> bool:
+    """Whether an input is called as before, wherever it lies; the name of a file tells how it is read."""
+    return not path.is_file() or path.name == Path(old).name

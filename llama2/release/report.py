@@ -24,6 +24,7 @@ PAGE = "report.html"
 class Config(StageConfig):
     """Write a report about the runs of a recipe."""
 
+    around = frozenset({"recipe"})
     # Text, not a path: a report may stand inside the recipe it reads, which would make it an input of itself.
     recipe: Annotated[str, BeforeValidator(str)]
     """directory that holds the recipe's run directories"""

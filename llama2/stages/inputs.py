@@ -11,11 +11,15 @@ from pydantic import BaseModel
 from llama2 import outputs, plain
 from llama2.config import StageConfig, paths
 from llama2.errors import UserError
+from llama2.printable import say
 from llama2.runs import COMPLETE, read_list
 
 _MODELS = {"model", "policy", "policies", "critic", "rewards", "judge", "candidate", "predecessor", "versions",
            "checkpoint", "checkpoints", "run"}
 """keys that name models"""
+_OWN = ("generation_config.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
+        "tokenizer.json", "chat_template.jinja", "checksums.json")
+"""what people change in a model's folder, such as its template, and other programs when they save it"""
 _HUB = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 
 
@@ -31,11 +35,18 @@ def check(config: BaseModel, *, complete: bool) -> None:
 
 
 def check_whole(config: BaseModel) -> None:
-    """UserError for an input that is not what the finished run in which it lies wrote."""
-    for _, path in paths(config):
+    """UserError for an input that is not what the finished run in which it lies wrote.
+
+    What a model's folder holds for other programs may be a user's own; that is said, as it may be damage as well. Not
+    so in a release, which vouches for all it holds.
+    """
+    for key, path in paths(config):
         run = outputs.home(path)
         if run is not None:
-            outputs.check(run, path.relative_to(run).as_posix())
+            own = _OWN if run == path and _is_model(key) and key != "run" else ()
+            outputs.check(run, path.relative_to(run).as_posix(), but=own)
+            for fault in outputs.faults(run, own):
+                say(f"{fault.cause}; the model is used as it is")
 
 
 def _refuse_inside(out: Path, key: str, path: Path) -> None:

@@ -19,6 +19,7 @@ from typing import Any
 
 from llama2 import interrupts, mesh, runs, yaml12
 from llama2.config import build
+from llama2.printable import say
 from llama2.records import dump
 from llama2.stages import launch
 from llama2.stages.board import Board
@@ -63,12 +64,26 @@ def _run_all(recipe: Config, steps: dict[str, Step]) -> int:
     try:
         launch.preload()
         _describe(recipe, steps)
+        _note_gone(steps)
         with board.display():
             board.work()
     finally:
         for kind, handler in handlers.items():
             signal.signal(kind, handler)
     return board.finish()
+
+
+def _note_gone(steps: Mapping[str, Step]) -> None:
+    """Say which steps are made again though what was made from them is there, before that takes hours."""
+    behind: dict[str, frozenset[str]] = {}
+    for name, step in steps.items():
+        behind[name] = step.needs.union(*(behind[need] for need in step.needs))
+    done = [name for name, step in steps.items() if (step.out / runs.COMPLETE).is_file()]
+    for name, step in steps.items():
+        users = [user for user in done if name in behind[user]]
+        if users and not (step.out / runs.MANIFEST).is_file():
+            say(f"{step.out}: gone, though {users[0]} was made from it, so it is made again, and must come out the "
+                "same; if it was moved, stop this (Ctrl-C) and put it back, or a link to it")
 
 
 def _run_one(name: str, recipe: Config, steps: Mapping[str, Step]) -> None:

@@ -206,9 +206,7 @@ def main() -> int:
         while tale.kills < chosen.kills:
             bench.story(tale, chosen.kills, chosen.cuts, expected)
             print(f"story {tale.stories}: {tale.kills} kills, {tale.cuts} of them with {tale.files_cut} files cut, "
-                  f"{len(tale.faults)} faults", flush=True)
-    for line in tale.faults:
-        print(line)
+                  f"{len(tale.faults)} faults", *tale.faults, sep="\n", flush=True)
     print(f"{tale.kills} kills, {tale.cuts} with {tale.files_cut} unflushed files cut, {tale.stories} recipes "
           f"finished, {len(tale.faults)} faults; the last process lived {tale.lived:.1f} s (seed {chosen.seed})")
     return 1 if tale.faults else 0

@@ -2,9 +2,16 @@
 
 import json
 import os
+import shutil
 
 import pytest
 from commands import llama2
+
+from llama2 import runs
+from llama2.config import StageConfig, build
+from llama2.errors import UserError
+from llama2.serve import terminal as chat
+from llama2.stages import inputs
 
 
 def test_all_missing_inputs_of_a_command_are_named_at_once(tmp_path, one_line, base):
@@ -60,3 +67,54 @@ def test_a_run_does_not_lie_in_its_own_input(tmp_path, one_line):
                          "choose another --out")
     assert [file.name for file in (tmp_path / "texts").iterdir()] == ["a.txt"]
     assert llama2("clean", "--sources.a.path", tmp_path / "texts", "--out", tmp_path / "texts2") == 0
+
+
+# --- a model that is a finished run ---------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def tuned(tmp_path, base):
+    """A run that left the model."""
+    with runs.open_run("work", StageConfig(out=tmp_path / "tuned")) as run:
+        for file in base.iterdir():
+            (run.path / file.name).write_bytes(file.read_bytes())
+    return tmp_path / "tuned"
+
+
+def changed(model):
+    """The model with a template of the user's own."""
+    file = model / "tokenizer_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"note": "mine"}, indent=1))
+    return file
+
+
+def test_what_a_user_changes_for_other_programs_is_said(tmp_path, tuned, capsys):
+    file = changed(tuned)
+    (tuned / "chat_template.jinja").write_text("{{ bos_token }}")
+    inputs.check_whole(build(chat.Config, {"checkpoint": tuned}))
+    (heard,) = capsys.readouterr().err.splitlines()
+    assert heard.startswith(f"{file}: it has ")
+    assert heard.endswith("; the model is used as it is")
+
+
+def test_what_makes_a_model_is_not_changed(tuned):
+    (tuned / "config.json").write_text((tuned / "config.json").read_text() + "\n")
+    with pytest.raises(UserError, match=r"config.json: it has .* bytes, and this run wrote"):
+        inputs.check_whole(build(chat.Config, {"checkpoint": tuned}))
+
+
+def test_a_release_vouches_for_what_its_run_wrote(tmp_path, tuned, one_line):
+    file = changed(tuned)
+    assert one_line("release", "--run", tuned, "--out", tmp_path / "r").startswith(f"{file}: it has ")
+
+
+def test_the_cure_for_a_model_of_ones_own_works(tmp_path, tuned):
+    file = changed(tuned)
+    with pytest.raises(UserError) as error:
+        runs.fingerprint(tuned)
+    assert error.value.cause.startswith(f"{file}: ")
+    assert error.value.cure.endswith(f"copy {tuned}, delete COMPLETE and manifest.json in the copy, and name the copy")
+    shutil.copytree(tuned, tmp_path / "mine")
+    for name in ("COMPLETE", "manifest.json"):
+        (tmp_path / "mine" / name).unlink()
+    assert runs.fingerprint(tmp_path / "mine")

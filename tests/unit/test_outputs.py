@@ -228,3 +228,15 @@ def test_the_command_line_names_a_damaged_model_before_it_talks(tmp_path, policy
     flip(tmp_path / "model/tokenizer.model")
     refusal = one_line("chat", tmp_path / "model")
     assert refusal.startswith(f"{tmp_path / 'model/tokenizer.model'}: its content is not what this run wrote; ")
+
+
+def test_a_copy_whose_times_are_whole_seconds_is_not_read(made, monkeypatch):
+    monkeypatch.setattr(outputs, "CHEAP", 0)
+    shard = made / "deep/shard.bin"
+    seconds = shard.stat().st_mtime_ns // 10**9 * 10**9
+    shard.write_bytes(shard.read_bytes().replace(b"y", b"z"))  # its content would tell
+    os.utime(shard, ns=(seconds, seconds))
+    outputs.check_whole(made)
+    os.utime(shard, ns=(seconds + 1, seconds + 1))
+    with pytest.raises(UserError, match="its content is not what this run wrote"):
+        outputs.check_whole(made)

@@ -1,6 +1,7 @@
 """Recipes: references and lineage, mistakes before any work, order, cores, and how one ends."""
 
 import os
+import shutil
 import signal
 import threading
 import time
@@ -266,6 +267,20 @@ def test_an_input_changed_under_a_finished_step_is_named(tmp_path):
     (tmp_path / "a.txt").write_text("Another text of some length, to be kept.")
     with pytest.raises(UserError, match=r"step c: .*a finished run made from other inputs; changed: sources.a.path"):
         pipeline.run(recipe(tmp_path, steps))
+
+
+def test_a_step_that_is_gone_is_made_again_and_that_is_said(tmp_path, capsys):
+    steps = worlds(1) | {name: {"verb": "clean", "cores": 1, "min_characters": 0, "sources": {"a": {"path": place}}}
+                         for name, place in (("c", "${w0}/documents/lists.jsonl"), ("d", "${c}/documents"))}
+    pipeline.run(recipe(tmp_path, steps))
+    assert ": gone" not in capsys.readouterr().err
+    for name in ("w0", "c"):
+        shutil.rmtree(tmp_path / "run" / name)
+    pipeline.run(recipe(tmp_path, steps))
+    heard = capsys.readouterr().err.splitlines()
+    assert [line.partition(",")[0] for line in heard[:2]] == [f"{tmp_path}/run/{name}: gone" for name in ("w0", "c")]
+    assert all("though d was made from it, so it is made again" in line for line in heard[:2])
+    assert "all 3 steps done" in heard[-1]
 
 
 def test_two_processes_do_not_work_on_one_recipe(tmp_path):

@@ -1,11 +1,13 @@
 """Run directories: what is skipped, resumed and refused; a process killed anywhere leaves nothing half done."""
 
 import errno
+import hashlib
 import json
 import multiprocessing
 import os
 import signal
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -119,6 +121,76 @@ def test_another_configuration_or_input_is_refused_and_named(tmp_path, source, f
     assert files(tmp_path / "out") == before
     source.write_text("one")
     assert work(settings) == (not finished)
+
+
+class Page(StageConfig):
+    around = frozenset({"recipe"})
+    recipe: str
+    data: tuple[Path, ...] = ()
+
+
+def page(place, recipe=None):
+    found = [place / name for name in ("one.txt", "*.txt", "more")]
+    return Page(out=place / "page", recipe=str(recipe or place), data=tuple(found))
+
+
+@pytest.fixture(params=[True, False])
+def begun(tmp_path, request):
+    """A run that was finished or not, and its inputs in one folder, which is moved afterwards."""
+    here = tmp_path / "here"
+    (here / "more").mkdir(parents=True)
+    for name in ("one.txt", "two.txt", "more/three.txt"):
+        (here / name).write_text(name)
+    with suppress(KeyboardInterrupt), runs.open_run("work", page(here)) as run:
+        runs.write_atomic(run.path / "result.txt", "done")
+        if not request.param:
+            raise KeyboardInterrupt
+    return here.rename(tmp_path / "there"), request.param
+
+
+def test_a_run_that_was_moved_with_its_inputs_goes_on(begun, monkeypatch):
+    place, finished = begun
+    assert runs.is_finished("work", page(place)) == finished
+    monkeypatch.chdir(place)
+    assert work(page(Path("."))) == (not finished)
+
+
+def test_an_input_that_changed_on_the_way_is_named(begun):
+    place, _ = begun
+    (place / "two.txt").write_text("2")
+    with pytest.raises(UserError, match=r"made from other inputs; changed: data.1 \(.*there/\*.txt\)"):
+        work(page(place))
+
+
+def test_a_file_that_is_called_otherwise_is_another_input(begun):
+    place, _ = begun  # its ending tells how it is read, and sets are called after it
+    settings = page(place).model_copy(update={"data": (place / "two.txt", place / "*.txt", place / "more")})
+    with pytest.raises(UserError, match=r"with another configuration: data.0: .*here/one.txt -> .*there/two.txt; "):
+        work(settings)
+
+
+def test_what_lies_around_a_run_is_not_what_lies_elsewhere(begun, tmp_path):
+    with pytest.raises(UserError, match=r"another configuration: recipe: .*/here -> .*/elsewhere; choose"):
+        work(page(begun[0], tmp_path / "elsewhere"))
+
+
+def test_a_glob_of_an_earlier_version_is_the_same_input(tmp_path):
+    for name in ("a", "b"):
+        (tmp_path / f"{name}.txt").write_text(name)
+    settings = config(tmp_path, a=tmp_path / "*.txt")
+    work(settings)
+    file = tmp_path / "out/manifest.json"
+    manifest = json.loads(file.read_text())
+    earlier = {str(tmp_path / f"{name}.txt"): runs.sha256(tmp_path / f"{name}.txt") for name in ("a", "b")}
+    manifest["inputs"] = {"parts.a.source": hashlib.sha256(json.dumps(earlier).encode()).hexdigest()}
+    del manifest["sum"]
+    file.write_text(json.dumps(manifest))
+    (tmp_path / "out/COMPLETE").unlink()
+    assert work(settings)
+    (tmp_path / "a.txt").write_text("c")
+    (tmp_path / "out/COMPLETE").unlink()
+    with pytest.raises(UserError, match="made from other inputs"):
+        work(settings)
 
 
 def test_a_run_that_has_done_nothing_may_be_corrected(tmp_path, source, capsys):
