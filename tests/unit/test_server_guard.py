@@ -27,6 +27,8 @@ def test_keys(policy, capsys):
             answer = httpx.post(f"{served.url}/v1/chat/completions", json=ASK, headers=headers)
             assert answer.status_code == 401
             assert answer.json()["error"]["code"] == "invalid_api_key"
+        for target in ("//v1/models", "/v1/models/", "HTTP://localhost//v1/models"):
+            assert get(served, target).startswith(b"HTTP/1.1 401 ")
         assert httpx.get(f"{served.url}/health").status_code == 200
     assert "first" not in capsys.readouterr().err
 
@@ -144,13 +146,28 @@ def test_a_wrong_method_is_told_the_right_ones(served, method, path, allowed):
 
 
 @pytest.mark.parametrize(("target", "status"), [
-    ("/v1/models/", 200), ("/v1/models//", 200), ("/health/", 200), ("/v1/models?limit=20", 200), ("//v1/models", 404),
+    ("/v1/models/", 200), ("/v1/models//", 200), ("/health/", 200), ("/v1/models?limit=20", 200), ("//v1/models", 200),
     ("/v1", 404), ("/models", 404), ("*", 404), ("/v1/models/none", 404),
 ])
 def test_targets(served, target, status):
     heard = get(served, target)
     assert heard.startswith(b"HTTP/1.1 %d " % status)
     assert status == 200 or b'{"error":{' in heard
+
+
+@pytest.mark.parametrize(("path", "said"), [
+    ("/models", "ask /v1/models: a client's base URL ends in /v1"),
+    ("/chat/completions", "ask /v1/chat/completions: "), ("/v1/v1/chat/completions", "ask /v1/chat/completions: "),
+    ("/v1/embeddings", "this server has /v1/chat/completions, /v1/completions, /v1/score, /v1/models"),
+    ("/v1/responses", "this server has /v1/chat/completions, "), ("/v1", "this server has /v1/chat/completions, "),
+    ("/api/chat", "this server has /v1/chat/completions, "), ("/robots.txt", "GET /robots.txt: Not Found"),
+])
+def test_what_is_not_there_has_something_in_its_place(served, path, said):
+    for answer in (httpx.get(f"{served.url}{path}"), httpx.post(f"{served.url}{path}", json={"input": "a"})):
+        assert answer.status_code == 404
+        error = answer.json()["error"]
+        assert said.removeprefix("GET ") in error["message"]
+        assert error["type"] == "invalid_request_error"
 
 
 def test_a_target_may_be_a_whole_address_and_then_names_the_host(served):
