@@ -72,6 +72,14 @@ def test_a_pipe_gets_one_answer_a_line_and_nothing_else(capsys: pytest.CaptureFi
     assert "/save FILE" in heard.err
 
 
+def test_commands_between_lines_that_stand_alone(tmp_path: Path) -> None:
+    file = tmp_path / "said.jsonl"
+    _, model = talk(f"one\n/retry\n/save {file}\ntwo\n/save {file}\n", each_line=True)
+    assert [contents(messages) for messages, _ in model.asked] == [["one"], ["one"], ["two"]]
+    assert [contents(dialog.messages) for dialog in records.read(Dialog, file)] == [
+        ["one", "you said one"], ["two", "you said two"]]
+
+
 def test_lines_of_a_pipe_are_text_unless_asked(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     lines = [f"/save {tmp_path}/file", "/load x", "/quit", "/system Be rude.", "/retry", "/rest"]
     answers, model = talk("\n".join(lines), commands=False)
@@ -306,6 +314,17 @@ def piped(directory: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Captu
     heard = capsys.readouterr()
     assert isinstance(status, int)
     return status, heard.out.count("\n"), heard.err.splitlines()
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16", "utf-32"])
+def test_a_byte_order_mark_is_no_part_of_the_first_line(
+        encoding: str, directory: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    said: list[str] = []
+    monkeypatch.setattr(terminal.Session, "turn", lambda session, line: said.append(line.strip()))
+    content = "the f\u00f6x\r\nthe dog\r\n".encode(encoding)
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BufferedReader(io.BytesIO(content)), "utf-8"))
+    terminal.run(terminal.Config(checkpoint=directory))
+    assert said == ["the f\u00f6x", "the dog"]
 
 
 def test_a_conversation_of_a_pipe_ends_where_the_context_does(
