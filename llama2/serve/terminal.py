@@ -283,7 +283,8 @@ class Session:
         return "the conversation ends here: --each-line answers every line alone" if self.outgrown else cure
 
     def _draw(self, messages: Messages, sampling: Sampling) -> str | None:
-        """Show an answer while it is drawn. It may be interrupted: what there is then is kept, None if nothing."""
+        """Show an answer while it is drawn. At a terminal it may be interrupted: what there is then is kept, None if
+        nothing. On a pipe an interruption ends the command."""
         said: list[str] = []
         screen = self._show()
         try:
@@ -294,6 +295,8 @@ class Session:
         except KeyboardInterrupt:
             if said:
                 screen.end()
+            if not self.editable:
+                raise
             _note("interrupted")
             if not said:
                 return None
