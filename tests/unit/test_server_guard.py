@@ -14,7 +14,13 @@ ASK = {"messages": [{"role": "user", "content": "Name a colour."}], "max_tokens"
 
 @pytest.fixture(scope="module")
 def served(policy):
-    with serving(policy, slots=2, limits={"body_bytes": 2000, "body_seconds": 0.3, "seconds": 0.5}) as running:
+    with serving(policy, slots=2, limits={"body_bytes": 2000}) as running:
+        yield running
+
+
+@pytest.fixture(scope="module")
+def hasty(policy):
+    with serving(policy, slots=2, limits={"body_seconds": 0.5, "seconds": 0.5}) as running:
         yield running
 
 
@@ -56,7 +62,7 @@ def test_a_page_elsewhere_cannot_send_a_form(served):
     assert "access-control-allow-origin" not in answer.headers
 
 
-def raw(served, head, body=b"", wait=5.0):
+def raw(served, head, body=b"", wait=60.0):
     with socket.create_connection(served.address, wait) as link:
         link.sendall(f"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\n{head}\r\n\r\n".encode() + body)
         heard = b""
@@ -74,22 +80,20 @@ def test_large_requests_are_refused_early(served):
         b"HTTP/1.1 413 ")
 
 
-def test_slow_requests_are_given_up(served):
-    begin = time.monotonic()
-    assert raw(served, "Content-Type: application/json\r\nContent-Length: 100", b"{").startswith(b"HTTP/1.1 408 ")
-    assert time.monotonic() - begin < 3
+def test_slow_requests_are_given_up(hasty):
+    assert raw(hasty, "Content-Type: application/json\r\nContent-Length: 100", b"{").startswith(b"HTTP/1.1 408 ")
 
 
-def test_long_answers_are_given_up(served, monkeypatch):
-    step = served.worker._session.step
-    monkeypatch.setattr(served.worker._session, "step", lambda: (time.sleep(0.05), step())[1])
+def test_long_answers_are_given_up(hasty, monkeypatch):
+    step = hasty.worker._session.step
+    monkeypatch.setattr(hasty.worker._session, "step", lambda: (time.sleep(0.05), step())[1])
     asked = {**ASK, "max_tokens": 200, "logit_bias": {"2": -100}}
-    answer = served.post("chat/completions", **asked)
+    answer = hasty.post("chat/completions", **asked)
     assert answer.status_code == 408
     assert "ask for fewer tokens" in answer.json()["error"]["message"]
-    lines = served.post("chat/completions", **asked, stream=True).text.strip().split("\n\n")
+    lines = hasty.post("chat/completions", **asked, stream=True).text.strip().split("\n\n")
     assert json.loads(lines[-1].removeprefix("data: "))["error"]["code"] == "timeout"
-    wait_for(lambda: served.worker._session.running == 0)
+    wait_for(lambda: hasty.worker._session.running == 0)
 
 
 @pytest.mark.parametrize("body", [
