@@ -65,7 +65,7 @@ def serving(*paths: Path, keys: Sequence[str] = (), judge: Path | None = None, *
             yield Served(url, loaded, server)
         finally:
             server.should_exit = True
-            thread.join(20)
+            thread.join(100)
             for model in (*loaded, *((safe,) if safe else ())):
                 model.worker.stop()
 
@@ -101,8 +101,8 @@ def paced(served: Served, monkeypatch: pytest.MonkeyPatch) -> Iterator[Pace]:
     pace.go_on()
 
 
-def wait_for(condition: Any, seconds: float = 30) -> None:
-    """Until it holds; an error if it does not in time."""
+def wait_for(condition: Any, seconds: float = 100) -> None:
+    """Until it holds; an error if it does not in time. Only what fails waits so long: machines may be busy."""
     end = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < end, "it takes too long"

@@ -141,7 +141,7 @@ def unified(value: Any) -> Any:
 
 def _decoded(content: IO[bytes], label: str) -> Iterator[tuple[str, str]]:
     head = content.peek(8)[:8]  # type: ignore[attr-defined]
-    encoding = next((name for mark, name in _MARKS.items() if head.startswith(mark)), "utf-8")
+    encoding = marked(head) or "utf-8"
     if encoding != "utf-8":
         yield from ((line.removesuffix("\n"), "") for line in _wide(content, encoding, label))
         return
@@ -158,6 +158,11 @@ def _decoded(content: IO[bytes], label: str) -> Iterator[tuple[str, str]]:
             text, flaw = raw.decode("utf-8", "replace"), f"not UTF-8 ({error.reason} at byte {error.start})"
         text = text.removesuffix("\n").removesuffix("\r")
         yield from ((part, flaw) for part in text.split("\r")) if "\r" in text else ((text, flaw),)
+
+
+def marked(head: bytes) -> str | None:
+    """The encoding that a byte order mark at the beginning of a text names; UTF-8 needs none."""
+    return next((name for mark, name in _MARKS.items() if head.startswith(mark)), None)
 
 
 def _is_utf16(head: bytes) -> bool:

@@ -21,6 +21,7 @@ from llama2.serve.models import Models, RewardModel
 from llama2.serve.origins import Cors, listens_here
 from llama2.serve.routes import Service, routes
 from llama2.serve.safety import Gate
+from llama2.serve.schema import KINDS
 from llama2.serve.settings import ServeConfig
 
 WEB = Path(__file__).parent / "web"
@@ -81,6 +82,14 @@ def _pages(app: FastAPI, web: Path) -> None:
         return HTMLResponse(reference.page(app.openapi()))
 
 
+def _instead(path: str) -> str:
+    """What to ask instead of a path that is not there; "" where nobody looks for an interface."""
+    own = [*KINDS, "/v1/models"]
+    if meant := next((each for each in own if path.endswith(each) or f"/v1{path}" == each), None):
+        return f"; ask {meant}: a client's base URL ends in /v1"
+    return f"; this server has {', '.join(own)}" if path.startswith(("/v1", "/api")) else ""
+
+
 def _errors(app: FastAPI) -> None:
     """Every failure is an OpenAI error object."""
 
@@ -90,7 +99,8 @@ def _errors(app: FastAPI) -> None:
 
     @app.exception_handler(HTTPException)
     async def elsewhere(request: Request, error: HTTPException) -> JSONResponse:
-        message = f"{request.method} {request.url.path[:100]}: {error.detail}"
+        path = request.url.path[:100]
+        message = f"{request.method} {path}: {error.detail}{_instead(path) if error.status_code == 404 else ''}"
         headers = dict(error.headers or {})
         if "GET" in (methods := headers.get("allow", headers.get("Allow", ""))).split(", "):
             headers = {"Allow": f"{methods}, HEAD"}

@@ -39,7 +39,8 @@ MOST_BIASES = 1024
 
 _PIECE = 1 << 16  # bytes
 _BOM = b"\xef\xbb\xbf"
-_FREE = (("logit_bias",), ("metadata",), ("response_format", "json_schema", "schema"))  # keys are the client's own
+_FREE = (("logit_bias",), ("metadata",), ("response_format", "schema"), ("response_format", "json_schema", "schema"))
+"""objects whose keys are the client's own"""
 
 
 class BodyRoute(APIRoute):

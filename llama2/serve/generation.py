@@ -192,7 +192,7 @@ def sampling_of(asked: Sampled, model: ChatModel, max_tokens: int, top_logprobs:
         given["top_k"] = 0
     if asked.top_p == 0:  # the smallest nucleus there is
         given |= {"temperature": 0.0, "top_p": 1.0}
-    seed = secrets.randbits(63) if asked.seed is None else asked.seed
+    seed = secrets.randbits(63) if asked.seed in (None, -1) else asked.seed
     try:
         return Sampling(**given, max_tokens=max(1, max_tokens), stop=tuple(dict.fromkeys(stop)), seed=seed,
                         logit_bias=bias, top_logprobs=min(top_logprobs, size))

@@ -102,7 +102,8 @@ class Guard:
         guarded = scope["path"].startswith("/v1/")
         if self._local and "host" in headers and not is_loopback(host_name(headers["host"])):
             # A page of another site may have its name resolve to this machine. Browsers always name a host.
-            raise errors.ApiError(403, "a server without API keys answers to localhost and 127.0.0.1 only")
+            raise errors.ApiError(403, "a server without API keys answers to localhost and 127.0.0.1 only; set "
+                                       "LLAMA2_API_KEYS for other names")
         if self._traffic.connections > self._limits.connections and scope["path"] not in _VITAL:
             raise errors.crowded()
         if scope["method"] == "OPTIONS" and (allowed := self._cors.preflight(headers)) is not None:
@@ -178,14 +179,14 @@ def _replayed(body: bytes, receive: Receive) -> Receive:
 
 
 def _usual(scope: Scope) -> Scope:
-    """The scope that the application sees: HEAD is GET (what is sent has no body), a slash at the end of a path changes
-    nothing, and a target that names the whole address is its path."""
+    """The scope that the application sees: HEAD is GET (what is sent has no body), slashes at the end of a path and a
+    second one in front change nothing, and a target that names the whole address is its path."""
     path, headers = scope["path"], scope["headers"]
     if whole := _WHOLE.match(path):
         path = path[whole.end() :] or "/"
         headers = [(b"host", whole[1].encode("latin-1", "replace")),
                    *((name, value) for name, value in headers if name != b"host")]
-    return {**scope, "path": path.rstrip("/") or "/", "headers": headers,
+    return {**scope, "path": f"/{path.strip('/')}", "headers": headers,
             "method": "GET" if scope["method"] == "HEAD" else scope["method"]}
 
 

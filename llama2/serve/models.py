@@ -126,7 +126,7 @@ class Models:
         return found
 
     def _of_kind(self, kind: Kind, name: str | None) -> ChatModel | RewardModel:
-        if name is None:
+        if not name:  # some clients send none as ""
             model = next((model for model in self._models.values() if model.kind == kind), None)
             if model is None:
                 raise errors.ApiError(404, "no model of this server does that", param="model", code="model_not_found")

@@ -14,7 +14,7 @@ from pydantic_core import ErrorDetails
 
 from llama2.errors import did_you_mean
 from llama2.records import Message, check_roles
-from llama2.serve.fields import TOOLS, Only
+from llama2.serve.fields import BEAMS, LEAST, REASONING, TOOLS, Only, without_foreign
 from llama2.serve.turns import NoAudio, NoTools, Strict, Text, Turn
 
 MOST_SAMPLES = 128
@@ -40,7 +40,8 @@ class JsonSchema(Strict):
 
     name: str = ""
     description: str | None = None
-    schema_: dict[str, Any] = Field({}, alias="schema")
+    schema_: dict[str, Any] | None = Field(None, alias="schema")
+    """default: any JSON"""
     strict: bool | None = None
 
 
@@ -54,6 +55,8 @@ class JsonObject(Strict):
     """An answer that is a JSON object."""
 
     type: Literal["json_object"]
+    schema_: dict[str, Any] | None = Field(None, alias="schema")
+    """the shape of it; llama.cpp's way to say json_schema"""
 
 
 class JsonBySchema(Strict):
@@ -89,7 +92,7 @@ class Sampled(Strict):
     logit_bias: dict[str, Annotated[float, Field(ge=-100, le=100)]] | None = Field(None, max_length=1024)
     """token id (as text) to what is added to its logit"""
     seed: int | None = Field(None, ge=-(2**63), lt=2**63)
-    """the same seed and request give the same answer"""
+    """the same seed and request give the same answer; -1 is none, as in vLLM and llama.cpp"""
     n: int | None = Field(None, ge=1, le=MOST_SAMPLES)
     stop: Stop | Annotated[list[Stop], Field(max_length=MOST_STOPS)] | None = None
     """an empty one stops nothing"""
@@ -126,10 +129,10 @@ class Sampled(Strict):
     priority: Annotated[Any, Only(0, why="requests are served in the order in which they come")] = None
     request_id: str | None = None
     """accepted and ignored; vLLM's"""
-    min_tokens: Annotated[Any, Only(0, why="a least length is not supported by this server")] = None
-    use_beam_search: Annotated[Any, Only(False, why="beam search is not supported by this server")] = None
-    length_penalty: Annotated[Any, Only(1, why="beam search is not supported by this server")] = None
-    early_stopping: Annotated[Any, Only(False, why="beam search is not supported by this server")] = None
+    min_tokens: Annotated[Any, Only(0, why=LEAST)] = None
+    use_beam_search: Annotated[Any, Only(False, why=BEAMS)] = None
+    length_penalty: Annotated[Any, Only(1, why=BEAMS)] = None
+    early_stopping: Annotated[Any, Only(False, why=BEAMS)] = None
     include_stop_str_in_output: Annotated[Any, Only(False, why="a stop string is never part of the answer")] = None
     skip_special_tokens: Annotated[Any, Only(True, why="control tokens have no text here")] = None
     spaces_between_special_tokens: Annotated[Any, Only(True, False, why="true or false")] = None
@@ -144,6 +147,16 @@ class Sampled(Strict):
     guided_regex: Annotated[Any, Only(why="use response_format with a schema that has a pattern")] = None
     guided_choice: Annotated[Any, Only(why="use response_format with a schema that has an enum")] = None
     guided_grammar: Annotated[Any, Only(why="grammars but JSON's are not supported by this server")] = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _said(cls, body: Any) -> Any:
+        """What a request says for this server. JSON has one kind of number: 5.0 is as whole as 5."""
+        said = without_foreign(body)
+        if not isinstance(said, dict):
+            return said
+        return {name: int(value) if isinstance(value, float) and value.is_integer() else value
+                for name, value in said.items()}
 
     @field_validator("logit_bias")
     @classmethod
@@ -188,7 +201,7 @@ class ChatRequest(Sampled):
     """accepted and ignored"""
     function_call: Annotated[Any, Only("none", "auto", why=TOOLS)] = None
     functions: NoTools = None
-    reasoning_effort: Annotated[Any, Only("none", why="the model answers without reasoning before it")] = None
+    reasoning_effort: Annotated[Any, Only("none", why=REASONING)] = None
     verbosity: Annotated[Any, Only("medium", why="ask for a short or a long answer in the conversation")] = None
     modalities: Annotated[Any, Only([], ["text"], why="answers are text alone")] = None
     audio: NoAudio = None
@@ -200,7 +213,8 @@ class ChatRequest(Sampled):
     return_token_ids: Annotated[Any, Only(False, why="only /v1/completions reports ids")] = None
     add_special_tokens: Annotated[Any, Only(False, why="the format says where BOS and EOS stand")] = None
     chat_template: Annotated[Any, Only(why="conversations are always in Llama 2's format")] = None
-    chat_template_kwargs: Annotated[Any, Only({}, why="Llama 2's format has no options")] = None
+    chat_template_kwargs: Annotated[Any, Only({}, {"enable_thinking": False}, {"thinking": False},
+                                                 why="Llama 2's format has no options")] = None
     documents: Annotated[Any, Only([], why="put documents into the conversation")] = None
     mm_processor_kwargs: Annotated[Any, Only({}, why="messages are text alone")] = None
     include_reasoning: bool | None = None
@@ -333,6 +347,8 @@ def explained(details: Iterable[ErrorDetails], path: str = "") -> tuple[str, str
     """
     first = min(details, key=lambda detail: (detail["type"] != "extra_forbidden", detail["type"].endswith("_type")))
     place = [str(part) for part in first["loc"] if part != "body"]
+    if place[:1] == ["response_format"]:
+        del place[1:2]  # which of the forms is meant
     message = first["msg"].removeprefix("Value error, ")
     if first["type"] == "json_invalid":
         return f"the body is not valid JSON: {first.get('ctx', {}).get('error', message)}", None
@@ -346,7 +362,9 @@ def explained(details: Iterable[ErrorDetails], path: str = "") -> tuple[str, str
         return f"{named}: {rest}", named
     if not field:
         return "the body must be a JSON object", None
-    return f"{field}: {message[:1].lower()}{message[1:]}", field
+    if first["type"] != "value_error":  # pydantic's, which begin as sentences do
+        message = message[:1].lower() + message[1:]
+    return f"{field}: {message}", field
 
 
 def _meant(name: str, path: str) -> str:

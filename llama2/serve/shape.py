@@ -53,7 +53,7 @@ async def shaped(sampling: Sampling, asked: Sampled, tokenizer: Tokenizer) -> Sa
     form = asked.response_format
     if not isinstance(form, JsonObject | JsonBySchema):
         return sampling
-    schema = form.json_schema.schema_ if isinstance(form, JsonBySchema) else None
+    schema = form.json_schema.schema_ or {} if isinstance(form, JsonBySchema) else form.schema_ or None
     try:
         grammar = await asyncio.to_thread(json_grammar, tokenizer, schema)
     except UserError as error:

@@ -13,7 +13,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
-from io import TextIOWrapper
+from io import BufferedReader, TextIOWrapper
 from pathlib import Path
 from typing import TextIO
 
@@ -27,6 +27,7 @@ from llama2.generate.engine import Engine
 from llama2.generate.sampling import Sampling
 from llama2.model import checkpoint, quantize
 from llama2.printable import printable
+from llama2.reading.rows import marked
 from llama2.records import Dialog, Message, Messages
 from llama2.serve import keyboard
 from llama2.serve.keyboard import History
@@ -89,12 +90,23 @@ def run(config: Config) -> None:
     for stream in (sys.stdin, sys.stdout):
         if isinstance(stream, TextIOWrapper):
             stream.reconfigure(errors="replace")  # a stray byte must not end the session
-    if isinstance(sys.stdin, TextIOWrapper) and codecs.lookup(sys.stdin.encoding).name == "ascii":
-        sys.stdin.reconfigure(encoding="utf-8")  # of which ASCII is a part
+    if isinstance(sys.stdin, TextIOWrapper):
+        _decode(sys.stdin)
     history = _history() if config.history and sys.stdin.isatty() else None
     if not chat(Chat(engine, tokenizer), sampling, config.system, meter=engine, history=history, plain=config.plain,
                 each_line=config.each_line, commands=config.commands):
         sys.exit(UserError.exit_code)
+
+
+def _decode(source: TextIOWrapper) -> None:
+    """Read a source in the encoding that it names, as files of Windows do."""
+    if codecs.lookup(source.encoding).name == "ascii":
+        source.reconfigure(encoding="utf-8")  # of which ASCII is a part
+    if source.isatty() or not isinstance(source.buffer, BufferedReader):
+        return
+    head = source.buffer.peek(4)[:4]
+    if encoding := "utf-8-sig" if head.startswith(codecs.BOM_UTF8) else marked(head):
+        source.reconfigure(encoding=encoding)
 
 
 def _history() -> History | None:
@@ -122,10 +134,8 @@ def chat(
         session.meter = meter
         _converse(session, history)
         return True
-    session.complaint, session.commands = "llama2: error: ", commands
+    session.complaint, session.commands, session.alone = "llama2: error: ", commands, each_line
     for line in source:
-        if each_line:
-            session.begin()
         session.turn(line)
         if not session.open or session.outgrown:
             break
@@ -178,13 +188,13 @@ class Session:
 
     `failed` tells whether a line could not be answered or obeyed; `complaint` stands before the note that says why.
     `draft` is what the user's next message should begin with: the message that is being edited, where the source is
-    `editable`. `commands` tells whether lines may be commands. `outgrown` turns True when a message would have fitted
-    into the context but for what had been said before.
+    `editable`. `commands` tells whether lines may be commands, `alone` whether each message begins a conversation.
+    `outgrown` turns True when a message would have fitted into the context but for what had been said before.
     """
 
     def __init__(self, model: Chat, sampling: Sampling, system: str, show: Callable[[], Display]) -> None:
         self.open, self.failed, self.complaint, self.draft, self.editable = True, False, "", "", False
-        self.commands, self.outgrown = True, False
+        self.commands, self.alone, self.outgrown = True, False, False
         self.turns: list[Message] = []
         self.meter: Meter | None = None
         self._model, self._sampling, self._system = model, sampling, system
@@ -203,12 +213,14 @@ class Session:
             if command:
                 self._obey(command[1], (command[2] or "").strip())
             else:
+                if self.alone:
+                    self._begin()
                 self._answer(line, self._earlier()[1] if editing else self.turns)
         except UserError as error:
             self.failed = True
             _note(f"{self.complaint}{error}")
 
-    def begin(self) -> None:
+    def _begin(self) -> None:
         """A conversation as if there had been none before."""
         self.turns, self._last, self._asked = [], None, 0
 
@@ -271,7 +283,8 @@ class Session:
         return "the conversation ends here: --each-line answers every line alone" if self.outgrown else cure
 
     def _draw(self, messages: Messages, sampling: Sampling) -> str | None:
-        """Show an answer while it is drawn. It may be interrupted: what there is then is kept, None if nothing."""
+        """Show an answer while it is drawn. At a terminal it may be interrupted: what there is then is kept, None if
+        nothing. On a pipe an interruption ends the command."""
         said: list[str] = []
         screen = self._show()
         try:
@@ -282,6 +295,8 @@ class Session:
         except KeyboardInterrupt:
             if said:
                 screen.end()
+            if not self.editable:
+                raise
             _note("interrupted")
             if not said:
                 return None

@@ -97,6 +97,8 @@ class Turn(Strict):
     reasoning_content: Annotated[Any, Only("", why="the format has no place for reasoning")] = None
     parsed: Ignored = None
     cache_control: Ignored = None
+    id: Ignored = None
+    provider_specific_fields: Ignored = None
     type: Literal["text", "message"] | None = None
 
     @field_validator("role", mode="before")

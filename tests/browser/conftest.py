@@ -16,7 +16,7 @@ def browser() -> Iterator[Any]:
     playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
     if CHROMIUM is None:
         pytest.skip("no chromium on the PATH")
-    playwright.expect.set_options(timeout=20_000)  # only what fails waits so long; machines may be busy
+    playwright.expect.set_options(timeout=100_000)  # only what fails waits so long; machines may be busy
     with playwright.sync_playwright() as driver:
         chromium = driver.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
         yield chromium

@@ -3,11 +3,10 @@
     python tests/cases/run.py FOLDER [NAME ...]
 
 FOLDER holds the inputs, in the folders `data`, `recipe`, `formats` and `reliability`; without NAMEs all cases run. A
-NAME is that of a case, or of a script beside this one (`formats`); one that ends with * is the beginning of names.
-
-A case is a command line of `llama2`, carried out in this process or, where it may hang or crash, in one of its own with
-a time limit, or requests to a real server; and what must come of it. Exit status 1 if a case differs. The inputs are
-not part of this repository: the tests beside each module hold small ones of the same kinds.
+name is that of a case or of a module of cases, and one that ends with * is the beginning of names. A case is a command
+line of `llama2`, carried out in this process or, where it may hang or crash, in one of its own with a time limit, or
+requests to a real server; and what must come of it. Exit status 1 if a case differs, 2 if there is no such case. The
+inputs are not part of this repository: the tests beside each module hold small ones of the same kinds.
 """
 
 from __future__ import annotations
@@ -215,7 +214,7 @@ def surroundings(changes: Mapping[str, str | None]) -> dict[str, str]:
 class Case:
     """`work` carries the case out; `expected` says in words what must come of it; `script` is where it stands."""
 
-    script: str
+    module: str
     name: str
     expected: str
     work: Callable[[Bench], tuple[bool, str]]
@@ -229,8 +228,9 @@ def cases() -> Iterator[Case]:
 
 
 def is_named(case: Case, asked: str) -> bool:
-    return any(name.startswith(asked[:-1]) if asked.endswith("*") else name == asked
-               for name in (case.script, case.name))
+    """Whether a case is meant by a name: its own, its module's, or the beginning of either."""
+    names = (case.module, case.name)
+    return any(name.startswith(asked[:-1]) for name in names) if asked.endswith("*") else asked in names
 
 
 def main(arguments: list[str]) -> int:
@@ -238,11 +238,11 @@ def main(arguments: list[str]) -> int:
     if not arguments or not Path(arguments[0]).is_dir():
         print(__doc__, file=sys.stderr)
         return 2
-    names, every = arguments[1:], list(cases())
-    for name in names:
-        if not any(is_named(case, name) for case in every):
-            print(f"{name}: no such case", file=sys.stderr)
-            return 2
+    names = arguments[1:]
+    every = list(cases())
+    if unknown := [name for name in names if not any(is_named(case, name) for case in every)]:
+        print(f"no case is called {', '.join(unknown)}", file=sys.stderr)
+        return 2
     chosen = [case for case in every if not names or any(is_named(case, name) for name in names)]
     scratch = Path(tempfile.mkdtemp())
     wrong = []

@@ -87,7 +87,7 @@ def _bodies() -> Iterator[tuple[str, str, Work]]:
     yield "NUL and emoji", "are text", _gives(
         200, "POST", chat, json={**BODY, "messages": [{"role": "user", "content": "a\0b\U0001f600"}]})
     yield "gzip", "Content-Encoding is named", _gives(
-        400, "POST", chat, "content-encoding", content=gzip.compress(raw), headers={**kind, "Content-Encoding": "gzip"})
+        415, "POST", chat, "content-encoding", content=gzip.compress(raw), headers={**kind, "Content-Encoding": "gzip"})
     yield "identity", "is read", _gives(
         200, "POST", chat, content=raw, headers={**kind, "Content-Encoding": "identity"})
     yield "no content type", "explained", _gives(400, "POST", chat, content=raw)

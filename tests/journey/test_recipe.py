@@ -91,14 +91,18 @@ def story(tmp_path_factory: pytest.TempPathFactory) -> Story:
     finally:
         first.kill()
         first.wait()
-    wait_until(lambda: not any(map(alive, family)), seconds=10)
+    wait_until(lambda: not any(map(alive, family)), seconds=60)
     story.orphans = [process for process in family if alive(process)]
     story.finished_when_killed = finished(story.out)
 
     second = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=ENVIRONMENT)
-    assert wait_until(lambda: list(story.out.glob("sft/checkpoints/step-*")) or second.poll() is not None)
-    second.terminate()
-    story.stopped = second.communicate(timeout=200)[1]
+    try:
+        assert wait_until(lambda: list(story.out.glob("sft/checkpoints/step-*")) or second.poll() is not None)
+        second.terminate()
+        story.stopped = second.communicate(timeout=200)[1]
+    finally:
+        second.kill()
+        second.wait()
     story.status = second.returncode
 
     third = subprocess.run(command, capture_output=True, text=True, env=ENVIRONMENT, timeout=250)

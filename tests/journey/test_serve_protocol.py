@@ -70,7 +70,8 @@ def test_answers_may_be_sent_back(client):
 @pytest.mark.parametrize("fields", [
     {"refusal": None}, {"refusal": ""}, {"tool_calls": None}, {"tool_calls": []}, {"function_call": None},
     {"audio": None}, {"annotations": []}, {"annotations": None}, {"name": "bob"}, {"reasoning_content": None},
-    {"tool_call_id": None}, {"content": None}, {"content": []}, {"type": "text"},
+    {"tool_call_id": None}, {"content": None}, {"content": []}, {"type": "text"}, {"id": "msg_1"},
+    {"provider_specific_fields": None},
     {"content": [{"type": "text", "text": "b", "cache_control": {"type": "ephemeral"}}]},
 ])
 def test_a_turn_may_have_fields_that_say_nothing(served, fields):
@@ -93,6 +94,7 @@ NOTHING = {
     "continue_final_message": [None, False], "chat_template": [None], "chat_template_kwargs": [None, {}],
     "documents": [None, []], "return_token_ids": [None, False],
 }
+NOTHING["chat_template_kwargs"].append({"enable_thinking": False})
 NOTHING_IN_BOTH = {
     "metadata": [None, {}, {"a": "b"}], "store": [None, False, True], "service_tier": [None, "auto", "default"],
     "user": [None, "u"], "safety_identifier": [None, "u"], "prompt_cache_key": [None, "k"],
@@ -105,7 +107,8 @@ NOTHING_IN_BOTH = {
     "skip_special_tokens": [None, True], "include_stop_str_in_output": [None, False], "use_beam_search": [None, False],
     "length_penalty": [None, 1, 1.0], "priority": [None, 0], "guided_json": [None], "structured_outputs": [None, {}],
     "prompt_logprobs": [None], "truncate_prompt_tokens": [None], "bad_words": [None, []],
-    "allowed_token_ids": [None], "return_tokens_as_token_ids": [None, False], "model": [None, "policy"],
+    "allowed_token_ids": [None], "return_tokens_as_token_ids": [None, False], "model": [None, "policy", ""],
+    "max_tokens": [3.0],
 }
 OF_TEXTS = {"suffix": [None, ""], "echo": [None, False], "logprobs": [None, False], "return_token_ids": [None, False],
             "add_special_tokens": [None, True]}
@@ -127,6 +130,50 @@ def test_a_value_that_changes_nothing_is_accepted(served, path, body, fields):
                 assert choices == wanted, (name, value)
     everything = {name: None for name in fields if name != "seed"}
     assert served.post(path, **everything, **body, seed=7).status_code == 200
+
+
+SETTINGS = {  # of text-generation-webui, llama.cpp and others, all of them off
+    "typical_p": 1, "tfs": 1.0, "top_a": 0, "epsilon_cutoff": 0, "eta_cutoff": 0, "penalty_alpha": 0, "num_beams": 1,
+    "mirostat_mode": 0, "mirostat_tau": 5, "mirostat_eta": 0.1, "guidance_scale": 1, "negative_prompt": "",
+    "encoder_repetition_penalty": 1, "repetition_penalty_range": 0, "no_repeat_ngram_size": 0, "min_length": 0,
+    "smoothing_factor": 0, "smoothing_curve": 1, "dry_multiplier": 0, "dry_base": 1.75, "xtc_probability": 0,
+    "xtc_threshold": 0.1, "dynatemp_range": 0, "dynamic_temperature": False, "temperature_last": False,
+    "do_sample": True, "add_bos_token": True, "ban_eos_token": False, "truncation_length": 2048, "stopping_strings": [],
+    "custom_token_bans": "", "grammar_string": "", "cache_prompt": True, "repeat_penalty": 1.0, "repeat_last_n": 64,
+    "n_probs": 0, "id_slot": -1, "thinking": {"type": "disabled"}, "enable_thinking": False, "session_id": "x"}
+
+
+@pytest.mark.parametrize(("path", "body"), [
+    ("chat/completions", {"messages": ASK}), ("completions", {"prompt": "The cat"})])
+def test_settings_of_other_servers_may_be_off(served, path, body):
+    asked = {**body, "max_tokens": 3, "seed": 7}
+    found = served.post(path, **asked, **SETTINGS)
+    assert found.status_code == 200, found.text
+    assert found.json()["choices"] == served.post(path, **asked).json()["choices"]
+
+
+@pytest.mark.parametrize("seed", [None, -1])
+def test_without_a_seed_every_answer_is_another(served, seed):
+    """-1 is no seed to clients of vLLM and llama.cpp."""
+    said = [served.post("completions", prompt="The", max_tokens=30, temperature=2, logit_bias=LONG, seed=seed).json()
+            for _ in range(2)]
+    assert said[0]["choices"] != said[1]["choices"]
+
+
+@pytest.mark.parametrize("form", [
+    {"type": "json_object", "schema": {"type": "object", "properties": {"a": {"const": 5}}, "required": ["a"],
+                                       "additionalProperties": False}},
+    {"type": "json_schema", "json_schema": {"name": "x", "schema": {"const": {"a": 5}}}},
+])
+def test_both_ways_to_say_a_schema(served, form):
+    found = served.post("chat/completions", messages=ASK, response_format=form, max_tokens=60).json()
+    assert json.loads(found["choices"][0]["message"]["content"]) == {"a": 5}
+
+
+def test_a_schema_may_be_left_out(served):
+    for form in ({"name": "x"}, {"name": "x", "schema": None}, {"name": "x", "schema": {}}):
+        assert served.post("chat/completions", messages=ASK, max_tokens=3, response_format={
+            "type": "json_schema", "json_schema": form}).status_code == 200
 
 
 TOOL = {"type": "function", "function": {"name": "f", "parameters": {"type": "object", "properties": {}}}}
@@ -166,6 +213,15 @@ PICTURE = {"type": "image_url", "image_url": {"url": "data:image/png;base64,AAAA
     ({"max_tokens": -2}, "max_tokens", "greater than or equal to -1"),
     ({"max_tokens": 3, "max_completion_tokens": 4}, "max_completion_tokens", "not both"),
     ({"top_k": -2}, "top_k", "greater than or equal to -1"),
+    ({"typical_p": 0.9}, "typical_p", "this way to sample is not supported"),
+    ({"mirostat_mode": 2}, "mirostat_mode", "this way to sample is not supported"),
+    ({"repeat_penalty": 1.1}, "repeat_penalty", "use repetition_penalty"),
+    ({"grammar": "root ::= x"}, "grammar", "use response_format"),
+    ({"reasoning": {"effort": "high"}}, "reasoning", "without reasoning"),
+    ({"max_tokens": 2.5}, "max_tokens", "valid integer"),
+    ({"chat_template_kwargs": {"x": 1}}, "chat_template_kwargs", "Llama 2's format has no options"),
+    ({"response_format": {"type": "json_schema", "schema": {}}}, "response_format.schema", "unknown parameter"),
+    ({"response_format": {"type": "json_schema"}}, "response_format.json_schema", "required"),
     ({"stor": True}, "stor", "did you mean 'store'"),
     ({"top_kk": 1}, "top_kk", "did you mean 'top_k'"),
     ({"max_token": 1}, "max_token", "did you mean 'max_tokens'"),

@@ -79,7 +79,7 @@ class Completions:
             case "dropped":
                 return StreamingResponse(_breaking_off(), media_type="application/json")
             case "slow":
-                await asyncio.sleep(2.0)
+                await asyncio.sleep(6.0)
         choice = await asyncio.to_thread(self._choice, body)
         self.answered[(tuple(body["prompt"]), body["seed"])] += 1
         if body.get("stream"):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import signal
 import subprocess
 import sys
 import time
@@ -48,11 +47,13 @@ def test_a_killed_stage_asks_for_nothing_twice_and_may_go_to_another_address(tmp
              "--out", tmp_path / "run"]
     command = [sys.executable, "-m", "llama2.cli", *map(str, words), "--sample.server.url", server.url]
     process = subprocess.Popen(command, env={**os.environ, "OMP_NUM_THREADS": "1"})
-    while sum(server.answered.values()) < 9:
-        assert process.poll() is None
-        time.sleep(0.02)
-    os.kill(process.pid, signal.SIGKILL)
-    process.wait()
+    try:
+        while sum(server.answered.values()) < 9:
+            assert process.poll() is None
+            time.sleep(0.02)
+    finally:
+        process.kill()
+        process.wait()
     checkpoints = tmp_path / "run/checkpoints"
     parts = len((checkpoints / "parts/samples.jsonl").read_bytes().splitlines())
     (journal,) = checkpoints.glob("answers/*/0.jsonl")  # those of finished parts are gone

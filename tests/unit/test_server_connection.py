@@ -20,7 +20,7 @@ ASK = json.dumps({"messages": [{"role": "user", "content": "a"}], "max_tokens": 
 
 @pytest.fixture(scope="module")
 def hasty(policy: Path) -> Iterator[Served]:
-    with serving(policy, slots=2, limits={"head_seconds": 0.3, "body_bytes": 2000, "idle_seconds": 0.6}) as running:
+    with serving(policy, slots=2, limits={"head_seconds": 1.0, "body_bytes": 2000, "idle_seconds": 2.0}) as running:
         yield running
 
 
@@ -31,7 +31,7 @@ def narrow(policy: Path) -> Iterator[Served]:
 
 
 def heard(link: socket.socket) -> bytes:
-    link.settimeout(20)
+    link.settimeout(100)
     whole = b""
     while part := link.recv(65536):
         whole += part

@@ -14,7 +14,13 @@ ASK = {"messages": [{"role": "user", "content": "Name a colour."}], "max_tokens"
 
 @pytest.fixture(scope="module")
 def served(policy):
-    with serving(policy, slots=2, limits={"body_bytes": 2000, "body_seconds": 0.3, "seconds": 0.5}) as running:
+    with serving(policy, slots=2, limits={"body_bytes": 2000}) as running:
+        yield running
+
+
+@pytest.fixture(scope="module")
+def hasty(policy):
+    with serving(policy, slots=2, limits={"body_seconds": 0.5, "seconds": 0.5}) as running:
         yield running
 
 
@@ -27,6 +33,8 @@ def test_keys(policy, capsys):
             answer = httpx.post(f"{served.url}/v1/chat/completions", json=ASK, headers=headers)
             assert answer.status_code == 401
             assert answer.json()["error"]["code"] == "invalid_api_key"
+        for target in ("//v1/models", "/v1/models/", "HTTP://localhost//v1/models"):
+            assert get(served, target).startswith(b"HTTP/1.1 401 ")
         assert httpx.get(f"{served.url}/health").status_code == 200
     assert "first" not in capsys.readouterr().err
 
@@ -54,7 +62,7 @@ def test_a_page_elsewhere_cannot_send_a_form(served):
     assert "access-control-allow-origin" not in answer.headers
 
 
-def raw(served, head, body=b"", wait=5.0):
+def raw(served, head, body=b"", wait=60.0):
     with socket.create_connection(served.address, wait) as link:
         link.sendall(f"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\n{head}\r\n\r\n".encode() + body)
         heard = b""
@@ -72,22 +80,20 @@ def test_large_requests_are_refused_early(served):
         b"HTTP/1.1 413 ")
 
 
-def test_slow_requests_are_given_up(served):
-    begin = time.monotonic()
-    assert raw(served, "Content-Type: application/json\r\nContent-Length: 100", b"{").startswith(b"HTTP/1.1 408 ")
-    assert time.monotonic() - begin < 3
+def test_slow_requests_are_given_up(hasty):
+    assert raw(hasty, "Content-Type: application/json\r\nContent-Length: 100", b"{").startswith(b"HTTP/1.1 408 ")
 
 
-def test_long_answers_are_given_up(served, monkeypatch):
-    step = served.worker._session.step
-    monkeypatch.setattr(served.worker._session, "step", lambda: (time.sleep(0.05), step())[1])
+def test_long_answers_are_given_up(hasty, monkeypatch):
+    step = hasty.worker._session.step
+    monkeypatch.setattr(hasty.worker._session, "step", lambda: (time.sleep(0.05), step())[1])
     asked = {**ASK, "max_tokens": 200, "logit_bias": {"2": -100}}
-    answer = served.post("chat/completions", **asked)
+    answer = hasty.post("chat/completions", **asked)
     assert answer.status_code == 408
     assert "ask for fewer tokens" in answer.json()["error"]["message"]
-    lines = served.post("chat/completions", **asked, stream=True).text.strip().split("\n\n")
+    lines = hasty.post("chat/completions", **asked, stream=True).text.strip().split("\n\n")
     assert json.loads(lines[-1].removeprefix("data: "))["error"]["code"] == "timeout"
-    wait_for(lambda: served.worker._session.running == 0)
+    wait_for(lambda: hasty.worker._session.running == 0)
 
 
 @pytest.mark.parametrize("body", [
@@ -144,13 +150,28 @@ def test_a_wrong_method_is_told_the_right_ones(served, method, path, allowed):
 
 
 @pytest.mark.parametrize(("target", "status"), [
-    ("/v1/models/", 200), ("/v1/models//", 200), ("/health/", 200), ("/v1/models?limit=20", 200), ("//v1/models", 404),
+    ("/v1/models/", 200), ("/v1/models//", 200), ("/health/", 200), ("/v1/models?limit=20", 200), ("//v1/models", 200),
     ("/v1", 404), ("/models", 404), ("*", 404), ("/v1/models/none", 404),
 ])
 def test_targets(served, target, status):
     heard = get(served, target)
     assert heard.startswith(b"HTTP/1.1 %d " % status)
     assert status == 200 or b'{"error":{' in heard
+
+
+@pytest.mark.parametrize(("path", "said"), [
+    ("/models", "ask /v1/models: a client's base URL ends in /v1"),
+    ("/chat/completions", "ask /v1/chat/completions: "), ("/v1/v1/chat/completions", "ask /v1/chat/completions: "),
+    ("/v1/embeddings", "this server has /v1/chat/completions, /v1/completions, /v1/score, /v1/models"),
+    ("/v1/responses", "this server has /v1/chat/completions, "), ("/v1", "this server has /v1/chat/completions, "),
+    ("/api/chat", "this server has /v1/chat/completions, "), ("/robots.txt", "GET /robots.txt: Not Found"),
+])
+def test_what_is_not_there_has_something_in_its_place(served, path, said):
+    for answer in (httpx.get(f"{served.url}{path}"), httpx.post(f"{served.url}{path}", json={"input": "a"})):
+        assert answer.status_code == 404
+        error = answer.json()["error"]
+        assert said.removeprefix("GET ") in error["message"]
+        assert error["type"] == "invalid_request_error"
 
 
 def test_a_target_may_be_a_whole_address_and_then_names_the_host(served):

@@ -44,7 +44,7 @@ async def follow(ticket):
 
 
 async def until(condition):
-    end = time.monotonic() + 20
+    end = time.monotonic() + 100
     while not condition():
         assert time.monotonic() < end
         await asyncio.sleep(0.002)

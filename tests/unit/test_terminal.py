@@ -25,6 +25,7 @@ from llama2.model import checkpoint
 from llama2.model.llama import Llama, LlamaConfig
 from llama2.records import Dialog, Messages
 from llama2.serve import models, terminal
+from llama2.serve.screen import display
 from llama2.tokenizer.tokenizer import Tokenizer
 from llama2.tokenizer.train import train
 
@@ -70,6 +71,14 @@ def test_a_pipe_gets_one_answer_a_line_and_nothing_else(capsys: pytest.CaptureFi
     heard = capsys.readouterr()
     assert heard.out == ""
     assert "/save FILE" in heard.err
+
+
+def test_commands_between_lines_that_stand_alone(tmp_path: Path) -> None:
+    file = tmp_path / "said.jsonl"
+    _, model = talk(f"one\n/retry\n/save {file}\ntwo\n/save {file}\n", each_line=True)
+    assert [contents(messages) for messages, _ in model.asked] == [["one"], ["one"], ["two"]]
+    assert [contents(dialog.messages) for dialog in records.read(Dialog, file)] == [
+        ["one", "you said one"], ["two", "you said two"]]
 
 
 def test_lines_of_a_pipe_are_text_unless_asked(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -130,9 +139,22 @@ def test_a_conversation_beyond_the_context_goes_on(capsys: pytest.CaptureFixture
 
 
 def test_an_interrupted_answer_is_kept_and_an_empty_one_is_not() -> None:
-    answers, model = talk("stop\nnever\ntwo\n")
-    assert answers == "you said\nyou said two\n"
+    model, sink = Parrot(), io.StringIO()
+    session = terminal.Session(model, Sampling(), "", display(sink, plain=True))  # type: ignore[arg-type]
+    session.editable = True  # somebody is there
+    for line in ("stop", "never", "two"):
+        session.turn(line)
+    assert sink.getvalue() == "you said\nyou said two\n"
     assert contents(model.asked[2][0]) == ["stop", "you said", "two"]
+
+
+@pytest.mark.parametrize("word", ["stop", "never"])
+@pytest.mark.parametrize("each_line", [False, True])
+def test_an_interruption_ends_a_pipe(word: str, each_line: bool) -> None:
+    model = Parrot()
+    with pytest.raises(KeyboardInterrupt):
+        talk(f"one\n{word}\ntwo\n", model=model, each_line=each_line)
+    assert [messages[-1].content for messages, _ in model.asked] == ["one", word]
 
 
 def test_quit_ends_a_pipe() -> None:
@@ -205,7 +227,6 @@ class Conversation:
         self.process = subprocess.Popen([sys.executable, str(script), str(self._asked), *options], stdin=inner,
                                         stdout=inner, stderr=inner, start_new_session=True, env=environment)
         os.close(inner)
-        self.sees(">")
 
     def type(self, text: str, *then: str) -> None:
         """Type, and wait for what appears then, one after the other."""
@@ -224,6 +245,11 @@ class Conversation:
         self._seen = self._seen.partition(text)[2]
 
     def __enter__(self) -> "Conversation":
+        try:
+            self.sees(">")
+        except BaseException:
+            self.__exit__()
+            raise
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -233,7 +259,7 @@ class Conversation:
 
     def leave(self) -> list[list[str]]:
         self.type("\x04", "left asked.jsonl")
-        assert self.process.wait(30) == 0
+        assert self.process.wait(100) == 0
         return [json.loads(line) for line in self._asked.read_text().splitlines()]
 
 
@@ -306,6 +332,17 @@ def piped(directory: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Captu
     heard = capsys.readouterr()
     assert isinstance(status, int)
     return status, heard.out.count("\n"), heard.err.splitlines()
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16", "utf-32"])
+def test_a_byte_order_mark_is_no_part_of_the_first_line(
+        encoding: str, directory: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    said: list[str] = []
+    monkeypatch.setattr(terminal.Session, "turn", lambda session, line: said.append(line.strip()))
+    content = "the f\u00f6x\r\nthe dog\r\n".encode(encoding)
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BufferedReader(io.BytesIO(content)), "utf-8"))
+    terminal.run(terminal.Config(checkpoint=directory))
+    assert said == ["the f\u00f6x", "the dog"]
 
 
 def test_a_conversation_of_a_pipe_ends_where_the_context_does(
