@@ -53,15 +53,18 @@ class Only:
 
 _SAMPLER = "this way to sample is not supported by this server"
 _FORM = "use response_format"
+_RANGE = "repetition_penalty_range"
 FOREIGN: Mapping[str, Only] = {
-    **dict.fromkeys(("typical", "typical_p", "tfs", "tfs_z", "encoder_repetition_penalty", "guidance_scale"),
+    **dict.fromkeys(("typical", "typical_p", "typ_p", "tfs", "tfs_z", "encoder_repetition_penalty",
+                     "guidance_scale"),
                     Only(1, why=_SAMPLER)),
     **dict.fromkeys(("top_a", "top_n_sigma", "nsigma", "epsilon_cutoff", "eta_cutoff", "penalty_alpha", "mirostat",
                      "mirostat_mode", "smoothing_factor", "dry_multiplier", "xtc_probability", "dynatemp_range",
-                     "no_repeat_ngram_size", "repetition_penalty_range"), Only(0, why=_SAMPLER)),
+                     "no_repeat_ngram_size"), Only(0, why=_SAMPLER)),
+    _RANGE: Only(0, why="repetition_penalty regards the whole text"),
     **dict.fromkeys(("dynamic_temperature", "temperature_last"), Only(False, why=_SAMPLER)),
     **dict.fromkeys(("samplers", "sampler_priority", "sampler_order"),
-                    Only([], why="the order of the ways to sample is fixed")),
+                    Only([], "", why="the order of the ways to sample is fixed")),
     "num_beams": Only(1, why=BEAMS),
     "repeat_penalty": Only(1, why="use repetition_penalty"),
     "do_sample": Only(True, why="set temperature to 0 for the likeliest tokens"),
@@ -73,7 +76,8 @@ FOREIGN: Mapping[str, Only] = {
     **dict.fromkeys(("banned_tokens", "banned_strings", "custom_token_bans"), Only([], "", why="use logit_bias")),
     **dict.fromkeys(("grammar", "grammar_string", "json_schema"), Only("", {}, why=_FORM)),
     "negative_prompt": Only("", why=_SAMPLER),
-    "enable_thinking": Only(False, why=REASONING),
+    "preset": Only("", "None", why="send the settings of the preset"),
+    **dict.fromkeys(("enable_thinking", "think"), Only(False, why=REASONING)),
     "thinking": Only({}, {"type": "disabled"}, why=REASONING),
     "reasoning": Only({}, {"enabled": False}, {"effort": "none"}, why=REASONING),
 }
@@ -82,7 +86,9 @@ HINTS = frozenset((
     "mirostat_tau", "mirostat_eta", "smoothing_curve", "dry_base", "dry_allowed_length", "dry_sequence_breakers",
     "dry_penalty_last_n", "xtc_threshold", "dynatemp_low", "dynatemp_high", "dynatemp_exponent",  # of what is off
     "repeat_last_n", "truncation_length", "auto_max_new_tokens", "max_tokens_second", "cache_prompt", "slot_id",
-    "id_slot", "timings_per_token", "return_progress", "keep_alive", "session_id", "chat_id"))
+    "id_slot", "timings_per_token", "return_progress", "reasoning_format", "backend_sampling", "static_cache",
+    "prompt_lookup_num_tokens", "num_ctx", "num_keep", "num_batch", "num_thread", "num_gpu", "use_mmap", "use_mlock",
+    "keep_alive", "session_id", "chat_id"))
 """fields of other servers that are no part of what is asked for"""
 
 
@@ -91,7 +97,8 @@ def without_foreign(body: Any) -> Any:
     if not isinstance(body, dict):
         return body
     for name, field in FOREIGN.items():
-        if not field.allows(body.get(name)):
+        idle = name == _RANGE and body.get("repetition_penalty") in (None, 1)  # there is no penalty
+        if not (idle or field.allows(body.get(name))):
             raise ValueError(f"{name}: {field.why}")
     return {name: value for name, value in body.items() if name not in FOREIGN and name not in HINTS}
 

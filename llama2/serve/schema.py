@@ -151,12 +151,12 @@ class Sampled(Strict):
     @model_validator(mode="before")
     @classmethod
     def _said(cls, body: Any) -> Any:
-        """What a request says for this server. JSON has one kind of number: 5.0 is as whole as 5."""
+        """What a request says for this server: null says nothing, and JSON has one kind of number, so 5.0 is 5."""
         said = without_foreign(body)
         if not isinstance(said, dict):
             return said
         return {name: int(value) if isinstance(value, float) and value.is_integer() else value
-                for name, value in said.items()}
+                for name, value in said.items() if value is not None or name in cls.model_fields}
 
     @field_validator("logit_bias")
     @classmethod

@@ -135,12 +135,13 @@ def test_a_value_that_changes_nothing_is_accepted(served, path, body, fields):
 SETTINGS = {  # of text-generation-webui, llama.cpp and others, all of them off
     "typical_p": 1, "tfs": 1.0, "top_a": 0, "epsilon_cutoff": 0, "eta_cutoff": 0, "penalty_alpha": 0, "num_beams": 1,
     "mirostat_mode": 0, "mirostat_tau": 5, "mirostat_eta": 0.1, "guidance_scale": 1, "negative_prompt": "",
-    "encoder_repetition_penalty": 1, "repetition_penalty_range": 0, "no_repeat_ngram_size": 0, "min_length": 0,
+    "encoder_repetition_penalty": 1, "repetition_penalty_range": 1024, "no_repeat_ngram_size": 0, "min_length": 0,
     "smoothing_factor": 0, "smoothing_curve": 1, "dry_multiplier": 0, "dry_base": 1.75, "xtc_probability": 0,
     "xtc_threshold": 0.1, "dynatemp_range": 0, "dynamic_temperature": False, "temperature_last": False,
     "do_sample": True, "add_bos_token": True, "ban_eos_token": False, "truncation_length": 2048, "stopping_strings": [],
     "custom_token_bans": "", "grammar_string": "", "cache_prompt": True, "repeat_penalty": 1.0, "repeat_last_n": 64,
-    "n_probs": 0, "id_slot": -1, "thinking": {"type": "disabled"}, "enable_thinking": False, "session_id": "x"}
+    "n_probs": 0, "id_slot": -1, "thinking": {"type": "disabled"}, "enable_thinking": False, "session_id": "x",
+    "samplers": "", "preset": "None", "num_ctx": 2048, "kv_transfer_params": None, "of_nobody": None}
 
 
 @pytest.mark.parametrize(("path", "body"), [
@@ -214,6 +215,9 @@ PICTURE = {"type": "image_url", "image_url": {"url": "data:image/png;base64,AAAA
     ({"max_tokens": 3, "max_completion_tokens": 4}, "max_completion_tokens", "not both"),
     ({"top_k": -2}, "top_k", "greater than or equal to -1"),
     ({"typical_p": 0.9}, "typical_p", "this way to sample is not supported"),
+    ({"repetition_penalty": 1.1, "repetition_penalty_range": 64}, "repetition_penalty_range", "the whole text"),
+    ({"messages": None}, "messages", "valid list"),
+    ({"of_nobody": 0}, "of_nobody", "unknown parameter"),
     ({"mirostat_mode": 2}, "mirostat_mode", "this way to sample is not supported"),
     ({"repeat_penalty": 1.1}, "repeat_penalty", "use repetition_penalty"),
     ({"grammar": "root ::= x"}, "grammar", "use response_format"),
