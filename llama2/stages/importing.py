@@ -98,7 +98,8 @@ def _tokenizer(source: Source, config: Config) -> tuple[Tokenizer | None, str]:
     if place is None:
         return None, (f"no tokenizer came with it: it can be neither trained nor talked to before its {hf.TOKENIZER} "
                       f"lies in {config.out} (or import it again with --tokenizer FILE){_candidates(source)}")
-    tokenizer, size = Tokenizer.load(place), source.config.vocab_size
+    size = source.config.vocab_size
+    tokenizer = Tokenizer.load(place, size)
     tokenizer.check_bos(source.path, source.config.bos_token_id)
     count = tokenizer.vocab_size
     if count > size:

@@ -58,20 +58,23 @@ class Fast:
 
 
 # ---- which files there are ------------------------------------------------------------------------------------------
-def find(directory: Path) -> Path | Held | None:
-    """The tokenizer in a directory: of its `tokenizer.model` and what was added, else of `tokenizer.json`."""
+def find(directory: Path, size: int | None = None) -> Path | Held | None:
+    """The tokenizer in a directory: of its `tokenizer.model` and what was added, else of `tokenizer.json`.
+
+    `size` is the vocabulary of the model that it is for, where no config.json beside it says so.
+    """
     model, fast = directory / MODEL, directory / JSON
     if model.exists():
-        return Held(str(model), functools.cache(lambda: _with_added(model)))
-    return of_json(fast) if fast.exists() else None
+        return Held(str(model), functools.cache(lambda: _with_added(model, size)))
+    return of_json(fast, size) if fast.exists() else None
 
 
-def of_json(file: Path) -> Held:
+def of_json(file: Path, size: int | None = None) -> Held:
     """The tokenizer in a `tokenizer.json`."""
-    return Held(str(file), functools.cache(lambda: _built(file)))
+    return Held(str(file), functools.cache(lambda: _built(file, size)))
 
 
-def _with_added(model: Path) -> bytes:
+def _with_added(model: Path, most: int | None) -> bytes:
     content = pieces.content(model)
     settings = model.parent / SETTINGS
     if _object(settings).get("add_prefix_space") is False:
@@ -88,7 +91,7 @@ def _with_added(model: Path) -> bytes:
             raise UserError(f"{model.parent}: the added tokens give id {token} to {entry.text!r}, {MODEL} to "
                             f"{items[token].text!r}", "the files are of different tokenizers: put those of this model "
                             "there")
-    size = _size(model.parent, len(items), added)
+    size = _size(model.parent, len(items), added, most)
     return pieces.extended(content, [_item(added[token]) if token in added else pieces.padding(token)
                                      for token in range(len(items), size)])
 
@@ -99,9 +102,10 @@ def _item(entry: Added) -> Piece:
     return Piece(entry.text.replace(" ", SPACE), 0.0, USER_DEFINED)
 
 
-def _size(place: Path, known: int, added: dict[int, Added]) -> int:
-    """How many items there are, with the added ones. Those that the model beside has no place for are dropped."""
-    most = _object(place / "config.json").get("vocab_size")
+def _size(place: Path, known: int, added: dict[int, Added], most: int | None) -> int:
+    """How many items there are, with the added ones. Those that the model has no place for are dropped."""
+    if most is None:
+        most = _object(place / "config.json").get("vocab_size")
     if isinstance(most, int) and (beyond := [token for token in added if token >= max(known, most)]):
         names = ", ".join(f"{added.pop(token).text!a}" for token in beyond)
         say_once(f"note: {place}: the added tokens {names} have ids beyond the model's vocabulary of {most}, so it can "
@@ -250,11 +254,11 @@ def _prefix(values: Mapping[str, Any]) -> bool:
     return bool(scheme != "never")
 
 
-def _built(file: Path) -> bytes:
+def _built(file: Path, most: int | None) -> bytes:
     """The SentencePiece model that gives the ids of a `tokenizer.json`."""
     fast = read(file)
     added = _added(file.parent, fast.added)
-    size = _size(file.parent, max(fast.texts.values()) + 1, added)
+    size = _size(file.parent, max(fast.texts.values()) + 1, added, most)
     named = {token: text for text, token in fast.texts.items()}
     for token, entry in added.items():
         if named.get(token, entry.text) != entry.text:

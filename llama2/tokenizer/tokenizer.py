@@ -57,20 +57,21 @@ class Tokenizer:
         """items that no text spells, name -> id: BOS, EOS, and whatever else was added; padding is not among them"""
 
     @classmethod
-    def load(cls, place: str | os.PathLike[str] | Held) -> Tokenizer:
+    def load(cls, place: str | os.PathLike[str] | Held, size: int | None = None) -> Tokenizer:
         """From a tokenizer.model or tokenizer.json, or from the directory that holds one (a checkpoint is such a
         directory), or from inside another file.
 
         Of a directory that holds both, tokenizer.model is taken; if the other gives other ids, it is said on stderr.
-        With it come the ends of answers and the chat template that the directory names.
+        With it come the ends of answers and the chat template that the directory names. `size` is the vocabulary of
+        the model that it is for: added tokens beyond it are left out, aloud.
         """
         if isinstance(place, Held):
             return cls(place.make(), place.place)
         path = Path(place)
         if not path.is_dir():
-            held = foreign.of_json(path) if path.suffix == ".json" and path.exists() else path
+            held = foreign.of_json(path, size) if path.suffix == ".json" and path.exists() else path
             return cls(pieces.content(held), str(held))
-        found = foreign.find(path)
+        found = foreign.find(path, size)
         if found is None:
             raise UserError(f"{path / FILE}: no such file or directory, and no {huggingface.JSON} either",
                             "check the path")

@@ -18,7 +18,7 @@ from transformers import AutoTokenizer
 from llama2.records import messages_of
 from llama2.tokenizer import Tokenizer, encode_dialog, encode_prompt, merges, pieces
 
-CASES = Path(__file__).parents[1] / "cases" / "tokenizers.py"
+CASES = Path(__file__).parents[1] / "cases" / "fast_tokenizers.py"
 
 
 @pytest.fixture(scope="module")

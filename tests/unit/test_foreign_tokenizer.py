@@ -203,6 +203,9 @@ def test_those_that_the_model_has_no_place_for_are_left_out_aloud(directory: Pat
     (directory / "config.json").write_text(json.dumps({"vocab_size": size}))
     assert Tokenizer.load(directory).fingerprint == tokenizer.fingerprint
     assert re.search(f"'<pad>' have ids beyond the model's vocabulary of {size}", capsys.readouterr().err)
+    (directory / "config.json").unlink()  # as beside an adapter
+    assert Tokenizer.load(directory).vocab_size == size + 1
+    assert Tokenizer.load(directory, size).fingerprint == tokenizer.fingerprint
 
 
 @pytest.mark.parametrize(("files", "message"), [

@@ -179,6 +179,16 @@ def test_its_tokenizer_goes_before_that_of_the_base(tmp_path: Path, base: Path) 
     assert str(open_source(path).tokenizer) == str(path / "tokenizer.model")
 
 
+def test_what_ends_its_answers_is_added_to_what_ends_those_of_the_base(tmp_path: Path, base: Path) -> None:
+    path = adapter(tmp_path / "adapter")
+    assert open_source(path).config.stops == (2,)
+    (path / "tokenizer_config.json").write_text(json.dumps({"eos_token": "<|im_end|>"}))
+    (path / "added_tokens.json").write_text(json.dumps({"<|im_end|>": 39}))
+    assert open_source(path).config.stops == (39, 2)
+    (path / "added_tokens.json").write_text(json.dumps({"<|im_end|>": 40}))  # which the model cannot say
+    assert open_source(path).config.stops == (2,)
+
+
 SETTINGS = [
     ({"peft_type": "LOHA"}, "peft_type is 'LOHA'"), ({"use_dora": True}, "use_dora is True"),
     ({"trainable_token_indices": [3]}, r"trainable_token_indices is \[3\]"), ({"lora_bias": True}, "lora_bias is True"),

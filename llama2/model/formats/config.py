@@ -62,7 +62,7 @@ _SAYS_NOTHING = """
     repetition_penalty length_penalty no_repeat_ngram_size encoder_no_repeat_ngram_size bad_words_ids
     num_return_sequences exponential_decay_length_penalty remove_invalid_values renormalize_logits
     num_labels id2label label2id is_decoder is_encoder_decoder original_max_position_embeddings multiple_of
-    ffn_dim_multiplier unsloth_version unsloth_fixed is_llama_config
+    ffn_dim_multiplier unsloth_version unsloth_fixed is_llama_config group_size_ratio num_logits_to_keep
 """
 """dtypes, provenance, speed, training, sampling, labels and what describes the sizes once more"""
 _WITHOUT_EFFECT = frozenset(_SAYS_NOTHING.split())

@@ -264,7 +264,7 @@ def _config(path: Path, header: Header) -> LlamaConfig:
     if architecture != "llama":
         raise UserError(f"{path}: the architecture is {architecture!r}, not 'llama'",
                         "only models of the Llama 2 family can be read")
-    if metadata.get("split.count", 1) != 1:
+    if metadata.get("split.count", 1) not in (0, 1):  # 0 where llama.cpp has joined the parts
         raise UserError(f"{path}: one of {metadata['split.count']} parts of a model", "join them with llama.cpp's "
                         "llama-gguf-split --merge")
     values: dict[str, Any] = {}
@@ -414,8 +414,10 @@ def _tokenizer(path: Path, header: Header, config: LlamaConfig) -> Held | None:
 def _vocabulary(path: Path, metadata: Mapping[str, Any], config: LlamaConfig) -> bytes:
     kind = metadata["tokenizer.ggml.model"]
     if kind != "llama":
-        raise UserError(f"{path}: its tokenizer is of the kind {kind!r}; only those of Llama 2's kind ('llama': "
-                        "SentencePiece BPE) can be read", "give the tokenizer.model of this model: --tokenizer FILE")
+        what = " (byte-level BPE, as Llama 3 has)" if kind == "gpt2" else ""
+        raise UserError(f"{path}: its tokenizer is of the kind {kind!r}{what}; only those of Llama 2's kind ('llama': "
+                        "SentencePiece BPE) can be read", "take a model of the Llama 2 family; if this is one, give "
+                        "its tokenizer.model: --tokenizer FILE")
     try:
         items = _items(path, metadata, config)
         pieces.check(items, str(path), f"{FETCH_AGAIN}, or give a tokenizer: --tokenizer FILE")

@@ -7,7 +7,8 @@ says. Settings that would mean another sum (DoRA and many more) are refused by n
 
 Modules that were trained whole (`modules_to_save`) take the place of the base's. Where a vocabulary has grown, PEFT
 saves them up to three times: what was trained under two names, and what was there before as `original_module`, which
-nobody needs. An adapter may part the output matrix from embeddings that the base shares with it.
+nobody needs. An adapter may part the output matrix from embeddings that the base shares with it. Where the files of a
+tokenizer lie beside it, they go before those of the base, and their EOS ends answers as well.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ import torch
 from torch import Tensor
 
 from llama2 import plain
-from llama2.beside import chat_template
+from llama2.beside import chat_template, stop_ids
 from llama2.errors import UserError
 from llama2.model.formats import directory, hf
 from llama2.model.formats.binary import EMBEDDINGS, HEAD
@@ -118,13 +119,15 @@ def read(path: Path, base: Source, dtype: torch.dtype | None = None) -> Source:
         tensors[name] = _merged(adapter, module, pair, tensors[name], dtype or tensors[name].dtype)
     if EMBEDDINGS in adapter.whole and len(adapter.whole[EMBEDDINGS].shape) == 2:
         config = replace(config, vocab_size=adapter.whole[EMBEDDINGS].shape[0])  # new items were added
+    config = replace(config, eos_token_id=(*stop_ids(path, config.vocab_size), *config.stops))
     shapes = directory.shapes(config, scorer=scorer)
     if HEAD not in shapes:  # equal to the embeddings
         tensors.pop(HEAD, None)
     directory.check_shapes(path, shapes, {name: stored.shape for name, stored in tensors.items()},
                            f"its base {base.path}")
+    tokenizer = foreign.find(path, config.vocab_size) or base.tokenizer
     return Source(path, f"PEFT adapter of {base.format}", config, scorer, {name: tensors[name] for name in shapes},
-                  foreign.find(path) or base.tokenizer, chat_template(path) or base.template, base.remarks)
+                  tokenizer, chat_template(path) or base.template, base.remarks)
 
 
 def _open(path: Path) -> _Adapter:
