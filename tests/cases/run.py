@@ -2,11 +2,11 @@
 
     python tests/cases/run.py FOLDER [NAME ...]
 
-FOLDER holds the inputs, in the folders `data`, `recipe`, `formats` and `reliability`; without NAMEs all cases run, and
-a name that ends with * is the beginning of names. A case is a command line of `llama2`, carried out in this process or,
-where it may hang or crash, in one of its own with a time limit, or requests to a real server; and what must come of it.
-Exit status 1 if a case differs. The inputs are not
-part of this repository: the tests beside each module hold small ones of the same kinds.
+FOLDER holds the inputs, in the folders `data`, `recipe`, `formats` and `reliability`; without NAMEs all cases run. A
+name that ends with * is the beginning of names, and that of a module (`reliability`) stands for its cases. A case is a
+command line of `llama2`, carried out in this process or, where it may hang or crash, in one of its own with a time
+limit, or requests to a real server; and what must come of it. Exit status 1 if a case differs. The inputs are not part
+of this repository: the tests beside each module hold small ones of the same kinds.
 """
 
 from __future__ import annotations
@@ -214,6 +214,7 @@ def surroundings(changes: Mapping[str, str | None]) -> dict[str, str]:
 class Case:
     """`work` carries the case out; `expected` says in words what must come of it."""
 
+    module: str
     name: str
     expected: str
     work: Callable[[Bench], tuple[bool, str]]
@@ -223,10 +224,15 @@ def cases() -> Iterator[Case]:
     """Every case, those of data first."""
     for module in MODULES:
         for name, expected, work in module.cases():
-            yield Case(name, expected, work)
+            yield Case(module.__name__, name, expected, work)
 
 
-def is_named(name: str, asked: str) -> bool:
+def is_named(case: Case, asked: str) -> bool:
+    """Whether a case is asked for, by its own name or by that of its module."""
+    return any(_fits(name, asked) for name in (case.module, case.name))
+
+
+def _fits(name: str, asked: str) -> bool:
     return name.startswith(asked[:-1]) if asked.endswith("*") else name == asked
 
 
@@ -236,7 +242,7 @@ def main(arguments: list[str]) -> int:
         print(__doc__, file=sys.stderr)
         return 2
     names = arguments[1:]
-    chosen = [case for case in cases() if not names or any(is_named(case.name, name) for name in names)]
+    chosen = [case for case in cases() if not names or any(is_named(case, name) for name in names)]
     scratch = Path(tempfile.mkdtemp())
     wrong = []
     bench = Bench(Path(arguments[0]).resolve(), scratch)
