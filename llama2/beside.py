@@ -14,6 +14,7 @@ from typing import Any
 
 from llama2 import plain
 from llama2.errors import UserError
+from llama2.printable import shown
 
 CONFIG, GENERATION = "config.json", "generation_config.json"
 TEMPLATE, SETTINGS, ADDED = "chat_template.jinja", "tokenizer_config.json", "added_tokens.json"
@@ -34,7 +35,8 @@ def stop_ids(directory: Path, size: int | None = None) -> tuple[int, ...]:
             raise UserError(f"{file}: eos_token_id is []", "name an id that ends an answer")
         for token in ids:
             if isinstance(token, bool) or not isinstance(token, int):
-                raise UserError(f"{file}: eos_token_id is {listed!r}", "a whole number was expected, or a list of them")
+                raise UserError(f"{file}: eos_token_id is {shown(listed)}",
+                                "a whole number was expected, or a list of them")
             if size is not None and not 0 <= token < size:
                 raise UserError(f"{file}: eos_token_id is {token}",
                                 f"it must be an id of the vocabulary, at least 0 and below vocab_size {size}")

@@ -77,7 +77,11 @@ def explain_os_errors(path: str | os.PathLike[str]) -> Iterator[None]:
         if error.errno is None:  # a library's own
             raise UserError(f"{path}: {error or type(error).__name__}", "check the file and its disk") from error
         cause, cure = cures.get(error.errno, (os.strerror(error.errno).lower(), "check the path and its disk"))
-        raise UserError(f"{_named(error, path)}: {cause}", cure) from error
+        named = _named(error, path)
+        if error.errno == errno.EEXIST and os.path.islink(named) and not os.path.exists(named):
+            cause = f"a link to {os.readlink(named)}, which is not there"
+            cure = "bring back what it leads to (is its disk mounted?), or delete the link"
+        raise UserError(f"{named}: {cause}", cure) from error
 
 
 def _named(error: OSError, path: str | os.PathLike[str]) -> str:

@@ -23,7 +23,7 @@ import sentencepiece
 from llama2 import plain
 from llama2.beside import stop_ids
 from llama2.errors import UserError
-from llama2.printable import say
+from llama2.printable import say, shown
 from llama2.tokenizer import merges, pieces
 from llama2.tokenizer.huggingface import JSON, SETTINGS, SPECIAL, difference
 from llama2.tokenizer.merges import Merge, Merger
@@ -158,13 +158,13 @@ def _roles(values: Mapping[str, Any]) -> Iterator[str]:
 def _id(file: Path, value: Any) -> int:
     number = int(value) if isinstance(value, str) and value.isdecimal() else value
     if isinstance(number, bool) or not isinstance(number, int) or number < 0:
-        raise UserError(f"{file}: {value!r} is no id of a token", _FETCH)
+        raise UserError(f"{file}: {shown(value)} is no id of a token", _FETCH)
     return number
 
 
 def _entry(file: Path, entry: Any) -> tuple[str, bool]:
     if not isinstance(entry, dict) or not isinstance(entry.get("content"), str) or not entry["content"]:
-        raise UserError(f"{file}: an added token is {entry!r}", _FETCH)
+        raise UserError(f"{file}: an added token is {shown(entry)}", _FETCH)
     return _text(file, entry["content"]), entry.get("special") is True
 
 

@@ -31,3 +31,16 @@ def test_what_is_not_about_a_path_passes(error):
     with pytest.raises(type(error)) as passed:
         refuse(error)
     assert passed.value is error
+
+
+def test_a_link_to_nowhere_is_no_file_in_the_way(tmp_path):
+    link = tmp_path / "run"
+    link.symlink_to("/none/disk")
+    with pytest.raises(UserError) as error, explain_os_errors(link):
+        link.mkdir(exist_ok=True)
+    assert str(error.value) == (f"{link}: a link to /none/disk, which is not there; bring back what it leads to (is "
+                                "its disk mounted?), or delete the link")
+    link.unlink()
+    link.write_text("mine")
+    with pytest.raises(UserError, match="run: a file of this name exists; choose another"), explain_os_errors(link):
+        link.mkdir(exist_ok=True)

@@ -167,3 +167,12 @@ def test_what_is_written_is_read_alike(tmp_path: Path, ends: Any) -> None:
     (tmp_path / "config.json").write_text(json.dumps(values))
     assert read_config(tmp_path) == (shape, False)
     assert remarks(tmp_path, shape) == ()
+
+
+@pytest.mark.parametrize("key", ["num_hidden_layers", "rope_theta", "rope_scaling", "architectures", "hidden_act",
+                                 "eos_token_id", "layer_types", "model_type"])
+def test_of_a_long_value_the_beginning_is_shown(tmp_path: Path, key: str) -> None:
+    with pytest.raises(UserError, match=key) as error:
+        read(tmp_path, **{key: ["no such value"] * 5000})
+    assert "[" in str(error.value)
+    assert len(str(error.value)) < len(str(tmp_path)) + 400

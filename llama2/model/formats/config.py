@@ -18,6 +18,7 @@ from llama2 import beside
 from llama2.errors import UserError, did_you_mean
 from llama2.model.formats.directory import CONFIG, PADDING, read_json
 from llama2.model.llama import LlamaConfig
+from llama2.printable import shown
 
 LANGUAGE_MODEL, SEQUENCE_SCORER = "LlamaForCausalLM", "LlamaForSequenceClassification"
 UNFIT = "this model cannot be loaded"
@@ -80,7 +81,7 @@ def read_config(directory: Path) -> tuple[LlamaConfig, bool]:
     """The shape of the model in a directory, and whether it is a scorer. UserError names the key that does not fit."""
     path, values = _values(directory)
     if values.get("model_type") != "llama":
-        raise UserError(f"{path}: model_type is '{values.get('model_type')}', not 'llama'",
+        raise UserError(f"{path}: model_type is {shown(values.get('model_type'))}, not 'llama'",
                         "only models of the Llama 2 family can be loaded")
     if values.get("quantization_config"):
         method = _section(path, values, "quantization_config").get("quant_method", "unknown")
@@ -125,14 +126,14 @@ def _number(path: Path, values: Mapping[str, Any], name: str) -> Any:
 
 def _checked(path: Path, name: str, value: Any, kinds: tuple[type, ...]) -> Any:
     if not isinstance(value, kinds) or (isinstance(value, bool) and bool not in kinds) or value != value:
-        raise UserError(f"{path}: {name} is {value!r}", _EXPECTED[kinds])
+        raise UserError(f"{path}: {name} is {shown(value)}", _EXPECTED[kinds])
     return value
 
 
 def _section(path: Path, values: Mapping[str, Any], name: str) -> Mapping[str, Any]:
     section = values.get(name) or {}
     if not isinstance(section, Mapping):
-        raise UserError(f"{path}: {name} is {section!r}", "a JSON object was expected")
+        raise UserError(f"{path}: {name} is {shown(section)}", "a JSON object was expected")
     return section
 
 
@@ -158,13 +159,13 @@ def _refuse_scaling(path: Path, name: str, section: Mapping[str, Any]) -> None:
     place, kind = next(iter(kinds.items()), (f"{name}.rope_type", implied))
     factor = section.get("factor")
     if kind != "default" and not (kind in _IDENTITIES and factor is not None and _same(factor, 1)):
-        by = "" if factor is None else f" with the factor {factor!r}"
-        raise UserError(f"{path}: {place} is {kind!r}{by}, Llama 2 has 'default'", UNFIT)
+        by = "" if factor is None else f" with the factor {shown(factor)}"
+        raise UserError(f"{path}: {place} is {shown(kind)}{by}, Llama 2 has 'default'", UNFIT)
     for key, value in section.items():
         if key in ("rope_type", "type", "rope_theta") or key in _ROPE_WITHOUT_EFFECT or value is None:
             continue
         if not any(_same(value, neutral) for neutral in _ROPE_NEUTRAL.get(key, ())):
-            raise UserError(f"{path}: {name}.{key} is {value!r}, which Llama 2 does not have", UNFIT)
+            raise UserError(f"{path}: {name}.{key} is {shown(value)}, which Llama 2 does not have", UNFIT)
 
 
 def _agree(path: Path, found: Mapping[str, Any], cure: str) -> None:
@@ -172,7 +173,7 @@ def _agree(path: Path, found: Mapping[str, Any], cure: str) -> None:
     first, *others = found or {"": None}
     for other in others:
         if found[other] != found[first]:
-            raise UserError(f"{path}: {first} is {found[first]!r} and {other} is {found[other]!r}", cure)
+            raise UserError(f"{path}: {first} is {shown(found[first])} and {other} is {shown(found[other])}", cure)
 
 
 # ---- everything else ------------------------------------------------------------------------------------------------
@@ -213,13 +214,13 @@ def _refuse_relatives(path: Path, values: Mapping[str, Any], config: LlamaConfig
         if name in neutral and value is not None and not any(_same(value, each) for each in neutral[name]):
             if name in ("sliding_window", "attention_window") and _reaches(value, config):
                 continue
-            raise UserError(f"{path}: {name} is {value!r}, Llama 2 has {neutral[name][0]!r}", UNFIT)
+            raise UserError(f"{path}: {name} is {shown(value)}, Llama 2 has {shown(neutral[name][0])}", UNFIT)
     layers = values.get(_LAYERS)
     if layers and (not isinstance(layers, list) or {*map(str, layers)} != {"full_attention"}):
-        raise UserError(f"{path}: {_LAYERS} is {str(layers)[:60]}, Llama 2 has 'full_attention' alone", UNFIT)
+        raise UserError(f"{path}: {_LAYERS} is {shown(layers)}, Llama 2 has 'full_attention' alone", UNFIT)
     for name in _unknown(values):
         if _NETWORK.search(name) and name not in neutral and name != _LAYERS:
-            raise UserError(f"{path}: {name} is {repr(values[name])[:60]}, a key that Llama 2 does not have",
+            raise UserError(f"{path}: {name} is {shown(values[name])}, a key that Llama 2 does not have",
                             "take it out if the model does not need it, else it cannot be loaded")
 
 
@@ -250,7 +251,8 @@ def _is_scorer(path: Path, values: Mapping[str, Any]) -> bool:
     known = {name.lower(): name for name in (LANGUAGE_MODEL, SEQUENCE_SCORER)}  # early conversions wrote LLaMA
     names = [known.get(str(name).lower()) for name in listed] if isinstance(listed, list) else []
     if not names or None in names:
-        raise UserError(f"{path}: architectures is {listed!r}", f"{LANGUAGE_MODEL} or {SEQUENCE_SCORER} was expected")
+        raise UserError(f"{path}: architectures is {shown(listed)}",
+                        f"{LANGUAGE_MODEL} or {SEQUENCE_SCORER} was expected")
     return SEQUENCE_SCORER in names
 
 
