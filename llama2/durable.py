@@ -17,11 +17,11 @@ _CANNOT = {errno.EINVAL, errno.EBADF, errno.ENOTSUP, errno.ENOSYS}  # file syste
 
 
 def write_atomic(path: Path, data: str | bytes) -> None:
-    """Write a whole file or nothing."""
+    """Write a whole file or nothing. Half of a surrogate pair, of a name that is no UTF-8, is spelt by its number."""
     temporary = path.with_name(path.name + ".tmp")
     with explain_os_errors(path):
         make(path.parent)
-        temporary.write_bytes(data.encode() if isinstance(data, str) else data)
+        temporary.write_bytes(data.encode(errors="backslashreplace") if isinstance(data, str) else data)
         replace(temporary, path)
 
 

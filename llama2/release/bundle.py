@@ -100,8 +100,7 @@ def fill(config: Config, lineage: Lineage, work: Path) -> None:
         licences.FILE: licences.document(lineage, materials, config.card.license, config.card.base_model),
         **provenance.files(lineage, found)}
     for name, text in papers.items():
-        (work / name).parent.mkdir(exist_ok=True)
-        (work / name).write_text(text, encoding="utf-8")
+        runs.write_atomic(work / name, text)
     (work / provenance.SCRIPT).chmod(0o755)
     _check_private(work, config.run)
     (work / SUMS).write_text(sums(work), encoding="utf-8")

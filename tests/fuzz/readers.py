@@ -311,6 +311,8 @@ def report(outcomes: Iterator[Outcome], kept: Path, seed: int) -> int:
                       f"    {damage}; python tests/fuzz/readers.py {again}\n"
                       f"    kept: {kept / outcome.folder.name}", flush=True)
         shutil.rmtree(outcome.folder, ignore_errors=True)
+        if counts.total() % 200 == 0:
+            print(f"{counts.total()} done, {causes.total()} faults", flush=True)
     total = sum(counts.values())
     print("\n" + "\n".join(f"{count:6} {name}" for name, count in counts.most_common()) + f"\n{total:6} mutations")
     if causes:

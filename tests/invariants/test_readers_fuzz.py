@@ -7,21 +7,36 @@ import itertools
 import json
 import lzma
 import random
+import shutil
 import signal
 import zipfile
+from collections import Counter
 from pathlib import Path
 
 import pytest
+import torch
+from sources import model_of
 
-from llama2 import records
+from llama2 import outputs, records
 from llama2.data.dialogs import import_dialogs
 from llama2.data.documents import read_documents
 from llama2.data.prompts import import_prompts
 from llama2.errors import UserError
+from llama2.model import checkpoint
+from llama2.model.formats import gguf, hf, llama2c, meta
+from llama2.model.formats.recognise import open_source
+from llama2.model.llama import LlamaConfig
 from llama2.preferences.importers import import_preferences
+from llama2.printable import LONGEST
 from llama2.records import Dialog, Document, Preference, Prompt
+from llama2.serve import body
+from llama2.serve.errors import ApiError
+from llama2.serve.keyboard import History
+from llama2.serve.schema import ChatRequest, CompletionRequest
 from llama2.tables import Reading
 from llama2.tally import Tally
+from llama2.tokenizer import pieces
+from llama2.tokenizer.tokenizer import Tokenizer
 
 MUTATIONS, SECONDS = 500, 10
 ROWS = [
@@ -175,3 +190,111 @@ def test_a_damaged_file_gives_records_or_one_clear_line(tmp_path: Path) -> None:
     for name, kind in (("documents", "Document"), ("dialogs", "Dialog"), ("prompts", "Prompt"),
                        ("preferences", "Preference"), ("Dialog", "Dialog")):
         assert {(name, kind), (name, "refused")} <= outcomes
+
+
+# ---- models, runs, requests -------------------------------------------------------------------------------------
+def models(folder, tokenizer):
+    """One small model in every format that is read: the place to open, and the files there."""
+    model = model_of(LlamaConfig(tokenizer.vocab_size, 16, 24, 1, 2, 1, max_position_embeddings=32))
+    checkpoint.save(model, folder / "hf")
+    tokenizer.save(folder / "hf")
+    (folder / "hf" / "checksums.json").unlink()
+    source = hf.read(folder / "hf")
+    tensors = {name: stored.read() for name, stored in source.tensors.items()}
+    for name, is_zip in (("zip", True), ("old", False)):
+        shutil.copytree(folder / "hf", folder / name, ignore=shutil.ignore_patterns("*.safetensors"))
+        torch.save(tensors, folder / name / "pytorch_model.bin", _use_new_zipfile_serialization=is_zip)
+    meta.write(source, folder / "meta")
+    gguf.write(source, folder / "model.gguf")
+    llama2c.write(source, folder / "model.bin")
+    return [*(folder / name for name in ("hf", "zip", "old", "meta", "model.gguf", "model.bin"))]
+
+
+def read_model(place):
+    source = open_source(place)
+    for stored in source.tensors.values():
+        assert stored.read().shape == stored.shape
+    if source.tokenizer is not None and source.path.suffix != ".bin":
+        loaded = Tokenizer.load(source.path) if source.path.is_dir() else Tokenizer(pieces.content(source.tokenizer))
+        loaded.decode(loaded.encode("The old mill, built in 1746. \U0001f600"))
+
+
+def test_a_damaged_model_is_read_or_refused_in_one_clear_line(tmp_path: Path, tokenizer: Tokenizer) -> None:
+    places = models(tmp_path, tokenizer)
+    outcomes = Counter()
+    for number in range(300):
+        chance = random.Random(number)
+        place = chance.choice(places)
+        file = chance.choice(sorted(place.iterdir())) if place.is_dir() else place
+        content = file.read_bytes()
+        if file.suffix == ".json" and chance.random() < 0.7:
+            damaged = json.dumps(disturbed(chance, json.loads(content))).encode()
+        else:
+            head = chance.choice([200, 4096, len(content)])
+            damaged = mutated(chance, content[:head]) + content[head:]
+        file.write_bytes(damaged)
+        try:
+            read_model(place)
+            outcomes[place.name, "read"] += 1
+        except UserError as error:
+            outcomes[place.name, "refused" if len(str(error)) < LONGEST - 15 else "endless"] += 1
+        except Exception as error:
+            raise AssertionError(f"{number}: {file}") from error
+        file.write_bytes(content)
+    for place in places:
+        read_model(place)
+        assert outcomes[place.name, "refused"], place
+    assert {word for _, word in outcomes} == {"read", "refused"}
+
+
+def test_what_a_run_says_of_itself_is_whole_or_refused(tmp_path: Path, world: Path) -> None:
+    """As runs of before wrote it, without a hash of it."""
+    read = {"COMPLETE": outputs.completed, "manifest.json": outputs.manifest}
+    outcomes = set()
+    for number in range(300):
+        chance = random.Random(number)
+        for name in read:
+            said = json.loads((world / name).read_text())
+            del said["sum"]
+            (tmp_path / name).write_text(json.dumps(disturbed(chance, said)))
+        for name, reader in read.items():
+            try:
+                found = reader(tmp_path)
+                assert all(isinstance(value, str) for value in found.get("outputs", {}).values())
+                outcomes.add((name, "read"))
+            except UserError:
+                outcomes.add((name, "refused"))
+    assert len(outcomes) == 4
+
+
+ASKED = [
+    (ChatRequest, {"model": "m", "messages": [{"role": "system", "content": "x"}, {"role": "user", "content": [
+        {"type": "text", "text": "hi"}]}], "max_tokens": 5, "temperature": 0.5, "stop": ["a"], "seed": 1,
+        "stream": True, "logprobs": True, "top_logprobs": 3, "logit_bias": {"5": 1.5}, "n": 2}),
+    (ChatRequest, {"model": "m", "messages": [{"role": "user", "content": "hi"}], "response_format": {
+        "type": "json_schema", "json_schema": {"name": "s", "schema": {"type": "object", "properties": {
+            "a": {"type": "string", "enum": ["x"]}}, "required": ["a"]}}}}),
+    (CompletionRequest, {"model": "m", "prompt": [[1, 2, 3]], "max_tokens": 4, "echo": True, "logprobs": 2}),
+]
+
+
+def test_a_request_of_any_kind_is_taken_or_refused(tmp_path: Path) -> None:
+    outcomes = set()
+    for number in range(600):
+        chance = random.Random(number)
+        kind, asked = chance.choice(ASKED)
+        content = json.dumps(disturbed(chance, asked)).encode()
+        try:
+            body.checked(mutated(chance, content) if chance.random() < 0.3 else content, kind)
+            outcomes.add((kind, "taken"))
+        except ApiError as error:
+            outcomes.add((kind, f"refused {error.status}"))
+    assert outcomes == {(kind, what) for kind, _ in ASKED for what in ("taken", "refused 400")}
+
+
+def test_the_history_of_a_terminal_is_passed_over_where_it_is_damaged(tmp_path: Path) -> None:
+    content = "".join(json.dumps(text) + "\n" for text in ("hi", "a\nb", "\u00e9")).encode()
+    history = History(tmp_path / "history")
+    for number in range(300):
+        history.path.write_bytes(mutated(random.Random(number), content))
+        assert all(isinstance(text, str) and text for text in history.read())

@@ -105,6 +105,11 @@ def test_new_directories_are_on_the_disk_too(tmp_path, monkeypatch):
     assert len(seen) == 2
 
 
+def test_what_is_no_character_is_written_by_its_number(tmp_path):
+    durable.write_atomic(tmp_path / "file", "\u00e9 \ud800 of \udcff")
+    assert (tmp_path / "file").read_text("utf-8") == "\u00e9 \\ud800 of \\udcff"
+
+
 def test_a_file_system_that_flushes_no_directories_is_written_all_the_same(tmp_path, monkeypatch):
     def refuse(descriptor):
         if os.path.isdir(f"/proc/self/fd/{descriptor}"):

@@ -10,6 +10,7 @@ from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
+from commands import llama2
 from recipe_directory import EVIL, make
 
 from llama2.config import build
@@ -214,6 +215,13 @@ def test_warnings_of_runs_are_shown(tmp_path: Path) -> None:
     assert "2 steps: fewer than 50" in shown
     assert str(esc(EVIL)) in shown
     assert EVIL not in shown
+
+
+def test_a_name_that_is_no_utf8_is_spelt(tmp_path: Path) -> None:
+    root = make(tmp_path / "demo")
+    (root / "sft" / "warnings.json").write_text(json.dumps(["\udcff.jsonl: 2 rows"]))
+    assert llama2("report", "--recipe", root, "--out", tmp_path / "o") == 0
+    assert "\\udcff.jsonl: 2 rows" in (tmp_path / "o" / "report.html").read_text("utf-8")
 
 
 def test_decisions_show_what_they_stand_on(tmp_path: Path) -> None:
