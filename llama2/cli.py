@@ -81,6 +81,7 @@ def _dispatch(arguments: list[str]) -> int:
     if arguments and arguments[0] in ("-V", "--version"):
         print(f"llama2 {llama2.__version__}")
         return 0
+    _refuse_nowhere()
     launch = _launch()
     if len(arguments) > 1 and arguments[0] in ("-h", "--help", "help"):  # `llama2 help sft`
         arguments = [arguments[1], "--help"]
@@ -92,6 +93,14 @@ def _dispatch(arguments: list[str]) -> int:
     if name not in launch.VERBS:
         raise _no_verb(name, launch.VERBS)
     return int(launch.command(name, rest))
+
+
+def _refuse_nowhere() -> None:
+    """UserError where the working directory has been deleted: libraries that are loaded next would end the process."""
+    try:
+        os.getcwd()
+    except FileNotFoundError:
+        raise UserError("the directory in which this command is called has been deleted", "go to another one") from None
 
 
 def _no_verb(name: str, verbs: Mapping[str, Any]) -> UserError:

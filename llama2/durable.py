@@ -9,6 +9,7 @@ from __future__ import annotations
 import errno
 import os
 from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from pathlib import Path
 
 from llama2.errors import explain_os_errors
@@ -21,8 +22,18 @@ def write_atomic(path: Path, data: str | bytes) -> None:
     temporary = path.with_name(path.name + ".tmp")
     with explain_os_errors(path):
         make(path.parent)
-        temporary.write_bytes(data.encode(errors="backslashreplace") if isinstance(data, str) else data)
-        replace(temporary, path)
+        try:
+            temporary.write_bytes(data.encode(errors="backslashreplace") if isinstance(data, str) else data)
+            replace(temporary, path)
+        except BaseException:  # half a file is of no use, and a full disk wants its room
+            remove(temporary)
+            raise
+
+
+def remove(temporary: Path) -> None:
+    """Take away a file that did not get its name, if the disk lets us."""
+    with suppress(OSError):
+        temporary.unlink()
 
 
 def replace(temporary: Path, path: Path) -> None:

@@ -260,9 +260,13 @@ def writing(path: str | os.PathLike[str]) -> Iterator[Callable[[object], None]]:
     with explain_os_errors(path):
         durable.make(path.parent)
         opener: Any = zstandard().open if path.suffix == ".zst" else gzip.open if path.suffix == ".gz" else open
-        with opener(temporary, "wt", encoding="utf-8") as file:
-            yield lambda record: file.write(to_json(record) + "\n")
-        durable.replace(temporary, path)
+        try:
+            with opener(temporary, "wt", encoding="utf-8") as file:
+                yield lambda record: file.write(to_json(record) + "\n")
+            durable.replace(temporary, path)
+        except BaseException:
+            durable.remove(temporary)
+            raise
 
 
 class Stored(Sequence[Record]):

@@ -8,6 +8,7 @@ server may refuse a field that OpenAI does not have; those we can do without are
 from __future__ import annotations
 
 import asyncio
+import ipaddress
 import random
 import re
 import time
@@ -117,8 +118,17 @@ class Wire:
         """One pool of connections, to be used as an asynchronous context."""
         httpx = _httpx()
         limits = httpx.Limits(max_connections=self.concurrency, max_keepalive_connections=self.concurrency)
-        return httpx.AsyncClient(base_url=self.url, headers=self._headers, limits=limits,
-                                 timeout=httpx.Timeout(None, connect=min(30.0, self._timeout)))
+        try:
+            host = httpx.URL(self.url).host
+        except httpx.InvalidURL as error:
+            raise UserError(f"{self.url}: this is no address of a server: {error}", "write http://HOST:PORT") from None
+        try:
+            return httpx.AsyncClient(base_url=self.url, headers=self._headers, limits=limits,
+                                     trust_env=not _is_loopback(host), verify=httpx.create_ssl_context(),
+                                     timeout=httpx.Timeout(None, connect=min(30.0, self._timeout)))
+        except (ImportError, ValueError, httpx.InvalidURL) as error:
+            raise UserError(f"{self.url}: the proxy that the environment names cannot be used: {error}",
+                            "mend HTTP_PROXY, HTTPS_PROXY or ALL_PROXY, or name this server in NO_PROXY") from None
 
     async def patiently(self, key: str, once: Callable[[], Awaitable[T]]) -> T:
         """`once()`, repeated while it is in trouble that may pass; the last Trouble if it never does.
@@ -203,6 +213,14 @@ class Wire:
 def _spare(name: str, value: object) -> bool:
     """Whether we can do without a field."""
     return name in _EXTRAS or (name in NEUTRAL and value == NEUTRAL[name])
+
+
+def _is_loopback(host: str) -> bool:
+    """Whether a server is on this machine, where no proxy finds it."""
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host.removesuffix(".") == "localhost"
 
 
 def _httpx() -> Any:

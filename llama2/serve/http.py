@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import gc
 import resource
+import signal
 import socket
 import sys
+import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 from types import FrameType
 
 import uvicorn
 
+from llama2 import interrupts
 from llama2.serve import errors
 from llama2.serve.app import application
 from llama2.serve.connection import Connection
@@ -47,6 +51,23 @@ class Server(uvicorn.Server):
         if self._traffic.draining:
             self.should_exit = True  # told twice
         self._traffic.draining = True
+
+    @contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        """SIGTERM and Ctrl-C, which uvicorn knows, and a terminal that is closed."""
+        with super().capture_signals():
+            ours = threading.current_thread() is threading.main_thread() and signal.SIGHUP in interrupts.requests()
+            if ours:
+                signal.signal(signal.SIGHUP, self._hang_up)
+            try:
+                yield
+            finally:
+                if ours:
+                    signal.signal(signal.SIGHUP, signal.SIG_DFL)
+
+    def _hang_up(self, number: int, frame: FrameType | None) -> None:
+        interrupts.let_go_of_terminal(number)
+        self.handle_exit(number, frame)
 
     async def on_tick(self, counter: int) -> bool:
         if not self._traffic.active and time.monotonic() - self._tidied > _TIDY_SECONDS:

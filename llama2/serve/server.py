@@ -1,7 +1,7 @@
 """`llama2 serve CHECKPOINT ...`: models behind OpenAI's HTTP interface, on this machine alone unless told otherwise.
 
-The port is opened when every model has passed its self-test. The first SIGTERM or Ctrl-C refuses new requests and lets
-the running ones finish; a second one ends them.
+The port is opened when every model has passed its self-test. The first SIGTERM, SIGHUP or Ctrl-C refuses new requests
+and lets the running ones finish; a second one ends them.
 """
 
 from __future__ import annotations

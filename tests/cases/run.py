@@ -30,6 +30,7 @@ import clients
 import configuration
 import data
 import formats
+import interrupted
 import machines
 import recipe
 import reliability
@@ -45,7 +46,8 @@ from llama2.model.scorer import Scorer
 from llama2.tokenizer import train as train_tokenizer
 
 ROOT = Path(__file__).resolve().parents[2]
-MODULES = (data, training, configuration, recipe, formats, clients, wire, reliability, machines)
+MODULES = (data, training, configuration, recipe, formats, clients, wire, reliability, machines,
+           interrupted)
 WORDS = ["the", "cat", "sat", "on", "a", "mat", "why", "how", "what", "is", "tea", "sun", "moon", "and", "leaves",
          "yes", "no", "hello", "good", "answer", "question"]
 

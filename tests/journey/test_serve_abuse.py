@@ -153,7 +153,8 @@ def test_a_model_that_fails(policy, capsys):
     assert "out of memory" in capsys.readouterr().err
 
 
-def test_a_server_that_is_told_to_stop(policy, tmp_path):
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_a_server_that_is_told_to_stop(policy, tmp_path, number):
     """As users start it: ready when it says so; what runs is finished, what is new refused, and it leaves with 0."""
     log = tmp_path / "log"
     environment = {**os.environ, "LLAMA2_API_KEYS": "a,b", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
@@ -171,7 +172,7 @@ def test_a_server_that_is_told_to_stop(policy, tmp_path):
             with client.stream("POST", "/v1/chat/completions", json=body) as answer:
                 heard = answer.iter_text()
                 next(heard)
-                process.send_signal(signal.SIGTERM)
+                process.send_signal(number)
                 wait_for(lambda: client.get("/health").status_code == 503)
                 refused = client.post("/v1/chat/completions", json={"messages": ASK})
                 assert (refused.status_code, refused.json()["error"]["code"]) == (503, "shutting_down")

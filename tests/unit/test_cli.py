@@ -32,3 +32,14 @@ def test_streams_that_are_closed_say_and_hear_nothing(tmp_path):
     assert subprocess.run(["sh", "-c", command], env=environment, check=False).returncode == 0
     assert (tmp_path / "out/COMPLETE").is_file()
     assert (tmp_path / "out/.lock").read_text().isdecimal()
+
+
+def test_a_working_directory_that_is_gone_is_named(tmp_path):
+    """Libraries that look for themselves from there would end the process with words of their own."""
+    environment = {**os.environ, "PYTHONPATH": str(Path(llama2.__file__).parents[1])}
+    command = f"mkdir gone && cd gone && rmdir ../gone && {sys.executable} -m llama2.cli --help"
+    ended = subprocess.run(["sh", "-c", command], env=environment, cwd=tmp_path, capture_output=True, text=True,
+                           check=False)
+    assert ended.returncode == 2
+    assert ended.stderr == ("llama2: error: the directory in which this command is called has been deleted; "
+                            "go to another one\n")

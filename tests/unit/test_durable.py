@@ -133,3 +133,16 @@ def test_a_pipe_and_a_broken_link_are_passed_over(tmp_path):
     os.mkfifo(tmp_path / "pipe")
     (tmp_path / "link").symlink_to(tmp_path / "nowhere")
     durable.flush_tree(tmp_path)
+
+
+def test_what_gets_no_name_leaves_nothing(tmp_path, monkeypatch):
+    """A full disk has room for what is tried next, and a run that goes on later holds no remains."""
+    def full(descriptor):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "fsync", full)
+    for write in (lambda: durable.write_atomic(tmp_path / "a.json", "{}"),
+                  lambda: records.write(tmp_path / "b.jsonl", documents())):
+        with pytest.raises(UserError, match="no space left"):
+            write()
+    assert list(tmp_path.iterdir()) == []

@@ -13,7 +13,7 @@ from llama2.errors import UserError
 from llama2.generate.engine import Engine
 from llama2.generate.remote import RemoteEngine, Server, connect
 from llama2.generate.sampling import Sampling
-from llama2.generate.wire import _message
+from llama2.generate.wire import _is_loopback, _message
 from llama2.model import checkpoint
 
 PROMPTS = [[1, 300 + 7 * row, *range(340 + row, 350 + 5 * row)] for row in range(6)]
@@ -42,6 +42,46 @@ def remote(server, tokenizer, tmp_path):
 
 def tokens(rows):
     return [[(one.tokens, one.finish) for one in row] for row in rows]
+
+
+@pytest.fixture
+def proxy(monkeypatch):
+    """An environment that names proxies, as networks of companies do; nothing listens there."""
+    def name(**proxies):
+        for each in ("HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY", "NO_PROXY"):
+            monkeypatch.delenv(each, raising=False)
+            monkeypatch.delenv(each.lower(), raising=False)
+        for each, value in proxies.items():
+            monkeypatch.setenv(each, value)
+    return name
+
+
+@pytest.mark.parametrize("proxies", [{"HTTP_PROXY": "http://127.0.0.1:9"}, {"ALL_PROXY": "socks5://127.0.0.1:9"},
+                                     {"http_proxy": "nonsense://x"}])
+def test_a_server_of_this_machine_is_reached_without_a_proxy(proxies, proxy, remote, engine):
+    proxy(**proxies)
+    there = remote(retries=0)
+    assert tokens(there.generate(PROMPTS[:1], GREEDY)) == tokens(engine.generate(PROMPTS[:1], GREEDY))
+
+
+@pytest.mark.parametrize(("host", "expected"), [
+    ("localhost", True), ("127.0.0.1", True), ("127.9.0.1", True), ("::1", True), ("localhost.", True),
+    ("10.0.0.1", False), ("localhost.example.org", False), ("::2", False), ("example.org", False)])
+def test_what_is_this_machine(host, expected):
+    assert _is_loopback(host) is expected
+
+
+def test_a_proxy_that_cannot_be_used_is_named(proxy, tokenizer, tmp_path):
+    proxy(ALL_PROXY="nonsense://x")
+    there = RemoteEngine("http://far.invalid:1", "tiny", tokenizer=tokenizer, context=256, state=tmp_path, retries=0)
+    with pytest.raises(UserError, match=r"http://far.invalid:1: the proxy .* cannot be used: .*nonsense.*ALL_PROXY"):
+        there.models()
+
+
+def test_an_address_that_is_none_is_named(tokenizer, tmp_path):
+    there = RemoteEngine("http://x:abc", "tiny", tokenizer=tokenizer, context=256, state=tmp_path, retries=0)
+    with pytest.raises(UserError, match=r"http://x:abc: this is no address .*write http://HOST:PORT"):
+        there.models()
 
 
 def test_greedy_completions_are_those_of_the_engine_here(remote, engine):
