@@ -2,8 +2,10 @@
 
 import errno
 import os
+import shutil
 import subprocess
 import sys
+import tempfile
 import textwrap
 from pathlib import Path
 
@@ -187,8 +189,18 @@ def test_a_library_planted_in_the_temporary_folder_is_not_run(monkeypatch, tmp_p
     assert native.ctypes.CDLL(str(planted)).answer() == 666
 
 
+@pytest.fixture
+def public(tmp_path):
+    """A folder that every user may enter: pytest closes its own ones to others whenever it starts."""
+    folder = Path(tempfile.mkdtemp())
+    folder.chmod(0o755)
+    shutil.copytree(tmp_path / "sources", folder / "sources")
+    yield folder
+    shutil.rmtree(folder)
+
+
 @as_root
-def test_another_users_process_does_not_run_what_was_planted_for_it(tmp_path):
+def test_another_users_process_does_not_run_what_was_planted_for_it(public):
     """Without a home, without an entry: the folder that is left bears its number, and is there already."""
     script = f"""
         import os, tempfile
@@ -196,17 +208,14 @@ def test_another_users_process_does_not_run_what_was_planted_for_it(tmp_path):
         from llama2.model import native  # before this process may no longer read the interpreter's own files
         os.setgroups([]); os.setgid({STRANGER}); os.setuid({STRANGER})
         os.environ.pop("HOME", None); os.environ.pop("XDG_CACHE_HOME", None)
-        tempfile.tempdir = {str(tmp_path / 'shared')!r}
-        native.HERE, native.FLAGS, native.WIDE = Path({str(tmp_path / 'sources')!r}), ("-shared", "-fPIC"), "-O0"
+        tempfile.tempdir = {str(public / 'shared')!r}
+        native.HERE, native.FLAGS, native.WIDE = Path({str(public / 'sources')!r}), ("-shared", "-fPIC"), "-O0"
         library = native.library("tiny")
         print(library.answer(), library._name)
         """
-    shared = tmp_path / "shared"
+    shared = public / "shared"
     shared.mkdir()
     shared.chmod(0o1777)
-    for place in (tmp_path, *tmp_path.parents):
-        if place.stat().st_uid == 0 and place.name.startswith(("pytest", tmp_path.name)):
-            place.chmod(0o755)
 
     def ask():
         return subprocess.run([sys.executable, "-c", textwrap.dedent(script)], capture_output=True, text=True,
