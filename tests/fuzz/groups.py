@@ -5,7 +5,7 @@ A command that accepts a damaged file is judged by what the format lets a reader
   SUMS   a hash that was recorded covers the file (checksums.json, COMPLETE, the index of token shards): no change at
          all may be accepted
   CRC    the container has checksums of its contents (zip, gzip, bzip2, xz, zstd, Parquet pages): whatever is accepted
-         must be what the undamaged file gives
+         must be what the undamaged file gives (of Parquet its pages: names of columns have none)
   OPEN   nothing covers the file: what is accepted must be sane. Of a model: the configuration in range, ids inside
          the vocabulary, every text encoded to ids of the model, finite logits, or else `chat` refuses to talk to it.
          Of records: valid UTF-8 and JSON
@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from mutations import BINARY, BYTES, JSON, LINES, SAFETENSORS, YAML, Mutation
+from mutations import BINARY, BYTES, JSON, LINES, SAFETENSORS, YAML, Mutation, in_pages
 from originals import PARTS, TEXTS, TRAINING
 from words import RIGHT, WITHOUT_OUT, in_values, in_words
 
@@ -148,17 +148,18 @@ def _imports() -> Iterator[Group]:
 
 _DATA = {".jsonl": (LINES, OPEN), ".json": (JSON, OPEN), ".csv": (BYTES, OPEN), ".tsv": (BYTES, OPEN),
          ".jsonl.gz": (BYTES, CRC), ".jsonl.bz2": (BYTES, CRC), ".jsonl.xz": (BYTES, CRC), ".jsonl.zst": (BYTES, CRC),
-         ".zip": (BINARY, CRC), ".parquet": (BINARY, CRC)}
+         ".zip": (BINARY, CRC), ".parquet": ((in_pages,), CRC)}
 
 
 def _prepared() -> Iterator[Group]:
     """What strangers' data become: `prepare` for dialogs, prompts and pairs, `clean` for documents."""
     for kind in ("dialogs", "prompts", "preferences", "documents"):
-        for ending, (mutations, oracle) in _DATA.items():
+        for ending, (mutations, oracle) in [*_DATA.items(), (".parquet", (BINARY, OPEN))]:
             words = (("clean", "--sources.a.path", f"IN/a{ending}", "--heldout", "0", "--out", "OUT")
                      if kind == "documents" else
                      ("prepare", "--kind", kind, "--sources.a.path", f"IN/a{ending}", "--out", "OUT"))
-            yield Group(f"{kind}{ending}", f"{kind}{ending}", f"a{ending}", mutations, words, oracle,
+            name = f"{kind}{ending}{':whole' if ending == '.parquet' and oracle == OPEN else ''}"
+            yield Group(name, f"{kind}{ending}", f"a{ending}", mutations, words, oracle,
                         written("*s.jsonl", "documents/*.jsonl"), 1.0 if ending == ".jsonl" else 0.4)
 
 
@@ -217,11 +218,11 @@ def _unfinished() -> Iterator[Group]:
 
 
 def _read_again() -> Iterator[Group]:
-    """What the report reads of a recipe, and recipes and configurations themselves."""
+    """What the report reads of a recipe (no summary of reward models), and recipes and configurations themselves."""
     report = ("report", "--recipe", "IN", "--out", "OUT")
     for file, mutations, oracle in (
         ("steps.json", JSON, OPEN), ("evaluate/evaluation.json", JSON, SUMS), ("helpful/accuracy.json", JSON, SUMS),
-        ("*/metrics.jsonl", LINES, OPEN), ("*/summary.json", JSON, SUMS), ("*/COMPLETE", JSON, OPEN),
+        ("*/metrics.jsonl", LINES, OPEN), ("[cdprtw]*/summary.json", JSON, SUMS), ("*/COMPLETE", JSON, OPEN),
         ("*/manifest.json", JSON, OPEN), ("*/warnings.json", JSON, OPEN), ("v1/verdict.json", JSON, SUMS),
         ("evaluate/attention.json", JSON, SUMS),
     ):

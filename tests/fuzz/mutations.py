@@ -194,6 +194,12 @@ def in_safetensors(chance: random.Random, content: bytes) -> bytes:
 
 
 JSON: tuple[Mutation, ...] = (*(in_json,) * 12, *BYTES)
+def in_pages(chance: random.Random, content: bytes) -> bytes:
+    """Bytes of a Parquet file before its foot, which has the names of the columns and no checksum."""
+    foot = 8 + int.from_bytes(content[-8:-4], "little")
+    return chance.choice(BINARY)(chance, content[:-foot]) + content[-foot:]
+
+
 YAML: tuple[Mutation, ...] = (*(in_yaml,) * 12, *BYTES)
 LINES: tuple[Mutation, ...] = (*(in_lines,) * 9, *BYTES)
 SAFETENSORS: tuple[Mutation, ...] = (*(in_safetensors,) * 6, *BINARY)
