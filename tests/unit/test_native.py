@@ -192,7 +192,7 @@ def test_a_library_planted_in_the_temporary_folder_is_not_run(monkeypatch, tmp_p
 @pytest.fixture
 def public(tmp_path):
     """A folder that every user may enter: pytest closes its own ones to others whenever it starts."""
-    folder = Path(tempfile.mkdtemp())
+    folder = Path(tempfile.mkdtemp(dir="/tmp"))
     folder.chmod(0o755)
     shutil.copytree(tmp_path / "sources", folder / "sources")
     yield folder
