@@ -4,7 +4,7 @@ Stages that sample (§3.2, §4.2.4) answer their prompts part by part. The parts
 interrupted, and so is all that is made of them, bit for bit. Memory holds one part at a time.
 
 A line of `<run>/checkpoints/parts/<name>.jsonl` is one part: its first item, how many they are, its rows, and a
-checksum of them. A line that a crash cut off, and whatever stands behind it, counts for nothing. Since a line says
+checksum of it all. A line that a crash cut off, and whatever stands behind it, counts for nothing. Since a line says
 which items it is of, work may go on in parts of another size (on other ranks).
 """
 
@@ -80,7 +80,7 @@ class _Finished:
     def append(self, first: int, count: int, rows: Sequence[Any]) -> None:
         """Put a finished part on the disk."""
         text = json.dumps(rows, ensure_ascii=False, separators=(",", ":"))
-        line = json.dumps({"first": first, "items": count, "sum": _sum(text), "rows": text})
+        line = json.dumps({"first": first, "items": count, "sum": _sum(first, count, text), "rows": text})
         with explain_os_errors(self.path):
             self._file.seek(0, os.SEEK_END)
             self._file.write(line.encode() + b"\n")
@@ -97,7 +97,7 @@ def _part(line: bytes, first: int) -> tuple[int, list[Any]] | None:
         found = plain.parsed(line)
         text, count = str(found["rows"]), int(found["items"])
         whole = line.endswith(b"\n") and found["first"] == first and count > 0
-        if not whole or found["sum"] != _sum(text):
+        if not whole or found["sum"] != _sum(first, count, text):
             return None
         rows: list[Any] = plain.parsed(text)
         return count, rows
@@ -105,5 +105,5 @@ def _part(line: bytes, first: int) -> tuple[int, list[Any]] | None:
         return None
 
 
-def _sum(text: str) -> int:
-    return zlib.crc32(text.encode("utf-8", "surrogatepass"))
+def _sum(first: int, count: int, rows: str) -> int:
+    return zlib.crc32(f"{first} {count} {rows}".encode("utf-8", "surrogatepass"))

@@ -1,5 +1,6 @@
 """Work in parts: finished ones are kept, a damaged end is made again, and the rows are the same in the end."""
 
+import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -51,6 +52,18 @@ def test_a_damaged_end_is_made_again(tmp_path: Path, damage: bytes, capsys: pyte
     assert rows == ITEMS
     said = f"{file}: damaged behind the first 5 of 10; the rest is made again\n" if damage.endswith(b"\n") else ""
     assert capsys.readouterr().err == said
+
+
+@pytest.mark.parametrize("key", ["first", "items", "sum", "rows"])
+def test_each_value_of_a_line_is_vouched_for(tmp_path: Path, key: str) -> None:
+    list(in_parts(Run(tmp_path, False), "x", ITEMS, 5, doubled([])))
+    file = tmp_path / CHECKPOINTS / "parts" / "x.jsonl"
+    first, second, _ = file.read_text().split("\n")
+    changed = {"first": 4, "items": 4, "sum": 1, "rows": "[1]"}
+    file.write_text(f"{first}\n{json.dumps({**json.loads(second), key: changed[key]})}\n")
+    calls: list[int] = []
+    assert [row["item"] for row in in_parts(Run(tmp_path, False), "x", ITEMS, 5, doubled(calls))] == ITEMS
+    assert calls == [5]
 
 
 def test_nothing_to_do(tmp_path: Path) -> None:
