@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import functools
 import os
-import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
@@ -22,6 +21,7 @@ from llama2.model.formats.directory import CHECKSUMS, CONFIG, INDEX, WEIGHTS
 from llama2.model.formats.source import Source, Stored, read_ahead
 from llama2.model.llama import Linear, Llama, LlamaConfig, initialise
 from llama2.model.scorer import Scorer
+from llama2.printable import say
 
 __all__ = ["CHECKSUMS", "CONFIG", "INDEX", "WEIGHTS", "config_json", "config_of", "is_scorer", "load", "load_scorer",
            "save", "save_tensors"]
@@ -102,7 +102,7 @@ def _fill(model: Llama | Scorer, source: Source, dtype: Kinds, device: torch.dev
 def _say(remark: str) -> None:
     """Once, however often a checkpoint is loaded; of several processes the first."""
     if os.environ.get("RANK", "0") == "0":
-        print(f"llama2: note: {remark}", file=sys.stderr, flush=True)
+        say(f"llama2: note: {remark}")
 
 
 def _kind(dtype: Kinds, name: str) -> torch.dtype:

@@ -474,6 +474,14 @@ def test_an_unknown_key_is_said(tmp_path: Path, model: Path, capsys: pytest.Capt
     assert "config.json: unknown and left out: my_note" in capsys.readouterr().err
     checkpoint.load(model)
     assert "config.json: unknown and left out: my_note" in capsys.readouterr().err
+
+
+def test_an_unknown_key_commands_no_terminal(model: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    edited(model, **{"my\x1b[2J": "from Bob"})
+    checkpoint.load(model)
+    heard = capsys.readouterr().err
+    assert "unknown and left out: my" in heard
+    assert "\x1b" not in heard
 def test_what_quantized_weights_grow_to_is_said_with_the_flag_for_less(tmp_path: Path, model: Path,
                                                                        capsys: pytest.CaptureFixture[str]) -> None:
     gguf = pytest.importorskip("llama2.model.formats.gguf")
