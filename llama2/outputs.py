@@ -21,6 +21,7 @@ from typing import Any
 
 from llama2 import durable, files, plain
 from llama2.errors import UserError, explain_os_errors
+from llama2.plain import sha256
 from llama2.printable import shown
 from llama2.records import dump
 
@@ -34,12 +35,6 @@ _TRANSIENT = {CHECKPOINTS, COMPLETE, *_RECORDS}
 _COMPARED = ".compared"  # sizes and times with which files of a copy were found to be the run's
 _SUM = "sum"
 _MOST = 10**12  # seconds, or cores, than which no run has more
-
-
-def sha256(path: Path) -> str:
-    """The hash of a file's content."""
-    with explain_os_errors(path), open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 # --- a JSON object that tells whether it is whole -----------------------------------------------------------------

@@ -8,6 +8,7 @@ number asks whether it is finite.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import shutil
@@ -55,6 +56,12 @@ def content(path: str | os.PathLike[str], most: int = LARGEST) -> bytes:
         raise UserError(f"{path}: {size:,} bytes, at most {most:,} were expected", "check the path")
     with explain_os_errors(path), open(path, "rb") as file:
         return file.read()
+
+
+def sha256(path: str | os.PathLike[str]) -> str:
+    """The hash of a plain file's content."""
+    with explain_os_errors(path), opened(path) as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def check_room(path: str | os.PathLike[str], size: int, or_else: str) -> None:

@@ -50,7 +50,7 @@ _NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP, errno.EINVAL, errno.E
 """how file systems (NFS, FUSE, 9p) and containers say that there are no locks"""
 _FIRST = ("config.yaml", MANIFEST, SECONDS, WARNINGS)
 _BEGUN = {".lock", SECONDS, *(f"{name}{end}" for name in _FIRST for end in ("", ".tmp"))}
-write_atomic, sha256 = durable.write_atomic, outputs.sha256
+write_atomic, sha256 = durable.write_atomic, plain.sha256
 
 
 class Stopped(Exception):

@@ -5,6 +5,7 @@ Everything lies in one directory a session and must not be written to; a test th
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
@@ -12,7 +13,8 @@ from pathlib import Path
 import hypothesis
 import pytest
 import torch
-from commands import llama2
+from commands import llama2, vouch
+from safetensors.torch import load_file, save_file
 
 from llama2 import records
 from llama2.model import checkpoint
@@ -62,6 +64,18 @@ def policy(shared: Path, base: Path, world: Path) -> Path:
                   shared / "policy", "--sequence-length", 192, "--batch-size", 4, "--epochs", 3,
                   "--training.optimizer.learning-rate", 1e-2, "--training.plan.warmup-steps", 3) == 0
     return shared / "policy"
+
+
+@pytest.fixture
+def ruined(policy: Path, tmp_path: Path) -> Path:
+    """A language model whose log-probabilities are not finite."""
+    ruined = Path(shutil.copytree(policy, tmp_path / "ruined"))
+    weights = load_file(ruined / "model.safetensors")
+    weights["model.norm.weight"][0] = float("nan")
+    save_file(weights, ruined / "model.safetensors")
+    (ruined / "checksums.json").unlink()
+    vouch(ruined)
+    return ruined
 
 
 @pytest.fixture(scope="session")

@@ -109,7 +109,7 @@ def fill(config: Config, lineage: Lineage, work: Path) -> None:
 def sums(release: Path) -> str:
     """One line for every file but SHA256SUMS, sorted, as sha256sum reads them."""
     names = sorted(path.relative_to(release).as_posix() for path in release.rglob("*") if path.is_file())
-    return "".join(f"{runs.sha256(release / name)}  {name}\n" for name in names if name != SUMS)
+    return "".join(f"{plain.sha256(release / name)}  {name}\n" for name in names if name != SUMS)
 
 
 def _check_private(work: Path, run: Path) -> None:

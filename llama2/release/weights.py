@@ -8,7 +8,7 @@ import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
-from llama2 import runs
+from llama2 import plain
 from llama2.errors import UserError, explain_os_errors
 from llama2.model import checkpoint
 from llama2.model.formats import gguf, hf
@@ -40,7 +40,7 @@ def check(stage: Stage) -> None:
             raise UserError(f"{run / name}: missing, though the run wrote it", "restore the file, or repeat the run")
         if name not in outputs:
             raise UserError(f"{run / name}: the run did not write this file", "take it out of the run directory")
-        if runs.sha256(run / name) != outputs[name]:
+        if plain.sha256(run / name) != outputs[name]:
             raise UserError(f"{run / name}: its checksum differs from what the run recorded",
                             "restore the file, or repeat the run: what was measured is not this model")
 

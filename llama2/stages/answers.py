@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 
 import torch
 
-from llama2 import mesh
+from llama2 import mesh, plain
 from llama2.errors import UserError
 from llama2.evaluate.judges import judged_row
 from llama2.generate.dialogue import Answer, Chat
@@ -90,7 +90,7 @@ def content(path: Path) -> object:
     """What tells two checkpoints apart: shape, tokenizer and weights; the place, where the weights are elsewhere."""
     known = directory.listed(path)
     try:
-        weights = sorted(known.get(file.name) or directory.sha256(file) for file in directory.weight_files(path))
+        weights = sorted(known.get(file.name) or plain.sha256(file) for file in directory.weight_files(path))
     except UserError:
         return path.resolve()
     return checkpoint.config_of(path), Tokenizer.load(path).fingerprint, tuple(weights)

@@ -29,7 +29,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from llama2 import durable, mesh, outputs
+from llama2 import durable, mesh, outputs, plain
 from llama2.errors import UserError, explain_os_errors
 from llama2.train import parallel
 from llama2.train.loop import Training
@@ -148,7 +148,7 @@ def _check(directory: Path) -> None:
             raise _damaged(directory, str(error)) from None
         if wrong:
             raise _damaged(directory, f"{wrong} differs from its checksum")
-    elif outputs.unseal(mark, _cure(directory)).get(STATE) != outputs.sha256(file):
+    elif outputs.unseal(mark, _cure(directory)).get(STATE) != plain.sha256(file):
         raise _damaged(directory, "its content differs from its checksum")
 
 

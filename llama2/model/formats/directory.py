@@ -7,7 +7,6 @@ other programs do not write it.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import shutil
@@ -129,7 +128,7 @@ def verify_checksums(directory: Path) -> None:
     for name, expected in listed(directory).items():
         if not (directory / name).exists():
             raise UserError(f"{directory / name}: missing, though {CHECKSUMS} names it", "fetch the checkpoint again")
-        if sha256(directory / name) != expected:
+        if plain.sha256(directory / name) != expected:
             raise UserError(f"{directory / name}: its checksum differs from {CHECKSUMS}",
                             f"fetch it again, or delete {CHECKSUMS} if you changed the file on purpose")
 
@@ -145,12 +144,6 @@ def listed(directory: Path) -> dict[str, str]:
         if not isinstance(value, str):
             raise UserError(f"{path}: the checksum of {shown(name)} is {shown(value)}", cure)
     return found
-
-
-def sha256(path: Path) -> str:
-    """The hash of a file's content."""
-    with explain_os_errors(path), plain.opened(path) as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def write_json(path: Path, values: Mapping[str, Any]) -> None:

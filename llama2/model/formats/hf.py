@@ -12,6 +12,7 @@ from pathlib import Path
 
 import torch
 
+from llama2 import plain
 from llama2.beside import GENERATION, chat_template
 from llama2.errors import UserError
 from llama2.model.formats import before_zip, config, directory, tensorfile
@@ -90,7 +91,7 @@ def write(source: Source, path: Path, *, dtype: torch.dtype | None = None, shard
         if not source.scorer:
             directory.write_json(work / GENERATION, config.generation_json(source.config))
         beside(work)
-        sums |= {file.name: directory.sha256(file) for file in work.iterdir() if file.name not in sums}
+        sums |= {file.name: plain.sha256(file) for file in work.iterdir() if file.name not in sums}
         directory.write_json(work / CHECKSUMS, dict(sorted(sums.items())))
 
 
