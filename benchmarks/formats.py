@@ -27,9 +27,9 @@ from pathlib import Path
 import torch
 from common import HERE, spread
 
-from llama2.model.formats import hf
-from llama2.model.formats.directory import shapes
-from llama2.model.formats.source import Source, Stored
+from llama2.formats import hf
+from llama2.formats.hf_directory import shapes
+from llama2.formats.source import Source, Stored
 from llama2.model.sizes import SIZES
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}

@@ -29,9 +29,15 @@ from llama2.generate.engine import Engine
 from llama2.generate.sampling import Sampling
 from llama2.model.llama import Llama, LlamaConfig
 from llama2.model.sizes import SIZES
-from llama2.stages.planning import Cluster, Tower, engine_bytes, flops_per_token, training_plan
-from llama2.stages.sampling import Sample
-from llama2.stages.training import Training
+from llama2.stages.common.planning import (
+    Cluster,
+    Tower,
+    engine_bytes,
+    flops_per_token,
+    training_plan,
+)
+from llama2.stages.common.sampling import Sample
+from llama2.stages.common.training import Training
 from llama2.train.loop import Batch, Learner, Plan, fit
 from llama2.train.objectives import next_token
 from llama2.train.optim import AdamW

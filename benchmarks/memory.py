@@ -26,13 +26,14 @@ from torch.utils._pytree import tree_leaves
 
 from llama2 import mesh, records
 from llama2.config import build
-from llama2.model import checkpoint, decode
+from llama2.formats import checkpoint
+from llama2.generate import cpu_decoder
 from llama2.model.llama import Llama, LlamaConfig
 from llama2.model.scorer import Scorer
 from llama2.records import Message, Prompt
 from llama2.runs import open_run
 from llama2.stages import evaluate, select
-from llama2.stages.planning import GIB, Cluster, Lineage
+from llama2.stages.common.planning import GIB, Cluster, Lineage
 from llama2.tokenizer.template import encode_prompt
 from llama2.tokenizer.tokenizer import Tokenizer
 from llama2.tokenizer.train import train
@@ -87,7 +88,7 @@ def main() -> int:
     parser.add_argument("--within", type=float, default=0.1, help="the largest difference, as a share of the plan")
     given = parser.parse_args()
     torch.set_num_threads(given.threads)
-    packs = mesh.device().type == "cpu" and decode._call.found
+    packs = mesh.device().type == "cpu" and cpu_decoder._call.found
     good = True
     with tempfile.TemporaryDirectory() as place:
         root = make(Path(place))

@@ -22,10 +22,10 @@ from llama2 import records
 from llama2.config import build
 from llama2.evaluate.judges import truth
 from llama2.generate.dialogue import Chat
+from llama2.recipe import launch
 from llama2.records import Prompt
 from llama2.runs import Run
-from llama2.stages import launch
-from llama2.stages.sampling import Sample, answer, load_chat, seed_for
+from llama2.stages.common.sampling import Sample, answer, load_chat, seed_for
 
 ROUNDS = 3
 LATER = ("unsafe",)

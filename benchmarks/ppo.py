@@ -34,9 +34,9 @@ from llama2.generate.sampling import Sampling
 from llama2.model.llama import Llama
 from llama2.model.scorer import Scorer
 from llama2.records import Message, Prompt
+from llama2.stages.common.ppo_rollouts import ACTOR, CRITIC, ActorCritic, Rollouts, Settings
+from llama2.stages.common.sampling import Sample
 from llama2.stages.ppo import Watch
-from llama2.stages.rollouts import ACTOR, CRITIC, ActorCritic, Rollouts, Settings
-from llama2.stages.sampling import Sample
 from llama2.train.loop import Hook, Learner, Plan, Training, fit
 from llama2.train.objectives import clipped
 from llama2.train.optim import AdamW

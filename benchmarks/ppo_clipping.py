@@ -27,9 +27,9 @@ from llama2.generate.engine import Engine
 from llama2.generate.rewards import RewardModels
 from llama2.model.llama import Llama
 from llama2.stages import ppo
-from llama2.stages.rollouts import ACTOR, CRITIC, ActorCritic, Rollouts
-from llama2.stages.sampling import Sample, fitting, load_rewards, read_prompts
-from llama2.stages.training import frozen, load_policy, load_scorer
+from llama2.stages.common.ppo_rollouts import ACTOR, CRITIC, ActorCritic, Rollouts
+from llama2.stages.common.sampling import Sample, fitting, load_rewards, read_prompts
+from llama2.stages.common.training import frozen, load_policy, load_scorer
 from llama2.train.loop import Batch, Hook, Learner, Report, Training, fit
 from llama2.train.objectives import clipped, explained_variance
 

@@ -34,13 +34,13 @@ import torch
 from common import HERE, SIZES, spread
 
 from llama2 import mesh
+from llama2.formats import checkpoint
 from llama2.generate.engine import Engine
 from llama2.generate.sampling import Sampling
 from llama2.microworld.build import write
-from llama2.model import checkpoint
 from llama2.model.llama import Llama
 from llama2.records import Prompt, read
-from llama2.tokenizer import pieces
+from llama2.tokenizer import sentencepiece_model
 from llama2.tokenizer.tokenizer import FILE, Tokenizer
 from llama2.tokenizer.train import train
 
@@ -67,9 +67,9 @@ def make(size: str, directory: Path, **shape: int) -> Path:
              for message in prompt.messages]
     config = replace(SIZES[size].config, **shape)
     train(texts, 420, directory / "small")
-    known = pieces.load(directory / "small" / FILE)
-    words = (pieces.Piece(f"{pieces.SPACE}w{number}", -number) for number in range(len(known.items), config.vocab_size))
-    Tokenizer(pieces.build(replace(known, items=[*known.items, *words]))).save(directory / "model")
+    known = sentencepiece_model.load(directory / "small" / FILE)
+    words = (sentencepiece_model.Piece(f"{sentencepiece_model.SPACE}w{number}", -number) for number in range(len(known.items), config.vocab_size))
+    Tokenizer(sentencepiece_model.build(replace(known, items=[*known.items, *words]))).save(directory / "model")
     checkpoint.save(Llama(config), directory / "model")
     return directory / "model"
 

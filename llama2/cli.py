@@ -19,7 +19,7 @@ from typing import Any
 import llama2
 from llama2.errors import UserError, did_you_mean, explain_os_errors
 from llama2.interrupts import MESSAGE, STATUS, leave_at_once
-from llama2.printable import say
+from llama2.terminal_text import say
 
 HELP = """usage: llama2 <verb> [recipe.yaml] [--section.key value ...]
 
@@ -113,7 +113,7 @@ def _no_verb(name: str, verbs: Mapping[str, Any]) -> UserError:
 
 def _launch() -> Any:
     with leave_at_once():
-        return importlib.import_module("llama2.stages.launch")
+        return importlib.import_module("llama2.recipe.launch")
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ import os
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
-from llama2.printable import LONGEST, line
+from llama2.terminal_text import LONGEST, line
 
 _LONGEST_CAUSE, _ROOM = LONGEST * 3 // 4, 40
 """characters of a cause, and of what is said around it and its cure"""

@@ -23,7 +23,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from llama2 import rendezvous
-from llama2.cores import cores
+from llama2.cpu_tuning import cores
 from llama2.errors import UserError
 
 Precision = Literal["fp32", "bf16"]

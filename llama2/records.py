@@ -20,9 +20,10 @@ from typing import Any, Literal, TypeVar, overload
 import pydantic_core
 from pydantic import ConfigDict, TypeAdapter, ValidationError, with_config
 
-from llama2 import durable, files, plain
+from llama2 import atomic, json_files
 from llama2.errors import UserError, explain_os_errors
-from llama2.files import Bad, File, filled
+from llama2.reading import files
+from llama2.reading.files import Bad, File, filled
 from llama2.reading.packed import zstandard
 from llama2.tally import Tally
 
@@ -258,14 +259,14 @@ def writing(path: str | os.PathLike[str]) -> Iterator[Callable[[object], None]]:
     path = Path(path)
     temporary = path.with_name(path.name + ".tmp")
     with explain_os_errors(path):
-        durable.make(path.parent)
+        atomic.make(path.parent)
         opener: Any = zstandard().open if path.suffix == ".zst" else gzip.open if path.suffix == ".gz" else open
         try:
             with opener(temporary, "wt", encoding="utf-8") as file:
                 yield lambda record: file.write(to_json(record) + "\n")
-            durable.replace(temporary, path)
+            atomic.replace(temporary, path)
         except BaseException:
-            durable.remove(temporary)
+            atomic.remove(temporary)
             raise
 
 
@@ -276,7 +277,7 @@ class Stored(Sequence[Record]):
         self._kind, self._path = kind, path
         self._starts = array("Q")
         place = 0
-        with explain_os_errors(path), plain.opened(path) as file:
+        with explain_os_errors(path), json_files.opened(path) as file:
             for line in file:
                 if line.strip():
                     self._starts.append(place)

@@ -11,8 +11,9 @@ from typing import Any
 
 import torch
 
-from llama2 import cli, outputs, parts
-from llama2.stages import launch
+from llama2 import cli
+from llama2.recipe import launch
+from llama2.runs import completion, parts
 from llama2.train import hooks
 
 
@@ -24,11 +25,11 @@ def llama2(*words: object) -> int:
 def vouch(*runs: Path) -> None:
     """Let finished runs say that they wrote what they hold now, which a test has put there."""
     for run in runs:
-        manifest = json.loads((run / outputs.MANIFEST).read_text())
+        manifest = json.loads((run / completion.MANIFEST).read_text())
         manifest.pop("sum", None)
-        (run / outputs.MANIFEST).write_text(outputs.seal(manifest))
-        seconds = json.loads((run / outputs.COMPLETE).read_text())["seconds"]
-        (run / outputs.COMPLETE).write_text(outputs.mark(run, seconds))
+        (run / completion.MANIFEST).write_text(completion.seal(manifest))
+        seconds = json.loads((run / completion.COMPLETE).read_text())["seconds"]
+        (run / completion.COMPLETE).write_text(completion.mark(run, seconds))
 
 
 def in_a_process(log: Path, *words: object, number: int = 0, step: int = 0, part: int = 0) -> int:

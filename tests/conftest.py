@@ -17,7 +17,7 @@ from commands import llama2, vouch
 from safetensors.torch import load_file, save_file
 
 from llama2 import records
-from llama2.model import checkpoint
+from llama2.formats import checkpoint
 from llama2.model.llama import Llama, LlamaConfig
 from llama2.records import DEGREES, Dialog, Preference, Prompt, Response
 from llama2.tokenizer.tokenizer import Tokenizer

@@ -7,8 +7,8 @@ from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
-from llama2.tokenizer import Tokenizer, pieces, train
-from llama2.tokenizer.pieces import NORMAL, SPACE, Piece
+from llama2.tokenizer import Tokenizer, sentencepiece_model, train
+from llama2.tokenizer.sentencepiece_model import NORMAL, SPACE, Piece
 
 LOWEST = -1e9
 """the score of runs of spaces in the published model"""
@@ -56,10 +56,10 @@ def trained(directory: Path, size: int = 420) -> Tokenizer:
 
 def with_lowest_spaces(tokenizer: Tokenizer) -> Tokenizer:
     """The same tokenizer with all runs of spaces up to the longest, and their scores the lowest, as in Meta's file."""
-    found = pieces.parse(tokenizer.model, "a tokenizer")
+    found = sentencepiece_model.parse(tokenizer.model, "a tokenizer")
     lowest = [replace(item, score=LOWEST) if item.kind == NORMAL and not item.text.strip(SPACE) else item
               for item in found.items]
     known = {item.text for item in lowest}
     more = [Piece(SPACE * run, LOWEST) for run in range(2, LONGEST + 1) if SPACE * run not in known]
     random.Random(0).shuffle(more)  # their ids are in no order there, either
-    return Tokenizer(pieces.build(replace(found, items=[*lowest, *more])))
+    return Tokenizer(sentencepiece_model.build(replace(found, items=[*lowest, *more])))

@@ -10,7 +10,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from llama2.model.formats.source import Source, Stored
+from llama2.formats.source import Source, Stored
 from llama2.model.llama import Llama, LlamaConfig
 from llama2.model.scorer import Scorer
 

@@ -11,8 +11,8 @@ from collections.abc import Callable, Iterable, Iterator
 from itertools import chain
 from typing import Literal
 
-from llama2 import files
-from llama2.files import Bad, File, Row
+from llama2.reading import files
+from llama2.reading.files import Bad, File, Row
 from llama2.reading.rows import TO_UTF8, lines
 from llama2.records import Document
 from llama2.tally import Tally

@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from llama2 import durable, plain
+from llama2 import atomic, json_files
 from llama2.errors import UserError, explain_os_errors
 from llama2.records import Document, dump
 from llama2.tokenizer import Tokenizer
@@ -47,7 +47,7 @@ def write_shards(
     dtype = np.dtype("<u2" if tokenizer.vocab_size <= 1 << 16 else "<u4")
     files: list[dict[str, Any]] = []
     with explain_os_errors(directory):
-        durable.make(directory)
+        atomic.make(directory)
         encoded = _encode(documents, tokenizer, dtype, threads)
         document = next(encoded, None)
         while document is not None:
@@ -62,9 +62,9 @@ def write_shards(
                     end += len(document)
                     ends.append(end)
                     document = next(encoded, None)
-            durable.replace(directory / f"{name}.tmp", directory / name)
+            atomic.replace(directory / f"{name}.tmp", directory / name)
             ends_name, ends_content = f"documents-{number:05}.bin", np.array(ends, dtype="<i8").tobytes()
-            durable.write_atomic(directory / ends_name, ends_content)
+            atomic.write_atomic(directory / ends_name, ends_content)
             files.append({"tokens": name, "tokens_sha256": digest.hexdigest(), "token_count": end,
                           "documents": ends_name, "documents_sha256": hashlib.sha256(ends_content).hexdigest(),
                           "document_count": len(ends)})
@@ -72,7 +72,7 @@ def write_shards(
             raise UserError(f"{directory}: there are no documents to tokenize", "check the sources and cleaning rules")
         index = {"version": _VERSION, "dtype": dtype.name, "vocab_size": tokenizer.vocab_size,
                  "tokenizer": tokenizer.fingerprint, "files": files}
-        durable.write_atomic(directory / INDEX, dump(index))
+        atomic.write_atomic(directory / INDEX, dump(index))
     return Shards(directory, tokenizer)
 
 
@@ -105,7 +105,7 @@ class Shards:
     def __init__(self, directory: str | os.PathLike[str], tokenizer: Tokenizer | None = None) -> None:
         self.directory = Path(directory)
         where = self.directory / INDEX
-        self._index = plain.json_object(where, "tokenize again")
+        self._index = json_files.json_object(where, "tokenize again")
         try:
             self.vocab_size: int = self._index["vocab_size"]
             self.fingerprint: str = self._index["tokenizer"]

@@ -10,8 +10,8 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 
+from llama2.importers.tables import digest
 from llama2.records import Messages
-from llama2.tables import digest
 
 ENOUGH = 10
 """conversations of which one can be spared"""

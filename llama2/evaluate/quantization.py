@@ -19,13 +19,13 @@ import torch
 import tyro
 from pydantic import Field
 
+from llama2 import atomic, mesh
 from llama2 import config as configuration
-from llama2 import mesh, runs
 from llama2.data.documents import Split, read_documents
+from llama2.formats.checkpoint import config_of, load
 from llama2.generate.engine import Engine
 from llama2.generate.score import predictions
 from llama2.model import quantize
-from llama2.model.checkpoint import config_of, load
 from llama2.model.llama import Llama, LlamaConfig
 from llama2.records import Document, dump
 from llama2.tokenizer.tokenizer import Tokenizer
@@ -69,7 +69,7 @@ def run(config: Config) -> None:
     if not mesh.is_main():
         return
     if config.out is not None:
-        runs.write_atomic(config.out / REPORT, dump(report))
+        atomic.write_atomic(config.out / REPORT, dump(report))
     print(json.dumps(report, indent=1) if config.json_ else "\n".join(_lines(report)))
 
 

@@ -20,9 +20,9 @@ import torch
 from torch import Tensor
 
 from llama2.errors import UserError
+from llama2.generate.cpu_decoder import Decoder
 from llama2.generate.sampling import UNIFORMS, Sampling, change, draw, uniforms
 from llama2.model.cache import KVCache
-from llama2.model.decode import Decoder
 from llama2.model.llama import Llama
 
 PREFILL_TOKENS = 4096  # padded tokens of one forward pass over prompts

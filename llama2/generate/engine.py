@@ -21,12 +21,13 @@ import torch
 from torch import Tensor
 
 from llama2.errors import UserError
+from llama2.generate import cpu_decoder
 from llama2.generate.batch import Batch, Request
+from llama2.generate.cpu_decoder import Decoder
 from llama2.generate.sampling import Sampling
 from llama2.generate.session import Session
-from llama2.model import decode, quantize
+from llama2.model import quantize
 from llama2.model.cache import KVCache
-from llama2.model.decode import Decoder
 from llama2.model.llama import Llama
 from llama2.model.quantize import Rounded, WeightPrecision
 
@@ -177,7 +178,7 @@ class Engine:
 
     def _packed(self, model: Llama) -> Decoder | None:
         """The weights as our own decoding step reads them, where it runs."""
-        if self._decoder is None and decode.runs(model):
+        if self._decoder is None and cpu_decoder.runs(model):
             self._decoder = Decoder(model, self._rounded)
             self._rounded = {}
         return self._decoder
@@ -209,7 +210,7 @@ class Engine:
                 for (name, own), weight in zip(self._copy.named_parameters(), weights, strict=True):
                     own.copy_(_whole(weight))
                     self._round(name, own)
-            if not decode.runs(self._copy):
+            if not cpu_decoder.runs(self._copy):
                 self._rounded = {}
         return self._copy
 

@@ -16,7 +16,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO
 
-from llama2 import mesh, plain
+from llama2 import json_files, mesh
 from llama2.errors import explain_os_errors
 from llama2.generate.engine import Completion
 
@@ -79,7 +79,7 @@ def _sum(row: Mapping[str, object]) -> int:
 
 def _read(line: bytes, asked: Mapping[str, tuple[int, ...]]) -> tuple[str, Completion | None]:
     try:
-        row = plain.parsed(line)
+        row = json_files.parsed(line)
         key = row["key"]
         if row.pop("sum") != _sum(row):
             return "", None

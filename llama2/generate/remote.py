@@ -26,7 +26,7 @@ from typing import Any, ClassVar, Literal
 
 from pydantic import Field
 
-from llama2 import plain
+from llama2 import json_files
 from llama2.config import Config
 from llama2.errors import UserError, did_you_mean
 from llama2.generate.engine import Completion, Progress, Tokens
@@ -264,7 +264,7 @@ class RemoteEngine:
     def _check_json(self, ids: Sequence[int]) -> None:
         """A server may leave `response_format` aside without a word."""
         try:
-            plain.parsed(self.tokenizer.decode(ids))
+            json_files.parsed(self.tokenizer.decode(ids))
         except ValueError:
             raise Trouble("the answer is no JSON, as if the server knew no response_format", again=None) from None
 

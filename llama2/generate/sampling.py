@@ -21,13 +21,13 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from llama2.errors import UserError
-from llama2.model import native
+from llama2.kernels import build
 
 UNIFORMS = 2  # the second is used where the first drew a token outside of the nucleus
 _CANDIDATES = 256  # of the likeliest tokens, tried before a whole vocabulary is sorted
 _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 _BLOCK = 32
-_call = native.Library("draw")
+_call = build.Library("sample")
 
 
 class Grammar(Protocol):

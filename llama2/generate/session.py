@@ -19,8 +19,8 @@ import torch
 from torch import Tensor
 
 from llama2.generate.batch import COMPACT, READ_TOKENS, Batch, Prompt, Request, _check
+from llama2.generate.cpu_decoder import Decoder
 from llama2.model.cache import KVCache
-from llama2.model.decode import Decoder
 from llama2.model.llama import Llama
 
 CHUNK_TOKENS = {"cpu": 512}  # of prompts read between two steps of the others

@@ -18,7 +18,7 @@ from typing import Any, TypeVar
 
 from pydantic import BaseModel, ValidationError
 
-from llama2 import plain
+from llama2 import json_files
 from llama2.errors import UserError, missing_extra
 
 COMPLETIONS, MODELS = "/v1/completions", "/v1/models"
@@ -161,7 +161,7 @@ class Wire:
         if not response.is_success:
             self._refuse(response)
         try:
-            return plain.parsed(response.content)
+            return json_files.parsed(response.content)
         except ValueError:
             raise Trouble("an answer that is not JSON") from None
 
@@ -257,7 +257,7 @@ def _retry_after(text: str) -> float:
 def _message(text: str) -> str:
     """What a server says went wrong, in one line."""
     try:
-        error = plain.parsed(text)
+        error = json_files.parsed(text)
         error = error.get("error", error) if isinstance(error, dict) else error
         text = str(error.get("message", error)) if isinstance(error, dict) else str(error)
     except ValueError:

@@ -116,7 +116,9 @@ def kernel_for(where: torch.device, kind: torch.dtype, size: int) -> Kernel | No
 
 def _varlen(repeated: bool) -> Kernel:
     """PyTorch's kernel as this release has it; `repeated`: keys are repeated for the heads that share them."""
-    from torch.nn.attention.varlen import varlen_attn  # imports the compiler: a second, only for those who need it
+    from torch.nn.attention.varlen import (
+        varlen_attn,  # imports the compiler: a second, only for those who need it
+    )
     theirs: Any = varlen_attn
     known = inspect.signature(theirs).parameters
     options: dict[str, Any] = {"window_size": (-1, 0)} if "window_size" in known else {"is_causal": True}

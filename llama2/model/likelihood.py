@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from llama2.model import fused
+from llama2.kernels import fused
 
 KEEP_BYTES = 256 << 20  # a larger q is computed again in the backward pass instead of kept (a third more products)
 CHUNK_BYTES = {"cpu": 4 << 20}  # fp32 logits of one chunk: what the caches of a processor hold

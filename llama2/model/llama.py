@@ -20,8 +20,15 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from llama2.errors import UserError
-from llama2.model import attention, fused
-from llama2.model.attention import Documents, document_attention, documents_of, explicit_attention, fused_attention
+from llama2.kernels import fused
+from llama2.model import attention
+from llama2.model.attention import (
+    Documents,
+    document_attention,
+    documents_of,
+    explicit_attention,
+    fused_attention,
+)
 from llama2.model.likelihood import log_likelihood, log_likelihood_and_entropy
 
 INITIAL_STD = 0.02

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from llama2 import mesh
 from llama2.errors import missing_extra
-from llama2.model.formats.binary import EMBEDDINGS, HEAD
+from llama2.model.tensors import EMBEDDINGS, HEAD
 
 Bits = Literal["int8", "int4"]
 WeightPrecision = Literal["fp32", "bf16", "int8", "int4"]  # in which an engine keeps weights

@@ -1,1 +1,1 @@
-"""How the bytes of a data file become rows; `llama2.files` is the way in."""
+"""How the bytes of a data file become rows; `files` is the way in."""

@@ -20,7 +20,7 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import IO, Any
 
-from llama2 import plain
+from llama2 import json_files
 from llama2.errors import UserError, explain_os_errors, missing_extra
 
 PACKINGS = (".gz", ".bz2", ".xz", ".zst")
@@ -44,7 +44,7 @@ def _packing(name: str) -> str:
 def opened(path: Path, member: str = "") -> Iterator[IO[bytes]]:
     """The unpacked content of a file, or of one member of a zip archive, for reading from front to back."""
     with ExitStack() as stack:
-        file: IO[bytes] = stack.enter_context(plain.opened(path))
+        file: IO[bytes] = stack.enter_context(json_files.opened(path))
         if member:
             archive = stack.enter_context(zipfile.ZipFile(file))
             if archive.getinfo(member).flag_bits & 1:
@@ -56,7 +56,7 @@ def opened(path: Path, member: str = "") -> Iterator[IO[bytes]]:
 
 def members(path: Path) -> list[str]:
     """The names of the files in a zip archive, sorted; its directories are none."""
-    with explained(lambda: shown(path)), plain.opened(path) as file, zipfile.ZipFile(file) as archive:
+    with explained(lambda: shown(path)), json_files.opened(path) as file, zipfile.ZipFile(file) as archive:
         return sorted(item.filename for item in archive.infolist() if item.filename and not item.is_dir())
 
 

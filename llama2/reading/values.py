@@ -11,7 +11,7 @@ from typing import Any
 import pydantic_core
 
 from llama2.errors import UserError
-from llama2.plain import is_deep
+from llama2.json_files import is_deep
 from llama2.reading.rows import AGAIN, TO_UTF8, Bad, File, Found, lines, unified
 
 # columns that sets of instructions, conversations, prompts and comparisons have: what tells a header from a row

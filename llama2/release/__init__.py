@@ -1,1 +1,1 @@
-"""What leaves a recipe: the run report and its reckoning of energy and carbon."""
+"""A model with the papers that a responsible release needs (§5.3, appendix A.7)."""

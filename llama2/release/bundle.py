@@ -15,18 +15,25 @@ from typing import Annotated, Any
 
 from pydantic import BeforeValidator
 
-from llama2 import durable, plain, runs
+from llama2 import atomic, json_files, runs
 from llama2.config import Config as Section
+from llama2.convert.export import Kind
 from llama2.errors import UserError, explain_os_errors
-from llama2.model.formats import directory
-from llama2.model.formats.gguf import Precision
-from llama2.printable import say
+from llama2.formats import hf_directory
+from llama2.formats.gguf import Precision
+from llama2.release import (
+    carbon_statement,
+    hub,
+    licences,
+    provenance,
+    responsible_use,
+    weight_files,
+)
 from llama2.release import card as cards
-from llama2.release import emissions, hub, licences, provenance, responsible, weights
-from llama2.release.carbon import Power
-from llama2.release.export import Kind
 from llama2.release.lineage import Lineage, trace
-from llama2.release.measured import measured
+from llama2.release.measurements import measured
+from llama2.report.carbon import Power
+from llama2.terminal_text import say
 
 POSITIONAL = "run"
 SUMS = "SHA256SUMS"
@@ -73,7 +80,7 @@ def run(config: Config) -> None:
     lineage = trace(config.run)
     _check_target(config.out, config.run, lineage)
     client = hub.connect(config.push, sure=config.yes) if config.push is not None else None
-    weights.check(lineage.released)
+    weight_files.check(lineage.released)
     with _fresh(config.out) as work:
         fill(config, lineage, work)
     count = len((config.out / SUMS).read_text(encoding="utf-8").splitlines())
@@ -87,20 +94,20 @@ def fill(config: Config, lineage: Lineage, work: Path) -> None:
     """Write everything into an empty directory, the checksums last."""
     found = measured(lineage)
     materials = licences.materials(lineage, config.licenses)
-    weights.write(lineage.released, work, config.dtype)
-    settings = plain.json_object(work / directory.CONFIG)
+    weight_files.write(lineage.released, work, config.dtype)
+    settings = json_files.json_object(work / hf_directory.CONFIG)
     dtype = _DTYPES.get(str(settings.get("dtype", settings.get("torch_dtype"))), "not stated")
     model = cards.Model(lineage, found, materials, config.card, config.power, dtype, config.dtype is not None)
-    copies = weights.write_gguf(lineage.released, work, config.gguf, model.title)
+    copies = weight_files.write_gguf(lineage.released, work, config.gguf, model.title)
     model = cards.Model(lineage, found, materials, config.card, config.power, dtype, config.dtype is not None, copies)
     papers = {
-        cards.FILE: cards.document(model), responsible.FILE: responsible.document(model),
-        emissions.FILE: emissions.document(lineage, found, config.power),
-        emissions.NUMBERS: emissions.numbers(lineage, config.power),
+        cards.FILE: cards.document(model), responsible_use.FILE: responsible_use.document(model),
+        carbon_statement.FILE: carbon_statement.document(lineage, found, config.power),
+        carbon_statement.NUMBERS: carbon_statement.numbers(lineage, config.power),
         licences.FILE: licences.document(lineage, materials, config.card.license, config.card.base_model),
         **provenance.files(lineage, found)}
     for name, text in papers.items():
-        runs.write_atomic(work / name, text)
+        atomic.write_atomic(work / name, text)
     (work / provenance.SCRIPT).chmod(0o755)
     _check_private(work, config.run)
     (work / SUMS).write_text(sums(work), encoding="utf-8")
@@ -109,7 +116,7 @@ def fill(config: Config, lineage: Lineage, work: Path) -> None:
 def sums(release: Path) -> str:
     """One line for every file but SHA256SUMS, sorted, as sha256sum reads them."""
     names = sorted(path.relative_to(release).as_posix() for path in release.rglob("*") if path.is_file())
-    return "".join(f"{plain.sha256(release / name)}  {name}\n" for name in names if name != SUMS)
+    return "".join(f"{json_files.sha256(release / name)}  {name}\n" for name in names if name != SUMS)
 
 
 def _check_private(work: Path, run: Path) -> None:
@@ -134,7 +141,7 @@ def _check_target(out: Path, run: Path, lineage: Lineage) -> None:
     if not out.is_dir() or not (out / SUMS).is_file():
         raise refused
     try:
-        earlier = plain.json_object(out / provenance.LINEAGE)["model"]["fingerprint"]
+        earlier = json_files.json_object(out / provenance.LINEAGE)["model"]["fingerprint"]
         told = {line.split("  ", 1)[1] for line in (out / SUMS).read_text(encoding="utf-8").splitlines()}
     except (UserError, OSError, ValueError, KeyError, TypeError, IndexError):
         raise refused from None
@@ -155,10 +162,10 @@ def _fresh(out: Path) -> Iterator[Path]:
         work.mkdir(parents=True)
         try:
             yield work
-            durable.flush_tree(work)
+            atomic.flush_tree(work)
             if target.exists():
                 os.replace(target, old)
-            durable.replace(work, target)
+            atomic.replace(work, target)
         finally:
             shutil.rmtree(work, ignore_errors=True)
             shutil.rmtree(old, ignore_errors=True)

@@ -15,14 +15,14 @@ import yaml
 
 from llama2.config import Config
 from llama2.errors import UserError, explain_os_errors
-from llama2.model.formats.config import read_config
+from llama2.formats.hf_config import read_config
 from llama2.model.llama import LlamaConfig
-from llama2.release import card_making, card_results, emissions
+from llama2.release import carbon_statement, card_making, card_results
 from llama2.release import markdown as md
-from llama2.release.carbon import Power, amounts
 from llama2.release.licences import LLAMA_2_NOTE, Material, from_llama_2
 from llama2.release.lineage import Lineage
-from llama2.release.measured import Measured
+from llama2.release.measurements import Measured
+from llama2.report.carbon import Power, amounts
 
 FILE = "README.md"
 
@@ -244,8 +244,8 @@ def _format(model: Model) -> str:
 
 # ---- the rest ---------------------------------------------------------------------------------------------------
 def _carbon(model: Model) -> str:
-    hours, kwh, kg = emissions.total(model.lineage, model.power)
-    return md.document("## Energy and carbon", f"{emissions.duration(hours)} of device time over all stages above, "
+    hours, kwh, kg = carbon_statement.total(model.lineage, model.power)
+    return md.document("## Energy and carbon", f"{carbon_statement.duration(hours)} of device time over all stages above, "
                        f"about {' and '.join(amounts(kwh, kg))} CO2eq by the method of the Llama 2 paper. `CARBON.md` "
                        "has the assumptions and every stage.")
 

@@ -11,8 +11,8 @@ from typing import Any
 from llama2.records import DEGREES
 from llama2.release import markdown as md
 from llama2.release.lineage import Lineage
-from llama2.release.measured import UNSAFE_BELOW, Category, Measured
-from llama2.release.verdicts import BASELINES, accuracies
+from llama2.release.measurements import UNSAFE_BELOW, Category, Measured
+from llama2.report.targets import BASELINES, accuracies
 
 AXES = {"helpful": "helpfulness", "safe": "harmlessness"}
 NOTHING = "**Not measured.** No evaluation beside this run compares it with anything."

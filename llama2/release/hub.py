@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from llama2.errors import UserError, missing_extra
-from llama2.printable import say
+from llama2.terminal_text import say
 
 _REFUSALS = {"HfHubHTTPError", "HFValidationError", "LocalTokenNotFoundError", "HTTPError", "TransportError", "OSError"}
 

@@ -11,10 +11,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from llama2.config.yaml12 import read_yaml
 from llama2.errors import UserError, did_you_mean
 from llama2.release import markdown as md
 from llama2.release.lineage import RECIPE, Input, Lineage, Stage
-from llama2.yaml12 import read_yaml
 
 FILE = "LICENSES.md"
 UNKNOWN = "unknown"

@@ -14,10 +14,10 @@ from pathlib import Path
 from typing import Any
 
 from llama2 import runs
+from llama2.config.yaml12 import read_yaml
 from llama2.errors import UserError
-from llama2.model.checkpoint import CONFIG, INDEX, WEIGHTS
-from llama2.release.steps import Recipe, Step, read_manifest, read_recipe
-from llama2.yaml12 import read_yaml
+from llama2.formats.checkpoint import CONFIG, INDEX, WEIGHTS
+from llama2.runs.recipe_runs import Recipe, Step, read_manifest, read_recipe
 
 RECIPE = "recipe.yaml"
 _CHECKPOINTS = ("model", "policy", "policies", "critic", "candidate", "predecessor", "rewards", "judge", "tokenizer")

@@ -16,11 +16,11 @@ from typing import Any
 import yaml
 
 from llama2 import runs
+from llama2.config.yaml12 import read_yaml
 from llama2.records import dump
 from llama2.release import markdown as md
 from llama2.release.lineage import RECIPE, Lineage, Stage
-from llama2.release.measured import Measured
-from llama2.yaml12 import read_yaml
+from llama2.release.measurements import Measured
 
 LINEAGE, COMMANDS, SCRIPT, CONFIGS = "lineage.json", "COMMANDS.md", "reproduce.sh", "configs"
 

@@ -1,1 +1,1 @@
-"""What a person talks to: the terminal chat."""
+"""Models behind OpenAI's HTTP interface, and the chat page."""

@@ -15,10 +15,11 @@ import torch
 
 from llama2 import mesh
 from llama2.errors import UserError, did_you_mean
+from llama2.formats import checkpoint
 from llama2.generate.engine import Engine
 from llama2.generate.score import rewards
 from llama2.mesh import Precision
-from llama2.model import checkpoint, quantize
+from llama2.model import quantize
 from llama2.model.llama import Llama
 from llama2.model.quantize import WeightPrecision
 from llama2.model.scorer import Scorer

@@ -19,15 +19,23 @@ from llama2.serve import errors
 from llama2.serve.aside import aside
 from llama2.serve.body import BodyRoute
 from llama2.serve.clients import EventStream, unless_gone
+from llama2.serve.constrained import shaped
 from llama2.serve.errors import ApiError
 from llama2.serve.formats import ChatFormat, Format, TextFormat, Wanted, sse
-from llama2.serve.generation import Asked, Event, Generation, Whole, check_prompts, collected, sampling_of
+from llama2.serve.generation import (
+    Asked,
+    Event,
+    Generation,
+    Whole,
+    check_prompts,
+    collected,
+    sampling_of,
+)
 from llama2.serve.guard import LOG
 from llama2.serve.metrics import Metrics
 from llama2.serve.models import ChatModel, Models, RewardModel
 from llama2.serve.safety import Gate
 from llama2.serve.schema import ChatRequest, CompletionRequest, ScoreRequest, StreamOptions
-from llama2.serve.shape import shaped
 from llama2.serve.text import Decoder, Part
 from llama2.serve.worker import Alternatives
 from llama2.tokenizer.template import encode_begun, encode_prompt

@@ -25,8 +25,8 @@ from llama2.generate.batch import Finish, Request
 from llama2.generate.engine import BEGIN, TEST_TOKENS, Engine
 from llama2.generate.sampling import Sampling
 from llama2.generate.session import Session
-from llama2.printable import say
 from llama2.serve import errors
+from llama2.terminal_text import say
 
 R = TypeVar("R")
 Alternatives = tuple[tuple[int, float], ...]

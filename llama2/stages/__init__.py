@@ -1,1 +1,1 @@
-"""The paper, one file per section. Each stage has a `Config` and `run(config, run)`; `launch` names them all."""
+"""The paper, one verb a file. Each stage has a `Config` and `run(config, run)`."""

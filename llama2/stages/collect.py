@@ -23,13 +23,13 @@ from llama2.config import StageConfig
 from llama2.data.split import is_heldout
 from llama2.evaluate.judges import has_truth, kind_of
 from llama2.generate.dialogue import Chat
-from llama2.parts import Work
-from llama2.preferences.simulated import NOISE, Annotator
+from llama2.microworld.annotators import NOISE, Annotator
 from llama2.records import DEGREES, Axis, Messages, Pair, Preference, Prompt, Response
 from llama2.runs import Run
-from llama2.stages.planning import Cluster, Lineage, sampling_plan
-from llama2.stages.preprompts import PREPROMPTS, check, under_preprompt
-from llama2.stages.sampling import (
+from llama2.runs.parts import Work
+from llama2.stages.common.planning import Cluster, Lineage, sampling_plan
+from llama2.stages.common.preprompts import PREPROMPTS, check, under_preprompt
+from llama2.stages.common.sampling import (
     Sample,
     answer,
     fitting,

@@ -17,12 +17,12 @@ from pydantic import Field, field_validator
 from llama2.config import StageConfig
 from llama2.generate.dialogue import Answer, Chat
 from llama2.generate.rewards import RewardModels, Rewards, probability
-from llama2.parts import Work
 from llama2.records import Messages, Prompt
 from llama2.runs import Run
-from llama2.stages.planning import Cluster, Lineage, sampling_plan
-from llama2.stages.preprompts import PREPROMPTS, TEMPLATES, check, under_preprompt
-from llama2.stages.sampling import (
+from llama2.runs.parts import Work
+from llama2.stages.common.planning import Cluster, Lineage, sampling_plan
+from llama2.stages.common.preprompts import PREPROMPTS, TEMPLATES, check, under_preprompt
+from llama2.stages.common.sampling import (
     Sample,
     answer,
     dialog,

@@ -18,25 +18,34 @@ from typing import Any
 
 from pydantic import Field, field_validator
 
-from llama2 import beside, mesh, records, runs
+from llama2 import atomic, mesh, records, runs
 from llama2 import config as configuration
 from llama2.errors import UserError
 from llama2.evaluate import attention, ghost, summary
 from llama2.evaluate.judges import known_truth, truth
+from llama2.formats.checkpoint import config_of
 from llama2.generate.dialogue import Answer, Chat
 from llama2.generate.engine import Engine
 from llama2.generate.remote import Server, connect
 from llama2.generate.rewards import probability
 from llama2.generate.sampling import Sampling
 from llama2.model import quantize
-from llama2.model.checkpoint import config_of
 from llama2.model.llama import Llama
-from llama2.parts import in_parts
-from llama2.printable import say
 from llama2.records import Axis, Message, Messages, Prompt
-from llama2.stages.answers import ROUNDS, answered, check_judge, fitting, in_turn, judged, twins
-from llama2.stages.planning import Cluster, Lineage, judging_plan
-from llama2.stages.training import load_policy
+from llama2.runs.parts import in_parts
+from llama2.stages.common.answers import (
+    ROUNDS,
+    answered,
+    check_judge,
+    fitting,
+    in_turn,
+    judged,
+    twins,
+)
+from llama2.stages.common.planning import Cluster, Lineage, judging_plan
+from llama2.stages.common.training import load_policy
+from llama2.terminal_text import say
+from llama2.tokenizer import chat_files
 from llama2.tokenizer.template import check_template
 from llama2.tokenizer.tokenizer import Tokenizer
 
@@ -150,7 +159,7 @@ def run(config: Config, run: runs.Run) -> None:
         "sampling": {"temperature": config.temperature, "top_p": config.top_p, "max_tokens": config.max_tokens}})
     if mesh.is_main():
         rows = (row for name, result in results.items() for row in summary.samples(name, prompts, result))
-        runs.write_atomic(run.path / "samples.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
+        atomic.write_atomic(run.path / "samples.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
     if config.attention:
         _attention(config, run, dialogs, results[config.attention[-1]].talks)
 
@@ -193,7 +202,7 @@ def _answers(config: Config, place: int, run: runs.Run, prompts: Sequence[Prompt
 def _chat(config: Config, name: str, run: runs.Run) -> Chat:
     """A version ready to answer: here, or its server, whose answers are kept until the run is finished."""
     checkpoint = config.versions[name]
-    check_template(checkpoint, beside.chat_template(checkpoint))
+    check_template(checkpoint, chat_files.chat_template(checkpoint))
     if name in config.servers:
         tokenizer, context = Tokenizer.load(checkpoint), config_of(checkpoint).max_position_embeddings
         kept = run.path / runs.CHECKPOINTS / "answers" / name

@@ -21,8 +21,16 @@ from llama2.errors import UserError
 from llama2.generate.dialogue import Chat
 from llama2.records import Dialog, Message, Messages, Prompt
 from llama2.runs import Run
-from llama2.stages.planning import Cluster, Lineage, sampling_plan
-from llama2.stages.sampling import Sample, answer, has_room, load_chat, part_by_part, seed_for, writing
+from llama2.stages.common.planning import Cluster, Lineage, sampling_plan
+from llama2.stages.common.sampling import (
+    Sample,
+    answer,
+    has_room,
+    load_chat,
+    part_by_part,
+    seed_for,
+    writing,
+)
 from llama2.tally import Tally
 
 EXAMPLES = 3

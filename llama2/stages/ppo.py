@@ -23,15 +23,15 @@ from llama2 import mesh
 from llama2.config import StageConfig
 from llama2.errors import UserError
 from llama2.evaluate.judges import kind_of
+from llama2.formats.hf_directory import model_files, verify_checksums
 from llama2.generate.dialogue import Answer, Chat
 from llama2.generate.engine import Engine
 from llama2.generate.rewards import RewardModels, Rewards, probability
-from llama2.model.formats.directory import model_files, verify_checksums
 from llama2.model.llama import Llama
 from llama2.records import Prompt
 from llama2.runs import CHECKPOINTS, Run, read_metrics
-from llama2.stages import health
-from llama2.stages.planning import (
+from llama2.stages.common import ppo_health
+from llama2.stages.common.planning import (
     UNKNOWN,
     Cluster,
     Lineage,
@@ -40,9 +40,17 @@ from llama2.stages.planning import (
     scorer_bytes,
     training_plan,
 )
-from llama2.stages.rollouts import ACTOR, CRITIC, ActorCritic, Rollouts, Settings, seeded
-from llama2.stages.sampling import Sample, answer, fitting, load_rewards, read_prompts, readable, score
-from llama2.stages.training import Training, frozen, load_policy, load_scorer, saver, train
+from llama2.stages.common.ppo_rollouts import ACTOR, CRITIC, ActorCritic, Rollouts, Settings, seeded
+from llama2.stages.common.sampling import (
+    Sample,
+    answer,
+    fitting,
+    load_rewards,
+    read_prompts,
+    readable,
+    score,
+)
+from llama2.stages.common.training import Training, frozen, load_policy, load_scorer, saver, train
 from llama2.tally import Tally
 from llama2.tokenizer.template import check_template
 from llama2.tokenizer.tokenizer import Tokenizer
@@ -166,7 +174,7 @@ def run(config: Config, run: Run) -> None:
                       "them, or take a model with a longer context")
     prompts = readable(chat, rewards, prompts, config.sample, tally)
     watch = Watch(config.kl_stop, -(-config.batch_size // config.minibatch_size) * config.epochs)
-    doctor = health.Doctor(lambda: read_metrics(run.path), config.kl_stop, config.training.precision)
+    doctor = ppo_health.Doctor(lambda: read_metrics(run.path), config.kl_stop, config.training.precision)
     source = Rollouts(models, reference.eval().requires_grad_(False), rewards, chat, prompts, settings(config),
                       config.iterations, watch.observe)
     training = config.training.with_steps(config.iterations * source.updates)

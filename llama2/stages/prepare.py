@@ -16,14 +16,14 @@ from pydantic import Field
 
 from llama2 import config, mesh, records
 from llama2.config import StageConfig
-from llama2.data.dialogs import import_dialogs
-from llama2.data.prompts import Family, import_prompts, prompt_id
 from llama2.data.split import is_heldout, opening
 from llama2.errors import UserError
-from llama2.preferences.importers import holds_preferences, import_preferences
+from llama2.importers.dialogs import import_dialogs
+from llama2.importers.preferences import holds_preferences, import_preferences
+from llama2.importers.prompts import Family, import_prompts, prompt_id
+from llama2.importers.tables import Malformed, Reading, digest
 from llama2.records import Axis, Dialog, Message, Messages, Preference, Prompt
 from llama2.runs import Run
-from llama2.tables import Malformed, Reading, digest
 from llama2.tally import Tally
 
 Record = Dialog | Preference | Prompt

@@ -16,8 +16,7 @@ import torch
 from pydantic import Field
 from torch import nn
 
-from llama2 import mesh, outputs
-from llama2.beside import chat_template, stop_ids
+from llama2 import mesh
 from llama2.config import Config as Section
 from llama2.config import StageConfig
 from llama2.data.compress import HeldoutText
@@ -26,13 +25,28 @@ from llama2.data.mix import Mixture, mix, mix_passes
 from llama2.data.pack import TextRows, collate
 from llama2.data.shards import Shards, verify
 from llama2.errors import UserError, did_you_mean
-from llama2.model import checkpoint
+from llama2.formats import checkpoint
 from llama2.model.llama import Llama, LlamaConfig
 from llama2.model.sizes import SIZES
-from llama2.runs import Run
-from llama2.stages import cautions
-from llama2.stages.planning import UNKNOWN, Cluster, Lineage, Tower, flops_per_token, training_plan
-from llama2.stages.training import Training, heldout_loss, row_length, saver, train, validated
+from llama2.runs import Run, completion
+from llama2.stages.common import cautions
+from llama2.stages.common.planning import (
+    UNKNOWN,
+    Cluster,
+    Lineage,
+    Tower,
+    flops_per_token,
+    training_plan,
+)
+from llama2.stages.common.training import (
+    Training,
+    heldout_loss,
+    row_length,
+    saver,
+    train,
+    validated,
+)
+from llama2.tokenizer.chat_files import chat_template, stop_ids
 from llama2.tokenizer.tokenizer import Tokenizer
 from llama2.train import hooks
 from llama2.train.loop import Plan
@@ -172,7 +186,7 @@ def read_rows(directory: Path, tokenizer: Tokenizer, config: Config) -> tuple[Te
     run, so the passes of a source that is read several times lie among one another.
     """
     shards = {path.name: Shards(path, tokenizer) for path in sorted(directory.iterdir()) if path.is_dir()}
-    if outputs.home(directory) is None:  # no run vouches for them
+    if completion.home(directory) is None:  # no run vouches for them
         mesh.first(lambda: verify(shards.values()))
     lengths = {name: shard.lengths_N for name, shard in shards.items()}
     if config.mixture:

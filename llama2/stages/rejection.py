@@ -19,12 +19,12 @@ from llama2 import mesh
 from llama2.config import StageConfig
 from llama2.generate.dialogue import Answer, Chat
 from llama2.generate.rewards import RewardModels, Rewards, Score, probability
-from llama2.parts import Work
 from llama2.records import Dialog, Prompt
 from llama2.runs import Run
-from llama2.stages.planning import Cluster, Lineage, sampling_plan
-from llama2.stages.pool import Pool
-from llama2.stages.sampling import (
+from llama2.runs.parts import Work
+from llama2.stages.common.planning import Cluster, Lineage, sampling_plan
+from llama2.stages.common.pool import Pool
+from llama2.stages.common.sampling import (
     Sample,
     answer,
     dialog,

@@ -21,18 +21,25 @@ from llama2.config import Config as Section
 from llama2.config import StageConfig
 from llama2.data.loader import Batch, Rows
 from llama2.data.split import opening
+from llama2.evaluate.baselines import Answers, BagOfWords, by_length
 from llama2.evaluate.winrate import wilson
 from llama2.generate.score import rewards
+from llama2.importers.tables import digest
 from llama2.mesh import Precision
 from llama2.model.scorer import Scorer
-from llama2.preferences.baselines import Answers, BagOfWords, by_length
 from llama2.records import DEGREES, Axis, Message, Preference
 from llama2.runs import Run, is_output
-from llama2.stages import cautions
-from llama2.stages.planning import UNKNOWN, Cluster, Lineage, Tower, flops_per_token, training_plan
-from llama2.stages.shares import total_pairs
-from llama2.stages.training import Training, check_left, load_scorer, saver, train
-from llama2.tables import digest
+from llama2.stages.common import cautions
+from llama2.stages.common.planning import (
+    UNKNOWN,
+    Cluster,
+    Lineage,
+    Tower,
+    flops_per_token,
+    training_plan,
+)
+from llama2.stages.common.shares import total_pairs
+from llama2.stages.common.training import Training, check_left, load_scorer, saver, train
 from llama2.tally import Tally
 from llama2.tokenizer.template import encode_dialog
 from llama2.tokenizer.tokenizer import Tokenizer

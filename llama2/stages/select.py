@@ -23,16 +23,24 @@ from llama2.errors import UserError
 from llama2.evaluate import ghost
 from llama2.evaluate.judges import has_truth, kind_of
 from llama2.evaluate.winrate import WinRate, compare, wilson
+from llama2.formats import hf_directory
 from llama2.generate.dialogue import Answer
 from llama2.generate.rewards import RewardModels, check, join
-from llama2.model.formats import directory
-from llama2.parts import in_parts
-from llama2.preferences.simulated import Annotator
+from llama2.microworld.annotators import Annotator
 from llama2.records import Prompt, Response
 from llama2.runs import Run
-from llama2.stages.answers import ROUNDS, answered, check_judge, fitting, in_turn, judged, twins
-from llama2.stages.planning import Cluster, Lineage, judging_plan
-from llama2.stages.sampling import Sample, load_chat, read_prompts
+from llama2.runs.parts import in_parts
+from llama2.stages.common.answers import (
+    ROUNDS,
+    answered,
+    check_judge,
+    fitting,
+    in_turn,
+    judged,
+    twins,
+)
+from llama2.stages.common.planning import Cluster, Lineage, judging_plan
+from llama2.stages.common.sampling import Sample, load_chat, read_prompts
 from llama2.tally import Tally
 
 
@@ -184,7 +192,7 @@ def judge(config: Config, kinds: Sequence[str], preferred: Sequence[float]) -> d
 
 def copy(source: Path, target: Path) -> None:
     """The model in one directory in another too, as hard links where the file system allows."""
-    for name in directory.model_files(source):
+    for name in hf_directory.model_files(source):
         (target / name).unlink(missing_ok=True)
         try:
             os.link((source / name).resolve(), target / name)

@@ -25,9 +25,16 @@ from llama2.data.split import heldout_openings, opening
 from llama2.model.llama import Llama
 from llama2.records import Dialog, trained_turns
 from llama2.runs import Run, is_output
-from llama2.stages import cautions
-from llama2.stages.planning import UNKNOWN, Cluster, Lineage, Tower, flops_per_token, training_plan
-from llama2.stages.training import (
+from llama2.stages.common import cautions
+from llama2.stages.common.planning import (
+    UNKNOWN,
+    Cluster,
+    Lineage,
+    Tower,
+    flops_per_token,
+    training_plan,
+)
+from llama2.stages.common.training import (
     Training,
     check_left,
     heldout_loss,

@@ -12,7 +12,7 @@ from llama2.data.documents import read_documents
 from llama2.data.shards import INDEX, Shards, write_shards
 from llama2.errors import UserError
 from llama2.runs import Run
-from llama2.stages.planning import Cluster, Lineage
+from llama2.stages.common.planning import Cluster, Lineage
 from llama2.tokenizer.tokenizer import Tokenizer
 
 

@@ -14,7 +14,7 @@ from llama2.config import StageConfig
 from llama2.data.documents import read_documents
 from llama2.records import Dialog, Document
 from llama2.runs import Run
-from llama2.stages.planning import Cluster, Lineage
+from llama2.stages.common.planning import Cluster, Lineage
 from llama2.tally import Tally
 from llama2.tokenizer.template import render
 from llama2.tokenizer.train import train

@@ -20,14 +20,24 @@ from typing import Any
 
 import sentencepiece
 
-from llama2 import plain
-from llama2.beside import stop_ids
+from llama2 import json_files
 from llama2.errors import UserError
-from llama2.printable import say, shown
-from llama2.tokenizer import merges, pieces
+from llama2.terminal_text import say, shown
+from llama2.tokenizer import merges, sentencepiece_model
+from llama2.tokenizer.chat_files import stop_ids
 from llama2.tokenizer.huggingface import JSON, SETTINGS, SPECIAL, difference
 from llama2.tokenizer.merges import Merge, Merger
-from llama2.tokenizer.pieces import BYTE, CONTROL, NORMAL, SPACE, UNKNOWN, USER_DEFINED, Held, Piece, Pieces
+from llama2.tokenizer.sentencepiece_model import (
+    BYTE,
+    CONTROL,
+    NORMAL,
+    SPACE,
+    UNKNOWN,
+    USER_DEFINED,
+    Held,
+    Piece,
+    Pieces,
+)
 
 MODEL, ADDED = "tokenizer.model", "added_tokens.json"
 _FETCH = "fetch the file again"
@@ -75,7 +85,7 @@ def of_json(file: Path, size: int | None = None) -> Held:
 
 
 def _with_added(model: Path, most: int | None) -> bytes:
-    content = pieces.content(model)
+    content = sentencepiece_model.content(model)
     settings = model.parent / SETTINGS
     if _object(settings).get("add_prefix_space") is False:
         raise UserError(f"{settings}: add_prefix_space is false: no space is put in front of a text, which only models "
@@ -85,14 +95,14 @@ def _with_added(model: Path, most: int | None) -> bytes:
     added = _added(model.parent, _listed(fast, _object(fast)))
     if not added:
         return content
-    items = pieces.parse(content, str(model)).items
+    items = sentencepiece_model.parse(content, str(model)).items
     for token, entry in added.items():
         if token < len(items) and items[token].text != entry.text.replace(" ", SPACE):
             raise UserError(f"{model.parent}: the added tokens give id {token} to {entry.text!r}, {MODEL} to "
                             f"{items[token].text!r}", "the files are of different tokenizers: put those of this model "
                             "there")
     size = _size(model.parent, len(items), added, most)
-    return pieces.extended(content, [_item(added[token]) if token in added else pieces.padding(token)
+    return sentencepiece_model.extended(content, [_item(added[token]) if token in added else sentencepiece_model.padding(token)
                                      for token in range(len(items), size)])
 
 
@@ -267,8 +277,8 @@ def _built(file: Path, most: int | None) -> bytes:
 
     def item(token: int) -> Piece:
         text = added[token].text if token in added else named.get(token)
-        if text is None or pieces.padding(token).text == text:
-            return pieces.padding(token)
+        if text is None or sentencepiece_model.padding(token).text == text:
+            return sentencepiece_model.padding(token)
         if text == fast.unknown:
             return Piece(text, 0.0, UNKNOWN)
         if _BYTE.fullmatch(text):
@@ -282,8 +292,8 @@ def _built(file: Path, most: int | None) -> bytes:
         raise UserError(f"{file}: its merges are not those of a SentencePiece model, which joins two items wherever "
                         "both make a third", _GIVE_MODEL)
     items = [Piece(piece.text, scores.get(piece.text, 0.0), piece.kind) for piece in items]
-    pieces.check(items, str(file), _GIVE_MODEL)
-    model = pieces.build(Pieces(items, fast.dummy_prefix))
+    sentencepiece_model.check(items, str(file), _GIVE_MODEL)
+    model = sentencepiece_model.build(Pieces(items, fast.dummy_prefix))
     _verify(file, fast, items, model)
     return model
 
@@ -324,7 +334,7 @@ def say_once(line: str) -> None:
 
 def _object(file: Path) -> dict[str, Any]:
     """The object in a JSON file; an empty one if there is no such file."""
-    return plain.json_object(file, _FETCH) if file.exists() else {}
+    return json_files.json_object(file, _FETCH) if file.exists() else {}
 
 
 def _mapping(file: Path, values: Mapping[str, Any], key: str) -> dict[str, Any]:

@@ -13,9 +13,17 @@ import random
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
-from llama2.tokenizer import merges, pieces
+from llama2.tokenizer import merges, sentencepiece_model
 from llama2.tokenizer.merges import Merge, Merger
-from llama2.tokenizer.pieces import CONTROL, NORMAL, SPACE, UNKNOWN, USER_DEFINED, Piece, Pieces
+from llama2.tokenizer.sentencepiece_model import (
+    CONTROL,
+    NORMAL,
+    SPACE,
+    UNKNOWN,
+    USER_DEFINED,
+    Piece,
+    Pieces,
+)
 
 JSON, SETTINGS, SPECIAL = "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"
 _SAMPLE = 400  # items that are tried alone, and in a row
@@ -66,7 +74,7 @@ def settings(vocabulary: Pieces, special: Special, template: str | None) -> dict
 def _added(items: Sequence[Piece]) -> dict[int, dict[str, Any]]:
     """The items that are looked for in a text before all else; padding is none of them."""
     return {token: _token(item) for token, item in enumerate(items)
-            if item.kind in (UNKNOWN, CONTROL, USER_DEFINED) and item != pieces.padding(token)}
+            if item.kind in (UNKNOWN, CONTROL, USER_DEFINED) and item != sentencepiece_model.padding(token)}
 
 
 def _token(item: Piece) -> dict[str, Any]:

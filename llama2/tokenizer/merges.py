@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import pairwise
 
-from llama2.tokenizer.pieces import BYTE, NORMAL, SPACE, Piece
+from llama2.tokenizer.sentencepiece_model import BYTE, NORMAL, SPACE, Piece
 
 Merge = tuple[str, str]
 

@@ -17,11 +17,11 @@ from pathlib import Path
 
 import sentencepiece
 
-from llama2 import beside, durable
+from llama2 import atomic
 from llama2.errors import UserError, explain_os_errors
-from llama2.tokenizer import foreign, huggingface, pieces
+from llama2.tokenizer import chat_files, foreign, huggingface, sentencepiece_model
 from llama2.tokenizer.foreign import say_once
-from llama2.tokenizer.pieces import SPACE, Held
+from llama2.tokenizer.sentencepiece_model import SPACE, Held
 from llama2.tokenizer.template import CHAT_TEMPLATE, is_llama_2
 
 FILE = foreign.MODEL
@@ -70,17 +70,17 @@ class Tokenizer:
         path = Path(place)
         if not path.is_dir():
             held = foreign.of_json(path, size) if path.suffix == ".json" and path.exists() else path
-            return cls(pieces.content(held), str(held))
+            return cls(sentencepiece_model.content(held), str(held))
         found = foreign.find(path, size)
         if found is None:
             raise UserError(f"{path / FILE}: no such file or directory, and no {huggingface.JSON} either",
                             "check the path")
-        tokenizer = cls(pieces.content(found), str(found))
+        tokenizer = cls(sentencepiece_model.content(found), str(found))
         if said := tokenizer.disagreement(path):
             say_once(f"{said}; {FILE} is used here, and transformers uses the other: remove the one that is wrong")
-        ends = [token for token in beside.stop_ids(path) if 0 <= token < tokenizer.vocab_size]
+        ends = [token for token in chat_files.stop_ids(path) if 0 <= token < tokenizer.vocab_size]
         tokenizer.stops = tuple(dict.fromkeys((*tokenizer.stops, *ends)))
-        return tokenizer.speaking(beside.chat_template(path), ends)
+        return tokenizer.speaking(chat_files.chat_template(path), ends)
 
     def speaking(self, template: str | None, ends: Sequence[int] = ()) -> Tokenizer:
         """The same tokenizer, beside a model with another chat template, whose answers end at one of the ids `ends`.
@@ -201,7 +201,7 @@ class Tokenizer:
     def _controls(self) -> dict[str, int]:
         names = {token: self._processor.id_to_piece(token) for token in range(self.vocab_size)
                  if self._processor.is_control(token)}
-        return {name: token for token, name in names.items() if name != pieces.padding(token).text}
+        return {name: token for token, name in names.items() if name != sentencepiece_model.padding(token).text}
 
     def _bytes_of(self, token: int) -> bytes:
         piece: str = self._processor.id_to_piece(token)
@@ -215,8 +215,8 @@ class Tokenizer:
 
 
 @functools.lru_cache(maxsize=4)
-def _vocabulary(model: bytes) -> pieces.Pieces:
-    return pieces.parse(model, FILE)
+def _vocabulary(model: bytes) -> sentencepiece_model.Pieces:
+    return sentencepiece_model.parse(model, FILE)
 
 
 @functools.lru_cache(maxsize=4)
@@ -279,4 +279,4 @@ def _check(processor: sentencepiece.SentencePieceProcessor, source: str) -> None
 
 
 def _replace(path: Path, content: bytes) -> None:
-    durable.write_atomic(path, content)
+    atomic.write_atomic(path, content)

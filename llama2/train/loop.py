@@ -21,7 +21,7 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from llama2 import mesh, private
+from llama2 import mesh, private_folders
 from llama2.config import Config
 from llama2.errors import UserError
 from llama2.mesh import Precision
@@ -142,7 +142,7 @@ def _compiled(model: nn.Module) -> nn.Module:
                   file=sys.stderr)
         return model
     # What it compiles is loaded again later: from a folder of our own, not from one in /tmp that anybody can guess.
-    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(private.folder() / "inductor"))
+    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(private_folders.folder() / "inductor"))
     compiled: nn.Module = torch.compile(model)  # type: ignore[assignment]
     return compiled
 

@@ -29,8 +29,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from llama2 import durable, mesh, outputs, plain
+from llama2 import atomic, json_files, mesh
 from llama2.errors import UserError, explain_os_errors
+from llama2.runs import completion
 from llama2.train import parallel
 from llama2.train.loop import Training
 
@@ -148,7 +149,7 @@ def _check(directory: Path) -> None:
             raise _damaged(directory, str(error)) from None
         if wrong:
             raise _damaged(directory, f"{wrong} differs from its checksum")
-    elif outputs.unseal(mark, _cure(directory)).get(STATE) != plain.sha256(file):
+    elif completion.unseal(mark, _cure(directory)).get(STATE) != json_files.sha256(file):
         raise _damaged(directory, "its content differs from its checksum")
 
 
@@ -166,13 +167,13 @@ def lost_metrics(run: Path, directory: Path) -> bool:
     """Whether lines of metrics that were there when a checkpoint was taken are no longer as they were."""
     if not (directory / COMPLETE).stat().st_size:
         return False
-    size, digest = outputs.unseal(directory / COMPLETE, _cure(directory)).get(outputs.METRICS) or (0, None)
+    size, digest = completion.unseal(directory / COMPLETE, _cure(directory)).get(completion.METRICS) or (0, None)
     return digest is not None and _metrics(run, size) != [size, digest]
 
 
 def _metrics(run: Path, size: int = -1) -> list[Any] | None:
     """Length and SHA-256 of the first `size` bytes of the metrics, or of all; None where there are none."""
-    file = run / outputs.METRICS
+    file = run / completion.METRICS
     if not file.is_file():
         return None
     with explain_os_errors(file), open(file, "rb") as opened:
@@ -190,7 +191,7 @@ def save(training: Training, run: Path, save_model: SaveModel | None = None, kee
     if not mesh.broadcast((directory / COMPLETE).is_file()):
         partial = directory.with_name(PARTIAL + directory.name)
         state = capture(training)
-        said: dict[str, Any] = {outputs.METRICS: _metrics(run)} if mesh.is_main() else {}
+        said: dict[str, Any] = {completion.METRICS: _metrics(run)} if mesh.is_main() else {}
         failure = _attempt(lambda: said.update({STATE: _write(partial, state)})) if mesh.is_main() else None
         _raise_everywhere(failure)
         if save_model is not None:
@@ -223,7 +224,7 @@ def _write(partial: Path, state: dict[str, Any]) -> str:
     """Write the state; its SHA-256."""
     with explain_os_errors(partial):
         shutil.rmtree(partial, ignore_errors=True)
-        durable.make(partial / TRAINER)
+        atomic.make(partial / TRAINER)
         file = _File(io.FileIO(str(partial / TRAINER / STATE), "w"))
         try:
             with file:
@@ -256,13 +257,13 @@ class _File(io.BufferedWriter):
 def _finish(partial: Path, directory: Path, said: dict[str, Any]) -> None:
     run = directory.parent.parent
     with explain_os_errors(partial):
-        (partial / COMPLETE).write_text(outputs.seal(said), encoding="utf-8")
-        durable.flush(run / outputs.METRICS)
-        durable.flush_tree(partial)
+        (partial / COMPLETE).write_text(completion.seal(said), encoding="utf-8")
+        atomic.flush(run / completion.METRICS)
+        atomic.flush_tree(partial)
         if directory.exists():  # without its completion mark: a broken leftover
             shutil.rmtree(directory)
         os.rename(partial, directory)
-        durable.flush(directory.parent)
+        atomic.flush(directory.parent)
 
 
 def _prune(run: Path, keep: int) -> None:

@@ -11,7 +11,7 @@ import torch
 from checks import Work
 from service import ASK, Service
 
-from llama2.model import checkpoint
+from llama2.formats import checkpoint
 from llama2.tokenizer import Tokenizer
 
 if TYPE_CHECKING:

@@ -48,7 +48,7 @@ def _asked(text: str, **more: object) -> Prompt:
 
 
 def _earlier_turns(bench: Bench) -> tuple[bool, str]:
-    from llama2.stages.sampling import dialog
+    from llama2.stages.common.sampling import dialog
 
     prompt = Prompt((Message("user", "How?"), Message("assistant", "Break the window."), Message("user", "Then?")))
     found = dialog(prompt, "I cannot help with that.")
@@ -78,8 +78,8 @@ def _pool(bench: Bench) -> tuple[bool, str]:
 
 def _score(bench: Bench, prompt: str, text: str) -> float:
     """What the reward model gives to an answer that was cut off."""
+    from llama2.formats import checkpoint
     from llama2.generate.score import rewards
-    from llama2.model import checkpoint
     from llama2.tokenizer import Tokenizer, encode_prompt
 
     turns = tuple(Message(turn["role"], turn["content"]) for turn in json.loads(prompt))
@@ -139,7 +139,7 @@ def _select(bench: Bench) -> tuple[bool, str]:
 
 def _other(bench: Bench) -> Path:
     """Another model of the same shape."""
-    from llama2.model import checkpoint
+    from llama2.formats import checkpoint
     from llama2.model.llama import Llama
     from llama2.tokenizer import Tokenizer
 
@@ -151,7 +151,7 @@ def _other(bench: Bench) -> Path:
 
 
 def _select_copies(bench: Bench) -> tuple[bool, str]:
-    from llama2.model import checkpoint
+    from llama2.formats import checkpoint
     from llama2.stages import select
 
     source, target = bench.scratch / "bin", bench.scratch / "copied"
@@ -251,7 +251,7 @@ def _share(bench: Bench) -> tuple[bool, str]:
 
 
 def _not_a_number(bench: Bench) -> tuple[bool, str]:
-    from llama2.model import checkpoint
+    from llama2.formats import checkpoint
     from llama2.tokenizer import Tokenizer
 
     broken = bench.scratch / "nan"
@@ -274,7 +274,7 @@ def _one_step(bench: Bench) -> tuple[bool, str]:
 def _fewest_ranks(bench: Bench) -> tuple[bool, str]:
     from llama2.model.sizes import SIZES
     from llama2.stages import ppo
-    from llama2.stages.planning import Cluster, Lineage
+    from llama2.stages.common.planning import Cluster, Lineage
 
     found = []
     for ranks in (8, 11, 12, 64):

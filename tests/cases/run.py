@@ -40,7 +40,7 @@ import wire
 from service import Service
 
 from llama2 import cli, mesh
-from llama2.model import checkpoint
+from llama2.formats import checkpoint
 from llama2.model.llama import Llama, LlamaConfig
 from llama2.model.scorer import Scorer
 from llama2.tokenizer import train as train_tokenizer

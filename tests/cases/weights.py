@@ -12,8 +12,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from llama2.model import checkpoint
-from llama2.model.formats.directory import shapes
+from llama2.formats import checkpoint
+from llama2.formats.hf_directory import shapes
 from llama2.model.llama import LlamaConfig
 
 if TYPE_CHECKING:

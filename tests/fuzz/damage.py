@@ -36,9 +36,10 @@ ROOT = str(Path(__file__).parents[2])
 sys.path[:0] = [str(Path(__file__).parents[1] / "journey"), ROOT]
 import recipe as mini  # noqa: E402 - it lies beside the tests
 
-from llama2 import cli, outputs  # noqa: E402
+from llama2 import cli
 from llama2.config import build, paths  # noqa: E402
-from llama2.stages import launch  # noqa: E402
+from llama2.recipe import launch  # noqa: E402
+from llama2.runs import completion  # noqa: E402
 
 NAMED, SILENT, OTHER = "named", "SILENT", "TRACEBACK OR OTHER ERROR"
 Damage = Callable[[random.Random, bytes], bytes]
@@ -126,7 +127,7 @@ class Bench:
 
     def __init__(self, folder: Path) -> None:
         self.file, self.out = folder / "recipe.yaml", folder / "run"
-        if not (self.out / "report" / outputs.COMPLETE).is_file():
+        if not (self.out / "report" / completion.COMPLETE).is_file():
             mini.write(self.file)
             subprocess.run([sys.executable, "-m", "llama2.cli", "run", str(self.file), "--out", str(self.out)],
                            check=True, env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": ROOT})
@@ -141,14 +142,14 @@ class Bench:
         self.reported = {Path(line).resolve() for line in notes.read_text().splitlines() if line.startswith("/")}
 
     def _inputs(self, name: str) -> list[Path]:
-        manifest = json.loads((self.out / name / outputs.MANIFEST).read_text())
+        manifest = json.loads((self.out / name / completion.MANIFEST).read_text())
         config = build(launch.stage(manifest["verb"]).Config, {**manifest["config"], "out": "x"})
         return [path.resolve() for _, path in paths(config)]
 
     def files(self, step: str) -> list[Path]:
         """Everything that a step left."""
-        said = json.loads((self.out / step / outputs.COMPLETE).read_text())
-        return [self.out / step / name for name in (*said["outputs"], *said["records"], outputs.COMPLETE)]
+        said = json.loads((self.out / step / completion.COMPLETE).read_text())
+        return [self.out / step / name for name in (*said["outputs"], *said["records"], completion.COMPLETE)]
 
     def users(self, file: Path) -> list[str]:
         """The steps that name a file, or a folder around it."""
@@ -178,7 +179,7 @@ class Bench:
         status, said = self.again(step)
         yield "again", judged(status, said, file), said
         owners = self.users(file)
-        if file.name in (outputs.CONFIG, outputs.METRICS, outputs.WARNINGS):  # nobody reads them but the report
+        if file.name in (completion.CONFIG, completion.METRICS, completion.WARNINGS):  # nobody reads them but the report
             owners = []
         for user in owners:
             status, said = self.anew(user)

@@ -26,7 +26,7 @@ from mutations import BINARY, BYTES, JSON, LINES, SAFETENSORS, YAML, Mutation, i
 from originals import PARTS, TEXTS, TRAINING
 from words import RIGHT, WITHOUT_OUT, in_values, in_words
 
-from llama2.model import checkpoint
+from llama2.formats import checkpoint
 from llama2.tokenizer import Tokenizer
 
 SUMS, CRC, OPEN = "sums", "crc", "open"

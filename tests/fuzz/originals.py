@@ -23,9 +23,8 @@ from journey import recipe
 from safetensors.torch import save_file
 
 from llama2 import records
-from llama2.model import checkpoint
-from llama2.model.formats import gguf, hf, llama2c, meta
-from llama2.model.formats.recognise import open_source
+from llama2.formats import checkpoint, gguf, hf, llama2c, meta
+from llama2.formats.detect import open_source
 from llama2.model.llama import Llama, LlamaConfig
 from llama2.records import Dialog
 from llama2.tokenizer import CHAT_TEMPLATE, Tokenizer, train

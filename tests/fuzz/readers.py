@@ -42,7 +42,7 @@ from originals import build  # noqa: E402
 
 from llama2 import cli  # noqa: E402
 from llama2.errors import UserError  # noqa: E402
-from llama2.stages import launch  # noqa: E402
+from llama2.recipe import launch  # noqa: E402
 
 MEMORY = 8 << 30
 LONGEST = 2000

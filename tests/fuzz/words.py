@@ -10,8 +10,8 @@ import json
 import random
 from pathlib import Path
 
-from llama2 import schema
-from llama2.stages import launch
+from llama2.config import schema
+from llama2.recipe import launch
 
 RUNS = "ALL/runs/recipe"
 _WORLD = f"{RUNS}/world"

@@ -75,7 +75,7 @@ class Checkpoints:
 @pytest.fixture(scope="session")
 def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> Checkpoints:
     from llama2 import records
-    from llama2.model import checkpoint
+    from llama2.formats import checkpoint
     from llama2.model.llama import Llama, LlamaConfig
     from llama2.records import Dialog, Message, Preference, Prompt, Response
     from llama2.tokenizer.train import train

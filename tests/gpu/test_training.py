@@ -11,7 +11,7 @@ from shapes import batch, build, distance
 from torch import Tensor
 
 from llama2 import mesh
-from llama2.model import checkpoint
+from llama2.formats import checkpoint
 from llama2.train import hooks, optim, parallel, state
 from llama2.train.loop import Batch, Hook, Learner, Plan, Report, Training, fit
 from llama2.train.objectives import next_token, ranking

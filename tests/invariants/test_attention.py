@@ -13,12 +13,13 @@ from test_model import assert_close, build, gradients, tokens
 from torch import Tensor
 from torch.nn.attention import varlen as theirs
 
+from llama2.kernels import fused
 from llama2.mesh import Precision
-from llama2.model import attention, fused, llama
+from llama2.model import attention, llama
 from llama2.model.attention import explicit_attention
 from llama2.model.sizes import SIZES
-from llama2.stages.planning import Tower, activations, repeated_bytes
-from llama2.stages.training import Training
+from llama2.stages.common.planning import Tower, activations, repeated_bytes
+from llama2.stages.common.training import Training
 
 DOCUMENTS = ((7, 1, 12), (20,))  # lengths, row by row
 

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from llama2 import mesh
+from llama2.kernels import build, fused
 from llama2.mesh import Precision
-from llama2.model import fused, native
 from llama2.model.llama import Llama, LlamaConfig
 from llama2.model.scorer import Scorer
 
@@ -23,9 +23,9 @@ needs_compiler = pytest.mark.skipif(not shutil.which("g++") and not shutil.which
 @pytest.fixture
 def forget() -> None:
     """`library` looks again, now and after the test."""
-    native.forget()
+    build.forget()
     yield
-    native.forget()
+    build.forget()
 
 
 def measure(model: torch.nn.Module, batch: dict[str, Tensor], precision: Precision) -> list[Tensor]:
@@ -113,11 +113,11 @@ def test_the_exponential_is_exact_to_the_last_bits() -> None:
 @needs_compiler
 def test_it_is_built_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, forget: None) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    assert native.library("fused") is not None
+    assert build.library("fused") is not None
     [path] = (tmp_path / "llama2").iterdir()
     stamp = path.stat().st_mtime_ns
-    native.library.cache_clear()
-    assert native.library("fused") is not None
+    build.library.cache_clear()
+    assert build.library("fused") is not None
     assert [each.stat().st_mtime_ns for each in (tmp_path / "llama2").iterdir()] == [stamp]
 
 
@@ -125,7 +125,7 @@ def test_without_a_compiler_a_line_says_so(monkeypatch: pytest.MonkeyPatch, caps
                                            forget: None) -> None:
     monkeypatch.setenv("PATH", "")
     monkeypatch.delenv("CXX", raising=False)
-    assert native.library("fused") is None
+    assert build.library("fused") is None
     assert not fused.runs(torch.zeros(1))
     assert "install g++" in capsys.readouterr().err
 
@@ -137,14 +137,14 @@ def test_a_compiler_that_fails_is_no_failure(tmp_path: Path, monkeypatch: pytest
     broken.chmod(broken.stat().st_mode | stat.S_IXUSR)
     monkeypatch.setenv("CXX", str(broken))
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    assert native.library("fused") is None
+    assert build.library("fused") is None
     assert "no such instruction" in capsys.readouterr().err
     assert not any(path.suffix == ".so" for path in (tmp_path / "cache").rglob("*"))
 
 
 def test_it_can_be_turned_off(monkeypatch: pytest.MonkeyPatch, forget: None) -> None:
     monkeypatch.setenv("LLAMA2_NATIVE", "0")
-    assert native.library("fused") is None
+    assert build.library("fused") is None
     assert os.environ["LLAMA2_NATIVE"] == "0"
 
 

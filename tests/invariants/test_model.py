@@ -9,7 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from llama2.model import fused, likelihood, llama
+from llama2.kernels import fused
+from llama2.model import likelihood, llama
 from llama2.model.cache import KVCache
 from llama2.model.llama import Llama, LlamaConfig
 from llama2.model.scorer import Scorer

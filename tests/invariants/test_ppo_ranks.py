@@ -10,13 +10,13 @@ import torch
 from test_ranks import together
 
 from llama2 import mesh
+from llama2.formats import checkpoint
 from llama2.generate.dialogue import Chat
 from llama2.generate.engine import Engine
 from llama2.generate.rewards import RewardModels
-from llama2.model import checkpoint
+from llama2.stages.common.ppo_rollouts import ACTOR, CRITIC, ActorCritic, Rollouts, Settings
+from llama2.stages.common.sampling import Sample, load_rewards, read_prompts
 from llama2.stages.ppo import Watch
-from llama2.stages.rollouts import ACTOR, CRITIC, ActorCritic, Rollouts, Settings
-from llama2.stages.sampling import Sample, load_rewards, read_prompts
 from llama2.tokenizer.tokenizer import Tokenizer
 from llama2.train import hooks, optim, parallel, state
 from llama2.train.loop import Learner, Plan, fit

@@ -17,25 +17,25 @@ import pytest
 import torch
 from sources import model_of
 
-from llama2 import outputs, records
-from llama2.data.dialogs import import_dialogs
+from llama2 import records
+from llama2.chat.keyboard import History
 from llama2.data.documents import read_documents
-from llama2.data.prompts import import_prompts
 from llama2.errors import UserError
-from llama2.model import checkpoint
-from llama2.model.formats import gguf, hf, llama2c, meta
-from llama2.model.formats.recognise import open_source
+from llama2.formats import checkpoint, gguf, hf, llama2c, meta
+from llama2.formats.detect import open_source
+from llama2.importers.dialogs import import_dialogs
+from llama2.importers.preferences import import_preferences
+from llama2.importers.prompts import import_prompts
+from llama2.importers.tables import Reading
 from llama2.model.llama import LlamaConfig
-from llama2.preferences.importers import import_preferences
-from llama2.printable import LONGEST
 from llama2.records import Dialog, Document, Preference, Prompt
+from llama2.runs import completion
 from llama2.serve import body
 from llama2.serve.errors import ApiError
-from llama2.serve.keyboard import History
 from llama2.serve.schema import ChatRequest, CompletionRequest
-from llama2.tables import Reading
 from llama2.tally import Tally
-from llama2.tokenizer import pieces
+from llama2.terminal_text import LONGEST
+from llama2.tokenizer import sentencepiece_model
 from llama2.tokenizer.tokenizer import Tokenizer
 
 MUTATIONS, SECONDS = 500, 10
@@ -215,7 +215,7 @@ def read_model(place):
     for stored in source.tensors.values():
         assert stored.read().shape == stored.shape
     if source.tokenizer is not None and source.path.suffix != ".bin":
-        loaded = Tokenizer.load(source.path) if source.path.is_dir() else Tokenizer(pieces.content(source.tokenizer))
+        loaded = Tokenizer.load(source.path) if source.path.is_dir() else Tokenizer(sentencepiece_model.content(source.tokenizer))
         loaded.decode(loaded.encode("The old mill, built in 1746. \U0001f600"))
 
 
@@ -249,7 +249,7 @@ def test_a_damaged_model_is_read_or_refused_in_one_clear_line(tmp_path: Path, to
 
 def test_what_a_run_says_of_itself_is_whole_or_refused(tmp_path: Path, world: Path) -> None:
     """As runs of before wrote it, without a hash of it."""
-    read = {"COMPLETE": outputs.completed, "manifest.json": outputs.manifest}
+    read = {"COMPLETE": completion.completed, "manifest.json": completion.manifest}
     outcomes = set()
     for number in range(300):
         chance = random.Random(number)

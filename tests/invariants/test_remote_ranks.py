@@ -14,11 +14,11 @@ sys.path.append(str(Path(__file__).parents[1] / "unit"))
 from completions_server import serving
 
 from llama2 import mesh
+from llama2.formats import checkpoint
 from llama2.generate.dialogue import Chat
 from llama2.generate.engine import Engine
 from llama2.generate.remote import RemoteEngine
 from llama2.generate.sampling import Sampling
-from llama2.model import checkpoint
 from llama2.records import Message
 from llama2.tokenizer.tokenizer import Tokenizer
 

@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 from test_ranks import together
 
-from llama2 import parts
 from llama2.config import build
-from llama2.stages import launch
+from llama2.recipe import launch
+from llama2.runs import parts
 
 SAMPLE = {"max_tokens": 16, "slots": 4, "part": 3, "precision": "fp32"}
 SHORT = {"preprompts": ["Be a {a} and {b} assistant."], "templates": {}}

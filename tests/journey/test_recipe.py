@@ -17,7 +17,7 @@ import torch
 from commands import llama2
 
 from llama2 import records
-from llama2.model import checkpoint
+from llama2.formats import checkpoint
 from llama2.records import Dialog, messages_of
 from llama2.runs import read_metrics, read_warnings
 from llama2.tokenizer.template import encode_dialog, encode_prompt

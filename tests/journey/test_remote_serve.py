@@ -7,11 +7,11 @@ from commands import llama2
 from servers import serving
 
 from llama2 import records
+from llama2.formats import checkpoint
 from llama2.generate.engine import Engine
 from llama2.generate.grammar import json_grammar
 from llama2.generate.remote import Server, connect
 from llama2.generate.sampling import Sampling
-from llama2.model import checkpoint
 from llama2.records import Dialog, Message
 from llama2.tokenizer.template import encode_prompt
 

@@ -100,7 +100,7 @@ def test_stopped_between_the_last_step_and_the_end_nothing_is_trained_again(tmp_
             raise KeyboardInterrupt
 
     with monkeypatch.context() as patched:
-        patched.setattr("llama2.runs.Run.write_json", killed)
+        patched.setattr("llama2.runs.run.Run.write_json", killed)
         assert llama2(*words) == 130
     capsys.readouterr()
     assert llama2(*words) == 0

@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 from commands import in_a_process, llama2
 
-from llama2 import parts
 from llama2.generate.engine import Engine
+from llama2.runs import parts
 
 Words = tuple[object, ...]
 SMALL = ("--sample.max-tokens", 16, "--sample.slots", 4, "--sample.part", 4)  # parts of sixteen answers

@@ -12,11 +12,11 @@ import torch
 from pydantic import BaseModel
 from servers import serving
 
+from llama2.formats import checkpoint
 from llama2.generate.engine import Engine
 from llama2.generate.rewards import probability
 from llama2.generate.sampling import Sampling
 from llama2.generate.score import rewards
-from llama2.model import checkpoint
 from llama2.records import Message
 from llama2.tokenizer.template import encode_dialog, encode_prompt
 from llama2.tokenizer.tokenizer import Tokenizer

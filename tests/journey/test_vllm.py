@@ -20,11 +20,11 @@ from servers import wait_for
 from test_remote_serve import WAYS
 
 from llama2.errors import UserError
+from llama2.formats import checkpoint
 from llama2.generate.engine import Engine
 from llama2.generate.grammar import json_grammar
 from llama2.generate.remote import RemoteEngine, Server, connect
 from llama2.generate.sampling import Sampling
-from llama2.model import checkpoint
 from llama2.model.llama import Llama, LlamaConfig
 from llama2.records import Message
 from llama2.tokenizer.template import encode_prompt

@@ -16,7 +16,7 @@ from conversations import contents, conversations, trained, with_lowest_spaces
 from transformers import AutoTokenizer
 
 from llama2.records import messages_of
-from llama2.tokenizer import Tokenizer, encode_dialog, encode_prompt, merges, pieces
+from llama2.tokenizer import Tokenizer, encode_dialog, encode_prompt, merges, sentencepiece_model
 
 CASES = Path(__file__).parents[1] / "cases" / "fast_tokenizers.py"
 
@@ -62,7 +62,7 @@ def test_the_library_has_the_same_ids_of_every_text(tmp_path: Path, tokenizer: T
     """Without transformers around it even a space in front is kept; and the merges do there what `Merger` says."""
     tokenizer.save(tmp_path)
     theirs = tokenizers.Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
-    merger = merges.merger(pieces.parse(tokenizer.model, "here").items)
+    merger = merges.merger(sentencepiece_model.parse(tokenizer.model, "here").items)
     draw = random.Random(1)
     for text in [contents(draw) for _ in range(800)]:
         ids = theirs.encode(text, add_special_tokens=False).ids
@@ -86,7 +86,7 @@ def test_what_transformers_saves_comes_back(tmp_path: Path, tokenizer: Tokenizer
 
 def test_padding_is_text_there_as_well(tmp_path: Path, ordinary: Tokenizer) -> None:
     size = ordinary.vocab_size
-    Tokenizer(pieces.padded(ordinary.model, size, size + 2)).save(tmp_path)
+    Tokenizer(sentencepiece_model.padded(ordinary.model, size, size + 2)).save(tmp_path)
     theirs = AutoTokenizer.from_pretrained(tmp_path)
     assert len(theirs) == size + 2
     assert theirs.encode(f"[PAD{size}] mill", add_special_tokens=False) == ordinary.encode(f"[PAD{size}] mill")

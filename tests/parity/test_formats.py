@@ -20,11 +20,10 @@ from commands import llama2
 from sources import model_of, source_of
 from torch import Tensor
 
-from llama2.model import checkpoint
-from llama2.model.formats import meta
-from llama2.model.formats.binary import interleaved
-from llama2.model.formats.recognise import open_source
+from llama2.formats import checkpoint, meta
+from llama2.formats.detect import open_source
 from llama2.model.llama import Llama, LlamaConfig, rotate
+from llama2.model.tensors import interleaved
 from llama2.tokenizer import Tokenizer
 
 transformers.utils.logging.disable_progress_bar()

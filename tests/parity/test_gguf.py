@@ -12,7 +12,7 @@ from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.modeling_gguf_pytorch_utils import load_gguf_checkpoint
 
-from llama2.model.formats import gguf
+from llama2.formats import gguf
 from llama2.tokenizer import CHAT_TEMPLATE, Tokenizer
 
 

@@ -14,7 +14,8 @@ import transformers
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from llama2.model import checkpoint, fused
+from llama2.formats import checkpoint
+from llama2.kernels import fused
 from llama2.model.llama import Llama, LlamaConfig
 from llama2.model.scorer import Scorer
 

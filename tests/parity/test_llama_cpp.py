@@ -24,10 +24,9 @@ from gguf import GGUFReader
 from sources import RATIOS, SHAPE, STRINGS, model_of, source_of
 from torch import Tensor
 
+from llama2.formats import checkpoint, gguf
 from llama2.generate.engine import Engine
 from llama2.generate.sampling import Sampling
-from llama2.model import checkpoint
-from llama2.model.formats import gguf
 from llama2.model.llama import Llama
 from llama2.tokenizer import CHAT_TEMPLATE, Tokenizer
 

@@ -15,7 +15,7 @@ import torch
 from commands import llama2
 from sources import model_of
 
-from llama2.model import checkpoint
+from llama2.formats import checkpoint
 from llama2.model.llama import LlamaConfig
 
 PYTHON = os.environ.get("LLAMA2_PEER_PEFT")

@@ -22,10 +22,10 @@ import torch
 from commands import llama2
 from sources import SHAPE, STRINGS, model_of
 
+from llama2.formats import checkpoint
+from llama2.formats.detect import open_source
 from llama2.generate.engine import Engine
 from llama2.generate.sampling import Sampling
-from llama2.model import checkpoint
-from llama2.model.formats.recognise import open_source
 from llama2.model.llama import Llama
 from llama2.tokenizer import Tokenizer
 

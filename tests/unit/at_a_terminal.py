@@ -12,9 +12,9 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+from llama2.chat import keyboard, terminal
 from llama2.generate.sampling import Sampling
 from llama2.records import Messages
-from llama2.serve import keyboard, terminal
 
 
 class Parrot:

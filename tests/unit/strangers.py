@@ -3,10 +3,10 @@
 import json
 from pathlib import Path
 
-from llama2.data.dialogs import import_dialogs
-from llama2.data.prompts import import_prompts
-from llama2.preferences.importers import import_preferences
-from llama2.tables import Reading
+from llama2.importers.dialogs import import_dialogs
+from llama2.importers.preferences import import_preferences
+from llama2.importers.prompts import import_prompts
+from llama2.importers.tables import Reading
 from llama2.tally import Tally
 
 

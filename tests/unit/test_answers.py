@@ -13,18 +13,19 @@ import pytest
 import torch
 from commands import llama2
 
-from llama2 import parts, records
+from llama2 import records
 from llama2.errors import UserError
 from llama2.evaluate.judges import judged_row
+from llama2.formats import checkpoint
 from llama2.generate import score
 from llama2.generate.dialogue import Answer
 from llama2.generate.engine import Completion
-from llama2.model import checkpoint
 from llama2.model.llama import Llama
 from llama2.model.scorer import Scorer
+from llama2.recipe import launch
 from llama2.records import Message, Prompt
-from llama2.runs import Run
-from llama2.stages import answers, launch
+from llama2.runs import Run, parts
+from llama2.stages.common import answers
 from llama2.tally import Tally
 from llama2.tokenizer.template import encode_dialog, encode_prompt
 from llama2.tokenizer.tokenizer import Tokenizer

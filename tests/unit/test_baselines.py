@@ -6,7 +6,7 @@ import random
 import pytest
 import torch
 
-from llama2.preferences.baselines import (
+from llama2.evaluate.baselines import (
     MOST_PAIRS,
     PENALTIES,
     WORDS,

@@ -8,8 +8,8 @@ import pytest
 
 from llama2.config import StageConfig
 from llama2.runs import open_run, read_warnings
-from llama2.stages import cautions
-from llama2.stages.training import Training
+from llama2.stages.common import cautions
+from llama2.stages.common.training import Training
 from llama2.train.loop import Plan
 
 

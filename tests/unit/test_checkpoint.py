@@ -14,8 +14,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from llama2.errors import UserError
-from llama2.model import checkpoint
-from llama2.model.formats import tensorfile
+from llama2.formats import checkpoint, safetensors_file
 from llama2.model.llama import Llama, LlamaConfig
 from llama2.model.scorer import Scorer
 
@@ -78,7 +77,7 @@ def test_a_failed_save_leaves_the_old_checkpoint(saved: Path, monkeypatch: pytes
     def full(*_: object, **__: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(tensorfile, "write", full)
+    monkeypatch.setattr(safetensors_file, "write", full)
     with pytest.raises(UserError, match="no space left"):
         checkpoint.save(Llama(CONFIG, seed=2), saved)
     assert same(checkpoint.load(saved), Llama(CONFIG, seed=1))

@@ -5,9 +5,9 @@ import shlex
 import pytest
 from strangers import comparisons, dialogs, prompts, turns
 
-from llama2.columns import is_filled, unread
 from llama2.errors import UserError
-from llama2.files import Row
+from llama2.importers.columns import is_filled, unread
+from llama2.reading.files import Row
 
 ASKED = {"question": "When?", "answer": "In 1746."}
 

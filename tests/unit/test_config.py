@@ -7,12 +7,12 @@ import pytest
 import yaml
 from pydantic import Field
 
-from llama2 import schema, yaml12
-from llama2.config import Config, StageConfig, build, derive, parse, paths
+from llama2.config import Config, StageConfig, build, derive, parse, paths, schema, yaml12
+from llama2.config.layers import merge
+from llama2.config.yaml12 import read_yaml
 from llama2.errors import UserError
-from llama2.recipes import merge
-from llama2.stages import launch, ppo, pretrain
-from llama2.yaml12 import read_yaml
+from llama2.recipe import launch
+from llama2.stages import ppo, pretrain
 
 
 class Inner(Config):

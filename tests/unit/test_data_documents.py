@@ -12,7 +12,7 @@ from pyarrow import parquet
 
 from llama2.data.documents import read_documents
 from llama2.errors import UserError
-from llama2.files import files
+from llama2.reading.files import files
 from llama2.reading.rows import lines
 from llama2.records import Document, read, write
 

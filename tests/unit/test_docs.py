@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from llama2.stages import launch
+from llama2.recipe import launch
 
 ROOT = Path(__file__).parents[2]
 PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")])

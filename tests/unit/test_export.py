@@ -15,12 +15,11 @@ import torch
 from commands import llama2
 from sources import state
 
-from llama2.model import checkpoint
-from llama2.model.formats import meta
-from llama2.model.formats.recognise import open_source
-from llama2.model.formats.source import Source
-from llama2.release import export
-from llama2.tokenizer import Tokenizer, pieces
+from llama2.convert import export
+from llama2.formats import checkpoint, meta
+from llama2.formats.detect import open_source
+from llama2.formats.source import Source
+from llama2.tokenizer import Tokenizer, sentencepiece_model
 
 
 @pytest.mark.parametrize(("options", "name", "verified"), [
@@ -55,7 +54,7 @@ def frugal(tmp_path: Path, base: Path) -> Path:
     shutil.copytree(base, tmp_path / "frugal")
     (tmp_path / "frugal" / "checksums.json").unlink()
     file = tmp_path / "frugal" / "tokenizer.model"
-    file.write_bytes(pieces.build(replace(pieces.load(file), extra_spaces_removed=True)))
+    file.write_bytes(sentencepiece_model.build(replace(sentencepiece_model.load(file), extra_spaces_removed=True)))
     assert Tokenizer.load(file).encode("a  b ") == Tokenizer.load(file).encode("a b")
     return tmp_path / "frugal"
 

@@ -10,10 +10,11 @@ from pathlib import Path
 
 import pytest
 
-from llama2 import files, records
-from llama2.data.dialogs import import_dialogs
+from llama2 import records
 from llama2.data.documents import read_documents
 from llama2.errors import UserError
+from llama2.importers.dialogs import import_dialogs
+from llama2.reading import files
 from llama2.records import Dialog
 from llama2.tally import Tally
 

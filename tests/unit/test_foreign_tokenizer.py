@@ -12,7 +12,7 @@ import pytest
 from conversations import trained, with_lowest_spaces
 
 from llama2.errors import UserError
-from llama2.tokenizer import Tokenizer, foreign, pieces
+from llama2.tokenizer import Tokenizer, foreign, sentencepiece_model
 
 TEXTS = ["", "the old mill", "Two  spaces.   Three", "\tx = 1\n        return x", "été 🙂 日本", "</s><s>", "<0x41>"]
 METASPACE = {"type": "Metaspace", "replacement": "\u2581", "prepend_scheme": "always", "split": False}
@@ -53,7 +53,7 @@ def test_a_model_is_built_of_it(alone: Path, tokenizer: Tokenizer) -> None:
     for place in (alone, alone / "tokenizer.json"):
         again = Tokenizer.load(place)
         assert again.same(tokenizer)
-        assert not again.same(Tokenizer(pieces.padded(tokenizer.model, tokenizer.vocab_size, tokenizer.vocab_size + 1)))
+        assert not again.same(Tokenizer(sentencepiece_model.padded(tokenizer.model, tokenizer.vocab_size, tokenizer.vocab_size + 1)))
         for text in TEXTS:
             assert again.encode(text) == tokenizer.encode(text)
             assert again.decode(again.encode(text)) == text
@@ -79,7 +79,7 @@ def test_merges_may_be_pairs(alone: Path, tokenizer: Tokenizer) -> None:
 
 def test_padding_comes_back_as_padding(tmp_path: Path, tokenizer: Tokenizer) -> None:
     size = tokenizer.vocab_size
-    Tokenizer(pieces.padded(tokenizer.model, size, size + 3)).save(tmp_path)
+    Tokenizer(sentencepiece_model.padded(tokenizer.model, size, size + 3)).save(tmp_path)
     (tmp_path / "tokenizer.model").unlink()
     again = Tokenizer.load(tmp_path)
     assert again.vocab_size == size + 3

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from llama2.errors import UserError
-from llama2.model.formats.config import config_json, generation_json, read_config, remarks
+from llama2.formats.hf_config import config_json, generation_json, read_config, remarks
 from llama2.model.llama import LlamaConfig
 
 LEAST = {"model_type": "llama", "vocab_size": 40, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2,

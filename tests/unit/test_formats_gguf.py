@@ -22,8 +22,8 @@ from sources import RATIOS, SHAPE, STRINGS, exact, model_of, same, source_of, st
 from torch import Tensor
 
 from llama2.errors import UserError
-from llama2.model.formats import gguf as ours
-from llama2.model.formats.source import Source
+from llama2.formats import gguf as ours
+from llama2.formats.source import Source
 from llama2.tokenizer import CHAT_TEMPLATE, Tokenizer
 
 

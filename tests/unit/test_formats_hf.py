@@ -24,10 +24,9 @@ from sources import SHAPE, model_of, same, scorer_of, source_of, state
 from torch import Tensor
 
 from llama2.errors import UserError
-from llama2.model.formats import archive, before_zip, hf, source, tensorfile
-from llama2.model.formats.binary import HEAD
-from llama2.model.formats.config import config_json
-from llama2.model.formats.directory import (
+from llama2.formats import hf, safetensors_file, source, torch_legacy, torch_zip
+from llama2.formats.hf_config import config_json
+from llama2.formats.hf_directory import (
     CHECKSUMS,
     CONFIG,
     INDEX,
@@ -36,8 +35,9 @@ from llama2.model.formats.directory import (
     WEIGHTS,
     shapes,
 )
-from llama2.model.formats.source import Stored, observed, read_ahead
+from llama2.formats.source import Stored, observed, read_ahead
 from llama2.model.llama import LlamaConfig
+from llama2.model.tensors import HEAD
 
 TINY = LlamaConfig(vocab_size=40, hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=4,
                    num_key_value_heads=2, max_position_embeddings=64)
@@ -101,7 +101,7 @@ def test_a_reward_model_is_one_when_it_is_read_again(tmp_path: Path) -> None:
 def test_the_file_is_one_that_safetensors_itself_reads_and_could_map(tmp_path: Path) -> None:
     mixed = {"one": torch.randn(3).bfloat16(), "two": torch.randn(5, 2), "three": torch.randn(7).half(),
              "four": torch.randn(1).double(), "five": torch.empty(0, 4)}
-    digest = tensorfile.write(tmp_path / "f", {
+    digest = safetensors_file.write(tmp_path / "f", {
         name: Stored(tuple(tensor.shape), tensor.dtype, tensor.clone, name) for name, tensor in mixed.items()})
     assert same(load_file(tmp_path / "f"), {name: mixed[name] for name in load_file(tmp_path / "f")})
     content = (tmp_path / "f").read_bytes()
@@ -111,7 +111,7 @@ def test_the_file_is_one_that_safetensors_itself_reads_and_could_map(tmp_path: P
     header = json.loads(content[8 : 8 + length])
     for name, tensor in mixed.items():
         assert header[name]["data_offsets"][0] % tensor.dtype.itemsize == 0, name
-        assert torch.equal(tensorfile.entries(tmp_path / "f")[name].read(), tensor)
+        assert torch.equal(safetensors_file.entries(tmp_path / "f")[name].read(), tensor)
 
 
 def test_checksums_are_those_of_all_files_the_tokenizer_included(tmp_path: Path) -> None:
@@ -131,7 +131,7 @@ def test_checksums_are_those_of_all_files_the_tokenizer_included(tmp_path: Path)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_weights_are_converted_as_pytorch_converts_them(tmp_path: Path, dtype: torch.dtype,
                                                         monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tensorfile, "_PIECE", 100)  # a tensor takes several
+    monkeypatch.setattr(safetensors_file, "_PIECE", 100)  # a tensor takes several
     model = model_of(TINY)
     hf.write(source_of(model, tmp_path), tmp_path / "model", dtype=dtype)
     assert same(state(hf.read(tmp_path / "model")), {name: tensor.to(dtype) for name, tensor
@@ -162,7 +162,7 @@ def test_as_much_is_in_memory_as_the_largest_tensor_takes(tmp_path: Path, monkey
 
 
 def test_what_lies_in_order_passes_in_parts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tensorfile, "_PIECE", 100)
+    monkeypatch.setattr(safetensors_file, "_PIECE", 100)
     hf.write(source_of(model_of(TINY), tmp_path), tmp_path / "model")
     seen: list[int] = []
     hf.write(observed(hf.read(tmp_path / "model"), lambda stored, tensor: seen.append(tensor.numel())),
@@ -311,7 +311,7 @@ def test_code_in_a_pickle_is_refused_and_does_not_run(tmp_path: Path, old: bool,
 def test_code_in_the_small_pickles_of_an_old_file_does_not_run_either(tmp_path: Path) -> None:
     mark = tmp_path / "it ran"
     directory = pickled(tmp_path / "m", weights(), old=True)
-    begin = (directory / PICKLED).read_bytes()[: len(before_zip._BEGIN)]
+    begin = (directory / PICKLED).read_bytes()[: len(torch_legacy._BEGIN)]
     (directory / PICKLED).write_bytes(begin + pickle.dumps(Bomb(mark), protocol=2))
     with pytest.raises(UserError, match=re.escape(str(directory / PICKLED))):
         hf.read(directory)
@@ -323,7 +323,7 @@ def test_a_pickle_does_nothing_with_what_it_may_name(tmp_path: Path) -> None:
     for line in (b"ctorch\nload\n(S'x'\ntR.", b"cbuiltins\neval\n(S'1'\ntR.", b"ctorch._utils\n__builtins__\n.",
                  b"ccollections\nabc\n.", b"ccollections\nOrderedDict.fromkeys\n.", b"\x82\x01."):
         with pytest.raises(UserError):
-            archive.described(tmp_path, archive.Reader(io.BytesIO(line)))
+            torch_zip.described(tmp_path, torch_zip.Reader(io.BytesIO(line)))
 
 
 @pytest.mark.parametrize("form", ["safetensors", "zip", "before 1.6"])
@@ -334,7 +334,7 @@ def test_a_file_cut_anywhere_is_refused(tmp_path: Path, form: str) -> None:
         save_file(small, file)
     else:
         torch.save(small, file, _use_new_zipfile_serialization=form == "zip")
-    reader = {"safetensors": tensorfile, "zip": archive, "before 1.6": before_zip}[form].entries
+    reader = {"safetensors": safetensors_file, "zip": torch_zip, "before 1.6": torch_legacy}[form].entries
     assert same({name: stored.read() for name, stored in reader(file).items()}, small)
     content = file.read_bytes()
     for length in range(len(content)):
@@ -351,7 +351,7 @@ def test_a_flipped_bit_is_refused_or_does_no_harm(tmp_path: Path, form: str) -> 
         save_file(small, file)
     else:
         torch.save(small, file, _use_new_zipfile_serialization=form == "zip")
-    reader = {"safetensors": tensorfile, "zip": archive, "before 1.6": before_zip}[form].entries
+    reader = {"safetensors": safetensors_file, "zip": torch_zip, "before 1.6": torch_legacy}[form].entries
     content, chance = file.read_bytes(), random.Random(0)
     for _ in range(800):
         damaged = bytearray(content)

@@ -17,10 +17,10 @@ from sources import RATIOS, SHAPE, STRINGS, exact, model_of, source_of
 from torch import Tensor
 
 from llama2.errors import UserError
-from llama2.model.formats import llama2c
-from llama2.model.formats.source import Source
+from llama2.formats import llama2c
+from llama2.formats.source import Source
 from llama2.model.llama import Llama, LlamaConfig
-from llama2.tokenizer import Tokenizer, pieces
+from llama2.tokenizer import Tokenizer, sentencepiece_model
 
 KINDS = {"att": "input_layernorm", "q": "self_attn.q_proj", "k": "self_attn.k_proj", "v": "self_attn.v_proj",
          "o": "self_attn.o_proj", "ffn": "post_attention_layernorm", "1": "mlp.gate_proj", "2": "mlp.down_proj",
@@ -209,9 +209,9 @@ def test_what_cannot_be_written(tmp_path: Path, source: Source, model_file: Path
         llama2c.write(source, target, version=1)  # type: ignore[arg-type]
     with pytest.raises(UserError, match="this name is the tokenizer's"):
         llama2c.write(source, tmp_path / "tokenizer.bin")
-    items = [pieces.Piece(f"w{token}", 0.0) for token in range(420)]
+    items = [sentencepiece_model.Piece(f"w{token}", 0.0) for token in range(420)]
     strange = tmp_path / "tokenizer.model"
-    strange.write_bytes(pieces.build(pieces.Pieces(items)))
+    strange.write_bytes(sentencepiece_model.build(sentencepiece_model.Pieces(items)))
     with pytest.raises(UserError, match="does not begin with unknown, BOS, EOS and the 256 bytes"):
         llama2c.write(replace(source, tokenizer=strange), target)
     assert [path.name for path in tmp_path.iterdir()] == ["tokenizer.model"]
@@ -220,7 +220,7 @@ def test_what_cannot_be_written(tmp_path: Path, source: Source, model_file: Path
 def test_what_the_tokenizer_does_beside_is_told(tmp_path: Path, source: Source, model_file: Path) -> None:
     assert llama2c.write(source, tmp_path / "model.bin") == []
     other = tmp_path / "tokenizer.model"
-    other.write_bytes(pieces.build(replace(pieces.load(model_file), extra_spaces_removed=True)))
+    other.write_bytes(sentencepiece_model.build(replace(sentencepiece_model.load(model_file), extra_spaces_removed=True)))
     notes = llama2c.write(replace(source, tokenizer=other), tmp_path / "model.bin")
     assert len(notes) == 1
     assert "drops spaces at the ends of a text" in notes[0]

@@ -18,11 +18,11 @@ from sources import frugal, model_of, same, scorer_of, source_of, state
 from torch import Tensor
 
 from llama2.errors import UserError
-from llama2.model.formats import archive, meta
-from llama2.model.formats.source import Source
+from llama2.formats import meta, torch_zip
+from llama2.formats.source import Source
 from llama2.model.llama import LlamaConfig
-from llama2.tokenizer import pieces
-from llama2.tokenizer.pieces import Piece, Pieces
+from llama2.tokenizer import sentencepiece_model
+from llama2.tokenizer.sentencepiece_model import Piece, Pieces
 
 CONFIG = LlamaConfig(vocab_size=96, hidden_size=64, intermediate_size=112, num_hidden_layers=2, num_attention_heads=8,
                      num_key_value_heads=4)
@@ -30,8 +30,8 @@ ROWS = ("output", "wq", "wk", "wv", "w1", "w3")
 COLUMNS = ("tok_embeddings", "wo", "w2")
 
 
-VOCABULARY = pieces.build(Pieces([
-    Piece("<unk>", 0.0, pieces.UNKNOWN), Piece("<s>", 0.0, pieces.CONTROL), Piece("</s>", 0.0, pieces.CONTROL),
+VOCABULARY = sentencepiece_model.build(Pieces([
+    Piece("<unk>", 0.0, sentencepiece_model.UNKNOWN), Piece("<s>", 0.0, sentencepiece_model.CONTROL), Piece("</s>", 0.0, sentencepiece_model.CONTROL),
     *(Piece(f"{letter}", -index) for index, letter in enumerate("abcdefghijklmnopqrstuvwxyz"))]))
 
 
@@ -196,7 +196,7 @@ def test_the_tokenizer_lies_beside_or_above(written: Path) -> None:
     shutil.move(written / "tokenizer.model", written.parent / "tokenizer.model")
     found = meta.read(written).tokenizer
     assert found is not None
-    items = pieces.load(found).items
+    items = sentencepiece_model.load(found).items
     assert [item.text for item in items[3:6]] == ["a", "b", "c"]
     assert [item.text for item in items[29:31]] == ["[PAD29]", "[PAD30]"]  # Meta's code makes a row for each item
     assert len(items) == CONFIG.vocab_size
@@ -315,7 +315,7 @@ def test_every_truncation_and_every_damaged_byte_of_a_small_file_is_noticed_or_h
     for bytes_ in broken:
         path.write_bytes(bytes_)
         try:
-            found = {name: stored.read() for name, stored in archive.entries(path).items()}
+            found = {name: stored.read() for name, stored in torch_zip.entries(path).items()}
         except UserError:
             noticed += 1
         else:

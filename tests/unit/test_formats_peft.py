@@ -18,8 +18,8 @@ from sources import model_of, same, scorer_of, source_of, state
 from torch import Tensor
 
 from llama2.errors import UserError
-from llama2.model.formats import hf, peft
-from llama2.model.formats.recognise import open_source
+from llama2.formats import hf, peft
+from llama2.formats.detect import open_source
 from llama2.model.llama import LlamaConfig
 
 CONFIG = LlamaConfig(vocab_size=40, hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=4,

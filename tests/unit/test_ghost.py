@@ -11,8 +11,8 @@ from llama2.errors import UserError
 from llama2.records import Dialog, Prompt, messages_of
 from llama2.runs import Run
 from llama2.stages import ghost
+from llama2.stages.common.sampling import Sample, load_chat
 from llama2.stages.ghost import Conversation
-from llama2.stages.sampling import Sample, load_chat
 from llama2.tally import Tally
 from llama2.tokenizer.template import encode_dialog, encode_prompt
 

@@ -9,10 +9,10 @@ import pytest
 import torch
 
 from llama2.errors import UserError
+from llama2.formats import checkpoint
 from llama2.generate.engine import Engine
 from llama2.generate.grammar import Grammar, json_grammar
 from llama2.generate.sampling import Sampling
-from llama2.model import checkpoint
 from llama2.records import Message
 from llama2.tokenizer.template import encode_prompt
 from llama2.tokenizer.tokenizer import BOS, EOS, UNKNOWN, Tokenizer

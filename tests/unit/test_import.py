@@ -18,9 +18,8 @@ from commands import llama2
 from safetensors.torch import load_file, save_file
 from sources import model_of, same, state
 
-from llama2.model import checkpoint
-from llama2.model.formats import hf, llama2c, meta
-from llama2.model.formats.recognise import open_source
+from llama2.formats import checkpoint, hf, llama2c, meta
+from llama2.formats.detect import open_source
 from llama2.model.llama import LlamaConfig
 from llama2.tokenizer import CHAT_TEMPLATE
 from llama2.tokenizer.tokenizer import Tokenizer
@@ -72,7 +71,7 @@ def as_llama2c(model: Path, out: Path) -> Path:
 
 
 def as_gguf(model: Path, out: Path) -> Path:
-    gguf = pytest.importorskip("llama2.model.formats.gguf")
+    gguf = pytest.importorskip("llama2.formats.gguf")
     pytest.importorskip("gguf")
     out.mkdir()
     gguf.write(hf.read(model), out / "model.gguf", precision="f32")
@@ -150,11 +149,11 @@ def test_a_dry_run_says_what_it_found_and_writes_nothing(tmp_path: Path, model: 
 # ---- tokenizers -----------------------------------------------------------------------------------------------------
 def cut_tokenizer(tokenizer: Tokenizer, file: Path, size: int) -> Path:
     """The same tokenizer without its last pieces."""
-    from llama2.tokenizer import pieces
+    from llama2.tokenizer import sentencepiece_model
     file.parent.mkdir(exist_ok=True)
     file.write_bytes(tokenizer.model)
-    whole = pieces.load(file)
-    file.write_bytes(pieces.build(pieces.Pieces(whole.items[:size])))
+    whole = sentencepiece_model.load(file)
+    file.write_bytes(sentencepiece_model.build(sentencepiece_model.Pieces(whole.items[:size])))
     return file
 
 
@@ -484,7 +483,7 @@ def test_an_unknown_key_commands_no_terminal(model: Path, capsys: pytest.Capture
     assert "\x1b" not in heard
 def test_what_quantized_weights_grow_to_is_said_with_the_flag_for_less(tmp_path: Path, model: Path,
                                                                        capsys: pytest.CaptureFixture[str]) -> None:
-    gguf = pytest.importorskip("llama2.model.formats.gguf")
+    gguf = pytest.importorskip("llama2.formats.gguf")
     pytest.importorskip("gguf")
     gguf.write(hf.read(model), tmp_path / "small.gguf", precision="q4_0")
     count = sum(stored.numel for stored in hf.read(model).tensors.values())

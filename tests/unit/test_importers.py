@@ -8,13 +8,13 @@ from pathlib import Path
 import pytest
 from strangers import comparisons, turns
 
-from llama2.data.dialogs import DIALOG_FORMATS, import_dialogs
-from llama2.data.prompts import PROMPT_FORMATS, import_prompts
 from llama2.errors import UserError
-from llama2.files import set_name, tables
-from llama2.preferences.importers import PREFERENCE_FORMATS, import_preferences
+from llama2.importers.dialogs import DIALOG_FORMATS, import_dialogs
+from llama2.importers.preferences import PREFERENCE_FORMATS, import_preferences
+from llama2.importers.prompts import PROMPT_FORMATS, import_prompts
+from llama2.importers.tables import Reading
+from llama2.reading.files import set_name, tables
 from llama2.records import Dialog, Preference, messages_of, to_json
-from llama2.tables import Reading
 from llama2.tally import Tally
 
 FIXTURES = Path(__file__).parent.parent / "fixtures" / "import"

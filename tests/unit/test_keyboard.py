@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
+from llama2.chat import keyboard
+from llama2.chat.keyboard import History, message
 from llama2.errors import UserError
-from llama2.serve import keyboard
-from llama2.serve.keyboard import History, message
 
 
 def typed(*lines: str) -> keyboard.Reader:

@@ -12,11 +12,12 @@ import pytest
 import torch
 from commands import llama2
 
-from llama2 import cli, runs
+from llama2 import cli
 from llama2.config import build
-from llama2.model import checkpoint
+from llama2.formats import checkpoint
+from llama2.recipe import launch
 from llama2.runs import Stopped, read_metrics
-from llama2.stages import launch
+from llama2.runs import run as runs
 
 
 def finish(workers, seconds=200):
@@ -199,7 +200,7 @@ SERVER = """
 import os, signal, sys, threading
 from multiprocessing import forkserver
 from pathlib import Path
-from llama2.stages import launch
+from llama2.recipe import launch
 
 signal.signal(signal.SIGINT, signal.default_int_handler)  # tests in the background inherit that it is ignored
 launch.preload()

@@ -3,8 +3,8 @@
 import pytest
 from strangers import dialogs, prompts, turns
 
-from llama2.data.dialogs import DIALOG_FORMATS
 from llama2.errors import UserError
+from llama2.importers.dialogs import DIALOG_FORMATS
 
 ROWS = {  # format: a row whose answer is "yes"
     "turns": {"conversations": [{"from": "human", "value": "Is it?"}, {"from": "gpt", "value": "yes"}]},

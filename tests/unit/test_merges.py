@@ -7,8 +7,16 @@ import random
 import pytest
 from conversations import contents, trained, with_lowest_spaces
 
-from llama2.tokenizer import Tokenizer, merges, pieces
-from llama2.tokenizer.pieces import BYTE, CONTROL, NORMAL, SPACE, UNKNOWN, Piece, Pieces
+from llama2.tokenizer import Tokenizer, merges, sentencepiece_model
+from llama2.tokenizer.sentencepiece_model import (
+    BYTE,
+    CONTROL,
+    NORMAL,
+    SPACE,
+    UNKNOWN,
+    Piece,
+    Pieces,
+)
 
 
 @pytest.fixture(scope="module")
@@ -25,11 +33,11 @@ def made(texts: list[str], scores: list[float]) -> Tokenizer:
     """A tokenizer of these items behind unknown, BOS, EOS and the bytes."""
     first = [Piece("<unk>", 0.0, UNKNOWN), Piece("<s>", 0.0, CONTROL), Piece("</s>", 0.0, CONTROL)]
     items = [Piece(f"<0x{byte:02X}>", 0.0, BYTE) for byte in range(256)]
-    return Tokenizer(pieces.build(Pieces([*first, *items, *map(Piece, texts, scores)])))
+    return Tokenizer(sentencepiece_model.build(Pieces([*first, *items, *map(Piece, texts, scores)])))
 
 
 def vocabulary(tokenizer: Tokenizer) -> Pieces:
-    return pieces.parse(tokenizer.model, "here")
+    return sentencepiece_model.parse(tokenizer.model, "here")
 
 
 def test_the_merges_give_the_ids(tokenizer: Tokenizer) -> None:

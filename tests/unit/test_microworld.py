@@ -258,7 +258,7 @@ def _imports(path: Path) -> set[str]:
 
 
 def test_only_simulated_annotators_and_the_evaluation_know_the_truth() -> None:
-    allowed = [PACKAGE / "preferences" / "simulated.py", PACKAGE / "microworld" / "rater.py"]
+    allowed = [PACKAGE / "microworld" / "annotators.py", PACKAGE / "microworld" / "rater.py"]
     users = [path for path in PACKAGE.rglob("*.py") if path not in allowed
              and PACKAGE / "evaluate" not in path.parents and "llama2.microworld.rater" in _imports(path)]
     assert users == []
@@ -266,7 +266,7 @@ def test_only_simulated_annotators_and_the_evaluation_know_the_truth() -> None:
 
 
 def test_the_microworld_imports_no_torch() -> None:
-    code = "import sys, llama2.microworld.build, llama2.preferences.simulated; sys.exit('torch' in sys.modules)"
+    code = "import sys, llama2.microworld.build, llama2.microworld.annotators; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 

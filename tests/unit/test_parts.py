@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
-from llama2.parts import in_parts
 from llama2.runs import CHECKPOINTS, Run
+from llama2.runs.parts import in_parts
 
 ITEMS = list(range(10))
 

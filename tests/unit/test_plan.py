@@ -10,17 +10,19 @@ import pytest
 import torch
 import yaml
 
-from llama2 import config, recipes
+from llama2 import config
+from llama2.config import layers as recipes
 from llama2.errors import UserError
-from llama2.model import fused
-from llama2.model.checkpoint import config_json
+from llama2.formats.checkpoint import config_json
+from llama2.kernels import fused
 from llama2.model.llama import Llama, LlamaConfig
 from llama2.model.scorer import Scorer
 from llama2.model.sizes import SIZES
+from llama2.recipe import launch, pipeline
 from llama2.records import dump
-from llama2.stages import evaluate, launch, pipeline, ppo, pretrain, reward, select, sft
-from llama2.stages.answers import load_judge
-from llama2.stages.planning import (
+from llama2.stages import evaluate, ppo, pretrain, reward, select, sft
+from llama2.stages.common.answers import load_judge
+from llama2.stages.common.planning import (
     Cluster,
     Lineage,
     Tower,

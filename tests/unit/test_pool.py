@@ -14,8 +14,8 @@ from llama2.errors import UserError
 from llama2.generate.rewards import RewardModels
 from llama2.records import Dialog, Message, Prompt, Stored
 from llama2.runs import Run
-from llama2.stages.pool import Pool, rescored
-from llama2.stages.sampling import Sample, dialog, load_rewards
+from llama2.stages.common.pool import Pool, rescored
+from llama2.stages.common.sampling import Sample, dialog, load_rewards
 
 OLD_MODEL = 99.0  # what the reward models of an earlier round said: of no account
 

@@ -10,8 +10,8 @@ from commands import llama2
 from llama2.errors import UserError
 from llama2.generate.rewards import RewardModels
 from llama2.stages import ppo
-from llama2.stages.sampling import load_rewards
-from llama2.stages.training import load_policy, saver
+from llama2.stages.common.sampling import load_rewards
+from llama2.stages.common.training import load_policy, saver
 from llama2.tokenizer.tokenizer import Tokenizer
 from llama2.train.loop import Hook, Plan, Report, Training
 

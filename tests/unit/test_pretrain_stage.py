@@ -11,15 +11,15 @@ import torch
 from commands import llama2
 from torch import nn
 
-from llama2.beside import chat_template, stop_ids
 from llama2.data.compress import HeldoutText, target_bytes
 from llama2.data.pack import Segment
 from llama2.data.shards import Shards, write_shards
-from llama2.model import checkpoint
+from llama2.formats import checkpoint
 from llama2.model.llama import Llama, LlamaConfig
 from llama2.records import Document
 from llama2.stages import pretrain
 from llama2.tokenizer import CHAT_TEMPLATE
+from llama2.tokenizer.chat_files import chat_template, stop_ids
 from llama2.tokenizer.train import train
 
 TEXTS = [f"The mill number {number} stands by the river{' and turns' * (number % 5)}." for number in range(60)]

@@ -15,11 +15,12 @@ from torch import nn
 from llama2 import records
 from llama2.errors import UserError
 from llama2.evaluate.quantization import coverage, measure, windows
+from llama2.formats.checkpoint import load
+from llama2.generate import cpu_decoder
 from llama2.generate.engine import Engine
 from llama2.generate.sampling import Sampling
 from llama2.generate.score import logprobs, predictions
-from llama2.model import decode, quantize
-from llama2.model.checkpoint import load
+from llama2.model import quantize
 from llama2.model.llama import Llama, LlamaConfig
 from llama2.records import Document
 
@@ -109,11 +110,11 @@ def test_sizes_are_those_of_what_is_decoded_with(bits):
     if bits == "int4":
         pytest.importorskip("torchao")
     model = Llama(SHAPE).bfloat16()
-    if not decode.runs(model):
+    if not cpu_decoder.runs(model):
         pytest.skip("no compiler")
     integers = {name: quantize.rounded(weight, bits) for name, weight in model.named_parameters()
                 if not quantize.kept(name, weight, bits, tied=False)}
-    kept = decode.Decoder(model, integers)._kept
+    kept = cpu_decoder.Decoder(model, integers)._kept
     held = sum(tensor.numel() * tensor.element_size() for tensor in kept if tensor is not None)
     vectors = sum(weight.numel() for weight in model.parameters() if weight.dim() == 1)
     assert held - 2 * vectors == sum(row["after"] for row in coverage(SHAPE, bits)), "norms are decoded with in fp32"

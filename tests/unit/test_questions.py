@@ -3,8 +3,8 @@
 import pytest
 from strangers import comparisons, dialogs, prompts, turns, write
 
-from llama2.data.prompts import import_prompts
 from llama2.errors import UserError
+from llama2.importers.prompts import import_prompts
 
 MILL = "The mill was built in 1746 by Jo."
 

@@ -7,10 +7,10 @@ import math
 
 import pytest
 
-from llama2.data.dialogs import import_dialogs
 from llama2.errors import UserError
-from llama2.files import Bad, tables
-from llama2.tables import Reading
+from llama2.importers.dialogs import import_dialogs
+from llama2.importers.tables import Reading
+from llama2.reading.files import Bad, tables
 from llama2.tally import Tally
 
 

@@ -19,11 +19,11 @@ import yaml
 from commands import llama2, vouch
 
 from llama2.errors import UserError
-from llama2.model import checkpoint
+from llama2.formats import checkpoint
+from llama2.recipe import launch
 from llama2.release import hub
 from llama2.release.lineage import trace
 from llama2.release.provenance import without_places
-from llama2.stages import launch
 
 PAPERS = {"README.md", "RESPONSIBLE_USE.md", "CARBON.md", "carbon.json", "LICENSES.md", "COMMANDS.md", "reproduce.sh",
           "lineage.json", "recipe.yaml", "SHA256SUMS"}

@@ -6,7 +6,7 @@ from itertools import pairwise
 
 import pytest
 
-from llama2.stages.remaining import Log, Running, remaining, share_of
+from llama2.recipe.remaining import Log, Running, remaining, share_of
 
 
 def test_at_the_start_the_recipes_own_weights_count():

@@ -10,11 +10,11 @@ import pytest
 from completions_server import serving
 
 from llama2.errors import UserError
+from llama2.formats import checkpoint
 from llama2.generate.engine import Engine
 from llama2.generate.remote import RemoteEngine, Server, connect
 from llama2.generate.sampling import Sampling
 from llama2.generate.wire import _is_loopback, _message
-from llama2.model import checkpoint
 
 PROMPTS = [[1, 300 + 7 * row, *range(340 + row, 350 + 5 * row)] for row in range(6)]
 GREEDY = Sampling(temperature=0, max_tokens=3, stop=(2,))

@@ -13,8 +13,8 @@ from commands import llama2
 from completions_server import serving
 
 from llama2 import records
+from llama2.formats import checkpoint
 from llama2.generate.engine import Engine
-from llama2.model import checkpoint
 from llama2.records import Dialog
 
 

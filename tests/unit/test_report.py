@@ -16,12 +16,12 @@ from recipe_directory import EVIL, make
 from llama2.config import build
 from llama2.errors import UserError
 from llama2.evaluate.winrate import WinRate, mean_interval, proportion
-from llama2.release import report
-from llama2.release.figures import Series, lines
-from llama2.release.page import clock, esc, number, percent, short
-from llama2.release.steps import read_recipe
-from llama2.release.verdicts import Targets, Verdict, verdicts
+from llama2.report import report
+from llama2.report.charts import Series, lines
+from llama2.report.html import clock, esc, number, percent, short
+from llama2.report.targets import Targets, Verdict, verdicts
 from llama2.runs import open_run
+from llama2.runs.recipe_runs import read_recipe
 
 VOID = {"meta", "br", "img", "link", "use", "path", "image"}
 

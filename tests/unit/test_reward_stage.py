@@ -10,7 +10,7 @@ from commands import llama2
 from llama2 import records
 from llama2.config import build
 from llama2.errors import UserError
-from llama2.model import checkpoint
+from llama2.formats import checkpoint
 from llama2.records import DEGREES, Preference, Response, messages_of
 from llama2.runs import Run
 from llama2.stages import reward

@@ -11,13 +11,13 @@ from hypothesis import strategies as st
 
 from llama2.config import build
 from llama2.errors import UserError
+from llama2.formats import checkpoint
 from llama2.generate.dialogue import Answer
 from llama2.generate.engine import Completion
 from llama2.generate.rewards import RewardModels, Rewards, join, probability
-from llama2.model import checkpoint
 from llama2.runs import Run
-from llama2.stages.answers import judged
-from llama2.stages.sampling import load_rewards
+from llama2.stages.common.answers import judged
+from llama2.stages.common.sampling import load_rewards
 from llama2.tokenizer.tokenizer import Tokenizer
 
 GATE = math.log(0.15 / 0.85)  # the raw score at which an answer is safe with probability 0.15

@@ -13,10 +13,11 @@ from pathlib import Path
 import pytest
 from commands import llama2
 
-from llama2 import outputs, runs
 from llama2.config import Config, StageConfig
 from llama2.errors import UserError
-from llama2.stages import launch
+from llama2.recipe import launch
+from llama2.runs import completion
+from llama2.runs import run as runs
 
 
 class Part(Config):
@@ -458,8 +459,8 @@ def test_a_folder_without_a_model_is_not_read_through(tmp_path, monkeypatch):
 
     (tmp_path / "home").mkdir()
     (tmp_path / "home/big").write_text("much")
-    monkeypatch.setattr(outputs, "sha256", lambda path: pytest.fail(f"{path} is read"))
-    monkeypatch.setattr(runs, "sha256", outputs.sha256)
+    monkeypatch.setattr(completion, "sha256", lambda path: pytest.fail(f"{path} is read"))
+    monkeypatch.setattr(runs, "sha256", completion.sha256)
     with pytest.raises(UserError, match=r"home: config.json: missing, so this folder holds no model; give .* as model"):
         work(Tuned(out=tmp_path / "out", model=tmp_path / "home"))
     (tmp_path / "home/adapter_config.json").write_text("{}")

@@ -13,8 +13,17 @@ from llama2 import records
 from llama2.errors import UserError
 from llama2.records import Prompt
 from llama2.runs import Run
-from llama2.stages import sampling
-from llama2.stages.sampling import Meter, Sample, answer, fitting, load_chat, part_by_part, readable, seed_for
+from llama2.stages.common import sampling
+from llama2.stages.common.sampling import (
+    Meter,
+    Sample,
+    answer,
+    fitting,
+    load_chat,
+    part_by_part,
+    readable,
+    seed_for,
+)
 from llama2.tally import Tally
 from llama2.tokenizer.template import encode_prompt
 

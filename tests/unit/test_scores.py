@@ -4,7 +4,7 @@ import pytest
 from strangers import comparisons, turns, write
 
 from llama2.errors import UserError
-from llama2.preferences.importers import import_preferences
+from llama2.importers.preferences import import_preferences
 from llama2.tally import Tally
 
 PAIR = {"prompt": "p", "chosen": turns("p", "x"), "rejected": turns("p", "y")}

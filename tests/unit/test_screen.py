@@ -6,8 +6,8 @@ import re
 import pytest
 from rich.console import Console
 
-from llama2.serve import screen
-from llama2.serve.screen import Plain, Rendered, blocks, display
+from llama2.chat import screen
+from llama2.chat.screen import Plain, Rendered, blocks, display
 
 TEXT = "# Title\n\nA **bold** word.\n\n- one\n- two\n\n```python\nx = 1\n\ny = 2\n```\n\nEnd."
 

@@ -9,7 +9,7 @@ import torch
 from commands import llama2
 
 from llama2 import records
-from llama2.model import checkpoint
+from llama2.formats import checkpoint
 from llama2.records import Prompt
 from llama2.stages import select
 

@@ -11,8 +11,8 @@ from commands import vouch
 from servers import serving
 
 from llama2 import serve
+from llama2.formats import checkpoint
 from llama2.generate.score import rewards
-from llama2.model import checkpoint
 from llama2.records import messages_of
 from llama2.tokenizer.template import encode_dialog
 

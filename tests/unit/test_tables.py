@@ -5,11 +5,11 @@ import json
 import pytest
 from strangers import comparisons, dialogs, prompts, turns, write
 
-from llama2.data.dialogs import import_dialogs
-from llama2.data.prompts import import_prompts
 from llama2.errors import UserError
-from llama2.preferences.importers import holds_preferences
-from llama2.tables import SAMPLE, Reading
+from llama2.importers.dialogs import import_dialogs
+from llama2.importers.preferences import holds_preferences
+from llama2.importers.prompts import import_prompts
+from llama2.importers.tables import SAMPLE, Reading
 from llama2.tally import Tally
 
 ALPACA = {"instruction": "Add.", "input": "2 and 3", "output": "5"}

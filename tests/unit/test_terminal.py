@@ -19,13 +19,14 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 from llama2 import records
+from llama2.chat import terminal
+from llama2.chat.screen import display
 from llama2.errors import UserError
+from llama2.formats import checkpoint
 from llama2.generate.sampling import Sampling
-from llama2.model import checkpoint
 from llama2.model.llama import Llama, LlamaConfig
 from llama2.records import Dialog, Messages
-from llama2.serve import models, terminal
-from llama2.serve.screen import display
+from llama2.serve import models
 from llama2.tokenizer.tokenizer import Tokenizer
 from llama2.tokenizer.train import train
 

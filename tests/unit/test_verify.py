@@ -17,13 +17,13 @@ from commands import llama2
 from sources import frugal, model_of, scorer_of, source_of
 from torch import Tensor
 
-from llama2 import outputs
+from llama2.convert import compare, tokenizer_probes, verify
 from llama2.errors import UserError
-from llama2.model import checkpoint
-from llama2.model.formats.source import Source
+from llama2.formats import checkpoint
+from llama2.formats.source import Source
 from llama2.model.llama import Layer, Llama, LlamaConfig
-from llama2.release import compare, texts, verify
-from llama2.tokenizer import Tokenizer, pieces, train
+from llama2.runs import completion
+from llama2.tokenizer import Tokenizer, sentencepiece_model, train
 
 SHAPE = LlamaConfig(vocab_size=420, hidden_size=32, intermediate_size=48, num_hidden_layers=3, num_attention_heads=4,
                     num_key_value_heads=2, max_position_embeddings=700)
@@ -182,32 +182,32 @@ def test_no_more_than_a_layer_is_in_memory(source: Source, monkeypatch: pytest.M
 # ---- tokenizers -----------------------------------------------------------------------------------------------------
 def test_tokenizers(tmp_path: Path, shared: Path, tokenizer: Tokenizer) -> None:
     own = shared / "tokenizer" / "tokenizer.model"
-    assert texts.compare(own, own).difference is None
-    assert texts.compare(own, own).identical
+    assert tokenizer_probes.compare(own, own).difference is None
+    assert tokenizer_probes.compare(own, own).identical
     train(["other words for another vocabulary, quite another one " * 20, "zebra quagga okapi " * 20], 300, tmp_path)
-    found = texts.compare(own, tmp_path / "tokenizer.model")
+    found = tokenizer_probes.compare(own, tmp_path / "tokenizer.model")
     assert found.difference is not None
     assert any("420 and 300" in note for note in found.notes)
 
 
 def test_the_same_items_merged_in_another_order_are_another_tokenizer(tmp_path: Path, shared: Path,
                                                                       tokenizer: Tokenizer) -> None:
-    known = pieces.load(shared / "tokenizer" / "tokenizer.model")
-    items = [replace(item, score=-500.0 - item.score) if item.kind == pieces.NORMAL else item for item in known.items]
-    model = pieces.build(replace(known, items=items), unknown=0, bos=1, eos=2)
+    known = sentencepiece_model.load(shared / "tokenizer" / "tokenizer.model")
+    items = [replace(item, score=-500.0 - item.score) if item.kind == sentencepiece_model.NORMAL else item for item in known.items]
+    model = sentencepiece_model.build(replace(known, items=items), unknown=0, bos=1, eos=2)
     (tmp_path / "other.model").write_bytes(model)
-    difference = texts.compare(shared / "tokenizer" / "tokenizer.model", tmp_path / "other.model").difference
+    difference = tokenizer_probes.compare(shared / "tokenizer" / "tokenizer.model", tmp_path / "other.model").difference
     assert difference is not None
     assert difference.startswith("the text ")
 
 
 def test_the_texts_are_hard(tokenizer: Tokenizer) -> None:
-    found = texts.texts()
+    found = tokenizer_probes.texts()
     assert len(found) > 250
     for part in ("</s>", "[INST]", "\x00", "😀", "\u0301", "ا", "的", "\n\n", "  "):
         assert any(part in text for text in found)
     assert max(map(len, found)) > 5000
-    for text in texts.UNWRITABLE:
+    for text in tokenizer_probes.UNWRITABLE:
         with pytest.raises(UserError, match="half of a surrogate pair"):
             tokenizer.encode(text)
 
@@ -269,7 +269,7 @@ def test_all_that_differs_in_a_run_is_named(policy: Path, tmp_path: Path, capsys
                                            monkeypatch: pytest.MonkeyPatch) -> None:
     run = Path(shutil.copytree(policy, tmp_path / "recipe/run"))
     (tmp_path / "recipe/steps.json").write_text('["run", "waiting"]')
-    monkeypatch.setattr(outputs, "CHEAP", 0)  # as if all files were large
+    monkeypatch.setattr(completion, "CHEAP", 0)  # as if all files were large
     assert llama2("verify", run) == 0
     assert capsys.readouterr().out == f"{run}: all that this run wrote is there, unchanged\n"
     _flip(run / "model.safetensors")

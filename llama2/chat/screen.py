@@ -1,0 +1,109 @@
+"""How an answer appears while it is drawn: as Markdown at a terminal, as the plain text it is anywhere else."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import Protocol, TextIO
+
+from rich.console import Console, ConsoleOptions, RenderResult
+from rich.live import Live
+from rich.markdown import Markdown
+from rich.segment import Segment
+
+from llama2.terminal_text import printable
+
+REFRESH = 0.08
+"""seconds between two drawings of a growing answer: often enough to read along, and cheap beside a token"""
+
+
+class Display(Protocol):
+    """Shows one answer."""
+
+    def add(self, part: str) -> None:
+        """Show a further part."""
+
+    def end(self) -> None:
+        """The answer is finished, or the user has interrupted it."""
+
+
+def display(sink: TextIO, plain: bool = False) -> Callable[[], Display]:
+    """What shows the answers that go to `sink`; `plain` asks for the text as it is at a terminal too."""
+    console = Console(file=sink, highlight=False)
+    if plain or not sink.isatty() or console.is_dumb_terminal:
+        return lambda: Plain(sink)
+    return lambda: Rendered(console)
+
+
+class Plain:
+    """The text as it is, each part as soon as it comes."""
+
+    def __init__(self, sink: TextIO) -> None:
+        self._sink = sink
+
+    def add(self, part: str) -> None:
+        print(printable(part), end="", file=self._sink, flush=True)
+
+    def end(self) -> None:
+        print(file=self._sink, flush=True)
+
+
+class Rendered:
+    """Markdown. A block that is finished is printed for good; the growing one is drawn again and again below it."""
+
+    def __init__(self, console: Console) -> None:
+        self._console, self._growing, self._drawn, self._printed = console, "", 0.0, False
+        self._live = Live(console=console, auto_refresh=False, transient=True)
+
+    def add(self, part: str) -> None:
+        self._growing += printable(part)
+        now = time.monotonic()
+        if now - self._drawn < REFRESH:
+            return
+        self._live.start()
+        *finished, self._growing = blocks(self._growing)
+        for block in finished:
+            self._print(block)
+        height = max(self._console.height - 2, 1)  # what has left the terminal could not be drawn again
+        self._live.update(_Block(_markdown(self._growing), self._printed, height), refresh=True)
+        self._drawn = time.monotonic()
+
+    def end(self) -> None:
+        self._live.stop()
+        for block in blocks(self._growing):
+            self._print(block)
+
+    def _print(self, text: str) -> None:
+        if text.strip():
+            self._console.print(_Block(_markdown(text), self._printed), end="")
+            self._printed = True
+
+
+class _Block:
+    """Markdown without the empty lines around it, `apart` from what stands above; at most its last `height` lines."""
+
+    def __init__(self, content: Markdown, apart: bool, height: int | None = None) -> None:
+        self._content, self._apart, self._height = content, apart, height
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        lines = console.render_lines(self._content, options.update(height=None), pad=False)
+        full = [index for index, line in enumerate(lines) if any(segment.text.strip() for segment in line)]
+        lines = lines[full[0] : full[-1] + 1] if full else []
+        if self._apart:
+            yield Segment.line()
+        for line in lines[-self._height :] if self._height else lines:
+            yield from line
+            yield Segment.line()
+
+
+def blocks(text: str) -> list[str]:
+    """Markdown as its blocks: paragraphs, lists, tables, ... To all but the last nothing more can come."""
+    starts = [token.map[0] for token in _markdown(text).parsed if token.level == 0 and token.nesting >= 0 and token.map]
+    lines = text.split("\n")
+    ends = [*starts[1:], len(lines)]
+    return ["\n".join(lines[start:end]) for start, end in zip([0, *starts[1:]], ends)]
+
+
+def _markdown(text: str) -> Markdown:
+    # Addresses are written out: a link whose text names another address than it leads to deceives.
+    return Markdown(text, code_theme="ansi_dark", hyperlinks=False)

@@ -1,0 +1,1 @@
+"""Run steps: the table of verbs, one command, a whole recipe, and what either would cost."""

@@ -1,0 +1,1 @@
+"""One page about a recipe: whether each stage did its job, beside the paper's own figures."""
