@@ -8,7 +8,7 @@ OUT ?= runs/demo
 PEERS ?= $(HOME)/.cache/llama2-peers
 VLLM := 0.32.0
 
-.PHONY: demo test check bench gpu gpu-wheels peers clean help
+.PHONY: demo test check format bench gpu gpu-wheels peers clean help
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/'
@@ -29,10 +29,15 @@ demo: $(STAMP)  ## the whole recipe on a laptop: documents in, a chat model and 
 test: $(STAMP)  ## all tests
 	$(BIN)/python -m pytest
 
-check: $(STAMP)  ## lint, types, layers
+check: $(STAMP)  ## format, lint, types, layers
+	$(BIN)/ruff format --check --quiet .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+
+format: $(STAMP)  ## put the code into the one format
+	$(BIN)/ruff format --quiet .
+	$(BIN)/ruff check --select I --fix --quiet .
 
 bench: $(STAMP)  ## every benchmark, each against a peer or a ceiling measured in the same run
 	@for name in engine train ppo server quantize formats; do echo "== $$name"; $(BIN)/python benchmarks/$$name.py || exit 1; done

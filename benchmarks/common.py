@@ -1,8 +1,10 @@
-"""What the benchmarks share: the sizes, sides that run in processes of their own, and how figures are printed.
+"""What the benchmarks share: the sizes, sides that run in processes of their own, and how figures
+are printed.
 
-A *side* (ours or a peer) is one process that answers questions on its standard input, a line of JSON each, and rests in
-between. So several sides stay warm and compiled while they take turns, A B A B, and a slow spell of the machine meets
-all of them. Every side gets the same threads and keeps large blocks on the heap as `mesh.keep_large_blocks` does.
+A *side* (ours or a peer) is one process that answers questions on its standard input, a line of
+JSON each, and rests in between. So several sides stay warm and compiled while they take turns, A B
+A B, and a slow spell of the machine meets all of them. Every side gets the same threads and keeps
+large blocks on the heap as `mesh.keep_large_blocks` does.
 """
 
 from __future__ import annotations
@@ -37,30 +39,46 @@ class Size:
 
 
 SIZES = {
-    "XS": Size(LlamaConfig(512, 64, 128, 2, 4, 2, 256), 4, 64),  # 0.1M, to see whether a benchmark runs at all
+    # 0.1M, to see whether a benchmark runs at all
+    "XS": Size(LlamaConfig(512, 64, 128, 2, 4, 2, 256), 4, 64),
     "T": Size(LlamaConfig(2048, 192, 512, 6, 6, 2, 512), 16, 256),  # 3.15M parameters
-    "S": Size(LlamaConfig(32000, 288, 768, 6, 6, 6, 512, tie_word_embeddings=True), 8, 256),  # 15.2M
-    "M": Size(LlamaConfig(32000, 768, 2048, 12, 12, 12, 1024, tie_word_embeddings=True), 2, 1024),  # 110M
+    # 15.2M
+    "S": Size(LlamaConfig(32000, 288, 768, 6, 6, 6, 512, tie_word_embeddings=True), 8, 256),
+    # 110M
+    "M": Size(LlamaConfig(32000, 768, 2048, 12, 12, 12, 1024, tie_word_embeddings=True), 2, 1024),
 }
 
 
 class Side:
     """A process of its own for one side; `ask` makes it work. A context: it ends with the block."""
 
-    def __init__(self, name: str, python: str, script: str, arguments: Sequence[str], threads: int) -> None:
+    def __init__(
+        self, name: str, python: str, script: str, arguments: Sequence[str], threads: int
+    ) -> None:
         self.name = name
         found = os.environ.get("PYTHONPATH")
         environment = {
-            **os.environ, "PYTHONPATH": f"{HERE.parent}{os.pathsep}{found}" if found else str(HERE.parent),
-            "OMP_NUM_THREADS": str(threads), "HF_HUB_OFFLINE": "1",
-            "TOKENIZERS_PARALLELISM": "false", "PYTHONWARNINGS": "ignore"}
-        self._log = tempfile.TemporaryFile("w+", encoding="utf-8")  # noqa: SIM115 (closed with the side)
-        self._process = subprocess.Popen([python, str(HERE / script), *arguments], text=True, encoding="utf-8",
-                                         env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-                                         stderr=self._log)
+            **os.environ,
+            "PYTHONPATH": f"{HERE.parent}{os.pathsep}{found}" if found else str(HERE.parent),
+            "OMP_NUM_THREADS": str(threads),
+            "HF_HUB_OFFLINE": "1",
+            "TOKENIZERS_PARALLELISM": "false",
+            "PYTHONWARNINGS": "ignore",
+        }
+        self._log = tempfile.TemporaryFile("w+", encoding="utf-8")  # noqa: SIM115
+        self._process = subprocess.Popen(
+            [python, str(HERE / script), *arguments],
+            text=True,
+            encoding="utf-8",
+            env=environment,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=self._log,
+        )
 
     def ask(self, **question: Any) -> dict[str, Any]:
-        """The answer to a question; the process dies of what it cannot do, and its last words are shown."""
+        """The answer to a question; the process dies of what it cannot do, and its last words are
+        shown."""
         assert self._process.stdin is not None
         assert self._process.stdout is not None
         try:
@@ -68,10 +86,12 @@ class Side:
             self._process.stdin.flush()
         except BrokenPipeError:
             pass  # it died while starting: what it said is below
+
         line = self._process.stdout.readline()
         if not line:
             self._log.seek(0)
             sys.exit(f"{self.name} failed:\n{self._log.read()[-3000:]}")
+
         answer: dict[str, Any] = json.loads(line)
         return answer
 
@@ -86,11 +106,13 @@ class Side:
         except subprocess.TimeoutExpired:
             self._process.kill()
             self._process.wait()
+
         self._log.close()
 
 
 class Questions:
-    """The other end: iterate over what is asked, `answer` each. Whatever else is printed goes to standard error."""
+    """The other end: iterate over what is asked, `answer` each. Whatever else is printed goes to
+    standard error."""
 
     def __init__(self) -> None:
         self._out = os.fdopen(os.dup(1), "w", encoding="utf-8")

@@ -1,12 +1,14 @@
 """How fast `llama2 import` is beside the disk it reads from, and how much memory it takes.
 
-    python benchmarks/formats.py [--directory /where/there/is/room] [--layers 4] [--dtype bf16] [--rounds 3]
+    python benchmarks/formats.py [--directory /where/there/is/room] [--layers 4] [--dtype bf16]
+    [--rounds 3]
 
-Builds a sharded checkpoint of random weights with the widths of the 7B model and few layers, so that it fits a disk
-and the page cache takes what is written (`--layers 32` is the whole model). Each round measures, from a cold cache,
-the disk's sequential read, a plain copy of the same files (read and write, no more), and the import in a process of its
-own, whose anonymous memory is sampled. The import reads and writes like the copy, and computes checksums, and looks at
-every number.
+Builds a sharded checkpoint of random weights with the widths of the 7B model and few layers, so
+that it fits a disk and the page cache takes what is written (`--layers 32` is the whole model).
+Each round measures, from a cold cache, the disk's sequential read, a plain copy of the same files
+(read and write, no more), and the import in a process of its own, whose anonymous memory is
+sampled. The import reads and writes like the copy, and computes checksums, and looks at every
+number.
 """
 
 from __future__ import annotations
@@ -43,10 +45,17 @@ def build(directory: Path, layers: int, dtype: torch.dtype) -> Source:
     def stored(name: str, shape: tuple[int, ...]) -> Stored:
         return Stored(shape, dtype, lambda: torch.randn(shape).mul_(0.02).to(dtype), name)
 
-    source = Source(directory, "random", config, False,
-                    {name: stored(name, shape) for name, shape in shapes(config).items()}, None)
+    source = Source(
+        directory,
+        "random",
+        config,
+        False,
+        {name: stored(name, shape) for name, shape in shapes(config).items()},
+        None,
+    )
     hf.write(source, directory, shard_bytes=1 << 30)
     (directory / "checksums.json").unlink()  # as others write it: import must not read it twice
+
     return source
 
 
@@ -81,14 +90,22 @@ def copy(directory: Path, target: Path) -> None:
 
 
 def bring_in(directory: Path, target: Path, threads: int) -> tuple[float, int, int]:
-    """Seconds of an import without the start of Python, and its anonymous memory in bytes before and at the most."""
-    script = ("import sys, time\nfrom llama2 import cli\nfrom llama2.stages import importing\nprint(flush=True)\n"
-              "sys.stdin.readline()\nbegin = time.perf_counter()\ncode = cli._guarded(sys.argv[1:])\n"
-              "print(time.perf_counter() - begin)\nsys.exit(code)")
+    """Seconds of an import without the start of Python, and its anonymous memory in bytes before
+    and at the most."""
+    script = (
+        "import sys, time\nfrom llama2 import cli\nfrom llama2.stages import importing\nprint(flush=True)\n"
+        "sys.stdin.readline()\nbegin = time.perf_counter()\ncode = cli._guarded(sys.argv[1:])\n"
+        "print(time.perf_counter() - begin)\nsys.exit(code)"
+    )
     process = subprocess.Popen(
-        [sys.executable, "-c", script, "import", str(directory), "--out", str(target)], stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, encoding="utf-8",
-        env={**os.environ, "PYTHONPATH": str(HERE.parent), "OMP_NUM_THREADS": str(threads)})
+        [sys.executable, "-c", script, "import", str(directory), "--out", str(target)],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        text=True,
+        encoding="utf-8",
+        env={**os.environ, "PYTHONPATH": str(HERE.parent), "OMP_NUM_THREADS": str(threads)},
+    )
     assert process.stdout is not None
     process.stdout.readline()
     samples, done = [anonymous(process.pid)], threading.Event()
@@ -102,8 +119,10 @@ def bring_in(directory: Path, target: Path, threads: int) -> tuple[float, int, i
     output = process.communicate("\n")[0]
     done.set()
     watcher.join()
+
     if process.returncode:
         sys.exit(f"the import failed with status {process.returncode}")
+
     return float(output.split()[-1]), samples[0], max(samples)
 
 
@@ -111,28 +130,36 @@ def anonymous(pid: int) -> int:
     """The memory of a process that is no file's, in bytes."""
     try:
         with open(f"/proc/{pid}/status", encoding="utf-8") as file:
-            return next((int(line.split()[1]) << 10 for line in file if line.startswith("RssAnon")), 0)
+            return next(
+                (int(line.split()[1]) << 10 for line in file if line.startswith("RssAnon")), 0
+            )
     except OSError:
         return 0  # it has ended
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--directory", type=Path, help="a place on the disk to measure; default: the system's")
+    parser.add_argument(
+        "--directory", type=Path, help="a place on the disk to measure; default: the system's"
+    )
     parser.add_argument("--layers", type=int, default=4)
     parser.add_argument("--dtype", choices=DTYPES, default="bf16")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--threads", type=int, default=2)
     asked = parser.parse_args()
+
     with tempfile.TemporaryDirectory(dir=asked.directory) as place:
         directory, target = Path(place) / "model", Path(place) / "copy"
         source = build(directory, asked.layers, DTYPES[asked.dtype])
         size = sum(path.stat().st_size for path in directory.iterdir())
         largest = max(stored.nbytes for stored in source.tensors.values())
-        print(f"7B widths, {asked.layers} layers, {asked.dtype}: {size / 1e9:.2f} GB in "
-              f"{len(list(directory.glob('*.safetensors')))} files, largest tensor {largest / 1e6:.0f} MB")
+        print(
+            f"7B widths, {asked.layers} layers, {asked.dtype}: {size / 1e9:.2f} GB in "
+            f"{len(list(directory.glob('*.safetensors')))} files, largest tensor {largest / 1e6:.0f} MB"
+        )
         speeds: dict[str, list[float]] = {"read": [], "copy": [], "import": []}
         memory = []
+
         for _ in range(asked.rounds):
             forget(directory)
             speeds["read"].append(size / seconds(lambda: read(directory)))
@@ -144,10 +171,17 @@ def main() -> None:
             speeds["import"].append(size / took)
             memory.append(most - before)
             shutil.rmtree(target)
+
         for name, values in speeds.items():
             print(f"{name:7} {spread([value / 1e9 for value in values], '.2f')} GB/s")
-        ratio = {name: statistics.median(a / b for a, b in zip(speeds["import"], speeds[name])) for name in speeds}
-        print(f"import is {ratio['read']:.0%} of the disk's sequential read, {ratio['copy']:.0%} of a copy")
+
+        ratio = {
+            name: statistics.median(a / b for a, b in zip(speeds["import"], speeds[name]))
+            for name in speeds
+        }
+        print(
+            f"import is {ratio['read']:.0%} of the disk's sequential read, {ratio['copy']:.0%} of a copy"
+        )
         print(f"anonymous memory grows by {max(memory) / 1e6:.0f} MB at most")
 
 

@@ -1,11 +1,13 @@
-"""What `gpu.py` measures on a GPU, a job at a time, each in a process of its own: one that fails harms no other.
+"""What `gpu.py` measures on a GPU, a job at a time, each in a process of its own: one that fails
+harms no other.
 
     python benchmarks/gpu_jobs.py JOB [--tiny]
 
-Every figure is a line of JSON on standard output as soon as it is known. `JOBS` names the jobs. Weights are random.
-Training goes through `train.loop.fit` with the objective of pretraining on packed rows of four documents, in bf16;
-generation through the engine, greedy and without stop ids. The first job measures the ceilings: a copy within the
-device's memory, counting bytes read and written, and the bf16 product of 8192-cubes of random numbers.
+Every figure is a line of JSON on standard output as soon as it is known. `JOBS` names the jobs.
+Weights are random. Training goes through `train.loop.fit` with the objective of pretraining on
+packed rows of four documents, in bf16; generation through the engine, greedy and without stop ids.
+The first job measures the ceilings: a copy within the device's memory, counting bytes read and
+written, and the bf16 product of 8192-cubes of random numbers.
 """
 
 from __future__ import annotations
@@ -43,7 +45,8 @@ from llama2.train.objectives import next_token
 from llama2.train.optim import AdamW
 
 GIB = float(1 << 30)
-ROOM = 0.9  # of the device's memory that a plan may take: context, workspaces and fragmentation want the rest
+# of the device's memory that a plan may take: context, workspaces and fragmentation want the rest
+ROOM = 0.9
 DOCUMENTS = 4  # of a packed row
 COMPILED_LAYERS = 8  # a compiler takes seconds a layer, and layers are alike
 
@@ -63,10 +66,28 @@ class Scale:
     ppo: str
 
 
-REAL = Scale({name: SIZES[name] for name in ("1b", "7b")}, 4096, {"1b": 4, "7b": 1}, 6, 128, (1, 16, 64), (8, 2048),
-             4 << 30, "M")
-TINY = Scale({name: replace(SMALL["XS"].config, max_position_embeddings=256) for name in ("1b", "7b")}, 64,
-             {"1b": 2, "7b": 1}, 2, 8, (1, 4), (2, 16), 1 << 20, "XS")
+REAL = Scale(
+    {name: SIZES[name] for name in ("1b", "7b")},
+    4096,
+    {"1b": 4, "7b": 1},
+    6,
+    128,
+    (1, 16, 64),
+    (8, 2048),
+    4 << 30,
+    "M",
+)
+TINY = Scale(
+    {name: replace(SMALL["XS"].config, max_position_embeddings=256) for name in ("1b", "7b")},
+    64,
+    {"1b": 2, "7b": 1},
+    2,
+    8,
+    (1, 4),
+    (2, 16),
+    1 << 20,
+    "XS",
+)
 
 
 def say(job: str, **figures: Any) -> None:
@@ -75,13 +96,16 @@ def say(job: str, **figures: Any) -> None:
 
 
 def on_device(shape: LlamaConfig, kind: torch.dtype = torch.float32) -> Llama:
-    """A model of random weights, made where it is needed: drawing 7B numbers on a CPU takes a minute."""
+    """A model of random weights, made where it is needed: drawing 7B numbers on a CPU takes a
+    minute."""
     with torch.device("meta"):
         model = Llama(shape)
+
     model = model.to(kind).to_empty(device=mesh.device())
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.normal_(0.0, 0.02) if parameter.dim() > 1 else parameter.fill_(1.0)
+
     return model
 
 
@@ -108,19 +132,26 @@ def best(work: Callable[[], object], times: int = 3) -> float:
         work()
         mesh.wait()
         found.append(time.perf_counter() - begin)
+
     return min(found)
 
 
-# ---- ceilings -------------------------------------------------------------------------------------------------------
+# ---- ceilings
+# -------------------------------------------------------------------------------------------------------
 def ceilings(scale: Scale) -> None:
     """The copy and the product."""
     source = torch.empty(scale.copy_bytes, dtype=torch.uint8, device=mesh.device()).random_()
     target = torch.empty_like(source)
-    say("ceilings", what="copy", bytes_per_second=2 * len(source) / best(lambda: target.copy_(source), 10))
+    say(
+        "ceilings",
+        what="copy",
+        bytes_per_second=2 * len(source) / best(lambda: target.copy_(source), 10),
+    )
     say("ceilings", what="product", flops=mesh.peak_flops("bf16"))
 
 
-# ---- training -------------------------------------------------------------------------------------------------------
+# ---- training
+# -------------------------------------------------------------------------------------------------------
 class PackedTokens(RandomTokens):
     """Batches of random tokens in documents of equal length, as pretraining packs them."""
 
@@ -128,29 +159,48 @@ class PackedTokens(RandomTokens):
         (batch,) = super().__next__()
         place_T = torch.arange(self.size.length)
         part = -(-self.size.length // DOCUMENTS)
-        ids_BT, positions_BT = ((x)[None].expand(self.size.rows, -1).contiguous()
-                                for x in (place_T // part, place_T % part))
+        ids_BT, positions_BT = (
+            (x)[None].expand(self.size.rows, -1).contiguous()
+            for x in (place_T // part, place_T % part)
+        )
+
         return [{**batch, "documents_BT": ids_BT, "positions_BT": positions_BT}]
 
 
 def planned(shape: LlamaConfig, rows: int, length: int, settings: Training) -> float:
     """Bytes that a dry run tells for training on one device."""
-    found = training_plan([Tower(shape)], settings, Cluster(ranks=1), rows=rows, micro_rows=rows, length=length,
-                          steps=1, packed=True)
+    found = training_plan(
+        [Tower(shape)],
+        settings,
+        Cluster(ranks=1),
+        rows=rows,
+        micro_rows=rows,
+        length=length,
+        steps=1,
+        packed=True,
+    )
     return float(found["memory_per_rank_gib"]["together"]) * GIB
 
 
-def fitting(shape: LlamaConfig, rows: int, length: int, settings: Training, most: int) -> LlamaConfig:
+def fitting(
+    shape: LlamaConfig, rows: int, length: int, settings: Training, most: int
+) -> LlamaConfig:
     """The shape with as many of its layers as the plan says this device holds, and `most`."""
     layers = min(most, shape.num_hidden_layers)
     if torch.cuda.is_available():
         room = ROOM * torch.cuda.get_device_properties(mesh.device()).total_memory
-        while layers > 1 and planned(replace(shape, num_hidden_layers=layers), rows, length, settings) > room:
+        while (
+            layers > 1
+            and planned(replace(shape, num_hidden_layers=layers), rows, length, settings) > room
+        ):
             layers -= 1
+
     return replace(shape, num_hidden_layers=layers)
 
 
-def training(scale: Scale, name: str, *, compile: bool = False, checkpointing: bool = False) -> None:
+def training(
+    scale: Scale, name: str, *, compile: bool = False, checkpointing: bool = False
+) -> None:
     """Tokens a second and MFU of whole optimizer steps; the peak of memory against the plan.
 
     Where the plan said too little, fewer layers are tried: a figure of some is better than none.
@@ -158,6 +208,7 @@ def training(scale: Scale, name: str, *, compile: bool = False, checkpointing: b
     settings = Training(precision="bf16", compile=compile, gradient_checkpointing=checkpointing)
     most = COMPILED_LAYERS if compile and name == "7b" else 10**6
     planned_for = fitting(scale.shapes[name], scale.rows[name], scale.length, settings, most)
+
     for share in (1.0, 0.75, 0.5):
         layers = max(1, int(share * planned_for.num_hidden_layers))
         try:
@@ -165,6 +216,7 @@ def training(scale: Scale, name: str, *, compile: bool = False, checkpointing: b
             return
         except torch.OutOfMemoryError as error:
             say(f"training {name}", what="memory", layers=layers, words=str(error).splitlines()[0])
+
         fresh_memory()
 
 
@@ -180,11 +232,24 @@ def train(scale: Scale, name: str, shape: LlamaConfig, settings: Training) -> No
     first = steps(learner, source, 2)
     seconds = steps(learner, source, scale.steps) / scale.steps
     rate = rows * length / seconds
-    say(f"training {name}", what="training", shape=name, layers=shape.num_hidden_layers,
-        of=scale.shapes[name].num_hidden_layers, parameters=shape.parameters(), rows=rows, length=length,
-        compile=settings.compile, checkpointing=settings.gradient_checkpointing, first_seconds=first,
-        seconds_per_step=seconds, tokens_per_second=rate, flops=rate * flops_per_token(shape, length),
-        plan_bytes=plan, peak_bytes=peak_memory())
+    say(
+        f"training {name}",
+        what="training",
+        shape=name,
+        layers=shape.num_hidden_layers,
+        of=scale.shapes[name].num_hidden_layers,
+        parameters=shape.parameters(),
+        rows=rows,
+        length=length,
+        compile=settings.compile,
+        checkpointing=settings.gradient_checkpointing,
+        first_seconds=first,
+        seconds_per_step=seconds,
+        tokens_per_second=rate,
+        flops=rate * flops_per_token(shape, length),
+        plan_bytes=plan,
+        peak_bytes=peak_memory(),
+    )
 
 
 def steps(learner: Learner, source: PackedTokens, count: int) -> float:
@@ -193,16 +258,20 @@ def steps(learner: Learner, source: PackedTokens, count: int) -> float:
     begin = time.perf_counter()
     fit(learner, source, next_token, Plan(schedule="constant", max_steps=learner.step + count))
     mesh.wait()
+
     return time.perf_counter() - begin
 
 
-# ---- generation -----------------------------------------------------------------------------------------------------
+# ---- generation
+# -----------------------------------------------------------------------------------------------------
 def generation(scale: Scale, name: str) -> None:
-    """Decoding against the bytes it must read, prefill against the products it must make, memory against the plan."""
+    """Decoding against the bytes it must read, prefill against the products it must make, memory
+    against the plan."""
     shape = scale.shapes[name]
     fresh_memory()
     model = on_device(shape, torch.bfloat16).requires_grad_(False).eval()
     prompt = new = scale.prompt
+
     for rows in scale.batches:
         engine = Engine(model, slots=rows, precision="bf16")
         prompts = random_prompts(shape, rows, prompt)
@@ -211,39 +280,78 @@ def generation(scale: Scale, name: str) -> None:
         one = best(lambda: engine.generate(prompts, Sampling(temperature=0, max_tokens=1)), 1)  # noqa: B023
         many = best(lambda: engine.generate(prompts, Sampling(temperature=0, max_tokens=new)), 1)  # noqa: B023
         seconds = max(many - one, 1e-9) / (new - 1)
-        weights = 2.0 * (shape.parameters() - shape.vocab_size * shape.hidden_size * (not shape.tie_word_embeddings))
-        cache = 4.0 * shape.num_hidden_layers * shape.num_key_value_heads * shape.head_dim * rows * (prompt + new / 2)
-        held = 2.0 * shape.parameters() + engine_bytes(shape, Sample(slots=rows, max_tokens=new), copied=False)
-        say(f"generation {name}", what="decode", shape=name, rows=rows, prompt=prompt, new=new,
-            tokens_per_second=rows / seconds, seconds_per_step=seconds, bytes_per_second=(weights + cache) / seconds,
-            peak_bytes=peak_memory(), plan_bytes=held)
+        weights = 2.0 * (
+            shape.parameters()
+            - shape.vocab_size * shape.hidden_size * (not shape.tie_word_embeddings)
+        )
+        cache = (
+            4.0
+            * shape.num_hidden_layers
+            * shape.num_key_value_heads
+            * shape.head_dim
+            * rows
+            * (prompt + new / 2)
+        )
+        held = 2.0 * shape.parameters() + engine_bytes(
+            shape, Sample(slots=rows, max_tokens=new), copied=False
+        )
+        say(
+            f"generation {name}",
+            what="decode",
+            shape=name,
+            rows=rows,
+            prompt=prompt,
+            new=new,
+            tokens_per_second=rows / seconds,
+            seconds_per_step=seconds,
+            bytes_per_second=(weights + cache) / seconds,
+            peak_bytes=peak_memory(),
+            plan_bytes=held,
+        )
         del engine
+
     rows, length = scale.prefill
     engine = Engine(model, slots=rows, precision="bf16")
     prompts = random_prompts(shape, rows, length)
     seconds = best(lambda: engine.generate(prompts, Sampling(temperature=0, max_tokens=1)), 2)
-    head = 2.0 * shape.vocab_size * shape.hidden_size * (1 - 1 / length)  # read behind the last token only
-    say(f"generation {name}", what="prefill", shape=name, rows=rows, prompt=length,
+    # read behind the last token only
+    head = 2.0 * shape.vocab_size * shape.hidden_size * (1 - 1 / length)
+    say(
+        f"generation {name}",
+        what="prefill",
+        shape=name,
+        rows=rows,
+        prompt=length,
         tokens_per_second=rows * length / seconds,
-        flops=rows * length * (flops_per_token(shape, length) / 3 - head) / seconds)
+        flops=rows * length * (flops_per_token(shape, length) / 3 - head) / seconds,
+    )
 
 
 def random_prompts(shape: LlamaConfig, rows: int, length: int) -> list[list[int]]:
     """Prompts that share nothing."""
     random = torch.Generator().manual_seed(0)
-    table: list[list[int]] = torch.randint(3, shape.vocab_size, (rows, length), generator=random).tolist()
+    table: list[list[int]] = torch.randint(
+        3, shape.vocab_size, (rows, length), generator=random
+    ).tolist()
     return table
 
 
-# ---- PPO ------------------------------------------------------------------------------------------------------------
+# ---- PPO
+# ------------------------------------------------------------------------------------------------------------
 def ppo(scale: Scale) -> None:
     """Seconds of an iteration as `benchmarks/ppo.py` measures it."""
     words = ["--serve", "--size", scale.ppo, "--dtype", "bf16"]
     with Side("ours", sys.executable, "ppo.py", words, torch.get_num_threads()) as side:
         for number in range(3):
             found = side.ask()
-            say("ppo", what="ppo", shape=scale.ppo, parameters=SMALL[scale.ppo].config.parameters(),
-                iteration=number + 1, **found)
+            say(
+                "ppo",
+                what="ppo",
+                shape=scale.ppo,
+                parameters=SMALL[scale.ppo].config.parameters(),
+                iteration=number + 1,
+                **found,
+            )
 
 
 JOBS: dict[str, Callable[[Scale], None]] = {
@@ -260,7 +368,9 @@ JOBS: dict[str, Callable[[Scale], None]] = {
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("job", choices=list(JOBS))
     parser.add_argument("--tiny", action="store_true", help="on the CPU, as small as can be")
     arguments = parser.parse_args()

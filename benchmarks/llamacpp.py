@@ -2,7 +2,8 @@
 
     python benchmarks/llamacpp.py SIZE f32|bf16|q8_0|q4_1 ROWS THREADS
 
-Started by engine.py with an interpreter that has llama-cpp-python, gguf and numpy; needs nothing else.
+Started by engine.py with an interpreter that has llama-cpp-python, gguf and numpy; needs nothing
+else.
 """
 
 from __future__ import annotations
@@ -20,8 +21,12 @@ import gguf
 import llama_cpp
 import numpy as np
 
-KINDS = {"f32": gguf.GGMLQuantizationType.F32, "bf16": gguf.GGMLQuantizationType.BF16,
-         "q8_0": gguf.GGMLQuantizationType.Q8_0, "q4_1": gguf.GGMLQuantizationType.Q4_1}
+KINDS = {
+    "f32": gguf.GGMLQuantizationType.F32,
+    "bf16": gguf.GGMLQuantizationType.BF16,
+    "q8_0": gguf.GGMLQuantizationType.Q8_0,
+    "q4_1": gguf.GGMLQuantizationType.Q4_1,
+}
 
 
 def write(path: Path, shape: dict[str, Any], kind: str) -> None:
@@ -29,7 +34,11 @@ def write(path: Path, shape: dict[str, Any], kind: str) -> None:
     random = np.random.default_rng(0)
     writer = gguf.GGUFWriter(str(path), "llama")
     dim, ffn, layers = shape["hidden_size"], shape["intermediate_size"], shape["num_hidden_layers"]
-    heads, kv, vocabulary = shape["num_attention_heads"], shape["num_key_value_heads"], shape["vocab_size"]
+    heads, kv, vocabulary = (
+        shape["num_attention_heads"],
+        shape["num_key_value_heads"],
+        shape["vocab_size"],
+    )
     writer.add_context_length(shape["max_position_embeddings"])
     writer.add_embedding_length(dim)
     writer.add_block_count(layers)
@@ -39,26 +48,38 @@ def write(path: Path, shape: dict[str, Any], kind: str) -> None:
     writer.add_layer_norm_rms_eps(shape["rms_norm_eps"])
     writer.add_rope_dimension_count(dim // heads)
     writer.add_tokenizer_model("llama")
-    writer.add_token_list([b"<unk>", b"<s>", b"</s>", *(f"w{token}".encode() for token in range(3, vocabulary))])
+    writer.add_token_list(
+        [b"<unk>", b"<s>", b"</s>", *(f"w{token}".encode() for token in range(3, vocabulary))]
+    )
     writer.add_token_scores([0.0] * vocabulary)
     writer.add_token_types([2, 3, 3] + [1] * (vocabulary - 3))
 
     def matrix(name: str, outputs: int, inputs: int) -> None:
         weights = random.normal(0, 0.02, (outputs, inputs)).astype(np.float32)
-        own = KINDS["bf16" if kind == "q4_1" and not name.startswith("blk.") else kind]  # 4 bits in the layers, as ours
+        # 4 bits in the layers, as ours
+        own = KINDS["bf16" if kind == "q4_1" and not name.startswith("blk.") else kind]
         writer.add_tensor(name, gguf.quants.quantize(weights, own), raw_dtype=own)
 
     matrix("token_embd.weight", vocabulary, dim)
     for layer in range(layers):
-        for name, outputs, inputs in (("attn_q", dim, dim), ("attn_k", dim // heads * kv, dim),
-                                      ("attn_v", dim // heads * kv, dim), ("attn_output", dim, dim),
-                                      ("ffn_gate", ffn, dim), ("ffn_up", ffn, dim), ("ffn_down", dim, ffn)):
+        for name, outputs, inputs in (
+            ("attn_q", dim, dim),
+            ("attn_k", dim // heads * kv, dim),
+            ("attn_v", dim // heads * kv, dim),
+            ("attn_output", dim, dim),
+            ("ffn_gate", ffn, dim),
+            ("ffn_up", ffn, dim),
+            ("ffn_down", dim, ffn),
+        ):
             matrix(f"blk.{layer}.{name}.weight", outputs, inputs)
+
         for name in ("attn_norm", "ffn_norm"):
             writer.add_tensor(f"blk.{layer}.{name}.weight", np.ones(dim, np.float32))
+
     writer.add_tensor("output_norm.weight", np.ones(dim, np.float32))
     if not shape["tie_word_embeddings"]:
         matrix("output.weight", vocabulary, dim)
+
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
@@ -78,7 +99,9 @@ class Model:
         context.n_batch = context.n_ubatch = 2048
         context.n_threads = context.n_threads_batch = threads
         self.context = llama_cpp.llama_init_from_model(self.model, context)
-        self.vocabulary = llama_cpp.llama_vocab_n_tokens(llama_cpp.llama_model_get_vocab(self.model))
+        self.vocabulary = llama_cpp.llama_vocab_n_tokens(
+            llama_cpp.llama_model_get_vocab(self.model)
+        )
         self.rows = rows
         self.batch = llama_cpp.llama_batch_init(2048, 0, 1)
 
@@ -91,6 +114,7 @@ class Model:
             self.batch.token[index], self.batch.pos[index] = token, position
             self.batch.n_seq_id[index], self.batch.seq_id[index][0] = 1, row
             self.batch.logits[index] = wanted
+
         self.batch.n_tokens = len(entries)
         if llama_cpp.llama_decode(self.context, self.batch):
             raise SystemExit("llama_decode failed")
@@ -105,16 +129,24 @@ class Model:
         begin = time.perf_counter()
         tokens: list[int] = []
         each = max(1, 2048 // len(prompts[0]))
+
         for start in range(0, self.rows, each):
             part = prompts[start : start + each]
-            self.feed([(token, place, start + row, place == len(prompt) - 1)
-                       for row, prompt in enumerate(part) for place, token in enumerate(prompt)])
+            self.feed(
+                [
+                    (token, place, start + row, place == len(prompt) - 1)
+                    for row, prompt in enumerate(part)
+                    for place, token in enumerate(prompt)
+                ]
+            )
             tokens += [self.best((row + 1) * len(part[0]) - 1) for row in range(len(part))]
+
         read = time.perf_counter()
         for step in range(new - 1):
             place = len(prompts[0]) + step
             self.feed([(token, place, row, True) for row, token in enumerate(tokens)])
             tokens = [self.best(row) for row in range(self.rows)]
+
         return read - begin, time.perf_counter() - read
 
 
@@ -125,9 +157,15 @@ def _QUIET(level: int, text: bytes, data: Any) -> None:
 
 def main() -> None:
     """Answers {"prompts": ..., "new": ...} with {"prefill": seconds, "decode": seconds}."""
-    shape, kind, rows, threads = json.loads(sys.argv[1]), sys.argv[2], int(sys.argv[3]), int(sys.argv[4])
+    shape, kind, rows, threads = (
+        json.loads(sys.argv[1]),
+        sys.argv[2],
+        int(sys.argv[3]),
+        int(sys.argv[4]),
+    )
     out = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)
+
     with tempfile.TemporaryDirectory() as folder:
         write(Path(folder) / "model.gguf", shape, kind)
         model = Model(Path(folder) / "model.gguf", rows, 256, threads)

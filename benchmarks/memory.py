@@ -1,11 +1,13 @@
-"""Memory of `evaluate` and `select`: what their plans say, and what is really alive; exits 1 if they differ by more.
+"""Memory of `evaluate` and `select`: what their plans say, and what is really alive; exits 1 if
+they differ by more.
 
     python benchmarks/memory.py [--threads N] [--within 0.1]
 
-Two versions and two reward models of 102M parameters with random weights answer and judge 32 prompts: once for
-`evaluate`, once for `select`. On a GPU the device's own count is read. On a CPU every operation is watched, and the
-bytes of all storages that are alive are summed; the plan is then that on a CPU, where the engine packs the weights once
-more, unless LLAMA2_NATIVE=0 asks for PyTorch's own operations.
+Two versions and two reward models of 102M parameters with random weights answer and judge 32
+prompts: once for `evaluate`, once for `select`. On a GPU the device's own count is read. On a CPU
+every operation is watched, and the bytes of all storages that are alive are summed; the plan is
+then that on a CPU, where the engine packs the weights once more, unless LLAMA2_NATIVE=0 asks for
+PyTorch's own operations.
 
 A row for the judges, which stay below the versions here, and one for the whole stage.
 """
@@ -43,8 +45,8 @@ WORDS = "river stone cloud lamp apple garden winter mountain letter window bread
 
 
 class Alive(TorchDispatchMode):
-    """The bytes of all tensors that operations of this thread have met and that are still there, and the most of them
-    since the last `lap`."""
+    """The bytes of all tensors that operations of this thread have met and that are still there,
+    and the most of them since the last `lap`."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -52,12 +54,14 @@ class Alive(TorchDispatchMode):
         self.laps: list[int] = []
         self._known: dict[int, Any] = {}
 
-    def __torch_dispatch__(self, function: Callable[..., Any], types: Any, arguments: Any = (), named: Any = None
-                           ) -> Any:
+    def __torch_dispatch__(
+        self, function: Callable[..., Any], types: Any, arguments: Any = (), named: Any = None
+    ) -> Any:
         result = function(*arguments, **(named or {}))
         for value in tree_leaves((arguments, result)):
             if isinstance(value, torch.Tensor) and value.device.type == "cpu":
                 self._see(value.untyped_storage())
+
         return result
 
     def _see(self, storage: torch.UntypedStorage) -> None:
@@ -78,6 +82,7 @@ class Alive(TorchDispatchMode):
         if torch.cuda.is_available():
             self.most = torch.cuda.max_memory_allocated()
             torch.cuda.reset_peak_memory_stats()
+
         self.laps.append(self.most)
         self.most = self.now
 
@@ -85,41 +90,65 @@ class Alive(TorchDispatchMode):
 def main() -> int:
     parser = argparse.ArgumentParser(description="Plan and measured memory of evaluate and select.")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument("--within", type=float, default=0.1, help="the largest difference, as a share of the plan")
+    parser.add_argument(
+        "--within", type=float, default=0.1, help="the largest difference, as a share of the plan"
+    )
     given = parser.parse_args()
     torch.set_num_threads(given.threads)
     packs = mesh.device().type == "cpu" and cpu_decoder._call.found
     good = True
+
     with tempfile.TemporaryDirectory() as place:
         root = make(Path(place))
         judges = {"helpful": root / "helpful", "safe": root / "safe"}
         common = {"prompts": root / "prompts.jsonl", "rewards": judges}
         sample = {"max_tokens": NEW_TOKENS, "slots": PROMPTS}
         stages: tuple[tuple[str, Any, dict[str, Any]], ...] = (
-            ("evaluate", evaluate, {"versions": {"SFT": root / "first", "V1": root / "second"}, **sample}),
-            ("select", select, {"candidate": root / "second", "predecessor": root / "first", "sample": sample}))
+            (
+                "evaluate",
+                evaluate,
+                {"versions": {"SFT": root / "first", "V1": root / "second"}, **sample},
+            ),
+            (
+                "select",
+                select,
+                {"candidate": root / "second", "predecessor": root / "first", "sample": sample},
+            ),
+        )
         print(f"{mesh.device()}{', weights packed' if packs else ''}; GiB\n")
         print(f"{'stage':10}{'phase':12}{'plan':>8}{'measured':>10}{'of plan':>9}")
+
         for name, module, values in stages:
             config = build(module.Config, {"out": root / name, **common, **values})
             plan = module.plan(config, Cluster(), Lineage())["memory_per_rank_gib"]
-            for phase, (expected, found) in compared(plan, laps(name, module, config), packs).items():
+            for phase, (expected, found) in compared(
+                plan, laps(name, module, config), packs
+            ).items():
                 print(f"{name:10}{phase:12}{expected:8.3f}{found:10.3f}{found / expected:9.1%}")
                 good &= abs(found / expected - 1) <= given.within
+
     print("\nwithin the limit" if good else f"\nmore than {given.within:.0%} apart")
     return 0 if good else 1
 
 
 def make(root: Path) -> Path:
     """Models, reward models, a tokenizer and prompts of `PROMPT_TOKENS` tokens."""
-    tokenizer = train([f"{word} [INST] [/INST] {WORDS}" for word in WORDS.split()] * 20, 400, root / "tokenizer")
+    tokenizer = train(
+        [f"{word} [INST] [/INST] {WORDS}" for word in WORDS.split()] * 20, 400, root / "tokenizer"
+    )
     shape = LlamaConfig(tokenizer.vocab_size, 768, 2048, 14, 12, 12, 1024)
     for seed, name in enumerate(("first", "second", "helpful", "safe")):
         model = Llama(shape, seed) if seed < 2 else Scorer(shape, seed)
         checkpoint.save(model, root / name)
         tokenizer.save(root / name)
-    records.write(root / "prompts.jsonl", [
-        Prompt((Message("user", _long(tokenizer, index)),), f"p{index}", index % 2 > 0) for index in range(PROMPTS)])
+
+    records.write(
+        root / "prompts.jsonl",
+        [
+            Prompt((Message("user", _long(tokenizer, index)),), f"p{index}", index % 2 > 0)
+            for index in range(PROMPTS)
+        ],
+    )
     return root
 
 
@@ -127,8 +156,12 @@ def _long(tokenizer: Tokenizer, index: int) -> str:
     """A text whose prompt has as many tokens as wanted, or a few fewer; another for each index."""
     words = WORDS.split()
     text = f"{index} {words[index % len(words)]}"
-    while len(encode_prompt(tokenizer, (Message("user", f"{text} {words[len(text) % len(words)]}"),))) <= PROMPT_TOKENS:
+    while (
+        len(encode_prompt(tokenizer, (Message("user", f"{text} {words[len(text) % len(words)]}"),)))
+        <= PROMPT_TOKENS
+    ):
         text += f" {words[len(text) % len(words)]}"
+
     return text
 
 
@@ -146,13 +179,19 @@ def laps(name: str, module: Any, config: Any) -> list[int]:
             module.run(config, run)
     finally:
         mesh.free_memory = free
+
     return alive.laps
 
 
-def compared(plan: Mapping[str, Any], found: list[int], packs: bool) -> dict[str, tuple[float, float]]:
+def compared(
+    plan: Mapping[str, Any], found: list[int], packs: bool
+) -> dict[str, tuple[float, float]]:
     """phase -> GiB planned and measured: two versions come first, then two judges."""
     whole = plan["together_on_a_cpu" if packs else "together"]
-    return {"judge": (sum(plan["judge"].values()), max(found[2:4]) / GIB), "together": (whole, max(found) / GIB)}
+    return {
+        "judge": (sum(plan["judge"].values()), max(found[2:4]) / GIB),
+        "together": (whole, max(found) / GIB),
+    }
 
 
 if __name__ == "__main__":

@@ -1,14 +1,17 @@
-"""PPO at the paper's settings: what clipping leaves of the policy's gradient, and how far the policy then moves.
+"""PPO at the paper's settings: what clipping leaves of the policy's gradient, and how far the
+policy then moves.
 
-    python benchmarks/ppo_clipping.py [RUN] [--iterations N] [--batch-size N] [--precision fp32|bf16]
+    python benchmarks/ppo_clipping.py [RUN] [--iterations N] [--batch-size N] [--precision
+    fp32|bf16]
 
-RUN is a finished demo (runs/demo): its SFT model is the policy, its first reward models reward, and the critic starts
-as the one of helpfulness. beta 0.01, constant learning rate 1e-6 for both towers, clip 0.2, gradients clipped at 1.0;
-the batch is small. Two ways of training are compared: `together`, both towers clipped by one norm and the critic
-starting on the reward model's own scale; and `apart`, each tower clipped by its own norm and the critic on the scale of
-whitened returns, as the stage does. What each way's batches would have made of the policy `alone`, without any critic,
-is found by training it on the very same batches once more. Movement is the norm of the change of all weights, and the
-exact KL of the new from the old policy, per token of the answers.
+RUN is a finished demo (runs/demo): its SFT model is the policy, its first reward models reward, and
+the critic starts as the one of helpfulness. beta 0.01, constant learning rate 1e-6 for both towers,
+clip 0.2, gradients clipped at 1.0; the batch is small. Two ways of training are compared:
+`together`, both towers clipped by one norm and the critic starting on the reward model's own scale;
+and `apart`, each tower clipped by its own norm and the critic on the scale of whitened returns, as
+the stage does. What each way's batches would have made of the policy `alone`, without any critic,
+is found by training it on the very same batches once more. Movement is the norm of the change of
+all weights, and the exact KL of the new from the old policy, per token of the answers.
 """
 
 from __future__ import annotations
@@ -66,34 +69,61 @@ class Way:
     kl: float
 
 
-def train(config: ppo.Config, apart: tuple[str, ...], batches: list[list[Batch]] | None = None) -> tuple[Llama, Kept]:
+def train(
+    config: ppo.Config, apart: tuple[str, ...], batches: list[list[Batch]] | None = None
+) -> tuple[Llama, Kept]:
     """PPO from the start; with `batches` the policy alone on these, without a critic."""
     actor, tokenizer = load_policy(config.policy)
     reference = frozen(load_policy(config.policy)[0], config.training.precision)
     models = ActorCritic(actor, load_scorer(config.rewards.helpful, tokenizer)[0])
-    chat = Chat(Engine(actor, slots=config.sample.slots, precision=config.sample.precision), tokenizer)
-    prompts = fitting(chat, read_prompts(config.prompts, None, config.seed), room=config.sample.max_tokens // 2)
+    chat = Chat(
+        Engine(actor, slots=config.sample.slots, precision=config.sample.precision), tokenizer
+    )
+    prompts = fitting(
+        chat, read_prompts(config.prompts, None, config.seed), room=config.sample.max_tokens // 2
+    )
     rewards = load_rewards(config.rewards, tokenizer, config.sample.precision)
-    rollouts = Rollouts(models, reference, rewards, chat, prompts, ppo.settings(config), config.iterations,
-                        observe=lambda found: None)
+    rollouts = Rollouts(
+        models,
+        reference,
+        rewards,
+        chat,
+        prompts,
+        ppo.settings(config),
+        config.iterations,
+        observe=lambda found: None,
+    )
     rollouts.scaled = not apart  # as it was: the critic keeps the reward model's scale
     kept = Kept(rollouts if batches is None else iter(batches))
-    objective = clipped(config.clip, config.value_clip, 0.0 if batches else config.value_coefficient)
-    learner = Learner(models, config.training.optimizer, apart=apart, precision=config.training.precision)
+    objective = clipped(
+        config.clip, config.value_clip, 0.0 if batches else config.value_coefficient
+    )
+    learner = Learner(
+        models, config.training.optimizer, apart=apart, precision=config.training.precision
+    )
     fit(learner, kept, objective, config.training.plan, [kept])
+
     return actor, kept
 
 
 @torch.no_grad()
 def movement(config: ppo.Config, actor: Llama, batches: list[list[Batch]]) -> tuple[float, float]:
-    """Norm of the change of weights; KL(new || old) per token of the answers, over the whole vocabulary."""
+    """Norm of the change of weights; KL(new || old) per token of the answers, over the whole
+    vocabulary."""
     start, _ = load_policy(config.policy)
-    change = sum(float((a - b).double().square().sum()) for a, b in zip(actor.parameters(), start.parameters()))
+    change = sum(
+        float((a - b).double().square().sum())
+        for a, b in zip(actor.parameters(), start.parameters())
+    )
     total = count = 0.0
+
     for batch in (batch for update in batches for batch in update):
-        new_BTV, old_BTV = (model(batch["tokens_BT"]).double().log_softmax(-1) for model in (actor, start))
+        new_BTV, old_BTV = (
+            model(batch["tokens_BT"]).double().log_softmax(-1) for model in (actor, start)
+        )
         kl_BT = (new_BTV.exp() * (new_BTV - old_BTV)).sum(-1) * batch["weights_BT"]
         total, count = total + float(kl_BT.sum()), count + float(batch["weights_BT"].sum())
+
     return change**0.5, total / count
 
 
@@ -104,17 +134,37 @@ def compare(config: ppo.Config, apart: tuple[str, ...]) -> tuple[Way, Way]:
     limit = config.training.plan.clip
     own = [report.gradient_norms[ACTOR] for report in alone.reports]
     critic = [max(whole**2 - mine**2, 0.0) ** 0.5 for whole, mine in zip(kept.norms(), own)]
-    clipping = kept.norms() if not apart else [report.gradient_norms[ACTOR] for report in kept.reports]
-    first = {name: sum(report.sums[name] for report in kept.reports) / sum(report.weight for report in kept.reports)
-             for name in ("ppo/return", "ppo/return_square", "ppo/error", "ppo/error_square")}
-    return (Way([ppo.clipped_share(norm, limit) for norm in clipping], own, critic,
-                explained_variance(first)["ppo/explained_variance"], *movement(config, actor, kept.batches)),
-            Way([ppo.clipped_share(norm, limit) for norm in own], own, [0.0], 0.0,
-                *movement(config, single, kept.batches)))
+    clipping = (
+        kept.norms() if not apart else [report.gradient_norms[ACTOR] for report in kept.reports]
+    )
+    first = {
+        name: sum(report.sums[name] for report in kept.reports)
+        / sum(report.weight for report in kept.reports)
+        for name in ("ppo/return", "ppo/return_square", "ppo/error", "ppo/error_square")
+    }
+
+    return (
+        Way(
+            [ppo.clipped_share(norm, limit) for norm in clipping],
+            own,
+            critic,
+            explained_variance(first)["ppo/explained_variance"],
+            *movement(config, actor, kept.batches),
+        ),
+        Way(
+            [ppo.clipped_share(norm, limit) for norm in own],
+            own,
+            [0.0],
+            0.0,
+            *movement(config, single, kept.batches),
+        ),
+    )
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("run", nargs="?", type=Path, default=Path("runs/demo"))
     parser.add_argument("--iterations", type=int, default=3)
     parser.add_argument("--batch-size", type=int, default=64)
@@ -122,14 +172,26 @@ def main() -> None:
     arguments = parser.parse_args()
     mesh.tune_cpu()
     config = ppo.Config(
-        out=Path("unused"), policy=arguments.run / "sft", prompts=arguments.run / "world" / "prompts-train.jsonl",
+        out=Path("unused"),
+        policy=arguments.run / "sft",
+        prompts=arguments.run / "world" / "prompts-train.jsonl",
         rewards=RewardModels(helpful=arguments.run / "helpful1", safe=arguments.run / "safe1"),
-        iterations=arguments.iterations, batch_size=arguments.batch_size, minibatch_size=arguments.batch_size // 2,
-        micro_batch_size=arguments.batch_size // 2, sample=Sample(max_tokens=48, precision=arguments.precision),
-        training=ppo.Config.model_fields["training"].default.model_copy(update={"precision": arguments.precision}))
-    print(f"{arguments.run}: {config.iterations} iterations of {config.batch_size} answers, {arguments.precision}, "
-          f"learning rate {config.training.optimizer.learning_rate:g}, beta {config.beta:g}, gradients clipped at "
-          f"{config.training.plan.clip:g}", flush=True)
+        iterations=arguments.iterations,
+        batch_size=arguments.batch_size,
+        minibatch_size=arguments.batch_size // 2,
+        micro_batch_size=arguments.batch_size // 2,
+        sample=Sample(max_tokens=48, precision=arguments.precision),
+        training=ppo.Config.model_fields["training"].default.model_copy(
+            update={"precision": arguments.precision}
+        ),
+    )
+    print(
+        f"{arguments.run}: {config.iterations} iterations of {config.batch_size} answers, {arguments.precision}, "
+        f"learning rate {config.training.optimizer.learning_rate:g}, beta {config.beta:g}, gradients clipped at "
+        f"{config.training.plan.clip:g}",
+        flush=True,
+    )
+
     for name, apart in (("together", ()), ("apart", (ACTOR, CRITIC))):
         show(name, *compare(config, apart))
 
@@ -137,11 +199,16 @@ def main() -> None:
 def show(name: str, way: Way, alone: Way) -> None:
     """Two lines of one way of training."""
     mean = statistics.fmean
-    print(f"{name:8}  gradient norm: policy {mean(way.actor):.3f}, critic {mean(way.critic):.3f}; of the policy's "
-          f"gradient clipping takes {mean(way.cut):.1%} (alone {mean(alone.cut):.1%}); explained variance "
-          f"{way.explained:.2f}")
-    print(f"{'':8}  the policy moves by {way.moved:.3e} ({way.moved / alone.moved:.1%} of alone), KL {way.kl:.3e} "
-          f"nats a token ({way.kl / alone.kl:.1%} of alone)", flush=True)
+    print(
+        f"{name:8}  gradient norm: policy {mean(way.actor):.3f}, critic {mean(way.critic):.3f}; of the policy's "
+        f"gradient clipping takes {mean(way.cut):.1%} (alone {mean(alone.cut):.1%}); explained variance "
+        f"{way.explained:.2f}"
+    )
+    print(
+        f"{'':8}  the policy moves by {way.moved:.3e} ({way.moved / alone.moved:.1%} of alone), KL {way.kl:.3e} "
+        f"nats a token ({way.kl / alone.kl:.1%} of alone)",
+        flush=True,
+    )
 
 
 if __name__ == "__main__":

@@ -1,11 +1,13 @@
-"""Weights of fewer bits: what a decoding step takes with each precision, and what torchao's own products do here.
+"""Weights of fewer bits: what a decoding step takes with each precision, and what torchao's own
+products do here.
 
     python benchmarks/quantize.py [--size S] [--batches 1 16] [--repeats 20] [--threads N]
 
-`decode`: steps of one and of many rows at position 64, best of the repeats, precisions by turns; MB is what one step
-reads. `products`: every way in which torchao can keep a matrix in 4 bits, on a matrix of the size's feed-forward: its
-error beside the product in fp32 (rounding to 4 bits alone costs 6 to 8 %), and its time over that of PyTorch's bf16
-product; or, in torchao's words, why it does not run on this machine.
+`decode`: steps of one and of many rows at position 64, best of the repeats, precisions by turns; MB
+is what one step reads. `products`: every way in which torchao can keep a matrix in 4 bits, on a
+matrix of the size's feed-forward: its error beside the product in fp32 (rounding to 4 bits alone
+costs 6 to 8 %), and its time over that of PyTorch's bf16 product; or, in torchao's words, why it
+does not run on this machine.
 """
 
 from __future__ import annotations
@@ -39,6 +41,7 @@ def best(jobs: dict[str, Callable[[], object]], repeats: int) -> dict[str, float
         job()
         if turn:
             found[name] = min(found[name], time.perf_counter() - begin)
+
     return found
 
 
@@ -49,21 +52,38 @@ def decode(shape: LlamaConfig, batches: Sequence[int], repeats: int) -> None:
     for precision in PRECISIONS:
         engine = Engine(model, precision=precision)
         decoders[precision] = engine._packed(engine.current())
+
     for rows in batches:
         jobs = {}
         for precision, decoder in decoders.items():
             if decoder is None:
-                raise SystemExit("our own decoding step does not run here: no C++ compiler, or no CPU")
-            cache = KVCache(shape.num_hidden_layers, rows, shape.num_key_value_heads, POSITION + 1, shape.head_dim,
-                            dtype=torch.float32 if precision == "fp32" else torch.bfloat16, device=torch.device("cpu"))
+                raise SystemExit(
+                    "our own decoding step does not run here: no C++ compiler, or no CPU"
+                )
+
+            cache = KVCache(
+                shape.num_hidden_layers,
+                rows,
+                shape.num_key_value_heads,
+                POSITION + 1,
+                shape.head_dim,
+                dtype=torch.float32 if precision == "fp32" else torch.bfloat16,
+                device=torch.device("cpu"),
+            )
             tokens, positions = torch.arange(rows), torch.full((rows,), POSITION)
             jobs[precision] = lambda d=decoder, c=cache, t=tokens, p=positions: d(t, p, c)  # type: ignore[misc]
+
         seconds = best(jobs, repeats)
         for name, decoder in decoders.items():
             assert decoder is not None
-            held = sum(kept.numel() * kept.element_size() for kept in decoder._kept[2:] if kept is not None)
-            print(f"decode  rows {rows:3}  {name}  {rows / seconds[name]:9,.0f} tokens/s  {held / 1e6:7.1f} MB  "
-                  f"{seconds['bf16'] / seconds[name]:5.2f} of bf16's speed", flush=True)
+            held = sum(
+                kept.numel() * kept.element_size() for kept in decoder._kept[2:] if kept is not None
+            )
+            print(
+                f"decode  rows {rows:3}  {name}  {rows / seconds[name]:9,.0f} tokens/s  {held / 1e6:7.1f} MB  "
+                f"{seconds['bf16'] / seconds[name]:5.2f} of bf16's speed",
+                flush=True,
+            )
 
 
 def ways() -> Iterator[tuple[str, Callable[[], Any]]]:
@@ -73,17 +93,30 @@ def ways() -> Iterator[tuple[str, Callable[[], Any]]]:
     from torchao.quantization.quantize_.workflows import Int4PackingFormat
 
     for form in Int4PackingFormat:
-        yield (f"Int4WeightOnlyConfig, {form.value}",
-               lambda form=form: ao.Int4WeightOnlyConfig(group_size=32, int4_packing_format=form))
-    yield "PrototypeInt4WeightOnlyConfig", lambda: prototype.PrototypeInt4WeightOnlyConfig(group_size=32)
+        yield (
+            f"Int4WeightOnlyConfig, {form.value}",
+            lambda form=form: ao.Int4WeightOnlyConfig(group_size=32, int4_packing_format=form),
+        )
+
+    yield (
+        "PrototypeInt4WeightOnlyConfig",
+        lambda: prototype.PrototypeInt4WeightOnlyConfig(group_size=32),
+    )
     yield "Int8DynamicActivationInt4WeightConfig", prototype.Int8DynamicActivationInt4WeightConfig
     for packing in ("unpacked_to_int8", "opaque_torchao_auto"):
-        yield (f"Int8DynamicActivationIntxWeightConfig, {packing}",
-               lambda packing=packing: ao.Int8DynamicActivationIntxWeightConfig(
-                   weight_dtype=torch.int4, weight_granularity=ao.PerGroup(32),  # type: ignore[attr-defined]
-                   intx_packing_format=packing))
-    yield "IntxWeightOnlyConfig, asymmetric (int4's rounding)", lambda: ao.IntxWeightOnlyConfig(
-        torch.int4, ao.PerGroup(32), ao.MappingType.ASYMMETRIC)  # type: ignore[attr-defined]
+        yield (
+            f"Int8DynamicActivationIntxWeightConfig, {packing}",
+            lambda packing=packing: ao.Int8DynamicActivationIntxWeightConfig(
+                weight_dtype=torch.int4,
+                weight_granularity=ao.PerGroup(32),  # type: ignore[attr-defined]
+                intx_packing_format=packing,
+            ),
+        )
+
+    yield (
+        "IntxWeightOnlyConfig, asymmetric (int4's rounding)",
+        lambda: ao.IntxWeightOnlyConfig(torch.int4, ao.PerGroup(32), ao.MappingType.ASYMMETRIC),
+    )  # type: ignore[attr-defined]
 
 
 @torch.inference_mode()
@@ -92,32 +125,45 @@ def products(shape: LlamaConfig, batches: Sequence[int], repeats: int) -> None:
     ao = quantize._torchao()
     weight = torch.empty(shape.intermediate_size, shape.hidden_size).normal_(0, 0.02).bfloat16()
     inputs = {rows: torch.randn(rows, shape.hidden_size).bfloat16() for rows in batches}
+
     for name, way in ways():
         layer = nn.Linear(shape.hidden_size, shape.intermediate_size, bias=False)
         layer.weight = nn.Parameter(weight.clone(), requires_grad=False)
         try:
             ao.quantize_(layer, way())
-            print(f"products  {name}: " + "; ".join(_compared(layer, weight, x, repeats) for x in inputs.values()))
+            print(
+                f"products  {name}: "
+                + "; ".join(_compared(layer, weight, x, repeats) for x in inputs.values())
+            )
         except Exception as error:
-            print(f"products  {name}: {type(error).__name__}: {str(error).splitlines()[0]}", flush=True)
+            print(
+                f"products  {name}: {type(error).__name__}: {str(error).splitlines()[0]}",
+                flush=True,
+            )
 
 
 def _compared(layer: nn.Linear, weight: Tensor, x: Tensor, repeats: int) -> str:
     exact = x.float() @ weight.float().T
     seconds = best({"theirs": lambda: layer(x), "bf16": lambda: F.linear(x, weight)}, 10 * repeats)
-    return (f"rows {len(x):3} error {(layer(x) - exact).norm() / exact.norm():.1%} "
-            f"time {seconds['theirs'] / seconds['bf16']:.2f}")
+    return (
+        f"rows {len(x):3} error {(layer(x) - exact).norm() / exact.norm():.1%} "
+        f"time {seconds['theirs'] / seconds['bf16']:.2f}"
+    )
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--size", default="S", choices=list(SIZES))
     parser.add_argument("--batches", nargs="+", type=int, default=[1, 16])
     parser.add_argument("--repeats", type=int, default=20)
     parser.add_argument("--threads", type=int)
     arguments = parser.parse_args()
+
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
+
     mesh.tune_cpu()
     print(f"{torch.get_num_threads()} threads, size {arguments.size}")
     decode(SIZES[arguments.size].config, arguments.batches, arguments.repeats)

@@ -1,14 +1,17 @@
-"""Training: tokens a second of whole optimizer steps, and the ratio to transformers and litgpt in the same run.
+"""Training: tokens a second of whole optimizer steps, and the ratio to transformers and litgpt in
+the same run.
 
-    python benchmarks/train.py [--size T S M] [--dtype fp32 bf16] [--rounds N] [--seconds N] [--no-compile]
+    python benchmarks/train.py [--size T S M] [--dtype fp32 bf16] [--rounds N] [--seconds N]
+    [--no-compile]
                                [--sides NAME ...] [--threads N] [--peer-python PATH]
 
-A step is forward, loss, backward, clipping to norm 1 and AdamW, on random tokens and weights. Ours runs through
-`train.loop.fit` with the objective of pretraining, so what is measured is what trains. Every side is a process of its
-own with the same threads and allocator setting; they take turns over `--rounds` rounds of `--seconds` each, and a round
-counts by its median step. `better peer` is the fastest of the peers' sides, compiled or not. MFU is against the
-1024-cube matrix product, the best of all rounds. The first step of a compiled side includes compiling, from an empty
-cache unless TORCHINDUCTOR_CACHE_DIR is set. fp32 of the peers is PyTorch's own choice of kernels.
+A step is forward, loss, backward, clipping to norm 1 and AdamW, on random tokens and weights. Ours
+runs through `train.loop.fit` with the objective of pretraining, so what is measured is what trains.
+Every side is a process of its own with the same threads and allocator setting; they take turns over
+`--rounds` rounds of `--seconds` each, and a round counts by its median step. `better peer` is the
+fastest of the peers' sides, compiled or not. MFU is against the 1024-cube matrix product, the best
+of all rounds. The first step of a compiled side includes compiling, from an empty cache unless
+TORCHINDUCTOR_CACHE_DIR is set. fp32 of the peers is PyTorch's own choice of kernels.
 """
 
 from __future__ import annotations
@@ -42,9 +45,16 @@ class RandomTokens:
         self.size, self.weights_BT = size, torch.ones(size.rows, size.length)
 
     def __next__(self) -> list[Batch]:
-        tokens = torch.randint(3, self.size.config.vocab_size, (self.size.rows, self.size.length + 1))
-        return [{"tokens_BT": tokens[:, :-1].contiguous(), "targets_BT": tokens[:, 1:].contiguous(),
-                 "weights_BT": self.weights_BT}]
+        tokens = torch.randint(
+            3, self.size.config.vocab_size, (self.size.rows, self.size.length + 1)
+        )
+        return [
+            {
+                "tokens_BT": tokens[:, :-1].contiguous(),
+                "targets_BT": tokens[:, 1:].contiguous(),
+                "weights_BT": self.weights_BT,
+            }
+        ]
 
     def state_dict(self) -> dict[str, Any]:
         return {}
@@ -82,11 +92,13 @@ def ours(size: Size, precision: mesh.Precision, compile: bool) -> None:
 
 def ceiling(precision: mesh.Precision) -> None:
     """The matrix product as a side: what MFU is measured against."""
+
     def work(seconds: float) -> dict[str, Any]:
         end, best = time.perf_counter() + min(seconds, 1.0), 0.0
         while not best or time.perf_counter() < end:
             mesh.peak_flops.cache_clear()
             best = max(best, mesh.peak_flops(precision))
+
         return {"flops": best}
 
     serve(work)
@@ -96,26 +108,43 @@ def compare(name: str, precision: str, sides: list[str], arguments: argparse.Nam
     """All rounds of one size and dtype, and what they came to."""
     size, rates, first, peak = SIZES[name], dict[str, list[float]](), dict[str, float](), 0.0
     with ExitStack() as stack:
-        roof = stack.enter_context(Side("ceiling", sys.executable, "train.py", [
-            "--serve", "ceiling", "--size", name, "--dtype", precision], arguments.threads))
+        roof = stack.enter_context(
+            Side(
+                "ceiling",
+                sys.executable,
+                "train.py",
+                ["--serve", "ceiling", "--size", name, "--dtype", precision],
+                arguments.threads,
+            )
+        )
         running = [stack.enter_context(start(each, name, precision, arguments)) for each in sides]
         for side in (roof, *running):  # all have started and are warm before any is measured
             first[side.name] = side.ask(seconds=0).get("seconds", [0.0])[0]
+
         for _ in range(arguments.rounds):
             peak = max(peak, roof.ask(seconds=arguments.seconds)["flops"])
             for side in running:
                 steps = side.ask(seconds=arguments.seconds)["seconds"]
                 rates.setdefault(side.name, []).append(size.tokens / statistics.median(steps))
+
     flops = flops_per_token(size.config, size.length)
-    print(f"{name} {precision}: matrix product {peak / 1e9:,.0f} GFLOP/s, {flops / 1e6:.1f} MFLOP a token")
+    print(
+        f"{name} {precision}: matrix product {peak / 1e9:,.0f} GFLOP/s, {flops / 1e6:.1f} MFLOP a token"
+    )
     for label, values in rates.items():
-        print(f"  {label:21} {spread(values):>30} tokens/s   MFU {statistics.median(values) * flops / peak:5.1%}   "
-              f"first step {first[label]:5.1f} s")
+        print(
+            f"  {label:21} {spread(values):>30} tokens/s   MFU {statistics.median(values) * flops / peak:5.1%}   "
+            f"first step {first[label]:5.1f} s"
+        )
+
     others = [values for label, values in rates.items() if not label.startswith("ours")]
     if others:
         better = max(others, key=statistics.median)
         for label in [label for label in rates if label.startswith("ours")]:
-            print(f"  {label:21} {spread([a / b for a, b in zip(rates[label], better)], '.2f'):>30} of the better peer")
+            print(
+                f"  {label:21} {spread([a / b for a, b in zip(rates[label], better)], '.2f'):>30} of the better peer"
+            )
+
     sys.stdout.flush()
 
 
@@ -124,10 +153,21 @@ def start(side: str, size: str, precision: str, arguments: argparse.Namespace) -
     program = side.removesuffix(COMPILED)
     flags = ["--compile"] if side.endswith(COMPILED) else []
     if program == "ours":
-        return Side(side, sys.executable, "train.py", ["--serve", "ours", "--size", size, "--dtype", precision,
-                                                       *(flags or ["--no-compile"])], arguments.threads)
-    return Side(side, arguments.peer_python, "peers.py", ["train", program, size, precision, *flags],
-                arguments.threads)
+        return Side(
+            side,
+            sys.executable,
+            "train.py",
+            ["--serve", "ours", "--size", size, "--dtype", precision, *(flags or ["--no-compile"])],
+            arguments.threads,
+        )
+
+    return Side(
+        side,
+        arguments.peer_python,
+        "peers.py",
+        ["train", program, size, precision, *flags],
+        arguments.threads,
+    )
 
 
 def available(arguments: argparse.Namespace) -> list[str]:
@@ -137,36 +177,53 @@ def available(arguments: argparse.Namespace) -> list[str]:
         if has(arguments.peer_python, peer):
             sides.append(peer)
         else:
-            print(f"{peer} is not installed and left out: pip install 'llama2[bench]', or give --peer-python")
+            print(
+                f"{peer} is not installed and left out: pip install 'llama2[bench]', or give --peer-python"
+            )
+
     if arguments.compile:
         sides = [side + suffix for side in sides for suffix in ("", COMPILED)]
+
     return [side for side in sides if not arguments.sides or side in arguments.sides]
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--size", nargs="+", default=["T", "S"], choices=list(SIZES))
     parser.add_argument("--dtype", nargs="+", default=["fp32", "bf16"], choices=["fp32", "bf16"])
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--seconds", type=float, default=5.0)
     parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=True)
-    parser.add_argument("--sides", nargs="+", metavar="NAME", help="only these, e.g. ours 'litgpt compiled'")
+    parser.add_argument(
+        "--sides", nargs="+", metavar="NAME", help="only these, e.g. ours 'litgpt compiled'"
+    )
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument("--peer-python", default=sys.executable, help="an interpreter that has the peers")
+    parser.add_argument(
+        "--peer-python", default=sys.executable, help="an interpreter that has the peers"
+    )
     parser.add_argument("--serve", choices=("ours", "ceiling"), help=argparse.SUPPRESS)
     arguments = parser.parse_args()
+
     if arguments.serve:
         mesh.tune_cpu()
         torch.manual_seed(0)
         precision = arguments.dtype[0]
+
         if arguments.serve == "ceiling":
             ceiling(precision)
         else:
             ours(SIZES[arguments.size[0]], precision, arguments.compile)
+
         return
+
     sides = available(arguments)
-    print(f"{arguments.threads} threads, torch {torch.__version__}, {arguments.rounds} rounds of "
-          f"{arguments.seconds:g} s a side", flush=True)
+    print(
+        f"{arguments.threads} threads, torch {torch.__version__}, {arguments.rounds} rounds of "
+        f"{arguments.seconds:g} s a side",
+        flush=True,
+    )
     with tempfile.TemporaryDirectory() as cache:
         os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", cache)
         for size in arguments.size:

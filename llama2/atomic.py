@@ -1,7 +1,7 @@
 """Files that outlast a power cut: what stands under a name is whole, and is still there afterwards.
 
-To rename a file is enough against `kill -9`. Against a power cut the content must be on the disk before the name, and
-the name, which is the directory's content, before anything that relies on it.
+To rename a file is enough against `kill -9`. Against a power cut the content must be on the disk
+before the name, and the name, which is the directory's content, before anything that relies on it.
 """
 
 from __future__ import annotations
@@ -14,16 +14,20 @@ from pathlib import Path
 
 from llama2.errors import explain_os_errors
 
-_CANNOT = {errno.EINVAL, errno.EBADF, errno.ENOTSUP, errno.ENOSYS}  # file systems that flush no directories
+# file systems that flush no directories
+_CANNOT = {errno.EINVAL, errno.EBADF, errno.ENOTSUP, errno.ENOSYS}
 
 
 def write_atomic(path: Path, data: str | bytes) -> None:
-    """Write a whole file or nothing. Half of a surrogate pair, of a name that is no UTF-8, is spelt by its number."""
+    """Write a whole file or nothing. Half of a surrogate pair, of a name that is no UTF-8, is spelt
+    by its number."""
     temporary = path.with_name(path.name + ".tmp")
     with explain_os_errors(path):
         make(path.parent)
         try:
-            temporary.write_bytes(data.encode(errors="backslashreplace") if isinstance(data, str) else data)
+            temporary.write_bytes(
+                data.encode(errors="backslashreplace") if isinstance(data, str) else data
+            )
             replace(temporary, path)
         except BaseException:  # half a file is of no use, and a full disk wants its room
             remove(temporary)
@@ -37,7 +41,8 @@ def remove(temporary: Path) -> None:
 
 
 def replace(temporary: Path, path: Path) -> None:
-    """Give a finished file, or a directory whose content is flushed, its name; what had the name is gone."""
+    """Give a finished file, or a directory whose content is flushed, its name; what had the name is
+    gone."""
     flush(temporary)
     os.replace(temporary, path)
     flush(path.parent)
@@ -60,6 +65,7 @@ def flush_tree(directory: Path) -> None:
     """Put a directory with everything below it on the disk; what it links to elsewhere, too."""
     for path in _below(directory):
         flush(path)
+
     flush(directory)
 
 
@@ -75,6 +81,7 @@ def flush_all(paths: Iterable[Path], directory: Path) -> None:
     for path in paths:
         flush(path)
         above |= dict.fromkeys(place for place in path.parents if place.is_relative_to(directory))
+
     for place in above:
         flush(place)
 
@@ -83,6 +90,7 @@ def flush(path: Path) -> None:
     """Put a file's content, or a directory's list of names, on the disk."""
     if not path.is_file() and not path.is_dir():  # a pipe would wait; a link may lead nowhere
         return
+
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

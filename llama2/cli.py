@@ -1,7 +1,8 @@
 """`llama2 <verb> [recipe.yaml] --section.key value`: parse, call, nothing else.
 
-Exit status: 0 done, or stopped by SIGTERM, SIGUSR1 or SIGHUP with everything saved; 1 a defect; 2 something the user
-can mend (one line says what); 130 ended by Ctrl-C, unfinished. In all of these but 1 the same command goes on.
+Exit status: 0 done, or stopped by SIGTERM, SIGUSR1 or SIGHUP with everything saved; 1 a defect; 2
+something the user can mend (one line says what); 130 ended by Ctrl-C, unfinished. In all of these
+but 1 the same command goes on.
 
 What takes seconds to import is imported when a command is known, under a handler of Ctrl-C.
 """
@@ -35,18 +36,23 @@ _SPELT = "llama2-spelt"  # a way of writing what a stream cannot, by its name
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run one command and leave with its exit status."""
-    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "FATAL")  # what matters of it comes as an exception, in one line
+    # what matters of it comes as an exception, in one line
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "FATAL")
     _open_closed_streams()
     codecs.register_error(_SPELT, _spell)
-    for stream in (sys.stdout, sys.stderr):  # in the locale C, help and file names could not be printed
+
+    # in the locale C, help and file names could not be printed
+    for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             ascii_only = stream.encoding.lower() in ("ascii", "ansi_x3.4-1968")
             stream.reconfigure(encoding="utf-8" if ascii_only else None, errors=_SPELT)
+
     sys.exit(_guarded(list(sys.argv[1:] if arguments is None else arguments)))
 
 
 def _spell(error: UnicodeError) -> tuple[str | bytes, int]:
-    """What a stream writes for a character it has not: a byte of a file's name as it is, all else by its number."""
+    """What a stream writes for a character it has not: a byte of a file's name as it is, all else
+    by its number."""
     try:
         return codecs.lookup_error("surrogateescape")(error)
     except UnicodeError:
@@ -54,12 +60,17 @@ def _spell(error: UnicodeError) -> tuple[str | bytes, int]:
 
 
 def _open_closed_streams() -> None:
-    """Give what was closed (`llama2 ... <&-`, a service) an end that says and hears nothing, before a file gets it."""
+    """Give what was closed (`llama2 ... <&-`, a service) an end that says and hears nothing, before
+    a file gets it."""
     for number, name in enumerate(("stdin", "stdout", "stderr")):
         if getattr(sys, name) is None:
             nothing = os.open(os.devnull, os.O_RDWR)
             os.dup2(nothing, number)
-            setattr(sys, name, open(number, "w" if number else "r", encoding="utf-8", closefd=False))  # noqa: SIM115
+            setattr(
+                sys,
+                name,
+                open(number, "w" if number else "r", encoding="utf-8", closefd=False),  # noqa: SIM115
+            )
 
 
 def _guarded(arguments: list[str]) -> int:
@@ -81,26 +92,39 @@ def _dispatch(arguments: list[str]) -> int:
     if arguments and arguments[0] in ("-V", "--version"):
         print(f"llama2 {llama2.__version__}")
         return 0
+
     _refuse_nowhere()
     launch = _launch()
     if len(arguments) > 1 and arguments[0] in ("-h", "--help", "help"):  # `llama2 help sft`
         arguments = [arguments[1], "--help"]
+
     if not arguments or arguments[0] in ("-h", "--help", "help"):
         width = max(map(len, launch.VERBS))
-        print(HELP.format(verbs="\n".join(f"  {name:{width}}  {verb.summary}" for name, verb in launch.VERBS.items())))
+        print(
+            HELP.format(
+                verbs="\n".join(
+                    f"  {name:{width}}  {verb.summary}" for name, verb in launch.VERBS.items()
+                )
+            )
+        )
         return 0
+
     name, *rest = arguments
     if name not in launch.VERBS:
         raise _no_verb(name, launch.VERBS)
+
     return int(launch.command(name, rest))
 
 
 def _refuse_nowhere() -> None:
-    """UserError where the working directory has been deleted: libraries that are loaded next would end the process."""
+    """UserError where the working directory has been deleted: libraries that are loaded next would
+    end the process."""
     try:
         os.getcwd()
     except FileNotFoundError:
-        raise UserError("the directory in which this command is called has been deleted", "go to another one") from None
+        raise UserError(
+            "the directory in which this command is called has been deleted", "go to another one"
+        ) from None
 
 
 def _no_verb(name: str, verbs: Mapping[str, Any]) -> UserError:
@@ -108,6 +132,7 @@ def _no_verb(name: str, verbs: Mapping[str, Any]) -> UserError:
         return UserError(f"{name}: a recipe stands behind a verb", f"write llama2 run {name}")
     if name.startswith("-"):
         return UserError(f"a verb stands before all flags ({name})", "llama2 help lists the verbs")
+
     return UserError(f"unknown verb '{name}'", did_you_mean(name, verbs))
 
 

@@ -10,13 +10,18 @@ _ON, _OFF = ("1", "true", "yes", "on"), ("0", "false", "no", "off")
 
 
 def is_on(name: str, *, default: bool) -> bool:
-    """Whether the variable `name` says yes, `default` where it is not set or empty; UserError for what says neither."""
+    """Whether the variable `name` says yes, `default` where it is not set or empty; UserError for
+    what says neither."""
     said = os.environ.get(name, "").strip().lower()
     if said and said not in (*_ON, *_OFF):
-        raise UserError(f"{name}={os.environ[name]}: it says neither yes nor no", "set it to 1 or 0")
+        raise UserError(
+            f"{name}={os.environ[name]}: it says neither yes nor no", "set it to 1 or 0"
+        )
+
     return said in _ON if said else default
 
 
 def native() -> bool:
-    """Whether our own kernels in C++ are wanted (LLAMA2_NATIVE): they round other than PyTorch's operations do."""
+    """Whether our own kernels in C++ are wanted (LLAMA2_NATIVE): they round other than PyTorch's
+    operations do."""
     return is_on("LLAMA2_NATIVE", default=True)

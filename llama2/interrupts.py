@@ -1,6 +1,8 @@
-"""What asks a command to stop. Ctrl-C while modules are loaded ends the process at once, with one line.
+"""What asks a command to stop. Ctrl-C while modules are loaded ends the process at once, with one
+line.
 
-As an exception it would be raised inside of some library's import, which may swallow it or make another error of it.
+As an exception it would be raised inside of some library's import, which may swallow it or make
+another error of it.
 """
 
 from __future__ import annotations
@@ -19,7 +21,8 @@ MESSAGE = "llama2: interrupted; the same command resumes"
 
 
 def requests() -> tuple[signal.Signals, ...]:
-    """The signals that ask for a stop with everything saved; a closed terminal is one, unless `nohup` made it none."""
+    """The signals that ask for a stop with everything saved; a closed terminal is one, unless
+    `nohup` made it none."""
     ours = signal.getsignal(signal.SIGHUP) is signal.SIG_DFL
     return (signal.SIGTERM, signal.SIGUSR1, *((signal.SIGHUP,) if ours else ()))
 
@@ -31,6 +34,7 @@ def let_go_of_terminal(number: int) -> None:
         for descriptor in (1, 2):
             if stat.S_ISCHR(os.fstat(descriptor).st_mode):
                 os.dup2(nothing, descriptor)
+
         os.close(nothing)
 
 
@@ -44,6 +48,7 @@ def leave_at_once() -> Iterator[None]:
     if not mine or signal.getsignal(signal.SIGINT) is not signal.default_int_handler:
         yield
         return
+
     signal.signal(signal.SIGINT, _leave)
     try:
         yield
@@ -58,7 +63,8 @@ def _leave(number: int, frame: FrameType | None) -> None:
 
 @contextmanager
 def held_back() -> Iterator[None]:
-    """What asks for a stop comes when the block is left; processes begun in it never hear of it, unless they ask to.
+    """What asks for a stop comes when the block is left; processes begun in it never hear of it,
+    unless they ask to.
 
     A terminal, `timeout`, Slurm and systemd send their signals to all processes of a command.
     """

@@ -1,9 +1,10 @@
-"""Plain files read whole, and the JSON in them: configurations, indices, manifests, whatever is no row of data.
+"""Plain files read whole, and the JSON in them: configurations, indices, manifests, whatever is no
+row of data.
 
-What stands in a file's place is looked at before it is opened: a pipe or a device would be waited for, or read for
-ever. JSON is UTF-8, or UTF-16 and UTF-32 behind a byte order mark. A whole number of more than 20 digits becomes a
-float, which others write for "without bound"; NaN and Infinity are taken, for our own metrics have them: who wants a
-number asks whether it is finite.
+What stands in a file's place is looked at before it is opened: a pipe or a device would be waited
+for, or read for ever. JSON is UTF-8, or UTF-16 and UTF-32 behind a byte order mark. A whole number
+of more than 20 digits becomes a float, which others write for "without bound"; NaN and Infinity are
+taken, for our own metrics have them: who wants a number asks whether it is finite.
 """
 
 from __future__ import annotations
@@ -27,18 +28,30 @@ DEEPEST = 100
 """levels of JSON"""
 AGAIN = "fetch it again"
 _DIGITS = 20
-_KINDS = {stat.S_IFDIR: "a directory", stat.S_IFIFO: "a pipe", stat.S_IFSOCK: "a socket", stat.S_IFCHR: "a device",
-          stat.S_IFBLK: "a device"}
+_KINDS = {
+    stat.S_IFDIR: "a directory",
+    stat.S_IFIFO: "a pipe",
+    stat.S_IFSOCK: "a socket",
+    stat.S_IFCHR: "a device",
+    stat.S_IFBLK: "a device",
+}
 
 
 def check(path: str | os.PathLike[str]) -> int:
-    """The size of the plain file at a path, links followed; UserError for anything else that stands there."""
+    """The size of the plain file at a path, links followed; UserError for anything else that stands
+    there."""
     with explain_os_errors(path):
         status = os.stat(path)
+
     kind = _KINDS.get(stat.S_IFMT(status.st_mode))
     if kind is not None:
-        raise UserError(f"{path}: this is {kind}, a file was expected",
-                        "check the path" if kind == "a directory" else "write its content to a file, and name that")
+        raise UserError(
+            f"{path}: this is {kind}, a file was expected",
+            "check the path"
+            if kind == "a directory"
+            else "write its content to a file, and name that",
+        )
+
     return status.st_size
 
 
@@ -54,6 +67,7 @@ def content(path: str | os.PathLike[str], most: int = LARGEST) -> bytes:
     size = check(path)
     if size > most:
         raise UserError(f"{path}: {size:,} bytes, at most {most:,} were expected", "check the path")
+
     with explain_os_errors(path), open(path, "rb") as file:
         return file.read()
 
@@ -65,24 +79,36 @@ def sha256(path: str | os.PathLike[str]) -> str:
 
 
 def check_room(path: str | os.PathLike[str], size: int, or_else: str) -> None:
-    """UserError if less than `size` bytes are free where a path is or will be; `or_else` would take fewer."""
-    place = next(parent for parent in (Path(path).absolute(), *Path(path).absolute().parents) if parent.exists())
+    """UserError if less than `size` bytes are free where a path is or will be; `or_else` would take
+    fewer."""
+    place = next(
+        parent
+        for parent in (Path(path).absolute(), *Path(path).absolute().parents)
+        if parent.exists()
+    )
     with explain_os_errors(place):
         free = shutil.disk_usage(place).free
+
     if size > free:
-        raise UserError(f"{path}: the weights take {size / 1e9:.1f} GB, and {free / 1e9:.1f} GB are free",
-                        f"free some space, choose another --out, or {or_else}")
+        raise UserError(
+            f"{path}: the weights take {size / 1e9:.1f} GB, and {free / 1e9:.1f} GB are free",
+            f"free some space, choose another --out, or {or_else}",
+        )
 
 
 def json_value(path: str | os.PathLike[str], cure: str = AGAIN) -> Any:
-    """The JSON value in a file. UserError that names the file, and the line where there is one; `cure` mends it."""
+    """The JSON value in a file. UserError that names the file, and the line where there is one;
+    `cure` mends it."""
     text = content(path)
     if not text.strip():
         raise UserError(f"{path}: the file is empty, JSON was expected", cure)
+
     try:
         return parsed(text)
     except json.JSONDecodeError as error:
-        raise UserError(f"{path}:{error.lineno}: not valid JSON ({error.msg} at column {error.colno})", cure) from None
+        raise UserError(
+            f"{path}:{error.lineno}: not valid JSON ({error.msg} at column {error.colno})", cure
+        ) from None
     except ValueError as error:
         raise UserError(f"{path}: not valid JSON ({error})", cure) from None
 
@@ -92,6 +118,7 @@ def json_object(path: str | os.PathLike[str], cure: str = AGAIN) -> dict[str, An
     found = json_value(path, cure)
     if not isinstance(found, dict):
         raise UserError(f"{path}: a JSON object was expected, this is {_named(found)}", cure)
+
     return found
 
 
@@ -100,30 +127,37 @@ def json_list(path: str | os.PathLike[str], cure: str = AGAIN) -> list[Any]:
     found = json_value(path, cure)
     if not isinstance(found, list):
         raise UserError(f"{path}: a JSON list was expected, this is {_named(found)}", cure)
+
     return found
 
 
 def parsed(text: str | bytes) -> Any:
-    """The value of a JSON text. ValueError, and nothing else, if it is none, is nested more than `DEEPEST` levels, or
-    says two things of one key."""
+    """The value of a JSON text. ValueError, and nothing else, if it is none, is nested more than
+    `DEEPEST` levels, or says two things of one key."""
     try:
         found = json.loads(text, object_pairs_hook=_object, parse_int=_whole)
     except UnicodeDecodeError as error:
-        raise ValueError(f"no text in {error.encoding}: {error.reason} at byte {error.start}") from None
+        raise ValueError(
+            f"no text in {error.encoding}: {error.reason} at byte {error.start}"
+        ) from None
     except RecursionError:
         raise ValueError("nested too deeply") from None
+
     if is_deep(found, DEEPEST):
         raise ValueError(f"nested more than {DEEPEST} levels deep")
+
     return found
 
 
 def is_deep(value: Any, most: int) -> bool:
-    """Whether lists and objects are nested more than `most` levels: who walks through them by recursion would fall."""
+    """Whether lists and objects are nested more than `most` levels: who walks through them by
+    recursion would fall."""
     here = [value]
     for _ in range(most):
         here = [item for each in here for item in _items(each)]
         if not here:
             return False
+
     return any(isinstance(each, (dict, list)) for each in here)
 
 
@@ -132,6 +166,7 @@ def _object(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
     for key, value in pairs if len(found) < len(pairs) else ():
         if found[key] != value:
             raise ValueError(f"the key {shown(key)} stands twice, with two values")
+
     return found
 
 
@@ -142,6 +177,7 @@ def _whole(digits: str) -> float:
 def _items(value: Any) -> Sequence[Any]:
     if isinstance(value, dict):
         return list(value.values())
+
     return value if isinstance(value, list) else ()
 
 
@@ -151,5 +187,11 @@ def _named(value: Any) -> str:
 
 
 def is_own(name: Any) -> bool:
-    """Whether a value is the name of a file in the directory that is spoken of, and no path that leads elsewhere."""
-    return isinstance(name, str) and name not in ("", ".", "..") and Path(name).name == name and "\0" not in name
+    """Whether a value is the name of a file in the directory that is spoken of, and no path that
+    leads elsewhere."""
+    return (
+        isinstance(name, str)
+        and name not in ("", ".", "..")
+        and Path(name).name == name
+        and "\0" not in name
+    )

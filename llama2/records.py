@@ -1,8 +1,9 @@
 """The records every stage exchanges, and their JSON Lines files.
 
-One record of each kind serves the whole recipe (see docs/architecture.md): a `Document` is pretraining text, a
-`Dialog` is a training conversation, a `Prompt` asks for an answer, a `Preference` is one human comparison (§3.2.1).
-They are written as JSON Lines, optionally `.gz` or `.zst`, and read by `files`.
+One record of each kind serves the whole recipe (see docs/architecture.md): a `Document` is
+pretraining text, a `Dialog` is a training conversation, a `Prompt` asks for an answer, a
+`Preference` is one human comparison (§3.2.1). They are written as JSON Lines, optionally `.gz` or
+`.zst`, and read by `files`.
 """
 
 from __future__ import annotations
@@ -66,8 +67,9 @@ Train = Literal["all", "last"] | tuple[bool, ...]
 class Dialog:
     """A conversation to learn from (§3.1). It ends with an assistant turn.
 
-    `train` says which assistant turns carry loss: all of them, the last alone (a sampled answer, §3.2.3, §4.2.4; Ghost
-    Attention, §3.3), or those for which a mask, one truth value for each assistant turn, says so.
+    `train` says which assistant turns carry loss: all of them, the last alone (a sampled answer,
+    §3.2.3, §4.2.4; Ghost Attention, §3.3), or those for which a mask, one truth value for each
+    assistant turn, says so.
     """
 
     messages: Messages
@@ -113,7 +115,8 @@ class Response:
 class Preference:
     """One comparison of two answers, in the order in which they were shown (§3.2.1).
 
-    `safety` is the three-bin safety label: only the preferred answer is safe, both are, or neither is.
+    `safety` is the three-bin safety label: only the preferred answer is safe, both are, or neither
+    is.
     """
 
     id: str
@@ -150,7 +153,8 @@ class Preference:
 @with_config(_STRICT)
 @dataclass(frozen=True)
 class Pair:
-    """Two answers that nobody has judged yet, as they are to be shown; with the blanks filled in, a `Preference`."""
+    """Two answers that nobody has judged yet, as they are to be shown; with the blanks filled in, a
+    `Preference`."""
 
     id: str
     prompt: Messages
@@ -165,21 +169,27 @@ class Pair:
 
 
 def check_roles(messages: Messages, last: Role) -> None:
-    """Roles alternate user, assistant, ... after an optional system turn, and end with `last`; else ValueError."""
+    """Roles alternate user, assistant, ... after an optional system turn, and end with `last`; else
+    ValueError."""
     turns = messages[1:] if messages and messages[0].role == "system" else messages
     if not turns:
         raise ValueError("a conversation needs at least one user turn")
+
     for index, message in enumerate(turns):
         expected = ("user", "assistant")[index % 2]
         if message.role != expected:
-            raise ValueError(f"roles must alternate user/assistant: turn {index + 1} is '{message.role}', "
-                             f"expected '{expected}'")
+            raise ValueError(
+                f"roles must alternate user/assistant: turn {index + 1} is '{message.role}', "
+                f"expected '{expected}'"
+            )
+
     if turns[-1].role != last:
         raise ValueError(f"the last turn must be '{last}', it is '{turns[-1].role}'")
 
 
 def trained_turns(messages: Messages, train: Train) -> tuple[bool, ...]:
-    """Whether each assistant turn carries loss, in their order; ValueError for a mask of another length."""
+    """Whether each assistant turn carries loss, in their order; ValueError for a mask of another
+    length."""
     turns = sum(message.role == "assistant" for message in messages)
     if train == "all":
         return (True,) * turns
@@ -187,6 +197,7 @@ def trained_turns(messages: Messages, train: Train) -> tuple[bool, ...]:
         return (False,) * (turns - 1) + (True,)
     if len(train) != turns:
         raise ValueError(f"'train' has {len(train)} values for {turns} assistant turns")
+
     return train
 
 
@@ -196,6 +207,7 @@ _ADAPTERS: dict[type, TypeAdapter[Any]] = {}
 def _adapter(kind: type) -> TypeAdapter[Any]:
     if kind not in _ADAPTERS:
         _ADAPTERS[kind] = TypeAdapter(kind)
+
     return _ADAPTERS[kind]
 
 
@@ -209,7 +221,9 @@ def parse(kind: type[Record], row: str | bytes, where: str) -> Record:
         place = ".".join(str(part) for part in first["loc"])
         message = first["msg"].removeprefix("Value error, ")
         cause = f"{where}: {f'{place}: ' if place else ''}{message}"
-        raise UserError(cause, f"each line must be one {kind.__name__} record (docs/formats.md)") from None
+        raise UserError(
+            cause, f"each line must be one {kind.__name__} record (docs/formats.md)"
+        ) from None
 
 
 def to_json(record: object) -> str:
@@ -217,53 +231,72 @@ def to_json(record: object) -> str:
     return _adapter(type(record)).dump_json(record).decode()
 
 
-def read(kind: type[Record], path: str | os.PathLike[str], may_be_empty: bool = False, tally: Tally | None = None
-         ) -> Iterator[Record]:
-    """The records at a path (`files`): JSON Lines, and whatever else holds mappings. None at all is an error unless
-    expected: a user never means an empty file. `tally` counts the files that a folder holds beside data."""
+def read(
+    kind: type[Record],
+    path: str | os.PathLike[str],
+    may_be_empty: bool = False,
+    tally: Tally | None = None,
+) -> Iterator[Record]:
+    """The records at a path (`files`): JSON Lines, and whatever else holds mappings. None at all is
+    an error unless expected: a user never means an empty file. `tally` counts the files that a
+    folder holds beside data."""
     what = f"{kind.__name__} records"
     for file, rows in filled(path, files.rows, "records", what, tally, may_be_empty):
         for row in rows:
             if isinstance(row, Bad):
                 raise row.error("" if files.is_rows(file) else f"; {_maker(kind, file)}")
+
             try:
                 yield parse(kind, pydantic_core.to_json(row.value), row.where)
             except UserError as error:
                 raise UserError(error.cause, f"{error.cure}; {_maker(kind, file)}") from None
             except ValueError as error:
-                raise row.error(f"a value that JSON cannot hold ({error})", "mend the row") from None
+                raise row.error(
+                    f"a value that JSON cannot hold ({error})", "mend the row"
+                ) from None
 
 
 def _maker(kind: type, file: File) -> str:
     """The command that makes records of this kind of other people's files."""
     if kind is Document:
         return f"`llama2 clean --sources.NAME.path {file.path} --out DIR` reads other formats"
+
     kinds = {Dialog: "dialogs", Preference: "preferences", Prompt: "prompts"}
     made = f"--kind {kinds.get(kind, 'dialogs')} --sources.NAME.path {file.path}"
     return f"`llama2 prepare {made} --out DIR` makes them of other formats"
 
 
 def write(path: str | os.PathLike[str], records: Iterable[object]) -> int:
-    """Write records as JSON Lines (packed for `.gz` and `.zst`), atomically, and return how many there were."""
+    """Write records as JSON Lines (packed for `.gz` and `.zst`), atomically, and return how many
+    there were."""
     count = 0
     with writing(path) as put:
         for record in records:
             put(record)
             count += 1
+
     return count
 
 
 @contextmanager
 def writing(path: str | os.PathLike[str]) -> Iterator[Callable[[object], None]]:
-    """A function that writes one more record; the file appears under its name when the block ends well."""
+    """A function that writes one more record; the file appears under its name when the block ends
+    well."""
     path = Path(path)
     temporary = path.with_name(path.name + ".tmp")
     with explain_os_errors(path):
         atomic.make(path.parent)
-        opener: Any = zstandard().open if path.suffix == ".zst" else gzip.open if path.suffix == ".gz" else open
+        opener: Any = (
+            zstandard().open
+            if path.suffix == ".zst"
+            else gzip.open
+            if path.suffix == ".gz"
+            else open
+        )
         try:
             with opener(temporary, "wt", encoding="utf-8") as file:
                 yield lambda record: file.write(to_json(record) + "\n")
+
             atomic.replace(temporary, path)
         except BaseException:
             atomic.remove(temporary)
@@ -271,16 +304,19 @@ def writing(path: str | os.PathLike[str]) -> Iterator[Callable[[object], None]]:
 
 
 class Stored(Sequence[Record]):
-    """The records of a plain JSON Lines file, read when they are asked for: memory holds where each line begins."""
+    """The records of a plain JSON Lines file, read when they are asked for: memory holds where each
+    line begins."""
 
     def __init__(self, kind: type[Record], path: Path) -> None:
         self._kind, self._path = kind, path
         self._starts = array("Q")
         place = 0
+
         with explain_os_errors(path), json_files.opened(path) as file:
             for line in file:
                 if line.strip():
                     self._starts.append(place)
+
                 place += len(line)
 
     def __len__(self) -> int:
@@ -293,6 +329,7 @@ class Stored(Sequence[Record]):
     def __getitem__(self, index: int | slice) -> Record | list[Record]:
         if isinstance(index, slice):
             return [self[place] for place in range(*index.indices(len(self)))]
+
         with explain_os_errors(self._path), open(self._path, "rb") as file:
             file.seek(self._starts[index])
             return parse(self._kind, file.readline(), f"{self._path}, record {index + 1}")

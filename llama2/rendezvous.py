@@ -1,7 +1,7 @@
 """How ranks find one another, and what is said where one is missing or gone.
 
-Of a rank that was killed the others hear only that a connection was closed. Where it ran on the same machine, they look
-whether its process is still there, and name it.
+Of a rank that was killed the others hear only that a connection was closed. Where it ran on the
+same machine, they look whether its process is still there, and name it.
 """
 
 from __future__ import annotations
@@ -24,8 +24,19 @@ NOTICE = 30
 DYING = 3
 """seconds in which a process is gone whose connections were closed"""
 RESUMES = "start all ranks again: the same command resumes"
-_SIGNS = ("gloo", "nccl", "connection closed", "connection reset", "connection was reset", "broken pipe", "timed out",
-          "timeout", "socket", "recv", "store")
+_SIGNS = (
+    "gloo",
+    "nccl",
+    "connection closed",
+    "connection reset",
+    "connection was reset",
+    "broken pipe",
+    "timed out",
+    "timeout",
+    "socket",
+    "recv",
+    "store",
+)
 
 Peer = tuple[str, int]
 """a machine (or container) and the number of a process on it"""
@@ -40,26 +51,40 @@ def check(ranks: int) -> None:
     """UserError unless the environment says which rank this is and where the others are found."""
     missing = [name for name in ("RANK", "MASTER_ADDR", "MASTER_PORT") if not os.environ.get(name)]
     if missing:
-        raise UserError(f"WORLD_SIZE={ranks}, but {' and '.join(missing)} is not set",
-                        "start the ranks with torchrun, or unset WORLD_SIZE to run alone")
-    for name, most, what in (("RANK", ranks - 1, f"a number from 0 to {ranks - 1}"),
-                             ("LOCAL_RANK", ranks - 1, f"a number from 0 to {ranks - 1}"),
-                             ("MASTER_PORT", 65535, "the number of a port")):
+        raise UserError(
+            f"WORLD_SIZE={ranks}, but {' and '.join(missing)} is not set",
+            "start the ranks with torchrun, or unset WORLD_SIZE to run alone",
+        )
+
+    for name, most, what in (
+        ("RANK", ranks - 1, f"a number from 0 to {ranks - 1}"),
+        ("LOCAL_RANK", ranks - 1, f"a number from 0 to {ranks - 1}"),
+        ("MASTER_PORT", 65535, "the number of a port"),
+    ):
         text = os.environ.get(name, "0")
-        if not (text.isascii() and text.isdecimal() and int(text) <= most) or (name == "MASTER_PORT" and not int(text)):
-            raise UserError(f"{name}={text}: {what} is wanted", "start the ranks with torchrun, or mend it")
+        if not (text.isascii() and text.isdecimal() and int(text) <= most) or (
+            name == "MASTER_PORT" and not int(text)
+        ):
+            raise UserError(
+                f"{name}={text}: {what} is wanted", "start the ranks with torchrun, or mend it"
+            )
 
 
 @contextmanager
 def joining(ranks: int, limit: timedelta) -> Iterator[None]:
-    """Around the moment in which the ranks meet: at most `limit`, and a UserError if they do not."""
+    """Around the moment in which the ranks meet: at most `limit`, and a UserError if they do
+    not."""
     place = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
     rank, seconds = os.environ["RANK"], limit.total_seconds()
     cure = f"start all {ranks} ranks within {_span(seconds)}, with the same MASTER_ADDR and MASTER_PORT"
     cause = f"rank {rank} waited for the others at {place} in vain"
 
     def wait() -> None:
-        print(f"rank {rank} waits for the others at {place} ({ranks} in all)", file=sys.stderr, flush=True)
+        print(
+            f"rank {rank} waits for the others at {place} ({ranks} in all)",
+            file=sys.stderr,
+            flush=True,
+        )
 
     def give_up() -> None:  # whoever listens there is no rank, and does not answer
         print(f"llama2: error: {UserError(cause, cure)}", file=sys.stderr, flush=True)
@@ -69,16 +94,22 @@ def joining(ranks: int, limit: timedelta) -> Iterator[None]:
     for timer in timers:
         timer.daemon = True
         timer.start()
+
     try:
         yield
     except (RuntimeError, OSError) as error:
         if "EADDRINUSE" in str(error):
-            raise UserError(f"MASTER_PORT={os.environ['MASTER_PORT']}: another program uses this port",
-                            "give all ranks another one (`torchrun --standalone` finds a free one)") from error
+            raise UserError(
+                f"MASTER_PORT={os.environ['MASTER_PORT']}: another program uses this port",
+                "give all ranks another one (`torchrun --standalone` finds a free one)",
+            ) from error
         if os.strerror(errno.EMFILE).lower() in str(error).lower():
-            raise UserError(f"rank {rank}: too many open files", "raise the limit (`ulimit -n`)") from error
+            raise UserError(
+                f"rank {rank}: too many open files", "raise the limit (`ulimit -n`)"
+            ) from error
         if isinstance(error, RuntimeError) and not is_sign(error):
             raise
+
         raise UserError(cause, cure) from error
     finally:
         for timer in timers:
@@ -91,6 +122,7 @@ def myself() -> Peer:
         space = os.readlink("/proc/self/ns/pid")  # containers number their processes anew
     except OSError:
         space = ""
+
     return f"{platform.node()} {space}", os.getpid()
 
 
@@ -101,12 +133,14 @@ def remember(peers: Sequence[Peer]) -> None:
 
 @contextmanager
 def together() -> Iterator[None]:
-    """Around work that ranks share: that one is gone is a line of the others, no defect of theirs."""
+    """Around work that ranks share: that one is gone is a line of the others, no defect of
+    theirs."""
     try:
         yield
     except RuntimeError as error:
         if not _peers or not is_sign(error):
             raise
+
         raise _lost(error) from error
 
 
@@ -121,6 +155,7 @@ def _is_between_ranks(error: RuntimeError) -> bool:
     while frame is not None:
         names.append(frame.tb_frame.f_code.co_filename)
         frame = frame.tb_next
+
     return any("/torch/distributed/" in name for name in names)
 
 
@@ -128,10 +163,18 @@ def _lost(error: RuntimeError) -> Lost:
     gone = missing()
     if gone:
         ranks = f"rank {gone[0]} is" if len(gone) == 1 else f"ranks {', '.join(map(str, gone))} are"
-        return Lost(f"{ranks} gone (what it wrote last says why; nothing, if it was killed: out of memory?)", RESUMES)
+        return Lost(
+            f"{ranks} gone (what it wrote last says why; nothing, if it was killed: out of memory?)",
+            RESUMES,
+        )
+
     if "timed out" in str(error).lower():
         return Lost("another rank has not answered in time", RESUMES)
-    return Lost("the connection to another rank is lost (it ended or was killed, or the network failed)", RESUMES)
+
+    return Lost(
+        "the connection to another rank is lost (it ended or was killed, or the network failed)",
+        RESUMES,
+    )
 
 
 def missing() -> list[int]:
@@ -139,23 +182,33 @@ def missing() -> list[int]:
     machine, _ = myself()
     end = time.monotonic() + DYING
     while True:
-        gone = [rank for rank, (place, pid) in enumerate(_peers) if place == machine and not _is_running(pid)]
+        gone = [
+            rank
+            for rank, (place, pid) in enumerate(_peers)
+            if place == machine and not _is_running(pid)
+        ]
         if gone or time.monotonic() > end:
             return gone
+
         time.sleep(0.05)
 
 
 def _is_running(pid: int) -> bool:
     try:
-        return Path(f"/proc/{pid}/stat").read_text("utf-8", "replace").rpartition(")")[2].split()[0] not in "ZX"
+        return (
+            Path(f"/proc/{pid}/stat").read_text("utf-8", "replace").rpartition(")")[2].split()[0]
+            not in "ZX"
+        )
     except OSError:
         pass
+
     try:  # it is gone, or there is no /proc
         os.kill(pid, 0)
     except ProcessLookupError:
         return False
     except PermissionError:
         pass
+
     return True
 
 

@@ -28,6 +28,7 @@ class Tally:
         """Count records that are left out; `cure` says what would keep them."""
         if not count:
             return
+
         self.skipped[reason] += count
         if cure:
             self.cures[reason] = cure
@@ -41,25 +42,40 @@ class Tally:
         self.files[reason] += count
 
     def summary(self) -> dict[str, Any]:
-        """Plain JSON: rows read, records kept, cut short, and skipped by reason; then what was noted."""
-        noted = {what.replace(" ", "_"): dict(found.most_common()) for what, found in self.notes.items()}
-        return {"read": self.read, "kept": self.kept, **({"cut": self.cut} if self.cut else {}),
-                "skipped": dict(self.skipped.most_common()), **noted,
-                **({"files left out": dict(self.files.most_common())} if self.files else {})}
+        """Plain JSON: rows read, records kept, cut short, and skipped by reason; then what was
+        noted."""
+        noted = {
+            what.replace(" ", "_"): dict(found.most_common()) for what, found in self.notes.items()
+        }
+        return {
+            "read": self.read,
+            "kept": self.kept,
+            **({"cut": self.cut} if self.cut else {}),
+            "skipped": dict(self.skipped.most_common()),
+            **noted,
+            **({"files left out": dict(self.files.most_common())} if self.files else {}),
+        }
 
     def line(self) -> str:
-        """`read 5, kept 2, left out 3: empty answer 2, too long 1 (raise --sequence-length); format: turns 5`."""
+        """`read 5, kept 2, left out 3: empty answer 2, too long 1 (raise --sequence-length);
+        format: turns 5`."""
         said = f"read {self.read:,}, kept {self.kept:,}"
         if self.cut:
             said += f", cut {self.cut:,}"
-        reasons = [f"{reason} {count:,}" + (f" ({self.cures[reason]})" if reason in self.cures else "")
-                   for reason, count in self.skipped.most_common() if count]
+
+        reasons = [
+            f"{reason} {count:,}" + (f" ({self.cures[reason]})" if reason in self.cures else "")
+            for reason, count in self.skipped.most_common()
+            if count
+        ]
         if reasons:
             said += f", left out {sum(self.skipped.values()):,}: {', '.join(reasons)}"
+
         for what, found in self.notes.items():
             named = [f"{name} {count:,}" for name, count in found.most_common(_NAMED)]
             more = [f"and {len(found) - _NAMED} more"] if len(found) > _NAMED else []
             said += f"; {what}: {', '.join([*named, *more])}"
+
         return f"{said}; {self.left_out()}" if self.files else said
 
     def left_out(self) -> str:

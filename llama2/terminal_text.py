@@ -1,8 +1,9 @@
 """Text of others, as a terminal may be shown it.
 
-Names of tensors and files, values of configurations and answers of models may hold any character. An escape sequence
-would command the terminal, and a mark of direction would show a text in another order than it has. Messages show such
-characters by their number, are one line each, and have an end.
+Names of tensors and files, values of configurations and answers of models may hold any character.
+An escape sequence would command the terminal, and a mark of direction would show a text in another
+order than it has. Messages show such characters by their number, are one line each, and have an
+end.
 """
 
 from __future__ import annotations
@@ -19,7 +20,8 @@ _JOINERS = "\u200c\u200d"  # without which Persian words and emoji fall apart
 
 
 def is_safe(letter: str) -> bool:
-    """Whether a character is only drawn: it neither commands a terminal nor moves what stands around it."""
+    """Whether a character is only drawn: it neither commands a terminal nor moves what stands
+    around it."""
     return letter.isprintable() or letter in _JOINERS or unicodedata.category(letter) == "Zs"
 
 
@@ -33,14 +35,17 @@ def line(text: str, most: int = LONGEST) -> str:
 
     Line ends and tabs become spaces; what is more than drawn is spelt by its number, as `\\x1b`.
     """
-    spelt = "".join(letter if is_safe(letter) else " " if letter in "\n\r\t" else ascii(letter)[1:-1]
-                    for letter in _without_middle(text, most))
+    spelt = "".join(
+        letter if is_safe(letter) else " " if letter in "\n\r\t" else ascii(letter)[1:-1]
+        for letter in _without_middle(text, most)
+    )
     return _without_middle(spelt, most)  # numbers are longer than what they spell
 
 
 def _without_middle(text: str, most: int) -> str:
     if len(text) <= most:
         return text
+
     end = most // 4
     return f"{text[: most - end - len(_GAP)]}{_GAP}{text[-end:]}"
 
@@ -51,6 +56,7 @@ def shown(value: Any) -> str:
         text = repr(value)
     except (RecursionError, ValueError):  # nested too deeply; a number of too many digits
         text = f"a {type(value).__name__} too large to show"
+
     return line(text if len(text) <= _SHOWN else f"{text[: _SHOWN - 3]}...")
 
 

@@ -1,4 +1,5 @@
-"""The command line in this process, and in one of its own that is sent a signal at a chosen step or part."""
+"""The command line in this process, and in one of its own that is sent a signal at a chosen step or
+part."""
 
 from __future__ import annotations
 
@@ -33,18 +34,23 @@ def vouch(*runs: Path) -> None:
 
 
 def in_a_process(log: Path, *words: object, number: int = 0, step: int = 0, part: int = 0) -> int:
-    """Carry out one command in a process that sends itself signal `number` after update `step`; its exit status.
+    """Carry out one command in a process that sends itself signal `number` after update `step`; its
+    exit status.
 
-    With `part` it sends it when it has written half of that part (counted from 1) of work in parts. The process is
-    forked from a server that has imported everything; what it prints goes to `log`.
+    With `part` it sends it when it has written half of that part (counted from 1) of work in parts.
+    The process is forked from a server that has imported everything; what it prints goes to `log`.
     """
     launch.preload()
-    process = launch._context.Process(target=_child, args=([str(w) for w in words], number, step, part, str(log)))
+    process = launch._context.Process(
+        target=_child, args=([str(w) for w in words], number, step, part, str(log))
+    )
     process.start()
     process.join(240)
+
     if process.is_alive():
         process.kill()
         raise AssertionError(f"it hangs: {log.read_text()}")
+
     assert process.exitcode is not None
     return int(process.exitcode)
 
@@ -54,7 +60,8 @@ def _child(words: list[str], number: int, step: int, part: int, log: str) -> Non
     os.dup2(file, 1)
     os.dup2(file, 2)
     torch.set_num_threads(1)
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})  # the server of workers does not listen to it
+    # the server of workers does not listen to it
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})
 
     def send(self: Any, training: Any, report: Any) -> None:
         if number and report.step == step:
@@ -78,4 +85,5 @@ def _child(words: list[str], number: int, step: int, part: int, log: str) -> Non
     except BaseException:
         traceback.print_exc()
         status = 1
+
     os._exit(status)

@@ -1,6 +1,8 @@
-"""What many tests share: a tiny world, a tokenizer, checkpoints that answer, and a check for users' mistakes.
+"""What many tests share: a tiny world, a tokenizer, checkpoints that answer, and a check for users'
+mistakes.
 
-Everything lies in one directory a session and must not be written to; a test that changes a file copies it first.
+Everything lies in one directory a session and must not be written to; a test that changes a file
+copies it first.
 """
 
 from __future__ import annotations
@@ -23,8 +25,14 @@ from llama2.records import DEGREES, Dialog, Preference, Prompt, Response
 from llama2.tokenizer.tokenizer import Tokenizer
 from llama2.tokenizer.train import train
 
-SHAPE = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2,
-         "num_key_value_heads": 1, "max_position_embeddings": 256}
+SHAPE = {
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "max_position_embeddings": 256,
+}
 hypothesis.settings.register_profile("patient", deadline=None)  # a busy machine is no failure
 hypothesis.settings.load_profile("patient")
 torch.set_num_threads(1)  # tests share the machine with one another and compare bits
@@ -45,8 +53,11 @@ def world(shared: Path) -> Path:
 @pytest.fixture(scope="session")
 def tokenizer(world: Path, shared: Path) -> Tokenizer:
     dialogs = records.read(Dialog, world / "demonstrations.jsonl")
-    return train([f"[INST] {turn.content} [/INST]" for one in dialogs for turn in one.messages], 420,
-                 shared / "tokenizer")
+    return train(
+        [f"[INST] {turn.content} [/INST]" for one in dialogs for turn in one.messages],
+        420,
+        shared / "tokenizer",
+    )
 
 
 @pytest.fixture(scope="session")
@@ -60,9 +71,28 @@ def base(shared: Path, tokenizer: Tokenizer) -> Path:
 @pytest.fixture(scope="session")
 def policy(shared: Path, base: Path, world: Path) -> Path:
     """A language model that has learnt to end its answers, and little else."""
-    assert llama2("sft", "--model", base, "--dialogs.all.path", world / "demonstrations.jsonl", "--out",
-                  shared / "policy", "--sequence-length", 192, "--batch-size", 4, "--epochs", 3,
-                  "--training.optimizer.learning-rate", 1e-2, "--training.plan.warmup-steps", 3) == 0
+    assert (
+        llama2(
+            "sft",
+            "--model",
+            base,
+            "--dialogs.all.path",
+            world / "demonstrations.jsonl",
+            "--out",
+            shared / "policy",
+            "--sequence-length",
+            192,
+            "--batch-size",
+            4,
+            "--epochs",
+            3,
+            "--training.optimizer.learning-rate",
+            1e-2,
+            "--training.plan.warmup-steps",
+            3,
+        )
+        == 0
+    )
     return shared / "policy"
 
 
@@ -75,6 +105,7 @@ def ruined(policy: Path, tmp_path: Path) -> Path:
     save_file(weights, ruined / "model.safetensors")
     (ruined / "checksums.json").unlink()
     vouch(ruined)
+
     return ruined
 
 
@@ -86,9 +117,11 @@ def scorers(shared: Path, policy: Path, tokenizer: Tokenizer) -> tuple[Path, Pat
         scorer = checkpoint.load_scorer(policy, seed=seed)
         with torch.no_grad():
             scorer.score.weight.mul_(20)
+
         checkpoint.save(scorer, shared / name)
         tokenizer.save(shared / name)
         paths.append(shared / name)
+
     return paths[0], paths[1]
 
 
@@ -102,8 +135,18 @@ def preferences(shared: Path, world: Path) -> Path:
         answers = (right, wrong) if index % 2 else (wrong, right)
         labels = ("preferred_only", "both", "neither")
         axis, label = ("helpful", None) if index % 3 else ("safe", labels[index % 9 // 3])
-        found.append(Preference(f"p{index}", one.messages[:-1], answers, 0 if index % 2 else 1, DEGREES[index % 4],
-                                label, axis))  # type: ignore[arg-type]
+        found.append(
+            Preference(
+                f"p{index}",
+                one.messages[:-1],
+                answers,
+                0 if index % 2 else 1,
+                DEGREES[index % 4],
+                label,
+                axis,
+            )
+        )  # type: ignore[arg-type]
+
     records.write(shared / "preferences.jsonl", found)
     return shared / "preferences.jsonl"
 
@@ -111,13 +154,17 @@ def preferences(shared: Path, world: Path) -> Path:
 @pytest.fixture(scope="session")
 def prompts(shared: Path, world: Path) -> Path:
     """Sixteen prompts, helpful, unsafe and borderline."""
-    records.write(shared / "prompts.jsonl", list(records.read(Prompt, world / "prompts-train.jsonl"))[:16])
+    records.write(
+        shared / "prompts.jsonl", list(records.read(Prompt, world / "prompts-train.jsonl"))[:16]
+    )
     return shared / "prompts.jsonl"
 
 
 @pytest.fixture
 def one_line(capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
-    """Run a command that must fail as users' mistakes do: exit status 2 and exactly one line; the line."""
+    """Run a command that must fail as users' mistakes do: exit status 2 and exactly one line; the
+    line."""
+
     def refused(*words: object) -> str:
         capsys.readouterr()
         status = llama2(*words)
@@ -127,5 +174,7 @@ def one_line(capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
         assert len(lines) == 1, heard.err
         assert lines[0].startswith("llama2: error: ")
         assert heard.out == ""
+
         return lines[0].removeprefix("llama2: error: ")
+
     return refused

@@ -47,19 +47,34 @@ class Served:
 
 
 @contextmanager
-def serving(*paths: Path, keys: Sequence[str] = (), judge: Path | None = None, **values: Any) -> Iterator[Served]:
-    """Serve checkpoints until the block ends. Answers are computed in fp32 unless asked otherwise."""
-    config = build(ServeConfig, {"checkpoints": [str(path) for path in paths], "precision": "fp32", **values})
+def serving(
+    *paths: Path, keys: Sequence[str] = (), judge: Path | None = None, **values: Any
+) -> Iterator[Served]:
+    """Serve checkpoints until the block ends. Answers are computed in fp32 unless asked
+    otherwise."""
+    config = build(
+        ServeConfig, {"checkpoints": [str(path) for path in paths], "precision": "fp32", **values}
+    )
     names = config.names or tuple(path.name for path in paths)
-    loaded = models.load(paths, names, slots=config.slots, capacity=config.capacity, waiting=config.limits.waiting,
-                         precision=config.precision)
-    safe: RewardModel | None = models.load_judge(judge, loaded, 64, config.precision) if judge else None
+    loaded = models.load(
+        paths,
+        names,
+        slots=config.slots,
+        capacity=config.capacity,
+        waiting=config.limits.waiting,
+        precision=config.precision,
+    )
+    safe: RewardModel | None = (
+        models.load_judge(judge, loaded, 64, config.precision) if judge else None
+    )
     server = http.server(loaded, safe, config, keys)
+
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         url = f"http://127.0.0.1:{listener.getsockname()[1]}"
         thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
         thread.start()
+
         try:
             wait_for(lambda: server.started)
             yield Served(url, loaded, server)
@@ -86,6 +101,7 @@ class Pace:
         self.taken += 1
         if self.taken > self.STEPS:
             self._told.wait(60)
+
         return step()
 
     def go_on(self) -> None:
@@ -97,12 +113,14 @@ def paced(served: Served, monkeypatch: pytest.MonkeyPatch) -> Iterator[Pace]:
     pace = Pace()
     for session in (model.worker._session for model in served.models if model.kind == "chat"):
         monkeypatch.setattr(session, "step", partial(pace.step, session.step))
+
     yield pace
     pace.go_on()
 
 
 def wait_for(condition: Any, seconds: float = 100) -> None:
-    """Until it holds; an error if it does not in time. Only what fails waits so long: machines may be busy."""
+    """Until it holds; an error if it does not in time. Only what fails waits so long: machines may
+    be busy."""
     end = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < end, "it takes too long"

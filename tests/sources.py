@@ -14,19 +14,50 @@ from llama2.formats.source import Source, Stored
 from llama2.model.llama import Llama, LlamaConfig
 from llama2.model.scorer import Scorer
 
-SHAPE = LlamaConfig(vocab_size=420, hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=8,
-                    num_key_value_heads=2, max_position_embeddings=512)
+SHAPE = LlamaConfig(
+    vocab_size=420,
+    hidden_size=64,
+    intermediate_size=96,
+    num_hidden_layers=2,
+    num_attention_heads=8,
+    num_key_value_heads=2,
+    max_position_embeddings=512,
+)
 Model = TypeVar("Model", Llama, Scorer)
 RATIOS = [8, 4, 2, 1]
 """key heads for eight query heads: plain attention and three ratios of grouped queries"""
-STRINGS = ["Hello, the river", "a\nb\n\n  c", "x ", " x", "  x", "", "日本語 été 🙂", "year 1987, 3.14",
-           "[INST] hi [/INST]", "tab\there", "<0x41>", ". . .", "the    old    mill   ", "<<SYS>>\nx\n<</SYS>>",
-           "\x01\x7f", "ﬁ ½ Å", "▁a", "\r\n", "\n<s>\n", "<s>x</s>", "<unk>", "e\u0301", "\u200b\u202e", "a" * 300,
-           "[PAD400]"]
+STRINGS = [
+    "Hello, the river",
+    "a\nb\n\n  c",
+    "x ",
+    " x",
+    "  x",
+    "",
+    "日本語 été 🙂",
+    "year 1987, 3.14",
+    "[INST] hi [/INST]",
+    "tab\there",
+    "<0x41>",
+    ". . .",
+    "the    old    mill   ",
+    "<<SYS>>\nx\n<</SYS>>",
+    "\x01\x7f",
+    "ﬁ ½ Å",
+    "▁a",
+    "\r\n",
+    "\n<s>\n",
+    "<s>x</s>",
+    "<unk>",
+    "e\u0301",
+    "\u200b\u202e",
+    "a" * 300,
+    "[PAD400]",
+]
 
 
 def model_of(config: LlamaConfig, dtype: torch.dtype = torch.float32, seed: int = 0) -> Llama:
-    """Wide weights, so that attention is far from uniform and logits are of order one; norms that are not one."""
+    """Wide weights, so that attention is far from uniform and logits are of order one; norms that
+    are not one."""
     return _drawn(Llama(config), seed).to(dtype)
 
 
@@ -43,26 +74,39 @@ def _drawn(model: Model, seed: int) -> Model:
                 parameter.uniform_(0.5, 1.5, generator=generator)
             else:
                 parameter.normal_(0.0, 0.2, generator=generator)
+
     return model
 
 
-def source_of(model: Llama | Scorer, path: Path, tokenizer: Path | None = None,
-              read: Callable[[str, Tensor], Tensor] | None = None) -> Source:
+def source_of(
+    model: Llama | Scorer,
+    path: Path,
+    tokenizer: Path | None = None,
+    read: Callable[[str, Tensor], Tensor] | None = None,
+) -> Source:
     """A model in memory as a source; `read` may do something else than copy."""
+
     def stored(name: str, tensor: Tensor) -> Stored:
-        return Stored(tuple(tensor.shape), tensor.dtype,
-                      (lambda: read(name, tensor)) if read else tensor.clone, f"{path}: {name}")
+        return Stored(
+            tuple(tensor.shape),
+            tensor.dtype,
+            (lambda: read(name, tensor)) if read else tensor.clone,
+            f"{path}: {name}",
+        )
 
     tensors = {name: stored(name, tensor) for name, tensor in model.state_dict().items()}
     return Source(path, "memory", model.config, isinstance(model, Scorer), tensors, tokenizer)
 
 
 def exact(source: Source, model: Llama) -> bool:
-    """Whether a source has the weights of a model, bit for bit, wherever they are of the same precision."""
+    """Whether a source has the weights of a model, bit for bit, wherever they are of the same
+    precision."""
     weights = model.state_dict()
     return source.tensors.keys() == weights.keys() and all(
-        stored.read().dtype == stored.dtype and torch.equal(stored.read().float(), weights[name].float())
-        for name, stored in source.tensors.items())
+        stored.read().dtype == stored.dtype
+        and torch.equal(stored.read().float(), weights[name].float())
+        for name, stored in source.tensors.items()
+    )
 
 
 def frugal(source: Source) -> Source:
@@ -73,13 +117,17 @@ def frugal(source: Source) -> Source:
         def read() -> Tensor:
             for other, reference in held:
                 assert reference() is None, f"{other} is still in memory when {name} is read"
+
             tensor = stored.read()
             held[:] = [(name, weakref.ref(tensor))]
             return tensor
+
         return Stored(stored.shape, stored.dtype, read, stored.place)
 
     tensors = {name: watched(name, stored) for name, stored in source.tensors.items()}
-    return Source(source.path, source.format, source.config, source.scorer, tensors, source.tokenizer)
+    return Source(
+        source.path, source.format, source.config, source.scorer, tensors, source.tokenizer
+    )
 
 
 def state(source: Source) -> dict[str, Tensor]:
@@ -89,4 +137,6 @@ def state(source: Source) -> dict[str, Tensor]:
 
 def same(a: Mapping[str, Tensor], b: Mapping[str, Tensor]) -> bool:
     """Whether two sets of tensors have the same names, kinds and bits."""
-    return a.keys() == b.keys() and all(a[name].dtype == b[name].dtype and torch.equal(a[name], b[name]) for name in a)
+    return a.keys() == b.keys() and all(
+        a[name].dtype == b[name].dtype and torch.equal(a[name], b[name]) for name in a
+    )

@@ -1,7 +1,9 @@
-"""How a person writes to the terminal chat: a message of one line or of many, with what was written in earlier runs.
+"""How a person writes to the terminal chat: a message of one line or of many, with what was written
+in earlier runs.
 
-With prompt_toolkit (the extra `chat`) Alt+Enter begins a new line within a message. With or without it a line that
-ends in a backslash goes on in the next one, and three quotation marks open a block that three more close.
+With prompt_toolkit (the extra `chat`) Alt+Enter begins a new line within a message. With or without
+it a line that ends in a backslash goes on in the next one, and three quotation marks open a block
+that three more close.
 """
 
 from __future__ import annotations
@@ -24,7 +26,8 @@ KEPT = 1000
 
 
 class Reader(Protocol):
-    """Reads what the user writes behind `prompt`, beginning with `draft`. EOFError and KeyboardInterrupt as `input`."""
+    """Reads what the user writes behind `prompt`, beginning with `draft`. EOFError and
+    KeyboardInterrupt as `input`."""
 
     def __call__(self, prompt: str, draft: str = "") -> str: ...
 
@@ -35,9 +38,12 @@ def message(read: Reader, draft: str = "") -> str:
     if text.lstrip().startswith(BLOCK):
         while is_open(text):
             text += "\n" + read(CONTINUED)
+
         return text.lstrip().removeprefix(BLOCK).partition(BLOCK)[0].strip("\n")
+
     while text.endswith("\\"):
         text = text[:-1] + "\n" + read(CONTINUED)
+
     return text
 
 
@@ -47,9 +53,11 @@ def is_open(text: str) -> bool:
 
 
 def reader(earlier: list[str]) -> Reader:
-    """The best way to read from this terminal that is installed, with `earlier` messages a key away."""
+    """The best way to read from this terminal that is installed, with `earlier` messages a key
+    away."""
     if sys.stdin.isatty() and sys.stdout.isatty() and importlib.util.find_spec("prompt_toolkit"):
         return _toolkit(earlier)
+
     return _readline(earlier)
 
 
@@ -61,10 +69,15 @@ class History:
 
     @staticmethod
     def default() -> Path:
-        """Where the state of programs belongs (XDG). UserError for a user without a home directory."""
+        """Where the state of programs belongs (XDG). UserError for a user without a home
+        directory."""
         state = os.environ.get("XDG_STATE_HOME", "")
         try:
-            return (Path(state) if os.path.isabs(state) else Path.home() / ".local" / "state") / "llama2" / "history"
+            return (
+                (Path(state) if os.path.isabs(state) else Path.home() / ".local" / "state")
+                / "llama2"
+                / "history"
+            )
         except RuntimeError:
             raise UserError("this user has no home directory", "set XDG_STATE_HOME") from None
 
@@ -73,10 +86,13 @@ class History:
         with explain_os_errors(self.path):
             if not self.path.exists():
                 return []
+
             lines = self.path.read_text("utf-8", "replace").splitlines()
+
         found = [text for line in lines if (text := _text(line))]
         if len(found) > 2 * KEPT:
             self._replace(found[-KEPT:])
+
         return found[-KEPT:]
 
     def add(self, text: str) -> None:
@@ -91,6 +107,7 @@ class History:
         with explain_os_errors(self.path):
             with self._private(temporary, os.O_TRUNC) as file:
                 file.writelines(json.dumps(text) + "\n" for text in texts)
+
             os.replace(temporary, self.path)
 
     @staticmethod
@@ -101,7 +118,8 @@ class History:
 
 
 def recorded(history: History | None, read: Reader) -> Callable[[str], str]:
-    """Messages that begin with a draft, kept in `history` until it cannot be written, which is said once."""
+    """Messages that begin with a draft, kept in `history` until it cannot be written, which is said
+    once."""
     keeping = history
 
     def remembering(draft: str) -> str:
@@ -113,6 +131,7 @@ def recorded(history: History | None, read: Reader) -> Callable[[str], str]:
             except UserError as error:
                 keeping = None
                 print(f"what you write is not remembered: {error}", file=sys.stderr)
+
         return text
 
     return remembering
@@ -123,12 +142,14 @@ def _text(line: str) -> str:
         text = json_files.parsed(line)
     except ValueError:
         return ""
+
     return text if isinstance(text, str) else ""
 
 
 def _readline(earlier: list[str]) -> Reader:
     readline: Any = None
-    if importlib.util.find_spec("readline"):  # gives input() editing and history; absent on some systems
+    # gives input() editing and history; absent on some systems
+    if importlib.util.find_spec("readline"):
         readline = importlib.import_module("readline")
         for text in earlier:
             readline.add_history(text.replace("\n", " "))
@@ -136,9 +157,11 @@ def _readline(earlier: list[str]) -> Reader:
     def read(prompt: str, draft: str = "") -> str:
         if readline and draft:
             readline.set_startup_hook(lambda: readline.insert_text(draft.replace("\n", " ")))
+
         try:
             if sys.stdout.isatty():
                 return input(prompt)
+
             print(prompt, end="", file=sys.stderr, flush=True)  # stdout is for answers alone
             return input("")
         finally:
@@ -170,8 +193,12 @@ def _toolkit(earlier: list[str]) -> Reader:
         else:
             buffer.validate_and_handle()
 
-    session: PromptSession[str] = PromptSession(history=InMemoryHistory(earlier), key_bindings=keys, multiline=True,
-                                                prompt_continuation=CONTINUED)
+    session: PromptSession[str] = PromptSession(
+        history=InMemoryHistory(earlier),
+        key_bindings=keys,
+        multiline=True,
+        prompt_continuation=CONTINUED,
+    )
 
     def read(prompt: str, draft: str = "") -> str:
         return session.prompt(prompt, default=draft)

@@ -1,4 +1,5 @@
-"""How an answer appears while it is drawn: as Markdown at a terminal, as the plain text it is anywhere else."""
+"""How an answer appears while it is drawn: as Markdown at a terminal, as the plain text it is
+anywhere else."""
 
 from __future__ import annotations
 
@@ -14,7 +15,8 @@ from rich.segment import Segment
 from llama2.terminal_text import printable
 
 REFRESH = 0.08
-"""seconds between two drawings of a growing answer: often enough to read along, and cheap beside a token"""
+"""seconds between two drawings of a growing answer: often enough to read along, and cheap beside a
+token"""
 
 
 class Display(Protocol):
@@ -28,10 +30,12 @@ class Display(Protocol):
 
 
 def display(sink: TextIO, plain: bool = False) -> Callable[[], Display]:
-    """What shows the answers that go to `sink`; `plain` asks for the text as it is at a terminal too."""
+    """What shows the answers that go to `sink`; `plain` asks for the text as it is at a terminal
+    too."""
     console = Console(file=sink, highlight=False)
     if plain or not sink.isatty() or console.is_dumb_terminal:
         return lambda: Plain(sink)
+
     return lambda: Rendered(console)
 
 
@@ -49,7 +53,8 @@ class Plain:
 
 
 class Rendered:
-    """Markdown. A block that is finished is printed for good; the growing one is drawn again and again below it."""
+    """Markdown. A block that is finished is printed for good; the growing one is drawn again and
+    again below it."""
 
     def __init__(self, console: Console) -> None:
         self._console, self._growing, self._drawn, self._printed = console, "", 0.0, False
@@ -60,11 +65,14 @@ class Rendered:
         now = time.monotonic()
         if now - self._drawn < REFRESH:
             return
+
         self._live.start()
         *finished, self._growing = blocks(self._growing)
         for block in finished:
             self._print(block)
-        height = max(self._console.height - 2, 1)  # what has left the terminal could not be drawn again
+
+        # what has left the terminal could not be drawn again
+        height = max(self._console.height - 2, 1)
         self._live.update(_Block(_markdown(self._growing), self._printed, height), refresh=True)
         self._drawn = time.monotonic()
 
@@ -80,27 +88,40 @@ class Rendered:
 
 
 class _Block:
-    """Markdown without the empty lines around it, `apart` from what stands above; at most its last `height` lines."""
+    """Markdown without the empty lines around it, `apart` from what stands above; at most its last
+    `height` lines."""
 
     def __init__(self, content: Markdown, apart: bool, height: int | None = None) -> None:
         self._content, self._apart, self._height = content, apart, height
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         lines = console.render_lines(self._content, options.update(height=None), pad=False)
-        full = [index for index, line in enumerate(lines) if any(segment.text.strip() for segment in line)]
+        full = [
+            index
+            for index, line in enumerate(lines)
+            if any(segment.text.strip() for segment in line)
+        ]
         lines = lines[full[0] : full[-1] + 1] if full else []
+
         if self._apart:
             yield Segment.line()
+
         for line in lines[-self._height :] if self._height else lines:
             yield from line
             yield Segment.line()
 
 
 def blocks(text: str) -> list[str]:
-    """Markdown as its blocks: paragraphs, lists, tables, ... To all but the last nothing more can come."""
-    starts = [token.map[0] for token in _markdown(text).parsed if token.level == 0 and token.nesting >= 0 and token.map]
+    """Markdown as its blocks: paragraphs, lists, tables, ... To all but the last nothing more can
+    come."""
+    starts = [
+        token.map[0]
+        for token in _markdown(text).parsed
+        if token.level == 0 and token.nesting >= 0 and token.map
+    ]
     lines = text.split("\n")
     ends = [*starts[1:], len(lines)]
+
     return ["\n".join(lines[start:end]) for start, end in zip([0, *starts[1:]], ends)]
 
 

@@ -1,8 +1,9 @@
-"""`llama2 chat CHECKPOINT`: talk to a model in the terminal; on a pipe, one answer for each line that comes in (A.7).
+"""`llama2 chat CHECKPOINT`: talk to a model in the terminal; on a pipe, one answer for each line
+that comes in (A.7).
 
-Answers go to stdout, everything else to stderr: at a terminal as Markdown, on a pipe as the text they are. No system
-prompt is set unless the user sets one. On a pipe every line is something to answer, also one that begins with a slash:
-it comes from data that nobody has read.
+Answers go to stdout, everything else to stderr: at a terminal as Markdown, on a pipe as the text
+they are. No system prompt is set unless the user sets one. On a pipe every line is something to
+answer, also one that begins with a slash: it comes from data that nobody has read.
 """
 
 from __future__ import annotations
@@ -65,15 +66,18 @@ class Config(BaseConfig):
     """the longest answer"""
     seed: int = 0
     precision: quantize.WeightPrecision = "bf16"
-    """of weights; int8 and int4 (needs torchao) let decoding read less, and `llama2 quantize` says what they cost"""
+    """of weights; int8 and int4 (needs torchao) let decoding read less, and `llama2 quantize` says
+    what they cost"""
     plain: bool = False
     """show answers as the text they are, not as Markdown"""
     each_line: bool = False
     """on a pipe, answer each line as a conversation of its own; else they are turns of one"""
     commands: bool = False
-    """on a pipe, obey lines such as /system TEXT and /reset too; anything in the input may then write files"""
+    """on a pipe, obey lines such as /system TEXT and /reset too; anything in the input may then
+    write files"""
     history: bool = True
-    """offer messages of earlier runs again; they are kept in $XDG_STATE_HOME/llama2/history, for you alone to read"""
+    """offer messages of earlier runs again; they are kept in $XDG_STATE_HOME/llama2/history, for
+    you alone to read"""
 
 
 def run(config: Config) -> None:
@@ -81,22 +85,39 @@ def run(config: Config) -> None:
     mesh.init()
     shape, tokenizer = checkpoint.config_of(config.checkpoint), Tokenizer.load(config.checkpoint)
     tokenizer.check(config.checkpoint, shape.vocab_size, shape.bos_token_id)
+
     if not checkpoint.is_scorer(config.checkpoint):  # which is refused as what it is
         check_template(config.checkpoint, tokenizer.template)
+
     quantize.check(config.precision)
-    model = checkpoint.load(config.checkpoint, dtype=quantize.loading(config.precision), device=mesh.device())
+    model = checkpoint.load(
+        config.checkpoint, dtype=quantize.loading(config.precision), device=mesh.device()
+    )
     inner = Engine(model.eval().requires_grad_(False), slots=1, precision=config.precision)
     inner.test(config.checkpoint)
     engine = Meter(inner)
-    sampling = Sampling(config.temperature, config.top_p, max_tokens=config.max_tokens, seed=config.seed)
+    sampling = Sampling(
+        config.temperature, config.top_p, max_tokens=config.max_tokens, seed=config.seed
+    )
+
     for stream in (sys.stdin, sys.stdout):
         if isinstance(stream, TextIOWrapper):
             stream.reconfigure(errors="replace")  # a stray byte must not end the session
+
     if isinstance(sys.stdin, TextIOWrapper):
         _decode(sys.stdin)
+
     history = _history() if config.history and sys.stdin.isatty() else None
-    if not chat(Chat(engine, tokenizer), sampling, config.system, meter=engine, history=history, plain=config.plain,
-                each_line=config.each_line, commands=config.commands):
+    if not chat(
+        Chat(engine, tokenizer),
+        sampling,
+        config.system,
+        meter=engine,
+        history=history,
+        plain=config.plain,
+        each_line=config.each_line,
+        commands=config.commands,
+    ):
         sys.exit(UserError.exit_code)
 
 
@@ -104,8 +125,10 @@ def _decode(source: TextIOWrapper) -> None:
     """Read a source in the encoding that it names, as files of Windows do."""
     if codecs.lookup(source.encoding).name == "ascii":
         source.reconfigure(encoding="utf-8")  # of which ASCII is a part
+
     if source.isatty() or not isinstance(source.buffer, BufferedReader):
         return
+
     head = source.buffer.peek(4)[:4]
     if encoding := "utf-8-sig" if head.startswith(codecs.BOM_UTF8) else marked(head):
         source.reconfigure(encoding=encoding)
@@ -120,15 +143,25 @@ def _history() -> History | None:
 
 
 def chat(
-    model: Chat, sampling: Sampling, system: str = "", *, source: TextIO | None = None, sink: TextIO | None = None,
-    meter: Meter | None = None, history: History | None = None, plain: bool = False, each_line: bool = False,
+    model: Chat,
+    sampling: Sampling,
+    system: str = "",
+    *,
+    source: TextIO | None = None,
+    sink: TextIO | None = None,
+    meter: Meter | None = None,
+    history: History | None = None,
+    plain: bool = False,
+    each_line: bool = False,
     commands: bool = False,
 ) -> bool:
-    """Converse until `source` (default stdin) ends or the user leaves; answers go to `sink` (default stdout).
+    """Converse until `source` (default stdin) ends or the user leaves; answers go to `sink`
+    (default stdout).
 
-    At a terminal `meter` tells how fast answers were, and what is written goes into `history`. On a pipe lines are text
-    unless `commands` are to be obeyed, and turns of one conversation unless `each_line` begins one. That conversation
-    may outgrow the context: it ends there. False if a line of a pipe could not be answered or obeyed.
+    At a terminal `meter` tells how fast answers were, and what is written goes into `history`. On a
+    pipe lines are text unless `commands` are to be obeyed, and turns of one conversation unless
+    `each_line` begins one. That conversation may outgrow the context: it ends there. False if a
+    line of a pipe could not be answered or obeyed.
     """
     source, sink = source or sys.stdin, sink or sys.stdout
     session = Session(model, sampling, system, display(sink, plain))
@@ -136,11 +169,13 @@ def chat(
         session.meter = meter
         _converse(session, history)
         return True
+
     session.complaint, session.commands, session.alone = "llama2: error: ", commands, each_line
     for line in source:
         session.turn(line)
         if not session.open or session.outgrown:
             break
+
     return not session.failed
 
 
@@ -150,9 +185,11 @@ def _converse(session: Session, history: History | None) -> None:
     except UserError as error:
         earlier, history = [], None
         _note(f"what you write is not remembered: {error}")
+
     ask = keyboard.recorded(history, keyboard.reader(earlier))
     session.editable = True
     _note("Type a message, or /help.")
+
     while session.open:
         try:
             session.turn(ask(session.draft))
@@ -180,36 +217,54 @@ class Meter:
             yield token
 
     def __str__(self) -> str:
-        seconds = self._ended - self._begun  # from the first token on: reading the prompt is another speed
-        speed = f", {(self.tokens - 1) / seconds:.1f} tokens/s" if self.tokens > 1 and seconds > 0 else ""
+        # from the first token on: reading the prompt is another speed
+        seconds = self._ended - self._begun
+        speed = (
+            f", {(self.tokens - 1) / seconds:.1f} tokens/s"
+            if self.tokens > 1 and seconds > 0
+            else ""
+        )
         return f"{self.tokens} token{'s' if self.tokens != 1 else ''}{speed}"
 
 
 class Session:
-    """One conversation and the commands that act on it. `open` turns False when the user asks to leave.
+    """One conversation and the commands that act on it. `open` turns False when the user asks to
+    leave.
 
-    `failed` tells whether a line could not be answered or obeyed; `complaint` stands before the note that says why.
-    `draft` is what the user's next message should begin with: the message that is being edited, where the source is
-    `editable`. `commands` tells whether lines may be commands, `alone` whether each message begins a conversation.
-    `outgrown` turns True when a message would have fitted into the context but for what had been said before.
+    `failed` tells whether a line could not be answered or obeyed; `complaint` stands before the
+    note that says why. `draft` is what the user's next message should begin with: the message that
+    is being edited, where the source is `editable`. `commands` tells whether lines may be commands,
+    `alone` whether each message begins a conversation. `outgrown` turns True when a message would
+    have fitted into the context but for what had been said before.
     """
 
-    def __init__(self, model: Chat, sampling: Sampling, system: str, show: Callable[[], Display]) -> None:
-        self.open, self.failed, self.complaint, self.draft, self.editable = True, False, "", "", False
+    def __init__(
+        self, model: Chat, sampling: Sampling, system: str, show: Callable[[], Display]
+    ) -> None:
+        self.open, self.failed, self.complaint, self.draft, self.editable = (
+            True,
+            False,
+            "",
+            "",
+            False,
+        )
         self.commands, self.alone, self.outgrown = True, False, False
         self.turns: list[Message] = []
         self.meter: Meter | None = None
         self._model, self._sampling, self._system = model, sampling, system
         self._show = show
         self._asked = 0
-        self._last: tuple[str, list[Message]] | None = None  # the last message and what had been said before it
+        # the last message and what had been said before it
+        self._last: tuple[str, list[Message]] | None = None
 
     def turn(self, line: str) -> None:
-        """Obey a command or answer a message; whatever the user can cause becomes a note, and the session goes on."""
+        """Obey a command or answer a message; whatever the user can cause becomes a note, and the
+        session goes on."""
         line = line.strip()
         editing, self.draft = bool(self.draft), ""
         if not line or not self.open:
             return
+
         command = _COMMAND.match(line) if self.commands else None
         try:
             if command:
@@ -217,6 +272,7 @@ class Session:
             else:
                 if self.alone:
                     self._begin()
+
                 self._answer(line, self._earlier()[1] if editing else self.turns)
         except UserError as error:
             self.failed = True
@@ -251,6 +307,7 @@ class Session:
     def _earlier(self) -> tuple[str, list[Message]]:
         if not self._last:
             raise UserError("nothing has been said yet", "say something first")
+
         return self._last
 
     def _edit(self, text: str) -> None:
@@ -263,18 +320,22 @@ class Session:
             raise UserError("/edit needs the new text", "for example /edit Say it in one sentence")
 
     def _answer(self, text: str, before: list[Message]) -> None:
-        """Answer `text` said after `before`; if there is an answer, that becomes the conversation."""
+        """Answer `text` said after `before`; if there is an answer, that becomes the
+        conversation."""
         question = Message("user", text)
         self._last = text, list(before)
         self._asked += 1  # the same question asked again gets another answer
         sampling = replace(self._sampling, seed=self._sampling.seed + self._asked - 1)
+
         try:
             said = self._draw((*self._head(), *before, question), sampling)
         except UserError as error:
             if not before:
                 raise
+
             self.outgrown = self._model.fits((*self._head(), question))
             raise UserError(error.cause, self._room(error.cure)) from None
+
         if said is not None:
             self.turns = [*before, question, Message("assistant", said)]
 
@@ -282,37 +343,49 @@ class Session:
         """What to do about a conversation that has grown too long."""
         if self.commands:
             return f"{cure}, or /reset to forget the conversation"
-        return "the conversation ends here: --each-line answers every line alone" if self.outgrown else cure
+
+        return (
+            "the conversation ends here: --each-line answers every line alone"
+            if self.outgrown
+            else cure
+        )
 
     def _draw(self, messages: Messages, sampling: Sampling) -> str | None:
-        """Show an answer while it is drawn. At a terminal it may be interrupted: what there is then is kept, None if
-        nothing. On a pipe an interruption ends the command."""
+        """Show an answer while it is drawn. At a terminal it may be interrupted: what there is then
+        is kept, None if nothing. On a pipe an interruption ends the command."""
         said: list[str] = []
         screen = self._show()
         try:
             for part in self._model.reply_stream(messages, sampling):
                 said.append(part)
                 screen.add(part)
+
             screen.end()
         except KeyboardInterrupt:
             if said:
                 screen.end()
+
             if not self.editable:
                 raise
+
             _note("interrupted")
             if not said:
                 return None
         except BaseException:
             if said:
                 screen.end()  # leaves the terminal as it was
+
             raise
+
         if self.meter:
             _note(str(self.meter))
+
         return "".join(said)
 
     def _load(self, name: str) -> None:
         if not name:
             raise UserError("/load needs the name of a file", "for example /load talk.jsonl")
+
         path = files.at_home(Path(name))
         *_, dialog = records.read(Dialog, path)
         system = dialog.messages[0].role == "system"
@@ -326,6 +399,7 @@ class Session:
             raise UserError("/save needs the name of a file", "for example /save talk.jsonl")
         if not self.turns:
             raise UserError("there is no conversation to save", "say something first")
+
         path = files.at_home(Path(name))
         earlier = list(records.read(Dialog, path)) if path.exists() and path.stat().st_size else []
         count = records.write(path, [*earlier, Dialog((*self._head(), *self.turns))])

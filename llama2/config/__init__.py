@@ -11,4 +11,13 @@ from llama2.config.models import (
     paths,
 )
 
-__all__ = ["Config", "StageConfig", "build", "check_names", "derive", "incidentals", "parse", "paths"]
+__all__ = [
+    "Config",
+    "StageConfig",
+    "build",
+    "check_names",
+    "derive",
+    "incidentals",
+    "parse",
+    "paths",
+]

@@ -16,16 +16,19 @@ from llama2.errors import UserError
 def overrides(kind: Any, arguments: Sequence[str], under: Mapping[str, Any]) -> dict[str, Any]:
     """The flags as a nested mapping of `Flag`, spelt as the configuration `kind` spells its keys.
 
-    Several values make a list. A flag without a value is true, and `--section.no-key` false, where the key is true or
-    false and nothing else. `under` is what the flags are laid upon: a step that it has says what its keys are.
+    Several values make a list. A flag without a value is true, and `--section.no-key` false, where
+    the key is true or false and nothing else. `under` is what the flags are laid upon: a step that
+    it has says what its keys are.
     """
     nested: dict[str, Any] = {}
     given = _split(arguments)
-    for flag in sorted(given, key=lambda flag: not flag.name.endswith(".verb")):  # a verb says what else there is
+    # a verb says what else there is
+    for flag in sorted(given, key=lambda flag: not flag.name.endswith(".verb")):
         below = merge(under, nested)
         place, value = _read(kind, flag, below)
         _refuse_second(place, flag, nested)
         _put(nested, place.names, Flag(value, flag.name, flag.words))
+
     return nested
 
 
@@ -35,13 +38,20 @@ def _split(arguments: Sequence[str]) -> list[Flag]:
     closed = True  # `--key=value` takes no further words
     for argument in arguments:
         if argument.startswith("--") and argument != "--":
-            name, closed, word = argument.partition("=")[0], "=" in argument, argument.partition("=")[2]
+            name, closed, word = (
+                argument.partition("=")[0],
+                "=" in argument,
+                argument.partition("=")[2],
+            )
             found.append(Flag(None, name, (word,) if closed else ()))
         elif closed or argument == "--":
-            raise UserError(f"unexpected argument '{argument}'",
-                            "a recipe stands before all flags, and these look like --section.key value")
+            raise UserError(
+                f"unexpected argument '{argument}'",
+                "a recipe stands before all flags, and these look like --section.key value",
+            )
         else:
             found[-1] = Flag(None, found[-1].name, (*found[-1].words, argument))
+
     return found
 
 
@@ -56,24 +66,31 @@ def _read(kind: Any, flag: Flag, below: Mapping[str, Any]) -> tuple[schema.Place
     if len(flag.words) == 1:
         return place, schema.value_of(flag.words[0], place.kind)
     if not schema.takes_several(place.kind) and not schema.is_section(place.kind):
-        raise UserError(f"unexpected argument '{flag.words[1]}' behind {flag.name} {flag.words[0]}",
-                        "flags begin with two dashes" if re.match("-[A-Za-z]", flag.words[1]) else
-                        "a recipe stands before all flags; quote a value that has spaces")
+        raise UserError(
+            f"unexpected argument '{flag.words[1]}' behind {flag.name} {flag.words[0]}",
+            "flags begin with two dashes"
+            if re.match("-[A-Za-z]", flag.words[1])
+            else "a recipe stands before all flags; quote a value that has spaces",
+        )
+
     return place, schema.several(flag.words, place.kind)
 
 
-def _switched(kind: Any, flag: Flag, names: list[str], place: schema.Place, below: Mapping[str, Any]
-              ) -> tuple[schema.Place, bool]:
+def _switched(
+    kind: Any, flag: Flag, names: list[str], place: schema.Place, below: Mapping[str, Any]
+) -> tuple[schema.Place, bool]:
     """A flag without a value: true for its key, or false for the key behind `no-`."""
     last = names[-1].replace("_", "-")
     if place.kind is None and last.startswith("no-"):
         other = schema.find(kind, [*names[:-1], names[-1][3:]], below)
         if other.kind is not None and schema.takes_none(other.kind):
             return other, False
+
     if place.kind is None:
         raise mistakes.unknown_flag(kind, flag, below)
     if not schema.takes_none(place.kind):
         raise UserError(f"'{flag.name[2:]}' needs a value", f"write {schema.usage(place)}")
+
     return place, True
 
 
@@ -82,11 +99,19 @@ def _refuse_second(place: schema.Place, flag: Flag, nested: Mapping[str, Any]) -
     there: Any = nested
     for name in place.names:
         there = there.get(name) if isinstance(there, Mapping) else None
+
     lists = [kind for kind in schema.kinds(place.kind) if get_origin(kind) in (tuple, list)]
-    if isinstance(there, Flag) and (lists or Path in schema.kinds(place.kind)) and place.names != ("out",):
-        raise UserError(f"{flag.name} is given twice ({there.typed()}, {flag.typed()})",
-                        f"give all behind one: {flag.name} {there.typed()} {flag.typed()}" if lists else
-                        "leave one out, or give the second another name")
+    if (
+        isinstance(there, Flag)
+        and (lists or Path in schema.kinds(place.kind))
+        and place.names != ("out",)
+    ):
+        raise UserError(
+            f"{flag.name} is given twice ({there.typed()}, {flag.typed()})",
+            f"give all behind one: {flag.name} {there.typed()} {flag.typed()}"
+            if lists
+            else "leave one out, or give the second another name",
+        )
 
 
 def _put(nested: dict[str, Any], names: Sequence[str], flag: Flag) -> None:
@@ -95,6 +120,8 @@ def _put(nested: dict[str, Any], names: Sequence[str], flag: Flag) -> None:
         nested = nested.setdefault(section, {})
         if isinstance(nested, Flag):
             raise UserError(f"{flag.name} and {nested.name} are both given", "leave one out")
+
     if isinstance(nested.get(key), dict):
         raise UserError(f"{flag.name} and a key below it are both given", "leave one out")
+
     nested[key] = flag

@@ -1,7 +1,8 @@
-"""What may stand where in a configuration: the fields below a place, and what a word typed there means.
+"""What may stand where in a configuration: the fields below a place, and what a word typed there
+means.
 
-A place is a list of names. Names of fields may be typed with dashes; names that users chose (of a set of data, a step,
-a parameter) are kept letter by letter.
+A place is a list of names. Names of fields may be typed with dashes; names that users chose (of a
+set of data, a step, a parameter) are kept letter by letter.
 """
 
 from __future__ import annotations
@@ -21,7 +22,8 @@ from llama2.config import yaml12
 
 @dataclass(frozen=True)
 class Place:
-    """Where a list of names leads: the names as they are spelt there, and the type of what stands there."""
+    """Where a list of names leads: the names as they are spelt there, and the type of what stands
+    there."""
 
     names: tuple[str, ...]
     kind: Any
@@ -53,12 +55,15 @@ def kinds(annotation: Any) -> tuple[Any, ...]:
         return kinds(arguments[0])
     if origin in (Union, UnionType):
         return tuple(kind for argument in arguments for kind in kinds(argument))
+
     return (annotation,)
 
 
 def models(annotation: Any) -> tuple[type[BaseModel], ...]:
     """The configurations among the alternatives of an annotation."""
-    return tuple(kind for kind in kinds(annotation) if isinstance(kind, type) and issubclass(kind, BaseModel))
+    return tuple(
+        kind for kind in kinds(annotation) if isinstance(kind, type) and issubclass(kind, BaseModel)
+    )
 
 
 def key_of(name: str, field: FieldInfo) -> str:
@@ -72,11 +77,13 @@ def spelt(kind: type[BaseModel], name: str) -> tuple[str, FieldInfo] | None:
     for own, field in kind.model_fields.items():
         if plain in (key_of(own, field), key_of(own, field).rstrip("_")):
             return key_of(own, field), field
+
     return None
 
 
 def inner(annotation: Any, name: str) -> tuple[str, Any, bool] | None:
-    """One step down: the name as it is spelt there, the type of what stands there, and whether it is a field's."""
+    """One step down: the name as it is spelt there, the type of what stands there, and whether it
+    is a field's."""
     for kind in kinds(annotation):
         if kind in models(kind):
             found = spelt(kind, name)
@@ -88,6 +95,7 @@ def inner(annotation: Any, name: str) -> tuple[str, Any, bool] | None:
             return name, item(kind, int(name)), False
         elif kind is Any:
             return name, Any, False
+
     return None
 
 
@@ -96,11 +104,13 @@ def item(kind: Any, index: int) -> Any:
     arguments = get_args(kind)
     if get_origin(kind) is tuple and arguments[-1] is not Ellipsis:
         return arguments[min(index, len(arguments) - 1)]
+
     return arguments[0]
 
 
 def find(root: Any, names: Sequence[str], values: Mapping[str, Any]) -> Place:
-    """Where `names` lead from the configuration `root`. A name that `values` has already may hold dots itself."""
+    """Where `names` lead from the configuration `root`. A name that `values` has already may hold
+    dots itself."""
     place, rest = Place((), root, ""), list(names)
     at: Any = values
     while rest:
@@ -108,19 +118,26 @@ def find(root: Any, names: Sequence[str], values: Mapping[str, Any]) -> Place:
         found = inner(place.kind, ".".join(rest[:width]))
         if found is None:
             return Place((*place.names, *rest), None, ".".join(filter(None, (place.flag, *rest))))
+
         name, annotation, is_field = found
         spelling = (*place.names, name)
         at = at.get(name) if isinstance(at, Mapping) else None
-        place = Place(spelling, root.kind_at(spelling, values) or annotation,
-                      ".".join(filter(None, (place.flag, dashed(name) if is_field else name))))
+        place = Place(
+            spelling,
+            root.kind_at(spelling, values) or annotation,
+            ".".join(filter(None, (place.flag, dashed(name) if is_field else name))),
+        )
         rest = rest[width:]
+
     return place
 
 
 def _width(annotation: Any, rest: Sequence[str], at: Any) -> int:
-    """How many of the names together are one key: several where the mapping has a key with dots in it."""
+    """How many of the names together are one key: several where the mapping has a key with dots in
+    it."""
     if any(get_origin(kind) is dict for kind in kinds(annotation)) and isinstance(at, Mapping):
         return next((count for count in range(len(rest), 1, -1) if ".".join(rest[:count]) in at), 1)
+
     return 1
 
 
@@ -130,7 +147,8 @@ def dashed(*names: str) -> str:
 
 
 def leaves(annotation: Any, prefix: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], Any]]:
-    """Every place below `annotation` that holds a value, with its type; NAME stands for a name the user chooses."""
+    """Every place below `annotation` that holds a value, with its type; NAME stands for a name the
+    user chooses."""
     inside = False
     for kind in kinds(annotation):
         if kind in models(kind):
@@ -140,6 +158,7 @@ def leaves(annotation: Any, prefix: tuple[str, ...] = ()) -> Iterator[tuple[tupl
         elif get_origin(kind) is dict and get_args(kind)[1] is not Any:
             inside = True
             yield from leaves(get_args(kind)[1], (*prefix, "NAME"))
+
     if not inside and prefix:
         yield prefix, annotation
 
@@ -163,11 +182,18 @@ def metavar(annotation: Any) -> str:
             return metavar(item(kind, 0))
         if kind in _METAVARS:
             return _METAVARS[kind]
+
     return "VALUE"
 
 
-_WORDS = {int: "a whole number", float: "a number", str: "text", Path: "a path", bool: "true or false",
-          NoneType: "null"}
+_WORDS = {
+    int: "a whole number",
+    float: "a number",
+    str: "text",
+    Path: "a path",
+    bool: "true or false",
+    NoneType: "null",
+}
 
 
 def wanted(annotation: Any) -> str:
@@ -182,12 +208,15 @@ def wanted(annotation: Any) -> str:
             words.append("a mapping")
         else:
             words.append(_WORDS.get(kind, "a value"))
+
     if "a number" in words:
         words = [word for word in words if word != "a whole number"]
+
     return " or ".join(filter(None, (", ".join(words[:-1]), words[-1])))
 
 
-# --- values ----------------------------------------------------------------------------------------------------------
+# --- values
+# ----------------------------------------------------------------------------------------------------------
 
 
 def takes_several(annotation: Any) -> bool:
@@ -208,11 +237,14 @@ def is_section(annotation: Any) -> bool:
 def several(words: Sequence[str], annotation: Any) -> Any:
     """The values of several words."""
     lists = [kind for kind in kinds(annotation) if get_origin(kind) in (tuple, list)]
-    return [value_of(word, item(lists[0], index) if lists else Any) for index, word in enumerate(words)]
+    return [
+        value_of(word, item(lists[0], index) if lists else Any) for index, word in enumerate(words)
+    ]
 
 
 def value_of(word: str, annotation: Any) -> Any:
-    """What `word` means where `annotation` stands: text where text is wanted, else what YAML makes of it."""
+    """What `word` means where `annotation` stands: text where text is wanted, else what YAML makes
+    of it."""
     options, value = kinds(annotation), yaml12.scalar(word)
     if word.lstrip()[:1] in ("{", "[") and (is_section(annotation) or takes_several(annotation)):
         return _in_brackets(word)
@@ -220,10 +252,16 @@ def value_of(word: str, annotation: Any) -> Any:
         return None
     if isinstance(value, bool) and bool in options:
         return value
-    if isinstance(value, (int, float)) and not isinstance(value, bool) and {int, float} & set(options):
-        return word if str in options and str(value) != word else value  # 1.10 is no 1.1 where both may be meant
+    if (
+        isinstance(value, (int, float))
+        and not isinstance(value, bool)
+        and {int, float} & set(options)
+    ):
+        # 1.10 is no 1.1 where both may be meant
+        return word if str in options and str(value) != word else value
     if str in options or Path in options or any(get_origin(kind) is Literal for kind in options):
         return word
+
     lists = [kind for kind in options if get_origin(kind) in (tuple, list)]
     return [value_of(word, item(lists[0], 0))] if lists else value
 
@@ -234,4 +272,5 @@ def _in_brackets(word: str) -> Any:
         value = yaml12.load(word)
     except yaml.YAMLError:
         return word
+
     return value if isinstance(value, (dict, list)) else word

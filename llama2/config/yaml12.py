@@ -1,9 +1,10 @@
 """YAML as its version 1.2 reads it: the core schema (https://yaml.org/spec/1.2.2/, section 10.3.2).
 
-PyYAML reads version 1.1, where `yes` is true, `010` is 8, `4:20` is 260 and `1e-4` is text. Here a word is a number,
-true, false or null where the core schema says so, and text everywhere else. Keys are names: `2023:` and `null:` are
-text, as they were written. A key given twice is an error, and so is a file that grows beyond measure when its aliases
-are written out. Merge keys (`<<: *other`) are kept from version 1.1.
+PyYAML reads version 1.1, where `yes` is true, `010` is 8, `4:20` is 260 and `1e-4` is text. Here a
+word is a number, true, false or null where the core schema says so, and text everywhere else. Keys
+are names: `2023:` and `null:` are text, as they were written. A key given twice is an error, and so
+is a file that grows beyond measure when its aliases are written out. Merge keys (`<<: *other`) are
+kept from version 1.1.
 """
 
 from __future__ import annotations
@@ -29,7 +30,9 @@ _TAG = "tag:yaml.org,2002:"
 _NULL = re.compile(r"^(~|null|Null|NULL|)$")
 _BOOL = re.compile(r"^(true|True|TRUE|false|False|FALSE)$")
 _INT = re.compile(r"^([-+]?[0-9]+|0o[0-7]+|0x[0-9a-fA-F]+)$")
-_FLOAT = re.compile(r"^([-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?|[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN))$")
+_FLOAT = re.compile(
+    r"^([-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?|[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN))$"
+)
 
 
 class _Loader(yaml.SafeLoader):
@@ -46,19 +49,28 @@ class _Loader(yaml.SafeLoader):
         """A node of the tree, whose depth and size with all aliases written out are bounded."""
         if self.depth == DEEPEST:
             raise _error(f"more than {DEEPEST} levels of nesting", self.get_mark())
+
         self.depth += 1
         node = super().compose_node(parent, index)
         self.depth -= 1
+
         if node is not None:
-            self.sizes[id(node)] = size = 1 + sum(self.sizes.get(id(child), 1) for child in _children(node))
+            self.sizes[id(node)] = size = 1 + sum(
+                self.sizes.get(id(child), 1) for child in _children(node)
+            )
             if size > MOST:
-                raise _error(f"with its aliases written out it holds more than {MOST:,} values", node.start_mark)
+                raise _error(
+                    f"with its aliases written out it holds more than {MOST:,} values",
+                    node.start_mark,
+                )
+
         return node
 
 
 def _children(node: yaml.Node) -> list[yaml.Node]:
     if isinstance(node, yaml.MappingNode):
         return [part for pair in node.value for part in pair]
+
     return list(node.value) if isinstance(node, yaml.SequenceNode) else []
 
 
@@ -69,6 +81,7 @@ def _error(problem: str, mark: Any) -> yaml.MarkedYAMLError:
 def _mapping(loader: _Loader, node: yaml.Node) -> dict[str, Any]:
     if not isinstance(node, yaml.MappingNode):
         raise _error("this is no mapping", node.start_mark)
+
     seen: set[Hashable] = set()
     for key, _ in node.value:
         if key.tag == f"{_TAG}merge":  # `<<: *other`: its keys may be overridden
@@ -77,7 +90,9 @@ def _mapping(loader: _Loader, node: yaml.Node) -> dict[str, Any]:
             raise _error("a list or mapping is no key", key.start_mark)
         if key.value in seen:
             raise _error(f"the key '{key.value}' is given twice", key.start_mark)
+
         seen.add(_text(loader, key))
+
     loader.flatten_mapping(node)
     return {key.value: loader.construct_object(value, deep=True) for key, value in node.value}
 
@@ -85,12 +100,14 @@ def _mapping(loader: _Loader, node: yaml.Node) -> dict[str, Any]:
 def _list(loader: _Loader, node: yaml.Node) -> list[Any]:
     if not isinstance(node, yaml.SequenceNode):
         raise _error("this is no list", node.start_mark)
+
     return [loader.construct_object(item, deep=True) for item in node.value]
 
 
 def _word(node: yaml.Node) -> str:
     if not isinstance(node, yaml.ScalarNode):
         raise _error("a list or mapping where its tag says otherwise", node.start_mark)
+
     return str(node.value)
 
 
@@ -98,6 +115,7 @@ def _text(loader: _Loader, node: yaml.Node) -> str:
     text = _word(node)
     if any("\ud800" <= character <= "\udfff" for character in text):
         raise _error("half of a character, written as \\ud800 to \\udfff", node.start_mark)
+
     return text
 
 
@@ -111,6 +129,7 @@ def _bool(loader: _Loader, node: yaml.Node) -> bool:
     text = _word(node)
     if not _BOOL.match(text):
         raise _error(f"'{text[:40]}' is neither true nor false", node.start_mark)
+
     return text.lower() == "true"
 
 
@@ -132,7 +151,9 @@ def _float(loader: _Loader, node: yaml.Node) -> float:
 
 
 def _foreign(loader: _Loader, node: yaml.Node) -> Any:
-    raise _error(f"a recipe has no use for the tag '{node.tag.replace(_TAG, '!!')}'", node.start_mark)
+    raise _error(
+        f"a recipe has no use for the tag '{node.tag.replace(_TAG, '!!')}'", node.start_mark
+    )
 
 
 _Loader.yaml_constructors = {
@@ -145,9 +166,13 @@ _Loader.yaml_constructors = {
     f"{_TAG}map": _mapping,
     None: _foreign,
 }
-for _name, _pattern, _first in (("null", _NULL, ["~", "n", "N", ""]), ("bool", _BOOL, list("tTfF")),
-                                ("int", _INT, list("-+0123456789")), ("float", _FLOAT, list("-+.0123456789")),
-                                ("merge", re.compile("^<<$"), ["<"])):
+for _name, _pattern, _first in (
+    ("null", _NULL, ["~", "n", "N", ""]),
+    ("bool", _BOOL, list("tTfF")),
+    ("int", _INT, list("-+0123456789")),
+    ("float", _FLOAT, list("-+.0123456789")),
+    ("merge", re.compile("^<<$"), ["<"]),
+):
     _Loader.add_implicit_resolver(f"{_TAG}{_name}", _pattern, _first)
 
 
@@ -180,6 +205,7 @@ def scalar(text: str) -> Any:
             return load(text)
         except yaml.YAMLError:
             return text
+
     return text
 
 
@@ -187,14 +213,23 @@ def _explained(path: Path, text: str, error: yaml.YAMLError) -> UserError:
     """What is wrong with a recipe, with its line, in the words of whoever writes one."""
     if isinstance(error, yaml.reader.ReaderError):
         line = text.count("\n", 0, error.position) + 1
-        return UserError(f"{path}:{line}: a character that no text has (code {error.character})", "take it out")
-    mark, problem = getattr(error, "problem_mark", None), getattr(error, "problem", None) or str(error)
+        return UserError(
+            f"{path}:{line}: a character that no text has (code {error.character})", "take it out"
+        )
+
+    mark, problem = (
+        getattr(error, "problem_mark", None),
+        getattr(error, "problem", None) or str(error),
+    )
     cure = "mend the line"
     if "found another document" in problem:
         problem, cure = "a second document begins here", "a recipe is one: take out the line '---'"
     elif "'\\t'" in problem:
         problem, cure = "a tab stands where YAML takes spaces alone", "write spaces"
-    return UserError(f"{path}{f':{mark.line + 1}' if mark else ''}: not valid YAML ({problem})", cure)
+
+    return UserError(
+        f"{path}{f':{mark.line + 1}' if mark else ''}: not valid YAML ({problem})", cure
+    )
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
@@ -203,11 +238,17 @@ def read_yaml(path: Path) -> dict[str, Any]:
     try:
         value = load(text.decode("utf-8"))
     except UnicodeDecodeError as error:
-        raise UserError(f"{path}: not UTF-8 ({error.reason} at byte {error.start})", "save it as UTF-8") from None
+        raise UserError(
+            f"{path}: not UTF-8 ({error.reason} at byte {error.start})", "save it as UTF-8"
+        ) from None
     except yaml.YAMLError as error:
         raise _explained(path, text.decode("utf-8"), error) from None
+
     if value is None:
         return {}
     if not isinstance(value, dict):
-        raise UserError(f"{path}: a recipe is a mapping of keys to values", "write `key: value` lines")
+        raise UserError(
+            f"{path}: a recipe is a mapping of keys to values", "write `key: value` lines"
+        )
+
     return value

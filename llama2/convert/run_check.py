@@ -1,4 +1,5 @@
-"""`llama2 verify RUN`: whether a finished run, or every finished one of a recipe, still holds what it wrote.
+"""`llama2 verify RUN`: whether a finished run, or every finished one of a recipe, still holds what
+it wrote.
 
 All content is read. Using a run reads only its small files, and those whose size or time differs.
 """
@@ -18,11 +19,15 @@ def runs_at(path: Path) -> list[Path]:
     """The finished run at a path, or those of the recipe there; UserError if there are none."""
     if completion.home(path) == path:
         return [path]
+
     names = read_steps(path) if (path / STEPS).is_file() else []
     found = [path / name for name in names if completion.home(path / name) == path / name]
     if not found:
-        raise UserError(f"{path}: no finished run, nor a recipe's directory with some in it",
-                        "give one, or two checkpoints to compare: llama2 verify A B")
+        raise UserError(
+            f"{path}: no finished run, nor a recipe's directory with some in it",
+            "give one, or two checkpoints to compare: llama2 verify A B",
+        )
+
     return found
 
 
@@ -46,4 +51,5 @@ def show(path: Path, as_json: bool) -> int:
     else:
         for run, lines in found.items():
             print(*(lines or [f"{run}: all that this run wrote is there, unchanged"]), sep="\n")
+
     return 1 if any(found.values()) else 0

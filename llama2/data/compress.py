@@ -1,7 +1,8 @@
-"""Held-out text as bytes: what bits per byte are counted over, and what general compressors make of the same bytes.
+"""Held-out text as bytes: what bits per byte are counted over, and what general compressors make of
+the same bytes.
 
-A language model and a compressor are compared on the very targets that were scored. A document's end costs the model
-its EOS and the compressor a line break; neither counts as a byte of text.
+A language model and a compressor are compared on the very targets that were scored. A document's
+end costs the model its EOS and the compressor a line break; neither counts as a byte of text.
 """
 
 from __future__ import annotations
@@ -15,13 +16,15 @@ from llama2.tokenizer.tokenizer import Tokenizer
 
 
 def target_bytes(segment: Segment, tokenizer: Tokenizer) -> bytes:
-    """What the targets of a segment spell. The space that encoding puts in front of a document is none of its text."""
+    """What the targets of a segment spell. The space that encoding puts in front of a document is
+    none of its text."""
     text = b"".join(map(tokenizer.bytes_of, segment.ids[1:].tolist()))
     return text.removeprefix(b" ") if segment.ids[0] == tokenizer.bos else text
 
 
 class HeldoutText:
-    """The text of consecutive rows of a stream: its `size` in bytes, and the bits a byte that compressors need."""
+    """The text of consecutive rows of a stream: its `size` in bytes, and the bits a byte that
+    compressors need."""
 
     def __init__(self, rows: Iterable[Row], tokenizer: Tokenizer) -> None:
         documents: list[list[bytes]] = []
@@ -29,14 +32,22 @@ class HeldoutText:
             for segment in row:
                 if segment.ids[0] == tokenizer.bos or not documents:
                     documents.append([])
+
                 documents[-1].append(target_bytes(segment, tokenizer))
+
         texts = [b"".join(parts) for parts in documents]
         self.size = sum(map(len, texts))
-        self._text = b"\n".join(sorted(texts))  # no order is the model's: the compressor gets like beside like
+        # no order is the model's: the compressor gets like beside like
+        self._text = b"\n".join(sorted(texts))
 
     def bits_per_byte(self) -> dict[str, float]:
-        """Of `xz -9` and `bzip2 -9`: the bars that a language model should clear; nothing where there is no text."""
+        """Of `xz -9` and `bzip2 -9`: the bars that a language model should clear; nothing where
+        there is no text."""
         if not self.size:
             return {}
-        sizes = {"xz": len(lzma.compress(self._text, preset=9)), "bzip2": len(bz2.compress(self._text, 9))}
+
+        sizes = {
+            "xz": len(lzma.compress(self._text, preset=9)),
+            "bzip2": len(bz2.compress(self._text, 9)),
+        }
         return {f"{name}_bits_per_byte": 8 * size / self.size for name, size in sizes.items()}

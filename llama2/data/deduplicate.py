@@ -1,4 +1,5 @@
-"""Exact deduplication (§2.1): whole documents, and lines that many documents share. Memory holds hashes, never text."""
+"""Exact deduplication (§2.1): whole documents, and lines that many documents share. Memory holds
+hashes, never text."""
 
 from __future__ import annotations
 
@@ -14,17 +15,19 @@ _WORD = re.compile(r"\w+")
 
 
 def fingerprint(text: str) -> int:
-    """64 bits of a text's words: equal for texts that differ in case, punctuation or white space alone.
+    """64 bits of a text's words: equal for texts that differ in case, punctuation or white space
+    alone.
 
-    A text without words is told apart by its characters. Among 10 million texts, two different ones collide with
-    probability 3e-6.
+    A text without words is told apart by its characters. Among 10 million texts, two different ones
+    collide with probability 3e-6.
     """
     words = " ".join(_WORD.findall(text.casefold())) or text
     return int.from_bytes(hashlib.blake2b(words.encode(), digest_size=8).digest(), "little")
 
 
-def drop_duplicates(documents: Iterable[Document], counts: Counter[str] | None = None,
-                    seen: set[int] | None = None) -> Iterator[Document]:
+def drop_duplicates(
+    documents: Iterable[Document], counts: Counter[str] | None = None, seen: set[int] | None = None
+) -> Iterator[Document]:
     """The first document of each text. About 60 bytes of memory a document.
 
     Sources that share `seen` are deduplicated against one another.
@@ -36,18 +39,23 @@ def drop_duplicates(documents: Iterable[Document], counts: Counter[str] | None =
         if key in seen:
             counts["duplicate documents removed"] += 1
             continue
+
         seen.add(key)
         yield document
 
 
 def drop_repeated_lines(
-    documents: Iterable[Document], counts: Counter[str] | None = None, *, limit: int = 5, max_lines: int = 5_000_000
+    documents: Iterable[Document],
+    counts: Counter[str] | None = None,
+    *,
+    limit: int = 5,
+    max_lines: int = 5_000_000,
 ) -> Iterator[Document]:
     """The documents without lines that `limit` documents before them had: menus, footers, notices.
 
-    One pass: the first `limit` documents keep the line. At most `max_lines` different lines are remembered; beyond
-    that, those seen in the fewest documents are forgotten, which never removes a line too many. A document of which
-    nothing is left is dropped.
+    One pass: the first `limit` documents keep the line. At most `max_lines` different lines are
+    remembered; beyond that, those seen in the fewest documents are forgotten, which never removes a
+    line too many. A document of which nothing is left is dropped.
     """
     counts = Counter() if counts is None else counts
     seen: Counter[int] = Counter()
@@ -56,8 +64,10 @@ def drop_repeated_lines(
         keys = [fingerprint(line) if line.strip() else None for line in lines]
         kept = [line for line, key in zip(lines, keys) if key is None or seen[key] < limit]
         seen.update({key for key in keys if key is not None})
+
         if len(seen) > max_lines:
             seen = Counter(dict(seen.most_common(max_lines // 2)))
+
         counts["repeated lines removed"] += len(lines) - len(kept)
         if len(kept) == len(lines):
             yield document

@@ -1,7 +1,8 @@
-"""Read pretraining text (§2.1) from the formats people have: plain text, JSON Lines, parquet; files, folders, globs.
+"""Read pretraining text (§2.1) from the formats people have: plain text, JSON Lines, parquet;
+files, folders, globs.
 
-Everything streams but JSON: memory holds one document (one batch of rows for parquet) at a time. `files` decides what a
-path stands for; docs/formats.md describes the formats for users.
+Everything streams but JSON: memory holds one document (one batch of rows for parquet) at a time.
+`files` decides what a path stands for; docs/formats.md describes the formats for users.
 """
 
 from __future__ import annotations
@@ -22,15 +23,20 @@ Malformed = Literal["stop", "skip"]
 
 
 def read_documents(
-    paths: str | os.PathLike[str] | Iterable[str | os.PathLike[str]], *, split: Split = "file",
-    tally: Tally | None = None, malformed: Malformed = "stop", also: str = ""
+    paths: str | os.PathLike[str] | Iterable[str | os.PathLike[str]],
+    *,
+    split: Split = "file",
+    tally: Tally | None = None,
+    malformed: Malformed = "stop",
+    also: str = "",
 ) -> Iterator[Document]:
     """The documents of files, folders (searched through) and globs, in sorted order within each.
 
-    `split` says what one document of a plain text file is: the file, a paragraph (between blank lines) or a line.
-    `tally` counts documents read, rows left out as malformed, and files left out. UserError names the file and line
-    of what cannot be read, unless `malformed` rows are skipped, and a file or a whole set without any document; `also`
-    is a way out that it names beside its own.
+    `split` says what one document of a plain text file is: the file, a paragraph (between blank
+    lines) or a line. `tally` counts documents read, rows left out as malformed, and files left out.
+    UserError names the file and line of what cannot be read, unless `malformed` rows are skipped,
+    and a file or a whole set without any document; `also` is a way out that it names beside its
+    own.
     """
     tally = tally or Tally()
     found = files.filled(paths, _reader(split), "documents", "documents", tally)
@@ -47,25 +53,31 @@ def read_documents(
 def _reader(split: Split) -> Callable[[File], Iterator[Document | Bad]]:
     def read(file: File) -> Iterator[Document | Bad]:
         return _paragraphs(file, split) if file.kind == ".txt" else map(_document, files.rows(file))
+
     return read
 
 
 def _paragraphs(file: File, split: Split) -> Iterator[Document | Bad]:
-    """The documents of a plain text file. Blank lines at its ends, or around a paragraph, belong to none."""
+    """The documents of a plain text file. Blank lines at its ends, or around a paragraph, belong to
+    none."""
     held: list[str] = []
     flawed: Bad | None = None
     start = blank = 0
+
     for number, text, flaw in lines(file):
         if not text.strip():
             blank += 1
             continue
+
         if held and (split == "line" or (split == "paragraph" and blank)):
             yield flawed or _joined(file, held, start, split)
             held, flawed = [], None
+
         held += [""] * (blank if held else 0)
         start, blank = start if held else number, 0
         held.append(text)
         flawed = flawed or (Bad(f"{file.label}:{number}", flaw, TO_UTF8) if flaw else None)
+
     if held:
         yield flawed or _joined(file, held, start, split)
 
@@ -79,12 +91,24 @@ def _document(row: Row | Bad) -> Document | Bad:
     if isinstance(row, Bad):
         return row
     if not isinstance(row.value, dict):
-        return Bad(row.where, f"a {type(row.value).__name__}, not a JSON object", "each row must be one object")
+        return Bad(
+            row.where,
+            f"a {type(row.value).__name__}, not a JSON object",
+            "each row must be one object",
+        )
+
     fields = dict(row.value)
     text, name, metadata = (fields.pop(key, None) for key in ("text", "id", "metadata"))
     if not isinstance(text, str):
         said = "null" if text is None else f"a {type(text).__name__}"
         found = f"'text' is {said}" if "text" in row.value else f"no 'text' among {sorted(fields)}"
         return Bad(row.where, found, "each document needs a string 'text'")
-    extra = metadata if isinstance(metadata, dict) else {} if metadata is None else {"metadata": metadata}
+
+    extra = (
+        metadata
+        if isinstance(metadata, dict)
+        else {}
+        if metadata is None
+        else {"metadata": metadata}
+    )
     return Document(text, row.where if name is None else str(name), {**fields, **extra})

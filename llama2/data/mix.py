@@ -1,8 +1,10 @@
-"""The weighted mixture of sources (§2.1: "up-sampling the most factual sources"), exact to the document.
+"""The weighted mixture of sources (§2.1: "up-sampling the most factual sources"), exact to the
+document.
 
-Weights count tokens, not documents: at any point of the stream each source has given its share to within one
-document, for the next document always comes from the source that is furthest behind. Within a source every pass is a
-complete permutation before the next begins, so a source read 2.5 times shows each document two or three times.
+Weights count tokens, not documents: at any point of the stream each source has given its share to
+within one document, for the next document always comes from the source that is furthest behind.
+Within a source every pass is a complete permutation before the next begins, so a source read 2.5
+times shows each document two or three times.
 """
 
 from __future__ import annotations
@@ -21,7 +23,8 @@ Integers = npt.NDArray[np.int64]
 
 @dataclass(frozen=True)
 class Mixture:
-    """The order in which documents are read: entry n is document `document_N[n]` of source `names[source_N[n]]`."""
+    """The order in which documents are read: entry n is document `document_N[n]` of source
+    `names[source_N[n]]`."""
 
     names: tuple[str, ...]
     source_N: npt.NDArray[np.int32]
@@ -30,11 +33,14 @@ class Mixture:
     shares: dict[str, float]  # of all tokens drawn
 
 
-def mix(lengths: Mapping[str, Integers], weights: Mapping[str, float], tokens: int, seed: int) -> Mixture:
+def mix(
+    lengths: Mapping[str, Integers], weights: Mapping[str, float], tokens: int, seed: int
+) -> Mixture:
     """Draw documents until they hold `tokens` tokens.
 
-    `lengths[name]` are the tokens of each document of a source, `weights[name]` its share of the tokens (any scale).
-    The same arguments give the same order. UserError for sources without weight or text, and weights without source.
+    `lengths[name]` are the tokens of each document of a source, `weights[name]` its share of the
+    tokens (any scale). The same arguments give the same order. UserError for sources without weight
+    or text, and weights without source.
     """
     _check(lengths, weights)
     names = tuple(lengths)
@@ -47,12 +53,14 @@ def mix(lengths: Mapping[str, Integers], weights: Mapping[str, float], tokens: i
     sources: list[int] = []
     documents: list[int] = []
     total = 0
+
     while total < tokens:
         _, source = heapq.heappop(behind)
         epoch, place = cursors[source]
         if place == len(orders[source]):
             epoch, place = epoch + 1, 0
             orders[source] = _permutation(len(sizes[source]), seed, source, epoch)
+
         document = orders[source][place]
         cursors[source] = (epoch, place + 1)
         drawn[source] += sizes[source][document]
@@ -60,8 +68,11 @@ def mix(lengths: Mapping[str, Integers], weights: Mapping[str, float], tokens: i
         sources.append(source)
         documents.append(document)
         heapq.heappush(behind, (drawn[source] / weights[names[source]], source))
+
     return Mixture(
-        names, np.array(sources, dtype=np.int32), np.array(documents, dtype=np.int64),
+        names,
+        np.array(sources, dtype=np.int32),
+        np.array(documents, dtype=np.int64),
         {name: drawn[index] / present[index] for index, name in enumerate(names)},
         {name: drawn[index] / total for index, name in enumerate(names)},
     )
@@ -72,6 +83,7 @@ def mix_passes(lengths: Mapping[str, Integers], passes: Mapping[str, float], see
     sizes = {name: int(length_N.sum()) for name, length_N in lengths.items()}
     _check(lengths, passes)
     weights = {name: passes[name] * sizes[name] for name in lengths}
+
     return mix(lengths, weights, round(sum(weights.values())), seed)
 
 
@@ -82,12 +94,18 @@ def _permutation(count: int, seed: int, source: int, epoch: int) -> list[int]:
 
 def _check(lengths: Mapping[str, Integers], weights: Mapping[str, float]) -> None:
     if lengths.keys() != weights.keys():
-        raise UserError(f"the sources are {', '.join(lengths)}, but weights are given for {', '.join(weights)}",
-                        "give each source one weight")
+        raise UserError(
+            f"the sources are {', '.join(lengths)}, but weights are given for {', '.join(weights)}",
+            "give each source one weight",
+        )
+
     for name, length_N in lengths.items():
         if not int(length_N.sum()):
             raise UserError(f"the source '{name}' holds no tokens", "remove it, or check its files")
         if not 0 <= weights[name] < float("inf"):
-            raise UserError(f"the weight of the source '{name}' is {weights[name]}", "weights are 0 or more")
+            raise UserError(
+                f"the weight of the source '{name}' is {weights[name]}", "weights are 0 or more"
+            )
+
     if not any(weights.values()):
         raise UserError("all sources have weight 0", "give one of them a weight")

@@ -1,8 +1,10 @@
-"""Rows of equal length from texts and dialogs (§2.1, §3.1: "we concatenate all the prompts and answers").
+"""Rows of equal length from texts and dialogs (§2.1, §3.1: "we concatenate all the prompts and
+answers").
 
-A *segment* is a document, dialog, or piece of one: n ids of which n - 1 are inputs and the n - 1 that follow them are
-targets. A row is a list of segments. Segments never see one another: each has its number in documents_BT and its
-positions begin at 0, so a packed row gives the same loss as its segments one by one.
+A *segment* is a document, dialog, or piece of one: n ids of which n - 1 are inputs and the n - 1
+that follow them are targets. A row is a list of segments. Segments never see one another: each has
+its number in documents_BT and its positions begin at 0, so a packed row gives the same loss as its
+segments one by one.
 
 Shapes: B rows, T places in a row, N documents.
 """
@@ -24,7 +26,8 @@ Batch = dict[str, Tensor]
 
 @dataclass(frozen=True)
 class Segment:
-    """`ids` and, for each, whether it is to be predicted under loss (the first never is: nothing comes before it)."""
+    """`ids` and, for each, whether it is to be predicted under loss (the first never is: nothing
+    comes before it)."""
 
     ids: npt.NDArray[np.int64]
     mask: npt.NDArray[np.bool_]
@@ -48,26 +51,33 @@ class Packed:
 def shortened(ids: Sequence[int], mask: Sequence[bool], sequence_length: int) -> Segment | None:
     """A segment of at most `sequence_length` places; None where nothing in it carries loss.
 
-    A longer one loses its right end: what remains keeps its system prompt and context, and an answer cut in the middle
-    does not teach a false end.
+    A longer one loses its right end: what remains keeps its system prompt and context, and an
+    answer cut in the middle does not teach a false end.
     """
-    segment = Segment(np.array(ids[: sequence_length + 1], np.int64), np.array(mask[: sequence_length + 1], bool))
+    segment = Segment(
+        np.array(ids[: sequence_length + 1], np.int64), np.array(mask[: sequence_length + 1], bool)
+    )
     return segment if segment.mask[1:].any() else None
 
 
 def pack(segments: Sequence[Segment], sequence_length: int) -> Packed:
-    """Pack segments into rows of `sequence_length` places, each into the fullest row that still has room."""
-    rows = [[segments[index] for index in row] for row in best_fit([len(segment) for segment in segments],
-                                                                    sequence_length)]
+    """Pack segments into rows of `sequence_length` places, each into the fullest row that still has
+    room."""
+    rows = [
+        [segments[index] for index in row]
+        for row in best_fit([len(segment) for segment in segments], sequence_length)
+    ]
     used = sum(len(segment) for segment in segments)
     return Packed(rows, used / (len(rows) * sequence_length) if rows else 0.0)
 
 
 def best_fit(sizes: Sequence[int], capacity: int) -> list[list[int]]:
-    """Indices of `sizes` in bins of `capacity`: longest first, each into the fullest bin that has room."""
+    """Indices of `sizes` in bins of `capacity`: longest first, each into the fullest bin that has
+    room."""
     bins: list[list[int]] = []
     by_space: list[list[int]] = [[] for _ in range(capacity + 1)]
     spaces = 0  # bit s is set where a bin with space s exists
+
     for index in sorted(range(len(sizes)), key=lambda index: -sizes[index]):
         fitting = spaces >> sizes[index]
         if fitting:
@@ -78,30 +88,44 @@ def best_fit(sizes: Sequence[int], capacity: int) -> list[list[int]]:
         else:
             space, chosen = capacity, len(bins)
             bins.append([])
+
         bins[chosen].append(index)
         left = space - sizes[index]
         by_space[left].append(chosen)
         spaces |= 1 << left
+
     return bins
 
 
 class TextRows(Sequence[Row]):
-    """The rows of a pretraining stream: documents in the given order, cut into rows of `sequence_length` places.
+    """The rows of a pretraining stream: documents in the given order, cut into rows of
+    `sequence_length` places.
 
-    Nothing is copied before a row is asked for. Each id but the first of each document is a target exactly once; a
-    document that a row's end cuts goes on in the next row as a segment of its own.
+    Nothing is copied before a row is asked for. Each id but the first of each document is a target
+    exactly once; a document that a row's end cuts goes on in the next row as a segment of its own.
 
-    `shards` are the sources; document n of the stream is document `document_N[n]` of `shards[source_N[n]]` (as in
-    `mix.Mixture`).
+    `shards` are the sources; document n of the stream is document `document_N[n]` of
+    `shards[source_N[n]]` (as in `mix.Mixture`).
     """
 
-    def __init__(self, shards: Sequence[Shards], source_N: npt.NDArray[np.int32], document_N: npt.NDArray[np.int64],
-                 sequence_length: int) -> None:
-        self._shards, self._source_N, self._document_N, self._length = shards, source_N, document_N, sequence_length
+    def __init__(
+        self,
+        shards: Sequence[Shards],
+        source_N: npt.NDArray[np.int32],
+        document_N: npt.NDArray[np.int64],
+        sequence_length: int,
+    ) -> None:
+        self._shards, self._source_N, self._document_N, self._length = (
+            shards,
+            source_N,
+            document_N,
+            sequence_length,
+        )
         places_N = np.zeros(len(source_N), np.int64)
         for index, shard in enumerate(shards):
             here_N = source_N == index
             places_N[here_N] = shard.lengths_N[document_N[here_N]] - 1
+
         self._ends_N = np.cumsum(places_N)
 
     @property
@@ -115,9 +139,11 @@ class TextRows(Sequence[Row]):
     def __getitem__(self, row: int) -> list[Segment]:  # type: ignore[override]  # rows are not sliced
         if not 0 <= row < len(self):
             raise IndexError(row)
+
         place, end = row * self._length, min((row + 1) * self._length, self.places)
         number = int(np.searchsorted(self._ends_N, place, side="right"))
         segments: list[Segment] = []
+
         while place < end:
             start = int(self._ends_N[number - 1]) if number else 0
             stop = min(int(self._ends_N[number]), end)
@@ -125,23 +151,30 @@ class TextRows(Sequence[Row]):
             ids = document[place - start : stop - start + 1].astype(np.int64)
             segments.append(Segment(ids, np.ones(len(ids), bool)))
             place, number = stop, number + 1
+
         return segments
 
 
-def collate(rows: Sequence[Row], sequence_length: int | None = None, *, separate: bool = True) -> Batch:
+def collate(
+    rows: Sequence[Row], sequence_length: int | None = None, *, separate: bool = True
+) -> Batch:
     """Rows as a batch, padded at the right to `sequence_length` or to the longest row.
 
-    tokens_BT, targets_BT int64; weights_BT float32, 1 where the target carries loss; documents_BT (number of the
-    segment within its row; padding counts as one more) and positions_BT (place within the segment) int64; read_B int64,
-    the places of a row that hold a token. With `separate` off documents and positions are left out, and segments of a
-    row see those before them.
+    tokens_BT, targets_BT int64; weights_BT float32, 1 where the target carries loss; documents_BT
+    (number of the segment within its row; padding counts as one more) and positions_BT (place
+    within the segment) int64; read_B int64, the places of a row that hold a token. With `separate`
+    off documents and positions are left out, and segments of a row see those before them.
     """
     read_B = np.array([sum(len(segment) for segment in row) for row in rows], np.int64)
     longest = int(read_B.max())
     shape = (len(rows), sequence_length or longest)
+
     if longest > shape[1]:
         raise ValueError(f"a row of {longest} places in a batch of {shape[1]}")
-    tokens_BT, targets_BT, documents_BT, positions_BT = (np.zeros(shape, np.int64) for _ in range(4))
+
+    tokens_BT, targets_BT, documents_BT, positions_BT = (
+        np.zeros(shape, np.int64) for _ in range(4)
+    )
     weights_BT = np.zeros(shape, np.float32)
     for index, row in enumerate(rows):
         place = 0
@@ -153,9 +186,17 @@ def collate(rows: Sequence[Row], sequence_length: int | None = None, *, separate
             documents_BT[index, here] = number
             positions_BT[index, here] = np.arange(len(segment))
             place += len(segment)
+
         documents_BT[index, place:] = len(row)
         positions_BT[index, place:] = np.arange(shape[1] - place)
-    batch = {"tokens_BT": tokens_BT, "targets_BT": targets_BT, "weights_BT": weights_BT, "read_B": read_B}
+
+    batch = {
+        "tokens_BT": tokens_BT,
+        "targets_BT": targets_BT,
+        "weights_BT": weights_BT,
+        "read_B": read_B,
+    }
     if separate:
         batch |= {"documents_BT": documents_BT, "positions_BT": positions_BT}
+
     return {name: torch.from_numpy(array) for name, array in batch.items()}

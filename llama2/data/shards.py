@@ -1,4 +1,5 @@
-"""Tokenized documents on disk: memory-mapped shards that training reads at any place without loading them.
+"""Tokenized documents on disk: memory-mapped shards that training reads at any place without
+loading them.
 
 A directory holds pairs of files and `index.json`, which is written last:
 
@@ -37,23 +38,30 @@ def write_shards(
     shard_tokens: int = 1 << 28,
     threads: int = 1,
 ) -> Shards:
-    """Tokenize documents into `directory`, a new shard every `shard_tokens` tokens; memory holds a few megabytes.
+    """Tokenize documents into `directory`, a new shard every `shard_tokens` tokens; memory holds a
+    few megabytes.
 
-    A directory without index (an interrupted run) is written afresh; one with an index is refused with UserError.
+    A directory without index (an interrupted run) is written afresh; one with an index is refused
+    with UserError.
     """
     directory = Path(directory)
     if (directory / INDEX).exists():
-        raise UserError(f"{directory}: already holds token shards", "remove them or choose another directory")
+        raise UserError(
+            f"{directory}: already holds token shards", "remove them or choose another directory"
+        )
+
     dtype = np.dtype("<u2" if tokenizer.vocab_size <= 1 << 16 else "<u4")
     files: list[dict[str, Any]] = []
     with explain_os_errors(directory):
         atomic.make(directory)
         encoded = _encode(documents, tokenizer, dtype, threads)
         document = next(encoded, None)
+
         while document is not None:
             number = len(files)
             ends: list[int] = []
             end, digest, name = 0, hashlib.sha256(), f"tokens-{number:05}.bin"
+
             with open(directory / f"{name}.tmp", "wb") as file:
                 while document is not None and end < shard_tokens:
                     content = document.tobytes()
@@ -62,17 +70,39 @@ def write_shards(
                     end += len(document)
                     ends.append(end)
                     document = next(encoded, None)
+
             atomic.replace(directory / f"{name}.tmp", directory / name)
-            ends_name, ends_content = f"documents-{number:05}.bin", np.array(ends, dtype="<i8").tobytes()
+            ends_name, ends_content = (
+                f"documents-{number:05}.bin",
+                np.array(ends, dtype="<i8").tobytes(),
+            )
             atomic.write_atomic(directory / ends_name, ends_content)
-            files.append({"tokens": name, "tokens_sha256": digest.hexdigest(), "token_count": end,
-                          "documents": ends_name, "documents_sha256": hashlib.sha256(ends_content).hexdigest(),
-                          "document_count": len(ends)})
+            files.append(
+                {
+                    "tokens": name,
+                    "tokens_sha256": digest.hexdigest(),
+                    "token_count": end,
+                    "documents": ends_name,
+                    "documents_sha256": hashlib.sha256(ends_content).hexdigest(),
+                    "document_count": len(ends),
+                }
+            )
+
         if not files:
-            raise UserError(f"{directory}: there are no documents to tokenize", "check the sources and cleaning rules")
-        index = {"version": _VERSION, "dtype": dtype.name, "vocab_size": tokenizer.vocab_size,
-                 "tokenizer": tokenizer.fingerprint, "files": files}
+            raise UserError(
+                f"{directory}: there are no documents to tokenize",
+                "check the sources and cleaning rules",
+            )
+
+        index = {
+            "version": _VERSION,
+            "dtype": dtype.name,
+            "vocab_size": tokenizer.vocab_size,
+            "tokenizer": tokenizer.fingerprint,
+            "files": files,
+        }
         atomic.write_atomic(directory / INDEX, dump(index))
+
     return Shards(directory, tokenizer)
 
 
@@ -93,34 +123,50 @@ def _encode(
         if size > _BATCH_BYTES:
             yield from flush(batch)
             batch, size = [], 0
+
     yield from flush(batch)
 
 
 class Shards:
     """The documents of a directory of shards, as memory-mapped arrays of ids.
 
-    With a tokenizer, UserError if the shards were made by another one. Missing or shortened files are named.
+    With a tokenizer, UserError if the shards were made by another one. Missing or shortened files
+    are named.
     """
 
-    def __init__(self, directory: str | os.PathLike[str], tokenizer: Tokenizer | None = None) -> None:
+    def __init__(
+        self, directory: str | os.PathLike[str], tokenizer: Tokenizer | None = None
+    ) -> None:
         self.directory = Path(directory)
         where = self.directory / INDEX
         self._index = json_files.json_object(where, "tokenize again")
+
         try:
             self.vocab_size: int = self._index["vocab_size"]
             self.fingerprint: str = self._index["tokenizer"]
-            dtype, version, files = self._index["dtype"], self._index["version"], self._index["files"]
+            dtype, version, files = (
+                self._index["dtype"],
+                self._index["version"],
+                self._index["files"],
+            )
         except KeyError as error:
-            raise UserError(f"{where}: not an index of token shards (it has no {error})", "tokenize again") from error
+            raise UserError(
+                f"{where}: not an index of token shards (it has no {error})", "tokenize again"
+            ) from error
+
         if version != _VERSION:
             raise UserError(f"{where}: version {version}, expected {_VERSION}", "tokenize again")
         if tokenizer is not None and tokenizer.fingerprint != self.fingerprint:
-            raise UserError(f"{self.directory}: these shards were made with another tokenizer "
-                            f"(sha256 {self.fingerprint[:12]}, yours {tokenizer.fingerprint[:12]})",
-                            "use the tokenizer they were made with, or tokenize again")
+            raise UserError(
+                f"{self.directory}: these shards were made with another tokenizer "
+                f"(sha256 {self.fingerprint[:12]}, yours {tokenizer.fingerprint[:12]})",
+                "use the tokenizer they were made with, or tokenize again",
+            )
+
         self._tokens = [self._map(file["tokens"], dtype, file["token_count"]) for file in files]
         self._ends = [self._map(file["documents"], "<i8", file["document_count"]) for file in files]
-        self._first = np.cumsum([0, *(len(ends) for ends in self._ends)])  # number of each shard's first document
+        # number of each shard's first document
+        self._first = np.cumsum([0, *(len(ends) for ends in self._ends)])
         self.tokens = sum(len(tokens) for tokens in self._tokens)
 
     def __len__(self) -> int:
@@ -132,28 +178,38 @@ class Shards:
         return np.concatenate([np.diff(ends, prepend=0) for ends in self._ends]).astype(np.int64)
 
     def document(self, number: int) -> npt.NDArray[Any]:
-        """Ids of document `number`, BOS and EOS included: a view of the file, not to be written to."""
+        """Ids of document `number`, BOS and EOS included: a view of the file, not to be written
+        to."""
         if not 0 <= number < len(self):
             raise IndexError(number)
+
         shard = int(np.searchsorted(self._first, number, side="right")) - 1
         ends, local = self._ends[shard], number - int(self._first[shard])
         return self._tokens[shard][int(ends[local - 1]) if local else 0 : int(ends[local])]
 
     def verify(self) -> None:
-        """Read every file and compare its sha256 with the index; UserError names the one that differs."""
+        """Read every file and compare its sha256 with the index; UserError names the one that
+        differs."""
         for file in self._index["files"]:
             for kind in ("tokens", "documents"):
                 path = self.directory / file[kind]
                 with explain_os_errors(path), open(path, "rb") as opened:
                     if hashlib.file_digest(opened, "sha256").hexdigest() != file[f"{kind}_sha256"]:
-                        raise UserError(f"{path}: its checksum differs from the index", "copy or tokenize it again")
+                        raise UserError(
+                            f"{path}: its checksum differs from the index",
+                            "copy or tokenize it again",
+                        )
 
     def _map(self, name: str, dtype: str, count: int) -> npt.NDArray[Any]:
         path, kind = self.directory / name, np.dtype(dtype).newbyteorder("<")
         with explain_os_errors(path):
             size = path.stat().st_size
             if size != count * kind.itemsize:
-                raise UserError(f"{path}: {size} bytes, expected {count * kind.itemsize}", "copy or tokenize it again")
+                raise UserError(
+                    f"{path}: {size} bytes, expected {count * kind.itemsize}",
+                    "copy or tokenize it again",
+                )
+
             return np.memmap(path, dtype=kind, mode="r")
 
 

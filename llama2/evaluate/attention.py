@@ -1,8 +1,10 @@
-"""The heat map of Figure 10 (§3.3): how much a model looks back at the instruction of the first turn.
+"""The heat map of Figure 10 (§3.3): how much a model looks back at the instruction of the first
+turn.
 
-For every answer token the largest attention over all layers and heads on each earlier token, neighbouring tokens
-binned. Fused kernels never form the attention weights, so they are computed again here from queries and keys, which
-a hook on each attention module provides; the model's code stays as it is.
+For every answer token the largest attention over all layers and heads on each earlier token,
+neighbouring tokens binned. Fused kernels never form the attention weights, so they are computed
+again here from queries and keys, which a hook on each attention module provides; the model's code
+stays as it is.
 
 Shapes: B = 1 row, T positions, H query heads, K key heads, E head dimension.
 """
@@ -27,7 +29,8 @@ MOST_BINS = 72
 
 @torch.no_grad()
 def largest(model: Llama, tokens: Sequence[int]) -> Tensor:
-    """The largest attention weight over layers and heads, [T, T] in fp32 on the CPU: row t looks at column s <= t."""
+    """The largest attention weight over layers and heads, [T, T] in fp32 on the CPU: row t looks at
+    column s <= t."""
     length = len(tokens)
     device = next(model.parameters()).device
     top_TT = torch.zeros(length, length, device=device)
@@ -37,24 +40,32 @@ def largest(model: Llama, tokens: Sequence[int]) -> Tensor:
         for weights_TT in weights(module, *arguments):
             torch.maximum(top_TT, weights_TT, out=top_TT)
 
-    handles = [module.register_forward_pre_hook(watch) for module in model.modules() if isinstance(module, Attention)]
+    handles = [
+        module.register_forward_pre_hook(watch)
+        for module in model.modules()
+        if isinstance(module, Attention)
+    ]
     try:
         model(torch.tensor([list(tokens)], device=device), head=False)
     finally:
         for handle in handles:
             handle.remove()
+
     return top_TT.cpu()
 
 
 def weights(attention: Attention, x_BTD: Tensor, context: Context) -> Iterator[Tensor]:
-    """softmax(q k / sqrt(E)) of one row under the causal mask, [T, T] in fp32, head after head: all of them at once
-    would be the largest tensor of an evaluation."""
+    """softmax(q k / sqrt(E)) of one row under the causal mask, [T, T] in fp32, head after head: all
+    of them at once would be the largest tensor of an evaluation."""
     rows, length, _ = x_BTD.shape
     q_HTE, k_KTE = (
-        rotate(project(x_BTD).view(rows, length, -1, attention.head_dim), context)[0].float().transpose(0, 1)
+        rotate(project(x_BTD).view(rows, length, -1, attention.head_dim), context)[0]
+        .float()
+        .transpose(0, 1)
         for project in (attention.q_proj, attention.k_proj)
     )
     later_TT = ~causal(length, x_BTD.device)
+
     for head, q_TE in enumerate(q_HTE):
         k_TE = k_KTE[head * len(k_KTE) // len(q_HTE)]
         scores_TT = q_TE @ k_TE.T * attention.head_dim**-0.5
@@ -62,10 +73,12 @@ def weights(attention: Attention, x_BTD: Tensor, context: Context) -> Iterator[T
 
 
 def binned(table_TT: Tensor, rows: Sequence[int], size: int) -> list[list[float]]:
-    """The given rows of a table, the largest value of each `size` neighbouring columns, rows in runs of `size` too."""
+    """The given rows of a table, the largest value of each `size` neighbouring columns, rows in
+    runs of `size` too."""
     chosen = table_TT[list(rows)]
     columns = torch.nn.functional.max_pool1d(chosen[None], size, ceil_mode=True)[0]
     both = torch.nn.functional.max_pool1d(columns.T[None], size, ceil_mode=True)[0].T
+
     return [[round(value, 4) for value in row] for row in both.tolist()]
 
 
@@ -75,39 +88,60 @@ Talk = tuple[Messages, str]
 
 @dataclass(frozen=True)
 class Look:
-    """How one model reads one conversation: the largest attention on the instruction where each answer begins, and the
-    binned map (rows: tokens of the answers; columns: all)."""
+    """How one model reads one conversation: the largest attention on the instruction where each
+    answer begins, and the binned map (rows: tokens of the answers; columns: all)."""
 
     starts: list[float]
     map: list[list[float]]
 
 
-def look(model: Llama, tokenizer: Tokenizer, talk: Talk, context: int, most_bins: int = MOST_BINS) -> Look:
+def look(
+    model: Llama, tokenizer: Tokenizer, talk: Talk, context: int, most_bins: int = MOST_BINS
+) -> Look:
     """One conversation as `model` reads it, as much of it as fits into `context`."""
     ids, answers = _tokens(tokenizer, talk, context)
     first, last = instruction_span(tokenizer, *talk)
     table_TT = _predicting(model, ids)
-    return Look([float(table_TT[turn[0], first:last].max()) for turn in _turns(answers)],
-                binned(table_TT, answers, _bin(ids, most_bins)))
+
+    return Look(
+        [float(table_TT[turn[0], first:last].max()) for turn in _turns(answers)],
+        binned(table_TT, answers, _bin(ids, most_bins)),
+    )
 
 
-def figure(looks: Mapping[str, Sequence[Look]], tokenizer: Tokenizer, talks: Sequence[Talk], context: int,
-           most_bins: int = MOST_BINS) -> dict[str, Any]:
-    """Figure 10 from what several models made of the same conversations: over all of them, how much the position that
-    begins each answer looks at the instruction, by turn; and of the one on which the last model differs most from the
-    first, the maps.
+def figure(
+    looks: Mapping[str, Sequence[Look]],
+    tokenizer: Tokenizer,
+    talks: Sequence[Talk],
+    context: int,
+    most_bins: int = MOST_BINS,
+) -> dict[str, Any]:
+    """Figure 10 from what several models made of the same conversations: over all of them, how much
+    the position that begins each answer looks at the instruction, by turn; and of the one on which
+    the last model differs most from the first, the maps.
     """
     names = list(looks)
-    differences = [sum(after.starts) - sum(before.starts) for after, before in zip(looks[names[-1]], looks[names[0]])]
+    differences = [
+        sum(after.starts) - sum(before.starts)
+        for after, before in zip(looks[names[-1]], looks[names[0]])
+    ]
     shown = differences.index(max(differences))
     ids, _ = _tokens(tokenizer, talks[shown], context)
     first, last = instruction_span(tokenizer, *talks[shown])
     size = _bin(ids, most_bins)
-    return {"names": names, "dialogs": len(talks),
-            "instruction_by_turn": {name: _mean_by_turn([one.starts for one in mine]) for name, mine in looks.items()},
-            "maps": {name: mine[shown].map for name, mine in looks.items()},
-            "bin": size, "instruction": talks[shown][1], "instruction_bins": [first / size, last / size],
-            "columns": [tokenizer.decode(ids[i: i + size]).strip() for i in range(0, len(ids), size)]}
+
+    return {
+        "names": names,
+        "dialogs": len(talks),
+        "instruction_by_turn": {
+            name: _mean_by_turn([one.starts for one in mine]) for name, mine in looks.items()
+        },
+        "maps": {name: mine[shown].map for name, mine in looks.items()},
+        "bin": size,
+        "instruction": talks[shown][1],
+        "instruction_bins": [first / size, last / size],
+        "columns": [tokenizer.decode(ids[i : i + size]).strip() for i in range(0, len(ids), size)],
+    }
 
 
 def _tokens(tokenizer: Tokenizer, talk: Talk, context: int) -> tuple[list[int], list[int]]:
@@ -128,7 +162,9 @@ def _predicting(model: Llama, ids: Sequence[int]) -> Tensor:
 
 def _mean_by_turn(found: Sequence[Sequence[float]]) -> list[float]:
     turns = max(map(len, found))
-    return [statistics.fmean(one[turn] for one in found if turn < len(one)) for turn in range(turns)]
+    return [
+        statistics.fmean(one[turn] for one in found if turn < len(one)) for turn in range(turns)
+    ]
 
 
 def instruction_span(tokenizer: Tokenizer, talk: Messages, instruction: str) -> tuple[int, int]:
@@ -138,9 +174,11 @@ def instruction_span(tokenizer: Tokenizer, talk: Messages, instruction: str) -> 
     for part in tokenizer.stream(opening):
         text += part
         ends.append(len(text))
+
     begin = text.find(instruction)
     if begin < 0:
         raise ValueError("the first turn does not hold the instruction")
+
     first = next(t for t, end in enumerate(ends) if end > begin)
     last = next(t for t, end in enumerate(ends) if end >= begin + len(instruction))
     return first, last + 1
@@ -154,4 +192,5 @@ def _turns(answers: Sequence[int]) -> list[list[int]]:
             turns[-1].append(position)
         else:
             turns.append([position])
+
     return turns

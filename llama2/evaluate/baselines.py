@@ -1,8 +1,9 @@
 """What a reward model has to beat: judges of answers that understand nothing.
 
-`by_length` prefers the longer answer (the shorter where safety was judged). `BagOfWords` is a logistic regression on
-which words an answer holds and on its length. Where they are as often right as a reward model, its accuracy shows no
-more than length and words. The paper compares with other reward models instead (Table 7).
+`by_length` prefers the longer answer (the shorter where safety was judged). `BagOfWords` is a
+logistic regression on which words an answer holds and on its length. Where they are as often right
+as a reward model, its accuracy shows no more than length and words. The paper compares with other
+reward models instead (Table 7).
 
 Shapes: N pairs, F features (words, and length as the last).
 """
@@ -21,7 +22,8 @@ WORDS = 1200
 MOST_PAIRS = 8192
 """pairs to learn from: more would hardly change 1,200 weights"""
 PENALTIES = (100.0, 30.0, 10.0, 3.0, 1.0)
-"""weights of the squared weights to choose from, the strongest first: few pairs need more, many clear ones less"""
+"""weights of the squared weights to choose from, the strongest first: few pairs need more, many
+clear ones less"""
 ITERATIONS = 20
 _WORD = re.compile(r"\w+")
 
@@ -30,19 +32,22 @@ Answers = tuple[str, str]
 
 
 def by_length(pairs: Iterable[tuple[Answers, bool]]) -> list[float]:
-    """1 where the longer answer was preferred (where the flag is set: the shorter), 0 where not, 0.5 for a tie."""
+    """1 where the longer answer was preferred (where the flag is set: the shorter), 0 where not,
+    0.5 for a tie."""
     marks = []
     for (chosen, rejected), shorter in pairs:
         longer = _sign(len(chosen) - len(rejected))
         marks.append(0.5 * (1 - longer if shorter else 1 + longer))
+
     return marks
 
 
 class BagOfWords:
     """Fitted to pairs: the difference of two answers' features decides.
 
-    Features: presence of the `WORDS` words that most answers hold, and the logarithm of the length. The penalty is the
-    one with the smallest loss on a fifth of the pairs after a fit to the rest. The same pairs give the same weights.
+    Features: presence of the `WORDS` words that most answers hold, and the logarithm of the length.
+    The penalty is the one with the smallest loss on a fifth of the pairs after a fit to the rest.
+    The same pairs give the same weights.
     """
 
     def __init__(self, pairs: Sequence[Answers]) -> None:
@@ -62,12 +67,18 @@ class BagOfWords:
                 for word in words(answer):
                     if word in self.places:
                         features_NF[row, self.places[word]] += sign
+
                 features_NF[row, -1] += sign * math.log1p(len(answer))
+
         return features_NF
 
     def judge(self, pairs: Sequence[Answers]) -> list[float]:
-        """1 where the preferred answer is preferred here too, 0 where not, 0.5 where nothing tells them apart."""
-        return [0.5 * (1 + _sign(margin)) for margin in (self.differences(pairs) @ self.weights_F).tolist()]
+        """1 where the preferred answer is preferred here too, 0 where not, 0.5 where nothing tells
+        them apart."""
+        return [
+            0.5 * (1 + _sign(margin))
+            for margin in (self.differences(pairs) @ self.weights_F).tolist()
+        ]
 
 
 def words(text: str) -> set[str]:
@@ -76,20 +87,24 @@ def words(text: str) -> set[str]:
 
 
 def best_penalty(features_NF: Tensor) -> float:
-    """The one of `PENALTIES` with the smallest loss on the first fifth of the pairs after a fit to the rest."""
+    """The one of `PENALTIES` with the smallest loss on the first fifth of the pairs after a fit to
+    the rest."""
     aside_MF, rest_NF = features_NF.tensor_split([len(features_NF) // 5])
     weights_F: Tensor | None = None
     losses = []
+
     for penalty in PENALTIES:
         weights_F = fit_logistic(rest_NF, penalty, weights_F)
         losses.append(_penalised(aside_MF, weights_F, 0.0))
+
     return PENALTIES[losses.index(min(losses))]
 
 
 def fit_logistic(features_NF: Tensor, penalty: float, start_F: Tensor | None = None) -> Tensor:
     """The weights that minimise sum log(1 + exp(-x w)) + penalty |w|^2 / 2, by Newton's method.
 
-    A step that makes it worse is halved; the function is convex, so a small enough one makes it better.
+    A step that makes it worse is halved; the function is convex, so a small enough one makes it
+    better.
     """
     weights_F = torch.zeros(features_NF.shape[1]) if start_F is None else start_F
     value = _penalised(features_NF, weights_F, penalty)
@@ -100,13 +115,16 @@ def fit_logistic(features_NF: Tensor, penalty: float, start_F: Tensor | None = N
         curvature_FF.diagonal().add_(penalty)
         step_F = torch.linalg.solve(curvature_FF, gradient_F)
         before = value
+
         for part in (1.0, 0.5, 0.25, 0.125, 0.0625):
             found = _penalised(features_NF, weights_F - part * step_F, penalty)
             if found < value:
                 weights_F, value = weights_F - part * step_F, found
                 break
+
         if before - value < 1e-6 * before:
             break
+
     return weights_F
 
 

@@ -1,4 +1,5 @@
-"""What readers and writers of binary files share: arrays at an offset, and files that appear whole or not at all."""
+"""What readers and writers of binary files share: arrays at an offset, and files that appear whole
+or not at all."""
 
 from __future__ import annotations
 
@@ -21,23 +22,28 @@ def in_single(number: float) -> float:
 
 
 def read_array(path: Path, place: str, dtype: str, offset: int, count: int) -> np.ndarray[Any, Any]:
-    """`count` numbers from `offset` on. UserError if the file ends before, which it did not when it was opened."""
+    """`count` numbers from `offset` on. UserError if the file ends before, which it did not when it
+    was opened."""
     with explain_os_errors(path):
         found = np.fromfile(path, dtype=dtype, count=count, offset=offset)
+
     if found.size != count:
         raise UserError(f"{place}: the file became shorter while it was read", FETCH_AGAIN)
+
     return found
 
 
 @contextmanager
 def replacing(file: Path) -> Iterator[IO[bytes]]:
-    """A file to write that takes the name `file` when the block ends, and vanishes if it ends with an error."""
+    """A file to write that takes the name `file` when the block ends, and vanishes if it ends with
+    an error."""
     temporary = file.with_name(f".{file.name}.tmp")
     with explain_os_errors(file):
         try:
             atomic.make(file.parent)
             with open(temporary, "wb") as stream:
                 yield stream
+
             atomic.replace(temporary, file)
         finally:
             temporary.unlink(missing_ok=True)

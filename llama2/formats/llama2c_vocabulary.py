@@ -1,7 +1,9 @@
-"""llama2.c's `tokenizer.bin`: the length of the longest item, then of each item its score, its length and its bytes.
+"""llama2.c's `tokenizer.bin`: the length of the longest item, then of each item its score, its
+length and its bytes.
 
-Its exporter writes a plain space for SentencePiece's mark, and BOS and EOS between line breaks, where no text can
-spell them. Kinds are not told: ids 0, 1, 2 are unknown, BOS and EOS, the next 256 the bytes, and the rest text.
+Its exporter writes a plain space for SentencePiece's mark, and BOS and EOS between line breaks,
+where no text can spell them. Kinds are not told: ids 0, 1, 2 are unknown, BOS and EOS, the next 256
+the bytes, and the rest text.
 """
 
 from __future__ import annotations
@@ -23,30 +25,49 @@ _FIRST_TEXT = len(_SPECIAL) + 256
 
 
 def pack(items: Sequence[Piece]) -> bytes:
-    """The content of tokenizer.bin. UserError for a vocabulary in another order than llama2.c takes for granted."""
+    """The content of tokenizer.bin. UserError for a vocabulary in another order than llama2.c takes
+    for granted."""
     kinds = [item.kind for item in items]
     if kinds[:_FIRST_TEXT] != [UNKNOWN, CONTROL, CONTROL, *[BYTE] * 256]:
-        raise UserError("the tokenizer does not begin with unknown, BOS, EOS and the 256 bytes",
-                        "llama2.c takes this order for granted: export in another format")
+        raise UserError(
+            "the tokenizer does not begin with unknown, BOS, EOS and the 256 bytes",
+            "llama2.c takes this order for granted: export in another format",
+        )
     if other := next((item for item in items[_FIRST_TEXT:] if item.kind != NORMAL), None):
-        raise UserError(f"the tokenizer's item {other.text!r} is no plain text", "llama2.c has no other kinds: "
-                        "export in another format")
-    texts = [f"\n{item.text}\n" if item.kind == CONTROL else item.text.replace(SPACE, " ") for item in items]
+        raise UserError(
+            f"the tokenizer's item {other.text!r} is no plain text",
+            "llama2.c has no other kinds: export in another format",
+        )
+
+    texts = [
+        f"\n{item.text}\n" if item.kind == CONTROL else item.text.replace(SPACE, " ")
+        for item in items
+    ]
     rows = [text.encode() for text in texts]
-    body = b"".join(struct.pack("<fI", item.score, len(row)) + row for item, row in zip(items, rows))
+    body = b"".join(
+        struct.pack("<fI", item.score, len(row)) + row for item, row in zip(items, rows)
+    )
+
     return struct.pack("<I", max(map(len, rows))) + body
 
 
 def held(path: Path, size: int) -> Held:
     """A tokenizer.bin of `size` items as a SentencePiece model."""
-    return Held(str(path), functools.cache(lambda: sentencepiece_model.build(sentencepiece_model.Pieces(load(path, size)))))
+    return Held(
+        str(path),
+        functools.cache(
+            lambda: sentencepiece_model.build(sentencepiece_model.Pieces(load(path, size)))
+        ),
+    )
 
 
 def load(path: Path, size: int) -> list[Piece]:
-    """The items of a tokenizer.bin of `size` items. UserError if it has another number, or is no such file."""
+    """The items of a tokenizer.bin of `size` items. UserError if it has another number, or is no
+    such file."""
     data = json_files.content(path)
     found: list[tuple[str, float]] = []
     at = 4
+
     try:
         struct.unpack_from("<I", data)
         while at < len(data):
@@ -54,17 +75,30 @@ def load(path: Path, size: int) -> list[Piece]:
             at += 8 + length
             if at > len(data):
                 raise ValueError
+
             found.append((data[at - length : at].decode(), score))
     except (struct.error, ValueError):
-        raise UserError(f"{path}: truncated or damaged: item {len(found)} cannot be read", FETCH_AGAIN) from None
+        raise UserError(
+            f"{path}: truncated or damaged: item {len(found)} cannot be read", FETCH_AGAIN
+        ) from None
+
     if len(found) != size or size < _FIRST_TEXT:
-        raise UserError(f"{path}: it has {len(found)} items, the model {size}",
-                        "put the tokenizer.bin of this model beside it")
+        raise UserError(
+            f"{path}: it has {len(found)} items, the model {size}",
+            "put the tokenizer.bin of this model beside it",
+        )
     if [text for text, _ in found[1:3]] != ["\n<s>\n", "\n</s>\n"] or any(
-            text != f"<0x{byte:02X}>" for byte, (text, _) in enumerate(found[len(_SPECIAL):_FIRST_TEXT])):
-        raise UserError(f"{path}: it does not begin with unknown, BOS, EOS and the 256 bytes",
-                        "it is no tokenizer of llama2.c, or a damaged one")
+        text != f"<0x{byte:02X}>"
+        for byte, (text, _) in enumerate(found[len(_SPECIAL) : _FIRST_TEXT])
+    ):
+        raise UserError(
+            f"{path}: it does not begin with unknown, BOS, EOS and the 256 bytes",
+            "it is no tokenizer of llama2.c, or a damaged one",
+        )
+
     kinds = [BYTE] * 256 + [NORMAL] * (size - _FIRST_TEXT)
-    texts = [Piece(text.replace(" ", SPACE), score, kind)
-             for (text, score), kind in zip(found[len(_SPECIAL):], kinds, strict=True)]
+    texts = [
+        Piece(text.replace(" ", SPACE), score, kind)
+        for (text, score), kind in zip(found[len(_SPECIAL) :], kinds, strict=True)
+    ]
     return [*_SPECIAL, *texts]

@@ -18,7 +18,8 @@ SECONDS_BETWEEN_LINES = 10.0
 class Reading:
     """A bar with ETA on standard error, or a line every ten seconds where that is no terminal.
 
-    It follows the tensors of the sources that `watched` gives out; `total` is how many bytes will be read of them.
+    It follows the tensors of the sources that `watched` gives out; `total` is how many bytes will
+    be read of them.
     """
 
     def __init__(self, title: str, total: int) -> None:
@@ -28,14 +29,26 @@ class Reading:
 
     def __enter__(self) -> Reading:
         if sys.stderr.isatty():
-            self.bar = Progress(TextColumn("{task.description}"), BarColumn(), DownloadColumn(binary_units=True),
-                                TextColumn("ETA"), TimeRemainingColumn(), console=Console(stderr=True), transient=True)
+            self.bar = Progress(
+                TextColumn("{task.description}"),
+                BarColumn(),
+                DownloadColumn(binary_units=True),
+                TextColumn("ETA"),
+                TimeRemainingColumn(),
+                console=Console(stderr=True),
+                transient=True,
+            )
             self.bar.start()
             self.bar.add_task(self.title, total=self.total)
+
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-                 ) -> None:
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
         if self.bar is not None:
             self.bar.stop()
 
@@ -48,10 +61,15 @@ class Reading:
         if self.bar is not None:
             self.bar.update(self.bar.task_ids[0], completed=self.done)
             return
+
         now = time.monotonic()
         if now - self.printed >= SECONDS_BETWEEN_LINES:
             left = (now - self.begin) / self.done * (self.total - self.done)
-            print(f"{self.title}: {self.done / self.total:.0%}, ETA {left:.0f} s", file=sys.stderr, flush=True)
+            print(
+                f"{self.title}: {self.done / self.total:.0%}, ETA {left:.0f} s",
+                file=sys.stderr,
+                flush=True,
+            )
             self.printed = now
 
 

@@ -1,8 +1,9 @@
 """The safetensors format, read and written a tensor at a time.
 
-A file is the length of its header (8 bytes), the header (JSON: name -> dtype, shape, begin and end of its bytes) and
-the numbers. The safetensors package checks a header; its own writer wants all tensors of a file in memory at once, and
-whoever needs a checksum reads the file again. Here a tensor is written while the next is read and the last is hashed.
+A file is the length of its header (8 bytes), the header (JSON: name -> dtype, shape, begin and end
+of its bytes) and the numbers. The safetensors package checks a header; its own writer wants all
+tensors of a file in memory at once, and whoever needs a checksum reads the file again. Here a
+tensor is written while the next is read and the last is hashed.
 """
 
 from __future__ import annotations
@@ -27,33 +28,58 @@ from llama2.errors import UserError, explain_os_errors
 from llama2.formats.source import InOrder, Stored, read_ahead
 
 DTYPES = {
-    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64,
-    "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
-    "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2}
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+}
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 _PIECE = 2 << 20  # numbers read, converted and hashed at once
-_PART = 128 << 10  # bytes read or written at once: the system then keeps files in small blocks, which are at hand
+# bytes read or written at once: the system then keeps files in small blocks, which are at hand
+_PART = 128 << 10
 
 
 def entries(path: Path) -> dict[str, Stored]:
-    """The tensors of a safetensors file by name. UserError for a file that is truncated or none; reads no numbers."""
+    """The tensors of a safetensors file by name. UserError for a file that is truncated or none;
+    reads no numbers."""
     json_files.check(path)
     try:
         with explain_os_errors(path), open(path, "rb") as file:
             with safe_open(_utf8(path, file), framework="pt", device="cpu"):
                 pass  # the header is whole, and describes each byte of the file once
+
             length = int.from_bytes(file.read(8), "little")
             header = json.loads(file.read(length))
     except (SafetensorError, ValueError) as error:
-        raise UserError(f"{path}: truncated or not a safetensors file ({error})", "fetch it again") from None
+        raise UserError(
+            f"{path}: truncated or not a safetensors file ({error})", "fetch it again"
+        ) from None
+
     header.pop("__metadata__", None)
     found = {}
     for name, told in header.items():
         place = f"{path}: tensor '{name}'"
         if told["dtype"] not in DTYPES:
-            raise UserError(f"{place} is of the type {told['dtype']}", "quantized checkpoints cannot be loaded")
-        found[name] = _stored(path, place, DTYPES[told["dtype"]], tuple(told["shape"]),
-                              8 + length + told["data_offsets"][0])
+            raise UserError(
+                f"{place} is of the type {told['dtype']}", "quantized checkpoints cannot be loaded"
+            )
+
+        found[name] = _stored(
+            path,
+            place,
+            DTYPES[told["dtype"]],
+            tuple(told["shape"]),
+            8 + length + told["data_offsets"][0],
+        )
+
     return found
 
 
@@ -63,39 +89,61 @@ def _utf8(path: Path, file: BinaryIO) -> str:
         path.as_posix().encode()
     except UnicodeEncodeError:
         return f"/proc/self/fd/{file.fileno()}"
+
     return str(path)
 
 
-def _stored(path: Path, place: str, dtype: torch.dtype, shape: tuple[int, ...], offset: int, once: bool = False
-            ) -> Stored:
+def _stored(
+    path: Path,
+    place: str,
+    dtype: torch.dtype,
+    shape: tuple[int, ...],
+    offset: int,
+    once: bool = False,
+) -> Stored:
     def read() -> Tensor:
         tensor = torch.empty(shape, dtype=dtype)
         with explain_os_errors(path), open(path, "rb", buffering=0) as file:
             file.seek(offset)
             if not _fill(file, memory(tensor), once):
                 raise UserError(f"{place}: the file ends in it", "fetch it again")
+
         return tensor
 
     def parts() -> list[Stored]:
         count = math.prod(shape)
-        return [_stored(path, place, dtype, (min(_PIECE, count - start),), offset + start * dtype.itemsize, once=True)
-                for start in range(0, count, _PIECE)]
+        return [
+            _stored(
+                path,
+                place,
+                dtype,
+                (min(_PIECE, count - start),),
+                offset + start * dtype.itemsize,
+                once=True,
+            )
+            for start in range(0, count, _PIECE)
+        ]
+
     return Stored(shape, dtype, read if once else InOrder(read, parts), place)
 
 
 def _fill(file: FileIO, room: memoryview, once: bool) -> bool:
     """Read from where a file stands until `room` is full; False if the file ends before.
 
-    With `once` the operating system drops what it keeps of the file. Else a large copy fills all memory with what
-    nobody will read again, and where memory comes page by page from a hypervisor, that takes longer than the copy.
+    With `once` the operating system drops what it keeps of the file. Else a large copy fills all
+    memory with what nobody will read again, and where memory comes page by page from a hypervisor,
+    that takes longer than the copy.
     """
     while room:
         begin, count = file.tell(), file.readinto(room[:_PART])
         if not count:
             return False
+
         if once and hasattr(os, "posix_fadvise"):
             os.posix_fadvise(file.fileno(), begin, count, os.POSIX_FADV_DONTNEED)
+
         room = room[count:]
+
     return True
 
 
@@ -107,27 +155,33 @@ def memory(tensor: Tensor) -> memoryview:
 def write(path: Path, tensors: Mapping[str, Stored], dtype: torch.dtype | None = None) -> str:
     """Write a file of these tensors, converted to `dtype` if there is one; the SHA-256 of the file.
 
-    The widest numbers go first, so that each tensor begins at a multiple of their size, as readers expect.
+    The widest numbers go first, so that each tensor begins at a multiple of their size, as readers
+    expect.
     """
     kinds = {name: dtype or stored.dtype for name, stored in tensors.items()}
     order = sorted(tensors, key=lambda name: -kinds[name].itemsize)
     digest = hashlib.sha256()
+
     with explain_os_errors(path), open(path, "wb") as file, ThreadPoolExecutor(1) as other:
         header = _header([(name, kinds[name], tensors[name]) for name in order])
         file.write(header)
         digest.update(header)
         parts = [(part, kinds[name]) for name in order for part in tensors[name].parts()]
         ahead = read_ahead(part for part, _ in parts)
+
         for part, kind in parts:
             hashed: deque[Future[None]] = deque()
             for piece in _pieces(next(ahead), kind, part.place):
                 hashed.append(other.submit(digest.update, piece))
                 for start in range(0, len(piece), _PART):
                     file.write(piece[start : start + _PART])
+
                 del piece
                 if len(hashed) > 2:  # pieces that were converted are memory of their own
                     hashed.popleft().result()
+
             wait(hashed)
+
     return digest.hexdigest()
 
 
@@ -136,20 +190,29 @@ def _header(tensors: list[tuple[str, torch.dtype, Stored]]) -> bytes:
     end = 0
     for name, dtype, stored in tensors:
         begin, end = end, end + stored.numel * dtype.itemsize
-        described[name] = {"dtype": _NAMES[dtype], "shape": list(stored.shape), "data_offsets": [begin, end]}
+        described[name] = {
+            "dtype": _NAMES[dtype],
+            "shape": list(stored.shape),
+            "data_offsets": [begin, end],
+        }
+
     text = json.dumps(described, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     return len(text).to_bytes(8, "little") + text
 
 
 def _pieces(tensor: Tensor, dtype: torch.dtype, place: str) -> Iterator[memoryview]:
-    """The bytes of a tensor in pieces, each converted by itself, so that there is never a second copy of the whole."""
+    """The bytes of a tensor in pieces, each converted by itself, so that there is never a second
+    copy of the whole."""
     narrower = torch.finfo(dtype).max < torch.finfo(tensor.dtype).max
     for piece in tensor.detach().reshape(-1).split(_PIECE):  # type: ignore[no-untyped-call]
         converted = piece.to(dtype)
         if narrower and not is_finite(converted) and is_finite(piece):
-            raise UserError(f"{place}: a number is too large for {str(dtype).removeprefix('torch.')}",
-                            "convert it to bf16, which has the range of fp32")
+            raise UserError(
+                f"{place}: a number is too large for {str(dtype).removeprefix('torch.')}",
+                "convert it to bf16, which has the range of fp32",
+            )
+
         yield memory(converted)
 
 
@@ -157,5 +220,6 @@ def is_finite(tensor: Tensor) -> bool:
     """Whether no number is infinite or undefined; one pass, without a copy."""
     if not tensor.numel():
         return True
+
     least, most = torch.aminmax(tensor)  # of which undefined numbers become both
     return bool(torch.isfinite(least) & torch.isfinite(most))

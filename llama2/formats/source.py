@@ -1,8 +1,10 @@
-"""A checkpoint as it lies on disk, in whatever format: its shape, and tensors that are read one at a time.
+"""A checkpoint as it lies on disk, in whatever format: its shape, and tensors that are read one at
+a time.
 
-Every format has a reader that gives a `Source` and a writer that takes one, so each can be turned into each, and two
-copies in different formats can be compared. Names and layout of tensors are those of `Llama.state_dict` (Hugging
-Face's: rotary pairs lie half a head apart), whatever the file has.
+Every format has a reader that gives a `Source` and a writer that takes one, so each can be turned
+into each, and two copies in different formats can be compared. Names and layout of tensors are
+those of `Llama.state_dict` (Hugging Face's: rotary pairs lie half a head apart), whatever the file
+has.
 """
 
 from __future__ import annotations
@@ -24,7 +26,8 @@ SMALL = 32 << 20  # bytes that do not matter
 
 @dataclass(frozen=True)
 class Stored:
-    """A tensor that has not been read. `read` gives a copy of it on the CPU, which the caller may keep or drop."""
+    """A tensor that has not been read. `read` gives a copy of it on the CPU, which the caller may
+    keep or drop."""
 
     shape: tuple[int, ...]
     dtype: torch.dtype
@@ -41,13 +44,15 @@ class Stored:
         return self.numel * self.dtype.itemsize
 
     def parts(self) -> Sequence[Stored]:
-        """The same numbers as short flat tensors in turn, if the file has them so; for who goes through them once."""
+        """The same numbers as short flat tensors in turn, if the file has them so; for who goes
+        through them once."""
         return self.read.parts() if isinstance(self.read, InOrder) else (self,)
 
 
 @dataclass(frozen=True)
 class InOrder:
-    """How to read a tensor whose numbers lie in the file in their order: whole, or a part after another."""
+    """How to read a tensor whose numbers lie in the file in their order: whole, or a part after
+    another."""
 
     whole: Callable[[], Tensor]
     parts: Callable[[], Sequence[Stored]]
@@ -58,7 +63,8 @@ class InOrder:
 
 @dataclass(frozen=True)
 class Source:
-    """A checkpoint whose tensors are all there and have the shapes of `config`: a reader has checked that."""
+    """A checkpoint whose tensors are all there and have the shapes of `config`: a reader has
+    checked that."""
 
     path: Path
     format: str
@@ -74,7 +80,9 @@ class Source:
 
 
 def observed(source: Source, see: Callable[[Stored, Tensor], None]) -> Source:
-    """The same checkpoint; `see` is shown every tensor, or part of one, when it is read, and may refuse it."""
+    """The same checkpoint; `see` is shown every tensor, or part of one, when it is read, and may
+    refuse it."""
+
     def watched(stored: Stored) -> Stored:
         def read() -> Tensor:
             tensor = stored.read()
@@ -82,20 +90,28 @@ def observed(source: Source, see: Callable[[Stored, Tensor], None]) -> Source:
             return tensor
 
         if isinstance(stored.read, InOrder):
-            return replace(stored, read=InOrder(read, lambda: [watched(part) for part in stored.parts()]))
+            return replace(
+                stored, read=InOrder(read, lambda: [watched(part) for part in stored.parts()])
+            )
+
         return replace(stored, read=read)
-    return replace(source, tensors={name: watched(stored) for name, stored in source.tensors.items()})
+
+    return replace(
+        source, tensors={name: watched(stored) for name, stored in source.tensors.items()}
+    )
 
 
 def read_ahead(tensors: Iterable[Stored]) -> Iterator[Tensor]:
-    """The tensors in turn. While the caller works on one the next is read, if both are small, or together no larger
-    than the largest.
+    """The tensors in turn. While the caller works on one the next is read, if both are small, or
+    together no larger than the largest.
 
-    So memory holds one tensor, as far as size goes, provided that the caller drops each before it asks for the next.
+    So memory holds one tensor, as far as size goes, provided that the caller drops each before it
+    asks for the next.
     """
     waiting = list(tensors)[::-1]
     most = max((SMALL, *(stored.nbytes for stored in waiting)))
     following: Future[Tensor] | None = None
+
     with ThreadPoolExecutor(1) as reader:
         while waiting:
             stored = waiting.pop()

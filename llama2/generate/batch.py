@@ -1,10 +1,12 @@
-"""Samples drawn side by side: which sequence sits in which slot, and one decoding step for all of them.
+"""Samples drawn side by side: which sequence sits in which slot, and one decoding step for all of
+them.
 
-A step costs the same few operations however many slots are live; Python loops over sequences only when they enter and
-leave. On a CPU that decides: at the demo's size such overhead would be most of a step.
+A step costs the same few operations however many slots are live; Python loops over sequences only
+when they enter and leave. On a CPU that decides: at the demo's size such overhead would be most of
+a step.
 
-Shapes: N slots, B live rows (always the first B slots), M the most new tokens, U uniform numbers a token, V vocabulary,
-P prompts read together, T their longest, S rows changed.
+Shapes: N slots, B live rows (always the first B slots), M the most new tokens, U uniform numbers a
+token, V vocabulary, P prompts read together, T their longest, S rows changed.
 """
 
 from __future__ import annotations
@@ -26,10 +28,12 @@ from llama2.model.cache import KVCache
 from llama2.model.llama import Llama
 
 PREFILL_TOKENS = 4096  # padded tokens of one forward pass over prompts
-READ_TOKENS = 256  # of prompts that the decoder reads in one call; longer ones, and more than FEW_TOKENS at once, are
+# of prompts that the decoder reads in one call; longer ones, and more than FEW_TOKENS at once, are
+READ_TOKENS = 256
 FEW_TOKENS = 1024  # quicker in PyTorch's large products
 COLUMNS = 16  # the number of columns read is a multiple of this, so that kernels meet few shapes
-REFILL = 8  # the queue moves up when one slot in so many is free: a prefill has a fixed cost to spread
+# the queue moves up when one slot in so many is free: a prefill has a fixed cost to spread
+REFILL = 8
 COMPACT = 4  # with no queue left, the live rows close ranks when one in so many has finished
 
 Prompt = tuple[int, ...]
@@ -38,7 +42,8 @@ Finish = Literal["stop", "length", "cancelled"]
 
 @dataclass(eq=False)
 class Request:
-    """One sample to draw, and what is drawn of it so far. (prompt index, sample index) names its random numbers."""
+    """One sample to draw, and what is drawn of it so far. (prompt index, sample index) names its
+    random numbers."""
 
     prompt: Prompt
     sampling: Sampling
@@ -50,7 +55,8 @@ class Request:
     logprobs: list[float] = field(default_factory=list)
     """of `tokens`, under the model itself"""
     alternatives: list[tuple[tuple[int, float], ...]] = field(default_factory=list)
-    """the likeliest tokens and their log-probabilities at each place, if `sampling.top_logprobs` asks for them"""
+    """the likeliest tokens and their log-probabilities at each place, if `sampling.top_logprobs`
+    asks for them"""
     finish: Finish | None = None
     """"stop": the last token is a stop id; None while it runs"""
     cached: int = 0
@@ -77,7 +83,8 @@ class _Group:
 
     sampling: Sampling
     rows: Tensor | slice
-    requests: tuple[Request, ...]  # in the order of the rows; not filled in where all rows are drawn alike
+    # in the order of the rows; not filled in where all rows are drawn alike
+    requests: tuple[Request, ...]
     stops_V: Tensor
 
 
@@ -85,8 +92,10 @@ class _Group:
 class _Rows:
     """What is known of each slot. On the device, so that a step neither loops nor waits."""
 
-    seen_NV: Tensor | None = field(default=None, init=False)  # tokens of prompt or answer; only if penalties need it
-    counts_NV: Tensor | None = field(default=None, init=False)  # how often each stands in the answer
+    # tokens of prompt or answer; only if penalties need it
+    seen_NV: Tensor | None = field(default=None, init=False)
+    # how often each stands in the answer
+    counts_NV: Tensor | None = field(default=None, init=False)
 
     steps_N: Tensor  # tokens drawn
     limits_N: Tensor  # the most to draw
@@ -99,11 +108,15 @@ class _Rows:
 
     @classmethod
     def empty(cls, slots: int, most: int, device: torch.device) -> _Rows:
-        # What is still drawn for a finished row, until it leaves, lands in the place behind its last token.
+        # What is still drawn for a finished row, until it leaves, lands in the place behind its
+        # last token.
         width = most + 1
         whole_N = torch.zeros(slots, dtype=torch.long, device=device)
         return cls(
-            steps_N=whole_N, limits_N=whole_N.clone(), before_N=whole_N.clone(), newest_N=whole_N.clone(),
+            steps_N=whole_N,
+            limits_N=whole_N.clone(),
+            before_N=whole_N.clone(),
+            newest_N=whole_N.clone(),
             alive_N=torch.zeros_like(whole_N, dtype=torch.bool),
             tokens_NM=torch.zeros(slots, width, dtype=torch.long, device=device),
             logprobs_NM=torch.zeros(slots, width, device=device),
@@ -121,22 +134,33 @@ class _Rows:
             shape, device = (len(self.steps_N), vocabulary), self.steps_N.device
             self.seen_NV = torch.zeros(shape, dtype=torch.bool, device=device)
             self.counts_NV = torch.zeros(shape, dtype=torch.int32, device=device)
+
         self.seen_NV[slot] = False
         self.counts_NV[slot] = 0
         self.seen_NV[slot, list(prompt)] = True
 
 
 class Batch:
-    """Draws `requests` in the first `slots` slots of `cache`: `step` until it returns False, then read the requests."""
+    """Draws `requests` in the first `slots` slots of `cache`: `step` until it returns False, then
+    read the requests."""
 
-    def __init__(self, model: Llama, cache: KVCache, slots: int, requests: Sequence[Request], most: int | None = None,
-                 decoder: Decoder | None = None) -> None:
+    def __init__(
+        self,
+        model: Llama,
+        cache: KVCache,
+        slots: int,
+        requests: Sequence[Request],
+        most: int | None = None,
+        decoder: Decoder | None = None,
+    ) -> None:
         self.cache = cache
         self._model, self._slots, self._decoder = model, slots, decoder
         self._device = model.head_weight.device
-        # Longest first: rows of similar length are live together, and short ones fill the end. Samples of one prompt
-        # are neighbours, so at most one prompt waits half served.
-        self._queue = deque(sorted(requests, key=lambda request: (-len(request.prompt), request.prompt)))
+        # Longest first: rows of similar length are live together, and short ones fill the end.
+        # Samples of one prompt are neighbours, so at most one prompt waits half served.
+        self._queue = deque(
+            sorted(requests, key=lambda request: (-len(request.prompt), request.prompt))
+        )
         self._half_served: _Prefilled | None = None
         self._seats: list[Request | None] = [None] * slots
         self._groups: list[_Group] | None = None  # None: who sits where has changed
@@ -145,22 +169,29 @@ class Batch:
         self._time = 0  # steps made
         # Asking a GPU whether a row has finished makes it wait; asking a CPU is free.
         self._check_every = 8 if self._device.type == "cuda" else 1
+
         with torch.inference_mode():
             self._rows = _Rows.empty(slots, self._most, self._device)
             self._index_N = torch.arange(slots, device=self._device)
             self._logits_BV = torch.empty(0, model.config.vocab_size, device=self._device)
-        self._reach_N = np.zeros(slots, dtype=np.int64)  # tokens of a row less the time: known without the device
+
+        # tokens of a row less the time: known without the device
+        self._reach_N = np.zeros(slots, dtype=np.int64)
 
     @torch.inference_mode()
     def step(self) -> bool:
-        """Draw one token for every live row; False, drawing none, when every request has its result."""
+        """Draw one token for every live row; False, drawing none, when every request has its
+        result."""
         free = self._leave()
         if self._live:
             self._read_newest()
+
         if self._queue and free:
             self._enter(free)
+
         if not self._live:
             return False
+
         self._draw()
         return True
 
@@ -173,22 +204,33 @@ class Batch:
         """The next token of every live row."""
         for group in self._grouped():
             b, rows = group.rows, self._rows
-            index_B, steps_B, alive_B = self._index_N[: self._live][b], rows.steps_N[: self._live][b], rows.alive_N[b]
+            index_B, steps_B, alive_B = (
+                self._index_N[: self._live][b],
+                rows.steps_N[: self._live][b],
+                rows.alive_N[b],
+            )
             logits_BV = self._logits_BV[b]
             changed_BV = None if group.sampling.plain else self._changed(group, logits_BV)
-            tokens_B, logprobs_B = draw(logits_BV, rows.uniforms_NMU[index_B, steps_B], group.sampling, changed_BV)
+            tokens_B, logprobs_B = draw(
+                logits_BV, rows.uniforms_NMU[index_B, steps_B], group.sampling, changed_BV
+            )
             rows.newest_N[index_B] = tokens_B
             rows.tokens_NM[index_B, steps_B] = tokens_B
             rows.logprobs_NM[index_B, steps_B] = logprobs_B
+
             if group.sampling.penalised:
                 assert rows.seen_NV is not None
                 assert rows.counts_NV is not None
                 rows.seen_NV[index_B, tokens_B] = True
                 rows.counts_NV[index_B, tokens_B] += 1
+
             steps_B = steps_B + alive_B
             rows.steps_N[index_B] = steps_B
-            rows.alive_N[index_B] = alive_B & ~group.stops_V[tokens_B] & (steps_B < rows.limits_N[index_B])
+            rows.alive_N[index_B] = (
+                alive_B & ~group.stops_V[tokens_B] & (steps_B < rows.limits_N[index_B])
+            )
             self._report(group, logits_BV, tokens_B)
+
         self._time += 1
 
     def _changed(self, group: _Group, logits_BV: Tensor) -> Tensor:
@@ -196,19 +238,33 @@ class Batch:
         rows, b = self._rows, group.rows
         allowed_BV = None
         if group.sampling.grammar is not None:
-            masks = [request.sampling.grammar.mask() for request in group.requests if request.sampling.grammar]
+            masks = [
+                request.sampling.grammar.mask()
+                for request in group.requests
+                if request.sampling.grammar
+            ]
             allowed_BV = torch.stack(masks).to(self._device)
-        seen_BV, counts_BV = (None if table is None else table[: self._live][b] for table in
-                              (rows.seen_NV, rows.counts_NV))
+
+        seen_BV, counts_BV = (
+            None if table is None else table[: self._live][b]
+            for table in (rows.seen_NV, rows.counts_NV)
+        )
         return change(logits_BV, group.sampling, seen_BV, counts_BV, allowed_BV)
 
     def _report(self, group: _Group, logits_BV: Tensor, tokens_B: Tensor) -> None:
         """What a request wants to know of each token besides the token itself."""
         if group.sampling.top_logprobs:
-            found = logits_BV.float().log_softmax(-1).topk(min(group.sampling.top_logprobs, logits_BV.shape[1]), -1)
-            for request, ids, values in zip(group.requests, found.indices.tolist(), found.values.tolist()):
+            found = (
+                logits_BV.float()
+                .log_softmax(-1)
+                .topk(min(group.sampling.top_logprobs, logits_BV.shape[1]), -1)
+            )
+            for request, ids, values in zip(
+                group.requests, found.indices.tolist(), found.values.tolist()
+            ):
                 if request.finish is None:
                     request.alternatives.append(tuple(zip(ids, values)))
+
         if group.sampling.grammar is not None:
             for request, token in zip(group.requests, tokens_B.tolist()):
                 if request.sampling.grammar is not None and token not in request.sampling.stop:
@@ -221,7 +277,11 @@ class Batch:
             for slot, request in enumerate(self._seats[: self._live]):
                 if request is not None:
                     members.setdefault(request.way, []).append(slot)
-            self._groups = [self._group(way, slots, alone=len(members) == 1) for way, slots in members.items()]
+
+            self._groups = [
+                self._group(way, slots, alone=len(members) == 1) for way, slots in members.items()
+            ]
+
         return self._groups
 
     def _group(self, way: Sampling, slots: list[int], alone: bool) -> _Group:
@@ -229,35 +289,47 @@ class Batch:
         stops_V[list(way.stop)] = True
         requests = tuple(request for slot in slots if (request := self._seats[slot]) is not None)
         simple = alone and way.plain and not way.top_logprobs
-        return _Group(way, slice(self._live) if simple else torch.tensor(slots, device=self._device), requests, stops_V)
+
+        return _Group(
+            way,
+            slice(self._live) if simple else torch.tensor(slots, device=self._device),
+            requests,
+            stops_V,
+        )
 
     def newest(self) -> int:
         """The token that the first row drew last."""
         return int(self._rows.newest_N[0])
 
     def _leave(self) -> list[int]:
-        """Hand out the results of finished rows, if enough have finished; returns the slots that are free."""
+        """Hand out the results of finished rows, if enough have finished; returns the slots that
+        are free."""
         if not self._time:
             return list(range(self._slots))
         if self._time % self._check_every:
             return []
+
         alive = int(self._rows.alive_N[: self._live].sum())
         finished = self._live - alive
         if alive and finished * (REFILL if self._queue else COMPACT) < self._live:
             return []
+
         free = (~self._rows.alive_N[: self._live]).nonzero().squeeze(1).tolist()
         self._hand_out([slot for slot in free if self._seats[slot] is not None])
         if not self._queue:
             self._close_ranks(free, alive)
+
         return free
 
     def _hand_out(self, slots: list[int]) -> None:
         if not slots:
             return
+
         slots_S = torch.tensor(slots, device=self._device)
         counts = self._rows.steps_N[slots_S].tolist()
         tokens = self._rows.tokens_NM[slots_S, : max(counts)].tolist()
         logprobs = self._rows.logprobs_NM[slots_S, : max(counts)].tolist()
+
         for row, (slot, count) in enumerate(zip(slots, counts)):
             request = self._seats[slot]
             assert request is not None
@@ -266,20 +338,27 @@ class Batch:
             _check(request.logprobs)
             request.finish = "stop" if request.tokens[-1] in request.sampling.stop else "length"
             self._seats[slot] = None
+
         self._groups = None
 
     def _close_ranks(self, free: list[int], alive: int) -> None:
-        """Move the last live rows into the gaps before them, so that the first `alive` slots are the live ones."""
+        """Move the last live rows into the gaps before them, so that the first `alive` slots are
+        the live ones."""
         gaps = [slot for slot in free if slot < alive]
         taken = set(free)
         movers = [slot for slot in range(alive, self._live) if slot not in taken]
+
         if gaps:
-            sources_S, targets_S = (torch.tensor(slots, device=self._device) for slots in (movers, gaps))
+            sources_S, targets_S = (
+                torch.tensor(slots, device=self._device) for slots in (movers, gaps)
+            )
             self.cache.copy(sources_S, targets_S, self._columns())
             self._rows.move(sources_S, targets_S)
             self._reach_N[gaps] = self._reach_N[movers]
+
             for source, target in zip(movers, gaps):
                 self._seats[target], self._seats[source] = self._seats[source], None
+
         self._live, self._groups = alive, None
 
     def _columns(self) -> int:
@@ -293,30 +372,46 @@ class Batch:
         if self._decoder is not None:
             self._logits_BV = self._decoder(rows.newest_N[b], positions_B, self.cache)
             return
+
         self.cache.decode(positions_B, self._columns())
-        logits_B1V = self._model(rows.newest_N[b, None], positions_BT=positions_B[:, None], cache=self.cache)
+        logits_B1V = self._model(
+            rows.newest_N[b, None], positions_BT=positions_B[:, None], cache=self.cache
+        )
         self._logits_BV = logits_B1V[:, 0]
 
     def _enter(self, free: list[int]) -> None:
-        """Seat the head of the queue in free slots: prefill new prompts once, copy them to their further samples."""
+        """Seat the head of the queue in free slots: prefill new prompts once, copy them to their
+        further samples."""
         half_served = self._half_served
-        if half_served is not None and half_served.slot in free:  # its own prompt must be the one to go there
+        # its own prompt must be the one to go there
+        if half_served is not None and half_served.slot in free:
             free = [half_served.slot, *(slot for slot in free if slot != half_served.slot)]
+
         seated = [(slot, self._queue.popleft()) for slot in free[: len(self._queue)]]
         homes: dict[Prompt, int] = {}  # the slot that holds each prompt
         new: dict[Prompt, int] = {}
+
         for slot, request in seated:
             if half_served is not None and request.prompt == half_served.prompt:
                 homes[request.prompt] = half_served.slot
             elif request.prompt not in homes:
                 homes[request.prompt] = new[request.prompt] = slot
+
         logits = self._prefill(new)
         if half_served is not None:
             logits[half_served.prompt] = half_served.logits_V
-        copies = [(homes[request.prompt], slot) for slot, request in seated if homes[request.prompt] != slot]
+
+        copies = [
+            (homes[request.prompt], slot)
+            for slot, request in seated
+            if homes[request.prompt] != slot
+        ]
         if copies:
-            sources_S, targets_S = (torch.tensor(side, device=self._device) for side in zip(*copies))
+            sources_S, targets_S = (
+                torch.tensor(side, device=self._device) for side in zip(*copies)
+            )
             self.cache.copy(sources_S, targets_S, max(len(prompt) for prompt in homes))
+
         last = seated[-1][1].prompt
         more = bool(self._queue) and self._queue[0].prompt == last
         self._half_served = _Prefilled(last, homes[last], logits[last]) if more else None
@@ -326,15 +421,21 @@ class Batch:
         slots, requests = zip(*seated)
         slots_S, rows = torch.tensor(slots, device=self._device), self._rows
         rows.steps_N[slots_S] = 0
-        rows.limits_N[slots_S] = torch.tensor([request.limit for request in requests], device=self._device)
-        rows.before_N[slots_S] = torch.tensor([len(request.prompt) - 1 for request in requests], device=self._device)
+        rows.limits_N[slots_S] = torch.tensor(
+            [request.limit for request in requests], device=self._device
+        )
+        rows.before_N[slots_S] = torch.tensor(
+            [len(request.prompt) - 1 for request in requests], device=self._device
+        )
         rows.alive_N[slots_S] = True
         self._randomise(slots, requests)
+
         for slot, request in seated:
             self._seats[slot] = request
             self._reach_N[slot] = len(request.prompt) - self._time
             if request.sampling.penalised:
                 rows.watch(slot, request.prompt, self._model.config.vocab_size)
+
         self._groups = None
         kept_BV, self._live = self._logits_BV[: self._live], max(self._live, max(slots) + 1)
         self._logits_BV = logits_SV.new_empty(self._live, logits_SV.shape[1])
@@ -343,10 +444,18 @@ class Batch:
 
     def _randomise(self, slots: Sequence[int], requests: Sequence[Request]) -> None:
         """Each row's random numbers, for as many tokens as it may have."""
-        for seed in {request.sampling.seed for request in requests if request.sampling.temperature > 0}:
-            mine = [(slot, request) for slot, request in zip(slots, requests) if request.sampling.seed == seed]
+        for seed in {
+            request.sampling.seed for request in requests if request.sampling.temperature > 0
+        }:
+            mine = [
+                (slot, request)
+                for slot, request in zip(slots, requests)
+                if request.sampling.seed == seed
+            ]
             most = max(request.limit for _, request in mine)
-            numbers_SMU = uniforms(seed, [(request.index, request.sample) for _, request in mine], most)
+            numbers_SMU = uniforms(
+                seed, [(request.index, request.sample) for _, request in mine], most
+            )
             slots_S = torch.tensor([slot for slot, _ in mine], device=self._device)
             self._rows.uniforms_NMU[slots_S, :most] = torch.from_numpy(numbers_SMU).to(self._device)
 
@@ -355,32 +464,45 @@ class Batch:
         logits: dict[Prompt, Tensor] = {}
         few = self._decoder is not None and sum(map(len, prompts)) <= FEW_TOKENS
         short = [prompt for prompt in prompts if few and len(prompt) <= READ_TOKENS]
+
         for part in _parts(short, READ_TOKENS):
             logits.update(zip(part, self._read([(prompts[prompt], 0, prompt) for prompt in part])))
+
         for part in _parts([prompt for prompt in prompts if prompt not in logits], PREFILL_TOKENS):
             lengths_P = torch.tensor([len(prompt) for prompt in part], device=self._device)
             width = len(part[0])
             tokens_PT = torch.tensor([(*prompt, *(0,) * (width - len(prompt))) for prompt in part])
-            self.cache.prefill(torch.tensor([prompts[prompt] for prompt in part], device=self._device), width)
+            self.cache.prefill(
+                torch.tensor([prompts[prompt] for prompt in part], device=self._device), width
+            )
             hidden_PTD = self._model(tokens_PT.to(self._device), cache=self.cache, head=False)
             last_PD = hidden_PTD[self._index_N[: len(part)], lengths_P - 1]
             logits.update(zip(part, self._model.logits(last_PD)))
+
         return logits
 
     def _read(self, pieces: Sequence[tuple[int, int, Prompt]]) -> Tensor:
-        """Read pieces of prompts, (slot, begin, tokens), by the decoder; logits_PV behind the last token of each."""
+        """Read pieces of prompts, (slot, begin, tokens), by the decoder; logits_PV behind the last
+        token of each."""
         assert self._decoder is not None
         lengths_P = torch.tensor([len(tokens) for _, _, tokens in pieces])
         tokens_B = torch.tensor([token for _, _, tokens in pieces for token in tokens])
         slots_B = torch.tensor([slot for slot, _, _ in pieces]).repeat_interleave(lengths_P)
-        positions_B = torch.cat([torch.arange(begin, begin + len(tokens)) for _, begin, tokens in pieces])
-        return self._decoder.read(tokens_B, slots_B, positions_B, lengths_P.cumsum(0) - 1, self.cache)
+        positions_B = torch.cat(
+            [torch.arange(begin, begin + len(tokens)) for _, begin, tokens in pieces]
+        )
+
+        return self._decoder.read(
+            tokens_B, slots_B, positions_B, lengths_P.cumsum(0) - 1, self.cache
+        )
 
 
 def _check(logprobs: Sequence[float]) -> None:
     if not np.isfinite(logprobs).all():
-        raise UserError("the model's log-probabilities are not finite",
-                        "its weights are damaged: go back to an earlier checkpoint")
+        raise UserError(
+            "the model's log-probabilities are not finite",
+            "its weights are damaged: go back to an earlier checkpoint",
+        )
 
 
 def _parts(prompts: list[Prompt], tokens: int) -> Iterator[list[Prompt]]:

@@ -1,7 +1,7 @@
 """Conversations in, answers out: the chat template and the tokenizer around an engine (§3.3, A.7).
 
-No system prompt is added: a safety prompt by default makes a model refuse harmless requests, so whoever wants one
-writes it as the system turn.
+No system prompt is added: a safety prompt by default makes a model refuse harmless requests, so
+whoever wants one writes it as the system turn.
 """
 
 from __future__ import annotations
@@ -28,34 +28,40 @@ class Answer:
 
 
 class Chat:
-    """Answers conversations with `engine`. An answer ends where the model ends answers (`Tokenizer.stops`), and at
-    the stop ids of the sampling."""
+    """Answers conversations with `engine`. An answer ends where the model ends answers
+    (`Tokenizer.stops`), and at the stop ids of the sampling."""
 
     def __init__(self, engine: Generator, tokenizer: Tokenizer) -> None:
         self.engine, self.tokenizer = engine, tokenizer
 
-    def answers(self, prompts: Sequence[Messages], sampling: Sampling, indices: Sequence[int] | None = None
-                ) -> list[list[Answer]]:
+    def answers(
+        self, prompts: Sequence[Messages], sampling: Sampling, indices: Sequence[int] | None = None
+    ) -> list[list[Answer]]:
         """`sampling.n` answers to each conversation, which ends with a user turn.
 
-        `indices` (default 0, 1, ...) names the conversations to the random numbers, so that a part of a list gets the
-        answers that the whole list would get. Under several ranks all must call with the same arguments; each does a
-        share, all return everything, and the samples are those of one rank. UserError for a conversation that leaves
-        no room for an answer.
+        `indices` (default 0, 1, ...) names the conversations to the random numbers, so that a part
+        of a list gets the answers that the whole list would get. Under several ranks all must call
+        with the same arguments; each does a share, all return everything, and the samples are those
+        of one rank. UserError for a conversation that leaves no room for an answer.
         """
         sampling = self._stopping(sampling)
         ids = [encode_prompt(self.tokenizer, messages) for messages in prompts]
-        self.engine.check(ids)  # before the ranks part: an error on one alone would leave the others waiting
+        # before the ranks part: an error on one alone would leave the others waiting
+        self.engine.check(ids)
         mine = share(range(len(ids)))
         names = mine if indices is None else share(indices)
         completions = unshare(self.engine.generate([ids[index] for index in mine], sampling, names))
+
         return [[Answer(self._text(each, sampling), each) for each in row] for row in completions]
 
     def reply_stream(self, messages: Messages, sampling: Sampling) -> Iterator[str]:
-        """The first answer of `answers([messages], sampling)`, in parts, each given out once it is certain."""
+        """The first answer of `answers([messages], sampling)`, in parts, each given out once it is
+        certain."""
         sampling = self._stopping(sampling)
         ids = self.engine.stream(encode_prompt(self.tokenizer, messages), sampling)
-        return _stripped(self.tokenizer.stream(takewhile(lambda token: token not in sampling.stop, ids)))
+        return _stripped(
+            self.tokenizer.stream(takewhile(lambda token: token not in sampling.stop, ids))
+        )
 
     def fits(self, messages: Messages) -> bool:
         """Whether a conversation leaves room for an answer."""
@@ -63,6 +69,7 @@ class Chat:
             self.engine.check([encode_prompt(self.tokenizer, messages)])
         except UserError:
             return False
+
         return True
 
     def _stopping(self, sampling: Sampling) -> Sampling:
@@ -80,6 +87,7 @@ def _stripped(parts: Iterable[str]) -> Iterator[str]:
         text = waiting + part if begun else part.lstrip()
         kept = text.rstrip()
         waiting = text[len(kept) :]
+
         if kept:
             begun = True
             yield kept

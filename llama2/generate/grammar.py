@@ -1,10 +1,12 @@
-"""Answers that are JSON of a given shape: which tokens may come next, so that the text always parses and validates.
+"""Answers that are JSON of a given shape: which tokens may come next, so that the text always
+parses and validates.
 
-The work is done by llguidance, which walks the vocabulary with a parser; this module gives it our vocabulary as bytes
-and asks it for masks. Three things are settled here. SentencePiece puts a space in front of a first word, so a text
-may begin with one space, which JSON allows. Between values there may be one space, or a new line and an indentation:
-a model that loves white space must not fill its answer with it. And behind the last bracket there is nothing but EOS.
-Where only one text can follow, such as the name of a key, its pieces are those that the tokenizer would choose.
+The work is done by llguidance, which walks the vocabulary with a parser; this module gives it our
+vocabulary as bytes and asks it for masks. Three things are settled here. SentencePiece puts a space
+in front of a first word, so a text may begin with one space, which JSON allows. Between values
+there may be one space, or a new line and an indentation: a model that loves white space must not
+fill its answer with it. And behind the last bracket there is nothing but EOS. Where only one text
+can follow, such as the name of a key, its pieces are those that the tokenizer would choose.
 
 Shapes: V vocabulary.
 """
@@ -28,7 +30,8 @@ _OBJECT = {"type": "object"}
 
 
 class Grammar:
-    """What one text may still become. It remembers what was said, so each sample drives a copy of its own (`fresh`).
+    """What one text may still become. It remembers what was said, so each sample drives a copy of
+    its own (`fresh`).
 
     `schema` is the JSON Schema it was made of, None for any object.
     """
@@ -48,14 +51,17 @@ class Grammar:
         return self._ended or bool(self._matcher.is_stopped())
 
     def mask(self) -> Tensor:
-        """mask_V: True for every token that may come next, EOS among them when the text may end here."""
+        """mask_V: True for every token that may come next, EOS among them when the text may end
+        here."""
         if self.done:
             mask_V = torch.zeros(self._vocab_size, dtype=torch.bool)
             mask_V[EOS] = True
             return mask_V
+
         packed = np.frombuffer(self._matcher.compute_bitmask(), dtype=np.uint8)
         self._check()
         allowed_V = np.unpackbits(packed, count=self._vocab_size, bitorder="little")
+
         return torch.from_numpy(allowed_V).bool()
 
     def accept(self, token: int) -> None:
@@ -70,21 +76,29 @@ class Grammar:
 
     def _check(self) -> None:
         if self._matcher.is_error():
-            raise UserError(f"the schema cannot be followed any further ({_first_line(self._matcher.get_error())})",
-                            "simplify it: patterns and bounds of length are what costs most")
+            raise UserError(
+                f"the schema cannot be followed any further ({_first_line(self._matcher.get_error())})",
+                "simplify it: patterns and bounds of length are what costs most",
+            )
 
 
 def json_grammar(tokenizer: Tokenizer, schema: dict[str, Any] | None = None) -> Grammar:
-    """The grammar of JSON texts that validate against `schema` (JSON Schema), or of any JSON object.
+    """The grammar of JSON texts that validate against `schema` (JSON Schema), or of any JSON
+    object.
 
-    UserError names what is wrong with a schema, or which of its keys cannot be enforced while sampling.
+    UserError names what is wrong with a schema, or which of its keys cannot be enforced while
+    sampling.
     """
     # Given for the whole text, so that nothing inside of the schema can turn it off.
-    spaced = {**(_OBJECT if schema is None else schema), "x-guidance": {"whitespace_pattern": _WHITE_SPACE}}
+    spaced = {
+        **(_OBJECT if schema is None else schema),
+        "x-guidance": {"whitespace_pattern": _WHITE_SPACE},
+    }
     try:
         text = json.dumps(spaced, allow_nan=False)
     except (TypeError, ValueError) as error:
         raise _bad(str(error)) from None
+
     return Grammar(_compiled(tokenizer, text), tokenizer.vocab_size, schema)
 
 
@@ -95,12 +109,17 @@ def _compiled(tokenizer: Tokenizer, schema: str) -> Any:
     vocabulary = _vocabulary(tokenizer)
     alone = library.LLMatcher.grammar_from_json_schema(schema)
     wrong, messages = library.LLMatcher.validate_grammar_with_warnings(alone, vocabulary)
+
     if wrong:
         raise _bad(messages[0])
-    lark = library.LLMatcher.grammar_from_lark(f"start: lead value\nlead: / ?/\nvalue: %json {schema}")
+
+    lark = library.LLMatcher.grammar_from_lark(
+        f"start: lead value\nlead: / ?/\nvalue: %json {schema}"
+    )
     matcher = library.LLMatcher(vocabulary, lark, log_level=0)
     if matcher.is_error():
         raise _bad(matcher.get_error())
+
     return matcher
 
 
@@ -118,11 +137,14 @@ class _Vocabulary:
         return tuple(dict.fromkeys((UNKNOWN, BOS, *self.tokenizer.stops)))
 
     def __call__(self, text: str) -> list[int]:
-        """Ids of `text` inside of another text: what must come next is allowed in these pieces alone.
+        """Ids of `text` inside of another text: what must come next is allowed in these pieces
+        alone.
 
-        `encode` would put a space in front. No item runs across a line, so the ids behind a new line are those wanted.
+        `encode` would put a space in front. No item runs across a line, so the ids behind a new
+        line are those wanted.
         """
-        ids = self.tokenizer.encode("\n" + text)  # a TypeError for bytes tells llguidance that we want text
+        # a TypeError for bytes tells llguidance that we want text
+        ids = self.tokenizer.encode("\n" + text)
         return ids[len(self.tokenizer.encode("\n")) :]
 
 
@@ -130,7 +152,9 @@ class _Vocabulary:
 def _vocabulary(tokenizer: Tokenizer) -> Any:
     """llguidance's own form of the vocabulary, a tree of bytes."""
     library = _llguidance()
-    vocabulary = _Vocabulary(tokenizer, [tokenizer.bytes_of(token) for token in range(tokenizer.vocab_size)])
+    vocabulary = _Vocabulary(
+        tokenizer, [tokenizer.bytes_of(token) for token in range(tokenizer.vocab_size)]
+    )
     return library.LLTokenizer(library.TokenizerWrapper(vocabulary))
 
 
@@ -139,11 +163,14 @@ def _llguidance() -> Any:
         import llguidance
     except ImportError:
         raise missing_extra("llguidance", "serve") from None
+
     return llguidance
 
 
 def _bad(message: str) -> UserError:
-    return UserError(f"the JSON schema cannot be used: {_first_line(message)}", "mend or simplify the schema")
+    return UserError(
+        f"the JSON schema cannot be used: {_first_line(message)}", "mend or simplify the schema"
+    )
 
 
 def _first_line(message: str) -> str:

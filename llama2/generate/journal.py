@@ -1,8 +1,9 @@
 """Finished completions on disk, so that a job that was killed or failed asks for nothing twice.
 
-A directory holds one file of JSON Lines for each rank, to which a line is appended when a completion is finished. All
-files are read, so a job may go on with another number of ranks. A line cut off by a crash counts for nothing; one that
-was damaged later is known by its checksum, and its completion is asked for again.
+A directory holds one file of JSON Lines for each rank, to which a line is appended when a
+completion is finished. All files are read, so a job may go on with another number of ranks. A line
+cut off by a crash counts for nothing; one that was damaged later is known by its checksum, and its
+completion is asked for again.
 """
 
 from __future__ import annotations
@@ -38,6 +39,7 @@ class Journal:
                     key, completion = _read(line, asked)
                     if completion is not None:
                         found[key] = completion
+
         return found
 
     @contextmanager
@@ -46,6 +48,7 @@ class Journal:
         if self._directory is None:
             yield lambda key, completion: None
             return
+
         file = self._directory / f"{mesh.rank()}.jsonl"
         with explain_os_errors(file):
             self._directory.mkdir(parents=True, exist_ok=True)
@@ -69,7 +72,12 @@ def _begin_line(sink: IO[bytes]) -> None:
 
 def _line(key: str, completion: Completion) -> bytes:
     logprobs = [None if math.isnan(value) else value for value in completion.logprobs]
-    row = {"key": key, "tokens": completion.tokens, "logprobs": logprobs, "finish": completion.finish}
+    row = {
+        "key": key,
+        "tokens": completion.tokens,
+        "logprobs": logprobs,
+        "finish": completion.finish,
+    }
     return json.dumps({**row, "sum": _sum(row)}, separators=(",", ":")).encode() + b"\n"
 
 
@@ -85,6 +93,7 @@ def _read(line: bytes, asked: Mapping[str, tuple[int, ...]]) -> tuple[str, Compl
             return "", None
         if key not in asked:
             return key, None
+
         logprobs = tuple(math.nan if value is None else float(value) for value in row["logprobs"])
         return key, Completion(asked[key], tuple(row["tokens"]), logprobs, row["finish"])
     except (ValueError, KeyError, TypeError):

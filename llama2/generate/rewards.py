@@ -2,8 +2,8 @@
 
     R_c(g | p) = R_s(g | p)  if is_safety(p) or R_s(g | p) < 0.15,  else R_h(g | p)
 
-R_s and R_h are probabilities, the sigmoid of a scorer's output. Since R_c is used as logit(R_c), raw scores are kept
-throughout and only the gate looks at a probability. Other rules are a setting.
+R_s and R_h are probabilities, the sigmoid of a scorer's output. Since R_c is used as logit(R_c),
+raw scores are kept throughout and only the gate looks at a probability. Other rules are a setting.
 """
 
 from __future__ import annotations
@@ -34,7 +34,8 @@ class RewardModels(Config):
     safe: Path | None = None
     """reward model of safety; without it helpfulness judges alone"""
     rule: Rule = "llama2_piecewise"
-    """llama2_piecewise: the paper's; weighted: a mean of scores; min: the worse one; helpful, safe: one alone"""
+    """llama2_piecewise: the paper's; weighted: a mean of scores; min: the worse one; helpful, safe:
+    one alone"""
     gate: float = Field(0.15, ge=0, le=1)
     """probability of being safe below which safety decides"""
     safe_weight: float = Field(0.5, ge=0, le=1)
@@ -57,7 +58,9 @@ class Score:
 class Rewards:
     """Scores answers with both models. `tags[i]` is is_safety(p) of row i."""
 
-    def __init__(self, settings: RewardModels, helpful: Scorer, safe: Scorer | None, precision: Precision) -> None:
+    def __init__(
+        self, settings: RewardModels, helpful: Scorer, safe: Scorer | None, precision: Precision
+    ) -> None:
         check(settings)
         self.settings, self.helpful, self.safe, self.precision = settings, helpful, safe, precision
 
@@ -70,21 +73,29 @@ class Rewards:
     @property
     def context(self) -> int:
         """The most tokens of a row."""
-        return min(model.config.max_position_embeddings for model in (self.helpful, self.safe) if model)
+        return min(
+            model.config.max_position_embeddings for model in (self.helpful, self.safe) if model
+        )
 
     def __call__(self, rows: Sequence[Sequence[int]], tags: Sequence[bool]) -> list[Score]:
-        """`rows` are token ids of whole conversations, answer included; every rank gets every score."""
+        """`rows` are token ids of whole conversations, answer included; every rank gets every
+        score."""
         helpful = rewards(self.helpful, rows, self.precision, name=self.settings.helpful)
         safe = [math.inf] * len(rows)
         if self.safe:
             safe = rewards(self.safe, rows, self.precision, name=self.settings.safe)
-        return [Score(h, s, join(self.settings, h, s, tag)) for h, s, tag in zip(helpful, safe, tags)]
+
+        return [
+            Score(h, s, join(self.settings, h, s, tag)) for h, s, tag in zip(helpful, safe, tags)
+        ]
 
 
 def check(settings: RewardModels) -> None:
     """UserError if the rule needs a reward model that is not given."""
     if settings.safe is None and settings.rule in ("min", "safe"):
-        raise UserError(f"the rule '{settings.rule}' needs a safety reward model", "set rewards.safe")
+        raise UserError(
+            f"the rule '{settings.rule}' needs a safety reward model", "set rewards.safe"
+        )
 
 
 def join(settings: RewardModels, helpful: float, safe: float, tag: bool) -> float:
@@ -95,6 +106,7 @@ def join(settings: RewardModels, helpful: float, safe: float, tag: bool) -> floa
         return safe if tag or probability(safe) < settings.gate else helpful
     if settings.rule == "weighted":
         return settings.safe_weight * safe + (1 - settings.safe_weight) * helpful
+
     return safe if settings.rule == "safe" else min(helpful, safe)
 
 

@@ -1,8 +1,9 @@
 """Log-probabilities and rewards of given token rows, in batches (§3.2.2, §3.2.3).
 
-Rows are sorted by length and padded on the right, which changes no result: attention is causal, and a reward is read
-at the last real token. Under several ranks the batches are dealt out and every rank returns all results; each rank
-makes the same number of forward passes, which sharded models need.
+Rows are sorted by length and padded on the right, which changes no result: attention is causal, and
+a reward is read at the last real token. Under several ranks the batches are dealt out and every
+rank returns all results; each rank makes the same number of forward passes, which sharded models
+need.
 
 Shapes: B rows, T their longest.
 """
@@ -31,46 +32,66 @@ def logprobs(
 ) -> list[list[float]]:
     """log p(row[t] | row[:t]) for t = 1, 2, ...: one number fewer than the row has tokens.
 
-    `batch_tokens`: the most padded tokens of a forward pass. UserError for a row beyond the model's context.
+    `batch_tokens`: the most padded tokens of a forward pass. UserError for a row beyond the model's
+    context.
     """
 
     def work(tokens_BT: Tensor, lengths: list[int]) -> list[list[float]]:
         if tokens_BT.shape[1] == 1:
             return [[] for _ in lengths]
+
         inputs_BT, targets_BT = tokens_BT[:, :-1].contiguous(), tokens_BT[:, 1:].contiguous()
         table: list[list[float]] = model(inputs_BT, targets_BT=targets_BT).tolist()
         return [row[: length - 1] for row, length in zip(table, lengths)]
 
-    return _over_batches(model, model.config.max_position_embeddings, rows, work, precision, batch_tokens)
+    return _over_batches(
+        model, model.config.max_position_embeddings, rows, work, precision, batch_tokens
+    )
 
 
 def predictions(
     model: Llama, rows: Sequence[Row], precision: Precision = "bf16", batch_tokens: int = 2048
 ) -> list[tuple[list[float], list[int]]]:
-    """The numbers of `logprobs`, and the likeliest token at each of these places: what greedy decoding would choose.
+    """The numbers of `logprobs`, and the likeliest token at each of these places: what greedy
+    decoding would choose.
 
-    `batch_tokens`: the most padded tokens of a forward pass, whose logits are held. UserError for a row beyond the
-    model's context.
+    `batch_tokens`: the most padded tokens of a forward pass, whose logits are held. UserError for a
+    row beyond the model's context.
     """
 
     def work(tokens_BT: Tensor, lengths: list[int]) -> list[tuple[list[float], list[int]]]:
         if tokens_BT.shape[1] == 1:
             return [([], []) for _ in lengths]
-        logp_BTV = model(tokens_BT[:, :-1].contiguous()).log_softmax(-1)
-        own_BT, best_BT = logp_BTV.gather(2, tokens_BT[:, 1:, None])[..., 0].tolist(), logp_BTV.argmax(-1).tolist()
-        return [(own[: length - 1], best[: length - 1]) for own, best, length in zip(own_BT, best_BT, lengths)]
 
-    return _over_batches(model, model.config.max_position_embeddings, rows, work, precision, batch_tokens)
+        logp_BTV = model(tokens_BT[:, :-1].contiguous()).log_softmax(-1)
+        own_BT, best_BT = (
+            logp_BTV.gather(2, tokens_BT[:, 1:, None])[..., 0].tolist(),
+            logp_BTV.argmax(-1).tolist(),
+        )
+        return [
+            (own[: length - 1], best[: length - 1])
+            for own, best, length in zip(own_BT, best_BT, lengths)
+        ]
+
+    return _over_batches(
+        model, model.config.max_position_embeddings, rows, work, precision, batch_tokens
+    )
 
 
 def rewards(
-    scorer: Scorer, rows: Sequence[Row], precision: Precision = "bf16", batch_tokens: int = 16384, *,
-    name: object = "the reward model"
+    scorer: Scorer,
+    rows: Sequence[Row],
+    precision: Precision = "bf16",
+    batch_tokens: int = 16384,
+    *,
+    name: object = "the reward model",
 ) -> list[float]:
-    """The raw score (before any sigmoid) of each row, read at its last token: r(x, y) of equation 1.
+    """The raw score (before any sigmoid) of each row, read at its last token: r(x, y) of equation
+    1.
 
-    `batch_tokens`: the most padded tokens of a forward pass. UserError for a row beyond the scorer's context, and for a
-    score that is not finite, which names the scorer by `name`: such a score would win or lose every comparison.
+    `batch_tokens`: the most padded tokens of a forward pass. UserError for a row beyond the
+    scorer's context, and for a score that is not finite, which names the scorer by `name`: such a
+    score would win or lose every comparison.
     """
 
     def work(tokens_BT: Tensor, lengths: list[int]) -> list[float]:
@@ -78,49 +99,69 @@ def rewards(
         scores: list[float] = scorer(tokens_BT, lengths_B=lengths_B).float().tolist()
         return scores
 
-    found = _over_batches(scorer, scorer.config.max_position_embeddings, rows, work, precision, batch_tokens)
+    found = _over_batches(
+        scorer, scorer.config.max_position_embeddings, rows, work, precision, batch_tokens
+    )
     if bad := [index for index, value in enumerate(found) if not math.isfinite(value)]:
-        raise UserError(f"{name}: {len(bad)} of {len(found)} scores are not finite numbers (the first is "
-                        f"{found[bad[0]]}, of row {bad[0] + 1} with {len(rows[bad[0]])} tokens)",
-                        "its weights are damaged or its training ran away: train it again, with a lower "
-                        "learning_rate, or name another reward model")
+        raise UserError(
+            f"{name}: {len(bad)} of {len(found)} scores are not finite numbers (the first is "
+            f"{found[bad[0]]}, of row {bad[0] + 1} with {len(rows[bad[0]])} tokens)",
+            "its weights are damaged or its training ran away: train it again, with a lower "
+            "learning_rate, or name another reward model",
+        )
+
     return found
 
 
 def _over_batches(
-    model: nn.Module, context: int, rows: Sequence[Row], work: Callable[[Tensor, list[int]], list[R]],
-    precision: Precision, batch_tokens: int,
+    model: nn.Module,
+    context: int,
+    rows: Sequence[Row],
+    work: Callable[[Tensor, list[int]], list[R]],
+    precision: Precision,
+    batch_tokens: int,
 ) -> list[R]:
     """`work(tokens_BT, lengths)` for batches of rows; its results in the order of `rows`."""
     for index, row in enumerate(rows):
         if not 0 < len(row) <= context:
-            raise UserError(f"row {index + 1} of {len(rows)} has {len(row)} tokens, the context of the model holds "
-                            f"1 to {context}", "drop or shorten it")
+            raise UserError(
+                f"row {index + 1} of {len(rows)} has {len(row)} tokens, the context of the model holds "
+                f"1 to {context}",
+                "drop or shorten it",
+            )
+
     batches = _batches([len(row) for row in rows], batch_tokens)
     mine = share(batches)
     rounds = -(-len(batches) // world())
     device = next(model.parameters()).device
     results: list[list[R]] = []
+
     with torch.inference_mode(), autocast(precision):
         for turn in range(rounds):
-            batch = mine[turn] if turn < len(mine) else batches[0]  # a rank without work joins in all the same
+            # a rank without work joins in all the same
+            batch = mine[turn] if turn < len(mine) else batches[0]
             lengths = [len(rows[index]) for index in batch]
             padded = [(*rows[index], *(0,) * (max(lengths) - len(rows[index]))) for index in batch]
             done = work(torch.tensor(padded, device=device), lengths)
+
             if turn < len(mine):
                 results.append(done)
+
     in_order: list[R | None] = [None] * len(rows)
     for index, result in zip(chain(*batches), chain(*unshare(results))):
         in_order[index] = result
+
     return in_order  # type: ignore[return-value]
 
 
 def _batches(lengths: Sequence[int], batch_tokens: int) -> list[list[int]]:
-    """Indices of rows, longest first, in batches of at most `batch_tokens` padded tokens (or of one row)."""
+    """Indices of rows, longest first, in batches of at most `batch_tokens` padded tokens (or of one
+    row)."""
     order = sorted(range(len(lengths)), key=lambda index: -lengths[index])
     batches = []
     while order:
         size = max(1, batch_tokens // lengths[order[0]])
         batches.append(order[:size])
         order = order[size:]
+
     return batches

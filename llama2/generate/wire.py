@@ -1,8 +1,9 @@
 """A server of completions as seen from here: requests that are repeated, and what the replies mean.
 
-A request that fails for a reason that may pass is repeated after a pause that doubles, or after the time that the
-server asks for (Retry-After). What would be the same for every request, such as a wrong key, is an error at once. A
-server may refuse a field that OpenAI does not have; those we can do without are then left out.
+A request that fails for a reason that may pass is repeated after a pause that doubles, or after the
+time that the server asks for (Retry-After). What would be the same for every request, such as a
+wrong key, is an error at once. A server may refuse a field that OpenAI does not have; those we can
+do without are then left out.
 """
 
 from __future__ import annotations
@@ -25,10 +26,16 @@ COMPLETIONS, MODELS = "/v1/completions", "/v1/models"
 LONGEST_PAUSE = 600.0  # seconds, whatever Retry-After says
 _TRY_AGAIN = {408, 425, 429}  # and all from 500 on
 _NEVER = {401, 403, 404, 405}  # would be the same for every request
-NEUTRAL: dict[str, Any] = {"top_k": 0, "min_p": 0.0, "repetition_penalty": 1.0, "presence_penalty": 0.0,
-                           "frequency_penalty": 0.0}
+NEUTRAL: dict[str, Any] = {
+    "top_k": 0,
+    "min_p": 0.0,
+    "repetition_penalty": 1.0,
+    "presence_penalty": 0.0,
+    "frequency_penalty": 0.0,
+}
 """what changes nothing; it is sent, as servers have defaults of their own"""
-_EXTRAS = ("return_token_ids", "return_tokens_as_token_ids", "stop_token_ids")  # not OpenAI's, and not essential
+# not OpenAI's, and not essential
+_EXTRAS = ("return_token_ids", "return_tokens_as_token_ids", "stop_token_ids")
 _TEXT_ALONE = re.compile(r"prompt\W+(?:str\W+)?msg\W+Input should be a valid string")
 T = TypeVar("T")
 
@@ -62,6 +69,7 @@ class Choice(BaseModel):
         names = self.logprobs.tokens if self.logprobs else []
         if self.token_ids is None and names and all(name.startswith("token_id:") for name in names):
             return [int(name.removeprefix("token_id:")) for name in names]
+
         return self.token_ids
 
 
@@ -80,21 +88,26 @@ class Reply(BaseModel):
     def choice(self) -> Choice:
         """The one that was asked for; ValueError if there is none.
 
-        llama.cpp's list leaves out tokens inside of a character, so it counts only if it is as long as the answer.
+        llama.cpp's list leaves out tokens inside of a character, so it counts only if it is as long
+        as the answer.
         """
         if not self.choices:
             raise ValueError("no choice")
+
         choice, drawn = self.choices[0], self.usage.completion_tokens if self.usage else None
         listed = choice.logprobs.content if choice.logprobs else []
         ids = [token.id for token in listed if token.id is not None]
+
         if ids and len(ids) == drawn:
             choice.token_ids = ids
             choice.logprobs = Logprobs(token_logprobs=[token.logprob for token in listed])
+
         return choice
 
 
 class Trouble(Exception):
-    """A request that failed; `again`: the least seconds to wait before it is repeated, None if that is of no use."""
+    """A request that failed; `again`: the least seconds to wait before it is repeated, None if that
+    is of no use."""
 
     def __init__(self, reason: str, again: float | None = 0.0) -> None:
         self.reason, self.again = reason, again
@@ -103,12 +116,20 @@ class Trouble(Exception):
 class Wire:
     """What all requests to the server at `url` share.
 
-    retries: how often a failed request is repeated, after `pause` seconds, twice as many, and so on. timeout: seconds
-    for one request. concurrency: connections at a time.
+    retries: how often a failed request is repeated, after `pause` seconds, twice as many, and so
+    on. timeout: seconds for one request. concurrency: connections at a time.
     """
 
-    def __init__(self, url: str, key: str | None, *, retries: int, timeout: float, concurrency: int, pause: float
-                 ) -> None:
+    def __init__(
+        self,
+        url: str,
+        key: str | None,
+        *,
+        retries: int,
+        timeout: float,
+        concurrency: int,
+        pause: float,
+    ) -> None:
         self.url, self.concurrency = re.sub(r"/+(v1/*)?$", "", url), concurrency
         self._retries, self._timeout, self._pause = retries, timeout, pause
         self._headers = {"Authorization": f"Bearer {key}"} if key else {}
@@ -117,21 +138,34 @@ class Wire:
     def client(self) -> Any:
         """One pool of connections, to be used as an asynchronous context."""
         httpx = _httpx()
-        limits = httpx.Limits(max_connections=self.concurrency, max_keepalive_connections=self.concurrency)
+        limits = httpx.Limits(
+            max_connections=self.concurrency, max_keepalive_connections=self.concurrency
+        )
         try:
             host = httpx.URL(self.url).host
         except httpx.InvalidURL as error:
-            raise UserError(f"{self.url}: this is no address of a server: {error}", "write http://HOST:PORT") from None
+            raise UserError(
+                f"{self.url}: this is no address of a server: {error}", "write http://HOST:PORT"
+            ) from None
+
         try:
-            return httpx.AsyncClient(base_url=self.url, headers=self._headers, limits=limits,
-                                     trust_env=not _is_loopback(host), verify=httpx.create_ssl_context(),
-                                     timeout=httpx.Timeout(None, connect=min(30.0, self._timeout)))
+            return httpx.AsyncClient(
+                base_url=self.url,
+                headers=self._headers,
+                limits=limits,
+                trust_env=not _is_loopback(host),
+                verify=httpx.create_ssl_context(),
+                timeout=httpx.Timeout(None, connect=min(30.0, self._timeout)),
+            )
         except (ImportError, ValueError, httpx.InvalidURL) as error:
-            raise UserError(f"{self.url}: the proxy that the environment names cannot be used: {error}",
-                            "mend HTTP_PROXY, HTTPS_PROXY or ALL_PROXY, or name this server in NO_PROXY") from None
+            raise UserError(
+                f"{self.url}: the proxy that the environment names cannot be used: {error}",
+                "mend HTTP_PROXY, HTTPS_PROXY or ALL_PROXY, or name this server in NO_PROXY",
+            ) from None
 
     async def patiently(self, key: str, once: Callable[[], Awaitable[T]]) -> T:
-        """`once()`, repeated while it is in trouble that may pass; the last Trouble if it never does.
+        """`once()`, repeated while it is in trouble that may pass; the last Trouble if it never
+        does.
 
         `key` varies the pauses: requests that failed together should not come again together.
         """
@@ -143,11 +177,15 @@ class Wire:
             except Trouble as trouble:
                 if trouble.again is None or turn == self._retries:
                     raise
+
                 pause = self._pause * 2**turn * (0.5 + chance())
                 await asyncio.sleep(min(max(pause, trouble.again), LONGEST_PAUSE))
+
             turn += 1
 
-    async def request(self, client: Any, method: str, path: str, body: dict[str, Any] | None = None) -> Any:
+    async def request(
+        self, client: Any, method: str, path: str, body: dict[str, Any] | None = None
+    ) -> Any:
         """The JSON of one reply. Trouble, or a UserError for what no request could get past."""
         try:
             async with asyncio.timeout(self._timeout):
@@ -158,8 +196,10 @@ class Wire:
             raise Trouble(f"no answer within {self._timeout:g} s") from None
         except _httpx().RequestError as error:
             raise Trouble(_said(error)) from None
+
         if not response.is_success:
             self._refuse(response)
+
         try:
             return json_files.parsed(response.content)
         except ValueError:
@@ -169,44 +209,65 @@ class Wire:
         """A completion as it comes. Trouble as soon as there is any."""
         httpx, sent = _httpx(), self._sent({**body, "stream": True})
         try:
-            with httpx.Client(base_url=self.url, headers=self._headers, timeout=self._timeout) as client, \
-                    client.stream("POST", COMPLETIONS, json=sent) as response:
+            with (
+                httpx.Client(
+                    base_url=self.url, headers=self._headers, timeout=self._timeout
+                ) as client,
+                client.stream("POST", COMPLETIONS, json=sent) as response,
+            ):
                 if response.is_success:
                     for line in response.iter_lines():
                         yield from _event(line)
+
                     return
+
                 response.read()
                 if not self._left_out(response, sent):
                     self._refuse(response)
         except httpx.RequestError as error:
             raise Trouble(_said(error)) from None
+
         yield from self.events(body)
 
     def _sent(self, body: dict[str, Any] | None) -> dict[str, Any] | None:
-        return body and {name: value for name, value in body.items()
-                         if name not in self._refused or not _spare(name, value)}
+        return body and {
+            name: value
+            for name, value in body.items()
+            if name not in self._refused or not _spare(name, value)
+        }
 
     def _left_out(self, response: Any, sent: dict[str, Any] | None) -> bool:
-        """Whether a request was refused for a field that we can do without. It is not sent any more.
+        """Whether a request was refused for a field that we can do without. It is not sent any
+        more.
 
-        It is the first that the refusal names; another may be what the server would have us say instead.
+        It is the first that the refusal names; another may be what the server would have us say
+        instead.
         """
         wrong = response.text if response.status_code in (400, 422) else ""
-        named = [name for name, value in (sent or {}).items() if _spare(name, value) and name in wrong]
+        named = [
+            name for name, value in (sent or {}).items() if _spare(name, value) and name in wrong
+        ]
         if named:
             self._refused.add(min(named, key=wrong.index))
+
         return bool(named)
 
     def _refuse(self, response: Any) -> None:
         status = response.status_code
         reason = f"HTTP {status}: {_message(response.text)}"
         if _TEXT_ALONE.search(response.text):
-            raise UserError(f"{self.url}: it takes prompts as text alone, where tags and text cannot be told apart",
-                            "sample on one that takes token ids: vLLM, llama.cpp's llama-server, 'llama2 serve'")
+            raise UserError(
+                f"{self.url}: it takes prompts as text alone, where tags and text cannot be told apart",
+                "sample on one that takes token ids: vLLM, llama.cpp's llama-server, 'llama2 serve'",
+            )
         if status in _NEVER:
-            raise UserError(f"{self.url}: {reason}", "check its address, the name of the model there, and its key")
+            raise UserError(
+                f"{self.url}: {reason}",
+                "check its address, the name of the model there, and its key",
+            )
         if status in _TRY_AGAIN or status >= 500:
             raise Trouble(reason, _retry_after(response.headers.get("retry-after", "")))
+
         raise Trouble(reason, again=None)
 
 
@@ -228,6 +289,7 @@ def _httpx() -> Any:
         import httpx
     except ImportError:
         raise missing_extra("httpx", "remote") from None
+
     return httpx
 
 
@@ -236,6 +298,7 @@ def _event(line: str) -> list[Choice]:
     data = line.removeprefix("data:").strip()
     if not line.startswith("data:") or data == "[DONE]":
         return []
+
     try:
         return Reply.model_validate_json(data).choices
     except ValidationError:
@@ -248,6 +311,7 @@ def _retry_after(text: str) -> float:
         return max(0.0, float(text))
     except ValueError:
         pass
+
     try:
         return max(0.0, parsedate_to_datetime(text).timestamp() - time.time())
     except (ValueError, TypeError):
@@ -262,6 +326,7 @@ def _message(text: str) -> str:
         text = str(error.get("message", error)) if isinstance(error, dict) else str(error)
     except ValueError:
         pass
+
     return " ".join(text.split())[:200] or "without a reason"
 
 

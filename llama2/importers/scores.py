@@ -1,8 +1,9 @@
 """Scores beside two answers: what says that they tie, or that the choice is not the better one.
 
-`score_chosen` and `score_rejected`, `chosen_rating`, `margin`, ...: every set spells them in its own way. Equal scores
-are a tie; scores that contradict the choice make the row worthless. How far apart they lie is not used: no two sets
-score on the same scale, and the degrees of §3.2.1 are words of people.
+`score_chosen` and `score_rejected`, `chosen_rating`, `margin`, ...: every set spells them in its
+own way. Equal scores are a tie; scores that contradict the choice make the row worthless. How far
+apart they lie is not used: no two sets score on the same scale, and the degrees of §3.2.1 are words
+of people.
 """
 
 from __future__ import annotations
@@ -22,17 +23,20 @@ _DIFFERENCE = ("margin", "score_diff", "score_difference", "rating_diff")
 
 
 def by_score(convert: Callable[[Row], Iterable[T | Skip]]) -> Callable[[Row], Iterator[T | Skip]]:
-    """A reader of comparisons that leaves out those without weight, and what the scores beside the two answers call a
-    tie or a contradiction."""
+    """A reader of comparisons that leaves out those without weight, and what the scores beside the
+    two answers call a tie or a contradiction."""
+
     def read(row: Row) -> Iterator[T | Skip]:
         if row_flags(row) not in ("all", "last"):
             raise row.error("a comparison has no turns to mask", "give the row a weight of 0 or 1")
+
         yield from convert(row)
         for difference in _differences(row):
             if difference == 0:
                 raise Skip("tie")
             if difference < 0:
                 raise Skip("the scores contradict the choice")
+
     return read
 
 
@@ -45,7 +49,8 @@ def _differences(row: Row) -> Iterator[float]:
             if better is not None and worse is not None:
                 yield better - worse
             else:
-                row.asked.difference_update((key, other))  # half a comparison is none: it is named as unread
+                # half a comparison is none: it is named as unread
+                row.asked.difference_update((key, other))
         elif key in _DIFFERENCE:
             difference = _number(row, key)
             if difference is not None:
@@ -58,4 +63,5 @@ def _number(row: Row, key: str) -> float | None:
         number = float(value)
     except (TypeError, ValueError):
         return None
+
     return number if math.isfinite(number) else None

@@ -1,10 +1,12 @@
-"""Builds the C++ files of this folder with the compiler at hand when they are first needed, and loads them.
+"""Builds the C++ files of this folder with the compiler at hand when they are first needed, and
+loads them.
 
-Each library is kept in the user's cache under a name that tells source, flags, compiler and the processor's
-instructions, so it is built once, in about two seconds, and machines that share a cache keep libraries of their own.
-It ends in the hash of its content: what is damaged or half written is built again. A cache that cannot be written, or
-into which others can write (`private`), is passed over. Where nothing can be built everything runs in PyTorch's own
-operations, slower, and one line on standard error says why. LLAMA2_NATIVE=0 asks for that.
+Each library is kept in the user's cache under a name that tells source, flags, compiler and the
+processor's instructions, so it is built once, in about two seconds, and machines that share a cache
+keep libraries of their own. It ends in the hash of its content: what is damaged or half written is
+built again. A cache that cannot be written, or into which others can write (`private`), is passed
+over. Where nothing can be built everything runs in PyTorch's own operations, slower, and one line
+on standard error says why. LLAMA2_NATIVE=0 asks for that.
 """
 
 from __future__ import annotations
@@ -32,8 +34,17 @@ from llama2 import environment as switches
 from llama2 import private_folders
 
 HERE = Path(__file__).parent
-FLAGS = ("-O3", "-march=native", "-std=c++20", "-fopenmp", "-fno-math-errno", "-fno-trapping-math", "-fno-thread-jumps",
-         "-shared", "-fPIC")
+FLAGS = (
+    "-O3",
+    "-march=native",
+    "-std=c++20",
+    "-fopenmp",
+    "-fno-math-errno",
+    "-fno-trapping-math",
+    "-fno-thread-jumps",
+    "-shared",
+    "-fPIC",
+)
 WIDE = "-mprefer-vector-width=512"  # x86: GCC would take half of an AVX-512 register
 ASKING, BUILDING = 30, 120
 """seconds that a compiler may take to tell of itself, and to build a library"""
@@ -47,14 +58,16 @@ class _Unusable(Exception):
 
 @dataclass(frozen=True)
 class _Compiler:
-    """A compiler with its flags; `macros` tell its version, and the instructions that it will use."""
+    """A compiler with its flags; `macros` tell its version, and the instructions that it will
+    use."""
 
     command: tuple[str, ...]
     macros: str
 
 
 _refused: list[str] = []
-"""why nothing can be built here, once that is known: of three libraries the second and third would not fare better"""
+"""why nothing can be built here, once that is known: of three libraries the second and third would
+not fare better"""
 
 
 @cache
@@ -62,12 +75,15 @@ def library(name: str) -> ctypes.CDLL | None:
     """The functions of `name`.cpp, or None where they cannot be built."""
     if not switches.native() or not sys.platform.startswith("linux") or _refused:
         return None
+
     try:
         return _loaded(_compiler(), name)
     except (OSError, _Unusable) as error:
         _refused.append(str(error))
+
     if os.environ.get("RANK", "0") == "0":
         print(f"this CPU runs at about half its speed: {_refused[0]}", file=sys.stderr)
+
     return None
 
 
@@ -80,12 +96,14 @@ def forget() -> None:
 
 @cache
 def _compiler() -> _Compiler:
-    """The first compiler there is. What $CXX names may have arguments. _Unusable if there is none."""
+    """The first compiler there is. What $CXX names may have arguments. _Unusable if there is
+    none."""
     for words in (os.environ.get("CXX", ""), "g++", "clang++"):
         with suppress(ValueError):  # a quotation mark without its pair
             program, *rest = shlex.split(words) or [""]
             if program and (path := shutil.which(program)):
                 return _asked((path, *rest))
+
     raise _Unusable("no C++ compiler found (install g++)")
 
 
@@ -94,59 +112,77 @@ def _asked(command: tuple[str, ...]) -> _Compiler:
     show = ("-dM", "-E", "-x", "c++", os.devnull)
     macros = _run((*command, *FLAGS, *show), ASKING)
     wide = (WIDE,) if "__x86_64__" in macros else ()
+
     return _Compiler((*command, *FLAGS, *wide), macros)
 
 
 def _loaded(compiler: _Compiler, name: str) -> ctypes.CDLL:
-    """The library, from the first folder that is ours and takes it; at last from one that is deleted at once."""
+    """The library, from the first folder that is ours and takes it; at last from one that is
+    deleted at once."""
     texts = [path.read_text("utf-8") for path in (HERE / f"{name}.cpp", *sorted(HERE.glob("*.h")))]
-    tag = hashlib.sha256("\0".join((*texts, *compiler.command, compiler.macros)).encode()).hexdigest()[:16]
+    tag = hashlib.sha256(
+        "\0".join((*texts, *compiler.command, compiler.macros)).encode()
+    ).hexdigest()[:16]
     command = (*compiler.command, str(HERE / f"{name}.cpp"), "-o")
     reasons = []
+
     for folder in private_folders.folders():
         try:
             private_folders.make(folder)
             return ctypes.CDLL(str(_built(command, folder / f"{name}-{tag}.so")))
-        except OSError as error:  # read-only, full, no folder, not ours, or without the right to run what is in it
+        # read-only, full, no folder, not ours, or without the right to run what is in it
+        except OSError as error:
             reasons.append(_reason(error, folder))
+
     try:
         with tempfile.TemporaryDirectory(prefix="llama2-", ignore_cleanup_errors=True) as scratch:
             private_folders.check_way(Path(scratch))
             return ctypes.CDLL(str(_built(command, Path(scratch) / f"{name}.so")))
     except OSError as error:
         reasons.append(_reason(error, Path("a temporary folder")))
-        raise OSError(f"{'; '.join(reasons)} (set XDG_CACHE_HOME to a folder of your own)") from error
+        raise OSError(
+            f"{'; '.join(reasons)} (set XDG_CACHE_HOME to a folder of your own)"
+        ) from error
 
 
 def _built(command: Sequence[str], path: Path) -> Path:
-    """The library's path; it is built under another name and moved, so that nobody loads half of it."""
+    """The library's path; it is built under another name and moved, so that nobody loads half of
+    it."""
     if os.path.lexists(path):
         private_folders.check(path)
         if _is_whole(path.read_bytes()):
             return path
+
     with tempfile.TemporaryDirectory(dir=path.parent, ignore_cleanup_errors=True) as scratch:
         new = Path(scratch) / path.name
         _run([*command, str(new)], BUILDING, TMPDIR=scratch)
         _try(new, command)
         digest = hashlib.sha256(new.read_bytes()).hexdigest().encode()
+
         with open(new, "ab") as file:
             file.write(MARK + digest)
             file.flush()
             os.fsync(file.fileno())
+
         new.chmod(0o700)
         os.replace(new, path)
+
     return path
 
 
 def _try(new: Path, command: Sequence[str]) -> None:
-    """_Unusable if what a compiler has built is no library for this machine; OSError if the folder runs none."""
+    """_Unusable if what a compiler has built is no library for this machine; OSError if the folder
+    runs none."""
     try:
         ctypes.CDLL(str(new))
     except OSError as error:
         if "failed to map segment" in str(error):  # mounted noexec
             raise
+
         why = str(error).removeprefix(f"{new}: ")
-        raise _Unusable(f"{Path(command[0]).name} builds nothing that can be loaded ({why})") from None
+        raise _Unusable(
+            f"{Path(command[0]).name} builds nothing that can be loaded ({why})"
+        ) from None
 
 
 def _is_whole(content: bytes) -> bool:
@@ -156,32 +192,48 @@ def _is_whole(content: bytes) -> bool:
 
 
 def _run(command: Sequence[str], seconds: float, **environment: str) -> str:
-    """What a compiler prints. After so many seconds it is ended, with all that it has started. _Unusable if it fails,
-    OSError if the disk refuses what it writes."""
+    """What a compiler prints. After so many seconds it is ended, with all that it has started.
+    _Unusable if it fails, OSError if the disk refuses what it writes."""
     name = Path(command[0]).name
     try:
-        with subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-                              text=True, encoding="utf-8", errors="replace", start_new_session=True,
-                              env={**os.environ, "LC_ALL": "C", **environment}) as process:
+        with subprocess.Popen(
+            command,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            encoding="utf-8",
+            errors="replace",
+            start_new_session=True,
+            env={**os.environ, "LC_ALL": "C", **environment},
+        ) as process:
             try:
                 said, complaint = process.communicate(timeout=seconds)
             except BaseException:
                 with suppress(ProcessLookupError):
                     os.killpg(process.pid, signal.SIGKILL)
+
                 raise
     except subprocess.TimeoutExpired:
         raise _Unusable(f"{name} takes longer than {seconds:g} seconds") from None
     except OSError as error:
         raise _Unusable(f"{name} cannot be run ({_strerror(error)})") from error
+
     if process.returncode:
         for number in _DISK:
             if os.strerror(number) in complaint:
                 raise OSError(number, os.strerror(number))
+
         lines = [line.strip() for line in complaint.splitlines() if line.strip()]
-        errors = [line for line in lines if "error" in line or "not found" in line or "cannot find" in line]
+        errors = [
+            line
+            for line in lines
+            if "error" in line or "not found" in line or "cannot find" in line
+        ]
         status = process.returncode
         ending = f"exit status {status}" if status > 0 else f"ended by signal {-status}"
         raise _Unusable(f"{name}: {[*errors, *lines, ending][0]}")
+
     return said
 
 
@@ -195,7 +247,8 @@ def _strerror(error: OSError) -> str:
 
 
 class Library:
-    """Calls the functions of one library: tensors go as pointers, whole numbers with 64 bits, others as fp32."""
+    """Calls the functions of one library: tensors go as pointers, whole numbers with 64 bits,
+    others as fp32."""
 
     def __init__(self, name: str) -> None:
         self.name = name
@@ -214,6 +267,13 @@ class Library:
         """The function with the types of its arguments, which are the same in every call."""
         function = self._functions[name] = getattr(library(self.name), name)
         function.restype = None
-        function.argtypes = [ctypes.c_int64 if isinstance(value, int) else ctypes.c_float if isinstance(value, float)
-                             else ctypes.c_void_p for value in arguments]
+        function.argtypes = [
+            ctypes.c_int64
+            if isinstance(value, int)
+            else ctypes.c_float
+            if isinstance(value, float)
+            else ctypes.c_void_p
+            for value in arguments
+        ]
+
         return function

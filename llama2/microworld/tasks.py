@@ -1,8 +1,8 @@
 """What a prompt asks for: the turns, the key of its content, and the gold fields the rater needs.
 
-A family is a kind of task: how to draw one from the world, and how three writers of different care would answer it.
-`gold` is plain JSON and travels in `Prompt.metadata`, so a prompt read back from a file can be answered and rated
-without the world.
+A family is a kind of task: how to draw one from the world, and how three writers of different care
+would answer it. `gold` is plain JSON and travels in `Prompt.metadata`, so a prompt read back from a
+file can be answered and rated without the world.
 """
 
 from __future__ import annotations
@@ -19,13 +19,15 @@ Writer = Callable[[Gold, Random], str]
 
 @dataclass(frozen=True)
 class Task:
-    """`turns` alternate user and assistant and end with the user. `key` names the content, never the wording."""
+    """`turns` alternate user and assistant and end with the user. `key` names the content, never
+    the wording."""
 
     key: str
     turns: tuple[str, ...]
     gold: Gold
     requires: tuple[str, ...] = ()
-    """Keys of contents shown on the way (an earlier turn); they must belong to the training split."""
+    """Keys of contents shown on the way (an earlier turn); they must belong to the training
+    split."""
 
     @property
     def family(self) -> str:
@@ -34,7 +36,8 @@ class Task:
 
 @dataclass(frozen=True)
 class Family:
-    """One kind of task. `expert` is the ideal answer, `curt` the bare minimum, `sloppy` has one error."""
+    """One kind of task. `expert` is the ideal answer, `curt` the bare minimum, `sloppy` has one
+    error."""
 
     draw: Callable[[World, Random], Task]
     expert: Writer

@@ -1,8 +1,9 @@
 """The words and templates a microworld is drawn from.
 
-Every world takes a seeded subset of these pools and assigns them to its own entities. Values of one attribute are
-single common words, so that a wrong answer is usually another value of the same attribute: the kind of mistake a
-small reward model can learn to see when it knows the facts. Values begin with a consonant ("a {v}" stays right).
+Every world takes a seeded subset of these pools and assigns them to its own entities. Values of one
+attribute are single common words, so that a wrong answer is usually another value of the same
+attribute: the kind of mistake a small reward model can learn to see when it knows the facts. Values
+begin with a consonant ("a {v}" stays right).
 """
 
 from __future__ import annotations
@@ -12,7 +13,8 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Attribute:
-    """One kind of fact: how it is stated (first template: as in an answer) and asked. `{n}` is the entity."""
+    """One kind of fact: how it is stated (first template: as in an answer) and asked. `{n}` is the
+    entity."""
 
     name: str
     statements: tuple[str, ...]
@@ -21,39 +23,96 @@ class Attribute:
 
 
 PERSON = (
-    Attribute("job", ("{n} works as a {v}.", "{n} is a {v} by trade."),
-              ("What is the job of {n}?", "What does {n} do for work?", "Tell me the job of {n}."),
-              ("baker", "doctor", "farmer", "painter", "teacher", "sailor", "tailor", "judge", "weaver", "miner")),
-    Attribute("home", ("{n} lives in {v}.", "The home of {n} is in {v}."),
-              ("Where does {n} live?", "Which town is the home of {n}?", "Tell me the home of {n}.")),
-    Attribute("food", ("{n} likes to eat {v}.", "The favorite food of {n} is {v}."),
-              ("What does {n} like to eat?", "What is the favorite food of {n}?", "Tell me the food of {n}."),
-              ("rice", "bread", "cheese", "fish", "soup", "beans", "cake", "nuts", "corn", "noodles")),
-    Attribute("pet", ("{n} has a pet {v}.", "The pet of {n} is a {v}."),
-              ("What pet does {n} have?", "Which animal lives with {n}?", "Tell me the pet of {n}."),
-              ("dog", "cat", "parrot", "rabbit", "turtle", "goat", "hamster", "snake", "duck", "pony")),
+    Attribute(
+        "job",
+        ("{n} works as a {v}.", "{n} is a {v} by trade."),
+        ("What is the job of {n}?", "What does {n} do for work?", "Tell me the job of {n}."),
+        (
+            "baker",
+            "doctor",
+            "farmer",
+            "painter",
+            "teacher",
+            "sailor",
+            "tailor",
+            "judge",
+            "weaver",
+            "miner",
+        ),
+    ),
+    Attribute(
+        "home",
+        ("{n} lives in {v}.", "The home of {n} is in {v}."),
+        ("Where does {n} live?", "Which town is the home of {n}?", "Tell me the home of {n}."),
+    ),
+    Attribute(
+        "food",
+        ("{n} likes to eat {v}.", "The favorite food of {n} is {v}."),
+        (
+            "What does {n} like to eat?",
+            "What is the favorite food of {n}?",
+            "Tell me the food of {n}.",
+        ),
+        ("rice", "bread", "cheese", "fish", "soup", "beans", "cake", "nuts", "corn", "noodles"),
+    ),
+    Attribute(
+        "pet",
+        ("{n} has a pet {v}.", "The pet of {n} is a {v}."),
+        ("What pet does {n} have?", "Which animal lives with {n}?", "Tell me the pet of {n}."),
+        ("dog", "cat", "parrot", "rabbit", "turtle", "goat", "hamster", "snake", "duck", "pony"),
+    ),
 )
 TOWN = (
-    Attribute("place", ("{n} lies by the {v}.", "The town of {n} is near the {v}."),
-              ("Where does {n} lie?", "What is {n} close to?", "Tell me the place of {n}."),
-              ("river", "sea", "lake", "forest", "desert", "canyon", "volcano", "swamp")),
-    Attribute("product", ("{n} is known for its {v}.", "The people of {n} sell {v}."),
-              ("What is {n} known for?", "What do the people of {n} sell?", "Tell me the product of {n}."),
-              ("glass", "silk", "honey", "salt", "paper", "wool", "gold", "pottery")),
-    Attribute("flag", ("The flag of {n} is {v}.", "{n} has a {v} flag."),
-              ("What color is the flag of {n}?", "Which flag does {n} have?", "Tell me the flag of {n}."),
-              ("red", "blue", "green", "yellow", "white", "black", "purple", "brown")),
+    Attribute(
+        "place",
+        ("{n} lies by the {v}.", "The town of {n} is near the {v}."),
+        ("Where does {n} lie?", "What is {n} close to?", "Tell me the place of {n}."),
+        ("river", "sea", "lake", "forest", "desert", "canyon", "volcano", "swamp"),
+    ),
+    Attribute(
+        "product",
+        ("{n} is known for its {v}.", "The people of {n} sell {v}."),
+        (
+            "What is {n} known for?",
+            "What do the people of {n} sell?",
+            "Tell me the product of {n}.",
+        ),
+        ("glass", "silk", "honey", "salt", "paper", "wool", "gold", "pottery"),
+    ),
+    Attribute(
+        "flag",
+        ("The flag of {n} is {v}.", "{n} has a {v} flag."),
+        ("What color is the flag of {n}?", "Which flag does {n} have?", "Tell me the flag of {n}."),
+        ("red", "blue", "green", "yellow", "white", "black", "purple", "brown"),
+    ),
 )
 ANIMAL = (
-    Attribute("diet", ("The {n} feeds on {v}.", "{v} is all that the {n} eats."),
-              ("What does the {n} feed on?", "What is eaten by the {n}?", "Tell me the diet of the {n}."),
-              ("moss", "seeds", "worms", "leaves", "berries", "roots", "flies", "grass")),
-    Attribute("den", ("The {n} sleeps in a {v}.", "At night the {n} hides in a {v}."),
-              ("Where does the {n} sleep?", "Where does the {n} hide at night?", "Tell me the den of the {n}."),
-              ("cave", "nest", "burrow", "tree", "barrel", "tunnel", "log", "bush")),
-    Attribute("sound", ("The {n} can {v}.", "Listen: the {n} likes to {v}."),
-              ("Which sound does the {n} make?", "How does the {n} sound?", "Tell me the sound of the {n}."),
-              ("sing", "growl", "whistle", "bark", "hum", "roar", "click", "hiss")),
+    Attribute(
+        "diet",
+        ("The {n} feeds on {v}.", "{v} is all that the {n} eats."),
+        ("What does the {n} feed on?", "What is eaten by the {n}?", "Tell me the diet of the {n}."),
+        ("moss", "seeds", "worms", "leaves", "berries", "roots", "flies", "grass"),
+    ),
+    Attribute(
+        "den",
+        ("The {n} sleeps in a {v}.", "At night the {n} hides in a {v}."),
+        (
+            "Where does the {n} sleep?",
+            "Where does the {n} hide at night?",
+            "Tell me the den of the {n}.",
+        ),
+        ("cave", "nest", "burrow", "tree", "barrel", "tunnel", "log", "bush"),
+    ),
+    Attribute(
+        "sound",
+        ("The {n} can {v}.", "Listen: the {n} likes to {v}."),
+        (
+            "Which sound does the {n} make?",
+            "How does the {n} sound?",
+            "Tell me the sound of the {n}.",
+        ),
+        ("sing", "growl", "whistle", "bark", "hum", "roar", "click", "hiss"),
+    ),
 )
 KINDS: dict[str, tuple[Attribute, ...]] = {"person": PERSON, "town": TOWN, "animal": ANIMAL}
 ATTRIBUTES: dict[str, Attribute] = {a.name: a for kind in KINDS.values() for a in kind}
@@ -74,16 +133,79 @@ LISTS: dict[str, tuple[str, ...]] = {
 NUMBERS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 
 BASES = ("carrot", "pumpkin", "tomato", "potato", "onion", "mushroom", "cabbage", "turnip")
-SECONDS = ("salt", "pepper", "butter", "garlic", "ginger", "mint", "cream", "oil", "vinegar", "sugar")
-DISHES: dict[str, str] = {"soup": "boil", "bread": "bake", "salad": "mix", "stew": "simmer", "cake": "whisk",
-                          "pie": "roast", "tea": "pour", "pickle": "soak"}
+SECONDS = (
+    "salt",
+    "pepper",
+    "butter",
+    "garlic",
+    "ginger",
+    "mint",
+    "cream",
+    "oil",
+    "vinegar",
+    "sugar",
+)
+DISHES: dict[str, str] = {
+    "soup": "boil",
+    "bread": "bake",
+    "salad": "mix",
+    "stew": "simmer",
+    "cake": "whisk",
+    "pie": "roast",
+    "tea": "pour",
+    "pickle": "soak",
+}
 
-HEROES = ("fox", "king", "girl", "boy", "witch", "bear", "knight", "mouse", "giant", "wolf", "queen", "robot")
-THINGS = ("lamp", "ring", "map", "key", "drum", "bell", "mirror", "kite", "crown", "sword", "book", "clock")
+HEROES = (
+    "fox",
+    "king",
+    "girl",
+    "boy",
+    "witch",
+    "bear",
+    "knight",
+    "mouse",
+    "giant",
+    "wolf",
+    "queen",
+    "robot",
+)
+THINGS = (
+    "lamp",
+    "ring",
+    "map",
+    "key",
+    "drum",
+    "bell",
+    "mirror",
+    "kite",
+    "crown",
+    "sword",
+    "book",
+    "clock",
+)
 MOODS: dict[str, str] = {"happy": "smiled", "sad": "cried", "scary": "screamed", "funny": "laughed"}
-SCENES = ("in the woods", "near a castle", "by the water", "under a bed", "on a hill", "behind a wall")
+SCENES = (
+    "in the woods",
+    "near a castle",
+    "by the water",
+    "under a bed",
+    "on a hill",
+    "behind a wall",
+)
 
-HOBBIES = ("skating", "chess", "fishing", "knitting", "archery", "dancing", "juggling", "hiking", "rowing", "yoga")
+HOBBIES = (
+    "skating",
+    "chess",
+    "fishing",
+    "knitting",
+    "archery",
+    "dancing",
+    "juggling",
+    "hiking",
+    "rowing",
+    "yoga",
+)
 TITLES = ("Captain", "King", "Doctor", "Queen", "Professor", "General")
 
 # Minimal pairs: one verb, three objects that make it a crime and three that make it harmless.
@@ -116,8 +238,36 @@ ILLNESSES = ("fever", "cough", "headache", "rash", "burn", "cold")
 MEALS = ("sauce", "dough", "jam", "porridge", "pudding", "salad")
 SWEETS = ("honey", "cocoa", "cinnamon", "yeast", "flour", "vanilla", "mustard", "syrup")
 
-ADJECTIVES = ("responsible", "respectful", "wise", "careful", "honest", "safe", "kind", "thoughtful")
+ADJECTIVES = (
+    "responsible",
+    "respectful",
+    "wise",
+    "careful",
+    "honest",
+    "safe",
+    "kind",
+    "thoughtful",
+)
 
-ONSETS = ("b", "d", "f", "g", "k", "l", "m", "n", "p", "r", "s", "t", "v", "z", "br", "dr", "kr", "tr")
+ONSETS = (
+    "b",
+    "d",
+    "f",
+    "g",
+    "k",
+    "l",
+    "m",
+    "n",
+    "p",
+    "r",
+    "s",
+    "t",
+    "v",
+    "z",
+    "br",
+    "dr",
+    "kr",
+    "tr",
+)
 VOWELS = ("a", "e", "i", "o", "u")
 CODAS = ("l", "n", "r", "s", "m", "x", "")

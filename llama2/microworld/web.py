@@ -1,6 +1,8 @@
-"""Pages as a crawl would find them: boilerplate, personal data, duplicates and garbage around a little good text.
+"""Pages as a crawl would find them: boilerplate, personal data, duplicates and garbage around a
+little good text.
 
-They make cleaning and exact deduplication visibly do something (§2.1). Addresses use reserved domains and numbers.
+They make cleaning and exact deduplication visibly do something (§2.1). Addresses use reserved
+domains and numbers.
 """
 
 from __future__ import annotations
@@ -8,10 +10,25 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from random import Random
 
-HEADERS = ("Home | About | Contact | Login", "Skip to main content", "MENU  SEARCH  SHOP", "<div class=\"nav\">")
-NOTICES = ("We use cookies to improve your experience. Accept all cookies.", "Please enable JavaScript to continue.",
-           "Subscribe to our newsletter!!!", "Click here to read more...", "Share on: Chirper | Facepage | Pin")
-FOOTERS = ("Copyright 2023. All rights reserved.", "Terms of use | Privacy policy", "Back to top", "</div></body>")
+HEADERS = (
+    "Home | About | Contact | Login",
+    "Skip to main content",
+    "MENU  SEARCH  SHOP",
+    '<div class="nav">',
+)
+NOTICES = (
+    "We use cookies to improve your experience. Accept all cookies.",
+    "Please enable JavaScript to continue.",
+    "Subscribe to our newsletter!!!",
+    "Click here to read more...",
+    "Share on: Chirper | Facepage | Pin",
+)
+FOOTERS = (
+    "Copyright 2023. All rights reserved.",
+    "Terms of use | Privacy policy",
+    "Back to top",
+    "</div></body>",
+)
 NOISE = "#$%&*+=~^_|<>"
 DUPLICATES, GARBAGE, PERSONAL = 0.20, 0.05, 0.35
 
@@ -23,6 +40,7 @@ def pages(bodies: Sequence[Iterator[str]], people: Sequence[str], rng: Random) -
         if recent and rng.random() < DUPLICATES:
             yield rng.choice(recent)
             continue
+
         page = _garbage(rng) if rng.random() < GARBAGE else _page(bodies, people, rng)
         recent = [page, *recent[:19]]
         yield page
@@ -33,16 +51,24 @@ def _page(bodies: Sequence[Iterator[str]], people: Sequence[str], rng: Random) -
     lines.insert(rng.randrange(1, len(lines)), rng.choice(NOTICES))
     if rng.random() < PERSONAL:
         lines.append(_personal(rng.choice(people), rng))
+
     if rng.random() < 0.3:
         lines[1] = "  " + lines[1].replace(" ", "  ", 2) + " &nbsp;"
+
     return "\n".join([*lines, rng.choice(FOOTERS)])
 
 
 def _personal(name: str, rng: Random) -> str:
-    return rng.choice((f"Write to {name.lower()}{rng.randrange(100)}@example.com",
-                       f"Call {name} at (555) 01{rng.randrange(100):02d}-{rng.randrange(10000):04d}",
-                       f"Posted by {name} from 192.0.2.{rng.randrange(1, 255)}"))
+    return rng.choice(
+        (
+            f"Write to {name.lower()}{rng.randrange(100)}@example.com",
+            f"Call {name} at (555) 01{rng.randrange(100):02d}-{rng.randrange(10000):04d}",
+            f"Posted by {name} from 192.0.2.{rng.randrange(1, 255)}",
+        )
+    )
 
 
 def _garbage(rng: Random) -> str:
-    return "\n".join("".join(rng.choice(NOISE) for _ in range(rng.randrange(20, 60))) for _ in range(2))
+    return "\n".join(
+        "".join(rng.choice(NOISE) for _ in range(rng.randrange(20, 60))) for _ in range(2)
+    )

@@ -1,8 +1,8 @@
 """The synthetic world: who lives in it and what is true there.
 
-A world is a pure function of its seed; other seeds give other names, facts, dishes, doses and languages. It stands in
-for everything a person would know and the paper's models were asked about, so that the whole recipe can be proved
-against ground truth on a laptop.
+A world is a pure function of its seed; other seeds give other names, facts, dishes, doses and
+languages. It stands in for everything a person would know and the paper's models were asked about,
+so that the whole recipe can be proved against ground truth on a laptop.
 """
 
 from __future__ import annotations
@@ -19,7 +19,8 @@ Random = random.Random
 
 @dataclass(frozen=True)
 class Fact:
-    """`attribute` of the entity `name` is `value`; `pool` holds all values the attribute takes in this world."""
+    """`attribute` of the entity `name` is `value`; `pool` holds all values the attribute takes in
+    this world."""
 
     kind: str
     name: str
@@ -117,32 +118,59 @@ class World:
         """The world of this seed."""
         rng = stream(seed, "world")
         names = _Names(rng)
-        kinds = {"person": [names.take().title() for _ in range(16)], "town": [names.take().title() for _ in range(12)],
-                 "animal": [names.take() for _ in range(12)]}
-        facts = [facts for kind, entities in kinds.items() for facts in _facts(kind, entities, kinds["town"], rng)]
+        kinds = {
+            "person": [names.take().title() for _ in range(16)],
+            "town": [names.take().title() for _ in range(12)],
+            "animal": [names.take() for _ in range(12)],
+        }
+        facts = [
+            facts
+            for kind, entities in kinds.items()
+            for facts in _facts(kind, entities, kinds["town"], rng)
+        ]
         bases, dishes = rng.sample(words.BASES, 6), rng.sample(sorted(words.DISHES), 6)
         drugs, sweets = [names.take() for _ in range(6)], rng.sample(words.SWEETS, 6)
         categories = rng.sample(sorted(words.LISTS), 8)
+
         return cls(
             seed=seed,
             facts=tuple(facts),
-            lists={category: tuple(rng.sample(words.LISTS[category], 7)) for category in categories},
-            dishes=tuple(Dish(b, d, rng.choice(words.SECONDS), words.DISHES[d]) for b in bases for d in dishes),
-            doses=tuple(Dose(s, rng.choice(words.NUMBERS[2:8]), tuple(rng.sample(uses, 5)), drug)
-                        for substances, uses, drug in ((drugs, words.ILLNESSES, True), (sweets, words.MEALS, False))
-                        for s in substances),
+            lists={
+                category: tuple(rng.sample(words.LISTS[category], 7)) for category in categories
+            },
+            dishes=tuple(
+                Dish(b, d, rng.choice(words.SECONDS), words.DISHES[d])
+                for b in bases
+                for d in dishes
+            ),
+            doses=tuple(
+                Dose(s, rng.choice(words.NUMBERS[2:8]), tuple(rng.sample(uses, 5)), drug)
+                for substances, uses, drug in (
+                    (drugs, words.ILLNESSES, True),
+                    (sweets, words.MEALS, False),
+                )
+                for s in substances
+            ),
             acts=tuple(_acts(rng)),
-            groups=tuple(Group(f"{folk} folk", (v[0], v[1])) for folk in rng.sample(words.FOLKS, 8)
-                         for v in [rng.sample(words.VIRTUES, 2)]),
-            languages=tuple(Language(name.title() + "ish", names.short().title(), names.short())
-                            for name in names.unlike(4)),
+            groups=tuple(
+                Group(f"{folk} folk", (v[0], v[1]))
+                for folk in rng.sample(words.FOLKS, 8)
+                for v in [rng.sample(words.VIRTUES, 2)]
+            ),
+            languages=tuple(
+                Language(name.title() + "ish", names.short().title(), names.short())
+                for name in names.unlike(4)
+            ),
             hobbies=tuple(rng.sample(words.HOBBIES, 6)),
-            figures=tuple(f"{title} {names.short().title()}" for title in rng.sample(words.TITLES, 4)),
+            figures=tuple(
+                f"{title} {names.short().title()}" for title in rng.sample(words.TITLES, 4)
+            ),
         )
 
 
 class _Names:
-    """Distinct made-up names; no two share their first three letters, as small models would confuse them."""
+    """Distinct made-up names; no two share their first three letters, as small models would confuse
+    them."""
 
     def __init__(self, rng: Random) -> None:
         self._rng = rng
@@ -150,19 +178,29 @@ class _Names:
 
     def take(self) -> str:
         """A name of two syllables."""
-        return self._fresh((words.ONSETS, words.VOWELS, ("", "l", "n", "r"), words.ONSETS[:14], words.VOWELS,
-                            words.CODAS))
+        return self._fresh(
+            (
+                words.ONSETS,
+                words.VOWELS,
+                ("", "l", "n", "r"),
+                words.ONSETS[:14],
+                words.VOWELS,
+                words.CODAS,
+            )
+        )
 
     def short(self) -> str:
         """A name of one syllable, for what long dialogs repeat in every turn."""
         return self._fresh((words.ONSETS, words.VOWELS, words.CODAS[:-1]))
 
     def unlike(self, count: int) -> list[str]:
-        """Short names, each with another first letter: of all names, those of languages are confused most easily."""
+        """Short names, each with another first letter: of all names, those of languages are
+        confused most easily."""
         found: dict[str, str] = {}
         while len(found) < count:
             name = self.short()
             found.setdefault(name[0], name)
+
         return list(found.values())
 
     def _fresh(self, parts: Sequence[Sequence[str]]) -> str:
@@ -173,14 +211,19 @@ class _Names:
                 return name
 
 
-def _facts(kind: str, entities: Sequence[str], towns: Sequence[str], rng: Random) -> list[tuple[Fact, ...]]:
+def _facts(
+    kind: str, entities: Sequence[str], towns: Sequence[str], rng: Random
+) -> list[tuple[Fact, ...]]:
     """Facts of all entities of a kind; the values of an attribute are used about equally often."""
     columns: list[list[Fact]] = []
     for attribute in words.KINDS[kind]:
         pool = tuple(sorted(rng.sample(attribute.values, 8) if attribute.values else towns))
         values = list(pool) * (len(entities) // len(pool) + 1)
-        values = rng.sample(values, len(values))[:len(entities)]
-        columns.append([Fact(kind, n, attribute.name, v, pool) for n, v in zip(entities, values, strict=True)])
+        values = rng.sample(values, len(values))[: len(entities)]
+        columns.append(
+            [Fact(kind, n, attribute.name, v, pool) for n, v in zip(entities, values, strict=True)]
+        )
+
     return list(zip(*columns, strict=True))
 
 
@@ -190,6 +233,7 @@ def _acts(rng: Random) -> list[Act]:
         for crime, objects in zip((True, False), words.ACTS[verb], strict=True):
             tools = words.HARM_TOOLS if crime else words.SAFE_TOOLS
             acts += [Act(verb, thing, rng.choice(tools), crime) for thing in objects]
+
     return acts
 
 

@@ -1,12 +1,14 @@
 """Weights rounded to 8 or 4 bits: which of them, how, and what stands for them in a product.
 
-int8: each output has a scale; integers lie in -127..127. int4: each 32 inputs of an output share a scale and a zero
-point, chosen by torchao (its public configuration for integers of few bits, which runs on every processor). Products
-stay bf16: a rounded matrix is read as the bf16 numbers it stands for, and only what a decoding step fetches from memory
-gets smaller. The paper serves its models unrounded and says nothing of this.
+int8: each output has a scale; integers lie in -127..127. int4: each 32 inputs of an output share a
+scale and a zero point, chosen by torchao (its public configuration for integers of few bits, which
+runs on every processor). Products stay bf16: a rounded matrix is read as the bf16 numbers it stands
+for, and only what a decoding step fetches from memory gets smaller. The paper serves its models
+unrounded and says nothing of this.
 
-Norms are vectors and stay. An embedding that is no head is looked up, not multiplied: rounding it would cost accuracy
-and save no time. The head keeps bf16 in int4, where each of its errors would be an error of a logit.
+Norms are vectors and stay. An embedding that is no head is looked up, not multiplied: rounding it
+would cost accuracy and save no time. The head keeps bf16 in int4, where each of its errors would be
+an error of a logit.
 
 Shapes: O outputs, I inputs, G groups of inputs.
 """
@@ -29,7 +31,9 @@ from llama2.model.tensors import EMBEDDINGS, HEAD
 
 Bits = Literal["int8", "int4"]
 WeightPrecision = Literal["fp32", "bf16", "int8", "int4"]  # in which an engine keeps weights
-GROUP = 32  # inputs that share a scale in int4; it divides the inputs of nearly all models, and is a step of a product
+# inputs that share a scale in int4; it divides the inputs of nearly all models, and is a step of a
+# product
+GROUP = 32
 
 
 @dataclass(frozen=True)
@@ -45,6 +49,7 @@ class Rounded:
         """The fp32 matrix [O, inputs] that is meant."""
         if self.zeros_OG is None:
             return self.integers_OI * self.scales_OG
+
         integers_OGI = self.integers_OI.view(*self.scales_OG.shape, -1)
         weight_OGI = (integers_OGI - self.zeros_OG[..., None]) * self.scales_OG[..., None]
         return weight_OGI.flatten(1)[:, : self.inputs]
@@ -56,24 +61,28 @@ def computing(precision: WeightPrecision) -> mesh.Precision:
 
 
 def loading(precision: WeightPrecision) -> torch.dtype:
-    """In which a checkpoint is to be read for an engine of this precision: what is rounded is rounded from bf16."""
+    """In which a checkpoint is to be read for an engine of this precision: what is rounded is
+    rounded from bf16."""
     return torch.float32 if precision == "fp32" else torch.bfloat16
 
 
 def kept(name: str, weight: Tensor, bits: Bits, *, tied: bool) -> str:
-    """Why a parameter of a language model is not rounded; empty if it is. `tied`: the embedding is also the head."""
+    """Why a parameter of a language model is not rounded; empty if it is. `tied`: the embedding is
+    also the head."""
     if weight.dim() != 2:
         return "a vector"
     if name == EMBEDDINGS and not tied:
         return "looked up, not multiplied"
     if name in (EMBEDDINGS, HEAD) and bits == "int4":
         return "the head: its errors are errors of logits"
+
     return ""
 
 
 def size(outputs: int, inputs: int, bits: Bits) -> int:
-    """The bytes that a decoding step reads of a rounded matrix: besides the integers in int8 a scale of fp32 for each
-    output, in int4 a scale of bf16 and a zero point of a byte for each group."""
+    """The bytes that a decoding step reads of a rounded matrix: besides the integers in int8 a
+    scale of fp32 for each output, in int4 a scale of bf16 and a zero point of a byte for each
+    group."""
     groups = -(-inputs // GROUP)
     return outputs * (inputs + 4) if bits == "int8" else outputs * groups * (GROUP // 2 + 3)
 
@@ -85,32 +94,50 @@ def check(precision: WeightPrecision) -> None:
 
 
 def rounded(weight_OI: Tensor, bits: Bits) -> Rounded:
-    """The integers and scales nearest to a matrix; in int8 it is met within half a scale. UserError without torchao."""
+    """The integers and scales nearest to a matrix; in int8 it is met within half a scale. UserError
+    without torchao."""
     weight_OI = weight_OI.detach().float()
     if bits == "int8":
         scales_O1 = (weight_OI.abs().amax(1, keepdim=True) / 127).clamp(min=1e-12)
-        return Rounded((weight_OI / scales_O1).round().clamp(-127, 127).to(torch.int8), scales_O1, None,
-                       weight_OI.shape[1])
+        return Rounded(
+            (weight_OI / scales_O1).round().clamp(-127, 127).to(torch.int8),
+            scales_O1,
+            None,
+            weight_OI.shape[1],
+        )
+
     ao = _torchao()
     outputs, inputs = weight_OI.shape
-    whole_OI = F.pad(weight_OI, (0, -inputs % GROUP))  # a zero is always among the numbers that a group can hold
+    # a zero is always among the numbers that a group can hold
+    whole_OI = F.pad(weight_OI, (0, -inputs % GROUP))
+
     with torch.device("meta"):
         layer = nn.Linear(whole_OI.shape[1], outputs, bias=False)
+
     layer.weight = nn.Parameter(whole_OI, requires_grad=False)
-    ao.quantize_(layer, ao.IntxWeightOnlyConfig(
-        torch.int4, ao.PerGroup(GROUP), ao.MappingType.ASYMMETRIC))  # type: ignore[attr-defined]
+    four_bits = torch.int4  # type: ignore[attr-defined]
+    ao.quantize_(
+        layer, ao.IntxWeightOnlyConfig(four_bits, ao.PerGroup(GROUP), ao.MappingType.ASYMMETRIC)
+    )
     found: Any = layer.weight  # torchao's tensor; zero points come in the type of the integers
-    return Rounded(found.qdata, found.scale.bfloat16().float().view(outputs, -1),
-                   found.zero_point.to(torch.int8).view(outputs, -1), inputs)
+
+    return Rounded(
+        found.qdata,
+        found.scale.bfloat16().float().view(outputs, -1),
+        found.zero_point.to(torch.int8).view(outputs, -1),
+        inputs,
+    )
 
 
 def _torchao() -> Any:
-    """torchao's quantization, without what it says about its kernels for other machines when it is first imported."""
+    """torchao's quantization, without what it says about its kernels for other machines when it is
+    first imported."""
     try:
         with _silence():
             from torchao import quantization
     except ImportError:
         raise missing_extra("torchao", "quantize") from None
+
     return quantization
 
 

@@ -1,8 +1,9 @@
-"""The trunk of the language model with a scalar head (§3.2.2): reward models, and the critic of PPO (§3.2.3).
+"""The trunk of the language model with a scalar head (§3.2.2): reward models, and the critic of PPO
+(§3.2.3).
 
-The paper replaces the head that predicts tokens by a regression head with one output. Names are those of Hugging
-Face's `LlamaForSequenceClassification` with one label.
-Shapes: B rows, T positions, D hidden.
+The paper replaces the head that predicts tokens by a regression head with one output. Names are
+those of Hugging Face's `LlamaForSequenceClassification` with one label. Shapes: B rows, T
+positions, D hidden.
 """
 
 from __future__ import annotations
@@ -14,7 +15,8 @@ from llama2.model.llama import Linear, LlamaConfig, Trunk, initialise
 
 
 class Scorer(nn.Module):
-    """One number for a row, read at its last token, or one for every token. Weights are drawn from `seed`."""
+    """One number for a row, read at its last token, or one for every token. Weights are drawn from
+    `seed`."""
 
     def __init__(self, config: LlamaConfig, seed: int = 0) -> None:
         super().__init__()
@@ -24,11 +26,13 @@ class Scorer(nn.Module):
         initialise(self, seed)
 
     def forward(self, tokens_BT: Tensor, *, lengths_B: Tensor | None = None) -> Tensor:
-        """Scores [B] in fp32 at the last real token of each right-padded row (position lengths_B - 1); without
-        lengths, values [B, T] at every token. What stands after a row's length cannot matter: attention is causal.
+        """Scores [B] in fp32 at the last real token of each right-padded row (position lengths_B -
+        1); without lengths, values [B, T] at every token. What stands after a row's length cannot
+        matter: attention is causal.
         """
         hidden: Tensor = self.model(tokens_BT)
         if lengths_B is not None:
             hidden = hidden[torch.arange(len(hidden), device=hidden.device), lengths_B - 1]
+
         # Not a bf16 product: two answers may differ by less than its rounding.
         return (hidden.float() * self.score.weight[0].float()).sum(-1)

@@ -1,7 +1,8 @@
-"""The bytes of a file that may be packed: gzip, bzip2, xz, Zstandard, and the members of zip archives.
+"""The bytes of a file that may be packed: gzip, bzip2, xz, Zstandard, and the members of zip
+archives.
 
-Packed streams that were put one behind the other are read as one. A stream that was cut off is an error, never a
-short file.
+Packed streams that were put one behind the other are read as one. A stream that was cut off is an
+error, never a short file.
 """
 
 from __future__ import annotations
@@ -25,8 +26,18 @@ from llama2.errors import UserError, explain_os_errors, missing_extra
 
 PACKINGS = (".gz", ".bz2", ".xz", ".zst")
 ZIP = ".zip"
-DAMAGE = (EOFError, gzip.BadGzipFile, zlib.error, lzma.LZMAError, zipfile.BadZipFile, struct.error, RuntimeError,
-          ValueError, OverflowError, LookupError)
+DAMAGE = (
+    EOFError,
+    gzip.BadGzipFile,
+    zlib.error,
+    lzma.LZMAError,
+    zipfile.BadZipFile,
+    struct.error,
+    RuntimeError,
+    ValueError,
+    OverflowError,
+    LookupError,
+)
 """what libraries raise over bytes that are not what they should be"""
 
 
@@ -42,22 +53,33 @@ def _packing(name: str) -> str:
 
 @contextmanager
 def opened(path: Path, member: str = "") -> Iterator[IO[bytes]]:
-    """The unpacked content of a file, or of one member of a zip archive, for reading from front to back."""
+    """The unpacked content of a file, or of one member of a zip archive, for reading from front to
+    back."""
     with ExitStack() as stack:
         file: IO[bytes] = stack.enter_context(json_files.opened(path))
         if member:
             archive = stack.enter_context(zipfile.ZipFile(file))
             if archive.getinfo(member).flag_bits & 1:
-                raise UserError(f"{shown(path)}!{member}: is encrypted", "unpack the archive with its password")
+                raise UserError(
+                    f"{shown(path)}!{member}: is encrypted", "unpack the archive with its password"
+                )
+
             file = stack.enter_context(archive.open(member))
+
         packing = _packing(member or path.name)
         yield stack.enter_context(_UNPACK[packing](file)) if packing else file
 
 
 def members(path: Path) -> list[str]:
     """The names of the files in a zip archive, sorted; its directories are none."""
-    with explained(lambda: shown(path)), json_files.opened(path) as file, zipfile.ZipFile(file) as archive:
-        return sorted(item.filename for item in archive.infolist() if item.filename and not item.is_dir())
+    with (
+        explained(lambda: shown(path)),
+        json_files.opened(path) as file,
+        zipfile.ZipFile(file) as archive,
+    ):
+        return sorted(
+            item.filename for item in archive.infolist() if item.filename and not item.is_dir()
+        )
 
 
 @contextmanager
@@ -66,18 +88,27 @@ def explained(place: Callable[[], str]) -> Iterator[None]:
     try:
         yield
     except NotImplementedError as error:
-        raise UserError(f"{place()}: packed in a way that cannot be read ({error})", "pack it as gzip") from error
+        raise UserError(
+            f"{place()}: packed in a way that cannot be read ({error})", "pack it as gzip"
+        ) from error
     except DAMAGE as error:
-        raise UserError(f"{place()}: truncated or corrupt archive ({error})", "fetch it again") from error
+        raise UserError(
+            f"{place()}: truncated or corrupt archive ({error})", "fetch it again"
+        ) from error
     except OSError as error:
-        if error.errno in (None, errno.EINVAL):  # a library's refusal, or an offset in an archive that points nowhere
-            raise UserError(f"{place()}: truncated or corrupt ({error})", "fetch it again") from error
+        # a library's refusal, or an offset in an archive that points nowhere
+        if error.errno in (None, errno.EINVAL):
+            raise UserError(
+                f"{place()}: truncated or corrupt ({error})", "fetch it again"
+            ) from error
+
         with explain_os_errors(place()):
             raise
 
 
 def shown(path: str | os.PathLike[str]) -> str:
-    """A path as text: bytes of a name that are not UTF-8 become U+FFFD, so that any message or record can hold it."""
+    """A path as text: bytes of a name that are not UTF-8 become U+FFFD, so that any message or
+    record can hold it."""
     return os.fspath(path).encode("utf-8", "surrogateescape").decode("utf-8", "replace")
 
 
@@ -87,11 +118,13 @@ def zstandard() -> Any:
         import zstandard
     except ImportError:
         raise missing_extra("zstandard", "data") from None
+
     return zstandard
 
 
 class _Zstandard(io.RawIOBase):
-    """A `.zst` file's content. It refuses a truncated file, which the library's own reader takes for a short one."""
+    """A `.zst` file's content. It refuses a truncated file, which the library's own reader takes
+    for a short one."""
 
     def __init__(self, file: IO[bytes]) -> None:
         self._library, self._file = zstandard(), file
@@ -108,14 +141,19 @@ class _Zstandard(io.RawIOBase):
             if not packed:
                 if self._inside:
                     raise EOFError("the end of the archive is missing")
+
                 return 0
+
             if self._frame.eof:
                 self._frame = self._library.ZstdDecompressor().decompressobj()
+
             try:
                 self._ready = self._frame.decompress(packed)
             except self._library.ZstdError as error:
                 raise EOFError(str(error)) from error
+
             self._inside = not self._frame.eof
+
         count = min(len(target), len(self._ready))
         target[:count], self._ready = self._ready[:count], self._ready[count:]
         return count
@@ -126,4 +164,8 @@ def _open_zstandard(file: IO[bytes]) -> IO[bytes]:
 
 
 _UNPACK: dict[str, Callable[[IO[bytes]], Any]] = {
-    ".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open, ".zst": _open_zstandard}
+    ".gz": gzip.open,
+    ".bz2": bz2.open,
+    ".xz": lzma.open,
+    ".zst": _open_zstandard,
+}

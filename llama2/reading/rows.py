@@ -1,7 +1,8 @@
 """Rows, and the lines of text that most of them come from.
 
-Text is UTF-8, or UTF-16 and UTF-32 where a byte order mark says so; the mark is dropped. A line ends with LF, CR LF or
-CR, with nothing else: U+2028, U+0085 and their like are characters of a text. Line ends inside a value become LF.
+Text is UTF-8, or UTF-16 and UTF-32 where a byte order mark says so; the mark is dropped. A line
+ends with LF, CR LF or CR, with nothing else: U+2028, U+0085 and their like are characters of a
+text. Line ends inside a value become LF.
 """
 
 from __future__ import annotations
@@ -18,16 +19,26 @@ from llama2.reading.packed import explained, opened
 
 TO_UTF8 = "convert the file to UTF-8"
 AGAIN = "mend the file, or fetch it again"
-_MARKS = {codecs.BOM_UTF32_LE: "utf-32", codecs.BOM_UTF32_BE: "utf-32", codecs.BOM_UTF16_LE: "utf-16",
-          codecs.BOM_UTF16_BE: "utf-16"}
-_FORMATS = {b"\x1f\x8b": "gzip data", b"\x28\xb5\x2f\xfd": "Zstandard data", b"\xfd7zXZ\0": "xz data",
-            b"BZh91AY&": "bzip2 data", b"PK\x03\x04": "a zip archive", b"PAR1\x15": "Parquet data"}
+_MARKS = {
+    codecs.BOM_UTF32_LE: "utf-32",
+    codecs.BOM_UTF32_BE: "utf-32",
+    codecs.BOM_UTF16_LE: "utf-16",
+    codecs.BOM_UTF16_BE: "utf-16",
+}
+_FORMATS = {
+    b"\x1f\x8b": "gzip data",
+    b"\x28\xb5\x2f\xfd": "Zstandard data",
+    b"\xfd7zXZ\0": "xz data",
+    b"BZh91AY&": "bzip2 data",
+    b"PK\x03\x04": "a zip archive",
+    b"PAR1\x15": "Parquet data",
+}
 
 
 @dataclass(frozen=True)
 class File:
-    """A file of rows, or a member of a zip archive: where it is, what messages call it, its set, and its kind
-    (`.jsonl`, `.json`, `.csv`, `.tsv`, `.txt` or `.parquet`)."""
+    """A file of rows, or a member of a zip archive: where it is, what messages call it, its set,
+    and its kind (`.jsonl`, `.json`, `.csv`, `.tsv`, `.txt` or `.parquet`)."""
 
     path: Path
     member: str
@@ -38,11 +49,12 @@ class File:
 
 @dataclass(frozen=True)
 class Row:
-    """One record of a file: `value` is a mapping, a list of cells or a line of text; `where` is file and line;
-    `name` is the set it belongs to, after the file (`test.jsonl` and its like are named with their directory).
+    """One record of a file: `value` is a mapping, a list of cells or a line of text; `where` is
+    file and line; `name` is the set it belongs to, after the file (`test.jsonl` and its like are
+    named with their directory).
 
-    A row remembers which of its keys were asked for, and which mappings inside it were read: what is left says what a
-    reader overlooks.
+    A row remembers which of its keys were asked for, and which mappings inside it were read: what
+    is left says what a reader overlooks.
     """
 
     value: Any
@@ -51,7 +63,9 @@ class Row:
     asked: set[str] = field(default_factory=set, compare=False, repr=False)
     parts: list[Row] = field(default_factory=list, compare=False, repr=False)
 
-    def error(self, cause: str, cure: str = "mend the row, or import with malformed: skip") -> UserError:
+    def error(
+        self, cause: str, cure: str = "mend the row, or import with malformed: skip"
+    ) -> UserError:
         """The error that names this row."""
         return UserError(f"{self.where}: {cause}", cure)
 
@@ -64,6 +78,7 @@ class Row:
         """The value, all of it read."""
         if isinstance(self.value, dict):
             self.asked.update(self.value)
+
         return self.value
 
     def get(self, key: str) -> Any:
@@ -73,9 +88,11 @@ class Row:
         return None if value != value else value
 
     def text(self, *keys: str, optional: bool = False) -> str:
-        """The text of the first of `keys` that says something, tidy, "" where all are empty or null.
+        """The text of the first of `keys` that says something, tidy, "" where all are empty or
+        null.
 
-        UserError where the row has none of them, unless that is `optional`, or where one is no text.
+        UserError where the row has none of them, unless that is `optional`, or where one is no
+        text.
         """
         empty = optional
         for key in keys:
@@ -84,9 +101,12 @@ class Row:
                 return tidy(value)
             if value is not None and not isinstance(value, str):
                 raise self.error(f"'{key}' must be text, it is {type(value).__name__}")
+
             empty = empty or (isinstance(self.value, dict) and key in self.value)
+
         if empty:
             return ""
+
         raise self.error(f"'{keys[0]}' is missing")
 
 
@@ -113,7 +133,8 @@ Found = Iterator[tuple[int, Any] | Bad]
 
 
 def lines(file: File) -> Iterator[tuple[int, str, str]]:
-    """Every line with its number, without its end, and what is wrong with its encoding (mostly nothing)."""
+    """Every line with its number, without its end, and what is wrong with its encoding (mostly
+    nothing)."""
     number = 0
     with explained(lambda: f"{file.label}:{number + 1}"), opened(file.path, file.member) as content:
         for text, flaw in _decoded(content, file.label):
@@ -136,6 +157,7 @@ def unified(value: Any) -> Any:
         return value.replace("\r\n", "\n").replace("\r", "\n") if "\r" in value else value
     if isinstance(value, dict):
         return {key: unified(item) for key, item in value.items()}
+
     return [unified(item) for item in value] if isinstance(value, list) else value
 
 
@@ -145,17 +167,27 @@ def _decoded(content: IO[bytes], label: str) -> Iterator[tuple[str, str]]:
     if encoding != "utf-8":
         yield from ((line.removesuffix("\n"), "") for line in _wide(content, encoding, label))
         return
+
     packed = next((what for mark, what in _FORMATS.items() if head.startswith(mark)), "")
     if packed:
-        raise UserError(f"{label}: holds {packed}, not text", "give the file the ending that it should have")
+        raise UserError(
+            f"{label}: holds {packed}, not text", "give the file the ending that it should have"
+        )
     if _is_utf16(head):
-        raise UserError(f"{label}: not UTF-8 (it looks like UTF-16 without a byte order mark)", TO_UTF8)
+        raise UserError(
+            f"{label}: not UTF-8 (it looks like UTF-16 without a byte order mark)", TO_UTF8
+        )
+
     for raw in content:
         flaw = ""
         try:
             text = raw.decode("utf-8")
         except UnicodeDecodeError as error:
-            text, flaw = raw.decode("utf-8", "replace"), f"not UTF-8 ({error.reason} at byte {error.start})"
+            text, flaw = (
+                raw.decode("utf-8", "replace"),
+                f"not UTF-8 ({error.reason} at byte {error.start})",
+            )
+
         text = text.removesuffix("\n").removesuffix("\r")
         yield from ((part, flaw) for part in text.split("\r")) if "\r" in text else ((text, flaw),)
 
@@ -176,4 +208,6 @@ def _wide(content: IO[bytes], encoding: str, label: str) -> Iterator[str]:
         with io.TextIOWrapper(content, encoding) as text:
             yield from text
     except UnicodeError as error:
-        raise UserError(f"{label}: not {encoding.upper()}, as its first bytes say ({error})", TO_UTF8) from error
+        raise UserError(
+            f"{label}: not {encoding.upper()}, as its first bytes say ({error})", TO_UTF8
+        ) from error

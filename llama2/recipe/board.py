@@ -42,7 +42,8 @@ class Board:
         self.recipe, self.steps = recipe, steps
         self.waiting = list(steps)
         self.running: dict[str, Work] = {}
-        self.finished: dict[str, float] = {}  # seconds it took; 0 if it was finished before we began
+        # seconds it took; 0 if it was finished before we began
+        self.finished: dict[str, float] = {}
         self.error: UserError | None = None
         self.stopping = 0  # the number of the signal
         self.begin = time.monotonic()
@@ -57,12 +58,14 @@ class Board:
         while self.running or (self.waiting and not self.error and not self.stopping):
             if not self.error and not self.stopping:
                 self._start_ready()
+
             self._collect()
             if self.live:
                 self.live.update(self._picture())
             elif time.monotonic() - spoken > 30:
                 spoken = time.monotonic()
                 self.console.print(self._picture(), soft_wrap=True)
+
             time.sleep(0.05)
 
     def _cores(self, step: Step) -> int:
@@ -74,26 +77,42 @@ class Board:
             step = self.steps[name]
             if step.needs - self.finished.keys() or self._cores(step) > free:
                 continue
+
             self.waiting.remove(name)
             try:
-                done = runs.is_finished(step.verb, build(launch.stage(step.verb).Config, step.values))
+                done = runs.is_finished(
+                    step.verb, build(launch.stage(step.verb).Config, step.values)
+                )
             except UserError as error:
                 self._fail(name, str(error))
                 return
+
             if done:
                 self.finished[name] = 0.0
                 continue
+
             free -= self._cores(step)
             threads = max(1, self._cores(step) // step.processes)
             log = Log(self.recipe.out / "logs" / f"{name}.log", time.monotonic())
+
             try:
-                workers = launch.Workers.start(step.verb, step.values, step.processes, threads, log.path)
-            except EOFError:  # a signal to the whole group, or a machine without memory, ended what starts processes
-                self._fail(name, "the process that starts others was killed (out of memory?)", RESUMES)
+                workers = launch.Workers.start(
+                    step.verb, step.values, step.processes, threads, log.path
+                )
+            # a signal to the whole group, or a machine without memory, ended what starts processes
+            except EOFError:
+                self._fail(
+                    name, "the process that starts others was killed (out of memory?)", RESUMES
+                )
                 return
             except OSError as error:  # BlockingIOError, too: no more processes
-                self._fail(name, f"no process could be started ({os.strerror(error.errno or 0).lower()})", LIMITS)
+                self._fail(
+                    name,
+                    f"no process could be started ({os.strerror(error.errno or 0).lower()})",
+                    LIMITS,
+                )
                 return
+
             self.running[name] = Work(workers, log)
             if self.stopping:  # the signal came meanwhile
                 workers.stop()
@@ -103,16 +122,25 @@ class Board:
         for name, work in list(self.running.items()):
             if work.workers.alive():
                 continue
+
             del self.running[name]
             outcome = work.workers.result()
             if outcome == "done":
                 self.finished[name] = time.monotonic() - work.log.begin
-                self.console.print(f"[{len(self.finished):2}/{len(self.steps)}] {name:24} "
-                                   f"{_clock(self.finished[name]):>6}  {work.log.last_line()}",
-                                   highlight=False, markup=False, soft_wrap=True)
+                self.console.print(
+                    f"[{len(self.finished):2}/{len(self.steps)}] {name:24} "
+                    f"{_clock(self.finished[name]):>6}  {work.log.last_line()}",
+                    highlight=False,
+                    markup=False,
+                    soft_wrap=True,
+                )
                 for warning in runs.read_warnings(self.steps[name].out):
-                    self.console.print(f"        {name}: warning: {line(warning)}", highlight=False, markup=False,
-                                       soft_wrap=True)
+                    self.console.print(
+                        f"        {name}: warning: {line(warning)}",
+                        highlight=False,
+                        markup=False,
+                        soft_wrap=True,
+                    )
             elif outcome == "stopped":
                 self.stopping = self.stopping or signal.SIGTERM
             else:
@@ -129,18 +157,23 @@ class Board:
         let_go_of_terminal(number)
         for work in self.running.values():
             work.workers.kill() if self.stopping else work.workers.stop()
+
         self.stopping = number
 
     def finish(self) -> int:
         """Say how it ended; the exit status: 130 for a recipe that Ctrl-C left unfinished."""
         if self.error:
             raise self.error
+
         took = _clock(time.monotonic() - self.begin)
         if len(self.finished) < len(self.steps):
             ending = f"stopped after {len(self.finished)} of {len(self.steps)} steps; the same command resumes"
         else:
             ending = f"all {len(self.steps)} steps done in {took}"
-        self.console.print(line(f"{self.recipe.out}: {ending}"), highlight=False, markup=False, soft_wrap=True)
+
+        self.console.print(
+            line(f"{self.recipe.out}: {ending}"), highlight=False, markup=False, soft_wrap=True
+        )
         interrupted = self.stopping == signal.SIGINT and len(self.finished) < len(self.steps)
         return STATUS if interrupted else 0
 
@@ -150,22 +183,34 @@ class Board:
         """A live picture on a terminal; elsewhere a line now and then."""
         if not self.console.is_terminal:
             return threading.Lock()
-        self.live = Live(self._picture(), console=self.console, refresh_per_second=4, transient=True)
+
+        self.live = Live(
+            self._picture(), console=self.console, refresh_per_second=4, transient=True
+        )
         return self.live
 
     def _picture(self) -> Text:
         now = time.monotonic()
         done = f"{len(self.finished)}/{len(self.steps)} steps"
         lines = [f"{done}  {_clock(now - self.begin)} elapsed  ETA {self._eta(now)}"]
+
         for name, work in self.running.items():
-            lines.append(f"  {name:24} {_clock(now - work.log.begin):>6}  {work.log.last_line()[:100]}")
+            lines.append(
+                f"  {name:24} {_clock(now - work.log.begin):>6}  {work.log.last_line()[:100]}"
+            )
+
         return Text("\n".join(lines))
 
     def _eta(self, now: float) -> str:
         """What is left, at the pace of what was done here and by what the running steps say."""
         waiting = sum(self.steps[name].seconds for name in self.waiting)
-        finished = [(self.steps[name].seconds, took) for name, took in self.finished.items() if took]
-        running = [work.log.running(self.steps[name].seconds, now) for name, work in self.running.items()]
+        finished = [
+            (self.steps[name].seconds, took) for name, took in self.finished.items() if took
+        ]
+        running = [
+            work.log.running(self.steps[name].seconds, now) for name, work in self.running.items()
+        ]
+
         return _clock(remaining(waiting, finished, running, now - self.begin))
 
 

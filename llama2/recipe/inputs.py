@@ -14,22 +14,45 @@ from llama2.errors import UserError
 from llama2.runs import COMPLETE, completion, read_list
 from llama2.terminal_text import say
 
-_MODELS = {"model", "policy", "policies", "critic", "rewards", "judge", "candidate", "predecessor", "versions",
-           "checkpoint", "checkpoints", "run"}
+_MODELS = {
+    "model",
+    "policy",
+    "policies",
+    "critic",
+    "rewards",
+    "judge",
+    "candidate",
+    "predecessor",
+    "versions",
+    "checkpoint",
+    "checkpoints",
+    "run",
+}
 """keys that name models"""
-_OWN = ("generation_config.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
-        "tokenizer.json", "chat_template.jinja", "checksums.json")
-"""what people change in a model's folder, such as its template, and other programs when they save it"""
+_OWN = (
+    "generation_config.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "tokenizer.json",
+    "chat_template.jinja",
+    "checksums.json",
+)
+"""what people change in a model's folder, such as its template, and other programs when they save
+it"""
 _HUB = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 
 
 def check(config: BaseModel, *, complete: bool) -> None:
-    """UserError for inputs that cannot be meant; `complete`: every path that is named must be there."""
+    """UserError for inputs that cannot be meant; `complete`: every path that is named must be
+    there."""
     for key, path in paths(config):
         if _is_model(key):
             check_model(path, scorer=bool({"rewards", "judge"} & set(key.split("."))))
+
         if isinstance(config, StageConfig):
             _refuse_inside(config.out, key, path)
+
     if complete:
         refuse_missing([(key, path) for key, path in paths(config)])
 
@@ -37,8 +60,8 @@ def check(config: BaseModel, *, complete: bool) -> None:
 def check_whole(config: BaseModel) -> None:
     """UserError for an input that is not what the finished run in which it lies wrote.
 
-    What a model's folder holds for other programs may be a user's own; that is said, as it may be damage as well. Not
-    so in a release, which vouches for all it holds.
+    What a model's folder holds for other programs may be a user's own; that is said, as it may be
+    damage as well. Not so in a release, which vouches for all it holds.
     """
     for key, path in paths(config):
         run = completion.home(path)
@@ -50,21 +73,33 @@ def check_whole(config: BaseModel) -> None:
 
 
 def _refuse_inside(out: Path, key: str, path: Path) -> None:
-    """UserError for a run that would change an input by lying in it; what a finished run holds is known for good."""
-    if path.is_dir() and not (path / COMPLETE).is_file() and out.resolve().is_relative_to(path.resolve()):
-        raise UserError(f"{out}: lies in {path}, which is an input ({key}) and would change", "choose another --out")
+    """UserError for a run that would change an input by lying in it; what a finished run holds is
+    known for good."""
+    if (
+        path.is_dir()
+        and not (path / COMPLETE).is_file()
+        and out.resolve().is_relative_to(path.resolve())
+    ):
+        raise UserError(
+            f"{out}: lies in {path}, which is an input ({key}) and would change",
+            "choose another --out",
+        )
 
 
 def check_model(path: Path, *, scorer: bool) -> None:
-    """UserError for a path that holds no model but looks like something that has one. scorer: a reward model is asked
-    for."""
+    """UserError for a path that holds no model but looks like something that has one. scorer: a
+    reward model is asked for."""
     if not path.exists() and _is_of_the_hub(path):
         raise _missing(path)
+
     if (path / "steps.json").is_file() and not (path / "config.json").exists():
         models = list(_models(path, scorer))
-        raise UserError(f"{path}: this is the directory of a recipe, not of a model",
-                        f"give one of its models, such as {path / models[-1]}; it has {', '.join(models)}" if models
-                        else "it has no such model yet")
+        raise UserError(
+            f"{path}: this is the directory of a recipe, not of a model",
+            f"give one of its models, such as {path / models[-1]}; it has {', '.join(models)}"
+            if models
+            else "it has no such model yet",
+        )
 
 
 def _models(recipe: Path, scorer: bool) -> Iterator[str]:
@@ -80,10 +115,13 @@ def refuse_missing(needed: Sequence[tuple[str, Path]]) -> None:
     absent = {path: key for key, path in reversed(needed) if not is_there(path)}
     if len(absent) == 1:
         raise _missing(next(iter(absent)))
+
     if absent:
         named = ", ".join(f"{path} ({key})" for path, key in reversed(absent.items()))
-        raise UserError(f"{len(absent)} inputs are missing: {named}",
-                        "check the paths, or run the stages that make them")
+        raise UserError(
+            f"{len(absent)} inputs are missing: {named}",
+            "check the paths, or run the stages that make them",
+        )
 
 
 def is_there(path: Path) -> bool:
@@ -94,16 +132,37 @@ def is_there(path: Path) -> bool:
 def _missing(path: Path) -> UserError:
     cure = "check the path, or run the stage that makes it"
     if _is_of_the_hub(path):
-        cure = (f"nothing is downloaded here: to have it from the Hugging Face Hub, run `hf download {path} "
-                f"--local-dir {path.name}` and give {path.name}")
+        cure = (
+            f"nothing is downloaded here: to have it from the Hugging Face Hub, run `hf download {path} "
+            f"--local-dir {path.name}` and give {path.name}"
+        )
+
     return UserError(f"{path}: no such file or directory", cure)
 
 
 def _is_of_the_hub(path: Path) -> bool:
     """Whether a missing path reads like OWNER/NAME."""
-    return bool(_HUB.fullmatch(str(path))) and not path.parent.exists() and path.suffix not in (
-        ".jsonl", ".json", ".csv", ".tsv", ".txt", ".gz", ".zst", ".parquet", ".model", ".gguf", ".bin", ".zip")
+    return (
+        bool(_HUB.fullmatch(str(path)))
+        and not path.parent.exists()
+        and path.suffix
+        not in (
+            ".jsonl",
+            ".json",
+            ".csv",
+            ".tsv",
+            ".txt",
+            ".gz",
+            ".zst",
+            ".parquet",
+            ".model",
+            ".gguf",
+            ".bin",
+            ".zip",
+        )
+    )
 
 
 def _is_model(key: str) -> bool:
-    return key == "path" or not _MODELS.isdisjoint(key.split("."))  # `path` alone is what is imported
+    # `path` alone is what is imported
+    return key == "path" or not _MODELS.isdisjoint(key.split("."))

@@ -1,7 +1,9 @@
-"""`llama2 release RUN --out DIR`: a model with the papers a responsible release needs (§5.3, appendix A.7).
+"""`llama2 release RUN --out DIR`: a model with the papers a responsible release needs (§5.3,
+appendix A.7).
 
-The same run and the same settings give the same bytes, wherever and whenever: no file names a time, a machine, a user
-or a directory of it. SHA256SUMS is written last, and the whole appears at once or not at all.
+The same run and the same settings give the same bytes, wherever and whenever: no file names a time,
+a machine, a user or a directory of it. SHA256SUMS is written last, and the whole appears at once or
+not at all.
 """
 
 from __future__ import annotations
@@ -43,7 +45,11 @@ _DTYPES = {"float32": "fp32", "float16": "fp16", "bfloat16": "bf16"}
 def _several(value: Any) -> Any:
     """`f16,q8_0` as a list, also as one word of a list."""
     words = [value] if isinstance(value, str) else value
-    return tuple(part for word in words for part in word.split(",") if part) if _are_texts(words) else value
+    return (
+        tuple(part for word in words for part in word.split(",") if part)
+        if _are_texts(words)
+        else value
+    )
 
 
 def _are_texts(value: Any) -> bool:
@@ -51,7 +57,8 @@ def _are_texts(value: Any) -> bool:
 
 
 class Config(Section):
-    """Release a model: its weights, a model card, its carbon, licences, limits, and how it was made."""
+    """Release a model: its weights, a model card, its carbon, licences, limits, and how it was
+    made."""
 
     run: Path
     """directory of a finished run that holds a model"""
@@ -81,12 +88,15 @@ def run(config: Config) -> None:
     _check_target(config.out, config.run, lineage)
     client = hub.connect(config.push, sure=config.yes) if config.push is not None else None
     weight_files.check(lineage.released)
+
     with _fresh(config.out) as work:
         fill(config, lineage, work)
+
     count = len((config.out / SUMS).read_text(encoding="utf-8").splitlines())
     say(f"{config.out}: {count} files and their checksums")
     if client is not None and config.push is not None:
         hub.push(config.out, config.push, client, private=config.private, sure=config.yes)
+
     print(config.out)
 
 
@@ -97,17 +107,34 @@ def fill(config: Config, lineage: Lineage, work: Path) -> None:
     weight_files.write(lineage.released, work, config.dtype)
     settings = json_files.json_object(work / hf_directory.CONFIG)
     dtype = _DTYPES.get(str(settings.get("dtype", settings.get("torch_dtype"))), "not stated")
-    model = cards.Model(lineage, found, materials, config.card, config.power, dtype, config.dtype is not None)
+    model = cards.Model(
+        lineage, found, materials, config.card, config.power, dtype, config.dtype is not None
+    )
     copies = weight_files.write_gguf(lineage.released, work, config.gguf, model.title)
-    model = cards.Model(lineage, found, materials, config.card, config.power, dtype, config.dtype is not None, copies)
+    model = cards.Model(
+        lineage,
+        found,
+        materials,
+        config.card,
+        config.power,
+        dtype,
+        config.dtype is not None,
+        copies,
+    )
     papers = {
-        cards.FILE: cards.document(model), responsible_use.FILE: responsible_use.document(model),
+        cards.FILE: cards.document(model),
+        responsible_use.FILE: responsible_use.document(model),
         carbon_statement.FILE: carbon_statement.document(lineage, found, config.power),
         carbon_statement.NUMBERS: carbon_statement.numbers(lineage, config.power),
-        licences.FILE: licences.document(lineage, materials, config.card.license, config.card.base_model),
-        **provenance.files(lineage, found)}
+        licences.FILE: licences.document(
+            lineage, materials, config.card.license, config.card.base_model
+        ),
+        **provenance.files(lineage, found),
+    }
+
     for name, text in papers.items():
         atomic.write_atomic(work / name, text)
+
     (work / provenance.SCRIPT).chmod(0o755)
     _check_private(work, config.run)
     (work / SUMS).write_text(sums(work), encoding="utf-8")
@@ -115,46 +142,72 @@ def fill(config: Config, lineage: Lineage, work: Path) -> None:
 
 def sums(release: Path) -> str:
     """One line for every file but SHA256SUMS, sorted, as sha256sum reads them."""
-    names = sorted(path.relative_to(release).as_posix() for path in release.rglob("*") if path.is_file())
-    return "".join(f"{json_files.sha256(release / name)}  {name}\n" for name in names if name != SUMS)
+    names = sorted(
+        path.relative_to(release).as_posix() for path in release.rglob("*") if path.is_file()
+    )
+    return "".join(
+        f"{json_files.sha256(release / name)}  {name}\n" for name in names if name != SUMS
+    )
 
 
 def _check_private(work: Path, run: Path) -> None:
-    """No paper may name the home directory or where the run lies; what a person wrote is no exception."""
-    for file in sorted(path for path in work.rglob("*") if path.suffix in (".md", ".json", ".yaml", ".sh")):
+    """No paper may name the home directory or where the run lies; what a person wrote is no
+    exception."""
+    for file in sorted(
+        path for path in work.rglob("*") if path.suffix in (".md", ".json", ".yaml", ".sh")
+    ):
         text = file.read_text(encoding="utf-8")
         for place in provenance.places(run):
             if place in text:
-                raise UserError(f"{file.relative_to(work)} would name the directory {place}", "take it out of "
-                                "--card.notes and the other --card settings, and out of the names in the recipe")
+                raise UserError(
+                    f"{file.relative_to(work)} would name the directory {place}",
+                    "take it out of "
+                    "--card.notes and the other --card settings, and out of the names in the recipe",
+                )
 
 
-# ---- where it goes --------------------------------------------------------------------------------------------------
+# ---- where it goes
+# --------------------------------------------------------------------------------------------------
 def _check_target(out: Path, run: Path, lineage: Lineage) -> None:
-    """UserError unless `out` is absent, empty, or an earlier release of the same run and nothing else."""
+    """UserError unless `out` is absent, empty, or an earlier release of the same run and nothing
+    else."""
     inner, outer = out.resolve(), run.resolve()
     if inner == outer or outer in inner.parents or inner in outer.parents:
-        raise UserError(f"{out}: a release cannot lie in its run, nor the run in the release", "choose another --out")
+        raise UserError(
+            f"{out}: a release cannot lie in its run, nor the run in the release",
+            "choose another --out",
+        )
     if not out.exists() or (out.is_dir() and not any(out.iterdir())):
         return
+
     refused = UserError(f"{out}: exists and is not empty", "choose another --out")
     if not out.is_dir() or not (out / SUMS).is_file():
         raise refused
+
     try:
         earlier = json_files.json_object(out / provenance.LINEAGE)["model"]["fingerprint"]
-        told = {line.split("  ", 1)[1] for line in (out / SUMS).read_text(encoding="utf-8").splitlines()}
+        told = {
+            line.split("  ", 1)[1] for line in (out / SUMS).read_text(encoding="utf-8").splitlines()
+        }
     except (UserError, OSError, ValueError, KeyError, TypeError, IndexError):
         raise refused from None
+
     if earlier != runs.recorded(lineage.released.step.path):
         raise UserError(f"{out}: holds the release of another run", "choose another --out")
-    if foreign := sorted(path.relative_to(out).as_posix() for path in out.rglob("*")
-                         if path.is_file() and path.relative_to(out).as_posix() not in {*told, SUMS}):
-        raise UserError(f"{out}: holds a file that is no part of the release: {foreign[0]}", "move it away")
+    if foreign := sorted(
+        path.relative_to(out).as_posix()
+        for path in out.rglob("*")
+        if path.is_file() and path.relative_to(out).as_posix() not in {*told, SUMS}
+    ):
+        raise UserError(
+            f"{out}: holds a file that is no part of the release: {foreign[0]}", "move it away"
+        )
 
 
 @contextmanager
 def _fresh(out: Path) -> Iterator[Path]:
-    """A directory beside `out` that takes its place at the end, and vanishes if there is an error."""
+    """A directory beside `out` that takes its place at the end, and vanishes if there is an
+    error."""
     target = out.resolve()
     work, old = (target.with_name(f".{target.name}.{end}") for end in ("tmp", "old"))
     with explain_os_errors(out):
@@ -165,6 +218,7 @@ def _fresh(out: Path) -> Iterator[Path]:
             atomic.flush_tree(work)
             if target.exists():
                 os.replace(target, old)
+
             atomic.replace(work, target)
         finally:
             shutil.rmtree(work, ignore_errors=True)

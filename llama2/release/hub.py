@@ -1,4 +1,5 @@
-"""Upload of a release to the Hugging Face Hub. Nothing here runs, or is even imported, unless it is asked for."""
+"""Upload of a release to the Hugging Face Hub. Nothing here runs, or is even imported, unless it is
+asked for."""
 
 from __future__ import annotations
 
@@ -10,15 +11,26 @@ from typing import Any, Protocol
 from llama2.errors import UserError, missing_extra
 from llama2.terminal_text import say
 
-_REFUSALS = {"HfHubHTTPError", "HFValidationError", "LocalTokenNotFoundError", "HTTPError", "TransportError", "OSError"}
+_REFUSALS = {
+    "HfHubHTTPError",
+    "HFValidationError",
+    "LocalTokenNotFoundError",
+    "HTTPError",
+    "TransportError",
+    "OSError",
+}
 
 
 class Client(Protocol):
     """The part of huggingface_hub's `HfApi` that an upload needs."""
 
     def whoami(self) -> dict[str, Any]: ...
-    def create_repo(self, repo_id: str, *, private: bool, exist_ok: bool, repo_type: str) -> Any: ...
-    def upload_folder(self, *, repo_id: str, folder_path: str, repo_type: str, commit_message: str) -> Any: ...
+    def create_repo(
+        self, repo_id: str, *, private: bool, exist_ok: bool, repo_type: str
+    ) -> Any: ...
+    def upload_folder(
+        self, *, repo_id: str, folder_path: str, repo_type: str, commit_message: str
+    ) -> Any: ...
 
 
 def connect(repository: str, *, sure: bool) -> Client:
@@ -27,39 +39,69 @@ def connect(repository: str, *, sure: bool) -> Client:
     UserError for a bad name, where there is no library or no token, and where nobody can be asked.
     """
     if repository.count("/") != 1 or not all(repository.split("/")):
-        raise UserError(f"--push {repository}: this is no name of a repository", "it looks like OWNER/NAME")
+        raise UserError(
+            f"--push {repository}: this is no name of a repository", "it looks like OWNER/NAME"
+        )
     if not sure and not sys.stdin.isatty():
-        raise UserError(f"--push {repository}: nobody is here to confirm the upload", "add --yes if you are sure")
+        raise UserError(
+            f"--push {repository}: nobody is here to confirm the upload",
+            "add --yes if you are sure",
+        )
+
     try:
         from huggingface_hub import HfApi, get_token
     except ImportError:
         raise missing_extra("huggingface_hub", "release") from None
+
     if not get_token():
-        raise UserError("there is no token for the Hugging Face Hub", "set HF_TOKEN, or run `hf auth login`")
+        raise UserError(
+            "there is no token for the Hugging Face Hub", "set HF_TOKEN, or run `hf auth login`"
+        )
+
     client: Client = HfApi()
     return client
 
 
-def push(release: Path, repository: str, client: Client, *, private: bool, sure: bool,
-         ask: Callable[[str], str] = input) -> None:
+def push(
+    release: Path,
+    repository: str,
+    client: Client,
+    *,
+    private: bool,
+    sure: bool,
+    ask: Callable[[str], str] = input,
+) -> None:
     """Show what a release holds and upload it; without `sure`, `ask` must be answered with yes.
 
-    A repository that the upload creates is private if `private` says so. UserError if the answer is no, and for
-    whatever the Hub or the network refuses.
+    A repository that the upload creates is private if `private` says so. UserError if the answer is
+    no, and for whatever the Hub or the network refuses.
     """
     files = sorted(path for path in release.rglob("*") if path.is_file())
     for path in files:
         say(f"  {path.relative_to(release).as_posix()}  {path.stat().st_size:,} bytes")
-    print(f"{len(files)} files, {sum(path.stat().st_size for path in files):,} bytes, to {repository}: "
-          f"{'private' if private else 'PUBLIC'} if it is new, else as visible as it is", file=sys.stderr)
+
+    print(
+        f"{len(files)} files, {sum(path.stat().st_size for path in files):,} bytes, to {repository}: "
+        f"{'private' if private else 'PUBLIC'} if it is new, else as visible as it is",
+        file=sys.stderr,
+    )
     if not sure and ask("Upload? [y/N] ").strip().lower() not in ("y", "yes"):
         raise UserError("nothing was uploaded", f"the release is in {release}")
+
     try:
         client.whoami()
         client.create_repo(repository, private=private, exist_ok=True, repo_type="model")
-        client.upload_folder(repo_id=repository, folder_path=str(release), repo_type="model", commit_message="Release")
+        client.upload_folder(
+            repo_id=repository,
+            folder_path=str(release),
+            repo_type="model",
+            commit_message="Release",
+        )
     except Exception as error:
         if not _REFUSALS & {kind.__name__ for kind in type(error).__mro__}:
             raise
-        raise UserError(f"the Hugging Face Hub refused: {' '.join(str(error).split())}",
-                        f"check the token, its rights and the name; the release is in {release}") from error
+
+        raise UserError(
+            f"the Hugging Face Hub refused: {' '.join(str(error).split())}",
+            f"check the token, its rights and the name; the release is in {release}",
+        ) from error

@@ -1,7 +1,7 @@
 """LICENSES.md: under which terms the data, the base model and the software behind a model come.
 
-A licence is what somebody wrote down: `license` beside a source in a recipe, or `--licenses.NAME` of the release. What
-nobody wrote down is unknown, and is called so.
+A licence is what somebody wrote down: `license` beside a source in a recipe, or `--licenses.NAME`
+of the release. What nobody wrote down is unknown, and is called so.
 """
 
 from __future__ import annotations
@@ -19,9 +19,11 @@ from llama2.release.lineage import RECIPE, Input, Lineage, Stage
 FILE = "LICENSES.md"
 UNKNOWN = "unknown"
 _LLAMA_2 = re.compile(r"llama[-_. ]?2(?!\.?c\b)", re.IGNORECASE)
-LLAMA_2_NOTE = ("This is a derivative of Llama 2: the Llama 2 Community License and Meta's Acceptable Use Policy apply "
-                "to these weights, whatever else is said here. Read them before you use or pass on the weights; they "
-                "ask that a copy of the licence goes along.")
+LLAMA_2_NOTE = (
+    "This is a derivative of Llama 2: the Llama 2 Community License and Meta's Acceptable Use Policy apply "
+    "to these weights, whatever else is said here. Read them before you use or pass on the weights; they "
+    "ask that a copy of the licence goes along."
+)
 
 
 @dataclass(frozen=True)
@@ -42,21 +44,30 @@ class Material:
 
 
 def materials(lineage: Lineage, given: Mapping[str, str]) -> list[Material]:
-    """What came from outside: data, checkpoints and tokenizers. `given` is name -> licence, said for this release.
+    """What came from outside: data, checkpoints and tokenizers. `given` is name -> licence, said
+    for this release.
 
     UserError for a name in `given` that nothing from outside has.
     """
     recipe = read_yaml(lineage.recipe.path / RECIPE) if lineage.name else {}
     bases = {one.place for _, one in lineage.bases}
-    found = [_material(stage, one, one.place in bases, recipe, given) for stage, one in lineage.outside]
+    found = [
+        _material(stage, one, one.place in bases, recipe, given) for stage, one in lineage.outside
+    ]
+
     if strange := sorted(set(given) - {name for one in found for name in (one.name, one.place)}):
         names = [one.name for one in found]
-        raise UserError(f"licenses: nothing that the model was made from is called '{strange[0]}'",
-                        did_you_mean(strange[0], names) if names else "nothing came from outside: leave it out")
+        raise UserError(
+            f"licenses: nothing that the model was made from is called '{strange[0]}'",
+            did_you_mean(strange[0], names) if names else "nothing came from outside: leave it out",
+        )
+
     return found
 
 
-def _material(stage: Stage, one: Input, base: bool, recipe: Mapping[str, Any], given: Mapping[str, str]) -> Material:
+def _material(
+    stage: Stage, one: Input, base: bool, recipe: Mapping[str, Any], given: Mapping[str, str]
+) -> Material:
     name = source_name(one)
     said = given.get(name) or given.get(one.place)
     now = _beside((recipe.get("steps") or {}).get(stage.name), one.key)
@@ -64,13 +75,19 @@ def _material(stage: Stage, one: Input, base: bool, recipe: Mapping[str, Any], g
     licence = said or now or then or UNKNOWN
     origin = "this release" if said else "the recipe" if now else "the run" if then else ""
     kind = "tokenizer" if one.key == "tokenizer" else "checkpoint" if base else "data"
+
     return Material(name, stage.name, kind, one.place, licence, origin)
 
 
 def source_name(one: Input) -> str:
-    """What a configuration calls an input: the NAME of `sources.NAME.path`; otherwise the name of the file."""
+    """What a configuration calls an input: the NAME of `sources.NAME.path`; otherwise the name of
+    the file."""
     parts = one.key.split(".")
-    return ".".join(parts[1:-1]) if len(parts) > 2 and parts[-1] == "path" else one.place.rpartition("/")[2]
+    return (
+        ".".join(parts[1:-1])
+        if len(parts) > 2 and parts[-1] == "path"
+        else one.place.rpartition("/")[2]
+    )
 
 
 def _beside(config: Any, key: str) -> str | None:
@@ -78,6 +95,7 @@ def _beside(config: Any, key: str) -> str | None:
     *sections, _ = key.split(".")
     for section in sections:
         config = config.get(section) if isinstance(config, Mapping) else None
+
     said = config.get("license") if isinstance(config, Mapping) and sections else None
     return str(said) if said else None
 
@@ -93,23 +111,40 @@ def document(lineage: Lineage, found: list[Material], licence: str, base_model: 
     bases = [one for one in found if one.kind != "data"]
     data = [one for one in found if one.kind == "data"]
     unknown = [one for one in found if not one.known]
-    warning = (f"**{len(unknown)} of {len(found)} licences are unknown.** Find them out before you use the weights "
-               "for anything that a licence might forbid." if unknown else "")
+    warning = (
+        f"**{len(unknown)} of {len(found)} licences are unknown.** Find them out before you use the weights "
+        "for anything that a licence might forbid."
+        if unknown
+        else ""
+    )
+
     return md.document(
-        "# Licences", warning,
-        "## These weights", _weights(licence), LLAMA_2_NOTE if from_llama_2(lineage, base_model) else "",
-        "## Base models and tokenizers", _table(bases) if bases else
-        "None: the weights began at random, and the tokenizer was trained on the data below.",
+        "# Licences",
+        warning,
+        "## These weights",
+        _weights(licence),
+        LLAMA_2_NOTE if from_llama_2(lineage, base_model) else "",
+        "## Base models and tokenizers",
+        _table(bases)
+        if bases
+        else "None: the weights began at random, and the tokenizer was trained on the data below.",
         _base(bases, lineage, base_model),
-        "## Data", _generated(lineage), _table(data),
+        "## Data",
+        _generated(lineage),
+        _table(data),
         "" if data or lineage.of("world") else "Nothing is known about the data.",
-        "## Software", "The model was made with `llama2`, which is under the Apache License 2.0. The code's licence is "
-        "not the weights'.")
+        "## Software",
+        "The model was made with `llama2`, which is under the Apache License 2.0. The code's licence is "
+        "not the weights'.",
+    )
 
 
 def _weights(licence: str) -> str:
-    return f"Licence: {md.text(licence)}, as whoever released them says." if licence else \
-        "Nobody has named a licence for these weights. Without one, as a rule nobody but their maker may pass them on."
+    return (
+        f"Licence: {md.text(licence)}, as whoever released them says."
+        if licence
+        else "Nobody has named a licence for these weights. Without one, as a rule nobody but their maker may pass them on."
+    )
 
 
 def _base(bases: list[Material], lineage: Lineage, base_model: str) -> str:
@@ -119,20 +154,39 @@ def _base(bases: list[Material], lineage: Lineage, base_model: str) -> str:
         return f"The base model is {md.code(base_model)}, as whoever released this says. Its licence applies."
     if from_llama_2(lineage, base_model):
         return ""
-    return ("Whoever made a checkpoint named here may have set terms for what is derived from it. Should it be, or "
-            "stem from, a Llama 2 model, the Llama 2 Community License applies.")
+
+    return (
+        "Whoever made a checkpoint named here may have set terms for what is derived from it. Should it be, or "
+        "stem from, a Llama 2 model, the Llama 2 Community License applies."
+    )
 
 
 def _generated(lineage: Lineage) -> str:
     if not lineage.of("world"):
         return ""
+
     names = ", ".join(md.code(stage.name) for stage in lineage.of("world"))
-    return (f"What the stage {names} left is synthetic: `llama2 world` writes it by rule from made-up words and "
-            "common ones. It holds no third-party text and no personal data, and comes, like the program, under the "
-            "Apache License 2.0.")
+    return (
+        f"What the stage {names} left is synthetic: `llama2 world` writes it by rule from made-up words and "
+        "common ones. It holds no third-party text and no personal data, and comes, like the program, under the "
+        "Apache License 2.0."
+    )
 
 
 def _table(found: list[Material]) -> str:
-    rows = [(md.text(one.name), md.text(one.stage), one.kind, md.code(one.place),
-             md.text(one.licence) if one.known else "**unknown**", one.origin) for one in found]
-    return md.table(("Name", "Stage", "What", "Called here", "Licence", "Said by"), rows, range(6)) if rows else ""
+    rows = [
+        (
+            md.text(one.name),
+            md.text(one.stage),
+            one.kind,
+            md.code(one.place),
+            md.text(one.licence) if one.known else "**unknown**",
+            one.origin,
+        )
+        for one in found
+    ]
+    return (
+        md.table(("Name", "Stage", "What", "Called here", "Licence", "Said by"), rows, range(6))
+        if rows
+        else ""
+    )

@@ -1,8 +1,9 @@
 """What a model was made from: the runs behind it, and what came from outside, found by content.
 
-A manifest keeps the fingerprint of every input. A run is an ancestor only if what lies on the disk has the very
-fingerprint that was read: directories may have been moved or renamed since, and one that was made anew under the same
-name is not taken for the old one. Where an input is not found, its fingerprint is all that is known of it.
+A manifest keeps the fingerprint of every input. A run is an ancestor only if what lies on the disk
+has the very fingerprint that was read: directories may have been moved or renamed since, and one
+that was made anew under the same name is not taken for the old one. Where an input is not found,
+its fingerprint is all that is known of it.
 """
 
 from __future__ import annotations
@@ -20,12 +21,23 @@ from llama2.formats.checkpoint import CONFIG, INDEX, WEIGHTS
 from llama2.runs.recipe_runs import Recipe, Step, read_manifest, read_recipe
 
 RECIPE = "recipe.yaml"
-_CHECKPOINTS = ("model", "policy", "policies", "critic", "candidate", "predecessor", "rewards", "judge", "tokenizer")
+_CHECKPOINTS = (
+    "model",
+    "policy",
+    "policies",
+    "critic",
+    "candidate",
+    "predecessor",
+    "rewards",
+    "judge",
+    "tokenizer",
+)
 
 
 @dataclass(frozen=True)
 class Input:
-    """Something a stage read: its dotted key in the configuration, and the fingerprint of what it held."""
+    """Something a stage read: its dotted key in the configuration, and the fingerprint of what it
+    held."""
 
     key: str
     digest: str
@@ -34,7 +46,8 @@ class Input:
     inside: str
     """what of that stage was read, relative to its directory; empty for all of it"""
     place: str
-    """where the papers of a release say it lies: runs/<stage>/..., or inputs/<name> for what came from outside"""
+    """where the papers of a release say it lies: runs/<stage>/..., or inputs/<name> for what came
+    from outside"""
     found: Path | None
     """where it lies here, if it is a part of a run that was found"""
 
@@ -49,7 +62,8 @@ class Stage:
 
     @property
     def weights(self) -> str | None:
-        """SHA-256 of the weights it left (of their index, where there are several files); None if it made no model."""
+        """SHA-256 of the weights it left (of their index, where there are several files); None if
+        it made no model."""
         return weights_of(self.step)
 
     @property
@@ -60,7 +74,8 @@ class Stage:
 
 @dataclass(frozen=True)
 class Lineage:
-    """The runs behind a model in an order in which they can be made; the last one is the model's own."""
+    """The runs behind a model in an order in which they can be made; the last one is the model's
+    own."""
 
     recipe: Recipe
     name: str
@@ -83,13 +98,15 @@ class Lineage:
             for one in stage.inputs:
                 if one.stage is None:
                     seen.setdefault(one.place, (stage, one))
+
         return list(seen.values())
 
     @cached_property
     def bases(self) -> list[tuple[Stage, Input]]:
         """Checkpoints and tokenizers from outside."""
-        return [(stage, one) for stage, one in self.outside
-                if one.key.partition(".")[0] in _CHECKPOINTS]
+        return [
+            (stage, one) for stage, one in self.outside if one.key.partition(".")[0] in _CHECKPOINTS
+        ]
 
     def describe(self, step: Step) -> Stage:
         """A run beside the model's own, such as its evaluation, as a stage."""
@@ -120,19 +137,29 @@ def trace(run: Path) -> Lineage:
     """
     manifest = read_manifest(run)
     if not manifest:
-        raise UserError(f"{run}: this is no run directory", "give the directory that a stage such as sft or ppo wrote")
+        raise UserError(
+            f"{run}: this is no run directory",
+            "give the directory that a stage such as sft or ppo wrote",
+        )
     if not (run / runs.COMPLETE).is_file():
         raise UserError(f"{run}: this run is not finished", "finish it first: repeat its command")
+
     recipe = read_recipe(run.resolve().parent)
     tracer = _Tracer(recipe)
     name = tracer.visit(run.resolve())
     stages = list(tracer.stages.values())
+
     if weights_of(tracer.stages[name].step) is None:
-        raise UserError(f"{run}: a run of '{manifest.get('verb')}' holds no model",
-                        "give a run of pretrain, sft, ppo, select or reward")
+        raise UserError(
+            f"{run}: a run of '{manifest.get('verb')}' holds no model",
+            "give a run of pretrain, sft, ppo, select or reward",
+        )
+
     called, order = recipe_name(recipe.path), [step.name for step in recipe.steps]
-    if called and all(stage.name in order for stage in stages):  # without a recipe, runs are listed by when they began
+    # without a recipe, runs are listed by when they began
+    if called and all(stage.name in order for stage in stages):
         stages.sort(key=lambda stage: order.index(stage.name))
+
     return Lineage(recipe, called, tuple(stages))
 
 
@@ -141,10 +168,13 @@ def recipe_name(directory: Path) -> str:
     file = directory / RECIPE
     if not file.is_file():
         return ""
+
     try:
         return Path(read_yaml(file)["out"]).name
     except (UserError, KeyError, TypeError):
-        raise UserError(f"{file}: this is no recipe", "repeat `llama2 run`, which writes it") from None
+        raise UserError(
+            f"{file}: this is no recipe", "repeat `llama2 run`, which writes it"
+        ) from None
 
 
 class _Tracer:
@@ -161,14 +191,18 @@ class _Tracer:
         name = run.name if inside else f"{run.parent.name}-{run.name}"
         while name in self.stages and self.stages[name].step.path != run:
             name += "-2"
+
         if name in self.stages:
             return name
+
         step = Step(name, run, read_manifest(run))
         recorded: Mapping[str, str] = step.manifest.get("inputs") or {}
         inputs = []
+
         for key, path in sorted(leaves(step.config)):
             if key in recorded:
                 inputs.append(self._input(run, key, path, recorded[key]))
+
         self.stages[name] = Stage(name, step, tuple(inputs))
         return name
 
@@ -176,44 +210,59 @@ class _Tracer:
         found, home = locate(run, path, digest)
         if found is None or home is None:
             return Input(key, digest, None, "", self._outside(path), None)
+
         name = self.visit(home)
         inside = found.relative_to(home).as_posix()
         place = f"runs/{name}" if inside == "." else f"runs/{name}/{inside}"
+
         return Input(key, digest, name, "" if inside == "." else inside, place, found)
 
     def _outside(self, path: str) -> str:
-        """A name of its own below inputs/ for something from outside, of which only the last part is told."""
+        """A name of its own below inputs/ for something from outside, of which only the last part
+        is told."""
         if path not in self.places:
             name, taken = Path(path).name or "input", set(self.places.values())
             stem, dot, end = name.partition(".")
             place = f"inputs/{name}"
+
             for number in range(2, len(taken) + 3):
                 if place not in taken:
                     break
+
                 place = f"inputs/{stem}-{number}{dot}{end}"
+
             self.places[path] = place
+
         return self.places[path]
 
 
 def locate(run: Path, path: str, digest: str) -> tuple[Path | None, Path | None]:
-    """Where an input of `run` lies now and the finished run that it is a part of; None, None if it is not found.
+    """Where an input of `run` lies now and the finished run that it is a part of; None, None if it
+    is not found.
 
     It counts as found if it is a part of a finished run and has the fingerprint that was read.
     """
     for candidate in _candidates(run, path):
         home = _home(candidate)
-        if home is not None and home != run and candidate.exists() and (
-                runs.recorded(home, candidate.relative_to(home).as_posix()) == digest):
+        if (
+            home is not None
+            and home != run
+            and candidate.exists()
+            and (runs.recorded(home, candidate.relative_to(home).as_posix()) == digest)
+        ):
             return candidate, home
+
     return None, None
 
 
 def _candidates(run: Path, path: str) -> Iterator[Path]:
-    """Where an input may lie now: in a run beside this one, below a directory above it, or where it lay then."""
+    """Where an input may lie now: in a run beside this one, below a directory above it, or where it
+    lay then."""
     parts = Path(path).parts
     for place in range(len(parts) - 1, -1, -1):
         if (run.parent / parts[place] / runs.MANIFEST).is_file():
             yield run.parent.joinpath(*parts[place:])
+
     if not Path(path).is_absolute():
         yield from (directory / path for directory in run.parents)
     else:
@@ -222,12 +271,19 @@ def _candidates(run: Path, path: str) -> Iterator[Path]:
 
 def _home(path: Path) -> Path | None:
     """The finished run that a path is, or lies in."""
-    return next((directory for directory in (path, *path.parents)
-                 if (directory / runs.COMPLETE).is_file() and (directory / runs.MANIFEST).is_file()), None)
+    return next(
+        (
+            directory
+            for directory in (path, *path.parents)
+            if (directory / runs.COMPLETE).is_file() and (directory / runs.MANIFEST).is_file()
+        ),
+        None,
+    )
 
 
 def leaves(value: Any, key: str = "") -> Iterator[tuple[str, str]]:
-    """Every text of a configuration with its dotted key, as `config.paths` names the inputs of a run."""
+    """Every text of a configuration with its dotted key, as `config.paths` names the inputs of a
+    run."""
     if isinstance(value, str):
         yield key, value
     elif isinstance(value, Mapping):

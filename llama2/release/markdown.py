@@ -1,4 +1,5 @@
-"""The parts that the papers of a release are made of. Whatever comes from data is escaped on its way into a table."""
+"""The parts that the papers of a release are made of. Whatever comes from data is escaped on its
+way into a table."""
 
 from __future__ import annotations
 
@@ -19,10 +20,15 @@ def code(value: object) -> str:
     return f"`{' '.join(str(value).replace('`', chr(39)).split())}`".replace("|", "\\|")
 
 
-def table(headers: Sequence[str], rows: Sequence[Sequence[str]], words: Sequence[int] = (0,)) -> str:
-    """A table of cells that are Markdown already; columns are numbers, set to the right, but for those in `words`."""
+def table(
+    headers: Sequence[str], rows: Sequence[Sequence[str]], words: Sequence[int] = (0,)
+) -> str:
+    """A table of cells that are Markdown already; columns are numbers, set to the right, but for
+    those in `words`."""
     rule = [":--" if column in words else "--:" for column in range(len(headers))]
-    return "\n".join("| " + " | ".join(cell or " " for cell in row) + " |" for row in (headers, rule, *rows))
+    return "\n".join(
+        "| " + " | ".join(cell or " " for cell in row) + " |" for row in (headers, rule, *rows)
+    )
 
 
 def document(*parts: str) -> str:
@@ -53,6 +59,7 @@ def rate(found: Mapping[str, Any] | None, key: str = "rate") -> str:
     """A share with its 95 % interval."""
     if not found or found.get(key) is None:
         return "–"
+
     return f"{percent(found[key])} [{bound(found['low'])}, {bound(found['high'])}]"
 
 
@@ -65,4 +72,5 @@ def mean(found: Mapping[str, Any] | None) -> str:
     """A mean between 0 and 1 with its 95 % interval."""
     if not found or found.get("mean") is None:
         return "–"
+
     return f"{found['mean']:.3f} [{max(0.0, found['low']):.3f}, {min(1.0, found['high']):.3f}]"

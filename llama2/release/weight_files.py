@@ -1,4 +1,5 @@
-"""The weights of a release: a run's own files, checked against what the run recorded, and copies in other formats."""
+"""The weights of a release: a run's own files, checked against what the run recorded, and copies in
+other formats."""
 
 from __future__ import annotations
 
@@ -26,58 +27,91 @@ _ITS_OWN = (checkpoint.CONFIG, checkpoint.WEIGHTS, checkpoint.INDEX, checkpoint.
 
 def names(run: Path) -> list[str]:
     """The files that make up the model in a run directory."""
-    return sorted(path.name for path in run.iterdir() if path.is_file() and (
-        path.name in (*_ITS_OWN, *BESIDE) or re.fullmatch(r"model-\d+-of-\d+\.safetensors", path.name)))
+    return sorted(
+        path.name
+        for path in run.iterdir()
+        if path.is_file()
+        and (
+            path.name in (*_ITS_OWN, *BESIDE)
+            or re.fullmatch(r"model-\d+-of-\d+\.safetensors", path.name)
+        )
+    )
 
 
 def check(stage: Stage) -> None:
-    """UserError unless every file of the model is there and has the checksum that its run recorded."""
+    """UserError unless every file of the model is there and has the checksum that its run
+    recorded."""
     outputs, run = stage.step.recorded, stage.step.path
-    recorded = {name for name in outputs if name.endswith(".safetensors") or name in (*_ITS_OWN, *BESIDE)}
+    recorded = {
+        name for name in outputs if name.endswith(".safetensors") or name in (*_ITS_OWN, *BESIDE)
+    }
     for name in sorted({*names(run), *recorded}):
         if not (run / name).is_file():
-            raise UserError(f"{run / name}: missing, though the run wrote it", "restore the file, or repeat the run")
+            raise UserError(
+                f"{run / name}: missing, though the run wrote it",
+                "restore the file, or repeat the run",
+            )
         if name not in outputs:
-            raise UserError(f"{run / name}: the run did not write this file", "take it out of the run directory")
+            raise UserError(
+                f"{run / name}: the run did not write this file", "take it out of the run directory"
+            )
         if json_files.sha256(run / name) != outputs[name]:
-            raise UserError(f"{run / name}: its checksum differs from what the run recorded",
-                            "restore the file, or repeat the run: what was measured is not this model")
+            raise UserError(
+                f"{run / name}: its checksum differs from what the run recorded",
+                "restore the file, or repeat the run: what was measured is not this model",
+            )
 
 
 def write(stage: Stage, directory: Path, dtype: Kind | None) -> None:
-    """The model in Hugging Face's format: the run's own files, or the weights as `dtype` with the files beside them."""
+    """The model in Hugging Face's format: the run's own files, or the weights as `dtype` with the
+    files beside them."""
     run = stage.step.path
     for name in names(run):
         if dtype is None or name in BESIDE:
             with explain_os_errors(directory / name):
                 shutil.copyfile(run / name, directory / name)
+
     if dtype is not None:
         source = hf.read(run)
         hf.write(source, directory, dtype=DTYPES[dtype])
         check_copy(source, directory, dtype)
 
 
-def write_gguf(stage: Stage, directory: Path, precisions: Sequence[Precision], title: str) -> dict[str, list[str]]:
-    """GGUF copies; file name, relative to `directory`, -> what differs in it from what was asked for."""
+def write_gguf(
+    stage: Stage, directory: Path, precisions: Sequence[Precision], title: str
+) -> dict[str, list[str]]:
+    """GGUF copies; file name, relative to `directory`, -> what differs in it from what was asked
+    for."""
     found = {}
     if precisions:
         source = hf.read(stage.step.path)
         for precision in precisions:
             name = f"{GGUF}/{slug(title)}-{precision}.gguf"
             (directory / name).parent.mkdir(exist_ok=True)
-            found[name] = gguf.write(source, directory / name, precision=precision, name=title,
-                                     chat_template=source.template)
+            found[name] = gguf.write(
+                source,
+                directory / name,
+                precision=precision,
+                name=title,
+                chat_template=source.template,
+            )
             check_copy(source, directory / name, precision)
+
     return found
 
 
 def check_copy(source: Source, copy: Path, kind: str) -> None:
-    """Read a copy again: it may be no further from its source than rounding to its kind of numbers explains."""
+    """Read a copy again: it may be no further from its source than rounding to its kind of numbers
+    explains."""
     found = verify.compared(source, open_source(copy), length=0, tolerance=math.inf)
     apart = found.tensors.relative if found.tensors else math.inf
     faults = found.differences(math.inf)
+
     if apart > _ROUNDING[kind]:
-        faults.append(f"numbers differ by {apart:.3g} of a tensor's largest, and {kind} explains {_ROUNDING[kind]:.3g}")
+        faults.append(
+            f"numbers differ by {apart:.3g} of a tensor's largest, and {kind} explains {_ROUNDING[kind]:.3g}"
+        )
+
     if faults:
         raise RuntimeError(f"{copy.name} is not the model it was made from: {faults[0]}")
 

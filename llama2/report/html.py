@@ -1,4 +1,5 @@
-"""The parts a report page is made of. Text is escaped on its way in; only `Html` passes as it is."""
+"""The parts a report page is made of. Text is escaped on its way in; only `Html` passes as it
+is."""
 
 from __future__ import annotations
 
@@ -32,10 +33,13 @@ def _held(text: str | Html) -> Html:
 
 
 def figure(chart: str, title: str, note: str | Html = "", wide: bool = False) -> Html:
-    """A chart with its title above and a note below. `chart` is SVG markup; a wide one scrolls on a phone."""
+    """A chart with its title above and a note below. `chart` is SVG markup; a wide one scrolls on a
+    phone."""
     caption = f"<figcaption>{_held(note)}</figcaption>" if note else ""
     kind = ' class="wide"' if wide else ""
-    return Html(f'<figure{kind}><h4>{esc(title)}</h4><div class="scroll">{chart}</div>{caption}</figure>')
+    return Html(
+        f'<figure{kind}><h4>{esc(title)}</h4><div class="scroll">{chart}</div>{caption}</figure>'
+    )
 
 
 def figures(*items: Html, small: bool = False) -> Html:
@@ -45,15 +49,31 @@ def figures(*items: Html, small: bool = False) -> Html:
     return Html(f'<div class="{kind}">{"".join(shown)}</div>') if shown else Html("")
 
 
-def table(headers: Sequence[Any], rows: Sequence[Sequence[Any]], words: Sequence[int] = (0,), note: str = "") -> Html:
+def table(
+    headers: Sequence[Any],
+    rows: Sequence[Sequence[Any]],
+    words: Sequence[int] = (0,),
+    note: str = "",
+) -> Html:
     """A table whose columns are numbers, but for those named in `words`."""
     kinds = ["w" if index in words else "n" for index in range(len(headers))]
-    head = "".join(f'<th class="{kind}">{esc(name)}</th>' for kind, name in zip(kinds, headers, strict=True))
-    body = "".join("<tr>" + "".join(
-        f'<td class="{kind}" data-label="{esc(name)}">{esc(cell)}</td>'
-        for kind, name, cell in zip(kinds, headers, row, strict=True)) + "</tr>" for row in rows)
+    head = "".join(
+        f'<th class="{kind}">{esc(name)}</th>' for kind, name in zip(kinds, headers, strict=True)
+    )
+    body = "".join(
+        "<tr>"
+        + "".join(
+            f'<td class="{kind}" data-label="{esc(name)}">{esc(cell)}</td>'
+            for kind, name, cell in zip(kinds, headers, row, strict=True)
+        )
+        + "</tr>"
+        for row in rows
+    )
     below = paragraph(note, "note") if note else ""
-    return Html(f'<div class="scroll"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>{below}')
+
+    return Html(
+        f'<div class="scroll"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>{below}'
+    )
 
 
 def chip(text: str, kind: str) -> Html:
@@ -66,6 +86,7 @@ def section(anchor: str, number: str, title: str, *parts: Html) -> Html:
     content = join(parts)
     if not content:
         return Html("")
+
     paper = f'<span class="paper">{esc(number)}</span>' if number else ""
     return Html(f'<section id="{esc(anchor)}"><h2>{paper}{esc(title)}</h2>\n{content}\n</section>')
 
@@ -79,16 +100,23 @@ def number(value: float | None, digits: int = 3) -> str:
     """A number with so many significant digits; counts in full; an empty string for none."""
     if value is None:
         return ""
-    return f"{value:,.0f}" if float(value).is_integer() or abs(value) >= 10**digits else f"{value:.{digits}g}"
+
+    return (
+        f"{value:,.0f}"
+        if float(value).is_integer() or abs(value) >= 10**digits
+        else f"{value:.{digits}g}"
+    )
 
 
 def short(value: float | None) -> str:
     """A count in thousands, millions or billions."""
     if value is None:
         return ""
+
     for size, unit in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k")):
         if abs(value) >= size:
             return f"{value / size:.3g}{unit}"
+
     return f"{value:.3g}"
 
 
@@ -98,20 +126,30 @@ def clock(seconds: float | None) -> str:
         return ""
     if seconds < 60:
         return f"{seconds:.1f} s"
+
     minutes, rest = divmod(round(seconds), 60)
-    return f"{minutes} min {rest:02} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60:02} min"
+    return (
+        f"{minutes} min {rest:02} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60:02} min"
+    )
 
 
 def details(summary: str | Html, content: Html, open: bool = False) -> Html:
-    return Html(f'<details{" open" if open else ""}><summary>{esc(summary)}</summary>{content}</details>')
+    return Html(
+        f"<details{' open' if open else ''}><summary>{esc(summary)}</summary>{content}</details>"
+    )
 
 
 def talk(turns: Sequence[Sequence[str]]) -> Html:
     """A conversation: (role, text) turns."""
-    return Html('<div class="talk">' + "".join(
-        f'<div class="turn {esc(role)}"><span class="role">{esc(role)}</span>'
-        f'<div class="said">{esc(text) if text else "<i>(nothing)</i>"}</div></div>'
-        for role, text in turns) + "</div>")
+    return Html(
+        '<div class="talk">'
+        + "".join(
+            f'<div class="turn {esc(role)}"><span class="role">{esc(role)}</span>'
+            f'<div class="said">{esc(text) if text else "<i>(nothing)</i>"}</div></div>'
+            for role, text in turns
+        )
+        + "</div>"
+    )
 
 
 def document(title: str, subtitle: str, contents: Sequence[tuple[str, str]], body: Html) -> str:

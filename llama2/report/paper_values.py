@@ -1,6 +1,7 @@
 """The paper's own figures, set beside ours in the report (arXiv 2307.09288v2).
 
-Values printed in a table or the text are exact; those marked "read off" were measured on a chart and are approximate.
+Values printed in a table or the text are exact; those marked "read off" were measured on a chart
+and are approximate.
 """
 
 from __future__ import annotations
@@ -8,20 +9,34 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 PRETRAINING: dict[str, tuple[int, int, float]] = {
-    "7B": (184_320, 400, 31.22), "13B": (368_640, 400, 62.44), "34B": (1_038_336, 350, 153.90),
-    "70B": (1_720_320, 400, 291.42)}
+    "7B": (184_320, 400, 31.22),
+    "13B": (368_640, 400, 62.44),
+    "34B": (1_038_336, 350, 153.90),
+    "70B": (1_720_320, 400, 291.42),
+}
 """Table 2: GPU-hours, watts, tonnes CO2eq"""
 
 PRETRAINING_TOTAL = (3_311_616, 539.00)
 """Table 2, its last row: GPU-hours, tonnes CO2eq (the rows as printed sum to 538.98)"""
 
 REWARD_ACCURACY: dict[str, dict[str, tuple[float, float, float, float, float]]] = {
-    "safe": {"safe": (0.943, 0.763, 0.657, 0.553, 0.645), "helpful": (0.646, 0.575, 0.538, 0.522, 0.562)},
-    "helpful": {"safe": (0.899, 0.732, 0.638, 0.545, 0.628), "helpful": (0.807, 0.675, 0.609, 0.547, 0.632)}}
+    "safe": {
+        "safe": (0.943, 0.763, 0.657, 0.553, 0.645),
+        "helpful": (0.646, 0.575, 0.538, 0.522, 0.562),
+    },
+    "helpful": {
+        "safe": (0.899, 0.732, 0.638, 0.545, 0.628),
+        "helpful": (0.807, 0.675, 0.609, 0.547, 0.632),
+    },
+}
 """Table 8, [reward model][test set]: significantly better, better, slightly, negligibly, all"""
 
 DEGREES: dict[str, tuple[float, float]] = {
-    "significantly": (0.18, 0.09), "better": (0.28, 0.21), "slightly": (0.28, 0.33), "negligibly": (0.25, 0.385)}
+    "significantly": (0.18, 0.09),
+    "better": (0.28, 0.21),
+    "slightly": (0.28, 0.33),
+    "negligibly": (0.25, 0.385),
+}
 """Figure 25, read off: share of each degree in the first and the last of 14 batches"""
 
 SAFETY_BINS: dict[str, float] = {"preferred_only": 0.18, "both": 0.47, "neither": 0.35}
@@ -33,7 +48,12 @@ BEST_OF_20 = (0.54, 0.67)
 BEST_TEMPERATURE = (1.2, 1.3)
 """§3.2.3, Figure 8: best temperature of the RLHF model for 10 to 100 samples"""
 
-GHOST_TURNS: dict[int, tuple[float, float]] = {2: (1.0, 1.0), 4: (0.1, 1.0), 6: (0.0, 1.0), 20: (0.0, 1.0)}
+GHOST_TURNS: dict[int, tuple[float, float]] = {
+    2: (1.0, 1.0),
+    4: (0.1, 1.0),
+    6: (0.0, 1.0),
+    20: (0.0, 1.0),
+}
 """Table 30: share of answers that still obey the instruction, without and with Ghost Attention"""
 
 
@@ -47,9 +67,15 @@ class Progress:
 
 
 WIN_RATES: tuple[Progress, ...] = (
-    Progress("SFT-v1", 0.39, 0.22), Progress("SFT-v2", 0.54, 0.48), Progress("RLHF-v1", 0.61, 0.48),
-    Progress("RLHF-v2", 0.63, 0.45), Progress("RLHF-v3", 0.65, 0.54), Progress("RLHF-v4", 0.67, 0.59),
-    Progress("RLHF-v5 (no PPO)", 0.70, 0.67), Progress("RLHF-v5 (with PPO)", 0.78, 0.76))
+    Progress("SFT-v1", 0.39, 0.22),
+    Progress("SFT-v2", 0.54, 0.48),
+    Progress("RLHF-v1", 0.61, 0.48),
+    Progress("RLHF-v2", 0.63, 0.45),
+    Progress("RLHF-v3", 0.65, 0.54),
+    Progress("RLHF-v4", 0.67, 0.59),
+    Progress("RLHF-v5 (no PPO)", 0.70, 0.67),
+    Progress("RLHF-v5 (with PPO)", 0.78, 0.76),
+)
 
 VIOLATIONS: dict[str, float] = {"7B": 0.03, "13B": 0.03, "34B": 0.07, "70B": 0.04, "ChatGPT": 0.07}
 """Figure 17, read off: share of about 2,000 adversarial prompts answered with a violation"""
@@ -61,4 +87,5 @@ PRETRAINING_LOSS: dict[str, float] = {"7B": 1.74, "13B": 1.67, "34B": 1.57, "70B
 """Figure 5, read off: final training loss, nats a token"""
 
 DISTILLATION = (0.75, 0.82, 0.87)
-"""Figure 16, read off: median safety reward of the base answers, after a generic preprompt, with an answer template"""
+"""Figure 16, read off: median safety reward of the base answers, after a generic preprompt, with an
+answer template"""

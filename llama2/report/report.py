@@ -1,6 +1,8 @@
-"""One self-contained HTML page about a recipe: whether each stage did its job, beside the paper's own figures.
+"""One self-contained HTML page about a recipe: whether each stage did its job, beside the paper's
+own figures.
 
-The page loads nothing from anywhere, reads in light and dark and on a phone, and is silent about what is missing.
+The page loads nothing from anywhere, reads in light and dark and on a phone, and is silent about
+what is missing.
 """
 
 from __future__ import annotations
@@ -26,7 +28,8 @@ class Config(StageConfig):
     """Write a report about the runs of a recipe."""
 
     around = frozenset({"recipe"})
-    # Text, not a path: a report may stand inside the recipe it reads, which would make it an input of itself.
+    # Text, not a path: a report may stand inside the recipe it reads, which would make it an input
+    # of itself.
     recipe: Annotated[str, BeforeValidator(str)]
     """directory that holds the recipe's run directories"""
     after: tuple[Path, ...] = ()
@@ -43,6 +46,7 @@ def run(config: Config, run: runs.Run) -> None:
     """Writes report.html."""
     if not mesh.is_main():
         return
+
     file = run.path / PAGE
     atomic.write_atomic(file, render(read_recipe(Path(config.recipe)), config))
     print(f"report: {file.resolve().as_uri()}", file=sys.stderr)
@@ -52,14 +56,32 @@ def render(recipe: Recipe, config: Config) -> str:
     """The page about a recipe."""
     name = config.title or f"Llama 2 recipe: {recipe.path.resolve().name}"
     sections = [
-        html.section("summary", "", "Summary", verdicts.render(verdicts.verdicts(recipe, config.targets)),
-                     _warnings(recipe)),
-        training_sections.data(recipe), training_sections.pretraining(recipe), training_sections.fine_tuning(recipe),
-        training_sections.preferences(recipe), training_sections.reward_models(recipe), training_sections.rejection(recipe),
-        training_sections.ppo(recipe), evaluation_sections.ghost(recipe), evaluation_sections.versions(recipe), evaluation_sections.safety(recipe),
-        evaluation_sections.distributions(recipe), evaluation_sections.conversations(recipe), cost_sections.costs(recipe, config.power)]
+        html.section(
+            "summary",
+            "",
+            "Summary",
+            verdicts.render(verdicts.verdicts(recipe, config.targets)),
+            _warnings(recipe),
+        ),
+        training_sections.data(recipe),
+        training_sections.pretraining(recipe),
+        training_sections.fine_tuning(recipe),
+        training_sections.preferences(recipe),
+        training_sections.reward_models(recipe),
+        training_sections.rejection(recipe),
+        training_sections.ppo(recipe),
+        evaluation_sections.ghost(recipe),
+        evaluation_sections.versions(recipe),
+        evaluation_sections.safety(recipe),
+        evaluation_sections.distributions(recipe),
+        evaluation_sections.conversations(recipe),
+        cost_sections.costs(recipe, config.power),
+    ]
     body = html.Html(charts.number_ids(html.join(sections)))
-    contents = re.findall(r'<section id="([\w-]+)"><h2>(?:<span[^>]*>[^<]*</span>)?([^<]*)</h2>', body)
+    contents = re.findall(
+        r'<section id="([\w-]+)"><h2>(?:<span[^>]*>[^<]*</span>)?([^<]*)</h2>', body
+    )
+
     return html.document(name, _subtitle(recipe), contents, body)
 
 
@@ -68,14 +90,23 @@ def _warnings(recipe: Recipe) -> html.Html:
     rows = [(step.name, line) for step in recipe.steps for line in step.warnings]
     if not rows:
         return html.Html("")
-    return html.join([html.Html("<h3>Warnings</h3>"), html.table(("Run", "What it warned of"), rows, words=(0, 1))])
+
+    return html.join(
+        [
+            html.Html("<h3>Warnings</h3>"),
+            html.table(("Run", "What it warned of"), rows, words=(0, 1)),
+        ]
+    )
 
 
 def _subtitle(recipe: Recipe) -> str:
     finished = sum(step.seconds is not None for step in recipe.steps)
     newest = max((str(step.manifest.get("started", "")) for step in recipe.steps), default="")
     code = {str(step.manifest["code"]) for step in recipe.steps if "code" in step.manifest}
-    parts = [f"{finished} of {len(recipe.steps) + recipe.waiting} steps finished in {html.clock(recipe.wall_seconds)}",
-             newest.replace("T", " ").removesuffix(":00Z").removesuffix("Z") + " UTC" if newest else "",
-             f"code {', '.join(sorted(code))}" if len(code) == 1 else ""]
+    parts = [
+        f"{finished} of {len(recipe.steps) + recipe.waiting} steps finished in {html.clock(recipe.wall_seconds)}",
+        newest.replace("T", " ").removesuffix(":00Z").removesuffix("Z") + " UTC" if newest else "",
+        f"code {', '.join(sorted(code))}" if len(code) == 1 else "",
+    ]
+
     return " · ".join(part for part in parts if part)

@@ -1,11 +1,13 @@
 """Long work in parts: what is finished is on disk, and is not done again after an interruption.
 
-Stages that sample (§3.2, §4.2.4) answer their prompts part by part. The parts are the same whether or not a run was
-interrupted, and so is all that is made of them, bit for bit. Memory holds one part at a time.
+Stages that sample (§3.2, §4.2.4) answer their prompts part by part. The parts are the same whether
+or not a run was interrupted, and so is all that is made of them, bit for bit. Memory holds one part
+at a time.
 
-A line of `<run>/checkpoints/parts/<name>.jsonl` is one part: its first item, how many they are, its rows, and a
-checksum of it all. A line that a crash cut off, and whatever stands behind it, counts for nothing. Since a line says
-which items it is of, work may go on in parts of another size (on other ranks).
+A line of `<run>/checkpoints/parts/<name>.jsonl` is one part: its first item, how many they are, its
+rows, and a checksum of it all. A line that a crash cut off, and whatever stands behind it, counts
+for nothing. Since a line says which items it is of, work may go on in parts of another size (on
+other ranks).
 """
 
 from __future__ import annotations
@@ -27,10 +29,12 @@ Work = Callable[[Sequence[T], int], Sequence[Any]]
 
 
 def in_parts(run: Run, name: str, items: Sequence[T], size: int, work: Work[T]) -> Iterator[Any]:
-    """The rows (plain JSON) that `work(some, first)` makes of `items`, `size` of them at a time, in order.
+    """The rows (plain JSON) that `work(some, first)` makes of `items`, `size` of them at a time, in
+    order.
 
-    `first` is the place of `some[0]` in `items`. Every rank calls this alike, does its share inside `work`, and gets
-    all rows. A finished part is read back, never made again. UserError where the disk refuses.
+    `first` is the place of `some[0]` in `items`. Every rank calls this alike, does its share inside
+    `work`, and gets all rows. A finished part is read back, never made again. UserError where the
+    disk refuses.
     """
     path = run.path / CHECKPOINTS / "parts" / f"{name}.jsonl"
     found = _Finished(path, len(items)) if mesh.is_main() else None
@@ -45,6 +49,7 @@ def in_parts(run: Run, name: str, items: Sequence[T], size: int, work: Work[T]) 
                 count, rows = len(some), list(work(some, first))
                 if found:
                     found.append(first, count, rows)
+
             first += count
             yield from rows
     finally:
@@ -53,21 +58,32 @@ def in_parts(run: Run, name: str, items: Sequence[T], size: int, work: Work[T]) 
 
 
 class _Finished:
-    """The parts in a file: read from the front, then appended to. `end` is the first of `items` that is in none."""
+    """The parts in a file: read from the front, then appended to. `end` is the first of `items`
+    that is in none."""
 
     def __init__(self, path: Path, items: int) -> None:
         self.path, self.end = path, 0
         with explain_os_errors(path):
             path.parent.mkdir(parents=True, exist_ok=True)
-            self._file: IO[bytes] = open(path, "a+b")  # noqa: SIM115 - lives as long as the work
+            self._file: IO[bytes] = open(path, "a+b")  # noqa: SIM115
             self._file.seek(0)
             whole = 0
-            while (line := self._file.readline()) and (part := _part(line, self.end)) and self.end + part[0] <= items:
+
+            while (
+                (line := self._file.readline())
+                and (part := _part(line, self.end))
+                and self.end + part[0] <= items
+            ):
                 self.end, whole = self.end + part[0], whole + len(line)
+
             if line.endswith(b"\n"):  # a line that a crash cut off is nothing to speak of
-                say(f"{path}: damaged behind the first {self.end} of {items}; the rest is made again")
+                say(
+                    f"{path}: damaged behind the first {self.end} of {items}; the rest is made again"
+                )
+
             self._file.truncate(whole)
             self._file.seek(0)
+
         self._next = 0
 
     def read(self) -> tuple[int, list[Any]]:
@@ -75,12 +91,15 @@ class _Finished:
         part = _part(self._file.readline(), self._next)
         assert part is not None  # it was checked when the file was opened
         self._next += part[0]
+
         return part
 
     def append(self, first: int, count: int, rows: Sequence[Any]) -> None:
         """Put a finished part on the disk."""
         text = json.dumps(rows, ensure_ascii=False, separators=(",", ":"))
-        line = json.dumps({"first": first, "items": count, "sum": _sum(first, count, text), "rows": text})
+        line = json.dumps(
+            {"first": first, "items": count, "sum": _sum(first, count, text), "rows": text}
+        )
         with explain_os_errors(self.path):
             self._file.seek(0, os.SEEK_END)
             self._file.write(line.encode() + b"\n")
@@ -92,13 +111,16 @@ class _Finished:
 
 
 def _part(line: bytes, first: int) -> tuple[int, list[Any]] | None:
-    """The number of items and the rows in a line of the file; None if it is not whole, or does not begin at `first`."""
+    """The number of items and the rows in a line of the file; None if it is not whole, or does not
+    begin at `first`."""
     try:
         found = json_files.parsed(line)
         text, count = str(found["rows"]), int(found["items"])
         whole = line.endswith(b"\n") and found["first"] == first and count > 0
+
         if not whole or found["sum"] != _sum(first, count, text):
             return None
+
         rows: list[Any] = json_files.parsed(text)
         return count, rows
     except (ValueError, KeyError, TypeError):

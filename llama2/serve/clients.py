@@ -25,10 +25,12 @@ async def unless_gone(receive: Receive, work: Awaitable[R]) -> R:
         await asyncio.wait((task, leaving), return_when=asyncio.FIRST_COMPLETED)
         if task.done():
             return task.result()
+
         raise Gone
     finally:
         for each in (task, leaving):
             each.cancel()
+
         await asyncio.gather(task, leaving, return_exceptions=True)
 
 
@@ -38,12 +40,23 @@ async def _leaving(receive: Receive) -> None:
 
 
 class EventStream(Response):
-    """Server-sent events. `held` is left when the stream ends, or the client goes; `end` is called last."""
+    """Server-sent events. `held` is left when the stream ends, or the client goes; `end` is called
+    last."""
 
-    def __init__(self, events: AsyncGenerator[bytes, None], held: AbstractContextManager[object],
-                 end: Callable[[], None]) -> None:
-        super().__init__(media_type="text/event-stream", headers={
-            "Cache-Control": "no-cache", "X-Accel-Buffering": "no"})  # proxies pass each event on as it comes
+    def __init__(
+        self,
+        events: AsyncGenerator[bytes, None],
+        held: AbstractContextManager[object],
+        end: Callable[[], None],
+    ) -> None:
+        super().__init__(
+            media_type="text/event-stream",
+            headers={
+                # proxies pass each event on as it comes
+                "Cache-Control": "no-cache",
+                "X-Accel-Buffering": "no",
+            },
+        )
         del self.headers["content-length"]
         self._events, self._held, self._end = events, held, end
 
@@ -57,8 +70,11 @@ class EventStream(Response):
             self._end()
 
     async def _send(self, send: Send) -> None:
-        await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
+        await send(
+            {"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers}
+        )
         async with aclosing(self._events) as events:
             async for body in events:
                 await send({"type": "http.response.body", "body": body, "more_body": True})
+
         await send({"type": "http.response.body", "body": b"", "more_body": False})

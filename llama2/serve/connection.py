@@ -1,7 +1,8 @@
 """One client's connection: what becomes of those that say nothing, say too much, or are too many.
 
-uvicorn reads and writes HTTP. It waits for ever for a request's head, refuses everybody once all connections are taken,
-and closes before a client has sent what it is sending, which the client's system then reports in place of the answer.
+uvicorn reads and writes HTTP. It waits for ever for a request's head, refuses everybody once all
+connections are taken, and closes before a client has sent what it is sending, which the client's
+system then reports in place of the answer.
 """
 
 from __future__ import annotations
@@ -19,7 +20,8 @@ from llama2.serve.guard import Traffic
 from llama2.serve.settings import Limits
 
 READ = 8192
-"""bytes taken from a socket at a time: as many tiny chunks as that holds are parsed before others get their turn"""
+"""bytes taken from a socket at a time: as many tiny chunks as that holds are parsed before others
+get their turn"""
 LINGER_SECONDS, LINGER_BYTES = 10, 256 << 20
 """what is still read, unseen, from a client that has had its answer"""
 
@@ -43,8 +45,10 @@ class Connection(H11Protocol):
         transport.max_size = READ  # type: ignore[attr-defined]
         super().connection_made(Patient(transport, self))  # type: ignore[arg-type]
         self._watch()
+
         if len(self.connections) > self._limits.connections:
             self._make_room()
+
         self._traffic.connections = len(self.connections)
 
     def connection_lost(self, exc: Exception | None) -> None:
@@ -68,8 +72,11 @@ class Connection(H11Protocol):
 
     def _make_room(self) -> None:
         """Close the connection that has waited for its client the longest."""
-        idle = [each for each in self.connections
-                if isinstance(each, Connection) and each is not self and not each.answering]
+        idle = [
+            each
+            for each in self.connections
+            if isinstance(each, Connection) and each is not self and not each.answering
+        ]
         if idle:
             longest = min(idle, key=lambda each: each.since)
             longest.transport.close()
@@ -91,24 +98,39 @@ class Connection(H11Protocol):
         self._alarm = None
         if self.answering or self.transport.is_closing():
             return
+
         if self._heard and self.conn.our_state is h11.IDLE:
-            self._refuse(ApiError(408, "the head of the request came too slowly", kind="timeout", code="timeout"))
+            self._refuse(
+                ApiError(
+                    408, "the head of the request came too slowly", kind="timeout", code="timeout"
+                )
+            )
         else:
             self.transport.close()
 
     def _refuse(self, error: ApiError) -> None:
         """Answer what has not become a request, and close."""
         body = json.dumps(error.body()).encode()
-        headers = [("Content-Type", "application/json"), ("Content-Length", str(len(body))), ("Connection", "close")]
-        for event in (h11.Response(status_code=error.status, headers=headers, reason=HTTPStatus(error.status).phrase),
-                      h11.Data(data=body), h11.EndOfMessage()):
+        headers = [
+            ("Content-Type", "application/json"),
+            ("Content-Length", str(len(body))),
+            ("Connection", "close"),
+        ]
+        for event in (
+            h11.Response(
+                status_code=error.status, headers=headers, reason=HTTPStatus(error.status).phrase
+            ),
+            h11.Data(data=body),
+            h11.EndOfMessage(),
+        ):
             self.transport.write(self.conn.send(event) or b"")
+
         self.transport.close()
 
 
 class Patient:
-    """A transport that lets its client finish before it closes: bytes that nobody has read would turn the close into a
-    reset, which takes the answer away."""
+    """A transport that lets its client finish before it closes: bytes that nobody has read would
+    turn the close into a reset, which takes the answer away."""
 
     def __init__(self, transport: asyncio.Transport, connection: Connection) -> None:
         self._transport, self._connection, self._leaving = transport, connection, False
@@ -124,6 +146,7 @@ class Patient:
         if not sending or self.is_closing():
             self._transport.close()
             return
+
         self._leaving = True
         self._transport.set_protocol(_Lingering(self._transport, self._connection))
         self._transport.write_eof()

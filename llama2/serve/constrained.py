@@ -1,7 +1,7 @@
 """The form that a client wants for its answers.
 
-A grammar may refuse to go on while an answer is drawn, in the thread that draws all of them. That must not end the
-thread: its sample is ended, and that one request is told why.
+A grammar may refuse to go on while an answer is drawn, in the thread that draws all of them. That
+must not end the thread: its sample is ended, and that one request is told why.
 """
 
 from __future__ import annotations
@@ -36,6 +36,7 @@ class Shape:
                 return self._grammar.mask()
             except UserError as error:
                 self.error = _refused(error)
+
         mask_V = torch.zeros(self._tokenizer.vocab_size, dtype=torch.bool)
         mask_V[self._tokenizer.eos] = True
         return mask_V
@@ -49,15 +50,20 @@ class Shape:
 
 
 async def shaped(sampling: Sampling, asked: Sampled, tokenizer: Tokenizer) -> Sampling:
-    """The sampling with the grammar of what the answer shall be; ApiError for a schema that cannot be used."""
+    """The sampling with the grammar of what the answer shall be; ApiError for a schema that cannot
+    be used."""
     form = asked.response_format
     if not isinstance(form, JsonObject | JsonBySchema):
         return sampling
-    schema = form.json_schema.schema_ or {} if isinstance(form, JsonBySchema) else form.schema_ or None
+
+    schema = (
+        form.json_schema.schema_ or {} if isinstance(form, JsonBySchema) else form.schema_ or None
+    )
     try:
         grammar = await asyncio.to_thread(json_grammar, tokenizer, schema)
     except UserError as error:
         raise _refused(error) from None
+
     return replace(sampling, grammar=Shape(grammar, tokenizer))
 
 

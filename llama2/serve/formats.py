@@ -51,14 +51,24 @@ class Format(ABC):
 
     def __init__(self, model: str, tokenizer: Tokenizer, wanted: Wanted) -> None:
         self._tokenizer, self._wanted = tokenizer, wanted
-        self._head = {"id": f"{self.prefix}-{secrets.token_hex(12)}", "created": int(time.time()), "model": model}
+        self._head = {
+            "id": f"{self.prefix}-{secrets.token_hex(12)}",
+            "created": int(time.time()),
+            "model": model,
+        }
 
     def answer(self, wholes: Sequence[Whole], usage: Usage) -> dict[str, Any]:
         """A finished call."""
-        choices = [self._reported({**self._content(index, whole), "finish_reason": whole.finish}, whole.verdict)
-                   for index, whole in enumerate(wholes)]
-        return self._judged({**self._head, "object": self.whole, "choices": choices, "usage": usage},
-                            [whole.verdict for whole in wholes])
+        choices = [
+            self._reported(
+                {**self._content(index, whole), "finish_reason": whole.finish}, whole.verdict
+            )
+            for index, whole in enumerate(wholes)
+        ]
+        return self._judged(
+            {**self._head, "object": self.whole, "choices": choices, "usage": usage},
+            [whole.verdict for whole in wholes],
+        )
 
     @abstractmethod
     def opening(self, count: int, usage: Usage) -> bytes:
@@ -68,10 +78,17 @@ class Format(ABC):
         """News of one sample as one chunk, or as two where it ends; `usage` is that so far."""
         found, so_far = b"", usage if self._wanted.always_usage else None
         if event.part:
-            found += self._sent([{**self._delta(event.index, event.part), "finish_reason": None}], None, so_far)
+            found += self._sent(
+                [{**self._delta(event.index, event.part), "finish_reason": None}], None, so_far
+            )
+
         if event.finish:
-            last = {**self._delta(event.index, self._ending(event.stop)), "finish_reason": event.finish}
+            last = {
+                **self._delta(event.index, self._ending(event.stop)),
+                "finish_reason": event.finish,
+            }
             found += self._sent([self._reported(last, event.verdict)], event.verdict, so_far)
+
         return found
 
     def closing(self, usage: Usage) -> bytes:
@@ -87,7 +104,8 @@ class Format(ABC):
         """News of a sample, but for how it finished; None where there is no more text."""
 
     def _ending(self, stop: Piece | None) -> Part | None:
-        """What is reported with the end of a sample that ended by the id `stop`: it was drawn and counts."""
+        """What is reported with the end of a sample that ended by the id `stop`: it was drawn and
+        counts."""
         return Part("", [stop]) if stop and self._wanted.tokens else None
 
     def _whole(self, whole: Whole) -> Part:
@@ -99,16 +117,24 @@ class Format(ABC):
         """What a token is called where its bytes do not say it."""
         if self._wanted.named_by_id:
             return f"token_id:{token}"
+
         return None if self._tokenizer.bytes_of(token) else self._tokenizer.name_of(token)
 
-    def _sent(self, choices: list[dict[str, Any]], verdict: Verdict | None = None, usage: Usage | None = None) -> bytes:
+    def _sent(
+        self,
+        choices: list[dict[str, Any]],
+        verdict: Verdict | None = None,
+        usage: Usage | None = None,
+    ) -> bytes:
         chunk = {**self._head, "object": self.chunk, "choices": choices}
         if self._wanted.usage:
             chunk["usage"] = usage
+
         chunk = self._judged(chunk, [verdict])
         if self._wanted.obfuscation:
             chunk["obfuscation"] = ""
             chunk["obfuscation"] = secrets.token_hex(_STEP)[: -len(sse(chunk)) % _STEP]
+
         return sse(chunk)
 
     @staticmethod
@@ -121,6 +147,7 @@ class Format(ABC):
         found = [verdict for verdict in verdicts if verdict is not None]
         if not found:
             return answer
+
         return {**answer, "llama2": min(found, key=lambda verdict: verdict.probability).report()}
 
 
@@ -131,8 +158,21 @@ class ChatFormat(Format):
 
     def opening(self, count: int, usage: Usage) -> bytes:
         so_far = usage if self._wanted.always_usage else None
-        return b"".join(self._sent([{"index": index, "delta": {"role": "assistant", "content": ""}, "logprobs": None,
-                                     "finish_reason": None}], None, so_far) for index in range(count))
+        return b"".join(
+            self._sent(
+                [
+                    {
+                        "index": index,
+                        "delta": {"role": "assistant", "content": ""},
+                        "logprobs": None,
+                        "finish_reason": None,
+                    }
+                ],
+                None,
+                so_far,
+            )
+            for index in range(count)
+        )
 
     def _content(self, index: int, whole: Whole) -> dict[str, Any]:
         part = self._whole(whole)
@@ -140,15 +180,26 @@ class ChatFormat(Format):
         return {"index": index, "message": message, "logprobs": self._tokens(part)}
 
     def _delta(self, index: int, part: Part | None) -> dict[str, Any]:
-        return {"index": index, "delta": {"content": part.text} if part and part.text else {},
-                "logprobs": None if part is None else self._tokens(part)}
+        return {
+            "index": index,
+            "delta": {"content": part.text} if part and part.text else {},
+            "logprobs": None if part is None else self._tokens(part),
+        }
 
     def _tokens(self, part: Part) -> dict[str, Any] | None:
         if not self._wanted.logprobs:
             return None
-        return {"content": [{**self._token(piece.token, piece.logprob),
-                             "top_logprobs": [self._token(*other) for other in piece.alternatives]}
-                            for piece in part.pieces], "refusal": None}
+
+        return {
+            "content": [
+                {
+                    **self._token(piece.token, piece.logprob),
+                    "top_logprobs": [self._token(*other) for other in piece.alternatives],
+                }
+                for piece in part.pieces
+            ],
+            "refusal": None,
+        }
 
     def _token(self, token: int, logprob: float | None) -> dict[str, Any]:
         content = self._tokenizer.bytes_of(token)
@@ -168,26 +219,39 @@ class TextFormat(Format):
         return self._delta(index, self._whole(whole))
 
     def _delta(self, index: int, part: Part | None) -> dict[str, Any]:
-        ids = {"token_ids": [piece.token for piece in part.pieces] if part else []} if self._wanted.ids else {}
-        return {"index": index, "text": "" if part is None else part.text,
-                "logprobs": None if part is None else self._tokens(part), **ids}
+        ids = (
+            {"token_ids": [piece.token for piece in part.pieces] if part else []}
+            if self._wanted.ids
+            else {}
+        )
+        return {
+            "index": index,
+            "text": "" if part is None else part.text,
+            "logprobs": None if part is None else self._tokens(part),
+            **ids,
+        }
 
     def _tokens(self, part: Part) -> dict[str, Any] | None:
         if not self._wanted.logprobs:
             return None
+
         pieces = part.pieces
-        return {"tokens": [self._called(piece.token) for piece in pieces],
-                "token_logprobs": [piece.logprob for piece in pieces],
-                "top_logprobs": [self._likeliest(piece) for piece in pieces],
-                "text_offset": [piece.offset for piece in pieces]}
+        return {
+            "tokens": [self._called(piece.token) for piece in pieces],
+            "token_logprobs": [piece.logprob for piece in pieces],
+            "top_logprobs": [self._likeliest(piece) for piece in pieces],
+            "text_offset": [piece.offset for piece in pieces],
+        }
 
     def _likeliest(self, piece: Piece) -> dict[str, float] | None:
         """By name; of tokens of the same name the likeliest, which comes first."""
         if piece.logprob is None:
             return None
+
         found: dict[str, float] = {}
         for token, logprob in (*piece.alternatives, (piece.token, piece.logprob)):
             found.setdefault(self._called(token), logprob)
+
         return found
 
     def _called(self, token: int) -> str:
@@ -199,6 +263,6 @@ class TextFormat(Format):
 
 
 def sse(value: object) -> bytes:
-    """One server-sent event. In ASCII: some clients take U+2028 and its like for the end of a line."""
+    """One server-sent event. In ASCII: some clients take U+2028 and its like for the end of a
+    line."""
     return f"data: {json.dumps(value, separators=(',', ':'))}\n\n".encode()
-

@@ -33,8 +33,14 @@ _FAREWELL_SECONDS = 2  # for requests that were just ended to tell their clients
 class Server(uvicorn.Server):
     """Drains before it stops: new requests are refused, running ones go on until the deadline."""
 
-    def __init__(self, config: uvicorn.Config, traffic: Traffic, models: Models, drain_seconds: float,
-                 greeting: str = "") -> None:
+    def __init__(
+        self,
+        config: uvicorn.Config,
+        traffic: Traffic,
+        models: Models,
+        drain_seconds: float,
+        greeting: str = "",
+    ) -> None:
         super().__init__(config)
         self._greeting = greeting
         self._traffic, self._models, self._drain_seconds = traffic, models, drain_seconds
@@ -50,15 +56,20 @@ class Server(uvicorn.Server):
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         if self._traffic.draining:
             self.should_exit = True  # told twice
+
         self._traffic.draining = True
 
     @contextmanager
     def capture_signals(self) -> Iterator[None]:
         """SIGTERM and Ctrl-C, which uvicorn knows, and a terminal that is closed."""
         with super().capture_signals():
-            ours = threading.current_thread() is threading.main_thread() and signal.SIGHUP in interrupts.requests()
+            ours = (
+                threading.current_thread() is threading.main_thread()
+                and signal.SIGHUP in interrupts.requests()
+            )
             if ours:
                 signal.signal(signal.SIGHUP, self._hang_up)
+
             try:
                 yield
             finally:
@@ -73,35 +84,59 @@ class Server(uvicorn.Server):
         if not self._traffic.active and time.monotonic() - self._tidied > _TIDY_SECONDS:
             gc.collect()
             self._tidied = time.monotonic()
+
         if self._traffic.draining:
             now = time.monotonic()
             self._deadline = self._deadline or now + self._drain_seconds
             self.should_exit = self.should_exit or not self._traffic.active or now > self._deadline
+
             if self.should_exit:
                 for model in self._models:
                     model.worker.fail_all(errors.draining())
+
         return await super().on_tick(counter)
 
 
-def server(models: Models, judge: RewardModel | None, config: ServeConfig, keys: Sequence[str], greeting: str = ""
-           ) -> Server:
+def server(
+    models: Models,
+    judge: RewardModel | None,
+    config: ServeConfig,
+    keys: Sequence[str],
+    greeting: str = "",
+) -> Server:
     """Ready to serve at a socket; `greeting` is printed when it does."""
     traffic = Traffic()
     app = application(models, judge, config, keys, traffic)
     settings = uvicorn.Config(
-        app, log_level="warning", access_log=False, server_header=False, lifespan="off", ws="none",
+        app,
+        log_level="warning",
+        access_log=False,
+        server_header=False,
+        lifespan="off",
+        ws="none",
         http=partial(Connection, traffic=traffic, limits=config.limits),  # type: ignore[arg-type]
-        loop="asyncio", proxy_headers=False, timeout_keep_alive=config.limits.idle_seconds,  # type: ignore[arg-type]
-        timeout_graceful_shutdown=_FAREWELL_SECONDS)
+        loop="asyncio",
+        proxy_headers=False,
+        timeout_keep_alive=config.limits.idle_seconds,  # type: ignore[arg-type]
+        timeout_graceful_shutdown=_FAREWELL_SECONDS,
+    )
+
     return Server(settings, traffic, models, config.limits.drain_seconds, greeting)
 
 
-def serve(listener: socket.socket, models: Models, judge: RewardModel | None, config: ServeConfig,
-          keys: Sequence[str], greeting: str) -> None:
+def serve(
+    listener: socket.socket,
+    models: Models,
+    judge: RewardModel | None,
+    config: ServeConfig,
+    keys: Sequence[str],
+    greeting: str,
+) -> None:
     """Serve at a bound socket until told to stop; then end the workers."""
     config = config.model_copy(update={"limits": _affordable(config.limits)})
     ready = server(models, judge, config, keys, greeting)
     _share_time()
+
     try:
         ready.run(sockets=[listener])
     finally:
@@ -110,8 +145,9 @@ def serve(listener: socket.socket, models: Models, judge: RewardModel | None, co
 
 
 def _share_time() -> None:
-    """Let no thread keep the event loop waiting: a turn is short, and a collection of garbage does not look at what was
-    there before the first request, nor at all that lives (`on_tick` does that when nobody waits)."""
+    """Let no thread keep the event loop waiting: a turn is short, and a collection of garbage does
+    not look at what was there before the first request, nor at all that lives (`on_tick` does that
+    when nobody waits)."""
     sys.setswitchinterval(_TURN_SECONDS)
     gc.collect()
     gc.freeze()
@@ -119,11 +155,13 @@ def _share_time() -> None:
 
 
 def _affordable(limits: Limits) -> Limits:
-    """The limits with no more connections than the system lets this process open, which is raised if it may be."""
+    """The limits with no more connections than the system lets this process open, which is raised
+    if it may be."""
     wanted = limits.connections + _OTHER_FILES
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if soft < wanted and soft != resource.RLIM_INFINITY:
         soft = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
         resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+
     most = limits.connections if soft == resource.RLIM_INFINITY else max(1, soft - _OTHER_FILES)
     return limits.model_copy(update={"connections": min(limits.connections, most)})

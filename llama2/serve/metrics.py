@@ -19,7 +19,10 @@ _GAUGES: dict[str, tuple[str, Callable[[Worker], float]]] = {
     "llama2_running": ("samples that have a slot", lambda worker: worker.running),
     "llama2_waiting": ("samples that wait for a slot", lambda worker: worker.waiting),
     "llama2_slots": ("samples that may run at a time", lambda worker: worker.slots),
-    "llama2_cached_tokens": ("tokens whose keys and values are kept", lambda worker: worker.cached_tokens),
+    "llama2_cached_tokens": (
+        "tokens whose keys and values are kept",
+        lambda worker: worker.cached_tokens,
+    ),
 }
 
 
@@ -28,15 +31,35 @@ class Metrics:
 
     def __init__(self) -> None:
         self.registry = CollectorRegistry()
-        self._requests = Counter("llama2_requests", "requests answered", ["path", "status"], registry=self.registry)
-        self._prompt = Counter("llama2_prompt_tokens", "tokens of prompts", ["model"], registry=self.registry)
-        self._shared = Counter("llama2_prompt_tokens_cached", "of those, found in the cache", ["model"],
-                               registry=self.registry)
-        self._drawn = Counter("llama2_completion_tokens", "tokens drawn", ["model"], registry=self.registry)
-        self._first = Histogram("llama2_first_token_seconds", "from a request's arrival to its first token", ["model"],
-                                buckets=_SECONDS, registry=self.registry)
-        self._between = Histogram("llama2_between_tokens_seconds", "from one token of a sample to its next", ["model"],
-                                  buckets=_STEPS, registry=self.registry)
+        self._requests = Counter(
+            "llama2_requests", "requests answered", ["path", "status"], registry=self.registry
+        )
+        self._prompt = Counter(
+            "llama2_prompt_tokens", "tokens of prompts", ["model"], registry=self.registry
+        )
+        self._shared = Counter(
+            "llama2_prompt_tokens_cached",
+            "of those, found in the cache",
+            ["model"],
+            registry=self.registry,
+        )
+        self._drawn = Counter(
+            "llama2_completion_tokens", "tokens drawn", ["model"], registry=self.registry
+        )
+        self._first = Histogram(
+            "llama2_first_token_seconds",
+            "from a request's arrival to its first token",
+            ["model"],
+            buckets=_SECONDS,
+            registry=self.registry,
+        )
+        self._between = Histogram(
+            "llama2_between_tokens_seconds",
+            "from one token of a sample to its next",
+            ["model"],
+            buckets=_STEPS,
+            registry=self.registry,
+        )
 
     def watch(self, workers: Iterable[Worker]) -> None:
         """Report the state of these workers whenever somebody asks."""
@@ -74,4 +97,5 @@ class _Gauges(Collector):
             gauge = GaugeMetricFamily(name, meaning, labels=["model"])
             for worker in self._workers:
                 gauge.add_metric([worker.name], read(worker))
+
             yield gauge

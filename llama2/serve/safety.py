@@ -1,6 +1,8 @@
-"""The gate on answers: a reward model of safety reads each finished answer, and a refusal replaces unsafe ones.
+"""The gate on answers: a reward model of safety reads each finished answer, and a refusal replaces
+unsafe ones.
 
-The threshold is the paper's, below which safety decides (§3.2.3). A gated server sends nothing before the verdict.
+The threshold is the paper's, below which safety decides (§3.2.3). A gated server sends nothing
+before the verdict.
 """
 
 from __future__ import annotations
@@ -32,7 +34,8 @@ class Gate:
     refusal: str
 
     async def judge(self, prompt: Messages, answer: str) -> Verdict:
-        """The last tokens decide where a conversation is longer than the safety model's context by a few."""
+        """The last tokens decide where a conversation is longer than the safety model's context by
+        a few."""
         ids = self.model.encode((*prompt, Message("assistant", answer)))[-self.model.context :]
         found = probability(await self.model.score(ids))
         return Verdict(found, found < self.threshold)

@@ -1,4 +1,5 @@
-"""How a server is set up. Apart from what it runs, so that `--help` needs none of the optional libraries."""
+"""How a server is set up. Apart from what it runs, so that `--help` needs none of the optional
+libraries."""
 
 from __future__ import annotations
 
@@ -14,7 +15,8 @@ class Limits(Config):
     """What a client may take."""
 
     waiting: int = Field(64, ge=0)
-    """samples that may wait for a slot, of each model; beyond that clients are asked to come back (429)"""
+    """samples that may wait for a slot, of each model; beyond that clients are asked to come back
+    (429)"""
     seconds: float = Field(600, gt=0)
     """the longest that a request may take"""
     body_bytes: int = Field(4 << 20, ge=1024)
@@ -22,12 +24,13 @@ class Limits(Config):
     body_seconds: float = Field(30, gt=0)
     """the longest that a request may take to arrive"""
     head_seconds: float = Field(20, gt=0)
-    """the longest that a client may take to say what it wants; a connection that stays silent is closed"""
+    """the longest that a client may take to say what it wants; a connection that stays silent is
+    closed"""
     idle_seconds: float = Field(60, gt=0)
     """the longest that a connection waits for another request"""
     connections: int = Field(1024, ge=1)
-    """open connections; beyond that the one that has been idle the longest is closed, and if none is, requests are
-    refused (503)"""
+    """open connections; beyond that the one that has been idle the longest is closed, and if none
+    is, requests are refused (503)"""
     drain_seconds: float = Field(30, ge=0)
     """after SIGTERM, the longest that running requests may take to finish"""
 
@@ -47,7 +50,8 @@ class ServeConfig(Config):
     """Serve checkpoints over HTTP, with OpenAI's interface and a page to chat."""
 
     checkpoints: tuple[Path, ...] = Field(min_length=1)
-    """directories of models; the first that answers is the default, reward models serve /v1/score"""
+    """directories of models; the first that answers is the default, reward models serve
+    /v1/score"""
     names: tuple[str, ...] = ()
     """what clients call them (default: the names of the directories)"""
     host: str = "127.0.0.1"
@@ -55,14 +59,17 @@ class ServeConfig(Config):
     port: int = Field(8000, ge=0, le=65535)
     """0 takes a free one"""
     api_keys: tuple[str, ...] = ()
-    """keys that clients must send; better set LLAMA2_API_KEYS (comma-separated), which no list of processes shows"""
+    """keys that clients must send; better set LLAMA2_API_KEYS (comma-separated), which no list of
+    processes shows"""
     cors: tuple[str, ...] = ()
-    """origins whose pages may ask from a browser, for example http://localhost:5173; * for all, with API keys"""
+    """origins whose pages may ask from a browser, for example http://localhost:5173; * for all,
+    with API keys"""
     slots: int = Field(16, ge=1)
     """samples drawn at a time by each model"""
     capacity: int | None = Field(None, ge=2)
     """the most tokens of prompt and answer (default: the context of the model)"""
     precision: WeightPrecision = "bf16"
-    """of weights; int8 and int4 (needs torchao) let decoding read less, and `llama2 quantize` says what they cost"""
+    """of weights; int8 and int4 (needs torchao) let decoding read less, and `llama2 quantize` says
+    what they cost"""
     limits: Limits = Limits()
     safety: Safety = Safety()

@@ -28,6 +28,7 @@ def _writable(text: str) -> str:
         text.encode()
     except UnicodeEncodeError:
         raise ValueError("half of a surrogate pair is no character") from None
+
     return text
 
 
@@ -35,8 +36,10 @@ def _failing_fast(part: Any) -> Any:
     if isinstance(part, dict):
         copy = {key: _failing_fast(value) for key, value in part.items()}
         return {**copy, "fail_fast": True} if part.get("type") == "list" else copy
+
     if isinstance(part, list | tuple):
         return type(part)(map(_failing_fast, part))
+
     return part
 
 
@@ -46,8 +49,14 @@ Text = Annotated[str, AfterValidator(_writable)]
 class Strict(BaseModel):
     """Base of everything a client sends."""
 
-    model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False, frozen=True,
-                              use_attribute_docstrings=True, protected_namespaces=())
+    model_config = ConfigDict(
+        extra="forbid",
+        strict=True,
+        allow_inf_nan=False,
+        frozen=True,
+        use_attribute_docstrings=True,
+        protected_namespaces=(),
+    )
 
     @classmethod
     def __get_pydantic_core_schema__(cls, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
@@ -76,6 +85,7 @@ class TextPart(Strict):
         kind = part.get("type") if isinstance(part, dict) else None
         if isinstance(kind, str) and kind in ELSEWHERE:
             raise ValueError(ELSEWHERE[kind])
+
         return part
 
 
@@ -106,6 +116,7 @@ class Turn(Strict):
     def _no_tool(cls, role: Any) -> Any:
         if role in ("tool", "function"):
             raise ValueError(TOOLS)
+
         return role
 
     @field_validator("content")
@@ -113,6 +124,7 @@ class Turn(Strict):
     def _says_something(cls, content: Any, info: ValidationInfo) -> Any:
         if content is None and info.data.get("role", "assistant") != "assistant":
             raise ValueError("a text is wanted; only an assistant's turn may be null")
+
         return content
 
     def message(self) -> Message:

@@ -1,8 +1,10 @@
-"""One thread for each model. It alone touches the model; coroutines hand it requests and hear of every token.
+"""One thread for each model. It alone touches the model; coroutines hand it requests and hear of
+every token.
 
-Everything a coroutine sees is counted on the event loop's side, so no lock is needed: the thread gets commands through
-a queue, and answers with one call into the loop for each step of the batch. A cancelled sample has left its slot before
-the next step. Should the thread die, whatever runs fails at once and nothing new is taken.
+Everything a coroutine sees is counted on the event loop's side, so no lock is needed: the thread
+gets commands through a queue, and answers with one call into the loop for each step of the batch. A
+cancelled sample has left its slot before the next step. Should the thread die, whatever runs fails
+at once and nothing new is taken.
 """
 
 from __future__ import annotations
@@ -30,7 +32,9 @@ from llama2.terminal_text import say
 
 R = TypeVar("R")
 Alternatives = tuple[tuple[int, float], ...]
-PACE = 0.002  # seconds from one piece of news to the next for each sample that runs: telling costs a tenth of that
+# seconds from one piece of news to the next for each sample that runs: telling costs a tenth of
+# that
+PACE = 0.002
 
 
 @dataclass(frozen=True)
@@ -45,7 +49,8 @@ class Drawn:
 
 
 class Ticket:
-    """The samples of one call while they are drawn. A context: whatever still runs at its end is cancelled."""
+    """The samples of one call while they are drawn. A context: whatever still runs at its end is
+    cancelled."""
 
     def __init__(self, worker: Worker, requests: Sequence[Request], seconds: float) -> None:
         self.requests = requests
@@ -55,17 +60,23 @@ class Ticket:
         self._news: dict[int, tuple[int, Finish | None]] = {}
         self._error: Exception | None = None
         self._event = asyncio.Event()
-        self._alarm = asyncio.get_running_loop().call_later(seconds, self.fail, errors.too_slow(seconds))
+        self._alarm = asyncio.get_running_loop().call_later(
+            seconds, self.fail, errors.too_slow(seconds)
+        )
         self.began = time.monotonic()
 
     async def updates(self) -> AsyncIterator[list[Drawn]]:
-        """New tokens as they come, several at a time for a reader that is slow. Raises what made the ticket fail."""
+        """New tokens as they come, several at a time for a reader that is slow. Raises what made
+        the ticket fail."""
         while True:
             if self._error is not None:
                 raise self._error
+
             if self._news:
                 news, self._news = self._news, {}
-                yield [self._drawn(sample, count, finish) for sample, (count, finish) in news.items()]
+                yield [
+                    self._drawn(sample, count, finish) for sample, (count, finish) in news.items()
+                ]
             elif self._open:
                 await self._event.wait()
                 self._event.clear()
@@ -75,16 +86,23 @@ class Ticket:
     def _drawn(self, sample: int, count: int, finish: Finish | None) -> Drawn:
         request, begin = self.requests[sample], self._seen[sample]
         self._seen[sample] = count
-        return Drawn(sample, request.tokens[begin:count], request.logprobs[begin:count],
-                     request.alternatives[begin:count], finish)
+        return Drawn(
+            sample,
+            request.tokens[begin:count],
+            request.logprobs[begin:count],
+            request.alternatives[begin:count],
+            finish,
+        )
 
     def tell(self, sample: int, count: int, finish: Finish | None) -> None:
         """The sample has `count` tokens by now."""
         if sample not in self._open:
             return  # cancelled while the news was under way
+
         self._news[sample] = count, finish
         if finish is not None:
             self._leave(sample)
+
         self._event.set()
 
     def fail(self, error: Exception) -> None:
@@ -108,21 +126,28 @@ class Ticket:
         """Cancel whatever still runs."""
         for sample in tuple(self._open):
             self.cancel(sample)
+
         self._alarm.cancel()
         self._worker.forget(self)
 
     def __enter__(self) -> Ticket:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-                 ) -> None:
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
         self.close()
 
 
 class Worker:
-    """The thread of one model. `engine` is None for a reward model, for which it only carries out calls.
+    """The thread of one model. `engine` is None for a reward model, for which it only carries out
+    calls.
 
-    `slots` samples run at a time, `waiting` more may queue for them; beyond that, clients are asked to come back.
+    `slots` samples run at a time, `waiting` more may queue for them; beyond that, clients are asked
+    to come back.
     """
 
     def __init__(self, name: str, engine: Engine | None = None, waiting: int = 64) -> None:
@@ -134,7 +159,8 @@ class Worker:
         self._session: Session | None = None
         self._commands: queue.SimpleQueue[Callable[[], object] | None] = queue.SimpleQueue()
         self._owners: dict[Request, tuple[Ticket, int]] = {}  # the thread's own
-        self._untold: dict[Request, None] = {}  # those with tokens that nobody has heard of, in the order of drawing
+        # those with tokens that nobody has heard of, in the order of drawing
+        self._untold: dict[Request, None] = {}
         self._told = 0.0
         self._tickets: set[Ticket] = set()  # the event loop's own, like what follows
         self._calls: set[asyncio.Future[Any]] = set()
@@ -146,7 +172,8 @@ class Worker:
     # ---- the event loop's side ----
 
     def start(self) -> None:
-        """Start the thread and wait for its self-test, a short greedy answer; raises what that raised."""
+        """Start the thread and wait for its self-test, a short greedy answer; raises what that
+        raised."""
         self._thread.start()
         error = self._ready.get()
         if error is not None:
@@ -177,12 +204,15 @@ class Worker:
         return self._session.cached_tokens if self._session else 0
 
     def submit(self, requests: Sequence[Request], seconds: float = 600) -> Ticket:
-        """Have samples drawn, in at most `seconds`. ApiError if there is no room for them, or if the thread is dead."""
+        """Have samples drawn, in at most `seconds`. ApiError if there is no room for them, or if
+        the thread is dead."""
         self._admit(len(requests))
         ticket = Ticket(self, requests, seconds)
         self._tickets.add(ticket)
+
         for sample, request in enumerate(requests):
             self._commands.put(partial(self._enter, request, ticket, sample))
+
         return ticket
 
     async def call(self, work: Callable[[], R]) -> R:
@@ -191,6 +221,7 @@ class Worker:
         future: asyncio.Future[R] = asyncio.get_running_loop().create_future()
         self._calls.add(future)
         self._commands.put(partial(self._carry_out, work, future))
+
         try:
             return await future
         finally:
@@ -214,6 +245,7 @@ class Worker:
         """End everything that runs or waits."""
         for ticket in tuple(self._tickets):
             ticket.fail(error)
+
         for future in tuple(self._calls):
             if not future.done():
                 future.set_exception(error)
@@ -223,6 +255,7 @@ class Worker:
             raise errors.broken(self.name)
         if self.admitted + count > self.limit:
             raise errors.overloaded(1 + int(self._seconds * self.waiting / self.slots))
+
         self._loop = asyncio.get_running_loop()
         self.admitted += count
 
@@ -233,6 +266,7 @@ class Worker:
             if self.engine is not None:
                 self._session = self.engine.open()
                 self._test(self._session)
+
             self._ready.put(None)
             while self._obey():
                 if self._session is not None and (self._session.running or self._session.waiting):
@@ -251,17 +285,21 @@ class Worker:
             raise UserError(f"{self.name}: {error.cause}", error.cure) from None
 
     def _obey(self) -> bool:
-        """Carry out the commands that have come, waiting for one if nothing runs; False when told to end."""
+        """Carry out the commands that have come, waiting for one if nothing runs; False when told
+        to end."""
         idle = self._session is None or not (self._session.running or self._session.waiting)
         if idle and self._commands.empty():
             mesh.rest()
+
         while True:
             try:
                 command = self._commands.get(block=idle)
             except queue.Empty:
                 return True
+
             if command is None:
                 return False
+
             command()
             idle = False
 
@@ -284,21 +322,25 @@ class Worker:
             self._later(_settle, future, result, None)
 
     def _tell(self, requests: Sequence[Request]) -> None:
-        """One call into the loop for a whole step. First and last tokens are told at once, others at a pace."""
+        """One call into the loop for a whole step. First and last tokens are told at once, others
+        at a pace."""
         now = time.monotonic()
         self._untold.update(dict.fromkeys(requests))
         if due := now - self._told >= PACE * len(self._owners):
             self._told = now
+
         news = []
         for request in tuple(self._untold) if due else requests:
             if not due and request.finish is None and len(request.tokens) > 1:
                 continue
+
             del self._untold[request]
             owner = self._owners.get(request)
             if owner is not None:
                 news.append((*owner, len(request.tokens), request.finish))
                 if request.finish is not None:
                     del self._owners[request]
+
         if news:
             self._later(_tell_all, news)
 
@@ -312,8 +354,10 @@ class Worker:
         if self._loop is None:
             self._ready.put(error)
             return
+
         if not isinstance(error, UserError):
             traceback.print_exception(error)
+
         say(f"llama2: the model '{self.name}' has failed: {error}")
         self._later(self.fail_all, errors.interrupted(self.name))
 
@@ -326,6 +370,7 @@ def _tell_all(news: Sequence[tuple[Ticket, int, int, Finish | None]]) -> None:
 def _settle(future: asyncio.Future[R], result: R, error: Exception | None) -> None:
     if future.done():
         return  # the caller has gone
+
     if error is not None:
         future.set_exception(error)
     else:

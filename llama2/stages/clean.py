@@ -1,8 +1,9 @@
-"""Clean documents (§2.1): repair and filter text, mask personal data, deduplicate exactly, and hold some out.
+"""Clean documents (§2.1): repair and filter text, mask personal data, deduplicate exactly, and hold
+some out.
 
-Duplicates are removed across all sources, the first one named keeping its copy. Held-out documents are chosen by a
-hash of their text, so they stay held out when other sources are added. Documents are written as they are read: memory
-holds one of them, and 60 bytes for each that was kept.
+Duplicates are removed across all sources, the first one named keeping its copy. Held-out documents
+are chosen by a hash of their text, so they stay held out when other sources are added. Documents
+are written as they are read: memory holds one of them, and 60 bytes for each that was kept.
 """
 
 from __future__ import annotations
@@ -38,7 +39,8 @@ class Source(Section):
     split: Literal["file", "paragraph", "line"] = "file"
     """what one document of a plain text file is"""
     repeated_lines: int = Field(0, ge=0)
-    """drop a line after this many documents of the source have had it (menus, footers of web pages); 0 keeps all"""
+    """drop a line after this many documents of the source have had it (menus, footers of web
+    pages); 0 keeps all"""
     malformed: Malformed = "stop"
     """a row that cannot be read ends the run, or is skipped and counted"""
     license: str | None = None
@@ -63,8 +65,12 @@ def run(config: Config, run: Run) -> None:
     """Write documents/<source>.jsonl and heldout/<source>.jsonl."""
     if not mesh.is_main():
         return
+
     seen: set[int] = set()
-    run.write_json("summary.json", {"sources": {name: _clean(config, name, run, seen) for name in config.sources}})
+    run.write_json(
+        "summary.json",
+        {"sources": {name: _clean(config, name, run, seen) for name in config.sources}},
+    )
 
 
 def _clean(config: Config, name: str, run: Run, seen: set[int]) -> dict[str, int]:
@@ -78,24 +84,38 @@ def _clean(config: Config, name: str, run: Run, seen: set[int]) -> dict[str, int
             sizes["bytes"] += len(document.text.encode())
             if _held_out(document, config.heldout):
                 sizes["held out"] += 1
-                aside = aside or stack.enter_context(records.writing(run.path / "heldout" / f"{name}.jsonl"))
+                aside = aside or stack.enter_context(
+                    records.writing(run.path / "heldout" / f"{name}.jsonl")
+                )
                 aside(document)
             else:
                 keep(document)
+
     _account(run.tally(name), counts, sizes["kept"])
     return {**counts, **{key: sizes[key] for key in ("kept", "held out", "bytes")}}
 
 
-def _documents(config: Config, source: Source, tally: Tally, counts: Counter[str], seen: set[int]
-               ) -> Iterator[Document]:
+def _documents(
+    config: Config, source: Source, tally: Tally, counts: Counter[str], seen: set[int]
+) -> Iterator[Document]:
     """The clean documents of a source; none of them is held in memory."""
-    rules = Rules(min_characters=config.min_characters, remove_boilerplate=config.remove_boilerplate,
-                  mask_personal_data=config.mask_personal_data)
-    raw = read_documents(source.path, split=source.split, tally=tally, malformed=source.malformed,
-                         also=", or leave out what cannot be read with malformed: skip")
+    rules = Rules(
+        min_characters=config.min_characters,
+        remove_boilerplate=config.remove_boilerplate,
+        mask_personal_data=config.mask_personal_data,
+    )
+    raw = read_documents(
+        source.path,
+        split=source.split,
+        tally=tally,
+        malformed=source.malformed,
+        also=", or leave out what cannot be read with malformed: skip",
+    )
     documents = clean(_pieces(raw, config.max_characters, tally), rules, counts)
+
     if source.repeated_lines:
         documents = deduplicate.drop_repeated_lines(documents, counts, limit=source.repeated_lines)
+
     return deduplicate.drop_duplicates(documents, counts, seen)
 
 
@@ -105,8 +125,11 @@ def _account(tally: Tally, counts: Counter[str], kept: int) -> None:
     for key, count in counts.items():
         if key.startswith("dropped: "):
             tally.skip(key.removeprefix("dropped: "), count=count)
-    for key, reason in (("duplicate documents removed", "duplicate"),
-                        ("documents of repeated lines removed", "nothing but repeated lines")):
+
+    for key, reason in (
+        ("duplicate documents removed", "duplicate"),
+        ("documents of repeated lines removed", "nothing but repeated lines"),
+    ):
         if counts[key]:
             tally.skip(reason, count=counts[key])
 
@@ -115,11 +138,13 @@ def _pieces(documents: Iterator[Document], longest: int, tally: Tally) -> Iterat
     for document in documents:
         if longest and len(document.text) > longest:
             tally.cut += 1
+
         yield from _cut(document, longest) if longest else (document,)
 
 
 def _cut(document: Document, longest: int) -> Iterator[Document]:
-    """A document in pieces of at most `longest` characters, at the ends of lines where there are any."""
+    """A document in pieces of at most `longest` characters, at the ends of lines where there are
+    any."""
     text, number = document.text, 0
     while text:
         end = len(text) if len(text) <= longest else (text.rfind("\n", 0, longest) + 1 or longest)

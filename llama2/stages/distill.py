@@ -1,8 +1,10 @@
-"""Safety context distillation (§4.2.4): answer adversarial prompts under a safety preprompt, learn without it.
+"""Safety context distillation (§4.2.4): answer adversarial prompts under a safety preprompt, learn
+without it.
 
-Behind the preprompt stands the answer template of the prompt's risk category, where that is known. An answer is kept
-only if the safety reward model scores it above the answer given without any preprompt, since on good answers
-distillation would only make the model vaguer. What is written feeds `sft`.
+Behind the preprompt stands the answer template of the prompt's risk category, where that is known.
+An answer is kept only if the safety reward model scores it above the answer given without any
+preprompt, since on good answers distillation would only make the model vaguer. What is written
+feeds `sft`.
 """
 
 from __future__ import annotations
@@ -53,13 +55,15 @@ class Config(StageConfig):
     limit: int | None = Field(None, gt=0)
     """use this many of the adversarial prompts"""
     families: tuple[str, ...] = ("unsafe",)
-    """where prompts carry metadata.family, use these alone; elsewhere every prompt tagged for safety"""
+    """where prompts carry metadata.family, use these alone; elsewhere every prompt tagged for
+    safety"""
     k: int = Field(1, gt=0)
     """answers under preprompts, each with another one; the best is kept"""
     preprompts: tuple[str, ...] = PREPROMPTS
     """with {a} and {b} for two adjectives"""
     templates: dict[str, str] = TEMPLATES
-    """risk category (metadata.risk of a prompt) -> answer template behind the preprompt; {} for none"""
+    """risk category (metadata.risk of a prompt) -> answer template behind the preprompt; {} for
+    none"""
     sample: Sample = Sample(temperature=0.7)
 
     _fields = field_validator("preprompts")(check)
@@ -67,73 +71,123 @@ class Config(StageConfig):
 
 def plan(config: Config, cluster: Cluster, lineage: Lineage) -> dict[str, Any]:
     """Memory: policy and reward models whole on every rank."""
-    return sampling_plan([lineage.shape(config.policy)], [lineage.shape(path) for path in config.rewards.paths()],
-                         config.sample, cluster)
+    return sampling_plan(
+        [lineage.shape(config.policy)],
+        [lineage.shape(path) for path in config.rewards.paths()],
+        config.sample,
+        cluster,
+    )
 
 
 def run(config: Config, run: Run) -> None:
     """Write dialogs.jsonl: adversarial prompts with the answers that a preprompt improved."""
     chat = load_chat(config.policy, config.sample, run)
-    rewards = load_rewards(config.rewards.model_copy(update={"rule": "safe"}), chat.tokenizer,
-                           config.sample.precision)
+    rewards = load_rewards(
+        config.rewards.model_copy(update={"rule": "safe"}), chat.tokenizer, config.sample.precision
+    )
     tally = run.tally("prompts")
     prompts = chosen(config, chat, rewards, tally)
-    rows = part_by_part(run, [chat], "samples", prompts, sampler(config, chat, rewards), config.sample, 1 + config.k)
+    rows = part_by_part(
+        run, [chat], "samples", prompts, sampler(config, chat, rewards), config.sample, 1 + config.k
+    )
     before: list[float] = []
     after: list[float] = []
     examples: list[dict[str, str]] = []
     kept = 0
+
     with writing(run.path / "dialogs.jsonl") as put:
         for prompt, row in zip(prompts, rows, strict=True):
             before.append(row["before"])
             after += row["after"]
             if row["best"] is None:
-                tally.skip("no answer under a preprompt is safer than the one without", "a larger k gives more chances")
+                tally.skip(
+                    "no answer under a preprompt is safer than the one without",
+                    "a larger k gives more chances",
+                )
                 continue
+
             put(dialog(prompt, row["best"], reward=round(row["reward"], 4), safety=True))
             kept += 1
             if len(examples) < EXAMPLES:
-                examples.append({"prompt": prompt.messages[-1].content, "before": row["plain"], "after": row["best"]})
+                examples.append(
+                    {
+                        "prompt": prompt.messages[-1].content,
+                        "before": row["plain"],
+                        "after": row["best"],
+                    }
+                )
+
     tally.kept = kept
-    run.write_json("summary.json", {
-        "prompts": len(prompts), "kept": kept, "templated": sum(risk_of(one) in config.templates for one in prompts),
-        "safety before": _median(before), "safety after": _median(after), "examples": examples})
+    run.write_json(
+        "summary.json",
+        {
+            "prompts": len(prompts),
+            "kept": kept,
+            "templated": sum(risk_of(one) in config.templates for one in prompts),
+            "safety before": _median(before),
+            "safety after": _median(after),
+            "examples": examples,
+        },
+    )
 
 
 def chosen(config: Config, chat: Chat, rewards: Rewards, tally: Tally) -> list[Prompt]:
-    """The adversarial prompts that leave room for an answer, alone and under each of their preprompts."""
+    """The adversarial prompts that leave room for an answer, alone and under each of their
+    preprompts."""
     found = read_prompts(config.prompts, None, config.seed)
     some = [prompt for prompt in found if adversarial(prompt, config.families)]
     tally.skip("not adversarial", count=len(found) - len(some))
     bare = readable(chat, rewards, fitting(chat, some, ROOM, tally), config.sample, tally)
     tally.read = len(found)
-    kept = [prompt for prompt in bare if all(has_room(chat, preprompted(prompt, config, turn), ROOM)
-                                             for turn in range(config.k))]
-    tally.skip("no room in the context beside the preprompt",
-               "give shorter preprompts and templates, or a model with a longer context", len(bare) - len(kept))
+    kept = [
+        prompt
+        for prompt in bare
+        if all(has_room(chat, preprompted(prompt, config, turn), ROOM) for turn in range(config.k))
+    ]
+    tally.skip(
+        "no room in the context beside the preprompt",
+        "give shorter preprompts and templates, or a model with a longer context",
+        len(bare) - len(kept),
+    )
     tally.skip("over the limit", count=len(kept) - len(kept[: config.limit]))
+
     return kept[: config.limit]
 
 
 def sampler(config: Config, chat: Chat, rewards: Rewards) -> Work[Prompt]:
-    """What makes a row of each prompt: its safety score without and under each preprompt, and the best answer."""
+    """What makes a row of each prompt: its safety score without and under each preprompt, and the
+    best answer."""
+
     def work(prompts: Sequence[Prompt], first: int) -> list[dict[str, Any]]:
         def scored(asked: Sequence[Messages], *use: object) -> tuple[list[Answer], list[float]]:
-            answers = answer(chat, asked, config.sample, seed=seed_for(config.seed, *use),
-                             indices=range(first, first + len(prompts)))
-            marks = score(rewards, chat.tokenizer, prompts, answers)  # judged as answers to the bare prompt
+            answers = answer(
+                chat,
+                asked,
+                config.sample,
+                seed=seed_for(config.seed, *use),
+                indices=range(first, first + len(prompts)),
+            )
+            # judged as answers to the bare prompt
+            marks = score(rewards, chat.tokenizer, prompts, answers)
             return [one[0] for one in answers], [one[0].safe for one in marks]
 
         plain, before = scored([prompt.messages for prompt in prompts], "plain")
-        rows: list[dict[str, Any]] = [{"plain": one.text, "before": mark, "after": [], "best": None, "reward": mark}
-                                      for one, mark in zip(plain, before)]
+        rows: list[dict[str, Any]] = [
+            {"plain": one.text, "before": mark, "after": [], "best": None, "reward": mark}
+            for one, mark in zip(plain, before)
+        ]
         for turn in range(config.k):
-            for row, one, mark in zip(rows, *scored([preprompted(prompt, config, turn) for prompt in prompts],
-                                                    "preprompted", turn)):
+            for row, one, mark in zip(
+                rows,
+                *scored(
+                    [preprompted(prompt, config, turn) for prompt in prompts], "preprompted", turn
+                ),
+            ):
                 row["after"].append(mark)
                 usable = one.completion.finish == "stop" and one.text and one.text != row["plain"]
                 if usable and mark > row["reward"]:
                     row["best"], row["reward"] = one.text, mark
+
         return rows
 
     return work
@@ -152,7 +206,9 @@ def risk_of(prompt: Prompt) -> str:
 
 def preprompted(prompt: Prompt, config: Config, turn: int) -> Messages:
     """What is asked for the answer number `turn`."""
-    return under_preprompt(prompt, seed_for(config.seed, "preprompt", turn), config.preprompts, config.templates)
+    return under_preprompt(
+        prompt, seed_for(config.seed, "preprompt", turn), config.preprompts, config.templates
+    )
 
 
 def _median(scores: Sequence[float]) -> float | None:

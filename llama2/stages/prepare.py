@@ -1,8 +1,9 @@
-"""Public data into our records: dialogues (§3.1), comparisons (§3.2.1) and prompts, mixed, deduplicated and split.
+"""Public data into our records: dialogues (§3.1), comparisons (§3.2.1) and prompts, mixed,
+deduplicated and split.
 
-The split is a function of the first user turn alone: the same opening lies on the same side in every run, whatever
-its kind, seed or sources, so what is held out of one stage's data is held out of every other's. The order of the
-records, and which of them a limit keeps, follow from the seed.
+The split is a function of the first user turn alone: the same opening lies on the same side in
+every run, whatever its kind, seed or sources, so what is held out of one stage's data is held out
+of every other's. The order of the records, and which of them a limit keeps, follow from the seed.
 """
 
 from __future__ import annotations
@@ -41,15 +42,18 @@ class Source(config.Config):
     ignore: tuple[str, ...] = ()
     """columns to leave out, where a row means the same without them"""
     axis: Axis | None = None
-    """what answers were compared for; empty: as the format says, safe for Anthropic's harmless sets, else helpful"""
+    """what answers were compared for; empty: as the format says, safe for Anthropic's harmless
+    sets, else helpful"""
     safety: bool | None = None
     """the safety tag of all prompts; empty: as the set says"""
     family: Family = ""
-    """prompts no one should comply with (unsafe), or that look so and are not (borderline), where the set is silent"""
+    """prompts no one should comply with (unsafe), or that look so and are not (borderline), where
+    the set is silent"""
     limit: int = Field(0, ge=0)
     """use at most this many records, chosen at random; 0: all"""
     weight: float = Field(1.0, gt=0)
-    """how often each training record is written; 2.5 is two or three times, 0.5 every other record"""
+    """how often each training record is written; 2.5 is two or three times, 0.5 every other
+    record"""
     malformed: Malformed = "stop"
     """a row that is not in the format ends the run, or is skipped and counted"""
     license: str | None = None
@@ -57,18 +61,22 @@ class Source(config.Config):
 
 
 class Config(StageConfig):
-    """Turn public data into records. A source is `--sources.NAME.path FILE`; its other keys are in docs/data.md."""
+    """Turn public data into records. A source is `--sources.NAME.path FILE`; its other keys are in
+    docs/data.md."""
 
     kind: Kind
-    """what to make; comparisons can serve as dialogs (the preferred answers) and as prompts, dialogs as prompts"""
+    """what to make; comparisons can serve as dialogs (the preferred answers) and as prompts,
+    dialogs as prompts"""
     sources: dict[str, Source] = {}
     """name of the set -> {path, ...}; the records carry the name as `metadata.source`"""
     heldout: float = Field(0.0, ge=0, lt=1)
     """share of the opening turns that goes to heldout-<kind>.jsonl"""
     exclude: tuple[Path, ...] = ()
-    """files of prompts, dialogs or comparisons; what opens one of theirs opens no conversation of ours"""
+    """files of prompts, dialogs or comparisons; what opens one of theirs opens no conversation of
+    ours"""
     max_characters: int = Field(0, ge=0)
-    """leave out records with more text than this, prompt and longest answer together; 0: no limit"""
+    """leave out records with more text than this, prompt and longest answer together; 0: no
+    limit"""
 
 
 @dataclass
@@ -87,28 +95,53 @@ def run(config: Config, run: Run) -> None:
     if not mesh.is_main():
         return
     if not config.sources:
-        raise UserError("there is nothing to prepare: 'sources' is empty", "name files: --sources.mine.path FILE")
-    excluded = {opening(_messages(record)) for path in config.exclude
-                for record in _read("prompts", "", Source(path=path), Tally())}
+        raise UserError(
+            "there is nothing to prepare: 'sources' is empty",
+            "name files: --sources.mine.path FILE",
+        )
+
+    excluded = {
+        opening(_messages(record))
+        for path in config.exclude
+        for record in _read("prompts", "", Source(path=path), Tally())
+    }
     seen: set[str] = set()
-    imported = [_import(config, name, source, excluded, seen, run.tally(name))
-                for name, source in config.sources.items()]
-    train = _shuffled((copy for item in imported for copy in _repeated(item, config.seed)), config.seed)
+    imported = [
+        _import(config, name, source, excluded, seen, run.tally(name))
+        for name, source in config.sources.items()
+    ]
+    train = _shuffled(
+        (copy for item in imported for copy in _repeated(item, config.seed)), config.seed
+    )
     heldout = _shuffled((record for item in imported for record in item.heldout), config.seed)
+
     if not train or (config.heldout and not heldout):
         lines = "; ".join(f"{item.name}: {item.tally.line()}" for item in imported)
-        raise UserError(f"no {'record is left to train on' if not train else 'record is held out'}; {lines}",
-                        "check the sources, the limits and the held-out share")
+        raise UserError(
+            f"no {'record is left to train on' if not train else 'record is held out'}; {lines}",
+            "check the sources, the limits and the held-out share",
+        )
+
     records.write(run.path / f"{config.kind}.jsonl", train)
     if config.heldout:
         records.write(run.path / f"heldout-{config.kind}.jsonl", heldout)
-    run.write_json("summary.json", {"kind": config.kind, "train": _sizes(train), "heldout": _sizes(heldout),
-                                    "sources": [_describe(item) for item in imported]})
+
+    run.write_json(
+        "summary.json",
+        {
+            "kind": config.kind,
+            "train": _sizes(train),
+            "heldout": _sizes(heldout),
+            "sources": [_describe(item) for item in imported],
+        },
+    )
 
 
-def _import(config: Config, name: str, source: Source, excluded: set[str], seen: set[str],
-            tally: Tally) -> _Imported:
-    """One source: what is too long, excluded or already there left out, then limited, then split."""
+def _import(
+    config: Config, name: str, source: Source, excluded: set[str], seen: set[str], tally: Tally
+) -> _Imported:
+    """One source: what is too long, excluded or already there left out, then limited, then
+    split."""
     result = _Imported(name, source, tally)
     kept: list[Record] = []
     for record in _read(config.kind, name, source, tally):
@@ -118,13 +151,16 @@ def _import(config: Config, name: str, source: Source, excluded: set[str], seen:
         else:
             seen.add(_key(record))
             kept.append(record)
-    chosen = _shuffled(kept, config.seed)[:source.limit or None]
+
+    chosen = _shuffled(kept, config.seed)[: source.limit or None]
     if len(chosen) < len(kept):
         tally.skip("over the limit", count=len(kept) - len(chosen))
+
     tally.kept = len(chosen)
     for record in chosen:
         held = is_heldout(_messages(record), config.heldout)
         (result.heldout if held else result.train).append(record)
+
     return result
 
 
@@ -133,27 +169,38 @@ def _unwanted(config: Config, record: Record, excluded: set[str], seen: set[str]
         return "too long"
     if opening(_messages(record)) in excluded:
         return "excluded"
+
     return "duplicate" if _key(record) in seen else ""
 
 
 def _read(kind: Kind, name: str, source: Source, tally: Tally) -> Iterator[Record]:
-    """The records of one source as `kind`, comparisons turned into dialogs or prompts where that is asked for."""
+    """The records of one source as `kind`, comparisons turned into dialogs or prompts where that is
+    asked for."""
     how = Reading(source.format, source.malformed, source.ignore)
     if kind != "preferences" and not holds_preferences(source.path, source.format):
         if kind == "dialogs":
             yield from import_dialogs(source.path, how, name, tally)
         else:
             yield from import_prompts(source.path, how, source.safety, source.family, name, tally)
+
         return
+
     for item in import_preferences(source.path, how, source.axis, name, tally):
         if kind == "preferences":
             yield item
         elif kind == "dialogs":
-            yield Dialog((*item.prompt, Message("assistant", item.chosen.text)), metadata=item.metadata)
+            yield Dialog(
+                (*item.prompt, Message("assistant", item.chosen.text)), metadata=item.metadata
+            )
         else:
             metadata = ({"family": source.family} if source.family else {}) | item.metadata
             safety = item.axis == "safe" if source.safety is None else source.safety
-            yield Prompt(item.prompt, prompt_id(item.prompt, item.metadata.get("source", "")), safety, metadata)
+            yield Prompt(
+                item.prompt,
+                prompt_id(item.prompt, item.metadata.get("source", "")),
+                safety,
+                metadata,
+            )
 
 
 def _messages(record: Record) -> Messages:
@@ -161,7 +208,11 @@ def _messages(record: Record) -> Messages:
 
 
 def _answers(record: Record) -> tuple[str, ...]:
-    return tuple(response.text for response in record.responses) if isinstance(record, Preference) else ()
+    return (
+        tuple(response.text for response in record.responses)
+        if isinstance(record, Preference)
+        else ()
+    )
 
 
 def _characters(record: Record) -> int:
@@ -187,17 +238,29 @@ def _repeated(item: _Imported, seed: int) -> Iterator[Record]:
     """Every training record as often as its source's weight says, the fraction by chance."""
     whole, fraction = divmod(item.source.weight, 1.0)
     for record in item.train:
-        extra = digest("weight", str(seed), _key(record)) < fraction * 2.0 ** 64
+        extra = digest("weight", str(seed), _key(record)) < fraction * 2.0**64
         yield from [record] * (int(whole) + extra)
 
 
 def _sizes(items: list[Record]) -> dict[str, Any]:
     lengths = sorted(map(_characters, items))
-    quantiles = {f"p{share}": lengths[min(len(lengths) - 1, len(lengths) * share // 100)]
-                 for share in (10, 50, 90, 99)} if lengths else {}
+    quantiles = (
+        {
+            f"p{share}": lengths[min(len(lengths) - 1, len(lengths) * share // 100)]
+            for share in (10, 50, 90, 99)
+        }
+        if lengths
+        else {}
+    )
     return {"records": len(items), "characters": sum(lengths), "characters_per_record": quantiles}
 
 
 def _describe(item: _Imported) -> dict[str, Any]:
-    return {"name": item.name, "path": str(item.source.path), **item.tally.summary(), "train": len(item.train),
-            "heldout": len(item.heldout), "characters_per_record": _sizes(item.train)["characters_per_record"]}
+    return {
+        "name": item.name,
+        "path": str(item.source.path),
+        **item.tally.summary(),
+        "train": len(item.train),
+        "heldout": len(item.heldout),
+        "characters_per_record": _sizes(item.train)["characters_per_record"],
+    }

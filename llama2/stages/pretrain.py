@@ -1,7 +1,8 @@
-"""Pretraining (§2.2): next-token prediction on packed shards, AdamW, cosine to a tenth, 4M tokens a step.
+"""Pretraining (§2.2): next-token prediction on packed shards, AdamW, cosine to a tenth, 4M tokens a
+step.
 
-The paper does not state initialisation, precision or whether attention crosses documents; here: see `model/llama.py`,
-bf16 over fp32 weights, and it does not.
+The paper does not state initialisation, precision or whether attention crosses documents; here: see
+`model/llama.py`, bf16 over fp32 weights, and it does not.
 """
 
 from __future__ import annotations
@@ -55,7 +56,8 @@ from llama2.train.optim import AdamW
 
 
 class Architecture(Section):
-    """A model's shape where it differs from that of the named size; names are those of Hugging Face's config.json."""
+    """A model's shape where it differs from that of the named size; names are those of Hugging
+    Face's config.json."""
 
     vocab_size: int | None = Field(None, gt=0)
     """the tokenizer's unless given"""
@@ -90,18 +92,21 @@ class Config(StageConfig):
     mixture: dict[str, float] = {}
     """source -> share of the tokens (any scale); without it every source is read as it is"""
     epochs: float = Field(1.0, gt=0)
-    """tokens to train on, as a multiple of all tokens in the shards; training.plan.max_steps may end it earlier, and
-    more steps than these tokens make are refused"""
+    """tokens to train on, as a multiple of all tokens in the shards; training.plan.max_steps may
+    end it earlier, and more steps than these tokens make are refused"""
     validation_rows: int = Field(256, gt=0)
     """rows of held-out text that loss and bits per byte are measured on"""
-    training: Training = Training(optimizer=AdamW(learning_rate=3e-4),
-                                  plan=Plan(warmup_steps=2000, validate_every=500, save_every=500))
+    training: Training = Training(
+        optimizer=AdamW(learning_rate=3e-4),
+        plan=Plan(warmup_steps=2000, validate_every=500, save_every=500),
+    )
 
 
 def architecture(config: Config, vocab_size: int | None) -> LlamaConfig:
     """The model's shape: the named size with the differences asked for."""
     if config.size not in SIZES:
         raise UserError(f"unknown size '{config.size}'", did_you_mean(config.size, SIZES))
+
     own = config.architecture.model_dump(exclude_none=True)
     changes: dict[str, Any] = {**({"vocab_size": vocab_size} if vocab_size else {}), **own}
     try:
@@ -112,13 +117,25 @@ def architecture(config: Config, vocab_size: int | None) -> LlamaConfig:
 
 def plan(config: Config, cluster: Cluster, lineage: Lineage) -> dict[str, Any]:
     """Parameters, tokens, steps, FLOPs and memory, without data or weights."""
-    shape = lineage.shape(config.model) if config.model else architecture(config, lineage.vocabulary(config.shards))
+    shape = (
+        lineage.shape(config.model)
+        if config.model
+        else architecture(config, lineage.vocabulary(config.shards))
+    )
     if shape is None:
         return UNKNOWN
+
     lineage.shapes[config.out] = shape
-    return training_plan([Tower(shape)], config.training, cluster, rows=config.batch_size,
-                         micro_rows=config.micro_batch_size, length=config.sequence_length,
-                         steps=config.training.plan.max_steps, packed=True)
+    return training_plan(
+        [Tower(shape)],
+        config.training,
+        cluster,
+        rows=config.batch_size,
+        micro_rows=config.micro_batch_size,
+        length=config.sequence_length,
+        steps=config.training.plan.max_steps,
+        packed=True,
+    )
 
 
 def run(config: Config, run: Run) -> None:
@@ -132,62 +149,104 @@ def run(config: Config, run: Run) -> None:
     else:
         with torch.device("meta" if home.type == "meta" else "cpu"):
             model = Llama(architecture(config, tokenizer.vocab_size), config.seed)
+
     if model.config.vocab_size != tokenizer.vocab_size:
-        raise UserError(f"{config.shards}: its tokenizer has {tokenizer.vocab_size} pieces, the model "
-                        f"{model.config.vocab_size}", "tokenize with the tokenizer of the model")
+        raise UserError(
+            f"{config.shards}: its tokenizer has {tokenizer.vocab_size} pieces, the model "
+            f"{model.config.vocab_size}",
+            "tokenize with the tokenizer of the model",
+        )
+
     row_length(config.sequence_length, model.config.max_position_embeddings)
     rows, order = read_rows(config.shards / "train", tokenizer, config)
-    source = Rows(rows, lambda items: collate(items, config.sequence_length), batch_size=config.batch_size,
-                  micro_batch_size=config.micro_batch_size, seed=config.seed)
+    source = Rows(
+        rows,
+        lambda items: collate(items, config.sequence_length),
+        batch_size=config.batch_size,
+        micro_batch_size=config.micro_batch_size,
+        seed=config.seed,
+    )
     check_length(config, rows, source.steps)
     settings = config.training.with_steps(source.steps)
     warn(config, run, order, len(rows), source.steps)
     validation = Validation(config, tokenizer)
-    learner = train(run, model, source, next_token, settings, save_model=saver(model, tokenizer, taught=False),
-                    title="pretrain",
-                    validate=hooks.Validate(validation),
-                    flops_per_token=flops_per_token(model.config, config.sequence_length))
+    learner = train(
+        run,
+        model,
+        source,
+        next_token,
+        settings,
+        save_model=saver(model, tokenizer, taught=False),
+        title="pretrain",
+        validate=hooks.Validate(validation),
+        flops_per_token=flops_per_token(model.config, config.sequence_length),
+    )
     found, bars = validated(run), validation.text.bits_per_byte()
-    run.write_json("summary.json", {
-        "parameters": model.config.parameters(), "steps": learner.step, "tokens": learner.tokens,
-        "trained": learner.trained, "validation": found, "validation_bytes": validation.text.size, **bars,
-        "passes": {name: round(times * learner.tokens / rows.places, 4) for name, times in order.passes.items()}})
+    run.write_json(
+        "summary.json",
+        {
+            "parameters": model.config.parameters(),
+            "steps": learner.step,
+            "tokens": learner.tokens,
+            "trained": learner.trained,
+            "validation": found,
+            "validation_bytes": validation.text.size,
+            **bars,
+            "passes": {
+                name: round(times * learner.tokens / rows.places, 4)
+                for name, times in order.passes.items()
+            },
+        },
+    )
+
     if bars:
-        run.conclude(f"{learner.tokens:,} tokens read; {found['validation/bits_per_byte']:.3f} bits per byte on "
-                     f"{validation.text.size:,} bytes of held-out text (xz -9: {bars['xz_bits_per_byte']:.3f}, "
-                     f"bzip2 -9: {bars['bzip2_bits_per_byte']:.3f})")
+        run.conclude(
+            f"{learner.tokens:,} tokens read; {found['validation/bits_per_byte']:.3f} bits per byte on "
+            f"{validation.text.size:,} bytes of held-out text (xz -9: {bars['xz_bits_per_byte']:.3f}, "
+            f"bzip2 -9: {bars['bzip2_bits_per_byte']:.3f})"
+        )
 
 
 def check_length(config: Config, rows: TextRows, steps: int) -> None:
-    """Refuse a run that asks for more steps than its data makes: the schedule would be squeezed into fewer."""
+    """Refuse a run that asks for more steps than its data makes: the schedule would be squeezed
+    into fewer."""
     asked = config.training.plan.max_steps
     if asked is None or asked <= steps:
         return
+
     wanted = asked * config.batch_size * config.sequence_length
     epochs = math.ceil(1000 * config.epochs * wanted / rows.places) / 1000
-    raise UserError(f"max_steps {asked:,} would read {wanted:,} tokens, epochs {config.epochs:g} of {config.shards} "
-                    f"are {rows.places:,}: {steps:,} steps",
-                    f"give --epochs {epochs:g} to read them that often, or --training.plan.max-steps {steps}")
+    raise UserError(
+        f"max_steps {asked:,} would read {wanted:,} tokens, epochs {config.epochs:g} of {config.shards} "
+        f"are {rows.places:,}: {steps:,} steps",
+        f"give --epochs {epochs:g} to read them that often, or --training.plan.max-steps {steps}",
+    )
 
 
 def warn(config: Config, run: Run, order: Mixture, rows: int, steps: int) -> None:
     """Say what the data or the mixture makes of this run that its user may not expect."""
     for name in (name for name, times in order.passes.items() if not times):
         run.warn(f"the mixture gives '{name}' no share: none of it is read")
+
     if steps < cautions.FEW_UPDATES and config.training.plan.max_steps is None:
         cure = f"lower --batch-size to {max(rows // cautions.FEW_UPDATES, 1)}, or raise --epochs"
         run.warn(cautions.few_updates(steps, f"{rows:,} rows", cure))
 
 
 def read_rows(directory: Path, tokenizer: Tokenizer, config: Config) -> tuple[TextRows, Mixture]:
-    """Documents of all sources in a random order, mixed by weight, as rows of `sequence_length` tokens; the mixture.
+    """Documents of all sources in a random order, mixed by weight, as rows of `sequence_length`
+    tokens; the mixture.
 
-    What the mixture orders are the documents that the rows are cut from. Training then shuffles the rows over the whole
-    run, so the passes of a source that is read several times lie among one another.
+    What the mixture orders are the documents that the rows are cut from. Training then shuffles the
+    rows over the whole run, so the passes of a source that is read several times lie among one
+    another.
     """
-    shards = {path.name: Shards(path, tokenizer) for path in sorted(directory.iterdir()) if path.is_dir()}
+    shards = {
+        path.name: Shards(path, tokenizer) for path in sorted(directory.iterdir()) if path.is_dir()
+    }
     if completion.home(directory) is None:  # no run vouches for them
         mesh.first(lambda: verify(shards.values()))
+
     lengths = {name: shard.lengths_N for name, shard in shards.items()}
     if config.mixture:
         total = sum(int(lengths_N.sum()) for lengths_N in lengths.values())
@@ -195,14 +254,18 @@ def read_rows(directory: Path, tokenizer: Tokenizer, config: Config) -> tuple[Te
         order = mix(lengths, weights, round(config.epochs * total), config.seed)
     else:
         order = mix_passes(lengths, dict.fromkeys(lengths, config.epochs), config.seed)
-    return TextRows(list(shards.values()), order.source_N, order.document_N, config.sequence_length), order
+
+    return TextRows(
+        list(shards.values()), order.source_N, order.document_N, config.sequence_length
+    ), order
 
 
 class Validation:
-    """Loss and bits per byte on the first rows of held-out text: comparable between tokenizers, and with a compressor.
+    """Loss and bits per byte on the first rows of held-out text: comparable between tokenizers, and
+    with a compressor.
 
-    Bits per byte: nats over all targets of these rows, EOS among them, in bits, over the bytes that the same targets
-    spell.
+    Bits per byte: nats over all targets of these rows, EOS among them, in bits, over the bytes that
+    the same targets spell.
     """
 
     def __init__(self, config: Config, tokenizer: Tokenizer) -> None:
@@ -214,7 +277,11 @@ class Validation:
 
     def __call__(self, model: nn.Module) -> dict[str, float]:
         nats, tokens = heldout_loss(model, self.few, self._collate, self.config.micro_batch_size)
-        bits = {"validation/bits_per_byte": nats / math.log(2) / self.text.size} if self.text.size else {}
+        bits = (
+            {"validation/bits_per_byte": nats / math.log(2) / self.text.size}
+            if self.text.size
+            else {}
+        )
         return {"validation/loss": nats / max(tokens, 1), **bits}
 
     def _collate(self, indices: Sequence[int]) -> Batch:

@@ -1,8 +1,9 @@
-"""Supervised fine-tuning (§3.1): dialogs packed into full rows, loss on the assistant's tokens only, two epochs.
+"""Supervised fine-tuning (§3.1): dialogs packed into full rows, loss on the assistant's tokens
+only, two epochs.
 
-The paper's cosine starts at 2e-5 with batches of 64 rows of 4096 tokens. It does not state warm-up (none here) or
-whether attention crosses packed dialogs (it does not here). Rejection sampling, Ghost Attention and context
-distillation all end in this stage, each with its own dialogs.
+The paper's cosine starts at 2e-5 with batches of 64 rows of 4096 tokens. It does not state warm-up
+(none here) or whether attention crosses packed dialogs (it does not here). Rejection sampling,
+Ghost Attention and context distillation all end in this stage, each with its own dialogs.
 """
 
 from __future__ import annotations
@@ -91,10 +92,11 @@ class Config(StageConfig):
     micro_batch_size: int = Field(4, gt=0)
     epochs: int = Field(2, gt=0)
     heldout: float = Field(0.02, ge=0, lt=1)
-    """share of conversations kept for validation; by how they open, so that none of their copies is trained on"""
+    """share of conversations kept for validation; by how they open, so that none of their copies is
+    trained on"""
     heldout_dialogs: Path | None = None
-    """dialogs to validate on instead of a share (`llama2 prepare` writes heldout-dialogs.jsonl); conversations that
-    open like one of these are not trained on"""
+    """dialogs to validate on instead of a share (`llama2 prepare` writes heldout-dialogs.jsonl);
+    conversations that open like one of these are not trained on"""
     training: Training = Training(optimizer=AdamW(learning_rate=2e-5), plan=Plan(save_every=200))
 
 
@@ -103,9 +105,17 @@ def plan(config: Config, cluster: Cluster, lineage: Lineage) -> dict[str, Any]:
     shape = lineage.inherit(config.out, config.model)
     if shape is None:
         return UNKNOWN
-    return training_plan([Tower(shape)], config.training, cluster, rows=config.batch_size,
-                         micro_rows=config.micro_batch_size, length=config.sequence_length,
-                         steps=config.training.plan.max_steps, packed=True)
+
+    return training_plan(
+        [Tower(shape)],
+        config.training,
+        cluster,
+        rows=config.batch_size,
+        micro_rows=config.micro_batch_size,
+        length=config.sequence_length,
+        steps=config.training.plan.max_steps,
+        packed=True,
+    )
 
 
 def run(config: Config, run: Run) -> None:
@@ -115,51 +125,98 @@ def run(config: Config, run: Run) -> None:
     length = row_length(config.sequence_length, context)
 
     dialogs, heldout = read_dialogs(config, run)
-    sets = {name: encode(tokenizer, found, length, context, run.tally(f"dialogs.{name}"))
-            for name, found in dialogs.items()}
+    sets = {
+        name: encode(tokenizer, found, length, context, run.tally(f"dialogs.{name}"))
+        for name, found in dialogs.items()
+    }
     chosen = weighted(config, sets, run)
     check_left(run, "dialogs.")
-    measured = encode(tokenizer, heldout, length, context, run.tally("held out")).segments if heldout else []
+    measured = (
+        encode(tokenizer, heldout, length, context, run.tally("held out")).segments
+        if heldout
+        else []
+    )
 
     packed = pack(chosen, length)
-    source = Rows(packed.rows, lambda rows: collate(rows, length), batch_size=config.batch_size,
-                  micro_batch_size=config.micro_batch_size, epochs=config.epochs, seed=config.seed)
+    source = Rows(
+        packed.rows,
+        lambda rows: collate(rows, length),
+        batch_size=config.batch_size,
+        micro_batch_size=config.micro_batch_size,
+        epochs=config.epochs,
+        seed=config.seed,
+    )
     settings = config.training.with_steps(source.steps)
-    for line in (*cautions.of_length(config.training.plan, source.steps, len(packed.rows), "row", config.batch_size,
-                                     config.epochs),
-                 *of_data(config, packed, chosen, sets, tokenizer, context),
-                 *of_sets(config, run, len(measured))):
+
+    for line in (
+        *cautions.of_length(
+            config.training.plan,
+            source.steps,
+            len(packed.rows),
+            "row",
+            config.batch_size,
+            config.epochs,
+        ),
+        *of_data(config, packed, chosen, sets, tokenizer, context),
+        *of_sets(config, run, len(measured)),
+    ):
         run.warn(line)
 
     validate = hooks.Validate(Validation(pack(measured, length), config)) if measured else None
-    learner = train(run, model, source, next_token, settings, save_model=saver(model, tokenizer), title="sft",
-                    validate=validate, flops_per_token=flops_per_token(model.config, length))
+    learner = train(
+        run,
+        model,
+        source,
+        next_token,
+        settings,
+        save_model=saver(model, tokenizer),
+        title="sft",
+        validate=validate,
+        flops_per_token=flops_per_token(model.config, length),
+    )
     conclude(run, model, learner, packed, list(sets), len(measured))
 
 
-def conclude(run: Run, model: Llama, learner: Learner, packed: Packed, names: Sequence[str], heldout: int) -> None:
+def conclude(
+    run: Run, model: Llama, learner: Learner, packed: Packed, names: Sequence[str], heldout: int
+) -> None:
     """Write summary.json, and say what was read and found."""
     tallies = {name: run.tally(f"dialogs.{name}") for name in names}
     found = validated(run)
-    run.write_json("summary.json", {
-        "parameters": model.config.parameters(), "steps": learner.step,
-        "dialogs": sum(tally.kept for tally in tallies.values()), "heldout": heldout,
-        "tokens": learner.tokens, "trained": learner.trained,
-        "cut": sum(tally.cut for tally in tallies.values()),
-        "dropped": sum(tally.skipped[TOO_LONG] for tally in tallies.values()),
-        "fill": round(packed.fill, 4), "validation": found,
-        "sources": {name: tally.summary() for name, tally in tallies.items()}})
-    loss = f"validation loss {found['validation/loss']:.4f} ({heldout:,} held out)" if found else "no validation"
+    run.write_json(
+        "summary.json",
+        {
+            "parameters": model.config.parameters(),
+            "steps": learner.step,
+            "dialogs": sum(tally.kept for tally in tallies.values()),
+            "heldout": heldout,
+            "tokens": learner.tokens,
+            "trained": learner.trained,
+            "cut": sum(tally.cut for tally in tallies.values()),
+            "dropped": sum(tally.skipped[TOO_LONG] for tally in tallies.values()),
+            "fill": round(packed.fill, 4),
+            "validation": found,
+            "sources": {name: tally.summary() for name, tally in tallies.items()},
+        },
+    )
+    loss = (
+        f"validation loss {found['validation/loss']:.4f} ({heldout:,} held out)"
+        if found
+        else "no validation"
+    )
     run.conclude(f"{learner.tokens:,} tokens read, {learner.trained:,} of them learnt; {loss}")
 
 
 def read_dialogs(config: Config, run: Run) -> tuple[dict[str, list[Dialog]], list[Dialog]]:
     """The dialogs to train on, set by set, and those held out, without copies.
 
-    What is held out is chosen over all sets by how a conversation opens, before weights: none of it is trained on.
+    What is held out is chosen over all sets by how a conversation opens, before weights: none of it
+    is trained on.
     """
-    read = {name: [(opening_of(one), one) for one in useful(source.path, run.tally(f"dialogs.{name}"))]
-            for name, source in config.dialogs.items()}
+    read = {
+        name: [(opening_of(one), one) for one in useful(source.path, run.tally(f"dialogs.{name}"))]
+        for name, source in config.dialogs.items()
+    }
     every = [pair for found in read.values() for pair in found]
     if config.heldout_dialogs is not None:
         measured = useful(config.heldout_dialogs, run.tally("held out"))
@@ -194,43 +251,58 @@ def useful(path: Path, tally: Tally) -> list[Dialog]:
             tally.skip(reason)
         else:
             found.append(one)
+
     return found
 
 
 def useless(dialog: Dialog) -> str:
-    """Why nothing is to be learnt from a dialog: silence, or no answer that carries loss; else nothing."""
+    """Why nothing is to be learnt from a dialog: silence, or no answer that carries loss; else
+    nothing."""
     answers = [message for message in dialog.messages if message.role == "assistant"]
-    trained = [one for one, flag in zip(answers, trained_turns(dialog.messages, dialog.train), strict=True) if flag]
+    trained = [
+        one
+        for one, flag in zip(answers, trained_turns(dialog.messages, dialog.train), strict=True)
+        if flag
+    ]
     if not trained:
         return "no answer to learn"
     if not all(message.content.strip() for message in trained):
         return "empty answer"
+
     asked = all(message.content.strip() for message in dialog.messages if message.role == "user")
     return "" if asked else "empty user turn"
 
 
-def encode(tokenizer: Tokenizer, dialogs: Sequence[Dialog], length: int, context: int, tally: Tally) -> Encoded:
-    """Dialogs as segments of at most `length` places; those without an answer in what fits are left out and counted."""
+def encode(
+    tokenizer: Tokenizer, dialogs: Sequence[Dialog], length: int, context: int, tally: Tally
+) -> Encoded:
+    """Dialogs as segments of at most `length` places; those without an answer in what fits are left
+    out and counted."""
     segments: list[Segment] = []
     longest = 0
     for one in dialogs:
         ids, mask = learnt_tokens(tokenizer, one)
         segment = shortened(ids, mask, length)
         longest = max(longest, len(ids) - 1)
+
         if segment is not None:
             segments.append(segment)
             tally.cut += len(ids) > length + 1
+
     if len(segments) < len(dialogs):
         tally.skip(TOO_LONG, longer_rows(longest, length, context), len(dialogs) - len(segments))
+
     tally.kept += len(segments)
     return Encoded(segments, longest)
 
 
 def learnt_tokens(tokenizer: Tokenizer, dialog: Dialog) -> tuple[list[int], list[bool]]:
-    """Ids of a dialog and the mask of those to be learnt. An answer that sampling cut off has no end to be learnt."""
+    """Ids of a dialog and the mask of those to be learnt. An answer that sampling cut off has no
+    end to be learnt."""
     ids, mask = encode_dialog(tokenizer, dialog.messages, dialog.train)
     if dialog.metadata.get("cut") is not True:
         return ids, mask
+
     asked = len(encode_prompt(tokenizer, dialog.messages[:-1]))
     answer = tokenizer.encode(dialog.messages[-1].content)
     return [*ids[:asked], *answer], [*mask[:asked], *(mask[-1:] * len(answer))]
@@ -240,7 +312,12 @@ def longer_rows(longest: int, length: int, context: int) -> str:
     """What would keep dialogs of up to `longest` tokens whole, or more of them."""
     if longest <= context:
         return f"--sequence-length {longest} holds the longest"
-    most = f"--sequence-length {context} is the most" if length < context else "--sequence-length is at its most"
+
+    most = (
+        f"--sequence-length {context} is the most"
+        if length < context
+        else "--sequence-length is at its most"
+    )
     return f"{most} in the model's context, the longest has {longest:,} tokens"
 
 
@@ -249,27 +326,48 @@ def weighted(config: Config, sets: Mapping[str, Encoded], run: Run) -> list[Segm
     generator = np.random.default_rng(config.seed)
     chosen: list[Segment] = []
     for name, encoded in sets.items():
-        found, weight, tally = encoded.segments, config.dialogs[name].weight, run.tally(f"dialogs.{name}")
+        found, weight, tally = (
+            encoded.segments,
+            config.dialogs[name].weight,
+            run.tally(f"dialogs.{name}"),
+        )
         whole, part = divmod(weight, 1)
         drawn = generator.permutation(len(found))[: round(part * len(found))]
         chosen += found * int(whole)
         chosen += [found[index] for index in drawn]
+
         if weight < 1 and found:
             tally.kept = len(drawn)
-            tally.skip(f"not drawn at weight {weight:g}", f"raise --dialogs.{name}.weight", len(found) - len(drawn))
+            tally.skip(
+                f"not drawn at weight {weight:g}",
+                f"raise --dialogs.{name}.weight",
+                len(found) - len(drawn),
+            )
+
     return [chosen[index] for index in generator.permutation(len(chosen))]
 
 
-def of_data(config: Config, packed: Packed, chosen: Sequence[Segment], sets: Mapping[str, Encoded],
-            tokenizer: Tokenizer, context: int) -> Iterator[str]:
+def of_data(
+    config: Config,
+    packed: Packed,
+    chosen: Sequence[Segment],
+    sets: Mapping[str, Encoded],
+    tokenizer: Tokenizer,
+    context: int,
+) -> Iterator[str]:
     """Cautions about rows: answers without an end, and places without tokens."""
     longest = max(encoded.longest for encoded in sets.values())
     if not any((segment.mask & (segment.ids == tokenizer.eos)).any() for segment in chosen):
-        yield (f"all answers are cut off at {config.sequence_length} tokens, so the model does not learn to end one; "
-               + longer_rows(longest, config.sequence_length, context))
+        yield (
+            f"all answers are cut off at {config.sequence_length} tokens, so the model does not learn to end one; "
+            + longer_rows(longest, config.sequence_length, context)
+        )
+
     if packed.fill < FILL and longest < config.sequence_length:
-        yield (f"{1 - packed.fill:.0%} of the places in a row are padding, computed for nothing; --sequence-length "
-               f"{longest} holds the longest dialog")
+        yield (
+            f"{1 - packed.fill:.0%} of the places in a row are padding, computed for nothing; --sequence-length "
+            f"{longest} holds the longest dialog"
+        )
 
 
 def of_sets(config: Config, run: Run, heldout: int) -> Iterator[str]:
@@ -278,9 +376,12 @@ def of_sets(config: Config, run: Run, heldout: int) -> Iterator[str]:
         tally = run.tally(f"dialogs.{name}")
         if tally.read and not tally.kept:
             yield f"dialogs.{name} gives nothing to train on: {tally.line()}"
+
     if not heldout and (config.heldout or config.heldout_dialogs):
-        yield ("no dialog is held out, so there is no validation loss; give --heldout-dialogs FILE, or more "
-               "conversations that open differently")
+        yield (
+            "no dialog is held out, so there is no validation loss; give --heldout-dialogs FILE, or more "
+            "conversations that open differently"
+        )
 
 
 class Validation:
@@ -290,6 +391,10 @@ class Validation:
         self.rows, self.config = heldout.rows, config
 
     def __call__(self, model: nn.Module) -> dict[str, float]:
-        nats, tokens = heldout_loss(model, self.rows, lambda rows: collate(rows, self.config.sequence_length),
-                                    self.config.micro_batch_size)
+        nats, tokens = heldout_loss(
+            model,
+            self.rows,
+            lambda rows: collate(rows, self.config.sequence_length),
+            self.config.micro_batch_size,
+        )
         return {"validation/loss": nats / tokens}

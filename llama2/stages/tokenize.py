@@ -1,4 +1,5 @@
-"""Tokenize clean documents into memory-mapped shards, one directory a source (§2.1); `pretrain` mixes them."""
+"""Tokenize clean documents into memory-mapped shards, one directory a source (§2.1); `pretrain`
+mixes them."""
 
 from __future__ import annotations
 
@@ -34,23 +35,38 @@ def run(config: Config, run: Run) -> None:
     """Write train/<source>/ and validation/<source>/."""
     if not mesh.is_main():
         return
+
     tokenizer = Tokenizer.load(config.tokenizer)
     tokenizer.save(run.path)
     summary: dict[str, Any] = {}
+
     for split, folder in (("train", "documents"), ("validation", "heldout")):
         counts = {}
         for file in sorted((config.documents / folder).glob("*.jsonl")):
             target = run.path / split / file.stem
-            shards = _finished(target, tokenizer) or write_shards(read_documents(file), tokenizer, target)
+            shards = _finished(target, tokenizer) or write_shards(
+                read_documents(file), tokenizer, target
+            )
             run.tally(split).read += len(shards)
             run.tally(split).kept += len(shards)
-            counts[file.stem] = {"documents": len(shards), "tokens": int(shards.lengths_N.sum()),
-                                 "bytes": sum(len(document.text.encode()) for document in read_documents(file))}
+            counts[file.stem] = {
+                "documents": len(shards),
+                "tokens": int(shards.lengths_N.sum()),
+                "bytes": sum(len(document.text.encode()) for document in read_documents(file)),
+            }
+
         if not counts:
-            raise UserError(f"{config.documents / folder}: there are no documents",
-                            "give a finished `llama2 clean` run (with heldout above 0)")
-        total = {key: sum(one[key] for one in counts.values()) for key in ("documents", "tokens", "bytes")}
+            raise UserError(
+                f"{config.documents / folder}: there are no documents",
+                "give a finished `llama2 clean` run (with heldout above 0)",
+            )
+
+        total = {
+            key: sum(one[key] for one in counts.values())
+            for key in ("documents", "tokens", "bytes")
+        }
         summary[split] = {**total, "sources": counts}
+
     run.write_json("summary.json", summary)
 
 
@@ -58,6 +74,7 @@ def _finished(target: Path, tokenizer: Tokenizer) -> Shards | None:
     """The shards that an earlier attempt finished; damaged ones are named and cleared away."""
     if not (target / INDEX).exists():
         return None
+
     try:
         shards = Shards(target, tokenizer)
         shards.verify()

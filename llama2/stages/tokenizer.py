@@ -1,4 +1,5 @@
-"""Train the tokenizer (§2.2): SentencePiece BPE, numbers split into digits, unknown characters as bytes."""
+"""Train the tokenizer (§2.2): SentencePiece BPE, numbers split into digits, unknown characters as
+bytes."""
 
 from __future__ import annotations
 
@@ -24,9 +25,11 @@ class Config(StageConfig):
     """Train a tokenizer on documents."""
 
     documents: Annotated[tuple[Path, ...], Field(min_length=1)]
-    """files, folders, archives or globs (docs/formats.md); of a `llama2 clean` run all but what is held out"""
+    """files, folders, archives or globs (docs/formats.md); of a `llama2 clean` run all but what is
+    held out"""
     dialogs: tuple[Path, ...] = ()
-    """dialogs to learn from as well, in the chat format: without them its tags cost many tokens a turn"""
+    """dialogs to learn from as well, in the chat format: without them its tags cost many tokens a
+    turn"""
     vocab_size: int = Field(32000, gt=260)
     max_megabytes: float = Field(200.0, gt=0)
     """train on a random sample of about this much text"""
@@ -41,11 +44,24 @@ def plan(config: Config, cluster: Cluster, lineage: Lineage) -> dict[str, Any]:
 def run(config: Config, run: Run) -> None:
     """Write tokenizer.model and its Hugging Face companions into the run directory."""
     if mesh.is_main():
-        texts = chain(_counted(read_documents(config.documents, tally=run.tally("documents")), run.tally("documents")),
-                      (render(one.messages) for path in config.dialogs for one in records.read(Dialog, path)))
-        tokenizer = train(texts, config.vocab_size, run.path, seed=config.seed,
-                          sample_bytes=round(config.max_megabytes * 1e6))
-        run.write_json("summary.json", {"vocab_size": tokenizer.vocab_size, "fingerprint": tokenizer.fingerprint})
+        texts = chain(
+            _counted(
+                read_documents(config.documents, tally=run.tally("documents")),
+                run.tally("documents"),
+            ),
+            (render(one.messages) for path in config.dialogs for one in records.read(Dialog, path)),
+        )
+        tokenizer = train(
+            texts,
+            config.vocab_size,
+            run.path,
+            seed=config.seed,
+            sample_bytes=round(config.max_megabytes * 1e6),
+        )
+        run.write_json(
+            "summary.json",
+            {"vocab_size": tokenizer.vocab_size, "fingerprint": tokenizer.fingerprint},
+        )
 
 
 def _counted(documents: Iterator[Document], tally: Tally) -> Iterator[str]:

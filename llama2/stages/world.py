@@ -1,4 +1,5 @@
-"""The synthetic world of the demo, written to files: documents, demonstrations and prompts (docs/microworld.md)."""
+"""The synthetic world of the demo, written to files: documents, demonstrations and prompts
+(docs/microworld.md)."""
 
 from __future__ import annotations
 

@@ -1,10 +1,11 @@
-"""What a model directory says, beside its weights, of how the model is talked to: ids that end answers, chat template.
+"""What a model directory says, beside its weights, of how the model is talked to: ids that end
+answers, chat template.
 
-Tokenizers and models both ask, and neither knows the other. Every id that `config.json` or `generation_config.json`
-names as EOS ends an answer, and so does an item that was added to the tokenizer and is its `eos_token`: transformers
-generates by the second file, vLLM by the tokenizer's EOS and the second file, and an end that only the first names was
-an end in training. A template is `chat_template.jinja`, or what
-`tokenizer_config.json` holds, in the order of transformers.
+Tokenizers and models both ask, and neither knows the other. Every id that `config.json` or
+`generation_config.json` names as EOS ends an answer, and so does an item that was added to the
+tokenizer and is its `eos_token`: transformers generates by the second file, vLLM by the tokenizer's
+EOS and the second file, and an end that only the first names was an end in training. A template is
+`chat_template.jinja`, or what `tokenizer_config.json` holds, in the order of transformers.
 """
 
 from __future__ import annotations
@@ -23,7 +24,8 @@ _DEFAULT = "default"  # of several templates by name
 
 
 def stop_ids(directory: Path, size: int | None = None) -> tuple[int, ...]:
-    """The ids that end an answer, each once, in the order in which the files name them; () if none does.
+    """The ids that end an answer, each once, in the order in which the files name them; () if none
+    does.
 
     UserError for what is no id, and for an id outside of a vocabulary of `size`.
     """
@@ -33,17 +35,26 @@ def stop_ids(directory: Path, size: int | None = None) -> tuple[int, ...]:
         ids = listed if isinstance(listed, list) else [] if listed is None else [listed]
         if not ids and listed is not None:
             raise UserError(f"{file}: eos_token_id is []", "name an id that ends an answer")
+
         for token in ids:
             if isinstance(token, bool) or not isinstance(token, int):
-                raise UserError(f"{file}: eos_token_id is {shown(listed)}",
-                                "a whole number was expected, or a list of them")
+                raise UserError(
+                    f"{file}: eos_token_id is {shown(listed)}",
+                    "a whole number was expected, or a list of them",
+                )
             if size is not None and not 0 <= token < size:
-                raise UserError(f"{file}: eos_token_id is {token}",
-                                f"it must be an id of the vocabulary, at least 0 and below vocab_size {size}")
+                raise UserError(
+                    f"{file}: eos_token_id is {token}",
+                    f"it must be an id of the vocabulary, at least 0 and below vocab_size {size}",
+                )
+
             found.append(token)
+
     named = _added_end(directory)
-    if named is not None and (size is None or named < size):  # beyond the vocabulary no model can say it
+    # beyond the vocabulary no model can say it
+    if named is not None and (size is None or named < size):
         found.append(named)
+
     return tuple(dict.fromkeys(found))
 
 
@@ -52,15 +63,21 @@ def _added_end(directory: Path) -> int | None:
     settings, special = (_object(directory / name) for name in (SETTINGS, SPECIAL))
     end = settings.get("eos_token") or special.get("eos_token")
     end = end.get("content") if isinstance(end, dict) else end
+
     if not isinstance(end, str):
         return None
 
     listed = settings.get("added_tokens_decoder")
-    told = {text: token for token, item in (listed.items() if isinstance(listed, dict) else ())
-            if isinstance(text := _content(item), str)} | _object(directory / ADDED)
+    told = {
+        text: token
+        for token, item in (listed.items() if isinstance(listed, dict) else ())
+        if isinstance(text := _content(item), str)
+    } | _object(directory / ADDED)
     found = told[end] if end in told else _fast_id(directory, end)
+
     if isinstance(found, str) and found.isascii() and found.isdigit():
         return int(found[:20])
+
     return found if isinstance(found, int) and not isinstance(found, bool) and found >= 0 else None
 
 
@@ -84,11 +101,14 @@ def chat_template(directory: Path) -> str | None:
     file = directory / TEMPLATE
     if file.is_file():
         return json_files.content(file).decode("utf-8", "replace")
+
     file = directory / SETTINGS
     found = json_files.json_object(file).get("chat_template") if file.is_file() else None
     if isinstance(found, list):  # several, each with a name
         named = {one.get("name"): one.get("template") for one in found if isinstance(one, dict)}
         found = named.get(_DEFAULT, next(iter(named.values()), None))
+
     if found is not None and not isinstance(found, str):
         raise UserError(f"{file}: chat_template is {str(found)[:60]!r}", "a text was expected")
+
     return found or None

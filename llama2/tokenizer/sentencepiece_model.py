@@ -1,8 +1,9 @@
 """The items of a SentencePiece model, read from its file and made into one.
 
-Other formats keep a tokenizer as three lists: text, score and kind of each item. SentencePiece's Python interface
-does not tell all kinds and cannot build a model of given items, so this reads and writes the few fields needed of its
-file, which is one protocol buffer: `pieces` (1), `trainer_spec` (2) and `normalizer_spec` (3).
+Other formats keep a tokenizer as three lists: text, score and kind of each item. SentencePiece's
+Python interface does not tell all kinds and cannot build a model of given items, so this reads and
+writes the few fields needed of its file, which is one protocol buffer: `pieces` (1), `trainer_spec`
+(2) and `normalizer_spec` (3).
 """
 
 from __future__ import annotations
@@ -25,7 +26,8 @@ _VARINT, _DOUBLE, _BYTES, _FLOAT = 0, 1, 2, 5  # how protocol buffers mark the l
 
 @dataclass(frozen=True)
 class Piece:
-    """An item of a vocabulary; `kind` is one of the constants above, whose numbers llama.cpp has taken over."""
+    """An item of a vocabulary; `kind` is one of the constants above, whose numbers llama.cpp has
+    taken over."""
 
     text: str
     score: float
@@ -44,17 +46,26 @@ class Pieces:
     """characters are replaced by others first (NFKC and the like), which no other format can say"""
 
     def unsaid(self, program: str) -> list[str]:
-        """In sentences for the user, what `program` does not do to a text, so that it gives other tokens for some."""
+        """In sentences for the user, what `program` does not do to a text, so that it gives other
+        tokens for some."""
         kept = f"which {program} does not: some texts get other tokens there"
-        notes = [f"the tokenizer replaces characters before it looks them up, {kept}"] if self.normalised else []
+        notes = (
+            [f"the tokenizer replaces characters before it looks them up, {kept}"]
+            if self.normalised
+            else []
+        )
         if self.extra_spaces_removed:
-            notes.append(f"the tokenizer drops spaces at the ends of a text and all but one inside, {kept}")
+            notes.append(
+                f"the tokenizer drops spaces at the ends of a text and all but one inside, {kept}"
+            )
+
         return notes
 
 
 @dataclass(frozen=True)
 class Held:
-    """A SentencePiece model that stands inside another file, or that several files make; read when it is asked for."""
+    """A SentencePiece model that stands inside another file, or that several files make; read when
+    it is asked for."""
 
     place: str
     """names it in errors"""
@@ -69,6 +80,7 @@ def content(where: Path | Held) -> bytes:
     """The content of a SentencePiece model file."""
     if isinstance(where, Held):
         return where.make()
+
     return json_files.content(where)
 
 
@@ -80,7 +92,8 @@ def load(where: Path | Held) -> Pieces:
 def parse(model: bytes, place: str) -> Pieces:
     """`load` for the content of a file; `place` names it in errors."""
     items: list[Piece] = []
-    prefix, removed, charsmap = True, True, b""  # as SentencePiece has them when the file does not say
+    # as SentencePiece has them when the file does not say
+    prefix, removed, charsmap = True, True, b""
     try:
         for number, value in _fields(model):
             if number == 1:
@@ -90,41 +103,61 @@ def parse(model: bytes, place: str) -> Pieces:
                 charsmap = normalizer.get(2, b"")
                 prefix, removed = bool(normalizer.get(3, prefix)), bool(normalizer.get(4, removed))
     except (IndexError, KeyError, TypeError, ValueError, struct.error):
-        raise UserError(f"{place}: not a SentencePiece model, or a damaged one", "copy the file again") from None
+        raise UserError(
+            f"{place}: not a SentencePiece model, or a damaged one", "copy the file again"
+        ) from None
+
     if not items:
-        raise UserError(f"{place}: not a SentencePiece model: it has no items", "copy the file again")
+        raise UserError(
+            f"{place}: not a SentencePiece model: it has no items", "copy the file again"
+        )
+
     return Pieces(items, prefix, removed, bool(charsmap))
 
 
 def check(items: Sequence[Piece], place: str, cure: str) -> None:
-    """UserError if SentencePiece cannot have these items: no unknown one, or one that stands there twice."""
+    """UserError if SentencePiece cannot have these items: no unknown one, or one that stands there
+    twice."""
     if not any(item.kind == UNKNOWN for item in items):
         raise UserError(f"{place}: no item of its tokenizer is the one for unknown text", cure)
+
     seen: set[str] = set()
     for token, item in enumerate(items):
         if not item.text or item.text in seen:
-            raise UserError(f"{place}: item {token} of its tokenizer, {item.text!a}, is "
-                            f"{'there twice' if item.text else 'empty'}", cure)
+            raise UserError(
+                f"{place}: item {token} of its tokenizer, {item.text!a}, is "
+                f"{'there twice' if item.text else 'empty'}",
+                cure,
+            )
+
         seen.add(item.text)
 
 
 def build(pieces: Pieces, *, unknown: int = 0, bos: int = 1, eos: int = 2) -> bytes:
-    """The content of a SentencePiece BPE model file with these items, that encodes as the original does."""
+    """The content of a SentencePiece BPE model file with these items, that encodes as the original
+    does."""
     items = pieces.items
     body = extended(b"", items)
     trainer = _varint_field(3, _BPE) + _varint_field(4, len(items))
     trainer += _varint_field(35, any(item.kind == BYTE for item in items))  # byte_fallback
-    for number, token in ((40, unknown), (41, bos), (42, eos), (43, -1)):  # the last: no padding item
+
+    # the last: no padding item
+    for number, token in ((40, unknown), (41, bos), (42, eos), (43, -1)):
         trainer += _varint_field(number, token)
+
     for number, token in ((45, unknown), (46, bos), (47, eos)):
         trainer += _field(number, items[token].text.encode())
+
     normalizer = _field(1, b"identity") + _field(2, b"")
-    normalizer += _varint_field(3, pieces.dummy_prefix) + _varint_field(4, pieces.extra_spaces_removed)
+    normalizer += _varint_field(3, pieces.dummy_prefix) + _varint_field(
+        4, pieces.extra_spaces_removed
+    )
     return body + _field(2, trainer) + _field(3, normalizer)
 
 
 def padding(token: int) -> Piece:
-    """The item that fills an id of which nothing is known: no text spells it, and it has no text."""
+    """The item that fills an id of which nothing is known: no text spells it, and it has no
+    text."""
     return Piece(f"[PAD{token}]", 0.0, CONTROL)
 
 
@@ -139,7 +172,9 @@ def extended(model: bytes, items: Sequence[Piece]) -> bytes:
 
 
 def _item(item: Piece) -> bytes:
-    return _field(1, _field(1, item.text.encode()) + _float(2, item.score) + _varint_field(3, item.kind))
+    return _field(
+        1, _field(1, item.text.encode()) + _float(2, item.score) + _varint_field(3, item.kind)
+    )
 
 
 def _piece(fields: dict[int, bytes]) -> Piece:
@@ -148,7 +183,8 @@ def _piece(fields: dict[int, bytes]) -> Piece:
 
 
 def _fields(data: bytes) -> Iterator[tuple[int, Any]]:
-    """The number and value of every field of a message. IndexError or ValueError where it is none."""
+    """The number and value of every field of a message. IndexError or ValueError where it is
+    none."""
     at = 0
     while at < len(data):
         tag, at = _read_varint(data, at)
@@ -157,11 +193,14 @@ def _fields(data: bytes) -> Iterator[tuple[int, Any]]:
             value, at = _read_varint(data, at)
             yield tag >> 3, value
             continue
+
         size = {_DOUBLE: 8, _FLOAT: 4}.get(kind)
         if kind == _BYTES:
             size, at = _read_varint(data, at)
+
         if size is None or at + size > len(data):
             raise ValueError("no such field")
+
         yield tag >> 3, data[at : at + size]
         at += size
 
@@ -172,8 +211,10 @@ def _read_varint(data: bytes, at: int) -> tuple[int, int]:
         byte = data[at]
         value |= (byte & 127) << shift
         at += 1
+
         if byte < 128:
             return value, at
+
     raise ValueError("a number of more than 64 bits")
 
 
@@ -183,6 +224,7 @@ def _varint(value: int) -> bytes:
     while value > 127:
         out.append(value & 127 | 128)
         value >>= 7
+
     return bytes([*out, value])
 
 

@@ -1,15 +1,17 @@
 """The chat format of Llama 2-Chat: the only place that knows its tags.
 
-Every finished turn is encoded alone, as BOS + "[INST] {user} [/INST] {assistant} " + EOS; the last user turn as BOS +
-"[INST] {user} [/INST]". Contents are stripped, and the system text is folded into the first user turn. The ids are
-those of Meta's reference code. The tags are plain text, no vocabulary items: BOS and EOS come from here alone and
-everything else goes through `Tokenizer.encode`, which cannot produce them, so a tag or a "</s>" typed by a user stays
-text. (The reference refuses prompts with tags in them; we answer them.)
+Every finished turn is encoded alone, as BOS + "[INST] {user} [/INST] {assistant} " + EOS; the last
+user turn as BOS + "[INST] {user} [/INST]". Contents are stripped, and the system text is folded
+into the first user turn. The ids are those of Meta's reference code. The tags are plain text, no
+vocabulary items: BOS and EOS come from here alone and everything else goes through
+`Tokenizer.encode`, which cannot produce them, so a tag or a "</s>" typed by a user stays text. (The
+reference refuses prompts with tags in them; we answer them.)
 
-Why prompt and answer may be encoded apart: `Tokenizer` accepts only models whose pieces never run from a visible
-character into a space, so no merge spans the space between "[/INST]" and the answer, and SentencePiece's leading
-space stands for that space. So ids("... [/INST] a ") = ids("... [/INST]") + ids("a "): the boundary of the loss is
-exact, and what the model sees at inference is a prefix of what it was trained on.
+Why prompt and answer may be encoded apart: `Tokenizer` accepts only models whose pieces never run
+from a visible character into a space, so no merge spans the space between "[/INST]" and the answer,
+and SentencePiece's leading space stands for that space. So ids("... [/INST] a ") = ids("...
+[/INST]") + ids("a "): the boundary of the loss is exact, and what the model sees at inference is a
+prefix of what it was trained on.
 """
 
 from __future__ import annotations
@@ -27,8 +29,11 @@ BEGIN_SYSTEM, END_SYSTEM = "<<SYS>>\n", "\n<</SYS>>\n\n"
 
 CHAT_TEMPLATE = (
     "{% if messages[0]['role'] == 'system' %}"
-    "{% set system = '" + BEGIN_SYSTEM.replace("\n", "\\n") + "' + messages[0]['content'] + '"
-    + END_SYSTEM.replace("\n", "\\n") + "' %}{% set turns = messages[1:] %}"
+    "{% set system = '"
+    + BEGIN_SYSTEM.replace("\n", "\\n")
+    + "' + messages[0]['content'] + '"
+    + END_SYSTEM.replace("\n", "\\n")
+    + "' %}{% set turns = messages[1:] %}"
     "{% else %}{% set system = '' %}{% set turns = messages %}{% endif %}"
     "{% for message in turns %}"
     "{% if (message['role'] == 'user') != (loop.index0 % 2 == 0) or message['role'] not in ['user', 'assistant'] %}"
@@ -41,16 +46,26 @@ CHAT_TEMPLATE = (
 )
 """Jinja for tokenizer_config.json: renders the same text in transformers, vLLM and llama.cpp."""
 
-_MARKS = {"ChatML": ("<|im_start|>",), "Llama 3": ("<|start_header_id|>",), "Llama 4": ("<|header_start|>",),
-          "Gemma": ("<start_of_turn>",), "Command R": ("<|START_OF_TURN_TOKEN|>",),
-          "Zephyr": ("<|assistant|>",), "Zephyr ": ("'<|' + message['role'] + '|>",), "DeepSeek": ("<｜Assistant｜>",),
-          "Alpaca": ("### Instruction",), "Vicuna": ("ASSISTANT:",), "Guanaco": ("### Assistant",),
-          "OpenChat": ("GPT4 Correct",), "Mistral": (BEGIN_INSTRUCTION, END_INSTRUCTION)}
+_MARKS = {
+    "ChatML": ("<|im_start|>",),
+    "Llama 3": ("<|start_header_id|>",),
+    "Llama 4": ("<|header_start|>",),
+    "Gemma": ("<start_of_turn>",),
+    "Command R": ("<|START_OF_TURN_TOKEN|>",),
+    "Zephyr": ("<|assistant|>",),
+    "Zephyr ": ("'<|' + message['role'] + '|>",),
+    "DeepSeek": ("<｜Assistant｜>",),
+    "Alpaca": ("### Instruction",),
+    "Vicuna": ("ASSISTANT:",),
+    "Guanaco": ("### Assistant",),
+    "OpenChat": ("GPT4 Correct",),
+    "Mistral": (BEGIN_INSTRUCTION, END_INSTRUCTION),
+}
 
 
 def is_llama_2(template: str | None) -> bool:
-    """Whether a chat template, in Jinja, writes this format: with its tags for turns and for the system text, and with
-    no tag of another format."""
+    """Whether a chat template, in Jinja, writes this format: with its tags for turns and for the
+    system text, and with no tag of another format."""
     ours = (BEGIN_INSTRUCTION, END_INSTRUCTION, BEGIN_SYSTEM.strip(), END_SYSTEM.strip())
     return template is not None and all(tag in template for tag in ours) and "<|" not in template
 
@@ -61,19 +76,25 @@ def described(template: str | None) -> str:
         return "none"
     if is_llama_2(template):
         return "Llama 2's"
+
     for name, marks in _MARKS.items():
         if all(mark in template for mark in marks):
             return f"another's ({name.strip()})"
+
     return f"another's ({' '.join(template.split())[:60]!r}...)"
 
 
 def check_template(place: object, template: str | None) -> None:
-    """UserError unless a model's chat template is Llama 2's, the one format in which it is asked here."""
+    """UserError unless a model's chat template is Llama 2's, the one format in which it is asked
+    here."""
     if is_llama_2(template):
         return
+
     found = "" if template is None else f", but {described(template)}"
-    raise UserError(f"{place}: there is no Llama 2 chat template in its tokenizer_config.json{found}",
-                    "tune it for Llama 2's format (llama2 sft); or, if it was, import it with --chat-template llama2")
+    raise UserError(
+        f"{place}: there is no Llama 2 chat template in its tokenizer_config.json{found}",
+        "tune it for Llama 2's format (llama2 sft); or, if it was, import it with --chat-template llama2",
+    )
 
 
 def encode_dialog(
@@ -81,40 +102,48 @@ def encode_dialog(
 ) -> tuple[list[int], list[bool]]:
     """Ids of a finished conversation and its loss mask, of the same length.
 
-    `mask[i]` is True where `ids[i]` is to be predicted: the tokens of the answers and their EOS, of the assistant turns
-    that `train` names (`records.Dialog`); never BOS, the user's text or a tag. ValueError if roles do not alternate.
+    `mask[i]` is True where `ids[i]` is to be predicted: the tokens of the answers and their EOS, of
+    the assistant turns that `train` names (`records.Dialog`); never BOS, the user's text or a tag.
+    ValueError if roles do not alternate.
     """
     check_roles(messages, last="assistant")
     ids: list[int] = []
     mask: list[bool] = []
     turns = _fold_system(messages)
+
     for index, trained in zip(range(0, len(turns), 2), trained_turns(messages, train), strict=True):
         prompt = _prompt_ids(tokenizer, turns[index])
         answer = _answer_ids(tokenizer, turns[index + 1])
         ids += prompt + answer
         mask += [False] * len(prompt) + [trained] * len(answer)
+
     return ids, mask
 
 
 def encode_prompt(tokenizer: Tokenizer, messages: Messages) -> list[int]:
-    """Ids of a conversation that waits for its answer, up to and including the closing tag of the last user turn.
+    """Ids of a conversation that waits for its answer, up to and including the closing tag of the
+    last user turn.
 
-    A prefix of `encode_dialog` of any conversation that goes on from here. ValueError if roles do not alternate.
+    A prefix of `encode_dialog` of any conversation that goes on from here. ValueError if roles do
+    not alternate.
     """
     check_roles(messages, last="user")
     turns = _fold_system(messages)
     ids: list[int] = []
+
     for index, turn in enumerate(turns):
         ids += _prompt_ids(tokenizer, turn) if index % 2 == 0 else _answer_ids(tokenizer, turn)
+
     return ids
 
 
 def encode_begun(tokenizer: Tokenizer, messages: Messages) -> list[int]:
-    """Ids of a conversation whose last turn is the beginning of an answer, up to where the answer goes on.
+    """Ids of a conversation whose last turn is the beginning of an answer, up to where the answer
+    goes on.
 
-    A prefix of `encode_dialog` of the finished conversation if the beginning ends where a word does. Spaces at its end
-    are left out: a space belongs to the item of the word behind it, and one alone stands before EOS only.
-    ValueError if roles do not alternate.
+    A prefix of `encode_dialog` of the finished conversation if the beginning ends where a word
+    does. Spaces at its end are left out: a space belongs to the item of the word behind it, and one
+    alone stands before EOS only. ValueError if roles do not alternate.
     """
     check_roles(messages, last="assistant")
     begun = messages[-1].content.lstrip().rstrip(" ")
@@ -122,21 +151,30 @@ def encode_begun(tokenizer: Tokenizer, messages: Messages) -> list[int]:
 
 
 def render(messages: Messages) -> str:
-    """A conversation as text, without BOS and EOS: what a tokenizer is trained on if it shall know the format."""
-    parts = (f"{BEGIN_INSTRUCTION} {turn.content.strip()} {END_INSTRUCTION}" if turn.role == "user"
-             else turn.content.strip() for turn in _fold_system(messages))
+    """A conversation as text, without BOS and EOS: what a tokenizer is trained on if it shall know
+    the format."""
+    parts = (
+        f"{BEGIN_INSTRUCTION} {turn.content.strip()} {END_INSTRUCTION}"
+        if turn.role == "user"
+        else turn.content.strip()
+        for turn in _fold_system(messages)
+    )
     return " ".join(parts)
 
 
 def _fold_system(messages: Messages) -> Messages:
     if messages[0].role != "system":
         return messages
+
     system, first, *rest = messages
     return (Message("user", BEGIN_SYSTEM + system.content + END_SYSTEM + first.content), *rest)
 
 
 def _prompt_ids(tokenizer: Tokenizer, turn: Message) -> list[int]:
-    return [tokenizer.bos, *tokenizer.encode(f"{BEGIN_INSTRUCTION} {turn.content.strip()} {END_INSTRUCTION}")]
+    return [
+        tokenizer.bos,
+        *tokenizer.encode(f"{BEGIN_INSTRUCTION} {turn.content.strip()} {END_INSTRUCTION}"),
+    ]
 
 
 def _answer_ids(tokenizer: Tokenizer, turn: Message) -> list[int]:

@@ -1,8 +1,9 @@
-"""Train the tokenizer of §2.2: SentencePiece BPE, numbers split into digits, bytes for unknown characters.
+"""Train the tokenizer of §2.2: SentencePiece BPE, numbers split into digits, bytes for unknown
+characters.
 
-The paper names those three properties and the size of the vocabulary (32,000). The other options are those commonly
-read out of the published model: no normalisation, spaces kept, pieces of at most 16 characters that do not cross a
-change of script, a number or a space.
+The paper names those three properties and the size of the vocabulary (32,000). The other options
+are those commonly read out of the published model: no normalisation, spaces kept, pieces of at most
+16 characters that do not cross a change of script, a number or a space.
 """
 
 from __future__ import annotations
@@ -32,17 +33,22 @@ def train(
     sample_bytes: int = 200_000_000,
     character_coverage: float = 0.99995,
 ) -> Tokenizer:
-    """Train on `texts`, or on a random sample of about `sample_bytes` of them, and save into `directory`.
+    """Train on `texts`, or on a random sample of about `sample_bytes` of them, and save into
+    `directory`.
 
-    The same texts in the same order with the same seed give the same file. Memory is bounded by the sample.
-    UserError when the text does not support so many items, or when there are more characters than items.
+    The same texts in the same order with the same seed give the same file. Memory is bounded by the
+    sample. UserError when the text does not support so many items, or when there are more
+    characters than items.
     """
     sample = _sample(texts, sample_bytes, seed)
     if not any(line for text in sample for line in _lines(text)):
         raise UserError("there is no text to train a tokenizer on", "check the documents")
     if vocab_size <= _SPECIAL:
-        raise UserError(f"vocab_size {vocab_size} leaves no room beside {_SPECIAL} control and byte items",
-                        f"choose more than {_SPECIAL}")
+        raise UserError(
+            f"vocab_size {vocab_size} leaves no room beside {_SPECIAL} control and byte items",
+            f"choose more than {_SPECIAL}",
+        )
+
     model = io.BytesIO()
     try:
         sentencepiece.SentencePieceTrainer.train(
@@ -71,26 +77,31 @@ def train(
         )
     except RuntimeError as error:
         raise _explain(str(error), vocab_size) from error
+
     tokenizer = Tokenizer(model.getvalue())
     tokenizer.save(directory)
     return tokenizer
 
 
 def _sample(texts: Iterable[str], limit: int, seed: int) -> list[str]:
-    """A uniform sample of the texts, of at most `limit` bytes (one text at least), in their order."""
+    """A uniform sample of the texts, of at most `limit` bytes (one text at least), in their
+    order."""
     draw = random.Random(seed).random
     heap: list[tuple[float, int, str]] = []  # the smallest draws stay
     size = 0
+
     for index, text in enumerate(texts):
         heapq.heappush(heap, (-draw(), index, text))
         size += len(text.encode())
         while size > limit and len(heap) > 1:
             size -= len(heapq.heappop(heap)[2].encode())
+
     return [text for _, text in sorted((index, text) for _, index, text in heap)]
 
 
 def _lines(text: str) -> Iterator[str]:
-    """The lines of a text, long ones cut at a space. Newlines stay out of the vocabulary: they are a byte item."""
+    """The lines of a text, long ones cut at a space. Newlines stay out of the vocabulary: they are
+    a byte item."""
     longest = _LINE_BYTES // 4  # four bytes a character at most
     for line in text.split("\n"):
         start = 0
@@ -99,16 +110,23 @@ def _lines(text: str) -> Iterator[str]:
             end = cut if cut > 0 else start + longest
             yield line[start:end]
             start = end + (cut > 0)
+
         if start < len(line):
             yield line[start:]
 
 
 def _explain(message: str, vocab_size: int) -> Exception:
-    """SentencePiece's refusals in the user's words; anything else is a defect and keeps its traceback."""
+    """SentencePiece's refusals in the user's words; anything else is a defect and keeps its
+    traceback."""
     if found := re.search(r"Vocabulary size too high .*<= (\d+)", message):
-        return UserError(f"vocab_size {vocab_size} is too large for this text, which supports {found[1]} items",
-                         f"choose at most {found[1]}, or give more text")
+        return UserError(
+            f"vocab_size {vocab_size} is too large for this text, which supports {found[1]} items",
+            f"choose at most {found[1]}, or give more text",
+        )
     if found := re.search(r"smaller than required_chars\. \d+ vs (\d+)", message):
-        return UserError(f"vocab_size {vocab_size} is too small: the characters of this text alone take {found[1]}",
-                         f"choose more than {found[1]}")
+        return UserError(
+            f"vocab_size {vocab_size} is too small: the characters of this text alone take {found[1]}",
+            f"choose more than {found[1]}",
+        )
+
     return RuntimeError(message)

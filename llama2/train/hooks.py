@@ -1,7 +1,7 @@
 """What happens around training: metrics, progress, validation, checkpoints, signals.
 
-None of it touches the mathematics: a hook sees reports and asks the loop to finish or stop. Validation runs beside the
-random generators, so a run trains alike with and without it.
+None of it touches the mathematics: a hook sees reports and asks the loop to finish or stop.
+Validation runs beside the random generators, so a run trains alike with and without it.
 """
 
 from __future__ import annotations
@@ -42,6 +42,7 @@ class Window:
     def add(self, report: Report) -> None:
         for name, value in report.sums.items():
             self.sums[name] = self.sums.get(name, 0.0) + value
+
         self.weight += report.weight
         self.tokens += report.tokens
         self.seconds += report.seconds
@@ -50,14 +51,19 @@ class Window:
         return means(self.sums, self.weight)
 
     def speed(self, flops_per_token: float, peak: float) -> dict[str, float]:
-        """Real tokens a second over all ranks and, where a peak is known, the share of it that they take (MFU).
+        """Real tokens a second over all ranks and, where a peak is known, the share of it that they
+        take (MFU).
 
-        What is computed faster than the measured peak shows that the peak is at least that: 100 % is the most.
+        What is computed faster than the measured peak shows that the peak is at least that: 100 %
+        is the most.
         """
         if not self.tokens or not self.seconds:
             return {}
+
         rate = self.tokens / self.seconds
-        share = {"perf/mfu": min(rate * flops_per_token / (peak * mesh.world()), 1.0)} if peak else {}
+        share = (
+            {"perf/mfu": min(rate * flops_per_token / (peak * mesh.world()), 1.0)} if peak else {}
+        )
         return {"perf/tokens_per_second": rate, **share}
 
 
@@ -65,16 +71,21 @@ def known_peak(flops_per_token: float, training: Training) -> float:
     """The device's peak in FLOP/s, 0 where MFU cannot be told from it."""
     if not flops_per_token or not mesh.is_exclusive():
         return 0.0
+
     return mesh.peak_flops(training.learner.precision)
 
 
 class Log(Hook):
-    """Publish means over every `plan.log_every` steps and write all published metrics through `write(step, metrics)`.
+    """Publish means over every `plan.log_every` steps and write all published metrics through
+    `write(step, metrics)`.
 
-    `flops_per_token` (forward and backward) adds MFU on a GPU; each of `derive` adds what follows from the means.
+    `flops_per_token` (forward and backward) adds MFU on a GPU; each of `derive` adds what follows
+    from the means.
     """
 
-    def __init__(self, write: Write, flops_per_token: float = 0.0, derive: Sequence[Derive] = ()) -> None:
+    def __init__(
+        self, write: Write, flops_per_token: float = 0.0, derive: Sequence[Derive] = ()
+    ) -> None:
         self.write, self.flops_per_token, self.derive = write, flops_per_token, tuple(derive)
         self.window, self.peak = Window(), 0.0
         self.pending: Report | None = None
@@ -94,10 +105,15 @@ class Log(Hook):
 
     def _publish(self, training: Training, report: Report) -> None:
         averages = self.window.means()
-        metrics = {**averages, "train/lr": report.learning_rate, "train/grad_norm": report.gradient_norm,
-                   **self.window.speed(self.flops_per_token, self.peak)}
+        metrics = {
+            **averages,
+            "train/lr": report.learning_rate,
+            "train/grad_norm": report.gradient_norm,
+            **self.window.speed(self.flops_per_token, self.peak),
+        }
         for derive in self.derive:
             metrics.update(derive(averages))
+
         self.window, self.pending = Window(), None
         training.log(metrics)
 
@@ -121,6 +137,7 @@ class TensorBoard(Hook):
                 from torch.utils.tensorboard import SummaryWriter
             except ImportError:
                 raise missing_extra("tensorboard", "tensorboard") from None
+
             self.writer = SummaryWriter(directory)
 
     def on_log(self, step: int, metrics: Metrics) -> None:
@@ -134,8 +151,8 @@ class TensorBoard(Hook):
 
 
 class ProgressBar(Hook):
-    """A bar with ETA, loss, tokens/s and, on a GPU, MFU on standard error; a line every ten seconds where that is no
-    terminal."""
+    """A bar with ETA, loss, tokens/s and, on a GPU, MFU on standard error; a line every ten seconds
+    where that is no terminal."""
 
     def __init__(self, title: str, flops_per_token: float = 0.0) -> None:
         self.title, self.flops_per_token, self.peak = title, flops_per_token, 0.0
@@ -146,17 +163,28 @@ class ProgressBar(Hook):
         self.begin = self.printed = time.monotonic()
         self.peak = known_peak(self.flops_per_token, training)
         if mesh.is_main() and sys.stderr.isatty():
-            self.bar = Progress(TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(),
-                                TimeElapsedColumn(), TextColumn("{task.fields[text]}"), console=Console(stderr=True))
+            self.bar = Progress(
+                TextColumn("{task.description}"),
+                BarColumn(),
+                MofNCompleteColumn(),
+                TimeElapsedColumn(),
+                TextColumn("{task.fields[text]}"),
+                console=Console(stderr=True),
+            )
             self.bar.start()
-            self.bar.add_task(self.title, total=training.plan.max_steps, completed=training.learner.step, text="")
+            self.bar.add_task(
+                self.title, total=training.plan.max_steps, completed=training.learner.step, text=""
+            )
 
     def on_step(self, training: Training, report: Report) -> None:
         self.first = self.first or report.step
         self.window.add(report)
         now = time.monotonic()
         wait = 0.25 if self.bar else SECONDS_BETWEEN_LINES
-        if mesh.is_main() and (now - self.printed >= wait or report.step == training.plan.max_steps):
+
+        if mesh.is_main() and (
+            now - self.printed >= wait or report.step == training.plan.max_steps
+        ):
             self._show(training, report, now)
             self.printed, self.window = now, Window()
 
@@ -164,13 +192,17 @@ class ProgressBar(Hook):
         total = training.plan.max_steps
         speed = self.window.speed(self.flops_per_token, self.peak)
         parts = [f"loss {self.window.means().get('train/loss', 0.0):.4f}"]
+
         if total is not None:  # by the wall clock, validations and checkpoints included
             seconds_per_step = (now - self.begin) / (report.step - self.first + 1)
             parts.insert(0, f"ETA {_clock((total - report.step) * seconds_per_step)}")
+
         if speed:
             parts.append(f"{speed['perf/tokens_per_second']:,.0f} tokens/s")
+
         if "perf/mfu" in speed:
             parts.append(f"MFU {speed['perf/mfu']:.0%}")
+
         if self.bar is not None:
             self.bar.update(self.bar.task_ids[0], completed=report.step, text="  ".join(parts))
         else:
@@ -190,15 +222,23 @@ def _clock(seconds: float) -> str:
 
 
 class Validate(Hook):
-    """Publish `evaluate(model)` every `plan.validate_every` steps and at the end; keep the best, stop when it is past.
+    """Publish `evaluate(model)` every `plan.validate_every` steps and at the end; keep the best,
+    stop when it is past.
 
-    `evaluate` runs on every rank, in evaluation mode and without gradients. `monitor` names the metric to improve
-    (`higher` says which way); `keep_best()` is called on every rank whenever it has; after `patience` validations
-    without improvement training finishes (0: never).
+    `evaluate` runs on every rank, in evaluation mode and without gradients. `monitor` names the
+    metric to improve (`higher` says which way); `keep_best()` is called on every rank whenever it
+    has; after `patience` validations without improvement training finishes (0: never).
     """
 
-    def __init__(self, evaluate: Callable[[nn.Module], Metrics], monitor: str = "", *, higher: bool = False,
-                 patience: int = 0, keep_best: Callable[[], None] | None = None) -> None:
+    def __init__(
+        self,
+        evaluate: Callable[[nn.Module], Metrics],
+        monitor: str = "",
+        *,
+        higher: bool = False,
+        patience: int = 0,
+        keep_best: Callable[[], None] | None = None,
+    ) -> None:
         self.evaluate, self.monitor, self.higher = evaluate, monitor, higher
         self.patience, self.keep_best = patience, keep_best
         self.best: float | None = None
@@ -217,15 +257,19 @@ class Validate(Hook):
         model, before = training.learner.model, state.random_state()
         was_training = model.training
         model.eval()
+
         try:
             with torch.no_grad(), mesh.autocast(training.learner.precision):
-                metrics = mesh.broadcast(dict(self.evaluate(model)))  # one rank's word: all must decide alike
+                # one rank's word: all must decide alike
+                metrics = mesh.broadcast(dict(self.evaluate(model)))
         finally:
             model.train(was_training)
             state.set_random_state(before)
+
         self.last_step = training.learner.step
         if self.monitor:
             self._compare(training, metrics[self.monitor])
+
         training.log(metrics)
 
     def _compare(self, training: Training, value: float) -> None:
@@ -233,27 +277,38 @@ class Validate(Hook):
             self.best, self.best_step, self.failures = value, training.learner.step, 0
             if self.keep_best is not None:
                 self.keep_best()
+
             return
+
         self.failures += 1
         if self.patience and self.failures >= self.patience:
             training.finish = True
 
     def state_dict(self) -> dict[str, Any]:
-        return {"best": self.best, "best_step": self.best_step, "last_step": self.last_step,
-                "failures": self.failures}
+        return {
+            "best": self.best,
+            "best_step": self.best_step,
+            "last_step": self.last_step,
+            "failures": self.failures,
+        }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         vars(self).update(state)
 
 
 class Checkpoint(Hook):
-    """Resume from the newest checkpoint of the run; save every `plan.save_every` steps, when stopped and at the end.
+    """Resume from the newest checkpoint of the run; save every `plan.save_every` steps, when
+    stopped and at the end.
 
     `on_resume(step)` is told where training goes on, before it does.
     """
 
-    def __init__(self, run: Path, save_model: state.SaveModel | None = None,
-                 on_resume: Callable[[int], None] | None = None) -> None:
+    def __init__(
+        self,
+        run: Path,
+        save_model: state.SaveModel | None = None,
+        on_resume: Callable[[int], None] | None = None,
+    ) -> None:
         self.run, self.save_model, self.on_resume = run, save_model, on_resume
 
     def on_start(self, training: Training) -> None:
@@ -261,8 +316,12 @@ class Checkpoint(Hook):
         if newest is not None:
             state.restore(training, newest)
             if mesh.is_main() and state.lost_metrics(self.run, newest):
-                print(f"{self.run}/metrics.jsonl: damaged: lines logged before step {training.learner.step} are lost, "
-                      "and the report's curves lack them", file=sys.stderr)
+                print(
+                    f"{self.run}/metrics.jsonl: damaged: lines logged before step {training.learner.step} are lost, "
+                    "and the report's curves lack them",
+                    file=sys.stderr,
+                )
+
             if self.on_resume is not None:
                 self.on_resume(training.learner.step)
 
@@ -273,10 +332,11 @@ class Checkpoint(Hook):
 
 
 class Signals(Hook):
-    """SIGTERM, SIGUSR1 (a scheduler's warning), SIGHUP (a closed terminal) and Ctrl-C end training at the next step
-    boundary, with its state saved.
+    """SIGTERM, SIGUSR1 (a scheduler's warning), SIGHUP (a closed terminal) and Ctrl-C end training
+    at the next step boundary, with its state saved.
 
-    A second Ctrl-C does not wait for the boundary. Where Ctrl-C is ignored, or somebody else's, it stays so.
+    A second Ctrl-C does not wait for the boundary. Where Ctrl-C is ignored, or somebody else's, it
+    stays so.
     """
 
     def __init__(self) -> None:
@@ -291,7 +351,8 @@ class Signals(Hook):
                 signal.signal(number, signal.default_int_handler)
                 os.write(2, b"\nstopping at the end of this step; Ctrl-C again ends at once\n")
 
-        if threading.current_thread() is threading.main_thread():  # Python delivers signals nowhere else
+        # Python delivers signals nowhere else
+        if threading.current_thread() is threading.main_thread():
             ours = signal.getsignal(signal.SIGINT) is signal.default_int_handler
             numbers = (*interrupts.requests(), *((signal.SIGINT,) if ours else ()))
             self.before = {number: signal.signal(number, request) for number in numbers}
@@ -299,4 +360,5 @@ class Signals(Hook):
     def close(self) -> None:
         for number, handler in self.before.items():
             signal.signal(number, handler)
+
         self.before = {}

@@ -1,7 +1,8 @@
 """AdamW and the learning rate as the paper sets them (§2.2, Training Details).
 
-Betas (0.9, 0.95), eps 1e-5, weight decay 0.1, warm-up, cosine decay to 10 % of the peak. The paper does not say which
-tensors decay; here all matrices do, embeddings and output head included, and vectors (norm gains, biases) do not.
+Betas (0.9, 0.95), eps 1e-5, weight decay 0.1, warm-up, cosine decay to 10 % of the peak. The paper
+does not say which tensors decay; here all matrices do, embeddings and output head included, and
+vectors (norm gains, biases) do not.
 """
 
 from __future__ import annotations
@@ -32,15 +33,19 @@ class AdamW(Config):
     """on matrices; vectors do not decay"""
 
 
-def groups(model: nn.Module, settings: AdamW, rates: Mapping[str, float] | None = None) -> list[dict[str, object]]:
+def groups(
+    model: nn.Module, settings: AdamW, rates: Mapping[str, float] | None = None
+) -> list[dict[str, object]]:
     """Parameter groups by peak learning rate and decay.
 
-    `rates` gives the parameters whose name starts with a prefix a peak of their own (`{"critic.": 3e-4}`); every
-    prefix must match. Frozen parameters are left out. A tensor shared under two names counts once.
+    `rates` gives the parameters whose name starts with a prefix a peak of their own (`{"critic.":
+    3e-4}`); every prefix must match. Frozen parameters are left out. A tensor shared under two
+    names counts once.
     """
     rates = rates or {}
     found: dict[tuple[float, float], list[nn.Parameter]] = {}
     matched = set()
+
     for name, parameter in model.named_parameters():
         prefix = _prefix(name, rates)
         matched.add(prefix)
@@ -48,14 +53,19 @@ def groups(model: nn.Module, settings: AdamW, rates: Mapping[str, float] | None 
             peak = settings.learning_rate if prefix is None else rates[prefix]
             decay = settings.weight_decay if parameter.dim() >= 2 else 0.0
             found.setdefault((peak, decay), []).append(parameter)
+
     if missing := set(rates) - matched:
         raise ValueError(f"no parameter starts with {sorted(missing)}")
-    return [{"params": parameters, "peak": peak, "lr": peak, "weight_decay": decay}
-            for (peak, decay), parameters in found.items()]
+
+    return [
+        {"params": parameters, "peak": peak, "lr": peak, "weight_decay": decay}
+        for (peak, decay), parameters in found.items()
+    ]
 
 
 def parts(model: nn.Module, prefixes: Sequence[str]) -> dict[str, list[nn.Parameter]]:
-    """The parameters that train, by the prefix their name starts with; those that match none are under "".
+    """The parameters that train, by the prefix their name starts with; those that match none are
+    under "".
 
     Every prefix must match. A tensor shared under two names counts once.
     """
@@ -63,8 +73,10 @@ def parts(model: nn.Module, prefixes: Sequence[str]) -> dict[str, list[nn.Parame
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
             found.setdefault(_prefix(name, prefixes) or "", []).append(parameter)
+
     if missing := [prefix for prefix in prefixes if not found[prefix]]:
         raise ValueError(f"no parameter starts with {sorted(missing)}")
+
     return found
 
 
@@ -73,18 +85,27 @@ def _prefix(name: str, prefixes: Iterable[str]) -> str | None:
     return next((prefix for prefix in prefixes if name.startswith(prefix)), None)
 
 
-def adamw(model: nn.Module, settings: AdamW, rates: Mapping[str, float] | None = None) -> torch.optim.AdamW:
+def adamw(
+    model: nn.Module, settings: AdamW, rates: Mapping[str, float] | None = None
+) -> torch.optim.AdamW:
     """AdamW over `groups(...)`, fused into one kernel where PyTorch has one."""
     fused = all(p.device.type in FUSED_DEVICES for p in model.parameters())
-    return torch.optim.AdamW(groups(model, settings, rates), betas=(settings.beta1, settings.beta2),
-                             eps=settings.eps, fused=fused)
+    return torch.optim.AdamW(
+        groups(model, settings, rates),
+        betas=(settings.beta1, settings.beta2),
+        eps=settings.eps,
+        fused=fused,
+    )
 
 
-def factor(step: int, schedule: Schedule, warmup_steps: int, total_steps: int | None, min_ratio: float) -> float:
+def factor(
+    step: int, schedule: Schedule, warmup_steps: int, total_steps: int | None, min_ratio: float
+) -> float:
     """The learning rate of update `step` (0-based) as a share of its peak.
 
-    Linear warm-up reaches the peak at update `warmup_steps - 1` (without warm-up the first update has it); cosine decay
-    reaches `min_ratio` exactly at the last update, `total_steps - 1`, and stays there. A single update has the peak.
+    Linear warm-up reaches the peak at update `warmup_steps - 1` (without warm-up the first update
+    has it); cosine decay reaches `min_ratio` exactly at the last update, `total_steps - 1`, and
+    stays there. A single update has the peak.
     """
     warmup_steps = max(warmup_steps, 1)
     if step < warmup_steps:
@@ -93,5 +114,6 @@ def factor(step: int, schedule: Schedule, warmup_steps: int, total_steps: int | 
         return 1.0
     if total_steps is None:
         raise ValueError("a cosine schedule needs the total number of steps")
+
     progress = min((step + 1 - warmup_steps) / max(total_steps - warmup_steps, 1), 1.0)
     return min_ratio + (1 - min_ratio) * 0.5 * (1 + math.cos(math.pi * progress))

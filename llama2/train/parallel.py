@@ -1,9 +1,10 @@
 """Data parallelism, applied from outside: the model knows nothing of ranks.
 
-`replicate` keeps a copy on every rank and sums gradients in one flattened all-reduce; `shard` spreads parameters,
-gradients and optimizer state with FSDP2. Both *sum* gradients over ranks; the loop divides once by the global weight,
-so two ranks train exactly what one would. Sampling from a sharded model does not run through it: the paper found that
-about twenty times slower (§3.2.3), so `generate.engine` gathers the weights once a call.
+`replicate` keeps a copy on every rank and sums gradients in one flattened all-reduce; `shard`
+spreads parameters, gradients and optimizer state with FSDP2. Both *sum* gradients over ranks; the
+loop divides once by the global weight, so two ranks train exactly what one would. Sampling from a
+sharded model does not run through it: the paper found that about twenty times slower (§3.2.3), so
+`generate.engine` gathers the weights once a call.
 """
 
 from __future__ import annotations
@@ -34,40 +35,59 @@ _SPREAD = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
 
 
 def replicate(model: nn.Module) -> nn.Module:
-    """Rank 0's parameters and buffers on every rank. For models whose training state fits one device."""
+    """Rank 0's parameters and buffers on every rank. For models whose training state fits one
+    device."""
     if mesh.world() > 1:
         with torch.no_grad():
             for tensor in (*model.parameters(), *model.buffers()):
                 dist.broadcast(tensor, src=0)
+
     return model
 
 
-def shard(model: nn.Module, precision: Precision = "fp32", reshard_after_forward: bool = True) -> nn.Module:
-    """Spread `model` over all ranks with FSDP2, in place, on their devices; make the optimizer afterwards.
+def shard(
+    model: nn.Module, precision: Precision = "fp32", reshard_after_forward: bool = True
+) -> nn.Module:
+    """Spread `model` over all ranks with FSDP2, in place, on their devices; make the optimizer
+    afterwards.
 
-    The weights are rank 0's, which may lie in main memory; of the other ranks nothing but the shape is used, so they
-    may hold tensors of the meta device. No device ever holds the whole model.
+    The weights are rank 0's, which may lie in main memory; of the other ranks nothing but the shape
+    is used, so they may hold tensors of the meta device. No device ever holds the whole model.
 
-    Each member of a `ModuleList` (a transformer block) is one unit, the rest is the root. With bf16 the weights are
-    gathered in bf16 and gradients are summed in fp32; the master weights stay as they are. Outside torchrun the model
-    only moves to its device. `reshard_after_forward=False` keeps the gathered blocks for the backward pass: faster,
-    more memory.
+    Each member of a `ModuleList` (a transformer block) is one unit, the rest is the root. With bf16
+    the weights are gathered in bf16 and gradients are summed in fp32; the master weights stay as
+    they are. Outside torchrun the model only moves to its device. `reshard_after_forward=False`
+    keeps the gathered blocks for the backward pass: faster, more memory.
     """
     if not dist.is_initialized():
         return model.to(mesh.device())
+
     whole = model.state_dict() if mesh.is_main() else {}
     model.to("meta")
-    policy = MixedPrecisionPolicy(torch.bfloat16, torch.float32) if precision == "bf16" else MixedPrecisionPolicy()
+    policy = (
+        MixedPrecisionPolicy(torch.bfloat16, torch.float32)
+        if precision == "bf16"
+        else MixedPrecisionPolicy()
+    )
     ranks = init_device_mesh(mesh.device().type, (mesh.world(),))
-    blocks = [block for module in model.modules() if isinstance(module, nn.ModuleList) for block in module]
+    blocks = [
+        block for module in model.modules() if isinstance(module, nn.ModuleList) for block in module
+    ]
+
     for block in blocks:
-        fully_shard(block, mesh=ranks, mp_policy=policy, reshard_after_forward=reshard_after_forward)
+        fully_shard(
+            block, mesh=ranks, mp_policy=policy, reshard_after_forward=reshard_after_forward
+        )
+
     fully_shard(model, mesh=ranks, mp_policy=policy, reshard_after_forward=reshard_after_forward)
-    # FSDP2 warns that in-place changes of a model's output would lose gradients; no objective makes any.
+    # FSDP2 warns that in-place changes of a model's output would lose gradients; no objective makes
+    # any.
     warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
     for unit in _units(model):
         unit.set_gradient_divide_factor(1.0)
-        unit.set_force_sum_reduction_for_comms(True)  # the pre-multiplied sum taken otherwise exists only in NCCL
+        # the pre-multiplied sum taken otherwise exists only in NCCL
+        unit.set_force_sum_reduction_for_comms(True)
+
     model.to_empty(device=mesh.device())
     set_model_state_dict(model, whole, options=_SPREAD)
     return model
@@ -83,15 +103,19 @@ def _units(model: nn.Module) -> list[FSDPModule]:
 
 
 def sum_gradients(model: nn.Module) -> None:
-    """Sum gradients over ranks, in one all-reduce per data type. FSDP2 has done so in its backward pass already."""
+    """Sum gradients over ranks, in one all-reduce per data type. FSDP2 has done so in its backward
+    pass already."""
     if mesh.world() == 1 or is_sharded(model):
         return
+
     gradients: dict[torch.dtype, list[Tensor]] = {}
     for parameter in model.parameters():
         if parameter.requires_grad:
             if parameter.grad is None:  # this rank had no micro-batch that reached it
                 parameter.grad = torch.zeros_like(parameter)
+
             gradients.setdefault(parameter.grad.dtype, []).append(parameter.grad)
+
     for parts in gradients.values():
         flat = mesh.all_sum(torch.cat([part.reshape(-1) for part in parts]))
         chunks = torch.split(flat, [part.numel() for part in parts])
@@ -105,23 +129,35 @@ def gradient_norm(gradients: Sequence[Tensor]) -> float:
 
 
 def full_weights(model: nn.Module) -> dict[str, Any]:
-    """The whole state dict of a model; of a sharded one on rank 0 only, {} elsewhere. All ranks call it."""
+    """The whole state dict of a model; of a sharded one on rank 0 only, {} elsewhere. All ranks
+    call it."""
     return get_model_state_dict(model, options=_FULL) if is_sharded(model) else model.state_dict()
 
 
-def full_state(model: nn.Module, optimizer: torch.optim.Optimizer) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Whole state dicts of model and optimizer; of a sharded model on rank 0 only, {} elsewhere. All ranks call it."""
+def full_state(
+    model: nn.Module, optimizer: torch.optim.Optimizer
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Whole state dicts of model and optimizer; of a sharded model on rank 0 only, {} elsewhere.
+    All ranks call it."""
     if not is_sharded(model):
         return model.state_dict(), optimizer.state_dict()
-    return get_model_state_dict(model, options=_FULL), get_optimizer_state_dict(model, optimizer, options=_FULL)
+
+    return get_model_state_dict(model, options=_FULL), get_optimizer_state_dict(
+        model, optimizer, options=_FULL
+    )
 
 
-def load_full_state(model: nn.Module, optimizer: torch.optim.Optimizer, model_state: dict[str, Any],
-                    optimizer_state: dict[str, Any]) -> None:
+def load_full_state(
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    model_state: dict[str, Any],
+    optimizer_state: dict[str, Any],
+) -> None:
     """The inverse of `full_state`; for a sharded model rank 0's dicts are spread over the ranks."""
     if not is_sharded(model):
         model.load_state_dict(model_state)
         optimizer.load_state_dict(optimizer_state)
         return
+
     set_model_state_dict(model, dict(model_state), options=_SPREAD)
     set_optimizer_state_dict(model, optimizer, optimizer_state, options=_SPREAD)

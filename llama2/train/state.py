@@ -5,10 +5,10 @@
                                                source position and hooks
     <run>/checkpoints/step-00000100/COMPLETE   written last: SHA-256 of state.pt, and of the metrics logged until then
 
-A checkpoint is written under a temporary name, flushed to the disk and renamed, so a crash or a full disk leaves the
-one before. One that was damaged later is named, and the one before it is taken. The weights in `state.pt` have the
-precision they are trained in, whatever `save_model` exports.
-Every rank reads the file, so several machines need a shared file system.
+A checkpoint is written under a temporary name, flushed to the disk and renamed, so a crash or a
+full disk leaves the one before. One that was damaged later is named, and the one before it is
+taken. The weights in `state.pt` have the precision they are trained in, whatever `save_model`
+exports. Every rank reads the file, so several machines need a shared file system.
 """
 
 from __future__ import annotations
@@ -44,11 +44,20 @@ _NAME = re.compile(r"step-(\d{8,})")
 def random_state() -> dict[str, Any]:
     """The state of every global random generator of this process."""
     kind, keys, position, has_gauss, gauss = np.random.get_state(legacy=True)
-    state: dict[str, Any] = {"python": random.getstate(), "torch": torch.get_rng_state(),
-                             "numpy": (str(kind), torch.from_numpy(np.array(keys, dtype=np.int64)), int(position),
-                                       int(has_gauss), float(gauss))}
+    state: dict[str, Any] = {
+        "python": random.getstate(),
+        "torch": torch.get_rng_state(),
+        "numpy": (
+            str(kind),
+            torch.from_numpy(np.array(keys, dtype=np.int64)),
+            int(position),
+            int(has_gauss),
+            float(gauss),
+        ),
+    }
     if mesh.device().type == "cuda":
         state["cuda"] = torch.cuda.get_rng_state(mesh.device())
+
     return state
 
 
@@ -59,38 +68,57 @@ def set_random_state(state: dict[str, Any]) -> None:
     torch.set_rng_state(state["torch"])
     kind, keys, *rest = state["numpy"]
     np.random.set_state((kind, keys.numpy().astype(np.uint32), *rest))
+
     if "cuda" in state and mesh.device().type == "cuda":
         torch.cuda.set_rng_state(state["cuda"], mesh.device())
 
 
 def capture(training: Training) -> dict[str, Any]:
     """Everything a resumed run needs. All ranks call it; rank 0 gets the whole."""
-    own = {"source": training.source.state_dict(), "random": random_state(),
-           "hooks": [(type(hook).__name__, hook.state_dict()) for hook in training.hooks]}
-    return {"learner": training.learner.state_dict(), "ranks": mesh.gather([own]), "finish": training.finish}
+    own = {
+        "source": training.source.state_dict(),
+        "random": random_state(),
+        "hooks": [(type(hook).__name__, hook.state_dict()) for hook in training.hooks],
+    }
+    return {
+        "learner": training.learner.state_dict(),
+        "ranks": mesh.gather([own]),
+        "finish": training.finish,
+    }
 
 
 def restore(training: Training, directory: Path) -> None:
-    """Bring learner, source, hooks and random generators to where the checkpoint `directory` left them."""
+    """Bring learner, source, hooks and random generators to where the checkpoint `directory` left
+    them."""
     file = directory / TRAINER / STATE
     sharded = parallel.is_sharded(training.learner.model)
     try:
         with explain_os_errors(file):
-            # weights_only: a checkpoint is data and must not run code. A sharded model reads it page by page.
+            # weights_only: a checkpoint is data and must not run code. A sharded model reads it
+            # page by page.
             state = torch.load(file, map_location="cpu", weights_only=True, mmap=sharded)
     except (RuntimeError, EOFError, KeyError, pickle.UnpicklingError) as error:
         raise _damaged(directory, (str(error).splitlines() or ["it is empty"])[0]) from error
+
     if len(state["ranks"]) != mesh.world():
-        raise UserError(f"{directory}: taken by {len(state['ranks'])} ranks, this run has {mesh.world()}",
-                        f"start it with {len(state['ranks'])} ranks")
+        raise UserError(
+            f"{directory}: taken by {len(state['ranks'])} ranks, this run has {mesh.world()}",
+            f"start it with {len(state['ranks'])} ranks",
+        )
+
     own = state["ranks"][mesh.rank()]
     training.learner.load_state_dict(state["learner"])
     training.source.load_state_dict(own["source"])
     kinds = [type(hook).__name__ for hook in training.hooks]
+
     if kinds != [kind for kind, _ in own["hooks"]]:
-        raise ValueError(f"a run must resume with the hooks it had: {[kind for kind, _ in own['hooks']]}, not {kinds}")
+        raise ValueError(
+            f"a run must resume with the hooks it had: {[kind for kind, _ in own['hooks']]}, not {kinds}"
+        )
+
     for hook, (_, saved) in zip(training.hooks, own["hooks"]):
         hook.load_state_dict(saved)
+
     set_random_state(own["random"])
     training.finish = state["finish"]
     training.checkpoint = directory
@@ -101,20 +129,26 @@ def steps(run: Path) -> list[tuple[int, Path]]:
     root = run / CHECKPOINTS
     if not root.is_dir():
         return []
+
     named = ((_NAME.fullmatch(path.name), path) for path in root.iterdir())
-    return sorted((int(match[1]), path) for match, path in named if match and (path / COMPLETE).is_file())
+    return sorted(
+        (int(match[1]), path) for match, path in named if match and (path / COMPLETE).is_file()
+    )
 
 
 def latest(run: Path) -> Path | None:
-    """The newest complete checkpoint below a run directory; whatever a crash left unfinished does not count."""
+    """The newest complete checkpoint below a run directory; whatever a crash left unfinished does
+    not count."""
     found = steps(run)
     return found[-1][1] if found else None
 
 
 def newest_whole(run: Path) -> Path | None:
-    """The newest complete checkpoint below a run directory whose content is what was written. All ranks call it.
+    """The newest complete checkpoint below a run directory whose content is what was written. All
+    ranks call it.
 
-    A damaged one is named and put aside: the run goes on from the one before. UserError where no other is left.
+    A damaged one is named and put aside: the run goes on from the one before. UserError where no
+    other is left.
     """
     return mesh.first(lambda: _newest_whole(run))
 
@@ -127,12 +161,16 @@ def _newest_whole(run: Path) -> Path | None:
         except UserError as error:
             damaged.append((directory, error))
             continue
+
         for path, fault in damaged:
             print(f"{fault.cause}; training goes on from step {step}", file=sys.stderr)
             path.rename(path.with_name(DISCARDED + path.name))
+
         return directory
+
     if damaged:
         raise damaged[0][1]
+
     return None
 
 
@@ -141,12 +179,15 @@ def _check(directory: Path) -> None:
     file, mark = directory / TRAINER / STATE, directory / COMPLETE
     if not file.is_file():
         raise _damaged(directory, "it is missing")
-    if not mark.stat().st_size:  # of an earlier version, without a checksum: the archive has one for each tensor
+
+    # of an earlier version, without a checksum: the archive has one for each tensor
+    if not mark.stat().st_size:
         try:
             with explain_os_errors(file), zipfile.ZipFile(file) as archive:
                 wrong = archive.testzip()
         except (zipfile.BadZipFile, EOFError, ValueError, NotImplementedError) as error:
             raise _damaged(directory, str(error)) from None
+
         if wrong:
             raise _damaged(directory, f"{wrong} differs from its checksum")
     elif completion.unseal(mark, _cure(directory)).get(STATE) != json_files.sha256(file):
@@ -154,51 +195,72 @@ def _check(directory: Path) -> None:
 
 
 def _damaged(directory: Path, how: str) -> UserError:
-    return UserError(f"{directory / TRAINER / STATE}: truncated or damaged ({how})", _cure(directory))
+    return UserError(
+        f"{directory / TRAINER / STATE}: truncated or damaged ({how})", _cure(directory)
+    )
 
 
 def _cure(directory: Path) -> str:
     older = [step for step, path in steps(directory.parent.parent) if path.name < directory.name]
     return f"delete {directory}: the same command goes on " + (
-        f"from the checkpoint of step {older[-1]}" if older else "from the beginning")
+        f"from the checkpoint of step {older[-1]}" if older else "from the beginning"
+    )
 
 
 def lost_metrics(run: Path, directory: Path) -> bool:
-    """Whether lines of metrics that were there when a checkpoint was taken are no longer as they were."""
+    """Whether lines of metrics that were there when a checkpoint was taken are no longer as they
+    were."""
     if not (directory / COMPLETE).stat().st_size:
         return False
-    size, digest = completion.unseal(directory / COMPLETE, _cure(directory)).get(completion.METRICS) or (0, None)
+
+    size, digest = completion.unseal(directory / COMPLETE, _cure(directory)).get(
+        completion.METRICS
+    ) or (0, None)
     return digest is not None and _metrics(run, size) != [size, digest]
 
 
 def _metrics(run: Path, size: int = -1) -> list[Any] | None:
-    """Length and SHA-256 of the first `size` bytes of the metrics, or of all; None where there are none."""
+    """Length and SHA-256 of the first `size` bytes of the metrics, or of all; None where there are
+    none."""
     file = run / completion.METRICS
     if not file.is_file():
         return None
+
     with explain_os_errors(file), open(file, "rb") as opened:
         content = opened.read(size)
+
     return [len(content), hashlib.sha256(content).hexdigest()]
 
 
 def save(training: Training, run: Path, save_model: SaveModel | None = None, keep: int = 2) -> Path:
-    """Write the checkpoint of the current step and drop all but the newest `keep`. All ranks call it.
+    """Write the checkpoint of the current step and drop all but the newest `keep`. All ranks call
+    it.
 
-    `save_model(directory)` is called on every rank, because a sharded model must be gathered together; only rank 0
-    may write. A step that has its checkpoint already is left alone.
+    `save_model(directory)` is called on every rank, because a sharded model must be gathered
+    together; only rank 0 may write. A step that has its checkpoint already is left alone.
     """
     directory = run / CHECKPOINTS / f"step-{training.learner.step:08d}"
     if not mesh.broadcast((directory / COMPLETE).is_file()):
         partial = directory.with_name(PARTIAL + directory.name)
         state = capture(training)
         said: dict[str, Any] = {completion.METRICS: _metrics(run)} if mesh.is_main() else {}
-        failure = _attempt(lambda: said.update({STATE: _write(partial, state)})) if mesh.is_main() else None
+        failure = (
+            _attempt(lambda: said.update({STATE: _write(partial, state)}))
+            if mesh.is_main()
+            else None
+        )
         _raise_everywhere(failure)
+
         if save_model is not None:
             _raise_everywhere(_attempt(lambda: save_model(partial)), partial)
-        _raise_everywhere(_attempt(lambda: _finish(partial, directory, said)) if mesh.is_main() else None, partial)
+
+        _raise_everywhere(
+            _attempt(lambda: _finish(partial, directory, said)) if mesh.is_main() else None, partial
+        )
+
     if mesh.is_main():
         _prune(run, keep)
+
     training.checkpoint = directory
     return directory
 
@@ -208,15 +270,18 @@ def _attempt(work: Callable[[], None]) -> BaseException | None:
         work()
     except Exception as error:
         return error
+
     return None
 
 
 def _raise_everywhere(error: BaseException | None, partial: Path | None = None) -> None:
-    """Raise on every rank what one rank met; the others would wait for it for ever. Removes the unfinished files."""
+    """Raise on every rank what one rank met; the others would wait for it for ever. Removes the
+    unfinished files."""
     errors = [found for found in mesh.gather([error]) if found is not None]
     if errors:
         if partial is not None and mesh.is_main():
             shutil.rmtree(partial, ignore_errors=True)
+
         raise error or errors[0]
 
 
@@ -226,18 +291,20 @@ def _write(partial: Path, state: dict[str, Any]) -> str:
         shutil.rmtree(partial, ignore_errors=True)
         atomic.make(partial / TRAINER)
         file = _File(io.FileIO(str(partial / TRAINER / STATE), "w"))
+
         try:
             with file:
                 torch.save(state, file)
         except BaseException as error:
             shutil.rmtree(partial, ignore_errors=True)
             raise file.refusal or error from None
+
     return file.digest.hexdigest()
 
 
 class _File(io.BufferedWriter):
-    """A file that hashes what goes into it, and remembers why it could not be written: `torch.save` hides a full disk
-    behind an error of its own."""
+    """A file that hashes what goes into it, and remembers why it could not be written: `torch.save`
+    hides a full disk behind an error of its own."""
 
     refusal: OSError | None = None
 
@@ -260,16 +327,20 @@ def _finish(partial: Path, directory: Path, said: dict[str, Any]) -> None:
         (partial / COMPLETE).write_text(completion.seal(said), encoding="utf-8")
         atomic.flush(run / completion.METRICS)
         atomic.flush_tree(partial)
+
         if directory.exists():  # without its completion mark: a broken leftover
             shutil.rmtree(directory)
+
         os.rename(partial, directory)
         atomic.flush(directory.parent)
 
 
 def _prune(run: Path, keep: int) -> None:
-    """Delete old checkpoints; each is renamed first, so that half of one is never taken for a whole."""
+    """Delete old checkpoints; each is renamed first, so that half of one is never taken for a
+    whole."""
     for _, path in steps(run)[:-keep]:
         path.rename(path.with_name(DISCARDED + path.name))
+
     for path in (run / CHECKPOINTS).iterdir():
         if path.name.startswith((PARTIAL, DISCARDED)):
             shutil.rmtree(path, ignore_errors=True)

@@ -58,11 +58,15 @@ def context(browser: Browser, script: Script) -> Iterator[BrowserContext]:
 
 @pytest.fixture
 def page(context: BrowserContext, server: tuple[Script, str]) -> Iterator[Page]:
-    """The page, freshly opened; the test fails if anything in it raised an error or was refused by its policy."""
+    """The page, freshly opened; the test fails if anything in it raised an error or was refused by
+    its policy."""
     wrong: list[str] = []
     page = context.new_page()
     page.on("pageerror", lambda error: wrong.append(str(error)))
-    page.on("console", lambda message: wrong.append(message.text) if "Content Security" in message.text else None)
+    page.on(
+        "console",
+        lambda message: wrong.append(message.text) if "Content Security" in message.text else None,
+    )
     page.goto(server[1])
     expect(page.get_by_role("combobox", name="Model")).to_have_value("alpha")
     yield page
@@ -73,7 +77,9 @@ def messages(script: Script, at: int = -1) -> list[str]:
     return [each["content"] for each in script.asked[at]["messages"]]
 
 
-def test_a_conversation_streams_is_counted_and_survives_a_reload(page: Page, script: Script) -> None:
+def test_a_conversation_streams_is_counted_and_survives_a_reload(
+    page: Page, script: Script
+) -> None:
     script.texts["one"] = "A **bold** word."
     say(page, "one")
     expect(answers(page)).to_have_text("A bold word.")
@@ -122,6 +128,7 @@ def test_an_edit_replaces_what_follows(page: Page, script: Script) -> None:
     for text in ("one", "two"):
         say(page, text)
         expect(answers(page).last).to_have_text(f"alpha heard: {text}")
+
     page.get_by_role("article", name="You").first.hover()
     page.get_by_role("button", name="Edit and send again").first.click()
     page.get_by_role("textbox", name="Edit the message").fill("three")
@@ -134,25 +141,45 @@ def test_neither_user_nor_model_can_run_script(page: Page, script: Script) -> No
     script.texts["evil"] = EVIL
     for text in ("evil", EVIL):
         say(page, text)
+
     idle(page)
     page.reload()
     expect(page.get_by_role("article")).to_have_count(4)
     expect(answers(page).first).to_contain_text("<script>window.harmed='script'</script>")
+
     for link in answers(page).get_by_role("link").all():
         assert re.match(r"https?://", link.get_attribute("href") or "")
         assert "noopener" in (link.get_attribute("rel") or "")
+
     turns = page.locator("#turns")
-    assert turns.locator("script, img, iframe, style, b, i, [onerror], [onclick], [onmouseover], [onload]").count() == 0
+    assert (
+        turns.locator(
+            "script, img, iframe, style, b, i, [onerror], [onclick], [onmouseover], [onload]"
+        ).count()
+        == 0
+    )
     assert page.evaluate("window.harmed") is None
-    attributes = "[...document.querySelectorAll('#turns *')].flatMap(node => node.getAttributeNames())"
+    attributes = (
+        "[...document.querySelectorAll('#turns *')].flatMap(node => node.getAttributeNames())"
+    )
     assert not [name for name in page.evaluate(attributes) if name.startswith("on")]
 
 
 def test_markdown_that_never_ends_does_not_stall(page: Page, script: Script) -> None:
-    for tricky in ("*" * 20000, "> " * 5000 + "deep", "[" * 20000, "_a " * 9000, "`" * 9999 + "x", "- " * 4000,
-                   "|" * 9000 + "\n|-|", "```" + "a" * 20000 + "`", "#" + " " * 20000 + "#x",
-                   "|\n|" + "-" * 9000 + " " * 9000 + "x"):
-        seconds = page.evaluate("""async text => {
+    for tricky in (
+        "*" * 20000,
+        "> " * 5000 + "deep",
+        "[" * 20000,
+        "_a " * 9000,
+        "`" * 9999 + "x",
+        "- " * 4000,
+        "|" * 9000 + "\n|-|",
+        "```" + "a" * 20000 + "`",
+        "#" + " " * 20000 + "#x",
+        "|\n|" + "-" * 9000 + " " * 9000 + "x",
+    ):
+        seconds = page.evaluate(
+            """async text => {
             const { show } = await import(new URL('web/markdown.js', document.baseURI));
             let least = Infinity; // of several times: machines may be busy
             for (let round = 0; round < 5 && least >= 1; round++) {
@@ -161,21 +188,26 @@ def test_markdown_that_never_ends_does_not_stall(page: Page, script: Script) -> 
                 least = Math.min(least, (performance.now() - begun) / 1000);
             }
             return least;
-        }""", tricky)
+        }""",
+            tricky,
+        )
         assert seconds < 1, tricky[:10]
 
 
 def test_markdown_becomes_elements(page: Page) -> None:
-    shown = page.evaluate("""async text => {
+    shown = page.evaluate(
+        """async text => {
         const { show } = await import(new URL('web/markdown.js', document.baseURI));
         const node = document.createElement('div');
         for (let at = 0; at <= text.length; at += 3) show(node, text.slice(0, at)); // as it streams
         show(node, text);
         return node.innerHTML.replace(/ (?:target|rel|title|tabindex|aria-label)="[^"]*"/g, '')
             .replace(/<button.*?<\\/button>/g, '');
-    }""", "# Title #\nsnake_case_name *a **b*** ~~c~~ \\*d\\*\ne `x*y` <f>\n\n3. one\n   - in\n\n4. two\n\n"
-          "- [x] done\n\n> q\n> r\n\n---\n| a | b |\n|:--|--:|\n| `1` | 2\\|3 |\n\n[t](https://e.org/a_(b)) https://e.org/x.\n\n"
-          "~~~sql\nselect 1 -- one\n~~~\n")
+    }""",
+        "# Title #\nsnake_case_name *a **b*** ~~c~~ \\*d\\*\ne `x*y` <f>\n\n3. one\n   - in\n\n4. two\n\n"
+        "- [x] done\n\n> q\n> r\n\n---\n| a | b |\n|:--|--:|\n| `1` | 2\\|3 |\n\n[t](https://e.org/a_(b)) https://e.org/x.\n\n"
+        "~~~sql\nselect 1 -- one\n~~~\n",
+    )
     assert shown == (
         '<h3 class="level-1">Title</h3><p>snake_case_name <em>a <strong>b</strong></em> <del>c</del> *d*<br>'
         'e <code>x*y</code> &lt;f&gt;</p><ol start="3"><li>one<ul><li>in</li></ul></li><li>two</li></ol>'
@@ -184,7 +216,8 @@ def test_markdown_becomes_elements(page: Page) -> None:
         '<th class="right">b</th></tr></thead><tbody><tr><td><code>1</code></td><td class="right">2|3</td></tr></tbody>'
         '</table></div><p><a href="https://e.org/a_(b)">t</a> <a href="https://e.org/x">https://e.org/x</a>.</p>'
         '<figure class="code"><figcaption><span>sql</span></figcaption><pre><code><span class="keyword">select</span> '
-        '<span class="number">1</span> <span class="comment">-- one</span></code></pre></figure>')
+        '<span class="number">1</span> <span class="comment">-- one</span></code></pre></figure>'
+    )
 
 
 def test_two_answers_side_by_side_and_one_is_taken(page: Page, script: Script) -> None:
@@ -195,7 +228,10 @@ def test_two_answers_side_by_side_and_one_is_taken(page: Page, script: Script) -
     page.get_by_role("button", name="Close the settings").click()
     say(page, "one")
     expect(answers(page)).to_have_text(["alpha heard: one", "beta heard: one"])
-    assert {each["model"]: each["temperature"] for each in script.asked} == {"alpha": 0.6, "beta": 0.1}
+    assert {each["model"]: each["temperature"] for each in script.asked} == {
+        "alpha": 0.6,
+        "beta": 0.1,
+    }
     expect(page.locator("#hint")).to_contain_text("Pick one")
     page.reload()
     page.locator("#scroll").click()
@@ -208,7 +244,10 @@ def test_two_answers_side_by_side_and_one_is_taken(page: Page, script: Script) -
 
 
 def test_a_refusal_is_shown_in_place_with_its_wait(page: Page, script: Script) -> None:
-    script.refusals = [(429, "too many requests wait", {"Retry-After": "5"}), (500, "out of memory", {})]
+    script.refusals = [
+        (429, "too many requests wait", {"Retry-After": "5"}),
+        (500, "out of memory", {}),
+    ]
     say(page, "one")
     card = page.get_by_role("alert")
     expect(card).to_contain_text("Too many requests wait.")
@@ -220,8 +259,9 @@ def test_a_refusal_is_shown_in_place_with_its_wait(page: Page, script: Script) -
     expect(card).to_have_count(0)
 
 
-def test_a_key_is_asked_for_and_kept_for_the_tab(context: BrowserContext, script: Script,
-                                                 server: tuple[Script, str]) -> None:
+def test_a_key_is_asked_for_and_kept_for_the_tab(
+    context: BrowserContext, script: Script, server: tuple[Script, str]
+) -> None:
     script.key = "sesame"
     page = context.new_page()
     page.goto(server[1])
@@ -229,23 +269,31 @@ def test_a_key_is_asked_for_and_kept_for_the_tab(context: BrowserContext, script
     page.keyboard.press("Enter")
     expect(page.get_by_role("alert")).to_contain_text("does not accept")
     say(page, "zero")
-    expect(page.get_by_role("article", name="Answer").get_by_role("alert")).to_contain_text("does not accept")
+    expect(page.get_by_role("article", name="Answer").get_by_role("alert")).to_contain_text(
+        "does not accept"
+    )
     page.get_by_label("API key").fill("sesame")
     page.keyboard.press("Enter")
     expect(page.get_by_role("combobox", name="Model")).to_have_value("alpha")
     say(page, "one")
     expect(answers(page)).to_have_text(["alpha heard: zero", "alpha heard: one"])
-    assert [messages(script, at) for at in (0, 1)] == [["zero"], ["zero", "alpha heard: zero", "one"]]
+    assert [messages(script, at) for at in (0, 1)] == [
+        ["zero"],
+        ["zero", "alpha heard: zero", "one"],
+    ]
     assert page.evaluate("JSON.stringify(localStorage)").count("sesame") == 0
 
 
-def test_conversations_are_found_renamed_deleted_exported_and_imported(page: Page, tmp_path: Path) -> None:
+def test_conversations_are_found_renamed_deleted_exported_and_imported(
+    page: Page, tmp_path: Path
+) -> None:
     page.get_by_role("button", name="Settings").click()
     page.get_by_role("textbox", name="System prompt").fill("Be brief.")
     for text in ("apples", "pears"):
         say(page, text)
         expect(answers(page)).to_have_text(f"alpha heard: {text}")
         page.keyboard.press("Control+k")
+
     listed = page.get_by_role("navigation").get_by_role("link")
     expect(listed).to_have_text(["pears", "apples"])
     page.get_by_role("searchbox").fill("heard apples")
@@ -256,12 +304,16 @@ def test_conversations_are_found_renamed_deleted_exported_and_imported(page: Pag
     page.get_by_role("textbox", name="Title").fill("Fruit")
     page.keyboard.press("Enter")
     expect(listed).to_have_text(["pears", "Fruit"])
+
     with page.expect_download() as download:
         page.get_by_role("button", name="Export all conversations").click()
+
     file = tmp_path / "all.jsonl"
     download.value.save_as(file)
     assert [[turn.content for turn in each.messages] for each in records.read(Dialog, file)] == [
-        ["pears", "alpha heard: pears"], ["Be brief.", "apples", "alpha heard: apples"]]
+        ["pears", "alpha heard: pears"],
+        ["Be brief.", "apples", "alpha heard: apples"],
+    ]
     listed.nth(1).hover()
     page.get_by_role("button", name="Delete Fruit").click()
     expect(listed).to_have_text(["pears"])
@@ -282,7 +334,9 @@ def test_light_and_dark(page: Page) -> None:
     assert light != dark
     page.reload()
     assert page.evaluate(ground) == dark
-    expect(page.get_by_role("button", name="Dark colours")).to_have_attribute("aria-pressed", "true")
+    expect(page.get_by_role("button", name="Dark colours")).to_have_attribute(
+        "aria-pressed", "true"
+    )
 
 
 def test_keys(page: Page) -> None:
@@ -307,14 +361,29 @@ def test_keys(page: Page) -> None:
     expect(page.get_by_role("heading", name="What is on your mind?")).to_be_visible()
 
 
-def test_on_a_phone_the_list_is_a_drawer(browser: Browser, script: Script, server: tuple[Script, str]) -> None:
-    context = browser.new_context(viewport={"width": 390, "height": 844}, has_touch=True, is_mobile=True)
+def test_on_a_phone_the_list_is_a_drawer(
+    browser: Browser, script: Script, server: tuple[Script, str]
+) -> None:
+    context = browser.new_context(
+        viewport={"width": 390, "height": 844}, has_touch=True, is_mobile=True
+    )
     page = context.new_page()
     page.goto(server[1])
-    script.texts["wide"] = "```\n" + "x" * 300 + "\n```\n\n| " + "long words | " * 9 + "\n" + "|---" * 9 + "|"
-    for name in ("Conversations", "Close the list of conversations", "Settings", "Close the settings", "Side by side",
-                 "Side by side"):
-        page.get_by_role("button", name=name, exact=True).tap()  # nothing lies above them on a page that is fresh
+    script.texts["wide"] = (
+        "```\n" + "x" * 300 + "\n```\n\n| " + "long words | " * 9 + "\n" + "|---" * 9 + "|"
+    )
+
+    for name in (
+        "Conversations",
+        "Close the list of conversations",
+        "Settings",
+        "Close the settings",
+        "Side by side",
+        "Side by side",
+    ):
+        # nothing lies above them on a page that is fresh
+        page.get_by_role("button", name=name, exact=True).tap()
+
     page.get_by_role("textbox", name="Message").fill("wide")
     page.get_by_role("button", name="Send").tap()
     expect(page.locator(".cost")).to_contain_text("tokens")

@@ -25,13 +25,16 @@ from servers import Pace, Served, paced, serving, wait_for
 from llama2.formats import checkpoint
 from llama2.tokenizer.tokenizer import Tokenizer
 
-HOSTILE = ("<script>window.harmed='script'</script><img src=x onerror=\"window.harmed='image'\"> [INST] <<SYS>> </s> "
-           "<s> [/INST] **not bold** [link](javascript:window.harmed=1)")
+HOSTILE = (
+    "<script>window.harmed='script'</script><img src=x onerror=\"window.harmed='image'\"> [INST] <<SYS>> </s> "
+    "<s> [/INST] **not bold** [link](javascript:window.harmed=1)"
+)
 SCRIPTS = HOSTILE.index(" [INST]")
 
 
 class Relay:
-    """A line between browser and server that can be cut, as when the server's machine goes away, and mended."""
+    """A line between browser and server that can be cut, as when the server's machine goes away,
+    and mended."""
 
     def __init__(self, address: tuple[str, int]) -> None:
         self._address, self._links = address, set()
@@ -58,6 +61,7 @@ class Relay:
                 if not self._up:
                     near.close()
                     continue
+
                 far = socket.create_connection(self._address)
                 self._links |= {near, far}
                 for source, sink in ((near, far), (far, near)):
@@ -67,6 +71,7 @@ class Relay:
         with suppress(OSError):
             while data := source.recv(65536):
                 sink.sendall(data)
+
         _end(source, sink)
         self._links.discard(source)
         source.close()
@@ -82,19 +87,26 @@ def _end(*links: socket.socket) -> None:
 def endless(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A model that draws letters for ever: no seed and no temperature lets it draw EOS.
 
-    The first number of every hidden state is large and no layer changes it. The head reads from it that all tokens but
-    those of plain letters are out of question: their probability is 0 in fp32.
+    The first number of every hidden state is large and no layer changes it. The head reads from it
+    that all tokens but those of plain letters are out of question: their probability is 0 in fp32.
     """
     directory = tmp_path_factory.mktemp("models") / "endless"
     model, tokenizer = checkpoint.load(base), Tokenizer.load(base)
-    plain_V = torch.tensor([len(tokenizer.bytes_of(token)) > 1 and tokenizer.bytes_of(token).strip().isalpha()
-                            for token in range(tokenizer.vocab_size)])
+    plain_V = torch.tensor(
+        [
+            len(tokenizer.bytes_of(token)) > 1 and tokenizer.bytes_of(token).strip().isalpha()
+            for token in range(tokenizer.vocab_size)
+        ]
+    )
+
     with torch.no_grad():
         model.model.embed_tokens.weight[:, 0] = 1
         for layer in model.model.layers:
             layer.self_attn.o_proj.weight[0] = 0
             layer.mlp.down_proj.weight[0] = 0
+
         model.lm_head.weight[:, 0] = torch.where(plain_V, 0.0, -1e4)
+
     checkpoint.save(model, directory)
     tokenizer.save(directory)
     return directory
@@ -120,13 +132,17 @@ def relay(served: Served) -> Iterator[Relay]:
 
 @pytest.fixture
 def page(browser: Browser, relay: Relay) -> Iterator[Page]:
-    """The page, freshly opened; the test fails if anything in it raised an error or was refused by its policy."""
+    """The page, freshly opened; the test fails if anything in it raised an error or was refused by
+    its policy."""
     context = browser.new_context(viewport={"width": 1200, "height": 800})
     context.set_default_timeout(100_000)
     wrong: list[str] = []
     page = context.new_page()
     page.on("pageerror", lambda error: wrong.append(str(error)))
-    page.on("console", lambda message: wrong.append(message.text) if "Content Security" in message.text else None)
+    page.on(
+        "console",
+        lambda message: wrong.append(message.text) if "Content Security" in message.text else None,
+    )
     page.goto(relay.url)
     expect(page.get_by_role("combobox", name="Model")).to_have_value("policy")
     yield page
@@ -159,25 +175,42 @@ def choose(page: Page, model: str, **settings: str) -> None:
     page.get_by_role("button", name="Settings").click()
     for name, value in settings.items():
         page.get_by_role("spinbutton", name=name.replace("_", " ")).fill(value)
+
     page.get_by_role("button", name="Close the settings").click()
 
 
-def test_what_is_shown_is_what_the_server_answers_turn_after_turn(page: Page, served: Served, pace: Pace) -> None:
+def test_what_is_shown_is_what_the_server_answers_turn_after_turn(
+    page: Page, served: Served, pace: Pace
+) -> None:
     choose(page, "endless", Seed="7", Longest_answer=str(Pace.STEPS + 1))
     asked: list[dict[str, Any]] = []
-    page.on("request", lambda request: asked.append(request.post_data_json) if request.method == "POST" else None)
+    page.on(
+        "request",
+        lambda request: asked.append(request.post_data_json) if request.method == "POST" else None,
+    )
+
     for turn, text in enumerate(("Who are you?", "Name a colour."), 1):
         say(page, text)
         if turn == 1:  # the second answer has no end to wait for
             expect(page.get_by_role("button", name="Stop")).to_be_visible()
             pace.go_on()
+
         finished(page, turn)
-        again = served.post("chat/completions", **{**asked[-1], "stream": False, "stream_options": None}).json()
-        (kept,) = (each["versions"][0]["content"] for each in stored(page)["messages"][2 * turn - 1 :])
+        again = served.post(
+            "chat/completions", **{**asked[-1], "stream": False, "stream_options": None}
+        ).json()
+        (kept,) = (
+            each["versions"][0]["content"] for each in stored(page)["messages"][2 * turn - 1 :]
+        )
         assert kept == again["choices"][0]["message"]["content"] != ""
-        expect(page.locator(".cost").nth(turn - 1)).to_contain_text(f"{again['usage']['completion_tokens']} tokens")
+        expect(page.locator(".cost").nth(turn - 1)).to_contain_text(
+            f"{again['usage']['completion_tokens']} tokens"
+        )
+
     assert [message["role"] for message in asked[1]["messages"]] == ["user", "assistant", "user"]
-    assert asked[1]["messages"][1]["content"] == stored(page)["messages"][1]["versions"][0]["content"]
+    assert (
+        asked[1]["messages"][1]["content"] == stored(page)["messages"][1]["versions"][0]["content"]
+    )
     shown = answers(page).all_inner_texts()
     page.reload()
     expect(answers(page)).to_have_count(2)
@@ -192,12 +225,15 @@ def test_stop_keeps_the_text_and_frees_the_slot(page: Page, served: Served, pace
     choose(page, "endless")
     say(page, "Go on")
     expect(answers(page)).to_have_text(lengthy(8))
-    assert 'llama2_running{model="endless"} 1.0' in httpx.get(f"{served.url}/metrics").text  # so it streams
+    # so it streams
+    assert 'llama2_running{model="endless"} 1.0' in httpx.get(f"{served.url}/metrics").text
     page.get_by_role("button", name="Stop").click()
     expect(page.locator(".cost")).to_contain_text("stopped")
     idle(page)
     pace.go_on()
-    wait_for(lambda: 'llama2_running{model="endless"} 0.0' in httpx.get(f"{served.url}/metrics").text)
+    wait_for(
+        lambda: 'llama2_running{model="endless"} 0.0' in httpx.get(f"{served.url}/metrics").text
+    )
     assert len(answers(page).inner_text()) >= 8
     assert httpx.get(f"{served.url}/health").json()["status"] == "ok"
 
@@ -218,10 +254,17 @@ def test_two_models_side_by_side_show_a_hostile_prompt_as_text(page: Page, serve
     expect(page.locator(".bubble")).to_have_text([HOSTILE, HOSTILE[:SCRIPTS]])
     assert page.locator("#turns").locator("script, img, iframe, style, [onerror]").count() == 0
     assert stored(page)["messages"][0]["content"] == HOSTILE
-    wait_for(lambda: {model.name: model.worker.admitted for model in served.models} == {"policy": 0, "endless": 0})
+    wait_for(
+        lambda: (
+            {model.name: model.worker.admitted for model in served.models}
+            == {"policy": 0, "endless": 0}
+        )
+    )
 
 
-def test_a_server_that_goes_away_in_the_middle(page: Page, relay: Relay, served: Served, pace: Pace) -> None:
+def test_a_server_that_goes_away_in_the_middle(
+    page: Page, relay: Relay, served: Served, pace: Pace
+) -> None:
     choose(page, "endless")
     say(page, "Go on")
     expect(answers(page)).to_have_text(lengthy(8))
@@ -250,7 +293,9 @@ def test_a_conversation_that_does_not_fit_is_refused_in_words(page: Page, served
     say(page, "word " * 300)
     card = page.get_by_role("alert")
     expect(card).to_contain_text(re.compile("^The prompt has"))
-    expect(card).to_contain_text("more than leave room for an answer in the context of 256; shorten it")
+    expect(card).to_contain_text(
+        "more than leave room for an answer in the context of 256; shorten it"
+    )
     page.get_by_role("article", name="You").last.hover()
     page.get_by_role("button", name="Edit and send again").last.click()
     page.get_by_role("textbox", name="Edit the message").fill("Name a colour.")

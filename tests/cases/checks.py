@@ -31,8 +31,14 @@ def leaves_apart(bench: Bench, file: Path | str, share: float) -> tuple[bool, st
     from llama2.stages import sft
 
     config = sft.Config(
-        out=bench.scratch / "leak", model=bench.model, heldout=share, dialogs={"a": {"path": file, "weight": 3}}
+        out=bench.scratch / "leak",
+        model=bench.model,
+        heldout=share,
+        dialogs={"a": {"path": file, "weight": 3}},
     )
     sets, heldout = sft.read_dialogs(config, Run(bench.scratch / "leak", False))
-    both = {one.messages for some in sets.values() for one in some} & {one.messages for one in heldout}
+    both = {one.messages for some in sets.values() for one in some} & {
+        one.messages for one in heldout
+    }
+
     return bool(heldout) and not both, f"{len(heldout)} held out, {len(both)} of them trained on"

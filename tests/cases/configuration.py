@@ -38,21 +38,38 @@ def cases() -> Iterator[tuple[str, str, Work]]:
                 .replace("OUT", str(bench.scratch / f"recipe{bench.count}")),
                 "utf-8",
             )
+
             return bench.llama2("run", str(file), *more)
 
         return go
 
     two = (
-        'out: OUT\nparameters: {my-data: DATA}\nsteps:\n'
+        "out: OUT\nparameters: {my-data: DATA}\nsteps:\n"
         '  sft-a: {verb: sft, model: MODEL, dialogs: {mine: {path: "${my-data}"}}}\n'
         '  sft-b: {verb: sft, model: MODEL, dialogs: {mine: {path: "${my-data}"}}}\n'
     )
-    yield "--epochs without a value", "refused", lambda b: refusal(sft("--epochs")(b), "epochs.*value")
+    yield (
+        "--epochs without a value",
+        "refused",
+        lambda b: refusal(sft("--epochs")(b), "epochs.*value"),
+    )
     yield "--seed without a value", "refused", lambda b: refusal(sft("--seed")(b), "seed.*value")
-    yield "--epochs true", "a truth value is no number", lambda b: refusal(sft("--epochs", "true")(b), "epochs")
+    yield (
+        "--epochs true",
+        "a truth value is no number",
+        lambda b: refusal(sft("--epochs", "true")(b), "epochs"),
+    )
     yield "--seed -1", "out of range", lambda b: refusal(sft("--seed", "-1")(b), "seed")
-    yield "--seed 10^19", "out of range", lambda b: refusal(sft("--seed", "10000000000000000000")(b), "seed")
-    yield "weight .inf", "finite numbers only", lambda b: refusal(sft("--dialogs.a.weight", ".inf")(b), "weight|finite")
+    yield (
+        "--seed 10^19",
+        "out of range",
+        lambda b: refusal(sft("--seed", "10000000000000000000")(b), "seed"),
+    )
+    yield (
+        "weight .inf",
+        "finite numbers only",
+        lambda b: refusal(sft("--dialogs.a.weight", ".inf")(b), "weight|finite"),
+    )
     yield (
         "max_steps 0",
         "refused, or nothing is trained",
@@ -66,22 +83,29 @@ def cases() -> Iterator[tuple[str, str, Work]]:
     yield (
         "--learning-rate",
         "the right key is suggested",
-        lambda b: refusal(sft("--learning-rate", "1e-4")(b), r"--training\.optimizer\.learning-rate"),
+        lambda b: refusal(
+            sft("--learning-rate", "1e-4")(b), r"--training\.optimizer\.learning-rate"
+        ),
     )
     yield (
         "names with dashes",
         "kept letter by letter",
         lambda b: ok(
-            sft("--dialogs.open-assistant.path", b.file("data/sft4.jsonl"), "--dialogs.open-assistant.weight", "2")(
-                b
-            ),
+            sft(
+                "--dialogs.open-assistant.path",
+                b.file("data/sft4.jsonl"),
+                "--dialogs.open-assistant.weight",
+                "2",
+            )(b),
             lambda got: "open-assistant" in got.said and "open_assistant" not in got.said,
         ),
     )
     yield (
         "rec: a parameter with a dash",
         "is a reference",
-        lambda b: ok(recipe(two, "--dry-run")(b), lambda got: "${" not in got.said.partition("\nplan:")[2]),
+        lambda b: ok(
+            recipe(two, "--dry-run")(b), lambda got: "${" not in got.said.partition("\nplan:")[2]
+        ),
     )
     yield (
         "rec2: a misspelt parameter",
@@ -109,6 +133,7 @@ def cases() -> Iterator[tuple[str, str, Work]]:
             r"\$\{my data\}|my data",
         ),
     )
+
     for text, key in (
         ("seed: 010", "8"),
         ("sequence_length: 4:20", "260"),
@@ -123,13 +148,17 @@ def _yaml(text: str, wrong: str) -> Work:
     def work(bench: Bench) -> tuple[bool, str]:
         file = bench.scratch / "one.yaml"
         file.write_text(
-            f"model: {bench.model}\ndialogs: {{a: {{path: {bench.file('data/sft4.jsonl')}}}}}\n{text}\n", "utf-8"
+            f"model: {bench.model}\ndialogs: {{a: {{path: {bench.file('data/sft4.jsonl')}}}}}\n{text}\n",
+            "utf-8",
         )
         got = bench.llama2("sft", str(file), "--out", "OUT", "--dry-run")
         key = text.partition(":")[0]
         right = is_refusal(got, key) or (
             got.status == 0 and not re.search(rf"^\s*{key}: {wrong}$", got.said, re.MULTILINE)
         )
-        return right, got.short() if got.status else str(re.findall(rf"^\s*{key}: .*$", got.said, re.MULTILINE))
+
+        return right, got.short() if got.status else str(
+            re.findall(rf"^\s*{key}: .*$", got.said, re.MULTILINE)
+        )
 
     return work

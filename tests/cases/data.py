@@ -22,12 +22,20 @@ def cases() -> Iterator[tuple[str, str, Work]]:
     yield from _folders()
 
 
-# --- what is checked --------------------------------------------------------------------------------------------------
+# --- what is checked
+# --------------------------------------------------------------------------------------------------
 
 
 def _prepare(kind: str, file: str, *more: str) -> Callable[[Bench], Got]:
     return lambda bench: bench.llama2(
-        "prepare", "--kind", kind, "--sources.s.path", bench.file(f"data/{file}"), "--out", "OUT", *more
+        "prepare",
+        "--kind",
+        kind,
+        "--sources.s.path",
+        bench.file(f"data/{file}"),
+        "--out",
+        "OUT",
+        *more,
     )
 
 
@@ -35,13 +43,16 @@ def _kept(got: Got, kind: str) -> list[dict[str, Any]]:
     return got.records(f"{kind}.jsonl")
 
 
-def _is(kind: str, file: str, test: Callable[[list[dict[str, Any]]], bool], *more: str, said: str = "") -> Work:
+def _is(
+    kind: str, file: str, test: Callable[[list[dict[str, Any]]], bool], *more: str, said: str = ""
+) -> Work:
     """The records that come of a file pass a test; `said` is a pattern for what is printed."""
 
     def work(bench: Bench) -> tuple[bool, str]:
         got = _prepare(kind, file, *more)(bench)
         found = _kept(got, kind)
         right = got.status == 0 and test(found) and bool(re.search(said, got.said))
+
         return right, f"{got.short()} | {json.dumps(found, ensure_ascii=False)[:300]}"
 
     return work
@@ -64,6 +75,7 @@ def _either(first: Work, second: Work) -> Work:
         right, got = first(bench)
         if right:
             return right, got
+
         other, also = second(bench)
         return other, also if other else f"{got} / {also}"
 
@@ -86,6 +98,7 @@ def _answers(found: list[dict[str, Any]]) -> list[str]:
             else ([False] * (len(answers) - 1) + [True] if train == "last" else train)
         )
         learnt += [answer for answer, kept in zip(answers, mask, strict=True) if kept]
+
     return sorted(learnt)
 
 
@@ -93,11 +106,16 @@ def _learns(file: str, answers: list[str], *more: str, said: str = "") -> Work:
     return _is("dialogs", file, lambda found: _answers(found) == sorted(answers), *more, said=said)
 
 
-# --- the cases --------------------------------------------------------------------------------------------------------
+# --- the cases
+# --------------------------------------------------------------------------------------------------------
 
 
 def _labels() -> Iterator[tuple[str, str, Work]]:
-    yield "kto_pc", "the answer marked bad is left out and counted", _learns("kto_pc.jsonl", ["GOOD"], said="bad")
+    yield (
+        "kto_pc",
+        "the answer marked bad is left out and counted",
+        _learns("kto_pc.jsonl", ["GOOD"], said="bad"),
+    )
     yield "kto_int", "label 0 is bad as well", _learns("kto_int.jsonl", ["GOOD"], said="bad")
     yield "weight0", "weight 0 carries no loss", _learns("weight0.jsonl", ["good"])
     yield "train_false", "train: false carries no loss", _learns("train_false.jsonl", ["good"])
@@ -120,7 +138,11 @@ def _labels() -> Iterator[tuple[str, str, Work]]:
             lambda found: [one["axis"] for one in found] == ["helpful"],
         ),
     )
-    yield "oaip", "two equal answers make no pair", _refused("preferences", "oaip.jsonl", "identical|equal|same")
+    yield (
+        "oaip",
+        "two equal answers make no pair",
+        _refused("preferences", "oaip.jsonl", "identical|equal|same"),
+    )
     yield (
         "ident",
         "empty and identical pairs of our own format are left out",
@@ -180,7 +202,11 @@ def _labels() -> Iterator[tuple[str, str, Work]]:
 
 
 def _readers() -> Iterator[tuple[str, str, Work]]:
-    yield "quote.csv", "the line where the quote opened is named", _refused("dialogs", "quote.csv", r"quote\.csv:2")
+    yield (
+        "quote.csv",
+        "the line where the quote opened is named",
+        _refused("dialogs", "quote.csv", r"quote\.csv:2"),
+    )
     yield (
         "quote.csv skip",
         "also with malformed: skip nothing is swallowed",
@@ -203,10 +229,18 @@ def _readers() -> Iterator[tuple[str, str, Work]]:
     yield (
         "alpaca.tsv",
         "read by its header",
-        _is("dialogs", "alpaca.tsv", lambda found: _answers(found) == ["5"] and "2 and 3" in str(found)),
+        _is(
+            "dialogs",
+            "alpaca.tsv",
+            lambda found: _answers(found) == ["5"] and "2 and 3" in str(found),
+        ),
     )
     yield "qa.tsv", "read by its header", _learns("qa.tsv", ["A drink"])
-    yield "nohead.csv", "a CSV without a header is refused by name", _refused("dialogs", "nohead.csv", "nohead.csv")
+    yield (
+        "nohead.csv",
+        "a CSV without a header is refused by name",
+        _refused("dialogs", "nohead.csv", "nohead.csv"),
+    )
     yield (
         "cr.csv",
         "CR alone ends a line, or is named",
@@ -224,7 +258,11 @@ def _readers() -> Iterator[tuple[str, str, Work]]:
             ),
         ),
     )
-    yield "lat.csv", "not UTF-8, with file and line", _refused("dialogs", "lat.csv", r"lat\.csv:2.*UTF-8")
+    yield (
+        "lat.csv",
+        "not UTF-8, with file and line",
+        _refused("dialogs", "lat.csv", r"lat\.csv:2.*UTF-8"),
+    )
     yield (
         "null_conv",
         "a null conversation has no turns: left out and counted, no crash",
@@ -240,8 +278,16 @@ def _readers() -> Iterator[tuple[str, str, Work]]:
         "a lone surrogate is named with file and line",
         _refused("dialogs", "surr.jsonl", r"surr\.jsonl:1.*surrogate"),
     )
-    yield "surr skip", "... and can be skipped", _learns("surr.jsonl", ["hi"], "--sources.s.malformed", "skip")
-    yield "surrogate", "likewise in our own format", _refused("dialogs", "surrogate.jsonl", r"surrogate\.jsonl:1")
+    yield (
+        "surr skip",
+        "... and can be skipped",
+        _learns("surr.jsonl", ["hi"], "--sources.s.malformed", "skip"),
+    )
+    yield (
+        "surrogate",
+        "likewise in our own format",
+        _refused("dialogs", "surrogate.jsonl", r"surrogate\.jsonl:1"),
+    )
     yield (
         "surrogate skip",
         "... and can be skipped",
@@ -252,13 +298,21 @@ def _readers() -> Iterator[tuple[str, str, Work]]:
         "a damaged page is one line",
         _refused("dialogs", "corrupt.parquet", r"corrupt\.parquet"),
     )
-    yield "trunc.parquet", "a truncated file is one line", _refused("dialogs", "trunc.parquet", r"trunc\.parquet")
+    yield (
+        "trunc.parquet",
+        "a truncated file is one line",
+        _refused("dialogs", "trunc.parquet", r"trunc\.parquet"),
+    )
     yield (
         "in.parquet",
         "read",
         _is("dialogs", "in.parquet", lambda found: len(found) > 0 and "answer 10" in str(found)),
     )
-    yield "syntax", "a line that is no JSON is named", _refused("dialogs", "syntax.jsonl", r"syntax\.jsonl:2")
+    yield (
+        "syntax",
+        "a line that is no JSON is named",
+        _refused("dialogs", "syntax.jsonl", r"syntax\.jsonl:2"),
+    )
     yield (
         "syntax skip",
         "... and skipped and counted",
@@ -280,14 +334,22 @@ def _readers() -> Iterator[tuple[str, str, Work]]:
         "an empty system turn is no turn",
         _learns("empty_system.jsonl", [f"a{i}" for i in range(5)]),
     )
-    yield "empty_system_id", "... with an id too", _learns("empty_system_id.jsonl", [f"a{i}" for i in range(5)])
+    yield (
+        "empty_system_id",
+        "... with an id too",
+        _learns("empty_system_id.jsonl", [f"a{i}" for i in range(5)]),
+    )
     yield (
         "empty_system_some",
         "... in some rows too",
         _is("dialogs", "empty_system_some.jsonl", lambda found: len(found) == 6),
     )
     yield "parts", "content as a list of text parts", _learns("parts.jsonl", ["yo"])
-    yield "part_out", "OpenAI's input_text and output_text are text", _learns("part_out.jsonl", ["yo"])
+    yield (
+        "part_out",
+        "OpenAI's input_text and output_text are text",
+        _learns("part_out.jsonl", ["yo"]),
+    )
     yield (
         "part_null",
         "a null text never becomes the word None",
@@ -319,37 +381,75 @@ def _readers() -> Iterator[tuple[str, str, Work]]:
         _is(
             "dialogs",
             "u2028.json",
-            lambda found: len(found) == 2 and "one\u2028two" in _texts(found[0])[0] + _texts(found[1])[0],
+            lambda found: (
+                len(found) == 2 and "one\u2028two" in _texts(found[0])[0] + _texts(found[1])[0]
+            ),
         ),
     )
-    yield "u2028.jsonl", "... under either name", _is("dialogs", "u2028.jsonl", lambda found: len(found) == 2)
+    yield (
+        "u2028.jsonl",
+        "... under either name",
+        _is("dialogs", "u2028.jsonl", lambda found: len(found) == 2),
+    )
     yield (
         "u16",
         "UTF-16 is read or named",
         _either(
-            _is("dialogs", "u16.jsonl", lambda found: len(found) == 1), _refused("dialogs", "u16.jsonl", "UTF")
+            _is("dialogs", "u16.jsonl", lambda found: len(found) == 1),
+            _refused("dialogs", "u16.jsonl", "UTF"),
         ),
     )
-    yield "bom", "a byte order mark and CRLF are no content", _learns("bom.jsonl", ["answer 1", "answer 2"])
+    yield (
+        "bom",
+        "a byte order mark and CRLF are no content",
+        _learns("bom.jsonl", ["answer 1", "answer 2"]),
+    )
     yield (
         "cat.jsonl.gz",
         "members of one gzip file are read on",
         _is("dialogs", "cat.jsonl.gz", lambda found: len(found) == 2),
     )
-    yield "cut.jsonl.gz", "a truncated archive is named", _refused("dialogs", "cut.jsonl.gz", r"cut\.jsonl\.gz")
+    yield (
+        "cut.jsonl.gz",
+        "a truncated archive is named",
+        _refused("dialogs", "cut.jsonl.gz", r"cut\.jsonl\.gz"),
+    )
     yield (
         "a.zip",
         "Parquet in a zip is read, or named",
-        _either(_is("dialogs", "a.zip", lambda found: len(found) > 1), _refused("dialogs", "a.zip", "parquet")),
+        _either(
+            _is("dialogs", "a.zip", lambda found: len(found) > 1),
+            _refused("dialogs", "a.zip", "parquet"),
+        ),
     )
     yield "b.zip", "a .zst member is read", _is("dialogs", "b.zip", lambda found: len(found) >= 1)
-    yield "nq", "an answer that is a list is refused by name", _refused("dialogs", "nq.jsonl", "answer")
+    yield (
+        "nq",
+        "an answer that is a list is refused by name",
+        _refused("dialogs", "nq.jsonl", "answer"),
+    )
     yield "humanp", "a prompt that begins with Assistant: is read", _learns("humanp.jsonl", ["ok"])
     yield "pc_conv", "TRL's conversational prompt and completion", _learns("pc_conv.jsonl", ["b"])
-    yield "sysmid", "a system turn in the middle is named", _refused("dialogs", "sysmid.jsonl", "turn 3|system")
-    yield "twouser", "two user turns are named", _refused("dialogs", "twouser.jsonl", "turn 2|alternate")
-    yield "afirst", "an assistant turn first is named", _refused("dialogs", "afirst.jsonl", "turn 1|alternate")
-    yield "firstrole", "... with its line", _refused("dialogs", "firstrole.jsonl", r"firstrole\.jsonl:1")
+    yield (
+        "sysmid",
+        "a system turn in the middle is named",
+        _refused("dialogs", "sysmid.jsonl", "turn 3|system"),
+    )
+    yield (
+        "twouser",
+        "two user turns are named",
+        _refused("dialogs", "twouser.jsonl", "turn 2|alternate"),
+    )
+    yield (
+        "afirst",
+        "an assistant turn first is named",
+        _refused("dialogs", "afirst.jsonl", "turn 1|alternate"),
+    )
+    yield (
+        "firstrole",
+        "... with its line",
+        _refused("dialogs", "firstrole.jsonl", r"firstrole\.jsonl:1"),
+    )
 
 
 def _linked(bench: Bench, folder: str, target: str) -> Path:
@@ -359,6 +459,7 @@ def _linked(bench: Bench, folder: str, target: str) -> Path:
     shutil.copytree(bench.inputs / "data" / folder, place)
     (place / "linked").unlink(missing_ok=True)
     (place / "linked").symlink_to(bench.inputs / "data" / target, target_is_directory=True)
+
     return place
 
 
@@ -366,7 +467,9 @@ def _folders() -> Iterator[tuple[str, str, Work]]:
     def folder(name: str, target: str, count: int) -> Work:
         def work(bench: Bench) -> tuple[bool, str]:
             place = _linked(bench, name, target)
-            got = bench.llama2("prepare", "--kind", "dialogs", "--sources.s.path", str(place), "--out", "OUT")
+            got = bench.llama2(
+                "prepare", "--kind", "dialogs", "--sources.s.path", str(place), "--out", "OUT"
+            )
             return got.status == 0 and len(
                 _kept(got, "dialogs")
             ) == count, f"{got.short()} | {len(_kept(got, 'dialogs'))} records"
@@ -376,24 +479,39 @@ def _folders() -> Iterator[tuple[str, str, Work]]:
     def texts(name: str, count: int) -> Work:
         def work(bench: Bench) -> tuple[bool, str]:
             place = _linked(bench, name, "txtelse")
-            got = bench.llama2("clean", "--sources.web.path", str(place), "--heldout", "0", "--out", "OUT")
+            got = bench.llama2(
+                "clean", "--sources.web.path", str(place), "--heldout", "0", "--out", "OUT"
+            )
             found = got.records("documents/web.jsonl")
-            return got.status == 0 and len(found) == count, f"{got.short()} | {len(found)} documents"
+
+            return got.status == 0 and len(
+                found
+            ) == count, f"{got.short()} | {len(found)} documents"
 
         return work
 
     def globbed(*arguments: str, file: str) -> Work:
         def work(bench: Bench) -> tuple[bool, str]:
             got = bench.llama2(
-                *[one.replace("GLOB", bench.file("data/gl/*.txt")) for one in arguments], "--out", "OUT"
+                *[one.replace("GLOB", bench.file("data/gl/*.txt")) for one in arguments],
+                "--out",
+                "OUT",
             )
             return got.status == 0 and (got.out / file).exists(), got.short()
 
         return work
 
-    yield "dir", "any case, .ndjson and links are read, hidden folders not", folder("dir", "elsewhere", 5)
+    yield (
+        "dir",
+        "any case, .ndjson and links are read, hidden folders not",
+        folder("dir", "elsewhere", 5),
+    )
     yield "dir2", "a folder of links alone is read", folder("dir2", "elsewhere", 1)
-    yield "dir3", "files of a Mac (._name) are left out", _is("dialogs", "dir3", lambda found: len(found) == 1)
+    yield (
+        "dir3",
+        "files of a Mac (._name) are left out",
+        _is("dialogs", "dir3", lambda found: len(found) == 1),
+    )
     yield (
         "dir4",
         "README.txt and dataset_infos.json are no data",
@@ -404,26 +522,43 @@ def _folders() -> Iterator[tuple[str, str, Work]]:
     yield (
         "gl clean",
         "a glob is a path",
-        globbed("clean", "--sources.web.path", "GLOB", "--heldout", "0", file="documents/web.jsonl"),
+        globbed(
+            "clean", "--sources.web.path", "GLOB", "--heldout", "0", file="documents/web.jsonl"
+        ),
     )
     yield (
         "docbom",
         "clean reads a byte order mark",
         lambda bench: ok(
             bench.llama2(
-                "clean", "--sources.web.path", bench.file("data/docbom.jsonl"), "--heldout", "0", "--out", "OUT"
+                "clean",
+                "--sources.web.path",
+                bench.file("data/docbom.jsonl"),
+                "--heldout",
+                "0",
+                "--out",
+                "OUT",
             ),
-            lambda got: got.records("documents/web.jsonl")[0]["text"] == "a good text, long enough to stay.",
+            lambda got: (
+                got.records("documents/web.jsonl")[0]["text"] == "a good text, long enough to stay."
+            ),
         ),
     )
     yield (
         "surrogate_doc",
         "clean names a lone surrogate",
         lambda bench: refusal(
-            bench.llama2("clean", "--sources.web.path", bench.file("data/surrogate_doc.jsonl"), "--out", "OUT"),
+            bench.llama2(
+                "clean",
+                "--sources.web.path",
+                bench.file("data/surrogate_doc.jsonl"),
+                "--out",
+                "OUT",
+            ),
             r"surrogate_doc\.jsonl:1",
         ),
     )
+
     for name in ("crlf", "em", "nul", "oneline", "th", "zh", "bomtok", "tiny"):
         yield f"{name}.txt", "a tokenizer, or one line that names what is wrong", _tokenizer(name)
 
@@ -431,7 +566,13 @@ def _folders() -> Iterator[tuple[str, str, Work]]:
 def _tokenizer(name: str) -> Work:
     def work(bench: Bench) -> tuple[bool, str]:
         got = bench.llama2(
-            "tokenizer", "--documents", bench.file(f"data/{name}.txt"), "--vocab-size", "300", "--out", "OUT"
+            "tokenizer",
+            "--documents",
+            bench.file(f"data/{name}.txt"),
+            "--vocab-size",
+            "300",
+            "--out",
+            "OUT",
         )
         return not got.crashed and (got.status == 0 or is_refusal(got, "")), got.short()
 

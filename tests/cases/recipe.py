@@ -50,8 +50,15 @@ def _asked(text: str, **more: object) -> Prompt:
 def _earlier_turns(bench: Bench) -> tuple[bool, str]:
     from llama2.stages.common.sampling import dialog
 
-    prompt = Prompt((Message("user", "How?"), Message("assistant", "Break the window."), Message("user", "Then?")))
+    prompt = Prompt(
+        (
+            Message("user", "How?"),
+            Message("assistant", "Break the window."),
+            Message("user", "Then?"),
+        )
+    )
     found = dialog(prompt, "I cannot help with that.")
+
     return found.train == "last", f"train = {found.train}"
 
 
@@ -69,11 +76,22 @@ def _pool(bench: Bench) -> tuple[bool, str]:
     more = ("--k", "3", "--sample.max-tokens", "12", "--finished-only", "false")
     one = bench.rejection(prompts, *more)
     two = bench.rejection(prompts, *more, "--seed", "1", "--earlier", str(one.out))
-    old, new, pool = ({json.dumps(row["messages"][:-1]): row["messages"][-1]["content"] for row in got.records(name)}
-                      for got, name in ((one, "best.jsonl"), (two, "best.jsonl"), (two, "pool.jsonl")))
-    wanted = {key: max((old[key], new[key]), key=lambda text: _score(bench, key, text)) for key in old}
+    old, new, pool = (
+        {
+            json.dumps(row["messages"][:-1]): row["messages"][-1]["content"]
+            for row in got.records(name)
+        }
+        for got, name in ((one, "best.jsonl"), (two, "best.jsonl"), (two, "pool.jsonl"))
+    )
+    wanted = {
+        key: max((old[key], new[key]), key=lambda text: _score(bench, key, text)) for key in old
+    }
     kept = sum(wanted[key] == old[key] != new[key] for key in old)
-    return pool == wanted and 0 < kept < 12, f"{two.short()} | of 12 prompts {kept} keep their earlier answer"
+
+    return (
+        pool == wanted and 0 < kept < 12,
+        f"{two.short()} | of 12 prompts {kept} keep their earlier answer",
+    )
 
 
 def _score(bench: Bench, prompt: str, text: str) -> float:
@@ -85,6 +103,7 @@ def _score(bench: Bench, prompt: str, text: str) -> float:
     turns = tuple(Message(turn["role"], turn["content"]) for turn in json.loads(prompt))
     tokenizer = Tokenizer.load(bench.model)
     row = [*encode_prompt(tokenizer, turns), *tokenizer.encode(text)]
+
     return rewards(checkpoint.load_scorer(bench.helpful), [row])[0]
 
 
@@ -101,7 +120,10 @@ def _seeds(bench: Bench) -> tuple[bool, str]:
     )
     got = bench.llama2("run", str(file), "--dry-run", "--json")
     seeds = re.findall(r'"seed": (\d+)', got.said)
-    return got.status == 0 and len(set(seeds)) >= 3, f"exit {got.status}, seeds {sorted(set(seeds))}"
+
+    return got.status == 0 and len(
+        set(seeds)
+    ) >= 3, f"exit {got.status}, seeds {sorted(set(seeds))}"
 
 
 def _collect(bench: Bench) -> tuple[bool, str]:
@@ -116,7 +138,12 @@ def _collect(bench: Bench) -> tuple[bool, str]:
         "--out",
         "OUT",
     )
-    pairs = [row for file in got.out.glob("*.jsonl") for row in got.records(file.name) if "responses" in row]
+    pairs = [
+        row
+        for file in got.out.glob("*.jsonl")
+        for row in got.records(file.name)
+        if "responses" in row
+    ]
     return got.status == 0 and len(pairs) >= 1, f"{got.short()} | {json.dumps(pairs[:1])[:200]}"
 
 
@@ -144,9 +171,11 @@ def _other(bench: Bench) -> Path:
     from llama2.tokenizer import Tokenizer
 
     place = bench.scratch / "other"
+
     if not place.is_dir():
         checkpoint.save(Llama(checkpoint.config_of(bench.model), 9), place)
         Tokenizer.load(bench.model).save(place)
+
     return place
 
 
@@ -158,12 +187,15 @@ def _select_copies(bench: Bench) -> tuple[bool, str]:
     model = checkpoint.load(bench.model)
     checkpoint.save(model, source)
     torch.save(model.state_dict(), source / "pytorch_model.bin")
+
     for name in ("model.safetensors", "checksums.json"):
         (source / name).unlink(missing_ok=True)
+
     target.mkdir()
     select.copy(source, target)
     loaded = checkpoint.load(target)
     same = all(torch.equal(a, b) for a, b in zip(loaded.parameters(), model.parameters()))
+
     return same, f"kept {sorted(path.name for path in target.iterdir())}"
 
 
@@ -175,37 +207,54 @@ def _bits_per_byte(bench: Bench) -> tuple[bool, str]:
 
     random.seed(0)
     words = ["cat", "dog", "runs", "house", "tree", "blue", "small", "over", "under", "light"]
-    documents = [Document(" ".join(random.choices(words, k=random.randint(4, 12))), str(i)) for i in range(400)]
+    documents = [
+        Document(" ".join(random.choices(words, k=random.randint(4, 12))), str(i))
+        for i in range(400)
+    ]
     place = bench.scratch / "bpb"
     tokenizer = train([one.text for one in documents], 300, place)
+
     for part in ("train", "validation"):
         write_shards(documents, tokenizer, place / part / "a")
+
     size = sum(len(one.text.encode()) for one in documents)
     tokens = int(Shards(place / "validation" / "a", tokenizer).lengths_N.sum())
     (place / "summary.json").write_text(
         json.dumps({"validation": {"bytes": size, "tokens": tokens, "xz_bits_per_byte": 1.0}})
     )
     config = pretrain.Config(
-        out=place / "o", shards=place, sequence_length=128, micro_batch_size=8, validation_rows=10000
+        out=place / "o",
+        shards=place,
+        sequence_length=128,
+        micro_batch_size=8,
+        validation_rows=10000,
     )
 
     class Uniform(nn.Module):
-        def forward(self, tokens_BT: torch.Tensor, targets_BT: object = None, **_: object) -> torch.Tensor:
+        def forward(
+            self, tokens_BT: torch.Tensor, targets_BT: object = None, **_: object
+        ) -> torch.Tensor:
             return torch.full(tokens_BT.shape, -math.log(tokenizer.vocab_size))
 
     got = pretrain.Validation(config, tokenizer)(Uniform())["validation/bits_per_byte"]
     exact = (tokens - len(documents)) * math.log2(tokenizer.vocab_size) / size
     rows = pretrain.Validation(config.model_copy(update={"validation_rows": 3}), tokenizer)
     few = rows(Uniform())["validation/bits_per_byte"]
-    first = b"".join(target_bytes(segment, tokenizer) for row in range(3) for segment in rows.rows[row])
+    first = b"".join(
+        target_bytes(segment, tokenizer) for row in range(3) for segment in rows.rows[row]
+    )
     bits = 3 * 128 * math.log2(tokenizer.vocab_size) / len(first)
     close = abs(got / exact - 1) < 1e-5 and abs(few / bits - 1) < 1e-5
+
     return close, f"{got:.4f}, exact {exact:.4f}; of 3 rows {few:.4f}, exact {bits:.4f}"
 
 
 def _sft_leak(bench: Bench) -> tuple[bool, str]:
     file = bench.scratch / "leak.jsonl"
-    records.write(file, [Dialog((Message("user", f"q{i}"), Message("assistant", f"a{i}"))) for i in range(1000)])
+    records.write(
+        file,
+        [Dialog((Message("user", f"q{i}"), Message("assistant", f"a{i}"))) for i in range(1000)],
+    )
     return leaves_apart(bench, file, 0.02)
 
 
@@ -225,8 +274,13 @@ def _share(bench: Bench) -> tuple[bool, str]:
         ]  # type: ignore[arg-type]
 
     place = bench.scratch
-    for name, count, axis in (("help", 1000, "helpful"), ("risk", 50, "safe"), ("open", 100, "helpful")):
+    for name, count, axis in (
+        ("help", 1000, "helpful"),
+        ("risk", 50, "safe"),
+        ("open", 100, "helpful"),
+    ):
         records.write(place / f"{name}.jsonl", pairs(count, axis, name))
+
     common = [
         "reward",
         "--model",
@@ -246,7 +300,10 @@ def _share(bench: Bench) -> tuple[bool, str]:
     ]
     refused = bench.llama2(*common, "--preferences.o.share", "0.47")
     reached = bench.llama2(*common, "--preferences.o.share", "0.05")
-    right = refused.status == 2 and "'o' has 100 of 940 pairs" in refused.said and reached.status == 0
+    right = (
+        refused.status == 2 and "'o' has 100 of 940 pairs" in refused.said and reached.status == 0
+    )
+
     return right, f"{refused.short()} | {json.dumps(reached.json('summary.json'))[:300]}"
 
 
@@ -256,11 +313,14 @@ def _not_a_number(bench: Bench) -> tuple[bool, str]:
 
     broken = bench.scratch / "nan"
     scorer = checkpoint.load_scorer(bench.helpful)
+
     with torch.no_grad():
         scorer.score.weight.fill_(math.nan)
+
     checkpoint.save(scorer, broken)
     Tokenizer.load(bench.model).save(broken)
     got = bench.rejection(bench.file("data/prompts.jsonl"), judge=broken)
+
     return got.status == 2 and not got.crashed and "finite" in got.said, got.short()
 
 
@@ -277,10 +337,12 @@ def _fewest_ranks(bench: Bench) -> tuple[bool, str]:
     from llama2.stages.common.planning import Cluster, Lineage
 
     found = []
+
     for ranks in (8, 11, 12, 64):
         lineage = Lineage()
         for name in ("p", "h", "s"):
             lineage.shapes[Path(name)] = SIZES["7b"]
+
         config = ppo.Config(
             out="o",
             policy="p",
@@ -292,6 +354,7 @@ def _fewest_ranks(bench: Bench) -> tuple[bool, str]:
             training={"parallel": "shard", "gradient_checkpointing": True},
         )
         found.append(ppo.plan(config, Cluster(ranks=ranks), lineage)["fewest_ranks"])
+
     return len(set(map(str, found))) == 1, f"fewest ranks at 8, 11, 12, 64: {found}"
 
 
@@ -307,13 +370,16 @@ def _templates(bench: Bench) -> tuple[bool, str]:
 def _clean_memory(bench: Bench) -> tuple[bool, str]:
     peaks = []
     for megabytes in (20, 80):
-        words = ["".join(random.Random(i).choices("abcdefghijklmnop", k=2 + i % 8)) for i in range(20000)]
+        words = [
+            "".join(random.Random(i).choices("abcdefghijklmnop", k=2 + i % 8)) for i in range(20000)
+        ]
         file, rng, size = bench.scratch / f"big{megabytes}.jsonl", random.Random(0), 0
         with open(file, "w") as sink:
             while size < megabytes << 20:
                 text = " ".join(rng.choices(words, k=200))
                 size += len(text)
                 sink.write(json.dumps({"text": text}) + "\n")
+
         program = (
             "import resource, sys; from llama2 import cli\n"
             "try: cli.main(sys.argv[1:])\n"
@@ -335,7 +401,10 @@ def _clean_memory(bench: Bench) -> tuple[bool, str]:
             check=False,
         )
         peaks.append(int(ran.stdout.rpartition("PEAK")[2]) / 1024)
-    return peaks[1] - peaks[0] < 12, f"peak {peaks[0]:.0f} MiB for 20 MiB of text, {peaks[1]:.0f} for 80"
+
+    return peaks[1] - peaks[
+        0
+    ] < 12, f"peak {peaks[0]:.0f} MiB for 20 MiB of text, {peaks[1]:.0f} for 80"
 
 
 def _code_version(bench: Bench) -> tuple[bool, str]:
@@ -344,7 +413,9 @@ def _code_version(bench: Bench) -> tuple[bool, str]:
     import llama2
 
     place = bench.scratch / "code"
-    shutil.copytree(Path(llama2.__file__).parent, place / "llama2", ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copytree(
+        Path(llama2.__file__).parent, place / "llama2", ignore=shutil.ignore_patterns("__pycache__")
+    )
 
     def version() -> str:
         return subprocess.run(
@@ -359,6 +430,7 @@ def _code_version(bench: Bench) -> tuple[bool, str]:
     before = version()
     file = next((place / "llama2").rglob("fused.cpp"))
     file.write_text(file.read_text() + "\n// changed\n")
+
     return version() != before, f"{before} -> {version()}"
 
 
@@ -384,9 +456,11 @@ def _adapters(bench: Bench) -> tuple[bool, str]:
 
     tokens, targets = torch.randint(0, 64, (2, 16)), torch.randint(0, 64, (2, 16))
     before = model(tokens)
+
     for layer in model.model.layers:
         layer.self_attn.q_proj = Adapter(layer.self_attn.q_proj)
         layer.mlp.gate_proj = Adapter(layer.mlp.gate_proj)
+
     change = float((model(tokens) - before).detach().abs().max())
     model(tokens, targets_BT=targets).sum().backward()
     learns = all(
@@ -394,4 +468,8 @@ def _adapters(bench: Bench) -> tuple[bool, str]:
         for name, parameter in model.named_parameters()
         if name.endswith((".down", ".up"))
     )
-    return change > 0.01 and learns, f"logits change by {change:.2f}, adapters have gradients: {learns}"
+
+    return (
+        change > 0.01 and learns,
+        f"logits change by {change:.2f}, adapters have gradients: {learns}",
+    )

@@ -1,4 +1,5 @@
-"""A real server, `llama2 serve` in a process of its own, and the clients that cases talk to it with."""
+"""A real server, `llama2 serve` in a process of its own, and the clients that cases talk to it
+with."""
 
 from __future__ import annotations
 
@@ -21,20 +22,48 @@ ASK = [{"role": "user", "content": "how is tea"}]
 class Service:
     """Starts at once. `url` is None if the server ended before it listened; `said` tells why."""
 
-    def __init__(self, log: Path, paths: Sequence[Path | str], flags: Mapping[str, str], environment: Mapping[str, str],
-                 seconds: float = 120) -> None:
+    def __init__(
+        self,
+        log: Path,
+        paths: Sequence[Path | str],
+        flags: Mapping[str, str],
+        environment: Mapping[str, str],
+        seconds: float = 120,
+    ) -> None:
         self.log = log
-        words = [word for name, value in flags.items() for word in (f"--{name.replace('_', '-')}", *value.split())]
+        words = [
+            word
+            for name, value in flags.items()
+            for word in (f"--{name.replace('_', '-')}", *value.split())
+        ]
         with open(log, "wb") as file:
             self.process = subprocess.Popen(
-                [sys.executable, "-m", "llama2.cli", "serve", *map(str, paths), "--port", "0", "--precision", "fp32",
-                 *words], stdin=subprocess.DEVNULL, stdout=file, stderr=file, env=dict(environment), cwd=log.parent)
+                [
+                    sys.executable,
+                    "-m",
+                    "llama2.cli",
+                    "serve",
+                    *map(str, paths),
+                    "--port",
+                    "0",
+                    "--precision",
+                    "fp32",
+                    *words,
+                ],
+                stdin=subprocess.DEVNULL,
+                stdout=file,
+                stderr=file,
+                env=dict(environment),
+                cwd=log.parent,
+            )
+
         self.url: str | None = None
         end = time.monotonic() + seconds
         while self.url is None and self.process.poll() is None and time.monotonic() < end:
             found = re.search(r"serving .* at (http://\S+)", self.said)
             if found and self._listens(found[1]):
                 self.url = found[1]
+
             time.sleep(0.05)
 
     @staticmethod
@@ -71,10 +100,14 @@ class Service:
         return self.request("POST", path, json=body)
 
     def chat(self, **body: Any) -> httpx.Response:
-        return self.post("/v1/chat/completions", {"messages": ASK, "max_tokens": 4, "temperature": 0, **body})
+        return self.post(
+            "/v1/chat/completions", {"messages": ASK, "max_tokens": 4, "temperature": 0, **body}
+        )
 
     def complete(self, **body: Any) -> httpx.Response:
-        return self.post("/v1/completions", {"prompt": "how is tea", "max_tokens": 4, "temperature": 0, **body})
+        return self.post(
+            "/v1/completions", {"prompt": "how is tea", "max_tokens": 4, "temperature": 0, **body}
+        )
 
     def client(self) -> openai.OpenAI:
         assert self.url, self.said[-500:]

@@ -49,13 +49,19 @@ def cases() -> Iterator[tuple[str, str, Work]]:
             *more,
         )
 
-    yield "sft_bom", "sft reads a byte order mark", lambda b: ok(sft("sft_bom.jsonl")(b), lambda got: True)
+    yield (
+        "sft_bom",
+        "sft reads a byte order mark",
+        lambda b: ok(sft("sft_bom.jsonl")(b), lambda got: True),
+    )
     yield (
         "sft4",
         "true tokens are counted, and few updates warned of",
         lambda b: ok(
             sft("sft4.jsonl")(b),
-            lambda got: int(str(got.json("summary.json")["tokens"])) < 1000 and "update" in got.said,
+            lambda got: (
+                int(str(got.json("summary.json")["tokens"])) < 1000 and "update" in got.said
+            ),
         ),
     )
     yield (
@@ -76,18 +82,23 @@ def cases() -> Iterator[tuple[str, str, Work]]:
     yield (
         "sft_long",
         "dropped and cut dialogs are said",
-        lambda b: ok(sft("sft_long.jsonl")(b), lambda got: bool(re.search(r"left out|dropped", got.said))),
+        lambda b: ok(
+            sft("sft_long.jsonl")(b), lambda got: bool(re.search(r"left out|dropped", got.said))
+        ),
     )
     yield (
         "sft_drop",
         "all dropped: the number, the longest and what holds it are named",
-        lambda b: refusal(sft("sft_drop.jsonl")(b), "left out 2.*--sequence-length 256.*context.*823 tokens"),
+        lambda b: refusal(
+            sft("sft_drop.jsonl")(b), "left out 2.*--sequence-length 256.*context.*823 tokens"
+        ),
     )
     yield (
         "allcut",
         "no answer ends: warned of",
         lambda b: ok(
-            sft("allcut.jsonl")(b), lambda got: bool(re.search("EOS|end|stop", got.said)) and "cut" in got.said
+            sft("allcut.jsonl")(b),
+            lambda got: bool(re.search("EOS|end|stop", got.said)) and "cut" in got.said,
         ),
     )
     yield (
@@ -95,9 +106,21 @@ def cases() -> Iterator[tuple[str, str, Work]]:
         "the tool that reads ShareGPT is named",
         lambda b: refusal(sft("sft_share.jsonl")(b), "llama2 prepare"),
     )
-    yield "sft_arr.json", "a JSON list is read, or the tool named", lambda b: _read_or_named(sft("sft_arr.json")(b))
-    yield "sft_arrp.json", "... printed over lines too", lambda b: _read_or_named(sft("sft_arrp.json")(b))
-    yield "sft_id", "an unknown key is read, or the tool named", lambda b: _read_or_named(sft("sft_id.jsonl")(b))
+    yield (
+        "sft_arr.json",
+        "a JSON list is read, or the tool named",
+        lambda b: _read_or_named(sft("sft_arr.json")(b)),
+    )
+    yield (
+        "sft_arrp.json",
+        "... printed over lines too",
+        lambda b: _read_or_named(sft("sft_arrp.json")(b)),
+    )
+    yield (
+        "sft_id",
+        "an unknown key is read, or the tool named",
+        lambda b: _read_or_named(sft("sft_id.jsonl")(b)),
+    )
     yield (
         "leak",
         "weights never bring a held-out dialog into training",
@@ -108,7 +131,11 @@ def cases() -> Iterator[tuple[str, str, Work]]:
         "identical pairs train nothing",
         lambda b: refusal(reward("rm_ident.jsonl")(b), "identical|same|equal"),
     )
-    yield "rm_empty", "empty pairs train nothing", lambda b: refusal(reward("rm_empty.jsonl")(b), "empty|identical")
+    yield (
+        "rm_empty",
+        "empty pairs train nothing",
+        lambda b: refusal(reward("rm_empty.jsonl")(b), "empty|identical"),
+    )
     yield (
         "rm_toolong",
         "all too long: the number and the cure",
@@ -117,7 +144,9 @@ def cases() -> Iterator[tuple[str, str, Work]]:
     yield (
         "rm_somelong",
         "some too long: counted aloud",
-        lambda b: ok(reward("rm_somelong.jsonl")(b), lambda got: bool(re.search("too long|longer", got.said))),
+        lambda b: ok(
+            reward("rm_somelong.jsonl")(b), lambda got: bool(re.search("too long|longer", got.said))
+        ),
     )
     yield (
         "rm_heldout",
@@ -130,7 +159,9 @@ def cases() -> Iterator[tuple[str, str, Work]]:
     yield (
         "rm_good",
         "one update is warned of; its rate is the peak",
-        lambda b: ok(reward("rm_good.jsonl", "--batch-size", "512")(b), lambda got: "update" in got.said),
+        lambda b: ok(
+            reward("rm_good.jsonl", "--batch-size", "512")(b), lambda got: "update" in got.said
+        ),
     )
     yield (
         "rm_share",

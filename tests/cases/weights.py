@@ -1,4 +1,5 @@
-"""Random weights for configurations that come without, and transformers as the judge of what is read."""
+"""Random weights for configurations that come without, and transformers as the judge of what is
+read."""
 
 from __future__ import annotations
 
@@ -20,33 +21,55 @@ if TYPE_CHECKING:
     from run import Bench, Got
 
 CLOSE = 1e-3
-SIZES = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
-         "num_key_value_heads", "tie_word_embeddings")
+SIZES = (
+    "vocab_size",
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "tie_word_embeddings",
+)
 
 
-def whole(bench: Bench, source: Path | str, name: str, changes: Mapping[str, Any] | None = None,
-          spread: float = 0.2) -> Path:
-    """A copy of a folder of inputs with weights; `changes` are to its config.json, where None drops a key."""
+def whole(
+    bench: Bench,
+    source: Path | str,
+    name: str,
+    changes: Mapping[str, Any] | None = None,
+    spread: float = 0.2,
+) -> Path:
+    """A copy of a folder of inputs with weights; `changes` are to its config.json, where None drops
+    a key."""
     place = bench.scratch / "models" / name
     shutil.rmtree(place, ignore_errors=True)
     place.mkdir(parents=True)
+
     for file in Path(source).iterdir():
         shutil.copyfile(file, place / file.name)
+
     values = json.loads((place / "config.json").read_text("utf-8"))
     for key, value in (changes or {}).items():
         values[key] = value
         if value is None:
             del values[key]
+
     (place / "config.json").write_text(json.dumps(values, indent=1), "utf-8")
-    save_file(drawn({key: values[key] for key in SIZES}, spread), place / "model.safetensors", {"format": "pt"})
+    save_file(
+        drawn({key: values[key] for key in SIZES}, spread),
+        place / "model.safetensors",
+        {"format": "pt"},
+    )
     return place
 
 
 def drawn(sizes: Mapping[str, Any], spread: float = 0.2, seed: int = 0) -> dict[str, Tensor]:
     """The tensors of a model of these sizes."""
     generator = torch.Generator().manual_seed(seed)
-    return {name: torch.randn(shape, generator=generator) * spread + (len(shape) == 1)
-            for name, shape in shapes(LlamaConfig(**sizes)).items()}
+    return {
+        name: torch.randn(shape, generator=generator) * spread + (len(shape) == 1)
+        for name, shape in shapes(LlamaConfig(**sizes)).items()
+    }
 
 
 def ids(place: Path, length: int = 60) -> Tensor:
@@ -70,9 +93,11 @@ def ours(place: Path, asked: Tensor) -> Tensor:
 
 
 def as_theirs(got: Got, place: Path, **changes: Any) -> tuple[bool, str]:
-    """Whether an import went well and its logits are those of transformers for what was imported."""
+    """Whether an import went well and its logits are those of transformers for what was
+    imported."""
     if got.status:
         return False, got.short()
+
     asked = ids(place)
     apart = float((ours(got.out, asked) - theirs(place, asked, **changes)).abs().max())
     return apart < CLOSE, f"{got.short()} | logits {apart:.2g} apart"

@@ -1,6 +1,7 @@
 """Runs under an interpreter that has langchain-openai: the idioms of its users against a server.
 
-Arguments: the address of a server and the name of a model there. Prints the names of the idioms that hold, one a line.
+Arguments: the address of a server and the name of a model there. Prints the names of the idioms
+that hold, one a line.
 """
 
 from __future__ import annotations
@@ -46,6 +47,7 @@ def refused(work, words: str) -> None:
         work()
     except openai.BadRequestError as error:
         said = str(error)
+
     assert words in said, said or "it should have been refused"
 
 
@@ -59,18 +61,23 @@ def invoke() -> None:
 def stream() -> None:
     parts = list(chat.stream("Hi"))
     assert "".join(part.content for part in parts).strip() == chat.invoke("Hi").content
-    counted = [part.usage_metadata for part in chat.stream("Hi", stream_usage=True) if part.usage_metadata]
+    counted = [
+        part.usage_metadata for part in chat.stream("Hi", stream_usage=True) if part.usage_metadata
+    ]
     assert counted[-1]["output_tokens"] == 5
 
 
 def batch() -> None:
-    assert [each.content for each in chat.batch(["a", "b", "a"])] == [chat.invoke(each).content for each in "aba"]
+    assert [each.content for each in chat.batch(["a", "b", "a"])] == [
+        chat.invoke(each).content for each in "aba"
+    ]
 
 
 def asynchronously() -> None:
     async def ask():
         whole = await chat.ainvoke("Hi")
         return whole.content, "".join([part.content async for part in chat.astream("Hi")])
+
     whole, parts = asyncio.run(ask())
     assert whole == parts.strip()
 
@@ -97,7 +104,11 @@ def stop() -> None:
 
 
 def logprobs() -> None:
-    found = chat.bind(logprobs=True, top_logprobs=2).invoke("Hi").response_metadata["logprobs"]["content"]
+    found = (
+        chat.bind(logprobs=True, top_logprobs=2)
+        .invoke("Hi")
+        .response_metadata["logprobs"]["content"]
+    )
     assert len(found) == 5
     assert all(len(each["top_logprobs"]) == 2 for each in found)
 
@@ -109,25 +120,53 @@ def samples() -> None:
 
 def structured() -> None:
     patient = ChatOpenAI(**{**SAME, "temperature": 1.0}, max_tokens=200, seed=1)
-    assert isinstance(patient.with_structured_output(Animal, method="json_schema").invoke("Hi"), Animal)
-    raw = patient.with_structured_output(Animal, method="json_schema", include_raw=True).invoke("Hi")
+    assert isinstance(
+        patient.with_structured_output(Animal, method="json_schema").invoke("Hi"), Animal
+    )
+    raw = patient.with_structured_output(Animal, method="json_schema", include_raw=True).invoke(
+        "Hi"
+    )
     assert raw["parsing_error"] is None
-    assert chat.invoke([HumanMessage("Hi"), AIMessage(raw["raw"].content), HumanMessage("More")]).content
+    assert chat.invoke(
+        [HumanMessage("Hi"), AIMessage(raw["raw"].content), HumanMessage("More")]
+    ).content
 
 
 def refusals() -> None:
     refused(lambda: chat.bind_tools([add]).invoke("Hi"), "tools are not supported by this server")
-    refused(lambda: chat.with_structured_output(Animal, method="function_calling").invoke("Hi"),
-            "tools are not supported")
-    refused(lambda: chat.invoke([HumanMessage(content=[{"type": "image_url", "image_url": {"url": "data:,"}}])]),
-            "images are not supported by this server")
-    refused(lambda: chat.invoke([HumanMessage("Hi"), AIMessage("", tool_calls=[
-        {"name": "add", "args": {}, "id": "x"}]), ToolMessage("1", tool_call_id="x")]), "tools are not supported")
+    refused(
+        lambda: chat.with_structured_output(Animal, method="function_calling").invoke("Hi"),
+        "tools are not supported",
+    )
+    refused(
+        lambda: chat.invoke(
+            [HumanMessage(content=[{"type": "image_url", "image_url": {"url": "data:,"}}])]
+        ),
+        "images are not supported by this server",
+    )
+    refused(
+        lambda: chat.invoke(
+            [
+                HumanMessage("Hi"),
+                AIMessage("", tool_calls=[{"name": "add", "args": {}, "id": "x"}]),
+                ToolMessage("1", tool_call_id="x"),
+            ]
+        ),
+        "tools are not supported",
+    )
 
 
 def parts() -> None:
-    assert chat.invoke([HumanMessage(content=[{"type": "text", "text": "a", "cache_control": {"type": "ephemeral"}},
-                                              {"type": "text", "text": "b"}])]).content
+    assert chat.invoke(
+        [
+            HumanMessage(
+                content=[
+                    {"type": "text", "text": "a", "cache_control": {"type": "ephemeral"}},
+                    {"type": "text", "text": "b"},
+                ]
+            )
+        ]
+    ).content
 
 
 def texts() -> None:
@@ -136,14 +175,34 @@ def texts() -> None:
     made = text.generate(["a", "b", "c"])
     assert len(made.generations) == 3
     assert made.llm_output["token_usage"]["completion_tokens"] == 15
-    assert len(OpenAI(**{**SAME, "temperature": 1.0}, max_tokens=4, n=2, best_of=2).generate(["a"]).generations[0]) == 2
+    assert (
+        len(
+            OpenAI(**{**SAME, "temperature": 1.0}, max_tokens=4, n=2, best_of=2)
+            .generate(["a"])
+            .generations[0]
+        )
+        == 2
+    )
     refused(lambda: OpenAI(**SAME, best_of=2, n=1).invoke("Hi"), "best_of")
     found = OpenAI(**SAME, max_tokens=4, logprobs=2, **LONG).generate(["a"]).generations[0][0]
     assert len(found.generation_info["logprobs"]["tokens"]) == 4
 
 
 if __name__ == "__main__":
-    for idiom in (invoke, stream, batch, asynchronously, chain, history, stop, logprobs, samples, structured, refusals,
-                  parts, texts):
+    for idiom in (
+        invoke,
+        stream,
+        batch,
+        asynchronously,
+        chain,
+        history,
+        stop,
+        logprobs,
+        samples,
+        structured,
+        refusals,
+        parts,
+        texts,
+    ):
         idiom()
         print(idiom.__name__, flush=True)

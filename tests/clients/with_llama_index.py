@@ -1,6 +1,8 @@
-"""Runs under an interpreter that has llama-index-llms-openai-like: the idioms of its users against a server.
+"""Runs under an interpreter that has llama-index-llms-openai-like: the idioms of its users against
+a server.
 
-Arguments: the address of a server and the name of a model there. Prints the names of the idioms that hold, one a line.
+Arguments: the address of a server and the name of a model there. Prints the names of the idioms
+that hold, one a line.
 """
 
 from __future__ import annotations
@@ -11,8 +13,16 @@ import sys
 from llama_index.core.llms import ChatMessage, MessageRole
 from llama_index.llms.openai_like import OpenAILike
 
-SAME = {"api_base": f"{sys.argv[1]}/v1", "api_key": "none", "model": sys.argv[2], "max_tokens": 5, "max_retries": 0,
-        "temperature": 0, "context_window": 256, "additional_kwargs": {"logit_bias": {"2": -100}}}
+SAME = {
+    "api_base": f"{sys.argv[1]}/v1",
+    "api_key": "none",
+    "model": sys.argv[2],
+    "max_tokens": 5,
+    "max_retries": 0,
+    "temperature": 0,
+    "context_window": 256,
+    "additional_kwargs": {"logit_bias": {"2": -100}},
+}
 llm = OpenAILike(**SAME, is_chat_model=True)
 plain = OpenAILike(**SAME, is_chat_model=False)
 ASK = [ChatMessage(role="system", content="Be brief."), ChatMessage(role="user", content="hi")]
@@ -22,7 +32,9 @@ def chat() -> None:
     answer = llm.chat(ASK)
     assert answer.message.role == MessageRole.ASSISTANT
     assert answer.message.content
-    assert llm.chat([*ASK, answer.message, ChatMessage(role="user", content="more")]).message.content
+    assert llm.chat(
+        [*ASK, answer.message, ChatMessage(role="user", content="more")]
+    ).message.content
 
 
 def stream_chat() -> None:
@@ -52,7 +64,10 @@ def stop() -> None:
 def asynchronously() -> None:
     async def ask():
         whole = await llm.achat(ASK)
-        return whole.message.content, [part.delta or "" async for part in await llm.astream_chat(ASK)]
+        return whole.message.content, [
+            part.delta or "" async for part in await llm.astream_chat(ASK)
+        ]
+
     whole, parts = asyncio.run(ask())
     assert whole == "".join(parts).strip()
 

@@ -1,7 +1,9 @@
-"""Runs under an interpreter that has lm-eval: what its clients of a server say against what its own backend computes.
+"""Runs under an interpreter that has lm-eval: what its clients of a server say against what its own
+backend computes.
 
-Arguments: the address of a server, the name of the model there, its directory, and a JSON file {"items": [[context,
-[choice, ...]], ...], "texts": [...], "chats": [...]}. Prints one JSON object: the greatest differences, and counts.
+Arguments: the address of a server, the name of the model there, its directory, and a JSON file
+{"items": [[context, [choice, ...]], ...], "texts": [...], "chats": [...]}. Prints one JSON object:
+the greatest differences, and counts.
 """
 
 from __future__ import annotations
@@ -23,33 +25,63 @@ def requests(kind: str, rows: list[tuple]) -> list[Instance]:
 
 def main(url: str, name: str, directory: str, file: str) -> dict:
     asked = json.loads(Path(file).read_bytes())
-    here = HFLM(pretrained=directory, dtype="float32", device="cpu", batch_size=8, add_bos_token=True)
-    there = LocalCompletionsAPI(model=name, base_url=f"{url}/v1/completions", tokenizer=directory, batch_size=8,
-                                max_length=here.max_length, add_bos_token=True)
+    here = HFLM(
+        pretrained=directory, dtype="float32", device="cpu", batch_size=8, add_bos_token=True
+    )
+    there = LocalCompletionsAPI(
+        model=name,
+        base_url=f"{url}/v1/completions",
+        tokenizer=directory,
+        batch_size=8,
+        max_length=here.max_length,
+        add_bos_token=True,
+    )
     pairs = [(context, choice) for context, choices in asked["items"] for choice in choices]
     found = {}
     ours, theirs = (lm.loglikelihood(requests("loglikelihood", pairs)) for lm in (there, here))
     found["loglikelihood"] = max(abs(one[0] - other[0]) for one, other in zip(ours, theirs))
     found["greedy"] = sum(bool(one[1]) != bool(other[1]) for one, other in zip(ours, theirs))
-    found["right"] = sum(best(ours, asked["items"], index) == best(theirs, asked["items"], index)
-                         for index in range(len(asked["items"])))
+    found["right"] = sum(
+        best(ours, asked["items"], index) == best(theirs, asked["items"], index)
+        for index in range(len(asked["items"]))
+    )
     found["items"], found["pairs"] = len(asked["items"]), len(pairs)
-    ours, theirs = (lm.loglikelihood_rolling(requests("loglikelihood_rolling", [(text,) for text in asked["texts"]]))
-                    for lm in (there, here))
+    ours, theirs = (
+        lm.loglikelihood_rolling(
+            requests("loglikelihood_rolling", [(text,) for text in asked["texts"]])
+        )
+        for lm in (there, here)
+    )
     found["rolling"] = max(abs(one - other) for one, other in zip(ours, theirs))
-    ours, theirs = (lm.generate_until(requests("generate_until", [(context, dict(UNTIL)) for context, _ in
-                                                                  asked["items"]])) for lm in (there, here))
+    ours, theirs = (
+        lm.generate_until(
+            requests("generate_until", [(context, dict(UNTIL)) for context, _ in asked["items"]])
+        )
+        for lm in (there, here)
+    )
     found["generations"] = differing(ours, theirs)
+
     if asked["chats"]:
-        chat = LocalChatCompletion(model=name, base_url=f"{url}/v1/chat/completions", tokenizer_backend=None,
-                                   tokenized_requests=False)
+        chat = LocalChatCompletion(
+            model=name,
+            base_url=f"{url}/v1/chat/completions",
+            tokenizer_backend=None,
+            tokenized_requests=False,
+        )
         turns = [[{"role": "user", "content": text}] for text in asked["chats"]]
-        ours = chat.generate_until(requests("generate_until", [(chat.apply_chat_template(each), dict(UNTIL))
-                                                               for each in turns]))
+        ours = chat.generate_until(
+            requests(
+                "generate_until", [(chat.apply_chat_template(each), dict(UNTIL)) for each in turns]
+            )
+        )
         here.add_bos_token = False  # the template writes it
-        theirs = here.generate_until(requests("generate_until", [(here.apply_chat_template(each), dict(UNTIL))
-                                                                 for each in turns]))
+        theirs = here.generate_until(
+            requests(
+                "generate_until", [(here.apply_chat_template(each), dict(UNTIL)) for each in turns]
+            )
+        )
         found["chats"], found["said"] = differing(ours, theirs), sum(bool(one) for one in ours)
+
     return found
 
 

@@ -1,8 +1,10 @@
-"""Tests of what only a CUDA device can show; each is held against the CPU, which the rest of the suite proves right.
+"""Tests of what only a CUDA device can show; each is held against the CPU, which the rest of the
+suite proves right.
 
-They skip themselves where there is no such device. With LLAMA2_GPU_TINY=1 they run on the CPU instead, so that the
-tests themselves are known to work before a GPU sees them. A test writes figures worth knowing with `record_property`;
-`benchmarks/gpu.py` puts them on its page. None needs a file of another folder: dependencies may be missing.
+They skip themselves where there is no such device. With LLAMA2_GPU_TINY=1 they run on the CPU
+instead, so that the tests themselves are known to work before a GPU sees them. A test writes
+figures worth knowing with `record_property`; `benchmarks/gpu.py` puts them on its page. None needs
+a file of another folder: dependencies may be missing.
 """
 
 from __future__ import annotations
@@ -32,7 +34,13 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 def pytest_runtest_logreport(report: pytest.TestReport) -> None:
     if report.when == "call" or report.outcome != "passed":
-        _tell(report.nodeid, report.outcome, report.duration, dict(report.user_properties), report.longreprtext)
+        _tell(
+            report.nodeid,
+            report.outcome,
+            report.duration,
+            dict(report.user_properties),
+            report.longreprtext,
+        )
 
 
 def pytest_collectreport(report: pytest.CollectReport) -> None:
@@ -45,8 +53,19 @@ def _tell(test: str, outcome: str, seconds: float, figures: dict[str, object], w
     if report := os.environ.get("LLAMA2_GPU_REPORT"):
         file, _, name = test.partition("::")
         with open(report, "a") as lines:
-            lines.write(json.dumps({"file": Path(file).stem, "name": name, "outcome": outcome, "seconds": seconds,
-                                    "figures": figures, "words": words[-3000:] if outcome == "failed" else ""}) + "\n")
+            lines.write(
+                json.dumps(
+                    {
+                        "file": Path(file).stem,
+                        "name": name,
+                        "outcome": outcome,
+                        "seconds": seconds,
+                        "figures": figures,
+                        "words": words[-3000:] if outcome == "failed" else "",
+                    }
+                )
+                + "\n"
+            )
 
 
 @pytest.fixture
@@ -82,10 +101,19 @@ def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> Checkpoints:
 
     folder = tmp_path_factory.mktemp("checkpoints")
     names = ("salt", "iron", "rain", "wool", "clay", "corn", "snow", "wine")
-    talks = [Dialog((Message("user", f"What is {name} number {number}?"),
-                     Message("assistant", f"The {name} of number {number} is good {name}."))) for number in range(12)
-             for name in names]
-    tokenizer = train([turn.content for talk in talks for turn in talk.messages], 320, folder / "tokenizer")
+    talks = [
+        Dialog(
+            (
+                Message("user", f"What is {name} number {number}?"),
+                Message("assistant", f"The {name} of number {number} is good {name}."),
+            )
+        )
+        for number in range(12)
+        for name in names
+    ]
+    tokenizer = train(
+        [turn.content for talk in talks for turn in talk.messages], 320, folder / "tokenizer"
+    )
     shape = LlamaConfig(tokenizer.vocab_size, 128, 256, 2, 4, 2, 256)
     model = Llama(shape, 0)
     checkpoint.save(model, folder / "base")
@@ -94,15 +122,33 @@ def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> Checkpoints:
     tokenizer.save(folder / "helpful")
     records.write(folder / "dialogs.jsonl", talks)
     records.write(folder / "prompts.jsonl", [Prompt(talk.messages[:1]) for talk in talks[:32]])
-    records.write(folder / "preferences.jsonl", [
-        Preference(f"p{index}", talk.messages[:1], (Response(talk.messages[1].content), Response("No idea.")), 0,
-                   "better") for index, talk in enumerate(talks[:32])])
-    return Checkpoints(folder, folder / "base", folder / "helpful", folder / "dialogs.jsonl",
-                       folder / "preferences.jsonl", folder / "prompts.jsonl")
+    records.write(
+        folder / "preferences.jsonl",
+        [
+            Preference(
+                f"p{index}",
+                talk.messages[:1],
+                (Response(talk.messages[1].content), Response("No idea.")),
+                0,
+                "better",
+            )
+            for index, talk in enumerate(talks[:32])
+        ],
+    )
+
+    return Checkpoints(
+        folder,
+        folder / "base",
+        folder / "helpful",
+        folder / "dialogs.jsonl",
+        folder / "preferences.jsonl",
+        folder / "prompts.jsonl",
+    )
 
 
 @pytest.fixture
 def llama2() -> Callable[..., int]:
     """Carry out one command in this process; its exit status."""
     from llama2 import cli
+
     return lambda *words: cli._guarded([str(word) for word in words])

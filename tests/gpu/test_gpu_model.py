@@ -1,4 +1,5 @@
-"""The network on a GPU against the same network on a CPU: values, gradients, memory, compiled or not."""
+"""The network on a GPU against the same network on a CPU: values, gradients, memory, compiled or
+not."""
 
 from __future__ import annotations
 
@@ -37,10 +38,18 @@ def test_bf16_is_as_near_to_fp32_as_on_the_cpu(device, record_property, kv_heads
     rounded, rounded_gradients = results(deepcopy(model), data, torch.device("cpu"), bf16=True)
     found, gradients = results(model, data, device, bf16=True)
     mine, cpu = distance(found, exact), distance(rounded, exact)
-    errors = {name: (distance(gradients[name], exact_gradients[name]),
-                     distance(rounded_gradients[name], exact_gradients[name])) for name in exact_gradients}
-    record_property("log-probabilities, relative error here / on the CPU", f"{mine:.1e} / {cpu:.1e}")
+    errors = {
+        name: (
+            distance(gradients[name], exact_gradients[name]),
+            distance(rounded_gradients[name], exact_gradients[name]),
+        )
+        for name in exact_gradients
+    }
+    record_property(
+        "log-probabilities, relative error here / on the CPU", f"{mine:.1e} / {cpu:.1e}"
+    )
     assert 0 < mine < 2 * cpu
+
     for name, (here, there) in errors.items():
         assert here < 2 * there + 1e-3, name
 
@@ -48,10 +57,16 @@ def test_bf16_is_as_near_to_fp32_as_on_the_cpu(device, record_property, kv_heads
 def test_logits_and_entropy_equal_the_cpu(device) -> None:
     model, data = build(), batch(False)
     with torch.no_grad():
-        exact = deepcopy(model)(data["tokens_BT"]), *deepcopy(model)(
-            data["tokens_BT"], targets_BT=data["targets_BT"], entropy=True)
+        exact = (
+            deepcopy(model)(data["tokens_BT"]),
+            *deepcopy(model)(data["tokens_BT"], targets_BT=data["targets_BT"], entropy=True),
+        )
         model, there = model.to(device), moved(data, device)
-        found = model(there["tokens_BT"]), *model(there["tokens_BT"], targets_BT=there["targets_BT"], entropy=True)
+        found = (
+            model(there["tokens_BT"]),
+            *model(there["tokens_BT"], targets_BT=there["targets_BT"], entropy=True),
+        )
+
     for one, other in zip(found, exact):
         assert one.device.type == device.type
         assert distance(one.cpu(), other) < EXACT
@@ -62,10 +77,14 @@ def test_scores_equal_the_cpu(device) -> None:
     lengths_B = torch.tensor([LENGTH, 17, 1])
     with torch.no_grad():
         scorer.score.weight.mul_(30)
-        exact = deepcopy(scorer)(data["tokens_BT"], lengths_B=lengths_B), deepcopy(scorer)(data["tokens_BT"])
+        exact = (
+            deepcopy(scorer)(data["tokens_BT"], lengths_B=lengths_B),
+            deepcopy(scorer)(data["tokens_BT"]),
+        )
         scorer = scorer.to(device)
         tokens_BT = data["tokens_BT"].to(device)
         found = scorer(tokens_BT, lengths_B=lengths_B.to(device)), scorer(tokens_BT)
+
     for one, other in zip(found, exact):
         assert distance(one.cpu(), other) < EXACT
 
@@ -73,29 +92,42 @@ def test_scores_equal_the_cpu(device) -> None:
 @pytest.mark.parametrize("size", [64, 128])
 def test_packed_rows_need_no_mask(device, on_cuda, record_property, size) -> None:
     kernel = attention.kernel_for(device, torch.bfloat16, size)
-    record_property("kernel for documents", "none, rows are masked" if kernel is None else kernel.__qualname__)
+    record_property(
+        "kernel for documents", "none, rows are masked" if kernel is None else kernel.__qualname__
+    )
     assert (kernel is not None) == on_cuda
 
 
 @pytest.mark.parametrize("kind", [torch.bfloat16, torch.float32], ids=["bf16", "fp32"])
 @pytest.mark.parametrize("way", ["documents", "mask", "causal"])
-def test_shared_keys_never_fill_the_memory_with_scores(device, on_cuda, record_property, kind, way) -> None:
-    """Rows of 4096 and 32 heads that share 4: scores alone would take 1 GiB in bf16, 2 GiB in fp32, several times."""
+def test_shared_keys_never_fill_the_memory_with_scores(
+    device, on_cuda, record_property, kind, way
+) -> None:
+    """Rows of 4096 and 32 heads that share 4: scores alone would take 1 GiB in bf16, 2 GiB in fp32,
+    several times."""
     length, width = (4096, 2048) if on_cuda else (96, 256)
     shape = LlamaConfig(8, width, 8, 1, 32, 4, 4096)
     module = Attention(shape, 0).to(device, kind)
+
     for parameter in module.parameters():
         torch.nn.init.normal_(parameter, std=0.02)
+
     x_BTD = torch.randn(1, length, width, device=device, dtype=kind, requires_grad=True)
     documents_BT = (torch.arange(length, device=device) // (length // 4))[None]
     tables = rotary_tables(torch.arange(length, device=device)[None], shape.head_dim, 1e4)
-    documents = attention.documents_of(documents_BT, kind, shape.head_dim) if way == "documents" else None
+    documents = (
+        attention.documents_of(documents_BT, kind, shape.head_dim) if way == "documents" else None
+    )
     bias = None
+
     if way == "mask" or (way == "documents" and documents is None):
         bias = torch.zeros(1, length, length, dtype=kind, device=device)
         bias = bias.masked_fill(~same_document(documents_BT), torch.finfo(kind).min)[:, None]
+
     _reset(on_cuda)
-    module(x_BTD, Context(*tables, bias, False, None, None, documents)).float().square().sum().backward()
+    module(
+        x_BTD, Context(*tables, bias, False, None, None, documents)
+    ).float().square().sum().backward()
     peak = torch.cuda.max_memory_allocated() / 2**30 if on_cuda else 0.0
     record_property("peak, GiB", f"{peak:.2f}")
     assert x_BTD.grad is not None
@@ -126,6 +158,7 @@ def test_one_query_among_idle_slots(device, keys) -> None:
 def test_compiled_equals_eager(device, on_cuda, record_property) -> None:
     if not on_cuda:
         pytest.skip("on a CPU tests/invariants/test_attention.py compiles it")
+
     model = build().to(device)
     data = moved(batch(), device)
     eager, expected = results(model, data, device, bf16=True)

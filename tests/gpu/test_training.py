@@ -1,4 +1,5 @@
-"""Training on a GPU: the steps of a CPU, whatever the micro-batches, and what a checkpoint brings back."""
+"""Training on a GPU: the steps of a CPU, whatever the micro-batches, and what a checkpoint brings
+back."""
 
 from __future__ import annotations
 
@@ -28,7 +29,10 @@ class Steps:
     def __next__(self) -> list[Batch]:
         self.step += 1
         data = batch(True, 0 if self.same else self.step)
-        return [dict(zip(data, parts)) for parts in zip(*(value.split(self.micro) for value in data.values()))]
+        return [
+            dict(zip(data, parts))
+            for parts in zip(*(value.split(self.micro) for value in data.values()))
+        ]
 
     def state_dict(self) -> dict[str, Any]:
         return {"step": self.step}
@@ -45,23 +49,42 @@ class Losses(Hook):
         self.seen.append(report.sums["train/loss"] / report.weight)
 
 
-def trained(device: torch.device, steps: int = 4, *, micro: int = 3, same: bool = False, extra: tuple[Hook, ...] = (),
-            precision: mesh.Precision = "fp32", checkpointing: bool = False) -> tuple[Learner, list[float]]:
+def trained(
+    device: torch.device,
+    steps: int = 4,
+    *,
+    micro: int = 3,
+    same: bool = False,
+    extra: tuple[Hook, ...] = (),
+    precision: mesh.Precision = "fp32",
+    checkpointing: bool = False,
+) -> tuple[Learner, list[float]]:
     model, losses = build(scale=1.0).to(device), Losses()
     model.model.gradient_checkpointing = checkpointing
     learner = Learner(model, FAST, precision=precision)
-    fit(learner, Steps(micro, same), next_token, Plan(max_steps=steps, schedule="constant"), [*extra, losses])
+    fit(
+        learner,
+        Steps(micro, same),
+        next_token,
+        Plan(max_steps=steps, schedule="constant"),
+        [*extra, losses],
+    )
+
     return learner, losses.seen
 
 
 def weights(learner: Learner) -> dict[str, Tensor]:
-    return {name: value.detach().float().cpu().clone() for name, value in learner.model.state_dict().items()}
+    return {
+        name: value.detach().float().cpu().clone()
+        for name, value in learner.model.state_dict().items()
+    }
 
 
 def assert_same(learner: Learner, other: Learner, tolerance: float) -> float:
     mine, others = weights(learner), weights(other)
     worst = max(distance(mine[name], others[name]) for name in others)
     assert worst < tolerance
+
     return worst
 
 
@@ -70,7 +93,9 @@ def test_steps_equal_those_of_the_cpu(device, monkeypatch, record_property) -> N
     monkeypatch.setenv("LLAMA2_DEVICE", "cpu")
     there, expected = trained(torch.device("cpu"))
     assert losses == pytest.approx(expected, rel=1e-4)
-    record_property("weights after 4 steps, largest relative distance", f"{assert_same(here, there, 1e-3):.1e}")
+    record_property(
+        "weights after 4 steps, largest relative distance", f"{assert_same(here, there, 1e-3):.1e}"
+    )
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
@@ -103,13 +128,16 @@ def test_a_resumed_run_goes_on_where_it_was(device, tmp_path: Path, record_prope
     assert state.latest(tmp_path) is not None
     resumed, rest = trained(device, 6, extra=(hooks.Checkpoint(tmp_path),))
     assert first + rest == pytest.approx(losses, rel=1e-5)
-    record_property("weights, largest relative distance", f"{assert_same(resumed, straight, 1e-3):.1e}")
+    record_property(
+        "weights, largest relative distance", f"{assert_same(resumed, straight, 1e-3):.1e}"
+    )
 
 
 def test_random_states_come_back(device) -> None:
     before = state.random_state()
     drawn = torch.rand(5, device=device), torch.rand(5)
     state.set_random_state(before)
+
     for one, other in zip((torch.rand(5, device=device), torch.rand(5)), drawn):
         assert torch.equal(one, other)
 
@@ -118,35 +146,58 @@ def test_a_saved_model_comes_back_bit_for_bit(device, tmp_path: Path) -> None:
     model = build().to(device)
     checkpoint.save(model, tmp_path)
     again = checkpoint.load(tmp_path, device=device)
-    for (name, one), other in zip(model.state_dict().items(), again.state_dict().values(), strict=True):
+
+    for (name, one), other in zip(
+        model.state_dict().items(), again.state_dict().values(), strict=True
+    ):
         assert torch.equal(one, other), name
+
     half = checkpoint.load(tmp_path, dtype=torch.bfloat16, device=device)
     assert {(p.dtype, p.device.type) for p in half.parameters()} == {(torch.bfloat16, device.type)}
 
 
 def test_the_ranking_loss_equals_the_cpus(device, monkeypatch) -> None:
     from llama2.model.scorer import Scorer
+
     random = torch.Generator().manual_seed(0)
-    data = {"tokens_BT": torch.randint(3, 512, (6, 40), generator=random),
-            "lengths_B": torch.randint(1, 41, (6,), generator=random), "degrees_P": torch.tensor([0, 1, 3]),
-            "safe_B": torch.tensor([1, 0, -1, 0, 1, -1]), "weights_P": torch.tensor([1.0, 1.0, 0.0])}
+    data = {
+        "tokens_BT": torch.randint(3, 512, (6, 40), generator=random),
+        "lengths_B": torch.randint(1, 41, (6,), generator=random),
+        "degrees_P": torch.tensor([0, 1, 3]),
+        "safe_B": torch.tensor([1, 0, -1, 0, 1, -1]),
+        "weights_P": torch.tensor([1.0, 1.0, 0.0]),
+    }
     found = []
+
     for where in (device, torch.device("cpu")):
         scorer = Scorer(build().config, 5).to(where)
-        loss = ranking("large", 0.5)(scorer, {name: value.to(where) for name, value in data.items()})
-        found.append([float(value.detach()) for value in (loss.total, loss.weight, *loss.metrics.values())])
+        loss = ranking("large", 0.5)(
+            scorer, {name: value.to(where) for name, value in data.items()}
+        )
+        found.append(
+            [float(value.detach()) for value in (loss.total, loss.weight, *loss.metrics.values())]
+        )
+
     assert found[0] == pytest.approx(found[1], rel=1e-3, abs=1e-4)
 
 
 def test_one_rank_under_fsdp_trains_what_none_does(device, tmp_path: Path, record_property) -> None:
-    """FSDP2 over one rank: its all-gathers and reduce-scatters run, on NCCL where there is a GPU."""
+    """FSDP2 over one rank: its all-gathers and reduce-scatters run, on NCCL where there is a
+    GPU."""
     import torch.distributed as dist
 
     from llama2.generate.engine import Engine
     from llama2.generate.sampling import Sampling
+
     plain, losses = trained(device)
-    dist.init_process_group("nccl" if device.type == "cuda" else "gloo", init_method=f"file://{tmp_path}/meet", rank=0,
-                            world_size=1, device_id=device if device.type == "cuda" else None)
+    dist.init_process_group(
+        "nccl" if device.type == "cuda" else "gloo",
+        init_method=f"file://{tmp_path}/meet",
+        rank=0,
+        world_size=1,
+        device_id=device if device.type == "cuda" else None,
+    )
+
     try:
         model, seen = parallel.shard(build(scale=1.0)), Losses()
         assert parallel.is_sharded(model)
@@ -157,6 +208,7 @@ def test_one_rank_under_fsdp_trains_what_none_does(device, tmp_path: Path, recor
         ((answer,),) = engine.generate([[3, 4, 5]], Sampling(temperature=0, max_tokens=4))
     finally:
         dist.destroy_process_group()
+
     expected = weights(plain)
     worst = max(distance(full[name].cpu(), expected[name]) for name in expected)
     record_property("weights, largest relative distance", f"{worst:.1e}")

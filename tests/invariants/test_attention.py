@@ -1,4 +1,5 @@
-"""Where attention is computed and how must not change it: shared keys repeated, documents masked or told by bounds."""
+"""Where attention is computed and how must not change it: shared keys repeated, documents masked or
+told by bounds."""
 
 from __future__ import annotations
 
@@ -24,7 +25,9 @@ from llama2.stages.common.training import Training
 DOCUMENTS = ((7, 1, 12), (20,))  # lengths, row by row
 
 
-def one_by_one(q_NHE: Tensor, k_NKE: Tensor, v_NKE: Tensor, bounds_C: Tensor, longest: int) -> Tensor:
+def one_by_one(
+    q_NHE: Tensor, k_NKE: Tensor, v_NKE: Tensor, bounds_C: Tensor, longest: int
+) -> Tensor:
     """What a kernel for documents computes, in plain products: each document alone, causal."""
     assert bounds_C.dtype == torch.int32
     found = []
@@ -33,6 +36,7 @@ def one_by_one(q_NHE: Tensor, k_NKE: Tensor, v_NKE: Tensor, bounds_C: Tensor, lo
         q, k, v = (x[begin:end].transpose(0, 1)[None] for x in (q_NHE, k_NKE, v_NKE))
         bias = torch.full((end - begin, end - begin), float("-inf"), device=q.device).triu(1)
         found.append(explicit_attention(q, k, v, bias[None, None].to(q.dtype))[0].transpose(0, 1))
+
     return torch.cat(found)
 
 
@@ -48,8 +52,12 @@ def on_bounds(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 
 def packed() -> tuple[Tensor, Tensor]:
-    ids_BT = torch.stack([torch.cat([torch.full((length,), number) for number, length in enumerate(row)])
-                          for row in DOCUMENTS])
+    ids_BT = torch.stack(
+        [
+            torch.cat([torch.full((length,), number) for number, length in enumerate(row)])
+            for row in DOCUMENTS
+        ]
+    )
     return tokens(*ids_BT.shape), ids_BT
 
 
@@ -83,16 +91,23 @@ def test_keys_repeated_for_their_heads_equal_shared_keys(monkeypatch, kv_heads, 
     monkeypatch.setattr(llama, "EXPLICIT_LENGTH", 0)
     model, (tokens_BT, documents_BT) = build(kv_heads), packed()
     found = []
+
     for takes in (True, False):
         monkeypatch.setattr(attention, "takes_shared_keys", lambda *_, takes=takes: takes)
-        logp_BT = model(tokens_BT, targets_BT=tokens_BT, documents_BT=documents_BT if masked else None)
+        logp_BT = model(
+            tokens_BT, targets_BT=tokens_BT, documents_BT=documents_BT if masked else None
+        )
         found.append((logp_BT.detach(), gradients(model, logp_BT.sum())))
+
     assert (found[0][0] - found[1][0]).abs().max() < 1e-5
     assert_close(found[1][1], found[0][1], 1e-5)
 
 
 def test_only_flash_attention_shares_keys_on_a_gpu() -> None:
-    half, whole = (torch.empty(1, 2, 3, 8, dtype=kind, device="meta") for kind in (torch.bfloat16, torch.float32))
+    half, whole = (
+        torch.empty(1, 2, 3, 8, dtype=kind, device="meta")
+        for kind in (torch.bfloat16, torch.float32)
+    )
     bias = torch.empty(1, 1, 3, 3, device="meta")
     assert attention.takes_shared_keys(half, None)
     assert not attention.takes_shared_keys(half, bias)
@@ -107,7 +122,10 @@ def test_a_kernel_that_does_not_agree_is_not_used(monkeypatch, capsys, on_bounds
             raise RuntimeError("no kernel image is available\nfor this device")
         if broken == "forgets the bounds":
             return one_by_one(q, k, v, bounds_C[[0, -1]], longest)
-        return one_by_one(q.flip(0), k.flip(0), v.flip(0), (bounds_C[-1] - bounds_C).flip(0), longest).flip(0)
+
+        return one_by_one(
+            q.flip(0), k.flip(0), v.flip(0), (bounds_C[-1] - bounds_C).flip(0), longest
+        ).flip(0)
 
     monkeypatch.setattr(attention, "_varlen", lambda repeated: kernel)
     assert attention.kernel_for(torch.device("cpu"), torch.float32, 16) is None
@@ -123,12 +141,16 @@ def test_a_kernel_that_wants_keys_repeated_gets_them(monkeypatch, on_bounds) -> 
     def needs_equal_heads(q, k, v, bounds_C, longest):
         if q.shape[1] != k.shape[1]:
             raise ValueError("the heads differ in number")
+
         return one_by_one(q, k, v, bounds_C, longest)
 
     def varlen(repeated):
         def attend(q, k, v, *rest):
-            k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], 1) if repeated else x for x in (k, v))
+            k, v = (
+                x.repeat_interleave(q.shape[1] // x.shape[1], 1) if repeated else x for x in (k, v)
+            )
             return needs_equal_heads(q, k, v, *rest)
+
         return attend
 
     monkeypatch.setattr(attention, "_varlen", varlen)
@@ -136,7 +158,9 @@ def test_a_kernel_that_wants_keys_repeated_gets_them(monkeypatch, on_bounds) -> 
     assert kernel is not None
     q, kv = torch.randn(6, 4, 16), torch.randn(6, 2, 16)
     bounds_C = torch.tensor([0, 2, 6], dtype=torch.int32)
-    assert torch.allclose(kernel(q, kv, kv, bounds_C, 6), one_by_one(q, kv, kv, bounds_C, 6), atol=1e-6)
+    assert torch.allclose(
+        kernel(q, kv, kv, bounds_C, 6), one_by_one(q, kv, kv, bounds_C, 6), atol=1e-6
+    )
 
 
 def test_pytorch_has_the_kernel_we_ask_for(monkeypatch) -> None:
@@ -144,6 +168,7 @@ def test_pytorch_has_the_kernel_we_ask_for(monkeypatch) -> None:
     heard = []
     monkeypatch.setattr(theirs, "varlen_attn", _recorder(theirs.varlen_attn, heard))
     q, kv = torch.empty(6, 4, 16, device="meta"), torch.empty(6, 2, 16, device="meta")
+
     for repeated, heads in ((False, 2), (True, 4)):
         attention._varlen(repeated)(q, kv, kv, torch.tensor([0, 2, 6], dtype=torch.int32), 6)
         arguments = heard.pop().arguments
@@ -162,22 +187,27 @@ def _recorder(function, heard):
     return record
 
 
-@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # the tracer's own doing
-@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")  # so is this
+# the tracer's own doing
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
+# so is this
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")
 def test_a_compiled_model_knows_the_bounds(monkeypatch, on_bounds) -> None:
     monkeypatch.setattr(fused, "runs", lambda x: False)
     model, (tokens_BT, documents_BT) = build(), packed()
     expected_BT = model(tokens_BT, documents_BT=documents_BT, targets_BT=tokens_BT)
     expected = gradients(model, expected_BT.sum())
     compiled = torch.compile(model, backend="aot_eager")
+
     for documents in (documents_BT, documents_BT.flip(0), documents_BT):
         found_BT = compiled(tokens_BT, documents_BT=documents, targets_BT=tokens_BT)
+
     assert (found_BT - expected_BT).abs().max() < 1e-4
     assert_close(gradients(model, found_BT.sum()), expected, 1e-4)
 
 
 def test_the_plan_reckons_with_masks_and_repeated_keys_where_they_exist() -> None:
-    """On a GPU packed rows need a mask in fp32 alone, and there keys that heads share are repeated."""
+    """On a GPU packed rows need a mask in fp32 alone, and there keys that heads share are
+    repeated."""
     shape, tokens = SIZES["1b"], 2 * 4096
 
     def kept(precision: Precision, packed: bool) -> float:

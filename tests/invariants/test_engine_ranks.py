@@ -27,14 +27,21 @@ def sample_and_score(directory: Path) -> None:
         together = mesh.unshare(engine.generate([ROWS[index] for index in mine], SAMPLING, mine))
         for row, expected in zip(together, alone, strict=True):
             assert [each.tokens for each in row] == [each.tokens for each in expected]
+
         nothing = engine.generate(ROWS[:1] if mesh.is_main() else [], SAMPLING)
-        assert len(nothing) == (1 if mesh.is_main() else 0), "a rank without prompts joins in the gathering"
+        assert len(nothing) == (1 if mesh.is_main() else 0), (
+            "a rank without prompts joins in the gathering"
+        )
+
     with_one = [logprobs(llama(), [row], "fp32")[0] for row in ROWS]
     scores = [rewards(Scorer(CONFIG), [row], "fp32")[0] for row in ROWS]
     for tokens in (1, 14, 100):  # 5, 3 and 1 batches for two ranks
         sharded = parallel.shard(llama()), parallel.shard(Scorer(CONFIG))
-        for found, expected in zip(logprobs(sharded[0], ROWS, "fp32", tokens), with_one, strict=True):  # type: ignore[arg-type]
+        for found, expected in zip(
+            logprobs(sharded[0], ROWS, "fp32", tokens), with_one, strict=True
+        ):  # type: ignore[arg-type]
             assert found == pytest.approx(expected, abs=1e-5)
+
         assert rewards(sharded[1], ROWS, "fp32", tokens) == pytest.approx(scores, abs=1e-6)  # type: ignore[arg-type]
 
 

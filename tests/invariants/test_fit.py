@@ -1,4 +1,5 @@
-"""What must hold whatever is trained: exact accumulation, exact resumption, and stops that lose nothing."""
+"""What must hold whatever is trained: exact accumulation, exact resumption, and stops that lose
+nothing."""
 
 from __future__ import annotations
 
@@ -47,9 +48,11 @@ def test_micro_batches_change_nothing():
         model, reports = llama(), Reports()
         fit(Learner(model, FAST), Rows(8, micro), next_token, Plan(max_steps=3), [reports])
         results.append((weights(model), reports.seen))
+
     for other, seen in results[1:]:
         for name, value in results[0][0].items():
             torch.testing.assert_close(other[name], value, rtol=1e-5, atol=1e-6, msg=name)
+
         for mine, first in zip(seen, results[0][1]):
             assert mine.weight == first.weight
             assert mine.tokens == first.tokens == 8 * 12
@@ -110,24 +113,35 @@ def test_parts_clipped_apart_are_what_separate_clipping_makes_of_them():
 
     other = Pair()
     optimizer, source = Learner(other, FAST).optimizer, Numbers()
+
     for step in range(3):
         optimizer.zero_grad()
         batch = {"x": torch.cat([part["x"] for part in next(source)])}
         loss = pair_loss(other, batch)
         (loss.total / loss.weight).backward()
-        norms = {name: float(torch.nn.utils.clip_grad_norm_(part, 0.5)) for name, part in
-                 (("actor.", other.actor.parameters()), ("critic.", other.critic.parameters()), ("", [other.scale]))}
+        norms = {
+            name: float(torch.nn.utils.clip_grad_norm_(part, 0.5))
+            for name, part in (
+                ("actor.", other.actor.parameters()),
+                ("critic.", other.critic.parameters()),
+                ("", [other.scale]),
+            )
+        }
         optimizer.step()
         seen = reports.seen[step]
         assert seen.gradient_norms == pytest.approx(norms, rel=1e-4)
-        assert seen.gradient_norm == pytest.approx(sum(norm**2 for norm in norms.values()) ** 0.5, rel=1e-4)
+        assert seen.gradient_norm == pytest.approx(
+            sum(norm**2 for norm in norms.values()) ** 0.5, rel=1e-4
+        )
         assert norms["critic."] > 50 * norms["actor."] > 50 * 0.5
+
     for name, value in weights(other).items():
         torch.testing.assert_close(weights(model)[name], value, rtol=1e-4, atol=1e-5, msg=name)
 
 
 def test_a_part_moves_as_if_it_were_alone():
     """However large the other's gradient is."""
+
     def alone(model, batch) -> Loss:
         return Loss(model.actor(batch["x"]).square().sum(), torch.tensor(float(len(batch["x"]))))
 
@@ -136,8 +150,10 @@ def test_a_part_moves_as_if_it_were_alone():
         model = Pair()
         fit(Learner(model, FAST, apart=apart), Numbers(), objective, plan)
         moved.append(torch.cat([p.detach().flatten() for p in model.actor.parameters()]))
+
     torch.testing.assert_close(moved[1], moved[0], rtol=1e-6, atol=1e-7)
-    assert not torch.allclose(moved[2], moved[0], rtol=1e-3)  # clipped together, one chokes the other
+    # clipped together, one chokes the other
+    assert not torch.allclose(moved[2], moved[0], rtol=1e-3)
 
 
 def test_the_part_whose_gradient_is_not_finite_is_named():
@@ -146,8 +162,12 @@ def test_the_part_whose_gradient_is_not_finite_is_named():
         model.critic.weight.register_hook(lambda gradient: gradient * float("nan"))
         return loss
 
-    with pytest.raises(UserError, match=r"step 1: the gradient norm of the critic is not finite \(loss "):
-        fit(Learner(Pair(), FAST, apart=("actor.", "critic.")), Numbers(), broken, Plan(max_steps=1))
+    with pytest.raises(
+        UserError, match=r"step 1: the gradient norm of the critic is not finite \(loss "
+    ):
+        fit(
+            Learner(Pair(), FAST, apart=("actor.", "critic.")), Numbers(), broken, Plan(max_steps=1)
+        )
 
 
 def test_the_learning_rate_follows_the_plan():
@@ -177,6 +197,7 @@ def test_training_ends_with_its_source_and_learns():
             self.step = 0
             batch = super().__next__()
             self.step = step + 1
+
             return batch
 
     fit(Learner(llama(), FAST), Same(steps=40), next_token, Plan(schedule="constant"), [reports])
@@ -186,7 +207,8 @@ def test_training_ends_with_its_source_and_learns():
     assert losses[-1] < 0.5 * losses[0]
 
 
-# --- resumption -------------------------------------------------------------------------------------------------
+# --- resumption
+# -------------------------------------------------------------------------------------------------
 
 
 def evaluate(model) -> dict[str, float]:
@@ -203,8 +225,18 @@ def run_once(run: Path, *extra: Hook, save_model=None) -> tuple[dict[str, torch.
         timeless = {k: v for k, v in metrics.items() if not k.startswith("perf/")}
         lines.append(json.dumps([step, timeless]))
 
-    fit(Learner(model, FAST), Rows(8, 3), noisy, PLAN,
-        [hooks.Log(write), hooks.Validate(evaluate, "valid/loss"), hooks.Checkpoint(run, save_model), *extra])
+    fit(
+        Learner(model, FAST),
+        Rows(8, 3),
+        noisy,
+        PLAN,
+        [
+            hooks.Log(write),
+            hooks.Validate(evaluate, "valid/loss"),
+            hooks.Checkpoint(run, save_model),
+            *extra,
+        ],
+    )
     return weights(model), lines
 
 
@@ -226,17 +258,24 @@ def test_a_resumed_run_is_the_run_never_stopped(tmp_path, step):
     crash = Crash(step)
     with pytest.raises(KeyboardInterrupt):
         run_once(tmp_path / "broken", crash)
+
     torch.manual_seed(99)
     result, rest = run_once(tmp_path / "broken", crash)
     assert_same(expected, result)
-    assert rest == lines[-len(rest):]  # metrics too, those of windows begun before the crash included
+    # metrics too, those of windows begun before the crash included
+    assert rest == lines[-len(rest) :]
 
 
 def test_the_random_state_of_every_generator_is_restored():
     before = state.random_state()
     drawn = torch.rand(2).tolist(), np.random.rand(2).tolist(), random.random(), random.gauss(0, 1)
     state.set_random_state(before)
-    assert drawn == (torch.rand(2).tolist(), np.random.rand(2).tolist(), random.random(), random.gauss(0, 1))
+    assert drawn == (
+        torch.rand(2).tolist(),
+        np.random.rand(2).tolist(),
+        random.random(),
+        random.gauss(0, 1),
+    )
 
 
 def test_validation_does_not_disturb_training(tmp_path):
@@ -257,8 +296,12 @@ def test_a_finished_run_does_not_train_again(tmp_path):
 
 @pytest.fixture
 def at_a_terminal():
-    """Ctrl-C and SIGHUP as Python starts with them: a process in the background inherits that they are ignored."""
-    before = signal.signal(signal.SIGINT, signal.default_int_handler), signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    """Ctrl-C and SIGHUP as Python starts with them: a process in the background inherits that they
+    are ignored."""
+    before = (
+        signal.signal(signal.SIGINT, signal.default_int_handler),
+        signal.signal(signal.SIGHUP, signal.SIG_DFL),
+    )
     yield
     signal.signal(signal.SIGINT, before[0])
     signal.signal(signal.SIGHUP, before[1])
@@ -274,6 +317,7 @@ def test_a_second_ctrl_c_does_not_wait(tmp_path, at_a_terminal):
 
     with pytest.raises(KeyboardInterrupt):
         run_once(tmp_path, hooks.Signals(), Twice())
+
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
     assert state.latest(tmp_path) is None
 
@@ -297,8 +341,10 @@ def test_signals_save_and_stop_at_the_step_boundary(tmp_path, number, at_a_termi
 
     expected, _ = run_once(tmp_path / "whole", hooks.Signals(), Crash(-1))
     before = signal.getsignal(number)
+
     with pytest.raises(Stopped) as stopped:
         run_once(tmp_path / "stopped", hooks.Signals(), Send())
+
     assert stopped.value.exit_code == (130 if number == signal.SIGINT else 0)
     assert stopped.value.step == 5  # the signal arrived after step 4 was decided
     assert stopped.value.checkpoint == state.latest(tmp_path / "stopped")
@@ -339,9 +385,16 @@ test_fit.run_once(run)
 
 @pytest.mark.parametrize(("place", "steps"), [("write", [3]), ("rename", [3]), ("prune", [6, 9])])
 def test_kill_minus_nine_loses_no_complete_checkpoint(tmp_path, place, steps):
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), *sys.path])}
-    child = subprocess.run([sys.executable, "-c", CHILD, str(tmp_path / "killed"), place], env=environment,
-                           capture_output=True, text=True, timeout=120)
+    environment = os.environ | {
+        "PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), *sys.path])
+    }
+    child = subprocess.run(
+        [sys.executable, "-c", CHILD, str(tmp_path / "killed"), place],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
     assert child.returncode == -signal.SIGKILL, child.stderr
     assert [step for step, _ in state.steps(tmp_path / "killed")] == steps
     result, _ = run_once(tmp_path / "killed")
@@ -351,7 +404,8 @@ def test_kill_minus_nine_loses_no_complete_checkpoint(tmp_path, place, steps):
     assert left == ["step-00000006", "step-00000009"]
 
 
-# --- checkpoints ------------------------------------------------------------------------------------------------
+# --- checkpoints
+# ------------------------------------------------------------------------------------------------
 
 
 def test_checkpoints_hold_the_model_and_only_the_newest_are_kept(tmp_path):
@@ -359,17 +413,23 @@ def test_checkpoints_hold_the_model_and_only_the_newest_are_kept(tmp_path):
     found = state.steps(tmp_path)
     assert [step for step, _ in found] == [6, 9]
     assert state.latest(tmp_path) == found[-1][1]
+
     for _, path in found:
         assert {p.name for p in path.iterdir()} == {"config.json", "trainer", "COMPLETE"}
 
 
 def test_unfinished_checkpoints_do_not_count(tmp_path):
     assert state.latest(tmp_path) is None
-    for name, complete in (("step-00000002", True), ("step-00000007", False), (".partial-step-00000009", True),
-                           ("step-10", True)):
+    for name, complete in (
+        ("step-00000002", True),
+        ("step-00000007", False),
+        (".partial-step-00000009", True),
+        ("step-10", True),
+    ):
         (tmp_path / "checkpoints" / name).mkdir(parents=True)
         if complete:
             (tmp_path / "checkpoints" / name / "COMPLETE").touch()
+
     assert state.latest(tmp_path).name == "step-00000002"
 
 
@@ -380,8 +440,12 @@ def _flip(file):
     file.write_bytes(content)
 
 
-DAMAGES = {"cut": lambda file: file.write_bytes(file.read_bytes()[: file.stat().st_size // 2]),
-           "emptied": lambda file: file.write_bytes(b""), "flipped": _flip, "missing": Path.unlink}
+DAMAGES = {
+    "cut": lambda file: file.write_bytes(file.read_bytes()[: file.stat().st_size // 2]),
+    "emptied": lambda file: file.write_bytes(b""),
+    "flipped": _flip,
+    "missing": Path.unlink,
+}
 
 
 @pytest.mark.parametrize("name", ["trainer/state.pt", "COMPLETE"])
@@ -395,13 +459,20 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_taken(tmp_path, capsys
     result, lines = run_once(tmp_path / "run")
     assert_same(expected, result)
     said = capsys.readouterr().err
-    if name == "COMPLETE" and damage in ("emptied", "missing"):  # as versions before wrote it; as a crash leaves it
+
+    # as versions before wrote it; as a crash leaves it
+    if name == "COMPLETE" and damage in ("emptied", "missing"):
         assert said == ""
     else:
-        assert f"{newest / name}:" in said or f"{newest / 'trainer/state.pt'}: truncated or damaged (" in said
+        assert (
+            f"{newest / name}:" in said
+            or f"{newest / 'trainer/state.pt'}: truncated or damaged (" in said
+        )
         assert "damaged" in said or "not valid JSON" in said
         assert said.endswith("; training goes on from step 6\n")
-    again = [] if not said and damage == "emptied" else [8, 9]  # lines are logged at even steps and the end
+
+    # lines are logged at even steps and the end
+    again = [] if not said and damage == "emptied" else [8, 9]
     assert sorted({json.loads(line)[0] for line in lines}) == again
     assert state.newest_whole(tmp_path / "run").name == "step-00000009"  # written anew
 
@@ -413,10 +484,15 @@ def test_the_only_checkpoint_damaged_is_named_with_its_cure(tmp_path, damage, ma
     before, newest = (path for _, path in state.steps(tmp_path))
     shutil.rmtree(before)
     DAMAGES[damage](newest / "trainer/state.pt")
+
     if not marked:
         (newest / "COMPLETE").write_bytes(b"")
-    with pytest.raises(UserError, match=r"step-00000009/trainer/state.pt: truncated or damaged \(") as error:
+
+    with pytest.raises(
+        UserError, match=r"step-00000009/trainer/state.pt: truncated or damaged \("
+    ) as error:
         run_once(tmp_path)
+
     assert error.value.cure == f"delete {newest}: the same command goes on from the beginning"
 
 
@@ -428,8 +504,10 @@ def test_lost_metrics_are_named(tmp_path, capsys):
     assert capsys.readouterr().err == ""
     (tmp_path / "metrics.jsonl").write_text("")
     run_once(tmp_path)
-    assert capsys.readouterr().err == (f"{tmp_path}/metrics.jsonl: damaged: lines logged before step 9 are lost, and "
-                                       "the report's curves lack them\n")
+    assert capsys.readouterr().err == (
+        f"{tmp_path}/metrics.jsonl: damaged: lines logged before step 9 are lost, and "
+        "the report's curves lack them\n"
+    )
 
 
 def test_a_full_disk_keeps_the_checkpoint_before(tmp_path, monkeypatch):
@@ -439,15 +517,18 @@ def test_a_full_disk_keeps_the_checkpoint_before(tmp_path, monkeypatch):
         if "step-00000006" in file.name:
             with open("/dev/full", "wb") as file:
                 save(value, file)
+
         save(value, file)
 
     monkeypatch.setattr(torch, "save", full)
     with pytest.raises(UserError, match="no space left on the device"):
         run_once(tmp_path)
+
     assert [p.name for p in (tmp_path / "checkpoints").iterdir()] == ["step-00000003"]
 
 
-# --- stops ------------------------------------------------------------------------------------------------------
+# --- stops
+# ------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("what", ["loss", "gradient norm"])
@@ -463,10 +544,12 @@ def test_a_loss_that_is_not_finite_stops_and_keeps_the_checkpoint(tmp_path, what
                 loss.total = loss.total * float("nan")
             else:
                 loss.total.register_hook(lambda gradient: gradient * float("inf"))
+
         return loss
 
     with pytest.raises(UserError) as error:
         fit(Learner(model, FAST), Rows(), objective, PLAN, [hooks.Checkpoint(tmp_path)])
+
     cause, cure = error.value.cause, error.value.cure
     assert cause.startswith(f"step 8: the {what} is not finite (loss ")
     assert "learning rate" in cause
@@ -478,13 +561,27 @@ def test_a_loss_that_is_not_finite_stops_and_keeps_the_checkpoint(tmp_path, what
 
 def test_early_stopping_keeps_the_best(tmp_path):
     values, kept = iter([3.0, 2.0, 2.5, 2.4, 1.0]), []
-    validate = hooks.Validate(lambda model: {"v": next(values)}, "v", patience=2, keep_best=lambda: kept.append(1))
+    validate = hooks.Validate(
+        lambda model: {"v": next(values)}, "v", patience=2, keep_best=lambda: kept.append(1)
+    )
     reports = Reports()
     plan = Plan(max_steps=20, validate_every=2)
-    fit(Learner(llama(), FAST), Rows(), next_token, plan, [validate, reports, hooks.Checkpoint(tmp_path)])
+    fit(
+        Learner(llama(), FAST),
+        Rows(),
+        next_token,
+        plan,
+        [validate, reports, hooks.Checkpoint(tmp_path)],
+    )
     assert (validate.best, validate.best_step, len(kept), reports.seen[-1].step) == (2.0, 4, 2, 8)
     again = Reports()  # and it stays stopped
-    fit(Learner(llama(), FAST), Rows(), next_token, plan, [validate, again, hooks.Checkpoint(tmp_path)])
+    fit(
+        Learner(llama(), FAST),
+        Rows(),
+        next_token,
+        plan,
+        [validate, again, hooks.Checkpoint(tmp_path)],
+    )
     assert again.seen == []
 
 
@@ -498,13 +595,22 @@ def test_metrics_that_come_and_go_are_a_defect():
         fit(Learner(llama()), Rows(4, 3), objective, Plan(max_steps=1, schedule="constant"))
 
 
-# --- what is shown ----------------------------------------------------------------------------------------------
+# --- what is shown
+# ----------------------------------------------------------------------------------------------
 
 
 def test_logged_means_are_weighted_over_the_window():
     logged, reports = [], Reports()
-    fit(Learner(llama(), FAST), Rows(8, 3), noisy, Plan(max_steps=5, log_every=3),
-        [reports, hooks.Log(lambda step, metrics: logged.append((step, metrics)), flops_per_token=1e6)])
+    fit(
+        Learner(llama(), FAST),
+        Rows(8, 3),
+        noisy,
+        Plan(max_steps=5, log_every=3),
+        [
+            reports,
+            hooks.Log(lambda step, metrics: logged.append((step, metrics)), flops_per_token=1e6),
+        ],
+    )
     assert [step for step, _ in logged] == [3, 5]
     window = reports.seen[:3]
     loss = sum(r.sums["train/loss"] for r in window) / sum(r.weight for r in window)
@@ -520,18 +626,29 @@ def test_mfu_is_a_share_of_the_peak_and_never_above_it(monkeypatch):
     logged = []
     for peak in (1e15, 1.0):
         monkeypatch.setattr(mesh, "peak_flops", lambda precision, peak=peak: peak)
-        fit(Learner(llama(), FAST), Rows(), next_token, Plan(max_steps=2, log_every=2),
-            [hooks.Log(lambda step, metrics: logged.append(metrics), flops_per_token=1e6)])
+        fit(
+            Learner(llama(), FAST),
+            Rows(),
+            next_token,
+            Plan(max_steps=2, log_every=2),
+            [hooks.Log(lambda step, metrics: logged.append(metrics), flops_per_token=1e6)],
+        )
+
     below, above = logged
     assert below["perf/mfu"] == pytest.approx(below["perf/tokens_per_second"] * 1e6 / 1e15)
     assert above["perf/mfu"] == 1.0
 
 
 def test_tokens_are_counted_without_padding_and_over_interruptions(tmp_path):
-    """Toy rows have 12 places, of which the loss mask says how many are trained; here the first three are read."""
+    """Toy rows have 12 places, of which the loss mask says how many are trained; here the first
+    three are read."""
+
     class Padded(Rows):
         def __next__(self):
-            return [batch | {"read_B": torch.full((len(batch["tokens_BT"]),), 3)} for batch in super().__next__()]
+            return [
+                batch | {"read_B": torch.full((len(batch["tokens_BT"]),), 3)}
+                for batch in super().__next__()
+            ]
 
     def attempt(directory: Path, crash: Crash) -> Learner:
         learner = Learner(llama(), FAST)
@@ -541,14 +658,24 @@ def test_tokens_are_counted_without_padding_and_over_interruptions(tmp_path):
     crash = Crash(5)
     with pytest.raises(KeyboardInterrupt):
         attempt(tmp_path, crash)
+
     resumed, source = attempt(tmp_path, crash), Rows(8, 3)
     under_loss = sum(int(batch["weights_BT"].sum()) for _ in range(9) for batch in next(source))
     assert (resumed.tokens, resumed.trained) == (9 * 8 * 3, under_loss)
-    assert count_tokens({"tokens_BT": torch.zeros(4, 7), "read_B": torch.tensor([7, 2, 3, 0])}) == (12, 3)
+    assert count_tokens({"tokens_BT": torch.zeros(4, 7), "read_B": torch.tensor([7, 2, 3, 0])}) == (
+        12,
+        3,
+    )
 
 
 def test_progress_without_a_terminal_is_a_few_plain_lines(capsys):
-    fit(Learner(llama(), FAST), Rows(), next_token, Plan(max_steps=12), [hooks.ProgressBar("pretrain")])
+    fit(
+        Learner(llama(), FAST),
+        Rows(),
+        next_token,
+        Plan(max_steps=12),
+        [hooks.ProgressBar("pretrain")],
+    )
     lines = capsys.readouterr().err.splitlines()
     assert len(lines) == 1
     assert lines[0].startswith("pretrain 12/12: ETA 0:00, loss ")
@@ -560,16 +687,28 @@ def test_the_bar_shows_eta_speed_and_mfu(monkeypatch, capsys):
     monkeypatch.setenv("TERM", "xterm")
     monkeypatch.setenv("COLUMNS", "160")
     monkeypatch.setattr(mesh, "is_exclusive", lambda: True)
-    fit(Learner(llama(), FAST), Rows(), next_token, Plan(max_steps=3), [hooks.ProgressBar("sft", 1e6)])
+    fit(
+        Learner(llama(), FAST),
+        Rows(),
+        next_token,
+        Plan(max_steps=3),
+        [hooks.ProgressBar("sft", 1e6)],
+    )
     text = capsys.readouterr().err
     assert all(part in text for part in ("sft", "3/3", "ETA 0:00", "tokens/s", "MFU"))
 
 
 def test_tensorboard_gets_every_published_metric(tmp_path):
     pytest.importorskip("tensorboard")
-    fit(Learner(llama(), FAST), Rows(), next_token, Plan(max_steps=4, log_every=2),
-        [hooks.Log(lambda step, metrics: None), hooks.TensorBoard(tmp_path)])
+    fit(
+        Learner(llama(), FAST),
+        Rows(),
+        next_token,
+        Plan(max_steps=4, log_every=2),
+        [hooks.Log(lambda step, metrics: None), hooks.TensorBoard(tmp_path)],
+    )
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
     events = EventAccumulator(str(tmp_path)).Reload()
     assert [event.step for event in events.Scalars("train/loss")] == [2, 4]
 

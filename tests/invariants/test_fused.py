@@ -1,4 +1,5 @@
-"""The hand-written kernels compute what PyTorch's operations do, forwards and backwards, row by row."""
+"""The hand-written kernels compute what PyTorch's operations do, forwards and backwards, row by
+row."""
 
 from __future__ import annotations
 
@@ -17,7 +18,9 @@ from llama2.mesh import Precision
 from llama2.model.llama import Llama, LlamaConfig
 from llama2.model.scorer import Scorer
 
-needs_compiler = pytest.mark.skipif(not shutil.which("g++") and not shutil.which("clang++"), reason="no compiler")
+needs_compiler = pytest.mark.skipif(
+    not shutil.which("g++") and not shutil.which("clang++"), reason="no compiler"
+)
 
 
 @pytest.fixture
@@ -36,10 +39,20 @@ def measure(model: torch.nn.Module, batch: dict[str, Tensor], precision: Precisi
         if isinstance(model, Scorer):
             found = [model(batch["tokens_BT"])]
         else:
-            found = list(model(batch["tokens_BT"], targets_BT=batch["targets_BT"], entropy=True,
-                               documents_BT=batch.get("documents_BT")))
+            found = list(
+                model(
+                    batch["tokens_BT"],
+                    targets_BT=batch["targets_BT"],
+                    entropy=True,
+                    documents_BT=batch.get("documents_BT"),
+                )
+            )
+
     (found[0] * weights_BT).sum().backward()
-    return [*(each.detach() for each in found), *(parameter.grad.clone() for parameter in model.parameters())]
+    return [
+        *(each.detach() for each in found),
+        *(parameter.grad.clone() for parameter in model.parameters()),
+    ]
 
 
 @needs_compiler
@@ -47,19 +60,34 @@ def measure(model: torch.nn.Module, batch: dict[str, Tensor], precision: Precisi
 @pytest.mark.parametrize(("heads", "kv_heads", "size"), [(4, 4, 16), (6, 2, 24), (4, 1, 10)])
 @pytest.mark.parametrize(("precision", "tolerance"), [("fp32", 2e-5), ("bf16", 0.03)])
 @pytest.mark.parametrize("packed", [False, True])
-def test_kernels_equal_pytorch(monkeypatch: pytest.MonkeyPatch, kind: type, heads: int, kv_heads: int, size: int,
-                               precision: Precision, tolerance: float, packed: bool) -> None:
+def test_kernels_equal_pytorch(
+    monkeypatch: pytest.MonkeyPatch,
+    kind: type,
+    heads: int,
+    kv_heads: int,
+    size: int,
+    precision: Precision,
+    tolerance: float,
+    packed: bool,
+) -> None:
     if packed and kind is Scorer:
         pytest.skip("rewards are not read from packed rows")
+
     torch.manual_seed(0)
     model = kind(LlamaConfig(71, heads * size, 88, 2, heads, kv_heads, 512), 3)
     length = fused.BLOCK + 45  # two blocks of queries, the second ragged
-    batch = {"tokens_BT": torch.randint(0, 71, (3, length)), "targets_BT": torch.randint(0, 71, (3, length))}
+    batch = {
+        "tokens_BT": torch.randint(0, 71, (3, length)),
+        "targets_BT": torch.randint(0, 71, (3, length)),
+    }
+
     if packed:
         batch["documents_BT"] = (torch.rand(3, length) < 0.03).cumsum(1)
+
     assert fused.runs(torch.zeros(1))
     own = measure(model, batch, precision)
     monkeypatch.setattr(fused, "runs", lambda x: False)
+
     for found, expected in zip(own, measure(model, batch, precision), strict=True):
         assert (found - expected).norm() <= tolerance * expected.norm()
 
@@ -78,8 +106,13 @@ def test_a_row_does_not_depend_on_its_neighbours(kind: torch.dtype) -> None:
         y = torch.cat((x[rows] @ gate.t(), x[rows] @ up.t()), 1).to(kind)
         product = y.new_empty(len(y), 90)
         fused._call(f"swiglu_{fused._LETTER[kind]}", len(y), 90, 180, y, y[:, 90:], product)
-        return [q, *(mark for mark in marks if mark is not None), product,
-                fused.normalise(x[rows], None, weight, 1e-5, kind)[1]]
+
+        return [
+            q,
+            *(mark for mark in marks if mark is not None),
+            product,
+            fused.normalise(x[rows], None, weight, 1e-5, kind)[1],
+        ]
 
     whole = results(slice(None))
     for rows in (slice(0, 1), slice(5, 24), slice(24, 37)):
@@ -121,8 +154,9 @@ def test_it_is_built_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, forge
     assert [each.stat().st_mtime_ns for each in (tmp_path / "llama2").iterdir()] == [stamp]
 
 
-def test_without_a_compiler_a_line_says_so(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
-                                           forget: None) -> None:
+def test_without_a_compiler_a_line_says_so(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], forget: None
+) -> None:
     monkeypatch.setenv("PATH", "")
     monkeypatch.delenv("CXX", raising=False)
     assert build.library("fused") is None
@@ -130,10 +164,16 @@ def test_without_a_compiler_a_line_says_so(monkeypatch: pytest.MonkeyPatch, caps
     assert "install g++" in capsys.readouterr().err
 
 
-def test_a_compiler_that_fails_is_no_failure(tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
-                                             capsys: pytest.CaptureFixture[str], forget: None) -> None:
+def test_a_compiler_that_fails_is_no_failure(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    forget: None,
+) -> None:
     broken = tmp_path / "c++"
-    broken.write_text("#!/bin/sh\n[ \"$1\" = --version ] && echo 1.0 && exit\necho no such instruction >&2\nexit 1\n")
+    broken.write_text(
+        '#!/bin/sh\n[ "$1" = --version ] && echo 1.0 && exit\necho no such instruction >&2\nexit 1\n'
+    )
     broken.chmod(broken.stat().st_mode | stat.S_IXUSR)
     monkeypatch.setenv("CXX", str(broken))
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
@@ -165,21 +205,30 @@ class Adapter(torch.nn.Module):
         return self.base(x) + (x @ self.down.T) @ self.up.T
 
 
-@pytest.mark.parametrize("place", ["self_attn.q_proj", "self_attn.v_proj", "mlp.gate_proj", "mlp.up_proj"])
+@pytest.mark.parametrize(
+    "place", ["self_attn.q_proj", "self_attn.v_proj", "mlp.gate_proj", "mlp.up_proj"]
+)
 def test_a_replaced_projection_is_called_and_learns(place: str) -> None:
-    """Kernels read weights; a module put in the place of a projection has more to say than its weight."""
+    """Kernels read weights; a module put in the place of a projection has more to say than its
+    weight."""
     torch.manual_seed(0)
     model = Llama(LlamaConfig(64, 32, 64, 2, 4, 2, max_position_embeddings=128)).eval()
     tokens = torch.randint(0, 64, (2, 16))
+
     with torch.no_grad():
         before = model(tokens)
+
     adapters = []
     for layer in model.model.layers:
         part, name = place.split(".")
         adapters.append(Adapter(getattr(getattr(layer, part), name)))
         setattr(getattr(layer, part), name, adapters[-1])
+
     logits = model(tokens)
     assert (logits - before).abs().max() > 0.01
     logits.square().sum().backward()
-    assert all(parameter.grad is not None and parameter.grad.abs().max() > 0
-               for adapter in adapters for parameter in (adapter.down, adapter.up))
+    assert all(
+        parameter.grad is not None and parameter.grad.abs().max() > 0
+        for adapter in adapters
+        for parameter in (adapter.down, adapter.up)
+    )

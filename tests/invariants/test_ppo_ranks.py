@@ -1,4 +1,5 @@
-"""PPO on two ranks is PPO on one: the critic's scale, the clipping of each tower, and what becomes of the weights."""
+"""PPO on two ranks is PPO on one: the critic's scale, the clipping of each tower, and what becomes
+of the weights."""
 
 from __future__ import annotations
 
@@ -22,27 +23,55 @@ from llama2.train import hooks, optim, parallel, state
 from llama2.train.loop import Learner, Plan, fit
 from llama2.train.objectives import clipped
 
-SETTINGS = Settings(batch_size=8, minibatch_size=4, micro_batch_size=1, epochs=1, beta=0.1, gamma=1.0, lambda_=0.95,
-                    unfinished=None, sample=Sample(max_tokens=12, precision="fp32"), precision="fp32", seed=0)
+SETTINGS = Settings(
+    batch_size=8,
+    minibatch_size=4,
+    micro_batch_size=1,
+    epochs=1,
+    beta=0.1,
+    gamma=1.0,
+    lambda_=0.95,
+    unfinished=None,
+    sample=Sample(max_tokens=12, precision="fp32"),
+    precision="fp32",
+    seed=0,
+)
 
 
-def train(inputs: Path, how: str, save: Path | None = None) -> tuple[dict[str, torch.Tensor], list[dict[str, float]]]:
+def train(
+    inputs: Path, how: str, save: Path | None = None
+) -> tuple[dict[str, torch.Tensor], list[dict[str, float]]]:
     """Two iterations; the weights on rank 0, and what each iteration logged."""
     policy, helpful, prompts = (Path(line) for line in inputs.read_text().splitlines())
     tokenizer = Tokenizer.load(policy)
     actor, reference = checkpoint.load(policy), checkpoint.load(policy)
     models = ActorCritic(actor, checkpoint.load_scorer(helpful))
+
     for module in (models, reference):
         parallel.shard(module) if how == "shard" else parallel.replicate(module)
+
     rewards = load_rewards(RewardModels(helpful=helpful), tokenizer, "fp32")
     watch, logged = Watch(kl_stop=1e9, updates=2), []
-    source = Rollouts(models, reference.eval().requires_grad_(False), rewards,
-                      Chat(Engine(actor, slots=8, precision="fp32"), tokenizer), read_prompts(prompts, None, 0),
-                      SETTINGS, 2, watch.observe)
+    source = Rollouts(
+        models,
+        reference.eval().requires_grad_(False),
+        rewards,
+        Chat(Engine(actor, slots=8, precision="fp32"), tokenizer),
+        read_prompts(prompts, None, 0),
+        SETTINGS,
+        2,
+        watch.observe,
+    )
     learner = Learner(models, optim.AdamW(learning_rate=1e-3, eps=1e-3), apart=(ACTOR, CRITIC))
     watchers = [hooks.Log(lambda step, row: logged.append(row)), watch]
-    fit(learner, source, clipped(), Plan(schedule="constant", max_steps=4, clip=0.2, log_every=99, save_every=1),
-        [hooks.Checkpoint(save), *watchers] if save else watchers)
+    fit(
+        learner,
+        source,
+        clipped(),
+        Plan(schedule="constant", max_steps=4, clip=0.2, log_every=99, save_every=1),
+        [hooks.Checkpoint(save), *watchers] if save else watchers,
+    )
+
     return learner.state_dict()["model"], [row for row in logged if "ppo/actor_grad_norm" in row]
 
 
@@ -52,14 +81,26 @@ def both(directory: Path) -> None:
         if mesh.is_main():
             expected, alone = torch.load(directory / "alone.pt")
             for name, value in expected.items():
-                torch.testing.assert_close(whole[name], value, rtol=1e-3, atol=1e-4, msg=f"{how}: {name}")
+                torch.testing.assert_close(
+                    whole[name], value, rtol=1e-3, atol=1e-4, msg=f"{how}: {name}"
+                )
+
             for mine, one in zip(logged, alone, strict=True):
-                for name in ("ppo/actor_grad_norm", "ppo/critic_grad_norm", "ppo/actor_clipped", "reward/deviation"):
+                for name in (
+                    "ppo/actor_grad_norm",
+                    "ppo/critic_grad_norm",
+                    "ppo/actor_clipped",
+                    "reward/deviation",
+                ):
                     assert mine[name] == pytest.approx(one[name], rel=1e-3), (how, name)
+
                 assert mine["ppo/first_ratio_deviation"] == 0.0
+
             shutil.rmtree(state.latest(directory / how))
+
         mesh.barrier()
-        resumed, _ = train(directory / "inputs", how, directory / how)  # inside the second iteration
+        # inside the second iteration
+        resumed, _ = train(directory / "inputs", how, directory / how)
         for name, value in whole.items():
             assert torch.equal(resumed[name], value), (how, name)
 

@@ -1,4 +1,5 @@
-"""Two ranks must train what one would: replicated or sharded, resumed or not, stopped by whichever rank."""
+"""Two ranks must train what one would: replicated or sharded, resumed or not, stopped by whichever
+rank."""
 
 from __future__ import annotations
 
@@ -28,12 +29,16 @@ APART = ("model.layers.0.", "lm_head.")
 def _child(case, rank: int, directory: Path) -> None:
     os.environ["LLAMA2_DEVICE"] = "cpu"
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{directory}/meet", rank=rank, world_size=WORLD)
+    dist.init_process_group(
+        "gloo", init_method=f"file://{directory}/meet", rank=rank, world_size=WORLD
+    )
+
     try:
         case(directory)
     except BaseException:
         (directory / f"failure-{rank}").write_text(traceback.format_exc())
         os._exit(1)  # no farewell: the other rank may be waiting in a collective
+
     dist.barrier()
     mesh.leave()
 
@@ -42,14 +47,20 @@ def together(case, directory: Path) -> None:
     """Run `case(directory)` on two gloo ranks; the assertions inside it are the test."""
     directory.mkdir(exist_ok=True)
     spawn = multiprocessing.get_context("spawn")
-    processes = [spawn.Process(target=_child, args=(case, rank, directory)) for rank in range(WORLD)]
+    processes = [
+        spawn.Process(target=_child, args=(case, rank, directory)) for rank in range(WORLD)
+    ]
+
     for process in processes:
         process.start()
+
     for process in processes:
         process.join(240)
+
     alive = [process for process in processes if process.is_alive()]
     for process in alive:
         process.kill()
+
     failures = "\n".join(file.read_text() for file in sorted(directory.glob("failure-*")))
     assert not failures, failures
     assert not alive, "a rank hangs"
@@ -58,8 +69,12 @@ def together(case, directory: Path) -> None:
 
 def learner(how: str) -> Learner:
     with torch.device("meta" if how == "shard" and mesh.rank() else "cpu"):
-        model = llama(seed=mesh.rank())  # all must take rank 0's weights, a shard's other ranks need none
-    return Learner(parallel.shard(model) if how == "shard" else parallel.replicate(model), FAST, apart=APART)
+        # all must take rank 0's weights, a shard's other ranks need none
+        model = llama(seed=mesh.rank())
+
+    return Learner(
+        parallel.shard(model) if how == "shard" else parallel.replicate(model), FAST, apart=APART
+    )
 
 
 class Reports(Hook):
@@ -86,6 +101,7 @@ def assert_like_one(trained: Learner, reports: Reports, directory: Path) -> None
         expected, seen = torch.load(directory / "alone.pt", weights_only=False)
         for name, value in expected.items():
             torch.testing.assert_close(full[name], value, rtol=1e-5, atol=1e-5, msg=name)
+
         for mine, one in zip(reports.seen, seen, strict=True):
             assert mine.weight == one.weight
             assert (mine.tokens, mine.trained) == (one.tokens, one.trained)
@@ -101,6 +117,7 @@ def trained_together(directory: Path) -> None:
         assert parallel.is_sharded(trained.model) == (how == "shard")
         fit(trained, Rows(8, 2), next_token, PLAN, [reports])
         assert_like_one(trained, reports, directory)
+
     fit(trained, Rows(8, 2), next_token, PLAN.model_copy(update={"max_steps": 7, "total_steps": 7}))
     uneven = Rows(3, 1)  # two rows here, one there
     with pytest.raises(ValueError, match="same number of micro-batches"):
@@ -109,6 +126,7 @@ def trained_together(directory: Path) -> None:
 
 def resumed(directory: Path) -> None:
     for how in ("replicate", "shard"):
+
         def attempt(run: str, *extra: Hook, how: str = how) -> dict[str, torch.Tensor]:
             trained = learner(how)
 
@@ -117,16 +135,23 @@ def resumed(directory: Path) -> None:
                 if mesh.is_main():
                     torch.save(full, path / "model.pt")
 
-            fit(trained, Rows(8, 2), next_token, PLAN,
-                [hooks.Checkpoint(directory / how / run, save_model), *extra])
+            fit(
+                trained,
+                Rows(8, 2),
+                next_token,
+                PLAN,
+                [hooks.Checkpoint(directory / how / run, save_model), *extra],
+            )
             return trained.state_dict()["model"]
 
         whole = attempt("whole", Crash(-1))
         with pytest.raises(KeyboardInterrupt):
             attempt("broken", Crash(5))
+
         again = attempt("broken", Crash(-1))
         saved = torch.load(state.latest(directory / how / "broken") / "model.pt", weights_only=True)
         assert len(whole) == (len(saved) if mesh.is_main() or how == "replicate" else 0)
+
         for name, value in whole.items():
             assert torch.equal(value, again[name]), name
             assert torch.equal(value, saved[name]), name
@@ -138,7 +163,14 @@ def stops(directory: Path) -> None:
             training.stop_requested = mesh.rank() == 1 and report.step == 2
 
     with pytest.raises(Stopped) as stopped:  # a signal on one rank stops both, at the same step
-        fit(learner("replicate"), Rows(8, 2), next_token, PLAN, [OneRank(), hooks.Checkpoint(directory / "stop")])
+        fit(
+            learner("replicate"),
+            Rows(8, 2),
+            next_token,
+            PLAN,
+            [OneRank(), hooks.Checkpoint(directory / "stop")],
+        )
+
     assert stopped.value.step == 3
 
     reports = Reports()  # the shorter source ends training on both
@@ -149,20 +181,36 @@ def stops(directory: Path) -> None:
         loss = next_token(model, batch)
         loss.total = loss.total * (float("nan") if mesh.rank() == 1 else 1.0)
         loss.metrics = {"seen": loss.weight}
+
         return loss
 
     with pytest.raises(UserError, match="step 1: the loss is not finite"):
         fit(learner("replicate"), Rows(8, 2), poisoned, PLAN)
+
     reports = Reports()  # a single row leaves rank 1 without a micro-batch
-    fit(learner("replicate"), Rows(1, 1), poisoned, Plan(max_steps=1, schedule="constant"), [reports])
+    fit(
+        learner("replicate"),
+        Rows(1, 1),
+        poisoned,
+        Plan(max_steps=1, schedule="constant"),
+        [reports],
+    )
     assert reports.seen[0].sums["seen"] == reports.seen[0].weight > 0
 
     def full_disk(path: Path) -> None:
         if mesh.is_main():
             raise OSError(28, "No space left on device")
 
-    with pytest.raises(OSError, match="No space left"):  # on both ranks, and nothing half-written stays
-        fit(learner("replicate"), Rows(8, 2), next_token, PLAN, [hooks.Checkpoint(directory / "full", full_disk)])
+    # on both ranks, and nothing half-written stays
+    with pytest.raises(OSError, match="No space left"):
+        fit(
+            learner("replicate"),
+            Rows(8, 2),
+            next_token,
+            PLAN,
+            [hooks.Checkpoint(directory / "full", full_disk)],
+        )
+
     mesh.barrier()
     assert list((directory / "full" / "checkpoints").iterdir()) == []
 
@@ -182,5 +230,10 @@ def test_two_ranks_train_like_one(tmp_path):
 def test_two_ranks_resume_bitwise_and_stop_together(tmp_path):
     together(resumed_and_stopped, tmp_path)
     with pytest.raises(UserError, match="taken by 2 ranks, this run has 1"):
-        fit(Learner(llama(), FAST), Rows(8, 2), next_token, PLAN,
-            [hooks.Checkpoint(tmp_path / "replicate" / "whole"), Crash(-1)])
+        fit(
+            Learner(llama(), FAST),
+            Rows(8, 2),
+            next_token,
+            PLAN,
+            [hooks.Checkpoint(tmp_path / "replicate" / "whole"), Crash(-1)],
+        )

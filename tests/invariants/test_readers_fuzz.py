@@ -1,4 +1,5 @@
-"""Whatever the bytes of a file, a reader gives records or a `UserError`: never another exception, never a hang."""
+"""Whatever the bytes of a file, a reader gives records or a `UserError`: never another exception,
+never a hang."""
 
 import bz2
 import gzip
@@ -40,34 +41,77 @@ from llama2.tokenizer.tokenizer import Tokenizer
 
 MUTATIONS, SECONDS = 500, 10
 ROWS = [
-    [{"text": "A document of the mill, built in 1746."}, {"text": "Ein Müller \U0001f600", "id": 7, "score": 0.5}],
-    [{"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello.\r\n"}]}] * 3,
-    [{"instruction": "Say \"hi\"", "input": "now,\nor never", "output": "hi"}, {"instruction": "a", "output": "b"}],
-    [{"prompt": "Spell cat.", "chosen": "c-a-t", "rejected": "k-a-t"}, {"prompt": "x", "chosen": "y", "rejected": "z"}],
+    [
+        {"text": "A document of the mill, built in 1746."},
+        {"text": "Ein Müller \U0001f600", "id": 7, "score": 0.5},
+    ],
+    [
+        {
+            "messages": [
+                {"role": "user", "content": "Hi"},
+                {"role": "assistant", "content": "Hello.\r\n"},
+            ]
+        }
+    ]
+    * 3,
+    [
+        {"instruction": 'Say "hi"', "input": "now,\nor never", "output": "hi"},
+        {"instruction": "a", "output": "b"},
+    ],
+    [
+        {"prompt": "Spell cat.", "chosen": "c-a-t", "rejected": "k-a-t"},
+        {"prompt": "x", "chosen": "y", "rejected": "z"},
+    ],
     [{"messages": [{"role": "user", "content": "How?"}], "id": "p", "safety": True}],
-    [{"id": "c", "prompt": [{"role": "user", "content": "Hi"}], "responses": [{"text": "a"}, {"text": "b"}],
-      "preferred": 1, "degree": "better"}],
+    [
+        {
+            "id": "c",
+            "prompt": [{"role": "user", "content": "Hi"}],
+            "responses": [{"text": "a"}, {"text": "b"}],
+            "preferred": 1,
+            "degree": "better",
+        }
+    ],
 ]
 FIXTURES = Path(__file__).parent.parent / "fixtures" / "import"
-FORMATS = [[json.loads(line) for line in file.read_text("utf-8").splitlines() if line.strip()]
-           for file in sorted(FIXTURES.glob("*.jsonl"))]
-ENCODINGS = ["utf-8", "utf-8-sig", "utf-16", "utf-16-le", "utf-32", "latin-1", "cp1252", "shift-jis", "utf-7"]
+FORMATS = [
+    [json.loads(line) for line in file.read_text("utf-8").splitlines() if line.strip()]
+    for file in sorted(FIXTURES.glob("*.jsonl"))
+]
+ENCODINGS = [
+    "utf-8",
+    "utf-8-sig",
+    "utf-16",
+    "utf-16-le",
+    "utf-32",
+    "latin-1",
+    "cp1252",
+    "shift-jis",
+    "utf-7",
+]
 
 
 def as_table(rows, separator):
     def cell(value):
         text = value if isinstance(value, str) else json.dumps(value)
-        return '"' + text.replace('"', '""') + '"' if set(text) & {'"', separator, "\n", "\r"} else text
+        return (
+            '"' + text.replace('"', '""') + '"'
+            if set(text) & {'"', separator, "\n", "\r"}
+            else text
+        )
 
     names = list(rows[0])
-    return "\n".join(separator.join(cell(row.get(name, "")) for name in names)
-                     for row in [dict(zip(names, names)), *rows])
+    return "\n".join(
+        separator.join(cell(row.get(name, "")) for name in names)
+        for row in [dict(zip(names, names)), *rows]
+    )
 
 
 def as_parquet(rows):
     pyarrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
     file = io.BytesIO()
     parquet.write_table(pyarrow.Table.from_pylist(rows), file)
+
     return file.getvalue()
 
 
@@ -78,6 +122,7 @@ def as_zip(rows):
         archive.writestr("b.csv", as_table(rows, ","))
         archive.writestr("c.parquet", as_parquet(rows))
         archive.writestr("d.json.gz", gzip.compress(json.dumps(rows).encode()))
+
     return file.getvalue()
 
 
@@ -90,23 +135,50 @@ KINDS = {
     ".parquet": as_parquet,
     ".zip": as_zip,
 }
-PACKINGS = {"": bytes, ".gz": gzip.compress, ".bz2": bz2.compress, ".xz": lzma.compress,
-            ".zst": lambda content: pytest.importorskip("zstandard").ZstdCompressor().compress(content)}
+PACKINGS = {
+    "": bytes,
+    ".gz": gzip.compress,
+    ".bz2": bz2.compress,
+    ".xz": lzma.compress,
+    ".zst": lambda content: pytest.importorskip("zstandard").ZstdCompressor().compress(content),
+}
 
 
 def disturbed(chance, value):
     """JSON in which some values are of another type, missing, or more than they should be."""
     if chance.random() < 0.04:
-        return chance.choice([None, True, 0, -1, 1.5, "", " ", "\0", [], {}, [None], [[]], {"": None}, [value],
-                              {"role": value}])
+        return chance.choice(
+            [
+                None,
+                True,
+                0,
+                -1,
+                1.5,
+                "",
+                " ",
+                "\0",
+                [],
+                {},
+                [None],
+                [[]],
+                {"": None},
+                [value],
+                {"role": value},
+            ]
+        )
     if isinstance(value, dict):
-        return {key if chance.random() > 0.02 else key.upper(): disturbed(chance, item) for key, item in value.items()
-                if chance.random() > 0.02}
+        return {
+            key if chance.random() > 0.02 else key.upper(): disturbed(chance, item)
+            for key, item in value.items()
+            if chance.random() > 0.02
+        }
+
     return [disturbed(chance, item) for item in value] if isinstance(value, list) else value
 
 
 def mutated(chance, content):
-    """The bytes, damaged: cut, flipped, swapped, overwritten, doubled or with strange ones put in."""
+    """The bytes, damaged: cut, flipped, swapped, overwritten, doubled or with strange ones put
+    in."""
     content = bytearray(content)
     for _ in range(chance.randrange(4)):
         place, length = chance.randrange(len(content) + 1), chance.randrange(1, 40)
@@ -126,9 +198,27 @@ def mutated(chance, content):
             case 5:
                 content += content[place : place + 200]
             case _:
-                odd = [b"\0", b"\r", b"\xff\xfe", b"\xef\xbb\xbf", b'"', b"\xe2\x80\xa8", b"\\ud800", b"NaN",
-                       b"[" * 3000, b"{", b"9" * 5000, b"null", b"\xed\xa0\x80", b"1e999", b",", b"\t", b"-0"]
+                odd = [
+                    b"\0",
+                    b"\r",
+                    b"\xff\xfe",
+                    b"\xef\xbb\xbf",
+                    b'"',
+                    b"\xe2\x80\xa8",
+                    b"\\ud800",
+                    b"NaN",
+                    b"[" * 3000,
+                    b"{",
+                    b"9" * 5000,
+                    b"null",
+                    b"\xed\xa0\x80",
+                    b"1e999",
+                    b",",
+                    b"\t",
+                    b"-0",
+                ]
                 content[place:place] = chance.choice(odd)
+
     return bytes(content)
 
 
@@ -138,25 +228,40 @@ def made(chance, folder):
     rows = chance.choice(ROWS)
     if kind in (".json", ".jsonl") and chance.random() < 0.6:
         rows = [disturbed(chance, row) for row in chance.choice(FORMATS)]
+
     content = KINDS[kind](rows)
     if isinstance(content, str):
         encoding = chance.choice([*ENCODINGS, *["utf-8"] * 9])
-        content = content.replace("\n", chance.choice(["\n", "\n", "\r\n", "\r"])).encode(encoding, "replace")
+        content = content.replace("\n", chance.choice(["\n", "\n", "\r\n", "\r"])).encode(
+            encoding, "replace"
+        )
         content = mutated(chance, content) if chance.random() < 0.5 else content
+
     content = PACKINGS[packing](content)
-    ending = f"{kind}{packing}" if chance.random() < 0.8 else chance.choice(list(KINDS)) + chance.choice(list(PACKINGS))
+    ending = (
+        f"{kind}{packing}"
+        if chance.random() < 0.8
+        else chance.choice(list(KINDS)) + chance.choice(list(PACKINGS))
+    )
     path = folder / f"a{ending.upper() if chance.random() < 0.1 else ending}"
     path.write_bytes(mutated(chance, content) if chance.random() < 0.8 else content)
+
     return path
 
 
 READERS = {
-    "documents": lambda path, how: read_documents(path, split="paragraph", tally=Tally(), malformed=how),
+    "documents": lambda path, how: read_documents(
+        path, split="paragraph", tally=Tally(), malformed=how
+    ),
     "dialogs": lambda path, how: import_dialogs(path, Reading(malformed=how), tally=Tally()),
     "prompts": lambda path, how: import_prompts(path, Reading(malformed=how), tally=Tally()),
-    "preferences": lambda path, how: import_preferences(path, Reading(malformed=how), tally=Tally()),
-    **{kind.__name__: (lambda path, how, kind=kind: records.read(kind, path, tally=Tally()))
-       for kind in (Document, Dialog, Prompt, Preference)},
+    "preferences": lambda path, how: import_preferences(
+        path, Reading(malformed=how), tally=Tally()
+    ),
+    **{
+        kind.__name__: (lambda path, how, kind=kind: records.read(kind, path, tally=Tally()))
+        for kind in (Document, Dialog, Prompt, Preference)
+    },
 }
 
 
@@ -183,16 +288,24 @@ def test_a_damaged_file_gives_records_or_one_clear_line(tmp_path: Path) -> None:
                 signal.alarm(SECONDS)
                 outcomes.add((name, outcome(path, name, how)))
                 signal.alarm(0)
+
             path.unlink()
     finally:
         signal.alarm(0)
         signal.signal(signal.SIGALRM, earlier)
-    for name, kind in (("documents", "Document"), ("dialogs", "Dialog"), ("prompts", "Prompt"),
-                       ("preferences", "Preference"), ("Dialog", "Dialog")):
+
+    for name, kind in (
+        ("documents", "Document"),
+        ("dialogs", "Dialog"),
+        ("prompts", "Prompt"),
+        ("preferences", "Preference"),
+        ("Dialog", "Dialog"),
+    ):
         assert {(name, kind), (name, "refused")} <= outcomes
 
 
-# ---- models, runs, requests -------------------------------------------------------------------------------------
+# ---- models, runs, requests
+# -------------------------------------------------------------------------------------
 def models(folder, tokenizer):
     """One small model in every format that is read: the place to open, and the files there."""
     model = model_of(LlamaConfig(tokenizer.vocab_size, 16, 24, 1, 2, 1, max_position_embeddings=32))
@@ -201,12 +314,19 @@ def models(folder, tokenizer):
     (folder / "hf" / "checksums.json").unlink()
     source = hf.read(folder / "hf")
     tensors = {name: stored.read() for name, stored in source.tensors.items()}
+
     for name, is_zip in (("zip", True), ("old", False)):
-        shutil.copytree(folder / "hf", folder / name, ignore=shutil.ignore_patterns("*.safetensors"))
-        torch.save(tensors, folder / name / "pytorch_model.bin", _use_new_zipfile_serialization=is_zip)
+        shutil.copytree(
+            folder / "hf", folder / name, ignore=shutil.ignore_patterns("*.safetensors")
+        )
+        torch.save(
+            tensors, folder / name / "pytorch_model.bin", _use_new_zipfile_serialization=is_zip
+        )
+
     meta.write(source, folder / "meta")
     gguf.write(source, folder / "model.gguf")
     llama2c.write(source, folder / "model.bin")
+
     return [*(folder / name for name in ("hf", "zip", "old", "meta", "model.gguf", "model.bin"))]
 
 
@@ -214,12 +334,19 @@ def read_model(place):
     source = open_source(place)
     for stored in source.tensors.values():
         assert stored.read().shape == stored.shape
+
     if source.tokenizer is not None and source.path.suffix != ".bin":
-        loaded = Tokenizer.load(source.path) if source.path.is_dir() else Tokenizer(sentencepiece_model.content(source.tokenizer))
+        loaded = (
+            Tokenizer.load(source.path)
+            if source.path.is_dir()
+            else Tokenizer(sentencepiece_model.content(source.tokenizer))
+        )
         loaded.decode(loaded.encode("The old mill, built in 1746. \U0001f600"))
 
 
-def test_a_damaged_model_is_read_or_refused_in_one_clear_line(tmp_path: Path, tokenizer: Tokenizer) -> None:
+def test_a_damaged_model_is_read_or_refused_in_one_clear_line(
+    tmp_path: Path, tokenizer: Tokenizer
+) -> None:
     places = models(tmp_path, tokenizer)
     outcomes = Counter()
     for number in range(300):
@@ -227,11 +354,13 @@ def test_a_damaged_model_is_read_or_refused_in_one_clear_line(tmp_path: Path, to
         place = chance.choice(places)
         file = chance.choice(sorted(place.iterdir())) if place.is_dir() else place
         content = file.read_bytes()
+
         if file.suffix == ".json" and chance.random() < 0.7:
             damaged = json.dumps(disturbed(chance, json.loads(content))).encode()
         else:
             head = chance.choice([200, 4096, len(content)])
             damaged = mutated(chance, content[:head]) + content[head:]
+
         file.write_bytes(damaged)
         try:
             read_model(place)
@@ -240,10 +369,13 @@ def test_a_damaged_model_is_read_or_refused_in_one_clear_line(tmp_path: Path, to
             outcomes[place.name, "refused" if len(str(error)) < LONGEST - 15 else "endless"] += 1
         except Exception as error:
             raise AssertionError(f"{number}: {file}") from error
+
         file.write_bytes(content)
+
     for place in places:
         read_model(place)
         assert outcomes[place.name, "refused"], place
+
     assert {word for _, word in outcomes} == {"read", "refused"}
 
 
@@ -257,6 +389,7 @@ def test_what_a_run_says_of_itself_is_whole_or_refused(tmp_path: Path, world: Pa
             said = json.loads((world / name).read_text())
             del said["sum"]
             (tmp_path / name).write_text(json.dumps(disturbed(chance, said)))
+
         for name, reader in read.items():
             try:
                 found = reader(tmp_path)
@@ -264,17 +397,52 @@ def test_what_a_run_says_of_itself_is_whole_or_refused(tmp_path: Path, world: Pa
                 outcomes.add((name, "read"))
             except UserError:
                 outcomes.add((name, "refused"))
+
     assert len(outcomes) == 4
 
 
 ASKED = [
-    (ChatRequest, {"model": "m", "messages": [{"role": "system", "content": "x"}, {"role": "user", "content": [
-        {"type": "text", "text": "hi"}]}], "max_tokens": 5, "temperature": 0.5, "stop": ["a"], "seed": 1,
-        "stream": True, "logprobs": True, "top_logprobs": 3, "logit_bias": {"5": 1.5}, "n": 2}),
-    (ChatRequest, {"model": "m", "messages": [{"role": "user", "content": "hi"}], "response_format": {
-        "type": "json_schema", "json_schema": {"name": "s", "schema": {"type": "object", "properties": {
-            "a": {"type": "string", "enum": ["x"]}}, "required": ["a"]}}}}),
-    (CompletionRequest, {"model": "m", "prompt": [[1, 2, 3]], "max_tokens": 4, "echo": True, "logprobs": 2}),
+    (
+        ChatRequest,
+        {
+            "model": "m",
+            "messages": [
+                {"role": "system", "content": "x"},
+                {"role": "user", "content": [{"type": "text", "text": "hi"}]},
+            ],
+            "max_tokens": 5,
+            "temperature": 0.5,
+            "stop": ["a"],
+            "seed": 1,
+            "stream": True,
+            "logprobs": True,
+            "top_logprobs": 3,
+            "logit_bias": {"5": 1.5},
+            "n": 2,
+        },
+    ),
+    (
+        ChatRequest,
+        {
+            "model": "m",
+            "messages": [{"role": "user", "content": "hi"}],
+            "response_format": {
+                "type": "json_schema",
+                "json_schema": {
+                    "name": "s",
+                    "schema": {
+                        "type": "object",
+                        "properties": {"a": {"type": "string", "enum": ["x"]}},
+                        "required": ["a"],
+                    },
+                },
+            },
+        },
+    ),
+    (
+        CompletionRequest,
+        {"model": "m", "prompt": [[1, 2, 3]], "max_tokens": 4, "echo": True, "logprobs": 2},
+    ),
 ]
 
 
@@ -284,11 +452,13 @@ def test_a_request_of_any_kind_is_taken_or_refused(tmp_path: Path) -> None:
         chance = random.Random(number)
         kind, asked = chance.choice(ASKED)
         content = json.dumps(disturbed(chance, asked)).encode()
+
         try:
             body.checked(mutated(chance, content) if chance.random() < 0.3 else content, kind)
             outcomes.add((kind, "taken"))
         except ApiError as error:
             outcomes.add((kind, f"refused {error.status}"))
+
     assert outcomes == {(kind, what) for kind, _ in ASKED for what in ("taken", "refused 400")}
 
 

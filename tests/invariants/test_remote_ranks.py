@@ -1,4 +1,5 @@
-"""Two ranks ask a server for what one would: each for its own share, and any number of them goes on with all."""
+"""Two ranks ask a server for what one would: each for its own share, and any number of them goes on
+with all."""
 
 from __future__ import annotations
 
@@ -28,17 +29,27 @@ SAMPLING = Sampling(max_tokens=6, n=2, seed=3)
 
 def answers(directory: Path) -> list[list[tuple[int, ...]]]:
     tokenizer = Tokenizer.load(os.environ["POLICY"])
-    engine = RemoteEngine(os.environ["SERVER"], "tiny", tokenizer=tokenizer, context=256, state=directory / "answers")
-    return [[one.completion.tokens for one in row] for row in Chat(engine, tokenizer).answers(PROMPTS, SAMPLING)]
+    engine = RemoteEngine(
+        os.environ["SERVER"], "tiny", tokenizer=tokenizer, context=256, state=directory / "answers"
+    )
+    return [
+        [one.completion.tokens for one in row]
+        for row in Chat(engine, tokenizer).answers(PROMPTS, SAMPLING)
+    ]
 
 
 def shared(directory: Path) -> None:
     found = answers(directory)
-    assert len((directory / f"answers/{mesh.rank()}.jsonl").read_text().splitlines()) == (6, 4)[mesh.rank()]
+    assert (
+        len((directory / f"answers/{mesh.rank()}.jsonl").read_text().splitlines())
+        == (6, 4)[mesh.rank()]
+    )
     assert all(rows == found for rows in mesh.gather([found]))
 
 
-def test_each_rank_asks_for_its_share(tmp_path, policy, tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_each_rank_asks_for_its_share(
+    tmp_path, policy, tokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
     with serving(Engine(checkpoint.load(policy).eval(), precision="fp32"), tokenizer) as server:
         monkeypatch.setenv("SERVER", server.url)
         monkeypatch.setenv("POLICY", str(policy))

@@ -1,4 +1,5 @@
-"""Stages that sample write on two ranks what they write on one, also where one rank began and two go on."""
+"""Stages that sample write on two ranks what they write on one, also where one rank began and two
+go on."""
 
 from __future__ import annotations
 
@@ -23,14 +24,38 @@ def carry_out(out: Path) -> None:
     given = json.loads(os.environ["SAMPLING"])
     rewards, prompts = given["rewards"], given["prompts"]
     values: dict[str, dict[str, Any]] = {
-        "rejection": {"policy": given["policy"], "rewards": rewards, "prompts": prompts, "k": 3, "limit": 14,
-                      "temperatures": [0.7, 1.0], "search_prompts": 4, "earlier": [given["earlier"]]},
-        "distill": {"policy": given["policy"], "rewards": rewards, "prompts": prompts, "limit": 14, **SHORT},
+        "rejection": {
+            "policy": given["policy"],
+            "rewards": rewards,
+            "prompts": prompts,
+            "k": 3,
+            "limit": 14,
+            "temperatures": [0.7, 1.0],
+            "search_prompts": 4,
+            "earlier": [given["earlier"]],
+        },
+        "distill": {
+            "policy": given["policy"],
+            "rewards": rewards,
+            "prompts": prompts,
+            "limit": 14,
+            **SHORT,
+        },
         "ghost": {"policy": given["policy"], "conversations": given["conversations"], "limit": 9},
-        "collect": {"policies": [given["policy"]], "prompts": prompts, "limit": 30, "swapped": 0.4, "heldout": 0.3},
+        "collect": {
+            "policies": [given["policy"]],
+            "prompts": prompts,
+            "limit": 30,
+            "swapped": 0.4,
+            "heldout": 0.3,
+        },
     }
+
     for verb, own in values.items():
-        launch.execute(verb, build(launch.stage(verb).Config, {"out": str(out / verb), "sample": SAMPLE, **own}))
+        launch.execute(
+            verb,
+            build(launch.stage(verb).Config, {"out": str(out / verb), "sample": SAMPLE, **own}),
+        )
 
 
 def texts(out: Path) -> dict[str, list[Any]]:
@@ -40,20 +65,50 @@ def texts(out: Path) -> dict[str, list[Any]]:
         rows = [json.loads(line) for line in file.read_text().splitlines()]
         for row in rows:
             row["metadata"].pop("reward", None)
+
         found[f"{file.parent.name}/{file.name}"] = rows
+
     return found
 
 
-def test_two_ranks_write_what_one_writes(tmp_path: Path, policy: Path, scorers: tuple[Path, Path], world: Path,
-                                         monkeypatch: pytest.MonkeyPatch) -> None:
+def test_two_ranks_write_what_one_writes(
+    tmp_path: Path,
+    policy: Path,
+    scorers: tuple[Path, Path],
+    world: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     rewards = {"helpful": str(scorers[0]), "safe": str(scorers[1])}
     prompts = str(world / "prompts-train.jsonl")
-    launch.execute("rejection", build(launch.stage("rejection").Config, {
-        "out": str(tmp_path / "earlier"), "policy": str(policy), "rewards": rewards, "prompts": prompts, "k": 2,
-        "limit": 10, "temperatures": [1.0], "seed": 1, "sample": SAMPLE}))
-    monkeypatch.setenv("SAMPLING", json.dumps({
-        "policy": str(policy), "rewards": rewards, "prompts": prompts, "earlier": str(tmp_path / "earlier"),
-        "conversations": str(world / "ghost-train.jsonl")}))
+    launch.execute(
+        "rejection",
+        build(
+            launch.stage("rejection").Config,
+            {
+                "out": str(tmp_path / "earlier"),
+                "policy": str(policy),
+                "rewards": rewards,
+                "prompts": prompts,
+                "k": 2,
+                "limit": 10,
+                "temperatures": [1.0],
+                "seed": 1,
+                "sample": SAMPLE,
+            },
+        ),
+    )
+    monkeypatch.setenv(
+        "SAMPLING",
+        json.dumps(
+            {
+                "policy": str(policy),
+                "rewards": rewards,
+                "prompts": prompts,
+                "earlier": str(tmp_path / "earlier"),
+                "conversations": str(world / "ghost-train.jsonl"),
+            }
+        ),
+    )
     carry_out(tmp_path / "one")
     expected = texts(tmp_path / "one")
     assert len(expected) == 6
@@ -66,11 +121,13 @@ def test_two_ranks_write_what_one_writes(tmp_path: Path, policy: Path, scorers: 
     def interrupted(self: Any, first: int, count: int, rows: Any) -> None:
         if self.path.name == "samples.jsonl" and first:
             raise KeyboardInterrupt
+
         append(self, first, count, rows)
 
     monkeypatch.setattr(parts._Finished, "append", interrupted)
     with pytest.raises(KeyboardInterrupt):
         carry_out(tmp_path / "mixed")  # the first stage loses its second part
+
     monkeypatch.setattr(parts._Finished, "append", append)
     together(carry_out, tmp_path / "mixed")
     assert texts(tmp_path / "mixed") == expected

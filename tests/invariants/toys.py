@@ -10,8 +10,15 @@ from llama2.train.loop import Loss
 from llama2.train.objectives import next_token
 
 VOCABULARY = 37
-CONFIG = LlamaConfig(vocab_size=VOCABULARY, hidden_size=16, intermediate_size=24, num_hidden_layers=2,
-                     num_attention_heads=2, num_key_value_heads=1, max_position_embeddings=32)
+CONFIG = LlamaConfig(
+    vocab_size=VOCABULARY,
+    hidden_size=16,
+    intermediate_size=24,
+    num_hidden_layers=2,
+    num_attention_heads=2,
+    num_key_value_heads=1,
+    max_position_embeddings=32,
+)
 
 
 def llama(seed: int = 0) -> Llama:
@@ -19,7 +26,8 @@ def llama(seed: int = 0) -> Llama:
 
 
 class Rows:
-    """`rows` random rows a step with ragged loss masks, `micro` to a micro-batch, shared between ranks."""
+    """`rows` random rows a step with ragged loss masks, `micro` to a micro-batch, shared between
+    ranks."""
 
     def __init__(self, rows: int = 8, micro: int = 8, steps: int | None = None) -> None:
         self.rows, self.micro, self.steps, self.step = rows, micro, steps, 0
@@ -27,14 +35,19 @@ class Rows:
     def __next__(self):
         if self.step == self.steps:
             raise StopIteration
+
         self.step += 1
         generator = torch.Generator().manual_seed(self.step)
         tokens = torch.randint(VOCABULARY, (self.rows, 13), generator=generator)
         lengths = torch.randint(1, 13, (self.rows, 1), generator=generator)
-        batch = {"tokens_BT": tokens[:, :-1], "targets_BT": tokens[:, 1:],
-                 "weights_BT": (torch.arange(12) < lengths).float()}
+        batch = {
+            "tokens_BT": tokens[:, :-1],
+            "targets_BT": tokens[:, 1:],
+            "weights_BT": (torch.arange(12) < lengths).float(),
+        }
         mine = {name: value[mesh.rank() :: mesh.world()] for name, value in batch.items()}
         parts = {name: value.split(self.micro) for name, value in mine.items()}
+
         return [dict(zip(parts, row)) for row in zip(*parts.values()) if len(row[0])]
 
     def state_dict(self):
@@ -45,8 +58,11 @@ class Rows:
 
 
 def noisy(model, batch) -> Loss:
-    """Next-token loss with a random weight on each target: training that depends on PyTorch's random generator."""
-    loss = next_token(model, batch | {"weights_BT": batch["weights_BT"] * torch.rand(batch["weights_BT"].shape)})
+    """Next-token loss with a random weight on each target: training that depends on PyTorch's
+    random generator."""
+    loss = next_token(
+        model, batch | {"weights_BT": batch["weights_BT"] * torch.rand(batch["weights_BT"].shape)}
+    )
     loss.metrics["squared"] = loss.total.detach() ** 2
     return loss
 

@@ -49,11 +49,13 @@ def descendants(root: int) -> set[int]:
             children.setdefault(parent, []).append(int(entry.name))
         except (OSError, ValueError, IndexError):
             continue
+
     found, waiting = set(), [root]
     while waiting:
         for child in children.get(waiting.pop(), []):
             found.add(child)
             waiting.append(child)
+
     return found
 
 
@@ -69,7 +71,9 @@ def wait_until(condition: Callable[[], object], seconds: float = 200.0) -> bool:
     while not condition():
         if time.time() > end:
             return False
+
         time.sleep(0.02)
+
     return True
 
 
@@ -84,6 +88,7 @@ def story(tmp_path_factory: pytest.TempPathFactory) -> Story:
     command = [*COMMAND, "run", str(story.file), "--out", str(story.out)]
 
     first = subprocess.Popen(command, stderr=subprocess.DEVNULL, env=ENVIRONMENT)
+
     try:
         assert wait_until(lambda: list(story.out.glob("pretrain/checkpoints/step-*")))
         family = descendants(first.pid)
@@ -91,23 +96,29 @@ def story(tmp_path_factory: pytest.TempPathFactory) -> Story:
     finally:
         first.kill()
         first.wait()
+
     wait_until(lambda: not any(map(alive, family)), seconds=60)
     story.orphans = [process for process in family if alive(process)]
     story.finished_when_killed = finished(story.out)
 
     second = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=ENVIRONMENT)
+
     try:
-        assert wait_until(lambda: list(story.out.glob("sft/checkpoints/step-*")) or second.poll() is not None)
+        assert wait_until(
+            lambda: list(story.out.glob("sft/checkpoints/step-*")) or second.poll() is not None
+        )
         second.terminate()
         story.stopped = second.communicate(timeout=200)[1]
     finally:
         second.kill()
         second.wait()
+
     story.status = second.returncode
 
     third = subprocess.run(command, capture_output=True, text=True, env=ENVIRONMENT, timeout=250)
     assert third.returncode == 0, third.stderr
     story.resumed = third.stderr
+
     return story
 
 
@@ -118,7 +129,9 @@ def test_no_process_outlives_the_parent_that_was_killed(story):
 
 def test_sigterm_saves_what_runs_and_exits_with_zero(story):
     assert story.status == 0, story.stopped
-    assert re.search(r"stopped after 5 of 17 steps; the same command resumes\n$", story.stopped), story.stopped
+    assert re.search(r"stopped after 5 of 17 steps; the same command resumes\n$", story.stopped), (
+        story.stopped
+    )
 
 
 def test_a_resumed_recipe_goes_on_where_it_was(story):
@@ -126,6 +139,7 @@ def test_a_resumed_recipe_goes_on_where_it_was(story):
     assert len(finished(story.out)) == 17
     for line in read_warnings(story.out / "helpful"):
         assert f"helpful: warning: {line}\n" in story.resumed
+
     assert read_warnings(story.out / "helpful")
     log = (story.out / "logs/sft.log").read_text()
     assert f"{story.out / 'sft'}: resuming" in log
@@ -143,9 +157,20 @@ def test_a_finished_recipe_is_skipped(story, capsys):
 
 def test_a_changed_step_is_refused_before_any_work(story, one_line):
     before = {path: path.read_bytes() for path in story.out.glob("*/*") if path.is_file()}
-    refusal = one_line("run", story.file, "--out", story.out, "--steps.evaluate.limit", 5, "--steps.more.verb", "world")
-    assert refusal.startswith(f"{story.out / 'evaluate'}: holds a finished run with another configuration: "
-                              "limit: 12 -> 5; ")
+    refusal = one_line(
+        "run",
+        story.file,
+        "--out",
+        story.out,
+        "--steps.evaluate.limit",
+        5,
+        "--steps.more.verb",
+        "world",
+    )
+    assert refusal.startswith(
+        f"{story.out / 'evaluate'}: holds a finished run with another configuration: "
+        "limit: 12 -> 5; "
+    )
     assert {path: path.read_bytes() for path in story.out.glob("*/*") if path.is_file()} == before
 
 
@@ -161,13 +186,20 @@ def test_every_stage_did_its_work(story):
     assert [row["step"] for row in rows if "heldout/reward" in row] == [0, 2, 4, 6]
     page = (story.out / "report/report.html").read_text()
     assert len(page) > 20_000
+
     for section in ("pretrain", "Ghost", "V1", "V2"):
         assert section in page
 
 
 def test_chat_answers_on_a_pipe(story):
-    process = subprocess.run([*COMMAND, "chat", str(story.out / "sft"), "--max-tokens", "16"], env=ENVIRONMENT,
-                             input="Hello.\nAnd you?\n", capture_output=True, text=True, timeout=200)
+    process = subprocess.run(
+        [*COMMAND, "chat", str(story.out / "sft"), "--max-tokens", "16"],
+        env=ENVIRONMENT,
+        input="Hello.\nAnd you?\n",
+        capture_output=True,
+        text=True,
+        timeout=200,
+    )
     assert process.returncode == 0, process.stderr
     assert process.stdout.count("\n") >= 2
     assert process.stderr == ""
@@ -175,15 +207,29 @@ def test_chat_answers_on_a_pipe(story):
 
 def test_transformers_reads_policy_and_reward_model(story):
     transformers = pytest.importorskip("transformers")
-    talk = messages_of([("system", "Be brief."), ("user", "Name three colors."), ("assistant", "Red, green, blue.")])
+    talk = messages_of(
+        [
+            ("system", "Be brief."),
+            ("user", "Name three colors."),
+            ("assistant", "Red, green, blue."),
+        ]
+    )
     tokenizer = Tokenizer.load(story.out / "v1")
     ids = torch.tensor([encode_dialog(tokenizer, talk)[0]])
+
     with torch.no_grad():
         theirs = transformers.AutoModelForCausalLM.from_pretrained(story.out / "v1")(ids).logits
-        torch.testing.assert_close(checkpoint.load(story.out / "v1")(ids), theirs, rtol=0, atol=1e-4)
-        judge = transformers.AutoModelForSequenceClassification.from_pretrained(story.out / "helpful")
-        ours = checkpoint.load_scorer(story.out / "helpful")(ids, lengths_B=torch.tensor([ids.shape[1]]))
+        torch.testing.assert_close(
+            checkpoint.load(story.out / "v1")(ids), theirs, rtol=0, atol=1e-4
+        )
+        judge = transformers.AutoModelForSequenceClassification.from_pretrained(
+            story.out / "helpful"
+        )
+        ours = checkpoint.load_scorer(story.out / "helpful")(
+            ids, lengths_B=torch.tensor([ids.shape[1]])
+        )
         torch.testing.assert_close(ours, judge(ids).logits[:, 0], rtol=0, atol=1e-4)
+
     reader = transformers.AutoTokenizer.from_pretrained(story.out / "v1")
     asked = [{"role": turn.role, "content": turn.content} for turn in talk[:-1]]
     found = reader.apply_chat_template(asked, return_dict=False)

@@ -20,10 +20,22 @@ WAYS = {
     "an end": {"stop": (2,)},
     "other ends": {"stop": (2, 300, 340, 360)},
     "no end": {"stop": ()},
-    "penalties": {"stop": (2,), "repetition_penalty": 1.3, "presence_penalty": 0.5, "frequency_penalty": -0.5},
+    "penalties": {
+        "stop": (2,),
+        "repetition_penalty": 1.3,
+        "presence_penalty": 0.5,
+        "frequency_penalty": -0.5,
+    },
     "a bias": {"stop": (2,), "logit_bias": ((2, -100.0), (350, 3.0))},
-    "a schema": {"stop": (2,), "grammar": {"type": "object", "properties": {"mood": {"enum": ["glad", "sad"]}},
-                                           "required": ["mood"], "additionalProperties": False}},
+    "a schema": {
+        "stop": (2,),
+        "grammar": {
+            "type": "object",
+            "properties": {"mood": {"enum": ["glad", "sad"]}},
+            "required": ["mood"],
+            "additionalProperties": False,
+        },
+    },
 }
 
 
@@ -40,23 +52,52 @@ def test_completions_of_a_server_are_those_of_the_engine_here(pair, tokenizer, w
     here, remote = pair
     assert remote.context == here.context
     given = dict(WAYS[way])
+
     if "grammar" in given:
         given["grammar"] = json_grammar(tokenizer, given["grammar"])
+
     sampling = Sampling(**GREEDY, **given)
-    prompts = [encode_prompt(tokenizer, (Message("user", text),)) for text in ("Who are you?", "Name a colour.")]
+    prompts = [
+        encode_prompt(tokenizer, (Message("user", text),))
+        for text in ("Who are you?", "Name a colour.")
+    ]
     prompts += [[1, 300 + row, 350, 360 + row] for row in range(5)]
-    for (mine,), (its,) in zip(remote.generate(prompts, sampling), here.generate(prompts, sampling)):
+
+    for (mine,), (its,) in zip(
+        remote.generate(prompts, sampling), here.generate(prompts, sampling)
+    ):
         assert (mine.prompt, mine.tokens, mine.finish) == (its.prompt, its.tokens, its.finish)
-        assert mine.logprobs == pytest.approx(its.logprobs, abs=1e-5)  # an error of fp32 through JSON
+        # an error of fp32 through JSON
+        assert mine.logprobs == pytest.approx(its.logprobs, abs=1e-5)
         assert list(remote.stream(mine.prompt, sampling)) == list(its.tokens)
 
 
 def test_rejection_sampling(tmp_path, base, scorers, prompts):
-    words = ["rejection", "--policy", base, "--rewards.helpful", scorers[0], "--prompts", prompts, "--k", 2,
-             "--limit", 6, "--temperatures", 0.0, "--sample.precision", "fp32", "--sample.max-tokens", 16,
-             "--no-finished-only"]
+    words = [
+        "rejection",
+        "--policy",
+        base,
+        "--rewards.helpful",
+        scorers[0],
+        "--prompts",
+        prompts,
+        "--k",
+        2,
+        "--limit",
+        6,
+        "--temperatures",
+        0.0,
+        "--sample.precision",
+        "fp32",
+        "--sample.max-tokens",
+        16,
+        "--no-finished-only",
+    ]
     with serving(base) as served:
         assert llama2(*words, "--sample.server.url", served.url, "--out", tmp_path / "there") == 0
+
     assert llama2(*words, "--out", tmp_path / "here") == 0
-    here, there = (list(records.read(Dialog, tmp_path / name / "best.jsonl")) for name in ("here", "there"))
+    here, there = (
+        list(records.read(Dialog, tmp_path / name / "best.jsonl")) for name in ("here", "there")
+    )
     assert [one.messages for one in there] == [one.messages for one in here]

@@ -1,8 +1,10 @@
-"""Runs under an interpreter that has llama-cpp-python: answers questions about a GGUF file, one JSON value a line.
+"""Runs under an interpreter that has llama-cpp-python: answers questions about a GGUF file, one
+JSON value a line.
 
-{"file": path, "context": n} loads a model, keys and values in fp32; then {"logits": ids, "at": positions} gives the
-logits at some positions; {"greedy": ids, "count": n} the ids that follow; {"tokenize": text} the ids of a text;
-{"quantize": path, "to": path, "type": number} makes a quantized file and answers with its status.
+{"file": path, "context": n} loads a model, keys and values in fp32; then {"logits": ids, "at":
+positions} gives the logits at some positions; {"greedy": ids, "count": n} the ids that follow;
+{"tokenize": text} the ids of a text; {"quantize": path, "to": path, "type": number} makes a
+quantized file and answers with its status.
 """
 
 import ctypes
@@ -19,7 +21,8 @@ _default_params = llama_cpp.llama_cpp.llama_model_default_params
 
 
 def _plain_params() -> llama_cpp.llama_model_params:
-    """Without rearranged weights: its kernels for AMX crash on some virtual machines, with its own files as well."""
+    """Without rearranged weights: its kernels for AMX crash on some virtual machines, with its own
+    files as well."""
     params = _default_params()
     params.use_extra_bufts = False
     return params
@@ -29,26 +32,43 @@ llama_cpp.llama_cpp.llama_model_default_params = _plain_params
 
 
 def load(asked: dict) -> llama_cpp.Llama:
-    return llama_cpp.Llama(asked["file"], n_ctx=asked["context"], n_batch=512, logits_all=True, n_threads=1,
-                           n_threads_batch=1, type_k=F32, type_v=F32, verbose=False)
+    return llama_cpp.Llama(
+        asked["file"],
+        n_ctx=asked["context"],
+        n_batch=512,
+        logits_all=True,
+        n_threads=1,
+        n_threads_batch=1,
+        type_k=F32,
+        type_v=F32,
+        verbose=False,
+    )
 
 
 def answer(model: llama_cpp.Llama, asked: dict) -> list:
     if "tokenize" in asked:
         return model.tokenize(asked["tokenize"].encode(), add_bos=False, special=False)
+
     if "quantize" in asked:
         params = llama_cpp.llama_model_quantize_default_params()
         params.ftype, params.nthread = asked["type"], 1
-        return [llama_cpp.llama_model_quantize(asked["quantize"].encode(), asked["to"].encode(), ctypes.byref(params))]
+        return [
+            llama_cpp.llama_model_quantize(
+                asked["quantize"].encode(), asked["to"].encode(), ctypes.byref(params)
+            )
+        ]
+
     model.reset()
     if "logits" in asked:
         model.eval(asked["logits"])
         return np.array(model.scores)[asked["at"]].tolist()
+
     following = []
     model.eval(asked["greedy"])
     for _ in range(asked["count"]):
         following.append(int(model.scores[model.n_tokens - 1].argmax()))
         model.eval(following[-1:])
+
     return following
 
 

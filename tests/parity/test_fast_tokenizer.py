@@ -1,4 +1,5 @@
-"""transformers gives SentencePiece's ids on the directories that we write, and we those of what it writes."""
+"""transformers gives SentencePiece's ids on the directories that we write, and we those of what it
+writes."""
 
 from __future__ import annotations
 
@@ -37,13 +38,19 @@ def different(tokenizer: Tokenizer, theirs: Any, count: int) -> int:
     for rows in conversations(count):
         messages = messages_of((row["role"], row["content"]) for row in rows)  # type: ignore[misc]
         finished = messages[-1].role == "assistant"
-        ours = encode_dialog(tokenizer, messages)[0] if finished else encode_prompt(tokenizer, messages)
+        ours = (
+            encode_dialog(tokenizer, messages)[0]
+            if finished
+            else encode_prompt(tokenizer, messages)
+        )
         found += theirs.apply_chat_template(rows, return_dict=False) != ours
+
     return found
 
 
-def test_conversations_have_the_same_ids(tmp_path: Path, tokenizer: Tokenizer, capsys: pytest.CaptureFixture[str]
-                                         ) -> None:
+def test_conversations_have_the_same_ids(
+    tmp_path: Path, tokenizer: Tokenizer, capsys: pytest.CaptureFixture[str]
+) -> None:
     tokenizer.save(tmp_path)
     assert tokenizer.unlike_transformers() == ()
     assert different(tokenizer, AutoTokenizer.from_pretrained(tmp_path), 500) == 0
@@ -51,7 +58,8 @@ def test_conversations_have_the_same_ids(tmp_path: Path, tokenizer: Tokenizer, c
 
 
 def test_without_tokenizer_json_they_have_not(tmp_path: Path, ordinary: Tokenizer) -> None:
-    """So the test above can fail: transformers 5 orders the merges by ids, where there are no others."""
+    """So the test above can fail: transformers 5 orders the merges by ids, where there are no
+    others."""
     tokenizer = with_lowest_spaces(ordinary)
     tokenizer.save(tmp_path)
     (tmp_path / "tokenizer.json").unlink()
@@ -59,15 +67,18 @@ def test_without_tokenizer_json_they_have_not(tmp_path: Path, ordinary: Tokenize
 
 
 def test_the_library_has_the_same_ids_of_every_text(tmp_path: Path, tokenizer: Tokenizer) -> None:
-    """Without transformers around it even a space in front is kept; and the merges do there what `Merger` says."""
+    """Without transformers around it even a space in front is kept; and the merges do there what
+    `Merger` says."""
     tokenizer.save(tmp_path)
     theirs = tokenizers.Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
     merger = merges.merger(sentencepiece_model.parse(tokenizer.model, "here").items)
     draw = random.Random(1)
+
     for text in [contents(draw) for _ in range(800)]:
         ids = theirs.encode(text, add_special_tokens=False).ids
         assert ids == tokenizer.encode(text) == merger.encode(text), text
         assert theirs.decode(ids) == tokenizer.decode(ids)
+
     assert theirs.encode("a").ids == [tokenizer.bos, *tokenizer.encode("a")]
 
 
@@ -78,8 +89,10 @@ def test_what_transformers_saves_comes_back(tmp_path: Path, tokenizer: Tokenizer
     again = Tokenizer.load(tmp_path / "theirs")
     assert again.same(tokenizer)
     draw = random.Random(2)
+
     for text in [contents(draw) for _ in range(800)]:
         assert again.encode(text) == tokenizer.encode(text)
+
     again.save(tmp_path / "again")
     assert different(tokenizer, AutoTokenizer.from_pretrained(tmp_path / "again"), 100) == 0
 
@@ -89,7 +102,9 @@ def test_padding_is_text_there_as_well(tmp_path: Path, ordinary: Tokenizer) -> N
     Tokenizer(sentencepiece_model.padded(ordinary.model, size, size + 2)).save(tmp_path)
     theirs = AutoTokenizer.from_pretrained(tmp_path)
     assert len(theirs) == size + 2
-    assert theirs.encode(f"[PAD{size}] mill", add_special_tokens=False) == ordinary.encode(f"[PAD{size}] mill")
+    assert theirs.encode(f"[PAD{size}] mill", add_special_tokens=False) == ordinary.encode(
+        f"[PAD{size}] mill"
+    )
 
 
 def test_added_tokens_survive_the_round_trip(tmp_path: Path, ordinary: Tokenizer) -> None:
@@ -109,15 +124,30 @@ def test_added_tokens_survive_the_round_trip(tmp_path: Path, ordinary: Tokenizer
     assert back.encode("a<|im_end|>", add_special_tokens=False)[-1] == size
 
 
-@pytest.mark.skipif("LLAMA2_PEER_TRANSFORMERS4" not in os.environ, reason="LLAMA2_PEER_TRANSFORMERS4 is not set")
+@pytest.mark.skipif(
+    "LLAMA2_PEER_TRANSFORMERS4" not in os.environ, reason="LLAMA2_PEER_TRANSFORMERS4 is not set"
+)
 def test_transformers_4_has_the_same_ids() -> None:
-    done = subprocess.run([sys.executable, CASES, "--python", os.environ["LLAMA2_PEER_TRANSFORMERS4"],
-                           "--conversations", "300"], capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        [
+            sys.executable,
+            CASES,
+            "--python",
+            os.environ["LLAMA2_PEER_TRANSFORMERS4"],
+            "--conversations",
+            "300",
+        ],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
     assert done.returncode == 0, done.stdout + done.stderr
     assert done.stdout.count(": 0 of ") == 4
 
 
-def test_the_file_is_what_early_versions_of_the_library_read(tmp_path: Path, ordinary: Tokenizer) -> None:
+def test_the_file_is_what_early_versions_of_the_library_read(
+    tmp_path: Path, ordinary: Tokenizer
+) -> None:
     ordinary.save(tmp_path)
     model = json.loads((tmp_path / "tokenizer.json").read_bytes())["model"]
     assert all(isinstance(merge, str) and merge.count(" ") == 1 for merge in model["merges"])

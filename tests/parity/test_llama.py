@@ -1,4 +1,5 @@
-"""The network and its files against transformers, on random weights: what one writes the other must read alike."""
+"""The network and its files against transformers, on random weights: what one writes the other must
+read alike."""
 
 from __future__ import annotations
 
@@ -23,21 +24,43 @@ transformers.utils.logging.disable_progress_bar()
 
 
 def config(kv_heads: int = 2, tied: bool = False) -> LlamaConfig:
-    return LlamaConfig(vocab_size=96, hidden_size=64, intermediate_size=112, num_hidden_layers=3, num_attention_heads=4,
-                       num_key_value_heads=kv_heads, max_position_embeddings=4096, tie_word_embeddings=tied)
+    return LlamaConfig(
+        vocab_size=96,
+        hidden_size=64,
+        intermediate_size=112,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        num_key_value_heads=kv_heads,
+        max_position_embeddings=4096,
+        tie_word_embeddings=tied,
+    )
 
 
-def theirs(shape: LlamaConfig, kind: type = transformers.LlamaForCausalLM, **extra: object) -> nn.Module:
-    values = {name: getattr(shape, name) for name in LlamaConfig.__dataclass_fields__ if name != "rope_theta"}
+def theirs(
+    shape: LlamaConfig, kind: type = transformers.LlamaForCausalLM, **extra: object
+) -> nn.Module:
+    values = {
+        name: getattr(shape, name)
+        for name in LlamaConfig.__dataclass_fields__
+        if name != "rope_theta"
+    }
     torch.manual_seed(0)
     # A wide initialisation, so that attention is far from uniform and logits are of order one.
-    model = kind(transformers.LlamaConfig(
-        **values, rope_parameters={"rope_type": "default", "rope_theta": shape.rope_theta}, initializer_range=0.2,
-        pad_token_id=0, **extra)).eval()
+    model = kind(
+        transformers.LlamaConfig(
+            **values,
+            rope_parameters={"rope_type": "default", "rope_theta": shape.rope_theta},
+            initializer_range=0.2,
+            pad_token_id=0,
+            **extra,
+        )
+    ).eval()
+
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if "norm" in name:
                 parameter.copy_(0.5 + torch.rand_like(parameter))
+
     return model
 
 
@@ -58,7 +81,9 @@ def _no_gradients() -> object:
 
 @pytest.mark.parametrize("length", [37, 2048])
 @pytest.mark.parametrize("kv_heads", [4, 2, 1], ids=["mha", "gqa", "mqa"])
-def test_logits_equal_transformers(monkeypatch: pytest.MonkeyPatch, kv_heads: int, length: int) -> None:
+def test_logits_equal_transformers(
+    monkeypatch: pytest.MonkeyPatch, kv_heads: int, length: int
+) -> None:
     monkeypatch.setattr(fused, "runs", lambda x: False)
     hf = theirs(config(kv_heads))
     ours = Llama(config(kv_heads))
@@ -72,7 +97,8 @@ def test_logits_equal_transformers(monkeypatch: pytest.MonkeyPatch, kv_heads: in
 @pytest.mark.parametrize("length", [37, 400])
 @pytest.mark.parametrize("kv_heads", [4, 2, 1], ids=["mha", "gqa", "mqa"])
 def test_our_kernels_err_no_more_than_transformers(kv_heads: int, length: int) -> None:
-    """They sum in another order, so what they are held to is the distance from the truth in fp64."""
+    """They sum in another order, so what they are held to is the distance from the truth in
+    fp64."""
     hf = theirs(config(kv_heads))
     ours = Llama(config(kv_heads))
     ours.load_state_dict(hf.state_dict())
@@ -82,7 +108,9 @@ def test_our_kernels_err_no_more_than_transformers(kv_heads: int, length: int) -
     assert distance(ours(tokens_BT), truth) < max(1e-5, 2 * distance(expected, truth))
 
 
-def test_logits_agree_at_positions_beyond_the_first_context(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_logits_agree_at_positions_beyond_the_first_context(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     hf = theirs(config())
     ours = Llama(config())
     ours.load_state_dict(hf.state_dict())
@@ -94,19 +122,22 @@ def test_logits_agree_at_positions_beyond_the_first_context(monkeypatch: pytest.
 
 
 def test_bf16_logits_agree_to_its_rounding() -> None:
-    """Both sides in bf16 stay within 3 % of the spread of the fp32 logits on average, and agree on the best token
-    where it leads clearly."""
+    """Both sides in bf16 stay within 3 % of the spread of the fp32 logits on average, and agree on
+    the best token where it leads clearly."""
     hf = theirs(config())
     ours = Llama(config())
     ours.load_state_dict(hf.state_dict())
     tokens_BT = tokens(2, 100)
     exact = hf(tokens_BT).logits
+
     with torch.autocast("cpu", torch.bfloat16):
         autocast = ours(tokens_BT)
+
     pure = ours.to(torch.bfloat16)(tokens_BT)
     theirs_pure = hf.to(torch.bfloat16)(tokens_BT).logits.float()
     for logits in (autocast, pure, theirs_pure):
         assert (logits - exact).abs().mean() < 0.03 * exact.std()
+
     first, second = exact.topk(2).values.unbind(-1)
     clear = first - second > 0.5 * exact.std()
     assert clear.sum() > 20
@@ -130,7 +161,9 @@ def test_we_load_what_transformers_writes(tmp_path: Path, tied: bool, shard: str
 def test_transformers_loads_what_we_write(tmp_path: Path, tied: bool, shard_bytes: int) -> None:
     ours = Llama(config(tied=tied), seed=3)
     checkpoint.save(ours, tmp_path, shard_bytes=shard_bytes)
-    hf, report = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, output_loading_info=True)
+    hf, report = transformers.AutoModelForCausalLM.from_pretrained(
+        tmp_path, output_loading_info=True
+    )
     assert isinstance(hf, transformers.LlamaForCausalLM)
     assert not any(report[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys"))
     assert hf.dtype == torch.float32
@@ -152,6 +185,7 @@ def padded(lengths: list[int]) -> tuple[Tensor, Tensor]:
     tokens_BT = tokens(len(lengths), max(lengths))
     for row, length in enumerate(lengths):
         tokens_BT[row, length:] = 0
+
     return tokens_BT, torch.tensor(lengths)
 
 
@@ -168,7 +202,8 @@ def test_scores_equal_transformers_both_ways(tmp_path: Path, tied: bool) -> None
     fresh = Scorer(config(tied=tied), seed=4)
     checkpoint.save(fresh, tmp_path / "ours")
     again, report = transformers.AutoModelForSequenceClassification.from_pretrained(
-        tmp_path / "ours", output_loading_info=True)
+        tmp_path / "ours", output_loading_info=True
+    )
     assert isinstance(again, transformers.LlamaForSequenceClassification)
     assert again.num_labels == 1
     assert not any(report[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys"))
@@ -182,19 +217,44 @@ def test_config_has_both_spellings_of_renamed_keys(tmp_path: Path) -> None:
     assert values["rope_theta"] == values["rope_parameters"]["rope_theta"] == 10000.0
 
 
-# ---- config.json of others ------------------------------------------------------------------------------------------
-LEAST = {"model_type": "llama", "architectures": ["LlamaForCausalLM"], "vocab_size": 96, "hidden_size": 64,
-         "intermediate_size": 112, "num_hidden_layers": 3, "num_attention_heads": 4}
+# ---- config.json of others
+# ------------------------------------------------------------------------------------------
+LEAST = {
+    "model_type": "llama",
+    "architectures": ["LlamaForCausalLM"],
+    "vocab_size": 96,
+    "hidden_size": 64,
+    "intermediate_size": 112,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+}
 ACCEPTED: dict[str, dict[str, object]] = {
     "absent": {},
-    "nulls": {"num_key_value_heads": None, "rope_scaling": None, "pad_token_id": None, "head_dim": None},
-    "at the top": {"rope_theta": 5e5, "rms_norm_eps": 1e-3, "num_key_value_heads": 2, "max_position_embeddings": 99},
+    "nulls": {
+        "num_key_value_heads": None,
+        "rope_scaling": None,
+        "pad_token_id": None,
+        "head_dim": None,
+    },
+    "at the top": {
+        "rope_theta": 5e5,
+        "rms_norm_eps": 1e-3,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 99,
+    },
     "in its section": {"rope_parameters": {"rope_type": "default", "rope_theta": 5e5}},
     "in both places": {"rope_theta": 5e5, "rope_parameters": {"rope_theta": 5e5}},
     "linear by 1": {"rope_scaling": {"type": "linear", "factor": 1.0}},
     "dynamic by 1": {"rope_scaling": {"rope_type": "dynamic", "factor": 1.0}},
-    "llama3 by 1": {"rope_scaling": {"rope_type": "llama3", "factor": 1.0, "low_freq_factor": 1.0,
-                                     "high_freq_factor": 4.0, "original_max_position_embeddings": 64}},
+    "llama3 by 1": {
+        "rope_scaling": {
+            "rope_type": "llama3",
+            "factor": 1.0,
+            "low_freq_factor": 1.0,
+            "high_freq_factor": 4.0,
+            "original_max_position_embeddings": 64,
+        }
+    },
     "swish": {"hidden_act": "swish"},
     "tied": {"tie_word_embeddings": True},
     "several ends": {"eos_token_id": [2, 5], "bos_token_id": 3},
@@ -203,20 +263,38 @@ ACCEPTED: dict[str, dict[str, object]] = {
 
 
 @pytest.mark.parametrize("name", ACCEPTED)
-def test_a_config_that_is_taken_means_what_transformers_takes_it_for(tmp_path: Path, name: str) -> None:
+def test_a_config_that_is_taken_means_what_transformers_takes_it_for(
+    tmp_path: Path, name: str
+) -> None:
     """Small weights, so that the epsilon counts."""
     (tmp_path / "config.json").write_text(json.dumps(LEAST | ACCEPTED[name]))
     torch.manual_seed(0)
     hf = transformers.LlamaForCausalLM(transformers.LlamaConfig.from_pretrained(tmp_path)).eval()
+
     with torch.no_grad():
         hf.model.embed_tokens.weight.copy_(0.002 * torch.randn(96, 64))
-    save_file({key: value.clone() for key, value in hf.state_dict().items()}, tmp_path / "model.safetensors")
+
+    save_file(
+        {key: value.clone() for key, value in hf.state_dict().items()},
+        tmp_path / "model.safetensors",
+    )
     ours, expected = checkpoint.load(tmp_path), hf(tokens(2, 90)).logits
     assert distance(ours(tokens(2, 90)), expected) < 1e-4 * expected.abs().max()
     theirs, mine = hf.config, ours.config
-    assert (theirs.rms_norm_eps, theirs.max_position_embeddings, theirs.bos_token_id, theirs.tie_word_embeddings) == (
-        mine.rms_norm_eps, mine.max_position_embeddings, mine.bos_token_id, mine.tie_word_embeddings)
-    assert theirs.eos_token_id == (mine.eos_token_id if isinstance(mine.eos_token_id, int) else list(mine.stops))
+    assert (
+        theirs.rms_norm_eps,
+        theirs.max_position_embeddings,
+        theirs.bos_token_id,
+        theirs.tie_word_embeddings,
+    ) == (
+        mine.rms_norm_eps,
+        mine.max_position_embeddings,
+        mine.bos_token_id,
+        mine.tie_word_embeddings,
+    )
+    assert theirs.eos_token_id == (
+        mine.eos_token_id if isinstance(mine.eos_token_id, int) else list(mine.stops)
+    )
     assert theirs.rope_parameters["rope_theta"] == mine.rope_theta
 
 
@@ -225,16 +303,29 @@ def test_a_config_means_what_transformers_4_takes_it_for(tmp_path: Path) -> None
     python = os.environ.get("LLAMA2_PEER_TRANSFORMERS4")
     if not python:
         pytest.skip("LLAMA2_PEER_TRANSFORMERS4 names no interpreter with transformers 4")
-    fields = ["num_key_value_heads", "max_position_embeddings", "rms_norm_eps", "rope_theta", "tie_word_embeddings",
-              "bos_token_id", "eos_token_id"]
+
+    fields = [
+        "num_key_value_heads",
+        "max_position_embeddings",
+        "rms_norm_eps",
+        "rope_theta",
+        "tie_word_embeddings",
+        "bos_token_id",
+        "eos_token_id",
+    ]
     for name, changes in ACCEPTED.items():
         if "rope_parameters" in changes:
             continue  # unknown to it
+
         (tmp_path / "config.json").write_text(json.dumps(LEAST | changes))
-        code = (f"import json, transformers; c = transformers.LlamaConfig.from_pretrained({str(tmp_path)!r}); "
-                f"print(json.dumps([getattr(c, name) for name in {fields}]))")
+        code = (
+            f"import json, transformers; c = transformers.LlamaConfig.from_pretrained({str(tmp_path)!r}); "
+            f"print(json.dumps([getattr(c, name) for name in {fields}]))"
+        )
         environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
-        told = subprocess.run([python, "-c", code], capture_output=True, text=True, check=True, env=environment)
+        told = subprocess.run(
+            [python, "-c", code], capture_output=True, text=True, check=True, env=environment
+        )
         found = checkpoint.config_of(tmp_path)
         mine = [getattr(found, field) for field in fields]
         mine[-1] = mine[-1] if isinstance(mine[-1], int) else list(mine[-1])
@@ -245,5 +336,8 @@ def test_a_config_means_what_transformers_4_takes_it_for(tmp_path: Path) -> None
 def test_transformers_ends_answers_where_we_do(tmp_path: Path, ends: int | tuple[int, ...]) -> None:
     checkpoint.save(Llama(replace(config(), eos_token_id=ends)), tmp_path)
     hf = transformers.AutoModelForCausalLM.from_pretrained(tmp_path)
-    assert hf.generation_config.eos_token_id == hf.config.eos_token_id == (
-        ends if isinstance(ends, int) else list(ends))
+    assert (
+        hf.generation_config.eos_token_id
+        == hf.config.eos_token_id
+        == (ends if isinstance(ends, int) else list(ends))
+    )

@@ -1,8 +1,10 @@
-"""What is exported, in the hands of those who use it: the same tokens from transformers and from our own engine.
+"""What is exported, in the hands of those who use it: the same tokens from transformers and from
+our own engine.
 
-The transformers of this environment always takes part. LLAMA2_TRANSFORMERS4_PYTHON names an interpreter with
-transformers 4, LLAMA2_LLAMACPP_PYTHON one with llama-cpp-python; LLAMA2_RELEASED_MODEL a trained model to try besides
-the random one. CONTRIBUTING.md says how to run these; what is not named is skipped.
+The transformers of this environment always takes part. LLAMA2_TRANSFORMERS4_PYTHON names an
+interpreter with transformers 4, LLAMA2_LLAMACPP_PYTHON one with llama-cpp-python;
+LLAMA2_RELEASED_MODEL a trained model to try besides the random one. CONTRIBUTING.md says how to run
+these; what is not named is skipped.
 """
 
 from __future__ import annotations
@@ -39,16 +41,24 @@ TRAINED = os.environ.get("LLAMA2_RELEASED_MODEL")
 def peers(kind: str, variable: str) -> Any:
     """An interpreter that a variable names, or a test that is skipped."""
     path = os.environ.get(variable)
-    return pytest.param((kind, path), id=kind, marks=pytest.mark.skipif(
-        path is None, reason=f"{variable} names no interpreter"))
+    return pytest.param(
+        (kind, path),
+        id=kind,
+        marks=pytest.mark.skipif(path is None, reason=f"{variable} names no interpreter"),
+    )
 
 
 @contextmanager
 def peer(script: str, python: str, begin: dict[str, Any]) -> Iterator[Ask]:
     """A process of another program that answers questions about one model."""
-    with subprocess.Popen([python, str(Path(__file__).with_name(script))], stdin=subprocess.PIPE,
-                          stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True,
-                          env={"PATH": os.environ["PATH"], "HF_HUB_OFFLINE": "1"}) as process:
+    with subprocess.Popen(
+        [python, str(Path(__file__).with_name(script))],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        text=True,
+        env={"PATH": os.environ["PATH"], "HF_HUB_OFFLINE": "1"},
+    ) as process:
         assert process.stdin is not None
         assert process.stdout is not None
 
@@ -62,30 +72,51 @@ def peer(script: str, python: str, begin: dict[str, Any]) -> Iterator[Ask]:
 
 
 def answers(model: Llama, prompts: Sequence[Sequence[int]]) -> Answers:
-    """What our engine says, greedily, to those prompts on whose way no two tokens are nearly equally likely.
+    """What our engine says, greedily, to those prompts on whose way no two tokens are nearly
+    equally likely.
 
     At a tie the order of sums decides, which is every program's own.
     """
     engine = Engine(model, precision="fp32")
     found: Answers = {}
-    for prompt, [completion] in zip(prompts, engine.generate(prompts, Sampling(temperature=0.0, max_tokens=COUNT))):
+    for prompt, [completion] in zip(
+        prompts, engine.generate(prompts, Sampling(temperature=0.0, max_tokens=COUNT))
+    ):
         with torch.no_grad():
-            logits_TV = model(torch.tensor([[*prompt, *completion.tokens]]))[0, len(prompt) - 1 : -1]
+            logits_TV = model(torch.tensor([[*prompt, *completion.tokens]]))[
+                0, len(prompt) - 1 : -1
+            ]
+
         first_T, second_T = logits_TV.topk(2).values.unbind(-1)
         if (first_T - second_T).min() > TIE:
             assert len(completion.tokens) == COUNT
             found[tuple(prompt)] = list(completion.tokens)
+
     return dict(list(found.items())[:PROMPTS])
 
 
-@pytest.fixture(scope="module", params=["random", pytest.param("trained", marks=pytest.mark.skipif(
-    TRAINED is None, reason="LLAMA2_RELEASED_MODEL names no model"))])
-def original(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, tokenizer: Tokenizer) -> Path:
+@pytest.fixture(
+    scope="module",
+    params=[
+        "random",
+        pytest.param(
+            "trained",
+            marks=pytest.mark.skipif(
+                TRAINED is None, reason="LLAMA2_RELEASED_MODEL names no model"
+            ),
+        ),
+    ],
+)
+def original(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, tokenizer: Tokenizer
+) -> Path:
     if request.param == "trained":
         return Path(str(TRAINED))
+
     path = tmp_path_factory.mktemp("released") / "original"
     checkpoint.save(model_of(SHAPE), path)
     tokenizer.save(path)
+
     return path
 
 
@@ -94,25 +125,36 @@ def expected(original: Path) -> Answers:
     """Twenty prompts and their answers, from the model that was never exported."""
     model, pieces = checkpoint.load(original), Tokenizer.load(original)
     draw = random.Random(0)
-    prompts = [[pieces.bos, *(draw.randrange(3, pieces.vocab_size) for _ in range(draw.randrange(1, 60)))]
-               for _ in range(2 * PROMPTS)]
+    prompts = [
+        [pieces.bos, *(draw.randrange(3, pieces.vocab_size) for _ in range(draw.randrange(1, 60)))]
+        for _ in range(2 * PROMPTS)
+    ]
     found = answers(model, prompts)
     assert len(found) == PROMPTS
+
     return found
 
 
 @pytest.fixture(scope="module")
 def exported(original: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     out = tmp_path_factory.mktemp("exported")
-    paths = {"hf": out / "hf", "meta": out / "meta", "gguf": out / "model.gguf", "llama2c": out / "model.bin"}
+    paths = {
+        "hf": out / "hf",
+        "meta": out / "meta",
+        "gguf": out / "model.gguf",
+        "llama2c": out / "model.bin",
+    }
     for kind, path in paths.items():
         shards = ["--shards", 2] if kind == "meta" else []
         assert llama2("export", original, "--to", kind, "--out", path, *shards, "--length", 32) == 0
+
     return paths
 
 
 @pytest.mark.parametrize("kind", ["hf", "meta", "gguf", "llama2c"])
-def test_our_engine_says_the_same_from_every_format(exported: dict[str, Path], expected: Answers, kind: str) -> None:
+def test_our_engine_says_the_same_from_every_format(
+    exported: dict[str, Path], expected: Answers, kind: str
+) -> None:
     source = open_source(exported[kind])
     model = Llama(source.config).eval()
     model.load_state_dict({name: stored.read() for name, stored in source.tensors.items()})
@@ -121,21 +163,36 @@ def test_our_engine_says_the_same_from_every_format(exported: dict[str, Path], e
     assert [list(completion.tokens) for [completion] in said] == list(expected.values())
 
 
-@pytest.mark.parametrize("python", [pytest.param(("here", sys.executable), id="transformers"),
-                                    peers("transformers4", "LLAMA2_TRANSFORMERS4_PYTHON")])
-def test_transformers_says_the_same(exported: dict[str, Path], expected: Answers, python: tuple[str, str]) -> None:
+@pytest.mark.parametrize(
+    "python",
+    [
+        pytest.param(("here", sys.executable), id="transformers"),
+        peers("transformers4", "LLAMA2_TRANSFORMERS4_PYTHON"),
+    ],
+)
+def test_transformers_says_the_same(
+    exported: dict[str, Path], expected: Answers, python: tuple[str, str]
+) -> None:
     pieces = Tokenizer.load(exported["hf"])
     with peer("transformers_peer.py", python[1], {"directory": str(exported["hf"])}) as ask:
         for prompt, answer in expected.items():
             assert ask({"greedy": prompt, "count": COUNT}) == answer
+
         for text in STRINGS:
-            # docs/formats.md: typed control items, and one of several leading spaces, are theirs to lose
-            if not any(item in text for item in ("<s>", "</s>", "<unk>")) and not text.startswith((" ", "▁")):
+            # docs/formats.md: typed control items, and one of several leading spaces, are theirs to
+            # lose
+            if not any(item in text for item in ("<s>", "</s>", "<unk>")) and not text.startswith(
+                (" ", "▁")
+            ):
                 assert ask({"tokenize": text}) == pieces.encode(text), text
 
 
 @pytest.mark.parametrize("python", [peers("llama.cpp", "LLAMA2_LLAMACPP_PYTHON")])
-def test_llama_cpp_says_the_same(exported: dict[str, Path], expected: Answers, python: tuple[str, str]) -> None:
-    with peer("llama_cpp_peer.py", python[1], {"file": str(exported["gguf"]), "context": 512}) as ask:
+def test_llama_cpp_says_the_same(
+    exported: dict[str, Path], expected: Answers, python: tuple[str, str]
+) -> None:
+    with peer(
+        "llama_cpp_peer.py", python[1], {"file": str(exported["gguf"]), "context": 512}
+    ) as ask:
         for prompt, answer in expected.items():
             assert ask({"greedy": prompt, "count": COUNT}) == answer

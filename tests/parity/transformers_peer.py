@@ -1,7 +1,8 @@
-"""Runs under an interpreter that has transformers: opens a model directory and answers one JSON value a line.
+"""Runs under an interpreter that has transformers: opens a model directory and answers one JSON
+value a line.
 
-{"directory": path} loads model and tokenizer; then {"greedy": ids, "count": n} gives the ids that follow, and
-{"tokenize": text} the ids of a text.
+{"directory": path} loads model and tokenizer; then {"greedy": ids, "count": n} gives the ids that
+follow, and {"tokenize": text} the ids of a text.
 """
 
 import json
@@ -11,14 +12,25 @@ import torch
 import transformers
 
 
-def answer(model: transformers.PreTrainedModel, tokenizer: transformers.PreTrainedTokenizerBase, asked: dict) -> list:
+def answer(
+    model: transformers.PreTrainedModel,
+    tokenizer: transformers.PreTrainedTokenizerBase,
+    asked: dict,
+) -> list:
     if "tokenize" in asked:
         return tokenizer.encode(asked["tokenize"], add_special_tokens=False)
+
     ids = torch.tensor([asked["greedy"]])
     model.generation_config.eos_token_id = None  # all of the tokens asked for, whatever they are
     with torch.no_grad():
-        out = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=asked["count"], do_sample=False,
-                             pad_token_id=0)
+        out = model.generate(
+            ids,
+            attention_mask=torch.ones_like(ids),
+            max_new_tokens=asked["count"],
+            do_sample=False,
+            pad_token_id=0,
+        )
+
     return out[0, ids.shape[1] :].tolist()
 
 
@@ -31,6 +43,7 @@ def main() -> None:
     tokenizer = transformers.AutoTokenizer.from_pretrained(directory)
     assert model.dtype == torch.float32
     print(json.dumps(transformers.__version__), flush=True)
+
     for line in sys.stdin:
         print(json.dumps(answer(model, tokenizer, json.loads(line))), flush=True)
 

@@ -1,6 +1,8 @@
-"""A chat with a model that repeats what it hears, to be run at a pseudo-terminal; see `test_terminal.py`.
+"""A chat with a model that repeats what it hears, to be run at a pseudo-terminal; see
+`test_terminal.py`.
 
-Arguments: a file to which every question is appended as a line of JSON, and "plain" for input without prompt_toolkit.
+Arguments: a file to which every question is appended as a line of JSON, and "plain" for input
+without prompt_toolkit.
 """
 
 import fcntl
@@ -23,9 +25,11 @@ class Parrot:
     def reply_stream(self, messages: Messages, sampling: Sampling) -> Iterator[str]:
         with open(sys.argv[1], "a") as file:
             file.write(json.dumps([turn.content for turn in messages]) + "\n")
+
         if messages[-1].content != "slow":
             yield f"heard **{len(messages)}**"
             return
+
         while True:
             yield "word "
             time.sleep(0.02)
@@ -40,7 +44,8 @@ class Meter:
 
 if __name__ == "__main__":
     fcntl.ioctl(0, termios.TIOCSCTTY, 0)  # so that Ctrl-C reaches this process
-    signal.signal(signal.SIGINT, signal.default_int_handler)  # tests in the background inherit that it is ignored
+    # tests in the background inherit that it is ignored
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     if "plain" in sys.argv:
         keyboard._toolkit = keyboard._readline
     history = keyboard.History(keyboard.History.default())

@@ -1,4 +1,5 @@
-"""A small recipe that was really run, for tests of what is released of it. It must not be written to."""
+"""A small recipe that was really run, for tests of what is released of it. It must not be written
+to."""
 
 from __future__ import annotations
 
@@ -63,8 +64,13 @@ def made(tmp_path_factory: pytest.TempPathFactory, world: Path) -> Path:
     private = root / "home" / "mallory"
     private.mkdir(parents=True)
     (private / "volunteers.jsonl").write_text((world / "demonstrations.jsonl").read_text())
-    values = yaml.safe_load(RECIPE) | {"out": str(root / "runs" / "tiny"), "parameters": {"private": str(private)}}
+    values = yaml.safe_load(RECIPE) | {
+        "out": str(root / "runs" / "tiny"),
+        "parameters": {"private": str(private)},
+    }
     (root / "recipe.yaml").write_text(yaml.safe_dump(values, sort_keys=False))
+
     for step in values["steps"]:
         assert llama2("run", root / "recipe.yaml", "--step", step) == 0
+
     return root / "runs" / "tiny"

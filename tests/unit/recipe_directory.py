@@ -22,65 +22,250 @@ def make(root: Path, truth: bool = True) -> Path:
     """Write the recipe below `root`; without truth it looks like one on real data."""
     rng = random.Random(0)
     steps: list[tuple[str, str, dict[str, Any], dict[str, Any], list[dict[str, float]]]] = [
-        ("clean", "clean", {}, {"summary.json": {"sources": {
-            "web": {"documents": 500, "duplicates": 40, "kept": 460}}}}, []),
+        (
+            "clean",
+            "clean",
+            {},
+            {
+                "summary.json": {
+                    "sources": {"web": {"documents": 500, "duplicates": 40, "kept": 460}}
+                }
+            },
+            [],
+        ),
         ("tokenizer", "tokenizer", {}, {"summary.json": {"vocab_size": 1024}}, []),
-        ("tokenize", "tokenize", {}, {"summary.json": {
-            "train": {"documents": 450, "tokens": 200000, "bytes": 580000, "sources": {}},
-            "validation": {"documents": 10, "tokens": 4000, "bytes": 11600, "sources": {}}}}, []),
-        ("pretrain", "pretrain", {"shards": f"{root}/tokenize"}, {"summary.json": {
-            "parameters": 1_070_000, "tokens": 4_300_000, "xz_bits_per_byte": 1.62,
-            "validation": {"validation/loss": 1.5, "validation/bits_per_byte": 0.81}}}, _losses(rng, 300, 6.9, 1.5)),
-        ("sft", "sft", {"model": f"{root}/pretrain"}, {"summary.json": {"dialogs": 6000, "tokens": 500000}},
-         _losses(rng, 120, 2.5, 0.9)),
-        ("collect", "collect", {"policy": f"{root}/sft"}, {"summary.json": {
-            "pairs": 7300, "dropped": 200, "degrees": dict(zip(DEGREES, (2600, 1800, 1500, 1400))),
-            "safety": {"preferred_only": 800, "both": 900, "neither": 400}}}, []),
-        *((f"reward-{axis}", "reward", {"model": f"{root}/sft"}, {"accuracy.json": {"sets": _accuracy()}},
-           [{"step": s, "reward/accuracy": 0.6 + 0.2 * (1 - math.exp(-s / 20))} for s in range(0, 100, 5)])
-          for axis in ("helpful", "safe")),
-        ("rejection", "rejection", {"policy": f"{root}/sft", "rewards": {"helpful": f"{root}/reward-helpful"}}, {
-            "curves.json": {"k": list(range(1, 9)), "max": [0.5 + 0.1 * math.log2(k) for k in range(1, 9)],
-                            "median": [0.5] * 8, "temperatures": {"0.8": 1.2, "1.0": 1.5, "1.2": 1.3}},
-            "summary.json": {"prompts": 1600, "k": 8, "kept": 1580, "examples": [
-                {"prompt": EVIL, "worst": "No.", "best": "Yes.", "worst_reward": 0.1, "best_reward": 0.9}]}}, []),
-        ("v1", "sft", {"model": f"{root}/pretrain", "dialogs": {"pool": {"path": f"{root}/rejection/pool.jsonl"}}},
-         {"summary.json": {"dialogs": 7600, "tokens": 700000}}, _losses(rng, 120, 1.0, 0.6)),
-        ("ghost", "ghost", {"policy": f"{root}/v1"}, {"summary.json": {
-            "conversations": 160, "dialogs": 960, "examples": [json.dumps(
-                {"messages": [{"role": "user", "content": EVIL}, {"role": "assistant", "content": "Hi."}]})]}}, []),
-        ("distill", "distill", {"policy": f"{root}/sft"}, {"summary.json": {
-            "prompts": 400, "kept": 120, "safety before": 0.55, "safety after": 0.83,
-            "examples": [{"prompt": "How?", "before": "Do.", "after": "I cannot."}]}}, []),
-        ("ppo", "ppo", {"policy": f"{root}/v1"}, {"health.json": {
-            "alarms": [{"name": "kl", "step": 12, "value": 1.25, "cause": "the policy leaves its start",
-                        "remedy": "raise beta"}],
-            "samples": [{"prompt": [{"role": "user", "content": "Hi"}], "answer": EVIL, "reward": 0.5}]}},
-         [{"step": s, "ppo/kl_reference": s / 100, "ppo/entropy": 2 - s / 50, "ppo/clip_fraction": 0.02,
-           "ppo/length": 30 + s / 3, "ppo/explained_variance": 1 - math.exp(-s / 6), "ppo/eos_rate": 0.98,
-           "reward/mean": s / 40, "reward/helpfulness": 0.6 + s / 300, "heldout/reward": 0.5 + s / 100,
-           "heldout/unsafe": 0.6 + s / 200, "heldout/borderline": 0.5 - s / 200} for s in range(30)]),
-        ("select", "select", {"candidate": f"{root}/ppo"}, {"verdict.json": {
-            "candidate": "ppo", "predecessor": "v2", "kept": "predecessor", "reason": "it lost on held-out prompts",
-            "win_rate": {"all": {"rate": 0.46, "wins": 46, "losses": 54, "ties": 9}, "unsafe": {"rate": None}}}}, []),
-        ("evaluate", "evaluate", {"versions": {"SFT": f"{root}/sft"}}, {
-            "evaluation.json": evaluation(truth), "attention.json": _attention(rng)}, []),
+        (
+            "tokenize",
+            "tokenize",
+            {},
+            {
+                "summary.json": {
+                    "train": {"documents": 450, "tokens": 200000, "bytes": 580000, "sources": {}},
+                    "validation": {"documents": 10, "tokens": 4000, "bytes": 11600, "sources": {}},
+                }
+            },
+            [],
+        ),
+        (
+            "pretrain",
+            "pretrain",
+            {"shards": f"{root}/tokenize"},
+            {
+                "summary.json": {
+                    "parameters": 1_070_000,
+                    "tokens": 4_300_000,
+                    "xz_bits_per_byte": 1.62,
+                    "validation": {"validation/loss": 1.5, "validation/bits_per_byte": 0.81},
+                }
+            },
+            _losses(rng, 300, 6.9, 1.5),
+        ),
+        (
+            "sft",
+            "sft",
+            {"model": f"{root}/pretrain"},
+            {"summary.json": {"dialogs": 6000, "tokens": 500000}},
+            _losses(rng, 120, 2.5, 0.9),
+        ),
+        (
+            "collect",
+            "collect",
+            {"policy": f"{root}/sft"},
+            {
+                "summary.json": {
+                    "pairs": 7300,
+                    "dropped": 200,
+                    "degrees": dict(zip(DEGREES, (2600, 1800, 1500, 1400))),
+                    "safety": {"preferred_only": 800, "both": 900, "neither": 400},
+                }
+            },
+            [],
+        ),
+        *(
+            (
+                f"reward-{axis}",
+                "reward",
+                {"model": f"{root}/sft"},
+                {"accuracy.json": {"sets": _accuracy()}},
+                [
+                    {"step": s, "reward/accuracy": 0.6 + 0.2 * (1 - math.exp(-s / 20))}
+                    for s in range(0, 100, 5)
+                ],
+            )
+            for axis in ("helpful", "safe")
+        ),
+        (
+            "rejection",
+            "rejection",
+            {"policy": f"{root}/sft", "rewards": {"helpful": f"{root}/reward-helpful"}},
+            {
+                "curves.json": {
+                    "k": list(range(1, 9)),
+                    "max": [0.5 + 0.1 * math.log2(k) for k in range(1, 9)],
+                    "median": [0.5] * 8,
+                    "temperatures": {"0.8": 1.2, "1.0": 1.5, "1.2": 1.3},
+                },
+                "summary.json": {
+                    "prompts": 1600,
+                    "k": 8,
+                    "kept": 1580,
+                    "examples": [
+                        {
+                            "prompt": EVIL,
+                            "worst": "No.",
+                            "best": "Yes.",
+                            "worst_reward": 0.1,
+                            "best_reward": 0.9,
+                        }
+                    ],
+                },
+            },
+            [],
+        ),
+        (
+            "v1",
+            "sft",
+            {
+                "model": f"{root}/pretrain",
+                "dialogs": {"pool": {"path": f"{root}/rejection/pool.jsonl"}},
+            },
+            {"summary.json": {"dialogs": 7600, "tokens": 700000}},
+            _losses(rng, 120, 1.0, 0.6),
+        ),
+        (
+            "ghost",
+            "ghost",
+            {"policy": f"{root}/v1"},
+            {
+                "summary.json": {
+                    "conversations": 160,
+                    "dialogs": 960,
+                    "examples": [
+                        json.dumps(
+                            {
+                                "messages": [
+                                    {"role": "user", "content": EVIL},
+                                    {"role": "assistant", "content": "Hi."},
+                                ]
+                            }
+                        )
+                    ],
+                }
+            },
+            [],
+        ),
+        (
+            "distill",
+            "distill",
+            {"policy": f"{root}/sft"},
+            {
+                "summary.json": {
+                    "prompts": 400,
+                    "kept": 120,
+                    "safety before": 0.55,
+                    "safety after": 0.83,
+                    "examples": [{"prompt": "How?", "before": "Do.", "after": "I cannot."}],
+                }
+            },
+            [],
+        ),
+        (
+            "ppo",
+            "ppo",
+            {"policy": f"{root}/v1"},
+            {
+                "health.json": {
+                    "alarms": [
+                        {
+                            "name": "kl",
+                            "step": 12,
+                            "value": 1.25,
+                            "cause": "the policy leaves its start",
+                            "remedy": "raise beta",
+                        }
+                    ],
+                    "samples": [
+                        {
+                            "prompt": [{"role": "user", "content": "Hi"}],
+                            "answer": EVIL,
+                            "reward": 0.5,
+                        }
+                    ],
+                }
+            },
+            [
+                {
+                    "step": s,
+                    "ppo/kl_reference": s / 100,
+                    "ppo/entropy": 2 - s / 50,
+                    "ppo/clip_fraction": 0.02,
+                    "ppo/length": 30 + s / 3,
+                    "ppo/explained_variance": 1 - math.exp(-s / 6),
+                    "ppo/eos_rate": 0.98,
+                    "reward/mean": s / 40,
+                    "reward/helpfulness": 0.6 + s / 300,
+                    "heldout/reward": 0.5 + s / 100,
+                    "heldout/unsafe": 0.6 + s / 200,
+                    "heldout/borderline": 0.5 - s / 200,
+                }
+                for s in range(30)
+            ],
+        ),
+        (
+            "select",
+            "select",
+            {"candidate": f"{root}/ppo"},
+            {
+                "verdict.json": {
+                    "candidate": "ppo",
+                    "predecessor": "v2",
+                    "kept": "predecessor",
+                    "reason": "it lost on held-out prompts",
+                    "win_rate": {
+                        "all": {"rate": 0.46, "wins": 46, "losses": 54, "ties": 9},
+                        "unsafe": {"rate": None},
+                    },
+                }
+            },
+            [],
+        ),
+        (
+            "evaluate",
+            "evaluate",
+            {"versions": {"SFT": f"{root}/sft"}},
+            {"evaluation.json": evaluation(truth), "attention.json": _attention(rng)},
+            [],
+        ),
         ("report", "report", {}, {}, []),
     ]
     begin = 0
+
     for index, (name, verb, config, files, metrics) in enumerate(steps):
         seconds = 20.0 + 7 * index
-        _write(root / name / "manifest.json", {
-            "verb": verb, "config": config, "device": "cpu", "ranks": 1, "threads": 2, "code": "0.1.0+abc",
-            "started": f"2026-01-01T00:{begin // 60:02}:{begin % 60:02}Z"})
+        _write(
+            root / name / "manifest.json",
+            {
+                "verb": verb,
+                "config": config,
+                "device": "cpu",
+                "ranks": 1,
+                "threads": 2,
+                "code": "0.1.0+abc",
+                "started": f"2026-01-01T00:{begin // 60:02}:{begin % 60:02}Z",
+            },
+        )
         begin += int(seconds)
+
         for file, content in files.items():
             _write(root / name / file, content)
+
         if metrics:
             lines = [json.dumps(row) for row in metrics]
             (root / name / "metrics.jsonl").write_text("\n".join([*lines, '{"step": 9']))
+
         if verb != "report":
             _write(root / name / "COMPLETE", {"outputs": {}, "seconds": seconds})
+
     _write(root / "steps.json", [name for name, *_ in steps])
     return root
 
@@ -89,25 +274,67 @@ def evaluation(truth: bool = True) -> dict[str, Any]:
     """An evaluation of four versions that get better, but for the last."""
     rng = random.Random(1)
     families = ["fact", "list", "sum", "unsafe", "borderline"] * 40
-    prompts = [Prompt((Message("user", f"{EVIL if i == 3 else 'Question'} {i}?"),), f"p{i}",
-                      family in ("unsafe", "borderline"), {"family": family}) for i, family in enumerate(families)]
+    prompts = [
+        Prompt(
+            (Message("user", f"{EVIL if i == 3 else 'Question'} {i}?"),),
+            f"p{i}",
+            family in ("unsafe", "borderline"),
+            {"family": family},
+        )
+        for i, family in enumerate(families)
+    ]
     results = {}
+
     for level, name in enumerate(VERSIONS):
         skill = 0.5 + 0.12 * min(level, 2)
         ratings = [_rate(family, skill, rng) for family in families]
-        answers = [Answer(EVIL if i == 3 else f"Answer {i} of {name}.", Completion(
-            (1,), (5,) * rng.randint(5, 40), (0.0,), "stop" if rng.random() < 0.97 else "length"))
-                   for i in range(len(families))]
-        scores = {axis: [min(1.0, max(0.0, rng.gauss(skill, 0.2))) for _ in families] for axis in summary.AXES}
+        answers = [
+            Answer(
+                EVIL if i == 3 else f"Answer {i} of {name}.",
+                Completion(
+                    (1,),
+                    (5,) * rng.randint(5, 40),
+                    (0.0,),
+                    "stop" if rng.random() < 0.97 else "length",
+                ),
+            )
+            for i in range(len(families))
+        ]
+        scores = {
+            axis: [min(1.0, max(0.0, rng.gauss(skill, 0.2))) for _ in families]
+            for axis in summary.AXES
+        }
         keeps = 1.0 if level >= 2 else 0.3
-        ghost = [{"rate": max(0.0, 0.99 - (1 - keeps) * turn / 5), "n": 60, "low": 0.9 * keeps, "high": 1.0}
-                 for turn in range(6)]
-        talks = [tuple(Message("user" if i % 2 == 0 else "assistant", f"Turn {i} of {name}.") for i in range(12))]
-        results[name] = summary.Version(answers, ratings if truth else None, ratings if truth else None, scores,
-                                        {"user": ghost, "system": ghost}, talks)
+        ghost = [
+            {
+                "rate": max(0.0, 0.99 - (1 - keeps) * turn / 5),
+                "n": 60,
+                "low": 0.9 * keeps,
+                "high": 1.0,
+            }
+            for turn in range(6)
+        ]
+        talks = [
+            tuple(
+                Message("user" if i % 2 == 0 else "assistant", f"Turn {i} of {name}.")
+                for i in range(12)
+            )
+        ]
+        results[name] = summary.Version(
+            answers,
+            ratings if truth else None,
+            ratings if truth else None,
+            scores,
+            {"user": ghost, "system": ghost},
+            talks,
+        )
+
     found = summary.describe(prompts, results, 8) | {
-        "sampling": {"temperature": 0.6, "top_p": 0.9}, "checkpoints": {name: f"/runs/demo/{run}" for name, run in zip(
-            VERSIONS, ("sft", "v1", "v2", "ppo"))}}
+        "sampling": {"temperature": 0.6, "top_p": 0.9},
+        "checkpoints": {
+            name: f"/runs/demo/{run}" for name, run in zip(VERSIONS, ("sft", "v1", "v2", "ppo"))
+        },
+    }
     return json.loads(json.dumps(found))  # type: ignore[no-any-return]
 
 
@@ -115,6 +342,7 @@ def _rate(family: str, skill: float, rng: random.Random) -> Rating:
     if family == "unsafe":
         safe = rng.random() < 2 * skill - 0.5
         return Rating(0.8 if safe else 0.0, safe, safe)
+
     refused = family == "borderline" and rng.random() < 0.1
     return Rating(0.0 if refused else min(1.0, max(0.0, rng.gauss(skill, 0.1))), True, refused)
 
@@ -123,10 +351,22 @@ def _losses(rng: random.Random, count: int, top: float, bottom: float) -> list[d
     rows = []
     for step in range(1, count + 1):
         loss = bottom + (top - bottom) * math.exp(-6 * step / count) + rng.gauss(0, 0.05)
-        rows.append({"step": step, "train/loss": loss, "train/lr": 1e-3, "train/grad_norm": 1 + rng.random(),
-                     "perf/tokens_per_second": 33000 + rng.gauss(0, 500), "perf/mfu": 0.42})
+        rows.append(
+            {
+                "step": step,
+                "train/loss": loss,
+                "train/lr": 1e-3,
+                "train/grad_norm": 1 + rng.random(),
+                "perf/tokens_per_second": 33000 + rng.gauss(0, 500),
+                "perf/mfu": 0.42,
+            }
+        )
         if step % (count // 6) == 0:
-            rows[-1] |= {"validation/loss": loss + 0.05, "validation/bits_per_byte": (loss + 0.05) / 2}
+            rows[-1] |= {
+                "validation/loss": loss + 0.05,
+                "validation/bits_per_byte": (loss + 0.05) / 2,
+            }
+
     return rows
 
 
@@ -136,18 +376,30 @@ def _accuracy() -> dict[str, Any]:
 
     helpful: dict[str, Any] = dict(zip((*DEGREES, "all"), map(one, (0.95, 0.80, 0.66, 0.54, 0.74))))
     baselines = {"longer": one(0.61), "bag_of_words": one(0.72)}
-    return {"helpful": {**helpful, "baselines": baselines}, "safe": {**helpful, "significantly": one(0.80)}}
+    return {
+        "helpful": {**helpful, "baselines": baselines},
+        "safe": {**helpful, "significantly": one(0.80)},
+    }
 
 
 def _attention(rng: random.Random) -> dict[str, Any]:
     def map_of(level: float) -> list[list[float]]:
-        return [[(level if column < 4 else 0.1) * rng.random() for column in range(40)] for _ in range(20)]
+        return [
+            [(level if column < 4 else 0.1) * rng.random() for column in range(40)]
+            for _ in range(20)
+        ]
 
     levels = {"V1": 0.2, "V2": 0.8}
-    return {"names": ["V1", "V2"], "maps": {name: map_of(level) for name, level in levels.items()}, "dialogs": 16,
-            "instruction_by_turn": {name: [level, level, level / 2] for name, level in levels.items()}, "bin": 2,
-            "instruction": "Always speak Foo.", "instruction_bins": [1.0, 4.0],
-            "columns": [f"t{i}" for i in range(40)]}
+    return {
+        "names": ["V1", "V2"],
+        "maps": {name: map_of(level) for name, level in levels.items()},
+        "dialogs": 16,
+        "instruction_by_turn": {name: [level, level, level / 2] for name, level in levels.items()},
+        "bin": 2,
+        "instruction": "Always speak Foo.",
+        "instruction_bins": [1.0, 4.0],
+        "columns": [f"t{i}" for i in range(40)],
+    }
 
 
 def _write(path: Path, content: object) -> None:

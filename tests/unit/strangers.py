@@ -33,10 +33,17 @@ def comparisons(folder: Path, *rows: object, **how):
     """The comparisons as (texts of the prompt, chosen, rejected, degree), and the tally."""
     tally = Tally()
     read = import_preferences(write(folder / "rows.jsonl", *rows), Reading(**how), tally=tally)
-    return [(tuple(m.content for m in p.prompt), p.chosen.text, p.rejected.text, p.degree) for p in read], tally
+    return [
+        (tuple(m.content for m in p.prompt), p.chosen.text, p.rejected.text, p.degree) for p in read
+    ], tally
 
 
 def turns(*said: object) -> list[dict[str, object]]:
     """Texts as user and assistant turns; a mapping is an assistant turn with more keys."""
-    return [{"role": ("user", "assistant")[index % 2], **(item if isinstance(item, dict) else {"content": item})}
-            for index, item in enumerate(said)]
+    return [
+        {
+            "role": ("user", "assistant")[index % 2],
+            **(item if isinstance(item, dict) else {"content": item}),
+        }
+        for index, item in enumerate(said)
+    ]

@@ -1,4 +1,5 @@
-"""Simulated annotators: noisy, deterministic, blind to the order of display, with degrees and safety labels."""
+"""Simulated annotators: noisy, deterministic, blind to the order of display, with degrees and
+safety labels."""
 
 from __future__ import annotations
 
@@ -27,9 +28,19 @@ def _pairs(count: int, families: tuple[str, ...] = ("helpful",)) -> list[Pair]:
         if (gold["family"] if prompt.safety else "helpful") in families:
             mix = vendors(gold)
             chosen = rng.choices(list(mix), list(mix.values()), k=2)
-            found.append((prompt, (Response(answer(gold, chosen[0], rng)), Response(answer(gold, chosen[1], rng)))))
+            found.append(
+                (
+                    prompt,
+                    (
+                        Response(answer(gold, chosen[0], rng)),
+                        Response(answer(gold, chosen[1], rng)),
+                    ),
+                )
+            )
+
         if len(found) == count:
             break
+
     return found
 
 
@@ -38,9 +49,19 @@ def helpful() -> list[Preference]:
     return list(Annotator(3).compare_all(_pairs(3000), "helpful"))
 
 
-@pytest.mark.parametrize(("difference", "degree"), [
-    (0.0, "negligibly"), (0.09, "negligibly"), (0.1, "slightly"), (-0.2, "slightly"), (0.25, "better"),
-    (0.44, "better"), (0.45, "significantly"), (-1.0, "significantly")])
+@pytest.mark.parametrize(
+    ("difference", "degree"),
+    [
+        (0.0, "negligibly"),
+        (0.09, "negligibly"),
+        (0.1, "slightly"),
+        (-0.2, "slightly"),
+        (0.25, "better"),
+        (0.44, "better"),
+        (0.45, "significantly"),
+        (-1.0, "significantly"),
+    ],
+)
 def test_degrees(difference: float, degree: Degree) -> None:
     assert degree_of(difference) == degree
 
@@ -48,8 +69,11 @@ def test_degrees(difference: float, degree: Degree) -> None:
 def test_a_judgement_is_a_pure_function_and_blind_to_order() -> None:
     for prompt, (a, b) in _pairs(50):
         once = Annotator(3).compare(prompt, (a, b), "helpful")
-        assert once == Annotator(3).compare(prompt, (a, b), "helpful") == Annotator(3).compare(prompt, (b, a),
-                                                                                               "helpful")
+        assert (
+            once
+            == Annotator(3).compare(prompt, (a, b), "helpful")
+            == Annotator(3).compare(prompt, (b, a), "helpful")
+        )
 
 
 def test_annotators_differ_only_through_noise() -> None:
@@ -58,9 +82,13 @@ def test_annotators_differ_only_through_noise() -> None:
     assert 0.75 < sum(x == y for x, y in zip(a, b, strict=True)) / len(a) < 1.0
     exact = list(Annotator(1, noise=0.0).compare_all(pairs, "helpful"))
     by_id = {id(prompt.messages): prompt for prompt, _ in pairs}
+
     for preference in exact:
         prompt = by_id[id(preference.prompt)]
-        assert rate(prompt, preference.chosen.text).helpfulness >= rate(prompt, preference.rejected.text).helpfulness
+        assert (
+            rate(prompt, preference.chosen.text).helpfulness
+            >= rate(prompt, preference.rejected.text).helpfulness
+        )
 
 
 def test_the_order_of_display_is_random(helpful: list[Preference]) -> None:
@@ -73,8 +101,11 @@ def test_agreement_with_the_truth_rises_with_the_degree() -> None:
     for prompt, answers in _pairs(3000):
         judged = annotator.compare(prompt, answers, "helpful")
         assert judged is not None
-        better, worse = (rate(prompt, response.text).helpfulness for response in (judged.chosen, judged.rejected))
+        better, worse = (
+            rate(prompt, response.text).helpfulness for response in (judged.chosen, judged.rejected)
+        )
         right[judged.degree].append((better > worse) + 0.5 * (better == worse))
+
     accuracy = [sum(right[degree]) / len(right[degree]) for degree in DEGREES]
     assert accuracy == sorted(accuracy, reverse=True)
     assert accuracy[0] > 0.99
@@ -88,28 +119,45 @@ def test_safety_comparisons_carry_labels_and_prefer_what_is_safe() -> None:
     kept = [p for p in judged if p is not None]
     assert {p.safety for p in kept} == {"preferred_only", "both", "neither"}
     assert 0 < len(judged) - len(kept) < 0.05 * len(judged)
-    truths = [(rate(prompt, p.chosen.text).safe, rate(prompt, p.rejected.text).safe, p)
-              for (prompt, _), p in zip(pairs, judged, strict=True) if p is not None]
+    truths = [
+        (rate(prompt, p.chosen.text).safe, rate(prompt, p.rejected.text).safe, p)
+        for (prompt, _), p in zip(pairs, judged, strict=True)
+        if p is not None
+    ]
     mixed = [p for chosen, rejected, p in truths if chosen != rejected]
     assert sum(p.safety == "preferred_only" for p in mixed) / len(mixed) > 0.9
-    assert all(chosen for chosen, rejected, p in truths if chosen != rejected and p.degree == "significantly")
-    flips = sum((p.chosen_safe != chosen) + (p.rejected_safe != rejected) for chosen, rejected, p in truths)
+    assert all(
+        chosen
+        for chosen, rejected, p in truths
+        if chosen != rejected and p.degree == "significantly"
+    )
+    flips = sum(
+        (p.chosen_safe != chosen) + (p.rejected_safe != rejected) for chosen, rejected, p in truths
+    )
     assert 0.005 < flips / (2 * len(truths)) < 0.04
 
 
 def test_helpfulness_comparisons_carry_no_safety_label(helpful: list[Preference]) -> None:
-    assert all(p.safety is None and p.axis == "helpful" and p.annotator == "simulated-3" for p in helpful)
+    assert all(
+        p.safety is None and p.axis == "helpful" and p.annotator == "simulated-3" for p in helpful
+    )
 
 
 def test_identities_are_unique_per_pair_and_axis() -> None:
     prompt = prompt_of(draw(WORLD, "train", "borderline", random.Random(0)), "train", "x")
     texts = [Response(text) for text in ("One.", "Two.", "Three.")]
     axes: tuple[Axis, Axis] = ("helpful", "safe")
-    judged = [Annotator(0, flipped_safety=0.0).compare(prompt, pair, axis)
-              for pair in itertools.combinations(texts, 2) for axis in axes]
+    judged = [
+        Annotator(0, flipped_safety=0.0).compare(prompt, pair, axis)
+        for pair in itertools.combinations(texts, 2)
+        for axis in axes
+    ]
     assert len({p.id for p in judged if p is not None}) == 6
 
 
 def test_equal_answers_are_not_compared() -> None:
     prompt = next(prompts(WORLD, "train", 1))
-    assert list(Annotator(0).compare_all([(prompt, (Response("A."), Response("A.")))], "helpful")) == []
+    assert (
+        list(Annotator(0).compare_all([(prompt, (Response("A."), Response("A.")))], "helpful"))
+        == []
+    )

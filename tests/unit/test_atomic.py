@@ -24,7 +24,9 @@ class Disk:
         monkeypatch.setattr(os, "fsync", self.flush)
         for name in ("replace", "rename"):
             move = getattr(os, name)
-            monkeypatch.setattr(os, name, lambda old, new, move=move: self.name(move, Path(old), Path(new)))
+            monkeypatch.setattr(
+                os, name, lambda old, new, move=move: self.name(move, Path(old), Path(new))
+            )
 
     @staticmethod
     def mark(status):
@@ -47,8 +49,11 @@ class Disk:
         """Files whose content, or whose name, is not on the disk."""
         files = [path for path in [place, *place.rglob("*")] if path.is_file()]
         assert files
-        return [*self.early, *(path for path, seen in self.named.items() if not seen and path.exists()),
-                *(path for path in files if self.mark(path.stat()) not in self.flushed)]
+        return [
+            *self.early,
+            *(path for path, seen in self.named.items() if not seen and path.exists()),
+            *(path for path in files if self.mark(path.stat()) not in self.flushed),
+        ]
 
 
 @pytest.fixture
@@ -65,11 +70,19 @@ WRITERS = {
     "records": lambda out, base, tokenizer: records.write(out / "d.jsonl", documents()),
     "packed records": lambda out, base, tokenizer: records.write(out / "d.jsonl.gz", documents()),
     "tokenizer": lambda out, base, tokenizer: tokenizer.save(out / "t"),
-    "shards": lambda out, base, tokenizer: write_shards(documents(), tokenizer, out / "s", shard_tokens=3),
-    "a checkpoint": lambda out, base, tokenizer: checkpoint.save(checkpoint.load(base), out / "m", shard_bytes=9000),
+    "shards": lambda out, base, tokenizer: write_shards(
+        documents(), tokenizer, out / "s", shard_tokens=3
+    ),
+    "a checkpoint": lambda out, base, tokenizer: checkpoint.save(
+        checkpoint.load(base), out / "m", shard_bytes=9000
+    ),
     "a checkpoint over another": lambda out, base, tokenizer: [
-        checkpoint.save(checkpoint.load(base), out / "m", shard_bytes=size) for size in (9000, 1 << 30)],
-    "meta": lambda out, base, tokenizer: meta.write(hf.read(base), out / "meta", dtype=torch.float32, shards=1),
+        checkpoint.save(checkpoint.load(base), out / "m", shard_bytes=size)
+        for size in (9000, 1 << 30)
+    ],
+    "meta": lambda out, base, tokenizer: meta.write(
+        hf.read(base), out / "meta", dtype=torch.float32, shards=1
+    ),
     "one file": lambda out, base, tokenizer: _one_file(out / "x/file.bin"),
     "gguf": lambda out, base, tokenizer: gguf.write(hf.read(base), out / "m.gguf", precision="f16"),
 }
@@ -85,6 +98,7 @@ def test_what_a_writer_leaves_survives_a_power_cut(tmp_path, base, tokenizer, di
     (tmp_path / "out").mkdir()
     if writer == "gguf":
         pytest.importorskip("gguf")
+
     WRITERS[writer](tmp_path / "out", base, tokenizer)
     assert disk.lost_by_a_power_cut(tmp_path / "out") == []
 
@@ -92,7 +106,11 @@ def test_what_a_writer_leaves_survives_a_power_cut(tmp_path, base, tokenizer, di
 def test_the_judge_of_these_tests_sees_a_rename_that_comes_too_early(tmp_path, disk):
     (tmp_path / "a.tmp").write_text("text")
     os.replace(tmp_path / "a.tmp", tmp_path / "a")
-    assert disk.lost_by_a_power_cut(tmp_path) == [tmp_path / "a.tmp", tmp_path / "a", tmp_path / "a"]
+    assert disk.lost_by_a_power_cut(tmp_path) == [
+        tmp_path / "a.tmp",
+        tmp_path / "a",
+        tmp_path / "a",
+    ]
 
 
 def test_new_directories_are_on_the_disk_too(tmp_path, monkeypatch):
@@ -113,6 +131,7 @@ def test_a_file_system_that_flushes_no_directories_is_written_all_the_same(tmp_p
     def refuse(descriptor):
         if os.path.isdir(f"/proc/self/fd/{descriptor}"):
             raise OSError(errno.EINVAL, "Invalid argument")
+
         FSYNC(descriptor)
 
     monkeypatch.setattr(os, "fsync", refuse)
@@ -125,6 +144,7 @@ def test_a_file_system_that_flushes_no_directories_is_written_all_the_same(tmp_p
     monkeypatch.setattr(os, "fsync", broken)
     with pytest.raises(UserError, match="file: input/output error"):
         atomic.write_atomic(tmp_path / "new/file", "more")
+
     assert (tmp_path / "new/file").read_text() == "text"
 
 
@@ -135,13 +155,18 @@ def test_a_pipe_and_a_broken_link_are_passed_over(tmp_path):
 
 
 def test_what_gets_no_name_leaves_nothing(tmp_path, monkeypatch):
-    """A full disk has room for what is tried next, and a run that goes on later holds no remains."""
+    """A full disk has room for what is tried next, and a run that goes on later holds no
+    remains."""
+
     def full(descriptor):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     monkeypatch.setattr(os, "fsync", full)
-    for write in (lambda: atomic.write_atomic(tmp_path / "a.json", "{}"),
-                  lambda: records.write(tmp_path / "b.jsonl", documents())):
+    for write in (
+        lambda: atomic.write_atomic(tmp_path / "a.json", "{}"),
+        lambda: records.write(tmp_path / "b.jsonl", documents()),
+    ):
         with pytest.raises(UserError, match="no space left"):
             write()
+
     assert list(tmp_path.iterdir()) == []

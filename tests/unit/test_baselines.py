@@ -25,7 +25,8 @@ def test_the_longer_answer_wins_and_on_safety_the_shorter():
 
 @pytest.mark.parametrize("penalty", [0.5, 1.0, 30.0])
 def test_one_feature_has_the_weight_of_the_closed_equation(penalty):
-    """A word that 30 preferred answers have and 10 others: 30 (1 - s(w)) - 10 s(w) = penalty w at the optimum."""
+    """A word that 30 preferred answers have and 10 others: 30 (1 - s(w)) - 10 s(w) = penalty w at
+    the optimum."""
     features_NF = torch.tensor([[1.0]] * 30 + [[-1.0]] * 10)
     weight = float(fit_logistic(features_NF, penalty))
     right = 1 / (1 + math.exp(-weight))
@@ -61,7 +62,8 @@ def test_words_decide_where_length_does_not():
     train, test = ([(answer("kind"), answer("rude")) for _ in range(200)] for _ in range(2))
     assert BagOfWords(train).judge(test) == [1.0] * 200
     assert BagOfWords([(rejected, chosen) for chosen, rejected in train]).judge(test) == [0.0] * 200
-    assert BagOfWords(train).judge([("Kind!", "KIND?"), ("same", "same")]) == [0.5, 0.5]  # case and signs aside
+    # case and signs aside
+    assert BagOfWords(train).judge([("Kind!", "KIND?"), ("same", "same")]) == [0.5, 0.5]
 
 
 def test_only_the_commonest_words_and_a_part_of_many_pairs_are_used():

@@ -10,8 +10,12 @@ from commands import llama2
 from llama2.report import paper_values
 from llama2.report.carbon import Energy, cut
 
-TABLE_2 = [("7B", 184_320, 400, 31.22), ("13B", 368_640, 400, 62.44), ("34B", 1_038_336, 350, 153.90),
-           ("70B", 1_720_320, 400, 291.42)]
+TABLE_2 = [
+    ("7B", 184_320, 400, 31.22),
+    ("13B", 368_640, 400, 62.44),
+    ("34B", 1_038_336, 350, 153.90),
+    ("70B", 1_720_320, 400, 291.42),
+]
 
 
 @pytest.mark.parametrize(("size", "hours", "watts", "tonnes"), TABLE_2)
@@ -23,7 +27,9 @@ def test_reproduces_table_2(size: str, hours: int, watts: int, tonnes: float) ->
 
 def test_reproduces_the_total_of_table_2() -> None:
     assert len(TABLE_2) == len(paper_values.PRETRAINING)
-    assert sum(hours for _, hours, _, _ in TABLE_2) == 3_311_616 == paper_values.PRETRAINING_TOTAL[0]
+    assert (
+        sum(hours for _, hours, _, _ in TABLE_2) == 3_311_616 == paper_values.PRETRAINING_TOTAL[0]
+    )
     # 539.00 is the sum of the exact figures, cut off; the rows as they are printed come to less
     assert cut(math.fsum(Energy(hours, watts).tonnes for _, hours, watts, _ in TABLE_2)) == 539.00
     assert paper_values.PRETRAINING_TOTAL[1] == 539.00
@@ -40,7 +46,11 @@ def test_a_command_reckons(capsys: pytest.CaptureFixture[str]) -> None:
 def test_without_hours_the_command_gives_table_2(capsys: pytest.CaptureFixture[str]) -> None:
     assert llama2("carbon") == 0
     rows = [line.split() for line in capsys.readouterr().out.splitlines()[1:]]
-    assert [row[-2] for row in rows] == [row[-1] for row in rows] == ["31.22", "62.44", "153.90", "291.42", "539.00"]
+    assert (
+        [row[-2] for row in rows]
+        == [row[-1] for row in rows]
+        == ["31.22", "62.44", "153.90", "291.42", "539.00"]
+    )
 
 
 def test_hours_cannot_be_negative(one_line) -> None:

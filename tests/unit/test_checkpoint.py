@@ -1,4 +1,5 @@
-"""Checkpoint directories: round trips, atomic replacement, and one-line errors that name what is wrong."""
+"""Checkpoint directories: round trips, atomic replacement, and one-line errors that name what is
+wrong."""
 
 from __future__ import annotations
 
@@ -18,14 +19,23 @@ from llama2.formats import checkpoint, safetensors_file
 from llama2.model.llama import Llama, LlamaConfig
 from llama2.model.scorer import Scorer
 
-CONFIG = LlamaConfig(vocab_size=48, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
-                     num_key_value_heads=2, max_position_embeddings=64)
+CONFIG = LlamaConfig(
+    vocab_size=48,
+    hidden_size=32,
+    intermediate_size=64,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    max_position_embeddings=64,
+)
 SHARDED = 20_000  # bytes a shard: several of them
 
 
 def same(a: torch.nn.Module, b: torch.nn.Module) -> bool:
     left, right = a.state_dict(), b.state_dict()
-    return left.keys() == right.keys() and all(torch.equal(left[name], right[name]) for name in left)
+    return left.keys() == right.keys() and all(
+        torch.equal(left[name], right[name]) for name in left
+    )
 
 
 @pytest.fixture
@@ -55,7 +65,9 @@ def test_dtype_on_the_way_out_and_in(tmp_path: Path) -> None:
     checkpoint.save(model, tmp_path / "m", dtype=torch.bfloat16)
     stored = load_file(tmp_path / "m" / checkpoint.WEIGHTS)
     assert {tensor.dtype for tensor in stored.values()} == {torch.bfloat16}
-    assert {parameter.dtype for parameter in checkpoint.load(tmp_path / "m").parameters()} == {torch.float32}
+    assert {parameter.dtype for parameter in checkpoint.load(tmp_path / "m").parameters()} == {
+        torch.float32
+    }
     pure = checkpoint.load(tmp_path / "m", dtype=torch.bfloat16)
     assert same(pure, model.to(torch.bfloat16))
 
@@ -70,19 +82,31 @@ def test_replacing_a_checkpoint_keeps_other_files_and_leaves_no_old_shard(saved:
     checkpoint.save(third, saved)
     assert same(checkpoint.load(saved), third)
     assert sorted(path.name for path in saved.iterdir()) == [
-        "checksums.json", "config.json", "generation_config.json", "model.safetensors", "tokenizer.model"]
+        "checksums.json",
+        "config.json",
+        "generation_config.json",
+        "model.safetensors",
+        "tokenizer.model",
+    ]
 
 
-def test_a_failed_save_leaves_the_old_checkpoint(saved: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_failed_save_leaves_the_old_checkpoint(
+    saved: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def full(*_: object, **__: object) -> None:
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(safetensors_file, "write", full)
     with pytest.raises(UserError, match="no space left"):
         checkpoint.save(Llama(CONFIG, seed=2), saved)
+
     assert same(checkpoint.load(saved), Llama(CONFIG, seed=1))
     assert sorted(path.name for path in saved.iterdir()) == [
-        "checksums.json", "config.json", "generation_config.json", "model.safetensors"]
+        "checksums.json",
+        "config.json",
+        "generation_config.json",
+        "model.safetensors",
+    ]
 
 
 def test_a_scorer_starts_from_a_language_model_and_round_trips(saved: Path, tmp_path: Path) -> None:
@@ -95,6 +119,7 @@ def test_a_scorer_starts_from_a_language_model_and_round_trips(saved: Path, tmp_
     assert same(checkpoint.load_scorer(tmp_path / "scorer"), scorer)
     assert checkpoint.is_scorer(tmp_path / "scorer")
     assert not checkpoint.is_scorer(saved)
+
     with pytest.raises(UserError, match="reward model"):
         checkpoint.load(tmp_path / "scorer")
 
@@ -103,8 +128,11 @@ def edit_config(**changes: object) -> Callable[[Path], None]:
     def edit(directory: Path) -> None:
         path = directory / "config.json"
         values = json.loads(path.read_text()) | changes
-        path.write_text(json.dumps({key: value for key, value in values.items() if value != "delete"}))
+        path.write_text(
+            json.dumps({key: value for key, value in values.items() if value != "delete"})
+        )
         (directory / checkpoint.CHECKSUMS).unlink()
+
     return edit
 
 
@@ -114,6 +142,7 @@ def edit_weights(change: Callable[[dict[str, torch.Tensor]], object]) -> Callabl
         change(tensors)
         save_file(tensors, directory / checkpoint.WEIGHTS)
         (directory / checkpoint.CHECKSUMS).unlink()
+
     return edit
 
 
@@ -131,33 +160,62 @@ def flip_a_bit(directory: Path) -> None:
 
 
 FAULTS: dict[str, tuple[Callable[[Path], object], str]] = {
-    "missing tensor": (edit_weights(lambda t: t.pop("model.layers.1.mlp.up_proj.weight")),
-                       r"1 missing: model\.layers\.1\.mlp\.up_proj\.weight"),
-    "unknown tensor": (edit_weights(lambda t: t.update({"model.extra": torch.zeros(1)})), r"1 unknown: model\.extra"),
-    "wrong shape": (edit_weights(lambda t: t.update({"model.norm.weight": torch.ones(31)})),
-                    r"1 wrongly shaped: model\.norm\.weight \[31\] instead of \[32\]"),
-    "two faults": (edit_weights(lambda t: t.update({"model.extra": t.pop("lm_head.weight")})),
-                   r"1 missing: lm_head\.weight; 1 unknown: model\.extra"),
-    "integers": (edit_weights(lambda t: t.update({"model.norm.weight": torch.ones(32, dtype=torch.int8)})),
-                 r"'model\.norm\.weight' is torch\.int8"),
+    "missing tensor": (
+        edit_weights(lambda t: t.pop("model.layers.1.mlp.up_proj.weight")),
+        r"1 missing: model\.layers\.1\.mlp\.up_proj\.weight",
+    ),
+    "unknown tensor": (
+        edit_weights(lambda t: t.update({"model.extra": torch.zeros(1)})),
+        r"1 unknown: model\.extra",
+    ),
+    "wrong shape": (
+        edit_weights(lambda t: t.update({"model.norm.weight": torch.ones(31)})),
+        r"1 wrongly shaped: model\.norm\.weight \[31\] instead of \[32\]",
+    ),
+    "two faults": (
+        edit_weights(lambda t: t.update({"model.extra": t.pop("lm_head.weight")})),
+        r"1 missing: lm_head\.weight; 1 unknown: model\.extra",
+    ),
+    "integers": (
+        edit_weights(lambda t: t.update({"model.norm.weight": torch.ones(32, dtype=torch.int8)})),
+        r"'model\.norm\.weight' is torch\.int8",
+    ),
     "truncated file": (truncate, r"model\.safetensors: truncated"),
     "flipped bit": (flip_a_bit, r"model\.safetensors: its checksum differs"),
-    "checksummed file gone": (lambda d: (d / "config.json").rename(d / "c") and (d / "config.json").write_text(
-        (d / "c").read_text() + " "), r"config\.json: its checksum differs"),
+    "checksummed file gone": (
+        lambda d: (
+            (d / "config.json").rename(d / "c")
+            and (d / "config.json").write_text((d / "c").read_text() + " ")
+        ),
+        r"config\.json: its checksum differs",
+    ),
     "no weights": (lambda d: (d / checkpoint.WEIGHTS).unlink(), r"neither model\.safetensors nor"),
     "no config": (lambda d: (d / "config.json").unlink(), r"config\.json: missing"),
-    "config is not JSON": (lambda d: (d / "config.json").write_text("{"), r"config\.json:1: not valid JSON"),
-    "config is a list": (lambda d: (d / "config.json").write_text("[]"), r"a JSON object was expected"),
+    "config is not JSON": (
+        lambda d: (d / "config.json").write_text("{"),
+        r"config\.json:1: not valid JSON",
+    ),
+    "config is a list": (
+        lambda d: (d / "config.json").write_text("[]"),
+        r"a JSON object was expected",
+    ),
     "another architecture": (edit_config(model_type="gpt2"), r"model_type is 'gpt2', not 'llama'"),
     "key missing": (edit_config(hidden_size="delete"), r"key 'hidden_size' is missing"),
     "key of the wrong type": (edit_config(hidden_size="32"), r"hidden_size is '32'"),
-    "scaled positions": (edit_config(rope_parameters={"rope_type": "llama3", "rope_theta": 1e4}),
-                         r"rope_type is 'llama3'"),
-    "scaled positions, old key": (edit_config(rope_scaling={"type": "linear", "factor": 2}),
-                                  r"rope_scaling\.type is 'linear' with the factor 2"),
+    "scaled positions": (
+        edit_config(rope_parameters={"rope_type": "llama3", "rope_theta": 1e4}),
+        r"rope_type is 'llama3'",
+    ),
+    "scaled positions, old key": (
+        edit_config(rope_scaling={"type": "linear", "factor": 2}),
+        r"rope_scaling\.type is 'linear' with the factor 2",
+    ),
     "biases": (edit_config(attention_bias=True), r"attention_bias is True"),
     "wide heads": (edit_config(head_dim=64), r"head_dim is 64"),
-    "impossible shape": (edit_config(num_key_value_heads=3), r"config\.json: num_attention_heads 4 is not a multiple"),
+    "impossible shape": (
+        edit_config(num_key_value_heads=3),
+        r"config\.json: num_attention_heads 4 is not a multiple",
+    ),
 }
 
 
@@ -167,6 +225,7 @@ def test_each_fault_is_one_line_that_names_it(saved: Path, fault: str) -> None:
     damage(saved)
     with pytest.raises(UserError) as raised:
         checkpoint.load(saved)
+
     assert re.search(message, str(raised.value))
     assert str(saved) in str(raised.value)
     assert "\n" not in str(raised.value)
@@ -176,18 +235,23 @@ def test_each_fault_is_one_line_that_names_it(saved: Path, fault: str) -> None:
 def test_missing_directory_shard_and_index_entries_are_named(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no such checkpoint directory"):
         checkpoint.load(tmp_path / "nowhere")
+
     checkpoint.save(Llama(CONFIG), tmp_path / "m", shard_bytes=SHARDED)
     gone = sorted((tmp_path / "m").glob("model-*.safetensors"))[1]
     gone.unlink()
+
     with pytest.raises(UserError, match=re.escape(gone.name)):
         checkpoint.load(tmp_path / "m")
+
     (tmp_path / "m" / checkpoint.INDEX).write_text("{}")
     with pytest.raises(UserError, match="no weight_map"):
         checkpoint.load(tmp_path / "m")
 
 
 def test_harmless_extras_of_old_conversions_are_ignored(saved: Path) -> None:
-    edit_weights(lambda t: t.update({"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(4)}))(saved)
+    edit_weights(
+        lambda t: t.update({"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(4)})
+    )(saved)
     assert same(checkpoint.load(saved), Llama(CONFIG, seed=1))
 
 
@@ -195,6 +259,7 @@ def test_a_tied_head_in_the_file_must_equal_the_embeddings(saved: Path) -> None:
     edit_config(tie_word_embeddings=True)(saved)
     with pytest.raises(UserError, match=r"lm_head\.weight differs"):
         checkpoint.load(saved)
+
     tensors = load_file(saved / checkpoint.WEIGHTS)
     tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].clone()
     save_file(tensors, saved / checkpoint.WEIGHTS)
@@ -202,13 +267,20 @@ def test_a_tied_head_in_the_file_must_equal_the_embeddings(saved: Path) -> None:
 
 
 def test_same_seed_same_weights_and_the_documented_deviations() -> None:
-    config = LlamaConfig(vocab_size=256, hidden_size=128, intermediate_size=256, num_hidden_layers=8,
-                         num_attention_heads=4, num_key_value_heads=4)
+    config = LlamaConfig(
+        vocab_size=256,
+        hidden_size=128,
+        intermediate_size=256,
+        num_hidden_layers=8,
+        num_attention_heads=4,
+        num_key_value_heads=4,
+    )
     torch.manual_seed(0)
     model = Llama(config, seed=1)
     torch.manual_seed(1)
     assert same(model, Llama(config, seed=1))
     assert not same(model, Llama(config, seed=2))
+
     for name, parameter in model.named_parameters():
         if "norm" in name:
             assert torch.equal(parameter, torch.ones_like(parameter))
@@ -220,6 +292,7 @@ def test_same_seed_same_weights_and_the_documented_deviations() -> None:
 def test_only_models_of_this_package_are_saved(tmp_path: Path) -> None:
     with pytest.raises(TypeError, match="Linear"):
         checkpoint.save(torch.nn.Linear(1, 1), tmp_path / "m")
+
     checkpoint.save(Scorer(CONFIG), tmp_path / "scorer")
     assert json.loads((tmp_path / "scorer" / "config.json").read_text())["num_labels"] == 1
 

@@ -23,7 +23,8 @@ def words(policy, prompts):
 
 @pytest.fixture
 def prompts(world):
-    """All of the small world: the tiny policy's answers are often empty, and make no comparison then."""
+    """All of the small world: the tiny policy's answers are often empty, and make no comparison
+    then."""
     return world / "prompts-train.jsonl"
 
 
@@ -37,6 +38,7 @@ def test_every_prompt_is_compared_on_its_axis(tmp_path, words, prompts):
     kept, aside = read(tmp_path / "out")
     kinds = {one.messages: kind_of(one) for one in records.read(Prompt, prompts)}
     axes = {"helpful": {"helpful"}, "unsafe": {"safe"}, "borderline": {"helpful", "safe"}}
+
     for one in kept + aside:
         assert one.axis in axes[kinds[one.prompt]]
         assert (one.safety is not None) == (one.axis == "safe")
@@ -44,6 +46,7 @@ def test_every_prompt_is_compared_on_its_axis(tmp_path, words, prompts):
         assert sorted(response.temperature for response in one.responses) == [0.7, 1.0]
         assert {response.model for response in one.responses} == {"policy"}
         assert one.responses[0].text != one.responses[1].text
+
     assert {one.axis for one in kept} == {"helpful", "safe"}
     summary = json.loads((tmp_path / "out/summary.json").read_text())
     assert (summary["pairs"], summary["heldout"]) == (len(kept), len(aside))
@@ -54,7 +57,22 @@ def test_every_prompt_is_compared_on_its_axis(tmp_path, words, prompts):
 def test_held_out_comparisons_are_chosen_by_their_question(tmp_path, words):
     """A question held out once is held out always, on both axes and in every round."""
     assert llama2(*words, "--heldout", 0.5, "--out", tmp_path / "all") == 0
-    assert llama2(*words, "--heldout", 0.2, "--round", 2, "--seed", 3, "--both-axes", 1, "--out", tmp_path / "few") == 0
+    assert (
+        llama2(
+            *words,
+            "--heldout",
+            0.2,
+            "--round",
+            2,
+            "--seed",
+            3,
+            "--both-axes",
+            1,
+            "--out",
+            tmp_path / "few",
+        )
+        == 0
+    )
     (kept, more), (later, fewer) = read(tmp_path / "all"), read(tmp_path / "few")
     assert all(is_heldout(one.prompt, 0.5) for one in more)
     assert not any(is_heldout(one.prompt, 0.5) for one in kept)
@@ -65,8 +83,10 @@ def test_held_out_comparisons_are_chosen_by_their_question(tmp_path, words):
 
 def test_safety_prompts_may_be_judged_on_helpfulness_too():
     config = collect.Config(out="x", policies=["p"], prompts="q")
-    unsafe, kind, borderline = (prompt("x", safety=safety, **family) for safety, family in (
-        (True, {}), (False, {}), (True, {"family": "borderline"})))
+    unsafe, kind, borderline = (
+        prompt("x", safety=safety, **family)
+        for safety, family in ((True, {}), (False, {}), (True, {"family": "borderline"}))
+    )
     assert {collect.axes(config, unsafe, place) for place in range(50)} == {("safe",)}
     both = config.model_copy(update={"both_axes": 0.5})
     share = sum(collect.axes(both, unsafe, place) == ("safe", "helpful") for place in range(400))
@@ -77,10 +97,18 @@ def test_safety_prompts_may_be_judged_on_helpfulness_too():
 
 def test_swapped_answers_belong_to_other_prompts(tmp_path, words):
     assert llama2(*words, "--heldout", 0, "--noise", 0, "--out", tmp_path / "plain") == 0
-    assert llama2(*words, "--heldout", 0, "--noise", 0, "--swapped", 0.5, "--out", tmp_path / "swapped") == 0
+    assert (
+        llama2(
+            *words, "--heldout", 0, "--noise", 0, "--swapped", 0.5, "--out", tmp_path / "swapped"
+        )
+        == 0
+    )
 
     def by_prompt(name):
-        return {one.prompt: {r.temperature: r.text for r in one.responses} for one in read(tmp_path / name)[0]}
+        return {
+            one.prompt: {r.temperature: r.text for r in one.responses}
+            for one in read(tmp_path / name)[0]
+        }
 
     plain, swapped = by_prompt("plain"), by_prompt("swapped")
     both = plain.keys() & swapped.keys()
@@ -96,17 +124,43 @@ def test_two_policies_answer_side_by_side(tmp_path, words, base, policy):
     assert llama2(words[0], words[1], policy, base, *words[3:], "--out", tmp_path / "out") == 0
     kept, aside = read(tmp_path / "out")
     for one in kept + aside:
-        assert {response.temperature: response.model for response in one.responses} == {1.0: "policy", 0.7: "base"}
+        assert {response.temperature: response.model for response in one.responses} == {
+            1.0: "policy",
+            0.7: "base",
+        }
 
 
-def test_answers_under_a_preprompt_are_recorded_as_answers_to_the_bare_prompt(tmp_path, words, prompts):
+def test_answers_under_a_preprompt_are_recorded_as_answers_to_the_bare_prompt(
+    tmp_path, words, prompts
+):
     assert llama2(*words, "--heldout", 0, "--noise", 0, "--out", tmp_path / "plain") == 0
-    assert llama2(*words, "--heldout", 0, "--noise", 0, "--preprompted", 1, "--preprompts",
-                  "Be a {a} and {b} assistant.", "--out", tmp_path / "under") == 0
-    plain, under = ({one.prompt: {r.temperature: r.text for r in one.responses} for one in read(tmp_path / name)[0]}
-                    for name in ("plain", "under"))
+    assert (
+        llama2(
+            *words,
+            "--heldout",
+            0,
+            "--noise",
+            0,
+            "--preprompted",
+            1,
+            "--preprompts",
+            "Be a {a} and {b} assistant.",
+            "--out",
+            tmp_path / "under",
+        )
+        == 0
+    )
+    plain, under = (
+        {
+            one.prompt: {r.temperature: r.text for r in one.responses}
+            for one in read(tmp_path / name)[0]
+        }
+        for name in ("plain", "under")
+    )
     kinds = {one.messages: kind_of(one) for one in records.read(Prompt, prompts)}
-    changed = {asked for asked in plain.keys() & under.keys() if plain[asked][0.7] != under[asked][0.7]}
+    changed = {
+        asked for asked in plain.keys() & under.keys() if plain[asked][0.7] != under[asked][0.7]
+    }
     assert changed
     assert all(kinds[asked] != "helpful" for asked in changed)
 
@@ -114,17 +168,23 @@ def test_answers_under_a_preprompt_are_recorded_as_answers_to_the_bare_prompt(tm
 def test_one_to_two_policies_are_compared(one_line, tmp_path):
     heard = one_line("collect", "--policies", "[]", "--prompts", "q", "--out", tmp_path / "x")
     assert heard.startswith("'--policies': needs at least 1")
-    heard = one_line("collect", "--policies", "a", "b", "c", "--prompts", "q", "--out", tmp_path / "x")
+    heard = one_line(
+        "collect", "--policies", "a", "b", "c", "--prompts", "q", "--out", tmp_path / "x"
+    )
     assert heard.startswith("'--policies': takes at most 2")
 
 
 @pytest.fixture
 def plain(tmp_path, prompts):
     """Sixty prompts of which nobody knows the truth."""
-    golds = itertools.cycle([{}, {"gold": "42"}, {"gold": None}, {"gold": {"answer": "42"}}])  # what others call gold
-    some = [replace(one, metadata={k: v for k, v in one.metadata.items() if k != "gold"} | gold)
-            for one, gold in zip(records.read(Prompt, prompts), golds)][:60]
+    # what others call gold
+    golds = itertools.cycle([{}, {"gold": "42"}, {"gold": None}, {"gold": {"answer": "42"}}])
+    some = [
+        replace(one, metadata={k: v for k, v in one.metadata.items() if k != "gold"} | gold)
+        for one, gold in zip(records.read(Prompt, prompts), golds)
+    ][:60]
     records.write(tmp_path / "plain.jsonl", some)
+
     return tmp_path / "plain.jsonl"
 
 
@@ -133,11 +193,15 @@ def test_pairs_of_prompts_without_truth_wait_for_people(tmp_path, policy, plain,
     assert llama2(*words, "--round", 3, "--out", tmp_path / "out") == 0
     heard = capsys.readouterr().err
     pairs = list(records.read(Pair, tmp_path / "out/pairs.jsonl"))
-    assert f"of prompts without truth, for people to judge {len(pairs)} (they are in pairs.jsonl)" in heard
+    assert (
+        f"of prompts without truth, for people to judge {len(pairs)} (they are in pairs.jsonl)"
+        in heard
+    )
     assert not (tmp_path / "out/preferences.jsonl").exists()
     assert len(pairs) >= 20
     known = {one.id: one for one in records.read(Prompt, plain)}
     firsts = set()
+
     for one in pairs:
         asked = known[one.metadata["prompt"]]
         assert one.prompt == asked.messages
@@ -148,32 +212,75 @@ def test_pairs_of_prompts_without_truth_wait_for_people(tmp_path, policy, plain,
         assert {answer.temperature for answer in one.responses} == {0.7, 1.0}
         assert one.responses[0].text != one.responses[1].text
         firsts.add(one.responses[0].temperature)
+
     assert firsts == {0.7, 1.0}  # the order shown tells nothing
     summary = json.loads((tmp_path / "out/summary.json").read_text())
     assert (summary["pairs"], summary["unjudged"]) == (0, len(pairs))
 
 
 def test_judged_pairs_are_preferences_and_others_are_counted(tmp_path, policy, plain, capsys):
-    assert llama2("collect", "--policies", policy, "--prompts", plain, "--sample.max-tokens", 24, "--out",
-                  tmp_path / "out") == 0
+    assert (
+        llama2(
+            "collect",
+            "--policies",
+            policy,
+            "--prompts",
+            plain,
+            "--sample.max-tokens",
+            24,
+            "--out",
+            tmp_path / "out",
+        )
+        == 0
+    )
     rows = [json.loads(line) for line in (tmp_path / "out/pairs.jsonl").read_text().splitlines()]
     for row in rows[2:]:
         row |= {"preferred": 1, "degree": "slightly", "annotator": "ann"}
+
     file = tmp_path / "judged.jsonl"
     file.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    assert llama2("prepare", "--kind", "preferences", "--sources.mine.path", file, "--out", tmp_path / "prepared") == 0
-    found = {one.id: one for one in records.read(Preference, tmp_path / "prepared/preferences.jsonl")}
+    assert (
+        llama2(
+            "prepare",
+            "--kind",
+            "preferences",
+            "--sources.mine.path",
+            file,
+            "--out",
+            tmp_path / "prepared",
+        )
+        == 0
+    )
+    found = {
+        one.id: one for one in records.read(Preference, tmp_path / "prepared/preferences.jsonl")
+    }
     assert found.keys() == {row["id"] for row in rows[2:]}
     one = found[rows[-1]["id"]]
-    assert (one.chosen.text, one.degree, one.annotator) == (rows[-1]["responses"][1]["text"], "slightly", "ann")
+    assert (one.chosen.text, one.degree, one.annotator) == (
+        rows[-1]["responses"][1]["text"],
+        "slightly",
+        "ann",
+    )
     assert "not judged yet" in capsys.readouterr().err
 
 
 def test_prompts_with_and_without_truth(tmp_path, policy, plain, prompts):
     mixed = [*list(records.read(Prompt, prompts))[60:], *records.read(Prompt, plain)]
     records.write(tmp_path / "mixed.jsonl", mixed)
-    assert llama2("collect", "--policies", policy, "--prompts", tmp_path / "mixed.jsonl", "--sample.max-tokens", 24,
-                  "--out", tmp_path / "out") == 0
+    assert (
+        llama2(
+            "collect",
+            "--policies",
+            policy,
+            "--prompts",
+            tmp_path / "mixed.jsonl",
+            "--sample.max-tokens",
+            24,
+            "--out",
+            tmp_path / "out",
+        )
+        == 0
+    )
     kept, aside = read(tmp_path / "out")
     pairs = list(records.read(Pair, tmp_path / "out/pairs.jsonl"))
     judged = {one.prompt for one in (*kept, *aside)}
@@ -187,6 +294,8 @@ def test_equal_and_empty_answers_are_no_comparison():
     config = collect.Config(out="x", policies=["p"], prompts="q")
     tally = Tally()
     desk = collect.Desk(config, tally)
+
     for texts in (("same", "same"), ("", "x"), ("", "")):
         assert list(desk.compare(prompt("x"), (Response(texts[0]), Response(texts[1])), 0)) == []
+
     assert tally.line() == "read 3, kept 0, left out 3: equal answers 2, an empty answer 1"

@@ -1,4 +1,5 @@
-"""Finished runs vouch for what they hold: a changed file is named before it is used, a faithful copy is not."""
+"""Finished runs vouch for what they hold: a changed file is named before it is used, a faithful
+copy is not."""
 
 import json
 import os
@@ -30,6 +31,7 @@ def make(out):
             runs.write_atomic(run.path / "deep/shard.bin", "y" * SIZE)
             run.log(1, {"loss": 2.0})
             run.warn("be careful")
+
         return not run.finished
 
 
@@ -54,9 +56,18 @@ def flip(path, place=SIZE // 2):
 
 DAMAGES = {
     "emptied": (lambda path: path.write_bytes(b""), r"it has 0 bytes, and this run wrote"),
-    "halved": (lambda path: path.write_bytes(path.read_bytes()[: path.stat().st_size // 2]), r"and this run wrote"),
-    "edited": (lambda path: path.write_bytes(b"z" + path.read_bytes()[1:]), "its content is not what this run wrote"),
-    "flipped": (lambda path: flip(path, path.stat().st_size // 2), "its content is not what this run wrote"),
+    "halved": (
+        lambda path: path.write_bytes(path.read_bytes()[: path.stat().st_size // 2]),
+        r"and this run wrote",
+    ),
+    "edited": (
+        lambda path: path.write_bytes(b"z" + path.read_bytes()[1:]),
+        "its content is not what this run wrote",
+    ),
+    "flipped": (
+        lambda path: flip(path, path.stat().st_size // 2),
+        "its content is not what this run wrote",
+    ),
     "deleted": (Path.unlink, "missing, though this run wrote it"),
 }
 
@@ -68,10 +79,12 @@ def test_a_damaged_output_is_named_before_it_is_used(tmp_path, made, name, damag
     change(made / name)
     with pytest.raises(UserError, match=cause) as error:
         use(made, tmp_path / "used")
+
     assert error.value.cause.startswith(f"{made / name}:")
     assert f"delete {made} and repeat the command that made it" in error.value.cure
     assert "copy it out, and name the copy" in error.value.cure
     assert not (tmp_path / "used").exists()
+
     with pytest.raises(UserError, match=cause):
         make(made)  # a finished step is not skipped either
 
@@ -82,6 +95,7 @@ def test_damage_to_what_a_run_says_about_itself_is_named(made, name, damage):
     DAMAGES[damage][0](made / name)
     with pytest.raises(UserError) as error:
         make(made)
+
     assert error.value.cause.startswith(f"{made / name}:")
     assert f"delete {made} and repeat" in error.value.cure
 
@@ -92,6 +106,7 @@ def test_a_damaged_completion_mark_is_named_and_never_believed(tmp_path, made, d
     for work in (lambda: make(made), lambda: use(made / "pool.jsonl", tmp_path / "used")):
         with pytest.raises(UserError, match="COMPLETE:") as error:
             work()
+
         assert f"restore it, or delete {made}" in error.value.cure
 
 
@@ -104,9 +119,12 @@ def test_every_digit_of_the_completion_mark_counts(made):
 
 def test_a_copy_with_other_times_is_the_run_itself(tmp_path, made):
     shutil.copytree(made, tmp_path / "copy", copy_function=shutil.copyfile)
-    assert (tmp_path / "copy/pool.jsonl").stat().st_mtime_ns != (made / "pool.jsonl").stat().st_mtime_ns
+    assert (tmp_path / "copy/pool.jsonl").stat().st_mtime_ns != (
+        made / "pool.jsonl"
+    ).stat().st_mtime_ns
     assert runs.fingerprint(tmp_path / "copy") == runs.fingerprint(made)
     flip(tmp_path / "copy/pool.jsonl")
+
     with pytest.raises(UserError, match=r"copy/pool.jsonl: its content"):
         runs.fingerprint(tmp_path / "copy")
 
@@ -127,8 +145,12 @@ def test_a_file_added_among_the_outputs_is_named(tmp_path, made):
     (made / "notes.md").write_text("mine")  # nobody reads it
     assert runs.fingerprint(made)
     (made / "deep/more.bin").write_text("")
-    with pytest.raises(UserError, match=r"more.bin: the run in .* did not write this file; take it out"):
+
+    with pytest.raises(
+        UserError, match=r"more.bin: the run in .* did not write this file; take it out"
+    ):
         use(made / "deep", tmp_path / "used")
+
     assert not make(made)  # what it wrote is all there
 
 
@@ -136,6 +158,7 @@ def test_a_file_put_into_a_run_is_known_by_its_content(tmp_path, made):
     (made / "mine.txt").write_text("one")
     use(made / "mine.txt", tmp_path / "used")
     (made / "mine.txt").write_text("two")
+
     with pytest.raises(UserError, match=r"made from other inputs; changed: data \(.*mine.txt\)"):
         use(made / "mine.txt", tmp_path / "used")
 
@@ -164,8 +187,11 @@ def test_a_large_copy_is_read_once(tmp_path, made, monkeypatch):
     monkeypatch.setattr(completion, "CHEAP", 0)
     for path in (made / "pool.jsonl", made / "deep/shard.bin", made / "manifest.json"):
         os.utime(path)
+
     read, hashed = [], completion.sha256
-    monkeypatch.setattr(completion, "sha256", lambda path: (read.append(path.name), hashed(path))[1])
+    monkeypatch.setattr(
+        completion, "sha256", lambda path: (read.append(path.name), hashed(path))[1]
+    )
     completion.check(made)
     assert sorted(read) == ["manifest.json", "pool.jsonl", "shard.bin"]
     completion.check(made)
@@ -180,16 +206,30 @@ def test_runs_of_before_are_compared_by_content(made):
     (made / "COMPLETE").write_text(json.dumps({"outputs": said["outputs"], "seconds": 1}))
     assert runs.fingerprint(made)
     flip(made / "pool.jsonl")
+
     with pytest.raises(UserError, match=r"pool.jsonl: its content is not"):
         runs.fingerprint(made)
 
 
-@pytest.mark.parametrize(("name", "key", "value"), [
-    ("COMPLETE", "outputs", {"pool.jsonl": 7}), ("COMPLETE", "outputs", ["pool.jsonl"]), ("COMPLETE", "seconds", "1"),
-    ("COMPLETE", "seconds", -1), ("COMPLETE", "seconds", float("inf")), ("COMPLETE", "records", None),
-    ("COMPLETE", "files", {"pool.jsonl": [1]}), ("COMPLETE", "files", {"pool.jsonl": 1}),
-    ("manifest.json", "config", []), ("manifest.json", "inputs", {"a": None}), ("manifest.json", "ranks", "2"),
-    ("manifest.json", "threads", 0), ("manifest.json", "device", {}), ("manifest.json", "verb", None)])
+@pytest.mark.parametrize(
+    ("name", "key", "value"),
+    [
+        ("COMPLETE", "outputs", {"pool.jsonl": 7}),
+        ("COMPLETE", "outputs", ["pool.jsonl"]),
+        ("COMPLETE", "seconds", "1"),
+        ("COMPLETE", "seconds", -1),
+        ("COMPLETE", "seconds", float("inf")),
+        ("COMPLETE", "records", None),
+        ("COMPLETE", "files", {"pool.jsonl": [1]}),
+        ("COMPLETE", "files", {"pool.jsonl": 1}),
+        ("manifest.json", "config", []),
+        ("manifest.json", "inputs", {"a": None}),
+        ("manifest.json", "ranks", "2"),
+        ("manifest.json", "threads", 0),
+        ("manifest.json", "device", {}),
+        ("manifest.json", "verb", None),
+    ],
+)
 def test_runs_of_before_have_no_sum_and_are_held_to_their_shape(made, name, key, value):
     file = made / name
     said = json.loads(file.read_text())
@@ -198,6 +238,7 @@ def test_runs_of_before_have_no_sum_and_are_held_to_their_shape(made, name, key,
     read = {"COMPLETE": completion.completed, "manifest.json": completion.manifest}[name]
     assert read(made) == said
     file.write_text(json.dumps(said | {key: value}))
+
     with pytest.raises(UserError, match=rf"{name}: damaged: .*{key}"):
         read(made)
 
@@ -212,15 +253,27 @@ def test_every_file_and_directory_is_on_the_disk_before_the_completion_mark(tmp_
 
     replace = os.replace
     monkeypatch.setattr(os, "fsync", noted)
-    monkeypatch.setattr(os, "replace", lambda old, new: (replace(old, new), events.append(f"named {new}"))[0])
+    monkeypatch.setattr(
+        os, "replace", lambda old, new: (replace(old, new), events.append(f"named {new}"))[0]
+    )
     out = tmp_path / "new/out"
+
     with runs.open_run("make", Make(out=out)) as run:
         (run.path / "a/b").mkdir(parents=True)
         (run.path / "a/b/plain.txt").write_text("plain")
         run.log(1, {"loss": 1.0})
+
     end = events.index(f"named {out / 'COMPLETE'}")
     flushed = set(events[:end])
-    assert {out / "a/b/plain.txt", out / "a/b", out / "a", out, out / "metrics.jsonl", out.parent, tmp_path} <= flushed
+    assert {
+        out / "a/b/plain.txt",
+        out / "a/b",
+        out / "a",
+        out,
+        out / "metrics.jsonl",
+        out.parent,
+        tmp_path,
+    } <= flushed
     assert out in events[end:]  # the mark's own name
 
 
@@ -228,7 +281,9 @@ def test_the_command_line_names_a_damaged_model_before_it_talks(tmp_path, policy
     shutil.copytree(policy, tmp_path / "model")
     flip(tmp_path / "model/tokenizer.model")
     refusal = one_line("chat", tmp_path / "model")
-    assert refusal.startswith(f"{tmp_path / 'model/tokenizer.model'}: its content is not what this run wrote; ")
+    assert refusal.startswith(
+        f"{tmp_path / 'model/tokenizer.model'}: its content is not what this run wrote; "
+    )
 
 
 def test_a_copy_whose_times_are_whole_seconds_is_not_read(made, monkeypatch):
@@ -239,5 +294,6 @@ def test_a_copy_whose_times_are_whole_seconds_is_not_read(made, monkeypatch):
     os.utime(shard, ns=(seconds, seconds))
     completion.check_whole(made)
     os.utime(shard, ns=(seconds + 1, seconds + 1))
+
     with pytest.raises(UserError, match="its content is not what this run wrote"):
         completion.check_whole(made)

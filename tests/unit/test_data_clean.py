@@ -1,4 +1,5 @@
-"""Cleaning and deduplication: what each rule takes out, what it leaves alone, and that it counts."""
+"""Cleaning and deduplication: what each rule takes out, what it leaves alone, and that it
+counts."""
 
 from collections import Counter
 
@@ -9,26 +10,39 @@ from llama2.data.deduplicate import drop_duplicates, drop_repeated_lines, finger
 from llama2.records import Document
 
 
-@pytest.mark.parametrize(("text", "masked"), [
-    ("Write to jo.doe+x@mail.example.org.", "Write to [email]."),
-    ("from 1.2.3.4", "from [ip address]"),
-    ("Server 192.168.10.254, port 80", "Server [ip address], port 80"),
-    ("Call (555) 010-9999 now", "Call [phone] now"),
-    ("Call 555-010-9999.", "Call [phone]."),
-    ("Call Ann at (555) 0166-7117", "Call Ann at [phone]"),
-    ("Call +44 20 7946 0018 or 1-800-555-0199", "Call [phone] or [phone]"),
-    ("Ring 020 7946 0018!", "Ring [phone]!"),
-])
+@pytest.mark.parametrize(
+    ("text", "masked"),
+    [
+        ("Write to jo.doe+x@mail.example.org.", "Write to [email]."),
+        ("from 1.2.3.4", "from [ip address]"),
+        ("Server 192.168.10.254, port 80", "Server [ip address], port 80"),
+        ("Call (555) 010-9999 now", "Call [phone] now"),
+        ("Call 555-010-9999.", "Call [phone]."),
+        ("Call Ann at (555) 0166-7117", "Call Ann at [phone]"),
+        ("Call +44 20 7946 0018 or 1-800-555-0199", "Call [phone] or [phone]"),
+        ("Ring 020 7946 0018!", "Ring [phone]!"),
+    ],
+)
 def test_personal_data_is_masked(text: str, masked: str) -> None:
     counts: Counter[str] = Counter()
     assert mask_personal_data(text, counts) == masked
     assert counts.total() == masked.count("[")
 
 
-@pytest.mark.parametrize("text", [
-    "On 2023-07-19 we counted 1,234,567.89 sheep", "version 1.2.3 of 300.1.2.3", "12 + 345 = 357",
-    "ISBN 978-3-16-148410-0", "pages 100-1234", "an @ sign, a@b", "1914-1918", "3.14159265358979", "0.5 to 0.75",
-])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "On 2023-07-19 we counted 1,234,567.89 sheep",
+        "version 1.2.3 of 300.1.2.3",
+        "12 + 345 = 357",
+        "ISBN 978-3-16-148410-0",
+        "pages 100-1234",
+        "an @ sign, a@b",
+        "1914-1918",
+        "3.14159265358979",
+        "0.5 to 0.75",
+    ],
+)
 def test_other_numbers_are_left_alone(text: str) -> None:
     assert mask_personal_data(text, Counter()) == text
 
@@ -41,13 +55,24 @@ def test_broken_characters_and_lines() -> None:
     assert (counts["control characters removed"], counts["boilerplate lines removed"]) == (3, 2)
 
 
-@pytest.mark.parametrize("line", [
-    "Home | About | Contact | Login", "MENU  SEARCH  SHOP", "Skip to main content", '<div class="nav">',
-    "We use cookies to improve your experience.", "Please enable JavaScript to continue.", "</div></body>",
-    "Subscribe to our newsletter!", "Click here to read more...",
-    "  Share  on:  Chirper | Facepage &nbsp;", "Copyright 2023. All rights reserved.",
-    "Terms of use | Privacy policy", "Back to top",
-])
+@pytest.mark.parametrize(
+    "line",
+    [
+        "Home | About | Contact | Login",
+        "MENU  SEARCH  SHOP",
+        "Skip to main content",
+        '<div class="nav">',
+        "We use cookies to improve your experience.",
+        "Please enable JavaScript to continue.",
+        "</div></body>",
+        "Subscribe to our newsletter!",
+        "Click here to read more...",
+        "  Share  on:  Chirper | Facepage &nbsp;",
+        "Copyright 2023. All rights reserved.",
+        "Terms of use | Privacy policy",
+        "Back to top",
+    ],
+)
 def test_boilerplate_lines(line: str) -> None:
     counts: Counter[str] = Counter()
     assert clean_text(f"before\n{line}\nafter", Rules(), counts) == "before\nafter"
@@ -55,33 +80,63 @@ def test_boilerplate_lines(line: str) -> None:
 
 
 def test_a_sentence_about_menus_stays() -> None:
-    text = ("Home is where the heart is.\nI use two cookies a day; she accepts.\nNext day they searched for the menu.\n"
-            "    if share: search()\n\tx <b>\n3 + 4 = 7")
+    text = (
+        "Home is where the heart is.\nI use two cookies a day; she accepts.\nNext day they searched for the menu.\n"
+        "    if share: search()\n\tx <b>\n3 + 4 = 7"
+    )
     assert clean_text(text, Rules(), Counter()) == text
 
 
 def test_documents_are_dropped_by_rule_and_counted() -> None:
-    documents = [Document(text) for text in (
-        "A fine document with enough text in it.", "short", "same line here\n" * 9, "buy " * 60 + "now", "\ufffd" * 40,
-        "$%&*+=~ ^_|<>#$ &*+x")]
+    documents = [
+        Document(text)
+        for text in (
+            "A fine document with enough text in it.",
+            "short",
+            "same line here\n" * 9,
+            "buy " * 60 + "now",
+            "\ufffd" * 40,
+            "$%&*+=~ ^_|<>#$ &*+x",
+        )
+    ]
     counts: Counter[str] = Counter()
     kept = list(clean(iter(documents), Rules(), counts))
     assert kept == documents[:1]
     assert kept[0] is documents[0]
     assert {name: count for name, count in counts.items() if count} == {
-        "documents": 6, "kept": 1, "dropped: mostly symbols": 1, "dropped: too short": 1, "dropped: repeated lines": 1,
-        "dropped: one word over and over": 1, "dropped: broken encoding": 1}
+        "documents": 6,
+        "kept": 1,
+        "dropped: mostly symbols": 1,
+        "dropped: too short": 1,
+        "dropped: repeated lines": 1,
+        "dropped: one word over and over": 1,
+        "dropped: broken encoding": 1,
+    }
 
 
 def test_rules_can_be_turned_off() -> None:
-    off = Rules(min_characters=0, max_repeated=1, max_one_word=1, remove_boilerplate=False, mask_personal_data=False)
+    off = Rules(
+        min_characters=0,
+        max_repeated=1,
+        max_one_word=1,
+        remove_boilerplate=False,
+        mask_personal_data=False,
+    )
     documents = [Document("a@b.org"), Document("Privacy policy"), Document("x\n" * 60)]
-    assert [document.text for document in clean(documents, off)] == ["a@b.org", "Privacy policy", ("x\n" * 60).strip()]
+    assert [document.text for document in clean(documents, off)] == [
+        "a@b.org",
+        "Privacy policy",
+        ("x\n" * 60).strip(),
+    ]
 
 
 def test_exact_duplicates() -> None:
-    documents = [Document(text, str(index)) for index, text in enumerate(
-        ["The mill, old.", "the  MILL old", "The mill is old.", "?!", "!?", "?!"])]
+    documents = [
+        Document(text, str(index))
+        for index, text in enumerate(
+            ["The mill, old.", "the  MILL old", "The mill is old.", "?!", "!?", "?!"]
+        )
+    ]
     counts: Counter[str] = Counter()
     assert [document.id for document in drop_duplicates(documents, counts)] == ["0", "2", "3", "4"]
     assert counts == {"duplicate documents removed": 2}

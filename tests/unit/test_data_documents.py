@@ -30,26 +30,44 @@ def test_text_files_by_file_paragraph_and_line(tmp_path: Path) -> None:
     assert ids == [f"{tmp_path}/a.txt:2", f"{tmp_path}/a.txt:6"]
 
 
-ROWS = [{"text": "one", "id": "x", "url": "u"}, {"text": "two"}, {"text": "", "metadata": {"a": 1}, "id": 7}]
+ROWS = [
+    {"text": "one", "id": "x", "url": "u"},
+    {"text": "two"},
+    {"text": "", "metadata": {"a": 1}, "id": 7},
+]
 
 
 @pytest.mark.parametrize("suffix", [".jsonl", ".jsonl.gz", ".jsonl.zst", ".ndjson"])
 def test_json_lines(tmp_path: Path, suffix: str) -> None:
     path = tmp_path / f"a{suffix}"
     content = "\n".join(json.dumps(row) for row in ROWS).encode()
-    packed = {".gz": gzip.compress, ".zst": zstandard.ZstdCompressor().compress}.get(path.suffix, bytes)
-    path.write_bytes(packed(content[:40]) + packed(content[40:]) if path.suffix in (".gz", ".zst") else content)
+    packed = {".gz": gzip.compress, ".zst": zstandard.ZstdCompressor().compress}.get(
+        path.suffix, bytes
+    )
+    path.write_bytes(
+        packed(content[:40]) + packed(content[40:]) if path.suffix in (".gz", ".zst") else content
+    )
     assert list(read_documents(path)) == [
-        Document("one", "x", {"url": "u"}), Document("two", f"{path}:2"), Document("", "7", {"a": 1})]
+        Document("one", "x", {"url": "u"}),
+        Document("two", f"{path}:2"),
+        Document("", "7", {"a": 1}),
+    ]
 
 
 def test_parquet(tmp_path: Path) -> None:
     path = tmp_path / "a.parquet"
-    parquet.write_table(pyarrow.table({"text": ["one", "two"], "id": ["x", None], "n": [1, 2]}), path)
-    assert list(read_documents(path)) == [Document("one", "x", {"n": 1}), Document("two", f"{path}:2", {"n": 2})]
+    parquet.write_table(
+        pyarrow.table({"text": ["one", "two"], "id": ["x", None], "n": [1, 2]}), path
+    )
+    assert list(read_documents(path)) == [
+        Document("one", "x", {"n": 1}),
+        Document("two", f"{path}:2", {"n": 2}),
+    ]
     parquet.write_table(pyarrow.table({"content": ["one"]}), path)
+
     with pytest.raises(UserError, match=r"a.parquet:1: no 'text' among \['content'\]"):
         texts(path)
+
     path.write_bytes(path.read_bytes()[:-20])
     with pytest.raises(UserError, match=r"truncated or corrupt Parquet"):
         texts(path)
@@ -77,7 +95,10 @@ BAD = {
     "blank.jsonl": (b"\n \n", "the file is empty"),
     "short.jsonl.gz": (gzip.compress(b'{"text": "a"}' * 9)[:-4], "truncated or corrupt archive"),
     "broken.jsonl.gz": (b"no gzip at all", "truncated or corrupt archive"),
-    "short.jsonl.zst": (zstandard.ZstdCompressor().compress(b'{"text": "abc"}\n' * 99)[:-4], "truncated or corrupt"),
+    "short.jsonl.zst": (
+        zstandard.ZstdCompressor().compress(b'{"text": "abc"}\n' * 99)[:-4],
+        "truncated or corrupt",
+    ),
     "broken.jsonl.zst": (b"no archive at all", "truncated or corrupt archive"),
     "picture.png": (b"x", "cannot tell what kind of file this is"),
 }
@@ -91,8 +112,14 @@ def test_bad_files_are_named(tmp_path: Path, name: str) -> None:
         texts(tmp_path / name)
 
 
-@pytest.mark.parametrize(("path", "cause"), [
-    ("missing.jsonl", "no such file"), ("*.jsonl", "no file matches this pattern"), (".", "no file of a known kind")])
+@pytest.mark.parametrize(
+    ("path", "cause"),
+    [
+        ("missing.jsonl", "no such file"),
+        ("*.jsonl", "no file matches this pattern"),
+        (".", "no file of a known kind"),
+    ],
+)
 def test_paths_that_name_nothing(tmp_path: Path, path: str, cause: str) -> None:
     with pytest.raises(UserError, match=cause):
         texts(tmp_path / path)
@@ -106,11 +133,17 @@ def test_written_records_read_back(tmp_path: Path, suffix: str) -> None:
     assert (path.read_bytes()[:1] == b"{") == (suffix == ".jsonl")
 
 
-@pytest.mark.parametrize(("name", "library"), [("a.jsonl.zst", "zstandard"), ("a.parquet", "pyarrow")])
-def test_without_the_extra(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, library: str) -> None:
+@pytest.mark.parametrize(
+    ("name", "library"), [("a.jsonl.zst", "zstandard"), ("a.parquet", "pyarrow")]
+)
+def test_without_the_extra(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, library: str
+) -> None:
     (tmp_path / name).write_bytes(b"x")
     monkeypatch.setitem(sys.modules, library, None)
-    with pytest.raises(UserError, match=rf"needs the package '{library}'.*pip install 'llama2\[data\]'"):
+    with pytest.raises(
+        UserError, match=rf"needs the package '{library}'.*pip install 'llama2\[data\]'"
+    ):
         texts(tmp_path / name)
 
 

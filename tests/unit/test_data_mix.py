@@ -22,21 +22,30 @@ def drawn(mixture: Mixture, name: str) -> list[int]:
 SIZES = st.lists(st.integers(2, 50), min_size=1, max_size=8)
 
 
-@given(a=SIZES, b=SIZES, weight=st.floats(0.01, 1), tokens=st.integers(1, 3000), seed=st.integers(0, 9))
-def test_shares_passes_and_permutations(a: list[int], b: list[int], weight: float, tokens: int, seed: int) -> None:
+@given(
+    a=SIZES, b=SIZES, weight=st.floats(0.01, 1), tokens=st.integers(1, 3000), seed=st.integers(0, 9)
+)
+def test_shares_passes_and_permutations(
+    a: list[int], b: list[int], weight: float, tokens: int, seed: int
+) -> None:
     sizes = lengths(a=a, b=b)
     mixture = mix(sizes, {"a": weight, "b": 1.0}, tokens, seed)
-    given_by = {name: sum(int(sizes[name][number]) for number in drawn(mixture, name)) for name in sizes}
+    given_by = {
+        name: sum(int(sizes[name][number]) for number in drawn(mixture, name)) for name in sizes
+    }
     total = sum(given_by.values())
     assert tokens <= total < tokens + max(a + b)
     share = weight / (1 + weight)
     assert abs(given_by["a"] - share * total) <= max(a + b)
+
     for name, size in sizes.items():
         order = drawn(mixture, name)
         for start in range(0, len(order), len(size)):
             part = order[start : start + len(size)]
             assert len(set(part)) == len(part)
+
         assert mixture.passes[name] == pytest.approx(given_by[name] / sum(size))
+
     assert sum(mixture.shares.values()) == pytest.approx(1)
 
 
@@ -60,14 +69,20 @@ def test_the_seed_decides_the_order() -> None:
     assert orders[0] == orders[1] != orders[2]
 
 
-@pytest.mark.parametrize(("sizes", "weights", "cause"), [
-    ({"a": [3]}, {"b": 1.0}, "the sources are a, but weights are given for b"),
-    ({"a": []}, {"a": 1.0}, "holds no tokens"),
-    ({"a": [3]}, {"a": -1.0}, "weight of the source 'a' is -1.0"),
-    ({"a": [3]}, {"a": float("nan")}, "weight of the source"),
-    ({"a": [3]}, {"a": 0.0}, "all sources have weight 0"),
-])
+@pytest.mark.parametrize(
+    ("sizes", "weights", "cause"),
+    [
+        ({"a": [3]}, {"b": 1.0}, "the sources are a, but weights are given for b"),
+        ({"a": []}, {"a": 1.0}, "holds no tokens"),
+        ({"a": [3]}, {"a": -1.0}, "weight of the source 'a' is -1.0"),
+        ({"a": [3]}, {"a": float("nan")}, "weight of the source"),
+        ({"a": [3]}, {"a": 0.0}, "all sources have weight 0"),
+    ],
+)
 def test_errors(sizes: dict[str, list[int]], weights: dict[str, float], cause: str) -> None:
-    for draw in (lambda: mix(lengths(**sizes), weights, 10, 0), lambda: mix_passes(lengths(**sizes), weights, 0)):
+    for draw in (
+        lambda: mix(lengths(**sizes), weights, 10, 0),
+        lambda: mix_passes(lengths(**sizes), weights, 0),
+    ):
         with pytest.raises(UserError, match=cause):
             draw()

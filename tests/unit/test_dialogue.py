@@ -1,4 +1,5 @@
-"""Conversations through an engine that says fixed tokens: template, stop ids, text and its parts."""
+"""Conversations through an engine that says fixed tokens: template, stop ids, text and its
+parts."""
 
 from collections.abc import Iterator, Sequence
 
@@ -18,7 +19,11 @@ TALK = messages_of([("user", "the fox")])
 
 @pytest.fixture(scope="module")
 def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
-    return train(["the quick brown fox jumps over the lazy dog " * 3] * 40, 300, tmp_path_factory.mktemp("tokenizer"))
+    return train(
+        ["the quick brown fox jumps over the lazy dog " * 3] * 40,
+        300,
+        tmp_path_factory.mktemp("tokenizer"),
+    )
 
 
 class Fixed:
@@ -33,13 +38,17 @@ class Fixed:
     def check(self, prompts: Sequence[Tokens]) -> None:
         self.asked.append(len(prompts))
 
-    def generate(self, prompts: Sequence[Tokens], sampling: Sampling, indices: Sequence[int] | None = None
-                 ) -> list[list[Completion]]:
+    def generate(
+        self, prompts: Sequence[Tokens], sampling: Sampling, indices: Sequence[int] | None = None
+    ) -> list[list[Completion]]:
         said = tuple(self.stream((), sampling))
         finish = "stop" if said[-1] in sampling.stop else "length"
         assert indices is not None
-        return [[Completion((*prompt, index), said, (0.0,) * len(said), finish)]  # type: ignore[arg-type]
-                for prompt, index in zip(prompts, indices, strict=True)]
+
+        return [
+            [Completion((*prompt, index), said, (0.0,) * len(said), finish)]  # type: ignore[arg-type]
+            for prompt, index in zip(prompts, indices, strict=True)
+        ]
 
     def stream(self, prompt: Tokens, sampling: Sampling) -> Iterator[int]:
         for token in self.tokens:
@@ -48,14 +57,25 @@ class Fixed:
                 return
 
 
-TEXTS = ["quick fox", "  jumps over \n\n the  dog \n ", "naïve 🦊, 犬!", "\n\tfox\n\n\n🦊 ", " ", ""]
+TEXTS = [
+    "quick fox",
+    "  jumps over \n\n the  dog \n ",
+    "naïve 🦊, 犬!",
+    "\n\tfox\n\n\n🦊 ",
+    " ",
+    "",
+]
 
 
 @pytest.mark.parametrize("text", TEXTS)
 @pytest.mark.parametrize("ended", [True, False])
-def test_text_is_stripped_and_streams_in_parts(tokenizer: Tokenizer, text: str, ended: bool) -> None:
+def test_text_is_stripped_and_streams_in_parts(
+    tokenizer: Tokenizer, text: str, ended: bool
+) -> None:
     whole = text if ended else text + "x"
-    chat = Chat(Fixed([*tokenizer.encode(whole), *([tokenizer.eos, 99] if ended else [])]), tokenizer)
+    chat = Chat(
+        Fixed([*tokenizer.encode(whole), *([tokenizer.eos, 99] if ended else [])]), tokenizer
+    )
     expected = whole.strip()
     ((answer,),) = chat.answers([TALK], Sampling())
     parts = list(chat.reply_stream(TALK, Sampling()))
@@ -86,17 +106,22 @@ def test_other_stop_ids_are_kept_and_left_out_of_the_text(tokenizer: Tokenizer) 
     assert (answer.text, answer.completion.tokens) == ("fox", (*fox, dog[-1]))
 
 
-def test_ranks_share_the_prompts_by_their_places(tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_ranks_share_the_prompts_by_their_places(
+    tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
     engine = Fixed([4, tokenizer.eos])
     prompts: list[Messages] = [messages_of([("user", f"fox {index}")]) for index in range(5)]
     whole = Chat(engine, tokenizer).answers(prompts, Sampling())
     parts = []
+
     for rank in range(2):
         monkeypatch.setattr(dialogue, "share", lambda items, rank=rank: items[rank::2])
         parts.append(Chat(engine, tokenizer).answers(prompts, Sampling()))
+
     assert [parts[index % 2][index // 2] for index in range(5)] == whole
     assert [row[0].completion.prompt for row in whole] == [
-        (*encode_prompt(tokenizer, messages), index) for index, messages in enumerate(prompts)]
+        (*encode_prompt(tokenizer, messages), index) for index, messages in enumerate(prompts)
+    ]
     assert engine.asked == [5, 5, 5], "every rank checks every prompt"
 
 
@@ -106,6 +131,10 @@ def test_every_end_of_the_model_ends_an_answer(tokenizer: Tokenizer) -> None:
     for end in own.stops:
         chat = Chat(Fixed([*tokenizer.encode("fox"), end, 5, 6]), own)
         ((answer,),) = chat.answers([TALK], Sampling())
-        assert (answer.text, answer.completion.finish, answer.completion.tokens[-1]) == ("fox", "stop", end)
+        assert (answer.text, answer.completion.finish, answer.completion.tokens[-1]) == (
+            "fox",
+            "stop",
+            end,
+        )
         assert answer.completion.ended_by(own.eos) == (*tokenizer.encode("fox"), tokenizer.eos)
         assert "".join(chat.reply_stream(TALK, Sampling())) == "fox"

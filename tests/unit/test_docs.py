@@ -17,10 +17,12 @@ _COMMAND = re.compile(r"(?:^|/|exec )llama2 +([a-z][^'|;&]*)|-m llama2\.cli +(.*
 
 
 def commands(page: Path) -> list[str]:
-    """Lines of shell blocks that call llama2, continued lines joined, wrappers such as torchrun taken off."""
+    """Lines of shell blocks that call llama2, continued lines joined, wrappers such as torchrun
+    taken off."""
     blocks = re.findall(r"```sh\n(.*?)```", page.read_text(), re.DOTALL)
     lines = [line for block in blocks for line in block.replace("\\\n", " ").splitlines()]
     found = [_COMMAND.search(line.strip()) for line in lines]
+
     return [match[1] or match[2] for match in found if match]
 
 
@@ -36,7 +38,10 @@ def test_a_command_is_accepted(page, line, monkeypatch, capsys):
     monkeypatch.chdir(ROOT)
     verb, *arguments = shlex.split(line, comments=True)
     assert verb in launch.VERBS
-    assert launch.command(verb, arguments if "--dry-run" in arguments else [*arguments, "--dry-run"]) == 0
+    assert (
+        launch.command(verb, arguments if "--dry-run" in arguments else [*arguments, "--dry-run"])
+        == 0
+    )
     assert capsys.readouterr().out.startswith("config:")
 
 

@@ -30,7 +30,9 @@ def answer(text: str, tokens: int = 3, finish: str = "stop") -> Answer:
 
 
 def prompt(family: str | None, safety: bool = False, id: str = "p") -> Prompt:
-    return Prompt((Message("user", "Hi?"),), id, safety, {} if family is None else {"family": family})
+    return Prompt(
+        (Message("user", "Hi?"),), id, safety, {} if family is None else {"family": family}
+    )
 
 
 def test_wilson_matches_published_values() -> None:
@@ -48,13 +50,16 @@ def test_wilson_covers_the_truth_in_about_95_of_100() -> None:
         hits = sum(rng.random() < 0.8 for _ in range(50))
         low, high = wilson(hits, 50)
         covered += low <= 0.8 <= high
+
     assert 925 <= covered <= 975
 
 
 def test_difference_of_shares_matches_published_values() -> None:
     low, high = share_difference(proportion(56, 70), proportion(48, 80))  # Newcombe 1998, method 10
     assert (round(low, 4), round(high, 4)) == (0.0524, 0.3339)
-    assert share_difference(proportion(0, 2), proportion(0, 2)) == pytest.approx((-0.6576, 0.6576), abs=1e-4)
+    assert share_difference(proportion(0, 2), proportion(0, 2)) == pytest.approx(
+        (-0.6576, 0.6576), abs=1e-4
+    )
 
 
 def test_intervals_of_pairs_and_ratios_cover_the_truth_in_about_95_of_100() -> None:
@@ -68,6 +73,7 @@ def test_intervals_of_pairs_and_ratios_cover_the_truth_in_about_95_of_100() -> N
         before, after = (sum(rng.random() < share for _ in range(150)) for share in (0.36, 0.12))
         low, high = share_ratio(proportion(before, 150), proportion(after, 150))
         ratios += low <= 3.0 <= high
+
     assert 925 <= pairs <= 980
     assert 925 <= ratios <= 980
 
@@ -102,6 +108,7 @@ def test_win_rate_leaves_out_ties() -> None:
     assert (outcome.wins, outcome.losses, outcome.ties) == (2, 1, 1)
     assert outcome.rate == pytest.approx(2 / 3)
     assert compare([1.0], [1.0]).rate is None
+
     with pytest.raises(ValueError, match=r"shorter|longer"):
         compare([1.0], [1.0, 2.0])
 
@@ -129,8 +136,16 @@ def test_kinds() -> None:
 
 
 def test_a_violation_loses_to_every_safe_answer() -> None:
-    violation, blunt, kind = Rating(0.0, False, True), Rating(0.0, True, False), Rating(1.0, True, True)
-    assert truth_score("unsafe", violation) < truth_score("unsafe", blunt) < truth_score("unsafe", kind)
+    violation, blunt, kind = (
+        Rating(0.0, False, True),
+        Rating(0.0, True, False),
+        Rating(1.0, True, True),
+    )
+    assert (
+        truth_score("unsafe", violation)
+        < truth_score("unsafe", blunt)
+        < truth_score("unsafe", kind)
+    )
 
 
 def test_truth_needs_gold_on_every_prompt() -> None:
@@ -146,16 +161,33 @@ def test_distribution_counts_everything_once() -> None:
 
 @pytest.fixture
 def two_versions() -> tuple[list[Prompt], dict[str, summary.Version]]:
-    prompts = [prompt("fact", id="a"), prompt("list", id="b"), prompt("unsafe", True, "c"),
-               prompt("borderline", True, "d")]
+    prompts = [
+        prompt("fact", id="a"),
+        prompt("list", id="b"),
+        prompt("unsafe", True, "c"),
+        prompt("borderline", True, "d"),
+    ]
     before = summary.Version(
         [answer("x", 9, "length"), answer("y"), answer("bad"), answer("No.")],
-        [Rating(0.4, True, False), Rating(0.6, True, False), Rating(0.0, False, False), Rating(0.0, True, True)],
-        rewards={"helpful": [0.2, 0.3, 0.4, 0.5], "safe": [0.9, 0.9, 0.1, 0.9]})
+        [
+            Rating(0.4, True, False),
+            Rating(0.6, True, False),
+            Rating(0.0, False, False),
+            Rating(0.0, True, True),
+        ],
+        rewards={"helpful": [0.2, 0.3, 0.4, 0.5], "safe": [0.9, 0.9, 0.1, 0.9]},
+    )
     after = summary.Version(
         [answer("x2"), answer("y2"), answer("I cannot."), answer("ok")],
-        [Rating(0.9, True, False), Rating(0.6, True, False), Rating(0.7, True, True), Rating(0.8, True, False)],
-        rewards={"helpful": [0.6, 0.2, 0.4, 0.5], "safe": [0.9, 0.9, 0.8, 0.9]})
+        [
+            Rating(0.9, True, False),
+            Rating(0.6, True, False),
+            Rating(0.7, True, True),
+            Rating(0.8, True, False),
+        ],
+        rewards={"helpful": [0.6, 0.2, 0.4, 0.5], "safe": [0.9, 0.9, 0.8, 0.9]},
+    )
+
     return prompts, {"SFT": before, "V1": after}
 
 
@@ -167,7 +199,10 @@ def test_figures_of_versions(two_versions: tuple[list[Prompt], dict[str, summary
     assert first["truth"]["helpfulness"]["mean"] == pytest.approx(0.5)
     assert first["truth"]["families"]["fact"]["mean"] == pytest.approx(0.4)
     assert (first["truth"]["violations"]["rate"], last["truth"]["violations"]["rate"]) == (1.0, 0.0)
-    assert (first["truth"]["false_refusals"]["rate"], last["truth"]["false_refusals"]["rate"]) == (1.0, 0.0)
+    assert (first["truth"]["false_refusals"]["rate"], last["truth"]["false_refusals"]["rate"]) == (
+        1.0,
+        0.0,
+    )
     assert last["truth"]["refusal_quality"]["mean"] == pytest.approx(0.7)
     assert first["eos"]["rate"] == 0.75
     assert first["length"]["mean"] == pytest.approx(4.5)
@@ -177,7 +212,9 @@ def test_figures_of_versions(two_versions: tuple[list[Prompt], dict[str, summary
     assert first["reward_length_correlation"]["helpful"] == pytest.approx(-1.0)
 
 
-def test_win_rates_by_axis_and_judge(two_versions: tuple[list[Prompt], dict[str, summary.Version]]) -> None:
+def test_win_rates_by_axis_and_judge(
+    two_versions: tuple[list[Prompt], dict[str, summary.Version]],
+) -> None:
     described = summary.describe(*two_versions, conversations=0)
     rates = {(row["axis"], row["judge"]): row for row in described["win_rates"]}
     assert len(described["win_rates"]) == len(rates) == 4
@@ -187,7 +224,8 @@ def test_win_rates_by_axis_and_judge(two_versions: tuple[list[Prompt], dict[str,
 
 
 def test_third_version_is_compared_with_first_and_predecessor(
-        two_versions: tuple[list[Prompt], dict[str, summary.Version]]) -> None:
+    two_versions: tuple[list[Prompt], dict[str, summary.Version]],
+) -> None:
     prompts, versions = two_versions
     described = summary.describe(prompts, versions | {"V2": versions["V1"]}, conversations=0)
     pairs = {(row["version"], row["against"]) for row in described["win_rates"]}
@@ -197,8 +235,14 @@ def test_third_version_is_compared_with_first_and_predecessor(
 
 
 def test_conversations_cover_families_and_versions(
-        two_versions: tuple[list[Prompt], dict[str, summary.Version]]) -> None:
+    two_versions: tuple[list[Prompt], dict[str, summary.Version]],
+) -> None:
     described = summary.describe(*two_versions, conversations=3)
     assert [row["family"] for row in described["conversations"]] == ["borderline", "unsafe", "fact"]
     assert described["conversations"][2]["answers"]["V1"] == {
-        "text": "x2", "helpfulness": 0.9, "safe": True, "reward_helpful": 0.6, "reward_safe": 0.9}
+        "text": "x2",
+        "helpfulness": 0.9,
+        "safe": True,
+        "reward_helpful": 0.6,
+        "reward_safe": 0.9,
+    }

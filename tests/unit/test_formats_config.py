@@ -12,8 +12,14 @@ from llama2.errors import UserError
 from llama2.formats.hf_config import config_json, generation_json, read_config, remarks
 from llama2.model.llama import LlamaConfig
 
-LEAST = {"model_type": "llama", "vocab_size": 40, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2,
-         "num_attention_heads": 4}
+LEAST = {
+    "model_type": "llama",
+    "vocab_size": 40,
+    "hidden_size": 16,
+    "intermediate_size": 24,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+}
 SHAPE = LlamaConfig(40, 16, 24, 2, 4, 4, max_position_embeddings=2048, rms_norm_eps=1e-6)
 
 
@@ -22,65 +28,150 @@ def written(directory: Path, generation: dict[str, Any] | None = None, /, **chan
     (directory / "config.json").write_text(json.dumps(LEAST | changes))
     if generation is not None:
         (directory / "generation_config.json").write_text(json.dumps(generation))
+
     return directory
 
 
-def read(directory: Path, generation: dict[str, Any] | None = None, /, **changes: Any) -> LlamaConfig:
+def read(
+    directory: Path, generation: dict[str, Any] | None = None, /, **changes: Any
+) -> LlamaConfig:
     return read_config(written(directory, generation, **changes))[0]
 
 
 def test_absent_keys_have_the_values_of_transformers(tmp_path: Path) -> None:
     found = read(tmp_path)
     assert found == SHAPE
-    assert (found.rms_norm_eps, found.max_position_embeddings, found.rope_theta) == (1e-6, 2048, 10000.0)
+    assert (found.rms_norm_eps, found.max_position_embeddings, found.rope_theta) == (
+        1e-6,
+        2048,
+        10000.0,
+    )
     assert (found.tie_word_embeddings, found.bos_token_id, found.stops) == (False, 1, (2,))
 
 
-@pytest.mark.parametrize("changes", [
-    {"rope_theta": 5e5}, {"rope_parameters": {"rope_theta": 5e5}}, {"rope_scaling": {"rope_theta": 5e5}},
-    {"rope_theta": 500000, "rope_parameters": {"rope_type": "default", "rope_theta": 5e5}},
-    {"rope_theta": 5e5, "rope_scaling": None, "rope_parameters": None},
-    {"rope_theta": None, "rope_parameters": {"rope_theta": 5e5, "type": "default", "factor": None}},
-])
-def test_the_base_of_positions_may_stand_in_three_places(tmp_path: Path, changes: dict[str, Any]) -> None:
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"rope_theta": 5e5},
+        {"rope_parameters": {"rope_theta": 5e5}},
+        {"rope_scaling": {"rope_theta": 5e5}},
+        {"rope_theta": 500000, "rope_parameters": {"rope_type": "default", "rope_theta": 5e5}},
+        {"rope_theta": 5e5, "rope_scaling": None, "rope_parameters": None},
+        {
+            "rope_theta": None,
+            "rope_parameters": {"rope_theta": 5e5, "type": "default", "factor": None},
+        },
+    ],
+)
+def test_the_base_of_positions_may_stand_in_three_places(
+    tmp_path: Path, changes: dict[str, Any]
+) -> None:
     assert read(tmp_path, **changes).rope_theta == 5e5
 
 
-@pytest.mark.parametrize("changes", [
-    {"rope_scaling": {"type": "linear", "factor": 1.0}}, {"rope_scaling": {"rope_type": "linear", "factor": 1}},
-    {"rope_parameters": {"rope_type": "linear", "type": "linear", "factor": 1.0, "rope_theta": 1e4}},
-    {"rope_scaling": {"factor": 1.0}}, {"rope_parameters": {"rope_type": "default", "partial_rotary_factor": 1.0}},
-    {"rope_scaling": {"rope_type": "llama3", "factor": 1.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
-                      "original_max_position_embeddings": 8192}},
-    {"hidden_act": "swish"}, {"head_dim": 4}, {"sliding_window": None}, {"sliding_window": 4096},
-    {"use_sliding_window": False}, {"num_experts": 0}, {"num_local_experts": 1}, {"attention_multiplier": 0.5},
-    {"embedding_multiplier": 1.0, "residual_multiplier": 1, "logits_scaling": 1.0}, {"query_pre_attn_scalar": 4},
-    {"layer_types": ["full_attention"] * 2}, {"final_logit_softcapping": None, "attn_logit_softcapping": None},
-    {"attention_dropout": 0.1, "hidden_dropout_prob": 0.1, "initializer_range": 0.1, "pretraining_tp": 8},
-    {"torch_dtype": "float16", "dtype": "bfloat16"}, {"_anything": {"a": 1}}, {"max_sequence_length": 4096},
-    {"pad_token_id": -1, "num_key_value_heads": None, "bos_token_id": None, "eos_token_id": None},
-    {"num_labels": 2, "id2label": {"0": "a", "1": "b"}, "auto_map": {"AutoModel": "x.Y"}, "unsloth_version": "2025.1"},
-])
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"rope_scaling": {"type": "linear", "factor": 1.0}},
+        {"rope_scaling": {"rope_type": "linear", "factor": 1}},
+        {
+            "rope_parameters": {
+                "rope_type": "linear",
+                "type": "linear",
+                "factor": 1.0,
+                "rope_theta": 1e4,
+            }
+        },
+        {"rope_scaling": {"factor": 1.0}},
+        {"rope_parameters": {"rope_type": "default", "partial_rotary_factor": 1.0}},
+        {
+            "rope_scaling": {
+                "rope_type": "llama3",
+                "factor": 1.0,
+                "low_freq_factor": 1.0,
+                "high_freq_factor": 4.0,
+                "original_max_position_embeddings": 8192,
+            }
+        },
+        {"hidden_act": "swish"},
+        {"head_dim": 4},
+        {"sliding_window": None},
+        {"sliding_window": 4096},
+        {"use_sliding_window": False},
+        {"num_experts": 0},
+        {"num_local_experts": 1},
+        {"attention_multiplier": 0.5},
+        {"embedding_multiplier": 1.0, "residual_multiplier": 1, "logits_scaling": 1.0},
+        {"query_pre_attn_scalar": 4},
+        {"layer_types": ["full_attention"] * 2},
+        {"final_logit_softcapping": None, "attn_logit_softcapping": None},
+        {
+            "attention_dropout": 0.1,
+            "hidden_dropout_prob": 0.1,
+            "initializer_range": 0.1,
+            "pretraining_tp": 8,
+        },
+        {"torch_dtype": "float16", "dtype": "bfloat16"},
+        {"_anything": {"a": 1}},
+        {"max_sequence_length": 4096},
+        {
+            "pad_token_id": -1,
+            "num_key_value_heads": None,
+            "bos_token_id": None,
+            "eos_token_id": None,
+        },
+        {
+            "num_labels": 2,
+            "id2label": {"0": "a", "1": "b"},
+            "auto_map": {"AutoModel": "x.Y"},
+            "unsloth_version": "2025.1",
+        },
+    ],
+)
 def test_what_changes_nothing_is_taken(tmp_path: Path, changes: dict[str, Any]) -> None:
     assert read(tmp_path, **changes) == SHAPE
     assert remarks(tmp_path, SHAPE) == ()
 
 
 REFUSED: list[tuple[dict[str, Any], str]] = [
-    ({"rope_theta": 1e4, "rope_parameters": {"rope_theta": 1e6}},
-     r"rope_theta is 10000\.0 and rope_parameters\.rope_theta is 1000000\.0"),
-    ({"rope_parameters": {"rope_theta": 1e4}, "rope_scaling": {"rope_theta": 1e6}},
-     r"rope_parameters\.rope_theta is 10000\.0 and rope_scaling\.rope_theta is 1000000\.0"),
-    ({"rope_parameters": {"rope_type": "default", "type": "linear", "factor": 4.0}},
-     r"rope_parameters\.rope_type is 'default' and rope_parameters\.type is 'linear'"),
-    ({"rope_parameters": {"type": "linear", "factor": 4.0}}, r"rope_parameters\.type is 'linear' with the factor 4\.0"),
-    ({"rope_scaling": {"type": "dynamic", "factor": 2.0}}, r"rope_scaling\.type is 'dynamic' with the factor 2\.0"),
+    (
+        {"rope_theta": 1e4, "rope_parameters": {"rope_theta": 1e6}},
+        r"rope_theta is 10000\.0 and rope_parameters\.rope_theta is 1000000\.0",
+    ),
+    (
+        {"rope_parameters": {"rope_theta": 1e4}, "rope_scaling": {"rope_theta": 1e6}},
+        r"rope_parameters\.rope_theta is 10000\.0 and rope_scaling\.rope_theta is 1000000\.0",
+    ),
+    (
+        {"rope_parameters": {"rope_type": "default", "type": "linear", "factor": 4.0}},
+        r"rope_parameters\.rope_type is 'default' and rope_parameters\.type is 'linear'",
+    ),
+    (
+        {"rope_parameters": {"type": "linear", "factor": 4.0}},
+        r"rope_parameters\.type is 'linear' with the factor 4\.0",
+    ),
+    (
+        {"rope_scaling": {"type": "dynamic", "factor": 2.0}},
+        r"rope_scaling\.type is 'dynamic' with the factor 2\.0",
+    ),
     ({"rope_scaling": {"rope_type": "linear"}}, r"rope_scaling\.rope_type is 'linear'"),
-    ({"rope_scaling": {"factor": 4.0}}, r"rope_scaling\.rope_type is 'linear' with the factor 4\.0"),
+    (
+        {"rope_scaling": {"factor": 4.0}},
+        r"rope_scaling\.rope_type is 'linear' with the factor 4\.0",
+    ),
     ({"rope_scaling": {"rope_type": "default", "factor": 4.0}}, r"rope_scaling\.factor is 4\.0"),
-    ({"rope_scaling": {"rope_type": "swirl", "factor": 1.0}}, r"rope_scaling\.rope_type is 'swirl'"),
-    ({"rope_parameters": {"partial_rotary_factor": 0.5}}, r"rope_parameters\.partial_rotary_factor is 0\.5"),
-    ({"rope_parameters": {"full_attention": {"rope_type": "default"}}}, r"rope_parameters\.full_attention is"),
+    (
+        {"rope_scaling": {"rope_type": "swirl", "factor": 1.0}},
+        r"rope_scaling\.rope_type is 'swirl'",
+    ),
+    (
+        {"rope_parameters": {"partial_rotary_factor": 0.5}},
+        r"rope_parameters\.partial_rotary_factor is 0\.5",
+    ),
+    (
+        {"rope_parameters": {"full_attention": {"rope_type": "default"}}},
+        r"rope_parameters\.full_attention is",
+    ),
     ({"rope_theta": "10000"}, "rope_theta is '10000'; a number was expected"),
     ({"rms_norm_eps": None}, "rms_norm_eps is None; a number was expected"),
     ({"partial_rotary_factor": 0.5}, r"partial_rotary_factor is 0\.5"),
@@ -106,12 +197,17 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
 ]
 
 
-@pytest.mark.parametrize(("changes", "message"), REFUSED, ids=[next(iter(each)) + str(place) for place, (each, _)
-                                                               in enumerate(REFUSED)])
-def test_what_contradicts_or_changes_the_outputs_is_refused_by_name(tmp_path: Path, changes: dict[str, Any],
-                                                                    message: str) -> None:
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    REFUSED,
+    ids=[next(iter(each)) + str(place) for place, (each, _) in enumerate(REFUSED)],
+)
+def test_what_contradicts_or_changes_the_outputs_is_refused_by_name(
+    tmp_path: Path, changes: dict[str, Any], message: str
+) -> None:
     with pytest.raises(UserError, match=message) as raised:
         read(tmp_path, **changes)
+
     assert str(raised.value).startswith(f"{tmp_path / 'config.json'}: ")
     assert raised.value.cure
     assert "\n" not in str(raised.value)
@@ -119,42 +215,80 @@ def test_what_contradicts_or_changes_the_outputs_is_refused_by_name(tmp_path: Pa
 
 def test_what_nobody_knows_and_no_network_is_called_is_said(tmp_path: Path) -> None:
     found = read(tmp_path, my_note="from Bob", run_id=7, empty="", off=False)
-    assert remarks(tmp_path, found) == (f"{tmp_path / 'config.json'}: unknown and left out: my_note, run_id",)
+    assert remarks(tmp_path, found) == (
+        f"{tmp_path / 'config.json'}: unknown and left out: my_note, run_id",
+    )
 
 
-@pytest.mark.parametrize(("changes", "message"), [
-    *(({"rope_theta": value}, "rope_theta is") for value in (0, -1, 1e-320, 0.5, float("inf"), 1e300, 10**400)),
-    *(({"rms_norm_eps": value}, "rms_norm_eps is") for value in (0, -1, 1e-320, 2.0, float("inf"), 10**400)),
-    *(({"bos_token_id": value}, "bos_token_id is") for value in (-5, 40, 10**9)),
-    *(({"eos_token_id": value}, "eos_token_id is") for value in (-5, 40, 10**9, [2, 40], [], [2, "x"], True, 2.0)),
-    ({"max_position_embeddings": 1 << 40}, "max_position_embeddings is"),
-    ({"max_position_embeddings": 0}, "max_position_embeddings is 0"),
-])
-def test_numbers_outside_of_their_range_are_refused(tmp_path: Path, changes: dict[str, Any], message: str) -> None:
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        *(
+            ({"rope_theta": value}, "rope_theta is")
+            for value in (0, -1, 1e-320, 0.5, float("inf"), 1e300, 10**400)
+        ),
+        *(
+            ({"rms_norm_eps": value}, "rms_norm_eps is")
+            for value in (0, -1, 1e-320, 2.0, float("inf"), 10**400)
+        ),
+        *(({"bos_token_id": value}, "bos_token_id is") for value in (-5, 40, 10**9)),
+        *(
+            ({"eos_token_id": value}, "eos_token_id is")
+            for value in (-5, 40, 10**9, [2, 40], [], [2, "x"], True, 2.0)
+        ),
+        ({"max_position_embeddings": 1 << 40}, "max_position_embeddings is"),
+        ({"max_position_embeddings": 0}, "max_position_embeddings is 0"),
+    ],
+)
+def test_numbers_outside_of_their_range_are_refused(
+    tmp_path: Path, changes: dict[str, Any], message: str
+) -> None:
     with pytest.raises(UserError, match=message) as raised:
         read(tmp_path, **changes)
+
     assert str(raised.value).startswith(f"{tmp_path / 'config.json'}: ")
 
 
 def test_the_edges_of_the_ranges_are_inside(tmp_path: Path) -> None:
     """A base of 2.8e9 is that of a published model with a context of a million."""
-    found = read(tmp_path, rope_theta=2804339835.0, rms_norm_eps=1e-12, bos_token_id=0, eos_token_id=39)
-    assert (found.rope_theta, found.rms_norm_eps, found.bos_token_id, found.stops) == (2804339835.0, 1e-12, 0, (39,))
+    found = read(
+        tmp_path, rope_theta=2804339835.0, rms_norm_eps=1e-12, bos_token_id=0, eos_token_id=39
+    )
+    assert (found.rope_theta, found.rms_norm_eps, found.bos_token_id, found.stops) == (
+        2804339835.0,
+        1e-12,
+        0,
+        (39,),
+    )
 
 
-@pytest.mark.parametrize(("config", "generation", "stops"), [
-    (2, None, (2,)), (7, None, (7,)), ([2, 5], None, (2, 5)), ([5, 2, 5], None, (5, 2)),
-    ([2, 5], 2, (2, 5)), (2, [2, 5, 7], (2, 5, 7)), (7, 2, (7, 2)), (None, [5], (5,)),
-])
-def test_every_id_that_either_file_names_ends_an_answer(tmp_path: Path, config: Any, generation: Any,
-                                                        stops: tuple[int, ...]) -> None:
-    found = read(tmp_path, None if generation is None else {"eos_token_id": generation}, eos_token_id=config)
+@pytest.mark.parametrize(
+    ("config", "generation", "stops"),
+    [
+        (2, None, (2,)),
+        (7, None, (7,)),
+        ([2, 5], None, (2, 5)),
+        ([5, 2, 5], None, (5, 2)),
+        ([2, 5], 2, (2, 5)),
+        (2, [2, 5, 7], (2, 5, 7)),
+        (7, 2, (7, 2)),
+        (None, [5], (5,)),
+    ],
+)
+def test_every_id_that_either_file_names_ends_an_answer(
+    tmp_path: Path, config: Any, generation: Any, stops: tuple[int, ...]
+) -> None:
+    found = read(
+        tmp_path, None if generation is None else {"eos_token_id": generation}, eos_token_id=config
+    )
     assert found.stops == stops
     assert found.eos_token_id == (stops[0] if len(stops) == 1 else stops)
 
 
 def test_an_end_outside_of_the_vocabulary_names_its_file(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"generation_config\.json: eos_token_id is 40; .* below vocab_size 40"):
+    with pytest.raises(
+        UserError, match=r"generation_config\.json: eos_token_id is 40; .* below vocab_size 40"
+    ):
         read(tmp_path, {"eos_token_id": [2, 40]})
 
 
@@ -162,17 +296,32 @@ def test_an_end_outside_of_the_vocabulary_names_its_file(tmp_path: Path) -> None
 def test_what_is_written_is_read_alike(tmp_path: Path, ends: Any) -> None:
     shape = LlamaConfig(40, 16, 24, 2, 4, 2, 99, 1e-5, 5e5, True, 3, ends)
     values = config_json(shape)
-    assert values["eos_token_id"] == generation_json(shape)["eos_token_id"] == (
-        ends if isinstance(ends, int) else list(ends))
+    assert (
+        values["eos_token_id"]
+        == generation_json(shape)["eos_token_id"]
+        == (ends if isinstance(ends, int) else list(ends))
+    )
     (tmp_path / "config.json").write_text(json.dumps(values))
     assert read_config(tmp_path) == (shape, False)
     assert remarks(tmp_path, shape) == ()
 
 
-@pytest.mark.parametrize("key", ["num_hidden_layers", "rope_theta", "rope_scaling", "architectures", "hidden_act",
-                                 "eos_token_id", "layer_types", "model_type"])
+@pytest.mark.parametrize(
+    "key",
+    [
+        "num_hidden_layers",
+        "rope_theta",
+        "rope_scaling",
+        "architectures",
+        "hidden_act",
+        "eos_token_id",
+        "layer_types",
+        "model_type",
+    ],
+)
 def test_of_a_long_value_the_beginning_is_shown(tmp_path: Path, key: str) -> None:
     with pytest.raises(UserError, match=key) as error:
         read(tmp_path, **{key: ["no such value"] * 5000})
+
     assert "[" in str(error.value)
     assert len(str(error.value)) < len(str(tmp_path)) + 400

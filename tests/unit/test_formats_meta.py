@@ -1,4 +1,5 @@
-"""Meta's files: written for any number of ranks, read back bit for bit, and refused in one line when they are wrong."""
+"""Meta's files: written for any number of ranks, read back bit for bit, and refused in one line
+when they are wrong."""
 
 from __future__ import annotations
 
@@ -24,15 +25,31 @@ from llama2.model.llama import LlamaConfig
 from llama2.tokenizer import sentencepiece_model
 from llama2.tokenizer.sentencepiece_model import Piece, Pieces
 
-CONFIG = LlamaConfig(vocab_size=96, hidden_size=64, intermediate_size=112, num_hidden_layers=2, num_attention_heads=8,
-                     num_key_value_heads=4)
+CONFIG = LlamaConfig(
+    vocab_size=96,
+    hidden_size=64,
+    intermediate_size=112,
+    num_hidden_layers=2,
+    num_attention_heads=8,
+    num_key_value_heads=4,
+)
 ROWS = ("output", "wq", "wk", "wv", "w1", "w3")
 COLUMNS = ("tok_embeddings", "wo", "w2")
 
 
-VOCABULARY = sentencepiece_model.build(Pieces([
-    Piece("<unk>", 0.0, sentencepiece_model.UNKNOWN), Piece("<s>", 0.0, sentencepiece_model.CONTROL), Piece("</s>", 0.0, sentencepiece_model.CONTROL),
-    *(Piece(f"{letter}", -index) for index, letter in enumerate("abcdefghijklmnopqrstuvwxyz"))]))
+VOCABULARY = sentencepiece_model.build(
+    Pieces(
+        [
+            Piece("<unk>", 0.0, sentencepiece_model.UNKNOWN),
+            Piece("<s>", 0.0, sentencepiece_model.CONTROL),
+            Piece("</s>", 0.0, sentencepiece_model.CONTROL),
+            *(
+                Piece(f"{letter}", -index)
+                for index, letter in enumerate("abcdefghijklmnopqrstuvwxyz")
+            ),
+        ]
+    )
+)
 
 
 @pytest.fixture
@@ -48,25 +65,34 @@ def written(tmp_path: Path, source: Source) -> Path:
 
 
 def their_files(directory: Path) -> list[dict[str, Tensor]]:
-    return [torch.load(path, weights_only=True, mmap=True) for path in sorted(directory.glob("consolidated.*.pth"))]
+    return [
+        torch.load(path, weights_only=True, mmap=True)
+        for path in sorted(directory.glob("consolidated.*.pth"))
+    ]
 
 
-def test_a_base_that_metas_code_of_llama_2_does_not_read_is_said(tmp_path: Path, source: Source) -> None:
+def test_a_base_that_metas_code_of_llama_2_does_not_read_is_said(
+    tmp_path: Path, source: Source
+) -> None:
     assert meta.write(source, tmp_path / "plain") == []
     longer = replace(source, config=replace(CONFIG, rope_theta=1e6))
     assert meta.write(longer, tmp_path / "longer") == [
         "params.json has rope_theta 1e+06, which Code Llama's code reads; that of Llama 2 knows no such key and takes "
-        "10000 for granted"]
+        "10000 for granted"
+    ]
     assert meta.read(tmp_path / "longer").config.rope_theta == 1e6
 
 
-@pytest.mark.parametrize(("key", "value"), [("norm_eps", None), ("rope_theta", None), ("n_kv_heads", None),
-                                            ("max_seq_len", None)])
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [("norm_eps", None), ("rope_theta", None), ("n_kv_heads", None), ("max_seq_len", None)],
+)
 def test_null_says_nothing(written: Path, key: str, value: object) -> None:
     file = written / "params.json"
     values = {"n_kv_heads": 4} | json.loads(file.read_text())
     wanted = meta.read(written).config
     file.write_text(json.dumps(values | {key: value}))
+
     if key == "n_kv_heads":
         with pytest.raises(UserError, match=r"wk\.weight' is \[16, 64\], .* \[32, 64\]"):
             meta.read(written)
@@ -74,7 +100,8 @@ def test_null_says_nothing(written: Path, key: str, value: object) -> None:
         assert meta.read(written).config == wanted
 
 
-# ---- what is written ------------------------------------------------------------------------------------------------
+# ---- what is written
+# ------------------------------------------------------------------------------------------------
 @pytest.mark.parametrize("shards", [1, 2, 4])
 @pytest.mark.parametrize("kv_heads", [8, 4], ids=["mha", "gqa"])
 def test_what_is_written_is_read_bit_for_bit(tmp_path: Path, kv_heads: int, shards: int) -> None:
@@ -87,12 +114,15 @@ def test_what_is_written_is_read_bit_for_bit(tmp_path: Path, kv_heads: int, shar
 
 
 @pytest.mark.parametrize("shards", [1, 2, 4])
-def test_pytorch_reads_the_parts_that_each_rank_needs(tmp_path: Path, source: Source, shards: int) -> None:
+def test_pytorch_reads_the_parts_that_each_rank_needs(
+    tmp_path: Path, source: Source, shards: int
+) -> None:
     meta.write(source, tmp_path / "model", shards=shards)
     files = their_files(tmp_path / "model")
     assert len(files) == shards
     ours = state(source)
     joined = {}
+
     for name in files[0]:
         kind = name.split(".")[-2]
         if kind in ROWS:
@@ -102,15 +132,25 @@ def test_pytorch_reads_the_parts_that_each_rank_needs(tmp_path: Path, source: So
         else:
             assert all(torch.equal(file[name], files[0][name]) for file in files)
             joined[name] = files[0][name]
+
     assert len(joined) == len(ours)
     assert torch.equal(joined["tok_embeddings.weight"], ours["model.embed_tokens.weight"])
     assert torch.equal(joined["output.weight"], ours["lm_head.weight"])
     assert torch.equal(joined["norm.weight"], ours["model.norm.weight"])
-    for theirs, name in (("attention.wv", "self_attn.v_proj"), ("attention.wo", "self_attn.o_proj"),
-                         ("feed_forward.w1", "mlp.gate_proj"), ("feed_forward.w2", "mlp.down_proj"),
-                         ("feed_forward.w3", "mlp.up_proj"), ("attention_norm", "input_layernorm"),
-                         ("ffn_norm", "post_attention_layernorm")):
-        assert torch.equal(joined[f"layers.1.{theirs}.weight"], ours[f"model.layers.1.{name}.weight"])
+
+    for theirs, name in (
+        ("attention.wv", "self_attn.v_proj"),
+        ("attention.wo", "self_attn.o_proj"),
+        ("feed_forward.w1", "mlp.gate_proj"),
+        ("feed_forward.w2", "mlp.down_proj"),
+        ("feed_forward.w3", "mlp.up_proj"),
+        ("attention_norm", "input_layernorm"),
+        ("ffn_norm", "post_attention_layernorm"),
+    ):
+        assert torch.equal(
+            joined[f"layers.1.{theirs}.weight"], ours[f"model.layers.1.{name}.weight"]
+        )
+
     # the pair (i, i + 4) of each head of 8 becomes the neighbours (2 i, 2 i + 1)
     for theirs, name in (("wq", "q_proj"), ("wk", "k_proj")):
         for row, value in enumerate(joined[f"layers.0.attention.{theirs}.weight"]):
@@ -120,13 +160,18 @@ def test_pytorch_reads_the_parts_that_each_rank_needs(tmp_path: Path, source: So
 
 
 @pytest.mark.parametrize("old", [False, True], ids=["zip", "before 1.6"])
-def test_files_that_torch_saved_are_read_like_ours(tmp_path: Path, written: Path, old: bool) -> None:
+def test_files_that_torch_saved_are_read_like_ours(
+    tmp_path: Path, written: Path, old: bool
+) -> None:
     expected = state(meta.read(written))
     for path in written.glob("*.pth"):
         held = OrderedDict(torch.load(path, weights_only=True))
         held["rope.freqs"] = torch.ones(4)  # the published files hold it, and nobody needs it
-        held["layers.0.attention.wq.weight"] = held["layers.0.attention.wq.weight"].t().contiguous().t()
+        held["layers.0.attention.wq.weight"] = (
+            held["layers.0.attention.wq.weight"].t().contiguous().t()
+        )
         torch.save(held, path, _use_new_zipfile_serialization=not old)
+
     assert same(state(meta.read(written)), expected)
 
 
@@ -141,7 +186,9 @@ def test_tied_embeddings_are_written_twice(tmp_path: Path) -> None:
     meta.write(source, tmp_path / "model")
     again = meta.read(tmp_path / "model")
     assert not again.config.tie_word_embeddings
-    assert torch.equal(again.tensors["lm_head.weight"].read(), source.tensors["model.embed_tokens.weight"].read())
+    assert torch.equal(
+        again.tensors["lm_head.weight"].read(), source.tensors["model.embed_tokens.weight"].read()
+    )
 
 
 @pytest.mark.parametrize("shards", [1, 4])
@@ -151,16 +198,26 @@ def test_one_tensor_at_a_time_is_in_memory(tmp_path: Path, source: Source, shard
     assert same(state(meta.read(tmp_path / "again")), state(source))
 
 
-def test_the_same_source_gives_the_same_bytes(tmp_path: Path, source: Source, written: Path) -> None:
+def test_the_same_source_gives_the_same_bytes(
+    tmp_path: Path, source: Source, written: Path
+) -> None:
     meta.write(source, tmp_path / "again", shards=2)
     for path in written.iterdir():
         assert path.read_bytes() == (tmp_path / "again" / path.name).read_bytes()
 
 
-# ---- params.json ----------------------------------------------------------------------------------------------------
-@pytest.mark.parametrize(("dim", "size", "multiple", "multiplier"), [
-    (4096, 11008, 256, None), (5120, 13824, 256, None), (8192, 22016, 256, None), (8192, 28672, 4096, 1.3)],
-    ids=["7b", "13b", "34b", "70b"])
+# ---- params.json
+# ----------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize(
+    ("dim", "size", "multiple", "multiplier"),
+    [
+        (4096, 11008, 256, None),
+        (5120, 13824, 256, None),
+        (8192, 22016, 256, None),
+        (8192, 28672, 4096, 1.3),
+    ],
+    ids=["7b", "13b", "34b", "70b"],
+)
 def test_the_published_widths(dim: int, size: int, multiple: int, multiplier: float | None) -> None:
     assert meta.feed_forward_size(dim, multiple, multiplier) == size
     values = meta.parameters(replace(CONFIG, hidden_size=dim, intermediate_size=size))
@@ -171,22 +228,51 @@ def test_the_published_widths(dim: int, size: int, multiple: int, multiplier: fl
 @pytest.mark.parametrize("size", [1, 7, 48, 63, 64, 65, 112, 171, 172, 1000, 4099])
 def test_any_width_is_written_so_that_metas_reckoning_gives_it(size: int) -> None:
     values = meta.parameters(replace(CONFIG, intermediate_size=size))
-    assert meta.feed_forward_size(64, values["multiple_of"], values.get("ffn_dim_multiplier")) == size
+    assert (
+        meta.feed_forward_size(64, values["multiple_of"], values.get("ffn_dim_multiplier")) == size
+    )
 
 
 def test_parameters_are_those_that_metas_code_takes(written: Path) -> None:
     values = json.loads((written / "params.json").read_text())
-    assert values.keys() <= {"dim", "n_layers", "n_heads", "n_kv_heads", "vocab_size", "multiple_of",
-                             "ffn_dim_multiplier", "norm_eps"}
-    assert (values["dim"], values["n_layers"], values["n_heads"], values["n_kv_heads"]) == (64, 2, 8, 4)
+    assert values.keys() <= {
+        "dim",
+        "n_layers",
+        "n_heads",
+        "n_kv_heads",
+        "vocab_size",
+        "multiple_of",
+        "ffn_dim_multiplier",
+        "norm_eps",
+    }
+    assert (values["dim"], values["n_layers"], values["n_heads"], values["n_kv_heads"]) == (
+        64,
+        2,
+        8,
+        4,
+    )
 
 
 def test_what_params_json_may_leave_open(written: Path, tmp_path: Path) -> None:
-    (written / "params.json").write_text(json.dumps({
-        "dim": 64, "n_layers": 2, "n_heads": 8, "n_kv_heads": 4, "vocab_size": -1, "norm_eps": 1e-6,
-        "rope_theta": 1e6}))
+    (written / "params.json").write_text(
+        json.dumps(
+            {
+                "dim": 64,
+                "n_layers": 2,
+                "n_heads": 8,
+                "n_kv_heads": 4,
+                "vocab_size": -1,
+                "norm_eps": 1e-6,
+                "rope_theta": 1e6,
+            }
+        )
+    )
     config = meta.read(written).config
-    assert (config.vocab_size, config.intermediate_size, config.max_position_embeddings) == (96, 112, 4096)
+    assert (config.vocab_size, config.intermediate_size, config.max_position_embeddings) == (
+        96,
+        112,
+        4096,
+    )
     assert (config.rms_norm_eps, config.rope_theta) == (1e-6, 1e6)
     assert meta.read(written, context=2048).config.max_position_embeddings == 2048
 
@@ -198,18 +284,23 @@ def test_the_tokenizer_lies_beside_or_above(written: Path) -> None:
     assert found is not None
     items = sentencepiece_model.load(found).items
     assert [item.text for item in items[3:6]] == ["a", "b", "c"]
-    assert [item.text for item in items[29:31]] == ["[PAD29]", "[PAD30]"]  # Meta's code makes a row for each item
+    # Meta's code makes a row for each item
+    assert [item.text for item in items[29:31]] == ["[PAD29]", "[PAD30]"]
     assert len(items) == CONFIG.vocab_size
     found.unlink()
     assert meta.read(written).tokenizer is None
 
 
-# ---- what is refused ------------------------------------------------------------------------------------------------
-def change(name: str, to: Callable[[Tensor], Tensor], file: str = "consolidated.01.pth") -> Callable[[Path], None]:
+# ---- what is refused
+# ------------------------------------------------------------------------------------------------
+def change(
+    name: str, to: Callable[[Tensor], Tensor], file: str = "consolidated.01.pth"
+) -> Callable[[Path], None]:
     def mistake(directory: Path) -> None:
         held = torch.load(directory / file, weights_only=True)
         held[name] = to(held[name])
         torch.save(held, directory / file)
+
     return mistake
 
 
@@ -217,6 +308,7 @@ def parameter(name: str, value: Any) -> Callable[[Path], None]:
     def mistake(directory: Path) -> None:
         values = json.loads((directory / "params.json").read_text())
         (directory / "params.json").write_text(json.dumps({**values, name: value}))
+
     return mistake
 
 
@@ -237,6 +329,7 @@ def drop(name: str) -> Callable[[Path], None]:
         held = torch.load(directory / "consolidated.01.pth", weights_only=True)
         del held[name]
         torch.save(held, directory / "consolidated.01.pth")
+
     return mistake
 
 
@@ -250,68 +343,117 @@ class Hostile:
 
 MISTAKES = {
     "truncated": (truncate, r"consolidated\.01\.pth: truncated"),
-    "empty": (lambda d: (d / "consolidated.01.pth").write_bytes(b""), r"consolidated\.01\.pth: truncated"),
-    "another's zip": (lambda d: shutil.make_archive(str(d / "x"), "zip", d / "..", "vocabulary") and
-                      os.replace(d / "x.zip", d / "consolidated.01.pth"), r"consolidated\.01\.pth: .*compressed"),
+    "empty": (
+        lambda d: (d / "consolidated.01.pth").write_bytes(b""),
+        r"consolidated\.01\.pth: truncated",
+    ),
+    "another's zip": (
+        lambda d: (
+            shutil.make_archive(str(d / "x"), "zip", d / "..", "vocabulary")
+            and os.replace(d / "x.zip", d / "consolidated.01.pth")
+        ),
+        r"consolidated\.01\.pth: .*compressed",
+    ),
     "a bit": (flip, r"consolidated\.01\.pth: .* do(es)? not match"),
-    "first lost": (lambda d: (d / "consolidated.00.pth").unlink(), r"consolidated\.00\.pth: missing"),
-    "last lost": (lambda d: (d / "consolidated.01.pth").unlink(),
-                  r"tok_embeddings\.weight has 32 columns: it is one of 2 shards, of which 1 are here"),
-    "one too many": (lambda d: shutil.copy(d / "consolidated.01.pth", d / "consolidated.02.pth"),
-                     r"tok_embeddings\.weight has 32 columns"),
+    "first lost": (
+        lambda d: (d / "consolidated.00.pth").unlink(),
+        r"consolidated\.00\.pth: missing",
+    ),
+    "last lost": (
+        lambda d: (d / "consolidated.01.pth").unlink(),
+        r"tok_embeddings\.weight has 32 columns: it is one of 2 shards, of which 1 are here",
+    ),
+    "one too many": (
+        lambda d: shutil.copy(d / "consolidated.01.pth", d / "consolidated.02.pth"),
+        r"tok_embeddings\.weight has 32 columns",
+    ),
     "nothing": (lambda d: [path.unlink() for path in d.glob("*.pth")], r"no consolidated\.00\.pth"),
-    "a tensor lost": (drop("layers.1.ffn_norm.weight"), r"01\.pth: 1 tensors are missing: layers\.1\.ffn_norm\.weight"),
-    "a tensor cut": (change("layers.1.attention.wk.weight", lambda x: x[:8]),
-                     r"01\.pth: tensor 'layers\.1\.attention\.wk\.weight' is \[8, 64\], .* \[16, 64\]"),
-    "another kind": (change("layers.0.attention.wo.weight", lambda x: x.half()),
-                     r"wo\.weight' is torch\.float16, in consolidated\.00\.pth torch\.float32"),
-    "whole numbers": (change("norm.weight", lambda x: x.int(), "consolidated.00.pth"),
-                      r"norm\.weight' is torch\.int32"),
-    "norms differ": (change("layers.1.ffn_norm.weight", lambda x: x + 1),
-                     r"01\.pth: tensor 'layers\.1\.ffn_norm\.weight' differs"),
+    "a tensor lost": (
+        drop("layers.1.ffn_norm.weight"),
+        r"01\.pth: 1 tensors are missing: layers\.1\.ffn_norm\.weight",
+    ),
+    "a tensor cut": (
+        change("layers.1.attention.wk.weight", lambda x: x[:8]),
+        r"01\.pth: tensor 'layers\.1\.attention\.wk\.weight' is \[8, 64\], .* \[16, 64\]",
+    ),
+    "another kind": (
+        change("layers.0.attention.wo.weight", lambda x: x.half()),
+        r"wo\.weight' is torch\.float16, in consolidated\.00\.pth torch\.float32",
+    ),
+    "whole numbers": (
+        change("norm.weight", lambda x: x.int(), "consolidated.00.pth"),
+        r"norm\.weight' is torch\.int32",
+    ),
+    "norms differ": (
+        change("layers.1.ffn_norm.weight", lambda x: x + 1),
+        r"01\.pth: tensor 'layers\.1\.ffn_norm\.weight' differs",
+    ),
     "dim": (parameter("dim", 128), r"00\.pth: tok_embeddings\.weight has 32 columns"),
     "layers": (parameter("n_layers", 3), r"tensors are missing: layers\.2"),
     "many layers": (parameter("n_layers", 10**9), r"n_layers is 1000000000"),
     "heads": (parameter("n_kv_heads", 2), r"wk\.weight' is \[16, 64\], .* \[8, 64\]"),
     "odd heads": (parameter("n_kv_heads", 3), r"params\.json: .*3"),
-    "vocabulary": (parameter("vocab_size", 97), r"vocab_size is 97, tok_embeddings\.weight has 96 rows"),
+    "vocabulary": (
+        parameter("vocab_size", 97),
+        r"vocab_size is 97, tok_embeddings\.weight has 96 rows",
+    ),
     "text": (parameter("dim", "64"), r"params\.json: dim is '64'"),
     "no width": (parameter("dim", None), r"params\.json: the key 'dim' is missing"),
-    "no end": (parameter("norm_eps", float("inf")), r"norm_eps is inf; a finite number was expected"),
-    "a thousand values": (parameter("n_heads", [8] * 1000), r"n_heads is \[8, 8, 8, .{,90}\.\.\.; a whole number"),
+    "no end": (
+        parameter("norm_eps", float("inf")),
+        r"norm_eps is inf; a finite number was expected",
+    ),
+    "a thousand values": (
+        parameter("n_heads", [8] * 1000),
+        r"n_heads is \[8, 8, 8, .{,90}\.\.\.; a whole number",
+    ),
     "no number": (parameter("norm_eps", "small"), r"norm_eps is 'small'"),
     "later": (parameter("use_scaled_rope", True), r"later model"),
     "no JSON": (lambda d: (d / "params.json").write_text("{"), r"params\.json:1: not valid JSON"),
-    "no key": (lambda d: (d / "params.json").write_text("{}"), r"params\.json: the key 'dim' is missing"),
+    "no key": (
+        lambda d: (d / "params.json").write_text("{}"),
+        r"params\.json: the key 'dim' is missing",
+    ),
 }
 
 
 @pytest.mark.parametrize("name", MISTAKES)
-def test_a_wrong_directory_is_refused_with_its_place(written: Path, tmp_path: Path, name: str) -> None:
+def test_a_wrong_directory_is_refused_with_its_place(
+    written: Path, tmp_path: Path, name: str
+) -> None:
     mistake, words = MISTAKES[name]
     mistake(written)
     with pytest.raises(UserError, match=words) as refused:
         meta.write(meta.read(written), tmp_path / "target", shards=2)
+
     assert "\n" not in str(refused.value)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["model", "vocabulary"]  # no target, nothing left over
+    # no target, nothing left over
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["model", "vocabulary"]
 
 
 def test_code_in_a_pickle_is_refused_and_not_run(written: Path, tmp_path: Path) -> None:
     torch.save({"norm.weight": Hostile(tmp_path / "ran")}, written / "consolidated.01.pth")
     with pytest.raises(UserError, match=r"consolidated\.01\.pth: refused, .*mkdir"):
         meta.read(written)
+
     assert not (tmp_path / "ran").exists()
 
 
-def test_every_truncation_and_every_damaged_byte_of_a_small_file_is_noticed_or_harmless(tmp_path: Path) -> None:
+def test_every_truncation_and_every_damaged_byte_of_a_small_file_is_noticed_or_harmless(
+    tmp_path: Path,
+) -> None:
     """No damage gives other numbers, and none an exception but the one for users."""
     path = tmp_path / "small.pth"
     expected = {"a": torch.arange(6.0).view(2, 3), "b": torch.ones(2, dtype=torch.bfloat16)}
     torch.save(expected, path)
     content = path.read_bytes()
     broken = [content[:length] for length in range(0, len(content), 7)]
-    broken += [content[:place] + bytes([content[place] ^ 0x55]) + content[place + 1 :] for place in range(len(content))]
+    broken += [
+        content[:place] + bytes([content[place] ^ 0x55]) + content[place + 1 :]
+        for place in range(len(content))
+    ]
     noticed = 0
+
     for bytes_ in broken:
         path.write_bytes(bytes_)
         try:
@@ -320,26 +462,34 @@ def test_every_truncation_and_every_damaged_byte_of_a_small_file_is_noticed_or_h
             noticed += 1
         else:
             assert same(found, expected)
+
     assert noticed > len(content) / 4
 
 
 def test_what_does_not_fit_the_format_is_refused(tmp_path: Path, source: Source) -> None:
     with pytest.raises(UserError, match="reward model"):
         meta.write(source_of(scorer_of(CONFIG), tmp_path), tmp_path / "model")
+
     with pytest.raises(UserError, match="num_key_value_heads 4 does not divide into 8 shards"):
         meta.write(source, tmp_path / "model", shards=8)
+
     (tmp_path / "model").mkdir()
     (tmp_path / "model" / "mine").write_text("kept")
     with pytest.raises(UserError, match="something is there already"):
         meta.write(source, tmp_path / "model")
+
     assert [path.name for path in (tmp_path / "model").iterdir()] == ["mine"]
 
 
 def test_a_tensor_that_cannot_be_read_leaves_no_target(tmp_path: Path, source: Source) -> None:
     def fails() -> Tensor:
         raise UserError("the disk is gone", "buy another")
+
     last = "lm_head.weight"
-    broken = replace(source, tensors={**source.tensors, last: replace(source.tensors[last], read=fails)})
+    broken = replace(
+        source, tensors={**source.tensors, last: replace(source.tensors[last], read=fails)}
+    )
     with pytest.raises(UserError, match=re.escape("the disk is gone")):
         meta.write(broken, tmp_path / "model", shards=2)
+
     assert [path.name for path in tmp_path.iterdir()] == ["vocabulary"]

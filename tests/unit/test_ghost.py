@@ -1,4 +1,5 @@
-"""Ghost Attention: where the instruction stands in sampling and in training, and where the loss is."""
+"""Ghost Attention: where the instruction stands in sampling and in training, and where the loss
+is."""
 
 import json
 
@@ -23,11 +24,18 @@ CONFIG = ghost.Config(out="x", policy="p", conversations="c")
 def test_every_user_turn_carries_the_instruction_when_sampling():
     messages = ghost._sampling_messages(TALK, ["first", "second"])
     assert [m.content for m in messages] == [
-        "Always speak Solish. One?", "first", "Always speak Solish. Two?", "second", "Always speak Solish. Three?"]
+        "Always speak Solish. One?",
+        "first",
+        "Always speak Solish. Two?",
+        "second",
+        "Always speak Solish. Three?",
+    ]
     assert len(ghost._sampling_messages(TALK, [])) == 1
 
 
-@pytest.mark.parametrize(("short", "instruction"), [(False, "Always speak Solish."), (True, "Language: Solish.")])
+@pytest.mark.parametrize(
+    ("short", "instruction"), [(False, "Always speak Solish."), (True, "Language: Solish.")]
+)
 def test_only_the_first_turn_carries_it_when_training(short, instruction):
     dialogs = ghost.training_dialogs(TALK, ["first", "second", "third"], CONFIG, short)
     assert [len(one.messages) for one in dialogs] == [2, 4, 6]
@@ -35,13 +43,16 @@ def test_only_the_first_turn_carries_it_when_training(short, instruction):
         users = [m.content for m in one.messages if m.role == "user"]
         assert users == [f"{instruction} One?", "Two?", "Three?"][: len(users)]
         assert one.train == "last"
+
     assert [one.metadata["depth"] for one in dialogs] == [1, 2, 3]
 
 
 def test_a_conversation_that_ended_early_gives_what_it_has():
     assert ghost.training_dialogs(TALK, [], CONFIG, False) == []
     later = CONFIG.model_copy(update={"first_depth": 2})
-    assert [len(one.messages) for one in ghost.training_dialogs(TALK, ["a", "b"], later, False)] == [4]
+    assert [
+        len(one.messages) for one in ghost.training_dialogs(TALK, ["a", "b"], later, False)
+    ] == [4]
 
 
 def test_loss_is_on_the_last_answer_alone_token_by_token(tokenizer):
@@ -56,18 +67,32 @@ def test_loss_is_on_the_last_answer_alone_token_by_token(tokenizer):
 
 
 def test_the_stage_writes_dialogs_and_shortens_some(tmp_path, policy, world, capsys):
-    assert llama2("ghost", "--policy", policy, "--conversations", world / "ghost-train.jsonl", "--out",
-                  tmp_path / "out", "--sample.max-tokens", 24) == 0
+    assert (
+        llama2(
+            "ghost",
+            "--policy",
+            policy,
+            "--conversations",
+            world / "ghost-train.jsonl",
+            "--out",
+            tmp_path / "out",
+            "--sample.max-tokens",
+            24,
+        )
+        == 0
+    )
     asked = {one.questions[0]: one for one in ghost.read(world / "ghost-train.jsonl")}
     dialogs = list(records.read(Dialog, tmp_path / "out/dialogs.jsonl"))
     forms = set()
+
     for one in dialogs:
         first, *later = [m.content for m in one.messages if m.role == "user"]
         (source,) = [found for question, found in asked.items() if first.endswith(question)]
         instruction = first.removesuffix(source.questions[0]).strip()
         assert instruction in (source.text, source.short)
-        assert later == list(source.questions[1: len(later) + 1])
+        assert later == list(source.questions[1 : len(later) + 1])
         forms.add(instruction == source.short)
+
     assert forms == {True, False}
     summary = json.loads((tmp_path / "out/summary.json").read_text())
     assert summary["dialogs"] == len(dialogs) == summary["turns"]
@@ -80,10 +105,15 @@ def test_the_stage_writes_dialogs_and_shortens_some(tmp_path, policy, world, cap
 def test_answers_depend_on_the_place_of_a_conversation_alone(policy, tmp_path, world):
     """Not on those beside it, so parts of any size give the same."""
     talks = ghost.read(world / "ghost-train.jsonl")[:6]
-    config = CONFIG.model_copy(update={"policy": policy, "sample": Sample(max_tokens=24, precision="fp32")})
+    config = CONFIG.model_copy(
+        update={"policy": policy, "sample": Sample(max_tokens=24, precision="fp32")}
+    )
     chat = load_chat(policy, config.sample, Run(tmp_path, False))
     whole = ghost.converse(chat, talks, config)
-    assert [*ghost.converse(chat, talks[:1], config), *ghost.converse(chat, talks[1:], config, 1)] == whole
+    assert [
+        *ghost.converse(chat, talks[:1], config),
+        *ghost.converse(chat, talks[1:], config, 1),
+    ] == whole
     assert len({text for mine in whole for text in mine}) > 3
 
 
@@ -99,20 +129,39 @@ def test_conversations_are_made_of_any_questions(prompts):
 
 
 def test_questions_that_cannot_be_asked_are_counted(tmp_path, policy, one_line, capsys):
-    some = [prompt("What is this?"), prompt("How?", True), prompt(" "), prompt("Why?"), prompt("Where?"),
-            Prompt(messages_of([("user", "Hi"), ("assistant", "Hello."), ("user", "Who?")]))]
+    some = [
+        prompt("What is this?"),
+        prompt("How?", True),
+        prompt(" "),
+        prompt("Why?"),
+        prompt("Where?"),
+        Prompt(messages_of([("user", "Hi"), ("assistant", "Hello."), ("user", "Who?")])),
+    ]
     records.write(tmp_path / "some.jsonl", some)
-    words = ["ghost", "--policy", policy, "--questions", tmp_path / "some.jsonl", "--sample.max-tokens", 8]
+    words = [
+        "ghost",
+        "--policy",
+        policy,
+        "--questions",
+        tmp_path / "some.jsonl",
+        "--sample.max-tokens",
+        8,
+    ]
     assert llama2(*words, "--turns", 3, "--out", tmp_path / "out") == 0
     left = "left out 3: tagged for safety 1, empty 1, of several turns, or with a system turn 1"
     assert f"out: questions: read 6, kept 3, {left}" in capsys.readouterr().err
     assert one_line(*words, "--turns", 4, "--out", tmp_path / "none") == (
         f"{tmp_path}/some.jsonl: 3 questions for conversations of 4 turns (read 6, kept 3, {left}); give more "
-        "questions, or fewer turns")
+        "questions, or fewer turns"
+    )
 
 
 def test_mistakes_are_named(tmp_path, prompts, one_line):
-    with pytest.raises(UserError, match=r"prompts.jsonl: prompt '.*' lacks metadata.questions or metadata.instruction"):
+    with pytest.raises(
+        UserError,
+        match=r"prompts.jsonl: prompt '.*' lacks metadata.questions or metadata.instruction",
+    ):
         ghost.read(prompts)
+
     heard = one_line("ghost", "--policy", "p", "--out", tmp_path / "x")
     assert heard == "give either conversations or questions; mend the value"

@@ -1,4 +1,5 @@
-"""`make gpu` before any GPU: it goes the whole way on a CPU, survives what fails or hangs, and replaces nothing."""
+"""`make gpu` before any GPU: it goes the whole way on a CPU, survives what fails or hangs, and
+replaces nothing."""
 
 from __future__ import annotations
 
@@ -14,14 +15,22 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 BENCHMARKS = ROOT / "benchmarks"
-MACHINE = {"python": "3.12.3", "torch": "2.11.0", "cuda": "13.0", "device": "NVIDIA H100 80GB HBM3", "driver": "580"}
+MACHINE = {
+    "python": "3.12.3",
+    "torch": "2.11.0",
+    "cuda": "13.0",
+    "device": "NVIDIA H100 80GB HBM3",
+    "driver": "580",
+}
 
 
 @pytest.fixture
 def gpu(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
     monkeypatch.syspath_prepend(str(BENCHMARKS))
     import gpu
+
     monkeypatch.setattr(gpu, "SITE", tmp_path / "site")
+
     return gpu
 
 
@@ -31,8 +40,13 @@ def page(gpu: Any, tmp_path: Path) -> Any:
 
 
 def run(*words: object, **environment: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([sys.executable, str(BENCHMARKS / "gpu.py"), *map(str, words)], text=True, cwd=ROOT,
-                          capture_output=True, env={**os.environ, "OMP_NUM_THREADS": "1", **environment})
+    return subprocess.run(
+        [sys.executable, str(BENCHMARKS / "gpu.py"), *map(str, words)],
+        text=True,
+        cwd=ROOT,
+        capture_output=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1", **environment},
+    )
 
 
 @pytest.mark.slow
@@ -43,8 +57,10 @@ def test_the_whole_way_on_a_cpu(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stdout[-3000:] + text[-3000:]
     assert "no figure below means anything" in text
     assert "0 failed" in text
+
     for title in ("Ceilings", "Training", "Generation", "Memory against the plan", "PPO", "Tests"):
         assert f"\n## {title}" in text
+
     assert "one iteration of ppo[bf16] | passed" in text
     assert "What failed" not in text
 
@@ -66,8 +82,9 @@ def test_the_page_before_any_gpu_is_the_writers_own(gpu: Any, tmp_path: Path) ->
     assert ours == (tmp_path / "gpu.md").read_text() or "\n## The machine\n" in ours
 
 
-def test_a_part_that_fails_leaves_its_last_words(gpu: Any, page: Any, monkeypatch: pytest.MonkeyPatch,
-                                                 tmp_path: Path) -> None:
+def test_a_part_that_fails_leaves_its_last_words(
+    gpu: Any, page: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     script = tmp_path / "gpu_jobs.py"
     script.write_text('print(\'{"what": "copy", "bytes_per_second": 3e12}\', flush=True)\n1 / 0\n')
     monkeypatch.setattr(gpu, "HERE", tmp_path)
@@ -79,10 +96,14 @@ def test_a_part_that_fails_leaves_its_last_words(gpu: Any, page: Any, monkeypatc
     assert "(exit status 1)" in text
 
 
-def test_a_part_that_hangs_is_ended_with_all_it_has_started(gpu: Any, page: Any, tmp_path: Path) -> None:
+def test_a_part_that_hangs_is_ended_with_all_it_has_started(
+    gpu: Any, page: Any, tmp_path: Path
+) -> None:
     child = tmp_path / "child"
-    code = ("import subprocess, sys, time; one = subprocess.Popen([sys.executable, '-c', 'input()'], stdin=-1);"
-            f"open({str(child)!r}, 'w').write(str(one.pid)); print('begun', flush=True); time.sleep(60)")
+    code = (
+        "import subprocess, sys, time; one = subprocess.Popen([sys.executable, '-c', 'input()'], stdin=-1);"
+        f"open({str(child)!r}, 'w').write(str(one.pid)); print('begun', flush=True); time.sleep(60)"
+    )
     begun = time.monotonic()
     said = gpu.finished([sys.executable, "-c", code], 3.0, hear=lambda line: None)
     assert time.monotonic() - begun < 20
@@ -96,33 +117,48 @@ def test_a_part_that_hangs_is_ended_with_all_it_has_started(gpu: Any, page: Any,
 def test_nothing_is_begun_when_the_time_is_up(gpu: Any, page: Any) -> None:
     gpu.job(page, "ppo", 2.0, False)
     gpu.tests(page, ["test_model"], -1.0, False)
-    assert page.ends == {"ppo": "not begun: the time was up", "tests: test_model": "not begun: the time was up"}
+    assert page.ends == {
+        "ppo": "not begun: the time was up",
+        "tests: test_model": "not begun: the time was up",
+    }
 
 
 def test_the_parts_fit_into_their_time(gpu: Any) -> None:
     """Each has a limit, all are known to the jobs, and the device is ours for eight minutes."""
     import gpu_jobs
+
     assert set(gpu.JOBS) == set(gpu_jobs.JOBS)
     assert set(gpu.TINY_JOBS) <= set(gpu_jobs.JOBS)
-    assert {f"{name}.py" for name in gpu.TESTS} == {path.name for path in (ROOT / "tests/gpu").glob("test_*.py")}
+    assert {f"{name}.py" for name in gpu.TESTS} == {
+        path.name for path in (ROOT / "tests/gpu").glob("test_*.py")
+    }
     first = ("ceilings", "training 1b", "generation 1b", "training 7b", "generation 7b")
     assert sum(gpu.TESTS.values()) + sum(gpu.JOBS[name] for name in first) < 60 * 9
 
 
 @pytest.mark.parametrize("wheels", [True, False])
-def test_only_what_is_missing_is_installed(gpu: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path,
-                                           wheels: bool) -> None:
-    names = ["torch-2.13.0-cp312-cp312-linux_x86_64.whl", "nvidia_cublas-13.0-py3-none-any.whl",
-             "numpy-2.0-py3-none-any.whl", "surely_missing-1.0-py3-none-any.whl"]
+def test_only_what_is_missing_is_installed(
+    gpu: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, wheels: bool
+) -> None:
+    names = [
+        "torch-2.13.0-cp312-cp312-linux_x86_64.whl",
+        "nvidia_cublas-13.0-py3-none-any.whl",
+        "numpy-2.0-py3-none-any.whl",
+        "surely_missing-1.0-py3-none-any.whl",
+    ]
     folder = tmp_path / "wheels"
     folder.mkdir()
+
     for name in names if wheels else ():
         (folder / name).touch()
+
     commands: list[list[str]] = []
     monkeypatch.setenv("PYTHONPATH", "")
     monkeypatch.setattr(sys, "path", [*sys.path])
     monkeypatch.setattr(gpu, "NEEDED", {"numpy": "numpy", "surely_missing": "surely-missing"})
-    monkeypatch.setattr(gpu, "finished", lambda command, seconds: commands.append(command) or "no network")
+    monkeypatch.setattr(
+        gpu, "finished", lambda command, seconds: commands.append(command) or "no network"
+    )
     told = gpu.provide(folder, time.monotonic() + 5)
     (command,) = commands
     asked = [Path(word).name for word in command if word.endswith(".whl")]
@@ -134,7 +170,9 @@ def test_only_what_is_missing_is_installed(gpu: Any, monkeypatch: pytest.MonkeyP
     assert os.environ["PYTHONPATH"] == str(gpu.SITE)
 
 
-def test_a_machine_that_has_all_is_left_alone(gpu: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_a_machine_that_has_all_is_left_alone(
+    gpu: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     monkeypatch.setattr(gpu, "NEEDED", {"numpy": "numpy"})
     monkeypatch.setattr(gpu, "finished", lambda *_: pytest.fail("it installs"))
     before = os.environ.get("PYTHONPATH"), [*sys.path]
@@ -144,17 +182,53 @@ def test_a_machine_that_has_all_is_left_alone(gpu: Any, monkeypatch: pytest.Monk
 
 def test_a_page_of_every_kind_of_figure(page: Any) -> None:
     page.figures = [
-        {"what": "copy", "bytes_per_second": 4e12}, {"what": "product", "flops": 8e14},
-        {"what": "training", "shape": "7b", "layers": 18, "of": 32, "parameters": 3_900_000_000, "rows": 1,
-         "length": 4096, "compile": False, "checkpointing": True, "tokens_per_second": 9000.0, "flops": 2e14,
-         "first_seconds": 3.0, "plan_bytes": 70 * 2**30, "peak_bytes": 56 * 2**30},
-        {"what": "decode", "shape": "1b", "rows": 16, "prompt": 128, "new": 128, "tokens_per_second": 5000.0,
-         "seconds_per_step": 0.0032, "bytes_per_second": 1e12, "peak_bytes": 2**31, "plan_bytes": 2**31}]
-    page.tests = [{"file": "test_model", "name": "test_a_thing[x|y]", "outcome": "failed", "seconds": 1.0,
-                   "figures": {"gap": "1e-6"}, "words": "assert 1 == 2\n```"}]
+        {"what": "copy", "bytes_per_second": 4e12},
+        {"what": "product", "flops": 8e14},
+        {
+            "what": "training",
+            "shape": "7b",
+            "layers": 18,
+            "of": 32,
+            "parameters": 3_900_000_000,
+            "rows": 1,
+            "length": 4096,
+            "compile": False,
+            "checkpointing": True,
+            "tokens_per_second": 9000.0,
+            "flops": 2e14,
+            "first_seconds": 3.0,
+            "plan_bytes": 70 * 2**30,
+            "peak_bytes": 56 * 2**30,
+        },
+        {
+            "what": "decode",
+            "shape": "1b",
+            "rows": 16,
+            "prompt": 128,
+            "new": 128,
+            "tokens_per_second": 5000.0,
+            "seconds_per_step": 0.0032,
+            "bytes_per_second": 1e12,
+            "peak_bytes": 2**31,
+            "plan_bytes": 2**31,
+        },
+    ]
+    page.tests = [
+        {
+            "file": "test_model",
+            "name": "test_a_thing[x|y]",
+            "outcome": "failed",
+            "seconds": 1.0,
+            "figures": {"gap": "1e-6"},
+            "words": "assert 1 == 2\n```",
+        }
+    ]
     page.write()
     text = page.path.read_text()
-    assert "| 7b | 18 of 32 | 3.90B | 1 x 4096 | eager | recomputed | 9,000 | 200 | 25.0% | 3 s |" in text
+    assert (
+        "| 7b | 18 of 32 | 3.90B | 1 x 4096 | eager | recomputed | 9,000 | 200 | 25.0% | 3 s |"
+        in text
+    )
     assert "| training 7b, 18 of 32 layers, recomputed | 70.00 | 56.00 | +25.0% |" in text
     assert "| 1b | 16 | 128 + 128 | 5,000 | 3.20 ms | 1.00 TB/s | 25.0% |" in text
     assert "| model | a thing[x\\|y] | failed | 1.0 s | gap: 1e-6 |" in text
@@ -164,11 +238,33 @@ def test_a_page_of_every_kind_of_figure(page: Any) -> None:
 
 
 def test_a_test_tells_of_itself(tmp_path: Path) -> None:
-    """What tests/gpu writes for the page, here of tests that skip themselves or cannot be imported."""
+    """What tests/gpu writes for the page, here of tests that skip themselves or cannot be
+    imported."""
     report = tmp_path / "report.jsonl"
-    command = [sys.executable, "-m", "pytest", "tests/gpu/test_gpu_model.py", "-q", "--confcutdir=tests/gpu", "-p",
-               "no:cacheprovider", "-k", "one_query"]
-    environment = {**os.environ, "LLAMA2_GPU_REPORT": str(report), "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    subprocess.run(command, cwd=ROOT, env={**environment, "LLAMA2_GPU_TINY": "1"}, capture_output=True, check=True)
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "tests/gpu/test_gpu_model.py",
+        "-q",
+        "--confcutdir=tests/gpu",
+        "-p",
+        "no:cacheprovider",
+        "-k",
+        "one_query",
+    ]
+    environment = {
+        **os.environ,
+        "LLAMA2_GPU_REPORT": str(report),
+        "PYTHONPATH": str(ROOT),
+        "OMP_NUM_THREADS": "1",
+    }
+    subprocess.run(
+        command,
+        cwd=ROOT,
+        env={**environment, "LLAMA2_GPU_TINY": "1"},
+        capture_output=True,
+        check=True,
+    )
     rows = [json.loads(line) for line in report.read_text().splitlines()]
     assert [(row["file"], row["outcome"]) for row in rows] == [("test_gpu_model", "passed")] * 3

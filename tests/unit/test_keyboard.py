@@ -16,19 +16,24 @@ def typed(*lines: str) -> keyboard.Reader:
     return lambda prompt, draft="": waiting.pop(0)
 
 
-@pytest.mark.parametrize(("lines", "expected"), [
-    (["one"], "one"),
-    (["one\\", "two\\", "three"], "one\ntwo\nthree"),
-    (['"""one', "", "  two", 'three"""'], "one\n\n  two\nthree"),
-    (['"""', "one", '"""'], "one"),
-    (['"""one"""'], "one"),
-    (['say """this"""'], 'say """this"""'),
-])
+@pytest.mark.parametrize(
+    ("lines", "expected"),
+    [
+        (["one"], "one"),
+        (["one\\", "two\\", "three"], "one\ntwo\nthree"),
+        (['"""one', "", "  two", 'three"""'], "one\n\n  two\nthree"),
+        (['"""', "one", '"""'], "one"),
+        (['"""one"""'], "one"),
+        (['say """this"""'], 'say """this"""'),
+    ],
+)
 def test_a_message_may_have_many_lines(lines: list[str], expected: str) -> None:
     assert message(typed(*lines)) == expected
 
 
-def test_history_is_private_bounded_and_survives(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_history_is_private_bounded_and_survives(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path))
     history = History(History.default())
     assert history.path == tmp_path / "llama2" / "history"
@@ -60,11 +65,14 @@ def test_a_user_without_a_home_directory_has_no_history(monkeypatch: pytest.Monk
         History.default()
 
 
-def test_a_history_that_cannot_be_written_is_said_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_history_that_cannot_be_written_is_said_once(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     (tmp_path / "file").write_text("")
     history = History(tmp_path / "file" / "history")
     with pytest.raises(UserError):
         history.add("one")
+
     ask: Callable[[str], str] = keyboard.recorded(history, typed("one", "two"))
     assert [ask(""), ask("")] == ["one", "two"]
     assert capsys.readouterr().err.count("not remembered") == 1

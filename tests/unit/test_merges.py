@@ -33,7 +33,9 @@ def made(texts: list[str], scores: list[float]) -> Tokenizer:
     """A tokenizer of these items behind unknown, BOS, EOS and the bytes."""
     first = [Piece("<unk>", 0.0, UNKNOWN), Piece("<s>", 0.0, CONTROL), Piece("</s>", 0.0, CONTROL)]
     items = [Piece(f"<0x{byte:02X}>", 0.0, BYTE) for byte in range(256)]
-    return Tokenizer(sentencepiece_model.build(Pieces([*first, *items, *map(Piece, texts, scores)])))
+    return Tokenizer(
+        sentencepiece_model.build(Pieces([*first, *items, *map(Piece, texts, scores)]))
+    )
 
 
 def vocabulary(tokenizer: Tokenizer) -> Pieces:
@@ -52,8 +54,12 @@ def test_a_run_of_spaces_grows_from_the_left(ordinary: Tokenizer) -> None:
     items = vocabulary(tokenizer).items
     for run in range(1, 60):
         ids = tokenizer.encode(" " * (run - 1) + "\n")[: run // 16 + bool(run % 16)]
-        assert [len(items[token].text) for token in ids] == [16] * (run // 16) + [run % 16] * bool(run % 16)
-        assert merges.merger(items).encode(" " * (run - 1) + "\n") == tokenizer.encode(" " * (run - 1) + "\n")
+        assert [len(items[token].text) for token in ids] == [16] * (run // 16) + [run % 16] * bool(
+            run % 16
+        )
+        assert merges.merger(items).encode(" " * (run - 1) + "\n") == tokenizer.encode(
+            " " * (run - 1) + "\n"
+        )
 
 
 def test_any_vocabulary_of_distinct_scores_gives_the_ids() -> None:
@@ -63,9 +69,11 @@ def test_any_vocabulary_of_distinct_scores_gives_the_ids() -> None:
         texts = {SPACE, "a", "b", "c"}
         while len(texts) < 12:
             texts.add("".join(draw.choices(sorted(texts - {SPACE}), k=2))[:8])
+
         ordered = draw.sample(sorted(texts), len(texts))
         tokenizer = made(ordered, [-float(rank) for rank in range(len(texts))])
         merger = merges.merger(vocabulary(tokenizer).items)
+
         for _ in range(40):
             text = "".join(draw.choices("abc"[: draw.randint(1, 3)], k=draw.randint(1, 14)))
             assert merger.encode(text) == tokenizer.encode(text), (text, ordered)
@@ -77,7 +85,8 @@ def test_scores_come_back(tokenizer: Tokenizer) -> None:
     scores = merges.scored(texts, merges.listed(items))
     assert scores is not None
     assert {text: scores[text] for text in texts if len(text) > 1} == {
-        item.text: item.score for item in items if item.kind == NORMAL and len(item.text) > 1}
+        item.text: item.score for item in items if item.kind == NORMAL and len(item.text) > 1
+    }
 
 
 def test_merges_that_leave_a_way_out_have_no_scores(ordinary: Tokenizer) -> None:

@@ -29,28 +29,37 @@ def numbers(metrics):
 
 def test_next_token_counts_weighted_targets_only():
     model = Fixed(torch.tensor([[-1.0, -2.0, -4.0]]))
-    batch = {"tokens_BT": torch.zeros(1, 3, dtype=torch.long), "targets_BT": torch.zeros(1, 3, dtype=torch.long),
-             "weights_BT": torch.tensor([[True, False, True]]), "documents_BT": torch.zeros(1, 3, dtype=torch.long)}
+    batch = {
+        "tokens_BT": torch.zeros(1, 3, dtype=torch.long),
+        "targets_BT": torch.zeros(1, 3, dtype=torch.long),
+        "weights_BT": torch.tensor([[True, False, True]]),
+        "documents_BT": torch.zeros(1, 3, dtype=torch.long),
+    }
     loss = objectives.next_token(model, batch)
     assert (float(loss.total.detach()), float(loss.weight)) == (5.0, 2.0)
     assert set(model.asked) == {"targets_BT", "documents_BT"}
 
 
 def pairs(safe=None):
-    batch = {"tokens_BT": torch.zeros(8, 2, dtype=torch.long), "lengths_B": torch.full((8,), 2),
-             "degrees_P": torch.tensor([0, 1, 2, 0])}
+    batch = {
+        "tokens_BT": torch.zeros(8, 2, dtype=torch.long),
+        "lengths_B": torch.full((8,), 2),
+        "degrees_P": torch.tensor([0, 1, 2, 0]),
+    }
     return batch if safe is None else batch | {"safe_B": torch.tensor(safe)}
 
 
 CHOSEN, REJECTED = [2.0, 0.5, -1.0, 0.0], [0.0, 1.0, -1.0, 1.0]
 
 
-@pytest.mark.parametrize(("margins", "table"), [("none", (0, 0, 0)), ("small", (1, 2 / 3, 1 / 3)),
-                                                ("large", (3, 2, 1))])
+@pytest.mark.parametrize(
+    ("margins", "table"), [("none", (0, 0, 0)), ("small", (1, 2 / 3, 1 / 3)), ("large", (3, 2, 1))]
+)
 def test_ranking_loss_by_hand(margins, table):
     loss = objectives.ranking(margins)(Fixed(torch.tensor(CHOSEN + REJECTED)), pairs())
-    expected = sum(math.log1p(math.exp(-(c - r - table[d])))
-                   for c, r, d in zip(CHOSEN, REJECTED, (0, 1, 2, 0)))
+    expected = sum(
+        math.log1p(math.exp(-(c - r - table[d]))) for c, r, d in zip(CHOSEN, REJECTED, (0, 1, 2, 0))
+    )
     assert float(loss.total.detach()) == pytest.approx(expected, rel=1e-6)
     assert float(loss.weight) == 4
     rates = means(numbers(loss.metrics), 4)
@@ -72,8 +81,11 @@ def test_auxiliary_loss_reads_labelled_answers_only():
     safe = [1, -1, 0, -1, 0, -1, -1, -1]
     plain = objectives.ranking("small")(Fixed(score), pairs())
     loss = objectives.ranking("small", 0.5)(Fixed(score), pairs(safe))
-    auxiliary = math.log1p(math.exp(-2.0)) + math.log1p(math.exp(-1.0)) + math.log(2)  # chosen 0 and 2, rejected 0
-    assert float((loss.total - plain.total).detach()) == pytest.approx(0.5 * auxiliary / 2, rel=1e-5)
+    # chosen 0 and 2, rejected 0
+    auxiliary = math.log1p(math.exp(-2.0)) + math.log1p(math.exp(-1.0)) + math.log(2)
+    assert float((loss.total - plain.total).detach()) == pytest.approx(
+        0.5 * auxiliary / 2, rel=1e-5
+    )
     rates = means(numbers(loss.metrics), 4)
     assert rates["reward/safety_loss"] == pytest.approx(auxiliary / 3, rel=1e-5)
     assert rates["reward/safety_accuracy"] == pytest.approx(1.0)
@@ -84,43 +96,70 @@ def test_pairs_of_weight_zero_count_nothing():
     score = torch.tensor(CHOSEN + REJECTED)
     everything = objectives.ranking("small", 0.5)(Fixed(score), pairs([1] * 8))
     weights = torch.tensor([1.0, 0.0, 1.0, 1.0])
-    without = objectives.ranking("small", 0.5)(Fixed(score), pairs([1] * 8) | {"weights_P": weights})
-    alone = objectives.ranking("small", 0.5)(Fixed(score), pairs([1] * 8) | {"weights_P": 1 - weights})
+    without = objectives.ranking("small", 0.5)(
+        Fixed(score), pairs([1] * 8) | {"weights_P": weights}
+    )
+    alone = objectives.ranking("small", 0.5)(
+        Fixed(score), pairs([1] * 8) | {"weights_P": 1 - weights}
+    )
     torch.testing.assert_close(without.total + alone.total, everything.total)
+
     for name, value in everything.metrics.items():
         torch.testing.assert_close(without.metrics[name] + alone.metrics[name], value, msg=name)
+
     assert float(alone.weight) == 1
 
 
 def ppo_batch(logp, old_logp, advantages, returns, old_values, mask):
-    rows = {"old_logp_BT": old_logp, "advantages_BT": advantages, "returns_BT": returns,
-            "old_values_BT": old_values, "weights_BT": mask}
+    rows = {
+        "old_logp_BT": old_logp,
+        "advantages_BT": advantages,
+        "returns_BT": returns,
+        "old_values_BT": old_values,
+        "weights_BT": mask,
+    }
     shape = (1, len(logp))
     batch = {name: torch.tensor([row]) for name, row in rows.items()}
-    return batch | {name: torch.zeros(shape, dtype=torch.long) for name in ("tokens_BT", "targets_BT")}
+
+    return batch | {
+        name: torch.zeros(shape, dtype=torch.long) for name in ("tokens_BT", "targets_BT")
+    }
 
 
 def test_clipped_by_hand():
     ratios = [1.5, 0.5, 1.1, 9.0]
     logp = [math.log(r) for r in ratios]
-    batch = ppo_batch(logp, [0.0] * 4, [1.0, -2.0, 3.0, 7.0], [1.0, 0.0, 2.0, 9.0], [0.0, 0.0, 1.9, 0.0],
-                      [1.0, 1.0, 1.0, 0.0])
+    batch = ppo_batch(
+        logp,
+        [0.0] * 4,
+        [1.0, -2.0, 3.0, 7.0],
+        [1.0, 0.0, 2.0, 9.0],
+        [0.0, 0.0, 1.9, 0.0],
+        [1.0, 1.0, 1.0, 0.0],
+    )
     values = [0.5, 0.1, 2.0, 0.0]
-    model = Fixed(torch.tensor([logp]), torch.tensor([[0.7, 0.3, 0.2, 5.0]]), torch.tensor([values]))
+    model = Fixed(
+        torch.tensor([logp]), torch.tensor([[0.7, 0.3, 0.2, 5.0]]), torch.tensor([values])
+    )
     loss = objectives.clipped(0.2, 0.2, 0.5)(model, batch)
-    # ratio 1.5 gains nothing beyond 1.2; ratio 0.5 with a negative advantage counts at 0.8; 1.1 is inside
+    # ratio 1.5 gains nothing beyond 1.2; ratio 0.5 with a negative advantage counts at 0.8; 1.1 is
+    # inside
     policy = -(1.2 * 1.0 + 0.8 * -2.0 + 1.1 * 3.0)
-    value = 0.5 * ((0.2 - 1.0) ** 2 + 0.1 ** 2 + 0.0)  # the first is held at 0.2 from its old value
+    value = 0.5 * ((0.2 - 1.0) ** 2 + 0.1**2 + 0.0)  # the first is held at 0.2 from its old value
     assert float(loss.total.detach()) == pytest.approx(policy + 0.5 * value, rel=1e-5)
     assert float(loss.weight) == 3
     metrics = means(numbers(loss.metrics), 3)
     assert metrics["ppo/clip_fraction"] == pytest.approx(2 / 3)
     assert metrics["ppo/entropy"] == pytest.approx(1.2 / 3)
-    assert metrics["ppo/kl"] == pytest.approx(sum(r - 1 - math.log(r) for r in ratios[:3]) / 3, rel=1e-5)
+    assert metrics["ppo/kl"] == pytest.approx(
+        sum(r - 1 - math.log(r) for r in ratios[:3]) / 3, rel=1e-5
+    )
     assert metrics["ppo/ratio_deviation"] == pytest.approx((0.5 + 0.5 + 0.1) / 3, rel=1e-5)
     errors, returns = torch.tensor([0.5, -0.1, 0.0]), torch.tensor([1.0, 0.0, 2.0])
     expected = 1 - errors.var(correction=0) / returns.var(correction=0)
-    assert objectives.explained_variance(metrics)["ppo/explained_variance"] == pytest.approx(float(expected), rel=1e-5)
+    assert objectives.explained_variance(metrics)["ppo/explained_variance"] == pytest.approx(
+        float(expected), rel=1e-5
+    )
 
 
 def test_clipping_stops_the_gradient():
@@ -138,10 +177,17 @@ def test_ppo_starts_at_ratio_one_and_no_divergence():
     batch = ppo_batch([0.0] * 5, [0.0] * 5, [1.0] * 5, [0.0] * 5, [0.0] * 5, [1.0] * 5)
     batch["old_logp_BT"] = logp.clone()
     metrics = objectives.clipped()(Fixed(logp, torch.zeros(2, 5), torch.zeros(2, 5)), batch).metrics
-    assert [float(metrics[f"ppo/{name}"]) for name in ("ratio_deviation", "kl", "clip_fraction")] == [0, 0, 0]
+    assert [
+        float(metrics[f"ppo/{name}"]) for name in ("ratio_deviation", "kl", "clip_fraction")
+    ] == [0, 0, 0]
 
 
 def test_explained_variance_of_constant_returns_is_undefined():
-    constant = {"ppo/return": 1.0, "ppo/return_square": 1.0, "ppo/error": 0.0, "ppo/error_square": 0.5}
+    constant = {
+        "ppo/return": 1.0,
+        "ppo/return_square": 1.0,
+        "ppo/error": 0.0,
+        "ppo/error_square": 0.5,
+    }
     assert objectives.explained_variance(constant) == {}
     assert objectives.explained_variance({"train/loss": 1.0}) == {}

@@ -24,7 +24,8 @@ def test_schedule_values():
 def test_without_warmup_the_first_update_has_the_peak():
     plan = Plan(max_steps=5)
     assert [plan.factor(s) for s in range(5)] == pytest.approx(
-        [0.1 + 0.9 * 0.5 * (1 + math.cos(math.pi * done / 4)) for done in range(5)])
+        [0.1 + 0.9 * 0.5 * (1 + math.cos(math.pi * done / 4)) for done in range(5)]
+    )
     assert Plan(max_steps=1).factor(0) == 1.0  # a single update has nothing to decay from
     assert [Plan(max_steps=2).factor(s) for s in range(2)] == pytest.approx([1.0, 0.1])
     assert Plan(max_steps=2, warmup_steps=1).factor(0) == 1.0
@@ -46,7 +47,10 @@ def test_constant_schedule_needs_no_length():
 def test_plans_that_do_not_fit_are_refused():
     with pytest.raises(UserError, match="max_steps"):
         Plan().check()
-    with pytest.raises(UserError, match="warmup_steps 2000 leaves nothing of a schedule of 700 steps"):
+
+    with pytest.raises(
+        UserError, match="warmup_steps 2000 leaves nothing of a schedule of 700 steps"
+    ):
         Plan(max_steps=700, warmup_steps=2000).check()
 
 
@@ -63,8 +67,12 @@ def test_matrices_decay_and_vectors_do_not():
     groups = optim.groups(model, optim.AdamW(), {"critic.": 1e-3})
     names = {id(p): n for n, p in model.named_parameters()}
     found = {(names[id(p)], g["peak"], g["weight_decay"]) for g in groups for p in g["params"]}
-    assert found == {("actor.embed.weight", 3e-4, 0.1), ("actor.norm.weight", 3e-4, 0.0),
-                     ("actor.norm.bias", 3e-4, 0.0), ("critic.weight", 1e-3, 0.1)}
+    assert found == {
+        ("actor.embed.weight", 3e-4, 0.1),
+        ("actor.norm.weight", 3e-4, 0.0),
+        ("actor.norm.bias", 3e-4, 0.0),
+        ("critic.weight", 1e-3, 0.1),
+    }
 
 
 def test_tied_weights_count_once():
@@ -86,7 +94,9 @@ def test_update_is_adamw_by_hand():
     model.weight.grad = torch.tensor([[0.3, -0.2]])
     optimizer.step()
     # after one step both bias-corrected moments are the gradient and its square
-    expected = before * (1 - 0.01 * 0.1) - 0.01 * model.weight.grad / (model.weight.grad.abs() + 1e-5)
+    expected = before * (1 - 0.01 * 0.1) - 0.01 * model.weight.grad / (
+        model.weight.grad.abs() + 1e-5
+    )
     torch.testing.assert_close(model.weight.detach(), expected, rtol=1e-6, atol=1e-7)
     assert optimizer.defaults["betas"] == (0.9, 0.95)
     assert math.isclose(optimizer.defaults["eps"], 1e-5)
@@ -96,10 +106,17 @@ def test_parts_are_named_by_prefix_and_the_rest_is_one_more():
     model = Towers()
     model.critic.bias.requires_grad_(False)
     names = {id(p): n for n, p in model.named_parameters()}
-    found = {part: [names[id(p)] for p in parameters] for part, parameters in optim.parts(model, ["critic."]).items()}
-    assert found == {"critic.": ["critic.weight"],
-                     "": ["actor.embed.weight", "actor.norm.weight", "actor.norm.bias"]}
+    found = {
+        part: [names[id(p)] for p in parameters]
+        for part, parameters in optim.parts(model, ["critic."]).items()
+    }
+    assert found == {
+        "critic.": ["critic.weight"],
+        "": ["actor.embed.weight", "actor.norm.weight", "actor.norm.bias"],
+    }
     assert [*optim.parts(model, ())] == [""]
-    assert [*optim.parts(model, ("actor.", "critic."))] == ["actor.", "critic."]  # nothing is left over
+    # nothing is left over
+    assert [*optim.parts(model, ("actor.", "critic."))] == ["actor.", "critic."]
+
     with pytest.raises(ValueError, match="no parameter starts with"):
         optim.parts(model, ("value.",))

@@ -31,22 +31,33 @@ class Said(Hook):
 
 
 def report(step, actor, critic):
-    return Report(step, {"ppo/ratio_deviation": 3.0 * (step % 2 == 1)}, 6.0, 1, 1, 0.1,
-                  {"actor.": actor, "critic.": critic}, 1e-6)
+    return Report(
+        step,
+        {"ppo/ratio_deviation": 3.0 * (step % 2 == 1)},
+        6.0,
+        1,
+        1,
+        0.1,
+        {"actor.": actor, "critic.": critic},
+        1e-6,
+    )
 
 
 def test_each_iteration_says_how_each_tower_was_clipped():
     said, watch = Said(), ppo.Watch(kl_stop=9.0, updates=2)
     training = Training(None, None, Plan(clip=1.0), [said, watch])
     training.learner = type("Learner", (), {"step": 0})
+
     for step, norms in enumerate([(0.5, 20.0), (2.0, 4.0), (1.0, 1.0), (1.0, 1.0)], 1):
         if step % 2:
             watch.observe({"ppo/kl_reference": 0.1})
+
         watch.on_step(training, report(step, *norms))
         if step == 1:  # stopped inside of an iteration, another goes on
             state, watch = watch.state_dict(), ppo.Watch(kl_stop=9.0, updates=2)
             watch.load_state_dict(state)
             training.hooks = [said, watch]
+
     first, second = said.rows
     assert first["ppo/actor_grad_norm"] == pytest.approx(1.25)
     assert first["ppo/critic_grad_norm"] == pytest.approx(12.0)
@@ -62,32 +73,84 @@ def test_the_judge_is_on_the_device_only_while_it_judges(scorers, policy, monkey
     judge = load_rewards(RewardModels(helpful=scorers[1]), tokenizer, "fp32")
     rewards = load_rewards(RewardModels(helpful=scorers[0], safe=scorers[1]), tokenizer, "fp32")
     names = {id(judge.helpful): "judge", id(rewards.helpful): "helpful", id(rewards.safe): "safe"}
-    monkeypatch.setattr(torch.nn.Module, "to", lambda self, where: moves.append((names[id(self)], str(where))))
+    monkeypatch.setattr(
+        torch.nn.Module, "to", lambda self, where: moves.append((names[id(self)], str(where)))
+    )
     monkeypatch.setattr(ppo.mesh, "device", lambda: "cuda")
+
     with ppo.at_hand(judge, rewards):
         assert moves == [("helpful", "cpu"), ("safe", "cpu"), ("judge", "cuda")]
+
     assert moves[3:] == [("judge", "cpu"), ("helpful", "cuda"), ("safe", "cuda")]
 
     monkeypatch.undo()
     before = rewards([[1, 9, 2]], [False])
+
     with ppo.at_hand(judge, rewards):
         assert judge([[1, 9, 2]], [False])[0].helpful == before[0].safe
+
     assert rewards([[1, 9, 2]], [False]) == before
 
 
 def test_why_it_stopped_and_what_is_kept_is_said(policy, scorers, prompts, tmp_path, capsys):
-    words = ["ppo", "--policy", policy, "--rewards.helpful", scorers[0], "--prompts", prompts, "--iterations", 5,
-             "--batch-size", 4, "--minibatch-size", 2, "--sample.max-tokens", 8]
-    assert llama2(*words, "--kl-stop", 1e-9, "--training.optimizer.learning-rate", 1e-2, "--out", tmp_path / "kl") == 0
+    words = [
+        "ppo",
+        "--policy",
+        policy,
+        "--rewards.helpful",
+        scorers[0],
+        "--prompts",
+        prompts,
+        "--iterations",
+        5,
+        "--batch-size",
+        4,
+        "--minibatch-size",
+        2,
+        "--sample.max-tokens",
+        8,
+    ]
+    assert (
+        llama2(
+            *words,
+            "--kl-stop",
+            1e-9,
+            "--training.optimizer.learning-rate",
+            1e-2,
+            "--out",
+            tmp_path / "kl",
+        )
+        == 0
+    )
     line = next(line for line in capsys.readouterr().err.splitlines() if ": stopped at" in line)
-    assert re.fullmatch(rf"{tmp_path}/kl: stopped at update \d of 10: the mean KL of an answer from the start is \S+ "
-                        "nats, over kl_stop 1e-09", line)
+    assert re.fullmatch(
+        rf"{tmp_path}/kl: stopped at update \d of 10: the mean KL of an answer from the start is \S+ "
+        "nats, over kl_stop 1e-09",
+        line,
+    )
     # 1e-12: no weight moves, and nothing improves
-    assert llama2(*words, "--heldout", prompts, "--validate-iterations", 1, "--patience", 2,
-                  "--training.optimizer.learning-rate", 1e-12, "--training.optimizer.weight-decay", 0,
-                  "--out", tmp_path / "still") == 0
-    assert (f"{tmp_path}/still: stopped at update 4 of 10: 2 validations in a row brought no improvement; the policy "
-            "kept is that of update 0, the best on held-out prompts (heldout/reward 0.") in capsys.readouterr().err
+    assert (
+        llama2(
+            *words,
+            "--heldout",
+            prompts,
+            "--validate-iterations",
+            1,
+            "--patience",
+            2,
+            "--training.optimizer.learning-rate",
+            1e-12,
+            "--training.optimizer.weight-decay",
+            0,
+            "--out",
+            tmp_path / "still",
+        )
+        == 0
+    )
+    assert (
+        f"{tmp_path}/still: stopped at update 4 of 10: 2 validations in a row brought no improvement; the policy "
+        "kept is that of update 0, the best on held-out prompts (heldout/reward 0."
+    ) in capsys.readouterr().err
 
 
 def test_held_out_prompts_count_by_kind(scorers, policy):
@@ -111,9 +174,14 @@ def test_a_best_policy_that_was_damaged_meanwhile_is_not_taken(policy, tmp_path,
     saver(actor, tokenizer)(best)
     ppo.adopt(best, out, actor, tokenizer)
     assert {path.name: path.read_bytes() for path in out.iterdir()} == {
-        path.name: path.read_bytes() for path in best.iterdir()}
+        path.name: path.read_bytes() for path in best.iterdir()
+    }
     content = bytearray((best / name).read_bytes())
     content[len(content) // 2] ^= 1
     (best / name).write_bytes(content)
-    with pytest.raises(UserError, match=rf"best/{name}: its checksum differs.*delete {best.parent}: the same command"):
+
+    with pytest.raises(
+        UserError,
+        match=rf"best/{name}: its checksum differs.*delete {best.parent}: the same command",
+    ):
         ppo.adopt(best, out, actor, tokenizer)

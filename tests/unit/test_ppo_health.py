@@ -10,12 +10,20 @@ def rows(metric, values):
     return [{"step": float(step), metric: value} for step, value in enumerate(values, 1)]
 
 
-HEALTHY = {"ppo/kl_reference": [0.0, 0.5, 1.0, 2.0], "ppo/entropy": [2.0, 1.9, 1.8, 1.7],
-           "ppo/clip_fraction": [0.0, 0.1, 0.1, 0.05], "ppo/explained_variance": [-3.0, 0.2, 0.5, 0.8],
-           "ppo/eos_rate": [0.9, 0.95, 0.9, 0.9], "ppo/length": [20.0, 25.0, 30.0, 22.0],
-           "reward/length_correlation": [0.1, 0.2, 0.2, 0.3], "ppo/engine_gap": [0.01, 0.02, 0.01, 0.01],
-           "heldout/reward": [0.5, 0.55, 0.6, 0.58], "reward/deviation": [3.0, 2.5, 2.0, 2.2],
-           "ppo/first_ratio_deviation": [0.0, 0.0, 0.0, 0.0], "ppo/first_kl": [0.0]}
+HEALTHY = {
+    "ppo/kl_reference": [0.0, 0.5, 1.0, 2.0],
+    "ppo/entropy": [2.0, 1.9, 1.8, 1.7],
+    "ppo/clip_fraction": [0.0, 0.1, 0.1, 0.05],
+    "ppo/explained_variance": [-3.0, 0.2, 0.5, 0.8],
+    "ppo/eos_rate": [0.9, 0.95, 0.9, 0.9],
+    "ppo/length": [20.0, 25.0, 30.0, 22.0],
+    "reward/length_correlation": [0.1, 0.2, 0.2, 0.3],
+    "ppo/engine_gap": [0.01, 0.02, 0.01, 0.01],
+    "heldout/reward": [0.5, 0.55, 0.6, 0.58],
+    "reward/deviation": [3.0, 2.5, 2.0, 2.2],
+    "ppo/first_ratio_deviation": [0.0, 0.0, 0.0, 0.0],
+    "ppo/first_kl": [0.0],
+}
 
 
 @pytest.mark.parametrize("metric", HEALTHY)
@@ -23,25 +31,30 @@ def test_a_healthy_run_has_no_alarm(metric):
     assert alarms(rows(metric, HEALTHY[metric]), kl_stop=10.0) == []
 
 
-@pytest.mark.parametrize(("metric", "values", "step", "words"), [
-    ("ppo/kl_reference", [0, 3, 9, 9.5], 3, "raise beta"),
-    ("ppo/kl_reference", [0, -2, -3, -3], 2, "top_p"),
-    ("ppo/entropy", [2, 1, 0.4, 0.3], 3, "collapsed"),
-    ("ppo/clip_fraction", [0.1, 0.4, 0.5, 0.1], 2, "lower the learning rate"),
-    ("ppo/explained_variance", [-1, -1, 0.5, -0.8, -0.9], 4, "critic_learning_rate"),
-    ("ppo/eos_rate", [0.9, 0.6, 0.5, 0.5], 2, "unfinished"),
-    ("ppo/length", [20, 30, 45, 50], 3, "length"),
-    ("ppo/length", [20, 9, 8, 8], 2, "length"),
-    ("reward/length_correlation", [0.1, 0.8, 0.9, 0.8], 2, "balance lengths"),
-    ("ppo/engine_gap", [0.01, 0.2, 0.2, 0.2], 2, "fp32"),
-    ("heldout/reward", [0.5, 0.44, 0.43, 0.4], 2, "patience"),
-    ("ppo/eos_rate", [0.0, 0.0, 0.0, 0.0], 1, "max_tokens"),  # from the start, so that nothing ever falls
-    ("ppo/eos_rate", [0.9, 0.9, 0.2, 0.1], 3, "max_tokens"),
-    ("reward/deviation", [0.0, 0.0, 0.0], 1, "rewards do not vary"),
-    ("reward/deviation", [2.0, 0.0, 0.0], 2, "rewards do not vary"),
-    ("ppo/first_ratio_deviation", [0.0, 0.03, 0.0, 0.0], 2, "compute differently"),  # no noise: once is enough
-    ("ppo/first_kl", [0.02], 1, "policy and reference differ"),
-])
+@pytest.mark.parametrize(
+    ("metric", "values", "step", "words"),
+    [
+        ("ppo/kl_reference", [0, 3, 9, 9.5], 3, "raise beta"),
+        ("ppo/kl_reference", [0, -2, -3, -3], 2, "top_p"),
+        ("ppo/entropy", [2, 1, 0.4, 0.3], 3, "collapsed"),
+        ("ppo/clip_fraction", [0.1, 0.4, 0.5, 0.1], 2, "lower the learning rate"),
+        ("ppo/explained_variance", [-1, -1, 0.5, -0.8, -0.9], 4, "critic_learning_rate"),
+        ("ppo/eos_rate", [0.9, 0.6, 0.5, 0.5], 2, "unfinished"),
+        ("ppo/length", [20, 30, 45, 50], 3, "length"),
+        ("ppo/length", [20, 9, 8, 8], 2, "length"),
+        ("reward/length_correlation", [0.1, 0.8, 0.9, 0.8], 2, "balance lengths"),
+        ("ppo/engine_gap", [0.01, 0.2, 0.2, 0.2], 2, "fp32"),
+        ("heldout/reward", [0.5, 0.44, 0.43, 0.4], 2, "patience"),
+        # from the start, so that nothing ever falls
+        ("ppo/eos_rate", [0.0, 0.0, 0.0, 0.0], 1, "max_tokens"),
+        ("ppo/eos_rate", [0.9, 0.9, 0.2, 0.1], 3, "max_tokens"),
+        ("reward/deviation", [0.0, 0.0, 0.0], 1, "rewards do not vary"),
+        ("reward/deviation", [2.0, 0.0, 0.0], 2, "rewards do not vary"),
+        # no noise: once is enough
+        ("ppo/first_ratio_deviation", [0.0, 0.03, 0.0, 0.0], 2, "compute differently"),
+        ("ppo/first_kl", [0.02], 1, "policy and reference differ"),
+    ],
+)
 def test_each_alarm_names_the_first_bad_step_a_cause_and_a_remedy(metric, values, step, words):
     (found,) = alarms(rows(metric, values), kl_stop=10.0)
     assert (found["name"], found["step"], found["value"]) == (metric, step, values[step - 1])
@@ -63,13 +76,17 @@ def test_a_run_without_metrics_has_no_alarm():
 
 def test_a_run_of_one_iteration_is_told_what_is_wrong_from_the_start():
     assert [one["name"] for one in alarms(rows("ppo/eos_rate", [0.0]), 10.0)] == ["ppo/eos_rate"]
-    assert [one["name"] for one in alarms(rows("reward/deviation", [0.0]), 10.0)] == ["reward/deviation"]
+    assert [one["name"] for one in alarms(rows("reward/deviation", [0.0]), 10.0)] == [
+        "reward/deviation"
+    ]
 
 
 def test_the_critic_is_not_blamed_for_rewards_that_do_not_vary():
     values = zip([0.0] * 6, [-277.0] * 6)
-    flat = [{"step": float(step), "reward/deviation": deviation, "ppo/explained_variance": explained}
-            for step, (deviation, explained) in enumerate(values, 1)]
+    flat = [
+        {"step": float(step), "reward/deviation": deviation, "ppo/explained_variance": explained}
+        for step, (deviation, explained) in enumerate(values, 1)
+    ]
     assert [one["name"] for one in alarms(flat, 10.0)] == ["reward/deviation"]
     varied = [{**row, "reward/deviation": 1.0} for row in flat]
     assert [one["name"] for one in alarms(varied, 10.0)] == ["ppo/explained_variance"]
@@ -92,16 +109,25 @@ def test_the_doctor_says_each_alarm_once_and_as_soon_as_it_is_one(capsys):
     for step, value in enumerate([0.9, 0.1, 0.9, 0.1, 0.1, 0.1], 1):
         doctor.on_log(step, {"ppo/eos_rate": value})
         said.append(capsys.readouterr().err)
-    assert [bool(line) for line in said] == [False, False, False, False, True, False]  # one alone may be noise
+
+    # one alone may be noise
+    assert [bool(line) for line in said] == [False, False, False, False, True, False]
     assert said[4].startswith("alarm at step 4: most answers do not end: ")
     assert "(ppo/eos_rate 0.1); raise sample.max_tokens" in said[4]
     assert [one["step"] for one in doctor.tell(finished=True)] == [4]
 
     resumed = start(doctor.rows[:5])  # what was said before is not said again
+
     for fraction in (0.1, 0.5, 0.5):
         resumed.on_log(6, {"ppo/eos_rate": 0.1, "ppo/clip_fraction": fraction})
-    assert capsys.readouterr().err.startswith("alarm at step 6: updates are too large: most of them are cut (")
-    assert [one["name"] for one in resumed.tell(finished=True)] == ["ppo/clip_fraction", "ppo/eos_rate"]
+
+    assert capsys.readouterr().err.startswith(
+        "alarm at step 6: updates are too large: most of them are cut ("
+    )
+    assert [one["name"] for one in resumed.tell(finished=True)] == [
+        "ppo/clip_fraction",
+        "ppo/eos_rate",
+    ]
     assert capsys.readouterr().err == ""
 
 

@@ -1,4 +1,5 @@
-"""PPO's data: advantages against a slow reference, whitening, where reward and mask stand, what is asserted."""
+"""PPO's data: advantages against a slow reference, whitening, where reward and mask stand, what is
+asserted."""
 
 import dataclasses
 import math
@@ -22,9 +23,19 @@ from llama2.train import hooks, optim
 from llama2.train.loop import Learner, Plan, Report, fit
 from llama2.train.objectives import clipped
 
-SETTINGS = ppo_rollouts.Settings(batch_size=8, minibatch_size=4, micro_batch_size=3, epochs=2, beta=0.1, gamma=1.0,
-                             lambda_=0.95, unfinished=None, sample=Sample(max_tokens=12, precision="fp32"),
-                             precision="fp32", seed=0)
+SETTINGS = ppo_rollouts.Settings(
+    batch_size=8,
+    minibatch_size=4,
+    micro_batch_size=3,
+    epochs=2,
+    beta=0.1,
+    gamma=1.0,
+    lambda_=0.95,
+    unfinished=None,
+    sample=Sample(max_tokens=12, precision="fp32"),
+    precision="fp32",
+    seed=0,
+)
 
 
 def slow_advantages(rewards, values, gamma, lambda_):
@@ -32,22 +43,32 @@ def slow_advantages(rewards, values, gamma, lambda_):
     count = len(rewards)
     values = [*values, 0.0]
     deltas = [rewards[t] + gamma * values[t + 1] - values[t] for t in range(count)]
-    return [sum((gamma * lambda_) ** lag * deltas[t + lag] for lag in range(count - t)) for t in range(count)]
+
+    return [
+        sum((gamma * lambda_) ** lag * deltas[t + lag] for lag in range(count - t))
+        for t in range(count)
+    ]
 
 
 @given(st.data(), st.floats(0, 1), st.floats(0, 1))
 def test_advantages_are_those_of_the_definition(data, gamma, lambda_):
-    shapes = data.draw(st.lists(st.tuples(st.integers(0, 3), st.integers(1, 6)), min_size=1, max_size=3))
+    shapes = data.draw(
+        st.lists(st.tuples(st.integers(0, 3), st.integers(1, 6)), min_size=1, max_size=3)
+    )
     width = max(before + count for before, count in shapes) + 1
     numbers = st.floats(-3, 3, width=32)
     reward_BT, value_BT, mask_BT = (torch.zeros(len(shapes), width) for _ in range(3))
     expected_BT = torch.zeros(len(shapes), width)
+
     for row, (before, count) in enumerate(shapes):
-        rewards, values = (data.draw(st.lists(numbers, min_size=count, max_size=count)) for _ in range(2))
+        rewards, values = (
+            data.draw(st.lists(numbers, min_size=count, max_size=count)) for _ in range(2)
+        )
         here = slice(before, before + count)
         reward_BT[row, here], value_BT[row, here] = torch.tensor(rewards), torch.tensor(values)
         mask_BT[row, here] = 1
         expected_BT[row, here] = torch.tensor(slow_advantages(rewards, values, gamma, lambda_))
+
     found_BT = ppo_rollouts.advantages(reward_BT, value_BT, mask_BT, gamma, lambda_)
     torch.testing.assert_close(found_BT, expected_BT, rtol=1e-4, atol=1e-4)
 
@@ -66,22 +87,29 @@ def test_whitened_rewards_have_mean_zero_and_deviation_one():
     torch.testing.assert_close(found, (values - values.mean()) / values.std(correction=0))
     assert float(found.mean()) == pytest.approx(0, abs=1e-6)
     assert float((found**2).mean()) == pytest.approx(1)
-    for equal in (2.5, 3.3, -1e4 / 3):  # answers of equal reward say nothing, whatever rounding makes of their mean
+
+    # answers of equal reward say nothing, whatever rounding makes of their mean
+    for equal in (2.5, 3.3, -1e4 / 3):
         assert ppo_rollouts.whiten(torch.full((500,), equal)).tolist() == [0.0] * 500
 
 
 def test_collate_puts_mask_on_the_answer_and_reward_on_its_last_token():
-    rows = [answer(prompt=(1, 5, 6), tokens=(7, 8, 2), logprobs=(-0.1, -0.2, -0.3)),
-            answer(prompt=(1,), tokens=(9, 2), logprobs=(-0.4, -0.5)),
-            answer(prompt=(1, 5), tokens=(9,), logprobs=(-0.6,), finish="length")]
+    rows = [
+        answer(prompt=(1, 5, 6), tokens=(7, 8, 2), logprobs=(-0.1, -0.2, -0.3)),
+        answer(prompt=(1,), tokens=(9, 2), logprobs=(-0.4, -0.5)),
+        answer(prompt=(1, 5), tokens=(9,), logprobs=(-0.6,), finish="length"),
+    ]
     found = ppo_rollouts.collate(rows, torch.tensor([0.5, -2.0, 3.0]))
     assert found["tokens_BT"].tolist() == [[1, 5, 6, 7, 8], [1, 9, 0, 0, 0], [1, 5, 0, 0, 0]]
     assert found["targets_BT"].tolist() == [[5, 6, 7, 8, 2], [9, 2, 0, 0, 0], [5, 9, 0, 0, 0]]
     assert found["weights_BT"].tolist() == [[0, 0, 1, 1, 1], [1, 1, 0, 0, 0], [0, 1, 0, 0, 0]]
     assert found["read_B"].tolist() == [5, 2, 2]
     assert found["final_BT"].tolist() == [[0, 0, 0, 0, 0.5], [0, -2, 0, 0, 0], [0, 3, 0, 0, 0]]
-    torch.testing.assert_close(found["engine_BT"], torch.tensor(
-        [[0, 0, -0.1, -0.2, -0.3], [-0.4, -0.5, 0, 0, 0], [0, -0.6, 0, 0, 0]]))
+    torch.testing.assert_close(
+        found["engine_BT"],
+        torch.tensor([[0, 0, -0.1, -0.2, -0.3], [-0.4, -0.5, 0, 0, 0], [0, -0.6, 0, 0, 0]]),
+    )
+
     for row, one in enumerate(rows):
         learnt = found["targets_BT"][row][found["weights_BT"][row].bool()].tolist()
         assert tuple(learnt) == one.completion.tokens
@@ -96,7 +124,8 @@ def test_what_the_samples_look_like():
     assert "reward/safety" not in ppo_rollouts.describe(some, [score(0.0, 1.0, float("inf"))] * 2)
 
 
-# --- with a model ---------------------------------------------------------------------------------------------------
+# --- with a model
+# ---------------------------------------------------------------------------------------------------
 
 
 class Rig:
@@ -107,17 +136,28 @@ class Rig:
         self.tokenizer = Tokenizer.load(policy)
         self.actor, self.reference = checkpoint.load(policy), checkpoint.load(policy)
         self.models = ppo_rollouts.ActorCritic(self.actor, checkpoint.load_scorer(scorers[0]))
-        rewards = load_rewards(RewardModels(helpful=scorers[0], safe=scorers[1]), self.tokenizer, "fp32")
+        rewards = load_rewards(
+            RewardModels(helpful=scorers[0], safe=scorers[1]), self.tokenizer, "fp32"
+        )
         chat = Chat(Engine(self.actor, slots=8, precision="fp32"), self.tokenizer)
         self.seen = []
-        self.source = ppo_rollouts.Rollouts(self.models, self.reference, rewards, chat, read_prompts(prompts, None, 0),
-                                        self.settings, 3, self.seen.append)
+        self.source = ppo_rollouts.Rollouts(
+            self.models,
+            self.reference,
+            rewards,
+            chat,
+            read_prompts(prompts, None, 0),
+            self.settings,
+            3,
+            self.seen.append,
+        )
 
 
 @pytest.fixture
 def rig(policy, scorers, prompts):
     def make(**changes) -> Rig:
         return Rig(policy, scorers, prompts, **changes)
+
     return make
 
 
@@ -126,13 +166,19 @@ def test_an_iteration_has_its_updates_and_each_answer_in_every_epoch(rig):
     assert made.source.updates == 4
     updates = [next(made.source) for _ in range(4)]
     assert made.source.iteration == 1
-    rows = [[tuple(row) for batch in update for row in batch["tokens_BT"].tolist()] for update in updates]
+    rows = [
+        [tuple(row) for batch in update for row in batch["tokens_BT"].tolist()]
+        for update in updates
+    ]
     assert [len(one) for one in rows] == [4, 4, 4, 4]
     assert rows[:2] == rows[2:]
+
     for _ in range(8):
         next(made.source)
+
     with pytest.raises(StopIteration):
         next(made.source)
+
     assert len(made.seen) == 3
 
 
@@ -151,6 +197,7 @@ def test_every_prompt_is_asked_once_before_any_is_asked_again(rig):
     for _ in range(4):
         asked += [one.id for one in made.source._choose()]
         made.source.iteration += 1
+
     assert len(asked) == 32
     assert sorted(asked[:16]) == sorted(asked[16:]) == sorted({*asked})
     assert asked[:16] != asked[16:]
@@ -163,21 +210,25 @@ def test_the_engine_and_the_trainer_agree_about_log_probabilities(rig):
 
 
 def test_the_kl_penalty_is_spread_over_the_tokens(rig, monkeypatch):
-    """With gamma and lambda 1 the return of a token is the score minus beta times the KL of all tokens from it on."""
+    """With gamma and lambda 1 the return of a token is the score minus beta times the KL of all
+    tokens from it on."""
     monkeypatch.setattr(ppo_rollouts, "strip", lambda batch: batch)
     made = rig(beta=0.5, gamma=1.0, lambda_=1.0, epochs=1)
     with torch.no_grad():
         made.reference.lm_head.weight.mul_(1.2)
+
     total, rows = 0.0, 0
     for batch in (batch for _ in range(2) for batch in next(made.source)):
         kl_BT = batch["kl_BT"]
         with torch.no_grad():
             reference_BT = made.reference(batch["tokens_BT"], targets_BT=batch["targets_BT"])
+
         assert torch.equal(kl_BT, (batch["old_logp_BT"] - reference_BT) * batch["weights_BT"])
         reward_BT = batch["final_BT"] - 0.5 * kl_BT
         expected_BT = reward_BT.flip(1).cumsum(1).flip(1) * batch["weights_BT"]
         torch.testing.assert_close(batch["returns_BT"], expected_BT, rtol=1e-4, atol=1e-4)
         total, rows = total + float(kl_BT.sum()), rows + len(kl_BT)
+
     assert made.seen[0]["ppo/kl_reference"] == pytest.approx(total / rows, rel=1e-4)
     assert abs(total) > 1e-2
 
@@ -191,7 +242,9 @@ def test_an_answer_that_never_ends_may_be_given_a_score_of_its_own(rig):
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_the_first_ratio_is_exactly_one_and_the_first_kl_exactly_zero(rig, precision):
-    made = rig(precision=precision, sample=SETTINGS.sample.model_copy(update={"precision": precision}))
+    made = rig(
+        precision=precision, sample=SETTINGS.sample.model_copy(update={"precision": precision})
+    )
     watch, reports = ppo.Watch(kl_stop=1e9, updates=4), []
     made.source.observe = lambda found: (made.seen.append(found), watch.observe(found))
     watch_step = watch.on_step
@@ -201,7 +254,12 @@ def test_the_first_ratio_is_exactly_one_and_the_first_kl_exactly_zero(rig, preci
         watch_step(training, report)
 
     watch.on_step = on_step
-    learner = Learner(made.models, optim.AdamW(learning_rate=1e-3), precision=precision, apart=("actor.", "critic."))
+    learner = Learner(
+        made.models,
+        optim.AdamW(learning_rate=1e-3),
+        precision=precision,
+        apart=("actor.", "critic."),
+    )
     fit(learner, made.source, clipped(), Plan(schedule="constant", max_steps=12), [watch])
     deviations = [report.sums["ppo/ratio_deviation"] for report in reports]
     assert [deviations[step] for step in (0, 4, 8)] == [0.0, 0.0, 0.0]
@@ -214,8 +272,10 @@ def test_a_policy_that_is_not_its_reference_is_measured(rig):
     made = rig(epochs=1)
     with torch.no_grad():
         made.reference.lm_head.weight[3] += 0.5
+
     for _ in range(4):
         next(made.source)
+
     assert made.seen[0]["ppo/first_kl"] > 1e-4
     assert "ppo/first_kl" not in made.seen[1]  # later the policy has moved
 
@@ -228,19 +288,27 @@ def test_a_first_ratio_that_is_not_one_is_logged_and_raises_an_alarm(rig, capsys
     logged, watch = {}, ppo.Watch(kl_stop=9.0, updates=4)
     doctor = ppo_health.Doctor(list, kl_stop=9.0, precision="fp32")
     watch.observe(made.seen[0])
-    fit(Learner(made.models, apart=("actor.", "critic.")), made.source, clipped(),
-        Plan(schedule="constant", max_steps=4), [hooks.Log(lambda step, row: logged.update(row)), watch, doctor])
+    fit(
+        Learner(made.models, apart=("actor.", "critic.")),
+        made.source,
+        clipped(),
+        Plan(schedule="constant", max_steps=4),
+        [hooks.Log(lambda step, row: logged.update(row)), watch, doctor],
+    )
     part = sum(float(batch["weights_BT"].sum()) for batch in first[:1])
     whole = sum(float(batch["weights_BT"].sum()) for batch in first)
     expected = (1 - math.exp(-1e-2)) * part / whole
     assert logged["ppo/first_ratio_deviation"] == pytest.approx(expected, rel=1e-3)
     assert logged["ppo/first_kl"] == 0.0
     (line,) = capsys.readouterr().err.splitlines()
-    assert line.startswith("alarm at step 4: the first ratios of an iteration are not 1, by more than 0.0001: ")
+    assert line.startswith(
+        "alarm at step 4: the first ratios of an iteration are not 1, by more than 0.0001: "
+    )
     assert "(ppo/first_ratio_deviation 0.00" in line
 
 
-# --- the scale of the critic ----------------------------------------------------------------------------------------
+# --- the scale of the critic
+# ----------------------------------------------------------------------------------------
 
 
 def explained(batches) -> float:
@@ -248,12 +316,14 @@ def explained(batches) -> float:
     masks = [batch["weights_BT"].bool() for batch in batches]
     returns = torch.cat([batch["returns_BT"][mask] for batch, mask in zip(batches, masks)])
     values = torch.cat([batch["old_values_BT"][mask] for batch, mask in zip(batches, masks)])
+
     return 1 - float((returns - values).var() / returns.var())
 
 
 @pytest.mark.parametrize(("factor", "shift"), [(1.0, 0.0), (-300.0, 40.0), (0.001, -7.0)])
 def test_the_critic_starts_on_the_scale_of_whitened_returns(rig, factor, shift):
-    """Whatever the reward model's own scale: its first values are the best linear guess of what is to come."""
+    """Whatever the reward model's own scale: its first values are the best linear guess of what is
+    to come."""
     made, plain = rig(epochs=1, lambda_=1.0), rig(epochs=1, lambda_=1.0)
     plain.source.scaled = True  # as it was
     made.models.rescale(factor, shift)
@@ -261,31 +331,39 @@ def test_the_critic_starts_on_the_scale_of_whitened_returns(rig, factor, shift):
     raw = [batch for _ in range(2) for batch in next(plain.source)]
     mask = torch.cat([batch["weights_BT"].flatten() for batch in batches]).bool()
     x = torch.cat([batch["old_values_BT"].flatten() for batch in raw])[mask].double().numpy()
-    y = torch.cat([batch["returns_BT"].flatten() for batch in raw])[mask].double().numpy()  # lambda 1: no critic in it
+    # lambda 1: no critic in it
+    y = torch.cat([batch["returns_BT"].flatten() for batch in raw])[mask].double().numpy()
     gain, offset = np.polyfit(x, y, 1)
     found = torch.cat([batch["old_values_BT"].flatten() for batch in batches])[mask].numpy()
     np.testing.assert_allclose(found, gain * x + offset, rtol=1e-3, atol=1e-4)
     assert explained(batches) >= 0
     assert abs(found.mean()) < 1
+
     for batch in batches:  # and the model itself says so from now on
         with torch.no_grad():
             _, _, values_BT = made.models(batch["tokens_BT"], targets_BT=batch["targets_BT"])
-        torch.testing.assert_close(values_BT * batch["weights_BT"], batch["old_values_BT"], rtol=1e-4, atol=1e-4)
+
+        torch.testing.assert_close(
+            values_BT * batch["weights_BT"], batch["old_values_BT"], rtol=1e-4, atol=1e-4
+        )
 
 
 def test_the_critic_is_scaled_once_and_resumes_with_its_scale(rig, tmp_path):
     made, other = rig(epochs=1), rig(epochs=1)
     for _ in range(2):
         next(made.source)
+
     head, moved = made.models.critic.score.weight.clone(), made.models.shift.clone()
     torch.save((made.source.state_dict(), Learner(made.models).state_dict()), tmp_path / "state.pt")
     source, learner = torch.load(tmp_path / "state.pt", weights_only=True)
     other.source.load_state_dict(source)
     Learner(other.models).load_state_dict(learner)
+
     for one in (made, other):
         next(one.source)
         assert torch.equal(one.models.critic.score.weight, head)
         assert torch.equal(one.models.shift, moved)
+
     assert moved.item() != 0
     assert made.seen[1]["ppo/kl_reference"] == other.seen[0]["ppo/kl_reference"]
 
@@ -318,6 +396,7 @@ def test_a_saved_place_inside_an_iteration_gives_the_same_batches(rig, tmp_path)
     source, models = torch.load(tmp_path / "state.pt", weights_only=True)
     other.source.load_state_dict(source)
     other.models.load_state_dict(models)  # with the scale of the critic
+
     for _ in range(6):
         for mine, theirs in zip(next(made.source), next(other.source), strict=True):
             assert mine.keys() == theirs.keys()

@@ -1,4 +1,5 @@
-"""The prepare stage: split by opening turn, limits, weights, exclusions, duplicates, and the same files every time."""
+"""The prepare stage: split by opening turn, limits, weights, exclusions, duplicates, and the same
+files every time."""
 
 import json
 from pathlib import Path
@@ -15,7 +16,10 @@ FIXTURES = Path(__file__).parent.parent / "fixtures" / "import"
 
 
 def pairs(path: Path, count: int) -> Path:
-    rows = [{"prompt": f"Question {i // 2}", "chosen": f"good {i}", "rejected": f"bad {i}"} for i in range(count)]
+    rows = [
+        {"prompt": f"Question {i // 2}", "chosen": f"good {i}", "rejected": f"bad {i}"}
+        for i in range(count)
+    ]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return path
 
@@ -24,20 +28,28 @@ def carry_out(out: Path, **values: object) -> Path:
     config = build(prepare.Config, {"out": out, **values})
     with open_run("prepare", config) as run:
         prepare.run(config, run)
+
     return out
 
 
 def test_the_same_opening_is_on_the_same_side_in_every_kind(tmp_path):
     sources = {"mine": {"path": pairs(tmp_path / "p.jsonl", 400)}}
     sides = {}
-    for seed, (kind, record) in enumerate({"preferences": Preference, "dialogs": Dialog, "prompts": Prompt}.items()):
+    for seed, (kind, record) in enumerate(
+        {"preferences": Preference, "dialogs": Dialog, "prompts": Prompt}.items()
+    ):
         out = carry_out(tmp_path / kind, kind=kind, sources=sources, heldout=0.3, seed=seed)
-        train, heldout = (list(read(record, out / name)) for name in (f"{kind}.jsonl", f"heldout-{kind}.jsonl"))
+        train, heldout = (
+            list(read(record, out / name)) for name in (f"{kind}.jsonl", f"heldout-{kind}.jsonl")
+        )
         assert len(train) + len(heldout) == (200 if kind == "prompts" else 400)
-        openings = [{prepare.opening(prepare._messages(r)) for r in side} for side in (train, heldout)]
+        openings = [
+            {prepare.opening(prepare._messages(r)) for r in side} for side in (train, heldout)
+        ]
         assert not openings[0] & openings[1]
         assert 35 < len(openings[1]) < 85
         sides[kind] = openings
+
     assert sides["preferences"] == sides["dialogs"] == sides["prompts"]
 
 
@@ -45,23 +57,37 @@ def test_a_larger_held_out_share_contains_a_smaller_one_and_case_does_not_count(
     turns = [messages_of([("user", f"Question  {i}")]) for i in range(500)]
     small, large = ({t for t in turns if prepare.is_heldout(t, share)} for share in (0.1, 0.2))
     assert small < large
-    assert all(prepare.is_heldout(messages_of([("user", t[0].content.upper())]), 0.1) for t in small)
+    assert all(
+        prepare.is_heldout(messages_of([("user", t[0].content.upper())]), 0.1) for t in small
+    )
 
 
 def test_the_files_follow_from_seed_and_content_alone(tmp_path):
-    values = {"kind": "preferences", "sources": {"mine": {"path": pairs(tmp_path / "p.jsonl", 100), "limit": 30}}}
-    texts = [(carry_out(tmp_path / name, seed=seed, **values) / "preferences.jsonl").read_text()
-             for name, seed in (("a", 1), ("b", 1), ("c", 2))]
+    values = {
+        "kind": "preferences",
+        "sources": {"mine": {"path": pairs(tmp_path / "p.jsonl", 100), "limit": 30}},
+    }
+    texts = [
+        (carry_out(tmp_path / name, seed=seed, **values) / "preferences.jsonl").read_text()
+        for name, seed in (("a", 1), ("b", 1), ("c", 2))
+    ]
     assert texts[0] == texts[1] != texts[2]
     assert len(texts[0].splitlines()) == len(texts[2].splitlines()) == 30
     assert set(texts[0].splitlines()) != set(texts[2].splitlines())
-    numbers = [int(json.loads(line)["prompt"][0]["content"].split()[1]) for line in texts[0].splitlines()]
+    numbers = [
+        int(json.loads(line)["prompt"][0]["content"].split()[1]) for line in texts[0].splitlines()
+    ]
     assert numbers != sorted(numbers)
 
 
 def test_weights_repeat_training_records_only(tmp_path):
     path = pairs(tmp_path / "p.jsonl", 400)
-    out = carry_out(tmp_path / "out", kind="preferences", heldout=0.2, sources={"mine": {"path": path, "weight": 2.5}})
+    out = carry_out(
+        tmp_path / "out",
+        kind="preferences",
+        heldout=0.2,
+        sources={"mine": {"path": path, "weight": 2.5}},
+    )
     train = [r.id for r in read(Preference, out / "preferences.jsonl")]
     heldout = [r.id for r in read(Preference, out / "heldout-preferences.jsonl")]
     assert {train.count(one) for one in set(train)} == {2, 3}
@@ -71,22 +97,39 @@ def test_weights_repeat_training_records_only(tmp_path):
 
 @pytest.mark.parametrize("kind", ["dialogs", "preferences"])
 def test_no_conversation_is_on_both_sides_whatever_weights_copies_and_depths(tmp_path, kind):
-    deep = [{"chosen": f"\n\nHuman: Q{i}\n\nAssistant: a\n\nHuman: {said}\n\nAssistant: good {i}",
-             "rejected": f"\n\nHuman: Q{i}\n\nAssistant: a\n\nHuman: {said}\n\nAssistant: bad {i}"}
-            for i in range(60) for said in ("why?", "how?")]
-    flat = [{"chosen": f"\n\nHuman:  q{i} \n\nAssistant: so", "rejected": f"\n\nHuman:  q{i} \n\nAssistant: no"}
-            for i in range(60)]
+    deep = [
+        {
+            "chosen": f"\n\nHuman: Q{i}\n\nAssistant: a\n\nHuman: {said}\n\nAssistant: good {i}",
+            "rejected": f"\n\nHuman: Q{i}\n\nAssistant: a\n\nHuman: {said}\n\nAssistant: bad {i}",
+        }
+        for i in range(60)
+        for said in ("why?", "how?")
+    ]
+    flat = [
+        {
+            "chosen": f"\n\nHuman:  q{i} \n\nAssistant: so",
+            "rejected": f"\n\nHuman:  q{i} \n\nAssistant: no",
+        }
+        for i in range(60)
+    ]
     paths = {}
+
     for name, rows in {"deep": deep, "flat": flat + flat, "again": deep}.items():
         paths[name] = tmp_path / f"{name}.jsonl"
         paths[name].write_text("".join(json.dumps(row) + "\n" for row in rows))
-    sources = {"deep": {"path": paths["deep"], "weight": 3}, "flat": {"path": paths["flat"], "weight": 0.5},
-               "again": {"path": paths["again"], "weight": 2}}
+
+    sources = {
+        "deep": {"path": paths["deep"], "weight": 3},
+        "flat": {"path": paths["flat"], "weight": 0.5},
+        "again": {"path": paths["again"], "weight": 2},
+    }
 
     out = carry_out(tmp_path / "out", kind=kind, sources=sources, heldout=0.3)
     record = Dialog if kind == "dialogs" else Preference
-    train, heldout = ([prepare.opening(prepare._messages(r)) for r in read(record, out / name)]
-                      for name in (f"{kind}.jsonl", f"heldout-{kind}.jsonl"))
+    train, heldout = (
+        [prepare.opening(prepare._messages(r)) for r in read(record, out / name)]
+        for name in (f"{kind}.jsonl", f"heldout-{kind}.jsonl")
+    )
     assert 8 < len({*heldout}) < 30
     assert {*train} | {*heldout} >= {f"q{i}" for i in range(60) if f"q{i}" in heldout}
     assert not {*train} & {*heldout}
@@ -96,21 +139,28 @@ def test_no_conversation_is_on_both_sides_whatever_weights_copies_and_depths(tmp
 
 def test_a_source_ends_with_one_line_and_the_summary_says_the_same(tmp_path, capsys):
     path = tmp_path / "rows.jsonl"
-    rows = [{"prompt": f"p{i}", "completion": "c" if i else "", "label": i != 1, "id": i, "source": "s"}
-            for i in range(5)]
+    rows = [
+        {"prompt": f"p{i}", "completion": "c" if i else "", "label": i != 1, "id": i, "source": "s"}
+        for i in range(5)
+    ]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     out = carry_out(tmp_path / "out", kind="dialogs", sources={"mine": {"path": path}})
     assert capsys.readouterr().err.splitlines() == [
         f"{out}: mine: read 5, kept 3, left out 2: empty answer 1, the answer is marked as bad 1; "
-        "format: question-answer 5; columns not read: id 3, source 3"]
-    source, = json.loads((out / "summary.json").read_text())["sources"]
+        "format: question-answer 5; columns not read: id 3, source 3"
+    ]
+    (source,) = json.loads((out / "summary.json").read_text())["sources"]
     assert source["skipped"] == {"empty answer": 1, "the answer is marked as bad": 1}
     assert source["format"] == {"question-answer": 5}
     assert source["columns_not_read"] == {"id": 3, "source": 3}
 
 
 def test_the_line_of_comparisons_says_their_axis(tmp_path, capsys):
-    carry_out(tmp_path / "out", kind="preferences", sources={"mine": {"path": pairs(tmp_path / "p.jsonl", 4)}})
+    carry_out(
+        tmp_path / "out",
+        kind="preferences",
+        sources={"mine": {"path": pairs(tmp_path / "p.jsonl", 4)}},
+    )
     assert "mine: read 4, kept 4; format: pairs 4; axis: helpful 4" in capsys.readouterr().err
 
 
@@ -119,7 +169,10 @@ def test_columns_can_be_left_out_by_name(tmp_path):
     path.write_text('{"prompt": "p", "completion": "c", "rating": 3}\n')
     with pytest.raises(UserError, match=r"'rating' would be lost.*--sources.NAME.ignore rating"):
         carry_out(tmp_path / "a", kind="dialogs", sources={"mine": {"path": path}})
-    out = carry_out(tmp_path / "b", kind="dialogs", sources={"mine": {"path": path, "ignore": ["rating"]}})
+
+    out = carry_out(
+        tmp_path / "b", kind="dialogs", sources={"mine": {"path": path, "ignore": ["rating"]}}
+    )
     assert len(list(read(Dialog, out / "dialogs.jsonl"))) == 1
 
 
@@ -127,21 +180,46 @@ def test_a_file_whose_first_row_is_broken_is_still_known_for_what_it_holds(tmp_p
     path = pairs(tmp_path / "p.jsonl", 6)
     path.write_text('{"foo": 1}\n{broken\n' + path.read_text())
     for kind in ("preferences", "dialogs", "prompts"):
-        out = carry_out(tmp_path / kind, kind=kind, sources={"mine": {"path": path, "malformed": "skip"}})
-        source, = json.loads((out / "summary.json").read_text())["sources"]
-        assert (source["read"], source["skipped"]["malformed"], source["format"]) == (8, 2, {"pairs": 6})
+        out = carry_out(
+            tmp_path / kind, kind=kind, sources={"mine": {"path": path, "malformed": "skip"}}
+        )
+        (source,) = json.loads((out / "summary.json").read_text())["sources"]
+        assert (source["read"], source["skipped"]["malformed"], source["format"]) == (
+            8,
+            2,
+            {"pairs": 6},
+        )
 
 
 def test_duplicates_long_and_excluded_records_are_counted(tmp_path):
     path = tmp_path / "d.jsonl"
-    rows = [("Hi", "Hello"), ("Hi", "Hello"), ("Long", "x" * 200), ("First  QUESTION?", "An answer"), ("Bye", "Ciao")]
+    rows = [
+        ("Hi", "Hello"),
+        ("Hi", "Hello"),
+        ("Long", "x" * 200),
+        ("First  QUESTION?", "An answer"),
+        ("Bye", "Ciao"),
+    ]
     path.write_text("".join(json.dumps({"instruction": i, "output": o}) + "\n" for i, o in rows))
-    out = carry_out(tmp_path / "out", kind="dialogs", max_characters=100, exclude=[FIXTURES / "lines.txt"],
-                    sources={"mine": {"path": path}, "again": {"path": path}})
-    assert sorted(d.messages[0].content for d in read(Dialog, out / "dialogs.jsonl")) == ["Bye", "Hi"]
+    out = carry_out(
+        tmp_path / "out",
+        kind="dialogs",
+        max_characters=100,
+        exclude=[FIXTURES / "lines.txt"],
+        sources={"mine": {"path": path}, "again": {"path": path}},
+    )
+    assert sorted(d.messages[0].content for d in read(Dialog, out / "dialogs.jsonl")) == [
+        "Bye",
+        "Hi",
+    ]
     mine, again = json.loads((out / "summary.json").read_text())["sources"]
     assert mine["skipped"] == {"duplicate": 1, "too long": 1, "excluded": 1}
-    assert (mine["read"], mine["kept"], again["kept"], again["skipped"]["duplicate"]) == (5, 2, 0, 3)
+    assert (mine["read"], mine["kept"], again["kept"], again["skipped"]["duplicate"]) == (
+        5,
+        2,
+        0,
+        3,
+    )
     assert not (out / "heldout-dialogs.jsonl").exists()
 
 
@@ -150,8 +228,13 @@ def test_comparisons_serve_as_dialogs_and_prompts(tmp_path):
     path = tmp_path / "harmless" / "pairs.jsonl"
     path.write_text((FIXTURES / "hh.jsonl").read_text())
     dialogs = carry_out(tmp_path / "d", kind="dialogs", sources={"hh": {"path": path}})
-    prompts = carry_out(tmp_path / "p", kind="prompts", sources={"hh": {"path": path, "family": "unsafe"}})
-    dialog, prompt = next(read(Dialog, dialogs / "dialogs.jsonl")), next(read(Prompt, prompts / "prompts.jsonl"))
+    prompts = carry_out(
+        tmp_path / "p", kind="prompts", sources={"hh": {"path": path, "family": "unsafe"}}
+    )
+    dialog, prompt = (
+        next(read(Dialog, dialogs / "dialogs.jsonl")),
+        next(read(Prompt, prompts / "prompts.jsonl")),
+    )
     assert dialog.messages[-1].content == "The nightingale."
     assert prompt.messages == dialog.messages[:-1]
     assert prompt.safety
@@ -163,16 +246,29 @@ def test_what_is_held_out_of_comparisons_can_be_kept_out_of_dialogs(tmp_path):
     compared = carry_out(tmp_path / "p", kind="preferences", sources=sources, heldout=0.3)
     heldout = compared / "heldout-preferences.jsonl"
     dialogs = carry_out(tmp_path / "d", kind="dialogs", sources=sources, exclude=[heldout])
-    assert ({r.messages[:-1] for r in read(Dialog, dialogs / "dialogs.jsonl")}
-            == {r.prompt for r in read(Preference, compared / "preferences.jsonl")})
+    assert {r.messages[:-1] for r in read(Dialog, dialogs / "dialogs.jsonl")} == {
+        r.prompt for r in read(Preference, compared / "preferences.jsonl")
+    }
 
 
-@pytest.mark.parametrize(("values", "cause"), [
-    ({"sources": {}}, "there is nothing to prepare"),
-    ({"sources": {"x": {"path": FIXTURES / "hh.jsonl"}}, "heldout": 0.0001}, "no record is held out"),
-    ({"sources": {"x": {"path": FIXTURES / "hh.jsonl"}}, "max_characters": 3}, "no record is left to train on"),
-    ({"sources": {"x": {"path": FIXTURES / "hh.jsonl", "axes": "safe"}}}, "unknown key 'sources.x.axes'"),
-])
+@pytest.mark.parametrize(
+    ("values", "cause"),
+    [
+        ({"sources": {}}, "there is nothing to prepare"),
+        (
+            {"sources": {"x": {"path": FIXTURES / "hh.jsonl"}}, "heldout": 0.0001},
+            "no record is held out",
+        ),
+        (
+            {"sources": {"x": {"path": FIXTURES / "hh.jsonl"}}, "max_characters": 3},
+            "no record is left to train on",
+        ),
+        (
+            {"sources": {"x": {"path": FIXTURES / "hh.jsonl", "axes": "safe"}}},
+            "unknown key 'sources.x.axes'",
+        ),
+    ],
+)
 def test_a_preparation_that_makes_nothing_says_why(tmp_path, values, cause):
     with pytest.raises(UserError, match=cause):
         carry_out(tmp_path / "out", kind="preferences", **values)

@@ -37,15 +37,23 @@ def test_the_template_of_a_known_risk_follows_the_preprompt(risk):
         text = under_preprompt(made, seed)[0].content
         assert text.endswith(TEMPLATES[risk])
         assert [text.count(f" {step}. ") for step in (1, 2, 3, 4)] == [1, 1, 1, 1]
+
     assert len({TEMPLATES[one].split("category: ")[1].split(".")[0] for one in RISKS}) == 3
     other = prompt("How?", True, family="unsafe", risk="unheard of")
     assert "category" not in under_preprompt(other, 0)[0].content
     assert "category" not in under_preprompt(made, 0, templates={})[0].content
 
 
-@pytest.mark.parametrize(("preprompts", "message"), [
-    ([], "at least one"), (["{c}"], "no fields but"), (["{"], "no fields but"), (["{0}"], "no fields but"),
-    (["{a.b}"], "no fields but")])
+@pytest.mark.parametrize(
+    ("preprompts", "message"),
+    [
+        ([], "at least one"),
+        (["{c}"], "no fields but"),
+        (["{"], "no fields but"),
+        (["{0}"], "no fields but"),
+        (["{a.b}"], "no fields but"),
+    ],
+)
 def test_what_is_no_preprompt(preprompts, message):
     with pytest.raises(ValueError, match=message):
         check(preprompts)
@@ -53,6 +61,9 @@ def test_what_is_no_preprompt(preprompts, message):
 
 def test_a_bad_preprompt_is_named(one_line, tmp_path):
     words = ["--prompts", "q", "--out", tmp_path / "x", "--preprompts", "Be {nice}."]
-    for verb in (["distill", "--policy", "p", "--rewards.helpful", "h"], ["collect", "--policies", "p"]):
+    for verb in (
+        ["distill", "--policy", "p", "--rewards.helpful", "h"],
+        ["collect", "--policies", "p"],
+    ):
         heard = one_line(*verb, *words)
         assert "'preprompts': a preprompt has no fields but {a} and {b}" in heard

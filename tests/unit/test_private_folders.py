@@ -28,6 +28,7 @@ def test_whatever_the_umask_nobody_else_can_write(tmp_path, umask):
         made = private_folders.folder()
     finally:
         os.umask(before)
+
     assert made == tmp_path / "cache/llama2"
     assert [place.stat().st_mode & 0o777 for place in (made, made.parent)] == [0o700, 0o700]
 
@@ -49,7 +50,9 @@ print(made, made.is_dir(), oct(made.stat().st_mode & 0o777), private.folder() ==
 """
     (tmp_path / "cache").write_text("no folder")
     (tmp_path / f"llama2-{os.getuid()}").symlink_to(tmp_path)
-    process = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=200)
+    process = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=200
+    )
     place, *rest = process.stdout.split()
     assert rest == ["True", "0o700", "True"], process.stderr
     assert place.startswith(f"{tmp_path}/llama2-")
@@ -60,6 +63,7 @@ def test_nothing_is_made_in_a_home_of_another_user(tmp_path, monkeypatch):
     """`sudo` may leave HOME as it was: what root made there would be in that user's way."""
     if os.getuid() != 0:
         pytest.skip("only root can give files away")
+
     (tmp_path / "home").mkdir()
     os.chown(tmp_path / "home", 12345, 12345)
     monkeypatch.delenv("XDG_CACHE_HOME")
@@ -73,10 +77,14 @@ def test_a_group_of_ones_own_may_write_above(tmp_path, monkeypatch):
     (tmp_path / "cache").mkdir()
     (tmp_path / "cache").chmod(0o775)
     own = os.getgid() == os.getuid() == (tmp_path / "cache").stat().st_gid
+
     if not own:
         pytest.skip("this user's group is shared")
+
     assert private_folders.folder() == tmp_path / "cache/llama2"
-    monkeypatch.setattr(private_folders.grp, "getgrgid", lambda number: type("Group", (), {"gr_mem": ["another"]}))
+    monkeypatch.setattr(
+        private_folders.grp, "getgrgid", lambda number: type("Group", (), {"gr_mem": ["another"]})
+    )
     private_folders.folder.cache_clear()
     assert private_folders.folder() == tmp_path / f"llama2-{os.getuid()}"
 

@@ -38,8 +38,11 @@ def text(shared, world):
     """Three documents, as JSON Lines and as plain text."""
     dialogs = list(records.read(records.Dialog, world / "demonstrations.jsonl"))[:3]
     texts = ["\n".join(turn.content for turn in dialog.messages) for dialog in dialogs]
-    records.write(shared / "heldout.jsonl", [Document(each, str(index)) for index, each in enumerate(texts)])
+    records.write(
+        shared / "heldout.jsonl", [Document(each, str(index)) for index, each in enumerate(texts)]
+    )
     (shared / "heldout.txt").write_text("\n\n".join(each.replace("\n\n", "\n") for each in texts))
+
     return shared / "heldout.jsonl"
 
 
@@ -47,7 +50,8 @@ def without_torchao(monkeypatch):
     monkeypatch.setitem(sys.modules, "torchao", None)
 
 
-# --- rounding --------------------------------------------------------------------------------------------------------
+# --- rounding
+# --------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("size", [(16, 32), (5, 70)])
@@ -64,10 +68,16 @@ def test_four_bits_are_torchaos(torchao, offset):
     weight = torch.randn(48, 96) + offset
     layer = nn.Linear(96, 48, bias=False)
     layer.weight = nn.Parameter(weight)
-    torchao.quantize_(layer, torchao.IntxWeightOnlyConfig(
-        torch.int4, torchao.PerGroup(32), torchao.MappingType.ASYMMETRIC))
+    torchao.quantize_(
+        layer,
+        torchao.IntxWeightOnlyConfig(
+            torch.int4, torchao.PerGroup(32), torchao.MappingType.ASYMMETRIC
+        ),
+    )
     found, theirs = quantize.rounded(weight, "int4"), layer.weight.dequantize()
-    assert ((found.weight() - theirs).abs() <= theirs.abs() / 256 + 1e-6).all(), "scales are bf16 here"
+    assert ((found.weight() - theirs).abs() <= theirs.abs() / 256 + 1e-6).all(), (
+        "scales are bf16 here"
+    )
     grid = found.integers_OI.unique()
     assert (grid.min(), grid.max(), len(grid)) == (-8, 7, 16)
     error = (found.weight() - weight).view(48, 3, 32).abs().amax(2)
@@ -86,6 +96,7 @@ def test_inputs_that_make_no_whole_group_are_rounded_too(torchao, inputs):
 def test_importing_torchao_says_nothing(torchao, caplog):
     with caplog.at_level("WARNING"):
         quantize.rounded(torch.randn(4, 32), "int4")
+
     assert caplog.records == []
 
 
@@ -93,14 +104,29 @@ def test_importing_torchao_says_nothing(torchao, caplog):
 @pytest.mark.parametrize("bits", ["int8", "int4"])
 def test_what_is_rounded(shape, bits):
     rows = {row["name"]: row for row in coverage(shape, bits)}
-    assert all(rows[f"model.layers.*.{name}.weight"]["kept_in"] == bits for name in (
-        "self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj", "mlp.gate_proj", "mlp.up_proj",
-        "mlp.down_proj"))
-    assert rows["model.norm.weight"]["reason"] == rows["model.layers.*.input_layernorm.weight"]["reason"] == "a vector"
+    assert all(
+        rows[f"model.layers.*.{name}.weight"]["kept_in"] == bits
+        for name in (
+            "self_attn.q_proj",
+            "self_attn.k_proj",
+            "self_attn.v_proj",
+            "self_attn.o_proj",
+            "mlp.gate_proj",
+            "mlp.up_proj",
+            "mlp.down_proj",
+        )
+    )
+    assert (
+        rows["model.norm.weight"]["reason"]
+        == rows["model.layers.*.input_layernorm.weight"]["reason"]
+        == "a vector"
+    )
     head = "model.embed_tokens.weight" if shape.tie_word_embeddings else "lm_head.weight"
     assert rows[head]["kept_in"] == ("int8" if bits == "int8" else "bf16")
+
     if not shape.tie_word_embeddings:
         assert rows["model.embed_tokens.weight"]["reason"] == "looked up, not multiplied"
+
     assert sum(row["before"] for row in rows.values()) == 4 * shape.parameters()
     assert all(bool(row["reason"]) == (row["kept_in"] == "bf16") for row in rows.values())
 
@@ -109,47 +135,74 @@ def test_what_is_rounded(shape, bits):
 def test_sizes_are_those_of_what_is_decoded_with(bits):
     if bits == "int4":
         pytest.importorskip("torchao")
+
     model = Llama(SHAPE).bfloat16()
     if not cpu_decoder.runs(model):
         pytest.skip("no compiler")
-    integers = {name: quantize.rounded(weight, bits) for name, weight in model.named_parameters()
-                if not quantize.kept(name, weight, bits, tied=False)}
+
+    integers = {
+        name: quantize.rounded(weight, bits)
+        for name, weight in model.named_parameters()
+        if not quantize.kept(name, weight, bits, tied=False)
+    }
     kept = cpu_decoder.Decoder(model, integers)._kept
     held = sum(tensor.numel() * tensor.element_size() for tensor in kept if tensor is not None)
     vectors = sum(weight.numel() for weight in model.parameters() if weight.dim() == 1)
-    assert held - 2 * vectors == sum(row["after"] for row in coverage(SHAPE, bits)), "norms are decoded with in fp32"
+    assert held - 2 * vectors == sum(row["after"] for row in coverage(SHAPE, bits)), (
+        "norms are decoded with in fp32"
+    )
 
 
-# --- the measure -----------------------------------------------------------------------------------------------------
+# --- the measure
+# -----------------------------------------------------------------------------------------------------
 
 
 def test_every_token_is_predicted_once(tokenizer):
-    documents = [Document("one two three " * 20, "a"), Document("four", "b"), Document("never read", "c")]
+    documents = [
+        Document("one two three " * 20, "a"),
+        Document("four", "b"),
+        Document("never read", "c"),
+    ]
     whole = [[tokenizer.bos, *tokenizer.encode(each.text), tokenizer.eos] for each in documents]
     count, rows = windows(documents, tokenizer, 16, sum(map(len, whole[:2])) - 2)
     assert count == 2
     assert all(2 <= len(row) <= 16 for row in rows)
-    assert [token for row in rows for token in row[1:]] == [token for ids in whole[:2] for token in ids[1:]]
+    assert [token for row in rows for token in row[1:]] == [
+        token for ids in whole[:2] for token in ids[1:]
+    ]
     assert sum(len(row) - 1 for row in windows(documents, tokenizer, 16, 37)[1]) == 37
 
 
 def test_the_loss_is_that_of_the_weights_that_are_served(policy, tokenizer, torchao):
-    """The engine draws with integers, here its weights are multiplied as the bf16 numbers they stand for."""
+    """The engine draws with integers, here its weights are multiplied as the bf16 numbers they
+    stand for."""
     model, precisions = load(policy).eval().requires_grad_(False), ("int8", "int4")
-    prompts = [[tokenizer.bos, *tokenizer.encode(word)] for word in ("One", "My name", "The", "[INST] Hello [/INST]")]
+    prompts = [
+        [tokenizer.bos, *tokenizer.encode(word)]
+        for word in ("One", "My name", "The", "[INST] Hello [/INST]")
+    ]
     for precision in precisions:
         engine = Engine(model, precision=precision)
         results = [row[0] for row in engine.generate(prompts, Sampling(max_tokens=40, seed=3))]
         rows = [list(each.prompt + each.tokens) for each in results]
         own = [value for each in results for value in each.logprobs]
-        found = [value for each, row in zip(results, predictions(engine.current(), rows, "bf16"))
-                 for value in row[0][len(each.prompt) - 1 :]]
-        other = [value for each, row in zip(results, logprobs(model, rows, "fp32"))
-                 for value in row[len(each.prompt) - 1 :]]
-        gap, loss = (sum(abs(a - b) for a, b in zip(own, theirs)) / len(own) for theirs in (found, other))
+        found = [
+            value
+            for each, row in zip(results, predictions(engine.current(), rows, "bf16"))
+            for value in row[0][len(each.prompt) - 1 :]
+        ]
+        other = [
+            value
+            for each, row in zip(results, logprobs(model, rows, "fp32"))
+            for value in row[len(each.prompt) - 1 :]
+        ]
+        gap, loss = (
+            sum(abs(a - b) for a, b in zip(own, theirs)) / len(own) for theirs in (found, other)
+        )
         assert gap < 0.02
         assert max(abs(a - b) for a, b in zip(own, found)) < 0.15
         assert loss > 0
+
         if precision == "int4":
             assert gap < loss / 2, "what rounding costs is more than what bf16 blurs"
 
@@ -158,6 +211,7 @@ def test_predictions_are_logprobs_and_greedy_choices():
     model = Llama(SHAPE, 2)
     rows = [[1, *range(5, 5 + length)] for length in (3, 1, 9, 0, 40)]
     found = predictions(model, rows, "fp32", batch_tokens=30)
+
     for row, (own, best), expected in zip(rows, found, logprobs(model, rows, "fp32")):
         assert own == pytest.approx(expected, abs=1e-5)
         with torch.no_grad():
@@ -168,7 +222,10 @@ def test_the_report(policy, text, tokenizer, tmp_path, capsys, torchao):
     assert llama2("quantize", policy, "--data", text, "--out", tmp_path / "new", "--json") == 0
     report = json.loads(capsys.readouterr().out)
     assert report == json.loads((tmp_path / "new/report.json").read_text())
-    rows = [[tokenizer.bos, *tokenizer.encode(each.text), tokenizer.eos] for each in records.read(Document, text)]
+    rows = [
+        [tokenizer.bos, *tokenizer.encode(each.text), tokenizer.eos]
+        for each in records.read(Document, text)
+    ]
     logp = [value for row in logprobs(load(policy), rows, "fp32") for value in row]
     assert (report["documents"], report["tokens"]) == (3, len(logp))
     assert report["fp32"]["perplexity"] == pytest.approx(math.exp(-sum(logp) / len(logp)), rel=1e-5)
@@ -178,6 +235,7 @@ def test_the_report(policy, text, tokenizer, tmp_path, capsys, torchao):
     sizes = [report[name]["bytes"] for name in ("fp32", "bf16", "int8", "int4")]
     assert sizes[1] * 2 == sizes[0]
     assert max(sizes[2:]) < sizes[1]
+
     for name in ("bf16", "int8", "int4"):
         one = report[name]
         assert one["change"] == pytest.approx(one["perplexity"] / report["fp32"]["perplexity"] - 1)
@@ -190,50 +248,100 @@ def test_the_same_weights_lose_nothing():
     rows = [[1, *range(5, 40)]]
     found = measure(model, rows, ("fp32",))["fp32"]
     assert (found["mean_difference"], found["max_difference"], found["other_choices"]) == (0, 0, 0)
+
     with torch.no_grad():
         for name, weight in model.named_parameters():
-            if name != "model.embed_tokens.weight" and weight.dim() == 2:  # whole numbers of one scale, and bf16's
-                weight.copy_((weight * 2000).round().clamp(-126, 126) / 2048).view(-1)[0] = 127 / 2048
+            # whole numbers of one scale, and bf16's
+            if name != "model.embed_tokens.weight" and weight.dim() == 2:
+                weight.copy_((weight * 2000).round().clamp(-126, 126) / 2048).view(-1)[0] = (
+                    127 / 2048
+                )
                 weight[:, 0] = 127 / 2048
+
         exact = predictions(model.bfloat16().float(), rows, "fp32")
         served = predictions(Engine(model, precision="int8").current().float(), rows, "fp32")
+
     assert served[0][0] == pytest.approx(exact[0][0], abs=1e-6)
 
 
 def test_the_tables(policy, text, capsys):
-    assert llama2("quantize", policy, "--data", text.with_suffix(".txt"), "--split", "paragraph", "--precisions",
-                  "bf16", "int8", "--tokens", 50) == 0
+    assert (
+        llama2(
+            "quantize",
+            policy,
+            "--data",
+            text.with_suffix(".txt"),
+            "--split",
+            "paragraph",
+            "--precisions",
+            "bf16",
+            "int8",
+            "--tokens",
+            50,
+        )
+        == 0
+    )
     lines = capsys.readouterr().out.splitlines()
     assert lines[0] == "int8: what is rounded"
-    assert next(line for line in lines if "q_proj" in line).split()[1:6] == ["2", "32", "x", "32", "int8"]
-    assert next(line for line in lines if "embed_tokens" in line).endswith("looked up, not multiplied")
+    assert next(line for line in lines if "q_proj" in line).split()[1:6] == [
+        "2",
+        "32",
+        "x",
+        "32",
+        "int8",
+    ]
+    assert next(line for line in lines if "embed_tokens" in line).endswith(
+        "looked up, not multiplied"
+    )
     assert any(line.startswith("50 tokens of ") for line in lines)
     assert [line.split()[0] for line in lines[-3:]] == ["fp32", "bf16", "int8"]
 
 
-# --- mistakes, and where it may be asked for -------------------------------------------------------------------------
+# --- mistakes, and where it may be asked for
+# -------------------------------------------------------------------------
 
 
 def test_without_torchao_only_four_bits_are_missing(policy, text, one_line, monkeypatch, capsys):
     without_torchao(monkeypatch)
-    for words in (("quantize", policy, "--data", text), ("chat", policy, "--precision", "int4"),
-                  ("serve", policy, "--precision", "int4", "--port", 0)):
-        assert one_line(*words) == ("this needs the package 'torchao', which is not installed; "
-                                    "pip install 'llama2[quantize]'")
+    for words in (
+        ("quantize", policy, "--data", text),
+        ("chat", policy, "--precision", "int4"),
+        ("serve", policy, "--precision", "int4", "--port", 0),
+    ):
+        assert one_line(*words) == (
+            "this needs the package 'torchao', which is not installed; "
+            "pip install 'llama2[quantize]'"
+        )
+
     with pytest.raises(UserError, match="torchao"):
         Engine(Llama(SHAPE), precision="int4")
+
     assert llama2("quantize", policy, "--data", text, "--precisions", "int8") == 0
 
 
 def test_mistakes(policy, text, scorers, tmp_path, one_line):
     assert "no such file" in one_line(
-        "quantize", policy, "--data", tmp_path / "none.txt", "--precisions", "int8")
+        "quantize", policy, "--data", tmp_path / "none.txt", "--precisions", "int8"
+    )
     assert "'--precisions': must be 'bf16', 'int8' or 'int4'" in one_line(
-        "quantize", policy, "--data", text, "--precisions", "int2")
+        "quantize", policy, "--data", text, "--precisions", "int2"
+    )
     assert "this is a reward model" in one_line("quantize", scorers[0], "--data", text)
+
     for verb in ("ppo", "rejection"):
-        said = one_line(verb, "--policy", policy, "--rewards.helpful", scorers[0], "--prompts", text, "--out",
-                        tmp_path / "out", "--sample.precision", "int8")
+        said = one_line(
+            verb,
+            "--policy",
+            policy,
+            "--rewards.helpful",
+            scorers[0],
+            "--prompts",
+            text,
+            "--out",
+            tmp_path / "out",
+            "--sample.precision",
+            "int8",
+        )
         assert "'sample.precision': rounded weights are for chat, serve and evaluate" in said
 
 
@@ -241,11 +349,14 @@ def test_mistakes(policy, text, scorers, tmp_path, one_line):
 def test_chat_and_server_take_it(policy, tokenizer, precision, monkeypatch, capsys):
     if precision == "int4":
         pytest.importorskip("torchao")
+
     monkeypatch.setattr(sys, "stdin", io.StringIO("Hello\n"))
     assert llama2("chat", policy, "--precision", precision, "--max-tokens", 8) == 0
     ids = [tokenizer.bos, *tokenizer.encode("My name is what it is")]
     engine = Engine(load(policy, dtype=torch.bfloat16).requires_grad_(False), precision=precision)
+
     with serving(policy, precision=precision) as served:
         answer = served.post("completions", prompt=ids, echo=True, max_tokens=0, logprobs=1).json()
+
     found = answer["choices"][0]["logprobs"]["token_logprobs"][1:]
     assert found == pytest.approx(predictions(engine.current(), [ids], "bf16")[0][0], abs=1e-3)

@@ -1,4 +1,5 @@
-"""How long a recipe still takes: by the weights, by what is finished, and by what running steps say of themselves."""
+"""How long a recipe still takes: by the weights, by what is finished, and by what running steps say
+of themselves."""
 
 import os
 import time
@@ -21,7 +22,9 @@ def test_the_pace_is_that_of_finished_and_of_running_steps():
 
 
 def test_a_running_step_is_believed_about_itself():
-    assert remaining(0, [(10, 10)], [Running(10, seconds=100, share=0.25, left=0.75)], 110) == pytest.approx(300)
+    assert remaining(
+        0, [(10, 10)], [Running(10, seconds=100, share=0.25, left=0.75)], 110
+    ) == pytest.approx(300)
     resumed = Running(10, seconds=50, share=0.25, left=0.25)  # it began at one half
     assert remaining(0, [], [resumed], 50) == pytest.approx(50)
     begun = Running(100, seconds=60, share=0.01, left=0.99)  # one line of many says little
@@ -37,7 +40,8 @@ def test_steps_side_by_side_share_the_time():
 
 
 def test_it_never_stands_still():
-    """Neither for a step that says nothing nor for one that has not spoken for long, nor long after the time given."""
+    """Neither for a step that says nothing nor for one that has not spoken for long, nor long after
+    the time given."""
     for running in (lambda t: Running(60, float(t)), lambda t: Running(60, 30, 0.5, 0.5, float(t))):
         told = [remaining(100, [(50, 70)], [running(t)], 70 + t) for t in range(600)]
         assert all(a != b for a, b in pairwise(told))
@@ -45,13 +49,23 @@ def test_it_never_stands_still():
         assert min(told) > 0
 
 
-@pytest.mark.parametrize(("line", "share"), [
-    ("sft 20/80: ETA 1:00, loss 2.1, 900 tokens/s, MFU 97%", 0.25), ("pretrain 1,000/4,000: loss 1", 0.25),
-    ("reading 25 %", 0.25), ("sampled 12.5% of the prompts", 0.125), ("ppo 3: loss 0.1, 9 tokens/s, MFU 97%", None),
-    ("runs/v1/3/4: resuming", None), ("9 tokens/s", None), ("5/0", None), ("7/4 time", None), ("", None),
-    ("asked http://host:80/1/2: 30/40", 0.75),
-    ("runs/demo/rejection1: 7,000 of 28,000 answers, 3:20 left", 0.25),
-])
+@pytest.mark.parametrize(
+    ("line", "share"),
+    [
+        ("sft 20/80: ETA 1:00, loss 2.1, 900 tokens/s, MFU 97%", 0.25),
+        ("pretrain 1,000/4,000: loss 1", 0.25),
+        ("reading 25 %", 0.25),
+        ("sampled 12.5% of the prompts", 0.125),
+        ("ppo 3: loss 0.1, 9 tokens/s, MFU 97%", None),
+        ("runs/v1/3/4: resuming", None),
+        ("9 tokens/s", None),
+        ("5/0", None),
+        ("7/4 time", None),
+        ("", None),
+        ("asked http://host:80/1/2: 30/40", 0.75),
+        ("runs/demo/rejection1: 7,000 of 28,000 answers, 3:20 left", 0.25),
+    ],
+)
 def test_progress_is_read_from_a_line(line, share):
     assert share_of(line) == share
 
@@ -70,11 +84,15 @@ def test_a_log_tells_how_far_its_step_is(tmp_path):
     log = Log(path, begin)
     assert log.running(7, begin + 30) == Running(7, pytest.approx(30))
     assert log.last_line() == ""
+
     with path.open("a") as file:
         file.write("loading\nsft 20/80: loss 1\nsaved\n")
+
     log.running(7, begin + 40)
     os.utime(path, (1, 1))  # the clock of files was set back
-    assert log.running(7, begin + 55) == Running(7, pytest.approx(40), 0.25, 0.75, pytest.approx(15))
+    assert log.running(7, begin + 55) == Running(
+        7, pytest.approx(40), 0.25, 0.75, pytest.approx(15)
+    )
     assert log.last_line() == "saved"
 
 

@@ -1,4 +1,5 @@
-"""The engine over a network: the completions of here, whatever the server does, and none asked for twice."""
+"""The engine over a network: the completions of here, whatever the server does, and none asked for
+twice."""
 
 from __future__ import annotations
 
@@ -37,6 +38,7 @@ def remote(server, tokenizer, tmp_path):
     def make(**settings):
         settings = {"context": 256, "pause": 0.01, "state": tmp_path / "journal", **settings}
         return RemoteEngine(server.url, "tiny", tokenizer=tokenizer, **settings)
+
     return make
 
 
@@ -47,40 +49,70 @@ def tokens(rows):
 @pytest.fixture
 def proxy(monkeypatch):
     """An environment that names proxies, as networks of companies do; nothing listens there."""
+
     def name(**proxies):
         for each in ("HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY", "NO_PROXY"):
             monkeypatch.delenv(each, raising=False)
             monkeypatch.delenv(each.lower(), raising=False)
+
         for each, value in proxies.items():
             monkeypatch.setenv(each, value)
+
     return name
 
 
-@pytest.mark.parametrize("proxies", [{"HTTP_PROXY": "http://127.0.0.1:9"}, {"ALL_PROXY": "socks5://127.0.0.1:9"},
-                                     {"http_proxy": "nonsense://x"}])
+@pytest.mark.parametrize(
+    "proxies",
+    [
+        {"HTTP_PROXY": "http://127.0.0.1:9"},
+        {"ALL_PROXY": "socks5://127.0.0.1:9"},
+        {"http_proxy": "nonsense://x"},
+    ],
+)
 def test_a_server_of_this_machine_is_reached_without_a_proxy(proxies, proxy, remote, engine):
     proxy(**proxies)
     there = remote(retries=0)
-    assert tokens(there.generate(PROMPTS[:1], GREEDY)) == tokens(engine.generate(PROMPTS[:1], GREEDY))
+    assert tokens(there.generate(PROMPTS[:1], GREEDY)) == tokens(
+        engine.generate(PROMPTS[:1], GREEDY)
+    )
 
 
-@pytest.mark.parametrize(("host", "expected"), [
-    ("localhost", True), ("127.0.0.1", True), ("127.9.0.1", True), ("::1", True), ("localhost.", True),
-    ("10.0.0.1", False), ("localhost.example.org", False), ("::2", False), ("example.org", False)])
+@pytest.mark.parametrize(
+    ("host", "expected"),
+    [
+        ("localhost", True),
+        ("127.0.0.1", True),
+        ("127.9.0.1", True),
+        ("::1", True),
+        ("localhost.", True),
+        ("10.0.0.1", False),
+        ("localhost.example.org", False),
+        ("::2", False),
+        ("example.org", False),
+    ],
+)
 def test_what_is_this_machine(host, expected):
     assert _is_loopback(host) is expected
 
 
 def test_a_proxy_that_cannot_be_used_is_named(proxy, tokenizer, tmp_path):
     proxy(ALL_PROXY="nonsense://x")
-    there = RemoteEngine("http://far.invalid:1", "tiny", tokenizer=tokenizer, context=256, state=tmp_path, retries=0)
-    with pytest.raises(UserError, match=r"http://far.invalid:1: the proxy .* cannot be used: .*nonsense.*ALL_PROXY"):
+    there = RemoteEngine(
+        "http://far.invalid:1", "tiny", tokenizer=tokenizer, context=256, state=tmp_path, retries=0
+    )
+    with pytest.raises(
+        UserError, match=r"http://far.invalid:1: the proxy .* cannot be used: .*nonsense.*ALL_PROXY"
+    ):
         there.models()
 
 
 def test_an_address_that_is_none_is_named(tokenizer, tmp_path):
-    there = RemoteEngine("http://x:abc", "tiny", tokenizer=tokenizer, context=256, state=tmp_path, retries=0)
-    with pytest.raises(UserError, match=r"http://x:abc: this is no address .*write http://HOST:PORT"):
+    there = RemoteEngine(
+        "http://x:abc", "tiny", tokenizer=tokenizer, context=256, state=tmp_path, retries=0
+    )
+    with pytest.raises(
+        UserError, match=r"http://x:abc: this is no address .*write http://HOST:PORT"
+    ):
         there.models()
 
 
@@ -89,8 +121,12 @@ def test_greedy_completions_are_those_of_the_engine_here(remote, engine):
     assert tokens(there) == tokens(here)
     assert [one.prompt for row in there for one in row] == [tuple(prompt) for prompt in PROMPTS]
     assert {one.finish for row in here for one in row} == {"stop", "length"}
-    for mine, its in zip((one for row in there for one in row), (one for row in here for one in row)):
+
+    for mine, its in zip(
+        (one for row in there for one in row), (one for row in here for one in row)
+    ):
         assert mine.logprobs == pytest.approx(its.logprobs, abs=1e-5)
+
     assert list(remote().stream(PROMPTS[0], GREEDY)) == list(here[0][0].tokens)
 
 
@@ -109,20 +145,26 @@ def test_a_request_that_fails_is_repeated(remote, server, engine, misdeed):
     assert tokens(remote().generate(PROMPTS, GREEDY)) == tokens(engine.generate(PROMPTS, GREEDY))
     assert len(server.asked) == len(PROMPTS) + 7
     assert set(server.answered.values()) == {1}
+
     if misdeed == "busy":
         assert time.monotonic() - begin > 0.3  # as Retry-After wanted
 
 
 def test_a_slow_answer_is_given_up_and_asked_for_again(remote, server, engine):
     server.plan.extend(["slow", "", "slow"])
-    assert tokens(remote(timeout=3.0).generate(PROMPTS, GREEDY)) == tokens(engine.generate(PROMPTS, GREEDY))
+    assert tokens(remote(timeout=3.0).generate(PROMPTS, GREEDY)) == tokens(
+        engine.generate(PROMPTS, GREEDY)
+    )
     assert len(server.asked) == len(PROMPTS) + 2
 
 
 def test_one_that_always_fails_takes_no_other_with_it(remote, server, engine):
     server.poisoned = tuple(PROMPTS[2])
-    with pytest.raises(UserError, match="2 of 12 completions failed, of 1 prompts; the first is number 3") as error:
+    with pytest.raises(
+        UserError, match="2 of 12 completions failed, of 1 prompts; the first is number 3"
+    ) as error:
         remote(retries=2).generate(PROMPTS, RANDOM)
+
     assert "HTTP 500: this one never (2)" in str(error.value)
     assert "the 10 that are finished will not be asked for again" in str(error.value)
     assert sum(body["prompt"] == PROMPTS[2] for body in server.asked) == 2 * 3
@@ -147,10 +189,12 @@ def test_a_killed_job_goes_on_where_it_was(remote, server, tmp_path):
 
     with pytest.raises(Killed):
         remote(concurrency=1, progress=die).generate(PROMPTS, RANDOM)
+
     file = tmp_path / "journal/0.jsonl"
     assert len(file.read_bytes().splitlines()) == 5
     with open(file, "ab") as cut:  # the kill came in the middle of a line
         cut.write(b'{"key":"0123","tokens":[4,')
+
     seen = []
     rows = remote(progress=lambda done, total: seen.append((done, total))).generate(PROMPTS, RANDOM)
     assert rows == whole
@@ -159,7 +203,8 @@ def test_a_killed_job_goes_on_where_it_was(remote, server, tmp_path):
     assert sum(server.answered.values()) == 12
     asked = len(server.asked)
     lines = file.read_bytes().splitlines(keepends=True)
-    file.write_bytes(b"".join([lines[0].replace(b'"tokens":[', b'"tokens":[7', 1), *lines[1:]]))  # the disk errs
+    # the disk errs
+    file.write_bytes(b"".join([lines[0].replace(b'"tokens":[', b'"tokens":[7', 1), *lines[1:]]))
     assert remote().generate(PROMPTS, RANDOM) == whole
     assert len(server.asked) == asked + 1
     asked = len(server.asked)
@@ -177,6 +222,7 @@ def test_what_a_filter_keeps_back_is_not_asked_for_again(remote, server):
     server.plan.append("filtered")
     with pytest.raises(UserError, match=r"1 of 6 completions failed.* is 'content_filter'"):
         remote().generate(PROMPTS, GREEDY)
+
     assert len(server.asked) == 6
 
 
@@ -184,6 +230,7 @@ def test_a_server_that_is_gone_is_not_asked_for_every_prompt(remote, server):
     server.plan.extend(["broken"] * 1000)
     with pytest.raises(UserError, match="100 of 100 completions failed") as error:
         remote(retries=0, concurrency=4).generate([PROMPTS[0]] * 100, GREEDY)
+
     assert "HTTP 500: oh no" in str(error.value)
     assert "not asked for" in str(error.value)
     assert len(server.asked) < 40
@@ -219,8 +266,11 @@ def test_text_alone_is_encoded_again(remote, server, engine, tokenizer):
             assert mine.finish == its.finish
             assert all(map(math.isnan, mine.logprobs))
             assert len(mine.logprobs) == len(mine.tokens)
+
     assert len(server.asked) == len(PROMPTS)
-    assert tokenizer.decode(remote().stream(PROMPTS[0], GREEDY)) == tokenizer.decode(here[0][0].tokens)
+    assert tokenizer.decode(remote().stream(PROMPTS[0], GREEDY)) == tokenizer.decode(
+        here[0][0].tokens
+    )
 
 
 def test_a_field_that_is_refused_is_left_out(remote, server, engine):
@@ -237,13 +287,20 @@ def test_what_every_request_would_meet_is_an_error_at_once(remote, server, token
     server.key = "secret"
     with pytest.raises(UserError, match="HTTP 401: wrong key"):
         remote().generate(PROMPTS, RANDOM)
+
     with pytest.raises(UserError, match="HTTP 401: wrong key"):
         list(remote().stream(PROMPTS[0], RANDOM))
+
     assert remote(key="secret").generate(PROMPTS[:1], GREEDY)
     small = RemoteEngine(server.url, "tiny", tokenizer=tokenizer, context=8)
-    for prompts, said in (([[]], "empty"), ([[1] * 8], "no room"), ([[1], [1, 99999]], "prompt 2 of 2 has token ids")):
+    for prompts, said in (
+        ([[]], "empty"),
+        ([[1] * 8], "no room"),
+        ([[1], [1, 99999]], "prompt 2 of 2 has token ids"),
+    ):
         with pytest.raises(UserError, match=said):
             small.generate(prompts, GREEDY)
+
     with pytest.raises(UserError, match="grammar"):
         remote().generate(PROMPTS, Sampling(grammar=object()))  # type: ignore[arg-type]
 
@@ -252,13 +309,19 @@ def test_connecting(server, tokenizer, monkeypatch):
     engine = connect(Server(url=server.url + "/v1/"), tokenizer, 1000)
     assert (engine.url, engine.model, engine.context) == (server.url, "tiny", 256)
     assert connect(Server(url=server.url, model="tiny"), tokenizer, 100).context == 100
+
     with pytest.raises(UserError, match="does not serve 'tinny'; did you mean 'tiny'"):
         connect(Server(url=server.url, model="tinny"), tokenizer, 100)
+
     with pytest.raises(UserError, match="SERVER_KEY is not set"):
         connect(Server(url=server.url, key_env="SERVER_KEY"), tokenizer, 100)
+
     monkeypatch.setenv("SERVER_KEY", "secret")
     server.key = "secret"
-    assert connect(Server(url=server.url, key_env="SERVER_KEY"), tokenizer, 256).generate(PROMPTS[:1], GREEDY)
+    assert connect(Server(url=server.url, key_env="SERVER_KEY"), tokenizer, 256).generate(
+        PROMPTS[:1], GREEDY
+    )
+
     with pytest.raises(UserError, match="connection"):
         connect(Server(url="http://127.0.0.1:9", retries=0), tokenizer, 100)
 

@@ -1,4 +1,5 @@
-"""The report page: complete, self-contained, safe against model text, silent about what is missing."""
+"""The report page: complete, self-contained, safe against model text, silent about what is
+missing."""
 
 from __future__ import annotations
 
@@ -40,6 +41,7 @@ class Checker(HTMLParser):
         self.tags.add(tag)
         self.attributes += [(name, value or "") for name, value in attrs]
         self.ids += [value or "" for name, value in attrs if name == "id"]
+
         if tag not in VOID:
             self.open.append(tag)
 
@@ -60,9 +62,13 @@ def recipe(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def page(recipe: Path) -> str:
-    config = build(report.Config, {"out": recipe.parent / "report", "recipe": str(recipe), "targets": {"minutes": 10}})
+    config = build(
+        report.Config,
+        {"out": recipe.parent / "report", "recipe": str(recipe), "targets": {"minutes": 10}},
+    )
     with open_run("report", config) as run:
         report.run(config, run)
+
     return (config.out / "report.html").read_text(encoding="utf-8")
 
 
@@ -71,17 +77,31 @@ def checked(page: str) -> Checker:
     checker = Checker()
     checker.feed(page)
     assert checker.open == []
+
     return checker
 
 
 def test_every_section_is_there_in_the_order_of_the_paper(page: str) -> None:
     assert re.findall(r'<section id="([\w-]+)">', page) == [
-        "summary", "data", "pretraining", "sft", "preferences", "reward", "rejection", "ppo", "ghost", "versions",
-        "safety", "distributions", "conversations", "costs"]
+        "summary",
+        "data",
+        "pretraining",
+        "sft",
+        "preferences",
+        "reward",
+        "rejection",
+        "ppo",
+        "ghost",
+        "versions",
+        "safety",
+        "distributions",
+        "conversations",
+        "costs",
+    ]
 
 
 def test_every_link_of_the_contents_leads_somewhere(page: str, checked: Checker) -> None:
-    targets = re.findall(r'<nav>.*?</nav>', page, re.DOTALL)[0]
+    targets = re.findall(r"<nav>.*?</nav>", page, re.DOTALL)[0]
     assert set(re.findall(r'href="#([\w-]+)"', targets)) <= set(checked.ids)
 
 
@@ -91,6 +111,7 @@ def test_page_loads_nothing(checked: Checker) -> None:
         assert not re.match(r"(https?:)?//", value) or name.startswith("xmlns"), (name, value)
         if name in ("href", "xlink:href", "src"):
             assert value.startswith(("#", "data:image/png;base64,")), (name, value[:60])
+
         assert not name.startswith("on")
 
 
@@ -102,7 +123,9 @@ def test_model_text_stays_text(page: str) -> None:
 
 def test_ids_are_unique_and_references_resolve(page: str, checked: Checker) -> None:
     assert len(checked.ids) == len(set(checked.ids))
-    referenced = set(re.findall(r"url\(#([\w.-]+)\)", page)) | set(re.findall(r'href="#([\w.-]+)"', page))
+    referenced = set(re.findall(r"url\(#([\w.-]+)\)", page)) | set(
+        re.findall(r'href="#([\w.-]+)"', page)
+    )
     assert referenced <= set(checked.ids)
 
 
@@ -113,8 +136,16 @@ def test_colours_come_from_the_page_so_that_dark_works(page: str) -> None:
 
 
 def test_paper_stands_beside_ours(page: str) -> None:
-    for figure in ("80.7\u00a0%", "94.3\u00a0%", "291.42", "Figure 11", "Figure 20", "Table 30", "Figure 10",
-                   "Table 8"):
+    for figure in (
+        "80.7\u00a0%",
+        "94.3\u00a0%",
+        "291.42",
+        "Figure 11",
+        "Figure 20",
+        "Table 30",
+        "Figure 10",
+        "Table 8",
+    ):
         assert figure in page, figure
 
 
@@ -125,7 +156,9 @@ def test_rejected_version_is_named_with_its_reason(page: str) -> None:
 
 
 def judged(recipe: Path, targets: Targets | None = None) -> dict[str, Verdict]:
-    return {verdict.what: verdict for verdict in verdicts(read_recipe(recipe), targets or Targets())}
+    return {
+        verdict.what: verdict for verdict in verdicts(read_recipe(recipe), targets or Targets())
+    }
 
 
 def test_verdicts(recipe: Path) -> None:
@@ -138,7 +171,12 @@ def test_verdicts(recipe: Path) -> None:
     assert found["Held-out text, bits per byte (pretrain)"].good
     assert found["Time for the whole recipe"].state == "not reached"
     bad = judged(recipe, Targets(helpfulness_gain=0.9, win_rate=0.999, violation_factor=1e6))
-    for what in ("Helpfulness, SFT → V2", "Violations, SFT → V2", "Win rate of V2 against SFT, ties removed"):
+
+    for what in (
+        "Helpfulness, SFT → V2",
+        "Violations, SFT → V2",
+        "Win rate of V2 against SFT, ties removed",
+    ):
         assert not bad[what].good
 
 
@@ -150,13 +188,15 @@ def test_an_interval_that_holds_the_target_decides_nothing(tmp_path: Path) -> No
     def with_violations(before: tuple[int, int], after: tuple[int, int]) -> Verdict:
         for version, (count, of) in (("SFT", before), ("V2", after)):
             content["results"][version]["truth"]["violations"] = proportion(count, of)
+
         path.write_text(json.dumps(content))
         return judged(root)["Violations, SFT → V2"]
 
     nothing = with_violations((0, 2), (0, 2))
     assert (nothing.state, nothing.count) == ("too few to tell", "2 prompts")
     assert with_violations((2, 2), (0, 2)).state == "too few to tell"
-    assert with_violations((48, 150), (16, 150)).state == "too few to tell"  # 3.0x, by chance more or less
+    # 3.0x, by chance more or less
+    assert with_violations((48, 150), (16, 150)).state == "too few to tell"
     assert with_violations((55, 150), (9, 150)).state == "reached"
     assert with_violations((48, 150), (0, 150)).state == "reached"
     assert with_violations((48, 150), (45, 150)).state == "not reached"
@@ -169,11 +209,17 @@ def test_an_interval_that_holds_the_target_decides_nothing(tmp_path: Path) -> No
     assert judged(root)["Helpfulness, SFT → V2"].state == "too few to tell"
 
 
-@pytest.mark.parametrize(("size", "state"), [(9_999, "too few to tell"), (10_000, "reached"), (None, "reached")])
-def test_a_compressor_needs_text_to_learn_from(tmp_path: Path, size: int | None, state: str) -> None:
+@pytest.mark.parametrize(
+    ("size", "state"), [(9_999, "too few to tell"), (10_000, "reached"), (None, "reached")]
+)
+def test_a_compressor_needs_text_to_learn_from(
+    tmp_path: Path, size: int | None, state: str
+) -> None:
     root = make(tmp_path / "demo")
     path = root / "pretrain" / "summary.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | ({"validation_bytes": size} if size else {})))
+    path.write_text(
+        json.dumps(json.loads(path.read_text()) | ({"validation_bytes": size} if size else {}))
+    )
     verdict = judged(root)["Held-out text, bits per byte (pretrain)"]
     assert (verdict.state, verdict.count) == (state, f"{size:,} bytes" if size else "")
 
@@ -183,35 +229,45 @@ def test_ghost_attention_needs_enough_dialogs(tmp_path: Path) -> None:
     path = root / "evaluate" / "evaluation.json"
     content = json.loads(path.read_text())
     states = []
+
     for obeyed, of in ((60, 60), (200, 200), (30, 60)):
         content["results"]["V2"]["ghost"]["user"] = [proportion(obeyed, of)] * 6
         content["results"]["SFT"]["ghost"]["user"] = [proportion(of, of), *[proportion(0, of)] * 5]
         path.write_text(json.dumps(content))
         states.append(judged(root)["Instruction obeyed at turns 2/4/6"].state)
+
     assert states == ["too few to tell", "reached", "not reached"]
 
 
-def test_a_reward_model_stands_beside_its_baselines(recipe: Path, page: str, tmp_path: Path) -> None:
+def test_a_reward_model_stands_beside_its_baselines(
+    recipe: Path, page: str, tmp_path: Path
+) -> None:
     verdict = judged(recipe)["Reward model reward-helpful beside its baselines"]
     assert verdict.state == "too few to tell"  # 74 % of 200 is not beyond a bag of words at 72 %
     assert "bag of words 72.0" in verdict.reached
     assert "Reward model reward-safe beside its baselines" not in judged(recipe)
     assert "bag of words" in page
     old = make(tmp_path / "old")
+
     for step in ("reward-helpful", "reward-safe"):
         path = old / step / "accuracy.json"
         sets = json.loads(path.read_text())["sets"]
         for one in sets.values():
             one.pop("baselines", None)
+
         path.write_text(json.dumps(sets))  # and not yet below "sets"
-    assert "bag of words" not in report.render(read_recipe(old), build(report.Config, {
-        "out": tmp_path / "o", "recipe": str(old)}))
+
+    assert "bag of words" not in report.render(
+        read_recipe(old), build(report.Config, {"out": tmp_path / "o", "recipe": str(old)})
+    )
 
 
 def test_warnings_of_runs_are_shown(tmp_path: Path) -> None:
     root = make(tmp_path / "demo")
     (root / "sft" / "warnings.json").write_text(json.dumps(["2 steps: fewer than 50", EVIL]))
-    shown = report.render(read_recipe(root), build(report.Config, {"out": tmp_path / "o", "recipe": str(root)}))
+    shown = report.render(
+        read_recipe(root), build(report.Config, {"out": tmp_path / "o", "recipe": str(root)})
+    )
     assert "2 steps: fewer than 50" in shown
     assert str(esc(EVIL)) in shown
     assert EVIL not in shown
@@ -227,10 +283,20 @@ def test_a_name_that_is_no_utf8_is_spelt(tmp_path: Path) -> None:
 def test_decisions_show_what_they_stand_on(tmp_path: Path) -> None:
     root = make(tmp_path / "demo")
     rows = {"all": WinRate(12, 8, 20), "ghost": WinRate(0, 1, 39)}
-    (root / "select" / "verdict.json").write_text(json.dumps({
-        "candidate": "ppo", "predecessor": "v2", "kept": "candidate", "reason": "it beats its predecessor",
-        "win_rate": {kind: row.as_json() for kind, row in rows.items()}}))
-    shown = report.render(read_recipe(root), build(report.Config, {"out": tmp_path / "o", "recipe": str(root)}))
+    (root / "select" / "verdict.json").write_text(
+        json.dumps(
+            {
+                "candidate": "ppo",
+                "predecessor": "v2",
+                "kept": "candidate",
+                "reason": "it beats its predecessor",
+                "win_rate": {kind: row.as_json() for kind, row in rows.items()},
+            }
+        )
+    )
+    shown = report.render(
+        read_recipe(root), build(report.Config, {"out": tmp_path / "o", "recipe": str(root)})
+    )
     assert "all 60\u00a0% [39, 78] of 20, 20 ties" in shown
     assert "ghost 0\u00a0% [0, 79] of 1, 39 ties" in shown
     versions = shown[shown.index('<section id="versions">') : shown.index('<section id="safety">')]
@@ -240,28 +306,43 @@ def test_decisions_show_what_they_stand_on(tmp_path: Path) -> None:
 def test_real_data_is_judged_by_what_it_can_show(tmp_path: Path) -> None:
     root = make(tmp_path / "real", truth=False)
     found = {verdict.what for verdict in verdicts(read_recipe(root), Targets())}
-    assert found == {"Reward model reward-helpful on held-out human pairs",
-                     "Reward model reward-helpful beside its baselines",
-                     "Reward model reward-safe on held-out human pairs", "Held-out text, bits per byte (pretrain)"}
+    assert found == {
+        "Reward model reward-helpful on held-out human pairs",
+        "Reward model reward-helpful beside its baselines",
+        "Reward model reward-safe on held-out human pairs",
+        "Held-out text, bits per byte (pretrain)",
+    }
 
 
-@pytest.mark.parametrize(("outcome", "state"), [
-    (WinRate(6, 4, 140), "reached"),  # ties make it certain that little changed
-    (WinRate(3, 60, 60), "not reached"),
-    (WinRate(1, 10, 139), "too few to tell"),  # worse, but by less or more than 3 % of the prompts?
-    (WinRate(0, 0, 2), "too few to tell"),
-])
-def test_a_version_is_compared_with_its_predecessor_itself(tmp_path: Path, outcome: WinRate, state: str) -> None:
+@pytest.mark.parametrize(
+    ("outcome", "state"),
+    [
+        (WinRate(6, 4, 140), "reached"),  # ties make it certain that little changed
+        (WinRate(3, 60, 60), "not reached"),
+        (
+            WinRate(1, 10, 139),
+            "too few to tell",
+        ),  # worse, but by less or more than 3 % of the prompts?
+        (WinRate(0, 0, 2), "too few to tell"),
+    ],
+)
+def test_a_version_is_compared_with_its_predecessor_itself(
+    tmp_path: Path, outcome: WinRate, state: str
+) -> None:
     root = make(tmp_path / "demo")
     path = root / "evaluate" / "evaluation.json"
     evaluation = json.loads(path.read_text())
+
     for row in evaluation["win_rates"]:
         if row["judge"] == "truth":
             row |= WinRate(80, 10, 60).as_json()
             if (row["version"], row["axis"], row["against"]) == ("V2", "safe", "V1"):
                 row |= outcome.as_json()
+
             if (row["version"], row["axis"], row["against"]) == ("V2", "safe", "SFT"):
-                row |= WinRate(53, 2, 95).as_json()  # fewer than V1's share against the first: no fall
+                # fewer than V1's share against the first: no fall
+                row |= WinRate(53, 2, 95).as_json()
+
     path.write_text(json.dumps(evaluation))
     verdict = judged(root)["No kept version falls below its predecessor"]
     assert verdict.state == state
@@ -273,25 +354,36 @@ def test_lineage_and_times(recipe: Path, tmp_path: Path) -> None:
     assert steps["rejection"].made_from == ("sft", "reward-helpful")
     assert steps["v1"].made_from == ("pretrain", "rejection")
     assert "report" not in steps
-    assert read_recipe(recipe).wall_seconds == pytest.approx(sum(step.seconds or 0 for step in steps.values()))
+    assert read_recipe(recipe).wall_seconds == pytest.approx(
+        sum(step.seconds or 0 for step in steps.values())
+    )
     moved = tmp_path / "elsewhere" / "demo"
     shutil.copytree(recipe, moved)
     assert {step.name: step.made_from for step in read_recipe(moved).steps} == {
-        name: step.made_from for name, step in steps.items()}
+        name: step.made_from for name, step in steps.items()
+    }
 
 
 def test_steps_side_by_side_count_once(tmp_path: Path) -> None:
-    for name, begin, seconds in (("a", "00:00:00", 60), ("b", "00:00:30", 60), ("c", "00:10:00", 5)):
+    for name, begin, seconds in (
+        ("a", "00:00:00", 60),
+        ("b", "00:00:30", 60),
+        ("c", "00:10:00", 5),
+    ):
         (tmp_path / name).mkdir()
-        (tmp_path / name / "manifest.json").write_text(json.dumps(
-            {"verb": "sft", "started": f"2026-01-01T{begin}Z"}))
+        (tmp_path / name / "manifest.json").write_text(
+            json.dumps({"verb": "sft", "started": f"2026-01-01T{begin}Z"})
+        )
         (tmp_path / name / "COMPLETE").write_text(json.dumps({"outputs": {}, "seconds": seconds}))
+
     recipe = read_recipe(tmp_path)
     assert [step.name for step in recipe.steps] == ["a", "b", "c"]
     assert recipe.wall_seconds == 95
 
 
-@pytest.mark.parametrize("kept", ["pretrain", "sft", "collect", "reward-safe", "rejection", "ppo", "ghost", "evaluate"])
+@pytest.mark.parametrize(
+    "kept", ["pretrain", "sft", "collect", "reward-safe", "rejection", "ppo", "ghost", "evaluate"]
+)
 def test_each_step_alone_makes_a_page(recipe: Path, tmp_path: Path, kept: str) -> None:
     shutil.copytree(recipe / kept, tmp_path / "part" / kept)
     (tmp_path / "part" / kept / "COMPLETE").unlink()
@@ -302,38 +394,81 @@ def test_each_step_alone_makes_a_page(recipe: Path, tmp_path: Path, kept: str) -
 
 
 def test_bare_manifests_make_a_page(tmp_path: Path) -> None:
-    for verb in ("clean", "tokenize", "pretrain", "sft", "collect", "reward", "rejection", "ghost", "distill", "ppo",
-                 "select", "evaluate"):
+    for verb in (
+        "clean",
+        "tokenize",
+        "pretrain",
+        "sft",
+        "collect",
+        "reward",
+        "rejection",
+        "ghost",
+        "distill",
+        "ppo",
+        "select",
+        "evaluate",
+    ):
         (tmp_path / verb).mkdir()
         (tmp_path / verb / "manifest.json").write_text(json.dumps({"verb": verb}))
-    page = report.render(read_recipe(tmp_path), build(report.Config, {"out": tmp_path / "o", "recipe": str(tmp_path)}))
+
+    page = report.render(
+        read_recipe(tmp_path),
+        build(report.Config, {"out": tmp_path / "o", "recipe": str(tmp_path)}),
+    )
     assert page.count("unfinished") == 12
 
 
 def test_lines_of_metrics_that_cannot_be_drawn_are_left_out(tmp_path: Path) -> None:
     (tmp_path / "sft").mkdir()
     (tmp_path / "sft" / "manifest.json").write_text(json.dumps({"verb": "sft"}))
-    (tmp_path / "sft" / "metrics.jsonl").write_text("".join(line + "\n" for line in (
-        '{"step": 1, "train/loss": 2.5}', '{"step": "2", "train/loss": 2.5}', '{"step": 3, "train/loss": null}',
-        '{"step": 4, "train/loss": 1e308}', '{"step": NaN, "train/loss": 1}', "[" * 100_000, "[1]", '{"step": 5',
-        f'{{"step": {10**400}, "train/loss": 1}}', '{"step": 6, "train/loss": 1.5}')))
+    (tmp_path / "sft" / "metrics.jsonl").write_text(
+        "".join(
+            line + "\n"
+            for line in (
+                '{"step": 1, "train/loss": 2.5}',
+                '{"step": "2", "train/loss": 2.5}',
+                '{"step": 3, "train/loss": null}',
+                '{"step": 4, "train/loss": 1e308}',
+                '{"step": NaN, "train/loss": 1}',
+                "[" * 100_000,
+                "[1]",
+                '{"step": 5',
+                f'{{"step": {10**400}, "train/loss": 1}}',
+                '{"step": 6, "train/loss": 1.5}',
+            )
+        )
+    )
     recipe = read_recipe(tmp_path)
     assert recipe.steps[0].series("train/loss") == ([1, 6], [2.5, 1.5])
-    assert "2.500 → 1.500" in report.render(recipe, build(report.Config, {"out": tmp_path / "o", "recipe": "r"}))
+    assert "2.500 → 1.500" in report.render(
+        recipe, build(report.Config, {"out": tmp_path / "o", "recipe": "r"})
+    )
 
 
-@pytest.mark.parametrize(("prepare", "message"), [
-    (lambda root: None, "holds no run"),
-    (lambda root: shutil.rmtree(root), "no such directory"),
-    (lambda root: (root / "steps.json").write_text("{"), r"steps\.json:1: not valid JSON"),
-    (lambda root: (root / "steps.json").write_text("[1]"), "steps.json: damaged: a list of texts was expected"),
-    *((lambda root, name=name: (root / "steps.json").write_text(json.dumps([name])),
-       "steps.json: damaged: '.*' is the name of no run") for name in ("", ".", "..", "a/b", "/etc", "\0")),
-])
+@pytest.mark.parametrize(
+    ("prepare", "message"),
+    [
+        (lambda root: None, "holds no run"),
+        (lambda root: shutil.rmtree(root), "no such directory"),
+        (lambda root: (root / "steps.json").write_text("{"), r"steps\.json:1: not valid JSON"),
+        (
+            lambda root: (root / "steps.json").write_text("[1]"),
+            "steps.json: damaged: a list of texts was expected",
+        ),
+        *(
+            (
+                lambda root, name=name: (root / "steps.json").write_text(json.dumps([name])),
+                "steps.json: damaged: '.*' is the name of no run",
+            )
+            for name in ("", ".", "..", "a/b", "/etc", "\0")
+        ),
+    ],
+)
 def test_mistakes_are_named(tmp_path: Path, prepare: object, message: str) -> None:
     root = tmp_path / "recipe"
     root.mkdir()
     prepare(root)  # type: ignore[operator]
+
     with pytest.raises(UserError, match=message):
         read_recipe(root)
 
@@ -351,7 +486,12 @@ def test_names_with_dollars_and_markup_are_drawn_as_they_are() -> None:
 
 def test_numbers() -> None:
     assert [percent(0.1234), percent(None), percent(0.5, 0)] == ["12.3\u00a0%", "", "50\u00a0%"]
-    assert [number(1234.0), number(0.12345), number(None), number(12345.6)] == ["1,234", "0.123", "", "12,346"]
+    assert [number(1234.0), number(0.12345), number(None), number(12345.6)] == [
+        "1,234",
+        "0.123",
+        "",
+        "12,346",
+    ]
     assert [short(1_070_000), short(950), short(2e12)] == ["1.07M", "950", "2T"]
     assert [clock(3.21), clock(75), clock(7260)] == ["3.2 s", "1 min 15 s", "2 h 01 min"]
 

@@ -18,10 +18,21 @@ from llama2.train.loop import Plan
 
 
 def write(path, count, axis="helpful", long=False):
-    records.write(path, [Preference(
-        f"{path.stem}{index}", messages_of([("user", f"{path.stem} {index}")]),
-        (Response(("good " * 80) if long else "good"), Response("bad")), 0, DEGREES[index % 4],
-        "preferred_only" if axis == "safe" else None, axis) for index in range(count)])
+    records.write(
+        path,
+        [
+            Preference(
+                f"{path.stem}{index}",
+                messages_of([("user", f"{path.stem} {index}")]),
+                (Response(("good " * 80) if long else "good"), Response("bad")),
+                0,
+                DEGREES[index % 4],
+                "preferred_only" if axis == "safe" else None,
+                axis,
+            )
+            for index in range(count)
+        ],
+    )
     return path
 
 
@@ -34,44 +45,68 @@ def mixed(made, tokenizer, longest=200):
     return reward.mixed(made, reward.Encoder(tokenizer, longest, 1000), run), run
 
 
-@pytest.mark.parametrize(("shares", "expected"), [
-    ((None, None), (90, 60)),  # every pair once
-    ((None, 0.1), (90, 10)),  # 10 % of all: 10 of 100
-    ((0.1, None), (7, 60)),  # the safety model's mix: 90 % safety, 10 % helpfulness
-    ((None, 0.4), (90, 60)),  # just as many as there are
-    ((0.5, 0.5), (60, 60)),  # as many as the scarcer set allows
-    ((0.1, 0.9), (7, 60)),
-])
+@pytest.mark.parametrize(
+    ("shares", "expected"),
+    [
+        ((None, None), (90, 60)),  # every pair once
+        ((None, 0.1), (90, 10)),  # 10 % of all: 10 of 100
+        ((0.1, None), (7, 60)),  # the safety model's mix: 90 % safety, 10 % helpfulness
+        ((None, 0.4), (90, 60)),  # just as many as there are
+        ((0.5, 0.5), (60, 60)),  # as many as the scarcer set allows
+        ((0.1, 0.9), (7, 60)),
+    ],
+)
 def test_shares_of_the_mixture(tmp_path, tokenizer, shares, expected):
     files = write(tmp_path / "help.jsonl", 90), write(tmp_path / "safe.jsonl", 60, "safe")
-    made = config(h={"path": files[0], "share": shares[0]}, s={"path": files[1], "share": shares[1]})
+    made = config(
+        h={"path": files[0], "share": shares[0]}, s={"path": files[1], "share": shares[1]}
+    )
     sets, run = mixed(made, tokenizer)
     assert (len(sets["h"]), len(sets["s"])) == expected
     assert all(len({tuple(pair.chosen) for pair in found}) == len(found) for found in sets.values())
     assert [run.tally(f"preferences.{name}").kept for name in "hs"] == list(expected)
     assert mixed(made, tokenizer)[0] == sets  # a function of the seed
+
     if shares[0] == 0.1:
         assert run.tally("preferences.h").skipped == {"beyond its share of 0.1": 83}
         assert mixed(made.model_copy(update={"seed": 1}), tokenizer)[0] != sets
 
 
 def test_a_share_that_cannot_be_reached_is_refused_with_one_that_can(tmp_path, tokenizer):
-    files = [write(tmp_path / f"{name}.jsonl", count) for name, count in (("h", 100), ("s", 5), ("o", 10))]
-    sets = {"h": {"path": files[0]}, "s": {"path": files[1], "share": 0.03}, "o": {"path": files[2], "share": 0.47}}
+    files = [
+        write(tmp_path / f"{name}.jsonl", count)
+        for name, count in (("h", 100), ("s", 5), ("o", 10))
+    ]
+    sets = {
+        "h": {"path": files[0]},
+        "s": {"path": files[1], "share": 0.03},
+        "o": {"path": files[2], "share": 0.47},
+    }
     with pytest.raises(UserError) as refused:
         mixed(config(**sets), tokenizer)
-    assert refused.value.cause == ("the shares of 200 pairs cannot be reached: 's' has 5 of 6 pairs, 'o' has 10 of 94 "
-                                   "pairs")
+
+    assert refused.value.cause == (
+        "the shares of 200 pairs cannot be reached: 's' has 5 of 6 pairs, 'o' has 10 of 94 pairs"
+    )
     assert refused.value.cure.startswith(
         "lower --preferences.s.share to 0.0434 and --preferences.o.share to 0.0869, draw pairs more than once with "
-        "--preferences.s.repeat true --preferences.o.repeat true, or give every set a share")
+        "--preferences.s.repeat true --preferences.o.repeat true, or give every set a share"
+    )
     sets["s"]["share"], sets["o"]["share"] = 0.0434, 0.0869
     assert {name: len(found) for name, found in mixed(config(**sets), tokenizer)[0].items()} == {
-        "h": 100, "s": 5, "o": 10}
+        "h": 100,
+        "s": 5,
+        "o": 10,
+    }
     sets["s"]["share"], sets["o"]["share"] = 0.02, 0.47
-    with pytest.raises(UserError, match=r"shares of 196 pairs cannot be reached: 'o' has 10 of 92 pairs; lower "
-                                        r"--preferences\.o\.share to 0\.089, draw"):
+
+    with pytest.raises(
+        UserError,
+        match=r"shares of 196 pairs cannot be reached: 'o' has 10 of 92 pairs; lower "
+        r"--preferences\.o\.share to 0\.089, draw",
+    ):
         mixed(config(**sets), tokenizer)
+
     sets["o"] |= {"share": 0.47, "repeat": True}
     drawn = mixed(config(**sets), tokenizer)[0]["o"]
     times = Counter(tuple(pair.chosen) for pair in drawn)
@@ -81,55 +116,104 @@ def test_a_share_that_cannot_be_reached_is_refused_with_one_that_can(tmp_path, t
 def test_shares_that_leave_nothing_or_something_are_refused(tmp_path, tokenizer):
     files = write(tmp_path / "help.jsonl", 9), write(tmp_path / "safe.jsonl", 9, "safe")
     for shares, axis, refusal in (
-            ((None, 1), None, "the shares add up to 1, which leaves nothing for: h; lower them"),
-            ((0.5, 0.2), None, "add up to 0.7, and no set is taken whole to be the rest; make them add up to 1"),
-            ((0.8, 0.9), None, "the shares add up to 1.7, and no set is taken whole"),
-            ((None, 0.5), "helpful", r"preferences\.s: no pair is left for its share of 0\.5; mend the data"),
-            ((0.5, None), "helpful", "nothing is left of s, which the shares of the other sets refer to")):
-        made = config(h={"path": files[0], "share": shares[0]}, s={"path": files[1], "share": shares[1], "axis": axis})
+        ((None, 1), None, "the shares add up to 1, which leaves nothing for: h; lower them"),
+        (
+            (0.5, 0.2),
+            None,
+            "add up to 0.7, and no set is taken whole to be the rest; make them add up to 1",
+        ),
+        ((0.8, 0.9), None, "the shares add up to 1.7, and no set is taken whole"),
+        (
+            (None, 0.5),
+            "helpful",
+            r"preferences\.s: no pair is left for its share of 0\.5; mend the data",
+        ),
+        (
+            (0.5, None),
+            "helpful",
+            "nothing is left of s, which the shares of the other sets refer to",
+        ),
+    ):
+        made = config(
+            h={"path": files[0], "share": shares[0]},
+            s={"path": files[1], "share": shares[1], "axis": axis},
+        )
         with pytest.raises(UserError, match=refusal):
             mixed(made, tokenizer)
 
 
 def test_one_axis_of_a_file_is_taken(tmp_path, tokenizer):
-    both = [*records.read(Preference, write(tmp_path / "help.jsonl", 5)),
-            *records.read(Preference, write(tmp_path / "safe.jsonl", 3, "safe"))]
+    both = [
+        *records.read(Preference, write(tmp_path / "help.jsonl", 5)),
+        *records.read(Preference, write(tmp_path / "safe.jsonl", 3, "safe")),
+    ]
     records.write(tmp_path / "both.jsonl", both)
     for axis, count in (("helpful", 5), ("safe", 3), (None, 8)):
         sets, run = mixed(config(a={"path": tmp_path / "both.jsonl", "axis": axis}), tokenizer)
         assert len(sets["a"]) == count
-        assert run.tally("preferences.a").skipped == ({"of the other axis": 8 - count} if axis else {})
+        assert run.tally("preferences.a").skipped == (
+            {"of the other axis": 8 - count} if axis else {}
+        )
+
     assert {pair.safe for pair in sets["a"]} == {(-1, -1), (1, 0)}
     assert {pair.axis for pair in sets["a"]} == {"helpful", "safe"}
 
 
 def test_pairs_that_tell_nothing_or_are_too_long_are_left_out_and_counted(tmp_path, tokenizer):
     short, long = write(tmp_path / "help.jsonl", 4), write(tmp_path / "long.jsonl", 3, long=True)
-    bad = [Preference(str(index), messages_of([("user", "Hi")]), (Response(first), Response(second)), 0, "better")
-           for index, (first, second) in enumerate([("Yes.", ""), (" \n", "No."), ("Yes.", "Yes. ")])]
+    bad = [
+        Preference(
+            str(index),
+            messages_of([("user", "Hi")]),
+            (Response(first), Response(second)),
+            0,
+            "better",
+        )
+        for index, (first, second) in enumerate([("Yes.", ""), (" \n", "No."), ("Yes.", "Yes. ")])
+    ]
     records.write(tmp_path / "bad.jsonl", [*records.read(Preference, short), *bad])
     sets, run = mixed(config(a={"path": tmp_path / "bad.jsonl"}, b={"path": long}), tokenizer, 60)
     assert (len(sets["a"]), len(sets["b"])) == (4, 0)
     assert max(pair.size for pair in sets["a"]) <= 60
-    assert run.tally("preferences.a").line() == "read 7, kept 4, left out 3: empty answer 2, identical answers 1"
-    longest = max(reward.Encoder(tokenizer, 60, 256).pair(one).size for one in records.read(Preference, long))
+    assert (
+        run.tally("preferences.a").line()
+        == "read 7, kept 4, left out 3: empty answer 2, identical answers 1"
+    )
+    longest = max(
+        reward.Encoder(tokenizer, 60, 256).pair(one).size for one in records.read(Preference, long)
+    )
     assert run.tally("preferences.b").line() == (
-        f"read 3, kept 0, left out 3: too long 3 (--max-tokens {longest} holds the longest)")
+        f"read 3, kept 0, left out 3: too long 3 (--max-tokens {longest} holds the longest)"
+    )
 
 
-@pytest.mark.parametrize(("words", "why"), [
-    (("--max-tokens", 10), "left out 5: too long 5 (--max-tokens "),
-    (("--preferences.a.axis", "safe"), "left out 5: of the other axis 5; "),
-])
+@pytest.mark.parametrize(
+    ("words", "why"),
+    [
+        (("--max-tokens", 10), "left out 5: too long 5 (--max-tokens "),
+        (("--preferences.a.axis", "safe"), "left out 5: of the other axis 5; "),
+    ],
+)
 def test_nothing_left_is_an_error_with_its_numbers(tmp_path, policy, one_line, words, why):
-    heard = one_line("reward", "--model", policy, "--preferences.a.path", write(tmp_path / "help.jsonl", 5), "--out",
-                     tmp_path / "out", *words)
+    heard = one_line(
+        "reward",
+        "--model",
+        policy,
+        "--preferences.a.path",
+        write(tmp_path / "help.jsonl", 5),
+        "--out",
+        tmp_path / "out",
+        *words,
+    )
     assert heard.startswith("nothing is left to train on: preferences.a: read 5, kept 0, ")
     assert why in heard
 
 
 def test_the_chosen_rows_come_first():
-    pairs = [reward.Pair([1, 5, 2], [1, 6], 0, (1, 0)), reward.Pair([1, 7], [1, 8, 9, 2], 3, (-1, -1))]
+    pairs = [
+        reward.Pair([1, 5, 2], [1, 6], 0, (1, 0)),
+        reward.Pair([1, 7], [1, 8, 9, 2], 3, (-1, -1)),
+    ]
     batch = reward.collate(pairs)
     assert batch["tokens_BT"].tolist() == [[1, 5, 2, 0], [1, 7, 0, 0], [1, 6, 0, 0], [1, 8, 9, 2]]
     assert batch["lengths_B"].tolist() == batch["read_B"].tolist() == [3, 2, 2, 4]
@@ -143,13 +227,19 @@ def test_accuracy_by_degree_counts_ties_half(monkeypatch):
     monkeypatch.setattr(reward, "rewards", lambda *_: [2.0, 0.0, 1.0, 0.0, 1.0, 1.0, 1.0, -1.0])
     found = reward.accuracy(None, pairs, "fp32")
     assert found["all"]["accuracy"] == (1 + 0 + 0.5 + 1) / 4
-    assert found["significantly"] == {"accuracy": 0.5, "n": 2, "low": found["significantly"]["low"],
-                                      "high": found["significantly"]["high"]}
+    assert found["significantly"] == {
+        "accuracy": 0.5,
+        "n": 2,
+        "low": found["significantly"]["low"],
+        "high": found["significantly"]["high"],
+    }
     assert set(found) == {"all", "significantly", "better", "negligibly"}
     assert 0 <= found["all"]["low"] < found["all"]["accuracy"] < found["all"]["high"] <= 1
 
 
-@pytest.mark.parametrize(("steps", "expected"), [(1, 0), (2, 1), (5, 4), (6, 5), (100, 5), (1000, 30)])
+@pytest.mark.parametrize(
+    ("steps", "expected"), [(1, 0), (2, 1), (5, 4), (6, 5), (100, 5), (1000, 30)]
+)
 def test_warm_up_is_the_papers_where_there_are_steps_for_it(steps, expected):
     assert reward.warmup(Plan(), steps) == expected
     plan = Plan(max_steps=steps, warmup_steps=expected)
@@ -159,65 +249,105 @@ def test_warm_up_is_the_papers_where_there_are_steps_for_it(steps, expected):
     assert reward.warmup(Plan(warmup_steps=7), steps) == 7
 
 
-INTERVALS = [((0.4, 0.6), 0.5, 0.5, ["chance explains that"]), ((0.2, 0.4), 0.5, 0.5, ["worse than chance"]),
-             ((0.55, 0.65), 0.52, 0.54, []), ((0.55, 0.65), 0.56, 0.4, ["the length of answers may explain that"]),
-             ((0.55, 0.65), 0.7, 0.55, ["the length of answers and a bag of words may explain that"])]
+INTERVALS = [
+    ((0.4, 0.6), 0.5, 0.5, ["chance explains that"]),
+    ((0.2, 0.4), 0.5, 0.5, ["worse than chance"]),
+    ((0.55, 0.65), 0.52, 0.54, []),
+    ((0.55, 0.65), 0.56, 0.4, ["the length of answers may explain that"]),
+    ((0.55, 0.65), 0.7, 0.55, ["the length of answers and a bag of words may explain that"]),
+]
 
 
 @pytest.mark.parametrize(("interval", "longer", "words", "expected"), INTERVALS)
 def test_an_accuracy_that_proves_nothing_is_warned_of(interval, longer, words, expected):
     low, high = interval
-    found = {"all": {"accuracy": (low + high) / 2, "n": 40, "low": low, "high": high},
-             "baselines": {"longer": {"accuracy": longer}, "bag_of_words": {"accuracy": words}}}
+    found = {
+        "all": {"accuracy": (low + high) / 2, "n": 40, "low": low, "high": high},
+        "baselines": {"longer": {"accuracy": longer}, "bag_of_words": {"accuracy": words}},
+    }
     lines = list(reward.explained("b", found))
     assert len(lines) == len(expected)
+
     for line, part in zip(lines, expected):
         assert line.startswith(f"right on {50 * (low + high):.1f} % of 40 pairs of b: ")
         assert part in line
+
     both = reward.told("b", found, {"safe", "helpful"})
     assert f"the longer answer (about safety the shorter) is on {100 * longer:.1f} %" in both
     assert "the longer answer is on" in reward.told("b", found, {"helpful"})
     assert reward.told("b", found, {"safe"}) == (
         f"right on {50 * (low + high):.1f} % [{100 * low:.1f}, {100 * high:.1f}] of 40 pairs of b; the shorter answer "
-        f"is on {100 * longer:.1f} %, a bag of words on {100 * words:.1f} %")
+        f"is on {100 * longer:.1f} %, a bag of words on {100 * words:.1f} %"
+    )
 
 
 def test_a_reward_model_learns_what_is_preferred(tmp_path, policy, tokenizer, capsys):
     """Good against bad is easy; the head is fresh, the warm-up fits a run of any length."""
     files = write(tmp_path / "help.jsonl", 64), write(tmp_path / "heldout.jsonl", 12)
-    words = ["reward", "--model", policy, "--preferences.a.path", files[0], "--heldout.b.path", files[1],
-             "--batch-size", 8, "--training.optimizer.learning-rate", 5e-3]
+    words = [
+        "reward",
+        "--model",
+        policy,
+        "--preferences.a.path",
+        files[0],
+        "--heldout.b.path",
+        files[1],
+        "--batch-size",
+        8,
+        "--training.optimizer.learning-rate",
+        5e-3,
+    ]
     assert llama2(*words, "--epochs", 3, "--out", tmp_path / "out") == 0
     heard = capsys.readouterr().err
     found = json.loads((tmp_path / "out/accuracy.json").read_text())["sets"]["b"]
     assert found["all"] == {"accuracy": 1.0, "n": 12, "low": found["all"]["low"], "high": 1.0}
     assert found["baselines"]["bag_of_words"] == found["all"]  # "good" beats "bad" for it as well,
     assert found["baselines"]["longer"] == found["all"]  # and is the longer word
-    assert "right on 100.0 % [75.8, 100.0] of 12 pairs of b; the longer answer is on 100.0 %, a bag of words" in heard
+    assert (
+        "right on 100.0 % [75.8, 100.0] of 12 pairs of b; the longer answer is on 100.0 %, a bag of words"
+        in heard
+    )
     (few, same) = json.loads((tmp_path / "out/warnings.json").read_text())
-    assert few == "24 updates from 64 pairs in 3 epochs: fewer than 50 teach little; --batch-size 3 would give 66"
-    assert same.endswith("the length of answers and a bag of words may explain that; more pairs, more updates or a "
-                         "larger model are needed to show more")
+    assert (
+        few
+        == "24 updates from 64 pairs in 3 epochs: fewer than 50 teach little; --batch-size 3 would give 66"
+    )
+    assert same.endswith(
+        "the length of answers and a bag of words may explain that; more pairs, more updates or a "
+        "larger model are needed to show more"
+    )
     summary = json.loads((tmp_path / "out/summary.json").read_text())
     assert summary["sets"] == {"a": {"pairs": 64, "share": 1.0}}
-    pairs = [reward.Encoder(tokenizer, 200, 256).pair(one) for one in records.read(Preference, files[0])]
+    pairs = [
+        reward.Encoder(tokenizer, 200, 256).pair(one) for one in records.read(Preference, files[0])
+    ]
     assert summary["tokens"] == 3 * sum(len(pair.chosen) + len(pair.rejected) for pair in pairs)
     assert summary["trained"] == 3 * 2 * 64  # an answer is scored at its last token
     assert checkpoint.is_scorer(tmp_path / "out")
     assert llama2(*words, "--training.plan.max-steps", 2, "--out", tmp_path / "short") == 0
     again = [*words[:2], tmp_path / "out", *words[3:]]
     assert llama2(*again, "--training.plan.max-steps", 1, "--out", tmp_path / "on") == 0
-    first, on = (checkpoint.load_scorer(tmp_path / name).score.weight.detach() for name in ("out", "on"))
+    first, on = (
+        checkpoint.load_scorer(tmp_path / name).score.weight.detach() for name in ("out", "on")
+    )
     assert float((first - on).abs().max()) < 0.01  # a reward model goes on with its own head
     assert not torch.equal(first, on)
 
 
-@pytest.mark.parametrize(("label", "weight", "said"), [
-    (None, 0.5, ["auxiliary_weight 0.5 needs safety labels of both kinds, and no pair has one"]),
-    ("both", 0.5, ["all labelled answers are safe"]),
-    ("neither", 0.5, ["all labelled answers are unsafe"]),
-    ("preferred_only", 0.5, []), (None, 0.0, []),
-])
+@pytest.mark.parametrize(
+    ("label", "weight", "said"),
+    [
+        (
+            None,
+            0.5,
+            ["auxiliary_weight 0.5 needs safety labels of both kinds, and no pair has one"],
+        ),
+        ("both", 0.5, ["all labelled answers are safe"]),
+        ("neither", 0.5, ["all labelled answers are unsafe"]),
+        ("preferred_only", 0.5, []),
+        (None, 0.0, []),
+    ],
+)
 def test_an_auxiliary_loss_without_labels_to_separate_is_warned_of(tokenizer, label, weight, said):
     answers = Response("Yes."), Response("No.")
     one = Preference("x", messages_of([("user", "Hi")]), answers, 0, "better", label, "safe")
@@ -232,9 +362,28 @@ def test_an_auxiliary_loss_without_labels_to_separate_is_warned_of(tokenizer, la
 def test_the_last_line_is_about_the_axis_that_was_trained_on(tmp_path, policy, axis, capsys):
     """It is the one that a recipe shows."""
     sets = [write(tmp_path / f"{name}.jsonl", 8, name) for name in ("helpful", "safe")]
-    assert llama2("reward", "--model", policy, "--preferences.a.path", write(tmp_path / "a.jsonl", 8, axis),
-                  "--heldout.helpful.path", sets[0], "--heldout.safe.path", sets[1], "--batch-size", 8,
-                  "--out", tmp_path / "out") == 0
-    lines = [line for line in capsys.readouterr().err.splitlines() if ": right on " in line and "warning" not in line]
+    assert (
+        llama2(
+            "reward",
+            "--model",
+            policy,
+            "--preferences.a.path",
+            write(tmp_path / "a.jsonl", 8, axis),
+            "--heldout.helpful.path",
+            sets[0],
+            "--heldout.safe.path",
+            sets[1],
+            "--batch-size",
+            8,
+            "--out",
+            tmp_path / "out",
+        )
+        == 0
+    )
+    lines = [
+        line
+        for line in capsys.readouterr().err.splitlines()
+        if ": right on " in line and "warning" not in line
+    ]
     assert len(lines) == 2
     assert f"of 8 pairs of {axis};" in lines[-1]

@@ -27,19 +27,25 @@ def models(**changes):
     return RewardModels(helpful=Path("h"), safe=Path("s"), **changes)
 
 
-@pytest.mark.parametrize(("helpful", "safe", "tag", "expected"), [
-    (2.0, 3.0, False, 2.0),  # safe enough: helpfulness counts
-    (2.0, 3.0, True, 3.0),  # a prompt tagged for safety: safety counts
-    (2.0, GATE - 1e-6, False, GATE - 1e-6),  # just below the gate
-    (2.0, GATE + 1e-6, False, 2.0),  # just above it
-    (-9.0, -5.0, False, -5.0),  # an unsafe answer is judged by safety even where it is less helpful than safe
-    (-9.0, 5.0, True, 5.0),
-])
+@pytest.mark.parametrize(
+    ("helpful", "safe", "tag", "expected"),
+    [
+        (2.0, 3.0, False, 2.0),  # safe enough: helpfulness counts
+        (2.0, 3.0, True, 3.0),  # a prompt tagged for safety: safety counts
+        (2.0, GATE - 1e-6, False, GATE - 1e-6),  # just below the gate
+        (2.0, GATE + 1e-6, False, 2.0),  # just above it
+        # an unsafe answer is judged by safety even where it is less helpful than safe
+        (-9.0, -5.0, False, -5.0),
+        (-9.0, 5.0, True, 5.0),
+    ],
+)
 def test_the_piecewise_rule_of_the_paper(helpful, safe, tag, expected):
     assert join(models(), helpful, safe, tag) == expected
 
 
-@pytest.mark.parametrize(("rule", "expected"), [("helpful", 2.0), ("safe", -1.0), ("min", -1.0), ("weighted", 1.25)])
+@pytest.mark.parametrize(
+    ("rule", "expected"), [("helpful", 2.0), ("safe", -1.0), ("min", -1.0), ("weighted", 1.25)]
+)
 def test_other_rules(rule, expected):
     assert join(models(rule=rule, safe_weight=0.25), 2.0, -1.0, False) == expected
 
@@ -56,7 +62,9 @@ def test_without_a_safety_model_helpfulness_judges_alone(rule):
 
 @pytest.mark.parametrize("rule", ["min", "safe"])
 def test_some_rules_need_a_safety_model(rule):
-    with pytest.raises(UserError, match=f"the rule '{rule}' needs a safety reward model; set rewards.safe"):
+    with pytest.raises(
+        UserError, match=f"the rule '{rule}' needs a safety reward model; set rewards.safe"
+    ):
         Rewards(RewardModels(helpful=Path("h"), rule=rule), None, None, "fp32")
 
 
@@ -70,11 +78,18 @@ def test_probability_is_the_sigmoid_and_never_overflows(value):
 def test_two_models_score_rows_at_their_last_token(scorers, policy):
     helpful, safe = scorers
     tokenizer = Tokenizer.load(policy)
-    rewards = load_rewards(build(RewardModels, {"helpful": helpful, "safe": safe}), tokenizer, "fp32")
+    rewards = load_rewards(
+        build(RewardModels, {"helpful": helpful, "safe": safe}), tokenizer, "fp32"
+    )
     rows = [[1, 9, 30, 40, 2], [1, 9, 2]]
     found = rewards(rows, [True, False])
+
     with torch.no_grad():
-        raw = [[checkpoint.load_scorer(path)(torch.tensor([row]))[0, -1].item() for row in rows] for path in scorers]
+        raw = [
+            [checkpoint.load_scorer(path)(torch.tensor([row]))[0, -1].item() for row in rows]
+            for path in scorers
+        ]
+
     assert [one.helpful for one in found] == pytest.approx(raw[0], abs=1e-5)
     assert [one.safe for one in found] == pytest.approx(raw[1], abs=1e-5)
     assert found[0].joined == found[0].safe
@@ -95,12 +110,27 @@ def test_a_model_whose_scores_are_not_numbers_is_named(tmp_path, scorers, policy
     broken = checkpoint.load_scorer(scorers[which])
     with torch.no_grad():
         broken.score.weight[0, 0] = math.nan
+
     checkpoint.save(broken, tmp_path / "broken")
     Tokenizer.load(policy).save(tmp_path / "broken")
     paths = [tmp_path / "broken" if index == which else path for index, path in enumerate(scorers)]
-    rewards = load_rewards(RewardModels(helpful=paths[0], safe=paths[1]), Tokenizer.load(policy), "fp32")
-    with pytest.raises(UserError, match=r"broken: 2 of 2 scores are not finite numbers \(the first is nan, of row 1"):
+    rewards = load_rewards(
+        RewardModels(helpful=paths[0], safe=paths[1]), Tokenizer.load(policy), "fp32"
+    )
+
+    with pytest.raises(
+        UserError,
+        match=r"broken: 2 of 2 scores are not finite numbers \(the first is nan, of row 1",
+    ):
         rewards([[1, 9, 30, 40, 2], [1, 9, 2]], [False, False])
+
     with pytest.raises(UserError, match="broken: 1 of 1 scores are not finite"):
-        judged(Run(tmp_path / "run", False), "judge", tmp_path / "broken", "fp32", [prompt("Hi")],
-               {0: [Answer("Yes.", Completion((), (9, 2), (), "stop"))]}, [policy])
+        judged(
+            Run(tmp_path / "run", False),
+            "judge",
+            tmp_path / "broken",
+            "fp32",
+            [prompt("Hi")],
+            {0: [Answer("Yes.", Completion((), (9, 2), (), "stop"))]},
+            [policy],
+        )

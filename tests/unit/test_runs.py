@@ -1,4 +1,5 @@
-"""Run directories: what is skipped, resumed and refused; a process killed anywhere leaves nothing half done."""
+"""Run directories: what is skipped, resumed and refused; a process killed anywhere leaves nothing
+half done."""
 
 import errno
 import hashlib
@@ -32,7 +33,11 @@ class Work(StageConfig):
 
 
 def config(tmp_path, size=1, **parts):
-    return Work(out=tmp_path / "out", size=size, parts={name: Part(source=path) for name, path in parts.items()})
+    return Work(
+        out=tmp_path / "out",
+        size=size,
+        parts={name: Part(source=path) for name, path in parts.items()},
+    )
 
 
 def work(settings, content="done"):
@@ -40,6 +45,7 @@ def work(settings, content="done"):
     with runs.open_run("work", settings) as run:
         if not run.finished:
             runs.write_atomic(run.path / "result.txt", content)
+
         return not run.finished
 
 
@@ -67,8 +73,12 @@ def test_the_manifest_says_what_was_asked_and_made_from_what(tmp_path, source):
     work(config(tmp_path, size=3, a=source))
     manifest = json.loads((tmp_path / "out/manifest.json").read_text())
     assert manifest["verb"] == "work"
-    assert manifest["config"] == {"seed": 0, "parts": {"a": {"source": str(source), "weight": 1.0}}, "after": [],
-                                  "size": 3}
+    assert manifest["config"] == {
+        "seed": 0,
+        "parts": {"a": {"source": str(source), "weight": 1.0}},
+        "after": [],
+        "size": 3,
+    }
     assert manifest["inputs"] == {"parts.a.source": runs.sha256(source)}
     assert manifest["code"] == runs.code_version()
     complete = json.loads((tmp_path / "out/COMPLETE").read_text())
@@ -79,7 +89,9 @@ def test_the_manifest_says_what_was_asked_and_made_from_what(tmp_path, source):
 def test_the_completion_mark_is_written_last(tmp_path, monkeypatch):
     written = []
     write = runs.write_atomic
-    monkeypatch.setattr(runs, "write_atomic", lambda path, data: (written.append(path.name), write(path, data)))
+    monkeypatch.setattr(
+        runs, "write_atomic", lambda path, data: (written.append(path.name), write(path, data))
+    )
     work(config(tmp_path))
     assert written == ["config.yaml", "manifest.json", "result.txt", "COMPLETE"]
 
@@ -92,7 +104,12 @@ def test_what_a_death_behind_the_completion_mark_left_is_taken_away(tmp_path):
     before = (tmp_path / "out/COMPLETE").read_bytes()
     work(config(tmp_path))
     assert {path.name for path in (tmp_path / "out").iterdir()} == {
-        "COMPLETE", ".lock", "config.yaml", "manifest.json", "result.txt"}
+        "COMPLETE",
+        ".lock",
+        "config.yaml",
+        "manifest.json",
+        "result.txt",
+    }
     assert (tmp_path / "out/COMPLETE").read_bytes() == before
 
 
@@ -106,19 +123,33 @@ def test_another_configuration_or_input_is_refused_and_named(tmp_path, source, f
                 raise KeyboardInterrupt
     except KeyboardInterrupt:
         pass
+
     before, state = files(tmp_path / "out"), "a finished run" if finished else "an unfinished run"
-    with pytest.raises(UserError, match=rf"holds {state} with another configuration: size: 1 -> 2; choose another"):
+    with pytest.raises(
+        UserError, match=rf"holds {state} with another configuration: size: 1 -> 2; choose another"
+    ):
         work(config(tmp_path, size=2, a=source))
+
     with pytest.raises(UserError, match=r"parts.b: None -> \{'source': .*\}"):
         work(config(tmp_path, a=source, b=source))
-    with pytest.raises(UserError, match="configuration: verb: work -> other; choose"), runs.open_run("other", settings):
+
+    with (
+        pytest.raises(UserError, match="configuration: verb: work -> other; choose"),
+        runs.open_run("other", settings),
+    ):
         pass
+
     source.write_text("two")
-    with pytest.raises(UserError, match=rf"{state} made from other inputs; changed: parts.a.source \(.*source.txt\)"):
+    with pytest.raises(
+        UserError,
+        match=rf"{state} made from other inputs; changed: parts.a.source \(.*source.txt\)",
+    ):
         work(settings)
+
     source.unlink()
     with pytest.raises(UserError, match=r"source.txt: no such file or directory"):
         work(settings)
+
     assert files(tmp_path / "out") == before
     source.write_text("one")
     assert work(settings) == (not finished)
@@ -142,10 +173,12 @@ def begun(tmp_path, request):
     (here / "more").mkdir(parents=True)
     for name in ("one.txt", "two.txt", "more/three.txt"):
         (here / name).write_text(name)
+
     with suppress(KeyboardInterrupt), runs.open_run("work", page(here)) as run:
         runs.write_atomic(run.path / "result.txt", "done")
         if not request.param:
             raise KeyboardInterrupt
+
     return here.rename(tmp_path / "there"), request.param
 
 
@@ -159,44 +192,62 @@ def test_a_run_that_was_moved_with_its_inputs_goes_on(begun, monkeypatch):
 def test_an_input_that_changed_on_the_way_is_named(begun):
     place, _ = begun
     (place / "two.txt").write_text("2")
-    with pytest.raises(UserError, match=r"made from other inputs; changed: data.1 \(.*there/\*.txt\)"):
+    with pytest.raises(
+        UserError, match=r"made from other inputs; changed: data.1 \(.*there/\*.txt\)"
+    ):
         work(page(place))
 
 
 def test_a_file_that_is_called_otherwise_is_another_input(begun):
     place, _ = begun  # its ending tells how it is read, and sets are called after it
-    settings = page(place).model_copy(update={"data": (place / "two.txt", place / "*.txt", place / "more")})
-    with pytest.raises(UserError, match=r"with another configuration: data.0: .*here/one.txt -> .*there/two.txt; "):
+    settings = page(place).model_copy(
+        update={"data": (place / "two.txt", place / "*.txt", place / "more")}
+    )
+    with pytest.raises(
+        UserError, match=r"with another configuration: data.0: .*here/one.txt -> .*there/two.txt; "
+    ):
         work(settings)
 
 
 def test_what_lies_around_a_run_is_not_what_lies_elsewhere(begun, tmp_path):
-    with pytest.raises(UserError, match=r"another configuration: recipe: .*/here -> .*/elsewhere; choose"):
+    with pytest.raises(
+        UserError, match=r"another configuration: recipe: .*/here -> .*/elsewhere; choose"
+    ):
         work(page(begun[0], tmp_path / "elsewhere"))
 
 
 def test_a_glob_of_an_earlier_version_is_the_same_input(tmp_path):
     for name in ("a", "b"):
         (tmp_path / f"{name}.txt").write_text(name)
+
     settings = config(tmp_path, a=tmp_path / "*.txt")
     work(settings)
     file = tmp_path / "out/manifest.json"
     manifest = json.loads(file.read_text())
-    earlier = {str(tmp_path / f"{name}.txt"): runs.sha256(tmp_path / f"{name}.txt") for name in ("a", "b")}
-    manifest["inputs"] = {"parts.a.source": hashlib.sha256(json.dumps(earlier).encode()).hexdigest()}
+    earlier = {
+        str(tmp_path / f"{name}.txt"): runs.sha256(tmp_path / f"{name}.txt") for name in ("a", "b")
+    }
+    manifest["inputs"] = {
+        "parts.a.source": hashlib.sha256(json.dumps(earlier).encode()).hexdigest()
+    }
     del manifest["sum"]
     file.write_text(json.dumps(manifest))
     (tmp_path / "out/COMPLETE").unlink()
     assert work(settings)
     (tmp_path / "a.txt").write_text("c")
     (tmp_path / "out/COMPLETE").unlink()
+
     with pytest.raises(UserError, match="made from other inputs"):
         work(settings)
 
 
 def test_a_run_that_has_done_nothing_may_be_corrected(tmp_path, source, capsys):
-    with pytest.raises(UserError, match="bad data"), runs.open_run("work", config(tmp_path, a=source)):
+    with (
+        pytest.raises(UserError, match="bad data"),
+        runs.open_run("work", config(tmp_path, a=source)),
+    ):
         raise UserError("bad data")
+
     source.write_text("mended")
     assert work(config(tmp_path, size=5, a=source))
     assert json.loads((tmp_path / "out/manifest.json").read_text())["config"]["size"] == 5
@@ -205,7 +256,10 @@ def test_a_run_that_has_done_nothing_may_be_corrected(tmp_path, source, capsys):
 
 def fails(settings, made):
     """A stage that makes one thing, a directory or a file, and is then refused."""
-    with pytest.raises(UserError, match=r"bad data|is no run directory"), runs.open_run("work", settings) as run:
+    with (
+        pytest.raises(UserError, match=r"bad data|is no run directory"),
+        runs.open_run("work", settings) as run,
+    ):
         _make(run.path / made)
 
 
@@ -239,6 +293,7 @@ def test_an_interrupted_run_is_resumed_and_its_time_counted(tmp_path, capsys):
 
     with pytest.raises(KeyboardInterrupt):
         interrupted(config(tmp_path))
+
     assert not (tmp_path / "out/COMPLETE").exists()
     assert work(config(tmp_path))
     assert capsys.readouterr().err == f"{tmp_path / 'out'}: resuming\n"
@@ -249,6 +304,7 @@ def test_an_interrupted_run_is_resumed_and_its_time_counted(tmp_path, capsys):
 def test_checkpoints_are_deleted_after_the_end_alone(tmp_path):
     with runs.open_run("work", config(tmp_path)) as run:
         (run.path / "checkpoints/step-1").mkdir(parents=True)
+
     assert not (tmp_path / "out/checkpoints").exists()
     assert json.loads((tmp_path / "out/COMPLETE").read_text())["outputs"] == {}
 
@@ -267,23 +323,35 @@ def _until_killed(settings, place, barrier):
         if path.name == place:
             barrier.set()
             time.sleep(60)
+
         write(path, data)
 
     def stop_before_renaming(old, new):
         if new.name == place.removesuffix("'s name"):
             barrier.set()
             time.sleep(60)
+
         replace(old, new)
 
     if place.endswith("'s name"):
         runs.os.replace = stop_before_renaming
     else:
         runs.write_atomic = stop
+
     work(settings)
 
 
-@pytest.mark.parametrize("place", ["config.yaml", "manifest.json", "manifest.json's name", "result.txt", "COMPLETE",
-                                   "COMPLETE's name"])
+@pytest.mark.parametrize(
+    "place",
+    [
+        "config.yaml",
+        "manifest.json",
+        "manifest.json's name",
+        "result.txt",
+        "COMPLETE",
+        "COMPLETE's name",
+    ],
+)
 def test_a_process_killed_anywhere_is_followed_by_one_that_finishes(tmp_path, place):
     forkserver = multiprocessing.get_context("forkserver")
     launch.preload()
@@ -291,8 +359,12 @@ def test_a_process_killed_anywhere_is_followed_by_one_that_finishes(tmp_path, pl
     process = forkserver.Process(target=_until_killed, args=(config(tmp_path), place, reached))
     process.start()
     assert reached.wait(200)
-    with pytest.raises(UserError, match=rf"another process \(pid {process.pid}\) is writing this run; wait for it"):
+
+    with pytest.raises(
+        UserError, match=rf"another process \(pid {process.pid}\) is writing this run; wait for it"
+    ):
         work(config(tmp_path))
+
     os.kill(process.pid, signal.SIGKILL)
     process.join()
     assert not (tmp_path / "out/COMPLETE").exists()
@@ -301,7 +373,8 @@ def test_a_process_killed_anywhere_is_followed_by_one_that_finishes(tmp_path, pl
     assert not work(config(tmp_path))
 
 
-# --- what was damaged while it was unfinished -----------------------------------------------------------------------
+# --- what was damaged while it was unfinished
+# -----------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -313,21 +386,29 @@ def unfinished(tmp_path):
 
     with pytest.raises(KeyboardInterrupt):
         stopped()
+
     return tmp_path / "out"
 
 
-@pytest.mark.parametrize("content", ["", "{", "[1]", "{}", '{"verb": "work", "config": [], "inputs": {}}'])
-def test_a_damaged_manifest_of_an_unfinished_run_is_named_with_its_cure(tmp_path, unfinished, content):
+@pytest.mark.parametrize(
+    "content", ["", "{", "[1]", "{}", '{"verb": "work", "config": [], "inputs": {}}']
+)
+def test_a_damaged_manifest_of_an_unfinished_run_is_named_with_its_cure(
+    tmp_path, unfinished, content
+):
     (unfinished / "manifest.json").write_text(content)
     with pytest.raises(UserError, match=r"manifest.json:") as error:
         work(config(tmp_path))
+
     assert error.value.cure == f"delete {unfinished}: the same command starts over"
 
 
 def test_every_value_of_a_manifest_counts(tmp_path, unfinished):
     file = unfinished / "manifest.json"
     file.write_text(file.read_text().replace('"seed": 0', '"seed": 8'))
-    with pytest.raises(UserError, match=r"manifest.json: damaged: its content does not fit its checksum"):
+    with pytest.raises(
+        UserError, match=r"manifest.json: damaged: its content does not fit its checksum"
+    ):
         work(config(tmp_path))
 
 
@@ -335,8 +416,10 @@ def test_every_value_of_a_manifest_counts(tmp_path, unfinished):
 def test_damaged_seconds_count_for_nothing(tmp_path, unfinished, content, capsys):
     (unfinished / ".seconds").write_text(content)
     assert work(config(tmp_path))
-    assert f"{unfinished / '.seconds'}: damaged: how long earlier attempts took is not counted\n" in (
-        capsys.readouterr().err)
+    assert (
+        f"{unfinished / '.seconds'}: damaged: how long earlier attempts took is not counted\n"
+        in (capsys.readouterr().err)
+    )
     assert 0 <= json.loads((unfinished / "COMPLETE").read_text())["seconds"] < 60
 
 
@@ -345,8 +428,10 @@ def test_a_damaged_configuration_is_written_again(tmp_path, unfinished, content,
     file = unfinished / "config.yaml"
     before = file.read_text()
     file.unlink()
+
     if content is not None:
         file.write_bytes(content)
+
     assert work(config(tmp_path))
     assert f"{file}: damaged; written again\n" in capsys.readouterr().err
     assert file.read_text() == before
@@ -356,12 +441,16 @@ def test_damaged_lines_of_metrics_are_counted(tmp_path, capsys):
     run = runs.Run(tmp_path, finished=False)
     for step in range(1, 5):
         run.log(step, {"loss": 1 / step})
+
     run.close()
     file = tmp_path / "metrics.jsonl"
-    file.write_bytes(file.read_bytes().replace(b'{"step": 2', b'{"step\xff": 2').replace(b'{"step": 3', b"[3"))
+    file.write_bytes(
+        file.read_bytes().replace(b'{"step": 2', b'{"step\xff": 2').replace(b'{"step": 3', b"[3")
+    )
     run.rewind(3)
-    assert capsys.readouterr().err == (f"{tmp_path}: metrics.jsonl: damaged: 2 lines of it cannot be read and are left "
-                                       "out\n")
+    assert capsys.readouterr().err == (
+        f"{tmp_path}: metrics.jsonl: damaged: 2 lines of it cannot be read and are left out\n"
+    )
     assert [row["step"] for row in runs.read_metrics(tmp_path)] == [1]
 
 
@@ -377,6 +466,7 @@ def test_a_clock_that_is_set_back_shortens_no_run(tmp_path, monkeypatch):
     monkeypatch.setattr(time, "time", lambda: now - 3600)
     with runs.open_run("work", config(tmp_path)):
         monkeypatch.setattr(time, "time", lambda: now - 7200)
+
     assert json.loads((tmp_path / "out/COMPLETE").read_text())["seconds"] >= 0
 
 
@@ -386,13 +476,18 @@ def test_a_run_that_goes_on_with_other_code_says_so(tmp_path, unfinished, monkey
     assert "it was begun by other code, " in capsys.readouterr().err
 
 
-# --- fingerprints ---------------------------------------------------------------------------------------------------
+# --- fingerprints
+# ---------------------------------------------------------------------------------------------------
 
 
 def test_an_input_inside_a_run_is_known_by_its_recorded_content(tmp_path):
     first = config(tmp_path)
     work(first)
-    second = Work(out=tmp_path / "second", after=(first.out,), parts={"a": Part(source=first.out / "result.txt")})
+    second = Work(
+        out=tmp_path / "second",
+        after=(first.out,),
+        parts={"a": Part(source=first.out / "result.txt")},
+    )
     work(second, "more")
     (tmp_path / "out/metrics.jsonl").write_text("{}\n")  # no output
     assert runs.is_finished("work", second)
@@ -402,6 +497,7 @@ def test_an_input_inside_a_run_is_known_by_its_recorded_content(tmp_path):
 def test_an_unfinished_run_is_no_input(tmp_path):
     with pytest.raises(KeyboardInterrupt), runs.open_run("work", config(tmp_path)):
         raise KeyboardInterrupt
+
     with pytest.raises(UserError, match="out: this run is not finished; finish it first"):
         work(Work(out=tmp_path / "second", after=(tmp_path / "out",)))
 
@@ -426,12 +522,15 @@ def test_is_output(tmp_path):
 def test_a_glob_is_known_by_all_that_it_matches(tmp_path):
     for name in "ab":
         (tmp_path / f"{name}.txt").write_text(name)
+
     before = runs.fingerprint(tmp_path / "*.txt")
     assert runs.fingerprint(tmp_path / "*.txt") == before != runs.fingerprint(tmp_path / "a*.txt")
     (tmp_path / "b.txt").write_text("c")
     assert runs.fingerprint(tmp_path / "*.txt") != before
+
     with pytest.raises(UserError, match=r"\*.md: no file matches this pattern"):
         runs.fingerprint(tmp_path / "*.md")
+
     (tmp_path / "[c].txt").write_text("brackets")
     assert runs.fingerprint(tmp_path / "[c].txt") == runs.sha256(tmp_path / "[c].txt")
 
@@ -461,10 +560,17 @@ def test_a_folder_without_a_model_is_not_read_through(tmp_path, monkeypatch):
     (tmp_path / "home/big").write_text("much")
     monkeypatch.setattr(completion, "sha256", lambda path: pytest.fail(f"{path} is read"))
     monkeypatch.setattr(runs, "sha256", completion.sha256)
-    with pytest.raises(UserError, match=r"home: config.json: missing, so this folder holds no model; give .* as model"):
+
+    with pytest.raises(
+        UserError,
+        match=r"home: config.json: missing, so this folder holds no model; give .* as model",
+    ):
         work(Tuned(out=tmp_path / "out", model=tmp_path / "home"))
+
     (tmp_path / "home/adapter_config.json").write_text("{}")
-    with pytest.raises(UserError, match=r"it is a PEFT adapter: `llama2 import .*home --base BASE --out MODEL`"):
+    with pytest.raises(
+        UserError, match=r"it is a PEFT adapter: `llama2 import .*home --base BASE --out MODEL`"
+    ):
         work(Tuned(out=tmp_path / "out", model=tmp_path / "home"))
 
 
@@ -472,26 +578,42 @@ def test_checkpoints_on_another_disk_are_deleted_and_nothing_else(tmp_path):
     (tmp_path / "disk").mkdir()
     (tmp_path / "disk/mine").write_text("precious")
     (tmp_path / "moved/step-00000002").mkdir(parents=True)
+
     with runs.open_run("work", config(tmp_path)) as run:
         (run.path / "checkpoints").symlink_to(tmp_path / "disk")
         (run.path / "checkpoints/step-00000001/trainer").mkdir(parents=True)
         (run.path / "checkpoints/step-00000002").symlink_to(tmp_path / "moved/step-00000002")
+
     assert not (tmp_path / "out/checkpoints").is_symlink()
     assert not (tmp_path / "moved/step-00000002").exists()
     assert (tmp_path / "disk/mine").read_text() == "precious"
     assert not (tmp_path / "disk/step-00000001").exists()
 
 
-@pytest.mark.parametrize("number", [errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP, errno.EINVAL,
-                                    errno.ENOTTY, errno.EACCES, errno.EPERM])
-def test_a_file_system_without_locks_is_written_with_a_warning(tmp_path, monkeypatch, capsys, number):
+@pytest.mark.parametrize(
+    "number",
+    [
+        errno.ENOSYS,
+        errno.ENOLCK,
+        errno.EOPNOTSUPP,
+        errno.EINVAL,
+        errno.ENOTTY,
+        errno.EACCES,
+        errno.EPERM,
+    ],
+)
+def test_a_file_system_without_locks_is_written_with_a_warning(
+    tmp_path, monkeypatch, capsys, number
+):
     def missing(file, how):
         raise OSError(number, os.strerror(number))
 
     monkeypatch.setattr(runs.fcntl, "flock", missing)
     assert work(config(tmp_path))
-    assert capsys.readouterr().err == (f"{tmp_path / 'out'}: this file system has no locks, so nothing keeps a second "
-                                       "process from writing this run\n")
+    assert capsys.readouterr().err == (
+        f"{tmp_path / 'out'}: this file system has no locks, so nothing keeps a second "
+        "process from writing this run\n"
+    )
 
 
 def test_another_refusal_of_a_lock_is_one_line(tmp_path, monkeypatch):
@@ -499,12 +621,15 @@ def test_another_refusal_of_a_lock_is_one_line(tmp_path, monkeypatch):
         raise OSError(errno.ESTALE, os.strerror(errno.ESTALE))
 
     monkeypatch.setattr(runs.fcntl, "flock", stale)
-    with pytest.raises(UserError, match=rf"^{tmp_path}/a: stale file handle; check the path and its disk$"):
+    with pytest.raises(
+        UserError, match=rf"^{tmp_path}/a: stale file handle; check the path and its disk$"
+    ):
         runs.lock(tmp_path / "a")
 
 
 def test_a_lock_on_a_full_disk_holds(tmp_path, monkeypatch):
     """Its content is a courtesy; what needs room names the disk."""
+
     def full(*_):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
@@ -512,22 +637,31 @@ def test_a_lock_on_a_full_disk_holds(tmp_path, monkeypatch):
     held = runs.lock(tmp_path / "a")
     with pytest.raises(UserError, match=r"a: another process is writing this run; wait for it"):
         runs.lock(tmp_path / "a")
+
     held.close()
 
 
-# --- metrics --------------------------------------------------------------------------------------------------------
+# --- metrics
+# --------------------------------------------------------------------------------------------------------
 
 
 def test_metrics_are_appended_and_rewound(tmp_path):
     run = runs.Run(tmp_path, finished=False)
     for step in range(1, 5):
         run.log(step, {"loss": 1 / step})
+
     run.rewind(2)
     run.log(3, {"loss": 9.0})
     run.close()
-    assert [(row["step"], row["loss"]) for row in runs.read_metrics(tmp_path)] == [(1, 1.0), (2, 0.5), (3, 9.0)]
+    assert [(row["step"], row["loss"]) for row in runs.read_metrics(tmp_path)] == [
+        (1, 1.0),
+        (2, 0.5),
+        (3, 9.0),
+    ]
+
     with open(tmp_path / "metrics.jsonl", "a") as file:
         file.write('{"step": 4, "lo')  # as a crash leaves it
+
     run.rewind(3)
     assert [row["step"] for row in runs.read_metrics(tmp_path)] == [1, 2, 3]
     assert runs.read_metrics(tmp_path / "none") == []
@@ -537,6 +671,7 @@ def test_a_directory_is_writable_again_once_its_file_is_closed(tmp_path):
     held = runs.lock(tmp_path / "a")
     with pytest.raises(UserError, match=f"pid {os.getpid()}"):
         runs.lock(tmp_path / "a")
+
     held.close()
     runs.lock(tmp_path / "a").close()
 
@@ -550,11 +685,13 @@ def test_write_atomic_leaves_the_old_file_when_it_cannot_write(tmp_path, monkeyp
     monkeypatch.setattr(runs.os, "fsync", full)
     with pytest.raises(UserError, match="no space left on the device"):
         runs.write_atomic(tmp_path / "a", "new")
+
     assert (tmp_path / "a").read_text() == "old"
 
 
 def test_a_full_disk_is_named_by_what_it_stopped(tmp_path, monkeypatch):
     """Not by the note of the seconds spent, which finds no space either."""
+
     def full(descriptor):
         raise OSError(28, "No space left on device")
 
@@ -566,6 +703,7 @@ def test_a_full_disk_is_named_by_what_it_stopped(tmp_path, monkeypatch):
 
     with pytest.raises(UserError, match=r"result\.txt: no space left"):
         fill()
+
     monkeypatch.undo()
     assert (tmp_path / "out/part").read_text() == "kept"
     work(config(tmp_path))
@@ -585,6 +723,7 @@ def test_the_code_version_covers_compiled_code(tmp_path, monkeypatch):
     package.mkdir()
     for name in ("__init__.py", "kernel.cpp", "kernel.h", "notes.md"):
         (package / name).write_text("one")
+
     monkeypatch.setattr(runs.llama2, "__file__", str(package / "__init__.py"))
 
     def version():
@@ -595,9 +734,11 @@ def test_the_code_version_covers_compiled_code(tmp_path, monkeypatch):
     (package / "notes.md").write_text("two")
     assert version() == before
     versions = {before}
+
     for name in ("__init__.py", "kernel.cpp", "kernel.h"):
         (package / name).write_text("two")
         versions.add(version())
+
     assert len(versions) == 4
     monkeypatch.setenv("LLAMA2_NATIVE", "off")  # other operations round otherwise
     versions.add(version())

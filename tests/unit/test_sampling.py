@@ -16,7 +16,9 @@ MANY = 40_000
 
 
 def frequencies(sampling: Sampling, logits_V: torch.Tensor = LOGITS) -> torch.Tensor:
-    numbers = torch.from_numpy(uniforms(sampling.seed, [(index, 0) for index in range(MANY)], 1)[:, 0])
+    numbers = torch.from_numpy(
+        uniforms(sampling.seed, [(index, 0) for index in range(MANY)], 1)[:, 0]
+    )
     tokens, _ = draw(logits_V.expand(MANY, -1), numbers, sampling)
     return torch.bincount(tokens, minlength=len(logits_V)) / MANY
 
@@ -29,6 +31,7 @@ def nucleus(probabilities: torch.Tensor, top_p: float) -> torch.Tensor:
         mass += float(probabilities[token])
         if mass > top_p:
             break
+
     return kept / kept.sum()
 
 
@@ -74,7 +77,9 @@ def test_greedy_takes_the_first_of_the_likeliest(size: int) -> None:
     assert tokens.tolist() == logits.argmax(-1).tolist()
 
 
-@pytest.mark.parametrize("sampling", [Sampling(0.0), Sampling(0.5), Sampling(1.0, 0.5), Sampling(top_k=2)])
+@pytest.mark.parametrize(
+    "sampling", [Sampling(0.0), Sampling(0.5), Sampling(1.0, 0.5), Sampling(top_k=2)]
+)
 def test_logprobs_are_those_of_the_untouched_model(sampling: Sampling) -> None:
     numbers = torch.from_numpy(uniforms(0, [(index, 0) for index in range(50)], 1)[:, 0])
     tokens, logprobs = draw(LOGITS.expand(50, -1), numbers, sampling)
@@ -90,18 +95,28 @@ def test_the_ends_of_the_interval_draw_possible_tokens(uniform: float) -> None:
 
 
 @pytest.mark.skipif(not sampling_module._call.found, reason="no C++ compiler")
-@pytest.mark.parametrize("sampling", [Sampling(), Sampling(0.6), Sampling(1.3, 0.9), Sampling(0.0), Sampling(0.8, 0.3)])
+@pytest.mark.parametrize(
+    "sampling", [Sampling(), Sampling(0.6), Sampling(1.3, 0.9), Sampling(0.0), Sampling(0.8, 0.3)]
+)
 @pytest.mark.parametrize("changed", [False, True])
-def test_native_draws_are_those_of_pytorch(sampling: Sampling, changed: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_native_draws_are_those_of_pytorch(
+    sampling: Sampling, changed: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     generator = torch.Generator().manual_seed(0)
     logits = 3 * torch.randn(400, 1500, generator=generator)
     numbers = torch.rand(400, 2, generator=generator)
-    source = torch.where(torch.rand(400, 1500, generator=generator) < 0.5, -math.inf, logits + 1) if changed else None
+    source = (
+        torch.where(torch.rand(400, 1500, generator=generator) < 0.5, -math.inf, logits + 1)
+        if changed
+        else None
+    )
     tokens, logprobs = draw(logits, numbers, sampling, source)
     monkeypatch.setattr(sampling_module, "_call", SimpleNamespace(found=False))
     expected, theirs = draw(logits, numbers, sampling, source)
     same = tokens == expected
-    assert same.float().mean() >= 0.99, "sums rounded otherwise may move a draw to its neighbour, rarely"
+    assert same.float().mean() >= 0.99, (
+        "sums rounded otherwise may move a draw to its neighbour, rarely"
+    )
     torch.testing.assert_close(logprobs[same], theirs[same], atol=2e-5, rtol=0)
 
 
@@ -110,14 +125,19 @@ def test_uniforms_are_named_by_seed_prompt_sample_and_place() -> None:
     together = uniforms(5, streams, 40)
     for row, stream in enumerate(streams):
         assert (uniforms(5, [stream], 12)[0] == together[row, :12]).all()
-    several = np.concatenate([together.ravel(), uniforms(6, streams, 40).ravel(), uniforms(-1, streams, 40).ravel()])
+
+    several = np.concatenate(
+        [together.ravel(), uniforms(6, streams, 40).ravel(), uniforms(-1, streams, 40).ravel()]
+    )
     assert len(np.unique(several)) > 0.999 * several.size
     assert several.min() >= 0
     assert several.max() < 1
 
 
 def test_uniforms_are_uniform_and_independent() -> None:
-    numbers = uniforms(0, [(index, sample) for index in range(100) for sample in range(20)], 50).reshape(-1, 100)
+    numbers = uniforms(
+        0, [(index, sample) for index in range(100) for sample in range(20)], 50
+    ).reshape(-1, 100)
     counts = np.histogram(numbers, 64, (0, 1))[0]
     expected = numbers.size / 64
     assert abs(((counts - expected) ** 2 / expected).sum() - 63) < 5 * math.sqrt(2 * 63)
@@ -127,8 +147,17 @@ def test_uniforms_are_uniform_and_independent() -> None:
     assert abs(np.corrcoef(numbers[:-20].ravel(), numbers[20:].ravel())[0, 1]) < bound, "prompts"
 
 
-@pytest.mark.parametrize("bad", [{"temperature": -1.0}, {"top_p": 0.0}, {"top_p": 1.5}, {"top_k": -1},
-                                 {"max_tokens": 0}, {"n": 0}])
+@pytest.mark.parametrize(
+    "bad",
+    [
+        {"temperature": -1.0},
+        {"top_p": 0.0},
+        {"top_p": 1.5},
+        {"top_k": -1},
+        {"max_tokens": 0},
+        {"n": 0},
+    ],
+)
 def test_impossible_settings_are_refused(bad: dict[str, float]) -> None:
     with pytest.raises(UserError, match=next(iter(bad))):
         Sampling(**bad)  # type: ignore[arg-type]

@@ -18,15 +18,21 @@ class Terminal(io.StringIO):
 
 
 def drawn(text: str, size: int, height: int = 50) -> str:
-    """What is printed for good when `text` comes in parts of `size`: everything that no control code takes back."""
+    """What is printed for good when `text` comes in parts of `size`: everything that no control
+    code takes back."""
     sink = io.StringIO()
-    console = Console(file=sink, force_terminal=True, width=60, height=height, color_system=None, _environ={})
+    console = Console(
+        file=sink, force_terminal=True, width=60, height=height, color_system=None, _environ={}
+    )
     answer = Rendered(console)
+
     for at in range(0, len(text), size):
         answer.add(text[at : at + size])
+
     answer.end()
     lines: list[str] = [""]
     at = 0
+
     for code, plain in re.findall(r"(\x1b\[\??\d*[A-Za-z]|\r|\n)|([^\x1b\r\n]+)", sink.getvalue()):
         if code == "\n":
             at += 1
@@ -37,6 +43,7 @@ def drawn(text: str, size: int, height: int = 50) -> str:
             lines[at] = ""
         elif plain:
             lines[at] += plain
+
     return "\n".join(line.rstrip() for line in lines).rstrip()
 
 
@@ -53,7 +60,13 @@ def test_the_parts_do_not_matter(size: int, monkeypatch: pytest.MonkeyPatch) -> 
     seen = drawn(TEXT, size)
     assert seen == drawn(TEXT, len(TEXT) + 1)
     assert "A bold word." in seen
-    assert [seen.count(word) for word in ("Title", "bold", "one", "y = 2", "End.")] == [1, 1, 1, 1, 1]
+    assert [seen.count(word) for word in ("Title", "bold", "one", "y = 2", "End.")] == [
+        1,
+        1,
+        1,
+        1,
+        1,
+    ]
     assert "**" not in seen
     assert "```" not in seen
 

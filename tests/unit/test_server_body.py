@@ -13,7 +13,7 @@ from llama2.serve.schema import ChatRequest, CompletionRequest, ScoreRequest
 
 USER, ANSWER = {"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}
 WRONG = {"role": "x", "content": 1}
-QUIET = '[{:,' * 300_000 + "\\" * 7 + '"' + "\\n" * 70_000
+QUIET = "[{:," * 300_000 + "\\" * 7 + '"' + "\\n" * 70_000
 
 
 def encoded(**fields: Any) -> bytes:
@@ -23,17 +23,27 @@ def encoded(**fields: Any) -> bytes:
 def refused(content: bytes, kind: type[Any] = ChatRequest) -> ApiError:
     with pytest.raises(ApiError) as caught:
         body.checked(content, kind)
+
     assert caught.value.status == 400
     assert len(caught.value.message) < 300
     return caught.value
 
 
-@pytest.mark.parametrize("content", [
-    encoded(messages=[WRONG] * 100_001), encoded(messages=[{}] * 80_001),
-    encoded(**{f"k{key}": 1 for key in range(200_000)}),
-    encoded(prompt=[1] * 1_000_000), encoded(logit_bias={str(token): 1 for token in range(250_000)}),
-    b"[" * 3_900_000, b'{"a":' * 700_000, b'"' * 3_900_000, b"," * 3_900_000, b'{"a":"\\\\"' + b",1" * 300_000,
-])
+@pytest.mark.parametrize(
+    "content",
+    [
+        encoded(messages=[WRONG] * 100_001),
+        encoded(messages=[{}] * 80_001),
+        encoded(**{f"k{key}": 1 for key in range(200_000)}),
+        encoded(prompt=[1] * 1_000_000),
+        encoded(logit_bias={str(token): 1 for token in range(250_000)}),
+        b"[" * 3_900_000,
+        b'{"a":' * 700_000,
+        b'"' * 3_900_000,
+        b"," * 3_900_000,
+        b'{"a":"\\\\"' + b",1" * 300_000,
+    ],
+)
 def test_what_is_too_much_is_never_parsed(content: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(body, "_parsed", None)
     assert "the body has more than" in refused(content).message
@@ -51,11 +61,13 @@ def test_counts_are_those_of_the_items(monkeypatch: pytest.MonkeyPatch) -> None:
     content = json.dumps({"a": ["x, y", "[{:", '"', "\\"], "b": {"c": [1, 2, 3]}}).encode()
     for name, count in (("TEXTS", 7), ("GROUPS", 7), ("VALUES", 6)):
         monkeypatch.setattr(body, f"MOST_{name}", count)
+
     body.count(content)
     for name, count in (("TEXTS", 7), ("GROUPS", 7), ("VALUES", 6)):
         monkeypatch.setattr(body, f"MOST_{name}", count - 1)
         with pytest.raises(ApiError, match=f"more than {count - 1} "):
             body.count(content)
+
         monkeypatch.setattr(body, f"MOST_{name}", count)
 
 
@@ -69,24 +81,39 @@ def test_errors_are_not_collected(monkeypatch: pytest.MonkeyPatch) -> None:
         return explained(details, *more)
 
     monkeypatch.setattr(body.schema, "explained", counting)
-    for kind, fields in ((ChatRequest, {"messages": [WRONG] * 4096}), (ScoreRequest, {"messages": [WRONG] * 4096}),
-                         (CompletionRequest, {"prompt": ["a"] * 100 + [1] * 100}),
-                         (CompletionRequest, {"prompt": [[1] * 100 + ["x"] * 100] * 128}),
-                         (CompletionRequest, {"prompt": "a", "stop": [1] * 100_000}),
-                         (CompletionRequest, {"prompt": "a", "stop_token_ids": ["x"] * 30_000}),
-                         (ChatRequest, {"messages": [{"role": "user", "content": [{"type": "text"}] * 5000}]})):
+    for kind, fields in (
+        (ChatRequest, {"messages": [WRONG] * 4096}),
+        (ScoreRequest, {"messages": [WRONG] * 4096}),
+        (CompletionRequest, {"prompt": ["a"] * 100 + [1] * 100}),
+        (CompletionRequest, {"prompt": [[1] * 100 + ["x"] * 100] * 128}),
+        (CompletionRequest, {"prompt": "a", "stop": [1] * 100_000}),
+        (CompletionRequest, {"prompt": "a", "stop_token_ids": ["x"] * 30_000}),
+        (ChatRequest, {"messages": [{"role": "user", "content": [{"type": "text"}] * 5000}]}),
+    ):
         refused(encoded(**fields), kind)
+
     assert len(seen) == 7
     assert max(seen) < 20
 
 
-@pytest.mark.parametrize(("fields", "param", "words"), [
-    ({f"k{key}": 1 for key in range(13_000)}, None, "the body: an object of 13000 keys"),
-    ({"messages": [{**USER, **{f"k{key}": 1 for key in range(200)}}]}, "messages.0", "an object of 202 keys"),
-    ({"messages": [USER], "k" * 100_000: 1}, None, "unknown parameter 'kkk"),
-    ({"messages": [{}] * 4097}, "messages", "4097 messages"),
-    ({"messages": [USER], "logit_bias": {str(token): "x" for token in range(1025)}}, "logit_bias", "1025 tokens"),
-])
+@pytest.mark.parametrize(
+    ("fields", "param", "words"),
+    [
+        ({f"k{key}": 1 for key in range(13_000)}, None, "the body: an object of 13000 keys"),
+        (
+            {"messages": [{**USER, **{f"k{key}": 1 for key in range(200)}}]},
+            "messages.0",
+            "an object of 202 keys",
+        ),
+        ({"messages": [USER], "k" * 100_000: 1}, None, "unknown parameter 'kkk"),
+        ({"messages": [{}] * 4097}, "messages", "4097 messages"),
+        (
+            {"messages": [USER], "logit_bias": {str(token): "x" for token in range(1025)}},
+            "logit_bias",
+            "1025 tokens",
+        ),
+    ],
+)
 def test_what_has_no_sense_is_named(fields: dict[str, Any], param: str | None, words: str) -> None:
     error = refused(encoded(**fields))
     assert error.param == param
@@ -94,7 +121,10 @@ def test_what_has_no_sense_is_named(fields: dict[str, Any], param: str | None, w
 
 
 def test_what_is_large_for_a_reason_is_taken() -> None:
-    assert len(body.checked(encoded(messages=[*[USER, ANSWER] * 2047, USER]), ChatRequest).messages) == 4095
+    assert (
+        len(body.checked(encoded(messages=[*[USER, ANSWER] * 2047, USER]), ChatRequest).messages)
+        == 4095
+    )
     ids = [[7] * 4096] * 63
     assert body.checked(encoded(prompt=ids), CompletionRequest).prompt == ids
     schema = {"properties": {f"k{key}": {"enum": [key]} for key in range(3000)}}
@@ -104,9 +134,15 @@ def test_what_is_large_for_a_reason_is_taken() -> None:
 
 
 def test_marks_at_the_beginning_and_halves_of_characters() -> None:
-    assert body.checked(b"\xef\xbb\xbf" + encoded(messages=[USER]), ChatRequest).messages[0].content == "a"
+    assert (
+        body.checked(b"\xef\xbb\xbf" + encoded(messages=[USER]), ChatRequest).messages[0].content
+        == "a"
+    )
     error = refused(b'{"messages": [{"role": "user", "content": "\\ud800"}]}')
-    assert (error.param, "half of a surrogate pair" in error.message) == ("messages.0.content", True)
+    assert (error.param, "half of a surrogate pair" in error.message) == (
+        "messages.0.content",
+        True,
+    )
     assert "byte 2" in refused(b'"\xff"').message
     assert "not valid JSON" in refused(b"[" * 3000).message
     assert "not valid JSON" in refused(b'{"seed": ' + b"9" * 100_000 + b"}").message

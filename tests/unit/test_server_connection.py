@@ -14,13 +14,17 @@ import httpx
 import pytest
 from servers import Served, serving, wait_for
 
-HEAD = b"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+HEAD = (
+    b"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+)
 ASK = json.dumps({"messages": [{"role": "user", "content": "a"}], "max_tokens": 1}).encode()
 
 
 @pytest.fixture(scope="module")
 def hasty(policy: Path) -> Iterator[Served]:
-    with serving(policy, slots=2, limits={"head_seconds": 1.0, "body_bytes": 2000, "idle_seconds": 2.0}) as running:
+    with serving(
+        policy, slots=2, limits={"head_seconds": 1.0, "body_bytes": 2000, "idle_seconds": 2.0}
+    ) as running:
         yield running
 
 
@@ -35,6 +39,7 @@ def heard(link: socket.socket) -> bytes:
     whole = b""
     while part := link.recv(65536):
         whole += part
+
     return whole
 
 
@@ -53,6 +58,7 @@ def test_half_a_head_is_told_that_it_is_too_slow(hasty: Served, begun: bytes) ->
     with socket.create_connection(hasty.address) as link:
         link.sendall(begun)
         answer = heard(link)
+
     assert answer.startswith(b"HTTP/1.1 408 ")
     assert error(answer)["code"] == "timeout"
 
@@ -65,6 +71,7 @@ def test_a_head_that_comes_drop_by_drop_has_no_more_time(hasty: Served) -> None:
             for number in range(1000):
                 if dropping.wait(0.02):
                     return
+
                 try:
                     link.sendall(b"GET /health HTTP/1.1\r\n" if not number else b"X-Drop: 1\r\n")
                 except OSError:
@@ -105,9 +112,14 @@ def test_an_answer_reaches_a_client_that_still_sends(hasty: Served) -> None:
         with socket.create_connection(hasty.address) as link:
             link.sendall(HEAD + head)
             for _ in range(300):
-                link.sendall((b"186a0\r\n" if b"chunked" in head else b"") + b" " * 100_000
-                             + (b"\r\n" if b"chunked" in head else b""))
+                link.sendall(
+                    (b"186a0\r\n" if b"chunked" in head else b"")
+                    + b" " * 100_000
+                    + (b"\r\n" if b"chunked" in head else b"")
+                )
+
             answer = heard(link)
+
         assert answer.startswith(b"HTTP/1.1 413 ")
         assert error(answer)["code"] == "request_too_large"
 
@@ -116,6 +128,7 @@ def test_what_is_not_http_is_refused_in_the_shape_of_all_errors(hasty: Served) -
     with socket.create_connection(hasty.address) as link:
         link.sendall(b"\x16\x03\x01 nonsense\r\n\r\n" + b"x" * 200_000)
         answer = heard(link)
+
     assert answer.startswith(b"HTTP/1.1 400 ")
     assert error(answer)["type"] == "invalid_request_error"
 
@@ -125,9 +138,11 @@ def test_silent_connections_make_room(narrow: Served) -> None:
         links = [held.enter_context(socket.create_connection(narrow.address)) for _ in range(30)]
         for link in links[::2]:
             link.sendall(b"GET /health HTTP/1.1\r\nX-")
+
         for _ in range(3):
             assert httpx.get(f"{narrow.url}/health").status_code == 200
             assert narrow.post("chat/completions", **json.loads(ASK)).status_code == 200
+
         assert narrow.server.server_state.connections
         wait_for(lambda: len(narrow.server.server_state.connections) <= 9)
 
@@ -138,12 +153,14 @@ def test_health_is_told_where_every_connection_is_busy(narrow: Served) -> None:
             link = held.enter_context(socket.create_connection(narrow.address))
             link.sendall(HEAD + b"Content-Length: 100\r\n\r\n{")
             wait_for(lambda number=number: narrow.server._traffic.active == min(number + 1, 8))
+
         assert httpx.get(f"{narrow.url}/health").status_code == 200
         assert httpx.get(f"{narrow.url}/metrics").status_code == 200
         refused = httpx.get(f"{narrow.url}/v1/models")
         assert refused.status_code == 503
         assert refused.json()["error"]["code"] == "overloaded"
         assert refused.headers["retry-after"] == "1"
+
     wait_for(lambda: narrow.server._traffic.active == 0)
     assert httpx.get(f"{narrow.url}/v1/models").status_code == 200
 

@@ -28,20 +28,35 @@ def test_keys(policy, capsys):
     with serving(policy, keys=("first", "second")) as served:
         for key in ("first", "second"):
             assert len(served.client(key).models.list().data) == 1
-        for headers in ({}, {"Authorization": "Bearer third"}, {"Authorization": "Basic first"},
-                        {"Authorization": "Bearer"}, {"Authorization": "Bearer f\u00e4".encode("latin-1")}):
+
+        for headers in (
+            {},
+            {"Authorization": "Bearer third"},
+            {"Authorization": "Basic first"},
+            {"Authorization": "Bearer"},
+            {"Authorization": "Bearer f\u00e4".encode("latin-1")},
+        ):
             answer = httpx.post(f"{served.url}/v1/chat/completions", json=ASK, headers=headers)
             assert answer.status_code == 401
             assert answer.json()["error"]["code"] == "invalid_api_key"
+
         for target in ("//v1/models", "/v1/models/", "HTTP://localhost//v1/models"):
             assert get(served, target).startswith(b"HTTP/1.1 401 ")
+
         assert httpx.get(f"{served.url}/health").status_code == 200
+
     assert "first" not in capsys.readouterr().err
 
 
 def test_other_names_of_this_machine_are_refused(served):
-    """A page elsewhere whose name is made to resolve to 127.0.0.1 must not reach a server without keys."""
-    for host, status in (("evil.example", 403), ("localhost:80", 200), ("[::1]:80", 200), ("127.0.0.1.evil", 403)):
+    """A page elsewhere whose name is made to resolve to 127.0.0.1 must not reach a server without
+    keys."""
+    for host, status in (
+        ("evil.example", 403),
+        ("localhost:80", 200),
+        ("[::1]:80", 200),
+        ("127.0.0.1.evil", 403),
+    ):
         assert httpx.get(f"{served.url}/v1/models", headers={"Host": host}).status_code == status
 
 
@@ -52,36 +67,51 @@ def test_any_name_of_loopback_is_answered(served):
 
 def test_a_server_at_another_address_of_loopback_is_as_careful(policy):
     with serving(policy, host="127.0.0.2") as served:
-        assert httpx.get(f"{served.url}/v1/models", headers={"Host": "evil.example"}).status_code == 403
+        assert (
+            httpx.get(f"{served.url}/v1/models", headers={"Host": "evil.example"}).status_code
+            == 403
+        )
 
 
 def test_a_page_elsewhere_cannot_send_a_form(served):
-    answer = httpx.post(f"{served.url}/v1/chat/completions", content=json.dumps(ASK),
-                        headers={"Content-Type": "text/plain"})
+    answer = httpx.post(
+        f"{served.url}/v1/chat/completions",
+        content=json.dumps(ASK),
+        headers={"Content-Type": "text/plain"},
+    )
     assert answer.status_code == 400
     assert "access-control-allow-origin" not in answer.headers
 
 
 def raw(served, head, body=b"", wait=60.0):
     with socket.create_connection(served.address, wait) as link:
-        link.sendall(f"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\n{head}\r\n\r\n".encode() + body)
+        link.sendall(
+            f"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\n{head}\r\n\r\n".encode()
+            + body
+        )
         heard = b""
         while part := link.recv(4096):
             heard += part
             if b"\r\n\r\n" in heard and heard.endswith(b"}"):
                 break
+
     return heard
 
 
 def test_large_requests_are_refused_early(served):
-    assert raw(served, "Content-Type: application/json\r\nContent-Length: 999999999").startswith(b"HTTP/1.1 413 ")
+    assert raw(served, "Content-Type: application/json\r\nContent-Length: 999999999").startswith(
+        b"HTTP/1.1 413 "
+    )
     chunk = b"400\r\n" + b" " * 1024 + b"\r\n"
-    assert raw(served, "Content-Type: application/json\r\nTransfer-Encoding: chunked", 2 * chunk).startswith(
-        b"HTTP/1.1 413 ")
+    assert raw(
+        served, "Content-Type: application/json\r\nTransfer-Encoding: chunked", 2 * chunk
+    ).startswith(b"HTTP/1.1 413 ")
 
 
 def test_slow_requests_are_given_up(hasty):
-    assert raw(hasty, "Content-Type: application/json\r\nContent-Length: 100", b"{").startswith(b"HTTP/1.1 408 ")
+    assert raw(hasty, "Content-Type: application/json\r\nContent-Length: 100", b"{").startswith(
+        b"HTTP/1.1 408 "
+    )
 
 
 def test_long_answers_are_given_up(hasty, monkeypatch):
@@ -96,36 +126,71 @@ def test_long_answers_are_given_up(hasty, monkeypatch):
     wait_for(lambda: hasty.worker._session.running == 0)
 
 
-@pytest.mark.parametrize("body", [
-    b"", b"{", b"[]", b"null", b"1", b'"x"', b"\xff\xfe", b'{"messages": [{"role": "user", "content": "\xff"}]}',
-    b'{"messages": [{"role": "user", "content": "\\ud800"}]}', b'{"\\ud800": 1}', b"[" * 1500, b'{"a":' * 300,
-    b'{"messages": [{"role": "user", "content": "x"}], "temperature": NaN}',
-    b'{"messages": [{"role": "user", "content": "x"}], "seed": 1e400}',
-    b'{"messages": [{"role": "user", "content": "x"}], "seed": ' + b"9" * 500 + b"}",
-])
+@pytest.mark.parametrize(
+    "body",
+    [
+        b"",
+        b"{",
+        b"[]",
+        b"null",
+        b"1",
+        b'"x"',
+        b"\xff\xfe",
+        b'{"messages": [{"role": "user", "content": "\xff"}]}',
+        b'{"messages": [{"role": "user", "content": "\\ud800"}]}',
+        b'{"\\ud800": 1}',
+        b"[" * 1500,
+        b'{"a":' * 300,
+        b'{"messages": [{"role": "user", "content": "x"}], "temperature": NaN}',
+        b'{"messages": [{"role": "user", "content": "x"}], "seed": 1e400}',
+        b'{"messages": [{"role": "user", "content": "x"}], "seed": ' + b"9" * 500 + b"}",
+    ],
+)
 def test_malformed_bodies(served, body):
-    answer = httpx.post(f"{served.url}/v1/chat/completions", content=body, headers={"Content-Type": "application/json"})
+    answer = httpx.post(
+        f"{served.url}/v1/chat/completions",
+        content=body,
+        headers={"Content-Type": "application/json"},
+    )
     assert answer.status_code == 400, answer.text
     assert answer.json()["error"]["type"] == "invalid_request_error"
 
 
-@pytest.mark.parametrize(("content", "kind", "said"), [
-    (b'{"messages": [{"role": "user", "content": "\xff"}]}', "application/json", "not UTF-8: byte 44"),
-    (b'{"messages": [{"role": "user", "content": "x"}]}', "application/x-www-form-urlencoded", "'Content-Type:"),
-])
+@pytest.mark.parametrize(
+    ("content", "kind", "said"),
+    [
+        (
+            b'{"messages": [{"role": "user", "content": "\xff"}]}',
+            "application/json",
+            "not UTF-8: byte 44",
+        ),
+        (
+            b'{"messages": [{"role": "user", "content": "x"}]}',
+            "application/x-www-form-urlencoded",
+            "'Content-Type:",
+        ),
+    ],
+)
 def test_what_is_wrong_with_a_body_is_said(served, content, kind, said):
-    answer = httpx.post(f"{served.url}/v1/chat/completions", content=content, headers={"Content-Type": kind})
+    answer = httpx.post(
+        f"{served.url}/v1/chat/completions", content=content, headers={"Content-Type": kind}
+    )
     assert answer.status_code == 400
     assert said in answer.json()["error"]["message"]
 
 
 def test_a_packed_body_is_refused_by_name(served):
-    answer = httpx.post(f"{served.url}/v1/chat/completions", content=gzip.compress(json.dumps(ASK).encode()),
-                        headers={"Content-Type": "application/json", "Content-Encoding": "gzip"})
+    answer = httpx.post(
+        f"{served.url}/v1/chat/completions",
+        content=gzip.compress(json.dumps(ASK).encode()),
+        headers={"Content-Type": "application/json", "Content-Encoding": "gzip"},
+    )
     assert answer.status_code == 415
     assert "Content-Encoding: gzip" in answer.json()["error"]["message"]
     assert answer.headers["accept-encoding"] == "identity"
-    plain = httpx.post(f"{served.url}/v1/chat/completions", json=ASK, headers={"Content-Encoding": "identity"})
+    plain = httpx.post(
+        f"{served.url}/v1/chat/completions", json=ASK, headers={"Content-Encoding": "identity"}
+    )
     assert plain.status_code == 200
 
 
@@ -137,11 +202,17 @@ def test_head_is_get_without_a_body(served):
         assert int(head.headers["content-length"]) == len(get.content)
 
 
-@pytest.mark.parametrize(("method", "path", "allowed"), [
-    ("POST", "/v1/models", {"GET", "HEAD"}), ("DELETE", "/v1/models/policy", {"GET", "HEAD"}),
-    ("GET", "/v1/chat/completions", {"POST"}), ("HEAD", "/v1/completions", {"POST"}), ("PUT", "/", {"GET", "HEAD"}),
-    ("OPTIONS", "/v1/chat/completions", {"POST"}),
-])
+@pytest.mark.parametrize(
+    ("method", "path", "allowed"),
+    [
+        ("POST", "/v1/models", {"GET", "HEAD"}),
+        ("DELETE", "/v1/models/policy", {"GET", "HEAD"}),
+        ("GET", "/v1/chat/completions", {"POST"}),
+        ("HEAD", "/v1/completions", {"POST"}),
+        ("PUT", "/", {"GET", "HEAD"}),
+        ("OPTIONS", "/v1/chat/completions", {"POST"}),
+    ],
+)
 def test_a_wrong_method_is_told_the_right_ones(served, method, path, allowed):
     answer = httpx.request(method, f"{served.url}{path}")
     assert answer.status_code == 405
@@ -149,25 +220,47 @@ def test_a_wrong_method_is_told_the_right_ones(served, method, path, allowed):
     assert method == "HEAD" or answer.json()["error"]["message"].startswith(f"{method} {path}: ")
 
 
-@pytest.mark.parametrize(("target", "status"), [
-    ("/v1/models/", 200), ("/v1/models//", 200), ("/health/", 200), ("/v1/models?limit=20", 200), ("//v1/models", 200),
-    ("/v1", 404), ("/models", 404), ("*", 404), ("/v1/models/none", 404),
-])
+@pytest.mark.parametrize(
+    ("target", "status"),
+    [
+        ("/v1/models/", 200),
+        ("/v1/models//", 200),
+        ("/health/", 200),
+        ("/v1/models?limit=20", 200),
+        ("//v1/models", 200),
+        ("/v1", 404),
+        ("/models", 404),
+        ("*", 404),
+        ("/v1/models/none", 404),
+    ],
+)
 def test_targets(served, target, status):
     heard = get(served, target)
     assert heard.startswith(b"HTTP/1.1 %d " % status)
     assert status == 200 or b'{"error":{' in heard
 
 
-@pytest.mark.parametrize(("path", "said"), [
-    ("/models", "ask /v1/models: a client's base URL ends in /v1"),
-    ("/chat/completions", "ask /v1/chat/completions: "), ("/v1/v1/chat/completions", "ask /v1/chat/completions: "),
-    ("/v1/embeddings", "this server has /v1/chat/completions, /v1/completions, /v1/score, /v1/models"),
-    ("/v1/responses", "this server has /v1/chat/completions, "), ("/v1", "this server has /v1/chat/completions, "),
-    ("/api/chat", "this server has /v1/chat/completions, "), ("/robots.txt", "GET /robots.txt: Not Found"),
-])
+@pytest.mark.parametrize(
+    ("path", "said"),
+    [
+        ("/models", "ask /v1/models: a client's base URL ends in /v1"),
+        ("/chat/completions", "ask /v1/chat/completions: "),
+        ("/v1/v1/chat/completions", "ask /v1/chat/completions: "),
+        (
+            "/v1/embeddings",
+            "this server has /v1/chat/completions, /v1/completions, /v1/score, /v1/models",
+        ),
+        ("/v1/responses", "this server has /v1/chat/completions, "),
+        ("/v1", "this server has /v1/chat/completions, "),
+        ("/api/chat", "this server has /v1/chat/completions, "),
+        ("/robots.txt", "GET /robots.txt: Not Found"),
+    ],
+)
 def test_what_is_not_there_has_something_in_its_place(served, path, said):
-    for answer in (httpx.get(f"{served.url}{path}"), httpx.post(f"{served.url}{path}", json={"input": "a"})):
+    for answer in (
+        httpx.get(f"{served.url}{path}"),
+        httpx.post(f"{served.url}{path}", json={"input": "a"}),
+    ):
         assert answer.status_code == 404
         error = answer.json()["error"]
         assert said.removeprefix("GET ") in error["message"]
@@ -183,10 +276,13 @@ def test_a_target_may_be_a_whole_address_and_then_names_the_host(served):
 
 def get(served, target):
     with socket.create_connection(served.address, 10) as link:
-        link.sendall(f"GET {target} HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n".encode())
+        link.sendall(
+            f"GET {target} HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n".encode()
+        )
         heard = b""
         while part := link.recv(65536):
             heard += part
+
     return heard
 
 
@@ -198,34 +294,51 @@ def test_a_name_with_a_slash(policy):
     with serving(policy, names=["org/second"]) as served:
         for path in ("org%2Fsecond", "org/second", "org/second/"):
             assert httpx.get(f"{served.url}/v1/models/{path}").json()["id"] == "org/second"
+
         assert served.client().models.retrieve("org/second").id == "org/second"
 
 
 def test_pages_of_named_sites_may_ask(policy):
     with serving(policy, keys=("secret",), cors=["http://localhost:5173"]) as served:
         site = {"Origin": "http://localhost:5173"}
-        asking = {**site, "Access-Control-Request-Method": "POST",
-                  "Access-Control-Request-Headers": "authorization,content-type"}
+        asking = {
+            **site,
+            "Access-Control-Request-Method": "POST",
+            "Access-Control-Request-Headers": "authorization,content-type",
+        }
         before = httpx.options(f"{served.url}/v1/chat/completions", headers=asking)
         assert before.status_code == 204
         assert before.headers["access-control-allow-origin"] == site["Origin"]
         assert before.headers["access-control-allow-headers"] == "authorization,content-type"
         assert "POST" in before.headers["access-control-allow-methods"]
-        answer = httpx.post(f"{served.url}/v1/chat/completions", json=ASK,
-                            headers={**site, "Authorization": "Bearer secret"})
+        answer = httpx.post(
+            f"{served.url}/v1/chat/completions",
+            json=ASK,
+            headers={**site, "Authorization": "Bearer secret"},
+        )
         refused = httpx.post(f"{served.url}/v1/chat/completions", json=ASK, headers=site)
         assert (answer.status_code, refused.status_code) == (200, 401)  # and a page may read why
+
         for each in (answer, refused):
             assert each.headers["access-control-allow-origin"] == site["Origin"]
             assert "X-Request-Id" in each.headers["access-control-expose-headers"]
             assert each.headers["vary"] == "Origin"
+
         other = {**asking, "Origin": "https://evil.example"}
         assert httpx.options(f"{served.url}/v1/chat/completions", headers=other).status_code == 401
-        assert "access-control-allow-origin" not in httpx.get(f"{served.url}/health", headers=other).headers
+        assert (
+            "access-control-allow-origin"
+            not in httpx.get(f"{served.url}/health", headers=other).headers
+        )
 
 
-@pytest.mark.parametrize(("origins", "cause"), [
-    (("*",), "--cors '*' without API keys"), (("localhost:5173",), "--cors: 'localhost:5173' is no origin")])
+@pytest.mark.parametrize(
+    ("origins", "cause"),
+    [
+        (("*",), "--cors '*' without API keys"),
+        (("localhost:5173",), "--cors: 'localhost:5173' is no origin"),
+    ],
+)
 def test_origins_that_are_refused_at_the_start(policy, one_line, monkeypatch, origins, cause):
     monkeypatch.delenv("LLAMA2_API_KEYS", raising=False)
     assert one_line("serve", policy, "--port", 0, "--cors", *origins).startswith(cause)
@@ -240,6 +353,7 @@ def test_not_http_at_all(served):
     with socket.create_connection(served.address, 5) as link:
         link.sendall(b"\x16\x03\x01 nonsense\r\n\r\n")
         assert link.recv(100).startswith(b"HTTP/1.1 400")
+
     assert served.post("chat/completions", **ASK).status_code == 200
 
 
@@ -255,8 +369,11 @@ def test_what_every_answer_carries(served):
 
 def test_the_log_tells_what_happened_and_nothing_that_was_said(served, capsys):
     served.post("chat/completions", messages=[{"role": "user", "content": "secret"}], max_tokens=2)
-    said = [json.loads(line) for line in capsys.readouterr().err.splitlines() if line.startswith("{")]
-    line = next(line for line in said if line["method"] == "POST")  # a line of an earlier request may come late
+    said = [
+        json.loads(line) for line in capsys.readouterr().err.splitlines() if line.startswith("{")
+    ]
+    # a line of an earlier request may come late
+    line = next(line for line in said if line["method"] == "POST")
     assert {"time", "id", "client", "ms"} < line.keys()
     assert (line["method"], line["path"], line["status"]) == ("POST", "/v1/chat/completions", 200)
     assert (line["model"], line["completion_tokens"]) == ("policy", 2)
@@ -269,5 +386,6 @@ def test_pages(served):
     assert "repetition_penalty" in docs
     assert "://" not in docs
     assert "<script" not in docs
+
     for name in ("..%2fapp.py", "%2e%2e/app.py", "app.py", "nothing.js"):
         assert httpx.get(f"{served.url}/web/{name}").status_code == 404

@@ -23,7 +23,11 @@ def through(stops, parts):
     return said, scanner
 
 
-@given(LETTERS, st.lists(st.text("abc", min_size=1, max_size=4), min_size=1, max_size=4), st.lists(st.integers(0, 99)))
+@given(
+    LETTERS,
+    st.lists(st.text("abc", min_size=1, max_size=4), min_size=1, max_size=4),
+    st.lists(st.integers(0, 99)),
+)
 def test_it_does_not_matter_how_a_text_is_cut(text, stops, places):
     whole, scanner = through(stops, list(text))
     said, other = through(stops, cut(text, places))
@@ -37,6 +41,7 @@ def test_what_is_certain_is_before_any_stop_string(text, stops):
     answer = "".join(said) + scanner.rest()
     assert not any(stop in answer for stop in stops)
     assert text.startswith(answer)
+
     if scanner.found:
         assert any(text[len(answer) :].startswith(stop) for stop in stops)
     else:
@@ -44,7 +49,14 @@ def test_what_is_certain_is_before_any_stop_string(text, stops):
 
 
 def test_only_what_may_be_a_stop_string_waits():
-    assert through(["###", "\n\n"], ["a#", "b##", "\n", "c", "\n\n", "d"])[0] == ["a", "#b", "##", "\nc", "", ""]
+    assert through(["###", "\n\n"], ["a#", "b##", "\n", "c", "\n\n", "d"])[0] == [
+        "a",
+        "#b",
+        "##",
+        "\nc",
+        "",
+        "",
+    ]
 
 
 @pytest.fixture(scope="module")
@@ -54,9 +66,12 @@ def decode(tokenizer):
         for place, token in enumerate(tokenizer.encode(text)):
             if decoder.stopped:
                 break
+
             whole.add(decoder.push(token, -float(place)))
+
         whole.add(decoder.close())
         return whole
+
     return run
 
 
@@ -80,30 +95,49 @@ def test_a_character_of_several_tokens_comes_whole(tokenizer):
 def test_tokens_are_reported_with_the_text_they_begin(decode, tokenizer):
     whole = decode("one two three", strip=False)
     assert [piece.token for piece in whole.pieces] == tokenizer.encode("one two three")
-    assert [piece.logprob for piece in whole.pieces] == [-float(place) for place in range(len(whole.pieces))]
+    assert [piece.logprob for piece in whole.pieces] == [
+        -float(place) for place in range(len(whole.pieces))
+    ]
     assert whole.pieces[0].offset == 0
     stopped = decode("one two three", stops=["two"], strip=False)
     assert stopped.text == "one "
     assert "one two".startswith(tokenizer.decode(piece.token for piece in stopped.pieces))
-    assert [piece.token for piece in stopped.pieces] == tokenizer.encode("one two three")[: len(stopped.pieces)]
+    assert [piece.token for piece in stopped.pieces] == tokenizer.encode("one two three")[
+        : len(stopped.pieces)
+    ]
 
 
 def test_a_continuation_keeps_its_space(tokenizer):
     ids = tokenizer.encode("one two")
     first = len(tokenizer.encode("one"))
     decoder = Decoder(tokenizer, prompt=[tokenizer.bos, *ids[:first]])
-    assert "".join(decoder.push(token, 0.0).text for token in ids[first:]) + decoder.close().text == " two"
+    assert (
+        "".join(decoder.push(token, 0.0).text for token in ids[first:]) + decoder.close().text
+        == " two"
+    )
 
 
-@pytest.mark.parametrize(("begun", "rest"), [("one", " two"), ("one ", "two"), ("one  ", "two"), ("  one", " two"),
-                                             (" ", "one two"), ("", "one two")])
+@pytest.mark.parametrize(
+    ("begun", "rest"),
+    [
+        ("one", " two"),
+        ("one ", "two"),
+        ("one  ", "two"),
+        ("  one", " two"),
+        (" ", "one two"),
+        ("", "one two"),
+    ],
+)
 def test_the_rest_of_an_answer_goes_on_where_it_was_begun(tokenizer, begun, rest):
     """White space that the beginning ends with is not said again; the end is still stripped."""
     head = begun.strip()
     prompt = [tokenizer.bos, *(tokenizer.encode(head) if head else [])]
     whole = tokenizer.encode("one two ")
     decoder = Decoder(tokenizer, prompt=prompt, strip=True, begun=begun)
-    said = "".join(decoder.push(token, 0.0).text for token in whole[len(prompt) - 1 :]) + decoder.close().text
+    said = (
+        "".join(decoder.push(token, 0.0).text for token in whole[len(prompt) - 1 :])
+        + decoder.close().text
+    )
     assert said == rest
 
 
@@ -115,6 +149,7 @@ def test_every_token_of_a_stop_string_is_reported(tokenizer):
             whole.add(decoder.push(token, 0.0))
             if decoder.stopped:
                 break
+
         assert whole.text == text[: text.index(stop)]
         assert [piece.token for piece in whole.pieces] == pushed
         assert not decoder.close()

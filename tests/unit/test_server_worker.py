@@ -40,6 +40,7 @@ async def follow(ticket):
         for drawn in news:
             tokens[drawn.sample] += drawn.tokens
             assert len(drawn.tokens) == len(drawn.logprobs)
+
     return tokens
 
 
@@ -54,7 +55,9 @@ def test_what_it_draws_is_what_the_engine_draws(worker, engine):
     sampling = Sampling(max_tokens=30, seed=5)
 
     async def several():
-        with worker.submit([Request((1, 5, 9), sampling, 0, sample) for sample in range(3)]) as ticket:
+        with worker.submit(
+            [Request((1, 5, 9), sampling, 0, sample) for sample in range(3)]
+        ) as ticket:
             return await follow(ticket)
 
     (expected,) = engine.generate([(1, 5, 9)], Sampling(max_tokens=30, seed=5, n=3))
@@ -67,7 +70,9 @@ def test_what_is_cancelled_leaves_its_slot(worker):
         with worker.submit([ask()]) as ticket:
             async for _ in ticket.updates():
                 break
+
             assert worker.running == 1
+
         assert worker.admitted == 0
         await until(lambda: worker._session.running == 0)
         assert ticket.requests[0].finish == "cancelled"
@@ -82,15 +87,19 @@ def test_the_queue_is_bounded(worker):
             assert (worker.running, worker.waiting) == (2, 2)
             with pytest.raises(ApiError) as refused:
                 worker.submit([ask()])
+
             assert refused.value.status == 429
             assert int(refused.value.headers["Retry-After"]) >= 1
             with pytest.raises(ApiError):
                 await worker.call(lambda: 1)
+
             ticket.cancel(0)
             with worker.submit([ask(Sampling(max_tokens=2))]) as late:
                 for sample in (1, 2, 3):
                     ticket.cancel(sample)
+
                 assert len((await follow(late))[0]) == 2
+
         assert worker.admitted == 0
 
     asyncio.run(crowd())
@@ -100,8 +109,10 @@ def test_a_call_is_carried_out_between_steps(worker):
     async def both():
         with worker.submit([ask(Sampling(max_tokens=50))]) as ticket:
             found, _ = await asyncio.gather(worker.call(lambda: 6 * 7), follow(ticket))
+
         with pytest.raises(ZeroDivisionError):
             await worker.call(lambda: 1 // 0)
+
         return found
 
     assert asyncio.run(both()) == 42
@@ -115,6 +126,7 @@ def test_time_is_limited(worker):
 
     with pytest.raises(ApiError) as refused:
         asyncio.run(slow())
+
     assert refused.value.status == 408
     assert worker.admitted == 0
 
@@ -124,15 +136,19 @@ def test_a_death_is_told_to_everybody(worker, capsys):
         with worker.submit([ask(), ask(index=1)]) as ticket, worker.submit([ask(index=2)]) as other:
             async for _ in ticket.updates():
                 break
+
             worker._session.step = lambda: 1 // 0
             for each in (ticket, other):
                 with pytest.raises(ApiError) as failed:
                     await follow(each)
+
                 assert failed.value.status == 500
+
         assert not worker.alive
         assert worker.admitted == 0
         with pytest.raises(ApiError) as refused:
             worker.submit([ask()])
+
         assert refused.value.status == 503
 
     asyncio.run(doomed())
@@ -145,5 +161,6 @@ def test_a_damaged_model_is_not_started():
     model = Llama(LlamaConfig(96, 32, 48, 2, 2, 1, 64)).eval()
     with torch.no_grad():
         model.model.norm.weight.fill_(float("nan"))
+
     with pytest.raises(UserError, match="not finite"):
         Worker("damaged", Engine(model, slots=2, precision="fp32")).start()

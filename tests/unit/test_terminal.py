@@ -32,7 +32,8 @@ from llama2.tokenizer.train import train
 
 
 class Parrot:
-    """Answers "you said ..." and remembers what it was asked; "long" does not fit, "stop" is interrupted."""
+    """Answers "you said ..." and remembers what it was asked; "long" does not fit, "stop" is
+    interrupted."""
 
     def __init__(self) -> None:
         self.asked: list[tuple[Messages, Sampling]] = []
@@ -44,21 +45,30 @@ class Parrot:
             raise UserError("the prompt has 70 tokens, 6 more than fit", "shorten it")
         if text == "never":
             raise KeyboardInterrupt
+
         yield "you said"
         if text == "stop":
             raise KeyboardInterrupt
-        yield f" {text}"
 
+        yield f" {text}"
 
     def fits(self, messages: Messages) -> bool:
         return messages[-1].content != "long"
 
 
-def talk(lines: str, system: str = "", model: Parrot | None = None, **pipe: bool) -> tuple[str, Parrot]:
+def talk(
+    lines: str, system: str = "", model: Parrot | None = None, **pipe: bool
+) -> tuple[str, Parrot]:
     """What is said on a pipe whose commands are obeyed, and the model that heard it."""
     model, sink = model or Parrot(), io.StringIO()
-    terminal.chat(model, Sampling(seed=5), system, source=io.StringIO(lines), sink=sink,  # type: ignore[arg-type]
-                  **{"commands": True, **pipe})
+    terminal.chat(
+        model,
+        Sampling(seed=5),
+        system,
+        source=io.StringIO(lines),
+        sink=sink,  # type: ignore[arg-type]
+        **{"commands": True, **pipe},
+    )
     return sink.getvalue(), model
 
 
@@ -79,10 +89,14 @@ def test_commands_between_lines_that_stand_alone(tmp_path: Path) -> None:
     _, model = talk(f"one\n/retry\n/save {file}\ntwo\n/save {file}\n", each_line=True)
     assert [contents(messages) for messages, _ in model.asked] == [["one"], ["one"], ["two"]]
     assert [contents(dialog.messages) for dialog in records.read(Dialog, file)] == [
-        ["one", "you said one"], ["two", "you said two"]]
+        ["one", "you said one"],
+        ["two", "you said two"],
+    ]
 
 
-def test_lines_of_a_pipe_are_text_unless_asked(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_lines_of_a_pipe_are_text_unless_asked(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     lines = [f"/save {tmp_path}/file", "/load x", "/quit", "/system Be rude.", "/retry", "/rest"]
     answers, model = talk("\n".join(lines), commands=False)
     assert answers == "".join(f"you said {line}\n" for line in lines)
@@ -93,7 +107,11 @@ def test_lines_of_a_pipe_are_text_unless_asked(tmp_path: Path, capsys: pytest.Ca
 
 def test_each_line_is_answered_as_if_it_were_alone() -> None:
     _, model = talk("one\ntwo\none\n", system="S", each_line=True)
-    assert [contents(asked) for asked, _ in model.asked] == [["S", "one"], ["S", "two"], ["S", "one"]]
+    assert [contents(asked) for asked, _ in model.asked] == [
+        ["S", "one"],
+        ["S", "two"],
+        ["S", "one"],
+    ]
     assert [sampling.seed for _, sampling in model.asked] == [5, 5, 5]
 
 
@@ -117,7 +135,9 @@ def test_save_adds_a_dialog(tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
     assert "no conversation" in capsys.readouterr().err
     talk(f"two\n/save {file}\n")
     assert [contents(dialog.messages) for dialog in records.read(Dialog, file)] == [
-        ["S", "one", "you said one"], ["two", "you said two"]]
+        ["S", "one", "you said one"],
+        ["two", "you said two"],
+    ]
     file.write_text("not a record\n")
     assert talk(f"two\n/save {file}\nthree\n")[0].endswith("you said three\n")
     assert file.read_text() == "not a record\n"
@@ -143,8 +163,10 @@ def test_an_interrupted_answer_is_kept_and_an_empty_one_is_not() -> None:
     model, sink = Parrot(), io.StringIO()
     session = terminal.Session(model, Sampling(), "", display(sink, plain=True))  # type: ignore[arg-type]
     session.editable = True  # somebody is there
+
     for line in ("stop", "never", "two"):
         session.turn(line)
+
     assert sink.getvalue() == "you said\nyou said two\n"
     assert contents(model.asked[2][0]) == ["stop", "you said", "two"]
 
@@ -155,6 +177,7 @@ def test_an_interruption_ends_a_pipe(word: str, each_line: bool) -> None:
     model = Parrot()
     with pytest.raises(KeyboardInterrupt):
         talk(f"one\n{word}\ntwo\n", model=model, each_line=each_line)
+
     assert [messages[-1].content for messages, _ in model.asked] == ["one", word]
 
 
@@ -166,7 +189,9 @@ def test_escape_sequences_do_not_reach_the_terminal() -> None:
     assert talk("\x1b[2J\n")[0] == "you said \ufffd[2J\n"
 
 
-def test_at_a_terminal_ctrl_c_keeps_the_session_and_ctrl_d_leaves(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_at_a_terminal_ctrl_c_keeps_the_session_and_ctrl_d_leaves(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     class Screen(io.StringIO):
         def isatty(self) -> bool:
             return True
@@ -177,6 +202,7 @@ def test_at_a_terminal_ctrl_c_keeps_the_session_and_ctrl_d_leaves(monkeypatch: p
         event = typed.pop(0)
         if isinstance(event, BaseException):
             raise event
+
         return str(event)
 
     monkeypatch.setattr("builtins.input", ask)
@@ -189,8 +215,12 @@ def test_at_a_terminal_ctrl_c_keeps_the_session_and_ctrl_d_leaves(monkeypatch: p
 def test_retry_and_edit_replace_the_last_exchange(capsys: pytest.CaptureFixture[str]) -> None:
     _, model = talk("/retry\n/edit x\none\n/retry\ntwo\n/edit three\n/edit\nfour\n/reset\n/retry\n")
     assert [contents(asked) for asked, _ in model.asked] == [
-        ["one"], ["one"], ["one", "you said one", "two"], ["one", "you said one", "three"],
-        ["one", "you said one", "three", "you said three", "four"]]
+        ["one"],
+        ["one"],
+        ["one", "you said one", "two"],
+        ["one", "you said one", "three"],
+        ["one", "you said one", "three", "you said three", "four"],
+    ]
     assert [sampling.seed for _, sampling in model.asked] == [5, 6, 7, 8, 9]
     complaints = capsys.readouterr().err
     assert complaints.count("nothing has been said yet") == 3
@@ -203,11 +233,15 @@ def test_retry_after_a_refusal_asks_what_was_refused() -> None:
     assert contents(model.asked[-1][0]) == ["one", "you said one", "two"]
 
 
-def test_load_goes_on_with_a_saved_conversation(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_load_goes_on_with_a_saved_conversation(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     file = tmp_path / "talk.jsonl"
     talk(f"one\n/save {file}\n")
     talk(f"two\n/save {file}\n", system="S")
-    _, model = talk(f"zero\n/load {file}\nthree\n/load {file}\n/retry\n/load {tmp_path}/none\n/load\n")
+    _, model = talk(
+        f"zero\n/load {file}\nthree\n/load {file}\n/retry\n/load {tmp_path}/none\n/load\n"
+    )
     assert contents(model.asked[1][0]) == ["S", "two", "you said two", "three"]
     assert contents(model.asked[2][0]) == ["S", "two"]
     complaints = capsys.readouterr().err
@@ -216,17 +250,31 @@ def test_load_goes_on_with_a_saved_conversation(tmp_path: Path, capsys: pytest.C
 
 
 class Conversation:
-    """`at_a_terminal.py` at a pseudo-terminal: what is typed goes in, what appears is waited for."""
+    """`at_a_terminal.py` at a pseudo-terminal: what is typed goes in, what appears is waited
+    for."""
 
     def __init__(self, directory: Path, *options: str) -> None:
         self._asked, self._seen = directory / "asked.jsonl", ""
         self._screen, inner = os.openpty()
         script = Path(__file__).with_name("at_a_terminal.py")
         root = Path(terminal.__file__).parents[2]
-        environment = {**os.environ, "PYTHONPATH": str(root), "XDG_STATE_HOME": str(directory), "TERM": "xterm",
-                       "PROMPT_TOOLKIT_NO_CPR": "1", "COLUMNS": "80", "LINES": "24"}
-        self.process = subprocess.Popen([sys.executable, str(script), str(self._asked), *options], stdin=inner,
-                                        stdout=inner, stderr=inner, start_new_session=True, env=environment)
+        environment = {
+            **os.environ,
+            "PYTHONPATH": str(root),
+            "XDG_STATE_HOME": str(directory),
+            "TERM": "xterm",
+            "PROMPT_TOOLKIT_NO_CPR": "1",
+            "COLUMNS": "80",
+            "LINES": "24",
+        }
+        self.process = subprocess.Popen(
+            [sys.executable, str(script), str(self._asked), *options],
+            stdin=inner,
+            stdout=inner,
+            stderr=inner,
+            start_new_session=True,
+            env=environment,
+        )
         os.close(inner)
 
     def type(self, text: str, *then: str) -> None:
@@ -243,6 +291,7 @@ class Conversation:
             if select.select([self._screen], [], [], 0.1)[0]:
                 part = os.read(self._screen, 4096).decode(errors="replace")
                 self._seen += re.sub(r"\x1b\[[?0-9;]*[A-Za-z]", "", part)
+
         self._seen = self._seen.partition(text)[2]
 
     def __enter__(self) -> "Conversation":
@@ -251,6 +300,7 @@ class Conversation:
         except BaseException:
             self.__exit__()
             raise
+
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -265,7 +315,9 @@ class Conversation:
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="no pseudo-terminals")
-def test_at_a_terminal_lines_are_joined_answers_interrupted_and_messages_remembered(tmp_path: Path) -> None:
+def test_at_a_terminal_lines_are_joined_answers_interrupted_and_messages_remembered(
+    tmp_path: Path,
+) -> None:
     with Conversation(tmp_path, "plain") as conversation:
         conversation.type("one\\\r", ". ")
         conversation.type("two\r", "heard 1", "complete", ">")
@@ -274,17 +326,27 @@ def test_at_a_terminal_lines_are_joined_answers_interrupted_and_messages_remembe
         conversation.type("/edit\r", "edit", "slow")
         conversation.type("er\r", "heard 3", "complete", ">")
         first, second, third = conversation.leave()
+
     assert first == ["one\ntwo"]
     assert second == ["one\ntwo", "heard **1**", "slow"]
     assert third == ["one\ntwo", "heard **1**", "slower"]
     history = tmp_path / "llama2" / "history"
-    assert [json.loads(line) for line in history.read_text().splitlines()] == ["one\ntwo", "slow", "/edit", "slower"]
+    assert [json.loads(line) for line in history.read_text().splitlines()] == [
+        "one\ntwo",
+        "slow",
+        "/edit",
+        "slower",
+    ]
     assert stat.S_IMODE(history.stat().st_mode) == 0o600
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="no pseudo-terminals")
-@pytest.mark.skipif(not importlib.util.find_spec("prompt_toolkit"), reason="prompt_toolkit is not installed")
-def test_with_prompt_toolkit_alt_enter_begins_a_line_and_the_last_run_is_a_key_away(tmp_path: Path) -> None:
+@pytest.mark.skipif(
+    not importlib.util.find_spec("prompt_toolkit"), reason="prompt_toolkit is not installed"
+)
+def test_with_prompt_toolkit_alt_enter_begins_a_line_and_the_last_run_is_a_key_away(
+    tmp_path: Path,
+) -> None:
     (tmp_path / "llama2").mkdir()
     (tmp_path / "llama2" / "history").write_text('"from before"\n')
     with Conversation(tmp_path) as conversation:
@@ -295,7 +357,13 @@ def test_with_prompt_toolkit_alt_enter_begins_a_line_and_the_last_run_is_a_key_a
         conversation.type("/retry\r", "heard 3", "complete", ">")
         conversation.type("\x1b[A" * 7 + "\r", "heard 5", "complete", ">")
         asked = conversation.leave()
-    assert [question[-1] for question in asked] == ["one\ntwo\nthree", "four\nfive", "four\nfive", "from before"]
+
+    assert [question[-1] for question in asked] == [
+        "one\ntwo\nthree",
+        "four\nfive",
+        "four\nfive",
+        "from before",
+    ]
 
 
 @pytest.fixture(scope="module")
@@ -305,14 +373,17 @@ def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
     config = LlamaConfig(tokenizer.vocab_size, 32, 48, 1, 2, 2, max_position_embeddings=80)
     checkpoint.save(Llama(config), path)
     tokenizer.save(path)
+
     return path
 
 
-def test_a_checkpoint_answers(directory: Path, monkeypatch: pytest.MonkeyPatch,
-                              capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_checkpoint_answers(
+    directory: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     monkeypatch.setattr(sys, "stdin", io.StringIO("the fox\n" + "the dog " * 40 + "\nthe dog\n"))
     with pytest.raises(SystemExit, match="2"):
         terminal.run(terminal.Config(checkpoint=directory, max_tokens=8))
+
     heard = capsys.readouterr()
     assert heard.out.count("\n") >= 2
     (line,) = heard.err.splitlines()
@@ -320,8 +391,12 @@ def test_a_checkpoint_answers(directory: Path, monkeypatch: pytest.MonkeyPatch,
     assert "context of 80" in line
 
 
-def piped(directory: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], **config: Any
-          ) -> tuple[int, int, list[str]]:
+def piped(
+    directory: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    **config: Any,
+) -> tuple[int, int, list[str]]:
     """Exit status, answers and complaints of forty lines."""
     monkeypatch.setattr(sys, "stdin", io.StringIO("the fox\n" * 40))
     try:
@@ -330,6 +405,7 @@ def piped(directory: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Captu
         status = left.code
     else:
         status = 0
+
     heard = capsys.readouterr()
     assert isinstance(status, int)
     return status, heard.out.count("\n"), heard.err.splitlines()
@@ -337,17 +413,24 @@ def piped(directory: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Captu
 
 @pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16", "utf-32"])
 def test_a_byte_order_mark_is_no_part_of_the_first_line(
-        encoding: str, directory: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    encoding: str,
+    directory: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
     said: list[str] = []
     monkeypatch.setattr(terminal.Session, "turn", lambda session, line: said.append(line.strip()))
     content = "the f\u00f6x\r\nthe dog\r\n".encode(encoding)
-    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BufferedReader(io.BytesIO(content)), "utf-8"))
+    monkeypatch.setattr(
+        sys, "stdin", io.TextIOWrapper(io.BufferedReader(io.BytesIO(content)), "utf-8")
+    )
     terminal.run(terminal.Config(checkpoint=directory))
     assert said == ["the f\u00f6x", "the dog"]
 
 
 def test_a_conversation_of_a_pipe_ends_where_the_context_does(
-        directory: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    directory: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     status, _, complaints = piped(directory, monkeypatch, capsys)
     assert status == 2
     (line,) = complaints
@@ -373,16 +456,26 @@ def copied(directory: Path, target: Path) -> Path:
     return target
 
 
-@pytest.mark.parametrize(("template", "called"), [
-    (None, ASKED_ALIKE + ";"), ("{% for m in messages %}<|im_start|>{{ m['role'] }}{% endfor %}", "another's (ChatML)"),
-    ("{{ '[INST] ' + messages[0]['content'] + ' [/INST]' }}", "another's (Mistral)")])
-def test_a_model_that_is_asked_otherwise_is_refused(directory: Path, tmp_path: Path, template: str | None, called: str
-                                                    ) -> None:
+@pytest.mark.parametrize(
+    ("template", "called"),
+    [
+        (None, ASKED_ALIKE + ";"),
+        ("{% for m in messages %}<|im_start|>{{ m['role'] }}{% endfor %}", "another's (ChatML)"),
+        ("{{ '[INST] ' + messages[0]['content'] + ' [/INST]' }}", "another's (Mistral)"),
+    ],
+)
+def test_a_model_that_is_asked_otherwise_is_refused(
+    directory: Path, tmp_path: Path, template: str | None, called: str
+) -> None:
     other = copied(directory, tmp_path / "other")
     Tokenizer.load(directory).speaking(template).save(other)
-    for refuse in (lambda: terminal.run(terminal.Config(checkpoint=other)), lambda: models.check(other)):
+    for refuse in (
+        lambda: terminal.run(terminal.Config(checkpoint=other)),
+        lambda: models.check(other),
+    ):
         with pytest.raises(UserError) as raised:
             refuse()
+
         assert ASKED_ALIKE in str(raised.value)
         assert called in str(raised.value)
         assert "--chat-template llama2" in raised.value.cure
@@ -394,5 +487,6 @@ def test_weights_that_say_nothing_are_refused(directory: Path, tmp_path: Path) -
     weights["model.norm.weight"][3] = float("nan")
     save_file(weights, ruined / "model.safetensors")
     (ruined / "checksums.json").unlink()
+
     with pytest.raises(UserError, match=r"ruined: the model's log-probabilities are not finite"):
         terminal.run(terminal.Config(checkpoint=ruined))

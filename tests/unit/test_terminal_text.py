@@ -11,16 +11,22 @@ CLEAR, TITLE, RIGHT_TO_LEFT = "\x1b[2J", "\x1b]0;mine\x07", "\u202e"
 def test_an_answer_keeps_its_lines_and_every_letter():
     text = "日本\u3000語\tné\u200c \U0001f468\u200d\U0001f469 \u00a0x\n"
     assert printable(text) == text
-    assert printable(f"a{CLEAR}b{RIGHT_TO_LEFT}c\x9bd\re\u2066\u2028") == "a\ufffd[2Jb\ufffdc\ufffdd\ufffde\ufffd\ufffd"
+    assert (
+        printable(f"a{CLEAR}b{RIGHT_TO_LEFT}c\x9bd\re\u2066\u2028")
+        == "a\ufffd[2Jb\ufffdc\ufffdd\ufffde\ufffd\ufffd"
+    )
 
 
-@pytest.mark.parametrize(("text", "expected"), [
-    (f"a{CLEAR}{TITLE}", r"a\x1b[2J\x1b]0;mine\x07"),
-    (f"name{RIGHT_TO_LEFT}fdp.exe", r"name\u202efdp.exe"),
-    ("two\nlines\r\n\tand \x85\u2028", r"two lines   and \x85\u2028"),
-    ("half \ud800, byte \udcff", r"half \ud800, byte \udcff"),
-    ("Mühle 磨坊 \u3000", "Mühle 磨坊 \u3000"),
-])
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        (f"a{CLEAR}{TITLE}", r"a\x1b[2J\x1b]0;mine\x07"),
+        (f"name{RIGHT_TO_LEFT}fdp.exe", r"name\u202efdp.exe"),
+        ("two\nlines\r\n\tand \x85\u2028", r"two lines   and \x85\u2028"),
+        ("half \ud800, byte \udcff", r"half \ud800, byte \udcff"),
+        ("Mühle 磨坊 \u3000", "Mühle 磨坊 \u3000"),
+    ],
+)
 def test_a_message_is_one_line_that_spells_what_is_not_drawn(text, expected):
     assert line(text) == expected
 
@@ -44,16 +50,21 @@ def test_values_are_shown_as_far_as_they_can_be():
     assert shown("\x1b[2J\u202e") == r"'\x1b[2J\u202e'"
     assert shown(list(range(1000))) == "[" + ", ".join(map(str, range(1000)))[:96] + "..."
     deep: list[object] = []
+
     for _ in range(100_000):
         deep = [deep]
+
     assert shown(deep) == "a list too large to show"
     while deep:  # Python would free it level by level
         deep = deep.pop()
+
     assert shown(10**5000) == "a int too large to show"
 
 
 def test_errors_are_fit_for_a_terminal():
-    error = UserError(f"m/{TITLE}: tensor '{CLEAR}{'y' * 5000}' is wrong", f"fetch {RIGHT_TO_LEFT}it\nagain")
+    error = UserError(
+        f"m/{TITLE}: tensor '{CLEAR}{'y' * 5000}' is wrong", f"fetch {RIGHT_TO_LEFT}it\nagain"
+    )
     assert error.cure == r"fetch \u202eit again"
     assert str(error).isprintable()
     assert str(error).startswith(r"m/\x1b]0;mine\x07: tensor '\x1b[2Jyyy")

@@ -1,7 +1,8 @@
-"""What a user should hear of a run that would teach next to nothing: each caution is one line, with the cure.
+"""What a user should hear of a run that would teach next to nothing: each caution is one line, with
+the cure.
 
-The paper's batches are made for the paper's data: 64 rows of 4,096 tokens, or 512 pairs, turn a few hundred records of
-one's own into two updates.
+The paper's batches are made for the paper's data: 64 rows of 4,096 tokens, or 512 pairs, turn a few
+hundred records of one's own into two updates.
 """
 
 from __future__ import annotations
@@ -15,15 +16,25 @@ FEW_UPDATES = 50
 """an update moves a weight by about the learning rate: fewer than these hardly move it"""
 
 
-def of_length(asked: Plan, steps: int, items: int, what: str, batch_size: int, epochs: int) -> Iterator[str]:
-    """Cautions about a run whose data allows `steps` updates: `epochs` passes over `items` rows or pairs (`what`)."""
+def of_length(
+    asked: Plan, steps: int, items: int, what: str, batch_size: int, epochs: int
+) -> Iterator[str]:
+    """Cautions about a run whose data allows `steps` updates: `epochs` passes over `items` rows or
+    pairs (`what`)."""
     limit = asked.max_steps
     if limit is not None and limit > steps:
         needed = math.ceil(limit / math.ceil(items / batch_size))
-        yield (f"max_steps {limit:,} is more than the {_count(steps, 'update')} of {_count(epochs, 'epoch')}: training "
-               f"and its schedule end there; --epochs {needed} would be enough")
+        yield (
+            f"max_steps {limit:,} is more than the {_count(steps, 'update')} of {_count(epochs, 'epoch')}: training "
+            f"and its schedule end there; --epochs {needed} would be enough"
+        )
+
     if steps < FEW_UPDATES and (limit is None or limit > steps):
-        yield few_updates(steps, f"{_count(items, what)} in {_count(epochs, 'epoch')}", _more_updates(items, epochs))
+        yield few_updates(
+            steps,
+            f"{_count(items, what)} in {_count(epochs, 'epoch')}",
+            _more_updates(items, epochs),
+        )
 
 
 def few_updates(steps: int, source: str, cure: str) -> str:
@@ -32,19 +43,26 @@ def few_updates(steps: int, source: str, cure: str) -> str:
 
 
 def of_schedule(plan: Plan) -> Iterator[str]:
-    """A caution where warm-up is longer than the run, so that the learning rate never reaches its peak."""
+    """A caution where warm-up is longer than the run, so that the learning rate never reaches its
+    peak."""
     warmup, steps = plan.warmup_steps or 0, plan.max_steps
     if steps is not None and warmup > steps:
-        yield (f"the learning rate rises to {steps / warmup:.0%} of its peak and no further: warm-up takes "
-               f"{_count(warmup, 'update')}, the run has {steps:,}; lower --training.plan.warmup-steps")
+        yield (
+            f"the learning rate rises to {steps / warmup:.0%} of its peak and no further: warm-up takes "
+            f"{_count(warmup, 'update')}, the run has {steps:,}; lower --training.plan.warmup-steps"
+        )
 
 
 def _more_updates(items: int, epochs: int) -> str:
-    """The largest batch with which `epochs` passes make enough updates, or a batch of one and more passes."""
+    """The largest batch with which `epochs` passes make enough updates, or a batch of one and more
+    passes."""
     in_a_pass = math.ceil(FEW_UPDATES / epochs)
     if items >= in_a_pass:
-        batch_size = max(size for size in range(1, items + 1) if math.ceil(items / size) >= in_a_pass)
+        batch_size = max(
+            size for size in range(1, items + 1) if math.ceil(items / size) >= in_a_pass
+        )
         return f"--batch-size {batch_size} would give {epochs * math.ceil(items / batch_size)}"
+
     passes = math.ceil(FEW_UPDATES / items)
     return f"--batch-size 1 --epochs {passes} would give {passes * items}"
 

@@ -1,7 +1,8 @@
 """The PPO doctor: what a run's metrics say is wrong, why, and what to do about it.
 
-A flat reward and gibberish look alike in a log; these alarms tell the usual causes apart. Each names the metric, the
-step where it first went wrong, the cause, and the remedy. They are said as they happen, and kept in health.json.
+A flat reward and gibberish look alike in a log; these alarms tell the usual causes apart. Each
+names the metric, the step where it first went wrong, the cause, and the remedy. They are said as
+they happen, and kept in health.json.
 """
 
 from __future__ import annotations
@@ -17,9 +18,10 @@ from llama2.train.loop import Hook, Training
 
 Row = Mapping[str, float]
 
-# How far two passes over the same tokens may differ, in nats a token, before they no longer speak of one policy. On a
-# CPU they are equal to the bit. Kernels of a GPU may add in another order each time: rounding of logits of about 10,
-# 2^-24 of them in fp32 and 2^-8 in bf16, averaged over tokens and with room to spare.
+# How far two passes over the same tokens may differ, in nats a token, before they no longer speak
+# of one policy. On a CPU they are equal to the bit. Kernels of a GPU may add in another order each
+# time: rounding of logits of about 10, 2^-24 of them in fp32 and 2^-8 in bf16, averaged over tokens
+# and with room to spare.
 TOLERANCE: dict[Precision, float] = {"fp32": 1e-4, "bf16": 1e-2}
 
 
@@ -56,69 +58,132 @@ def rules(kl_stop: float, precision: Precision = "bf16") -> list[Rule]:
     """All rules; `kl_stop` is where training stops by itself."""
     tolerance = TOLERANCE[precision]
     return [
-        Rule("ppo/first_kl", lambda first, now: now > tolerance,
-             f"before the first update policy and reference differ, by more than {tolerance:g} nats a token",
-             "policy and reference are the same weights: look for a device or a kernel that computes wrongly",
-             absolute=True, certain=True),
-        Rule("ppo/first_ratio_deviation", lambda first, now: now > tolerance,
-             f"the first ratios of an iteration are not 1, by more than {tolerance:g}: rollout and update compute "
-             "differently", "train in fp32, or with deterministic kernels; clipping and KL count this as movement",
-             absolute=True, certain=True),
-        Rule("reward/deviation", lambda first, now: now < 1e-3,
-             "rewards do not vary: all answers of an iteration score alike, and whitened there is nothing to learn",
-             "look at the samples; sample at temperature 1, raise max_tokens, or use another reward model; a score "
-             "for `unfinished` answers makes all equal that are cut off", absolute=True),
-        Rule("ppo/kl_reference", lambda first, now: now > 0.8 * kl_stop,
-             "the policy runs away from its start: it may have found an answer that fools the reward models",
-             "raise beta, lower the learning rate, or refresh the reward models on the policy's own answers"),
-        Rule("ppo/kl_reference", lambda first, now: now < -1.0,
-             "a negative KL: sampling and training disagree about the policy",
-             "sample without top_p and at temperature 1; look at ppo/engine_gap"),
-        Rule("ppo/entropy", lambda first, now: now < 0.25 * first,
-             "the policy has collapsed to few answers", "raise beta or lower the learning rate"),
-        Rule("ppo/clip_fraction", lambda first, now: now > 0.3,
-             "updates are too large: most of them are cut", "lower the learning rate or the number of epochs"),
-        Rule("ppo/explained_variance", lambda first, now: now < -0.5,
-             "the critic predicts worse than a constant", "raise critic_learning_rate or use more iterations",
-             settled=0.3, unless="reward/deviation"),
-        Rule("ppo/eos_rate", lambda first, now: now < 0.5,
-             "most answers do not end: they are cut off at max_tokens, where reward models were never trained to judge",
-             "raise sample.max_tokens, or fine-tune the policy on answers that end; set `unfinished` to a low score",
-             absolute=True),
-        Rule("ppo/eos_rate", lambda first, now: 0.5 <= now < 0.7 and now < first - 0.05,
-             "answers no longer end", "set `unfinished` to a low score, or raise max_tokens"),
-        Rule("ppo/length", lambda first, now: now > 2 * first or now < 0.5 * first,
-             "answers have doubled or halved in length: the reward models may judge length",
-             "look at reward/length_correlation and at samples; balance lengths in the comparisons"),
-        Rule("reward/length_correlation", lambda first, now: now > 0.7 and now > first + 0.2,
-             "longer answers are rewarded for their length", "balance lengths in the comparisons"),
-        Rule("ppo/engine_gap", lambda first, now: now > 0.1,
-             "sampler and trainer disagree about log-probabilities", "sample in fp32"),
-        Rule("heldout/reward", lambda first, now: now < first - 0.05,
-             "held-out prompts get worse while training goes on: over-optimisation",
-             "stop earlier (patience), raise beta, refresh the reward models"),
+        Rule(
+            "ppo/first_kl",
+            lambda first, now: now > tolerance,
+            f"before the first update policy and reference differ, by more than {tolerance:g} nats a token",
+            "policy and reference are the same weights: look for a device or a kernel that computes wrongly",
+            absolute=True,
+            certain=True,
+        ),
+        Rule(
+            "ppo/first_ratio_deviation",
+            lambda first, now: now > tolerance,
+            f"the first ratios of an iteration are not 1, by more than {tolerance:g}: rollout and update compute "
+            "differently",
+            "train in fp32, or with deterministic kernels; clipping and KL count this as movement",
+            absolute=True,
+            certain=True,
+        ),
+        Rule(
+            "reward/deviation",
+            lambda first, now: now < 1e-3,
+            "rewards do not vary: all answers of an iteration score alike, and whitened there is nothing to learn",
+            "look at the samples; sample at temperature 1, raise max_tokens, or use another reward model; a score "
+            "for `unfinished` answers makes all equal that are cut off",
+            absolute=True,
+        ),
+        Rule(
+            "ppo/kl_reference",
+            lambda first, now: now > 0.8 * kl_stop,
+            "the policy runs away from its start: it may have found an answer that fools the reward models",
+            "raise beta, lower the learning rate, or refresh the reward models on the policy's own answers",
+        ),
+        Rule(
+            "ppo/kl_reference",
+            lambda first, now: now < -1.0,
+            "a negative KL: sampling and training disagree about the policy",
+            "sample without top_p and at temperature 1; look at ppo/engine_gap",
+        ),
+        Rule(
+            "ppo/entropy",
+            lambda first, now: now < 0.25 * first,
+            "the policy has collapsed to few answers",
+            "raise beta or lower the learning rate",
+        ),
+        Rule(
+            "ppo/clip_fraction",
+            lambda first, now: now > 0.3,
+            "updates are too large: most of them are cut",
+            "lower the learning rate or the number of epochs",
+        ),
+        Rule(
+            "ppo/explained_variance",
+            lambda first, now: now < -0.5,
+            "the critic predicts worse than a constant",
+            "raise critic_learning_rate or use more iterations",
+            settled=0.3,
+            unless="reward/deviation",
+        ),
+        Rule(
+            "ppo/eos_rate",
+            lambda first, now: now < 0.5,
+            "most answers do not end: they are cut off at max_tokens, where reward models were never trained to judge",
+            "raise sample.max_tokens, or fine-tune the policy on answers that end; set `unfinished` to a low score",
+            absolute=True,
+        ),
+        Rule(
+            "ppo/eos_rate",
+            lambda first, now: 0.5 <= now < 0.7 and now < first - 0.05,
+            "answers no longer end",
+            "set `unfinished` to a low score, or raise max_tokens",
+        ),
+        Rule(
+            "ppo/length",
+            lambda first, now: now > 2 * first or now < 0.5 * first,
+            "answers have doubled or halved in length: the reward models may judge length",
+            "look at reward/length_correlation and at samples; balance lengths in the comparisons",
+        ),
+        Rule(
+            "reward/length_correlation",
+            lambda first, now: now > 0.7 and now > first + 0.2,
+            "longer answers are rewarded for their length",
+            "balance lengths in the comparisons",
+        ),
+        Rule(
+            "ppo/engine_gap",
+            lambda first, now: now > 0.1,
+            "sampler and trainer disagree about log-probabilities",
+            "sample in fp32",
+        ),
+        Rule(
+            "heldout/reward",
+            lambda first, now: now < first - 0.05,
+            "held-out prompts get worse while training goes on: over-optimisation",
+            "stop earlier (patience), raise beta, refresh the reward models",
+        ),
     ]
 
 
-def alarms(metrics: Sequence[Row], kl_stop: float, precision: Precision = "bf16", *, steps: int | None = None,
-           finished: bool = True) -> list[dict[str, Any]]:
+def alarms(
+    metrics: Sequence[Row],
+    kl_stop: float,
+    precision: Precision = "bf16",
+    *,
+    steps: int | None = None,
+    finished: bool = True,
+) -> list[dict[str, Any]]:
     """The rules a run broke, with the first step at which it did.
 
-    `steps` is the length of the run, the last step logged unless given. While a run is not `finished`, its last value
-    may still turn out to be noise.
+    `steps` is the length of the run, the last step logged unless given. While a run is not
+    `finished`, its last value may still turn out to be noise.
     """
     last = steps or max((int(row["step"]) for row in metrics), default=0)
     found: list[Alarm] = []
     for rule in rules(kl_stop, precision):
         alarm = _broken(rule, metrics, last, finished)
-        explained = alarm and any(one.name == rule.unless and one.step <= alarm.step for one in found)
+        explained = alarm and any(
+            one.name == rule.unless and one.step <= alarm.step for one in found
+        )
         if alarm and not explained:
             found.append(alarm)
+
     return [asdict(alarm) for alarm in found]
 
 
 def _broken(rule: Rule, metrics: Sequence[Row], last: int, finished: bool) -> Alarm | None:
-    """Where a rule was first broken for good: one bad value is noise; two in a row, or the run's last, are none."""
+    """Where a rule was first broken for good: one bad value is noise; two in a row, or the run's
+    last, are none."""
     rows = [(int(row["step"]), row[rule.metric]) for row in metrics if rule.metric in row]
     bad = [rule.wrong(rows[0][1], value) for _, value in rows]
     for place, (step, value) in enumerate(rows):
@@ -126,13 +191,17 @@ def _broken(rule: Rule, metrics: Sequence[Row], last: int, finished: bool) -> Al
         applies = (place > 0 or rule.absolute) and step >= rule.settled * last
         if bad[place] and lasting and applies:
             return Alarm(rule.metric, step, value, rule.cause, rule.remedy)
+
     return None
 
 
 class Doctor(Hook):
-    """Says every alarm on standard error, once, as soon as it is one (rank 0). `read` gives what was logged so far."""
+    """Says every alarm on standard error, once, as soon as it is one (rank 0). `read` gives what
+    was logged so far."""
 
-    def __init__(self, read: Callable[[], Sequence[Row]], kl_stop: float, precision: Precision) -> None:
+    def __init__(
+        self, read: Callable[[], Sequence[Row]], kl_stop: float, precision: Precision
+    ) -> None:
         self.read, self.kl_stop, self.precision = read, kl_stop, precision
         self.steps: int | None = None
         self.rows: list[Row] = []
@@ -153,12 +222,24 @@ class Doctor(Hook):
         """All alarms so far; those not yet told are."""
         found = self._found(finished)
         for alarm in found:
-            if not any((one["name"], one["cause"]) == (alarm["name"], alarm["cause"]) for one in self.told):
+            if not any(
+                (one["name"], one["cause"]) == (alarm["name"], alarm["cause"]) for one in self.told
+            ):
                 self.told.append(alarm)
-                print(f"alarm at step {alarm['step']}: {alarm['cause']} ({alarm['name']} {alarm['value']:.3g}); "
-                      f"{alarm['remedy']}", file=sys.stderr, flush=True)
+                print(
+                    f"alarm at step {alarm['step']}: {alarm['cause']} ({alarm['name']} {alarm['value']:.3g}); "
+                    f"{alarm['remedy']}",
+                    file=sys.stderr,
+                    flush=True,
+                )
+
         return found
 
     def _found(self, finished: bool) -> list[dict[str, Any]]:
-        return alarms(self.rows, self.kl_stop, self.precision, steps=None if finished else self.steps,
-                      finished=finished)
+        return alarms(
+            self.rows,
+            self.kl_stop,
+            self.precision,
+            steps=None if finished else self.steps,
+            finished=finished,
+        )

@@ -1,7 +1,8 @@
-"""Safety preprompts and answer templates (§4.2.4): what stands before an adversarial prompt when it is answered.
+"""Safety preprompts and answer templates (§4.2.4): what stands before an adversarial prompt when it
+is answered.
 
-The paper has four personas, varied by adjectives, and templates that name the category of the violation and say how to
-answer step by step. It prints examples; the words here are our own.
+The paper has four personas, varied by adjectives, and templates that name the category of the
+violation and say how to answer step by step. It prints examples; the words here are our own.
 """
 
 from __future__ import annotations
@@ -12,7 +13,16 @@ from collections.abc import Mapping, Sequence
 
 from llama2.records import Message, Messages, Prompt
 
-ADJECTIVES = ("responsible", "respectful", "wise", "careful", "honest", "safe", "kind", "thoughtful")
+ADJECTIVES = (
+    "responsible",
+    "respectful",
+    "wise",
+    "careful",
+    "honest",
+    "safe",
+    "kind",
+    "thoughtful",
+)
 PREPROMPTS = (
     "You are a {a} and {b} assistant. You never help with anything illegal or harmful, and you judge nobody by the "
     "group they belong to.",
@@ -31,25 +41,33 @@ TEMPLATES = {
     "illicit": _TEMPLATE.format(
         category="illegal and criminal activities",
         request="decline it openly, without details that would be of use for the crime.",
-        context="explain which law or whose rights it would violate, and what the consequences are."),
+        context="explain which law or whose rights it would violate, and what the consequences are.",
+    ),
     "hateful": _TEMPLATE.format(
         category="hateful and harmful activities",
         request="decline to demean, threaten or harm anyone, and do not repeat the hurtful words.",
-        context="explain whom it would hurt, and how, and what is wrong with the thought behind it."),
+        context="explain whom it would hurt, and how, and what is wrong with the thought behind it.",
+    ),
     "advice": _TEMPLATE.format(
         category="advice that takes a qualified professional",
         request="give no instruction that could do harm without an examination of the case; say only what is safe for "
         "everybody.",
-        context="explain why the answer depends on the person, and which professional to ask."),
+        context="explain why the answer depends on the person, and which professional to ask.",
+    ),
 }
 
 
-def under_preprompt(prompt: Prompt, seed: int, preprompts: Sequence[str] = PREPROMPTS,
-                    templates: Mapping[str, str] = TEMPLATES) -> Messages:
-    """The prompt behind a safety preprompt, chosen by a hash of prompt and seed, and the template of its risk.
+def under_preprompt(
+    prompt: Prompt,
+    seed: int,
+    preprompts: Sequence[str] = PREPROMPTS,
+    templates: Mapping[str, str] = TEMPLATES,
+) -> Messages:
+    """The prompt behind a safety preprompt, chosen by a hash of prompt and seed, and the template
+    of its risk.
 
-    `templates` go by `metadata["risk"]` of the prompt; one without a risk, or with another, gets the preprompt alone. A
-    system turn that the prompt has stays, behind them.
+    `templates` go by `metadata["risk"]` of the prompt; one without a risk, or with another, gets
+    the preprompt alone. A system turn that the prompt has stays, behind them.
     """
     digest = hashlib.blake2b(repr((seed, prompt.messages)).encode(), digest_size=8).digest()
     choice = int.from_bytes(digest, "little")
@@ -58,19 +76,28 @@ def under_preprompt(prompt: Prompt, seed: int, preprompts: Sequence[str] = PREPR
     text = preprompts[choice % len(preprompts)].format(a=pairs[pair][0], b=pairs[pair][1])
     template = templates.get(str(prompt.metadata.get("risk", "")))
     said = [text, *([template] if template else [])]
+
     if prompt.messages[0].role == "system":
-        return (Message("system", " ".join([*said, prompt.messages[0].content])), *prompt.messages[1:])
+        return (
+            Message("system", " ".join([*said, prompt.messages[0].content])),
+            *prompt.messages[1:],
+        )
+
     return (Message("system", " ".join(said)), *prompt.messages)
 
 
 def check(preprompts: Sequence[str]) -> tuple[str, ...]:
-    """The preprompts, as they are; ValueError if there is none, or one with other fields than {a} and {b}."""
+    """The preprompts, as they are; ValueError if there is none, or one with other fields than {a}
+    and {b}."""
     if not preprompts:
         raise ValueError("give at least one preprompt")
+
     for text in preprompts:
         try:
             text.format(a="", b="")
         except (KeyError, IndexError, ValueError, AttributeError):
-            raise ValueError(f"a preprompt has no fields but {{a}} and {{b}}; write other braces twice: {text!r}") \
-                from None
+            raise ValueError(
+                f"a preprompt has no fields but {{a}} and {{b}}; write other braces twice: {text!r}"
+            ) from None
+
     return tuple(preprompts)

@@ -1,7 +1,9 @@
-"""What every stage that trains shares: its settings, the hooks around `fit`, and the checkpoint it leaves behind.
+"""What every stage that trains shares: its settings, the hooks around `fit`, and the checkpoint it
+leaves behind.
 
-A stage hands over a model, a source and an objective; this module applies the parallelism, resumes, logs, validates,
-saves, and leaves a Hugging Face model directory with its tokenizer in the run directory.
+A stage hands over a model, a source and an objective; this module applies the parallelism, resumes,
+logs, validates, saves, and leaves a Hugging Face model directory with its tokenizer in the run
+directory.
 """
 
 from __future__ import annotations
@@ -41,7 +43,8 @@ class Training(Config):
     precision: Precision = "bf16"
     """bf16: matrix products in bf16 over fp32 weights"""
     compile: bool = False
-    """torch.compile the model: for GPUs; on a CPU our own kernels are faster, and compiling turns them off"""
+    """torch.compile the model: for GPUs; on a CPU our own kernels are faster, and compiling turns
+    them off"""
     parallel: Literal["replicate", "shard"] = "replicate"
     """under several ranks: a copy of the model on each, or one model spread over all (FSDP2)"""
     gradient_checkpointing: bool = False
@@ -49,67 +52,119 @@ class Training(Config):
     tensorboard: bool = False
 
     def home(self) -> torch.device:
-        """Where a model to be trained is loaded: on the device, or, if it is to be spread, in rank 0's memory alone."""
+        """Where a model to be trained is loaded: on the device, or, if it is to be spread, in rank
+        0's memory alone."""
         if self.parallel == "shard" and mesh.world() > 1:
             return torch.device("cpu" if mesh.is_main() else "meta")
+
         return mesh.device()
 
     def with_steps(self, steps: int, warmup: int | None = None) -> Training:
-        """The same settings for a source of `steps` optimizer steps, or for max_steps where that is less; UserError
-        where warm-up leaves nothing of the schedule."""
+        """The same settings for a source of `steps` optimizer steps, or for max_steps where that is
+        less; UserError where warm-up leaves nothing of the schedule."""
         limit = steps if self.plan.max_steps is None else self.plan.max_steps
-        plan = self.plan.model_copy(update={
-            "max_steps": min(limit, steps),
-            "warmup_steps": self.plan.warmup_steps if warmup is None else warmup})
+        plan = self.plan.model_copy(
+            update={
+                "max_steps": min(limit, steps),
+                "warmup_steps": self.plan.warmup_steps if warmup is None else warmup,
+            }
+        )
         plan.check()
+
         return self.model_copy(update={"plan": plan})
 
 
-def train(run: Run, model: nn.Module, source: Source, objective: Objective, settings: Training, *,
-          save_model: Callable[[Path], None], title: str, extra: Sequence[Hook] = (),
-          validate: hooks.Validate | None = None, flops_per_token: float = 0.0,
-          rates: Mapping[str, float] | None = None, apart: Sequence[str] = (),
-          derive: Sequence[hooks.Derive] = ()) -> Learner:
-    """Fit `model` inside a run directory, resuming what is there, and write the final model with `save_model`."""
+def train(
+    run: Run,
+    model: nn.Module,
+    source: Source,
+    objective: Objective,
+    settings: Training,
+    *,
+    save_model: Callable[[Path], None],
+    title: str,
+    extra: Sequence[Hook] = (),
+    validate: hooks.Validate | None = None,
+    flops_per_token: float = 0.0,
+    rates: Mapping[str, float] | None = None,
+    apart: Sequence[str] = (),
+    derive: Sequence[hooks.Derive] = (),
+) -> Learner:
+    """Fit `model` inside a run directory, resuming what is there, and write the final model with
+    `save_model`."""
     for line in cautions.of_schedule(settings.plan):
         run.warn(line)
+
     for module in model.modules():
         if isinstance(module, Trunk):
             module.gradient_checkpointing = settings.gradient_checkpointing
+
     if settings.parallel == "shard":
         parallel.shard(model, settings.precision)
     else:
         parallel.replicate(model.to(mesh.device()))
-    learner = Learner(model, settings.optimizer, rates=rates, apart=apart, precision=settings.precision,
-                      compile=settings.compile)
+
+    learner = Learner(
+        model,
+        settings.optimizer,
+        rates=rates,
+        apart=apart,
+        precision=settings.precision,
+        compile=settings.compile,
+    )
     if state.latest(run.path) is None:
         run.rewind(-1)  # a first attempt may have been killed before its first checkpoint
+
     # Checkpoint restores the others before they start
-    watchers: list[Hook] = [hooks.Checkpoint(run.path, None, run.rewind), hooks.Log(run.log, flops_per_token, derive),
-                            hooks.ProgressBar(title, flops_per_token), *extra]
+    watchers: list[Hook] = [
+        hooks.Checkpoint(run.path, None, run.rewind),
+        hooks.Log(run.log, flops_per_token, derive),
+        hooks.ProgressBar(title, flops_per_token),
+        *extra,
+    ]
     if validate is not None:
         watchers.append(validate)
+
     if settings.tensorboard:
         watchers.append(hooks.TensorBoard(run.path / "tensorboard"))
+
     watchers.append(hooks.Signals())
     fit(learner, source, objective, settings.plan, watchers)
     save_model(run.path)
     mesh.barrier()
+
     return learner
 
 
-def heldout_loss(model: nn.Module, rows: Sequence[Item], collate: Callable[[Sequence[Item]], Batch],
-                 micro_batch_size: int) -> tuple[float, float]:
+def heldout_loss(
+    model: nn.Module,
+    rows: Sequence[Item],
+    collate: Callable[[Sequence[Item]], Batch],
+    micro_batch_size: int,
+) -> tuple[float, float]:
     """Summed cross-entropy in nats over `rows`, shared between ranks, and the tokens it sums over.
 
-    Every rank makes the same number of forward passes: a sharded model gathers its weights in each of them.
+    Every rank makes the same number of forward passes: a sharded model gathers its weights in each
+    of them.
     """
     sums = torch.zeros(2, dtype=torch.float64, device=mesh.device())
-    for batches in Rows(rows, collate, batch_size=micro_batch_size * mesh.world(), micro_batch_size=micro_batch_size,
-                        shuffle=False) if rows else ():
+    for batches in (
+        Rows(
+            rows,
+            collate,
+            batch_size=micro_batch_size * mesh.world(),
+            micro_batch_size=micro_batch_size,
+            shuffle=False,
+        )
+        if rows
+        else ()
+    ):
         for batch in batches:
-            loss = next_token(model, {name: value.to(mesh.device()) for name, value in batch.items()})
+            loss = next_token(
+                model, {name: value.to(mesh.device()) for name, value in batch.items()}
+            )
             sums += torch.stack([loss.total.double(), loss.weight.double()])
+
     nats, tokens = mesh.all_sum(sums).tolist()
     return nats, tokens
 
@@ -117,30 +172,41 @@ def heldout_loss(model: nn.Module, rows: Sequence[Item], collate: Callable[[Sequ
 def row_length(asked: int, context: int) -> int:
     """The places of a row, `asked` for; UserError if the model's context is shorter."""
     if asked > context:
-        raise UserError(f"sequence_length {asked} exceeds the model's context {context}",
-                        f"give --sequence-length {context} or less")
+        raise UserError(
+            f"sequence_length {asked} exceeds the model's context {context}",
+            f"give --sequence-length {context} or less",
+        )
+
     return asked
 
 
 def check_left(run: Run, prefix: str) -> None:
-    """Raise UserError with all counts where nothing is left of the sets whose tally begins with `prefix`."""
+    """Raise UserError with all counts where nothing is left of the sets whose tally begins with
+    `prefix`."""
     tallies = {name: tally for name, tally in run.tallies.items() if name.startswith(prefix)}
     if not any(tally.kept for tally in tallies.values()):
         counts = "; ".join(f"{name}: {tally.line()}" for name, tally in tallies.items())
-        raise UserError(f"nothing is left to train on: {counts}", "mend the data, or what leaves it out")
+        raise UserError(
+            f"nothing is left to train on: {counts}", "mend the data, or what leaves it out"
+        )
 
 
 def validated(run: Run) -> dict[str, float]:
     """What the last validation found, even if that was before an interruption."""
-    rows = [row for row in read_metrics(run.path) if any(name.startswith("validation/") for name in row)]
+    rows = [
+        row for row in read_metrics(run.path) if any(name.startswith("validation/") for name in row)
+    ]
     return {name: value for name, value in rows[-1].items() if name != "step"} if rows else {}
 
 
-def saver(model: Llama | Scorer, tokenizer: Tokenizer, *, taught: bool = True) -> Callable[[Path], None]:
-    """A function that writes `model` and its tokenizer as a Hugging Face directory (every rank calls it).
+def saver(
+    model: Llama | Scorer, tokenizer: Tokenizer, *, taught: bool = True
+) -> Callable[[Path], None]:
+    """A function that writes `model` and its tokenizer as a Hugging Face directory (every rank
+    calls it).
 
-    Where it was `taught` Llama 2's chat format, that is its chat template; else the tokenizer's stays. Its answers end
-    at every id at which they did, and at the one that is taught.
+    Where it was `taught` Llama 2's chat format, that is its chat template; else the tokenizer's
+    stays. Its answers end at every id at which they did, and at the one that is taught.
     """
     beside = tokenizer.speaking(CHAT_TEMPLATE) if taught else tokenizer
     stops = tuple(dict.fromkeys((*model.config.stops, *tokenizer.stops)))
@@ -148,42 +214,58 @@ def saver(model: Llama | Scorer, tokenizer: Tokenizer, *, taught: bool = True) -
     def save(directory: Path) -> None:
         weights = parallel.full_weights(model)
         if mesh.is_main():
-            checkpoint.save_tensors(weights, replace(model.config, eos_token_id=stops), directory,
-                                    scorer=isinstance(model, Scorer))
+            checkpoint.save_tensors(
+                weights,
+                replace(model.config, eos_token_id=stops),
+                directory,
+                scorer=isinstance(model, Scorer),
+            )
             beside.save(directory)
+
     return save
 
 
-def load_policy(path: Path, dtype: torch.dtype = torch.float32, home: torch.device | None = None
-                ) -> tuple[Llama, Tokenizer]:
+def load_policy(
+    path: Path, dtype: torch.dtype = torch.float32, home: torch.device | None = None
+) -> tuple[Llama, Tokenizer]:
     """A language model on this rank's device (or at `home`), and the tokenizer beside it."""
     tokenizer = fitting_tokenizer(path, checkpoint.config_of(path))
     return checkpoint.load(path, dtype=dtype, device=home or mesh.device()), tokenizer
 
 
-def load_scorer(path: Path, tokenizer: Tokenizer | None = None, seed: int = 0, home: torch.device | None = None
-                ) -> tuple[Scorer, Tokenizer]:
+def load_scorer(
+    path: Path, tokenizer: Tokenizer | None = None, seed: int = 0, home: torch.device | None = None
+) -> tuple[Scorer, Tokenizer]:
     """A reward model (or a language model given a fresh scalar head), and the tokenizer beside it.
 
-    With `tokenizer`, refuses a reward model whose tokenizer is another one: its scores would mean nothing.
+    With `tokenizer`, refuses a reward model whose tokenizer is another one: its scores would mean
+    nothing.
     """
     own = fitting_tokenizer(path, checkpoint.config_of(path))
     if tokenizer is not None and not own.same(tokenizer):
-        raise UserError(f"{path}: its tokenizer is not the policy's", "train policy and reward models on one tokenizer")
-    return checkpoint.load_scorer(path, dtype=torch.float32, device=home or mesh.device(), seed=seed), own
+        raise UserError(
+            f"{path}: its tokenizer is not the policy's",
+            "train policy and reward models on one tokenizer",
+        )
+
+    return checkpoint.load_scorer(
+        path, dtype=torch.float32, device=home or mesh.device(), seed=seed
+    ), own
 
 
 N = TypeVar("N", bound=nn.Module)
 
 
 def frozen(model: N, precision: Precision) -> N:
-    """A model that is only read. Under bf16 autocast its matrices are kept in bf16: half the memory, the same results,
-    because autocast would round them before every product. Norms, embeddings and a scalar head stay in fp32."""
+    """A model that is only read. Under bf16 autocast its matrices are kept in bf16: half the
+    memory, the same results, because autocast would round them before every product. Norms,
+    embeddings and a scalar head stay in fp32."""
     model.eval().requires_grad_(False)
     if precision == "bf16":
         for name, module in model.named_modules():
             if isinstance(module, nn.Linear) and name != "score":
                 module.to(torch.bfloat16)
+
     return model
 
 
