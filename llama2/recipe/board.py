@@ -17,9 +17,10 @@ from llama2 import runs
 from llama2.config import build
 from llama2.errors import UserError
 from llama2.interrupts import STATUS, let_go_of_terminal
-from llama2.recipe import launch
+from llama2.recipe import verbs
 from llama2.recipe.remaining import Log, remaining
 from llama2.recipe.steps import Config, Step
+from llama2.recipe.workers import Workers
 from llama2.terminal_text import line
 
 MEND = "mend it and repeat the command: finished steps are kept"
@@ -31,7 +32,7 @@ LIMITS = "see `ulimit -a` and what else runs here; the same command resumes"
 class Work:
     """A running step."""
 
-    workers: launch.Workers
+    workers: Workers
     log: Log
 
 
@@ -80,9 +81,7 @@ class Board:
 
             self.waiting.remove(name)
             try:
-                done = runs.is_finished(
-                    step.verb, build(launch.stage(step.verb).Config, step.values)
-                )
+                done = runs.is_finished(step.verb, build(verbs.load(step.verb).Config, step.values))
             except UserError as error:
                 self._fail(name, str(error))
                 return
@@ -96,9 +95,7 @@ class Board:
             log = Log(self.recipe.out / "logs" / f"{name}.log", time.monotonic())
 
             try:
-                workers = launch.Workers.start(
-                    step.verb, step.values, step.processes, threads, log.path
-                )
+                workers = Workers.start(step.verb, step.values, step.processes, threads, log.path)
             # a signal to the whole group, or a machine without memory, ended what starts processes
             except EOFError:
                 self._fail(
@@ -120,7 +117,7 @@ class Board:
 
     def _collect(self) -> None:
         for name, work in list(self.running.items()):
-            if work.workers.alive():
+            if work.workers.are_alive():
                 continue
 
             del self.running[name]

@@ -1,27 +1,22 @@
-"""`--dry-run`: the resolved configuration of a command and what it would cost. Apart from
-`launch.py`, because planning knows how stages train and sample, which a command that is carried out
-need not load."""
+"""`--dry-run`: the resolved configuration of a command and what it would cost."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
-from typing import Any
+from types import ModuleType
 
 from llama2 import mesh
 from llama2.config import build, parse, yaml12
 from llama2.config.flags import overrides
 from llama2.errors import UserError
+from llama2.recipe.verbs import name_positional
 from llama2.stages.common.planning import Cluster, Lineage
 
 
-def show(
-    verb: str, module: Any, arguments: list[str], positional: Callable[[Any, list[str]], list[str]]
-) -> int:
-    """Print it, with `--json` for programs; the exit status. `positional` names a stage's first
-    argument."""
+def show(verb: str, module: ModuleType, arguments: list[str]) -> int:
+    """Print it, with `--json` for programs; return the exit status."""
     cluster, flags = _cluster(_without(arguments, ("--dry-run", "--json")))
-    config = parse(module.Config, positional(module, flags), f"llama2 {verb}")
+    config = parse(module.Config, name_positional(module, flags), f"llama2 {verb}")
     shown = {"config": config.model_dump(mode="json")}
 
     if hasattr(module, "plan"):

@@ -21,9 +21,10 @@ from typing import Any
 
 from llama2 import atomic, interrupts, mesh, runs
 from llama2.config import build, yaml12
-from llama2.recipe import launch
+from llama2.recipe import verbs
 from llama2.recipe.board import Board
 from llama2.recipe.steps import Config, Step, check_inputs, referred_to, steps_of
+from llama2.recipe.workers import execute, preload
 from llama2.records import dump
 from llama2.stages.common.planning import Cluster, Lineage, total
 from llama2.terminal_text import say
@@ -36,7 +37,7 @@ def plan(recipe: Config, cluster: Cluster, lineage: Lineage) -> dict[str, Any]:
     would cost."""
     resolved, described = {}, {}
     for name, step in steps_of(recipe).items():
-        module = launch.stage(step.verb)
+        module = verbs.load(step.verb)
         config = build(module.Config, step.values)
         machines = (
             cluster if cluster.ranks else cluster.model_copy(update={"ranks": step.processes})
@@ -56,7 +57,7 @@ def run(recipe: Config) -> int:
     The exit status."""
     steps = steps_of(recipe)
     for step in steps.values():
-        runs.check(step.verb, build(launch.stage(step.verb).Config, step.values))
+        runs.check(step.verb, build(verbs.load(step.verb).Config, step.values))
 
     if recipe.step is not None:
         _run_one(recipe.step, recipe, steps)
@@ -76,7 +77,7 @@ def _run_all(recipe: Config, steps: dict[str, Step]) -> int:
         if threading.current_thread() is threading.main_thread()
     }
     try:
-        launch.preload()
+        preload()
         _describe(recipe, steps)
         _note_gone(steps)
 
@@ -114,7 +115,7 @@ def _run_one(name: str, recipe: Config, steps: Mapping[str, Step]) -> None:
     if mesh.is_main():
         _describe(recipe, steps)
 
-    launch.execute(step.verb, build(launch.stage(step.verb).Config, step.values))
+    execute(step.verb, build(verbs.load(step.verb).Config, step.values))
 
 
 def _describe(recipe: Config, steps: Mapping[str, Step]) -> None:

@@ -18,7 +18,7 @@ from llama2.config.schema import Flag
 from llama2.cpu_tuning import cores
 from llama2.errors import UserError, did_you_mean
 from llama2.reading import files
-from llama2.recipe import inputs, launch
+from llama2.recipe import inputs, verbs
 
 _REFERENCE = re.compile(r"\$\{([^{}]*)\}")
 _RESERVED = {"out", "logs", "recipe.yaml", "steps.json", "report.html"}
@@ -106,11 +106,11 @@ class Step(StepKeys, StageConfig):
 @cache
 def _kind(verb: str) -> Any:
     """The keys that a step of this verb has."""
-    return create_model(f"{verb} step", __base__=(launch.stage(verb).Config, StepKeys))
+    return create_model(f"{verb} step", __base__=(verbs.load(verb).Config, StepKeys))
 
 
 def _makes_run(verb: str) -> bool:
-    return verb in launch.VERBS and launch.VERBS[verb].makes_run
+    return verb in verbs.VERBS and verbs.VERBS[verb].makes_run
 
 
 def _check_new(name: str, step: Any, known: Sequence[str]) -> None:
@@ -203,7 +203,7 @@ def _step(name: str, given: Mapping[str, Any], recipe: Config, earlier: Mapping[
     if verb is None:
         _check_new(name, given, list(recipe.steps))
 
-    if isinstance(verb, str) and verb in launch.VERBS and not _makes_run(verb):
+    if isinstance(verb, str) and verb in verbs.VERBS and not _makes_run(verb):
         raise UserError(
             f"{where}: unknown verb '{verb}' for a step: it leaves no run that others could read",
             "call it behind the recipe",
@@ -211,7 +211,7 @@ def _step(name: str, given: Mapping[str, Any], recipe: Config, earlier: Mapping[
     if not isinstance(verb, str) or not _makes_run(verb):
         raise UserError(
             f"{where}: unknown verb '{verb}'",
-            did_you_mean(str(verb), [v for v, entry in launch.VERBS.items() if entry.makes_run]),
+            did_you_mean(str(verb), [v for v, entry in verbs.VERBS.items() if entry.makes_run]),
         )
 
     needs: set[str] = set()
@@ -220,7 +220,7 @@ def _step(name: str, given: Mapping[str, Any], recipe: Config, earlier: Mapping[
     values = {"seed": derive(recipe.seed, name), **values, "out": str(recipe.out / name)}
 
     if unknown := next(
-        (key for key in values if schema.spelt(launch.stage(verb).Config, key) is None), None
+        (key for key in values if schema.spelt(verbs.load(verb).Config, key) is None), None
     ):
         meant = schema.Place((), _kind(verb), "")
         raise UserError(
@@ -228,7 +228,7 @@ def _step(name: str, given: Mapping[str, Any], recipe: Config, earlier: Mapping[
             mistakes.suggestion(_kind(verb), meant, [unknown], as_flag=False),
         )
 
-    build(launch.stage(verb).Config, values, where)
+    build(verbs.load(verb).Config, values, where)
     return build(
         Step,
         {
@@ -322,7 +322,7 @@ def check_inputs(recipe: Config, steps: Mapping[str, Step]) -> None:
     ]
     needed: list[tuple[str, Path]] = []
     for name, step in steps.items():
-        config = build(launch.stage(step.verb).Config, step.values)
+        config = build(verbs.load(step.verb).Config, step.values)
         inputs.check(config, complete=False)
         needed += [
             (f"steps.{name}.{key}", path)

@@ -173,7 +173,7 @@ class Bench:
 
     def _inputs(self, name: str) -> list[Path]:
         manifest = json.loads((self.out / name / completion.MANIFEST).read_text())
-        config = build(launch.stage(manifest["verb"]).Config, {**manifest["config"], "out": "x"})
+        config = build(launch.load(manifest["verb"]).Config, {**manifest["config"], "out": "x"})
         return [path.resolve() for _, path in paths(config)]
 
     def files(self, step: str) -> list[Path]:

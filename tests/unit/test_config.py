@@ -13,6 +13,7 @@ from llama2.config.layers import merge
 from llama2.config.yaml12 import read_yaml
 from llama2.errors import UserError
 from llama2.recipe import launch
+from llama2.recipe.verbs import VERBS
 from llama2.stages import ppo, pretrain
 
 
@@ -253,11 +254,11 @@ def test_yaml_that_is_a_trap_is_refused_with_its_line(tmp_path, text, message):
         read_yaml(Path(recipe(tmp_path, text)))
 
 
-@pytest.mark.parametrize("verb", launch.VERBS)
+@pytest.mark.parametrize("verb", VERBS)
 def test_true_is_no_number_in_any_verb(verb):
     """Every key of every verb that takes a number refuses true, in a file and as a flag, and so
     does a flag alone."""
-    kind = launch.stage(verb).Config
+    kind = launch.load(verb).Config
     keys = [
         (names, annotation)
         for names, annotation in schema.leaves(kind)
@@ -633,7 +634,7 @@ def test_a_wrong_flag_is_named_with_a_cure(flags, message):
 def test_a_key_that_lies_deeper_is_found(verb, flag, meant):
     with pytest.raises(UserError) as error:
         parse(
-            launch.stage(verb).Config,
+            launch.load(verb).Config,
             ["--out", "x", flag, "1"] if verb != "serve" else [flag, "1"],
             "llama2",
         )
@@ -733,15 +734,15 @@ def test_a_dash_alone_is_no_flag():
 # ------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("verb", launch.VERBS)
+@pytest.mark.parametrize("verb", VERBS)
 def test_help_shows_every_key_of_a_verb(verb, capsys):
     with pytest.raises(SystemExit) as left:
-        launch.command(verb, ["--help"])
+        launch.run_command(verb, ["--help"])
 
     assert left.value.code == 0
     shown = capsys.readouterr().out
     fields = {
-        field.alias or name for name, field in launch.stage(verb).Config.model_fields.items()
+        field.alias or name for name, field in launch.load(verb).Config.model_fields.items()
     } - {"steps"}
     assert [
         name for name in sorted(fields) if f"--{name.replace('_', '-').rstrip('-')}" not in shown

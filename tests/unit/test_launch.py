@@ -17,13 +17,15 @@ from llama2 import cli
 from llama2.config import build
 from llama2.formats import checkpoint
 from llama2.recipe import launch
+from llama2.recipe.verbs import VERBS
+from llama2.recipe.workers import Workers, execute, preload
 from llama2.runs import Stopped, read_metrics
 from llama2.runs import run as runs
 
 
 def finish(workers, seconds=200):
     end = time.time() + seconds
-    while workers.alive():
+    while workers.are_alive():
         if time.time() > end:
             workers.kill()
             raise AssertionError(workers.log.read_text())
@@ -42,12 +44,12 @@ def wait_for(condition, seconds=200):
 
 @pytest.fixture(autouse=True)
 def server():
-    launch.preload()
+    preload()
 
 
 def test_every_verb_is_a_stage():
-    for name, verb in launch.VERBS.items():
-        module = launch.stage(name)
+    for name, verb in VERBS.items():
+        module = launch.load(name)
         assert module.__doc__, name
         assert callable(module.run)
         assert module.Config.__doc__
@@ -55,12 +57,12 @@ def test_every_verb_is_a_stage():
 
 
 def test_workers_tell_how_it_went(tmp_path):
-    workers = launch.Workers.start(
+    workers = Workers.start(
         "world", {"out": str(tmp_path / "a"), "scale": 0.001}, 2, 1, tmp_path / "log"
     )
     assert finish(workers) == "done"
     assert (tmp_path / "a/COMPLETE").exists()
-    workers = launch.Workers.start(
+    workers = Workers.start(
         "clean",
         {"out": str(tmp_path / "b"), "sources": {"a": {"path": "none"}}},
         1,
@@ -75,9 +77,7 @@ def test_workers_tell_how_it_went(tmp_path):
 
 
 def test_a_defect_leaves_its_traceback_in_the_log(tmp_path):
-    workers = launch.Workers.start(
-        "nonsense", {"out": str(tmp_path / "a")}, 1, 1, tmp_path / "deep/log"
-    )
+    workers = Workers.start("nonsense", {"out": str(tmp_path / "a")}, 1, 1, tmp_path / "deep/log")
     assert (
         finish(workers) == f"a process ended with exit status 1; its log: {tmp_path / 'deep/log'}"
     )
@@ -86,7 +86,7 @@ def test_a_defect_leaves_its_traceback_in_the_log(tmp_path):
 
 def test_a_stage_without_checkpoints_stops_too(tmp_path):
     """It has nothing to save; what matters is that the recipe does not take it for a failure."""
-    workers = launch.Workers.start("world", {"out": str(tmp_path / "a")}, 1, 1, tmp_path / "log")
+    workers = Workers.start("world", {"out": str(tmp_path / "a")}, 1, 1, tmp_path / "log")
     wait_for(lambda: (tmp_path / "a/documents").exists())
     workers.stop()
     assert finish(workers) == "stopped"
@@ -94,7 +94,7 @@ def test_a_stage_without_checkpoints_stops_too(tmp_path):
 
 
 def test_one_rank_that_dies_takes_the_others_down(tmp_path):
-    workers = launch.Workers.start("world", {"out": str(tmp_path / "a")}, 2, 1, tmp_path / "log")
+    workers = Workers.start("world", {"out": str(tmp_path / "a")}, 2, 1, tmp_path / "log")
     wait_for(lambda: (tmp_path / "a/documents").exists())
     os.kill(workers.processes[0].pid, signal.SIGKILL)
     assert finish(workers, 20) == (
@@ -115,7 +115,7 @@ def alive(pid):
 def test_what_starts_workers_may_be_killed(tmp_path):
     """By a machine without memory: its workers end as well, though no signal reaches them any
     more."""
-    workers = launch.Workers.start("world", {"out": str(tmp_path / "a")}, 1, 1, tmp_path / "log")
+    workers = Workers.start("world", {"out": str(tmp_path / "a")}, 1, 1, tmp_path / "log")
     wait_for(lambda: (tmp_path / "a/documents").exists())
     held = (tmp_path / "a/.lock").read_text()
     os.kill(forkserver._forkserver._forkserver_pid, signal.SIGKILL)
@@ -125,7 +125,7 @@ def test_what_starts_workers_may_be_killed(tmp_path):
     )
     assert workers.killed
     wait_for(lambda: not alive(held))
-    workers = launch.Workers.start(
+    workers = Workers.start(
         "world", {"out": str(tmp_path / "a"), "scale": 1}, 1, 1, tmp_path / "log"
     )
     assert finish(workers) == "done"
@@ -156,10 +156,8 @@ def test_two_ranks_train_like_one(tmp_path, verb, base, world, preferences):
             "heldout": {"all": {"path": str(preferences)}},
         }
 
-    workers = launch.Workers.start(
-        verb, {**values, "out": str(tmp_path / "two")}, 2, 1, tmp_path / "log"
-    )
-    launch.execute(verb, build(launch.stage(verb).Config, {**values, "out": tmp_path / "one"}))
+    workers = Workers.start(verb, {**values, "out": str(tmp_path / "two")}, 2, 1, tmp_path / "log")
+    execute(verb, build(launch.load(verb).Config, {**values, "out": tmp_path / "one"}))
     assert finish(workers) == "done", (tmp_path / "log").read_text()
     one, two = (read_metrics(tmp_path / name) for name in ("one", "two"))
     assert [row["step"] for row in two] == [row["step"] for row in one]
@@ -189,7 +187,7 @@ def test_two_ranks_train_like_one(tmp_path, verb, base, world, preferences):
 def test_help_lists_every_verb_in_the_papers_order(capsys):
     assert llama2() == 0
     text = capsys.readouterr().out
-    places = [text.index(f"\n  {name} ") for name in launch.VERBS]
+    places = [text.index(f"\n  {name} ") for name in VERBS]
     assert places == sorted(places)
     assert llama2("--version") == 0
     assert capsys.readouterr().out.startswith("llama2 ")
@@ -270,14 +268,15 @@ import os, signal, sys, threading
 from multiprocessing import forkserver
 from pathlib import Path
 from llama2.recipe import launch
+from llama2.recipe.workers import Workers, preload
 
 signal.signal(signal.SIGINT, signal.default_int_handler)  # tests in the background inherit that it is ignored
-launch.preload()
+preload()
 for number in (signal.SIGINT, signal.SIGHUP, signal.SIGTERM, signal.SIGUSR1):
     os.kill(forkserver._forkserver._forkserver_pid, number)  # it has only begun to import
 out = Path(sys.argv[1])
-workers = launch.Workers.start("world", {"out": str(out / "a"), "scale": 0.001}, 1, 1, out / "log")
-while workers.alive():
+workers = Workers.start("world", {"out": str(out / "a"), "scale": 0.001}, 1, 1, out / "log")
+while workers.are_alive():
     pass
 print(workers.result())
 """
@@ -291,20 +290,21 @@ def test_signals_to_the_whole_group_do_not_reach_the_server_of_workers(tmp_path)
 
 
 STARTING = """
-import importlib, os, signal, sys
+import builtins, os, signal, sys
 from llama2 import cli
 
 signal.signal(signal.SIGINT, signal.default_int_handler)
-load = importlib.import_module
+load = builtins.__import__
 
-def interrupted(name):
-    try:
-        os.kill(os.getpid(), signal.SIGINT)
-    except BaseException:  # as a library may do
-        pass
-    return load(name)
+def interrupted(name, *rest):
+    if name == "torch":
+        try:
+            os.kill(os.getpid(), signal.SIGINT)
+        except BaseException:  # as a library may do
+            pass
+    return load(name, *rest)
 
-importlib.import_module = interrupted
+builtins.__import__ = interrupted
 cli.main(["run", "recipe.yaml"])
 """
 
@@ -317,13 +317,24 @@ def test_ctrl_c_while_modules_are_loaded_is_one_line():
     assert process.stderr == "llama2: interrupted; the same command resumes\n"
 
 
-def test_the_command_line_is_there_before_torch():
-    """Ctrl-C in the first seconds finds its handler."""
-    code = "import sys, llama2.cli; print([name for name in ('torch', 'numpy', 'pydantic') if name in sys.modules])"
-    assert (
-        subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout
-        == "[]\n"
+HEAVY = """
+import sys
+from llama2 import cli
+
+status = cli._guarded(sys.argv[1:])
+heavy = ("torch", "numpy", "pydantic", "rich", "yaml", "tyro")
+print([name for name in heavy if name in sys.modules], status)
+"""
+
+
+@pytest.mark.parametrize("words", [["--help"], ["help"], [], ["--version"], ["sfft"], ["a.yaml"]])
+def test_what_needs_no_stage_imports_nothing_heavy(words):
+    """Help comes at once, and Ctrl-C in the first seconds finds its handler."""
+    process = subprocess.run(
+        [sys.executable, "-c", HEAVY, *words], capture_output=True, text=True, check=True
     )
+    status = 2 if words in (["sfft"], ["a.yaml"]) else 0
+    assert process.stdout.splitlines()[-1] == f"[] {status}"
 
 
 def test_a_stop_is_success(tmp_path, monkeypatch, capsys):
@@ -408,7 +419,7 @@ def test_a_dry_run_touches_nothing(tmp_path, capsys, policy, world):
 
 
 def test_a_lock_outlives_no_process(tmp_path):
-    workers = launch.Workers.start("world", {"out": str(tmp_path / "a")}, 1, 1, tmp_path / "log")
+    workers = Workers.start("world", {"out": str(tmp_path / "a")}, 1, 1, tmp_path / "log")
     wait_for(lambda: (tmp_path / "a/documents").exists())
     workers.kill()
     assert finish(workers) == "stopped"

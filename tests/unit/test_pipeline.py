@@ -12,7 +12,8 @@ from commands import llama2
 
 from llama2.config import build, derive, parse
 from llama2.errors import UserError
-from llama2.recipe import launch, pipeline
+from llama2.recipe import pipeline
+from llama2.recipe.workers import Workers
 from llama2.runs import run as runs
 
 
@@ -417,9 +418,9 @@ def test_a_step_is_changed_or_left_out_on_the_command_line(tmp_path):
 def test_steps_start_when_what_they_need_is_done_and_cores_are_free(tmp_path, monkeypatch, capsys):
     """Two of three independent steps fit on two cores; the fourth waits for the first."""
     log = []
-    start, result = launch.Workers.start.__func__, launch.Workers.result
+    start, result = Workers.start.__func__, Workers.result
     monkeypatch.setattr(
-        launch.Workers,
+        Workers,
         "start",
         classmethod(
             lambda cls, verb, values, *rest: (
@@ -429,7 +430,7 @@ def test_steps_start_when_what_they_need_is_done_and_cores_are_free(tmp_path, mo
         ),
     )
     monkeypatch.setattr(
-        launch.Workers, "result", lambda self: (log.append(("end", self.log.stem)), result(self))[1]
+        Workers, "result", lambda self: (log.append(("end", self.log.stem)), result(self))[1]
     )
     steps = worlds(3)
     steps["late"] = {
@@ -571,14 +572,14 @@ def test_one_step_alone(tmp_path, capsys):
 
 def test_ctrl_c_leaves_a_status_of_its_own(tmp_path, monkeypatch):
     """Unfinished is not done: `llama2 run ... && next` must not go on."""
-    start = launch.Workers.start.__func__
+    start = Workers.start.__func__
 
     def started(cls, *given):
         workers = start(cls, *given)
         os.kill(os.getpid(), signal.SIGINT)
         return workers
 
-    monkeypatch.setattr(launch.Workers, "start", classmethod(started))
+    monkeypatch.setattr(Workers, "start", classmethod(started))
     assert pipeline.run(recipe(tmp_path, worlds(2, scale=1.0, cores=2))) == 130
     assert not (tmp_path / "run/w1").exists()
 

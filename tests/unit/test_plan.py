@@ -395,7 +395,7 @@ def test_flops_are_those_of_the_matrices_a_token_is_multiplied_with(tied):
 
 def test_the_command_line_takes_the_machines(capsys):
     recipe = str(RECIPES / "13b" / "recipe.yaml")
-    launch.command(
+    launch.run_command(
         "run", [recipe, "--dry-run", "--ranks", "256", "--gib=40", "--mfu", "0.5", "--seed", "3"]
     )
     shown = yaml.safe_load(capsys.readouterr().out)
@@ -404,4 +404,4 @@ def test_the_command_line_takes_the_machines(capsys):
     assert shown["plan"]["pretrain"]["ranks"] == 256
 
     with pytest.raises(UserError, match="'--ranks': must be greater than 0"):
-        launch.command("run", [recipe, "--dry-run", "--ranks", "0"])
+        launch.run_command("run", [recipe, "--dry-run", "--ranks", "0"])
