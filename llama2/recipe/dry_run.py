@@ -7,7 +7,7 @@ from types import ModuleType
 
 from llama2 import mesh
 from llama2.config import build, parse, yaml12
-from llama2.config.flags import overrides
+from llama2.config.flags import read_flags
 from llama2.errors import UserError
 from llama2.recipe.verbs import name_positional
 from llama2.stages.common.planning import Cluster, Lineage
@@ -57,4 +57,4 @@ def _cluster(flags: list[str]) -> tuple[Cluster, list[str]]:
 
     ranks = mesh.asked()
     values = {"ranks": ranks} if ranks else {}
-    return build(Cluster, values | overrides(Cluster, mine, values), "--dry-run"), rest
+    return build(Cluster, values | read_flags(Cluster, mine, values), "--dry-run"), rest

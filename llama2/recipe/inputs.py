@@ -9,7 +9,7 @@ from pathlib import Path
 from pydantic import BaseModel
 
 from llama2 import json_files
-from llama2.config import StageConfig, paths
+from llama2.config import StageConfig, list_paths
 from llama2.errors import UserError
 from llama2.runs import COMPLETE, completion, read_list
 from llama2.terminal_text import say
@@ -46,7 +46,7 @@ _HUB = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 def check(config: BaseModel, *, complete: bool) -> None:
     """UserError for inputs that cannot be meant; `complete`: every path that is named must be
     there."""
-    for key, path in paths(config):
+    for key, path in list_paths(config):
         if _is_model(key):
             check_model(path, scorer=bool({"rewards", "judge"} & set(key.split("."))))
 
@@ -54,7 +54,7 @@ def check(config: BaseModel, *, complete: bool) -> None:
             _refuse_inside(config.out, key, path)
 
     if complete:
-        refuse_missing([(key, path) for key, path in paths(config)])
+        refuse_missing(list_paths(config))
 
 
 def check_whole(config: BaseModel) -> None:
@@ -63,7 +63,7 @@ def check_whole(config: BaseModel) -> None:
     What a model's folder holds for other programs may be a user's own; that is said, as it may be
     damage as well. Not so in a release, which vouches for all it holds.
     """
-    for key, path in paths(config):
+    for key, path in list_paths(config):
         run = completion.home(path)
         if run is not None:
             own = _OWN if run == path and _is_model(key) and key != "run" else ()

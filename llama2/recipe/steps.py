@@ -13,7 +13,7 @@ from typing import Any
 from pydantic import Field, create_model
 
 from llama2.config import Config as Section
-from llama2.config import StageConfig, build, check_names, derive, mistakes, paths, schema
+from llama2.config import StageConfig, build, check_names, derive_seed, list_paths, mistakes, schema
 from llama2.config.schema import Flag
 from llama2.cpu_tuning import cores
 from llama2.errors import UserError, did_you_mean
@@ -53,7 +53,7 @@ class Config(StageConfig):
     """carry out this one step, in this process and the ranks torchrun started with it"""
 
     @classmethod
-    def kind_at(cls, names: tuple[str, ...], values: Mapping[str, Any]) -> Any:
+    def find_kind(cls, names: tuple[str, ...], values: Mapping[str, Any]) -> Any:
         """The keys of a step are those of its verb."""
         steps = values.get("steps")
         step = (
@@ -67,7 +67,7 @@ class Config(StageConfig):
         return _kind(verb) | None if isinstance(verb, str) and _makes_run(verb) else None
 
     @classmethod
-    def heed(cls, given: Sequence[Mapping[str, Any]]) -> None:
+    def check_layers(cls, given: Sequence[Mapping[str, Any]]) -> None:
         """Refuse a change to a step that no recipe has, and a parameter that none refers to."""
         known: dict[str, None] = {}
         used: set[str] = set()
@@ -217,15 +217,20 @@ def _step(name: str, given: Mapping[str, Any], recipe: Config, earlier: Mapping[
     needs: set[str] = set()
     values = _resolved(dict(given), recipe, earlier, needs, where)
     own = {key: values.pop(key) for key in StepKeys.model_fields if key in values}
-    values = {"seed": derive(recipe.seed, name), **values, "out": str(recipe.out / name)}
+    values = {"seed": derive_seed(recipe.seed, name), **values, "out": str(recipe.out / name)}
 
     if unknown := next(
-        (key for key in values if schema.spelt(verbs.load(verb).Config, key) is None), None
+        (
+            key
+            for key in values
+            if schema.find_place(verbs.load(verb).Config, [key], {}).kind is None
+        ),
+        None,
     ):
         meant = schema.Place((), _kind(verb), "")
         raise UserError(
             f"{where}: unknown key '{unknown}'",
-            mistakes.suggestion(_kind(verb), meant, [unknown], as_flag=False),
+            mistakes.suggest(_kind(verb), meant, [unknown], as_flag=False),
         )
 
     build(verbs.load(verb).Config, values, where)
@@ -326,7 +331,7 @@ def check_inputs(recipe: Config, steps: Mapping[str, Step]) -> None:
         inputs.check(config, complete=False)
         needed += [
             (f"steps.{name}.{key}", path)
-            for key, path in paths(config)
+            for key, path in list_paths(config)
             if not any(path.is_relative_to(place) for place in later)
         ]
 

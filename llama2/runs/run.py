@@ -35,7 +35,7 @@ import torch
 
 import llama2
 from llama2 import atomic, environment, interrupts, json_files, mesh
-from llama2.config import StageConfig, incidentals, paths, yaml12
+from llama2.config import StageConfig, list_incidentals, list_paths, yaml12
 from llama2.errors import UserError, explain_os_errors
 from llama2.reading import files
 from llama2.records import dump
@@ -134,7 +134,7 @@ def _fingerprint(path: Path) -> str:
 def _inputs(config: StageConfig) -> dict[str, str]:
     """The fingerprint of every input. A folder where a model should be is looked into before it is
     read through."""
-    named = dict(paths(config))
+    named = dict(list_paths(config))
     for key, path in named.items():
         *_, above, last = ("", *key.split("."))
         if last in _MODELS or (above in _MODELS_BY_NAME and last != "path"):
@@ -414,8 +414,8 @@ def check(verb: str, config: StageConfig) -> None:
             else _differences(
                 old["config"],
                 _asked(config),
-                {*incidentals(config), *_around(config)},
-                dict(paths(config)),
+                {*list_incidentals(config), *_around(config)},
+                dict(list_paths(config)),
             )
         )
         if differences:
@@ -479,7 +479,7 @@ def _prepare(path: Path, verb: str, config: StageConfig) -> bool:
 
     if (path / MANIFEST).is_file() and not _only_begun(path):
         old = _manifest(path)
-        named = dict(paths(config))
+        named = dict(list_paths(config))
         changed = [
             key
             for key in inputs

@@ -8,7 +8,7 @@ import pytest
 import yaml
 from pydantic import Field
 
-from llama2.config import Config, StageConfig, build, derive, parse, paths, schema, yaml12
+from llama2.config import Config, StageConfig, build, derive_seed, list_paths, parse, schema, yaml12
 from llama2.config.layers import merge
 from llama2.config.yaml12 import read_yaml
 from llama2.errors import UserError
@@ -265,12 +265,14 @@ def test_true_is_no_number_in_any_verb(verb):
         if {int, float}
         & {
             inner
-            for one in schema.kinds(annotation)
-            for inner in schema.kinds(schema.item(one, 0) if schema.takes_several(one) else one)
+            for one in schema.alternatives(annotation)
+            for inner in schema.alternatives(
+                schema.item_type(one, 0) if schema.takes_several(one) else one
+            )
         }
     ]
     for names, annotation in keys:
-        if set(schema.kinds(annotation)) & {bool, str}:
+        if set(schema.alternatives(annotation)) & {bool, str}:
             continue
 
         several = schema.takes_several(annotation)
@@ -282,7 +284,7 @@ def test_true_is_no_number_in_any_verb(verb):
             build(kind, values)
 
         assert ".".join(names) in error.value.cause, names
-        flag = f"--{schema.dashed(*names)}"
+        flag = f"--{schema.spell_flag(*names)}"
         with pytest.raises(UserError, match=f"'{flag[2:]}' needs a value; write {flag} NUMBER"):
             parse(kind, [flag], "llama2")
 
@@ -361,19 +363,19 @@ def test_numbers_that_say_what_they_are():
 
 def test_a_seed_for_every_name():
     seeds = [
-        derive(0),
-        derive(1),
-        derive(0, "a"),
-        derive(0, "b"),
-        derive(0, "a", 1),
-        derive(0, "a1"),
-        derive(0, "a", "b"),
-        derive(0, "a,b"),
-        derive(2**32 - 1, "a"),
+        derive_seed(0),
+        derive_seed(1),
+        derive_seed(0, "a"),
+        derive_seed(0, "b"),
+        derive_seed(0, "a", 1),
+        derive_seed(0, "a1"),
+        derive_seed(0, "a", "b"),
+        derive_seed(0, "a,b"),
+        derive_seed(2**32 - 1, "a"),
     ]
     assert len(set(seeds)) == len(seeds)
     assert all(0 <= seed <= 2**32 - 1 for seed in seeds)
-    assert derive(0, "rejection2") == 3378867910
+    assert derive_seed(0, "rejection2") == 3378867910
 
 
 # --- names and paths
@@ -749,9 +751,18 @@ def test_help_shows_every_key_of_a_verb(verb, capsys):
     ] == []
 
 
+def test_help_breaks_the_lines_of_a_description_itself():
+    class Wide(Config):
+        key: int = 0
+        """what fills
+        two lines of the source"""
+
+    assert Wide.model_fields["key"].description == "what fills two lines of the source"
+
+
 def test_every_path_but_out_is_an_input():
     config = build(Whole, {"out": "o", "sets": {"a": {"path": "p"}}, "some": {"path": "q"}})
-    assert dict(paths(config)) == {"sets.a.path": Path("p"), "some.path": Path("q")}
+    assert dict(list_paths(config)) == {"sets.a.path": Path("p"), "some.path": Path("q")}
 
 
 def test_a_path_with_a_nul_is_refused(tmp_path):

@@ -10,7 +10,7 @@ import pytest
 import yaml
 from commands import llama2
 
-from llama2.config import build, derive, parse
+from llama2.config import build, derive_seed, parse
 from llama2.errors import UserError
 from llama2.recipe import pipeline
 from llama2.recipe.workers import Workers
@@ -61,7 +61,7 @@ def test_references_become_run_directories_and_lineage(tmp_path):
     paths = {name: one["path"] for name, one in tune.values["dialogs"].items()}
     assert paths == {"a": "/my/data/a.jsonl", "b": f"{tmp_path}/run/judge/b-5.jsonl"}
     assert tune.values["epochs"] == 3  # a whole reference keeps its type
-    assert tune.values["seed"] == derive(4, "tune")
+    assert tune.values["seed"] == derive_seed(4, "tune")
     assert steps["report"].values["recipe"] == str(tmp_path / "run")
     assert steps["report"].needs == {"tune"}
     assert steps["base"].needs == frozenset()
@@ -74,7 +74,7 @@ def test_every_step_draws_its_own_seed(tmp_path):
     seeds = [
         step.values["seed"] for step in pipeline.steps_of(recipe(tmp_path, given, seed=1)).values()
     ]
-    assert seeds == [9, derive(1, "b"), derive(1, "c")]
+    assert seeds == [9, derive_seed(1, "b"), derive_seed(1, "c")]
     assert len(set(seeds)) == 3
     other = [
         step.values["seed"] for step in pipeline.steps_of(recipe(tmp_path, given, seed=2)).values()
@@ -86,7 +86,8 @@ def test_every_step_draws_its_own_seed(tmp_path):
 def test_a_run_of_another_seed_is_named(tmp_path):
     pipeline.run(recipe(tmp_path, {"w": {"verb": "world", "cores": 1, "scale": 0.001, "seed": 0}}))
     with pytest.raises(
-        UserError, match=rf"a finished run with another configuration: seed: 0 -> {derive(0, 'w')}"
+        UserError,
+        match=rf"a finished run with another configuration: seed: 0 -> {derive_seed(0, 'w')}",
     ):
         pipeline.run(recipe(tmp_path, {"w": {"verb": "world", "cores": 1, "scale": 0.001}}))
 

@@ -189,7 +189,7 @@ def test_a_recipe_extends_another_and_not_itself(tmp_path):
     (tmp_path / "base.yaml").write_text("extends: over.yaml\n")
 
     with pytest.raises(UserError, match="extends itself"):
-        recipes.layers(tmp_path / "over.yaml")
+        recipes.read_layers(tmp_path / "over.yaml")
 
 
 def test_the_tokenizers_vocabulary_decides_the_size(tmp_path):
@@ -400,7 +400,7 @@ def test_the_command_line_takes_the_machines(capsys):
     )
     shown = yaml.safe_load(capsys.readouterr().out)
     assert shown["cluster"] == {"ranks": 256, "gib": 40.0, "tflops": 312.0, "mfu": 0.5}
-    assert shown["steps"]["pretrain"]["seed"] == config.derive(3, "pretrain")
+    assert shown["steps"]["pretrain"]["seed"] == config.derive_seed(3, "pretrain")
     assert shown["plan"]["pretrain"]["ranks"] == 256
 
     with pytest.raises(UserError, match="'--ranks': must be greater than 0"):
