@@ -53,10 +53,10 @@ def test_references_become_run_directories_and_lineage(tmp_path):
         parameters={"data": "/my/data", "passes": 3, "tag": 5},
         seed=4,
     )
-    steps = pipeline.steps_of(made)
+    steps = pipeline.resolve_steps(made)
     tune = steps["tune"]
     assert tune.needs == {"base", "judge"}
-    assert (tune.processes, tune.seconds, tune.out) == (2, 7.0, tmp_path / "run/tune")
+    assert (tune.keys.processes, tune.keys.seconds, tune.out) == (2, 7.0, tmp_path / "run/tune")
     assert tune.values["model"] == str(tmp_path / "run/base")
     paths = {name: one["path"] for name, one in tune.values["dialogs"].items()}
     assert paths == {"a": "/my/data/a.jsonl", "b": f"{tmp_path}/run/judge/b-5.jsonl"}
@@ -72,12 +72,14 @@ def test_every_step_draws_its_own_seed(tmp_path):
     round."""
     given = {"a": {"verb": "world", "seed": 9}, "b": {"verb": "world"}, "c": {"verb": "world"}}
     seeds = [
-        step.values["seed"] for step in pipeline.steps_of(recipe(tmp_path, given, seed=1)).values()
+        step.values["seed"]
+        for step in pipeline.resolve_steps(recipe(tmp_path, given, seed=1)).values()
     ]
     assert seeds == [9, derive_seed(1, "b"), derive_seed(1, "c")]
     assert len(set(seeds)) == 3
     other = [
-        step.values["seed"] for step in pipeline.steps_of(recipe(tmp_path, given, seed=2)).values()
+        step.values["seed"]
+        for step in pipeline.resolve_steps(recipe(tmp_path, given, seed=2)).values()
     ]
     assert other[0] == 9
     assert not set(seeds[1:]) & set(other[1:])
@@ -127,7 +129,7 @@ def test_names_with_dashes_and_dots_are_referred_to(tmp_path):
         "--steps.sft-b.dialogs.my-own.path",
         "f.jsonl",
     ]
-    steps = pipeline.steps_of(parse(pipeline.Config, [str(file), *flags], "llama2 run"))
+    steps = pipeline.resolve_steps(parse(pipeline.Config, [str(file), *flags], "llama2 run"))
     assert steps["sft-b"].needs == {"sft-a"}
     assert steps["sft-b"].values["dialogs"] == {
         "open-assistant": {"path": "/e/1.5.jsonl", "weight": 2},
@@ -213,7 +215,7 @@ def test_a_flag_that_changes_nothing_is_refused(tmp_path, flags, message):
         )
     )
     with pytest.raises(UserError) as error:
-        pipeline.steps_of(parse(pipeline.Config, [str(file), *flags], "llama2 run"))
+        pipeline.resolve_steps(parse(pipeline.Config, [str(file), *flags], "llama2 run"))
 
     assert str(error.value).startswith(message)
 
@@ -407,7 +409,7 @@ def test_a_step_is_changed_or_left_out_on_the_command_line(tmp_path):
     made = parse(
         pipeline.Config, [str(file), "--steps.w1.scale", "0.5", "--steps.b", "null"], "llama2 run"
     )
-    steps = pipeline.steps_of(made)
+    steps = pipeline.resolve_steps(made)
     assert list(steps) == ["w0", "w1"]
     assert steps["w1"].values["scale"] == 0.5
 
@@ -586,7 +588,7 @@ def test_ctrl_c_leaves_a_status_of_its_own(tmp_path, monkeypatch):
 
 
 def test_the_screen_says_what_is_left(tmp_path):
-    steps = pipeline.steps_of(recipe(tmp_path, worlds(2, seconds=100)))
+    steps = pipeline.resolve_steps(recipe(tmp_path, worlds(2, seconds=100)))
     board = pipeline.Board(recipe(tmp_path, worlds(2)), steps)
     assert board._picture().plain.startswith("0/2 steps  0:00 elapsed  ETA 3:20")
     board.begin -= 50

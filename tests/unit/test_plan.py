@@ -184,8 +184,8 @@ def test_a_recipe_extends_another_and_not_itself(tmp_path):
         "extends: base.yaml\nout: b\nsteps: {w: {scale: 0.1}, x: null}\n"
     )
     recipe = config.parse(pipeline.Config, [str(tmp_path / "over.yaml")], "llama2 run")
-    (step,) = pipeline.steps_of(recipe).values()
-    assert (step.out, step.seconds, step.values["scale"]) == (Path("b/w"), 9, 0.1)
+    (step,) = pipeline.resolve_steps(recipe).values()
+    assert (step.out, step.keys.seconds, step.values["scale"]) == (Path("b/w"), 9, 0.1)
     (tmp_path / "base.yaml").write_text("extends: over.yaml\n")
 
     with pytest.raises(UserError, match="extends itself"):
