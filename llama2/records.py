@@ -24,8 +24,8 @@ from pydantic import ConfigDict, TypeAdapter, ValidationError, with_config
 from llama2 import atomic, json_files
 from llama2.errors import UserError, explain_os_errors
 from llama2.reading import files
-from llama2.reading.files import Bad, File, filled
-from llama2.reading.packed import zstandard
+from llama2.reading.files import BadRow, File, read_filled
+from llama2.reading.packed import import_zstandard
 from llama2.tally import Tally
 
 Role = Literal["system", "user", "assistant"]
@@ -241,10 +241,10 @@ def read(
     an error unless expected: a user never means an empty file. `tally` counts the files that a
     folder holds beside data."""
     what = f"{kind.__name__} records"
-    for file, rows in filled(path, files.rows, "records", what, tally, may_be_empty):
+    for file, rows in read_filled(path, files.read_rows, "records", what, tally, may_be_empty):
         for row in rows:
-            if isinstance(row, Bad):
-                raise row.error("" if files.is_rows(file) else f"; {_maker(kind, file)}")
+            if isinstance(row, BadRow):
+                raise row.error("" if files.has_named_rows(file) else f"; {_maker(kind, file)}")
 
             try:
                 yield parse(kind, pydantic_core.to_json(row.value), row.where)
@@ -287,7 +287,7 @@ def writing(path: str | os.PathLike[str]) -> Iterator[Callable[[object], None]]:
     with explain_os_errors(path):
         atomic.make(path.parent)
         opener: Any = (
-            zstandard().open
+            import_zstandard().open
             if path.suffix == ".zst"
             else gzip.open
             if path.suffix == ".gz"

@@ -26,7 +26,7 @@ def read_layers(path: Path, inside: tuple[Path, ...] = ()) -> list[dict[str, Any
             f"{path}: 'extends' names no file (it is {base!r})", "give the path of one recipe"
         )
 
-    under = read_layers(path.parent / files.at_home(base), (*inside, path.resolve()))
+    under = read_layers(path.parent / files.expand_home(base), (*inside, path.resolve()))
     return [*under, values]
 
 

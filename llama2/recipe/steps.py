@@ -192,7 +192,7 @@ def check_inputs(recipe: Config, steps: Mapping[str, Step]) -> None:
     """UserError that names every input which no step makes, nobody makes later, and which is not
     there."""
     awaited = _resolve(list(recipe.awaits), "awaits", recipe, steps)
-    later = [recipe.out, *map(files.at_home, awaited)]
+    later = [recipe.out, *map(files.expand_home, awaited)]
     needed: list[tuple[str, Path]] = []
     for name, step in steps.items():
         inputs.check(step.config, complete=False)

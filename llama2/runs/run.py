@@ -88,9 +88,9 @@ def fingerprint(path: Path) -> str:
     """What `path` contains: of a finished run its outputs, of a file or other directory its
     content; of a glob all that of what it matches. UserError names an output that is not what its
     run wrote."""
-    found = files.matches(path)
+    found = files.find_matches(path)
     if files.is_pattern(path):
-        fixed = files.fixed(path)
+        fixed = files.fixed_folder(path)
         return _digest({each.relative_to(fixed).as_posix(): _fingerprint(each) for each in found})
 
     return _fingerprint(found[0])
@@ -101,7 +101,7 @@ def _was_fingerprint(path: Path) -> str | None:
     if not files.is_pattern(path):
         return None
 
-    return _digest({str(each): _fingerprint(each) for each in files.matches(path)})
+    return _digest({str(each): _fingerprint(each) for each in files.find_matches(path)})
 
 
 def recorded(run: Path, inside: str = ".") -> str:
@@ -138,7 +138,7 @@ def _inputs(config: StageConfig) -> dict[str, str]:
     for key, path in named.items():
         *_, above, last = ("", *key.split("."))
         if last in _MODELS or (above in _MODELS_BY_NAME and last != "path"):
-            place = files.at_home(path)
+            place = files.expand_home(path)
             if place.is_dir() and not any(
                 (place / file).is_file() for file in (MANIFEST, "config.json")
             ):
@@ -484,7 +484,7 @@ def _prepare(path: Path, verb: str, config: StageConfig) -> bool:
             key
             for key in inputs
             if old["inputs"].get(key)
-            not in (inputs[key], _was_fingerprint(files.at_home(named[key])))
+            not in (inputs[key], _was_fingerprint(files.expand_home(named[key])))
         ]
 
         if changed:

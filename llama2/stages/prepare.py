@@ -21,8 +21,8 @@ from llama2.data.split import is_heldout, opening
 from llama2.errors import UserError
 from llama2.importers.dialogs import import_dialogs
 from llama2.importers.preferences import holds_preferences, import_preferences
-from llama2.importers.prompts import Family, import_prompts, prompt_id
-from llama2.importers.tables import Malformed, Reading, digest
+from llama2.importers.prompts import Family, import_prompts, make_prompt_id
+from llama2.importers.tables import Malformed, ReadOptions, digest
 from llama2.records import Axis, Dialog, Message, Messages, Preference, Prompt
 from llama2.runs import Run
 from llama2.tally import Tally
@@ -176,7 +176,7 @@ def _unwanted(config: Config, record: Record, excluded: set[str], seen: set[str]
 def _read(kind: Kind, name: str, source: Source, tally: Tally) -> Iterator[Record]:
     """The records of one source as `kind`, comparisons turned into dialogs or prompts where that is
     asked for."""
-    how = Reading(source.format, source.malformed, source.ignore)
+    how = ReadOptions(source.format, source.malformed, source.ignore)
     if kind != "preferences" and not holds_preferences(source.path, source.format):
         if kind == "dialogs":
             yield from import_dialogs(source.path, how, name, tally)
@@ -197,7 +197,7 @@ def _read(kind: Kind, name: str, source: Source, tally: Tally) -> Iterator[Recor
             safety = item.axis == "safe" if source.safety is None else source.safety
             yield Prompt(
                 item.prompt,
-                prompt_id(item.prompt, item.metadata.get("source", "")),
+                make_prompt_id(item.prompt, item.metadata.get("source", "")),
                 safety,
                 metadata,
             )
