@@ -68,9 +68,8 @@ def _read(kind: Any, flag: Flag, values: Mapping[str, Any]) -> tuple[Place, Any]
         raise UserError(f"'{flag.name[2:]}' needs a value", f"write {schema.show_usage(place)}")
     if not flag.words:
         return place, True
-    if len(flag.words) == 1:
-        return place, schema.read_word(flag.words[0], place.kind)
-    if schema.takes_several(place.kind) or schema.is_section(place.kind):
+    is_list = schema.takes_several(place.kind) or schema.is_section(place.kind)
+    if len(flag.words) == 1 or is_list:
         return place, schema.read_words(flag.words, place.kind)
 
     cure = "a recipe stands before all flags; quote a value that has spaces"

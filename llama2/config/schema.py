@@ -227,13 +227,13 @@ def describe_type(annotation: Any) -> str:
     return " or ".join(filter(None, (", ".join(words[:-1]), words[-1])))
 
 
-def read_words(words: Sequence[str], annotation: Any) -> list[Any]:
-    """Return the values of several words."""
-    kinds = lists(annotation)
-    return [
-        read_word(word, item_type(kinds[0], index) if kinds else Any)
-        for index, word in enumerate(words)
-    ]
+def read_words(words: Sequence[str], annotation: Any) -> Any:
+    """Return the value of what stands behind a flag: several words make a list."""
+    if len(words) == 1:
+        return read_word(words[0], annotation)
+
+    kinds = lists(annotation) or [list[Any]]
+    return [read_word(word, item_type(kinds[0], index)) for index, word in enumerate(words)]
 
 
 def read_word(word: str, annotation: Any) -> Any:

@@ -27,12 +27,6 @@ LARGEST = 4 << 20
 """bytes of a file"""
 
 _TAG = "tag:yaml.org,2002:"
-_NULL = re.compile(r"^(~|null|Null|NULL|)$")
-_BOOL = re.compile(r"^(true|True|TRUE|false|False|FALSE)$")
-_INT = re.compile(r"^([-+]?[0-9]+|0o[0-7]+|0x[0-9a-fA-F]+)$")
-_FLOAT = re.compile(
-    r"^([-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?|[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN))$"
-)
 
 
 def _read_int(text: str) -> int:
@@ -44,11 +38,34 @@ def _read_float(text: str) -> float:
     return float(re.sub(r"\.(inf|nan)$", r"\1", text.lower()))
 
 
-_SCALARS: dict[str, tuple[re.Pattern[str], str, Callable[[str], Any], str]] = {
-    "null": (_NULL, "~nN", lambda text: None, "is not null"),
-    "bool": (_BOOL, "tTfF", lambda text: text.lower() == "true", "is neither true nor false"),
-    "int": (_INT, "-+0123456789", _read_int, "is no whole number"),
-    "float": (_FLOAT, "-+.0123456789", _read_float, "is no number"),
+_SCALARS: dict[str, tuple[re.Pattern[str], list[str], Callable[[str], Any], str]] = {
+    "null": (
+        re.compile(r"^(~|null|Null|NULL|)$"),
+        ["~", "n", "N", ""],
+        lambda text: None,
+        "is not null",
+    ),
+    "bool": (
+        re.compile(r"^(true|True|TRUE|false|False|FALSE)$"),
+        [*"tTfF"],
+        lambda text: text.lower() == "true",
+        "is neither true nor false",
+    ),
+    "int": (
+        re.compile(r"^([-+]?[0-9]+|0o[0-7]+|0x[0-9a-fA-F]+)$"),
+        [*"-+0123456789"],
+        _read_int,
+        "is no whole number",
+    ),
+    "float": (
+        re.compile(
+            r"^([-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?"
+            r"|[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN))$"
+        ),
+        [*"-+.0123456789"],
+        _read_float,
+        "is no number",
+    ),
 }
 """name of a tag -> the texts that have it, how they begin, their value, and what others are"""
 
@@ -155,11 +172,10 @@ class _Dumper(yaml.SafeDumper):
 
 
 for _name, (_pattern, _first, *_) in _SCALARS.items():
-    _Loader.add_implicit_resolver(f"{_TAG}{_name}", _pattern, [*_first])
+    _Loader.add_implicit_resolver(f"{_TAG}{_name}", _pattern, _first)
     _Loader.add_constructor(f"{_TAG}{_name}", _construct_scalar)
-    _Dumper.add_implicit_resolver(f"{_TAG}{_name}", _pattern, [*_first])
+    _Dumper.add_implicit_resolver(f"{_TAG}{_name}", _pattern, _first)
 
-_Loader.add_implicit_resolver(f"{_TAG}null", _NULL, [""])
 _Loader.add_implicit_resolver(f"{_TAG}merge", re.compile("^<<$"), ["<"])
 _Loader.add_constructor(f"{_TAG}str", _construct_text)
 _Loader.add_constructor(f"{_TAG}seq", _construct_list)

@@ -79,16 +79,6 @@ def _make_single(question: str, answer: str, category: str = "") -> Dialog:
     return _make_dialog((Message("user", question), Message("assistant", answer)), category)
 
 
-def _read_own(row: Row) -> Iterator[Dialog]:
-    yield read_own(Dialog, row)
-
-
-def _is_own(row: Row) -> bool:
-    """Whether a row has keys of ours, beside `messages`; `turns` reads all others, and these
-    too."""
-    return is_own(row, {"metadata": dict, "train": (str, list)})
-
-
 def _read_lists(row: Row) -> Iterator[Dialog | SkippedRow]:
     """Lists of turns: ShareGPT, and the chat layouts of OpenAI, axolotl, mistral-finetune, LMSYS
     and KTO sets."""
@@ -228,8 +218,10 @@ def _rank(value: Any) -> float:
     return float(value) if isinstance(value, (int, float)) else float("inf")
 
 
+_OWN = {"metadata": dict, "train": (str, list)}
 _READERS: tuple[RowFormat[Dialog], ...] = (
-    RowFormat("dialog", ("messages",), _read_own, _is_own),
+    # rows with keys of ours beside `messages`; "turns" reads all others, and these too
+    RowFormat("dialog", ("messages",), read_own(Dialog), lambda row: is_own(row, _OWN)),
     RowFormat("turns", ("conversations|messages|conversation",), _read_lists, known=("text",)),
     RowFormat("open-assistant", ("message_tree_id", "prompt"), _read_tree),
     RowFormat("self-instruct", ("instruction", "instances"), _read_self_instruct),

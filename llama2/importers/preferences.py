@@ -86,9 +86,8 @@ def import_preferences(
     """
     tally = Tally() if tally is None else tally
     for row, item in read_records(path, PREFERENCE_FORMATS, options, tally):
-        reason = _why_useless(item)
-        if axis and item.axis and axis != item.axis:
-            reason = "other axis"
+        is_other = axis and item.axis and axis != item.axis
+        reason = "other axis" if is_other else _why_useless(item)
         if reason:
             tally.skip(reason)
             continue
@@ -222,7 +221,7 @@ def _read_own(row: Row) -> Iterator[Preference]:
     if row.get("preferred") is None:
         raise SkippedRow("not judged yet")
 
-    yield read_own(Preference, row)
+    yield from read_own(Preference)(row)
 
 
 def _read_transcripts(row: Row) -> Iterator[Comparison]:

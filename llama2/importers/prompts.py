@@ -77,15 +77,6 @@ def _make_prompt(turns: Messages, family: Family = "", category: str = "") -> Pr
     return Prompt(turns, safety=bool(family), metadata=filled)
 
 
-def _read_own(row: Row) -> Iterator[Prompt]:
-    yield read_own(Prompt, row)
-
-
-def _is_own(row: Row) -> bool:
-    """Whether a row has keys of ours, beside `messages`; `chat` reads all others."""
-    return is_own(row, {"metadata": dict, "safety": bool, "id": ()}) and _waits(row)
-
-
 def _read_column(key: str, family: Family, *categories: str) -> Callable[[Row], Iterator[Prompt]]:
     """Return a reader of tables with the prompt in one column and, at most, its category in
     another."""
@@ -146,11 +137,11 @@ def _read_plain(row: Row) -> Iterator[Prompt]:
 def _read_alone(row: Row) -> Iterator[Prompt]:
     """A prompt without an answer: what marks there are speak of the prompt."""
     for prompt in _read_plain(row):
-        family = prompt.metadata.get("family", "unsafe") if marks.is_marked_unsafe(row) else ""
-        if family:
-            prompt = replace(prompt, safety=True, metadata=prompt.metadata | {"family": family})
-
-        yield prompt
+        if marks.is_marked_unsafe(row):
+            family = {"family": prompt.metadata.get("family", "unsafe")}
+            yield replace(prompt, safety=True, metadata=prompt.metadata | family)
+        else:
+            yield prompt
 
 
 def _tag(row: Row, prompt: Prompt) -> Prompt:
@@ -172,20 +163,12 @@ def _tag(row: Row, prompt: Prompt) -> Prompt:
     return replace(prompt, safety=tag, metadata=prompt.metadata | family)
 
 
-def _read_line(row: Row) -> Iterator[Prompt]:
-    yield _make_prompt(read_prompt(row.value))
-
-
 def _read_toxigen(row: Row) -> Iterator[Prompt]:
     """ToxiGen's prompts: lists of statements to go on with, their line ends written as the two
     characters \\n."""
     family: Family = "unsafe" if row.name.startswith("hate_") else ""
     text = row.value.replace("\\n", "\n").strip()
     yield _make_prompt((Message("user", text),), family)
-
-
-def _is_toxigen(row: Row) -> bool:
-    return row.value.startswith("- ") and "\\n-" in row.value
 
 
 def _read_nested(row: Row) -> Iterator[Prompt]:
@@ -235,11 +218,11 @@ def _from_dialog(source: RowFormat[Dialog]) -> RowFormat[Prompt]:
 
     def read(row: Row) -> Iterator[Prompt | SkippedRow]:
         for dialog in source.convert(row):
-            if isinstance(dialog, SkippedRow):
-                yield dialog
-            else:
+            if isinstance(dialog, Dialog):
                 category = dialog.metadata.get("category", "")
                 yield _make_prompt(dialog.messages[:-1], category=category)
+            else:
+                yield dialog
 
     known, on_request, of = source.known, source.on_request, source.of
     return RowFormat(source.name, source.keys, read, source.test, known, on_request, of)
@@ -260,9 +243,16 @@ def _waits(row: Row) -> bool:
     return str(turns[-1].get("role")).lower() in ("user", "human")
 
 
+_OWN = {"metadata": dict, "safety": bool, "id": ()}
 _REVIEWED = ("question", "response", "harmful", "action")
 PROMPT_FORMATS: tuple[RowFormat[Prompt], ...] = (
-    RowFormat("prompt", ("messages",), _read_own, _is_own),
+    # rows with keys of ours beside `messages`; "chat" reads all others
+    RowFormat(
+        "prompt",
+        ("messages",),
+        read_own(Prompt),
+        lambda row: is_own(row, _OWN) and _waits(row),
+    ),
     RowFormat("chat", ("messages",), _read_chat, _waits),
     RowFormat("xstest", ("prompt", "type", "focus|label|final_label"), _read_xstest),
     RowFormat("advbench", ("goal", "target"), _read_column("goal", "unsafe")),
@@ -285,8 +275,14 @@ PROMPT_FORMATS: tuple[RowFormat[Prompt], ...] = (
     *(_from_dialog(source) for source in PROMPTING),
     RowFormat("question-answer", (QUESTION_KEYS, "|".join(ANSWERS)), _read_plain),
     RowFormat("plain", ("|".join(QUESTIONS),), _read_alone),
-    RowFormat("toxigen", (), _read_toxigen, _is_toxigen, of=str),
-    RowFormat("lines", (), _read_line, of=str),
+    RowFormat(
+        "toxigen",
+        (),
+        _read_toxigen,
+        lambda row: row.value.startswith("- ") and "\\n-" in row.value,
+        of=str,
+    ),
+    RowFormat("lines", (), lambda row: [_make_prompt(read_prompt(row.value))], of=str),
     RowFormat("catqa", (), _read_catqa, _is_catqa),
     RowFormat("nested", (), _read_nested, _is_nested),
 )

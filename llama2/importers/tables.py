@@ -15,7 +15,7 @@ import re
 import shlex
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 from typing import Any, Generic, Literal, TypeGuard, TypeVar
 
@@ -172,7 +172,7 @@ def _read_row(
 
         row = _name_cells(row, header)
         if options.ignore:
-            row = _renew(row, _drop_columns(row.value, options.ignore))
+            row = replace(row, value=_drop_columns(row.value, options.ignore))
 
         return _convert(row, chosen, options, tally)
     except SkippedRow as skipped:
@@ -251,11 +251,6 @@ def _peek(
 # -----------------------------------------------------------------------------------------------------------
 
 
-def _renew(row: Row, value: Any) -> Row:
-    """Return a row with another value, of which nothing was read."""
-    return Row(value, row.where, row.name)
-
-
 def _parse_turns(row: Row | BadRow) -> Row | BadRow:
     """Return a row in which lists of turns that are written as text are lists again."""
     if isinstance(row, BadRow) or not isinstance(row.value, dict):
@@ -277,7 +272,7 @@ def _parse_turns(row: Row | BadRow) -> Row | BadRow:
 
         parsed[key] = turns
 
-    return _renew(row, row.value | parsed) if parsed else row
+    return replace(row, value=row.value | parsed) if parsed else row
 
 
 def _parse_list(text: str) -> list[Any] | None:
@@ -322,7 +317,7 @@ def _name_cells(row: Row, header: list[str]) -> Row:
     if not _fits(row, header):
         raise row.error(f"this row has {len(row.value)} cells, the header {len(header)}")
 
-    return _renew(row, dict(zip(header, row.value)))
+    return replace(row, value=dict(zip(header, row.value)))
 
 
 def _drop_columns(value: Any, columns: tuple[str, ...]) -> Any:

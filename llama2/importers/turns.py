@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from llama2.importers.columns import is_filled
@@ -72,9 +72,9 @@ def is_own(row: Row, fields: Mapping[str, Any]) -> bool:
     return all(isinstance(turn, dict) and turn.keys() == {"role", "content"} for turn in turns)
 
 
-def read_own(kind: type[Record], row: Row) -> Record:
-    """Return a row as the record of ours that it is."""
-    return parse(kind, json.dumps(row.read_all()), row.where)
+def read_own(kind: type[Record]) -> Callable[[Row], list[Record]]:
+    """Return a reader of rows that are records of ours."""
+    return lambda row: [parse(kind, json.dumps(row.read_all()), row.where)]
 
 
 def read_turns(row: Row, turns: Any, system: str = "") -> Messages:
