@@ -4,7 +4,7 @@ Exit status: 0 done, or stopped by SIGTERM, SIGUSR1 or SIGHUP with everything sa
 something the user can mend (one line says what); 130 ended by Ctrl-C, unfinished. In all of these
 but 1 the same command goes on.
 
-What takes seconds to import is imported when a command is known, under a handler of Ctrl-C.
+Modules that take seconds to import wait until a command is known, and until Ctrl-C has a handler.
 """
 
 from __future__ import annotations
@@ -31,12 +31,13 @@ The Llama 2 paper as commands, in its order:
 """
 
 _HELP_WORDS = ("-h", "--help", "help")
-_SPELT = "llama2-spelt"  # a way of writing what a stream cannot, by its name
+_SPELT = "llama2-spelt"
+"""the name of our way to write what a stream cannot"""
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run one command and leave with its exit status."""
-    # what matters of it comes as an exception, in one line
+    # what matters of PyTorch's log comes as an exception, in one line
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "FATAL")
     _open_closed_streams()
     codecs.register_error(_SPELT, _spell)
@@ -51,8 +52,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def _spell(error: UnicodeError) -> tuple[str | bytes, int]:
-    """What a stream writes for a character it has not: a byte of a file's name as it is, all else
-    by its number."""
+    """Return what a stream writes for a character it has not: a byte of a file's name as it is, all
+    else by its number."""
     try:
         return codecs.lookup_error("surrogateescape")(error)
     except UnicodeError:
@@ -60,20 +61,18 @@ def _spell(error: UnicodeError) -> tuple[str | bytes, int]:
 
 
 def _open_closed_streams() -> None:
-    """Give what was closed (`llama2 ... <&-`, a service) an end that says and hears nothing, before
-    a file gets it."""
+    """Open what was closed (`llama2 ... <&-`, a service) to nowhere, before a file gets its
+    number."""
     for number, name in enumerate(("stdin", "stdout", "stderr")):
         if getattr(sys, name) is None:
-            nothing = os.open(os.devnull, os.O_RDWR)
-            os.dup2(nothing, number)
-            setattr(
-                sys,
-                name,
-                open(number, "w" if number else "r", encoding="utf-8", closefd=False),  # noqa: SIM115
-            )
+            os.dup2(os.open(os.devnull, os.O_RDWR), number)
+            mode = "w" if number else "r"
+            stream = open(number, mode, encoding="utf-8", closefd=False)  # noqa: SIM115
+            setattr(sys, name, stream)
 
 
 def _guarded(arguments: list[str]) -> int:
+    """Carry out a command, and return its exit status whatever it raises but a defect."""
     try:
         with explain_os_errors("output"):
             return _dispatch(arguments)

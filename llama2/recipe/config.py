@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import re
 from collections.abc import Mapping, Sequence
 from functools import cache
@@ -112,10 +111,9 @@ def check_new_step(name: str, step: Any, known: Sequence[str]) -> None:
         )
 
     if isinstance(step, Mapping) and step.get("verb") is None:
-        close = difflib.get_close_matches(name, others, n=1, cutoff=0.6)
         raise UserError(
             f"steps.{name}: there is no such step, and a new one needs a verb",
-            f"did you mean '{close[0]}'?" if close else f"known: {', '.join(others)}",
+            did_you_mean(name, others),
         )
 
 

@@ -81,7 +81,7 @@ def _run_all(recipe: Config, steps: dict[str, Step]) -> int:
     board = Board(recipe, steps)
     handlers = {}
     if threading.current_thread() is threading.main_thread():
-        for number in (*interrupts.requests(), signal.SIGINT):
+        for number in (*interrupts.list_stop_signals(), signal.SIGINT):
             handlers[number] = signal.signal(number, board.on_signal)
 
     try:

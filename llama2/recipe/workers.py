@@ -24,7 +24,7 @@ import torch
 from llama2 import mesh, rendezvous, runs
 from llama2.config import StageConfig, build
 from llama2.errors import UserError, explain_os_errors
-from llama2.interrupts import held_back
+from llama2.interrupts import hold_back
 from llama2.recipe import verbs
 from llama2.runs import Stopped
 
@@ -49,7 +49,7 @@ def preload() -> None:
     """
     context.set_forkserver_preload(["torch", "torch.distributed", "llama2.recipe.preloaded"])
     resource_tracker.ensure_running()  # first: to start it lets Ctrl-C through
-    with held_back():
+    with hold_back():
         forkserver.ensure_running()
 
 
