@@ -96,7 +96,7 @@ class Prompt:
 
     @property
     def asks(self) -> bool:
-        """Whether every turn says something."""
+        """Return whether every turn says something."""
         return all(message.content.strip() for message in self.messages)
 
 
@@ -145,12 +145,12 @@ class Preference:
 
     @property
     def chosen_safe(self) -> bool | None:
-        """Whether the preferred answer is safe, None where nobody said so."""
+        """Return whether the preferred answer is safe, None where nobody said so."""
         return None if self.safety is None else self.safety != "neither"
 
     @property
     def rejected_safe(self) -> bool | None:
-        """Whether the other answer is safe, None where nobody said so."""
+        """Return whether the other answer is safe, None where nobody said so."""
         return None if self.safety is None else self.safety == "both"
 
 
@@ -308,7 +308,7 @@ def writing(path: str | os.PathLike[str]) -> Iterator[Callable[[object], None]]:
             raise
 
 
-class Stored(Sequence[Record]):
+class StoredRecords(Sequence[Record]):
     """The records of a plain JSON Lines file, read when they are asked for: memory holds where each
     line begins."""
 

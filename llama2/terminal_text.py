@@ -21,8 +21,8 @@ _JOINERS = "\u200c\u200d"  # without which Persian words and emoji fall apart
 
 
 def is_safe(letter: str) -> bool:
-    """Whether a character is only drawn: it neither commands a terminal nor moves what stands
-    around it."""
+    """Return whether a character is only drawn: it neither commands a terminal nor moves what
+    stands around it."""
     return letter.isprintable() or letter in _JOINERS or unicodedata.category(letter) == "Zs"
 
 

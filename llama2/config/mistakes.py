@@ -58,8 +58,7 @@ _BOUNDS = {
     "too_long": ("max_length", "takes at most {}"),
 }
 
-# --- what was meant
-# --------------------------------------------------------------------------------------------------
+# --- what was meant ---
 
 
 def suggest(root: Any, parent: Place, tail: Sequence[str], *, as_flag: bool) -> str:
@@ -69,7 +68,8 @@ def suggest(root: Any, parent: Place, tail: Sequence[str], *, as_flag: bool) -> 
     for start in (parent, Place((), root, "")):
         names = _find_meant(start.kind, wanted)
         if names and as_flag:
-            return f"did you mean '--{start.flag}{'.' if start.flag else ''}{schema.spell_flag(*names)}'?"
+            flag = ".".join(filter(None, (start.flag, schema.spell_flag(*names))))
+            return f"did you mean '--{flag}'?"
         if names:
             return f"did you mean '{'.'.join((*start.names, *names))}'?"
 
@@ -140,8 +140,7 @@ def explain_unknown_flag(root: Any, flag: Flag, values: Mapping[str, Any]) -> Us
     return UserError(f"unknown flag '{flag.name}'", cure)
 
 
-# --- what is wrong
-# ---------------------------------------------------------------------------------------------------
+# --- what is wrong ---
 
 
 def explain(

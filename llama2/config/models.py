@@ -134,7 +134,8 @@ def build(kind: type[C], values: Mapping[str, Any], where: str = "") -> C:
 
 
 def _names_files(value: Any) -> bool:
-    """Whether the keys of a mapping become the names of files: those of sets and versions."""
+    """Return whether the keys of a mapping become the names of files: those of sets and
+    versions."""
     if not isinstance(value, Mapping):
         return False
 
@@ -200,8 +201,7 @@ def derive_seed(seed: int, *names: str | int) -> int:
     return int.from_bytes(digest, "big")
 
 
-# --- what is inside
-# -------------------------------------------------------------------------------------------------
+# --- what is inside ---
 
 
 def walk(value: Any, key: str = "") -> Iterator[tuple[str, Any]]:

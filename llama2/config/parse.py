@@ -76,8 +76,7 @@ def _read_recipe(kind: type[BaseModel], name: str) -> list[dict[str, Any]]:
     )
 
 
-# --- help
-# -----------------------------------------------------------------------------------------------------------
+# --- help ---
 
 
 def _print_help(kind: type[BaseModel], prog: str) -> None:

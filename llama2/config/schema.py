@@ -1,5 +1,5 @@
-"""What may stand where in a configuration: the fields below a place, and what a word typed there
-means.
+"""Places of a configuration: the fields below each, the values it takes, and the meaning of a word
+typed there.
 
 A place is a list of names. Names of fields may be typed with dashes; names that users chose (of a
 set of data, a step, a parameter) are kept letter by letter.
@@ -33,8 +33,7 @@ _WORDS: dict[Any, tuple[str, str]] = {
 
 @dataclass(frozen=True)
 class Place:
-    """Where a list of names leads: the names as they are spelt there, and the type of what stands
-    there."""
+    """The end of a list of names: the names as they are spelt there, and the type of the value."""
 
     names: tuple[str, ...]
     kind: Any
@@ -59,8 +58,7 @@ class Flag:
         return text if text.strip() and text.isprintable() else repr(text)
 
 
-# --- types
-# ----------------------------------------------------------------------------------------------------------
+# --- types ---
 
 
 def alternatives(annotation: Any) -> tuple[Any, ...]:
@@ -89,7 +87,7 @@ def item_type(kind: Any, index: int) -> Any:
 
 
 def is_model(kind: Any) -> TypeGuard[type[BaseModel]]:
-    """Whether a type is a configuration."""
+    """Return whether a type is a configuration."""
     return isinstance(kind, type) and issubclass(kind, BaseModel)
 
 
@@ -114,22 +112,22 @@ def leaves(annotation: Any, prefix: tuple[str, ...] = ()) -> Iterator[tuple[tupl
 
 
 def is_section(annotation: Any) -> bool:
-    """Whether keys stand below it."""
+    """Return whether keys stand below it."""
     return any(True for _ in keys(annotation))
 
 
 def takes_several(annotation: Any) -> bool:
-    """Whether several words may stand behind a flag."""
+    """Return whether several words may stand behind a flag."""
     return bool(lists(annotation)) or Any in alternatives(annotation)
 
 
 def takes_none(annotation: Any) -> bool:
-    """Whether a flag may stand without a value: one that is true or false and nothing else."""
+    """Return whether a flag may stand without a value: one that is true or false and nothing
+    else."""
     return set(alternatives(annotation)) in ({bool}, {bool, NoneType})
 
 
-# --- places
-# ---------------------------------------------------------------------------------------------------------
+# --- places ---
 
 
 def find_place(root: Any, names: Sequence[str], values: Mapping[str, Any]) -> Place:
@@ -169,7 +167,7 @@ def _step_down(place: Place, name: str) -> Place:
 
 
 def _width(annotation: Any, rest: Sequence[str], inside: Any) -> int:
-    """How many of the names are one key: several where the mapping has a key with dots in it."""
+    """Return how many of the names are one key: several where the mapping has a key with dots."""
     if isinstance(inside, Mapping) and NAME in dict(keys(annotation)):
         for count in range(len(rest), 1, -1):
             if ".".join(rest[:count]) in inside:
@@ -183,8 +181,7 @@ def spell_flag(*names: str) -> str:
     return ".".join(name.rstrip("_").replace("_", "-") for name in names)
 
 
-# --- words
-# ----------------------------------------------------------------------------------------------------------
+# --- words ---
 
 
 def show_usage(place: Place) -> str:
@@ -196,7 +193,7 @@ def show_usage(place: Place) -> str:
 
 
 def metavar(annotation: Any) -> str:
-    """What stands for a value of this type in an example."""
+    """Return the word for a value of this type in an example."""
     for kind in alternatives(annotation):
         if get_origin(kind) is Literal:
             return "|".join(map(str, get_args(kind)))

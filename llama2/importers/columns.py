@@ -174,7 +174,7 @@ def find_unread(row: Row, known: Collection[str] = (), worth: bool = True) -> Un
 
 
 def is_filled(value: Any) -> bool:
-    """Whether a cell says anything: null, NaN, false, blanks and empty lists of any depth do
+    """Return whether a cell says anything: null, NaN, false, blanks and empty lists of any depth do
     not."""
     if value is None or value is False or value != value:
         return False
@@ -187,8 +187,8 @@ def is_filled(value: Any) -> bool:
 
 
 def _is_harmless(words: list[str], value: Any, text: str, worth: bool) -> bool:
-    """Whether a record may lose a column whose name has these words. `text` is all that was read of
-    the row."""
+    """Return whether a record may lose a column whose name has these words. `text` is all that was
+    read of the row."""
     names = {*words}
     if not words:
         return True

@@ -1,4 +1,4 @@
-"""What other tools say of an answer: that it is bad, or that it carries no loss (§3.1).
+"""Marks that other tools put on an answer: that it is bad, or that it carries no loss (§3.1).
 
 One rule for every format. A mark on a row (`label` of KTO sets, `harmful`, `is_safe`) leaves out
 the row whose answer is bad. A loss flag (`weight` of OpenAI and mistral-finetune, `train` of
@@ -149,8 +149,8 @@ _CURE = "write 0 or 1, or leave it out: --sources.NAME.ignore"
 
 
 def is_marked_bad(row: Row) -> bool:
-    """Whether a row says that its answer is bad. A text that is no such mark is left unread; a
-    number is an error."""
+    """Return whether a row says that its answer is bad. A text that is no such mark is left unread;
+    a number is an error."""
     for key in [*row.value] if isinstance(row.value, dict) else []:
         mark = _find_mark(key)
         value = row.get(key) if mark else None
@@ -171,8 +171,8 @@ def is_marked_bad(row: Row) -> bool:
 
 
 def is_marked_unsafe(row: Row) -> bool:
-    """Whether a row without an answer says that its prompt is unsafe: `label` in words, `unsafe`,
-    `harmful`, `safe`."""
+    """Return whether a row without an answer says that its prompt is unsafe: `label` in words,
+    `unsafe`, `harmful`, `safe`."""
     unsafe = False
     for key in [*row.value]:
         mark, word = _find_mark(key), _normalise(row.value[key])

@@ -57,7 +57,7 @@ _PROMPTS = ("prompt", "question", "instruction", "query", "input")
 _SAMPLES = ("prompt", "corrects", "incorrects")
 
 
-class Comparison(NamedTuple):
+class RatedPair(NamedTuple):
     """Two answers and which is better, before they have an id and a display order."""
 
     prompt: Messages
@@ -93,7 +93,7 @@ def import_preferences(
             continue
 
         try:
-            if isinstance(item, Comparison):
+            if isinstance(item, RatedPair):
                 item = _show(item, axis or item.axis or _read_axis(row), name or row.name)
         except ValueError as error:
             if options.malformed == "stop":
@@ -108,7 +108,7 @@ def import_preferences(
 
 
 def holds_preferences(path: str | os.PathLike[str], format: str = "auto") -> bool:
-    """Whether a path holds comparisons: most rows of the first file that has any."""
+    """Return whether a path holds comparisons: most rows of the first file that has any."""
     if format != "auto":
         return any(known.name == format for known in PREFERENCE_FORMATS)
 
@@ -129,7 +129,7 @@ def _read_axis(row: Row) -> Axis:
     return "safe" if is_harmless else "helpful"
 
 
-def _why_useless(item: Comparison | Preference) -> str:
+def _why_useless(item: RatedPair | Preference) -> str:
     """Return why a comparison teaches nothing, "" if it does."""
     chosen, rejected = item.chosen, item.rejected
     texts = [tidy(side.text if isinstance(side, Response) else side) for side in (chosen, rejected)]
@@ -141,7 +141,7 @@ def _why_useless(item: Comparison | Preference) -> str:
     return "identical answers" if texts[0] == texts[1] else ""
 
 
-def _show(item: Comparison, axis: Axis, source: str) -> Preference:
+def _show(item: RatedPair, axis: Axis, source: str) -> Preference:
     """Return a comparison with an id, and with an order in which the answers were shown."""
     low, high = sorted((item.chosen, item.rejected))
     turns = json.dumps([(message.role, message.content) for message in item.prompt])
@@ -161,8 +161,7 @@ def _show(item: Comparison, axis: Axis, source: str) -> Preference:
     )
 
 
-# --- two answers
-# ----------------------------------------------------------------------------------------------------
+# --- two answers ---
 
 
 def _read_answer(row: Row, key: str) -> str:
@@ -200,18 +199,15 @@ def _spell(value: Any) -> str:
     return {"true": "1", "false": "0"}.get(word.lower(), word.removesuffix(".0"))
 
 
-def _order(
-    turns: Messages, answers: tuple[str, str], first: bool | None, **more: Any
-) -> Comparison:
+def _order(turns: Messages, answers: tuple[str, str], first: bool | None, **more: Any) -> RatedPair:
     """Return the comparison in which the first answer is the better one, or the second."""
     if first is None:
         raise SkippedRow("tie")
 
-    return Comparison(turns, answers[not first], answers[first], **more)
+    return RatedPair(turns, answers[not first], answers[first], **more)
 
 
-# --- formats
-# --------------------------------------------------------------------------------------------------------
+# --- formats ---
 
 
 def _read_own(row: Row) -> Iterator[Preference]:
@@ -224,7 +220,7 @@ def _read_own(row: Row) -> Iterator[Preference]:
     yield from read_own(Preference)(row)
 
 
-def _read_transcripts(row: Row) -> Iterator[Comparison]:
+def _read_transcripts(row: Row) -> Iterator[RatedPair]:
     """Anthropic HH-RLHF, and HHH evaluations: two whole dialogues that differ in their last
     answer."""
     keys = ("text_correct", "text_incorrect") if row.get("text_correct") else ("chosen", "rejected")
@@ -245,16 +241,17 @@ def _read_transcripts(row: Row) -> Iterator[Comparison]:
     if not turns or any(role != expected for role, expected in roles):
         raise SkippedRow("roles do not alternate")
 
-    yield Comparison(turns, better[-1].content, worse[-1].content)
+    yield RatedPair(turns, better[-1].content, worse[-1].content)
 
 
 def _has_transcripts(row: Row) -> bool:
-    """Whether the answers are transcripts; a row without them cannot say that they are not."""
+    """Return whether the answers are transcripts; a row without them cannot say that they are
+    not."""
     better = row.get("text_correct") or row.get("chosen")
     return better in (None, "") or is_transcript(better)
 
 
-def _read_pairs(row: Row) -> Iterator[Comparison]:
+def _read_pairs(row: Row) -> Iterator[RatedPair]:
     """`prompt`, `chosen`, `rejected`, each a text or a list of turns; without `prompt` it is what
     both lists share."""
     better, worse = _read_side(row, "chosen"), _read_side(row, "rejected")
@@ -263,7 +260,7 @@ def _read_pairs(row: Row) -> Iterator[Comparison]:
 
     shared = better[:-1]
     turns = _read_before(row, shared) if shared else read_question(row, _PROMPTS)
-    yield Comparison(turns, better[-1].content, worse[-1].content)
+    yield RatedPair(turns, better[-1].content, worse[-1].content)
 
 
 def _read_side(row: Row, key: str) -> Messages:
@@ -293,7 +290,7 @@ def _read_before(row: Row, shared: Messages) -> Messages:
     return (Message("system", system), *shared) if system else shared
 
 
-def _read_openai(row: Row) -> Iterator[Comparison]:
+def _read_openai(row: Row) -> Iterator[RatedPair]:
     written = row.get("input")
     if isinstance(written, dict):
         part = row.part(written)
@@ -302,15 +299,15 @@ def _read_openai(row: Row) -> Iterator[Comparison]:
 
     turns = read_turns(row, written)
     answers = _read_answer(row, "preferred_output"), _read_answer(row, "non_preferred_output")
-    yield Comparison(turns, *answers)
+    yield RatedPair(turns, *answers)
 
 
-def _read_sharegpt(row: Row) -> Iterator[Comparison]:
+def _read_sharegpt(row: Row) -> Iterator[RatedPair]:
     turns = read_turns(row, row.get("conversations"), read_system(row))
-    yield Comparison(turns, _read_answer(row, "chosen"), _read_answer(row, "rejected"))
+    yield RatedPair(turns, _read_answer(row, "chosen"), _read_answer(row, "rejected"))
 
 
-def _read_helpsteer(row: Row) -> Iterator[Comparison]:
+def _read_helpsteer(row: Row) -> Iterator[RatedPair]:
     """HelpSteer2: which of two answers is better, and how much: -3 the first, much; 0 a tie; 3 the
     second, much."""
     strength = _spell(row.get("preference_strength"))
@@ -331,10 +328,10 @@ def _read_labelled(
     labels: tuple[int, int],
     *prompt_keys: str,
     tie: int | None = None,
-) -> Callable[[Row], Iterator[Comparison]]:
+) -> Callable[[Row], Iterator[RatedPair]]:
     """Return a reader of two answers and a label that names the better one."""
 
-    def read(row: Row) -> Iterator[Comparison]:
+    def read(row: Row) -> Iterator[RatedPair]:
         answers = (_read_answer(row, answer_keys[0]), _read_answer(row, answer_keys[1]))
         first, *others = prompt_keys
         turns = read_prompt(
@@ -346,12 +343,12 @@ def _read_labelled(
     return read
 
 
-def _read_stack_exchange(row: Row) -> Iterator[Comparison]:
+def _read_stack_exchange(row: Row) -> Iterator[RatedPair]:
     turns = read_prompt(row.text("question"))
-    yield Comparison(turns, _read_answer(row, "response_j"), _read_answer(row, "response_k"))
+    yield RatedPair(turns, _read_answer(row, "response_j"), _read_answer(row, "response_k"))
 
 
-def _read_fine_grained(row: Row) -> Iterator[Comparison | SkippedRow]:
+def _read_fine_grained(row: Row) -> Iterator[RatedPair | SkippedRow]:
     """Four answers and a verdict for each of their six pairs: 0 equal, 1 the first, 2 the second.
 
     The passages from which the answers were made are left out, as in WebGPT's set: the question
@@ -370,7 +367,7 @@ def _read_fine_grained(row: Row) -> Iterator[Comparison | SkippedRow]:
         yield _order(turns, pair, verdict == 1) if verdict else SkippedRow("tie")
 
 
-def _read_pku(row: Row) -> Iterator[Comparison | SkippedRow]:
+def _read_pku(row: Row) -> Iterator[RatedPair | SkippedRow]:
     """PKU-SafeRLHF: one comparison on each axis; where both meet our three bins, with the safety
     label."""
     answers = (_read_answer(row, "response_0"), _read_answer(row, "response_1"))
@@ -392,7 +389,7 @@ def _read_pku(row: Row) -> Iterator[Comparison | SkippedRow]:
             yield _order(turns, answers, first, axis=axis, safety=label)
 
 
-def _read_webgpt(row: Row) -> Iterator[Comparison]:
+def _read_webgpt(row: Row) -> Iterator[RatedPair]:
     """OpenAI WebGPT comparisons: a preference score for each answer, 0 for a tie."""
     question = row.get("question")
     if isinstance(question, dict):
@@ -409,7 +406,7 @@ def _read_webgpt(row: Row) -> Iterator[Comparison]:
     yield _order(read_prompt(question), answers, None if first == second else first > second)
 
 
-def _read_summaries(row: Row) -> Iterator[Comparison]:
+def _read_summaries(row: Row) -> Iterator[RatedPair]:
     """OpenAI "summarize from feedback" comparisons."""
     info, summaries = row.get("info"), row.get("summaries")
     if not isinstance(summaries, list) or len(summaries) != 2:
@@ -422,7 +419,7 @@ def _read_summaries(row: Row) -> Iterator[Comparison]:
     yield _order(turns, (first, second), _read_label(row, "choice", 0, 1))
 
 
-def _read_arena(row: Row) -> Iterator[Comparison]:
+def _read_arena(row: Row) -> Iterator[RatedPair]:
     """Chatbot Arena: two whole conversations with the same questions and a winner."""
     first = read_turns(row, row.get("conversation_a"))
     second = read_turns(row, row.get("conversation_b"))
@@ -438,7 +435,7 @@ def _read_arena(row: Row) -> Iterator[Comparison]:
     yield _order(first[:-1], (first[-1].content, second[-1].content), label)
 
 
-_READERS: tuple[RowFormat[Comparison | Preference], ...] = (
+_READERS: tuple[RowFormat[RatedPair | Preference], ...] = (
     RowFormat("preference", ("responses", "preferred"), _read_own),
     RowFormat("openai", ("preferred_output|non_preferred_output",), _read_openai),
     RowFormat("sharegpt-pairs", ("conversations", "chosen|rejected"), _read_sharegpt),

@@ -195,7 +195,7 @@ def _is_nested(row: Row) -> bool:
 
 
 def _holds_texts(value: Any) -> bool:
-    """Whether a value is a list of texts, or a mapping of such, at any depth."""
+    """Return whether a value is a list of texts, or a mapping of such, at any depth."""
     if isinstance(value, dict):
         return bool(value) and all(map(_holds_texts, value.values()))
 

@@ -58,8 +58,8 @@ _COPIED = 16
 """a context of so many characters that stands in the question is not put there again"""
 _OPTIONS = ("options", "choices")
 _TEMPLATE = re.compile(
-    r"<\|(im_start|user|system|prompter|begin_of_text|start_header_id)\|>|<s>\s*\[INST\]|\[INST\]|### Human:"
-    r"|<start_of_turn>|<bos>"
+    r"<\|(im_start|user|system|prompter|begin_of_text|start_header_id)\|>"
+    r"|<s>\s*\[INST\]|\[INST\]|### Human:|<start_of_turn>|<bos>"
 )
 _LETTERED = re.compile(r"\(?[A-Za-z0-9][).:]")
 _TEXTS = ("text", "content", "body", "passage")

@@ -100,7 +100,7 @@ class RowFormat(Generic[T]):
         return ""
 
     def matches(self, row: Row) -> bool:
-        """Whether a row can be in this format, as far as its keys tell."""
+        """Return whether a row can be in this format, as far as its keys tell."""
         if self.on_request or not isinstance(row.value, self.of) or self.missing_key(row.value):
             return False
 
@@ -109,7 +109,7 @@ class RowFormat(Generic[T]):
 
 @dataclass(frozen=True)
 class ReadOptions:
-    """How a source is to be read.
+    """Choices for the reading of a source.
 
     format: a name, or "auto": recognised file by file. malformed: whether a row that is none ends
     the import or is counted. ignore: columns to leave out. worth: whether it matters how good the
@@ -247,8 +247,7 @@ def _peek(
     return head, replay()
 
 
-# --- rows
-# -----------------------------------------------------------------------------------------------------------
+# --- rows ---
 
 
 def _parse_turns(row: Row | BadRow) -> Row | BadRow:
@@ -303,7 +302,7 @@ def _find_header(formats: Sequence[RowFormat[T]], head: list[Row | BadRow]) -> l
 
 
 def _fits(row: Row | BadRow, header: list[str]) -> TypeGuard[Row]:
-    """Whether a row has a cell for each name of the header, if there is one."""
+    """Return whether a row has a cell for each name of the header, if there is one."""
     if not isinstance(row, Row):
         return False
 
@@ -329,8 +328,7 @@ def _drop_columns(value: Any, columns: tuple[str, ...]) -> Any:
     return [_drop_columns(item, columns) for item in value] if isinstance(value, list) else value
 
 
-# --- formats
-# --------------------------------------------------------------------------------------------------------
+# --- formats ---
 
 
 def _recognise(

@@ -55,14 +55,15 @@ _TEXT_PARTS = ("text", "input_text", "output_text")
 _SPEAKER = re.compile(r"(?:\A|\n\n)\s*(Human|Assistant):")
 _OPENING = re.compile(r"\A\s*Human:")
 _ALPACA = re.compile(
-    r"### Instruction:\n(?P<instruction>.*?)(?:\n\n### Input:\n(?P<input>.*?))?\n\n### Response:\s*\Z",
+    r"### Instruction:\n(?P<instruction>.*?)(?:\n\n### Input:\n(?P<input>.*?))?"
+    r"\n\n### Response:\s*\Z",
     re.DOTALL,
 )
 
 
 def is_own(row: Row, fields: Mapping[str, Any]) -> bool:
-    """Whether a row is a record of ours: `messages`, and beside it `fields` alone, of which one at
-    least has the type given for it."""
+    """Return whether a row is a record of ours: `messages`, and beside it `fields` alone, of which
+    one at least has the type given for it."""
     turns = row.get("messages")
     if not isinstance(turns, list) or not row.value.keys() <= {"messages", *fields}:
         return False
@@ -163,8 +164,8 @@ def _read_content(row: Row, part: Row, number: int) -> str:
 
 
 def is_transcript(text: Any) -> bool:
-    """Whether a value is a text in the Human/Assistant spelling. It begins with what the human
-    says."""
+    """Return whether a value is a text in the Human/Assistant spelling. It begins with what the
+    human says."""
     return isinstance(text, str) and _OPENING.match(text) is not None
 
 

@@ -1,4 +1,4 @@
-"""What a path of data stands for: files, and the rows in them, for every stage alike.
+"""Paths of data: the files each stands for, and the rows in them, for every stage alike.
 
 A path is a file, a folder (searched through, links followed), a zip archive or a glob. `~` is the
 home directory. Files lie in the order of their names. What a folder, a glob or an archive holds
@@ -86,7 +86,8 @@ _SPLIT = re.compile(
 _TAR = re.compile(r"\.(tar|tgz|tbz2?|txz|tar\.\w+)$", re.IGNORECASE)
 _NO_DATA = re.compile(
     r"(read[-_ ]?me|licen[cs]e|copying)([-_ ][\w-]{1,20}|([-_. ][\w-]{1,20})?\.(txt|text|md|rst))?"
-    r"|(notice|change[-_]?log|contributing|citation|authors|data_?card|dataset_?card)(\.(txt|text|md|rst))?"
+    r"|(notice|change[-_]?log|contributing|citation|authors|data_?card|dataset_?card)"
+    r"(\.(txt|text|md|rst))?"
     r"|(dataset_infos?|dataset_dict|dataset-metadata|state|manifest|summary|config|package)\.json"
     r"|metrics\.jsonl|requirements\.txt|(md5|sha\d*)(sums?)?\.txt",
     re.IGNORECASE,
@@ -211,7 +212,7 @@ def find_matches(path: Place) -> list[Path]:
 
 
 def is_pattern(path: Place) -> bool:
-    """Whether a path is a glob and not the name of a file, which may have brackets in it."""
+    """Return whether a path is a glob and not the name of a file, which may have brackets in it."""
     return glob.has_magic(os.fspath(path)) and not os.path.lexists(expand_home(path))
 
 
@@ -251,7 +252,7 @@ def _identify(path: Path) -> tuple[int, int]:
 
 
 def has_named_rows(file: File) -> bool:
-    """Whether a file is called after rows that are more than lines of text."""
+    """Return whether a file is called after rows that are more than lines of text."""
     return bool(_kind(file.member or file.path.name, "records"))
 
 

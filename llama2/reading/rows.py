@@ -111,7 +111,7 @@ class Row:
 
 @dataclass(frozen=True)
 class BadRow:
-    """What stands where a row should be: `where` is file and line."""
+    """A row that cannot be read: `where` is file and line."""
 
     where: str
     cause: str
@@ -141,8 +141,7 @@ def unify_line_ends(value: Any) -> Any:
     return [unify_line_ends(item) for item in value] if isinstance(value, list) else value
 
 
-# --- lines
-# ----------------------------------------------------------------------------------------------------------
+# --- lines ---
 
 
 def read_lines(file: File) -> Iterator[tuple[int, str, str]]:

@@ -196,8 +196,7 @@ def _find_unclosed(taken: list[_Line], delimiter: str) -> int:
     return begun if state == "quoted" else 0
 
 
-# --- Parquet
-# --------------------------------------------------------------------------------------------------------
+# --- Parquet ---
 
 
 def read_parquet(file: File) -> Numbered:

@@ -159,7 +159,7 @@ def _is_record(row: tuple[int, Any] | BadRow) -> bool:
 
 
 def _has_half(text: str) -> bool:
-    """Whether JSON is valid but for halves of surrogate pairs."""
+    """Return whether JSON is valid but for halves of surrogate pairs."""
     try:
         return _HALF.search(text) is not None and not _is_encodable(json.loads(text))
     except (ValueError, RecursionError):
@@ -219,8 +219,7 @@ def _explain_json(text: str, label: str) -> UserError | None:
     return None
 
 
-# --- tables
-# ---------------------------------------------------------------------------------------------------------
+# --- tables ---
 
 
 def _read_table(row: tuple[int, Any], label: str) -> Numbered:
@@ -268,8 +267,7 @@ def _find_columns(value: Any) -> dict[str, list[Any]] | None:
     return value if named and not turns else None
 
 
-# --- lists
-# ----------------------------------------------------------------------------------------------------------
+# --- lists ---
 
 
 def _read_elements(text: str, label: str) -> Numbered:

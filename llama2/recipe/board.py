@@ -1,4 +1,4 @@
-"""A recipe at work: which steps wait, run and are finished, and what the screen says about them."""
+"""A recipe at work: the steps that wait, run and are finished, and the screen."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ from llama2 import runs
 from llama2.errors import UserError
 from llama2.interrupts import STATUS, let_go_of_terminal
 from llama2.recipe.config import Config
-from llama2.recipe.remaining import Log, estimate_remaining
-from llama2.recipe.steps import Step
+from llama2.recipe.remaining import StepLog, estimate_remaining
+from llama2.recipe.steps import RecipeStep
 from llama2.recipe.workers import Workers
 from llama2.terminal_text import line
 
@@ -32,13 +32,13 @@ class Work:
     """A running step."""
 
     workers: Workers
-    log: Log
+    log: StepLog
 
 
 class Board:
-    """Which steps wait, run and are finished, and what the screen says about them."""
+    """The steps that wait, run and are finished, and what the screen says about them."""
 
-    def __init__(self, recipe: Config, steps: dict[str, Step]) -> None:
+    def __init__(self, recipe: Config, steps: dict[str, RecipeStep]) -> None:
         self.recipe, self.steps = recipe, steps
         self.waiting = list(steps)
         self.running: dict[str, Work] = {}
@@ -95,9 +95,9 @@ class Board:
 
             free -= cores
 
-    def _start(self, step: Step, cores: int) -> bool:
+    def _start(self, step: RecipeStep, cores: int) -> bool:
         """Start the processes of a step; return whether others may start as well."""
-        log = Log(self.recipe.out / "logs" / f"{step.name}.log", time.monotonic())
+        log = StepLog(self.recipe.out / "logs" / f"{step.name}.log", time.monotonic())
         ranks = step.keys.processes
         threads = max(1, cores // ranks)
         try:
@@ -178,7 +178,7 @@ class Board:
     def _print(self, text: str) -> None:
         self.console.print(text, highlight=False, markup=False, soft_wrap=True)
 
-    def _print_finished(self, name: str, log: Log) -> None:
+    def _print_finished(self, name: str, log: StepLog) -> None:
         count = f"[{len(self.finished):2}/{len(self.steps)}]"
         self._print(f"{count} {name:24} {_clock(self.finished[name]):>6}  {log.last_line()}")
         for warning in runs.read_warnings(self.steps[name].out):
@@ -195,7 +195,7 @@ class Board:
         return Text("\n".join(lines))
 
     def _eta(self, now: float) -> str:
-        """What is left, at the pace of what was done here and by what the running steps say."""
+        """Return the time left, at the pace of what was done here and by what running steps say."""
         weights = {name: step.keys.seconds for name, step in self.steps.items()}
         waiting = sum(weights[name] for name in self.waiting)
         finished = [(weights[name], took) for name, took in self.finished.items() if took]

@@ -91,7 +91,7 @@ def find_references(recipe: Sequence[Mapping[str, Any]]) -> set[str]:
 
 
 def makes_run(verb: Any) -> bool:
-    """Whether a value names a verb that a step may have: one that leaves a run to others."""
+    """Return whether a value names a verb that a step may have: one that leaves a run to others."""
     return isinstance(verb, str) and verb in verbs.VERBS and verbs.VERBS[verb].makes_run
 
 

@@ -147,7 +147,7 @@ def _explain_missing(path: Path) -> UserError:
 
 
 def _is_of_the_hub(path: Path) -> bool:
-    """Whether a missing path reads like OWNER/NAME."""
+    """Return whether a missing path reads like OWNER/NAME."""
     if path.parent.exists() or path.suffix in _FILES:
         return False
 

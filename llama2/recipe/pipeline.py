@@ -8,7 +8,7 @@ the two reward models of §3.2.2 train side by side.
 
     parameters: {data: /my/data}
     steps:
-      sft:    {verb: sft, processes: 2, model: "${pretrain}", dialogs: {mine: {path: "${data}/sft.jsonl"}}}
+      sft:    {verb: sft, model: "${pretrain}", dialogs: {mine: {path: "${data}/sft.jsonl"}}, ...}
       reward: {verb: reward, cores: 1, model: "${sft}", ...}
 """
 
@@ -24,7 +24,7 @@ from llama2.config import yaml12
 from llama2.recipe import verbs
 from llama2.recipe.board import Board
 from llama2.recipe.config import Config, find_references
-from llama2.recipe.steps import Step, check_inputs, resolve_steps
+from llama2.recipe.steps import RecipeStep, check_inputs, resolve_steps
 from llama2.recipe.workers import execute, preload
 from llama2.records import dump
 from llama2.stages.common.planning import Cluster, Lineage, total
@@ -66,7 +66,7 @@ def run(recipe: Config) -> int:
         return _run_all(recipe, steps)
 
 
-def _run_step(step: Step, recipe: Config, steps: Mapping[str, Step]) -> None:
+def _run_step(step: RecipeStep, recipe: Config, steps: Mapping[str, RecipeStep]) -> None:
     """Carry out one step under whatever started this process: a recipe's own ranks all live on one
     machine."""
     mesh.init()
@@ -76,7 +76,7 @@ def _run_step(step: Step, recipe: Config, steps: Mapping[str, Step]) -> None:
     execute(step.verb, step.config)
 
 
-def _run_all(recipe: Config, steps: dict[str, Step]) -> int:
+def _run_all(recipe: Config, steps: dict[str, RecipeStep]) -> int:
     """Carry out every step in processes of its own, and return the exit status."""
     board = Board(recipe, steps)
     handlers = {}
@@ -97,7 +97,7 @@ def _run_all(recipe: Config, steps: dict[str, Step]) -> int:
     return board.finish()
 
 
-def _note_gone(steps: Mapping[str, Step]) -> None:
+def _note_gone(steps: Mapping[str, RecipeStep]) -> None:
     """Say which steps are made again though what was made from them is there, before that takes
     hours."""
     ancestors: dict[str, frozenset[str]] = {}
@@ -115,7 +115,7 @@ def _note_gone(steps: Mapping[str, Step]) -> None:
             )
 
 
-def _describe(recipe: Config, steps: Mapping[str, Step]) -> None:
+def _describe(recipe: Config, steps: Mapping[str, RecipeStep]) -> None:
     """Write the recipe beside its runs, for the reader and for the report: as one that can be run
     again."""
     recipe.out.mkdir(parents=True, exist_ok=True)

@@ -1,5 +1,5 @@
-"""How long a recipe still takes: the steps ahead at the pace of those done, the running ones by
-what they say."""
+"""The time that a recipe still takes: the steps ahead at the pace of those done, the running ones
+by what they say."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ _PERCENT = re.compile(r"^[\w .-]*?(\d{1,3}(?:\.\d+)?) ?%")
 
 
 @dataclass(frozen=True)
-class Progress:
-    """How far a running step is."""
+class StepProgress:
+    """The state of a running step, by what it says."""
 
     weight: float
     """what the recipe thinks it takes, in proportion to other steps"""
@@ -39,7 +39,7 @@ class Progress:
 def estimate_remaining(
     waiting: float,
     finished: Sequence[tuple[float, float]],
-    running: Sequence[Progress],
+    running: Sequence[StepProgress],
     elapsed: float,
 ) -> float:
     """Return the seconds left, never the same for two moments while something runs.
@@ -63,7 +63,7 @@ def estimate_remaining(
     return max([(sum(each) + waiting * pace) * overlap, *each])
 
 
-def _estimate_step(step: Progress, pace: float) -> float:
+def _estimate_step(step: StepProgress, pace: float) -> float:
     """Return the seconds of a running step: what was left when it last spoke, less what has passed,
     and never quite nothing."""
     expected = step.weight * pace * step.left
@@ -81,8 +81,8 @@ def _fade(expected: float, passed: float) -> float:
     return expected * math.exp(-passed / expected) if expected > 0 else 0.0
 
 
-class Log:
-    """What a running step writes, and how far it says it is. Times are of a clock that never goes
+class StepLog:
+    """The log of a running step, which says how far it is. Times are of a clock that never goes
     back."""
 
     def __init__(self, path: Path, begin: float) -> None:
@@ -114,15 +114,15 @@ class Log:
         lines = self.tail()
         return line(lines[-1]) if lines else ""
 
-    def progress(self, weight: float, now: float) -> Progress:
-        """How far the step is, by the newest line that says so."""
+    def progress(self, weight: float, now: float) -> StepProgress:
+        """Return how far the step is, by the newest line that says so."""
         lines, size = self.tail(), self._size(self.size)
         if size != self.size:  # by the clock of `now`, which nobody sets back as that of files
             self.size, self.grown = size, now
 
         shares = [share for share in map(read_share, lines) if share is not None]
         if not shares:
-            return Progress(weight, now - self.begin)
+            return StepProgress(weight, now - self.begin)
 
         share = shares[-1]
         if self.first is None or share < self.first[1]:
@@ -131,7 +131,7 @@ class Log:
 
         begin, before = self.first
         seconds, since = max(self.grown - begin, 0.0), max(now - self.grown, 0.0)
-        return Progress(weight, seconds, share - before, 1 - share, since)
+        return StepProgress(weight, seconds, share - before, 1 - share, since)
 
 
 def read_share(line: str) -> float | None:

@@ -27,7 +27,7 @@ _RESERVED = {"out", "logs", "recipe.yaml", "steps.json", "report.html"}
 
 
 @dataclass(frozen=True)
-class Step:
+class RecipeStep:
     """One run of a recipe."""
 
     name: str
@@ -50,14 +50,14 @@ class Step:
         return self.config.out
 
 
-def resolve_steps(recipe: Config) -> dict[str, Step]:
+def resolve_steps(recipe: Config) -> dict[str, RecipeStep]:
     """Return the steps of a recipe by name; UserError for the first that cannot be carried out."""
     for place, names in (("steps", recipe.steps), ("parameters", recipe.parameters)):
         check_names(names, place)
         for name in names:
             _check_name(name, place)
 
-    steps: dict[str, Step] = {}
+    steps: dict[str, RecipeStep] = {}
     for name, given in recipe.steps.items():
         if given is not None:
             steps[name] = _resolve_step(name, given, recipe, steps)
@@ -81,8 +81,8 @@ def _check_name(name: str, place: str) -> None:
 
 
 def _resolve_step(
-    name: str, given: Mapping[str, Any], recipe: Config, earlier: Mapping[str, Step]
-) -> Step:
+    name: str, given: Mapping[str, Any], recipe: Config, earlier: Mapping[str, RecipeStep]
+) -> RecipeStep:
     """Return one step, checked; its seed is its own, made of the recipe's and its name."""
     where = f"steps.{name}"
     if name in recipe.parameters:
@@ -112,7 +112,7 @@ def _resolve_step(
             raise UserError(f"{where}: unknown key '{key}'", cure)
 
     config = build(kind, values, where)
-    return Step(name, build(StepKeys, keys, where), values, config, frozenset(needs))
+    return RecipeStep(name, build(StepKeys, keys, where), values, config, frozenset(needs))
 
 
 def _explain_verb(verb: str, where: str) -> UserError:
@@ -127,7 +127,7 @@ def _explain_verb(verb: str, where: str) -> UserError:
     return UserError(cause, did_you_mean(verb, filter(makes_run, verbs.VERBS)))
 
 
-def _resolve(value: Any, where: str, recipe: Config, earlier: Mapping[str, Step]) -> Any:
+def _resolve(value: Any, where: str, recipe: Config, earlier: Mapping[str, RecipeStep]) -> Any:
     """Return `value`, which stands at the key `where`, with its references replaced."""
     if isinstance(value, Mapping):
         resolved = {}
@@ -158,7 +158,7 @@ def _resolve(value: Any, where: str, recipe: Config, earlier: Mapping[str, Step]
 
 
 def _explain_reference(
-    name: str, where: str, recipe: Config, earlier: Mapping[str, Step]
+    name: str, where: str, recipe: Config, earlier: Mapping[str, RecipeStep]
 ) -> UserError:
     """Return the error for a name that stands for nothing."""
     known = [*earlier, *recipe.parameters]
@@ -188,7 +188,7 @@ def _refuse_leftover(resolved: str, written: str, where: str) -> None:
         )
 
 
-def check_inputs(recipe: Config, steps: Mapping[str, Step]) -> None:
+def check_inputs(recipe: Config, steps: Mapping[str, RecipeStep]) -> None:
     """UserError that names every input which no step makes, nobody makes later, and which is not
     there."""
     awaited = _resolve(list(recipe.awaits), "awaits", recipe, steps)

@@ -1,4 +1,4 @@
-"""The table of verbs: what each does, and the module that does it.
+"""The table of verbs: their summaries, and the modules behind them.
 
 A stage is a module with a `Config` (what to do) and `run(config, run)` (do it into an open run
 directory). Every other verb has a `Config` and `run(config)`, which may return an exit status.
@@ -16,7 +16,7 @@ from llama2.interrupts import leave_at_once
 
 @dataclass(frozen=True)
 class Verb:
-    """What a verb does."""
+    """A verb of the command line."""
 
     section: str
     """of the paper"""

@@ -68,7 +68,7 @@ class Workers:
 
     @property
     def killed(self) -> bool:
-        """Whether the system, not the work, ended a process: there is nothing to mend."""
+        """Return whether the system, not the work, ended a process: there is nothing to mend."""
         return not self.stopping and (self.failure < 0 or self.failure == SERVER_GONE)
 
     @classmethod
@@ -162,7 +162,7 @@ class Workers:
         return self.failure
 
     def _receive(self) -> list[str]:
-        """What the ranks said of how they ended; one that was killed says nothing."""
+        """Return what the ranks said of how they ended; one that was killed says nothing."""
         outcomes: list[str] = []
         try:
             while self.messages.poll():
