@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 import llama2
-from llama2.recipe import verbs
+from llama2.recipe import launch, verbs
 
 PACKAGE = Path(llama2.__file__).parent
 
@@ -18,6 +18,15 @@ def test_the_table_and_the_imports_name_the_same_verbs():
 
     source = Path(verbs.__file__).read_text()
     assert re.findall(r'case "(\w+)":', source) == [name for name in verbs.VERBS if name != "run"]
+
+
+def test_every_verb_is_a_stage():
+    for name, verb in verbs.VERBS.items():
+        module = launch.load(name)
+        assert module.__doc__, name
+        assert callable(module.run)
+        assert module.Config.__doc__
+        assert verb.summary
 
 
 @pytest.mark.parametrize("name", ["run", "nonsense"])
