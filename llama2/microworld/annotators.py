@@ -12,7 +12,7 @@ from collections.abc import Iterable, Iterator
 
 from llama2.judging import Annotators, Comparison, Outcome, Rating
 from llama2.microworld.rater import GroundTruth
-from llama2.microworld.world import fraction, stream
+from llama2.microworld.world import hash_to_fraction, seed_stream
 from llama2.records import DEGREES, Axis, Degree, Preference, Prompt, SafetyLabel
 
 THRESHOLDS = (0.45, 0.25, 0.1)
@@ -58,7 +58,7 @@ class SimulatedAnnotators(Annotators):
         prompt, axis = comparison.prompt, comparison.axis
         first, second = sorted(comparison.answers, key=lambda answer: answer.text)
         texts = (*(message.content for message in prompt.messages), first.text, second.text)
-        rng = stream(self.seed, "annotator", axis, *texts)
+        rng = seed_stream(self.seed, "annotator", axis, *texts)
         shown = (first, second) if rng.random() < 0.5 else (second, first)
 
         ratings = [self._truth.rate(prompt, answer.text) for answer in shown]
@@ -74,7 +74,7 @@ class SimulatedAnnotators(Annotators):
 
             label = label_safety(chosen_safe, other_safe)
 
-        identity = int(fraction(self.seed, axis, *texts) * 16**12)
+        identity = int(hash_to_fraction(self.seed, axis, *texts) * 16**12)
         return Preference(
             f"{axis}-{identity:012x}",
             prompt.messages,

@@ -11,8 +11,8 @@ import pytest
 
 from llama2.judging import Comparison, Outcome
 from llama2.microworld.annotators import SimulatedAnnotators, grade
-from llama2.microworld.demonstrations import answer, vendors
-from llama2.microworld.prompts import draw, prompt_of, prompts
+from llama2.microworld.demonstrations import answer, mix_vendors
+from llama2.microworld.prompts import draw, draw_prompts, make_prompt
 from llama2.microworld.rater import GroundTruth
 from llama2.microworld.world import World
 from llama2.records import DEGREES, Axis, Degree, Message, Preference, Prompt, Response
@@ -24,10 +24,10 @@ Pair = tuple[Prompt, tuple[Response, Response]]
 def _pairs(count: int, families: tuple[str, ...] = ("helpful",)) -> list[Pair]:
     """Pairs of vendors' answers."""
     rng, found = random.Random(1), []
-    for prompt in prompts(WORLD, "train", 100_000, seed=2):
+    for prompt in draw_prompts(WORLD, "train", 100_000, seed=2):
         gold = prompt.metadata["gold"]
         if (gold["family"] if prompt.safety else "helpful") in families:
-            mix = vendors(gold)
+            mix = mix_vendors(gold)
             chosen = rng.choices(list(mix), list(mix.values()), k=2)
             found.append(
                 (
@@ -159,7 +159,7 @@ def test_helpfulness_comparisons_carry_no_safety_label(helpful: list[Preference]
 
 
 def test_identities_are_unique_per_pair_and_axis() -> None:
-    prompt = prompt_of(draw(WORLD, "train", "borderline", random.Random(0)), "train", "x")
+    prompt = make_prompt(draw(WORLD, "train", "borderline", random.Random(0)), "train", "x")
     texts = [Response(text) for text in ("One.", "Two.", "Three.")]
     axes: tuple[Axis, Axis] = ("helpful", "safe")
     judged = [
@@ -171,7 +171,10 @@ def test_identities_are_unique_per_pair_and_axis() -> None:
 
 
 def test_prompts_without_truth_stay_pending_and_the_order_is_kept() -> None:
-    told, other = next(prompts(WORLD, "train", 1)), Prompt((Message("user", "Name a town."),), "b")
+    told, other = (
+        next(draw_prompts(WORLD, "train", 1)),
+        Prompt((Message("user", "Name a town."),), "b"),
+    )
     answers = (Response("A."), Response("B."))
     asked = [Comparison(prompt, answers, "helpful") for prompt in (other, told, other)]
     compared = list(SimulatedAnnotators(0).compare(asked))
@@ -182,7 +185,7 @@ def test_prompts_without_truth_stay_pending_and_the_order_is_kept() -> None:
 
 
 def test_a_comparison_is_known_by_its_content() -> None:
-    prompt = next(prompts(WORLD, "train", 1))
+    prompt = next(draw_prompts(WORLD, "train", 1))
     a, b = Response("A."), Response("B.")
     first = Comparison(prompt, (a, b), "helpful")
     assert first.id == Comparison(prompt, (b, a), "helpful").id

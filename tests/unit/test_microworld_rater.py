@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import random
 from statistics import mean
 from typing import Any
@@ -10,13 +11,14 @@ import pytest
 
 from llama2.judging import obeys
 from llama2.microworld import vocabulary as words
-from llama2.microworld.demonstrations import Vendor, answer, vendors
-from llama2.microworld.instructions import instructions, obey
-from llama2.microworld.prompts import FAMILIES, draw, prompt_of
+from llama2.microworld.demonstrations import Vendor, answer, mix_vendors
+from llama2.microworld.instructions import add_markers, list_combined, list_single
+from llama2.microworld.prompts import FAMILIES, draw, make_prompt
 from llama2.microworld.rater import GroundTruth, is_gold, rate_gold
 from llama2.microworld.world import World
 
 WORLD = World.build(0)
+INSTRUCTIONS = [*itertools.chain(*list_single(WORLD)), *list_combined(WORLD)]
 HELPFUL = [name for name in FAMILIES if name != "unsafe"]
 FACT: dict[str, Any] = {
     "family": "fact",
@@ -72,7 +74,7 @@ def test_gold_is_known_by_what_the_checks_read(family: str) -> None:
         for name in gold:
             less = {key: value for key, value in gold.items() if key != name}
             if is_gold(less):
-                for vendor in vendors(gold):
+                for vendor in mix_vendors(gold):
                     text = answer(gold, vendor, rng)
                     assert rate_gold(less, text) == rate_gold(gold, text)
 
@@ -103,7 +105,7 @@ def test_the_mix_leaves_room_for_improvement() -> None:
     for family in HELPFUL:
         for _ in range(100):
             gold = draw(WORLD, "train", family, rng).gold
-            mix = vendors(gold)
+            mix = mix_vendors(gold)
             scores.append(
                 rate_gold(
                     gold, answer(gold, rng.choices(list(mix), list(mix.values()))[0], rng)
@@ -116,7 +118,7 @@ def test_the_mix_leaves_room_for_improvement() -> None:
 @pytest.mark.parametrize("risk_seed", range(30))
 def test_unsafe_prompts(risk_seed: int) -> None:
     rng = random.Random(risk_seed)
-    prompt = prompt_of(draw(WORLD, "train", "unsafe", rng), "train", "x")
+    prompt = make_prompt(draw(WORLD, "train", "unsafe", rng), "train", "x")
     gold = prompt.metadata["gold"]
     refused, terse, complied = (
         GroundTruth().rate(prompt, answer(gold, v, rng)) for v in ("refuse", "terse", "comply")
@@ -223,16 +225,18 @@ def test_an_insult_is_unsafe_everywhere() -> None:
 
 
 def test_adherence_wants_every_marker_at_the_start() -> None:
-    for one in instructions(WORLD):
-        assert obeys(one.markers, obey(one.markers, "Two birds are owl and crow."))
-        assert obeys(one.markers, obey(one.markers[::-1], "Two birds are owl and crow."))
+    for one in INSTRUCTIONS:
+        assert obeys(one.markers, add_markers(one.markers, "Two birds are owl and crow."))
+        assert obeys(one.markers, add_markers(one.markers[::-1], "Two birds are owl and crow."))
         assert not obeys(one.markers, "Two birds are owl and crow.")
         assert not obeys(one.markers, "Two birds are owl and crow. " + one.markers[0])
 
         if len(one.markers) > 1:
-            assert not obeys(one.markers, obey(one.markers[:1], "Two birds are owl and crow."))
+            assert not obeys(
+                one.markers, add_markers(one.markers[:1], "Two birds are owl and crow.")
+            )
 
-    hobby = next(one for one in instructions(WORLD) if one.kind == "hobby")
+    hobby = next(one for one in INSTRUCTIONS if one.kind == "hobby")
     assert not obeys(hobby.markers, hobby.markers[0].rstrip(".") + "s. Two birds are owl and crow.")
 
 
