@@ -27,6 +27,7 @@ from llama2.evaluate.judges import has_truth, kind_of
 from llama2.generate.dialogue import Chat
 from llama2.microworld.annotators import NOISE, Annotator
 from llama2.records import DEGREES, Axis, Messages, Pair, Preference, Prompt, Response
+from llama2.results import CollectResult
 from llama2.runs import Run
 from llama2.runs.parts import Work
 from llama2.stages.common.planning import Cluster, Lineage, sampling_plan
@@ -115,7 +116,7 @@ def run(config: Config, run: Run) -> None:
             for name, record in desk.compare(prompt, responses, place):
                 put[name](record)
 
-    run.write_json("summary.json", desk.summary())
+    run.write_result(desk.result())
 
 
 class Desk:
@@ -185,18 +186,18 @@ class Desk:
             },
         )
 
-    def summary(self) -> dict[str, Any]:
-        """Plain JSON: comparisons by file, degree, axis and safety label."""
+    def result(self) -> CollectResult:
+        """Return the number of comparisons by file, degree, axis and safety label."""
         file = self.counts["file"]
-        return {
-            "pairs": file["preferences"],
-            "heldout": file["heldout"],
-            "unjudged": file["pairs"],
-            "dropped": self.tally.read - self.tally.kept - file["pairs"],
-            "degrees": {degree: self.counts["degree"][degree] for degree in DEGREES},
-            "axes": {axis: count for axis, count in self.counts["axis"].items() if count},
-            "safety": {label: count for label, count in self.counts["safety"].items() if count},
-        }
+        return CollectResult(
+            pairs=file["preferences"],
+            heldout=file["heldout"],
+            unjudged=file["pairs"],
+            dropped=self.tally.read - self.tally.kept - file["pairs"],
+            degrees={degree: self.counts["degree"][degree] for degree in DEGREES},
+            axes=dict(+self.counts["axis"]),
+            safety=dict(+self.counts["safety"]),
+        )
 
 
 def axes(config: Config, prompt: Prompt, place: int) -> tuple[Axis, ...]:
