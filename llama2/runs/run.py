@@ -39,6 +39,7 @@ from llama2.config import StageConfig, incidentals, paths, yaml12
 from llama2.errors import UserError, explain_os_errors
 from llama2.reading import files
 from llama2.records import dump
+from llama2.results import StageResult
 from llama2.runs import completion
 from llama2.tally import Tally
 from llama2.terminal_text import say
@@ -249,6 +250,10 @@ class Run:
         """Write `value` as a JSON file of the run (rank 0)."""
         if mesh.is_main():
             write_atomic(self.path / name, dump(value))
+
+    def write_result(self, result: StageResult) -> None:
+        """Write what the stage came to, as the file that the result names (rank 0)."""
+        self.write_json(result.file, result.dump())
 
     def close(self) -> None:
         if self._metrics is not None:

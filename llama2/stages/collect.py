@@ -26,6 +26,7 @@ from llama2.evaluate.judges import classify
 from llama2.generate.dialogue import Chat
 from llama2.judging import Annotators, Comparison, hash_to_unit
 from llama2.records import DEGREES, Axis, Messages, Pair, Preference, Prompt, Response
+from llama2.results import CollectResult
 from llama2.runs import Run
 from llama2.runs.parts import Work
 from llama2.stages.common.judges import NOISE, make_annotators
@@ -121,7 +122,7 @@ def run(config: Config, run: Run) -> None:
             open_file(name)
             put[name](record)
 
-    run.write_json("summary.json", desk.summary())
+    run.write_result(desk.result())
 
 
 class Desk:
@@ -175,18 +176,18 @@ class Desk:
 
         return name, preference
 
-    def summary(self) -> dict[str, Any]:
-        """Plain JSON: comparisons by file, degree, axis and safety label."""
+    def result(self) -> CollectResult:
+        """Return the number of comparisons by file, degree, axis and safety label."""
         file = self.counts["file"]
-        return {
-            "pairs": file["preferences"],
-            "heldout": file["heldout"],
-            "unjudged": file["pairs"],
-            "dropped": self.tally.read - self.tally.kept - file["pairs"],
-            "degrees": {degree: self.counts["degree"][degree] for degree in DEGREES},
-            "axes": dict(self.counts["axis"]),
-            "safety": dict(self.counts["safety"]),
-        }
+        return CollectResult(
+            pairs=file["preferences"],
+            heldout=file["heldout"],
+            unjudged=file["pairs"],
+            dropped=self.tally.read - self.tally.kept - file["pairs"],
+            degrees={degree: self.counts["degree"][degree] for degree in DEGREES},
+            axes=dict(+self.counts["axis"]),
+            safety=dict(+self.counts["safety"]),
+        )
 
 
 def make_pair(comparison: Comparison, seed: int) -> Pair:

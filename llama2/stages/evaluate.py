@@ -34,6 +34,7 @@ from llama2.generate.sampling import Sampling
 from llama2.model import quantize
 from llama2.model.llama import Llama
 from llama2.records import Axis, Message, Messages, Prompt
+from llama2.results import AttentionResult, EvaluateResult, SamplingSettings
 from llama2.runs.parts import in_parts
 from llama2.stages.common.answers import (
     ROUNDS,
@@ -193,17 +194,14 @@ def run(config: Config, run: runs.Run) -> None:
     for name, result in results.items():
         _say(f"{name}: {_line(result)}")
 
-    run.write_json(
-        "evaluation.json",
-        summary.describe(prompts, results, config.conversations)
-        | {
-            "checkpoints": {name: path.resolve().name for name, path in config.versions.items()},
-            "sampling": {
-                "temperature": config.temperature,
-                "top_p": config.top_p,
-                "max_tokens": config.max_tokens,
-            },
-        },
+    run.write_result(
+        EvaluateResult(
+            checkpoints={name: path.resolve().name for name, path in config.versions.items()},
+            sampling=SamplingSettings(
+                temperature=config.temperature, top_p=config.top_p, max_tokens=config.max_tokens
+            ),
+            **summary.describe(prompts, results, config.conversations),
+        )
     )
     if mesh.is_main():
         rows = (
@@ -365,7 +363,7 @@ def _attention(
                 for row in in_parts(run, f"attention-{place}", talks, len(talks), look)
             ]
 
-    run.write_json("attention.json", attention.figure(looks, tokenizer, talks, context))
+    run.write_result(AttentionResult(**attention.figure(looks, tokenizer, talks, context)))
 
 
 def _line(result: summary.Version) -> str:

@@ -29,6 +29,7 @@ from llama2.generate.engine import Engine
 from llama2.generate.rewards import RewardModels, Rewards, probability
 from llama2.model.llama import Llama
 from llama2.records import Prompt
+from llama2.results import HealthResult, PpoResult, Rollout
 from llama2.runs import CHECKPOINTS, Run, read_metrics
 from llama2.stages.common import ppo_health
 from llama2.stages.common.planning import (
@@ -268,16 +269,16 @@ def run(config: Config, run: Run) -> None:
     if line := ending(config, learner.step, config.iterations * source.updates, watch, validate):
         run.conclude(line)
 
-    run.write_json(
-        "summary.json",
-        {
-            "parameters": actor.config.parameters(),
-            "steps": learner.step,
-            "tokens": learner.tokens,
-            "trained": learner.trained,
-        },
+    run.write_result(
+        PpoResult(
+            parameters=actor.config.parameters(),
+            steps=learner.step,
+            tokens=learner.tokens,
+            trained=learner.trained,
+        )
     )
-    run.write_json("health.json", {"alarms": doctor.tell(finished=True), "samples": source.samples})
+    samples = [Rollout.model_validate(sample) for sample in source.samples]
+    run.write_result(HealthResult(alarms=doctor.tell(finished=True), samples=samples))
 
 
 def settings(config: Config) -> Settings:

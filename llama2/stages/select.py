@@ -29,6 +29,7 @@ from llama2.generate.dialogue import Answer
 from llama2.generate.rewards import RewardModels, check, join
 from llama2.judging import Annotators, Comparison, Outcome
 from llama2.records import Axis, Preference, Prompt, Response
+from llama2.results import SelectResult, WinShare
 from llama2.runs import Run
 from llama2.runs.parts import in_parts
 from llama2.stages.common.answers import (
@@ -138,12 +139,9 @@ def run(config: Config, run: Run) -> None:
 
     verdict = judge(config, kinds, preferred)
     if mesh.is_main():
-        copy(config.candidate if verdict["kept"] == "candidate" else config.predecessor, run.path)
+        copy(config.candidate if verdict.kept == "candidate" else config.predecessor, run.path)
 
-    run.write_json(
-        "verdict.json",
-        {"candidate": config.candidate.name, "predecessor": config.predecessor.name, **verdict},
-    )
+    run.write_result(verdict)
 
 
 def choose_accepted(
@@ -258,7 +256,7 @@ def _score_outcome(outcome: Outcome) -> float:
     return 1.0 if outcome.chosen.model == "candidate" else -1.0
 
 
-def judge(config: Config, kinds: Sequence[str], preferred: Sequence[float]) -> dict[str, Any]:
+def judge(config: Config, kinds: Sequence[str], preferred: Sequence[float]) -> SelectResult:
     """Who is kept, and why: the win rate over all comparisons and on every kind."""
     overall = compare(preferred, [0.0] * len(preferred))
     by_kind: dict[str, WinRate] = {}
@@ -283,15 +281,15 @@ def judge(config: Config, kinds: Sequence[str], preferred: Sequence[float]) -> d
         and found.rate <= config.worst_kind
         and wilson(found.wins, found.wins + found.losses, together)[1] < 0.5
     ]
-    return {
-        "kept": "predecessor" if reasons else "candidate",
-        "reason": "; ".join(reasons) or "it beats its predecessor",
-        "needed": config.win_rate,
-        "win_rate": {
-            "all": overall.as_json(),
-            **{kind: found.as_json() for kind, found in by_kind.items()},
-        },
-    }
+    shares = {"all": overall, **by_kind}
+    return SelectResult(
+        candidate=config.candidate.name,
+        predecessor=config.predecessor.name,
+        kept="predecessor" if reasons else "candidate",
+        reason="; ".join(reasons) or "it beats its predecessor",
+        needed=config.win_rate,
+        win_rate={kind: WinShare.model_validate(share.as_json()) for kind, share in shares.items()},
+    )
 
 
 def copy(source: Path, target: Path) -> None:

@@ -37,20 +37,20 @@ def of(kind, count):
 )
 def test_the_candidate_must_win_more_than_half(outcome, kept, reason):
     found = select.judge(CONFIG, of("helpful", 20), outcome)
-    assert (found["kept"], found["reason"]) == (kept, reason)
-    assert found["win_rate"]["all"]["ties"] == outcome.count(0.0)
+    assert (found.kept, found.reason) == (kept, reason)
+    assert found.win_rate["all"].ties == outcome.count(0.0)
 
 
 def test_a_kind_of_prompt_that_gets_worse_stops_the_candidate():
     asked = of("helpful", 90) + of("unsafe", 30) + of("borderline", 10)
     found = select.judge(CONFIG, asked, [1.0] * 90 + [1.0] * 6 + [-1.0] * 24 + [1.0] * 10)
-    assert found["kept"] == "predecessor"
-    assert found["reason"] == "on unsafe prompts it wins 20%, 40% are needed"
-    assert set(found["win_rate"]) == {"all", "helpful", "unsafe", "borderline"}
+    assert found.kept == "predecessor"
+    assert found.reason == "on unsafe prompts it wins 20%, 40% are needed"
+    assert set(found.win_rate) == {"all", "helpful", "unsafe", "borderline"}
     few = select.judge(
         CONFIG, of("helpful", 30) + of("unsafe", 10), [1.0] * 30 + [1.0] * 3 + [-1.0] * 7
     )
-    assert few["kept"] == "candidate"  # as likely by chance
+    assert few.kept == "candidate"  # as likely by chance
 
 
 @pytest.mark.parametrize(
@@ -67,7 +67,7 @@ def test_more_kinds_find_more_by_chance(kinds, wins, losses, kept):
     for kind in ("helpful", "unsafe", "ghost")[: kinds - 1]:
         asked, outcome = asked + [kind] * 20, [*outcome, *[1.0] * 20]
 
-    assert select.judge(CONFIG, asked, outcome)["kept"] == kept
+    assert select.judge(CONFIG, asked, outcome).kept == kept
 
 
 def test_scores_become_preferences():
