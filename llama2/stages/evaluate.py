@@ -24,7 +24,7 @@ from llama2 import atomic, mesh, records, runs
 from llama2 import config as configuration
 from llama2.errors import UserError
 from llama2.evaluate import attention, ghost, summary
-from llama2.evaluate.judges import rate
+from llama2.evaluate.judges import KINDS, classify, rate
 from llama2.formats.checkpoint import config_of
 from llama2.generate.dialogue import Answer, Chat
 from llama2.generate.engine import Engine
@@ -34,7 +34,7 @@ from llama2.generate.sampling import Sampling
 from llama2.model import quantize
 from llama2.model.llama import Llama
 from llama2.records import Axis, Message, Messages, Prompt
-from llama2.results import AttentionResult, EvaluateResult, SamplingSettings
+from llama2.results import AttentionResult, EvaluateResult, Obedience, SamplingSettings
 from llama2.runs.parts import in_parts
 from llama2.stages.common.answers import (
     ROUNDS,
@@ -195,26 +195,49 @@ def run(config: Config, run: runs.Run) -> None:
         _say(f"{name}: {_line(result)}")
 
     run.write_result(
-        EvaluateResult(
-            checkpoints={name: path.resolve().name for name, path in config.versions.items()},
-            sampling=SamplingSettings(
+        summarise(
+            prompts,
+            results,
+            config.conversations,
+            {name: path.resolve().name for name, path in config.versions.items()},
+            SamplingSettings(
                 temperature=config.temperature, top_p=config.top_p, max_tokens=config.max_tokens
             ),
-            **summary.describe(prompts, results, config.conversations),
         )
     )
     if mesh.is_main():
-        rows = (
-            row
-            for name, result in results.items()
-            for row in summary.samples(name, prompts, result)
-        )
-        atomic.write_atomic(
-            run.path / "samples.jsonl", "".join(json.dumps(row) + "\n" for row in rows)
-        )
+        lines = []
+        for name, result in results.items():
+            for row in summary.list_samples(name, prompts, result):
+                lines.append(json.dumps(row.model_dump(exclude_defaults=True)) + "\n")
+
+        atomic.write_atomic(run.path / "samples.jsonl", "".join(lines))
 
     if config.attention:
         _attention(config, run, dialogs, results[config.attention[-1]].talks)
+
+
+def summarise(
+    prompts: Sequence[Prompt],
+    versions: Mapping[str, summary.Version],
+    conversations: int,
+    checkpoints: Mapping[str, str],
+    sampling: SamplingSettings,
+) -> EvaluateResult:
+    """Summarise what versions, in the order in which they were made, said to the same prompts."""
+    kinds = [classify(prompt) for prompt in prompts]
+    talks = {name: version.talks[0] for name, version in versions.items() if version.talks}
+    results = {name: summary.measure(prompts, kinds, version) for name, version in versions.items()}
+    return EvaluateResult(
+        versions=list(versions),
+        prompts={kind: kinds.count(kind) for kind in KINDS},
+        results=results,
+        win_rates=list(summary.compare_versions(kinds, versions)),
+        conversations=summary.show_prompts(prompts, versions, conversations),
+        ghost_dialogs={name: summary.list_turns(talk) for name, talk in talks.items()},
+        checkpoints=dict(checkpoints),
+        sampling=sampling,
+    )
 
 
 def _check(config: Config) -> None:
@@ -327,7 +350,9 @@ def _described(
         ratings,
         greedy,
         scores,
-        {place: ghost.count_by_turn(dialogs, talks) for place, talks in said.talks.items()},
+        Obedience(
+            **{role: ghost.count_by_turn(dialogs, talks) for role, talks in said.talks.items()}
+        ),
         said.talks.get("user", []),
     )
 
@@ -377,8 +402,8 @@ def _line(result: summary.Version) -> str:
     parts += [
         f"reward {axis} {sum(scores) / len(scores):.3f}" for axis, scores in result.rewards.items()
     ]
-    if "user" in result.ghost:
-        parts.append("obeys " + "/".join(f"{turn['rate']:.2f}" for turn in result.ghost["user"]))
+    if result.ghost.user:
+        parts.append("obeys " + "/".join(f"{turn.rate:.2f}" for turn in result.ghost.user))
 
     return ", ".join(parts)
 

@@ -24,7 +24,7 @@ from llama2.config import StageConfig
 from llama2.data.loader import Batch, Rows
 from llama2.data.split import opening
 from llama2.evaluate.baselines import BagOfWords, RankedTexts, judge_by_length
-from llama2.evaluate.winrate import wilson
+from llama2.evaluate.winrate import measure_share
 from llama2.generate.score import rewards
 from llama2.importers.tables import digest
 from llama2.mesh import Precision
@@ -408,8 +408,7 @@ def measure_accuracy(scorer: Scorer, pairs: Sequence[Pair], precision: Precision
 
 
 def _proportion(right: Sequence[float]) -> Proportion:
-    low, high = wilson(sum(right), len(right))
-    return Proportion(rate=sum(right) / len(right), n=len(right), low=low, high=high)
+    return measure_share(sum(right), len(right))
 
 
 def describe_accuracy(name: str, accuracy: SetAccuracy, axes: Set[Axis]) -> str:

@@ -23,7 +23,7 @@ from llama2.config import StageConfig
 from llama2.errors import UserError
 from llama2.evaluate import ghost
 from llama2.evaluate.judges import classify
-from llama2.evaluate.winrate import WinRate, compare, wilson
+from llama2.evaluate.winrate import compare, wilson
 from llama2.formats import hf_directory
 from llama2.generate.dialogue import Answer
 from llama2.generate.rewards import RewardModels, check, join
@@ -259,7 +259,7 @@ def _score_outcome(outcome: Outcome) -> float:
 def judge(config: Config, kinds: Sequence[str], preferred: Sequence[float]) -> SelectResult:
     """Who is kept, and why: the win rate over all comparisons and on every kind."""
     overall = compare(preferred, [0.0] * len(preferred))
-    by_kind: dict[str, WinRate] = {}
+    by_kind: dict[str, WinShare] = {}
     for kind in sorted(set(kinds)):
         here = [value for value, its in zip(preferred, kinds) if its == kind]
         by_kind[kind] = compare(here, [0.0] * len(here))
@@ -288,7 +288,7 @@ def judge(config: Config, kinds: Sequence[str], preferred: Sequence[float]) -> S
         kept="predecessor" if reasons else "candidate",
         reason="; ".join(reasons) or "it beats its predecessor",
         needed=config.win_rate,
-        win_rate={kind: WinShare.model_validate(share.as_json()) for kind, share in shares.items()},
+        win_rate=shares,
     )
 
 
