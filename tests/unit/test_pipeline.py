@@ -593,24 +593,3 @@ def test_the_screen_says_what_is_left(tmp_path):
     assert board._picture().plain.startswith("1/2 steps  0:50 elapsed  ETA 0:54")
     board.finished["w0"] = 0.0  # done before this command
     assert board._picture().plain.startswith("1/2 steps  0:50 elapsed  ETA 1:40")
-
-
-def test_a_recipe_beside_its_run_is_not_taken_for_a_model_of_the_hub(tmp_path, monkeypatch, capsys):
-    """`--out run` makes models called run/NAME, which reads like a name of the Hub's."""
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "recipe.yaml").write_text(
-        yaml.safe_dump(
-            {
-                "steps": {
-                    "world": {"verb": "world", "scale": 0.01},
-                    "copy": {
-                        "verb": "sft",
-                        "model": "${world}",
-                        "dialogs": {"a": {"path": "${world}/a.jsonl"}},
-                    },
-                }
-            }
-        )
-    )
-    assert llama2("run", "recipe.yaml", "--out", "run", "--dry-run") in (0, 2)
-    assert "Hub" not in capsys.readouterr().err
