@@ -105,7 +105,7 @@ def run(config: Config, run: Run) -> None:
 
     with ExitStack() as files:
         put = {
-            name: files.enter_context(writing(run.path / f"{name}.jsonl"))
+            name: files.enter_context(writing(run.path / f"{name}.jsonl", run.ranks))
             for name in (
                 *(("preferences", "heldout") if any(told) else ()),
                 *(() if all(told) else ("pairs",)),
