@@ -18,6 +18,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor, nn
 
+from llama2 import kernels
 from llama2.errors import UserError
 from llama2.mesh import Precision, autocast, share, unshare, world
 from llama2.model.llama import Llama
@@ -135,6 +136,7 @@ def _over_batches(
     rounds = -(-len(batches) // world())
     device = next(model.parameters()).device
     results: list[list[R]] = []
+    kernels.install(model)
 
     with torch.inference_mode(), autocast(precision):
         for turn in range(rounds):

@@ -22,7 +22,7 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from llama2 import mesh, private_folders
+from llama2 import kernels, mesh, private_folders
 from llama2.config import Config
 from llama2.errors import UserError
 from llama2.mesh import Precision
@@ -132,7 +132,7 @@ class Learner:
         precision: Precision = "fp32",
         compile: bool = False,
     ) -> None:
-        self.model, self.precision = model, precision
+        self.model, self.precision = kernels.install(model), precision
         self.step = self.tokens = self.trained = 0
         self.optimizer = optim.adamw(model, optimizer or optim.AdamW(), rates)
         self.parts = optim.parts(model, apart)
