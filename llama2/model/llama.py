@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook  # as asked by every call of a module
 from torch.utils.checkpoint import checkpoint
 
+from llama2 import devices
 from llama2.errors import UserError
 from llama2.model import attention
 from llama2.model.attention import (

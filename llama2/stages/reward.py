@@ -24,7 +24,7 @@ from llama2.config import StageConfig
 from llama2.data.loader import Batch, Rows
 from llama2.data.split import opening
 from llama2.devices import Precision
-from llama2.evaluate.baselines import Answers, BagOfWords, by_length
+from llama2.evaluate.baselines import BagOfWords, RankedTexts, judge_by_length
 from llama2.evaluate.winrate import wilson
 from llama2.generate.score import rewards
 from llama2.importers.tables import digest
@@ -105,7 +105,7 @@ class Pair:
     degree: int
     safe: tuple[int, int]
     axis: Axis = "helpful"
-    texts: Answers = ("", "")
+    texts: RankedTexts = ("", "")
     conversation: int = 0
     """a digest of how it opens"""
 
@@ -372,7 +372,9 @@ def measure(
         measured[name] = accuracy(scorer, found, precision, ranks)
         if words is not None:
             measured[name]["baselines"] = {
-                "longer": _share(by_length((pair.texts, pair.axis == "safe") for pair in found)),
+                "longer": _share(
+                    judge_by_length((pair.texts, pair.axis == "safe") for pair in found)
+                ),
                 "bag_of_words": _share(words.judge([pair.texts for pair in found])),
             }
 
