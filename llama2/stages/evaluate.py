@@ -25,7 +25,7 @@ from llama2 import atomic, records, runs
 from llama2 import config as configuration
 from llama2.errors import UserError
 from llama2.evaluate import attention, ghost, summary
-from llama2.evaluate.judges import known_truth, truth
+from llama2.evaluate.judges import rate
 from llama2.formats.checkpoint import config_of
 from llama2.generate.dialogue import Answer, Chat
 from llama2.generate.engine import Engine
@@ -46,6 +46,7 @@ from llama2.stages.common.answers import (
     judged,
     twins,
 )
+from llama2.stages.common.judges import make_judge
 from llama2.stages.common.planning import Cluster, Lineage, judging_plan
 from llama2.stages.common.training import load_policy
 from llama2.terminal_text import say
@@ -131,7 +132,7 @@ class Said:
 
     answers: list[Answer]
     greedy: list[Answer] | None = None
-    talks: dict[ghost.Place, list[Messages]] = field(default_factory=dict)
+    talks: dict[ghost.InstructionRole, list[Messages]] = field(default_factory=dict)
 
 
 def plan(config: Config, cluster: Cluster, lineage: Lineage) -> dict[str, Any]:
@@ -157,7 +158,7 @@ def run(config: Config, run: runs.Run) -> None:
     dialogs = ghost.read(config.ghost, config.ghost_limit) if config.ghost else []
     read = list(records.read(Prompt, config.prompts))[: config.limit]
     prompts = fitting(paths, read, 8, run.tally("prompts"), config.prompts)
-    known = known_truth(prompts)
+    known = sum(map(make_judge().accepts, prompts))
 
     if 0 < known < len(prompts):
         _say(
@@ -245,12 +246,12 @@ def _answers(
     place: int,
     run: runs.Run,
     prompts: Sequence[Prompt],
-    dialogs: Sequence[ghost.Dialog],
+    dialogs: Sequence[ghost.GhostDialog],
 ) -> Said:
     """All that the version at this place has to say."""
     begin, name = time.monotonic(), list(config.versions)[place]
     asked = [prompt.messages for prompt in prompts]
-    talks: dict[ghost.Place, list[Messages]] = {}
+    talks: dict[ghost.InstructionRole, list[Messages]] = {}
 
     with in_turn(lambda: _chat(config, name, run), run.ranks.device) as chat:
         answers = answered(
@@ -265,14 +266,16 @@ def _answers(
                 config.sampling(config.seed, temperature=0.0),
                 config.slots,
             )
-            if config.greedy and known_truth(prompts) == len(prompts)
+            if config.greedy and all(map(make_judge().accepts, prompts))
             else None
         )
-        where: tuple[ghost.Place, ...] = ("user", "system")
+        where: tuple[ghost.InstructionRole, ...] = ("user", "system")
 
         for one in where if dialogs else ():
 
-            def hold(some: Sequence[ghost.Dialog], first: int, one: ghost.Place = one) -> list[Any]:
+            def hold(
+                some: Sequence[ghost.GhostDialog], first: int, one: ghost.InstructionRole = one
+            ) -> list[Any]:
                 held = ghost.converse(chat(), some, config.sampling(config.seed), one, first)
                 return [[[turn.role, turn.content] for turn in talk] for talk in held]
 
@@ -315,13 +318,13 @@ def _load(config: Config, name: str, device: torch.device) -> tuple[Llama, Token
 def _described(
     config: Config,
     prompts: Sequence[Prompt],
-    dialogs: Sequence[ghost.Dialog],
+    dialogs: Sequence[ghost.GhostDialog],
     said: Said,
     scores: Mapping[Axis, Sequence[float]],
 ) -> summary.Version:
     """What the judges think of a version. `scores` are probabilities."""
     ratings, greedy = (
-        None if answers is None else truth(prompts, [one.text for one in answers])
+        None if answers is None else rate(make_judge(), prompts, [one.text for one in answers])
         for answers in (said.answers, said.greedy)
     )
     return summary.Version(
@@ -329,7 +332,7 @@ def _described(
         ratings,
         greedy,
         scores,
-        {place: ghost.by_turn(dialogs, talks) for place, talks in said.talks.items()},
+        {place: ghost.count_by_turn(dialogs, talks) for place, talks in said.talks.items()},
         said.talks.get("user", []),
     )
 
@@ -338,7 +341,7 @@ ATTENTION_DIALOGS = 16
 
 
 def _attention(
-    config: Config, run: runs.Run, dialogs: Sequence[ghost.Dialog], said: Sequence[Messages]
+    config: Config, run: runs.Run, dialogs: Sequence[ghost.GhostDialog], said: Sequence[Messages]
 ) -> None:
     """Figure 10 on the first dialogs, with the answers of the last version asked for; one model
     after the other."""

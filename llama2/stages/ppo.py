@@ -23,7 +23,7 @@ from torch import nn
 from llama2 import devices
 from llama2.config import StageConfig
 from llama2.errors import UserError
-from llama2.evaluate.judges import kind_of
+from llama2.evaluate.judges import classify
 from llama2.formats.hf_directory import model_files, verify_checksums
 from llama2.generate.dialogue import Answer, Chat
 from llama2.generate.engine import Engine
@@ -459,7 +459,7 @@ def measure(
     marks = [probability(one[0].joined) for one in score(judge, chat.tokenizer, prompts, answers)]
     kinds: dict[str, list[float]] = {}
     for prompt, mark in zip(prompts, marks):
-        kinds.setdefault(kind_of(prompt), []).append(mark)
+        kinds.setdefault(classify(prompt), []).append(mark)
 
     means = {f"heldout/{kind}": statistics.fmean(found) for kind, found in kinds.items()}
     return {**means, "heldout/reward": statistics.fmean(means.values())}

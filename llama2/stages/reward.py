@@ -24,7 +24,7 @@ from llama2.config import StageConfig
 from llama2.data.loader import Batch, Rows
 from llama2.data.split import opening
 from llama2.devices import Precision
-from llama2.evaluate.baselines import Answers, BagOfWords, by_length
+from llama2.evaluate.baselines import BagOfWords, RankedTexts, judge_by_length
 from llama2.evaluate.winrate import wilson
 from llama2.generate.score import rewards
 from llama2.importers.tables import digest
@@ -114,7 +114,7 @@ class Pair:
     degree: int
     safe: tuple[int, int]
     axis: Axis = "helpful"
-    texts: Answers = ("", "")
+    texts: RankedTexts = ("", "")
     conversation: int = 0
     """a digest of how it opens"""
 
@@ -386,7 +386,7 @@ def measure(
         texts = [pair.texts for pair in heldout[name]]
         is_safety = [pair.axis == "safe" for pair in heldout[name]]
         baselines = Baselines(
-            longer=_proportion(by_length(zip(texts, is_safety))),
+            longer=_proportion(judge_by_length(zip(texts, is_safety))),
             bag_of_words=_proportion(words.judge(texts)),
         )
         accuracies[name] = accuracy.model_copy(update={"baselines": baselines})

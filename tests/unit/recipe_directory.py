@@ -11,7 +11,7 @@ from typing import Any
 from llama2.evaluate import summary
 from llama2.generate.dialogue import Answer
 from llama2.generate.engine import Completion
-from llama2.microworld.rater import Rating
+from llama2.judging import Rating
 from llama2.records import DEGREES, Message, Prompt
 from llama2.results import (
     AccuracyResult,

@@ -10,6 +10,7 @@ from commands import llama2
 
 from llama2 import records
 from llama2.formats import checkpoint
+from llama2.microworld.annotators import SimulatedAnnotators
 from llama2.records import Prompt
 from llama2.stages import select
 
@@ -75,10 +76,12 @@ def test_scores_become_preferences():
 
 def test_equal_texts_are_ties(world):
     asked = list(records.read(Prompt, world / "prompts-validation.jsonl"))
-    assert select.compare_texts(CONFIG, asked, [["same"] * len(asked)] * 2) == [0.0] * len(asked)
+    assert select.compare_texts(SimulatedAnnotators(1), asked, [["same"] * len(asked)] * 2) == [
+        0.0
+    ] * len(asked)
     good = ["The job of nobody."] * len(asked)
-    forwards = select.compare_texts(CONFIG, asked, [good, ["."] * len(asked)])
-    backwards = select.compare_texts(CONFIG, asked, [["."] * len(asked), good])
+    forwards = select.compare_texts(SimulatedAnnotators(1), asked, [good, ["."] * len(asked)])
+    backwards = select.compare_texts(SimulatedAnnotators(1), asked, [["."] * len(asked), good])
     assert forwards == [-value for value in backwards]  # no favour to either side
     assert set(forwards) <= {-1.0, 0.0, 1.0}
 
