@@ -20,7 +20,7 @@ import torch
 import tyro
 from pydantic import Field
 
-from llama2 import atomic, mesh
+from llama2 import atomic
 from llama2.config import Config as Section
 from llama2.data.documents import Split, read_documents
 from llama2.formats.checkpoint import config_of, load
@@ -28,6 +28,7 @@ from llama2.generate.engine import Engine
 from llama2.generate.score import predictions
 from llama2.model import quantize
 from llama2.model.llama import Llama, LlamaConfig
+from llama2.ranks import Ranks, join
 from llama2.records import Document, dump
 from llama2.tokenizer.tokenizer import Tokenizer
 
@@ -60,13 +61,13 @@ class Config(Section):
 
 def run(config: Config) -> None:
     """Print the report, and write it into `out`."""
-    mesh.init()
+    ranks = join()
     for precision in config.precisions:
         quantize.check(precision)
 
     shape, tokenizer = config_of(config.checkpoint), Tokenizer.load(config.checkpoint)
     tokenizer.check(config.checkpoint, shape.vocab_size, shape.bos_token_id)
-    model = load(config.checkpoint, device=mesh.device()).eval().requires_grad_(False)
+    model = load(config.checkpoint, device=ranks.device).eval().requires_grad_(False)
     count, rows = windows(
         read_documents(config.data, split=config.split),
         tokenizer,
@@ -76,10 +77,10 @@ def run(config: Config) -> None:
     report = {
         "checkpoint": str(config.checkpoint),
         "documents": count,
-        **measure(model, rows, config.precisions),
+        **measure(model, rows, config.precisions, ranks),
     }
 
-    if not mesh.is_main():
+    if not ranks.is_main:
         return
 
     if config.out is not None:
@@ -111,10 +112,13 @@ def windows(
 
 
 def measure(
-    model: Llama, rows: TokenRows, precisions: Sequence[quantize.WeightPrecision]
+    model: Llama,
+    rows: TokenRows,
+    precisions: Sequence[quantize.WeightPrecision],
+    ranks: Ranks | None = None,
 ) -> dict[str, Any]:
     """Report on a model, whose weights are fp32: coverage and loss of each precision."""
-    logp_N, best_N = _predicted(model, rows, "fp32")
+    logp_N, best_N = _predicted(model, rows, "fp32", ranks)
     report: dict[str, Any] = {
         "tokens": len(logp_N),
         "fp32": {
@@ -124,7 +128,7 @@ def measure(
     }
     for precision in precisions:
         served = Engine(model, precision=precision).current()
-        own_N, choice_N = _predicted(served, rows, precision)
+        own_N, choice_N = _predicted(served, rows, precision, ranks)
         gaps_N, covered = (own_N - logp_N).abs(), coverage(model.config, precision)
         perplexity = _perplexity(own_N)
         report[precision] = {
@@ -178,10 +182,10 @@ def coverage(shape: LlamaConfig, precision: quantize.WeightPrecision) -> list[di
 
 
 def _predicted(
-    model: Llama, rows: TokenRows, precision: quantize.WeightPrecision
+    model: Llama, rows: TokenRows, precision: quantize.WeightPrecision, ranks: Ranks | None
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Return log p of every token (float64 N), and the likeliest token in its place (N)."""
-    predicted = predictions(model, rows, quantize.computing(precision))
+    predicted = predictions(model, rows, quantize.computing(precision), ranks=ranks)
     logp_N = torch.tensor([logp for logps, _ in predicted for logp in logps], dtype=torch.double)
     best_N = torch.tensor([token for _, tokens in predicted for token in tokens])
     return logp_N, best_N

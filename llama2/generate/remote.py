@@ -89,7 +89,8 @@ class RemoteEngine:
 
     context: the most tokens of prompt and completion together. retries: how often a failed request
     is repeated, after `pause` seconds, twice as many, and so on. timeout: seconds for one request.
-    concurrency: requests at a time. state: the directory of the journal. progress: called after
+    concurrency: requests at a time. state: the directory of the journal,
+    in which `rank` has a file of its own. progress: called after
     each completion.
     """
 
@@ -106,6 +107,7 @@ class RemoteEngine:
         concurrency: int = 64,
         pause: float = 1.0,
         state: Path | None = None,
+        rank: int = 0,
         progress: Progress | None = None,
     ) -> None:
         self._wire = Wire(
@@ -117,7 +119,8 @@ class RemoteEngine:
             context,
             tokenizer,
         )
-        self.progress, self._journal, self._resumable = progress, Journal(state), state is not None
+        self.progress, self._resumable = progress, state is not None
+        self._rank, self._journal = rank, Journal(state, rank)
 
     def generate(
         self, prompts: Sequence[Tokens], sampling: Sampling, indices: Sequence[int] | None = None
@@ -151,7 +154,7 @@ class RemoteEngine:
 
     def keep_in(self, state: Path) -> None:
         """From now on the journal is in this directory."""
-        self._journal, self._resumable = Journal(state), True
+        self._journal, self._resumable = Journal(state, self._rank), True
 
     def check(self, prompts: Sequence[Tokens]) -> None:
         """Raise the UserError that `generate` would raise for these prompts."""
@@ -390,6 +393,7 @@ def connect(
     context: int,
     *,
     state: Path | None = None,
+    rank: int = 0,
     progress: Progress | None = None,
 ) -> RemoteEngine:
     """An engine on `server`, once it has said that it serves the model; its own limit of length is
@@ -414,6 +418,7 @@ def connect(
         timeout=server.timeout,
         concurrency=server.concurrency,
         state=state,
+        rank=rank,
         progress=progress,
     )
     models = engine.models()

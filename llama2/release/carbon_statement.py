@@ -6,6 +6,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from llama2.devices import CPU
 from llama2.records import dump
 from llama2.release import markdown as md
 from llama2.release.lineage import Lineage, Stage
@@ -69,8 +70,8 @@ def document(lineage: Lineage, measured: Measured | None, power: Power) -> str:
         "The method of the Llama 2 paper (section 2.2.1): device-hours x rated power x PUE x "
         "carbon intensity. The hours are measured. The rest is assumed, not metered:",
         md.bullets(
-            f"{power.watts_per_core:g} W a CPU core" if "cpu" in devices else "",
-            f"{power.watts_per_gpu:g} W an accelerator" if devices - {"cpu"} else "",
+            f"{power.watts_per_core:g} W a CPU core" if CPU in devices else "",
+            f"{power.watts_per_gpu:g} W an accelerator" if devices - {CPU} else "",
             f"a power usage effectiveness (PUE) of {power.pue:g}",
             f"{power.kg_per_kwh:g} kg CO2eq for each kWh",
         ),

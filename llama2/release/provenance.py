@@ -18,6 +18,7 @@ import yaml
 
 from llama2 import runs
 from llama2.config.yaml12 import read_yaml
+from llama2.devices import is_cpu
 from llama2.records import dump
 from llama2.release import markdown as md
 from llama2.release.lineage import RECIPE, Lineage, Stage
@@ -153,7 +154,7 @@ def make_command(stage: Stage) -> str:
         launcher = f"torchrun --standalone --nproc-per-node {ranks} -m llama2.cli"
         program = program.replace("llama2", launcher, 1)
 
-    limited = threads and stage.step.device == "cpu"
+    limited = threads and is_cpu(stage.step.device)
     return f"OMP_NUM_THREADS={threads} {program}" if limited else program
 
 

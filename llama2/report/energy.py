@@ -76,7 +76,7 @@ def measure_energy(step: Step, power: Power) -> Energy | None:
     if step.seconds is None:
         return None
 
-    watts = power.watts_per_core if step.device == "cpu" else power.watts_per_gpu
+    watts = power.watts_per_core if step.on_cpu else power.watts_per_gpu
     return Energy(step.devices * step.seconds / 3600, watts, power.pue, power.kg_per_kwh)
 
 

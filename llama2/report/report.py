@@ -13,7 +13,7 @@ from typing import Annotated
 
 from pydantic import BeforeValidator
 
-from llama2 import atomic, mesh, runs
+from llama2 import atomic, runs
 from llama2.config import StageConfig
 from llama2.report import (
     charts,
@@ -52,7 +52,7 @@ class Config(StageConfig):
 
 def run(config: Config, run: runs.Run) -> None:
     """Write report.html."""
-    if not mesh.is_main():
+    if not run.ranks.is_main:
         return
 
     file = run.path / PAGE

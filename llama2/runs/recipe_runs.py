@@ -15,6 +15,7 @@ from typing import Any, TypeVar
 from pydantic import ValidationError
 
 from llama2 import json_files
+from llama2.devices import CPU, is_cpu
 from llama2.errors import UserError
 from llama2.results import AttentionResult, EvaluateResult, SelectResult, StageResult
 from llama2.runs import (
@@ -142,7 +143,12 @@ class Step:
     @property
     def device(self) -> str:
         """The kind of device the run computed on: cpu, cuda, ..."""
-        return str(self.manifest.get("device", "cpu"))
+        return str(self.manifest.get("device", CPU))
+
+    @property
+    def on_cpu(self) -> bool:
+        """Whether the run computed on CPU cores."""
+        return is_cpu(self.device)
 
     @property
     def started(self) -> str:
@@ -158,7 +164,7 @@ class Step:
     @property
     def devices(self) -> int:
         """Cores or accelerators the run kept busy."""
-        threads = self.manifest.get("threads", 1) if self.device == "cpu" else 1
+        threads = self.manifest.get("threads", 1) if self.on_cpu else 1
         return int(self.manifest.get("ranks", 1)) * int(threads)
 
     @property

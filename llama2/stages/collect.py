@@ -110,7 +110,7 @@ def run(config: Config, run: Run) -> None:
 
         def open_file(name: str) -> None:
             if name not in put:
-                put[name] = files.enter_context(writing(run.path / f"{name}.jsonl"))
+                put[name] = files.enter_context(writing(run.path / f"{name}.jsonl", run.ranks))
 
         for name in ("preferences", "heldout") if any(accepted) else ():
             open_file(name)
@@ -185,8 +185,8 @@ class Desk:
             unjudged=file["pairs"],
             dropped=self.tally.read - self.tally.kept - file["pairs"],
             degrees={degree: self.counts["degree"][degree] for degree in DEGREES},
-            axes=dict(+self.counts["axis"]),
-            safety=dict(+self.counts["safety"]),
+            axes=dict(self.counts["axis"]),
+            safety=dict(self.counts["safety"]),
         )
 
 

@@ -18,17 +18,18 @@ import numpy as np
 import torch
 from pydantic import Field
 
-from llama2 import mesh, records
+from llama2 import records
 from llama2.config import Config as Section
 from llama2.config import StageConfig
 from llama2.data.loader import Batch, Rows
 from llama2.data.split import opening
+from llama2.devices import Precision
 from llama2.evaluate.baselines import BagOfWords, RankedTexts, judge_by_length
 from llama2.evaluate.winrate import measure_share
 from llama2.generate.score import rewards
 from llama2.importers.tables import digest
-from llama2.mesh import Precision
 from llama2.model.scorer import Scorer
+from llama2.ranks import Ranks
 from llama2.records import DEGREES, Axis, Message, Preference
 from llama2.results import (
     AccuracyResult,
@@ -142,7 +143,7 @@ def plan(config: Config, cluster: Cluster, lineage: Lineage) -> dict[str, Any]:
 
 def run(config: Config, run: Run) -> None:
     """Train, measure accuracy by set and degree, and leave a reward-model checkpoint."""
-    scorer, tokenizer = load_scorer(config.model, seed=config.seed, home=config.training.home())
+    scorer, tokenizer = load_scorer(config.model, config.training.home(run.ranks), seed=config.seed)
     encoder = Encoder(tokenizer, config.max_tokens, scorer.config.max_position_embeddings)
 
     sets = mixed(config, encoder, run)
@@ -152,6 +153,7 @@ def run(config: Config, run: Run) -> None:
     source = Rows(
         pairs,
         collate,
+        run.ranks,
         batch_size=config.batch_size,
         micro_batch_size=config.micro_batch_size,
         epochs=config.epochs,
@@ -177,12 +179,12 @@ def run(config: Config, run: Run) -> None:
         source,
         ranking(config.margins, config.auxiliary_weight),
         settings,
-        save_model=saver(scorer, tokenizer),
+        save_model=saver(scorer, tokenizer, run.ranks),
         title="reward",
         flops_per_token=flops_per_token(scorer.config, mean_length(pairs), scalar=True),
     )
     scorer.eval()
-    measured = measure(scorer, pairs, heldout, settings.precision)
+    measured = measure(scorer, pairs, heldout, settings.precision, run.ranks)
     conclude(run, scorer, learner, sets, measured)
     own = axis_of(pairs)
 
@@ -369,13 +371,14 @@ def measure(
     pairs: Sequence[Pair],
     heldout: Mapping[str, Sequence[Pair]],
     precision: Precision,
+    ranks: Ranks,
 ) -> dict[str, SetAccuracy]:
     """Measure accuracy on each held-out set, and on rank 0 beside it that of judges which
     understand nothing."""
     accuracies = {
-        name: measure_accuracy(scorer, pairs, precision) for name, pairs in heldout.items()
+        name: measure_accuracy(scorer, pairs, precision, ranks) for name, pairs in heldout.items()
     }
-    if not heldout or not mesh.is_main():
+    if not heldout or not ranks.is_main:
         return accuracies
 
     words = BagOfWords([pair.texts for pair in pairs])
@@ -391,11 +394,13 @@ def measure(
     return accuracies
 
 
-def measure_accuracy(scorer: Scorer, pairs: Sequence[Pair], precision: Precision) -> SetAccuracy:
+def measure_accuracy(
+    scorer: Scorer, pairs: Sequence[Pair], precision: Precision, ranks: Ranks
+) -> SetAccuracy:
     """Measure the share of pairs whose preferred answer scores higher (a tie counts half), in all
     and by degree (Table 8)."""
     rows = [pair.chosen for pair in pairs] + [pair.rejected for pair in pairs]
-    scores = rewards(scorer, rows, precision)
+    scores = rewards(scorer, rows, precision, ranks=ranks)
     chosen, rejected = scores[: len(pairs)], scores[len(pairs) :]
     right = [0.5 * (1 + np.sign(a - b)) for a, b in zip(chosen, rejected)]
 

@@ -53,7 +53,7 @@ class Pool:
         """
         chosen = self._all() if len(self._rounds) == 1 else self._choose(run, chat, rewards, sample)
         sizes = [0] * len(self._rounds)
-        with writing(run.path / "pool.jsonl") as put:
+        with writing(run.path / "pool.jsonl", run.ranks) as put:
             for mark, place in chosen:
                 one = self._record(place)
                 put(replace(one, train="last", metadata={**one.metadata, "reward": round(mark, 4)}))
