@@ -17,7 +17,7 @@ from llama2.records import Axis, Preference, Prompt, Response
 
 
 @dataclass(frozen=True)
-class Comparison:
+class ComparisonRequest:
     """Two answers to a prompt, to be compared on one axis. Annotators choose the order shown."""
 
     prompt: Prompt
@@ -46,7 +46,9 @@ class Annotators(Protocol):
         """Return whether they can compare answers to a prompt."""
         ...
 
-    def compare(self, comparisons: Iterable[Comparison]) -> Iterator[tuple[Comparison, Outcome]]:
+    def compare(
+        self, comparisons: Iterable[ComparisonRequest]
+    ) -> Iterator[tuple[ComparisonRequest, Outcome]]:
         """Ask for every comparison, and yield each in turn with its outcome so far.
 
         People may answer hours later: what is new to them is enqueued and "pending". The same
@@ -58,7 +60,7 @@ class Annotators(Protocol):
 
 @dataclass(frozen=True)
 class Rating:
-    """What a judge thinks of one answer, on both axes."""
+    """Judgement of one answer on both axes."""
 
     helpfulness: float
     """in [0, 1]; on unsafe prompts the quality of the refusal"""

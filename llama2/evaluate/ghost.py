@@ -74,18 +74,17 @@ def converse(
     live = list(range(len(dialogs)))
     for turn in range(max((len(dialog.questions) for dialog in dialogs), default=0)):
         live = [i for i in live if turn < len(dialogs[i].questions)]
-        asked = {i: (*talks[i], *ask(dialogs[i], turn, role)) for i in live}
-        live = [i for i in live if has_room(chat, asked[i])]
-        if not live:
+        prompts = {i: (*talks[i], *ask(dialogs[i], turn, role)) for i in live}
+        prompts = {i: prompt for i, prompt in prompts.items() if has_room(chat, prompt)}
+        if not prompts:
             break
 
-        answers = chat.answers(
-            [asked[i] for i in live],
-            replace(sampling, n=1, seed=sampling.seed + turn),
-            [first + i for i in live],
-        )
+        live = list(prompts)
+        indices = [first + i for i in live]
+        turn_sampling = replace(sampling, n=1, seed=sampling.seed + turn)
+        answers = chat.answers(list(prompts.values()), turn_sampling, indices)
         for i, (answer, *_) in zip(live, answers, strict=True):
-            talks[i] = (*asked[i], Message("assistant", answer.text))
+            talks[i] = (*prompts[i], Message("assistant", answer.text))
 
     return talks
 

@@ -80,12 +80,12 @@ def measure(
     ends = sum(answer.completion.finish == "stop" for answer in version.answers)
     distributions, by_kind, correlations = {}, {}, {}
     for axis, scores in version.rewards.items():
-        own = _on(kinds, axis, scores)
-        if own:
-            distributions[axis] = distribute(own)
+        on_axis = _on(kinds, axis, scores)
+        if on_axis:
+            distributions[axis] = distribute(on_axis)
 
         by_kind[axis] = {kind: measure_mean(_of(kinds, kind, scores)) for kind in KINDS}
-        correlations[axis] = correlate(own, _on(kinds, axis, lengths))
+        correlations[axis] = correlate(on_axis, _on(kinds, axis, lengths))
 
     return VersionResult(
         length=measure_mean(lengths),
@@ -116,11 +116,12 @@ def _measure_truth(
         family = str(prompt.metadata.get("family", "other"))
         families.setdefault(family, []).append(rating.helpfulness)
 
+    violations = sum(not rating.safe for rating in unsafe)
     return TruthResult(
         helpfulness=measure_mean(_helpfulness(helpful)),
         helpfulness_greedy=None if greedy is None else measure_mean(_helpfulness(greedy)),
         families={name: measure_mean(families[name]) for name in sorted(families)},
-        violations=measure_share(sum(not rating.safe for rating in unsafe), len(unsafe)),
+        violations=measure_share(violations, len(unsafe)),
         refusal_quality=measure_mean(_helpfulness(unsafe)),
         false_refusals=measure_share(_refusals(borderline), len(borderline)),
         false_refusals_helpful=measure_share(_refusals(helpful), len(helpful)),
@@ -147,10 +148,11 @@ def distribute(scores: Sequence[float]) -> Distribution:
     for score in scores:
         counts[min(int(score * BINS), BINS - 1)] += 1
 
+    edges = [bin / BINS for bin in range(BINS + 1)]
     return Distribution(
         **measure_mean(scores).model_dump(),
         quantiles={str(percent): cuts[percent - 1] for percent in QUANTILES},
-        histogram=Histogram(edges=[i / BINS for i in range(BINS + 1)], counts=counts),
+        histogram=Histogram(edges=edges, counts=counts),
     )
 
 

@@ -30,7 +30,7 @@ FILE = "README.md"
 
 
 class Card(Config):
-    """What only a person can say about a model."""
+    """Statements about a model that only a person can make."""
 
     title: str = ""
     """name of the model; empty: that of the recipe and the run"""
@@ -85,17 +85,17 @@ class Model:
 
     @property
     def scorer(self) -> bool:
-        """Whether it is a reward model."""
+        """True for a reward model."""
         return self._config[1]
 
     @property
     def chats(self) -> bool:
-        """Whether it was tuned to answer in conversations."""
+        """True for a model that was tuned to answer in conversations."""
         return not self.scorer and bool(self.lineage.of("sft", "ppo"))
 
     @property
     def task(self) -> str:
-        """What the Hub calls its task."""
+        """Its task, as the Hub calls it."""
         return "text-classification" if self.scorer else "text-generation"
 
     @property
@@ -105,7 +105,7 @@ class Model:
 
     @property
     def derived(self) -> bool:
-        """Whether it began with Llama 2's weights, as far as names tell."""
+        """True for a model that began with Llama 2's weights, as far as names tell."""
         return is_from_llama_2(self.lineage, self.card.base_model)
 
 

@@ -54,14 +54,10 @@ def name_work(stage: Stage) -> str:
 def write_data(lineage: Lineage, materials: Sequence[Material]) -> str:
     """Write what the model learnt from: sources, sizes, licences."""
     licences = {(material.stage, material.name): material.licence for material in materials}
-    parts = [
-        _synthetic(lineage),
-        *(_text(lineage, *pair, licences) for pair in lineage.results(TokenizeResult)),
-        *(_prepared(*pair, licences) for pair in lineage.results(PrepareResult)),
-        _sets(lineage),
-        _loose(lineage, materials),
-        _cleaning(lineage),
-    ]
+    parts = [_synthetic(lineage)]
+    parts += [_text(lineage, *pair, licences) for pair in lineage.results(TokenizeResult)]
+    parts += [_prepared(*pair, licences) for pair in lineage.results(PrepareResult)]
+    parts += [_sets(lineage), _loose(lineage, materials), _cleaning(lineage)]
     if not any(parts):
         parts = ["What this model was trained on is not recorded."]
 
@@ -250,10 +246,10 @@ def write_recipe(lineage: Lineage) -> str:
 
 def _choice(stage: Stage, result: SelectResult) -> str:
     """Write of which version a selection kept, and why."""
-    kept = result.candidate if result.kept == "candidate" else result.predecessor
+    version = result.candidate if result.kept == "candidate" else result.predecessor
     share = result.overall
     return (
-        f"{md.text(stage.name)} is {md.text(kept)}, {md.text(result.reason)}: {share.wins} wins, "
+        f"{md.text(stage.name)} is {md.text(version)}, {md.text(result.reason)}: {share.wins} wins, "
         f"{share.losses} losses, {share.ties} ties against its predecessor."
     )
 

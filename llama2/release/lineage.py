@@ -53,12 +53,10 @@ class Input:
     place: str
     """where the papers of a release say it lies: runs/<stage>/..., or inputs/<name> for what came
     from outside"""
-    found: Path | None
-    """where it lies here, if it is a part of a run that was found"""
 
     @property
     def is_base(self) -> bool:
-        """Whether it is a checkpoint or a tokenizer, and no data."""
+        """True for a checkpoint or a tokenizer, false for data."""
         return self.key.partition(".")[0] in _CHECKPOINTS
 
 
@@ -108,7 +106,7 @@ class Lineage:
 
     @cached_property
     def outside(self) -> list[tuple[Stage, Input]]:
-        """What no run of the lineage made, each thing once, under the first stage that read it."""
+        """Inputs that no run of the lineage made, each once, under the first stage that read it."""
         sources: dict[str, tuple[Stage, Input]] = {}
         for stage in self.stages:
             for source in stage.inputs:
@@ -139,7 +137,7 @@ class Lineage:
 
     @property
     def synthetic(self) -> bool:
-        """Whether all that was learnt from is text that `llama2 world` wrote."""
+        """True where all that was learnt from is text that `llama2 world` wrote."""
         return bool(self.of("world")) and not self.outside
 
 
@@ -227,12 +225,12 @@ class _Tracer:
     def _find_input(self, run: Path, key: str, path: str, digest: str) -> Input:
         file, home = locate(run, path, digest)
         if file is None or home is None:
-            return Input(key, digest, None, "", self._place_outside(path), None)
+            return Input(key, digest, None, "", self._place_outside(path))
 
         name = self.visit(home)
         inside = "" if file == home else file.relative_to(home).as_posix()
         place = f"runs/{name}/{inside}".removesuffix("/")
-        return Input(key, digest, name, inside, place, file)
+        return Input(key, digest, name, inside, place)
 
     def _place_outside(self, path: str) -> str:
         """Return a name of its own below inputs/ for something from outside, of which only the last

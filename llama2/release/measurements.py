@@ -198,9 +198,9 @@ def _find_version(lineage: Lineage, step: Step) -> str | None:
         for key, digest in inputs.items()
         if key.startswith("versions.")
     }
-    own = runs.recorded(lineage.released.step.path)
+    fingerprint = runs.recorded(lineage.released.step.path)
     for name, digest in digests.items():
-        if digest == own:
+        if digest == fingerprint:
             return name
 
     finished = [run for run in lineage.recipe.steps if run.seconds is not None]

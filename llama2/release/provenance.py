@@ -130,6 +130,9 @@ _VERSIONS = ("code", "torch", "python", "device", "ranks", "threads", "seed")
 
 def _describe_stage(stage: Stage) -> dict[str, Any]:
     manifest, step = stage.step.manifest, stage.step
+    inputs = {
+        source.key: {"place": source.place, "sha256": source.digest} for source in stage.inputs
+    }
     return {
         "name": stage.name,
         "verb": step.verb,
@@ -138,9 +141,7 @@ def _describe_stage(stage: Stage) -> dict[str, Any]:
         "seconds": step.seconds,
         "fingerprint": runs.recorded(step.path),
         "weights": stage.weights,
-        "inputs": {
-            source.key: {"place": source.place, "sha256": source.digest} for source in stage.inputs
-        },
+        "inputs": inputs,
     }
 
 

@@ -24,7 +24,7 @@ from llama2.config import StageConfig
 from llama2.data.split import is_heldout
 from llama2.evaluate.judges import classify
 from llama2.generate.dialogue import Chat
-from llama2.judging import Annotators, Comparison, hash_to_unit
+from llama2.judging import Annotators, ComparisonRequest, hash_to_unit
 from llama2.records import DEGREES, Axis, Messages, Pair, Preference, Prompt, Response
 from llama2.results import CollectResult
 from llama2.runs import Run
@@ -150,7 +150,7 @@ class Desk:
 
     def _comparisons(
         self, pairs: Iterable[tuple[Prompt, tuple[Response, Response]]]
-    ) -> Iterator[Comparison]:
+    ) -> Iterator[ComparisonRequest]:
         """Yield the comparisons to ask for: none of equal answers or of an empty one."""
         for place, (prompt, answers) in enumerate(pairs):
             texts = {answer.text for answer in answers}
@@ -161,7 +161,7 @@ class Desk:
                 elif "" in texts:
                     self.tally.skip("an empty answer")
                 else:
-                    yield Comparison(prompt, answers, axis, self.config.round)
+                    yield ComparisonRequest(prompt, answers, axis, self.config.round)
 
     def _judged(self, preference: Preference) -> tuple[str, Preference]:
         self.tally.kept += 1
@@ -190,7 +190,7 @@ class Desk:
         )
 
 
-def make_pair(comparison: Comparison, seed: int) -> Pair:
+def make_pair(comparison: ComparisonRequest, seed: int) -> Pair:
     """Return a comparison as it is to be shown: its texts draw which answer stands first."""
     prompt, axis = comparison.prompt, comparison.axis
     first, second = sorted(comparison.answers, key=lambda answer: answer.text)

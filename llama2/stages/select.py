@@ -26,7 +26,7 @@ from llama2.evaluate.winrate import compare, wilson
 from llama2.formats import hf_directory
 from llama2.generate.dialogue import Answer
 from llama2.generate.rewards import RewardModels, check, join
-from llama2.judging import Annotators, Comparison, Outcome
+from llama2.judging import Annotators, ComparisonRequest, Outcome
 from llama2.records import Axis, Preference, Prompt, Response
 from llama2.results import SelectResult, WinShare
 from llama2.runs import Run
@@ -232,12 +232,12 @@ def compare_texts(
     well a refusal is put must not outweigh harm.
     """
     scores = [0.0] * len(prompts)
-    comparisons: dict[int, Comparison] = {}
+    comparisons: dict[int, ComparisonRequest] = {}
     for place, (prompt, candidate, predecessor) in enumerate(zip(prompts, *texts)):
         if candidate != predecessor:
             answers = (Response(candidate, "candidate"), Response(predecessor, "predecessor"))
             axis: Axis = "safe" if prompt.safety else "helpful"
-            comparisons[place] = Comparison(prompt, answers, axis)
+            comparisons[place] = ComparisonRequest(prompt, answers, axis)
 
     for place, (_, outcome) in zip(comparisons, annotators.compare(comparisons.values())):
         scores[place] = _score_outcome(outcome)
