@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import re
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Literal, Protocol
 
 from llama2.records import Axis, Preference, Prompt, Response
@@ -66,8 +66,6 @@ class Rating:
     """in [0, 1]; on unsafe prompts the quality of the refusal"""
     safe: bool
     refusal: bool
-    checks: dict[str, float] = field(default_factory=dict)
-    """points by check, for whoever looks into a rating"""
 
     def score(self, axis: Axis) -> float:
         """Return one number to compare answers by; a violation loses to every safe answer."""

@@ -138,12 +138,8 @@ def write_papers(model: cards.Model) -> dict[str, str]:
 
 def list_sums(release: Path) -> str:
     """Write one line for every file but SHA256SUMS, sorted, as sha256sum reads them."""
-    lines = []
-    for name in _list_files(release):
-        if name != SUMS:
-            lines.append(f"{json_files.sha256(release / name)}  {name}\n")
-
-    return "".join(lines)
+    names = [name for name in _list_files(release) if name != SUMS]
+    return "".join(f"{json_files.sha256(release / name)}  {name}\n" for name in names)
 
 
 def _list_files(directory: Path) -> list[str]:

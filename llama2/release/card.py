@@ -75,18 +75,14 @@ class Model:
         return self.card.title or f"{self.lineage.name} {self.lineage.released.name}".strip()
 
     @cached_property
-    def _config(self) -> tuple[LlamaConfig, bool]:
-        return read_config(self.lineage.released.step.path)
-
-    @property
     def shape(self) -> LlamaConfig:
         """Its architecture."""
-        return self._config[0]
+        return read_config(self.lineage.released.step.path)[0]
 
-    @property
+    @cached_property
     def scorer(self) -> bool:
         """True for a reward model."""
-        return self._config[1]
+        return read_config(self.lineage.released.step.path)[1]
 
     @property
     def chats(self) -> bool:
@@ -165,14 +161,9 @@ def write_front_matter(model: Model) -> str:
 
 
 def _summary(model: Model) -> str:
-    kind = "A language model"
-    if model.scorer:
-        kind = "A reward model"
-    elif model.chats:
-        kind = "A chat model"
-
+    kind = "reward" if model.scorer else "chat" if model.chats else "language"
     size = md.count(model.shape.parameters())
-    summary = f"{kind} of the Llama 2 architecture with {size} parameters"
+    summary = f"A {kind} model of the Llama 2 architecture with {size} parameters"
     story = card_making.tell_story(model.lineage)
     return f"{summary}: {story}." if story else f"{summary}."
 
@@ -338,11 +329,11 @@ def _results(model: Model) -> list[str]:
 
 def _limits(model: Model) -> str:
     measured = model.measured
-    weakest = ""
-    if measured is not None:
-        for name, family in card_results.sort_families(measured)[:1]:
-            weakest = f"It was measured worst on {md.code(name)} prompts ({family.mean:.2f} of 1)."
-
+    families = card_results.sort_families(measured) if measured is not None else []
+    weakest = [
+        f"It was measured worst on {md.code(name)} prompts ({family.mean:.2f} of 1)."
+        for name, family in families[:1]
+    ]
     converted = "The weights were converted after they were measured."
     outside = ", ".join(md.code(source.place) for source in model.lineage.bases)
     context = md.count(model.shape.max_position_embeddings)
@@ -353,7 +344,7 @@ def _limits(model: Model) -> str:
             "It knows nothing beyond its synthetic world, and does not know that."
             if model.lineage.synthetic
             else "It may state what is false, and repeat what is wrong or biased in its data.",
-            weakest,
+            *weakest,
             converted if model.converted and measured is not None else "",
             f"It reads at most {context} tokens of conversation and answer.",
             "Truthfulness, bias, toxicity, memorised data, attacks over several turns, and "

@@ -124,12 +124,16 @@ def _passes(lineage: Lineage, stage: Stage, result: TokenizeResult) -> str:
 
 
 def _prepared(stage: Stage, result: PrepareResult, licences: Licences) -> str:
-    rows = []
-    for source in result.sources:
-        licence = licences.get((stage.name, source.name), "unknown")
-        counts = (md.count(source.train), md.count(source.heldout))
-        rows.append((md.text(source.name), *counts, md.text(licence)))
-
+    licence = {name: text for (maker, name), text in licences.items() if maker == stage.name}
+    rows = [
+        (
+            md.text(source.name),
+            md.count(source.train),
+            md.count(source.heldout),
+            md.text(licence.get(source.name, "unknown")),
+        )
+        for source in result.sources
+    ]
     return md.section(
         f"### Public {md.text(result.kind)} ({md.text(stage.name)})",
         md.table(("Source", "Records", "Held out", "Licence"), rows, (0, 3)),
@@ -140,10 +144,8 @@ def _sets(lineage: Lineage) -> str:
     """Write of dialogs, comparisons and samples, in the order in which they were made or learnt
     from."""
     sizes = _list_sizes(lineage)
-    rows = []
-    for stage in lineage.of("sft", "collect", "rejection", "ghost", "distill", "reward"):
-        rows.append((md.text(stage.name), name_work(stage), sizes.get(stage.name, "–")))
-
+    stages = lineage.of("sft", "collect", "rejection", "ghost", "distill", "reward")
+    rows = [(md.text(stage.name), name_work(stage), sizes.get(stage.name, "–")) for stage in stages]
     collected = ", ".join(md.code(stage.name) for stage in lineage.of("collect"))
     origin = f"The comparisons in {collected} are those of simulated annotators, not of people."
     return md.section(
@@ -180,12 +182,16 @@ def _list_sizes(lineage: Lineage) -> dict[str, str]:
 def _loose(lineage: Lineage, materials: Sequence[Material]) -> str:
     """Write of data from outside that no stage of preparation counted."""
     counted = {stage.name for stage in lineage.of("clean", "prepare")}
-    rows = []
-    for material in materials:
-        if material.kind == "data" and material.stage not in counted:
-            names = (md.text(material.name), md.text(material.stage))
-            rows.append((*names, md.code(material.place), md.text(material.licence)))
-
+    rows = [
+        (
+            md.text(material.name),
+            md.text(material.stage),
+            md.code(material.place),
+            md.text(material.licence),
+        )
+        for material in materials
+        if material.kind == "data" and material.stage not in counted
+    ]
     return md.section(
         "### Files from outside",
         md.table(("Name", "Read by", "Called here", "Licence"), rows, range(4)),
@@ -204,11 +210,11 @@ def _cleaning(lineage: Lineage) -> str:
             changes.update(source.changes)
 
     facts = [f"{what}: {count:,}" for what, count in sorted(changes.items()) if count]
-    text = f"What cleaning did: {'; '.join(map(md.text, facts)) or 'nothing'}."
-    if any(stage.step.config.get("mask_personal_data") for stage in stages):
-        text += " Personal data were looked for by pattern and masked; that finds some and not all."
-
-    return text
+    masked = any(stage.step.config.get("mask_personal_data") for stage in stages)
+    note = " Personal data were looked for by pattern and masked; that finds some and not all."
+    return (
+        f"What cleaning did: {'; '.join(map(md.text, facts)) or 'nothing'}.{note if masked else ''}"
+    )
 
 
 # ---- stages

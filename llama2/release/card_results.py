@@ -19,7 +19,6 @@ from llama2.results import (
     Mean,
     PretrainResult,
     Proportion,
-    TruthResult,
     VersionComparison,
 )
 
@@ -130,20 +129,13 @@ def _versions(measured: Measured) -> str:
     for name in measured.content.versions:
         result = measured.content.results[name]
         row = [_title(measured, name)]
-        if measured.truth:
-            row += _helpfulness(result.truth)
+        if result.truth:
+            row += [md.mean(result.truth.helpfulness), md.mean(result.truth.helpfulness_greedy)]
 
         row += [md.mean(result.rewards.get("helpful")), md.mean(result.rewards.get("safe"))]
         rows.append((*row, f"{result.length.mean:.1f}", md.percent(result.eos.rate)))
 
     return md.document("### Versions", md.table(["Version", *headers], rows), note)
-
-
-def _helpfulness(truth: TruthResult | None) -> list[str]:
-    if truth is None:
-        return [md.mean(None)] * 2
-
-    return [md.mean(truth.helpfulness), md.mean(truth.helpfulness_greedy)]
 
 
 def _wins(measured: Measured) -> str:
@@ -200,10 +192,10 @@ def sort_families(measured: Measured) -> list[tuple[str, Mean]]:
 
 
 def _families(measured: Measured) -> str:
-    rows = []
-    for name, family in sort_families(measured):
-        rows.append((md.text(name), md.count(family.n), md.mean(family)))
-
+    rows = [
+        (md.text(name), md.count(family.n), md.mean(family))
+        for name, family in sort_families(measured)
+    ]
     return md.section(
         "### Helpfulness by family of prompts",
         md.table(("Family", "Prompts", "Helpfulness"), rows),
@@ -300,48 +292,36 @@ def _violations(measured: Measured) -> str:
     if overall is None:
         return "Violations: not measured."
 
-    judge = "by ground truth"
-    if not measured.truth:
-        judge = (
-            "by the safety reward model, which gives them a probability of safety below "
-            f"{UNSAFE_BELOW:g}"
-        )
-
+    judge = "by the safety reward model, which gives them a probability of safety below"
     return md.document(
         f"Of {overall.n} unsafe prompts this model answered {md.rate(overall)} with a violation, "
-        f"{judge}.",
+        + ("by ground truth." if measured.truth else f"{judge} {UNSAFE_BELOW:g}."),
         _safety_by_version(measured),
     )
 
 
 def _safety_by_version(measured: Measured) -> str:
-    if not measured.truth:
-        return ""
-
     rows = []
     for name in measured.content.versions:
-        truth = measured.content.results[name].truth
-        row = [_title(measured, name), *["–"] * 4]
-        if truth is not None:
-            row[1:] = [
-                md.rate(truth.violations),
-                md.mean(truth.refusal_quality),
-                md.rate(truth.false_refusals),
-                md.rate(truth.false_refusals_helpful),
-            ]
+        if truth := measured.content.results[name].truth:
+            rows.append(
+                (
+                    _title(measured, name),
+                    md.rate(truth.violations),
+                    md.mean(truth.refusal_quality),
+                    md.rate(truth.false_refusals),
+                    md.rate(truth.false_refusals_helpful),
+                )
+            )
 
-        rows.append(row)
-
-    return md.table(
-        (
-            "Version",
-            "Violations, unsafe prompts",
-            "Quality of answers to them",
-            "Refusals, borderline prompts",
-            "Refusals, helpful prompts",
-        ),
-        rows,
+    headers = (
+        "Version",
+        "Violations, unsafe prompts",
+        "Quality of answers to them",
+        "Refusals, borderline prompts",
+        "Refusals, helpful prompts",
     )
+    return md.table(headers, rows)
 
 
 def _refusals(measured: Measured) -> str:
@@ -357,11 +337,15 @@ def _refusals(measured: Measured) -> str:
 
 def list_categories(categories: Sequence[Category]) -> str:
     """Return a table of categories with their rates; nothing without categories."""
-    rows = []
-    for category in categories:
-        tag = (md.text(category.key), md.text(category.value))
-        rows.append((*tag, f"{category.failed} of {category.total}", md.rate(category.rate)))
-
+    rows = [
+        (
+            md.text(category.key),
+            md.text(category.value),
+            f"{category.failed} of {category.total}",
+            md.rate(category.rate),
+        )
+        for category in categories
+    ]
     return md.table(("What", "Category", "Count", "Rate"), rows, (0, 1))
 
 
@@ -370,10 +354,10 @@ def list_categories(categories: Sequence[Category]) -> str:
 def write_index(measured: Measured | None, task: str) -> list[dict[str, Any]]:
     """Write the results of `model-index`: one for each kind of prompt, as huggingface_hub reads
     them."""
-    kinds: dict[str, list[dict[str, Any]]] = {}
     if measured is None:
         return []
 
+    kinds: dict[str, list[dict[str, Any]]] = {}
     for kind, *metric in _metrics(measured):
         kinds.setdefault(kind, []).append(dict(zip(("type", "name", "value"), metric)))
 
@@ -393,12 +377,12 @@ def _metrics(measured: Measured) -> Iterator[tuple[str, str, str, float]]:
     result = measured.result
     metrics: list[tuple[str, str, str, float | None]] = []
     if truth := result.truth:
-        helpfulness, violations = truth.helpfulness.mean, truth.violations.rate
-        refusals = "False-refusal rate (ground truth)"
+        by = "(ground truth)"
+        violations, refusals = truth.violations.rate, truth.false_refusals.rate
         metrics += [
-            ("helpful", "helpfulness", "Helpfulness (ground truth)", helpfulness),
-            ("unsafe", "violation_rate", "Violation rate (ground truth)", violations),
-            ("borderline", "false_refusal_rate", refusals, truth.false_refusals.rate),
+            ("helpful", "helpfulness", f"Helpfulness {by}", truth.helpfulness.mean),
+            ("unsafe", "violation_rate", f"Violation rate {by}", violations),
+            ("borderline", "false_refusal_rate", f"False-refusal rate {by}", refusals),
         ]
 
     kinds: dict[Axis, str] = {"helpful": "helpful", "safe": "unsafe"}

@@ -70,10 +70,8 @@ def _describe(stage: Stage, source: Input, step: Any, given: Mapping[str, str]) 
     }
     origin = next(filter(origins.get, origins), "")
     licence = origins.get(origin) or UNKNOWN
-    kind = "data" if not source.is_base else "checkpoint"
-    if source.key == "tokenizer":
-        kind = "tokenizer"
-
+    kind = "checkpoint" if source.is_base else "data"
+    kind = "tokenizer" if source.key == "tokenizer" else kind
     return Material(name, stage.name, kind, source.place, licence, origin)
 
 
@@ -173,11 +171,19 @@ def _generated(lineage: Lineage) -> str:
 
 
 def _table(materials: Sequence[Material]) -> str:
-    rows = []
-    for material in materials:
-        unknown = material.licence == UNKNOWN
-        licence = "**unknown**" if unknown else md.text(material.licence)
-        names = (md.text(material.name), md.text(material.stage))
-        rows.append((*names, material.kind, md.code(material.place), licence, material.origin))
-
+    rows = [
+        (
+            md.text(material.name),
+            md.text(material.stage),
+            material.kind,
+            md.code(material.place),
+            _emphasise(material.licence),
+            material.origin,
+        )
+        for material in materials
+    ]
     return md.table(("Name", "Stage", "What", "Called here", "Licence", "Said by"), rows, range(6))
+
+
+def _emphasise(licence: str) -> str:
+    return "**unknown**" if licence == UNKNOWN else md.text(licence)

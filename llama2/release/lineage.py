@@ -48,8 +48,6 @@ class Input:
     """the fingerprint of what it held"""
     stage: str | None
     """the stage of the lineage that made it; None for what came from outside"""
-    inside: str
-    """what of that stage was read, relative to its directory; empty for all of it"""
     place: str
     """where the papers of a release say it lies: runs/<stage>/..., or inputs/<name> for what came
     from outside"""
@@ -225,12 +223,11 @@ class _Tracer:
     def _find_input(self, run: Path, key: str, path: str, digest: str) -> Input:
         file, home = locate(run, path, digest)
         if file is None or home is None:
-            return Input(key, digest, None, "", self._place_outside(path))
+            return Input(key, digest, None, self._place_outside(path))
 
         name = self.visit(home)
-        inside = "" if file == home else file.relative_to(home).as_posix()
-        place = f"runs/{name}/{inside}".removesuffix("/")
-        return Input(key, digest, name, inside, place)
+        place = Path("runs", name) / file.relative_to(home)
+        return Input(key, digest, name, place.as_posix())
 
     def _place_outside(self, path: str) -> str:
         """Return a name of its own below inputs/ for something from outside, of which only the last

@@ -201,11 +201,15 @@ def write_commands(lineage: Lineage, measured: Measured | None) -> str:
 
 
 def _inputs(lineage: Lineage) -> str:
-    rows = []
-    for stage, source in lineage.outside:
-        key, digest = md.code(source.key), md.code(source.digest)
-        rows.append((md.code(source.place), md.text(stage.name), key, digest))
-
+    rows = [
+        (
+            md.code(source.place),
+            md.text(stage.name),
+            md.code(source.key),
+            md.code(source.digest),
+        )
+        for stage, source in lineage.outside
+    ]
     if not rows:
         return ""
 
@@ -227,8 +231,9 @@ def _versions(lineage: Lineage) -> str:
 
 
 def _weights(lineage: Lineage) -> str:
-    models = [stage for stage in lineage.stages if stage.weights]
-    rows = [(md.text(stage.name), md.code(stage.weights)) for stage in models]
+    rows = [
+        (md.text(stage.name), md.code(stage.weights)) for stage in lineage.stages if stage.weights
+    ]
     return md.table(("Stage", "Weights"), rows, (0, 1))
 
 
