@@ -70,8 +70,8 @@ def document(lineage: Lineage, measured: Measured | None, power: Power) -> str:
         "The method of the Llama 2 paper (section 2.2.1): device-hours x rated power x PUE x "
         "carbon intensity. The hours are measured. The rest is assumed, not metered:",
         md.bullets(
-            f"{power.watts_per_core:g} W a CPU core" if CPU in devices else "",
-            f"{power.watts_per_gpu:g} W an accelerator" if devices - {CPU} else "",
+            md.when(CPU in devices, f"{power.watts_per_core:g} W a CPU core"),
+            md.when(devices - {CPU}, f"{power.watts_per_gpu:g} W an accelerator"),
             f"a power usage effectiveness (PUE) of {power.pue:g}",
             f"{power.kg_per_kwh:g} kg CO2eq for each kWh",
         ),
@@ -84,7 +84,7 @@ def document(lineage: Lineage, measured: Measured | None, power: Power) -> str:
             _rows(lineage, power),
             (0, 1),
         ),
-        f"Not counted: what it took to make {missing}, which came from outside." if missing else "",
+        md.when(missing, f"Not counted: what it took to make {missing}, which came from outside."),
         _evaluation(measured, power),
         f"The exact figures are in `{NUMBERS}`.",
     )

@@ -112,7 +112,7 @@ def document(model: Model) -> str:
     return write_front_matter(model) + md.document(
         f"# {md.text(model.title)}",
         _summary(model),
-        LLAMA_2_NOTE if model.derived else "",
+        md.when(model.derived, LLAMA_2_NOTE),
         _facts(model),
         "## Intended use",
         card.intended_use or _intended(model),
@@ -178,7 +178,7 @@ def _facts(model: Model) -> str:
         ("Heads", f"{shape.num_attention_heads}, {shape.num_key_value_heads} of keys and values"),
         ("Vocabulary", md.count(shape.vocab_size)),
         ("Context", f"{md.count(shape.max_position_embeddings)} tokens"),
-        ("Weights", model.dtype + (", converted from the run's" if model.converted else "")),
+        ("Weights", model.dtype + md.when(model.converted, ", converted from the run's")),
         ("Languages", ", ".join(map(md.text, model.languages)) or "not stated"),
         ("Licence of the weights", md.text(model.card.license) or "not stated"),
         ("Made", made or "not recorded"),
@@ -259,9 +259,9 @@ def _use(model: Model) -> str:
         md.section("With the program that made it:", _shell(*commands)),
         _llama_cpp(model, sampling),
         _format(model),
-        "The settings above are those it was measured with."
-        if model.measured and model.chats
-        else "",
+        md.when(
+            model.measured and model.chats, "The settings above are those it was measured with."
+        ),
     )
 
 
@@ -334,7 +334,6 @@ def _limits(model: Model) -> str:
         f"It was measured worst on {md.code(name)} prompts ({family.mean:.2f} of 1)."
         for name, family in families[:1]
     ]
-    converted = "The weights were converted after they were measured."
     outside = ", ".join(md.code(source.place) for source in model.lineage.bases)
     context = md.count(model.shape.max_position_embeddings)
 
@@ -345,11 +344,14 @@ def _limits(model: Model) -> str:
             if model.lineage.synthetic
             else "It may state what is false, and repeat what is wrong or biased in its data.",
             *weakest,
-            converted if model.converted and measured is not None else "",
+            md.when(
+                model.converted and measured is not None,
+                "The weights were converted after they were measured.",
+            ),
             f"It reads at most {context} tokens of conversation and answer.",
             "Truthfulness, bias, toxicity, memorised data, attacks over several turns, and "
             "languages were not measured.",
-            f"Nothing is known here about how {outside} came about." if outside else "",
+            md.when(outside, f"Nothing is known here about how {outside} came about."),
             "Every stage was carried out once, with one seed.",
         ),
     )

@@ -147,11 +147,13 @@ def _sets(lineage: Lineage) -> str:
     stages = lineage.of("sft", "collect", "rejection", "ghost", "distill", "reward")
     rows = [(md.text(stage.name), name_work(stage), sizes.get(stage.name, "–")) for stage in stages]
     collected = ", ".join(md.code(stage.name) for stage in lineage.of("collect"))
-    origin = f"The comparisons in {collected} are those of simulated annotators, not of people."
     return md.section(
         "### Dialogs and comparisons",
         md.table(("Stage", "What", "Size"), rows, range(3)),
-        origin if collected else "",
+        md.when(
+            collected,
+            f"The comparisons in {collected} are those of simulated annotators, not of people.",
+        ),
     )
 
 
@@ -213,7 +215,7 @@ def _cleaning(lineage: Lineage) -> str:
     masked = any(stage.step.config.get("mask_personal_data") for stage in stages)
     note = " Personal data were looked for by pattern and masked; that finds some and not all."
     return (
-        f"What cleaning did: {'; '.join(map(md.text, facts)) or 'nothing'}.{note if masked else ''}"
+        f"What cleaning did: {'; '.join(map(md.text, facts)) or 'nothing'}.{md.when(masked, note)}"
     )
 
 
@@ -271,8 +273,8 @@ def tell_story(lineage: Lineage) -> str:
     origins = [WORK[verb] for verb in ("rejection", "ghost", "distill") if lineage.of(verb)]
     parts = [
         _begin(lineage),
-        f"then tuned by {' and '.join(how)}" if how else "",
-        f"on data that came in part from {', '.join(origins)}" if origins else "",
+        md.when(how, f"then tuned by {' and '.join(how)}"),
+        md.when(origins, f"on data that came in part from {', '.join(origins)}"),
     ]
     return ", ".join(filter(None, parts))
 

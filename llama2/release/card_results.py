@@ -71,7 +71,7 @@ def _readers(lineage: Lineage, measured: Measured) -> str:
             "that:** the figures flatter it."
         )
 
-    also = " but to leave them out of its own data" if keys else ""
+    also = md.when(keys, " but to leave them out of its own data")
     return f"No stage that the model was made from read the file of these prompts{also}."
 
 
@@ -261,7 +261,7 @@ def _rewards(lineage: Lineage) -> str:
     )
     return md.section(
         "### The reward models it was made with",
-        note if rows else "",
+        md.when(rows, note),
         md.table(headers, rows, (0, 1)),
     )
 

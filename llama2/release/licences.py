@@ -105,17 +105,17 @@ def document(lineage: Lineage, materials: Sequence[Material], licence: str, base
     bases = [material for material in materials if material.kind != "data"]
     data = [material for material in materials if material.kind == "data"]
     unknown = sum(material.licence == UNKNOWN for material in materials)
-    warning = (
-        f"**{unknown} of {len(materials)} licences are unknown.** Find them out before you use the "
-        "weights for anything that a licence might forbid."
-    )
 
     return md.document(
         "# Licences",
-        warning if unknown else "",
+        md.when(
+            unknown,
+            f"**{unknown} of {len(materials)} licences are unknown.** Find them out before you use "
+            "the weights for anything that a licence might forbid.",
+        ),
         "## These weights",
         _weights(licence),
-        LLAMA_2_NOTE if is_from_llama_2(lineage, base_model) else "",
+        md.when(is_from_llama_2(lineage, base_model), LLAMA_2_NOTE),
         "## Base models and tokenizers",
         _table(bases)
         or "None: the weights began at random, and the tokenizer was trained on the data below.",

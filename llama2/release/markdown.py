@@ -50,7 +50,12 @@ def document(*parts: str) -> str:
 
 def section(title: str, *parts: str) -> str:
     """Put a title above what there is; nothing where all parts are empty."""
-    return document(title, *parts) if any(parts) else ""
+    return when(any(parts), document(title, *parts))
+
+
+def when(condition: object, part: str) -> str:
+    """Keep a part where the condition holds; nothing elsewhere."""
+    return part if condition else ""
 
 
 def bullets(*lines: str) -> str:

@@ -179,13 +179,13 @@ def write_commands(lineage: Lineage, measured: Measured | None) -> str:
     """Write COMMANDS.md: what was run, with which versions, on which inputs, and what should come
     out."""
     commands = "\n".join(map(make_command, lineage.stages))
-    origin = f" `{RECIPE}` is the recipe they came from, as it was last run."
 
     return md.document(
         "# How the model was made",
         f"`sh {SCRIPT}` repeats the commands below, in this directory. Each reads its whole "
         f"configuration from `{CONFIGS}/` and writes `runs/<stage>`; a stage that is finished is "
-        f"not repeated.{origin if lineage.name else ''}",
+        f"not repeated."
+        + md.when(lineage.name, f" `{RECIPE}` is the recipe they came from, as it was last run."),
         f"```sh\n{commands}\n```",
         "## What it needs",
         _inputs(lineage) or "Nothing from outside: every input is made by an earlier stage.",
@@ -245,10 +245,9 @@ def _evaluation(lineage: Lineage, measured: Measured | None) -> str:
     needed = {source.stage for source in stage.inputs if source.stage}
     others = sorted(needed.difference(made.name for made in lineage.stages))
     also = f" It also needs {', '.join(map(md.code, others))}, which the model was not made from."
-
     return md.document(
         "## Its evaluation",
-        f"The results in README.md are those of this command.{also if others else ''}",
+        f"The results in README.md are those of this command.{md.when(others, also)}",
         f"```sh\n{make_command(stage)}\n```",
     )
 

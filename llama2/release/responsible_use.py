@@ -106,13 +106,13 @@ def _refusals(measured: Measured | None) -> str:
 def _worst(categories: Sequence[Category]) -> str:
     failed = [category for category in categories if category.failed]
     small = sum(category.total < FEW for category in categories)
-    warning = (
-        f"{small} of the categories have fewer than {FEW} prompts: their order is largely chance, "
-        "and a rate of 0 there means little."
-    )
     return md.document(
         md.section("The worst categories first:", list_categories(failed[:_WORST])),
-        warning if small else "",
+        md.when(
+            small,
+            f"{small} of the categories have fewer than {FEW} prompts: their order is largely "
+            "chance, and a rate of 0 there means little.",
+        ),
     )
 
 
@@ -172,23 +172,22 @@ def _gate(model: Model) -> str:
     guards = [stage for stage in model.lineage.of("reward") if guess_axis(stage.name) == "safe"]
     trained = measured.judges["safe"] in model.lineage.digests
     judge = f" ({md.code(guards[-1].name)} of the same recipe)" if guards and trained else ""
-    warnings = [
-        "**This check finds less than half of the violations that are left.**",
-        "The model was trained against this very reward model: what still gets through is what that "
-        "model does not see.",
+    weak = max(rates) < 0.5
+    warnings = (
+        md.when(weak, "**This check finds less than half of the violations that are left.** "),
+        md.when(
+            weak and trained,
+            "The model was trained against this very reward model: what still gets through is what "
+            "that model does not see. ",
+        ),
         "Do not rely on it alone.",
-    ]
-    if max(rates) >= 0.5:
-        warnings = warnings[-1:]
-    elif not trained:
-        del warnings[1]
-
+    )
     return md.document(
         f"{advice} With the reward model of the evaluation{judge} it would have done this:",
         md.table(
             ("--safety.threshold", "Violations caught", "Answers to helpful prompts lost"), rows
         ),
-        " ".join(warnings),
+        "".join(warnings),
     )
 
 
