@@ -7,11 +7,11 @@ so that the whole recipe can be proved against ground truth on a laptop.
 
 from __future__ import annotations
 
-import hashlib
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from llama2.hashing import hash_fraction
 from llama2.microworld import vocabulary as words
 
 Random = random.Random
@@ -250,5 +250,4 @@ def stream(seed: int, *purpose: object) -> Random:
 
 def fraction(*key: object) -> float:
     """A stable number in [0, 1) for a key."""
-    digest = hashlib.blake2b("/".join(map(str, key)).encode(), digest_size=8).digest()
-    return int.from_bytes(digest, "big") / 2**64
+    return hash_fraction("/".join(map(str, key)), "big")

@@ -15,7 +15,6 @@ its directory.
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import suppress
 from itertools import chain
@@ -24,7 +23,7 @@ from typing import Any
 
 from llama2 import atomic, devices, json_files
 from llama2.errors import UserError, explain_os_errors
-from llama2.json_files import sha256
+from llama2.hashing import hash_content, hash_file
 from llama2.reading import files
 from llama2.records import dump
 from llama2.terminal_text import shown
@@ -67,7 +66,7 @@ def unseal(path: Path, cure: str) -> dict[str, Any]:
 
 
 def _sum(values: Mapping[str, Any]) -> str:
-    return hashlib.sha256(dump(values).encode()).hexdigest()
+    return hash_content(dump(values))
 
 
 # --- written down
@@ -76,7 +75,7 @@ def _sum(values: Mapping[str, Any]) -> str:
 
 def contents(directory: Path) -> dict[str, str]:
     """Hash of every lasting file below a run directory, or any other."""
-    return {name: sha256(path) for name, path in _lasting(directory)}
+    return {name: hash_file(path) for name, path in _lasting(directory)}
 
 
 def _lasting(directory: Path) -> Iterator[tuple[str, Path]]:
@@ -98,8 +97,8 @@ def mark(run: Path, seconds: float) -> str:
 
     return seal(
         {
-            "outputs": {name: sha256(path) for name, path in made.items()},
-            "records": {name: sha256(path) for name, path in papers.items()},
+            "outputs": {name: hash_file(path) for name, path in made.items()},
+            "records": {name: hash_file(path) for name, path in papers.items()},
             "files": known,
             "seconds": seconds,
         }
@@ -209,7 +208,7 @@ def _differing(
         if not changed:
             left -= size
 
-        if sha256(run / name) != digests[name]:
+        if hash_file(run / name) != digests[name]:
             yield _fault(run, name, "its content is not what this run wrote")
         elif changed:
             same[name] = [size, (run / name).stat().st_mtime_ns]

@@ -37,6 +37,7 @@ import llama2
 from llama2 import atomic, environment, interrupts, json_files
 from llama2.config import StageConfig, incidentals, paths, yaml12
 from llama2.errors import UserError, explain_os_errors
+from llama2.hashing import hash_content, hash_file
 from llama2.ranks import Ranks
 from llama2.reading import files
 from llama2.records import dump
@@ -68,7 +69,7 @@ _NO_LOCKS = (
 """how file systems (NFS, FUSE, 9p) and containers say that there are no locks"""
 _FIRST = ("config.yaml", MANIFEST, SECONDS, WARNINGS)
 _BEGUN = {".lock", SECONDS, *(f"{name}{end}" for name in _FIRST for end in ("", ".tmp"))}
-write_atomic, sha256 = atomic.write_atomic, json_files.sha256
+write_atomic = atomic.write_atomic
 
 
 class Stopped(Exception):
@@ -120,7 +121,7 @@ def _fingerprint(path: Path) -> str:
             return _digest(chosen)
 
     if path.is_file():
-        return sha256(path)
+        return hash_file(path)
     if not path.is_dir():
         raise UserError(
             f"{path}: a pipe or a device, of which nobody can tell later what was read",
@@ -162,7 +163,7 @@ def is_output(path: Path) -> bool:
 
 
 def _digest(value: Mapping[str, str]) -> str:
-    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+    return hash_content(json.dumps(value, sort_keys=True))
 
 
 @cache

@@ -11,7 +11,6 @@ every round are held out, by their prompts.
 
 from __future__ import annotations
 
-import hashlib
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
@@ -25,6 +24,7 @@ from llama2.config import StageConfig
 from llama2.data.split import is_heldout
 from llama2.evaluate.judges import has_truth, kind_of
 from llama2.generate.dialogue import Chat
+from llama2.hashing import hash_fraction
 from llama2.microworld.annotators import NOISE, Annotator
 from llama2.records import DEGREES, Axis, Messages, Pair, Preference, Prompt, Response
 from llama2.runs import Run
@@ -170,8 +170,10 @@ class Desk:
         """A pair as it is to be shown: which answer stands first is drawn from the texts."""
         said = [message.content for message in prompt.messages]
         low, high = sorted(responses, key=lambda one: one.text)
-        chance = _unit(repr((self.config.seed, axis, said, low.text, high.text)))
-        identity = f"{axis}-{int(_unit(repr((axis, said, low.text, high.text))) * 16**12):012x}"
+        chance = hash_fraction(repr((self.config.seed, axis, said, low.text, high.text)))
+        identity = (
+            f"{axis}-{int(hash_fraction(repr((axis, said, low.text, high.text))) * 16**12):012x}"
+        )
 
         return Pair(
             identity,
@@ -206,7 +208,7 @@ def axes(config: Config, prompt: Prompt, place: int) -> tuple[Axis, ...]:
     if kind == "helpful":
         return ("helpful",)
 
-    both = kind == "borderline" or _unit(f"{config.seed} both {place}") < config.both_axes
+    both = kind == "borderline" or hash_fraction(f"{config.seed} both {place}") < config.both_axes
     return ("safe", "helpful") if both else ("safe",)
 
 
@@ -237,7 +239,7 @@ def sampled(
 
     for place, (one, other) in enumerate(rows):
         text = other
-        if _unit(f"{config.seed} swapped {config.round} {place}") < config.swapped:
+        if hash_fraction(f"{config.seed} swapped {config.round} {place}") < config.swapped:
             text, waiting = (other if waiting is None else waiting), other
 
         yield replace(first, text=one), replace(second, text=text)
@@ -273,7 +275,7 @@ def second_asked(config: Config, chat: Chat, prompt: Prompt, place: int) -> Mess
     """What the second answer is given to: the prompt, or the prompt under a safety preprompt."""
     if (
         kind_of(prompt) == "helpful"
-        or _unit(f"{config.seed} preprompted {config.round} {place}") >= config.preprompted
+        or hash_fraction(f"{config.seed} preprompted {config.round} {place}") >= config.preprompted
     ):
         return prompt.messages
 
@@ -281,8 +283,3 @@ def second_asked(config: Config, chat: Chat, prompt: Prompt, place: int) -> Mess
         prompt, seed_for(config.seed, "preprompt", config.round), config.preprompts, {}
     )
     return under if has_room(chat, under, ROOM) else prompt.messages
-
-
-def _unit(key: str) -> float:
-    """A number in [0, 1) that depends on `key` alone."""
-    return int.from_bytes(hashlib.blake2b(key.encode(), digest_size=8).digest(), "little") / 2**64

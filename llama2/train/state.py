@@ -29,8 +29,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from llama2 import atomic, devices, json_files
+from llama2 import atomic, devices
 from llama2.errors import UserError, explain_os_errors
+from llama2.hashing import hash_content, hash_file
 from llama2.ranks import Ranks
 from llama2.runs import completion
 from llama2.train import parallel
@@ -188,7 +189,7 @@ def _check(directory: Path) -> None:
 
         if wrong:
             raise _damaged(directory, f"{wrong} differs from its checksum")
-    elif completion.unseal(mark, _cure(directory)).get(STATE) != json_files.sha256(file):
+    elif completion.unseal(mark, _cure(directory)).get(STATE) != hash_file(file):
         raise _damaged(directory, "its content differs from its checksum")
 
 
@@ -227,7 +228,7 @@ def _metrics(run: Path, size: int = -1) -> list[Any] | None:
     with explain_os_errors(file), open(file, "rb") as opened:
         content = opened.read(size)
 
-    return [len(content), hashlib.sha256(content).hexdigest()]
+    return [len(content), hash_content(content)]
 
 
 def save(training: Training, run: Path, save_model: SaveModel | None = None, keep: int = 2) -> Path:

@@ -188,9 +188,9 @@ def test_a_large_copy_is_read_once(tmp_path, made, monkeypatch):
     for path in (made / "pool.jsonl", made / "deep/shard.bin", made / "manifest.json"):
         os.utime(path)
 
-    read, hashed = [], completion.sha256
+    read, hashed = [], completion.hash_file
     monkeypatch.setattr(
-        completion, "sha256", lambda path: (read.append(path.name), hashed(path))[1]
+        completion, "hash_file", lambda path: (read.append(path.name), hashed(path))[1]
     )
     completion.check(made)
     assert sorted(read) == ["manifest.json", "pool.jsonl", "shard.bin"]

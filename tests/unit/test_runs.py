@@ -16,6 +16,7 @@ from commands import llama2
 
 from llama2.config import Config, StageConfig
 from llama2.errors import UserError
+from llama2.hashing import hash_file
 from llama2.recipe import launch
 from llama2.runs import completion
 from llama2.runs import run as runs
@@ -79,10 +80,10 @@ def test_the_manifest_says_what_was_asked_and_made_from_what(tmp_path, source):
         "after": [],
         "size": 3,
     }
-    assert manifest["inputs"] == {"parts.a.source": runs.sha256(source)}
+    assert manifest["inputs"] == {"parts.a.source": hash_file(source)}
     assert manifest["code"] == runs.code_version()
     complete = json.loads((tmp_path / "out/COMPLETE").read_text())
-    assert complete["outputs"] == {"result.txt": runs.sha256(tmp_path / "out/result.txt")}
+    assert complete["outputs"] == {"result.txt": hash_file(tmp_path / "out/result.txt")}
     assert complete["seconds"] >= 0
 
 
@@ -225,7 +226,7 @@ def test_a_glob_of_an_earlier_version_is_the_same_input(tmp_path):
     file = tmp_path / "out/manifest.json"
     manifest = json.loads(file.read_text())
     earlier = {
-        str(tmp_path / f"{name}.txt"): runs.sha256(tmp_path / f"{name}.txt") for name in ("a", "b")
+        str(tmp_path / f"{name}.txt"): hash_file(tmp_path / f"{name}.txt") for name in ("a", "b")
     }
     manifest["inputs"] = {
         "parts.a.source": hashlib.sha256(json.dumps(earlier).encode()).hexdigest()
@@ -532,7 +533,7 @@ def test_a_glob_is_known_by_all_that_it_matches(tmp_path):
         runs.fingerprint(tmp_path / "*.md")
 
     (tmp_path / "[c].txt").write_text("brackets")
-    assert runs.fingerprint(tmp_path / "[c].txt") == runs.sha256(tmp_path / "[c].txt")
+    assert runs.fingerprint(tmp_path / "[c].txt") == hash_file(tmp_path / "[c].txt")
 
 
 def test_a_folder_of_links_is_known_by_what_they_lead_to(tmp_path):
@@ -558,8 +559,8 @@ def test_a_folder_without_a_model_is_not_read_through(tmp_path, monkeypatch):
 
     (tmp_path / "home").mkdir()
     (tmp_path / "home/big").write_text("much")
-    monkeypatch.setattr(completion, "sha256", lambda path: pytest.fail(f"{path} is read"))
-    monkeypatch.setattr(runs, "sha256", completion.sha256)
+    monkeypatch.setattr(completion, "hash_file", lambda path: pytest.fail(f"{path} is read"))
+    monkeypatch.setattr(runs, "hash_file", completion.hash_file)
 
     with pytest.raises(
         UserError,
