@@ -8,10 +8,11 @@ from pathlib import Path
 
 import pytest
 
+from llama2 import runs
+from llama2.atomic import write_atomic
 from llama2.config import StageConfig
 from llama2.errors import UserError
 from llama2.runs import completion
-from llama2.runs import run as runs
 
 SIZE = 1000
 
@@ -27,8 +28,8 @@ class Use(StageConfig):
 def make(out):
     with runs.open_run("make", Make(out=out)) as run:
         if not run.finished:
-            runs.write_atomic(run.path / "pool.jsonl", "x" * SIZE)
-            runs.write_atomic(run.path / "deep/shard.bin", "y" * SIZE)
+            write_atomic(run.path / "pool.jsonl", "x" * SIZE)
+            write_atomic(run.path / "deep/shard.bin", "y" * SIZE)
             run.log(1, {"loss": 2.0})
             run.warn("be careful")
 
