@@ -7,12 +7,12 @@ rates answers another judge. `stages/common/judges.py` chooses.
 
 from __future__ import annotations
 
-import hashlib
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
+from llama2.hashing import hash_fraction
 from llama2.records import Axis, Preference, Prompt, Response
 
 
@@ -30,7 +30,7 @@ class ComparisonRequest:
         """The same for the same prompt, answers (in either order) and axis."""
         turns = [message.content for message in self.prompt.messages]
         texts = sorted(answer.text for answer in self.answers)
-        number = int(hash_to_unit(repr((self.axis, turns, *texts))) * 16**12)
+        number = int(hash_fraction(repr((self.axis, turns, *texts))) * 16**12)
         return f"{self.axis}-{number:012x}"
 
 
@@ -85,11 +85,6 @@ class Judge(Protocol):
     def rate(self, prompt: Prompt, answer: str) -> Rating:
         """Rate an answer to a prompt that it accepts."""
         ...
-
-
-def hash_to_unit(key: str) -> float:
-    """Return a number in [0, 1) that depends on a key alone."""
-    return int.from_bytes(hashlib.blake2b(key.encode(), digest_size=8).digest(), "little") / 2**64
 
 
 def strip_markers(markers: Sequence[str], answer: str) -> tuple[int, str]:

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import ctypes
 import errno
-import hashlib
 import os
 import shlex
 import shutil
@@ -30,8 +29,9 @@ from typing import Any
 
 from torch import Tensor
 
+from llama2 import atomic, private_folders
 from llama2 import environment as switches
-from llama2 import private_folders
+from llama2.hashing import hash_content
 
 HERE = Path(__file__).parent
 FLAGS = (
@@ -120,9 +120,7 @@ def _loaded(compiler: _Compiler, name: str) -> ctypes.CDLL:
     """The library, from the first folder that is ours and takes it; at last from one that is
     deleted at once."""
     texts = [path.read_text("utf-8") for path in (HERE / f"{name}.cpp", *sorted(HERE.glob("*.h")))]
-    tag = hashlib.sha256(
-        "\0".join((*texts, *compiler.command, compiler.macros)).encode()
-    ).hexdigest()[:16]
+    tag = hash_content("\0".join((*texts, *compiler.command, compiler.macros)))[:16]
     command = (*compiler.command, str(HERE / f"{name}.cpp"), "-o")
     reasons = []
 
@@ -157,15 +155,13 @@ def _built(command: Sequence[str], path: Path) -> Path:
         new = Path(scratch) / path.name
         _run([*command, str(new)], BUILDING, TMPDIR=scratch)
         _try(new, command)
-        digest = hashlib.sha256(new.read_bytes()).hexdigest().encode()
+        digest = hash_content(new.read_bytes()).encode()
 
         with open(new, "ab") as file:
             file.write(MARK + digest)
-            file.flush()
-            os.fsync(file.fileno())
 
         new.chmod(0o700)
-        os.replace(new, path)
+        atomic.replace(new, path)
 
     return path
 
@@ -188,7 +184,7 @@ def _try(new: Path, command: Sequence[str]) -> None:
 def _is_whole(content: bytes) -> bool:
     """Whether a library is what was built: a truncated one would end the process when it is run."""
     before, _, digest = content.rpartition(MARK)
-    return hashlib.sha256(before).hexdigest().encode() == digest
+    return hash_content(before).encode() == digest
 
 
 def _run(command: Sequence[str], seconds: float, **environment: str) -> str:

@@ -7,12 +7,12 @@ so that the whole recipe can be proved against ground truth on a laptop.
 
 from __future__ import annotations
 
-import hashlib
 import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from random import Random
 
+from llama2.hashing import hash_fraction
 from llama2.microworld import vocabulary as words
 
 
@@ -244,5 +244,4 @@ def seed_stream(seed: int, *purpose: object) -> Random:
 
 def hash_to_fraction(*key: object) -> float:
     """Return a stable number in [0, 1) for a key."""
-    digest = hashlib.blake2b("/".join(map(str, key)).encode(), digest_size=8).digest()
-    return int.from_bytes(digest, "big") / 2**64
+    return hash_fraction("/".join(map(str, key)), "big")

@@ -8,10 +8,6 @@ not at all.
 
 from __future__ import annotations
 
-import os
-import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
@@ -21,9 +17,10 @@ from pydantic import BeforeValidator
 from llama2 import atomic, json_files, runs
 from llama2.config import Config as Section
 from llama2.convert.export import Kind
-from llama2.errors import UserError, explain_os_errors
+from llama2.errors import UserError
 from llama2.formats import hf_directory
 from llama2.formats.gguf import Precision
+from llama2.hashing import hash_file
 from llama2.release import (
     carbon_statement,
     hub,
@@ -85,7 +82,7 @@ def run(config: Config) -> None:
     client = hub.connect(config.push, sure=config.yes) if config.push is not None else None
     weight_files.check(lineage.released)
 
-    with _fresh(config.out) as work:
+    with atomic.new_directory(config.out.resolve()) as work:
         fill(config, lineage, work)
 
     count = len((config.out / SUMS).read_text(encoding="utf-8").splitlines())
@@ -139,7 +136,7 @@ def write_papers(model: cards.Model) -> dict[str, str]:
 def list_sums(release: Path) -> str:
     """Write one line for every file but SHA256SUMS, sorted, as sha256sum reads them."""
     names = [name for name in _list_files(release) if name != SUMS]
-    return "".join(f"{json_files.sha256(release / name)}  {name}\n" for name in names)
+    return "".join(f"{hash_file(release / name)}  {name}\n" for name in names)
 
 
 def _list_files(directory: Path) -> list[str]:
@@ -197,24 +194,3 @@ def _check_target(out: Path, run: Path, lineage: Lineage) -> None:
             raise UserError(
                 f"{out}: holds a file that is no part of the release: {name}", "move it away"
             )
-
-
-@contextmanager
-def _fresh(out: Path) -> Iterator[Path]:
-    """Yield a directory beside `out` that takes its place at the end, and vanishes if there is an
-    error."""
-    target = out.resolve()
-    work, old = target.with_name(f".{target.name}.tmp"), target.with_name(f".{target.name}.old")
-    with explain_os_errors(out):
-        shutil.rmtree(work, ignore_errors=True)
-        work.mkdir(parents=True)
-        try:
-            yield work
-            atomic.flush_tree(work)
-            if target.exists():
-                os.replace(target, old)
-
-            atomic.replace(work, target)
-        finally:
-            shutil.rmtree(work, ignore_errors=True)
-            shutil.rmtree(old, ignore_errors=True)

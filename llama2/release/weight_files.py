@@ -9,7 +9,6 @@ import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
-from llama2 import json_files
 from llama2.convert import verify
 from llama2.convert.export import DTYPES, ROUNDING, Kind
 from llama2.errors import UserError, explain_os_errors
@@ -18,6 +17,7 @@ from llama2.formats.detect import open_source
 from llama2.formats.gguf import Precision
 from llama2.formats.hf_directory import BESIDE
 from llama2.formats.source import Source
+from llama2.hashing import hash_file
 from llama2.release.lineage import Stage
 
 GGUF = "gguf"
@@ -48,7 +48,7 @@ def check(stage: Stage) -> None:
             raise UserError(
                 f"{run / name}: the run did not write this file", "take it out of the run directory"
             )
-        if json_files.sha256(run / name) != outputs[name]:
+        if hash_file(run / name) != outputs[name]:
             raise UserError(
                 f"{run / name}: its checksum differs from what the run recorded",
                 "restore the file, or repeat the run: what was measured is not this model",

@@ -24,7 +24,8 @@ from llama2.config import StageConfig
 from llama2.data.split import is_heldout
 from llama2.evaluate.judges import classify
 from llama2.generate.dialogue import Chat
-from llama2.judging import Annotators, ComparisonRequest, hash_to_unit
+from llama2.hashing import hash_fraction
+from llama2.judging import Annotators, ComparisonRequest
 from llama2.records import DEGREES, Axis, Messages, Pair, Preference, Prompt, Response
 from llama2.results import CollectResult
 from llama2.runs import Run
@@ -195,7 +196,7 @@ def make_pair(comparison: ComparisonRequest, seed: int) -> Pair:
     prompt, axis = comparison.prompt, comparison.axis
     first, second = sorted(comparison.answers, key=lambda answer: answer.text)
     turns = [message.content for message in prompt.messages]
-    chance = hash_to_unit(repr((seed, axis, turns, first.text, second.text)))
+    chance = hash_fraction(repr((seed, axis, turns, first.text, second.text)))
     tags = {key: prompt.metadata[key] for key in SHOWN if key in prompt.metadata}
 
     return Pair(
@@ -215,7 +216,7 @@ def axes(config: Config, prompt: Prompt, place: int) -> tuple[Axis, ...]:
     if kind == "helpful":
         return ("helpful",)
 
-    both = kind == "borderline" or hash_to_unit(f"{config.seed} both {place}") < config.both_axes
+    both = kind == "borderline" or hash_fraction(f"{config.seed} both {place}") < config.both_axes
     return ("safe", "helpful") if both else ("safe",)
 
 
@@ -246,7 +247,7 @@ def sampled(
 
     for place, (one, other) in enumerate(rows):
         text = other
-        if hash_to_unit(f"{config.seed} swapped {config.round} {place}") < config.swapped:
+        if hash_fraction(f"{config.seed} swapped {config.round} {place}") < config.swapped:
             text, waiting = (other if waiting is None else waiting), other
 
         yield replace(first, text=one), replace(second, text=text)
@@ -282,7 +283,7 @@ def second_asked(config: Config, chat: Chat, prompt: Prompt, place: int) -> Mess
     """What the second answer is given to: the prompt, or the prompt under a safety preprompt."""
     if (
         classify(prompt) == "helpful"
-        or hash_to_unit(f"{config.seed} preprompted {config.round} {place}") >= config.preprompted
+        or hash_fraction(f"{config.seed} preprompted {config.round} {place}") >= config.preprompted
     ):
         return prompt.messages
 

@@ -19,15 +19,16 @@ import torch
 from pydantic import Field
 
 from llama2 import records
+from llama2.batches import Batch
 from llama2.config import Config as Section
 from llama2.config import StageConfig
-from llama2.data.loader import Batch, Rows
+from llama2.data.loader import Rows
 from llama2.data.split import opening
 from llama2.devices import Precision
 from llama2.evaluate.baselines import BagOfWords, RankedTexts, judge_by_length
 from llama2.evaluate.winrate import measure_share
 from llama2.generate.score import rewards
-from llama2.importers.tables import digest
+from llama2.hashing import hash_parts
 from llama2.model.scorer import Scorer
 from llama2.ranks import Ranks
 from llama2.records import DEGREES, Axis, Message, Preference
@@ -313,7 +314,7 @@ class Encoder:
             (safe[0], safe[1]),
             one.axis,
             (one.chosen.text, one.rejected.text),
-            digest(opening(one.prompt)),
+            hash_parts(opening(one.prompt)),
         )
 
 

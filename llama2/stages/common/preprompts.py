@@ -7,10 +7,10 @@ violation and say how to answer step by step. It prints examples; the words here
 
 from __future__ import annotations
 
-import hashlib
 import itertools
 from collections.abc import Mapping, Sequence
 
+from llama2.hashing import hash_number
 from llama2.records import Message, Messages, Prompt
 
 ADJECTIVES = (
@@ -69,8 +69,7 @@ def under_preprompt(
     `templates` go by `metadata["risk"]` of the prompt; one without a risk, or with another, gets
     the preprompt alone. A system turn that the prompt has stays, behind them.
     """
-    digest = hashlib.blake2b(repr((seed, prompt.messages)).encode(), digest_size=8).digest()
-    choice = int.from_bytes(digest, "little")
+    choice = hash_number(repr((seed, prompt.messages)))
     pairs = list(itertools.permutations(ADJECTIVES, 2))
     choice, pair = divmod(choice, len(pairs))
     text = preprompts[choice % len(preprompts)].format(a=pairs[pair][0], b=pairs[pair][1])
