@@ -37,7 +37,7 @@ from llama2.stages.common.planning import (
     Tower,
     engine_bytes,
     flops_per_token,
-    training_plan,
+    plan_training,
 )
 from llama2.stages.common.sampling import Sample
 from llama2.stages.common.training import Training
@@ -170,7 +170,7 @@ class PackedTokens(RandomTokens):
 
 def planned(shape: LlamaConfig, rows: int, length: int, settings: Training) -> float:
     """Bytes that a dry run tells for training on one device."""
-    found = training_plan(
+    found = plan_training(
         [Tower(shape)],
         settings,
         Cluster(ranks=1),

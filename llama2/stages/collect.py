@@ -30,7 +30,7 @@ from llama2.results import CollectResult
 from llama2.runs import Run
 from llama2.runs.parts import Work
 from llama2.stages.common.judges import NOISE, make_annotators
-from llama2.stages.common.planning import Cluster, Lineage, sampling_plan
+from llama2.stages.common.planning import Cluster, PlannedRuns, plan_sampling
 from llama2.stages.common.preprompts import PREPROMPTS, check, under_preprompt
 from llama2.stages.common.sampling import (
     Sample,
@@ -86,10 +86,10 @@ class Config(StageConfig):
         return self
 
 
-def plan(config: Config, cluster: Cluster, lineage: Lineage) -> dict[str, Any]:
+def plan(config: Config, cluster: Cluster, planned: PlannedRuns) -> dict[str, Any]:
     """Memory: the policies whole on every rank."""
-    return sampling_plan(
-        [lineage.shape(path) for path in config.policies], [], config.sample, cluster
+    return plan_sampling(
+        [planned.shape(path) for path in config.policies], [], config.sample, cluster
     )
 
 

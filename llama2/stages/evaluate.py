@@ -47,7 +47,7 @@ from llama2.stages.common.answers import (
     twins,
 )
 from llama2.stages.common.judges import make_judge
-from llama2.stages.common.planning import Cluster, Lineage, judging_plan
+from llama2.stages.common.planning import Cluster, PlannedRuns, plan_judging
 from llama2.stages.common.training import load_policy
 from llama2.terminal_text import say
 from llama2.tokenizer import chat_files
@@ -135,12 +135,12 @@ class Said:
     talks: dict[ghost.InstructionRole, list[Messages]] = field(default_factory=dict)
 
 
-def plan(config: Config, cluster: Cluster, lineage: Lineage) -> dict[str, Any]:
+def plan(config: Config, cluster: Cluster, planned: PlannedRuns) -> dict[str, Any]:
     """Memory: one version after the other, then one reward model after the other."""
     local = {path for name, path in config.versions.items() if name not in config.servers}
-    return judging_plan(
-        {str(path): lineage.shape(path) for path in local},
-        {axis: lineage.shape(path) for axis, path in config.rewards.by_axis().items()},
+    return plan_judging(
+        {str(path): planned.shape(path) for path in local},
+        {axis: planned.shape(path) for axis, path in config.rewards.by_axis().items()},
         config.precision,
         config.slots,
         config.max_tokens,

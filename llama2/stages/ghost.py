@@ -23,7 +23,7 @@ from llama2.generate.dialogue import Chat
 from llama2.records import Dialog, Message, Messages, Prompt
 from llama2.results import GhostExample, GhostResult, Turn
 from llama2.runs import Run
-from llama2.stages.common.planning import Cluster, Lineage, sampling_plan
+from llama2.stages.common.planning import Cluster, PlannedRuns, plan_sampling
 from llama2.stages.common.sampling import (
     Sample,
     answer,
@@ -105,9 +105,9 @@ class Conversation:
     short: str
 
 
-def plan(config: Config, cluster: Cluster, lineage: Lineage) -> dict[str, Any]:
+def plan(config: Config, cluster: Cluster, planned: PlannedRuns) -> dict[str, Any]:
     """Memory: the policy whole on every rank."""
-    return sampling_plan([lineage.shape(config.policy)], [], config.sample, cluster)
+    return plan_sampling([planned.shape(config.policy)], [], config.sample, cluster)
 
 
 def run(config: Config, run: Run) -> None:

@@ -36,10 +36,10 @@ from llama2.stages.common import cautions
 from llama2.stages.common.planning import (
     UNKNOWN,
     Cluster,
-    Lineage,
+    PlannedRuns,
     Tower,
     flops_per_token,
-    training_plan,
+    plan_training,
 )
 from llama2.stages.common.training import (
     Training,
@@ -117,18 +117,18 @@ def architecture(config: Config, vocab_size: int | None) -> LlamaConfig:
         raise UserError(f"architecture: {error}", "mend size or architecture") from None
 
 
-def plan(config: Config, cluster: Cluster, lineage: Lineage) -> dict[str, Any]:
+def plan(config: Config, cluster: Cluster, planned: PlannedRuns) -> dict[str, Any]:
     """Parameters, tokens, steps, FLOPs and memory, without data or weights."""
     shape = (
-        lineage.shape(config.model)
+        planned.shape(config.model)
         if config.model
-        else architecture(config, lineage.vocabulary(config.shards))
+        else architecture(config, planned.vocabulary(config.shards))
     )
     if shape is None:
         return UNKNOWN
 
-    lineage.shapes[config.out] = shape
-    return training_plan(
+    planned.shapes[config.out] = shape
+    return plan_training(
         [Tower(shape)],
         config.training,
         cluster,

@@ -24,7 +24,7 @@ from llama2.records import Dialog, Prompt
 from llama2.results import CurvesResult, RankedAnswers, RejectionResult
 from llama2.runs import Run
 from llama2.runs.parts import Work
-from llama2.stages.common.planning import Cluster, Lineage, sampling_plan
+from llama2.stages.common.planning import Cluster, PlannedRuns, plan_sampling
 from llama2.stages.common.pool import Pool
 from llama2.stages.common.sampling import (
     Sample,
@@ -71,11 +71,11 @@ class Config(StageConfig):
     sample: Sample = Sample()
 
 
-def plan(config: Config, cluster: Cluster, lineage: Lineage) -> dict[str, Any]:
+def plan(config: Config, cluster: Cluster, planned: PlannedRuns) -> dict[str, Any]:
     """Memory: policy and reward models whole on every rank."""
-    return sampling_plan(
-        [lineage.shape(config.policy)],
-        [lineage.shape(path) for path in config.rewards.paths()],
+    return plan_sampling(
+        [planned.shape(config.policy)],
+        [planned.shape(path) for path in config.rewards.paths()],
         config.sample,
         cluster,
     )

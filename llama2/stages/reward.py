@@ -45,10 +45,10 @@ from llama2.stages.common import cautions
 from llama2.stages.common.planning import (
     UNKNOWN,
     Cluster,
-    Lineage,
+    PlannedRuns,
     Tower,
     flops_per_token,
-    training_plan,
+    plan_training,
 )
 from llama2.stages.common.shares import total_pairs
 from llama2.stages.common.training import Training, check_left, load_scorer, saver, train
@@ -123,14 +123,14 @@ class Pair:
         return max(len(self.chosen), len(self.rejected))
 
 
-def plan(config: Config, cluster: Cluster, lineage: Lineage) -> dict[str, Any]:
+def plan(config: Config, cluster: Cluster, planned: PlannedRuns) -> dict[str, Any]:
     """Parameters and memory, every answer as long as max_tokens allows; steps are known once the
     data is read."""
-    shape = lineage.inherit(config.out, config.model)
+    shape = planned.inherit(config.out, config.model)
     if shape is None:
         return UNKNOWN
 
-    return training_plan(
+    return plan_training(
         [Tower(shape, scalar=True)],
         config.training,
         cluster,
@@ -162,7 +162,9 @@ def run(config: Config, run: Run) -> None:
     )
     limit = config.training.plan.max_steps
     steps = source.steps if limit is None else min(limit, source.steps)
-    settings = config.training.with_steps(source.steps, warmup(config.training.plan, steps))
+    settings = config.training.with_steps(
+        source.steps, warmup_steps=count_warmup(config.training.plan, steps)
+    )
 
     for line in (
         *cautions.of_length(
@@ -237,7 +239,7 @@ def read_heldout(config: Config, encoder: Encoder, run: Run) -> dict[str, list[P
     return {name: found for name, found in heldout.items() if found}
 
 
-def warmup(plan: Plan, steps: int) -> int:
+def count_warmup(plan: Plan, steps: int) -> int:
     """The paper's 3 % of the steps and at least 5, as far as there are steps for it, unless the
     plan says otherwise."""
     return (

@@ -41,7 +41,7 @@ from llama2.stages.common.answers import (
     twins,
 )
 from llama2.stages.common.judges import make_annotators
-from llama2.stages.common.planning import Cluster, Lineage, judging_plan
+from llama2.stages.common.planning import Cluster, PlannedRuns, plan_judging
 from llama2.stages.common.sampling import Sample, load_chat, read_prompts
 from llama2.tally import Tally
 
@@ -77,13 +77,13 @@ class Config(StageConfig):
         return self
 
 
-def plan(config: Config, cluster: Cluster, lineage: Lineage) -> dict[str, Any]:
+def plan(config: Config, cluster: Cluster, planned: PlannedRuns) -> dict[str, Any]:
     """Memory: one version after the other, then one reward model after the other."""
-    lineage.inherit(config.out, config.candidate)
+    planned.inherit(config.out, config.candidate)
     judges = config.rewards.paths() if config.rewards else ()
-    return judging_plan(
-        {str(path): lineage.shape(path) for path in (config.candidate, config.predecessor)},
-        {str(path): lineage.shape(path) for path in judges},
+    return plan_judging(
+        {str(path): planned.shape(path) for path in (config.candidate, config.predecessor)},
+        {str(path): planned.shape(path) for path in judges},
         config.sample.precision,
         config.sample.slots,
         config.sample.max_tokens,

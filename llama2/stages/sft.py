@@ -32,10 +32,10 @@ from llama2.stages.common import cautions
 from llama2.stages.common.planning import (
     UNKNOWN,
     Cluster,
-    Lineage,
+    PlannedRuns,
     Tower,
     flops_per_token,
-    training_plan,
+    plan_training,
 )
 from llama2.stages.common.training import (
     Training,
@@ -102,13 +102,13 @@ class Config(StageConfig):
     training: Training = Training(optimizer=AdamW(learning_rate=2e-5), plan=Plan(save_every=200))
 
 
-def plan(config: Config, cluster: Cluster, lineage: Lineage) -> dict[str, Any]:
+def plan(config: Config, cluster: Cluster, planned: PlannedRuns) -> dict[str, Any]:
     """Parameters and memory; steps are known once the data is read."""
-    shape = lineage.inherit(config.out, config.model)
+    shape = planned.inherit(config.out, config.model)
     if shape is None:
         return UNKNOWN
 
-    return training_plan(
+    return plan_training(
         [Tower(shape)],
         config.training,
         cluster,

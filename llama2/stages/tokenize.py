@@ -13,7 +13,7 @@ from llama2.data.shards import INDEX, Shards, write_shards
 from llama2.errors import UserError
 from llama2.results import TextSize, TokenizedSplit, TokenizeResult
 from llama2.runs import Run
-from llama2.stages.common.planning import Cluster, Lineage
+from llama2.stages.common.planning import Cluster, PlannedRuns
 from llama2.tokenizer.tokenizer import Tokenizer
 
 
@@ -26,9 +26,9 @@ class Config(StageConfig):
     """a tokenizer.model, or a directory that holds one"""
 
 
-def plan(config: Config, cluster: Cluster, lineage: Lineage) -> dict[str, Any]:
+def plan(config: Config, cluster: Cluster, planned: PlannedRuns) -> dict[str, Any]:
     """The vocabulary of the tokenizer."""
-    return lineage.inherit_vocabulary(config.out, config.tokenizer)
+    return planned.inherit_vocabulary(config.out, config.tokenizer)
 
 
 def run(config: Config, run: Run) -> None:

@@ -16,7 +16,7 @@ from llama2.data.documents import read_documents
 from llama2.records import Dialog, Document
 from llama2.results import TokenizerResult
 from llama2.runs import Run
-from llama2.stages.common.planning import Cluster, Lineage
+from llama2.stages.common.planning import Cluster, PlannedRuns
 from llama2.tally import Tally
 from llama2.tokenizer.template import render
 from llama2.tokenizer.train import train
@@ -36,9 +36,9 @@ class Config(StageConfig):
     """train on a random sample of about this much text"""
 
 
-def plan(config: Config, cluster: Cluster, lineage: Lineage) -> dict[str, Any]:
+def plan(config: Config, cluster: Cluster, planned: PlannedRuns) -> dict[str, Any]:
     """The vocabulary, which decides the size of what is trained on it."""
-    lineage.vocabularies[config.out] = config.vocab_size
+    planned.vocabularies[config.out] = config.vocab_size
     return {"vocab_size": config.vocab_size}
 
 

@@ -334,12 +334,12 @@ def _one_step(bench: Bench) -> tuple[bool, str]:
 def _fewest_ranks(bench: Bench) -> tuple[bool, str]:
     from llama2.model.sizes import SIZES
     from llama2.stages import ppo
-    from llama2.stages.common.planning import Cluster, Lineage
+    from llama2.stages.common.planning import Cluster, PlannedRuns
 
     found = []
 
     for ranks in (8, 11, 12, 64):
-        lineage = Lineage()
+        lineage = PlannedRuns()
         for name in ("p", "h", "s"):
             lineage.shapes[Path(name)] = SIZES["7b"]
 

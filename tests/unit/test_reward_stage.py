@@ -241,12 +241,12 @@ def test_accuracy_by_degree_counts_ties_half(monkeypatch):
     ("steps", "expected"), [(1, 0), (2, 1), (5, 4), (6, 5), (100, 5), (1000, 30)]
 )
 def test_warm_up_is_the_papers_where_there_are_steps_for_it(steps, expected):
-    assert reward.warmup(Plan(), steps) == expected
+    assert reward.count_warmup(Plan(), steps) == expected
     plan = Plan(max_steps=steps, warmup_steps=expected)
     plan.check()
     assert max(plan.factor(step) for step in range(steps)) == 1.0
-    assert reward.warmup(Plan(warmup_steps=0), steps) == 0
-    assert reward.warmup(Plan(warmup_steps=7), steps) == 7
+    assert reward.count_warmup(Plan(warmup_steps=0), steps) == 0
+    assert reward.count_warmup(Plan(warmup_steps=7), steps) == 7
 
 
 INTERVALS = [

@@ -2,7 +2,7 @@
 steps, FLOPs, memory.
 
 Nothing is read but the config.json of checkpoints that exist already; what an earlier step of the
-recipe will leave behind is known from its own plan (`Lineage`). Memory is that of this code on
+recipe will leave behind is known from its own plan (`PlannedRuns`). Memory is that of this code on
 GPUs, estimated: fp32 weights, gradients and two moments; what FSDP2 gathers; the tensors a layer
 keeps for its backward pass, counted one by one; and whole models that are only read, which every
 rank holds. What the CUDA context, NCCL and fragmentation take (a few GiB) comes on top.
@@ -54,7 +54,7 @@ class Cluster(Config):
 
 
 @dataclass
-class Lineage:
+class PlannedRuns:
     """What earlier steps will leave behind, by run directory: models and vocabularies."""
 
     shapes: dict[Path, LlamaConfig] = field(default_factory=dict)
@@ -125,7 +125,7 @@ class Tower:
         return tables * shape.vocab_size * dim + dim + (dim if self.scalar else 0)
 
 
-def training_plan(
+def plan_training(
     towers: Sequence[Tower],
     settings: Training,
     cluster: Cluster,
@@ -325,7 +325,7 @@ def total(plans: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
 # ----------------------------------------------------------------------------------------------
 
 
-def sampling_plan(
+def plan_sampling(
     policies: Sequence[LlamaConfig | None],
     scorers: Sequence[LlamaConfig | None],
     sample: Sample,
@@ -357,7 +357,7 @@ def sampling_plan(
     }
 
 
-def judging_plan(
+def plan_judging(
     versions: Mapping[str, LlamaConfig | None],
     judges: Mapping[str, LlamaConfig | None],
     precision: quantize.WeightPrecision,
