@@ -229,7 +229,7 @@ def warn(config: Config, run: Run, order: Mixture, rows: int, steps: int) -> Non
 
     if steps < cautions.FEW_UPDATES and config.training.plan.max_steps is None:
         cure = f"lower --batch-size to {max(rows // cautions.FEW_UPDATES, 1)}, or raise --epochs"
-        run.warn(cautions.few_updates(steps, f"{rows:,} rows", cure))
+        run.warn(cautions.describe_few_updates(steps, f"{rows:,} rows", cure))
 
 
 def read_rows(

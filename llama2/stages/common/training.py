@@ -90,7 +90,7 @@ def train(
 ) -> Learner:
     """Fit `model` inside a run directory, resuming what is there, and write the final model with
     `save_model`."""
-    for line in cautions.of_schedule(settings.plan):
+    for line in cautions.warn_of_schedule(settings.plan):
         run.warn(line)
 
     for module in model.modules():
