@@ -32,13 +32,8 @@ from llama2.generate.sampling import Sampling
 from llama2.model.llama import Llama, LlamaConfig
 from llama2.model.sizes import SIZES
 from llama2.ranks import Ranks, join
-from llama2.stages.common.planning import (
-    Cluster,
-    Tower,
-    engine_bytes,
-    flops_per_token,
-    plan_training,
-)
+from llama2.stages.common.memory import Tower, engine_bytes, flops_per_token
+from llama2.stages.common.planning import Cluster, plan_training
 from llama2.stages.common.sampling import Sample
 from llama2.stages.common.training import Training
 from llama2.train.loop import Batch, Learner, Plan, fit

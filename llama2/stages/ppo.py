@@ -28,15 +28,8 @@ from llama2.ranks import Ranks
 from llama2.records import Prompt
 from llama2.results import HealthResult, PpoResult, Rollout
 from llama2.runs import CHECKPOINTS, Run, read_metrics
-from llama2.stages.common.planning import (
-    UNKNOWN,
-    Cluster,
-    PlannedRuns,
-    Tower,
-    engine_bytes,
-    plan_training,
-    scorer_bytes,
-)
+from llama2.stages.common.memory import Tower, engine_bytes, scorer_bytes
+from llama2.stages.common.planning import UNKNOWN, Cluster, PlannedRuns, plan_training
 from llama2.stages.common.ppo_health import Doctor
 from llama2.stages.common.ppo_rollouts import ACTOR, CRITIC, ActorCritic, Rollouts, Settings, seeded
 from llama2.stages.common.ppo_stopping import BestPolicy, EarlyStopping, HeldoutReward

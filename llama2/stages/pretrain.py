@@ -33,14 +33,8 @@ from llama2.ranks import Ranks
 from llama2.results import PretrainResult
 from llama2.runs import Run, completion
 from llama2.stages.common import cautions
-from llama2.stages.common.planning import (
-    UNKNOWN,
-    Cluster,
-    PlannedRuns,
-    Tower,
-    flops_per_token,
-    plan_training,
-)
+from llama2.stages.common.memory import Tower, flops_per_token
+from llama2.stages.common.planning import UNKNOWN, Cluster, PlannedRuns, plan_training
 from llama2.stages.common.training import (
     Training,
     heldout_loss,

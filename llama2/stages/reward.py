@@ -22,14 +22,8 @@ from llama2.model.scorer import Scorer
 from llama2.results import AccuracyResult, ReadCounts, RewardResult, SetAccuracy, SetShare
 from llama2.runs import Run
 from llama2.stages.common import cautions
-from llama2.stages.common.planning import (
-    UNKNOWN,
-    Cluster,
-    PlannedRuns,
-    Tower,
-    flops_per_token,
-    plan_training,
-)
+from llama2.stages.common.memory import Tower, flops_per_token
+from llama2.stages.common.planning import UNKNOWN, Cluster, PlannedRuns, plan_training
 from llama2.stages.common.reward_accuracy import (
     describe_accuracy,
     measure_accuracies,

@@ -30,14 +30,8 @@ from llama2.records import Dialog, trained_turns
 from llama2.results import ReadCounts, SftResult
 from llama2.runs import Run, is_output
 from llama2.stages.common import cautions
-from llama2.stages.common.planning import (
-    UNKNOWN,
-    Cluster,
-    PlannedRuns,
-    Tower,
-    flops_per_token,
-    plan_training,
-)
+from llama2.stages.common.memory import Tower, flops_per_token
+from llama2.stages.common.planning import UNKNOWN, Cluster, PlannedRuns, plan_training
 from llama2.stages.common.training import (
     Training,
     check_left,

@@ -23,14 +23,8 @@ from llama2.recipe import launch, pipeline
 from llama2.records import dump
 from llama2.stages import evaluate, ppo, pretrain, reward, select, sft
 from llama2.stages.common.answers import load_judge
-from llama2.stages.common.planning import (
-    Cluster,
-    PlannedRuns,
-    Tower,
-    flops_per_token,
-    layer_bytes,
-    scorer_bytes,
-)
+from llama2.stages.common.memory import Tower, flops_per_token, layer_bytes, scorer_bytes
+from llama2.stages.common.planning import Cluster, PlannedRuns
 from llama2.train.objectives import next_token
 
 RECIPES = Path(__file__).parents[2] / "recipes"
