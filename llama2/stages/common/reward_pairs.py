@@ -19,7 +19,7 @@ from llama2.evaluate.baselines import RankedTexts
 from llama2.importers.tables import digest
 from llama2.records import DEGREES, Axis, Message, Preference
 from llama2.runs import Run, is_output
-from llama2.stages.common.shares import total_pairs
+from llama2.stages.common.shares import count_pairs
 from llama2.stages.common.training import check_left
 from llama2.tally import Tally
 from llama2.tokenizer.template import encode_dialog
@@ -174,7 +174,7 @@ def read_pairs(
 
     check_left(run, "preferences.")
     sizes = {name: len(pairs) for name, pairs in sets.items()}
-    total = total_pairs(sizes, shares, frozenset(repeated))
+    total = count_pairs(sizes, shares, frozenset(repeated))
     generator = np.random.default_rng(seed)
     for name, share in shares.items():
         pairs, wanted = sets[name], round(share * total)
