@@ -22,6 +22,7 @@ from llama2.results import (
     CleanResult,
     CollectResult,
     CurvesResult,
+    DialogTurn,
     DistilledAnswer,
     DistillResult,
     EvaluateResult,
@@ -47,7 +48,6 @@ from llama2.results import (
     TokenizedSplit,
     TokenizeResult,
     TokenizerResult,
-    Turn,
     WinShare,
 )
 from llama2.stages import evaluate
@@ -249,7 +249,7 @@ def _curves() -> CurvesResult:
 
 
 def _ghost() -> GhostResult:
-    turns = [Turn(role="user", content=EVIL), Turn(role="assistant", content="Hi.")]
+    turns = [DialogTurn(role="user", content=EVIL), DialogTurn(role="assistant", content="Hi.")]
     return GhostResult(
         conversations=160, dialogs=960, turns=960, examples=[GhostExample(messages=turns)]
     )
@@ -330,7 +330,7 @@ def evaluation(truth: bool = True) -> EvaluateResult:
         ]
         talks = [
             tuple(
-                Message("user" if i % 2 == 0 else "assistant", f"Turn {i} of {name}.")
+                Message("user" if i % 2 == 0 else "assistant", f"DialogTurn {i} of {name}.")
                 for i in range(12)
             )
         ]

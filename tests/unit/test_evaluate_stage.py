@@ -363,13 +363,13 @@ def test_map_shows_the_dialog_that_differs_most(
 
 def test_equal_weights_answer_once(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[str] = []
-    chat = stage._chat
+    chat = stage.load_version
 
     def counted(config: stage.Config, name: str, *rest: object) -> object:
         calls.append(name)
         return chat(config, name, *rest)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(stage, "_chat", counted)
+    monkeypatch.setattr(stage, "load_version", counted)
     twin = place / "twin"
     shutil.copytree(place / "v1", twin)
     result = evaluate(

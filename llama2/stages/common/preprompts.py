@@ -1,4 +1,4 @@
-"""Safety preprompts and answer templates (§4.2.4): what stands before an adversarial prompt when it
+"""Safety preprompts and answer templates (§4.2.4), which stand before an adversarial prompt when it
 is answered.
 
 The paper has four personas, varied by adjectives, and templates that name the category of the
@@ -63,30 +63,29 @@ def under_preprompt(
     preprompts: Sequence[str] = PREPROMPTS,
     templates: Mapping[str, str] = TEMPLATES,
 ) -> Messages:
-    """The prompt behind a safety preprompt, chosen by a hash of prompt and seed, and the template
+    """Put the prompt behind a safety preprompt, chosen by a hash of prompt and seed, and the template
     of its risk.
 
     `templates` go by `metadata["risk"]` of the prompt; one without a risk, or with another, gets
     the preprompt alone. A system turn that the prompt has stays, behind them.
     """
-    choice = hash_number(repr((seed, prompt.messages)))
     pairs = list(itertools.permutations(ADJECTIVES, 2))
-    choice, pair = divmod(choice, len(pairs))
-    text = preprompts[choice % len(preprompts)].format(a=pairs[pair][0], b=pairs[pair][1])
-    template = templates.get(str(prompt.metadata.get("risk", "")))
-    said = [text, *([template] if template else [])]
+    choice, place = divmod(hash_number(repr((seed, prompt.messages))), len(pairs))
+    first, second = pairs[place]
+    parts = [preprompts[choice % len(preprompts)].format(a=first, b=second)]
+    turns = prompt.messages
+    if template := templates.get(str(prompt.metadata.get("risk", ""))):
+        parts.append(template)
 
-    if prompt.messages[0].role == "system":
-        return (
-            Message("system", " ".join([*said, prompt.messages[0].content])),
-            *prompt.messages[1:],
-        )
+    if turns[0].role == "system":
+        parts.append(turns[0].content)
+        turns = turns[1:]
 
-    return (Message("system", " ".join(said)), *prompt.messages)
+    return (Message("system", " ".join(parts)), *turns)
 
 
 def check(preprompts: Sequence[str]) -> tuple[str, ...]:
-    """The preprompts, as they are; ValueError if there is none, or one with other fields than {a}
+    """Return the preprompts, as they are; ValueError if there is none, or one with other fields than {a}
     and {b}."""
     if not preprompts:
         raise ValueError("give at least one preprompt")
