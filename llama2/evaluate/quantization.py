@@ -146,11 +146,11 @@ def coverage(shape: LlamaConfig, precision: quantize.WeightPrecision) -> list[di
     rows: dict[str, dict[str, Any]] = {}
     for name, weight in model.named_parameters():
         bits = precision if precision == "int8" or precision == "int4" else None
-        reason = quantize.kept(name, weight, bits, tied=shape.tie_word_embeddings) if bits else ""
+        reason = quantize.reason_to_keep(name, weight, bits, tied=shape.tie_word_embeddings) if bits else ""
         after = weight.numel() * (4 if precision == "fp32" else 2)
 
         if bits and not reason:
-            after = quantize.size(weight.shape[0], weight.shape[1], bits)
+            after = quantize.quantized_bytes(weight.shape[0], weight.shape[1], bits)
 
         row = rows.setdefault(
             _LAYER.sub("*", name),
@@ -175,7 +175,7 @@ def _predicted(
     model: Llama, rows: Rows, precision: quantize.WeightPrecision
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """log p of every token, and the likeliest token in its place."""
-    found = predictions(model, rows, quantize.computing(precision))
+    found = predictions(model, rows, quantize.compute_precision(precision))
     return (
         torch.tensor([value for own, _ in found for value in own], dtype=torch.double),
         torch.tensor([token for _, best in found for token in best]),

@@ -169,7 +169,7 @@ def run(config: Config, run: runs.Run) -> None:
             run,
             f"judge-{axis}",
             path,
-            quantize.computing(config.precision),
+            quantize.compute_precision(config.precision),
             prompts,
             {place: one.answers for place, one in said.items()},
             paths,
@@ -305,7 +305,7 @@ def _chat(config: Config, name: str, run: runs.Run) -> Chat:
 
 def _load(config: Config, name: str) -> tuple[Llama, Tokenizer]:
     """A version that is only read, its weights as they are computed with."""
-    model, tokenizer = load_policy(config.versions[name], quantize.loading(config.precision))
+    model, tokenizer = load_policy(config.versions[name], quantize.load_dtype(config.precision))
     return model.eval().requires_grad_(False), tokenizer
 
 

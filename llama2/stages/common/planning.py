@@ -377,7 +377,7 @@ def judging_plan(
     if any(shape is None for shape in (*versions.values(), *judges.values())):
         return UNKNOWN
 
-    products = quantize.computing(precision)
+    products = quantize.compute_precision(precision)
     sample = Sample(max_tokens=max_tokens, slots=slots, precision=products)
     phases: dict[str, dict[str, float]] = {}
     packed = 0.0
