@@ -308,14 +308,6 @@ void likelihood(int64_t N, int64_t V, T *logits, const int64_t *targets, float *
     }
 }
 
-template <class T> void scaled(int64_t N, int64_t D, const T *x, const float *scale, T *out) {
-#pragma omp parallel for schedule(static)
-    for (int64_t n = 0; n < N; n++) {
-#pragma omp simd
-        for (int64_t d = 0; d < D; d++) put(out[n * D + d], get(x[n * D + d]) * scale[n]);
-    }
-}
-
 }  // namespace
 
 #define EACH(NAME, T)                                                                                                  \
@@ -331,8 +323,7 @@ template <class T> void scaled(int64_t N, int64_t D, const T *x, const float *sc
     void likelihood_##NAME(int64_t N, int64_t V, T *logits, const int64_t *targets, float *logp, float *totals,        \
                            float *entropy) {                                                                           \
         likelihood(N, V, logits, targets, logp, totals, entropy);                                                      \
-    }                                                                                                                  \
-    void scaled_##NAME(int64_t N, int64_t D, const T *x, const float *scale, T *out) { scaled(N, D, x, scale, out); }
+    }
 
 #define PAIR(NAME, X, O)                                                                                               \
     void norm_##NAME(const Norm *a) { norm<X, O>(*a); }                                                                \

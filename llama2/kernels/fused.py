@@ -156,13 +156,13 @@ class _Normalise(torch.autograd.Function):
 
 
 # ---- SwiGLU ----
-def gated(x_BTD: Tensor, gate_FD: Tensor, up_FD: Tensor) -> Tensor:
+def swiglu(x_BTD: Tensor, gate_FD: Tensor, up_FD: Tensor) -> Tensor:
     """Return silu(gate(x)) · up(x), [B, T, F]; both products are one."""
     out_BTF: Tensor = _Gated.apply(x_BTD, gate_FD, up_FD)  # type: ignore[no-untyped-call]
     return out_BTF
 
 
-def gated_apart(gate_BTF: Tensor, up_BTF: Tensor) -> Tensor:
+def swiglu_apart(gate_BTF: Tensor, up_BTF: Tensor) -> Tensor:
     """Return silu(gate) · up without a gradient, of products made apart: joining their matrices
     would cost a copy of both."""
     return _swiglu(gate_BTF.contiguous(), up_BTF.contiguous(), gate_BTF.shape[-1])
@@ -199,14 +199,9 @@ class _Gated(torch.autograd.Function):
 
 
 # ---- attention ----
-@dataclass(frozen=True)
-class View:
-    """What all layers share: rotary tables [B or 1, T, 1, E] in fp32, the sine negative in the
-    first half, and the first position each query may see, [B, T] (None: position 0)."""
-
-    cos: Tensor
-    sin: Tensor
-    starts: Tensor | None
+View = tuple[Tensor, Tensor, Tensor | None]
+"""what all layers share: rotary tables, cosine and sine [B or 1, T, 1, E] in fp32, the sine negative
+in the first half, and the first position that each query may see, [B, T] (None: position 0)"""
 
 
 def attention(x_BTD: Tensor, weights: Sequence[Tensor], size: int, view: View) -> Tensor:
@@ -226,8 +221,8 @@ def attention_apart(
     rows, length, _ = q_BTD.shape
     heads, kv = q_BTD.shape[-1] // size, k_BTD.shape[-1] // size
     layout = _Layout(rows, length, heads, kv, size, view)
-    keys = layout.split(k_BTD, 0, kv, rotated=True)
-    values = layout.split(v_BTD, 0, kv)
+    keys = layout.split(k_BTD, 0, kv, 0, length, 1.0)
+    values = layout.split(v_BTD, 0, kv, 0, length)
     out = torch.empty_like(q_BTD)
 
     for _ in layout.attend(q_BTD, keys, values, out):
@@ -246,8 +241,8 @@ class _Attention(torch.autograd.Function):
         y_NP = torch.mm(x_ND, weight_PD.t())
         heads, kv = len(wq) // size, len(wk) // size
         layout = _Layout(rows, length, heads, kv, size, view)
-        keys = layout.split(y_NP, heads, kv, rotated=True)
-        values = layout.split(y_NP, heads + kv, kv)
+        keys = layout.split(y_NP, heads, kv, 0, length, 1.0)
+        values = layout.split(y_NP, heads + kv, kv, 0, length)
         out = x.new_empty((rows, length, heads * size))
         blocks = list(layout.attend(y_NP, keys, values, out))
 
@@ -262,7 +257,7 @@ class _Attention(torch.autograd.Function):
         = dSᵀ q."""
         x_ND, weight_PD, keys, values, *saved = ctx.saved_tensors
         layout: _Layout = ctx.layout
-        heads, kv, size = layout.heads, layout.kv, layout.size
+        heads, kv, length, size = layout.heads, layout.kv, layout.length, layout.size
         grad, grad_y_NP = grad.contiguous(), x_ND.new_empty((len(x_ND), len(weight_PD)))
         grad_keys, grad_values = torch.empty_like(keys), torch.empty_like(values)
         blocks = layout.blocks()
@@ -272,22 +267,20 @@ class _Attention(torch.autograd.Function):
             queries, weights = saved[index], saved[len(blocks) + index]
             grad_out = layout.split(_rows(grad), 0, heads, begin, end).view(len(keys), -1, size)
             grad_scores = torch.bmm(grad_out, values[:, :end].mT)
-            layout.softmax_back(weights, grad_scores, begin, end)
+            layout.softmax(begin, end, weights, grad_scores)
             grad_queries = torch.bmm(grad_scores, keys[:, :end])
-            layout.join(
-                grad_queries, grad_y_NP, 0, heads, begin, end, rotated=True, scale=size**-0.5
-            )
+            layout.move(grad_y_NP, grad_queries, 0, heads, begin, end, size**-0.5, join=True)
 
-            if end == layout.length:  # the last block, taken first, sees all keys
+            if end == length:  # the last block, taken first, sees all keys
                 torch.bmm(grad_scores.mT, queries, out=grad_keys)
                 torch.bmm(weights.mT, grad_out, out=grad_values)
             else:
                 grad_keys[:, :end] += torch.bmm(grad_scores.mT, queries)
                 grad_values[:, :end] += torch.bmm(weights.mT, grad_out)
 
-        layout.join(grad_keys, grad_y_NP, heads, kv, rotated=True)
-        layout.join(grad_values, grad_y_NP, heads + kv, kv)
-        grad_x = torch.mm(grad_y_NP, weight_PD).view(layout.rows, layout.length, -1)
+        layout.move(grad_y_NP, grad_keys, heads, kv, 0, length, 1.0, join=True)
+        layout.move(grad_y_NP, grad_values, heads + kv, kv, 0, length, join=True)
+        grad_x = torch.mm(grad_y_NP, weight_PD).view(layout.rows, length, -1)
         sizes = (heads * size, kv * size, kv * size)
 
         return grad_x, *_part(torch.mm(grad_y_NP.t(), x_ND), sizes, ctx.kinds), None, None
@@ -315,49 +308,24 @@ class _Layout:
         """Fill `out` from the queries that lie first in `y`, block by block; yield the queries and
         the attention weights of each."""
         for begin, end in self.blocks():
-            queries = self.split(
-                y, 0, self.heads, begin, end, rotated=True, scale=self.size**-0.5
-            ).view(len(keys), -1, self.size)
+            split = self.split(y, 0, self.heads, begin, end, self.size**-0.5)
+            queries = split.view(len(keys), -1, self.size)
             weights = torch.bmm(queries, keys[:, :end].mT)
-            self._softmax("softmax", begin, end, weights)
-            self.join(torch.bmm(weights, values[:, :end]), out, 0, self.heads, begin, end)
+            self.softmax(begin, end, weights)
+            mixed = torch.bmm(weights, values[:, :end])
+            self.move(out, mixed, 0, self.heads, begin, end, join=True)
             yield queries, weights
 
     def split(
-        self,
-        y: Tensor,
-        first: int,
-        heads: int,
-        begin: int = 0,
-        end: int | None = None,
-        *,
-        rotated: bool = False,
-        scale: float = 1.0,
+        self, y: Tensor, first: int, heads: int, begin: int, end: int, scale: float | None = None
     ) -> Tensor:
-        """Take heads `first` to `first + heads` of positions `begin` to `end`, of all unless given,
-        rotated if wanted."""
-        end = self.length if end is None else end
+        """Take heads `first` to `first + heads` of positions `begin` to `end`; with a scale rotated
+        and scaled."""
         split = y.new_empty((self.rows * heads, end - begin, self.size))
-        self._move(y, split, first, heads, begin, end, rotated, scale, join=False)
+        self.move(y, split, first, heads, begin, end, scale)
         return split
 
-    def join(
-        self,
-        split: Tensor,
-        y: Tensor,
-        first: int,
-        heads: int,
-        begin: int = 0,
-        end: int | None = None,
-        *,
-        rotated: bool = False,
-        scale: float = 1.0,
-    ) -> None:
-        """Put them back into rows of `y`, rotated back if wanted."""
-        end = self.length if end is None else end
-        self._move(y, split, first, heads, begin, end, rotated, scale, join=True)
-
-    def _move(
+    def move(
         self,
         y: Tensor,
         split: Tensor,
@@ -365,10 +333,12 @@ class _Layout:
         heads: int,
         begin: int,
         end: int,
-        rotated: bool,
-        scale: float,
-        join: bool,
+        scale: float | None = None,
+        join: bool = False,
     ) -> None:
+        """Fill `split` from rows of `y`, or, to `join` them, rows of `y` from `split`, rotated
+        back."""
+        cos, sin, _ = self.view
         arguments = Heads(
             batch=self.rows,
             length=self.length,
@@ -378,34 +348,30 @@ class _Layout:
             head_dim=self.size,
             begin=begin,
             end=end,
-            cos=self.view.cos if rotated else None,
-            sin=self.view.sin if rotated else None,
-            tables=len(self.view.cos),
+            cos=None if scale is None else cos,
+            sin=None if scale is None else sin,
+            tables=len(cos),
             products=y,
             split=split,
-            scale=scale,
+            scale=1.0 if scale is None else scale,
             join=join,
         )
         _call(f"heads_{_KINDS[y.dtype]}", arguments)
 
-    def softmax_back(self, weights: Tensor, grad: Tensor, begin: int, end: int) -> None:
-        """Turn the gradient of weights into that of scores, in place."""
-        self._softmax("softmax_back", begin, end, weights, grad)
-
-    def _softmax(
-        self, name: str, begin: int, end: int, weights: Tensor, grad: Tensor | None = None
-    ) -> None:
-        """Over what each query may see, in place; 0 elsewhere."""
+    def softmax(self, begin: int, end: int, weights: Tensor, grad: Tensor | None = None) -> None:
+        """Turn scores into weights over what each query may see, or the gradient of weights into
+        that of scores, in place; 0 elsewhere."""
         arguments = Softmax(
             batch=self.rows,
             length=self.length,
             heads=self.heads,
             begin=begin,
             end=end,
-            starts=self.view.starts,
+            starts=self.view[2],
             weights=weights,
             grad=grad,
         )
+        name = "softmax" if grad is None else "softmax_back"
         _call(f"{name}_{_KINDS[weights.dtype]}", arguments)
 
 
@@ -428,13 +394,6 @@ def likelihood(
         entropy_C,
     )
     return logp_C, total_C, entropy_C
-
-
-def scaled(x_ND: Tensor, scale_N1: Tensor) -> Tensor:
-    """Return every row times its own number."""
-    out = torch.empty_like(x_ND)
-    _call(f"scaled_{_KINDS[x_ND.dtype]}", *x_ND.shape, x_ND, scale_N1.contiguous(), out)
-    return out
 
 
 # ---- products ----
