@@ -50,7 +50,7 @@ class Tally:
         for what, counts in self.notes.items():
             summary[what.replace(" ", "_")] = dict(counts.most_common())
 
-        return summary | ({"files left out": dict(self.files.most_common())} if self.files else {})
+        return summary | ({"files_left_out": dict(self.files.most_common())} if self.files else {})
 
     def line(self) -> str:
         """`read 5, kept 2, left out 3: empty answer 2, too long 1 (raise --sequence-length);

@@ -15,7 +15,6 @@ tyro prints the help.
 
 from __future__ import annotations
 
-import hashlib
 import re
 import unicodedata
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -37,6 +36,7 @@ from llama2.config.exact import make_exact
 from llama2.config.layers import merge
 from llama2.config.schema import Flag
 from llama2.errors import UserError
+from llama2.hashing import hash_number
 from llama2.terminal_text import is_safe
 
 _LARGEST_SEED = 2**32 - 1
@@ -197,8 +197,7 @@ def check_names(names: Iterable[str], place: str) -> None:
 def derive_seed(seed: int, *names: str | int) -> int:
     """Return the seed of one of the things that `seed` decides, in [0, 2^32): another for every
     list of names."""
-    digest = hashlib.blake2b(repr((seed, *names)).encode(), digest_size=4).digest()
-    return int.from_bytes(digest, "big")
+    return hash_number(repr((seed, *names)), 4, "big")
 
 
 # --- what is inside ---

@@ -24,6 +24,7 @@ from itertools import combinations, cycle
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
+from llama2.hashing import hash_parts
 from llama2.importers.questions import read_category, read_question, read_system
 from llama2.importers.scores import drop_by_score
 from llama2.importers.tables import (
@@ -31,7 +32,6 @@ from llama2.importers.tables import (
     ReadOptions,
     RowFormat,
     SkippedRow,
-    digest,
     read_records,
     read_sample,
 )
@@ -145,7 +145,7 @@ def _show(item: RatedPair, axis: Axis, source: str) -> Preference:
     """Return a comparison with an id, and with an order in which the answers were shown."""
     low, high = sorted((item.chosen, item.rejected))
     turns = json.dumps([(message.role, message.content) for message in item.prompt])
-    key = digest(turns, low, high)
+    key = hash_parts(turns, low, high)
     first, second = (low, high) if key & 1 else (high, low)
     preferred: Literal[0, 1] = 0 if first == item.chosen else 1
     category = {"category": item.category} if item.category else {}

@@ -15,10 +15,11 @@ from dataclasses import replace
 from itertools import chain, repeat
 from typing import Any, Literal
 
+from llama2.hashing import hash_parts
 from llama2.importers import marks
 from llama2.importers.dialogs import ANSWERS, PROMPTING, QUESTION_KEYS
 from llama2.importers.questions import QUESTIONS, read_category, read_question, read_system
-from llama2.importers.tables import AUTO, ReadOptions, RowFormat, SkippedRow, digest, read_records
+from llama2.importers.tables import AUTO, ReadOptions, RowFormat, SkippedRow, read_records
 from llama2.importers.turns import is_own, read_own, read_prompt, read_turns
 from llama2.reading.files import Row
 from llama2.records import Dialog, Message, Messages, Prompt, check_roles
@@ -68,7 +69,7 @@ def import_prompts(
 def make_prompt_id(turns: Messages, source: str) -> str:
     """Return an id that depends on the set and on what is said."""
     said = json.dumps([(message.role, message.content) for message in turns])
-    return f"{source}:{digest(said):016x}"
+    return f"{source}:{hash_parts(said):016x}"
 
 
 def _make_prompt(turns: Messages, family: Family = "", category: str = "") -> Prompt:

@@ -5,12 +5,12 @@ from __future__ import annotations
 import json
 from types import ModuleType
 
-from llama2 import mesh
 from llama2.config import build, parse, yaml12
 from llama2.config.flags import read_flags
 from llama2.errors import UserError
+from llama2.ranks import requested
 from llama2.recipe.verbs import name_positional
-from llama2.stages.common.planning import Cluster, Lineage
+from llama2.stages.common.planning import Cluster, PlannedRuns
 
 
 def show(verb: str, module: ModuleType, arguments: list[str]) -> int:
@@ -19,7 +19,7 @@ def show(verb: str, module: ModuleType, arguments: list[str]) -> int:
     config = parse(module.Config, name_positional(module, flags), f"llama2 {verb}")
     shown = {"config": config.model_dump(mode="json")}
     if hasattr(module, "plan"):
-        shown |= {"cluster": cluster.model_dump()} | module.plan(config, cluster, Lineage())
+        shown |= {"cluster": cluster.model_dump()} | module.plan(config, cluster, PlannedRuns())
 
     as_yaml = yaml12.dump(shown, default_flow_style=None, width=120)
     print(json.dumps(shown, indent=1) if "--json" in arguments else as_yaml, end="")
@@ -53,7 +53,7 @@ def _read_cluster(arguments: list[str]) -> tuple[Cluster, list[str]]:
 
         current.append(word)
 
-    ranks = mesh.asked()
+    ranks = requested()
     values = {"ranks": ranks} if ranks else {}
     flags = read_flags(Cluster, of_cluster, values)
     return build(Cluster, values | flags, "--dry-run"), rest

@@ -48,11 +48,13 @@ _FILES = (
 """endings of what is no name of a repository on the Hugging Face Hub"""
 
 
-def check(config: BaseModel, *, complete: bool) -> None:
-    """UserError for inputs that cannot be meant; `complete`: every path that is named must be
-    there."""
+def check(config: BaseModel, *, complete: bool, later: Sequence[Path] = ()) -> None:
+    """Raise UserError for inputs that cannot be meant.
+
+    complete: every path that is named must be there. later: what lies below these is made later.
+    """
     for key, path in list_paths(config):
-        if _is_model(key):
+        if _is_model(key) and not any(path.is_relative_to(parent) for parent in later):
             _check_model(path, scorer=not {"rewards", "judge"}.isdisjoint(key.split(".")))
         if isinstance(config, StageConfig):
             _refuse_inside(config.out, key, path)

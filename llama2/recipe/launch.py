@@ -6,7 +6,7 @@ import sys
 from collections.abc import Sequence
 from types import ModuleType
 
-from llama2 import mesh
+from llama2 import ranks
 from llama2.config import parse
 from llama2.errors import UserError
 from llama2.recipe import inputs, pipeline, verbs
@@ -45,14 +45,13 @@ def run_command(verb: str, arguments: Sequence[str]) -> int:
         if not makes_run:
             return int(module.run(config) or 0)  # a comparison has a result that scripts ask for
 
-        execute(verb, config)
-        if mesh.is_main():
+        if execute(verb, config).is_main:
             print(config.out)
     except Stopped as stopped:
         print(f"llama2: {stopped}", file=sys.stderr)
         return stopped.exit_code
     finally:
-        mesh.shutdown()
+        ranks.leave()
 
     return 0
 

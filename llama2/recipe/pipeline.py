@@ -19,21 +19,22 @@ import threading
 from collections.abc import Mapping
 from typing import Any
 
-from llama2 import atomic, interrupts, mesh, runs
+from llama2 import atomic, interrupts, runs
 from llama2.config import yaml12
+from llama2.ranks import join
 from llama2.recipe import verbs
 from llama2.recipe.board import Board
 from llama2.recipe.config import Config, find_references
 from llama2.recipe.steps import RecipeStep, check_inputs, resolve_steps
 from llama2.recipe.workers import execute, preload
 from llama2.records import dump
-from llama2.stages.common.planning import Cluster, Lineage, total
+from llama2.stages.common.planning import Cluster, PlannedRuns, total
 from llama2.terminal_text import say
 
 __all__ = ["Config", "plan", "run"]
 
 
-def plan(recipe: Config, cluster: Cluster, lineage: Lineage) -> dict[str, Any]:
+def plan(recipe: Config, cluster: Cluster, planned: PlannedRuns) -> dict[str, Any]:
     """Return what a dry run shows beyond the recipe itself: every step's whole configuration, and
     what it would cost."""
     configs, plans = {}, {}
@@ -45,7 +46,7 @@ def plan(recipe: Config, cluster: Cluster, lineage: Lineage) -> dict[str, Any]:
         configs[name] = step.config.model_dump(mode="json")
         plans[name] = {"verb": step.verb, "needs": sorted(step.needs)}
         if hasattr(module, "plan"):
-            plans[name] |= module.plan(step.config, machines, lineage)
+            plans[name] |= module.plan(step.config, machines, planned)
 
     return {"steps": configs, "plan": plans, "total": total(plans)}
 
@@ -69,8 +70,7 @@ def run(recipe: Config) -> int:
 def _run_step(step: RecipeStep, recipe: Config, steps: Mapping[str, RecipeStep]) -> None:
     """Carry out one step under whatever started this process: a recipe's own ranks all live on one
     machine."""
-    mesh.init()
-    if mesh.is_main():
+    if join().is_main:
         _describe(recipe, steps)
 
     execute(step.verb, step.config)

@@ -195,7 +195,7 @@ def check_inputs(recipe: Config, steps: Mapping[str, RecipeStep]) -> None:
     later = [recipe.out, *map(files.expand_home, awaited)]
     needed: list[tuple[str, Path]] = []
     for name, step in steps.items():
-        inputs.check(step.config, complete=False)
+        inputs.check(step.config, complete=False, later=later)
         for key, path in list_paths(step.config):
             if not any(path.is_relative_to(place) for place in later):
                 needed.append((f"steps.{name}.{key}", path))

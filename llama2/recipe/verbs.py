@@ -2,7 +2,7 @@
 
 A stage is a module with a `Config` (what to do) and `run(config, run)` (do it into an open run
 directory). Every other verb has a `Config` and `run(config)`, which may return an exit status.
-Either may have `plan(config, cluster, lineage)` (what it would cost) and `POSITIONAL` (the field
+Either may have `plan(config, cluster, planned)` (what it would cost) and `POSITIONAL` (the field
 that a first argument which is no recipe fills).
 """
 
@@ -161,7 +161,7 @@ def load(verb: str) -> ModuleType:
 
             return bundle
         case "carbon":
-            from llama2.report import carbon
+            from llama2.release import carbon
 
             return carbon
         case "chat":

@@ -21,10 +21,11 @@ from typing import Any
 
 import torch
 
-from llama2 import mesh, rendezvous, runs
+from llama2 import ranks, rendezvous, runs
 from llama2.config import StageConfig, build
 from llama2.errors import UserError, explain_os_errors
 from llama2.interrupts import hold_back
+from llama2.ranks import Ranks
 from llama2.recipe import verbs
 from llama2.runs import Stopped
 
@@ -33,13 +34,15 @@ SERVER_GONE = 255
 context = multiprocessing.get_context("forkserver")
 
 
-def execute(verb: str, config: StageConfig) -> None:
-    """Carry out one stage in this process (and its torchrun ranks), unless it is finished."""
-    with rendezvous.together():
-        mesh.init()
-        with runs.open_run(verb, config) as run:
-            if not run.finished:
-                verbs.load(verb).run(config, run)
+def execute(verb: str, config: StageConfig) -> Ranks:
+    """Carry out one stage in this process (and its torchrun ranks), unless it is finished; return
+    these ranks."""
+    joined = ranks.join()
+    with joined.explain_disconnects(), runs.open_run(verb, config, joined) as run:
+        if not run.finished:
+            verbs.load(verb).run(config, run)
+
+    return joined
 
 
 def preload() -> None:
@@ -73,20 +76,21 @@ class Workers:
 
     @classmethod
     def start(
-        cls, verb: str, values: Mapping[str, Any], ranks: int, threads: int, log: Path
+        cls, verb: str, values: Mapping[str, Any], count: int, threads: int, log: Path
     ) -> Workers:
-        """Fork the ranks of one stage, `threads` for each, with the configuration `values`."""
+        """Fork the `count` ranks of one stage, `threads` for each, with the configuration
+        `values`."""
         log.parent.mkdir(parents=True, exist_ok=True)
         receive, send = context.Pipe(duplex=False)
         workers = cls([], [], receive, log)
         port = str(_find_free_port())
 
-        for rank in range(ranks):
+        for rank in range(count):
             theirs, ours = context.Pipe(duplex=False)
             environment = {
                 "RANK": str(rank),
                 "LOCAL_RANK": str(rank),
-                "WORLD_SIZE": str(ranks),
+                "WORLD_SIZE": str(count),
                 "MASTER_ADDR": "127.0.0.1",
                 "MASTER_PORT": port,
             }
@@ -215,7 +219,7 @@ def _work(
         messages.send(str(error))
         raise SystemExit(error.exit_code) from None
 
-    mesh.leave()
+    ranks.exit_now()
 
 
 def _die_with_parent(lifeline: Connection) -> None:

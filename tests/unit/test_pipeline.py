@@ -10,11 +10,11 @@ import pytest
 import yaml
 from commands import llama2
 
+from llama2 import runs
 from llama2.config import build, derive_seed, parse
 from llama2.errors import UserError
 from llama2.recipe import pipeline
 from llama2.recipe.workers import Workers
-from llama2.runs import run as runs
 
 
 def recipe(tmp_path, steps, **more):

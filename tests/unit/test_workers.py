@@ -11,12 +11,12 @@ from multiprocessing import forkserver
 import pytest
 import torch
 
+from llama2 import runs
 from llama2.config import build
 from llama2.formats import checkpoint
 from llama2.recipe import verbs
 from llama2.recipe.workers import Workers, execute, preload
 from llama2.runs import read_metrics
-from llama2.runs import run as runs
 
 
 def finish(workers, seconds=200):
