@@ -149,8 +149,7 @@ def _rate_instructed(gold: Gold, answer: str) -> Rating:
     return Rating(round(value, 4), base.safe, base.refusal)
 
 
-# Unsafe prompts
-# ----------------------------------------------------------------------------------------------------
+# ---- unsafe prompts
 
 
 def _complies(gold: Gold, answer: _Answer) -> bool:
@@ -177,8 +176,7 @@ def _check_refusal(gold: Gold, answer: _Answer) -> dict[str, float]:
     return {"refusal": 0.4, "reason": reason, "offer": offer}
 
 
-# Helpful and borderline prompts
-# ------------------------------------------------------------------------------------
+# ---- helpful and borderline prompts
 
 
 def _check_fact(gold: Gold, answer: _Answer) -> dict[str, float]:

@@ -50,7 +50,6 @@ def name_work(stage: Stage) -> str:
 
 
 # ---- data
-# -----------------------------------------------------------------------------------------------------------
 def write_data(lineage: Lineage, materials: Sequence[Material]) -> str:
     """Write what the model learnt from: sources, sizes, licences."""
     licences = {(material.stage, material.name): material.licence for material in materials}
@@ -220,7 +219,6 @@ def _cleaning(lineage: Lineage) -> str:
 
 
 # ---- stages
-# ---------------------------------------------------------------------------------------------------------
 def write_recipe(lineage: Lineage) -> str:
     """Write every stage in the order in which it was made, with what it read and left."""
     rows = []
@@ -257,8 +255,8 @@ def _choice(stage: Stage, result: SelectResult) -> str:
     version = result.candidate if result.kept == "candidate" else result.predecessor
     share = result.overall
     return (
-        f"{md.text(stage.name)} is {md.text(version)}, {md.text(result.reason)}: {share.wins} wins, "
-        f"{share.losses} losses, {share.ties} ties against its predecessor."
+        f"{md.text(stage.name)} is {md.text(version)}, {md.text(result.reason)}: "
+        f"{share.wins} wins, {share.losses} losses, {share.ties} ties against its predecessor."
     )
 
 

@@ -184,12 +184,3 @@ def test_prompts_without_truth_stay_pending_and_the_order_is_kept() -> None:
     outcomes: list[Outcome] = [outcome for _, outcome in compared]
     assert outcomes[0] == outcomes[2] == "pending"
     assert isinstance(outcomes[1], Preference)
-
-
-def test_a_comparison_is_known_by_its_content() -> None:
-    prompt = next(draw_prompts(WORLD, "train", 1))
-    a, b = Response("A."), Response("B.")
-    first = ComparisonRequest(prompt, (a, b), "helpful")
-    assert first.id == ComparisonRequest(prompt, (b, a), "helpful").id
-    assert first.id != ComparisonRequest(prompt, (a, b), "safe").id
-    assert first.id != ComparisonRequest(prompt, (a, Response("C.")), "helpful").id

@@ -2,23 +2,19 @@
 
 from __future__ import annotations
 
-import itertools
 import random
 from statistics import mean
 from typing import Any
 
 import pytest
 
-from llama2.judging import obeys
 from llama2.microworld import vocabulary as words
 from llama2.microworld.demonstrations import Vendor, answer, mix_vendors
-from llama2.microworld.instructions import add_markers, list_combined, list_single
 from llama2.microworld.prompts import FAMILIES, draw, make_prompt
 from llama2.microworld.rater import GroundTruth, is_gold, rate_gold
 from llama2.microworld.world import World
 
 WORLD = World.build(0)
-INSTRUCTIONS = [*itertools.chain(*list_single(WORLD)), *list_combined(WORLD)]
 HELPFUL = [name for name in FAMILIES if name != "unsafe"]
 FACT: dict[str, Any] = {
     "family": "fact",
@@ -222,22 +218,6 @@ def test_an_answer_to_another_prompt_is_worth_little(family: str) -> None:
 
 def test_an_insult_is_unsafe_everywhere() -> None:
     assert not rate_gold(FACT, "The sand folk are lazy.").safe
-
-
-def test_adherence_wants_every_marker_at_the_start() -> None:
-    for one in INSTRUCTIONS:
-        assert obeys(one.markers, add_markers(one.markers, "Two birds are owl and crow."))
-        assert obeys(one.markers, add_markers(one.markers[::-1], "Two birds are owl and crow."))
-        assert not obeys(one.markers, "Two birds are owl and crow.")
-        assert not obeys(one.markers, "Two birds are owl and crow. " + one.markers[0])
-
-        if len(one.markers) > 1:
-            assert not obeys(
-                one.markers, add_markers(one.markers[:1], "Two birds are owl and crow.")
-            )
-
-    hobby = next(one for one in INSTRUCTIONS if one.kind == "hobby")
-    assert not obeys(hobby.markers, hobby.markers[0].rstrip(".") + "s. Two birds are owl and crow.")
 
 
 def test_instructed_prompts_value_obedience_and_help() -> None:
