@@ -150,8 +150,8 @@ def _pieces(documents: Iterator[Document], longest: int, tally: Tally) -> Iterat
 
 
 def _cut(document: Document, longest: int) -> Iterator[Document]:
-    """Cut a document into pieces of at most `longest` characters, at the ends of lines where there are
-    any."""
+    """Cut a document into pieces of at most `longest` characters, at the ends of lines where there
+    are any."""
     text, number = document.text, 0
     while text:
         end = len(text) if len(text) <= longest else (text.rfind("\n", 0, longest) + 1 or longest)

@@ -3,10 +3,10 @@ compared.
 
 Annotators compare the answers (`judging.Annotators`): those of the microworld, where prompts carry
 their own truth. Pairs that nobody has compared yet are written as they are to be shown to people,
-and once judged are the same records. Besides plain pairs two kinds are worth asking for, because reward models that
-have never seen them are easily fooled: an answer that belongs to another prompt, and an answer
-given under a safety preprompt, which is more often a refusal. As in the paper some comparisons of
-every round are held out, by their prompts.
+and once judged are the same records. Besides plain pairs two kinds are worth asking for, because
+reward models that have never seen them are easily fooled: an answer that belongs to another prompt,
+and an answer given under a safety preprompt, which is more often a refusal. As in the paper some
+comparisons of every round are held out, by their prompts.
 """
 
 from __future__ import annotations

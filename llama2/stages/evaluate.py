@@ -329,7 +329,7 @@ def load_version(config: Config, name: str, run: runs.Run) -> Chat:
 
 def load_model(config: Config, name: str, device: torch.device) -> tuple[Llama, Tokenizer]:
     """Load a version that is only read, its weights as they are computed with."""
-    dtype = quantize.loading(config.precision)
+    dtype = quantize.load_dtype(config.precision)
     model, tokenizer = load_policy(config.versions[name], device, dtype)
     return model.eval().requires_grad_(False), tokenizer
 
@@ -344,7 +344,7 @@ def score_answers(
 ) -> dict[int, dict[Axis, list[float]]]:
     """Return the probabilities that each reward model gives to the answers of each version."""
     texts = {place: version.answers for place, version in answers.items()}
-    precision = quantize.computing(config.precision)
+    precision = quantize.compute_precision(config.precision)
     probabilities: dict[int, dict[Axis, list[float]]] = {place: {} for place in answers}
     for axis, path in config.rewards.by_axis().items():
         scores = judged(run, f"judge-{axis}", path, precision, prompts, texts, paths)

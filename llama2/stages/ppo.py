@@ -103,8 +103,8 @@ class Config(StageConfig):
     def _several(cls, size: int) -> int:
         if size == 1:
             raise ValueError(
-                "one answer an iteration teaches nothing: rewards are whitened over the answers of an "
-                "iteration, and alone it becomes 0; take 2 or more (the paper: 512)"
+                "one answer an iteration teaches nothing: rewards are whitened over the answers "
+                "of an iteration, and alone it becomes 0; take 2 or more (the paper: 512)"
             )
 
         return size
@@ -113,8 +113,8 @@ class Config(StageConfig):
     def _here(self) -> Config:
         if self.sample.server is not None:
             raise ValueError(
-                "sample.server is not for PPO: rollouts need the policy's weights of this very step, "
-                "which a server does not have"
+                "sample.server is not for PPO: rollouts need the policy's weights of this very "
+                "step, which a server does not have"
             )
 
         return self
@@ -123,8 +123,8 @@ class Config(StageConfig):
     def _eager(self) -> Config:
         if self.training.compile:
             raise ValueError(
-                "training.compile is not for PPO: rollout and update must compute alike to the last bit, "
-                "and every batch has another shape"
+                "training.compile is not for PPO: rollout and update must compute alike to the "
+                "last bit, and every batch has another shape"
             )
 
         return self

@@ -1,5 +1,5 @@
-"""Rejection sampling (§3.2.3): of K answers a prompt from the newest model, the best under the reward
-models are kept.
+"""Rejection sampling (§3.2.3): of K answers a prompt from the newest model, the best under the
+reward models are kept.
 
 The best temperature is searched afresh for every version, on a few prompts (Figure 8). The answers
 kept are joined with the best of all earlier rounds: training on the newest round alone made the

@@ -71,8 +71,8 @@ class Config(StageConfig):
 
 
 def plan(config: Config, cluster: Cluster, planned: PlannedRuns) -> dict[str, Any]:
-    """Return parameters and memory, every answer as long as max_tokens allows; steps are known once the
-    data is read."""
+    """Return parameters and memory, every answer as long as max_tokens allows; steps are known once
+    the data is read."""
     shape = planned.inherit(config.out, config.model)
     if shape is None:
         return UNKNOWN
@@ -170,7 +170,8 @@ def write_results(
 
     if not accuracies:
         run.conclude(
-            f"{total:,} pairs, {learner.tokens:,} tokens read; no held-out pairs to measure accuracy on"
+            f"{total:,} pairs, {learner.tokens:,} tokens read; no held-out pairs to measure "
+            "accuracy on"
         )
 
 

@@ -38,7 +38,8 @@ def warn_of_length(
 
 
 def describe_few_updates(steps: int, source: str, cure: str) -> str:
-    """Return the caution that `steps` updates are few, and what would make more of the same data."""
+    """Return the caution that `steps` updates are few, and what would make more of the same
+    data."""
     return f"{_count(steps, 'update')} from {source}: fewer than {FEW_UPDATES} teach little; {cure}"
 
 
@@ -55,8 +56,8 @@ def warn_of_schedule(plan: Plan) -> Iterator[str]:
 
 
 def _suggest_updates(items: int, epochs: int) -> str:
-    """Suggest the largest batch with which `epochs` passes make enough updates, or a batch of one and more
-    passes."""
+    """Suggest the largest batch with which `epochs` passes make enough updates, or a batch of one
+    and more passes."""
     in_a_pass = math.ceil(FEW_UPDATES / epochs)
     if items >= in_a_pass:
         batch_size = max(

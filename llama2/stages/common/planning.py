@@ -46,7 +46,8 @@ from llama2.tokenizer.tokenizer import Tokenizer
 GIB = float(1 << 30)
 NONE = "none: what every rank holds whole does not fit"
 UNKNOWN = {
-    "parameters": "known when the model it starts from exists, or an earlier step of the recipe makes it"
+    "parameters": "known when the model it starts from exists, or an earlier step of the recipe "
+    "makes it"
 }
 
 
@@ -71,8 +72,8 @@ class PlannedRuns:
     vocabularies: dict[Path, int] = field(default_factory=dict)
 
     def shape(self, path: Path) -> LlamaConfig | None:
-        """Return the architecture of the checkpoint that is, or will be, at `path`; None if nobody can
-        tell."""
+        """Return the architecture of the checkpoint that is, or will be, at `path`; None if nobody
+        can tell."""
         if path in self.shapes:
             return self.shapes[path]
 
@@ -245,7 +246,7 @@ def plan_judging(
     if None in versions or None in judges:
         return UNKNOWN
 
-    products = quantize.computing(precision)
+    products = quantize.compute_precision(precision)
     sample = Sample(max_tokens=max_tokens, slots=slots, precision=products)
     phases: dict[str, dict[str, float]] = {}
     packed = 0.0

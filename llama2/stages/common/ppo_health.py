@@ -47,9 +47,10 @@ class Rule:
 SAME_REWARDS = Rule(
     "reward/deviation",
     lambda first, now: now < 1e-3,
-    "rewards do not vary: all answers of an iteration score alike, and whitened there is nothing to learn",
-    "look at the samples; sample at temperature 1, raise max_tokens, or use another reward model; a score "
-    "for `unfinished` answers makes all equal that are cut off",
+    "rewards do not vary: all answers of an iteration score alike, and whitened there is nothing "
+    "to learn",
+    "look at the samples; sample at temperature 1, raise max_tokens, or use another reward model; "
+    "a score for `unfinished` answers makes all equal that are cut off",
     absolute=True,
 )
 RULES = (
@@ -82,8 +83,10 @@ RULES = (
     Rule(
         "ppo/eos_rate",
         lambda first, now: now < 0.5,
-        "most answers do not end: they are cut off at max_tokens, where reward models were never trained to judge",
-        "raise sample.max_tokens, or fine-tune the policy on answers that end; set `unfinished` to a low score",
+        "most answers do not end: they are cut off at max_tokens, where reward models were never "
+        "trained to judge",
+        "raise sample.max_tokens, or fine-tune the policy on answers that end; set `unfinished` "
+        "to a low score",
         absolute=True,
     ),
     Rule(
@@ -127,16 +130,18 @@ def list_rules(kl_stop: float, precision: Precision = "bf16") -> list[Rule]:
         Rule(
             "ppo/first_kl",
             lambda first, now: now > tolerance,
-            f"before the first update policy and reference differ, by more than {tolerance:g} nats a token",
-            "policy and reference are the same weights: look for a device or a kernel that computes wrongly",
+            f"before the first update policy and reference differ, by more than {tolerance:g} "
+            "nats a token",
+            "policy and reference are the same weights: look for a device or a kernel that "
+            "computes wrongly",
             absolute=True,
             certain=True,
         ),
         Rule(
             "ppo/first_ratio_deviation",
             lambda first, now: now > tolerance,
-            f"the first ratios of an iteration are not 1, by more than {tolerance:g}: rollout and update compute "
-            "differently",
+            f"the first ratios of an iteration are not 1, by more than {tolerance:g}: rollout and "
+            "update compute differently",
             "train in fp32, or with deterministic kernels; clipping and KL count this as movement",
             absolute=True,
             certain=True,
@@ -145,8 +150,10 @@ def list_rules(kl_stop: float, precision: Precision = "bf16") -> list[Rule]:
         Rule(
             "ppo/kl_reference",
             lambda first, now: now > 0.8 * kl_stop,
-            "the policy runs away from its start: it may have found an answer that fools the reward models",
-            "raise beta, lower the learning rate, or refresh the reward models on the policy's own answers",
+            "the policy runs away from its start: it may have found an answer that fools the "
+            "reward models",
+            "raise beta, lower the learning rate, or refresh the reward models on the policy's "
+            "own answers",
         ),
         *RULES,
     ]

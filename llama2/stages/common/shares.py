@@ -17,8 +17,8 @@ _ROUNDING = 1e-9
 def count_pairs(
     there: Mapping[str, int], shares: Mapping[str, float], repeated: frozenset[str] = frozenset()
 ) -> float:
-    """Return the number of pairs of all sets together. `there` counts what each set holds; those without a share are
-    taken whole.
+    """Return the number of pairs of all sets together. `there` counts what each set holds; those
+    without a share are taken whole.
 
     Where every set has a share, the scarcest decides. A set in `repeated` may be drawn from more
     than once. UserError where the shares leave nothing for the others, do not add up to 1 without
