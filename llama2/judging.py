@@ -76,14 +76,14 @@ class Rating:
 
 
 class Judge(Protocol):
-    """Ground truth, or what stands for it, that rates an answer on both axes."""
+    """Ground truth, or what stands for it, that rates answers on both axes."""
 
     def accepts(self, prompt: Prompt) -> bool:
         """Return whether it can rate answers to a prompt."""
         ...
 
-    def rate(self, prompt: Prompt, answer: str) -> Rating:
-        """Rate an answer to a prompt that it accepts."""
+    def rate(self, prompts: Sequence[Prompt], answers: Sequence[str]) -> list[Rating]:
+        """Rate the answer to each prompt; it accepts them all."""
         ...
 
 

@@ -42,7 +42,7 @@ def rate(judge: Judge, prompts: Sequence[Prompt], answers: Sequence[str]) -> lis
     if not all(map(judge.accepts, prompts)):
         return None
 
-    return [judge.rate(prompt, answer) for prompt, answer in zip(prompts, answers, strict=True)]
+    return judge.rate(prompts, answers)
 
 
 def encode_judged(tokenizer: Tokenizer, prompt: Prompt, answer: Answer, same: bool) -> list[int]:
