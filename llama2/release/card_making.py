@@ -95,14 +95,13 @@ def _text(lineage: Lineage, stage: Stage, result: TokenizeResult, licences: Lice
 
 
 def _licence_of(lineage: Lineage, stage: Stage, name: str, licences: Licences) -> str:
-    cleaned = {source.stage for source in stage.inputs}
-    for maker in cleaned:
-        if maker and (maker, name) in licences:
+    for maker in filter(None, stage.origins):
+        if (maker, name) in licences:
             return md.text(licences[maker, name])
 
     worlds = {world.name for world in lineage.of("world")}
     for clean in lineage.of("clean"):
-        if clean.name in cleaned and {source.stage for source in clean.inputs} <= worlds:
+        if clean.name in stage.origins and clean.origins <= worlds:
             return "synthetic"
 
     return "unknown"
@@ -110,11 +109,8 @@ def _licence_of(lineage: Lineage, stage: Stage, name: str, licences: Licences) -
 
 def _passes(lineage: Lineage, stage: Stage, result: TokenizeResult) -> str:
     """Return how many tokens pretraining read of what a stage made."""
-    seen = 0
-    for pretrain, trained in lineage.results(PretrainResult):
-        if stage.name in {source.stage for source in pretrain.inputs}:
-            seen += trained.tokens
-
+    results = lineage.results(PretrainResult)
+    seen = sum(trained.tokens for reader, trained in results if stage.name in reader.origins)
     if not seen or not result.train.tokens:
         return ""
 

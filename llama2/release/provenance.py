@@ -240,8 +240,8 @@ def _evaluation(lineage: Lineage, measured: Measured | None) -> str:
         return ""
 
     stage = lineage.describe(measured.step)
-    needed = {source.stage for source in stage.inputs if source.stage}
-    others = sorted(needed.difference(made.name for made in lineage.stages))
+    lineage_names = {made.name for made in lineage.stages}
+    others = sorted(filter(None, stage.origins - lineage_names))
     also = f" It also needs {', '.join(map(md.code, others))}, which the model was not made from."
     return md.document(
         "## Its evaluation",
