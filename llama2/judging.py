@@ -1,4 +1,4 @@
-"""Who judges answers: annotators compare two of them (§3.2.1), a judge rates each (§3.4).
+"""Protocols of judging: annotators compare two answers (§3.2.1), a judge rates each (§3.4).
 
 Stages and evaluation know these protocols alone. The microworld implements both with the truth that
 its prompts carry; people behind an annotation page would be other annotators, and a model that
