@@ -317,7 +317,7 @@ def evaluation(truth: bool = True) -> EvaluateResult:
         ]
         scores = {
             axis: [min(1.0, max(0.0, rng.gauss(skill, 0.2))) for _ in families]
-            for axis in summary.AXES
+            for axis in ("helpful", "safe")
         }
         keeps = 1.0 if level >= 2 else 0.3
         ghost = [
