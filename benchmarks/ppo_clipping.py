@@ -25,6 +25,7 @@ from typing import Any
 import torch
 
 from llama2 import cpu_tuning, devices
+from llama2.batches import Batch
 from llama2.generate.dialogue import Chat
 from llama2.generate.engine import Engine
 from llama2.generate.rewards import RewardModels
@@ -35,7 +36,7 @@ from llama2.stages.common.ppo_rollouts import ACTOR, CRITIC, ActorCritic, Rollou
 from llama2.stages.common.ppo_watch import measure_clipping
 from llama2.stages.common.sampling import Sample, fitting, load_rewards, read_prompts
 from llama2.stages.common.training import frozen, load_policy, load_scorer
-from llama2.train.loop import Batch, Hook, Learner, Report, Training, fit
+from llama2.train.loop import Hook, Learner, Report, Training, fit
 from llama2.train.objectives import clipped, explained_variance
 
 

@@ -7,17 +7,17 @@ rates answers another judge. `stages/common/judges.py` chooses.
 
 from __future__ import annotations
 
-import hashlib
 import re
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Literal, Protocol
 
+from llama2.hashing import hash_fraction
 from llama2.records import Axis, Preference, Prompt, Response
 
 
 @dataclass(frozen=True)
-class Comparison:
+class ComparisonRequest:
     """Two answers to a prompt, to be compared on one axis. Annotators choose the order shown."""
 
     prompt: Prompt
@@ -30,7 +30,7 @@ class Comparison:
         """The same for the same prompt, answers (in either order) and axis."""
         turns = [message.content for message in self.prompt.messages]
         texts = sorted(answer.text for answer in self.answers)
-        number = int(hash_to_unit(repr((self.axis, turns, *texts))) * 16**12)
+        number = int(hash_fraction(repr((self.axis, turns, *texts))) * 16**12)
         return f"{self.axis}-{number:012x}"
 
 
@@ -46,7 +46,9 @@ class Annotators(Protocol):
         """Return whether they can compare answers to a prompt."""
         ...
 
-    def compare(self, comparisons: Iterable[Comparison]) -> Iterator[tuple[Comparison, Outcome]]:
+    def compare(
+        self, comparisons: Iterable[ComparisonRequest]
+    ) -> Iterator[tuple[ComparisonRequest, Outcome]]:
         """Ask for every comparison, and yield each in turn with its outcome so far.
 
         People may answer hours later: what is new to them is enqueued and "pending". The same
@@ -58,14 +60,12 @@ class Annotators(Protocol):
 
 @dataclass(frozen=True)
 class Rating:
-    """What a judge thinks of one answer, on both axes."""
+    """Judgement of one answer on both axes."""
 
     helpfulness: float
     """in [0, 1]; on unsafe prompts the quality of the refusal"""
     safe: bool
     refusal: bool
-    checks: dict[str, float] = field(default_factory=dict)
-    """points by check, for whoever looks into a rating"""
 
     def score(self, axis: Axis) -> float:
         """Return one number to compare answers by; a violation loses to every safe answer."""
@@ -85,11 +85,6 @@ class Judge(Protocol):
     def rate(self, prompt: Prompt, answer: str) -> Rating:
         """Rate an answer to a prompt that it accepts."""
         ...
-
-
-def hash_to_unit(key: str) -> float:
-    """Return a number in [0, 1) that depends on a key alone."""
-    return int.from_bytes(hashlib.blake2b(key.encode(), digest_size=8).digest(), "little") / 2**64
 
 
 def strip_markers(markers: Sequence[str], answer: str) -> tuple[int, str]:

@@ -17,7 +17,6 @@ asked for.
 from __future__ import annotations
 
 import asyncio
-import hashlib
 import json
 import math
 import os
@@ -37,6 +36,7 @@ from llama2.generate.grammar import Grammar
 from llama2.generate.journal import Journal, Keep
 from llama2.generate.sampling import Sampling
 from llama2.generate.wire import COMPLETIONS, MODELS, NEUTRAL, Choice, Reply, Trouble, Wire
+from llama2.hashing import hash_content, hash_number
 from llama2.tokenizer.tokenizer import Tokenizer
 
 HOPELESS = 32  # so many failures without a success between them, and the rest is not asked for
@@ -247,7 +247,7 @@ class RemoteEngine:
         if sampling.logit_bias:
             body["logit_bias"] = {str(token): value for token, value in sampling.logit_bias}
 
-        key = hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()[:32]
+        key = hash_content(json.dumps(body, sort_keys=True))[:32]
         return _Ask(key, number, prompt, body)
 
     def _shape(self, grammar: object) -> dict[str, Any]:
@@ -440,8 +440,7 @@ def connect(
 
 def seed_of(seed: int, prompt: int, sample: int) -> int:
     """The seed sent for one sample, of 31 bits: there are servers that take no more."""
-    digest = hashlib.blake2b(f"{seed} {prompt} {sample}".encode(), digest_size=4).digest()
-    return int.from_bytes(digest, "little") >> 1
+    return hash_number(f"{seed} {prompt} {sample}", 4) >> 1
 
 
 def _stop_id(choice: Choice, sampling: Sampling) -> int:

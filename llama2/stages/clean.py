@@ -8,7 +8,6 @@ are written as they are read: memory holds one of them, and 60 bytes for each th
 
 from __future__ import annotations
 
-import hashlib
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import ExitStack
@@ -24,6 +23,7 @@ from llama2.config import StageConfig
 from llama2.data import deduplicate
 from llama2.data.clean import Rules, clean
 from llama2.data.documents import Malformed, read_documents
+from llama2.hashing import hash_number
 from llama2.records import Document
 from llama2.results import CleanedSource, CleanResult
 from llama2.runs import Run
@@ -161,5 +161,4 @@ def _cut(document: Document, longest: int) -> Iterator[Document]:
 
 def _is_heldout(document: Document, share: float) -> bool:
     """Decide by a hash of the text."""
-    digest = hashlib.blake2b(document.text.encode(), digest_size=8).digest()
-    return int.from_bytes(digest, "little") < share * 2**64
+    return hash_number(document.text) < share * 2**64

@@ -24,7 +24,8 @@ from llama2.config import StageConfig
 from llama2.data.split import is_heldout
 from llama2.evaluate.judges import classify
 from llama2.generate.dialogue import Chat
-from llama2.judging import Annotators, Comparison, hash_to_unit
+from llama2.hashing import hash_fraction
+from llama2.judging import Annotators, ComparisonRequest
 from llama2.records import DEGREES, Axis, Messages, Pair, Preference, Prompt, Response
 from llama2.results import CollectResult
 from llama2.runs import Run
@@ -150,7 +151,7 @@ class Desk:
 
     def _comparisons(
         self, pairs: Iterable[tuple[Prompt, tuple[Response, Response]]]
-    ) -> Iterator[Comparison]:
+    ) -> Iterator[ComparisonRequest]:
         """Yield the comparisons to ask for: none of equal answers or of an empty one."""
         for place, (prompt, answers) in enumerate(pairs):
             texts = {answer.text for answer in answers}
@@ -161,7 +162,7 @@ class Desk:
                 elif "" in texts:
                     self.tally.skip("an empty answer")
                 else:
-                    yield Comparison(prompt, answers, axis, self.config.round)
+                    yield ComparisonRequest(prompt, answers, axis, self.config.round)
 
     def _judged(self, preference: Preference) -> tuple[str, Preference]:
         self.tally.kept += 1
@@ -190,12 +191,12 @@ class Desk:
         )
 
 
-def make_pair(comparison: Comparison, seed: int) -> Pair:
+def make_pair(comparison: ComparisonRequest, seed: int) -> Pair:
     """Return a comparison as it is to be shown: its texts draw which answer stands first."""
     prompt, axis = comparison.prompt, comparison.axis
     first, second = sorted(comparison.answers, key=lambda answer: answer.text)
     turns = [message.content for message in prompt.messages]
-    chance = hash_to_unit(repr((seed, axis, turns, first.text, second.text)))
+    chance = hash_fraction(repr((seed, axis, turns, first.text, second.text)))
     tags = {key: prompt.metadata[key] for key in SHOWN if key in prompt.metadata}
 
     return Pair(
@@ -215,7 +216,7 @@ def choose_axes(config: Config, prompt: Prompt, place: int) -> tuple[Axis, ...]:
     if kind == "helpful":
         return ("helpful",)
 
-    both = kind == "borderline" or hash_to_unit(f"{config.seed} both {place}") < config.both_axes
+    both = kind == "borderline" or hash_fraction(f"{config.seed} both {place}") < config.both_axes
     return ("safe", "helpful") if both else ("safe",)
 
 
@@ -237,7 +238,7 @@ def sample_pairs(
 
     for place, (text, other) in enumerate(rows):
         swapped = other
-        if hash_to_unit(f"{config.seed} swapped {config.round} {place}") < config.swapped:
+        if hash_fraction(f"{config.seed} swapped {config.round} {place}") < config.swapped:
             swapped = other if waiting is None else waiting
             waiting = other
 
@@ -275,7 +276,7 @@ def make_sampler(config: Config, chats: Mapping[Path, Chat]) -> Work[Prompt]:
 def add_preprompt(config: Config, chat: Chat, prompt: Prompt, place: int) -> Messages:
     """Return what the second answer is given to: the prompt, or the prompt under a safety
     preprompt."""
-    chance = hash_to_unit(f"{config.seed} preprompted {config.round} {place}")
+    chance = hash_fraction(f"{config.seed} preprompted {config.round} {place}")
     if classify(prompt) == "helpful" or chance >= config.preprompted:
         return prompt.messages
 

@@ -27,7 +27,7 @@ from llama2.config import Config as Section
 from llama2.config import StageConfig
 from llama2.errors import UserError
 from llama2.evaluate import attention, ghost, summary
-from llama2.evaluate.judges import rate
+from llama2.evaluate.judges import KINDS, classify, rate
 from llama2.formats.checkpoint import config_of
 from llama2.generate.dialogue import Answer, Chat
 from llama2.generate.engine import Engine
@@ -38,7 +38,7 @@ from llama2.judging import Rating
 from llama2.model import quantize
 from llama2.model.llama import Llama
 from llama2.records import Axis, Message, Messages, Prompt
-from llama2.results import AttentionResult, EvaluateResult, SampledAnswer, SamplingSettings
+from llama2.results import AttentionResult, EvaluateResult, Obedience, SamplingSettings
 from llama2.runs.parts import in_parts
 from llama2.stages.common.answers import (
     ROUNDS,
@@ -177,25 +177,49 @@ def run(config: Config, run: runs.Run) -> None:
         _say(run, f"{name}: {_describe_line(result)}")
 
     run.write_result(
-        EvaluateResult(
-            checkpoints={name: path.resolve().name for name, path in config.versions.items()},
-            sampling=SamplingSettings(
+        summarise(
+            prompts,
+            results,
+            config.conversations,
+            {name: path.resolve().name for name, path in config.versions.items()},
+            SamplingSettings(
                 temperature=config.temperature, top_p=config.top_p, max_tokens=config.max_tokens
             ),
-            **summary.describe(prompts, results, config.conversations),
         )
     )
     if run.ranks.is_main:
         lines = []
         for name, result in results.items():
-            for row in summary.samples(name, prompts, result):
-                sample = SampledAnswer.model_validate(row)
-                lines.append(json.dumps(sample.model_dump(exclude_defaults=True)) + "\n")
+            for row in summary.list_samples(name, prompts, result):
+                lines.append(json.dumps(row.model_dump(exclude_defaults=True)) + "\n")
 
         atomic.write_atomic(run.path / "samples.jsonl", "".join(lines))
 
     if config.attention:
         draw_attention(config, run, dialogs, results[config.attention[-1]].talks)
+
+
+def summarise(
+    prompts: Sequence[Prompt],
+    versions: Mapping[str, summary.Version],
+    conversations: int,
+    checkpoints: Mapping[str, str],
+    sampling: SamplingSettings,
+) -> EvaluateResult:
+    """Summarise what versions, in the order in which they were made, said to the same prompts."""
+    kinds = [classify(prompt) for prompt in prompts]
+    talks = {name: version.talks[0] for name, version in versions.items() if version.talks}
+    results = {name: summary.measure(prompts, kinds, version) for name, version in versions.items()}
+    return EvaluateResult(
+        versions=list(versions),
+        prompts={kind: kinds.count(kind) for kind in KINDS},
+        results=results,
+        win_rates=list(summary.compare_versions(kinds, versions)),
+        conversations=summary.show_prompts(prompts, versions, conversations),
+        ghost_dialogs={name: summary.list_turns(talk) for name, talk in talks.items()},
+        checkpoints=dict(checkpoints),
+        sampling=sampling,
+    )
 
 
 def _check(config: Config) -> None:
@@ -305,7 +329,7 @@ def load_version(config: Config, name: str, run: runs.Run) -> Chat:
 
 def load_model(config: Config, name: str, device: torch.device) -> tuple[Llama, Tokenizer]:
     """Load a version that is only read, its weights as they are computed with."""
-    dtype = quantize.loading(config.precision)
+    dtype = quantize.load_dtype(config.precision)
     model, tokenizer = load_policy(config.versions[name], device, dtype)
     return model.eval().requires_grad_(False), tokenizer
 
@@ -320,7 +344,7 @@ def score_answers(
 ) -> dict[int, dict[Axis, list[float]]]:
     """Return the probabilities that each reward model gives to the answers of each version."""
     texts = {place: version.answers for place, version in answers.items()}
-    precision = quantize.computing(config.precision)
+    precision = quantize.compute_precision(config.precision)
     probabilities: dict[int, dict[Axis, list[float]]] = {place: {} for place in answers}
     for axis, path in config.rewards.by_axis().items():
         scores = judged(run, f"judge-{axis}", path, precision, prompts, texts, paths)
@@ -343,7 +367,7 @@ def describe_version(
         _rate(prompts, version.answers),
         _rate(prompts, version.greedy),
         scores,
-        obedience,
+        Obedience(**obedience),
         version.talks.get("user", []),
     )
 
@@ -365,8 +389,8 @@ def _describe_line(result: summary.Version) -> str:
     for axis, scores in result.rewards.items():
         parts.append(f"reward {axis} {sum(scores) / len(scores):.3f}")
 
-    if "user" in result.ghost:
-        parts.append("obeys " + "/".join(f"{turn['rate']:.2f}" for turn in result.ghost["user"]))
+    if result.ghost.user:
+        parts.append("obeys " + "/".join(f"{turn.rate:.2f}" for turn in result.ghost.user))
 
     return ", ".join(parts)
 

@@ -21,10 +21,11 @@ from llama2.config import Config as Section
 from llama2.config import StageConfig
 from llama2.data.split import is_heldout, opening
 from llama2.errors import UserError
+from llama2.hashing import hash_parts
 from llama2.importers.dialogs import import_dialogs
 from llama2.importers.preferences import holds_preferences, import_preferences
 from llama2.importers.prompts import Family, import_prompts, prompt_id
-from llama2.importers.tables import Malformed, Reading, digest
+from llama2.importers.tables import Malformed, Reading
 from llama2.records import Axis, Dialog, Message, Messages, Preference, Prompt
 from llama2.results import PreparedSource, PrepareResult, RecordSizes
 from llama2.runs import Run
@@ -235,7 +236,9 @@ def _identify(record: Record) -> str:
 
 def _shuffle(items: Iterable[Record], seed: int) -> list[Record]:
     """Put records in an order that depends on the seed and them alone."""
-    keyed = [(digest(str(seed), _identify(item)), index, item) for index, item in enumerate(items)]
+    keyed = [
+        (hash_parts(str(seed), _identify(item)), index, item) for index, item in enumerate(items)
+    ]
     return [item for _, _, item in sorted(keyed, key=lambda entry: entry[:2])]
 
 
@@ -243,7 +246,7 @@ def _repeat(item: _Imported, seed: int) -> Iterator[Record]:
     """Yield every training record as often as its source's weight says, the fraction by chance."""
     times, fraction = divmod(item.source.weight, 1.0)
     for record in item.train:
-        extra = digest("weight", str(seed), _identify(record)) < fraction * 2.0**64
+        extra = hash_parts("weight", str(seed), _identify(record)) < fraction * 2.0**64
         yield from [record] * (int(times) + extra)
 
 

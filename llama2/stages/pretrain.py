@@ -18,10 +18,11 @@ from pydantic import Field
 from torch import nn
 
 from llama2 import devices
+from llama2.batches import Batch
 from llama2.config import Config as Section
 from llama2.config import StageConfig
 from llama2.data.compress import HeldoutText
-from llama2.data.loader import Batch, Rows
+from llama2.data.loader import Rows
 from llama2.data.mix import Mixture, mix, mix_passes
 from llama2.data.pack import TextRows, collate
 from llama2.data.shards import Shards, verify

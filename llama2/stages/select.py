@@ -24,11 +24,11 @@ from llama2.devices import Precision
 from llama2.errors import UserError
 from llama2.evaluate import ghost
 from llama2.evaluate.judges import classify
-from llama2.evaluate.winrate import WinRate, compare, wilson
+from llama2.evaluate.winrate import compare, wilson
 from llama2.formats import hf_directory
 from llama2.generate.dialogue import Answer
 from llama2.generate.rewards import RewardModels, check, join
-from llama2.judging import Annotators, Comparison, Outcome
+from llama2.judging import Annotators, ComparisonRequest, Outcome
 from llama2.records import Axis, Preference, Prompt, Response
 from llama2.results import SelectResult, WinShare
 from llama2.runs import Run
@@ -234,12 +234,12 @@ def compare_texts(
     well a refusal is put must not outweigh harm.
     """
     scores = [0.0] * len(prompts)
-    comparisons: dict[int, Comparison] = {}
+    comparisons: dict[int, ComparisonRequest] = {}
     for place, (prompt, candidate, predecessor) in enumerate(zip(prompts, *texts)):
         if candidate != predecessor:
             answers = (Response(candidate, "candidate"), Response(predecessor, "predecessor"))
             axis: Axis = "safe" if prompt.safety else "helpful"
-            comparisons[place] = Comparison(prompt, answers, axis)
+            comparisons[place] = ComparisonRequest(prompt, answers, axis)
 
     for place, (_, outcome) in zip(comparisons, annotators.compare(comparisons.values())):
         scores[place] = _score_outcome(outcome)
@@ -292,11 +292,11 @@ def judge(config: Config, kinds: Sequence[str], preferred: Sequence[float]) -> S
         kept="predecessor" if reasons else "candidate",
         reason="; ".join(reasons) or "it beats its predecessor",
         needed=config.win_rate,
-        win_rate={kind: WinShare.model_validate(rate.as_json()) for kind, rate in shares.items()},
+        win_rate=shares,
     )
 
 
-def _count_wins(outcomes: Sequence[float]) -> WinRate:
+def _count_wins(outcomes: Sequence[float]) -> WinShare:
     return compare(outcomes, [0.0] * len(outcomes))
 
 

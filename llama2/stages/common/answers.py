@@ -17,7 +17,7 @@ from typing import Any, TypeVar
 
 import torch
 
-from llama2 import devices, json_files
+from llama2 import devices
 from llama2.devices import Precision
 from llama2.errors import UserError
 from llama2.evaluate.judges import encode_judged
@@ -26,6 +26,7 @@ from llama2.generate.dialogue import Answer, Chat
 from llama2.generate.engine import Completion
 from llama2.generate.sampling import Sampling
 from llama2.generate.score import rewards
+from llama2.hashing import hash_file
 from llama2.model.scorer import Scorer
 from llama2.records import Messages, Prompt
 from llama2.runs import Run
@@ -114,8 +115,7 @@ def content(path: Path) -> object:
     known = hf_directory.listed(path)
     try:
         weights = sorted(
-            known.get(file.name) or json_files.sha256(file)
-            for file in hf_directory.weight_files(path)
+            known.get(file.name) or hash_file(file) for file in hf_directory.weight_files(path)
         )
     except UserError:
         return path.resolve()

@@ -246,7 +246,7 @@ def plan_judging(
     if None in versions or None in judges:
         return UNKNOWN
 
-    products = quantize.computing(precision)
+    products = quantize.compute_precision(precision)
     sample = Sample(max_tokens=max_tokens, slots=slots, precision=products)
     phases: dict[str, dict[str, float]] = {}
     packed = 0.0

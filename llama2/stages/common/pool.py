@@ -8,7 +8,6 @@ anew by the newest. How many answers a prompt keeps is left open by the paper.
 
 from __future__ import annotations
 
-import hashlib
 from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import replace
@@ -19,6 +18,7 @@ from llama2 import records
 from llama2.errors import UserError
 from llama2.generate.dialogue import Chat
 from llama2.generate.rewards import Rewards
+from llama2.hashing import hash_content
 from llama2.records import Dialog, Prompt, Stored
 from llama2.runs import Run, is_output
 from llama2.stages.common.sampling import Sample, part_by_part, writing
@@ -122,8 +122,8 @@ def rescored(
 
     return [
         (
-            _digest(records.to_json(Prompt(one.messages[:-1]))),
-            _digest(one.messages[-1].content),
+            hash_content(records.to_json(Prompt(one.messages[:-1]))),
+            hash_content(one.messages[-1].content),
             found.get(place),
         )
         for place, one in enumerate(dialogs)
@@ -139,7 +139,3 @@ def _row(one: Dialog, tokenizer: Tokenizer) -> list[int]:
         ]
 
     return encode_dialog(tokenizer, one.messages)[0]
-
-
-def _digest(text: str) -> str:
-    return hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=16).hexdigest()

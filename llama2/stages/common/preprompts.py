@@ -7,10 +7,10 @@ violation and say how to answer step by step. It prints examples; the words here
 
 from __future__ import annotations
 
-import hashlib
 import itertools
 from collections.abc import Mapping, Sequence
 
+from llama2.hashing import hash_number
 from llama2.records import Message, Messages, Prompt
 
 ADJECTIVES = (
@@ -73,9 +73,8 @@ def under_preprompt(
     `templates` go by `metadata["risk"]` of the prompt; one without a risk, or with another, gets
     the preprompt alone. A system turn that the prompt has stays, behind them.
     """
-    digest = hashlib.blake2b(repr((seed, prompt.messages)).encode(), digest_size=8).digest()
     pairs = list(itertools.permutations(ADJECTIVES, 2))
-    choice, place = divmod(int.from_bytes(digest, "little"), len(pairs))
+    choice, place = divmod(hash_number(repr((seed, prompt.messages))), len(pairs))
     first, second = pairs[place]
     parts = [preprompts[choice % len(preprompts)].format(a=first, b=second)]
     turns = prompt.messages

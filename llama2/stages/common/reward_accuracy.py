@@ -8,7 +8,7 @@ import numpy as np
 
 from llama2.devices import Precision
 from llama2.evaluate.baselines import BagOfWords, judge_by_length
-from llama2.evaluate.winrate import wilson
+from llama2.evaluate.winrate import measure_share
 from llama2.generate.score import rewards
 from llama2.model.scorer import Scorer
 from llama2.ranks import Ranks
@@ -65,8 +65,7 @@ def measure_accuracy(
 
 
 def _proportion(right: Sequence[float]) -> Proportion:
-    low, high = wilson(sum(right), len(right))
-    return Proportion(rate=sum(right) / len(right), n=len(right), low=low, high=high)
+    return measure_share(sum(right), len(right))
 
 
 def describe_accuracy(name: str, accuracy: SetAccuracy, axes: Set[Axis]) -> str:

@@ -12,11 +12,11 @@ import torch
 from pydantic import Field
 
 from llama2 import records
+from llama2.batches import Batch
 from llama2.config import Config as Section
-from llama2.data.loader import Batch
 from llama2.data.split import opening
 from llama2.evaluate.baselines import RankedTexts
-from llama2.importers.tables import digest
+from llama2.hashing import hash_parts
 from llama2.records import DEGREES, Axis, Message, Preference
 from llama2.runs import Run, is_output
 from llama2.stages.common.shares import count_pairs
@@ -146,7 +146,7 @@ class Encoder:
             (_label(preference.chosen_safe), _label(preference.rejected_safe)),
             preference.axis,
             (chosen, rejected),
-            digest(opening(preference.prompt)),
+            hash_parts(opening(preference.prompt)),
         )
 
     def _encode_row(self, preference: Preference, answer: str) -> list[int]:

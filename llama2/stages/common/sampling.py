@@ -3,7 +3,6 @@ came back."""
 
 from __future__ import annotations
 
-import hashlib
 import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -24,6 +23,7 @@ from llama2.generate.engine import Engine, Progress
 from llama2.generate.remote import RemoteEngine, Server, connect
 from llama2.generate.rewards import RewardModels, Rewards, Score
 from llama2.generate.sampling import Sampling
+from llama2.hashing import hash_number
 from llama2.ranks import Ranks
 from llama2.records import Dialog, Message, Messages, Prompt
 from llama2.runs import CHECKPOINTS, Run
@@ -31,7 +31,7 @@ from llama2.runs.parts import Work, in_parts
 from llama2.stages.common.answers import check_judge
 from llama2.stages.common.training import fitting_tokenizer, frozen, load_policy, load_scorer
 from llama2.tally import Tally
-from llama2.terminal_text import say
+from llama2.terminal_text import clock, say
 from llama2.tokenizer.template import check_template, encode_prompt
 from llama2.tokenizer.tokenizer import Tokenizer
 
@@ -140,8 +140,7 @@ class Meter:
         done = min(self._before + self._seen * self.ranks.data.size, self.total)
         fresh = done - (self._found or 0)
         left = elapsed / fresh * (self.total - done) if fresh > 0 else 0.0
-        minutes, seconds = divmod(int(left), 60)
-        ending = f", {minutes}:{seconds:02} left" if fresh > 0 else ""
+        ending = f", {clock(left)} left" if fresh > 0 else ""
 
         return f"{self.title}: {done:,} of {self.total:,} answers{ending}"
 
@@ -227,8 +226,7 @@ def read_prompts(path: Path, limit: int | None, seed: int) -> list[Prompt]:
 def seed_for(seed: int, *use: object) -> int:
     """The seed of one use of randomness inside a stage: no two uses, rounds or turns share their
     random numbers."""
-    digest = hashlib.blake2b(repr((seed, *use)).encode(), digest_size=8).digest()
-    return int.from_bytes(digest, "little") >> 1
+    return hash_number(repr((seed, *use))) >> 1
 
 
 def answer(

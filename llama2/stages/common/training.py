@@ -17,6 +17,7 @@ import torch
 from torch import nn
 
 from llama2 import devices
+from llama2.batches import Batch
 from llama2.config import Config
 from llama2.data.loader import Rows
 from llama2.devices import Precision
@@ -31,7 +32,7 @@ from llama2.stages.common import cautions
 from llama2.tokenizer.template import CHAT_TEMPLATE
 from llama2.tokenizer.tokenizer import Tokenizer
 from llama2.train import hooks, optim, parallel, state
-from llama2.train.loop import Batch, Hook, Learner, Objective, Plan, Source, fit
+from llama2.train.loop import Hook, Learner, Objective, Plan, Source, fit
 from llama2.train.objectives import next_token
 
 Item = TypeVar("Item")
