@@ -39,26 +39,20 @@ _REPEAT = "repeat the step that wrote it"
 R = TypeVar("R", bound=StageResult)
 
 
-def read_json(path: Path) -> Any:
-    """Read a JSON file's content, None where there is no such file; one that is not what its run wrote
-    is named."""
-    completion.check_file(path)
-    return json_files.json_value(path, _REPEAT) if path.is_file() else None
-
-
 def read_result(run: Path, kind: type[R]) -> R | None:
     """Return what a run wrote of one kind of result, None if it did not; UserError names a file
     that is damaged."""
     file = run / kind.file
-    content = read_json(file)
-    if content is None:
+    completion.check_file(file)
+    if not file.is_file():
         return None
 
+    content = json_files.json_value(file, _REPEAT)
     try:
         return kind.model_validate(content)
     except ValidationError as error:
         mistake = error.errors()[0]
-        place = ".".join(map(str, mistake["loc"]))
+        place = ".".join(map(str, mistake["loc"])) or "content"
         raise UserError(f"{file}: damaged: {shown(place)}: {mistake['msg']}", _REPEAT) from None
 
 
@@ -85,11 +79,6 @@ class Step:
         config: Mapping[str, Any] = self.manifest.get("config") or {}
         return config
 
-    def read(self, name: str) -> dict[str, Any]:
-        """A JSON object the run wrote, {} if it did not."""
-        value = read_json(self.path / name)
-        return value if isinstance(value, dict) else {}
-
     def result(self, kind: type[R]) -> R | None:
         """Return what the run wrote of one kind of result, None if it did not."""
         if kind not in self._results:
@@ -98,10 +87,6 @@ class Step:
         result = self._results[kind]
         assert result is None or isinstance(result, kind)
         return result
-
-    @cached_property
-    def summary(self) -> dict[str, Any]:
-        return self.read("summary.json")
 
     @cached_property
     def warnings(self) -> list[str]:
