@@ -35,7 +35,7 @@ AGREEMENT = 0.02
 
 @dataclass(frozen=True)
 class Documents:
-    """Where the documents of a batch lie, its rows written one after another."""
+    """Bounds of the documents of a batch, its rows written one after another."""
 
     bounds_C: Tensor  # int32: the first token of each document, and behind the last one
     longest: int  # no document is longer
