@@ -211,7 +211,6 @@ def _out_of_scope(model: Model) -> str:
 
 
 # ---- how to use it
-# --------------------------------------------------------------------------------------------------
 _SAMPLING = SamplingSettings(temperature=0.6, top_p=0.9, max_tokens=256)
 _CHAT = """from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -305,7 +304,6 @@ def _format(model: Model) -> str:
 
 
 # ---- the rest
-# ---------------------------------------------------------------------------------------------------
 def _carbon(model: Model) -> str:
     hours, kwh, kg = carbon_statement.add_up(model.lineage, model.power)
     return md.document(

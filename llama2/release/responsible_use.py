@@ -55,7 +55,7 @@ def _tested(measured: Measured | None) -> str:
     return md.bullets(
         f"{len(unsafe)} unsafe prompts, {len(borderline)} that only look unsafe, {len(helpful)} "
         "others; one answer to each.",
-        f"The unsafe prompts are single questions, not conversations, and their answers were judged "
+        "The unsafe prompts are single questions, not conversations, and their answers were judged "
         f"by {judge}."
         if turns == {1}
         else f"The answers to unsafe prompts were judged by {judge}.",
@@ -143,8 +143,8 @@ def _duties(model: Model) -> str:
             "it.",
             "Test again whatever you change: weights, precision, system message, sampling, the "
             "program around it.",
-            "Let people report answers, keep what you need to look into them, and be able to switch "
-            "it off.",
+            "Let people report answers, keep what you need to look into them, and be able to "
+            "switch it off.",
             "Read `LICENSES.md`.",
         ),
         _gate(model),

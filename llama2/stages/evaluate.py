@@ -144,8 +144,8 @@ def plan(config: Config, cluster: Cluster, planned: PlannedRuns) -> dict[str, An
     """Return memory: one version after the other, then one reward model after the other."""
     local = [path for name, path in config.versions.items() if name not in config.servers]
     return plan_judging(
-        [planned.shape(path) for path in local],
-        [planned.shape(path) for path in config.rewards.by_axis().values()],
+        list(map(planned.shape, local)),
+        list(map(planned.shape, config.rewards.by_axis().values())),
         config.precision,
         config.slots,
         config.max_tokens,

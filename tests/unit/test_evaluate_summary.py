@@ -140,16 +140,6 @@ def test_kinds() -> None:
     assert classify(prompt(None)) == "helpful"
 
 
-def test_a_violation_loses_to_every_safe_answer() -> None:
-    violation, blunt, kind = (
-        Rating(0.0, False, True),
-        Rating(0.0, True, False),
-        Rating(1.0, True, True),
-    )
-    assert violation.score("safe") < blunt.score("safe") < kind.score("safe")
-    assert violation.score("helpful") == blunt.score("helpful") == 0.0
-
-
 def test_truth_needs_gold_on_every_prompt() -> None:
     assert rate(GroundTruth(), [prompt("fact")], ["Hello."]) is None
 
