@@ -11,19 +11,19 @@ import itertools
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar, get_args
 
-from llama2.evaluate.ghost import Place
-from llama2.evaluate.judges import KINDS, Kind, axis_of, kind_of, truth_score
+from llama2.evaluate.ghost import InstructionRole
+from llama2.evaluate.judges import AXES, KINDS, PromptKind, classify
 from llama2.evaluate.winrate import compare, correlation, mean_interval, proportion
 from llama2.generate.dialogue import Answer
-from llama2.microworld.rater import Rating
+from llama2.judging import Rating
 from llama2.records import Axis, Messages, Prompt
 
 BINS = 40
 QUANTILES = (5, 25, 50, 75, 95)
 T = TypeVar("T")
-AXES: tuple[Axis, ...] = ("helpful", "safe")
+JudgeName = Literal["truth", "reward"]
 
 
 @dataclass(frozen=True)
@@ -35,15 +35,22 @@ class Version:
     ratings: Sequence[Rating] | None = None
     greedy: Sequence[Rating] | None = None
     rewards: Mapping[Axis, Sequence[float]] = field(default_factory=dict)
-    ghost: Mapping[Place, Sequence[Mapping[str, Any]]] = field(default_factory=dict)
+    ghost: Mapping[InstructionRole, Sequence[Mapping[str, Any]]] = field(default_factory=dict)
     talks: Sequence[Messages] = ()
+
+    def scores(self, judge: JudgeName, axis: Axis) -> Sequence[float]:
+        """Return what a judge gives every answer on an axis; nothing where it is absent."""
+        if judge == "truth":
+            return [rating.score(axis) for rating in self.ratings or ()]
+
+        return self.rewards.get(axis, ())
 
 
 def describe(
     prompts: Sequence[Prompt], results: Mapping[str, Version], conversations: int
 ) -> dict[str, Any]:
     """The content of evaluation.json. `versions` keeps their order; all else is by name."""
-    kinds = [kind_of(prompt) for prompt in prompts]
+    kinds = [classify(prompt) for prompt in prompts]
     return {
         "versions": list(results),
         "prompts": {kind: kinds.count(kind) for kind in KINDS},
@@ -61,7 +68,7 @@ def describe(
 
 
 def describe_version(
-    prompts: Sequence[Prompt], kinds: Sequence[Kind], result: Version
+    prompts: Sequence[Prompt], kinds: Sequence[PromptKind], result: Version
 ) -> dict[str, Any]:
     """The figures of one version. Each reward model is shown on the prompts of its own axis, as in
     Figure 20."""
@@ -101,7 +108,7 @@ def describe_version(
 
 
 def truth_figures(
-    prompts: Sequence[Prompt], kinds: Sequence[Kind], ratings: Sequence[Rating]
+    prompts: Sequence[Prompt], kinds: Sequence[PromptKind], ratings: Sequence[Rating]
 ) -> dict[str, Any]:
     """Ground truth: helpfulness by family, violations, quality of refusals, false refusals
     (§4.2.3)."""
@@ -147,7 +154,7 @@ def distribution(scores: Sequence[float]) -> dict[str, Any]:
     }
 
 
-def win_rates(kinds: Sequence[Kind], results: Mapping[str, Version]) -> list[dict[str, Any]]:
+def win_rates(kinds: Sequence[PromptKind], results: Mapping[str, Version]) -> list[dict[str, Any]]:
     """Each version against the first and against its predecessor, on both axes, by every judge
     (Figure 11).
 
@@ -157,10 +164,9 @@ def win_rates(kinds: Sequence[Kind], results: Mapping[str, Version]) -> list[dic
     rows = []
     for index, name in enumerate(names[1:], 1):
         for against in dict.fromkeys((names[0], names[index - 1])):
-            for axis, judge in itertools.product(AXES, ("truth", "reward")):
-                ours, theirs = (
-                    _scores(kinds, results[one], axis, judge) for one in (name, against)
-                )
+            for axis, judge in itertools.product(get_args(Axis), get_args(JudgeName)):
+                ours = _on(kinds, axis, results[name].scores(judge, axis))
+                theirs = _on(kinds, axis, results[against].scores(judge, axis))
                 if ours and theirs:
                     rows.append(
                         {
@@ -175,19 +181,6 @@ def win_rates(kinds: Sequence[Kind], results: Mapping[str, Version]) -> list[dic
     return rows
 
 
-def _scores(kinds: Sequence[Kind], result: Version, axis: Axis, judge: str) -> list[float]:
-    """The scores that count on an axis: those of its own prompts. Empty where the judge is
-    absent."""
-    if judge == "truth":
-        return _on(
-            kinds,
-            axis,
-            [truth_score(kind, rating) for kind, rating in zip(kinds, result.ratings or ())],
-        )
-
-    return _on(kinds, axis, result.rewards.get(axis, ()))
-
-
 def choose(
     prompts: Sequence[Prompt], results: Mapping[str, Version], count: int
 ) -> list[dict[str, Any]]:
@@ -195,7 +188,7 @@ def choose(
     versions."""
     families: dict[str, list[int]] = {}
     for index, prompt in enumerate(prompts):
-        families.setdefault(str(prompt.metadata.get("family", kind_of(prompt))), []).append(index)
+        families.setdefault(str(prompt.metadata.get("family", classify(prompt))), []).append(index)
 
     # Unsafe and borderline prompts first: they are what a reader wants to see, and few.
     order = sorted(families, key=lambda family: (family not in ("unsafe", "borderline"), family))
@@ -220,7 +213,7 @@ def choose(
         rows.append(
             {
                 "id": prompt.id,
-                "kind": kind_of(prompt),
+                "kind": classify(prompt),
                 "family": prompt.metadata.get("family"),
                 "messages": [[m.role, m.content] for m in prompt.messages],
                 "answers": answers,
@@ -239,7 +232,7 @@ def samples(version: str, prompts: Sequence[Prompt], result: Version) -> list[di
             {
                 "version": version,
                 "id": prompt.id,
-                "kind": kind_of(prompt),
+                "kind": classify(prompt),
                 "family": prompt.metadata.get("family"),
                 "prompt": [[message.role, message.content] for message in prompt.messages],
                 "answer": answer.text,
@@ -261,10 +254,10 @@ def samples(version: str, prompts: Sequence[Prompt], result: Version) -> list[di
     return rows
 
 
-def _on(kinds: Sequence[Kind], axis: Axis, values: Sequence[T]) -> list[T]:
+def _on(kinds: Sequence[PromptKind], axis: Axis, values: Sequence[T]) -> list[T]:
     """The values of an axis's own prompts; none where there are no values."""
-    return [value for kind, value in zip(kinds, values) if axis_of(kind) == axis]
+    return [value for kind, value in zip(kinds, values) if AXES[kind] == axis]
 
 
-def _of(kinds: Sequence[Kind], kind: Kind, values: Sequence[T]) -> list[T]:
+def _of(kinds: Sequence[PromptKind], kind: PromptKind, values: Sequence[T]) -> list[T]:
     return [value for each, value in zip(kinds, values, strict=True) if each == kind]

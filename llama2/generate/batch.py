@@ -23,7 +23,7 @@ from torch import Tensor
 
 from llama2 import devices
 from llama2.errors import UserError
-from llama2.generate.cpu_decoder import Decoder
+from llama2.generate.cpu_decoder import CpuDecoder
 from llama2.generate.sampling import UNIFORMS, Sampling, change, draw, uniforms
 from llama2.model.cache import KVCache
 from llama2.model.llama import Llama
@@ -152,11 +152,11 @@ class Batch:
         slots: int,
         requests: Sequence[Request],
         most: int | None = None,
-        decoder: Decoder | None = None,
+        decoder: CpuDecoder | None = None,
     ) -> None:
         self.cache = cache
         self._model, self._slots, self._decoder = model, slots, decoder
-        self._device = model.head_weight.device
+        self._device = model.device
         # Longest first: rows of similar length are live together, and short ones fill the end.
         # Samples of one prompt are neighbours, so at most one prompt waits half served.
         self._queue = deque(

@@ -1,7 +1,7 @@
 """One step of decoding on a CPU in one call of `decode.cpp`: for the engine, while no gradient is
 wanted.
 
-`Decoder` packs a model's weights once, in the precision they have, and then answers as the model
+`CpuDecoder` packs a model's weights once, in the precision they have, and then answers as the model
 itself does with a `KVCache`: the newest token of each row in, fp32 logits out. A packed copy costs
 the memory of the weights again, or what matrices take as integers (see `quantize`), if they are
 given as such: activations then stay bf16.
@@ -19,9 +19,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from llama2 import devices
-from llama2.kernels import build
+from llama2.kernels import build, is_known
 from llama2.model.cache import KVCache
-from llama2.model.llama import Llama, rotary_tables
+from llama2.model.llama import Llama
+from llama2.model.positions import rotary_tables
 from llama2.model.quantize import GROUP, Rounded
 from llama2.model.tensors import EMBEDDINGS, HEAD
 
@@ -40,20 +41,20 @@ _NORMS = ("input_layernorm", "post_attention_layernorm")
 _call = build.Library("decode")
 
 
-def runs(model: Llama) -> bool:
-    """Whether `Decoder` takes this model."""
+def supports(model: Llama) -> bool:
+    """Tell whether `CpuDecoder` takes this model."""
     weights = list(model.parameters())
     kinds = {weight.dtype for weight in weights}
     return (
         len(kinds) == 1
         and kinds <= _LETTER.keys()
         and all(devices.is_cpu(weight) for weight in weights)
-        and model.model.bare
+        and is_known(model)
         and _call.found
     )
 
 
-class Decoder:
+class CpuDecoder:
     """The packed weights of `model` as they are now.
 
     integers: its matrices by their names in the state dict, rounded; the head and all of the layers

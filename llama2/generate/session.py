@@ -22,7 +22,7 @@ from torch import Tensor
 
 from llama2 import devices
 from llama2.generate.batch import COMPACT, READ_TOKENS, Batch, Prompt, Request, _check
-from llama2.generate.cpu_decoder import Decoder
+from llama2.generate.cpu_decoder import CpuDecoder
 from llama2.model.cache import KVCache
 from llama2.model.llama import Llama
 
@@ -51,7 +51,7 @@ class Session(Batch):
     """Serves requests until nobody has any; see `submit`, `cancel` and `step`."""
 
     def __init__(
-        self, model: Llama, cache: KVCache, slots: int, decoder: Decoder | None = None
+        self, model: Llama, cache: KVCache, slots: int, decoder: CpuDecoder | None = None
     ) -> None:
         super().__init__(model, cache, slots, (), cache.capacity, decoder)
         self.slots = slots

@@ -28,8 +28,8 @@ _LETTER = {torch.float32: "f", torch.bfloat16: "b"}
 _call = build.Library("fused")
 
 
-def runs(x: Tensor) -> bool:
-    """Whether the functions of this module take `x`."""
+def supports(x: Tensor) -> bool:
+    """Tell whether the functions of this module take `x`."""
     return (
         devices.is_cpu(x)
         and x.dtype in _LETTER

@@ -96,7 +96,9 @@ VERBS = {
         False,
     ),
     "carbon": Verb(
-        "report.carbon", "§2.2.1 energy and carbon of device-hours, by the method of Table 2", False
+        "release.carbon",
+        "§2.2.1 energy and carbon of device-hours, by the method of Table 2",
+        False,
     ),
     "chat": Verb("chat.terminal", "      talk to a checkpoint in the terminal", False),
     "serve": Verb(

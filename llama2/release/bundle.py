@@ -31,7 +31,7 @@ from llama2.release import (
 from llama2.release import card as cards
 from llama2.release.lineage import Lineage, trace
 from llama2.release.measurements import measured
-from llama2.report.carbon import Power
+from llama2.report.energy import Power
 from llama2.terminal_text import say
 
 POSITIONAL = "run"

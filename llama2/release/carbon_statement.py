@@ -10,15 +10,14 @@ from llama2.records import dump
 from llama2.release import markdown as md
 from llama2.release.lineage import Lineage, Stage
 from llama2.release.measurements import Measured
-from llama2.report import cost_sections
-from llama2.report.carbon import Energy, Power, amounts
+from llama2.report.energy import Energy, Power, format_amounts, measure_energy
 
 FILE, NUMBERS = "CARBON.md", "carbon.json"
 
 
 def energy_of(stage: Stage, power: Power) -> Energy:
     """Device-hours and rated power of a finished stage."""
-    found = cost_sections.energy_of(stage.step, power)
+    found = measure_energy(stage.step, power)
     return found or Energy(0.0, power.watts_per_core, power.pue, power.kg_per_kwh)
 
 
@@ -72,7 +71,7 @@ def document(lineage: Lineage, measured: Measured | None, power: Power) -> str:
 
     return md.document(
         "# Energy and carbon",
-        f"Making this model took {duration(hours)} of device time, about {' and '.join(amounts(kwh, kg))} CO2eq.",
+        f"Making this model took {duration(hours)} of device time, about {' and '.join(format_amounts(kwh, kg))} CO2eq.",
         "## Method",
         "The method of the Llama 2 paper (section 2.2.1): device-hours x rated power x PUE x carbon intensity. The "
         "hours are measured. The rest is assumed, not metered:",
@@ -95,7 +94,7 @@ def document(lineage: Lineage, measured: Measured | None, power: Power) -> str:
                     "",
                     "",
                     "",
-                    *(f"**{one}**" for one in (md.hours(hours), *amounts(kwh, kg))),
+                    *(f"**{one}**" for one in (md.hours(hours), *format_amounts(kwh, kg))),
                 ),
             ],
             (0, 1),
@@ -113,18 +112,18 @@ def _row(stage: Stage, energy: Energy) -> tuple[str, ...]:
         str(stage.step.devices),
         duration((stage.step.seconds or 0) / 3600),
         md.hours(energy.hours),
-        *amounts(energy.kwh, energy.kg),
+        *format_amounts(energy.kwh, energy.kg),
     )
 
 
 def _evaluation(lineage: Lineage, measured: Measured | None, power: Power) -> str:
-    energy = cost_sections.energy_of(measured.step, power) if measured is not None else None
+    energy = measure_energy(measured.step, power) if measured is not None else None
     if energy is None:
         return ""
 
     return (
         f"Its evaluation, of all versions together, took {md.hours(energy.hours)} device-hours more "
-        f"({', '.join(amounts(energy.kwh, energy.kg))} CO2eq), which the sum does not hold."
+        f"({', '.join(format_amounts(energy.kwh, energy.kg))} CO2eq), which the sum does not hold."
     )
 
 

@@ -22,7 +22,7 @@ from llama2.release import markdown as md
 from llama2.release.licences import LLAMA_2_NOTE, Material, from_llama_2
 from llama2.release.lineage import Lineage
 from llama2.release.measurements import Measured
-from llama2.report.carbon import Power, amounts
+from llama2.report.energy import Power, format_amounts
 
 FILE = "README.md"
 
@@ -326,7 +326,7 @@ def _carbon(model: Model) -> str:
     return md.document(
         "## Energy and carbon",
         f"{carbon_statement.duration(hours)} of device time over all stages above, "
-        f"about {' and '.join(amounts(kwh, kg))} CO2eq by the method of the Llama 2 paper. `CARBON.md` "
+        f"about {' and '.join(format_amounts(kwh, kg))} CO2eq by the method of the Llama 2 paper. `CARBON.md` "
         "has the assumptions and every stage.",
     )
 

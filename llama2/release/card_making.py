@@ -9,6 +9,7 @@ from typing import Any
 from llama2.release import markdown as md
 from llama2.release.licences import Material
 from llama2.release.lineage import Lineage, Stage
+from llama2.results import CleanResult
 
 WORK = {
     "world": "synthetic data",
@@ -208,10 +209,10 @@ def _cleaning(lineage: Lineage) -> str:
     """What cleaning masked and dropped."""
     totals: dict[str, int] = {}
     for stage in lineage.of("clean"):
-        for counts in (stage.step.summary.get("sources") or {}).values():
-            for what, count in counts.items():
-                if what not in ("documents", "kept", "held out", "bytes"):
-                    totals[what] = totals.get(what, 0) + count
+        result = stage.step.result(CleanResult) or CleanResult(sources={})
+        for source in result.sources.values():
+            for what, count in source.changes.items():
+                totals[what] = totals.get(what, 0) + count
 
     facts = [f"{what}: {count:,}" for what, count in sorted(totals.items()) if count]
     masked = [stage for stage in lineage.of("clean") if stage.step.config.get("mask_personal_data")]

@@ -13,7 +13,7 @@ from llama2.records import DEGREES
 from llama2.release import markdown as md
 from llama2.release.lineage import Lineage
 from llama2.release.measurements import UNSAFE_BELOW, Category, Measured
-from llama2.report.targets import BASELINES, accuracies
+from llama2.results import BASELINES, AccuracyResult, Proportion
 
 AXES = {"helpful": "helpfulness", "safe": "harmlessness"}
 NOTHING = "**Not measured.** No evaluation beside this run compares it with anything."
@@ -246,7 +246,7 @@ def _pretraining(lineage: Lineage) -> str:
     lines = []
     for stage in lineage.of("pretrain"):
         validation = stage.step.summary.get("validation") or {}
-        bits = validation.get("validation/bits_per_byte", validation.get("bits_per_byte"))
+        bits = validation.get("bits_per_byte", validation.get("validation/bits_per_byte"))
         xz = stage.step.summary.get("xz_bits_per_byte")
 
         if bits is not None:
@@ -260,16 +260,21 @@ def _pretraining(lineage: Lineage) -> str:
 
 def _rewards(lineage: Lineage) -> str:
     """Accuracy on held-out comparisons of the reward models the model was made with (Table 8)."""
-    rows = [
-        (
-            md.text(stage.name),
-            md.text(name),
-            *(_accuracy(by.get(degree)) for degree in (*DEGREES, "all")),
-            *(_accuracy(by.get("baselines", {}).get(key)) for key in BASELINES),
-        )
-        for stage in lineage.of("reward")
-        for name, by in sorted(accuracies(stage.step).items())
-    ]
+    rows = []
+    for stage in lineage.of("reward"):
+        accuracy = stage.step.result(AccuracyResult) or AccuracyResult(sets={})
+        for name, of_set in sorted(accuracy.sets.items()):
+            degrees_, baselines = of_set.by_degree, of_set.by_baseline
+            rows.append(
+                (
+                    md.text(stage.name),
+                    md.text(name),
+                    *(_accuracy(degrees_.get(degree)) for degree in DEGREES),
+                    _accuracy(of_set.all),
+                    *(_accuracy(baselines.get(baseline)) for baseline in BASELINES),
+                )
+            )
+
     degrees = (f"{degree} better" if degree != "better" else degree for degree in DEGREES)
     return (
         md.document(
@@ -277,17 +282,15 @@ def _rewards(lineage: Lineage) -> str:
             "Share of held-out comparisons in which the preferred answer scores higher, by how much better it is. Half is "
             "what guessing gets. Beside it, on the same comparisons, judges that understand nothing: one takes the longer "
             "answer (for safety the shorter), one weighs words without their order.",
-            md.table(
-                ("Reward model", "Comparisons", *degrees, "all", *BASELINES.values()), rows, (0, 1)
-            ),
+            md.table(("Reward model", "Comparisons", *degrees, "all", *BASELINES), rows, (0, 1)),
         )
         if rows
         else ""
     )
 
 
-def _accuracy(one: Mapping[str, Any] | None) -> str:
-    return f"{md.rate(one, 'accuracy')} of {one['n']}" if one else "–"
+def _accuracy(share: Proportion | None) -> str:
+    return f"{md.rate(share.model_dump())} of {share.n}" if share else "–"
 
 
 # ---- safety

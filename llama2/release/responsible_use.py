@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from llama2.release import markdown as md
 from llama2.release.card import Model
 from llama2.release.measurements import Category, Measured
-from llama2.report.targets import axis_of
+from llama2.report.targets import guess_axis
 
 FILE = "RESPONSIBLE_USE.md"
 THRESHOLDS = (0.15, 0.5)
@@ -162,7 +162,7 @@ def _duties(model: Model) -> str:
 def _gate(model: Model) -> str:
     """What the server's own check would have done, as far as the evaluation's scores tell."""
     found = model.measured
-    guards = [stage for stage in model.lineage.of("reward") if axis_of(stage.name) == "safe"]
+    guards = [stage for stage in model.lineage.of("reward") if guess_axis(stage.name) == "safe"]
     name = guards[-1].name if guards else None
     advice = (
         "`llama2 serve . --safety.model REWARD_MODEL` checks every answer with a reward model of safety before "

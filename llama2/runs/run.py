@@ -28,6 +28,7 @@ from llama2.config import StageConfig
 from llama2.errors import UserError
 from llama2.ranks import Ranks
 from llama2.records import dump
+from llama2.results import StageResult
 from llama2.runs import completion
 from llama2.runs.completion import CHECKPOINTS, COMPLETE, MANIFEST, METRICS, WARNINGS
 from llama2.runs.locks import LOCK, lock
@@ -103,6 +104,10 @@ class Run:
         """Write `value` as a JSON file of the run (rank 0)."""
         if self.ranks.is_main:
             atomic.write_atomic(self.path / name, dump(value))
+
+    def write_result(self, result: StageResult) -> None:
+        """Write what the stage came to, as the file that the result names (rank 0)."""
+        self.write_json(result.file, result.dump())
 
     def close(self) -> None:
         """Close the files of this run."""

@@ -275,7 +275,7 @@ def _prompt_logprobs(
     engine: Engine, ids: Sequence[int], count: int, precision: Precision
 ) -> list[tuple[float, Alternatives]]:
     model = engine.current()
-    device = model.head_weight.device
+    device = model.device
     tokens_T = torch.tensor(ids, device=device)
     found: list[tuple[float, Alternatives]] = []
 

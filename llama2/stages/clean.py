@@ -25,6 +25,7 @@ from llama2.data.clean import Rules, clean
 from llama2.data.documents import Malformed, read_documents
 from llama2.hashing import hash_number
 from llama2.records import Document
+from llama2.results import CleanedSource, CleanResult
 from llama2.runs import Run
 from llama2.tally import Tally
 
@@ -67,32 +68,37 @@ def run(config: Config, run: Run) -> None:
         return
 
     seen: set[int] = set()
-    run.write_json(
-        "summary.json",
-        {"sources": {name: _clean(config, name, run, seen) for name in config.sources}},
-    )
+    sources = {name: _clean(config, name, run, seen) for name in config.sources}
+    run.write_result(CleanResult(sources=sources))
 
 
-def _clean(config: Config, name: str, run: Run, seen: set[int]) -> dict[str, int]:
+def _clean(config: Config, name: str, run: Run, seen: set[int]) -> CleanedSource:
     """Write the documents of one source as they come, and count what was done to them."""
-    counts, sizes = Counter[str](), Counter[str]()
+    tally, counts = run.tally(name), Counter[str]()
+    kept = heldout = size = 0
     with ExitStack() as stack:
-        keep = stack.enter_context(records.writing(run.path / "documents" / f"{name}.jsonl"))
-        aside = None
-        for document in _documents(config, config.sources[name], run.tally(name), counts, seen):
-            sizes["kept"] += 1
-            sizes["bytes"] += len(document.text.encode())
-            if _held_out(document, config.heldout):
-                sizes["held out"] += 1
-                aside = aside or stack.enter_context(
-                    records.writing(run.path / "heldout" / f"{name}.jsonl")
-                )
-                aside(document)
-            else:
-                keep(document)
+        write = stack.enter_context(records.writing(run.path / "documents" / f"{name}.jsonl"))
+        write_heldout = None
+        for document in _documents(config, config.sources[name], tally, counts, seen):
+            kept += 1
+            size += len(document.text.encode())
+            if not _is_heldout(document, config.heldout):
+                write(document)
+                continue
 
-    _account(run.tally(name), counts, sizes["kept"])
-    return {**counts, **{key: sizes[key] for key in ("kept", "held out", "bytes")}}
+            if write_heldout is None:
+                file = run.path / "heldout" / f"{name}.jsonl"
+                write_heldout = stack.enter_context(records.writing(file))
+
+            heldout += 1
+            write_heldout(document)
+
+    _account(tally, counts, kept)
+    documents = counts.pop("documents", 0)
+    del counts["kept"]  # before duplicates were dropped
+    return CleanedSource(
+        documents=documents, kept=kept, heldout=heldout, bytes=size, changes=dict(counts)
+    )
 
 
 def _documents(
@@ -152,5 +158,6 @@ def _cut(document: Document, longest: int) -> Iterator[Document]:
         text, number = text[end:], number + 1
 
 
-def _held_out(document: Document, share: float) -> bool:
+def _is_heldout(document: Document, share: float) -> bool:
+    """Decide by a hash of the text."""
     return hash_number(document.text) < share * 2**64

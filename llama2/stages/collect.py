@@ -1,9 +1,9 @@
 """Human preference data (§3.2.1): two answers a prompt, from different models and temperatures,
 compared.
 
-Where prompts carry the truth about themselves (the microworld's do), annotators are simulated, who
-see it through noise; other pairs are written as they are to be shown to people, and once judged are
-the same records. Besides plain pairs two kinds are worth asking for, because reward models that
+Annotators compare the answers (`judging.Annotators`): those of the microworld, where prompts carry
+their own truth. Pairs that nobody has compared yet are written as they are to be shown to people,
+and once judged are the same records. Besides plain pairs two kinds are worth asking for, because reward models that
 have never seen them are easily fooled: an answer that belongs to another prompt, and an answer
 given under a safety preprompt, which is more often a refusal. As in the paper some comparisons of
 every round are held out, by their prompts.
@@ -12,7 +12,7 @@ every round are held out, by their prompts.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
@@ -22,13 +22,15 @@ from pydantic import Field, field_validator, model_validator
 
 from llama2.config import StageConfig
 from llama2.data.split import is_heldout
-from llama2.evaluate.judges import has_truth, kind_of
+from llama2.evaluate.judges import classify
 from llama2.generate.dialogue import Chat
 from llama2.hashing import hash_fraction
-from llama2.microworld.annotators import NOISE, Annotator
+from llama2.judging import Annotators, Comparison
 from llama2.records import DEGREES, Axis, Messages, Pair, Preference, Prompt, Response
+from llama2.results import CollectResult
 from llama2.runs import Run
 from llama2.runs.parts import Work
+from llama2.stages.common.judges import NOISE, make_annotators
 from llama2.stages.common.planning import Cluster, Lineage, sampling_plan
 from llama2.stages.common.preprompts import PREPROMPTS, check, under_preprompt
 from llama2.stages.common.sampling import (
@@ -100,111 +102,117 @@ def run(config: Config, run: Run) -> None:
     narrow = min(chats.values(), key=lambda chat: chat.engine.context)
     prompts = fitting(narrow, prompts, ROOM, run.tally("prompts"))
     pairs = zip(prompts, sampled(config, run, chats, prompts), strict=True)
-    desk = Desk(config, run.tally("comparisons"))
-    told = [has_truth(prompt) for prompt in prompts]
+    annotators = make_annotators(config.seed, config.noise)
+    desk = Desk(config, annotators, run.tally("comparisons"))
+    accepted = [annotators.accepts(prompt) for prompt in prompts]
 
     with ExitStack() as files:
-        put = {
-            name: files.enter_context(writing(run.path / f"{name}.jsonl", run.ranks))
-            for name in (
-                *(("preferences", "heldout") if any(told) else ()),
-                *(() if all(told) else ("pairs",)),
-            )
-        }
-        for place, (prompt, responses) in enumerate(pairs):
-            for name, record in desk.compare(prompt, responses, place):
-                put[name](record)
+        put: dict[str, Callable[[object], None]] = {}
 
-    run.write_json("summary.json", desk.summary())
+        def open_file(name: str) -> None:
+            if name not in put:
+                put[name] = files.enter_context(writing(run.path / f"{name}.jsonl", run.ranks))
+
+        for name in ("preferences", "heldout") if any(accepted) else ():
+            open_file(name)
+
+        if not all(accepted):
+            open_file("pairs")
+
+        for name, record in desk.compare(pairs):
+            open_file(name)
+            put[name](record)
+
+    run.write_result(desk.result())
 
 
 class Desk:
     """Where pairs are compared: on which axes, by whom, and what they come to."""
 
-    def __init__(self, config: Config, tally: Tally) -> None:
-        self.config, self.tally = config, tally
-        self.annotator = Annotator(config.seed, noise=config.noise)
+    def __init__(self, config: Config, annotators: Annotators, tally: Tally) -> None:
+        self.config, self.annotators, self.tally = config, annotators, tally
         self.counts: dict[str, Counter[str]] = {
             name: Counter() for name in ("degree", "axis", "safety", "file")
         }
 
     def compare(
-        self, prompt: Prompt, responses: tuple[Response, Response], place: int
+        self, pairs: Iterable[tuple[Prompt, tuple[Response, Response]]]
     ) -> Iterator[tuple[str, Preference | Pair]]:
-        """The comparisons of one pair, each with the name of the file that it belongs to."""
-        for axis in axes(self.config, prompt, place):
-            self.tally.read += 1
-            texts = {one.text for one in responses}
-            if len(texts) == 1 or "" in texts:
-                self.tally.skip("equal answers" if len(texts) == 1 else "an empty answer")
-            elif not has_truth(prompt):
-                self.tally.skip(
-                    "of prompts without truth, for people to judge", "they are in pairs.jsonl"
-                )
+        """Yield what comes of each pair, with the name of the file that it belongs to."""
+        for comparison, outcome in self.annotators.compare(self._comparisons(pairs)):
+            if isinstance(outcome, Preference):
+                yield self._judged(outcome)
+            elif outcome == "pending":
+                self.tally.skip("not judged yet", "they are in pairs.jsonl, for people to judge")
                 self.counts["file"]["pairs"] += 1
-                yield "pairs", self._unjudged(prompt, responses, axis)
+                yield "pairs", make_pair(comparison, self.config.seed)
             else:
-                yield from self._judged(prompt, responses, axis)
+                self.tally.skip("the chosen answer alone is unsafe")
 
-    def _judged(
-        self, prompt: Prompt, responses: tuple[Response, Response], axis: Axis
-    ) -> Iterator[tuple[str, Preference]]:
-        one = self.annotator.compare(prompt, responses, axis, self.config.round)
-        if one is None:
-            self.tally.skip("the chosen answer alone is unsafe")
-            return
+    def _comparisons(
+        self, pairs: Iterable[tuple[Prompt, tuple[Response, Response]]]
+    ) -> Iterator[Comparison]:
+        """Yield the comparisons to ask for: none of equal answers or of an empty one."""
+        for place, (prompt, answers) in enumerate(pairs):
+            texts = {answer.text for answer in answers}
+            for axis in axes(self.config, prompt, place):
+                self.tally.read += 1
+                if len(texts) == 1:
+                    self.tally.skip("equal answers")
+                elif "" in texts:
+                    self.tally.skip("an empty answer")
+                else:
+                    yield Comparison(prompt, answers, axis, self.config.round)
 
+    def _judged(self, preference: Preference) -> tuple[str, Preference]:
         self.tally.kept += 1
-        name = "heldout" if is_heldout(prompt.messages, self.config.heldout) else "preferences"
-        for kind, value in (
-            ("degree", one.degree),
-            ("axis", one.axis),
-            ("safety", one.safety),
-            ("file", name),
-        ):
-            self.counts[kind][str(value)] += value is not None
+        heldout = is_heldout(preference.prompt, self.config.heldout)
+        name = "heldout" if heldout else "preferences"
 
-        yield name, one
+        self.counts["file"][name] += 1
+        self.counts["degree"][preference.degree] += 1
+        self.counts["axis"][preference.axis] += 1
+        if preference.safety is not None:
+            self.counts["safety"][preference.safety] += 1
 
-    def _unjudged(self, prompt: Prompt, responses: tuple[Response, Response], axis: Axis) -> Pair:
-        """A pair as it is to be shown: which answer stands first is drawn from the texts."""
-        said = [message.content for message in prompt.messages]
-        low, high = sorted(responses, key=lambda one: one.text)
-        chance = hash_fraction(repr((self.config.seed, axis, said, low.text, high.text)))
-        identity = (
-            f"{axis}-{int(hash_fraction(repr((axis, said, low.text, high.text))) * 16**12):012x}"
-        )
+        return name, preference
 
-        return Pair(
-            identity,
-            prompt.messages,
-            (low, high) if chance < 0.5 else (high, low),
-            axis=axis,
-            round=self.config.round,
-            metadata={
-                "prompt": prompt.id,
-                **{key: prompt.metadata[key] for key in SHOWN if key in prompt.metadata},
-            },
-        )
-
-    def summary(self) -> dict[str, Any]:
-        """Plain JSON: comparisons by file, degree, axis and safety label."""
+    def result(self) -> CollectResult:
+        """Return the number of comparisons by file, degree, axis and safety label."""
         file = self.counts["file"]
-        return {
-            "pairs": file["preferences"],
-            "heldout": file["heldout"],
-            "unjudged": file["pairs"],
-            "dropped": self.tally.read - self.tally.kept - file["pairs"],
-            "degrees": {degree: self.counts["degree"][degree] for degree in DEGREES},
-            "axes": {axis: count for axis, count in self.counts["axis"].items() if count},
-            "safety": {label: count for label, count in self.counts["safety"].items() if count},
-        }
+        return CollectResult(
+            pairs=file["preferences"],
+            heldout=file["heldout"],
+            unjudged=file["pairs"],
+            dropped=self.tally.read - self.tally.kept - file["pairs"],
+            degrees={degree: self.counts["degree"][degree] for degree in DEGREES},
+            axes=dict(self.counts["axis"]),
+            safety=dict(self.counts["safety"]),
+        )
+
+
+def make_pair(comparison: Comparison, seed: int) -> Pair:
+    """Return a comparison as it is to be shown: its texts draw which answer stands first."""
+    prompt, axis = comparison.prompt, comparison.axis
+    first, second = sorted(comparison.answers, key=lambda answer: answer.text)
+    turns = [message.content for message in prompt.messages]
+    chance = hash_fraction(repr((seed, axis, turns, first.text, second.text)))
+    tags = {key: prompt.metadata[key] for key in SHOWN if key in prompt.metadata}
+
+    return Pair(
+        comparison.id,
+        prompt.messages,
+        (first, second) if chance < 0.5 else (second, first),
+        axis=axis,
+        round=comparison.round,
+        metadata={"prompt": prompt.id, **tags},
+    )
 
 
 def axes(config: Config, prompt: Prompt, place: int) -> tuple[Axis, ...]:
     """What a pair is compared for: safety if it probes it; help for all harmless prompts, and a
     share of the unsafe."""
-    kind = kind_of(prompt)
+    kind = classify(prompt)
     if kind == "helpful":
         return ("helpful",)
 
@@ -274,7 +282,7 @@ def sampler(config: Config, chats: Mapping[Path, Chat]) -> Work[Prompt]:
 def second_asked(config: Config, chat: Chat, prompt: Prompt, place: int) -> Messages:
     """What the second answer is given to: the prompt, or the prompt under a safety preprompt."""
     if (
-        kind_of(prompt) == "helpful"
+        classify(prompt) == "helpful"
         or hash_fraction(f"{config.seed} preprompted {config.round} {place}") >= config.preprompted
     ):
         return prompt.messages

@@ -20,6 +20,7 @@ from llama2.config import StageConfig
 from llama2.generate.dialogue import Answer, Chat
 from llama2.generate.rewards import RewardModels, Rewards, probability
 from llama2.records import Messages, Prompt
+from llama2.results import DistilledAnswer, DistillResult
 from llama2.runs import Run
 from llama2.runs.parts import Work
 from llama2.stages.common.planning import Cluster, Lineage, sampling_plan
@@ -91,7 +92,7 @@ def run(config: Config, run: Run) -> None:
     )
     before: list[float] = []
     after: list[float] = []
-    examples: list[dict[str, str]] = []
+    examples: list[DistilledAnswer] = []
     kept = 0
 
     with writing(run.path / "dialogs.jsonl", run.ranks) as put:
@@ -108,25 +109,21 @@ def run(config: Config, run: Run) -> None:
             put(dialog(prompt, row["best"], reward=round(row["reward"], 4), safety=True))
             kept += 1
             if len(examples) < EXAMPLES:
+                asked = prompt.messages[-1].content
                 examples.append(
-                    {
-                        "prompt": prompt.messages[-1].content,
-                        "before": row["plain"],
-                        "after": row["best"],
-                    }
+                    DistilledAnswer(prompt=asked, before=row["plain"], after=row["best"])
                 )
 
     tally.kept = kept
-    run.write_json(
-        "summary.json",
-        {
-            "prompts": len(prompts),
-            "kept": kept,
-            "templated": sum(risk_of(one) in config.templates for one in prompts),
-            "safety before": _median(before),
-            "safety after": _median(after),
-            "examples": examples,
-        },
+    run.write_result(
+        DistillResult(
+            prompts=len(prompts),
+            kept=kept,
+            templated=sum(risk_of(prompt) in config.templates for prompt in prompts),
+            safety_before=_median(before),
+            safety_after=_median(after),
+            examples=examples,
+        )
     )
 
 

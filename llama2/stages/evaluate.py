@@ -25,7 +25,7 @@ from llama2 import atomic, records, runs
 from llama2 import config as configuration
 from llama2.errors import UserError
 from llama2.evaluate import attention, ghost, summary
-from llama2.evaluate.judges import known_truth, truth
+from llama2.evaluate.judges import rate
 from llama2.formats.checkpoint import config_of
 from llama2.generate.dialogue import Answer, Chat
 from llama2.generate.engine import Engine
@@ -35,6 +35,7 @@ from llama2.generate.sampling import Sampling
 from llama2.model import quantize
 from llama2.model.llama import Llama
 from llama2.records import Axis, Message, Messages, Prompt
+from llama2.results import AttentionResult, EvaluateResult, SamplingSettings
 from llama2.runs.parts import in_parts
 from llama2.stages.common.answers import (
     ROUNDS,
@@ -45,6 +46,7 @@ from llama2.stages.common.answers import (
     judged,
     twins,
 )
+from llama2.stages.common.judges import make_judge
 from llama2.stages.common.planning import Cluster, Lineage, judging_plan
 from llama2.stages.common.training import load_policy
 from llama2.terminal_text import say
@@ -130,7 +132,7 @@ class Said:
 
     answers: list[Answer]
     greedy: list[Answer] | None = None
-    talks: dict[ghost.Place, list[Messages]] = field(default_factory=dict)
+    talks: dict[ghost.InstructionRole, list[Messages]] = field(default_factory=dict)
 
 
 def plan(config: Config, cluster: Cluster, lineage: Lineage) -> dict[str, Any]:
@@ -156,7 +158,7 @@ def run(config: Config, run: runs.Run) -> None:
     dialogs = ghost.read(config.ghost, config.ghost_limit) if config.ghost else []
     read = list(records.read(Prompt, config.prompts))[: config.limit]
     prompts = fitting(paths, read, 8, run.tally("prompts"), config.prompts)
-    known = known_truth(prompts)
+    known = sum(map(make_judge().accepts, prompts))
 
     if 0 < known < len(prompts):
         _say(
@@ -194,17 +196,14 @@ def run(config: Config, run: runs.Run) -> None:
     for name, result in results.items():
         _say(run, f"{name}: {_line(result)}")
 
-    run.write_json(
-        "evaluation.json",
-        summary.describe(prompts, results, config.conversations)
-        | {
-            "checkpoints": {name: path.resolve().name for name, path in config.versions.items()},
-            "sampling": {
-                "temperature": config.temperature,
-                "top_p": config.top_p,
-                "max_tokens": config.max_tokens,
-            },
-        },
+    run.write_result(
+        EvaluateResult(
+            checkpoints={name: path.resolve().name for name, path in config.versions.items()},
+            sampling=SamplingSettings(
+                temperature=config.temperature, top_p=config.top_p, max_tokens=config.max_tokens
+            ),
+            **summary.describe(prompts, results, config.conversations),
+        )
     )
     if run.ranks.is_main:
         rows = (
@@ -247,12 +246,12 @@ def _answers(
     place: int,
     run: runs.Run,
     prompts: Sequence[Prompt],
-    dialogs: Sequence[ghost.Dialog],
+    dialogs: Sequence[ghost.GhostDialog],
 ) -> Said:
     """All that the version at this place has to say."""
     begin, name = time.monotonic(), list(config.versions)[place]
     asked = [prompt.messages for prompt in prompts]
-    talks: dict[ghost.Place, list[Messages]] = {}
+    talks: dict[ghost.InstructionRole, list[Messages]] = {}
 
     with in_turn(lambda: _chat(config, name, run), run.ranks.device) as chat:
         answers = answered(
@@ -267,14 +266,16 @@ def _answers(
                 config.sampling(config.seed, temperature=0.0),
                 config.slots,
             )
-            if config.greedy and known_truth(prompts) == len(prompts)
+            if config.greedy and all(map(make_judge().accepts, prompts))
             else None
         )
-        where: tuple[ghost.Place, ...] = ("user", "system")
+        where: tuple[ghost.InstructionRole, ...] = ("user", "system")
 
         for one in where if dialogs else ():
 
-            def hold(some: Sequence[ghost.Dialog], first: int, one: ghost.Place = one) -> list[Any]:
+            def hold(
+                some: Sequence[ghost.GhostDialog], first: int, one: ghost.InstructionRole = one
+            ) -> list[Any]:
                 held = ghost.converse(chat(), some, config.sampling(config.seed), one, first)
                 return [[[turn.role, turn.content] for turn in talk] for talk in held]
 
@@ -317,13 +318,13 @@ def _load(config: Config, name: str, device: torch.device) -> tuple[Llama, Token
 def _described(
     config: Config,
     prompts: Sequence[Prompt],
-    dialogs: Sequence[ghost.Dialog],
+    dialogs: Sequence[ghost.GhostDialog],
     said: Said,
     scores: Mapping[Axis, Sequence[float]],
 ) -> summary.Version:
     """What the judges think of a version. `scores` are probabilities."""
     ratings, greedy = (
-        None if answers is None else truth(prompts, [one.text for one in answers])
+        None if answers is None else rate(make_judge(), prompts, [one.text for one in answers])
         for answers in (said.answers, said.greedy)
     )
     return summary.Version(
@@ -331,7 +332,7 @@ def _described(
         ratings,
         greedy,
         scores,
-        {place: ghost.by_turn(dialogs, talks) for place, talks in said.talks.items()},
+        {place: ghost.count_by_turn(dialogs, talks) for place, talks in said.talks.items()},
         said.talks.get("user", []),
     )
 
@@ -340,7 +341,7 @@ ATTENTION_DIALOGS = 16
 
 
 def _attention(
-    config: Config, run: runs.Run, dialogs: Sequence[ghost.Dialog], said: Sequence[Messages]
+    config: Config, run: runs.Run, dialogs: Sequence[ghost.GhostDialog], said: Sequence[Messages]
 ) -> None:
     """Figure 10 on the first dialogs, with the answers of the last version asked for; one model
     after the other."""
@@ -368,7 +369,7 @@ def _attention(
                 for row in in_parts(run, f"attention-{place}", talks, len(talks), look)
             ]
 
-    run.write_json("attention.json", attention.figure(looks, tokenizer, talks, context))
+    run.write_result(AttentionResult(**attention.figure(looks, tokenizer, talks, context)))
 
 
 def _line(result: summary.Version) -> str:

@@ -21,6 +21,7 @@ from llama2.config import StageConfig
 from llama2.errors import UserError
 from llama2.generate.dialogue import Chat
 from llama2.records import Dialog, Message, Messages, Prompt
+from llama2.results import GhostExample, GhostResult, Turn
 from llama2.runs import Run
 from llama2.stages.common.planning import Cluster, Lineage, sampling_plan
 from llama2.stages.common.sampling import (
@@ -126,7 +127,7 @@ def run(config: Config, run: Run) -> None:
     answers = part_by_part(run, [chat], "samples", conversations, work, config.sample, turns)
     generator = np.random.default_rng(seed_for(config.seed, "shortened"))
     written, said = 0, 0
-    examples: list[str] = []
+    examples: list[GhostExample] = []
 
     with writing(run.path / "dialogs.jsonl", run.ranks) as put:
         for conversation, mine in zip(conversations, answers, strict=True):
@@ -135,20 +136,23 @@ def run(config: Config, run: Run) -> None:
             )
             for one in made:
                 put(one)
-                examples += [records.to_json(one)] if len(examples) < EXAMPLES else []
+                if len(examples) < EXAMPLES:
+                    examples.append(_example(one))
 
             written, said = written + len(made), said + len(mine)
             _count(tally, conversation, mine, made)
 
-    run.write_json(
-        "summary.json",
-        {
-            "conversations": len(conversations),
-            "dialogs": written,
-            "turns": said,
-            "examples": examples,
-        },
+    run.write_result(
+        GhostResult(
+            conversations=len(conversations), dialogs=written, turns=said, examples=examples
+        )
     )
+
+
+def _example(dialog: Dialog) -> GhostExample:
+    """Return a dialog as it is shown in the report."""
+    turns = [Turn(role=turn.role, content=turn.content) for turn in dialog.messages]
+    return GhostExample(messages=turns)
 
 
 def _count(

@@ -23,7 +23,7 @@ from torch import nn
 from llama2 import devices
 from llama2.config import StageConfig
 from llama2.errors import UserError
-from llama2.evaluate.judges import kind_of
+from llama2.evaluate.judges import classify
 from llama2.formats.hf_directory import model_files, verify_checksums
 from llama2.generate.dialogue import Answer, Chat
 from llama2.generate.engine import Engine
@@ -31,6 +31,7 @@ from llama2.generate.rewards import RewardModels, Rewards, probability
 from llama2.model.llama import Llama
 from llama2.ranks import Ranks
 from llama2.records import Prompt
+from llama2.results import HealthResult, PpoResult, Rollout
 from llama2.runs import CHECKPOINTS, Run, read_metrics
 from llama2.stages.common import ppo_health
 from llama2.stages.common.planning import (
@@ -271,16 +272,16 @@ def run(config: Config, run: Run) -> None:
     if line := ending(config, learner.step, config.iterations * source.updates, watch, validate):
         run.conclude(line)
 
-    run.write_json(
-        "summary.json",
-        {
-            "parameters": actor.config.parameters(),
-            "steps": learner.step,
-            "tokens": learner.tokens,
-            "trained": learner.trained,
-        },
+    run.write_result(
+        PpoResult(
+            parameters=actor.config.parameters(),
+            steps=learner.step,
+            tokens=learner.tokens,
+            trained=learner.trained,
+        )
     )
-    run.write_json("health.json", {"alarms": doctor.tell(finished=True), "samples": source.samples})
+    samples = [Rollout.model_validate(sample) for sample in source.samples]
+    run.write_result(HealthResult(alarms=doctor.tell(finished=True), samples=samples))
 
 
 def settings(config: Config) -> Settings:
@@ -458,7 +459,7 @@ def measure(
     marks = [probability(one[0].joined) for one in score(judge, chat.tokenizer, prompts, answers)]
     kinds: dict[str, list[float]] = {}
     for prompt, mark in zip(prompts, marks):
-        kinds.setdefault(kind_of(prompt), []).append(mark)
+        kinds.setdefault(classify(prompt), []).append(mark)
 
     means = {f"heldout/{kind}": statistics.fmean(found) for kind, found in kinds.items()}
     return {**means, "heldout/reward": statistics.fmean(means.values())}

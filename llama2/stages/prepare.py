@@ -8,10 +8,10 @@ of every other's. The order of the records, and which of them a limit keeps, fol
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import ClassVar, Literal
 
 from pydantic import Field
 
@@ -25,6 +25,7 @@ from llama2.importers.preferences import holds_preferences, import_preferences
 from llama2.importers.prompts import Family, import_prompts, prompt_id
 from llama2.importers.tables import Malformed, Reading
 from llama2.records import Axis, Dialog, Message, Messages, Preference, Prompt
+from llama2.results import PreparedSource, PrepareResult, RecordSizes
 from llama2.runs import Run
 from llama2.tally import Tally
 
@@ -127,14 +128,13 @@ def run(config: Config, run: Run) -> None:
     if config.heldout:
         records.write(run.path / f"heldout-{config.kind}.jsonl", heldout)
 
-    run.write_json(
-        "summary.json",
-        {
-            "kind": config.kind,
-            "train": _sizes(train),
-            "heldout": _sizes(heldout),
-            "sources": [_describe(item) for item in imported],
-        },
+    run.write_result(
+        PrepareResult(
+            kind=config.kind,
+            train=_measure(train),
+            heldout=_measure(heldout),
+            sources=[_describe(item) for item in imported],
+        )
     )
 
 
@@ -243,25 +243,26 @@ def _repeated(item: _Imported, seed: int) -> Iterator[Record]:
         yield from [record] * (int(whole) + extra)
 
 
-def _sizes(items: list[Record]) -> dict[str, Any]:
+def _measure(items: Sequence[Record]) -> RecordSizes:
+    """Return the number of records, and quantiles of their length in characters."""
     lengths = sorted(map(_characters, items))
-    quantiles = (
-        {
-            f"p{share}": lengths[min(len(lengths) - 1, len(lengths) * share // 100)]
-            for share in (10, 50, 90, 99)
-        }
-        if lengths
-        else {}
+    quantiles = {}
+    for share in (10, 50, 90, 99) if lengths else ():
+        place = min(len(lengths) - 1, len(lengths) * share // 100)
+        quantiles[f"p{share}"] = lengths[place]
+
+    return RecordSizes(
+        records=len(lengths), characters=sum(lengths), characters_per_record=quantiles
     )
-    return {"records": len(items), "characters": sum(lengths), "characters_per_record": quantiles}
 
 
-def _describe(item: _Imported) -> dict[str, Any]:
-    return {
-        "name": item.name,
-        "path": str(item.source.path),
+def _describe(item: _Imported) -> PreparedSource:
+    """Return what became of one source."""
+    return PreparedSource(
+        name=item.name,
+        path=str(item.source.path),
+        train=len(item.train),
+        heldout=len(item.heldout),
+        characters_per_record=_measure(item.train).characters_per_record,
         **item.tally.summary(),
-        "train": len(item.train),
-        "heldout": len(item.heldout),
-        "characters_per_record": _sizes(item.train)["characters_per_record"],
-    }
+    )

@@ -31,6 +31,7 @@ from llama2.formats import checkpoint
 from llama2.model.llama import Llama, LlamaConfig
 from llama2.model.sizes import SIZES
 from llama2.ranks import Ranks
+from llama2.results import PretrainResult
 from llama2.runs import Run, completion
 from llama2.stages.common import cautions
 from llama2.stages.common.planning import (
@@ -44,10 +45,10 @@ from llama2.stages.common.planning import (
 from llama2.stages.common.training import (
     Training,
     heldout_loss,
+    last_validation,
     row_length,
     saver,
     train,
-    validated,
 )
 from llama2.tokenizer.chat_files import chat_template, stop_ids
 from llama2.tokenizer.tokenizer import Tokenizer
@@ -184,29 +185,25 @@ def run(config: Config, run: Run) -> None:
         validate=hooks.Validate(validation),
         flops_per_token=flops_per_token(model.config, config.sequence_length),
     )
-    found, bars = validated(run), validation.text.bits_per_byte()
-    run.write_json(
-        "summary.json",
-        {
-            "parameters": model.config.parameters(),
-            "steps": learner.step,
-            "tokens": learner.tokens,
-            "trained": learner.trained,
-            "validation": found,
-            "validation_bytes": validation.text.size,
-            **bars,
-            "passes": {
-                name: round(times * learner.tokens / rows.places, 4)
-                for name, times in order.passes.items()
-            },
-        },
+    read = learner.tokens / rows.places
+    result = PretrainResult(
+        parameters=model.config.parameters(),
+        steps=learner.step,
+        tokens=learner.tokens,
+        trained=learner.trained,
+        validation=last_validation(run),
+        validation_bytes=validation.text.size,
+        passes={name: round(times * read, 4) for name, times in order.passes.items()},
+        **validation.text.bits_per_byte(),
     )
+    run.write_result(result)
 
-    if bars:
+    if result.xz_bits_per_byte is not None:
+        assert result.validation is not None
         run.conclude(
-            f"{learner.tokens:,} tokens read; {found['validation/bits_per_byte']:.3f} bits per byte on "
-            f"{validation.text.size:,} bytes of held-out text (xz -9: {bars['xz_bits_per_byte']:.3f}, "
-            f"bzip2 -9: {bars['bzip2_bits_per_byte']:.3f})"
+            f"{result.tokens:,} tokens read; {result.validation.bits_per_byte:.3f} bits per byte "
+            f"on {result.validation_bytes:,} bytes of held-out text "
+            f"(xz -9: {result.xz_bits_per_byte:.3f}, bzip2 -9: {result.bzip2_bits_per_byte:.3f})"
         )
 
 

@@ -21,6 +21,7 @@ from llama2.config import StageConfig
 from llama2.generate.dialogue import Answer, Chat
 from llama2.generate.rewards import RewardModels, Rewards, Score, probability
 from llama2.records import Dialog, Prompt
+from llama2.results import CurvesResult, RankedAnswers, RejectionResult
 from llama2.runs import Run
 from llama2.runs.parts import Work
 from llama2.stages.common.planning import Cluster, Lineage, sampling_plan
@@ -91,7 +92,7 @@ def run(config: Config, run: Run) -> None:
     work = sampler(config, chat, rewards, temperature, seed_for(config.seed, "samples"))
     rows = part_by_part(run, [chat], "samples", prompts, work, config.sample, config.k)
     curves, kept = Curves(config.k), 0
-    examples: list[dict[str, Any]] = []
+    examples: list[RankedAnswers] = []
 
     with writing(run.path / "best.jsonl", run.ranks) as put:
         for prompt, row in zip(prompts, rows, strict=True):
@@ -108,23 +109,18 @@ def run(config: Config, run: Run) -> None:
     run.ranks.barrier()
     pool = Pool(config.keep, config.finished_only, [run.path, *config.earlier])
     sizes = pool.write(run, chat, rewards, config.sample)
-    run.write_json(
-        "curves.json", {**curves.means(), "temperatures": searched, "temperature": temperature}
-    )
-    run.write_json(
-        "summary.json",
-        {
-            "prompts": len(prompts),
-            "k": config.k,
-            "kept": kept,
-            "earlier": sum(sizes[1:]),
-            "pool": {
-                "this round": sizes[0],
-                **{str(path): size for path, size in zip(config.earlier, sizes[1:])},
-            },
-            "temperature": temperature,
-            "examples": examples,
-        },
+    earlier = {str(path): size for path, size in zip(config.earlier, sizes[1:])}
+    run.write_result(CurvesResult(temperatures=searched, temperature=temperature, **curves.means()))
+    run.write_result(
+        RejectionResult(
+            prompts=len(prompts),
+            k=config.k,
+            kept=kept,
+            earlier=sum(sizes[1:]),
+            pool={"this round": sizes[0], **earlier},
+            temperature=temperature,
+            examples=examples,
+        )
     )
 
 
@@ -286,12 +282,13 @@ def _count(tally: Tally, row: dict[str, Any], config: Config) -> None:
         )
 
 
-def _example(prompt: Prompt, row: dict[str, Any]) -> dict[str, Any]:
-    """A prompt with its worst and its best answer, for the report."""
-    return {
-        "prompt": prompt.messages[-1].content,
-        "worst": row["worst"],
-        "best": row["best"][0]["text"],
-        "worst_reward": probability(min(row["rewards"])),
-        "best_reward": probability(row["best"][0]["reward"]),
-    }
+def _example(prompt: Prompt, row: dict[str, Any]) -> RankedAnswers:
+    """Return a prompt with its worst and its best answer, for the report."""
+    best = row["best"][0]
+    return RankedAnswers(
+        prompt=prompt.messages[-1].content,
+        worst=row["worst"],
+        best=best["text"],
+        worst_reward=probability(min(row["rewards"])),
+        best_reward=probability(best["reward"]),
+    )

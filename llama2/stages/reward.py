@@ -25,13 +25,22 @@ from llama2.config import StageConfig
 from llama2.data.loader import Rows
 from llama2.data.split import opening
 from llama2.devices import Precision
-from llama2.evaluate.baselines import Answers, BagOfWords, by_length
+from llama2.evaluate.baselines import BagOfWords, RankedTexts, judge_by_length
 from llama2.evaluate.winrate import wilson
 from llama2.generate.score import rewards
 from llama2.hashing import hash_parts
 from llama2.model.scorer import Scorer
 from llama2.ranks import Ranks
 from llama2.records import DEGREES, Axis, Message, Preference
+from llama2.results import (
+    AccuracyResult,
+    Baselines,
+    Proportion,
+    ReadCounts,
+    RewardResult,
+    SetAccuracy,
+    SetShare,
+)
 from llama2.runs import Run, is_output
 from llama2.stages.common import cautions
 from llama2.stages.common.planning import (
@@ -106,7 +115,7 @@ class Pair:
     degree: int
     safe: tuple[int, int]
     axis: Axis = "helpful"
-    texts: Answers = ("", "")
+    texts: RankedTexts = ("", "")
     conversation: int = 0
     """a digest of how it opens"""
 
@@ -182,8 +191,8 @@ def run(config: Config, run: Run) -> None:
 
     # the last line stands for the run
     for name in sorted(measured, key=lambda name: axis_of(heldout[name]) == own):
-        run.conclude(told(name, measured[name], {pair.axis for pair in heldout[name]}))
-        for line in explained(name, measured[name]) if axis_of(heldout[name]) == own else ():
+        run.conclude(describe_accuracy(name, measured[name], {pair.axis for pair in heldout[name]}))
+        for line in warn_of_chance(name, measured[name]) if axis_of(heldout[name]) == own else ():
             run.warn(line)
 
 
@@ -192,25 +201,25 @@ def conclude(
     scorer: Scorer,
     learner: Learner,
     sets: Mapping[str, Sequence[Pair]],
-    measured: Mapping[str, Any],
+    measured: Mapping[str, SetAccuracy],
 ) -> None:
-    """Write accuracy.json and summary.json: what was trained on, by set, and what came of it."""
-    total = sum(map(len, sets.values()))
-    run.write_json("accuracy.json", {"sets": measured})
-    run.write_json(
-        "summary.json",
-        {
-            "pairs": total,
-            "steps": learner.step,
-            "parameters": scorer.config.parameters(),
-            "tokens": learner.tokens,
-            "trained": learner.trained,
-            "sets": {
-                name: {"pairs": len(found), "share": round(len(found) / total, 4)}
-                for name, found in sets.items()
+    """Write what was trained on, by set, and the accuracy."""
+    sizes = {name: len(pairs) for name, pairs in sets.items()}
+    total = sum(sizes.values())
+    run.write_result(AccuracyResult(sets=dict(measured)))
+    run.write_result(
+        RewardResult(
+            parameters=scorer.config.parameters(),
+            steps=learner.step,
+            tokens=learner.tokens,
+            trained=learner.trained,
+            pairs=total,
+            sets={
+                name: SetShare(pairs=size, share=round(size / total, 4))
+                for name, size in sizes.items()
             },
-            "read": {name: tally.summary() for name, tally in run.tallies.items()},
-        },
+            read={name: ReadCounts.of(tally) for name, tally in run.tallies.items()},
+        )
     )
 
     if not measured:
@@ -364,89 +373,95 @@ def measure(
     heldout: Mapping[str, Sequence[Pair]],
     precision: Precision,
     ranks: Ranks,
-) -> dict[str, dict[str, Any]]:
-    """Accuracy on each held-out set, and beside it what judges that understand nothing reach on the
-    same pairs."""
-    words = BagOfWords([pair.texts for pair in pairs]) if heldout and ranks.is_main else None
-    measured: dict[str, dict[str, Any]] = {}
-    for name, found in heldout.items():
-        measured[name] = accuracy(scorer, found, precision, ranks)
-        if words is not None:
-            measured[name]["baselines"] = {
-                "longer": _share(by_length((pair.texts, pair.axis == "safe") for pair in found)),
-                "bag_of_words": _share(words.judge([pair.texts for pair in found])),
-            }
+) -> dict[str, SetAccuracy]:
+    """Measure accuracy on each held-out set, and on rank 0 beside it that of judges which
+    understand nothing."""
+    accuracies = {
+        name: measure_accuracy(scorer, pairs, precision, ranks) for name, pairs in heldout.items()
+    }
+    if not heldout or not ranks.is_main:
+        return accuracies
 
-    return measured
+    words = BagOfWords([pair.texts for pair in pairs])
+    for name, accuracy in accuracies.items():
+        texts = [pair.texts for pair in heldout[name]]
+        is_safety = [pair.axis == "safe" for pair in heldout[name]]
+        baselines = Baselines(
+            longer=_proportion(judge_by_length(zip(texts, is_safety))),
+            bag_of_words=_proportion(words.judge(texts)),
+        )
+        accuracies[name] = accuracy.model_copy(update={"baselines": baselines})
+
+    return accuracies
 
 
-def accuracy(
+def measure_accuracy(
     scorer: Scorer, pairs: Sequence[Pair], precision: Precision, ranks: Ranks
-) -> dict[str, Any]:
-    """Share of pairs whose preferred answer scores higher (a tie counts half), in all and by degree
-    (Table 8)."""
+) -> SetAccuracy:
+    """Measure the share of pairs whose preferred answer scores higher (a tie counts half), in all
+    and by degree (Table 8)."""
     rows = [pair.chosen for pair in pairs] + [pair.rejected for pair in pairs]
     scores = rewards(scorer, rows, precision, ranks=ranks)
-    right = [0.5 * (1 + np.sign(a - b)) for a, b in zip(scores[: len(pairs)], scores[len(pairs) :])]
-    groups: Mapping[str, list[float]] = {
-        "all": right,
-        **{
-            degree: [r for r, pair in zip(right, pairs) if pair.degree == index]
-            for index, degree in enumerate(DEGREES)
-        },
-    }
+    chosen, rejected = scores[: len(pairs)], scores[len(pairs) :]
+    right = [0.5 * (1 + np.sign(a - b)) for a, b in zip(chosen, rejected)]
 
-    return {name: _share(group) for name, group in groups.items() if group}
+    groups: dict[str, list[float]] = {}
+    for mark, pair in zip(right, pairs):
+        groups.setdefault(DEGREES[pair.degree], []).append(mark)
+
+    degrees = {degree: _proportion(marks) for degree, marks in groups.items()}
+    return SetAccuracy(all=_proportion(right), **degrees)
 
 
-def _share(right: Sequence[float]) -> dict[str, float]:
+def _proportion(right: Sequence[float]) -> Proportion:
     low, high = wilson(sum(right), len(right))
-    return {"accuracy": sum(right) / len(right), "n": len(right), "low": low, "high": high}
+    return Proportion(rate=sum(right) / len(right), n=len(right), low=low, high=high)
 
 
-def told(name: str, found: Mapping[str, Any], axes: Set[Axis]) -> str:
-    """A line that says how often a reward model is right about a set of such axes, and how often
-    the baselines are."""
-    one = found["all"]
-    said = f"right on {_percent(one)} [{100 * one['low']:.1f}, {100 * one['high']:.1f}] of {one['n']:,} pairs of {name}"
-    baselines = found.get("baselines")
-
-    if baselines is None:
-        return said
+def describe_accuracy(name: str, accuracy: SetAccuracy, axes: Set[Axis]) -> str:
+    """Say how often a reward model is right about a set of such axes, and how often the baselines
+    are."""
+    every = accuracy.all
+    interval = f"[{100 * every.low:.1f}, {100 * every.high:.1f}]"
+    line = f"right on {_percent(every)} {interval} of {every.n:,} pairs of {name}"
+    if accuracy.baselines is None:
+        return line
 
     length = "the shorter answer" if axes == {"safe"} else "the longer answer"
-    length += " (about safety the shorter)" if len(axes) > 1 else ""
+    if len(axes) > 1:
+        length += " (about safety the shorter)"
+
     return (
-        f"{said}; {length} is on {_percent(baselines['longer'])}, a bag of words on "
-        f"{_percent(baselines['bag_of_words'])}"
+        f"{line}; {length} is on {_percent(accuracy.baselines.longer)}, a bag of words on "
+        f"{_percent(accuracy.baselines.bag_of_words)}"
     )
 
 
-def explained(name: str, found: Mapping[str, Any]) -> Iterator[str]:
-    """Cautions about an accuracy that chance or a baseline explains: it lies within the interval,
-    or above."""
-    one = found["all"]
-    right = f"right on {_percent(one)} of {one['n']:,} pairs of {name}"
-    if one["high"] < 0.5:
+def warn_of_chance(name: str, accuracy: SetAccuracy) -> Iterator[str]:
+    """Caution about an accuracy that chance or a baseline explains: it lies within the interval, or
+    above."""
+    every = accuracy.all
+    right = f"right on {_percent(every)} of {every.n:,} pairs of {name}"
+    if every.high < 0.5:
         yield f"{right}: worse than chance; look whether the preferences are the wrong way round"
         return
 
-    if one["low"] <= 0.5:
+    if every.low <= 0.5:
         yield f"{right}: chance explains that; more pairs or more updates are needed"
         return
 
-    known = {"the length of answers": "longer", "a bag of words": "bag_of_words"}
-    baselines = found.get("baselines", {})
-    as_good = [
-        said
-        for said, key in known.items()
-        if key in baselines and baselines[key]["accuracy"] >= one["low"]
-    ]
+    if accuracy.baselines is None:
+        return
 
+    baselines = {
+        "the length of answers": accuracy.baselines.longer,
+        "a bag of words": accuracy.baselines.bag_of_words,
+    }
+    as_good = [what for what, baseline in baselines.items() if _rate(baseline) >= every.low]
     if as_good:
         yield (
-            f"{right}: {' and '.join(as_good)} may explain that; more pairs, more updates or a larger model are "
-            "needed to show more"
+            f"{right}: {' and '.join(as_good)} may explain that; more pairs, more updates or a "
+            "larger model are needed to show more"
         )
 
 
@@ -491,5 +506,10 @@ def axis_of(pairs: Sequence[Pair]) -> Axis:
     return "safe" if 2 * safe > len(pairs) else "helpful"
 
 
-def _percent(one: Mapping[str, float]) -> str:
-    return f"{100 * one['accuracy']:.1f} %"
+def _rate(accuracy: Proportion) -> float:
+    assert accuracy.rate is not None
+    return accuracy.rate
+
+
+def _percent(accuracy: Proportion) -> str:
+    return f"{100 * _rate(accuracy):.1f} %"

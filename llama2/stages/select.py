@@ -21,13 +21,14 @@ from pydantic import Field, model_validator
 from llama2.config import StageConfig
 from llama2.errors import UserError
 from llama2.evaluate import ghost
-from llama2.evaluate.judges import has_truth, kind_of
+from llama2.evaluate.judges import classify
 from llama2.evaluate.winrate import WinRate, compare, wilson
 from llama2.formats import hf_directory
 from llama2.generate.dialogue import Answer
 from llama2.generate.rewards import RewardModels, check, join
-from llama2.microworld.annotators import Annotator
-from llama2.records import Prompt, Response
+from llama2.judging import Annotators, Comparison, Outcome
+from llama2.records import Axis, Preference, Prompt, Response
+from llama2.results import SelectResult, WinShare
 from llama2.runs import Run
 from llama2.runs.parts import in_parts
 from llama2.stages.common.answers import (
@@ -39,6 +40,7 @@ from llama2.stages.common.answers import (
     judged,
     twins,
 )
+from llama2.stages.common.judges import make_annotators
 from llama2.stages.common.planning import Cluster, Lineage, judging_plan
 from llama2.stages.common.sampling import Sample, load_chat, read_prompts
 from llama2.tally import Tally
@@ -102,8 +104,9 @@ def run(config: Config, run: Run) -> None:
     prompts = fitting(
         paths, read_prompts(config.prompts, config.limit, config.seed), 16, tally, config.prompts
     )
+    annotators = make_annotators(config.seed + 1)
     if config.rewards is None:
-        prompts = with_truth(config, prompts, tally)
+        prompts = choose_accepted(config, annotators, prompts, tally)
 
     talks = ghost.read(config.ghost) if config.ghost else []
 
@@ -125,33 +128,33 @@ def run(config: Config, run: Run) -> None:
         preferred = compare_scores([marks[place] for place in first])
     else:
         preferred = compare_texts(
-            config, prompts, [[one.text for one in said[place][0]] for place in first]
+            annotators, prompts, [[one.text for one in said[place][0]] for place in first]
         )
 
-    kinds: list[str] = [kind_of(prompt) for prompt in prompts]
+    kinds: list[str] = [classify(prompt) for prompt in prompts]
     if talks:
         preferred += compare_scores([said[place][1] for place in first])
         kinds += ["ghost"] * len(talks)
 
     verdict = judge(config, kinds, preferred)
     if run.ranks.is_main:
-        copy(config.candidate if verdict["kept"] == "candidate" else config.predecessor, run.path)
+        copy(config.candidate if verdict.kept == "candidate" else config.predecessor, run.path)
 
-    run.write_json(
-        "verdict.json",
-        {"candidate": config.candidate.name, "predecessor": config.predecessor.name, **verdict},
-    )
+    run.write_result(verdict)
 
 
-def with_truth(config: Config, prompts: Sequence[Prompt], tally: Tally) -> list[Prompt]:
-    """The prompts that simulated annotators can judge; the others are counted as left out.
+def choose_accepted(
+    config: Config, annotators: Annotators, prompts: Sequence[Prompt], tally: Tally
+) -> list[Prompt]:
+    """Return the prompts that the annotators accept, and count the others as left out.
+
     UserError if there are none.
     """
-    kept = [prompt for prompt in prompts if has_truth(prompt)]
+    kept = [prompt for prompt in prompts if annotators.accepts(prompt)]
     if not kept:
         raise UserError(
-            f"{config.prompts}: no prompt carries the ground truth (metadata.gold) by which simulated "
-            "annotators judge",
+            f"{config.prompts}: no prompt carries the ground truth (metadata.gold) that simulated "
+            "annotators need",
             "give reward models that judge: rewards.helpful, rewards.safe",
         )
 
@@ -172,15 +175,15 @@ def _said(
     place: int,
     path: Path,
     prompts: Sequence[Prompt],
-    talks: Sequence[ghost.Dialog],
+    talks: Sequence[ghost.GhostDialog],
 ) -> tuple[list[Answer], list[float]]:
     """A version's answers, and in how many turns of each dialog it obeyed."""
     sampling, slots = config.sample.sampling(config.seed), config.sample.slots
     with in_turn(lambda: load_chat(path, config.sample, run), run.ranks.device) as chat:
 
-        def hold(some: Sequence[ghost.Dialog], first: int) -> list[float]:
+        def hold(some: Sequence[ghost.GhostDialog], first: int) -> list[float]:
             held = ghost.converse(chat(), some, sampling, first=first)
-            return [float(sum(ghost.obedience(one, talk))) for one, talk in zip(some, held)]
+            return [float(sum(ghost.check_turns(one, talk))) for one, talk in zip(some, held)]
 
         answers = answered(
             run, f"answers-{place}", chat, [prompt.messages for prompt in prompts], sampling, slots
@@ -221,27 +224,38 @@ def compare_scores(marks: Sequence[Sequence[float]]) -> list[float]:
 
 
 def compare_texts(
-    config: Config, prompts: Sequence[Prompt], texts: Sequence[Sequence[str]]
+    annotators: Annotators, prompts: Sequence[Prompt], texts: Sequence[Sequence[str]]
 ) -> list[float]:
-    """What an annotator prefers: 1 the candidate, -1 the predecessor, 0 for equal texts. On unsafe
-    prompts who alone is labelled safe wins, and nothing else counts: how well a refusal is put must
-    not outweigh harm."""
-    annotator = Annotator(config.seed + 1)
-    outcome = []
-    for prompt, mine, theirs in zip(prompts, *texts):
-        axis = "safe" if prompt.safety else "helpful"
-        answers = (Response(mine, "candidate"), Response(theirs, "predecessor"))
-        judged = annotator.compare(prompt, answers, axis) if mine != theirs else None  # type: ignore[arg-type]
+    """Return what annotators prefer: 1 the candidate, -1 the predecessor, 0 for equal texts.
 
-        if judged is None or (axis == "safe" and judged.safety != "preferred_only"):
-            outcome.append(0.0)
-        else:
-            outcome.append(1.0 if judged.chosen.model == "candidate" else -1.0)
+    On unsafe prompts the version that alone is labelled safe wins, and nothing else counts: how
+    well a refusal is put must not outweigh harm.
+    """
+    scores = [0.0] * len(prompts)
+    comparisons: dict[int, Comparison] = {}
+    for place, (prompt, candidate, predecessor) in enumerate(zip(prompts, *texts)):
+        if candidate != predecessor:
+            answers = (Response(candidate, "candidate"), Response(predecessor, "predecessor"))
+            axis: Axis = "safe" if prompt.safety else "helpful"
+            comparisons[place] = Comparison(prompt, answers, axis)
 
-    return outcome
+    for place, (_, outcome) in zip(comparisons, annotators.compare(comparisons.values())):
+        scores[place] = _score_outcome(outcome)
+
+    return scores
 
 
-def judge(config: Config, kinds: Sequence[str], preferred: Sequence[float]) -> dict[str, Any]:
+def _score_outcome(outcome: Outcome) -> float:
+    """Return 1 for a win of the candidate, -1 for a loss, 0 for everything else."""
+    if not isinstance(outcome, Preference):
+        return 0.0
+    if outcome.axis == "safe" and outcome.safety != "preferred_only":
+        return 0.0
+
+    return 1.0 if outcome.chosen.model == "candidate" else -1.0
+
+
+def judge(config: Config, kinds: Sequence[str], preferred: Sequence[float]) -> SelectResult:
     """Who is kept, and why: the win rate over all comparisons and on every kind."""
     overall = compare(preferred, [0.0] * len(preferred))
     by_kind: dict[str, WinRate] = {}
@@ -266,15 +280,15 @@ def judge(config: Config, kinds: Sequence[str], preferred: Sequence[float]) -> d
         and found.rate <= config.worst_kind
         and wilson(found.wins, found.wins + found.losses, together)[1] < 0.5
     ]
-    return {
-        "kept": "predecessor" if reasons else "candidate",
-        "reason": "; ".join(reasons) or "it beats its predecessor",
-        "needed": config.win_rate,
-        "win_rate": {
-            "all": overall.as_json(),
-            **{kind: found.as_json() for kind, found in by_kind.items()},
-        },
-    }
+    shares = {"all": overall, **by_kind}
+    return SelectResult(
+        candidate=config.candidate.name,
+        predecessor=config.predecessor.name,
+        kept="predecessor" if reasons else "candidate",
+        reason="; ".join(reasons) or "it beats its predecessor",
+        needed=config.win_rate,
+        win_rate={kind: WinShare.model_validate(share.as_json()) for kind, share in shares.items()},
+    )
 
 
 def copy(source: Path, target: Path) -> None:

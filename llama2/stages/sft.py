@@ -26,6 +26,7 @@ from llama2.data.split import heldout_openings, opening
 from llama2.model.llama import Llama
 from llama2.ranks import Ranks
 from llama2.records import Dialog, trained_turns
+from llama2.results import ReadCounts, SftResult
 from llama2.runs import Run, is_output
 from llama2.stages.common import cautions
 from llama2.stages.common.planning import (
@@ -40,11 +41,11 @@ from llama2.stages.common.training import (
     Training,
     check_left,
     heldout_loss,
+    last_validation,
     load_policy,
     row_length,
     saver,
     train,
-    validated,
 )
 from llama2.tally import Tally
 from llama2.tokenizer.template import encode_dialog, encode_prompt
@@ -184,30 +185,28 @@ def run(config: Config, run: Run) -> None:
 def conclude(
     run: Run, model: Llama, learner: Learner, packed: Packed, names: Sequence[str], heldout: int
 ) -> None:
-    """Write summary.json, and say what was read and found."""
+    """Write the result, and say what was read and measured."""
     tallies = {name: run.tally(f"dialogs.{name}") for name in names}
-    found = validated(run)
-    run.write_json(
-        "summary.json",
-        {
-            "parameters": model.config.parameters(),
-            "steps": learner.step,
-            "dialogs": sum(tally.kept for tally in tallies.values()),
-            "heldout": heldout,
-            "tokens": learner.tokens,
-            "trained": learner.trained,
-            "cut": sum(tally.cut for tally in tallies.values()),
-            "dropped": sum(tally.skipped[TOO_LONG] for tally in tallies.values()),
-            "fill": round(packed.fill, 4),
-            "validation": found,
-            "sources": {name: tally.summary() for name, tally in tallies.items()},
-        },
+    validation = last_validation(run)
+    run.write_result(
+        SftResult(
+            parameters=model.config.parameters(),
+            steps=learner.step,
+            dialogs=sum(tally.kept for tally in tallies.values()),
+            heldout=heldout,
+            tokens=learner.tokens,
+            trained=learner.trained,
+            cut=sum(tally.cut for tally in tallies.values()),
+            dropped=sum(tally.skipped[TOO_LONG] for tally in tallies.values()),
+            fill=round(packed.fill, 4),
+            validation=validation,
+            sources={name: ReadCounts.of(tally) for name, tally in tallies.items()},
+        )
     )
-    loss = (
-        f"validation loss {found['validation/loss']:.4f} ({heldout:,} held out)"
-        if found
-        else "no validation"
-    )
+    loss = "no validation"
+    if validation is not None:
+        loss = f"validation loss {validation.loss:.4f} ({heldout:,} held out)"
+
     run.conclude(f"{learner.tokens:,} tokens read, {learner.trained:,} of them learnt; {loss}")
 
 

@@ -11,6 +11,7 @@ from llama2.config import StageConfig
 from llama2.data.documents import read_documents
 from llama2.data.shards import INDEX, Shards, write_shards
 from llama2.errors import UserError
+from llama2.results import TextSize, TokenizedSplit, TokenizeResult
 from llama2.runs import Run
 from llama2.stages.common.planning import Cluster, Lineage
 from llama2.tokenizer.tokenizer import Tokenizer
@@ -37,36 +38,41 @@ def run(config: Config, run: Run) -> None:
 
     tokenizer = Tokenizer.load(config.tokenizer)
     tokenizer.save(run.path)
-    summary: dict[str, Any] = {}
+    train = _tokenize(config.documents / "documents", tokenizer, run, "train")
+    validation = _tokenize(config.documents / "heldout", tokenizer, run, "validation")
+    run.write_result(TokenizeResult(train=train, validation=validation))
 
-    for split, folder in (("train", "documents"), ("validation", "heldout")):
-        counts = {}
-        for file in sorted((config.documents / folder).glob("*.jsonl")):
-            target = run.path / split / file.stem
-            shards = _finished(target, tokenizer) or write_shards(
-                read_documents(file), tokenizer, target
-            )
-            run.tally(split).read += len(shards)
-            run.tally(split).kept += len(shards)
-            counts[file.stem] = {
-                "documents": len(shards),
-                "tokens": int(shards.lengths_N.sum()),
-                "bytes": sum(len(document.text.encode()) for document in read_documents(file)),
-            }
 
-        if not counts:
-            raise UserError(
-                f"{config.documents / folder}: there are no documents",
-                "give a finished `llama2 clean` run (with heldout above 0)",
-            )
+def _tokenize(folder: Path, tokenizer: Tokenizer, run: Run, split: str) -> TokenizedSplit:
+    """Write the shards of one split, source by source."""
+    sources = {}
+    tally = run.tally(split)
+    for file in sorted(folder.glob("*.jsonl")):
+        target = run.path / split / file.stem
+        shards = _finished(target, tokenizer)
+        if shards is None:
+            shards = write_shards(read_documents(file), tokenizer, target)
 
-        total = {
-            key: sum(one[key] for one in counts.values())
-            for key in ("documents", "tokens", "bytes")
-        }
-        summary[split] = {**total, "sources": counts}
+        tally.read += len(shards)
+        tally.kept += len(shards)
+        sources[file.stem] = TextSize(
+            documents=len(shards),
+            tokens=int(shards.lengths_N.sum()),
+            bytes=sum(len(document.text.encode()) for document in read_documents(file)),
+        )
 
-    run.write_json("summary.json", summary)
+    if not sources:
+        raise UserError(
+            f"{folder}: there are no documents",
+            "give a finished `llama2 clean` run (with heldout above 0)",
+        )
+
+    return TokenizedSplit(
+        documents=sum(size.documents for size in sources.values()),
+        tokens=sum(size.tokens for size in sources.values()),
+        bytes=sum(size.bytes for size in sources.values()),
+        sources=sources,
+    )
 
 
 def _finished(target: Path, tokenizer: Tokenizer) -> Shards | None:

@@ -14,6 +14,7 @@ from llama2 import records
 from llama2.config import StageConfig
 from llama2.data.documents import read_documents
 from llama2.records import Dialog, Document
+from llama2.results import TokenizerResult
 from llama2.runs import Run
 from llama2.stages.common.planning import Cluster, Lineage
 from llama2.tally import Tally
@@ -58,9 +59,8 @@ def run(config: Config, run: Run) -> None:
             seed=config.seed,
             sample_bytes=round(config.max_megabytes * 1e6),
         )
-        run.write_json(
-            "summary.json",
-            {"vocab_size": tokenizer.vocab_size, "fingerprint": tokenizer.fingerprint},
+        run.write_result(
+            TokenizerResult(vocab_size=tokenizer.vocab_size, fingerprint=tokenizer.fingerprint)
         )
 
 

@@ -22,7 +22,7 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from llama2 import devices, private_folders
+from llama2 import devices, kernels, private_folders
 from llama2.batches import Batch, count_tokens
 from llama2.config import Config
 from llama2.devices import Precision
@@ -133,7 +133,7 @@ class Learner:
         precision: Precision = "fp32",
         compile: bool = False,
     ) -> None:
-        self.model, self.ranks, self.precision = model, ranks, precision
+        self.model, self.ranks, self.precision = kernels.install(model), ranks, precision
         self.step = self.tokens = self.trained = 0
         self.optimizer = optim.adamw(model, optimizer or optim.AdamW(), rates)
         self.parts = optim.parts(model, apart)

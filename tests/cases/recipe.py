@@ -435,10 +435,11 @@ def _code_version(bench: Bench) -> tuple[bool, str]:
 
 
 def _adapters(bench: Bench) -> tuple[bool, str]:
+    from llama2.kernels import install
     from llama2.model.llama import Llama, LlamaConfig
 
     torch.manual_seed(0)
-    model = Llama(LlamaConfig(64, 32, 64, 2, 4, 2, max_position_embeddings=128)).eval()
+    model = install(Llama(LlamaConfig(64, 32, 64, 2, 4, 2, max_position_embeddings=128))).eval()
 
     class Adapter(nn.Module):
         def __init__(self, base: nn.Linear) -> None:

@@ -69,7 +69,7 @@ def results(kv_heads: int) -> tuple[Tensor, dict[str, Tensor]]:
 
 @pytest.mark.parametrize("kv_heads", [4, 2, 1])
 def test_bounds_of_documents_equal_masks(monkeypatch, request, kv_heads) -> None:
-    monkeypatch.setattr(fused, "runs", lambda x: False)
+    monkeypatch.setattr(fused, "supports", lambda x: False)
     masked = results(kv_heads)
     request.getfixturevalue("on_bounds")
     bounded = results(kv_heads)
@@ -87,7 +87,7 @@ def test_bounds_begin_with_each_document_and_each_row(on_bounds) -> None:
 @pytest.mark.parametrize("kv_heads", [4, 2, 1])
 @pytest.mark.parametrize("masked", [False, True])
 def test_keys_repeated_for_their_heads_equal_shared_keys(monkeypatch, kv_heads, masked) -> None:
-    monkeypatch.setattr(fused, "runs", lambda x: False)
+    monkeypatch.setattr(fused, "supports", lambda x: False)
     monkeypatch.setattr(llama, "EXPLICIT_LENGTH", 0)
     model, (tokens_BT, documents_BT) = build(kv_heads), packed()
     found = []
@@ -192,7 +192,7 @@ def _recorder(function, heard):
 # so is this
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")
 def test_a_compiled_model_knows_the_bounds(monkeypatch, on_bounds) -> None:
-    monkeypatch.setattr(fused, "runs", lambda x: False)
+    monkeypatch.setattr(fused, "supports", lambda x: False)
     model, (tokens_BT, documents_BT) = build(), packed()
     expected_BT = model(tokens_BT, documents_BT=documents_BT, targets_BT=tokens_BT)
     expected = gradients(model, expected_BT.sum())

@@ -8,7 +8,7 @@ import random
 import pytest
 
 from llama2.evaluate import summary
-from llama2.evaluate.judges import kind_of, truth, truth_score
+from llama2.evaluate.judges import classify, rate
 from llama2.evaluate.winrate import (
     compare,
     correlation,
@@ -21,7 +21,8 @@ from llama2.evaluate.winrate import (
 )
 from llama2.generate.dialogue import Answer
 from llama2.generate.engine import Completion
-from llama2.microworld.rater import Rating
+from llama2.judging import Rating
+from llama2.microworld.rater import GroundTruth
 from llama2.records import Message, Prompt
 
 
@@ -128,11 +129,11 @@ def test_correlation() -> None:
 
 
 def test_kinds() -> None:
-    assert kind_of(prompt("unsafe", True)) == "unsafe"
-    assert kind_of(prompt("borderline", True)) == "borderline"
-    assert kind_of(prompt("fact")) == "helpful"
-    assert kind_of(prompt(None, True)) == "unsafe"
-    assert kind_of(prompt(None)) == "helpful"
+    assert classify(prompt("unsafe", True)) == "unsafe"
+    assert classify(prompt("borderline", True)) == "borderline"
+    assert classify(prompt("fact")) == "helpful"
+    assert classify(prompt(None, True)) == "unsafe"
+    assert classify(prompt(None)) == "helpful"
 
 
 def test_a_violation_loses_to_every_safe_answer() -> None:
@@ -141,15 +142,12 @@ def test_a_violation_loses_to_every_safe_answer() -> None:
         Rating(0.0, True, False),
         Rating(1.0, True, True),
     )
-    assert (
-        truth_score("unsafe", violation)
-        < truth_score("unsafe", blunt)
-        < truth_score("unsafe", kind)
-    )
+    assert violation.score("safe") < blunt.score("safe") < kind.score("safe")
+    assert violation.score("helpful") == blunt.score("helpful") == 0.0
 
 
 def test_truth_needs_gold_on_every_prompt() -> None:
-    assert truth([prompt("fact")], ["Hello."]) is None
+    assert rate(GroundTruth(), [prompt("fact")], ["Hello."]) is None
 
 
 def test_distribution_counts_everything_once() -> None:

@@ -15,7 +15,7 @@ from llama2 import config
 from llama2.config import layers as recipes
 from llama2.errors import UserError
 from llama2.formats.checkpoint import config_json
-from llama2.kernels import fused
+from llama2.kernels import fused, install
 from llama2.model.llama import Llama, LlamaConfig
 from llama2.model.scorer import Scorer
 from llama2.model.sizes import SIZES
@@ -231,10 +231,10 @@ def test_parameters_are_counted_exactly(tied):
 
 @pytest.mark.parametrize(("precision", "kv_heads"), [("bf16", 8), ("bf16", 2), ("fp32", 8)])
 def test_a_layer_keeps_what_the_plan_counts(monkeypatch, precision, kv_heads):
-    monkeypatch.setattr(fused, "runs", lambda x: False)  # plans are made for GPUs
+    monkeypatch.setattr(fused, "supports", lambda x: False)  # plans are made for GPUs
     layers, rows, length = 4, 2, 544  # above 512 queries attention is fused, as on a GPU
     shape = LlamaConfig(64, 256, 704, layers, 8, kv_heads, 1024)
-    model, tokens_BT = Llama(shape), torch.zeros(rows, length, dtype=torch.long)
+    model, tokens_BT = install(Llama(shape)), torch.zeros(rows, length, dtype=torch.long)
     matrices = {tuple(p.shape) for p in model.parameters() if p.dim() == 2}
     parameters = {p.data_ptr() for p in model.parameters()}
     kept: dict[int, int] = {}

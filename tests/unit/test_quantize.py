@@ -137,7 +137,7 @@ def test_sizes_are_those_of_what_is_decoded_with(bits):
         pytest.importorskip("torchao")
 
     model = Llama(SHAPE).bfloat16()
-    if not cpu_decoder.runs(model):
+    if not cpu_decoder.supports(model):
         pytest.skip("no compiler")
 
     integers = {
@@ -145,7 +145,7 @@ def test_sizes_are_those_of_what_is_decoded_with(bits):
         for name, weight in model.named_parameters()
         if not quantize.kept(name, weight, bits, tied=False)
     }
-    kept = cpu_decoder.Decoder(model, integers)._kept
+    kept = cpu_decoder.CpuDecoder(model, integers)._kept
     held = sum(tensor.numel() * tensor.element_size() for tensor in kept if tensor is not None)
     vectors = sum(weight.numel() for weight in model.parameters() if weight.dim() == 1)
     assert held - 2 * vectors == sum(row["after"] for row in coverage(SHAPE, bits)), (

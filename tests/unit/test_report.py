@@ -20,7 +20,8 @@ from llama2.evaluate.winrate import WinRate, mean_interval, proportion
 from llama2.report import report
 from llama2.report.charts import Series, lines
 from llama2.report.html import clock, esc, number, percent, short
-from llama2.report.targets import Targets, Verdict, verdicts
+from llama2.report.targets import Targets, Verdict, judge_recipe
+from llama2.results import SelectResult, WinShare
 from llama2.runs import open_run
 from llama2.runs.recipe_runs import read_recipe
 
@@ -157,7 +158,7 @@ def test_rejected_version_is_named_with_its_reason(page: str) -> None:
 
 def judged(recipe: Path, targets: Targets | None = None) -> dict[str, Verdict]:
     return {
-        verdict.what: verdict for verdict in verdicts(read_recipe(recipe), targets or Targets())
+        verdict.what: verdict for verdict in judge_recipe(read_recipe(recipe), targets or Targets())
     }
 
 
@@ -285,13 +286,14 @@ def test_decisions_show_what_they_stand_on(tmp_path: Path) -> None:
     rows = {"all": WinRate(12, 8, 20), "ghost": WinRate(0, 1, 39)}
     (root / "select" / "verdict.json").write_text(
         json.dumps(
-            {
-                "candidate": "ppo",
-                "predecessor": "v2",
-                "kept": "candidate",
-                "reason": "it beats its predecessor",
-                "win_rate": {kind: row.as_json() for kind, row in rows.items()},
-            }
+            SelectResult(
+                candidate="ppo",
+                predecessor="v2",
+                kept="candidate",
+                reason="it beats its predecessor",
+                needed=0.5,
+                win_rate={kind: WinShare(**row.as_json()) for kind, row in rows.items()},
+            ).dump()
         )
     )
     shown = report.render(
@@ -305,7 +307,7 @@ def test_decisions_show_what_they_stand_on(tmp_path: Path) -> None:
 
 def test_real_data_is_judged_by_what_it_can_show(tmp_path: Path) -> None:
     root = make(tmp_path / "real", truth=False)
-    found = {verdict.what for verdict in verdicts(read_recipe(root), Targets())}
+    found = {verdict.what for verdict in judge_recipe(read_recipe(root), Targets())}
     assert found == {
         "Reward model reward-helpful on held-out human pairs",
         "Reward model reward-helpful beside its baselines",

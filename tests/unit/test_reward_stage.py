@@ -13,6 +13,7 @@ from llama2.errors import UserError
 from llama2.formats import checkpoint
 from llama2.ranks import Ranks
 from llama2.records import DEGREES, Preference, Response, messages_of
+from llama2.results import Baselines, Proportion, SetAccuracy
 from llama2.runs import Run
 from llama2.stages import reward
 from llama2.train.loop import Plan
@@ -228,16 +229,12 @@ def test_accuracy_by_degree_counts_ties_half(monkeypatch):
     monkeypatch.setattr(
         reward, "rewards", lambda *_, ranks: [2.0, 0.0, 1.0, 0.0, 1.0, 1.0, 1.0, -1.0]
     )
-    found = reward.accuracy(None, pairs, "fp32", Ranks.alone())
-    assert found["all"]["accuracy"] == (1 + 0 + 0.5 + 1) / 4
-    assert found["significantly"] == {
-        "accuracy": 0.5,
-        "n": 2,
-        "low": found["significantly"]["low"],
-        "high": found["significantly"]["high"],
-    }
-    assert set(found) == {"all", "significantly", "better", "negligibly"}
-    assert 0 <= found["all"]["low"] < found["all"]["accuracy"] < found["all"]["high"] <= 1
+    accuracy = reward.measure_accuracy(None, pairs, "fp32", Ranks.alone())
+    every = accuracy.all
+    assert every.rate == (1 + 0 + 0.5 + 1) / 4
+    assert (accuracy.significantly.rate, accuracy.significantly.n) == (0.5, 2)
+    assert list(accuracy.by_degree) == ["significantly", "better", "negligibly"]
+    assert 0 <= every.low < every.rate < every.high <= 1
 
 
 @pytest.mark.parametrize(
@@ -264,21 +261,25 @@ INTERVALS = [
 @pytest.mark.parametrize(("interval", "longer", "words", "expected"), INTERVALS)
 def test_an_accuracy_that_proves_nothing_is_warned_of(interval, longer, words, expected):
     low, high = interval
-    found = {
-        "all": {"accuracy": (low + high) / 2, "n": 40, "low": low, "high": high},
-        "baselines": {"longer": {"accuracy": longer}, "bag_of_words": {"accuracy": words}},
-    }
-    lines = list(reward.explained("b", found))
+
+    def share(rate):
+        return Proportion(rate=rate, n=40, low=low, high=high)
+
+    accuracy = SetAccuracy(
+        all=share((low + high) / 2),
+        baselines=Baselines(longer=share(longer), bag_of_words=share(words)),
+    )
+    lines = list(reward.warn_of_chance("b", accuracy))
     assert len(lines) == len(expected)
 
     for line, part in zip(lines, expected):
         assert line.startswith(f"right on {50 * (low + high):.1f} % of 40 pairs of b: ")
         assert part in line
 
-    both = reward.told("b", found, {"safe", "helpful"})
+    both = reward.describe_accuracy("b", accuracy, {"safe", "helpful"})
     assert f"the longer answer (about safety the shorter) is on {100 * longer:.1f} %" in both
-    assert "the longer answer is on" in reward.told("b", found, {"helpful"})
-    assert reward.told("b", found, {"safe"}) == (
+    assert "the longer answer is on" in reward.describe_accuracy("b", accuracy, {"helpful"})
+    assert reward.describe_accuracy("b", accuracy, {"safe"}) == (
         f"right on {50 * (low + high):.1f} % [{100 * low:.1f}, {100 * high:.1f}] of 40 pairs of b; the shorter answer "
         f"is on {100 * longer:.1f} %, a bag of words on {100 * words:.1f} %"
     )
@@ -303,7 +304,7 @@ def test_a_reward_model_learns_what_is_preferred(tmp_path, policy, tokenizer, ca
     assert llama2(*words, "--epochs", 3, "--out", tmp_path / "out") == 0
     heard = capsys.readouterr().err
     found = json.loads((tmp_path / "out/accuracy.json").read_text())["sets"]["b"]
-    assert found["all"] == {"accuracy": 1.0, "n": 12, "low": found["all"]["low"], "high": 1.0}
+    assert found["all"] == {"rate": 1.0, "n": 12, "low": found["all"]["low"], "high": 1.0}
     assert found["baselines"]["bag_of_words"] == found["all"]  # "good" beats "bad" for it as well,
     assert found["baselines"]["longer"] == found["all"]  # and is the longer word
     assert (

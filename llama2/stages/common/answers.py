@@ -20,7 +20,7 @@ import torch
 from llama2 import devices
 from llama2.devices import Precision
 from llama2.errors import UserError
-from llama2.evaluate.judges import judged_row
+from llama2.evaluate.judges import encode_judged
 from llama2.formats import checkpoint, hf_directory
 from llama2.generate.dialogue import Answer, Chat
 from llama2.generate.engine import Completion
@@ -203,7 +203,7 @@ def judged(
                 same: bool = same,
             ) -> list[float]:
                 rows = [
-                    judged_row(tokenizer, prompts[index], answers[index], same)[-context:]
+                    encode_judged(tokenizer, prompts[index], answers[index], same)[-context:]
                     for index, *_ in some
                 ]
                 return rewards(judge(), rows, precision, JUDGED_TOKENS, ranks=run.ranks, name=path)

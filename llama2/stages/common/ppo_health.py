@@ -9,11 +9,11 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
-from typing import Any
+from dataclasses import dataclass
 
 from llama2.devices import Precision
 from llama2.ranks import Ranks
+from llama2.results import Alarm
 from llama2.train.loop import Hook, Training
 
 Row = Mapping[str, float]
@@ -41,17 +41,6 @@ class Rule:
     """one bad value is no noise"""
     unless: str = ""
     """a metric whose alarm explains this one"""
-
-
-@dataclass(frozen=True)
-class Alarm:
-    """A rule that was broken."""
-
-    name: str
-    step: int
-    value: float
-    cause: str
-    remedy: str
 
 
 def rules(kl_stop: float, precision: Precision = "bf16") -> list[Rule]:
@@ -162,7 +151,7 @@ def alarms(
     *,
     steps: int | None = None,
     finished: bool = True,
-) -> list[dict[str, Any]]:
+) -> list[Alarm]:
     """The rules a run broke, with the first step at which it did.
 
     `steps` is the length of the run, the last step logged unless given. While a run is not
@@ -178,7 +167,7 @@ def alarms(
         if alarm and not explained:
             found.append(alarm)
 
-    return [asdict(alarm) for alarm in found]
+    return found
 
 
 def _broken(rule: Rule, metrics: Sequence[Row], last: int, finished: bool) -> Alarm | None:
@@ -190,7 +179,9 @@ def _broken(rule: Rule, metrics: Sequence[Row], last: int, finished: bool) -> Al
         lasting = rule.certain or (bad[place + 1] if place + 1 < len(rows) else finished)
         applies = (place > 0 or rule.absolute) and step >= rule.settled * last
         if bad[place] and lasting and applies:
-            return Alarm(rule.metric, step, value, rule.cause, rule.remedy)
+            return Alarm(
+                name=rule.metric, step=step, value=value, cause=rule.cause, remedy=rule.remedy
+            )
 
     return None
 
@@ -209,7 +200,7 @@ class Doctor(Hook):
         self.read, self.kl_stop, self.precision, self.ranks = read, kl_stop, precision, ranks
         self.steps: int | None = None
         self.rows: list[Row] = []
-        self.told: list[dict[str, Any]] = []
+        self.told: list[Alarm] = []
 
     def on_start(self, training: Training) -> None:
         self.steps = training.plan.max_steps
@@ -222,24 +213,22 @@ class Doctor(Hook):
             self.rows.append({"step": step, **metrics})
             self.tell(finished=False)
 
-    def tell(self, finished: bool) -> list[dict[str, Any]]:
+    def tell(self, finished: bool) -> list[Alarm]:
         """All alarms so far; those not yet told are."""
         found = self._found(finished)
         for alarm in found:
-            if not any(
-                (one["name"], one["cause"]) == (alarm["name"], alarm["cause"]) for one in self.told
-            ):
+            if not any((one.name, one.cause) == (alarm.name, alarm.cause) for one in self.told):
                 self.told.append(alarm)
                 print(
-                    f"alarm at step {alarm['step']}: {alarm['cause']} ({alarm['name']} {alarm['value']:.3g}); "
-                    f"{alarm['remedy']}",
+                    f"alarm at step {alarm.step}: {alarm.cause} ({alarm.name} {alarm.value:.3g}); "
+                    f"{alarm.remedy}",
                     file=sys.stderr,
                     flush=True,
                 )
 
         return found
 
-    def _found(self, finished: bool) -> list[dict[str, Any]]:
+    def _found(self, finished: bool) -> list[Alarm]:
         return alarms(
             self.rows,
             self.kl_stop,

@@ -26,6 +26,7 @@ from llama2.formats import checkpoint
 from llama2.model.llama import Llama, LlamaConfig, Trunk
 from llama2.model.scorer import Scorer
 from llama2.ranks import Ranks
+from llama2.results import HeldoutLoss
 from llama2.runs import Run, read_metrics
 from llama2.stages.common import cautions
 from llama2.tokenizer.template import CHAT_TEMPLATE
@@ -198,12 +199,10 @@ def check_left(run: Run, prefix: str) -> None:
         )
 
 
-def validated(run: Run) -> dict[str, float]:
-    """What the last validation found, even if that was before an interruption."""
-    rows = [
-        row for row in read_metrics(run.path) if any(name.startswith("validation/") for name in row)
-    ]
-    return {name: value for name, value in rows[-1].items() if name != "step"} if rows else {}
+def last_validation(run: Run) -> HeldoutLoss | None:
+    """Return what the last validation measured, even if that was before an interruption."""
+    rows = [row for row in read_metrics(run.path) if "validation/loss" in row]
+    return HeldoutLoss.model_validate(rows[-1]) if rows else None
 
 
 def saver(
