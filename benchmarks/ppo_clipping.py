@@ -35,7 +35,7 @@ from llama2.stages import ppo
 from llama2.stages.common.ppo_rollouts import ACTOR, CRITIC, ActorCritic, Rollouts
 from llama2.stages.common.sampling import Sample, fitting, load_rewards, read_prompts
 from llama2.stages.common.training import frozen, load_policy, load_scorer
-from llama2.train.loop import Hook, Learner, Report, Training, fit
+from llama2.train.loop import Hook, Learner, Report, TrainingState, fit
 from llama2.train.objectives import clipped, explained_variance
 
 
@@ -51,7 +51,7 @@ class Kept(Hook):
         self.batches.append(next(self.source))
         return self.batches[-1]
 
-    def on_step(self, training: Training, report: Report) -> None:
+    def on_step(self, training: TrainingState, report: Report) -> None:
         self.reports.append(report)
 
     def norms(self) -> list[float]:

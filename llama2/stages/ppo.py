@@ -58,8 +58,7 @@ from llama2.tally import Tally
 from llama2.tokenizer.template import check_template
 from llama2.tokenizer.tokenizer import Tokenizer
 from llama2.train import hooks, parallel
-from llama2.train.loop import Hook, Plan, Report
-from llama2.train.loop import Training as Fitting
+from llama2.train.loop import Hook, Plan, Report, TrainingState
 from llama2.train.objectives import clipped, explained_variance
 from llama2.train.optim import AdamW
 
@@ -332,7 +331,7 @@ class Watch(Hook):
     def observe(self, found: dict[str, float]) -> None:
         self.pending = dict(found)
 
-    def on_step(self, training: Fitting, report: Report) -> None:
+    def on_step(self, training: TrainingState, report: Report) -> None:
         first = (report.step - 1) % self.updates == 0
         if first:
             self.pending["ppo/first_ratio_deviation"] = report.sums["ppo/ratio_deviation"] / (
@@ -374,7 +373,7 @@ def clipped_share(norm: float, limit: float) -> float:
 class Heldout(hooks.Validate):
     """Validation that also looks at the starting policy: it is the one to beat."""
 
-    def on_start(self, training: Fitting) -> None:
+    def on_start(self, training: TrainingState) -> None:
         if training.learner.step == 0:
             self._validate(training)
 

@@ -49,7 +49,7 @@ class Loss:
 Objective = Callable[[nn.Module, Batch], Loss]
 
 
-class Source(Protocol):
+class BatchSource(Protocol):
     """Where batches come from. The state after a step must lead to the same later batches."""
 
     def __next__(self) -> list[Batch]:
@@ -214,19 +214,19 @@ def means(sums: Mapping[str, float], weight: float) -> dict[str, float]:
 class Hook:
     """Watches training. Override what is needed; every rank calls every hook."""
 
-    def on_start(self, training: Training) -> None:
+    def on_start(self, training: TrainingState) -> None:
         """Before the first step; a checkpoint is restored here."""
 
-    def on_step(self, training: Training, report: Report) -> None:
+    def on_step(self, training: TrainingState, report: Report) -> None:
         """After each update."""
 
     def on_log(self, step: int, metrics: Mapping[str, float]) -> None:
         """When any hook publishes metrics."""
 
-    def on_boundary(self, training: Training) -> None:
+    def on_boundary(self, training: TrainingState) -> None:
         """After every hook has seen the step, or the end: the state is whole and may be saved."""
 
-    def on_end(self, training: Training) -> None:
+    def on_end(self, training: TrainingState) -> None:
         """After the last step."""
 
     def close(self) -> None:
@@ -241,11 +241,11 @@ class Hook:
 
 
 @dataclass
-class Training:
+class TrainingState:
     """What hooks see and may ask of the loop."""
 
     learner: Learner
-    source: Source
+    source: BatchSource
     plan: Plan
     hooks: Sequence[Hook]
     stop_requested: bool = False
@@ -272,7 +272,11 @@ class Training:
 
 
 def fit(
-    learner: Learner, source: Source, objective: Objective, plan: Plan, hooks: Sequence[Hook] = ()
+    learner: Learner,
+    source: BatchSource,
+    objective: Objective,
+    plan: Plan,
+    hooks: Sequence[Hook] = (),
 ) -> None:
     """Train until `plan.max_steps`, the end of the source or a hook's request.
 
@@ -280,7 +284,7 @@ def fit(
     is not made).
     """
     plan.check()
-    training = Training(learner, source, plan, hooks)
+    training = TrainingState(learner, source, plan, hooks)
     was_training = learner.model.training
 
     try:
@@ -316,7 +320,7 @@ def fit(
             hook.close()
 
 
-def _boundary(training: Training) -> None:
+def _boundary(training: TrainingState) -> None:
     for hook in training.hooks:
         hook.on_boundary(training)
 
@@ -341,7 +345,7 @@ def _agreed(learner: Learner, batches: list[Batch] | None) -> list[Batch] | None
 
 
 def _step(
-    training: Training, objective: Objective, batches: Iterable[Batch], begin: float
+    training: TrainingState, objective: Objective, batches: Iterable[Batch], begin: float
 ) -> Report:
     """One update from the micro-batches of one step."""
     learner, plan = training.learner, training.plan
@@ -368,7 +372,7 @@ def _step(
 
 
 def _differentiate(
-    training: Training, objective: Objective, batches: Iterable[Batch]
+    training: TrainingState, objective: Objective, batches: Iterable[Batch]
 ) -> tuple[dict[str, float], float, float, float]:
     """Gradients of the loss summed over micro-batches and ranks; sums of metrics, weight and tokens
     likewise.
@@ -431,7 +435,7 @@ def _differentiate(
     )
 
 
-def _update(training: Training, total: float, weight: float) -> dict[str, float]:
+def _update(training: TrainingState, total: float, weight: float) -> dict[str, float]:
     """Divide the summed gradients by the global weight, clip each part, and step; returns the mean
     gradients' norms.
 
@@ -461,7 +465,7 @@ def _update(training: Training, total: float, weight: float) -> dict[str, float]
 
 
 def _not_finite(
-    training: Training, total: float, norms: Mapping[str, float], weight: float
+    training: TrainingState, total: float, norms: Mapping[str, float], weight: float
 ) -> UserError:
     """Which number went wrong at this step, in which part of the model, and what is left to go on
     from."""

@@ -14,7 +14,7 @@ from llama2.stages import ppo
 from llama2.stages.common.sampling import load_rewards
 from llama2.stages.common.training import load_policy, saver
 from llama2.tokenizer.tokenizer import Tokenizer
-from llama2.train.loop import Hook, Plan, Report, Training
+from llama2.train.loop import Hook, Plan, Report, TrainingState
 
 ALONE = Ranks.alone()
 
@@ -48,7 +48,7 @@ def report(step, actor, critic):
 
 def test_each_iteration_says_how_each_tower_was_clipped():
     said, watch = Said(), ppo.Watch(kl_stop=9.0, updates=2)
-    training = Training(None, None, Plan(clip=1.0), [said, watch])
+    training = TrainingState(None, None, Plan(clip=1.0), [said, watch])
     training.learner = type("Learner", (), {"step": 0})
 
     for step, norms in enumerate([(0.5, 20.0), (2.0, 4.0), (1.0, 1.0), (1.0, 1.0)], 1):

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from llama2.devices import Precision
 from llama2.ranks import Ranks
 from llama2.results import Alarm
-from llama2.train.loop import Hook, Training
+from llama2.train.loop import Hook, TrainingState
 
 Row = Mapping[str, float]
 
@@ -202,7 +202,7 @@ class Doctor(Hook):
         self.rows: list[Row] = []
         self.told: list[Alarm] = []
 
-    def on_start(self, training: Training) -> None:
+    def on_start(self, training: TrainingState) -> None:
         self.steps = training.plan.max_steps
         if self.ranks.is_main:  # a run that resumes has said before what these rows tell
             self.rows = list(self.read())

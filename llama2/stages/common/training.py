@@ -32,7 +32,7 @@ from llama2.stages.common import cautions
 from llama2.tokenizer.template import CHAT_TEMPLATE
 from llama2.tokenizer.tokenizer import Tokenizer
 from llama2.train import hooks, optim, parallel, state
-from llama2.train.loop import Hook, Learner, Objective, Plan, Source, fit
+from llama2.train.loop import BatchSource, Hook, Learner, Objective, Plan, fit
 from llama2.train.objectives import next_token
 
 Item = TypeVar("Item")
@@ -80,7 +80,7 @@ class Training(Config):
 def train(
     run: Run,
     model: nn.Module,
-    source: Source,
+    source: BatchSource,
     objective: Objective,
     settings: Training,
     *,
