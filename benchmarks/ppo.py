@@ -42,7 +42,8 @@ from llama2.records import Message, Prompt
 from llama2.stages.common.ppo_rollouts import ACTOR, CRITIC, ActorCritic, Rollouts, Settings
 from llama2.stages.common.sampling import Sample
 from llama2.stages.ppo import Watch
-from llama2.train.loop import Hook, Learner, Plan, TrainingState, fit
+from llama2.train.learner import Learner
+from llama2.train.loop import Hook, Plan, TrainingState, fit
 from llama2.train.objectives import clipped
 from llama2.train.optim import AdamW
 

@@ -35,7 +35,8 @@ from llama2.stages import ppo
 from llama2.stages.common.ppo_rollouts import ACTOR, CRITIC, ActorCritic, Rollouts
 from llama2.stages.common.sampling import Sample, fitting, load_rewards, read_prompts
 from llama2.stages.common.training import frozen, load_policy, load_scorer
-from llama2.train.loop import Hook, Learner, Report, TrainingState, fit
+from llama2.train.learner import Learner
+from llama2.train.loop import Hook, Report, TrainingState, fit
 from llama2.train.objectives import clipped, explained_variance
 
 

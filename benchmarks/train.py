@@ -33,7 +33,8 @@ from llama2.batches import Batch
 from llama2.model.llama import Llama
 from llama2.ranks import Ranks
 from llama2.stages.common.planning import flops_per_token
-from llama2.train.loop import Hook, Learner, Plan, Report, TrainingState, fit
+from llama2.train.learner import Learner
+from llama2.train.loop import Hook, Plan, Report, TrainingState, fit
 from llama2.train.objectives import next_token
 
 PEERS = ("transformers", "litgpt")

@@ -56,7 +56,8 @@ from llama2.stages.common.training import Training, check_left, load_scorer, sav
 from llama2.tally import Tally
 from llama2.tokenizer.template import encode_dialog
 from llama2.tokenizer.tokenizer import Tokenizer
-from llama2.train.loop import Learner, Plan
+from llama2.train.learner import Learner
+from llama2.train.loop import Plan
 from llama2.train.objectives import Margins, ranking
 from llama2.train.optim import AdamW
 

@@ -51,7 +51,8 @@ from llama2.tally import Tally
 from llama2.tokenizer.template import encode_dialog, encode_prompt
 from llama2.tokenizer.tokenizer import Tokenizer
 from llama2.train import hooks
-from llama2.train.loop import Learner, Plan
+from llama2.train.learner import Learner
+from llama2.train.loop import Plan
 from llama2.train.objectives import next_token
 from llama2.train.optim import AdamW
 

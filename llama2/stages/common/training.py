@@ -32,7 +32,8 @@ from llama2.stages.common import cautions
 from llama2.tokenizer.template import CHAT_TEMPLATE
 from llama2.tokenizer.tokenizer import Tokenizer
 from llama2.train import hooks, optim, parallel, state
-from llama2.train.loop import BatchSource, Hook, Learner, Objective, Plan, fit
+from llama2.train.learner import Learner
+from llama2.train.loop import BatchSource, Hook, Objective, Plan, fit
 from llama2.train.objectives import next_token
 
 Item = TypeVar("Item")
