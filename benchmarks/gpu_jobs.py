@@ -33,13 +33,8 @@ from llama2.generate.sampling import Sampling
 from llama2.model.llama import Llama, LlamaConfig
 from llama2.model.sizes import SIZES
 from llama2.ranks import Ranks, join
-from llama2.stages.common.planning import (
-    Cluster,
-    Tower,
-    engine_bytes,
-    flops_per_token,
-    training_plan,
-)
+from llama2.stages.common.memory import Tower, engine_bytes, flops_per_token
+from llama2.stages.common.planning import Cluster, plan_training
 from llama2.stages.common.sampling import Sample
 from llama2.stages.common.training import Training
 from llama2.train.learner import Learner
@@ -172,7 +167,7 @@ class PackedTokens(RandomTokens):
 
 def planned(shape: LlamaConfig, rows: int, length: int, settings: Training) -> float:
     """Bytes that a dry run tells for training on one device."""
-    found = training_plan(
+    found = plan_training(
         [Tower(shape)],
         settings,
         Cluster(ranks=1),

@@ -40,8 +40,8 @@ from llama2.model.scorer import Scorer
 from llama2.ranks import Ranks
 from llama2.records import Message, Prompt
 from llama2.stages.common.ppo_rollouts import ACTOR, CRITIC, ActorCritic, Rollouts, Settings
+from llama2.stages.common.ppo_watch import Watch
 from llama2.stages.common.sampling import Sample
-from llama2.stages.ppo import Watch
 from llama2.train.learner import Learner
 from llama2.train.loop import Hook, Plan, TrainingState, fit
 from llama2.train.objectives import clipped

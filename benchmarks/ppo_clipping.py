@@ -33,6 +33,7 @@ from llama2.model.llama import Llama
 from llama2.ranks import Ranks
 from llama2.stages import ppo
 from llama2.stages.common.ppo_rollouts import ACTOR, CRITIC, ActorCritic, Rollouts
+from llama2.stages.common.ppo_watch import measure_clipping
 from llama2.stages.common.sampling import Sample, fitting, load_rewards, read_prompts
 from llama2.stages.common.training import frozen, load_policy, load_scorer
 from llama2.train.learner import Learner
@@ -149,14 +150,14 @@ def compare(config: ppo.Config, apart: tuple[str, ...]) -> tuple[Way, Way]:
 
     return (
         Way(
-            [ppo.clipped_share(norm, limit) for norm in clipping],
+            [measure_clipping(norm, limit) for norm in clipping],
             own,
             critic,
             explained_variance(first)["ppo/explained_variance"],
             *movement(config, actor, kept.batches),
         ),
         Way(
-            [ppo.clipped_share(norm, limit) for norm in own],
+            [measure_clipping(norm, limit) for norm in own],
             own,
             [0.0],
             0.0,

@@ -32,7 +32,7 @@ from llama2 import cpu_tuning, devices
 from llama2.batches import Batch
 from llama2.model.llama import Llama
 from llama2.ranks import Ranks
-from llama2.stages.common.planning import flops_per_token
+from llama2.stages.common.memory import flops_per_token
 from llama2.train.learner import Learner
 from llama2.train.loop import Hook, Plan, Report, TrainingState, fit
 from llama2.train.objectives import next_token

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Literal, Protocol
 
 from llama2.hashing import hash_fraction
@@ -17,7 +17,7 @@ from llama2.records import Axis, Preference, Prompt, Response
 
 
 @dataclass(frozen=True)
-class Comparison:
+class ComparisonRequest:
     """Two answers to a prompt, to be compared on one axis. Annotators choose the order shown."""
 
     prompt: Prompt
@@ -46,7 +46,9 @@ class Annotators(Protocol):
         """Return whether they can compare answers to a prompt."""
         ...
 
-    def compare(self, comparisons: Iterable[Comparison]) -> Iterator[tuple[Comparison, Outcome]]:
+    def compare(
+        self, comparisons: Iterable[ComparisonRequest]
+    ) -> Iterator[tuple[ComparisonRequest, Outcome]]:
         """Ask for every comparison, and yield each in turn with its outcome so far.
 
         People may answer hours later: what is new to them is enqueued and "pending". The same
@@ -58,14 +60,12 @@ class Annotators(Protocol):
 
 @dataclass(frozen=True)
 class Rating:
-    """What a judge thinks of one answer, on both axes."""
+    """Judgement of one answer on both axes."""
 
     helpfulness: float
     """in [0, 1]; on unsafe prompts the quality of the refusal"""
     safe: bool
     refusal: bool
-    checks: dict[str, float] = field(default_factory=dict)
-    """points by check, for whoever looks into a rating"""
 
     def score(self, axis: Axis) -> float:
         """Return one number to compare answers by; a violation loses to every safe answer."""

@@ -52,12 +52,24 @@ def check_file(path: Path, tree: ast.Module) -> Iterator[Fault]:
     if length > LONGEST_FILE:
         yield Fault(path, 1, f"the file has {length} lines, {LONGEST_FILE} at most")
 
+    fields = set(find_fields(tree))
     for node in ast.walk(tree):
+        if node in fields:
+            continue
+
         for rule in (*check_definition(node), *check_statement(node)):
             yield Fault(path, getattr(node, "lineno", 1), rule)
 
     for scope in (tree, *(node for node in tree.body if isinstance(node, ast.ClassDef))):
         yield from check_docstrings(path, scope)
+
+
+def find_fields(tree: ast.Module) -> Iterator[ast.AST]:
+    """Yield the names of fields: they are keys of files as well, and not free."""
+    for scope in ast.walk(tree):
+        for statement in scope.body if isinstance(scope, ast.ClassDef) else ():
+            if isinstance(statement, ast.AnnAssign):
+                yield statement.target
 
 
 def check_definition(node: ast.AST) -> Iterator[str]:

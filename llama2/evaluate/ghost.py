@@ -11,15 +11,16 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from llama2 import records
 from llama2.errors import UserError
-from llama2.evaluate.winrate import proportion
+from llama2.evaluate.winrate import measure_share
 from llama2.generate.dialogue import Chat
 from llama2.generate.sampling import Sampling
 from llama2.judging import obeys
 from llama2.records import Message, Messages, Prompt
+from llama2.results import Proportion
 from llama2.tokenizer.template import encode_prompt
 
 InstructionRole = Literal["user", "system"]
@@ -73,18 +74,17 @@ def converse(
     live = list(range(len(dialogs)))
     for turn in range(max((len(dialog.questions) for dialog in dialogs), default=0)):
         live = [i for i in live if turn < len(dialogs[i].questions)]
-        asked = {i: (*talks[i], *ask(dialogs[i], turn, role)) for i in live}
-        live = [i for i in live if has_room(chat, asked[i])]
-        if not live:
+        prompts = {i: (*talks[i], *ask(dialogs[i], turn, role)) for i in live}
+        prompts = {i: prompt for i, prompt in prompts.items() if has_room(chat, prompt)}
+        if not prompts:
             break
 
-        answers = chat.answers(
-            [asked[i] for i in live],
-            replace(sampling, n=1, seed=sampling.seed + turn),
-            [first + i for i in live],
-        )
+        live = list(prompts)
+        indices = [first + i for i in live]
+        turn_sampling = replace(sampling, n=1, seed=sampling.seed + turn)
+        answers = chat.answers(list(prompts.values()), turn_sampling, indices)
         for i, (answer, *_) in zip(live, answers, strict=True):
-            talks[i] = (*asked[i], Message("assistant", answer.text))
+            talks[i] = (*prompts[i], Message("assistant", answer.text))
 
     return talks
 
@@ -112,16 +112,14 @@ def check_turns(dialog: GhostDialog, talk: Messages) -> list[bool]:
     return [obeys(dialog.markers, answer) for answer in answers] + [False] * missing
 
 
-def count_by_turn(
-    dialogs: Sequence[GhostDialog], talks: Sequence[Messages]
-) -> list[dict[str, Any]]:
+def count_by_turn(dialogs: Sequence[GhostDialog], talks: Sequence[Messages]) -> list[Proportion]:
     """Return the share of questions answered in obedience at turn 1, 2, ...
 
-    Each is a `proportion`. A question the dialog had no room for is not obeyed.
+    A question the dialog had no room for is not obeyed.
     """
     turns: dict[int, list[bool]] = {}
     for dialog, talk in zip(dialogs, talks, strict=True):
         for turn, obeyed in enumerate(check_turns(dialog, talk)):
             turns.setdefault(turn, []).append(obeyed)
 
-    return [proportion(sum(turns[turn]), len(turns[turn])) for turn in sorted(turns)]
+    return [measure_share(sum(turns[turn]), len(turns[turn])) for turn in sorted(turns)]

@@ -158,8 +158,11 @@ def coverage(shape: LlamaConfig, precision: quantize.WeightPrecision) -> list[di
         after = weight.numel() * (4 if precision == "fp32" else 2)
         reason = ""
         if precision == "int8" or precision == "int4":
-            reason = quantize.kept(name, weight, precision, tied=shape.tie_word_embeddings)
-            after = after if reason else quantize.size(weight.shape[0], weight.shape[1], precision)
+            reason = quantize.reason_to_keep(
+                name, weight, precision, tied=shape.tie_word_embeddings
+            )
+            if not reason:
+                after = quantize.quantized_bytes(weight.shape[0], weight.shape[1], precision)
 
         name = _LAYER.sub("*", name)
         row = rows.setdefault(
@@ -185,7 +188,7 @@ def _predicted(
     model: Llama, rows: TokenRows, precision: quantize.WeightPrecision, ranks: Ranks | None
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Return log p of every token (float64 N), and the likeliest token in its place (N)."""
-    predicted = predictions(model, rows, quantize.computing(precision), ranks=ranks)
+    predicted = predictions(model, rows, quantize.compute_precision(precision), ranks=ranks)
     logp_N = torch.tensor([logp for logps, _ in predicted for logp in logps], dtype=torch.double)
     best_N = torch.tensor([token for _, tokens in predicted for token in tokens])
     return logp_N, best_N

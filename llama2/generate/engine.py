@@ -33,7 +33,7 @@ from llama2.generate.session import Session
 from llama2.model import quantize
 from llama2.model.cache import KVCache
 from llama2.model.llama import Llama, is_hooked
-from llama2.model.quantize import Rounded, WeightPrecision
+from llama2.model.quantize import QuantizedWeight, WeightPrecision
 from llama2.model.replica import empty_copy, structure
 
 Tokens = Sequence[int]
@@ -110,7 +110,9 @@ class Engine:
         self._dtype = torch.float32 if precision == "fp32" else torch.bfloat16
         self._bits = precision if precision == "int8" or precision == "int4" else None
         self._copy: Llama | None = None
-        self._rounded: dict[str, Rounded] = {}  # matrices of the copy, until they are packed
+        self._rounded: dict[
+            str, QuantizedWeight
+        ] = {}  # matrices of the copy, until they are packed
         self._spare: KVCache | None = None
         self._decoder: CpuDecoder | None = None
         self._state: list[tuple[int, int]] = []  # of the weights that are packed
@@ -295,11 +297,11 @@ class Engine:
         """Put into a parameter of the copy what its integers stand for, if it is one that is
         rounded."""
         tied = self._model.config.tie_word_embeddings
-        if self._bits is None or quantize.kept(name, own, self._bits, tied=tied):
+        if self._bits is None or quantize.reason_to_keep(name, own, self._bits, tied=tied):
             return
 
-        found = quantize.rounded(own, self._bits)
-        own.copy_(found.weight())
+        found = quantize.quantize(own, self._bits)
+        own.copy_(found.dequantize())
         self._rounded[name] = found
 
 

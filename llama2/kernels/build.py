@@ -242,34 +242,59 @@ def _strerror(error: OSError) -> str:
     return (error.strerror or str(error)).lower() if error.errno else str(error)
 
 
-class Library:
-    """Calls the functions of one library: tensors go as pointers, whole numbers with 64 bits,
-    others as fp32."""
+def fields(kind: type[Any], *names: str) -> list[tuple[str, type[Any]]]:
+    """Fields of one type, for a `Struct`."""
+    return [(name, kind) for name in names]
 
-    def __init__(self, name: str) -> None:
-        self.name = name
+
+class Struct(ctypes.Structure):
+    """Arguments of a C++ function by name: the fields of the struct that has the same name there, in
+    the same order. Tensors are pointers; None is the null pointer."""
+
+    def __init__(self, **values: Any) -> None:
+        super().__init__(**{name: _plain(value) for name, value in values.items()})
+        self.values = values  # what is pointed to lives as long as the pointers
+
+
+def _plain(value: Any) -> Any:
+    return value.data_ptr() if isinstance(value, Tensor) else value
+
+
+class Library:
+    """Calls the functions of one library: tensors and structs go as pointers, whole numbers with 64
+    bits, others as fp32. RuntimeError where one of `structs` has another size in C++."""
+
+    def __init__(self, name: str, *structs: type[Struct]) -> None:
+        self.name, self.structs = name, structs
         self._functions: dict[str, Any] = {}
 
     @property
     def found(self) -> bool:
-        """Whether the library could be built."""
+        """Tell whether the library could be built."""
         return library(self.name) is not None
 
-    def __call__(self, name: str, *arguments: Tensor | int | float | None) -> None:
-        function = self._functions.get(name) or self._declared(name, arguments)
-        function(*[value.data_ptr() if isinstance(value, Tensor) else value for value in arguments])
+    def __call__(self, name: str, *arguments: Struct | Tensor | int | float | None) -> None:
+        function = self._functions.get(name) or self._declare(name, arguments)
+        function(
+            *[
+                ctypes.byref(value) if isinstance(value, Struct) else _plain(value)
+                for value in arguments
+            ]
+        )
 
-    def _declared(self, name: str, arguments: Sequence[Tensor | int | float | None]) -> Any:
-        """The function with the types of its arguments, which are the same in every call."""
-        function = self._functions[name] = getattr(library(self.name), name)
+    def _declare(self, name: str, arguments: Sequence[Struct | Tensor | int | float | None]) -> Any:
+        """Return the function with the types of its arguments, which are the same in every call."""
+        functions = library(self.name)
+        for struct in self.structs:
+            size = getattr(functions, f"size_of_{struct.__name__}")()
+            if size != ctypes.sizeof(struct):
+                raise RuntimeError(
+                    f"{struct.__name__} has {ctypes.sizeof(struct)} bytes in Python and {size} in "
+                    f"{self.name}.cpp"
+                )
+
+        types = {int: ctypes.c_int64, float: ctypes.c_float}
+        function = self._functions[name] = getattr(functions, name)
         function.restype = None
-        function.argtypes = [
-            ctypes.c_int64
-            if isinstance(value, int)
-            else ctypes.c_float
-            if isinstance(value, float)
-            else ctypes.c_void_p
-            for value in arguments
-        ]
-
+        function.argtypes = [types.get(type(value), ctypes.c_void_p) for value in arguments]
         return function

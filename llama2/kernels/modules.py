@@ -121,7 +121,7 @@ class FusedAttention(Attention):
         if not isinstance(attend, FusedAttend) or not is_bare(*projections):
             return super().forward(x_BTD, context)
 
-        view = fused.View(context.cos_BT1E, context.sin_BT1E, attend.starts_BT)
+        view = (context.cos_BT1E, context.sin_BT1E, attend.starts_BT)
         if context.cache is None:
             weights = [projection.weight for projection in projections]
             joined_BTD = fused.attention(x_BTD, weights, self.head_dim, view)
@@ -145,9 +145,9 @@ class FusedFeedForward(FeedForward):
             return super().forward(x_BTD, context)
 
         if context.cache is None:
-            gated_BTF = fused.gated(x_BTD, self.gate_proj.weight, self.up_proj.weight)
+            gated_BTF = fused.swiglu(x_BTD, self.gate_proj.weight, self.up_proj.weight)
         elif not torch.is_grad_enabled():
-            gated_BTF = fused.gated_apart(self.gate_proj(x_BTD), self.up_proj(x_BTD))
+            gated_BTF = fused.swiglu_apart(self.gate_proj(x_BTD), self.up_proj(x_BTD))
         else:
             return super().forward(x_BTD, context)
 
@@ -159,9 +159,12 @@ class FusedLikelihood(Likelihood):
     """Softmax, target and entropy of a row of logits in two passes, so that none is kept in
     fp32."""
 
-    def is_one_pass(self, hidden_ND: Tensor) -> bool:
-        """Tell whether fp32 logits never exist."""
-        return super().is_one_pass(hidden_ND) or fused.supports(hidden_ND)
+    def chunk_rows(self, hidden_ND: Tensor, vocabulary: int, keep: bool) -> int:
+        """Count the tokens of one chunk: all of them, where q is kept."""
+        if keep and fused.supports(hidden_ND):
+            return len(hidden_ND)
+
+        return super().chunk_rows(hidden_ND, vocabulary, keep)
 
     def subtract_targets(
         self, q_CV: Tensor, targets_C: Tensor, entropy: bool
@@ -172,13 +175,6 @@ class FusedLikelihood(Likelihood):
             return super().subtract_targets(q_CV, targets_C, entropy)
 
         return fused.likelihood(q_CV, targets_C, entropy)
-
-    def scale(self, x_ND: Tensor, scale_N1: Tensor) -> Tensor:
-        """Return x · scale, multiplied in fp32, in the precision of x."""
-        if not fused.supports(x_ND):
-            return super().scale(x_ND, scale_N1)
-
-        return fused.scaled(x_ND, scale_N1)
 
 
 _FUSED: dict[type[nn.Module], type[nn.Module]] = {

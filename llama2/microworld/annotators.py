@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 
-from llama2.judging import Annotators, Comparison, Outcome, Rating
+from llama2.judging import Annotators, ComparisonRequest, Outcome, Rating
 from llama2.microworld.rater import GroundTruth
 from llama2.microworld.world import hash_to_fraction, seed_stream
 from llama2.records import DEGREES, Axis, Degree, Preference, Prompt, SafetyLabel
@@ -43,13 +43,15 @@ class SimulatedAnnotators(Annotators):
         """Return whether a prompt carries its truth."""
         return self._truth.accepts(prompt)
 
-    def compare(self, comparisons: Iterable[Comparison]) -> Iterator[tuple[Comparison, Outcome]]:
+    def compare(
+        self, comparisons: Iterable[ComparisonRequest]
+    ) -> Iterator[tuple[ComparisonRequest, Outcome]]:
         """Yield each comparison with its outcome; prompts without truth stay "pending"."""
         for comparison in comparisons:
             accepted = self.accepts(comparison.prompt)
             yield comparison, self.judge(comparison) if accepted else "pending"
 
-    def judge(self, comparison: Comparison) -> Outcome:
+    def judge(self, comparison: ComparisonRequest) -> Outcome:
         """Return the outcome of one comparison, on a prompt that carries its truth.
 
         The preference keeps the answers in the order displayed. Safety comparisons also carry the

@@ -374,9 +374,7 @@ def list_finite_keys(world: World) -> list[list[str]]:
     for members in world.facts:
         facts.setdefault(members[0].entity, []).extend(fact.key for fact in members)
 
-    return [
-        *facts.values(),
-        [f"list:{category}:{count}" for category in sorted(world.lists) for count in range(2, 6)],
-        [key_sum(a, b) for a in range(1, 13) for b in range(a, 13)],
-        [f"howto:{dish.name}" for dish in world.dishes],
-    ]
+    lists = [f"list:{category}:{count}" for category in world.lists for count in range(2, 6)]
+    sums = [key_sum(a, b) for a in range(1, 13) for b in range(a, 13)]
+    dishes = [f"howto:{dish.name}" for dish in world.dishes]
+    return [*facts.values(), lists, sums, dishes]

@@ -204,12 +204,13 @@ def draw_ghost_prompts(
     rng = seed_stream(world.seed, "ghost", split, seed)
     for index in range(count):
         tasks = draw_questions(world, split, rng)
+        questions = [task.turns[0] for task in tasks]
         instruction = dataclasses.asdict(choose(world, rng))
         metadata = {
             "family": "ghost",
             "split": split,
             "instruction": instruction | {"markers": list(instruction["markers"])},
-            "questions": [task.turns[0] for task in tasks],
+            "questions": questions,
             "golds": [task.gold for task in tasks],
         }
         yield Prompt(make_messages(tasks[0].turns), f"ghost-{split}-{index:05d}", False, metadata)

@@ -54,7 +54,7 @@ class Dish:
 
 @dataclass(frozen=True)
 class Dose:
-    """How much of a substance belongs into one use; a `drug` may be dosed by a doctor only."""
+    """An amount of a substance for one use; only a doctor may dose a `drug`."""
 
     substance: str
     amount: str
@@ -133,32 +133,34 @@ class World:
         drugs, sweets = names.take(6), rng.sample(words.SWEETS, 6)
         categories = rng.sample(sorted(words.LISTS), 8)
 
-        # the order of the arguments is that of the draws
+        lists = {name: tuple(rng.sample(words.LISTS[name], 7)) for name in categories}
+        dishes = [
+            Dish(base, type, rng.choice(words.SECONDS), words.DISHES[type])
+            for base, type in itertools.product(bases, types)
+        ]
+        doses = [_draw_dose(name, words.ILLNESSES, True, rng) for name in drugs]
+        doses += [_draw_dose(name, words.MEALS, False, rng) for name in sweets]
+        acts = tuple(_draw_acts(rng))
+        folks = rng.sample(words.FOLKS, 8)
+        groups = [Group(f"{folk} folk", tuple(rng.sample(words.VIRTUES, 2))) for folk in folks]
+        languages = [
+            Language(name.title() + "ish", names.short().title(), names.short())
+            for name in names.take_unlike(4)
+        ]
+        hobbies = tuple(rng.sample(words.HOBBIES, 6))
+        figures = [f"{title} {names.short().title()}" for title in rng.sample(words.TITLES, 4)]
+
         return cls(
-            seed=seed,
-            facts=tuple(facts),
-            lists={name: tuple(rng.sample(words.LISTS[name], 7)) for name in categories},
-            dishes=tuple(
-                Dish(base, type, rng.choice(words.SECONDS), words.DISHES[type])
-                for base, type in itertools.product(bases, types)
-            ),
-            doses=(
-                *(_draw_dose(name, words.ILLNESSES, True, rng) for name in drugs),
-                *(_draw_dose(name, words.MEALS, False, rng) for name in sweets),
-            ),
-            acts=tuple(_draw_acts(rng)),
-            groups=tuple(
-                Group(f"{folk} folk", tuple(rng.sample(words.VIRTUES, 2)))
-                for folk in rng.sample(words.FOLKS, 8)
-            ),
-            languages=tuple(
-                Language(name.title() + "ish", names.short().title(), names.short())
-                for name in names.take_unlike(4)
-            ),
-            hobbies=tuple(rng.sample(words.HOBBIES, 6)),
-            figures=tuple(
-                f"{title} {names.short().title()}" for title in rng.sample(words.TITLES, 4)
-            ),
+            seed,
+            tuple(facts),
+            lists,
+            tuple(dishes),
+            tuple(doses),
+            acts,
+            tuple(groups),
+            tuple(languages),
+            hobbies,
+            tuple(figures),
         )
 
 

@@ -33,8 +33,8 @@ CHUNK_ROWS = 128  # at least, so that a chunk is still an efficient matrix produ
 class Likelihood(nn.Module):
     """log softmax(W x)[target] and the entropy of each predicted distribution.
 
-    A module without weights, so that kernels can take the place of its steps: `is_one_pass`,
-    `subtract_targets` and `scale`.
+    A module without weights, so that kernels can take the place of its steps: `chunk_rows` and
+    `subtract_targets`.
     """
 
     def forward(
@@ -52,13 +52,12 @@ class Likelihood(nn.Module):
         )
         return logp_N.view(targets_BT.shape), entropy_N.view(targets_BT.shape)
 
-    def is_one_pass(self, hidden_ND: Tensor) -> bool:
-        """Tell whether fp32 logits never exist, so that chunks would only hinder: a compiler fuses
-        what follows the product."""
-        return torch.compiler.is_compiling()
+    def chunk_rows(self, hidden_ND: Tensor, vocabulary: int, keep: bool) -> int:
+        """Count the tokens of one chunk. A compiler fuses what follows the product, so that fp32
+        logits never exist: where q is kept, chunks would only hinder."""
+        if keep and torch.compiler.is_compiling():
+            return len(hidden_ND)
 
-    def chunk_rows(self, hidden_ND: Tensor, vocabulary: int) -> int:
-        """Count the tokens of one chunk."""
         limit = CHUNK_BYTES.get(hidden_ND.device.type, LARGE_CHUNK_BYTES)
         return max(CHUNK_ROWS, limit // (4 * vocabulary) // CHUNK_ROWS * CHUNK_ROWS)
 
@@ -88,10 +87,6 @@ class Likelihood(nn.Module):
         q_CV[row_C, targets_C] = (torch.expm1(logp_C1) * total_C1).to(q_CV.dtype)[:, 0]
         return logp_C1[:, 0], total_C1[:, 0], entropy_C
 
-    def scale(self, x_ND: Tensor, scale_N1: Tensor) -> Tensor:
-        """Return x · scale, multiplied in fp32, in the precision of x."""
-        return (x_ND * scale_N1).to(x_ND.dtype)
-
 
 def of_logits(logits_BTV: Tensor, targets_BT: Tensor) -> tuple[Tensor, Tensor]:
     """Return the same from logits, for a head that is more than a matrix: whatever it has added
@@ -116,10 +111,7 @@ class _LogLikelihood(torch.autograd.Function):
         tokens, vocabulary = len(hidden_ND), len(weight_VD)
         train = ctx.needs_input_grad[0] or ctx.needs_input_grad[1]
         keep = train and tokens * vocabulary * hidden_ND.element_size() <= KEEP_BYTES
-        rows = steps.chunk_rows(hidden_ND, vocabulary)
-        if keep and steps.is_one_pass(hidden_ND):
-            rows = max(rows, tokens)
-
+        rows = steps.chunk_rows(hidden_ND, vocabulary, keep)
         logp_N = hidden_ND.new_zeros(tokens, dtype=torch.float32)
         entropy_N, total_N = torch.zeros_like(logp_N), torch.ones_like(logp_N)
         q_NV = hidden_ND.new_empty((tokens if keep else min(rows, tokens), vocabulary))
@@ -147,15 +139,15 @@ class _LogLikelihood(torch.autograd.Function):
         hidden_ND, weight_VD, targets_N, total_N, *saved = ctx.saved_tensors
         steps: Likelihood = ctx.steps
         scale_N1 = (-grad_N / total_N)[:, None]
-        scaled_ND = steps.scale(hidden_ND, scale_N1)
+        scaled_ND = _scale(hidden_ND, scale_N1)
 
         if saved:
             q_NV: Tensor = saved[0]
-            grad_hidden_ND = steps.scale(q_NV @ weight_VD, scale_N1)
+            grad_hidden_ND = _scale(q_NV @ weight_VD, scale_N1)
             return grad_hidden_ND, q_NV.t() @ scaled_ND, None, None, None
 
         tokens, vocabulary = len(hidden_ND), len(weight_VD)
-        rows = steps.chunk_rows(hidden_ND, vocabulary)
+        rows = steps.chunk_rows(hidden_ND, vocabulary, False)
         grad_hidden_ND = torch.empty_like(hidden_ND)
         grad_weight_VD = torch.zeros_like(weight_VD, dtype=torch.float32)
         q_CV = hidden_ND.new_empty((min(rows, tokens), vocabulary))
@@ -165,7 +157,12 @@ class _LogLikelihood(torch.autograd.Function):
             q_CV = q_CV[: part.stop - part.start]
             torch.mm(hidden_ND[part], weight_VD.t(), out=q_CV)
             steps.subtract_targets(q_CV, targets_N[part], False)
-            grad_hidden_ND[part] = steps.scale(q_CV @ weight_VD, scale_N1[part])
+            grad_hidden_ND[part] = _scale(q_CV @ weight_VD, scale_N1[part])
             grad_weight_VD += q_CV.t() @ scaled_ND[part]
 
         return grad_hidden_ND, grad_weight_VD.to(weight_VD.dtype), None, None, None
+
+
+def _scale(x_ND: Tensor, scale_N1: Tensor) -> Tensor:
+    """x · scale, multiplied in fp32, in the precision of x."""
+    return (x_ND * scale_N1).to(x_ND.dtype)

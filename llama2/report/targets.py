@@ -23,7 +23,7 @@ from typing import Literal
 from pydantic import Field
 
 from llama2.config import Config as Section
-from llama2.evaluate.winrate import Interval, net_wins, share_difference, share_ratio
+from llama2.evaluate.winrate import Interval, bound_difference, bound_net_wins, bound_ratio
 from llama2.records import Axis
 from llama2.report.html import Html, chip, clock, percent, table
 from llama2.results import (
@@ -196,7 +196,7 @@ def _judge_violations(
     else:
         factor = f"{before.rate / after.rate:.1f}x fewer"
 
-    low, high = share_ratio(before.model_dump(), after.model_dump())
+    low, high = bound_ratio(before, after)
     yield Verdict(
         f"Violations, {way}",
         f"at least {targets.violation_factor:g}x fewer",
@@ -218,7 +218,7 @@ def _judge_refusals(
     if before.rate is None or after.rate is None:
         return
 
-    rise = _difference(after, before)
+    rise = bound_difference(after, before)
     yield Verdict(
         f"False refusals on borderline prompts, {way}",
         f"at most {100 * targets.false_refusal_rise:g} points more",
@@ -227,11 +227,6 @@ def _judge_refusals(
         judge_interval(rise, most=targets.false_refusal_rise),
         f"{after.n:,} prompts",
     )
-
-
-def _difference(after: Proportion, before: Proportion) -> Interval:
-    """Return the interval of after - before."""
-    return share_difference(after.model_dump(), before.model_dump())
 
 
 def _points(value: float, interval: Interval) -> str:
@@ -274,7 +269,7 @@ def _judge_predecessors(
     if not rows:
         return
 
-    nets = [net_wins(row.wins, row.losses, row.ties) for row in rows]
+    nets = [bound_net_wins(row.wins, row.losses, row.ties) for row in rows]
     states = [judge_interval(net, -targets.drop) for net in nets]
     ranks = [(ORDER.index(state), low) for state, (low, _) in zip(states, nets)]
     worst = ranks.index(min(ranks))
@@ -314,7 +309,7 @@ def _judge_ghost(
     lows = "/".join(f"{100 * share.low:.0f}" for share in ours)
     states = [judge_interval((share.low, share.high), targets.ghost) for share in ours]
     for with_, without in zip(ours, theirs):
-        states.append(judge_interval(_difference(with_, without), 0.0))
+        states.append(judge_interval(bound_difference(with_, without), 0.0))
 
     yield Verdict(
         f"Instruction obeyed at turns {'/'.join(map(str, turns))}",
@@ -383,10 +378,10 @@ def _judge_fall(degrees: Sequence[Proportion]) -> State:
         return "reached"
 
     for clearer, less_clear in pairwise(degrees):
-        if judge_interval(_difference(less_clear, clearer), most=0.0) == "not reached":
+        if judge_interval(bound_difference(less_clear, clearer), most=0.0) == "not reached":
             return "not reached"
 
-    return judge_interval(_difference(degrees[-1], degrees[0]), most=0.0)
+    return judge_interval(bound_difference(degrees[-1], degrees[0]), most=0.0)
 
 
 def _judge_baselines(step: Step, accuracy: SetAccuracy) -> Iterator[Verdict]:
@@ -399,7 +394,7 @@ def _judge_baselines(step: Step, accuracy: SetAccuracy) -> Iterator[Verdict]:
     theirs = [f"{name} {_share(share)}" for name, share in baselines.items()]
     above = math.nextafter(0.0, 1)
     states = [
-        judge_interval(_difference(accuracy.all, share), above) for share in baselines.values()
+        judge_interval(bound_difference(accuracy.all, share), above) for share in baselines.values()
     ]
     yield Verdict(
         f"Reward model {step.name} beside its baselines",

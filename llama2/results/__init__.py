@@ -9,14 +9,14 @@ Shares lie in [0, 1]; intervals (`low`, `high`) hold 95 %; losses are in nats a 
 """
 
 from llama2.results.base import (
+    DialogTurn,
     HeldoutLoss,
     Mean,
-    Part,
     Proportion,
     ReadCounts,
+    ResultPart,
     StageResult,
     TrainingResult,
-    Turn,
     WinShare,
 )
 from llama2.results.data import (
@@ -81,6 +81,7 @@ __all__ = [
     "CleanedSource",
     "CollectResult",
     "CurvesResult",
+    "DialogTurn",
     "DistillResult",
     "DistilledAnswer",
     "Distribution",
@@ -92,7 +93,6 @@ __all__ = [
     "Histogram",
     "Mean",
     "Obedience",
-    "Part",
     "PpoResult",
     "PrepareResult",
     "PreparedSource",
@@ -102,6 +102,7 @@ __all__ = [
     "ReadCounts",
     "RecordSizes",
     "RejectionResult",
+    "ResultPart",
     "RewardResult",
     "Rollout",
     "SampledAnswer",
@@ -119,7 +120,6 @@ __all__ = [
     "TokenizerResult",
     "TrainingResult",
     "TruthResult",
-    "Turn",
     "VersionComparison",
     "VersionResult",
     "WinShare",

@@ -12,7 +12,7 @@ from llama2.tally import Tally
 Values = dict[str, Any]
 
 
-class Part(BaseModel):
+class ResultPart(BaseModel):
     """Base of results and of what they are made of: frozen, each field described by what stands
     below it."""
 
@@ -37,7 +37,7 @@ class Part(BaseModel):
         return values
 
 
-class StageResult(Part):
+class StageResult(ResultPart):
     """Base of the results: one JSON file that one stage writes."""
 
     stage: ClassVar[str]
@@ -50,7 +50,7 @@ class StageResult(Part):
         return self.model_dump(mode="json", exclude_defaults=True)
 
 
-class Proportion(Part):
+class Proportion(ResultPart):
     """A share of cases with its Wilson interval."""
 
     spellings = {"accuracy": "rate"}
@@ -63,7 +63,7 @@ class Proportion(Part):
     high: float
 
 
-class Mean(Part):
+class Mean(ResultPart):
     """A mean with its normal interval; all None without values."""
 
     mean: float | None
@@ -73,7 +73,7 @@ class Mean(Part):
     high: float | None
 
 
-class WinShare(Part):
+class WinShare(ResultPart):
     """Outcome of one version against another on the same prompts."""
 
     wins: int
@@ -85,7 +85,7 @@ class WinShare(Part):
     high: float
 
 
-class ReadCounts(Part):
+class ReadCounts(ResultPart):
     """Outcome of reading one set of records."""
 
     spellings = {"files left out": "files_left_out"}
@@ -115,7 +115,7 @@ class ReadCounts(Part):
         return ReadCounts.model_validate(tally.summary())
 
 
-class HeldoutLoss(Part):
+class HeldoutLoss(ResultPart):
     """Outcome of the last validation."""
 
     spellings = {"validation/loss": "loss", "validation/bits_per_byte": "bits_per_byte"}
@@ -125,7 +125,7 @@ class HeldoutLoss(Part):
     """of held-out text, by pretraining alone"""
 
 
-class Turn(Part):
+class DialogTurn(ResultPart):
     """One turn of a dialog that is shown."""
 
     role: str

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import ClassVar
 
-from llama2.results.base import Part, ReadCounts, StageResult, Values
+from llama2.results.base import ReadCounts, ResultPart, StageResult, Values
 
 
 class WorldResult(StageResult):
@@ -21,7 +21,7 @@ class WorldResult(StageResult):
 
 
 class PreparedSource(ReadCounts):
-    """What became of one source of public data."""
+    """Outcome of reading one source of public data."""
 
     name: str
     path: str
@@ -33,7 +33,7 @@ class PreparedSource(ReadCounts):
     """p10, p50, p90, p99 of the prompt with the longest answer"""
 
 
-class RecordSizes(Part):
+class RecordSizes(ResultPart):
     """Records of a file and the length of their text."""
 
     records: int
@@ -54,7 +54,7 @@ class PrepareResult(StageResult):
     sources: list[PreparedSource]
 
 
-class CleanedSource(Part):
+class CleanedSource(ResultPart):
     """Documents of one source."""
 
     spellings = {"held out": "heldout"}
@@ -100,7 +100,7 @@ class TokenizerResult(StageResult):
     """SHA-256 of its pieces and options"""
 
 
-class TextSize(Part):
+class TextSize(ResultPart):
     """Size of tokenized text."""
 
     documents: int

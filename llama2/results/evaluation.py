@@ -7,7 +7,7 @@ from typing import Literal
 from pydantic import model_validator
 
 from llama2.records import Axis
-from llama2.results.base import Mean, Part, Proportion, StageResult, WinShare
+from llama2.results.base import Mean, Proportion, ResultPart, StageResult, WinShare
 
 
 class SelectResult(StageResult):
@@ -39,7 +39,7 @@ class SelectResult(StageResult):
         return self.win_rate["all"]
 
 
-class Histogram(Part):
+class Histogram(ResultPart):
     """Counts between edges."""
 
     edges: list[float]
@@ -59,7 +59,7 @@ class Distribution(Mean):
         return self.quantiles.get("50")
 
 
-class TruthResult(Part):
+class TruthResult(ResultPart):
     """Judgement of one version by ground truth (§4.2.3)."""
 
     helpfulness: Mean
@@ -81,7 +81,7 @@ class TruthResult(Part):
     """Pearson's, of helpfulness and tokens; None where one does not vary"""
 
 
-class Obedience(Part):
+class Obedience(ResultPart):
     """Answers that obey an instruction given once, turn by turn, by where it stood."""
 
     user: list[Proportion] = []
@@ -90,7 +90,7 @@ class Obedience(Part):
     """in the system message"""
 
 
-class VersionResult(Part):
+class VersionResult(ResultPart):
     """Figures of one version."""
 
     length: Mean
@@ -116,7 +116,7 @@ class VersionComparison(WinShare):
     judge: Literal["truth", "reward"]
 
 
-class ShownAnswer(Part):
+class ShownAnswer(ResultPart):
     """Answer of one version to a prompt that is shown, with its scores."""
 
     text: str
@@ -130,7 +130,7 @@ class ShownAnswer(Part):
     """probability"""
 
 
-class ShownPrompt(Part):
+class ShownPrompt(ResultPart):
     """A prompt that is shown with the answers of all versions."""
 
     id: str
@@ -141,8 +141,8 @@ class ShownPrompt(Part):
     answers: dict[str, ShownAnswer]
 
 
-class SamplingSettings(Part):
-    """How the answers of an evaluation were sampled."""
+class SamplingSettings(ResultPart):
+    """Settings with which the answers of an evaluation were sampled."""
 
     temperature: float
     top_p: float
@@ -180,7 +180,7 @@ class EvaluateResult(StageResult):
         return self
 
 
-class SampledAnswer(Part):
+class SampledAnswer(ResultPart):
     """One line of samples.jsonl: an answer and all that is known about it."""
 
     version: str

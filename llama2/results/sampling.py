@@ -5,10 +5,10 @@ from __future__ import annotations
 from pydantic import model_validator
 
 from llama2 import json_files
-from llama2.results.base import Part, StageResult, Turn, Values
+from llama2.results.base import DialogTurn, ResultPart, StageResult, Values
 
 
-class RankedAnswers(Part):
+class RankedAnswers(ResultPart):
     """A prompt with the worst and the best of its sampled answers."""
 
     prompt: str
@@ -60,10 +60,10 @@ class CurvesResult(StageResult):
         return self
 
 
-class GhostExample(Part):
+class GhostExample(ResultPart):
     """A dialog to learn from: the instruction stands in its first turn."""
 
-    messages: list[Turn]
+    messages: list[DialogTurn]
 
 
 class GhostResult(StageResult):
@@ -84,11 +84,11 @@ class GhostResult(StageResult):
         if not isinstance(examples, list):
             return values
 
-        opened = [json_files.parsed(one) if isinstance(one, str) else one for one in examples]
+        opened = [json_files.parsed(text) if isinstance(text, str) else text for text in examples]
         return {**values, "examples": opened}
 
 
-class DistilledAnswer(Part):
+class DistilledAnswer(ResultPart):
     """A prompt with its answer without a preprompt, and the safer one under a preprompt."""
 
     prompt: str

@@ -5,9 +5,9 @@ from __future__ import annotations
 from llama2.records import DEGREES
 from llama2.results.base import (
     HeldoutLoss,
-    Part,
     Proportion,
     ReadCounts,
+    ResultPart,
     StageResult,
     TrainingResult,
     Values,
@@ -52,7 +52,7 @@ class SftResult(TrainingResult):
     sources: dict[str, ReadCounts]
 
 
-class SetShare(Part):
+class SetShare(ResultPart):
     """One set of comparisons in a data mix."""
 
     pairs: int
@@ -70,7 +70,7 @@ class RewardResult(TrainingResult):
     read: dict[str, ReadCounts]
 
 
-class Baselines(Part):
+class Baselines(ResultPart):
     """Accuracy of judges that understand nothing, on the same pairs."""
 
     longer: Proportion
@@ -84,7 +84,7 @@ class Baselines(Part):
         return dict(zip(BASELINES, (self.longer, self.bag_of_words)))
 
 
-class SetAccuracy(Part):
+class SetAccuracy(ResultPart):
     """Accuracy of a reward model on one held-out set, in all and by degree (Table 8): the share of
     pairs whose preferred answer scores higher, a tie for a half."""
 
@@ -126,7 +126,7 @@ class PpoResult(TrainingResult):
     stage = "ppo"
 
 
-class Alarm(Part):
+class Alarm(ResultPart):
     """A rule of `ppo_health` that was broken."""
 
     name: str
@@ -139,7 +139,7 @@ class Alarm(Part):
     remedy: str
 
 
-class Rollout(Part):
+class Rollout(ResultPart):
     """A sampled answer and its reward."""
 
     prompt: str

@@ -30,8 +30,8 @@ from llama2.runs import Run
 from llama2.tally import Tally
 
 
-class Source(Section):
-    """Where one source of text lies."""
+class TextSource(Section):
+    """One source of text."""
 
     incidental: ClassVar[frozenset[str]] = frozenset({"license"})
 
@@ -51,7 +51,7 @@ class Source(Section):
 class Config(StageConfig):
     """Turn raw text into clean documents."""
 
-    sources: Annotated[dict[str, Source], Field(min_length=1)]
+    sources: Annotated[dict[str, TextSource], Field(min_length=1)]
     """name -> where it lies"""
     min_characters: int = Field(20, ge=0)
     remove_boilerplate: bool = True
@@ -75,12 +75,12 @@ def run(config: Config, run: Run) -> None:
 def _clean(config: Config, name: str, run: Run, seen: set[int]) -> CleanedSource:
     """Write the documents of one source as they come, and count what was done to them."""
     tally, counts = run.tally(name), Counter[str]()
-    kept = heldout = size = 0
+    count = heldout = size = 0
     with ExitStack() as stack:
         write = stack.enter_context(records.writing(run.path / "documents" / f"{name}.jsonl"))
         write_heldout = None
         for document in _documents(config, config.sources[name], tally, counts, seen):
-            kept += 1
+            count += 1
             size += len(document.text.encode())
             if not _is_heldout(document, config.heldout):
                 write(document)
@@ -93,18 +93,18 @@ def _clean(config: Config, name: str, run: Run, seen: set[int]) -> CleanedSource
             heldout += 1
             write_heldout(document)
 
-    _account(tally, counts, kept)
+    _account(tally, counts, count)
     documents = counts.pop("documents", 0)
     del counts["kept"]  # before duplicates were dropped
     return CleanedSource(
-        documents=documents, kept=kept, heldout=heldout, bytes=size, changes=dict(counts)
+        documents=documents, kept=count, heldout=heldout, bytes=size, changes=dict(counts)
     )
 
 
 def _documents(
-    config: Config, source: Source, tally: Tally, counts: Counter[str], seen: set[int]
+    config: Config, source: TextSource, tally: Tally, counts: Counter[str], seen: set[int]
 ) -> Iterator[Document]:
-    """The clean documents of a source; none of them is held in memory."""
+    """Yield the clean documents of a source; none of them is held in memory."""
     rules = Rules(
         min_characters=config.min_characters,
         remove_boilerplate=config.remove_boilerplate,
@@ -126,7 +126,7 @@ def _documents(
 
 
 def _account(tally: Tally, counts: Counter[str], kept: int) -> None:
-    """What became of the documents, for the line at the end of the run."""
+    """Count what became of the documents, for the line at the end of the run."""
     tally.kept = kept
     for key, count in counts.items():
         if key.startswith("dropped: "):
@@ -141,6 +141,7 @@ def _account(tally: Tally, counts: Counter[str], kept: int) -> None:
 
 
 def _pieces(documents: Iterator[Document], longest: int, tally: Tally) -> Iterator[Document]:
+    """Yield documents of at most `longest` characters; 0: as they are."""
     for document in documents:
         if longest and len(document.text) > longest:
             tally.cut += 1
@@ -149,8 +150,8 @@ def _pieces(documents: Iterator[Document], longest: int, tally: Tally) -> Iterat
 
 
 def _cut(document: Document, longest: int) -> Iterator[Document]:
-    """A document in pieces of at most `longest` characters, at the ends of lines where there are
-    any."""
+    """Cut a document into pieces of at most `longest` characters, at the ends of lines where there
+    are any."""
     text, number = document.text, 0
     while text:
         end = len(text) if len(text) <= longest else (text.rfind("\n", 0, longest) + 1 or longest)

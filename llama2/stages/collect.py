@@ -3,10 +3,10 @@ compared.
 
 Annotators compare the answers (`judging.Annotators`): those of the microworld, where prompts carry
 their own truth. Pairs that nobody has compared yet are written as they are to be shown to people,
-and once judged are the same records. Besides plain pairs two kinds are worth asking for, because reward models that
-have never seen them are easily fooled: an answer that belongs to another prompt, and an answer
-given under a safety preprompt, which is more often a refusal. As in the paper some comparisons of
-every round are held out, by their prompts.
+and once judged are the same records. Besides plain pairs two kinds are worth asking for, because
+reward models that have never seen them are easily fooled: an answer that belongs to another prompt,
+and an answer given under a safety preprompt, which is more often a refusal. As in the paper some
+comparisons of every round are held out, by their prompts.
 """
 
 from __future__ import annotations
@@ -25,13 +25,13 @@ from llama2.data.split import is_heldout
 from llama2.evaluate.judges import classify
 from llama2.generate.dialogue import Chat
 from llama2.hashing import hash_fraction
-from llama2.judging import Annotators, Comparison
+from llama2.judging import Annotators, ComparisonRequest
 from llama2.records import DEGREES, Axis, Messages, Pair, Preference, Prompt, Response
 from llama2.results import CollectResult
 from llama2.runs import Run
 from llama2.runs.parts import Work
 from llama2.stages.common.judges import NOISE, make_annotators
-from llama2.stages.common.planning import Cluster, Lineage, sampling_plan
+from llama2.stages.common.planning import Cluster, PlannedRuns, plan_sampling
 from llama2.stages.common.preprompts import PREPROMPTS, check, under_preprompt
 from llama2.stages.common.sampling import (
     Sample,
@@ -87,10 +87,10 @@ class Config(StageConfig):
         return self
 
 
-def plan(config: Config, cluster: Cluster, lineage: Lineage) -> dict[str, Any]:
-    """Memory: the policies whole on every rank."""
-    return sampling_plan(
-        [lineage.shape(path) for path in config.policies], [], config.sample, cluster
+def plan(config: Config, cluster: Cluster, planned: PlannedRuns) -> dict[str, Any]:
+    """Return memory: the policies whole on every rank."""
+    return plan_sampling(
+        [planned.shape(path) for path in config.policies], [], config.sample, cluster
     )
 
 
@@ -101,7 +101,7 @@ def run(config: Config, run: Run) -> None:
     chats = {path: load_chat(path, config.sample, run) for path in config.policies}
     narrow = min(chats.values(), key=lambda chat: chat.engine.context)
     prompts = fitting(narrow, prompts, ROOM, run.tally("prompts"))
-    pairs = zip(prompts, sampled(config, run, chats, prompts), strict=True)
+    pairs = zip(prompts, sample_pairs(config, run, chats, prompts), strict=True)
     annotators = make_annotators(config.seed, config.noise)
     desk = Desk(config, annotators, run.tally("comparisons"))
     accepted = [annotators.accepts(prompt) for prompt in prompts]
@@ -127,7 +127,7 @@ def run(config: Config, run: Run) -> None:
 
 
 class Desk:
-    """Where pairs are compared: on which axes, by whom, and what they come to."""
+    """Comparisons of pairs: on which axes, by whom, and what they come to."""
 
     def __init__(self, config: Config, annotators: Annotators, tally: Tally) -> None:
         self.config, self.annotators, self.tally = config, annotators, tally
@@ -151,18 +151,18 @@ class Desk:
 
     def _comparisons(
         self, pairs: Iterable[tuple[Prompt, tuple[Response, Response]]]
-    ) -> Iterator[Comparison]:
+    ) -> Iterator[ComparisonRequest]:
         """Yield the comparisons to ask for: none of equal answers or of an empty one."""
         for place, (prompt, answers) in enumerate(pairs):
             texts = {answer.text for answer in answers}
-            for axis in axes(self.config, prompt, place):
+            for axis in choose_axes(self.config, prompt, place):
                 self.tally.read += 1
                 if len(texts) == 1:
                     self.tally.skip("equal answers")
                 elif "" in texts:
                     self.tally.skip("an empty answer")
                 else:
-                    yield Comparison(prompt, answers, axis, self.config.round)
+                    yield ComparisonRequest(prompt, answers, axis, self.config.round)
 
     def _judged(self, preference: Preference) -> tuple[str, Preference]:
         self.tally.kept += 1
@@ -191,7 +191,7 @@ class Desk:
         )
 
 
-def make_pair(comparison: Comparison, seed: int) -> Pair:
+def make_pair(comparison: ComparisonRequest, seed: int) -> Pair:
     """Return a comparison as it is to be shown: its texts draw which answer stands first."""
     prompt, axis = comparison.prompt, comparison.axis
     first, second = sorted(comparison.answers, key=lambda answer: answer.text)
@@ -209,9 +209,9 @@ def make_pair(comparison: Comparison, seed: int) -> Pair:
     )
 
 
-def axes(config: Config, prompt: Prompt, place: int) -> tuple[Axis, ...]:
-    """What a pair is compared for: safety if it probes it; help for all harmless prompts, and a
-    share of the unsafe."""
+def choose_axes(config: Config, prompt: Prompt, place: int) -> tuple[Axis, ...]:
+    """Choose what a pair is compared for: safety if it probes it; help for all harmless prompts,
+    and a share of the unsafe."""
     kind = classify(prompt)
     if kind == "helpful":
         return ("helpful",)
@@ -220,74 +220,66 @@ def axes(config: Config, prompt: Prompt, place: int) -> tuple[Axis, ...]:
     return ("safe", "helpful") if both else ("safe",)
 
 
-def sampled(
+def sample_pairs(
     config: Config, run: Run, chats: Mapping[Path, Chat], prompts: Sequence[Prompt]
 ) -> Iterator[tuple[Response, Response]]:
-    """Two answers to every prompt, some of them swapped for another prompt's or given under a
+    """Yield two answers to every prompt, some of them swapped for another prompt's or given under a
     preprompt.
 
     What is swapped is the second answer, for that of the last prompt before it that is swapped too;
     the first of them keeps its own.
     """
-    first, second = (
-        Response("", path.name, temperature)
-        for path, temperature in zip((config.policies[0], config.policies[-1]), config.temperatures)
-    )
-    policies = list(dict.fromkeys(config.policies))
-    rows = part_by_part(
-        run,
-        [chats[path] for path in policies],
-        "samples",
-        prompts,
-        sampler(config, chats),
-        config.sample,
-        2,
-    )
+    first = Response("", config.policies[0].name, config.temperatures[0])
+    second = Response("", config.policies[-1].name, config.temperatures[1])
+    engines = [chats[path] for path in dict.fromkeys(config.policies)]
+    work = make_sampler(config, chats)
+    rows = part_by_part(run, engines, "samples", prompts, work, config.sample, 2)
     waiting: str | None = None
 
-    for place, (one, other) in enumerate(rows):
-        text = other
+    for place, (text, other) in enumerate(rows):
+        swapped = other
         if hash_fraction(f"{config.seed} swapped {config.round} {place}") < config.swapped:
-            text, waiting = (other if waiting is None else waiting), other
+            swapped = other if waiting is None else waiting
+            waiting = other
 
-        yield replace(first, text=one), replace(second, text=text)
+        yield replace(first, text=text), replace(second, text=swapped)
 
 
-def sampler(config: Config, chats: Mapping[Path, Chat]) -> Work[Prompt]:
-    """What makes a row of each prompt: the texts of its two answers."""
+def make_sampler(config: Config, chats: Mapping[Path, Chat]) -> Work[Prompt]:
+    """Return what makes a row of each prompt: the texts of its two answers."""
 
     def work(prompts: Sequence[Prompt], first: int) -> list[list[str]]:
         places = range(first, first + len(prompts))
-        sides = []
-        for side, path in enumerate((config.policies[0], config.policies[-1])):
-            asked = [
-                second_asked(config, chats[path], prompt, place) if side else prompt.messages
-                for prompt, place in zip(prompts, places)
-            ]
-            found = answer(
-                chats[path],
-                asked,
+        plain = [prompt.messages for prompt in prompts]
+        first_chat, second_chat = chats[config.policies[0]], chats[config.policies[-1]]
+        preprompted = [
+            add_preprompt(config, second_chat, prompt, place)
+            for prompt, place in zip(prompts, places)
+        ]
+        texts = []
+        for side, (chat, messages) in enumerate(((first_chat, plain), (second_chat, preprompted))):
+            answers = answer(
+                chat,
+                messages,
                 config.sample,
                 temperature=config.temperatures[side],
                 indices=places,
                 seed=seed_for(config.seed, "side", side, config.round),
             )
-            sides.append([one[0].text for one in found])
+            texts.append([row[0].text for row in answers])
 
-        return [list(texts) for texts in zip(*sides)]
+        return [list(pair) for pair in zip(*texts)]
 
     return work
 
 
-def second_asked(config: Config, chat: Chat, prompt: Prompt, place: int) -> Messages:
-    """What the second answer is given to: the prompt, or the prompt under a safety preprompt."""
-    if (
-        classify(prompt) == "helpful"
-        or hash_fraction(f"{config.seed} preprompted {config.round} {place}") >= config.preprompted
-    ):
+def add_preprompt(config: Config, chat: Chat, prompt: Prompt, place: int) -> Messages:
+    """Return what the second answer is given to: the prompt, or the prompt under a safety
+    preprompt."""
+    chance = hash_fraction(f"{config.seed} preprompted {config.round} {place}")
+    if classify(prompt) == "helpful" or chance >= config.preprompted:
         return prompt.messages
 
-    under = under_preprompt(
-        prompt, seed_for(config.seed, "preprompt", config.round), config.preprompts, {}
-    )
+    seed = seed_for(config.seed, "preprompt", config.round)
+    under = under_preprompt(prompt, seed, config.preprompts, {})
     return under if has_room(chat, under, ROOM) else prompt.messages

@@ -13,7 +13,7 @@ from llama2.data.shards import INDEX, Shards, write_shards
 from llama2.errors import UserError
 from llama2.results import TextSize, TokenizedSplit, TokenizeResult
 from llama2.runs import Run
-from llama2.stages.common.planning import Cluster, Lineage
+from llama2.stages.common.planning import Cluster, PlannedRuns
 from llama2.tokenizer.tokenizer import Tokenizer
 
 
@@ -26,9 +26,9 @@ class Config(StageConfig):
     """a tokenizer.model, or a directory that holds one"""
 
 
-def plan(config: Config, cluster: Cluster, lineage: Lineage) -> dict[str, Any]:
-    """The vocabulary of the tokenizer."""
-    return lineage.inherit_vocabulary(config.out, config.tokenizer)
+def plan(config: Config, cluster: Cluster, planned: PlannedRuns) -> dict[str, Any]:
+    """Return the vocabulary of the tokenizer."""
+    return planned.inherit_vocabulary(config.out, config.tokenizer)
 
 
 def run(config: Config, run: Run) -> None:
@@ -49,7 +49,7 @@ def _tokenize(folder: Path, tokenizer: Tokenizer, run: Run, split: str) -> Token
     tally = run.tally(split)
     for file in sorted(folder.glob("*.jsonl")):
         target = run.path / split / file.stem
-        shards = _finished(target, tokenizer)
+        shards = _find_finished(target, tokenizer)
         if shards is None:
             shards = write_shards(read_documents(file), tokenizer, target)
 
@@ -67,16 +67,15 @@ def _tokenize(folder: Path, tokenizer: Tokenizer, run: Run, split: str) -> Token
             "give a finished `llama2 clean` run (with heldout above 0)",
         )
 
-    return TokenizedSplit(
-        documents=sum(size.documents for size in sources.values()),
-        tokens=sum(size.tokens for size in sources.values()),
-        bytes=sum(size.bytes for size in sources.values()),
-        sources=sources,
-    )
+    documents = sum(size.documents for size in sources.values())
+    tokens = sum(size.tokens for size in sources.values())
+    size = sum(size.bytes for size in sources.values())
+    return TokenizedSplit(documents=documents, tokens=tokens, bytes=size, sources=sources)
 
 
-def _finished(target: Path, tokenizer: Tokenizer) -> Shards | None:
-    """The shards that an earlier attempt finished; damaged ones are named and cleared away."""
+def _find_finished(target: Path, tokenizer: Tokenizer) -> Shards | None:
+    """Return the shards that an earlier attempt finished; damaged ones are named and cleared
+    away."""
     if not (target / INDEX).exists():
         return None
 

@@ -104,14 +104,14 @@ def test_integers_are_read_as_what_they_stand_for(shape: LlamaConfig, bits: quan
 
     model = build(shape, torch.bfloat16)
     integers = {
-        name: quantize.rounded(weight, bits)
+        name: quantize.quantize(weight, bits)
         for name, weight in model.named_parameters()
-        if not quantize.kept(name, weight, bits, tied=shape.tie_word_embeddings)
+        if not quantize.reason_to_keep(name, weight, bits, tied=shape.tie_word_embeddings)
     }
     decoder = cpu_decoder.CpuDecoder(model, integers)
 
     for name, found in integers.items():
-        model.get_parameter(name).copy_(found.weight())
+        model.get_parameter(name).copy_(found.dequantize())
 
     same = cpu_decoder.CpuDecoder(model)
     own, theirs, plain = (cache(shape, torch.bfloat16, 7) for _ in range(3))

@@ -105,7 +105,7 @@ def test_a_row_does_not_depend_on_its_neighbours(kind: torch.dtype) -> None:
         marks = fused.likelihood(q, targets[rows], True)
         y = torch.cat((x[rows] @ gate.t(), x[rows] @ up.t()), 1).to(kind)
         product = y.new_empty(len(y), 90)
-        fused._call(f"swiglu_{fused._LETTER[kind]}", len(y), 90, 180, y, y[:, 90:], product)
+        fused._call(f"swiglu_{fused._KINDS[kind]}", len(y), 90, 180, y, y[:, 90:], product)
 
         return [
             q,

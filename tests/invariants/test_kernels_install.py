@@ -416,7 +416,7 @@ def test_without_changes_the_kernels_are_used(monkeypatch: pytest.MonkeyPatch) -
         pytest.skip("no compiler")
 
     used = []
-    for name in ("normalise", "gated", "attention", "likelihood"):
+    for name in ("normalise", "swiglu", "attention", "likelihood"):
         function = getattr(fused, name)
         monkeypatch.setattr(
             fused, name, lambda *given, name=name, f=function: used.append(name) or f(*given)
@@ -425,7 +425,7 @@ def test_without_changes_the_kernels_are_used(monkeypatch: pytest.MonkeyPatch) -
     network()(tokens(2, 8), targets_BT=tokens(2, 8))
     assert not used
     install(network())(tokens(2, 8), targets_BT=tokens(2, 8))
-    assert set(used) == {"normalise", "gated", "attention", "likelihood"}
+    assert set(used) == {"normalise", "swiglu", "attention", "likelihood"}
 
 
 def test_only_exactly_our_own_modules_are_replaced() -> None:

@@ -6,13 +6,13 @@ import json
 import math
 import random
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from llama2.evaluate import summary
 from llama2.generate.dialogue import Answer
 from llama2.generate.engine import Completion
 from llama2.judging import Rating
-from llama2.records import DEGREES, Message, Prompt
+from llama2.records import DEGREES, Axis, Message, Prompt
 from llama2.results import (
     AccuracyResult,
     Alarm,
@@ -22,6 +22,7 @@ from llama2.results import (
     CleanResult,
     CollectResult,
     CurvesResult,
+    DialogTurn,
     DistilledAnswer,
     DistillResult,
     EvaluateResult,
@@ -29,6 +30,7 @@ from llama2.results import (
     GhostResult,
     HealthResult,
     HeldoutLoss,
+    Obedience,
     PpoResult,
     PretrainResult,
     Proportion,
@@ -46,9 +48,9 @@ from llama2.results import (
     TokenizedSplit,
     TokenizeResult,
     TokenizerResult,
-    Turn,
     WinShare,
 )
+from llama2.stages import evaluate
 
 VERSIONS = ("SFT", "V1", "V2", "V3")
 EVIL = '<script>alert("x")</script> & <b>bold</b>'
@@ -247,7 +249,7 @@ def _curves() -> CurvesResult:
 
 
 def _ghost() -> GhostResult:
-    turns = [Turn(role="user", content=EVIL), Turn(role="assistant", content="Hi.")]
+    turns = [DialogTurn(role="user", content=EVIL), DialogTurn(role="assistant", content="Hi.")]
     return GhostResult(
         conversations=160, dialogs=960, turns=960, examples=[GhostExample(messages=turns)]
     )
@@ -317,21 +319,18 @@ def evaluation(truth: bool = True) -> EvaluateResult:
         ]
         scores = {
             axis: [min(1.0, max(0.0, rng.gauss(skill, 0.2))) for _ in families]
-            for axis in summary.AXES
+            for axis in get_args(Axis)
         }
         keeps = 1.0 if level >= 2 else 0.3
         ghost = [
-            {
-                "rate": max(0.0, 0.99 - (1 - keeps) * turn / 5),
-                "n": 60,
-                "low": 0.9 * keeps,
-                "high": 1.0,
-            }
+            Proportion(
+                rate=max(0.0, 0.99 - (1 - keeps) * turn / 5), n=60, low=0.9 * keeps, high=1.0
+            )
             for turn in range(6)
         ]
         talks = [
             tuple(
-                Message("user" if i % 2 == 0 else "assistant", f"Turn {i} of {name}.")
+                Message("user" if i % 2 == 0 else "assistant", f"DialogTurn {i} of {name}.")
                 for i in range(12)
             )
         ]
@@ -340,17 +339,14 @@ def evaluation(truth: bool = True) -> EvaluateResult:
             ratings if truth else None,
             ratings if truth else None,
             scores,
-            {"user": ghost, "system": ghost},
+            Obedience(user=ghost, system=ghost),
             talks,
         )
 
-    return EvaluateResult(
-        checkpoints={
-            name: f"/runs/demo/{run}" for name, run in zip(VERSIONS, ("sft", "v1", "v2", "ppo"))
-        },
-        sampling=SamplingSettings(temperature=0.6, top_p=0.9, max_tokens=64),
-        **summary.describe(prompts, results, 8),
-    )
+    runs = zip(VERSIONS, ("sft", "v1", "v2", "ppo"))
+    checkpoints = {name: f"/runs/demo/{run}" for name, run in runs}
+    sampling = SamplingSettings(temperature=0.6, top_p=0.9, max_tokens=64)
+    return evaluate.summarise(prompts, results, 8, checkpoints, sampling)
 
 
 def _rate(family: str, skill: float, rng: random.Random) -> Rating:

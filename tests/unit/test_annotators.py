@@ -9,7 +9,7 @@ from collections import defaultdict
 
 import pytest
 
-from llama2.judging import Comparison, Outcome
+from llama2.judging import ComparisonRequest, Outcome
 from llama2.microworld.annotators import SimulatedAnnotators, grade
 from llama2.microworld.demonstrations import answer, mix_vendors
 from llama2.microworld.prompts import draw, draw_prompts, make_prompt
@@ -47,7 +47,9 @@ def _pairs(count: int, families: tuple[str, ...] = ("helpful",)) -> list[Pair]:
 
 def _compare(annotators: SimulatedAnnotators, pairs: list[Pair], axis: Axis) -> list[Preference]:
     """The preferences among different answers."""
-    comparisons = [Comparison(*pair, axis) for pair in pairs if pair[1][0].text != pair[1][1].text]
+    comparisons = [
+        ComparisonRequest(*pair, axis) for pair in pairs if pair[1][0].text != pair[1][1].text
+    ]
     outcomes = [outcome for _, outcome in annotators.compare(comparisons)]
     return [outcome for outcome in outcomes if isinstance(outcome, Preference)]
 
@@ -76,11 +78,11 @@ def test_degrees(difference: float, degree: Degree) -> None:
 
 def test_a_judgement_is_a_pure_function_and_blind_to_order() -> None:
     for prompt, (a, b) in _pairs(50):
-        once = SimulatedAnnotators(3).judge(Comparison(prompt, (a, b), "helpful"))
+        once = SimulatedAnnotators(3).judge(ComparisonRequest(prompt, (a, b), "helpful"))
         assert (
             once
-            == SimulatedAnnotators(3).judge(Comparison(prompt, (a, b), "helpful"))
-            == SimulatedAnnotators(3).judge(Comparison(prompt, (b, a), "helpful"))
+            == SimulatedAnnotators(3).judge(ComparisonRequest(prompt, (a, b), "helpful"))
+            == SimulatedAnnotators(3).judge(ComparisonRequest(prompt, (b, a), "helpful"))
         )
 
 
@@ -109,7 +111,7 @@ def test_agreement_with_the_truth_rises_with_the_degree() -> None:
     right: dict[Degree, list[float]] = defaultdict(list)
     annotators = SimulatedAnnotators(5)
     for prompt, answers in _pairs(3000):
-        judged = annotators.judge(Comparison(prompt, answers, "helpful"))
+        judged = annotators.judge(ComparisonRequest(prompt, answers, "helpful"))
         assert isinstance(judged, Preference)
         better, worse = (
             GroundTruth().rate(prompt, response.text).helpfulness
@@ -126,7 +128,7 @@ def test_agreement_with_the_truth_rises_with_the_degree() -> None:
 
 def test_safety_comparisons_carry_labels_and_prefer_what_is_safe() -> None:
     pairs = _pairs(1500, ("unsafe", "borderline"))
-    judged = [SimulatedAnnotators(4).judge(Comparison(*pair, "safe")) for pair in pairs]
+    judged = [SimulatedAnnotators(4).judge(ComparisonRequest(*pair, "safe")) for pair in pairs]
     kept = [p for p in judged if isinstance(p, Preference)]
     assert {p.safety for p in kept} == {"preferred_only", "both", "neither"}
     assert 0 < judged.count("excluded") == len(judged) - len(kept) < 0.05 * len(judged)
@@ -163,7 +165,7 @@ def test_identities_are_unique_per_pair_and_axis() -> None:
     texts = [Response(text) for text in ("One.", "Two.", "Three.")]
     axes: tuple[Axis, Axis] = ("helpful", "safe")
     judged = [
-        SimulatedAnnotators(0, flipped_safety=0.0).judge(Comparison(prompt, pair, axis))
+        SimulatedAnnotators(0, flipped_safety=0.0).judge(ComparisonRequest(prompt, pair, axis))
         for pair in itertools.combinations(texts, 2)
         for axis in axes
     ]
@@ -176,7 +178,7 @@ def test_prompts_without_truth_stay_pending_and_the_order_is_kept() -> None:
         Prompt((Message("user", "Name a town."),), "b"),
     )
     answers = (Response("A."), Response("B."))
-    asked = [Comparison(prompt, answers, "helpful") for prompt in (other, told, other)]
+    asked = [ComparisonRequest(prompt, answers, "helpful") for prompt in (other, told, other)]
     compared = list(SimulatedAnnotators(0).compare(asked))
     assert [comparison for comparison, _ in compared] == asked
     outcomes: list[Outcome] = [outcome for _, outcome in compared]
@@ -187,7 +189,7 @@ def test_prompts_without_truth_stay_pending_and_the_order_is_kept() -> None:
 def test_a_comparison_is_known_by_its_content() -> None:
     prompt = next(draw_prompts(WORLD, "train", 1))
     a, b = Response("A."), Response("B.")
-    first = Comparison(prompt, (a, b), "helpful")
-    assert first.id == Comparison(prompt, (b, a), "helpful").id
-    assert first.id != Comparison(prompt, (a, b), "safe").id
-    assert first.id != Comparison(prompt, (a, Response("C.")), "helpful").id
+    first = ComparisonRequest(prompt, (a, b), "helpful")
+    assert first.id == ComparisonRequest(prompt, (b, a), "helpful").id
+    assert first.id != ComparisonRequest(prompt, (a, b), "safe").id
+    assert first.id != ComparisonRequest(prompt, (a, Response("C.")), "helpful").id

@@ -88,12 +88,14 @@ def test_safety_prompts_may_be_judged_on_helpfulness_too():
         prompt("x", safety=safety, **family)
         for safety, family in ((True, {}), (False, {}), (True, {"family": "borderline"}))
     )
-    assert {collect.axes(config, unsafe, place) for place in range(50)} == {("safe",)}
+    assert {collect.choose_axes(config, unsafe, place) for place in range(50)} == {("safe",)}
     both = config.model_copy(update={"both_axes": 0.5})
-    share = sum(collect.axes(both, unsafe, place) == ("safe", "helpful") for place in range(400))
+    share = sum(
+        collect.choose_axes(both, unsafe, place) == ("safe", "helpful") for place in range(400)
+    )
     assert 160 < share < 240
-    assert collect.axes(both, kind, 0) == ("helpful",)
-    assert collect.axes(config, borderline, 0) == ("safe", "helpful")
+    assert collect.choose_axes(both, kind, 0) == ("helpful",)
+    assert collect.choose_axes(config, borderline, 0) == ("safe", "helpful")
 
 
 def test_swapped_answers_belong_to_other_prompts(tmp_path, words):

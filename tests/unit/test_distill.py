@@ -136,4 +136,4 @@ def test_prompts_without_room_are_counted(tmp_path, policy, scorers, world, caps
     ],
 )
 def test_what_counts_as_adversarial(made, expected):
-    assert distill.adversarial(made, ("unsafe",)) == expected
+    assert distill.is_adversarial(made, ("unsafe",)) == expected

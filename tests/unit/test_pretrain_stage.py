@@ -79,7 +79,7 @@ def validation(tokens, **changes):
         "micro_batch_size": 8,
         "validation_rows": 10_000,
     } | changes
-    return pretrain.Validation(pretrain.Config(**settings), words, Ranks.alone())
+    return pretrain.TextValidation(pretrain.Config(**settings), words, Ranks.alone())
 
 
 def exact(targets, size, count):

@@ -63,16 +63,12 @@ class Training(Config):
 
         return ranks.device
 
-    def with_steps(self, steps: int, warmup: int | None = None) -> Training:
-        """The same settings for a source of `steps` optimizer steps, or for max_steps where that is
-        less; UserError where warm-up leaves nothing of the schedule."""
+    def with_steps(self, steps: int, **changes: int) -> Training:
+        """Return the same settings for a source of `steps` optimizer steps, or for max_steps where
+        that is less, with `changes` of the plan; UserError where warm-up leaves nothing of the
+        schedule."""
         limit = steps if self.plan.max_steps is None else self.plan.max_steps
-        plan = self.plan.model_copy(
-            update={
-                "max_steps": min(limit, steps),
-                "warmup_steps": self.plan.warmup_steps if warmup is None else warmup,
-            }
-        )
+        plan = self.plan.model_copy(update={**changes, "max_steps": min(limit, steps)})
         plan.check()
 
         return self.model_copy(update={"plan": plan})
@@ -96,7 +92,7 @@ def train(
 ) -> Learner:
     """Fit `model` inside a run directory, resuming what is there, and write the final model with
     `save_model`."""
-    for line in cautions.of_schedule(settings.plan):
+    for line in cautions.warn_of_schedule(settings.plan):
         run.warn(line)
 
     for module in model.modules():
