@@ -13,7 +13,7 @@ from llama2.ranks import Ranks
 from llama2.stages.common.ppo_stopping import BestPolicy, measure_reward, swap_in
 from llama2.stages.common.ppo_watch import Watch, measure_clipping
 from llama2.stages.common.sampling import load_rewards
-from llama2.stages.common.training import load_policy, saver
+from llama2.stages.common.training import load_policy, make_saver
 from llama2.tokenizer.tokenizer import Tokenizer
 from llama2.train.loop import Hook, Plan, Report, TrainingState
 
@@ -176,7 +176,7 @@ def test_a_best_policy_that_was_damaged_meanwhile_is_not_taken(policy, tmp_path,
     best, out = tmp_path / "checkpoints/best", tmp_path / "out"
     out.mkdir()
     actor, tokenizer = load_policy(policy, ALONE.device)
-    policy_kept = BestPolicy(best, saver(actor, tokenizer, ALONE), tokenizer, ALONE)
+    policy_kept = BestPolicy(best, make_saver(actor, tokenizer, ALONE), tokenizer, ALONE)
     policy_kept.keep()
     policy_kept.adopt(out)
     assert {path.name: path.read_bytes() for path in out.iterdir()} == {
