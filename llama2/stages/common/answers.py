@@ -31,7 +31,7 @@ from llama2.model.scorer import Scorer
 from llama2.records import Messages, Prompt
 from llama2.runs import Run
 from llama2.runs.parts import in_parts
-from llama2.stages.common.training import frozen
+from llama2.stages.common.training import freeze
 from llama2.tally import Tally
 from llama2.tokenizer.template import encode_prompt
 from llama2.tokenizer.tokenizer import Tokenizer
@@ -215,7 +215,7 @@ def judged(
 
 
 def load_judge(path: Path, precision: Precision, device: torch.device) -> Scorer:
-    """A reward model that is only read (`training.frozen`). Each weight is converted as it comes
+    """A reward model that is only read (`training.freeze`). Each weight is converted as it comes
     from the disk: all of them in fp32 would take twice the room that the model takes afterwards."""
 
     def kind(name: str) -> torch.dtype:
@@ -225,4 +225,4 @@ def load_judge(path: Path, precision: Precision, device: torch.device) -> Scorer
             else torch.float32
         )
 
-    return frozen(checkpoint.load_scorer(path, dtype=kind, device=device), precision)
+    return freeze(checkpoint.load_scorer(path, dtype=kind, device=device), precision)
