@@ -1,5 +1,5 @@
-"""What asks a command to stop. Ctrl-C while modules are loaded ends the process at once, with one
-line.
+"""Signals that ask a command to stop. Ctrl-C while modules are loaded ends the process at once,
+with one line.
 
 As an exception it would be raised inside of some library's import, which may swallow it or make
 another error of it.
@@ -21,14 +21,15 @@ MESSAGE = "llama2: interrupted; the same command resumes"
 
 
 def requests() -> tuple[signal.Signals, ...]:
-    """The signals that ask for a stop with everything saved; a closed terminal is one, unless
-    `nohup` made it none."""
+    """Return the signals that ask for a stop with everything saved; a closed terminal is one,
+    unless `nohup` made it none."""
     ours = signal.getsignal(signal.SIGHUP) is signal.SIG_DFL
     return (signal.SIGTERM, signal.SIGUSR1, *((signal.SIGHUP,) if ours else ()))
 
 
 def let_go_of_terminal(number: int) -> None:
-    """After SIGHUP nobody reads: what is still said would be an error of its own."""
+    """Drop output to a terminal after SIGHUP: nobody reads, and writing would be an error of its
+    own."""
     if number == signal.SIGHUP:
         nothing = os.open(os.devnull, os.O_WRONLY)
         for descriptor in (1, 2):
@@ -40,7 +41,7 @@ def let_go_of_terminal(number: int) -> None:
 
 @contextmanager
 def leave_at_once() -> Iterator[None]:
-    """Ctrl-C in this block ends the process at once: nothing in it needs an orderly end.
+    """Let Ctrl-C in this block end the process at once: nothing in it needs an orderly end.
 
     Where Ctrl-C is handled or ignored already, that stays as it is.
     """
@@ -63,8 +64,8 @@ def _leave(number: int, frame: FrameType | None) -> None:
 
 @contextmanager
 def held_back() -> Iterator[None]:
-    """What asks for a stop comes when the block is left; processes begun in it never hear of it,
-    unless they ask to.
+    """Hold back what asks for a stop until the block is left; processes begun in it never hear of
+    it, unless they ask to.
 
     A terminal, `timeout`, Slurm and systemd send their signals to all processes of a command.
     """

@@ -20,18 +20,20 @@ _JOINERS = "\u200c\u200d"  # without which Persian words and emoji fall apart
 
 
 def is_safe(letter: str) -> bool:
-    """Whether a character is only drawn: it neither commands a terminal nor moves what stands
+    """Tell whether a character is only drawn: it neither commands a terminal nor moves what stands
     around it."""
     return letter.isprintable() or letter in _JOINERS or unicodedata.category(letter) == "Zs"
 
 
 def printable(text: str) -> str:
-    """A text with its lines and tabs, in which each character that is more than drawn is U+FFFD."""
+    """Return a text with its lines and tabs, in which each character that is more than drawn is
+    U+FFFD."""
     return "".join(letter if is_safe(letter) or letter in "\n\t" else "\ufffd" for letter in text)
 
 
 def line(text: str, most: int = LONGEST) -> str:
-    """A text as one line of at most `most` characters, without its middle where it is longer.
+    """Return a text as one line of at most `most` characters, without its middle where it is
+    longer.
 
     Line ends and tabs become spaces; what is more than drawn is spelt by its number, as `\\x1b`.
     """
@@ -51,7 +53,7 @@ def _without_middle(text: str, most: int) -> str:
 
 
 def shown(value: Any) -> str:
-    """A value of a file as Python writes it, the beginning of a long one."""
+    """Return a value of a file as Python writes it, the beginning of a long one."""
     try:
         text = repr(value)
     except (RecursionError, ValueError):  # nested too deeply; a number of too many digits
@@ -61,7 +63,7 @@ def shown(value: Any) -> str:
 
 
 def say(text: str) -> None:
-    """One line on standard error."""
+    """Write one line on standard error."""
     print(line(text), file=sys.stderr, flush=True)
 
 

@@ -3,7 +3,7 @@ anything else.
 
 The order of items is a function of (seed, epoch) alone and is cut into global batches before ranks
 take their shares, so another number of ranks or another micro-batch size gives the same optimizer
-steps. It satisfies `train`'s Source.
+steps. It is one of `train`'s batch sources.
 """
 
 from __future__ import annotations
@@ -77,8 +77,8 @@ class Rows(Generic[Item]):
         return self
 
     def __next__(self) -> list[Batch]:
-        """The micro-batches of the next optimizer step on this rank; StopIteration after the last
-        epoch."""
+        """Return the micro-batches of the next optimizer step on this rank; StopIteration after the
+        last epoch."""
         if self._cursor >= len(self._items):
             self._epoch, self._cursor = self._epoch + 1, 0
             if self._epoch < self._epochs:
@@ -110,7 +110,7 @@ class Rows(Generic[Item]):
         return [batch for batch in batches if batch]
 
     def state_dict(self) -> dict[str, Any]:
-        """The place in the data, and what it is a place in."""
+        """Return the place in the data, and what it is a place in."""
         return {"epoch": self._epoch, "cursor": self._cursor, **self._identity()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:

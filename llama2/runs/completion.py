@@ -71,8 +71,7 @@ class _Manifest(BaseModel):
     device: str = devices.CPU
 
 
-# --- written down
-# -------------------------------------------------------------------------------------------------
+# --- written down ---
 
 
 def contents(directory: Path) -> dict[str, str]:
@@ -109,8 +108,7 @@ def _stamp(path: Path) -> Stamp:
     return [status.st_size, status.st_mtime_ns]
 
 
-# --- read
-# ---------------------------------------------------------------------------------------------------------
+# --- read ---
 
 
 def completed(run: Path) -> dict[str, Any]:
@@ -160,8 +158,7 @@ def recorded(run: Path, inside: str = ".") -> dict[str, str]:
     return {name: digest for name, digest in outputs.items() if _is_at(name, inside)}
 
 
-# --- compared
-# -----------------------------------------------------------------------------------------------------
+# --- compared ---
 
 
 def check(run: Path, inside: str = ".", but: Collection[str] = ()) -> dict[str, str]:
@@ -248,8 +245,8 @@ def _is_known(stamp: Stamp, *records: Stamp | None) -> bool:
 def _differing(
     run: Path, unread: list[_Unread], digests: Mapping[str, str], thorough: bool
 ) -> Iterator[UserError]:
-    """Give those of the unread files whose content is another one; remember what was read of a large
-    copy."""
+    """Give those of the unread files whose content is another one; remember what was read of a
+    large copy."""
     left = CHEAP
     same: dict[str, Stamp] = {}
     for file in unread:
@@ -282,8 +279,8 @@ def _compared(run: Path) -> dict[str, Any]:
 def _strangers(
     run: Path, inside: str, chosen: Collection[str], but: Collection[str]
 ) -> Iterator[UserError]:
-    """Give files that stand among the outputs and look like them, so that who reads the folder would
-    read them too."""
+    """Give files that stand among the outputs and look like them, so that who reads the folder
+    would read them too."""
     if not (run / inside).is_dir():
         return
 
