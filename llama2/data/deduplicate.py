@@ -62,9 +62,9 @@ def drop_repeated_lines(
     seen: Counter[int] = Counter()
     for document in documents:
         lines = document.text.split("\n")
-        keys = [fingerprint(line) if line.strip() else None for line in lines]
-        kept = [line for line, key in zip(lines, keys) if key is None or seen[key] < limit]
-        seen.update({key for key in keys if key is not None})
+        keys = {line: fingerprint(line) for line in lines if line.strip()}
+        kept = [line for line in lines if line not in keys or seen[keys[line]] < limit]
+        seen.update(set(keys.values()))
 
         if len(seen) > max_lines:
             seen = Counter(dict(seen.most_common(max_lines // 2)))

@@ -8,7 +8,7 @@ steps. It is one of `train`'s batch sources.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, Generic, TypeVar
 
 import numpy as np
@@ -101,13 +101,14 @@ class Rows(Generic[Item]):
             np.array(share, dtype=np.int64), -(-largest // self._micro_batch_size)
         )
         batches = [
-            self._collate([self._items[index] for index in part])
-            if len(part)
-            else blank(self._collate([self._items[chosen[0]]]))
-            for part in parts
+            self._micro_batch(part) or blank(self._micro_batch(chosen[:1])) for part in parts
         ]
-
         return [batch for batch in batches if batch]
+
+    def _micro_batch(self, indices: Iterable[int]) -> Batch:
+        """Collate the items with these indices; {} where there are none."""
+        items = [self._items[index] for index in indices]
+        return self._collate(items) if items else {}
 
     def state_dict(self) -> dict[str, Any]:
         """Return the place in the data, and what it is a place in."""

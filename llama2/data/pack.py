@@ -61,11 +61,12 @@ def cut_segment(ids: Sequence[int], mask: Sequence[bool], sequence_length: int) 
 def pack(segments: Sequence[Segment], sequence_length: int) -> Packed:
     """Pack segments into rows of `sequence_length` places, each into the fullest row that still has
     room."""
-    rows = [
-        [segments[index] for index in row]
-        for row in best_fit([len(segment) for segment in segments], sequence_length)
-    ]
-    used = sum(len(segment) for segment in segments)
+    sizes = [len(segment) for segment in segments]
+    rows: list[list[Segment]] = []
+    for indices in best_fit(sizes, sequence_length):
+        rows.append([segments[index] for index in indices])
+
+    used = sum(sizes)
     return Packed(rows, used / (len(rows) * sequence_length) if rows else 0.0)
 
 
@@ -163,7 +164,7 @@ def collate(
     within the segment) int64; read_B int64, the places of a row that hold a token. With `separate`
     off documents and positions are left out, and segments of a row see those before them.
     """
-    read_B = np.array([sum(len(segment) for segment in row) for row in rows], np.int64)
+    read_B = np.array([sum(map(len, row)) for row in rows], np.int64)
     longest = int(read_B.max())
     shape = (len(rows), sequence_length or longest)
 

@@ -76,7 +76,7 @@ class _Manifest(BaseModel):
 
 def contents(directory: Path) -> dict[str, str]:
     """Return the hash of every lasting file below a run directory, or any other."""
-    return {name: hash_file(path) for name, path in _lasting(directory)}
+    return _hash_files(dict(_lasting(directory)))
 
 
 def _lasting(directory: Path) -> Iterator[tuple[str, Path]]:
@@ -95,12 +95,16 @@ def mark(run: Path, seconds: float) -> str:
 
     return seal(
         {
-            "outputs": {name: hash_file(path) for name, path in outputs.items()},
-            "records": {name: hash_file(path) for name, path in records.items()},
+            "outputs": _hash_files(outputs),
+            "records": _hash_files(records),
             "files": stamps,
             "seconds": seconds,
         }
     )
+
+
+def _hash_files(paths: Mapping[str, Path]) -> dict[str, str]:
+    return {name: hash_file(path) for name, path in paths.items()}
 
 
 def _stamp(path: Path) -> Stamp:

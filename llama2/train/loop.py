@@ -20,7 +20,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from llama2 import devices
-from llama2.batches import Batch, count_tokens
+from llama2.batches import Batch, count_tokens, move
 from llama2.config import Config
 from llama2.errors import UserError
 from llama2.runs import Stopped
@@ -319,10 +319,8 @@ def _differentiate(
     for batch in batches:
         read, under_loss = count_tokens(batch)
         tokens, trained = tokens + read, trained + under_loss
-        batch = {name: tensor.to(ranks.device, non_blocking=True) for name, tensor in batch.items()}
-
         with devices.autocast(ranks.device, learner.precision):
-            loss = objective(learner.forward, batch)
+            loss = objective(learner.forward, move(batch, ranks.device))
 
         loss.total.backward()  # type: ignore[no-untyped-call]
         names = tuple(sorted(loss.metrics))
@@ -366,9 +364,7 @@ def _update(training: TrainingState, total: float, weight: float) -> dict[str, f
     nothing.
     """
     learner, limit = training.learner, training.plan.clip
-    gradients = {
-        name: [p.grad for p in part if p.grad is not None] for name, part in learner.parts.items()
-    }
+    gradients = {name: _gradients(part) for name, part in learner.parts.items()}
     norms = {name: parallel.gradient_norm(part) for name, part in gradients.items()}
 
     if not all(map(math.isfinite, (total, *norms.values()))):
@@ -384,6 +380,10 @@ def _update(training: TrainingState, total: float, weight: float) -> dict[str, f
 
     learner.optimizer.step()
     return norms
+
+
+def _gradients(parameters: Iterable[nn.Parameter]) -> list[Tensor]:
+    return [parameter.grad for parameter in parameters if parameter.grad is not None]
 
 
 def _not_finite(

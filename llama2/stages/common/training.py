@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from itertools import chain
 from pathlib import Path
 from typing import Literal, TypeVar
 
@@ -17,7 +18,7 @@ import torch
 from torch import nn
 
 from llama2 import devices
-from llama2.batches import Batch
+from llama2.batches import Batch, move
 from llama2.config import Config
 from llama2.data.loader import Rows
 from llama2.devices import Precision
@@ -153,8 +154,8 @@ def heldout_loss(
     of them.
     """
     sums = torch.zeros(2, dtype=torch.float64, device=ranks.device)
-    for batches in (
-        Rows(
+    if rows:
+        source = Rows(
             rows,
             collate,
             ranks,
@@ -162,13 +163,8 @@ def heldout_loss(
             micro_batch_size=micro_batch_size,
             shuffle=False,
         )
-        if rows
-        else ()
-    ):
-        for batch in batches:
-            loss = next_token(
-                model, {name: value.to(ranks.device) for name, value in batch.items()}
-            )
+        for batch in chain.from_iterable(source):
+            loss = next_token(model, move(batch, ranks.device))
             sums += torch.stack([loss.total.double(), loss.weight.double()])
 
     nats, tokens = ranks.all_sum(sums).tolist()
