@@ -1,8 +1,7 @@
-"""Signals that ask a command to stop. Ctrl-C while modules are loaded ends the process at once,
-with one line.
+"""Signals that ask a command to stop.
 
-As an exception it would be raised inside of some library's import, which may swallow it or make
-another error of it.
+Ctrl-C while modules are loaded ends the process at once, with one line: as an exception it would be
+raised inside of some library's import, which may swallow it or make another error of it.
 """
 
 from __future__ import annotations
@@ -20,16 +19,18 @@ STATUS = 130
 MESSAGE = "llama2: interrupted; the same command resumes"
 
 
-def requests() -> tuple[signal.Signals, ...]:
+def list_stop_signals() -> list[signal.Signals]:
     """Return the signals that ask for a stop with everything saved; a closed terminal is one,
     unless `nohup` made it none."""
-    ours = signal.getsignal(signal.SIGHUP) is signal.SIG_DFL
-    return (signal.SIGTERM, signal.SIGUSR1, *((signal.SIGHUP,) if ours else ()))
+    signals = [signal.SIGTERM, signal.SIGUSR1]
+    if signal.getsignal(signal.SIGHUP) is signal.SIG_DFL:
+        signals.append(signal.SIGHUP)
+
+    return signals
 
 
 def let_go_of_terminal(number: int) -> None:
-    """Drop output to a terminal after SIGHUP: nobody reads, and writing would be an error of its
-    own."""
+    """Write to nowhere after SIGHUP: nobody reads, and each further line would be an error."""
     if number == signal.SIGHUP:
         nothing = os.open(os.devnull, os.O_WRONLY)
         for descriptor in (1, 2):
@@ -45,8 +46,8 @@ def leave_at_once() -> Iterator[None]:
 
     Where Ctrl-C is handled or ignored already, that stays as it is.
     """
-    mine = threading.current_thread() is threading.main_thread()
-    if not mine or signal.getsignal(signal.SIGINT) is not signal.default_int_handler:
+    is_main = threading.current_thread() is threading.main_thread()
+    if not is_main or signal.getsignal(signal.SIGINT) is not signal.default_int_handler:
         yield
         return
 
@@ -63,9 +64,9 @@ def _leave(number: int, frame: FrameType | None) -> None:
 
 
 @contextmanager
-def held_back() -> Iterator[None]:
-    """Hold back what asks for a stop until the block is left; processes begun in it never hear of
-    it, unless they ask to.
+def hold_back() -> Iterator[None]:
+    """Let a signal to stop come when the block is left; processes begun in it never hear of it,
+    unless they ask to.
 
     A terminal, `timeout`, Slurm and systemd send their signals to all processes of a command.
     """

@@ -32,7 +32,8 @@ from llama2.generate.sampling import Sampling
 from llama2.generate.session import Session
 from llama2.model import quantize
 from llama2.model.cache import KVCache
-from llama2.model.llama import Llama, is_hooked
+from llama2.model.linear import is_hooked
+from llama2.model.llama import Llama
 from llama2.model.quantize import QuantizedWeight, WeightPrecision
 from llama2.model.replica import empty_copy, structure
 

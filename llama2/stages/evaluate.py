@@ -144,8 +144,8 @@ def plan(config: Config, cluster: Cluster, planned: PlannedRuns) -> dict[str, An
     """Return memory: one version after the other, then one reward model after the other."""
     local = [path for name, path in config.versions.items() if name not in config.servers]
     return plan_judging(
-        [planned.shape(path) for path in local],
-        [planned.shape(path) for path in config.rewards.by_axis().values()],
+        list(map(planned.shape, local)),
+        list(map(planned.shape, config.rewards.by_axis().values())),
         config.precision,
         config.slots,
         config.max_tokens,
@@ -210,9 +210,10 @@ def summarise(
     kinds = [classify(prompt) for prompt in prompts]
     talks = {name: version.talks[0] for name, version in versions.items() if version.talks}
     results = {name: summary.measure(prompts, kinds, version) for name, version in versions.items()}
+    counts = {kind: kinds.count(kind) for kind in KINDS}
     return EvaluateResult(
         versions=list(versions),
-        prompts={kind: kinds.count(kind) for kind in KINDS},
+        prompts={**counts},
         results=results,
         win_rates=list(summary.compare_versions(kinds, versions)),
         conversations=summary.show_prompts(prompts, versions, conversations),

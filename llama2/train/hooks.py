@@ -372,7 +372,7 @@ class Signals(Hook):
         # Python delivers signals nowhere else
         if threading.current_thread() is threading.main_thread():
             ours = signal.getsignal(signal.SIGINT) is signal.default_int_handler
-            numbers = (*interrupts.requests(), *((signal.SIGINT,) if ours else ()))
+            numbers = (*interrupts.list_stop_signals(), *((signal.SIGINT,) if ours else ()))
             self.before = {number: signal.signal(number, request) for number in numbers}
 
     def close(self) -> None:
