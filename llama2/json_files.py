@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from llama2.errors import UserError, explain_os_errors
-from llama2.terminal_text import shown
+from llama2.terminal_text import show_value
 
 LARGEST = 1 << 30
 """bytes of a file that is read whole"""
@@ -54,7 +54,7 @@ def check(path: str | os.PathLike[str]) -> int:
     return status.st_size
 
 
-def opened(path: str | os.PathLike[str]) -> BufferedReader:
+def open_file(path: str | os.PathLike[str]) -> BufferedReader:
     """Open a plain file for reading."""
     check(path)
     with explain_os_errors(path):
@@ -97,7 +97,7 @@ def json_value(path: str | os.PathLike[str], cure: str = AGAIN) -> Any:
         raise UserError(f"{path}: the file is empty, JSON was expected", cure)
 
     try:
-        return parsed(text)
+        return parse(text)
     except json.JSONDecodeError as error:
         raise UserError(
             f"{path}:{error.lineno}: not valid JSON ({error.msg} at column {error.colno})", cure
@@ -124,7 +124,7 @@ def json_list(path: str | os.PathLike[str], cure: str = AGAIN) -> list[Any]:
     return found
 
 
-def parsed(text: str | bytes) -> Any:
+def parse(text: str | bytes) -> Any:
     """Return the value of a JSON text. ValueError, and nothing else, if it is none, is nested more
     than `DEEPEST` levels, or says two things of one key."""
     try:
@@ -158,7 +158,7 @@ def _object(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
     found = dict(pairs)
     for key, value in pairs if len(found) < len(pairs) else ():
         if found[key] != value:
-            raise ValueError(f"the key {shown(key)} stands twice, with two values")
+            raise ValueError(f"the key {show_value(key)} stands twice, with two values")
 
     return found
 
@@ -176,7 +176,7 @@ def _items(value: Any) -> Sequence[Any]:
 
 def _named(value: Any) -> str:
     kinds = {dict: "an object", list: "a list", str: "a text", type(None): "null"}
-    return kinds.get(type(value), shown(value))
+    return kinds.get(type(value), show_value(value))
 
 
 def is_own(name: Any) -> bool:

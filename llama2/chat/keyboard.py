@@ -135,7 +135,7 @@ def recorded(history: History | None, read: Reader) -> Callable[[str], str]:
 
 def _text(line: str) -> str:
     try:
-        text = json_files.parsed(line)
+        text = json_files.parse(line)
     except ValueError:
         return ""
 

@@ -17,7 +17,7 @@ ENOUGH = 10
 """conversations of which one can be spared"""
 
 
-def opening(turns: Messages, instruction: str = "") -> str:
+def normalize_opening(turns: Messages, instruction: str = "") -> str:
     """Return the first user turn, case and spacing aside, by which splits and exclusions go.
 
     `instruction` is what Ghost Attention put in front of it: the question behind it is the
@@ -31,7 +31,7 @@ def opening(turns: Messages, instruction: str = "") -> str:
 def is_heldout(turns: Messages, share: float) -> bool:
     """Tell whether a conversation belongs to the held-out share; a larger share contains a smaller
     one."""
-    return _place(opening(turns)) < share * 2.0**64
+    return _place(normalize_opening(turns)) < share * 2.0**64
 
 
 def heldout_openings(openings: Sequence[str], share: float) -> set[str]:

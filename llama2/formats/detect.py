@@ -62,7 +62,7 @@ def _directory(path: Path) -> Source:
 
 
 def _file(path: Path) -> Source:
-    with explain_os_errors(path), json_files.opened(path) as file:
+    with explain_os_errors(path), json_files.open_file(path) as file:
         begin = file.read(_LEGACY.size)
 
     if begin[:4] == b"GGUF":

@@ -30,7 +30,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from llama2.errors import UserError, missing_extra
+from llama2.errors import UserError, explain_missing_extra
 from llama2.formats.binary import FETCH_AGAIN, read_array, replacing
 from llama2.formats.gguf_header import ALIGNMENT, Entry, Header, read_header
 from llama2.formats.source import Source, Stored
@@ -104,7 +104,7 @@ def _library() -> ModuleType:
         import gguf
         import gguf.quants
     except ImportError:
-        raise missing_extra("gguf", "release") from None
+        raise explain_missing_extra("gguf", "release") from None
 
     logging.getLogger("gguf").setLevel(logging.ERROR)
     return gguf

@@ -19,7 +19,7 @@ import torch
 from llama2.errors import UserError, did_you_mean
 from llama2.formats.hf_directory import CONFIG, PADDING, read_json
 from llama2.model.llama import LlamaConfig
-from llama2.terminal_text import shown
+from llama2.terminal_text import show_value
 from llama2.tokenizer import chat_files
 
 LANGUAGE_MODEL, SEQUENCE_SCORER = "LlamaForCausalLM", "LlamaForSequenceClassification"
@@ -117,7 +117,7 @@ def read_config(directory: Path) -> tuple[LlamaConfig, bool]:
     path, values = _values(directory)
     if values.get("model_type") != "llama":
         raise UserError(
-            f"{path}: model_type is {shown(values.get('model_type'))}, not 'llama'",
+            f"{path}: model_type is {show_value(values.get('model_type'))}, not 'llama'",
             "only models of the Llama 2 family can be loaded",
         )
 
@@ -182,7 +182,7 @@ def _checked(path: Path, name: str, value: Any, kinds: tuple[type, ...]) -> Any:
         or (isinstance(value, bool) and bool not in kinds)
         or value != value
     ):
-        raise UserError(f"{path}: {name} is {shown(value)}", _EXPECTED[kinds])
+        raise UserError(f"{path}: {name} is {show_value(value)}", _EXPECTED[kinds])
 
     return value
 
@@ -190,7 +190,7 @@ def _checked(path: Path, name: str, value: Any, kinds: tuple[type, ...]) -> Any:
 def _section(path: Path, values: Mapping[str, Any], name: str) -> Mapping[str, Any]:
     section = values.get(name) or {}
     if not isinstance(section, Mapping):
-        raise UserError(f"{path}: {name} is {shown(section)}", "a JSON object was expected")
+        raise UserError(f"{path}: {name} is {show_value(section)}", "a JSON object was expected")
 
     return section
 
@@ -231,8 +231,8 @@ def _refuse_scaling(path: Path, name: str, section: Mapping[str, Any]) -> None:
     factor = section.get("factor")
 
     if kind != "default" and not (kind in _IDENTITIES and factor is not None and _same(factor, 1)):
-        by = "" if factor is None else f" with the factor {shown(factor)}"
-        raise UserError(f"{path}: {place} is {shown(kind)}{by}, Llama 2 has 'default'", UNFIT)
+        by = "" if factor is None else f" with the factor {show_value(factor)}"
+        raise UserError(f"{path}: {place} is {show_value(kind)}{by}, Llama 2 has 'default'", UNFIT)
 
     for key, value in section.items():
         if (
@@ -243,7 +243,7 @@ def _refuse_scaling(path: Path, name: str, section: Mapping[str, Any]) -> None:
             continue
         if not any(_same(value, neutral) for neutral in _ROPE_NEUTRAL.get(key, ())):
             raise UserError(
-                f"{path}: {name}.{key} is {shown(value)}, which Llama 2 does not have", UNFIT
+                f"{path}: {name}.{key} is {show_value(value)}, which Llama 2 does not have", UNFIT
             )
 
 
@@ -253,7 +253,7 @@ def _agree(path: Path, found: Mapping[str, Any], cure: str) -> None:
     for other in others:
         if found[other] != found[first]:
             raise UserError(
-                f"{path}: {first} is {shown(found[first])} and {other} is {shown(found[other])}",
+                f"{path}: {first} is {show_value(found[first])} and {other} is {show_value(found[other])}",
                 cure,
             )
 
@@ -343,19 +343,20 @@ def _refuse_relatives(path: Path, values: Mapping[str, Any], config: LlamaConfig
                 continue
 
             raise UserError(
-                f"{path}: {name} is {shown(value)}, Llama 2 has {shown(neutral[name][0])}", UNFIT
+                f"{path}: {name} is {show_value(value)}, Llama 2 has {show_value(neutral[name][0])}",
+                UNFIT,
             )
 
     layers = values.get(_LAYERS)
     if layers and (not isinstance(layers, list) or {*map(str, layers)} != {"full_attention"}):
         raise UserError(
-            f"{path}: {_LAYERS} is {shown(layers)}, Llama 2 has 'full_attention' alone", UNFIT
+            f"{path}: {_LAYERS} is {show_value(layers)}, Llama 2 has 'full_attention' alone", UNFIT
         )
 
     for name in _unknown(values):
         if _NETWORK.search(name) and name not in neutral and name != _LAYERS:
             raise UserError(
-                f"{path}: {name} is {shown(values[name])}, a key that Llama 2 does not have",
+                f"{path}: {name} is {show_value(values[name])}, a key that Llama 2 does not have",
                 "take it out if the model does not need it, else it cannot be loaded",
             )
 
@@ -396,7 +397,7 @@ def _is_scorer(path: Path, values: Mapping[str, Any]) -> bool:
 
     if not names or None in names:
         raise UserError(
-            f"{path}: architectures is {shown(listed)}",
+            f"{path}: architectures is {show_value(listed)}",
             f"{LANGUAGE_MODEL} or {SEQUENCE_SCORER} was expected",
         )
 

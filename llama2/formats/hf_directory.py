@@ -21,7 +21,7 @@ from llama2.errors import UserError, explain_os_errors
 from llama2.hashing import hash_file
 from llama2.model import tensors
 from llama2.model.llama import LlamaConfig
-from llama2.terminal_text import shown
+from llama2.terminal_text import show_value
 
 CONFIG, WEIGHTS, INDEX, CHECKSUMS = (
     "config.json",
@@ -123,7 +123,7 @@ def _shards(directory: Path, index: str) -> list[Path]:
     for tensor, name in weight_map.items():
         if not json_files.is_own(name):
             raise UserError(
-                f"{directory / index}: the file of '{tensor}' is {shown(name)}",
+                f"{directory / index}: the file of '{tensor}' is {show_value(name)}",
                 "fetch the checkpoint again",
             )
         if not (directory / name).exists():
@@ -208,10 +208,12 @@ def listed(directory: Path) -> dict[str, str]:
     for name, value in found.items():
         if not json_files.is_own(name):
             raise UserError(
-                f"{path}: it names {shown(name)}, which is no file of this directory", cure
+                f"{path}: it names {show_value(name)}, which is no file of this directory", cure
             )
         if not isinstance(value, str):
-            raise UserError(f"{path}: the checksum of {shown(name)} is {shown(value)}", cure)
+            raise UserError(
+                f"{path}: the checksum of {show_value(name)} is {show_value(value)}", cure
+            )
 
     return found
 

@@ -37,7 +37,7 @@ from llama2.model.tensors import (
     separate_pairs,
     shapes,
 )
-from llama2.terminal_text import shown
+from llama2.terminal_text import show_value
 from llama2.tokenizer import sentencepiece_model as pieces
 from llama2.tokenizer.sentencepiece_model import Held
 
@@ -118,13 +118,15 @@ def _parameters(file: Path) -> dict[str, Any]:
     for name in ("dim", "n_layers", "n_heads", "n_kv_heads", "vocab_size", "max_seq_len"):
         if values.get(name) is not None and type(values[name]) is not int:
             raise UserError(
-                f"{file}: {name} is {shown(values[name])}", "a whole number was expected"
+                f"{file}: {name} is {show_value(values[name])}", "a whole number was expected"
             )
 
     for name in ("norm_eps", "rope_theta"):
         value = values.get(name)
         if value is not None and (type(value) not in (int, float) or not math.isfinite(value)):
-            raise UserError(f"{file}: {name} is {shown(value)}", "a finite number was expected")
+            raise UserError(
+                f"{file}: {name} is {show_value(value)}", "a finite number was expected"
+            )
 
     values = {name: value for name, value in values.items() if value is not None}
     if values.get("use_scaled_rope") or values.get("moe"):

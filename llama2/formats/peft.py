@@ -33,7 +33,7 @@ from llama2.formats import hf, hf_directory
 from llama2.formats.hf_directory import SCORE
 from llama2.formats.source import Source, Stored
 from llama2.model.tensors import EMBEDDINGS, HEAD
-from llama2.terminal_text import shown
+from llama2.terminal_text import show_value
 from llama2.tokenizer import foreign
 from llama2.tokenizer.chat_files import chat_template, stop_ids
 
@@ -97,11 +97,12 @@ class _Adapter:
         for expression, other in (self.values.get(pattern) or {}).items():
             try:
                 if re.match(rf"(.*\.)?({expression})$", module):
-                    named, value = f"{pattern} of {shown(expression)}", other
+                    named, value = f"{pattern} of {show_value(expression)}", other
                     break
             except (re.error, RecursionError) as error:
                 raise UserError(
-                    f"{self.path / CONFIG}: {pattern} has {shown(expression)} ({error})", "mend it"
+                    f"{self.path / CONFIG}: {pattern} has {show_value(expression)} ({error})",
+                    "mend it",
                 ) from None
 
         if (
@@ -110,11 +111,12 @@ class _Adapter:
             or not math.isfinite(value)
         ):
             raise UserError(
-                f"{self.path / CONFIG}: {named} is {shown(value)}", "a finite number was expected"
+                f"{self.path / CONFIG}: {named} is {show_value(value)}",
+                "a finite number was expected",
             )
         if key == "r" and (value < 1 or value != int(value)):
             raise UserError(
-                f"{self.path / CONFIG}: {named} is {shown(value)}",
+                f"{self.path / CONFIG}: {named} is {show_value(value)}",
                 "a whole number above 0 was expected",
             )
 
@@ -135,7 +137,7 @@ def base_of(path: Path, given: Path | None = None) -> Path:
     named = json_files.json_object(path / CONFIG).get(_BASE)
     if given is None and (not isinstance(named, str) or not os.path.exists(named)):
         raise UserError(
-            f"{path / CONFIG}: the base model {shown(named)} is not on this machine",
+            f"{path / CONFIG}: the base model {show_value(named)} is not on this machine",
             "name its place: --base DIRECTORY",
         )
 
@@ -278,13 +280,14 @@ def _refuse_others(file: Path, values: Mapping[str, Any]) -> None:
     cure = "merge it with the program that trained it, and import the result"
     if values.get("peft_type") != "LORA":
         raise UserError(
-            f"{file}: peft_type is {shown(values.get('peft_type'))}, only LORA can be merged", cure
+            f"{file}: peft_type is {show_value(values.get('peft_type'))}, only LORA can be merged",
+            cure,
         )
 
     for name in sorted(values.keys() - _CHANGE_NOTHING):
         if values[name]:
             raise UserError(
-                f"{file}: {name} is {shown(values[name])}, only plain LoRA can be merged", cure
+                f"{file}: {name} is {show_value(values[name])}, only plain LoRA can be merged", cure
             )
 
     if not any(
@@ -292,19 +295,19 @@ def _refuse_others(file: Path, values: Mapping[str, Any]) -> None:
         for known in _KEEPS_THE_BASE
     ):
         raise UserError(
-            f"{file}: init_lora_weights is {shown(values['init_lora_weights'])}, which changes the base",
+            f"{file}: init_lora_weights is {show_value(values['init_lora_weights'])}, which changes the base",
             cure,
         )
     if values.get("task_type") not in (None, "CAUSAL_LM", "SEQ_CLS"):
         raise UserError(
-            f"{file}: task_type is {shown(values['task_type'])}, CAUSAL_LM or SEQ_CLS was expected",
+            f"{file}: task_type is {show_value(values['task_type'])}, CAUSAL_LM or SEQ_CLS was expected",
             cure,
         )
 
     for name in ("rank_pattern", "alpha_pattern"):
         if not isinstance(values.get(name) or {}, dict):
             raise UserError(
-                f"{file}: {name} is {shown(values[name])}", "a JSON object was expected"
+                f"{file}: {name} is {show_value(values[name])}", "a JSON object was expected"
             )
 
 

@@ -45,7 +45,7 @@ def either(path: Path) -> dict[str, Stored]:
 
 def is_one(path: Path) -> bool:
     """Whether a file has this format."""
-    with explain_os_errors(path), json_files.opened(path) as file:
+    with explain_os_errors(path), json_files.open_file(path) as file:
         return file.read(len(_BEGIN)) == _BEGIN
 
 

@@ -148,7 +148,7 @@ def entries(path: Path) -> dict[str, Stored]:
     that lies outside its storage; later, from `Stored.read`, for numbers that do not match their
     checksum.
     """
-    with explain_os_errors(path), json_files.opened(path) as file:
+    with explain_os_errors(path), json_files.open_file(path) as file:
         members = _members(path, file)
         root = next(
             (name.removesuffix("data.pkl") for name in members if name.endswith("/data.pkl")), None

@@ -88,7 +88,7 @@ def _sum(row: Mapping[str, object]) -> int:
 
 def _read(line: bytes, asked: Mapping[str, tuple[int, ...]]) -> tuple[str, Completion | None]:
     try:
-        row = json_files.parsed(line)
+        row = json_files.parse(line)
         key = row["key"]
         if row.pop("sum") != _sum(row):
             return "", None

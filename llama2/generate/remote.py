@@ -359,7 +359,7 @@ class RemoteEngine:
     def _check_json(self, ids: Sequence[int]) -> None:
         """A server may leave `response_format` aside without a word."""
         try:
-            json_files.parsed(self.tokenizer.decode(ids))
+            json_files.parse(self.tokenizer.decode(ids))
         except ValueError:
             raise Trouble(
                 "the answer is no JSON, as if the server knew no response_format", again=None

@@ -20,7 +20,7 @@ from typing import Any, TypeVar
 from pydantic import BaseModel, ValidationError
 
 from llama2 import json_files
-from llama2.errors import UserError, missing_extra
+from llama2.errors import UserError, explain_missing_extra
 
 COMPLETIONS, MODELS = "/v1/completions", "/v1/models"
 LONGEST_PAUSE = 600.0  # seconds, whatever Retry-After says
@@ -201,7 +201,7 @@ class Wire:
             self._refuse(response)
 
         try:
-            return json_files.parsed(response.content)
+            return json_files.parse(response.content)
         except ValueError:
             raise Trouble("an answer that is not JSON") from None
 
@@ -288,7 +288,7 @@ def _httpx() -> Any:
     try:
         import httpx
     except ImportError:
-        raise missing_extra("httpx", "remote") from None
+        raise explain_missing_extra("httpx", "remote") from None
 
     return httpx
 
@@ -321,7 +321,7 @@ def _retry_after(text: str) -> float:
 def _message(text: str) -> str:
     """What a server says went wrong, in one line."""
     try:
-        error = json_files.parsed(text)
+        error = json_files.parse(text)
         error = error.get("error", error) if isinstance(error, dict) else error
         text = str(error.get("message", error)) if isinstance(error, dict) else str(error)
     except ValueError:

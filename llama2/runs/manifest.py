@@ -124,7 +124,7 @@ def _write(
 
 def _read(path: Path) -> dict[str, Any]:
     """Read what a run wrote down when it began, all that it is known by."""
-    values = completion.manifest(path)
+    values = completion.read_manifest(path)
     if not {"verb", "config", "inputs"} <= values.keys():
         raise UserError(
             f"{path / MANIFEST}: damaged: it does not say what the run is of",

@@ -116,14 +116,14 @@ def _part(line: bytes, first: int) -> tuple[int, list[Any]] | None:
     """Return the number of items and the rows in a line of the file; None if it is not whole, or
     does not begin at `first`."""
     try:
-        found = json_files.parsed(line)
+        found = json_files.parse(line)
         text, count = str(found["rows"]), int(found["items"])
         whole = line.endswith(b"\n") and found["first"] == first and count > 0
 
         if not whole or found["sum"] != _sum(first, count, text):
             return None
 
-        rows: list[Any] = json_files.parsed(text)
+        rows: list[Any] = json_files.parse(text)
         return count, rows
     except (ValueError, KeyError, TypeError):
         return None

@@ -15,7 +15,7 @@ from typing import Any
 
 from llama2 import json_files
 from llama2.errors import UserError
-from llama2.terminal_text import shown
+from llama2.terminal_text import show_value
 
 CONFIG, GENERATION = "config.json", "generation_config.json"
 TEMPLATE, SETTINGS, ADDED = "chat_template.jinja", "tokenizer_config.json", "added_tokens.json"
@@ -39,7 +39,7 @@ def stop_ids(directory: Path, size: int | None = None) -> tuple[int, ...]:
         for token in ids:
             if isinstance(token, bool) or not isinstance(token, int):
                 raise UserError(
-                    f"{file}: eos_token_id is {shown(listed)}",
+                    f"{file}: eos_token_id is {show_value(listed)}",
                     "a whole number was expected, or a list of them",
                 )
             if size is not None and not 0 <= token < size:

@@ -24,7 +24,7 @@ import sentencepiece
 
 from llama2 import json_files
 from llama2.errors import UserError
-from llama2.terminal_text import say, shown
+from llama2.terminal_text import say, show_value
 from llama2.tokenizer import merges, sentencepiece_model
 from llama2.tokenizer.chat_files import stop_ids
 from llama2.tokenizer.huggingface import JSON, SETTINGS, SPECIAL, difference
@@ -216,7 +216,7 @@ def _roles(values: Mapping[str, Any]) -> Iterator[str]:
 def _id(file: Path, value: Any) -> int:
     number = int(value) if isinstance(value, str) and value.isdecimal() else value
     if isinstance(number, bool) or not isinstance(number, int) or number < 0:
-        raise UserError(f"{file}: {shown(value)} is no id of a token", _FETCH)
+        raise UserError(f"{file}: {show_value(value)} is no id of a token", _FETCH)
 
     return number
 
@@ -227,7 +227,7 @@ def _entry(file: Path, entry: Any) -> tuple[str, bool]:
         or not isinstance(entry.get("content"), str)
         or not entry["content"]
     ):
-        raise UserError(f"{file}: an added token is {shown(entry)}", _FETCH)
+        raise UserError(f"{file}: an added token is {show_value(entry)}", _FETCH)
 
     return _text(file, entry["content"]), entry.get("special") is True
 

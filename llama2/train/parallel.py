@@ -62,7 +62,7 @@ def shard(
     they are. Outside torchrun the model only moves to its device. `reshard_after_forward=False`
     keeps the gathered blocks for the backward pass: faster, more memory.
     """
-    axis = ranks.sharded().shard
+    axis = ranks.spread().shard
     if axis.group is None:
         return model.to(ranks.device)
 

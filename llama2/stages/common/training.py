@@ -102,7 +102,7 @@ def train(
 
     ranks = run.ranks
     if settings.parallel == "shard":
-        ranks = ranks.sharded()
+        ranks = ranks.spread()
         parallel.shard(model, ranks, settings.precision)
     else:
         parallel.replicate(model.to(ranks.device), ranks)
