@@ -108,27 +108,27 @@ def json_value(path: str | os.PathLike[str], cure: str = AGAIN) -> Any:
 
 def json_object(path: str | os.PathLike[str], cure: str = AGAIN) -> dict[str, Any]:
     """Read the JSON object in a file."""
-    found = json_value(path, cure)
-    if not isinstance(found, dict):
-        raise UserError(f"{path}: a JSON object was expected, this is {_named(found)}", cure)
+    value = json_value(path, cure)
+    if not isinstance(value, dict):
+        raise UserError(f"{path}: a JSON object was expected, this is {_named(value)}", cure)
 
-    return found
+    return value
 
 
 def json_list(path: str | os.PathLike[str], cure: str = AGAIN) -> list[Any]:
     """Read the JSON list in a file."""
-    found = json_value(path, cure)
-    if not isinstance(found, list):
-        raise UserError(f"{path}: a JSON list was expected, this is {_named(found)}", cure)
+    value = json_value(path, cure)
+    if not isinstance(value, list):
+        raise UserError(f"{path}: a JSON list was expected, this is {_named(value)}", cure)
 
-    return found
+    return value
 
 
 def parse(text: str | bytes) -> Any:
     """Return the value of a JSON text. ValueError, and nothing else, if it is none, is nested more
     than `DEEPEST` levels, or says two things of one key."""
     try:
-        found = json.loads(text, object_pairs_hook=_object, parse_int=_whole)
+        value = json.loads(text, object_pairs_hook=_object, parse_int=_whole)
     except UnicodeDecodeError as error:
         raise ValueError(
             f"no text in {error.encoding}: {error.reason} at byte {error.start}"
@@ -136,10 +136,10 @@ def parse(text: str | bytes) -> Any:
     except RecursionError:
         raise ValueError("nested too deeply") from None
 
-    if is_deep(found, DEEPEST):
+    if is_deep(value, DEEPEST):
         raise ValueError(f"nested more than {DEEPEST} levels deep")
 
-    return found
+    return value
 
 
 def is_deep(value: Any, most: int) -> bool:
@@ -155,12 +155,12 @@ def is_deep(value: Any, most: int) -> bool:
 
 
 def _object(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    for key, value in pairs if len(found) < len(pairs) else ():
-        if found[key] != value:
+    result = dict(pairs)
+    for key, value in pairs if len(result) < len(pairs) else ():
+        if result[key] != value:
             raise ValueError(f"the key {show_value(key)} stands twice, with two values")
 
-    return found
+    return result
 
 
 def _whole(digits: str) -> float:

@@ -83,7 +83,7 @@ class Ranks:
 
     @property
     def is_main(self) -> bool:
-        """Whether this is rank 0, which writes files and prints."""
+        """True on rank 0, which writes files and prints."""
         return self.rank == 0
 
     def barrier(self) -> None:

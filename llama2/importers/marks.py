@@ -290,8 +290,8 @@ def _mask(
             "give every turn, or every answer, its flag",
         )
 
-    own = mask_turns(dialog.messages, dialog.train)
-    mask = tuple(map(all, zip(own, mask_turns(dialog.messages, flags))))
+    before = mask_turns(dialog.messages, dialog.train)
+    mask = tuple(map(all, zip(before, mask_turns(dialog.messages, flags))))
     if not any(mask):
         return SkippedRow("no turn to learn from")
     if "last" in (dialog.train, flags):

@@ -89,7 +89,7 @@ class RowFormat(Generic[T]):
     of: type = dict
 
     def find_missing_key(self, value: Any) -> str:
-        """The first key that a value lacks, "" if it has all."""
+        """Return the first key that a value lacks, "" if it has all."""
         present = {*value} if isinstance(value, dict) else set()
         for key in self.keys:
             if present.isdisjoint(key.split("|")):
@@ -324,8 +324,8 @@ def _name_cells(row: Row, header: list[str]) -> Row:
 def _drop_columns(value: Any, columns: tuple[str, ...]) -> Any:
     """Return a value without some columns, wherever in it they stand."""
     if isinstance(value, dict):
-        kept = [key for key in value if key not in columns]
-        return {key: _drop_columns(value[key], columns) for key in kept}
+        items = value.items()
+        return {key: _drop_columns(item, columns) for key, item in items if key not in columns}
 
     return [_drop_columns(item, columns) for item in value] if isinstance(value, list) else value
 
