@@ -58,7 +58,12 @@ def show_value(value: Any) -> str:
     except (RecursionError, ValueError):  # nested too deeply; a number of too many digits
         text = f"a {type(value).__name__} too large to show"
 
-    return line(text if len(text) <= _SHOWN else f"{text[: _SHOWN - 3]}...")
+    return line(shorten(text))
+
+
+def shorten(text: str) -> str:
+    """Return a text, the beginning of a long one."""
+    return text if len(text) <= _SHOWN else f"{text[: _SHOWN - 3]}..."
 
 
 def say(text: str) -> None:

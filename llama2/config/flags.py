@@ -23,9 +23,8 @@ def read_flags(kind: Any, arguments: Sequence[str], under: Mapping[str, Any]) ->
     it has says what its keys are.
     """
     nested: dict[str, Any] = {}
-    flags = _split(arguments)
     # a verb says what else there is
-    for flag in sorted(flags, key=lambda flag: not flag.name.endswith(".verb")):
+    for flag in sorted(_split(arguments), key=lambda flag: not flag.name.endswith(".verb")):
         place, value = _read(kind, flag, merge(under, nested))
         _refuse_second(place, flag, nested)
         _put(nested, place.names, replace(flag, value=value))

@@ -15,7 +15,7 @@ from pydantic_core import ErrorDetails
 from llama2.config import schema
 from llama2.config.schema import NAME, Flag, Place
 from llama2.errors import UserError
-from llama2.terminal_text import show_value
+from llama2.terminal_text import shorten, show_value
 
 _DATA = ("dialogs", "preferences", "shards", "documents", "sources", "prompts", "conversations")
 _ALIASES = {
@@ -303,5 +303,4 @@ def _show(value: Any) -> str:
     if not isinstance(value, (list, tuple)):
         return show_value(value)
 
-    text = f"[{', '.join(map(_show, value))}]"
-    return text if len(text) <= 100 else f"{text[:97]}..."
+    return shorten(f"[{', '.join(map(_show, value))}]")

@@ -17,6 +17,7 @@ import yaml
 from pydantic import BaseModel
 
 from llama2.config import yaml12
+from llama2.terminal_text import shorten
 
 NAME = "NAME"
 """stands for a key that the user chooses"""
@@ -53,8 +54,7 @@ class Flag:
 
     def spell(self) -> str:
         """Its value as it was typed, in quotes where it could not be seen otherwise."""
-        text = " ".join(self.words)
-        text = text if len(text) <= 100 else f"{text[:97]}..."
+        text = shorten(" ".join(self.words))
         return text if text.strip() and text.isprintable() else repr(text)
 
 

@@ -66,8 +66,7 @@ def pack(segments: Sequence[Segment], sequence_length: int) -> Packed:
     for indices in best_fit(sizes, sequence_length):
         rows.append([segments[index] for index in indices])
 
-    used = sum(sizes)
-    return Packed(rows, used / (len(rows) * sequence_length) if rows else 0.0)
+    return Packed(rows, sum(sizes) / (len(rows) * sequence_length) if rows else 0.0)
 
 
 def best_fit(sizes: Sequence[int], capacity: int) -> list[list[int]]:

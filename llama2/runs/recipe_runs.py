@@ -78,8 +78,7 @@ class StepRun:
     @property
     def config(self) -> Mapping[str, Any]:
         """The resolved configuration, as plain JSON."""
-        config: Mapping[str, Any] = self.manifest.get("config") or {}
-        return config
+        return self.manifest.get("config") or {}
 
     def result(self, kind: type[R]) -> R | None:
         """Return what the run wrote of one kind of result, None if it did not."""
@@ -326,11 +325,8 @@ def _strings(value: Any) -> Iterator[str]:
     """Yield every text in plain JSON."""
     if isinstance(value, str):
         yield value
-    elif isinstance(value, Mapping):
-        for item in value.values():
-            yield from _strings(item)
-    elif isinstance(value, list):
-        for item in value:
+    elif isinstance(value, (Mapping, list)):
+        for item in value.values() if isinstance(value, Mapping) else value:
             yield from _strings(item)
 
 

@@ -83,10 +83,11 @@ def shard(
     # FSDP2 warns that in-place changes of a model's output would lose gradients; no objective makes
     # any.
     warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
-    for unit in _units(model):
-        unit.set_gradient_divide_factor(1.0)
-        # the pre-multiplied sum taken otherwise exists only in NCCL
-        unit.set_force_sum_reduction_for_comms(True)
+    for unit in model.modules():
+        if isinstance(unit, FSDPModule):
+            unit.set_gradient_divide_factor(1.0)
+            # the pre-multiplied sum taken otherwise exists only in NCCL
+            unit.set_force_sum_reduction_for_comms(True)
 
     model.to_empty(device=ranks.device)
     set_model_state_dict(model, weights, options=_SPREAD)
@@ -96,10 +97,6 @@ def shard(
 def is_sharded(model: nn.Module) -> bool:
     """Tell whether `shard` has spread this model (or a part of it)."""
     return any(isinstance(parameter, DTensor) for parameter in model.parameters())
-
-
-def _units(model: nn.Module) -> list[FSDPModule]:
-    return [module for module in model.modules() if isinstance(module, FSDPModule)]
 
 
 def sum_gradients(model: nn.Module, ranks: Ranks) -> None:
