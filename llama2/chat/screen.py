@@ -12,7 +12,7 @@ from rich.live import Live
 from rich.markdown import Markdown
 from rich.segment import Segment
 
-from llama2.terminal_text import printable
+from llama2.terminal_text import make_printable
 
 REFRESH = 0.08
 """seconds between two drawings of a growing answer: often enough to read along, and cheap beside a
@@ -46,7 +46,7 @@ class Plain:
         self._sink = sink
 
     def add(self, part: str) -> None:
-        print(printable(part), end="", file=self._sink, flush=True)
+        print(make_printable(part), end="", file=self._sink, flush=True)
 
     def end(self) -> None:
         print(file=self._sink, flush=True)
@@ -61,7 +61,7 @@ class Rendered:
         self._live = Live(console=console, auto_refresh=False, transient=True)
 
     def add(self, part: str) -> None:
-        self._growing += printable(part)
+        self._growing += make_printable(part)
         now = time.monotonic()
         if now - self._drawn < REFRESH:
             return

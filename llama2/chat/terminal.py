@@ -35,7 +35,7 @@ from llama2.ranks import join
 from llama2.reading import files
 from llama2.reading.rows import detect_encoding
 from llama2.records import Dialog, Message, Messages
-from llama2.terminal_text import printable
+from llama2.terminal_text import make_printable
 from llama2.tokenizer.template import check_template
 from llama2.tokenizer.tokenizer import Tokenizer
 
@@ -412,4 +412,4 @@ class Session:
 
 
 def _note(text: str) -> None:
-    print(printable(text), file=sys.stderr, flush=True)
+    print(make_printable(text), file=sys.stderr, flush=True)

@@ -17,11 +17,11 @@ from llama2.runs.recipe_runs import STEPS, read_steps
 
 def runs_at(path: Path) -> list[Path]:
     """The finished run at a path, or those of the recipe there; UserError if there are none."""
-    if completion.home(path) == path:
+    if completion.find_run(path) == path:
         return [path]
 
     names = read_steps(path) if (path / STEPS).is_file() else []
-    found = [path / name for name in names if completion.home(path / name) == path / name]
+    found = [path / name for name in names if completion.find_run(path / name) == path / name]
     if not found:
         raise UserError(
             f"{path}: no finished run, nor a recipe's directory with some in it",
@@ -38,7 +38,7 @@ def damage(path: Path) -> dict[str, list[str]]:
 
 def _damage(run: Path) -> Iterator[str]:
     try:
-        yield from (fault.cause for fault in completion.faults(run, thorough=True))
+        yield from (fault.cause for fault in completion.find_faults(run, thorough=True))
     except UserError as error:  # the completion mark itself
         yield error.cause
 

@@ -27,7 +27,7 @@ from llama2.formats.detect import open_source
 from llama2.formats.progress import Reading, size
 from llama2.formats.source import Source
 from llama2.ranks import join
-from llama2.terminal_text import line
+from llama2.terminal_text import fit_line
 from llama2.tokenizer.tokenizer import Tokenizer
 
 POSITIONAL = "checkpoints"
@@ -114,10 +114,12 @@ def run(config: Config) -> int:
         )
     else:
         for side, source in zip("AB", (a, b)):
-            print(line(f"{side:10}{source.path} ({source.format})"))
+            print(fit_line(f"{side:10}{source.path} ({source.format})"))
 
-        print(*map(line, lines(found, config.tolerance, _pieces(a, b))), sep="\n")
-        print(line(f"{'verdict':10}{f'different: {differences[0]}' if differences else 'equal'}"))
+        print(*map(fit_line, lines(found, config.tolerance, _pieces(a, b))), sep="\n")
+        print(
+            fit_line(f"{'verdict':10}{f'different: {differences[0]}' if differences else 'equal'}")
+        )
 
     return 1 if differences else 0
 

@@ -45,7 +45,7 @@ SCORE = "score.weight"
 # transformers finds the last real token of a row by it; the published tokenizer has no id for
 # padding
 PADDING = 0
-read_json = json_files.json_object
+read_json = json_files.read_object
 
 
 # ---- tensors and their files
@@ -121,7 +121,7 @@ def _shards(directory: Path, index: str) -> list[Path]:
         raise UserError(f"{directory / index}: no weight_map", "fetch the checkpoint again")
 
     for tensor, name in weight_map.items():
-        if not json_files.is_own(name):
+        if not json_files.is_file_name(name):
             raise UserError(
                 f"{directory / index}: the file of '{tensor}' is {show_value(name)}",
                 "fetch the checkpoint again",
@@ -206,7 +206,7 @@ def listed(directory: Path) -> dict[str, str]:
     cure = f"fetch the checkpoint again, or delete {CHECKSUMS}"
 
     for name, value in found.items():
-        if not json_files.is_own(name):
+        if not json_files.is_file_name(name):
             raise UserError(
                 f"{path}: it names {show_value(name)}, which is no file of this directory", cure
             )

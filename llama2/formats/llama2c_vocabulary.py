@@ -64,7 +64,7 @@ def held(path: Path, size: int) -> Held:
 def load(path: Path, size: int) -> list[Piece]:
     """The items of a tokenizer.bin of `size` items. UserError if it has another number, or is no
     such file."""
-    data = json_files.content(path)
+    data = json_files.read_bytes(path)
     found: list[tuple[str, float]] = []
     at = 4
 

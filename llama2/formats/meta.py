@@ -110,7 +110,7 @@ def read(path: Path, *, context: int = CONTEXT) -> Source:
 
 
 def _parameters(file: Path) -> dict[str, Any]:
-    values = json_files.json_object(file)
+    values = json_files.read_object(file)
     for name in ("dim", "n_layers", "n_heads"):
         if values.get(name) is None:
             raise UserError(f"{file}: the key '{name}' is missing", did_you_mean(name, values))

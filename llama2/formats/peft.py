@@ -134,7 +134,7 @@ class _Adapter:
 
 def base_of(path: Path, given: Path | None = None) -> Path:
     """Where the model lies that an adapter belongs to: as given, or as its config says."""
-    named = json_files.json_object(path / CONFIG).get(_BASE)
+    named = json_files.read_object(path / CONFIG).get(_BASE)
     if given is None and (not isinstance(named, str) or not os.path.exists(named)):
         raise UserError(
             f"{path / CONFIG}: the base model {show_value(named)} is not on this machine",
@@ -206,7 +206,7 @@ def read(path: Path, base: Source, dtype: torch.dtype | None = None) -> Source:
 
 
 def _open(path: Path) -> _Adapter:
-    values = json_files.json_object(path / CONFIG)
+    values = json_files.read_object(path / CONFIG)
     _refuse_others(path / CONFIG, values)
     files = [path / name for name in WEIGHTS if (path / name).exists()][:1]
 

@@ -47,7 +47,7 @@ def read_result(run: Path, kind: type[R]) -> R | None:
     if not file.is_file():
         return None
 
-    content = json_files.json_value(file, _REPEAT)
+    content = json_files.read_json(file, _REPEAT)
     try:
         return kind.model_validate(content)
     except ValidationError as error:
@@ -256,7 +256,7 @@ def read_steps(path: Path) -> list[str]:
     cure = "repeat `llama2 run`, which writes it"
     names = read_list(path / STEPS, cure)
     for name in names:
-        if not json_files.is_own(name):
+        if not json_files.is_file_name(name):
             raise UserError(
                 f"{path / STEPS}: damaged: {show_value(name)} is the name of no run", cure
             )

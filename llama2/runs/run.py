@@ -169,7 +169,7 @@ def _attempt(run: Run) -> Iterator[None]:
 
     run.ranks.barrier()
     if is_main:
-        mark = completion.mark(path, round(time.monotonic() - begin, 2))
+        mark = completion.make_mark(path, round(time.monotonic() - begin, 2))
         atomic.write_atomic(path / COMPLETE, mark)  # last of all
         _remove_leftovers(path)
         run.end()

@@ -251,7 +251,7 @@ def read_rows(
     """
     folders = [path for path in sorted(directory.iterdir()) if path.is_dir()]
     shards = {path.name: Shards(path, tokenizer) for path in folders}
-    if completion.home(directory) is None:  # no run vouches for them
+    if completion.find_run(directory) is None:  # no run vouches for them
         ranks.first(lambda: verify(shards.values()))
 
     lengths = {name: shard.lengths_N for name, shard in shards.items()}

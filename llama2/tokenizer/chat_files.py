@@ -31,7 +31,7 @@ def stop_ids(directory: Path, size: int | None = None) -> tuple[int, ...]:
     """
     found: list[int] = []
     for file in (directory / CONFIG, directory / GENERATION):
-        listed = json_files.json_object(file).get("eos_token_id") if file.is_file() else None
+        listed = json_files.read_object(file).get("eos_token_id") if file.is_file() else None
         ids = listed if isinstance(listed, list) else [] if listed is None else [listed]
         if not ids and listed is not None:
             raise UserError(f"{file}: eos_token_id is []", "name an id that ends an answer")
@@ -93,17 +93,17 @@ def _content(entry: Any) -> Any:
 
 
 def _object(file: Path) -> dict[str, Any]:
-    return json_files.json_object(file) if file.is_file() else {}
+    return json_files.read_object(file) if file.is_file() else {}
 
 
 def chat_template(directory: Path) -> str | None:
     """The chat template in a directory, in Jinja; None if there is none."""
     file = directory / TEMPLATE
     if file.is_file():
-        return json_files.content(file).decode("utf-8", "replace")
+        return json_files.read_bytes(file).decode("utf-8", "replace")
 
     file = directory / SETTINGS
-    found = json_files.json_object(file).get("chat_template") if file.is_file() else None
+    found = json_files.read_object(file).get("chat_template") if file.is_file() else None
     if isinstance(found, list):  # several, each with a name
         named = {one.get("name"): one.get("template") for one in found if isinstance(one, dict)}
         found = named.get(_DEFAULT, next(iter(named.values()), None))

@@ -476,7 +476,7 @@ def say_once(line: str) -> None:
 
 def _object(file: Path) -> dict[str, Any]:
     """The object in a JSON file; an empty one if there is no such file."""
-    return json_files.json_object(file, _FETCH) if file.exists() else {}
+    return json_files.read_object(file, _FETCH) if file.exists() else {}
 
 
 def _mapping(file: Path, values: Mapping[str, Any], key: str) -> dict[str, Any]:

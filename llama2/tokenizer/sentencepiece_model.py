@@ -81,7 +81,7 @@ def content(where: Path | Held) -> bytes:
     if isinstance(where, Held):
         return where.make()
 
-    return json_files.content(where)
+    return json_files.read_bytes(where)
 
 
 def load(where: Path | Held) -> Pieces:

@@ -119,19 +119,19 @@ def sum_gradients(model: nn.Module, ranks: Ranks) -> None:
         torch._foreach_copy_(parts, [chunk.view_as(part) for chunk, part in zip(chunks, parts)])
 
 
-def gradient_norm(gradients: Sequence[Tensor]) -> float:
+def measure_norm(gradients: Sequence[Tensor]) -> float:
     """Return the 2-norm of all gradients taken together, over all ranks."""
     norm = torch.nn.utils.get_total_norm(gradients)
     return float(norm.full_tensor() if isinstance(norm, DTensor) else norm)
 
 
-def full_weights(model: nn.Module) -> dict[str, Any]:
+def gather_weights(model: nn.Module) -> dict[str, Any]:
     """Return the whole state dict of a model; of a sharded one on rank 0 only, {} elsewhere. All
     ranks call it."""
     return get_model_state_dict(model, options=_FULL) if is_sharded(model) else model.state_dict()
 
 
-def full_state(
+def gather_state(
     model: nn.Module, optimizer: torch.optim.Optimizer
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """Return whole state dicts of model and optimizer; of a sharded model on rank 0 only, {}
@@ -144,13 +144,13 @@ def full_state(
     )
 
 
-def load_full_state(
+def scatter_state(
     model: nn.Module,
     optimizer: torch.optim.Optimizer,
     model_state: dict[str, Any],
     optimizer_state: dict[str, Any],
 ) -> None:
-    """Restore what `full_state` returned; for a sharded model rank 0's dicts are spread over the
+    """Restore what `gather_state` returned; for a sharded model rank 0's dicts are spread over the
     ranks."""
     if not is_sharded(model):
         model.load_state_dict(model_state)

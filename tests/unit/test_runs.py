@@ -82,7 +82,7 @@ def test_the_manifest_says_what_was_asked_and_made_from_what(tmp_path, source):
         "size": 3,
     }
     assert manifest["inputs"] == {"parts.a.source": hash_file(source)}
-    assert manifest["code"] == runs.code_version()
+    assert manifest["code"] == runs.read_code_version()
     complete = json.loads((tmp_path / "out/COMPLETE").read_text())
     assert complete["outputs"] == {"result.txt": hash_file(tmp_path / "out/result.txt")}
     assert complete["seconds"] >= 0
@@ -729,8 +729,8 @@ def test_the_code_version_covers_compiled_code(tmp_path, monkeypatch):
     monkeypatch.setattr(fingerprints.llama2, "__file__", str(package / "__init__.py"))
 
     def version():
-        runs.code_version.cache_clear()
-        return runs.code_version()
+        runs.read_code_version.cache_clear()
+        return runs.read_code_version()
 
     before = version()
     (package / "notes.md").write_text("two")
@@ -745,4 +745,4 @@ def test_the_code_version_covers_compiled_code(tmp_path, monkeypatch):
     monkeypatch.setenv("LLAMA2_NATIVE", "off")  # other operations round otherwise
     versions.add(version())
     assert len(versions) == 5
-    runs.code_version.cache_clear()
+    runs.read_code_version.cache_clear()

@@ -30,7 +30,7 @@ from llama2.hashing import hash_file
 from llama2.model.scorer import Scorer
 from llama2.records import Messages, Prompt
 from llama2.runs import Run
-from llama2.runs.parts import in_parts
+from llama2.runs.parts import work_in_parts
 from llama2.stages.common.training import freeze
 from llama2.tally import Tally
 from llama2.tokenizer.template import encode_prompt
@@ -145,7 +145,7 @@ def answered(
 
     return [
         Answer(text, Completion((), tuple(tokens), (), finish))
-        for text, finish, tokens in in_parts(run, name, prompts, ROUNDS * slots, work)
+        for text, finish, tokens in work_in_parts(run, name, prompts, ROUNDS * slots, work)
     ]
 
 
@@ -208,7 +208,7 @@ def judged(
                 ]
                 return rewards(judge(), rows, precision, JUDGED_TOKENS, ranks=run.ranks, name=path)
 
-            scores.update(zip(fresh, in_parts(run, f"{name}-{version}", fresh, JUDGED, work)))
+            scores.update(zip(fresh, work_in_parts(run, f"{name}-{version}", fresh, JUDGED, work)))
             found[version] = [scores[key] for key in keys]
 
     return found

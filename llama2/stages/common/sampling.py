@@ -27,11 +27,11 @@ from llama2.hashing import hash_number
 from llama2.ranks import Ranks
 from llama2.records import Dialog, Message, Messages, Prompt
 from llama2.runs import CHECKPOINTS, Run
-from llama2.runs.parts import Work, in_parts
+from llama2.runs.parts import Work, work_in_parts
 from llama2.stages.common.answers import check_judge
 from llama2.stages.common.training import freeze, load_fitting_tokenizer, load_policy, load_scorer
 from llama2.tally import Tally
-from llama2.terminal_text import clock, say
+from llama2.terminal_text import format_clock, say
 from llama2.tokenizer.template import check_template, encode_prompt
 from llama2.tokenizer.tokenizer import Tokenizer
 
@@ -140,7 +140,7 @@ class Meter:
         done = min(self._before + self._seen * self.ranks.data.size, self.total)
         fresh = done - (self._found or 0)
         left = elapsed / fresh * (self.total - done) if fresh > 0 else 0.0
-        ending = f", {clock(left)} left" if fresh > 0 else ""
+        ending = f", {format_clock(left)} left" if fresh > 0 else ""
 
         return f"{self.title}: {done:,} of {self.total:,} answers{ending}"
 
@@ -182,7 +182,7 @@ def part_by_part(
 
         return work(some, first)
 
-    return in_parts(run, name, items, size, sampled)
+    return work_in_parts(run, name, items, size, sampled)
 
 
 def _journal(run: Run, part: str) -> Path:
