@@ -177,7 +177,7 @@ def run(config: Config, run: Run) -> None:
         validation=last_validation(run),
         validation_bytes=validation.text.size,
         passes=passes,
-        **validation.text.bits_per_byte(),
+        **validation.text.measure_bits_per_byte(),
     )
     run.write_result(result)
 

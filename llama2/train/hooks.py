@@ -50,7 +50,7 @@ class Window:
         self.tokens += report.tokens
         self.seconds += report.seconds
 
-    def means(self) -> dict[str, float]:
+    def average(self) -> dict[str, float]:
         """Return the mean of each metric."""
         return average(self.sums, self.weight)
 
@@ -110,7 +110,7 @@ class Log(Hook):
             self._publish(training, self.pending)
 
     def _publish(self, training: TrainingState, report: Report) -> None:
-        averages = self.window.means()
+        averages = self.window.average()
         metrics = {
             **averages,
             "train/lr": report.learning_rate,
@@ -208,7 +208,7 @@ class ProgressBar(Hook):
         speed = self.window.measure_speed(
             self.flops_per_token, self.peak, training.learner.ranks.size
         )
-        parts = [f"loss {self.window.means().get('train/loss', 0.0):.4f}"]
+        parts = [f"loss {self.window.average().get('train/loss', 0.0):.4f}"]
 
         if total is not None:  # by the wall clock, validations and checkpoints included
             seconds_per_step = (now - self.begin) / (report.step - self.first + 1)

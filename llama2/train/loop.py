@@ -91,7 +91,7 @@ class Plan(Config):
         """The step where the cosine ends."""
         return self.max_steps if self.total_steps is None else self.total_steps
 
-    def factor(self, step: int) -> float:
+    def scale_rate(self, step: int) -> float:
         """Return the learning rate of update `step` (0-based) as a share of its peak."""
         return optim.scale_rate(
             step, self.schedule, self.warmup_steps or 0, self.total, self.min_ratio
@@ -283,7 +283,7 @@ def _take_step(
 ) -> Report:
     """Make one update from the micro-batches of one step."""
     learner, plan = training.learner, training.plan
-    rate = plan.factor(learner.step)
+    rate = plan.scale_rate(learner.step)
     for group in learner.optimizer.param_groups:
         group["lr"] = group["peak"] * rate
 

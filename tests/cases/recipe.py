@@ -422,7 +422,11 @@ def _code_version(bench: Bench) -> tuple[bool, str]:
 
     def version() -> str:
         return subprocess.run(
-            [sys.executable, "-c", "from llama2.runs import code_version; print(code_version())"],
+            [
+                sys.executable,
+                "-c",
+                "from llama2.runs import read_code_version; print(read_code_version())",
+            ],
             cwd=place,
             capture_output=True,
             text=True,

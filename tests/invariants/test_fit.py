@@ -178,7 +178,7 @@ def test_the_part_whose_gradient_is_not_finite_is_named():
 def test_the_learning_rate_follows_the_plan():
     reports, plan = Reports(), Plan(max_steps=6, warmup_steps=2)
     fit(Learner(llama(), ALONE, FAST), Rows(), next_token, plan, [reports])
-    assert [r.learning_rate for r in reports.seen] == [1e-2 * plan.factor(s) for s in range(6)]
+    assert [r.learning_rate for r in reports.seen] == [1e-2 * plan.scale_rate(s) for s in range(6)]
     assert reports.seen[-1].learning_rate == pytest.approx(1e-3)
 
 

@@ -13,23 +13,23 @@ from llama2.train.loop import Plan
 
 def test_schedule_values():
     plan = Plan(max_steps=110, warmup_steps=10)
-    assert plan.factor(0) == pytest.approx(0.1)
-    assert plan.factor(9) == 1.0
-    assert plan.factor(59) == pytest.approx(0.1 + 0.9 * 0.5)  # half of the cosine
-    assert plan.factor(109) == pytest.approx(0.1)
-    assert plan.factor(500) == pytest.approx(0.1)
-    assert all(plan.factor(s) > plan.factor(s + 1) for s in range(9, 109))
+    assert plan.scale_rate(0) == pytest.approx(0.1)
+    assert plan.scale_rate(9) == 1.0
+    assert plan.scale_rate(59) == pytest.approx(0.1 + 0.9 * 0.5)  # half of the cosine
+    assert plan.scale_rate(109) == pytest.approx(0.1)
+    assert plan.scale_rate(500) == pytest.approx(0.1)
+    assert all(plan.scale_rate(s) > plan.scale_rate(s + 1) for s in range(9, 109))
 
 
 def test_without_warmup_the_first_update_has_the_peak():
     plan = Plan(max_steps=5)
-    assert [plan.factor(s) for s in range(5)] == pytest.approx(
+    assert [plan.scale_rate(s) for s in range(5)] == pytest.approx(
         [0.1 + 0.9 * 0.5 * (1 + math.cos(math.pi * done / 4)) for done in range(5)]
     )
-    assert Plan(max_steps=1).factor(0) == 1.0  # a single update has nothing to decay from
-    assert [Plan(max_steps=2).factor(s) for s in range(2)] == pytest.approx([1.0, 0.1])
-    assert Plan(max_steps=2, warmup_steps=1).factor(0) == 1.0
-    assert Plan(max_steps=6, warmup_steps=5).factor(4) == 1.0
+    assert Plan(max_steps=1).scale_rate(0) == 1.0  # a single update has nothing to decay from
+    assert [Plan(max_steps=2).scale_rate(s) for s in range(2)] == pytest.approx([1.0, 0.1])
+    assert Plan(max_steps=2, warmup_steps=1).scale_rate(0) == 1.0
+    assert Plan(max_steps=6, warmup_steps=5).scale_rate(4) == 1.0
 
 
 @pytest.mark.parametrize("key", ["max_steps", "total_steps"])
@@ -41,7 +41,7 @@ def test_no_steps_at_all_are_refused(key):
 def test_constant_schedule_needs_no_length():
     plan = Plan(schedule="constant", warmup_steps=2)
     plan.check()
-    assert [plan.factor(s) for s in range(4)] == [0.5, 1.0, 1.0, 1.0]
+    assert [plan.scale_rate(s) for s in range(4)] == [0.5, 1.0, 1.0, 1.0]
 
 
 def test_plans_that_do_not_fit_are_refused():

@@ -473,7 +473,7 @@ def test_a_clock_that_is_set_back_shortens_no_run(tmp_path, monkeypatch):
 
 
 def test_a_run_that_goes_on_with_other_code_says_so(tmp_path, unfinished, monkeypatch, capsys):
-    monkeypatch.setattr(manifest, "code_version", lambda: "1+other")
+    monkeypatch.setattr(manifest, "read_code_version", lambda: "1+other")
     assert work(config(tmp_path))
     assert "it was begun by other code, " in capsys.readouterr().err
 

@@ -160,7 +160,7 @@ def part_by_part(
     sample: Sample,
     answers: int = 1,
 ) -> Iterator[Any]:
-    """`parts.in_parts` for work that samples: the rows of each item, in order; finished parts are
+    """`parts.work_in_parts` for work that samples: the rows of each item, in order; finished parts are
     not sampled again.
 
     `answers`: how many are sampled for an item. At the end of a part slots stand empty: where
