@@ -21,6 +21,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from llama2 import devices
 from llama2.errors import UserError
 from llama2.generate.cpu_decoder import CpuDecoder
 from llama2.generate.sampling import UNIFORMS, Sampling, change, draw, uniforms
@@ -168,7 +169,7 @@ class Batch:
         self._live = 0  # B
         self._time = 0  # steps made
         # Asking a GPU whether a row has finished makes it wait; asking a CPU is free.
-        self._check_every = 8 if self._device.type == "cuda" else 1
+        self._check_every = 8 if devices.is_gpu(self._device) else 1
 
         with torch.inference_mode():
             self._rows = _Rows.empty(slots, self._most, self._device)

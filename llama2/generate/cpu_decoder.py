@@ -18,6 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from llama2 import devices
 from llama2.kernels import build, is_known
 from llama2.model.cache import KVCache
 from llama2.model.llama import Llama
@@ -80,7 +81,7 @@ def supports(model: Llama) -> bool:
     kind = weights[0].dtype
     return (
         kind in (torch.float32, torch.bfloat16)
-        and all(weight.dtype == kind and weight.device.type == "cpu" for weight in weights)
+        and all(weight.dtype == kind and devices.is_cpu(weight) for weight in weights)
         and is_known(model)
         and _call.is_built
     )

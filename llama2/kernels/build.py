@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import ctypes
 import errno
-import hashlib
 import os
 import re
 import shlex
@@ -32,8 +31,9 @@ from typing import Any
 
 from torch import Tensor
 
+from llama2 import atomic, private_folders
 from llama2 import environment as switches
-from llama2 import private_folders
+from llama2.hashing import hash_content
 
 HERE = Path(__file__).parent
 FLAGS = (
@@ -109,7 +109,7 @@ def _load(name: str, compiler: tuple[str, ...], macros: str) -> ctypes.CDLL:
     deleted at once."""
     source = HERE / f"{name}.cpp"
     texts = [path.read_text("utf-8") for path in (source, *sorted(HERE.glob("*.h")))]
-    tag = hashlib.sha256("\0".join((*texts, *compiler, macros)).encode()).hexdigest()[:16]
+    tag = hash_content("\0".join((*texts, *compiler, macros)))[:16]
     command = (*compiler, str(source), "-o")
     reasons = []
 
@@ -144,15 +144,15 @@ def _build(command: Sequence[str], path: Path) -> Path:
         new = Path(scratch) / path.name
         _run([*command, str(new)], BUILDING, TMPDIR=scratch)
         _try(new, command)
-        content = new.read_bytes()
+        digest = hash_content(new.read_bytes()).encode()
 
         with open(new, "ab") as file:
-            file.write(MARK + hashlib.sha256(content).hexdigest().encode())
+            file.write(MARK + digest)
             file.flush()
             os.fsync(file.fileno())
 
         new.chmod(0o700)
-        os.replace(new, path)
+        atomic.replace(new, path)
 
     return path
 
@@ -176,7 +176,7 @@ def _is_whole(content: bytes) -> bool:
     """Tell whether a library is as it was built: a truncated one would end the process when it is
     run."""
     before, _, digest = content.rpartition(MARK)
-    return hashlib.sha256(before).hexdigest().encode() == digest
+    return hash_content(before).encode() == digest
 
 
 def _run(command: Sequence[str], seconds: float, **environment: str) -> str:

@@ -23,6 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from llama2 import devices
 from llama2.errors import UserError
 from llama2.model import attention
 from llama2.model.attention import (
@@ -321,7 +322,7 @@ class Trunk(nn.Module):
 
         # With a cache there is no backward pass. (Not a matter of gradient mode: PPO's ratios must
         # begin at exactly 1.)
-        explicit = device.type == "cpu" and cache is None and length <= EXPLICIT_LENGTH
+        explicit = devices.is_cpu(device) and cache is None and length <= EXPLICIT_LENGTH
         mask_BTS = None
         if documents_BT is not None:
             mask_BTS = same_document(documents_BT)

@@ -14,12 +14,12 @@ from test_model import assert_close, build, gradients, tokens
 from torch import Tensor
 from torch.nn.attention import varlen as theirs
 
+from llama2.devices import Precision
 from llama2.kernels import fused
-from llama2.mesh import Precision
 from llama2.model import attention, llama
 from llama2.model.attention import explicit_attention
 from llama2.model.sizes import SIZES
-from llama2.stages.common.planning import Tower, activations, repeated_bytes
+from llama2.stages.common.memory import Tower, activations, repeat_bytes
 from llama2.stages.common.training import Training
 
 DOCUMENTS = ((7, 1, 12), (20,))  # lengths, row by row
@@ -215,5 +215,5 @@ def test_the_plan_reckons_with_masks_and_repeated_keys_where_they_exist() -> Non
 
     assert kept("bf16", True) == kept("bf16", False)
     assert kept("fp32", True) - kept("fp32", False) == 5 * tokens * 4096
-    assert repeated_bytes(shape, 4) == 2 * 4 * 64 * (32 - 4)
-    assert repeated_bytes(SIZES["7b"], 4) == 0
+    assert repeat_bytes(shape, 4) == 2 * 4 * 64 * (32 - 4)
+    assert repeat_bytes(SIZES["7b"], 4) == 0
