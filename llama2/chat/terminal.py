@@ -206,6 +206,7 @@ class Meter:
     def __init__(self, engine: Engine) -> None:
         self._engine, self.tokens, self._begun, self._ended = engine, 0, 0.0, 0.0
         self.context, self.check, self.generate = engine.context, engine.check, engine.generate
+        self.update = engine.update
 
     def stream(self, prompt: Sequence[int], sampling: Sampling) -> Iterator[int]:
         """As the engine's, counted."""

@@ -120,7 +120,7 @@ def measure(
         },
     }
     for precision in precisions:
-        served = Engine(model, precision=precision).current()
+        served = Engine(model, precision=precision).refresh()
         own_N, choice_N = _predicted(served, rows, precision)
         gaps_N, covered = (own_N - logp_N).abs(), coverage(model.config, precision)
         perplexity = _perplexity(own_N)

@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from itertools import takewhile
 
 from llama2.errors import UserError
-from llama2.generate.engine import Completion, Generator
+from llama2.generate.generator import Completion, Generator
 from llama2.generate.sampling import Sampling
 from llama2.mesh import share, unshare
 from llama2.records import Messages

@@ -19,7 +19,7 @@ from typing import IO
 
 from llama2 import json_files, mesh
 from llama2.errors import explain_os_errors
-from llama2.generate.engine import Completion
+from llama2.generate.generator import Completion
 
 Keep = Callable[[str, Completion], None]
 

@@ -32,11 +32,12 @@ from pydantic import Field
 from llama2 import json_files
 from llama2.config import Config
 from llama2.errors import UserError, did_you_mean
-from llama2.generate.engine import Completion, Progress, Tokens
+from llama2.generate.generator import Completion, Progress, Tokens, check_prompts
 from llama2.generate.grammar import Grammar
 from llama2.generate.journal import Journal, Keep
 from llama2.generate.sampling import Sampling
 from llama2.generate.wire import COMPLETIONS, MODELS, NEUTRAL, Choice, Reply, Trouble, Wire
+from llama2.model.llama import Llama
 from llama2.tokenizer.tokenizer import Tokenizer
 
 HOPELESS = 32  # so many failures without a success between them, and the rest is not asked for
@@ -49,6 +50,8 @@ class Server(Config):
     incidental: ClassVar[frozenset[str]] = frozenset(
         {"url", "key_env", "concurrency", "timeout", "retries"}
     )
+
+    takes_weights: ClassVar[bool] = False  # the API of completions has no call for it
 
     url: str = Field(pattern=r"^https?://[^/]")
     """http://host:8000; it must serve the very model that is named as the policy"""
@@ -155,21 +158,14 @@ class RemoteEngine:
 
     def check(self, prompts: Sequence[Tokens]) -> None:
         """Raise the UserError that `generate` would raise for these prompts."""
-        for index, prompt in enumerate(prompts):
-            name = f"prompt {index + 1} of {len(prompts)}" if len(prompts) > 1 else "the prompt"
-            if len(prompt) >= self.context:
-                raise UserError(
-                    f"{name} has {len(prompt)} tokens and leaves no room for an answer in the context of "
-                    f"{self.context}",
-                    "shorten it",
-                )
-            if not prompt:
-                raise UserError(f"{name} is empty", "begin it with the BOS token")
-            if not 0 <= min(prompt) <= max(prompt) < self.tokenizer.vocab_size:
-                raise UserError(
-                    f"{name} has token ids outside of the model's {self.tokenizer.vocab_size}",
-                    "use the tokenizer that belongs to the checkpoint",
-                )
+        check_prompts(prompts, self.context, self.tokenizer.vocab_size)
+
+    def update(self, weights: Llama) -> None:
+        """UserError: the API of completions has no call that takes weights."""
+        raise UserError(
+            f"{self.url}: this server cannot take new weights",
+            "sample here, without sample.server, where the policy is trained",
+        )
 
     def stream(self, prompt: Tokens, sampling: Sampling) -> Iterator[int]:
         """The tokens of one completion, each as it comes; nothing is repeated or kept. UserError if

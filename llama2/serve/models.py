@@ -274,7 +274,7 @@ def _created(path: Path) -> int:
 def _prompt_logprobs(
     engine: Engine, ids: Sequence[int], count: int, precision: Precision
 ) -> list[tuple[float, Alternatives]]:
-    model = engine.current()
+    model = engine.refresh()
     device = model.head_weight.device
     tokens_T = torch.tensor(ids, device=device)
     found: list[tuple[float, Alternatives]] = []

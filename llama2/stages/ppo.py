@@ -122,7 +122,7 @@ class Config(StageConfig):
 
     @model_validator(mode="after")
     def _here(self) -> Config:
-        if self.sample.server is not None:
+        if self.sample.server is not None and not self.sample.server.takes_weights:
             raise ValueError(
                 "sample.server is not for PPO: rollouts need the policy's weights of this very step, "
                 "which a server does not have"
@@ -428,6 +428,8 @@ def heldout(
     prompts = readable(chat, judge or rewards, prompts, config.sample, tally)
 
     def evaluate(model: nn.Module) -> dict[str, float]:
+        assert isinstance(model, ActorCritic)
+        chat.engine.update(model.actor)
         answers = answer(
             chat,
             [prompt.messages for prompt in prompts],

@@ -9,8 +9,9 @@ import pytest
 import torch
 from shapes import VOCABULARY, build
 
-from llama2.generate.batch import Request
-from llama2.generate.engine import Completion, Engine
+from llama2.generate.engine import Engine
+from llama2.generate.generator import Completion
+from llama2.generate.request import SampleRequest
 from llama2.generate.sampling import Sampling
 from llama2.generate.score import logprobs, predictions, rewards
 from llama2.model.llama import Llama
@@ -101,7 +102,9 @@ def test_samples_are_those_of_the_cpu(model, device, record_property, sampling) 
 def test_an_open_session_answers_as_a_batch_does(model, record_property) -> None:
     engine = Engine(model, slots=4, precision="fp32")
     expected = flat(engine.generate(prompts(), GREEDY))
-    requests = [Request(tuple(prompt), GREEDY, index) for index, prompt in enumerate(prompts())]
+    requests = [
+        SampleRequest(tuple(prompt), GREEDY, index) for index, prompt in enumerate(prompts())
+    ]
     session = engine.open()
 
     for request in requests:

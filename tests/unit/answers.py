@@ -1,7 +1,7 @@
 """Answers made by hand."""
 
 from llama2.generate.dialogue import Answer
-from llama2.generate.engine import Completion
+from llama2.generate.generator import Completion
 from llama2.generate.rewards import Score
 from llama2.records import Prompt, messages_of
 

@@ -20,7 +20,7 @@ from llama2.evaluate.judges import judged_row
 from llama2.formats import checkpoint
 from llama2.generate import score
 from llama2.generate.dialogue import Answer
-from llama2.generate.engine import Completion
+from llama2.generate.generator import Completion
 from llama2.model.llama import Llama
 from llama2.model.scorer import Scorer
 from llama2.recipe import launch

@@ -7,7 +7,7 @@ import pytest
 
 from llama2.generate import dialogue
 from llama2.generate.dialogue import Chat
-from llama2.generate.engine import Completion, Tokens
+from llama2.generate.generator import Completion, Tokens
 from llama2.generate.sampling import Sampling
 from llama2.records import Messages, messages_of
 from llama2.tokenizer.template import encode_prompt
@@ -49,6 +49,9 @@ class Fixed:
             [Completion((*prompt, index), said, (0.0,) * len(said), finish)]  # type: ignore[arg-type]
             for prompt, index in zip(prompts, indices, strict=True)
         ]
+
+    def update(self, weights: object) -> None:
+        raise NotImplementedError
 
     def stream(self, prompt: Tokens, sampling: Sampling) -> Iterator[int]:
         for token in self.tokens:
@@ -136,5 +139,5 @@ def test_every_end_of_the_model_ends_an_answer(tokenizer: Tokenizer) -> None:
             "stop",
             end,
         )
-        assert answer.completion.ended_by(own.eos) == (*tokenizer.encode("fox"), tokenizer.eos)
+        assert answer.completion.end_with(own.eos) == (*tokenizer.encode("fox"), tokenizer.eos)
         assert "".join(chat.reply_stream(TALK, Sampling())) == "fox"

@@ -18,7 +18,7 @@ from llama2.errors import UserError
 from llama2.evaluate import attention, ghost
 from llama2.formats import checkpoint
 from llama2.generate.dialogue import Answer
-from llama2.generate.engine import Completion
+from llama2.generate.generator import Completion
 from llama2.generate.sampling import Sampling
 from llama2.model.llama import Llama, LlamaConfig
 from llama2.model.scorer import Scorer

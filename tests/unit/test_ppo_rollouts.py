@@ -382,6 +382,15 @@ def test_equal_rewards_teach_nothing_and_set_no_scale(rig):
     assert batches
 
 
+def test_the_engine_is_given_the_policy_before_every_iteration(rig, monkeypatch):
+    made, given = rig(), []
+    monkeypatch.setattr(made.source.chat.engine, "update", given.append)
+    for _ in range(made.source.updates + 1):
+        next(made.source)
+
+    assert given == [made.models.actor, made.models.actor]
+
+
 def test_any_seed_of_64_bits_is_one(rig):
     for seed in (2**63 - 1, -5, 2**64 + 3):
         made = rig(epochs=1, seed=seed)

@@ -188,7 +188,7 @@ def test_the_loss_is_that_of_the_weights_that_are_served(policy, tokenizer, torc
         own = [value for each in results for value in each.logprobs]
         found = [
             value
-            for each, row in zip(results, predictions(engine.current(), rows, "bf16"))
+            for each, row in zip(results, predictions(engine.refresh(), rows, "bf16"))
             for value in row[0][len(each.prompt) - 1 :]
         ]
         other = [
@@ -259,7 +259,7 @@ def test_the_same_weights_lose_nothing():
                 weight[:, 0] = 127 / 2048
 
         exact = predictions(model.bfloat16().float(), rows, "fp32")
-        served = predictions(Engine(model, precision="int8").current().float(), rows, "fp32")
+        served = predictions(Engine(model, precision="int8").refresh().float(), rows, "fp32")
 
     assert served[0][0] == pytest.approx(exact[0][0], abs=1e-6)
 
@@ -359,4 +359,4 @@ def test_chat_and_server_take_it(policy, tokenizer, precision, monkeypatch, caps
         answer = served.post("completions", prompt=ids, echo=True, max_tokens=0, logprobs=1).json()
 
     found = answer["choices"][0]["logprobs"]["token_logprobs"][1:]
-    assert found == pytest.approx(predictions(engine.current(), [ids], "bf16")[0][0], abs=1e-3)
+    assert found == pytest.approx(predictions(engine.refresh(), [ids], "bf16")[0][0], abs=1e-3)

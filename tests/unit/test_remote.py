@@ -295,7 +295,7 @@ def test_what_every_request_would_meet_is_an_error_at_once(remote, server, token
     small = RemoteEngine(server.url, "tiny", tokenizer=tokenizer, context=8)
     for prompts, said in (
         ([[]], "empty"),
-        ([[1] * 8], "no room"),
+        ([[1] * 8], "8 tokens, 1 more than leave room"),
         ([[1], [1, 99999]], "prompt 2 of 2 has token ids"),
     ):
         with pytest.raises(UserError, match=said):
@@ -324,6 +324,11 @@ def test_connecting(server, tokenizer, monkeypatch):
 
     with pytest.raises(UserError, match="connection"):
         connect(Server(url="http://127.0.0.1:9", retries=0), tokenizer, 100)
+
+
+def test_a_server_takes_no_weights(remote, server):
+    with pytest.raises(UserError, match="cannot take new weights"):
+        remote().update(None)
 
 
 def test_a_model_with_other_tokens_is_refused(remote, server):

@@ -13,7 +13,7 @@ from llama2.config import build
 from llama2.errors import UserError
 from llama2.formats import checkpoint
 from llama2.generate.dialogue import Answer
-from llama2.generate.engine import Completion
+from llama2.generate.generator import Completion
 from llama2.generate.rewards import RewardModels, Rewards, join, probability
 from llama2.runs import Run
 from llama2.stages.common.answers import judged

@@ -22,7 +22,7 @@ from llama2.errors import UserError
 from llama2.evaluate.judges import judged_row
 from llama2.formats import checkpoint, hf_directory
 from llama2.generate.dialogue import Answer, Chat
-from llama2.generate.engine import Completion
+from llama2.generate.generator import Completion
 from llama2.generate.sampling import Sampling
 from llama2.generate.score import rewards
 from llama2.mesh import Precision

@@ -142,6 +142,7 @@ class Rollouts:
         settings, begin = self.settings, time.perf_counter()
         prompts = self._choose()
         self.models.eval()
+        self.chat.engine.update(self.models.actor)
         answers = [
             one[0]
             for one in answer(

@@ -19,7 +19,8 @@ from llama2.config import Config
 from llama2.errors import UserError
 from llama2.formats.checkpoint import config_of
 from llama2.generate.dialogue import Answer, Chat
-from llama2.generate.engine import Engine, Progress
+from llama2.generate.engine import Engine
+from llama2.generate.generator import Progress
 from llama2.generate.remote import RemoteEngine, Server, connect
 from llama2.generate.rewards import RewardModels, Rewards, Score
 from llama2.generate.sampling import Sampling
@@ -270,7 +271,7 @@ def score(
     rows, tags = [], []
     for prompt, mine in zip(prompts, answers):
         ids = encode_prompt(tokenizer, prompt.messages)
-        rows += [[*ids, *one.completion.ended_by(tokenizer.eos)] for one in mine]
+        rows += [[*ids, *one.completion.end_with(tokenizer.eos)] for one in mine]
         tags += [prompt.safety] * len(mine)
 
     scores = iter(rewards(rows, tags))

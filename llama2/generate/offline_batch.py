@@ -1,0 +1,120 @@
+"""A list of samples drawn to its end, with as many side by side as there are slots."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from llama2.generate.request import Prompt, SampleRequest
+from llama2.generate.slots import COMPACT, Slots
+
+# the queue moves up when one slot in so many is free: a prefill has a fixed cost to spread
+REFILL = 8
+
+
+@dataclass(frozen=True)
+class _SharedPrompt:
+    """A prompt that has been read, whose samples do not all have slots yet."""
+
+    prompt: Prompt
+    slot: int
+    logits_V: Tensor
+
+
+class OfflineBatch:
+    """Draws `requests` in `slots`: `step` until it returns False, then read the requests."""
+
+    def __init__(self, slots: Slots, requests: Sequence[SampleRequest]) -> None:
+        # Longest first: rows of similar length are live together, and short ones fill the end.
+        # Samples of one prompt are neighbours, so at most one prompt has samples in the queue.
+        self._queue = deque(
+            sorted(requests, key=lambda request: (-len(request.prompt), request.prompt))
+        )
+        self._slots = slots
+        self._shared: _SharedPrompt | None = None
+        # Asking a GPU whether a row has finished makes it wait; asking a CPU is free.
+        self._check_every = 8 if slots.runner.device.type == "cuda" else 1
+
+    @property
+    def unfinished(self) -> int:
+        """Requests that have no result yet; some of them may just have come to their end."""
+        return len(self._queue) + self._slots.live
+
+    @torch.inference_mode()
+    def step(self) -> bool:
+        """Draw one token for every live row; False, drawing none, when every request has its
+        result."""
+        free = self._collect()
+        self._slots.decode()
+
+        if self._queue and free:
+            self._refill(free)
+
+        if not self._slots.live:
+            return False
+
+        self._slots.draw()
+        return True
+
+    def _collect(self) -> list[int]:
+        """Return the free slots, after taking the results of finished rows; none before enough rows
+        have finished."""
+        slots = self._slots
+        if not slots.steps:
+            return list(range(slots.count))
+
+        if slots.steps % self._check_every:
+            return []
+
+        alive = slots.count_alive()
+        finished = slots.live - alive
+        if alive and finished * (REFILL if self._queue else COMPACT) < slots.live:
+            return []
+
+        free = slots.collect_ended()
+        if not self._queue:
+            slots.compact()
+
+        return free
+
+    def _refill(self, free: list[int]) -> None:
+        """Give free slots to the head of the queue: each prompt is read once, and copied to its
+        further samples."""
+        homes: dict[Prompt, int] = {}  # the slot that holds each prompt
+        logits: dict[Prompt, Tensor] = {}
+        if self._shared is not None:
+            homes[self._shared.prompt] = self._shared.slot
+            logits[self._shared.prompt] = self._shared.logits_V
+            if self._shared.slot in free:  # no other prompt may go there
+                free = [self._shared.slot, *(slot for slot in free if slot != self._shared.slot)]
+
+        requests = {slot: self._queue.popleft() for slot in free[: len(self._queue)]}
+        for slot, request in requests.items():
+            homes.setdefault(request.prompt, slot)
+
+        logits |= self._slots.runner.prefill(
+            {prompt: slot for prompt, slot in homes.items() if prompt not in logits}
+        )
+        self._copy_prompts(requests, homes)
+
+        last = request.prompt
+        more = bool(self._queue) and self._queue[0].prompt == last
+        self._shared = _SharedPrompt(last, homes[last], logits[last]) if more else None
+        self._slots.assign(
+            requests, torch.stack([logits[request.prompt] for request in requests.values()])
+        )
+
+    def _copy_prompts(self, requests: dict[int, SampleRequest], homes: dict[Prompt, int]) -> None:
+        """Copy each prompt from the slot that holds it to the slots of its other samples."""
+        copies = {
+            slot: homes[request.prompt]
+            for slot, request in requests.items()
+            if homes[request.prompt] != slot
+        }
+        if copies:
+            longest = max(len(prompt) for prompt in homes)
+            self._slots.runner.copy(list(copies.values()), list(copies), longest)
