@@ -47,20 +47,16 @@ class Generator(Protocol):
         ...) names the prompts to the random numbers, so that a share of a list gets the samples
         that the whole list would get. UserError for a prompt that `check` refuses.
         """
-        ...
 
     def stream(self, prompt: Tokens, sampling: Sampling) -> Iterator[int]:
         """Yield the tokens of one completion, each as it is drawn."""
-        ...
 
     def check(self, prompts: Sequence[Tokens]) -> None:
         """Raise the UserError that `generate` would raise for these prompts."""
-        ...
 
     def update(self, weights: Llama) -> None:
         """Sample with the present weights of this model from the next call on. UserError from an
         engine that cannot take weights."""
-        ...
 
 
 def check_prompts(prompts: Sequence[Tokens], context: int, vocab_size: int) -> None:

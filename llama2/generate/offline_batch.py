@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -14,15 +13,6 @@ from llama2.generate.slots import COMPACT, Slots
 
 # the queue moves up when one slot in so many is free: a prefill has a fixed cost to spread
 REFILL = 8
-
-
-@dataclass(frozen=True)
-class _SharedPrompt:
-    """A prompt that has been read, whose samples do not all have slots yet."""
-
-    prompt: Prompt
-    slot: int
-    logits_V: Tensor
 
 
 class OfflineBatch:
@@ -35,7 +25,8 @@ class OfflineBatch:
             sorted(requests, key=lambda request: (-len(request.prompt), request.prompt))
         )
         self._slots = slots
-        self._shared: _SharedPrompt | None = None
+        # the prompt that has been read and has samples in the queue: its slot and last logits_V
+        self._shared: dict[Prompt, tuple[int, Tensor]] = {}
         # Asking a GPU whether a row has finished makes it wait; asking a CPU is free.
         self._check_every = 8 if slots.runner.device.type == "cuda" else 1
 
@@ -61,8 +52,8 @@ class OfflineBatch:
         return True
 
     def _collect(self) -> list[int]:
-        """Return the free slots, after taking the results of finished rows; none before enough rows
-        have finished."""
+        """Return the free slots, after taking the results of rows that have ended; none before
+        there are enough of them."""
         slots = self._slots
         if not slots.steps:
             return list(range(slots.count))
@@ -70,12 +61,15 @@ class OfflineBatch:
         if slots.steps % self._check_every:
             return []
 
-        alive = slots.count_alive()
-        finished = slots.live - alive
-        if alive and finished * (REFILL if self._queue else COMPACT) < slots.live:
+        free = slots.find_ended()
+        share = REFILL if self._queue else COMPACT
+        if len(free) < slots.live and len(free) * share < slots.live:
             return []
 
-        free = slots.collect_ended()
+        ended = [slot for slot in free if slot in slots.requests]
+        if ended:
+            slots.collect_all(ended)
+
         if not self._queue:
             slots.compact()
 
@@ -84,37 +78,29 @@ class OfflineBatch:
     def _refill(self, free: list[int]) -> None:
         """Give free slots to the head of the queue: each prompt is read once, and copied to its
         further samples."""
-        homes: dict[Prompt, int] = {}  # the slot that holds each prompt
-        logits: dict[Prompt, Tensor] = {}
-        if self._shared is not None:
-            homes[self._shared.prompt] = self._shared.slot
-            logits[self._shared.prompt] = self._shared.logits_V
-            if self._shared.slot in free:  # no other prompt may go there
-                free = [self._shared.slot, *(slot for slot in free if slot != self._shared.slot)]
+        homes = {prompt: slot for prompt, (slot, _) in self._shared.items()}
+        logits = {prompt: logits_V for prompt, (_, logits_V) in self._shared.items()}
+        shared = set(homes.values())
+        free.sort(key=lambda slot: slot not in shared)  # no other prompt may go there
 
         requests = {slot: self._queue.popleft() for slot in free[: len(self._queue)]}
         for slot, request in requests.items():
             homes.setdefault(request.prompt, slot)
 
-        logits |= self._slots.runner.prefill(
-            {prompt: slot for prompt, slot in homes.items() if prompt not in logits}
-        )
+        new = {prompt: slot for prompt, slot in homes.items() if prompt not in logits}
+        logits |= self._slots.runner.prefill(new)
         self._copy_prompts(requests, homes)
+        logits_SV = torch.stack([logits[request.prompt] for request in requests.values()])
+        self._slots.assign(requests, logits_SV)
 
-        last = request.prompt
-        more = bool(self._queue) and self._queue[0].prompt == last
-        self._shared = _SharedPrompt(last, homes[last], logits[last]) if more else None
-        self._slots.assign(
-            requests, torch.stack([logits[request.prompt] for request in requests.values()])
-        )
+        self._shared = {}
+        if self._queue and self._queue[0].prompt == request.prompt:
+            self._shared[request.prompt] = homes[request.prompt], logits[request.prompt]
 
     def _copy_prompts(self, requests: dict[int, SampleRequest], homes: dict[Prompt, int]) -> None:
         """Copy each prompt from the slot that holds it to the slots of its other samples."""
-        copies = {
-            slot: homes[request.prompt]
-            for slot, request in requests.items()
-            if homes[request.prompt] != slot
-        }
+        sources = {slot: homes[request.prompt] for slot, request in requests.items()}
+        copies = {target: source for target, source in sources.items() if target != source}
         if copies:
             longest = max(len(prompt) for prompt in homes)
             self._slots.runner.copy(list(copies.values()), list(copies), longest)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 
@@ -27,18 +27,18 @@ class PrefixCache:
         return sum(map(len, self._kept.values()))
 
     def longest_prefix(
-        self, prompt: Prompt, running: Sequence[SampleRequest | None] = ()
+        self, prompt: Prompt, running: Mapping[int, SampleRequest]
     ) -> tuple[int, int]:
         """Return the row that shares the longest beginning with a prompt, and its length; length 0
         if it is not worth copying.
 
-        running: the requests of the rows that are decoded, which may be shared too. The last token
+        running: the requests of the rows that are decoded, by row, which may be shared too. The last token
         of a prompt is always read anew, for the logits behind it.
         """
         head = prompt[:MIN_SHARED]
         rows = {row: kept for row, kept in self._kept.items() if kept[:MIN_SHARED] == head}
-        for slot, request in enumerate(running):
-            if request is not None and request.prompt[:MIN_SHARED] == head[: len(request.prompt)]:
+        for slot, request in running.items():
+            if request.prompt[:MIN_SHARED] == head[: len(request.prompt)]:
                 rows[slot] = request.read_tokens
 
         row, length = 0, 0

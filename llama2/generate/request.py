@@ -15,7 +15,7 @@ Finish = Literal["stop", "length", "cancelled"]
 
 @dataclass(eq=False)
 class SampleRequest:
-    """A sample of a prompt. (prompt index, sample index) names its random numbers."""
+    """A sample of a prompt; `index` is the prompt's, `sample` its own."""
 
     prompt: Prompt
     sampling: Sampling
@@ -36,6 +36,11 @@ class SampleRequest:
     def draw_key(self) -> Sampling:
         """What two requests must have in common to be drawn together."""
         return replace(self.sampling, n=1, max_tokens=1, seed=0)
+
+    @property
+    def stream(self) -> tuple[int, int, int]:
+        """The name of its random numbers."""
+        return self.sampling.seed, self.index, self.sample
 
     @property
     def read_tokens(self) -> Prompt:

@@ -202,35 +202,16 @@ def _weights(logits_BV: Tensor, sampling: Sampling) -> Tensor:
     )
 
 
-def change_logits(
-    logits_BV: Tensor,
-    sampling: Sampling,
-    seen_BV: Tensor | None,
-    counts_BV: Tensor | None,
-    allowed_BV: Tensor | None,
-) -> Tensor:
-    """The logits under bias, penalties and grammar. seen_BV: tokens of prompt or answer (bool);
-    counts_BV: how often each stands in the answer; allowed_BV: what the grammar lets follow."""
-    logits_BV = logits_BV.float().clone()
-    if sampling.has_penalties:
-        assert seen_BV is not None
-        assert counts_BV is not None
-        factor = sampling.repetition_penalty
-        if factor != 1:
-            punished_BV = torch.where(logits_BV > 0, logits_BV / factor, logits_BV * factor)
-            logits_BV = torch.where(seen_BV, punished_BV, logits_BV)
+def penalize(logits_BV: Tensor, sampling: Sampling, seen_BV: Tensor, counts_BV: Tensor) -> Tensor:
+    """Return logits under the penalties. seen_BV: tokens of prompt or answer (bool); counts_BV: how
+    often each stands in the answer."""
+    factor = sampling.repetition_penalty
+    if factor != 1:
+        punished_BV = torch.where(logits_BV > 0, logits_BV / factor, logits_BV * factor)
+        logits_BV = torch.where(seen_BV, punished_BV, logits_BV)
 
-        logits_BV -= (
-            sampling.presence_penalty * (counts_BV > 0) + sampling.frequency_penalty * counts_BV
-        )
-
-    for token, bias in sampling.logit_bias:
-        logits_BV[:, token] += bias
-
-    if allowed_BV is not None:
-        logits_BV.masked_fill_(~allowed_BV, float("-inf"))
-
-    return logits_BV
+    presence_BV = sampling.presence_penalty * (counts_BV > 0)
+    return logits_BV - (presence_BV + sampling.frequency_penalty * counts_BV)
 
 
 def _sample(weights_BV: Tensor, uniforms_BU: Tensor, sampling: Sampling) -> Tensor:

@@ -27,25 +27,12 @@ LARGE_CHUNK_TOKENS = 2048  # on other devices
 
 @dataclass(eq=False)
 class _PendingPrompt:
-    """A prompt that is read into `slot`, of which `done` tokens are there."""
+    """A prompt that is read into `slot`, of which `done` tokens are there; `requests` ask with it."""
 
     prompt: Prompt
     slot: int
     done: int
-    requests: dict[int, SampleRequest] = field(default_factory=dict)
-    """by slot; all ask with this prompt"""
-
-    @property
-    def is_new(self) -> bool:
-        """Nothing of the prompt is read or shared, and nobody who asks with it has gone."""
-        gone = any(request.finish for request in self.requests.values())
-        return self.done == 0 and self.slot in self.requests and not gone
-
-    def drop_cancelled(self) -> None:
-        """Forget the requests that do not wait any more."""
-        for slot, request in list(self.requests.items()):
-            if request.finish is not None:
-                del self.requests[slot]
+    requests: dict[int, SampleRequest] = field(default_factory=dict)  # by slot
 
 
 class Session:
@@ -70,14 +57,14 @@ class Session:
     @property
     def idle(self) -> bool:
         """There is nothing to do until the next `submit`."""
-        return not (self._queue or self._pending or any(self._slots.requests))
+        return not (self._queue or self._pending or self._slots.requests)
 
     @property
     def cached_tokens(self) -> int:
         """Tokens whose keys and values lie in the cache, running or kept."""
-        running = [request for request in self._slots.requests if request is not None]
-        own = sum(len(request.prompt) + len(request.tokens) for request in running)
-        return own + self._prefixes.tokens
+        running = self._slots.requests.values()
+        tokens = sum(len(request.prompt) + len(request.tokens) for request in running)
+        return tokens + self._prefixes.tokens
 
     def submit(self, request: SampleRequest) -> None:
         """Queue a request. Its prompt has been checked (`Engine.check`)."""
@@ -92,9 +79,16 @@ class Session:
         request.finish = "cancelled"
         if request in self._queue:
             self._queue.remove(request)
-        elif request in self._slots.requests:
-            self._slots.release(self._slots.requests.index(request))
-        # A prompt that is being read is dropped when its turn comes.
+
+        for slot, other in tuple(self._slots.requests.items()):
+            if other is request:
+                self._slots.release(slot)
+
+        for pending in self._pending:
+            others = pending.requests.items()
+            pending.requests = {slot: other for slot, other in others if other is not request}
+
+        self._pending = deque(pending for pending in self._pending if pending.requests)
 
     @torch.inference_mode()
     def step(self) -> list[SampleRequest]:
@@ -122,7 +116,7 @@ class Session:
 
     def _busy_slots(self) -> set[int]:
         """Return the slots of running requests and of prompts that are being read."""
-        busy = {slot for slot, request in enumerate(self._slots.requests) if request is not None}
+        busy = set(self._slots.requests)
         for pending in self._pending:
             busy |= {pending.slot, *pending.requests}
 
@@ -170,36 +164,33 @@ class Session:
         become live."""
         budget = self._chunk
         while self._pending and budget > 0:
-            pending = self._pending[0]
-            pending.drop_cancelled()
-            new = self._take_new(budget)
+            budget -= self._read_several(budget) or self._read_part(budget)
 
-            if not pending.requests:
-                self._pending.popleft()
-            elif new:
-                logits = self._slots.runner.prefill({each.prompt: each.slot for each in new})
-                for each in new:
-                    self._start(each, logits[each.prompt])
-
-                budget -= sum(len(each.prompt) for each in new)
-            else:
-                budget -= self._read_chunk(pending, budget)
-
-    def _take_new(self, budget: int) -> list[_PendingPrompt]:
-        """Take the first prompts off the queue if several fit a chunk from their beginnings: they
-        are read together."""
-        count = 0
+    def _read_several(self, budget: int) -> int:
+        """Read the first prompts together, if two or more fit into `budget` tokens from their
+        beginnings; returns how many tokens were read."""
+        several: list[_PendingPrompt] = []
+        tokens = 0
         for pending in self._pending:
-            budget -= len(pending.prompt)
-            if budget < 0 or not pending.is_new:
+            tokens += len(pending.prompt)
+            if tokens > budget or pending.done or pending.slot not in pending.requests:
                 break
 
-            count += 1
+            several.append(pending)
 
-        return [self._pending.popleft() for _ in range(count)] if count > 1 else []
+        if len(several) < 2:
+            return 0
 
-    def _read_chunk(self, pending: _PendingPrompt, budget: int) -> int:
+        logits = self._slots.runner.prefill({each.prompt: each.slot for each in several})
+        for pending in several:
+            self._pending.popleft()
+            self._start(pending, logits[pending.prompt])
+
+        return sum(map(len, logits))
+
+    def _read_part(self, budget: int) -> int:
         """Read at most `budget` more tokens of the first prompt; returns how many."""
+        pending = self._pending[0]
         tokens = pending.prompt[pending.done : pending.done + budget]
         logits_V = self._slots.runner.extend(pending.slot, pending.done, tokens)
         pending.done += len(tokens)

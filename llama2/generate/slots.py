@@ -12,80 +12,64 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from llama2.errors import UserError
 from llama2.generate.model_runner import ModelRunner
-from llama2.generate.request import Prompt, SampleRequest
-from llama2.generate.sampling import UNIFORMS, Sampling, change_logits, draw, draw_uniforms
+from llama2.generate.request import SampleRequest
+from llama2.generate.sampling import UNIFORMS, Sampling, draw, draw_uniforms, penalize
 
 COMPACT = 4  # the live rows move together when one in so many is free
 
 
-@dataclass
 class _Rows:
     """The state of each slot, on the device, so that a step neither loops nor waits."""
 
-    drawn_N: Tensor
-    """tokens drawn"""
-    limits_N: Tensor
-    """the most to draw"""
-    before_N: Tensor
-    """prompt tokens less one: the newest token is at position `before` + `drawn`"""
-    newest_N: Tensor
-    alive_N: Tensor
-    tokens_NM: Tensor
-    logprobs_NM: Tensor
-    uniforms_NMU: Tensor
-    seen_NV: Tensor | None = None
-    """the tokens of prompt or answer, once penalties need it"""
-    counts_NV: Tensor | None = None
-    """how often each token stands in the answer"""
-
-    @classmethod
-    def allocate(cls, slots: int, width: int, device: torch.device) -> _Rows:
-        """Return empty rows with room for `width` new tokens each."""
+    def __init__(self, slots: int, width: int, vocab_size: int, device: torch.device) -> None:
         zeros_N = torch.zeros(slots, dtype=torch.long, device=device)
-        return cls(
-            drawn_N=zeros_N,
-            limits_N=zeros_N.clone(),
-            before_N=zeros_N.clone(),
-            newest_N=zeros_N.clone(),
-            alive_N=torch.zeros_like(zeros_N, dtype=torch.bool),
-            tokens_NM=torch.zeros(slots, width, dtype=torch.long, device=device),
-            logprobs_NM=torch.zeros(slots, width, device=device),
-            uniforms_NMU=torch.zeros(slots, width, UNIFORMS, device=device),
-        )
+        zeros_NM = torch.zeros(slots, width, device=device)
+        self.drawn_N = zeros_N  # tokens drawn
+        self.limits_N = zeros_N.clone()  # the most to draw
+        # prompt tokens less one: the newest token is at position `before` + `drawn`
+        self.before_N = zeros_N.clone()
+        self.newest_N = zeros_N.clone()
+        self.alive_N = torch.zeros_like(zeros_N, dtype=torch.bool)
+        self.tokens_NM = torch.zeros_like(zeros_NM, dtype=torch.long)
+        self.logprobs_NM = zeros_NM
+        self.uniforms_NMU = torch.zeros(slots, width, UNIFORMS, device=device)
+        self._vocab_size = vocab_size
+
+    @cached_property
+    def seen_NV(self) -> Tensor:
+        """The tokens of prompt or answer; made when penalties first need it."""
+        return torch.zeros_like(self.counts_NV, dtype=torch.bool)
+
+    @cached_property
+    def counts_NV(self) -> Tensor:
+        """How often each token stands in the answer."""
+        shape = (len(self.drawn_N), self._vocab_size)
+        return torch.zeros(shape, dtype=torch.int32, device=self.drawn_N.device)
 
     def move(self, sources_S: Tensor, targets_S: Tensor) -> None:
         """Copy the state of some slots to others."""
         for tensor in vars(self).values():
-            if tensor is not None:
+            if isinstance(tensor, Tensor):
                 tensor[targets_S] = tensor[sources_S]
-
-    def count_tokens(self, slot: int, prompt: Prompt, vocab_size: int) -> None:
-        """Begin to keep account of the tokens of a slot."""
-        if self.seen_NV is None or self.counts_NV is None:
-            shape, device = (len(self.drawn_N), vocab_size), self.drawn_N.device
-            self.seen_NV = torch.zeros(shape, dtype=torch.bool, device=device)
-            self.counts_NV = torch.zeros(shape, dtype=torch.int32, device=device)
-
-        self.seen_NV[slot] = False
-        self.counts_NV[slot] = 0
-        self.seen_NV[slot, list(prompt)] = True
 
 
 @dataclass(frozen=True)
 class _Group:
-    """Live rows that are drawn in one way."""
+    """Live rows that are drawn in one way, and their requests in the same order."""
 
     sampling: Sampling
     rows: Tensor | slice
     requests: tuple[SampleRequest, ...]
-    """in the order of the rows"""
     stops_V: Tensor
 
 
@@ -101,15 +85,15 @@ class Slots:
 
     def __init__(self, runner: ModelRunner, count: int, context: int, max_new_tokens: int) -> None:
         self.runner, self.count, self.context = runner, count, context
-        self.requests: list[SampleRequest | None] = [None] * count
+        self.requests: dict[int, SampleRequest] = {}  # by slot
         self.live = 0
         self.steps = 0  # draws so far
-        self._groups: list[_Group] | None = None  # None: the requests have changed
+        self._groups: list[_Group] = []  # to be made anew when the requests have changed
         # tokens of a row less `steps`: known without asking the device
         self._reach_N = np.zeros(count, dtype=np.int64)
 
         with torch.inference_mode():
-            self._rows = _Rows.allocate(count, max_new_tokens + 1, runner.device)
+            self._rows = _Rows(count, max_new_tokens + 1, runner.vocab_size, runner.device)
             self._index_N = torch.arange(count, device=runner.device)
             self._logits_BV = torch.empty(0, runner.vocab_size, device=runner.device)
 
@@ -121,26 +105,36 @@ class Slots:
         slots, rows = list(requests), self._rows
         slots_S = self._tensor(slots)
         limits = [request.max_new_tokens(self.context) for request in requests.values()]
+        lengths = np.array([len(request.prompt) for request in requests.values()])
         rows.drawn_N[slots_S] = 0
         rows.limits_N[slots_S] = self._tensor(limits)
-        rows.before_N[slots_S] = self._tensor(
-            [len(request.prompt) - 1 for request in requests.values()]
-        )
+        rows.before_N[slots_S] = self._tensor(lengths - 1)
         rows.alive_N[slots_S] = True
-        self._draw_uniforms(slots_S, list(requests.values()), max(limits))
+        self._draw_uniforms(requests, slots_S, max(limits))
+        self._reach_N[slots] = lengths - self.steps
 
         for slot, request in requests.items():
-            self.requests[slot] = request
-            self._reach_N[slot] = len(request.prompt) - self.steps
             if request.sampling.has_penalties:
-                rows.count_tokens(slot, request.prompt, self.runner.vocab_size)
+                rows.counts_NV[slot] = 0
+                rows.seen_NV[slot] = False
+                rows.seen_NV[slot, list(request.prompt)] = True
 
-        before_BV, before = self._logits_BV, self.live
-        self.live = max(before, max(slots) + 1)
-        self._groups = None
-        self._logits_BV = logits_SV.new_empty(self.live, self.runner.vocab_size)
-        self._logits_BV[:before] = before_BV[:before]
+        logits_BV, live = self._logits_BV[: self.live], max(self.live, max(slots) + 1)
+        self._logits_BV = logits_SV.new_empty(live, self.runner.vocab_size)
+        self._logits_BV[: self.live] = logits_BV
         self._logits_BV[slots_S] = logits_SV
+        self.live = live
+        self.requests |= requests
+        self._groups.clear()
+
+    def _draw_uniforms(
+        self, requests: dict[int, SampleRequest], slots_S: Tensor, tokens: int
+    ) -> None:
+        """Draw the random numbers of rows, for as many tokens as the longest may have."""
+        if any(request.sampling.temperature for request in requests.values()):
+            streams = [request.stream for request in requests.values()]
+            uniforms_SMU = self._tensor(draw_uniforms(streams, tokens))
+            self._rows.uniforms_NMU[slots_S, :tokens] = uniforms_SMU
 
     def reserve(self, slot: int) -> None:
         """Keep a slot for a prompt that is still being read: what is drawn for it, if it is among
@@ -151,55 +145,41 @@ class Slots:
 
     def release(self, slot: int) -> None:
         """Draw no more for the request of a slot."""
-        self.requests[slot], self._groups = None, None
         self._rows.alive_N[slot] = False
+        del self.requests[slot]
+        self._groups.clear()
 
     def compact(self) -> None:
         """Move the last live rows into the gaps before them, if there are enough gaps."""
-        busy = [slot for slot in range(self.live) if self.requests[slot] is not None]
-        free = self.live - len(busy)
-        if not free or free * COMPACT < self.live:
+        busy = len(self.requests)
+        if busy == self.live or (self.live - busy) * COMPACT < self.live:
             return
 
-        sources = [slot for slot in busy if slot >= len(busy)]
-        targets = [slot for slot in range(len(busy)) if self.requests[slot] is None]
+        sources = [slot for slot in self.requests if slot >= busy]
+        targets = [slot for slot in range(busy) if slot not in self.requests]
         if targets:
             self.runner.copy(sources, targets, self._longest())
             self._rows.move(self._tensor(sources), self._tensor(targets))
             self._reach_N[targets] = self._reach_N[sources]
 
         for source, target in zip(sources, targets):
-            self.requests[target], self.requests[source] = self.requests[source], None
+            self.requests[target] = self.requests.pop(source)
 
-        self.live, self._groups = len(busy), None
-
-    def _draw_uniforms(
-        self, slots_S: Tensor, requests: Sequence[SampleRequest], tokens: int
-    ) -> None:
-        """Draw the random numbers of rows, for as many tokens as the longest may have."""
-        if all(request.sampling.temperature == 0 for request in requests):
-            return
-
-        streams = [(request.sampling.seed, request.index, request.sample) for request in requests]
-        uniforms_SMU = torch.from_numpy(draw_uniforms(streams, tokens))
-        self._rows.uniforms_NMU[slots_S, :tokens] = uniforms_SMU.to(self.runner.device)
+        self.live = busy
+        self._groups.clear()
 
     # --- tokens ---
 
     def decode(self) -> None:
         """Run the model over the newest token of each live row."""
-        if not self.live:
-            return
-
-        rows, live = self._rows, slice(self.live)
-        positions_B = rows.before_N[live] + rows.drawn_N[live]
-        self._logits_BV = self.runner.decode(rows.newest_N[live], positions_B, self._longest())
+        if self.live:
+            rows, live = self._rows, slice(self.live)
+            positions_B = rows.before_N[live] + rows.drawn_N[live]
+            self._logits_BV = self.runner.decode(rows.newest_N[live], positions_B, self._longest())
 
     def draw(self) -> None:
         """Draw the next token of every live row."""
-        if self._groups is None:
-            self._groups = self._group_rows()
-
+        self._groups = self._groups or self._group_rows()
         for group in self._groups:
             self._draw_group(group)
 
@@ -209,10 +189,9 @@ class Slots:
         rows, sampling = self._rows, group.sampling
         index_B = self._index_N[: self.live][group.rows]
         drawn_B = rows.drawn_N[index_B]
-        alive_B = rows.alive_N[index_B]
         logits_BV = self._logits_BV[group.rows]
 
-        changed_BV = None if sampling.is_plain else self._change_logits(group, logits_BV)
+        changed_BV = None if sampling.is_plain else self._change_logits(group, index_B, logits_BV)
         uniforms_BU = rows.uniforms_NMU[index_B, drawn_B]
         tokens_B, logprobs_B = draw(logits_BV, uniforms_BU, sampling, changed_BV)
 
@@ -220,54 +199,53 @@ class Slots:
         rows.tokens_NM[index_B, drawn_B] = tokens_B
         rows.logprobs_NM[index_B, drawn_B] = logprobs_B
         if sampling.has_penalties:
-            assert rows.seen_NV is not None
-            assert rows.counts_NV is not None
             rows.seen_NV[index_B, tokens_B] = True
             rows.counts_NV[index_B, tokens_B] += 1
 
+        alive_B = rows.alive_N[index_B]
         drawn_B = drawn_B + alive_B
-        unfinished_B = ~group.stops_V[tokens_B] & (drawn_B < rows.limits_N[index_B])
         rows.drawn_N[index_B] = drawn_B
-        rows.alive_N[index_B] = alive_B & unfinished_B
-
+        rows.alive_N[index_B] = (
+            alive_B & ~group.stops_V[tokens_B] & (drawn_B < rows.limits_N[index_B])
+        )
         if sampling.top_logprobs:
             _add_alternatives(group, logits_BV)
 
-        if sampling.grammar is not None:
+        if sampling.grammar:
             for request, token in zip(group.requests, tokens_B.tolist()):
-                if request.sampling.grammar and token not in request.sampling.stop:
+                if request.sampling.grammar and token not in sampling.stop:
                     request.sampling.grammar.accept(token)
 
-    def _change_logits(self, group: _Group, logits_BV: Tensor) -> Tensor:
-        """Return the group's logits under bias, penalties and grammar."""
-        allowed_BV = seen_BV = counts_BV = None
-        if group.sampling.grammar is not None:
+    def _change_logits(self, group: _Group, index_B: Tensor, logits_BV: Tensor) -> Tensor:
+        """Return the group's logits under penalties, bias and grammar."""
+        sampling, rows = group.sampling, self._rows
+        logits_BV = logits_BV.float().clone()
+        if sampling.has_penalties:
+            seen_BV, counts_BV = rows.seen_NV[index_B], rows.counts_NV[index_B]
+            logits_BV = penalize(logits_BV, sampling, seen_BV, counts_BV)
+
+        for token, bias in sampling.logit_bias:
+            logits_BV[:, token] += bias
+
+        if sampling.grammar:
             grammars = [request.sampling.grammar for request in group.requests]
-            masks = [grammar.mask() for grammar in grammars if grammar]
-            allowed_BV = torch.stack(masks).to(self.runner.device)
+            allowed_BV = torch.stack([grammar.mask() for grammar in grammars if grammar])
+            logits_BV.masked_fill_(~allowed_BV.to(logits_BV.device), float("-inf"))
 
-        rows = self._rows
-        if rows.seen_NV is not None and rows.counts_NV is not None:
-            seen_BV = rows.seen_NV[: self.live][group.rows]
-            counts_BV = rows.counts_NV[: self.live][group.rows]
-
-        return change_logits(logits_BV, group.sampling, seen_BV, counts_BV, allowed_BV)
+        return logits_BV
 
     def _group_rows(self) -> list[_Group]:
         """Return the live rows by how they are drawn. All alike, as in rollouts, are one slice."""
         members: dict[Sampling, dict[int, SampleRequest]] = {}
-        for slot, request in enumerate(self.requests[: self.live]):
-            if request is not None:
-                members.setdefault(request.draw_key, {})[slot] = request
+        for slot, request in self.requests.items():
+            members.setdefault(request.draw_key, {})[slot] = request
 
         groups = []
         for sampling, requests in members.items():
             stops_V = torch.zeros(self.runner.vocab_size, dtype=torch.bool)
             stops_V[list(sampling.stop)] = True
-            rows: Tensor | slice = slice(self.live)
-            if len(members) > 1 or not sampling.is_plain or sampling.top_logprobs:
-                rows = self._tensor(list(requests))
-
+            alike = len(members) == 1 and sampling.is_plain and not sampling.top_logprobs
+            rows = slice(self.live) if alike else self._tensor(list(requests))
             stops_V = stops_V.to(self.runner.device)
             groups.append(_Group(sampling, rows, tuple(requests.values()), stops_V))
 
@@ -275,68 +253,57 @@ class Slots:
 
     # --- results ---
 
-    def count_alive(self) -> int:
-        """Return the live rows whose samples have not ended. On a GPU this waits for the draw."""
-        return int(self._rows.alive_N[: self.live].sum())
+    def find_ended(self) -> list[int]:
+        """Return the live slots whose samples have ended. On a GPU this waits for the draw."""
+        ended_S: Tensor = (~self._rows.alive_N[: self.live]).nonzero()[:, 0]
+        return ended_S.tolist()
 
     def newest_token(self) -> int:
         """Return the token that was drawn last for the first row."""
         return int(self._rows.newest_N[0])
 
-    def collect_ended(self) -> list[int]:
-        """Give the requests that have ended all their tokens; returns the live slots that are now
-        free."""
-        free = (~self._rows.alive_N[: self.live]).nonzero().squeeze(1).tolist()
-        ended = [slot for slot in free if self.requests[slot] is not None]
-        if not ended:
-            return free
+    def collect_all(self, slots: Sequence[int]) -> None:
+        """Give requests that have ended all their tokens, and free their slots."""
+        slots_S = self._tensor(slots)
+        counts = self._rows.drawn_N[slots_S].tolist()
+        tokens = self._rows.tokens_NM[slots_S, : max(counts)].tolist()
+        logprobs = self._rows.logprobs_NM[slots_S, : max(counts)].tolist()
 
-        ended_S = self._tensor(ended)
-        counts = self._rows.drawn_N[ended_S].tolist()
-        tokens = self._rows.tokens_NM[ended_S, : max(counts)].tolist()
-        logprobs = self._rows.logprobs_NM[ended_S, : max(counts)].tolist()
-
-        for row, (slot, count) in enumerate(zip(ended, counts)):
+        for row, (slot, count) in enumerate(zip(slots, counts)):
             request = self.requests[slot]
-            assert request is not None
             request.tokens, request.logprobs = tokens[row][:count], logprobs[row][:count]
             del request.alternatives[count:]
-            self._end(slot, request)
+            self._end(slot)
             _check_finite(request.logprobs)
 
-        return free
-
     def collect_newest(self) -> dict[int, SampleRequest]:
-        """Give every request its newest token; returns them by slot. Those that have ended have a
-        `finish`."""
+        """Give every request its newest token; returns them by slot. The slots of those that have
+        ended are free."""
         rows, live = self._rows, slice(self.live)
         last_B1 = (rows.drawn_N[live] - 1).clamp(min=0)[:, None]
         logprobs = rows.logprobs_NM[live].gather(1, last_B1)[:, 0].tolist()
         tokens, alive = rows.newest_N[live].tolist(), rows.alive_N[live].tolist()
-        given = {}
+        requests = dict(self.requests)
 
-        for slot, request in enumerate(self.requests[live]):
-            if request is None:
-                continue
-
-            given[slot] = request
+        for slot, request in requests.items():
             request.tokens.append(tokens[slot])
             request.logprobs.append(logprobs[slot])
             if not alive[slot]:
-                self._end(slot, request)
+                self._end(slot)
 
-        _check_finite([logprobs[slot] for slot in given])
-        return given
+        _check_finite([logprobs[slot] for slot in requests])
+        return requests
 
-    def _end(self, slot: int, request: SampleRequest) -> None:
+    def _end(self, slot: int) -> None:
+        request = self.requests[slot]
         request.finish = "stop" if request.tokens[-1] in request.sampling.stop else "length"
-        self.requests[slot], self._groups = None, None
+        self.release(slot)
 
     def _longest(self) -> int:
         return int(self._reach_N[: self.live].max()) + self.steps
 
-    def _tensor(self, numbers: Sequence[int]) -> Tensor:
-        return torch.tensor(numbers, device=self.runner.device)
+    def _tensor(self, numbers: Sequence[int] | NDArray[Any]) -> Tensor:
+        return torch.as_tensor(numbers, device=self.runner.device)
 
 
 def _add_alternatives(group: _Group, logits_BV: Tensor) -> None:
