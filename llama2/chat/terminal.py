@@ -334,7 +334,7 @@ class Session:
             if not before:
                 raise
 
-            self.outgrown = self._model.fits((*self._head(), question))
+            self.outgrown = self._model.has_room((*self._head(), question), 1)
             raise UserError(error.cause, self._room(error.cure)) from None
 
         if said is not None:
@@ -357,7 +357,7 @@ class Session:
         said: list[str] = []
         screen = self._show()
         try:
-            for part in self._model.reply_stream(messages, sampling):
+            for part in self._model.stream(messages, sampling):
                 said.append(part)
                 screen.add(part)
 

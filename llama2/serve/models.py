@@ -18,7 +18,7 @@ from llama2 import mesh
 from llama2.errors import UserError, did_you_mean
 from llama2.formats import checkpoint
 from llama2.generate.engine import Engine
-from llama2.generate.score import rewards
+from llama2.generate.score import score_rows
 from llama2.mesh import Precision
 from llama2.model import quantize
 from llama2.model.llama import Llama
@@ -101,7 +101,7 @@ class RewardModel:
     async def score(self, ids: Sequence[int]) -> float:
         """The raw score of one conversation."""
         found = await self.worker.call(
-            partial(rewards, self.scorer, [ids], precision=self.precision)
+            partial(score_rows, self.scorer, [ids], precision=self.precision)
         )
         return found[0]
 

@@ -14,7 +14,7 @@ from llama2.generate.engine import Engine
 from llama2.generate.generator import Completion
 from llama2.generate.model_runner import ModelRunner
 from llama2.generate.sampling import Sampling
-from llama2.generate.score import logprobs
+from llama2.generate.score import compute_logprobs
 from llama2.model.llama import Llama, LlamaConfig
 from llama2.model.quantize import Bits
 
@@ -94,7 +94,7 @@ def test_bf16_is_as_near_to_fp32_as_the_trainer_is(model: Llama) -> None:
     exact, trainer = (
         [
             torch.tensor(row[len(each.prompt) - 1 :])
-            for each, row in zip(results, logprobs(model, rows, precision))
+            for each, row in zip(results, compute_logprobs(model, rows, precision))
         ]
         for precision in ("fp32", "bf16")
     )
@@ -332,7 +332,7 @@ def test_rounded_cached_decoding_equals_the_full_forward_pass(model: Llama, bits
         torch.tensor(
             [
                 value
-                for each, row in zip(results, logprobs(measured, rows, precision))
+                for each, row in zip(results, compute_logprobs(measured, rows, precision))
                 for value in row[len(each.prompt) - 1 :]
             ]
         )
