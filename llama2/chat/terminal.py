@@ -20,7 +20,7 @@ from typing import TextIO
 
 from pydantic import Field
 
-from llama2 import mesh, records
+from llama2 import records
 from llama2.chat import keyboard
 from llama2.chat.keyboard import History
 from llama2.chat.screen import Display, display
@@ -31,6 +31,7 @@ from llama2.generate.dialogue import Chat
 from llama2.generate.engine import Engine
 from llama2.generate.sampling import Sampling
 from llama2.model import quantize
+from llama2.ranks import join
 from llama2.reading import files
 from llama2.reading.rows import marked
 from llama2.records import Dialog, Message, Messages
@@ -82,7 +83,7 @@ class Config(BaseConfig):
 
 def run(config: Config) -> None:
     """Load the checkpoint and talk until the user leaves."""
-    mesh.init()
+    ranks = join()
     shape, tokenizer = checkpoint.config_of(config.checkpoint), Tokenizer.load(config.checkpoint)
     tokenizer.check(config.checkpoint, shape.vocab_size, shape.bos_token_id)
 
@@ -91,7 +92,7 @@ def run(config: Config) -> None:
 
     quantize.check(config.precision)
     model = checkpoint.load(
-        config.checkpoint, dtype=quantize.loading(config.precision), device=mesh.device()
+        config.checkpoint, dtype=quantize.loading(config.precision), device=ranks.device
     )
     inner = Engine(model.eval().requires_grad_(False), slots=1, precision=config.precision)
     inner.test(config.checkpoint)

@@ -96,8 +96,8 @@ class RemoteEngine:
 
     context: the most tokens of prompt and completion together. retries: how often a failed request
     is repeated, after `pause` seconds, twice as many, and so on. timeout: seconds for one request.
-    concurrency: requests at a time. state: the directory of the journal. progress: called after
-    each completion.
+    concurrency: requests at a time. state: the directory of the journal, in
+    which `rank` has a file of its own. progress: called after each completion.
     """
 
     def __init__(
@@ -113,6 +113,7 @@ class RemoteEngine:
         concurrency: int = 64,
         pause: float = 1.0,
         state: Path | None = None,
+        rank: int = 0,
         progress: Progress | None = None,
     ) -> None:
         self._client = CompletionsClient(
@@ -120,7 +121,7 @@ class RemoteEngine:
         )
         self.url, self.model = self._client.url, model
         self.context, self.tokenizer, self.progress = context, tokenizer, progress
-        self._journal = CompletionJournal(state)
+        self._rank, self._journal = rank, CompletionJournal(state, rank)
 
     def generate(
         self, prompts: Sequence[Tokens], sampling: Sampling, indices: Sequence[int] | None = None
@@ -153,7 +154,7 @@ class RemoteEngine:
 
     def keep_in(self, state: Path) -> None:
         """Keep the journal in this directory from now on."""
-        self._journal = CompletionJournal(state)
+        self._journal = CompletionJournal(state, self._rank)
 
     def check(self, prompts: Sequence[Tokens]) -> None:
         """Raise the UserError that `generate` would raise for these prompts."""
@@ -389,6 +390,7 @@ def connect(
     context: int,
     *,
     state: Path | None = None,
+    rank: int = 0,
     progress: Progress | None = None,
 ) -> RemoteEngine:
     """Return an engine on `server`, once it has confirmed that it serves the model; its own limit
@@ -413,6 +415,7 @@ def connect(
         timeout=server.timeout,
         concurrency=server.concurrency,
         state=state,
+        rank=rank,
         progress=progress,
     )
     models = engine.list_models()

@@ -21,6 +21,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from llama2 import devices
 from llama2.errors import UserError
 from llama2.kernels import build
 
@@ -147,7 +148,7 @@ def draw(
     model's own distribution: without temperature, truncation and changes (fp32)."""
     logits_BV = logits_BV.float()
     source_BV = logits_BV if changed_BV is None else changed_BV
-    if logits_BV.device.type == "cpu" and _call.found and not (sampling.top_k or sampling.min_p):
+    if devices.is_cpu(logits_BV) and _call.found and not (sampling.top_k or sampling.min_p):
         return _drawn_natively(logits_BV, source_BV, uniforms_BU, sampling)
 
     if sampling.temperature == 0:
@@ -252,7 +253,7 @@ def _outside_nucleus(weights_BV: Tensor, tokens_B: Tensor, limit_B1: Tensor) -> 
     the sort.
     """
     own_B1 = weights_BV.gather(1, tokens_B[:, None])
-    if weights_BV.device.type != "cpu":
+    if not devices.is_cpu(weights_BV):
         return weights_BV.where(weights_BV > own_B1, 0).sum(-1) > limit_B1.squeeze(1)
 
     # A comparison written as floats: six times faster on a CPU than through a boolean mask.

@@ -17,11 +17,12 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from llama2 import devices
 from llama2.generate.prefix_cache import PrefixCache
 from llama2.generate.request import Prompt, SampleRequest
 from llama2.generate.slots import Slots
 
-CHUNK_TOKENS = {"cpu": 512}  # of prompts read between two steps of the others
+CHUNK_TOKENS = {devices.CPU: 512}  # of prompts read between two steps of the others
 LARGE_CHUNK_TOKENS = 2048  # on other devices
 
 

@@ -14,12 +14,12 @@ from typing import Literal
 
 import torch
 
-from llama2 import mesh
+from llama2 import devices
+from llama2.devices import Precision
 from llama2.errors import UserError, did_you_mean
 from llama2.formats import checkpoint
 from llama2.generate.engine import Engine
 from llama2.generate.score import score_rows
-from llama2.mesh import Precision
 from llama2.model import quantize
 from llama2.model.llama import Llama
 from llama2.model.quantize import WeightPrecision
@@ -215,7 +215,7 @@ def load_chat(
     precision: WeightPrecision,
 ) -> ChatModel:
     """A language model with its worker running."""
-    model = checkpoint.load(path, dtype=quantize.loading(precision), device=mesh.device()).eval()
+    model = checkpoint.load(path, dtype=quantize.loading(precision), device=devices.choose()).eval()
     model.requires_grad_(False)
     engine = Engine(model, slots=slots, capacity=capacity, precision=precision)
     worker = Worker(name, engine, waiting)
@@ -232,7 +232,7 @@ def load_reward(path: Path, name: str, *, waiting: int, precision: Precision) ->
             "give the directory of a model from 'llama2 reward'",
         )
 
-    scorer = checkpoint.load_scorer(path, device=mesh.device()).eval()
+    scorer = checkpoint.load_scorer(path, device=devices.choose()).eval()
     scorer.requires_grad_(False)
     worker = Worker(name, None, waiting)
     worker.start()
@@ -279,7 +279,7 @@ def _prompt_logprobs(
     tokens_T = torch.tensor(ids, device=device)
     found: list[tuple[float, Alternatives]] = []
 
-    with mesh.autocast(precision):
+    with devices.autocast(device, precision):
         hidden_TD = (
             model(tokens_T[None, :-1], head=False)[0]
             if len(ids) > 1

@@ -60,7 +60,7 @@ class Pool:
             choices = self._choose(run, chat, rewards, sample)
 
         sizes = [0] * len(self._rounds)
-        with open_records(run.path / "pool.jsonl") as put:
+        with open_records(run.path / "pool.jsonl", run.ranks) as put:
             for reward, index in choices:
                 number, dialog = self._find(index)
                 metadata = {**dialog.metadata, "reward": round(reward, 4)}
