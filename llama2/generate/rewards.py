@@ -93,11 +93,10 @@ class Rewards:
         if self.safe:
             safe = score(self.safe, name=self.settings.safe)
 
-        scores = []
-        for h, s, is_safety in zip(helpful, safe, tags):
-            scores.append(Score(h, s, combine(self.settings, h, s, is_safety)))
-
-        return scores
+        return [
+            Score(h, s, combine(self.settings, h, s, is_safety))
+            for h, s, is_safety in zip(helpful, safe, tags)
+        ]
 
 
 def check_rule(settings: RewardModels) -> None:

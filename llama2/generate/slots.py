@@ -143,11 +143,12 @@ class Slots:
         self._rows.before_N[slot] = self.runner.cache.capacity - 1
         self._rows.alive_N[slot] = False
 
-    def release(self, slot: int) -> None:
-        """Draw no more for the request of a slot."""
-        self._rows.alive_N[slot] = False
-        del self.requests[slot]
-        self._groups.clear()
+    def release(self, request: SampleRequest) -> None:
+        """Draw no more for a request, if it has a slot."""
+        for slot in [slot for slot, other in self.requests.items() if other is request]:
+            self._rows.alive_N[slot] = False
+            del self.requests[slot]
+            self._groups.clear()
 
     def compact(self) -> None:
         """Move the last live rows into the gaps before them, if there are enough gaps."""
@@ -273,7 +274,7 @@ class Slots:
             request = self.requests[slot]
             request.tokens, request.logprobs = tokens[row][:count], logprobs[row][:count]
             del request.alternatives[count:]
-            self._end(slot)
+            self._end(request)
             _check_finite(request.logprobs)
 
     def collect_newest(self) -> dict[int, SampleRequest]:
@@ -289,15 +290,14 @@ class Slots:
             request.tokens.append(tokens[slot])
             request.logprobs.append(logprobs[slot])
             if not alive[slot]:
-                self._end(slot)
+                self._end(request)
 
         _check_finite([logprobs[slot] for slot in requests])
         return requests
 
-    def _end(self, slot: int) -> None:
-        request = self.requests[slot]
+    def _end(self, request: SampleRequest) -> None:
         request.finish = "stop" if request.tokens[-1] in request.sampling.stop else "length"
-        self.release(slot)
+        self.release(request)
 
     def _longest(self) -> int:
         return int(self._reach_N[: self.live].max()) + self.steps
