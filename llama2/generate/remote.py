@@ -290,12 +290,15 @@ class RemoteEngine:
 
         async with self._client.connect() as connections:
             count = min(self._client.concurrency, len(requests))
+            # not a TaskGroup: it would wrap what a worker raises
+            workers = [asyncio.ensure_future(work(connections)) for _ in range(count)]
             try:
-                async with asyncio.TaskGroup() as group:
-                    for _ in range(count):
-                        group.create_task(work(connections))
-            except* Exception as errors:
-                raise errors.exceptions[0] from None
+                await asyncio.gather(*workers)
+            finally:
+                for worker in workers:
+                    worker.cancel()
+
+                await asyncio.gather(*workers, return_exceptions=True)
 
     async def _complete(
         self, connections: Any, request: _CompletionRequest, sampling: Sampling

@@ -65,7 +65,8 @@ class _Rows:
 
 @dataclass(frozen=True)
 class _Group:
-    """Live rows that are drawn in one way, and their requests in the same order."""
+    """Live rows that are drawn in one way, and their requests in the same order. Where a grammar
+    says what may follow there is one row: each sample has a grammar of its own."""
 
     sampling: Sampling
     rows: Tensor | slice
@@ -212,10 +213,8 @@ class Slots:
         if sampling.top_logprobs:
             _add_alternatives(group, logits_BV)
 
-        if sampling.grammar:
-            for request, token in zip(group.requests, tokens_B.tolist()):
-                if request.sampling.grammar and token not in sampling.stop:
-                    request.sampling.grammar.accept(token)
+        if sampling.grammar and int(tokens_B[0]) not in sampling.stop:
+            sampling.grammar.accept(int(tokens_B[0]))
 
     def _change_logits(self, group: _Group, index_B: Tensor, logits_BV: Tensor) -> Tensor:
         """Return the group's logits under penalties, bias and grammar."""
@@ -229,9 +228,8 @@ class Slots:
             logits_BV[:, token] += bias
 
         if sampling.grammar:
-            grammars = [request.sampling.grammar for request in group.requests]
-            allowed_BV = torch.stack([grammar.mask() for grammar in grammars if grammar])
-            logits_BV.masked_fill_(~allowed_BV.to(logits_BV.device), float("-inf"))
+            allowed_V = sampling.grammar.mask().to(logits_BV.device)
+            logits_BV.masked_fill_(~allowed_V, float("-inf"))
 
         return logits_BV
 
@@ -311,8 +309,7 @@ def _add_alternatives(group: _Group, logits_BV: Tensor) -> None:
     count = min(group.sampling.top_logprobs, logits_BV.shape[1])
     top = logits_BV.float().log_softmax(-1).topk(count, -1)
     for request, ids, values in zip(group.requests, top.indices.tolist(), top.values.tolist()):
-        if request.finish is None:
-            request.alternatives.append(tuple(zip(ids, values)))
+        request.alternatives.append(tuple(zip(ids, values)))
 
 
 def _check_finite(logprobs: Sequence[float]) -> None:
