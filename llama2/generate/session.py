@@ -79,7 +79,10 @@ class Session:
 
         request.finish = "cancelled"
         self._queue = deque(other for other in self._queue if other is not request)
-        self._slots.release(request)
+        for slot, other in tuple(self._slots.requests.items()):
+            if other is request:
+                self._slots.release(slot)
+
         for pending in self._pending.values():
             others = pending.requests.items()
             pending.requests = {slot: other for slot, other in others if other is not request}

@@ -144,12 +144,11 @@ class Slots:
         self._rows.before_N[slot] = self.runner.cache.capacity - 1
         self._rows.alive_N[slot] = False
 
-    def release(self, request: SampleRequest) -> None:
-        """Draw no more for a request, if it has a slot."""
-        for slot in [slot for slot, other in self.requests.items() if other is request]:
-            self._rows.alive_N[slot] = False
-            del self.requests[slot]
-            self._groups.clear()
+    def release(self, slot: int) -> None:
+        """Draw no more for the request of a slot."""
+        self._rows.alive_N[slot] = False
+        del self.requests[slot]
+        self._groups.clear()
 
     def compact(self) -> None:
         """Move the last live rows into the gaps before them, if there are enough gaps."""
@@ -190,7 +189,7 @@ class Slots:
     def _draw_group(self, group: _Group) -> None:
         rows, sampling = self._rows, group.sampling
         index_B = self._index_N[: self.live][group.rows]
-        drawn_B = rows.drawn_N[index_B]
+        drawn_B = rows.drawn_N[: self.live][group.rows]
         logits_BV = self._logits_BV[group.rows]
 
         changed_BV = None if sampling.is_plain else self._change_logits(group, index_B, logits_BV)
@@ -204,7 +203,7 @@ class Slots:
             rows.seen_NV[index_B, tokens_B] = True
             rows.counts_NV[index_B, tokens_B] += 1
 
-        alive_B = rows.alive_N[index_B]
+        alive_B = rows.alive_N[: self.live][group.rows]
         drawn_B = drawn_B + alive_B
         rows.drawn_N[index_B] = drawn_B
         rows.alive_N[index_B] = (
@@ -272,7 +271,7 @@ class Slots:
             request = self.requests[slot]
             request.tokens, request.logprobs = tokens[row][:count], logprobs[row][:count]
             del request.alternatives[count:]
-            self._end(request)
+            self._end(slot)
             _check_finite(request.logprobs)
 
     def collect_newest(self) -> dict[int, SampleRequest]:
@@ -288,14 +287,15 @@ class Slots:
             request.tokens.append(tokens[slot])
             request.logprobs.append(logprobs[slot])
             if not alive[slot]:
-                self._end(request)
+                self._end(slot)
 
         _check_finite([logprobs[slot] for slot in requests])
         return requests
 
-    def _end(self, request: SampleRequest) -> None:
+    def _end(self, slot: int) -> None:
+        request = self.requests[slot]
         request.finish = "stop" if request.tokens[-1] in request.sampling.stop else "length"
-        self.release(request)
+        self.release(slot)
 
     def _longest(self) -> int:
         return int(self._reach_N[: self.live].max()) + self.steps
