@@ -27,9 +27,11 @@ class Answer:
 
 
 class Chat:
-    """Answers conversations with `engine`, shared between `ranks` (this process alone unless given).
+    """Answers conversations with `engine`, shared between `ranks` (this process if not given).
+
     An answer ends where the model ends answers (`Tokenizer.stops`), and at the stop ids of the
-    sampling."""
+    sampling.
+    """
 
     def __init__(self, engine: Generator, tokenizer: Tokenizer, ranks: Ranks | None = None) -> None:
         self.engine, self.tokenizer = engine, tokenizer

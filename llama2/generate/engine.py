@@ -113,7 +113,7 @@ class Engine:
         check_prompts(prompts, self.context, self._snapshot.source.config.vocab_size)
 
     def test(self, name: object = "the model") -> None:
-        """Draw one short greedy answer. UserError, which begins with `name`, if its log-probabilities
+        """Draw one short greedy answer. UserError that begins with `name` if its log-probabilities
         are not finite, as where weights are damaged."""
         try:
             self.generate([[BEGIN]], Sampling(temperature=0, max_tokens=TEST_TOKENS))

@@ -29,8 +29,8 @@ _OBJECT = {"type": "object"}
 
 
 class JsonGrammar:
-    """The tokens that may follow in one text. It remembers the text, so each sample has a copy of its
-    own (`fresh`).
+    """The tokens that may follow in one text. It remembers the text, so each sample has a copy of
+    its own (`fresh`).
 
     `schema` is the JSON Schema it was made of, None for any object.
     """
@@ -75,8 +75,9 @@ class JsonGrammar:
 
     def _check(self) -> None:
         if self._matcher.is_error():
+            reason = _first_line(self._matcher.get_error())
             raise UserError(
-                f"the schema cannot be followed any further ({_first_line(self._matcher.get_error())})",
+                f"the schema cannot be followed any further ({reason})",
                 "simplify it: patterns and limits of length cost most",
             )
 

@@ -31,8 +31,8 @@ class PrefixCache:
         """Return the row that shares the longest beginning with a prompt, and its length; length 0
         if it is not worth copying.
 
-        running: the requests of the rows that are decoded, by row, which may be shared too. The last token
-        of a prompt is always read anew, for the logits behind it.
+        running: the requests of the rows that are decoded, by row; these may be shared too. The
+        last token of a prompt is always read anew, for the logits behind it.
         """
         head = prompt[:MIN_SHARED]
         rows = {row: kept for row, kept in self._kept.items() if kept[:MIN_SHARED] == head}

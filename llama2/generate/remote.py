@@ -406,12 +406,10 @@ def connect(
         tokenizer=tokenizer,
         context=context,
         key=key,
-        retries=server.retries,
-        timeout=server.timeout,
-        concurrency=server.concurrency,
         state=state,
         rank=rank,
         progress=progress,
+        **server.model_dump(include={"retries", "timeout", "concurrency"}),
     )
     models = engine.list_models()
     if server.model is None and len(models) != 1:

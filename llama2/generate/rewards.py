@@ -50,7 +50,7 @@ class RewardModels(Section):
 
 @dataclass(frozen=True)
 class Score:
-    """Raw scores of one answer, and their combination; `to_probability` makes them the paper's R."""
+    """Raw scores of one answer, and their combination; `to_probability` gives the paper's R."""
 
     helpful: float
     safe: float

@@ -35,7 +35,7 @@ class Grammar(Protocol):
     """Decides, token after token, what may follow. Each sample needs one of its own."""
 
     def mask(self) -> Tensor:
-        """Return a bool [V]: the tokens that may come next, EOS among them where the text may end."""
+        """Return bool [V]: the tokens that may come next, EOS too where the text may end."""
 
     def accept(self, token: int) -> None:
         """Go on by a token that was drawn."""
@@ -231,8 +231,8 @@ def _sample(weights_BV: Tensor, uniforms_BU: Tensor, sampling: Sampling) -> Tens
 
 
 def _invert(weights_BV: Tensor, uniforms_B1: Tensor) -> tuple[Tensor, Tensor]:
-    """Return tokens_B drawn in proportion to their weights, by the inverse of the cumulative sum, and
-    the total_B1."""
+    """Return tokens_B drawn in proportion to their weights, by the inverse of the cumulative sum;
+    and the total_B1."""
     cumulative_BV = weights_BV.cumsum(-1)
     total_B1 = cumulative_BV[:, -1:]
     tokens_B1 = torch.searchsorted(cumulative_BV, uniforms_B1 * total_B1, right=True)

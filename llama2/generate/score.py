@@ -167,8 +167,8 @@ def _run_batches(
 
 
 def _make_batches(lengths: Sequence[int], batch_tokens: int) -> list[list[int]]:
-    """Return the indices of rows, longest first, in batches of at most `batch_tokens` padded tokens (or of one
-    row)."""
+    """Return the indices of rows, longest first, in batches of at most `batch_tokens` padded tokens
+    (or of one row)."""
     order = sorted(range(len(lengths)), key=lambda index: -lengths[index])
     batches = []
     while order:

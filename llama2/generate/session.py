@@ -28,7 +28,7 @@ LARGE_CHUNK_TOKENS = 2048  # on other devices
 
 @dataclass(eq=False)
 class _PendingPrompt:
-    """A prompt that is read into `slot`, of which `done` tokens are there; `requests` ask with it."""
+    """A prompt that is read into `slot`, where `done` of its tokens are; `requests` ask with it."""
 
     prompt: Prompt
     slot: int

@@ -191,6 +191,23 @@ def test_a_prompt_cancelled_while_it_is_read(model: Llama, monkeypatch: pytest.M
     assert_as_alone(model, twins[1:])
 
 
+def test_a_prompt_that_nobody_waits_for_any_more_leaves_no_slot(
+    model: Llama, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "CHUNK_TOKENS", {"cpu": 4})
+    session = engine(model, 3).open()
+    twins = [SampleRequest(tuple(range(5, 30)), PLAIN, 0, sample) for sample in range(2)]
+    for request in twins:
+        session.submit(request)
+
+    for request in twins:
+        session.step()
+        session.cancel(request)
+
+    assert session.running == 0
+    assert session.idle
+
+
 def test_alternatives_hold_the_likeliest_tokens(model: Llama) -> None:
     session = engine(model).open()
     request = SampleRequest((5, 6, 7), replace(PLAIN, top_logprobs=4, temperature=0))

@@ -1,6 +1,6 @@
-"""PPO's data (§3.2.3): answers of the policy, scores of the reward models, advantages by KL and GAE.
+"""PPO's data (§3.2.3): the policy's answers, the reward models' scores, KL, and advantages by GAE.
 
-    R(g | p) = R~_c(g | p) - beta * KL(pi_theta || pi_0),   R~_c = whiten(logit(R_c))          (equation 4)
+    R(g | p) = R~_c(g | p) - beta * KL(pi_theta || pi_0),   R~_c = whiten(logit(R_c))     (equation 4)
 
 `Rollouts` is a source like any other: `fit` asks it for the micro-batches of one update, and it
 samples anew when the last batch is used up. Where the paper leaves a choice, it is as follows. The
@@ -151,11 +151,7 @@ class Rollouts:
         scores = [group[0] for group in score(self.rewards, self.chat.tokenizer, prompts, groups)]
         rewards = torch.tensor([self._reward(*pair) for pair in zip(answers, scores)])
         whitened = whiten(rewards)
-        order = shuffle_indices(len(prompts), offset_seed(settings.seed, 7919 * self.iteration))
-        minibatches = []
-        for part in torch.split(order, settings.minibatch_size):
-            minibatches.append(self._read([answers[i] for i in part], whitened[part]))
-
+        minibatches = self._cut(answers, whitened)
         batches = list(chain(*minibatches))
         if not self.scaled and whitened.any():  # answers of equal reward set no scale
             self._scale(batches)
@@ -193,6 +189,15 @@ class Rollouts:
             chosen += [self.prompts[i] for i in order[offset : offset + size - len(chosen)]]
 
         return chosen
+
+    def _cut(self, answers: Sequence[Answer], rewards: Tensor) -> list[list[Batch]]:
+        """Return this rank's micro-batches of each minibatch, the answers in random order."""
+        seed = offset_seed(self.settings.seed, 7919 * self.iteration)
+        minibatches = []
+        for part in torch.split(shuffle_indices(len(answers), seed), self.settings.minibatch_size):
+            minibatches.append(self._read([answers[i] for i in part], rewards[part]))
+
+        return minibatches
 
     def _reward(self, answer: Answer, score: Score) -> float:
         """Return logit(R_c), or the reward set for an answer that never ended."""

@@ -62,8 +62,8 @@ class Sample(Section):
     def _refuse_rounded(cls, value: object) -> object:
         if value in ("int8", "int4"):
             raise ValueError(
-                "rounded weights are for chat, serve and evaluate; answers to learn from are sampled "
-                "with the policy's own weights, in fp32 or bf16"
+                "rounded weights are for chat, serve and evaluate; answers to learn from are "
+                "sampled with the policy's own weights, in fp32 or bf16"
             )
 
         return value
@@ -112,8 +112,8 @@ def sample_in_parts(
     sample: Sample,
     answers: int = 1,
 ) -> Iterator[Any]:
-    """Yield the rows of each item, in order, as `parts.in_parts` does for work that samples; finished
-    parts are not sampled again.
+    """Yield the rows of each item, in order, as `parts.in_parts` does, for work that samples;
+    finished parts are not sampled again.
 
     `answers`: how many are sampled for an item. At the end of a part slots are empty: where
     answers have m tokens on average and at most M, it takes sample.part * m decoding steps and up
@@ -176,8 +176,8 @@ def read_prompts(path: Path, limit: int | None, seed: int) -> list[Prompt]:
 
 
 def derive_seed(seed: int, *use: object) -> int:
-    """Return the seed of one use of randomness inside a stage: no two uses, rounds or turns share their
-    random numbers."""
+    """Return the seed of one use of randomness inside a stage: no two uses, rounds or turns share
+    their random numbers."""
     digest = hashlib.blake2b(repr((seed, *use)).encode(), digest_size=8).digest()
     return int.from_bytes(digest, "little") >> 1
 
