@@ -27,21 +27,17 @@ from common import Side, Size
 from train import RandomTokens
 
 from llama2 import devices
+from llama2.batches import Batch
 from llama2.generate.engine import Engine
 from llama2.generate.sampling import Sampling
 from llama2.model.llama import Llama, LlamaConfig
 from llama2.model.sizes import SIZES
 from llama2.ranks import Ranks, join
-from llama2.stages.common.planning import (
-    Cluster,
-    Tower,
-    engine_bytes,
-    flops_per_token,
-    training_plan,
-)
+from llama2.stages.common.memory import Tower, engine_bytes, flops_per_token
+from llama2.stages.common.planning import Cluster, plan_training
 from llama2.stages.common.sampling import Sample
 from llama2.stages.common.training import Training
-from llama2.train.loop import Batch, Learner, Plan, fit
+from llama2.train.loop import Learner, Plan, fit
 from llama2.train.objectives import next_token
 from llama2.train.optim import AdamW
 
@@ -170,7 +166,7 @@ class PackedTokens(RandomTokens):
 
 def planned(shape: LlamaConfig, rows: int, length: int, settings: Training) -> float:
     """Bytes that a dry run tells for training on one device."""
-    found = training_plan(
+    found = plan_training(
         [Tower(shape)],
         settings,
         Cluster(ranks=1),

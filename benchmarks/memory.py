@@ -35,7 +35,7 @@ from llama2.model.scorer import Scorer
 from llama2.records import Message, Prompt
 from llama2.runs import open_run
 from llama2.stages import evaluate, select
-from llama2.stages.common.planning import GIB, Cluster, Lineage
+from llama2.stages.common.planning import GIB, Cluster, PlannedRuns
 from llama2.tokenizer.template import encode_prompt
 from llama2.tokenizer.tokenizer import Tokenizer
 from llama2.tokenizer.train import train
@@ -120,7 +120,7 @@ def main() -> int:
 
         for name, module, values in stages:
             config = build(module.Config, {"out": root / name, **common, **values})
-            plan = module.plan(config, Cluster(), Lineage())["memory_per_rank_gib"]
+            plan = module.plan(config, Cluster(), PlannedRuns())["memory_per_rank_gib"]
             for phase, (expected, found) in compared(
                 plan, laps(name, module, config), packs
             ).items():

@@ -41,8 +41,8 @@ from llama2.model.scorer import Scorer
 from llama2.ranks import Ranks
 from llama2.records import Message, Prompt
 from llama2.stages.common.ppo_rollouts import ACTOR, CRITIC, ActorCritic, Rollouts, Settings
+from llama2.stages.common.ppo_watch import Watch
 from llama2.stages.common.sampling import Sample
-from llama2.stages.ppo import Watch
 from llama2.train.loop import Hook, Learner, Plan, Training, fit
 from llama2.train.objectives import clipped
 from llama2.train.optim import AdamW

@@ -25,6 +25,7 @@ from typing import Any
 import torch
 
 from llama2 import cpu_tuning, devices
+from llama2.batches import Batch
 from llama2.generate.dialogue import Chat
 from llama2.generate.engine import Engine
 from llama2.generate.rewards import RewardModels
@@ -32,9 +33,10 @@ from llama2.model.llama import Llama
 from llama2.ranks import Ranks
 from llama2.stages import ppo
 from llama2.stages.common.ppo_rollouts import ACTOR, CRITIC, ActorCritic, Rollouts
+from llama2.stages.common.ppo_watch import measure_clipping
 from llama2.stages.common.sampling import Sample, keep_fitting, load_rewards, read_prompts
 from llama2.stages.common.training import frozen, load_policy, load_scorer
-from llama2.train.loop import Batch, Hook, Learner, Report, Training, fit
+from llama2.train.loop import Hook, Learner, Report, Training, fit
 from llama2.train.objectives import clipped, explained_variance
 
 
@@ -147,14 +149,14 @@ def compare(config: ppo.Config, apart: tuple[str, ...]) -> tuple[Way, Way]:
 
     return (
         Way(
-            [ppo.clipped_share(norm, limit) for norm in clipping],
+            [measure_clipping(norm, limit) for norm in clipping],
             own,
             critic,
             explained_variance(first)["ppo/explained_variance"],
             *movement(config, actor, kept.batches),
         ),
         Way(
-            [ppo.clipped_share(norm, limit) for norm in own],
+            [measure_clipping(norm, limit) for norm in own],
             own,
             [0.0],
             0.0,

@@ -29,10 +29,11 @@ import torch
 from common import SIZES, Side, Size, has, serve, spread
 
 from llama2 import cpu_tuning, devices
+from llama2.batches import Batch
 from llama2.model.llama import Llama
 from llama2.ranks import Ranks
-from llama2.stages.common.planning import flops_per_token
-from llama2.train.loop import Batch, Hook, Learner, Plan, Report, Training, fit
+from llama2.stages.common.memory import flops_per_token
+from llama2.train.loop import Hook, Learner, Plan, Report, Training, fit
 from llama2.train.objectives import next_token
 
 PEERS = ("transformers", "litgpt")

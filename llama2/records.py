@@ -283,24 +283,14 @@ def writing(path: str | os.PathLike[str]) -> Iterator[Callable[[object], None]]:
     """A function that writes one more record; the file appears under its name when the block ends
     well."""
     path = Path(path)
-    temporary = path.with_name(path.name + ".tmp")
-    with explain_os_errors(path):
-        atomic.make(path.parent)
-        opener: Any = (
-            zstandard().open
-            if path.suffix == ".zst"
-            else gzip.open
-            if path.suffix == ".gz"
-            else open
-        )
-        try:
-            with opener(temporary, "wt", encoding="utf-8") as file:
-                yield lambda record: file.write(to_json(record) + "\n")
+    opener: Any = open
+    if path.suffix == ".zst":
+        opener = zstandard().open
+    elif path.suffix == ".gz":
+        opener = gzip.open
 
-            atomic.replace(temporary, path)
-        except BaseException:
-            atomic.remove(temporary)
-            raise
+    with atomic.new_file(path) as work, opener(work, "wt", encoding="utf-8") as file:
+        yield lambda record: file.write(to_json(record) + "\n")
 
 
 class Stored(Sequence[Record]):

@@ -53,7 +53,7 @@ class Tally:
             **({"cut": self.cut} if self.cut else {}),
             "skipped": dict(self.skipped.most_common()),
             **noted,
-            **({"files left out": dict(self.files.most_common())} if self.files else {}),
+            **({"files_left_out": dict(self.files.most_common())} if self.files else {}),
         }
 
     def line(self) -> str:

@@ -63,3 +63,10 @@ def shown(value: Any) -> str:
 def say(text: str) -> None:
     """One line on standard error."""
     print(line(text), file=sys.stderr, flush=True)
+
+
+def clock(seconds: float) -> str:
+    """Write whole seconds as a clock does: 3:20, or 1:03:20."""
+    minutes, seconds = divmod(int(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"

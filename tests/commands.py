@@ -15,6 +15,7 @@ import torch
 from llama2 import cli
 from llama2.recipe import launch
 from llama2.runs import completion, parts
+from llama2.runs.sealed import seal
 from llama2.train import hooks
 
 
@@ -28,7 +29,7 @@ def vouch(*runs: Path) -> None:
     for run in runs:
         manifest = json.loads((run / completion.MANIFEST).read_text())
         manifest.pop("sum", None)
-        (run / completion.MANIFEST).write_text(completion.seal(manifest))
+        (run / completion.MANIFEST).write_text(seal(manifest))
         seconds = json.loads((run / completion.COMPLETE).read_text())["seconds"]
         (run / completion.COMPLETE).write_text(completion.mark(run, seconds))
 

@@ -92,7 +92,7 @@ def run(config: Config) -> None:
 
     quantize.check(config.precision)
     model = checkpoint.load(
-        config.checkpoint, dtype=quantize.loading(config.precision), device=ranks.device
+        config.checkpoint, dtype=quantize.load_dtype(config.precision), device=ranks.device
     )
     inner = Engine(model.eval().requires_grad_(False), slots=1, precision=config.precision)
     inner.test(config.checkpoint)

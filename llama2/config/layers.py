@@ -9,6 +9,7 @@ from typing import Any
 from llama2.config.yaml12 import read_yaml
 from llama2.errors import UserError
 from llama2.reading import files
+from llama2.schema_version import migrate
 
 
 def layers(path: Path, inside: tuple[Path, ...] = ()) -> list[dict[str, Any]]:
@@ -17,7 +18,7 @@ def layers(path: Path, inside: tuple[Path, ...] = ()) -> list[dict[str, Any]]:
     if path.resolve() in inside:
         raise UserError(f"{path}: this recipe extends itself", "mend the key `extends`")
 
-    values = read_yaml(path)
+    values = migrate(read_yaml(path), path)
     base = values.pop("extends", None)
     if base is None:
         return [values]

@@ -11,7 +11,6 @@ quotes is read as that number where only a number can be meant, and 2.0 is a who
 
 from __future__ import annotations
 
-import hashlib
 import os
 import re
 import shutil
@@ -38,6 +37,7 @@ from llama2.config.flags import overrides
 from llama2.config.layers import layers, merge
 from llama2.config.schema import Flag
 from llama2.errors import UserError
+from llama2.hashing import hash_number
 from llama2.terminal_text import is_safe
 
 __all__ = ["Config", "StageConfig", "build", "derive", "incidentals", "parse", "paths"]
@@ -120,8 +120,7 @@ C = TypeVar("C", bound=Config)
 def derive(seed: int, *names: str | int) -> int:
     """The seed of one of the things that `seed` decides: another for every list of names, 0 to 2^32
     - 1."""
-    digest = hashlib.blake2b(repr((seed, *names)).encode(), digest_size=4).digest()
-    return int.from_bytes(digest, "big")
+    return hash_number(repr((seed, *names)), 4, "big")
 
 
 # --- checked and settled

@@ -18,6 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from llama2 import kernels
 from llama2.formats import gguf
 from llama2.formats.binary import in_single
 from llama2.formats.hf_directory import SCORE
@@ -261,13 +262,13 @@ def _walk(source: Source, tokens_1T: Tensor) -> Iterator[tuple[str, Tensor]]:
     with torch.device("meta"):
         trunk = Trunk(config)
 
-    context = trunk.context(x_1TD, None, None, None)
+    context = kernels.install(trunk).context(x_1TD)
     update_1TD: Tensor | None = None
     for index in range(config.num_hidden_layers):
         x_1TD, update_1TD = _layer(source, index, x_1TD)(x_1TD, update_1TD, context)
         yield f"model.layers.{index}", x_1TD + update_1TD
 
-    norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+    norm = kernels.install(RMSNorm(config.hidden_size, config.rms_norm_eps))
     norm.weight = nn.Parameter(source.tensors[NORM].read().float())
     yield NORM.removesuffix(".weight"), norm.to(x_1TD.device)(x_1TD, update_1TD)[1]
 
@@ -285,7 +286,7 @@ def _layer(source: Source, index: int, like: Tensor) -> Layer:
         },
         assign=True,
     )
-    return layer
+    return kernels.install(layer)
 
 
 class _Heads:

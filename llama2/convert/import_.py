@@ -22,7 +22,7 @@ from llama2.formats.detect import open_source
 from llama2.formats.progress import Reading, size
 from llama2.formats.safetensors_file import is_finite
 from llama2.formats.source import Source, Stored, observed
-from llama2.stages.common.planning import Cluster, Lineage
+from llama2.stages.common.planning import Cluster, PlannedRuns
 from llama2.terminal_text import say
 from llama2.tokenizer import foreign, huggingface, sentencepiece_model
 from llama2.tokenizer.sentencepiece_model import Held
@@ -53,7 +53,7 @@ class Config(config.Config):
     say so"""
 
 
-def plan(config: Config, cluster: Cluster, lineage: Lineage) -> dict[str, Any]:
+def plan(config: Config, cluster: Cluster, planned: PlannedRuns) -> dict[str, Any]:
     """What was recognised, where it exists already."""
     if not config.path.exists():
         return {}

@@ -12,13 +12,11 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Generic, TypeVar
 
 import numpy as np
-import torch
-from torch import Tensor
 
+from llama2.batches import Batch, blank
 from llama2.errors import UserError
 from llama2.ranks import Ranks
 
-Batch = dict[str, Tensor]
 Item = TypeVar("Item")
 
 
@@ -105,7 +103,7 @@ class Rows(Generic[Item]):
         batches = [
             self._collate([self._items[index] for index in part])
             if len(part)
-            else self._blank(chosen[0])
+            else blank(self._collate([self._items[chosen[0]]]))
             for part in parts
         ]
 
@@ -138,13 +136,3 @@ class Rows(Generic[Item]):
             if self._shuffle
             else range(count)
         )
-
-    def _blank(self, index: int) -> Batch:
-        """A micro-batch that counts nothing; empty if nothing in it says what counts."""
-        batch = self._collate([self._items[index]])
-        counted = [name for name in batch if name.startswith("weights")]
-        blank = {
-            name: torch.zeros_like(batch[name]) for name in (*counted, "read_B") if name in batch
-        }
-
-        return {**batch, **blank} if counted else {}

@@ -17,11 +17,9 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 import torch
-from torch import Tensor
 
+from llama2.batches import Batch
 from llama2.data.shards import Shards
-
-Batch = dict[str, Tensor]
 
 
 @dataclass(frozen=True)

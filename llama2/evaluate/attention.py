@@ -19,7 +19,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from llama2.model.llama import Attention, Context, Llama, causal, rotate
+from llama2.model.llama import Attention, Context, Llama
+from llama2.model.positions import causal, rotate
 from llama2.records import Messages
 from llama2.tokenizer.template import encode_dialog, encode_prompt
 from llama2.tokenizer.tokenizer import Tokenizer
@@ -59,7 +60,11 @@ def weights(attention: Attention, x_BTD: Tensor, context: Context) -> Iterator[T
     of them at once would be the largest tensor of an evaluation."""
     rows, length, _ = x_BTD.shape
     q_HTE, k_KTE = (
-        rotate(project(x_BTD).view(rows, length, -1, attention.head_dim), context)[0]
+        rotate(
+            project(x_BTD).view(rows, length, -1, attention.head_dim),
+            context.cos_BT1E,
+            context.sin_BT1E,
+        )[0]
         .float()
         .transpose(0, 1)
         for project in (attention.q_proj, attention.k_proj)

@@ -16,14 +16,14 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from llama2 import devices
+from llama2 import devices, kernels
 from llama2.errors import UserError
 from llama2.formats import hf
 from llama2.formats.hf_config import config_json, read_config
 from llama2.formats.hf_directory import CHECKSUMS, CONFIG, INDEX, WEIGHTS
 from llama2.formats.source import Source, Stored, read_ahead
-from llama2.model.llama import Linear, Llama, LlamaConfig, initialise
-from llama2.model.scorer import Scorer
+from llama2.model.llama import Llama, LlamaConfig, initialise
+from llama2.model.scorer import ScalarHead, Scorer
 from llama2.terminal_text import say
 
 __all__ = [
@@ -122,7 +122,7 @@ def load(
         model = Llama(source.config)
 
     _fill(model, source, dtype, device)
-    return model
+    return kernels.install(model)
 
 
 def load_scorer(
@@ -140,11 +140,11 @@ def load_scorer(
 
     _fill(model, source, dtype, device)
     if not source.scorer:
-        model.score = Linear(source.config.hidden_size, 1)
+        model.score = ScalarHead(source.config.hidden_size)
         initialise(model.score, seed)
         model.score.to(device or devices.CPU, _kind(dtype, "score.weight"))
 
-    return model
+    return kernels.install(model)
 
 
 def _fill(

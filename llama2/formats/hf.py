@@ -14,11 +14,11 @@ from pathlib import Path
 
 import torch
 
-from llama2 import json_files
 from llama2.errors import UserError
 from llama2.formats import hf_config, hf_directory, safetensors_file, torch_legacy
 from llama2.formats.hf_directory import CHECKSUMS, CONFIG, INDEX, WEIGHTS
 from llama2.formats.source import Source, Stored
+from llama2.hashing import hash_file
 from llama2.model.llama import LlamaConfig
 from llama2.model.tensors import EMBEDDINGS, HEAD
 from llama2.tokenizer import foreign
@@ -152,9 +152,7 @@ def write(
             hf_directory.write_json(work / GENERATION, hf_config.generation_json(source.config))
 
         beside(work)
-        sums |= {
-            file.name: json_files.sha256(file) for file in work.iterdir() if file.name not in sums
-        }
+        sums |= {file.name: hash_file(file) for file in work.iterdir() if file.name not in sums}
         hf_directory.write_json(work / CHECKSUMS, dict(sorted(sums.items())))
 
 

@@ -36,7 +36,8 @@ from llama2.errors import UserError, explain_os_errors
 from llama2.formats import llama2c_vocabulary
 from llama2.formats.binary import FETCH_AGAIN, in_single, read_array, replacing
 from llama2.formats.source import Source, Stored
-from llama2.model.llama import LlamaConfig, rotary_tables
+from llama2.model.llama import LlamaConfig
+from llama2.model.positions import rotary_tables
 from llama2.model.tensors import (
     EMBEDDINGS,
     HEAD,

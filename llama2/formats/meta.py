@@ -16,7 +16,6 @@ import json
 import math
 import os
 import re
-import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -452,21 +451,11 @@ def _width(config: LlamaConfig) -> dict[str, Any]:
 def _fresh(directory: Path) -> Iterator[Path]:
     """A directory to fill, which becomes `directory` when the block ends, and vanishes if it ends
     with an error."""
-    work = directory.with_name(f".{directory.name}.tmp")
     with explain_os_errors(directory):
         if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
             raise UserError(
                 f"{directory}: something is there already", "choose another place, or move it away"
             )
 
-        shutil.rmtree(work, ignore_errors=True)
-        work.mkdir(parents=True)
-        try:
-            yield work
-            if directory.exists():
-                directory.rmdir()
-
-            atomic.flush_tree(work)
-            atomic.replace(work, directory)
-        finally:
-            shutil.rmtree(work, ignore_errors=True)
+    with atomic.new_directory(directory) as work:
+        yield work

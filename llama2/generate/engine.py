@@ -163,7 +163,7 @@ class Engine:
             capacity,
             model.config.head_dim,
             dtype=self._snapshot.dtype,
-            device=model.head_weight.device,
+            device=model.device,
         )
 
 

@@ -13,7 +13,7 @@ from collections.abc import Iterator, Mapping, Sequence
 import torch
 from torch import Tensor
 
-from llama2.generate.cpu_decoder import Decoder
+from llama2.generate.cpu_decoder import CpuDecoder
 from llama2.generate.request import Prompt
 from llama2.model.cache import KVCache
 from llama2.model.llama import Llama
@@ -29,10 +29,10 @@ COLUMNS = 16  # the number of columns read is a multiple of this, so that kernel
 class ModelRunner:
     """Runs `model` on the rows of `cache`; `decoder` holds its weights for a CPU, if that runs."""
 
-    def __init__(self, model: Llama, cache: KVCache, decoder: Decoder | None = None) -> None:
+    def __init__(self, model: Llama, cache: KVCache, decoder: CpuDecoder | None = None) -> None:
         self.cache = cache
         self.vocab_size = model.config.vocab_size
-        self.device = model.head_weight.device
+        self.device = model.device
         self._model, self._decoder = model, decoder
 
     def decode(self, tokens_B: Tensor, positions_B: Tensor, longest: int) -> Tensor:

@@ -15,7 +15,6 @@ finished one with it, and finished ones are in the journal before the next is as
 from __future__ import annotations
 
 import asyncio
-import hashlib
 import json
 import math
 import os
@@ -43,6 +42,7 @@ from llama2.generate.completions_api import (
 from llama2.generate.generator import Completion, Progress, Tokens, check_prompts
 from llama2.generate.grammar import JsonGrammar
 from llama2.generate.sampling import Sampling
+from llama2.hashing import hash_content, hash_number
 from llama2.model.llama import Llama
 from llama2.tokenizer.tokenizer import Tokenizer
 
@@ -241,7 +241,7 @@ class RemoteEngine:
         if sampling.logit_bias:
             body["logit_bias"] = {str(token): value for token, value in sampling.logit_bias}
 
-        key = hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()[:32]
+        key = hash_content(json.dumps(body, sort_keys=True))[:32]
         return _CompletionRequest(key, number, tuple(prompt), body)
 
     def _make_response_format(self, grammar: object) -> dict[str, Any]:
@@ -430,8 +430,7 @@ def connect(
 
 def derive_seed(seed: int, prompt: int, sample: int) -> int:
     """Return the seed sent for one sample, of 31 bits: some servers take no more."""
-    digest = hashlib.blake2b(f"{seed} {prompt} {sample}".encode(), digest_size=4).digest()
-    return int.from_bytes(digest, "little") >> 1
+    return hash_number(f"{seed} {prompt} {sample}", 4) >> 1
 
 
 def _find_stop_id(choice: Choice, sampling: Sampling) -> int:

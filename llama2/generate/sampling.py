@@ -12,6 +12,7 @@ Shapes: B rows, S some of them, V vocabulary, U uniform numbers a token.
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Protocol
@@ -28,7 +29,20 @@ from llama2.kernels import build
 UNIFORMS = 2  # the second is used where the first drew a token outside of the nucleus
 _CANDIDATES = 256  # of the likeliest tokens, tried before a whole vocabulary is sorted
 _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
-_call = build.Library("sample")
+
+
+class Draw(build.Struct):
+    """The arguments of `draw` in sample.cpp."""
+
+    _fields_ = [
+        *build.fields(ctypes.c_int64, "rows", "vocabulary"),
+        *build.fields(ctypes.c_void_p, "logits", "changed", "uniforms"),
+        ("scale", ctypes.c_float),
+        *build.fields(ctypes.c_void_p, "tokens", "logprobs", "likelier"),
+    ]
+
+
+_call = build.Library("sample", Draw)
 
 
 class Grammar(Protocol):
@@ -164,18 +178,18 @@ def _draw_natively(
     logits_BV, source_BV = logits_BV.contiguous(), source_BV.contiguous()
     tokens_B, logprobs_B = torch.empty(rows, dtype=torch.long), torch.empty(rows)
     likelier_B = torch.empty(rows) if sampling.top_p < 1 and sampling.temperature else None
-    _call(
-        "draw",
-        rows,
-        size,
-        logits_BV,
-        source_BV,
-        uniforms_BU[:, 0].contiguous(),
-        1 / sampling.temperature if sampling.temperature else 0.0,
-        tokens_B,
-        logprobs_B,
-        0 if likelier_B is None else likelier_B.data_ptr(),
+    arguments = Draw(
+        rows=rows,
+        vocabulary=size,
+        logits=logits_BV,
+        changed=source_BV,
+        uniforms=uniforms_BU[:, 0].contiguous(),
+        scale=1 / sampling.temperature if sampling.temperature else 0.0,
+        tokens=tokens_B,
+        logprobs=logprobs_B,
+        likelier=likelier_B,
     )
+    _call("draw", arguments)
 
     if likelier_B is not None and bool((likelier_B > sampling.top_p).any()):
         outside_S = (likelier_B > sampling.top_p).nonzero().squeeze(1)

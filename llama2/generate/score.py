@@ -18,6 +18,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor, nn
 
+from llama2 import kernels
 from llama2.devices import Precision, autocast
 from llama2.errors import UserError
 from llama2.model.llama import Llama
@@ -149,6 +150,7 @@ def _run_batches(
     rounds = -(-len(batches) // ranks.data.size)
     device = next(model.parameters()).device
     results: list[list[R]] = []
+    kernels.install(model)
 
     with torch.inference_mode(), autocast(device, precision):
         for turn in range(rounds):

@@ -26,9 +26,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
+from llama2.hashing import hash_parts
 from llama2.importers.questions import asked, category_of, system
 from llama2.importers.scores import by_score
-from llama2.importers.tables import AUTO, Format, Reading, Skip, convert, digest, sample
+from llama2.importers.tables import AUTO, Format, Reading, Skip, convert, sample
 from llama2.importers.transcripts import is_transcript, join, messages, prompt, transcript, turn
 from llama2.reading.files import Row, tidy
 from llama2.records import Axis, Degree, Message, Messages, Preference, Response, SafetyLabel, parse
@@ -114,7 +115,7 @@ def _useless(pair: Pair | Preference) -> str:
 def _preference(pair: Pair, axis: Axis, source: str) -> Preference:
     low, high = sorted((pair.chosen, pair.rejected))
     turns = json.dumps([(m.role, m.content) for m in pair.prompt])
-    key = digest(turns, low, high)
+    key = hash_parts(turns, low, high)
     shown = (low, high) if key & 1 else (high, low)
     preferred: Literal[0, 1] = 0 if shown[0] == pair.chosen else 1
     metadata = {"source": source} | ({"category": pair.category} if pair.category else {})

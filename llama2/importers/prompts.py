@@ -14,10 +14,11 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Any, Literal
 
+from llama2.hashing import hash_parts
 from llama2.importers import marks
 from llama2.importers.dialogs import ANSWERS, ASKED, QUESTION_KEYS
 from llama2.importers.questions import QUESTIONS, asked, category_of, system
-from llama2.importers.tables import AUTO, Format, Reading, Skip, convert, digest
+from llama2.importers.tables import AUTO, Format, Reading, Skip, convert
 from llama2.importers.transcripts import messages, prompt
 from llama2.reading.files import Row
 from llama2.records import Dialog, Message, Messages, Prompt, check_roles, parse
@@ -65,7 +66,7 @@ def import_prompts(
 def prompt_id(turns: Messages, source: str) -> str:
     """An id that depends on the set and on what is said."""
     said = json.dumps([(m.role, m.content) for m in turns])
-    return f"{source}:{digest(said):016x}"
+    return f"{source}:{hash_parts(said):016x}"
 
 
 def _prompt(turns: Messages, family: Family = "", **metadata: str) -> Prompt:

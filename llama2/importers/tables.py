@@ -9,7 +9,6 @@ with one of them is refused.
 from __future__ import annotations
 
 import ast
-import hashlib
 import os
 import re
 import shlex
@@ -347,9 +346,3 @@ def _shape(value: Any) -> str:
         return f"a list of {len(value)} cells"
 
     return _TYPES.get(type(value), type(value).__name__)
-
-
-def digest(*parts: str) -> int:
-    """A number in [0, 2^64) that depends on the parts alone: the one source of chance in
-    imports."""
-    return int.from_bytes(hashlib.sha256("\0".join(parts).encode()).digest()[:8], "big")

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import ctypes
 import errno
-import hashlib
 import os
 import shlex
 import shutil
@@ -30,8 +29,9 @@ from typing import Any
 
 from torch import Tensor
 
+from llama2 import atomic, private_folders
 from llama2 import environment as switches
-from llama2 import private_folders
+from llama2.hashing import hash_content
 
 HERE = Path(__file__).parent
 FLAGS = (
@@ -120,9 +120,7 @@ def _loaded(compiler: _Compiler, name: str) -> ctypes.CDLL:
     """The library, from the first folder that is ours and takes it; at last from one that is
     deleted at once."""
     texts = [path.read_text("utf-8") for path in (HERE / f"{name}.cpp", *sorted(HERE.glob("*.h")))]
-    tag = hashlib.sha256(
-        "\0".join((*texts, *compiler.command, compiler.macros)).encode()
-    ).hexdigest()[:16]
+    tag = hash_content("\0".join((*texts, *compiler.command, compiler.macros)))[:16]
     command = (*compiler.command, str(HERE / f"{name}.cpp"), "-o")
     reasons = []
 
@@ -157,15 +155,13 @@ def _built(command: Sequence[str], path: Path) -> Path:
         new = Path(scratch) / path.name
         _run([*command, str(new)], BUILDING, TMPDIR=scratch)
         _try(new, command)
-        digest = hashlib.sha256(new.read_bytes()).hexdigest().encode()
+        digest = hash_content(new.read_bytes()).encode()
 
         with open(new, "ab") as file:
             file.write(MARK + digest)
-            file.flush()
-            os.fsync(file.fileno())
 
         new.chmod(0o700)
-        os.replace(new, path)
+        atomic.replace(new, path)
 
     return path
 
@@ -188,7 +184,7 @@ def _try(new: Path, command: Sequence[str]) -> None:
 def _is_whole(content: bytes) -> bool:
     """Whether a library is what was built: a truncated one would end the process when it is run."""
     before, _, digest = content.rpartition(MARK)
-    return hashlib.sha256(before).hexdigest().encode() == digest
+    return hash_content(before).encode() == digest
 
 
 def _run(command: Sequence[str], seconds: float, **environment: str) -> str:
@@ -246,34 +242,59 @@ def _strerror(error: OSError) -> str:
     return (error.strerror or str(error)).lower() if error.errno else str(error)
 
 
-class Library:
-    """Calls the functions of one library: tensors go as pointers, whole numbers with 64 bits,
-    others as fp32."""
+def fields(kind: type[Any], *names: str) -> list[tuple[str, type[Any]]]:
+    """Fields of one type, for a `Struct`."""
+    return [(name, kind) for name in names]
 
-    def __init__(self, name: str) -> None:
-        self.name = name
+
+class Struct(ctypes.Structure):
+    """Arguments of a C++ function by name: the fields of the struct that has the same name there, in
+    the same order. Tensors are pointers; None is the null pointer."""
+
+    def __init__(self, **values: Any) -> None:
+        super().__init__(**{name: _plain(value) for name, value in values.items()})
+        self.values = values  # what is pointed to lives as long as the pointers
+
+
+def _plain(value: Any) -> Any:
+    return value.data_ptr() if isinstance(value, Tensor) else value
+
+
+class Library:
+    """Calls the functions of one library: tensors and structs go as pointers, whole numbers with 64
+    bits, others as fp32. RuntimeError where one of `structs` has another size in C++."""
+
+    def __init__(self, name: str, *structs: type[Struct]) -> None:
+        self.name, self.structs = name, structs
         self._functions: dict[str, Any] = {}
 
     @property
     def found(self) -> bool:
-        """Whether the library could be built."""
+        """Tell whether the library could be built."""
         return library(self.name) is not None
 
-    def __call__(self, name: str, *arguments: Tensor | int | float | None) -> None:
-        function = self._functions.get(name) or self._declared(name, arguments)
-        function(*[value.data_ptr() if isinstance(value, Tensor) else value for value in arguments])
+    def __call__(self, name: str, *arguments: Struct | Tensor | int | float | None) -> None:
+        function = self._functions.get(name) or self._declare(name, arguments)
+        function(
+            *[
+                ctypes.byref(value) if isinstance(value, Struct) else _plain(value)
+                for value in arguments
+            ]
+        )
 
-    def _declared(self, name: str, arguments: Sequence[Tensor | int | float | None]) -> Any:
-        """The function with the types of its arguments, which are the same in every call."""
-        function = self._functions[name] = getattr(library(self.name), name)
+    def _declare(self, name: str, arguments: Sequence[Struct | Tensor | int | float | None]) -> Any:
+        """Return the function with the types of its arguments, which are the same in every call."""
+        functions = library(self.name)
+        for struct in self.structs:
+            size = getattr(functions, f"size_of_{struct.__name__}")()
+            if size != ctypes.sizeof(struct):
+                raise RuntimeError(
+                    f"{struct.__name__} has {ctypes.sizeof(struct)} bytes in Python and {size} in "
+                    f"{self.name}.cpp"
+                )
+
+        types = {int: ctypes.c_int64, float: ctypes.c_float}
+        function = self._functions[name] = getattr(functions, name)
         function.restype = None
-        function.argtypes = [
-            ctypes.c_int64
-            if isinstance(value, int)
-            else ctypes.c_float
-            if isinstance(value, float)
-            else ctypes.c_void_p
-            for value in arguments
-        ]
-
+        function.argtypes = [types.get(type(value), ctypes.c_void_p) for value in arguments]
         return function

@@ -20,7 +20,7 @@ from llama2.interrupts import STATUS, let_go_of_terminal
 from llama2.recipe import launch
 from llama2.recipe.remaining import Log, remaining
 from llama2.recipe.steps import Config, Step
-from llama2.terminal_text import line
+from llama2.terminal_text import clock, line
 
 MEND = "mend it and repeat the command: finished steps are kept"
 RESUMES = "the same command resumes"
@@ -129,7 +129,7 @@ class Board:
                 self.finished[name] = time.monotonic() - work.log.begin
                 self.console.print(
                     f"[{len(self.finished):2}/{len(self.steps)}] {name:24} "
-                    f"{_clock(self.finished[name]):>6}  {work.log.last_line()}",
+                    f"{clock(self.finished[name]):>6}  {work.log.last_line()}",
                     highlight=False,
                     markup=False,
                     soft_wrap=True,
@@ -165,7 +165,7 @@ class Board:
         if self.error:
             raise self.error
 
-        took = _clock(time.monotonic() - self.begin)
+        took = clock(time.monotonic() - self.begin)
         if len(self.finished) < len(self.steps):
             ending = f"stopped after {len(self.finished)} of {len(self.steps)} steps; the same command resumes"
         else:
@@ -192,11 +192,11 @@ class Board:
     def _picture(self) -> Text:
         now = time.monotonic()
         done = f"{len(self.finished)}/{len(self.steps)} steps"
-        lines = [f"{done}  {_clock(now - self.begin)} elapsed  ETA {self._eta(now)}"]
+        lines = [f"{done}  {clock(now - self.begin)} elapsed  ETA {self._eta(now)}"]
 
         for name, work in self.running.items():
             lines.append(
-                f"  {name:24} {_clock(now - work.log.begin):>6}  {work.log.last_line()[:100]}"
+                f"  {name:24} {clock(now - work.log.begin):>6}  {work.log.last_line()[:100]}"
             )
 
         return Text("\n".join(lines))
@@ -211,10 +211,4 @@ class Board:
             work.log.running(self.steps[name].seconds, now) for name, work in self.running.items()
         ]
 
-        return _clock(remaining(waiting, finished, running, now - self.begin))
-
-
-def _clock(seconds: float) -> str:
-    minutes, seconds = divmod(int(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"
+        return clock(remaining(waiting, finished, running, now - self.begin))

@@ -12,7 +12,7 @@ from llama2.config import build, parse, yaml12
 from llama2.config.flags import overrides
 from llama2.errors import UserError
 from llama2.ranks import requested
-from llama2.stages.common.planning import Cluster, Lineage
+from llama2.stages.common.planning import Cluster, PlannedRuns
 
 
 def show(
@@ -25,7 +25,7 @@ def show(
     shown = {"config": config.model_dump(mode="json")}
 
     if hasattr(module, "plan"):
-        shown |= {"cluster": cluster.model_dump()} | module.plan(config, cluster, Lineage())
+        shown |= {"cluster": cluster.model_dump()} | module.plan(config, cluster, PlannedRuns())
 
     as_yaml = yaml12.dump(shown, default_flow_style=None, width=120)
     print(json.dumps(shown, indent=1) if "--json" in arguments else as_yaml, end="")

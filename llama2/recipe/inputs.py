@@ -43,11 +43,13 @@ it"""
 _HUB = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 
 
-def check(config: BaseModel, *, complete: bool) -> None:
-    """UserError for inputs that cannot be meant; `complete`: every path that is named must be
-    there."""
+def check(config: BaseModel, *, complete: bool, later: Sequence[Path] = ()) -> None:
+    """Raise UserError for inputs that cannot be meant.
+
+    complete: every path that is named must be there. later: what lies below these is made later.
+    """
     for key, path in paths(config):
-        if _is_model(key):
+        if _is_model(key) and not any(path.is_relative_to(parent) for parent in later):
             check_model(path, scorer=bool({"rewards", "judge"} & set(key.split("."))))
 
         if isinstance(config, StageConfig):

@@ -1,7 +1,7 @@
 """The table of verbs, and how one is carried out: here, or in processes of its own.
 
 A stage is a module with a `Config` (what to do), `run(config, run)` (do it into an open run
-directory) and, where it makes sense, `plan(config, cluster, lineage)` (what it would cost). This
+directory) and, where it makes sense, `plan(config, cluster, planned)` (what it would cost). This
 module turns a verb and a configuration into a finished run; `Workers` does the same in fresh
 processes, which is how a recipe runs stages side by side and data-parallel.
 """
@@ -96,7 +96,9 @@ VERBS = {
         False,
     ),
     "carbon": Verb(
-        "report.carbon", "§2.2.1 energy and carbon of device-hours, by the method of Table 2", False
+        "release.carbon",
+        "§2.2.1 energy and carbon of device-hours, by the method of Table 2",
+        False,
     ),
     "chat": Verb("chat.terminal", "      talk to a checkpoint in the terminal", False),
     "serve": Verb(

@@ -1,9 +1,9 @@
-"""A whole recipe (§3.2): an ordered list of runs with lineage, finished or unfinished, resumable at
+"""A whole recipe (§3.2): an ordered list of runs with planned, finished or unfinished, resumable at
 any point.
 
 A recipe names its steps; a step is a verb and that verb's configuration, in which `${other}` stands
 for the run directory of another step and `${name}` for a parameter of the recipe. Those references
-are the lineage: a step starts when the steps it names are finished and enough cores are free, so
+are the planned: a step starts when the steps it names are finished and enough cores are free, so
 the two reward models of §3.2.2 train side by side.
 
     parameters: {data: /my/data}
@@ -26,13 +26,13 @@ from llama2.recipe import launch
 from llama2.recipe.board import Board
 from llama2.recipe.steps import Config, Step, check_inputs, referred_to, steps_of
 from llama2.records import dump
-from llama2.stages.common.planning import Cluster, Lineage, total
+from llama2.stages.common.planning import Cluster, PlannedRuns, total
 from llama2.terminal_text import say
 
 __all__ = ["Config", "plan", "run"]
 
 
-def plan(recipe: Config, cluster: Cluster, lineage: Lineage) -> dict[str, Any]:
+def plan(recipe: Config, cluster: Cluster, planned: PlannedRuns) -> dict[str, Any]:
     """What a dry run shows beyond the recipe itself: every step's whole configuration, and what it
     would cost."""
     resolved, described = {}, {}
@@ -46,7 +46,7 @@ def plan(recipe: Config, cluster: Cluster, lineage: Lineage) -> dict[str, Any]:
         described[name] = {
             "verb": step.verb,
             "needs": sorted(step.needs),
-            **(module.plan(config, machines, lineage) if hasattr(module, "plan") else {}),
+            **(module.plan(config, machines, planned) if hasattr(module, "plan") else {}),
         }
 
     return {"steps": resolved, "plan": described, "total": total(described)}

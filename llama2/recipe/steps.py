@@ -323,7 +323,7 @@ def check_inputs(recipe: Config, steps: Mapping[str, Step]) -> None:
     needed: list[tuple[str, Path]] = []
     for name, step in steps.items():
         config = build(launch.stage(step.verb).Config, step.values)
-        inputs.check(config, complete=False)
+        inputs.check(config, complete=False, later=later)
         needed += [
             (f"steps.{name}.{key}", path)
             for key, path in paths(config)

@@ -15,6 +15,7 @@ from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 from llama2.errors import missing_extra
+from llama2.results import Proportion
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -69,6 +70,20 @@ class Series:
     high: Values = ()
     paper: bool = False
     markers: bool = False
+
+    @classmethod
+    def of_shares(
+        cls, label: str, x: Sequence[Any], shares: Sequence[Proportion], markers: bool = False
+    ) -> Series:
+        """Return the series of measured shares with their intervals."""
+        return Series(
+            label,
+            x,
+            [share.rate or 0.0 for share in shares],
+            [share.low for share in shares],
+            [share.high for share in shares],
+            markers=markers,
+        )
 
 
 def colour(index: int) -> str:
@@ -396,7 +411,7 @@ def ridges(rows: Sequence[tuple[str, Values, float | None]], edges: Values, x: s
         axes.tick_params(axis="y", length=0)
         axes.grid(axis="y", visible=False)
         axes.set(xlabel=x, ylim=(0, len(rows) + 0.05), xlim=(edges[0], edges[-1]))
-        axes.spines["left"].set_visible(False)
+        axes.spines.left.set_visible(False)
 
     return draw(paint, 5.0, 0.8 + 0.62 * max(len(rows), 2))
 

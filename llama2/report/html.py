@@ -4,8 +4,11 @@ is."""
 from __future__ import annotations
 
 import html
-from collections.abc import Sequence
+import re
+from collections.abc import Iterable, Sequence
 from typing import Any
+
+_SECTION = re.compile(r'<section id="([\w-]+)"><h2>(?:<span[^>]*>[^<]*</span>)?([^<]*)</h2>')
 
 
 class Html(str):
@@ -15,38 +18,44 @@ class Html(str):
 
 
 def esc(value: Any) -> Html:
-    """Any value as markup: `Html` as it is, everything else escaped."""
+    """Return any value as markup: `Html` as it is, everything else escaped."""
     return value if isinstance(value, Html) else Html(html.escape(str(value)))
 
 
 def join(parts: Sequence[Html]) -> Html:
+    """Join parts, one below the other; empty ones are left out."""
     return Html("\n".join(part for part in parts if part))
 
 
+def heading(text: str) -> Html:
+    """Return a heading within a section."""
+    return Html(f"<h3>{esc(text)}</h3>")
+
+
 def paragraph(text: str | Html, kind: str = "") -> Html:
-    return Html(f'<p class="{kind}">{_held(text)}</p>' if kind else f"<p>{_held(text)}</p>")
+    """Return a paragraph of the class `kind`."""
+    start = f'<p class="{kind}">' if kind else "<p>"
+    return Html(f"{start}{_bind_units(text)}</p>")
 
 
-def _held(text: str | Html) -> Html:
-    """Our own prose: a number and its per cent sign stay on one line."""
+def _bind_units(text: str | Html) -> Html:
+    """Keep a number of our own prose and its per cent sign on one line."""
     return Html(esc(text).replace(" %", "\u00a0%"))
 
 
 def figure(chart: str, title: str, note: str | Html = "", wide: bool = False) -> Html:
-    """A chart with its title above and a note below. `chart` is SVG markup; a wide one scrolls on a
-    phone."""
-    caption = f"<figcaption>{_held(note)}</figcaption>" if note else ""
-    kind = ' class="wide"' if wide else ""
-    return Html(
-        f'<figure{kind}><h4>{esc(title)}</h4><div class="scroll">{chart}</div>{caption}</figure>'
-    )
+    """Return a chart with its title above and a note below. `chart` is SVG markup; a wide one
+    scrolls on a phone."""
+    caption = f"<figcaption>{_bind_units(note)}</figcaption>" if note else ""
+    start = '<figure class="wide">' if wide else "<figure>"
+    return Html(f'{start}<h4>{esc(title)}</h4><div class="scroll">{chart}</div>{caption}</figure>')
 
 
 def figures(*items: Html, small: bool = False) -> Html:
-    """Figures side by side where there is room."""
-    shown = [item for item in items if item]
+    """Return figures side by side where there is room; empty ones are left out."""
+    content = "".join(items)
     kind = "figures small" if small else "figures"
-    return Html(f'<div class="{kind}">{"".join(shown)}</div>') if shown else Html("")
+    return Html(f'<div class="{kind}">{content}</div>') if content else Html("")
 
 
 def table(
@@ -55,34 +64,32 @@ def table(
     words: Sequence[int] = (0,),
     note: str = "",
 ) -> Html:
-    """A table whose columns are numbers, but for those named in `words`."""
-    kinds = ["w" if index in words else "n" for index in range(len(headers))]
-    head = "".join(
-        f'<th class="{kind}">{esc(name)}</th>' for kind, name in zip(kinds, headers, strict=True)
-    )
-    body = "".join(
-        "<tr>"
-        + "".join(
-            f'<td class="{kind}" data-label="{esc(name)}">{esc(cell)}</td>'
-            for kind, name, cell in zip(kinds, headers, row, strict=True)
-        )
-        + "</tr>"
-        for row in rows
-    )
-    below = paragraph(note, "note") if note else ""
+    """Return a table whose columns are numbers, but for those named in `words`."""
+    names = [esc(header) for header in headers]
+    kinds = ["w" if index in words else "n" for index in range(len(names))]
+    cells = [f'<th class="{kind}">{name}</th>' for kind, name in zip(kinds, names)]
+    head = "".join(cells)
+    body = ""
 
-    return Html(
-        f'<div class="scroll"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>{below}'
-    )
+    for row in rows:
+        cells = [
+            f'<td class="{kind}" data-label="{name}">{esc(cell)}</td>'
+            for kind, name, cell in zip(kinds, names, row, strict=True)
+        ]
+        body += f"<tr>{''.join(cells)}</tr>"
+
+    lines = f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
+    below = paragraph(note, "note") if note else ""
+    return Html(f'<div class="scroll">{lines}</div>{below}')
 
 
 def chip(text: str, kind: str) -> Html:
-    """A small coloured label; `kind` is good, bad, few (too few to tell) or plain."""
+    """Return a small coloured label; `kind` is good, bad, few (too few to tell) or plain."""
     return Html(f'<span class="chip {kind}">{esc(text)}</span>')
 
 
 def section(anchor: str, number: str, title: str, *parts: Html) -> Html:
-    """A section of the page; nothing at all if it has no content."""
+    """Return a section of the page; nothing at all if it has no content."""
     content = join(parts)
     if not content:
         return Html("")
@@ -92,24 +99,22 @@ def section(anchor: str, number: str, title: str, *parts: Html) -> Html:
 
 
 def percent(share: float | None, decimals: int = 1) -> str:
-    """A share as per cent; an empty string for none."""
+    """Format a share as per cent; an empty string for none."""
     return "" if share is None else f"{100 * share:.{decimals}f}\u00a0%"
 
 
 def number(value: float | None, digits: int = 3) -> str:
-    """A number with so many significant digits; counts in full; an empty string for none."""
+    """Format a number with so many significant digits; counts in full; an empty string for none."""
     if value is None:
         return ""
+    if float(value).is_integer() or abs(value) >= 10**digits:
+        return f"{value:,.0f}"
 
-    return (
-        f"{value:,.0f}"
-        if float(value).is_integer() or abs(value) >= 10**digits
-        else f"{value:.{digits}g}"
-    )
+    return f"{value:.{digits}g}"
 
 
 def short(value: float | None) -> str:
-    """A count in thousands, millions or billions."""
+    """Format a count in thousands, millions, billions or trillions; an empty string for none."""
     if value is None:
         return ""
 
@@ -121,40 +126,43 @@ def short(value: float | None) -> str:
 
 
 def clock(seconds: float | None) -> str:
-    """A duration."""
+    """Format a duration; an empty string for none."""
     if seconds is None:
         return ""
     if seconds < 60:
         return f"{seconds:.1f} s"
 
     minutes, rest = divmod(round(seconds), 60)
-    return (
-        f"{minutes} min {rest:02} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60:02} min"
-    )
+    if minutes < 60:
+        return f"{minutes} min {rest:02} s"
+
+    return f"{minutes // 60} h {minutes % 60:02} min"
 
 
-def details(summary: str | Html, content: Html, open: bool = False) -> Html:
-    return Html(
-        f"<details{' open' if open else ''}><summary>{esc(summary)}</summary>{content}</details>"
-    )
+def details(summary: str | Html, content: Html) -> Html:
+    """Return content that is folded away below a line."""
+    return Html(f"<details><summary>{esc(summary)}</summary>{content}</details>")
 
 
-def talk(turns: Sequence[Sequence[str]]) -> Html:
-    """A conversation: (role, text) turns."""
-    return Html(
-        '<div class="talk">'
-        + "".join(
+def talk(turns: Iterable[tuple[str, str]]) -> Html:
+    """Return a conversation of (role, text) turns."""
+    content = ""
+    for role, text in turns:
+        said = esc(text) if text else "<i>(nothing)</i>"
+        content += (
             f'<div class="turn {esc(role)}"><span class="role">{esc(role)}</span>'
-            f'<div class="said">{esc(text) if text else "<i>(nothing)</i>"}</div></div>'
-            for role, text in turns
+            f'<div class="said">{said}</div></div>'
         )
-        + "</div>"
-    )
+
+    return Html(f'<div class="talk">{content}</div>')
 
 
-def document(title: str, subtitle: str, contents: Sequence[tuple[str, str]], body: Html) -> str:
-    """The whole page. `contents` are (anchor, title) of its sections."""
-    links = "".join(f'<a href="#{esc(anchor)}">{esc(name)}</a>' for anchor, name in contents)
+def document(title: str, subtitle: str, body: Html) -> str:
+    """Return the whole page, with links to its sections."""
+    links = ""
+    for anchor, name in _SECTION.findall(body):
+        links += f'<a href="#{anchor}">{name}</a>'
+
     return f"""<!doctype html>
 <html lang="en">
 <head>

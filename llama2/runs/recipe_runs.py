@@ -7,14 +7,17 @@ import calendar
 import math
 import time
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
+
+from pydantic import ValidationError
 
 from llama2 import json_files
 from llama2.devices import CPU, is_cpu
 from llama2.errors import UserError
+from llama2.results import AttentionResult, EvaluateResult, SelectResult, StageResult
 from llama2.runs import (
     COMPLETE,
     MANIFEST,
@@ -30,13 +33,32 @@ from llama2.terminal_text import shown
 STEPS = "steps.json"
 NOT_KEPT = "not kept"
 _LARGEST = 1e30  # what a chart can still be drawn of
+_REPEAT = "repeat the step that wrote it"
+
+R = TypeVar("R", bound=StageResult)
 
 
 def read_json(path: Path) -> Any:
     """A JSON file's content, None where there is no such file; one that is not what its run wrote
     is named."""
     completion.check_file(path)
-    return json_files.json_value(path, "repeat the step that wrote it") if path.is_file() else None
+    return json_files.json_value(path, _REPEAT) if path.is_file() else None
+
+
+def read_result(run: Path, kind: type[R]) -> R | None:
+    """Return what a run wrote of one kind of result, None if it did not; UserError names a file
+    that is damaged."""
+    file = run / kind.file
+    content = read_json(file)
+    if content is None:
+        return None
+
+    try:
+        return kind.model_validate(content)
+    except ValidationError as error:
+        mistake = error.errors()[0]
+        place = ".".join(map(str, mistake["loc"]))
+        raise UserError(f"{file}: damaged: {shown(place)}: {mistake['msg']}", _REPEAT) from None
 
 
 @dataclass(frozen=True)
@@ -47,6 +69,9 @@ class Step:
     path: Path
     manifest: Mapping[str, Any]
     made_from: tuple[str, ...] = ()
+    _results: dict[type[StageResult], StageResult | None] = field(
+        default_factory=dict, compare=False, repr=False
+    )
 
     @property
     def verb(self) -> str:
@@ -61,6 +86,15 @@ class Step:
         """A JSON object the run wrote, {} if it did not."""
         value = read_json(self.path / name)
         return value if isinstance(value, dict) else {}
+
+    def result(self, kind: type[R]) -> R | None:
+        """Return what the run wrote of one kind of result, None if it did not."""
+        if kind not in self._results:
+            self._results[kind] = read_result(self.path, kind)
+
+        result = self._results[kind]
+        assert result is None or isinstance(result, kind)
+        return result
 
     @cached_property
     def summary(self) -> dict[str, Any]:
@@ -101,32 +135,50 @@ class Step:
         ]
         return [x for x, _ in points], [y for _, y in points]
 
-    def last(self, key: str) -> float | None:
-        values = self.series(key)[1]
-        return values[-1] if values else None
+    def mean(self, key: str) -> float | None:
+        """Return the mean of one metric, None where it was not logged."""
+        _, values = self.series(key)
+        return sum(values) / len(values) if values else None
 
     @property
     def device(self) -> str:
-        """The kind of device the run used."""
+        """The kind of device the run computed on: cpu, cuda, ..."""
         return str(self.manifest.get("device", CPU))
+
+    @property
+    def on_cpu(self) -> bool:
+        """Whether the run computed on CPU cores."""
+        return is_cpu(self.device)
+
+    @property
+    def started(self) -> str:
+        """When the run began, UTC: 2026-01-31T12:00:00Z; empty where that is not known."""
+        return str(self.manifest.get("started", ""))
+
+    @property
+    def code(self) -> str | None:
+        """The code version that began the run."""
+        code = self.manifest.get("code")
+        return None if code is None else str(code)
 
     @property
     def devices(self) -> int:
         """Cores or accelerators the run kept busy."""
-        each = self.manifest.get("threads", 1) if is_cpu(self.device) else 1
-        return int(self.manifest.get("ranks", 1)) * int(each)
+        threads = self.manifest.get("threads", 1) if self.on_cpu else 1
+        return int(self.manifest.get("ranks", 1)) * int(threads)
 
     @property
     def span(self) -> tuple[float, float] | None:
         """Begin and end in seconds since the epoch, as if the run had not been interrupted."""
+        if self.seconds is None:
+            return None
+
         try:
-            begin = calendar.timegm(
-                time.strptime(str(self.manifest.get("started")), "%Y-%m-%dT%H:%M:%SZ")
-            )
+            begin = calendar.timegm(time.strptime(self.started, "%Y-%m-%dT%H:%M:%SZ"))
         except ValueError:
             return None
 
-        return None if self.seconds is None else (begin, begin + self.seconds)
+        return begin, begin + self.seconds
 
 
 @dataclass(frozen=True)
@@ -142,66 +194,54 @@ class Recipe:
         """The steps of the given verbs."""
         return [step for step in self.steps if step.verb in verbs]
 
-    @cached_property
-    def evaluation(self) -> dict[str, Any]:
-        """The evaluation that compares the most versions, the last of several; {} if there is
-        none."""
-        return max(
-            (
-                step.read("evaluation.json")
-                for step in reversed(self.of("evaluate"))
-                if step.seconds is not None
-            ),
-            key=lambda found: len(found.get("versions", ())),
-            default={},
-        )
+    def results(self, kind: type[R]) -> list[tuple[Step, R]]:
+        """Return one kind of result with the steps that wrote it, in the recipe's order."""
+        pairs = ((step, step.result(kind)) for step in self.of(kind.stage))
+        return [(step, result) for step, result in pairs if result is not None]
 
     @cached_property
-    def attention(self) -> dict[str, Any]:
-        """The newest heat map."""
-        return next(
-            (
-                found
-                for step in reversed(self.of("evaluate"))
-                if (found := step.read("attention.json"))
-            ),
-            {},
-        )
-
-    @cached_property
-    def selections(self) -> list[dict[str, Any]]:
-        """Verdicts of the select steps: {step, candidate, predecessor, kept, reason, win_rate}."""
-        return [
-            step.read("verdict.json") | {"step": step.name}
-            for step in self.of("select")
-            if step.read("verdict.json")
+    def evaluation(self) -> EvaluateResult | None:
+        """The finished evaluation that compares the most versions, the last of several."""
+        evaluations = [
+            result for step, result in self.results(EvaluateResult) if step.seconds is not None
         ]
+        return max(reversed(evaluations), key=lambda result: len(result.versions), default=None)
+
+    @cached_property
+    def attention(self) -> AttentionResult | None:
+        """The newest heat map."""
+        maps = [result for _, result in self.results(AttentionResult)]
+        return maps[-1] if maps else None
 
     @cached_property
     def notes(self) -> dict[str, str]:
         """Evaluated versions that were not kept, or in whose place their predecessor was ("=
         V2")."""
-        rejected = [one for one in self.selections if one.get("kept") == "predecessor"]
-        candidates, steps = ({one.get(key) for one in rejected} for key in ("candidate", "step"))
-        found, before = {}, ""
+        if self.evaluation is None:
+            return {}
 
-        for name in self.evaluation.get("versions", []):
-            run = Path(str(self.evaluation.get("checkpoints", {}).get(name, name))).name
+        selections = self.results(SelectResult)
+        rejected = [(step, result) for step, result in selections if result.kept == "predecessor"]
+        candidates = {result.candidate for _, result in rejected}
+        steps = {step.name for step, _ in rejected}
+        notes, before = {}, ""
+
+        for name in self.evaluation.versions:
+            run = Path(self.evaluation.checkpoints.get(name, name)).name
             if run in candidates:
-                found[name] = NOT_KEPT
+                notes[name] = NOT_KEPT
             elif run in steps:
-                found[name] = f"= {before}"
+                notes[name] = f"= {before}"
 
             before = name
 
-        return found
+        return notes
 
     @cached_property
     def kept(self) -> list[str]:
         """Names of the evaluated versions without those that were rejected."""
-        return [
-            name for name in self.evaluation.get("versions", []) if self.notes.get(name) != NOT_KEPT
-        ]
+        versions = self.evaluation.versions if self.evaluation else []
+        return [name for name in versions if self.notes.get(name) != NOT_KEPT]
 
     @property
     def finished(self) -> bool:
@@ -212,9 +252,8 @@ class Recipe:
     def simulated(self) -> bool:
         """Whether the recipe runs in the microworld, where the truth is known and annotators are
         simulated."""
-        return bool(self.of("world")) or any(
-            "truth" in one for one in self.evaluation.get("results", {}).values()
-        )
+        versions = self.evaluation.results.values() if self.evaluation else ()
+        return bool(self.of("world")) or any(version.truth for version in versions)
 
     @property
     def wall_seconds(self) -> float:

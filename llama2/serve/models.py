@@ -67,7 +67,13 @@ class ChatModel:
     ) -> list[tuple[float, Alternatives]]:
         """log p of each token of `ids` but the first, and the `count` likeliest in its place."""
         return await self.worker.call(
-            partial(_prompt_logprobs, self.engine, ids, count, quantize.computing(self.precision))
+            partial(
+                _prompt_logprobs,
+                self.engine,
+                ids,
+                count,
+                quantize.compute_precision(self.precision),
+            )
         )
 
 
@@ -185,7 +191,9 @@ def load(
                 path, name, slots=slots, capacity=capacity, waiting=waiting, precision=precision
             )
             if kind == "chat"
-            else load_reward(path, name, waiting=waiting, precision=quantize.computing(precision))
+            else load_reward(
+                path, name, waiting=waiting, precision=quantize.compute_precision(precision)
+            )
             for path, name, kind in zip(paths, names, kinds)
         ]
     )
@@ -215,7 +223,8 @@ def load_chat(
     precision: WeightPrecision,
 ) -> ChatModel:
     """A language model with its worker running."""
-    model = checkpoint.load(path, dtype=quantize.loading(precision), device=devices.choose()).eval()
+    dtype = quantize.load_dtype(precision)
+    model = checkpoint.load(path, dtype=dtype, device=devices.choose()).eval()
     model.requires_grad_(False)
     engine = Engine(model, slots=slots, capacity=capacity, precision=precision)
     worker = Worker(name, engine, waiting)
@@ -245,7 +254,7 @@ def load_judge(path: Path, models: Models, waiting: int, precision: WeightPrecis
     them."""
     check(path)
     judge = load_reward(
-        path, path.resolve().name, waiting=waiting, precision=quantize.computing(precision)
+        path, path.resolve().name, waiting=waiting, precision=quantize.compute_precision(precision)
     )
     longest = max((model.context for model in models if model.kind == "chat"), default=0)
 
@@ -275,7 +284,7 @@ def _prompt_logprobs(
     engine: Engine, ids: Sequence[int], count: int, precision: Precision
 ) -> list[tuple[float, Alternatives]]:
     model = engine.refresh()
-    device = model.head_weight.device
+    device = model.device
     tokens_T = torch.tensor(ids, device=device)
     found: list[tuple[float, Alternatives]] = []
 

@@ -7,6 +7,7 @@ from pydantic import Field
 
 from llama2.config import StageConfig
 from llama2.microworld.build import write
+from llama2.results import WorldResult
 from llama2.runs import Run
 
 
@@ -20,4 +21,4 @@ class Config(StageConfig):
 def run(config: Config, run: Run) -> None:
     """Write the world's files below the run directory."""
     if run.ranks.is_main:
-        run.write_json("summary.json", write(run.path, config.seed, config.scale))
+        run.write_result(WorldResult(records=write(run.path, config.seed, config.scale)))

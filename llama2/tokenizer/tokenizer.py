@@ -10,7 +10,6 @@ from __future__ import annotations
 import codecs
 import copy
 import functools
-import hashlib
 import os
 import re
 from collections.abc import Iterable, Iterator, Sequence
@@ -20,6 +19,7 @@ import sentencepiece
 
 from llama2 import atomic
 from llama2.errors import UserError, explain_os_errors
+from llama2.hashing import hash_content
 from llama2.tokenizer import chat_files, foreign, huggingface, sentencepiece_model
 from llama2.tokenizer.foreign import say_once
 from llama2.tokenizer.sentencepiece_model import SPACE, Held
@@ -56,7 +56,7 @@ class Tokenizer:
         self.stops: tuple[int, ...] = (EOS,)
         self.template: str | None = CHAT_TEMPLATE
         self.told_eos = EOS
-        self.fingerprint = hashlib.sha256(model).hexdigest()
+        self.fingerprint = hash_content(model)
         self._bytes = [self._bytes_of(piece) for piece in range(self.vocab_size)]
         self.controls = self._controls()
         """items that no text spells, name -> id: BOS, EOS, and whatever else was added; padding is

@@ -24,6 +24,7 @@ from torch import nn
 from llama2 import devices, interrupts
 from llama2.errors import missing_extra
 from llama2.ranks import Ranks
+from llama2.terminal_text import clock
 from llama2.train import state
 from llama2.train.loop import Hook, Report, Training, means
 
@@ -195,7 +196,7 @@ class ProgressBar(Hook):
 
         if total is not None:  # by the wall clock, validations and checkpoints included
             seconds_per_step = (now - self.begin) / (report.step - self.first + 1)
-            parts.insert(0, f"ETA {_clock((total - report.step) * seconds_per_step)}")
+            parts.insert(0, f"ETA {clock((total - report.step) * seconds_per_step)}")
 
         if speed:
             parts.append(f"{speed['perf/tokens_per_second']:,.0f} tokens/s")
@@ -213,12 +214,6 @@ class ProgressBar(Hook):
         if self.bar is not None:
             self.bar.stop()
             self.bar = None
-
-
-def _clock(seconds: float) -> str:
-    minutes, seconds = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02d}:{seconds:02d}" if hours else f"{minutes}:{seconds:02d}"
 
 
 class Validate(Hook):

@@ -22,15 +22,14 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from llama2 import devices, private_folders
+from llama2 import devices, kernels, private_folders
+from llama2.batches import Batch, count_tokens
 from llama2.config import Config
 from llama2.devices import Precision
 from llama2.errors import UserError
 from llama2.ranks import Ranks
 from llama2.runs import Stopped
 from llama2.train import optim, parallel
-
-Batch = dict[str, Tensor]
 
 
 @dataclass
@@ -134,7 +133,7 @@ class Learner:
         precision: Precision = "fp32",
         compile: bool = False,
     ) -> None:
-        self.model, self.ranks, self.precision = model, ranks, precision
+        self.model, self.ranks, self.precision = kernels.install(model), ranks, precision
         self.step = self.tokens = self.trained = 0
         self.optimizer = optim.adamw(model, optimizer or optim.AdamW(), rates)
         self.parts = optim.parts(model, apart)
@@ -366,22 +365,6 @@ def _step(
         norms,
         learner.optimizer.param_groups[0]["lr"],
     )
-
-
-def count_tokens(batch: Batch) -> tuple[int, int]:
-    """Real tokens of a micro-batch, and how many carry loss.
-
-    `read_B` says how many tokens of each row are real; without it all are. `weights_BT` marks the
-    targets under loss; without it a row is scored at its last token.
-    """
-    if "tokens_BT" not in batch:
-        return 0, 0
-
-    rows, length = batch["tokens_BT"].shape
-    read_B = batch.get("read_B", torch.full((rows,), length))
-    under_loss = batch.get("weights_BT", read_B)
-
-    return int(read_B.sum()), int((under_loss > 0).sum())
 
 
 def _differentiate(

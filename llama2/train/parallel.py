@@ -68,11 +68,9 @@ def shard(
 
     whole = model.state_dict() if ranks.is_main else {}
     model.to("meta")
-    policy = (
-        MixedPrecisionPolicy(torch.bfloat16, torch.float32)
-        if precision == "bf16"
-        else MixedPrecisionPolicy()
-    )
+    kinds = {"fp32": (None, None), "bf16": (torch.bfloat16, torch.float32)}[precision]
+    # inputs stay as they are: the rotary tables that blocks are handed must not be rounded
+    policy = MixedPrecisionPolicy(*kinds, cast_forward_inputs=False)
     mesh = init_device_mesh(ranks.device.type, (axis.size,), mesh_dim_names=("shard",))
     blocks = [
         block for module in model.modules() if isinstance(module, nn.ModuleList) for block in module

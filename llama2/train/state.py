@@ -29,10 +29,12 @@ from typing import Any
 import numpy as np
 import torch
 
-from llama2 import atomic, devices, json_files
+from llama2 import atomic, devices
 from llama2.errors import UserError, explain_os_errors
+from llama2.hashing import hash_content, hash_file
 from llama2.ranks import Ranks
 from llama2.runs import completion
+from llama2.runs.sealed import seal, unseal
 from llama2.train import parallel
 from llama2.train.loop import Training
 
@@ -188,7 +190,7 @@ def _check(directory: Path) -> None:
 
         if wrong:
             raise _damaged(directory, f"{wrong} differs from its checksum")
-    elif completion.unseal(mark, _cure(directory)).get(STATE) != json_files.sha256(file):
+    elif unseal(mark, _cure(directory)).get(STATE) != hash_file(file):
         raise _damaged(directory, "its content differs from its checksum")
 
 
@@ -211,9 +213,10 @@ def lost_metrics(run: Path, directory: Path) -> bool:
     if not (directory / COMPLETE).stat().st_size:
         return False
 
-    size, digest = completion.unseal(directory / COMPLETE, _cure(directory)).get(
-        completion.METRICS
-    ) or (0, None)
+    size, digest = unseal(directory / COMPLETE, _cure(directory)).get(completion.METRICS) or (
+        0,
+        None,
+    )
     return digest is not None and _metrics(run, size) != [size, digest]
 
 
@@ -227,7 +230,7 @@ def _metrics(run: Path, size: int = -1) -> list[Any] | None:
     with explain_os_errors(file), open(file, "rb") as opened:
         content = opened.read(size)
 
-    return [len(content), hashlib.sha256(content).hexdigest()]
+    return [len(content), hash_content(content)]
 
 
 def save(training: Training, run: Path, save_model: SaveModel | None = None, keep: int = 2) -> Path:
@@ -324,7 +327,7 @@ class _File(io.BufferedWriter):
 def _finish(partial: Path, directory: Path, said: dict[str, Any]) -> None:
     run = directory.parent.parent
     with explain_os_errors(partial):
-        (partial / COMPLETE).write_text(completion.seal(said), encoding="utf-8")
+        (partial / COMPLETE).write_text(seal(said), encoding="utf-8")
         atomic.flush(run / completion.METRICS)
         atomic.flush_tree(partial)
 

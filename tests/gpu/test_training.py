@@ -11,11 +11,12 @@ import torch
 from shapes import batch, build, distance
 from torch import Tensor
 
+from llama2.batches import Batch
 from llama2.devices import Precision
 from llama2.formats import checkpoint
 from llama2.ranks import Ranks
 from llama2.train import hooks, optim, parallel, state
-from llama2.train.loop import Batch, Hook, Learner, Plan, Report, Training, fit
+from llama2.train.loop import Hook, Learner, Plan, Report, Training, fit
 from llama2.train.objectives import next_token, ranking
 
 FAST = optim.AdamW(learning_rate=1e-3)

@@ -12,12 +12,12 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from llama2.data.loader import Batch, Rows
+from llama2.batches import Batch, count_tokens
+from llama2.data.loader import Rows
 from llama2.data.pack import Segment, collate, pack
 from llama2.errors import UserError
 from llama2.model.llama import Llama, LlamaConfig
 from llama2.ranks import Axis, Ranks
-from llama2.train.loop import count_tokens
 from llama2.train.objectives import next_token
 
 

@@ -16,8 +16,8 @@ from llama2.generate.engine import Engine
 from llama2.generate.rewards import RewardModels
 from llama2.ranks import Ranks
 from llama2.stages.common.ppo_rollouts import ACTOR, CRITIC, ActorCritic, Rollouts, Settings
+from llama2.stages.common.ppo_watch import Watch
 from llama2.stages.common.sampling import Sample, load_rewards, read_prompts
-from llama2.stages.ppo import Watch
 from llama2.tokenizer.tokenizer import Tokenizer
 from llama2.train import hooks, optim, parallel, state
 from llama2.train.loop import Learner, Plan, fit

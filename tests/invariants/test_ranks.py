@@ -129,6 +129,20 @@ def trained_together(directory: Path, ranks: Ranks) -> None:
         fit(trained, uneven, next_token, PLAN.model_copy(update={"max_steps": 8}))
 
 
+def trained_in_bf16(directory: Path, ranks: Ranks) -> None:
+    losses = []
+    for spread in (
+        lambda model: parallel.replicate(model, ranks),
+        lambda model: parallel.shard(model, ranks, "bf16"),
+    ):
+        reports = Reports()
+        trained = Learner(spread(llama()), ranks, FAST, precision="bf16")
+        fit(trained, Rows(8, 2, ranks=ranks), next_token, PLAN, [reports])
+        losses.append([one.sums["train/loss"] / one.weight for one in reports.seen])
+
+    assert losses[1] == pytest.approx(losses[0], rel=5e-3)
+
+
 def resumed(directory: Path, ranks: Ranks) -> None:
     for how in ("replicate", "shard"):
 
@@ -236,6 +250,10 @@ def test_two_ranks_train_like_one(tmp_path):
     fit(Learner(model, ALONE, FAST, apart=APART), Rows(8, 2), next_token, PLAN, [reports])
     torch.save((weights(model), reports.seen), tmp_path / "alone.pt")
     together(trained_together, tmp_path)
+
+
+def test_a_model_spread_over_ranks_trains_in_bf16_as_its_copies_do(tmp_path):
+    together(trained_in_bf16, tmp_path)
 
 
 def test_two_ranks_resume_bitwise_and_stop_together(tmp_path):

@@ -20,10 +20,10 @@ import torch
 from commands import in_a_process, llama2
 from safetensors.torch import load_file, save_file
 
+from llama2 import runs
 from llama2.formats import checkpoint
 from llama2.model.llama import Llama, LlamaConfig
 from llama2.recipe import launch
-from llama2.runs import run as runs
 from llama2.tokenizer.train import train
 
 Refused = Callable[..., str]

@@ -16,7 +16,7 @@ from commands import llama2
 
 from llama2 import records
 from llama2.errors import UserError
-from llama2.evaluate.judges import judged_row
+from llama2.evaluate.judges import encode_judged
 from llama2.formats import checkpoint
 from llama2.generate import score
 from llama2.generate.dialogue import Answer
@@ -187,12 +187,12 @@ def test_a_judge_reads_what_was_sampled(base):
     start, words = encode_prompt(tokenizer, prompt.messages), tokenizer.encode("The apple")
     ended = Answer("The apple", Completion((), (*words, tokenizer.eos), (), "stop"))
     cut = Answer("The apple", Completion((), tuple(words), (), "length"))
-    assert judged_row(tokenizer, prompt, ended, same=True) == [*start, *words, tokenizer.eos]
+    assert encode_judged(tokenizer, prompt, ended, same=True) == [*start, *words, tokenizer.eos]
     # no end that nobody said
-    assert judged_row(tokenizer, prompt, cut, same=True) == [*start, *words]
+    assert encode_judged(tokenizer, prompt, cut, same=True) == [*start, *words]
     talk = (*prompt.messages, Message("assistant", "The apple"))
-    assert judged_row(tokenizer, prompt, ended, same=False) == encode_dialog(tokenizer, talk)[0]
-    assert judged_row(tokenizer, prompt, cut, same=False) == [*start, *words]
+    assert encode_judged(tokenizer, prompt, ended, same=False) == encode_dialog(tokenizer, talk)[0]
+    assert encode_judged(tokenizer, prompt, cut, same=False) == [*start, *words]
 
 
 def test_scores_are_those_of_the_whole_model(tmp_path, policy, scorers, prompts):
@@ -277,14 +277,14 @@ def test_equal_answers_have_equal_scores_whatever_stands_beside_them(
         Answer(one.text, Completion((), one.completion.tokens[:-1], (), "length")) for one in ours
     ]
     run = Run(tmp_path, False)
-    marks = answers.score_answers(
+    marks = answers.judge_answers(
         run, "judge", scorers[0], "fp32", asked, {0: ours, 1: theirs, 2: cut}, [base] * 3
     )
     assert [a == b for a, b in zip(marks[0], marks[1])] == [number % 3 != 0 for number in range(24)]
     # an answer without an end is another
     assert not any(a == b for a, b in zip(marks[0], marks[2]))
     assert calls == [24, 8, 24]
-    rows = [judged_row(tokenizer, prompt, one, same=True) for prompt, one in zip(asked, theirs)]
+    rows = [encode_judged(tokenizer, prompt, one, same=True) for prompt, one in zip(asked, theirs)]
     assert marks[1] == pytest.approx(
         judge(answers.load_judge(scorers[0], "fp32", run.ranks.device), rows, "fp32"), abs=1e-4
     )

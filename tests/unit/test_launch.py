@@ -13,12 +13,11 @@ import pytest
 import torch
 from commands import llama2
 
-from llama2 import cli
+from llama2 import cli, runs
 from llama2.config import build
 from llama2.formats import checkpoint
 from llama2.recipe import launch
 from llama2.runs import Stopped, read_metrics
-from llama2.runs import run as runs
 
 
 def finish(workers, seconds=200):

@@ -10,10 +10,10 @@ import pytest
 import yaml
 from commands import llama2
 
+from llama2 import runs
 from llama2.config import build, derive, parse
 from llama2.errors import UserError
 from llama2.recipe import launch, pipeline
-from llama2.runs import run as runs
 
 
 def recipe(tmp_path, steps, **more):

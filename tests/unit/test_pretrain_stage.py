@@ -79,7 +79,7 @@ def validation(tokens, **changes):
         "micro_batch_size": 8,
         "validation_rows": 10_000,
     } | changes
-    return pretrain.Validation(pretrain.Config(**settings), words, Ranks.alone())
+    return pretrain.TextValidation(pretrain.Config(**settings), words, Ranks.alone())
 
 
 def exact(targets, size, count):
@@ -176,7 +176,7 @@ def test_tokens_read_are_those_of_the_documents(tokens, tmp_path, capsys):
     )
     assert summary["passes"] == {"facts": 2.0, "mills": 2.0}
     heard = capsys.readouterr().err
-    bits = summary["validation"]["validation/bits_per_byte"]
+    bits = summary["validation"]["bits_per_byte"]
     assert (
         f"{summary['tokens']:,} tokens read; {bits:.3f} bits per byte on {summary['validation_bytes']:,} bytes of "
         f"held-out text (xz -9: {summary['xz_bits_per_byte']:.3f}, "

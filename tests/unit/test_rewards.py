@@ -17,7 +17,7 @@ from llama2.generate.generator import Completion
 from llama2.generate.rewards import RewardModels, Rewards, combine, to_probability
 from llama2.ranks import Ranks
 from llama2.runs import Run
-from llama2.stages.common.answers import score_answers
+from llama2.stages.common.answers import judge_answers
 from llama2.stages.common.sampling import load_rewards
 from llama2.tokenizer.tokenizer import Tokenizer
 
@@ -131,7 +131,7 @@ def test_a_model_whose_scores_are_not_numbers_is_named(tmp_path, scorers, policy
         rewards([[1, 9, 30, 40, 2], [1, 9, 2]], [False, False])
 
     with pytest.raises(UserError, match="broken: 1 of 1 scores are not finite"):
-        score_answers(
+        judge_answers(
             Run(tmp_path / "run", False),
             "judge",
             tmp_path / "broken",

@@ -17,15 +17,16 @@ from typing import Any, TypeVar
 
 import torch
 
-from llama2 import devices, json_files
+from llama2 import devices
 from llama2.devices import Precision
 from llama2.errors import UserError
-from llama2.evaluate.judges import judged_row
+from llama2.evaluate.judges import encode_judged
 from llama2.formats import checkpoint, hf_directory
 from llama2.generate.dialogue import Answer, Chat
 from llama2.generate.generator import Completion
 from llama2.generate.sampling import Sampling
 from llama2.generate.score import score_rows
+from llama2.hashing import hash_file
 from llama2.model.scorer import Scorer
 from llama2.records import Messages, Prompt
 from llama2.runs import Run
@@ -128,7 +129,7 @@ def identify(path: Path) -> object:
     known = hf_directory.listed(path)
     try:
         files = hf_directory.weight_files(path)
-        weights = sorted(known.get(file.name) or json_files.sha256(file) for file in files)
+        weights = sorted(known.get(file.name) or hash_file(file) for file in files)
     except UserError:
         return path.resolve()
 
@@ -182,7 +183,7 @@ def check_judge(path: Path, versions: Sequence[Path] = ()) -> None:
         )
 
 
-def score_answers(
+def judge_answers(
     run: Run,
     name: str,
     path: Path,
@@ -216,7 +217,7 @@ def score_answers(
                 keyed: Mapping[_Key, Answer] = keyed,
                 same: bool = same,
             ) -> list[float]:
-                rows = [judged_row(tokenizer, prompts[key[0]], keyed[key], same) for key in part]
+                rows = [encode_judged(tokenizer, prompts[key[0]], keyed[key], same) for key in part]
                 rows = [row[-context:] for row in rows]
                 return score_rows(
                     judge(), rows, precision, JUDGED_TOKENS, ranks=run.ranks, name=path

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 
 from llama2.ranks import Ranks
-from llama2.terminal_text import say
+from llama2.terminal_text import clock, say
 
 
 class Meter:
@@ -47,5 +47,4 @@ class Meter:
         if fresh <= 0:
             return line
 
-        minutes, seconds = divmod(int(elapsed / fresh * (self.total - done)), 60)
-        return f"{line}, {minutes}:{seconds:02} left"
+        return f"{line}, {clock(elapsed / fresh * (self.total - done))} left"

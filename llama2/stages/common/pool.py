@@ -8,7 +8,6 @@ anew by the newest. The paper does not say how many answers a prompt keeps.
 
 from __future__ import annotations
 
-import hashlib
 from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import replace
@@ -19,6 +18,7 @@ from llama2 import records
 from llama2.errors import UserError
 from llama2.generate.dialogue import Chat
 from llama2.generate.rewards import Rewards
+from llama2.hashing import hash_content
 from llama2.records import Dialog, Prompt, Stored
 from llama2.runs import Run, is_output
 from llama2.stages.common.sampling import Sample, open_records, sample_in_parts
@@ -123,8 +123,8 @@ def rescore(
     by_index = {index: score.reward for index, score in zip(usable, scores)}
     return [
         (
-            _digest(records.to_json(Prompt(dialog.messages[:-1]))),
-            _digest(dialog.messages[-1].content),
+            hash_content(records.to_json(Prompt(dialog.messages[:-1]))),
+            hash_content(dialog.messages[-1].content),
             by_index.get(index),
         )
         for index, dialog in enumerate(dialogs)
@@ -142,7 +142,3 @@ def _encode(dialog: Dialog, tokenizer: Tokenizer) -> list[int]:
 
 def _is_cut(dialog: Dialog) -> bool:
     return dialog.metadata.get("cut") is True
-
-
-def _digest(text: str) -> str:
-    return hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=16).hexdigest()

@@ -30,6 +30,7 @@ import torch
 from torch import Tensor, nn
 
 from llama2 import devices
+from llama2.batches import Batch
 from llama2.generate.dialogue import Answer, Chat
 from llama2.generate.rewards import Rewards, Score, to_probability
 from llama2.model.llama import Llama
@@ -37,7 +38,6 @@ from llama2.model.scorer import Scorer
 from llama2.ranks import Ranks
 from llama2.records import Prompt
 from llama2.stages.common.sampling import Sample, answer, score
-from llama2.train.loop import Batch
 
 # the parts of ActorCritic, by the prefix of their parameters' names
 ACTOR, CRITIC = "actor.", "critic."

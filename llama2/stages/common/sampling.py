@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -24,6 +23,7 @@ from llama2.generate.engine import Engine
 from llama2.generate.remote import RemoteEngine, Server, connect
 from llama2.generate.rewards import RewardModels, Rewards, Score
 from llama2.generate.sampling import Sampling
+from llama2.hashing import hash_number
 from llama2.ranks import Ranks
 from llama2.records import Dialog, Message, Messages, Prompt
 from llama2.runs import CHECKPOINTS, Run
@@ -178,8 +178,7 @@ def read_prompts(path: Path, limit: int | None, seed: int) -> list[Prompt]:
 def derive_seed(seed: int, *use: object) -> int:
     """Return the seed of one use of randomness inside a stage: no two uses, rounds or turns share
     their random numbers."""
-    digest = hashlib.blake2b(repr((seed, *use)).encode(), digest_size=8).digest()
-    return int.from_bytes(digest, "little") >> 1
+    return hash_number(repr((seed, *use))) >> 1
 
 
 def answer(

@@ -17,6 +17,7 @@ import torch
 from torch import nn
 
 from llama2 import devices
+from llama2.batches import Batch
 from llama2.config import Config
 from llama2.data.loader import Rows
 from llama2.devices import Precision
@@ -25,12 +26,13 @@ from llama2.formats import checkpoint
 from llama2.model.llama import Llama, LlamaConfig, Trunk
 from llama2.model.scorer import Scorer
 from llama2.ranks import Ranks
+from llama2.results import HeldoutLoss
 from llama2.runs import Run, read_metrics
 from llama2.stages.common import cautions
 from llama2.tokenizer.template import CHAT_TEMPLATE
 from llama2.tokenizer.tokenizer import Tokenizer
 from llama2.train import hooks, optim, parallel, state
-from llama2.train.loop import Batch, Hook, Learner, Objective, Plan, Source, fit
+from llama2.train.loop import Hook, Learner, Objective, Plan, Source, fit
 from llama2.train.objectives import next_token
 
 Item = TypeVar("Item")
@@ -60,16 +62,12 @@ class Training(Config):
 
         return ranks.device
 
-    def with_steps(self, steps: int, warmup: int | None = None) -> Training:
-        """The same settings for a source of `steps` optimizer steps, or for max_steps where that is
-        less; UserError where warm-up leaves nothing of the schedule."""
+    def with_steps(self, steps: int, **changes: int) -> Training:
+        """Return the same settings for a source of `steps` optimizer steps, or for max_steps where
+        that is less, with `changes` of the plan; UserError where warm-up leaves nothing of the
+        schedule."""
         limit = steps if self.plan.max_steps is None else self.plan.max_steps
-        plan = self.plan.model_copy(
-            update={
-                "max_steps": min(limit, steps),
-                "warmup_steps": self.plan.warmup_steps if warmup is None else warmup,
-            }
-        )
+        plan = self.plan.model_copy(update={**changes, "max_steps": min(limit, steps)})
         plan.check()
 
         return self.model_copy(update={"plan": plan})
@@ -93,7 +91,7 @@ def train(
 ) -> Learner:
     """Fit `model` inside a run directory, resuming what is there, and write the final model with
     `save_model`."""
-    for line in cautions.of_schedule(settings.plan):
+    for line in cautions.warn_of_schedule(settings.plan):
         run.warn(line)
 
     for module in model.modules():
@@ -197,12 +195,10 @@ def check_left(run: Run, prefix: str) -> None:
         )
 
 
-def validated(run: Run) -> dict[str, float]:
-    """What the last validation found, even if that was before an interruption."""
-    rows = [
-        row for row in read_metrics(run.path) if any(name.startswith("validation/") for name in row)
-    ]
-    return {name: value for name, value in rows[-1].items() if name != "step"} if rows else {}
+def last_validation(run: Run) -> HeldoutLoss | None:
+    """Return what the last validation measured, even if that was before an interruption."""
+    rows = [row for row in read_metrics(run.path) if "validation/loss" in row]
+    return HeldoutLoss.model_validate(rows[-1]) if rows else None
 
 
 def saver(
