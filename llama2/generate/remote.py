@@ -19,7 +19,7 @@ import json
 import math
 import os
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, Literal
@@ -412,20 +412,24 @@ def connect(
         **server.model_dump(include={"retries", "timeout", "concurrency"}),
     )
     models = engine.list_models()
+    engine.model = _choose_model(server, engine.url, models)
+    engine.context = min(context, models[engine.model] or context)
+    return engine
+
+
+def _choose_model(server: Server, url: str, models: Mapping[str, object]) -> str:
+    """Return the name of the model to sample from; UserError if the server has none such."""
     if server.model is None and len(models) != 1:
         raise UserError(
-            f"{engine.url}: it serves {len(models)} models: {', '.join(models)}",
+            f"{url}: it serves {len(models)} models: {', '.join(models)}",
             "choose one with sample.server.model",
         )
 
-    engine.model = server.model or next(iter(models))
-    if engine.model not in models:
-        raise UserError(
-            f"{engine.url}: it does not serve '{engine.model}'", did_you_mean(engine.model, models)
-        )
+    name = server.model or next(iter(models))
+    if name not in models:
+        raise UserError(f"{url}: it does not serve '{name}'", did_you_mean(name, models))
 
-    engine.context = min(context, models[engine.model] or context)
-    return engine
+    return name
 
 
 def derive_seed(seed: int, prompt: int, sample: int) -> int:
