@@ -37,7 +37,8 @@ from llama2.stages.common.memory import Tower, engine_bytes, flops_per_token
 from llama2.stages.common.planning import Cluster, plan_training
 from llama2.stages.common.sampling import Sample
 from llama2.stages.common.training import Training
-from llama2.train.loop import Learner, Plan, fit
+from llama2.train.learner import Learner
+from llama2.train.loop import Plan, fit
 from llama2.train.objectives import next_token
 from llama2.train.optim import AdamW
 

@@ -25,6 +25,7 @@ from llama2.config import build
 from llama2.evaluate.judges import rate
 from llama2.generate.dialogue import Chat
 from llama2.recipe import launch
+from llama2.recipe.workers import execute
 from llama2.records import Prompt
 from llama2.runs import Run
 from llama2.stages.common.judges import make_judge
@@ -38,7 +39,7 @@ ANSWERS = 4  # to each held-out prompt
 
 def carry_out(verb: str, out: Path, **values: Any) -> Path:
     """One stage; the run directory."""
-    launch.execute(verb, build(launch.stage(verb).Config, {"out": str(out), **values}))
+    execute(verb, build(launch.load(verb).Config, {"out": str(out), **values}))
     return out
 
 

@@ -43,7 +43,8 @@ from llama2.records import Message, Prompt
 from llama2.stages.common.ppo_rollouts import ACTOR, CRITIC, ActorCritic, Rollouts, Settings
 from llama2.stages.common.ppo_watch import Watch
 from llama2.stages.common.sampling import Sample
-from llama2.train.loop import Hook, Learner, Plan, Training, fit
+from llama2.train.learner import Learner
+from llama2.train.loop import Hook, Plan, TrainingState, fit
 from llama2.train.objectives import clipped
 from llama2.train.optim import AdamW
 
@@ -84,19 +85,19 @@ class Iterations(Hook):
         self.asked: Iterator[dict[str, Any]] = iter(questions)
         self.begin = 0.0
 
-    def on_start(self, training: Training) -> None:
+    def on_start(self, training: TrainingState) -> None:
         self._wait(training)
 
     def on_log(self, step: int, metrics: Mapping[str, float]) -> None:
         self.last = metrics
 
-    def on_boundary(self, training: Training) -> None:
+    def on_boundary(self, training: TrainingState) -> None:
         if not training.source.buffer and not training.ended:  # type: ignore[attr-defined]
             parts = {name: self.last[f"time/{name}"] for name in PARTS[:-1]}
             self.questions.answer(**parts, total=time.perf_counter() - self.begin)
             self._wait(training)
 
-    def _wait(self, training: Training) -> None:
+    def _wait(self, training: TrainingState) -> None:
         training.finish = next(self.asked, None) is None
         self.begin = time.perf_counter()
 

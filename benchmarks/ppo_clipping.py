@@ -35,8 +35,9 @@ from llama2.stages import ppo
 from llama2.stages.common.ppo_rollouts import ACTOR, CRITIC, ActorCritic, Rollouts
 from llama2.stages.common.ppo_watch import measure_clipping
 from llama2.stages.common.sampling import Sample, keep_fitting, load_rewards, read_prompts
-from llama2.stages.common.training import frozen, load_policy, load_scorer
-from llama2.train.loop import Hook, Learner, Report, Training, fit
+from llama2.stages.common.training import freeze, load_policy, load_scorer
+from llama2.train.learner import Learner
+from llama2.train.loop import Hook, Report, TrainingState, fit
 from llama2.train.objectives import clipped, explained_variance
 
 
@@ -52,7 +53,7 @@ class Kept(Hook):
         self.batches.append(next(self.source))
         return self.batches[-1]
 
-    def on_step(self, training: Training, report: Report) -> None:
+    def on_step(self, training: TrainingState, report: Report) -> None:
         self.reports.append(report)
 
     def norms(self) -> list[float]:
@@ -78,7 +79,7 @@ def train(
     """PPO from the start; with `batches` the policy alone on these, without a critic."""
     ranks = Ranks.alone()
     actor, tokenizer = load_policy(config.policy, ranks.device)
-    reference = frozen(load_policy(config.policy, ranks.device)[0], config.training.precision)
+    reference = freeze(load_policy(config.policy, ranks.device)[0], config.training.precision)
     models = ActorCritic(actor, load_scorer(config.rewards.helpful, ranks.device, tokenizer)[0])
     chat = Chat(
         Engine(actor, slots=config.sample.slots, precision=config.sample.precision), tokenizer

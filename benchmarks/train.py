@@ -33,7 +33,8 @@ from llama2.batches import Batch
 from llama2.model.llama import Llama
 from llama2.ranks import Ranks
 from llama2.stages.common.memory import flops_per_token
-from llama2.train.loop import Hook, Learner, Plan, Report, Training, fit
+from llama2.train.learner import Learner
+from llama2.train.loop import Hook, Plan, Report, TrainingState, fit
 from llama2.train.objectives import next_token
 
 PEERS = ("transformers", "litgpt")
@@ -73,7 +74,7 @@ class Clock(Hook):
         self.last = time.perf_counter()
         self.end = self.last + seconds
 
-    def on_step(self, training: Training, report: Report) -> None:
+    def on_step(self, training: TrainingState, report: Report) -> None:
         now = time.perf_counter()
         self.steps.append(now - self.last)
         self.last, training.finish = now, now >= self.end

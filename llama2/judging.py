@@ -1,4 +1,4 @@
-"""Who judges answers: annotators compare two of them (§3.2.1), a judge rates each (§3.4).
+"""Protocols of judging: annotators compare two answers (§3.2.1), a judge rates each (§3.4).
 
 Stages and evaluation know these protocols alone. The microworld implements both with the truth that
 its prompts carry; people behind an annotation page would be other annotators, and a model that
@@ -76,14 +76,14 @@ class Rating:
 
 
 class Judge(Protocol):
-    """Ground truth, or what stands for it, that rates an answer on both axes."""
+    """Ground truth, or what stands for it, that rates answers on both axes."""
 
     def accepts(self, prompt: Prompt) -> bool:
         """Return whether it can rate answers to a prompt."""
         ...
 
-    def rate(self, prompt: Prompt, answer: str) -> Rating:
-        """Rate an answer to a prompt that it accepts."""
+    def rate(self, prompts: Sequence[Prompt], answers: Sequence[str]) -> list[Rating]:
+        """Rate the answer to each prompt; it accepts them all."""
         ...
 
 

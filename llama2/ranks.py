@@ -20,7 +20,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from datetime import timedelta
-from typing import Any, NoReturn, TypeVar
+from typing import Any, NoReturn, TypeVar, cast
 
 import torch
 import torch.distributed as dist
@@ -116,22 +116,25 @@ class Ranks:
         dist.broadcast_object_list(box, src=0)
         return box[0]
 
+    def together(self, work: Callable[[], T]) -> T:
+        """Do `work` on every rank; what it raises on one is raised on all, which would wait for that
+        one for ever."""
+        failure: Exception | None = None
+        try:
+            result = work()
+        except Exception as error:
+            failure = error
+
+        failures = [error for error in self.gather([failure]) if error is not None]
+        if failures:
+            raise failure or failures[0]
+
+        return result
+
     def first(self, work: Callable[[], T]) -> T:
-        """Do `work` on rank 0 and return its result on every rank; a UserError that it raises there
-        is raised on every rank."""
-        result: list[T] = []
-        failure: UserError | None = None
-        if self.is_main:
-            try:
-                result = [work()]
-            except UserError as error:
-                failure = error
-
-        result, failure = self.broadcast((result, failure))
-        if failure is not None:
-            raise failure
-
-        return result[0]
+        """Do `work` on rank 0, and return its result, or raise its error, on every rank."""
+        result = self.together(lambda: work() if self.is_main else None)
+        return cast(T, self.broadcast(result))
 
     def share(self, items: Sequence[T]) -> Sequence[T]:
         """Return this rank's share of a list: every size-th item, so that uneven work spreads.

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from llama2 import cli
-from llama2.recipe import launch
+from llama2.recipe.workers import context, preload
 from llama2.runs import completion, parts
 from llama2.runs.sealed import seal
 from llama2.train import hooks
@@ -41,8 +41,8 @@ def in_a_process(log: Path, *words: object, number: int = 0, step: int = 0, part
     With `part` it sends it when it has written half of that part (counted from 1) of work in parts.
     The process is forked from a server that has imported everything; what it prints goes to `log`.
     """
-    launch.preload()
-    process = launch._context.Process(
+    preload()
+    process = context.Process(
         target=_child, args=([str(w) for w in words], number, step, part, str(log))
     )
     process.start()

@@ -13,7 +13,7 @@ from llama2.config import StageConfig
 from llama2.records import Prompt
 from llama2.results import StageResult
 from llama2.runs import Run
-from llama2.stages.common.planning import Cluster, Lineage
+from llama2.stages.common.planning import Cluster, PlannedRuns
 from llama2.tally import Tally
 from llama2.tokenizer.template import encode_prompt
 from llama2.tokenizer.tokenizer import Tokenizer
@@ -84,9 +84,9 @@ def select_short(
 
 
 # --8<-- [start:plan]
-def plan(config: Config, cluster: Cluster, lineage: Lineage) -> dict[str, Any]:
+def plan(config: Config, cluster: Cluster, planned: PlannedRuns) -> dict[str, Any]:
     """Return what a dry run shows: the vocabulary, which later steps inherit."""
-    return lineage.inherit_vocabulary(config.out, config.tokenizer)
+    return planned.inherit_vocabulary(config.out, config.tokenizer)
 
 
 # --8<-- [end:plan]

@@ -33,7 +33,7 @@ from llama2.generate.sampling import Sampling
 from llama2.model import quantize
 from llama2.ranks import join
 from llama2.reading import files
-from llama2.reading.rows import marked
+from llama2.reading.rows import detect_encoding
 from llama2.records import Dialog, Message, Messages
 from llama2.terminal_text import printable
 from llama2.tokenizer.template import check_template
@@ -131,7 +131,7 @@ def _decode(source: TextIOWrapper) -> None:
         return
 
     head = source.buffer.peek(4)[:4]
-    if encoding := "utf-8-sig" if head.startswith(codecs.BOM_UTF8) else marked(head):
+    if encoding := "utf-8-sig" if head.startswith(codecs.BOM_UTF8) else detect_encoding(head):
         source.reconfigure(encoding=encoding)
 
 
@@ -388,7 +388,7 @@ class Session:
         if not name:
             raise UserError("/load needs the name of a file", "for example /load talk.jsonl")
 
-        path = files.at_home(Path(name))
+        path = files.expand_home(Path(name))
         *_, dialog = records.read(Dialog, path)
         system = dialog.messages[0].role == "system"
         self._system = dialog.messages[0].content if system else ""
@@ -402,7 +402,7 @@ class Session:
         if not self.turns:
             raise UserError("there is no conversation to save", "say something first")
 
-        path = files.at_home(Path(name))
+        path = files.expand_home(Path(name))
         earlier = list(records.read(Dialog, path)) if path.exists() and path.stat().st_size else []
         count = records.write(path, [*earlier, Dialog((*self._head(), *self.turns))])
         _note(f"{path}: {count} conversation{'s' if count > 1 else ''}")

@@ -46,7 +46,7 @@ class Packed:
     fill: float  # share of places that hold a segment
 
 
-def shortened(ids: Sequence[int], mask: Sequence[bool], sequence_length: int) -> Segment | None:
+def cut_segment(ids: Sequence[int], mask: Sequence[bool], sequence_length: int) -> Segment | None:
     """A segment of at most `sequence_length` places; None where nothing in it carries loss.
 
     A longer one loses its right end: what remains keeps its system prompt and context, and an

@@ -1,4 +1,4 @@
-"""How long an instruction of the first turn is obeyed (§3.3, table 30).
+"""Obedience to an instruction of the first turn, turn by turn (§3.3, table 30).
 
 Each dialog gives its instruction once, in the first user turn or as the system message, and then
 asks its questions one by one; the model's own answers stay in the dialog. All dialogs go through a

@@ -1,4 +1,4 @@
-"""Which judge reads what of a prompt and its answer (§3.4.1).
+"""Kinds of prompts, and what judges read of a prompt and its answer (§3.4.1).
 
 The paper follows its versions with its own reward models and confirms with people. Where prompts
 carry the truth about themselves, a judge that knows it takes the place of the people; on other
@@ -42,7 +42,7 @@ def rate(judge: Judge, prompts: Sequence[Prompt], answers: Sequence[str]) -> lis
     if not all(map(judge.accepts, prompts)):
         return None
 
-    return [judge.rate(prompt, answer) for prompt, answer in zip(prompts, answers, strict=True)]
+    return judge.rate(prompts, answers)
 
 
 def encode_judged(tokenizer: Tokenizer, prompt: Prompt, answer: Answer, same: bool) -> list[int]:

@@ -230,13 +230,11 @@ def _loss_lines(losses: dict[str, dict[str, Any]]) -> Iterator[str]:
     ]
     for name, loss in losses.items():
         row = [name, _megabytes(loss["bytes"]), f"{loss['perplexity']:.4f}"]
-        if name == "fp32":
-            row += [""] * 4
-        else:
+        if name != "fp32":
             row += [f"{loss['change']:+.2%}", f"{loss['mean_difference']:.4f}"]
             row += [f"{loss['max_difference']:.3f}", f"{loss['other_choices']:.2%}"]
 
-        rows.append(row)
+        rows.append([*row, "", "", "", ""][:7])
 
     return _table(rows, left=(0,))
 

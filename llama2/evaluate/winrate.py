@@ -67,13 +67,11 @@ def bound_difference(after: Proportion, before: Proportion) -> Interval:
 
     Neither may be without cases.
     """
-    assert after.rate is not None
-    assert before.rate is not None
-    gain = after.rate - before.rate
-    down = math.hypot(after.rate - after.low, before.high - before.rate)
-    up = math.hypot(after.high - after.rate, before.rate - before.low)
+    p, q = before.rate or 0.0, after.rate or 0.0
+    down = math.hypot(q - after.low, before.high - p)
+    up = math.hypot(after.high - q, p - before.low)
 
-    return gain - down, gain + up
+    return q - p - down, q - p + up
 
 
 def bound_ratio(before: Proportion, after: Proportion) -> Interval:
@@ -81,10 +79,7 @@ def bound_ratio(before: Proportion, after: Proportion) -> Interval:
 
     Neither may be without cases. It is (0, inf) where there were none and are none.
     """
-    p, q = before.rate, after.rate
-    assert p is not None
-    assert q is not None
-
+    p, q = before.rate or 0.0, after.rate or 0.0
     # Each end solves a quadratic in the ratio r: edge · r² - 2 p q r + room = 0.
     low_edge, high_edge = after.high * (2 * q - after.high), after.low * (2 * q - after.low)
     low_room, high_room = before.low * (2 * p - before.low), before.high * (2 * p - before.high)

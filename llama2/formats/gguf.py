@@ -35,7 +35,15 @@ from llama2.formats.binary import FETCH_AGAIN, read_array, replacing
 from llama2.formats.gguf_header import ALIGNMENT, Entry, Header, read_header
 from llama2.formats.source import Source, Stored
 from llama2.model.llama import LlamaConfig
-from llama2.model.tensors import EMBEDDINGS, HEAD, NORM, halved, interleaved, rotary_heads, shapes
+from llama2.model.tensors import (
+    EMBEDDINGS,
+    HEAD,
+    NORM,
+    interleave_pairs,
+    rotary_heads,
+    separate_pairs,
+    shapes,
+)
 from llama2.tokenizer import sentencepiece_model
 from llama2.tokenizer.foreign import say_once
 from llama2.tokenizer.sentencepiece_model import Held, Piece, Pieces
@@ -282,7 +290,7 @@ def _converted(name: str, source: Source, kind: Precision) -> Iterator[bytes]:
     stored = source.tensors[name]
     tensor = stored.read()
     if heads := rotary_heads(name, source.config):
-        tensor = interleaved(tensor, heads)
+        tensor = interleave_pairs(tensor, heads)
 
     rows = tensor.view(-1, tensor.shape[-1])
     step = max(1, _CHUNK // tensor.shape[-1])
@@ -558,7 +566,7 @@ def _stored(
         )
         tensor = tensor.view(entry.shape)
 
-        return halved(tensor, heads) if heads else tensor
+        return separate_pairs(tensor, heads) if heads else tensor
 
     return Stored(entry.shape, plain or torch.float32, load, place)
 

@@ -42,9 +42,9 @@ from llama2.model.tensors import (
     EMBEDDINGS,
     HEAD,
     NORM,
-    halved,
-    interleaved,
+    interleave_pairs,
     rotary_heads,
+    separate_pairs,
     shape_of,
     shapes,
 )
@@ -228,7 +228,7 @@ def _packed(header: _Header) -> bytes:
 def _write_tensor(stream: IO[bytes], header: _Header, name: str, stored: Stored) -> None:
     tensor = stored.read().float()
     if heads := rotary_heads(name, header.config):
-        tensor = interleaved(tensor, heads)
+        tensor = interleave_pairs(tensor, heads)
 
     if header.group is None or tensor.dim() == 1:
         stream.write(_bytes(tensor))
@@ -382,6 +382,6 @@ def _stored(path: Path, header: _Header, name: str, offset: int, shape: tuple[in
                 shape
             )
 
-        return halved(tensor, heads) if heads else tensor
+        return separate_pairs(tensor, heads) if heads else tensor
 
     return Stored(shape, torch.float32, load, place)

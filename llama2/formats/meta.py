@@ -29,7 +29,14 @@ from llama2.errors import UserError, did_you_mean, explain_os_errors
 from llama2.formats import torch_legacy, torch_zip
 from llama2.formats.source import Source, Stored
 from llama2.model.llama import LlamaConfig
-from llama2.model.tensors import EMBEDDINGS, HEAD, halved, interleaved, rotary_heads, shapes
+from llama2.model.tensors import (
+    EMBEDDINGS,
+    HEAD,
+    interleave_pairs,
+    rotary_heads,
+    separate_pairs,
+    shapes,
+)
 from llama2.terminal_text import shown
 from llama2.tokenizer import sentencepiece_model as pieces
 from llama2.tokenizer.sentencepiece_model import Held
@@ -271,7 +278,7 @@ def _joined(
                 target.copy_(piece.read())
 
         heads = rotary_heads(name, config)
-        return halved(whole, heads) if heads else whole
+        return separate_pairs(whole, heads) if heads else whole
 
     return Stored(shape, pieces[0].dtype, load, pieces[0].place)
 
@@ -363,7 +370,7 @@ def _deal(
     """Give each rank's file its part of a tensor."""
     tensor = stored.read().to(dtype)
     if heads := rotary_heads(name, config):
-        tensor = interleaved(tensor, heads)
+        tensor = interleave_pairs(tensor, heads)
 
     _, axis = their_name(name)
     parts = [tensor] * len(targets) if axis is None else tensor.chunk(len(targets), axis)

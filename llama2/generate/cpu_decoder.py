@@ -46,25 +46,33 @@ class LayerWeights(build.Struct):
     ]
 
 
-class Step(build.Struct):
-    """All that one step reads and writes."""
+class Model(build.Struct):
+    """Sizes of a model, and pointers to its weights."""
 
     _fields_ = [
         *build.fields(c_int64, "layers", "hidden", "feed_forward", "heads", "kv_heads"),
         *build.fields(c_int64, "head_dim", "vocabulary"),
         *build.fields(c_void_p, "embedding", "last_norm", "cos", "sin", "weights"),
         ("head", PackedMatrix),
+        ("eps", c_float),
+    ]
+
+
+class Step(build.Struct):
+    """All that one step reads and writes."""
+
+    _fields_ = [
+        ("model", c_void_p),
         *build.fields(c_int64, "rows", "distinct_slots"),
         *build.fields(c_void_p, "tokens", "token_slots", "positions"),
         *build.fields(c_int64, "slots", "columns"),
         ("cache", c_void_p),
         ("answers", c_int64),
         *build.fields(c_void_p, "answer_rows", "logits"),
-        ("eps", c_float),
     ]
 
 
-_call = build.Library("decode", Step, LayerWeights)
+_call = build.Library("decode", Model, Step, LayerWeights)
 
 
 def supports(model: Llama) -> bool:
@@ -87,38 +95,37 @@ class CpuDecoder:
     """
 
     def __init__(self, model: Llama, integers: Mapping[str, QuantizedWeight] | None = None) -> None:
-        c = self.config = model.config
-        parameters = {name: weight.detach() for name, weight in model.named_parameters()}
-        self._weights: dict[str, Weight] = {**parameters, **(integers or {})}
-        self._tensors: list[Tensor] = []  # what is pointed to
-        self._rows = torch.arange(64)
-        head = self._weights[EMBEDDINGS if c.tie_word_embeddings else HEAD]
+        c, weights = model.config, dict[str, Weight](integers or {})
+        for name, weight in model.named_parameters():
+            weights.setdefault(name, weight.detach())
+
         self._kind = _KINDS[model.head_weight.dtype]
+        head = weights[EMBEDDINGS if c.tie_word_embeddings else HEAD]
         if integers:
             self._kind = "int8" if isinstance(head, QuantizedWeight) else "int4"
 
-        positions = torch.arange(c.max_position_embeddings)[None]
+        self._rows = torch.arange(64)
+        # the structs hold the tensors that they point to
+        self._layers = [_layer(model, weights, layer) for layer in range(c.num_hidden_layers)]
+        self._array = (LayerWeights * len(self._layers))(*self._layers)
+        positions, half = torch.arange(c.max_position_embeddings)[None], c.head_dim // 2
         cos, sin = rotary_tables(positions, c.head_dim, c.rope_theta)
-        half = c.head_dim // 2
-        layers = [self._layer(f"model.layers.{layer}") for layer in range(c.num_hidden_layers)]
-        self._layers = (LayerWeights * len(layers))(*layers)
-        self._model = {
-            "layers": c.num_hidden_layers,
-            "hidden": c.hidden_size,
-            "feed_forward": c.intermediate_size,
-            "heads": c.num_attention_heads,
-            "kv_heads": c.num_key_value_heads,
-            "head_dim": c.head_dim,
-            "vocabulary": c.vocab_size,
-            "embedding": self._hold(model.model.embed_tokens.weight.detach()),
-            "last_norm": self._hold(model.model.norm.weight.detach().float()),
-            "cos": cos[0, :, 0, half:].contiguous(),
-            "sin": sin[0, :, 0, half:].contiguous(),
-            "weights": addressof(self._layers),
-            "head": self._pack(head),
-            "eps": c.rms_norm_eps,
-        }
-        del self._weights
+        self._model = Model(
+            layers=c.num_hidden_layers,
+            hidden=c.hidden_size,
+            feed_forward=c.intermediate_size,
+            heads=c.num_attention_heads,
+            kv_heads=c.num_key_value_heads,
+            head_dim=c.head_dim,
+            vocabulary=c.vocab_size,
+            embedding=model.model.embed_tokens.weight.detach(),
+            last_norm=model.model.norm.weight.detach().float(),
+            cos=cos[0, :, 0, half:].contiguous(),
+            sin=sin[0, :, 0, half:].contiguous(),
+            weights=addressof(self._array),
+            head=_pack(head),
+            eps=c.rms_norm_eps,
+        )
 
     def __call__(self, tokens_B: Tensor, positions_B: Tensor, cache: KVCache) -> Tensor:
         """Return logits_BV behind each row's newest token, whose keys and values are added at its
@@ -145,9 +152,9 @@ class CpuDecoder:
         answers_A: Tensor,
         distinct_slots: bool,
     ) -> Tensor:
-        logits_AV = torch.empty(len(answers_A), self.config.vocab_size)
+        logits_AV = torch.empty(len(answers_A), self._model.values["vocabulary"])
         step = Step(
-            **self._model,
+            model=addressof(self._model),
             rows=len(tokens_B),
             distinct_slots=distinct_slots,
             tokens=tokens_B.contiguous(),
@@ -163,51 +170,48 @@ class CpuDecoder:
         _call(f"decode_{self._kind}", step)
         return logits_AV
 
-    def _layer(self, name: str) -> LayerWeights:
-        attention = [self._weights[f"{name}.self_attn.{part}_proj.weight"] for part in "qkvo"]
-        gate = self._weights[f"{name}.mlp.gate_proj.weight"]
-        up = self._weights[f"{name}.mlp.up_proj.weight"]
-        return LayerWeights(
-            attention_norm=self._norm(f"{name}.input_layernorm.weight"),
-            mlp_norm=self._norm(f"{name}.post_attention_layernorm.weight"),
-            qkv=self._pack(_join(attention[:3])),
-            output=self._pack(attention[3]),
-            gate_up=self._pack(gate, up),
-            down=self._pack(self._weights[f"{name}.mlp.down_proj.weight"]),
-        )
 
-    def _norm(self, name: str) -> Tensor:
-        weight = self._weights[name]
-        assert isinstance(weight, Tensor)
-        return self._hold(weight.float())
+def _layer(model: Llama, weights: Mapping[str, Weight], layer: int) -> LayerWeights:
+    prefix = f"model.layers.{layer}"
+    q, k, v, output = (weights[f"{prefix}.self_attn.{part}_proj.weight"] for part in "qkvo")
+    gate, up, down = (
+        weights[f"{prefix}.mlp.{part}_proj.weight"] for part in ("gate", "up", "down")
+    )
+    norms = [
+        model.get_parameter(f"{prefix}.{part}_layernorm.weight").detach().float()
+        for part in ("input", "post_attention")
+    ]
+    return LayerWeights(
+        attention_norm=norms[0],
+        mlp_norm=norms[1],
+        qkv=_pack(_join([q, k, v])),
+        output=_pack(output),
+        gate_up=_pack(gate, up),
+        down=_pack(down),
+    )
 
-    def _hold(self, tensor: Tensor) -> Tensor:
-        self._tensors.append(tensor)
-        return tensor
 
-    def _pack(self, *matrices: Weight) -> PackedMatrix:
-        """Matrices of one shape, their blocks of outputs by turns; and the scales of 8-bit
-        integers."""
-        quantized = [matrix for matrix in matrices if isinstance(matrix, QuantizedWeight)]
-        numbers = [
-            matrix if isinstance(matrix, Tensor) else matrix.integers_OI for matrix in matrices
-        ]
-        outputs, inputs = numbers[0].shape
-        blocks, step = -(-outputs // _LANES), -(-inputs // 32) * 32
-        packed = torch.empty(blocks * len(matrices), step * _LANES, dtype=numbers[0].dtype)
-        for offset, matrix in enumerate(numbers):
-            shape = (outputs, inputs, matrix.contiguous(), len(matrices), offset)
-            _call(f"pack_{_KINDS[packed.dtype]}", *shape, packed)
+def _pack(*matrices: Weight) -> PackedMatrix:
+    """Matrices of one shape, their blocks of outputs by turns; and the scales of 8-bit
+    integers."""
+    quantized = [matrix for matrix in matrices if isinstance(matrix, QuantizedWeight)]
+    numbers = [matrix if isinstance(matrix, Tensor) else matrix.integers_OI for matrix in matrices]
+    outputs, inputs = numbers[0].shape
+    blocks, step = -(-outputs // _LANES), -(-inputs // 32) * 32
+    packed = torch.empty(blocks * len(matrices), step * _LANES, dtype=numbers[0].dtype)
+    for offset, matrix in enumerate(numbers):
+        shape = (outputs, inputs, matrix.contiguous(), len(matrices), offset)
+        _call(f"pack_{_KINDS[packed.dtype]}", *shape, packed)
 
-        if not quantized:
-            return PackedMatrix(packed=self._hold(packed))
+    if not quantized:
+        return PackedMatrix(packed=packed)
 
-        scales = _lanes([matrix.scales_OG for matrix in quantized])
-        zeros = [matrix.zeros_OG for matrix in quantized if matrix.zeros_OG is not None]
-        if zeros:
-            return PackedMatrix(packed=self._hold(_nibbles(packed, scales, _lanes(zeros))))
+    scales = _lanes([matrix.scales_OG for matrix in quantized])
+    zeros = [matrix.zeros_OG for matrix in quantized if matrix.zeros_OG is not None]
+    if zeros:
+        return PackedMatrix(packed=_nibbles(packed, scales, _lanes(zeros)))
 
-        return PackedMatrix(packed=self._hold(packed), scales=self._hold(scales))
+    return PackedMatrix(packed=packed, scales=scales)
 
 
 def _join(matrices: list[Weight]) -> Weight:

@@ -14,7 +14,8 @@ from llama2.errors import UserError
 from llama2.generate import cpu_decoder
 from llama2.generate.cpu_decoder import CpuDecoder
 from llama2.model import quantize
-from llama2.model.llama import Llama, is_hooked
+from llama2.model.linear import is_hooked
+from llama2.model.llama import Llama
 from llama2.model.quantize import QuantizedWeight, WeightPrecision
 from llama2.model.replica import empty_copy, structure
 

@@ -22,10 +22,11 @@ inline void rotate(float *x, int64_t E, const float *cos, const float *sin) {
 template <class T>
 void append(const Step &s, float *qkv, int64_t from, int64_t to, const float *cos, const float *sin, T *keys,
             T *values) {
-    const int64_t E = s.head_dim, G = s.heads / s.kv_heads;
+    const Model &m = *s.model;
+    const int64_t E = m.head_dim, G = m.heads / m.kv_heads;
     for (int64_t h = from * G; h < to * G; h++) rotate(qkv + h * E, E, cos, sin);
     for (int64_t k = from; k < to; k++) {
-        float *key = qkv + (s.heads + k) * E, *value = qkv + (s.heads + s.kv_heads + k) * E;
+        float *key = qkv + (m.heads + k) * E, *value = qkv + (m.heads + m.kv_heads + k) * E;
         rotate(key, E, cos, sin);
         for (int64_t e = 0; e < E; e++) put(keys[k * E + e], key[e]), put(values[k * E + e], value[e]);
     }
@@ -85,8 +86,9 @@ template <class T> void fetch(const T *from, int64_t count) {
 template <int N, class T>
 void attend(const Step &s, const float *queries, int64_t from, int64_t to, int64_t position, const T *keys,
             const T *values, float *work, T *out) {
-    const Head<N> head(s.head_dim);
-    const int64_t E = s.head_dim, G = s.heads / s.kv_heads, step = s.kv_heads * E;
+    const Model &m = *s.model;
+    const Head<N> head(m.head_dim);
+    const int64_t E = m.head_dim, G = m.heads / m.kv_heads, step = m.kv_heads * E;
     const int64_t heads = (to - from) * G, first = from * G;
     const int64_t room = head.count * LANES;
     const float scale = 1.0f / std::sqrt(float(E));

@@ -21,7 +21,7 @@ constexpr int64_t SHARED_ROWS = 16;  // with fewer rows, the heads of a row are 
 
 inline int64_t blocks(int64_t outputs) { return (outputs + LANES - 1) / LANES; }
 
-template <class W> Matrix<W> matrix(const PackedMatrix &m) { return {static_cast<const W *>(m.packed), m.scales}; }
+template <class W> Matrix<W> matrix(const PackedMatrix &p) { return {static_cast<const W *>(p.packed), p.scales}; }
 
 template <class T> void normalise(const float *x, const float *weight, int64_t D, float eps, T *out) {
     float squares = 0;
@@ -38,14 +38,15 @@ template <class T> struct Activations {
     int64_t width;  // of a row of qkv
     std::vector<float> stream, qkv;
 
-    explicit Activations(const Step &s)
-        : normal(s.rows, s.hidden), mixed(s.rows, s.heads * s.head_dim), gated(s.rows, s.feed_forward),
-          width(round_up((s.heads + 2 * s.kv_heads) * s.head_dim, LANES)), stream(s.rows * s.hidden),
+    Activations(const Model &m, const Step &s)
+        : normal(s.rows, m.hidden), mixed(s.rows, m.heads * m.head_dim), gated(s.rows, m.feed_forward),
+          width(round_up((m.heads + 2 * m.kv_heads) * m.head_dim, LANES)), stream(s.rows * m.hidden),
           qkv(s.rows * width) {}
 };
 
 // One thread of a step. All threads call the same functions, each of which shares its loop among them.
 template <class T, class W> struct Worker {
+    const Model &m;
     const Step &s;
     Activations<T> &a;
     Tiles tiles;
@@ -54,9 +55,9 @@ template <class T, class W> struct Worker {
     std::vector<T> scratch;
 
     Worker(const Step &s, Activations<T> &a)
-        : s(s), a(a), tiles(sizeof(T) == 2), padded(round_up(s.rows, TILE_ROWS)), out(2 * padded * LANES),
-          work(s.heads * (s.columns + round_up(s.head_dim, LANES))),
-          scratch(round_up(std::max({s.hidden, s.feed_forward, s.heads * s.head_dim}), 32) * LANES) {}
+        : m(*s.model), s(s), a(a), tiles(sizeof(T) == 2), padded(round_up(s.rows, TILE_ROWS)), out(2 * padded * LANES),
+          work(m.heads * (s.columns + round_up(m.head_dim, LANES))),
+          scratch(round_up(std::max({m.hidden, m.feed_forward, m.heads * m.head_dim}), 32) * LANES) {}
 
     // Blocks of outputs; `use` gets the block's first output, and how many it has, of rows of 16 sums in `out`.
     template <class M, class Use>
@@ -69,35 +70,35 @@ template <class T, class W> struct Worker {
     }
 
     void add_product(const Rows<T> &x, const PackedMatrix &by, int64_t inputs) {
-        product(x, s.rows, matrix<W>(by), inputs, s.hidden, [&](int64_t first, int64_t count) {
+        product(x, s.rows, matrix<W>(by), inputs, m.hidden, [&](int64_t first, int64_t count) {
             for (int64_t b = 0; b < s.rows; b++)
-                for (int64_t j = 0; j < count; j++) a.stream[b * s.hidden + first + j] += out[b * LANES + j];
+                for (int64_t j = 0; j < count; j++) a.stream[b * m.hidden + first + j] += out[b * LANES + j];
         });
     }
 
     void embed() {
-        const T *embedding = static_cast<const T *>(s.embedding);
+        const T *embedding = static_cast<const T *>(m.embedding);
 #pragma omp for schedule(static)
         for (int64_t b = 0; b < s.rows; b++)
-            for (int64_t d = 0; d < s.hidden; d++)
-                a.stream[b * s.hidden + d] = get(embedding[s.tokens[b] * s.hidden + d]);
+            for (int64_t d = 0; d < m.hidden; d++)
+                a.stream[b * m.hidden + d] = get(embedding[s.tokens[b] * m.hidden + d]);
     }
 
     void norm(const float *weight) {
 #pragma omp for schedule(static)
         for (int64_t b = 0; b < s.rows; b++)
-            normalise(&a.stream[b * s.hidden], weight, s.hidden, s.eps, a.normal.row(b));
+            normalise(&a.stream[b * m.hidden], weight, m.hidden, m.eps, a.normal.row(b));
     }
 
     void attend(const LayerWeights &layer, T *keys, T *values) {
-        const int64_t E = s.head_dim, K = s.kv_heads, slot = s.columns * K * E;
+        const int64_t E = m.head_dim, K = m.kv_heads, slot = s.columns * K * E;
         auto copy = [&](int64_t first, int64_t count) {
             for (int64_t b = 0; b < s.rows; b++) std::copy_n(&out[b * LANES], count, &a.qkv[b * a.width + first]);
         };
-        product(a.normal, s.rows, matrix<W>(layer.qkv), s.hidden, (s.heads + 2 * K) * E, copy);
+        product(a.normal, s.rows, matrix<W>(layer.qkv), m.hidden, (m.heads + 2 * K) * E, copy);
         auto append_row = [&](int64_t b, int64_t from, int64_t to) {
             const int64_t at = s.token_slots[b] * slot + s.positions[b] * K * E, angle = s.positions[b] * (E / 2);
-            append(s, &a.qkv[b * a.width], from, to, s.cos + angle, s.sin + angle, keys + at, values + at);
+            append(s, &a.qkv[b * a.width], from, to, m.cos + angle, m.sin + angle, keys + at, values + at);
         };
         if (!s.distinct_slots) {  // a row may look at what another appends
 #pragma omp for schedule(static)
@@ -113,17 +114,17 @@ template <class T, class W> struct Worker {
                 look(s, &a.qkv[b * a.width], from, to, s.positions[b], keys + at, values + at, work.data(),
                      a.mixed.row(b));
             }
-        add_product(a.mixed, layer.output, s.heads * E);
+        add_product(a.mixed, layer.output, m.heads * E);
     }
 
     void feed_forward(const LayerWeights &layer) {
         const Matrix<W> gate_up = matrix<W>(layer.gate_up);
         float *gates = out.data(), *ups = gates + padded * LANES;
 #pragma omp for schedule(static)
-        for (int64_t n = 0; n < blocks(s.feed_forward); n++) {
-            outputs_of(a.normal, s.rows, gate_up, s.hidden, 2 * n, scratch, gates);
-            outputs_of(a.normal, s.rows, gate_up, s.hidden, 2 * n + 1, scratch, ups);
-            const int64_t count = std::min(LANES, s.feed_forward - n * LANES);
+        for (int64_t n = 0; n < blocks(m.feed_forward); n++) {
+            outputs_of(a.normal, s.rows, gate_up, m.hidden, 2 * n, scratch, gates);
+            outputs_of(a.normal, s.rows, gate_up, m.hidden, 2 * n + 1, scratch, ups);
+            const int64_t count = std::min(LANES, m.feed_forward - n * LANES);
             for (int64_t b = 0; b < s.rows; b++) {
                 const float *gate = gates + b * LANES, *up = ups + b * LANES;
                 T *to = a.gated.row(b) + n * LANES;
@@ -131,35 +132,36 @@ template <class T, class W> struct Worker {
                 for (int64_t j = 0; j < count; j++) put(to[j], gate[j] * up[j] / (1.0f + exponential(-gate[j])));
             }
         }
-        add_product(a.gated, layer.down, s.feed_forward);
+        add_product(a.gated, layer.down, m.feed_forward);
     }
 
     template <class H> void answer(const Matrix<H> &head) {
 #pragma omp for schedule(static)
         for (int64_t i = 0; i < s.answers; i++)
-            normalise(&a.stream[s.answer_rows[i] * s.hidden], s.last_norm, s.hidden, s.eps, a.normal.row(i));
-        product(a.normal, s.answers, head, s.hidden, s.vocabulary, [&](int64_t first, int64_t count) {
+            normalise(&a.stream[s.answer_rows[i] * m.hidden], m.last_norm, m.hidden, m.eps, a.normal.row(i));
+        product(a.normal, s.answers, head, m.hidden, m.vocabulary, [&](int64_t first, int64_t count) {
             for (int64_t i = 0; i < s.answers; i++)
-                std::copy_n(&out[i * LANES], count, s.logits + i * s.vocabulary + first);
+                std::copy_n(&out[i * LANES], count, s.logits + i * m.vocabulary + first);
         });
     }
 };
 
 template <class T, class W, class H> void decode(const Step &s) {  // weights of the layers (W) and of the head (H)
-    Activations<T> activations(s);
-    const int64_t side = s.slots * s.columns * s.kv_heads * s.head_dim;  // the keys, or the values, of a layer
+    const Model &m = *s.model;
+    Activations<T> activations(m, s);
+    const int64_t side = s.slots * s.columns * m.kv_heads * m.head_dim;  // the keys, or the values, of a layer
 #pragma omp parallel
     {
         Worker<T, W> worker(s, activations);
         worker.embed();
-        for (int64_t l = 0; l < s.layers; l++) {
+        for (int64_t l = 0; l < m.layers; l++) {
             T *keys = static_cast<T *>(s.cache) + 2 * l * side;
-            worker.norm(s.weights[l].attention_norm);
-            worker.attend(s.weights[l], keys, keys + side);
-            worker.norm(s.weights[l].mlp_norm);
-            worker.feed_forward(s.weights[l]);
+            worker.norm(m.weights[l].attention_norm);
+            worker.attend(m.weights[l], keys, keys + side);
+            worker.norm(m.weights[l].mlp_norm);
+            worker.feed_forward(m.weights[l]);
         }
-        worker.answer(matrix<H>(s.head));
+        worker.answer(matrix<H>(m.head));
     }
 }
 
@@ -195,6 +197,7 @@ void decode_bf16(const Step *step) { decode<bf16, bf16, bf16>(*step); }
 void decode_int8(const Step *step) { decode<bf16, int8_t, int8_t>(*step); }
 void decode_int4(const Step *step) { decode<bf16, Nibbles, bf16>(*step); }
 
+int64_t size_of_Model() { return sizeof(Model); }
 int64_t size_of_Step() { return sizeof(Step); }
 int64_t size_of_LayerWeights() { return sizeof(LayerWeights); }
 }

@@ -1,11 +1,10 @@
-"""What stands between the matrix products of a layer, fused for a CPU: forward and gradient, by
-hand.
+"""Operations between the matrix products of a layer, fused for a CPU, with their gradients by hand.
 
 On a processor with matrix instructions the products are cheap, and a step's time goes into passes
 over memory: norms, rotations, softmax, gates, each recorded as several operations. `fused.cpp`
 makes one pass of each; this file joins them to PyTorch's products and tells autograd their
-gradients. `llama.py` holds the same mathematics in PyTorch's operations, which every other device
-runs, and a CPU without a compiler.
+gradients. `model/llama.py` holds the same mathematics in PyTorch's operations; `modules.py` puts
+these in their place.
 
 Shapes: B rows of T positions (N = B · T tokens), D hidden, F feed-forward, H query heads, K key
 heads, G = H / K, E head dimension, S keys, V vocabulary.
@@ -163,7 +162,7 @@ def swiglu(x_BTD: Tensor, gate_FD: Tensor, up_FD: Tensor) -> Tensor:
     return out_BTF
 
 
-def swiglu_apart(gate_BTF: Tensor, up_BTF: Tensor) -> Tensor:
+def projected_swiglu(gate_BTF: Tensor, up_BTF: Tensor) -> Tensor:
     """Return silu(gate) · up without a gradient, of products made apart: joining their matrices
     would cost a copy of both."""
     return _swiglu(gate_BTF.contiguous(), up_BTF.contiguous(), gate_BTF.shape[-1])
@@ -213,7 +212,7 @@ def attention(x_BTD: Tensor, weights: Sequence[Tensor], size: int, view: View) -
     return out_BTP
 
 
-def attention_apart(
+def projected_attention(
     q_BTD: Tensor, k_BTD: Tensor, v_BTD: Tensor, size: int, view: View
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return the same without a gradient, from products made apart: joined heads, and the rotated

@@ -21,20 +21,17 @@ from torch import Tensor, nn
 from llama2.kernels import fused
 from llama2.model import llama
 from llama2.model.likelihood import Likelihood
+from llama2.model.linear import Embedding, Linear, is_bare, is_hooked
 from llama2.model.llama import (
     Attend,
     Attention,
     Cache,
     Context,
-    Embedding,
     FeedForward,
     Layer,
-    Linear,
     Llama,
     RMSNorm,
     Trunk,
-    is_bare,
-    is_hooked,
     working_dtype,
 )
 from llama2.model.positions import document_starts
@@ -127,7 +124,7 @@ class FusedAttention(Attention):
             joined_BTD = fused.attention(x_BTD, weights, self.head_dim, view)
         else:
             q_BTD, k_BTD, v_BTD = (projection(x_BTD) for projection in projections)
-            joined_BTD, k_BKTE, v_BKTE = fused.attention_apart(
+            joined_BTD, k_BKTE, v_BKTE = fused.projected_attention(
                 q_BTD, k_BTD, v_BTD, self.head_dim, view
             )
             context.cache.update(self.layer, k_BKTE, v_BKTE)
@@ -147,7 +144,7 @@ class FusedFeedForward(FeedForward):
         if context.cache is None:
             gated_BTF = fused.swiglu(x_BTD, self.gate_proj.weight, self.up_proj.weight)
         elif not torch.is_grad_enabled():
-            gated_BTF = fused.swiglu_apart(self.gate_proj(x_BTD), self.up_proj(x_BTD))
+            gated_BTF = fused.projected_swiglu(self.gate_proj(x_BTD), self.up_proj(x_BTD))
         else:
             return super().forward(x_BTD, context)
 

@@ -14,13 +14,17 @@ struct LayerWeights {
     PackedMatrix qkv, output, gate_up, down;  // gate and up alternate block by block
 };
 
-struct Step {
-    // the model
+struct Model {
     int64_t layers, hidden, feed_forward, heads, kv_heads, head_dim, vocabulary;
     const void *embedding;
     const float *last_norm, *cos, *sin;  // tables [positions, head_dim / 2]
     const LayerWeights *weights;
     PackedMatrix head;
+    float eps;
+};
+
+struct Step {
+    const Model *model;
 
     // the tokens of this step: each is read in a slot, at a position
     int64_t rows;
@@ -35,6 +39,4 @@ struct Step {
     int64_t answers;
     const int64_t *answer_rows;
     float *logits;  // [answers, vocabulary]
-
-    float eps;
 };

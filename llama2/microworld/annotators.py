@@ -63,7 +63,7 @@ class SimulatedAnnotators(Annotators):
         rng = seed_stream(self.seed, "annotator", axis, *texts)
         shown = (first, second) if rng.random() < 0.5 else (second, first)
 
-        ratings = [self._truth.rate(prompt, answer.text) for answer in shown]
+        ratings = self._truth.rate((prompt, prompt), [answer.text for answer in shown])
         difference = _value(ratings[0], axis) - _value(ratings[1], axis)
         difference += rng.gauss(0.0, self.noise)
         safe = [rating.safe != (rng.random() < self.flipped_safety) for rating in ratings]

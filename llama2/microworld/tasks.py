@@ -1,4 +1,4 @@
-"""What a prompt asks for: the turns, the key of its content, and the gold fields the rater needs.
+"""Tasks of prompts: the turns, the key of their content, and the gold fields the rater needs.
 
 A family is a kind of task: how to draw one from the world, and how three writers of different care
 would answer it. `gold` is plain JSON and travels in `Prompt.metadata`, so a prompt read back from a

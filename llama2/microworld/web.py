@@ -36,7 +36,7 @@ DUPLICATES, GARBAGE, PERSONAL = 0.20, 0.05, 0.35
 def write_pages(
     bodies: Sequence[Iterator[str]], people: Sequence[str], rng: Random
 ) -> Iterator[str]:
-    """Write endless pages with text from `bodies`; one in five is an exact copy of a recent page."""
+    """Write endless pages with text from `bodies`; one in five is a copy of a recent page."""
     recent: list[str] = []
     while True:
         if recent and rng.random() < DUPLICATES:

@@ -238,7 +238,7 @@ def state(attribute: str, name: str, value: str, template: int = 0) -> str:
 
 
 def seed_stream(seed: int, *purpose: object) -> Random:
-    """Return a random stream of its own for each purpose, so that adding one never shifts another."""
+    """Return a random stream of its own for a purpose, so that adding one never shifts another."""
     return Random("/".join(map(str, (seed, *purpose))))
 
 

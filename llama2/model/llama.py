@@ -21,7 +21,6 @@ from typing import Protocol
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.modules.module import _has_any_global_hook  # as asked by every call of a module
 from torch.utils.checkpoint import checkpoint
 
 from llama2 import devices
@@ -34,6 +33,7 @@ from llama2.model.attention import (
     fused_attention,
 )
 from llama2.model.likelihood import Likelihood, of_logits
+from llama2.model.linear import Embedding, Linear, is_bare
 from llama2.model.positions import (
     causal,
     positions_within,
@@ -156,29 +156,12 @@ Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 @dataclass(frozen=True)
 class Context:
-    """What all layers of one forward pass share."""
+    """Tables and mask that all layers of one forward pass share."""
 
     cos_BT1E: Tensor  # fp32; B is 1 if all rows have the same positions
     sin_BT1E: Tensor  # negative in the first half
     attend: Attend
     cache: Cache | None
-
-
-class Linear(nn.Linear):
-    """A matrix without bias; `initialise` fills it, not the constructor."""
-
-    def __init__(self, inputs: int, outputs: int) -> None:
-        super().__init__(inputs, outputs, bias=False)
-
-    def reset_parameters(self) -> None:
-        """Leave the weights as they are."""
-
-
-class Embedding(nn.Embedding):
-    """Token embeddings; `initialise` fills them, not the constructor."""
-
-    def reset_parameters(self) -> None:
-        """Leave the weights as they are."""
 
 
 class RMSNorm(nn.Module):
@@ -373,7 +356,7 @@ class Llama(nn.Module):
 
     @property
     def device(self) -> torch.device:
-        """Where the weights lie."""
+        """The device that holds the weights."""
         return next(self.parameters()).device
 
     @property
@@ -420,28 +403,6 @@ class Llama(nn.Module):
             logp_BT, entropy_BT = of_logits(self.logits(hidden_BTD), targets_BT)
 
         return (logp_BT, entropy_BT) if entropy else logp_BT
-
-
-def is_bare(*projections: nn.Module) -> bool:
-    """Tell whether these modules do nothing but multiply with their weights, so that other code may
-    do so in their place. A subclass, a wrapper, a bias and a hook say no: they must be called."""
-    return all(
-        type(module) is Linear and getattr(module, "bias", None) is None and not is_hooked(module)
-        for module in projections
-    )
-
-
-def is_hooked(module: nn.Module) -> bool:
-    """Tell whether more happens when a module is called than its class says: hooks of any kind, or
-    a `forward` of its own."""
-    return bool(
-        module._forward_hooks
-        or module._forward_pre_hooks
-        or module._backward_hooks
-        or module._backward_pre_hooks
-        or "forward" in module.__dict__
-        or _has_any_global_hook()  # type: ignore[no-untyped-call]
-    )
 
 
 def initialise(model: nn.Module, seed: int) -> None:

@@ -10,7 +10,7 @@ from typing import TypeVar
 import torch
 from torch import nn
 
-from llama2.model.llama import is_hooked
+from llama2.model.linear import is_hooked
 
 Module = TypeVar("Module", bound=nn.Module)
 

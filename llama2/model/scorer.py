@@ -11,7 +11,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from llama2.model.llama import Linear, LlamaConfig, Trunk, initialise
+from llama2.model.linear import Linear
+from llama2.model.llama import LlamaConfig, Trunk, initialise
 
 
 class ScalarHead(Linear):

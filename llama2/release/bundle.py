@@ -100,7 +100,7 @@ def fill(config: Config, lineage: Lineage, work: Path) -> None:
     weight_files.write(lineage.released, work, config.dtype)
     settings = json_files.json_object(work / hf_directory.CONFIG)
     dtype = str(settings.get("dtype", settings.get("torch_dtype")))
-    model = cards.Model(
+    model = cards.ReleasedModel(
         lineage,
         measured,
         materials,
@@ -118,7 +118,7 @@ def fill(config: Config, lineage: Lineage, work: Path) -> None:
     (work / SUMS).write_text(list_sums(work), encoding="utf-8")
 
 
-def write_papers(model: cards.Model) -> dict[str, str]:
+def write_papers(model: cards.ReleasedModel) -> dict[str, str]:
     """Write all papers of a model: name -> content."""
     lineage, measured = model.lineage, model.measured
     return {
@@ -162,7 +162,6 @@ def _check_private(work: Path, run: Path) -> None:
 
 
 # ---- where it goes
-# --------------------------------------------------------------------------------------------------
 def _check_target(out: Path, run: Path, lineage: Lineage) -> None:
     """UserError unless `out` is absent, empty, or an earlier release of the same run and nothing
     else."""

@@ -55,7 +55,7 @@ class Card(Config):
 
 
 @dataclass(frozen=True)
-class Model:
+class ReleasedModel:
     """All that the papers tell of a model."""
 
     lineage: Lineage
@@ -105,7 +105,7 @@ class Model:
         return is_from_llama_2(self.lineage, self.card.base_model)
 
 
-def document(model: Model) -> str:
+def document(model: ReleasedModel) -> str:
     """Write README.md."""
     card = model.card
     contact = md.text(card.contact) or "Nobody is named to whom one could write."
@@ -132,7 +132,7 @@ def document(model: Model) -> str:
     )
 
 
-def write_front_matter(model: Model) -> str:
+def write_front_matter(model: ReleasedModel) -> str:
     """Write the YAML block that the Hub reads."""
     card = model.card
     tags = {
@@ -160,7 +160,7 @@ def write_front_matter(model: Model) -> str:
     return f"---\n{text}---\n\n"
 
 
-def _summary(model: Model) -> str:
+def _summary(model: ReleasedModel) -> str:
     kind = "reward" if model.scorer else "chat" if model.chats else "language"
     size = md.count(model.shape.parameters())
     summary = f"A {kind} model of the Llama 2 architecture with {size} parameters"
@@ -168,7 +168,7 @@ def _summary(model: Model) -> str:
     return f"{summary}: {story}." if story else f"{summary}."
 
 
-def _facts(model: Model) -> str:
+def _facts(model: ReleasedModel) -> str:
     shape = model.shape
     days = sorted(filter(None, (stage.step.started[:10] for stage in model.lineage.stages)))
     made = " to ".join(dict.fromkeys(days[:1] + days[-1:]))
@@ -186,7 +186,7 @@ def _facts(model: Model) -> str:
     return md.table(("Property", "Value"), rows, (0, 1))
 
 
-def _intended(model: Model) -> str:
+def _intended(model: ReleasedModel) -> str:
     if model.lineage.synthetic:
         return (
             "Study and teaching: it shows what each stage of the Llama 2 recipe does, at a size "
@@ -199,7 +199,7 @@ def _intended(model: Model) -> str:
     )
 
 
-def _out_of_scope(model: Model) -> str:
+def _out_of_scope(model: ReleasedModel) -> str:
     return md.bullets(
         "Anything in which a wrong, harmful or missing answer has consequences.",
         "Advice on health, law or money, and decisions about people.",
@@ -211,7 +211,6 @@ def _out_of_scope(model: Model) -> str:
 
 
 # ---- how to use it
-# --------------------------------------------------------------------------------------------------
 _SAMPLING = SamplingSettings(temperature=0.6, top_p=0.9, max_tokens=256)
 _CHAT = """from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -240,7 +239,7 @@ inputs = tokenizer.apply_chat_template(conversation, return_tensors="pt", return
 print(torch.sigmoid(model(**inputs).logits))  # a probability; the logit is the reward"""
 
 
-def _use(model: Model) -> str:
+def _use(model: ReleasedModel) -> str:
     sampling = model.measured.content.sampling if model.measured else _SAMPLING
     python = _SCORE
     if not model.scorer:
@@ -269,7 +268,7 @@ def _shell(*lines: str) -> str:
     return "```sh\n" + "\n".join(lines) + "\n```" if lines else ""
 
 
-def _llama_cpp(model: Model, sampling: SamplingSettings) -> str:
+def _llama_cpp(model: ReleasedModel, sampling: SamplingSettings) -> str:
     if not model.gguf:
         return ""
 
@@ -290,7 +289,7 @@ def _llama_cpp(model: Model, sampling: SamplingSettings) -> str:
     )
 
 
-def _format(model: Model) -> str:
+def _format(model: ReleasedModel) -> str:
     if not model.chats and not model.scorer:
         return "It was not tuned for conversations: it goes on with a text."
 
@@ -305,8 +304,7 @@ def _format(model: Model) -> str:
 
 
 # ---- the rest
-# ---------------------------------------------------------------------------------------------------
-def _carbon(model: Model) -> str:
+def _carbon(model: ReleasedModel) -> str:
     hours, kwh, kg = carbon_statement.add_up(model.lineage, model.power)
     return md.document(
         "## Energy and carbon",
@@ -316,7 +314,7 @@ def _carbon(model: Model) -> str:
     )
 
 
-def _results(model: Model) -> list[str]:
+def _results(model: ReleasedModel) -> list[str]:
     """Write what was measured; of a reward model, how often it is right."""
     if model.scorer:
         return [md.section("## Evaluation", card_results.write_models(model.lineage))]
@@ -327,7 +325,7 @@ def _results(model: Model) -> list[str]:
     ]
 
 
-def _limits(model: Model) -> str:
+def _limits(model: ReleasedModel) -> str:
     measured = model.measured
     families = card_results.sort_families(measured) if measured is not None else []
     weakest = [
@@ -370,7 +368,7 @@ def _notes(card: Card) -> str:
         raise UserError(f"{card.notes}: not UTF-8", "save it as UTF-8") from None
 
 
-def _files(model: Model) -> str:
+def _files(model: ReleasedModel) -> str:
     return md.bullets(
         "`RESPONSIBLE_USE.md`: where it fails, and what to do before others use it",
         "`CARBON.md`, `carbon.json`",

@@ -50,7 +50,6 @@ def name_work(stage: Stage) -> str:
 
 
 # ---- data
-# -----------------------------------------------------------------------------------------------------------
 def write_data(lineage: Lineage, materials: Sequence[Material]) -> str:
     """Write what the model learnt from: sources, sizes, licences."""
     licences = {(material.stage, material.name): material.licence for material in materials}
@@ -96,14 +95,13 @@ def _text(lineage: Lineage, stage: Stage, result: TokenizeResult, licences: Lice
 
 
 def _licence_of(lineage: Lineage, stage: Stage, name: str, licences: Licences) -> str:
-    cleaned = {source.stage for source in stage.inputs}
-    for maker in cleaned:
-        if maker and (maker, name) in licences:
+    for maker in filter(None, stage.origins):
+        if (maker, name) in licences:
             return md.text(licences[maker, name])
 
     worlds = {world.name for world in lineage.of("world")}
     for clean in lineage.of("clean"):
-        if clean.name in cleaned and {source.stage for source in clean.inputs} <= worlds:
+        if clean.name in stage.origins and clean.origins <= worlds:
             return "synthetic"
 
     return "unknown"
@@ -111,11 +109,8 @@ def _licence_of(lineage: Lineage, stage: Stage, name: str, licences: Licences) -
 
 def _passes(lineage: Lineage, stage: Stage, result: TokenizeResult) -> str:
     """Return how many tokens pretraining read of what a stage made."""
-    seen = 0
-    for pretrain, trained in lineage.results(PretrainResult):
-        if stage.name in {source.stage for source in pretrain.inputs}:
-            seen += trained.tokens
-
+    results = lineage.results(PretrainResult)
+    seen = sum(trained.tokens for reader, trained in results if stage.name in reader.origins)
     if not seen or not result.train.tokens:
         return ""
 
@@ -220,7 +215,6 @@ def _cleaning(lineage: Lineage) -> str:
 
 
 # ---- stages
-# ---------------------------------------------------------------------------------------------------------
 def write_recipe(lineage: Lineage) -> str:
     """Write every stage in the order in which it was made, with what it read and left."""
     rows = []
@@ -257,8 +251,8 @@ def _choice(stage: Stage, result: SelectResult) -> str:
     version = result.candidate if result.kept == "candidate" else result.predecessor
     share = result.overall
     return (
-        f"{md.text(stage.name)} is {md.text(version)}, {md.text(result.reason)}: {share.wins} wins, "
-        f"{share.losses} losses, {share.ties} ties against its predecessor."
+        f"{md.text(stage.name)} is {md.text(version)}, {md.text(result.reason)}: "
+        f"{share.wins} wins, {share.losses} losses, {share.ties} ties against its predecessor."
     )
 
 

@@ -28,7 +28,6 @@ JUDGES = {"truth": "ground truth", "reward": "reward model"}
 
 
 # ---- how it was measured
-# ------------------------------------------------------------------------------------------
 def _method(lineage: Lineage, measured: Measured) -> str:
     """Write of prompts, sampling, judges, and what to think of them."""
     content = measured.content
@@ -88,7 +87,6 @@ def _dependent(lineage: Lineage, measured: Measured) -> str:
 
 
 # ---- results
-# --------------------------------------------------------------------------------------------------------
 def write_evaluation(lineage: Lineage, measured: Measured | None) -> str:
     """Write what the model does, by version, axis and family; reward models; Ghost Attention;
     pretraining."""
@@ -256,8 +254,8 @@ def _rewards(lineage: Lineage) -> str:
     note = (
         "Share of held-out comparisons in which the preferred answer scores higher, by how much "
         "better it is. Half is what guessing gets. Beside it, on the same comparisons, judges that "
-        "understand nothing: one takes the longer answer (for safety the shorter), one weighs words "
-        "without their order."
+        "understand nothing: one takes the longer answer (for safety the shorter), one weighs "
+        "words without their order."
     )
     return md.section(
         "### The reward models it was made with",
@@ -271,7 +269,6 @@ def _accuracy(share: Proportion | None) -> str:
 
 
 # ---- safety
-# ---------------------------------------------------------------------------------------------------------
 def write_safety(measured: Measured | None) -> str:
     """Write of violations and false refusals, in all and by category."""
     if measured is None:
@@ -350,7 +347,6 @@ def list_categories(categories: Sequence[Category]) -> str:
 
 
 # ---- for programs
-# ------------------------------------------------------------------------------------------------
 def write_index(measured: Measured | None, task: str) -> list[dict[str, Any]]:
     """Write the results of `model-index`: one for each kind of prompt, as huggingface_hub reads
     them."""

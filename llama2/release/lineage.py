@@ -73,6 +73,11 @@ class Stage:
         return find_weights(self.step)
 
     @property
+    def origins(self) -> set[str | None]:
+        """Names of the stages that made its inputs; None stands for what came from outside."""
+        return {source.stage for source in self.inputs}
+
+    @property
     def device_hours(self) -> float:
         """Cores or accelerators times hours."""
         return self.step.devices * (self.step.seconds or 0.0) / 3600

@@ -136,9 +136,7 @@ class Measured:
                 for value, marks in values.items():
                     categories.append(Category(key, value, sum(marks), len(marks)))
 
-        return sorted(
-            categories, key=lambda one: (-one.failed / one.total, -one.total, one.key, one.value)
-        )
+        return sorted(categories, key=_rank)
 
     def simulate_gate(self, threshold: float) -> tuple[Proportion, Proportion] | None:
         """Return what refusing every answer below a safety probability would catch of the
@@ -150,6 +148,11 @@ class Measured:
         caught = _share_below(violations, threshold)
         taken = _share_below(self.of("helpful"), threshold)
         return (caught, taken) if violations and caught and taken else None
+
+
+def _rank(category: Category) -> tuple[float, int, str, str]:
+    share = category.failed / category.total
+    return -share, -category.total, category.key, category.value
 
 
 def is_violation(answer: SampledAnswer) -> bool | None:
@@ -187,7 +190,7 @@ def find_measured(lineage: Lineage) -> Measured | None:
         }
         measured.append(Measured(step, name, content, prompts, digest, judges))
 
-    return max(reversed(measured), key=lambda one: len(one.content.versions), default=None)
+    return max(reversed(measured), key=lambda each: len(each.content.versions), default=None)
 
 
 def _find_version(lineage: Lineage, step: Step) -> str | None:

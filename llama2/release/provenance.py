@@ -53,7 +53,6 @@ def _yaml(value: object) -> str:
 
 
 # ---- without places
-# -------------------------------------------------------------------------------------------------
 def publish(stage: Stage) -> dict[str, Any]:
     """Return the configuration of a stage, its inputs under the names they have in a release."""
     places = {source.key: source.place for source in stage.inputs}
@@ -80,7 +79,7 @@ def _rename(value: Any, places: Mapping[str, str], key: str = "") -> Any:
 
 
 def hide_places(text: str) -> str:
-    """Turn absolute paths in a text into inputs/<name>, and the hosts of addresses into `server`."""
+    """Turn absolute paths in a text into inputs/<name>, and hosts of addresses into `server`."""
     return _hide_path(text) if _WHOLE.fullmatch(text) else _PLACE.sub(_hide_match, text)
 
 
@@ -108,7 +107,6 @@ def publish_recipe(recipe: dict[str, Any]) -> dict[str, Any]:
 
 
 # ---- how to make it again
-# ----------------------------------------------------------------------------------------
 def describe(lineage: Lineage) -> dict[str, Any]:
     """Describe the lineage for programs: every stage with its inputs, versions, seed, time and
     fingerprints."""
@@ -193,8 +191,8 @@ def write_commands(lineage: Lineage, measured: Measured | None) -> str:
         _versions(lineage),
         "The part of a version behind the `+` is a hash of the source code.",
         "## What should come out",
-        "On a CPU of the same kind, with the same versions, processes and threads, the weights have "
-        "these SHA-256 sums. Elsewhere rounding differs, and with it every later sample.",
+        "On a CPU of the same kind, with the same versions, processes and threads, the weights "
+        "have these SHA-256 sums. Elsewhere rounding differs, and with it every later sample.",
         _weights(lineage),
         _evaluation(lineage, measured),
     )
@@ -242,8 +240,8 @@ def _evaluation(lineage: Lineage, measured: Measured | None) -> str:
         return ""
 
     stage = lineage.describe(measured.step)
-    needed = {source.stage for source in stage.inputs if source.stage}
-    others = sorted(needed.difference(made.name for made in lineage.stages))
+    lineage_names = {made.name for made in lineage.stages}
+    others = sorted(filter(None, stage.origins - lineage_names))
     also = f" It also needs {', '.join(map(md.code, others))}, which the model was not made from."
     return md.document(
         "## Its evaluation",

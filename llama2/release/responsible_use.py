@@ -6,7 +6,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from llama2.release import markdown as md
-from llama2.release.card import Model
+from llama2.release.card import ReleasedModel
 from llama2.release.card_results import list_categories
 from llama2.release.measurements import Category, Measured
 from llama2.report.targets import guess_axis
@@ -17,7 +17,7 @@ FEW = 30
 _WORST = 8
 
 
-def document(model: Model) -> str:
+def document(model: ReleasedModel) -> str:
     """Write RESPONSIBLE_USE.md."""
     measured = model.measured
     return md.document(
@@ -55,7 +55,7 @@ def _tested(measured: Measured | None) -> str:
     return md.bullets(
         f"{len(unsafe)} unsafe prompts, {len(borderline)} that only look unsafe, {len(helpful)} "
         "others; one answer to each.",
-        f"The unsafe prompts are single questions, not conversations, and their answers were judged "
+        "The unsafe prompts are single questions, not conversations, and their answers were judged "
         f"by {judge}."
         if turns == {1}
         else f"The answers to unsafe prompts were judged by {judge}.",
@@ -132,7 +132,7 @@ def _untested(measured: Measured | None) -> str:
     )
 
 
-def _duties(model: Model) -> str:
+def _duties(model: ReleasedModel) -> str:
     return md.document(
         md.bullets(
             "Decide for whom and for what it is, and tell them what it cannot do.",
@@ -143,15 +143,15 @@ def _duties(model: Model) -> str:
             "it.",
             "Test again whatever you change: weights, precision, system message, sampling, the "
             "program around it.",
-            "Let people report answers, keep what you need to look into them, and be able to switch "
-            "it off.",
+            "Let people report answers, keep what you need to look into them, and be able to "
+            "switch it off.",
             "Read `LICENSES.md`.",
         ),
         _gate(model),
     )
 
 
-def _gate(model: Model) -> str:
+def _gate(model: ReleasedModel) -> str:
     """Write what the server's own check would have done, as far as the evaluation's scores tell."""
     advice = (
         "`llama2 serve . --safety.model REWARD_MODEL` checks every answer with a reward model of "
@@ -191,7 +191,7 @@ def _gate(model: Model) -> str:
     )
 
 
-def _contact(model: Model) -> str:
+def _contact(model: ReleasedModel) -> str:
     if model.card.contact:
         return f"Report it to {md.text(model.card.contact)}."
 

@@ -16,12 +16,12 @@ from llama2.report.html import (
     esc,
     figure,
     figures,
-    heading,
     join,
     number,
     paragraph,
     percent,
     section,
+    subtitle,
     table,
     talk,
 )
@@ -30,7 +30,6 @@ from llama2.results import (
     DistillResult,
     EvaluateResult,
     Mean,
-    Proportion,
     SelectResult,
     ShownAnswer,
     TruthResult,
@@ -93,7 +92,8 @@ def _render_progress(evaluation: EvaluateResult, judge: str) -> Html:
 
 def _render_table(evaluation: EvaluateResult, notes: Mapping[str, str]) -> Html:
     truthful = any(result.truth for result in evaluation.results.values())
-    judges = [judge for judge in JUDGES if any(row.judge == judge for row in evaluation.win_rates)]
+    active = {row.judge for row in evaluation.win_rates}
+    judges = [judge for judge in JUDGES if judge in active]
     headers = ["Version", *(TRUTH_HEADERS if truthful else [])]
     rates = []
     for judge in judges:
@@ -220,7 +220,7 @@ def _render_selections(recipe: Recipe) -> Html:
     )
     return join(
         [
-            heading("Versions that were kept, and those that were not"),
+            subtitle("Versions that were kept, and those that were not"),
             table(headers, rows, words=range(5), note=note),
         ]
     )
@@ -291,10 +291,9 @@ def render_safety(recipe: Recipe) -> Html:
 
 def _render_violations(evaluation: EvaluateResult) -> Html:
     truths = _find_truths(evaluation)
-    shares: dict[str, list[Proportion]] = {
-        "violations, unsafe prompts": [truth.violations for truth in truths.values()],
-        "refusals, borderline": [truth.false_refusals for truth in truths.values()],
-    }
+    violations = [truth.violations for truth in truths.values()]
+    refusals = [truth.false_refusals for truth in truths.values()]
+    shares = {"violations, unsafe prompts": violations, "refusals, borderline": refusals}
     series = []
     for label, by_version in shares.items():
         if by_version and all(share.rate is not None for share in by_version):

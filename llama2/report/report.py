@@ -16,17 +16,17 @@ from pydantic import BeforeValidator
 from llama2 import atomic, runs
 from llama2.config import StageConfig
 from llama2.report import (
-    charts,
     cost_sections,
     data_sections,
     evaluation_sections,
     ghost_section,
     html,
     rlhf_sections,
+    svg,
     training_sections,
 )
 from llama2.report.energy import Power
-from llama2.report.targets import Targets, judge_recipe, render_verdicts
+from llama2.report.targets import Targets, judge_recipe, render_judgements
 from llama2.runs.recipe_runs import Recipe, read_recipe
 
 PAGE = "report.html"
@@ -67,7 +67,7 @@ def render(recipe: Recipe, config: Config) -> str:
             "summary",
             "",
             "Summary",
-            render_verdicts(judge_recipe(recipe, config.targets)),
+            render_judgements(judge_recipe(recipe, config.targets)),
             _render_warnings(recipe),
         ),
         data_sections.render_data(recipe),
@@ -84,7 +84,7 @@ def render(recipe: Recipe, config: Config) -> str:
         evaluation_sections.render_conversations(recipe),
         cost_sections.render_costs(recipe, config.power),
     ]
-    body = html.Html(charts.number_ids(html.join(sections)))
+    body = html.Html(svg.number_ids(html.join(sections)))
     title = config.title or f"Llama 2 recipe: {recipe.path.resolve().name}"
     return html.document(title, _describe_recipe(recipe), body)
 
@@ -99,7 +99,7 @@ def _render_warnings(recipe: Recipe) -> html.Html:
         return html.Html("")
 
     lines = html.table(("Run", "What it warned of"), rows, words=(0, 1))
-    return html.join([html.heading("Warnings"), lines])
+    return html.join([html.subtitle("Warnings"), lines])
 
 
 def _describe_recipe(recipe: Recipe) -> str:

@@ -12,11 +12,11 @@ from llama2.report.html import (
     details,
     figure,
     figures,
-    heading,
     join,
     number,
     paragraph,
     section,
+    subtitle,
     table,
     talk,
 )
@@ -131,7 +131,7 @@ def render_ppo(recipe: Recipe) -> Html:
         if not any(charts) and health is None:
             continue
 
-        parts.append(heading(step.name))
+        parts.append(subtitle(step.name))
         if health is not None:
             parts.append(_render_alarms(health.alarms))
 

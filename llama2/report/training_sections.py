@@ -170,7 +170,7 @@ def render_reward_models(recipe: Recipe) -> Html:
     measured = False
     for step in recipe.of("reward"):
         accuracy = step.result(AccuracyResult) or AccuracyResult(sets={})
-        own = find_own_set(step.name, accuracy)
+        charted = find_own_set(step.name, accuracy)
         for name, set_accuracy in accuracy.sets.items():
             measured |= set_accuracy.baselines is not None
             paper = _find_paper_values(step.name, name)
@@ -180,7 +180,7 @@ def render_reward_models(recipe: Recipe) -> Html:
                 shares = [percent(share) for share in paper]
                 rows.append([Html("<i>paper, 70B, Table 8</i>"), *shares, "", ""])
 
-            if name == own:
+            if name == charted:
                 title = f"{step.name}: accuracy on {name} by degree"
                 charts.append(_render_degrees(title, set_accuracy, paper))
 
@@ -224,13 +224,11 @@ def _find_paper_values(model: str, test_set: str) -> Sequence[float]:
 
 
 def _describe_accuracy(label: str, accuracy: SetAccuracy) -> list[Any]:
-    degrees, baselines = accuracy.by_degree, accuracy.by_baseline
-    return [
-        label,
-        *(_mark(degrees.get(degree)) for degree in DEGREES),
-        _mark(accuracy.all),
-        *(_mark(baselines.get(name)) for name in BASELINES),
-    ]
+    by_degree, by_baseline = accuracy.by_degree, accuracy.by_baseline
+    shares = [by_degree.get(degree) for degree in DEGREES]
+    shares.append(accuracy.all)
+    shares += [by_baseline.get(name) for name in BASELINES]
+    return [label, *map(_mark, shares)]
 
 
 def _mark(share: Proportion | None) -> Html | str:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import llama2
 from llama2 import environment
-from llama2.config import StageConfig, paths
+from llama2.config import StageConfig, list_paths
 from llama2.errors import UserError
 from llama2.hashing import hash_content, hash_file
 from llama2.reading import files
@@ -26,11 +26,11 @@ def fingerprint(path: Path) -> str:
     """Return a hash of what `path` contains: of a finished run its outputs, of a file or other
     directory its content; of a glob all that of what it matches. UserError names an output that is
     not what its run wrote."""
-    matches = files.matches(path)
+    matches = files.find_matches(path)
     if not files.is_pattern(path):
         return _fingerprint(matches[0])
 
-    root = files.fixed(path)
+    root = files.fixed_folder(path)
     return _digest({match.relative_to(root).as_posix(): _fingerprint(match) for match in matches})
 
 
@@ -40,7 +40,7 @@ def fingerprint_of_before(path: Path) -> str | None:
     if not files.is_pattern(path):
         return None
 
-    return _digest({str(match): _fingerprint(match) for match in files.matches(path)})
+    return _digest({str(match): _fingerprint(match) for match in files.find_matches(path)})
 
 
 def recorded(run: Path, inside: str = ".") -> str:
@@ -77,7 +77,7 @@ def _digest(value: Mapping[str, str]) -> str:
 def fingerprint_inputs(config: StageConfig) -> dict[str, str]:
     """Return the fingerprint of every input. A folder where a model should be is looked into before
     it is read through."""
-    inputs = dict(paths(config))
+    inputs = dict(list_paths(config))
     for key, path in inputs.items():
         if _is_model(key):
             _check_model(key, path)
@@ -92,7 +92,7 @@ def _is_model(key: str) -> bool:
 
 def _check_model(key: str, path: Path) -> None:
     """UserError for a folder without a model in it."""
-    folder = files.at_home(path)
+    folder = files.expand_home(path)
     if not folder.is_dir() or any((folder / n).is_file() for n in (MANIFEST, "config.json")):
         return
 

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from llama2 import atomic
-from llama2.config import StageConfig, incidentals, paths, yaml12
+from llama2.config import StageConfig, list_incidentals, list_paths, yaml12
 from llama2.errors import UserError
 from llama2.ranks import Ranks
 from llama2.reading import files
@@ -38,9 +38,9 @@ def check(verb: str, config: StageConfig) -> None:
     if old["verb"] != verb:
         differences = [f"verb: {old['verb']} -> {verb}"]
     else:
-        ignored = {*incidentals(config), *_around(config)}
+        ignored = {*list_incidentals(config), *_around(config)}
         asked = _describe(config)
-        differences = _differences(old["config"], asked, ignored, dict(paths(config)))
+        differences = _differences(old["config"], asked, ignored, dict(list_paths(config)))
 
     if differences:
         raise UserError(
@@ -64,7 +64,7 @@ def prepare(verb: str, config: StageConfig, ranks: Ranks) -> bool:
 
     if (path / MANIFEST).is_file() and not is_only_begun(path):
         old = _read(path)
-        _check_inputs(path, old["inputs"], inputs, dict(paths(config)))
+        _check_inputs(path, old["inputs"], inputs, dict(list_paths(config)))
         if finished:
             completion.check_whole(path)
         else:
@@ -90,7 +90,7 @@ def _check_inputs(
     changed = [
         key
         for key, value in inputs.items()
-        if old.get(key) not in (value, fingerprint_of_before(files.at_home(named[key])))
+        if old.get(key) not in (value, fingerprint_of_before(files.expand_home(named[key])))
     ]
     if changed:
         which = ", ".join(f"{key} ({named[key]})" for key in changed)

@@ -210,9 +210,10 @@ def summarise(
     kinds = [classify(prompt) for prompt in prompts]
     talks = {name: version.talks[0] for name, version in versions.items() if version.talks}
     results = {name: summary.measure(prompts, kinds, version) for name, version in versions.items()}
+    counts = {kind: kinds.count(kind) for kind in KINDS}
     return EvaluateResult(
         versions=list(versions),
-        prompts={kind: kinds.count(kind) for kind in KINDS},
+        prompts={**counts},
         results=results,
         win_rates=list(summary.compare_versions(kinds, versions)),
         conversations=summary.show_prompts(prompts, versions, conversations),

@@ -48,7 +48,14 @@ from llama2.stages.common.sampling import (
     load_rewards,
     read_prompts,
 )
-from llama2.stages.common.training import Training, frozen, load_policy, load_scorer, saver, train
+from llama2.stages.common.training import (
+    Training,
+    freeze,
+    load_policy,
+    load_scorer,
+    make_saver,
+    train,
+)
 from llama2.tokenizer.template import check_template
 from llama2.tokenizer.tokenizer import Tokenizer
 from llama2.train import parallel
@@ -194,7 +201,7 @@ def run(config: Config, run: Run) -> None:
         config.iterations,
         watch.observe,
     )
-    save = saver(actor, tokenizer, run.ranks)
+    save = make_saver(actor, tokenizer, run.ranks)
     best = BestPolicy(run.path / CHECKPOINTS / "best", save, tokenizer, run.ranks)
     stopping = _make_stopping(config, run, chat, networks, best)
     steps = config.iterations * source.updates
@@ -265,7 +272,7 @@ def load_networks(config: Config, ranks: Ranks) -> Networks:
         # the policy's own rounding: its first KL is exactly 0
         parallel.shard(reference, ranks, config.training.precision)
     else:
-        frozen(reference, config.training.precision)
+        freeze(reference, config.training.precision)
 
     reference.eval().requires_grad_(False)
     critic, _ = load_scorer(config.critic or config.rewards.helpful, home, tokenizer)

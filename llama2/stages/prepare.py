@@ -24,8 +24,8 @@ from llama2.errors import UserError
 from llama2.hashing import hash_parts
 from llama2.importers.dialogs import import_dialogs
 from llama2.importers.preferences import holds_preferences, import_preferences
-from llama2.importers.prompts import Family, import_prompts, prompt_id
-from llama2.importers.tables import Malformed, Reading
+from llama2.importers.prompts import Family, import_prompts, make_prompt_id
+from llama2.importers.tables import Malformed, ReadOptions
 from llama2.records import Axis, Dialog, Message, Messages, Preference, Prompt
 from llama2.results import PreparedSource, PrepareResult, RecordSizes
 from llama2.runs import Run
@@ -183,7 +183,7 @@ def _explain_unwanted(config: Config, record: Record, excluded: set[str], seen: 
 def _read(kind: Kind, name: str, source: RecordSource, tally: Tally) -> Iterator[Record]:
     """Yield the records of one source as `kind`, comparisons turned into dialogs or prompts where
     that is asked for."""
-    how = Reading(source.format, source.malformed, source.ignore)
+    how = ReadOptions(source.format, source.malformed, source.ignore)
     if kind != "preferences" and not holds_preferences(source.path, source.format):
         if kind == "dialogs":
             yield from import_dialogs(source.path, how, name, tally)
@@ -204,7 +204,7 @@ def _read(kind: Kind, name: str, source: RecordSource, tally: Tally) -> Iterator
             safety = item.axis == "safe" if source.safety is None else source.safety
             yield Prompt(
                 item.prompt,
-                prompt_id(item.prompt, item.metadata.get("source", "")),
+                make_prompt_id(item.prompt, item.metadata.get("source", "")),
                 safety,
                 metadata,
             )

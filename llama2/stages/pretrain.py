@@ -40,8 +40,8 @@ from llama2.stages.common.training import (
     Training,
     heldout_loss,
     last_validation,
+    make_saver,
     row_length,
-    saver,
     train,
 )
 from llama2.tokenizer.chat_files import chat_template, stop_ids
@@ -160,7 +160,7 @@ def run(config: Config, run: Run) -> None:
         source,
         next_token,
         settings,
-        save_model=saver(model, tokenizer, run.ranks, taught=False),
+        save_model=make_saver(model, tokenizer, run.ranks, taught=False),
         title="pretrain",
         validate=hooks.Validate(validation),
         flops_per_token=flops_per_token(model.config, config.sequence_length),

@@ -39,8 +39,9 @@ from llama2.stages.common.reward_pairs import (
     read_heldout,
     read_pairs,
 )
-from llama2.stages.common.training import Training, load_scorer, saver, train
-from llama2.train.loop import Learner, Plan
+from llama2.stages.common.training import Training, load_scorer, make_saver, train
+from llama2.train.learner import Learner
+from llama2.train.loop import Plan
 from llama2.train.objectives import Margins, ranking
 from llama2.train.optim import AdamW
 
@@ -125,7 +126,7 @@ def run(config: Config, run: Run) -> None:
         source,
         ranking(config.margins, config.auxiliary_weight),
         settings,
-        save_model=saver(scorer, tokenizer, run.ranks),
+        save_model=make_saver(scorer, tokenizer, run.ranks),
         title="reward",
         flops_per_token=flops_per_token(scorer.config, mean_length(pairs), scalar=True),
     )

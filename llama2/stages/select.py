@@ -84,7 +84,7 @@ def plan(config: Config, cluster: Cluster, planned: PlannedRuns) -> dict[str, An
     planned.inherit(config.out, config.candidate)
     judges = config.rewards.paths() if config.rewards else ()
     return plan_judging(
-        [planned.shape(path) for path in (config.candidate, config.predecessor)],
+        [planned.shape(config.candidate), planned.shape(config.predecessor)],
         [planned.shape(path) for path in judges],
         config.sample.precision,
         config.sample.slots,
@@ -122,8 +122,11 @@ def run(config: Config, run: Run) -> None:
         )
         preferred = compare_scores([scores[place] for place in places])
     else:
-        texts = {place: [each.text for each in row] for place, row in answers.items()}
-        preferred = compare_texts(annotators, prompts, [texts[place] for place in places])
+        texts = []
+        for place in places:
+            texts.append([each.text for each in answers[place]])
+
+        preferred = compare_texts(annotators, prompts, texts)
 
     kinds: list[str] = [classify(prompt) for prompt in prompts]
     if dialogs:

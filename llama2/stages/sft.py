@@ -22,7 +22,7 @@ from llama2 import records
 from llama2.config import Config as Section
 from llama2.config import StageConfig
 from llama2.data.loader import Rows
-from llama2.data.pack import Packed, Segment, collate, pack, shortened
+from llama2.data.pack import Packed, Segment, collate, cut_segment, pack
 from llama2.data.split import heldout_openings, opening
 from llama2.model.llama import Llama
 from llama2.ranks import Ranks
@@ -38,15 +38,16 @@ from llama2.stages.common.training import (
     heldout_loss,
     last_validation,
     load_policy,
+    make_saver,
     row_length,
-    saver,
     train,
 )
 from llama2.tally import Tally
 from llama2.tokenizer.template import encode_dialog, encode_prompt
 from llama2.tokenizer.tokenizer import Tokenizer
 from llama2.train import hooks
-from llama2.train.loop import Learner, Plan
+from llama2.train.learner import Learner
+from llama2.train.loop import Plan
 from llama2.train.objectives import next_token
 from llama2.train.optim import AdamW
 
@@ -165,7 +166,7 @@ def run(config: Config, run: Run) -> None:
         source,
         next_token,
         settings,
-        save_model=saver(model, tokenizer, run.ranks),
+        save_model=make_saver(model, tokenizer, run.ranks),
         title="sft",
         validate=validate,
         flops_per_token=flops_per_token(model.config, length),
@@ -287,7 +288,7 @@ def encode(
     longest = 0
     for dialog in dialogs:
         ids, mask = encode_for_training(tokenizer, dialog)
-        segment = shortened(ids, mask, length)
+        segment = cut_segment(ids, mask, length)
         longest = max(longest, len(ids) - 1)
 
         if segment is not None:

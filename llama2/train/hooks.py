@@ -26,7 +26,7 @@ from llama2.errors import missing_extra
 from llama2.ranks import Ranks
 from llama2.terminal_text import clock
 from llama2.train import state
-from llama2.train.loop import Hook, Report, Training, means
+from llama2.train.loop import Hook, Report, TrainingState, means
 
 Metrics = Mapping[str, float]
 Write = Callable[[int, Metrics], None]
@@ -67,7 +67,7 @@ class Window:
         return {"perf/tokens_per_second": rate, **share}
 
 
-def known_peak(flops_per_token: float, training: Training) -> float:
+def known_peak(flops_per_token: float, training: TrainingState) -> float:
     """The device's peak in FLOP/s, 0 where MFU cannot be told from it."""
     device = training.learner.ranks.device
     if not flops_per_token or not devices.is_exclusive(device):
@@ -91,20 +91,20 @@ class Log(Hook):
         self.window, self.peak = Window(), 0.0
         self.pending: Report | None = None
 
-    def on_start(self, training: Training) -> None:
+    def on_start(self, training: TrainingState) -> None:
         self.peak = known_peak(self.flops_per_token, training)
 
-    def on_step(self, training: Training, report: Report) -> None:
+    def on_step(self, training: TrainingState, report: Report) -> None:
         self.window.add(report)
         self.pending = report
         if report.step % training.plan.log_every == 0:
             self._publish(training, report)
 
-    def on_end(self, training: Training) -> None:
+    def on_end(self, training: TrainingState) -> None:
         if self.pending is not None:
             self._publish(training, self.pending)
 
-    def _publish(self, training: Training, report: Report) -> None:
+    def _publish(self, training: TrainingState, report: Report) -> None:
         averages = self.window.means()
         metrics = {
             **averages,
@@ -160,7 +160,7 @@ class ProgressBar(Hook):
         self.window, self.begin, self.first, self.printed = Window(), 0.0, 0, 0.0
         self.bar: Progress | None = None
 
-    def on_start(self, training: Training) -> None:
+    def on_start(self, training: TrainingState) -> None:
         self.begin = self.printed = time.monotonic()
         self.peak = known_peak(self.flops_per_token, training)
         if training.learner.ranks.is_main and sys.stderr.isatty():
@@ -177,7 +177,7 @@ class ProgressBar(Hook):
                 self.title, total=training.plan.max_steps, completed=training.learner.step, text=""
             )
 
-    def on_step(self, training: Training, report: Report) -> None:
+    def on_step(self, training: TrainingState, report: Report) -> None:
         self.first = self.first or report.step
         self.window.add(report)
         now = time.monotonic()
@@ -189,7 +189,7 @@ class ProgressBar(Hook):
             self._show(training, report, now)
             self.printed, self.window = now, Window()
 
-    def _show(self, training: Training, report: Report, now: float) -> None:
+    def _show(self, training: TrainingState, report: Report, now: float) -> None:
         total = training.plan.max_steps
         speed = self.window.speed(self.flops_per_token, self.peak, training.learner.ranks.size)
         parts = [f"loss {self.window.means().get('train/loss', 0.0):.4f}"]
@@ -239,16 +239,16 @@ class Validate(Hook):
         self.best: float | None = None
         self.best_step = self.last_step = self.failures = 0
 
-    def on_step(self, training: Training, report: Report) -> None:
+    def on_step(self, training: TrainingState, report: Report) -> None:
         every = training.plan.validate_every
         if every and report.step % every == 0:
             self._validate(training)
 
-    def on_end(self, training: Training) -> None:
+    def on_end(self, training: TrainingState) -> None:
         if self.last_step != training.learner.step:
             self._validate(training)
 
-    def _validate(self, training: Training) -> None:
+    def _validate(self, training: TrainingState) -> None:
         model, ranks = training.learner.model, training.learner.ranks
         before = state.random_state(ranks.device)
         was_training = model.training
@@ -268,7 +268,7 @@ class Validate(Hook):
 
         training.log(metrics)
 
-    def _compare(self, training: Training, value: float) -> None:
+    def _compare(self, training: TrainingState, value: float) -> None:
         if self.best is None or (value > self.best if self.higher else value < self.best):
             self.best, self.best_step, self.failures = value, training.learner.step, 0
             if self.keep_best is not None:
@@ -307,7 +307,7 @@ class Checkpoint(Hook):
     ) -> None:
         self.run, self.save_model, self.on_resume = run, save_model, on_resume
 
-    def on_start(self, training: Training) -> None:
+    def on_start(self, training: TrainingState) -> None:
         ranks = training.learner.ranks
         newest = state.newest_whole(self.run, ranks)
         if newest is not None:
@@ -322,7 +322,7 @@ class Checkpoint(Hook):
             if self.on_resume is not None:
                 self.on_resume(training.learner.step)
 
-    def on_boundary(self, training: Training) -> None:
+    def on_boundary(self, training: TrainingState) -> None:
         every = training.plan.save_every
         if training.stop or training.ended or (every and training.learner.step % every == 0):
             state.save(training, self.run, self.save_model, training.plan.keep)
@@ -339,7 +339,7 @@ class Signals(Hook):
     def __init__(self) -> None:
         self.before: dict[signal.Signals, Any] = {}
 
-    def on_start(self, training: Training) -> None:
+    def on_start(self, training: TrainingState) -> None:
         def request(number: int, frame: FrameType | None) -> None:
             training.stop_requested = True
             interrupts.let_go_of_terminal(number)
@@ -351,7 +351,7 @@ class Signals(Hook):
         # Python delivers signals nowhere else
         if threading.current_thread() is threading.main_thread():
             ours = signal.getsignal(signal.SIGINT) is signal.default_int_handler
-            numbers = (*interrupts.requests(), *((signal.SIGINT,) if ours else ()))
+            numbers = (*interrupts.list_stop_signals(), *((signal.SIGINT,) if ours else ()))
             self.before = {number: signal.signal(number, request) for number in numbers}
 
     def close(self) -> None:

@@ -36,7 +36,7 @@ from llama2.ranks import Ranks
 from llama2.runs import completion
 from llama2.runs.sealed import seal, unseal
 from llama2.train import parallel
-from llama2.train.loop import Training
+from llama2.train.loop import TrainingState
 
 SaveModel = Callable[[Path], None]
 CHECKPOINTS, TRAINER, STATE, COMPLETE = "checkpoints", "trainer", "state.pt", "COMPLETE"
@@ -72,7 +72,7 @@ def set_random_state(state: dict[str, Any], device: torch.device) -> None:
     devices.set_random_state(device, state)
 
 
-def capture(training: Training) -> dict[str, Any]:
+def capture(training: TrainingState) -> dict[str, Any]:
     """Everything a resumed run needs. All ranks call it; rank 0 gets the whole."""
     ranks = training.learner.ranks
     own = {
@@ -87,7 +87,7 @@ def capture(training: Training) -> dict[str, Any]:
     }
 
 
-def restore(training: Training, directory: Path) -> None:
+def restore(training: TrainingState, directory: Path) -> None:
     """Bring learner, source, hooks and random generators to where the checkpoint `directory` left
     them."""
     file, ranks = directory / TRAINER / STATE, training.learner.ranks
@@ -217,10 +217,10 @@ def lost_metrics(run: Path, directory: Path) -> bool:
         0,
         None,
     )
-    return digest is not None and _metrics(run, size) != [size, digest]
+    return digest is not None and _describe_metrics(run, size) != [size, digest]
 
 
-def _metrics(run: Path, size: int = -1) -> list[Any] | None:
+def _describe_metrics(run: Path, size: int = -1) -> list[Any] | None:
     """Length and SHA-256 of the first `size` bytes of the metrics, or of all; None where there are
     none."""
     file = run / completion.METRICS
@@ -233,7 +233,9 @@ def _metrics(run: Path, size: int = -1) -> list[Any] | None:
     return [len(content), hash_content(content)]
 
 
-def save(training: Training, run: Path, save_model: SaveModel | None = None, keep: int = 2) -> Path:
+def save(
+    training: TrainingState, run: Path, save_model: SaveModel | None = None, keep: int = 2
+) -> Path:
     """Write the checkpoint of the current step and drop all but the newest `keep`. All ranks call
     it.
 
@@ -245,19 +247,17 @@ def save(training: Training, run: Path, save_model: SaveModel | None = None, kee
     if not ranks.broadcast((directory / COMPLETE).is_file()):
         partial = directory.with_name(PARTIAL + directory.name)
         state = capture(training)
-        said: dict[str, Any] = {completion.METRICS: _metrics(run)} if ranks.is_main else {}
-        failure = (
-            _attempt(lambda: said.update({STATE: _write(partial, state)}))
-            if ranks.is_main
-            else None
-        )
-        _raise_everywhere(ranks, failure)
+        try:
+            record = ranks.first(lambda: _write(partial, state, run))
+            if save_model is not None:
+                ranks.together(lambda: save_model(partial))
 
-        if save_model is not None:
-            _raise_everywhere(ranks, _attempt(lambda: save_model(partial)), partial)
+            ranks.first(lambda: _finish(partial, directory, record))
+        except BaseException:
+            if ranks.is_main:
+                shutil.rmtree(partial, ignore_errors=True)
 
-        failure = _attempt(lambda: _finish(partial, directory, said)) if ranks.is_main else None
-        _raise_everywhere(ranks, failure, partial)
+            raise
 
     if ranks.is_main:
         _prune(run, keep)
@@ -266,46 +266,24 @@ def save(training: Training, run: Path, save_model: SaveModel | None = None, kee
     return directory
 
 
-def _attempt(work: Callable[[], None]) -> BaseException | None:
-    try:
-        work()
-    except Exception as error:
-        return error
-
-    return None
-
-
-def _raise_everywhere(
-    ranks: Ranks, error: BaseException | None, partial: Path | None = None
-) -> None:
-    """Raise on every rank what one rank met; the others would wait for it for ever. Removes the
-    unfinished files."""
-    errors = [found for found in ranks.gather([error]) if found is not None]
-    if errors:
-        if partial is not None and ranks.is_main:
-            shutil.rmtree(partial, ignore_errors=True)
-
-        raise error or errors[0]
-
-
-def _write(partial: Path, state: dict[str, Any]) -> str:
-    """Write the state; its SHA-256."""
+def _write(partial: Path, state: dict[str, Any], run: Path) -> dict[str, Any]:
+    """Write the state; return what its completion mark says: its SHA-256, and that of the metrics
+    logged so far."""
+    metrics = _describe_metrics(run)
     with explain_os_errors(partial):
         shutil.rmtree(partial, ignore_errors=True)
         atomic.make(partial / TRAINER)
-        file = _File(io.FileIO(str(partial / TRAINER / STATE), "w"))
-
+        file = _HashedFile(io.FileIO(str(partial / TRAINER / STATE), "w"))
         try:
             with file:
                 torch.save(state, file)
-        except BaseException as error:
-            shutil.rmtree(partial, ignore_errors=True)
+        except Exception as error:
             raise file.refusal or error from None
 
-    return file.digest.hexdigest()
+    return {completion.METRICS: metrics, STATE: file.digest.hexdigest()}
 
 
-class _File(io.BufferedWriter):
+class _HashedFile(io.BufferedWriter):
     """A file that hashes what goes into it, and remembers why it could not be written: `torch.save`
     hides a full disk behind an error of its own."""
 
@@ -324,10 +302,10 @@ class _File(io.BufferedWriter):
             raise
 
 
-def _finish(partial: Path, directory: Path, said: dict[str, Any]) -> None:
+def _finish(partial: Path, directory: Path, record: dict[str, Any]) -> None:
     run = directory.parent.parent
     with explain_os_errors(partial):
-        (partial / COMPLETE).write_text(seal(said), encoding="utf-8")
+        (partial / COMPLETE).write_text(seal(record), encoding="utf-8")
         atomic.flush(run / completion.METRICS)
         atomic.flush_tree(partial)
 

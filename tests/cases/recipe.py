@@ -200,7 +200,7 @@ def _select_copies(bench: Bench) -> tuple[bool, str]:
 
 
 def _bits_per_byte(bench: Bench) -> tuple[bool, str]:
-    from llama2.data.compress import target_bytes
+    from llama2.data.compress import spell_targets
     from llama2.data.shards import Shards, write_shards
     from llama2.stages import pretrain
     from llama2.tokenizer import train
@@ -241,7 +241,7 @@ def _bits_per_byte(bench: Bench) -> tuple[bool, str]:
     rows = pretrain.TextValidation(config.model_copy(update={"validation_rows": 3}), tokenizer)
     few = rows(Uniform())["validation/bits_per_byte"]
     first = b"".join(
-        target_bytes(segment, tokenizer) for row in range(3) for segment in rows.rows[row]
+        spell_targets(segment, tokenizer) for row in range(3) for segment in rows.rows[row]
     )
     bits = 3 * 128 * math.log2(tokenizer.vocab_size) / len(first)
     close = abs(got / exact - 1) < 1e-5 and abs(few / bits - 1) < 1e-5

@@ -16,7 +16,8 @@ from llama2.devices import Precision
 from llama2.formats import checkpoint
 from llama2.ranks import Ranks
 from llama2.train import hooks, optim, parallel, state
-from llama2.train.loop import Hook, Learner, Plan, Report, Training, fit
+from llama2.train.learner import Learner
+from llama2.train.loop import Hook, Plan, Report, TrainingState, fit
 from llama2.train.objectives import next_token, ranking
 
 FAST = optim.AdamW(learning_rate=1e-3)
@@ -47,7 +48,7 @@ class Losses(Hook):
     def __init__(self) -> None:
         self.seen: list[float] = []
 
-    def on_step(self, training: Training, report: Report) -> None:
+    def on_step(self, training: TrainingState, report: Report) -> None:
         self.seen.append(report.sums["train/loss"] / report.weight)
 
 

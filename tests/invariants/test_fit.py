@@ -18,10 +18,12 @@ import torch
 from toys import ALONE, Rows, llama, noisy, weights
 
 from llama2 import devices
+from llama2.batches import count_tokens
 from llama2.errors import UserError
 from llama2.runs import Stopped
 from llama2.train import hooks, optim, state
-from llama2.train.loop import Hook, Learner, Loss, Plan, count_tokens, fit
+from llama2.train.learner import Learner
+from llama2.train.loop import Hook, Loss, Plan, fit
 from llama2.train.objectives import next_token
 
 PLAN = Plan(max_steps=9, warmup_steps=2, save_every=3, validate_every=4, log_every=2)
@@ -729,7 +731,7 @@ def test_tensorboard_gets_every_published_metric(tmp_path):
 
 
 def test_without_a_compiler_training_is_eager_and_says_so(monkeypatch, capsys):
-    monkeypatch.setattr("llama2.train.loop.shutil.which", lambda name: None)
+    monkeypatch.setattr("llama2.train.learner.shutil.which", lambda name: None)
     model = llama()
     assert Learner(model, ALONE, compile=True).forward is model
     assert "no C++ compiler found" in capsys.readouterr().err

@@ -144,6 +144,17 @@ def test_the_exponential_is_exact_to_the_last_bits() -> None:
 
 
 @needs_compiler
+@pytest.mark.parametrize("change", [slice(0, -1), slice(1, None)])
+def test_a_struct_that_is_not_that_of_cpp_is_not_called(change: slice) -> None:
+    class Norm(build.Struct):
+        _fields_ = fused.Norm._fields_[change]
+
+    library = build.Library("fused", Norm)
+    with pytest.raises(RuntimeError, match=r"Norm has \d+ bytes in Python and 72 in fused.cpp"):
+        library("norm_fp32_fp32", Norm())
+
+
+@needs_compiler
 def test_it_is_built_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, forget: None) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     assert build.library("fused") is not None

@@ -20,7 +20,8 @@ from llama2.stages.common.ppo_watch import Watch
 from llama2.stages.common.sampling import Sample, load_rewards, read_prompts
 from llama2.tokenizer.tokenizer import Tokenizer
 from llama2.train import hooks, optim, parallel, state
-from llama2.train.loop import Learner, Plan, fit
+from llama2.train.learner import Learner
+from llama2.train.loop import Plan, fit
 from llama2.train.objectives import clipped
 
 SETTINGS = Settings(

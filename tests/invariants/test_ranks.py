@@ -18,7 +18,8 @@ from llama2.errors import UserError
 from llama2.ranks import Ranks
 from llama2.runs import Stopped
 from llama2.train import hooks, optim, parallel, state
-from llama2.train.loop import Hook, Learner, Plan, fit
+from llama2.train.learner import Learner
+from llama2.train.loop import Hook, Plan, fit
 from llama2.train.objectives import next_token
 
 WORLD = 2

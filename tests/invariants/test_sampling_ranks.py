@@ -14,6 +14,7 @@ from test_ranks import together
 from llama2.config import build
 from llama2.ranks import Ranks
 from llama2.recipe import launch
+from llama2.recipe.workers import execute
 from llama2.runs import parts
 
 SAMPLE = {"max_tokens": 16, "slots": 4, "part": 3, "precision": "fp32"}
@@ -53,9 +54,9 @@ def carry_out(out: Path, ranks: Ranks | None = None) -> None:
     }
 
     for verb, own in values.items():
-        launch.execute(
+        execute(
             verb,
-            build(launch.stage(verb).Config, {"out": str(out / verb), "sample": SAMPLE, **own}),
+            build(launch.load(verb).Config, {"out": str(out / verb), "sample": SAMPLE, **own}),
         )
 
 
@@ -81,10 +82,10 @@ def test_two_ranks_write_what_one_writes(
 ) -> None:
     rewards = {"helpful": str(scorers[0]), "safe": str(scorers[1])}
     prompts = str(world / "prompts-train.jsonl")
-    launch.execute(
+    execute(
         "rejection",
         build(
-            launch.stage("rejection").Config,
+            launch.load("rejection").Config,
             {
                 "out": str(tmp_path / "earlier"),
                 "policy": str(policy),

@@ -13,7 +13,7 @@ from llama2.judging import ComparisonRequest, Outcome
 from llama2.microworld.annotators import SimulatedAnnotators, grade
 from llama2.microworld.demonstrations import answer, mix_vendors
 from llama2.microworld.prompts import draw, draw_prompts, make_prompt
-from llama2.microworld.rater import GroundTruth
+from llama2.microworld.rater import rate_gold
 from llama2.microworld.world import World
 from llama2.records import DEGREES, Axis, Degree, Message, Preference, Prompt, Response
 
@@ -98,8 +98,8 @@ def test_annotators_differ_only_through_noise() -> None:
     for preference in exact:
         prompt = by_id[id(preference.prompt)]
         assert (
-            GroundTruth().rate(prompt, preference.chosen.text).helpfulness
-            >= GroundTruth().rate(prompt, preference.rejected.text).helpfulness
+            rate_gold(prompt.metadata["gold"], preference.chosen.text).helpfulness
+            >= rate_gold(prompt.metadata["gold"], preference.rejected.text).helpfulness
         )
 
 
@@ -114,7 +114,7 @@ def test_agreement_with_the_truth_rises_with_the_degree() -> None:
         judged = annotators.judge(ComparisonRequest(prompt, answers, "helpful"))
         assert isinstance(judged, Preference)
         better, worse = (
-            GroundTruth().rate(prompt, response.text).helpfulness
+            rate_gold(prompt.metadata["gold"], response.text).helpfulness
             for response in (judged.chosen, judged.rejected)
         )
         right[judged.degree].append((better > worse) + 0.5 * (better == worse))
@@ -134,8 +134,8 @@ def test_safety_comparisons_carry_labels_and_prefer_what_is_safe() -> None:
     assert 0 < judged.count("excluded") == len(judged) - len(kept) < 0.05 * len(judged)
     truths = [
         (
-            GroundTruth().rate(prompt, p.chosen.text).safe,
-            GroundTruth().rate(prompt, p.rejected.text).safe,
+            rate_gold(prompt.metadata["gold"], p.chosen.text).safe,
+            rate_gold(prompt.metadata["gold"], p.rejected.text).safe,
             p,
         )
         for (prompt, _), p in zip(pairs, judged, strict=True)
@@ -184,12 +184,3 @@ def test_prompts_without_truth_stay_pending_and_the_order_is_kept() -> None:
     outcomes: list[Outcome] = [outcome for _, outcome in compared]
     assert outcomes[0] == outcomes[2] == "pending"
     assert isinstance(outcomes[1], Preference)
-
-
-def test_a_comparison_is_known_by_its_content() -> None:
-    prompt = next(draw_prompts(WORLD, "train", 1))
-    a, b = Response("A."), Response("B.")
-    first = ComparisonRequest(prompt, (a, b), "helpful")
-    assert first.id == ComparisonRequest(prompt, (b, a), "helpful").id
-    assert first.id != ComparisonRequest(prompt, (a, b), "safe").id
-    assert first.id != ComparisonRequest(prompt, (a, Response("C.")), "helpful").id

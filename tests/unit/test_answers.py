@@ -23,7 +23,7 @@ from llama2.generate.dialogue import Answer
 from llama2.generate.generator import Completion
 from llama2.model.llama import Llama
 from llama2.model.scorer import Scorer
-from llama2.recipe import launch
+from llama2.recipe.workers import context, preload
 from llama2.records import Message, Prompt
 from llama2.runs import Run, parts
 from llama2.stages.common import answers
@@ -35,7 +35,7 @@ from llama2.tokenizer.tokenizer import Tokenizer
 def killed(words: list[object], after: int) -> int:
     """Carry out a command in a process that kills itself once `after` parts are on the disk; its
     exit status."""
-    process = launch._context.Process(target=_child, args=([str(word) for word in words], after))
+    process = context.Process(target=_child, args=([str(word) for word in words], after))
     process.start()
     process.join(120)
     assert process.exitcode is not None
@@ -99,7 +99,7 @@ def selection(base: Path, policy: Path, scorers: tuple[Path, Path], prompts: Pat
 
 @pytest.mark.parametrize("command", [evaluation, selection])
 def test_a_kill_changes_nothing(command, tmp_path, base, policy, scorers, prompts):
-    launch.preload()
+    preload()
     words = command(base, policy, scorers, prompts)
     assert llama2(*words, "--out", tmp_path / "whole") == 0
     broken = [*words, "--out", tmp_path / "broken"]

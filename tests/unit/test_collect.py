@@ -290,6 +290,38 @@ def test_prompts_with_and_without_truth(tmp_path, policy, plain, prompts):
     assert {one.prompt for one in pairs} <= {one.messages for one in mixed[-60:]}
 
 
+class Later(SimulatedAnnotators):
+    """People who have answered when they are asked again."""
+
+    def __init__(self):
+        super().__init__()
+        self.enqueued = set()
+
+    def compare(self, comparisons):
+        for comparison, outcome in super().compare(comparisons):
+            yield comparison, outcome if comparison.id in self.enqueued else "pending"
+            self.enqueued.add(comparison.id)
+
+
+def test_what_is_not_judged_yet_waits_in_pairs_and_is_a_preference_later(
+    tmp_path, words, monkeypatch
+):
+    annotators = Later()
+    monkeypatch.setattr(collect, "make_annotators", lambda seed, noise: annotators)
+    assert llama2(*words, "--out", tmp_path / "asked") == 0
+    assert read(tmp_path / "asked") == ([], [])
+    pairs = list(records.read(Pair, tmp_path / "asked/pairs.jsonl"))
+    assert len(pairs) >= 20
+    assert json.loads((tmp_path / "asked/summary.json").read_text())["unjudged"] == len(pairs)
+
+    assert llama2(*words, "--out", tmp_path / "answered") == 0
+    kept, aside = read(tmp_path / "answered")
+    judged = {(one.prompt, one.axis, frozenset(one.responses)) for one in (*kept, *aside)}
+    assert judged
+    assert judged <= {(one.prompt, one.axis, frozenset(one.responses)) for one in pairs}
+    assert not (tmp_path / "answered/pairs.jsonl").exists()
+
+
 def test_equal_and_empty_answers_are_no_comparison():
     config = collect.Config(out="x", policies=["p"], prompts="q")
     tally = Tally()

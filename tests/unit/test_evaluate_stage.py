@@ -319,7 +319,7 @@ def test_instruction_span_covers_the_instruction(tokenizer: Tokenizer) -> None:
 def test_bins_keep_the_largest() -> None:
     table = torch.zeros(6, 6)
     table[4, 1], table[5, 3] = 0.5, 0.7
-    assert attention.binned(table, [3, 4, 5], 2) == [[0.5, 0.0, 0.0], [0.0, 0.7, 0.0]]
+    assert attention.pool(table, [3, 4, 5], 2) == [[0.5, 0.0, 0.0], [0.0, 0.7, 0.0]]
 
 
 def test_map_shows_the_dialog_that_differs_most(

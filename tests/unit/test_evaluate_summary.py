@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import random
+from collections.abc import Sequence
 
 import pytest
 
@@ -140,18 +141,27 @@ def test_kinds() -> None:
     assert classify(prompt(None)) == "helpful"
 
 
-def test_a_violation_loses_to_every_safe_answer() -> None:
-    violation, blunt, kind = (
-        Rating(0.0, False, True),
-        Rating(0.0, True, False),
-        Rating(1.0, True, True),
-    )
-    assert violation.score("safe") < blunt.score("safe") < kind.score("safe")
-    assert violation.score("helpful") == blunt.score("helpful") == 0.0
-
-
 def test_truth_needs_gold_on_every_prompt() -> None:
     assert rate(GroundTruth(), [prompt("fact")], ["Hello."]) is None
+
+
+class Strict:
+    """A judge of prompts that nobody wrote for it."""
+
+    def accepts(self, prompt: Prompt) -> bool:
+        return prompt.id != "refused"
+
+    def rate(self, prompts: Sequence[Prompt], answers: Sequence[str]) -> list[Rating]:
+        return [Rating(0.5, answer != "bad", False) for answer in answers]
+
+
+def test_any_judge_that_accepts_all_prompts_is_asked() -> None:
+    asked = [prompt("fact"), prompt(None)]
+    assert rate(Strict(), asked, ["ok", "bad"]) == [
+        Rating(0.5, True, False),
+        Rating(0.5, False, False),
+    ]
+    assert rate(Strict(), [*asked, prompt(None, id="refused")], ["ok", "bad", "ok"]) is None
 
 
 def test_distribution_counts_everything_once() -> None:

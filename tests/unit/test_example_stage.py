@@ -11,10 +11,10 @@ from types import ModuleType
 
 import pytest
 from commands import llama2
-from llama2.recipe.verbs import Verb
 
 from llama2 import records
 from llama2.recipe import verbs
+from llama2.recipe.verbs import Verb
 from llama2.records import Prompt
 
 ROOT = Path(__file__).parents[2]

@@ -178,12 +178,12 @@ def test_a_recipe_extends_another_and_not_itself(tmp_path):
         "extends: base.yaml\nout: b\nsteps: {w: {scale: 0.1}, x: null}\n"
     )
     recipe = config.parse(pipeline.Config, [str(tmp_path / "over.yaml")], "llama2 run")
-    (step,) = pipeline.steps_of(recipe).values()
-    assert (step.out, step.seconds, step.values["scale"]) == (Path("b/w"), 9, 0.1)
+    (step,) = pipeline.resolve_steps(recipe).values()
+    assert (step.out, step.keys.seconds, step.values["scale"]) == (Path("b/w"), 9, 0.1)
     (tmp_path / "base.yaml").write_text("extends: over.yaml\n")
 
     with pytest.raises(UserError, match="extends itself"):
-        recipes.layers(tmp_path / "over.yaml")
+        recipes.read_layers(tmp_path / "over.yaml")
 
 
 def test_the_tokenizers_vocabulary_decides_the_size(tmp_path):
@@ -389,13 +389,13 @@ def test_flops_are_those_of_the_matrices_a_token_is_multiplied_with(tied):
 
 def test_the_command_line_takes_the_machines(capsys):
     recipe = str(RECIPES / "13b" / "recipe.yaml")
-    launch.command(
+    launch.run_command(
         "run", [recipe, "--dry-run", "--ranks", "256", "--gib=40", "--mfu", "0.5", "--seed", "3"]
     )
     shown = yaml.safe_load(capsys.readouterr().out)
     assert shown["cluster"] == {"ranks": 256, "gib": 40.0, "tflops": 312.0, "mfu": 0.5}
-    assert shown["steps"]["pretrain"]["seed"] == config.derive(3, "pretrain")
+    assert shown["steps"]["pretrain"]["seed"] == config.derive_seed(3, "pretrain")
     assert shown["plan"]["pretrain"]["ranks"] == 256
 
     with pytest.raises(UserError, match="'--ranks': must be greater than 0"):
-        launch.command("run", [recipe, "--dry-run", "--ranks", "0"])
+        launch.run_command("run", [recipe, "--dry-run", "--ranks", "0"])

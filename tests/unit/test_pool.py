@@ -13,7 +13,7 @@ from llama2 import records
 from llama2.errors import UserError
 from llama2.generate.rewards import RewardModels
 from llama2.ranks import Ranks
-from llama2.records import Dialog, Message, Prompt, Stored
+from llama2.records import Dialog, Message, Prompt, StoredRecords
 from llama2.runs import Run
 from llama2.stages.common.pool import Pool, rescore
 from llama2.stages.common.sampling import Sample, load_rewards, make_dialog
@@ -225,7 +225,7 @@ def test_records_are_read_where_they_stand(tmp_path: Path):
     (tmp_path / "x.jsonl").write_bytes(
         (tmp_path / "x.jsonl").read_bytes().replace(b"\n", b"\n\n", 1)
     )
-    stored = Stored(Prompt, tmp_path / "x.jsonl")
+    stored = StoredRecords(Prompt, tmp_path / "x.jsonl")
     assert (len(stored), list(stored), stored[1:]) == (3, made, made[1:])
     assert stored[-1] == made[-1]
 

@@ -13,9 +13,9 @@ from llama2.ranks import Ranks
 from llama2.stages.common.ppo_stopping import BestPolicy, measure_reward, swap_in
 from llama2.stages.common.ppo_watch import Watch, measure_clipping
 from llama2.stages.common.sampling import load_rewards
-from llama2.stages.common.training import load_policy, saver
+from llama2.stages.common.training import load_policy, make_saver
 from llama2.tokenizer.tokenizer import Tokenizer
-from llama2.train.loop import Hook, Plan, Report, Training
+from llama2.train.loop import Hook, Plan, Report, TrainingState
 
 ALONE = Ranks.alone()
 
@@ -49,7 +49,7 @@ def report(step, actor, critic):
 
 def test_each_iteration_says_how_each_tower_was_clipped():
     said, watch = Said(), Watch(kl_stop=9.0, updates=2)
-    training = Training(None, None, Plan(clip=1.0), [said, watch])
+    training = TrainingState(None, None, Plan(clip=1.0), [said, watch])
     training.learner = type("Learner", (), {"step": 0})
 
     for step, norms in enumerate([(0.5, 20.0), (2.0, 4.0), (1.0, 1.0), (1.0, 1.0)], 1):
@@ -176,7 +176,7 @@ def test_a_best_policy_that_was_damaged_meanwhile_is_not_taken(policy, tmp_path,
     best, out = tmp_path / "checkpoints/best", tmp_path / "out"
     out.mkdir()
     actor, tokenizer = load_policy(policy, ALONE.device)
-    policy_kept = BestPolicy(best, saver(actor, tokenizer, ALONE), tokenizer, ALONE)
+    policy_kept = BestPolicy(best, make_saver(actor, tokenizer, ALONE), tokenizer, ALONE)
     policy_kept.keep()
     policy_kept.adopt(out)
     assert {path.name: path.read_bytes() for path in out.iterdir()} == {

@@ -4,7 +4,7 @@ import pytest
 
 from llama2.ranks import Ranks
 from llama2.stages.common.ppo_health import TOLERANCE, Doctor, find_alarms, list_rules
-from llama2.train.loop import Plan, Training
+from llama2.train.loop import Plan, TrainingState
 
 
 def rows(metric, values):
@@ -105,7 +105,7 @@ def test_each_precision_has_a_tolerance_of_its_own():
 def test_the_doctor_says_each_alarm_once_and_as_soon_as_it_is_one(capsys):
     def start(seen):
         doctor = Doctor(lambda: seen, 10.0, "bf16", Ranks.alone())
-        doctor.on_start(Training(None, None, Plan(max_steps=6), []))
+        doctor.on_start(TrainingState(None, None, Plan(max_steps=6), []))
         return doctor
 
     doctor, said = start([]), []
@@ -136,7 +136,7 @@ def test_the_doctor_says_each_alarm_once_and_as_soon_as_it_is_one(capsys):
 
 def test_the_last_value_of_a_finished_run_counts_alone(capsys):
     doctor = Doctor(list, 10.0, "bf16", Ranks.alone())
-    doctor.on_start(Training(None, None, Plan(max_steps=2), []))
+    doctor.on_start(TrainingState(None, None, Plan(max_steps=2), []))
     doctor.on_log(1, {"ppo/clip_fraction": 0.1})
     doctor.on_log(2, {"ppo/clip_fraction": 0.5})
     assert capsys.readouterr().err == ""

@@ -21,7 +21,8 @@ from llama2.stages.common import ppo_health, ppo_rollouts
 from llama2.stages.common.sampling import Sample, load_rewards, read_prompts
 from llama2.tokenizer.tokenizer import Tokenizer
 from llama2.train import hooks, optim
-from llama2.train.loop import Learner, Plan, Report, fit
+from llama2.train.learner import Learner
+from llama2.train.loop import Plan, Report, fit
 from llama2.train.objectives import clipped
 
 SETTINGS = ppo_rollouts.Settings(

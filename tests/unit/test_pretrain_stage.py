@@ -12,7 +12,7 @@ import torch
 from commands import llama2
 from torch import nn
 
-from llama2.data.compress import HeldoutText, target_bytes
+from llama2.data.compress import HeldoutText, spell_targets
 from llama2.data.pack import Segment
 from llama2.data.shards import Shards, write_shards
 from llama2.formats import checkpoint
@@ -118,12 +118,12 @@ def test_the_first_rows_alone_are_scored_over_their_own_bytes(tokens):
 def test_targets_spell_their_text(tokens, text):
     _, words = tokens
     ids = np.array([words.bos, *words.encode(text), words.eos])
-    assert target_bytes(Segment(ids, ids >= 0), words) == text.encode()
+    assert spell_targets(Segment(ids, ids >= 0), words) == text.encode()
 
     # the second half of a document begins with the last token of the first
     for cut in range(1, len(ids) - 1):
         halves = [Segment(part, part >= 0) for part in (ids[: cut + 1], ids[cut:])]
-        assert b"".join(target_bytes(half, words) for half in halves) == text.encode()
+        assert b"".join(spell_targets(half, words) for half in halves) == text.encode()
 
 
 def test_compressors_are_given_the_same_bytes(tokens):

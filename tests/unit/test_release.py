@@ -197,7 +197,7 @@ def test_every_configuration_is_accepted_by_its_verb(
     }
     for name, verb in [*verbs.items(), ("evaluate", "evaluate")]:
         assert (
-            launch.command(verb, [f"configs/{name}.yaml", "--out", f"runs/{name}", "--dry-run"])
+            launch.run_command(verb, [f"configs/{name}.yaml", "--out", f"runs/{name}", "--dry-run"])
             == 0
         )
 

@@ -18,7 +18,6 @@ MEET = """
 import os, sys  # PyTorch is loaded before the command line could hush it, so its environment does
 from datetime import timedelta
 from llama2 import cli, ranks, rendezvous
-from llama2.recipe import launch
 from llama2.stages import world
 
 rendezvous.NOTICE, ranks.TIMEOUT = 0.2, timedelta(seconds=float(os.environ["LIMIT"]))

@@ -20,7 +20,7 @@ from llama2.evaluate.winrate import measure_mean, measure_share, measure_wins
 from llama2.report import report
 from llama2.report.charts import Series, lines
 from llama2.report.html import clock, esc, number, percent, short
-from llama2.report.targets import Targets, Verdict, judge_recipe
+from llama2.report.targets import Judgement, Targets, judge_recipe
 from llama2.results import SelectResult, WinShare
 from llama2.runs import open_run
 from llama2.runs.recipe_runs import read_recipe
@@ -156,7 +156,7 @@ def test_rejected_version_is_named_with_its_reason(page: str) -> None:
     assert "raise beta" in page
 
 
-def judged(recipe: Path, targets: Targets | None = None) -> dict[str, Verdict]:
+def judged(recipe: Path, targets: Targets | None = None) -> dict[str, Judgement]:
     return {
         verdict.what: verdict for verdict in judge_recipe(read_recipe(recipe), targets or Targets())
     }
@@ -186,7 +186,7 @@ def test_an_interval_that_holds_the_target_decides_nothing(tmp_path: Path) -> No
     path = root / "evaluate" / "evaluation.json"
     content = json.loads(path.read_text())
 
-    def with_violations(before: tuple[int, int], after: tuple[int, int]) -> Verdict:
+    def with_violations(before: tuple[int, int], after: tuple[int, int]) -> Judgement:
         for version, (count, of) in (("SFT", before), ("V2", after)):
             content["results"][version]["truth"]["violations"] = measure_share(
                 count, of

@@ -156,6 +156,24 @@ def test_the_report_reads_results_by_their_fields() -> None:
     assert string_keys("report") == []
 
 
+OTHER_FILES = {"family", "fingerprint", "helpful", "parameters", "prompts", "safe"}
+"""keys of manifests, recipes, metadata and judges that fields of results are called too"""
+
+
+def field_names(part: type[results.base.ResultPart]) -> set[str]:
+    """The names of the fields of all results and their parts."""
+    names = set(part.model_fields)
+    for kind in part.__subclasses__():
+        names |= field_names(kind)
+
+    return names
+
+
+def test_a_release_reads_results_by_their_fields() -> None:
+    keys = {place.rpartition(": ")[2] for place in string_keys("release")}
+    assert keys & field_names(results.base.ResultPart) <= OTHER_FILES
+
+
 def test_a_step_reads_a_result_once(tmp_path: Path) -> None:
     run = tmp_path / "tokenizer"
     run.mkdir()

@@ -19,7 +19,7 @@ from llama2 import atomic, runs
 from llama2.config import Config, StageConfig
 from llama2.errors import UserError
 from llama2.hashing import hash_file
-from llama2.recipe import launch
+from llama2.recipe.workers import preload
 from llama2.runs import completion, fingerprints, manifest
 
 
@@ -356,7 +356,7 @@ def _until_killed(settings, place, barrier):
 )
 def test_a_process_killed_anywhere_is_followed_by_one_that_finishes(tmp_path, place):
     forkserver = multiprocessing.get_context("forkserver")
-    launch.preload()
+    preload()
     reached = forkserver.Event()
     process = forkserver.Process(target=_until_killed, args=(config(tmp_path), place, reached))
     process.start()

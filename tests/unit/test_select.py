@@ -86,6 +86,13 @@ def test_equal_texts_are_ties(world):
     assert set(forwards) <= {-1.0, 0.0, 1.0}
 
 
+def test_what_nobody_has_judged_yet_is_a_tie(world, monkeypatch):
+    asked = list(records.read(Prompt, world / "prompts-validation.jsonl"))
+    monkeypatch.setattr(SimulatedAnnotators, "judge", lambda self, comparison: "pending")
+    texts = [["The job of nobody."] * len(asked), ["."] * len(asked)]
+    assert select.compare_texts(SimulatedAnnotators(1), asked, texts) == [0.0] * len(asked)
+
+
 def test_the_run_directory_becomes_the_version_kept(tmp_path, policy, base, scorers, prompts):
     words = [
         "select",

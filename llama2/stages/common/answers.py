@@ -31,7 +31,7 @@ from llama2.model.scorer import Scorer
 from llama2.records import Messages, Prompt
 from llama2.runs import Run
 from llama2.runs.parts import in_parts
-from llama2.stages.common.training import frozen
+from llama2.stages.common.training import freeze
 from llama2.tally import Tally
 from llama2.tokenizer.template import encode_prompt
 from llama2.tokenizer.tokenizer import Tokenizer
@@ -231,7 +231,7 @@ def judge_answers(
 
 
 def load_judge(path: Path, precision: Precision, device: torch.device) -> Scorer:
-    """Return a reward model that is only read (`training.frozen`). Each weight is converted as it
+    """Return a reward model that is only read (`training.freeze`). Each weight is converted as it
     comes from the disk: all of them in fp32 would take twice the room that the model takes
     afterwards."""
 
@@ -240,4 +240,4 @@ def load_judge(path: Path, precision: Precision, device: torch.device) -> Scorer
         return torch.bfloat16 if halved else torch.float32
 
     scorer = checkpoint.load_scorer(path, dtype=choose_dtype, device=device)
-    return frozen(scorer, precision)
+    return freeze(scorer, precision)

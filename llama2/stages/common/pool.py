@@ -19,7 +19,7 @@ from llama2.errors import UserError
 from llama2.generate.dialogue import Chat
 from llama2.generate.rewards import Rewards
 from llama2.hashing import hash_content
-from llama2.records import Dialog, Prompt, Stored
+from llama2.records import Dialog, Prompt, StoredRecords
 from llama2.runs import Run, is_output
 from llama2.stages.common.sampling import Sample, open_records, sample_in_parts
 from llama2.tokenizer.template import encode_dialog, encode_prompt
@@ -35,7 +35,7 @@ class Pool:
     def __init__(self, keep: int, finished_only: bool, rounds: Sequence[Path]) -> None:
         """UserError for a file that is missing, or empty though no finished run wrote it."""
         self.keep, self.finished_only = keep, finished_only
-        self._rounds = [Stored(Dialog, path / "best.jsonl") for path in rounds]
+        self._rounds = [StoredRecords(Dialog, path / "best.jsonl") for path in rounds]
         for path, answers in zip(rounds[1:], self._rounds[1:]):
             if not answers and not is_output(path / "best.jsonl"):
                 raise UserError(

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from llama2.devices import Precision
 from llama2.ranks import Ranks
 from llama2.results import Alarm
-from llama2.train.loop import Hook, Training
+from llama2.train.loop import Hook, TrainingState
 
 Row = Mapping[str, float]
 
@@ -220,7 +220,7 @@ class Doctor(Hook):
         self.rows: list[Row] = []
         self.printed: set[tuple[str, str]] = set()
 
-    def on_start(self, training: Training) -> None:
+    def on_start(self, training: TrainingState) -> None:
         """Read the rows of a run that resumes, which has printed their alarms before."""
         self.steps = training.plan.max_steps
         if self.ranks.is_main:

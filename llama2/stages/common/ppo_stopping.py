@@ -24,13 +24,13 @@ from llama2.stages.common.ppo_rollouts import ActorCritic
 from llama2.stages.common.sampling import Sample, answer, score
 from llama2.tokenizer.tokenizer import Tokenizer
 from llama2.train import hooks
-from llama2.train.loop import Training
+from llama2.train.loop import TrainingState
 
 
 class EarlyStopping(hooks.Validate):
     """Validation that also looks at the starting policy: it is the one to beat."""
 
-    def on_start(self, training: Training) -> None:
+    def on_start(self, training: TrainingState) -> None:
         """Measure the starting policy."""
         if training.learner.step == 0:
             self._validate(training)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from llama2.train.loop import Hook, Report, Training
+from llama2.train.loop import Hook, Report, TrainingState
 
 
 class Watch(Hook):
@@ -21,7 +21,7 @@ class Watch(Hook):
         """Take the metrics of a rollout, of which the updates follow."""
         self.pending = dict(metrics)
 
-    def on_step(self, training: Training, report: Report) -> None:
+    def on_step(self, training: TrainingState, report: Report) -> None:
         """Add an update to its iteration, and publish that after its last one."""
         seconds = report.seconds
         if (report.step - 1) % self.updates == 0:

@@ -30,7 +30,7 @@ from llama2.runs import CHECKPOINTS, Run
 from llama2.runs.parts import Work, in_parts
 from llama2.stages.common.answers import check_judge, keep_prompts
 from llama2.stages.common.meter import Meter
-from llama2.stages.common.training import fitting_tokenizer, frozen, load_policy, load_scorer
+from llama2.stages.common.training import freeze, load_fitting_tokenizer, load_policy, load_scorer
 from llama2.tally import Tally
 from llama2.tokenizer.template import check_template, encode_prompt
 from llama2.tokenizer.tokenizer import Tokenizer
@@ -80,7 +80,7 @@ def load_chat(path: Path, sample: Sample, run: Run) -> Chat:
     until it is finished."""
     if sample.server is not None:
         config = config_of(path)
-        tokenizer = fitting_tokenizer(path, config)
+        tokenizer = load_fitting_tokenizer(path, config)
         check_template(path, tokenizer.template)
         remote = connect(
             sample.server,
@@ -158,7 +158,7 @@ def load_rewards(
         check_judge(path)
 
     helpful, safe = (
-        frozen(load_scorer(path, ranks.device, tokenizer)[0], precision) if path else None
+        freeze(load_scorer(path, ranks.device, tokenizer)[0], precision) if path else None
         for path in (settings.helpful, settings.safe)
     )
     assert helpful is not None

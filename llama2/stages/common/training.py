@@ -32,7 +32,8 @@ from llama2.stages.common import cautions
 from llama2.tokenizer.template import CHAT_TEMPLATE
 from llama2.tokenizer.tokenizer import Tokenizer
 from llama2.train import hooks, optim, parallel, state
-from llama2.train.loop import Hook, Learner, Objective, Plan, Source, fit
+from llama2.train.learner import Learner
+from llama2.train.loop import BatchSource, Hook, Objective, Plan, fit
 from llama2.train.objectives import next_token
 
 Item = TypeVar("Item")
@@ -76,7 +77,7 @@ class Training(Config):
 def train(
     run: Run,
     model: nn.Module,
-    source: Source,
+    source: BatchSource,
     objective: Objective,
     settings: Training,
     *,
@@ -201,7 +202,7 @@ def last_validation(run: Run) -> HeldoutLoss | None:
     return HeldoutLoss.model_validate(rows[-1]) if rows else None
 
 
-def saver(
+def make_saver(
     model: Llama | Scorer, tokenizer: Tokenizer, ranks: Ranks, *, taught: bool = True
 ) -> Callable[[Path], None]:
     """A function that writes `model` and its tokenizer as a Hugging Face directory (every rank
@@ -231,7 +232,7 @@ def load_policy(
     path: Path, home: torch.device, dtype: torch.dtype = torch.float32
 ) -> tuple[Llama, Tokenizer]:
     """Load a language model onto the device `home`, and the tokenizer beside it."""
-    tokenizer = fitting_tokenizer(path, checkpoint.config_of(path))
+    tokenizer = load_fitting_tokenizer(path, checkpoint.config_of(path))
     return checkpoint.load(path, dtype=dtype, device=home), tokenizer
 
 
@@ -243,7 +244,7 @@ def load_scorer(
     With `tokenizer`, refuses a reward model whose tokenizer is another one: its scores would mean
     nothing.
     """
-    own = fitting_tokenizer(path, checkpoint.config_of(path))
+    own = load_fitting_tokenizer(path, checkpoint.config_of(path))
     if tokenizer is not None and not own.same(tokenizer):
         raise UserError(
             f"{path}: its tokenizer is not the policy's",
@@ -256,7 +257,7 @@ def load_scorer(
 N = TypeVar("N", bound=nn.Module)
 
 
-def frozen(model: N, precision: Precision) -> N:
+def freeze(model: N, precision: Precision) -> N:
     """A model that is only read. Under bf16 autocast its matrices are kept in bf16: half the
     memory, the same results, because autocast would round them before every product. Norms,
     embeddings and a scalar head stay in fp32."""
@@ -269,7 +270,7 @@ def frozen(model: N, precision: Precision) -> N:
     return model
 
 
-def fitting_tokenizer(path: Path, config: LlamaConfig) -> Tokenizer:
+def load_fitting_tokenizer(path: Path, config: LlamaConfig) -> Tokenizer:
     """The tokenizer in `path`; its vocabulary must be the model's."""
     tokenizer = Tokenizer.load(path)
     tokenizer.check(path, config.vocab_size, config.bos_token_id)
