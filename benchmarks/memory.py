@@ -95,7 +95,7 @@ def main() -> int:
     )
     given = parser.parse_args()
     torch.set_num_threads(given.threads)
-    packs = devices.is_cpu(devices.choose()) and cpu_decoder._call.found
+    packs = devices.is_cpu(devices.choose()) and cpu_decoder._call.is_built
     good = True
 
     with tempfile.TemporaryDirectory() as place:

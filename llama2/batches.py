@@ -29,6 +29,11 @@ def blank(batch: Batch) -> Batch:
     return batch | counts
 
 
+def move(batch: Batch, device: torch.device) -> Batch:
+    """Return a micro-batch on a device."""
+    return {name: tensor.to(device, non_blocking=True) for name, tensor in batch.items()}
+
+
 def count_tokens(batch: Batch) -> tuple[int, int]:
     """Count the real tokens of a micro-batch, and those that carry loss.
 

@@ -10,8 +10,8 @@ _ON, _OFF = ("1", "true", "yes", "on"), ("0", "false", "no", "off")
 
 
 def is_on(name: str, *, default: bool) -> bool:
-    """Whether the variable `name` says yes, `default` where it is not set or empty; UserError for
-    what says neither."""
+    """Tell whether the variable `name` says yes, `default` where it is not set or empty; UserError
+    for what says neither."""
     said = os.environ.get(name, "").strip().lower()
     if said and said not in (*_ON, *_OFF):
         raise UserError(
@@ -22,6 +22,6 @@ def is_on(name: str, *, default: bool) -> bool:
 
 
 def native() -> bool:
-    """Whether our own kernels in C++ are wanted (LLAMA2_NATIVE): they round other than PyTorch's
-    operations do."""
+    """Tell whether our own kernels in C++ are wanted (LLAMA2_NATIVE): they round other than
+    PyTorch's operations do."""
     return is_on("LLAMA2_NATIVE", default=True)

@@ -35,8 +35,8 @@ def hash_fraction(text: str, order: Literal["little", "big"] = "little") -> floa
 
 
 def hash_parts(*parts: str) -> int:
-    """Return a number in [0, 2^64) that depends on the texts alone: the chance in imports and splits
-    (SHA-256, as the splits of earlier versions)."""
+    """Return a number in [0, 2^64) that depends on the texts alone: the chance in imports and
+    splits (SHA-256, as the splits of earlier versions)."""
     return int(hash_content("\0".join(parts))[:16], 16)
 
 

@@ -37,8 +37,8 @@ _KINDS = {
 
 
 def check(path: str | os.PathLike[str]) -> int:
-    """The size of the plain file at a path, links followed; UserError for anything else that stands
-    there."""
+    """Return the size of the plain file at a path, links followed; UserError for anything else that
+    stands there."""
     with explain_os_errors(path):
         status = os.stat(path)
 
@@ -55,14 +55,14 @@ def check(path: str | os.PathLike[str]) -> int:
 
 
 def opened(path: str | os.PathLike[str]) -> BufferedReader:
-    """A plain file, open for reading."""
+    """Open a plain file for reading."""
     check(path)
     with explain_os_errors(path):
         return open(path, "rb")
 
 
 def content(path: str | os.PathLike[str], most: int = LARGEST) -> bytes:
-    """The bytes of a plain file; UserError if there are more than `most`."""
+    """Read the bytes of a plain file; UserError if there are more than `most`."""
     size = check(path)
     if size > most:
         raise UserError(f"{path}: {size:,} bytes, at most {most:,} were expected", "check the path")
@@ -90,8 +90,8 @@ def check_room(path: str | os.PathLike[str], size: int, or_else: str) -> None:
 
 
 def json_value(path: str | os.PathLike[str], cure: str = AGAIN) -> Any:
-    """The JSON value in a file. UserError that names the file, and the line where there is one;
-    `cure` mends it."""
+    """Read the JSON value in a file. UserError that names the file, and the line where there is
+    one; `cure` mends it."""
     text = content(path)
     if not text.strip():
         raise UserError(f"{path}: the file is empty, JSON was expected", cure)
@@ -107,7 +107,7 @@ def json_value(path: str | os.PathLike[str], cure: str = AGAIN) -> Any:
 
 
 def json_object(path: str | os.PathLike[str], cure: str = AGAIN) -> dict[str, Any]:
-    """The JSON object in a file."""
+    """Read the JSON object in a file."""
     found = json_value(path, cure)
     if not isinstance(found, dict):
         raise UserError(f"{path}: a JSON object was expected, this is {_named(found)}", cure)
@@ -116,7 +116,7 @@ def json_object(path: str | os.PathLike[str], cure: str = AGAIN) -> dict[str, An
 
 
 def json_list(path: str | os.PathLike[str], cure: str = AGAIN) -> list[Any]:
-    """The JSON list in a file."""
+    """Read the JSON list in a file."""
     found = json_value(path, cure)
     if not isinstance(found, list):
         raise UserError(f"{path}: a JSON list was expected, this is {_named(found)}", cure)
@@ -125,8 +125,8 @@ def json_list(path: str | os.PathLike[str], cure: str = AGAIN) -> list[Any]:
 
 
 def parsed(text: str | bytes) -> Any:
-    """The value of a JSON text. ValueError, and nothing else, if it is none, is nested more than
-    `DEEPEST` levels, or says two things of one key."""
+    """Return the value of a JSON text. ValueError, and nothing else, if it is none, is nested more
+    than `DEEPEST` levels, or says two things of one key."""
     try:
         found = json.loads(text, object_pairs_hook=_object, parse_int=_whole)
     except UnicodeDecodeError as error:
@@ -143,8 +143,8 @@ def parsed(text: str | bytes) -> Any:
 
 
 def is_deep(value: Any, most: int) -> bool:
-    """Whether lists and objects are nested more than `most` levels: who walks through them by
-    recursion would fall."""
+    """Tell whether lists and objects are nested more than `most` levels: recursion would fail on
+    them."""
     here = [value]
     for _ in range(most):
         here = [item for each in here for item in _items(each)]
@@ -180,8 +180,8 @@ def _named(value: Any) -> str:
 
 
 def is_own(name: Any) -> bool:
-    """Whether a value is the name of a file in the directory that is spoken of, and no path that
-    leads elsewhere."""
+    """Tell whether a value is the name of a file in one directory, and no path that leads
+    elsewhere."""
     return (
         isinstance(name, str)
         and name not in ("", ".", "..")

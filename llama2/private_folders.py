@@ -23,7 +23,7 @@ LINKS = 40  # as many as Linux follows
 
 
 def folders() -> Iterator[Path]:
-    """Where to keep what can be made again, in order of preference: the user's cache, a folder
+    """Give folders for what can be made again, in order of preference: the user's cache, a folder
     among the temporary."""
     with suppress(RuntimeError):  # no HOME, and a user without an entry
         home = os.environ.get("XDG_CACHE_HOME", "")
@@ -35,8 +35,8 @@ def folders() -> Iterator[Path]:
 
 @cache
 def folder() -> Path:
-    """The first of them that is ours alone, made if it was not there; else a fresh one, removed at
-    the end."""
+    """Return the first of them that is ours alone, made if it was not there; else a fresh one,
+    removed at the end."""
     for each in folders():
         with suppress(OSError):
             make(each)
@@ -98,7 +98,7 @@ def _way(path: Path, links: int = 0) -> Iterator[Path]:
 
 
 def _is_open(status: os.stat_result) -> bool:
-    """Whether others than its owner may put something else in the place of what lies in this
+    """Tell whether others than its owner may put something else in the place of what lies in this
     folder."""
     if not stat.S_ISDIR(status.st_mode) or status.st_mode & stat.S_ISVTX:
         return False
@@ -108,7 +108,7 @@ def _is_open(status: os.stat_result) -> bool:
 
 
 def _is_own(group: int) -> bool:
-    """Whether a group is the one that systems make for each user: with the user's number, and
+    """Tell whether a group is the one that systems make for each user: with the user's number, and
     nobody else in it."""
     if not group == os.getgid() == os.getuid():
         return False

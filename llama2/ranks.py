@@ -117,8 +117,8 @@ class Ranks:
         return box[0]
 
     def together(self, work: Callable[[], T]) -> T:
-        """Do `work` on every rank; what it raises on one is raised on all, which would wait for that
-        one for ever."""
+        """Do `work` on every rank; what it raises on one is raised on all, which would wait for
+        that one for ever."""
         failure: Exception | None = None
         try:
             result = work()
@@ -156,7 +156,7 @@ class Ranks:
 
     @contextmanager
     def explain_disconnects(self) -> Iterator[None]:
-        """Around work that ranks share: another rank that is gone is one line of this one."""
+        """Say in one line that another rank is gone, where the work inside fails of it."""
         try:
             yield
         except RuntimeError as error:

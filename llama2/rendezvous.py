@@ -1,7 +1,7 @@
-"""How ranks find one another, and what is said where one is missing or gone.
+"""Meeting the other ranks, and plain words where one is missing or gone.
 
-Of a rank that was killed the others hear only that a connection was closed. Where it ran on the
-same machine, they look whether its process is still there, and name it.
+When a rank is killed, the others hear only that a connection was closed. Where it ran on the same
+machine, they look whether its process is still there, and name it.
 """
 
 from __future__ import annotations
@@ -71,11 +71,13 @@ def check(ranks: int) -> None:
 
 @contextmanager
 def joining(ranks: int, limit: timedelta) -> Iterator[None]:
-    """Around the moment in which the ranks meet: at most `limit`, and a UserError if they do
-    not."""
+    """Wait at most `limit` for the ranks to meet in this block; UserError if they do not."""
     place = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
     rank, seconds = os.environ["RANK"], limit.total_seconds()
-    cure = f"start all {ranks} ranks within {_span(seconds)}, with the same MASTER_ADDR and MASTER_PORT"
+    cure = (
+        f"start all {ranks} ranks within {_span(seconds)}, with the same MASTER_ADDR and "
+        "MASTER_PORT"
+    )
     cause = f"rank {rank} waited for the others at {place} in vain"
 
     def wait() -> None:
@@ -126,7 +128,7 @@ def describe_process() -> Peer:
 
 
 def is_disconnect(error: RuntimeError) -> bool:
-    """Whether an error of the transport between ranks says that another is gone."""
+    """Tell whether an error of the transport between ranks says that another is gone."""
     text = str(error).lower()
     return _is_between_ranks(error) and any(sign in text for sign in _SIGNS)
 
@@ -141,13 +143,14 @@ def _is_between_ranks(error: RuntimeError) -> bool:
 
 
 def explain_disconnect(error: RuntimeError, peers: Sequence[Peer]) -> RankLost:
-    """Return the error to raise for one of the transport: which of the ranks is gone, if that can be
-    told."""
+    """Return the error to raise for one of the transport: which of the ranks is gone, if that can
+    be told."""
     gone = missing(peers)
     if gone:
         ranks = f"rank {gone[0]} is" if len(gone) == 1 else f"ranks {', '.join(map(str, gone))} are"
         return RankLost(
-            f"{ranks} gone (what it wrote last says why; nothing, if it was killed: out of memory?)",
+            f"{ranks} gone (what it wrote last says why; nothing, if it was killed: "
+            "out of memory?)",
             RESUMES,
         )
 

@@ -39,7 +39,6 @@ from llama2.errors import UserError
 from llama2.hashing import hash_number
 from llama2.terminal_text import is_safe
 
-_LARGEST_SEED = 2**32 - 1
 _DEVICES = re.compile(r"(con|prn|aux|nul|(com|lpt)[0-9])\s*(\..*)?", re.IGNORECASE)
 _NO_NAME = re.compile(r"[. ].*|.*[. ]|.*[/\\].*|", re.DOTALL)
 _LONGEST_NAME = 200
@@ -104,7 +103,7 @@ class StageConfig(Config):
 
     out: Path
     """run directory; a finished run there is not repeated, an unfinished one is resumed"""
-    seed: int = Field(0, ge=0, le=_LARGEST_SEED)
+    seed: int = Field(0, ge=0, le=2**32 - 1)
     """source of all randomness"""
 
     around: ClassVar[frozenset[str]] = frozenset()

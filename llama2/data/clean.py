@@ -113,8 +113,8 @@ class Rules:
 def clean(
     documents: Iterable[Document], rules: Rules = Rules(), counts: Counter[str] | None = None
 ) -> Iterator[Document]:
-    """The documents worth keeping, cleaned. `counts` receives what each rule did, and the documents
-    in and out."""
+    """Give the documents worth keeping, cleaned. `counts` receives what each rule did, and the
+    documents in and out."""
     counts = Counter() if counts is None else counts
     for document in documents:
         counts["documents"] += 1
@@ -130,7 +130,7 @@ def clean(
 
 
 def clean_text(text: str, rules: Rules, counts: Counter[str]) -> str:
-    """One text with broken characters, boilerplate lines and personal data taken care of."""
+    """Clean a text of broken characters, boilerplate lines and personal data."""
     text = unicodedata.normalize(
         "NFC", text.replace("\r\n", "\n").replace("\r", "\n").replace("\u2028", "\n")
     )
@@ -149,7 +149,7 @@ def clean_text(text: str, rules: Rules, counts: Counter[str]) -> str:
 
 
 def is_boilerplate(line: str) -> bool:
-    """Whether a line is a menu, a notice, a footer or nothing but tags. Lines of over 200
+    """Tell whether a line is a menu, a notice, a footer or nothing but tags. Lines of over 200
     characters never are."""
     words = line.lower().split()
     if not words or len(line) > 200:
@@ -165,7 +165,7 @@ def is_boilerplate(line: str) -> bool:
 
 
 def mask_personal_data(text: str, counts: Counter[str]) -> str:
-    """E-mail addresses, telephone numbers and IP addresses replaced by [email], [phone] and [ip
+    """Replace e-mail addresses, telephone numbers and IP addresses by [email], [phone] and [ip
     address]."""
     if "@" in text:
         text, emails = _EMAIL.subn("[email]", text)
@@ -189,7 +189,7 @@ def mask_personal_data(text: str, counts: Counter[str]) -> str:
 
 
 def _unfit(text: str, rules: Rules) -> str:
-    """Why a text is not worth keeping, or nothing."""
+    """Say why a text is not worth keeping; "" if it is."""
     if len(text.strip()) < rules.min_characters:
         return "too short"
     if text.count("\ufffd") > 0.01 * len(text):

@@ -1,5 +1,5 @@
-"""Held-out text as bytes: what bits per byte are counted over, and what general compressors make of
-the same bytes.
+"""Held-out text as bytes: bits per byte are counted over them, and general compressors are given
+the same.
 
 A language model and a compressor are compared on the very targets that were scored. A document's
 end costs the model its EOS and the compressor a line break; neither counts as a byte of text.
@@ -16,8 +16,8 @@ from llama2.tokenizer.tokenizer import Tokenizer
 
 
 def spell_targets(segment: Segment, tokenizer: Tokenizer) -> bytes:
-    """What the targets of a segment spell. The space that encoding puts in front of a document is
-    none of its text."""
+    """Return the bytes that the targets of a segment spell. The space that encoding puts in front
+    of a document is none of its text."""
     text = b"".join(map(tokenizer.bytes_of, segment.ids[1:].tolist()))
     return text.removeprefix(b" ") if segment.ids[0] == tokenizer.bos else text
 
@@ -41,7 +41,7 @@ class HeldoutText:
         self._text = b"\n".join(sorted(texts))
 
     def bits_per_byte(self) -> dict[str, float]:
-        """Of `xz -9` and `bzip2 -9`: the bars that a language model should clear; nothing where
+        """Return the bars that a language model should clear, of `xz -9` and `bzip2 -9`; {} where
         there is no text."""
         if not self.size:
             return {}

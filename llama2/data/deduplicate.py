@@ -15,8 +15,8 @@ _WORD = re.compile(r"\w+")
 
 
 def fingerprint(text: str) -> int:
-    """64 bits of a text's words: equal for texts that differ in case, punctuation or white space
-    alone.
+    """Return 64 bits of a text's words: equal for texts that differ in case, punctuation or white
+    space alone.
 
     A text without words is told apart by its characters. Among 10 million texts, two different ones
     collide with probability 3e-6.
@@ -28,7 +28,7 @@ def fingerprint(text: str) -> int:
 def drop_duplicates(
     documents: Iterable[Document], counts: Counter[str] | None = None, seen: set[int] | None = None
 ) -> Iterator[Document]:
-    """The first document of each text. About 60 bytes of memory a document.
+    """Give the first document of each text. About 60 bytes of memory a document.
 
     Sources that share `seen` are deduplicated against one another.
     """
@@ -51,7 +51,8 @@ def drop_repeated_lines(
     limit: int = 5,
     max_lines: int = 5_000_000,
 ) -> Iterator[Document]:
-    """The documents without lines that `limit` documents before them had: menus, footers, notices.
+    """Give documents without the lines that `limit` documents before them had: menus, footers,
+    notices.
 
     One pass: the first `limit` documents keep the line. At most `max_lines` different lines are
     remembered; beyond that, those seen in the fewest documents are forgotten, which never removes a
@@ -61,9 +62,9 @@ def drop_repeated_lines(
     seen: Counter[int] = Counter()
     for document in documents:
         lines = document.text.split("\n")
-        keys = [fingerprint(line) if line.strip() else None for line in lines]
-        kept = [line for line, key in zip(lines, keys) if key is None or seen[key] < limit]
-        seen.update({key for key in keys if key is not None})
+        keys = {line: fingerprint(line) for line in lines if line.strip()}
+        kept = [line for line in lines if line not in keys or seen[keys[line]] < limit]
+        seen.update(set(keys.values()))
 
         if len(seen) > max_lines:
             seen = Counter(dict(seen.most_common(max_lines // 2)))

@@ -30,7 +30,8 @@ def read_documents(
     malformed: Malformed = "stop",
     also: str = "",
 ) -> Iterator[Document]:
-    """The documents of files, folders (searched through) and globs, in sorted order within each.
+    """Give the documents of files, folders (searched through) and globs, in sorted order within
+    each.
 
     `split` says what one document of a plain text file is: the file, a paragraph (between blank
     lines) or a line. `tally` counts documents read, rows left out as malformed, and files left out.

@@ -3,12 +3,12 @@ anything else.
 
 The order of items is a function of (seed, epoch) alone and is cut into global batches before ranks
 take their shares, so another number of ranks or another micro-batch size gives the same optimizer
-steps. It satisfies `train`'s Source.
+steps. It is one of `train`'s batch sources.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, Generic, TypeVar
 
 import numpy as np
@@ -77,8 +77,8 @@ class Rows(Generic[Item]):
         return self
 
     def __next__(self) -> list[Batch]:
-        """The micro-batches of the next optimizer step on this rank; StopIteration after the last
-        epoch."""
+        """Return the micro-batches of the next optimizer step on this rank; StopIteration after the
+        last epoch."""
         if self._cursor >= len(self._items):
             self._epoch, self._cursor = self._epoch + 1, 0
             if self._epoch < self._epochs:
@@ -101,16 +101,17 @@ class Rows(Generic[Item]):
             np.array(share, dtype=np.int64), -(-largest // self._micro_batch_size)
         )
         batches = [
-            self._collate([self._items[index] for index in part])
-            if len(part)
-            else blank(self._collate([self._items[chosen[0]]]))
-            for part in parts
+            self._micro_batch(part) or blank(self._micro_batch(chosen[:1])) for part in parts
         ]
-
         return [batch for batch in batches if batch]
 
+    def _micro_batch(self, indices: Iterable[int]) -> Batch:
+        """Collate the items with these indices; {} where there are none."""
+        items = [self._items[index] for index in indices]
+        return self._collate(items) if items else {}
+
     def state_dict(self) -> dict[str, Any]:
-        """The place in the data, and what it is a place in."""
+        """Return the place in the data, and what it is a place in."""
         return {"epoch": self._epoch, "cursor": self._cursor, **self._identity()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:

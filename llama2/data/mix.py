@@ -69,12 +69,14 @@ def mix(
         documents.append(document)
         heapq.heappush(behind, (drawn[source] / weights[names[source]], source))
 
+    passes = {name: drawn[index] / present[index] for index, name in enumerate(names)}
+    shares = {name: drawn[index] / total for index, name in enumerate(names)}
     return Mixture(
         names,
         np.array(sources, dtype=np.int32),
         np.array(documents, dtype=np.int64),
-        {name: drawn[index] / present[index] for index, name in enumerate(names)},
-        {name: drawn[index] / total for index, name in enumerate(names)},
+        passes,
+        shares,
     )
 
 

@@ -47,7 +47,7 @@ class Packed:
 
 
 def cut_segment(ids: Sequence[int], mask: Sequence[bool], sequence_length: int) -> Segment | None:
-    """A segment of at most `sequence_length` places; None where nothing in it carries loss.
+    """Return a segment of at most `sequence_length` places; None where nothing in it carries loss.
 
     A longer one loses its right end: what remains keeps its system prompt and context, and an
     answer cut in the middle does not teach a false end.
@@ -61,17 +61,18 @@ def cut_segment(ids: Sequence[int], mask: Sequence[bool], sequence_length: int) 
 def pack(segments: Sequence[Segment], sequence_length: int) -> Packed:
     """Pack segments into rows of `sequence_length` places, each into the fullest row that still has
     room."""
-    rows = [
-        [segments[index] for index in row]
-        for row in best_fit([len(segment) for segment in segments], sequence_length)
-    ]
-    used = sum(len(segment) for segment in segments)
+    sizes = [len(segment) for segment in segments]
+    rows: list[list[Segment]] = []
+    for indices in best_fit(sizes, sequence_length):
+        rows.append([segments[index] for index in indices])
+
+    used = sum(sizes)
     return Packed(rows, used / (len(rows) * sequence_length) if rows else 0.0)
 
 
 def best_fit(sizes: Sequence[int], capacity: int) -> list[list[int]]:
-    """Indices of `sizes` in bins of `capacity`: longest first, each into the fullest bin that has
-    room."""
+    """Put indices of `sizes` into bins of `capacity`: longest first, each into the fullest bin that
+    has room."""
     bins: list[list[int]] = []
     by_space: list[list[int]] = [[] for _ in range(capacity + 1)]
     spaces = 0  # bit s is set where a bin with space s exists
@@ -134,7 +135,7 @@ class TextRows(Sequence[Row]):
     def __len__(self) -> int:
         return -(-self.places // self._length)
 
-    def __getitem__(self, row: int) -> list[Segment]:  # type: ignore[override]  # rows are not sliced
+    def __getitem__(self, row: int) -> list[Segment]:  # type: ignore[override]  # no slices
         if not 0 <= row < len(self):
             raise IndexError(row)
 
@@ -156,14 +157,14 @@ class TextRows(Sequence[Row]):
 def collate(
     rows: Sequence[Row], sequence_length: int | None = None, *, separate: bool = True
 ) -> Batch:
-    """Rows as a batch, padded at the right to `sequence_length` or to the longest row.
+    """Make a batch of rows, padded at the right to `sequence_length` or to the longest row.
 
     tokens_BT, targets_BT int64; weights_BT float32, 1 where the target carries loss; documents_BT
     (number of the segment within its row; padding counts as one more) and positions_BT (place
     within the segment) int64; read_B int64, the places of a row that hold a token. With `separate`
     off documents and positions are left out, and segments of a row see those before them.
     """
-    read_B = np.array([sum(len(segment) for segment in row) for row in rows], np.int64)
+    read_B = np.array([sum(map(len, row)) for row in rows], np.int64)
     longest = int(read_B.max())
     shape = (len(rows), sequence_length or longest)
 

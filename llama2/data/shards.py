@@ -3,9 +3,11 @@ loading them.
 
 A directory holds pairs of files and `index.json`, which is written last:
 
-    tokens-00000.bin      ids of all documents one after another, little-endian uint16 (uint32 from 65,537 items on)
+    tokens-00000.bin      ids of all documents one after another, little-endian uint16 (uint32
+                          from 65,537 items on)
     documents-00000.bin   where each document ends in it, little-endian int64
-    index.json            version, dtype, vocab_size, tokenizer (sha256 of tokenizer.model), counts, sha256 of each file
+    index.json            version, dtype, vocab_size, tokenizer (sha256 of tokenizer.model), counts,
+                          sha256 of each file
 
 Each document is BOS, its ids, EOS.
 """
@@ -109,7 +111,7 @@ def write_shards(
 def _encode(
     documents: Iterable[Document], tokenizer: Tokenizer, dtype: np.dtype[Any], threads: int
 ) -> Iterator[npt.NDArray[Any]]:
-    """Ids of each document, encoded in batches so that several threads have work."""
+    """Give the ids of each document, encoded in batches so that several threads have work."""
 
     def flush(batch: list[str]) -> Iterator[npt.NDArray[Any]]:
         for ids in tokenizer.encode_many(batch, threads):
@@ -178,8 +180,8 @@ class Shards:
         return np.concatenate([np.diff(ends, prepend=0) for ends in self._ends]).astype(np.int64)
 
     def document(self, number: int) -> npt.NDArray[Any]:
-        """Ids of document `number`, BOS and EOS included: a view of the file, not to be written
-        to."""
+        """Return the ids of document `number`, BOS and EOS included: a view of the file, not to be
+        written to."""
         if not 0 <= number < len(self):
             raise IndexError(number)
 

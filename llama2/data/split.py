@@ -1,4 +1,4 @@
-"""Which conversations are held out: one rule for everything that is split, whatever its kind.
+"""The held-out share: one rule for everything that is split, whatever its kind.
 
 It goes by the first user turn alone, before anything is copied or weighted: the same opening lies
 on the same side in every run, whatever its kind, seed or sources. Copies, answers to one prompt in
@@ -18,7 +18,7 @@ ENOUGH = 10
 
 
 def opening(turns: Messages, instruction: str = "") -> str:
-    """The first user turn, case and spacing aside: what the held-out split and exclusions go by.
+    """Return the first user turn, case and spacing aside, by which splits and exclusions go.
 
     `instruction` is what Ghost Attention put in front of it: the question behind it is the
     conversation's own.
@@ -29,17 +29,17 @@ def opening(turns: Messages, instruction: str = "") -> str:
 
 
 def is_heldout(turns: Messages, share: float) -> bool:
-    """Whether a conversation belongs to the held-out share; a larger share contains a smaller
+    """Tell whether a conversation belongs to the held-out share; a larger share contains a smaller
     one."""
     return _place(opening(turns)) < share * 2.0**64
 
 
 def heldout_openings(openings: Sequence[str], share: float) -> set[str]:
-    """Those of `openings` (one for each record) that are held out.
+    """Return those of `openings` (one for each record) that are held out.
 
     Where `is_heldout` takes none, because there are few or an earlier split has taken its share
-    already, those that it would take next: `share` of the records, and at least one of `ENOUGH`
-    conversations or more.
+    already, return those that it would take next: `share` of the records, and at least one of
+    `ENOUGH` conversations or more.
     """
     counts = Counter(openings)
     chosen = {said for said in counts if _place(said) < share * 2.0**64}

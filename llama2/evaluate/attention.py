@@ -37,6 +37,7 @@ def largest(model: Llama, tokens: Sequence[int]) -> Tensor:
     top_TT = torch.zeros(length, length, device=model.device)
 
     def watch(module: nn.Module, arguments: tuple[Any, ...]) -> None:
+        """Raise `top_TT` to the weights of one layer."""
         assert isinstance(module, Attention)
         for weights_TT in weights(module, *arguments):
             torch.maximum(top_TT, weights_TT, out=top_TT)
@@ -71,10 +72,12 @@ def weights(attention: Attention, x_BTD: Tensor, context: Context) -> Iterator[T
 def pool(table_TT: Tensor, rows: Sequence[int], size: int) -> list[list[float]]:
     """Return the given rows of a table, the largest value of each `size` neighbouring columns, and
     of each `size` neighbours among the rows."""
-    chosen = table_TT[list(rows)]
-    columns = F.max_pool1d(chosen[None], size, ceil_mode=True)[0]
-    cells = F.max_pool1d(columns.T[None], size, ceil_mode=True)[0].T
-    return [[round(value, 4) for value in row] for row in cells.tolist()]
+    chosen_1RT = table_TT[list(rows)][None]
+    table = []
+    for cells in F.max_pool2d(chosen_1RT, size, ceil_mode=True)[0].tolist():
+        table.append([round(cell, 4) for cell in cells])
+
+    return table
 
 
 Talk = tuple[Messages, str]
@@ -125,16 +128,19 @@ def figure(
     ids, _ = _tokens(tokenizer, talks[shown], context)
     first, last = instruction_span(tokenizer, *talks[shown])
     size = _bin(ids, most_bins)
+    columns = [tokenizer.decode(ids[i : i + size]).strip() for i in range(0, len(ids), size)]
+    by_turn = {name: _mean_by_turn(looks[name]) for name in names}
+    maps = {name: looks[name][shown].map for name in names}
 
     return {
         "names": names,
         "dialogs": len(talks),
-        "instruction_by_turn": {name: _mean_by_turn(looks[name]) for name in names},
-        "maps": {name: looks[name][shown].map for name in names},
+        "instruction_by_turn": by_turn,
+        "maps": maps,
         "bin": size,
         "instruction": talks[shown][1],
         "instruction_bins": [first / size, last / size],
-        "columns": [tokenizer.decode(ids[i : i + size]).strip() for i in range(0, len(ids), size)],
+        "columns": columns,
     }
 
 
@@ -151,8 +157,11 @@ def _bin(ids: Sequence[int], most_bins: int) -> int:
 
 def _mean_by_turn(looks: Sequence[Look]) -> list[float]:
     """The mean of each turn over the conversations that have it."""
-    turns = zip_longest(*(look.starts for look in looks))
-    return [statistics.fmean(v for v in turn if v is not None) for turn in turns]
+    means = []
+    for turn in zip_longest(*(look.starts for look in looks)):
+        means.append(statistics.fmean(value for value in turn if value is not None))
+
+    return means
 
 
 def instruction_span(tokenizer: Tokenizer, talk: Messages, instruction: str) -> tuple[int, int]:

@@ -83,7 +83,7 @@ def supports(model: Llama) -> bool:
         kind in (torch.float32, torch.bfloat16)
         and all(weight.dtype == kind and devices.is_cpu(weight) for weight in weights)
         and is_known(model)
-        and _call.found
+        and _call.is_built
     )
 
 
@@ -220,13 +220,11 @@ def _join(matrices: list[Weight]) -> Weight:
     if not quantized:
         return torch.cat([matrix for matrix in matrices if isinstance(matrix, Tensor)])
 
+    integers_OI = torch.cat([matrix.integers_OI for matrix in quantized])
+    scales_OG = torch.cat([matrix.scales_OG for matrix in quantized])
     zeros = [matrix.zeros_OG for matrix in quantized if matrix.zeros_OG is not None]
-    return QuantizedWeight(
-        torch.cat([matrix.integers_OI for matrix in quantized]),
-        torch.cat([matrix.scales_OG for matrix in quantized]),
-        torch.cat(zeros) if zeros else None,
-        quantized[0].inputs,
-    )
+    zeros_OG = torch.cat(zeros) if zeros else None
+    return QuantizedWeight(integers_OI, scales_OG, zeros_OG, quantized[0].inputs)
 
 
 def _lanes(tables_OG: list[Tensor]) -> Tensor:

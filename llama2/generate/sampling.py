@@ -158,7 +158,7 @@ def draw(
     under the model's own distribution: without temperature, truncation and changes."""
     logits_BV = logits_BV.float()
     source_BV = logits_BV if changed_BV is None else changed_BV
-    if devices.is_cpu(logits_BV) and _call.found and not (sampling.top_k or sampling.min_p):
+    if devices.is_cpu(logits_BV) and _call.is_built and not (sampling.top_k or sampling.min_p):
         return _draw_natively(logits_BV, source_BV, uniforms_BU, sampling)
 
     if sampling.temperature == 0:

@@ -47,7 +47,6 @@ _TURNS = (
 )
 """columns in which a list of turns may be written as text, as CSV must"""
 _WRITTEN = re.compile(r"""\s*(array\()?\[\s*\{\s*(["'])(role|content|from|value|name)\2\s*:""")
-_MEND = "mend the row, or import with malformed: skip"
 
 
 class SkippedRow(Exception):
@@ -179,10 +178,10 @@ def _read_row(
     except (ValueError, UserError) as error:
         if options.malformed == "skip":
             return [error.skipped if isinstance(error, LostColumns) else SkippedRow("malformed")]
-        if isinstance(error, UserError):
+        if isinstance(error, UserError) or isinstance(row, BadRow):
             raise
 
-        raise UserError(f"{row.where}: {error}", _MEND) from None
+        raise row.error(str(error)) from None
 
 
 def _convert(

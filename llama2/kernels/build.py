@@ -16,6 +16,7 @@ from __future__ import annotations
 import ctypes
 import errno
 import os
+import re
 import shlex
 import shutil
 import signal
@@ -219,8 +220,7 @@ def _run(command: Sequence[str], seconds: float, **environment: str) -> str:
 def _first_error(complaint: str, status: int) -> str:
     """Return the line that names an error, else the first, else how the compiler ended."""
     lines = [line.strip() for line in complaint.splitlines() if line.strip()]
-    signs = ("error", "not found", "cannot find")
-    errors = [line for line in lines if any(sign in line for sign in signs)]
+    errors = [line for line in lines if re.search("error|not found|cannot find", line)]
     ending = f"exit status {status}" if status > 0 else f"ended by signal {-status}"
     return [*errors, *lines, ending][0]
 
@@ -261,7 +261,7 @@ class Library:
         self._functions: dict[str, Any] = {}
 
     @property
-    def found(self) -> bool:
+    def is_built(self) -> bool:
         """Tell whether the library could be built."""
         return library(self.name) is not None
 

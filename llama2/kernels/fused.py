@@ -79,7 +79,7 @@ def supports(x: Tensor) -> bool:
         devices.is_cpu(x)
         and x.dtype in _KINDS
         and not torch.compiler.is_compiling()
-        and _call.found
+        and _call.is_built
     )
 
 
@@ -103,6 +103,7 @@ class _Normalise(torch.autograd.Function):
     def forward(
         ctx: Any, x: Tensor, update: Tensor | None, weight: Tensor, eps: float, kind: torch.dtype
     ) -> tuple[Tensor, Tensor]:
+        """Return stream and norm."""
         stream = x if update is None else torch.empty_like(x)
         out = torch.empty_like(x, dtype=kind)
         scale_N = x.new_empty(x.shape[:-1], dtype=torch.float32)
@@ -126,6 +127,7 @@ class _Normalise(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, beyond: Tensor | None, grad: Tensor | None) -> tuple[Tensor | None, ...]:
+        """Return gradients; `beyond` is what reaches the stream from later layers."""
         stream, weight, scale_N = ctx.saved_tensors
         if grad is None:
             passed = beyond.to(ctx.kind) if ctx.updated and beyond is not None else None
@@ -179,6 +181,7 @@ def _swiglu(gate: Tensor, up: Tensor, stride: int) -> Tensor:
 class _Gated(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, gate: Tensor, up: Tensor) -> Tensor:
+        """Return silu(gate(x)) · up(x)."""
         x_ND, weight_PD = _rows(x), _join((gate, up), x.dtype)
         y_NP = torch.mm(x_ND, weight_PD.t())  # P = 2 F
         out_NF = _swiglu(y_NP, y_NP[:, len(gate) :], y_NP.shape[1])
@@ -189,6 +192,7 @@ class _Gated(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, ...]:
+        """Return the gradients of activations and both matrices."""
         x_ND, weight_PD, y_NP = ctx.saved_tensors
         size, grad_y_NP = len(weight_PD) // 2, torch.empty_like(y_NP)
         name = f"swiglu_back_{_KINDS[x_ND.dtype]}"
@@ -236,6 +240,7 @@ class _Attention(torch.autograd.Function):
     def forward(
         ctx: Any, x: Tensor, wq: Tensor, wk: Tensor, wv: Tensor, size: int, view: View
     ) -> Tensor:
+        """Return joined heads; queries and attention weights are kept for the gradient."""
         rows, length, _ = x.shape
         x_ND, weight_PD = _rows(x), _join((wq, wk, wv), x.dtype)
         y_NP = torch.mm(x_ND, weight_PD.t())

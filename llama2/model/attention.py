@@ -170,6 +170,7 @@ def _varlen(repeated: bool) -> Kernel:
     def attend(
         q_NHE: Tensor, k_NKE: Tensor, v_NKE: Tensor, bounds_C: Tensor, longest: int
     ) -> Tensor:
+        """Attend inside the documents between `bounds_C`."""
         if repeated:
             groups = q_NHE.shape[1] // k_NKE.shape[1]
             k_NKE = k_NKE.repeat_interleave(groups, 1)
@@ -189,6 +190,7 @@ def _agrees(kernel: Kernel, device: torch.device, kind: torch.dtype, size: int) 
     tokens, generator = ids_1N.shape[1], torch.Generator().manual_seed(0)
 
     def random(heads: int) -> Tensor:
+        """Draw queries, keys or values [N, heads, E]."""
         return torch.randn(tokens, heads, size, generator=generator).to(device, kind)
 
     with (

@@ -108,6 +108,7 @@ class _LogLikelihood(torch.autograd.Function):
         entropy: bool,
         steps: Likelihood,
     ) -> tuple[Tensor, Tensor]:
+        """Return logp_N and entropy_N, chunk by chunk."""
         tokens, vocabulary = len(hidden_ND), len(weight_VD)
         train = ctx.needs_input_grad[0] or ctx.needs_input_grad[1]
         keep = train and tokens * vocabulary * hidden_ND.element_size() <= KEEP_BYTES
@@ -136,6 +137,7 @@ class _LogLikelihood(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad_N: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+        """Return the gradients of hidden states and matrix."""
         hidden_ND, weight_VD, targets_N, total_N, *saved = ctx.saved_tensors
         steps: Likelihood = ctx.steps
         scale_N1 = (-grad_N / total_N)[:, None]

@@ -156,13 +156,9 @@ class _Zstandard(io.RawIOBase):
         return count
 
 
-def _open_zstandard(file: IO[bytes]) -> IO[bytes]:
-    return io.BufferedReader(_Zstandard(file), 1 << 20)
-
-
 _UNPACK: dict[str, Callable[[IO[bytes]], Any]] = {
     ".gz": gzip.open,
     ".bz2": bz2.open,
     ".xz": lzma.open,
-    ".zst": _open_zstandard,
+    ".zst": lambda file: io.BufferedReader(_Zstandard(file), 1 << 20),
 }

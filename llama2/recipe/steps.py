@@ -52,11 +52,8 @@ class RecipeStep:
 
 def resolve_steps(recipe: Config) -> dict[str, RecipeStep]:
     """Return the steps of a recipe by name; UserError for the first that cannot be carried out."""
-    for place, names in (("steps", recipe.steps), ("parameters", recipe.parameters)):
-        check_names(names, place)
-        for name in names:
-            _check_name(name, place)
-
+    _check_names(recipe.steps, "steps")
+    _check_names(recipe.parameters, "parameters")
     steps: dict[str, RecipeStep] = {}
     for name, given in recipe.steps.items():
         if given is not None:
@@ -71,13 +68,18 @@ def resolve_steps(recipe: Config) -> dict[str, RecipeStep]:
     return steps
 
 
-def _check_name(name: str, place: str) -> None:
-    if name.lower() in _RESERVED:
-        raise UserError(f"{place}: the name '{name}' is taken in every recipe", "choose another")
-    if re.search(r"[${}]", name):
-        raise UserError(
-            f"{place}: nothing can refer to '{name}'", "choose a name without $, { and }"
-        )
+def _check_names(names: Mapping[str, Any], place: str) -> None:
+    """Refuse names that no step and no parameter may have."""
+    check_names(names, place)
+    for name in names:
+        if name.lower() in _RESERVED:
+            raise UserError(
+                f"{place}: the name '{name}' is taken in every recipe", "choose another"
+            )
+        if re.search(r"[${}]", name):
+            raise UserError(
+                f"{place}: nothing can refer to '{name}'", "choose a name without $, { and }"
+            )
 
 
 def _resolve_step(

@@ -19,7 +19,7 @@ from llama2.config.yaml12 import read_yaml
 from llama2.errors import UserError
 from llama2.formats.checkpoint import CONFIG, INDEX, WEIGHTS
 from llama2.results import StageResult
-from llama2.runs.recipe_runs import Recipe, Step, read_manifest, read_recipe
+from llama2.runs.recipe_runs import Recipe, StepRun, read_manifest, read_recipe
 
 RECIPE = "recipe.yaml"
 _CHECKPOINTS = (
@@ -63,7 +63,7 @@ class Stage:
     """One run of the lineage with what it read."""
 
     name: str
-    step: Step
+    step: StepRun
     inputs: tuple[Input, ...]
 
     @property
@@ -128,7 +128,7 @@ class Lineage:
         """Checkpoints from outside."""
         return [source for source in self.bases if source.key != "tokenizer"]
 
-    def describe(self, step: Step) -> Stage:
+    def describe(self, step: StepRun) -> Stage:
         """Return a run beside the model's own, such as its evaluation, as a stage."""
         tracer = _Tracer(self.recipe)
         return tracer.stages[tracer.visit(step.path.resolve())]
@@ -144,7 +144,7 @@ class Lineage:
         return bool(self.of("world")) and not self.outside
 
 
-def find_weights(step: Step) -> str | None:
+def find_weights(step: StepRun) -> str | None:
     """Return the SHA-256 of a finished run's weights, as it recorded it."""
     outputs = step.recorded
     return (outputs.get(INDEX) or outputs.get(WEIGHTS)) if CONFIG in outputs else None
@@ -217,7 +217,7 @@ class _Tracer:
         if name in self.stages:
             return name
 
-        step = Step(name, run, read_manifest(run))
+        step = StepRun(name, run, read_manifest(run))
         recorded: Mapping[str, str] = step.manifest.get("inputs") or {}
         paths = [(key, path) for key, path in sorted(list_texts(step.config)) if key in recorded]
         inputs = [self._find_input(run, key, path, recorded[key]) for key, path in paths]

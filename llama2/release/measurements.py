@@ -18,7 +18,7 @@ from llama2.records import Prompt
 from llama2.release.lineage import Lineage, find_weights, locate
 from llama2.results import EvaluateResult, Proportion, SampledAnswer, TruthResult, VersionResult
 from llama2.runs import completion
-from llama2.runs.recipe_runs import Step
+from llama2.runs.recipe_runs import StepRun
 
 SAMPLES = "samples.jsonl"
 UNSAFE_BELOW = 0.5
@@ -49,7 +49,7 @@ class Category:
 class Measured:
     """One version of one evaluation."""
 
-    step: Step
+    step: StepRun
     name: str
     """what the evaluation calls the version"""
     content: EvaluateResult
@@ -193,7 +193,7 @@ def find_measured(lineage: Lineage) -> Measured | None:
     return max(reversed(measured), key=lambda each: len(each.content.versions), default=None)
 
 
-def _find_version(lineage: Lineage, step: Step) -> str | None:
+def _find_version(lineage: Lineage, step: StepRun) -> str | None:
     """Return what an evaluation calls the released run: by its fingerprint, else by its weights."""
     inputs: Mapping[str, str] = step.manifest.get("inputs") or {}
     digests = {

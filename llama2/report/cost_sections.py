@@ -8,7 +8,7 @@ from typing import Any
 from llama2.report import paper_values
 from llama2.report.energy import Power, format_amounts, measure_energy
 from llama2.report.html import Html, chip, clock, number, paragraph, percent, section, short, table
-from llama2.runs.recipe_runs import Recipe, Step
+from llama2.runs.recipe_runs import Recipe, StepRun
 
 HEADERS = (
     "Step",
@@ -50,7 +50,7 @@ def render_costs(recipe: Recipe, power: Power) -> Html:
     )
 
 
-def _describe_step(step: Step, power: Power) -> list[Any]:
+def _describe_step(step: StepRun, power: Power) -> list[Any]:
     energy = measure_energy(step, power)
     time: list[Any] = [chip("unfinished", "bad"), "", "", ""]
     if energy is not None:

@@ -18,7 +18,7 @@ from pydantic import Field
 from llama2.config import Config as Section
 
 if TYPE_CHECKING:  # `llama2 carbon` needs no runs, which load torch
-    from llama2.runs.recipe_runs import Step
+    from llama2.runs.recipe_runs import StepRun
 
 PUE = 1.1
 """energy of the data centre for each unit of energy of its devices"""
@@ -70,7 +70,7 @@ class Power(Section):
     """carbon intensity of the grid, kg CO2eq per kWh"""
 
 
-def measure_energy(step: Step, power: Power) -> Energy | None:
+def measure_energy(step: StepRun, power: Power) -> Energy | None:
     """Return the device-hours of a step at the rated power of its devices, None while it is
     unfinished."""
     if step.seconds is None:

@@ -22,7 +22,7 @@ from llama2.report.html import (
 )
 from llama2.report.training_sections import render_curve
 from llama2.results import Alarm, CurvesResult, HealthResult, RankedAnswers, RejectionResult
-from llama2.runs.recipe_runs import Recipe, Step
+from llama2.runs.recipe_runs import Recipe, StepRun
 
 
 def render_rejection(recipe: Recipe) -> Html:
@@ -159,7 +159,7 @@ def _render_alarms(alarms: Sequence[Alarm]) -> Html:
     return table(headers, rows, words=(0, 3, 4))
 
 
-def _render_heldout(step: Step) -> Html:
+def _render_heldout(step: StepRun) -> Html:
     """Render the reward on held-out prompts, in all and by kind of prompt: what early stopping
     watches."""
     points = {name: step.series(key) for name, key in HELDOUT.items()}

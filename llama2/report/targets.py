@@ -36,7 +36,7 @@ from llama2.results import (
     VersionComparison,
     VersionResult,
 )
-from llama2.runs.recipe_runs import Recipe, Step
+from llama2.runs.recipe_runs import Recipe, StepRun
 
 
 class Targets(Section):
@@ -343,7 +343,7 @@ def find_own_set(model: str, accuracy: AccuracyResult) -> str | None:
 
 
 def _judge_reward_model(
-    step: Step, accuracy: SetAccuracy, targets: Targets, simulated: bool
+    step: StepRun, accuracy: SetAccuracy, targets: Targets, simulated: bool
 ) -> Iterator[Judgement]:
     if not simulated:
         every = accuracy.all
@@ -385,7 +385,7 @@ def _judge_fall(degrees: Sequence[Proportion]) -> State:
     return judge_interval(bound_difference(degrees[-1], degrees[0]), most=0.0)
 
 
-def _judge_baselines(step: Step, accuracy: SetAccuracy) -> Iterator[Judgement]:
+def _judge_baselines(step: StepRun, accuracy: SetAccuracy) -> Iterator[Judgement]:
     """Judge whether a reward model knows more than judges that understand nothing, on the same
     pairs."""
     baselines = accuracy.by_baseline
@@ -406,7 +406,7 @@ def _judge_baselines(step: Step, accuracy: SetAccuracy) -> Iterator[Judgement]:
     )
 
 
-def _judge_compression(step: Step, result: PretrainResult) -> Iterator[Judgement]:
+def _judge_compression(step: StepRun, result: PretrainResult) -> Iterator[Judgement]:
     ours = result.validation.bits_per_byte if result.validation else None
     theirs = result.xz_bits_per_byte
     if ours is None or theirs is None:

@@ -30,10 +30,10 @@ from llama2.results import (
     SetAccuracy,
     SftResult,
 )
-from llama2.runs.recipe_runs import Recipe, Step
+from llama2.runs.recipe_runs import Recipe, StepRun
 
 
-def render_curve(step: Step, key: str, title: str, small: bool = False) -> Html:
+def render_curve(step: StepRun, key: str, title: str, small: bool = False) -> Html:
     """Render one metric over the steps; nothing where it was not logged twice."""
     x, y = step.series(key)
     if len(y) < 2:
@@ -86,7 +86,7 @@ def _describe_model(result: PretrainResult | None) -> list[str]:
     return facts
 
 
-def _describe_speed(step: Step) -> list[str]:
+def _describe_speed(step: StepRun) -> list[str]:
     facts = []
     if (speed := step.mean("perf/tokens_per_second")) is not None:
         facts.append(f"{short(speed)} tokens/s")
@@ -110,7 +110,7 @@ def _render_loss(
     return figure(lines(series, "step", "", noisy=True), title, note) if series else Html("")
 
 
-def _render_bits(step: Step, result: PretrainResult | None) -> Html:
+def _render_bits(step: StepRun, result: PretrainResult | None) -> Html:
     x, y = step.series("validation/bits_per_byte")
     if not y:
         return Html("")
@@ -149,7 +149,7 @@ def render_fine_tuning(recipe: Recipe) -> Html:
     )
 
 
-def _describe_fine_tuning(step: Step) -> tuple[str, ...]:
+def _describe_fine_tuning(step: StepRun) -> tuple[str, ...]:
     result = step.result(SftResult)
     validation = result.validation if result else None
     _, loss = step.series("train/loss")

@@ -1,7 +1,7 @@
 """What each stage leaves in its run directory, one frozen model a JSON file.
 
 A stage constructs its result and writes it with `Run.write_result`; the report, the papers of a
-release and everything else read it back through `recipe_runs.Step.result`. A name that stands here
+release and everything else read it back through `recipe_runs.StepRun.result`. A name that stands here
 is a key of the file, so a key that no stage writes cannot be read. What is at its default is left
 out of the file. Files of earlier versions open too: `spellings` lists how they wrote a key.
 

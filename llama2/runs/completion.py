@@ -71,13 +71,12 @@ class _Manifest(BaseModel):
     device: str = devices.CPU
 
 
-# --- written down
-# -------------------------------------------------------------------------------------------------
+# --- written down ---
 
 
 def contents(directory: Path) -> dict[str, str]:
     """Return the hash of every lasting file below a run directory, or any other."""
-    return {name: hash_file(path) for name, path in _lasting(directory)}
+    return _hash_files(dict(_lasting(directory)))
 
 
 def _lasting(directory: Path) -> Iterator[tuple[str, Path]]:
@@ -96,12 +95,16 @@ def mark(run: Path, seconds: float) -> str:
 
     return seal(
         {
-            "outputs": {name: hash_file(path) for name, path in outputs.items()},
-            "records": {name: hash_file(path) for name, path in records.items()},
+            "outputs": _hash_files(outputs),
+            "records": _hash_files(records),
             "files": stamps,
             "seconds": seconds,
         }
     )
+
+
+def _hash_files(paths: Mapping[str, Path]) -> dict[str, str]:
+    return {name: hash_file(path) for name, path in paths.items()}
 
 
 def _stamp(path: Path) -> Stamp:
@@ -109,8 +112,7 @@ def _stamp(path: Path) -> Stamp:
     return [status.st_size, status.st_mtime_ns]
 
 
-# --- read
-# ---------------------------------------------------------------------------------------------------------
+# --- read ---
 
 
 def completed(run: Path) -> dict[str, Any]:
@@ -160,8 +162,7 @@ def recorded(run: Path, inside: str = ".") -> dict[str, str]:
     return {name: digest for name, digest in outputs.items() if _is_at(name, inside)}
 
 
-# --- compared
-# -----------------------------------------------------------------------------------------------------
+# --- compared ---
 
 
 def check(run: Path, inside: str = ".", but: Collection[str] = ()) -> dict[str, str]:
@@ -248,8 +249,8 @@ def _is_known(stamp: Stamp, *records: Stamp | None) -> bool:
 def _differing(
     run: Path, unread: list[_Unread], digests: Mapping[str, str], thorough: bool
 ) -> Iterator[UserError]:
-    """Give those of the unread files whose content is another one; remember what was read of a large
-    copy."""
+    """Give those of the unread files whose content is another one; remember what was read of a
+    large copy."""
     left = CHEAP
     same: dict[str, Stamp] = {}
     for file in unread:
@@ -282,8 +283,8 @@ def _compared(run: Path) -> dict[str, Any]:
 def _strangers(
     run: Path, inside: str, chosen: Collection[str], but: Collection[str]
 ) -> Iterator[UserError]:
-    """Give files that stand among the outputs and look like them, so that who reads the folder would
-    read them too."""
+    """Give files that stand among the outputs and look like them, so that who reads the folder
+    would read them too."""
     if not (run / inside).is_dir():
         return
 

@@ -107,8 +107,8 @@ def _check_model(key: str, path: Path) -> None:
 
 
 def is_output(path: Path) -> bool:
-    """Tell whether a finished run wrote `path`: such a file may be empty, because nothing passed the
-    stage's gate."""
+    """Tell whether a finished run wrote `path`: such a file may be empty, because nothing passed
+    the stage's gate."""
     return completion.home(path.parent) is not None
 
 

@@ -186,8 +186,8 @@ def _differences(
 ) -> list[str]:
     """Return what was asked and what is, where that differs.
 
-    Inputs are compared elsewhere, by what they hold: they, and the run with them, may lie at another
-    place than they did.
+    Inputs are compared elsewhere, by what they hold: they, and the run with them, may lie at
+    another place than they did.
     """
     prefix = f"{key}." if key else ""
     if isinstance(old, dict) and isinstance(new, dict):

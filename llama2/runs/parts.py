@@ -29,8 +29,8 @@ Work = Callable[[Sequence[T], int], Sequence[Any]]
 
 
 def in_parts(run: Run, name: str, items: Sequence[T], size: int, work: Work[T]) -> Iterator[Any]:
-    """The rows (plain JSON) that `work(some, first)` makes of `items`, `size` of them at a time, in
-    order.
+    """Give the rows (plain JSON) that `work(some, first)` makes of `items`, `size` of them at a
+    time, in order.
 
     `first` is the place of `some[0]` in `items`. Every rank calls this alike, does its share inside
     `work`, and gets all rows. A finished part is read back, never made again. UserError where the
@@ -78,7 +78,8 @@ class _Finished:
 
             if line.endswith(b"\n"):  # a line that a crash cut off is nothing to speak of
                 say(
-                    f"{path}: damaged behind the first {self.end} of {items}; the rest is made again"
+                    f"{path}: damaged behind the first {self.end} of {items}; "
+                    "the rest is made again"
                 )
 
             self._file.truncate(whole)
@@ -87,7 +88,7 @@ class _Finished:
         self._next = 0
 
     def read(self) -> tuple[int, list[Any]]:
-        """How many items the next finished part is of, and its rows."""
+        """Return how many items the next finished part is of, and its rows."""
         part = _part(self._file.readline(), self._next)
         assert part is not None  # it was checked when the file was opened
         self._next += part[0]
@@ -107,12 +108,13 @@ class _Finished:
             os.fsync(self._file.fileno())
 
     def close(self) -> None:
+        """Close the file."""
         self._file.close()
 
 
 def _part(line: bytes, first: int) -> tuple[int, list[Any]] | None:
-    """The number of items and the rows in a line of the file; None if it is not whole, or does not
-    begin at `first`."""
+    """Return the number of items and the rows in a line of the file; None if it is not whole, or
+    does not begin at `first`."""
     try:
         found = json_files.parsed(line)
         text, count = str(found["rows"]), int(found["items"])

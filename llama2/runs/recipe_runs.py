@@ -57,7 +57,7 @@ def read_result(run: Path, kind: type[R]) -> R | None:
 
 
 @dataclass(frozen=True)
-class Step:
+class StepRun:
     """One run directory of a recipe."""
 
     name: str
@@ -170,15 +170,15 @@ class Recipe:
     """All runs of a recipe, in its order."""
 
     path: Path
-    steps: list[Step]
+    steps: list[StepRun]
     waiting: int = 0
     """steps that have not begun"""
 
-    def of(self, *verbs: str) -> list[Step]:
+    def of(self, *verbs: str) -> list[StepRun]:
         """The steps of the given verbs."""
         return [step for step in self.steps if step.verb in verbs]
 
-    def results(self, kind: type[R]) -> list[tuple[Step, R]]:
+    def results(self, kind: type[R]) -> list[tuple[StepRun, R]]:
         """Return one kind of result with the steps that wrote it, in the recipe's order."""
         pairs = ((step, step.result(kind)) for step in self.of(kind.stage))
         return [(step, result) for step, result in pairs if result is not None]
@@ -292,7 +292,7 @@ def read_recipe(path: Path) -> Recipe:
     steps = []
     for name, manifest in manifests.items():
         made_from = _find_ancestors(manifest, path, list(manifests), name)
-        steps.append(Step(name, path / name, manifest, made_from))
+        steps.append(StepRun(name, path / name, manifest, made_from))
 
     return Recipe(path, steps, waiting)
 

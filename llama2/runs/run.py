@@ -196,8 +196,8 @@ def _read_seconds(file: Path) -> float:
 def _remove_leftovers(run: Path) -> None:
     """Delete what a run needed until its end.
 
-    Where the folder of checkpoints, or one in it, was moved to another disk and linked, what the run
-    itself wrote there is deleted.
+    Where the folder of checkpoints, or one in it, was moved to another disk and linked, what the
+    run itself wrote there is deleted.
     """
     (run / SECONDS).unlink(missing_ok=True)
     folder = run / CHECKPOINTS

@@ -20,8 +20,8 @@ def seal(values: Mapping[str, Any]) -> str:
 
 
 def unseal(path: Path, cure: str) -> dict[str, Any]:
-    """Read what `seal` wrote, or any JSON object without such a hash; UserError with `cure` where it
-    is damaged."""
+    """Read what `seal` wrote, or any JSON object without such a hash; UserError with `cure` where
+    it is damaged."""
     values = json_files.json_object(path, cure)
     expected = values.pop(_SUM, None)
     if expected is not None and expected != hash_content(dump(values)):

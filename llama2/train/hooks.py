@@ -1,4 +1,4 @@
-"""What happens around training: metrics, progress, validation, checkpoints, signals.
+"""Hooks around training: metrics, progress, validation, checkpoints, signals.
 
 None of it touches the mathematics: a hook sees reports and asks the loop to finish or stop.
 Validation runs beside the random generators, so a run trains alike with and without it.
@@ -42,6 +42,7 @@ class Window:
         self.weight = self.tokens = self.seconds = 0.0
 
     def add(self, report: Report) -> None:
+        """Count one more step."""
         for name, value in report.sums.items():
             self.sums[name] = self.sums.get(name, 0.0) + value
 
@@ -50,11 +51,12 @@ class Window:
         self.seconds += report.seconds
 
     def means(self) -> dict[str, float]:
+        """Return the mean of each metric."""
         return means(self.sums, self.weight)
 
     def speed(self, flops_per_token: float, peak: float, ranks: int) -> dict[str, float]:
-        """Real tokens a second over all ranks and, where a peak is known, the share of it that they
-        take (MFU).
+        """Return real tokens a second over all ranks and, where a peak is known, the share of it
+        that they take (MFU).
 
         What is computed faster than the measured peak shows that the peak is at least that: 100 %
         is the most.
@@ -68,7 +70,7 @@ class Window:
 
 
 def known_peak(flops_per_token: float, training: TrainingState) -> float:
-    """The device's peak in FLOP/s, 0 where MFU cannot be told from it."""
+    """Return the device's peak in FLOP/s, 0 where MFU cannot be told from it."""
     device = training.learner.ranks.device
     if not flops_per_token or not devices.is_exclusive(device):
         return 0.0
@@ -92,15 +94,18 @@ class Log(Hook):
         self.pending: Report | None = None
 
     def on_start(self, training: TrainingState) -> None:
+        """Measure the peak that MFU is told from."""
         self.peak = known_peak(self.flops_per_token, training)
 
     def on_step(self, training: TrainingState, report: Report) -> None:
+        """Count the step; publish every `plan.log_every` of them."""
         self.window.add(report)
         self.pending = report
         if report.step % training.plan.log_every == 0:
             self._publish(training, report)
 
     def on_end(self, training: TrainingState) -> None:
+        """Publish what is left."""
         if self.pending is not None:
             self._publish(training, self.pending)
 
@@ -119,12 +124,15 @@ class Log(Hook):
         training.log(metrics)
 
     def on_log(self, step: int, metrics: Metrics) -> None:
+        """Write the metrics."""
         self.write(step, metrics)
 
     def state_dict(self) -> dict[str, Any]:
+        """Return the sums since the last publication."""
         return dict(vars(self.window))
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restore what `state_dict` returned."""
         vars(self.window).update(state)
 
 
@@ -142,11 +150,13 @@ class TensorBoard(Hook):
             self.writer = SummaryWriter(directory)
 
     def on_log(self, step: int, metrics: Metrics) -> None:
+        """Write each metric."""
         if self.writer is not None:
             for name, value in metrics.items():
                 self.writer.add_scalar(name, value, step)
 
     def close(self) -> None:
+        """Close the file of events."""
         if self.writer is not None:
             self.writer.close()
 
@@ -161,6 +171,7 @@ class ProgressBar(Hook):
         self.bar: Progress | None = None
 
     def on_start(self, training: TrainingState) -> None:
+        """Show the bar at the step that training begins with."""
         self.begin = self.printed = time.monotonic()
         self.peak = known_peak(self.flops_per_token, training)
         if training.learner.ranks.is_main and sys.stderr.isatty():
@@ -178,6 +189,7 @@ class ProgressBar(Hook):
             )
 
     def on_step(self, training: TrainingState, report: Report) -> None:
+        """Show the step, if the last one shown was long enough ago."""
         self.first = self.first or report.step
         self.window.add(report)
         now = time.monotonic()
@@ -211,6 +223,7 @@ class ProgressBar(Hook):
             print(f"{self.title} {place}: {', '.join(parts)}", file=sys.stderr, flush=True)
 
     def close(self) -> None:
+        """Take the bar away."""
         if self.bar is not None:
             self.bar.stop()
             self.bar = None
@@ -240,11 +253,13 @@ class Validate(Hook):
         self.best_step = self.last_step = self.failures = 0
 
     def on_step(self, training: TrainingState, report: Report) -> None:
+        """Validate at every interval."""
         every = training.plan.validate_every
         if every and report.step % every == 0:
             self._validate(training)
 
     def on_end(self, training: TrainingState) -> None:
+        """Validate at the end, unless the last step was."""
         if self.last_step != training.learner.step:
             self._validate(training)
 
@@ -281,6 +296,7 @@ class Validate(Hook):
             training.finish = True
 
     def state_dict(self) -> dict[str, Any]:
+        """Return the best value and how long ago it was."""
         return {
             "best": self.best,
             "best_step": self.best_step,
@@ -289,6 +305,7 @@ class Validate(Hook):
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restore what `state_dict` returned."""
         vars(self).update(state)
 
 
@@ -308,14 +325,15 @@ class Checkpoint(Hook):
         self.run, self.save_model, self.on_resume = run, save_model, on_resume
 
     def on_start(self, training: TrainingState) -> None:
+        """Restore the newest checkpoint, if there is one."""
         ranks = training.learner.ranks
         newest = state.newest_whole(self.run, ranks)
         if newest is not None:
             state.restore(training, newest)
             if ranks.is_main and state.lost_metrics(self.run, newest):
                 print(
-                    f"{self.run}/metrics.jsonl: damaged: lines logged before step {training.learner.step} are lost, "
-                    "and the report's curves lack them",
+                    f"{self.run}/metrics.jsonl: damaged: lines logged before step "
+                    f"{training.learner.step} are lost, and the report's curves lack them",
                     file=sys.stderr,
                 )
 
@@ -323,6 +341,7 @@ class Checkpoint(Hook):
                 self.on_resume(training.learner.step)
 
     def on_boundary(self, training: TrainingState) -> None:
+        """Save at every interval, when stopped and at the end."""
         every = training.plan.save_every
         if training.stop or training.ended or (every and training.learner.step % every == 0):
             state.save(training, self.run, self.save_model, training.plan.keep)
@@ -340,6 +359,8 @@ class Signals(Hook):
         self.before: dict[signal.Signals, Any] = {}
 
     def on_start(self, training: TrainingState) -> None:
+        """Take over the signals that ask for a stop."""
+
         def request(number: int, frame: FrameType | None) -> None:
             training.stop_requested = True
             interrupts.let_go_of_terminal(number)
@@ -355,6 +376,7 @@ class Signals(Hook):
             self.before = {number: signal.signal(number, request) for number in numbers}
 
     def close(self) -> None:
+        """Give the signals back."""
         for number, handler in self.before.items():
             signal.signal(number, handler)
 

@@ -20,7 +20,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from llama2 import devices
-from llama2.batches import Batch, count_tokens
+from llama2.batches import Batch, count_tokens, move
 from llama2.config import Config
 from llama2.errors import UserError
 from llama2.runs import Stopped
@@ -30,7 +30,7 @@ from llama2.train.learner import Learner
 
 @dataclass
 class Loss:
-    """What an objective returns for one micro-batch, everything summed.
+    """The result of an objective for one micro-batch, everything summed.
 
     `total` is differentiated; `weight` counts what it sums over (trained tokens, pairs). A metric
     is divided by `weight` when reported, or by the metric `<name>/weight` where there is one. Every
@@ -46,18 +46,22 @@ Objective = Callable[[nn.Module, Batch], Loss]
 
 
 class BatchSource(Protocol):
-    """Where batches come from. The state after a step must lead to the same later batches."""
+    """A source of batches. The state after a step must lead to the same later batches."""
 
     def __next__(self) -> list[Batch]:
-        """The micro-batches of one optimizer step on this rank; StopIteration ends training.
+        """Return the micro-batches of one optimizer step on this rank; StopIteration ends training.
 
         Ranks may hold different numbers of micro-batches, except where the model is sharded.
         """
         ...
 
-    def state_dict(self) -> dict[str, Any]: ...
+    def state_dict(self) -> dict[str, Any]:
+        """Return the place in the data."""
+        ...
 
-    def load_state_dict(self, state: dict[str, Any]) -> None: ...
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from a place that `state_dict` returned."""
+        ...
 
 
 class Plan(Config):
@@ -84,11 +88,11 @@ class Plan(Config):
 
     @property
     def total(self) -> int | None:
-        """Where the cosine ends."""
+        """The step where the cosine ends."""
         return self.max_steps if self.total_steps is None else self.total_steps
 
     def factor(self, step: int) -> float:
-        """The learning rate of update `step` (0-based) as a share of its peak."""
+        """Return the learning rate of update `step` (0-based) as a share of its peak."""
         return optim.factor(step, self.schedule, self.warmup_steps or 0, self.total, self.min_ratio)
 
     def check(self) -> None:
@@ -125,13 +129,13 @@ class Report:
 
     @property
     def gradient_norm(self) -> float:
-        """Of the whole mean gradient, before clipping."""
+        """The norm of the whole mean gradient, before clipping."""
         return math.hypot(*self.gradient_norms.values())
 
 
 def means(sums: Mapping[str, float], weight: float) -> dict[str, float]:
-    """Each sum over its weight (`<name>/weight`, else `weight`); metrics nothing was counted for
-    are left out."""
+    """Divide each sum by its weight (`<name>/weight`, else `weight`), and leave out metrics that
+    nothing was counted for."""
     weights = {
         name: sums.get(f"{name}/weight", weight) for name in sums if not name.endswith("/weight")
     }
@@ -142,25 +146,26 @@ class Hook:
     """Watches training. Override what is needed; every rank calls every hook."""
 
     def on_start(self, training: TrainingState) -> None:
-        """Before the first step; a checkpoint is restored here."""
+        """Act before the first step; a checkpoint is restored here."""
 
     def on_step(self, training: TrainingState, report: Report) -> None:
-        """After each update."""
+        """Act after each update."""
 
     def on_log(self, step: int, metrics: Mapping[str, float]) -> None:
-        """When any hook publishes metrics."""
+        """Act when any hook publishes metrics."""
 
     def on_boundary(self, training: TrainingState) -> None:
-        """After every hook has seen the step, or the end: the state is whole and may be saved."""
+        """Act when every hook has seen the step, or the end: the state is whole and may be
+        saved."""
 
     def on_end(self, training: TrainingState) -> None:
-        """After the last step."""
+        """Act after the last step."""
 
     def close(self) -> None:
-        """Always called, also after an error."""
+        """Let go of what is held; also called after an error."""
 
     def state_dict(self) -> dict[str, Any]:
-        """What a resumed run must know."""
+        """Return what a resumed run must know."""
         return {}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -169,7 +174,7 @@ class Hook:
 
 @dataclass
 class TrainingState:
-    """What hooks see and may ask of the loop."""
+    """A training run as hooks see it, and what they may ask of it."""
 
     learner: Learner
     source: BatchSource
@@ -253,8 +258,8 @@ def _boundary(training: TrainingState) -> None:
 
 
 def _agree(learner: Learner, batches: list[Batch] | None) -> list[Batch] | None:
-    """Return None on every rank as soon as one rank's source has ended: the others would wait for it
-    for ever."""
+    """Return None on every rank as soon as one rank's source has ended: the others would wait for
+    it for ever."""
     ranks = learner.ranks
     if ranks.size == 1:
         return batches
@@ -314,10 +319,8 @@ def _differentiate(
     for batch in batches:
         read, under_loss = count_tokens(batch)
         tokens, trained = tokens + read, trained + under_loss
-        batch = {name: tensor.to(ranks.device, non_blocking=True) for name, tensor in batch.items()}
-
         with devices.autocast(ranks.device, learner.precision):
-            loss = objective(learner.forward, batch)
+            loss = objective(learner.forward, move(batch, ranks.device))
 
         loss.total.backward()  # type: ignore[no-untyped-call]
         names = tuple(sorted(loss.metrics))
@@ -325,7 +328,8 @@ def _differentiate(
 
         if names != training.names:
             raise ValueError(
-                f"an objective must return the same metrics every time: {names}, not {training.names}"
+                f"an objective must return the same metrics every time: {names}, "
+                f"not {training.names}"
             )
 
         values = [loss.total, loss.weight, *(loss.metrics[name] for name in names)]
@@ -360,9 +364,7 @@ def _update(training: TrainingState, total: float, weight: float) -> dict[str, f
     nothing.
     """
     learner, limit = training.learner, training.plan.clip
-    gradients = {
-        name: [p.grad for p in part if p.grad is not None] for name, part in learner.parts.items()
-    }
+    gradients = {name: _gradients(part) for name, part in learner.parts.items()}
     norms = {name: parallel.gradient_norm(part) for name, part in gradients.items()}
 
     if not all(map(math.isfinite, (total, *norms.values()))):
@@ -378,6 +380,10 @@ def _update(training: TrainingState, total: float, weight: float) -> dict[str, f
 
     learner.optimizer.step()
     return norms
+
+
+def _gradients(parameters: Iterable[nn.Parameter]) -> list[Tensor]:
+    return [parameter.grad for parameter in parameters if parameter.grad is not None]
 
 
 def _not_finite(

@@ -28,7 +28,7 @@ MARGINS: dict[Margins, tuple[float, ...]] = {  # in the order of DEGREES (Table 
 
 
 def packing(batch: Batch) -> dict[str, Tensor]:
-    """The batch's document and position ids, where rows hold several documents."""
+    """Return the batch's document and position ids, where rows hold several documents."""
     return {name: batch[name] for name in ("documents_BT", "positions_BT") if name in batch}
 
 
@@ -178,8 +178,8 @@ def clipped(
 
 
 def explained_variance(metrics: Mapping[str, float]) -> dict[str, float]:
-    """1 - Var(return - value) / Var(return), from the means which `clipped` reports; {} where
-    returns do not vary."""
+    """Return 1 - Var(return - value) / Var(return), from the means which `clipped` reports; {}
+    where returns do not vary."""
     if "ppo/return" not in metrics:
         return {}
 

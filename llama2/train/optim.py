@@ -36,7 +36,7 @@ class AdamW(Config):
 def groups(
     model: nn.Module, settings: AdamW, rates: Mapping[str, float] | None = None
 ) -> list[dict[str, object]]:
-    """Parameter groups by peak learning rate and decay.
+    """Return parameter groups by peak learning rate and decay.
 
     `rates` gives the parameters whose name starts with a prefix a peak of their own (`{"critic.":
     3e-4}`); every prefix must match. Frozen parameters are left out. A tensor shared under two
@@ -64,8 +64,8 @@ def groups(
 
 
 def parts(model: nn.Module, prefixes: Sequence[str]) -> dict[str, list[nn.Parameter]]:
-    """The parameters that train, by the prefix their name starts with; those that match none are
-    under "".
+    """Return the parameters that train, by the prefix their name starts with; those that match none
+    are under "".
 
     Every prefix must match. A tensor shared under two names counts once.
     """
@@ -81,14 +81,14 @@ def parts(model: nn.Module, prefixes: Sequence[str]) -> dict[str, list[nn.Parame
 
 
 def _prefix(name: str, prefixes: Iterable[str]) -> str | None:
-    """The first of the prefixes that a parameter's name starts with."""
+    """Return the first of the prefixes that a parameter's name starts with."""
     return next((prefix for prefix in prefixes if name.startswith(prefix)), None)
 
 
 def adamw(
     model: nn.Module, settings: AdamW, rates: Mapping[str, float] | None = None
 ) -> torch.optim.AdamW:
-    """AdamW over `groups(...)`, fused into one kernel where PyTorch has one."""
+    """Return AdamW over `groups(...)`, fused into one kernel where PyTorch has one."""
     fused = all(p.device.type in devices.FUSED for p in model.parameters())
     return torch.optim.AdamW(
         groups(model, settings, rates),
@@ -101,7 +101,7 @@ def adamw(
 def factor(
     step: int, schedule: Schedule, warmup_steps: int, total_steps: int | None, min_ratio: float
 ) -> float:
-    """The learning rate of update `step` (0-based) as a share of its peak.
+    """Return the learning rate of update `step` (0-based) as a share of its peak.
 
     Linear warm-up reaches the peak at update `warmup_steps - 1` (without warm-up the first update
     has it); cosine decay reaches `min_ratio` exactly at the last update, `total_steps - 1`, and

@@ -94,7 +94,7 @@ def shard(
 
 
 def is_sharded(model: nn.Module) -> bool:
-    """Whether `shard` has spread this model (or a part of it)."""
+    """Tell whether `shard` has spread this model (or a part of it)."""
     return any(isinstance(parameter, DTensor) for parameter in model.parameters())
 
 
@@ -123,22 +123,22 @@ def sum_gradients(model: nn.Module, ranks: Ranks) -> None:
 
 
 def gradient_norm(gradients: Sequence[Tensor]) -> float:
-    """The 2-norm of all gradients taken together, over all ranks."""
+    """Return the 2-norm of all gradients taken together, over all ranks."""
     norm = torch.nn.utils.get_total_norm(gradients)
     return float(norm.full_tensor() if isinstance(norm, DTensor) else norm)
 
 
 def full_weights(model: nn.Module) -> dict[str, Any]:
-    """The whole state dict of a model; of a sharded one on rank 0 only, {} elsewhere. All ranks
-    call it."""
+    """Return the whole state dict of a model; of a sharded one on rank 0 only, {} elsewhere. All
+    ranks call it."""
     return get_model_state_dict(model, options=_FULL) if is_sharded(model) else model.state_dict()
 
 
 def full_state(
     model: nn.Module, optimizer: torch.optim.Optimizer
 ) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Whole state dicts of model and optimizer; of a sharded model on rank 0 only, {} elsewhere.
-    All ranks call it."""
+    """Return whole state dicts of model and optimizer; of a sharded model on rank 0 only, {}
+    elsewhere. All ranks call it."""
     if not is_sharded(model):
         return model.state_dict(), optimizer.state_dict()
 
@@ -153,7 +153,8 @@ def load_full_state(
     model_state: dict[str, Any],
     optimizer_state: dict[str, Any],
 ) -> None:
-    """The inverse of `full_state`; for a sharded model rank 0's dicts are spread over the ranks."""
+    """Restore what `full_state` returned; for a sharded model rank 0's dicts are spread over the
+    ranks."""
     if not is_sharded(model):
         model.load_state_dict(model_state)
         optimizer.load_state_dict(optimizer_state)

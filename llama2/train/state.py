@@ -1,9 +1,11 @@
 """Checkpoints of a run in progress: exact, atomic, and deletable.
 
-    <run>/checkpoints/step-00000100/           the model, as `save_model` writes it (a Hugging Face directory)
-    <run>/checkpoints/step-00000100/trainer/   state.pt: weights, optimizer, step, and of each rank random states,
-                                               source position and hooks
-    <run>/checkpoints/step-00000100/COMPLETE   written last: SHA-256 of state.pt, and of the metrics logged until then
+    <run>/checkpoints/step-00000100/           the model, as `save_model` writes it (a Hugging Face
+                                               directory)
+    <run>/checkpoints/step-00000100/trainer/   state.pt: weights, optimizer, step, and of each rank
+                                               random states, source position and hooks
+    <run>/checkpoints/step-00000100/COMPLETE   written last: SHA-256 of state.pt, and of the metrics
+                                               logged until then
 
 A checkpoint is written under a temporary name, flushed to the disk and renamed, so a crash or a
 full disk leaves the one before. One that was damaged later is named, and the one before it is
@@ -73,7 +75,7 @@ def set_random_state(state: dict[str, Any], device: torch.device) -> None:
 
 
 def capture(training: TrainingState) -> dict[str, Any]:
-    """Everything a resumed run needs. All ranks call it; rank 0 gets the whole."""
+    """Return everything a resumed run needs. All ranks call it; rank 0 gets the whole."""
     ranks = training.learner.ranks
     own = {
         "source": training.source.state_dict(),
@@ -110,11 +112,9 @@ def restore(training: TrainingState, directory: Path) -> None:
     training.learner.load_state_dict(state["learner"])
     training.source.load_state_dict(own["source"])
     kinds = [type(hook).__name__ for hook in training.hooks]
-
-    if kinds != [kind for kind, _ in own["hooks"]]:
-        raise ValueError(
-            f"a run must resume with the hooks it had: {[kind for kind, _ in own['hooks']]}, not {kinds}"
-        )
+    kinds_before = [kind for kind, _ in own["hooks"]]
+    if kinds != kinds_before:
+        raise ValueError(f"a run must resume with the hooks it had: {kinds_before}, not {kinds}")
 
     for hook, (_, saved) in zip(training.hooks, own["hooks"]):
         hook.load_state_dict(saved)
@@ -125,7 +125,7 @@ def restore(training: TrainingState, directory: Path) -> None:
 
 
 def steps(run: Path) -> list[tuple[int, Path]]:
-    """The complete checkpoints below a run directory with their steps, oldest first."""
+    """Return the complete checkpoints below a run directory with their steps, oldest first."""
     root = run / CHECKPOINTS
     if not root.is_dir():
         return []
@@ -137,15 +137,15 @@ def steps(run: Path) -> list[tuple[int, Path]]:
 
 
 def latest(run: Path) -> Path | None:
-    """The newest complete checkpoint below a run directory; whatever a crash left unfinished does
-    not count."""
+    """Return the newest complete checkpoint below a run directory; what a crash left unfinished
+    does not count."""
     found = steps(run)
     return found[-1][1] if found else None
 
 
 def newest_whole(run: Path, ranks: Ranks) -> Path | None:
-    """The newest complete checkpoint below a run directory whose content is what was written. All
-    ranks call it.
+    """Return the newest complete checkpoint below a run directory whose content is what was
+    written. All ranks call it.
 
     A damaged one is named and put aside: the run goes on from the one before. UserError where no
     other is left.
@@ -208,8 +208,7 @@ def _cure(directory: Path) -> str:
 
 
 def lost_metrics(run: Path, directory: Path) -> bool:
-    """Whether lines of metrics that were there when a checkpoint was taken are no longer as they
-    were."""
+    """Tell whether lines of metrics that were there when a checkpoint was taken have changed."""
     if not (directory / COMPLETE).stat().st_size:
         return False
 
@@ -221,8 +220,8 @@ def lost_metrics(run: Path, directory: Path) -> bool:
 
 
 def _describe_metrics(run: Path, size: int = -1) -> list[Any] | None:
-    """Length and SHA-256 of the first `size` bytes of the metrics, or of all; None where there are
-    none."""
+    """Return length and SHA-256 of the first `size` bytes of the metrics, or of all; None where
+    there are none."""
     file = run / completion.METRICS
     if not file.is_file():
         return None
@@ -294,6 +293,7 @@ class _HashedFile(io.BufferedWriter):
         self.digest = hashlib.sha256()
 
     def write(self, content: Any) -> int:
+        """Write and hash; keep the error of a refusal."""
         try:
             self.digest.update(content)
             return super().write(content)

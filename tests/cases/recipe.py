@@ -17,6 +17,7 @@ from checks import Work, leaves_apart
 from torch import nn
 
 from llama2 import records
+from llama2.ranks import Ranks
 from llama2.records import Dialog, Document, Message, Preference, Prompt, Response
 
 if TYPE_CHECKING:
@@ -236,9 +237,11 @@ def _bits_per_byte(bench: Bench) -> tuple[bool, str]:
         ) -> torch.Tensor:
             return torch.full(tokens_BT.shape, -math.log(tokenizer.vocab_size))
 
-    got = pretrain.TextValidation(config, tokenizer)(Uniform())["validation/bits_per_byte"]
+    alone = Ranks(torch.device("cpu"))
+    got = pretrain.TextValidation(config, tokenizer, alone)(Uniform())["validation/bits_per_byte"]
     exact = (tokens - len(documents)) * math.log2(tokenizer.vocab_size) / size
-    rows = pretrain.TextValidation(config.model_copy(update={"validation_rows": 3}), tokenizer)
+    three = config.model_copy(update={"validation_rows": 3})
+    rows = pretrain.TextValidation(three, tokenizer, alone)
     few = rows(Uniform())["validation/bits_per_byte"]
     first = b"".join(
         spell_targets(segment, tokenizer) for row in range(3) for segment in rows.rows[row]

@@ -156,7 +156,7 @@ def test_the_report_reads_results_by_their_fields() -> None:
     assert string_keys("report") == []
 
 
-OTHER_FILES = {"family", "fingerprint", "helpful", "parameters", "prompts", "safe"}
+OTHER_FILES = {"family", "fingerprint", "helpful", "parameters", "prompts", "safe", "steps"}
 """keys of manifests, recipes, metadata and judges that fields of results are called too"""
 
 

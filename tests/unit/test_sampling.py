@@ -94,7 +94,7 @@ def test_the_ends_of_the_interval_draw_possible_tokens(uniform: float) -> None:
     assert 10 <= int(tokens) < 20
 
 
-@pytest.mark.skipif(not sampling_module._call.found, reason="no C++ compiler")
+@pytest.mark.skipif(not sampling_module._call.is_built, reason="no C++ compiler")
 @pytest.mark.parametrize(
     "sampling", [Sampling(), Sampling(0.6), Sampling(1.3, 0.9), Sampling(0.0), Sampling(0.8, 0.3)]
 )
@@ -111,7 +111,7 @@ def test_native_draws_are_those_of_pytorch(
         else None
     )
     tokens, logprobs = draw(logits, numbers, sampling, source)
-    monkeypatch.setattr(sampling_module, "_call", SimpleNamespace(found=False))
+    monkeypatch.setattr(sampling_module, "_call", SimpleNamespace(is_built=False))
     expected, theirs = draw(logits, numbers, sampling, source)
     same = tokens == expected
     assert same.float().mean() >= 0.99, (

@@ -1,5 +1,5 @@
-"""What every stage that trains shares: its settings, the hooks around `fit`, and the checkpoint it
-leaves behind.
+"""The parts that all training stages share: its settings, the hooks around `fit`, and the
+checkpoint it leaves behind.
 
 A stage hands over a model, a source and an objective; this module applies the parallelism, resumes,
 logs, validates, saves, and leaves a Hugging Face model directory with its tokenizer in the run
@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from itertools import chain
 from pathlib import Path
 from typing import Literal, TypeVar
 
@@ -17,7 +18,7 @@ import torch
 from torch import nn
 
 from llama2 import devices
-from llama2.batches import Batch
+from llama2.batches import Batch, move
 from llama2.config import Config
 from llama2.data.loader import Rows
 from llama2.devices import Precision
@@ -56,8 +57,8 @@ class Training(Config):
     tensorboard: bool = False
 
     def home(self, ranks: Ranks) -> torch.device:
-        """Where a model to be trained is loaded: on the device, or, if it is to be spread, in rank
-        0's memory alone."""
+        """Return the device onto which a model to be trained is loaded: the rank's, or, if the
+        model is to be spread, rank 0's memory alone."""
         if self.parallel == "shard" and ranks.size > 1:
             return torch.device(devices.CPU if ranks.is_main else "meta")
 
@@ -146,14 +147,15 @@ def heldout_loss(
     micro_batch_size: int,
     ranks: Ranks,
 ) -> tuple[float, float]:
-    """Summed cross-entropy in nats over `rows`, shared between ranks, and the tokens it sums over.
+    """Return the cross-entropy in nats summed over `rows`, shared between ranks, and the tokens it
+    sums over.
 
     Every rank makes the same number of forward passes: a sharded model gathers its weights in each
     of them.
     """
     sums = torch.zeros(2, dtype=torch.float64, device=ranks.device)
-    for batches in (
-        Rows(
+    if rows:
+        source = Rows(
             rows,
             collate,
             ranks,
@@ -161,13 +163,8 @@ def heldout_loss(
             micro_batch_size=micro_batch_size,
             shuffle=False,
         )
-        if rows
-        else ()
-    ):
-        for batch in batches:
-            loss = next_token(
-                model, {name: value.to(ranks.device) for name, value in batch.items()}
-            )
+        for batch in chain.from_iterable(source):
+            loss = next_token(model, move(batch, ranks.device))
             sums += torch.stack([loss.total.double(), loss.weight.double()])
 
     nats, tokens = ranks.all_sum(sums).tolist()
@@ -175,7 +172,7 @@ def heldout_loss(
 
 
 def row_length(asked: int, context: int) -> int:
-    """The places of a row, `asked` for; UserError if the model's context is shorter."""
+    """Return the places of a row, `asked` for; UserError if the model's context is shorter."""
     if asked > context:
         raise UserError(
             f"sequence_length {asked} exceeds the model's context {context}",
@@ -205,8 +202,8 @@ def last_validation(run: Run) -> HeldoutLoss | None:
 def make_saver(
     model: Llama | Scorer, tokenizer: Tokenizer, ranks: Ranks, *, taught: bool = True
 ) -> Callable[[Path], None]:
-    """A function that writes `model` and its tokenizer as a Hugging Face directory (every rank
-    calls it).
+    """Return a function that writes `model` and its tokenizer as a Hugging Face directory (every
+    rank calls it).
 
     Where it was `taught` Llama 2's chat format, that is its chat template; else the tokenizer's
     stays. Its answers end at every id at which they did, and at the one that is taught.
@@ -239,7 +236,8 @@ def load_policy(
 def load_scorer(
     path: Path, home: torch.device, tokenizer: Tokenizer | None = None, seed: int = 0
 ) -> tuple[Scorer, Tokenizer]:
-    """A reward model (or a language model given a fresh scalar head), and the tokenizer beside it.
+    """Load a reward model (or a language model given a fresh scalar head), and the tokenizer beside
+    it.
 
     With `tokenizer`, refuses a reward model whose tokenizer is another one: its scores would mean
     nothing.
@@ -258,8 +256,8 @@ N = TypeVar("N", bound=nn.Module)
 
 
 def freeze(model: N, precision: Precision) -> N:
-    """A model that is only read. Under bf16 autocast its matrices are kept in bf16: half the
-    memory, the same results, because autocast would round them before every product. Norms,
+    """Make a model one that is only read. Under bf16 autocast its matrices are kept in bf16: half
+    the memory, the same results, because autocast would round them before every product. Norms,
     embeddings and a scalar head stay in fp32."""
     model.eval().requires_grad_(False)
     if precision == "bf16":
@@ -271,7 +269,7 @@ def freeze(model: N, precision: Precision) -> N:
 
 
 def load_fitting_tokenizer(path: Path, config: LlamaConfig) -> Tokenizer:
-    """The tokenizer in `path`; its vocabulary must be the model's."""
+    """Load the tokenizer in `path`; its vocabulary must be the model's."""
     tokenizer = Tokenizer.load(path)
     tokenizer.check(path, config.vocab_size, config.bos_token_id)
     return tokenizer
