@@ -207,6 +207,7 @@ class Meter:
     def __init__(self, engine: Engine) -> None:
         self._engine, self.tokens, self._begun, self._ended = engine, 0, 0.0, 0.0
         self.context, self.check, self.generate = engine.context, engine.check, engine.generate
+        self.update = engine.update
 
     def stream(self, prompt: Sequence[int], sampling: Sampling) -> Iterator[int]:
         """As the engine's, counted."""
@@ -334,7 +335,7 @@ class Session:
             if not before:
                 raise
 
-            self.outgrown = self._model.fits((*self._head(), question))
+            self.outgrown = self._model.has_room((*self._head(), question), 1)
             raise UserError(error.cause, self._room(error.cure)) from None
 
         if said is not None:
@@ -357,7 +358,7 @@ class Session:
         said: list[str] = []
         screen = self._show()
         try:
-            for part in self._model.reply_stream(messages, sampling):
+            for part in self._model.stream(messages, sampling):
                 said.append(part)
                 screen.add(part)
 

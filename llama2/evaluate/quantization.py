@@ -25,7 +25,7 @@ from llama2.config import Config as Section
 from llama2.data.documents import Split, read_documents
 from llama2.formats.checkpoint import config_of, load
 from llama2.generate.engine import Engine
-from llama2.generate.score import predictions
+from llama2.generate.score import predict_tokens
 from llama2.model import quantize
 from llama2.model.llama import Llama, LlamaConfig
 from llama2.ranks import Ranks, join
@@ -127,7 +127,7 @@ def measure(
         },
     }
     for precision in precisions:
-        served = Engine(model, precision=precision).current()
+        served = Engine(model, precision=precision).refresh()
         own_N, choice_N = _predicted(served, rows, precision, ranks)
         gaps_N, covered = (own_N - logp_N).abs(), coverage(model.config, precision)
         perplexity = _perplexity(own_N)
@@ -188,7 +188,7 @@ def _predicted(
     model: Llama, rows: TokenRows, precision: quantize.WeightPrecision, ranks: Ranks | None
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Return log p of every token (float64 N), and the likeliest token in its place (N)."""
-    predicted = predictions(model, rows, quantize.compute_precision(precision), ranks=ranks)
+    predicted = predict_tokens(model, rows, quantize.compute_precision(precision), ranks=ranks)
     logp_N = torch.tensor([logp for logps, _ in predicted for logp in logps], dtype=torch.double)
     best_N = torch.tensor([token for _, tokens in predicted for token in tokens])
     return logp_N, best_N

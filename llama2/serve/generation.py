@@ -5,12 +5,12 @@ from __future__ import annotations
 import secrets
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Literal
 
 from llama2.errors import UserError
-from llama2.generate.batch import Request
+from llama2.generate.request import make_requests
 from llama2.generate.sampling import Sampling
 from llama2.serve import errors
 from llama2.serve.constrained import Shape
@@ -79,16 +79,7 @@ class Generation:
                 "n",
             )
 
-        requests = [
-            Request(
-                tuple(prompt),
-                _own(_within(asked.sampling, model.context - len(prompt))),
-                index,
-                sample,
-            )
-            for index, prompt in enumerate(asked.prompts)
-            for sample in range(asked.n)
-        ]
+        requests = make_requests(asked.prompts, asked.sampling, asked.n)
         alone = asked.strip and not asked.begun.strip()  # a text of its own
         self._samples = [
             _Sample(
@@ -295,16 +286,3 @@ def check_prompts(model: ChatModel, prompts: Sequence[Sequence[int]], param: str
         raise errors.invalid(
             f"{param}: {error}", param, "context_length_exceeded" if long else None
         ) from None
-
-
-def _within(sampling: Sampling, room: int) -> Sampling:
-    return replace(sampling, max_tokens=min(sampling.max_tokens, room))
-
-
-def _own(sampling: Sampling) -> Sampling:
-    """A grammar remembers what was drawn, so each sample has its own."""
-    return (
-        sampling
-        if sampling.grammar is None
-        else replace(sampling, grammar=sampling.grammar.fresh())
-    )

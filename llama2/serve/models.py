@@ -19,7 +19,7 @@ from llama2.devices import Precision
 from llama2.errors import UserError, did_you_mean
 from llama2.formats import checkpoint
 from llama2.generate.engine import Engine
-from llama2.generate.score import rewards
+from llama2.generate.score import score_rows
 from llama2.model import quantize
 from llama2.model.llama import Llama
 from llama2.model.quantize import WeightPrecision
@@ -107,7 +107,7 @@ class RewardModel:
     async def score(self, ids: Sequence[int]) -> float:
         """The raw score of one conversation."""
         found = await self.worker.call(
-            partial(rewards, self.scorer, [ids], precision=self.precision)
+            partial(score_rows, self.scorer, [ids], precision=self.precision)
         )
         return found[0]
 
@@ -283,7 +283,7 @@ def _created(path: Path) -> int:
 def _prompt_logprobs(
     engine: Engine, ids: Sequence[int], count: int, precision: Precision
 ) -> list[tuple[float, Alternatives]]:
-    model = engine.current()
+    model = engine.refresh()
     device = model.device
     tokens_T = torch.tensor(ids, device=device)
     found: list[tuple[float, Alternatives]] = []

@@ -13,7 +13,7 @@ from typing import Any
 from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse, Response
 
-from llama2.generate.rewards import probability
+from llama2.generate.rewards import to_probability
 from llama2.records import Message, Messages
 from llama2.serve import errors
 from llama2.serve.aside import aside
@@ -139,7 +139,7 @@ class Service:
                 "object": "score",
                 "model": model.name,
                 "score": found,
-                "probability": probability(found),
+                "probability": to_probability(found),
                 "usage": usage,
             }
         )

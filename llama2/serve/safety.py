@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from llama2.generate.rewards import probability
+from llama2.generate.rewards import to_probability
 from llama2.records import Message, Messages
 from llama2.serve.models import RewardModel
 
@@ -37,5 +37,5 @@ class Gate:
         """The last tokens decide where a conversation is longer than the safety model's context by
         a few."""
         ids = self.model.encode((*prompt, Message("assistant", answer)))[-self.model.context :]
-        found = probability(await self.model.score(ids))
+        found = to_probability(await self.model.score(ids))
         return Verdict(found, found < self.threshold)

@@ -23,8 +23,8 @@ from typing import Any, TypeVar
 
 from llama2 import cpu_tuning
 from llama2.errors import UserError
-from llama2.generate.batch import Finish, Request
 from llama2.generate.engine import BEGIN, TEST_TOKENS, Engine
+from llama2.generate.request import Finish, SampleRequest
 from llama2.generate.sampling import Sampling
 from llama2.generate.session import Session
 from llama2.serve import errors
@@ -52,7 +52,7 @@ class Ticket:
     """The samples of one call while they are drawn. A context: whatever still runs at its end is
     cancelled."""
 
-    def __init__(self, worker: Worker, requests: Sequence[Request], seconds: float) -> None:
+    def __init__(self, worker: Worker, requests: Sequence[SampleRequest], seconds: float) -> None:
         self.requests = requests
         self._worker = worker
         self._open = set(range(len(requests)))
@@ -158,9 +158,9 @@ class Worker:
         self.admitted = 0  # samples and calls that were taken and have not ended
         self._session: Session | None = None
         self._commands: queue.SimpleQueue[Callable[[], object] | None] = queue.SimpleQueue()
-        self._owners: dict[Request, tuple[Ticket, int]] = {}  # the thread's own
+        self._owners: dict[SampleRequest, tuple[Ticket, int]] = {}  # the thread's own
         # those with tokens that nobody has heard of, in the order of drawing
-        self._untold: dict[Request, None] = {}
+        self._untold: dict[SampleRequest, None] = {}
         self._told = 0.0
         self._tickets: set[Ticket] = set()  # the event loop's own, like what follows
         self._calls: set[asyncio.Future[Any]] = set()
@@ -203,7 +203,7 @@ class Worker:
         """Tokens whose keys and values are kept."""
         return self._session.cached_tokens if self._session else 0
 
-    def submit(self, requests: Sequence[Request], seconds: float = 600) -> Ticket:
+    def submit(self, requests: Sequence[SampleRequest], seconds: float = 600) -> Ticket:
         """Have samples drawn, in at most `seconds`. ApiError if there is no room for them, or if
         the thread is dead."""
         self._admit(len(requests))
@@ -228,7 +228,7 @@ class Worker:
             self._calls.discard(future)
             self.admitted -= 1
 
-    def cancel(self, request: Request) -> None:
+    def cancel(self, request: SampleRequest) -> None:
         """Used by tickets."""
         self._commands.put(partial(self._exit, request))
 
@@ -269,14 +269,14 @@ class Worker:
 
             self._ready.put(None)
             while self._obey():
-                if self._session is not None and (self._session.running or self._session.waiting):
+                if self._session is not None and not self._session.idle:
                     self._tell(self._session.step())
         except BaseException as error:
             self._die(error)
 
     def _test(self, session: Session) -> None:
         """One short greedy answer: a model that cannot give it is not served."""
-        request = Request((BEGIN,), Sampling(temperature=0, max_tokens=TEST_TOKENS))
+        request = SampleRequest((BEGIN,), Sampling(temperature=0, max_tokens=TEST_TOKENS))
         session.submit(request)
         try:
             while request.finish is None:
@@ -287,7 +287,7 @@ class Worker:
     def _obey(self) -> bool:
         """Carry out the commands that have come, waiting for one if nothing runs; False when told
         to end."""
-        idle = self._session is None or not (self._session.running or self._session.waiting)
+        idle = self._session is None or self._session.idle
         if idle and self._commands.empty():
             cpu_tuning.release_threads()
 
@@ -303,12 +303,12 @@ class Worker:
             command()
             idle = False
 
-    def _enter(self, request: Request, ticket: Ticket, sample: int) -> None:
+    def _enter(self, request: SampleRequest, ticket: Ticket, sample: int) -> None:
         assert self._session is not None
         self._session.submit(request)
         self._owners[request] = ticket, sample
 
-    def _exit(self, request: Request) -> None:
+    def _exit(self, request: SampleRequest) -> None:
         assert self._session is not None
         if self._owners.pop(request, None):
             self._session.cancel(request)
@@ -321,7 +321,7 @@ class Worker:
         else:
             self._later(_settle, future, result, None)
 
-    def _tell(self, requests: Sequence[Request]) -> None:
+    def _tell(self, requests: Sequence[SampleRequest]) -> None:
         """One call into the loop for a whole step. First and last tokens are told at once, others
         at a pace."""
         now = time.monotonic()

@@ -20,7 +20,7 @@ from pydantic import Field
 
 from llama2.config import Config as Section
 from llama2.formats import checkpoint
-from llama2.generate.batch import PREFILL_TOKENS
+from llama2.generate.model_runner import PREFILL_TOKENS
 from llama2.model import quantize
 from llama2.model.llama import LlamaConfig
 from llama2.stages.common.answers import JUDGED_TOKENS
