@@ -17,7 +17,7 @@ import openai
 import pytest
 
 from llama2.config import build
-from llama2.serve import http, models
+from llama2.serve import lifecycle, models
 from llama2.serve.models import Models, RewardModel
 from llama2.serve.settings import ServeConfig
 
@@ -28,7 +28,7 @@ class Served:
 
     url: str
     models: Models
-    server: http.Server
+    server: lifecycle.Server
 
     def client(self, key: str = "none") -> openai.OpenAI:
         return openai.OpenAI(base_url=f"{self.url}/v1", api_key=key, max_retries=0, timeout=60)
@@ -67,7 +67,7 @@ def serving(
     safe: RewardModel | None = (
         models.load_judge(judge, loaded, 64, config.precision) if judge else None
     )
-    server = http.server(loaded, safe, config, keys)
+    server = lifecycle.server(loaded, safe, config, keys)
 
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))

@@ -7,22 +7,22 @@ from pathlib import Path
 from typing import Any
 
 from fastapi import FastAPI, Request
-from fastapi.responses import HTMLResponse, JSONResponse, Response
+from fastapi.responses import JSONResponse, Response
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp
 
 import llama2
-from llama2.serve import errors, reference
-from llama2.serve.clients import GONE, Gone
+from llama2.serve import errors
+from llama2.serve.cors import Cors, listens_here
 from llama2.serve.errors import ApiError
-from llama2.serve.guard import Guard, Keys, Traffic
 from llama2.serve.metrics import CONTENT_TYPE, Metrics
+from llama2.serve.middleware import Guard, Keys, Traffic
 from llama2.serve.models import Models, RewardModel
-from llama2.serve.origins import Cors, listens_here
 from llama2.serve.routes import Service, routes
 from llama2.serve.safety import Gate
 from llama2.serve.schema import KINDS
 from llama2.serve.settings import ServeConfig
+from llama2.serve.streaming import GONE, Gone
 
 WEB = Path(__file__).parent / "web"
 _TYPES = {
@@ -84,8 +84,7 @@ def application(
 
 
 def _pages(app: FastAPI, web: Path) -> None:
-    """The chat page and its files, read once, and the reference. Nothing is fetched from
-    elsewhere."""
+    """Serve the chat page and its files, which are read once."""
     files = {
         path.name: (path.read_bytes(), _TYPES[path.suffix])
         for path in sorted(web.glob("*"))
@@ -106,10 +105,6 @@ def _pages(app: FastAPI, web: Path) -> None:
     @app.get("/web/{name}", include_in_schema=False)
     async def asset(name: str) -> Response:
         return file(name)
-
-    @app.get("/docs", include_in_schema=False)
-    async def docs() -> HTMLResponse:
-        return HTMLResponse(reference.page(app.openapi()))
 
 
 def _instead(path: str) -> str:

@@ -14,11 +14,11 @@ from llama2.generate.batch import Request
 from llama2.generate.sampling import Sampling
 from llama2.serve import errors
 from llama2.serve.constrained import Shape
+from llama2.serve.detokenizer import Decoder, Part, Piece
 from llama2.serve.metrics import Metrics
 from llama2.serve.models import ChatModel
 from llama2.serve.safety import Verdict
 from llama2.serve.schema import Sampled
-from llama2.serve.text import Decoder, Part, Piece
 from llama2.serve.worker import Alternatives, Drawn, Ticket
 
 Reason = Literal["stop", "length", "content_filter"]

@@ -16,12 +16,9 @@ from fastapi.responses import JSONResponse, Response
 from llama2.generate.rewards import probability
 from llama2.records import Message, Messages
 from llama2.serve import errors
-from llama2.serve.aside import aside
-from llama2.serve.body import BodyRoute
-from llama2.serve.clients import EventStream, unless_gone
 from llama2.serve.constrained import shaped
+from llama2.serve.detokenizer import Decoder, Part
 from llama2.serve.errors import ApiError
-from llama2.serve.formats import ChatFormat, Format, TextFormat, Wanted, sse
 from llama2.serve.generation import (
     Asked,
     Event,
@@ -31,12 +28,15 @@ from llama2.serve.generation import (
     collected,
     sampling_of,
 )
-from llama2.serve.guard import LOG
 from llama2.serve.metrics import Metrics
+from llama2.serve.middleware import LOG
 from llama2.serve.models import ChatModel, Models, RewardModel
+from llama2.serve.offload import offload
+from llama2.serve.request_body import BodyRoute
+from llama2.serve.responses import ChatFormat, Format, TextFormat, Wanted, sse
 from llama2.serve.safety import Gate
 from llama2.serve.schema import ChatRequest, CompletionRequest, ScoreRequest, StreamOptions
-from llama2.serve.text import Decoder, Part
+from llama2.serve.streaming import EventStream, unless_gone
 from llama2.serve.worker import Alternatives
 from llama2.tokenizer.template import encode_begun, encode_prompt
 from llama2.tokenizer.tokenizer import Tokenizer
@@ -60,7 +60,7 @@ class Service:
         model, conversation = self.models.chat(asked.model), asked.conversation()
         size = refuse_longer(model, [each.content for each in conversation], "messages")
         encode = encode_begun if asked.continue_final_message else encode_prompt
-        ids = await aside(size, encode, model.tokenizer, conversation)
+        ids = await offload(size, encode, model.tokenizer, conversation)
         sampling = sampling_of(asked, model, asked.most or model.context, asked.top_logprobs or 0)
         check_prompts(model, [ids], "messages")  # which is cheaper than a grammar
         sampling = await shaped(sampling, asked, model.tokenizer)
@@ -96,7 +96,7 @@ class Service:
             for text in asked.prompts()
             if isinstance(text, str)
         )
-        prompts = await aside(size, _encoded, model.tokenizer, asked.prompts())
+        prompts = await offload(size, _encoded, model.tokenizer, asked.prompts())
         most = model.context if asked.most is None else asked.most
         n = (asked.n or 1) if most else 0
         sampling = sampling_of(asked, model, most, asked.logprobs or 0)
@@ -120,7 +120,7 @@ class Service:
         """Judge an answer."""
         model, conversation = self.models.reward(asked.model), asked.conversation()
         size = refuse_longer(model, [each.content for each in conversation], "messages")
-        ids = await aside(size, model.encode, conversation)
+        ids = await offload(size, model.encode, conversation)
 
         if len(ids) > model.context:
             raise errors.invalid(
@@ -147,7 +147,7 @@ class Service:
     async def _begun(self, model: ChatModel, asked: Asked) -> Generation:
         """What is asked, on its way."""
         size = asked.n * sum(map(len, asked.prompts))
-        return (await aside(size, Generation, model, asked, self.seconds, self.metrics)).begin()
+        return (await offload(size, Generation, model, asked, self.seconds, self.metrics)).begin()
 
     async def _answer(
         self,
@@ -173,7 +173,7 @@ class Service:
         size = sum(cost(whole.part) for whole in wholes)
 
         return Response(
-            await aside(size, _rendered, objects, wholes, usage), media_type="application/json"
+            await offload(size, _rendered, objects, wholes, usage), media_type="application/json"
         )
 
     async def _judged(
@@ -209,7 +209,7 @@ class Service:
                 if asked.logprobs is not None
                 else []
             )
-            parts.append(await aside(SHARE * len(ids), _echo, model.tokenizer, ids, found))
+            parts.append(await offload(SHARE * len(ids), _echo, model.tokenizer, ids, found))
 
         return parts
 
@@ -269,7 +269,7 @@ async def _chunks(
         yield objects.opening(count, generation.usage())
         async for some in events:
             usage = generation.usage()
-            yield await aside(
+            yield await offload(
                 sum(cost(event.part) for event in some), _events, objects, some, usage
             )
 

@@ -16,8 +16,8 @@ from pydantic_core import ErrorDetails
 
 from llama2.errors import did_you_mean
 from llama2.records import Message, check_roles
-from llama2.serve.fields import BEAMS, LEAST, REASONING, TOOLS, Only, without_foreign
-from llama2.serve.turns import NoAudio, NoTools, Strict, Text, Turn
+from llama2.serve.chat_message import NoAudio, NoTools, Strict, Text, Turn
+from llama2.serve.foreign_fields import BEAMS, LEAST, REASONING, TOOLS, Only, without_foreign
 
 MOST_SAMPLES = 128
 MOST_PROMPTS = 128

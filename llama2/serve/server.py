@@ -24,7 +24,7 @@ _EXTRA = ("fastapi", "starlette", "uvicorn", "prometheus_client")
 def run(config: Config) -> None:
     """Serve until told to stop."""
     try:
-        from llama2.serve import http, origins
+        from llama2.serve import cors, lifecycle
     except ModuleNotFoundError as error:
         if (error.name or "").partition(".")[0] not in _EXTRA:
             raise
@@ -40,11 +40,11 @@ def run(config: Config) -> None:
 
     keys = config.api_keys or tuple(filter(None, os.environ.get("LLAMA2_API_KEYS", "").split(",")))
     try:
-        origins.Cors(config.cors)
+        cors.Cors(config.cors)
     except ValueError as error:
         raise UserError(f"--cors: {error}", "give scheme, host and port") from None
 
-    if origins.ANY in config.cors and not keys:
+    if cors.ANY in config.cors and not keys:
         raise UserError(
             "--cors '*' without API keys lets every page that you visit use the models",
             "name the origins, or set LLAMA2_API_KEYS",
@@ -68,7 +68,7 @@ def run(config: Config) -> None:
             )
 
         address, port = listener.getsockname()[:2]
-        if not keys and not origins.is_loopback(address):
+        if not keys and not cors.is_loopback(address):
             print(
                 "llama2: anybody who reaches this address may use it: set LLAMA2_API_KEYS",
                 file=sys.stderr,
@@ -79,7 +79,7 @@ def run(config: Config) -> None:
             f"http://{f'[{address}]' if ':' in address else address}:{port}"
         )
         mesh.rest()  # the models' own threads do all the work from here on
-        http.serve(listener, served, judge, config, keys, greeting)
+        lifecycle.serve(listener, served, judge, config, keys, greeting)
 
 
 def _bound(host: str, port: int) -> socket.socket:

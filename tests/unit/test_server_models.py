@@ -55,7 +55,7 @@ def test_what_cannot_be_served_is_refused(policy, scorers, tmp_path, one_line):
 
 
 def test_a_missing_library_is_named(policy, one_line, monkeypatch):
-    for name in ("http", "app", "metrics"):
+    for name in ("lifecycle", "app", "metrics"):
         monkeypatch.delitem(sys.modules, f"llama2.serve.{name}")
         monkeypatch.delattr(serve, name)
 

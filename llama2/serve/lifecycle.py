@@ -19,8 +19,8 @@ import uvicorn
 from llama2 import interrupts
 from llama2.serve import errors
 from llama2.serve.app import application
-from llama2.serve.connection import Connection
-from llama2.serve.guard import Traffic
+from llama2.serve.http_protocol import Connection
+from llama2.serve.middleware import Traffic
 from llama2.serve.models import Models, RewardModel
 from llama2.serve.settings import Limits, ServeConfig
 

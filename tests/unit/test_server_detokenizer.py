@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from llama2.serve.text import Decoder, Part, Stops
+from llama2.serve.detokenizer import Decoder, Part, Stops
 
 LETTERS = st.text("abc", max_size=30)
 

@@ -16,7 +16,7 @@ import h11
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from llama2.serve.errors import ApiError
-from llama2.serve.guard import Traffic
+from llama2.serve.middleware import Traffic
 from llama2.serve.settings import Limits
 
 READ = 8192

@@ -10,9 +10,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from llama2.serve.detokenizer import Part, Piece
 from llama2.serve.generation import Event, Whole
 from llama2.serve.safety import Verdict
-from llama2.serve.text import Part, Piece
 from llama2.tokenizer.tokenizer import Tokenizer
 
 Usage = Mapping[str, object]

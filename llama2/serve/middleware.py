@@ -24,11 +24,11 @@ from starlette.responses import JSONResponse, Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from llama2.serve import errors
-from llama2.serve.clients import GONE
+from llama2.serve.cors import Cors, host_name, is_loopback
 from llama2.serve.errors import ApiError
 from llama2.serve.metrics import Metrics
-from llama2.serve.origins import Cors, host_name, is_loopback
 from llama2.serve.settings import Limits
+from llama2.serve.streaming import GONE
 
 LOG = "llama2.log"  # in the scope: what the routes add to the line of their request
 _SECURITY = {

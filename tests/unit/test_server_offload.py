@@ -13,7 +13,7 @@ import httpx
 import pytest
 from servers import Served, serving
 
-from llama2.serve import aside, routes
+from llama2.serve import offload, routes
 from llama2.tokenizer.tokenizer import Tokenizer
 
 ASK = [{"role": "user", "content": "Name a colour."}]
@@ -56,7 +56,7 @@ def test_answers_are_the_same_beside_the_loop(
 ) -> None:
     said = []
     for page, tokens in ((10**9, 256), (-1, 2)):
-        monkeypatch.setattr(aside, "PAGE", page)
+        monkeypatch.setattr(offload, "PAGE", page)
         monkeypatch.setattr(routes, "MOST_TOKENS", tokens)
         answer = served.post(path, **body, seed=3)
         assert answer.headers["content-type"] in (
@@ -112,11 +112,11 @@ def test_long_work_runs_in_a_thread_of_its_own(
 
         monkeypatch.setattr(module, name, watched)
 
-    monkeypatch.setattr(aside, "PAGE", -1)
+    monkeypatch.setattr(offload, "PAGE", -1)
     served.post("chat/completions", messages=ASK, max_tokens=2)
     served.post("completions", prompt="a", max_tokens=2, echo=True)
     assert len(names) == 5
-    assert all(name.startswith("aside") for name in names.values())
+    assert all(name.startswith("offload") for name in names.values())
 
 
 @pytest.mark.parametrize(

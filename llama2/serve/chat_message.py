@@ -20,7 +20,7 @@ from pydantic import (
 from pydantic_core import CoreSchema
 
 from llama2.records import Message
-from llama2.serve.fields import AUDIO, ELSEWHERE, TOOLS, Only
+from llama2.serve.foreign_fields import AUDIO, ELSEWHERE, TOOLS, Only
 
 
 def _writable(text: str) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from starlette.datastructures import Headers
 
-from llama2.serve.origins import Cors, host_name, is_loopback, listens_here
+from llama2.serve.cors import Cors, host_name, is_loopback, listens_here
 
 
 @pytest.mark.parametrize(

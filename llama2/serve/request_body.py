@@ -20,8 +20,8 @@ from pydantic import ValidationError
 from pydantic_core import from_json
 
 from llama2.serve import errors, schema
-from llama2.serve.aside import aside
-from llama2.serve.turns import Strict
+from llama2.serve.chat_message import Strict
+from llama2.serve.offload import offload
 
 K = TypeVar("K", bound=Strict)
 MOST_VALUES = 1 << 18
@@ -64,7 +64,7 @@ class BodyRoute(APIRoute):
                     "the body must be JSON, and be called that: 'Content-Type: application/json'"
                 )
 
-            asked = await aside(len(body), checked, body, kind, request.url.path)
+            asked = await offload(len(body), checked, body, kind, request.url.path)
             response: Response = await self.endpoint(asked, request)
             return response
 
