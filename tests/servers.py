@@ -18,7 +18,7 @@ import pytest
 
 from llama2.config import build
 from llama2.serve import lifecycle, models
-from llama2.serve.models import Models, RewardModel
+from llama2.serve.models import Models
 from llama2.serve.settings import ServeConfig
 
 
@@ -28,7 +28,7 @@ class Served:
 
     url: str
     models: Models
-    server: lifecycle.Server
+    server: lifecycle.DrainingServer
 
     def client(self, key: str = "none") -> openai.OpenAI:
         return openai.OpenAI(base_url=f"{self.url}/v1", api_key=key, max_retries=0, timeout=60)
@@ -55,19 +55,9 @@ def serving(
     config = build(
         ServeConfig, {"checkpoints": [str(path) for path in paths], "precision": "fp32", **values}
     )
-    names = config.names or tuple(path.name for path in paths)
-    loaded = models.load(
-        paths,
-        names,
-        slots=config.slots,
-        capacity=config.capacity,
-        waiting=config.limits.waiting,
-        precision=config.precision,
-    )
-    safe: RewardModel | None = (
-        models.load_judge(judge, loaded, 64, config.precision) if judge else None
-    )
-    server = lifecycle.server(loaded, safe, config, keys)
+    loaded = models.load(config)
+    safe = models.load_judge(judge, config, loaded) if judge else None
+    server = lifecycle.build(loaded, safe, config, keys)
 
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))

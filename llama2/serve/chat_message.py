@@ -1,10 +1,12 @@
-"""The turns of a conversation as clients send them, and what every part of a request has in common.
+"""Messages of a conversation as clients send them, and the base of every object in a request.
 
-A turn may have every field that an answer has, of this server or of another, where it says nothing.
+A message may have every field that an answer has, of this server or of another, where the field has
+no effect.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Annotated, Any, Literal
 
 from pydantic import (
@@ -20,10 +22,10 @@ from pydantic import (
 from pydantic_core import CoreSchema
 
 from llama2.records import Message
-from llama2.serve.foreign_fields import AUDIO, ELSEWHERE, TOOLS, Only
+from llama2.serve.foreign_fields import AUDIO, PARTS, REFUSAL, TOOLS, Inert
 
 
-def _writable(text: str) -> str:
+def _check_encodable(text: str) -> str:
     try:
         text.encode()
     except UnicodeEncodeError:
@@ -32,18 +34,22 @@ def _writable(text: str) -> str:
     return text
 
 
-def _failing_fast(part: Any) -> Any:
-    if isinstance(part, dict):
-        copy = {key: _failing_fast(value) for key, value in part.items()}
-        return {**copy, "fail_fast": True} if part.get("type") == "list" else copy
+def _with_fail_fast(schema: Any) -> Any:
+    """Return a core schema in which every list fails at its first faulty item."""
+    if isinstance(schema, dict):
+        copy = {key: _with_fail_fast(value) for key, value in schema.items()}
+        if schema.get("type") == "list":
+            copy["fail_fast"] = True
 
-    if isinstance(part, list | tuple):
-        return type(part)(map(_failing_fast, part))
+        return copy
 
-    return part
+    if isinstance(schema, list | tuple):
+        return type(schema)(map(_with_fail_fast, schema))
+
+    return schema
 
 
-Text = Annotated[str, AfterValidator(_writable)]
+Text = Annotated[str, AfterValidator(_check_encodable)]
 
 
 class Strict(BaseModel):
@@ -60,14 +66,15 @@ class Strict(BaseModel):
 
     @classmethod
     def __get_pydantic_core_schema__(cls, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
-        """Every list is checked up to its first fault: a client may send as many as it likes."""
-        found: CoreSchema = _failing_fast(handler(source))
-        return found
+        # a client may send as many faulty items as it likes
+        schema: CoreSchema = _with_fail_fast(handler(source))
+        return schema
 
 
 Ignored = Annotated[Any, Field(description="accepted and ignored")]
-NoTools = Annotated[Any, Only([], why=TOOLS)]
-NoAudio = Annotated[Any, Only(why=AUDIO)]
+NoTools = Annotated[Any, Inert([], why=TOOLS)]
+NoAnnotations = Annotated[Any, Inert([], why="annotations are not supported by this server")]
+NoReasoning = Annotated[Any, Inert("", why="the format has no place for reasoning")]
 
 
 class TextPart(Strict):
@@ -75,21 +82,21 @@ class TextPart(Strict):
 
     type: Literal["text"]
     text: Text
-    annotations: Annotated[Any, Only([], why="annotations are not supported by this server")] = None
+    annotations: NoAnnotations = None
     cache_control: Ignored = None
     prompt_cache_breakpoint: Ignored = None
 
     @model_validator(mode="before")
     @classmethod
-    def _no_text(cls, part: Any) -> Any:
+    def _refuse_other_kinds(cls, part: Any) -> Any:
         kind = part.get("type") if isinstance(part, dict) else None
-        if isinstance(kind, str) and kind in ELSEWHERE:
-            raise ValueError(ELSEWHERE[kind])
+        if isinstance(kind, str) and kind in PARTS:
+            raise ValueError(PARTS[kind])
 
         return part
 
 
-class Turn(Strict):
+class ChatMessage(Strict):
     """One message of a conversation, also as an answer of this server or of another has it."""
 
     role: Literal["system", "developer", "user", "assistant"]
@@ -97,14 +104,14 @@ class Turn(Strict):
     """only an assistant's may be null, which is an empty answer"""
     name: str | None = None
     """accepted and ignored: the format has no names"""
-    refusal: Annotated[Any, Only("", why=ELSEWHERE["refusal"])] = None
+    refusal: Annotated[Any, Inert("", why=REFUSAL)] = None
     tool_calls: NoTools = None
-    tool_call_id: Annotated[Any, Only(why=TOOLS)] = None
-    function_call: Annotated[Any, Only(why=TOOLS)] = None
-    audio: NoAudio = None
-    annotations: Annotated[Any, Only([], why="annotations are not supported by this server")] = None
-    reasoning: Annotated[Any, Only("", why="the format has no place for reasoning")] = None
-    reasoning_content: Annotated[Any, Only("", why="the format has no place for reasoning")] = None
+    tool_call_id: Annotated[Any, Inert(why=TOOLS)] = None
+    function_call: Annotated[Any, Inert(why=TOOLS)] = None
+    audio: Annotated[Any, Inert(why=AUDIO)] = None
+    annotations: NoAnnotations = None
+    reasoning: NoReasoning = None
+    reasoning_content: NoReasoning = None
     parsed: Ignored = None
     cache_control: Ignored = None
     id: Ignored = None
@@ -113,7 +120,7 @@ class Turn(Strict):
 
     @field_validator("role", mode="before")
     @classmethod
-    def _no_tool(cls, role: Any) -> Any:
+    def _refuse_tools(cls, role: Any) -> Any:
         if role in ("tool", "function"):
             raise ValueError(TOOLS)
 
@@ -121,13 +128,21 @@ class Turn(Strict):
 
     @field_validator("content")
     @classmethod
-    def _says_something(cls, content: Any, info: ValidationInfo) -> Any:
+    def _refuse_null(cls, content: Any, info: ValidationInfo) -> Any:
         if content is None and info.data.get("role", "assistant") != "assistant":
             raise ValueError("a text is wanted; only an assistant's turn may be null")
 
         return content
 
-    def message(self) -> Message:
-        content = self.content or ""
+
+def to_messages(turns: Sequence[ChatMessage]) -> tuple[Message, ...]:
+    """Return a conversation as records: the parts of a message joined, a developer as the
+    system."""
+    messages = []
+    for turn in turns:
+        content = turn.content or ""
         text = content if isinstance(content, str) else "".join(part.text for part in content)
-        return Message("system" if self.role == "developer" else self.role, text)
+        role = "system" if turn.role == "developer" else turn.role
+        messages.append(Message(role, text))
+
+    return tuple(messages)

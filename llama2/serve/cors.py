@@ -1,4 +1,8 @@
-"""Which names a server answers to, and which pages of other sites may read what it says (CORS)."""
+"""The names that a server answers to, and the sites whose pages may read its answers (CORS).
+
+Starlette's middleware for CORS stays unused: it compares origins by case, and would refuse
+preflights in another form than this server's errors.
+"""
 
 from __future__ import annotations
 
@@ -17,8 +21,8 @@ _EXPOSED = "X-Request-Id, Retry-After"
 
 
 def is_loopback(name: str) -> bool:
-    """Whether a name or an address, perhaps in brackets, is one of this machine that no other
-    machine can use."""
+    """Return whether a name or an address, perhaps in brackets, is one of this machine that no
+    other machine can use."""
     name = name.lower().removesuffix(".")
     if name.startswith("[") and name.endswith("]"):
         name = name[1:-1]
@@ -30,29 +34,28 @@ def is_loopback(name: str) -> bool:
 
 
 def listens_here(host: str) -> bool:
-    """Whether a server at `host` can be reached from this machine alone."""
+    """Return whether a server at `host` can be reached from this machine alone."""
     try:
-        found = socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)
+        addresses = socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)
     except (OSError, UnicodeError):
         return False
 
-    return all(is_loopback(str(address[0])) for *_, address in found)
+    return all(is_loopback(str(address[0])) for *_, address in addresses)
 
 
 def host_name(host: str) -> str:
-    """A Host header without its port."""
+    """Return a header `Host` without its port."""
     name, colon, port = host.rpartition(":")
-    return (
-        name
-        if colon and port.isdigit() and (":" not in name or name.endswith("]"))
-        else host.removesuffix(":")
-    )
+    if colon and port.isdigit() and (":" not in name or name.endswith("]")):
+        return name
+
+    return host.removesuffix(":")
 
 
 @dataclass(frozen=True)
 class Cors:
-    """The sites whose pages may ask; `origins` are as browsers write them, or "*" for all. Nobody
-    by default."""
+    """The sites whose pages may ask; `origins` are as browsers write them, or "*" for all. ValueError
+    for another form."""
 
     origins: Sequence[str] = ()
 
@@ -60,42 +63,43 @@ class Cors:
         for origin in self.origins:
             if origin != ANY and not ORIGIN.fullmatch(origin):
                 raise ValueError(
-                    f"'{origin}' is no origin: write it as browsers do, for example http://localhost:5173"
+                    f"'{origin}' is no origin: write it as browsers do, for example "
+                    "http://localhost:5173"
                 )
 
-    def headers(self, asked: Headers) -> dict[str, str]:
-        """What tells a browser that a page may read the answer."""
+    def headers(self, request: Headers) -> dict[str, str]:
+        """Return the headers that let a browser's page read the answer."""
         if not self.origins:
             return {}
 
-        origin, open_to_all = asked.get("origin", ""), ANY in self.origins
-        if not origin or not (open_to_all or origin.lower() in map(str.lower, self.origins)):
+        origin = request.get("origin", "")
+        allowed = ANY in self.origins or origin.lower() in map(str.lower, self.origins)
+        if not origin or not allowed:
             return {"Vary": "Origin"}
 
         return {
-            "Access-Control-Allow-Origin": ANY if open_to_all else origin,
+            "Access-Control-Allow-Origin": ANY if ANY in self.origins else origin,
             "Vary": "Origin",
             "Access-Control-Expose-Headers": _EXPOSED,
         }
 
-    def preflight(self, asked: Headers) -> dict[str, str] | None:
-        """The answer to a browser that asks before it sends a page's request; None if it is nothing
-        of the kind."""
-        if (
-            "access-control-request-method" not in asked
-            or "Access-Control-Allow-Origin" not in self.headers(asked)
-        ):
+    def preflight(self, request: Headers) -> dict[str, str] | None:
+        """Return the answer to a browser that asks before it sends a page's request; None if this
+        is no such question, or the page may not ask."""
+        asks = "access-control-request-method" in request
+        if not asks or "Access-Control-Allow-Origin" not in self.headers(request):
             return None
 
-        wanted = asked.get("access-control-request-headers", "")
-        allowed = {
+        names = request.get("access-control-request-headers", "")
+        if not _NAMES.fullmatch(names):
+            names = "Authorization, Content-Type"
+
+        answer = {
             "Access-Control-Allow-Methods": "GET, HEAD, POST",
             "Access-Control-Max-Age": "600",
-            "Access-Control-Allow-Headers": wanted
-            if _NAMES.fullmatch(wanted)
-            else "Authorization, Content-Type",
+            "Access-Control-Allow-Headers": names,
         }
-        if asked.get("access-control-request-private-network") == "true":
-            allowed["Access-Control-Allow-Private-Network"] = "true"
+        if request.get("access-control-request-private-network") == "true":
+            answer["Access-Control-Allow-Private-Network"] = "true"
 
-        return allowed
+        return answer

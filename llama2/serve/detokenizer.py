@@ -1,9 +1,9 @@
 """Tokens in, text out as it becomes certain: whole characters, and never a part of what may become
 a stop string.
 
-A stop string is looked for in the text, wherever its pieces fall. The tokens themselves are
-reported together with the text they begin; those of a stop string, which have none, with the end:
-every token that counts is reported.
+A stop string is looked for in the text, wherever its tokens begin and end. The tokens are reported
+with the text that they begin; those of a stop string, which have none, with the end. Every token
+that counts is reported.
 """
 
 from __future__ import annotations
@@ -14,8 +14,11 @@ from dataclasses import dataclass, field
 
 from llama2.tokenizer.tokenizer import Tokenizer
 
+Alternatives = tuple[tuple[int, float], ...]
+"""token ids and their log-probabilities, the likeliest first"""
 
-class Stops:
+
+class StopScanner:
     """Looks for strings in a text that comes in parts. The one that is complete first ends the text
     before it begins; of several complete at once, the longest."""
 
@@ -24,75 +27,77 @@ class Stops:
         self._strings, self._held = tuple(strings), ""
 
     def push(self, part: str) -> str:
-        """More text; what of all so far is certain by now and was not returned before."""
-        if self.found or not self._strings:
-            return "" if self.found else part
+        """Take more text; return all that is certain by now and was not returned before."""
+        if self.found:
+            return ""
+        if not self._strings:
+            return part
 
         text = self._held + part
-        ends = [
-            (start + len(string), start)
-            for string in self._strings
-            if (start := text.find(string)) >= 0
-        ]
+        ends = []
+        for string in self._strings:
+            start = text.find(string)
+            if start >= 0:
+                ends.append((start + len(string), start))
+
         if ends:
             self.found, self._held = True, ""
             return text[: min(ends)[1]]
 
-        kept = len(text) - self._unsure(text)
-        self._held = text[kept:]
-        return text[:kept]
+        certain = len(text) - self._uncertain(text)
+        self._held = text[certain:]
+        return text[:certain]
 
     def rest(self) -> str:
-        """What was held back, once nothing can follow."""
+        """Return what was held back, once nothing can follow."""
         held, self._held = self._held, ""
         return held
 
-    def _unsure(self, text: str) -> int:
-        """The length of the longest end of `text` that may be the beginning of a stop string."""
-        longest = min(max(map(len, self._strings)) - 1, len(text))
-        return next(
-            (
-                length
-                for length in range(longest, 0, -1)
-                if any(string.startswith(text[-length:]) for string in self._strings)
-            ),
-            0,
-        )
+    def _uncertain(self, text: str) -> int:
+        """Return the length of the longest end of `text` that a stop string may begin with."""
+        longest = max(map(len, self._strings)) - 1
+        for length in range(min(longest, len(text)), 0, -1):
+            end = text[-length:]
+            if any(string.startswith(end) for string in self._strings):
+                return length
+
+        return 0
 
 
 @dataclass(frozen=True)
-class Piece:
-    """A token as it is reported: where its text begins, its log-probability, the likeliest tokens
-    in its place."""
+class TextToken:
+    """A token of a text: where it begins in characters, its log-probability, and the likeliest
+    tokens in its place."""
 
     token: int
     offset: int
     logprob: float | None
-    alternatives: tuple[tuple[int, float], ...] = ()
+    alternatives: Alternatives = ()
 
 
 @dataclass
-class Part:
+class TextDelta:
     """Text that is certain, and the tokens that begin in it."""
 
     text: str = ""
-    pieces: list[Piece] = field(default_factory=list)
+    tokens: list[TextToken] = field(default_factory=list)
 
-    def add(self, other: Part) -> None:
+    def add(self, other: TextDelta) -> None:
+        """Append what follows."""
         self.text += other.text
-        self.pieces += other.pieces
+        self.tokens += other.tokens
 
     def __bool__(self) -> bool:
-        return bool(self.text or self.pieces)
+        return bool(self.text or self.tokens)
 
 
-class Decoder:
-    """The text of one sample. `prompt` are ids before it, of which a continuation needs to know
-    whether it begins a text, and from whose beginning offsets count; `strip` takes white space off
-    both ends, as answers are shown.
+class Detokenizer:
+    """The text of one sample.
 
-    `begun` is the beginning of an answer that this goes on with: only the white space that it ends
-    with is taken off the beginning, as far as it comes again.
+    `prompt` are the ids before it: a continuation keeps the space in front of its first word, and
+    offsets count from the beginning of the prompt. `strip` removes white space at both ends, as
+    answers are shown. `begun` is the beginning of an answer that this goes on with: white space at
+    the beginning then stays, except for the spaces that `begun` ended with.
     """
 
     def __init__(
@@ -105,81 +110,86 @@ class Decoder:
     ) -> None:
         self._pending: deque[int] = deque(prompt)
         self._texts = tokenizer.stream(self._ids())
-        self._length = self._certain = sum(len(next(self._texts)) for _ in prompt)
-        self._stops, self._strip = Stops(stops), strip
-        self._begun, self._space = bool(begun.strip()), ""
-        # spaces that were there already
-        self._again = len(begun) - len(begun.rstrip(" ")) if self._begun else 0
-        self._waiting: deque[Piece] = deque()
+        self._length = sum(len(next(self._texts)) for _ in prompt)
+        self._certain = self._length
+        self._waiting: deque[TextToken] = deque()
+        self._stops = StopScanner(stops)
+
+        self._strip = strip
+        self._has_text = bool(begun.strip())
+        self._held_space = ""
+        self._repeated_spaces = len(begun) - len(begun.rstrip(" ")) if self._has_text else 0
 
     @property
     def stopped(self) -> bool:
-        """Whether a stop string was found: nothing will follow."""
+        """Return whether a stop string was found: nothing will follow."""
         return self._stops.found
 
-    def push(
-        self, token: int, logprob: float | None, alternatives: tuple[tuple[int, float], ...] = ()
-    ) -> Part:
-        """One more token."""
+    def push(self, token: int, logprob: float | None, alternatives: Alternatives = ()) -> TextDelta:
+        """Take one more token; return what it makes certain."""
         self._pending.append(token)
-        self._waiting.append(Piece(token, self._length, logprob, alternatives))
+        self._waiting.append(self.end(token, logprob, alternatives))
         text = next(self._texts)
         self._length += len(text)
-        part = self._part(self._stops.push(text))
+        delta = self._delta(self._stops.push(text))
 
         if self.stopped:
-            self._flush(part)
+            self._flush(delta)
 
-        return part
+        return delta
 
-    def push_text(self, tokens: Sequence[int]) -> Part:
-        """More tokens of which only the text is wanted, where there are no stop strings."""
+    def push_text(self, tokens: Sequence[int]) -> TextDelta:
+        """Take more tokens of which only the text is wanted, where there are no stop strings."""
         self._pending.extend(tokens)
         text = "".join([next(self._texts) for _ in tokens])
         self._length += len(text)
 
-        return self._part(text)
+        return self._delta(text)
 
-    def silent(
-        self, token: int, logprob: float | None, alternatives: tuple[tuple[int, float], ...] = ()
-    ) -> Piece:
-        """How a token is reported that ends the text and is no part of it."""
-        return Piece(token, self._length, logprob, alternatives)
+    def end(self, token: int, logprob: float | None, alternatives: Alternatives = ()) -> TextToken:
+        """Return a token that stands at the end of the text so far, without adding its text."""
+        return TextToken(token, self._length, logprob, alternatives)
 
-    def close(self) -> Part:
-        """What is left when no token will follow."""
-        part = self._part(self._stops.push(next(self._texts)))
+    def close(self) -> TextDelta:
+        """Return the rest, when no token will follow."""
+        delta = self._delta(self._stops.push(next(self._texts)))
         if not self.stopped:
-            part.add(self._part(self._stops.rest()))
+            delta.add(self._delta(self._stops.rest()))
 
-        self._flush(part)
-        return part
+        self._flush(delta)
+        return delta
 
-    def _flush(self, part: Part) -> None:
+    def _flush(self, delta: TextDelta) -> None:
         """Report the tokens that begin no text of their own."""
-        part.pieces += self._waiting
+        delta.tokens += self._waiting
         self._waiting.clear()
 
     def _ids(self) -> Iterator[int]:
         while self._pending:
             yield self._pending.popleft()
 
-    def _part(self, text: str) -> Part:
+    def _delta(self, text: str) -> TextDelta:
         self._certain += len(text)
-        pieces = []
+        tokens = []
         while self._waiting and self._waiting[0].offset < self._certain:
-            pieces.append(self._waiting.popleft())
+            tokens.append(self._waiting.popleft())
 
-        return Part(self._stripped(text) if self._strip else text, pieces)
+        return TextDelta(self._stripped(text) if self._strip else text, tokens)
 
     def _stripped(self, text: str) -> str:
-        """White space waits until something follows it."""
-        while self._again and text:
-            text, self._again = (text[1:], self._again - 1) if text[0] == " " else (text, 0)
+        """Return text without white space at the ends of the answer: white space waits until
+        something follows it."""
+        while self._repeated_spaces and text:
+            if text[0] != " ":
+                self._repeated_spaces = 0
+                break
 
-        text = self._space + text if self._begun else text.lstrip()
-        kept = text.rstrip()
-        self._space = text[len(kept) :] if self._begun or kept else ""
-        self._begun = self._begun or bool(kept)
+            text = text[1:]
+            self._repeated_spaces -= 1
 
-        return kept
+        text = self._held_space + text if self._has_text else text.lstrip()
+        visible = text.rstrip()
+        self._has_text = self._has_text or bool(visible)
+        self._held_space = text[len(visible) :] if self._has_text else ""
+
+        return visible

@@ -1,12 +1,10 @@
-"""Fields of others' interfaces that say nothing to this server: accepted where their value changes
-nothing.
+"""Fields that other servers have and this one has not: accepted where their value changes nothing.
 
-Clients send what OpenAI's and vLLM's interfaces have, at values that mean "as ever". Such a value
-is accepted; any other is refused by the reason why it cannot be honoured. What is not declared at
-all is a misspelling.
+Clients send what OpenAI's and vLLM's interfaces have, at values that mean the default. Such a value
+is accepted; any other is refused with the reason. A field that is in no table is a misspelling.
 
 Programs made for text-generation-webui, llama.cpp or KoboldCpp send all their settings with every
-request, most of them switched off: `without_foreign` takes those out before a request is checked.
+request, most of them switched off.
 """
 
 from __future__ import annotations
@@ -20,10 +18,9 @@ from pydantic_core import CoreSchema, core_schema
 
 TOOLS = "tools are not supported by this server"
 AUDIO = "audio is not supported by this server"
-BEAMS = "beam search is not supported by this server"
-LEAST = "a least length is not supported by this server"
 REASONING = "the model answers without reasoning before it"
-ELSEWHERE = {
+REFUSAL = "a refusal is not told apart from an answer by this server; send it as text"
+PARTS = {
     "image_url": "images are not supported by this server",
     "image": "images are not supported by this server",
     "input_image": "images are not supported by this server",
@@ -32,14 +29,13 @@ ELSEWHERE = {
     "file": "files are not supported by this server",
     "input_file": "files are not supported by this server",
     "video_url": "videos are not supported by this server",
-    "refusal": "a refusal is not told apart from an answer by this server; send it as text",
+    "refusal": REFUSAL,
 }
-"""kinds of parts of a message that others take"""
+"""kinds of message parts that other servers take, and why this one does not"""
 
 
-class Only:
-    """A field that may be null or one of `values`, which change nothing; else it is refused for the
-    reason `why`."""
+class Inert:
+    """A field that has no effect: null or one of `values`. Another value is refused with `why`."""
 
     def __init__(self, *values: Any, why: str) -> None:
         self.values, self.why = (None, *values), why
@@ -52,11 +48,15 @@ class Only:
     def __get_pydantic_json_schema__(
         self, schema: CoreSchema, handler: GetJsonSchemaHandler
     ) -> JsonSchemaValue:
+        return self.json_schema()
+
+    def json_schema(self) -> JsonSchemaValue:
+        """Return the accepted values as JSON Schema."""
         return {"enum": list(self.values)}
 
     def allows(self, value: Any) -> bool:
-        """Whether a value changes nothing."""
-        return any(_same(value, each) for each in self.values)
+        """Return whether a value has no effect."""
+        return any(_equal(value, other) for other in self.values)
 
     def _check(self, value: Any) -> Any:
         if not self.allows(value):
@@ -65,10 +65,65 @@ class Only:
         return value
 
 
+_BEAMS = "beam search is not supported by this server"
+_MIN_LENGTH = "a minimum length is not supported by this server"
 _SAMPLER = "this way to sample is not supported by this server"
 _FORM = "use response_format"
 _RANGE = "repetition_penalty_range"
-FOREIGN: Mapping[str, Only] = {
+
+COMMON: Mapping[str, Inert] = {
+    "priority": Inert(0, why="requests are served in the order in which they come"),
+    "min_tokens": Inert(0, why=_MIN_LENGTH),
+    "use_beam_search": Inert(False, why=_BEAMS),
+    "length_penalty": Inert(1, why=_BEAMS),
+    "early_stopping": Inert(False, why=_BEAMS),
+    "include_stop_str_in_output": Inert(False, why="a stop string is never part of the answer"),
+    "skip_special_tokens": Inert(True, why="control tokens have no text here"),
+    "spaces_between_special_tokens": Inert(True, False, why="true or false"),
+    "detokenize": Inert(True, why="answers are always sent as text"),
+    "truncate_prompt_tokens": Inert(why="prompts are not cut by this server; send a shorter one"),
+    "prompt_logprobs": Inert(why="use echo and logprobs of /v1/completions"),
+    "bad_words": Inert([], why="use logit_bias"),
+    "allowed_token_ids": Inert(why="use logit_bias"),
+    "logits_processors": Inert([], why="logits processors are not supported by this server"),
+    "structured_outputs": Inert({}, why=_FORM),
+    "guided_json": Inert(why=_FORM),
+    "guided_regex": Inert(why="use response_format with a schema that has a pattern"),
+    "guided_choice": Inert(why="use response_format with a schema that has an enum"),
+    "guided_grammar": Inert(why="grammars but JSON's are not supported by this server"),
+}
+"""fields of OpenAI's and vLLM's completions of both kinds"""
+CHAT: Mapping[str, Inert] = {
+    **COMMON,
+    "function_call": Inert("none", "auto", why=TOOLS),
+    "functions": Inert([], why=TOOLS),
+    "reasoning_effort": Inert("none", why=REASONING),
+    "verbosity": Inert("medium", why="ask for a short or a long answer in the conversation"),
+    "modalities": Inert([], ["text"], why="answers are text alone"),
+    "audio": Inert(why=AUDIO),
+    "web_search_options": Inert(why="web search is not supported by this server"),
+    "moderation": Inert(why="start the server with --safety.model"),
+    "echo": Inert(False, why="only /v1/completions echoes"),
+    "return_token_ids": Inert(False, why="only /v1/completions reports ids"),
+    "add_special_tokens": Inert(False, why="the format says where BOS and EOS stand"),
+    "chat_template": Inert(why="conversations are always in Llama 2's format"),
+    "chat_template_kwargs": Inert(
+        {},
+        {"enable_thinking": False},
+        {"thinking": False},
+        why="Llama 2's format has no options",
+    ),
+    "documents": Inert([], why="put documents into the conversation"),
+    "mm_processor_kwargs": Inert({}, why="messages are text alone"),
+}
+"""the same of chats"""
+COMPLETION: Mapping[str, Inert] = {
+    **COMMON,
+    "suffix": Inert("", why="filling in before a suffix is not supported by this server"),
+    "add_special_tokens": Inert(True, why="send token ids for a prompt without BOS"),
+}
+"""the same of completions of a text"""
+FOREIGN: Mapping[str, Inert] = {
     **dict.fromkeys(
         (
             "typical",
@@ -79,7 +134,7 @@ FOREIGN: Mapping[str, Only] = {
             "encoder_repetition_penalty",
             "guidance_scale",
         ),
-        Only(1, why=_SAMPLER),
+        Inert(1, why=_SAMPLER),
     ),
     **dict.fromkeys(
         (
@@ -97,36 +152,37 @@ FOREIGN: Mapping[str, Only] = {
             "dynatemp_range",
             "no_repeat_ngram_size",
         ),
-        Only(0, why=_SAMPLER),
+        Inert(0, why=_SAMPLER),
     ),
-    _RANGE: Only(0, why="repetition_penalty regards the whole text"),
-    **dict.fromkeys(("dynamic_temperature", "temperature_last"), Only(False, why=_SAMPLER)),
+    _RANGE: Inert(0, why="repetition_penalty regards the whole text"),
+    **dict.fromkeys(("dynamic_temperature", "temperature_last"), Inert(False, why=_SAMPLER)),
     **dict.fromkeys(
         ("samplers", "sampler_priority", "sampler_order"),
-        Only([], "", why="the order of the ways to sample is fixed"),
+        Inert([], "", why="the order of the ways to sample is fixed"),
     ),
-    "num_beams": Only(1, why=BEAMS),
-    "repeat_penalty": Only(1, why="use repetition_penalty"),
-    "do_sample": Only(True, why="set temperature to 0 for the likeliest tokens"),
-    "min_length": Only(0, why=LEAST),
-    "n_probs": Only(0, why="use logprobs"),
-    "add_bos_token": Only(True, why="send token ids to /v1/completions for a prompt without BOS"),
-    "ban_eos_token": Only(False, why="use ignore_eos, or logit_bias"),
+    "num_beams": Inert(1, why=_BEAMS),
+    "repeat_penalty": Inert(1, why="use repetition_penalty"),
+    "do_sample": Inert(True, why="set temperature to 0 for the likeliest tokens"),
+    "min_length": Inert(0, why=_MIN_LENGTH),
+    "n_probs": Inert(0, why="use logprobs"),
+    "add_bos_token": Inert(True, why="send token ids to /v1/completions for a prompt without BOS"),
+    "ban_eos_token": Inert(False, why="use ignore_eos, or logit_bias"),
     **dict.fromkeys(
         ("stopping_strings", "custom_stopping_strings", "stop_sequence"),
-        Only([], "", why="use stop"),
+        Inert([], "", why="use stop"),
     ),
     **dict.fromkeys(
-        ("banned_tokens", "banned_strings", "custom_token_bans"), Only([], "", why="use logit_bias")
+        ("banned_tokens", "banned_strings", "custom_token_bans"),
+        Inert([], "", why="use logit_bias"),
     ),
-    **dict.fromkeys(("grammar", "grammar_string", "json_schema"), Only("", {}, why=_FORM)),
-    "negative_prompt": Only("", why=_SAMPLER),
-    "preset": Only("", "None", why="send the settings of the preset"),
-    **dict.fromkeys(("enable_thinking", "think"), Only(False, why=REASONING)),
-    "thinking": Only({}, {"type": "disabled"}, why=REASONING),
-    "reasoning": Only({}, {"enabled": False}, {"effort": "none"}, why=REASONING),
+    **dict.fromkeys(("grammar", "grammar_string", "json_schema"), Inert("", {}, why=_FORM)),
+    "negative_prompt": Inert("", why=_SAMPLER),
+    "preset": Inert("", "None", why="send the settings of the preset"),
+    **dict.fromkeys(("enable_thinking", "think"), Inert(False, why=REASONING)),
+    "thinking": Inert({}, {"type": "disabled"}, why=REASONING),
+    "reasoning": Inert({}, {"enabled": False}, {"effort": "none"}, why=REASONING),
 }
-"""fields of other servers, with the values that mean nothing"""
+"""settings of other servers, with the values that switch them off"""
 HINTS = frozenset(
     (
         "mirostat_tau",
@@ -166,25 +222,24 @@ HINTS = frozenset(
         "chat_id",
     )
 )
-"""fields of other servers that are no part of what is asked for"""
+"""fields of other servers that do not change the answer"""
 
 
-def without_foreign(body: Any) -> Any:
-    """A request without the fields of other servers that say nothing; ValueError for one that says
-    something."""
-    if not isinstance(body, dict):
-        return body
+def drop_foreign(body: Mapping[str, Any], inert: Mapping[str, Inert]) -> dict[str, Any]:
+    """Return a request without the fields that have no effect: those of other servers and those of
+    `inert`. ValueError names one that would have an effect."""
+    table = {**FOREIGN, **inert}
+    if body.get("repetition_penalty") in (None, 1):
+        table.pop(_RANGE)  # the range of a penalty that is off
 
-    for name, field in FOREIGN.items():
-        idle = name == _RANGE and body.get("repetition_penalty") in (None, 1)  # there is no penalty
-        if not (idle or field.allows(body.get(name))):
+    for name, field in table.items():
+        if not field.allows(body.get(name)):
             raise ValueError(f"{name}: {field.why}")
 
-    return {
-        name: value for name, value in body.items() if name not in FOREIGN and name not in HINTS
-    }
+    ignored = {*table, _RANGE, *HINTS}
+    return {name: value for name, value in body.items() if name not in ignored}
 
 
-def _same(value: Any, other: Any) -> bool:
-    """Equal as in JSON, where 1 and 1.0 are one number and true is none."""
+def _equal(value: Any, other: Any) -> bool:
+    """Compare as JSON does, where 1 and 1.0 are one number and true is none."""
     return isinstance(value, bool) == isinstance(other, bool) and bool(value == other)

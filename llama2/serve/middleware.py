@@ -1,5 +1,5 @@
-"""What stands before every request: who may ask, how large and how slow a request may be, and a
-line in the log.
+"""The guard before every request: who may ask, how large and how slow a request may be, and a line
+in the log.
 
 Plain ASGI, outside of the framework, so that nothing is parsed for a client that is refused.
 """
@@ -15,7 +15,7 @@ import secrets
 import sys
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any
 
@@ -28,17 +28,18 @@ from llama2.serve.cors import Cors, host_name, is_loopback
 from llama2.serve.errors import ApiError
 from llama2.serve.metrics import Metrics
 from llama2.serve.settings import Limits
-from llama2.serve.streaming import GONE
+from llama2.serve.streaming import CLIENT_CLOSED
 
 LOG = "llama2.log"  # in the scope: what the routes add to the line of their request
 _SECURITY = {
-    "Content-Security-Policy": "default-src 'self'; object-src 'none'; base-uri 'none'; form-action 'none'; "
-    "frame-ancestors 'none'",
+    "Content-Security-Policy": "default-src 'self'; object-src 'none'; base-uri 'none'; "
+    "form-action 'none'; frame-ancestors 'none'",
     "X-Content-Type-Options": "nosniff",
     "Referrer-Policy": "no-referrer",
     "Cross-Origin-Resource-Policy": "same-origin",
 }
-_WHOLE = re.compile("[Hh][Tt][Tt][Pp][Ss]?://([^/]*)")
+_CLOSE = {"Connection": "close"}
+_ABSOLUTE = re.compile("[Hh][Tt][Tt][Pp][Ss]?://([^/]*)")
 _VITAL = ("/health", "/metrics")  # answered however many connections there are
 
 
@@ -52,27 +53,24 @@ class Traffic:
     draining: bool = False
 
 
-@dataclass
 class Keys:
     """The keys that open /v1; without any it is open. Only digests are kept, and all are compared,
     in constant time."""
 
-    digests: Sequence[bytes] = field(default=())
-
-    @classmethod
-    def of(cls, keys: Sequence[str]) -> Keys:
-        return cls([hashlib.sha256(key.encode()).digest() for key in keys])
+    def __init__(self, keys: Sequence[str]) -> None:
+        self.digests = [hashlib.sha256(key.encode()).digest() for key in keys]
 
     def open(self, authorization: str) -> bool:
+        """Return whether a header `Authorization` holds one of the keys."""
         scheme, _, key = authorization.partition(" ")
-        given = hashlib.sha256(key.strip().encode("latin-1", "replace")).digest()
-        matches = [hmac.compare_digest(given, each) for each in self.digests]
+        digest = hashlib.sha256(key.strip().encode("latin-1", "replace")).digest()
+        matches = [hmac.compare_digest(digest, known) for known in self.digests]
 
         return any(matches) and scheme.lower() == "bearer"
 
 
 class Guard:
-    """Wraps an application."""
+    """Wraps an application; `loopback` tells that only this machine can reach it."""
 
     def __init__(
         self,
@@ -84,58 +82,66 @@ class Guard:
         cors: Cors,
         loopback: bool,
     ) -> None:
-        self._app, self._limits, self._keys, self._traffic, self._metrics = (
-            app,
-            limits,
-            keys,
-            traffic,
-            metrics,
-        )
-        self._cors, self._local = cors, loopback and not keys.digests
+        self._app, self._limits, self._keys, self._cors = app, limits, keys, cors
+        self._traffic, self._metrics = traffic, metrics
+        self._local = loopback and not keys.digests
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             return
 
-        inner = _usual(scope)
+        inner = {**_normalize(scope), LOG: {}}
         headers = Headers(scope=inner)
         answer = _Answer(send, self._cors.headers(headers))
-        inner[LOG] = {}
         begin = time.monotonic()
         self._traffic.active += 1
 
         try:
-            try:
-                body = await self._admit(inner, headers, receive)
-            except _Preflight as allowed:
-                await Response(status_code=204, headers=allowed.headers)(inner, receive, answer)
-            except ApiError as error:
-                await JSONResponse(error.body(), error.status, error.headers)(
-                    inner, receive, answer
-                )
-            else:
-                await self._app(inner, _replayed(body, receive), answer)
+            app = await self._admit(inner, headers, receive)
+            await app(inner, receive, answer)
         finally:
             self._traffic.active -= 1
-            self._note({**inner, "method": scope["method"]}, answer, time.monotonic() - begin)
+            self._log({**inner, "method": scope["method"]}, answer, time.monotonic() - begin)
 
-    async def _admit(self, scope: Scope, headers: Headers, receive: Receive) -> bytes:
-        """The body of a request that may pass."""
-        guarded = scope["path"].startswith("/v1/")
+    async def _admit(self, scope: Scope, headers: Headers, receive: Receive) -> ASGIApp:
+        """Return what answers a request: the application, which gets the body that has been read,
+        or a refusal."""
+        preflight = self._cors.preflight(headers) if scope["method"] == "OPTIONS" else None
+        try:
+            self._check_connection(scope, headers)
+            if preflight is not None:  # before keys are asked for, which browsers do not send then
+                return Response(status_code=204, headers=preflight)
+
+            self._check_request(scope, headers)
+            async with asyncio.timeout(self._limits.body_seconds):
+                body = await self._read(headers, receive)
+        except TimeoutError:
+            error = errors.timed_out("the body of the request came too slowly", _CLOSE)
+            return JSONResponse(error.body(), error.status, error.headers)
+        except ApiError as error:
+            return JSONResponse(error.body(), error.status, error.headers)
+
+        async def app(scope: Scope, receive: Receive, send: Send) -> None:
+            await self._app(scope, _replay(body, receive), send)
+
+        return app
+
+    def _check_connection(self, scope: Scope, headers: Headers) -> None:
         if self._local and "host" in headers and not is_loopback(host_name(headers["host"])):
             # A page of another site may have its name resolve to this machine. Browsers always name
             # a host.
-            raise errors.ApiError(
+            raise ApiError(
                 403,
                 "a server without API keys answers to localhost and 127.0.0.1 only; set "
                 "LLAMA2_API_KEYS for other names",
             )
         if self._traffic.connections > self._limits.connections and scope["path"] not in _VITAL:
             raise errors.crowded()
-        if scope["method"] == "OPTIONS" and (allowed := self._cors.preflight(headers)) is not None:
-            raise _Preflight(allowed)
+
+    def _check_request(self, scope: Scope, headers: Headers) -> None:
+        guarded = scope["path"].startswith("/v1/")
         if guarded and self._keys.digests and not self._keys.open(headers.get("authorization", "")):
-            raise errors.ApiError(
+            raise ApiError(
                 401,
                 "the API key is missing or wrong; send 'Authorization: Bearer KEY'",
                 code="invalid_api_key",
@@ -143,51 +149,39 @@ class Guard:
             )
         if guarded and self._traffic.draining:
             raise errors.draining()
-        if (coding := headers.get("content-encoding", "identity").strip().lower()) not in (
-            "",
-            "identity",
-        ):
-            raise errors.ApiError(
+
+        coding = headers.get("content-encoding", "identity").strip().lower()
+        if coding not in ("", "identity"):
+            raise ApiError(
                 415,
                 f"Content-Encoding: {coding[:40]} is not supported; send the body as it is",
-                headers={"Accept-Encoding": "identity", "Connection": "close"},
+                headers={"Accept-Encoding": "identity", **_CLOSE},
             )
 
-        try:
-            async with asyncio.timeout(self._limits.body_seconds):
-                return await self._body(headers, receive)
-        except TimeoutError:
-            raise errors.ApiError(
-                408,
-                "the body of the request came too slowly",
-                kind="timeout",
-                code="timeout",
-                headers={"Connection": "close"},
-            ) from None
-
-    async def _body(self, headers: Headers, receive: Receive) -> bytes:
+    async def _read(self, headers: Headers, receive: Receive) -> bytes:
+        """Return the body; ApiError for one that is too large, or says that it will be."""
         most = self._limits.body_bytes
         announced = headers.get("content-length", "0")
-        parts, size = [], 0
+        size = int(announced) if announced.isdigit() else 0
+        body = bytearray()
 
-        while max(size, int(announced) if announced.isdigit() else 0) <= most:
+        while max(size, len(body)) <= most:
             message = await receive()
             if message["type"] == "http.disconnect":
                 return b""  # the application will hear of it
 
-            parts.append(message.get("body", b""))
-            size += len(parts[-1])
-            if not message.get("more_body"):
-                return b"".join(parts)
+            body += message.get("body", b"")
+            if len(body) <= most and not message.get("more_body"):
+                return bytes(body)
 
-        raise errors.ApiError(
+        raise ApiError(
             413,
             f"the body is larger than {most} bytes",
             code="request_too_large",
-            headers={"Connection": "close"},
+            headers=_CLOSE,
         )
 
-    def _note(self, scope: Scope, answer: _Answer, seconds: float) -> None:
+    def _log(self, scope: Scope, answer: _Answer, seconds: float) -> None:
         self._metrics.request(getattr(scope.get("route"), "path", "other"), answer.status)
         client = scope.get("client") or ("",)
         line: dict[str, Any] = {
@@ -204,16 +198,15 @@ class Guard:
 
 
 class _Answer:
-    """Sends what the application answers, with the headers that every answer has, and remembers its
+    """Sends the answer of an application, with the headers that every answer has, and remembers its
     status."""
 
-    def __init__(self, send: Send, more: Mapping[str, str]) -> None:
-        self.status, self.id = GONE, secrets.token_hex(8)
+    def __init__(self, send: Send, headers: Mapping[str, str]) -> None:
+        self.status, self.id = CLIENT_CLOSED, secrets.token_hex(8)
         self._send = send
-        self._headers = [
-            (name.lower().encode(), value.encode())
-            for name, value in {**_SECURITY, **more, "X-Request-Id": self.id}.items()
-        ]
+        self._headers = []
+        for name, value in {**_SECURITY, **headers, "X-Request-Id": self.id}.items():
+            self._headers.append((name.lower().encode(), value.encode()))
 
     async def __call__(self, message: Message) -> None:
         if message["type"] == "http.response.start":
@@ -223,44 +216,28 @@ class _Answer:
         await self._send(message)
 
 
-def _replayed(body: bytes, receive: Receive) -> Receive:
-    """A body that has been read, then whatever comes after it."""
-    read = False
+def _replay(body: bytes, receive: Receive) -> Receive:
+    """Return a channel that gives a body that has been read, then what comes after it."""
+    messages = [{"type": "http.request", "body": body, "more_body": False}]
 
-    async def again() -> Message:
-        nonlocal read
-        if read:
-            return await receive()
+    async def replay() -> Message:
+        return messages.pop() if messages else await receive()
 
-        read = True
-        return {"type": "http.request", "body": body, "more_body": False}
-
-    return again
+    return replay
 
 
-def _usual(scope: Scope) -> Scope:
-    """The scope that the application sees: HEAD is GET (what is sent has no body), slashes at the
-    end of a path and a second one in front change nothing, and a target that names the whole
-    address is its path."""
+def _normalize(scope: Scope) -> Scope:
+    """Return the scope that the application sees.
+
+    HEAD is GET: a body is not sent for it. Slashes at the end of a path and a second one in front
+    change nothing. A target that names the whole address is its path.
+    """
     path, headers = scope["path"], scope["headers"]
-    if whole := _WHOLE.match(path):
-        path = path[whole.end() :] or "/"
-        headers = [
-            (b"host", whole[1].encode("latin-1", "replace")),
-            *((name, value) for name, value in headers if name != b"host"),
-        ]
+    address = _ABSOLUTE.match(path)
+    if address:
+        path = path[address.end() :]
+        host = (b"host", address[1].encode("latin-1", "replace"))
+        headers = [host, *(header for header in headers if header[0] != b"host")]
 
-    return {
-        **scope,
-        "path": f"/{path.strip('/')}",
-        "headers": headers,
-        "method": "GET" if scope["method"] == "HEAD" else scope["method"],
-    }
-
-
-class _Preflight(Exception):
-    """A browser's question that is answered before keys are asked for."""
-
-    def __init__(self, headers: dict[str, str]) -> None:
-        super().__init__()
-        self.headers = headers
+    method = "GET" if scope["method"] == "HEAD" else scope["method"]
+    return {**scope, "path": f"/{path.strip('/')}", "headers": headers, "method": method}

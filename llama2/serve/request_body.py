@@ -3,13 +3,13 @@
 Parsing and checking are calls into C that hold the interpreter until they end, and so hold up every
 other client. So a body is first counted, a piece at a time: one with more items than any request
 needs is refused before it is parsed. Lists are checked up to their first fault, and objects have a
-bound, so that no request collects errors by the thousand.
+limited size, so that no request collects errors by the thousand.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Iterable
 from email.message import Message
 from typing import Any, TypeVar, get_type_hints
 
@@ -17,11 +17,13 @@ from fastapi import Request
 from fastapi.responses import Response
 from fastapi.routing import APIRoute
 from pydantic import ValidationError
-from pydantic_core import from_json
+from pydantic_core import ErrorDetails, from_json
 
-from llama2.serve import errors, schema
+from llama2.errors import did_you_mean
 from llama2.serve.chat_message import Strict
+from llama2.serve.errors import invalid
 from llama2.serve.offload import offload
+from llama2.serve.schema import ENDPOINTS, SamplingRequest
 
 K = TypeVar("K", bound=Strict)
 MOST_VALUES = 1 << 18
@@ -46,91 +48,98 @@ _FREE = (
     ("response_format", "json_schema", "schema"),
 )
 """objects whose keys are the client's own"""
+_UNION_TAGS = ("str", "int", "float", "bool", "none")
 
 
 class BodyRoute(APIRoute):
-    """An endpoint `(asked, request)` whose body is read and checked as this module does; its
+    """An endpoint `(body, request)` whose body is read and checked as this module does; its
     OpenAPI is FastAPI's."""
 
     def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
-        kind: type[Strict] | None = get_type_hints(self.endpoint).get("asked")
+        kind: type[Strict] | None = get_type_hints(self.endpoint).get("body")
         if kind is None:
             return super().get_route_handler()
 
-        async def answered(request: Request) -> Response:
-            body = await request.body()
+        async def handle(request: Request) -> Response:
+            content = await request.body()
             if not _is_json(request.headers.get("content-type", "")):
-                raise errors.invalid(
+                raise invalid(
                     "the body must be JSON, and be called that: 'Content-Type: application/json'"
                 )
 
-            asked = await offload(len(body), checked, body, kind, request.url.path)
-            response: Response = await self.endpoint(asked, request)
+            body = await offload(len(content), parse_request, content, kind, request.url.path)
+            response: Response = await self.endpoint(body, request)
             return response
 
-        return answered
+        return handle
 
 
-def checked(body: bytes, kind: type[K], path: str = "") -> K:
-    """The request of a kind that a body holds, sent to `path`; ApiError names what is wrong with
+def parse_request(content: bytes, kind: type[K], path: str = "") -> K:
+    """Return the request of a kind that was sent to `path`; ApiError names what is wrong with
     it."""
-    count(body)
-    data = _parsed(body)
-    bound(data)
+    check_counts(content)
+    data = _parse_json(content)
+    check_sizes(data)
 
     try:
         return kind.model_validate(data)
     except ValidationError as error:
         details = error.errors(include_url=False, include_input=False)
-        raise errors.invalid(*schema.explained(details, path)) from None
+        raise invalid(*explain(details, path)) from None
 
 
-def count(body: bytes) -> None:
-    """ApiError for a body with more items than a request needs. Nothing is parsed: what is in
-    strings does not count.
+# ---- limits ----
 
-    Pieces are short, so that other threads get their turns between them.
+
+def check_counts(content: bytes) -> None:
+    """Raise ApiError for a body with more items than a request needs.
+
+    Nothing is parsed: what is in strings does not count. Pieces are short, so that other threads
+    get their turns between them.
     """
     texts = groups = values = 0
-    # whether the piece begins inside a string, and a backslash that waits for its character
-    within, escape = 0, b""
-    for begin in range(0, len(body), _PIECE):
-        piece = escape + body[begin : begin + _PIECE]
+    in_string = 0  # 1 where a piece begins inside a string
+    escape = b""  # a backslash at the end of a piece, whose character is in the next one
+
+    for begin in range(0, len(content), _PIECE):
+        piece = escape + content[begin : begin + _PIECE]
         escape = b"\\" * ((len(piece) - len(piece.rstrip(b"\\"))) % 2)
         piece = piece[: len(piece) - len(escape)].replace(b"\\\\", b"").replace(b'\\"', b"")
+
         parts = piece.split(b'"')
-        outside = b"".join(parts[within::2])
-        within ^= (len(parts) - 1) % 2
+        outside = b"".join(parts[in_string::2])
+        in_string ^= (len(parts) - 1) % 2
         texts += len(parts) - 1
         groups += len(outside) - len(outside.translate(None, b"[{:"))
         values += outside.count(b",")
 
-        for name, found, most in (
+        for name, count, most in (
             ("strings", texts // 2, MOST_TEXTS),
             ("objects, lists and keys", groups, MOST_GROUPS),
             ("values", values, MOST_VALUES),
         ):
-            if found > most:
-                raise errors.invalid(
+            if count > most:
+                raise invalid(
                     f"the body has more than {most} {name}; send it in several requests",
                     code="request_too_large",
                 )
 
 
-def bound(data: Any) -> None:
-    """ApiError for an object or a list of a request that has more items than there can be sense
-    in."""
+def check_sizes(data: Any) -> None:
+    """Raise ApiError for an object or a list with more items than there can be sense in."""
     if not isinstance(data, dict):
         return
-    if isinstance(turns := data.get("messages"), list) and len(turns) > MOST_MESSAGES:
-        raise errors.invalid(
+
+    turns, biases = data.get("messages"), data.get("logit_bias")
+    if isinstance(turns, list) and len(turns) > MOST_MESSAGES:
+        raise invalid(
             f"messages: a conversation of {len(turns)} messages; {MOST_MESSAGES} are the most that "
             "are read",
             "messages",
             "context_length_exceeded",
         )
-    if isinstance(biases := data.get("logit_bias"), dict) and len(biases) > MOST_BIASES:
-        raise errors.invalid(
+    if isinstance(biases, dict) and len(biases) > MOST_BIASES:
+        raise invalid(
             f"logit_bias: it has {len(biases)} tokens; {MOST_BIASES} are the most", "logit_bias"
         )
 
@@ -138,47 +147,45 @@ def bound(data: Any) -> None:
     while waiting:
         path, value = waiting.pop()
         if isinstance(value, dict):
-            if len(value) > MOST_KEYS:
-                place = ".".join(path) or "the body"
-                raise errors.invalid(
-                    f"{place}: an object of {len(value)} keys; {MOST_KEYS} are the most, so there are "
-                    "unknown parameters among them",
-                    place if path else None,
-                )
+            _check_keys(value, ".".join(path) or None)
 
-            if long := next((key for key in value if len(key) > LONGEST_KEY), None):
-                raise errors.invalid(f"unknown parameter '{long[:40]}...'", ".".join(path) or None)
-
-            waiting += [
-                ((*path, key), each)
-                for key, each in value.items()
-                if isinstance(each, dict | list) and (*path, key) not in _FREE
-            ]
-        else:
-            waiting += [
-                ((*path, str(index)), each)
-                for index, each in enumerate(value)
-                if isinstance(each, dict | list)
-            ]
+        for key, item in value.items() if isinstance(value, dict) else enumerate(value):
+            inner = (*path, str(key))
+            if isinstance(item, dict | list) and inner not in _FREE:
+                waiting.append((inner, item))
 
 
-def _parsed(body: bytes) -> Any:
-    """What the JSON says."""
+def _check_keys(value: dict[str, Any], field: str | None) -> None:
+    if len(value) > MOST_KEYS:
+        raise invalid(
+            f"{field or 'the body'}: an object of {len(value)} keys; {MOST_KEYS} are the most, so "
+            "there are unknown parameters among them",
+            field,
+        )
+
+    for key in value:
+        if len(key) > LONGEST_KEY:
+            raise invalid(f"unknown parameter '{key[:40]}...'", field)
+
+
+# ---- JSON ----
+
+
+def _parse_json(content: bytes) -> Any:
     try:
-        body.decode()
-        return from_json(body.removeprefix(_BOM))
+        content.decode()
+        return from_json(content.removeprefix(_BOM))
     except UnicodeDecodeError as error:
-        raise errors.invalid(
-            f"the body is not UTF-8: byte {error.start + 1} cannot stand there"
-        ) from None
+        raise invalid(f"the body is not UTF-8: byte {error.start + 1} cannot stand there") from None
     except ValueError as error:
         if "escape" not in str(error):
-            raise errors.invalid(f"the body is not valid JSON: {error}") from None
+            raise invalid(f"the body is not valid JSON: {error}") from None
 
     try:
-        return json.loads(body)  # it takes half of a surrogate pair, so that its field can be named
+        # it takes half of a surrogate pair, so that its field can be named
+        return json.loads(content)
     except (ValueError, RecursionError) as error:
-        raise errors.invalid(f"the body is not valid JSON: {error}") from None
+        raise invalid(f"the body is not valid JSON: {error}") from None
 
 
 def _is_json(content_type: str) -> bool:
@@ -189,3 +196,63 @@ def _is_json(content_type: str) -> bool:
     return message.get_content_maintype() == "application" and (
         subtype == "json" or subtype.endswith("+json")
     )
+
+
+# ---- errors ----
+
+
+def explain(details: Iterable[ErrorDetails], path: str = "") -> tuple[str, str | None]:
+    """Return the first error of a request to `path` in one sentence, and the field it is about.
+
+    A misspelt field may leave its right spelling missing as well: the misspelling is the one to
+    name. Where a field may be of several types, the type that fits but for its value is the one
+    that was meant.
+    """
+    first = min(details, key=_rank)
+    location = [str(part) for part in first["loc"] if part != "body"]
+    if location[:1] == ["response_format"]:
+        del location[1:2]  # the form's name in the union
+
+    field = ".".join(part for part in location if _is_written(part))
+    if first["type"] == "extra_forbidden":
+        name = location[-1][:40]
+        cure = _suggest(name, path) if len(location) == 1 else ""
+        return f"unknown parameter '{field or name}'{cure}", field or name
+
+    message = first["msg"].removeprefix("Value error, ")
+    named = message.partition(": ")[0]
+    # a rule between fields names the one to change
+    if not field and named != message and named.isidentifier():
+        return message, named
+    if not field:
+        return "the body must be a JSON object", None
+
+    if first["type"] != "value_error":  # pydantic's, which begin as sentences do
+        message = message[:1].lower() + message[1:]
+
+    return f"{field}: {message}", field
+
+
+def _rank(detail: ErrorDetails) -> tuple[bool, bool]:
+    return detail["type"] != "extra_forbidden", detail["type"].endswith("_type")
+
+
+def _is_written(part: str) -> bool:
+    """Return whether a part of a location stands in the request, and not in pydantic alone."""
+    return part.isdigit() or (part.isidentifier() and part not in _UNION_TAGS)
+
+
+def _suggest(name: str, path: str) -> str:
+    """Return the field of a request to `path` that an unknown one may be, or its endpoint."""
+    fields = {endpoint: _fields(kind) for endpoint, kind in ENDPOINTS.items()}
+    for endpoint, names in fields.items():
+        if name in names:
+            return f"; it belongs to {endpoint}"
+
+    cure = did_you_mean(name, fields.get(path) or set().union(*fields.values()))
+    return f"; {cure}" if cure.startswith("did") else ""
+
+
+def _fields(kind: type[Strict]) -> set[str]:
+    inert = kind.inert if issubclass(kind, SamplingRequest) else {}
+    return {*kind.model_fields, *inert}

@@ -6,200 +6,160 @@ import json
 import secrets
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from llama2.serve.detokenizer import Part, Piece
-from llama2.serve.generation import Event, Whole
-from llama2.serve.safety import Verdict
-from llama2.tokenizer.tokenizer import Tokenizer
+from llama2.serve.detokenizer import TextDelta, TextToken
+from llama2.serve.generation import SampleEvent
+from llama2.serve.models import ChatModel
+from llama2.serve.safety import SafetyVerdict
+from llama2.serve.schema import ChatRequest, CompletionRequest, StreamOptions
 
 Usage = Mapping[str, object]
 DONE = b"data: [DONE]\n\n"
 _STEP = 256  # bytes: an obfuscated event is as long as a multiple of this
 
 
-@dataclass(frozen=True)
-class Wanted:
-    """What a client wants to hear of besides the text."""
+class ResponseWriter(ABC):
+    """The objects that answer one request."""
 
-    logprobs: bool = False
-    """tokens, one by one"""
-    ids: bool = False
-    """their ids"""
-    named_by_id: bool = False
-    """tokens are named by their ids"""
-    usage: bool = False
-    """how many tokens there were, at the end of a stream"""
-    always_usage: bool = False
-    """and with each of its events"""
-    obfuscation: bool = False
-    """its events are filled up to like lengths"""
-
-    @property
-    def tokens(self) -> bool:
-        return self.logprobs or self.ids
-
-
-class Format(ABC):
-    """The objects of one call."""
-
-    whole: str
-    chunk: str
+    answer_object: str
+    chunk_object: str
     prefix: str
 
-    def __init__(self, model: str, tokenizer: Tokenizer, wanted: Wanted) -> None:
-        self._tokenizer, self._wanted = tokenizer, wanted
+    def __init__(self, model: ChatModel, request: ChatRequest | CompletionRequest) -> None:
+        options = request.stream_options or StreamOptions()
+        self._with_usage = bool(options.include_usage)
+        self._with_running_usage = self._with_usage and bool(options.continuous_usage_stats)
+        self._obfuscate = bool(options.include_obfuscation)
+        self._with_logprobs = request.alternatives is not None
+        self._name_by_id = bool(request.return_tokens_as_token_ids)
+        self._tokenizer = model.tokenizer
         self._head = {
             "id": f"{self.prefix}-{secrets.token_hex(12)}",
             "created": int(time.time()),
-            "model": model,
+            "model": model.name,
         }
 
-    def answer(self, wholes: Sequence[Whole], usage: Usage) -> dict[str, Any]:
-        """A finished call."""
-        choices = [
-            self._reported(
-                {**self._content(index, whole), "finish_reason": whole.finish}, whole.verdict
-            )
-            for index, whole in enumerate(wholes)
-        ]
-        return self._judged(
-            {**self._head, "object": self.whole, "choices": choices, "usage": usage},
-            [whole.verdict for whole in wholes],
-        )
+    @property
+    def reports_tokens(self) -> bool:
+        """Return whether the client gets each token, and not only the text."""
+        return self._with_logprobs
+
+    def answer(self, samples: Sequence[SampleEvent], usage: Usage) -> dict[str, Any]:
+        """Return the object of a finished call."""
+        choices = []
+        for index, sample in enumerate(samples):
+            ending = self._ending(sample) or TextDelta()
+            whole = TextDelta(sample.text.text, [*sample.text.tokens, *ending.tokens])
+            choice = {**self._choice(index, whole), "finish_reason": sample.finish}
+            choices.append(_add_verdict(choice, [sample.verdict]))
+
+        answer = {**self._head, "object": self.answer_object, "choices": choices, "usage": usage}
+        return _add_verdict(answer, [sample.verdict for sample in samples])
 
     @abstractmethod
     def opening(self, count: int, usage: Usage) -> bytes:
-        """What a stream of `count` samples begins with."""
+        """Return what a stream of `count` samples begins with."""
 
-    def event(self, event: Event, usage: Usage) -> bytes:
-        """News of one sample as one chunk, or as two where it ends; `usage` is that so far."""
-        found, so_far = b"", usage if self._wanted.always_usage else None
-        if event.part:
-            found += self._sent(
-                [{**self._delta(event.index, event.part), "finish_reason": None}], None, so_far
-            )
+    def event(self, event: SampleEvent, usage: Usage) -> bytes:
+        """Return the chunk of an event, or two where its sample ends; `usage` is that so far."""
+        chunks = b""
+        if event.text:
+            choice = {**self._delta(event.index, event.text), "finish_reason": None}
+            chunks += self._chunk([choice], self._so_far(usage))
 
         if event.finish:
-            last = {
-                **self._delta(event.index, self._ending(event.stop)),
-                "finish_reason": event.finish,
-            }
-            found += self._sent([self._reported(last, event.verdict)], event.verdict, so_far)
+            delta = self._delta(event.index, self._ending(event))
+            choice = _add_verdict({**delta, "finish_reason": event.finish}, [event.verdict])
+            chunks += self._chunk([choice], self._so_far(usage), event.verdict)
 
-        return found
+        return chunks
 
     def closing(self, usage: Usage) -> bytes:
-        """What a stream ends with."""
-        return (self._sent([], None, usage) if self._wanted.usage else b"") + DONE
+        """Return what a stream ends with."""
+        return (self._chunk([], usage) if self._with_usage else b"") + DONE
 
     @abstractmethod
-    def _content(self, index: int, whole: Whole) -> dict[str, Any]:
-        """A finished sample, but for how it finished."""
+    def _choice(self, index: int, text: TextDelta) -> dict[str, Any]:
+        """Return a finished sample, but for how it finished."""
 
     @abstractmethod
-    def _delta(self, index: int, part: Part | None) -> dict[str, Any]:
-        """News of a sample, but for how it finished; None where there is no more text."""
+    def _delta(self, index: int, text: TextDelta | None) -> dict[str, Any]:
+        """Return more of a sample, but for how it finished; None where there is no more text."""
 
-    def _ending(self, stop: Piece | None) -> Part | None:
-        """What is reported with the end of a sample that ended by the id `stop`: it was drawn and
-        counts."""
-        return Part("", [stop]) if stop and self._wanted.tokens else None
-
-    def _whole(self, whole: Whole) -> Part:
-        """All of a finished sample."""
-        ending = self._ending(whole.stop)
-        return Part(whole.part.text, [*whole.part.pieces, *(ending.pieces if ending else ())])
+    def _ending(self, event: SampleEvent) -> TextDelta | None:
+        """Return the stop id that ended a sample: it was drawn, so it is reported."""
+        return TextDelta("", [event.stop]) if event.stop and self.reports_tokens else None
 
     def _name(self, token: int) -> str | None:
-        """What a token is called where its bytes do not say it."""
-        if self._wanted.named_by_id:
+        """Return the name of a token whose bytes are not it."""
+        if self._name_by_id:
             return f"token_id:{token}"
 
         return None if self._tokenizer.bytes_of(token) else self._tokenizer.name_of(token)
 
-    def _sent(
+    def _so_far(self, usage: Usage) -> Usage | None:
+        return usage if self._with_running_usage else None
+
+    def _chunk(
         self,
         choices: list[dict[str, Any]],
-        verdict: Verdict | None = None,
-        usage: Usage | None = None,
+        usage: Usage | None,
+        verdict: SafetyVerdict | None = None,
     ) -> bytes:
-        chunk = {**self._head, "object": self.chunk, "choices": choices}
-        if self._wanted.usage:
+        chunk = {**self._head, "object": self.chunk_object, "choices": choices}
+        if self._with_usage:
             chunk["usage"] = usage
 
-        chunk = self._judged(chunk, [verdict])
-        if self._wanted.obfuscation:
+        _add_verdict(chunk, [verdict])
+        if self._obfuscate:
             chunk["obfuscation"] = ""
-            chunk["obfuscation"] = secrets.token_hex(_STEP)[: -len(sse(chunk)) % _STEP]
+            chunk["obfuscation"] = secrets.token_hex(_STEP)[: -len(encode_event(chunk)) % _STEP]
 
-        return sse(chunk)
-
-    @staticmethod
-    def _reported(choice: dict[str, Any], verdict: Verdict | None) -> dict[str, Any]:
-        return choice if verdict is None else {**choice, "llama2": verdict.report()}
-
-    @staticmethod
-    def _judged(answer: dict[str, Any], verdicts: Sequence[Verdict | None]) -> dict[str, Any]:
-        """The answer, with the worst of the verdicts."""
-        found = [verdict for verdict in verdicts if verdict is not None]
-        if not found:
-            return answer
-
-        return {**answer, "llama2": min(found, key=lambda verdict: verdict.probability).report()}
+        return encode_event(chunk)
 
 
-class ChatFormat(Format):
-    """/v1/chat/completions"""
+class ChatWriter(ResponseWriter):
+    """Objects of /v1/chat/completions."""
 
-    whole, chunk, prefix = "chat.completion", "chat.completion.chunk", "chatcmpl"
+    answer_object, chunk_object, prefix = "chat.completion", "chat.completion.chunk", "chatcmpl"
 
     def opening(self, count: int, usage: Usage) -> bytes:
-        so_far = usage if self._wanted.always_usage else None
-        return b"".join(
-            self._sent(
-                [
-                    {
-                        "index": index,
-                        "delta": {"role": "assistant", "content": ""},
-                        "logprobs": None,
-                        "finish_reason": None,
-                    }
-                ],
-                None,
-                so_far,
-            )
-            for index in range(count)
-        )
+        """Return a chunk with the role of each sample."""
+        chunks = b""
+        for index in range(count):
+            choice = {
+                "index": index,
+                "delta": {"role": "assistant", "content": ""},
+                "logprobs": None,
+                "finish_reason": None,
+            }
+            chunks += self._chunk([choice], self._so_far(usage))
 
-    def _content(self, index: int, whole: Whole) -> dict[str, Any]:
-        part = self._whole(whole)
-        message = {"role": "assistant", "content": part.text, "refusal": None}
-        return {"index": index, "message": message, "logprobs": self._tokens(part)}
+        return chunks
 
-    def _delta(self, index: int, part: Part | None) -> dict[str, Any]:
+    def _choice(self, index: int, text: TextDelta) -> dict[str, Any]:
+        message = {"role": "assistant", "content": text.text, "refusal": None}
+        return {"index": index, "message": message, "logprobs": self._logprobs(text)}
+
+    def _delta(self, index: int, text: TextDelta | None) -> dict[str, Any]:
         return {
             "index": index,
-            "delta": {"content": part.text} if part and part.text else {},
-            "logprobs": None if part is None else self._tokens(part),
+            "delta": {"content": text.text} if text and text.text else {},
+            "logprobs": None if text is None else self._logprobs(text),
         }
 
-    def _tokens(self, part: Part) -> dict[str, Any] | None:
-        if not self._wanted.logprobs:
+    def _logprobs(self, text: TextDelta) -> dict[str, Any] | None:
+        if not self._with_logprobs:
             return None
 
-        return {
-            "content": [
-                {
-                    **self._token(piece.token, piece.logprob),
-                    "top_logprobs": [self._token(*other) for other in piece.alternatives],
-                }
-                for piece in part.pieces
-            ],
-            "refusal": None,
-        }
+        content = []
+        for token in text.tokens:
+            others = [self._token(*other) for other in token.alternatives]
+            content.append({**self._token(token.token, token.logprob), "top_logprobs": others})
+
+        return {"content": content, "refusal": None}
 
     def _token(self, token: int, logprob: float | None) -> dict[str, Any]:
         content = self._tokenizer.bytes_of(token)
@@ -207,54 +167,62 @@ class ChatFormat(Format):
         return {"token": name, "logprob": logprob, "bytes": list(content)}
 
 
-class TextFormat(Format):
-    """/v1/completions"""
+class CompletionWriter(ResponseWriter):
+    """Objects of /v1/completions."""
 
-    whole, chunk, prefix = "text_completion", "text_completion", "cmpl"
+    answer_object, chunk_object, prefix = "text_completion", "text_completion", "cmpl"
+
+    def __init__(self, model: ChatModel, request: CompletionRequest) -> None:
+        super().__init__(model, request)
+        self._with_ids = bool(request.return_token_ids)
+
+    @property
+    def reports_tokens(self) -> bool:
+        """Return whether the client gets each token, and not only the text."""
+        return self._with_logprobs or self._with_ids
 
     def opening(self, count: int, usage: Usage) -> bytes:
+        """Return nothing: the text comes at once."""
         return b""
 
-    def _content(self, index: int, whole: Whole) -> dict[str, Any]:
-        return self._delta(index, self._whole(whole))
+    def _choice(self, index: int, text: TextDelta) -> dict[str, Any]:
+        return self._delta(index, text)
 
-    def _delta(self, index: int, part: Part | None) -> dict[str, Any]:
-        ids = (
-            {"token_ids": [piece.token for piece in part.pieces] if part else []}
-            if self._wanted.ids
-            else {}
-        )
-        return {
+    def _delta(self, index: int, text: TextDelta | None) -> dict[str, Any]:
+        delta = {
             "index": index,
-            "text": "" if part is None else part.text,
-            "logprobs": None if part is None else self._tokens(part),
-            **ids,
+            "text": "" if text is None else text.text,
+            "logprobs": None if text is None else self._logprobs(text),
         }
+        if self._with_ids:
+            delta["token_ids"] = [token.token for token in text.tokens] if text else []
 
-    def _tokens(self, part: Part) -> dict[str, Any] | None:
-        if not self._wanted.logprobs:
+        return delta
+
+    def _logprobs(self, text: TextDelta) -> dict[str, Any] | None:
+        if not self._with_logprobs:
             return None
 
-        pieces = part.pieces
         return {
-            "tokens": [self._called(piece.token) for piece in pieces],
-            "token_logprobs": [piece.logprob for piece in pieces],
-            "top_logprobs": [self._likeliest(piece) for piece in pieces],
-            "text_offset": [piece.offset for piece in pieces],
+            "tokens": [self._unique_name(token.token) for token in text.tokens],
+            "token_logprobs": [token.logprob for token in text.tokens],
+            "top_logprobs": [self._top_logprobs(token) for token in text.tokens],
+            "text_offset": [token.offset for token in text.tokens],
         }
 
-    def _likeliest(self, piece: Piece) -> dict[str, float] | None:
-        """By name; of tokens of the same name the likeliest, which comes first."""
-        if piece.logprob is None:
+    def _top_logprobs(self, token: TextToken) -> dict[str, float] | None:
+        """Return the likeliest tokens by name; of several with one name the likeliest, which comes
+        first."""
+        if token.logprob is None:
             return None
 
-        found: dict[str, float] = {}
-        for token, logprob in (*piece.alternatives, (piece.token, piece.logprob)):
-            found.setdefault(self._called(token), logprob)
+        logprobs: dict[str, float] = {}
+        for other, logprob in (*token.alternatives, (token.token, token.logprob)):
+            logprobs.setdefault(self._unique_name(other), logprob)
 
-        return found
+        return logprobs
 
-    def _called(self, token: int) -> str:
+    def _unique_name(self, token: int) -> str:
         content = self._tokenizer.bytes_of(token)
         try:
             return self._name(token) or content.decode()
@@ -262,7 +230,16 @@ class TextFormat(Format):
             return "bytes:" + "".join(f"\\x{byte:02x}" for byte in content)
 
 
-def sse(value: object) -> bytes:
-    """One server-sent event. In ASCII: some clients take U+2028 and its like for the end of a
-    line."""
+def encode_event(value: object) -> bytes:
+    """Return one server-sent event. In ASCII: some clients take U+2028 and its like for the end of
+    a line."""
     return f"data: {json.dumps(value, separators=(',', ':'))}\n\n".encode()
+
+
+def _add_verdict(value: dict[str, Any], verdicts: Iterable[SafetyVerdict | None]) -> dict[str, Any]:
+    """Add the verdict on an object, if there is one; of several the worst."""
+    known = [verdict for verdict in verdicts if verdict is not None]
+    if known:
+        value["llama2"] = min(known, key=lambda verdict: verdict.probability).report()
+
+    return value

@@ -1,5 +1,4 @@
-"""How a server is set up. Apart from what it runs, so that `--help` needs none of the optional
-libraries."""
+"""The configuration of a server, in a file of its own so that `--help` needs no optional library."""
 
 from __future__ import annotations
 
@@ -7,12 +6,13 @@ from pathlib import Path
 
 from pydantic import Field
 
-from llama2.config import Config
+from llama2.config import Config as Section
+from llama2.errors import UserError
 from llama2.model.quantize import WeightPrecision
 
 
-class Limits(Config):
-    """What a client may take."""
+class Limits(Section):
+    """Limits on what clients take."""
 
     waiting: int = Field(64, ge=0)
     """samples that may wait for a slot, of each model; beyond that clients are asked to come back
@@ -35,8 +35,8 @@ class Limits(Config):
     """after SIGTERM, the longest that running requests may take to finish"""
 
 
-class Safety(Config):
-    """Whether and how answers are judged before they are sent."""
+class Safety(Section):
+    """Judging answers before they are sent."""
 
     model: Path | None = None
     """reward model of safety; without it nothing is judged"""
@@ -46,7 +46,7 @@ class Safety(Config):
     """what replaces it"""
 
 
-class ServeConfig(Config):
+class ServeConfig(Section):
     """Serve checkpoints over HTTP, with OpenAI's interface and a page to chat."""
 
     checkpoints: tuple[Path, ...] = Field(min_length=1)
@@ -73,3 +73,19 @@ class ServeConfig(Config):
     what they cost"""
     limits: Limits = Limits()
     safety: Safety = Safety()
+
+    @property
+    def model_names(self) -> tuple[str, ...]:
+        """Return the name of each checkpoint; UserError for names that do not fit."""
+        names = self.names or tuple(path.resolve().name for path in self.checkpoints)
+        if len(names) != len(self.checkpoints):
+            raise UserError(
+                f"{len(self.checkpoints)} checkpoints and {len(names)} names",
+                "give one name for each",
+            )
+
+        for name in names:
+            if names.count(name) > 1:
+                raise UserError(f"two models are called '{name}'", "name them: --names A B")
+
+        return names

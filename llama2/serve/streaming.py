@@ -1,80 +1,56 @@
-"""The client at the other end: answers that stop being made when it goes away, and streams."""
+"""Clients that go away, whose answers are then no longer made, and streams of events."""
 
 from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncGenerator, Awaitable, Callable
-from contextlib import AbstractContextManager, aclosing
 from typing import TypeVar
 
-from starlette.responses import Response
+from starlette.responses import StreamingResponse
 from starlette.types import Receive, Scope, Send
 
 R = TypeVar("R")
-GONE = 499  # nginx's status for a client that closed the connection
+CLIENT_CLOSED = 499  # nginx's status for a client that closed the connection
 
 
-class Gone(Exception):
+class Disconnected(Exception):
     """The client has closed the connection."""
 
 
-async def unless_gone(receive: Receive, work: Awaitable[R]) -> R:
-    """The result of `work`; if the client goes away before, `work` is cancelled and Gone raised."""
-    task, leaving = asyncio.ensure_future(work), asyncio.ensure_future(_leaving(receive))
+async def cancel_on_disconnect(receive: Receive, work: Awaitable[R]) -> R:
+    """Return the result of `work`; if the client goes away before, cancel it and raise
+    Disconnected."""
+    task = asyncio.ensure_future(work)
+    disconnect = asyncio.ensure_future(_wait_for_disconnect(receive))
     try:
-        await asyncio.wait((task, leaving), return_when=asyncio.FIRST_COMPLETED)
+        await asyncio.wait((task, disconnect), return_when=asyncio.FIRST_COMPLETED)
         if task.done():
             return task.result()
 
-        raise Gone
+        raise Disconnected
     finally:
-        for each in (task, leaving):
-            each.cancel()
+        task.cancel()
+        disconnect.cancel()
+        await asyncio.gather(task, disconnect, return_exceptions=True)
 
-        await asyncio.gather(task, leaving, return_exceptions=True)
 
-
-async def _leaving(receive: Receive) -> None:
+async def _wait_for_disconnect(receive: Receive) -> None:
     while (await receive())["type"] != "http.disconnect":
         pass
 
 
-class EventStream(Response):
-    """Server-sent events. `held` is left when the stream ends, or the client goes; `end` is called
-    last."""
+class EventStream(StreamingResponse):
+    """Server-sent events. `close` is called when they end, or when the client goes away."""
 
-    def __init__(
-        self,
-        events: AsyncGenerator[bytes, None],
-        held: AbstractContextManager[object],
-        end: Callable[[], None],
-    ) -> None:
-        super().__init__(
-            media_type="text/event-stream",
-            headers={
-                # proxies pass each event on as it comes
-                "Cache-Control": "no-cache",
-                "X-Accel-Buffering": "no",
-            },
-        )
-        del self.headers["content-length"]
-        self._events, self._held, self._end = events, held, end
+    media_type = "text/event-stream"
+
+    def __init__(self, events: AsyncGenerator[bytes, None], close: Callable[[], None]) -> None:
+        # proxies pass each event on as it comes
+        super().__init__(events, headers={"Cache-Control": "no-cache", "X-Accel-Buffering": "no"})
+        self._close = close
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:
-            with self._held:
-                await unless_gone(receive, self._send(send))
-        except Gone:
-            pass
+            await super().__call__(scope, receive, send)
         finally:
-            self._end()
-
-    async def _send(self, send: Send) -> None:
-        await send(
-            {"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers}
-        )
-        async with aclosing(self._events) as events:
-            async for body in events:
-                await send({"type": "http.response.body", "body": body, "more_body": True})
-
-        await send({"type": "http.response.body", "body": b"", "more_body": False})
+            self._close()

@@ -454,7 +454,7 @@ def test_a_request_of_any_kind_is_taken_or_refused(tmp_path: Path) -> None:
         content = json.dumps(disturbed(chance, asked)).encode()
 
         try:
-            request_body.checked(
+            request_body.parse_request(
                 mutated(chance, content) if chance.random() < 0.3 else content, kind
             )
             outcomes.add((kind, "taken"))

@@ -99,16 +99,16 @@ def test_long_work_runs_in_a_thread_of_its_own(
     names: dict[str, str] = {}
     for module, name in (
         (routes, "encode_prompt"),
-        (routes, "_encoded"),
-        (routes, "_echo"),
-        (routes, "_rendered"),
+        (routes, "_encode"),
+        (routes, "_decode"),
+        (routes, "_render"),
         (routes, "Generation"),
     ):
         work = getattr(module, name)
 
-        def watched(*arguments: Any, work: Any = work, name: str = name) -> Any:
+        def watched(*arguments: Any, work: Any = work, name: str = name, **named: Any) -> Any:
             names[name] = threading.current_thread().name
-            return work(*arguments)
+            return work(*arguments, **named)
 
         monkeypatch.setattr(module, name, watched)
 
@@ -153,10 +153,10 @@ def test_the_longest_text_that_may_fit_is_encoded(served: Served) -> None:
     """So many characters that every token must be of the longest; the tokens are counted and
     told."""
     model = next(iter(served.models))
-    answer = served.post("completions", prompt="a" * model.context * model.longest)
+    answer = served.post("completions", prompt="a" * model.context * model.longest_token)
     assert " tokens, " in answer.json()["error"]["message"]
     tokenizer = model.tokenizer
-    assert model.longest == max(
+    assert model.longest_token == max(
         len(tokenizer.bytes_of(token).decode(errors="replace"))
         for token in range(tokenizer.vocab_size)
     )

@@ -22,7 +22,7 @@ def encoded(**fields: Any) -> bytes:
 
 def refused(content: bytes, kind: type[Any] = ChatRequest) -> ApiError:
     with pytest.raises(ApiError) as caught:
-        request_body.checked(content, kind)
+        request_body.parse_request(content, kind)
 
     assert caught.value.status == 400
     assert len(caught.value.message) < 300
@@ -45,7 +45,7 @@ def refused(content: bytes, kind: type[Any] = ChatRequest) -> ApiError:
     ],
 )
 def test_what_is_too_much_is_never_parsed(content: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(request_body, "_parsed", None)
+    monkeypatch.setattr(request_body, "_parse_json", None)
     assert "the body has more than" in refused(content).message
 
 
@@ -54,7 +54,7 @@ def test_what_stands_in_a_string_does_not_count(shift: int) -> None:
     """Wherever the pieces end, also between a backslash and what it is for."""
     content = b" " * shift + encoded(prompt=QUIET)
     assert len(content) > 10 * request_body._PIECE
-    assert request_body.checked(content, CompletionRequest).prompt == QUIET
+    assert request_body.parse_request(content, CompletionRequest).prompt == QUIET
 
 
 def test_counts_are_those_of_the_items(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -62,11 +62,11 @@ def test_counts_are_those_of_the_items(monkeypatch: pytest.MonkeyPatch) -> None:
     for name, count in (("TEXTS", 7), ("GROUPS", 7), ("VALUES", 6)):
         monkeypatch.setattr(request_body, f"MOST_{name}", count)
 
-    request_body.count(content)
+    request_body.check_counts(content)
     for name, count in (("TEXTS", 7), ("GROUPS", 7), ("VALUES", 6)):
         monkeypatch.setattr(request_body, f"MOST_{name}", count - 1)
         with pytest.raises(ApiError, match=f"more than {count - 1} "):
-            request_body.count(content)
+            request_body.check_counts(content)
 
         monkeypatch.setattr(request_body, f"MOST_{name}", count)
 
@@ -74,13 +74,13 @@ def test_counts_are_those_of_the_items(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_errors_are_not_collected(monkeypatch: pytest.MonkeyPatch) -> None:
     """Of a list with thousands of faults the first is enough."""
     seen: list[int] = []
-    explained = request_body.schema.explained
+    explained = request_body.explain
 
     def counting(details: Any, *more: Any) -> tuple[str, str | None]:
         seen.append(len(details))
         return explained(details, *more)
 
-    monkeypatch.setattr(request_body.schema, "explained", counting)
+    monkeypatch.setattr(request_body, "explain", counting)
     for kind, fields in (
         (ChatRequest, {"messages": [WRONG] * 4096}),
         (ScoreRequest, {"messages": [WRONG] * 4096}),
@@ -123,23 +123,23 @@ def test_what_has_no_sense_is_named(fields: dict[str, Any], param: str | None, w
 def test_what_is_large_for_a_reason_is_taken() -> None:
     assert (
         len(
-            request_body.checked(
+            request_body.parse_request(
                 encoded(messages=[*[USER, ANSWER] * 2047, USER]), ChatRequest
             ).messages
         )
         == 4095
     )
     ids = [[7] * 4096] * 63
-    assert request_body.checked(encoded(prompt=ids), CompletionRequest).prompt == ids
+    assert request_body.parse_request(encoded(prompt=ids), CompletionRequest).prompt == ids
     schema = {"properties": {f"k{key}": {"enum": [key]} for key in range(3000)}}
     form = {"type": "json_schema", "json_schema": {"name": "x", "schema": schema}}
-    asked = request_body.checked(encoded(messages=[USER], response_format=form), ChatRequest)
+    asked = request_body.parse_request(encoded(messages=[USER], response_format=form), ChatRequest)
     assert asked.response_format.json_schema.schema_ == schema  # type: ignore[union-attr]
 
 
 def test_marks_at_the_beginning_and_halves_of_characters() -> None:
     assert (
-        request_body.checked(b"\xef\xbb\xbf" + encoded(messages=[USER]), ChatRequest)
+        request_body.parse_request(b"\xef\xbb\xbf" + encoded(messages=[USER]), ChatRequest)
         .messages[0]
         .content
         == "a"
