@@ -95,10 +95,11 @@ def _add_operation(
 
 def _add_pages(app: FastAPI) -> None:
     """Serve the chat page and its files, which are read once."""
-    files = {}
-    for path in WEB.iterdir():
-        if path.suffix in _TYPES:
-            files[path.name] = path.read_bytes(), _TYPES[path.suffix]
+    files = {
+        path.name: (path.read_bytes(), _TYPES[path.suffix])
+        for path in WEB.iterdir()
+        if path.suffix in _TYPES
+    }
 
     @app.get("/", include_in_schema=False)
     async def index() -> Response:

@@ -134,15 +134,13 @@ class ChatMessage(Strict):
 
         return content
 
+    def to_record(self) -> Message:
+        """Return the message with its parts joined; a developer is the system."""
+        content = self.content or ""
+        text = content if isinstance(content, str) else "".join(part.text for part in content)
+        return Message("system" if self.role == "developer" else self.role, text)
+
 
 def to_messages(turns: Sequence[ChatMessage]) -> tuple[Message, ...]:
-    """Return a conversation as records: the parts of a message joined, a developer as the
-    system."""
-    messages = []
-    for turn in turns:
-        content = turn.content or ""
-        text = content if isinstance(content, str) else "".join(part.text for part in content)
-        role = "system" if turn.role == "developer" else turn.role
-        messages.append(Message(role, text))
-
-    return tuple(messages)
+    """Return a conversation as records."""
+    return tuple(turn.to_record() for turn in turns)

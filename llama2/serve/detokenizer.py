@@ -34,15 +34,12 @@ class StopScanner:
             return part
 
         text = self._held + part
-        ends = []
-        for string in self._strings:
-            start = text.find(string)
-            if start >= 0:
-                ends.append((start + len(string), start))
-
-        if ends:
+        found = [string for string in self._strings if string in text]
+        if found:
+            # the string that ends first, and of those that end there the longest
+            start = min((text.find(string) + len(string), text.find(string)) for string in found)[1]
             self.found, self._held = True, ""
-            return text[: min(ends)[1]]
+            return text[:start]
 
         certain = len(text) - self._uncertain(text)
         self._held = text[certain:]

@@ -120,12 +120,7 @@ class Generation:
     async def events(self) -> Events:
         """Yield text as it becomes certain; the last event of each sample says how it finished."""
         async for deltas in self.stream.deltas():
-            events = []
-            for delta in deltas:
-                event = self._event(delta)
-                if event is not None:
-                    events.append(event)
-
+            events = [event for delta in deltas if (event := self._event(delta)) is not None]
             self._measure(deltas)
             if events:
                 yield events

@@ -77,11 +77,11 @@ class HttpProtocol(H11Protocol):
 
     def _make_room(self) -> None:
         """Close the connection that has waited for its client the longest."""
-        idle = []
-        for other in self.connections:
-            if isinstance(other, HttpProtocol) and other is not self and not other.answering:
-                idle.append(other)
-
+        idle = [
+            other
+            for other in self.connections
+            if isinstance(other, HttpProtocol) and other is not self and not other.answering
+        ]
         if idle:
             longest = min(idle, key=lambda other: other.since)
             longest.transport.close()

@@ -204,9 +204,10 @@ class _Answer:
     def __init__(self, send: Send, headers: Mapping[str, str]) -> None:
         self.status, self.id = CLIENT_CLOSED, secrets.token_hex(8)
         self._send = send
-        self._headers = []
-        for name, value in {**_SECURITY, **headers, "X-Request-Id": self.id}.items():
-            self._headers.append((name.lower().encode(), value.encode()))
+        self._headers = [
+            (name.lower().encode(), value.encode())
+            for name, value in {**_SECURITY, **headers, "X-Request-Id": self.id}.items()
+        ]
 
     async def __call__(self, message: Message) -> None:
         if message["type"] == "http.response.start":

@@ -6,7 +6,7 @@ A checkpoint that cannot do what is asked of it is refused before anything is lo
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
@@ -31,16 +31,13 @@ from llama2.tokenizer.template import check_template, encode_dialog
 from llama2.tokenizer.tokenizer import Tokenizer
 
 Kind = Literal["chat", "reward"]
-M = TypeVar("M", bound="ServedModel")
+M = TypeVar("M", "ChatModel", "RewardModel")
 _POSITIONS = 512  # of a prompt whose logits are held at once
 
 
 @dataclass(frozen=True)
 class ServedModel:
     """A model with its tokenizer and the thread that owns it."""
-
-    kind: ClassVar[Kind]
-    purpose: ClassVar[str]
 
     name: str
     created: int
@@ -126,15 +123,8 @@ class Models:
 
         return self._models[name]
 
-    def chat(self, name: str | None) -> ChatModel:
-        """Return the model that answers: the one named, or the first."""
-        return self._of_kind(ChatModel, name)
-
-    def reward(self, name: str | None) -> RewardModel:
-        """Return the model that scores: the one named, or the first."""
-        return self._of_kind(RewardModel, name)
-
-    def _of_kind(self, kind: type[M], name: str | None) -> M:
+    def find(self, kind: type[M], name: str | None) -> M:
+        """Return the model of a kind that is named, or the first; ApiError if there is none."""
         if name:  # some clients send none as ""
             model = self.named(name)
             if isinstance(model, kind):
@@ -163,12 +153,13 @@ def load(config: ServeConfig) -> Models:
             "put a language model first",
         )
 
-    models = []
-    for path, name, kind in zip(paths, names, kinds):
-        load_one = load_chat if kind == "chat" else load_reward
-        models.append(load_one(path, name, config))
-
-    return Models(models)
+    loaders: dict[Kind, Callable[..., ChatModel | RewardModel]] = {
+        "chat": load_chat,
+        "reward": load_reward,
+    }
+    return Models(
+        [loaders[kind](path, name, config) for path, name, kind in zip(paths, names, kinds)]
+    )
 
 
 def check(path: Path) -> Kind:
@@ -255,7 +246,7 @@ def _prompt_logprobs(
             own_P = logp_PV.gather(1, targets_P[:, None])[:, 0].tolist()
             top = logp_PV.topk(min(count, logp_PV.shape[1]), -1)
 
-            for own, ids_K, values_K in zip(own_P, top.indices.tolist(), top.values.tolist()):
-                logprobs.append((own, tuple(zip(ids_K, values_K))))
+            top_PK = zip(top.indices.tolist(), top.values.tolist())
+            logprobs += [(own, tuple(zip(*top_K))) for own, top_K in zip(own_P, top_PK)]
 
     return logprobs

@@ -33,6 +33,8 @@ class ResponseWriter(ABC):
         self._with_running_usage = self._with_usage and bool(options.continuous_usage_stats)
         self._obfuscate = bool(options.include_obfuscation)
         self._with_logprobs = request.alternatives is not None
+        self.reports_tokens = self._with_logprobs
+        """the client gets each token, and not only the text"""
         self._name_by_id = bool(request.return_tokens_as_token_ids)
         self._tokenizer = model.tokenizer
         self._head = {
@@ -40,11 +42,6 @@ class ResponseWriter(ABC):
             "created": int(time.time()),
             "model": model.name,
         }
-
-    @property
-    def reports_tokens(self) -> bool:
-        """Return whether the client gets each token, and not only the text."""
-        return self._with_logprobs
 
     def answer(self, samples: Sequence[SampleEvent], usage: Usage) -> dict[str, Any]:
         """Return the object of a finished call."""
@@ -58,9 +55,9 @@ class ResponseWriter(ABC):
         answer = {**self._head, "object": self.answer_object, "choices": choices, "usage": usage}
         return _add_verdict(answer, [sample.verdict for sample in samples])
 
-    @abstractmethod
     def opening(self, count: int, usage: Usage) -> bytes:
-        """Return what a stream of `count` samples begins with."""
+        """Return the chunks before the text of a stream of `count` samples, if there are any."""
+        return b""
 
     def event(self, event: SampleEvent, usage: Usage) -> bytes:
         """Return the chunk of an event, or two where its sample ends; `usage` is that so far."""
@@ -80,9 +77,9 @@ class ResponseWriter(ABC):
         """Return what a stream ends with."""
         return (self._chunk([], usage) if self._with_usage else b"") + DONE
 
-    @abstractmethod
     def _choice(self, index: int, text: TextDelta) -> dict[str, Any]:
         """Return a finished sample, but for how it finished."""
+        return self._delta(index, text)
 
     @abstractmethod
     def _delta(self, index: int, text: TextDelta | None) -> dict[str, Any]:
@@ -175,18 +172,7 @@ class CompletionWriter(ResponseWriter):
     def __init__(self, model: ChatModel, request: CompletionRequest) -> None:
         super().__init__(model, request)
         self._with_ids = bool(request.return_token_ids)
-
-    @property
-    def reports_tokens(self) -> bool:
-        """Return whether the client gets each token, and not only the text."""
-        return self._with_logprobs or self._with_ids
-
-    def opening(self, count: int, usage: Usage) -> bytes:
-        """Return nothing: the text comes at once."""
-        return b""
-
-    def _choice(self, index: int, text: TextDelta) -> dict[str, Any]:
-        return self._delta(index, text)
+        self.reports_tokens = self._with_logprobs or self._with_ids
 
     def _delta(self, index: int, text: TextDelta | None) -> dict[str, Any]:
         delta = {

@@ -63,9 +63,18 @@ class Service:
     metrics: Metrics
     seconds: float
 
+    async def list_models(self) -> JSONResponse:
+        """List the models of this server."""
+        data = [_describe(model) for model in self.models]
+        return JSONResponse({"object": "list", "data": data})
+
+    async def describe_model(self, name: str) -> JSONResponse:
+        """Describe one model."""
+        return JSONResponse(_describe(self.models.named(name)))
+
     async def chat(self, body: ChatRequest, request: Request) -> Response:
         """Answer a conversation."""
-        model, messages = self.models.chat(body.model), to_messages(body.messages)
+        model, messages = self.models.find(ChatModel, body.model), to_messages(body.messages)
         size = check_length(model, [message.content for message in messages], "messages")
         sampling = sampling_for(model, body)
 
@@ -96,7 +105,7 @@ class Service:
 
     async def complete(self, body: CompletionRequest, request: Request) -> Response:
         """Go on with texts."""
-        model = self.models.chat(body.model)
+        model = self.models.find(ChatModel, body.model)
         texts = [prompt for prompt in body.prompts if isinstance(prompt, str)]
         size = sum(check_length(model, [text], "prompt") for text in texts)
         sampling = sampling_for(model, body)
@@ -127,8 +136,8 @@ class Service:
         return await self._answer(request, generation, events, writer, bool(body.stream))
 
     async def score(self, body: ScoreRequest, request: Request) -> Response:
-        """Judge an answer."""
-        model, messages = self.models.reward(body.model), to_messages(body.messages)
+        """Score the answer at the end of a conversation: a reward model's score and its sigmoid."""
+        model, messages = self.models.find(RewardModel, body.model), to_messages(body.messages)
         size = check_length(model, [message.content for message in messages], "messages")
         ids = await offload(size, model.encode, messages)
 
@@ -220,33 +229,11 @@ class Service:
 def routes(service: Service) -> APIRouter:
     """Return the endpoints of a service."""
     router = APIRouter(tags=["v1"], route_class=BodyRoute)
-
-    @router.get("/v1/models")
-    async def models() -> JSONResponse:
-        """The models of this server."""
-        data = [_describe(model) for model in service.models]
-        return JSONResponse({"object": "list", "data": data})
-
-    @router.get("/v1/models/{name:path}", responses={404: FAILURES[404]})
-    async def model(name: str) -> JSONResponse:
-        """One of them."""
-        return JSONResponse(_describe(service.models.named(name)))
-
-    @router.post("/v1/chat/completions", responses=FAILURES)
-    async def chat(body: ChatRequest, request: Request) -> Response:
-        """The answer to a conversation."""
-        return await service.chat(body, request)
-
-    @router.post("/v1/completions", responses=FAILURES)
-    async def complete(body: CompletionRequest, request: Request) -> Response:
-        """Continuations of a text."""
-        return await service.complete(body, request)
-
-    @router.post("/v1/score", responses=FAILURES)
-    async def score(body: ScoreRequest, request: Request) -> Response:
-        """A reward model's score of the answer at the end of a conversation, and the sigmoid of
-        it."""
-        return await service.score(body, request)
+    router.get("/v1/models")(service.list_models)
+    router.get("/v1/models/{name:path}", responses={404: FAILURES[404]})(service.describe_model)
+    router.post("/v1/chat/completions", responses=FAILURES)(service.chat)
+    router.post("/v1/completions", responses=FAILURES)(service.complete)
+    router.post("/v1/score", responses=FAILURES)(service.score)
 
     return router
 
@@ -342,12 +329,10 @@ def _split(text: TextDelta) -> list[TextDelta]:
     cuts = [text.tokens[place].offset for place in places]
     spans = pairwise([0, *cuts, len(text.text)])
 
-    parts = []
-    for place, (begin, end) in zip((0, *places), spans, strict=True):
-        tokens = text.tokens[place : place + MOST_TOKENS]
-        parts.append(TextDelta(text.text[begin:end], tokens))
-
-    return parts
+    return [
+        TextDelta(text.text[begin:end], text.tokens[place : place + MOST_TOKENS])
+        for place, (begin, end) in zip((0, *places), spans, strict=True)
+    ]
 
 
 def _write(writer: ResponseWriter, events: Sequence[SampleEvent], usage: dict[str, Any]) -> bytes:

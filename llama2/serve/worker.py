@@ -24,8 +24,7 @@ from typing import Any, TypeVar
 from llama2 import mesh
 from llama2.errors import UserError
 from llama2.generate.batch import Finish, Request
-from llama2.generate.engine import BEGIN, TEST_TOKENS, Engine
-from llama2.generate.sampling import Sampling
+from llama2.generate.engine import Engine
 from llama2.generate.session import Session
 from llama2.serve import errors
 from llama2.serve.detokenizer import Alternatives
@@ -58,9 +57,9 @@ class SampleStream:
 
     def __init__(self, worker: Worker, requests: Sequence[Request], seconds: float) -> None:
         self.requests = requests
-        self.began = time.monotonic()
+        self.running = set(range(len(requests)))
         self._worker = worker
-        self._running = set(range(len(requests)))
+        self._began = time.monotonic()
         self._reported = [0] * len(requests)  # tokens of each sample that were given out
         self._progress: dict[int, tuple[int, Finish | None]] = {}  # by sample: tokens so far
         self._error: Exception | None = None
@@ -80,7 +79,7 @@ class SampleStream:
             if self._progress:
                 progress, self._progress = self._progress, {}
                 yield [self._delta(sample, *state) for sample, state in progress.items()]
-            elif self._running:
+            elif self.running:
                 await self._changed.wait()
                 self._changed.clear()
             else:
@@ -96,7 +95,7 @@ class SampleStream:
 
     def update(self, sample: int, count: int, finish: Finish | None) -> None:
         """Note that a sample has `count` tokens by now."""
-        if sample not in self._running:
+        if sample not in self.running:
             return  # cancelled while the report was under way
 
         self._progress[sample] = count, finish
@@ -113,22 +112,23 @@ class SampleStream:
 
     def cancel(self, sample: int) -> None:
         """Draw no more of a sample: its slot is free before the next step."""
-        if sample in self._running:
+        if sample in self.running:
             self._release(sample)
             self._progress.pop(sample, None)
             self._worker.cancel(self.requests[sample])
 
     def _release(self, sample: int) -> None:
-        self._running.discard(sample)
-        self._worker.release(time.monotonic() - self.began)
+        self.running.discard(sample)
+        elapsed = time.monotonic() - self._began
+        self._worker.seconds += 0.1 * (elapsed - self._worker.seconds)
 
     def close(self) -> None:
         """Cancel whatever still runs."""
-        for sample in tuple(self._running):
+        for sample in tuple(self.running):
             self.cancel(sample)
 
         self._alarm.cancel()
-        self._worker.forget(self)
+        self._worker.streams.discard(self)
 
 
 class Worker:
@@ -149,11 +149,10 @@ class Worker:
         self._commands: queue.SimpleQueue[Callable[[], object] | None] = queue.SimpleQueue()
 
         # the event loop's own
-        self.admitted = 0  # samples and calls that were taken and have not ended
-        self._streams: set[SampleStream] = set()
+        self.streams: set[SampleStream] = set()
+        self.seconds = 1.0  # duration of a sample, averaged over the last ones
         self._calls: set[asyncio.Future[Any]] = set()
         self._loop: asyncio.AbstractEventLoop | None = None
-        self._seconds = 1.0  # duration of a sample, averaged over the last ones
 
         # the thread's own
         self._session: Session | None = None
@@ -180,6 +179,11 @@ class Worker:
         return self.error is None and self._thread.is_alive()
 
     @property
+    def admitted(self) -> int:
+        """Return how many samples and calls were taken and have not ended."""
+        return len(self._calls) + sum(len(stream.running) for stream in self.streams)
+
+    @property
     def running(self) -> int:
         """Return how many samples have a slot."""
         return min(self.admitted, self.slots)
@@ -199,7 +203,7 @@ class Worker:
         the thread is dead."""
         self._admit(len(requests))
         stream = SampleStream(self, requests, seconds)
-        self._streams.add(stream)
+        self.streams.add(stream)
 
         for sample, request in enumerate(requests):
             self._commands.put(partial(self._begin, request, stream, sample))
@@ -217,24 +221,14 @@ class Worker:
             return await future
         finally:
             self._calls.discard(future)
-            self.admitted -= 1
 
     def cancel(self, request: Request) -> None:
-        """Draw no more of a sample (for streams)."""
+        """Draw no more of a sample: its slot is free before the next step."""
         self._commands.put(partial(self._cancel, request))
-
-    def release(self, seconds: float) -> None:
-        """Count one sample less, which took so many `seconds` (for streams)."""
-        self.admitted -= 1
-        self._seconds += 0.1 * (seconds - self._seconds)
-
-    def forget(self, stream: SampleStream) -> None:
-        """Drop a stream of which no sample runs (for streams)."""
-        self._streams.discard(stream)
 
     def fail_all(self, error: Exception) -> None:
         """End everything that runs or waits."""
-        for stream in tuple(self._streams):
+        for stream in tuple(self.streams):
             stream.fail(error)
 
         for future in tuple(self._calls):
@@ -244,18 +238,17 @@ class Worker:
         if not self.alive:
             raise errors.broken(self.name)
         if self.admitted + count > self.limit:
-            raise errors.overloaded(1 + int(self._seconds * self.waiting / self.slots))
+            raise errors.overloaded(1 + int(self.seconds * self.waiting / self.slots))
 
         self._loop = asyncio.get_running_loop()
-        self.admitted += count
 
     # ---- the thread's side ----
 
     def _run(self) -> None:
         try:
             if self.engine is not None:
+                self.engine.test(self.name)
                 self._session = self.engine.open()
-                self._test(self._session)
 
             self._started.set_result(None)
             while self._run_commands():
@@ -267,16 +260,6 @@ class Worker:
     @property
     def _idle(self) -> bool:
         return self._session is None or not (self._session.running or self._session.waiting)
-
-    def _test(self, session: Session) -> None:
-        """Draw a short greedy answer: a model that cannot give it is not served."""
-        request = Request((BEGIN,), Sampling(temperature=0, max_tokens=TEST_TOKENS))
-        session.submit(request)
-        try:
-            while request.finish is None:
-                session.step()
-        except UserError as error:
-            raise UserError(f"{self.name}: {error.cause}", error.cure) from None
 
     def _run_commands(self) -> bool:
         """Carry out the commands that have come, waiting for one if nothing runs; return False

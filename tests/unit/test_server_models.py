@@ -14,6 +14,7 @@ from llama2 import serve
 from llama2.formats import checkpoint
 from llama2.generate.score import rewards
 from llama2.records import messages_of
+from llama2.serve.models import RewardModel
 from llama2.tokenizer.template import encode_dialog
 
 ASK = [{"role": "user", "content": "Name a colour."}]
@@ -71,7 +72,7 @@ def test_a_reward_model_alone_only_scores(scorers):
         answer = served.post("chat/completions", messages=ASK)
         assert answer.status_code == 404
         assert answer.json()["error"]["param"] == "model"
-        model = served.models.reward(None)
+        model = served.models.find(RewardModel, None)
         ids = encode_dialog(
             model.tokenizer, messages_of((turn["role"], turn["content"]) for turn in conversation)
         )[0]
