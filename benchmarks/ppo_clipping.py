@@ -31,7 +31,7 @@ from llama2.generate.rewards import RewardModels
 from llama2.model.llama import Llama
 from llama2.stages import ppo
 from llama2.stages.common.ppo_rollouts import ACTOR, CRITIC, ActorCritic, Rollouts
-from llama2.stages.common.sampling import Sample, fitting, load_rewards, read_prompts
+from llama2.stages.common.sampling import Sample, keep_fitting, load_rewards, read_prompts
 from llama2.stages.common.training import frozen, load_policy, load_scorer
 from llama2.train.loop import Batch, Hook, Learner, Report, Training, fit
 from llama2.train.objectives import clipped, explained_variance
@@ -79,7 +79,7 @@ def train(
     chat = Chat(
         Engine(actor, slots=config.sample.slots, precision=config.sample.precision), tokenizer
     )
-    prompts = fitting(
+    prompts = keep_fitting(
         chat, read_prompts(config.prompts, None, config.seed), room=config.sample.max_tokens // 2
     )
     rewards = load_rewards(config.rewards, tokenizer, config.sample.precision)

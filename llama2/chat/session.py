@@ -166,7 +166,7 @@ class ChatSession:
             if not before:
                 raise
 
-            self.outgrown = self.model.fits(self._with_system([question]))
+            self.outgrown = self.model.has_room(self._with_system([question]), 1)
             raise UserError(error.cause, self._cure(error.cure)) from None
 
         if answer is not None:
@@ -187,7 +187,7 @@ class ChatSession:
         parts: list[str] = []
         display = self.show()
         try:
-            for part in self.model.reply_stream(messages, sampling):
+            for part in self.model.stream(messages, sampling):
                 parts.append(part)
                 display.add(part)
         except BaseException as error:

@@ -194,6 +194,7 @@ class SpeedMeter:
         self._engine = engine
         self._times: list[float] = []  # of the tokens of the last answer
         self.context, self.check, self.generate = engine.context, engine.check, engine.generate
+        self.update = engine.update
 
     def stream(self, prompt: Sequence[int], sampling: Sampling) -> Iterator[int]:
         """Yield the engine's tokens."""

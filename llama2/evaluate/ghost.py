@@ -19,7 +19,6 @@ from llama2.generate.dialogue import Chat
 from llama2.generate.sampling import Sampling
 from llama2.microworld.rater import adherence
 from llama2.records import Message, Messages, Prompt
-from llama2.tokenizer.template import encode_prompt
 
 Place = Literal["user", "system"]
 
@@ -87,12 +86,12 @@ def converse(
             for i in live
             if turn < len(dialogs[i].questions)
         }
-        live = [i for i, talk in asked.items() if has_room(chat, talk)]
+        live = [i for i, talk in asked.items() if chat.has_room(talk)]
         if not live:
             break
 
         talks = [asked[i] if i in live else talk for i, talk in enumerate(talks)]
-        answers = chat.answers(
+        answers = chat.answer(
             [talks[i] for i in live],
             replace(sampling, n=1, seed=sampling.seed + turn),
             [first + i for i in live],
@@ -101,11 +100,6 @@ def converse(
             talks[i] = (*talks[i], Message("assistant", row[0].text))
 
     return talks
-
-
-def has_room(chat: Chat, messages: Messages, room: int = 8) -> bool:
-    """Whether the context leaves `room` tokens for an answer."""
-    return len(encode_prompt(chat.tokenizer, messages)) + room <= chat.engine.context
 
 
 def obedience(dialog: Dialog, talk: Messages) -> list[bool]:

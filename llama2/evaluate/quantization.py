@@ -25,7 +25,7 @@ from llama2 import config as configuration
 from llama2.data.documents import Split, read_documents
 from llama2.formats.checkpoint import config_of, load
 from llama2.generate.engine import Engine
-from llama2.generate.score import predictions
+from llama2.generate.score import predict_tokens
 from llama2.model import quantize
 from llama2.model.llama import Llama, LlamaConfig
 from llama2.records import Document, dump
@@ -120,7 +120,7 @@ def measure(
         },
     }
     for precision in precisions:
-        served = Engine(model, precision=precision).current()
+        served = Engine(model, precision=precision).refresh()
         own_N, choice_N = _predicted(served, rows, precision)
         gaps_N, covered = (own_N - logp_N).abs(), coverage(model.config, precision)
         perplexity = _perplexity(own_N)
@@ -175,7 +175,7 @@ def _predicted(
     model: Llama, rows: Rows, precision: quantize.WeightPrecision
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """log p of every token, and the likeliest token in its place."""
-    found = predictions(model, rows, quantize.computing(precision))
+    found = predict_tokens(model, rows, quantize.computing(precision))
     return (
         torch.tensor([value for own, _ in found for value in own], dtype=torch.double),
         torch.tensor([token for _, best in found for token in best]),

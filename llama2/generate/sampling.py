@@ -13,7 +13,7 @@ Shapes: B rows, V vocabulary, U uniform numbers a token, M tokens.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import numpy as np
@@ -80,18 +80,19 @@ class Sampling:
     grammar: Grammar | None = None
 
     @property
-    def penalised(self) -> bool:
-        """Whether the next token depends on which tokens stand already."""
-        return (
-            self.repetition_penalty != 1
-            or bool(self.presence_penalty)
-            or bool(self.frequency_penalty)
-        )
+    def has_penalties(self) -> bool:
+        """The next token depends on which tokens stand already."""
+        additive = self.presence_penalty or self.frequency_penalty
+        return self.repetition_penalty != 1 or bool(additive)
 
     @property
-    def plain(self) -> bool:
-        """Whether logits are used as the model makes them."""
-        return not (self.penalised or self.logit_bias or self.grammar)
+    def is_plain(self) -> bool:
+        """Logits are used as the model makes them."""
+        return not (self.has_penalties or self.logit_bias or self.grammar)
+
+    def restart(self) -> Sampling:
+        """Return the sampling of one more sample: its grammar, if any, is at its beginning."""
+        return self if self.grammar is None else replace(self, grammar=self.grammar.fresh())
 
     def __post_init__(self) -> None:
         for name, good, rule in (
@@ -114,15 +115,16 @@ class Sampling:
                 raise UserError(f"sampling: {name} is {getattr(self, name)}", f"it must be {rule}")
 
 
-def uniforms(seed: int, streams: Sequence[tuple[int, int]], tokens: int) -> NDArray[np.float32]:
-    """Numbers in [0, 1) for `streams` of (prompt index, sample index): shape [streams, tokens,
-    UNIFORMS].
+def draw_uniforms(streams: Sequence[tuple[int, int, int]], tokens: int) -> NDArray[np.float32]:
+    """Return numbers in [0, 1) for streams of (seed, prompt index, sample index): shape [streams,
+    tokens, UNIFORMS].
 
-    A stream's numbers depend on nothing but the seed, the stream and their place in it.
+    A stream's numbers depend on nothing but its name and their place in it.
     """
+    names = [(seed % 2**64, prompt, sample) for seed, prompt, sample in streams]
     with np.errstate(over="ignore"):  # arithmetic modulo 2**64 is the point
-        prompt, sample = np.array(streams, dtype=np.uint64).reshape(-1, 2).T
-        key = _mix(np.array([seed % 2**64], dtype=np.uint64) + _GOLDEN)
+        seed, prompt, sample = np.array(names, dtype=np.uint64).reshape(-1, 3).T
+        key = _mix(seed + _GOLDEN)
         key = _mix(_mix(key + prompt * _GOLDEN) + sample * _GOLDEN)
         counter = np.arange(1, tokens * UNIFORMS + 1, dtype=np.uint64) * _GOLDEN
         bits = _mix(key[:, None] + counter)
@@ -200,36 +202,16 @@ def _weights(logits_BV: Tensor, sampling: Sampling) -> Tensor:
     )
 
 
-def change(
-    logits_BV: Tensor,
-    sampling: Sampling,
-    seen_BV: Tensor | None,
-    counts_BV: Tensor | None,
-    allowed_BV: Tensor | None,
-) -> Tensor:
-    """The logits under bias, penalties and grammar. seen_BV: tokens of prompt or answer (bool);
-    counts_BV: how often each stands in the answer; allowed_BV: what the grammar lets follow."""
-    logits_BV = logits_BV.float().clone()
-    if sampling.penalised:
-        assert seen_BV is not None
-        assert counts_BV is not None
-        factor = sampling.repetition_penalty
+def penalize(logits_BV: Tensor, sampling: Sampling, seen_BV: Tensor, counts_BV: Tensor) -> Tensor:
+    """Return logits under the penalties. seen_BV: tokens of prompt or answer (bool); counts_BV: how
+    often each stands in the answer."""
+    factor = sampling.repetition_penalty
+    if factor != 1:
+        punished_BV = torch.where(logits_BV > 0, logits_BV / factor, logits_BV * factor)
+        logits_BV = torch.where(seen_BV, punished_BV, logits_BV)
 
-        if factor != 1:
-            punished_BV = torch.where(logits_BV > 0, logits_BV / factor, logits_BV * factor)
-            logits_BV = torch.where(seen_BV, punished_BV, logits_BV)
-
-        logits_BV -= (
-            sampling.presence_penalty * (counts_BV > 0) + sampling.frequency_penalty * counts_BV
-        )
-
-    for token, bias in sampling.logit_bias:
-        logits_BV[:, token] += bias
-
-    if allowed_BV is not None:
-        logits_BV.masked_fill_(~allowed_BV, float("-inf"))
-
-    return logits_BV
+    presence_BV = sampling.presence_penalty * (counts_BV > 0)
+    return logits_BV - (presence_BV + sampling.frequency_penalty * counts_BV)
 
 
 def _sample(weights_BV: Tensor, uniforms_BU: Tensor, sampling: Sampling) -> Tensor:

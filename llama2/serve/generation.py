@@ -5,11 +5,11 @@ from __future__ import annotations
 import secrets
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Literal
 
 from llama2.errors import UserError
-from llama2.generate.batch import Request
+from llama2.generate.request import make_requests
 from llama2.generate.sampling import Sampling
 from llama2.serve.constrained import FailsafeGrammar
 from llama2.serve.detokenizer import Detokenizer, TextDelta, TextToken
@@ -91,17 +91,12 @@ class Generation:
                 "n",
             )
 
-        self._requests: list[Request] = []
-        self._detokenizers: list[Detokenizer] = []
-        starts_a_text = strip and not begun.strip()
-        for index, prompt in enumerate(prompts):
-            before = () if starts_a_text else prompt
-            for sample in range(n):
-                request = Request(tuple(prompt), _with_own_grammar(sampling), index, sample)
-                self._requests.append(request)
-                self._detokenizers.append(Detokenizer(model.tokenizer, stops, before, strip, begun))
-
+        self._requests = make_requests(prompts, sampling, n)
         self._drawn = [0] * len(self._requests)
+        self._detokenizers = []
+        for request in self._requests:
+            before = () if strip and not begun.strip() else request.prompt
+            self._detokenizers.append(Detokenizer(model.tokenizer, stops, before, strip, begun))
 
     def begin(self, seconds: float) -> Generation:
         """Have the samples drawn, in at most `seconds`. ApiError if there is no room for them."""
@@ -249,11 +244,3 @@ def check_prompts(model: ChatModel, prompts: Sequence[Sequence[int]], param: str
         long = any(len(prompt) >= model.context for prompt in prompts)
         code = "context_length_exceeded" if long else None
         raise invalid(f"{param}: {error}", param, code) from None
-
-
-def _with_own_grammar(sampling: Sampling) -> Sampling:
-    """Return the sampling of one sample: a grammar remembers what was drawn."""
-    if sampling.grammar is None:
-        return sampling
-
-    return replace(sampling, grammar=sampling.grammar.fresh())

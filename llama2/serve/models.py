@@ -18,7 +18,7 @@ from llama2 import mesh
 from llama2.errors import UserError, did_you_mean
 from llama2.formats import checkpoint
 from llama2.generate.engine import Engine
-from llama2.generate.score import rewards
+from llama2.generate.score import score_rows
 from llama2.mesh import Precision
 from llama2.model import quantize
 from llama2.model.scorer import Scorer
@@ -98,7 +98,7 @@ class RewardModel(ServedModel):
 
     async def score(self, ids: Sequence[int]) -> float:
         """Return the raw score of one conversation."""
-        work = partial(rewards, self.scorer, [ids], precision=self.precision)
+        work = partial(score_rows, self.scorer, [ids], precision=self.precision)
         return (await self.worker.call(work))[0]
 
 
@@ -234,7 +234,7 @@ def _prompt_logprobs(
     if len(ids) < 2:
         return []
 
-    model = engine.current()
+    model = engine.refresh()
     tokens_T = torch.tensor(ids, device=model.head_weight.device)
     logprobs: list[tuple[float, Alternatives]] = []
 

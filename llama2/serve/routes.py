@@ -15,7 +15,7 @@ from typing import Any
 from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse, Response
 
-from llama2.generate.rewards import probability
+from llama2.generate.rewards import to_probability
 from llama2.records import Message, Messages
 from llama2.serve import errors
 from llama2.serve.chat_message import to_messages
@@ -158,7 +158,7 @@ class Service:
                 "object": "score",
                 "model": model.name,
                 "score": score,
-                "probability": probability(score),
+                "probability": to_probability(score),
                 "usage": usage,
             }
         )

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from llama2.generate.rewards import probability
+from llama2.generate.rewards import to_probability
 from llama2.records import Message, Messages
 from llama2.serve.models import RewardModel
 
@@ -38,5 +38,5 @@ class SafetyGate:
         """Judge an answer. Of a conversation that is longer than the model's context the last
         tokens are read."""
         ids = self.model.encode((*prompt, Message("assistant", answer)))
-        safe = probability(await self.model.score(ids[-self.model.context :]))
+        safe = to_probability(await self.model.score(ids[-self.model.context :]))
         return SafetyVerdict(safe, safe < self.threshold)

@@ -23,8 +23,8 @@ from typing import Any, TypeVar
 
 from llama2 import mesh
 from llama2.errors import UserError
-from llama2.generate.batch import Finish, Request
 from llama2.generate.engine import Engine
+from llama2.generate.request import Finish, SampleRequest
 from llama2.generate.session import Session
 from llama2.serve import errors
 from llama2.serve.detokenizer import Alternatives
@@ -55,7 +55,7 @@ class TokenDelta:
 class SampleStream:
     """The samples of one call while they are drawn; `close` cancels those that still run."""
 
-    def __init__(self, worker: Worker, requests: Sequence[Request], seconds: float) -> None:
+    def __init__(self, worker: Worker, requests: Sequence[SampleRequest], seconds: float) -> None:
         self.requests = requests
         self.running = set(range(len(requests)))
         self._worker = worker
@@ -156,8 +156,8 @@ class Worker:
 
         # the thread's own
         self._session: Session | None = None
-        self._owners: dict[Request, tuple[SampleStream, int]] = {}
-        self._unreported: dict[Request, None] = {}  # with new tokens, in the order of drawing
+        self._owners: dict[SampleRequest, tuple[SampleStream, int]] = {}
+        self._unreported: dict[SampleRequest, None] = {}  # with new tokens, in the order of drawing
         self._reported_at = 0.0
 
     # ---- the event loop's side ----
@@ -198,7 +198,7 @@ class Worker:
         """Return of how many tokens keys and values are kept."""
         return self._session.cached_tokens if self._session else 0
 
-    def submit(self, requests: Sequence[Request], seconds: float = 600) -> SampleStream:
+    def submit(self, requests: Sequence[SampleRequest], seconds: float = 600) -> SampleStream:
         """Have samples drawn, in at most `seconds`. ApiError if there is no room for them, or if
         the thread is dead."""
         self._admit(len(requests))
@@ -222,7 +222,7 @@ class Worker:
         finally:
             self._calls.discard(future)
 
-    def cancel(self, request: Request) -> None:
+    def cancel(self, request: SampleRequest) -> None:
         """Draw no more of a sample: its slot is free before the next step."""
         self._commands.put(partial(self._cancel, request))
 
@@ -259,7 +259,7 @@ class Worker:
 
     @property
     def _idle(self) -> bool:
-        return self._session is None or not (self._session.running or self._session.waiting)
+        return self._session is None or self._session.idle
 
     def _run_commands(self) -> bool:
         """Carry out the commands that have come, waiting for one if nothing runs; return False
@@ -280,12 +280,12 @@ class Worker:
             command()
             wait = False
 
-    def _begin(self, request: Request, stream: SampleStream, sample: int) -> None:
+    def _begin(self, request: SampleRequest, stream: SampleStream, sample: int) -> None:
         assert self._session is not None
         self._session.submit(request)
         self._owners[request] = stream, sample
 
-    def _cancel(self, request: Request) -> None:
+    def _cancel(self, request: SampleRequest) -> None:
         assert self._session is not None
         if self._owners.pop(request, None):
             self._session.cancel(request)
@@ -298,7 +298,7 @@ class Worker:
         else:
             self._post(_settle, future, result, None)
 
-    def _report(self, requests: Sequence[Request]) -> None:
+    def _report(self, requests: Sequence[SampleRequest]) -> None:
         """Report a step with one call into the loop: first and last tokens at once, others at a
         pace."""
         now = time.monotonic()

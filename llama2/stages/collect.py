@@ -34,13 +34,12 @@ from llama2.stages.common.preprompts import PREPROMPTS, check, under_preprompt
 from llama2.stages.common.sampling import (
     Sample,
     answer,
-    fitting,
-    has_room,
+    derive_seed,
+    keep_fitting,
     load_chat,
-    part_by_part,
+    open_records,
     read_prompts,
-    seed_for,
-    writing,
+    sample_in_parts,
 )
 from llama2.tally import Tally
 
@@ -98,14 +97,14 @@ def run(config: Config, run: Run) -> None:
     prompts = read_prompts(config.prompts, config.limit, config.seed)
     chats = {path: load_chat(path, config.sample, run) for path in config.policies}
     narrow = min(chats.values(), key=lambda chat: chat.engine.context)
-    prompts = fitting(narrow, prompts, ROOM, run.tally("prompts"))
+    prompts = keep_fitting(narrow, prompts, ROOM, run.tally("prompts"))
     pairs = zip(prompts, sampled(config, run, chats, prompts), strict=True)
     desk = Desk(config, run.tally("comparisons"))
     told = [has_truth(prompt) for prompt in prompts]
 
     with ExitStack() as files:
         put = {
-            name: files.enter_context(writing(run.path / f"{name}.jsonl"))
+            name: files.enter_context(open_records(run.path / f"{name}.jsonl"))
             for name in (
                 *(("preferences", "heldout") if any(told) else ()),
                 *(() if all(told) else ("pairs",)),
@@ -224,7 +223,7 @@ def sampled(
         for path, temperature in zip((config.policies[0], config.policies[-1]), config.temperatures)
     )
     policies = list(dict.fromkeys(config.policies))
-    rows = part_by_part(
+    rows = sample_in_parts(
         run,
         [chats[path] for path in policies],
         "samples",
@@ -260,7 +259,7 @@ def sampler(config: Config, chats: Mapping[Path, Chat]) -> Work[Prompt]:
                 config.sample,
                 temperature=config.temperatures[side],
                 indices=places,
-                seed=seed_for(config.seed, "side", side, config.round),
+                seed=derive_seed(config.seed, "side", side, config.round),
             )
             sides.append([one[0].text for one in found])
 
@@ -278,9 +277,9 @@ def second_asked(config: Config, chat: Chat, prompt: Prompt, place: int) -> Mess
         return prompt.messages
 
     under = under_preprompt(
-        prompt, seed_for(config.seed, "preprompt", config.round), config.preprompts, {}
+        prompt, derive_seed(config.seed, "preprompt", config.round), config.preprompts, {}
     )
-    return under if has_room(chat, under, ROOM) else prompt.messages
+    return under if chat.has_room(under, ROOM) else prompt.messages
 
 
 def _unit(key: str) -> float:

@@ -18,7 +18,7 @@ from pydantic import Field, field_validator
 
 from llama2.config import StageConfig
 from llama2.generate.dialogue import Answer, Chat
-from llama2.generate.rewards import RewardModels, Rewards, probability
+from llama2.generate.rewards import RewardModels, Rewards, to_probability
 from llama2.records import Messages, Prompt
 from llama2.runs import Run
 from llama2.runs.parts import Work
@@ -27,17 +27,16 @@ from llama2.stages.common.preprompts import PREPROMPTS, TEMPLATES, check, under_
 from llama2.stages.common.sampling import (
     Sample,
     answer,
-    dialog,
-    fitting,
-    has_room,
+    derive_seed,
+    keep_fitting,
+    keep_scorable,
     load_chat,
     load_rewards,
-    part_by_part,
+    make_dialog,
+    open_records,
     read_prompts,
-    readable,
+    sample_in_parts,
     score,
-    seed_for,
-    writing,
 )
 from llama2.tally import Tally
 
@@ -87,7 +86,7 @@ def run(config: Config, run: Run) -> None:
     )
     tally = run.tally("prompts")
     prompts = chosen(config, chat, rewards, tally)
-    rows = part_by_part(
+    rows = sample_in_parts(
         run, [chat], "samples", prompts, sampler(config, chat, rewards), config.sample, 1 + config.k
     )
     before: list[float] = []
@@ -95,7 +94,7 @@ def run(config: Config, run: Run) -> None:
     examples: list[dict[str, str]] = []
     kept = 0
 
-    with writing(run.path / "dialogs.jsonl") as put:
+    with open_records(run.path / "dialogs.jsonl") as put:
         for prompt, row in zip(prompts, rows, strict=True):
             before.append(row["before"])
             after += row["after"]
@@ -106,7 +105,7 @@ def run(config: Config, run: Run) -> None:
                 )
                 continue
 
-            put(dialog(prompt, row["best"], reward=round(row["reward"], 4), safety=True))
+            put(make_dialog(prompt, row["best"], reward=round(row["reward"], 4), safety=True))
             kept += 1
             if len(examples) < EXAMPLES:
                 examples.append(
@@ -137,12 +136,12 @@ def chosen(config: Config, chat: Chat, rewards: Rewards, tally: Tally) -> list[P
     found = read_prompts(config.prompts, None, config.seed)
     some = [prompt for prompt in found if adversarial(prompt, config.families)]
     tally.skip("not adversarial", count=len(found) - len(some))
-    bare = readable(chat, rewards, fitting(chat, some, ROOM, tally), config.sample, tally)
+    bare = keep_scorable(chat, rewards, keep_fitting(chat, some, ROOM, tally), config.sample, tally)
     tally.read = len(found)
     kept = [
         prompt
         for prompt in bare
-        if all(has_room(chat, preprompted(prompt, config, turn), ROOM) for turn in range(config.k))
+        if all(chat.has_room(preprompted(prompt, config, turn), ROOM) for turn in range(config.k))
     ]
     tally.skip(
         "no room in the context beside the preprompt",
@@ -164,7 +163,7 @@ def sampler(config: Config, chat: Chat, rewards: Rewards) -> Work[Prompt]:
                 chat,
                 asked,
                 config.sample,
-                seed=seed_for(config.seed, *use),
+                seed=derive_seed(config.seed, *use),
                 indices=range(first, first + len(prompts)),
             )
             # judged as answers to the bare prompt
@@ -207,9 +206,9 @@ def risk_of(prompt: Prompt) -> str:
 def preprompted(prompt: Prompt, config: Config, turn: int) -> Messages:
     """What is asked for the answer number `turn`."""
     return under_preprompt(
-        prompt, seed_for(config.seed, "preprompt", turn), config.preprompts, config.templates
+        prompt, derive_seed(config.seed, "preprompt", turn), config.preprompts, config.templates
     )
 
 
 def _median(scores: Sequence[float]) -> float | None:
-    return statistics.median(map(probability, scores)) if scores else None
+    return statistics.median(map(to_probability, scores)) if scores else None

@@ -29,7 +29,7 @@ from llama2.formats.checkpoint import config_of
 from llama2.generate.dialogue import Answer, Chat
 from llama2.generate.engine import Engine
 from llama2.generate.remote import Server, connect
-from llama2.generate.rewards import probability
+from llama2.generate.rewards import to_probability
 from llama2.generate.sampling import Sampling
 from llama2.model import quantize
 from llama2.model.llama import Llama
@@ -37,12 +37,12 @@ from llama2.records import Axis, Message, Messages, Prompt
 from llama2.runs.parts import in_parts
 from llama2.stages.common.answers import (
     ROUNDS,
-    answered,
+    answer_prompts,
     check_judge,
-    fitting,
-    in_turn,
-    judged,
-    twins,
+    find_equals,
+    keep_fitting,
+    load_when_needed,
+    score_answers,
 )
 from llama2.stages.common.planning import Cluster, Lineage, judging_plan
 from llama2.stages.common.training import load_policy
@@ -154,7 +154,7 @@ def run(config: Config, run: runs.Run) -> None:
     paths = list(config.versions.values())
     dialogs = ghost.read(config.ghost, config.ghost_limit) if config.ghost else []
     read = list(records.read(Prompt, config.prompts))[: config.limit]
-    prompts = fitting(paths, read, 8, run.tally("prompts"), config.prompts)
+    prompts = keep_fitting(paths, read, 8, run.tally("prompts"), config.prompts)
     known = known_truth(prompts)
 
     if 0 < known < len(prompts):
@@ -162,10 +162,10 @@ def run(config: Config, run: runs.Run) -> None:
             f"{known} of {len(prompts)} prompts carry ground truth: it does not judge, as it must judge all or none"
         )
 
-    first = twins(paths)
+    first = find_equals(paths)
     said = {place: _answers(config, place, run, prompts, dialogs) for place in dict.fromkeys(first)}
     scores = {
-        axis: judged(
+        axis: score_answers(
             run,
             f"judge-{axis}",
             path,
@@ -183,7 +183,7 @@ def run(config: Config, run: runs.Run) -> None:
             prompts,
             dialogs,
             one,
-            {axis: [probability(score) for score in by[place]] for axis, by in scores.items()},
+            {axis: [to_probability(score) for score in by[place]] for axis, by in scores.items()},
         )
         for place, one in said.items()
     }
@@ -252,12 +252,12 @@ def _answers(
     asked = [prompt.messages for prompt in prompts]
     talks: dict[ghost.Place, list[Messages]] = {}
 
-    with in_turn(lambda: _chat(config, name, run)) as chat:
-        answers = answered(
+    with load_when_needed(lambda: _chat(config, name, run)) as chat:
+        answers = answer_prompts(
             run, f"answers-{place}", chat, asked, config.sampling(config.seed), config.slots
         )
         greedy = (
-            answered(
+            answer_prompts(
                 run,
                 f"greedy-{place}",
                 chat,
@@ -350,7 +350,7 @@ def _attention(
     looks: dict[str, list[attention.Look]] = {}
 
     for name in names:
-        with in_turn(lambda name=name: _load(config, name)[0]) as model:  # type: ignore[misc]
+        with load_when_needed(lambda name=name: _load(config, name)[0]) as model:  # type: ignore[misc]
 
             def look(some: Sequence[attention.Talk], first: int) -> list[Any]:
                 found = [attention.look(model(), tokenizer, talk, context) for talk in some]

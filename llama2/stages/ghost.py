@@ -26,11 +26,10 @@ from llama2.stages.common.planning import Cluster, Lineage, sampling_plan
 from llama2.stages.common.sampling import (
     Sample,
     answer,
-    has_room,
+    derive_seed,
     load_chat,
-    part_by_part,
-    seed_for,
-    writing,
+    open_records,
+    sample_in_parts,
 )
 from llama2.tally import Tally
 
@@ -123,12 +122,12 @@ def run(config: Config, run: Run) -> None:
     def work(some: Sequence[Conversation], first: int) -> list[list[str]]:
         return converse(chat, some, config, first)
 
-    answers = part_by_part(run, [chat], "samples", conversations, work, config.sample, turns)
-    generator = np.random.default_rng(seed_for(config.seed, "shortened"))
+    answers = sample_in_parts(run, [chat], "samples", conversations, work, config.sample, turns)
+    generator = np.random.default_rng(derive_seed(config.seed, "shortened"))
     written, said = 0, 0
     examples: list[str] = []
 
-    with writing(run.path / "dialogs.jsonl") as put:
+    with open_records(run.path / "dialogs.jsonl") as put:
         for conversation, mine in zip(conversations, answers, strict=True):
             made = training_dialogs(
                 conversation, mine, config, generator.random() < config.shortened
@@ -197,7 +196,7 @@ def compose(config: Config, tally: Tally) -> list[Conversation]:
     few questions for one.
     """
     assert config.questions is not None
-    generator = np.random.default_rng(seed_for(config.seed, "compose"))
+    generator = np.random.default_rng(derive_seed(config.seed, "compose"))
     asked = list(_questions(config.questions, tally))
 
     if len(asked) < config.turns:
@@ -267,12 +266,12 @@ def converse(
         asked = {
             index: _sampling_messages(conversations[index], answers[index]) for index in talking
         }
-        asked = {index: messages for index, messages in asked.items() if has_room(chat, messages)}
+        asked = {index: messages for index, messages in asked.items() if chat.has_room(messages)}
         found = answer(
             chat,
             list(asked.values()),
             config.sample,
-            seed=seed_for(config.seed, "turn", turn),
+            seed=derive_seed(config.seed, "turn", turn),
             indices=[first + index for index in asked],
         )
 

@@ -26,7 +26,7 @@ from llama2.evaluate.judges import kind_of
 from llama2.formats.hf_directory import model_files, verify_checksums
 from llama2.generate.dialogue import Answer, Chat
 from llama2.generate.engine import Engine
-from llama2.generate.rewards import RewardModels, Rewards, probability
+from llama2.generate.rewards import RewardModels, Rewards, to_probability
 from llama2.model.llama import Llama
 from llama2.records import Prompt
 from llama2.runs import CHECKPOINTS, Run, read_metrics
@@ -40,14 +40,21 @@ from llama2.stages.common.planning import (
     scorer_bytes,
     training_plan,
 )
-from llama2.stages.common.ppo_rollouts import ACTOR, CRITIC, ActorCritic, Rollouts, Settings, seeded
+from llama2.stages.common.ppo_rollouts import (
+    ACTOR,
+    CRITIC,
+    ActorCritic,
+    Rollouts,
+    Settings,
+    offset_seed,
+)
 from llama2.stages.common.sampling import (
     Sample,
     answer,
-    fitting,
+    keep_fitting,
+    keep_scorable,
     load_rewards,
     read_prompts,
-    readable,
     score,
 )
 from llama2.stages.common.training import Training, frozen, load_policy, load_scorer, saver, train
@@ -122,7 +129,7 @@ class Config(StageConfig):
 
     @model_validator(mode="after")
     def _here(self) -> Config:
-        if self.sample.server is not None:
+        if self.sample.server is not None and not self.sample.server.takes_weights:
             raise ValueError(
                 "sample.server is not for PPO: rollouts need the policy's weights of this very step, "
                 "which a server does not have"
@@ -205,7 +212,7 @@ def run(config: Config, run: Run) -> None:
         Engine(actor, slots=config.sample.slots, precision=config.sample.precision), tokenizer
     )
     tally = run.tally("prompts")
-    prompts = fitting(
+    prompts = keep_fitting(
         chat,
         read_prompts(config.prompts, None, config.seed),
         max(1, config.sample.max_tokens // 2),
@@ -213,7 +220,7 @@ def run(config: Config, run: Run) -> None:
         "lower sample.max_tokens, of which half must fit behind a prompt, shorten "
         "them, or take a model with a longer context",
     )
-    prompts = readable(chat, rewards, prompts, config.sample, tally)
+    prompts = keep_scorable(chat, rewards, prompts, config.sample, tally)
     watch = Watch(config.kl_stop, -(-config.batch_size // config.minibatch_size) * config.epochs)
     doctor = ppo_health.Doctor(
         lambda: read_metrics(run.path), config.kl_stop, config.training.precision
@@ -422,17 +429,19 @@ def heldout(
     """Early stopping on held-out prompts: every kind of prompt counts alike, whatever its
     number."""
     assert config.heldout is not None
-    prompts = fitting(
+    prompts = keep_fitting(
         chat, read_prompts(config.heldout, config.heldout_limit, config.seed), 16, tally
     )
-    prompts = readable(chat, judge or rewards, prompts, config.sample, tally)
+    prompts = keep_scorable(chat, judge or rewards, prompts, config.sample, tally)
 
     def evaluate(model: nn.Module) -> dict[str, float]:
+        assert isinstance(model, ActorCritic)
+        chat.engine.update(model.actor)
         answers = answer(
             chat,
             [prompt.messages for prompt in prompts],
             config.sample,
-            seed=seeded(config.seed, 999_983),
+            seed=offset_seed(config.seed, 999_983),
         )
         if judge is None:
             return measure(chat, rewards, prompts, answers)
@@ -452,7 +461,9 @@ def measure(
     chat: Chat, judge: Rewards, prompts: Sequence[Prompt], answers: Sequence[Sequence[Answer]]
 ) -> dict[str, float]:
     """Mean probability of being good, by kind of prompt and over kinds."""
-    marks = [probability(one[0].joined) for one in score(judge, chat.tokenizer, prompts, answers)]
+    marks = [
+        to_probability(one[0].reward) for one in score(judge, chat.tokenizer, prompts, answers)
+    ]
     kinds: dict[str, list[float]] = {}
     for prompt, mark in zip(prompts, marks):
         kinds.setdefault(kind_of(prompt), []).append(mark)

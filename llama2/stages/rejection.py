@@ -20,7 +20,7 @@ from pydantic import Field
 from llama2 import mesh
 from llama2.config import StageConfig
 from llama2.generate.dialogue import Answer, Chat
-from llama2.generate.rewards import RewardModels, Rewards, Score, probability
+from llama2.generate.rewards import RewardModels, Rewards, Score, to_probability
 from llama2.records import Dialog, Prompt
 from llama2.runs import Run
 from llama2.runs.parts import Work
@@ -29,16 +29,16 @@ from llama2.stages.common.pool import Pool
 from llama2.stages.common.sampling import (
     Sample,
     answer,
-    dialog,
-    fitting,
+    derive_seed,
+    keep_fitting,
+    keep_scorable,
     load_chat,
     load_rewards,
-    part_by_part,
+    make_dialog,
+    open_records,
     read_prompts,
-    readable,
+    sample_in_parts,
     score,
-    seed_for,
-    writing,
 )
 from llama2.tally import Tally
 
@@ -86,15 +86,17 @@ def run(config: Config, run: Run) -> None:
     chat = load_chat(config.policy, config.sample, run)
     rewards = load_rewards(config.rewards, chat.tokenizer, config.sample.precision)
     tally = run.tally("prompts")
-    prompts = fitting(chat, read_prompts(config.prompts, config.limit, config.seed), tally=tally)
-    prompts = readable(chat, rewards, prompts, config.sample, tally)
+    prompts = keep_fitting(
+        chat, read_prompts(config.prompts, config.limit, config.seed), tally=tally
+    )
+    prompts = keep_scorable(chat, rewards, prompts, config.sample, tally)
     searched, temperature = search(config, run, chat, rewards, prompts)
-    work = sampler(config, chat, rewards, temperature, seed_for(config.seed, "samples"))
-    rows = part_by_part(run, [chat], "samples", prompts, work, config.sample, config.k)
+    work = sampler(config, chat, rewards, temperature, derive_seed(config.seed, "samples"))
+    rows = sample_in_parts(run, [chat], "samples", prompts, work, config.sample, config.k)
     curves, kept = Curves(config.k), 0
     examples: list[dict[str, Any]] = []
 
-    with writing(run.path / "best.jsonl") as put:
+    with open_records(run.path / "best.jsonl") as put:
         for prompt, row in zip(prompts, rows, strict=True):
             curves.add(row)
             chosen = best_of(prompt, row)
@@ -159,7 +161,7 @@ def reduced(
 ) -> dict[str, Any]:
     """One prompt's row: the reward of each answer, which of them may be kept, the `keep` best of
     those, the worst."""
-    rewards = [one.joined for one in scores]
+    rewards = [one.reward for one in scores]
     allowed = [
         bool(one.text) and (one.completion.finish == "stop" or not finished_only) for one in answers
     ]
@@ -187,7 +189,7 @@ def reduced(
 def best_of(prompt: Prompt, row: dict[str, Any]) -> list[Dialog]:
     """The best answers as dialogs, the very best first; none if no answer may be kept."""
     return [
-        dialog(
+        make_dialog(
             prompt,
             one["text"],
             reward=round(one["reward"], 4),
@@ -213,9 +215,11 @@ def search(
     few = prompts[:: max(1, len(prompts) // config.search_prompts)][: config.search_prompts]
     rows = {}
     for temperature in config.temperatures:
-        work = sampler(config, chat, rewards, temperature, seed_for(config.seed, "search"))
+        work = sampler(config, chat, rewards, temperature, derive_seed(config.seed, "search"))
         rows[str(temperature)] = list(
-            part_by_part(run, [chat], f"search-{temperature}", few, work, config.sample, config.k)
+            sample_in_parts(
+                run, [chat], f"search-{temperature}", few, work, config.sample, config.k
+            )
         )
 
     found = dict(zip(rows, best_rewards(list(rows.values()))))
@@ -250,7 +254,7 @@ class Curves:
     def add(self, row: dict[str, Any]) -> None:
         """Count one prompt."""
         values = [
-            probability(reward) if allowed else 0.0
+            to_probability(reward) if allowed else 0.0
             for reward, allowed in zip(row["rewards"], row["allowed"])
         ]
         self._max = [total + best for total, best in zip(self._max, accumulate(values, max))]
@@ -293,6 +297,6 @@ def _example(prompt: Prompt, row: dict[str, Any]) -> dict[str, Any]:
         "prompt": prompt.messages[-1].content,
         "worst": row["worst"],
         "best": row["best"][0]["text"],
-        "worst_reward": probability(min(row["rewards"])),
-        "best_reward": probability(row["best"][0]["reward"]),
+        "worst_reward": to_probability(min(row["rewards"])),
+        "best_reward": to_probability(row["best"][0]["reward"]),
     }

@@ -25,7 +25,7 @@ from llama2.data.loader import Batch, Rows
 from llama2.data.split import opening
 from llama2.evaluate.baselines import Answers, BagOfWords, by_length
 from llama2.evaluate.winrate import wilson
-from llama2.generate.score import rewards
+from llama2.generate.score import score_rows
 from llama2.importers.tables import digest
 from llama2.mesh import Precision
 from llama2.model.scorer import Scorer
@@ -379,7 +379,7 @@ def measure(
 def accuracy(scorer: Scorer, pairs: Sequence[Pair], precision: Precision) -> dict[str, Any]:
     """Share of pairs whose preferred answer scores higher (a tie counts half), in all and by degree
     (Table 8)."""
-    scores = rewards(
+    scores = score_rows(
         scorer, [pair.chosen for pair in pairs] + [pair.rejected for pair in pairs], precision
     )
     right = [0.5 * (1 + np.sign(a - b)) for a, b in zip(scores[: len(pairs)], scores[len(pairs) :])]

@@ -26,19 +26,19 @@ from llama2.evaluate.judges import has_truth, kind_of
 from llama2.evaluate.winrate import WinRate, compare, wilson
 from llama2.formats import hf_directory
 from llama2.generate.dialogue import Answer
-from llama2.generate.rewards import RewardModels, check, join
+from llama2.generate.rewards import RewardModels, check_rule, combine
 from llama2.microworld.annotators import Annotator
 from llama2.records import Prompt, Response
 from llama2.runs import Run
 from llama2.runs.parts import in_parts
 from llama2.stages.common.answers import (
     ROUNDS,
-    answered,
+    answer_prompts,
     check_judge,
-    fitting,
-    in_turn,
-    judged,
-    twins,
+    find_equals,
+    keep_fitting,
+    load_when_needed,
+    score_answers,
 )
 from llama2.stages.common.planning import Cluster, Lineage, judging_plan
 from llama2.stages.common.sampling import Sample, load_chat, read_prompts
@@ -95,12 +95,12 @@ def run(config: Config, run: Run) -> None:
     """Write verdict.json and the checkpoint that is kept."""
     paths = (config.candidate, config.predecessor)
     if config.rewards:
-        check(config.rewards)
+        check_rule(config.rewards)
         for path in config.rewards.paths():
             check_judge(path, paths)
 
     tally = run.tally("prompts")
-    prompts = fitting(
+    prompts = keep_fitting(
         paths, read_prompts(config.prompts, config.limit, config.seed), 16, tally, config.prompts
     )
     if config.rewards is None:
@@ -108,7 +108,7 @@ def run(config: Config, run: Run) -> None:
 
     talks = ghost.read(config.ghost) if config.ghost else []
 
-    first = twins(paths)
+    first = find_equals(paths)
     said = {
         place: _said(config, run, place, paths[place], prompts, talks)
         for place in dict.fromkeys(first)
@@ -177,13 +177,13 @@ def _said(
 ) -> tuple[list[Answer], list[float]]:
     """A version's answers, and in how many turns of each dialog it obeyed."""
     sampling, slots = config.sample.sampling(config.seed), config.sample.slots
-    with in_turn(lambda: load_chat(path, config.sample, run)) as chat:
+    with load_when_needed(lambda: load_chat(path, config.sample, run)) as chat:
 
         def hold(some: Sequence[ghost.Dialog], first: int) -> list[float]:
             held = ghost.converse(chat(), some, sampling, first=first)
             return [float(sum(ghost.obedience(one, talk))) for one, talk in zip(some, held)]
 
-        answers = answered(
+        answers = answer_prompts(
             run, f"answers-{place}", chat, [prompt.messages for prompt in prompts], sampling, slots
         )
         return answers, list(in_parts(run, f"talks-{place}", talks, ROUNDS * slots, hold))
@@ -200,16 +200,16 @@ def joined(
     """The paper's joined reward of every answer of each version; one reward model in memory at a
     time."""
     precision = config.sample.precision
-    helpful = judged(run, "judge-helpful", models.helpful, precision, prompts, said, paths)
+    helpful = score_answers(run, "judge-helpful", models.helpful, precision, prompts, said, paths)
     safe = (
-        judged(run, "judge-safe", models.safe, precision, prompts, said, paths)
+        score_answers(run, "judge-safe", models.safe, precision, prompts, said, paths)
         if models.safe
         else {place: [math.inf] * len(prompts) for place in said}
     )
 
     return {
         place: [
-            join(models, h, s, prompt.safety)
+            combine(models, h, s, prompt.safety)
             for h, s, prompt in zip(helpful[place], safe[place], prompts)
         ]
         for place in said

@@ -34,7 +34,7 @@ def answers(directory: Path) -> list[list[tuple[int, ...]]]:
     )
     return [
         [one.completion.tokens for one in row]
-        for row in Chat(engine, tokenizer).answers(PROMPTS, SAMPLING)
+        for row in Chat(engine, tokenizer).answer(PROMPTS, SAMPLING)
     ]
 
 

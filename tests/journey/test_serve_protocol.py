@@ -15,9 +15,9 @@ from servers import serving
 
 from llama2.formats import checkpoint
 from llama2.generate.engine import Engine
-from llama2.generate.rewards import probability
+from llama2.generate.rewards import to_probability
 from llama2.generate.sampling import Sampling
-from llama2.generate.score import rewards
+from llama2.generate.score import score_rows
 from llama2.records import Message
 from llama2.tokenizer.template import encode_dialog, encode_prompt
 from llama2.tokenizer.tokenizer import Tokenizer
@@ -799,7 +799,7 @@ def test_the_gate_reads_the_answer_from_its_beginning(policy, scorers):
         )[0]
         scorer = checkpoint.load_scorer(scorers[1]).eval()
         assert found["llama2"]["safety"]["probability"] == pytest.approx(
-            probability(rewards(scorer, [ids], precision="fp32")[0]), abs=1e-4
+            to_probability(score_rows(scorer, [ids], precision="fp32")[0]), abs=1e-4
         )
 
 

@@ -22,7 +22,7 @@ from llama2.records import Messages
 class Parrot:
     """Repeats; "slow" is answered word by word until somebody interrupts."""
 
-    def reply_stream(self, messages: Messages, sampling: Sampling) -> Iterator[str]:
+    def stream(self, messages: Messages, sampling: Sampling) -> Iterator[str]:
         with open(sys.argv[1], "a") as file:
             file.write(json.dumps([turn.content for turn in messages]) + "\n")
 

@@ -10,7 +10,7 @@ from typing import Any
 
 from llama2.evaluate import summary
 from llama2.generate.dialogue import Answer
-from llama2.generate.engine import Completion
+from llama2.generate.generator import Completion
 from llama2.microworld.rater import Rating
 from llama2.records import DEGREES, Message, Prompt
 

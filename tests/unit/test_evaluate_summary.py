@@ -20,7 +20,7 @@ from llama2.evaluate.winrate import (
     wilson,
 )
 from llama2.generate.dialogue import Answer
-from llama2.generate.engine import Completion
+from llama2.generate.generator import Completion
 from llama2.microworld.rater import Rating
 from llama2.records import Message, Prompt
 

@@ -12,7 +12,7 @@ from servers import serving
 
 from llama2 import serve
 from llama2.formats import checkpoint
-from llama2.generate.score import rewards
+from llama2.generate.score import score_rows
 from llama2.records import messages_of
 from llama2.serve.models import RewardModel
 from llama2.tokenizer.template import encode_dialog
@@ -77,7 +77,7 @@ def test_a_reward_model_alone_only_scores(scorers):
             model.tokenizer, messages_of((turn["role"], turn["content"]) for turn in conversation)
         )[0]
         assert body["score"] == pytest.approx(
-            rewards(checkpoint.load_scorer(scorers[0]), [ids], "fp32")[0], abs=1e-5
+            score_rows(checkpoint.load_scorer(scorers[0]), [ids], "fp32")[0], abs=1e-5
         )
         assert body["usage"]["prompt_tokens"] == len(ids)
         long = served.post(

@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from llama2.errors import UserError
-from llama2.generate.batch import Request
 from llama2.generate.engine import Engine
+from llama2.generate.request import SampleRequest
 from llama2.generate.sampling import Sampling
 from llama2.model.llama import Llama, LlamaConfig
 from llama2.serve.errors import ApiError
@@ -32,7 +32,7 @@ def worker(engine):
 
 
 def ask(sampling=LONG, index=0):
-    return Request((1, 5, 9), sampling, index)
+    return SampleRequest((1, 5, 9), sampling, index)
 
 
 async def follow(stream):
@@ -57,7 +57,7 @@ def test_what_it_draws_is_what_the_engine_draws(worker, engine):
 
     async def several():
         with closing(
-            worker.submit([Request((1, 5, 9), sampling, 0, sample) for sample in range(3)])
+            worker.submit([SampleRequest((1, 5, 9), sampling, 0, sample) for sample in range(3)])
         ) as stream:
             return await follow(stream)
 

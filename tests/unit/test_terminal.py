@@ -39,7 +39,7 @@ class Parrot:
     def __init__(self) -> None:
         self.asked: list[tuple[Messages, Sampling]] = []
 
-    def reply_stream(self, messages: Messages, sampling: Sampling) -> Iterator[str]:
+    def stream(self, messages: Messages, sampling: Sampling) -> Iterator[str]:
         self.asked.append((messages, sampling))
         text = messages[-1].content
         if text == "long":
@@ -53,7 +53,7 @@ class Parrot:
 
         yield f" {text}"
 
-    def fits(self, messages: Messages) -> bool:
+    def has_room(self, messages: Messages, room: int) -> bool:
         return messages[-1].content != "long"
 
 

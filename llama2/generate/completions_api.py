@@ -1,21 +1,23 @@
-"""A server of completions as seen from here: requests that are repeated, and what the replies mean.
+"""OpenAI's API of completions over HTTP: requests that are repeated, and replies of many servers.
 
 A request that fails for a reason that may pass is repeated after a pause that doubles, or after the
 time that the server asks for (Retry-After). What would be the same for every request, such as a
-wrong key, is an error at once. A server may refuse a field that OpenAI does not have; those we can
-do without are then left out.
+wrong key, is an error at once. A server may refuse a field that OpenAI does not have; those that
+are not needed are then left out.
 """
 
 from __future__ import annotations
 
 import asyncio
 import ipaddress
+import itertools
 import random
 import re
 import time
 from collections.abc import Awaitable, Callable, Iterator
+from contextlib import suppress
 from email.utils import parsedate_to_datetime
-from typing import Any, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 from pydantic import BaseModel, ValidationError
 
@@ -24,8 +26,8 @@ from llama2.errors import UserError, missing_extra
 
 COMPLETIONS, MODELS = "/v1/completions", "/v1/models"
 LONGEST_PAUSE = 600.0  # seconds, whatever Retry-After says
-_TRY_AGAIN = {408, 425, 429}  # and all from 500 on
-_NEVER = {401, 403, 404, 405}  # would be the same for every request
+_PASSING = {408, 425, 429}  # statuses that may pass, like all from 500 on
+_LASTING = {401, 403, 404, 405}  # statuses that every request would meet
 NEUTRAL: dict[str, Any] = {
     "top_k": 0,
     "min_p": 0.0,
@@ -33,10 +35,10 @@ NEUTRAL: dict[str, Any] = {
     "presence_penalty": 0.0,
     "frequency_penalty": 0.0,
 }
-"""what changes nothing; it is sent, as servers have defaults of their own"""
+"""values that change nothing; they are sent, as servers have defaults of their own"""
 # not OpenAI's, and not essential
 _EXTRAS = ("return_token_ids", "return_tokens_as_token_ids", "stop_token_ids")
-_TEXT_ALONE = re.compile(r"prompt\W+(?:str\W+)?msg\W+Input should be a valid string")
+_TEXT_ONLY = re.compile(r"prompt\W+(?:str\W+)?msg\W+Input should be a valid string")
 T = TypeVar("T")
 
 
@@ -56,7 +58,7 @@ class Logprobs(BaseModel):
 
 
 class Choice(BaseModel):
-    """What is read of one completion."""
+    """One completion, as far as it is read."""
 
     text: str = ""
     finish_reason: str | None = None
@@ -65,7 +67,8 @@ class Choice(BaseModel):
     logprobs: Logprobs | None = None
 
     def ids(self) -> list[int] | None:
-        """The token ids, sent as such or as names ("token_id:5"); None if there is text alone."""
+        """Return the token ids, sent as such or as names ("token_id:5"); None if there is only
+        text."""
         names = self.logprobs.tokens if self.logprobs else []
         if self.token_ids is None and names and all(name.startswith("token_id:") for name in names):
             return [int(name.removeprefix("token_id:")) for name in names]
@@ -74,7 +77,7 @@ class Choice(BaseModel):
 
 
 class Usage(BaseModel):
-    """How many tokens were drawn."""
+    """The number of tokens drawn."""
 
     completion_tokens: int | None = None
 
@@ -86,7 +89,7 @@ class Reply(BaseModel):
     usage: Usage | None = None
 
     def choice(self) -> Choice:
-        """The one that was asked for; ValueError if there is none.
+        """Return the one that was asked for; ValueError if there is none.
 
         llama.cpp's list leaves out tokens inside of a character, so it counts only if it is as long
         as the answer.
@@ -94,27 +97,27 @@ class Reply(BaseModel):
         if not self.choices:
             raise ValueError("no choice")
 
-        choice, drawn = self.choices[0], self.usage.completion_tokens if self.usage else None
+        choice = self.choices[0]
         listed = choice.logprobs.content if choice.logprobs else []
         ids = [token.id for token in listed if token.id is not None]
 
-        if ids and len(ids) == drawn:
+        if ids and self.usage and len(ids) == self.usage.completion_tokens:
             choice.token_ids = ids
             choice.logprobs = Logprobs(token_logprobs=[token.logprob for token in listed])
 
         return choice
 
 
-class Trouble(Exception):
-    """A request that failed; `again`: the least seconds to wait before it is repeated, None if that
+class RequestFailed(Exception):
+    """A request failed for `reason`; `wait`: the least seconds before it is repeated, None if that
     is of no use."""
 
-    def __init__(self, reason: str, again: float | None = 0.0) -> None:
-        self.reason, self.again = reason, again
+    def __init__(self, reason: str, wait: float | None = 0.0) -> None:
+        self.reason, self.wait = reason, wait
 
 
-class Wire:
-    """What all requests to the server at `url` share.
+class CompletionsClient:
+    """Sends requests to the server at `url`.
 
     retries: how often a failed request is repeated, after `pause` seconds, twice as many, and so
     on. timeout: seconds for one request. concurrency: connections at a time.
@@ -135,9 +138,9 @@ class Wire:
         self._headers = {"Authorization": f"Bearer {key}"} if key else {}
         self._refused: set[str] = set()  # fields that this server does not know
 
-    def client(self) -> Any:
-        """One pool of connections, to be used as an asynchronous context."""
-        httpx = _httpx()
+    def connect(self) -> Any:
+        """Return a pool of connections, to be used as an asynchronous context."""
+        httpx = _import_httpx()
         limits = httpx.Limits(
             max_connections=self.concurrency, max_keepalive_connections=self.concurrency
         )
@@ -145,7 +148,8 @@ class Wire:
             host = httpx.URL(self.url).host
         except httpx.InvalidURL as error:
             raise UserError(
-                f"{self.url}: this is no address of a server: {error}", "write http://HOST:PORT"
+                f"{self.url}: this is not the address of a server: {error}",
+                "write http://HOST:PORT",
             ) from None
 
         try:
@@ -160,54 +164,54 @@ class Wire:
         except (ImportError, ValueError, httpx.InvalidURL) as error:
             raise UserError(
                 f"{self.url}: the proxy that the environment names cannot be used: {error}",
-                "mend HTTP_PROXY, HTTPS_PROXY or ALL_PROXY, or name this server in NO_PROXY",
+                "correct HTTP_PROXY, HTTPS_PROXY or ALL_PROXY, or name this server in NO_PROXY",
             ) from None
 
-    async def patiently(self, key: str, once: Callable[[], Awaitable[T]]) -> T:
-        """`once()`, repeated while it is in trouble that may pass; the last Trouble if it never
-        does.
+    async def retry(self, key: str, attempt: Callable[[], Awaitable[T]]) -> T:
+        """Return the result of `attempt()`, repeated while it fails for reasons that may pass.
+        Raises the last RequestFailed if it never succeeds.
 
-        `key` varies the pauses: requests that failed together should not come again together.
+        `key` varies the pauses: requests that failed together should not come again together. By
+        hand, as retry libraries would need a rule of their own for Retry-After and for `key`.
         """
-        chance = random.Random(key).random
-        turn = 0
-        while True:
+        jitter = random.Random(key)
+        for turn in itertools.count():
             try:
-                return await once()
-            except Trouble as trouble:
-                if trouble.again is None or turn == self._retries:
+                return await attempt()
+            except RequestFailed as failure:
+                if failure.wait is None or turn == self._retries:
                     raise
 
-                pause = self._pause * 2**turn * (0.5 + chance())
-                await asyncio.sleep(min(max(pause, trouble.again), LONGEST_PAUSE))
+                pause = self._pause * 2**turn * jitter.uniform(0.5, 1.5)
+                await asyncio.sleep(min(max(pause, failure.wait), LONGEST_PAUSE))
 
-            turn += 1
+        raise AssertionError  # unreachable, for the type checker
 
     async def request(
-        self, client: Any, method: str, path: str, body: dict[str, Any] | None = None
+        self, connections: Any, method: str, path: str, body: dict[str, Any] | None = None
     ) -> Any:
-        """The JSON of one reply. Trouble, or a UserError for what no request could get past."""
+        """Return the JSON of one reply. RequestFailed, or a UserError for what every request would
+        meet."""
         try:
             async with asyncio.timeout(self._timeout):
-                response = await client.request(method, path, json=(sent := self._sent(body)))
-                while self._left_out(response, sent):
-                    response = await client.request(method, path, json=(sent := self._sent(body)))
+                accepted = False
+                while not accepted:
+                    sent = self._omit_refused(body)
+                    response = await connections.request(method, path, json=sent)
+                    accepted = self._accept(response, sent)
         except TimeoutError:
-            raise Trouble(f"no answer within {self._timeout:g} s") from None
-        except _httpx().RequestError as error:
-            raise Trouble(_said(error)) from None
-
-        if not response.is_success:
-            self._refuse(response)
+            raise RequestFailed(f"no answer within {self._timeout:g} s") from None
+        except _import_httpx().RequestError as error:
+            raise RequestFailed(_describe(error)) from None
 
         try:
             return json_files.parsed(response.content)
         except ValueError:
-            raise Trouble("an answer that is not JSON") from None
+            raise RequestFailed("an answer that is not JSON") from None
 
-    def events(self, body: dict[str, Any]) -> Iterator[Choice]:
-        """A completion as it comes. Trouble as soon as there is any."""
-        httpx, sent = _httpx(), self._sent({**body, "stream": True})
+    def stream(self, body: dict[str, Any]) -> Iterator[Choice]:
+        """Yield a completion as it comes. RequestFailed as soon as anything fails."""
+        httpx, sent = _import_httpx(), self._omit_refused({**body, "stream": True})
         try:
             with (
                 httpx.Client(
@@ -215,76 +219,80 @@ class Wire:
                 ) as client,
                 client.stream("POST", COMPLETIONS, json=sent) as response,
             ):
-                if response.is_success:
+                if not response.is_success:
+                    response.read()
+
+                if self._accept(response, sent):
                     for line in response.iter_lines():
-                        yield from _event(line)
+                        yield from _parse_event(line)
 
                     return
-
-                response.read()
-                if not self._left_out(response, sent):
-                    self._refuse(response)
         except httpx.RequestError as error:
-            raise Trouble(_said(error)) from None
+            raise RequestFailed(_describe(error)) from None
 
-        yield from self.events(body)
+        yield from self.stream(body)
 
-    def _sent(self, body: dict[str, Any] | None) -> dict[str, Any] | None:
+    def _omit_refused(self, body: dict[str, Any] | None) -> dict[str, Any] | None:
         return body and {
             name: value
             for name, value in body.items()
-            if name not in self._refused or not _spare(name, value)
+            if name not in self._refused or not _is_optional(name, value)
         }
 
-    def _left_out(self, response: Any, sent: dict[str, Any] | None) -> bool:
-        """Whether a request was refused for a field that we can do without. It is not sent any
-        more.
+    def _accept(self, response: Any, sent: dict[str, Any] | None) -> bool:
+        """Return whether a request succeeded; False if it is to be sent again without a field that
+        was refused. RequestFailed or UserError for any other refusal.
 
-        It is the first that the refusal names; another may be what the server would have us say
+        The field is the first that the refusal names; another may be what the server suggests
         instead.
         """
-        wrong = response.text if response.status_code in (400, 422) else ""
-        named = [
-            name for name, value in (sent or {}).items() if _spare(name, value) and name in wrong
-        ]
-        if named:
-            self._refused.add(min(named, key=wrong.index))
+        if response.is_success:
+            return True
 
-        return bool(named)
+        text = response.text if response.status_code in (400, 422) else ""
+        optional = [name for name, value in (sent or {}).items() if _is_optional(name, value)]
+        named = [name for name in optional if name in text]
+        if not named:
+            self._refuse(response)
 
-    def _refuse(self, response: Any) -> None:
+        self._refused.add(min(named, key=text.index))
+        return False
+
+    def _refuse(self, response: Any) -> NoReturn:
         status = response.status_code
-        reason = f"HTTP {status}: {_message(response.text)}"
-        if _TEXT_ALONE.search(response.text):
+        reason = f"HTTP {status}: {_read_message(response.text)}"
+        if _TEXT_ONLY.search(response.text):
             raise UserError(
-                f"{self.url}: it takes prompts as text alone, where tags and text cannot be told apart",
-                "sample on one that takes token ids: vLLM, llama.cpp's llama-server, 'llama2 serve'",
+                f"{self.url}: it takes prompts only as text, where tags and text look alike",
+                "use a server that takes token ids: vLLM, llama.cpp's llama-server, 'llama2 serve'",
             )
-        if status in _NEVER:
+
+        if status in _LASTING:
             raise UserError(
                 f"{self.url}: {reason}",
                 "check its address, the name of the model there, and its key",
             )
-        if status in _TRY_AGAIN or status >= 500:
-            raise Trouble(reason, _retry_after(response.headers.get("retry-after", "")))
 
-        raise Trouble(reason, again=None)
+        if status in _PASSING or status >= 500:
+            raise RequestFailed(reason, _read_retry_after(response.headers.get("retry-after", "")))
+
+        raise RequestFailed(reason, wait=None)
 
 
-def _spare(name: str, value: object) -> bool:
-    """Whether we can do without a field."""
+def _is_optional(name: str, value: object) -> bool:
+    """Return whether a field need not be sent."""
     return name in _EXTRAS or (name in NEUTRAL and value == NEUTRAL[name])
 
 
 def _is_loopback(host: str) -> bool:
-    """Whether a server is on this machine, where no proxy finds it."""
+    """Return whether a server is on this machine, where no proxy finds it."""
     try:
         return ipaddress.ip_address(host).is_loopback
     except ValueError:
         return host.removesuffix(".") == "localhost"
 
 
-def _httpx() -> Any:
+def _import_httpx() -> Any:
     try:
         import httpx
     except ImportError:
@@ -293,8 +301,8 @@ def _httpx() -> Any:
     return httpx
 
 
-def _event(line: str) -> list[Choice]:
-    """What one line of a stream brings."""
+def _parse_event(line: str) -> list[Choice]:
+    """Return what one line of a stream brings."""
     data = line.removeprefix("data:").strip()
     if not line.startswith("data:") or data == "[DONE]":
         return []
@@ -302,33 +310,29 @@ def _event(line: str) -> list[Choice]:
     try:
         return Reply.model_validate_json(data).choices
     except ValidationError:
-        raise Trouble(_message(data)) from None
+        raise RequestFailed(_read_message(data)) from None
 
 
-def _retry_after(text: str) -> float:
-    """Seconds, given as such or as a date."""
-    try:
+def _read_retry_after(text: str) -> float:
+    """Return seconds, given as such or as a date."""
+    with suppress(ValueError):
         return max(0.0, float(text))
-    except ValueError:
-        pass
 
-    try:
+    with suppress(ValueError, TypeError):
         return max(0.0, parsedate_to_datetime(text).timestamp() - time.time())
-    except (ValueError, TypeError):
-        return 0.0
+
+    return 0.0
 
 
-def _message(text: str) -> str:
-    """What a server says went wrong, in one line."""
-    try:
+def _read_message(text: str) -> str:
+    """Return what a server says went wrong, in one line."""
+    with suppress(ValueError):
         error = json_files.parsed(text)
         error = error.get("error", error) if isinstance(error, dict) else error
         text = str(error.get("message", error)) if isinstance(error, dict) else str(error)
-    except ValueError:
-        pass
 
     return " ".join(text.split())[:200] or "without a reason"
 
 
-def _said(error: Exception) -> str:
+def _describe(error: Exception) -> str:
     return " ".join(str(error).split()) or type(error).__name__

@@ -1,0 +1,88 @@
+"""What finished requests have read and written, kept for others whose prompts begin alike."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+
+from llama2.generate.model_runner import ModelRunner
+from llama2.generate.request import Prompt, SampleRequest
+
+MIN_SHARED = 16  # tokens: below, copying saves nothing
+
+
+class PrefixCache:
+    """Token sequences whose keys and values lie in `rows` of the runner's cache, which no request
+    decodes. The least recently used one is given up first."""
+
+    def __init__(self, runner: ModelRunner, rows: range) -> None:
+        self._runner = runner
+        self._free = list(rows)
+        self._kept: dict[int, Prompt] = {}  # row -> its tokens; the least recently used first
+
+    @property
+    def tokens(self) -> int:
+        """Tokens that are kept."""
+        return sum(map(len, self._kept.values()))
+
+    def longest_prefix(
+        self, prompt: Prompt, running: Mapping[int, SampleRequest]
+    ) -> tuple[int, int]:
+        """Return the row that shares the longest beginning with a prompt, and its length; length 0
+        if it is not worth copying.
+
+        running: the requests of the rows that are decoded, by row, which may be shared too. The last token
+        of a prompt is always read anew, for the logits behind it.
+        """
+        head = prompt[:MIN_SHARED]
+        rows = {row: kept for row, kept in self._kept.items() if kept[:MIN_SHARED] == head}
+        for slot, request in running.items():
+            if request.prompt[:MIN_SHARED] == head[: len(request.prompt)]:
+                rows[slot] = request.read_tokens
+
+        row, length = 0, 0
+        for candidate, tokens in rows.items():
+            shared = min(_count_common(prompt, tokens), len(prompt) - 1)
+            if shared > length:
+                row, length = candidate, shared
+
+        if length < MIN_SHARED:
+            return 0, 0
+
+        if row in self._kept:
+            self._kept[row] = self._kept.pop(row)
+
+        return row, length
+
+    def keep(self, slot: int, tokens: Prompt) -> None:
+        """Copy what has been read into a slot, in the place of a shorter beginning of it, or of the
+        least recently used."""
+        if len(tokens) < MIN_SHARED:
+            return
+
+        row = self._find_beginning(tokens)
+        if row is None and self._free:
+            row = self._free.pop(0)
+
+        if row is None:
+            row = next(iter(self._kept), None)
+
+        if row is not None:
+            self._kept.pop(row, None)
+            self._kept[row] = tokens
+            self._runner.copy([slot], [row], len(tokens))
+
+    def _find_beginning(self, tokens: Prompt) -> int | None:
+        for row, kept in self._kept.items():
+            if kept == tokens[: len(kept)]:
+                return row
+
+        return None
+
+
+def _count_common(a: Sequence[int], b: Sequence[int]) -> int:
+    """Return how many tokens two sequences share from their beginning."""
+    length = min(len(a), len(b))
+    different = np.flatnonzero(np.array(a[:length]) != np.array(b[:length]))
+    return int(different[0]) if len(different) else length
