@@ -50,8 +50,6 @@ class ChatSession:
     turns: list[Message] = field(default_factory=list)
     draft: str = ""
     """beginning of the next message: the message that is being edited"""
-    open: bool = True
-    """the user has not asked to leave"""
     failed: bool = False
     """a line could not be answered, or a command not carried out"""
     outgrown: bool = False
@@ -62,10 +60,10 @@ class ChatSession:
 
     def take(self, line: str) -> None:
         """Carry out a command or answer a message. An error that the user can cause becomes a note,
-        and the conversation goes on."""
+        and the conversation goes on. EOFError when the user asks to leave."""
         line = line.strip()
         editing, self.draft = bool(self.draft), ""
-        if not line or not self.open:
+        if not line:
             return
 
         command = _COMMAND.match(line) if self.commands else None
@@ -137,7 +135,7 @@ class ChatSession:
         note("\n".join(COMMANDS.values()))
 
     def _quit(self, _: str) -> None:
-        self.open = False
+        raise EOFError
 
     # ---- answers ----
 

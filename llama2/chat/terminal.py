@@ -12,6 +12,7 @@ import codecs
 import sys
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from io import BufferedReader, TextIOWrapper
 from pathlib import Path
 from typing import TextIO
@@ -155,10 +156,11 @@ def chat(
         return True
 
     session.commands, session.each_line = commands, each_line
-    for line in source:
-        session.take(line)
-        if not session.open or session.outgrown:
-            break
+    with suppress(EOFError):
+        for line in source:
+            session.take(line)
+            if session.outgrown:
+                break
 
     return not session.failed
 
@@ -175,7 +177,7 @@ def _converse(session: ChatSession, history: History | None) -> None:
     read = open_reader(earlier)
     note("Type a message, or /help.")
 
-    while session.open:
+    while True:
         try:
             text = read_message(read, session.draft)
             history = remember(history, text)

@@ -7,19 +7,17 @@ no effect.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import (
     AfterValidator,
     BaseModel,
     ConfigDict,
     Field,
-    GetCoreSchemaHandler,
     ValidationInfo,
     field_validator,
     model_validator,
 )
-from pydantic_core import CoreSchema
 
 from llama2.records import Message
 from llama2.serve.foreign_fields import AUDIO, PARTS, REFUSAL, TOOLS, Inert
@@ -34,22 +32,10 @@ def _check_encodable(text: str) -> str:
     return text
 
 
-def _with_fail_fast(schema: Any) -> Any:
-    """Return a core schema in which every list fails at its first faulty item."""
-    if isinstance(schema, dict):
-        copy = {key: _with_fail_fast(value) for key, value in schema.items()}
-        if schema.get("type") == "list":
-            copy["fail_fast"] = True
-
-        return copy
-
-    if isinstance(schema, list | tuple):
-        return type(schema)(map(_with_fail_fast, schema))
-
-    return schema
-
-
+T = TypeVar("T")
 Text = Annotated[str, AfterValidator(_check_encodable)]
+List = Annotated[list[T], Field(fail_fast=True)]
+"""a list that is checked up to its first fault: a client may send as many as it likes"""
 
 
 class Strict(BaseModel):
@@ -64,14 +50,8 @@ class Strict(BaseModel):
         protected_namespaces=(),
     )
 
-    @classmethod
-    def __get_pydantic_core_schema__(cls, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
-        # a client may send as many faulty items as it likes
-        schema: CoreSchema = _with_fail_fast(handler(source))
-        return schema
 
-
-Ignored = Annotated[Any, Field(description="accepted and ignored")]
+IgnoredField = Annotated[Any, Field(description="accepted and ignored")]
 NoTools = Annotated[Any, Inert([], why=TOOLS)]
 NoAnnotations = Annotated[Any, Inert([], why="annotations are not supported by this server")]
 NoReasoning = Annotated[Any, Inert("", why="the format has no place for reasoning")]
@@ -83,8 +63,8 @@ class TextPart(Strict):
     type: Literal["text"]
     text: Text
     annotations: NoAnnotations = None
-    cache_control: Ignored = None
-    prompt_cache_breakpoint: Ignored = None
+    cache_control: IgnoredField = None
+    prompt_cache_breakpoint: IgnoredField = None
 
     @model_validator(mode="before")
     @classmethod
@@ -100,7 +80,7 @@ class ChatMessage(Strict):
     """One message of a conversation, also as an answer of this server or of another has it."""
 
     role: Literal["system", "developer", "user", "assistant"]
-    content: Annotated[Text | list[TextPart] | None, Field(validate_default=True)] = None
+    content: Annotated[Text | List[TextPart] | None, Field(validate_default=True)] = None
     """only an assistant's may be null, which is an empty answer"""
     name: str | None = None
     """accepted and ignored: the format has no names"""
@@ -112,10 +92,10 @@ class ChatMessage(Strict):
     annotations: NoAnnotations = None
     reasoning: NoReasoning = None
     reasoning_content: NoReasoning = None
-    parsed: Ignored = None
-    cache_control: Ignored = None
-    id: Ignored = None
-    provider_specific_fields: Ignored = None
+    parsed: IgnoredField = None
+    cache_control: IgnoredField = None
+    id: IgnoredField = None
+    provider_specific_fields: IgnoredField = None
     type: Literal["text", "message"] | None = None
 
     @field_validator("role", mode="before")

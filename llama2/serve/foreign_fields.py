@@ -65,6 +65,23 @@ class Inert:
         return value
 
 
+class Ignored(Inert):
+    """A field of a type, whose value never has an effect."""
+
+    def __init__(self, kind: type, name: str) -> None:
+        super().__init__(why=f"the value must be of type {name}")
+        self._kind, self._name = kind, name
+
+    def json_schema(self) -> JsonSchemaValue:
+        """Return the type as JSON Schema."""
+        return {"type": [self._name, "null"], "description": "accepted and ignored"}
+
+    def allows(self, value: Any) -> bool:
+        """Return whether a value is of the type."""
+        return value is None or isinstance(value, self._kind)
+
+
+_TEXT, _OBJECT, _FLAG = Ignored(str, "string"), Ignored(dict, "object"), Ignored(bool, "boolean")
 _BEAMS = "beam search is not supported by this server"
 _MIN_LENGTH = "a minimum length is not supported by this server"
 _SAMPLER = "this way to sample is not supported by this server"
@@ -72,6 +89,16 @@ _FORM = "use response_format"
 _RANGE = "repetition_penalty_range"
 
 COMMON: Mapping[str, Inert] = {
+    "user": _TEXT,
+    "metadata": _OBJECT,
+    "store": _FLAG,
+    "service_tier": _TEXT,
+    "safety_identifier": _TEXT,
+    "prompt_cache_key": _TEXT,
+    "prompt_cache_retention": _TEXT,
+    "prompt_cache_options": _OBJECT,
+    "cache_salt": _TEXT,
+    "request_id": _TEXT,
     "priority": Inert(0, why="requests are served in the order in which they come"),
     "min_tokens": Inert(0, why=_MIN_LENGTH),
     "use_beam_search": Inert(False, why=_BEAMS),
@@ -95,6 +122,9 @@ COMMON: Mapping[str, Inert] = {
 """fields of OpenAI's and vLLM's completions of both kinds"""
 CHAT: Mapping[str, Inert] = {
     **COMMON,
+    "parallel_tool_calls": _FLAG,
+    "include_reasoning": _FLAG,
+    "prediction": _OBJECT,
     "function_call": Inert("none", "auto", why=TOOLS),
     "functions": Inert([], why=TOOLS),
     "reasoning_effort": Inert("none", why=REASONING),

@@ -155,7 +155,7 @@ class Generation:
         stop = None
         if delta.finish == "stop":
             self._drawn[delta.sample] += 1
-            stop = detokenizer.end(*delta.steps()[-1])
+            stop = detokenizer.end(*delta.steps[-1])
 
         event.text.add(detokenizer.close())
         event.stop = None if detokenizer.stopped else stop
@@ -164,13 +164,13 @@ class Generation:
     def _decode(self, delta: TokenDelta, detokenizer: Detokenizer) -> TextDelta:
         """Return the text of new tokens, up to a stop string: what was drawn behind it does not
         count."""
-        with_text = len(delta.tokens) - (delta.finish == "stop")  # a stop id has no text
+        steps = delta.steps[:-1] if delta.finish == "stop" else delta.steps  # a stop id has no text
         if not self._by_token:
-            self._drawn[delta.sample] += with_text
-            return detokenizer.push_text(delta.tokens[:with_text])
+            self._drawn[delta.sample] += len(steps)
+            return detokenizer.push_text([token for token, _, _ in steps])
 
         text = TextDelta()
-        for step in delta.steps()[:with_text]:
+        for step in steps:
             text.add(detokenizer.push(*step))
             self._drawn[delta.sample] += 1
             if detokenizer.stopped:
@@ -179,7 +179,7 @@ class Generation:
         return text
 
     def _measure(self, deltas: Sequence[TokenDelta]) -> None:
-        counts = [len(delta.tokens) for delta in deltas]
+        counts = [len(delta.steps) for delta in deltas]
         name, now = self.model.name, time.monotonic()
         if self._newest is None:
             self._metrics.first_token(name, now - self._began)

@@ -7,6 +7,7 @@ import secrets
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict
 from typing import Any
 
 from llama2.serve.detokenizer import TextDelta, TextToken
@@ -226,6 +227,7 @@ def _add_verdict(value: dict[str, Any], verdicts: Iterable[SafetyVerdict | None]
     """Add the verdict on an object, if there is one; of several the worst."""
     known = [verdict for verdict in verdicts if verdict is not None]
     if known:
-        value["llama2"] = min(known, key=lambda verdict: verdict.probability).report()
+        worst = min(known, key=lambda verdict: verdict.probability)
+        value["llama2"] = {"safety": asdict(worst)}
 
     return value

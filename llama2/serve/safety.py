@@ -21,10 +21,6 @@ class SafetyVerdict:
     probability: float
     replaced: bool
 
-    def report(self) -> dict[str, object]:
-        """Return the JSON object for clients."""
-        return {"safety": {"probability": self.probability, "replaced": self.replaced}}
-
 
 @dataclass(frozen=True)
 class SafetyGate:

@@ -20,7 +20,7 @@ from pydantic.json_schema import JsonSchemaValue
 from pydantic_core import CoreSchema
 
 from llama2.records import check_roles
-from llama2.serve.chat_message import ChatMessage, Strict, Text, to_messages
+from llama2.serve.chat_message import ChatMessage, List, Strict, Text, to_messages
 from llama2.serve.foreign_fields import CHAT, COMMON, COMPLETION, TOOLS, Inert, drop_foreign
 
 MOST_SAMPLES = 128
@@ -103,9 +103,9 @@ class SamplingRequest(Strict):
     seed: int | None = Field(None, ge=-(2**63), lt=2**63)
     """the same seed and request give the same answer; -1 is none, as in vLLM and llama.cpp"""
     n: int | None = Field(None, ge=1, le=MOST_SAMPLES)
-    stop: Stop | Annotated[list[Stop], Field(max_length=MOST_STOPS)] | None = None
+    stop: Stop | Annotated[List[Stop], Field(max_length=MOST_STOPS)] | None = None
     """an empty one stops nothing"""
-    stop_token_ids: list[Annotated[int, Field(ge=0)]] | None = Field(None, max_length=1024)
+    stop_token_ids: List[Annotated[int, Field(ge=0)]] | None = Field(None, max_length=1024)
     """token ids that end an answer besides EOS; vLLM's name for it"""
     ignore_eos: bool | None = None
     """go on behind EOS; vLLM's name for it"""
@@ -117,26 +117,6 @@ class SamplingRequest(Strict):
 
     best_of: int | None = Field(None, ge=1)
     """accepted where it equals n"""
-    user: str | None = None
-    """accepted and ignored"""
-    metadata: dict[str, Any] | None = None
-    """accepted and ignored"""
-    store: bool | None = None
-    """accepted and ignored: nothing is stored"""
-    service_tier: str | None = None
-    """accepted and ignored"""
-    safety_identifier: str | None = None
-    """accepted and ignored"""
-    prompt_cache_key: str | None = None
-    """accepted and ignored: every prompt that was read before is cached"""
-    prompt_cache_retention: str | None = None
-    """accepted and ignored"""
-    prompt_cache_options: dict[str, Any] | None = None
-    """accepted and ignored"""
-    cache_salt: str | None = None
-    """accepted and ignored; vLLM's"""
-    request_id: str | None = None
-    """accepted and ignored; vLLM's"""
 
     @classmethod
     def __get_pydantic_json_schema__(
@@ -202,7 +182,7 @@ class ChatRequest(SamplingRequest):
     """the last turn is the beginning of the answer: go on with it; vLLM's name for it"""
     add_generation_prompt: bool | None = None
     """it may be false with continue_final_message, and else changes nothing; vLLM's"""
-    messages: list[ChatMessage]
+    messages: List[ChatMessage]
     max_completion_tokens: int | None = Field(None, ge=-1)
     """the newer name of max_tokens"""
     logprobs: bool | None = None
@@ -212,12 +192,6 @@ class ChatRequest(SamplingRequest):
     tool_choice: Annotated[Any, Inert("none", "auto", why=TOOLS)] = None
     tools: Annotated[Any, Field(json_schema_extra={"type": ["array", "null"]})] = None
     """accepted where it is empty, or where tool_choice is none"""
-    parallel_tool_calls: bool | None = None
-    """accepted and ignored"""
-    prediction: dict[str, Any] | None = None
-    """accepted and ignored: it is a hint that makes answers faster elsewhere"""
-    include_reasoning: bool | None = None
-    """accepted and ignored"""
 
     @field_validator("messages")
     @classmethod
@@ -289,7 +263,7 @@ class ChatRequest(SamplingRequest):
         return self.top_logprobs or 0 if self.logprobs else None
 
 
-Ids = Annotated[list[int], Field(min_length=1)]
+Ids = Annotated[List[int], Field(min_length=1)]
 
 
 class CompletionRequest(SamplingRequest):
@@ -300,8 +274,8 @@ class CompletionRequest(SamplingRequest):
     prompt: (
         Text
         | Ids
-        | Annotated[list[Text], Field(min_length=1, max_length=MOST_PROMPTS)]
-        | Annotated[list[Ids], Field(min_length=1, max_length=MOST_PROMPTS)]
+        | Annotated[List[Text], Field(min_length=1, max_length=MOST_PROMPTS)]
+        | Annotated[List[Ids], Field(min_length=1, max_length=MOST_PROMPTS)]
         | None
     )
     """a text, several, or token ids; a text gets a BOS token in front, ids stay as they are; null:
@@ -353,7 +327,7 @@ class ScoreRequest(Strict):
 
     model: str | None = None
     """default: the first of the reward models"""
-    messages: list[ChatMessage]
+    messages: List[ChatMessage]
 
     @field_validator("messages")
     @classmethod

@@ -40,16 +40,9 @@ class TokenDelta:
     """New tokens of one sample of a stream, and how it ended if it did."""
 
     sample: int
-    tokens: Sequence[int]
-    logprobs: Sequence[float]
-    alternatives: Sequence[Alternatives]
-    """as many as tokens, or none where nobody asked for them"""
+    steps: Sequence[tuple[int, float, Alternatives]]
+    """each token, its log-probability, and its alternatives where they were asked for"""
     finish: Finish | None
-
-    def steps(self) -> list[tuple[int, float, Alternatives]]:
-        """Return each token with its log-probability and its alternatives."""
-        alternatives = self.alternatives or [()] * len(self.tokens)
-        return list(zip(self.tokens, self.logprobs, alternatives, strict=True))
 
 
 class SampleStream:
@@ -89,9 +82,9 @@ class SampleStream:
         request = self.requests[sample]
         new = slice(self._reported[sample], count)
         self._reported[sample] = count
-        return TokenDelta(
-            sample, request.tokens[new], request.logprobs[new], request.alternatives[new], finish
-        )
+        tokens, logprobs = request.tokens[new], request.logprobs[new]
+        alternatives = request.alternatives[new] or [()] * len(tokens)
+        return TokenDelta(sample, list(zip(tokens, logprobs, alternatives, strict=True)), finish)
 
     def update(self, sample: int, count: int, finish: Finish | None) -> None:
         """Note that a sample has `count` tokens by now."""

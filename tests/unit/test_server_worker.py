@@ -39,8 +39,7 @@ async def follow(stream):
     tokens = [[] for _ in stream.requests]
     async for deltas in stream.deltas():
         for delta in deltas:
-            tokens[delta.sample] += delta.tokens
-            assert len(delta.tokens) == len(delta.logprobs)
+            tokens[delta.sample] += [token for token, _, _ in delta.steps]
 
     return tokens
 
