@@ -6,21 +6,24 @@ no effect.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Annotated, Any, Literal, TypeVar
+from collections.abc import Mapping, Sequence
+from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
 from pydantic import (
     AfterValidator,
     BaseModel,
     ConfigDict,
     Field,
+    GetJsonSchemaHandler,
     ValidationInfo,
     field_validator,
     model_validator,
 )
+from pydantic.json_schema import JsonSchemaValue
+from pydantic_core import CoreSchema
 
 from llama2.records import Message
-from llama2.serve.foreign_fields import AUDIO, PARTS, REFUSAL, TOOLS, Inert
+from llama2.serve.foreign_fields import MESSAGE, PART, PARTS, TOOLS, Inert, drop_inert
 
 
 def _check_encodable(text: str) -> str:
@@ -39,7 +42,7 @@ List = Annotated[list[T], Field(fail_fast=True)]
 
 
 class Strict(BaseModel):
-    """Base of everything a client sends."""
+    """Base of everything a client sends; `inert` are its fields without effect."""
 
     model_config = ConfigDict(
         extra="forbid",
@@ -49,22 +52,32 @@ class Strict(BaseModel):
         use_attribute_docstrings=True,
         protected_namespaces=(),
     )
+    inert: ClassVar[Mapping[str, Inert]] = {}
 
+    @classmethod
+    def __get_pydantic_json_schema__(
+        cls, core: CoreSchema, handler: GetJsonSchemaHandler
+    ) -> JsonSchemaValue:
+        schema = handler(core)
+        properties = handler.resolve_ref_schema(schema)["properties"]
+        for name, field in cls.inert.items():
+            properties[name] = field.json_schema()
 
-IgnoredField = Annotated[Any, Field(description="accepted and ignored")]
-NoTools = Annotated[Any, Inert([], why=TOOLS)]
-NoAnnotations = Annotated[Any, Inert([], why="annotations are not supported by this server")]
-NoReasoning = Annotated[Any, Inert("", why="the format has no place for reasoning")]
+        return schema
+
+    @model_validator(mode="before")
+    @classmethod
+    def _simplify(cls, body: Any) -> Any:
+        return drop_inert(body, cls.inert) if isinstance(body, dict) else body
 
 
 class TextPart(Strict):
     """A piece of a message."""
 
+    inert = PART
+
     type: Literal["text"]
     text: Text
-    annotations: NoAnnotations = None
-    cache_control: IgnoredField = None
-    prompt_cache_breakpoint: IgnoredField = None
 
     @model_validator(mode="before")
     @classmethod
@@ -79,32 +92,20 @@ class TextPart(Strict):
 class ChatMessage(Strict):
     """One message of a conversation, also as an answer of this server or of another has it."""
 
+    inert = MESSAGE
+
     role: Literal["system", "developer", "user", "assistant"]
     content: Annotated[Text | List[TextPart] | None, Field(validate_default=True)] = None
     """only an assistant's may be null, which is an empty answer"""
-    name: str | None = None
-    """accepted and ignored: the format has no names"""
-    refusal: Annotated[Any, Inert("", why=REFUSAL)] = None
-    tool_calls: NoTools = None
-    tool_call_id: Annotated[Any, Inert(why=TOOLS)] = None
-    function_call: Annotated[Any, Inert(why=TOOLS)] = None
-    audio: Annotated[Any, Inert(why=AUDIO)] = None
-    annotations: NoAnnotations = None
-    reasoning: NoReasoning = None
-    reasoning_content: NoReasoning = None
-    parsed: IgnoredField = None
-    cache_control: IgnoredField = None
-    id: IgnoredField = None
-    provider_specific_fields: IgnoredField = None
     type: Literal["text", "message"] | None = None
 
-    @field_validator("role", mode="before")
+    @model_validator(mode="before")
     @classmethod
-    def _refuse_tools(cls, role: Any) -> Any:
-        if role in ("tool", "function"):
-            raise ValueError(TOOLS)
+    def _refuse_tools(cls, message: Any) -> Any:
+        if isinstance(message, dict) and message.get("role") in ("tool", "function"):
+            raise ValueError(f"role: {TOOLS}")
 
-        return role
+        return message
 
     @field_validator("content")
     @classmethod

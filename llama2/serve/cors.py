@@ -14,6 +14,8 @@ from dataclasses import dataclass
 
 from starlette.datastructures import Headers
 
+from llama2.errors import UserError
+
 ANY = "*"
 ORIGIN = re.compile(r"https?://([A-Za-z0-9._-]+|\[[0-9A-Fa-f:.]+\])(:[0-9]{1,5})?")
 _NAMES = re.compile(r"[A-Za-z0-9_, -]{1,1000}")  # of headers that a page wants to send
@@ -54,7 +56,7 @@ def host_name(host: str) -> str:
 
 @dataclass(frozen=True)
 class Cors:
-    """The sites whose pages may ask; `origins` are as browsers write them, or "*" for all. ValueError
+    """The sites whose pages may ask; `origins` are as browsers write them, or "*" for all. UserError
     for another form."""
 
     origins: Sequence[str] = ()
@@ -62,9 +64,10 @@ class Cors:
     def __post_init__(self) -> None:
         for origin in self.origins:
             if origin != ANY and not ORIGIN.fullmatch(origin):
-                raise ValueError(
-                    f"'{origin}' is no origin: write it as browsers do, for example "
-                    "http://localhost:5173"
+                raise UserError(
+                    f"--cors: '{origin}' is no origin: write it as browsers do, for example "
+                    "http://localhost:5173",
+                    "give scheme, host and port",
                 )
 
     def headers(self, request: Headers) -> dict[str, str]:

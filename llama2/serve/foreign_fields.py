@@ -12,9 +12,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from pydantic import GetCoreSchemaHandler, GetJsonSchemaHandler
 from pydantic.json_schema import JsonSchemaValue
-from pydantic_core import CoreSchema, core_schema
 
 TOOLS = "tools are not supported by this server"
 AUDIO = "audio is not supported by this server"
@@ -40,16 +38,6 @@ class Inert:
     def __init__(self, *values: Any, why: str) -> None:
         self.values, self.why = (None, *values), why
 
-    def __get_pydantic_core_schema__(
-        self, source: Any, handler: GetCoreSchemaHandler
-    ) -> CoreSchema:
-        return core_schema.no_info_plain_validator_function(self._check)
-
-    def __get_pydantic_json_schema__(
-        self, schema: CoreSchema, handler: GetJsonSchemaHandler
-    ) -> JsonSchemaValue:
-        return self.json_schema()
-
     def json_schema(self) -> JsonSchemaValue:
         """Return the accepted values as JSON Schema."""
         return {"enum": list(self.values)}
@@ -58,30 +46,30 @@ class Inert:
         """Return whether a value has no effect."""
         return any(_equal(value, other) for other in self.values)
 
-    def _check(self, value: Any) -> Any:
-        if not self.allows(value):
-            raise ValueError(self.why)
-
-        return value
-
 
 class Ignored(Inert):
     """A field of a type, whose value never has an effect."""
 
-    def __init__(self, kind: type, name: str) -> None:
-        super().__init__(why=f"the value must be of type {name}")
-        self._kind, self._name = kind, name
+    def __init__(self, kind: type, **schema: Any) -> None:
+        super().__init__(why="it is of the wrong type")
+        self._kind, self._schema = kind, {**schema, "description": "accepted and ignored"}
 
     def json_schema(self) -> JsonSchemaValue:
         """Return the type as JSON Schema."""
-        return {"type": [self._name, "null"], "description": "accepted and ignored"}
+        return self._schema
 
     def allows(self, value: Any) -> bool:
         """Return whether a value is of the type."""
         return value is None or isinstance(value, self._kind)
 
 
-_TEXT, _OBJECT, _FLAG = Ignored(str, "string"), Ignored(dict, "object"), Ignored(bool, "boolean")
+_ANY = Ignored(object)
+_TEXT = Ignored(str, type=["string", "null"])
+_OBJECT = Ignored(dict, type=["object", "null"])
+_FLAG = Ignored(bool, type=["boolean", "null"])
+_NO_TOOLS = Inert([], why=TOOLS)
+_NO_ANNOTATIONS = Inert([], why="annotations are not supported by this server")
+_NO_REASONING = Inert("", why="the format has no place for reasoning")
 _BEAMS = "beam search is not supported by this server"
 _MIN_LENGTH = "a minimum length is not supported by this server"
 _SAMPLER = "this way to sample is not supported by this server"
@@ -125,8 +113,10 @@ CHAT: Mapping[str, Inert] = {
     "parallel_tool_calls": _FLAG,
     "include_reasoning": _FLAG,
     "prediction": _OBJECT,
+    "tools": _NO_TOOLS,
+    "tool_choice": Inert("none", "auto", why=TOOLS),
     "function_call": Inert("none", "auto", why=TOOLS),
-    "functions": Inert([], why=TOOLS),
+    "functions": _NO_TOOLS,
     "reasoning_effort": Inert("none", why=REASONING),
     "verbosity": Inert("medium", why="ask for a short or a long answer in the conversation"),
     "modalities": Inert([], ["text"], why="answers are text alone"),
@@ -153,6 +143,28 @@ COMPLETION: Mapping[str, Inert] = {
     "add_special_tokens": Inert(True, why="send token ids for a prompt without BOS"),
 }
 """the same of completions of a text"""
+MESSAGE: Mapping[str, Inert] = {
+    "name": _TEXT,
+    "refusal": Inert("", why=REFUSAL),
+    "tool_calls": _NO_TOOLS,
+    "tool_call_id": Inert(why=TOOLS),
+    "function_call": Inert(why=TOOLS),
+    "audio": Inert(why=AUDIO),
+    "annotations": _NO_ANNOTATIONS,
+    "reasoning": _NO_REASONING,
+    "reasoning_content": _NO_REASONING,
+    "parsed": _ANY,
+    "cache_control": _ANY,
+    "id": _ANY,
+    "provider_specific_fields": _ANY,
+}
+"""the same of messages"""
+PART: Mapping[str, Inert] = {
+    "annotations": _NO_ANNOTATIONS,
+    "cache_control": _ANY,
+    "prompt_cache_breakpoint": _ANY,
+}
+"""the same of a message's parts"""
 FOREIGN: Mapping[str, Inert] = {
     **dict.fromkeys(
         (
@@ -255,19 +267,25 @@ HINTS = frozenset(
 """fields of other servers that do not change the answer"""
 
 
-def drop_foreign(body: Mapping[str, Any], inert: Mapping[str, Inert]) -> dict[str, Any]:
-    """Return a request without the fields that have no effect: those of other servers and those of
-    `inert`. ValueError names one that would have an effect."""
-    table = {**FOREIGN, **inert}
-    if body.get("repetition_penalty") in (None, 1):
-        table.pop(_RANGE)  # the range of a penalty that is off
-
-    for name, field in table.items():
+def drop_inert(body: Mapping[str, Any], inert: Mapping[str, Inert]) -> dict[str, Any]:
+    """Return an object without the fields of a table; ValueError names one that has an effect."""
+    for name, field in inert.items():
         if not field.allows(body.get(name)):
             raise ValueError(f"{name}: {field.why}")
 
-    ignored = {*table, _RANGE, *HINTS}
-    return {name: value for name, value in body.items() if name not in ignored}
+    return {name: value for name, value in body.items() if name not in inert}
+
+
+def drop_foreign(body: Mapping[str, Any], inert: Mapping[str, Inert]) -> dict[str, Any]:
+    """Return a request without the fields that have no effect: those of other servers and those of
+    `inert`. ValueError names one that has an effect."""
+    table = {**FOREIGN, **dict.fromkeys(HINTS, _ANY), **inert}
+    if body.get("repetition_penalty") in (None, 1):
+        table[_RANGE] = _ANY  # the range of a penalty that is off
+    if body.get("tool_choice") == "none":
+        table["tools"] = _ANY
+
+    return drop_inert(body, table)
 
 
 def _equal(value: Any, other: Any) -> bool:

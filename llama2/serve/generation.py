@@ -73,6 +73,7 @@ class Generation:
         metrics: Metrics,
         prompts: Sequence[Sequence[int]],
         sampling: Sampling,
+        *,
         n: int,
         stops: Sequence[str],
         report_tokens: bool,

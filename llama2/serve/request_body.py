@@ -23,7 +23,7 @@ from llama2.errors import did_you_mean
 from llama2.serve.chat_message import Strict
 from llama2.serve.errors import invalid
 from llama2.serve.offload import offload
-from llama2.serve.schema import ENDPOINTS, SamplingRequest
+from llama2.serve.schema import ENDPOINTS
 
 K = TypeVar("K", bound=Strict)
 MOST_VALUES = 1 << 18
@@ -211,17 +211,14 @@ def explain(details: Iterable[ErrorDetails], path: str = "") -> tuple[str, str |
         return f"unknown parameter '{field or name}'{cure}", field or name
 
     message = first["msg"].removeprefix("Value error, ")
-    named = message.partition(": ")[0]
-    # a rule between fields names the one to change
-    if not field and named != message and named.isidentifier():
-        return message, named
-    if not field:
-        return "the body must be a JSON object", None
-
     if first["type"] != "value_error":  # pydantic's, which begin as sentences do
         message = message[:1].lower() + message[1:]
 
-    return f"{field}: {message}", field
+    named, colon, rest = message.partition(": ")
+    if colon and named.isidentifier():  # a rule of an object names the field to change
+        field, message = ".".join(filter(None, (field, named))), rest
+
+    return (f"{field}: {message}", field) if field else ("the body must be a JSON object", None)
 
 
 def _rank(detail: ErrorDetails) -> tuple[bool, bool]:
@@ -235,15 +232,10 @@ def _is_written(part: str) -> bool:
 
 def _suggest(name: str, path: str) -> str:
     """Return the field of a request to `path` that an unknown one may be, or its endpoint."""
-    fields = {endpoint: _fields(kind) for endpoint, kind in ENDPOINTS.items()}
+    fields = {path: {*kind.model_fields, *kind.inert} for path, kind in ENDPOINTS.items()}
     for endpoint, names in fields.items():
         if name in names:
             return f"; it belongs to {endpoint}"
 
     cure = did_you_mean(name, fields.get(path) or set().union(*fields.values()))
     return f"; {cure}" if cure.startswith("did") else ""
-
-
-def _fields(kind: type[Strict]) -> set[str]:
-    inert = kind.inert if issubclass(kind, SamplingRequest) else {}
-    return {*kind.model_fields, *inert}

@@ -29,10 +29,7 @@ class ResponseWriter(ABC):
     prefix: str
 
     def __init__(self, model: ChatModel, request: ChatRequest | CompletionRequest) -> None:
-        options = request.stream_options or StreamOptions()
-        self._with_usage = bool(options.include_usage)
-        self._with_running_usage = self._with_usage and bool(options.continuous_usage_stats)
-        self._obfuscate = bool(options.include_obfuscation)
+        self._options = request.stream_options or StreamOptions()
         self._with_logprobs = request.alternatives is not None
         self.reports_tokens = self._with_logprobs
         """the client gets each token, and not only the text"""
@@ -76,7 +73,7 @@ class ResponseWriter(ABC):
 
     def closing(self, usage: Usage) -> bytes:
         """Return what a stream ends with."""
-        return (self._chunk([], usage) if self._with_usage else b"") + DONE
+        return (self._chunk([], usage) if self._options.include_usage else b"") + DONE
 
     def _choice(self, index: int, text: TextDelta) -> dict[str, Any]:
         """Return a finished sample, but for how it finished."""
@@ -98,7 +95,7 @@ class ResponseWriter(ABC):
         return None if self._tokenizer.bytes_of(token) else self._tokenizer.name_of(token)
 
     def _so_far(self, usage: Usage) -> Usage | None:
-        return usage if self._with_running_usage else None
+        return usage if self._options.continuous_usage_stats else None
 
     def _chunk(
         self,
@@ -107,11 +104,11 @@ class ResponseWriter(ABC):
         verdict: SafetyVerdict | None = None,
     ) -> bytes:
         chunk = {**self._head, "object": self.chunk_object, "choices": choices}
-        if self._with_usage:
+        if self._options.include_usage:
             chunk["usage"] = usage
 
         _add_verdict(chunk, [verdict])
-        if self._obfuscate:
+        if self._options.include_obfuscation:
             chunk["obfuscation"] = ""
             chunk["obfuscation"] = secrets.token_hex(_STEP)[: -len(encode_event(chunk)) % _STEP]
 

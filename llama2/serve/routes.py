@@ -76,31 +76,17 @@ class Service:
         """Answer a conversation."""
         model, messages = self.models.find(ChatModel, body.model), to_messages(body.messages)
         size = check_length(model, [message.content for message in messages], "messages")
-        sampling = sampling_for(model, body)
-
-        prompt, begun = messages, ""
+        prompt, begun, encode = messages, "", encode_prompt
         if body.continue_final_message:
-            prompt, begun = messages[:-1], messages[-1].content
+            prompt, begun, encode = messages[:-1], messages[-1].content, encode_begun
 
-        encode = encode_begun if body.continue_final_message else encode_prompt
-        ids = await offload(size, encode, model.tokenizer, messages)
-        check_prompts(model, [ids], "messages")  # before the grammar, which takes longer
-        sampling = await constrain(sampling, body, model.tokenizer)
+        ids = [await offload(size, encode, model.tokenizer, messages)]
+        check_prompts(model, ids, "messages")
         writer = ChatWriter(model, body)
-        make = partial(
-            Generation,
-            model,
-            self.metrics,
-            [ids],
-            sampling,
-            n=body.n or 1,
-            stops=body.stops,
-            report_tokens=writer.reports_tokens,
-            strip=True,
-            begun=begun,
+        generation = await self._begin(
+            model, body, ids, body.n or 1, writer.reports_tokens, strip=True, begun=begun
         )
-        generation = await offload(len(ids) * (body.n or 1), make)
-        events = self._judge(generation.begin(self.seconds), lambda _: prompt)
+        events = self._judge(generation, lambda _: prompt)
         return await self._answer(request, generation, events, writer, bool(body.stream))
 
     async def complete(self, body: CompletionRequest, request: Request) -> Response:
@@ -108,31 +94,17 @@ class Service:
         model = self.models.find(ChatModel, body.model)
         texts = [prompt for prompt in body.prompts if isinstance(prompt, str)]
         size = sum(check_length(model, [text], "prompt") for text in texts)
-        sampling = sampling_for(model, body)
-
-        prompts = await offload(size, _encode, model.tokenizer, body.prompts)
-        check_prompts(model, prompts, "prompt")
-        sampling = await constrain(sampling, body, model.tokenizer)
-        echoes = await self._echo(model, body, prompts) if body.echo else []
-        n = 0 if body.token_limit == 0 else body.n or 1
-        writer = CompletionWriter(model, body)
-        make = partial(
-            Generation,
-            model,
-            self.metrics,
-            prompts,
-            sampling,
-            n=n,
-            stops=body.stops,
-            report_tokens=writer.reports_tokens,
-        )
-        generation = await offload(n * sum(map(len, prompts)), make)
+        ids = await offload(size, _encode, model.tokenizer, body.prompts)
+        check_prompts(model, ids, "prompt")
 
         def conversation(index: int) -> Messages:
-            return (Message("user", model.tokenizer.decode(prompts[index])),)
+            return (Message("user", model.tokenizer.decode(ids[index])),)
 
-        events = self._judge(generation.begin(self.seconds), conversation)
-        events = _prepend(echoes, n, events)
+        writer = CompletionWriter(model, body)
+        echoes = await self._echo(model, body, ids) if body.echo else []
+        n = 0 if body.token_limit == 0 else body.n or 1
+        generation = await self._begin(model, body, ids, n, writer.reports_tokens)
+        events = _prepend(echoes, n, self._judge(generation, conversation))
         return await self._answer(request, generation, events, writer, bool(body.stream))
 
     async def score(self, body: ScoreRequest, request: Request) -> Response:
@@ -162,6 +134,33 @@ class Service:
                 "usage": usage,
             }
         )
+
+    async def _begin(
+        self,
+        model: ChatModel,
+        body: ChatRequest | CompletionRequest,
+        prompts: Sequence[Sequence[int]],
+        n: int,
+        report_tokens: bool,
+        strip: bool = False,
+        begun: str = "",
+    ) -> Generation:
+        """Have `n` samples of each checked prompt drawn as a request asks."""
+        sampling = await constrain(sampling_for(model, body), body, model.tokenizer)
+        make = partial(
+            Generation,
+            model,
+            self.metrics,
+            prompts,
+            sampling,
+            n=n,
+            stops=body.stops,
+            report_tokens=report_tokens,
+            strip=strip,
+            begun=begun,
+        )
+        generation = await offload(n * sum(map(len, prompts)), make)
+        return generation.begin(self.seconds)
 
     async def _answer(
         self,

@@ -6,22 +6,18 @@ have no effect here are in tables of their own (`foreign_fields`).
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import (
     Field,
-    GetJsonSchemaHandler,
     ValidationInfo,
     field_validator,
     model_validator,
 )
-from pydantic.json_schema import JsonSchemaValue
-from pydantic_core import CoreSchema
 
 from llama2.records import check_roles
 from llama2.serve.chat_message import ChatMessage, List, Strict, Text, to_messages
-from llama2.serve.foreign_fields import CHAT, COMMON, COMPLETION, TOOLS, Inert, drop_foreign
+from llama2.serve.foreign_fields import CHAT, COMMON, COMPLETION, drop_foreign
 
 MOST_SAMPLES = 128
 MOST_PROMPTS = 128
@@ -78,7 +74,7 @@ Stop = Annotated[Text, Field(max_length=LONGEST_STOP)]
 class SamplingRequest(Strict):
     """Fields that both kinds of completion have in common."""
 
-    inert: ClassVar[Mapping[str, Inert]] = COMMON
+    inert = COMMON
 
     model: str | None = None
     """default: the first of the models that answer"""
@@ -117,17 +113,6 @@ class SamplingRequest(Strict):
 
     best_of: int | None = Field(None, ge=1)
     """accepted where it equals n"""
-
-    @classmethod
-    def __get_pydantic_json_schema__(
-        cls, core: CoreSchema, handler: GetJsonSchemaHandler
-    ) -> JsonSchemaValue:
-        schema = handler(core)
-        properties = handler.resolve_ref_schema(schema)["properties"]
-        for name, field in cls.inert.items():
-            properties[name] = field.json_schema()
-
-        return schema
 
     @model_validator(mode="before")
     @classmethod
@@ -189,10 +174,6 @@ class ChatRequest(SamplingRequest):
     """report the tokens"""
     top_logprobs: int | None = Field(None, ge=0, le=20)
 
-    tool_choice: Annotated[Any, Inert("none", "auto", why=TOOLS)] = None
-    tools: Annotated[Any, Field(json_schema_extra={"type": ["array", "null"]})] = None
-    """accepted where it is empty, or where tool_choice is none"""
-
     @field_validator("messages")
     @classmethod
     def _check_turns(cls, turns: list[ChatMessage], info: ValidationInfo) -> list[ChatMessage]:
@@ -218,14 +199,6 @@ class ChatRequest(SamplingRequest):
     @classmethod
     def _take_zero_as_false(cls, logprobs: Any) -> Any:
         return False if logprobs == 0 else logprobs
-
-    @field_validator("tools")
-    @classmethod
-    def _refuse_tools(cls, tools: Any, info: ValidationInfo) -> Any:
-        if tools and info.data.get("tool_choice") != "none":
-            raise ValueError(TOOLS)
-
-        return tools
 
     @model_validator(mode="after")
     def _check_combinations(self) -> ChatRequest:

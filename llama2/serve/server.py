@@ -33,11 +33,7 @@ def run(config: Config) -> None:
 
     names = ", ".join(config.model_names)
     keys = config.api_keys or tuple(filter(None, os.environ.get("LLAMA2_API_KEYS", "").split(",")))
-    try:
-        cors.Cors(config.cors)
-    except ValueError as error:
-        raise UserError(f"--cors: {error}", "give scheme, host and port") from None
-
+    cors.Cors(config.cors)  # which checks them, before anything is loaded
     if cors.ANY in config.cors and not keys:
         raise UserError(
             "--cors '*' without API keys lets every page that you visit use the models",
