@@ -1,7 +1,11 @@
-// Markdown as models write it, made into elements: headings, lists, quotes, tables, code, emphasis and links. It is not
-// all of CommonMark. HTML in the text stays text; a link is one only if it leads to http or https; nothing is loaded.
-import { coloured } from "./code.js";
+// Markdown as models write it, made into elements: headings, lists, quotes, tables, code, emphasis
+// and links. It is not all of CommonMark. HTML in the text stays text; a link is one only if it
+// leads to http or https; nothing is loaded.
+//
+// It is our own because no Python package installs a library for browsers, and the page loads
+// nothing from elsewhere.
 import { copy, h, iconButton } from "./dom.js";
+import { colour } from "./highlight.js";
 
 const DEPTH = 8; // quotes in lists in quotes: deeper ones stay text, so that no text can exhaust the stack
 const FENCE = /^ {0,3}(`{3,}|~{3,})/;
@@ -150,7 +154,7 @@ const MAKERS = {
     const button = iconButton("copy", "Copy the code", () => copy(text, button));
     return h("figure", { class: "code" },
       h("figcaption", {}, h("span", {}, language.slice(0, 30) || "text"), button),
-      h("pre", { tabindex: "0", "aria-label": "Code" }, h("code", {}, ...coloured(text, language))));
+      h("pre", { tabindex: "0", "aria-label": "Code" }, h("code", {}, ...colour(text, language))));
   },
   list(lines, depth) {
     const ordered = isOrdered(lines[0]);

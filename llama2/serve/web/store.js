@@ -3,7 +3,7 @@
 //
 // A conversation is {id, title, system, created, updated, messages}. A user's message is {role, content}; an answer
 // is {role, versions, shown}: every attempt is kept, `shown` is the one that counts, null until the user picks one.
-import { shown } from "./dialogs.js";
+import { shown } from "./jsonl.js";
 
 const CONVERSATION = "llama2/conversation/";
 const SETTINGS = "llama2/settings";

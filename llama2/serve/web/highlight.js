@@ -1,5 +1,6 @@
-// Colours for code: comments, strings, numbers and the words that most languages share. A block in a language that is
-// not known here stays plain, which is better than wrongly coloured.
+// Colours for code: comments, strings, numbers and the words that most languages share. A block in
+// a language that is not known here stays plain, which is better than wrongly coloured. Our own for
+// the reason that markdown.js gives.
 import { h } from "./dom.js";
 
 const LONGEST = 20000;
@@ -38,7 +39,7 @@ const BY_NAME = new Map(FAMILIES.flatMap((family) => family.names.split(" ").map
 }])));
 
 /** Nodes and strings that together hold exactly `text`. */
-export function coloured(text, language) {
+export function colour(text, language) {
   const family = BY_NAME.get(language.toLowerCase());
   if (!family || text.length > LONGEST) return [text];
   const parts = [];

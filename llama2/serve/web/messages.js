@@ -2,7 +2,7 @@
 // its message as long as nothing but the text of an answer changes, so a growing answer costs what has grown.
 import { cost } from "./answer.js";
 import { copy, fit, h, iconButton } from "./dom.js";
-import { errorCard } from "./errors.js";
+import { errorCard } from "./error_card.js";
 import { show as showMarkdown } from "./markdown.js";
 
 const articles = new WeakMap(); // message -> its element
@@ -12,7 +12,7 @@ const places = new WeakMap(); // version -> where its text and its cost are show
  * Shows all messages in `container`. `actions` are what buttons do: edit(message, text), again(message),
  * turn(message, index) to another version, pick(message, version), retry(message, version).
  */
-export function showTurns(container, messages, actions) {
+export function showMessages(container, messages, actions) {
   container.replaceChildren(...messages.map((message) => {
     if (!articles.has(message)) articles.set(message, article(message, actions));
     return articles.get(message);
