@@ -1,19 +1,29 @@
-// The list of conversations, grouped by the day of the last word, each to be opened, renamed and deleted.
+// The list of conversations, grouped by the day of the last word, each to be opened, renamed and
+// deleted.
 import { h, iconButton } from "./dom.js";
 import { titleOf } from "./store.js";
 
 const DAY = 24 * 60 * 60 * 1000;
 
-/** Shows `found`, latest first. `actions`: rename(conversation, title), remove(conversation). */
-export function showList(container, found, { current, running, searching }, actions) {
+/**
+ * Shows conversations, the latest first. `current` is the id of the open one, running(id) tells
+ * which are being answered. `actions`: rename(conversation, title), remove(conversation).
+ */
+export function showList(container, conversations, { current, running, searching }, actions) {
   const groups = new Map();
-  for (const each of found) {
-    const name = group(each.updated);
-    groups.set(name, [...(groups.get(name) ?? []), entry(each, current, running, actions)]);
+  for (const conversation of conversations) {
+    const name = group(conversation.updated);
+    const node = entry(conversation, current, running, actions);
+    groups.set(name, [...(groups.get(name) ?? []), node]);
   }
-  const parts = [...groups].map(([name, entries]) => h("section", {}, h("h2", {}, name), h("ul", {}, ...entries)));
-  const nothing = h("p", { class: "faint" }, searching ? "Nothing found." : "No conversations yet.");
-  container.replaceChildren(...(parts.length ? parts : [nothing]));
+  const sections = [...groups].map(([name, entries]) => {
+    return h("section", {}, h("h2", {}, name), h("ul", {}, ...entries));
+  });
+  if (!sections.length) {
+    const text = searching ? "Nothing found." : "No conversations yet.";
+    sections.push(h("p", { class: "faint" }, text));
+  }
+  container.replaceChildren(...sections);
 }
 
 function group(time) {
@@ -26,12 +36,17 @@ function group(time) {
 function entry(conversation, current, running, actions) {
   const title = titleOf(conversation);
   const isCurrent = conversation.id === current;
+  const small = { class: "quiet round small" };
+  const edit = () => rename(node, conversation, actions);
+  const remove = () => actions.remove(conversation);
+  const address = `#${conversation.id}`;
+  const pulse = h("span", { class: "pulse", role: "img", "aria-label": "is being answered" });
   const node = h("li", { class: isCurrent ? "current" : null },
-    h("a", { href: `#${conversation.id}`, "aria-current": isCurrent ? "page" : null, title }, title),
-    running(conversation.id) ? h("span", { class: "pulse", role: "img", "aria-label": "is being answered" }) : null,
+    h("a", { href: address, "aria-current": isCurrent ? "page" : null, title }, title),
+    running(conversation.id) ? pulse : null,
     h("span", { class: "tools" },
-      iconButton("edit", `Rename ${title}`, () => rename(node, conversation, actions), { class: "quiet round small" }),
-      iconButton("delete", `Delete ${title}`, () => actions.remove(conversation), { class: "quiet round small" })));
+      iconButton("edit", `Rename ${title}`, edit, small),
+      iconButton("delete", `Delete ${title}`, remove, small)));
   return node;
 }
 

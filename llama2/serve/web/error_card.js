@@ -1,28 +1,45 @@
-// What went wrong, shown where it happened, with what can be done about it: wait, give a key, try again.
+// Errors, shown where they happened, with what can be done about them: wait, give a key, try again.
 import { hasKey, setKey } from "./api.js";
 import { h } from "./dom.js";
 
-/** An error as api.js reports it: {message, status, until}; `retry` is called when the user wants to try again. */
+/**
+ * Returns an element for an error as api.js reports it, {message, status, until}; `retry` is called
+ * when the user wants to try again.
+ */
 export function errorCard({ message, status, until }, retry) {
   if (status === 401) return keyCard(retry);
-  return h("div", { class: "error", role: "alert" }, h("p", {}, sentence(message)), retryButton(until, retry));
+  return h("div", { class: "error", role: "alert" },
+    h("p", {}, sentence(message)),
+    retryButton(until, retry));
 }
 
 function keyCard(retry) {
-  const wrong = hasKey();
-  return h("div", { class: wrong ? "error" : "error asking", role: "alert" },
-    h("p", {}, wrong ? "The server does not accept this API key." : "This server asks for an API key."), keyForm(retry));
+  const isWrong = hasKey();
+  const text = isWrong
+    ? "The server does not accept this API key."
+    : "This server asks for an API key.";
+  return h("div", { class: isWrong ? "error" : "error asking", role: "alert" },
+    h("p", {}, text),
+    keyForm(retry));
 }
 
 function keyForm(retry) {
-  const field = h("input", { type: "password", "aria-label": "API key", placeholder: "API key", autocomplete: "off",
-    required: true });
-  return h("form", { class: "key", onsubmit: (event) => {
+  const field = h("input", {
+    type: "password",
+    "aria-label": "API key",
+    placeholder: "API key",
+    autocomplete: "off",
+    required: true,
+  });
+  const send = (event) => {
     event.preventDefault();
     setKey(field.value.trim());
     retry();
-  } }, field, h("button", { class: "filled" }, "Use this key"),
-  h("p", { class: "faint" }, "It is kept until this tab is closed."));
+  };
+  return h("form", { class: "key", onsubmit: send },
+    field,
+    h("button", { class: "filled" }, "Use this key"),
+    h("p", { class: "faint" }, "It is kept until this tab is closed."));
 }
 
 function retryButton(until, retry) {

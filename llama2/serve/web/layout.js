@@ -1,4 +1,5 @@
-// The frame around a conversation: the drawer with the list, light and dark, and the scroll position.
+// The frame around a conversation: the drawer with the list, light and dark, and the scroll
+// position.
 import { byId } from "./dom.js";
 
 export const narrow = matchMedia("(max-width: 760px)");
