@@ -35,7 +35,7 @@ class Served:
 
     @property
     def worker(self) -> Any:
-        return next(iter(self.models)).worker
+        return next(iter(self.models.values())).worker
 
     def post(self, path: str, **body: Any) -> httpx.Response:
         return httpx.post(f"{self.url}/v1/{path}", json=body, timeout=60)
@@ -71,7 +71,7 @@ def serving(
         finally:
             server.should_exit = True
             thread.join(100)
-            for model in (*loaded, *((safe,) if safe else ())):
+            for model in (*loaded.values(), *((safe,) if safe else ())):
                 model.worker.stop()
 
 
@@ -101,7 +101,9 @@ class Pace:
 def paced(served: Served, monkeypatch: pytest.MonkeyPatch) -> Iterator[Pace]:
     """How fast the models of a server draw until a test ends."""
     pace = Pace()
-    for session in (model.worker._session for model in served.models if model.kind == "chat"):
+    for session in (
+        model.worker._session for model in served.models.values() if model.kind == "chat"
+    ):
         monkeypatch.setattr(session, "step", partial(pace.step, session.step))
 
     yield pace

@@ -38,7 +38,16 @@ POSITIONAL = "checkpoint"
 
 
 class Config(Section):
-    """Talk to a checkpoint. The defaults of sampling are those of Meta's chat example."""
+    """Talk to a checkpoint. The defaults of sampling are those of Meta's chat example.
+
+    llama2 chat runs/demo/v3
+
+    echo "Name a colour." | llama2 chat runs/demo/v3
+
+    llama2 chat runs/demo/v3 --each-line < questions.txt > answers.txt
+
+    At a terminal /help lists the commands, Ctrl-C interrupts an answer and Ctrl-D leaves.
+    """
 
     checkpoint: Path
     """directory of the model"""
@@ -49,12 +58,12 @@ class Config(Section):
     top_p: float = Field(0.9, gt=0, le=1)
     """the likeliest tokens up to this share of the probability"""
     max_tokens: int = Field(1024, ge=1)
-    """the longest answer"""
+    """most tokens of an answer"""
     seed: int = 0
     """the same seed and messages give the same answers"""
     precision: quantize.WeightPrecision = "bf16"
-    """of weights; int8 and int4 (needs torchao) make decoding read less, and `llama2 quantize`
-    measures what they cost"""
+    """precision of the weights; int8 and int4 (needs torchao) make decoding read less, and
+    `llama2 quantize` measures what they cost"""
     plain: bool = False
     """show answers as the text they are, not as Markdown"""
     each_line: bool = False
@@ -63,8 +72,8 @@ class Config(Section):
     """on a pipe, carry out lines such as /system TEXT and /reset too; anything in the input may
     then write files"""
     history: bool = True
-    """offer messages of earlier runs again; they are kept in $XDG_STATE_HOME/llama2/history, for
-    you alone to read"""
+    """offer messages of earlier runs again; they are kept in $XDG_STATE_HOME/llama2/history, which
+    only you can read"""
 
 
 def run(config: Config) -> None:

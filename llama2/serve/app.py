@@ -41,7 +41,7 @@ def application(
     traffic: Traffic,
 ) -> ASGIApp:
     """Return the application of a server, behind its guard."""
-    workers = [model.worker for model in models]
+    workers = [model.worker for model in models.values()]
     gate = None
     if judge is not None:
         workers.append(judge.worker)

@@ -95,7 +95,7 @@ class DrainingServer(uvicorn.Server):
             self.should_exit = self.should_exit or not self._traffic.active or now > self._deadline
 
             if self.should_exit:
-                for model in self._models:
+                for model in self._models.values():
                     model.worker.fail_all(errors.draining())
 
         return await super().on_tick(counter)
@@ -143,7 +143,7 @@ def serve(
     try:
         server.run(sockets=[listener])
     finally:
-        for model in (*models, *filter(None, [judge])):
+        for model in (*models.values(), *filter(None, [judge])):
             model.worker.stop()
 
 

@@ -6,7 +6,7 @@ A checkpoint that cannot do what is asked of it is refused before anything is lo
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
@@ -102,26 +102,20 @@ class RewardModel(ServedModel):
         return (await self.worker.call(work))[0]
 
 
-class Models:
+class Models(dict[str, ChatModel | RewardModel]):
     """All models of a server by name."""
-
-    def __init__(self, models: Sequence[ChatModel | RewardModel]) -> None:
-        self._models = {model.name: model for model in models}
-
-    def __iter__(self) -> Iterator[ChatModel | RewardModel]:
-        return iter(self._models.values())
 
     def named(self, name: str) -> ChatModel | RewardModel:
         """Return the model of that name; ApiError 404 if there is none."""
-        if name not in self._models:
+        if name not in self:
             raise errors.ApiError(
                 404,
-                f"there is no model '{name[:100]}'; {did_you_mean(name[:100], self._models)}",
+                f"there is no model '{name[:100]}'; {did_you_mean(name[:100], self)}",
                 param="model",
                 code="model_not_found",
             )
 
-        return self._models[name]
+        return self[name]
 
     def find(self, kind: type[M], name: str | None) -> M:
         """Return the model of a kind that is named, or the first; ApiError if there is none."""
@@ -132,7 +126,7 @@ class Models:
 
             raise errors.invalid(f"the model '{name}' cannot do that; {model.purpose}", "model")
 
-        for model in self:
+        for model in self.values():
             if isinstance(model, kind):
                 return model
 
@@ -157,9 +151,8 @@ def load(config: ServeConfig) -> Models:
         "chat": load_chat,
         "reward": load_reward,
     }
-    return Models(
-        [loaders[kind](path, name, config) for path, name, kind in zip(paths, names, kinds)]
-    )
+    models = zip(paths, names, kinds)
+    return Models({name: loaders[kind](path, name, config) for path, name, kind in models})
 
 
 def check(path: Path) -> Kind:
@@ -209,7 +202,7 @@ def load_judge(path: Path, config: ServeConfig, models: Models) -> RewardModel:
     longest of them."""
     check(path)
     judge = load_reward(path, path.resolve().name, config)
-    contexts = [model.context for model in models if model.kind == "chat"]
+    contexts = [model.context for model in models.values() if model.kind == "chat"]
     longest = max(contexts, default=0)
 
     if judge.context < longest:

@@ -65,7 +65,7 @@ class Service:
 
     async def list_models(self) -> JSONResponse:
         """List the models of this server."""
-        data = [_describe(model) for model in self.models]
+        data = [_describe(model) for model in self.models.values()]
         return JSONResponse({"object": "list", "data": data})
 
     async def describe_model(self, name: str) -> JSONResponse:

@@ -369,11 +369,15 @@ def test_what_every_answer_carries(served):
 
 def test_the_log_tells_what_happened_and_nothing_that_was_said(served, capsys):
     served.post("chat/completions", messages=[{"role": "user", "content": "secret"}], max_tokens=2)
-    said = [
-        json.loads(line) for line in capsys.readouterr().err.splitlines() if line.startswith("{")
-    ]
-    # a line of an earlier request may come late
-    line = next(line for line in said if line["method"] == "POST")
+    lines = []
+
+    def is_logged():  # the line comes after the answer, and one of an earlier request may be late
+        lines.extend(capsys.readouterr().err.splitlines())
+        return any('"POST"' in line for line in lines)
+
+    wait_for(is_logged)
+    logged = [json.loads(line) for line in lines if line.startswith("{")]
+    line = next(line for line in logged if line["method"] == "POST")
     assert {"time", "id", "client", "ms"} < line.keys()
     assert (line["method"], line["path"], line["status"]) == ("POST", "/v1/chat/completions", 200)
     assert (line["model"], line["completion_tokens"]) == ("policy", 2)

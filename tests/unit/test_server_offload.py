@@ -152,7 +152,7 @@ def test_a_text_that_cannot_fit_is_never_encoded(
 def test_the_longest_text_that_may_fit_is_encoded(served: Served) -> None:
     """So many characters that every token must be of the longest; the tokens are counted and
     told."""
-    model = next(iter(served.models))
+    model = next(iter(served.models.values()))
     answer = served.post("completions", prompt="a" * model.context * model.longest_token)
     assert " tokens, " in answer.json()["error"]["message"]
     tokenizer = model.tokenizer
