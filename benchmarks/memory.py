@@ -26,7 +26,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from llama2 import mesh, records
+from llama2 import devices, records
 from llama2.config import build
 from llama2.formats import checkpoint
 from llama2.generate import cpu_decoder
@@ -95,7 +95,7 @@ def main() -> int:
     )
     given = parser.parse_args()
     torch.set_num_threads(given.threads)
-    packs = mesh.device().type == "cpu" and cpu_decoder._call.found
+    packs = devices.is_cpu(devices.choose()) and cpu_decoder._call.found
     good = True
 
     with tempfile.TemporaryDirectory() as place:
@@ -115,7 +115,7 @@ def main() -> int:
                 {"candidate": root / "second", "predecessor": root / "first", "sample": sample},
             ),
         )
-        print(f"{mesh.device()}{', weights packed' if packs else ''}; GiB\n")
+        print(f"{devices.choose()}{', weights packed' if packs else ''}; GiB\n")
         print(f"{'stage':10}{'phase':12}{'plan':>8}{'measured':>10}{'of plan':>9}")
 
         for name, module, values in stages:
@@ -167,18 +167,18 @@ def _long(tokenizer: Tokenizer, index: int) -> str:
 
 def laps(name: str, module: Any, config: Any) -> list[int]:
     """Carry out a stage; the most bytes alive until each model was let go."""
-    alive, free = Alive(), mesh.free_memory
+    alive, free = Alive(), devices.free_memory
 
-    def lapped() -> None:
+    def lapped(device: torch.device) -> None:
         alive.lap()
-        free()
+        free(device)
 
-    mesh.free_memory = lapped  # type: ignore[assignment]
+    devices.free_memory = lapped  # type: ignore[assignment]
     try:
         with alive, open_run(name, config) as run:
             module.run(config, run)
     finally:
-        mesh.free_memory = free
+        devices.free_memory = free
 
     return alive.laps
 

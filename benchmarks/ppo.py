@@ -30,7 +30,7 @@ import torch
 from common import SIZES, Questions, Side, Size, has, spread
 from peers import EPOCHS, MICRO, NEW_TOKENS, PROMPT_TOKENS, PROMPTS
 
-from llama2 import mesh
+from llama2 import cpu_tuning, devices
 from llama2.generate.dialogue import Chat
 from llama2.generate.engine import Engine
 from llama2.generate.generator import Completion, Tokens
@@ -38,6 +38,7 @@ from llama2.generate.rewards import RewardModels, Rewards
 from llama2.generate.sampling import Sampling
 from llama2.model.llama import Llama
 from llama2.model.scorer import Scorer
+from llama2.ranks import Ranks
 from llama2.records import Message, Prompt
 from llama2.stages.common.ppo_rollouts import ACTOR, CRITIC, ActorCritic, Rollouts, Settings
 from llama2.stages.common.sampling import Sample
@@ -100,10 +101,11 @@ class Iterations(Hook):
         self.begin = time.perf_counter()
 
 
-def ours(size: Size, precision: mesh.Precision) -> None:
+def ours(size: Size, precision: devices.Precision) -> None:
     """This project as a side."""
-    actor, reference = (Llama(size.config).to(mesh.device()) for _ in range(2))
-    critic, helpful = (Scorer(size.config, seed).to(mesh.device()) for seed in (1, 2))
+    ranks = Ranks.alone()
+    actor, reference = (Llama(size.config).to(ranks.device) for _ in range(2))
+    critic, helpful = (Scorer(size.config, seed).to(ranks.device) for seed in (1, 2))
     random = torch.Generator().manual_seed(0)
     prompts = [
         Prompt(
@@ -146,7 +148,7 @@ def ours(size: Size, precision: mesh.Precision) -> None:
         observe=watch.observe,
     )
     learner = Learner(
-        source.models, AdamW(learning_rate=1e-6), apart=(ACTOR, CRITIC), precision=precision
+        source.models, ranks, AdamW(learning_rate=1e-6), apart=(ACTOR, CRITIC), precision=precision
     )
     fit(learner, source, clipped(), Plan(schedule="constant"), [watch, Iterations(Questions())])
 
@@ -217,7 +219,7 @@ def main() -> None:
     arguments = parser.parse_args()
 
     if arguments.serve:
-        mesh.tune_cpu()
+        cpu_tuning.tune()
         torch.manual_seed(0)
         ours(SIZES[arguments.size[0]], arguments.dtype[0])
 

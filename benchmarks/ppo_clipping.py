@@ -24,11 +24,12 @@ from typing import Any
 
 import torch
 
-from llama2 import mesh
+from llama2 import cpu_tuning, devices
 from llama2.generate.dialogue import Chat
 from llama2.generate.engine import Engine
 from llama2.generate.rewards import RewardModels
 from llama2.model.llama import Llama
+from llama2.ranks import Ranks
 from llama2.stages import ppo
 from llama2.stages.common.ppo_rollouts import ACTOR, CRITIC, ActorCritic, Rollouts
 from llama2.stages.common.sampling import Sample, keep_fitting, load_rewards, read_prompts
@@ -73,16 +74,17 @@ def train(
     config: ppo.Config, apart: tuple[str, ...], batches: list[list[Batch]] | None = None
 ) -> tuple[Llama, Kept]:
     """PPO from the start; with `batches` the policy alone on these, without a critic."""
-    actor, tokenizer = load_policy(config.policy)
-    reference = frozen(load_policy(config.policy)[0], config.training.precision)
-    models = ActorCritic(actor, load_scorer(config.rewards.helpful, tokenizer)[0])
+    ranks = Ranks.alone()
+    actor, tokenizer = load_policy(config.policy, ranks.device)
+    reference = frozen(load_policy(config.policy, ranks.device)[0], config.training.precision)
+    models = ActorCritic(actor, load_scorer(config.rewards.helpful, ranks.device, tokenizer)[0])
     chat = Chat(
         Engine(actor, slots=config.sample.slots, precision=config.sample.precision), tokenizer
     )
     prompts = keep_fitting(
         chat, read_prompts(config.prompts, None, config.seed), room=config.sample.max_tokens // 2
     )
-    rewards = load_rewards(config.rewards, tokenizer, config.sample.precision)
+    rewards = load_rewards(config.rewards, tokenizer, ranks, config.sample.precision)
     rollouts = Rollouts(
         models,
         reference,
@@ -99,7 +101,7 @@ def train(
         config.clip, config.value_clip, 0.0 if batches else config.value_coefficient
     )
     learner = Learner(
-        models, config.training.optimizer, apart=apart, precision=config.training.precision
+        models, ranks, config.training.optimizer, apart=apart, precision=config.training.precision
     )
     fit(learner, kept, objective, config.training.plan, [kept])
 
@@ -110,7 +112,7 @@ def train(
 def movement(config: ppo.Config, actor: Llama, batches: list[list[Batch]]) -> tuple[float, float]:
     """Norm of the change of weights; KL(new || old) per token of the answers, over the whole
     vocabulary."""
-    start, _ = load_policy(config.policy)
+    start, _ = load_policy(config.policy, devices.choose())
     change = sum(
         float((a - b).double().square().sum())
         for a, b in zip(actor.parameters(), start.parameters())
@@ -170,7 +172,7 @@ def main() -> None:
     parser.add_argument("--batch-size", type=int, default=64)
     parser.add_argument("--precision", default="bf16", choices=["fp32", "bf16"])
     arguments = parser.parse_args()
-    mesh.tune_cpu()
+    cpu_tuning.tune()
     config = ppo.Config(
         out=Path("unused"),
         policy=arguments.run / "sft",

@@ -19,7 +19,6 @@ from typing import TextIO
 
 from pydantic import Field
 
-from llama2 import mesh
 from llama2.chat.keyboard import History, open_reader, read_message, remember
 from llama2.chat.screen import make_display
 from llama2.chat.session import ChatSession, note
@@ -30,6 +29,7 @@ from llama2.generate.dialogue import Chat
 from llama2.generate.engine import Engine
 from llama2.generate.sampling import Sampling
 from llama2.model import quantize
+from llama2.ranks import join
 from llama2.reading.rows import marked
 from llama2.tokenizer.template import check_template
 from llama2.tokenizer.tokenizer import Tokenizer
@@ -78,7 +78,7 @@ class Config(Section):
 
 def run(config: Config) -> None:
     """Load the checkpoint and talk until the user leaves."""
-    mesh.init()
+    ranks = join()
     shape, tokenizer = checkpoint.config_of(config.checkpoint), Tokenizer.load(config.checkpoint)
     tokenizer.check(config.checkpoint, shape.vocab_size, shape.bos_token_id)
 
@@ -87,7 +87,7 @@ def run(config: Config) -> None:
 
     quantize.check(config.precision)
     model = checkpoint.load(
-        config.checkpoint, dtype=quantize.loading(config.precision), device=mesh.device()
+        config.checkpoint, dtype=quantize.loading(config.precision), device=ranks.device
     )
     engine = Engine(model.eval().requires_grad_(False), slots=1, precision=config.precision)
     engine.test(config.checkpoint)

@@ -16,7 +16,7 @@ from typing import Literal, cast
 import torch
 from pydantic import Field
 
-from llama2 import json_files, mesh
+from llama2 import json_files
 from llama2.config import Config as Base
 from llama2.convert import verify
 from llama2.convert.compare import context
@@ -25,6 +25,7 @@ from llama2.formats import gguf, hf, llama2c, meta
 from llama2.formats.detect import open_source
 from llama2.formats.progress import Reading, size
 from llama2.formats.source import Source
+from llama2.ranks import join
 from llama2.terminal_text import say
 from llama2.tokenizer.tokenizer import Tokenizer
 
@@ -66,7 +67,7 @@ class Config(Base):
 def run(config: Config) -> int:
     """Write, verify, and print the path; the exit status: 1 if what was written is not the model
     that was read."""
-    mesh.init()
+    join()
     _check_options(config)
     source = open_source(config.checkpoint, base=config.base, dtype=DTYPES.get(config.dtype or ""))
     kind = _kind(config, source)

@@ -15,7 +15,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from llama2 import config, json_files, mesh
+from llama2 import config, json_files
 from llama2.errors import UserError, explain_os_errors
 from llama2.formats import hf, llama2c_vocabulary
 from llama2.formats.detect import open_source
@@ -64,9 +64,6 @@ def plan(config: Config, cluster: Cluster, lineage: Lineage) -> dict[str, Any]:
 
 def run(config: Config) -> None:
     """Write the checkpoint directory, and say what was found and checked."""
-    if not mesh.is_main():
-        return
-
     with explain_os_errors(config.out):
         if config.out.exists() and (not config.out.is_dir() or any(config.out.iterdir())):
             raise UserError(

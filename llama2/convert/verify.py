@@ -17,7 +17,7 @@ from typing import Annotated, Any
 import tyro
 from pydantic import Field
 
-from llama2 import mesh
+from llama2 import devices
 from llama2.config import Config as Base
 from llama2.convert import compare, run_check, tokenizer_probes
 from llama2.convert.compare import Outputs, Shapes, Tensors
@@ -26,6 +26,7 @@ from llama2.errors import UserError
 from llama2.formats.detect import open_source
 from llama2.formats.progress import Reading, size
 from llama2.formats.source import Source
+from llama2.ranks import join
 from llama2.terminal_text import line
 from llama2.tokenizer.tokenizer import Tokenizer
 
@@ -89,7 +90,7 @@ def run(config: Config) -> int:
             "give two: llama2 verify A B, or one run",
         )
 
-    mesh.init()
+    join()
     a, b = (open_source(path) for path in config.checkpoints)
     found = compared(a, b, length=config.length, tolerance=config.tolerance)
     differences = found.differences(config.tolerance)
@@ -171,7 +172,7 @@ def compared(
     with Reading("verify", size((a, b)) * (2 if length else 1)) as bar:
         a, b = bar.watched(a), bar.watched(b)
         tensors = compare.tensors(a, b)
-        outputs = compare.outputs(a, b, length, tolerance, mesh.device()) if length else None
+        outputs = compare.outputs(a, b, length, tolerance, devices.choose()) if length else None
 
     return Comparison(shapes, tensors, tokenizer, outputs, tuple(notes))
 

@@ -15,8 +15,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from llama2 import mesh
 from llama2.errors import UserError
+from llama2.ranks import Ranks
 
 Batch = dict[str, Tensor]
 Item = TypeVar("Item")
@@ -40,6 +40,7 @@ class Rows(Generic[Item]):
         self,
         items: Sequence[Item],
         collate: Callable[[Sequence[Item]], Batch],
+        ranks: Ranks,
         *,
         batch_size: int,
         micro_batch_size: int,
@@ -47,8 +48,6 @@ class Rows(Generic[Item]):
         seed: int = 0,
         shuffle: bool = True,
         size: Callable[[Item], int] | None = None,
-        rank: int | None = None,
-        world: int | None = None,
     ) -> None:
         if not len(items):
             raise UserError(
@@ -67,8 +66,7 @@ class Rows(Generic[Item]):
             epochs,
         )
         self._seed, self._shuffle = seed, shuffle
-        self._rank = mesh.rank() if rank is None else rank
-        self._world = mesh.world() if world is None else world
+        self._axis = ranks.data
         self._epoch = self._cursor = 0
         self._order = self._permutation()
 
@@ -99,8 +97,8 @@ class Rows(Generic[Item]):
             size = self._size
             chosen.sort(key=lambda index: size(self._items[index]))
 
-        share = chosen[self._rank :: self._world]
-        largest = -(-len(chosen) // self._world)
+        share = chosen[self._axis.index :: self._axis.size]
+        largest = -(-len(chosen) // self._axis.size)
         parts = np.array_split(
             np.array(share, dtype=np.int64), -(-largest // self._micro_batch_size)
         )

@@ -20,7 +20,7 @@ import torch
 import tyro
 from pydantic import Field
 
-from llama2 import atomic, mesh
+from llama2 import atomic
 from llama2 import config as configuration
 from llama2.data.documents import Split, read_documents
 from llama2.formats.checkpoint import config_of, load
@@ -28,6 +28,7 @@ from llama2.generate.engine import Engine
 from llama2.generate.score import predict_tokens
 from llama2.model import quantize
 from llama2.model.llama import Llama, LlamaConfig
+from llama2.ranks import Ranks, join
 from llama2.records import Document, dump
 from llama2.tokenizer.tokenizer import Tokenizer
 
@@ -60,13 +61,13 @@ class Config(configuration.Config):
 
 def run(config: Config) -> None:
     """Print the report, and write it into `out`."""
-    mesh.init()
+    ranks = join()
     for precision in config.precisions:
         quantize.check(precision)
 
     shape, tokenizer = config_of(config.checkpoint), Tokenizer.load(config.checkpoint)
     tokenizer.check(config.checkpoint, shape.vocab_size, shape.bos_token_id)
-    model = load(config.checkpoint, device=mesh.device()).eval().requires_grad_(False)
+    model = load(config.checkpoint, device=ranks.device).eval().requires_grad_(False)
     count, rows = windows(
         read_documents(config.data, split=config.split),
         tokenizer,
@@ -76,10 +77,10 @@ def run(config: Config) -> None:
     report = {
         "checkpoint": str(config.checkpoint),
         "documents": count,
-        **measure(model, rows, config.precisions),
+        **measure(model, rows, config.precisions, ranks),
     }
 
-    if not mesh.is_main():
+    if not ranks.is_main:
         return
 
     if config.out is not None:
@@ -108,10 +109,13 @@ def windows(
 
 
 def measure(
-    model: Llama, rows: Rows, precisions: Sequence[quantize.WeightPrecision]
+    model: Llama,
+    rows: Rows,
+    precisions: Sequence[quantize.WeightPrecision],
+    ranks: Ranks | None = None,
 ) -> dict[str, Any]:
     """The report on a model, whose weights are fp32: coverage and loss of each precision."""
-    logp_N, best_N = _predicted(model, rows, "fp32")
+    logp_N, best_N = _predicted(model, rows, "fp32", ranks)
     report: dict[str, Any] = {
         "tokens": len(logp_N),
         "fp32": {
@@ -121,7 +125,7 @@ def measure(
     }
     for precision in precisions:
         served = Engine(model, precision=precision).refresh()
-        own_N, choice_N = _predicted(served, rows, precision)
+        own_N, choice_N = _predicted(served, rows, precision, ranks)
         gaps_N, covered = (own_N - logp_N).abs(), coverage(model.config, precision)
         perplexity = _perplexity(own_N)
         report[precision] = {
@@ -172,10 +176,10 @@ def coverage(shape: LlamaConfig, precision: quantize.WeightPrecision) -> list[di
 
 
 def _predicted(
-    model: Llama, rows: Rows, precision: quantize.WeightPrecision
+    model: Llama, rows: Rows, precision: quantize.WeightPrecision, ranks: Ranks | None
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """log p of every token, and the likeliest token in its place."""
-    found = predict_tokens(model, rows, quantize.computing(precision))
+    found = predict_tokens(model, rows, quantize.computing(precision), ranks=ranks)
     return (
         torch.tensor([value for own, _ in found for value in own], dtype=torch.double),
         torch.tensor([token for _, best in found for token in best]),

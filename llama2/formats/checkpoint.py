@@ -16,6 +16,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from llama2 import devices
 from llama2.errors import UserError
 from llama2.formats import hf
 from llama2.formats.hf_config import config_json, read_config
@@ -141,7 +142,7 @@ def load_scorer(
     if not source.scorer:
         model.score = Linear(source.config.hidden_size, 1)
         initialise(model.score, seed)
-        model.score.to(device or "cpu", _kind(dtype, "score.weight"))
+        model.score.to(device or devices.CPU, _kind(dtype, "score.weight"))
 
     return model
 
@@ -159,7 +160,7 @@ def _fill(
     tensors = read_ahead(source.tensors[name] for name in names)
     for name in names:
         owner, _, attribute = name.rpartition(".")
-        weight = nn.Parameter(next(tensors).to(device or "cpu", _kind(dtype, name)))
+        weight = nn.Parameter(next(tensors).to(device or devices.CPU, _kind(dtype, name)))
         setattr(model.get_submodule(owner), attribute, weight)
 
 

@@ -17,7 +17,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO
 
-from llama2 import json_files, mesh
+from llama2 import json_files
 from llama2.errors import explain_os_errors
 from llama2.generate.generator import Completion
 
@@ -25,10 +25,11 @@ Append = Callable[[str, Completion], None]
 
 
 class CompletionJournal:
-    """Completions by the key of their request; without a `directory` none is kept."""
+    """Completions by the key of their request, written down by one `rank`; without a `directory`
+    none is kept."""
 
-    def __init__(self, directory: Path | None) -> None:
-        self._directory = directory
+    def __init__(self, directory: Path | None, rank: int = 0) -> None:
+        self._directory, self._rank = directory, rank
 
     @property
     def is_kept(self) -> bool:
@@ -52,7 +53,7 @@ class CompletionJournal:
             yield lambda key, completion: None
             return
 
-        file = self._directory / f"{mesh.rank()}.jsonl"
+        file = self._directory / f"{self._rank}.jsonl"
         with explain_os_errors(file):
             self._directory.mkdir(parents=True, exist_ok=True)
             with open(file, "ab+") as sink:

@@ -18,6 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from llama2 import devices
 from llama2.kernels import build
 from llama2.model.cache import KVCache
 from llama2.model.llama import Llama, rotary_tables
@@ -46,7 +47,7 @@ def runs(model: Llama) -> bool:
     return (
         len(kinds) == 1
         and kinds <= _LETTER.keys()
-        and all(weight.device.type == "cpu" for weight in weights)
+        and all(devices.is_cpu(weight) for weight in weights)
         and model.model.bare
         and _call.found
     )

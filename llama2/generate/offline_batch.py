@@ -8,6 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from llama2 import devices
 from llama2.generate.request import Prompt, SampleRequest
 from llama2.generate.slots import COMPACT, Slots
 
@@ -28,7 +29,7 @@ class OfflineBatch:
         # the prompt that has been read and has samples in the queue: its slot and last logits_V
         self._shared: dict[Prompt, tuple[int, Tensor]] = {}
         # Asking a GPU whether a row has finished makes it wait; asking a CPU is free.
-        self._check_every = 8 if slots.runner.device.type == "cuda" else 1
+        self._check_every = 8 if devices.is_gpu(slots.runner.device) else 1
 
     @property
     def unfinished(self) -> int:

@@ -17,8 +17,7 @@ class PrefixCache:
     decodes. The least recently used one is given up first."""
 
     def __init__(self, runner: ModelRunner, rows: range) -> None:
-        self._runner = runner
-        self._free = list(rows)
+        self._runner, self._rows = runner, rows
         self._kept: dict[int, Prompt] = {}  # row -> its tokens; the least recently used first
 
     @property
@@ -41,44 +40,29 @@ class PrefixCache:
             if request.prompt[:MIN_SHARED] == head[: len(request.prompt)]:
                 rows[slot] = request.read_tokens
 
-        row, length = 0, 0
-        for candidate, tokens in rows.items():
-            shared = min(_count_common(prompt, tokens), len(prompt) - 1)
-            if shared > length:
-                row, length = candidate, shared
-
-        if length < MIN_SHARED:
+        lengths = {
+            row: min(_count_common(prompt, tokens), len(prompt) - 1) for row, tokens in rows.items()
+        }
+        longest = max(lengths, key=lambda row: lengths[row], default=0)
+        if lengths.get(longest, 0) < MIN_SHARED:
             return 0, 0
 
-        if row in self._kept:
-            self._kept[row] = self._kept.pop(row)
+        if longest in self._kept:
+            self._kept[longest] = self._kept.pop(longest)
 
-        return row, length
+        return longest, lengths[longest]
 
     def keep(self, slot: int, tokens: Prompt) -> None:
         """Copy what has been read into a slot, in the place of a shorter beginning of it, or of the
         least recently used."""
-        if len(tokens) < MIN_SHARED:
-            return
-
-        row = self._find_beginning(tokens)
-        if row is None and self._free:
-            row = self._free.pop(0)
-
-        if row is None:
-            row = next(iter(self._kept), None)
-
-        if row is not None:
+        beginnings = [row for row, kept in self._kept.items() if kept == tokens[: len(kept)]]
+        free = [row for row in self._rows if row not in self._kept]
+        candidates = [*beginnings, *free, *self._kept]
+        if candidates and len(tokens) >= MIN_SHARED:
+            row = candidates[0]
             self._kept.pop(row, None)
             self._kept[row] = tokens
             self._runner.copy([slot], [row], len(tokens))
-
-    def _find_beginning(self, tokens: Prompt) -> int | None:
-        for row, kept in self._kept.items():
-            if kept == tokens[: len(kept)]:
-                return row
-
-        return None
 
 
 def _count_common(a: Sequence[int], b: Sequence[int]) -> int:

@@ -96,8 +96,8 @@ class RemoteEngine:
 
     context: the most tokens of prompt and completion together. retries: how often a failed request
     is repeated, after `pause` seconds, twice as many, and so on. timeout: seconds for one request.
-    concurrency: requests at a time. state: the directory of the journal. progress: called after
-    each completion.
+    concurrency: requests at a time. state: the directory of the journal, in
+    which `rank` has a file of its own. progress: called after each completion.
     """
 
     def __init__(
@@ -113,6 +113,7 @@ class RemoteEngine:
         concurrency: int = 64,
         pause: float = 1.0,
         state: Path | None = None,
+        rank: int = 0,
         progress: Progress | None = None,
     ) -> None:
         self._client = CompletionsClient(
@@ -120,7 +121,7 @@ class RemoteEngine:
         )
         self.url, self.model = self._client.url, model
         self.context, self.tokenizer, self.progress = context, tokenizer, progress
-        self._journal = CompletionJournal(state)
+        self._rank, self._journal = rank, CompletionJournal(state, rank)
 
     def generate(
         self, prompts: Sequence[Tokens], sampling: Sampling, indices: Sequence[int] | None = None
@@ -133,11 +134,11 @@ class RemoteEngine:
         """
         self.check(prompts)
         names = range(len(prompts)) if indices is None else indices
-        requests = []
-        for prompt, name in zip(prompts, names, strict=True):
-            for sample in range(sampling.n):
-                requests.append(self._make_request(tuple(prompt), sampling, name, sample))
-
+        requests = [
+            self._make_request(prompt, sampling, name, sample)
+            for prompt, name in zip(prompts, names, strict=True)
+            for sample in range(sampling.n)
+        ]
         done = self._journal.find({request.key: request.prompt for request in requests})
         missing = [request for request in requests if request.key not in done]
         if missing:
@@ -153,7 +154,7 @@ class RemoteEngine:
 
     def keep_in(self, state: Path) -> None:
         """Keep the journal in this directory from now on."""
-        self._journal = CompletionJournal(state)
+        self._journal = CompletionJournal(state, self._rank)
 
     def check(self, prompts: Sequence[Tokens]) -> None:
         """Raise the UserError that `generate` would raise for these prompts."""
@@ -195,12 +196,13 @@ class RemoteEngine:
                     MODELS, lambda: self._client.request(connections, "GET", MODELS)
                 )
 
-        models = {}
         try:
-            for row in asyncio.run(ask())["data"]:
-                details = row.get("llama2") or {}
-                if details.get("kind") != "reward":
-                    models[str(row["id"])] = row.get("max_model_len") or details.get("context")
+            rows = [(row, row.get("llama2") or {}) for row in asyncio.run(ask())["data"]]
+            return {
+                str(row["id"]): row.get("max_model_len") or details.get("context")
+                for row, details in rows
+                if details.get("kind") != "reward"
+            }
         except RequestFailed as failure:
             raise UserError(
                 f"{self.url}: {failure.reason}", "start the server, or correct the address"
@@ -209,8 +211,6 @@ class RemoteEngine:
             raise UserError(
                 f"{self.url}: it does not list its models", "this is not a completions server"
             ) from None
-
-        return models
 
     # --- requests ---
 
@@ -290,6 +290,7 @@ class RemoteEngine:
 
         async with self._client.connect() as connections:
             count = min(self._client.concurrency, len(requests))
+            # not a TaskGroup: it would wrap what a worker raises
             workers = [asyncio.ensure_future(work(connections)) for _ in range(count)]
             try:
                 await asyncio.gather(*workers)
@@ -321,7 +322,10 @@ class RemoteEngine:
             wait = None if choice.finish_reason == "content_filter" else 0.0
             raise RequestFailed(f"finish_reason is '{choice.finish_reason}'", wait)
 
-        tokens, logprobs = self._read_tokens(choice)
+        ids = choice.ids()
+        tokens = self._encode(choice.text) if ids is None else ids
+        values = choice.logprobs.token_logprobs if choice.logprobs and ids is not None else []
+        values = values[: len(tokens)]
         if any(not 0 <= token < self.tokenizer.vocab_size for token in tokens):
             raise UserError(
                 f"{self.url}: '{self.model}' gives token ids outside of our "
@@ -342,18 +346,10 @@ class RemoteEngine:
         if sampling.grammar is not None and finish == "stop":
             self._check_json(tokens)
 
-        missing = [math.nan] * (len(tokens) - len(logprobs))
-        logprobs = [*logprobs, *missing][: len(tokens)]
+        # a stop id that was left out has no log-probability
+        values = [*values[: len(tokens)], *[None] * (len(tokens) - len(values))]
+        logprobs = (math.nan if value is None else value for value in values)
         return Completion(request.prompt, tuple(tokens), tuple(logprobs), finish)
-
-    def _read_tokens(self, choice: Choice) -> tuple[list[int], list[float]]:
-        """Return the token ids of a choice and as many log-probabilities as it has."""
-        ids = choice.ids()
-        if ids is None:
-            return self._encode(choice.text), []
-
-        values = choice.logprobs.token_logprobs if choice.logprobs else []
-        return ids, [math.nan if value is None else value for value in values][: len(ids)]
 
     def _check_json(self, tokens: Sequence[int]) -> None:
         """RequestFailed if a server has ignored `response_format`, which it may without notice."""
@@ -389,6 +385,7 @@ def connect(
     context: int,
     *,
     state: Path | None = None,
+    rank: int = 0,
     progress: Progress | None = None,
 ) -> RemoteEngine:
     """Return an engine on `server`, once it has confirmed that it serves the model; its own limit
@@ -413,6 +410,7 @@ def connect(
         timeout=server.timeout,
         concurrency=server.concurrency,
         state=state,
+        rank=rank,
         progress=progress,
     )
     models = engine.list_models()

@@ -64,9 +64,8 @@ def make_requests(
     was drawn, so each request has one of its own.
     """
     names = range(len(prompts)) if indices is None else indices
-    requests = []
-    for prompt, name in zip(prompts, names, strict=True):
-        for sample in range(samples):
-            requests.append(SampleRequest(tuple(prompt), sampling.restart(), name, sample))
-
-    return requests
+    return [
+        SampleRequest(tuple(prompt), sampling.restart(), name, sample)
+        for prompt, name in zip(prompts, names, strict=True)
+        for sample in range(samples)
+    ]

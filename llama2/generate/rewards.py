@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -18,10 +19,11 @@ import torch
 from pydantic import Field
 
 from llama2.config import Config as Section
+from llama2.devices import Precision
 from llama2.errors import UserError
 from llama2.generate.score import score_rows
-from llama2.mesh import Precision
 from llama2.model.scorer import Scorer
+from llama2.ranks import Ranks
 
 Rule = Literal["llama2_piecewise", "weighted", "min", "helpful", "safe"]
 
@@ -56,13 +58,19 @@ class Score:
 
 
 class Rewards:
-    """Scores answers with both models."""
+    """Scores answers with both models, shared between `ranks` (this process alone unless given)."""
 
     def __init__(
-        self, settings: RewardModels, helpful: Scorer, safe: Scorer | None, precision: Precision
+        self,
+        settings: RewardModels,
+        helpful: Scorer,
+        safe: Scorer | None,
+        precision: Precision,
+        ranks: Ranks | None = None,
     ) -> None:
         check_rule(settings)
-        self.settings, self.helpful, self.safe, self.precision = settings, helpful, safe, precision
+        self.settings, self.helpful, self.safe = settings, helpful, safe
+        self.precision, self.ranks = precision, ranks
 
     def to(self, device: torch.device | str) -> None:
         """Move the models to a device."""
@@ -79,16 +87,16 @@ class Rewards:
     def __call__(self, rows: Sequence[Sequence[int]], tags: Sequence[bool]) -> list[Score]:
         """Return the scores of `rows`, token ids of conversations with their answers; `tags[i]` is
         is_safety(p) of row i. Every rank gets every score."""
-        helpful = score_rows(self.helpful, rows, self.precision, name=self.settings.helpful)
+        score = partial(score_rows, rows=rows, precision=self.precision, ranks=self.ranks)
+        helpful = score(self.helpful, name=self.settings.helpful)
         safe = [math.inf] * len(rows)
         if self.safe:
-            safe = score_rows(self.safe, rows, self.precision, name=self.settings.safe)
+            safe = score(self.safe, name=self.settings.safe)
 
-        scores = []
-        for h, s, is_safety in zip(helpful, safe, tags):
-            scores.append(Score(h, s, combine(self.settings, h, s, is_safety)))
-
-        return scores
+        return [
+            Score(h, s, combine(self.settings, h, s, is_safety))
+            for h, s, is_safety in zip(helpful, safe, tags)
+        ]
 
 
 def check_rule(settings: RewardModels) -> None:

@@ -1,7 +1,7 @@
 """Log-probabilities and reward model scores of given token rows, in batches (§3.2.2, §3.2.3).
 
 Rows are sorted by length and padded on the right, which changes no result: attention is causal, and
-a score is read at the last real token. Under several ranks the batches are dealt out and every
+a score is read at the last real token. Under several `ranks` the batches are dealt out and every
 rank returns all results; each rank makes the same number of forward passes, which sharded models
 need.
 
@@ -18,17 +18,23 @@ from typing import TypeVar
 import torch
 from torch import Tensor, nn
 
+from llama2.devices import Precision, autocast
 from llama2.errors import UserError
-from llama2.mesh import Precision, autocast, share, unshare, world
 from llama2.model.llama import Llama
 from llama2.model.scorer import Scorer
+from llama2.ranks import Ranks
 
 Row = Sequence[int]
 R = TypeVar("R")
 
 
 def compute_logprobs(
-    model: Llama, rows: Sequence[Row], precision: Precision = "bf16", batch_tokens: int = 16384
+    model: Llama,
+    rows: Sequence[Row],
+    precision: Precision = "bf16",
+    batch_tokens: int = 16384,
+    *,
+    ranks: Ranks | None = None,
 ) -> list[list[float]]:
     """Return log p(row[t] | row[:t]) for t = 1, 2, ...: one number fewer than the row has tokens.
 
@@ -45,12 +51,17 @@ def compute_logprobs(
         return [row[: length - 1] for row, length in zip(table, lengths)]
 
     return _run_batches(
-        model, model.config.max_position_embeddings, rows, work, precision, batch_tokens
+        model, model.config.max_position_embeddings, rows, work, precision, batch_tokens, ranks
     )
 
 
 def predict_tokens(
-    model: Llama, rows: Sequence[Row], precision: Precision = "bf16", batch_tokens: int = 2048
+    model: Llama,
+    rows: Sequence[Row],
+    precision: Precision = "bf16",
+    batch_tokens: int = 2048,
+    *,
+    ranks: Ranks | None = None,
 ) -> list[tuple[list[float], list[int]]]:
     """Return the numbers of `compute_logprobs`, and the likeliest token at each of these positions:
     the choice of greedy decoding.
@@ -72,7 +83,7 @@ def predict_tokens(
         ]
 
     return _run_batches(
-        model, model.config.max_position_embeddings, rows, work, precision, batch_tokens
+        model, model.config.max_position_embeddings, rows, work, precision, batch_tokens, ranks
     )
 
 
@@ -82,6 +93,7 @@ def score_rows(
     precision: Precision = "bf16",
     batch_tokens: int = 16384,
     *,
+    ranks: Ranks | None = None,
     name: object = "the reward model",
 ) -> list[float]:
     """Return the raw score (before any sigmoid) of each row, read at its last token: r(x, y) of
@@ -98,7 +110,7 @@ def score_rows(
         return scores
 
     result = _run_batches(
-        scorer, scorer.config.max_position_embeddings, rows, work, precision, batch_tokens
+        scorer, scorer.config.max_position_embeddings, rows, work, precision, batch_tokens, ranks
     )
     bad = [index for index, value in enumerate(result) if not math.isfinite(value)]
     if bad:
@@ -119,6 +131,7 @@ def _run_batches(
     work: Callable[[Tensor, list[int]], list[R]],
     precision: Precision,
     batch_tokens: int,
+    ranks: Ranks | None,
 ) -> list[R]:
     """Return the results of `work(tokens_BT, lengths)` for batches of rows, in the order of
     `rows`."""
@@ -131,12 +144,13 @@ def _run_batches(
             )
 
     batches = _make_batches([len(row) for row in rows], batch_tokens)
-    mine = share(batches)
-    rounds = -(-len(batches) // world())
+    ranks = ranks or Ranks.alone()
+    mine = ranks.share(batches)
+    rounds = -(-len(batches) // ranks.data.size)
     device = next(model.parameters()).device
     results: list[list[R]] = []
 
-    with torch.inference_mode(), autocast(precision):
+    with torch.inference_mode(), autocast(device, precision):
         for turn in range(rounds):
             # a rank without work takes part all the same
             batch = mine[turn] if turn < len(mine) else batches[0]
@@ -148,7 +162,7 @@ def _run_batches(
                 results.append(done)
 
     order = chain(*batches)
-    by_row = dict(zip(order, chain(*unshare(results))))
+    by_row = dict(zip(order, chain(*ranks.unshare(results))))
     return [by_row[index] for index in range(len(rows))]
 
 

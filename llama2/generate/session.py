@@ -17,11 +17,12 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from llama2 import devices
 from llama2.generate.prefix_cache import PrefixCache
 from llama2.generate.request import Prompt, SampleRequest
 from llama2.generate.slots import Slots
 
-CHUNK_TOKENS = {"cpu": 512}  # of prompts read between two steps of the others
+CHUNK_TOKENS = {devices.CPU: 512}  # of prompts read between two steps of the others
 LARGE_CHUNK_TOKENS = 2048  # on other devices
 
 
@@ -42,7 +43,7 @@ class Session:
         self._slots, self._prefixes = slots, prefixes
         self._chunk = CHUNK_TOKENS.get(slots.runner.device.type, LARGE_CHUNK_TOKENS)
         self._queue: deque[SampleRequest] = deque()
-        self._pending: deque[_PendingPrompt] = deque()
+        self._pending: dict[Prompt, _PendingPrompt] = {}  # the first is read first
 
     @property
     def waiting(self) -> int:
@@ -77,18 +78,13 @@ class Session:
             return
 
         request.finish = "cancelled"
-        if request in self._queue:
-            self._queue.remove(request)
-
-        for slot, other in tuple(self._slots.requests.items()):
-            if other is request:
-                self._slots.release(slot)
-
-        for pending in self._pending:
+        self._queue = deque(other for other in self._queue if other is not request)
+        self._slots.release(request)
+        for pending in self._pending.values():
             others = pending.requests.items()
             pending.requests = {slot: other for slot, other in others if other is not request}
 
-        self._pending = deque(pending for pending in self._pending if pending.requests)
+        self._pending = {prompt: each for prompt, each in self._pending.items() if each.requests}
 
     @torch.inference_mode()
     def step(self) -> list[SampleRequest]:
@@ -117,7 +113,7 @@ class Session:
     def _busy_slots(self) -> set[int]:
         """Return the slots of running requests and of prompts that are being read."""
         busy = set(self._slots.requests)
-        for pending in self._pending:
+        for pending in self._pending.values():
             busy |= {pending.slot, *pending.requests}
 
         return busy
@@ -132,23 +128,14 @@ class Session:
         free = [slot for slot in range(self._slots.count) if slot not in busy]
         for slot in free[: len(self._queue)]:
             request = self._queue.popleft()
-            pending = self._find_pending(request.prompt)
             request.cached = len(request.prompt)
-
-            if pending is None:
+            if request.prompt not in self._pending:
                 request.cached = self._share_prefix(request.prompt, slot)
                 pending = _PendingPrompt(request.prompt, slot, request.cached)
-                self._pending.append(pending)
+                self._pending[request.prompt] = pending
 
-            pending.requests[slot] = request
+            self._pending[request.prompt].requests[slot] = request
             self._slots.reserve(slot)
-
-    def _find_pending(self, prompt: Prompt) -> _PendingPrompt | None:
-        for pending in self._pending:
-            if pending.prompt == prompt:
-                return pending
-
-        return None
 
     def _share_prefix(self, prompt: Prompt, slot: int) -> int:
         """Copy into `slot` the longest beginning of a prompt that lies in the cache; returns its
@@ -169,40 +156,36 @@ class Session:
     def _read_several(self, budget: int) -> int:
         """Read the first prompts together, if two or more fit into `budget` tokens from their
         beginnings; returns how many tokens were read."""
-        several: list[_PendingPrompt] = []
-        tokens = 0
-        for pending in self._pending:
-            tokens += len(pending.prompt)
-            if tokens > budget or pending.done or pending.slot not in pending.requests:
+        several: dict[Prompt, int] = {}
+        for prompt, pending in self._pending.items():
+            if pending.done or pending.slot not in pending.requests or len(prompt) > budget:
                 break
 
-            several.append(pending)
+            several[prompt] = pending.slot
+            budget -= len(prompt)
 
         if len(several) < 2:
             return 0
 
-        logits = self._slots.runner.prefill({each.prompt: each.slot for each in several})
-        for pending in several:
-            self._pending.popleft()
-            self._start(pending, logits[pending.prompt])
+        for prompt, logits_V in self._slots.runner.prefill(several).items():
+            self._start(self._pending[prompt], logits_V)
 
-        return sum(map(len, logits))
+        return sum(map(len, several))
 
     def _read_part(self, budget: int) -> int:
         """Read at most `budget` more tokens of the first prompt; returns how many."""
-        pending = self._pending[0]
+        pending = next(iter(self._pending.values()))
         tokens = pending.prompt[pending.done : pending.done + budget]
         logits_V = self._slots.runner.extend(pending.slot, pending.done, tokens)
         pending.done += len(tokens)
-
         if pending.done == len(pending.prompt):
-            self._pending.popleft()
             self._start(pending, logits_V)
 
         return len(tokens)
 
     def _start(self, pending: _PendingPrompt, logits_V: Tensor) -> None:
         """Make the requests of a prompt that has been read live rows."""
+        del self._pending[pending.prompt]
         others = [slot for slot in pending.requests if slot != pending.slot]
         if others:
             sources = [pending.slot] * len(others)

@@ -65,7 +65,8 @@ class _Rows:
 
 @dataclass(frozen=True)
 class _Group:
-    """Live rows that are drawn in one way, and their requests in the same order."""
+    """Live rows that are drawn in one way, and their requests in the same order. Where a grammar
+    says what may follow there is one row: each sample has a grammar of its own."""
 
     sampling: Sampling
     rows: Tensor | slice
@@ -143,11 +144,12 @@ class Slots:
         self._rows.before_N[slot] = self.runner.cache.capacity - 1
         self._rows.alive_N[slot] = False
 
-    def release(self, slot: int) -> None:
-        """Draw no more for the request of a slot."""
-        self._rows.alive_N[slot] = False
-        del self.requests[slot]
-        self._groups.clear()
+    def release(self, request: SampleRequest) -> None:
+        """Draw no more for a request, if it has a slot."""
+        for slot in [slot for slot, other in self.requests.items() if other is request]:
+            self._rows.alive_N[slot] = False
+            del self.requests[slot]
+            self._groups.clear()
 
     def compact(self) -> None:
         """Move the last live rows into the gaps before them, if there are enough gaps."""
@@ -211,10 +213,8 @@ class Slots:
         if sampling.top_logprobs:
             _add_alternatives(group, logits_BV)
 
-        if sampling.grammar:
-            for request, token in zip(group.requests, tokens_B.tolist()):
-                if request.sampling.grammar and token not in sampling.stop:
-                    request.sampling.grammar.accept(token)
+        if sampling.grammar and int(tokens_B[0]) not in sampling.stop:
+            sampling.grammar.accept(int(tokens_B[0]))
 
     def _change_logits(self, group: _Group, index_B: Tensor, logits_BV: Tensor) -> Tensor:
         """Return the group's logits under penalties, bias and grammar."""
@@ -228,9 +228,8 @@ class Slots:
             logits_BV[:, token] += bias
 
         if sampling.grammar:
-            grammars = [request.sampling.grammar for request in group.requests]
-            allowed_BV = torch.stack([grammar.mask() for grammar in grammars if grammar])
-            logits_BV.masked_fill_(~allowed_BV.to(logits_BV.device), float("-inf"))
+            allowed_V = sampling.grammar.mask().to(logits_BV.device)
+            logits_BV.masked_fill_(~allowed_V, float("-inf"))
 
         return logits_BV
 
@@ -273,7 +272,7 @@ class Slots:
             request = self.requests[slot]
             request.tokens, request.logprobs = tokens[row][:count], logprobs[row][:count]
             del request.alternatives[count:]
-            self._end(slot)
+            self._end(request)
             _check_finite(request.logprobs)
 
     def collect_newest(self) -> dict[int, SampleRequest]:
@@ -289,15 +288,14 @@ class Slots:
             request.tokens.append(tokens[slot])
             request.logprobs.append(logprobs[slot])
             if not alive[slot]:
-                self._end(slot)
+                self._end(request)
 
         _check_finite([logprobs[slot] for slot in requests])
         return requests
 
-    def _end(self, slot: int) -> None:
-        request = self.requests[slot]
+    def _end(self, request: SampleRequest) -> None:
         request.finish = "stop" if request.tokens[-1] in request.sampling.stop else "length"
-        self.release(slot)
+        self.release(request)
 
     def _longest(self) -> int:
         return int(self._reach_N[: self.live].max()) + self.steps
@@ -311,8 +309,7 @@ def _add_alternatives(group: _Group, logits_BV: Tensor) -> None:
     count = min(group.sampling.top_logprobs, logits_BV.shape[1])
     top = logits_BV.float().log_softmax(-1).topk(count, -1)
     for request, ids, values in zip(group.requests, top.indices.tolist(), top.values.tolist()):
-        if request.finish is None:
-            request.alternatives.append(tuple(zip(ids, values)))
+        request.alternatives.append(tuple(zip(ids, values)))
 
 
 def _check_finite(logprobs: Sequence[float]) -> None:

@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from llama2 import devices
 from llama2.kernels import build
 
 BLOCK = 128  # queries that share one product: keys after the last of them are left out
@@ -30,7 +31,7 @@ _call = build.Library("fused")
 def runs(x: Tensor) -> bool:
     """Whether the functions of this module take `x`."""
     return (
-        x.device.type == "cpu"
+        devices.is_cpu(x)
         and x.dtype in _LETTER
         and not torch.compiler.is_compiling()
         and _call.found

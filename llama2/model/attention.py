@@ -23,9 +23,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from llama2 import devices
+
 # q_NHE, k_NKE, v_NKE, bounds_C, longest
 Kernel = Callable[[Tensor, Tensor, Tensor, Tensor, int], Tensor]
-DEVICES, KINDS = ("cuda",), (torch.bfloat16, torch.float16)  # what the kernel for documents takes
+# what the kernel for documents takes
+DEVICES, KINDS = (devices.CUDA,), (torch.bfloat16, torch.float16)
 LARGEST_HEAD = 256
 # of the kernel with fp32, relative: some roundings of bf16; a wrong mask is off by about 1
 AGREEMENT = 0.02
@@ -94,7 +97,7 @@ def fused_attention(
 def takes_shared_keys(q_BHTE: Tensor, bias_B1TS: Tensor | None) -> bool:
     """Whether a fused kernel reads keys that several heads share. On a GPU only FlashAttention
     does, which takes no mask and nothing but 16 bits."""
-    return q_BHTE.device.type == "cpu" or (bias_B1TS is None and q_BHTE.dtype in KINDS)
+    return devices.is_cpu(q_BHTE) or (bias_B1TS is None and q_BHTE.dtype in KINDS)
 
 
 # ---- for packed rows on a GPU ----

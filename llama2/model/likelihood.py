@@ -20,11 +20,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from llama2 import devices
 from llama2.kernels import fused
 
 # a larger q is computed again in the backward pass instead of kept (a third more products)
 KEEP_BYTES = 256 << 20
-CHUNK_BYTES = {"cpu": 4 << 20}  # fp32 logits of one chunk: what the caches of a processor hold
+# fp32 logits of one chunk: what the caches of a processor hold
+CHUNK_BYTES = {devices.CPU: 4 << 20}
 LARGE_CHUNK_BYTES = 256 << 20  # elsewhere: enough rows to fill the device
 CHUNK_ROWS = 128  # at least, so that a chunk is still an efficient matrix product
 

@@ -21,6 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from llama2 import devices
 from llama2.errors import UserError
 from llama2.kernels import fused
 from llama2.model import attention
@@ -398,7 +399,7 @@ class Trunk(nn.Module):
         length, where = x_BTD.shape[1], x_BTD.device
         # With a cache there is no backward pass. (Not a matter of gradient mode: PPO's ratios must
         # begin at exactly 1.)
-        explicit = where.type == "cpu" and cache is None and length <= EXPLICIT_LENGTH
+        explicit = devices.is_cpu(where) and cache is None and length <= EXPLICIT_LENGTH
         prompt = cache is not None and cache.mask_BTS is None and not torch.is_grad_enabled()
         own = (
             (explicit or (prompt and length <= EXPLICIT_LENGTH)) and fused.runs(x_BTD) and self.bare

@@ -25,7 +25,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from llama2 import mesh
+from llama2.devices import Precision
 from llama2.errors import missing_extra
 from llama2.model.tensors import EMBEDDINGS, HEAD
 
@@ -55,7 +55,7 @@ class Rounded:
         return weight_OGI.flatten(1)[:, : self.inputs]
 
 
-def computing(precision: WeightPrecision) -> mesh.Precision:
+def computing(precision: WeightPrecision) -> Precision:
     """The precision of products over weights that are kept in `precision`."""
     return "fp32" if precision == "fp32" else "bf16"
 

@@ -8,10 +8,10 @@ import json
 from collections.abc import Callable
 from typing import Any
 
-from llama2 import mesh
 from llama2.config import build, parse, yaml12
 from llama2.config.flags import overrides
 from llama2.errors import UserError
+from llama2.ranks import requested
 from llama2.stages.common.planning import Cluster, Lineage
 
 
@@ -60,6 +60,6 @@ def _cluster(flags: list[str]) -> tuple[Cluster, list[str]]:
 
         into.append(word)
 
-    ranks = mesh.asked()
+    ranks = requested()
     values = {"ranks": ranks} if ranks else {}
     return build(Cluster, values | overrides(Cluster, mine, values), "--dry-run"), rest

@@ -24,7 +24,7 @@ from typing import Any
 
 import torch
 
-from llama2 import mesh, rendezvous, runs
+from llama2 import ranks, rendezvous, runs
 from llama2.config import StageConfig, build, parse
 from llama2.errors import UserError, explain_os_errors
 from llama2.interrupts import held_back, leave_at_once
@@ -134,8 +134,7 @@ def command(verb: str, arguments: Sequence[str]) -> int:
 
     try:
         if VERBS[verb].makes_run:
-            execute(verb, config)
-            if mesh.is_main():
+            if execute(verb, config).is_main:
                 print(config.out)
         else:
             return int(module.run(config) or 0)  # a comparison has a result that scripts ask for
@@ -143,7 +142,7 @@ def command(verb: str, arguments: Sequence[str]) -> int:
         print(f"llama2: {stopped}", file=sys.stderr)
         return stopped.exit_code
     finally:
-        mesh.shutdown()
+        ranks.leave()
 
     return 0
 
@@ -169,13 +168,15 @@ def _positional(module: Any, flags: list[str]) -> list[str]:
     return flags
 
 
-def execute(verb: str, config: StageConfig) -> None:
-    """Carry out one stage in this process (and its torchrun ranks), unless it is finished."""
-    with rendezvous.together():
-        mesh.init()
-        with runs.open_run(verb, config) as run:
-            if not run.finished:
-                stage(verb).run(config, run)
+def execute(verb: str, config: StageConfig) -> ranks.Ranks:
+    """Carry out one stage in this process (and its torchrun ranks), unless it is finished; return
+    these ranks."""
+    joined = ranks.join()
+    with joined.explain_disconnects(), runs.open_run(verb, config, joined) as run:
+        if not run.finished:
+            stage(verb).run(config, run)
+
+    return joined
 
 
 # --- in processes of their own
@@ -355,7 +356,7 @@ def _worker(
         messages.send(str(error))
         raise SystemExit(error.exit_code) from None
 
-    mesh.leave()
+    ranks.exit_now()
 
 
 def _die_with_parent(lifeline: Connection) -> None:

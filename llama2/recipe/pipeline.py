@@ -19,8 +19,9 @@ import threading
 from collections.abc import Mapping
 from typing import Any
 
-from llama2 import atomic, interrupts, mesh, runs
+from llama2 import atomic, interrupts, runs
 from llama2.config import build, yaml12
+from llama2.ranks import join
 from llama2.recipe import launch
 from llama2.recipe.board import Board
 from llama2.recipe.steps import Config, Step, check_inputs, referred_to, steps_of
@@ -110,8 +111,7 @@ def _run_one(name: str, recipe: Config, steps: Mapping[str, Step]) -> None:
     """One step under whatever started this process: a recipe's own ranks all live on one
     machine."""
     step = steps[name]
-    mesh.init()
-    if mesh.is_main():
+    if join().is_main:
         _describe(recipe, steps)
 
     launch.execute(step.verb, build(launch.stage(step.verb).Config, step.values))

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from llama2.devices import CPU
 from llama2.records import dump
 from llama2.release import markdown as md
 from llama2.release.lineage import Lineage, Stage
@@ -59,7 +60,7 @@ def _figures(hours: float, kwh: float, kg: float) -> dict[str, Any]:
 
 def device_of(stage: Stage) -> str:
     """The kind of device a stage ran on: cpu, cuda, ..."""
-    return str(stage.step.manifest.get("device", "cpu"))
+    return stage.step.device
 
 
 def document(lineage: Lineage, measured: Measured | None, power: Power) -> str:
@@ -76,8 +77,8 @@ def document(lineage: Lineage, measured: Measured | None, power: Power) -> str:
         "The method of the Llama 2 paper (section 2.2.1): device-hours x rated power x PUE x carbon intensity. The "
         "hours are measured. The rest is assumed, not metered:",
         md.bullets(
-            f"{power.watts_per_core:g} W a CPU core" if "cpu" in kinds else "",
-            f"{power.watts_per_gpu:g} W an accelerator" if set(kinds) - {"cpu"} else "",
+            f"{power.watts_per_core:g} W a CPU core" if CPU in kinds else "",
+            f"{power.watts_per_gpu:g} W an accelerator" if set(kinds) - {CPU} else "",
             f"a power usage effectiveness (PUE) of {power.pue:g}",
             f"{power.kg_per_kwh:g} kg CO2eq for each kWh",
         ),

@@ -18,6 +18,7 @@ import yaml
 
 from llama2 import runs
 from llama2.config.yaml12 import read_yaml
+from llama2.devices import is_cpu
 from llama2.records import dump
 from llama2.release import markdown as md
 from llama2.release.lineage import RECIPE, Lineage, Stage
@@ -161,9 +162,7 @@ def command(stage: Stage, out: str = "") -> str:
     program = (
         f"torchrun --standalone --nproc-per-node {ranks} -m llama2.cli" if ranks > 1 else "llama2"
     )
-    limit = (
-        f"OMP_NUM_THREADS={threads} " if threads and manifest.get("device", "cpu") == "cpu" else ""
-    )
+    limit = f"OMP_NUM_THREADS={threads} " if threads and is_cpu(stage.step.device) else ""
     name = shlex.quote(stage.name)
 
     return f"{limit}{program} {stage.step.verb} {CONFIGS}/{name}.yaml --out {out or f'runs/{name}'}"

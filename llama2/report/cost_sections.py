@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+from llama2.devices import is_cpu
 from llama2.report import paper_values
 from llama2.report.carbon import Energy, Power, amounts
 from llama2.report.html import Html, chip, clock, number, paragraph, percent, section, short, table
@@ -16,9 +17,7 @@ def energy_of(step: Step, power: Power) -> Energy | None:
     if step.seconds is None:
         return None
 
-    watts = (
-        power.watts_per_core if step.manifest.get("device", "cpu") == "cpu" else power.watts_per_gpu
-    )
+    watts = power.watts_per_core if is_cpu(step.device) else power.watts_per_gpu
     return Energy(step.devices * step.seconds / 3600, watts, power.pue, power.kg_per_kwh)
 
 
@@ -94,8 +93,7 @@ def _time(step: Step, energy: Energy | None) -> tuple[str | Html, str, str, str]
 
 
 def _machine(recipe: Recipe) -> str:
-    devices = {str(step.manifest.get("device", "cpu")) for step in recipe.steps}
-    return " and ".join(sorted(devices))
+    return " and ".join(sorted({step.device for step in recipe.steps}))
 
 
 def _method(power: Power, devices: str) -> str:

@@ -14,7 +14,7 @@ from typing import Annotated
 
 from pydantic import BeforeValidator
 
-from llama2 import atomic, mesh, runs
+from llama2 import atomic, runs
 from llama2.config import StageConfig
 from llama2.report import charts, cost_sections, evaluation_sections, html, training_sections
 from llama2.report import targets as verdicts
@@ -44,7 +44,7 @@ class Config(StageConfig):
 
 def run(config: Config, run: runs.Run) -> None:
     """Writes report.html."""
-    if not mesh.is_main():
+    if not run.ranks.is_main:
         return
 
     file = run.path / PAGE

@@ -22,7 +22,7 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
-from llama2 import atomic, json_files
+from llama2 import atomic, devices, json_files
 from llama2.errors import UserError, explain_os_errors
 from llama2.json_files import sha256
 from llama2.reading import files
@@ -278,7 +278,7 @@ def manifest(run: Path) -> dict[str, Any]:
         "inputs": {},
         "ranks": 1,
         "threads": 1,
-        "device": "cpu",
+        "device": devices.CPU,
     } | found
 
     for name, fits in (

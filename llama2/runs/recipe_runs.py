@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from llama2 import json_files
+from llama2.devices import CPU, is_cpu
 from llama2.errors import UserError
 from llama2.runs import (
     COMPLETE,
@@ -105,9 +106,14 @@ class Step:
         return values[-1] if values else None
 
     @property
+    def device(self) -> str:
+        """The kind of device the run used."""
+        return str(self.manifest.get("device", CPU))
+
+    @property
     def devices(self) -> int:
         """Cores or accelerators the run kept busy."""
-        each = self.manifest.get("threads", 1) if self.manifest.get("device", "cpu") == "cpu" else 1
+        each = self.manifest.get("threads", 1) if is_cpu(self.device) else 1
         return int(self.manifest.get("ranks", 1)) * int(each)
 
     @property

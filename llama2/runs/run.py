@@ -34,9 +34,10 @@ from typing import IO, Any
 import torch
 
 import llama2
-from llama2 import atomic, environment, interrupts, json_files, mesh
+from llama2 import atomic, environment, interrupts, json_files
 from llama2.config import StageConfig, incidentals, paths, yaml12
 from llama2.errors import UserError, explain_os_errors
+from llama2.ranks import Ranks
 from llama2.reading import files
 from llama2.records import dump
 from llama2.runs import completion
@@ -180,8 +181,9 @@ def code_version() -> str:
 class Run:
     """An open run directory."""
 
-    def __init__(self, path: Path, finished: bool) -> None:
+    def __init__(self, path: Path, finished: bool, ranks: Ranks | None = None) -> None:
         self.path, self.finished = path, finished
+        self.ranks = ranks or Ranks.alone()
         self.tallies: dict[str, Tally] = {}
         self.warnings: list[str] = []
         self.results: list[str] = []
@@ -211,12 +213,12 @@ class Run:
             self._say(line)
 
     def _say(self, line: str) -> None:
-        if mesh.is_main():
+        if self.ranks.is_main:
             say(f"{self.path}: {line}")
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
         """Append one line of metrics (rank 0)."""
-        if not mesh.is_main():
+        if not self.ranks.is_main:
             return
 
         with explain_os_errors(self.path / METRICS):
@@ -230,7 +232,7 @@ class Run:
         """Forget metrics logged after `step`, when resuming from a checkpoint taken there."""
         self.close()
         file = self.path / METRICS
-        if mesh.is_main() and file.exists():
+        if self.ranks.is_main and file.exists():
             with explain_os_errors(file):
                 lines = file.read_bytes().split(b"\n")
 
@@ -247,7 +249,7 @@ class Run:
 
     def write_json(self, name: str, value: object) -> None:
         """Write `value` as a JSON file of the run (rank 0)."""
-        if mesh.is_main():
+        if self.ranks.is_main:
             write_atomic(self.path / name, dump(value))
 
     def close(self) -> None:
@@ -297,18 +299,18 @@ def read_metrics(path: Path) -> list[dict[str, float]]:
 
 
 @contextmanager
-def open_run(verb: str, config: StageConfig) -> Iterator[Run]:
+def open_run(verb: str, config: StageConfig, ranks: Ranks | None = None) -> Iterator[Run]:
     """Open `config.out` for one stage; mark it complete when the block ends without an
     exception."""
-    path = config.out
+    path, ranks = config.out, ranks or Ranks.alone()
     new = [place for place in (path, *path.parents) if not place.exists()]
-    held = lock(path) if mesh.is_main() else None
+    held = lock(path) if ranks.is_main else None
 
     try:
-        finished = mesh.broadcast(_prepare(path, verb, config) if mesh.is_main() else False)
-        run, begin = Run(path, finished), time.monotonic()
+        finished = ranks.broadcast(_prepare(verb, config, ranks) if ranks.is_main else False)
+        run, begin = Run(path, finished, ranks), time.monotonic()
         if finished:
-            if mesh.is_main():
+            if ranks.is_main:
                 say(f"{path}: already finished, skipped")
                 # it may have died behind its completion mark
                 _remove_checkpoints(path / CHECKPOINTS)
@@ -317,15 +319,15 @@ def open_run(verb: str, config: StageConfig) -> Iterator[Run]:
             yield run
             return
 
-        if mesh.is_main():
+        if ranks.is_main:
             # an attempt that was given up may have had another configuration
             (path / WARNINGS).unlink(missing_ok=True)
 
-        spent = _spent(path / SECONDS)
+        spent = _spent(path / SECONDS) if ranks.is_main else 0.0
         try:
             yield run
         except BaseException:
-            if mesh.is_main():
+            if ranks.is_main:
                 with suppress(UserError):  # on a full disk what stopped the run is what counts
                     write_atomic(path / SECONDS, f"{spent + time.monotonic() - begin:.2f}")
 
@@ -333,8 +335,8 @@ def open_run(verb: str, config: StageConfig) -> Iterator[Run]:
         finally:
             run.close()
 
-        mesh.barrier()
-        if mesh.is_main():  # the completion mark, last of all
+        ranks.barrier()
+        if ranks.is_main:  # the completion mark, last of all
             write_atomic(
                 path / COMPLETE, completion.mark(path, round(spent + time.monotonic() - begin, 2))
             )
@@ -342,7 +344,7 @@ def open_run(verb: str, config: StageConfig) -> Iterator[Run]:
             _remove_checkpoints(path / CHECKPOINTS)
             run.end()
 
-        mesh.barrier()
+        ranks.barrier()
     except UserError:
         if held is not None and _only_begun(path):
             _clear(path, new)
@@ -358,7 +360,7 @@ def open_run(verb: str, config: StageConfig) -> Iterator[Run]:
 def _spent(file: Path) -> float:
     """Seconds that earlier attempts took; 0 where that is not known."""
     try:
-        seconds = float(file.read_text("utf-8")) if mesh.is_main() and file.is_file() else 0.0
+        seconds = float(file.read_text("utf-8")) if file.is_file() else 0.0
         if math.isfinite(seconds) and seconds >= 0:
             return seconds
     except (OSError, ValueError):
@@ -428,7 +430,7 @@ def check(verb: str, config: StageConfig) -> None:
 def is_finished(verb: str, config: StageConfig) -> bool:
     """Whether `config.out` holds this very run, complete; a changed configuration or input is
     refused as ever."""
-    return (config.out / COMPLETE).is_file() and _prepare(config.out, verb, config)
+    return (config.out / COMPLETE).is_file() and _prepare(verb, config, Ranks.alone())
 
 
 def lock(path: Path) -> IO[str]:
@@ -470,10 +472,10 @@ def lock(path: Path) -> IO[str]:
     return held
 
 
-def _prepare(path: Path, verb: str, config: StageConfig) -> bool:
+def _prepare(verb: str, config: StageConfig, ranks: Ranks) -> bool:
     """Compare with what is there, record what is asked; True if there is nothing left to do."""
     check(verb, config)
-    asked = _asked(config)
+    path, asked = config.out, _asked(config)
     inputs = _inputs(config)
     finished = (path / COMPLETE).is_file()
 
@@ -521,8 +523,8 @@ def _prepare(path: Path, verb: str, config: StageConfig) -> bool:
                 "torch": torch.__version__,
                 "python": platform.python_version(),
                 "machine": platform.processor(),
-                "device": mesh.device().type,
-                "ranks": mesh.world(),
+                "device": ranks.device.type,
+                "ranks": ranks.size,
                 "threads": torch.get_num_threads(),
                 "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
             }

@@ -14,12 +14,12 @@ from typing import ClassVar, Literal, TypeVar
 
 import torch
 
-from llama2 import mesh
+from llama2 import devices
+from llama2.devices import Precision
 from llama2.errors import UserError, did_you_mean
 from llama2.formats import checkpoint
 from llama2.generate.engine import Engine
 from llama2.generate.score import score_rows
-from llama2.mesh import Precision
 from llama2.model import quantize
 from llama2.model.scorer import Scorer
 from llama2.records import Messages
@@ -172,7 +172,7 @@ def check(path: Path) -> Kind:
 def load_chat(path: Path, name: str, config: ServeConfig) -> ChatModel:
     """Load a language model and start its worker."""
     dtype = quantize.loading(config.precision)
-    model = checkpoint.load(path, dtype=dtype, device=mesh.device()).eval().requires_grad_(False)
+    model = checkpoint.load(path, dtype=dtype, device=devices.choose()).eval().requires_grad_(False)
     engine = Engine(model, slots=config.slots, capacity=config.capacity, precision=config.precision)
     worker = Worker(name, engine, config.limits.waiting)
     worker.start()
@@ -189,7 +189,7 @@ def load_reward(path: Path, name: str, config: ServeConfig) -> RewardModel:
             "give the directory of a model from 'llama2 reward'",
         )
 
-    scorer = checkpoint.load_scorer(path, device=mesh.device()).eval().requires_grad_(False)
+    scorer = checkpoint.load_scorer(path, device=devices.choose()).eval().requires_grad_(False)
     worker = Worker(name, None, config.limits.waiting)
     worker.start()
 
@@ -228,10 +228,11 @@ def _prompt_logprobs(
         return []
 
     model = engine.refresh()
-    tokens_T = torch.tensor(ids, device=model.head_weight.device)
+    device = model.head_weight.device
+    tokens_T = torch.tensor(ids, device=device)
     logprobs: list[tuple[float, Alternatives]] = []
 
-    with mesh.autocast(precision):
+    with devices.autocast(device, precision):
         hidden_TD = model(tokens_T[None, :-1], head=False)[0]
         for begin in range(0, len(ids) - 1, _POSITIONS):
             logp_PV = model.logits(hidden_TD[begin : begin + _POSITIONS]).float().log_softmax(-1)

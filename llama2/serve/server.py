@@ -12,8 +12,9 @@ import socket
 import sys
 from contextlib import ExitStack
 
-from llama2 import mesh
+from llama2 import cpu_tuning
 from llama2.errors import UserError, missing_extra
+from llama2.ranks import join
 from llama2.serve import models
 from llama2.serve.settings import ServeConfig as Config
 
@@ -41,7 +42,7 @@ def run(config: Config) -> None:
         )
 
     with _bind(config.host, config.port) as listener:
-        mesh.init()
+        join()
         served, judge = models.load(config), None
         if config.safety.model is not None:
             judge = models.load_judge(config.safety.model, config, served)
@@ -55,7 +56,7 @@ def run(config: Config) -> None:
 
         host = f"[{address}]" if ":" in address else address
         greeting = f"llama2: serving {names} at http://{host}:{port}"
-        mesh.rest()  # the models' own threads do all the work from here on
+        cpu_tuning.release_threads()  # the models' own threads do all the work from here on
         lifecycle.serve(listener, served, judge, config, keys, greeting)
 
 

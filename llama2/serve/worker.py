@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any, TypeVar
 
-from llama2 import mesh
+from llama2 import cpu_tuning
 from llama2.errors import UserError
 from llama2.generate.engine import Engine
 from llama2.generate.request import Finish, SampleRequest
@@ -259,7 +259,7 @@ class Worker:
         when the thread is to end."""
         wait = self._idle
         if wait and self._commands.empty():
-            mesh.rest()
+            cpu_tuning.release_threads()
 
         while True:
             try:

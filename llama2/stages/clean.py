@@ -18,7 +18,7 @@ from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field
 
-from llama2 import mesh, records
+from llama2 import records
 from llama2.config import Config as Section
 from llama2.config import StageConfig
 from llama2.data import deduplicate
@@ -63,7 +63,7 @@ class Config(StageConfig):
 
 def run(config: Config, run: Run) -> None:
     """Write documents/<source>.jsonl and heldout/<source>.jsonl."""
-    if not mesh.is_main():
+    if not run.ranks.is_main:
         return
 
     seen: set[int] = set()

@@ -104,7 +104,7 @@ def run(config: Config, run: Run) -> None:
 
     with ExitStack() as files:
         put = {
-            name: files.enter_context(open_records(run.path / f"{name}.jsonl"))
+            name: files.enter_context(open_records(run.path / f"{name}.jsonl", run.ranks))
             for name in (
                 *(("preferences", "heldout") if any(told) else ()),
                 *(() if all(told) else ("pairs",)),

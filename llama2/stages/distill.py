@@ -81,9 +81,8 @@ def plan(config: Config, cluster: Cluster, lineage: Lineage) -> dict[str, Any]:
 def run(config: Config, run: Run) -> None:
     """Write dialogs.jsonl: adversarial prompts with the answers that a preprompt improved."""
     chat = load_chat(config.policy, config.sample, run)
-    rewards = load_rewards(
-        config.rewards.model_copy(update={"rule": "safe"}), chat.tokenizer, config.sample.precision
-    )
+    by_safety = config.rewards.model_copy(update={"rule": "safe"})
+    rewards = load_rewards(by_safety, chat.tokenizer, run.ranks, config.sample.precision)
     tally = run.tally("prompts")
     prompts = chosen(config, chat, rewards, tally)
     rows = sample_in_parts(
@@ -94,7 +93,7 @@ def run(config: Config, run: Run) -> None:
     examples: list[dict[str, str]] = []
     kept = 0
 
-    with open_records(run.path / "dialogs.jsonl") as put:
+    with open_records(run.path / "dialogs.jsonl", run.ranks) as put:
         for prompt, row in zip(prompts, rows, strict=True):
             before.append(row["before"])
             after += row["after"]

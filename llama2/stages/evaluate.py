@@ -18,9 +18,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
 from pydantic import Field, field_validator
 
-from llama2 import atomic, mesh, records, runs
+from llama2 import atomic, records, runs
 from llama2 import config as configuration
 from llama2.errors import UserError
 from llama2.evaluate import attention, ghost, summary
@@ -159,7 +160,8 @@ def run(config: Config, run: runs.Run) -> None:
 
     if 0 < known < len(prompts):
         _say(
-            f"{known} of {len(prompts)} prompts carry ground truth: it does not judge, as it must judge all or none"
+            run,
+            f"{known} of {len(prompts)} prompts carry ground truth: it does not judge, as it must judge all or none",
         )
 
     first = find_equals(paths)
@@ -190,7 +192,7 @@ def run(config: Config, run: runs.Run) -> None:
     results = {name: found[place] for name, place in zip(config.versions, first, strict=True)}
 
     for name, result in results.items():
-        _say(f"{name}: {_line(result)}")
+        _say(run, f"{name}: {_line(result)}")
 
     run.write_json(
         "evaluation.json",
@@ -204,7 +206,7 @@ def run(config: Config, run: runs.Run) -> None:
             },
         },
     )
-    if mesh.is_main():
+    if run.ranks.is_main:
         rows = (
             row
             for name, result in results.items()
@@ -252,7 +254,7 @@ def _answers(
     asked = [prompt.messages for prompt in prompts]
     talks: dict[ghost.Place, list[Messages]] = {}
 
-    with load_when_needed(lambda: _chat(config, name, run)) as chat:
+    with load_when_needed(lambda: _chat(config, name, run), run.ranks.device) as chat:
         answers = answer_prompts(
             run, f"answers-{place}", chat, asked, config.sampling(config.seed), config.slots
         )
@@ -279,7 +281,7 @@ def _answers(
             rows = in_parts(run, f"talks-{one}-{place}", dialogs, ROUNDS * config.slots, hold)
             talks[one] = [tuple(Message(role, content) for role, content in row) for row in rows]
 
-    _say(f"{name}: answered in {time.monotonic() - begin:.0f} s")
+    _say(run, f"{name}: answered in {time.monotonic() - begin:.0f} s")
     return Said(answers, greedy, talks)
 
 
@@ -294,18 +296,21 @@ def _chat(config: Config, name: str, run: runs.Run) -> Chat:
             config_of(checkpoint).max_position_embeddings,
         )
         kept = run.path / runs.CHECKPOINTS / "answers" / name
-        return Chat(connect(config.servers[name], tokenizer, context, state=kept), tokenizer)
+        remote = connect(config.servers[name], tokenizer, context, state=kept, rank=run.ranks.rank)
+        return Chat(remote, tokenizer, run.ranks)
 
-    model, tokenizer = _load(config, name)
+    model, tokenizer = _load(config, name, run.ranks.device)
     engine = Engine(model, slots=config.slots, precision=config.precision)
     engine.test(checkpoint)
 
-    return Chat(engine, tokenizer)
+    return Chat(engine, tokenizer, run.ranks)
 
 
-def _load(config: Config, name: str) -> tuple[Llama, Tokenizer]:
+def _load(config: Config, name: str, device: torch.device) -> tuple[Llama, Tokenizer]:
     """A version that is only read, its weights as they are computed with."""
-    model, tokenizer = load_policy(config.versions[name], quantize.loading(config.precision))
+    model, tokenizer = load_policy(
+        config.versions[name], device, quantize.loading(config.precision)
+    )
     return model.eval().requires_grad_(False), tokenizer
 
 
@@ -349,8 +354,9 @@ def _attention(
     context = min(config_of(config.versions[name]).max_position_embeddings for name in names)
     looks: dict[str, list[attention.Look]] = {}
 
+    device = run.ranks.device
     for name in names:
-        with load_when_needed(lambda name=name: _load(config, name)[0]) as model:  # type: ignore[misc]
+        with load_when_needed(lambda name=name: _load(config, name, device)[0], device) as model:  # type: ignore[misc]
 
             def look(some: Sequence[attention.Talk], first: int) -> list[Any]:
                 found = [attention.look(model(), tokenizer, talk, context) for talk in some]
@@ -382,6 +388,6 @@ def _line(result: summary.Version) -> str:
     return ", ".join(parts)
 
 
-def _say(line: str) -> None:
-    if mesh.is_main():
+def _say(run: runs.Run, line: str) -> None:
+    if run.ranks.is_main:
         say(line)

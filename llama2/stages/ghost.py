@@ -127,7 +127,7 @@ def run(config: Config, run: Run) -> None:
     written, said = 0, 0
     examples: list[str] = []
 
-    with open_records(run.path / "dialogs.jsonl") as put:
+    with open_records(run.path / "dialogs.jsonl", run.ranks) as put:
         for conversation, mine in zip(conversations, answers, strict=True):
             made = training_dialogs(
                 conversation, mine, config, generator.random() < config.shortened

@@ -16,10 +16,11 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch
 from pydantic import Field, field_validator, model_validator
 from torch import nn
 
-from llama2 import mesh
+from llama2 import devices
 from llama2.config import StageConfig
 from llama2.errors import UserError
 from llama2.evaluate.judges import kind_of
@@ -28,6 +29,7 @@ from llama2.generate.dialogue import Answer, Chat
 from llama2.generate.engine import Engine
 from llama2.generate.rewards import RewardModels, Rewards, to_probability
 from llama2.model.llama import Llama
+from llama2.ranks import Ranks
 from llama2.records import Prompt
 from llama2.runs import CHECKPOINTS, Run, read_metrics
 from llama2.stages.common import ppo_health
@@ -182,35 +184,36 @@ def plan(config: Config, cluster: Cluster, lineage: Lineage) -> dict[str, Any]:
 
 def run(config: Config, run: Run) -> None:
     """Optimise, keep the best policy on held-out prompts, write health.json."""
-    sizes = (config.batch_size % config.minibatch_size, config.minibatch_size % mesh.world())
+    sizes = (config.batch_size % config.minibatch_size, config.minibatch_size % run.ranks.data.size)
     if config.training.parallel == "shard" and any(sizes):
         raise UserError(
             f"a sharded policy needs equal shares: batch_size {config.batch_size}, minibatch_size "
-            f"{config.minibatch_size}, {mesh.world()} ranks",
+            f"{config.minibatch_size}, {run.ranks.size} ranks",
             "choose sizes that divide evenly",
         )
 
-    home = config.training.home()
-    actor, tokenizer = load_policy(config.policy, home=home)
+    ranks = run.ranks
+    home = config.training.home(ranks)
+    actor, tokenizer = load_policy(config.policy, home)
     check_template(config.policy, tokenizer.template)
-    reference, _ = load_policy(config.policy, home=home)
+    reference, _ = load_policy(config.policy, home)
 
     if config.training.parallel == "shard":
         # the policy's own rounding: its first KL is exactly 0
-        parallel.shard(reference, config.training.precision)
+        parallel.shard(reference, ranks, config.training.precision)
     else:
         frozen(reference, config.training.precision)
 
-    critic, _ = load_scorer(config.critic or config.rewards.helpful, tokenizer, home=home)
-    judge = load_rewards(config.judge, tokenizer, config.sample.precision) if config.judge else None
-    if judge is not None:
-        judge.to("cpu")
+    critic, _ = load_scorer(config.critic or config.rewards.helpful, home, tokenizer)
+    judge = None
+    if config.judge is not None:
+        judge = load_rewards(config.judge, tokenizer, ranks, config.sample.precision)
+        judge.to(devices.CPU)
 
-    rewards = load_rewards(config.rewards, tokenizer, config.sample.precision)
+    rewards = load_rewards(config.rewards, tokenizer, ranks, config.sample.precision)
     models = ActorCritic(actor, critic)
-    chat = Chat(
-        Engine(actor, slots=config.sample.slots, precision=config.sample.precision), tokenizer
-    )
+    engine = Engine(actor, slots=config.sample.slots, precision=config.sample.precision)
+    chat = Chat(engine, tokenizer, ranks)
     tally = run.tally("prompts")
     prompts = keep_fitting(
         chat,
@@ -223,7 +226,7 @@ def run(config: Config, run: Run) -> None:
     prompts = keep_scorable(chat, rewards, prompts, config.sample, tally)
     watch = Watch(config.kl_stop, -(-config.batch_size // config.minibatch_size) * config.epochs)
     doctor = ppo_health.Doctor(
-        lambda: read_metrics(run.path), config.kl_stop, config.training.precision
+        lambda: read_metrics(run.path), config.kl_stop, config.training.precision, ranks
     )
     source = Rollouts(
         models,
@@ -250,7 +253,7 @@ def run(config: Config, run: Run) -> None:
             chat,
             rewards,
             judge,
-            saver(actor, tokenizer),
+            saver(actor, tokenizer, ranks),
             best,
             run.tally("held-out prompts"),
         )
@@ -263,7 +266,7 @@ def run(config: Config, run: Run) -> None:
         source,
         clipped(config.clip, config.value_clip, config.value_coefficient),
         training,
-        save_model=lambda directory: adopt(best, directory, actor, tokenizer),
+        save_model=lambda directory: adopt(best, directory, actor, tokenizer, ranks),
         title="ppo",
         validate=validate,
         extra=(watch, doctor),
@@ -304,21 +307,21 @@ def settings(config: Config) -> Settings:
     )
 
 
-def adopt(best: Path, directory: Path, actor: Llama, tokenizer: Tokenizer) -> None:
+def adopt(best: Path, directory: Path, actor: Llama, tokenizer: Tokenizer, ranks: Ranks) -> None:
     """The final policy: the best one on held-out prompts, or the last where none was measured.
     UserError if the best was damaged meanwhile."""
     if not best.exists():
-        saver(actor, tokenizer)(directory)
+        saver(actor, tokenizer, ranks)(directory)
         return
 
     try:
-        mesh.first(lambda: verify_checksums(best))
+        ranks.first(lambda: verify_checksums(best))
     except UserError as error:
         raise UserError(
             error.cause, f"delete {best.parent}: the same command starts over"
         ) from None
 
-    if mesh.is_main():
+    if ranks.is_main:
         for name in model_files(best):
             shutil.copy2(best / name, directory / name)
 
@@ -404,17 +407,17 @@ def ending(config: Config, step: int, steps: int, watch: Watch, validate: Heldou
 
 
 @contextmanager
-def at_hand(judge: Rewards, rewards: Rewards) -> Iterator[Rewards]:
+def at_hand(judge: Rewards, rewards: Rewards, device: torch.device) -> Iterator[Rewards]:
     """The judge on the device, in the place of the reward models: it is needed so seldom that it
     has none of its own.
     """
-    rewards.to("cpu")
-    judge.to(mesh.device())
+    rewards.to(devices.CPU)
+    judge.to(device)
     try:
         yield judge
     finally:
-        judge.to("cpu")
-        rewards.to(mesh.device())
+        judge.to(devices.CPU)
+        rewards.to(device)
 
 
 def heldout(
@@ -446,7 +449,7 @@ def heldout(
         if judge is None:
             return measure(chat, rewards, prompts, answers)
 
-        with at_hand(judge, rewards):
+        with at_hand(judge, rewards, chat.ranks.device):
             return measure(chat, judge, prompts, answers)
 
     def keep() -> None:

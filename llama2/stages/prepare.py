@@ -15,7 +15,7 @@ from typing import Any, ClassVar, Literal
 
 from pydantic import Field
 
-from llama2 import config, mesh, records
+from llama2 import config, records
 from llama2.config import StageConfig
 from llama2.data.split import is_heldout, opening
 from llama2.errors import UserError
@@ -92,7 +92,7 @@ class _Imported:
 
 def run(config: Config, run: Run) -> None:
     """Write <kind>.jsonl, heldout-<kind>.jsonl if a share is held out, and summary.json."""
-    if not mesh.is_main():
+    if not run.ranks.is_main:
         return
     if not config.sources:
         raise UserError(

@@ -17,7 +17,7 @@ import torch
 from pydantic import Field
 from torch import nn
 
-from llama2 import mesh
+from llama2 import devices
 from llama2.config import Config as Section
 from llama2.config import StageConfig
 from llama2.data.compress import HeldoutText
@@ -29,6 +29,7 @@ from llama2.errors import UserError, did_you_mean
 from llama2.formats import checkpoint
 from llama2.model.llama import Llama, LlamaConfig
 from llama2.model.sizes import SIZES
+from llama2.ranks import Ranks
 from llama2.runs import Run, completion
 from llama2.stages.common import cautions
 from llama2.stages.common.planning import (
@@ -141,13 +142,13 @@ def plan(config: Config, cluster: Cluster, lineage: Lineage) -> dict[str, Any]:
 def run(config: Config, run: Run) -> None:
     """Train, validate in bits per byte, and leave a checkpoint."""
     tokenizer = Tokenizer.load(config.shards)
-    home = config.training.home()
+    home = config.training.home(run.ranks)
     if config.model:
         model = checkpoint.load(config.model, device=home)
         tokenizer.check_bos(config.model, model.config.bos_token_id)
         tokenizer = tokenizer.speaking(chat_template(config.model), stop_ids(config.model))
     else:
-        with torch.device("meta" if home.type == "meta" else "cpu"):
+        with torch.device("meta" if home.type == "meta" else devices.CPU):
             model = Llama(architecture(config, tokenizer.vocab_size), config.seed)
 
     if model.config.vocab_size != tokenizer.vocab_size:
@@ -158,10 +159,11 @@ def run(config: Config, run: Run) -> None:
         )
 
     row_length(config.sequence_length, model.config.max_position_embeddings)
-    rows, order = read_rows(config.shards / "train", tokenizer, config)
+    rows, order = read_rows(config.shards / "train", tokenizer, config, run.ranks)
     source = Rows(
         rows,
         lambda items: collate(items, config.sequence_length),
+        run.ranks,
         batch_size=config.batch_size,
         micro_batch_size=config.micro_batch_size,
         seed=config.seed,
@@ -169,14 +171,14 @@ def run(config: Config, run: Run) -> None:
     check_length(config, rows, source.steps)
     settings = config.training.with_steps(source.steps)
     warn(config, run, order, len(rows), source.steps)
-    validation = Validation(config, tokenizer)
+    validation = Validation(config, tokenizer, run.ranks)
     learner = train(
         run,
         model,
         source,
         next_token,
         settings,
-        save_model=saver(model, tokenizer, taught=False),
+        save_model=saver(model, tokenizer, run.ranks, taught=False),
         title="pretrain",
         validate=hooks.Validate(validation),
         flops_per_token=flops_per_token(model.config, config.sequence_length),
@@ -233,7 +235,9 @@ def warn(config: Config, run: Run, order: Mixture, rows: int, steps: int) -> Non
         run.warn(cautions.few_updates(steps, f"{rows:,} rows", cure))
 
 
-def read_rows(directory: Path, tokenizer: Tokenizer, config: Config) -> tuple[TextRows, Mixture]:
+def read_rows(
+    directory: Path, tokenizer: Tokenizer, config: Config, ranks: Ranks
+) -> tuple[TextRows, Mixture]:
     """Documents of all sources in a random order, mixed by weight, as rows of `sequence_length`
     tokens; the mixture.
 
@@ -245,7 +249,7 @@ def read_rows(directory: Path, tokenizer: Tokenizer, config: Config) -> tuple[Te
         path.name: Shards(path, tokenizer) for path in sorted(directory.iterdir()) if path.is_dir()
     }
     if completion.home(directory) is None:  # no run vouches for them
-        mesh.first(lambda: verify(shards.values()))
+        ranks.first(lambda: verify(shards.values()))
 
     lengths = {name: shard.lengths_N for name, shard in shards.items()}
     if config.mixture:
@@ -268,15 +272,17 @@ class Validation:
     the same targets spell.
     """
 
-    def __init__(self, config: Config, tokenizer: Tokenizer) -> None:
+    def __init__(self, config: Config, tokenizer: Tokenizer, ranks: Ranks) -> None:
         every = config.model_copy(update={"mixture": {}, "epochs": 1.0, "seed": 0})
-        self.rows, _ = read_rows(config.shards / "validation", tokenizer, every)
+        self.rows, _ = read_rows(config.shards / "validation", tokenizer, every, ranks)
         self.few = range(min(len(self.rows), config.validation_rows))
         self.text = HeldoutText((self.rows[index] for index in self.few), tokenizer)
-        self.config = config
+        self.config, self.ranks = config, ranks
 
     def __call__(self, model: nn.Module) -> dict[str, float]:
-        nats, tokens = heldout_loss(model, self.few, self._collate, self.config.micro_batch_size)
+        nats, tokens = heldout_loss(
+            model, self.few, self._collate, self.config.micro_batch_size, self.ranks
+        )
         bits = (
             {"validation/bits_per_byte": nats / math.log(2) / self.text.size}
             if self.text.size

@@ -17,7 +17,6 @@ from typing import Any
 
 from pydantic import Field
 
-from llama2 import mesh
 from llama2.config import StageConfig
 from llama2.generate.dialogue import Answer, Chat
 from llama2.generate.rewards import RewardModels, Rewards, Score, to_probability
@@ -84,7 +83,7 @@ def plan(config: Config, cluster: Cluster, lineage: Lineage) -> dict[str, Any]:
 def run(config: Config, run: Run) -> None:
     """Write best.jsonl (this round), pool.jsonl (with earlier rounds) and curves.json."""
     chat = load_chat(config.policy, config.sample, run)
-    rewards = load_rewards(config.rewards, chat.tokenizer, config.sample.precision)
+    rewards = load_rewards(config.rewards, chat.tokenizer, run.ranks, config.sample.precision)
     tally = run.tally("prompts")
     prompts = keep_fitting(
         chat, read_prompts(config.prompts, config.limit, config.seed), tally=tally
@@ -96,7 +95,7 @@ def run(config: Config, run: Run) -> None:
     curves, kept = Curves(config.k), 0
     examples: list[dict[str, Any]] = []
 
-    with open_records(run.path / "best.jsonl") as put:
+    with open_records(run.path / "best.jsonl", run.ranks) as put:
         for prompt, row in zip(prompts, rows, strict=True):
             curves.add(row)
             chosen = best_of(prompt, row)
@@ -108,7 +107,7 @@ def run(config: Config, run: Run) -> None:
             if chosen and len(examples) < EXAMPLES:
                 examples.append(_example(prompt, row))
 
-    mesh.barrier()
+    run.ranks.barrier()
     pool = Pool(config.keep, config.finished_only, [run.path, *config.earlier])
     sizes = pool.write(run, chat, rewards, config.sample)
     run.write_json(

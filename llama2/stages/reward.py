@@ -18,17 +18,18 @@ import numpy as np
 import torch
 from pydantic import Field
 
-from llama2 import mesh, records
+from llama2 import records
 from llama2.config import Config as Section
 from llama2.config import StageConfig
 from llama2.data.loader import Batch, Rows
 from llama2.data.split import opening
+from llama2.devices import Precision
 from llama2.evaluate.baselines import Answers, BagOfWords, by_length
 from llama2.evaluate.winrate import wilson
 from llama2.generate.score import score_rows
 from llama2.importers.tables import digest
-from llama2.mesh import Precision
 from llama2.model.scorer import Scorer
+from llama2.ranks import Ranks
 from llama2.records import DEGREES, Axis, Message, Preference
 from llama2.runs import Run, is_output
 from llama2.stages.common import cautions
@@ -133,7 +134,7 @@ def plan(config: Config, cluster: Cluster, lineage: Lineage) -> dict[str, Any]:
 
 def run(config: Config, run: Run) -> None:
     """Train, measure accuracy by set and degree, and leave a reward-model checkpoint."""
-    scorer, tokenizer = load_scorer(config.model, seed=config.seed, home=config.training.home())
+    scorer, tokenizer = load_scorer(config.model, config.training.home(run.ranks), seed=config.seed)
     encoder = Encoder(tokenizer, config.max_tokens, scorer.config.max_position_embeddings)
 
     sets = mixed(config, encoder, run)
@@ -143,6 +144,7 @@ def run(config: Config, run: Run) -> None:
     source = Rows(
         pairs,
         collate,
+        run.ranks,
         batch_size=config.batch_size,
         micro_batch_size=config.micro_batch_size,
         epochs=config.epochs,
@@ -168,12 +170,12 @@ def run(config: Config, run: Run) -> None:
         source,
         ranking(config.margins, config.auxiliary_weight),
         settings,
-        save_model=saver(scorer, tokenizer),
+        save_model=saver(scorer, tokenizer, run.ranks),
         title="reward",
         flops_per_token=flops_per_token(scorer.config, mean_length(pairs), scalar=True),
     )
     scorer.eval()
-    measured = measure(scorer, pairs, heldout, settings.precision)
+    measured = measure(scorer, pairs, heldout, settings.precision, run.ranks)
     conclude(run, scorer, learner, sets, measured)
     own = axis_of(pairs)
 
@@ -360,13 +362,14 @@ def measure(
     pairs: Sequence[Pair],
     heldout: Mapping[str, Sequence[Pair]],
     precision: Precision,
+    ranks: Ranks,
 ) -> dict[str, dict[str, Any]]:
     """Accuracy on each held-out set, and beside it what judges that understand nothing reach on the
     same pairs."""
-    words = BagOfWords([pair.texts for pair in pairs]) if heldout and mesh.is_main() else None
+    words = BagOfWords([pair.texts for pair in pairs]) if heldout and ranks.is_main else None
     measured: dict[str, dict[str, Any]] = {}
     for name, found in heldout.items():
-        measured[name] = accuracy(scorer, found, precision)
+        measured[name] = accuracy(scorer, found, precision, ranks)
         if words is not None:
             measured[name]["baselines"] = {
                 "longer": _share(by_length((pair.texts, pair.axis == "safe") for pair in found)),
@@ -376,12 +379,13 @@ def measure(
     return measured
 
 
-def accuracy(scorer: Scorer, pairs: Sequence[Pair], precision: Precision) -> dict[str, Any]:
+def accuracy(
+    scorer: Scorer, pairs: Sequence[Pair], precision: Precision, ranks: Ranks
+) -> dict[str, Any]:
     """Share of pairs whose preferred answer scores higher (a tie counts half), in all and by degree
     (Table 8)."""
-    scores = score_rows(
-        scorer, [pair.chosen for pair in pairs] + [pair.rejected for pair in pairs], precision
-    )
+    rows = [pair.chosen for pair in pairs] + [pair.rejected for pair in pairs]
+    scores = score_rows(scorer, rows, precision, ranks=ranks)
     right = [0.5 * (1 + np.sign(a - b)) for a, b in zip(scores[: len(pairs)], scores[len(pairs) :])]
     groups: Mapping[str, list[float]] = {
         "all": right,

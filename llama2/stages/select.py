@@ -18,7 +18,6 @@ from typing import Any
 
 from pydantic import Field, model_validator
 
-from llama2 import mesh
 from llama2.config import StageConfig
 from llama2.errors import UserError
 from llama2.evaluate import ghost
@@ -135,7 +134,7 @@ def run(config: Config, run: Run) -> None:
         kinds += ["ghost"] * len(talks)
 
     verdict = judge(config, kinds, preferred)
-    if mesh.is_main():
+    if run.ranks.is_main:
         copy(config.candidate if verdict["kept"] == "candidate" else config.predecessor, run.path)
 
     run.write_json(
@@ -177,7 +176,7 @@ def _said(
 ) -> tuple[list[Answer], list[float]]:
     """A version's answers, and in how many turns of each dialog it obeyed."""
     sampling, slots = config.sample.sampling(config.seed), config.sample.slots
-    with load_when_needed(lambda: load_chat(path, config.sample, run)) as chat:
+    with load_when_needed(lambda: load_chat(path, config.sample, run), run.ranks.device) as chat:
 
         def hold(some: Sequence[ghost.Dialog], first: int) -> list[float]:
             held = ghost.converse(chat(), some, sampling, first=first)

@@ -24,6 +24,7 @@ from llama2.data.loader import Rows
 from llama2.data.pack import Packed, Segment, collate, pack, shortened
 from llama2.data.split import heldout_openings, opening
 from llama2.model.llama import Llama
+from llama2.ranks import Ranks
 from llama2.records import Dialog, trained_turns
 from llama2.runs import Run, is_output
 from llama2.stages.common import cautions
@@ -120,7 +121,7 @@ def plan(config: Config, cluster: Cluster, lineage: Lineage) -> dict[str, Any]:
 
 def run(config: Config, run: Run) -> None:
     """Fine-tune and leave a checkpoint."""
-    model, tokenizer = load_policy(config.model, home=config.training.home())
+    model, tokenizer = load_policy(config.model, config.training.home(run.ranks))
     context = model.config.max_position_embeddings
     length = row_length(config.sequence_length, context)
 
@@ -141,6 +142,7 @@ def run(config: Config, run: Run) -> None:
     source = Rows(
         packed.rows,
         lambda rows: collate(rows, length),
+        run.ranks,
         batch_size=config.batch_size,
         micro_batch_size=config.micro_batch_size,
         epochs=config.epochs,
@@ -162,14 +164,16 @@ def run(config: Config, run: Run) -> None:
     ):
         run.warn(line)
 
-    validate = hooks.Validate(Validation(pack(measured, length), config)) if measured else None
+    validate = (
+        hooks.Validate(Validation(pack(measured, length), config, run.ranks)) if measured else None
+    )
     learner = train(
         run,
         model,
         source,
         next_token,
         settings,
-        save_model=saver(model, tokenizer),
+        save_model=saver(model, tokenizer, run.ranks),
         title="sft",
         validate=validate,
         flops_per_token=flops_per_token(model.config, length),
@@ -387,8 +391,8 @@ def of_sets(config: Config, run: Run, heldout: int) -> Iterator[str]:
 class Validation:
     """Loss on the answers of held-out dialogs."""
 
-    def __init__(self, heldout: Packed, config: Config) -> None:
-        self.rows, self.config = heldout.rows, config
+    def __init__(self, heldout: Packed, config: Config, ranks: Ranks) -> None:
+        self.rows, self.config, self.ranks = heldout.rows, config, ranks
 
     def __call__(self, model: nn.Module) -> dict[str, float]:
         nats, tokens = heldout_loss(
@@ -396,5 +400,6 @@ class Validation:
             self.rows,
             lambda rows: collate(rows, self.config.sequence_length),
             self.config.micro_batch_size,
+            self.ranks,
         )
         return {"validation/loss": nats / tokens}

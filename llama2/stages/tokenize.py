@@ -7,7 +7,6 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from llama2 import mesh
 from llama2.config import StageConfig
 from llama2.data.documents import read_documents
 from llama2.data.shards import INDEX, Shards, write_shards
@@ -33,7 +32,7 @@ def plan(config: Config, cluster: Cluster, lineage: Lineage) -> dict[str, Any]:
 
 def run(config: Config, run: Run) -> None:
     """Write train/<source>/ and validation/<source>/."""
-    if not mesh.is_main():
+    if not run.ranks.is_main:
         return
 
     tokenizer = Tokenizer.load(config.tokenizer)

@@ -10,7 +10,7 @@ from typing import Annotated, Any
 
 from pydantic import Field
 
-from llama2 import mesh, records
+from llama2 import records
 from llama2.config import StageConfig
 from llama2.data.documents import read_documents
 from llama2.records import Dialog, Document
@@ -43,7 +43,7 @@ def plan(config: Config, cluster: Cluster, lineage: Lineage) -> dict[str, Any]:
 
 def run(config: Config, run: Run) -> None:
     """Write tokenizer.model and its Hugging Face companions into the run directory."""
-    if mesh.is_main():
+    if run.ranks.is_main:
         texts = chain(
             _counted(
                 read_documents(config.documents, tally=run.tally("documents")),

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 from pydantic import Field
 
-from llama2 import mesh
 from llama2.config import StageConfig
 from llama2.microworld.build import write
 from llama2.runs import Run
@@ -20,5 +19,5 @@ class Config(StageConfig):
 
 def run(config: Config, run: Run) -> None:
     """Write the world's files below the run directory."""
-    if mesh.is_main():
+    if run.ranks.is_main:
         run.write_json("summary.json", write(run.path, config.seed, config.scale))

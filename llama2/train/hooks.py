@@ -21,8 +21,9 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from torch import nn
 
-from llama2 import interrupts, mesh
+from llama2 import devices, interrupts
 from llama2.errors import missing_extra
+from llama2.ranks import Ranks
 from llama2.train import state
 from llama2.train.loop import Hook, Report, Training, means
 
@@ -50,7 +51,7 @@ class Window:
     def means(self) -> dict[str, float]:
         return means(self.sums, self.weight)
 
-    def speed(self, flops_per_token: float, peak: float) -> dict[str, float]:
+    def speed(self, flops_per_token: float, peak: float, ranks: int) -> dict[str, float]:
         """Real tokens a second over all ranks and, where a peak is known, the share of it that they
         take (MFU).
 
@@ -61,18 +62,17 @@ class Window:
             return {}
 
         rate = self.tokens / self.seconds
-        share = (
-            {"perf/mfu": min(rate * flops_per_token / (peak * mesh.world()), 1.0)} if peak else {}
-        )
+        share = {"perf/mfu": min(rate * flops_per_token / (peak * ranks), 1.0)} if peak else {}
         return {"perf/tokens_per_second": rate, **share}
 
 
 def known_peak(flops_per_token: float, training: Training) -> float:
     """The device's peak in FLOP/s, 0 where MFU cannot be told from it."""
-    if not flops_per_token or not mesh.is_exclusive():
+    device = training.learner.ranks.device
+    if not flops_per_token or not devices.is_exclusive(device):
         return 0.0
 
-    return mesh.peak_flops(training.learner.precision)
+    return devices.measure_peak(device, training.learner.precision)
 
 
 class Log(Hook):
@@ -109,7 +109,7 @@ class Log(Hook):
             **averages,
             "train/lr": report.learning_rate,
             "train/grad_norm": report.gradient_norm,
-            **self.window.speed(self.flops_per_token, self.peak),
+            **self.window.speed(self.flops_per_token, self.peak, training.learner.ranks.size),
         }
         for derive in self.derive:
             metrics.update(derive(averages))
@@ -130,9 +130,9 @@ class Log(Hook):
 class TensorBoard(Hook):
     """Write all published metrics as TensorBoard events (extra `tensorboard`)."""
 
-    def __init__(self, directory: Path) -> None:
+    def __init__(self, directory: Path, ranks: Ranks) -> None:
         self.writer: Any = None
-        if mesh.is_main():
+        if ranks.is_main:
             try:
                 from torch.utils.tensorboard import SummaryWriter
             except ImportError:
@@ -162,7 +162,7 @@ class ProgressBar(Hook):
     def on_start(self, training: Training) -> None:
         self.begin = self.printed = time.monotonic()
         self.peak = known_peak(self.flops_per_token, training)
-        if mesh.is_main() and sys.stderr.isatty():
+        if training.learner.ranks.is_main and sys.stderr.isatty():
             self.bar = Progress(
                 TextColumn("{task.description}"),
                 BarColumn(),
@@ -182,7 +182,7 @@ class ProgressBar(Hook):
         now = time.monotonic()
         wait = 0.25 if self.bar else SECONDS_BETWEEN_LINES
 
-        if mesh.is_main() and (
+        if training.learner.ranks.is_main and (
             now - self.printed >= wait or report.step == training.plan.max_steps
         ):
             self._show(training, report, now)
@@ -190,7 +190,7 @@ class ProgressBar(Hook):
 
     def _show(self, training: Training, report: Report, now: float) -> None:
         total = training.plan.max_steps
-        speed = self.window.speed(self.flops_per_token, self.peak)
+        speed = self.window.speed(self.flops_per_token, self.peak, training.learner.ranks.size)
         parts = [f"loss {self.window.means().get('train/loss', 0.0):.4f}"]
 
         if total is not None:  # by the wall clock, validations and checkpoints included
@@ -254,17 +254,18 @@ class Validate(Hook):
             self._validate(training)
 
     def _validate(self, training: Training) -> None:
-        model, before = training.learner.model, state.random_state()
+        model, ranks = training.learner.model, training.learner.ranks
+        before = state.random_state(ranks.device)
         was_training = model.training
         model.eval()
 
         try:
-            with torch.no_grad(), mesh.autocast(training.learner.precision):
+            with torch.no_grad(), devices.autocast(ranks.device, training.learner.precision):
                 # one rank's word: all must decide alike
-                metrics = mesh.broadcast(dict(self.evaluate(model)))
+                metrics = ranks.broadcast(dict(self.evaluate(model)))
         finally:
             model.train(was_training)
-            state.set_random_state(before)
+            state.set_random_state(before, ranks.device)
 
         self.last_step = training.learner.step
         if self.monitor:
@@ -312,10 +313,11 @@ class Checkpoint(Hook):
         self.run, self.save_model, self.on_resume = run, save_model, on_resume
 
     def on_start(self, training: Training) -> None:
-        newest = state.newest_whole(self.run)
+        ranks = training.learner.ranks
+        newest = state.newest_whole(self.run, ranks)
         if newest is not None:
             state.restore(training, newest)
-            if mesh.is_main() and state.lost_metrics(self.run, newest):
+            if ranks.is_main and state.lost_metrics(self.run, newest):
                 print(
                     f"{self.run}/metrics.jsonl: damaged: lines logged before step {training.learner.step} are lost, "
                     "and the report's curves lack them",

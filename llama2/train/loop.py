@@ -22,10 +22,11 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from llama2 import mesh, private_folders
+from llama2 import devices, private_folders
 from llama2.config import Config
+from llama2.devices import Precision
 from llama2.errors import UserError
-from llama2.mesh import Precision
+from llama2.ranks import Ranks
 from llama2.runs import Stopped
 from llama2.train import optim, parallel
 
@@ -110,8 +111,8 @@ class Plan(Config):
 
 
 class Learner:
-    """A model and its optimizer, ready to be fitted. Apply `parallel.replicate` or `parallel.shard`
-    to the model first.
+    """A model and its optimizer, ready to be fitted on `ranks`. Apply `parallel.replicate` or
+    `parallel.shard` to the model first.
 
     `rates` gives parts of the model (name prefixes) peak learning rates of their own. `apart` names
     parts whose gradients are clipped each by its own norm; what no prefix matches is one more part,
@@ -125,6 +126,7 @@ class Learner:
     def __init__(
         self,
         model: nn.Module,
+        ranks: Ranks,
         optimizer: optim.AdamW | None = None,
         *,
         rates: Mapping[str, float] | None = None,
@@ -132,11 +134,11 @@ class Learner:
         precision: Precision = "fp32",
         compile: bool = False,
     ) -> None:
-        self.model, self.precision = model, precision
+        self.model, self.ranks, self.precision = model, ranks, precision
         self.step = self.tokens = self.trained = 0
         self.optimizer = optim.adamw(model, optimizer or optim.AdamW(), rates)
         self.parts = optim.parts(model, apart)
-        self.forward: nn.Module = _compiled(model) if compile else model
+        self.forward: nn.Module = _compiled(model, ranks) if compile else model
 
     def state_dict(self) -> dict[str, Any]:
         """Model, optimizer and counts; every rank calls it, the tensors of a sharded model arrive
@@ -160,9 +162,9 @@ class Learner:
         )
 
 
-def _compiled(model: nn.Module) -> nn.Module:
+def _compiled(model: nn.Module, ranks: Ranks) -> nn.Module:
     if not any(shutil.which(name) for name in (os.environ.get("CXX", "g++"), "g++", "clang++")):
-        if mesh.is_main():
+        if ranks.is_main:
             print(
                 "no C++ compiler found: training without torch.compile (install g++ for more speed)",
                 file=sys.stderr,
@@ -323,16 +325,17 @@ def _boundary(training: Training) -> None:
 def _agreed(learner: Learner, batches: list[Batch] | None) -> list[Batch] | None:
     """None on every rank as soon as one rank's source has ended: the others would wait for it for
     ever."""
-    if mesh.world() == 1:
+    ranks = learner.ranks
+    if ranks.size == 1:
         return batches
 
     count = -1 if batches is None else len(batches)
-    ended, total, squares = mesh.all_sum(
-        torch.tensor([count < 0, count, count * count], dtype=torch.int64, device=mesh.device())
+    ended, total, squares = ranks.all_sum(
+        torch.tensor([count < 0, count, count * count], dtype=torch.int64, device=ranks.device)
     ).tolist()
     if ended:
         return None
-    if parallel.is_sharded(learner.model) and total * total != squares * mesh.world():
+    if parallel.is_sharded(learner.model) and total * total != squares * ranks.data.size:
         raise ValueError("a sharded model needs the same number of micro-batches on every rank")
 
     return batches
@@ -389,7 +392,7 @@ def _differentiate(
 
     A request to stop rides on the same collective, so that all ranks act on it at the same step.
     """
-    learner, where = training.learner, mesh.device()
+    learner, ranks = training.learner, training.learner.ranks
     learner.optimizer.zero_grad(set_to_none=True)
     rows: list[Tensor] = []
     tokens = trained = 0
@@ -397,9 +400,9 @@ def _differentiate(
     for batch in batches:
         read, under_loss = count_tokens(batch)
         tokens, trained = tokens + read, trained + under_loss
-        batch = {name: tensor.to(where, non_blocking=True) for name, tensor in batch.items()}
+        batch = {name: tensor.to(ranks.device, non_blocking=True) for name, tensor in batch.items()}
 
-        with mesh.autocast(learner.precision):
+        with devices.autocast(ranks.device, learner.precision):
             loss = objective(learner.forward, batch)
 
         loss.total.backward()  # type: ignore[no-untyped-call]
@@ -414,25 +417,25 @@ def _differentiate(
         rows.append(
             torch.stack(
                 [
-                    value.detach().double().reshape(()).to(where)
+                    value.detach().double().reshape(()).to(ranks.device)
                     for value in (loss.total, loss.weight, *(loss.metrics[name] for name in names))
                 ]
             )
         )
 
-    parallel.sum_gradients(learner.model)
+    parallel.sum_gradients(learner.model, ranks)
     if not training.agreed:  # a rank without micro-batches learns the metrics from the others
-        training.names, training.agreed = max(mesh.gather([training.names]), key=len), True
+        training.names, training.agreed = max(ranks.gather([training.names]), key=len), True
 
     own = (
         torch.stack(rows).sum(0)
         if rows
-        else torch.zeros(2 + len(training.names), dtype=torch.float64, device=where)
+        else torch.zeros(2 + len(training.names), dtype=torch.float64, device=ranks.device)
     )
     extra = torch.tensor(
-        [training.stop_requested, tokens, trained], dtype=torch.float64, device=where
+        [training.stop_requested, tokens, trained], dtype=torch.float64, device=ranks.device
     )
-    stop, all_tokens, all_trained, total, weight, *values = mesh.all_sum(
+    stop, all_tokens, all_trained, total, weight, *values = ranks.all_sum(
         torch.cat([extra, own])
     ).tolist()
     training.stop = stop > 0

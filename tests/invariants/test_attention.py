@@ -14,8 +14,8 @@ from test_model import assert_close, build, gradients, tokens
 from torch import Tensor
 from torch.nn.attention import varlen as theirs
 
+from llama2.devices import Precision
 from llama2.kernels import fused
-from llama2.mesh import Precision
 from llama2.model import attention, llama
 from llama2.model.attention import explicit_attention
 from llama2.model.sizes import SIZES

@@ -12,6 +12,7 @@ import pytest
 from test_ranks import together
 
 from llama2.config import build
+from llama2.ranks import Ranks
 from llama2.recipe import launch
 from llama2.runs import parts
 
@@ -19,8 +20,8 @@ SAMPLE = {"max_tokens": 16, "slots": 4, "part": 3, "precision": "fp32"}
 SHORT = {"preprompts": ["Be a {a} and {b} assistant."], "templates": {}}
 
 
-def carry_out(out: Path) -> None:
-    """Every stage below `out`; the environment says on what."""
+def carry_out(out: Path, ranks: Ranks | None = None) -> None:
+    """Every stage below `out`; the environment says on what. Each joins the other ranks itself."""
     given = json.loads(os.environ["SAMPLING"])
     rewards, prompts = given["rewards"], given["prompts"]
     values: dict[str, dict[str, Any]] = {

@@ -8,6 +8,7 @@ from llama2.generate import score
 from llama2.generate.score import compute_logprobs, score_rows
 from llama2.model.llama import Llama, LlamaConfig
 from llama2.model.scorer import Scorer
+from llama2.ranks import Axis, Ranks
 
 CONFIG = LlamaConfig(
     vocab_size=96,
@@ -93,10 +94,9 @@ def test_each_rank_does_its_batches_in_as_many_passes(
 
         return results
 
-    monkeypatch.setattr(score, "world", lambda: 3)
-    monkeypatch.setattr(score, "share", lambda items: items[rank::3])
-    monkeypatch.setattr(score, "unshare", unshare)
-    assert score_rows(scorer, rows, "fp32", 80) == whole
+    ranks = Ranks(torch.device("cpu"), rank, 3, replicate=Axis(3, rank))
+    monkeypatch.setattr(Ranks, "unshare", lambda _, mine: unshare(mine))
+    assert score_rows(scorer, rows, "fp32", 80, ranks=ranks) == whole
     assert len(passes) == -(-len(score._make_batches(LENGTHS, 80)) // 3)
     handle.remove()
 

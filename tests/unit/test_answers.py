@@ -286,7 +286,7 @@ def test_equal_answers_have_equal_scores_whatever_stands_beside_them(
     assert calls == [24, 8, 24]
     rows = [judged_row(tokenizer, prompt, one, same=True) for prompt, one in zip(asked, theirs)]
     assert marks[1] == pytest.approx(
-        judge(answers.load_judge(scorers[0], "fp32"), rows, "fp32"), abs=1e-4
+        judge(answers.load_judge(scorers[0], "fp32", run.ranks.device), rows, "fp32"), abs=1e-4
     )
 
 

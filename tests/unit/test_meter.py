@@ -2,6 +2,7 @@
 
 from types import SimpleNamespace
 
+from llama2.ranks import Ranks
 from llama2.stages.common import meter as module
 from llama2.stages.common.meter import Meter
 
@@ -9,7 +10,7 @@ from llama2.stages.common.meter import Meter
 def test_progress_says_how_many_answers_and_how_long(monkeypatch, capsys):
     clock = SimpleNamespace(now=100.0)
     monkeypatch.setattr(module.time, "monotonic", lambda: clock.now)
-    meter = Meter("runs/rejection", 28_000)
+    meter = Meter("runs/rejection", Ranks.alone(), 28_000)
     meter.begin(8_000)  # found on the disk
 
     for seconds, done in ((5, 100), (20, 1_000), (25, 1_500)):

@@ -354,7 +354,7 @@ def test_judging_needs_the_largest_model_not_their_sum():
 
 def test_reward_models_are_planned_as_they_are_loaded(tmp_path, scorers):
     for precision in ("bf16", "fp32"):
-        judge = load_judge(scorers[0], precision)
+        judge = load_judge(scorers[0], precision, torch.device("cpu"))
         alive = sum(
             parameter.numel() * parameter.element_size() for parameter in judge.parameters()
         )

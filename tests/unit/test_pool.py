@@ -12,6 +12,7 @@ from commands import llama2
 from llama2 import records
 from llama2.errors import UserError
 from llama2.generate.rewards import RewardModels
+from llama2.ranks import Ranks
 from llama2.records import Dialog, Message, Prompt, Stored
 from llama2.runs import Run
 from llama2.stages.common.pool import Pool, rescore
@@ -199,7 +200,9 @@ def test_two_rounds_through_the_command_line(tmp_path, policy, scorers, prompts,
     assert len(pool) == len(asked[0] | asked[1])
     said = {one.messages for some in rounds for one in some}
     assert {one.messages for one in pool} <= said
-    rewards = load_rewards(RewardModels(helpful=scorers[0], safe=scorers[1]), tokenizer)
+    rewards = load_rewards(
+        RewardModels(helpful=scorers[0], safe=scorers[1]), tokenizer, Ranks.alone()
+    )
 
     for one in pool:
         mine = [

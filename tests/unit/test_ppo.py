@@ -9,11 +9,14 @@ from commands import llama2
 
 from llama2.errors import UserError
 from llama2.generate.rewards import RewardModels
+from llama2.ranks import Ranks
 from llama2.stages import ppo
 from llama2.stages.common.sampling import load_rewards
 from llama2.stages.common.training import load_policy, saver
 from llama2.tokenizer.tokenizer import Tokenizer
 from llama2.train.loop import Hook, Plan, Report, Training
+
+ALONE = Ranks.alone()
 
 
 def test_the_share_of_a_gradient_that_clipping_takes_away():
@@ -70,15 +73,16 @@ def test_each_iteration_says_how_each_tower_was_clipped():
 
 def test_the_judge_is_on_the_device_only_while_it_judges(scorers, policy, monkeypatch):
     tokenizer, moves = Tokenizer.load(policy), []
-    judge = load_rewards(RewardModels(helpful=scorers[1]), tokenizer, "fp32")
-    rewards = load_rewards(RewardModels(helpful=scorers[0], safe=scorers[1]), tokenizer, "fp32")
+    judge = load_rewards(RewardModels(helpful=scorers[1]), tokenizer, ALONE, "fp32")
+    rewards = load_rewards(
+        RewardModels(helpful=scorers[0], safe=scorers[1]), tokenizer, ALONE, "fp32"
+    )
     names = {id(judge.helpful): "judge", id(rewards.helpful): "helpful", id(rewards.safe): "safe"}
     monkeypatch.setattr(
         torch.nn.Module, "to", lambda self, where: moves.append((names[id(self)], str(where)))
     )
-    monkeypatch.setattr(ppo.mesh, "device", lambda: "cuda")
 
-    with ppo.at_hand(judge, rewards):
+    with ppo.at_hand(judge, rewards, torch.device("cuda")):
         assert moves == [("helpful", "cpu"), ("safe", "cpu"), ("judge", "cuda")]
 
     assert moves[3:] == [("judge", "cpu"), ("helpful", "cuda"), ("safe", "cuda")]
@@ -86,7 +90,7 @@ def test_the_judge_is_on_the_device_only_while_it_judges(scorers, policy, monkey
     monkeypatch.undo()
     before = rewards([[1, 9, 2]], [False])
 
-    with ppo.at_hand(judge, rewards):
+    with ppo.at_hand(judge, rewards, ALONE.device):
         assert judge([[1, 9, 2]], [False])[0].helpful == before[0].safe
 
     assert rewards([[1, 9, 2]], [False]) == before
@@ -170,9 +174,9 @@ def test_held_out_prompts_count_by_kind(scorers, policy):
 def test_a_best_policy_that_was_damaged_meanwhile_is_not_taken(policy, tmp_path, name):
     best, out = tmp_path / "checkpoints/best", tmp_path / "out"
     out.mkdir()
-    actor, tokenizer = load_policy(policy)
-    saver(actor, tokenizer)(best)
-    ppo.adopt(best, out, actor, tokenizer)
+    actor, tokenizer = load_policy(policy, ALONE.device)
+    saver(actor, tokenizer, ALONE)(best)
+    ppo.adopt(best, out, actor, tokenizer, ALONE)
     assert {path.name: path.read_bytes() for path in out.iterdir()} == {
         path.name: path.read_bytes() for path in best.iterdir()
     }
@@ -184,4 +188,4 @@ def test_a_best_policy_that_was_damaged_meanwhile_is_not_taken(policy, tmp_path,
         UserError,
         match=rf"best/{name}: its checksum differs.*delete {best.parent}: the same command",
     ):
-        ppo.adopt(best, out, actor, tokenizer)
+        ppo.adopt(best, out, actor, tokenizer, ALONE)

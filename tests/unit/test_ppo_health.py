@@ -2,6 +2,7 @@
 
 import pytest
 
+from llama2.ranks import Ranks
 from llama2.stages.common.ppo_health import TOLERANCE, Doctor, alarms, rules
 from llama2.train.loop import Plan, Training
 
@@ -101,7 +102,7 @@ def test_each_precision_has_a_tolerance_of_its_own():
 
 def test_the_doctor_says_each_alarm_once_and_as_soon_as_it_is_one(capsys):
     def start(seen):
-        doctor = Doctor(lambda: seen, 10.0, "bf16")
+        doctor = Doctor(lambda: seen, 10.0, "bf16", Ranks.alone())
         doctor.on_start(Training(None, None, Plan(max_steps=6), []))
         return doctor
 
@@ -132,7 +133,7 @@ def test_the_doctor_says_each_alarm_once_and_as_soon_as_it_is_one(capsys):
 
 
 def test_the_last_value_of_a_finished_run_counts_alone(capsys):
-    doctor = Doctor(list, 10.0, "bf16")
+    doctor = Doctor(list, 10.0, "bf16", Ranks.alone())
     doctor.on_start(Training(None, None, Plan(max_steps=2), []))
     doctor.on_log(1, {"ppo/clip_fraction": 0.1})
     doctor.on_log(2, {"ppo/clip_fraction": 0.5})

@@ -17,6 +17,7 @@ from llama2.data.pack import Segment
 from llama2.data.shards import Shards, write_shards
 from llama2.formats import checkpoint
 from llama2.model.llama import Llama, LlamaConfig
+from llama2.ranks import Ranks
 from llama2.records import Document
 from llama2.stages import pretrain
 from llama2.tokenizer import CHAT_TEMPLATE
@@ -78,7 +79,7 @@ def validation(tokens, **changes):
         "micro_batch_size": 8,
         "validation_rows": 10_000,
     } | changes
-    return pretrain.Validation(pretrain.Config(**settings), words)
+    return pretrain.Validation(pretrain.Config(**settings), words, Ranks.alone())
 
 
 def exact(targets, size, count):

@@ -11,6 +11,7 @@ from llama2 import records
 from llama2.config import build
 from llama2.errors import UserError
 from llama2.formats import checkpoint
+from llama2.ranks import Ranks
 from llama2.records import DEGREES, Preference, Response, messages_of
 from llama2.runs import Run
 from llama2.stages import reward
@@ -224,8 +225,10 @@ def test_the_chosen_rows_come_first():
 
 def test_accuracy_by_degree_counts_ties_half(monkeypatch):
     pairs = [reward.Pair([1], [1], degree, (-1, -1)) for degree in (0, 0, 1, 3)]
-    monkeypatch.setattr(reward, "rewards", lambda *_: [2.0, 0.0, 1.0, 0.0, 1.0, 1.0, 1.0, -1.0])
-    found = reward.accuracy(None, pairs, "fp32")
+    monkeypatch.setattr(
+        reward, "rewards", lambda *_, ranks: [2.0, 0.0, 1.0, 0.0, 1.0, 1.0, 1.0, -1.0]
+    )
+    found = reward.accuracy(None, pairs, "fp32", Ranks.alone())
     assert found["all"]["accuracy"] == (1 + 0 + 0.5 + 1) / 4
     assert found["significantly"] == {
         "accuracy": 0.5,

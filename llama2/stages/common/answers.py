@@ -17,7 +17,8 @@ from typing import Any, TypeVar
 
 import torch
 
-from llama2 import json_files, mesh
+from llama2 import devices, json_files
+from llama2.devices import Precision
 from llama2.errors import UserError
 from llama2.evaluate.judges import judged_row
 from llama2.formats import checkpoint, hf_directory
@@ -25,7 +26,6 @@ from llama2.generate.dialogue import Answer, Chat
 from llama2.generate.generator import Completion
 from llama2.generate.sampling import Sampling
 from llama2.generate.score import score_rows
-from llama2.mesh import Precision
 from llama2.model.scorer import Scorer
 from llama2.records import Messages, Prompt
 from llama2.runs import Run
@@ -45,9 +45,9 @@ _Key = tuple[int, str, str]  # prompt, answer and finish
 
 
 @contextmanager
-def load_when_needed(load: Ready[T]) -> Iterator[Ready[T]]:
+def load_when_needed(load: Ready[T], device: torch.device) -> Iterator[Ready[T]]:
     """Give a function that returns the result of `load`, called once, when it is first needed; the
-    memory is free again after the block."""
+    memory of `device` is free again after the block."""
     held: list[T] = []
 
     def ready() -> T:
@@ -60,7 +60,7 @@ def load_when_needed(load: Ready[T]) -> Iterator[Ready[T]]:
         yield ready
     finally:
         held.clear()
-        mesh.free_memory()
+        devices.free_memory(device)
 
 
 # --- prompts and versions ---
@@ -201,7 +201,8 @@ def score_answers(
     scores: dict[_Key, float] = {}
     result = {}
 
-    with load_when_needed(lambda: load_judge(path, precision)) as judge:
+    device = run.ranks.device
+    with load_when_needed(lambda: load_judge(path, precision, device), device) as judge:
         for version, given in answers.items():
             same = Tokenizer.load(versions[version]).same(tokenizer)
             keyed: dict[_Key, Answer] = {
@@ -217,7 +218,9 @@ def score_answers(
             ) -> list[float]:
                 rows = [judged_row(tokenizer, prompts[key[0]], keyed[key], same) for key in part]
                 rows = [row[-context:] for row in rows]
-                return score_rows(judge(), rows, precision, JUDGED_TOKENS, name=path)
+                return score_rows(
+                    judge(), rows, precision, JUDGED_TOKENS, ranks=run.ranks, name=path
+                )
 
             fresh = [key for key in keyed if key not in scores]
             scores.update(zip(fresh, in_parts(run, f"{name}-{version}", fresh, JUDGED, work)))
@@ -226,7 +229,7 @@ def score_answers(
     return result
 
 
-def load_judge(path: Path, precision: Precision) -> Scorer:
+def load_judge(path: Path, precision: Precision, device: torch.device) -> Scorer:
     """Return a reward model that is only read (`training.frozen`). Each weight is converted as it
     comes from the disk: all of them in fp32 would take twice the room that the model takes
     afterwards."""
@@ -235,5 +238,5 @@ def load_judge(path: Path, precision: Precision) -> Scorer:
         halved = precision == "bf16" and name.endswith("_proj.weight")
         return torch.bfloat16 if halved else torch.float32
 
-    scorer = checkpoint.load_scorer(path, dtype=choose_dtype, device=mesh.device())
+    scorer = checkpoint.load_scorer(path, dtype=choose_dtype, device=device)
     return frozen(scorer, precision)

@@ -21,9 +21,9 @@ from typing import Any
 from pydantic import Field
 
 from llama2.config import Config
+from llama2.devices import Precision
 from llama2.formats import checkpoint
 from llama2.generate.model_runner import PREFILL_TOKENS
-from llama2.mesh import Precision
 from llama2.model import quantize
 from llama2.model.likelihood import KEEP_BYTES, LARGE_CHUNK_BYTES
 from llama2.model.llama import LlamaConfig

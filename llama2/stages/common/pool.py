@@ -60,7 +60,7 @@ class Pool:
             choices = self._choose(run, chat, rewards, sample)
 
         sizes = [0] * len(self._rounds)
-        with open_records(run.path / "pool.jsonl") as put:
+        with open_records(run.path / "pool.jsonl", run.ranks) as put:
             for reward, index in choices:
                 number, dialog = self._find(index)
                 metadata = {**dialog.metadata, "reward": round(reward, 4)}
@@ -110,22 +110,25 @@ def rescore(
 ) -> list[tuple[str, str, float | None]]:
     """Return for each dialog a digest of the prompt, one of the answer, and its reward; None if it
     may not be kept."""
-    usable: dict[int, list[int]] = {}
-    for index, dialog in enumerate(dialogs):
-        row = _encode(dialog, tokenizer)
-        refused = finished_only and _is_cut(dialog)
-        if len(row) <= rewards.context and dialog.messages[-1].content and not refused:
-            usable[index] = row
-
+    rows = [_encode(dialog, tokenizer) for dialog in dialogs]
+    usable = [
+        index
+        for index, (dialog, row) in enumerate(zip(dialogs, rows))
+        if len(row) <= rewards.context
+        and dialog.messages[-1].content
+        and not (finished_only and _is_cut(dialog))
+    ]
     tags = [bool(dialogs[index].metadata.get("safety")) for index in usable]
-    scores = dict(zip(usable, rewards(list(usable.values()), tags)))
-    rows = []
-    for index, dialog in enumerate(dialogs):
-        prompt = _digest(records.to_json(Prompt(dialog.messages[:-1])))
-        reward = scores[index].reward if index in scores else None
-        rows.append((prompt, _digest(dialog.messages[-1].content), reward))
-
-    return rows
+    scores = rewards([rows[index] for index in usable], tags)
+    by_index = {index: score.reward for index, score in zip(usable, scores)}
+    return [
+        (
+            _digest(records.to_json(Prompt(dialog.messages[:-1]))),
+            _digest(dialog.messages[-1].content),
+            by_index.get(index),
+        )
+        for index, dialog in enumerate(dialogs)
+    ]
 
 
 def _encode(dialog: Dialog, tokenizer: Tokenizer) -> list[int]:

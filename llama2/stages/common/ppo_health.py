@@ -12,8 +12,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from llama2 import mesh
-from llama2.mesh import Precision
+from llama2.devices import Precision
+from llama2.ranks import Ranks
 from llama2.train.loop import Hook, Training
 
 Row = Mapping[str, float]
@@ -200,21 +200,25 @@ class Doctor(Hook):
     was logged so far."""
 
     def __init__(
-        self, read: Callable[[], Sequence[Row]], kl_stop: float, precision: Precision
+        self,
+        read: Callable[[], Sequence[Row]],
+        kl_stop: float,
+        precision: Precision,
+        ranks: Ranks,
     ) -> None:
-        self.read, self.kl_stop, self.precision = read, kl_stop, precision
+        self.read, self.kl_stop, self.precision, self.ranks = read, kl_stop, precision, ranks
         self.steps: int | None = None
         self.rows: list[Row] = []
         self.told: list[dict[str, Any]] = []
 
     def on_start(self, training: Training) -> None:
         self.steps = training.plan.max_steps
-        if mesh.is_main():  # a run that resumes has said before what these rows tell
+        if self.ranks.is_main:  # a run that resumes has said before what these rows tell
             self.rows = list(self.read())
             self.told = self._found(finished=False)
 
     def on_log(self, step: int, metrics: Row) -> None:
-        if mesh.is_main():
+        if self.ranks.is_main:
             self.rows.append({"step": step, **metrics})
             self.tell(finished=False)
 

@@ -29,11 +29,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from llama2 import mesh
+from llama2 import devices
 from llama2.generate.dialogue import Answer, Chat
 from llama2.generate.rewards import Rewards, Score, to_probability
 from llama2.model.llama import Llama
 from llama2.model.scorer import Scorer
+from llama2.ranks import Ranks
 from llama2.records import Prompt
 from llama2.stages.common.sampling import Sample, answer, score
 from llama2.train.loop import Batch
@@ -77,7 +78,7 @@ class Settings:
     lambda_: float
     unfinished: float | None
     sample: Sample
-    precision: mesh.Precision
+    precision: devices.Precision
     seed: int
 
 
@@ -213,16 +214,17 @@ class Rollouts:
             len(answer.completion.prompt) + len(answer.completion.tokens) for answer in answers
         ]
         order = sorted(range(len(answers)), key=lambda i: lengths[i])
-        mine = mesh.share(order)
+        ranks = self.chat.ranks
+        mine = ranks.share(order)
         size = self.settings.micro_batch_size
         batches = []
 
         for start in range(0, len(mine), size):
             part = mine[start : start + size]
             batch = collate([answers[i] for i in part], rewards[part])
-            moved = {name: tensor.to(mesh.device()) for name, tensor in batch.items()}
+            moved = {name: tensor.to(ranks.device) for name, tensor in batch.items()}
 
-            with mesh.autocast(self.settings.precision):
+            with devices.autocast(ranks.device, self.settings.precision):
                 logp_BT, _, values_BT = self.models(
                     moved["tokens_BT"], targets_BT=moved["targets_BT"]
                 )
@@ -255,7 +257,7 @@ class Rollouts:
             products = (value_BT * value_BT, value_BT * return_BT)
             rows.append((batch["weights_BT"], value_BT, return_BT, *products))
 
-        count, *sums = sum_columns(5, rows)
+        count, *sums = sum_columns(self.chat.ranks, 5, rows)
         value, coming, square, product = (total / count for total in sums)
         variance = square - value * value
         gain = (product - value * coming) / variance if variance > 1e-12 else 1.0
@@ -283,7 +285,7 @@ class Rollouts:
             batch["returns_BT"] = advantages_BT + batch["old_values_BT"]
             rows.append((batch["weights_BT"], advantages_BT, advantages_BT.double() ** 2))
 
-        count, total, squares = sum_columns(3, rows)
+        count, total, squares = sum_columns(self.chat.ranks, 3, rows)
         mean = total / count
         deviation = max(squares / count - mean * mean, 1e-12) ** 0.5
 
@@ -299,18 +301,18 @@ class Rollouts:
             gap_BT = (batch["old_logp_BT"] - batch["engine_BT"]).abs() * mask_BT
             rows.append((mask_BT, kl_BT, kl_BT.abs(), gap_BT, torch.ones(len(mask_BT))))
 
-        tokens, kl, distance, gap, answers = sum_columns(5, rows)
+        tokens, kl, distance, gap, answers = sum_columns(self.chat.ranks, 5, rows)
         first = {"ppo/first_kl": distance / tokens} if self.iteration == 0 else {}
         return {"ppo/kl_reference": kl / answers, "ppo/engine_gap": gap / tokens, **first}
 
 
-def sum_columns(columns: int, rows: Sequence[Sequence[Tensor]]) -> list[float]:
+def sum_columns(ranks: Ranks, columns: int, rows: Sequence[Sequence[Tensor]]) -> list[float]:
     """Return each column's sum over all rows, here and on the other ranks, in fp64."""
     sums = torch.zeros(columns, dtype=torch.float64)
     for row in rows:
         sums += torch.stack([value.double().sum() for value in row])
 
-    result: list[float] = mesh.all_sum(sums.to(mesh.device())).tolist()
+    result: list[float] = ranks.all_sum(sums.to(ranks.device)).tolist()
     return result
 
 

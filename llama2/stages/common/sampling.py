@@ -14,8 +14,9 @@ from typing import Any, ClassVar, TypeVar
 import torch
 from pydantic import Field, field_validator
 
-from llama2 import mesh, records
+from llama2 import records
 from llama2.config import Config as Section
+from llama2.devices import Precision
 from llama2.errors import UserError
 from llama2.formats.checkpoint import config_of
 from llama2.generate.dialogue import Answer, Chat
@@ -23,7 +24,7 @@ from llama2.generate.engine import Engine
 from llama2.generate.remote import RemoteEngine, Server, connect
 from llama2.generate.rewards import RewardModels, Rewards, Score
 from llama2.generate.sampling import Sampling
-from llama2.mesh import Precision
+from llama2.ranks import Ranks
 from llama2.records import Dialog, Message, Messages, Prompt
 from llama2.runs import CHECKPOINTS, Run
 from llama2.runs.parts import Work, in_parts
@@ -86,21 +87,20 @@ def load_chat(path: Path, sample: Sample, run: Run) -> Chat:
             tokenizer,
             config.max_position_embeddings,
             state=run.path / ANSWERS,
-            progress=Meter(sample.server.url),
+            rank=run.ranks.rank,
+            progress=Meter(sample.server.url, run.ranks),
         )
+        return Chat(remote, tokenizer, run.ranks)
 
-        return Chat(remote, tokenizer)
-
-    model, tokenizer = load_policy(
-        path, torch.bfloat16 if sample.precision == "bf16" else torch.float32
-    )
+    dtype = torch.bfloat16 if sample.precision == "bf16" else torch.float32
+    model, tokenizer = load_policy(path, run.ranks.device, dtype)
     check_template(path, tokenizer.template)
     engine = Engine(
         model.eval().requires_grad_(False), slots=sample.slots, precision=sample.precision
     )
     engine.test(path)
 
-    return Chat(engine, tokenizer)
+    return Chat(engine, tokenizer, run.ranks)
 
 
 def sample_in_parts(
@@ -120,8 +120,8 @@ def sample_in_parts(
     to M - m more. With the demo's lengths (17, and 53) parts of 64 take 2.5 % more steps than one
     part would, parts of 32 take 4.9 %.
     """
-    size = max(1, sample.part * sample.slots * mesh.world() // max(answers, 1))
-    meter = Meter(str(run.path), answers * len(items))
+    size = max(1, sample.part * sample.slots * run.ranks.data.size // max(answers, 1))
+    meter = Meter(str(run.path), run.ranks, answers * len(items))
 
     def work_on_part(part: Sequence[T], first: int) -> Sequence[Any]:
         meter.begin(first * answers)
@@ -141,7 +141,7 @@ def _start_journal(run: Run, part: str) -> Path:
     """Return the directory for a server's answers to one part, and remove those of the parts
     before it, which are finished."""
     directory = run.path / ANSWERS / part
-    if mesh.is_main() and directory.parent.is_dir():
+    if run.ranks.is_main and directory.parent.is_dir():
         for other in directory.parent.iterdir():
             if other != directory:
                 shutil.rmtree(other, ignore_errors=True)
@@ -150,7 +150,7 @@ def _start_journal(run: Run, part: str) -> Path:
 
 
 def load_rewards(
-    settings: RewardModels, tokenizer: Tokenizer, precision: Precision = "bf16"
+    settings: RewardModels, tokenizer: Tokenizer, ranks: Ranks, precision: Precision = "bf16"
 ) -> Rewards:
     """Return both reward models; their tokenizer must be the policy's. UserError for a language
     model, whose fresh head would judge by chance."""
@@ -158,11 +158,11 @@ def load_rewards(
         check_judge(path)
 
     helpful, safe = (
-        frozen(load_scorer(path, tokenizer)[0], precision) if path else None
+        frozen(load_scorer(path, ranks.device, tokenizer)[0], precision) if path else None
         for path in (settings.helpful, settings.safe)
     )
     assert helpful is not None
-    return Rewards(settings, helpful, safe, precision)
+    return Rewards(settings, helpful, safe, precision, ranks)
 
 
 def read_prompts(path: Path, limit: int | None, seed: int) -> list[Prompt]:
@@ -303,10 +303,10 @@ def keep_scorable(
 
 
 @contextmanager
-def open_records(path: Path) -> Iterator[Callable[[object], None]]:
+def open_records(path: Path, ranks: Ranks) -> Iterator[Callable[[object], None]]:
     """Give a function that writes one more record, on rank 0; the file is there when the block
     ends."""
-    if mesh.is_main():
+    if ranks.is_main:
         with records.writing(path) as put:
             yield put
     else:
