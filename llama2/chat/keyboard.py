@@ -144,6 +144,7 @@ def _open_readline(earlier: list[str]) -> LineReader:
             readline.add_history(text.replace("\n", " "))
 
     def read(prompt: str, draft: str = "") -> str:
+        """Return a line of stdin."""
         if readline and draft:
             readline.set_startup_hook(lambda: readline.insert_text(draft.replace("\n", " ")))
 
@@ -169,10 +170,12 @@ def _open_prompt_toolkit(earlier: list[str]) -> LineReader:
 
     @keys.add("escape", "enter")
     def newline(event: KeyPressEvent) -> None:
+        """Begin a new line within the message."""
         event.current_buffer.insert_text("\n")
 
     @keys.add("enter")
     def send(event: KeyPressEvent) -> None:
+        """Send the message, unless it is to go on."""
         buffer = event.current_buffer
         if buffer.document.text_before_cursor.endswith("\\"):
             buffer.delete_before_cursor()

@@ -80,11 +80,9 @@ def _add_operation(
     async def health() -> JSONResponse:
         """200 while every model answers; 503 when one has failed, or while the server shuts
         down."""
-        status = "draining" if traffic.draining else "ok"
         failed = [worker.name for worker in workers if not worker.alive]
-        if failed:
-            status = "failed"
-
+        status = "draining" if traffic.draining else "ok"
+        status = "failed" if failed else status
         return JSONResponse({"status": status, "failed": failed}, 200 if status == "ok" else 503)
 
     @app.get("/metrics", tags=["operation"])
@@ -103,10 +101,12 @@ def _add_pages(app: FastAPI) -> None:
 
     @app.get("/", include_in_schema=False)
     async def index() -> Response:
+        """Return the chat page."""
         return await file("index.html")
 
     @app.get("/web/{name}", include_in_schema=False)
     async def file(name: str) -> Response:
+        """Return a file of the chat page."""
         if name not in files:
             raise HTTPException(404)
 
@@ -119,10 +119,12 @@ def _add_errors(app: FastAPI) -> None:
 
     @app.exception_handler(ApiError)
     async def refuse(request: Request, error: ApiError) -> JSONResponse:
+        """Answer with an error of this server."""
         return JSONResponse(error.body(), error.status, error.headers)
 
     @app.exception_handler(HTTPException)
     async def explain(request: Request, error: HTTPException) -> JSONResponse:
+        """Answer a wrong path or method with the right ones."""
         path = request.url.path[:100]
         cure = _suggest(path) if error.status_code == 404 else ""
         message = f"{request.method} {path}: {error.detail}{cure}"
@@ -136,18 +138,20 @@ def _add_errors(app: FastAPI) -> None:
 
     @app.exception_handler(Disconnected)
     async def close(request: Request, error: Disconnected) -> Response:
+        """End the request of a client that has gone; nothing is sent."""
         return Response(status_code=CLIENT_CLOSED)
 
     @app.exception_handler(Exception)
     async def fail(request: Request, error: Exception) -> JSONResponse:
+        """Answer where this server has a defect."""
         return JSONResponse(errors.defect().body(), 500)
 
 
 def _suggest(path: str) -> str:
     """Return the path that was probably meant; "" where nobody looks for an interface."""
     known = [*ENDPOINTS, "/v1/models"]
-    for each in known:
-        if path.endswith(each) or f"/v1{path}" == each:
-            return f"; ask {each}: a client's base URL ends in /v1"
+    for endpoint in known:
+        if path.endswith(endpoint) or f"/v1{path}" == endpoint:
+            return f"; ask {endpoint}: a client's base URL ends in /v1"
 
     return f"; this server has {', '.join(known)}" if path.startswith(("/v1", "/api")) else ""

@@ -34,10 +34,11 @@ class StopScanner:
             return part
 
         text = self._held + part
-        found = [string for string in self._strings if string in text]
-        if found:
+        spans = [(text.find(string) + len(string), text.find(string)) for string in self._strings]
+        complete = [span for span in spans if span[1] >= 0]
+        if complete:
             # the string that ends first, and of those that end there the longest
-            start = min((text.find(string) + len(string), text.find(string)) for string in found)[1]
+            start = min(complete)[1]
             self.found, self._held = True, ""
             return text[:start]
 

@@ -160,10 +160,12 @@ class _Drain(asyncio.Protocol):
         self._alarm = protocol.loop.call_later(LINGER_SECONDS, transport.abort)
 
     def data_received(self, data: bytes) -> None:
+        """Count what is thrown away; give up on a client that sends too much."""
         self._left -= len(data)
         if self._left < 0:
             self._transport.abort()
 
     def connection_lost(self, exc: Exception | None) -> None:
+        """Pass the end of the connection on."""
         self._alarm.cancel()
         self._protocol.connection_lost(exc)

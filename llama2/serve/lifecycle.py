@@ -1,4 +1,4 @@
-"""The life of a server: uvicorn around the application, and what happens when it is told to stop."""
+"""The life of a server: uvicorn around the application, and a stop that drains it first."""
 
 from __future__ import annotations
 
@@ -135,7 +135,7 @@ def serve(
     keys: Sequence[str],
     greeting: str,
 ) -> None:
-    """Serve at a bound socket until told to stop; then end the workers."""
+    """Serve at a bound socket until a signal; then end the workers."""
     config = config.model_copy(update={"limits": _fit_to_system(config.limits)})
     server = build(models, judge, config, keys, greeting)
     _shorten_pauses()
@@ -162,13 +162,13 @@ def _shorten_pauses() -> None:
 def _fit_to_system(limits: Limits) -> Limits:
     """Return limits with no more connections than the system lets this process open. The system's
     limit is raised if it may be."""
-    wanted = limits.connections + _OTHER_FILES
+    needed = limits.connections + _OTHER_FILES
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if soft == resource.RLIM_INFINITY:
         return limits
 
-    if soft < wanted:
-        soft = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
+    if soft < needed:
+        soft = needed if hard == resource.RLIM_INFINITY else min(needed, hard)
         resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
 
     most = max(1, soft - _OTHER_FILES)

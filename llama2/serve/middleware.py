@@ -45,8 +45,8 @@ _VITAL = ("/health", "/metrics")  # answered however many connections there are
 
 @dataclass
 class Traffic:
-    """How many requests are being answered and connections open, and whether new requests are still
-    taken."""
+    """Counts of requests that are being answered and of open connections; while `draining`, new
+    requests are refused."""
 
     active: int = 0
     connections: int = 0
@@ -122,6 +122,7 @@ class Guard:
             return JSONResponse(error.body(), error.status, error.headers)
 
         async def app(scope: Scope, receive: Receive, send: Send) -> None:
+            """Call the application with the body that has been read."""
             await self._app(scope, _replay(body, receive), send)
 
         return app
@@ -222,6 +223,7 @@ def _replay(body: bytes, receive: Receive) -> Receive:
     messages = [{"type": "http.request", "body": body, "more_body": False}]
 
     async def replay() -> Message:
+        """Return the next message."""
         return messages.pop() if messages else await receive()
 
     return replay

@@ -237,10 +237,10 @@ def _prompt_logprobs(
         for begin in range(0, len(ids) - 1, _POSITIONS):
             logp_PV = model.logits(hidden_TD[begin : begin + _POSITIONS]).float().log_softmax(-1)
             targets_P = tokens_T[begin + 1 :][: len(logp_PV)]
-            own_P = logp_PV.gather(1, targets_P[:, None])[:, 0].tolist()
+            logp_P = logp_PV.gather(1, targets_P[:, None])[:, 0].tolist()
             top = logp_PV.topk(min(count, logp_PV.shape[1]), -1)
 
             top_PK = zip(top.indices.tolist(), top.values.tolist())
-            logprobs += [(own, tuple(zip(*top_K))) for own, top_K in zip(own_P, top_PK)]
+            logprobs += [(logp, tuple(zip(*top_K))) for logp, top_K in zip(logp_P, top_PK)]
 
     return logprobs

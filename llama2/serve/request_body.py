@@ -57,11 +57,13 @@ class BodyRoute(APIRoute):
     OpenAPI is FastAPI's."""
 
     def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
+        """Return the function that answers a request."""
         kind: type[Strict] | None = get_type_hints(self.endpoint).get("body")
         if kind is None:
             return super().get_route_handler()
 
         async def handle(request: Request) -> Response:
+            """Read and check the body, then call the endpoint."""
             content = await request.body()
             if not _JSON.match(request.headers.get("content-type", "")):
                 raise invalid(

@@ -187,12 +187,19 @@ class CompletionWriter(ResponseWriter):
         if not self._with_logprobs:
             return None
 
-        return {
-            "tokens": [self._unique_name(token.token) for token in text.tokens],
-            "token_logprobs": [token.logprob for token in text.tokens],
-            "top_logprobs": [self._top_logprobs(token) for token in text.tokens],
-            "text_offset": [token.offset for token in text.tokens],
+        logprobs: dict[str, Any] = {
+            "tokens": [],
+            "token_logprobs": [],
+            "top_logprobs": [],
+            "text_offset": [],
         }
+        for token in text.tokens:
+            logprobs["tokens"].append(self._unique_name(token.token))
+            logprobs["token_logprobs"].append(token.logprob)
+            logprobs["top_logprobs"].append(self._top_logprobs(token))
+            logprobs["text_offset"].append(token.offset)
+
+        return logprobs
 
     def _top_logprobs(self, token: TextToken) -> dict[str, float] | None:
         """Return the likeliest tokens by name; of several with one name the likeliest, which comes

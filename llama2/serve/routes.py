@@ -98,6 +98,7 @@ class Service:
         check_prompts(model, ids, "prompt")
 
         def conversation(index: int) -> Messages:
+            """Return a prompt as the gate reads it."""
             return (Message("user", model.tokenizer.decode(ids[index])),)
 
         writer = CompletionWriter(model, body)
@@ -171,6 +172,7 @@ class Service:
         stream: bool,
     ) -> Response:
         def close() -> None:
+            """End the stream."""
             generation.close()
             _log(request, generation.model, generation.usage())
 
@@ -314,8 +316,8 @@ def _decode(
 ) -> TextDelta:
     """Return a prompt as text; `logprobs` are those of each token but the first, or none."""
     detokenizer, text = Detokenizer(tokenizer), TextDelta()
-    for place, token in enumerate(ids):
-        logprob, alternatives = logprobs[place - 1] if logprobs and place else (None, ())
+    for index, token in enumerate(ids):
+        logprob, alternatives = logprobs[index - 1] if logprobs and index else (None, ())
         text.add(detokenizer.push(token, logprob, alternatives))
 
     text.add(detokenizer.close())
@@ -324,13 +326,13 @@ def _decode(
 
 def _split(text: TextDelta) -> list[TextDelta]:
     """Return a text in parts that are written as JSON in little time."""
-    places = range(MOST_TOKENS, len(text.tokens), MOST_TOKENS)
-    cuts = [text.tokens[place].offset for place in places]
+    starts = range(MOST_TOKENS, len(text.tokens), MOST_TOKENS)
+    cuts = [text.tokens[start].offset for start in starts]
     spans = pairwise([0, *cuts, len(text.text)])
 
     return [
-        TextDelta(text.text[begin:end], text.tokens[place : place + MOST_TOKENS])
-        for place, (begin, end) in zip((0, *places), spans, strict=True)
+        TextDelta(text.text[begin:end], text.tokens[start : start + MOST_TOKENS])
+        for start, (begin, end) in zip((0, *starts), spans, strict=True)
     ]
 
 

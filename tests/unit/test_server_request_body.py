@@ -13,6 +13,7 @@ from llama2.serve.schema import ChatRequest, CompletionRequest, ScoreRequest
 
 USER, ANSWER = {"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}
 WRONG = {"role": "x", "content": 1}
+TEXT = {"type": "text", "text": "a"}
 QUIET = "[{:," * 300_000 + "\\" * 7 + '"' + "\\n" * 70_000
 
 
@@ -152,3 +153,33 @@ def test_marks_at_the_beginning_and_halves_of_characters() -> None:
     assert "byte 2" in refused(b'"\xff"').message
     assert "not valid JSON" in refused(b"[" * 3000).message
     assert "not valid JSON" in refused(b'{"seed": ' + b"9" * 100_000 + b"}").message
+
+
+@pytest.mark.parametrize(
+    ("fields", "param"),
+    [
+        ({"messages": [USER], "user": 5}, "user"),
+        ({"messages": [USER], "metadata": "x"}, "metadata"),
+        ({"messages": [USER], "min_tokens": 3}, "min_tokens"),
+        ({"messages": [{**USER, "name": 5}]}, "messages.0.name"),
+        ({"messages": [{**USER, "tool_calls": [1]}]}, "messages.0.tool_calls"),
+        (
+            {"messages": [{"role": "user", "content": [{**TEXT, "annotations": [1]}]}]},
+            "messages.0.content.0.annotations",
+        ),
+    ],
+)
+def test_a_field_without_effect_is_named_with_its_object(
+    fields: dict[str, Any], param: str
+) -> None:
+    error = refused(encoded(**fields))
+    assert error.param == param
+    assert error.message.startswith(f"{param}: ")
+
+
+def test_the_schema_lists_fields_without_effect() -> None:
+    properties = ChatRequest.model_json_schema()["properties"]
+    assert properties["user"]["type"] == ["string", "null"]
+    assert properties["min_tokens"] == {"enum": [None, 0]}
+    assert "suffix" not in properties
+    assert "suffix" in CompletionRequest.model_json_schema()["properties"]
