@@ -18,7 +18,7 @@ from llama2.records import Dialog, Message, Messages
 from llama2.terminal_text import printable
 
 COMMANDS = {
-    "/system": "/system TEXT   set the system prompt from the next answer on; without TEXT remove it",
+    "/system": "/system TEXT   set the system prompt for the next answers; without TEXT remove it",
     "/retry": "/retry         answer the last message again",
     "/edit": "/edit TEXT     say TEXT instead of the last message; without TEXT, edit it",
     "/reset": "/reset         forget the conversation, keep the system prompt",

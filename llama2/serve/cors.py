@@ -56,8 +56,8 @@ def host_name(host: str) -> str:
 
 @dataclass(frozen=True)
 class Cors:
-    """The sites whose pages may ask; `origins` are as browsers write them, or "*" for all. UserError
-    for another form."""
+    """The sites whose pages may ask; `origins` are as browsers write them, or "*" for all.
+    UserError for another form."""
 
     origins: Sequence[str] = ()
 

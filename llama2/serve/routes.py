@@ -116,8 +116,8 @@ class Service:
 
         if len(ids) > model.context:
             raise errors.invalid(
-                f"messages: the conversation has {len(ids)} tokens, {len(ids) - model.context} more "
-                f"than the context of {model.context}; shorten it",
+                f"messages: the conversation has {len(ids)} tokens, {len(ids) - model.context} "
+                f"more than the context of {model.context}; shorten it",
                 "messages",
                 "context_length_exceeded",
             )

@@ -146,7 +146,8 @@ class SamplingRequest(Strict):
             raise ValueError("stream_options: only a stream has them; set stream to true")
         if self.best_of not in (None, self.n or 1):
             raise ValueError(
-                "best_of: this server does not choose between samples; leave it out, or let it equal n"
+                "best_of: this server does not choose between samples; leave it out, or let it "
+                "equal n"
             )
 
         return self

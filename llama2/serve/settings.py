@@ -1,4 +1,4 @@
-"""The configuration of a server, in a file of its own so that `--help` needs no optional library."""
+"""The configuration of a server, in a file of its own: `--help` needs no optional library."""
 
 from __future__ import annotations
 
