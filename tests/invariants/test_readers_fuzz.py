@@ -31,7 +31,7 @@ from llama2.importers.tables import ReadOptions
 from llama2.model.llama import LlamaConfig
 from llama2.records import Dialog, Document, Preference, Prompt
 from llama2.runs import completion
-from llama2.serve import body
+from llama2.serve import request_body
 from llama2.serve.errors import ApiError
 from llama2.serve.schema import ChatRequest, CompletionRequest
 from llama2.tally import Tally
@@ -454,7 +454,9 @@ def test_a_request_of_any_kind_is_taken_or_refused(tmp_path: Path) -> None:
         content = json.dumps(disturbed(chance, asked)).encode()
 
         try:
-            body.checked(mutated(chance, content) if chance.random() < 0.3 else content, kind)
+            request_body.parse_request(
+                mutated(chance, content) if chance.random() < 0.3 else content, kind
+            )
             outcomes.add((kind, "taken"))
         except ApiError as error:
             outcomes.add((kind, f"refused {error.status}"))

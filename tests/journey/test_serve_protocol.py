@@ -793,7 +793,7 @@ def test_the_gate_reads_the_answer_from_its_beginning(policy, scorers):
     with serving(policy, judge=scorers[1], safety={"threshold": 0.0}) as gated:
         found = continued(gated, "The cat", temperature=0, max_tokens=4, logit_bias=LONG).json()
         answer = "The cat" + found["choices"][0]["message"]["content"]
-        model = next(iter(gated.models))
+        model = next(iter(gated.models.values()))
         ids = encode_dialog(
             model.tokenizer, (Message("user", "Name a colour."), Message("assistant", answer))
         )[0]

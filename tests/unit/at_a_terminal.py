@@ -47,7 +47,7 @@ if __name__ == "__main__":
     # tests in the background inherit that it is ignored
     signal.signal(signal.SIGINT, signal.default_int_handler)
     if "plain" in sys.argv:
-        keyboard._toolkit = keyboard._readline
+        keyboard._open_prompt_toolkit = keyboard._open_readline
     history = keyboard.History(keyboard.History.default())
     terminal.chat(Parrot(), Sampling(), meter=Meter(), history=history)  # type: ignore[arg-type]
     print(f"left {Path(sys.argv[1]).name}")

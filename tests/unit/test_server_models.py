@@ -14,6 +14,7 @@ from llama2 import serve
 from llama2.formats import checkpoint
 from llama2.generate.score import score_rows
 from llama2.records import messages_of
+from llama2.serve.models import RewardModel
 from llama2.tokenizer.template import encode_dialog
 
 ASK = [{"role": "user", "content": "Name a colour."}]
@@ -55,7 +56,7 @@ def test_what_cannot_be_served_is_refused(policy, scorers, tmp_path, one_line):
 
 
 def test_a_missing_library_is_named(policy, one_line, monkeypatch):
-    for name in ("http", "app", "metrics"):
+    for name in ("lifecycle", "app", "metrics"):
         monkeypatch.delitem(sys.modules, f"llama2.serve.{name}")
         monkeypatch.delattr(serve, name)
 
@@ -71,7 +72,7 @@ def test_a_reward_model_alone_only_scores(scorers):
         answer = served.post("chat/completions", messages=ASK)
         assert answer.status_code == 404
         assert answer.json()["error"]["param"] == "model"
-        model = served.models.reward(None)
+        model = served.models.find(RewardModel, None)
         ids = encode_dialog(
             model.tokenizer, messages_of((turn["role"], turn["content"]) for turn in conversation)
         )[0]

@@ -7,12 +7,13 @@ from typing import Any
 
 import pytest
 
-from llama2.serve import body
+from llama2.serve import request_body
 from llama2.serve.errors import ApiError
 from llama2.serve.schema import ChatRequest, CompletionRequest, ScoreRequest
 
 USER, ANSWER = {"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}
 WRONG = {"role": "x", "content": 1}
+TEXT = {"type": "text", "text": "a"}
 QUIET = "[{:," * 300_000 + "\\" * 7 + '"' + "\\n" * 70_000
 
 
@@ -22,7 +23,7 @@ def encoded(**fields: Any) -> bytes:
 
 def refused(content: bytes, kind: type[Any] = ChatRequest) -> ApiError:
     with pytest.raises(ApiError) as caught:
-        body.checked(content, kind)
+        request_body.parse_request(content, kind)
 
     assert caught.value.status == 400
     assert len(caught.value.message) < 300
@@ -45,7 +46,7 @@ def refused(content: bytes, kind: type[Any] = ChatRequest) -> ApiError:
     ],
 )
 def test_what_is_too_much_is_never_parsed(content: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(body, "_parsed", None)
+    monkeypatch.setattr(request_body, "_parse_json", None)
     assert "the body has more than" in refused(content).message
 
 
@@ -53,34 +54,34 @@ def test_what_is_too_much_is_never_parsed(content: bytes, monkeypatch: pytest.Mo
 def test_what_stands_in_a_string_does_not_count(shift: int) -> None:
     """Wherever the pieces end, also between a backslash and what it is for."""
     content = b" " * shift + encoded(prompt=QUIET)
-    assert len(content) > 10 * body._PIECE
-    assert body.checked(content, CompletionRequest).prompt == QUIET
+    assert len(content) > 10 * request_body._PIECE
+    assert request_body.parse_request(content, CompletionRequest).prompt == QUIET
 
 
 def test_counts_are_those_of_the_items(monkeypatch: pytest.MonkeyPatch) -> None:
     content = json.dumps({"a": ["x, y", "[{:", '"', "\\"], "b": {"c": [1, 2, 3]}}).encode()
     for name, count in (("TEXTS", 7), ("GROUPS", 7), ("VALUES", 6)):
-        monkeypatch.setattr(body, f"MOST_{name}", count)
+        monkeypatch.setattr(request_body, f"MOST_{name}", count)
 
-    body.count(content)
+    request_body.check_counts(content)
     for name, count in (("TEXTS", 7), ("GROUPS", 7), ("VALUES", 6)):
-        monkeypatch.setattr(body, f"MOST_{name}", count - 1)
+        monkeypatch.setattr(request_body, f"MOST_{name}", count - 1)
         with pytest.raises(ApiError, match=f"more than {count - 1} "):
-            body.count(content)
+            request_body.check_counts(content)
 
-        monkeypatch.setattr(body, f"MOST_{name}", count)
+        monkeypatch.setattr(request_body, f"MOST_{name}", count)
 
 
 def test_errors_are_not_collected(monkeypatch: pytest.MonkeyPatch) -> None:
     """Of a list with thousands of faults the first is enough."""
     seen: list[int] = []
-    explained = body.schema.explained
+    explained = request_body.explain
 
     def counting(details: Any, *more: Any) -> tuple[str, str | None]:
         seen.append(len(details))
         return explained(details, *more)
 
-    monkeypatch.setattr(body.schema, "explained", counting)
+    monkeypatch.setattr(request_body, "explain", counting)
     for kind, fields in (
         (ChatRequest, {"messages": [WRONG] * 4096}),
         (ScoreRequest, {"messages": [WRONG] * 4096}),
@@ -122,20 +123,26 @@ def test_what_has_no_sense_is_named(fields: dict[str, Any], param: str | None, w
 
 def test_what_is_large_for_a_reason_is_taken() -> None:
     assert (
-        len(body.checked(encoded(messages=[*[USER, ANSWER] * 2047, USER]), ChatRequest).messages)
+        len(
+            request_body.parse_request(
+                encoded(messages=[*[USER, ANSWER] * 2047, USER]), ChatRequest
+            ).messages
+        )
         == 4095
     )
     ids = [[7] * 4096] * 63
-    assert body.checked(encoded(prompt=ids), CompletionRequest).prompt == ids
+    assert request_body.parse_request(encoded(prompt=ids), CompletionRequest).prompt == ids
     schema = {"properties": {f"k{key}": {"enum": [key]} for key in range(3000)}}
     form = {"type": "json_schema", "json_schema": {"name": "x", "schema": schema}}
-    asked = body.checked(encoded(messages=[USER], response_format=form), ChatRequest)
+    asked = request_body.parse_request(encoded(messages=[USER], response_format=form), ChatRequest)
     assert asked.response_format.json_schema.schema_ == schema  # type: ignore[union-attr]
 
 
 def test_marks_at_the_beginning_and_halves_of_characters() -> None:
     assert (
-        body.checked(b"\xef\xbb\xbf" + encoded(messages=[USER]), ChatRequest).messages[0].content
+        request_body.parse_request(b"\xef\xbb\xbf" + encoded(messages=[USER]), ChatRequest)
+        .messages[0]
+        .content
         == "a"
     )
     error = refused(b'{"messages": [{"role": "user", "content": "\\ud800"}]}')
@@ -146,3 +153,33 @@ def test_marks_at_the_beginning_and_halves_of_characters() -> None:
     assert "byte 2" in refused(b'"\xff"').message
     assert "not valid JSON" in refused(b"[" * 3000).message
     assert "not valid JSON" in refused(b'{"seed": ' + b"9" * 100_000 + b"}").message
+
+
+@pytest.mark.parametrize(
+    ("fields", "param"),
+    [
+        ({"messages": [USER], "user": 5}, "user"),
+        ({"messages": [USER], "metadata": "x"}, "metadata"),
+        ({"messages": [USER], "min_tokens": 3}, "min_tokens"),
+        ({"messages": [{**USER, "name": 5}]}, "messages.0.name"),
+        ({"messages": [{**USER, "tool_calls": [1]}]}, "messages.0.tool_calls"),
+        (
+            {"messages": [{"role": "user", "content": [{**TEXT, "annotations": [1]}]}]},
+            "messages.0.content.0.annotations",
+        ),
+    ],
+)
+def test_a_field_without_effect_is_named_with_its_object(
+    fields: dict[str, Any], param: str
+) -> None:
+    error = refused(encoded(**fields))
+    assert error.param == param
+    assert error.message.startswith(f"{param}: ")
+
+
+def test_the_schema_lists_fields_without_effect() -> None:
+    properties = ChatRequest.model_json_schema()["properties"]
+    assert properties["user"]["type"] == ["string", "null"]
+    assert properties["min_tokens"] == {"enum": [None, 0]}
+    assert "suffix" not in properties
+    assert "suffix" in CompletionRequest.model_json_schema()["properties"]

@@ -1,7 +1,9 @@
-// The frame around a conversation: the drawer with the list, light and dark, and where the page is scrolled to.
+// The frame around a conversation: the drawer with the list, light and dark, and the scroll
+// position.
 import { byId } from "./dom.js";
 
 export const narrow = matchMedia("(max-width: 760px)");
+export const touchScreen = matchMedia("(hover: none) and (pointer: coarse)");
 
 let atEnd = true;
 

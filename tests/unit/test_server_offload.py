@@ -13,7 +13,7 @@ import httpx
 import pytest
 from servers import Served, serving
 
-from llama2.serve import aside, routes
+from llama2.serve import offload, routes
 from llama2.tokenizer.tokenizer import Tokenizer
 
 ASK = [{"role": "user", "content": "Name a colour."}]
@@ -56,7 +56,7 @@ def test_answers_are_the_same_beside_the_loop(
 ) -> None:
     said = []
     for page, tokens in ((10**9, 256), (-1, 2)):
-        monkeypatch.setattr(aside, "PAGE", page)
+        monkeypatch.setattr(offload, "PAGE", page)
         monkeypatch.setattr(routes, "MOST_TOKENS", tokens)
         answer = served.post(path, **body, seed=3)
         assert answer.headers["content-type"] in (
@@ -99,24 +99,24 @@ def test_long_work_runs_in_a_thread_of_its_own(
     names: dict[str, str] = {}
     for module, name in (
         (routes, "encode_prompt"),
-        (routes, "_encoded"),
-        (routes, "_echo"),
-        (routes, "_rendered"),
+        (routes, "_encode"),
+        (routes, "_decode"),
+        (routes, "_render"),
         (routes, "Generation"),
     ):
         work = getattr(module, name)
 
-        def watched(*arguments: Any, work: Any = work, name: str = name) -> Any:
+        def watched(*arguments: Any, work: Any = work, name: str = name, **named: Any) -> Any:
             names[name] = threading.current_thread().name
-            return work(*arguments)
+            return work(*arguments, **named)
 
         monkeypatch.setattr(module, name, watched)
 
-    monkeypatch.setattr(aside, "PAGE", -1)
+    monkeypatch.setattr(offload, "PAGE", -1)
     served.post("chat/completions", messages=ASK, max_tokens=2)
     served.post("completions", prompt="a", max_tokens=2, echo=True)
     assert len(names) == 5
-    assert all(name.startswith("aside") for name in names.values())
+    assert all(name.startswith("offload") for name in names.values())
 
 
 @pytest.mark.parametrize(
@@ -152,11 +152,11 @@ def test_a_text_that_cannot_fit_is_never_encoded(
 def test_the_longest_text_that_may_fit_is_encoded(served: Served) -> None:
     """So many characters that every token must be of the longest; the tokens are counted and
     told."""
-    model = next(iter(served.models))
-    answer = served.post("completions", prompt="a" * model.context * model.longest)
+    model = next(iter(served.models.values()))
+    answer = served.post("completions", prompt="a" * model.context * model.longest_token)
     assert " tokens, " in answer.json()["error"]["message"]
     tokenizer = model.tokenizer
-    assert model.longest == max(
+    assert model.longest_token == max(
         len(tokenizer.bytes_of(token).decode(errors="replace"))
         for token in range(tokenizer.vocab_size)
     )

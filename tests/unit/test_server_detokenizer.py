@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from llama2.serve.text import Decoder, Part, Stops
+from llama2.serve.detokenizer import Detokenizer, StopScanner, TextDelta
 
 LETTERS = st.text("abc", max_size=30)
 
@@ -18,7 +18,7 @@ def cut(text, places):
 
 
 def through(stops, parts):
-    scanner = Stops(stops)
+    scanner = StopScanner(stops)
     said = [scanner.push(part) for part in parts]
     return said, scanner
 
@@ -62,14 +62,14 @@ def test_only_what_may_be_a_stop_string_waits():
 @pytest.fixture(scope="module")
 def decode(tokenizer):
     def run(text, stops=(), strip=True):
-        decoder, whole = Decoder(tokenizer, stops, strip=strip), Part()
+        detokenizer, whole = Detokenizer(tokenizer, stops, strip=strip), TextDelta()
         for place, token in enumerate(tokenizer.encode(text)):
-            if decoder.stopped:
+            if detokenizer.stopped:
                 break
 
-            whole.add(decoder.push(token, -float(place)))
+            whole.add(detokenizer.push(token, -float(place)))
 
-        whole.add(decoder.close())
+        whole.add(detokenizer.close())
         return whole
 
     return run
@@ -83,36 +83,37 @@ def test_white_space_at_the_ends_is_taken_off(decode):
 
 def test_a_character_of_several_tokens_comes_whole(tokenizer):
     ids = tokenizer.encode("x\U0001f600y")
-    decoder = Decoder(tokenizer)
-    parts = [decoder.push(token, 0.0).text for token in ids]
-    assert "".join(parts) + decoder.close().text == "x\U0001f600y"
+    detokenizer = Detokenizer(tokenizer)
+    parts = [detokenizer.push(token, 0.0).text for token in ids]
+    assert "".join(parts) + detokenizer.close().text == "x\U0001f600y"
     assert all(len(part) <= 1 for part in parts)
-    cut_off = Decoder(tokenizer)
+    cut_off = Detokenizer(tokenizer)
     text = "".join(cut_off.push(token, 0.0).text for token in ids[:-2]) + cut_off.close().text
     assert text == "x\ufffd"
 
 
 def test_tokens_are_reported_with_the_text_they_begin(decode, tokenizer):
     whole = decode("one two three", strip=False)
-    assert [piece.token for piece in whole.pieces] == tokenizer.encode("one two three")
-    assert [piece.logprob for piece in whole.pieces] == [
-        -float(place) for place in range(len(whole.pieces))
+    assert [token.token for token in whole.tokens] == tokenizer.encode("one two three")
+    assert [token.logprob for token in whole.tokens] == [
+        -float(place) for place in range(len(whole.tokens))
     ]
-    assert whole.pieces[0].offset == 0
+    assert whole.tokens[0].offset == 0
     stopped = decode("one two three", stops=["two"], strip=False)
     assert stopped.text == "one "
-    assert "one two".startswith(tokenizer.decode(piece.token for piece in stopped.pieces))
-    assert [piece.token for piece in stopped.pieces] == tokenizer.encode("one two three")[
-        : len(stopped.pieces)
+    assert "one two".startswith(tokenizer.decode(token.token for token in stopped.tokens))
+    assert [token.token for token in stopped.tokens] == tokenizer.encode("one two three")[
+        : len(stopped.tokens)
     ]
 
 
 def test_a_continuation_keeps_its_space(tokenizer):
     ids = tokenizer.encode("one two")
     first = len(tokenizer.encode("one"))
-    decoder = Decoder(tokenizer, prompt=[tokenizer.bos, *ids[:first]])
+    detokenizer = Detokenizer(tokenizer, prompt=[tokenizer.bos, *ids[:first]])
     assert (
-        "".join(decoder.push(token, 0.0).text for token in ids[first:]) + decoder.close().text
+        "".join(detokenizer.push(token, 0.0).text for token in ids[first:])
+        + detokenizer.close().text
         == " two"
     )
 
@@ -133,23 +134,23 @@ def test_the_rest_of_an_answer_goes_on_where_it_was_begun(tokenizer, begun, rest
     head = begun.strip()
     prompt = [tokenizer.bos, *(tokenizer.encode(head) if head else [])]
     whole = tokenizer.encode("one two ")
-    decoder = Decoder(tokenizer, prompt=prompt, strip=True, begun=begun)
+    detokenizer = Detokenizer(tokenizer, prompt=prompt, strip=True, begun=begun)
     said = (
-        "".join(decoder.push(token, 0.0).text for token in whole[len(prompt) - 1 :])
-        + decoder.close().text
+        "".join(detokenizer.push(token, 0.0).text for token in whole[len(prompt) - 1 :])
+        + detokenizer.close().text
     )
     assert said == rest
 
 
 def test_every_token_of_a_stop_string_is_reported(tokenizer):
     for text, stop in (("one two three", "o thr"), ("one two three", "one"), ("ab😀c", "😀")):
-        decoder, whole, pushed = Decoder(tokenizer, [stop]), Part(), []
+        detokenizer, whole, pushed = Detokenizer(tokenizer, [stop]), TextDelta(), []
         for token in tokenizer.encode(text):
             pushed.append(token)
-            whole.add(decoder.push(token, 0.0))
-            if decoder.stopped:
+            whole.add(detokenizer.push(token, 0.0))
+            if detokenizer.stopped:
                 break
 
         assert whole.text == text[: text.index(stop)]
-        assert [piece.token for piece in whole.pieces] == pushed
-        assert not decoder.close()
+        assert [token.token for token in whole.tokens] == pushed
+        assert not detokenizer.close()

@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 from starlette.datastructures import Headers
 
-from llama2.serve.origins import Cors, host_name, is_loopback, listens_here
+from llama2.errors import UserError
+from llama2.serve.cors import Cors, host_name, is_loopback, listens_here
 
 
 @pytest.mark.parametrize(
@@ -48,7 +49,7 @@ def test_where_a_server_listens() -> None:
 
 @pytest.mark.parametrize("origin", ["localhost:5173", "http://a.example/", "null", "file://", ""])
 def test_what_is_no_origin(origin: str) -> None:
-    with pytest.raises(ValueError, match="is no origin"):
+    with pytest.raises(UserError, match="is no origin"):
         Cors([origin])
 
 
