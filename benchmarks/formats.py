@@ -31,21 +31,21 @@ from common import HERE, spread
 
 from llama2.formats import hf
 from llama2.formats.hf_directory import shapes
-from llama2.formats.source import Source, Stored
+from llama2.formats.stored_model import StoredModel, StoredTensor
 from llama2.model.sizes import SIZES
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 BUFFER = 16 << 20
 
 
-def build(directory: Path, layers: int, dtype: torch.dtype) -> Source:
+def build(directory: Path, layers: int, dtype: torch.dtype) -> StoredModel:
     """A checkpoint of random weights; shards of 1 GB."""
     config = replace(SIZES["7b"], num_hidden_layers=layers)
 
-    def stored(name: str, shape: tuple[int, ...]) -> Stored:
-        return Stored(shape, dtype, lambda: torch.randn(shape).mul_(0.02).to(dtype), name)
+    def stored(name: str, shape: tuple[int, ...]) -> StoredTensor:
+        return StoredTensor(shape, dtype, lambda: torch.randn(shape).mul_(0.02).to(dtype), name)
 
-    source = Source(
+    source = StoredModel(
         directory,
         "random",
         config,

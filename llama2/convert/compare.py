@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from llama2.formats import gguf
 from llama2.formats.binary import in_single
 from llama2.formats.hf_directory import SCORE
-from llama2.formats.source import Source
+from llama2.formats.stored_model import StoredModel
 from llama2.model.llama import Layer, LlamaConfig, RMSNorm, Trunk
 from llama2.model.tensors import EMBEDDINGS, HEAD
 
@@ -96,7 +96,7 @@ class Outputs:
     """the first part of the model whose output exceeds it"""
 
 
-def shapes(a: Source, b: Source) -> Shapes:
+def shapes(a: StoredModel, b: StoredModel) -> Shapes:
     """Compare two configurations, and whether both are language models."""
     single = bool({a.format, b.format} & _SINGLE)
 
@@ -141,7 +141,7 @@ def shapes(a: Source, b: Source) -> Shapes:
 
 # ---- tensors
 # --------------------------------------------------------------------------------------------------------
-def tensors(a: Source, b: Source) -> Tensors:
+def tensors(a: StoredModel, b: StoredModel) -> Tensors:
     """Compare two checkpoints of one shape tensor by tensor; two are in memory at a time.
 
     A head that one of them shares with the embeddings is compared with the other's own.
@@ -178,7 +178,7 @@ def tensors(a: Source, b: Source) -> Tensors:
     )
 
 
-def tensor(source: Source, name: str) -> Tensor:
+def tensor(source: StoredModel, name: str) -> Tensor:
     """A tensor of a checkpoint, whose head may be its embeddings."""
     shared = name == HEAD and name not in source.tensors
     return source.tensors[EMBEDDINGS if shared else name].read()
@@ -221,7 +221,12 @@ def difference(x: Tensor, y: Tensor) -> Tensor:
 # ----------------------------------------------------------------------------------------------
 @torch.no_grad()
 def outputs(
-    a: Source, b: Source, length: int, tolerance: float, device: torch.device, seed: int = 0
+    a: StoredModel,
+    b: StoredModel,
+    length: int,
+    tolerance: float,
+    device: torch.device,
+    seed: int = 0,
 ) -> Outputs:
     """Send one random sequence of `length` tokens through both models, in fp32, and compare what
     comes out.
@@ -249,7 +254,7 @@ def outputs(
     return Outputs(**{**found.__dict__, "first_layer": first_layer})
 
 
-def _walk(source: Source, tokens_1T: Tensor) -> Iterator[tuple[str, Tensor]]:
+def _walk(source: StoredModel, tokens_1T: Tensor) -> Iterator[tuple[str, Tensor]]:
     """The stream after each part of a model, by name, the normed hidden states last; one part
     loaded at a time."""
     config = source.config
@@ -272,7 +277,7 @@ def _walk(source: Source, tokens_1T: Tensor) -> Iterator[tuple[str, Tensor]]:
     yield NORM.removesuffix(".weight"), norm.to(x_1TD.device)(x_1TD, update_1TD)[1]
 
 
-def _layer(source: Source, index: int, like: Tensor) -> Layer:
+def _layer(source: StoredModel, index: int, like: Tensor) -> Layer:
     with torch.device("meta"):
         layer = Layer(source.config, index)
 
@@ -291,7 +296,7 @@ def _layer(source: Source, index: int, like: Tensor) -> Layer:
 class _Heads:
     """The output matrices of two models, and the comparison of what they give."""
 
-    def __init__(self, a: Source, b: Source, device: torch.device) -> None:
+    def __init__(self, a: StoredModel, b: StoredModel, device: torch.device) -> None:
         self.kind = "scores" if a.scorer else "logits"
         self.weights = [
             tensor(side, SCORE if side.scorer else HEAD).to(device, torch.float32)

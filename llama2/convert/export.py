@@ -22,9 +22,9 @@ from llama2.convert import verify
 from llama2.convert.compare import context
 from llama2.errors import UserError
 from llama2.formats import gguf, hf, llama2c, meta
-from llama2.formats.detect import open_source
+from llama2.formats.detect import open_model
 from llama2.formats.progress import Reading, size
-from llama2.formats.source import Source
+from llama2.formats.stored_model import StoredModel
 from llama2.terminal_text import say
 from llama2.tokenizer.tokenizer import Tokenizer
 
@@ -68,7 +68,7 @@ def run(config: Config) -> int:
     that was read."""
     mesh.init()
     _check_options(config)
-    source = open_source(config.checkpoint, base=config.base, dtype=DTYPES.get(config.dtype or ""))
+    source = open_model(config.checkpoint, base=config.base, dtype=DTYPES.get(config.dtype or ""))
     kind = _kind(config, source)
     target = _target(config, kind)
 
@@ -85,7 +85,7 @@ def run(config: Config) -> int:
 
     try:
         status = _verified(
-            source, open_source(target), kind, _rounding(config, source, kind), config.length
+            source, open_model(target), kind, _rounding(config, source, kind), config.length
         )
     # what was just written cannot be read: that is not the user's mistake
     except UserError as error:
@@ -113,7 +113,7 @@ def _check_options(config: Config) -> None:
         raise UserError(f"llama2.c has no {config.type}", "choose f32 (run.c) or q8_0 (runq.c)")
 
 
-def _kind(config: Config, source: Source) -> str:
+def _kind(config: Config, source: StoredModel) -> str:
     """What numbers will be stored as, a key of ROUNDING."""
     dtype = hf.prevailing(source.tensors)
     stored = next((name for name, kind in DTYPES.items() if kind == dtype), "fp32")
@@ -124,7 +124,7 @@ def _kind(config: Config, source: Source) -> str:
     return config.dtype or stored
 
 
-def _bytes(config: Config, source: Source, kind: str) -> int:
+def _bytes(config: Config, source: StoredModel, kind: str) -> int:
     """About how many the weights will take."""
     each = source.tensors.values()
     if config.to in ("hf", "meta") and config.dtype is None:
@@ -133,7 +133,7 @@ def _bytes(config: Config, source: Source, kind: str) -> int:
     return round(sum(stored.numel for stored in each) * _BYTES[kind])
 
 
-def _rounding(config: Config, source: Source, kind: str) -> float:
+def _rounding(config: Config, source: StoredModel, kind: str) -> float:
     """The largest error that storing a checkpoint so explains, beside a tensor's largest number; 0:
     there is none."""
     if config.to in ("hf", "meta") and config.dtype is None:
@@ -168,7 +168,7 @@ def _target(config: Config, kind: str) -> Path:
     return target
 
 
-def _write(config: Config, source: Source, target: Path, kind: str) -> list[str]:
+def _write(config: Config, source: StoredModel, target: Path, kind: str) -> list[str]:
     """Write the checkpoint; what the user should know about it."""
     dtype = DTYPES.get(config.dtype or "")
     if config.to == "hf":
@@ -190,7 +190,7 @@ def _write(config: Config, source: Source, target: Path, kind: str) -> list[str]
     )
 
 
-def _tokenizer_files(source: Source) -> Callable[[Path], None]:
+def _tokenizer_files(source: StoredModel) -> Callable[[Path], None]:
     """Writes what belongs beside the weights; a faulty tokenizer is refused now, not when the
     weights are written."""
     if source.tokenizer is None:
@@ -199,7 +199,9 @@ def _tokenizer_files(source: Source) -> Callable[[Path], None]:
     return Tokenizer.load(source.tokenizer).speaking(source.template, source.config.stops).save
 
 
-def _verified(source: Source, written: Source, kind: str, allowed: float, length: int) -> int:
+def _verified(
+    source: StoredModel, written: StoredModel, kind: str, allowed: float, length: int
+) -> int:
     """Compare what was written with what was read, and say so; the exit status."""
     tolerance = math.inf if allowed else verify.TOLERANCE
     found = verify.compared(

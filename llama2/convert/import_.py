@@ -18,14 +18,14 @@ from torch import Tensor
 from llama2 import config, json_files, mesh
 from llama2.errors import UserError, explain_os_errors
 from llama2.formats import hf, llama2c_vocabulary
-from llama2.formats.detect import open_source
+from llama2.formats.detect import open_model
 from llama2.formats.progress import Reading, size
 from llama2.formats.safetensors_file import is_finite
-from llama2.formats.source import Source, Stored, observed
+from llama2.formats.stored_model import StoredModel, StoredTensor, observe
 from llama2.stages.common.planning import Cluster, Lineage
 from llama2.terminal_text import say
 from llama2.tokenizer import foreign, huggingface, sentencepiece_model
-from llama2.tokenizer.sentencepiece_model import Held
+from llama2.tokenizer.sentencepiece_model import StoredTokenizer
 from llama2.tokenizer.template import CHAT_TEMPLATE, described, is_llama_2
 from llama2.tokenizer.tokenizer import Tokenizer
 
@@ -84,7 +84,7 @@ def run(config: Config) -> None:
     _say(f"{config.out}: {_growth(source, config)}")
     with Reading("import", size((source,))) as bar:
         hf.write(
-            bar.watched(observed(_ending(source, tokenizer), _check_finite)),
+            bar.watched(observe(_ending(source, tokenizer), _check_finite)),
             config.out,
             dtype=_dtype(config),
             beside=tokenizer.save if tokenizer else lambda directory: None,
@@ -97,15 +97,15 @@ def run(config: Config) -> None:
     print(config.out)
 
 
-def _opened(config: Config) -> Source:
-    return open_source(config.path, base=config.base, dtype=_dtype(config))
+def _opened(config: Config) -> StoredModel:
+    return open_model(config.path, base=config.base, dtype=_dtype(config))
 
 
 def _dtype(config: Config) -> torch.dtype | None:
     return DTYPES[config.dtype] if config.dtype else None
 
 
-def _tokenizer(source: Source, config: Config) -> tuple[Tokenizer | None, str]:
+def _tokenizer(source: StoredModel, config: Config) -> tuple[Tokenizer | None, str]:
     """The tokenizer given or found, and what is to be said of it; None if there is neither.
 
     UserError if it has more pieces than the model. If it has fewer, it is padded: there is a name
@@ -160,7 +160,7 @@ def _tokenizer(source: Source, config: Config) -> tuple[Tokenizer | None, str]:
     )
 
 
-def _place(source: Source, config: Config) -> Path | Held | None:
+def _place(source: StoredModel, config: Config) -> Path | StoredTokenizer | None:
     """Where the tokenizer is: what was given, or what came with the checkpoint."""
     given = config.tokenizer
     if given is not None:
@@ -173,7 +173,7 @@ def _place(source: Source, config: Config) -> Path | Held | None:
     return source.tokenizer
 
 
-def _candidates(source: Source) -> str:
+def _candidates(source: StoredModel) -> str:
     """Files beside a model that look like its tokenizer under another name."""
     beside = source.path if source.path.is_dir() else source.path.parent
     others = (huggingface.SETTINGS, huggingface.SPECIAL, foreign.ADDED, source.path.name)
@@ -186,7 +186,7 @@ def _candidates(source: Source) -> str:
     return f"; it may be {' or '.join(str(beside / name) for name in found[:3])}" if found else ""
 
 
-def _ending(source: Source, tokenizer: Tokenizer | None) -> Source:
+def _ending(source: StoredModel, tokenizer: Tokenizer | None) -> StoredModel:
     """The same checkpoint, whose answers end at the tokenizer's EOS besides the ids that it names
     itself."""
     if tokenizer is None or tokenizer.eos in source.config.stops:
@@ -197,7 +197,7 @@ def _ending(source: Source, tokenizer: Tokenizer | None) -> Source:
     )
 
 
-def _say_template(source: Source, config: Config) -> None:
+def _say_template(source: StoredModel, config: Config) -> None:
     """What became of the chat template, and what that means."""
     if config.chat_template:
         had = (
@@ -218,7 +218,7 @@ def _say_template(source: Source, config: Config) -> None:
         )
 
 
-def _described(source: Source) -> str:
+def _described(source: StoredModel) -> str:
     shape, kinds = source.config, {stored.dtype for stored in source.tensors.values()}
     stored = ", ".join(sorted(str(kind).removeprefix("torch.") for kind in kinds))
     count = sum(stored.numel for stored in source.tensors.values())
@@ -232,7 +232,7 @@ def _described(source: Source) -> str:
     )
 
 
-def _size(source: Source, config: Config) -> int:
+def _size(source: StoredModel, config: Config) -> int:
     """Bytes that the weights will take."""
     return sum(
         stored.numel * (_dtype(config) or stored.dtype).itemsize
@@ -240,7 +240,7 @@ def _size(source: Source, config: Config) -> int:
     )
 
 
-def _growth(source: Source, config: Config) -> str:
+def _growth(source: StoredModel, config: Config) -> str:
     """How much is written, and the flag for less where it is more than was there."""
     written, there = _size(source, config), _taken(source.path)
     said = f"the weights take {_gigabytes(written)}"
@@ -261,7 +261,7 @@ def _gigabytes(count: int) -> str:
     return f"{count / 1e9:.1f} GB" if count >= 1e8 else f"{count / 1e6:.1f} MB"
 
 
-def _check_finite(stored: Stored, tensor: Tensor) -> None:
+def _check_finite(stored: StoredTensor, tensor: Tensor) -> None:
     if not is_finite(tensor):
         raise UserError(
             f"{stored.place} has numbers that are infinite or undefined",

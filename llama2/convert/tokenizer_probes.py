@@ -15,7 +15,7 @@ from pathlib import Path
 
 from llama2.errors import UserError
 from llama2.tokenizer import sentencepiece_model
-from llama2.tokenizer.sentencepiece_model import Held, Pieces
+from llama2.tokenizer.sentencepiece_model import StoredTokenizer, Vocabulary
 from llama2.tokenizer.tokenizer import Tokenizer
 
 _RANDOM = 200
@@ -167,7 +167,9 @@ _DONE = {
 }
 
 
-def compare(a: Path | Held, b: Path | Held, formats: Collection[str] = ()) -> Tokenizers:
+def compare(
+    a: Path | StoredTokenizer, b: Path | StoredTokenizer, formats: Collection[str] = ()
+) -> Tokenizers:
     """Two SentencePiece models. UserError if one cannot be loaded.
 
     `formats` are those of their checkpoints: what one of them does not hold is no difference, but a
@@ -210,7 +212,7 @@ def _as_held(
     plain = [
         Tokenizer(
             sentencepiece_model.build(
-                Pieces(
+                Vocabulary(
                     each.items,
                     each.dummy_prefix,
                     each.extra_spaces_removed and "extra_spaces_removed" not in apart,

@@ -23,9 +23,9 @@ from llama2.convert import compare, run_check, tokenizer_probes
 from llama2.convert.compare import Outputs, Shapes, Tensors
 from llama2.convert.tokenizer_probes import Tokenizers
 from llama2.errors import UserError
-from llama2.formats.detect import open_source
+from llama2.formats.detect import open_model
 from llama2.formats.progress import Reading, size
-from llama2.formats.source import Source
+from llama2.formats.stored_model import StoredModel
 from llama2.terminal_text import line
 from llama2.tokenizer.tokenizer import Tokenizer
 
@@ -90,7 +90,7 @@ def run(config: Config) -> int:
         )
 
     mesh.init()
-    a, b = (open_source(path) for path in config.checkpoints)
+    a, b = (open_model(path) for path in config.checkpoints)
     found = compared(a, b, length=config.length, tolerance=config.tolerance)
     differences = found.differences(config.tolerance)
 
@@ -133,7 +133,7 @@ def _finite(value: Any) -> Any:
 
 
 def compared(
-    a: Source, b: Source, *, length: int | None = None, tolerance: float = TOLERANCE
+    a: StoredModel, b: StoredModel, *, length: int | None = None, tolerance: float = TOLERANCE
 ) -> Comparison:
     """Compare two checkpoints; `length` is that of the sequence (None: the context of both, 0:
     none)."""
@@ -176,7 +176,7 @@ def compared(
     return Comparison(shapes, tensors, tokenizer, outputs, tuple(notes))
 
 
-def _beside(side: Source, found: Tokenizers) -> tuple[Tokenizers, tuple[str, ...]]:
+def _beside(side: StoredModel, found: Tokenizers) -> tuple[Tokenizers, tuple[str, ...]]:
     """`found`, and as a difference if transformers reads another tokenizer in a directory than we;
     what it cannot do at all is a note."""
     if side.tokenizer is None or not side.path.is_dir():
@@ -190,7 +190,7 @@ def _beside(side: Source, found: Tokenizers) -> tuple[Tokenizers, tuple[str, ...
     return replace(found, difference=found.difference or said), ()
 
 
-def _pieces(a: Source, b: Source) -> Tokenizer | None:
+def _pieces(a: StoredModel, b: StoredModel) -> Tokenizer | None:
     path = a.tokenizer or b.tokenizer
     return Tokenizer.load(path) if path else None
 

@@ -20,7 +20,7 @@ from llama2.errors import UserError
 from llama2.formats import hf
 from llama2.formats.hf_config import config_json, read_config
 from llama2.formats.hf_directory import CHECKSUMS, CONFIG, INDEX, WEIGHTS
-from llama2.formats.source import Source, Stored, read_ahead
+from llama2.formats.stored_model import StoredModel, StoredTensor, read_ahead
 from llama2.model.llama import Linear, Llama, LlamaConfig, initialise
 from llama2.model.scorer import Scorer
 from llama2.terminal_text import say
@@ -82,10 +82,10 @@ def save_tensors(
 ) -> None:
     """`save` for a state dict gathered elsewhere (a model whose weights are spread over ranks)."""
 
-    def stored(name: str, tensor: Tensor) -> Stored:
-        return Stored(tuple(tensor.shape), tensor.dtype, lambda: tensor.detach().cpu(), name)
+    def stored(name: str, tensor: Tensor) -> StoredTensor:
+        return StoredTensor(tuple(tensor.shape), tensor.dtype, lambda: tensor.detach().cpu(), name)
 
-    source = Source(
+    source = StoredModel(
         Path(directory),
         "in memory",
         config,
@@ -147,7 +147,7 @@ def load_scorer(
 
 
 def _fill(
-    model: Llama | Scorer, source: Source, dtype: Kinds, device: torch.device | str | None
+    model: Llama | Scorer, source: StoredModel, dtype: Kinds, device: torch.device | str | None
 ) -> None:
     """Give a model on the meta device the weights it shares with `source`, so that no second copy
     of them ever exists.

@@ -11,7 +11,7 @@ from llama2 import json_files
 from llama2.errors import UserError, explain_os_errors
 from llama2.formats import gguf, hf, llama2c, meta, peft
 from llama2.formats.hf_directory import CONFIG
-from llama2.formats.source import Source
+from llama2.formats.stored_model import StoredModel
 
 _LOOKED_FOR = (
     f"a directory with {CONFIG} (Hugging Face), {peft.CONFIG} (a PEFT adapter) or {meta.PARAMETERS} (Meta) "
@@ -21,9 +21,9 @@ _LEGACY = struct.Struct("<7i")
 _MOST = 1 << 26
 
 
-def open_source(
+def open_model(
     path: Path, *, base: Path | None = None, dtype: torch.dtype | None = None
-) -> Source:
+) -> StoredModel:
     """The checkpoint at `path`, in whatever format it is. No tensor is read yet.
 
     `base` is the model that an adapter belongs to, where its own word is wrong; `dtype` is what the
@@ -37,7 +37,7 @@ def open_source(
                 f"{place}: this is an adapter, too; a base is a whole model", "give --base"
             )
 
-        return peft.read(path, open_source(place), dtype)
+        return peft.read(path, open_model(place), dtype)
 
     if base is not None:
         raise UserError(
@@ -47,7 +47,7 @@ def open_source(
     return _directory(path) if path.is_dir() else _file(path)
 
 
-def _directory(path: Path) -> Source:
+def _directory(path: Path) -> StoredModel:
     if (path / CONFIG).exists():
         return hf.read(path)
     if (path / meta.PARAMETERS).exists():
@@ -61,7 +61,7 @@ def _directory(path: Path) -> Source:
     )
 
 
-def _file(path: Path) -> Source:
+def _file(path: Path) -> StoredModel:
     with explain_os_errors(path), json_files.opened(path) as file:
         begin = file.read(_LEGACY.size)
 

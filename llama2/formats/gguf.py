@@ -33,12 +33,12 @@ from torch import Tensor
 from llama2.errors import UserError, missing_extra
 from llama2.formats.binary import FETCH_AGAIN, read_array, replacing
 from llama2.formats.gguf_header import ALIGNMENT, Entry, Header, read_header
-from llama2.formats.source import Source, Stored
+from llama2.formats.stored_model import StoredModel, StoredTensor
 from llama2.model.llama import LlamaConfig
 from llama2.model.tensors import EMBEDDINGS, HEAD, NORM, halved, interleaved, rotary_heads, shapes
 from llama2.tokenizer import sentencepiece_model
 from llama2.tokenizer.foreign import say_once
-from llama2.tokenizer.sentencepiece_model import Held, Piece, Pieces
+from llama2.tokenizer.sentencepiece_model import StoredTokenizer, Vocabulary, VocabularyItem
 
 Precision = Literal["f32", "f16", "bf16", "q8_0", "q4_0"]
 _BLOCK = 32
@@ -113,7 +113,7 @@ def _their_name(name: str) -> str:
 # ---- writing
 # --------------------------------------------------------------------------------------------------------
 def write(
-    source: Source,
+    source: StoredModel,
     file: Path,
     *,
     precision: Precision = "f16",
@@ -187,11 +187,11 @@ def write(
     return _notes(types, vocabulary, precision) + _unnamed(source.config)
 
 
-def _ordered(source: Source) -> Iterator[str]:
+def _ordered(source: StoredModel) -> Iterator[str]:
     return (name for name in shapes(source.config) if name in source.tensors)
 
 
-def _type(name: str, stored: Stored, precision: Precision, config: LlamaConfig) -> Precision:
+def _type(name: str, stored: StoredTensor, precision: Precision, config: LlamaConfig) -> Precision:
     if len(stored.shape) == 1:
         return "f32"
     if precision not in ("q8_0", "q4_0"):
@@ -202,7 +202,9 @@ def _type(name: str, stored: Stored, precision: Precision, config: LlamaConfig) 
     return "q8_0" if name == (EMBEDDINGS if config.tie_word_embeddings else HEAD) else precision
 
 
-def _notes(types: Mapping[str, Precision], vocabulary: Pieces, precision: Precision) -> list[str]:
+def _notes(
+    types: Mapping[str, Precision], vocabulary: Vocabulary, precision: Precision
+) -> list[str]:
     notes = []
     if precision in ("q8_0", "q4_0"):
         wider = sorted({name.split(".")[-2] for name, kind in types.items() if kind == "f16"})
@@ -211,7 +213,7 @@ def _notes(types: Mapping[str, Precision], vocabulary: Pieces, precision: Precis
                 f"{', '.join(wider)}: stored as f16, because their rows do not divide into blocks of {_BLOCK}"
             )
 
-    return notes + vocabulary.unsaid("llama.cpp")
+    return notes + vocabulary.describe_losses("llama.cpp")
 
 
 def _unnamed(config: LlamaConfig) -> list[str]:
@@ -226,7 +228,7 @@ def _unnamed(config: LlamaConfig) -> list[str]:
     )
 
 
-def _describe(writer: Any, source: Source, precision: Precision, name: str | None) -> None:
+def _describe(writer: Any, source: StoredModel, precision: Precision, name: str | None) -> None:
     config = source.config
     writer.add_type("model")
     if name:
@@ -244,7 +246,7 @@ def _describe(writer: Any, source: Source, precision: Precision, name: str | Non
     writer.add_rope_dimension_count(config.head_dim)
 
 
-def _describe_tokenizer(writer: Any, source: Source, vocabulary: Pieces) -> None:
+def _describe_tokenizer(writer: Any, source: StoredModel, vocabulary: Vocabulary) -> None:
     items, size = list(vocabulary.items), source.config.vocab_size
     if len(items) > size:
         raise UserError(
@@ -253,7 +255,7 @@ def _describe_tokenizer(writer: Any, source: Source, vocabulary: Pieces) -> None
         )
 
     items += [
-        Piece(f"[PAD{token}]", _PAD_SCORE, sentencepiece_model.UNUSED)
+        VocabularyItem(f"[PAD{token}]", _PAD_SCORE, sentencepiece_model.UNUSED)
         for token in range(len(items), size)
     ]
     unknown = next(
@@ -277,7 +279,7 @@ def _describe_tokenizer(writer: Any, source: Source, vocabulary: Pieces) -> None
     writer.add_bool("tokenizer.ggml.remove_extra_whitespaces", vocabulary.extra_spaces_removed)
 
 
-def _converted(name: str, source: Source, kind: Precision) -> Iterator[bytes]:
+def _converted(name: str, source: StoredModel, kind: Precision) -> Iterator[bytes]:
     """The bytes of a tensor in a type, some rows at a time."""
     stored = source.tensors[name]
     tensor = stored.read()
@@ -314,8 +316,8 @@ def _encode(part: Tensor, kind: Precision) -> np.ndarray[Any, Any]:
 
 # ---- reading
 # --------------------------------------------------------------------------------------------------------
-def read(path: Path) -> Source:
-    """A GGUF file as a `Source`: tensors of fp32, fp16 and bf16 as they are, quantized ones
+def read(path: Path) -> StoredModel:
+    """A GGUF file as a `StoredModel`: tensors of fp32, fp16 and bf16 as they are, quantized ones
     dequantized to fp32.
 
     The tokenizer inside becomes a SentencePiece model when it is asked for, so a faulty one can be
@@ -345,7 +347,7 @@ def read(path: Path) -> Source:
     if template is not None and not isinstance(template, str):
         raise UserError(f"{path}: tokenizer.chat_template is no text", FETCH_AGAIN)
 
-    return Source(
+    return StoredModel(
         path, FORMAT, config, False, tensors, _tokenizer(path, header, config), template or None
     )
 
@@ -519,7 +521,7 @@ def _check_names(path: Path, header: Header, expected: set[str]) -> None:
 
 def _stored(
     library: ModuleType, path: Path, header: Header, name: str, entry: Entry, heads: int | None
-) -> Stored:
+) -> StoredTensor:
     place = f"{path}: {name}"
     try:
         kind = library.GGMLQuantizationType(entry.kind)
@@ -560,7 +562,7 @@ def _stored(
 
         return halved(tensor, heads) if heads else tensor
 
-    return Stored(entry.shape, plain or torch.float32, load, place)
+    return StoredTensor(entry.shape, plain or torch.float32, load, place)
 
 
 def _dequantized(
@@ -588,12 +590,14 @@ def _can_dequantize(library: ModuleType, kind: Any) -> bool:
     return True
 
 
-def _tokenizer(path: Path, header: Header, config: LlamaConfig) -> Held | None:
+def _tokenizer(path: Path, header: Header, config: LlamaConfig) -> StoredTokenizer | None:
     """The vocabulary in the metadata as a SentencePiece model; None if there is none."""
     if "tokenizer.ggml.model" not in header.metadata:
         return None
 
-    return Held(str(path), functools.cache(lambda: _vocabulary(path, header.metadata, config)))
+    return StoredTokenizer(
+        str(path), functools.cache(lambda: _vocabulary(path, header.metadata, config))
+    )
 
 
 def _vocabulary(path: Path, metadata: Mapping[str, Any], config: LlamaConfig) -> bytes:
@@ -612,7 +616,7 @@ def _vocabulary(path: Path, metadata: Mapping[str, Any], config: LlamaConfig) ->
         sentencepiece_model.check(
             items, str(path), f"{FETCH_AGAIN}, or give a tokenizer: --tokenizer FILE"
         )
-        vocabulary = Pieces(
+        vocabulary = Vocabulary(
             items,
             bool(metadata.get("tokenizer.ggml.add_space_prefix", True)),
             bool(metadata.get("tokenizer.ggml.remove_extra_whitespaces", False)),
@@ -628,7 +632,7 @@ def _vocabulary(path: Path, metadata: Mapping[str, Any], config: LlamaConfig) ->
         ) from None
 
 
-def _items(path: Path, metadata: Mapping[str, Any], config: LlamaConfig) -> list[Piece]:
+def _items(path: Path, metadata: Mapping[str, Any], config: LlamaConfig) -> list[VocabularyItem]:
     """The items; where scores or kinds are not told, as llama.cpp has it: 0, and plain but for the
     special ones."""
     texts = metadata.get("tokenizer.ggml.tokens")
@@ -665,6 +669,6 @@ def _items(path: Path, metadata: Mapping[str, Any], config: LlamaConfig) -> list
         )
 
     return [
-        Piece(text, float(score), int(kind))
+        VocabularyItem(text, float(score), int(kind))
         for text, score, kind in zip(texts or [], scores, kinds)
     ]

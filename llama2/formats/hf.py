@@ -18,25 +18,25 @@ from llama2 import json_files
 from llama2.errors import UserError
 from llama2.formats import hf_config, hf_directory, safetensors_file, torch_legacy
 from llama2.formats.hf_directory import CHECKSUMS, CONFIG, INDEX, WEIGHTS
-from llama2.formats.source import Source, Stored
+from llama2.formats.stored_model import StoredModel, StoredTensor
 from llama2.model.llama import LlamaConfig
 from llama2.model.tensors import EMBEDDINGS, HEAD
 from llama2.tokenizer import foreign
-from llama2.tokenizer.chat_files import GENERATION, chat_template
+from llama2.tokenizer.chat_settings import GENERATION, chat_template
 
 TOKENIZER = "tokenizer.model"
 SHARD_BYTES = 5 << 30
 _FLOATS = {torch.float64, torch.float32, torch.float16, torch.bfloat16}
 
 
-def read(path: Path) -> Source:
+def read(path: Path) -> StoredModel:
     """The checkpoint in a directory. UserError names the file, key or tensor that is damaged or
     does not fit."""
     shape, scorer = hf_config.read_config(path)
     files = hf_directory.weight_files(path)
     hf_directory.verify_checksums(path)
 
-    return Source(
+    return StoredModel(
         path,
         "Hugging Face",
         shape,
@@ -48,9 +48,9 @@ def read(path: Path) -> Source:
     )
 
 
-def entries(files: list[Path]) -> dict[str, Stored]:
+def entries(files: list[Path]) -> dict[str, StoredTensor]:
     """The tensors of several weight files, safetensors or PyTorch's, by name."""
-    found: dict[str, Stored] = {}
+    found: dict[str, StoredTensor] = {}
     for file in files:
         here = (
             safetensors_file.entries(file)
@@ -69,8 +69,8 @@ def entries(files: list[Path]) -> dict[str, Stored]:
 
 
 def fitting(
-    place: Path, found: Mapping[str, Stored], shape: LlamaConfig, scorer: bool
-) -> dict[str, Stored]:
+    place: Path, found: Mapping[str, StoredTensor], shape: LlamaConfig, scorer: bool
+) -> dict[str, StoredTensor]:
     """The tensors of a model in the order of its state dict, if these are they; else a UserError
     that names them.
 
@@ -102,7 +102,7 @@ def fitting(
 
 
 def write(
-    source: Source,
+    source: StoredModel,
     path: Path,
     *,
     dtype: torch.dtype | None = None,
@@ -158,7 +158,7 @@ def write(
         hf_directory.write_json(work / CHECKSUMS, dict(sorted(sums.items())))
 
 
-def prevailing(tensors: Mapping[str, Stored]) -> torch.dtype:
+def prevailing(tensors: Mapping[str, StoredTensor]) -> torch.dtype:
     """The type that most of the numbers have."""
     counts: Counter[torch.dtype] = Counter()
     for stored in tensors.values():
@@ -168,7 +168,7 @@ def prevailing(tensors: Mapping[str, Stored]) -> torch.dtype:
 
 
 def _shards(
-    tensors: Mapping[str, Stored], dtype: torch.dtype | None, shard_bytes: int
+    tensors: Mapping[str, StoredTensor], dtype: torch.dtype | None, shard_bytes: int
 ) -> list[list[str]]:
     """Tensor names in order, cut so that no shard exceeds `shard_bytes` (a larger tensor has one
     for itself)."""

@@ -20,7 +20,7 @@ from llama2.errors import UserError, did_you_mean
 from llama2.formats.hf_directory import CONFIG, PADDING, read_json
 from llama2.model.llama import LlamaConfig
 from llama2.terminal_text import shown
-from llama2.tokenizer import chat_files
+from llama2.tokenizer import chat_settings
 
 LANGUAGE_MODEL, SEQUENCE_SCORER = "LlamaForCausalLM", "LlamaForSequenceClassification"
 UNFIT = "this model cannot be loaded"
@@ -136,7 +136,7 @@ def read_config(directory: Path) -> tuple[LlamaConfig, bool]:
     known["num_key_value_heads"] = known["num_key_value_heads"] or known["num_attention_heads"]
     known["rope_theta"] = _rope_theta(path, values)
     known["eos_token_id"] = (
-        chat_files.stop_ids(directory, known["vocab_size"]) or LlamaConfig.eos_token_id
+        chat_settings.stop_ids(directory, known["vocab_size"]) or LlamaConfig.eos_token_id
     )
 
     try:

@@ -35,7 +35,7 @@ from llama2 import json_files
 from llama2.errors import UserError, explain_os_errors
 from llama2.formats import llama2c_vocabulary
 from llama2.formats.binary import FETCH_AGAIN, in_single, read_array, replacing
-from llama2.formats.source import Source, Stored
+from llama2.formats.stored_model import StoredModel, StoredTensor
 from llama2.model.llama import LlamaConfig, rotary_tables
 from llama2.model.tensors import (
     EMBEDDINGS,
@@ -115,7 +115,7 @@ def _order(header: _Header) -> Iterator[str]:
 
 # ---- writing
 # --------------------------------------------------------------------------------------------------------
-def write(source: Source, file: Path, *, version: Literal[0, 2] = 0) -> list[str]:
+def write(source: StoredModel, file: Path, *, version: Literal[0, 2] = 0) -> list[str]:
     """Write a language model for run.c (version 0, fp32) or runq.c (version 2, int8), and
     `tokenizer.bin` beside it.
 
@@ -156,10 +156,10 @@ def write(source: Source, file: Path, *, version: Literal[0, 2] = 0) -> list[str
             else:
                 _write_tensor(stream, header, name, source.tensors[name])
 
-    return vocabulary.unsaid("llama2.c")
+    return vocabulary.describe_losses("llama2.c")
 
 
-def _check_writable(source: Source) -> None:
+def _check_writable(source: StoredModel) -> None:
     if source.scorer:
         raise UserError(
             f"{source.path}: this is a reward model, and llama2.c has no place for its head",
@@ -179,7 +179,7 @@ def _check_writable(source: Source) -> None:
         )
 
 
-def _vocabulary(source: Source) -> sentencepiece_model.Pieces:
+def _vocabulary(source: StoredModel) -> sentencepiece_model.Vocabulary:
     if source.tokenizer is None:
         raise UserError(
             f"{source.path}: there is no tokenizer, without which llama2.c cannot run a model",
@@ -224,7 +224,7 @@ def _packed(header: _Header) -> bytes:
     return packed.ljust(_HEADER, b"\0")
 
 
-def _write_tensor(stream: IO[bytes], header: _Header, name: str, stored: Stored) -> None:
+def _write_tensor(stream: IO[bytes], header: _Header, name: str, stored: StoredTensor) -> None:
     tensor = stored.read().float()
     if heads := rotary_heads(name, header.config):
         tensor = interleaved(tensor, heads)
@@ -261,8 +261,8 @@ def _bytes(tensor: Tensor) -> bytes:
 
 # ---- reading
 # --------------------------------------------------------------------------------------------------------
-def read(path: Path) -> Source:
-    """A model of llama2.c as a `Source`, in fp32, with the tokenizer of a `tokenizer.bin` beside it
+def read(path: Path) -> StoredModel:
+    """A model of llama2.c as a `StoredModel`, in fp32, with the tokenizer of a `tokenizer.bin` beside it
     if there is one.
 
     UserError for another file, another version, and a size that is not what the header asks for.
@@ -283,7 +283,7 @@ def read(path: Path) -> Source:
     if beside.exists():
         tokenizer = llama2c_vocabulary.held(beside, header.config.vocab_size)
 
-    return Source(path, "llama2c", header.config, False, tensors, tokenizer)
+    return StoredModel(path, "llama2c", header.config, False, tensors, tokenizer)
 
 
 def _unpacked(path: Path, head: bytes) -> _Header:
@@ -365,7 +365,9 @@ def _places(path: Path, header: _Header, size: int) -> dict[str, int]:
     return places
 
 
-def _stored(path: Path, header: _Header, name: str, offset: int, shape: tuple[int, ...]) -> Stored:
+def _stored(
+    path: Path, header: _Header, name: str, offset: int, shape: tuple[int, ...]
+) -> StoredTensor:
     place = f"{path}: {name}"
     heads, group = rotary_heads(name, header.config), header.group if len(shape) > 1 else None
     count = header.bytes_of(name)
@@ -383,4 +385,4 @@ def _stored(path: Path, header: _Header, name: str, offset: int, shape: tuple[in
 
         return halved(tensor, heads) if heads else tensor
 
-    return Stored(shape, torch.float32, load, place)
+    return StoredTensor(shape, torch.float32, load, place)

@@ -17,14 +17,26 @@ from llama2 import json_files
 from llama2.errors import UserError
 from llama2.formats.binary import FETCH_AGAIN
 from llama2.tokenizer import sentencepiece_model
-from llama2.tokenizer.sentencepiece_model import BYTE, CONTROL, NORMAL, SPACE, UNKNOWN, Held, Piece
+from llama2.tokenizer.sentencepiece_model import (
+    BYTE,
+    CONTROL,
+    NORMAL,
+    SPACE,
+    UNKNOWN,
+    StoredTokenizer,
+    VocabularyItem,
+)
 
 FILE = "tokenizer.bin"
-_SPECIAL = (Piece("<unk>", 0.0, UNKNOWN), Piece("<s>", 0.0, CONTROL), Piece("</s>", 0.0, CONTROL))
+_SPECIAL = (
+    VocabularyItem("<unk>", 0.0, UNKNOWN),
+    VocabularyItem("<s>", 0.0, CONTROL),
+    VocabularyItem("</s>", 0.0, CONTROL),
+)
 _FIRST_TEXT = len(_SPECIAL) + 256
 
 
-def pack(items: Sequence[Piece]) -> bytes:
+def pack(items: Sequence[VocabularyItem]) -> bytes:
     """The content of tokenizer.bin. UserError for a vocabulary in another order than llama2.c takes
     for granted."""
     kinds = [item.kind for item in items]
@@ -51,17 +63,17 @@ def pack(items: Sequence[Piece]) -> bytes:
     return struct.pack("<I", max(map(len, rows))) + body
 
 
-def held(path: Path, size: int) -> Held:
+def held(path: Path, size: int) -> StoredTokenizer:
     """A tokenizer.bin of `size` items as a SentencePiece model."""
-    return Held(
+    return StoredTokenizer(
         str(path),
         functools.cache(
-            lambda: sentencepiece_model.build(sentencepiece_model.Pieces(load(path, size)))
+            lambda: sentencepiece_model.build(sentencepiece_model.Vocabulary(load(path, size)))
         ),
     )
 
 
-def load(path: Path, size: int) -> list[Piece]:
+def load(path: Path, size: int) -> list[VocabularyItem]:
     """The items of a tokenizer.bin of `size` items. UserError if it has another number, or is no
     such file."""
     data = json_files.content(path)
@@ -98,7 +110,7 @@ def load(path: Path, size: int) -> list[Piece]:
 
     kinds = [BYTE] * 256 + [NORMAL] * (size - _FIRST_TEXT)
     texts = [
-        Piece(text.replace(" ", SPACE), score, kind)
+        VocabularyItem(text.replace(" ", SPACE), score, kind)
         for (text, score), kind in zip(found[len(_SPECIAL) :], kinds, strict=True)
     ]
     return [*_SPECIAL, *texts]

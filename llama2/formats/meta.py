@@ -28,12 +28,12 @@ from torch import Tensor
 from llama2 import atomic, json_files
 from llama2.errors import UserError, did_you_mean, explain_os_errors
 from llama2.formats import torch_legacy, torch_zip
-from llama2.formats.source import Source, Stored
+from llama2.formats.stored_model import StoredModel, StoredTensor
 from llama2.model.llama import LlamaConfig
 from llama2.model.tensors import EMBEDDINGS, HEAD, halved, interleaved, rotary_heads, shapes
 from llama2.terminal_text import shown
 from llama2.tokenizer import sentencepiece_model as pieces
-from llama2.tokenizer.sentencepiece_model import Held
+from llama2.tokenizer.sentencepiece_model import StoredTokenizer
 
 PARAMETERS, TOKENIZER = "params.json", "tokenizer.model"
 CONTEXT = 4096
@@ -72,7 +72,7 @@ def their_name(name: str) -> tuple[str, int | None]:
 
 # ---- reading
 # --------------------------------------------------------------------------------------------------------
-def read(path: Path, *, context: int = CONTEXT) -> Source:
+def read(path: Path, *, context: int = CONTEXT) -> StoredModel:
     """A directory of Meta's, its model-parallel parts joined. `context`: the most positions, which
     no file names.
 
@@ -100,7 +100,7 @@ def read(path: Path, *, context: int = CONTEXT) -> Source:
         if os.path.lexists(place)
     )
 
-    return Source(path, "meta", config, False, tensors, next(found, None))
+    return StoredModel(path, "meta", config, False, tensors, next(found, None))
 
 
 def _parameters(file: Path) -> dict[str, Any]:
@@ -150,7 +150,7 @@ def _files(path: Path) -> list[Path]:
 
 
 def _config(
-    path: Path, values: Mapping[str, Any], parts: Sequence[Mapping[str, Stored]], context: int
+    path: Path, values: Mapping[str, Any], parts: Sequence[Mapping[str, StoredTensor]], context: int
 ) -> LlamaConfig:
     embeddings = _matrix(path, parts[0], "tok_embeddings.weight")
     gate = _matrix(path, parts[0], "layers.0.feed_forward.w1.weight")
@@ -198,7 +198,7 @@ def _config(
     return config
 
 
-def _matrix(path: Path, part: Mapping[str, Stored], name: str) -> tuple[int, int]:
+def _matrix(path: Path, part: Mapping[str, StoredTensor], name: str) -> tuple[int, int]:
     shape = part[name].shape if name in part else ()
     if len(shape) != 2:
         raise UserError(
@@ -210,7 +210,7 @@ def _matrix(path: Path, part: Mapping[str, Stored], name: str) -> tuple[int, int
 
 
 def _check(
-    config: LlamaConfig, files: Sequence[Path], parts: Sequence[Mapping[str, Stored]]
+    config: LlamaConfig, files: Sequence[Path], parts: Sequence[Mapping[str, StoredTensor]]
 ) -> None:
     """Every file has its part of every tensor, of the right shape and of one kind, and no other
     tensor."""
@@ -255,8 +255,11 @@ def _part(shape: tuple[int, ...], axis: int | None, shards: int) -> tuple[int, .
 
 
 def _joined(
-    name: str, shape: tuple[int, ...], parts: Sequence[Mapping[str, Stored]], config: LlamaConfig
-) -> Stored:
+    name: str,
+    shape: tuple[int, ...],
+    parts: Sequence[Mapping[str, StoredTensor]],
+    config: LlamaConfig,
+) -> StoredTensor:
     theirs, axis = their_name(name)
     pieces = [part[theirs] for part in parts]
 
@@ -274,10 +277,10 @@ def _joined(
         heads = rotary_heads(name, config)
         return halved(whole, heads) if heads else whole
 
-    return Stored(shape, pieces[0].dtype, load, pieces[0].place)
+    return StoredTensor(shape, pieces[0].dtype, load, pieces[0].place)
 
 
-def _agreed(pieces: Sequence[Stored]) -> Tensor:
+def _agreed(pieces: Sequence[StoredTensor]) -> Tensor:
     """A tensor of which every rank has a copy."""
     first = pieces[0].read()
     for piece in pieces[1:]:
@@ -293,7 +296,7 @@ def _agreed(pieces: Sequence[Stored]) -> Tensor:
 # ---- writing
 # --------------------------------------------------------------------------------------------------------
 def write(
-    source: Source, directory: Path, *, dtype: torch.dtype | None = None, shards: int = 1
+    source: StoredModel, directory: Path, *, dtype: torch.dtype | None = None, shards: int = 1
 ) -> list[str]:
     """Write a language model as Meta's code loads it on `shards` model-parallel ranks.
 
@@ -346,7 +349,7 @@ def write(
     )
 
 
-def _as_large(tokenizer: Path | Held, size: int) -> bytes:
+def _as_large(tokenizer: Path | StoredTokenizer, size: int) -> bytes:
     """A tokenizer with an item for each row of the embeddings: Meta's code makes as many rows as it
     has items."""
     model = pieces.content(tokenizer)
@@ -356,7 +359,7 @@ def _as_large(tokenizer: Path | Held, size: int) -> bytes:
 
 def _deal(
     name: str,
-    stored: Stored,
+    stored: StoredTensor,
     dtype: torch.dtype,
     config: LlamaConfig,
     targets: Sequence[Callable[[Tensor], None]],

@@ -31,11 +31,11 @@ from llama2 import json_files
 from llama2.errors import UserError
 from llama2.formats import hf, hf_directory
 from llama2.formats.hf_directory import SCORE
-from llama2.formats.source import Source, Stored
+from llama2.formats.stored_model import StoredModel, StoredTensor
 from llama2.model.tensors import EMBEDDINGS, HEAD
 from llama2.terminal_text import shown
 from llama2.tokenizer import foreign
-from llama2.tokenizer.chat_files import chat_template, stop_ids
+from llama2.tokenizer.chat_settings import chat_template, stop_ids
 
 CONFIG, WEIGHTS = "adapter_config.json", ("adapter_model.safetensors", "adapter_model.bin")
 _BASE = "base_model_name_or_path"
@@ -84,11 +84,11 @@ class _Adapter:
 
     path: Path
     values: Mapping[str, Any]
-    pairs: dict[str, dict[str, Stored]] = field(default_factory=dict)
+    pairs: dict[str, dict[str, StoredTensor]] = field(default_factory=dict)
     """module -> its A and B"""
     flat: set[str] = field(default_factory=set)
     """modules whose pair is of a table of embeddings, which lies the other way round"""
-    whole: dict[str, Stored] = field(default_factory=dict)
+    whole: dict[str, StoredTensor] = field(default_factory=dict)
     """weights that were trained as they are (`modules_to_save`)"""
 
     def number(self, module: str, key: str, pattern: str) -> float:
@@ -142,7 +142,7 @@ def base_of(path: Path, given: Path | None = None) -> Path:
     return given or Path(str(named))
 
 
-def read(path: Path, base: Source, dtype: torch.dtype | None = None) -> Source:
+def read(path: Path, base: StoredModel, dtype: torch.dtype | None = None) -> StoredModel:
     """`base` with the adapter in `path` merged into it, as numbers of type `dtype` (each as its
     base, if None).
 
@@ -191,7 +191,7 @@ def read(path: Path, base: Source, dtype: torch.dtype | None = None) -> Source:
         f"its base {base.path}",
     )
     tokenizer = foreign.find(path, config.vocab_size) or base.tokenizer
-    return Source(
+    return StoredModel(
         path,
         f"PEFT adapter of {base.format}",
         config,
@@ -234,10 +234,10 @@ def _open(path: Path) -> _Adapter:
     return adapter
 
 
-def _folded(entries: Mapping[str, Stored]) -> dict[str, Stored]:
+def _folded(entries: Mapping[str, StoredTensor]) -> dict[str, StoredTensor]:
     """The tensors by their names in the base, without those that were replaced by what was
     trained."""
-    found: dict[str, Stored] = {}
+    found: dict[str, StoredTensor] = {}
     for name, stored in entries.items():
         if _REPLACED in name and any(
             name.replace(_REPLACED, by) in entries for by in (_TRAINED, ".")
@@ -308,13 +308,17 @@ def _refuse_others(file: Path, values: Mapping[str, Any]) -> None:
             )
 
 
-def _converted(stored: Stored, dtype: torch.dtype) -> Stored:
+def _converted(stored: StoredTensor, dtype: torch.dtype) -> StoredTensor:
     return replace(stored, dtype=dtype, read=lambda: stored.read().to(dtype))
 
 
 def _merged(
-    adapter: _Adapter, module: str, pair: Mapping[str, Stored], weight: Stored, dtype: torch.dtype
-) -> Stored:
+    adapter: _Adapter,
+    module: str,
+    pair: Mapping[str, StoredTensor],
+    weight: StoredTensor,
+    dtype: torch.dtype,
+) -> StoredTensor:
     """The sum of a matrix [O, I] and its adapter, which is worked out when it is read."""
     for letter in "AB":
         if letter not in pair:
@@ -354,4 +358,4 @@ def _merged(
 
         return merged_OI
 
-    return Stored(weight.shape, dtype, read, f"{weight.place} with its adapter")
+    return StoredTensor(weight.shape, dtype, read, f"{weight.place} with its adapter")

@@ -10,7 +10,7 @@ from types import TracebackType
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
 
-from llama2.formats.source import Source, observed
+from llama2.formats.stored_model import StoredModel, observe
 
 SECONDS_BETWEEN_LINES = 10.0
 
@@ -52,9 +52,9 @@ class Reading:
         if self.bar is not None:
             self.bar.stop()
 
-    def watched(self, source: Source) -> Source:
+    def watched(self, source: StoredModel) -> StoredModel:
         """The same checkpoint; what is read of it moves the bar."""
-        return observed(source, lambda stored, tensor: self._advance(stored.nbytes))
+        return observe(source, lambda stored, tensor: self._advance(stored.nbytes))
 
     def _advance(self, count: int) -> None:
         self.done = min(self.done + count, self.total)
@@ -73,6 +73,6 @@ class Reading:
             self.printed = now
 
 
-def size(sources: Iterable[Source]) -> int:
+def size(sources: Iterable[StoredModel]) -> int:
     """The bytes of all tensors of some checkpoints."""
     return sum(stored.nbytes for source in sources for stored in source.tensors.values())

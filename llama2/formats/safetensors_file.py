@@ -25,7 +25,7 @@ from torch import Tensor
 
 from llama2 import json_files
 from llama2.errors import UserError, explain_os_errors
-from llama2.formats.source import InOrder, Stored, read_ahead
+from llama2.formats.stored_model import InOrder, StoredTensor, read_ahead
 
 DTYPES = {
     "F64": torch.float64,
@@ -47,7 +47,7 @@ _PIECE = 2 << 20  # numbers read, converted and hashed at once
 _PART = 128 << 10
 
 
-def entries(path: Path) -> dict[str, Stored]:
+def entries(path: Path) -> dict[str, StoredTensor]:
     """The tensors of a safetensors file by name. UserError for a file that is truncated or none;
     reads no numbers."""
     json_files.check(path)
@@ -100,7 +100,7 @@ def _stored(
     shape: tuple[int, ...],
     offset: int,
     once: bool = False,
-) -> Stored:
+) -> StoredTensor:
     def read() -> Tensor:
         tensor = torch.empty(shape, dtype=dtype)
         with explain_os_errors(path), open(path, "rb", buffering=0) as file:
@@ -110,7 +110,7 @@ def _stored(
 
         return tensor
 
-    def parts() -> list[Stored]:
+    def parts() -> list[StoredTensor]:
         count = math.prod(shape)
         return [
             _stored(
@@ -124,7 +124,7 @@ def _stored(
             for start in range(0, count, _PIECE)
         ]
 
-    return Stored(shape, dtype, read if once else InOrder(read, parts), place)
+    return StoredTensor(shape, dtype, read if once else InOrder(read, parts), place)
 
 
 def _fill(file: FileIO, room: memoryview, once: bool) -> bool:
@@ -152,7 +152,7 @@ def memory(tensor: Tensor) -> memoryview:
     return tensor.reshape(-1).view(torch.uint8).numpy().data
 
 
-def write(path: Path, tensors: Mapping[str, Stored], dtype: torch.dtype | None = None) -> str:
+def write(path: Path, tensors: Mapping[str, StoredTensor], dtype: torch.dtype | None = None) -> str:
     """Write a file of these tensors, converted to `dtype` if there is one; the SHA-256 of the file.
 
     The widest numbers go first, so that each tensor begins at a multiple of their size, as readers
@@ -185,7 +185,7 @@ def write(path: Path, tensors: Mapping[str, Stored], dtype: torch.dtype | None =
     return digest.hexdigest()
 
 
-def _header(tensors: list[tuple[str, torch.dtype, Stored]]) -> bytes:
+def _header(tensors: list[tuple[str, torch.dtype, StoredTensor]]) -> bytes:
     described: dict[str, object] = {"__metadata__": {"format": "pt"}}
     end = 0
     for name, dtype, stored in tensors:

@@ -16,7 +16,7 @@ from typing import IO, Any
 from llama2 import json_files
 from llama2.errors import UserError, explain_os_errors
 from llama2.formats import torch_zip
-from llama2.formats.source import Stored
+from llama2.formats.stored_model import StoredTensor
 
 _BEGIN = b"\x80\x02\x8a\x0al\xfc\x9cF\xf9 j\xa8P\x19."
 _VERSION = 1001
@@ -38,7 +38,7 @@ class _Reader(torch_zip.Reader):
         return storage
 
 
-def either(path: Path) -> dict[str, Stored]:
+def either(path: Path) -> dict[str, StoredTensor]:
     """The tensors in a file of PyTorch's by name, as it writes them now or wrote them then."""
     return entries(path) if is_one(path) else torch_zip.entries(path)
 
@@ -49,7 +49,7 @@ def is_one(path: Path) -> bool:
         return file.read(len(_BEGIN)) == _BEGIN
 
 
-def entries(path: Path) -> dict[str, Stored]:
+def entries(path: Path) -> dict[str, StoredTensor]:
     """The tensors in a file by name, as `archive.entries`; reads no numbers yet."""
     with explain_os_errors(path), open(path, "rb") as file:
         file.seek(len(_BEGIN))

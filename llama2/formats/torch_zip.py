@@ -31,7 +31,7 @@ from torch import Tensor
 
 from llama2 import json_files
 from llama2.errors import UserError, explain_os_errors
-from llama2.formats.source import Stored
+from llama2.formats.stored_model import StoredTensor
 from llama2.reading.packed import DAMAGE
 
 STORAGES = {
@@ -141,11 +141,11 @@ class _Refused(Exception):
     """A pickle names something that no dictionary of tensors needs."""
 
 
-def entries(path: Path) -> dict[str, Stored]:
+def entries(path: Path) -> dict[str, StoredTensor]:
     """The tensors in a file that `torch.save` made of a state dict, by name. Reads no numbers yet.
 
     UserError for a truncated file, one that holds anything but tensors, or code, and for a tensor
-    that lies outside its storage; later, from `Stored.read`, for numbers that do not match their
+    that lies outside its storage; later, from `StoredTensor.read`, for numbers that do not match their
     checksum.
     """
     with explain_os_errors(path), json_files.opened(path) as file:
@@ -241,7 +241,7 @@ def described(path: Path, reader: Reader) -> dict[str, View]:
     return dict(found)
 
 
-def stored(path: Path, name: str, view: View, member: Member | None) -> Stored:
+def stored(path: Path, name: str, view: View, member: Member | None) -> StoredTensor:
     """A tensor whose numbers lie in `member`. UserError if they do not, or if the tensor is larger
     than they are."""
     place = f"{path}: tensor '{name}'"
@@ -258,7 +258,9 @@ def stored(path: Path, name: str, view: View, member: Member | None) -> Stored:
     ):
         raise UserError(f"{place}: it lies outside its storage", AGAIN)
 
-    return Stored(view.shape, view.storage.dtype, lambda: _read(path, place, view, member), place)
+    return StoredTensor(
+        view.shape, view.storage.dtype, lambda: _read(path, place, view, member), place
+    )
 
 
 def _read(path: Path, place: str, view: View, member: Member) -> Tensor:

@@ -14,10 +14,10 @@ from llama2.convert import verify
 from llama2.convert.export import DTYPES, ROUNDING, Kind
 from llama2.errors import UserError, explain_os_errors
 from llama2.formats import checkpoint, gguf, hf
-from llama2.formats.detect import open_source
+from llama2.formats.detect import open_model
 from llama2.formats.gguf import Precision
 from llama2.formats.hf_directory import BESIDE
-from llama2.formats.source import Source
+from llama2.formats.stored_model import StoredModel
 from llama2.release.lineage import Stage
 
 GGUF = "gguf"
@@ -100,10 +100,10 @@ def write_gguf(
     return found
 
 
-def check_copy(source: Source, copy: Path, kind: str) -> None:
+def check_copy(source: StoredModel, copy: Path, kind: str) -> None:
     """Read a copy again: it may be no further from its source than rounding to its kind of numbers
     explains."""
-    found = verify.compared(source, open_source(copy), length=0, tolerance=math.inf)
+    found = verify.compared(source, open_model(copy), length=0, tolerance=math.inf)
     apart = found.tensors.relative if found.tensors else math.inf
     faults = found.differences(math.inf)
 

@@ -47,7 +47,7 @@ from llama2.stages.common.answers import (
 from llama2.stages.common.planning import Cluster, Lineage, judging_plan
 from llama2.stages.common.training import load_policy
 from llama2.terminal_text import say
-from llama2.tokenizer import chat_files
+from llama2.tokenizer import chat_settings
 from llama2.tokenizer.template import check_template
 from llama2.tokenizer.tokenizer import Tokenizer
 
@@ -287,7 +287,7 @@ def _chat(config: Config, name: str, run: runs.Run) -> Chat:
     """A version ready to answer: here, or its server, whose answers are kept until the run is
     finished."""
     checkpoint = config.versions[name]
-    check_template(checkpoint, chat_files.chat_template(checkpoint))
+    check_template(checkpoint, chat_settings.chat_template(checkpoint))
     if name in config.servers:
         tokenizer, context = (
             Tokenizer.load(checkpoint),

@@ -47,7 +47,7 @@ from llama2.stages.common.training import (
     train,
     validated,
 )
-from llama2.tokenizer.chat_files import chat_template, stop_ids
+from llama2.tokenizer.chat_settings import chat_template, stop_ids
 from llama2.tokenizer.tokenizer import Tokenizer
 from llama2.train import hooks
 from llama2.train.loop import Plan

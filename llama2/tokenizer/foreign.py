@@ -26,7 +26,7 @@ from llama2 import json_files
 from llama2.errors import UserError
 from llama2.terminal_text import say, shown
 from llama2.tokenizer import merges, sentencepiece_model
-from llama2.tokenizer.chat_files import stop_ids
+from llama2.tokenizer.chat_settings import stop_ids
 from llama2.tokenizer.huggingface import JSON, SETTINGS, SPECIAL, difference
 from llama2.tokenizer.merges import Merge, Merger
 from llama2.tokenizer.sentencepiece_model import (
@@ -36,9 +36,9 @@ from llama2.tokenizer.sentencepiece_model import (
     SPACE,
     UNKNOWN,
     USER_DEFINED,
-    Held,
-    Piece,
-    Pieces,
+    StoredTokenizer,
+    Vocabulary,
+    VocabularyItem,
 )
 
 MODEL, ADDED = "tokenizer.model", "added_tokens.json"
@@ -80,7 +80,7 @@ class Fast:
 
 # ---- which files there are
 # ------------------------------------------------------------------------------------------
-def find(directory: Path, size: int | None = None) -> Path | Held | None:
+def find(directory: Path, size: int | None = None) -> Path | StoredTokenizer | None:
     """The tokenizer in a directory: of its `tokenizer.model` and what was added, else of
     `tokenizer.json`.
 
@@ -88,14 +88,14 @@ def find(directory: Path, size: int | None = None) -> Path | Held | None:
     """
     model, fast = directory / MODEL, directory / JSON
     if model.exists():
-        return Held(str(model), functools.cache(lambda: _with_added(model, size)))
+        return StoredTokenizer(str(model), functools.cache(lambda: _with_added(model, size)))
 
     return of_json(fast, size) if fast.exists() else None
 
 
-def of_json(file: Path, size: int | None = None) -> Held:
+def of_json(file: Path, size: int | None = None) -> StoredTokenizer:
     """The tokenizer in a `tokenizer.json`."""
-    return Held(str(file), functools.cache(lambda: _built(file, size)))
+    return StoredTokenizer(str(file), functools.cache(lambda: _built(file, size)))
 
 
 def _with_added(model: Path, most: int | None) -> bytes:
@@ -133,11 +133,11 @@ def _with_added(model: Path, most: int | None) -> bytes:
     )
 
 
-def _item(entry: Added) -> Piece:
+def _item(entry: Added) -> VocabularyItem:
     if entry.special:
-        return Piece(entry.text, 0.0, CONTROL)
+        return VocabularyItem(entry.text, 0.0, CONTROL)
 
-    return Piece(entry.text.replace(" ", SPACE), 0.0, USER_DEFINED)
+    return VocabularyItem(entry.text.replace(" ", SPACE), 0.0, USER_DEFINED)
 
 
 def _size(place: Path, known: int, added: dict[int, Added], most: int | None) -> int:
@@ -397,16 +397,16 @@ def _built(file: Path, most: int | None) -> bytes:
                 _FETCH,
             )
 
-    def item(token: int) -> Piece:
+    def item(token: int) -> VocabularyItem:
         text = added[token].text if token in added else named.get(token)
         if text is None or sentencepiece_model.padding(token).text == text:
             return sentencepiece_model.padding(token)
         if text == fast.unknown:
-            return Piece(text, 0.0, UNKNOWN)
+            return VocabularyItem(text, 0.0, UNKNOWN)
         if _BYTE.fullmatch(text):
-            return Piece(text, 0.0, BYTE)
+            return VocabularyItem(text, 0.0, BYTE)
 
-        return _item(added[token]) if token in added else Piece(text, 0.0, NORMAL)
+        return _item(added[token]) if token in added else VocabularyItem(text, 0.0, NORMAL)
 
     items = [item(token) for token in range(size)]
     normal = {piece.text: token for token, piece in enumerate(items) if piece.kind == NORMAL}
@@ -419,15 +419,15 @@ def _built(file: Path, most: int | None) -> bytes:
             _GIVE_MODEL,
         )
 
-    items = [Piece(piece.text, scores.get(piece.text, 0.0), piece.kind) for piece in items]
+    items = [VocabularyItem(piece.text, scores.get(piece.text, 0.0), piece.kind) for piece in items]
     sentencepiece_model.check(items, str(file), _GIVE_MODEL)
-    model = sentencepiece_model.build(Pieces(items, fast.dummy_prefix))
+    model = sentencepiece_model.build(Vocabulary(items, fast.dummy_prefix))
     _verify(file, fast, items, model)
 
     return model
 
 
-def _verify(file: Path, fast: Fast, items: list[Piece], model: bytes) -> None:
+def _verify(file: Path, fast: Fast, items: list[VocabularyItem], model: bytes) -> None:
     """UserError if the model built of a file gives other ids than the file, for some texts."""
     if not fast.dummy_prefix or sum(item.kind == BYTE for item in items) != 256:
         return  # refused when it is loaded, by a reason that says more
@@ -443,7 +443,7 @@ def _verify(file: Path, fast: Fast, items: list[Piece], model: bytes) -> None:
 # ---- both files
 # -----------------------------------------------------------------------------------------------------
 def disagreement(
-    directory: Path, vocabulary: Pieces, processor: sentencepiece.SentencePieceProcessor
+    directory: Path, vocabulary: Vocabulary, processor: sentencepiece.SentencePieceProcessor
 ) -> str | None:
     """In words, where the `tokenizer.json` in a directory gives other ids than the
     `tokenizer.model` beside it."""

@@ -23,8 +23,8 @@ from llama2.tokenizer.sentencepiece_model import (
     SPACE,
     UNKNOWN,
     USER_DEFINED,
-    Piece,
-    Pieces,
+    Vocabulary,
+    VocabularyItem,
 )
 
 JSON, SETTINGS, SPECIAL = "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"
@@ -43,7 +43,7 @@ class Special(NamedTuple):
     eos: int
 
 
-def fast(vocabulary: Pieces, special: Special) -> bytes:
+def fast(vocabulary: Vocabulary, special: Special) -> bytes:
     """The content of `tokenizer.json`."""
     items = vocabulary.items
     return json.dumps(
@@ -60,7 +60,7 @@ def fast(vocabulary: Pieces, special: Special) -> bytes:
     ).encode()
 
 
-def settings(vocabulary: Pieces, special: Special, template: str | None) -> dict[str, bytes]:
+def settings(vocabulary: Vocabulary, special: Special, template: str | None) -> dict[str, bytes]:
     """The two small files beside it, name -> content, with the chat template of a model, if it has
     one."""
     names = {
@@ -90,7 +90,7 @@ def settings(vocabulary: Pieces, special: Special, template: str | None) -> dict
     }
 
 
-def _added(items: Sequence[Piece]) -> dict[int, dict[str, Any]]:
+def _added(items: Sequence[VocabularyItem]) -> dict[int, dict[str, Any]]:
     """The items that are looked for in a text before all else; padding is none of them."""
     return {
         token: _token(item)
@@ -100,7 +100,7 @@ def _added(items: Sequence[Piece]) -> dict[int, dict[str, Any]]:
     }
 
 
-def _token(item: Piece) -> dict[str, Any]:
+def _token(item: VocabularyItem) -> dict[str, Any]:
     """One that users may type is not special."""
     text = item.text.replace(SPACE, " ") if item.kind == USER_DEFINED else item.text
     return {
@@ -155,7 +155,7 @@ def _pipeline(bos: str, token: int) -> dict[str, Any]:
     }
 
 
-def _model(items: Sequence[Piece], unknown: str) -> dict[str, Any]:
+def _model(items: Sequence[VocabularyItem], unknown: str) -> dict[str, Any]:
     found = merges.listed(items)
     return {
         "type": "BPE",
@@ -179,10 +179,10 @@ def _plain(found: Sequence[Merge]) -> bool:
 
 # ---- verification
 # ---------------------------------------------------------------------------------------------------
-def unlike(vocabulary: Pieces, encode: Callable[[str], list[int]]) -> list[str]:
+def unlike(vocabulary: Vocabulary, encode: Callable[[str], list[int]]) -> list[str]:
     """In sentences for the user, where transformers gives other ids; empty for a tokenizer such as
     Llama 2's."""
-    notes = vocabulary.unsaid("transformers")
+    notes = vocabulary.describe_losses("transformers")
     typed = [item.text for item in vocabulary.items if item.kind == USER_DEFINED]
     if typed:
         notes.append(
@@ -202,7 +202,7 @@ def unlike(vocabulary: Pieces, encode: Callable[[str], list[int]]) -> list[str]:
 
 
 def difference(
-    merger: Merger, items: Sequence[Piece], encode: Callable[[str], list[int]]
+    merger: Merger, items: Sequence[VocabularyItem], encode: Callable[[str], list[int]]
 ) -> str | None:
     """The first of some texts that a list of merges makes other ids of than `encode` does, in
     words.
@@ -226,7 +226,7 @@ def difference(
     return None
 
 
-def texts(items: Sequence[Piece]) -> Iterator[str]:
+def texts(items: Sequence[VocabularyItem]) -> Iterator[str]:
     """Short texts on which tokenizers part: runs of spaces, bytes, typed control items, and items
     of the vocabulary."""
     for run in range(1, 41):

@@ -16,7 +16,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import pairwise
 
-from llama2.tokenizer.sentencepiece_model import BYTE, NORMAL, SPACE, Piece
+from llama2.tokenizer.sentencepiece_model import BYTE, NORMAL, SPACE, VocabularyItem
 
 Merge = tuple[str, str]
 
@@ -26,7 +26,7 @@ _LOWEST = -1e9  # the score that the published model gives to runs of spaces
 
 # ---- items to merges
 # ------------------------------------------------------------------------------------------------
-def listed(items: Sequence[Piece]) -> list[Merge]:
+def listed(items: Sequence[VocabularyItem]) -> list[Merge]:
     """The merges of a vocabulary, those to be tried first in front."""
     known = {item.text for item in items if item.kind == NORMAL}
     found = [
@@ -153,7 +153,7 @@ class Merger:
         return [self._texts[f"<0x{byte:02X}>"] for byte in symbol.encode()]
 
 
-def merger(items: Sequence[Piece]) -> Merger:
+def merger(items: Sequence[VocabularyItem]) -> Merger:
     """The list of merges of a vocabulary, at work."""
     texts = {item.text: token for token, item in enumerate(items) if item.kind in (NORMAL, BYTE)}
     return Merger(texts, listed(items))

@@ -25,7 +25,7 @@ _VARINT, _DOUBLE, _BYTES, _FLOAT = 0, 1, 2, 5  # how protocol buffers mark the l
 
 
 @dataclass(frozen=True)
-class Piece:
+class VocabularyItem:
     """An item of a vocabulary; `kind` is one of the constants above, whose numbers llama.cpp has
     taken over."""
 
@@ -35,17 +35,17 @@ class Piece:
 
 
 @dataclass(frozen=True)
-class Pieces:
+class Vocabulary:
     """A vocabulary, and what is done to a text before it is looked up."""
 
-    items: Sequence[Piece]
+    items: Sequence[VocabularyItem]
     dummy_prefix: bool = True
     """a space is put in front of a text"""
     extra_spaces_removed: bool = False
     normalised: bool = False
     """characters are replaced by others first (NFKC and the like), which no other format can say"""
 
-    def unsaid(self, program: str) -> list[str]:
+    def describe_losses(self, program: str) -> list[str]:
         """In sentences for the user, what `program` does not do to a text, so that it gives other
         tokens for some."""
         kept = f"which {program} does not: some texts get other tokens there"
@@ -63,7 +63,7 @@ class Pieces:
 
 
 @dataclass(frozen=True)
-class Held:
+class StoredTokenizer:
     """A SentencePiece model that stands inside another file, or that several files make; read when
     it is asked for."""
 
@@ -76,22 +76,22 @@ class Held:
         return self.place
 
 
-def content(where: Path | Held) -> bytes:
+def content(where: Path | StoredTokenizer) -> bytes:
     """The content of a SentencePiece model file."""
-    if isinstance(where, Held):
+    if isinstance(where, StoredTokenizer):
         return where.make()
 
     return json_files.content(where)
 
 
-def load(where: Path | Held) -> Pieces:
+def load(where: Path | StoredTokenizer) -> Vocabulary:
     """The vocabulary of a SentencePiece model. UserError if it is none, or damaged."""
     return parse(content(where), str(where))
 
 
-def parse(model: bytes, place: str) -> Pieces:
+def parse(model: bytes, place: str) -> Vocabulary:
     """`load` for the content of a file; `place` names it in errors."""
-    items: list[Piece] = []
+    items: list[VocabularyItem] = []
     # as SentencePiece has them when the file does not say
     prefix, removed, charsmap = True, True, b""
     try:
@@ -112,10 +112,10 @@ def parse(model: bytes, place: str) -> Pieces:
             f"{place}: not a SentencePiece model: it has no items", "copy the file again"
         )
 
-    return Pieces(items, prefix, removed, bool(charsmap))
+    return Vocabulary(items, prefix, removed, bool(charsmap))
 
 
-def check(items: Sequence[Piece], place: str, cure: str) -> None:
+def check(items: Sequence[VocabularyItem], place: str, cure: str) -> None:
     """UserError if SentencePiece cannot have these items: no unknown one, or one that stands there
     twice."""
     if not any(item.kind == UNKNOWN for item in items):
@@ -133,7 +133,7 @@ def check(items: Sequence[Piece], place: str, cure: str) -> None:
         seen.add(item.text)
 
 
-def build(pieces: Pieces, *, unknown: int = 0, bos: int = 1, eos: int = 2) -> bytes:
+def build(pieces: Vocabulary, *, unknown: int = 0, bos: int = 1, eos: int = 2) -> bytes:
     """The content of a SentencePiece BPE model file with these items, that encodes as the original
     does."""
     items = pieces.items
@@ -155,10 +155,10 @@ def build(pieces: Pieces, *, unknown: int = 0, bos: int = 1, eos: int = 2) -> by
     return body + _field(2, trainer) + _field(3, normalizer)
 
 
-def padding(token: int) -> Piece:
+def padding(token: int) -> VocabularyItem:
     """The item that fills an id of which nothing is known: no text spells it, and it has no
     text."""
-    return Piece(f"[PAD{token}]", 0.0, CONTROL)
+    return VocabularyItem(f"[PAD{token}]", 0.0, CONTROL)
 
 
 def padded(model: bytes, count: int, size: int) -> bytes:
@@ -166,20 +166,20 @@ def padded(model: bytes, count: int, size: int) -> bytes:
     return extended(model, [padding(token) for token in range(count, size)])
 
 
-def extended(model: bytes, items: Sequence[Piece]) -> bytes:
+def extended(model: bytes, items: Sequence[VocabularyItem]) -> bytes:
     """A SentencePiece model with more items behind its own."""
     return model + b"".join(_item(item) for item in items)
 
 
-def _item(item: Piece) -> bytes:
+def _item(item: VocabularyItem) -> bytes:
     return _field(
         1, _field(1, item.text.encode()) + _float(2, item.score) + _varint_field(3, item.kind)
     )
 
 
-def _piece(fields: dict[int, bytes]) -> Piece:
+def _piece(fields: dict[int, bytes]) -> VocabularyItem:
     score: float = struct.unpack("<f", fields[2])[0] if 2 in fields else 0.0
-    return Piece(fields[1].decode(), score, int(fields.get(3, NORMAL)))
+    return VocabularyItem(fields[1].decode(), score, int(fields.get(3, NORMAL)))
 
 
 def _fields(data: bytes) -> Iterator[tuple[int, Any]]:

@@ -20,9 +20,9 @@ import sentencepiece
 
 from llama2 import atomic
 from llama2.errors import UserError, explain_os_errors
-from llama2.tokenizer import chat_files, foreign, huggingface, sentencepiece_model
+from llama2.tokenizer import chat_settings, foreign, huggingface, sentencepiece_model
 from llama2.tokenizer.foreign import say_once
-from llama2.tokenizer.sentencepiece_model import SPACE, Held
+from llama2.tokenizer.sentencepiece_model import SPACE, StoredTokenizer
 from llama2.tokenizer.template import CHAT_TEMPLATE, is_llama_2
 
 FILE = foreign.MODEL
@@ -63,7 +63,9 @@ class Tokenizer:
         not among them"""
 
     @classmethod
-    def load(cls, place: str | os.PathLike[str] | Held, size: int | None = None) -> Tokenizer:
+    def load(
+        cls, place: str | os.PathLike[str] | StoredTokenizer, size: int | None = None
+    ) -> Tokenizer:
         """From a tokenizer.model or tokenizer.json, or from the directory that holds one (a
         checkpoint is such a directory), or from inside another file.
 
@@ -72,7 +74,7 @@ class Tokenizer:
         names. `size` is the vocabulary of the model that it is for: added tokens beyond it are left
         out, aloud.
         """
-        if isinstance(place, Held):
+        if isinstance(place, StoredTokenizer):
             return cls(place.make(), place.place)
 
         path = Path(place)
@@ -93,9 +95,11 @@ class Tokenizer:
                 f"{said}; {FILE} is used here, and transformers uses the other: remove the one that is wrong"
             )
 
-        ends = [token for token in chat_files.stop_ids(path) if 0 <= token < tokenizer.vocab_size]
+        ends = [
+            token for token in chat_settings.stop_ids(path) if 0 <= token < tokenizer.vocab_size
+        ]
         tokenizer.stops = tuple(dict.fromkeys((*tokenizer.stops, *ends)))
-        return tokenizer.speaking(chat_files.chat_template(path), ends)
+        return tokenizer.speaking(chat_settings.chat_template(path), ends)
 
     def speaking(self, template: str | None, ends: Sequence[int] = ()) -> Tokenizer:
         """The same tokenizer, beside a model with another chat template, whose answers end at one
@@ -276,7 +280,7 @@ class Tokenizer:
 
 
 @functools.lru_cache(maxsize=4)
-def _vocabulary(model: bytes) -> sentencepiece_model.Pieces:
+def _vocabulary(model: bytes) -> sentencepiece_model.Vocabulary:
     return sentencepiece_model.parse(model, FILE)
 
 

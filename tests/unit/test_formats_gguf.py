@@ -24,7 +24,7 @@ from torch import Tensor
 
 from llama2.errors import UserError
 from llama2.formats import gguf as ours
-from llama2.formats.source import Source
+from llama2.formats.stored_model import StoredModel
 from llama2.tokenizer import CHAT_TEMPLATE, Tokenizer
 
 
@@ -35,12 +35,12 @@ def pieces(shared: Path, tokenizer: Tokenizer) -> Path:
 
 
 @pytest.fixture(scope="module")
-def source(pieces: Path) -> Source:
+def source(pieces: Path) -> StoredModel:
     return source_of(model_of(SHAPE), Path("model"), pieces)
 
 
 @pytest.fixture
-def file(source: Source, tmp_path: Path) -> Path:
+def file(source: StoredModel, tmp_path: Path) -> Path:
     ours.write(source, tmp_path / "model.gguf", precision="q8_0", chat_template=CHAT_TEMPLATE)
     return tmp_path / "model.gguf"
 
@@ -87,7 +87,7 @@ def test_nothing_is_lost(
 
 @pytest.mark.parametrize("precision", ["q8_0", "q4_0"])
 def test_quantized_weights_err_by_less_than_their_steps(
-    tmp_path: Path, source: Source, precision: Any
+    tmp_path: Path, source: StoredModel, precision: Any
 ) -> None:
     """A step of Q8_0 is a 127th of the block's largest number and what is lost is half of it; Q4_0
     has sixteen steps of an 8th, and at the end without a step of its own a whole one is lost.
@@ -112,7 +112,7 @@ def test_quantized_weights_err_by_less_than_their_steps(
         assert error.max() > 0
 
 
-def test_a_quantized_file_is_quantized_no_further(tmp_path: Path, source: Source) -> None:
+def test_a_quantized_file_is_quantized_no_further(tmp_path: Path, source: StoredModel) -> None:
     ours.write(source, tmp_path / "m.gguf", precision="q8_0")
     again = ours.read(tmp_path / "m.gguf")
     ours.write(again, tmp_path / "again.gguf", precision="f32")
@@ -143,7 +143,7 @@ def test_types_follow_llama_cpp(tmp_path: Path, pieces: Path, tied: bool) -> Non
 
 @pytest.mark.parametrize("precision", ["f32", "q8_0"])
 def test_tensors_in_the_file_are_in_llama_cpps_order(
-    tmp_path: Path, source: Source, precision: Any
+    tmp_path: Path, source: StoredModel, precision: Any
 ) -> None:
     """Rows 2 i and 2 i + 1 of a head are a rotary pair there, i and i + 4 here; read by the library
     alone."""
@@ -172,7 +172,7 @@ def test_tensors_in_the_file_are_in_llama_cpps_order(
     )
 
 
-def test_metadata(file: Path, source: Source, pieces: Path) -> None:
+def test_metadata(file: Path, source: StoredModel, pieces: Path) -> None:
     fields = {key: field.contents() for key, field in gguf.GGUFReader(file).fields.items()}
     expected = {
         "general.architecture": "llama",
@@ -270,7 +270,7 @@ def test_a_tokenizer_that_changes_text(tmp_path: Path, pieces: Path) -> None:
         assert before.encode(spaced) == after.encode(spaced)
 
 
-def test_a_damaged_tokenizer_is_named(tmp_path: Path, source: Source, pieces: Path) -> None:
+def test_a_damaged_tokenizer_is_named(tmp_path: Path, source: StoredModel, pieces: Path) -> None:
     whole, damaged = pieces.read_bytes(), tmp_path / "tokenizer.model"
     for content in (b"", b"\x0a", whole[:2001], b"\xff" * 100, b"not a tokenizer", bytes(50)):
         damaged.write_bytes(content)
@@ -280,7 +280,9 @@ def test_a_damaged_tokenizer_is_named(tmp_path: Path, source: Source, pieces: Pa
 
 # ---- how it is written
 # ----------------------------------------------------------------------------------------------
-def test_the_same_model_gives_the_same_bytes(tmp_path: Path, source: Source, file: Path) -> None:
+def test_the_same_model_gives_the_same_bytes(
+    tmp_path: Path, source: StoredModel, file: Path
+) -> None:
     ours.write(
         replace(source, path=Path("elsewhere")),
         tmp_path / "other.gguf",
@@ -335,7 +337,7 @@ def test_a_failure_leaves_what_was_there(tmp_path: Path, pieces: Path) -> None:
     assert (tmp_path / "m.gguf").read_bytes() == b"precious"
 
 
-def test_what_cannot_be_written(tmp_path: Path, source: Source, pieces: Path) -> None:
+def test_what_cannot_be_written(tmp_path: Path, source: StoredModel, pieces: Path) -> None:
     target = tmp_path / "m.gguf"
     with pytest.raises(UserError, match="reward model"):
         ours.write(replace(source, scorer=True), target)
@@ -356,7 +358,7 @@ def test_what_cannot_be_written(tmp_path: Path, source: Source, pieces: Path) ->
 
 
 def test_without_the_library(
-    monkeypatch: pytest.MonkeyPatch, source: Source, tmp_path: Path
+    monkeypatch: pytest.MonkeyPatch, source: StoredModel, tmp_path: Path
 ) -> None:
     monkeypatch.setitem(sys.modules, "gguf", None)
     with pytest.raises(UserError, match=r"llama2\[release\]"):
@@ -692,7 +694,7 @@ def test_factors_of_rotary_frequencies(file: Path, tmp_path: Path) -> None:
     ("ends", "noted"), [((2,), 0), ((2, 5), 0), ((300, 2, 7), 0), ((2, 5, 7, 9), 1)]
 )
 def test_the_ends_of_answers_go_out_and_come_in(
-    source: Source, tmp_path: Path, ends: tuple[int, ...], noted: int
+    source: StoredModel, tmp_path: Path, ends: tuple[int, ...], noted: int
 ) -> None:
     several = replace(source, config=replace(SHAPE, eos_token_id=ends))
     notes = ours.write(several, tmp_path / "m.gguf", precision="f32")
@@ -703,7 +705,9 @@ def test_the_ends_of_answers_go_out_and_come_in(
     assert Tokenizer.load(found.tokenizer).eos == 2
 
 
-def test_the_template_of_a_file_comes_with_it(source: Source, file: Path, tmp_path: Path) -> None:
+def test_the_template_of_a_file_comes_with_it(
+    source: StoredModel, file: Path, tmp_path: Path
+) -> None:
     assert ours.read(file).template == CHAT_TEMPLATE
     ours.write(source, tmp_path / "bare.gguf")
     assert ours.read(tmp_path / "bare.gguf").template is None

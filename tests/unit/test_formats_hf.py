@@ -25,7 +25,7 @@ from sources import SHAPE, model_of, same, scorer_of, source_of, state
 from torch import Tensor
 
 from llama2.errors import UserError
-from llama2.formats import hf, safetensors_file, source, torch_legacy, torch_zip
+from llama2.formats import hf, safetensors_file, stored_model, torch_legacy, torch_zip
 from llama2.formats.hf_config import config_json
 from llama2.formats.hf_directory import (
     CHECKSUMS,
@@ -36,7 +36,7 @@ from llama2.formats.hf_directory import (
     WEIGHTS,
     shapes,
 )
-from llama2.formats.source import Stored, observed, read_ahead
+from llama2.formats.stored_model import StoredTensor, observe, read_ahead
 from llama2.model.llama import LlamaConfig
 from llama2.model.tensors import HEAD
 
@@ -145,7 +145,7 @@ def test_the_file_is_one_that_safetensors_itself_reads_and_could_map(tmp_path: P
     digest = safetensors_file.write(
         tmp_path / "f",
         {
-            name: Stored(tuple(tensor.shape), tensor.dtype, tensor.clone, name)
+            name: StoredTensor(tuple(tensor.shape), tensor.dtype, tensor.clone, name)
             for name, tensor in mixed.items()
         },
     )
@@ -200,7 +200,7 @@ def test_weights_are_converted_as_pytorch_converts_them(
 def test_as_much_is_in_memory_as_the_largest_tensor_takes(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(source, "SMALL", 0)
+    monkeypatch.setattr(stored_model, "SMALL", 0)
     model = model_of(TINY)
     held, most = 0, 0
     largest = max(tensor.nbytes for tensor in model.state_dict().values())
@@ -229,7 +229,7 @@ def test_what_lies_in_order_passes_in_parts(
     hf.write(source_of(model_of(TINY), tmp_path), tmp_path / "model")
     seen: list[int] = []
     hf.write(
-        observed(hf.read(tmp_path / "model"), lambda stored, tensor: seen.append(tensor.numel())),
+        observe(hf.read(tmp_path / "model"), lambda stored, tensor: seen.append(tensor.numel())),
         tmp_path / "again",
         dtype=torch.bfloat16,
     )
@@ -252,18 +252,18 @@ def test_a_tensor_that_is_read_otherwise_is_not_taken_in_parts(tmp_path: Path) -
 
 
 def test_reading_ahead_keeps_the_order_and_raises_where_it_failed() -> None:
-    def stored(number: int) -> Stored:
+    def stored(number: int) -> StoredTensor:
         def read() -> Tensor:
             if number == 5:
                 raise UserError("the fifth")
 
             return torch.tensor([number])
 
-        return Stored((1,), torch.int64, read, str(number))
+        return StoredTensor((1,), torch.int64, read, str(number))
 
     found: list[float] = []
     tensors = read_ahead(
-        [Stored((2,), torch.int64, lambda: torch.zeros(2), "large"), *map(stored, range(8))]
+        [StoredTensor((2,), torch.int64, lambda: torch.zeros(2), "large"), *map(stored, range(8))]
     )
     with pytest.raises(UserError, match="the fifth"):
         found.extend(tensor[0].item() for tensor in tensors)

@@ -14,8 +14,8 @@ from llama2.tokenizer.sentencepiece_model import (
     NORMAL,
     SPACE,
     UNKNOWN,
-    Piece,
-    Pieces,
+    Vocabulary,
+    VocabularyItem,
 )
 
 
@@ -31,14 +31,18 @@ def tokenizer(request: pytest.FixtureRequest, ordinary: Tokenizer) -> Tokenizer:
 
 def made(texts: list[str], scores: list[float]) -> Tokenizer:
     """A tokenizer of these items behind unknown, BOS, EOS and the bytes."""
-    first = [Piece("<unk>", 0.0, UNKNOWN), Piece("<s>", 0.0, CONTROL), Piece("</s>", 0.0, CONTROL)]
-    items = [Piece(f"<0x{byte:02X}>", 0.0, BYTE) for byte in range(256)]
+    first = [
+        VocabularyItem("<unk>", 0.0, UNKNOWN),
+        VocabularyItem("<s>", 0.0, CONTROL),
+        VocabularyItem("</s>", 0.0, CONTROL),
+    ]
+    items = [VocabularyItem(f"<0x{byte:02X}>", 0.0, BYTE) for byte in range(256)]
     return Tokenizer(
-        sentencepiece_model.build(Pieces([*first, *items, *map(Piece, texts, scores)]))
+        sentencepiece_model.build(Vocabulary([*first, *items, *map(VocabularyItem, texts, scores)]))
     )
 
 
-def vocabulary(tokenizer: Tokenizer) -> Pieces:
+def vocabulary(tokenizer: Tokenizer) -> Vocabulary:
     return sentencepiece_model.parse(tokenizer.model, "here")
 
 

@@ -20,7 +20,7 @@ from llama2.model.llama import Llama, LlamaConfig
 from llama2.records import Document
 from llama2.stages import pretrain
 from llama2.tokenizer import CHAT_TEMPLATE
-from llama2.tokenizer.chat_files import chat_template, stop_ids
+from llama2.tokenizer.chat_settings import chat_template, stop_ids
 from llama2.tokenizer.train import train
 
 TEXTS = [

@@ -21,7 +21,7 @@ from torch import Tensor
 from llama2.convert import compare, tokenizer_probes, verify
 from llama2.errors import UserError
 from llama2.formats import checkpoint
-from llama2.formats.source import Source
+from llama2.formats.stored_model import StoredModel
 from llama2.model.llama import Layer, Llama, LlamaConfig
 from llama2.runs import completion
 from llama2.tokenizer import Tokenizer, sentencepiece_model, train
@@ -38,11 +38,11 @@ SHAPE = LlamaConfig(
 
 
 @pytest.fixture
-def source(tmp_path: Path) -> Source:
+def source(tmp_path: Path) -> StoredModel:
     return source_of(model_of(SHAPE), tmp_path)
 
 
-def changed(source: Source, name: str, change: Callable[[Tensor], object]) -> Source:
+def changed(source: StoredModel, name: str, change: Callable[[Tensor], object]) -> StoredModel:
     """A checkpoint that differs in one tensor."""
 
     def read() -> Tensor:
@@ -59,7 +59,7 @@ def add(row: int, column: int, by: float) -> Callable[[Tensor], object]:
     return lambda tensor: tensor[row, column].add_(by)
 
 
-def test_a_checkpoint_equals_itself(source: Source) -> None:
+def test_a_checkpoint_equals_itself(source: StoredModel) -> None:
     found = verify.compared(source, source)
     assert found.differences(0.0) == []
     assert found.outputs is not None
@@ -70,7 +70,7 @@ def test_a_checkpoint_equals_itself(source: Source) -> None:
     )
 
 
-def test_the_largest_difference_and_its_tensor(source: Source) -> None:
+def test_the_largest_difference_and_its_tensor(source: StoredModel) -> None:
     name = "model.layers.1.mlp.up_proj.weight"
     other = changed(changed(source, name, add(3, 5, 0.25)), "lm_head.weight", add(7, 1, -0.125))
     found = compare.tensors(source, other)
@@ -85,14 +85,14 @@ def test_the_largest_difference_and_its_tensor(source: Source) -> None:
 
 @pytest.mark.parametrize("layer", [0, 1, 2])
 @pytest.mark.parametrize("kind", ["self_attn.q_proj", "self_attn.o_proj", "mlp.down_proj"])
-def test_the_first_layer_that_differs(source: Source, kind: str, layer: int) -> None:
+def test_the_first_layer_that_differs(source: StoredModel, kind: str, layer: int) -> None:
     other = changed(source, f"model.layers.{layer}.{kind}.weight", add(0, 0, 3.0))
     found = compare.outputs(source, other, 64, 1e-4, torch.device("cpu"))
     assert found.first_layer == f"model.layers.{layer}"
     assert found.largest > 1e-3
 
 
-def test_outputs_are_those_of_the_whole_model_and_their_place_is_right(source: Source) -> None:
+def test_outputs_are_those_of_the_whole_model_and_their_place_is_right(source: StoredModel) -> None:
     """Positions, tokens and sizes against logits of models that are whole."""
     name = "model.layers.2.self_attn.v_proj.weight"
     other = changed(source, name, add(1, 1, 0.5))
@@ -118,7 +118,7 @@ def test_outputs_are_those_of_the_whole_model_and_their_place_is_right(source: S
         assert (found.first_position, found.first_token) == (first, int(apart_TV[first].argmax()))
 
 
-def test_a_difference_in_one_token_is_found_where_it_is_first_read(source: Source) -> None:
+def test_a_difference_in_one_token_is_found_where_it_is_first_read(source: StoredModel) -> None:
     """Attention is causal: nothing before the token can differ."""
     tokens_1T = torch.randint(
         SHAPE.vocab_size, (1, 700), generator=torch.Generator().manual_seed(0)
@@ -132,7 +132,7 @@ def test_a_difference_in_one_token_is_found_where_it_is_first_read(source: Sourc
     assert found.outputs.first_layer == "model.embed_tokens"
 
 
-def test_numbers_that_are_none_are_different(source: Source) -> None:
+def test_numbers_that_are_none_are_different(source: StoredModel) -> None:
     name = "model.norm.weight"
     other = changed(source, name, lambda tensor: tensor[0].fill_(math.nan))
     found = verify.compared(source, other, length=20)
@@ -142,7 +142,7 @@ def test_numbers_that_are_none_are_different(source: Source) -> None:
     assert compare.tensors(other, other).largest == 0
 
 
-def test_constants_and_shapes_that_differ(source: Source) -> None:
+def test_constants_and_shapes_that_differ(source: StoredModel) -> None:
     for name, value in (
         ("rope_theta", 20000.0),
         ("rms_norm_eps", 1e-6),
@@ -163,7 +163,7 @@ def test_constants_and_shapes_that_differ(source: Source) -> None:
     ]
 
 
-def test_what_metas_format_does_not_hold_is_a_note(source: Source) -> None:
+def test_what_metas_format_does_not_hold_is_a_note(source: StoredModel) -> None:
     other = replace(source, format="meta", config=replace(SHAPE, max_position_embeddings=4096))
     found = verify.compared(source, other, length=5)
     assert found.differences(0.0) == []
@@ -203,14 +203,16 @@ def test_reward_models_are_compared_by_their_scores(tmp_path: Path) -> None:
     assert found.position == int(apart_T.argmax())
 
 
-def test_no_more_than_a_layer_is_in_memory(source: Source, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_more_than_a_layer_is_in_memory(
+    source: StoredModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Tensors in pairs, one of each; and the walk drops a layer before it loads the next, of either
     model."""
     compare.tensors(frugal(source), frugal(source))
     made: list[weakref.ref[Layer]] = []
     load = compare._layer
 
-    def watched(side: Source, index: int, like: Tensor) -> Layer:
+    def watched(side: StoredModel, index: int, like: Tensor) -> Layer:
         assert all(reference() is None for reference in made)
         layer = load(side, index, like)
         made.append(weakref.ref(layer))
@@ -319,7 +321,7 @@ def test_mistakes(base: Path, one_line: Callable[..., str]) -> None:
     assert "exceeds the context" in one_line("verify", base, base, "--length", 257)
 
 
-def test_a_length_beyond_the_context_is_refused(source: Source) -> None:
+def test_a_length_beyond_the_context_is_refused(source: StoredModel) -> None:
     with pytest.raises(UserError, match="exceeds the context of the models, 700"):
         verify.compared(source, source, length=701)
 

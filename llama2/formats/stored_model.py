@@ -1,7 +1,7 @@
 """A checkpoint as it lies on disk, in whatever format: its shape, and tensors that are read one at
 a time.
 
-Every format has a reader that gives a `Source` and a writer that takes one, so each can be turned
+Every format has a reader that gives a `StoredModel` and a writer that takes one, so each can be turned
 into each, and two copies in different formats can be compared. Names and layout of tensors are
 those of `Llama.state_dict` (Hugging Face's: rotary pairs lie half a head apart), whatever the file
 has.
@@ -19,13 +19,13 @@ import torch
 from torch import Tensor
 
 from llama2.model.llama import LlamaConfig
-from llama2.tokenizer.sentencepiece_model import Held
+from llama2.tokenizer.sentencepiece_model import StoredTokenizer
 
 SMALL = 32 << 20  # bytes that do not matter
 
 
 @dataclass(frozen=True)
-class Stored:
+class StoredTensor:
     """A tensor that has not been read. `read` gives a copy of it on the CPU, which the caller may
     keep or drop."""
 
@@ -43,7 +43,7 @@ class Stored:
     def nbytes(self) -> int:
         return self.numel * self.dtype.itemsize
 
-    def parts(self) -> Sequence[Stored]:
+    def parts(self) -> Sequence[StoredTensor]:
         """The same numbers as short flat tensors in turn, if the file has them so; for who goes
         through them once."""
         return self.read.parts() if isinstance(self.read, InOrder) else (self,)
@@ -55,14 +55,14 @@ class InOrder:
     another."""
 
     whole: Callable[[], Tensor]
-    parts: Callable[[], Sequence[Stored]]
+    parts: Callable[[], Sequence[StoredTensor]]
 
     def __call__(self) -> Tensor:
         return self.whole()
 
 
 @dataclass(frozen=True)
-class Source:
+class StoredModel:
     """A checkpoint whose tensors are all there and have the shapes of `config`: a reader has
     checked that."""
 
@@ -70,8 +70,8 @@ class Source:
     format: str
     config: LlamaConfig
     scorer: bool
-    tensors: Mapping[str, Stored]
-    tokenizer: Path | Held | None
+    tensors: Mapping[str, StoredTensor]
+    tokenizer: Path | StoredTokenizer | None
     """the SentencePiece model that came with it, read when it is asked for"""
     template: str | None = None
     """the chat template that came with it, in Jinja"""
@@ -79,11 +79,11 @@ class Source:
     """in sentences for the user, what was left out because nobody knows what it means"""
 
 
-def observed(source: Source, see: Callable[[Stored, Tensor], None]) -> Source:
+def observe(source: StoredModel, see: Callable[[StoredTensor, Tensor], None]) -> StoredModel:
     """The same checkpoint; `see` is shown every tensor, or part of one, when it is read, and may
     refuse it."""
 
-    def watched(stored: Stored) -> Stored:
+    def watched(stored: StoredTensor) -> StoredTensor:
         def read() -> Tensor:
             tensor = stored.read()
             see(stored, tensor)
@@ -101,7 +101,7 @@ def observed(source: Source, see: Callable[[Stored, Tensor], None]) -> Source:
     )
 
 
-def read_ahead(tensors: Iterable[Stored]) -> Iterator[Tensor]:
+def read_ahead(tensors: Iterable[StoredTensor]) -> Iterator[Tensor]:
     """The tensors in turn. While the caller works on one the next is read, if both are small, or
     together no larger than the largest.
 
