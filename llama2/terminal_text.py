@@ -8,8 +8,11 @@ end.
 
 from __future__ import annotations
 
+import functools
+import os
 import sys
 import unicodedata
+from collections.abc import Sequence
 from typing import Any
 
 LONGEST = 2000
@@ -63,3 +66,15 @@ def shown(value: Any) -> str:
 def say(text: str) -> None:
     """One line on standard error."""
     print(line(text), file=sys.stderr, flush=True)
+
+
+@functools.cache
+def say_once(text: str) -> None:
+    """Print a line on standard error once in a process; of several ranks the first prints it."""
+    if os.environ.get("RANK", "0") == "0":
+        say(f"llama2: {text}")
+
+
+def list_some(names: Sequence[str], most: int = 4) -> str:
+    """Join the first `most` names; dots stand for the others."""
+    return ", ".join([*names[:most], *(["..."] if len(names) > most else [])])

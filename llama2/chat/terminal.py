@@ -84,7 +84,7 @@ def run(config: Config) -> None:
     """Load the checkpoint and talk until the user leaves."""
     mesh.init()
     shape, tokenizer = checkpoint.config_of(config.checkpoint), Tokenizer.load(config.checkpoint)
-    tokenizer.check(config.checkpoint, shape.vocab_size, shape.bos_token_id)
+    tokenizer.require_fit(config.checkpoint, shape.vocab_size, shape.bos_token_id)
 
     if not checkpoint.is_scorer(config.checkpoint):  # which is refused as what it is
         check_template(config.checkpoint, tokenizer.template)

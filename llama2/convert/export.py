@@ -196,7 +196,11 @@ def _tokenizer_files(source: StoredModel) -> Callable[[Path], None]:
     if source.tokenizer is None:
         return lambda directory: None
 
-    return Tokenizer.load(source.tokenizer).speaking(source.template, source.config.stops).save
+    return (
+        Tokenizer.load(source.tokenizer)
+        .with_chat_template(source.template, source.config.stops)
+        .save
+    )
 
 
 def _verified(

@@ -24,9 +24,9 @@ from llama2.formats.safetensors_file import is_finite
 from llama2.formats.stored_model import StoredModel, StoredTensor, observe
 from llama2.stages.common.planning import Cluster, Lineage
 from llama2.terminal_text import say
-from llama2.tokenizer import foreign, huggingface, sentencepiece_model
+from llama2.tokenizer import chat_settings, sentencepiece_model
 from llama2.tokenizer.sentencepiece_model import StoredTokenizer
-from llama2.tokenizer.template import CHAT_TEMPLATE, described, is_llama_2
+from llama2.tokenizer.template import CHAT_TEMPLATE, describe_template, is_llama_2
 from llama2.tokenizer.tokenizer import Tokenizer
 
 POSITIONAL = "path"
@@ -120,7 +120,7 @@ def _tokenizer(source: StoredModel, config: Config) -> tuple[Tokenizer | None, s
 
     size = source.config.vocab_size
     tokenizer = Tokenizer.load(place, size)
-    tokenizer.check_bos(source.path, source.config.bos_token_id)
+    tokenizer.require_bos(source.path, source.config.bos_token_id)
     count = tokenizer.vocab_size
 
     if count > size:
@@ -132,9 +132,9 @@ def _tokenizer(source: StoredModel, config: Config) -> tuple[Tokenizer | None, s
     tokenizer = (
         tokenizer
         if count == size
-        else Tokenizer(sentencepiece_model.padded(tokenizer.model, count, size), str(place))
+        else Tokenizer(sentencepiece_model.pad(tokenizer.model, count, size), str(place))
     )
-    tokenizer = tokenizer.speaking(
+    tokenizer = tokenizer.with_chat_template(
         CHAT_TEMPLATE if config.chat_template else source.template, source.config.stops
     )
     special = [
@@ -176,7 +176,7 @@ def _place(source: StoredModel, config: Config) -> Path | StoredTokenizer | None
 def _candidates(source: StoredModel) -> str:
     """Files beside a model that look like its tokenizer under another name."""
     beside = source.path if source.path.is_dir() else source.path.parent
-    others = (huggingface.SETTINGS, huggingface.SPECIAL, foreign.ADDED, source.path.name)
+    others = (chat_settings.SETTINGS, chat_settings.SPECIAL, chat_settings.ADDED, source.path.name)
     found = sorted(
         file.name
         for file in beside.glob("*tok*")
@@ -203,14 +203,14 @@ def _say_template(source: StoredModel, config: Config) -> None:
         had = (
             "it had none"
             if source.template is None
-            else f"the model's was {described(source.template)}"
+            else f"the model's was {describe_template(source.template)}"
         )
         _say(f"its chat template is Llama 2's, as asked; {had}")
     elif not is_llama_2(source.template):
         kept = (
             "no chat template came with it"
             if source.template is None
-            else (f"its chat template is {described(source.template)}, and is kept")
+            else (f"its chat template is {describe_template(source.template)}, and is kept")
         )
         _say(
             f"{kept}: it can be trained, and talked to after sft (or at once, if it was tuned for Llama 2's format: "

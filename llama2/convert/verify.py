@@ -183,9 +183,9 @@ def _beside(side: StoredModel, found: Tokenizers) -> tuple[Tokenizers, tuple[str
         return found, ()
 
     tokenizer = Tokenizer.load(side.tokenizer)
-    said = tokenizer.disagreement(side.path)
-    if said is None or tokenizer.unlike_transformers():
-        return found, tokenizer.unlike_transformers()
+    said = tokenizer.describe_disagreement(side.path)
+    if said is None or tokenizer.describe_differences():
+        return found, tokenizer.describe_differences()
 
     return replace(found, difference=found.difference or said), ()
 

@@ -65,7 +65,7 @@ def run(config: Config) -> None:
         quantize.check(precision)
 
     shape, tokenizer = config_of(config.checkpoint), Tokenizer.load(config.checkpoint)
-    tokenizer.check(config.checkpoint, shape.vocab_size, shape.bos_token_id)
+    tokenizer.require_fit(config.checkpoint, shape.vocab_size, shape.bos_token_id)
     model = load(config.checkpoint, device=mesh.device()).eval().requires_grad_(False)
     count, rows = windows(
         read_documents(config.data, split=config.split),

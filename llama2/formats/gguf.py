@@ -36,8 +36,8 @@ from llama2.formats.gguf_header import ALIGNMENT, Entry, Header, read_header
 from llama2.formats.stored_model import StoredModel, StoredTensor
 from llama2.model.llama import LlamaConfig
 from llama2.model.tensors import EMBEDDINGS, HEAD, NORM, halved, interleaved, rotary_heads, shapes
+from llama2.terminal_text import say_once
 from llama2.tokenizer import sentencepiece_model
-from llama2.tokenizer.foreign import say_once
 from llama2.tokenizer.sentencepiece_model import StoredTokenizer, Vocabulary, VocabularyItem
 
 Precision = Literal["f32", "f16", "bf16", "q8_0", "q4_0"]
@@ -613,7 +613,7 @@ def _vocabulary(path: Path, metadata: Mapping[str, Any], config: LlamaConfig) ->
 
     try:
         items = _items(path, metadata, config)
-        sentencepiece_model.check(
+        sentencepiece_model.check_items(
             items, str(path), f"{FETCH_AGAIN}, or give a tokenizer: --tokenizer FILE"
         )
         vocabulary = Vocabulary(

@@ -21,8 +21,8 @@ from llama2.formats.hf_directory import CHECKSUMS, CONFIG, INDEX, WEIGHTS
 from llama2.formats.stored_model import StoredModel, StoredTensor
 from llama2.model.llama import LlamaConfig
 from llama2.model.tensors import EMBEDDINGS, HEAD
-from llama2.tokenizer import foreign
-from llama2.tokenizer.chat_settings import GENERATION, chat_template
+from llama2.tokenizer.chat_settings import GENERATION, read_chat_template
+from llama2.tokenizer.directory import find_tokenizer
 
 TOKENIZER = "tokenizer.model"
 SHARD_BYTES = 5 << 30
@@ -42,8 +42,8 @@ def read(path: Path) -> StoredModel:
         shape,
         scorer,
         fitting(path, entries(files), shape, scorer),
-        foreign.find(path),
-        chat_template(path),
+        find_tokenizer(path),
+        read_chat_template(path),
         hf_config.remarks(path, shape),
     )
 

@@ -136,7 +136,7 @@ def read_config(directory: Path) -> tuple[LlamaConfig, bool]:
     known["num_key_value_heads"] = known["num_key_value_heads"] or known["num_attention_heads"]
     known["rope_theta"] = _rope_theta(path, values)
     known["eos_token_id"] = (
-        chat_settings.stop_ids(directory, known["vocab_size"]) or LlamaConfig.eos_token_id
+        chat_settings.read_stop_ids(directory, known["vocab_size"]) or LlamaConfig.eos_token_id
     )
 
     try:

@@ -352,9 +352,9 @@ def write(
 def _as_large(tokenizer: Path | StoredTokenizer, size: int) -> bytes:
     """A tokenizer with an item for each row of the embeddings: Meta's code makes as many rows as it
     has items."""
-    model = pieces.content(tokenizer)
+    model = pieces.read_model(tokenizer)
     count = len(pieces.parse(model, str(tokenizer)).items)
-    return model if count >= size else pieces.padded(model, count, size)
+    return model if count >= size else pieces.pad(model, count, size)
 
 
 def _deal(

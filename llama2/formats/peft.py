@@ -34,8 +34,8 @@ from llama2.formats.hf_directory import SCORE
 from llama2.formats.stored_model import StoredModel, StoredTensor
 from llama2.model.tensors import EMBEDDINGS, HEAD
 from llama2.terminal_text import shown
-from llama2.tokenizer import foreign
-from llama2.tokenizer.chat_settings import chat_template, stop_ids
+from llama2.tokenizer.chat_settings import read_chat_template, read_stop_ids
+from llama2.tokenizer.directory import find_tokenizer
 
 CONFIG, WEIGHTS = "adapter_config.json", ("adapter_model.safetensors", "adapter_model.bin")
 _BASE = "base_model_name_or_path"
@@ -179,7 +179,7 @@ def read(path: Path, base: StoredModel, dtype: torch.dtype | None = None) -> Sto
         # new items were added
         config = replace(config, vocab_size=adapter.whole[EMBEDDINGS].shape[0])
 
-    config = replace(config, eos_token_id=(*stop_ids(path, config.vocab_size), *config.stops))
+    config = replace(config, eos_token_id=(*read_stop_ids(path, config.vocab_size), *config.stops))
     shapes = hf_directory.shapes(config, scorer=scorer)
     if HEAD not in shapes:  # equal to the embeddings
         tensors.pop(HEAD, None)
@@ -190,7 +190,7 @@ def read(path: Path, base: StoredModel, dtype: torch.dtype | None = None) -> Sto
         {name: stored.shape for name, stored in tensors.items()},
         f"its base {base.path}",
     )
-    tokenizer = foreign.find(path, config.vocab_size) or base.tokenizer
+    tokenizer = find_tokenizer(path, config.vocab_size) or base.tokenizer
     return StoredModel(
         path,
         f"PEFT adapter of {base.format}",
@@ -198,7 +198,7 @@ def read(path: Path, base: StoredModel, dtype: torch.dtype | None = None) -> Sto
         scorer,
         {name: tensors[name] for name in shapes},
         tokenizer,
-        chat_template(path) or base.template,
+        read_chat_template(path) or base.template,
         base.remarks,
     )
 

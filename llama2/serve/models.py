@@ -196,7 +196,7 @@ def check(path: Path) -> Kind:
     another's."""
     scorer = checkpoint.is_scorer(path)
     shape, tokenizer = checkpoint.config_of(path), Tokenizer.load(path)
-    tokenizer.check(path, shape.vocab_size, shape.bos_token_id)
+    tokenizer.require_fit(path, shape.vocab_size, shape.bos_token_id)
 
     if scorer:
         return "reward"

@@ -287,7 +287,7 @@ def _chat(config: Config, name: str, run: runs.Run) -> Chat:
     """A version ready to answer: here, or its server, whose answers are kept until the run is
     finished."""
     checkpoint = config.versions[name]
-    check_template(checkpoint, chat_settings.chat_template(checkpoint))
+    check_template(checkpoint, chat_settings.read_chat_template(checkpoint))
     if name in config.servers:
         tokenizer, context = (
             Tokenizer.load(checkpoint),

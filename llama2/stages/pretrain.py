@@ -47,7 +47,8 @@ from llama2.stages.common.training import (
     train,
     validated,
 )
-from llama2.tokenizer.chat_settings import chat_template, stop_ids
+from llama2.tokenizer.chat_settings import read_chat_template, read_stop_ids
+from llama2.tokenizer.sentencepiece_model import require_fitting_size
 from llama2.tokenizer.tokenizer import Tokenizer
 from llama2.train import hooks
 from llama2.train.loop import Plan
@@ -144,18 +145,20 @@ def run(config: Config, run: Run) -> None:
     home = config.training.home()
     if config.model:
         model = checkpoint.load(config.model, device=home)
-        tokenizer.check_bos(config.model, model.config.bos_token_id)
-        tokenizer = tokenizer.speaking(chat_template(config.model), stop_ids(config.model))
+        tokenizer.require_bos(config.model, model.config.bos_token_id)
+        tokenizer = tokenizer.with_chat_template(
+            read_chat_template(config.model), read_stop_ids(config.model)
+        )
     else:
         with torch.device("meta" if home.type == "meta" else "cpu"):
             model = Llama(architecture(config, tokenizer.vocab_size), config.seed)
 
-    if model.config.vocab_size != tokenizer.vocab_size:
-        raise UserError(
-            f"{config.shards}: its tokenizer has {tokenizer.vocab_size} pieces, the model "
-            f"{model.config.vocab_size}",
-            "tokenize with the tokenizer of the model",
-        )
+    require_fitting_size(
+        config.shards,
+        tokenizer.vocab_size,
+        model.config.vocab_size,
+        "tokenize with the tokenizer of the model",
+    )
 
     row_length(config.sequence_length, model.config.max_position_embeddings)
     rows, order = read_rows(config.shards / "train", tokenizer, config)

@@ -1,11 +1,10 @@
-"""What a model directory says, beside its weights, of how the model is talked to: ids that end
-answers, chat template.
+"""Read from a model directory how to talk to the model: the ids that end answers, the template.
 
-Tokenizers and models both ask, and neither knows the other. Every id that `config.json` or
+Tokenizers and models both need this, and neither imports the other. Every id that `config.json` or
 `generation_config.json` names as EOS ends an answer, and so does an item that was added to the
 tokenizer and is its `eos_token`: transformers generates by the second file, vLLM by the tokenizer's
 EOS and the second file, and an end that only the first names was an end in training. A template is
-`chat_template.jinja`, or what `tokenizer_config.json` holds, in the order of transformers.
+`chat_template.jinja`, or a part of `tokenizer_config.json`, in the order of transformers.
 """
 
 from __future__ import annotations
@@ -19,96 +18,106 @@ from llama2.terminal_text import shown
 
 CONFIG, GENERATION = "config.json", "generation_config.json"
 TEMPLATE, SETTINGS, ADDED = "chat_template.jinja", "tokenizer_config.json", "added_tokens.json"
-FAST, SPECIAL = "tokenizer.json", "special_tokens_map.json"
+MODEL, JSON, SPECIAL = "tokenizer.model", "tokenizer.json", "special_tokens_map.json"
 _DEFAULT = "default"  # of several templates by name
 
 
-def stop_ids(directory: Path, size: int | None = None) -> tuple[int, ...]:
-    """The ids that end an answer, each once, in the order in which the files name them; () if none
-    does.
+def read_object(file: Path) -> dict[str, Any]:
+    """Return the object in a JSON file; an empty one if there is no such file."""
+    return json_files.json_object(file, "fetch the file again") if file.exists() else {}
 
-    UserError for what is no id, and for an id outside of a vocabulary of `size`.
+
+def read_stop_ids(directory: Path, size: int | None = None) -> tuple[int, ...]:
+    """Return the ids that end an answer, each once, in the order of the files; () if none does.
+
+    UserError for a value that is no id, and for an id outside of a vocabulary of `size`.
     """
-    found: list[int] = []
-    for file in (directory / CONFIG, directory / GENERATION):
-        listed = json_files.json_object(file).get("eos_token_id") if file.is_file() else None
-        ids = listed if isinstance(listed, list) else [] if listed is None else [listed]
-        if not ids and listed is not None:
-            raise UserError(f"{file}: eos_token_id is []", "name an id that ends an answer")
+    ids = [
+        *_read_ends(directory / CONFIG, size),
+        *_read_ends(directory / GENERATION, size),
+    ]
+    end = _find_added_end(directory)
 
-        for token in ids:
-            if isinstance(token, bool) or not isinstance(token, int):
-                raise UserError(
-                    f"{file}: eos_token_id is {shown(listed)}",
-                    "a whole number was expected, or a list of them",
-                )
-            if size is not None and not 0 <= token < size:
-                raise UserError(
-                    f"{file}: eos_token_id is {token}",
-                    f"it must be an id of the vocabulary, at least 0 and below vocab_size {size}",
-                )
+    # a model cannot say an id beyond its vocabulary
+    if end is not None and (size is None or end < size):
+        ids.append(end)
 
-            found.append(token)
-
-    named = _added_end(directory)
-    # beyond the vocabulary no model can say it
-    if named is not None and (size is None or named < size):
-        found.append(named)
-
-    return tuple(dict.fromkeys(found))
+    return tuple(dict.fromkeys(ids))
 
 
-def _added_end(directory: Path) -> int | None:
-    """The id of the tokenizer's EOS, if that is an item added behind those of its model."""
-    settings, special = (_object(directory / name) for name in (SETTINGS, SPECIAL))
-    end = settings.get("eos_token") or special.get("eos_token")
-    end = end.get("content") if isinstance(end, dict) else end
+def _read_ends(file: Path, size: int | None) -> list[int]:
+    value = read_object(file).get("eos_token_id")
+    if value is None:
+        return []
 
-    if not isinstance(end, str):
+    ids: list[int] = value if isinstance(value, list) else [value]
+    if not ids:
+        raise UserError(f"{file}: eos_token_id is []", "name an id that ends an answer")
+
+    for token in ids:
+        if type(token) is not int:
+            raise UserError(
+                f"{file}: eos_token_id is {shown(value)}",
+                "a whole number was expected, or a list of them",
+            )
+        if size is not None and not 0 <= token < size:
+            raise UserError(
+                f"{file}: eos_token_id is {token}",
+                f"it must be an id of the vocabulary, at least 0 and below vocab_size {size}",
+            )
+
+    return ids
+
+
+def _find_added_end(directory: Path) -> int | None:
+    """Return the id of the tokenizer's EOS if that item was added behind those of its model."""
+    settings, special = (read_object(directory / name) for name in (SETTINGS, SPECIAL))
+    end = read_text(settings.get("eos_token") or special.get("eos_token"))
+    if end is None:
         return None
 
     listed = settings.get("added_tokens_decoder")
-    told = {
-        text: token
-        for token, item in (listed.items() if isinstance(listed, dict) else ())
-        if isinstance(text := _content(item), str)
-    } | _object(directory / ADDED)
-    found = told[end] if end in told else _fast_id(directory, end)
+    entries = listed.items() if isinstance(listed, dict) else ()
+    ids: dict[Any, Any] = {read_text(entry): token for token, entry in entries}
+    ids |= read_object(directory / ADDED)
+    token = ids[end] if end in ids else _find_json_id(directory / JSON, end)
 
-    if isinstance(found, str) and found.isascii() and found.isdigit():
-        return int(found[:20])
+    if isinstance(token, str) and token.isascii() and token.isdigit():
+        return int(token[:20])
 
-    return found if isinstance(found, int) and not isinstance(found, bool) and found >= 0 else None
+    return token if type(token) is int and token >= 0 else None
 
 
-def _fast_id(directory: Path, text: str) -> Any:
-    """The id of a token that `tokenizer.json` adds: transformers 5 writes it there alone."""
-    listed = _object(directory / FAST).get("added_tokens")
-    entries = listed if isinstance(listed, list) else []
-    return next((entry.get("id") for entry in entries if _content(entry) == text), None)
+def _find_json_id(file: Path, text: str) -> Any:
+    """Return the id of a token that `tokenizer.json` adds: transformers 5 writes it there alone."""
+    listed = read_object(file).get("added_tokens")
+    for entry in listed if isinstance(listed, list) else []:
+        if isinstance(entry, dict) and read_text(entry) == text:
+            return entry.get("id")
+
+    return None
 
 
-def _content(entry: Any) -> Any:
-    return entry.get("content") if isinstance(entry, dict) else None
+def read_text(entry: Any) -> str | None:
+    """Return the text of a token in a JSON file: the entry itself, or its `content`."""
+    text = entry.get("content") if isinstance(entry, dict) else entry
+    return text if isinstance(text, str) else None
 
 
-def _object(file: Path) -> dict[str, Any]:
-    return json_files.json_object(file) if file.is_file() else {}
-
-
-def chat_template(directory: Path) -> str | None:
-    """The chat template in a directory, in Jinja; None if there is none."""
+def read_chat_template(directory: Path) -> str | None:
+    """Return the chat template in a directory, in Jinja; None if there is none."""
     file = directory / TEMPLATE
     if file.is_file():
         return json_files.content(file).decode("utf-8", "replace")
 
     file = directory / SETTINGS
-    found = json_files.json_object(file).get("chat_template") if file.is_file() else None
-    if isinstance(found, list):  # several, each with a name
-        named = {one.get("name"): one.get("template") for one in found if isinstance(one, dict)}
-        found = named.get(_DEFAULT, next(iter(named.values()), None))
+    template = read_object(file).get("chat_template")
+    if isinstance(template, list):  # several, each with a name
+        entries = [entry for entry in template if isinstance(entry, dict)]
+        named = {entry.get("name"): entry.get("template") for entry in entries}
+        template = named.get(_DEFAULT, next(iter(named.values()), None))
 
-    if found is not None and not isinstance(found, str):
-        raise UserError(f"{file}: chat_template is {str(found)[:60]!r}", "a text was expected")
+    if template is not None and not isinstance(template, str):
+        raise UserError(f"{file}: chat_template is {str(template)[:60]!r}", "a text was expected")
 
-    return found or None
+    return template or None

@@ -70,7 +70,7 @@ def is_llama_2(template: str | None) -> bool:
     return template is not None and all(tag in template for tag in ours) and "<|" not in template
 
 
-def described(template: str | None) -> str:
+def describe_template(template: str | None) -> str:
     """What a chat template is called, as far as its tags tell."""
     if template is None:
         return "none"
@@ -90,7 +90,7 @@ def check_template(place: object, template: str | None) -> None:
     if is_llama_2(template):
         return
 
-    found = "" if template is None else f", but {described(template)}"
+    found = "" if template is None else f", but {describe_template(template)}"
     raise UserError(
         f"{place}: there is no Llama 2 chat template in its tokenizer_config.json{found}",
         "tune it for Llama 2's format (llama2 sft); or, if it was, import it with --chat-template llama2",

@@ -339,7 +339,7 @@ def read_model(place):
         loaded = (
             Tokenizer.load(source.path)
             if source.path.is_dir()
-            else Tokenizer(sentencepiece_model.content(source.tokenizer))
+            else Tokenizer(sentencepiece_model.read_model(source.tokenizer))
         )
         loaded.decode(loaded.encode("The old mill, built in 1746. \U0001f600"))
 

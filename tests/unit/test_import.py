@@ -531,7 +531,7 @@ ZEPHYR = (
 
 def asked_by(model: Path, template: str | None) -> Path:
     """A model whose directory has another chat template, or none."""
-    Tokenizer.load(model).speaking(template).save(model)
+    Tokenizer.load(model).with_chat_template(template).save(model)
     (model / "checksums.json").unlink()
     return model
 

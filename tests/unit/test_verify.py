@@ -250,7 +250,7 @@ def test_the_same_items_merged_in_another_order_are_another_tokenizer(
         else item
         for item in known.items
     ]
-    model = sentencepiece_model.build(replace(known, items=items), unknown=0, bos=1, eos=2)
+    model = sentencepiece_model.build(replace(known, items=items))
     (tmp_path / "other.model").write_bytes(model)
     difference = tokenizer_probes.compare(
         shared / "tokenizer" / "tokenizer.model", tmp_path / "other.model"

@@ -163,7 +163,7 @@ def check_judge(path: Path, versions: Sequence[Path] = ()) -> None:
         )
 
     own = Tokenizer.load(path)
-    if not all(Tokenizer.load(version).same(own) for version in versions):
+    if not all(Tokenizer.load(version).is_same(own) for version in versions):
         raise UserError(
             f"{path}: its tokenizer is not the policy's",
             "train policy and reward models on one tokenizer",
@@ -191,7 +191,7 @@ def judged(
 
     with in_turn(lambda: load_judge(path, precision)) as judge:
         for version, answers in said.items():
-            same = Tokenizer.load(versions[version]).same(tokenizer)
+            same = Tokenizer.load(versions[version]).is_same(tokenizer)
             keys = [(index, one.text, one.completion.finish) for index, one in enumerate(answers)]
             fresh = [key for key in keys if key not in scores]
 

@@ -30,7 +30,7 @@ from llama2.model.llama import LlamaConfig
 from llama2.stages.common.answers import JUDGED_TOKENS
 from llama2.stages.common.sampling import Sample
 from llama2.stages.common.training import Training
-from llama2.tokenizer import foreign
+from llama2.tokenizer.directory import find_tokenizer
 from llama2.tokenizer.tokenizer import Tokenizer
 
 GIB = float(1 << 30)
@@ -81,7 +81,7 @@ class Lineage:
         if path in self.vocabularies:
             return self.vocabularies[path]
 
-        found = foreign.find(path) if path.is_dir() else path.is_file()
+        found = find_tokenizer(path) if path.is_dir() else path.is_file()
         return Tokenizer.load(path).vocab_size if found else None
 
     def inherit_vocabulary(self, out: Path, source: Path) -> dict[str, Any]:

@@ -208,7 +208,7 @@ def saver(
     Where it was `taught` Llama 2's chat format, that is its chat template; else the tokenizer's
     stays. Its answers end at every id at which they did, and at the one that is taught.
     """
-    beside = tokenizer.speaking(CHAT_TEMPLATE) if taught else tokenizer
+    beside = tokenizer.with_chat_template(CHAT_TEMPLATE) if taught else tokenizer
     stops = tuple(dict.fromkeys((*model.config.stops, *tokenizer.stops)))
 
     def save(directory: Path) -> None:
@@ -242,7 +242,7 @@ def load_scorer(
     nothing.
     """
     own = fitting_tokenizer(path, checkpoint.config_of(path))
-    if tokenizer is not None and not own.same(tokenizer):
+    if tokenizer is not None and not own.is_same(tokenizer):
         raise UserError(
             f"{path}: its tokenizer is not the policy's",
             "train policy and reward models on one tokenizer",
@@ -272,5 +272,5 @@ def frozen(model: N, precision: Precision) -> N:
 def fitting_tokenizer(path: Path, config: LlamaConfig) -> Tokenizer:
     """The tokenizer in `path`; its vocabulary must be the model's."""
     tokenizer = Tokenizer.load(path)
-    tokenizer.check(path, config.vocab_size, config.bos_token_id)
+    tokenizer.require_fit(path, config.vocab_size, config.bos_token_id)
     return tokenizer
