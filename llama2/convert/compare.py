@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from llama2.formats import gguf
+from llama2.formats import gguf, gguf_metadata
 from llama2.formats.binary import in_single
 from llama2.formats.hf_directory import SCORE
 from llama2.formats.stored_model import StoredModel
@@ -120,7 +120,7 @@ def shapes(a: StoredModel, b: StoredModel) -> Shapes:
     unsaid = {*_UNSAID.get(a.format, ()), *_UNSAID.get(b.format, ())}
     if (
         gguf.FORMAT in (a.format, b.format)
-        and a.config.stops[: len(gguf.ENDS)] == b.config.stops[: len(gguf.ENDS)]
+        and a.config.stops[: len(gguf_metadata.ENDS)] == b.config.stops[: len(gguf_metadata.ENDS)]
     ):
         unsaid.add("eos_token_id")  # it has places for so many
 

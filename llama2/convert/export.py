@@ -21,7 +21,7 @@ from llama2.config import Config as Base
 from llama2.convert import verify
 from llama2.convert.compare import context
 from llama2.errors import UserError
-from llama2.formats import gguf, hf, llama2c, meta
+from llama2.formats import gguf, gguf_metadata, hf, llama2c, meta
 from llama2.formats.detect import open_model
 from llama2.formats.progress import Reading, size
 from llama2.formats.stored_model import StoredModel
@@ -180,7 +180,7 @@ def _write(config: Config, source: StoredModel, target: Path, kind: str) -> list
     if config.to == "llama2c":
         return llama2c.write(source, target, version=2 if kind == "q8_0" else 0)
 
-    precision = cast(gguf.Precision, _KINDS.get(kind, kind))
+    precision = cast(gguf_metadata.Precision, _KINDS.get(kind, kind))
     return gguf.write(
         source,
         target,

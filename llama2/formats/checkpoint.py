@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from llama2.errors import UserError
 from llama2.formats import hf
-from llama2.formats.hf_config import config_json, read_config
+from llama2.formats.hf_config import make_config_json, read_config
 from llama2.formats.hf_directory import CHECKSUMS, CONFIG, INDEX, WEIGHTS
 from llama2.formats.stored_model import StoredModel, StoredTensor, read_ahead
 from llama2.model.llama import Linear, Llama, LlamaConfig, initialise
@@ -30,11 +30,11 @@ __all__ = [
     "CONFIG",
     "INDEX",
     "WEIGHTS",
-    "config_json",
     "config_of",
     "is_scorer",
     "load",
     "load_scorer",
+    "make_config_json",
     "save",
     "save_tensors",
 ]

@@ -44,7 +44,7 @@ def read(path: Path) -> StoredModel:
         fitting(path, entries(files), shape, scorer),
         find_tokenizer(path),
         read_chat_template(path),
-        hf_config.remarks(path, shape),
+        hf_config.list_remarks(path, shape),
     )
 
 
@@ -146,10 +146,13 @@ def write(
 
         kept = dtype or prevailing(source.tensors)
         hf_directory.write_json(
-            work / CONFIG, hf_config.config_json(source.config, scorer=source.scorer, dtype=kept)
+            work / CONFIG,
+            hf_config.make_config_json(source.config, scorer=source.scorer, dtype=kept),
         )
         if not source.scorer:
-            hf_directory.write_json(work / GENERATION, hf_config.generation_json(source.config))
+            hf_directory.write_json(
+                work / GENERATION, hf_config.make_generation_json(source.config)
+            )
 
         beside(work)
         sums |= {

@@ -20,7 +20,7 @@ from llama2 import atomic, json_files
 from llama2.errors import UserError, explain_os_errors
 from llama2.model import tensors
 from llama2.model.llama import LlamaConfig
-from llama2.terminal_text import shown
+from llama2.terminal_text import list_some, shown
 
 CONFIG, WEIGHTS, INDEX, CHECKSUMS = (
     "config.json",
@@ -60,32 +60,30 @@ def shapes(config: LlamaConfig, *, scorer: bool = False) -> dict[str, tuple[int,
 
 
 def check_shapes(
-    place: Path,
+    place: object,
     expected: Mapping[str, tuple[int, ...]],
-    found: Mapping[str, tuple[int, ...]],
-    told_by: str = CONFIG,
+    actual: Mapping[str, tuple[int, ...]],
+    described_by: str = CONFIG,
 ) -> None:
-    """Every expected tensor with its shape and no other, else one error that names them all (a few
-    of each kind)."""
+    """UserError unless `actual` has every expected tensor with its shape, and no other.
+
+    The error names a few tensors of each kind of fault.
+    """
     wrong = [
-        f"{name} {list(found[name])} instead of {list(shape)}"
+        f"{name} {list(actual[name])} instead of {list(shape)}"
         for name, shape in expected.items()
-        if name in found and found[name] != shape
+        if actual.get(name, shape) != shape
     ]
     faults = {
-        "missing": sorted(expected.keys() - found.keys()),
-        "unknown": sorted(found.keys() - expected.keys()),
+        "missing": sorted(expected.keys() - actual.keys()),
+        "unknown": sorted(actual.keys() - expected.keys()),
         "wrongly shaped": wrong,
     }
-    listed = [
-        f"{len(names)} {kind}: {', '.join(names[:4])}{', ...' if len(names) > 4 else ''}"
-        for kind, names in faults.items()
-        if names
-    ]
+    causes = [f"{len(names)} {kind}: {list_some(names)}" for kind, names in faults.items() if names]
 
-    if listed:
+    if causes:
         raise UserError(
-            f"{place}: the tensors do not fit {told_by}: {'; '.join(listed)}",
+            f"{place}: the tensors do not fit {described_by}: {'; '.join(causes)}",
             "the weights and the config are of different models, or the checkpoint is incomplete",
         )
 

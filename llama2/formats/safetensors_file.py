@@ -25,7 +25,7 @@ from torch import Tensor
 
 from llama2 import json_files
 from llama2.errors import UserError, explain_os_errors
-from llama2.formats.stored_model import InOrder, StoredTensor, read_ahead
+from llama2.formats.stored_model import PartwiseRead, StoredTensor, read_ahead
 
 DTYPES = {
     "F64": torch.float64,
@@ -124,7 +124,7 @@ def _stored(
             for start in range(0, count, _PIECE)
         ]
 
-    return StoredTensor(shape, dtype, read if once else InOrder(read, parts), place)
+    return StoredTensor(shape, dtype, read if once else PartwiseRead(read, parts), place)
 
 
 def _fill(file: FileIO, room: memoryview, once: bool) -> bool:
@@ -166,7 +166,7 @@ def write(path: Path, tensors: Mapping[str, StoredTensor], dtype: torch.dtype | 
         header = _header([(name, kinds[name], tensors[name]) for name in order])
         file.write(header)
         digest.update(header)
-        parts = [(part, kinds[name]) for name in order for part in tensors[name].parts()]
+        parts = [(part, kinds[name]) for name in order for part in tensors[name].list_parts()]
         ahead = read_ahead(part for part, _ in parts)
 
         for part, kind in parts:

@@ -1,10 +1,9 @@
-"""A checkpoint as it lies on disk, in whatever format: its shape, and tensors that are read one at
-a time.
+"""A checkpoint on disk, in whatever format: its shape, and tensors that are read one at a time.
 
-Every format has a reader that gives a `StoredModel` and a writer that takes one, so each can be turned
-into each, and two copies in different formats can be compared. Names and layout of tensors are
-those of `Llama.state_dict` (Hugging Face's: rotary pairs lie half a head apart), whatever the file
-has.
+Every format has a reader that returns a `StoredModel` and a writer that takes one, so each can be
+converted to each, and two copies in different formats can be compared. Names and layout of tensors
+are those of `Llama.state_dict` (Hugging Face's: rotary pairs lie half a head apart), whatever the
+layout of the file.
 """
 
 from __future__ import annotations
@@ -18,16 +17,19 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from llama2.errors import UserError
 from llama2.model.llama import LlamaConfig
-from llama2.tokenizer.sentencepiece_model import StoredTokenizer
+from llama2.model.tensors import halved, interleaved, rotary_heads
+from llama2.tokenizer import sentencepiece_model
+from llama2.tokenizer.sentencepiece_model import StoredTokenizer, Vocabulary
 
 SMALL = 32 << 20  # bytes that do not matter
+GIVE_ITS_OWN = "put the tokenizer there with which the model was trained"
 
 
 @dataclass(frozen=True)
 class StoredTensor:
-    """A tensor that has not been read. `read` gives a copy of it on the CPU, which the caller may
-    keep or drop."""
+    """A tensor that has not been read; `read` returns a copy on the CPU that the caller owns."""
 
     shape: tuple[int, ...]
     dtype: torch.dtype
@@ -37,25 +39,32 @@ class StoredTensor:
 
     @property
     def numel(self) -> int:
+        """The count of its numbers."""
         return math.prod(self.shape)
 
     @property
     def nbytes(self) -> int:
-        return self.numel * self.dtype.itemsize
+        """The size of its numbers in bytes."""
+        return self.count_bytes(None)
 
-    def parts(self) -> Sequence[StoredTensor]:
-        """The same numbers as short flat tensors in turn, if the file has them so; for who goes
-        through them once."""
-        return self.read.parts() if isinstance(self.read, InOrder) else (self,)
+    def count_bytes(self, dtype: torch.dtype | None) -> int:
+        """Return the size of its numbers as `dtype`, or as they are."""
+        return self.numel * (dtype or self.dtype).itemsize
+
+    def list_parts(self) -> Sequence[StoredTensor]:
+        """Return the same numbers as short flat tensors in turn, if the file has them so.
+
+        For callers that go through the numbers once.
+        """
+        return self.read.list_parts() if isinstance(self.read, PartwiseRead) else (self,)
 
 
 @dataclass(frozen=True)
-class InOrder:
-    """How to read a tensor whose numbers lie in the file in their order: whole, or a part after
-    another."""
+class PartwiseRead:
+    """The way to read a tensor whose numbers lie in order: whole, or one part after another."""
 
     whole: Callable[[], Tensor]
-    parts: Callable[[], Sequence[StoredTensor]]
+    list_parts: Callable[[], Sequence[StoredTensor]]
 
     def __call__(self) -> Tensor:
         return self.whole()
@@ -63,8 +72,10 @@ class InOrder:
 
 @dataclass(frozen=True)
 class StoredModel:
-    """A checkpoint whose tensors are all there and have the shapes of `config`: a reader has
-    checked that."""
+    """A checkpoint whose tensors are complete and have the shapes of `config`.
+
+    Its reader has checked that.
+    """
 
     path: Path
     format: str
@@ -72,41 +83,43 @@ class StoredModel:
     scorer: bool
     tensors: Mapping[str, StoredTensor]
     tokenizer: Path | StoredTokenizer | None
-    """the SentencePiece model that came with it, read when it is asked for"""
+    """its SentencePiece model, not read yet"""
     template: str | None = None
-    """the chat template that came with it, in Jinja"""
+    """its chat template, in Jinja"""
     remarks: tuple[str, ...] = ()
-    """in sentences for the user, what was left out because nobody knows what it means"""
+    """in sentences for the user, the settings that were left out because they are unknown"""
+
+    def count_bytes(self, dtype: torch.dtype | None = None) -> int:
+        """Return the size of all weights as `dtype`, or as they are."""
+        return sum(stored.count_bytes(dtype) for stored in self.tensors.values())
 
 
-def observe(source: StoredModel, see: Callable[[StoredTensor, Tensor], None]) -> StoredModel:
-    """The same checkpoint; `see` is shown every tensor, or part of one, when it is read, and may
-    refuse it."""
+def observe(model: StoredModel, see: Callable[[StoredTensor, Tensor], None]) -> StoredModel:
+    """Return the same checkpoint; `see` gets every tensor, or part, that is read, and may refuse.
 
-    def watched(stored: StoredTensor) -> StoredTensor:
+    It refuses by raising an error.
+    """
+
+    def watch(stored: StoredTensor) -> StoredTensor:
         def read() -> Tensor:
             tensor = stored.read()
             see(stored, tensor)
             return tensor
 
-        if isinstance(stored.read, InOrder):
-            return replace(
-                stored, read=InOrder(read, lambda: [watched(part) for part in stored.parts()])
-            )
+        if not isinstance(stored.read, PartwiseRead):
+            return replace(stored, read=read)
 
-        return replace(stored, read=read)
+        partwise = PartwiseRead(read, lambda: list(map(watch, stored.list_parts())))
+        return replace(stored, read=partwise)
 
-    return replace(
-        source, tensors={name: watched(stored) for name, stored in source.tensors.items()}
-    )
+    return replace(model, tensors={name: watch(stored) for name, stored in model.tensors.items()})
 
 
 def read_ahead(tensors: Iterable[StoredTensor]) -> Iterator[Tensor]:
-    """The tensors in turn. While the caller works on one the next is read, if both are small, or
-    together no larger than the largest.
+    """Yield the tensors in turn, and read the next while the caller works on one.
 
-    So memory holds one tensor, as far as size goes, provided that the caller drops each before it
-    asks for the next.
+    It is read ahead if both are small, or together no larger than the largest. So memory holds one
+    tensor, as far as size goes, provided that the caller drops each before it asks for the next.
     """
     waiting = list(tensors)[::-1]
     most = max((SMALL, *(stored.nbytes for stored in waiting)))
@@ -115,7 +128,43 @@ def read_ahead(tensors: Iterable[StoredTensor]) -> Iterator[Tensor]:
     with ThreadPoolExecutor(1) as reader:
         while waiting:
             stored = waiting.pop()
-            held = [stored.read() if following is None else following.result()]
+            current = [stored.read() if following is None else following.result()]
             fits = waiting and stored.nbytes + waiting[-1].nbytes <= most
             following = reader.submit(waiting[-1].read) if fits else None
-            yield held.pop()  # not a name of ours, which would keep it
+            yield current.pop()  # not a name of ours, which would keep it
+
+
+# ---- rules that several formats share
+def split_rotary_pairs(name: str, stored: StoredTensor, config: LlamaConfig) -> StoredTensor:
+    """Return a tensor of a file in which rotary pairs are neighbours as one in our order."""
+    heads = rotary_heads(name, config)
+    if heads is None:
+        return stored
+
+    return replace(stored, read=lambda: halved(stored.read(), heads))
+
+
+def join_rotary_pairs(name: str, tensor: Tensor, config: LlamaConfig) -> Tensor:
+    """Return a tensor for a file in which rotary pairs are neighbours."""
+    heads = rotary_heads(name, config)
+    return tensor if heads is None else interleaved(tensor, heads)
+
+
+def require_language_model(model: StoredModel, program: str) -> None:
+    """UserError for a reward model, whose head most formats have no place for."""
+    if model.scorer:
+        raise UserError(
+            f"{model.path}: this is a reward model, and {program} has no place for its head",
+            "export it in Hugging Face's format, or export a language model",
+        )
+
+
+def require_vocabulary(model: StoredModel, reason: str) -> Vocabulary:
+    """Return the vocabulary of a checkpoint. UserError if it has no tokenizer."""
+    if model.tokenizer is None:
+        raise UserError(
+            f"{model.path}: there is no tokenizer, {reason}",
+            "put tokenizer.model beside the weights",
+        )
+
+    return sentencepiece_model.load(model.tokenizer)

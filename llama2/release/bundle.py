@@ -22,7 +22,7 @@ from llama2.config import Config as Section
 from llama2.convert.export import Kind
 from llama2.errors import UserError, explain_os_errors
 from llama2.formats import hf_directory
-from llama2.formats.gguf import Precision
+from llama2.formats.gguf_metadata import Precision
 from llama2.release import (
     carbon_statement,
     hub,

@@ -15,7 +15,7 @@ from llama2.convert.export import DTYPES, ROUNDING, Kind
 from llama2.errors import UserError, explain_os_errors
 from llama2.formats import checkpoint, gguf, hf
 from llama2.formats.detect import open_model
-from llama2.formats.gguf import Precision
+from llama2.formats.gguf_metadata import Precision
 from llama2.formats.hf_directory import BESIDE
 from llama2.formats.stored_model import StoredModel
 from llama2.release.lineage import Stage

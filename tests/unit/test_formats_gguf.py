@@ -24,6 +24,7 @@ from torch import Tensor
 
 from llama2.errors import UserError
 from llama2.formats import gguf as ours
+from llama2.formats import gguf_metadata
 from llama2.formats.stored_model import StoredModel
 from llama2.tokenizer import CHAT_TEMPLATE, Tokenizer
 
@@ -63,7 +64,7 @@ def test_nothing_is_lost(
     pieces: Path,
     kv_heads: int,
     tied: bool,
-    precision: ours.Precision,
+    precision: gguf_metadata.Precision,
     dtype: torch.dtype,
 ) -> None:
     config = replace(
@@ -435,15 +436,18 @@ def test_other_quantizations_are_read_as_the_library_reads_them(
         ({"llama.expert_count": 8}, r"llama\.expert_count is 8, Llama 2 has 0"),
         ({"llama.rope.scaling.type": "yarn"}, r"llama\.rope\.scaling\.type is 'yarn'"),
         ({"llama.rope.dimension_count": 4}, r"rope\.dimension_count is 4, Llama 2 has 8"),
-        ({"llama.attention.head_count_kv": [2, 1]}, "head_count_kv is different numbers"),
+        (
+            {"llama.attention.head_count_kv": [2, 1]},
+            r"head_count_kv is \[2, 1\]; a whole number was expected",
+        ),
         ({"llama.attention.head_count": 0}, r"m\.gguf: num_attention_heads is 0"),
         (
             {"llama.block_count": 1 << 30},
-            r"block_count is 1073741824, but there are only 21 tensors",
+            r"m\.gguf: num_hidden_layers is 1073741824",
         ),
         (
             {"llama.feed_forward_length": 128},
-            r"tensor 'blk\.0\.ffn_gate\.weight' has shape \[96, 64\].*\[128, 64\]",
+            r"blk\.0\.ffn_gate\.weight \[96, 64\] instead of \[128, 64\]",
         ),
         ({"general.alignment": 24}, r"general\.alignment is 24, not a power of two"),
     ],
@@ -512,14 +516,14 @@ def test_scores_may_be_left_out_and_it_is_said(
 
 
 def test_missing_unknown_and_unreadable_tensors(file: Path, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"1 tensors are missing: blk\.1\.ffn_up\.weight"):
+    with pytest.raises(UserError, match=r"1 missing: blk\.1\.ffn_up\.weight"):
         ours.read(copy(file, tmp_path / "a.gguf", drop="blk.1.ffn_up.weight"))
 
     with pytest.raises(UserError, match=r"'llama\.embedding_length' is missing"):
         ours.read(copy(file, tmp_path / "b.gguf", drop="llama.embedding_length"))
 
     bias = {"blk.0.attn_q.bias": (np.zeros(64, np.float32), gguf.GGMLQuantizationType.F32)}
-    with pytest.raises(UserError, match=r"1 tensors are unknown to Llama 2: blk\.0\.attn_q\.bias"):
+    with pytest.raises(UserError, match=r"1 unknown: blk\.0\.attn_q\.bias"):
         ours.read(copy(file, tmp_path / "c.gguf", tensors=bias))
 
     double = {"output.weight": (np.zeros((420, 64)), gguf.GGMLQuantizationType.F64)}
@@ -651,7 +655,7 @@ def test_keys_at_which_nothing_changes_are_taken(
         ),
         ({"llama.attn_logit_softcapping": 50.0}, r"attn_logit_softcapping is 50\.0"),
         ({"llama.rope.freq_base": 0.0}, r"rope_theta is 0\.0"),
-        ({"llama.attention.layer_norm_rms_epsilon": float("inf")}, "rms_norm_eps is inf"),
+        ({"llama.attention.layer_norm_rms_epsilon": float("inf")}, "layer_norm_rms_epsilon is inf"),
         ({"tokenizer.ggml.eos_token_id": 420}, "eos_token_id is 420"),
         ({"tokenizer.chat_template": 5}, "chat_template is no text"),
     ],
@@ -680,7 +684,7 @@ def test_factors_of_rotary_frequencies(file: Path, tmp_path: Path) -> None:
             copy(file, tmp_path / "scaled.gguf", tensors={"rope_freqs.weight": (scaled, kind)})
         )
 
-    with pytest.raises(UserError, match=r"rope_freqs\.weight has shape \[5\]"):
+    with pytest.raises(UserError, match=r"rope_freqs\.weight \[5\] instead of \[4\]"):
         ours.read(
             copy(
                 file,

@@ -26,7 +26,7 @@ from torch import Tensor
 
 from llama2.errors import UserError
 from llama2.formats import hf, safetensors_file, stored_model, torch_legacy, torch_zip
-from llama2.formats.hf_config import config_json
+from llama2.formats.hf_config import make_config_json
 from llama2.formats.hf_directory import (
     CHECKSUMS,
     CONFIG,
@@ -80,7 +80,7 @@ def pickled(
 ) -> Path:
     """A directory as transformers wrote it for years."""
     directory.mkdir(exist_ok=True)
-    (directory / CONFIG).write_text(json.dumps(config_json(config)))
+    (directory / CONFIG).write_text(json.dumps(make_config_json(config)))
     names = list(tensors)
     parts = [names[part::shards] for part in range(shards)]
     files = (
