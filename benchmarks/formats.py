@@ -30,7 +30,7 @@ import torch
 from common import HERE, spread
 
 from llama2.formats import hf
-from llama2.formats.hf_directory import shapes
+from llama2.formats.hf_directory import list_shapes
 from llama2.formats.stored_model import StoredModel, StoredTensor
 from llama2.model.sizes import SIZES
 
@@ -50,7 +50,7 @@ def build(directory: Path, layers: int, dtype: torch.dtype) -> StoredModel:
         "random",
         config,
         False,
-        {name: stored(name, shape) for name, shape in shapes(config).items()},
+        {name: stored(name, shape) for name, shape in list_shapes(config).items()},
         None,
     )
     hf.write(source, directory, shard_bytes=1 << 30)

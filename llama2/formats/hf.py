@@ -33,7 +33,7 @@ def read(path: Path) -> StoredModel:
     """The checkpoint in a directory. UserError names the file, key or tensor that is damaged or
     does not fit."""
     shape, scorer = hf_config.read_config(path)
-    files = hf_directory.weight_files(path)
+    files = hf_directory.list_weight_files(path)
     hf_directory.verify_checksums(path)
 
     return StoredModel(
@@ -53,9 +53,9 @@ def entries(files: list[Path]) -> dict[str, StoredTensor]:
     found: dict[str, StoredTensor] = {}
     for file in files:
         here = (
-            safetensors_file.entries(file)
+            safetensors_file.list_tensors(file)
             if file.suffix == ".safetensors"
-            else torch_legacy.either(file)
+            else torch_legacy.list_tensors(file)
         )
         for name in here.keys() & found.keys():
             raise UserError(
@@ -77,7 +77,7 @@ def fitting(
     Left out is what carries nothing: rotary tables of early conversions, and a head that a model
     shares.
     """
-    shapes = hf_directory.shapes(shape, scorer=scorer)
+    shapes = hf_directory.list_shapes(shape, scorer=scorer)
     kept = {
         name: stored for name, stored in found.items() if not name.endswith("rotary_emb.inv_freq")
     }

@@ -180,7 +180,7 @@ def read(path: Path, base: StoredModel, dtype: torch.dtype | None = None) -> Sto
         config = replace(config, vocab_size=adapter.whole[EMBEDDINGS].shape[0])
 
     config = replace(config, eos_token_id=(*read_stop_ids(path, config.vocab_size), *config.stops))
-    shapes = hf_directory.shapes(config, scorer=scorer)
+    shapes = hf_directory.list_shapes(config, scorer=scorer)
     if HEAD not in shapes:  # equal to the embeddings
         tensors.pop(HEAD, None)
 

@@ -47,7 +47,7 @@ _PIECE = 2 << 20  # numbers read, converted and hashed at once
 _PART = 128 << 10
 
 
-def entries(path: Path) -> dict[str, StoredTensor]:
+def list_tensors(path: Path) -> dict[str, StoredTensor]:
     """The tensors of a safetensors file by name. UserError for a file that is truncated or none;
     reads no numbers."""
     json_files.check(path)

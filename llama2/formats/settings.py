@@ -47,12 +47,13 @@ def build_config(
         fault = error.errors(include_url=False)[0]
 
     field = str(fault["loc"][0])
-    name, value, known = (names or {}).get(field, field), fault["input"], known or {}
-    if value is None and name not in known:
-        raise UserError(f"{place}: the key '{name}' is missing", did_you_mean(name, known))
+    name = (names or {}).get(field, field)
+    if fault["input"] is None:
+        given = [key for key, value in (known or {}).items() if value is not None]
+        raise UserError(f"{place}: the key '{name}' is missing", did_you_mean(name, given))
 
     expected = _EXPECTED.get(fault["type"], fault["msg"])
-    raise UserError(f"{place}: {name} is {shown(value)}", expected)
+    raise UserError(f"{place}: {name} is {shown(fault['input'])}", expected)
 
 
 def changes_nothing(value: Any, neutrals: Iterable[Any]) -> bool:

@@ -13,28 +13,21 @@ from llama2 import json_files
 from llama2.convert import verify
 from llama2.convert.export import DTYPES, ROUNDING, Kind
 from llama2.errors import UserError, explain_os_errors
-from llama2.formats import checkpoint, gguf, hf
+from llama2.formats import gguf, hf
 from llama2.formats.detect import open_model
 from llama2.formats.gguf_metadata import Precision
-from llama2.formats.hf_directory import BESIDE
+from llama2.formats.hf_directory import BESIDE, is_model_file
 from llama2.formats.stored_model import StoredModel
 from llama2.release.lineage import Stage
 
 GGUF = "gguf"
 _ROUNDING = ROUNDING | {"f32": ROUNDING["fp32"], "f16": ROUNDING["fp16"]}
-_ITS_OWN = (checkpoint.CONFIG, checkpoint.WEIGHTS, checkpoint.INDEX, checkpoint.CHECKSUMS)
 
 
 def names(run: Path) -> list[str]:
     """The files that make up the model in a run directory."""
     return sorted(
-        path.name
-        for path in run.iterdir()
-        if path.is_file()
-        and (
-            path.name in (*_ITS_OWN, *BESIDE)
-            or re.fullmatch(r"model-\d+-of-\d+\.safetensors", path.name)
-        )
+        path.name for path in run.iterdir() if path.is_file() and is_model_file(path.name)
     )
 
 
@@ -42,9 +35,7 @@ def check(stage: Stage) -> None:
     """UserError unless every file of the model is there and has the checksum that its run
     recorded."""
     outputs, run = stage.step.recorded, stage.step.path
-    recorded = {
-        name for name in outputs if name.endswith(".safetensors") or name in (*_ITS_OWN, *BESIDE)
-    }
+    recorded = set(filter(is_model_file, outputs))
     for name in sorted({*names(run), *recorded}):
         if not (run / name).is_file():
             raise UserError(

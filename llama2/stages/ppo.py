@@ -23,7 +23,7 @@ from llama2 import mesh
 from llama2.config import StageConfig
 from llama2.errors import UserError
 from llama2.evaluate.judges import kind_of
-from llama2.formats.hf_directory import model_files, verify_checksums
+from llama2.formats.hf_directory import list_model_files, verify_checksums
 from llama2.generate.dialogue import Answer, Chat
 from llama2.generate.engine import Engine
 from llama2.generate.rewards import RewardModels, Rewards, probability
@@ -312,7 +312,7 @@ def adopt(best: Path, directory: Path, actor: Llama, tokenizer: Tokenizer) -> No
         ) from None
 
     if mesh.is_main():
-        for name in model_files(best):
+        for name in list_model_files(best):
             shutil.copy2(best / name, directory / name)
 
         tokenizer.save(directory)

@@ -280,7 +280,7 @@ def judge(config: Config, kinds: Sequence[str], preferred: Sequence[float]) -> d
 
 def copy(source: Path, target: Path) -> None:
     """The model in one directory in another too, as hard links where the file system allows."""
-    for name in hf_directory.model_files(source):
+    for name in hf_directory.list_model_files(source):
         (target / name).unlink(missing_ok=True)
         try:
             os.link((source / name).resolve(), target / name)

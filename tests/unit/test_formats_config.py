@@ -178,7 +178,7 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
         r"rope_parameters\.full_attention is",
     ),
     ({"rope_theta": "10000"}, "rope_theta is '10000'; a number was expected"),
-    ({"rms_norm_eps": None}, "rms_norm_eps is None; a number was expected"),
+    ({"rms_norm_eps": None}, "the key 'rms_norm_eps' is missing"),
     ({"partial_rotary_factor": 0.5}, r"partial_rotary_factor is 0\.5"),
     ({"head_dim": 8}, "head_dim is 8, Llama 2 has 4"),
     ({"sliding_window": 256}, "sliding_window is 256"),

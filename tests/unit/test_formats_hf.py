@@ -34,7 +34,7 @@ from llama2.formats.hf_directory import (
     PICKLED,
     PICKLED_INDEX,
     WEIGHTS,
-    shapes,
+    list_shapes,
 )
 from llama2.formats.stored_model import StoredTensor, observe, read_ahead
 from llama2.model.llama import LlamaConfig
@@ -123,7 +123,7 @@ def test_the_shapes_expected_are_those_of_the_models() -> None:
     for config in (TINY, TIED, replace(TINY, num_key_value_heads=4)):
         for model, scorer in ((model_of(config), False), (scorer_of(config), True)):
             found = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
-            assert list(shapes(config, scorer=scorer).items()) == list(found.items())
+            assert list(list_shapes(config, scorer=scorer).items()) == list(found.items())
 
 
 def test_a_reward_model_is_one_when_it_is_read_again(tmp_path: Path) -> None:
@@ -160,7 +160,7 @@ def test_the_file_is_one_that_safetensors_itself_reads_and_could_map(tmp_path: P
 
     for name, tensor in mixed.items():
         assert header[name]["data_offsets"][0] % tensor.dtype.itemsize == 0, name
-        assert torch.equal(safetensors_file.entries(tmp_path / "f")[name].read(), tensor)
+        assert torch.equal(safetensors_file.list_tensors(tmp_path / "f")[name].read(), tensor)
 
 
 def test_checksums_are_those_of_all_files_the_tokenizer_included(tmp_path: Path) -> None:
@@ -426,7 +426,7 @@ def test_a_pickle_does_nothing_with_what_it_may_name(tmp_path: Path) -> None:
         b"\x82\x01.",
     ):
         with pytest.raises(UserError):
-            torch_zip.described(tmp_path, torch_zip.Reader(io.BytesIO(line)))
+            torch_zip.read_views(tmp_path, torch_zip.TensorUnpickler(io.BytesIO(line)))
 
 
 @pytest.mark.parametrize("form", ["safetensors", "zip", "before 1.6"])
@@ -440,7 +440,7 @@ def test_a_file_cut_anywhere_is_refused(tmp_path: Path, form: str) -> None:
 
     reader = {"safetensors": safetensors_file, "zip": torch_zip, "before 1.6": torch_legacy}[
         form
-    ].entries
+    ].list_tensors
     assert same({name: stored.read() for name, stored in reader(file).items()}, small)
     content = file.read_bytes()
 
@@ -461,7 +461,7 @@ def test_a_flipped_bit_is_refused_or_does_no_harm(tmp_path: Path, form: str) -> 
 
     reader = {"safetensors": safetensors_file, "zip": torch_zip, "before 1.6": torch_legacy}[
         form
-    ].entries
+    ].list_tensors
     content, chance = file.read_bytes(), random.Random(0)
     for _ in range(800):
         damaged = bytearray(content)

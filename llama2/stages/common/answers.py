@@ -111,11 +111,11 @@ def twins(checkpoints: Sequence[Path]) -> list[int]:
 def content(path: Path) -> object:
     """What tells two checkpoints apart: shape, tokenizer and weights; the place, where the weights
     are elsewhere."""
-    known = hf_directory.listed(path)
+    known = hf_directory.read_checksums(path)
     try:
         weights = sorted(
             known.get(file.name) or json_files.sha256(file)
-            for file in hf_directory.weight_files(path)
+            for file in hf_directory.list_weight_files(path)
         )
     except UserError:
         return path.resolve()
