@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from llama2.formats import gguf, gguf_metadata
-from llama2.formats.binary import in_single
+from llama2.formats.binary import round_to_single
 from llama2.formats.hf_directory import SCORE
 from llama2.formats.stored_model import StoredModel
 from llama2.model.llama import Layer, LlamaConfig, RMSNorm, Trunk
@@ -104,7 +104,7 @@ def shapes(a: StoredModel, b: StoredModel) -> Shapes:
         for name in names:
             one, other = getattr(a.config, name), getattr(b.config, name)
             if one != other and not (
-                single and name in _CONSTANTS and in_single(one) == in_single(other)
+                single and name in _CONSTANTS and round_to_single(one) == round_to_single(other)
             ):
                 yield name, f"{name}: {one} and {other}"
 

@@ -165,7 +165,11 @@ def _place(source: StoredModel, config: Config) -> Path | StoredTokenizer | None
     given = config.tokenizer
     if given is not None:
         of_llama2c = given.suffix == ".bin" and given.is_file()
-        return llama2c_vocabulary.held(given, source.config.vocab_size) if of_llama2c else given
+        return (
+            llama2c_vocabulary.open_tokenizer(given, source.config.vocab_size)
+            if of_llama2c
+            else given
+        )
 
     if source.path.is_dir() and str(source.tokenizer) == str(source.path / hf.TOKENIZER):
         return source.path  # where it is held against the tokenizer.json beside it

@@ -130,7 +130,7 @@ class _Adapter:
         return alpha / (math.sqrt(rank) if self.values.get("use_rslora") else rank)
 
 
-def base_of(path: Path, given: Path | None = None) -> Path:
+def find_base(path: Path, given: Path | None = None) -> Path:
     """Where the model lies that an adapter belongs to: as given, or as its config says."""
     named = json_files.json_object(path / CONFIG).get(_BASE)
     if given is None and (not isinstance(named, str) or not os.path.exists(named)):
