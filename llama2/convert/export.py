@@ -115,7 +115,7 @@ def _check_options(config: Config) -> None:
 
 def _kind(config: Config, source: StoredModel) -> str:
     """What numbers will be stored as, a key of ROUNDING."""
-    dtype = hf.prevailing(source.tensors)
+    dtype = hf.find_prevailing_dtype(source.tensors)
     stored = next((name for name, kind in DTYPES.items() if kind == dtype), "fp32")
     if config.to in ("gguf", "llama2c"):
         asked = config.type or (None if config.to == "gguf" else "f32")

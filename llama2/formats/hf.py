@@ -41,14 +41,14 @@ def read(path: Path) -> StoredModel:
         "Hugging Face",
         shape,
         scorer,
-        fitting(path, entries(files), shape, scorer),
+        fitting(path, list_tensors(files), shape, scorer),
         find_tokenizer(path),
         read_chat_template(path),
         hf_config.list_remarks(path, shape),
     )
 
 
-def entries(files: list[Path]) -> dict[str, StoredTensor]:
+def list_tensors(files: list[Path]) -> dict[str, StoredTensor]:
     """The tensors of several weight files, safetensors or PyTorch's, by name."""
     found: dict[str, StoredTensor] = {}
     for file in files:
@@ -144,7 +144,7 @@ def write(
                 {"metadata": {"total_size": size}, "weight_map": dict(sorted(where.items()))},
             )
 
-        kept = dtype or prevailing(source.tensors)
+        kept = dtype or find_prevailing_dtype(source.tensors)
         hf_directory.write_json(
             work / CONFIG,
             hf_config.make_config_json(source.config, scorer=source.scorer, dtype=kept),
@@ -161,7 +161,7 @@ def write(
         hf_directory.write_json(work / CHECKSUMS, dict(sorted(sums.items())))
 
 
-def prevailing(tensors: Mapping[str, StoredTensor]) -> torch.dtype:
+def find_prevailing_dtype(tensors: Mapping[str, StoredTensor]) -> torch.dtype:
     """The type that most of the numbers have."""
     counts: Counter[torch.dtype] = Counter()
     for stored in tensors.values():

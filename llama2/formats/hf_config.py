@@ -123,7 +123,9 @@ def read_config(directory: Path) -> tuple[LlamaConfig, bool]:
         )
 
     if values.get("quantization_config"):
-        method = _read_section(path, values, "quantization_config").get("quant_method", "unknown")
+        method = chat_settings.read_section(path, values, "quantization_config").get(
+            "quant_method", "unknown"
+        )
         raise UserError(
             f"{path}: the weights are quantized (quant_method '{method}')",
             "take the original weights",
@@ -164,14 +166,6 @@ def _read_values(directory: Path) -> tuple[Path, dict[str, Any]]:
     return path, json_files.json_object(path)
 
 
-def _read_section(path: Path, values: Mapping[str, Any], name: str) -> Mapping[str, Any]:
-    section = values.get(name) or {}
-    if not isinstance(section, Mapping):
-        raise UserError(f"{path}: {name} is {shown(section)}", "a JSON object was expected")
-
-    return section
-
-
 # ---- rotary positions
 def _read_rope_theta(path: Path, values: Mapping[str, Any]) -> tuple[str, Any]:
     """Return the key of the rotary base, and the base; UserError for two different ones.
@@ -180,7 +174,7 @@ def _read_rope_theta(path: Path, values: Mapping[str, Any]) -> tuple[str, Any]:
     """
     bases = {"rope_theta": values.get("rope_theta")}
     for name in _SECTIONS:
-        section = _read_section(path, values, name)
+        section = chat_settings.read_section(path, values, name)
         _refuse_scaling(path, name, section)
         bases[f"{name}.rope_theta"] = section.get("rope_theta")
 

@@ -20,6 +20,7 @@ from llama2.tokenizer.chat_settings import (
     SETTINGS,
     SPECIAL,
     read_object,
+    read_section,
     read_stop_ids,
     read_text,
 )
@@ -84,7 +85,7 @@ def collect(directory: Path, in_json: Mapping[int, AddedToken]) -> dict[int, Add
         tokens[token] = AddedToken(text, is_special or known.special)
 
     file = directory / SETTINGS
-    for key, value in read_mapping(file, settings, "added_tokens_decoder").items():
+    for key, value in read_section(file, settings, "added_tokens_decoder").items():
         entry = _parse_entry(file, value)
         add(file, key, entry.text, entry.special)
 
@@ -198,15 +199,6 @@ def check_text(file: Path, text: str) -> str:
         ) from None
 
     return text
-
-
-def read_mapping(file: Path, values: Mapping[str, Any], key: str) -> dict[str, Any]:
-    """Return the JSON object under a key; an empty one if there is none."""
-    value = values.get(key) or {}
-    if not isinstance(value, dict):
-        raise UserError(f"{file}: {key} is no JSON object", FETCH)
-
-    return value
 
 
 def read_list(file: Path, values: Mapping[str, Any], key: str) -> list[Any]:

@@ -9,6 +9,7 @@ EOS and the second file, and an end that only the first names was an end in trai
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,15 @@ _DEFAULT = "default"  # of several templates by name
 def read_object(file: Path) -> dict[str, Any]:
     """Return the object in a JSON file; an empty one if there is no such file."""
     return json_files.json_object(file, "fetch the file again") if file.exists() else {}
+
+
+def read_section(file: Path, values: Mapping[str, Any], key: str) -> dict[str, Any]:
+    """Return the JSON object under a key; an empty one if there is none."""
+    section = values.get(key) or {}
+    if not isinstance(section, dict):
+        raise UserError(f"{file}: {key} is {shown(section)}", "a JSON object was expected")
+
+    return section
 
 
 def read_stop_ids(directory: Path, size: int | None = None) -> tuple[int, ...]:
@@ -76,26 +86,25 @@ def _find_added_end(directory: Path) -> int | None:
     if end is None:
         return None
 
+    ids = (token for text, token in _list_added(directory, settings) if text == end)
+    digits = str(next(ids, None))[:20]
+    return int(digits) if digits.isascii() and digits.isdigit() else None
+
+
+def _list_added(directory: Path, settings: Mapping[str, Any]) -> Iterator[tuple[str | None, Any]]:
+    """Yield the text and id of each token that files add; transformers 5 has tokenizer.json alone.
+
+    Faults are passed over: the tokenizer may be replaced by a better one.
+    """
+    yield from read_object(directory / ADDED).items()
     listed = settings.get("added_tokens_decoder")
-    entries = listed.items() if isinstance(listed, dict) else ()
-    ids: dict[Any, Any] = {read_text(entry): token for token, entry in entries}
-    ids |= read_object(directory / ADDED)
-    token = ids[end] if end in ids else _find_json_id(directory / JSON, end)
+    if isinstance(listed, dict):
+        yield from ((read_text(entry), token) for token, entry in listed.items())
 
-    if isinstance(token, str) and token.isascii() and token.isdigit():
-        return int(token[:20])
-
-    return token if type(token) is int and token >= 0 else None
-
-
-def _find_json_id(file: Path, text: str) -> Any:
-    """Return the id of a token that `tokenizer.json` adds: transformers 5 writes it there alone."""
-    listed = read_object(file).get("added_tokens")
+    listed = read_object(directory / JSON).get("added_tokens")
     for entry in listed if isinstance(listed, list) else []:
-        if isinstance(entry, dict) and read_text(entry) == text:
-            return entry.get("id")
-
-    return None
+        if isinstance(entry, dict):
+            yield read_text(entry), entry.get("id")
 
 
 def read_text(entry: Any) -> str | None:

@@ -21,7 +21,7 @@ import sentencepiece
 from llama2.errors import UserError
 from llama2.tokenizer import added_tokens, merges, sentencepiece_model
 from llama2.tokenizer.added_tokens import FETCH, AddedToken, describe_added
-from llama2.tokenizer.chat_settings import read_object
+from llama2.tokenizer.chat_settings import read_object, read_section
 from llama2.tokenizer.comparison import Encode, find_difference
 from llama2.tokenizer.merges import Merge, Merger
 from llama2.tokenizer.sentencepiece_model import (
@@ -62,10 +62,10 @@ class TokenizerJson:
 def read(file: Path) -> TokenizerJson:
     """Read a `tokenizer.json`. UserError if it is damaged, or of another kind than Llama 2's."""
     values = read_object(file)
-    model = added_tokens.read_mapping(file, values, "model")
+    model = read_section(file, values, "model")
     _refuse_other_kinds(file, values, model)
 
-    vocabulary = added_tokens.read_mapping(file, model, "vocab")
+    vocabulary = read_section(file, model, "vocab")
     texts = {
         added_tokens.check_text(file, text): added_tokens.parse_id(file, token)
         for text, token in vocabulary.items()

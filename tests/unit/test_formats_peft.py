@@ -150,7 +150,7 @@ def test_a_rank_of_its_own(tmp_path: Path, base: Path) -> None:
 def test_the_sum_is_rounded_once(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, rows: int
 ) -> None:
-    monkeypatch.setattr(peft, "_PIECE", 16 * rows)
+    monkeypatch.setattr(peft, "_CHUNK", 16 * rows)
     hf.write(source_of(model_of(CONFIG, torch.bfloat16), tmp_path), tmp_path / "base")
     tensors = pair(QUERY, 16, 16)
     path = adapter(tmp_path / "adapter", tensors)

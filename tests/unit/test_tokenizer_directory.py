@@ -168,7 +168,7 @@ def test_padding_comes_back_as_padding(tmp_path: Path, tokenizer: Tokenizer) -> 
         ({"model_vocab": {"a": -1}}, "-1 is no id of a token"),
         ({"model_vocab": {"a": 0.5}}, "0.5 is no id of a token"),
         ({"model_vocab": {}}, "its vocabulary is empty"),
-        ({"model": 7}, "model is no JSON object"),
+        ({"model": 7}, "model is 7; a JSON object was expected"),
         ({"added_tokens": [{"id": 1 << 40, "content": "<x>"}]}, "an added token has id"),
         (
             {"added_tokens": [{"id": 300, "content": "<x>"}]},
@@ -337,7 +337,7 @@ def test_those_that_the_model_has_no_place_for_are_left_out_aloud(
         ),
         (
             {"tokenizer_config.json": {"added_tokens_decoder": [1]}},
-            "added_tokens_decoder is no JSON object",
+            r"added_tokens_decoder is \[1\]; a JSON object was expected",
         ),
     ],
 )
