@@ -89,6 +89,11 @@ class StoredModel:
     remarks: tuple[str, ...] = ()
     """in sentences for the user, the settings that were left out because they are unknown"""
 
+    @property
+    def numel(self) -> int:
+        """The count of all numbers."""
+        return sum(stored.numel for stored in self.tensors.values())
+
     def count_bytes(self, dtype: torch.dtype | None = None) -> int:
         """Return the size of all weights as `dtype`, or as they are."""
         return sum(stored.count_bytes(dtype) for stored in self.tensors.values())

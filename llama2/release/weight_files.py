@@ -94,7 +94,7 @@ def write_gguf(
 def check_copy(source: StoredModel, copy: Path, kind: str) -> None:
     """Read a copy again: it may be no further from its source than rounding to its kind of numbers
     explains."""
-    found = verify.compared(source, open_model(copy), length=0, tolerance=math.inf)
+    found = verify.compare_models(source, open_model(copy), length=0, tolerance=math.inf)
     apart = found.tensors.relative if found.tensors else math.inf
     faults = found.differences(math.inf)
 

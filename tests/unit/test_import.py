@@ -264,7 +264,7 @@ def test_a_vocabulary_smaller_than_the_tokenizer_is_refused(
 ) -> None:
     checkpoint.save(model_of(LlamaConfig(400, **SHAPE)), model)
     assert re.search(
-        "the tokenizer has 420 pieces, the model a vocabulary of 400; give the model's own",
+        "the tokenizer has 420 pieces, the model 400; give the model's own",
         one_line("import", model, "--out", tmp_path / "ours"),
     )
     assert not (tmp_path / "ours").exists()
@@ -499,7 +499,7 @@ def test_what_is_there_already_stays(
     tmp_path: Path, model: Path, one_line: Callable[..., str]
 ) -> None:
     before = {path: path.read_bytes() for path in model.iterdir()}
-    assert "there is something already; choose another --out" in one_line(
+    assert "something is there already; choose another --out" in one_line(
         "import", model, "--out", model
     )
     assert {path: path.read_bytes() for path in model.iterdir()} == before
