@@ -152,7 +152,7 @@ def main() -> None:
         directory, target = Path(place) / "model", Path(place) / "copy"
         source = build(directory, asked.layers, DTYPES[asked.dtype])
         size = sum(path.stat().st_size for path in directory.iterdir())
-        largest = max(stored.nbytes for stored in source.tensors.values())
+        largest = max(stored.count_bytes() for stored in source.tensors.values())
         print(
             f"7B widths, {asked.layers} layers, {asked.dtype}: {size / 1e9:.2f} GB in "
             f"{len(list(directory.glob('*.safetensors')))} files, largest tensor {largest / 1e6:.0f} MB"

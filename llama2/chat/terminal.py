@@ -36,7 +36,6 @@ from llama2.reading.rows import marked
 from llama2.records import Dialog, Message, Messages
 from llama2.terminal_text import printable
 from llama2.tokenizer.template import check_template
-from llama2.tokenizer.tokenizer import Tokenizer
 
 POSITIONAL = "checkpoint"
 COMMANDS = {
@@ -83,8 +82,7 @@ class Config(BaseConfig):
 def run(config: Config) -> None:
     """Load the checkpoint and talk until the user leaves."""
     mesh.init()
-    shape, tokenizer = checkpoint.config_of(config.checkpoint), Tokenizer.load(config.checkpoint)
-    tokenizer.require_fit(config.checkpoint, shape.vocab_size, shape.bos_token_id)
+    tokenizer = checkpoint.load_tokenizer(config.checkpoint)
 
     if not checkpoint.is_scorer(config.checkpoint):  # which is refused as what it is
         check_template(config.checkpoint, tokenizer.template)

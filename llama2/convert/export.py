@@ -103,14 +103,15 @@ def run(config: Config) -> int:
 def _check_options(config: Config) -> None:
     """UserError for an option that the format has no use for."""
     one_file = config.to in ("gguf", "llama2c")
-    if config.dtype is not None and one_file:
-        raise UserError(f"--dtype does not go with --to {config.to}", "give --type")
-    if config.type is not None and not one_file:
-        raise UserError(f"--type does not go with --to {config.to}", "give --dtype")
-    if config.shards != 1 and config.to != "meta":
-        raise UserError(
-            f"--shards does not go with --to {config.to}", "only Meta's format is cut for ranks"
-        )
+    useless = {
+        "--dtype": (config.dtype is not None and one_file, "give --type"),
+        "--type": (config.type is not None and not one_file, "give --dtype"),
+        "--shards": (config.shards != 1 and config.to != "meta", "only Meta's format has ranks"),
+    }
+    for option, (given, cure) in useless.items():
+        if given:
+            raise UserError(f"{option} does not go with --to {config.to}", cure)
+
     if config.to == "llama2c" and config.type not in (None, "f32", "q8_0"):
         raise UserError(f"llama2.c has no {config.type}", "choose f32 (run.c) or q8_0 (runq.c)")
 
@@ -218,7 +219,8 @@ def _verify(config: Config, model: StoredModel, written: StoredModel, kind: str)
 
     if failures:
         say(
-            f"llama2: error: {written.path} is not the model it was made from: {failures[0]}; do not "
+            f"llama2: error: {written.path} is not the model it was made from: {failures[0]}; do "
+            "not "
             "use it"
         )
         return 1

@@ -108,8 +108,10 @@ def _load_tokenizer(model: StoredModel, config: Config) -> tuple[Tokenizer | Non
     place, size = _find_tokenizer(model, config), model.config.vocab_size
     if place is None:
         return None, (
-            f"no tokenizer came with it: it can be neither trained nor talked to before its {MODEL} "
-            f"lies in {config.out} (or import it again with --tokenizer FILE){_suggest_files(model)}"
+            "no tokenizer came with it: it can be neither trained nor talked to before its "
+            f"{MODEL} "
+            f"lies in {config.out} (or import it again with --tokenizer "
+            f"FILE){_suggest_files(model)}"
         )
 
     tokenizer = Tokenizer.load(place, size)
@@ -196,7 +198,8 @@ def _describe(model: StoredModel) -> str:
     return (
         f"{model.format}, a {kind} model of {model.numel:,} parameters in "
         f"{', '.join(sorted(kinds))}: {shape.num_hidden_layers} layers of width "
-        f"{shape.hidden_size:,}, {shape.num_attention_heads} heads, {shape.num_key_value_heads} for "
+        f"{shape.hidden_size:,}, {shape.num_attention_heads} heads, {shape.num_key_value_heads} "
+        "for "
         f"keys and values, context {shape.max_position_embeddings:,}, vocabulary "
         f"{shape.vocab_size:,}"
     )

@@ -184,7 +184,8 @@ def compare_tokenizers(
 
     if x.vocab_size != y.vocab_size:
         notes.append(
-            f"the vocabularies have {x.vocab_size} and {y.vocab_size} items; those beyond are in no "
+            f"the vocabularies have {x.vocab_size} and {y.vocab_size} items; those beyond are in "
+            "no "
             "text"
         )
 
@@ -227,7 +228,8 @@ def _find_differences(
         if ids != others:
             at = find_parting(ids, others)
             yield (
-                f"the text {_show(text)} is {len(ids)} and {len(others)} tokens, which part at {at}: "
+                f"the text {_show(text)} is {len(ids)} and {len(others)} tokens, which part at "
+                f"{at}: "
                 f"{ids[at : at + 3]} and {others[at : at + 3]}"
             )
         elif a.decode(ids) != b.decode(ids):

@@ -118,7 +118,9 @@ def run(config: Config) -> int:
         verdict = f"different: {differences[0]}" if differences else "equal"
         print(line(f"{'A':10}{a.path} ({a.format})"))
         print(line(f"{'B':10}{b.path} ({b.format})"))
-        print(*map(line, describe(comparison, config.tolerance, _load_tokenizer(a, b))), sep="\n")
+        stored = a.tokenizer or b.tokenizer
+        tokenizer = Tokenizer.load(stored) if stored else None
+        print(*map(line, describe(comparison, config.tolerance, tokenizer)), sep="\n")
         print(line(f"{'verdict':10}{verdict}"))
 
     return 1 if differences else 0
@@ -184,48 +186,36 @@ def _compare_json(model: StoredModel, comparison: Tokenizers) -> tuple[Tokenizer
     return replace(comparison, difference=comparison.difference or disagreement), ()
 
 
-def _load_tokenizer(a: StoredModel, b: StoredModel) -> Tokenizer | None:
-    stored = a.tokenizer or b.tokenizer
-    return Tokenizer.load(stored) if stored else None
-
-
 def describe(
     comparison: Comparison, tolerance: float, tokenizer: Tokenizer | None = None
 ) -> Iterator[str]:
     """Yield the comparison in words, a line each; `tokenizer` spells tokens."""
     differences = [*comparison.shapes.sizes, *comparison.shapes.constants]
     yield f"{'shapes':10}{'; '.join(differences) or 'equal'}"
-    if comparison.tensors is not None:
-        yield f"{'tensors':10}{_describe_tensors(comparison.tensors)}"
 
-    if comparison.tokenizer is not None:
-        yield f"{'tokenizer':10}{_describe_tokenizers(comparison.tokenizer)}"
+    if tensors := comparison.tensors:
+        result = (
+            f"{tensors.equal} of {tensors.count} equal; largest difference {tensors.largest:.3g} "
+            "in "
+            f"{tensors.name}; root mean square {tensors.spread:.2%} of the weights'"
+        )
+        if tensors.equal == tensors.count:
+            result = f"{tensors.count}, all equal bit for bit"
 
-    if comparison.outputs is not None:
-        described = _describe_outputs(comparison.outputs, tolerance, tokenizer)
-        yield f"{comparison.outputs.kind:10}{described}"
+        yield f"{'tensors':10}{result}"
+
+    if tokenizers := comparison.tokenizer:
+        result = f"equal: {tokenizers.items} items, {tokenizers.texts} texts"
+        if tokenizers.identical:
+            result = "the same file"
+
+        yield f"{'tokenizer':10}{tokenizers.difference or result}"
+
+    if outputs := comparison.outputs:
+        yield f"{outputs.kind:10}{_describe_outputs(outputs, tolerance, tokenizer)}"
 
     for note in comparison.notes:
         yield f"{'note':10}{note}"
-
-
-def _describe_tensors(tensors: Tensors) -> str:
-    if tensors.equal == tensors.count:
-        return f"{tensors.count}, all equal bit for bit"
-
-    return (
-        f"{tensors.equal} of {tensors.count} equal; largest difference {tensors.largest:.3g} in "
-        f"{tensors.name}; root mean square {tensors.spread:.2%} of the weights'"
-    )
-
-
-def _describe_tokenizers(tokenizers: Tokenizers) -> str:
-    if tokenizers.difference:
-        return tokenizers.difference
-    if tokenizers.identical:
-        return "the same file"
-
-    return f"equal: {tokenizers.items} items, {tokenizers.texts} texts"
 
 
 def _describe_outputs(outputs: Outputs, tolerance: float, tokenizer: Tokenizer | None) -> str:

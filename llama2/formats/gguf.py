@@ -175,8 +175,8 @@ def _describe_wider(types: Mapping[str, Precision], precision: Precision) -> lis
         return []
 
     wider = sorted({name.split(".")[-2] for name, kind in types.items() if kind == "f16"})
-    note = f"stored as f16, because their rows do not divide into blocks of {_BLOCK}"
-    return [f"{', '.join(wider)}: {note}"] if wider else []
+    reason = f"stored as f16, because their rows do not divide into blocks of {_BLOCK}"
+    return [f"{', '.join(wider)}: {reason}"] if wider else []
 
 
 def _convert(name: str, model: StoredModel, kind: Precision) -> Iterator[bytes]:
@@ -188,10 +188,9 @@ def _convert(name: str, model: StoredModel, kind: Precision) -> Iterator[bytes]:
 
     for part in torch.split(rows, step):
         if kind in _LARGEST and not part.abs().max() <= _LARGEST[kind]:
-            finite = bool(part.isfinite().all())
             raise UserError(
                 f"{stored.place}: it has values that are not finite or too large for {kind}",
-                "choose bf16 or f32" if finite else "these weights are damaged",
+                "choose bf16 or f32" if part.isfinite().all() else "these weights are damaged",
             )
 
         yield _encode(part, kind).tobytes()
@@ -204,10 +203,8 @@ def _encode(part: Tensor, kind: Precision) -> np.ndarray[Any, Any]:
         return part.to(_PLAIN[kind.upper()]).numpy()
 
     library = _import_library()
-    blocks: np.ndarray[Any, Any] = library.quants.quantize(
-        part.float().numpy(), library.GGMLQuantizationType[kind.upper()]
-    )
-    return blocks
+    raw = library.GGMLQuantizationType[kind.upper()]
+    return np.asarray(library.quants.quantize(part.float().numpy(), raw))
 
 
 # ---- reading
@@ -263,8 +260,7 @@ def _refuse_factors(library: ModuleType, path: Path, header: Header, config: Lla
         {_FACTORS: header.tensors[_FACTORS].shape},
         "its metadata",
     )
-    factors = _open_tensor(library, path, header, _FACTORS).read()
-    if not bool((factors == 1).all()):
+    if not (_open_tensor(library, path, header, _FACTORS).read() == 1).all():
         raise UserError(
             f"{path}: {_FACTORS} scales rotary positions, which Llama 2 does not", UNREADABLE
         )

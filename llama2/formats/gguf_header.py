@@ -128,8 +128,7 @@ class _Cursor:
         return self.data[self.at - count : self.at]
 
     def read_number(self, code: str) -> int:
-        value: int = struct.unpack(code, self.read_bytes(struct.calcsize(code)))[0]
-        return value
+        return int(struct.unpack(code, self.read_bytes(struct.calcsize(code)))[0])
 
     def read_text(self) -> str:
         try:
@@ -153,8 +152,7 @@ class _Cursor:
             raise self.damage(f"{self.what} is of the unknown type {kind}")
 
         dtype = np.dtype(_NUMBERS[kind])
-        values: list[Any] = np.frombuffer(self.read_bytes(count * dtype.itemsize), dtype).tolist()
-        return values
+        return list(np.frombuffer(self.read_bytes(count * dtype.itemsize), dtype).tolist())
 
     def read_entry(self) -> TensorEntry:
         dimensions = self.read_number("<I")

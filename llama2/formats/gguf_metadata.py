@@ -33,6 +33,7 @@ _KEYS = {
     "rms_norm_eps": "llama.attention.layer_norm_rms_epsilon",
     "rope_theta": "llama.rope.freq_base",
 }
+# keys that repeat a size, belong to kinds that are refused, or describe the file
 _WITHOUT_EFFECT = {
     "llama.vocab_size",
     "llama.attention.layer_norm_epsilon",
@@ -43,7 +44,6 @@ _WITHOUT_EFFECT = {
     "llama.pooling_type",
     "llama.tensor_data_layout",
 }
-"""keys that repeat a size, belong to kinds that are refused, or describe the file"""
 
 
 # ---- writing
@@ -86,10 +86,9 @@ def read_config(path: Path, header: Header) -> LlamaConfig:
     UserError for another architecture, a part of a model, and settings unlike Llama 2's.
     """
     metadata, tensors = header.metadata, header.tensors
-    architecture = metadata.get("general.architecture")
-    if architecture != "llama":
+    if metadata.get("general.architecture") != "llama":
         raise UserError(
-            f"{path}: the architecture is {architecture!r}, not 'llama'",
+            f"{path}: the architecture is {metadata.get('general.architecture')!r}, not 'llama'",
             "only models of the Llama 2 family can be read",
         )
     if metadata.get("split.count", 1) not in (0, 1):  # 0 where llama.cpp has joined the parts
@@ -102,13 +101,12 @@ def read_config(path: Path, header: Header) -> LlamaConfig:
     if embeddings is None or len(embeddings.shape) != 2:
         raise UserError(f"{path}: tensor 'token_embd.weight' is missing or no matrix", FETCH_AGAIN)
 
-    heads = metadata.get(_KEYS["num_attention_heads"])
-    defaults = {
-        _KEYS["num_key_value_heads"]: heads,
+    known = {
+        _KEYS["num_key_value_heads"]: metadata.get(_KEYS["num_attention_heads"]),
         _KEYS["rope_theta"]: LlamaConfig.rope_theta,
         _BOS: LlamaConfig.bos_token_id,
+        **metadata,
     }
-    known = defaults | metadata
     names = _KEYS | {"bos_token_id": _BOS}
     values = {field: _restore(known.get(key)) for field, key in names.items()}
     values["vocab_size"] = embeddings.shape[0]

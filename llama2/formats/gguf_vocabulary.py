@@ -46,9 +46,9 @@ def describe_tokenizer(writer: Any, model: StoredModel, vocabulary: Vocabulary) 
     if len(items) > size:
         require_fitting_size(model.tokenizer, len(items), size, GIVE_ITS_OWN)
 
-    for token in range(len(items), size):
-        items.append(VocabularyItem(f"[PAD{token}]", _PAD_SCORE, UNUSED))
-
+    items += [
+        VocabularyItem(f"[PAD{token}]", _PAD_SCORE, UNUSED) for token in range(len(items), size)
+    ]
     kinds = [item.kind for item in items]
     unknown = kinds.index(UNKNOWN) if UNKNOWN in kinds else 0
 
@@ -127,7 +127,8 @@ def _read_items(
 
     if _SCORES not in metadata:
         say_once(
-            f"note: {path}: its tokenizer has no scores (tokenizer.ggml.scores), so texts get other "
+            f"note: {path}: its tokenizer has no scores (tokenizer.ggml.scores), so texts get "
+            "other "
             "tokens than the model was trained on, here and in llama.cpp, unless you give its own: "
             "--tokenizer FILE"
         )

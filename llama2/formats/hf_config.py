@@ -33,6 +33,7 @@ _SHAPE = (
     "num_hidden_layers",
     "num_attention_heads",
 )
+# transformers' values, for keys that are absent
 _DEFAULTS: Mapping[str, Any] = {
     "num_key_value_heads": None,
     "max_position_embeddings": 2048,
@@ -40,7 +41,6 @@ _DEFAULTS: Mapping[str, Any] = {
     "bos_token_id": 1,
     "tie_word_embeddings": False,
 }
-"""transformers' values, for keys that are absent"""
 _MAY_BE_NULL = ("num_key_value_heads", "bos_token_id", "tie_word_embeddings")
 _SECTIONS = ("rope_parameters", "rope_scaling")
 _LAYERS = "layer_types"
@@ -75,39 +75,44 @@ _ROPE_NEUTRAL: Mapping[str, tuple[Any, ...]] = {
 }
 
 _SAYS_NOTHING = """
-    torch_dtype dtype use_bfloat16 transformers_version transformers.js_config name_or_path auto_map model_max_length
-    tokenizer_class license language tags base_model finetuning_task task_specific_params problem_type custom_pipelines
-    use_cache return_dict return_dict_in_generate torchscript tf_legacy_loss keys_to_ignore_at_inference
+    torch_dtype dtype use_bfloat16 transformers_version transformers.js_config name_or_path
+    auto_map model_max_length tokenizer_class license language tags base_model finetuning_task
+    task_specific_params problem_type custom_pipelines use_cache return_dict
+    return_dict_in_generate torchscript tf_legacy_loss keys_to_ignore_at_inference
     output_attentions output_hidden_states output_scores output_router_logits use_return_dict
-    attn_implementation attention_implementation use_flash_attn use_flash_attention use_flash_attention_2
-    flash_attention use_memory_efficient_attention use_sdpa use_xformers use_fused_rms_norm fused_mlp use_triton
-    initializer_range initializer_factor initializer_std init_std attention_dropout attn_dropout attn_pdrop dropout
-    hidden_dropout hidden_dropout_prob embd_pdrop embed_dropout resid_pdrop residual_dropout ffn_dropout
-    classifier_dropout attention_probs_dropout_prob label_smoothing z_loss router_aux_loss_coef neftune_noise_alpha
-    gradient_checkpointing use_gradient_checkpointing gradient_checkpointing_kwargs pretraining_tp tensor_parallel_size
-    tensor_parallel_degree pipeline_parallel_size sequence_parallel sequence_length seq_length
-    pad_token_id unk_token_id sep_token_id cls_token_id mask_token_id decoder_start_token_id pad_token bos_token
-    eos_token unk_token end_token_id forced_bos_token_id forced_eos_token_id prefix suppress_tokens
-    begin_suppress_tokens max_length min_length max_new_tokens min_new_tokens max_sequence_length
-    max_seq_len max_seq_length do_sample early_stopping num_beams num_beam_groups diversity_penalty temperature
-    top_k top_p typical_p min_p
-    repetition_penalty length_penalty no_repeat_ngram_size encoder_no_repeat_ngram_size bad_words_ids
-    num_return_sequences exponential_decay_length_penalty remove_invalid_values renormalize_logits
-    num_labels id2label label2id is_decoder is_encoder_decoder original_max_position_embeddings multiple_of
-    ffn_dim_multiplier unsloth_version unsloth_fixed is_llama_config group_size_ratio num_logits_to_keep
+    attn_implementation attention_implementation use_flash_attn use_flash_attention
+    use_flash_attention_2 flash_attention use_memory_efficient_attention use_sdpa use_xformers
+    use_fused_rms_norm fused_mlp use_triton initializer_range initializer_factor initializer_std
+    init_std attention_dropout attn_dropout attn_pdrop dropout hidden_dropout
+    hidden_dropout_prob embd_pdrop embed_dropout resid_pdrop residual_dropout ffn_dropout
+    classifier_dropout attention_probs_dropout_prob label_smoothing z_loss router_aux_loss_coef
+    neftune_noise_alpha gradient_checkpointing use_gradient_checkpointing
+    gradient_checkpointing_kwargs pretraining_tp tensor_parallel_size tensor_parallel_degree
+    pipeline_parallel_size sequence_parallel sequence_length seq_length pad_token_id
+    unk_token_id sep_token_id cls_token_id mask_token_id decoder_start_token_id pad_token
+    bos_token eos_token unk_token end_token_id forced_bos_token_id forced_eos_token_id prefix
+    suppress_tokens begin_suppress_tokens max_length min_length max_new_tokens min_new_tokens
+    max_sequence_length max_seq_len max_seq_length do_sample early_stopping num_beams
+    num_beam_groups diversity_penalty temperature top_k top_p typical_p min_p repetition_penalty
+    length_penalty no_repeat_ngram_size encoder_no_repeat_ngram_size bad_words_ids
+    num_return_sequences exponential_decay_length_penalty remove_invalid_values
+    renormalize_logits num_labels id2label label2id is_decoder is_encoder_decoder
+    original_max_position_embeddings multiple_of ffn_dim_multiplier unsloth_version
+    unsloth_fixed is_llama_config group_size_ratio num_logits_to_keep
 """
-"""dtypes, provenance, speed, training, sampling, labels and what describes the sizes once more"""
+# dtypes, provenance, speed, training, sampling, labels, and sizes that repeat others
 _WITHOUT_EFFECT = frozenset(_SAYS_NOTHING.split())
+# names of parts of a network
 _NETWORK = re.compile(
-    r"(^|[_.])(activation|adapter|alibi|attn|attention|audio|bias|block|causal|chunk|clip|compress|conv|cross|dense|depth"
-    r"|embed|epsilon|expert|gating|group|head|hidden|image|intermediate|latent|layer|linear|logit|lora|mamba|mask"
-    r"|mixture|multi|nonlinear|norm|parallel|partial|position|prun|quant|query|relative|resid|rope|rotary|router|scal"
-    r"|share|skip|slid|softcap|soft_cap|sparse|theta|tower|vision|width|window|xpos"
-    r"|(act|cap|capping|dim|embd|eps|ffn|gate|inv|kv|ln|mla|mlp|mm|moe|mtp|mup|nope|q|qk|qkv|res|rms|ssm|tie)"
-    r"($|[_.\d]))|scal(e|ed|ing)$|multiplier|norm$|bias$|window$|residual|softcap",
+    r"(^|[_.])(activation|adapter|alibi|attn|attention|audio|bias|block|causal|chunk|clip"
+    r"|compress|conv|cross|dense|depth|embed|epsilon|expert|gating|group|head|hidden|image"
+    r"|intermediate|latent|layer|linear|logit|lora|mamba|mask|mixture|multi|nonlinear|norm"
+    r"|parallel|partial|position|prun|quant|query|relative|resid|rope|rotary|router|scal"
+    r"|share|skip|slid|softcap|soft_cap|sparse|theta|tower|vision|width|window|xpos|(act|cap"
+    r"|capping|dim|embd|eps|ffn|gate|inv|kv|ln|mla|mlp|mm|moe|mtp|mup|nope|q|qk|qkv|res|rms"
+    r"|ssm|tie)($|[_.\d]))|scal(e|ed|ing)$|multiplier|norm$|bias$|window$|residual|softcap",
     re.IGNORECASE,
 )
-"""names of parts of a network"""
 
 
 def read_config(directory: Path) -> tuple[LlamaConfig, bool]:
@@ -122,10 +127,8 @@ def read_config(directory: Path) -> tuple[LlamaConfig, bool]:
             "only models of the Llama 2 family can be loaded",
         )
 
-    if values.get("quantization_config"):
-        method = chat_settings.read_section(path, values, "quantization_config").get(
-            "quant_method", "unknown"
-        )
+    if quantization := chat_settings.read_section(path, values, "quantization_config"):
+        method = quantization.get("quant_method", "unknown")
         raise UserError(
             f"{path}: the weights are quantized (quant_method '{method}')",
             "take the original weights",
@@ -216,7 +219,6 @@ def _require_one(path: Path, settings: Mapping[str, Any]) -> tuple[str, Any] | N
 
 
 # ---- everything else
-# ------------------------------------------------------------------------------------------------
 def _list_neutral(config: LlamaConfig) -> Mapping[str, tuple[Any, ...]]:
     """Return keys of related models, and the values at which they change nothing."""
     one, off, windows = (1,), (False, 0), (0, -1)
@@ -332,7 +334,6 @@ def _is_scorer(path: Path, values: Mapping[str, Any]) -> bool:
 
 
 # ---- writing
-# --------------------------------------------------------------------------------------------------------
 def make_config_json(
     config: LlamaConfig, *, scorer: bool = False, dtype: torch.dtype = torch.float32
 ) -> dict[str, Any]:
@@ -370,5 +371,6 @@ def make_config_json(
 
 
 def make_generation_json(config: LlamaConfig) -> dict[str, Any]:
-    """Return generation_config.json: it tells transformers and vLLM every id that ends an answer."""
+    """Return generation_config.json: it tells transformers and vLLM every id that ends an "
+    "answer."""
     return {"bos_token_id": config.bos_token_id, "eos_token_id": config.eos_token_id}

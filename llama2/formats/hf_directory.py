@@ -27,6 +27,7 @@ from llama2.tokenizer import chat_settings
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
 INDEX, CHECKSUMS = "model.safetensors.index.json", "checksums.json"
 PICKLED, PICKLED_INDEX = "pytorch_model.bin", "pytorch_model.bin.index.json"
+# files beside the weights: how to generate, the tokenizer, the template of a chat
 BESIDE = (
     chat_settings.GENERATION,
     chat_settings.MODEL,
@@ -37,7 +38,6 @@ BESIDE = (
     chat_settings.TEMPLATE,
     "chat_template.json",
 )
-"""what may stand beside the weights: how to generate, the tokenizer, the template of a chat"""
 SCORE = "score.weight"
 # transformers finds the last real token of a row by it; the published tokenizer has no id for
 # padding

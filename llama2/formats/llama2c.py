@@ -127,7 +127,9 @@ def write(model: StoredModel, file: Path, *, version: Literal[0, 2] = 0) -> list
         )
 
     vocabulary = _check_writable(model)
-    header = _Header(version, model.config, _choose_group(model.config) if version else None)
+    # the largest power of two up to 64 that divides the rows of every matrix
+    group = math.gcd(_LARGEST_GROUP, model.config.hidden_size, model.config.intermediate_size)
+    header = _Header(version, model.config, group if version else None)
     beside = file.parent / llama2c_vocabulary.FILE
     if file == beside:
         raise UserError(
@@ -157,8 +159,8 @@ def _check_writable(model: StoredModel) -> Vocabulary:
     """Return the vocabulary of a model that the format has a place for; UserError for others."""
     require_language_model(model, "llama2.c")
     config, cure = model.config, "for granted: export in another format"
-    eps = round_to_single(config.rms_norm_eps)
-    if (round_to_single(config.rope_theta), eps) != (_THETA, round_to_single(_EPS)):
+    constants = [round_to_single(value) for value in (config.rope_theta, config.rms_norm_eps)]
+    if constants != [_THETA, round_to_single(_EPS)]:
         raise UserError(
             f"{model.path}: rope_theta is {config.rope_theta}, rms_norm_eps {config.rms_norm_eps}",
             f"llama2.c takes {_THETA} and {_EPS} {cure}",
@@ -177,11 +179,6 @@ def _check_writable(model: StoredModel) -> Vocabulary:
         "llama2.c wants as many of one as of the other",
     )
     return vocabulary
-
-
-def _choose_group(config: LlamaConfig) -> int:
-    """Return the largest power of two up to 64 that divides the rows of every matrix."""
-    return math.gcd(_LARGEST_GROUP, config.hidden_size, config.intermediate_size)
 
 
 def _pack_header(header: _Header) -> bytes:
@@ -285,7 +282,8 @@ def _parse_header(path: Path, head: bytes) -> _Header:
         )
     if min(numbers) < 1 or tied > 1 or (version == 2 and group < 1):
         raise UserError(
-            f"{path}: not a model of llama2.c: the numbers at its beginning are no sizes of a model",
+            f"{path}: not a model of llama2.c: the numbers at its beginning are no sizes of a "
+            "model",
             "check the path",
         )
 

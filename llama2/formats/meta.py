@@ -104,7 +104,7 @@ def read(path: Path, *, context: int = CONTEXT) -> StoredModel:
     holds more than tensors. Norms are compared between ranks when they are read.
     """
     files = _list_shards(path)
-    shards = [_list_tensors(file) for file in files]
+    shards = [torch_legacy.list_tensors(file) for file in files]
     config = _read_config(path, shards, context)
     _check_shards(config, files, shards)
     tensors = {name: _join(name, shape, shards, config) for name, shape in shapes(config).items()}
@@ -112,11 +112,6 @@ def read(path: Path, *, context: int = CONTEXT) -> StoredModel:
     tokenizer = next(filter(os.path.lexists, tokenizers), None)
 
     return StoredModel(path, FORMAT, config, False, tensors, tokenizer)
-
-
-def _list_tensors(file: Path) -> dict[str, StoredTensor]:
-    tensors = torch_legacy.list_tensors(file)
-    return {name: stored for name, stored in tensors.items() if not name.endswith("rope.freqs")}
 
 
 def _list_shards(path: Path) -> list[Path]:
@@ -151,13 +146,13 @@ def _read_config(
 
     rows, columns = _find_size(path, shards[0], "tok_embeddings.weight")
     width, _ = _find_size(path, shards[0], "layers.0.feed_forward.w1.weight")
-    defaults = {
+    known = {
         "n_kv_heads": settings.get("n_heads"),
         "max_seq_len": context,
         "norm_eps": LlamaConfig.rms_norm_eps,
         "rope_theta": LlamaConfig.rope_theta,
+        **settings,
     }
-    known = defaults | settings
     values = {field: known.get(name) for field, name in _NAMES.items()}
     values |= {"vocab_size": rows, "intermediate_size": width * len(shards)}
     config = build_config(file, values, _NAMES, settings)
@@ -204,10 +199,12 @@ def _check_shards(
         expected[theirs] = _divide(shape, axis, len(files))
 
     for file, shard in zip(files, shards):
-        actual = {name: stored.shape for name, stored in shard.items()}
+        actual = {
+            name: stored.shape for name, stored in shard.items() if not name.endswith("rope.freqs")
+        }
         hf_directory.check_shapes(file, expected, actual, f"{PARAMETERS} and {len(files)} shards")
-        for name, stored in shard.items():
-            first = shards[0][name].dtype
+        for name in expected:
+            stored, first = shard[name], shards[0][name].dtype
             if stored.dtype != first or not stored.dtype.is_floating_point:
                 raise UserError(
                     f"{stored.place} is {stored.dtype}, in {files[0].name} {first}",
@@ -296,7 +293,8 @@ def write(
         return []
 
     return [
-        f"{PARAMETERS} has rope_theta {config.rope_theta:g}, which Code Llama's code reads; that of "
+        f"{PARAMETERS} has rope_theta {config.rope_theta:g}, which Code Llama's code reads; that "
+        "of "
         f"Llama 2 knows no such key and takes {LlamaConfig.rope_theta:g} for granted"
     ]
 

@@ -42,7 +42,7 @@ class ReadingBar(Progress):
     def _advance(self, stored: StoredTensor, tensor: Tensor) -> None:
         task, now = self.tasks[0], time.monotonic()
         total = task.total or 1
-        done = min(task.completed + stored.nbytes, total)
+        done = min(task.completed + stored.count_bytes(), total)
         self.update(task.id, completed=done)
 
         if self.disable and now - self.printed >= SECONDS_BETWEEN_LINES:

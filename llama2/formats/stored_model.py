@@ -29,25 +29,22 @@ GIVE_ITS_OWN = "put the tokenizer there with which the model was trained"
 
 @dataclass(frozen=True)
 class StoredTensor:
-    """A tensor that has not been read; `read` returns a copy on the CPU that the caller owns."""
+    """A tensor that has not been read; `read` returns a copy on the CPU that the caller owns.
+
+    `place` is the file, and the name there, for errors.
+    """
 
     shape: tuple[int, ...]
     dtype: torch.dtype
     read: Callable[[], Tensor]
     place: str
-    """file and name there, for errors"""
 
     @property
     def numel(self) -> int:
         """The count of its numbers."""
         return math.prod(self.shape)
 
-    @property
-    def nbytes(self) -> int:
-        """The size of its numbers in bytes."""
-        return self.count_bytes(None)
-
-    def count_bytes(self, dtype: torch.dtype | None) -> int:
+    def count_bytes(self, dtype: torch.dtype | None = None) -> int:
         """Return the size of its numbers as `dtype`, or as they are."""
         return self.numel * (dtype or self.dtype).itemsize
 
@@ -72,9 +69,10 @@ class PartwiseRead:
 
 @dataclass(frozen=True)
 class StoredModel:
-    """A checkpoint whose tensors are complete and have the shapes of `config`.
+    """A checkpoint whose tensors are complete and have the shapes of `config`: its reader checked.
 
-    Its reader has checked that.
+    The SentencePiece model of `tokenizer` is not read yet; `template` is the chat template, in
+    Jinja; `remarks` list, for the user, the settings left out because they are unknown.
     """
 
     path: Path
@@ -83,11 +81,8 @@ class StoredModel:
     scorer: bool
     tensors: Mapping[str, StoredTensor]
     tokenizer: Path | StoredTokenizer | None
-    """its SentencePiece model, not read yet"""
     template: str | None = None
-    """its chat template, in Jinja"""
     remarks: tuple[str, ...] = ()
-    """in sentences for the user, the settings that were left out because they are unknown"""
 
     @property
     def numel(self) -> int:
@@ -127,14 +122,14 @@ def read_ahead(tensors: Iterable[StoredTensor]) -> Iterator[Tensor]:
     tensor, as far as size goes, provided that the caller drops each before it asks for the next.
     """
     waiting = list(tensors)[::-1]
-    most = max((SMALL, *(stored.nbytes for stored in waiting)))
+    most = max((SMALL, *(stored.count_bytes() for stored in waiting)))
     following: Future[Tensor] | None = None
 
     with ThreadPoolExecutor(1) as reader:
         while waiting:
             stored = waiting.pop()
             current = [stored.read() if following is None else following.result()]
-            fits = waiting and stored.nbytes + waiting[-1].nbytes <= most
+            fits = waiting and stored.count_bytes() + waiting[-1].count_bytes() <= most
             following = reader.submit(waiting[-1].read) if fits else None
             yield current.pop()  # not a name of ours, which would keep it
 

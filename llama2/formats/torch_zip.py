@@ -91,8 +91,7 @@ class TensorView:
     @property
     def end(self) -> int:
         """One past its last number in the storage."""
-        steps = [(size - 1) * step for size, step in zip(self.shape, self.stride)]
-        return self.offset + sum(steps) + 1
+        return 1 + self.offset + sum((n - 1) * step for n, step in zip(self.shape, self.stride))
 
     def is_contiguous(self) -> bool:
         """Whether its numbers lie in one piece, row after row."""
@@ -100,8 +99,14 @@ class TensorView:
         return all(size == 1 or step == expected for size, step, expected in dimensions)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        place = self.storage, self.offset, self.shape, self.stride
-        return torch._utils._rebuild_tensor_v2, (*place, False, OrderedDict())
+        return torch._utils._rebuild_tensor_v2, (
+            self.storage,
+            self.offset,
+            self.shape,
+            self.stride,
+            False,
+            OrderedDict(),
+        )
 
 
 def _count_strides(shape: tuple[int, ...]) -> tuple[int, ...]:
@@ -222,7 +227,8 @@ def read_views(path: Path, reader: TensorUnpickler) -> dict[str, TensorView]:
         views = reader.load()
     except _Refused as refused:
         raise UserError(
-            f"{path}: refused, for reading it would call '{refused}', which no file of weights needs",
+            f"{path}: refused, for reading it would call '{refused}', which no file of weights "
+            "needs",
             "take the weights from where you trust them, best as safetensors",
         ) from None
     except Exception as error:  # a damaged pickle raises whatever the bytes happen to spell
@@ -349,7 +355,7 @@ def _add_member(archive: zipfile.ZipFile, name: str, content: memoryview) -> Non
     item = zipfile.ZipInfo(name)
     item.file_size = len(content)
     long = len(content) >= 1 << 30  # zipfile then adds 20 bytes to the header
-    begin = archive.fp.tell() + _HEADER + len(name.encode()) + 20 * long + 4  # type: ignore[union-attr]
+    begin = archive.start_dir + _HEADER + len(name.encode()) + 20 * long + 4
     padding = -begin % _ALIGNMENT
     item.extra = struct.pack("<HH", 0x4246, padding) + b"Z" * padding
 

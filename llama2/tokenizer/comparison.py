@@ -74,7 +74,8 @@ def describe_differences(vocabulary: Vocabulary, encode: Encode) -> list[str]:
     typed = [ascii(item.text) for item in vocabulary.items if item.kind == USER_DEFINED]
     if typed:
         notes.append(
-            f"the tokenizer has items that are looked for before all else ({list_some(typed, 3)}), and "
+            "the tokenizer has items that are looked for before all else "
+            f"({list_some(typed, 3)}), and "
             "transformers puts a space behind them: texts with one get other tokens there"
         )
     if notes:

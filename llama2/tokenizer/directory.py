@@ -35,14 +35,15 @@ def _read_model(model: Path, vocab_size: int | None) -> bytes:
     content = sentencepiece_model.read_model(model)
     if read_object(settings).get("add_prefix_space") is False:
         raise UserError(
-            f"{settings}: add_prefix_space is false: no space is put in front of a text, which only "
+            f"{settings}: add_prefix_space is false: no space is put in front of a text, which "
+            "only "
             "models of other families were trained on",
             f"if this one was trained with {MODEL} as it is, take the key out, or import it with "
             f"--tokenizer {model}",
         )
 
-    added = added_tokens.list_json_tokens(file, read_object(file))
-    added = added_tokens.collect(directory, added)
+    in_json = added_tokens.list_json_tokens(file, read_object(file))
+    added = added_tokens.collect(directory, in_json)
     if not added:
         return content
 
@@ -51,11 +52,11 @@ def _read_model(model: Path, vocab_size: int | None) -> bytes:
     added_tokens.check_conflicts(directory, added, items)
     added = added_tokens.drop_unreachable(directory, added, known, vocab_size)
 
-    size = added_tokens.count_items(directory, added, known)
-    more = {token: entry.make_item() for token, entry in added.items()}
-    padding = {token: sentencepiece_model.make_padding(token) for token in range(known, size)}
-    more = padding | more
-    return sentencepiece_model.extend(content, [more[token] for token in range(known, size)])
+    more = [
+        added[token].make_item() if token in added else sentencepiece_model.make_padding(token)
+        for token in range(known, added_tokens.count_items(directory, added, known))
+    ]
+    return sentencepiece_model.extend(content, more)
 
 
 def dump_settings(vocabulary: Vocabulary, eos: int, template: str | None) -> dict[str, bytes]:

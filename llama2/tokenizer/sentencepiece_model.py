@@ -41,14 +41,16 @@ class VocabularyItem:
 
 @dataclass(frozen=True)
 class Vocabulary:
-    """The items of a tokenizer, and the changes to a text before it is looked up."""
+    """The items of a tokenizer, and the changes to a text before it is looked up.
+
+    `dummy_prefix`: a space is put in front. `normalised`: characters are replaced first (NFKC and
+    the like), which no other format can express.
+    """
 
     items: Sequence[VocabularyItem]
     dummy_prefix: bool = True
-    """a space is put in front of a text"""
     extra_spaces_removed: bool = False
     normalised: bool = False
-    """characters are replaced first (NFKC and the like), which no other format can express"""
 
     def describe_losses(self, program: str) -> list[str]:
         """List, in sentences for the user, the changes to a text that `program` does not make."""
@@ -62,12 +64,14 @@ class Vocabulary:
 
 @dataclass(frozen=True)
 class StoredTokenizer:
-    """A SentencePiece model inside another file, or made of several; read on demand."""
+    """A SentencePiece model inside another file, or made of several; read on demand.
+
+    `place` is its name in errors. `read` returns the content of a model file, with a UserError if
+    there is none at the place.
+    """
 
     place: str
-    """its name in errors"""
     read: Callable[[], bytes]
-    """return the content of a model file; UserError if the place does not hold one"""
 
     def __str__(self) -> str:
         return self.place
@@ -137,12 +141,16 @@ def require_fitting_size(place: object, pieces: int, vocab_size: int, cure: str)
 def build(vocabulary: Vocabulary, *, unknown: int = UNKNOWN_ID) -> bytes:
     """Return a SentencePiece BPE model file that encodes by this vocabulary."""
     items = vocabulary.items
-    has_bytes = any(item.kind == BYTE for item in items)
-    no_padding = -1
-
-    trainer = _number_field(3, _BPE) + _number_field(4, len(items)) + _number_field(35, has_bytes)
-    for number, token in ((40, unknown), (41, BOS_ID), (42, EOS_ID), (43, no_padding)):
-        trainer += _number_field(number, token)
+    numbers = {
+        3: _BPE,
+        4: len(items),
+        35: any(item.kind == BYTE for item in items),
+        40: unknown,
+        41: BOS_ID,
+        42: EOS_ID,
+        43: -1,  # no padding item
+    }
+    trainer = b"".join(_number_field(number, value) for number, value in numbers.items())
 
     for number, token in ((45, unknown), (46, BOS_ID), (47, EOS_ID)):
         trainer += _bytes_field(number, items[token].text.encode())
@@ -175,14 +183,14 @@ def _pack_item(item: VocabularyItem) -> bytes:
 
 
 def _parse_item(fields: dict[int, bytes]) -> VocabularyItem:
-    score: float = struct.unpack("<f", fields[2])[0] if 2 in fields else 0.0
+    score = struct.unpack("<f", fields.get(2, bytes(4)))[0]
     return VocabularyItem(fields[1].decode(), score, int(fields.get(3, NORMAL)))
 
 
 def _read_fields(data: bytes) -> Iterator[tuple[int, Any]]:
     """Yield the number and value of every field of a message.
 
-    IndexError or ValueError where there is no field.
+    IndexError, KeyError or ValueError where there is no field.
     """
     at = 0
     while at < len(data):
@@ -193,12 +201,9 @@ def _read_fields(data: bytes) -> Iterator[tuple[int, Any]]:
             yield tag >> 3, value
             continue
 
-        size = _FIXED_SIZES.get(kind)
-        if kind == _BYTES:
-            size, at = _read_varint(data, at)
-
-        if size is None or at + size > len(data):
-            raise ValueError("no such field")
+        size, at = _read_varint(data, at) if kind == _BYTES else (_FIXED_SIZES[kind], at)
+        if at + size > len(data):
+            raise ValueError("the message ends in a field")
 
         yield tag >> 3, data[at : at + size]
         at += size

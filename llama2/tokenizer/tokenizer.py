@@ -49,7 +49,8 @@ class Tokenizer:
     `model` is the content of a tokenizer.model file; `source` names it in errors. `eos` ends what
     is written for training; `stops` are all ids that end an answer of the model to which it
     belongs, `eos` first. `template` is that model's chat template, which `save` writes beside the
-    tokenizer; None if it has none.
+    tokenizer; None if it has none. `controls` are the items that no text spells, name -> id: BOS,
+    EOS and whatever was added, without padding.
     """
 
     def __init__(self, model: bytes, source: str = FILE) -> None:
@@ -70,7 +71,6 @@ class Tokenizer:
         self.fingerprint = hashlib.sha256(model).hexdigest()
         self._bytes = [self._find_bytes(token) for token in range(self.vocab_size)]
         self.controls = self._list_controls()
-        """items that no text spells, name -> id: BOS, EOS and whatever was added, without padding"""
 
     @classmethod
     def load(
@@ -148,14 +148,6 @@ class Tokenizer:
                 f"if the model was trained with this tokenizer, set bos_token_id to {self.bos}",
             )
 
-    @property
-    def pad(self) -> int:
-        """The id that fills padded places; every mask hides it.
-
-        The vocabulary has no padding item.
-        """
-        return UNKNOWN
-
     def is_same(self, other: Tokenizer) -> bool:
         """Whether two tokenizers are the same file, or built of the same items."""
         if self.fingerprint == other.fingerprint:
@@ -218,8 +210,7 @@ class Tokenizer:
 
     def name_of(self, token: int) -> str:
         """Return the name of a token in the vocabulary: "</s>" for EOS."""
-        name: str = self._processor.id_to_piece(token)
-        return name
+        return str(self._processor.id_to_piece(token))
 
     def save(self, directory: str | os.PathLike[str]) -> None:
         """Write tokenizer.model and the files with which transformers, vLLM and llama.cpp read it.
@@ -307,7 +298,8 @@ def _refuse_halves(texts: Sequence[str]) -> None:
             text.encode()
         except UnicodeEncodeError as error:
             raise UserError(
-                f"the text {text[:40]!r} holds half of a surrogate pair at character {error.start + 1}",
+                f"the text {text[:40]!r} holds half of a surrogate pair at character "
+                f"{error.start + 1}",
                 "leave it out, or write U+FFFD in its place",
             ) from None
 

@@ -1,4 +1,4 @@
-"""Read and write `tokenizer.json`, the tokenizer of transformers, vLLM and the library `tokenizers`.
+"""Read and write `tokenizer.json`, the tokenizer of transformers, vLLM and `tokenizers`.
 
 transformers 5 writes this file alone. It has the items, their merges and their bytes, so a
 SentencePiece model can be built of it again, if it was one: the scores follow from the order of the
@@ -104,7 +104,8 @@ def _refuse_other_kinds(file: Path, values: Mapping[str, Any], model: Mapping[st
     pipeline = [values.get(part) for part in ("normalizer", "pre_tokenizer", "decoder")]
     if '"ByteLevel"' in json.dumps(pipeline):
         raise UserError(
-            f"{file}: a byte-level BPE tokenizer, as Llama 3 and GPT-2 have; only those of Llama 2's "
+            f"{file}: a byte-level BPE tokenizer, as Llama 3 and GPT-2 have; only those of Llama "
+            "2's "
             "kind (SentencePiece BPE) can be read",
             _OTHER_FAMILY,
         )
@@ -116,7 +117,8 @@ def _refuse_other_kinds(file: Path, values: Mapping[str, Any], model: Mapping[st
 
     if kind != "BPE" or not model.get("byte_fallback"):
         raise UserError(
-            f"{file}: the tokenizer is {fault}; only those of Llama 2's kind (SentencePiece BPE) can "
+            f"{file}: the tokenizer is {fault}; only those of Llama 2's kind (SentencePiece BPE) "
+            "can "
             "be read",
             _OTHER_FAMILY,
         )
@@ -193,7 +195,8 @@ def _build_model(file: Path, vocab_size: int | None) -> bytes:
     for token, entry in added.items():
         if named.get(token, entry.text) != entry.text:
             raise UserError(
-                f"{file}: id {token} is {named[token]!r} in its vocabulary and {entry.text!r} among "
+                f"{file}: id {token} is {named[token]!r} in its vocabulary and {entry.text!r} "
+                "among "
                 "the added tokens",
                 FETCH,
             )

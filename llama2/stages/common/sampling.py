@@ -17,7 +17,7 @@ from pydantic import Field, field_validator
 from llama2 import mesh, records
 from llama2.config import Config
 from llama2.errors import UserError
-from llama2.formats.checkpoint import config_of
+from llama2.formats.checkpoint import config_of, load_tokenizer
 from llama2.generate.dialogue import Answer, Chat
 from llama2.generate.engine import Engine, Progress
 from llama2.generate.remote import RemoteEngine, Server, connect
@@ -28,7 +28,7 @@ from llama2.records import Dialog, Message, Messages, Prompt
 from llama2.runs import CHECKPOINTS, Run
 from llama2.runs.parts import Work, in_parts
 from llama2.stages.common.answers import check_judge
-from llama2.stages.common.training import fitting_tokenizer, frozen, load_policy, load_scorer
+from llama2.stages.common.training import frozen, load_policy, load_scorer
 from llama2.tally import Tally
 from llama2.terminal_text import say
 from llama2.tokenizer.template import check_template, encode_prompt
@@ -79,7 +79,7 @@ def load_chat(path: Path, sample: Sample, run: Run) -> Chat:
     is finished."""
     if sample.server is not None:
         config = config_of(path)
-        tokenizer = fitting_tokenizer(path, config)
+        tokenizer = load_tokenizer(path, config)
         check_template(path, tokenizer.template)
         remote = connect(
             sample.server,

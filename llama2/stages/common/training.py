@@ -22,7 +22,7 @@ from llama2.data.loader import Rows
 from llama2.errors import UserError
 from llama2.formats import checkpoint
 from llama2.mesh import Precision
-from llama2.model.llama import Llama, LlamaConfig, Trunk
+from llama2.model.llama import Llama, Trunk
 from llama2.model.scorer import Scorer
 from llama2.runs import Run, read_metrics
 from llama2.stages.common import cautions
@@ -229,7 +229,7 @@ def load_policy(
     path: Path, dtype: torch.dtype = torch.float32, home: torch.device | None = None
 ) -> tuple[Llama, Tokenizer]:
     """A language model on this rank's device (or at `home`), and the tokenizer beside it."""
-    tokenizer = fitting_tokenizer(path, checkpoint.config_of(path))
+    tokenizer = checkpoint.load_tokenizer(path)
     return checkpoint.load(path, dtype=dtype, device=home or mesh.device()), tokenizer
 
 
@@ -241,7 +241,7 @@ def load_scorer(
     With `tokenizer`, refuses a reward model whose tokenizer is another one: its scores would mean
     nothing.
     """
-    own = fitting_tokenizer(path, checkpoint.config_of(path))
+    own = checkpoint.load_tokenizer(path)
     if tokenizer is not None and not own.is_same(tokenizer):
         raise UserError(
             f"{path}: its tokenizer is not the policy's",
@@ -267,10 +267,3 @@ def frozen(model: N, precision: Precision) -> N:
                 module.to(torch.bfloat16)
 
     return model
-
-
-def fitting_tokenizer(path: Path, config: LlamaConfig) -> Tokenizer:
-    """The tokenizer in `path`; its vocabulary must be the model's."""
-    tokenizer = Tokenizer.load(path)
-    tokenizer.require_fit(path, config.vocab_size, config.bos_token_id)
-    return tokenizer
