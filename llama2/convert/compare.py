@@ -231,13 +231,8 @@ def compare_outputs(
     tokens_1T[0, 0] = a.config.bos_token_id
     tokens_1T = tokens_1T.to(device)
 
-    first_layer = None
-    for (name, x_1TD), (_, y_1TD) in zip(_walk(a, tokens_1T), _walk(b, tokens_1T)):
-        if first_layer is None and measure_difference(x_1TD, y_1TD).max().item() > tolerance:
-            first_layer = name
-
-    output = SCORE if a.scorer else HEAD
-    x_TD, y_TD, tokens_T = x_1TD[0], y_1TD[0], tokens_1T[0]
+    x_TD, y_TD, first_layer = _find_hidden(a, b, tokens_1T, tolerance)
+    output, tokens_T = SCORE if a.scorer else HEAD, tokens_1T[0]
     weights = [read_tensor(model, output).to(device, torch.float32) for model in (a, b)]
     gaps, items, total, agreeing = [], [], 0.0, 0
     for begin in range(0, length, _POSITIONS):
@@ -270,6 +265,18 @@ def compare_outputs(
         first_token=None if first is None else int(items_T[first]),
         first_layer=first_layer,
     )
+
+
+def _find_hidden(
+    a: StoredModel, b: StoredModel, tokens_1T: Tensor, tolerance: float
+) -> tuple[Tensor, Tensor, str | None]:
+    """Return the last hidden states of both models, and the first layer where they differ."""
+    first_layer = None
+    for (name, x_1TD), (_, y_1TD) in zip(_walk(a, tokens_1T), _walk(b, tokens_1T)):
+        if first_layer is None and measure_difference(x_1TD, y_1TD).max().item() > tolerance:
+            first_layer = name
+
+    return x_1TD[0], y_1TD[0], first_layer
 
 
 def _walk(model: StoredModel, tokens_1T: Tensor) -> Iterator[tuple[str, Tensor]]:

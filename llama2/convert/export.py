@@ -70,8 +70,7 @@ def run(config: Config) -> int:
     """
     mesh.init()
     _check_options(config)
-    dtype = DTYPES.get(config.dtype or "")
-    model = open_model(config.checkpoint, base=config.base, dtype=dtype)
+    model = open_model(config.checkpoint, base=config.base, dtype=DTYPES.get(config.dtype or ""))
     kind = _choose_kind(config, model)
     target = _choose_target(config, kind)
     require_free(target)
@@ -130,7 +129,7 @@ def _choose_kind(config: Config, model: StoredModel) -> str:
 
 
 def _keeps_kinds(config: Config) -> bool:
-    """Whether each tensor keeps its own kind of numbers."""
+    """Return whether each tensor keeps its own kind of numbers."""
     return config.to in ("hf", "meta") and config.dtype is None
 
 
@@ -205,12 +204,11 @@ def _verify(config: Config, model: StoredModel, written: StoredModel, kind: str)
     length = min(config.length, find_context(model.config, written.config))
     comparison = verify.compare_models(model, written, tolerance=tolerance, length=length)
     failures = comparison.differences(tolerance)
-    apart = comparison.tensors.relative if comparison.tensors else 0.0
-
-    if comparison.tensors and apart > allowed:
+    tensors = comparison.tensors
+    if tensors and tensors.relative > allowed:
         failures.insert(
             0,
-            f"{comparison.tensors.relative_name} differs by {apart:.3g} of its largest number, and "
+            f"{tensors.relative_name} differs by {tensors.relative:.3g} of its largest number, and "
             f"{kind} explains {allowed:.3g}",
         )
 
@@ -220,16 +218,15 @@ def _verify(config: Config, model: StoredModel, written: StoredModel, kind: str)
     if failures:
         say(
             f"llama2: error: {written.path} is not the model it was made from: {failures[0]}; do "
-            "not "
-            "use it"
+            "not use it"
         )
         return 1
 
     content = "every number of the original"
-    if allowed:
+    if allowed and tensors:
         content = (
-            f"the original, rounded to {kind} by at most {apart:.2%} of the largest number of a "
-            "tensor"
+            f"the original, rounded to {kind} by at most {tensors.relative:.2%} of the largest "
+            "number of a tensor"
         )
 
     say(f"llama2: done: {written.path} holds {content}")

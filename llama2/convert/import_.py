@@ -109,8 +109,7 @@ def _load_tokenizer(model: StoredModel, config: Config) -> tuple[Tokenizer | Non
     if place is None:
         return None, (
             "no tokenizer came with it: it can be neither trained nor talked to before its "
-            f"{MODEL} "
-            f"lies in {config.out} (or import it again with --tokenizer "
+            f"{MODEL} lies in {config.out} (or import it again with --tokenizer "
             f"FILE){_suggest_files(model)}"
         )
 
@@ -199,8 +198,7 @@ def _describe(model: StoredModel) -> str:
         f"{model.format}, a {kind} model of {model.numel:,} parameters in "
         f"{', '.join(sorted(kinds))}: {shape.num_hidden_layers} layers of width "
         f"{shape.hidden_size:,}, {shape.num_attention_heads} heads, {shape.num_key_value_heads} "
-        "for "
-        f"keys and values, context {shape.max_position_embeddings:,}, vocabulary "
+        f"for keys and values, context {shape.max_position_embeddings:,}, vocabulary "
         f"{shape.vocab_size:,}"
     )
 

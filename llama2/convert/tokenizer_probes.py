@@ -185,8 +185,7 @@ def compare_tokenizers(
     if x.vocab_size != y.vocab_size:
         notes.append(
             f"the vocabularies have {x.vocab_size} and {y.vocab_size} items; those beyond are in "
-            "no "
-            "text"
+            "no text"
         )
 
     difference = next(_find_differences(x, y, items, texts), None)
@@ -229,8 +228,7 @@ def _find_differences(
             at = find_parting(ids, others)
             yield (
                 f"the text {_show(text)} is {len(ids)} and {len(others)} tokens, which part at "
-                f"{at}: "
-                f"{ids[at : at + 3]} and {others[at : at + 3]}"
+                f"{at}: {ids[at : at + 3]} and {others[at : at + 3]}"
             )
         elif a.decode(ids) != b.decode(ids):
             yield f"the tokens of {_show(text)} are two texts"

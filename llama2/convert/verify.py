@@ -196,8 +196,7 @@ def describe(
     if tensors := comparison.tensors:
         result = (
             f"{tensors.equal} of {tensors.count} equal; largest difference {tensors.largest:.3g} "
-            "in "
-            f"{tensors.name}; root mean square {tensors.spread:.2%} of the weights'"
+            f"in {tensors.name}; root mean square {tensors.spread:.2%} of the weights'"
         )
         if tensors.equal == tensors.count:
             result = f"{tensors.count}, all equal bit for bit"

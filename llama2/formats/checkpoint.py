@@ -164,7 +164,7 @@ def config_of(directory: Directory) -> LlamaConfig:
 
 
 def is_scorer(directory: Directory) -> bool:
-    """Whether a checkpoint directory holds a scorer, not a language model."""
+    """Return whether a checkpoint directory holds a scorer, not a language model."""
     return read_config(Path(directory))[1]
 
 

@@ -72,7 +72,7 @@ def _import_library() -> ModuleType:
         import gguf
         import gguf.quants
     except ImportError:
-        raise missing_extra("gguf", "release") from None
+        raise missing_extra("gguf", "gguf") from None
 
     logging.getLogger("gguf").setLevel(logging.ERROR)
     return gguf
@@ -111,11 +111,8 @@ def write(
 
     require_language_model(model, "GGUF")
     vocabulary = require_vocabulary(model, "which is a part of a GGUF file")
-    types = {
-        tensor: _choose_type(tensor, model, precision)
-        for tensor in shapes(model.config)
-        if tensor in model.tensors
-    }
+    names = [tensor for tensor in shapes(model.config) if tensor in model.tensors]
+    types = {tensor: _choose_type(tensor, model, precision) for tensor in names}
     with replacing(file) as stream:
         writer = library.GGUFWriter(stream.name, "llama")
         try:
@@ -124,9 +121,7 @@ def write(
             if chat_template:
                 writer.add_chat_template(chat_template)
 
-            for tensor, kind in types.items():
-                _describe_tensor(library, writer, tensor, model.tensors[tensor].shape, kind)
-
+            _describe_tensors(library, writer, model, types)
             writer.write_header_to_file()
             writer.write_kv_data_to_file()
             writer.write_ti_data_to_file()
@@ -148,6 +143,20 @@ def write(
     ]
 
 
+def _describe_tensors(
+    library: ModuleType, writer: Any, model: StoredModel, types: Mapping[str, Precision]
+) -> None:
+    for name, kind in types.items():
+        raw, shape = library.GGMLQuantizationType[kind.upper()], model.tensors[name].shape
+        size = _count_bytes(library, shape, raw)
+        writer.add_tensor_info(_translate(name), shape, np.dtype("float32"), size, raw_dtype=raw)
+
+
+def _count_bytes(library: ModuleType, shape: tuple[int, ...], kind: Any) -> int:
+    block, size = library.GGML_QUANT_SIZES[kind]
+    return math.prod(shape) // int(block) * int(size)
+
+
 def _choose_type(name: str, model: StoredModel, precision: Precision) -> Precision:
     shape = model.tensors[name].shape
     if len(shape) == 1:
@@ -159,15 +168,6 @@ def _choose_type(name: str, model: StoredModel, precision: Precision) -> Precisi
 
     output = EMBEDDINGS if model.config.tie_word_embeddings else HEAD
     return "q8_0" if name == output else precision
-
-
-def _describe_tensor(
-    library: ModuleType, writer: Any, name: str, shape: tuple[int, ...], kind: Precision
-) -> None:
-    raw = library.GGMLQuantizationType[kind.upper()]
-    block, size = library.GGML_QUANT_SIZES[raw]
-    length = math.prod(shape) // block * size
-    writer.add_tensor_info(_translate(name), shape, np.dtype("float32"), length, raw_dtype=raw)
 
 
 def _describe_wider(types: Mapping[str, Precision], precision: Precision) -> list[str]:
@@ -275,13 +275,13 @@ def _open_tensor(library: ModuleType, path: Path, header: Header, name: str) -> 
             f"{place}: the type {entry.kind} is unknown", "a newer gguf library may know it"
         ) from None
 
-    block, size = library.GGML_QUANT_SIZES[kind]
+    block, _ = library.GGML_QUANT_SIZES[kind]
     if entry.shape[-1] % block:
         raise UserError(
             f"{place}: rows of {entry.shape[-1]} do not divide into blocks of {block}", FETCH_AGAIN
         )
 
-    count = math.prod(entry.shape) // block * size
+    count = _count_bytes(library, entry.shape, kind)
     end = entry.offset + count
     if end > header.size:
         raise UserError(

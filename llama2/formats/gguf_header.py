@@ -79,6 +79,7 @@ class _Cursor:
         self.what = "the counts at its beginning"
 
     def read_header(self) -> Header:
+        """Read everything behind the magic number."""
         version = self.read_number("<I")
         if version not in _VERSIONS:
             order = " (big-endian)" if version & 0xFFFF == 0 else ""
@@ -107,6 +108,7 @@ class _Cursor:
         return Header(metadata, entries, len(self.data))
 
     def read_table(self, count: int, what: str, read: Callable[[], Any]) -> dict[str, Any]:
+        """Read `count` names, each with what `read` reads behind it."""
         table: dict[str, Any] = {}
         for index in range(count):
             self.what = f"{what} {index + 1} of {count}"
@@ -121,6 +123,7 @@ class _Cursor:
         return table
 
     def read_bytes(self, count: int) -> bytes:
+        """Read `count` bytes. UserError if the file ends before."""
         if self.at + count > len(self.data):
             raise self.damage(f"it ends at byte {len(self.data)}, inside {self.what}")
 
@@ -128,9 +131,11 @@ class _Cursor:
         return self.data[self.at - count : self.at]
 
     def read_number(self, code: str) -> int:
+        """Read a whole number; `code` is that of `struct`."""
         return int(struct.unpack(code, self.read_bytes(struct.calcsize(code)))[0])
 
     def read_text(self) -> str:
+        """Read a text with its length before it."""
         try:
             return self.read_bytes(self.read_number("<Q")).decode()
         except UnicodeDecodeError:
@@ -146,6 +151,7 @@ class _Cursor:
         return self.read_values(kind, self.read_number("<Q"))
 
     def read_values(self, kind: int, count: int) -> list[Any]:
+        """Read `count` values of one type, by ggml's number."""
         if kind == _STRING:
             return [self.read_text() for _ in range(count)]
         if kind not in _NUMBERS:
@@ -155,6 +161,7 @@ class _Cursor:
         return list(np.frombuffer(self.read_bytes(count * dtype.itemsize), dtype).tolist())
 
     def read_entry(self) -> TensorEntry:
+        """Read the shape, type and offset of a tensor."""
         dimensions = self.read_number("<I")
         if not 1 <= dimensions <= _MOST_DIMENSIONS:
             raise self.damage(f"{self.what} has {dimensions} dimensions")
@@ -163,4 +170,5 @@ class _Cursor:
         return TensorEntry(shape, self.read_number("<I"), self.read_number("<Q"))
 
     def damage(self, cause: str) -> UserError:
+        """Return the error for a damaged file."""
         return UserError(f"{self.path}: truncated or damaged: {cause}", FETCH_AGAIN)

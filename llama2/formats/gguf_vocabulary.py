@@ -76,8 +76,9 @@ def open_tokenizer(path: Path, header: Header, config: LlamaConfig) -> StoredTok
     if _MODEL not in header.metadata:
         return None
 
-    read = functools.cache(lambda: _build_model(path, header.metadata, config))
-    return StoredTokenizer(str(path), read)
+    return StoredTokenizer(
+        str(path), functools.cache(lambda: _build_model(path, header.metadata, config))
+    )
 
 
 def _build_model(path: Path, metadata: Mapping[str, Any], config: LlamaConfig) -> bytes:
@@ -128,13 +129,14 @@ def _read_items(
     if _SCORES not in metadata:
         say_once(
             f"note: {path}: its tokenizer has no scores (tokenizer.ggml.scores), so texts get "
-            "other "
-            "tokens than the model was trained on, here and in llama.cpp, unless you give its own: "
-            "--tokenizer FILE"
+            "other tokens than the model was trained on, here and in llama.cpp, unless you give "
+            "its own: --tokenizer FILE"
         )
 
-    columns = zip(texts or [], scores, kinds)
-    return [VocabularyItem(text, float(score), int(kind)) for text, score, kind in columns]
+    return [
+        VocabularyItem(text, float(score), int(kind))
+        for text, score, kind in zip(texts or [], scores, kinds)
+    ]
 
 
 def _guess_kinds(texts: Any, metadata: Mapping[str, Any], config: LlamaConfig) -> list[int]:

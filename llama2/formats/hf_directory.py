@@ -113,7 +113,7 @@ def list_model_files(directory: Path) -> list[str]:
 
 
 def is_model_file(name: str) -> bool:
-    """Whether a file of this name belongs to a model that this package writes."""
+    """Return whether a file of this name belongs to a model that this package writes."""
     return name in (CONFIG, WEIGHTS, INDEX, CHECKSUMS, *BESIDE) or bool(_SHARD.fullmatch(name))
 
 

@@ -249,7 +249,7 @@ def read(path: Path) -> StoredModel:
 
 
 def is_model(path: Path, head: bytes) -> bool:
-    """Whether the first bytes of a file may be those of a model, of any version.
+    """Return whether the first bytes of a file may be those of a model, of any version.
 
     Version 0 has no mark of its own: its seven numbers must be the sizes of a model.
     """

@@ -70,8 +70,10 @@ def pack(items: Sequence[VocabularyItem]) -> bytes:
 
 def open_tokenizer(path: Path, size: int) -> StoredTokenizer:
     """Return a tokenizer.bin of `size` items as a SentencePiece model."""
-    read = functools.cache(lambda: sentencepiece_model.build(Vocabulary(load(path, size))))
-    return StoredTokenizer(str(path), read)
+    return StoredTokenizer(
+        str(path),
+        functools.cache(lambda: sentencepiece_model.build(Vocabulary(load(path, size)))),
+    )
 
 
 def load(path: Path, size: int) -> list[VocabularyItem]:
@@ -101,9 +103,9 @@ def load(path: Path, size: int) -> list[VocabularyItem]:
             "it is no tokenizer of llama2.c, or a damaged one",
         )
 
-    special, kinds = _FIRST[:3], [BYTE] * 256 + [NORMAL] * (size - len(_FIRST))
+    kinds = [UNKNOWN, CONTROL, CONTROL, *[BYTE] * 256, *[NORMAL] * (size - len(_FIRST))]
     items = [
         VocabularyItem(text.replace(" ", SPACE), score, kind)
-        for (text, score), kind in zip(entries[len(special) :], kinds)
+        for (text, score), kind in zip(entries, kinds)
     ]
-    return [*special, *items]
+    return [*_FIRST[:3], *items[3:]]

@@ -294,8 +294,7 @@ def write(
 
     return [
         f"{PARAMETERS} has rope_theta {config.rope_theta:g}, which Code Llama's code reads; that "
-        "of "
-        f"Llama 2 knows no such key and takes {LlamaConfig.rope_theta:g} for granted"
+        f"of Llama 2 knows no such key and takes {LlamaConfig.rope_theta:g} for granted"
     ]
 
 

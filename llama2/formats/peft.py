@@ -123,11 +123,11 @@ class _Adapter:
     def find_scale(self, module: str) -> float:
         """Return the factor of B·A."""
         rank = self.find_rank(module)
-        alpha = self.find_number(module, "lora_alpha", "alpha_pattern")
-        return alpha / (math.sqrt(rank) if self.settings.get("use_rslora") else rank)
+        divisor = math.sqrt(rank) if self.settings.get("use_rslora") else rank
+        return self.find_number(module, "lora_alpha", "alpha_pattern") / divisor
 
     def unties_head(self) -> bool:
-        """Whether it changes the embeddings, and an output matrix they share, in different ways."""
+        """Return whether it changes embeddings, and the output matrix they share, differently."""
         trained = {f"{module}.weight" for module in self.pairs} & {EMBEDDINGS, HEAD}
         embeddings, head = self.whole.get(EMBEDDINGS), self.whole.get(HEAD)
         if trained or embeddings is None or head is None:
@@ -170,8 +170,10 @@ def read(path: Path, base: StoredModel, dtype: torch.dtype | None = None) -> Sto
     for module, pair in adapter.pairs.items():
         name = f"{module}.weight"
         if name not in tensors:
-            place = next(iter(pair.values())).place
-            raise UserError(f"{place}: {base.path} has no {name}", "give its own --base")
+            raise UserError(
+                f"{next(iter(pair.values())).place}: {base.path} has no {name}",
+                "give its own --base",
+            )
 
         tensors[name] = _merge(adapter, module, tensors[name], dtype or tensors[name].dtype)
 
@@ -179,8 +181,7 @@ def read(path: Path, base: StoredModel, dtype: torch.dtype | None = None) -> Sto
     if embeddings is not None and len(embeddings.shape) == 2:  # items may have been added
         config = replace(config, vocab_size=embeddings.shape[0])
 
-    stops = read_stop_ids(path, config.vocab_size)
-    config = replace(config, eos_token_id=(*stops, *config.stops))
+    config = replace(config, eos_token_id=(*read_stop_ids(path, config.vocab_size), *config.stops))
     shapes = hf_directory.list_shapes(config, scorer=scorer)
     if HEAD not in shapes:  # equal to the embeddings
         tensors.pop(HEAD, None)

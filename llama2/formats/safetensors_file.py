@@ -211,7 +211,7 @@ def _convert(tensor: Tensor, dtype: torch.dtype, place: str) -> Iterator[memoryv
 
 
 def is_finite(tensor: Tensor) -> bool:
-    """Whether no number is infinite or undefined; one pass, without a copy."""
+    """Return whether no number is infinite or undefined; one pass, without a copy."""
     if not tensor.numel():
         return True
 

@@ -57,7 +57,7 @@ def build_config(
 
 
 def changes_nothing(value: Any, neutrals: Iterable[Any]) -> bool:
-    """Whether a setting has one of the values at which a model computes as Llama 2."""
+    """Return whether a setting has one of the values at which a model computes as Llama 2."""
     return any(_equal(value, neutral) for neutral in neutrals)
 
 
@@ -72,5 +72,5 @@ def _equal(value: Any, neutral: Any) -> bool:
 
 
 def covers_context(window: Any, config: LlamaConfig) -> bool:
-    """Whether a window of attention is as long as the context, and so limits nothing."""
+    """Return whether a window of attention is as long as the context, and so limits nothing."""
     return type(window) is int and window >= config.max_position_embeddings

@@ -94,7 +94,7 @@ class TensorView:
         return 1 + self.offset + sum((n - 1) * step for n, step in zip(self.shape, self.stride))
 
     def is_contiguous(self) -> bool:
-        """Whether its numbers lie in one piece, row after row."""
+        """Return whether its numbers lie in one piece, row after row."""
         dimensions = zip(self.shape, self.stride, _count_strides(self.shape))
         return all(size == 1 or step == expected for size, step, expected in dimensions)
 

@@ -102,12 +102,8 @@ def collect(directory: Path, in_json: Mapping[int, AddedToken]) -> dict[int, Add
 
 def list_json_tokens(file: Path, values: Mapping[str, Any]) -> dict[int, AddedToken]:
     """Return the tokens that a `tokenizer.json` adds, by id."""
-    tokens: dict[int, AddedToken] = {}
-    for value in read_list(file, values, "added_tokens"):
-        entry = _parse_entry(file, value)
-        tokens[parse_id(file, value.get("id"))] = entry
-
-    return tokens
+    entries = [(_parse_entry(file, each), each) for each in read_list(file, values, "added_tokens")]
+    return {parse_id(file, values.get("id")): entry for entry, values in entries}
 
 
 def drop_unreachable(

@@ -75,8 +75,8 @@ def describe_differences(vocabulary: Vocabulary, encode: Encode) -> list[str]:
     if typed:
         notes.append(
             "the tokenizer has items that are looked for before all else "
-            f"({list_some(typed, 3)}), and "
-            "transformers puts a space behind them: texts with one get other tokens there"
+            f"({list_some(typed, 3)}), and transformers puts a space behind them: texts with one "
+            "get other tokens there"
         )
     if notes:
         return notes

@@ -36,8 +36,7 @@ def _read_model(model: Path, vocab_size: int | None) -> bytes:
     if read_object(settings).get("add_prefix_space") is False:
         raise UserError(
             f"{settings}: add_prefix_space is false: no space is put in front of a text, which "
-            "only "
-            "models of other families were trained on",
+            "only models of other families were trained on",
             f"if this one was trained with {MODEL} as it is, take the key out, or import it with "
             f"--tokenizer {model}",
         )

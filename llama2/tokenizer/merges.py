@@ -12,7 +12,7 @@ with a long left part come first.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Container, Iterator, Mapping, Sequence
 from itertools import pairwise
 
 from llama2.tokenizer.sentencepiece_model import BYTE, NORMAL, SPACE, VocabularyItem
@@ -37,7 +37,7 @@ def list_merges(items: Sequence[VocabularyItem]) -> list[Merge]:
     return [(left, right) for *_, left, right in ranked]
 
 
-def _divide(text: str, known: set[str]) -> list[Merge]:
+def _divide(text: str, known: Container[str]) -> list[Merge]:
     """List every way to divide an item into two."""
     return [
         (text[:cut], text[cut:])
@@ -54,8 +54,7 @@ def score_items(texts: Mapping[str, int], merges: Sequence[Merge]) -> dict[str, 
     Items whose merges are interleaved get the same score. Scores follow the ids where that gives
     the order of the merges: a model that `list_merges` wrote has its old scores again.
     """
-    known = set(texts)
-    divisions = sum(len(_divide(text, known)) for text in texts)
+    divisions = sum(len(_divide(text, texts)) for text in texts)
     if not len(set(merges)) == len(merges) == divisions:
         return None
 

@@ -65,7 +65,7 @@ _MARKS = {
 
 
 def is_llama_2(template: str | None) -> bool:
-    """Whether a chat template, in Jinja, writes this format, and has no tag of another one."""
+    """Return whether a Jinja template writes this format, and has no tag of another one."""
     tags = (BEGIN_INSTRUCTION, END_INSTRUCTION, BEGIN_SYSTEM.strip(), END_SYSTEM.strip())
     return template is not None and all(tag in template for tag in tags) and "<|" not in template
 

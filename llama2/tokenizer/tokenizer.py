@@ -131,13 +131,11 @@ class Tokenizer:
 
     def require_fit(self, place: str | os.PathLike[str], vocab_size: int, bos: int) -> None:
         """UserError unless it has an item for each embedding of a model, and its id of BOS."""
-        hint = ", or import the model, which pads it" if self.vocab_size < vocab_size else ""
-        require_fitting_size(
-            place,
-            self.vocab_size,
-            vocab_size,
-            f"put the tokenizer there with which the model was trained{hint}",
-        )
+        cure = "put the tokenizer there with which the model was trained"
+        if self.vocab_size < vocab_size:
+            cure += ", or import the model, which pads it"
+
+        require_fitting_size(place, self.vocab_size, vocab_size, cure)
         self.require_bos(place, bos)
 
     def require_bos(self, place: str | os.PathLike[str], bos: int) -> None:
@@ -149,7 +147,7 @@ class Tokenizer:
             )
 
     def is_same(self, other: Tokenizer) -> bool:
-        """Whether two tokenizers are the same file, or built of the same items."""
+        """Return whether two tokenizers are the same file, or built of the same items."""
         if self.fingerprint == other.fingerprint:
             return True
 
@@ -257,11 +255,10 @@ class Tokenizer:
 
     def _list_controls(self) -> dict[str, int]:
         tokens = filter(self._processor.is_control, range(self.vocab_size))
-        controls = {self.name_of(token): token for token in tokens}
         return {
-            name: token
-            for name, token in controls.items()
-            if name != sentencepiece_model.make_padding(token).text
+            self.name_of(token): token
+            for token in tokens
+            if self.name_of(token) != sentencepiece_model.make_padding(token).text
         }
 
     def _find_bytes(self, token: int) -> bytes:
@@ -349,8 +346,8 @@ def _check(processor: sentencepiece.SentencePieceProcessor, source: str) -> None
         piece = processor.id_to_piece(token)
         if SPACE in piece.lstrip(SPACE):
             raise UserError(
-                f"{source}: the item {piece!r} runs across a space, so answers cannot be told from "
-                "prompts",
+                f"{source}: the item {piece!r} runs across a space, so answers cannot be told "
+                "from prompts",
                 cure,
             )
         if not float(processor.get_score(token)).is_integer():

@@ -105,21 +105,17 @@ def _refuse_other_kinds(file: Path, values: Mapping[str, Any], model: Mapping[st
     if '"ByteLevel"' in json.dumps(pipeline):
         raise UserError(
             f"{file}: a byte-level BPE tokenizer, as Llama 3 and GPT-2 have; only those of Llama "
-            "2's "
-            "kind (SentencePiece BPE) can be read",
+            "2's kind (SentencePiece BPE) can be read",
             _OTHER_FAMILY,
         )
 
     kind = model.get("type")
-    fault = "without bytes for unknown characters (byte_fallback)"
-    if kind != "BPE":
-        fault = f"a {kind} model"
-
     if kind != "BPE" or not model.get("byte_fallback"):
+        without = "without bytes for unknown characters (byte_fallback)"
+        fault = without if kind == "BPE" else f"a {kind} model"
         raise UserError(
             f"{file}: the tokenizer is {fault}; only those of Llama 2's kind (SentencePiece BPE) "
-            "can "
-            "be read",
+            "can be read",
             _OTHER_FAMILY,
         )
 
@@ -138,7 +134,7 @@ def _refuse_other_kinds(file: Path, values: Mapping[str, Any], model: Mapping[st
 
 
 def _marks_spaces(normalizer: Any) -> bool:
-    """Whether a normalizer replaces spaces by their mark, puts one in front, and does no more."""
+    """Return whether a normalizer marks spaces, puts one in front, and does no more."""
     steps: Any = [normalizer]
     if isinstance(normalizer, dict) and normalizer.get("type") == "Sequence":
         steps = normalizer.get("normalizers")
@@ -150,7 +146,7 @@ def _marks_spaces(normalizer: Any) -> bool:
 
 
 def _keeps_texts_whole(split: Any, model: Mapping[str, Any]) -> bool:
-    """Whether a pre-tokenizer marks spaces and divides no text inside an item.
+    """Return whether a pre-tokenizer marks spaces and divides no text inside an item.
 
     One that divides texts at spaces gives the same ids if no item has a space inside.
     """
@@ -164,7 +160,7 @@ def _keeps_texts_whole(split: Any, model: Mapping[str, Any]) -> bool:
 
 
 def _has_prefix(values: Mapping[str, Any]) -> bool:
-    """Whether a space is put in front of a text."""
+    """Return whether a space is put in front of a text."""
     split = values.get("pre_tokenizer")
     if split is None:
         return '"Prepend"' in json.dumps(values.get("normalizer"))
@@ -196,8 +192,7 @@ def _build_model(file: Path, vocab_size: int | None) -> bytes:
         if named.get(token, entry.text) != entry.text:
             raise UserError(
                 f"{file}: id {token} is {named[token]!r} in its vocabulary and {entry.text!r} "
-                "among "
-                "the added tokens",
+                "among the added tokens",
                 FETCH,
             )
 
@@ -214,8 +209,7 @@ def _build_model(file: Path, vocab_size: int | None) -> bytes:
         return added[token].make_item() if token in added else VocabularyItem(text, 0.0)
 
     size = added_tokens.count_items(file.parent, added, known)
-    items = [make_item(token) for token in range(size)]
-    items = _score_items(file, items, content)
+    items = _score_items(file, [make_item(token) for token in range(size)], content)
     sentencepiece_model.check_items(items, str(file), _GIVE_MODEL)
     model = sentencepiece_model.build(Vocabulary(items, content.dummy_prefix))
     _verify_model(file, content, items, model)
@@ -274,12 +268,11 @@ def describe_disagreement(file: Path, vocabulary: Vocabulary, encode: Encode) ->
 def dump(vocabulary: Vocabulary) -> bytes:
     """Return the content of the `tokenizer.json` of a vocabulary."""
     items = vocabulary.items
-    added = [{"id": token, **entry} for token, entry in describe_added(items).items()]
     content = {
         "version": "1.0",
         "truncation": None,
         "padding": None,
-        "added_tokens": added,
+        "added_tokens": [{"id": token, **entry} for token, entry in describe_added(items).items()],
         **_make_pipeline(items[BOS_ID].text),
         "model": _make_model(items),
     }
@@ -335,7 +328,7 @@ def _make_model(items: Sequence[VocabularyItem]) -> dict[str, Any]:
 
 
 def _fit_lines(listed: Sequence[Merge]) -> bool:
-    """Whether merges may be lines of two words, which early versions of the library want."""
+    """Return whether merges may be lines of two words, which early versions of the library want."""
     return not any(
         " " in left or " " in right or left.startswith("#version") for left, right in listed
     )

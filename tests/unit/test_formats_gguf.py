@@ -362,10 +362,10 @@ def test_without_the_library(
     monkeypatch: pytest.MonkeyPatch, source: StoredModel, tmp_path: Path
 ) -> None:
     monkeypatch.setitem(sys.modules, "gguf", None)
-    with pytest.raises(UserError, match=r"llama2\[release\]"):
+    with pytest.raises(UserError, match=r"llama2\[gguf\]"):
         ours.write(source, tmp_path / "m.gguf")
 
-    with pytest.raises(UserError, match=r"llama2\[release\]"):
+    with pytest.raises(UserError, match=r"llama2\[gguf\]"):
         ours.read(tmp_path / "m.gguf")
 
 
