@@ -3,7 +3,7 @@
 import pytest
 
 from llama2.errors import UserError
-from llama2.terminal_text import LONGEST, line, printable, say, shown
+from llama2.terminal_text import LONGEST, line, list_some, printable, say, say_once, shown
 
 CLEAR, TITLE, RIGHT_TO_LEFT = "\x1b[2J", "\x1b]0;mine\x07", "\u202e"
 
@@ -75,3 +75,20 @@ def test_errors_are_fit_for_a_terminal():
 def test_what_is_said_is_one_line(capsys):
     say(f"warning: {CLEAR}\nx")
     assert capsys.readouterr().err == "warning: \\x1b[2J x\n"
+
+
+def test_of_many_names_the_first_are_listed() -> None:
+    assert list_some([]) == ""
+    assert list_some(["a", "b"], 2) == "a, b"
+    assert list_some(["a", "b", "c"], 2) == "a, b, ..."
+
+
+def test_a_line_is_said_once_and_by_the_first_rank(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    say_once("note: one of a kind")
+    say_once("note: one of a kind")
+    assert capsys.readouterr().err == "llama2: note: one of a kind\n"
+    monkeypatch.setenv("RANK", "1")
+    say_once("note: of another rank")
+    assert capsys.readouterr().err == ""
