@@ -7,8 +7,9 @@ RECIPE ?= recipes/demo/recipe.yaml
 OUT ?= runs/demo
 PEERS ?= $(HOME)/.cache/llama2-peers
 VLLM := 0.32.0
+MKDOCS = NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
-.PHONY: demo test check format bench gpu gpu-wheels peers clean help
+.PHONY: demo test check format docs bench gpu gpu-wheels peers clean help
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/'
@@ -29,15 +30,20 @@ demo: $(STAMP)  ## the whole recipe on a laptop: documents in, a chat model and 
 test: $(STAMP)  ## all tests
 	$(BIN)/python -m pytest
 
-check: $(STAMP)  ## format, lint, types, layers
+check: $(STAMP)  ## format, lint, names, types, layers, the documents as a site
 	$(BIN)/ruff format --check --quiet .
 	$(BIN)/ruff check .
+	$(BIN)/python tools/style.py
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+	$(MKDOCS)
 
 format: $(STAMP)  ## put the code into the one format
 	$(BIN)/ruff format --quiet .
 	$(BIN)/ruff check --select I --fix --quiet .
+
+docs: $(STAMP)  ## the documents with a reference of the code as a site, in site/
+	$(MKDOCS)
 
 bench: $(STAMP)  ## every benchmark, each against a peer or a ceiling measured in the same run
 	@for name in engine train ppo server quantize formats; do echo "== $$name"; $(BIN)/python benchmarks/$$name.py || exit 1; done

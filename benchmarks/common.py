@@ -4,7 +4,7 @@ are printed.
 A *side* (ours or a peer) is one process that answers questions on its standard input, a line of
 JSON each, and rests in between. So several sides stay warm and compiled while they take turns, A B
 A B, and a slow spell of the machine meets all of them. Every side gets the same threads and keeps
-large blocks on the heap as `mesh.keep_large_blocks` does.
+large blocks on the heap as `cpu_tuning.keep_large_blocks` does.
 """
 
 from __future__ import annotations

@@ -28,7 +28,7 @@ import torch
 import transformers
 from common import SIZES, Side
 
-from llama2 import mesh
+from llama2 import cpu_tuning
 from llama2.generate.engine import Engine
 from llama2.generate.sampling import Sampling
 from llama2.model.llama import Llama, LlamaConfig
@@ -270,7 +270,7 @@ def main() -> None:
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
 
-    mesh.tune_cpu()
+    cpu_tuning.tune()
     transformers.utils.logging.set_verbosity_error()
     print(f"{torch.get_num_threads()} threads")
 

@@ -26,21 +26,19 @@ from common import SIZES as SMALL
 from common import Side, Size
 from train import RandomTokens
 
-from llama2 import mesh
+from llama2 import devices
+from llama2.batches import Batch
 from llama2.generate.engine import Engine
 from llama2.generate.sampling import Sampling
 from llama2.model.llama import Llama, LlamaConfig
 from llama2.model.sizes import SIZES
-from llama2.stages.common.planning import (
-    Cluster,
-    Tower,
-    engine_bytes,
-    flops_per_token,
-    training_plan,
-)
+from llama2.ranks import Ranks, join
+from llama2.stages.common.memory import Tower, engine_bytes, flops_per_token
+from llama2.stages.common.planning import Cluster, plan_training
 from llama2.stages.common.sampling import Sample
 from llama2.stages.common.training import Training
-from llama2.train.loop import Batch, Learner, Plan, fit
+from llama2.train.learner import Learner
+from llama2.train.loop import Plan, fit
 from llama2.train.objectives import next_token
 from llama2.train.optim import AdamW
 
@@ -101,7 +99,7 @@ def on_device(shape: LlamaConfig, kind: torch.dtype = torch.float32) -> Llama:
     with torch.device("meta"):
         model = Llama(shape)
 
-    model = model.to(kind).to_empty(device=mesh.device())
+    model = model.to(kind).to_empty(device=devices.choose())
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.normal_(0.0, 0.02) if parameter.dim() > 1 else parameter.fill_(1.0)
@@ -127,10 +125,10 @@ def best(work: Callable[[], object], times: int = 3) -> float:
     work()
     found = []
     for _ in range(times):
-        mesh.wait()
+        devices.synchronize(devices.choose())
         begin = time.perf_counter()
         work()
-        mesh.wait()
+        devices.synchronize(devices.choose())
         found.append(time.perf_counter() - begin)
 
     return min(found)
@@ -140,14 +138,14 @@ def best(work: Callable[[], object], times: int = 3) -> float:
 # -------------------------------------------------------------------------------------------------------
 def ceilings(scale: Scale) -> None:
     """The copy and the product."""
-    source = torch.empty(scale.copy_bytes, dtype=torch.uint8, device=mesh.device()).random_()
+    source = torch.empty(scale.copy_bytes, dtype=torch.uint8, device=devices.choose()).random_()
     target = torch.empty_like(source)
     say(
         "ceilings",
         what="copy",
         bytes_per_second=2 * len(source) / best(lambda: target.copy_(source), 10),
     )
-    say("ceilings", what="product", flops=mesh.peak_flops("bf16"))
+    say("ceilings", what="product", flops=devices.measure_peak(devices.choose(), "bf16"))
 
 
 # ---- training
@@ -169,7 +167,7 @@ class PackedTokens(RandomTokens):
 
 def planned(shape: LlamaConfig, rows: int, length: int, settings: Training) -> float:
     """Bytes that a dry run tells for training on one device."""
-    found = training_plan(
+    found = plan_training(
         [Tower(shape)],
         settings,
         Cluster(ranks=1),
@@ -188,7 +186,7 @@ def fitting(
     """The shape with as many of its layers as the plan says this device holds, and `most`."""
     layers = min(most, shape.num_hidden_layers)
     if torch.cuda.is_available():
-        room = ROOM * torch.cuda.get_device_properties(mesh.device()).total_memory
+        room = ROOM * torch.cuda.get_device_properties(devices.choose()).total_memory
         while (
             layers > 1
             and planned(replace(shape, num_hidden_layers=layers), rows, length, settings) > room
@@ -227,7 +225,13 @@ def train(scale: Scale, name: str, shape: LlamaConfig, settings: Training) -> No
     fresh_memory()
     model = on_device(shape)
     model.model.gradient_checkpointing = settings.gradient_checkpointing
-    learner = Learner(model, AdamW(learning_rate=1e-5), precision="bf16", compile=settings.compile)
+    learner = Learner(
+        model,
+        Ranks.alone(),
+        AdamW(learning_rate=1e-5),
+        precision="bf16",
+        compile=settings.compile,
+    )
     source = PackedTokens(Size(shape, rows, length))
     first = steps(learner, source, 2)
     seconds = steps(learner, source, scale.steps) / scale.steps
@@ -254,10 +258,10 @@ def train(scale: Scale, name: str, shape: LlamaConfig, settings: Training) -> No
 
 def steps(learner: Learner, source: PackedTokens, count: int) -> float:
     """Seconds of so many more optimizer steps."""
-    mesh.wait()
+    devices.synchronize(devices.choose())
     begin = time.perf_counter()
     fit(learner, source, next_token, Plan(schedule="constant", max_steps=learner.step + count))
-    mesh.wait()
+    devices.synchronize(devices.choose())
 
     return time.perf_counter() - begin
 
@@ -374,7 +378,7 @@ def main() -> None:
     parser.add_argument("job", choices=list(JOBS))
     parser.add_argument("--tiny", action="store_true", help="on the CPU, as small as can be")
     arguments = parser.parse_args()
-    mesh.init()
+    join()
     torch.manual_seed(0)
     JOBS[arguments.job](TINY if arguments.tiny else REAL)
 

@@ -26,7 +26,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from llama2 import mesh, records
+from llama2 import devices, records
 from llama2.config import build
 from llama2.formats import checkpoint
 from llama2.generate import cpu_decoder
@@ -35,7 +35,7 @@ from llama2.model.scorer import Scorer
 from llama2.records import Message, Prompt
 from llama2.runs import open_run
 from llama2.stages import evaluate, select
-from llama2.stages.common.planning import GIB, Cluster, Lineage
+from llama2.stages.common.planning import GIB, Cluster, PlannedRuns
 from llama2.tokenizer.template import encode_prompt
 from llama2.tokenizer.tokenizer import Tokenizer
 from llama2.tokenizer.train import train
@@ -95,7 +95,7 @@ def main() -> int:
     )
     given = parser.parse_args()
     torch.set_num_threads(given.threads)
-    packs = mesh.device().type == "cpu" and cpu_decoder._call.found
+    packs = devices.is_cpu(devices.choose()) and cpu_decoder._call.found
     good = True
 
     with tempfile.TemporaryDirectory() as place:
@@ -115,12 +115,12 @@ def main() -> int:
                 {"candidate": root / "second", "predecessor": root / "first", "sample": sample},
             ),
         )
-        print(f"{mesh.device()}{', weights packed' if packs else ''}; GiB\n")
+        print(f"{devices.choose()}{', weights packed' if packs else ''}; GiB\n")
         print(f"{'stage':10}{'phase':12}{'plan':>8}{'measured':>10}{'of plan':>9}")
 
         for name, module, values in stages:
             config = build(module.Config, {"out": root / name, **common, **values})
-            plan = module.plan(config, Cluster(), Lineage())["memory_per_rank_gib"]
+            plan = module.plan(config, Cluster(), PlannedRuns())["memory_per_rank_gib"]
             for phase, (expected, found) in compared(
                 plan, laps(name, module, config), packs
             ).items():
@@ -167,18 +167,18 @@ def _long(tokenizer: Tokenizer, index: int) -> str:
 
 def laps(name: str, module: Any, config: Any) -> list[int]:
     """Carry out a stage; the most bytes alive until each model was let go."""
-    alive, free = Alive(), mesh.free_memory
+    alive, free = Alive(), devices.free_memory
 
-    def lapped() -> None:
+    def lapped(device: torch.device) -> None:
         alive.lap()
-        free()
+        free(device)
 
-    mesh.free_memory = lapped  # type: ignore[assignment]
+    devices.free_memory = lapped  # type: ignore[assignment]
     try:
         with alive, open_run(name, config) as run:
             module.run(config, run)
     finally:
-        mesh.free_memory = free
+        devices.free_memory = free
 
     return alive.laps
 

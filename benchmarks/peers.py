@@ -21,7 +21,7 @@ import torch
 from common import SIZES, Questions, Size, serve
 from torch import Tensor
 
-from llama2 import mesh
+from llama2 import cpu_tuning
 
 PROMPTS, PROMPT_TOKENS, NEW_TOKENS, EPOCHS = 32, 64, 64, 4
 # rows of a micro-batch, on both sides; TRL takes 4.83 s with 8, 4.55 s with 16, 4.64 s with 32
@@ -240,7 +240,7 @@ def main() -> None:
     training.add_argument("--compile", action="store_true")
     tasks.add_parser("ppo").add_argument("size", choices=SIZES)
     arguments = parser.parse_args()
-    mesh.keep_large_blocks()
+    cpu_tuning.keep_large_blocks()
     torch.manual_seed(0)
     size = SIZES[arguments.size]
 

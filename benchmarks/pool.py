@@ -22,11 +22,13 @@ from typing import Any
 
 from llama2 import records
 from llama2.config import build
-from llama2.evaluate.judges import truth
+from llama2.evaluate.judges import rate
 from llama2.generate.dialogue import Chat
 from llama2.recipe import launch
+from llama2.recipe.workers import execute
 from llama2.records import Prompt
 from llama2.runs import Run
+from llama2.stages.common.judges import make_judge
 from llama2.stages.common.sampling import Sample, answer, load_chat, seed_for
 
 ROUNDS = 3
@@ -37,7 +39,7 @@ ANSWERS = 4  # to each held-out prompt
 
 def carry_out(verb: str, out: Path, **values: Any) -> Path:
     """One stage; the run directory."""
-    launch.execute(verb, build(launch.stage(verb).Config, {"out": str(out), **values}))
+    execute(verb, build(launch.load(verb).Config, {"out": str(out), **values}))
     return out
 
 
@@ -122,7 +124,7 @@ def helpfulness(version: Path, prompts: list[Prompt], out: Path) -> tuple[float,
     values = []
 
     for prompt, mine in zip(prompts, answers):
-        ratings = truth([prompt] * ANSWERS, [one.text for one in mine])
+        ratings = rate(make_judge(), [prompt] * ANSWERS, [one.text for one in mine])
         assert ratings is not None
         values.append(statistics.fmean(one.helpfulness for one in ratings))
 

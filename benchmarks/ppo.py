@@ -30,18 +30,20 @@ import torch
 from common import SIZES, Questions, Side, Size, has, spread
 from peers import EPOCHS, MICRO, NEW_TOKENS, PROMPT_TOKENS, PROMPTS
 
-from llama2 import mesh
+from llama2 import cpu_tuning, devices
 from llama2.generate.dialogue import Chat
 from llama2.generate.engine import Completion, Engine, Tokens
 from llama2.generate.rewards import RewardModels, Rewards
 from llama2.generate.sampling import Sampling
 from llama2.model.llama import Llama
 from llama2.model.scorer import Scorer
+from llama2.ranks import Ranks
 from llama2.records import Message, Prompt
 from llama2.stages.common.ppo_rollouts import ACTOR, CRITIC, ActorCritic, Rollouts, Settings
+from llama2.stages.common.ppo_watch import Watch
 from llama2.stages.common.sampling import Sample
-from llama2.stages.ppo import Watch
-from llama2.train.loop import Hook, Learner, Plan, Training, fit
+from llama2.train.learner import Learner
+from llama2.train.loop import Hook, Plan, TrainingState, fit
 from llama2.train.objectives import clipped
 from llama2.train.optim import AdamW
 
@@ -86,27 +88,28 @@ class Iterations(Hook):
         self.asked: Iterator[dict[str, Any]] = iter(questions)
         self.begin = 0.0
 
-    def on_start(self, training: Training) -> None:
+    def on_start(self, training: TrainingState) -> None:
         self._wait(training)
 
     def on_log(self, step: int, metrics: Mapping[str, float]) -> None:
         self.last = metrics
 
-    def on_boundary(self, training: Training) -> None:
+    def on_boundary(self, training: TrainingState) -> None:
         if not training.source.buffer and not training.ended:  # type: ignore[attr-defined]
             parts = {name: self.last[f"time/{name}"] for name in PARTS[:-1]}
             self.questions.answer(**parts, total=time.perf_counter() - self.begin)
             self._wait(training)
 
-    def _wait(self, training: Training) -> None:
+    def _wait(self, training: TrainingState) -> None:
         training.finish = next(self.asked, None) is None
         self.begin = time.perf_counter()
 
 
-def ours(size: Size, precision: mesh.Precision) -> None:
+def ours(size: Size, precision: devices.Precision) -> None:
     """This project as a side."""
-    actor, reference = (Llama(size.config).to(mesh.device()) for _ in range(2))
-    critic, helpful = (Scorer(size.config, seed).to(mesh.device()) for seed in (1, 2))
+    ranks = Ranks.alone()
+    actor, reference = (Llama(size.config).to(ranks.device) for _ in range(2))
+    critic, helpful = (Scorer(size.config, seed).to(ranks.device) for seed in (1, 2))
     random = torch.Generator().manual_seed(0)
     prompts = [
         Prompt(
@@ -149,7 +152,7 @@ def ours(size: Size, precision: mesh.Precision) -> None:
         observe=watch.observe,
     )
     learner = Learner(
-        source.models, AdamW(learning_rate=1e-6), apart=(ACTOR, CRITIC), precision=precision
+        source.models, ranks, AdamW(learning_rate=1e-6), apart=(ACTOR, CRITIC), precision=precision
     )
     fit(learner, source, clipped(), Plan(schedule="constant"), [watch, Iterations(Questions())])
 
@@ -220,7 +223,7 @@ def main() -> None:
     arguments = parser.parse_args()
 
     if arguments.serve:
-        mesh.tune_cpu()
+        cpu_tuning.tune()
         torch.manual_seed(0)
         ours(SIZES[arguments.size[0]], arguments.dtype[0])
 

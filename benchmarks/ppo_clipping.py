@@ -24,16 +24,20 @@ from typing import Any
 
 import torch
 
-from llama2 import mesh
+from llama2 import cpu_tuning, devices
+from llama2.batches import Batch
 from llama2.generate.dialogue import Chat
 from llama2.generate.engine import Engine
 from llama2.generate.rewards import RewardModels
 from llama2.model.llama import Llama
+from llama2.ranks import Ranks
 from llama2.stages import ppo
 from llama2.stages.common.ppo_rollouts import ACTOR, CRITIC, ActorCritic, Rollouts
+from llama2.stages.common.ppo_watch import measure_clipping
 from llama2.stages.common.sampling import Sample, fitting, load_rewards, read_prompts
-from llama2.stages.common.training import frozen, load_policy, load_scorer
-from llama2.train.loop import Batch, Hook, Learner, Report, Training, fit
+from llama2.stages.common.training import freeze, load_policy, load_scorer
+from llama2.train.learner import Learner
+from llama2.train.loop import Hook, Report, TrainingState, fit
 from llama2.train.objectives import clipped, explained_variance
 
 
@@ -49,7 +53,7 @@ class Kept(Hook):
         self.batches.append(next(self.source))
         return self.batches[-1]
 
-    def on_step(self, training: Training, report: Report) -> None:
+    def on_step(self, training: TrainingState, report: Report) -> None:
         self.reports.append(report)
 
     def norms(self) -> list[float]:
@@ -73,16 +77,17 @@ def train(
     config: ppo.Config, apart: tuple[str, ...], batches: list[list[Batch]] | None = None
 ) -> tuple[Llama, Kept]:
     """PPO from the start; with `batches` the policy alone on these, without a critic."""
-    actor, tokenizer = load_policy(config.policy)
-    reference = frozen(load_policy(config.policy)[0], config.training.precision)
-    models = ActorCritic(actor, load_scorer(config.rewards.helpful, tokenizer)[0])
+    ranks = Ranks.alone()
+    actor, tokenizer = load_policy(config.policy, ranks.device)
+    reference = freeze(load_policy(config.policy, ranks.device)[0], config.training.precision)
+    models = ActorCritic(actor, load_scorer(config.rewards.helpful, ranks.device, tokenizer)[0])
     chat = Chat(
         Engine(actor, slots=config.sample.slots, precision=config.sample.precision), tokenizer
     )
     prompts = fitting(
         chat, read_prompts(config.prompts, None, config.seed), room=config.sample.max_tokens // 2
     )
-    rewards = load_rewards(config.rewards, tokenizer, config.sample.precision)
+    rewards = load_rewards(config.rewards, tokenizer, ranks, config.sample.precision)
     rollouts = Rollouts(
         models,
         reference,
@@ -99,7 +104,7 @@ def train(
         config.clip, config.value_clip, 0.0 if batches else config.value_coefficient
     )
     learner = Learner(
-        models, config.training.optimizer, apart=apart, precision=config.training.precision
+        models, ranks, config.training.optimizer, apart=apart, precision=config.training.precision
     )
     fit(learner, kept, objective, config.training.plan, [kept])
 
@@ -110,7 +115,7 @@ def train(
 def movement(config: ppo.Config, actor: Llama, batches: list[list[Batch]]) -> tuple[float, float]:
     """Norm of the change of weights; KL(new || old) per token of the answers, over the whole
     vocabulary."""
-    start, _ = load_policy(config.policy)
+    start, _ = load_policy(config.policy, devices.choose())
     change = sum(
         float((a - b).double().square().sum())
         for a, b in zip(actor.parameters(), start.parameters())
@@ -145,14 +150,14 @@ def compare(config: ppo.Config, apart: tuple[str, ...]) -> tuple[Way, Way]:
 
     return (
         Way(
-            [ppo.clipped_share(norm, limit) for norm in clipping],
+            [measure_clipping(norm, limit) for norm in clipping],
             own,
             critic,
             explained_variance(first)["ppo/explained_variance"],
             *movement(config, actor, kept.batches),
         ),
         Way(
-            [ppo.clipped_share(norm, limit) for norm in own],
+            [measure_clipping(norm, limit) for norm in own],
             own,
             [0.0],
             0.0,
@@ -170,7 +175,7 @@ def main() -> None:
     parser.add_argument("--batch-size", type=int, default=64)
     parser.add_argument("--precision", default="bf16", choices=["fp32", "bf16"])
     arguments = parser.parse_args()
-    mesh.tune_cpu()
+    cpu_tuning.tune()
     config = ppo.Config(
         out=Path("unused"),
         policy=arguments.run / "sft",

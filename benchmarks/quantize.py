@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from common import SIZES
 from torch import Tensor, nn
 
-from llama2 import mesh
+from llama2 import cpu_tuning
 from llama2.generate.engine import Engine
 from llama2.model import quantize
 from llama2.model.cache import KVCache
@@ -164,7 +164,7 @@ def main() -> None:
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
 
-    mesh.tune_cpu()
+    cpu_tuning.tune()
     print(f"{torch.get_num_threads()} threads, size {arguments.size}")
     decode(SIZES[arguments.size].config, arguments.batches, arguments.repeats)
     products(SIZES[arguments.size].config, arguments.batches, arguments.repeats)

@@ -35,7 +35,7 @@ import httpx
 import torch
 from common import HERE, SIZES, spread
 
-from llama2 import mesh
+from llama2 import cpu_tuning
 from llama2.formats import checkpoint
 from llama2.generate.engine import Engine
 from llama2.generate.sampling import Sampling
@@ -189,7 +189,7 @@ async def load(url: str, clients: int, seconds: float) -> Heard:
 
 def alone(model: Path, rows: int, seconds: float) -> float:
     """Tokens a second of the engine without a server, drawing the same."""
-    mesh.tune_cpu()
+    cpu_tuning.tune()
     engine = Engine(
         checkpoint.load(model, dtype=torch.bfloat16).eval().requires_grad_(False), slots=rows
     )

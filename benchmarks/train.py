@@ -28,10 +28,13 @@ from typing import Any
 import torch
 from common import SIZES, Side, Size, has, serve, spread
 
-from llama2 import mesh
+from llama2 import cpu_tuning, devices
+from llama2.batches import Batch
 from llama2.model.llama import Llama
-from llama2.stages.common.planning import flops_per_token
-from llama2.train.loop import Batch, Hook, Learner, Plan, Report, Training, fit
+from llama2.ranks import Ranks
+from llama2.stages.common.memory import flops_per_token
+from llama2.train.learner import Learner
+from llama2.train.loop import Hook, Plan, Report, TrainingState, fit
 from llama2.train.objectives import next_token
 
 PEERS = ("transformers", "litgpt")
@@ -71,15 +74,17 @@ class Clock(Hook):
         self.last = time.perf_counter()
         self.end = self.last + seconds
 
-    def on_step(self, training: Training, report: Report) -> None:
+    def on_step(self, training: TrainingState, report: Report) -> None:
         now = time.perf_counter()
         self.steps.append(now - self.last)
         self.last, training.finish = now, now >= self.end
 
 
-def ours(size: Size, precision: mesh.Precision, compile: bool) -> None:
+def ours(size: Size, precision: devices.Precision, compile: bool) -> None:
     """This project as a side."""
-    learner = Learner(Llama(size.config).to(mesh.device()), precision=precision, compile=compile)
+    ranks = Ranks.alone()
+    model = Llama(size.config).to(ranks.device)
+    learner = Learner(model, ranks, precision=precision, compile=compile)
     source, plan = RandomTokens(size), Plan(schedule="constant")
 
     def work(seconds: float) -> dict[str, Any]:
@@ -90,14 +95,16 @@ def ours(size: Size, precision: mesh.Precision, compile: bool) -> None:
     serve(work)
 
 
-def ceiling(precision: mesh.Precision) -> None:
+def ceiling(precision: devices.Precision) -> None:
     """The matrix product as a side: what MFU is measured against."""
+
+    device = devices.choose()
 
     def work(seconds: float) -> dict[str, Any]:
         end, best = time.perf_counter() + min(seconds, 1.0), 0.0
         while not best or time.perf_counter() < end:
-            mesh.peak_flops.cache_clear()
-            best = max(best, mesh.peak_flops(precision))
+            devices.measure_peak.cache_clear()
+            best = max(best, devices.measure_peak(device, precision))
 
         return {"flops": best}
 
@@ -207,7 +214,7 @@ def main() -> None:
     arguments = parser.parse_args()
 
     if arguments.serve:
-        mesh.tune_cpu()
+        cpu_tuning.tune()
         torch.manual_seed(0)
         precision = arguments.dtype[0]
 

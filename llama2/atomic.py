@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import errno
 import os
+import shutil
 from collections.abc import Iterable, Iterator
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from llama2.errors import explain_os_errors
@@ -21,23 +22,48 @@ _CANNOT = {errno.EINVAL, errno.EBADF, errno.ENOTSUP, errno.ENOSYS}
 def write_atomic(path: Path, data: str | bytes) -> None:
     """Write a whole file or nothing. Half of a surrogate pair, of a name that is no UTF-8, is spelt
     by its number."""
-    temporary = path.with_name(path.name + ".tmp")
+    content = data.encode(errors="backslashreplace") if isinstance(data, str) else data
+    with new_file(path) as work:
+        work.write_bytes(content)
+
+
+@contextmanager
+def new_file(path: Path) -> Iterator[Path]:
+    """Give the path of a file to write, which takes the name `path` when the block ends well and
+    vanishes if it does not. UserError where the disk refuses."""
+    work = path.with_name(path.name + ".tmp")
     with explain_os_errors(path):
         make(path.parent)
         try:
-            temporary.write_bytes(
-                data.encode(errors="backslashreplace") if isinstance(data, str) else data
-            )
-            replace(temporary, path)
+            yield work
+            replace(work, path)
         except BaseException:  # half a file is of no use, and a full disk wants its room
-            remove(temporary)
+            with suppress(OSError):
+                work.unlink()
+
             raise
 
 
-def remove(temporary: Path) -> None:
-    """Take away a file that did not get its name, if the disk lets us."""
-    with suppress(OSError):
-        temporary.unlink()
+@contextmanager
+def new_directory(path: Path) -> Iterator[Path]:
+    """Give an empty directory to fill, which takes the name `path` when the block ends well, in the
+    place of what had it, and vanishes if it does not. UserError where the disk refuses."""
+    work = path.with_name(f".{path.name}.tmp")
+    old = path.with_name(f".{path.name}.old")
+    with explain_os_errors(path):
+        shutil.rmtree(work, ignore_errors=True)
+        work.mkdir(parents=True)
+        try:
+            yield work
+            flush_tree(work)
+            if path.exists():
+                shutil.rmtree(old, ignore_errors=True)
+                os.replace(path, old)
+
+            replace(work, path)
+            shutil.rmtree(old, ignore_errors=True)
+        finally:
+            shutil.rmtree(work, ignore_errors=True)
 
 
 def replace(temporary: Path, path: Path) -> None:

@@ -4,22 +4,21 @@ Exit status: 0 done, or stopped by SIGTERM, SIGUSR1 or SIGHUP with everything sa
 something the user can mend (one line says what); 130 ended by Ctrl-C, unfinished. In all of these
 but 1 the same command goes on.
 
-What takes seconds to import is imported when a command is known, under a handler of Ctrl-C.
+Modules that take seconds to import wait until a command is known, and until Ctrl-C has a handler.
 """
 
 from __future__ import annotations
 
 import codecs
-import importlib
 import io
 import os
 import sys
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 import llama2
 from llama2.errors import UserError, did_you_mean, explain_os_errors
 from llama2.interrupts import MESSAGE, STATUS, leave_at_once
+from llama2.recipe.verbs import VERBS
 from llama2.terminal_text import say
 
 HELP = """usage: llama2 <verb> [recipe.yaml] [--section.key value ...]
@@ -31,12 +30,14 @@ The Llama 2 paper as commands, in its order:
   llama2 <verb> ... --dry-run   the resolved configuration and what it would cost, without doing it
 """
 
-_SPELT = "llama2-spelt"  # a way of writing what a stream cannot, by its name
+_HELP_WORDS = ("-h", "--help", "help")
+_SPELT = "llama2-spelt"
+"""the name of our way to write what a stream cannot"""
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run one command and leave with its exit status."""
-    # what matters of it comes as an exception, in one line
+    # what matters of PyTorch's log comes as an exception, in one line
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "FATAL")
     _open_closed_streams()
     codecs.register_error(_SPELT, _spell)
@@ -51,8 +52,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def _spell(error: UnicodeError) -> tuple[str | bytes, int]:
-    """What a stream writes for a character it has not: a byte of a file's name as it is, all else
-    by its number."""
+    """Return what a stream writes for a character it has not: a byte of a file's name as it is, all
+    else by its number."""
     try:
         return codecs.lookup_error("surrogateescape")(error)
     except UnicodeError:
@@ -60,20 +61,18 @@ def _spell(error: UnicodeError) -> tuple[str | bytes, int]:
 
 
 def _open_closed_streams() -> None:
-    """Give what was closed (`llama2 ... <&-`, a service) an end that says and hears nothing, before
-    a file gets it."""
+    """Open what was closed (`llama2 ... <&-`, a service) to nowhere, before a file gets its
+    number."""
     for number, name in enumerate(("stdin", "stdout", "stderr")):
         if getattr(sys, name) is None:
-            nothing = os.open(os.devnull, os.O_RDWR)
-            os.dup2(nothing, number)
-            setattr(
-                sys,
-                name,
-                open(number, "w" if number else "r", encoding="utf-8", closefd=False),  # noqa: SIM115
-            )
+            os.dup2(os.open(os.devnull, os.O_RDWR), number)
+            mode = "w" if number else "r"
+            stream = open(number, mode, encoding="utf-8", closefd=False)  # noqa: SIM115
+            setattr(sys, name, stream)
 
 
 def _guarded(arguments: list[str]) -> int:
+    """Carry out a command, and return its exit status whatever it raises but a defect."""
     try:
         with explain_os_errors("output"):
             return _dispatch(arguments)
@@ -93,30 +92,31 @@ def _dispatch(arguments: list[str]) -> int:
         print(f"llama2 {llama2.__version__}")
         return 0
 
-    _refuse_nowhere()
-    launch = _launch()
-    if len(arguments) > 1 and arguments[0] in ("-h", "--help", "help"):  # `llama2 help sft`
+    _refuse_deleted_directory()
+    if len(arguments) > 1 and arguments[0] in _HELP_WORDS:  # `llama2 help sft`
         arguments = [arguments[1], "--help"]
 
-    if not arguments or arguments[0] in ("-h", "--help", "help"):
-        width = max(map(len, launch.VERBS))
-        print(
-            HELP.format(
-                verbs="\n".join(
-                    f"  {name:{width}}  {verb.summary}" for name, verb in launch.VERBS.items()
-                )
-            )
-        )
+    if not arguments or arguments[0] in _HELP_WORDS:
+        print(_describe_verbs())
         return 0
 
-    name, *rest = arguments
-    if name not in launch.VERBS:
-        raise _no_verb(name, launch.VERBS)
+    verb, *rest = arguments
+    if verb not in VERBS:
+        raise _explain_unknown(verb)
 
-    return int(launch.command(name, rest))
+    with leave_at_once():
+        from llama2.recipe import launch
+
+    return launch.run_command(verb, rest)
 
 
-def _refuse_nowhere() -> None:
+def _describe_verbs() -> str:
+    """The help of the whole program: every verb with the section of the paper it carries out."""
+    lines = [f"  {name:9}  {verb.section:5} {verb.summary}" for name, verb in VERBS.items()]
+    return HELP.format(verbs="\n".join(lines))
+
+
+def _refuse_deleted_directory() -> None:
     """UserError where the working directory has been deleted: libraries that are loaded next would
     end the process."""
     try:
@@ -127,18 +127,14 @@ def _refuse_nowhere() -> None:
         ) from None
 
 
-def _no_verb(name: str, verbs: Mapping[str, Any]) -> UserError:
-    if name.endswith((".yaml", ".yml")):
-        return UserError(f"{name}: a recipe stands behind a verb", f"write llama2 run {name}")
-    if name.startswith("-"):
-        return UserError(f"a verb stands before all flags ({name})", "llama2 help lists the verbs")
+def _explain_unknown(verb: str) -> UserError:
+    """Return the error for a first word that is no verb."""
+    if verb.endswith((".yaml", ".yml")):
+        return UserError(f"{verb}: a recipe stands behind a verb", f"write llama2 run {verb}")
+    if verb.startswith("-"):
+        return UserError(f"a verb stands before all flags ({verb})", "llama2 help lists the verbs")
 
-    return UserError(f"unknown verb '{name}'", did_you_mean(name, verbs))
-
-
-def _launch() -> Any:
-    with leave_at_once():
-        return importlib.import_module("llama2.recipe.launch")
+    return UserError(f"unknown verb '{verb}'", did_you_mean(verb, VERBS))
 
 
 if __name__ == "__main__":

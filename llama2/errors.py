@@ -31,10 +31,8 @@ class UserError(Exception):
     exit_code = 2
 
     def __init__(self, cause: str, cure: str = "") -> None:
-        self.cause, self.cure = (
-            line(cause, _LONGEST_CAUSE),
-            line(cure, LONGEST - _LONGEST_CAUSE - _ROOM),
-        )
+        self.cause = line(cause, _LONGEST_CAUSE)
+        self.cure = line(cure, LONGEST - _LONGEST_CAUSE - _ROOM)
         super().__init__(f"{self.cause}; {self.cure}" if cure else self.cause)
 
 
@@ -47,15 +45,36 @@ _ELSEWHERE = (
     TimeoutError,
     io.UnsupportedOperation,
 )
+"""what is said of a connection, a process or a descriptor"""
+_RESUME = "free some space and run the same command again: it resumes"
+_CAUSES = {
+    errno.ENOSPC: ("no space left on the device", _RESUME),
+    errno.EFBIG: (
+        "the file would exceed the largest size allowed",
+        "raise the limit (ulimit -f) and run the same command again: it resumes",
+    ),
+    errno.EDQUOT: ("the disk quota is used up", _RESUME),
+    errno.ENOENT: ("no such file or directory", "check the path"),
+    errno.EEXIST: ("a file of this name exists", "choose another name, or move it away"),
+    errno.EACCES: ("permission denied", "check who owns it"),
+    errno.EROFS: ("the file system is read-only", "choose another --out"),
+    errno.EISDIR: ("this is a directory, a file was expected", "check the path"),
+    errno.ENOTDIR: ("a part of this path is a file, not a directory", "check the path"),
+    errno.ENAMETOOLONG: ("this name is too long for the file system", "choose a shorter one"),
+    errno.ELOOP: (
+        "symbolic links that lead in a circle",
+        "mend the links, or name another path",
+    ),
+}
+"""number of an error of the system -> its cause and cure"""
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:
-    """`did you mean 'x'?` for the closest known name, in whatever case, else the list of known
-    names."""
+    """Return `did you mean 'x'?` for the closest known name, in whatever case, else the list of
+    known names."""
     names = sorted(known)
     lower = {each.lower(): each for each in reversed(names)}
     close = difflib.get_close_matches(name.lower(), lower, n=1, cutoff=0.6)
-
     return f"did you mean '{lower[close[0]]}'?" if close else f"known: {', '.join(names) or 'none'}"
 
 
@@ -72,34 +91,9 @@ def explain_os_errors(path: str | os.PathLike[str]) -> Iterator[None]:
     """Turn every refusal about `path` (full disk, missing file, no permission; a library's own)
     into `UserError`.
 
-    What is said of a connection, a process or a descriptor passes, unless a file is named: it is
-    not about the path.
+    An error of a connection, a process or a descriptor passes, unless it names a file: it is not
+    about the path.
     """
-    cures = {
-        errno.ENOSPC: (
-            "no space left on the device",
-            "free some space and run the same command again: it resumes",
-        ),
-        errno.EFBIG: (
-            "the file would exceed the largest size allowed",
-            "raise the limit (ulimit -f) and run the same command again: it resumes",
-        ),
-        errno.EDQUOT: (
-            "the disk quota is used up",
-            "free some space and run the same command again: it resumes",
-        ),
-        errno.ENOENT: ("no such file or directory", "check the path"),
-        errno.EEXIST: ("a file of this name exists", "choose another name, or move it away"),
-        errno.EACCES: ("permission denied", "check who owns it"),
-        errno.EROFS: ("the file system is read-only", "choose another --out"),
-        errno.EISDIR: ("this is a directory, a file was expected", "check the path"),
-        errno.ENOTDIR: ("a part of this path is a file, not a directory", "check the path"),
-        errno.ENAMETOOLONG: ("this name is too long for the file system", "choose a shorter one"),
-        errno.ELOOP: (
-            "symbolic links that lead in a circle",
-            "mend the links, or name another path",
-        ),
-    }
     try:
         yield
     except OSError as error:
@@ -110,18 +104,13 @@ def explain_os_errors(path: str | os.PathLike[str]) -> Iterator[None]:
                 f"{path}: {error or type(error).__name__}", "check the file and its disk"
             ) from error
 
-        cause, cure = cures.get(
-            error.errno, (os.strerror(error.errno).lower(), "check the path and its disk")
-        )
-        named = _named(error, path)
+        otherwise = (os.strerror(error.errno).lower(), "check the path and its disk")
+        cause, cure = _CAUSES.get(error.errno, otherwise)
+        # a refusal may name a file itself, as a text or as bytes
+        is_named = isinstance(error.filename, (str, bytes)) and bool(error.filename)
+        named = os.fsdecode(error.filename) if is_named else str(path)
         if error.errno == errno.EEXIST and os.path.islink(named) and not os.path.exists(named):
             cause = f"a link to {os.readlink(named)}, which is not there"
             cure = "bring back what it leads to (is its disk mounted?), or delete the link"
 
         raise UserError(f"{named}: {cause}", cure) from error
-
-
-def _named(error: OSError, path: str | os.PathLike[str]) -> str:
-    """The file that a refusal is about, where it says one (as a name, or as the bytes of one)."""
-    named = error.filename
-    return os.fsdecode(named) if isinstance(named, (str, bytes)) and named else str(path)

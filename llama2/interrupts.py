@@ -1,8 +1,7 @@
-"""What asks a command to stop. Ctrl-C while modules are loaded ends the process at once, with one
-line.
+"""Signals that ask a command to stop.
 
-As an exception it would be raised inside of some library's import, which may swallow it or make
-another error of it.
+Ctrl-C while modules are loaded ends the process at once, with one line: as an exception it would be
+raised inside of some library's import, which may swallow it or make another error of it.
 """
 
 from __future__ import annotations
@@ -20,15 +19,18 @@ STATUS = 130
 MESSAGE = "llama2: interrupted; the same command resumes"
 
 
-def requests() -> tuple[signal.Signals, ...]:
-    """The signals that ask for a stop with everything saved; a closed terminal is one, unless
-    `nohup` made it none."""
-    ours = signal.getsignal(signal.SIGHUP) is signal.SIG_DFL
-    return (signal.SIGTERM, signal.SIGUSR1, *((signal.SIGHUP,) if ours else ()))
+def list_stop_signals() -> list[signal.Signals]:
+    """Return the signals that ask for a stop with everything saved; a closed terminal is one,
+    unless `nohup` made it none."""
+    signals = [signal.SIGTERM, signal.SIGUSR1]
+    if signal.getsignal(signal.SIGHUP) is signal.SIG_DFL:
+        signals.append(signal.SIGHUP)
+
+    return signals
 
 
 def let_go_of_terminal(number: int) -> None:
-    """After SIGHUP nobody reads: what is still said would be an error of its own."""
+    """Write to nowhere after SIGHUP: nobody reads, and each further line would be an error."""
     if number == signal.SIGHUP:
         nothing = os.open(os.devnull, os.O_WRONLY)
         for descriptor in (1, 2):
@@ -40,12 +42,12 @@ def let_go_of_terminal(number: int) -> None:
 
 @contextmanager
 def leave_at_once() -> Iterator[None]:
-    """Ctrl-C in this block ends the process at once: nothing in it needs an orderly end.
+    """Let Ctrl-C in this block end the process at once: nothing in it needs an orderly end.
 
     Where Ctrl-C is handled or ignored already, that stays as it is.
     """
-    mine = threading.current_thread() is threading.main_thread()
-    if not mine or signal.getsignal(signal.SIGINT) is not signal.default_int_handler:
+    is_main = threading.current_thread() is threading.main_thread()
+    if not is_main or signal.getsignal(signal.SIGINT) is not signal.default_int_handler:
         yield
         return
 
@@ -62,8 +64,8 @@ def _leave(number: int, frame: FrameType | None) -> None:
 
 
 @contextmanager
-def held_back() -> Iterator[None]:
-    """What asks for a stop comes when the block is left; processes begun in it never hear of it,
+def hold_back() -> Iterator[None]:
+    """Let a signal to stop come when the block is left; processes begun in it never hear of it,
     unless they ask to.
 
     A terminal, `timeout`, Slurm and systemd send their signals to all processes of a command.

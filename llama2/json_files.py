@@ -9,7 +9,6 @@ taken, for our own metrics have them: who wants a number asks whether it is fini
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import shutil
@@ -70,12 +69,6 @@ def content(path: str | os.PathLike[str], most: int = LARGEST) -> bytes:
 
     with explain_os_errors(path), open(path, "rb") as file:
         return file.read()
-
-
-def sha256(path: str | os.PathLike[str]) -> str:
-    """The hash of a plain file's content."""
-    with explain_os_errors(path), opened(path) as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def check_room(path: str | os.PathLike[str], size: int, or_else: str) -> None:

@@ -24,8 +24,8 @@ from pydantic import ConfigDict, TypeAdapter, ValidationError, with_config
 from llama2 import atomic, json_files
 from llama2.errors import UserError, explain_os_errors
 from llama2.reading import files
-from llama2.reading.files import Bad, File, filled
-from llama2.reading.packed import zstandard
+from llama2.reading.files import BadRow, File, read_filled
+from llama2.reading.packed import import_zstandard
 from llama2.tally import Tally
 
 Role = Literal["system", "user", "assistant"]
@@ -96,7 +96,7 @@ class Prompt:
 
     @property
     def asks(self) -> bool:
-        """Whether every turn says something."""
+        """Return whether every turn says something."""
         return all(message.content.strip() for message in self.messages)
 
 
@@ -135,18 +135,22 @@ class Preference:
 
     @property
     def chosen(self) -> Response:
+        """The preferred answer."""
         return self.responses[self.preferred]
 
     @property
     def rejected(self) -> Response:
+        """The other answer."""
         return self.responses[1 - self.preferred]
 
     @property
     def chosen_safe(self) -> bool | None:
+        """Return whether the preferred answer is safe, None where nobody said so."""
         return None if self.safety is None else self.safety != "neither"
 
     @property
     def rejected_safe(self) -> bool | None:
+        """Return whether the other answer is safe, None where nobody said so."""
         return None if self.safety is None else self.safety == "both"
 
 
@@ -169,8 +173,8 @@ class Pair:
 
 
 def check_roles(messages: Messages, last: Role) -> None:
-    """Roles alternate user, assistant, ... after an optional system turn, and end with `last`; else
-    ValueError."""
+    """ValueError unless roles alternate user, assistant, ... after an optional system turn, and end
+    with `last`."""
     turns = messages[1:] if messages and messages[0].role == "system" else messages
     if not turns:
         raise ValueError("a conversation needs at least one user turn")
@@ -188,7 +192,7 @@ def check_roles(messages: Messages, last: Role) -> None:
 
 
 def trained_turns(messages: Messages, train: Train) -> tuple[bool, ...]:
-    """Whether each assistant turn carries loss, in their order; ValueError for a mask of another
+    """Return for each assistant turn whether it carries loss; ValueError for a mask of another
     length."""
     turns = sum(message.role == "assistant" for message in messages)
     if train == "all":
@@ -212,7 +216,7 @@ def _adapter(kind: type) -> TypeAdapter[Any]:
 
 
 def parse(kind: type[Record], row: str | bytes, where: str) -> Record:
-    """One JSON line as a record of `kind`; `where` (file and line) goes into the error."""
+    """Return one JSON line as a record of `kind`; `where` (file and line) goes into the error."""
     try:
         record: Record = _adapter(kind).validate_json(row)
         return record
@@ -220,14 +224,14 @@ def parse(kind: type[Record], row: str | bytes, where: str) -> Record:
         first = error.errors()[0]
         place = ".".join(str(part) for part in first["loc"])
         message = first["msg"].removeprefix("Value error, ")
-        cause = f"{where}: {f'{place}: ' if place else ''}{message}"
         raise UserError(
-            cause, f"each line must be one {kind.__name__} record (docs/formats.md)"
+            ": ".join(filter(None, (where, place, message))),
+            f"each line must be one {kind.__name__} record (docs/formats.md)",
         ) from None
 
 
 def to_json(record: object) -> str:
-    """A record as one line of JSON."""
+    """Return a record as one line of JSON."""
     return _adapter(type(record)).dump_json(record).decode()
 
 
@@ -237,33 +241,37 @@ def read(
     may_be_empty: bool = False,
     tally: Tally | None = None,
 ) -> Iterator[Record]:
-    """The records at a path (`files`): JSON Lines, and whatever else holds mappings. None at all is
-    an error unless expected: a user never means an empty file. `tally` counts the files that a
-    folder holds beside data."""
+    """The records at a path (`files`): JSON Lines, and whatever else holds mappings.
+
+    None at all is an error unless `may_be_empty`: a user never means an empty file. `tally` counts
+    the files that a folder holds beside data.
+    """
     what = f"{kind.__name__} records"
-    for file, rows in filled(path, files.rows, "records", what, tally, may_be_empty):
+    for file, rows in read_filled(path, files.read_rows, "records", what, tally, may_be_empty):
         for row in rows:
-            if isinstance(row, Bad):
-                raise row.error("" if files.is_rows(file) else f"; {_maker(kind, file)}")
+            if isinstance(row, BadRow):
+                raise row.error(
+                    "" if files.has_named_rows(file) else f"; {_name_maker(kind, file)}"
+                )
 
             try:
                 yield parse(kind, pydantic_core.to_json(row.value), row.where)
             except UserError as error:
-                raise UserError(error.cause, f"{error.cure}; {_maker(kind, file)}") from None
+                raise UserError(error.cause, f"{error.cure}; {_name_maker(kind, file)}") from None
             except ValueError as error:
                 raise row.error(
                     f"a value that JSON cannot hold ({error})", "mend the row"
                 ) from None
 
 
-def _maker(kind: type, file: File) -> str:
-    """The command that makes records of this kind of other people's files."""
+def _name_maker(kind: type, file: File) -> str:
+    """Name the command that makes records of this kind of other people's files."""
     if kind is Document:
         return f"`llama2 clean --sources.NAME.path {file.path} --out DIR` reads other formats"
 
-    kinds = {Dialog: "dialogs", Preference: "preferences", Prompt: "prompts"}
-    made = f"--kind {kinds.get(kind, 'dialogs')} --sources.NAME.path {file.path}"
-    return f"`llama2 prepare {made} --out DIR` makes them of other formats"
+    name = {Preference: "preferences", Prompt: "prompts"}.get(kind, "dialogs")
+    flags = f"--kind {name} --sources.NAME.path {file.path} --out DIR"
+    return f"`llama2 prepare {flags}` makes them of other formats"
 
 
 def write(path: str | os.PathLike[str], records: Iterable[object]) -> int:
@@ -280,44 +288,33 @@ def write(path: str | os.PathLike[str], records: Iterable[object]) -> int:
 
 @contextmanager
 def writing(path: str | os.PathLike[str]) -> Iterator[Callable[[object], None]]:
-    """A function that writes one more record; the file appears under its name when the block ends
-    well."""
+    """Yield a function that writes one more record; the file appears under its name when the block
+    ends well."""
     path = Path(path)
-    temporary = path.with_name(path.name + ".tmp")
-    with explain_os_errors(path):
-        atomic.make(path.parent)
-        opener: Any = (
-            zstandard().open
-            if path.suffix == ".zst"
-            else gzip.open
-            if path.suffix == ".gz"
-            else open
-        )
-        try:
-            with opener(temporary, "wt", encoding="utf-8") as file:
-                yield lambda record: file.write(to_json(record) + "\n")
+    opener: Any = open
+    if path.suffix == ".zst":
+        opener = import_zstandard().open
+    elif path.suffix == ".gz":
+        opener = gzip.open
 
-            atomic.replace(temporary, path)
-        except BaseException:
-            atomic.remove(temporary)
-            raise
+    with atomic.new_file(path) as work, opener(work, "wt", encoding="utf-8") as file:
+        yield lambda record: file.write(to_json(record) + "\n")
 
 
-class Stored(Sequence[Record]):
+class StoredRecords(Sequence[Record]):
     """The records of a plain JSON Lines file, read when they are asked for: memory holds where each
     line begins."""
 
     def __init__(self, kind: type[Record], path: Path) -> None:
         self._kind, self._path = kind, path
         self._starts = array("Q")
-        place = 0
-
+        position = 0
         with explain_os_errors(path), json_files.opened(path) as file:
             for line in file:
                 if line.strip():
-                    self._starts.append(place)
+                    self._starts.append(position)
 
-                place += len(line)
+                position += len(line)
 
     def __len__(self) -> int:
         return len(self._starts)
@@ -328,7 +325,7 @@ class Stored(Sequence[Record]):
     def __getitem__(self, index: slice) -> list[Record]: ...
     def __getitem__(self, index: int | slice) -> Record | list[Record]:
         if isinstance(index, slice):
-            return [self[place] for place in range(*index.indices(len(self)))]
+            return [self[number] for number in range(*index.indices(len(self)))]
 
         with explain_os_errors(self._path), open(self._path, "rb") as file:
             file.seek(self._starts[index])
@@ -336,10 +333,10 @@ class Stored(Sequence[Record]):
 
 
 def messages_of(rows: Iterable[tuple[Role, str]]) -> Messages:
-    """`[("user", "Hi"), ...]` as messages."""
+    """Return `[("user", "Hi"), ...]` as messages."""
     return tuple(Message(role, content) for role, content in rows)
 
 
 def dump(value: object) -> str:
-    """Indented JSON with sorted keys: stable across runs."""
+    """Return indented JSON with sorted keys: stable across runs."""
     return json.dumps(value, indent=1, sort_keys=True, default=str) + "\n"

@@ -40,10 +40,9 @@ _SIGNS = (
 
 Peer = tuple[str, int]
 """a machine (or container) and the number of a process on it"""
-_peers: list[Peer] = []
 
 
-class Lost(UserError):
+class RankLost(UserError):
     """Another rank has gone, or does not answer."""
 
 
@@ -107,7 +106,7 @@ def joining(ranks: int, limit: timedelta) -> Iterator[None]:
             raise UserError(
                 f"rank {rank}: too many open files", "raise the limit (`ulimit -n`)"
             ) from error
-        if isinstance(error, RuntimeError) and not is_sign(error):
+        if isinstance(error, RuntimeError) and not is_disconnect(error):
             raise
 
         raise UserError(cause, cure) from error
@@ -116,8 +115,8 @@ def joining(ranks: int, limit: timedelta) -> Iterator[None]:
             timer.cancel()
 
 
-def myself() -> Peer:
-    """This process, as others of the same machine can find it."""
+def describe_process() -> Peer:
+    """Return this process as others of the same machine can find it."""
     try:
         space = os.readlink("/proc/self/ns/pid")  # containers number their processes anew
     except OSError:
@@ -126,25 +125,7 @@ def myself() -> Peer:
     return f"{platform.node()} {space}", os.getpid()
 
 
-def remember(peers: Sequence[Peer]) -> None:
-    """Keep who the ranks are."""
-    _peers[:] = peers
-
-
-@contextmanager
-def together() -> Iterator[None]:
-    """Around work that ranks share: that one is gone is a line of the others, no defect of
-    theirs."""
-    try:
-        yield
-    except RuntimeError as error:
-        if not _peers or not is_sign(error):
-            raise
-
-        raise _lost(error) from error
-
-
-def is_sign(error: RuntimeError) -> bool:
+def is_disconnect(error: RuntimeError) -> bool:
     """Whether an error of the transport between ranks says that another is gone."""
     text = str(error).lower()
     return _is_between_ranks(error) and any(sign in text for sign in _SIGNS)
@@ -159,32 +140,35 @@ def _is_between_ranks(error: RuntimeError) -> bool:
     return any("/torch/distributed/" in name for name in names)
 
 
-def _lost(error: RuntimeError) -> Lost:
-    gone = missing()
+def explain_disconnect(error: RuntimeError, peers: Sequence[Peer]) -> RankLost:
+    """Return the error to raise for one of the transport: which of the ranks is gone, if that can be
+    told."""
+    gone = missing(peers)
     if gone:
         ranks = f"rank {gone[0]} is" if len(gone) == 1 else f"ranks {', '.join(map(str, gone))} are"
-        return Lost(
+        return RankLost(
             f"{ranks} gone (what it wrote last says why; nothing, if it was killed: out of memory?)",
             RESUMES,
         )
 
     if "timed out" in str(error).lower():
-        return Lost("another rank has not answered in time", RESUMES)
+        return RankLost("another rank has not answered in time", RESUMES)
 
-    return Lost(
+    return RankLost(
         "the connection to another rank is lost (it ended or was killed, or the network failed)",
         RESUMES,
     )
 
 
-def missing() -> list[int]:
-    """The ranks of this machine whose processes have ended. One that is about to is waited for."""
-    machine, _ = myself()
+def missing(peers: Sequence[Peer]) -> list[int]:
+    """Return the ranks of this machine whose processes have ended. One that is about to is waited
+    for."""
+    machine, _ = describe_process()
     end = time.monotonic() + DYING
     while True:
         gone = [
             rank
-            for rank, (place, pid) in enumerate(_peers)
+            for rank, (place, pid) in enumerate(peers)
             if place == machine and not _is_running(pid)
         ]
         if gone or time.monotonic() > end:

@@ -1,4 +1,4 @@
-"""What became of what a stage read: nothing is left out in silence."""
+"""Counts of what a stage reads: nothing is left out in silence."""
 
 from __future__ import annotations
 
@@ -20,17 +20,15 @@ class Tally:
     cures: dict[str, str] = field(default_factory=dict)
     """reason -> what would keep these records"""
     notes: dict[str, Counter[str]] = field(default_factory=dict)
-    """what was found -> how many rows: of each format, of each column that is not read"""
+    """a thing found -> how many rows: of each format, of each column that is not read"""
     files: Counter[str] = field(default_factory=Counter)
     """files of a folder, a glob or an archive that were left out, by reason"""
 
     def skip(self, reason: str, cure: str = "", count: int = 1) -> None:
         """Count records that are left out; `cure` says what would keep them."""
-        if not count:
-            return
-
-        self.skipped[reason] += count
-        if cure:
+        if count:
+            self.skipped[reason] += count
+        if count and cure:
             self.cures[reason] = cure
 
     def note(self, what: str, name: str, count: int = 1) -> None:
@@ -44,41 +42,41 @@ class Tally:
     def summary(self) -> dict[str, Any]:
         """Plain JSON: rows read, records kept, cut short, and skipped by reason; then what was
         noted."""
-        noted = {
-            what.replace(" ", "_"): dict(found.most_common()) for what, found in self.notes.items()
-        }
-        return {
-            "read": self.read,
-            "kept": self.kept,
-            **({"cut": self.cut} if self.cut else {}),
-            "skipped": dict(self.skipped.most_common()),
-            **noted,
-            **({"files left out": dict(self.files.most_common())} if self.files else {}),
-        }
+        summary: dict[str, Any] = {"read": self.read, "kept": self.kept}
+        if self.cut:
+            summary["cut"] = self.cut
+
+        summary["skipped"] = dict(self.skipped.most_common())
+        for what, counts in self.notes.items():
+            summary[what.replace(" ", "_")] = dict(counts.most_common())
+
+        return summary | ({"files_left_out": dict(self.files.most_common())} if self.files else {})
 
     def line(self) -> str:
         """`read 5, kept 2, left out 3: empty answer 2, too long 1 (raise --sequence-length);
         format: turns 5`."""
-        said = f"read {self.read:,}, kept {self.kept:,}"
+        text = f"read {self.read:,}, kept {self.kept:,}"
         if self.cut:
-            said += f", cut {self.cut:,}"
+            text += f", cut {self.cut:,}"
 
-        reasons = [
-            f"{reason} {count:,}" + (f" ({self.cures[reason]})" if reason in self.cures else "")
-            for reason, count in self.skipped.most_common()
-            if count
-        ]
+        reasons: list[str] = []
+        for reason, count in self.skipped.most_common():
+            cure = f" ({self.cures[reason]})" if reason in self.cures else ""
+            reasons.append(f"{reason} {count:,}{cure}")
+
         if reasons:
-            said += f", left out {sum(self.skipped.values()):,}: {', '.join(reasons)}"
+            text += f", left out {self.skipped.total():,}: {', '.join(reasons)}"
 
-        for what, found in self.notes.items():
-            named = [f"{name} {count:,}" for name, count in found.most_common(_NAMED)]
-            more = [f"and {len(found) - _NAMED} more"] if len(found) > _NAMED else []
-            said += f"; {what}: {', '.join([*named, *more])}"
+        for what, counts in self.notes.items():
+            names = [f"{name} {count:,}" for name, count in counts.most_common(_NAMED)]
+            if len(counts) > _NAMED:
+                names.append(f"and {len(counts) - _NAMED} more")
 
-        return f"{said}; {self.left_out()}" if self.files else said
+            text += f"; {what}: {', '.join(names)}"
+
+        return f"{text}; {self.left_out()}" if self.files else text
 
     def left_out(self) -> str:
         """`files left out 2: hidden 1, README.md 1`."""
-        reasons = ", ".join(f"{reason} {count:,}" for reason, count in self.files.most_common())
-        return f"files left out {sum(self.files.values()):,}: {reasons}"
+        reasons = [f"{reason} {count:,}" for reason, count in self.files.most_common()]
+        return f"files left out {self.files.total():,}: {', '.join(reasons)}"

@@ -1,4 +1,4 @@
-"""Text of others, as a terminal may be shown it.
+"""Text of others in a form that is fit for a terminal.
 
 Names of tensors and files, values of configurations and answers of models may hold any character.
 An escape sequence would command the terminal, and a mark of direction would show a text in another
@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import functools
 import os
+import re
 import sys
 import unicodedata
 from collections.abc import Sequence
@@ -23,29 +24,29 @@ _JOINERS = "\u200c\u200d"  # without which Persian words and emoji fall apart
 
 
 def is_safe(letter: str) -> bool:
-    """Whether a character is only drawn: it neither commands a terminal nor moves what stands
-    around it."""
+    """Return whether a character is only drawn: it neither commands a terminal nor moves what
+    stands around it."""
     return letter.isprintable() or letter in _JOINERS or unicodedata.category(letter) == "Zs"
 
 
 def printable(text: str) -> str:
-    """A text with its lines and tabs, in which each character that is more than drawn is U+FFFD."""
+    """Return a text with its lines and tabs, in which each character that is more than drawn is
+    U+FFFD."""
     return "".join(letter if is_safe(letter) or letter in "\n\t" else "\ufffd" for letter in text)
 
 
 def line(text: str, most: int = LONGEST) -> str:
-    """A text as one line of at most `most` characters, without its middle where it is longer.
+    """Return a text as one line of at most `most` characters, without its middle where it is
+    longer.
 
     Line ends and tabs become spaces; what is more than drawn is spelt by its number, as `\\x1b`.
     """
-    spelt = "".join(
-        letter if is_safe(letter) else " " if letter in "\n\r\t" else ascii(letter)[1:-1]
-        for letter in _without_middle(text, most)
-    )
-    return _without_middle(spelt, most)  # numbers are longer than what they spell
+    letters = re.sub(r"[\n\r\t]", " ", _cut_middle(text, most))
+    spelt = "".join(letter if is_safe(letter) else ascii(letter)[1:-1] for letter in letters)
+    return _cut_middle(spelt, most)  # numbers are longer than what they spell
 
 
-def _without_middle(text: str, most: int) -> str:
+def _cut_middle(text: str, most: int) -> str:
     if len(text) <= most:
         return text
 
@@ -54,7 +55,7 @@ def _without_middle(text: str, most: int) -> str:
 
 
 def shown(value: Any) -> str:
-    """A value of a file as Python writes it, the beginning of a long one."""
+    """Return a value of a file as Python writes it, the beginning of a long one."""
     try:
         text = repr(value)
     except (RecursionError, ValueError):  # nested too deeply; a number of too many digits
@@ -64,8 +65,15 @@ def shown(value: Any) -> str:
 
 
 def say(text: str) -> None:
-    """One line on standard error."""
+    """Print one line on standard error."""
     print(line(text), file=sys.stderr, flush=True)
+
+
+def clock(seconds: float) -> str:
+    """Write whole seconds as a clock does: 3:20, or 1:03:20."""
+    minutes, seconds = divmod(int(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"
 
 
 @functools.cache

@@ -13,8 +13,9 @@ from typing import Any
 import torch
 
 from llama2 import cli
-from llama2.recipe import launch
+from llama2.recipe.workers import context, preload
 from llama2.runs import completion, parts
+from llama2.runs.sealed import seal
 from llama2.train import hooks
 
 
@@ -28,7 +29,7 @@ def vouch(*runs: Path) -> None:
     for run in runs:
         manifest = json.loads((run / completion.MANIFEST).read_text())
         manifest.pop("sum", None)
-        (run / completion.MANIFEST).write_text(completion.seal(manifest))
+        (run / completion.MANIFEST).write_text(seal(manifest))
         seconds = json.loads((run / completion.COMPLETE).read_text())["seconds"]
         (run / completion.COMPLETE).write_text(completion.mark(run, seconds))
 
@@ -40,8 +41,8 @@ def in_a_process(log: Path, *words: object, number: int = 0, step: int = 0, part
     With `part` it sends it when it has written half of that part (counted from 1) of work in parts.
     The process is forked from a server that has imported everything; what it prints goes to `log`.
     """
-    launch.preload()
-    process = launch._context.Process(
+    preload()
+    process = context.Process(
         target=_child, args=([str(w) for w in words], number, step, part, str(log))
     )
     process.start()

@@ -17,7 +17,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Protocol
 
-from llama2 import json_files
+from llama2 import atomic, json_files
 from llama2.errors import UserError, explain_os_errors
 
 PROMPT, CONTINUED, BLOCK = "> ", ". ", '"""'
@@ -103,12 +103,8 @@ class History:
                 file.write(json.dumps(text) + "\n")
 
     def _replace(self, texts: list[str]) -> None:
-        temporary = self.path.with_name(self.path.name + ".tmp")
-        with explain_os_errors(self.path):
-            with self._private(temporary, os.O_TRUNC) as file:
-                file.writelines(json.dumps(text) + "\n" for text in texts)
-
-            os.replace(temporary, self.path)
+        with atomic.new_file(self.path) as work, self._private(work, os.O_TRUNC) as file:
+            file.writelines(json.dumps(text) + "\n" for text in texts)
 
     @staticmethod
     def _private(path: Path, mode: int) -> Any:

@@ -20,7 +20,7 @@ from typing import TextIO
 
 from pydantic import Field
 
-from llama2 import mesh, records
+from llama2 import records
 from llama2.chat import keyboard
 from llama2.chat.keyboard import History
 from llama2.chat.screen import Display, display
@@ -31,8 +31,9 @@ from llama2.generate.dialogue import Chat
 from llama2.generate.engine import Engine
 from llama2.generate.sampling import Sampling
 from llama2.model import quantize
+from llama2.ranks import join
 from llama2.reading import files
-from llama2.reading.rows import marked
+from llama2.reading.rows import detect_encoding
 from llama2.records import Dialog, Message, Messages
 from llama2.terminal_text import printable
 from llama2.tokenizer.template import check_template
@@ -81,7 +82,7 @@ class Config(BaseConfig):
 
 def run(config: Config) -> None:
     """Load the checkpoint and talk until the user leaves."""
-    mesh.init()
+    ranks = join()
     tokenizer = checkpoint.load_tokenizer(config.checkpoint)
 
     if not checkpoint.is_scorer(config.checkpoint):  # which is refused as what it is
@@ -89,7 +90,7 @@ def run(config: Config) -> None:
 
     quantize.check(config.precision)
     model = checkpoint.load(
-        config.checkpoint, dtype=quantize.loading(config.precision), device=mesh.device()
+        config.checkpoint, dtype=quantize.load_dtype(config.precision), device=ranks.device
     )
     inner = Engine(model.eval().requires_grad_(False), slots=1, precision=config.precision)
     inner.test(config.checkpoint)
@@ -128,7 +129,7 @@ def _decode(source: TextIOWrapper) -> None:
         return
 
     head = source.buffer.peek(4)[:4]
-    if encoding := "utf-8-sig" if head.startswith(codecs.BOM_UTF8) else marked(head):
+    if encoding := "utf-8-sig" if head.startswith(codecs.BOM_UTF8) else detect_encoding(head):
         source.reconfigure(encoding=encoding)
 
 
@@ -384,7 +385,7 @@ class Session:
         if not name:
             raise UserError("/load needs the name of a file", "for example /load talk.jsonl")
 
-        path = files.at_home(Path(name))
+        path = files.expand_home(Path(name))
         *_, dialog = records.read(Dialog, path)
         system = dialog.messages[0].role == "system"
         self._system = dialog.messages[0].content if system else ""
@@ -398,7 +399,7 @@ class Session:
         if not self.turns:
             raise UserError("there is no conversation to save", "say something first")
 
-        path = files.at_home(Path(name))
+        path = files.expand_home(Path(name))
         earlier = list(records.read(Dialog, path)) if path.exists() and path.stat().st_size else []
         count = records.write(path, [*earlier, Dialog((*self._head(), *self.turns))])
         _note(f"{path}: {count} conversation{'s' if count > 1 else ''}")

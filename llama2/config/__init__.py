@@ -5,19 +5,19 @@ from llama2.config.models import (
     StageConfig,
     build,
     check_names,
-    derive,
-    incidentals,
-    parse,
-    paths,
+    derive_seed,
+    list_incidentals,
+    list_paths,
 )
+from llama2.config.parse import parse
 
 __all__ = [
     "Config",
     "StageConfig",
     "build",
     "check_names",
-    "derive",
-    "incidentals",
+    "derive_seed",
+    "list_incidentals",
+    "list_paths",
     "parse",
-    "paths",
 ]

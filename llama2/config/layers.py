@@ -9,15 +9,16 @@ from typing import Any
 from llama2.config.yaml12 import read_yaml
 from llama2.errors import UserError
 from llama2.reading import files
+from llama2.schema_version import migrate
 
 
-def layers(path: Path, inside: tuple[Path, ...] = ()) -> list[dict[str, Any]]:
-    """A recipe and those it `extends` (each a path relative to the file that names it), the lowest
-    first."""
+def read_layers(path: Path, inside: tuple[Path, ...] = ()) -> list[dict[str, Any]]:
+    """Read a recipe and those it `extends` (each a path relative to the file that names it), the
+    lowest first."""
     if path.resolve() in inside:
         raise UserError(f"{path}: this recipe extends itself", "mend the key `extends`")
 
-    values = read_yaml(path)
+    values = migrate(read_yaml(path), path)
     base = values.pop("extends", None)
     if base is None:
         return [values]
@@ -26,33 +27,34 @@ def layers(path: Path, inside: tuple[Path, ...] = ()) -> list[dict[str, Any]]:
             f"{path}: 'extends' names no file (it is {base!r})", "give the path of one recipe"
         )
 
-    under = layers(path.parent / files.at_home(base), (*inside, path.resolve()))
+    under = read_layers(path.parent / files.expand_home(base), (*inside, path.resolve()))
     return [*under, values]
 
 
 def merge(base: Any, over: Any, where: str = "") -> Any:
-    """`over` laid upon `base`: mappings key by key, list items by index (`--sources.0.weight 2`),
+    """Lay `over` upon `base`: mappings key by key, list items by index (`--sources.0.weight 2`),
     the rest replaced."""
-    prefix = f"{where}." if where else ""
-    if isinstance(base, Mapping) and isinstance(over, Mapping):
-        return {
-            **base,
-            **{key: merge(base.get(key), value, f"{prefix}{key}") for key, value in over.items()},
-        }
+    if not isinstance(over, Mapping):
+        return over
 
-    if (
-        isinstance(base, (list, tuple))
-        and isinstance(over, Mapping)
-        and all(str(key).isdigit() for key in over)
-    ):
-        if beyond := [key for key in over if int(key) >= len(base)]:
+    prefix = f"{where}." if where else ""
+    if isinstance(base, Mapping):
+        merged = dict(base)
+        for key, value in over.items():
+            merged[key] = merge(base.get(key), value, f"{prefix}{key}")
+
+        return merged
+
+    if not isinstance(base, (list, tuple)) or not all(str(key).isdigit() for key in over):
+        return over
+
+    items = list(base)
+    for key, value in over.items():
+        if int(key) >= len(items):
             raise UserError(
-                f"'{prefix}{beyond[0]}': there are {len(base)} of them", "they are counted from 0"
+                f"'{prefix}{key}': there are {len(items)} of them", "they are counted from 0"
             )
 
-        return [
-            merge(item, over.get(str(index), item), f"{prefix}{index}")
-            for index, item in enumerate(base)
-        ]
+        items[int(key)] = merge(items[int(key)], value, f"{prefix}{key}")
 
-    return over
+    return items

@@ -10,7 +10,7 @@ kept from version 1.1.
 from __future__ import annotations
 
 import re
-from collections.abc import Hashable
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -27,18 +27,54 @@ LARGEST = 4 << 20
 """bytes of a file"""
 
 _TAG = "tag:yaml.org,2002:"
-_NULL = re.compile(r"^(~|null|Null|NULL|)$")
-_BOOL = re.compile(r"^(true|True|TRUE|false|False|FALSE)$")
-_INT = re.compile(r"^([-+]?[0-9]+|0o[0-7]+|0x[0-9a-fA-F]+)$")
-_FLOAT = re.compile(
-    r"^([-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?|[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN))$"
-)
+
+
+def _read_int(text: str) -> int:
+    base = {"0o": 8, "0x": 16}.get(text[:2], 10)
+    return int(text, 10) if base == 10 else int(text[2:], base)
+
+
+def _read_float(text: str) -> float:
+    return float(re.sub(r"\.(inf|nan)$", r"\1", text.lower()))
+
+
+_SCALARS: dict[str, tuple[re.Pattern[str], list[str], Callable[[str], Any], str]] = {
+    "null": (
+        re.compile(r"^(~|null|Null|NULL|)$"),
+        ["~", "n", "N", ""],
+        lambda text: None,
+        "is not null",
+    ),
+    "bool": (
+        re.compile(r"^(true|True|TRUE|false|False|FALSE)$"),
+        [*"tTfF"],
+        lambda text: text.lower() == "true",
+        "is neither true nor false",
+    ),
+    "int": (
+        re.compile(r"^([-+]?[0-9]+|0o[0-7]+|0x[0-9a-fA-F]+)$"),
+        [*"-+0123456789"],
+        _read_int,
+        "is no whole number",
+    ),
+    "float": (
+        re.compile(
+            r"^([-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?"
+            r"|[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN))$"
+        ),
+        [*"-+.0123456789"],
+        _read_float,
+        "is no number",
+    ),
+}
+"""name of a tag -> the texts that have it, how they begin, their value, and what others are"""
 
 
 class _Loader(yaml.SafeLoader):
     """The core schema, with names as keys."""
 
     yaml_implicit_resolvers = {}
+    yaml_constructors = {}
 
     def __init__(self, stream: str) -> None:
         super().__init__(stream)
@@ -46,23 +82,23 @@ class _Loader(yaml.SafeLoader):
         self.sizes: dict[int, int] = {}
 
     def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
-        """A node of the tree, whose depth and size with all aliases written out are bounded."""
+        """Return a node of the tree, whose depth and size with all aliases written out are
+        bounded."""
         if self.depth == DEEPEST:
             raise _error(f"more than {DEEPEST} levels of nesting", self.get_mark())
 
         self.depth += 1
         node = super().compose_node(parent, index)
         self.depth -= 1
+        if node is None:
+            return None
 
-        if node is not None:
-            self.sizes[id(node)] = size = 1 + sum(
-                self.sizes.get(id(child), 1) for child in _children(node)
+        size = 1 + sum(self.sizes.get(id(child), 1) for child in _children(node))
+        self.sizes[id(node)] = size
+        if size > MOST:
+            raise _error(
+                f"with its aliases written out it holds more than {MOST:,} values", node.start_mark
             )
-            if size > MOST:
-                raise _error(
-                    f"with its aliases written out it holds more than {MOST:,} values",
-                    node.start_mark,
-                )
 
         return node
 
@@ -78,11 +114,11 @@ def _error(problem: str, mark: Any) -> yaml.MarkedYAMLError:
     return yaml.MarkedYAMLError(problem=problem, problem_mark=mark)
 
 
-def _mapping(loader: _Loader, node: yaml.Node) -> dict[str, Any]:
+def _construct_mapping(loader: _Loader, node: yaml.Node) -> dict[str, Any]:
     if not isinstance(node, yaml.MappingNode):
         raise _error("this is no mapping", node.start_mark)
 
-    seen: set[Hashable] = set()
+    seen: set[str] = set()
     for key, _ in node.value:
         if key.tag == f"{_TAG}merge":  # `<<: *other`: its keys may be overridden
             continue
@@ -91,101 +127,64 @@ def _mapping(loader: _Loader, node: yaml.Node) -> dict[str, Any]:
         if key.value in seen:
             raise _error(f"the key '{key.value}' is given twice", key.start_mark)
 
-        seen.add(_text(loader, key))
+        seen.add(_construct_text(loader, key))
 
     loader.flatten_mapping(node)
     return {key.value: loader.construct_object(value, deep=True) for key, value in node.value}
 
 
-def _list(loader: _Loader, node: yaml.Node) -> list[Any]:
+def _construct_list(loader: _Loader, node: yaml.Node) -> list[Any]:
     if not isinstance(node, yaml.SequenceNode):
         raise _error("this is no list", node.start_mark)
 
     return [loader.construct_object(item, deep=True) for item in node.value]
 
 
-def _word(node: yaml.Node) -> str:
+def _construct_text(loader: _Loader, node: yaml.Node) -> str:
     if not isinstance(node, yaml.ScalarNode):
         raise _error("a list or mapping where its tag says otherwise", node.start_mark)
+    if re.search("[\ud800-\udfff]", node.value):
+        raise _error("half of a character, written as \\ud800 to \\udfff", node.start_mark)
 
     return str(node.value)
 
 
-def _text(loader: _Loader, node: yaml.Node) -> str:
-    text = _word(node)
-    if any("\ud800" <= character <= "\udfff" for character in text):
-        raise _error("half of a character, written as \\ud800 to \\udfff", node.start_mark)
-
-    return text
-
-
-def _null(loader: _Loader, node: yaml.Node) -> None:
-    text = _word(node)
-    if not _NULL.match(text):
-        raise _error(f"'{text[:40]}' is not null", node.start_mark)
-
-
-def _bool(loader: _Loader, node: yaml.Node) -> bool:
-    text = _word(node)
-    if not _BOOL.match(text):
-        raise _error(f"'{text[:40]}' is neither true nor false", node.start_mark)
-
-    return text.lower() == "true"
-
-
-def _int(loader: _Loader, node: yaml.Node) -> int:
-    text = _word(node)
-    base = {"0o": 8, "0x": 16}.get(text[:2], 10)
+def _construct_scalar(loader: _Loader, node: yaml.Node) -> Any:
+    text = _construct_text(loader, node)
+    pattern, _, read, otherwise = _SCALARS[node.tag.removeprefix(_TAG)]
     try:
-        return int(text[2:] if base != 10 else text, base)
-    except ValueError:  # a tag that does not fit, or more digits than Python takes
-        raise _error(f"'{text[:40]}' is no whole number", node.start_mark) from None
+        if pattern.match(text):
+            return read(text)
+    except ValueError:  # more digits than Python takes
+        pass
+
+    raise _error(f"'{text[:40]}' {otherwise}", node.start_mark)
 
 
-def _float(loader: _Loader, node: yaml.Node) -> float:
-    text = _word(node).lower()
-    try:
-        return float(re.sub(r"^([-+]?)\.(inf|nan)$", r"\1\2", text))
-    except ValueError:
-        raise _error(f"'{text[:40]}' is no number", node.start_mark) from None
-
-
-def _foreign(loader: _Loader, node: yaml.Node) -> Any:
+def _refuse_tag(loader: _Loader, node: yaml.Node) -> Any:
     raise _error(
         f"a recipe has no use for the tag '{node.tag.replace(_TAG, '!!')}'", node.start_mark
     )
-
-
-_Loader.yaml_constructors = {
-    f"{_TAG}null": _null,
-    f"{_TAG}bool": _bool,
-    f"{_TAG}int": _int,
-    f"{_TAG}float": _float,
-    f"{_TAG}str": _text,
-    f"{_TAG}seq": _list,
-    f"{_TAG}map": _mapping,
-    None: _foreign,
-}
-for _name, _pattern, _first in (
-    ("null", _NULL, ["~", "n", "N", ""]),
-    ("bool", _BOOL, list("tTfF")),
-    ("int", _INT, list("-+0123456789")),
-    ("float", _FLOAT, list("-+.0123456789")),
-    ("merge", re.compile("^<<$"), ["<"]),
-):
-    _Loader.add_implicit_resolver(f"{_TAG}{_name}", _pattern, _first)
 
 
 class _Dumper(yaml.SafeDumper):
     """Quotes every text that version 1.1 or 1.2 would take for something else."""
 
 
-for _name, _pattern in (("int", _INT), ("float", _FLOAT)):
-    _Dumper.add_implicit_resolver(f"{_TAG}{_name}", _pattern, list("-+.0123456789"))
+for _name, (_pattern, _first, *_) in _SCALARS.items():
+    _Loader.add_implicit_resolver(f"{_TAG}{_name}", _pattern, _first)
+    _Loader.add_constructor(f"{_TAG}{_name}", _construct_scalar)
+    _Dumper.add_implicit_resolver(f"{_TAG}{_name}", _pattern, _first)
+
+_Loader.add_implicit_resolver(f"{_TAG}merge", re.compile("^<<$"), ["<"])
+_Loader.add_constructor(f"{_TAG}str", _construct_text)
+_Loader.add_constructor(f"{_TAG}seq", _construct_list)
+_Loader.add_constructor(f"{_TAG}map", _construct_mapping)
+_Loader.add_constructor(None, _refuse_tag)
 
 
 def load(text: str) -> Any:
-    """The value of a YAML text; `yaml.YAMLError` where it is none."""
+    """Return the value of a YAML text; `yaml.YAMLError` where it is none."""
     try:
         return yaml.load(text, _Loader)
     except (OverflowError, ValueError):  # chr of what PyYAML read behind \\U
@@ -193,47 +192,44 @@ def load(text: str) -> Any:
 
 
 def dump(value: Any, **how: Any) -> str:
-    """`value` as YAML in its own order, which both versions read alike."""
+    """Return `value` as YAML in its own order, which both versions read alike."""
     return str(yaml.dump(value, Dumper=_Dumper, sort_keys=False, **how))
 
 
 def scalar(text: str) -> Any:
-    """What a single word means: a number, true, false or null, else the text itself."""
-    kinds = ((_NULL, "null"), (_BOOL, "bool"), (_INT, "int"), (_FLOAT, "float"))
-    if text and any(pattern.match(text) for pattern, _ in kinds):
-        try:
-            return load(text)
-        except yaml.YAMLError:
-            return text
+    """Return what a single word means: a number, true, false or null, else the text itself."""
+    for pattern, _, read, _ in _SCALARS.values():
+        if text and pattern.match(text):
+            try:
+                return read(text)
+            except ValueError:  # more digits than Python takes
+                return text
 
     return text
 
 
-def _explained(path: Path, text: str, error: yaml.YAMLError) -> UserError:
-    """What is wrong with a recipe, with its line, in the words of whoever writes one."""
+def _explain(path: Path, text: str, error: yaml.YAMLError) -> UserError:
+    """Return what is wrong with a recipe, with its line, in the words of whoever writes one."""
     if isinstance(error, yaml.reader.ReaderError):
         line = text.count("\n", 0, error.position) + 1
         return UserError(
             f"{path}:{line}: a character that no text has (code {error.character})", "take it out"
         )
 
-    mark, problem = (
-        getattr(error, "problem_mark", None),
-        getattr(error, "problem", None) or str(error),
-    )
+    mark = getattr(error, "problem_mark", None)
+    problem = getattr(error, "problem", None) or str(error)
     cure = "mend the line"
     if "found another document" in problem:
         problem, cure = "a second document begins here", "a recipe is one: take out the line '---'"
     elif "'\\t'" in problem:
         problem, cure = "a tab stands where YAML takes spaces alone", "write spaces"
 
-    return UserError(
-        f"{path}{f':{mark.line + 1}' if mark else ''}: not valid YAML ({problem})", cure
-    )
+    place = f"{path}:{mark.line + 1}" if mark else path
+    return UserError(f"{place}: not valid YAML ({problem})", cure)
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
-    """A YAML mapping; a syntax error is reported with file and line."""
+    """Read a YAML mapping; a syntax error is reported with file and line."""
     text = json_files.content(path, LARGEST)
     try:
         value = load(text.decode("utf-8"))
@@ -242,7 +238,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
             f"{path}: not UTF-8 ({error.reason} at byte {error.start})", "save it as UTF-8"
         ) from None
     except yaml.YAMLError as error:
-        raise _explained(path, text.decode("utf-8"), error) from None
+        raise _explain(path, text.decode("utf-8"), error) from None
 
     if value is None:
         return {}

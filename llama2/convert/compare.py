@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from llama2 import kernels
 from llama2.formats import gguf, llama2c, meta
 from llama2.formats.binary import round_to_single
 from llama2.formats.gguf_metadata import ENDS
@@ -293,13 +294,13 @@ def _walk(model: StoredModel, tokens_1T: Tensor) -> Iterator[tuple[str, Tensor]]
     with torch.device("meta"):
         trunk = Trunk(config)
 
-    context = trunk.context(x_1TD, None, None, None)
+    context = kernels.install(trunk).context(x_1TD)
     update_1TD: Tensor | None = None
     for index in range(config.num_hidden_layers):
         x_1TD, update_1TD = _load_layer(model, index, x_1TD)(x_1TD, update_1TD, context)
         yield f"model.layers.{index}", x_1TD + update_1TD
 
-    norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+    norm = kernels.install(RMSNorm(config.hidden_size, config.rms_norm_eps))
     norm.weight = nn.Parameter(model.tensors[NORM].read().float())
     yield NORM.removesuffix(".weight"), norm.to(x_1TD.device)(x_1TD, update_1TD)[1]
 
@@ -311,4 +312,4 @@ def _load_layer(model: StoredModel, index: int, like: Tensor) -> Layer:
     stored = {name: model.tensors[f"model.layers.{index}.{name}"] for name in layer.state_dict()}
     weights = {name: each.read().to(like.device, torch.float32) for name, each in stored.items()}
     layer.load_state_dict(weights, assign=True)
-    return layer
+    return kernels.install(layer)

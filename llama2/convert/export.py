@@ -15,7 +15,7 @@ from typing import Literal, cast
 import torch
 from pydantic import Field
 
-from llama2 import json_files, mesh
+from llama2 import json_files
 from llama2.config import Config as Section
 from llama2.convert import verify
 from llama2.convert.compare import find_context
@@ -26,6 +26,7 @@ from llama2.formats.gguf_metadata import Precision
 from llama2.formats.hf_directory import require_free
 from llama2.formats.progress import ReadingBar
 from llama2.formats.stored_model import StoredModel
+from llama2.ranks import join
 from llama2.terminal_text import say
 from llama2.tokenizer.tokenizer import Tokenizer
 
@@ -68,7 +69,7 @@ def run(config: Config) -> int:
 
     It is 1 if the written model is not the one that was read.
     """
-    mesh.init()
+    join()
     _check_options(config)
     model = open_model(config.checkpoint, base=config.base, dtype=DTYPES.get(config.dtype or ""))
     kind = _choose_kind(config, model)

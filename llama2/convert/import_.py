@@ -15,7 +15,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from llama2 import json_files, mesh
+from llama2 import json_files
 from llama2.config import Config as Section
 from llama2.errors import UserError
 from llama2.formats import hf, llama2c_vocabulary
@@ -24,7 +24,7 @@ from llama2.formats.hf_directory import require_free
 from llama2.formats.progress import ReadingBar
 from llama2.formats.safetensors_file import is_finite
 from llama2.formats.stored_model import StoredModel, StoredTensor, observe
-from llama2.stages.common.planning import Cluster, Lineage
+from llama2.stages.common.planning import Cluster, PlannedRuns
 from llama2.terminal_text import list_some, say
 from llama2.tokenizer import sentencepiece_model
 from llama2.tokenizer.chat_settings import ADDED, MODEL, SETTINGS, SPECIAL
@@ -56,7 +56,7 @@ class Config(Section):
     say so"""
 
 
-def plan(config: Config, cluster: Cluster, lineage: Lineage) -> dict[str, Any]:
+def plan(config: Config, cluster: Cluster, planned: PlannedRuns) -> dict[str, Any]:
     """Describe the checkpoint, where it exists already."""
     if not config.path.exists():
         return {}
@@ -67,9 +67,6 @@ def plan(config: Config, cluster: Cluster, lineage: Lineage) -> dict[str, Any]:
 
 def run(config: Config) -> None:
     """Write the checkpoint directory, and say what was found and checked."""
-    if not mesh.is_main():
-        return
-
     require_free(config.out)
     model, dtype = _open(config)
     tokenizer, remark = _load_tokenizer(model, config)

@@ -17,7 +17,7 @@ import tyro
 from pydantic import Field
 from pydantic_core import to_jsonable_python
 
-from llama2 import mesh
+from llama2 import devices
 from llama2.config import Config as Section
 from llama2.convert import run_check
 from llama2.convert.compare import (
@@ -34,6 +34,7 @@ from llama2.errors import UserError
 from llama2.formats.detect import open_model
 from llama2.formats.progress import ReadingBar
 from llama2.formats.stored_model import StoredModel
+from llama2.ranks import join
 from llama2.terminal_text import line
 from llama2.tokenizer.tokenizer import Tokenizer
 
@@ -97,7 +98,7 @@ def run(config: Config) -> int:
             "give two: llama2 verify A B, or one run",
         )
 
-    mesh.init()
+    join()
     a, b = (open_model(path) for path in config.checkpoints)
     comparison = compare_models(a, b, length=config.length, tolerance=config.tolerance)
     differences = comparison.differences(config.tolerance)
@@ -163,7 +164,7 @@ def compare_models(
     with ReadingBar("verify", size * (2 if length else 1)) as bar:
         a, b = bar.watch(a), bar.watch(b)
         tensors = compare_tensors(a, b)
-        outputs = compare_outputs(a, b, length, tolerance, mesh.device()) if length else None
+        outputs = compare_outputs(a, b, length, tolerance, devices.choose()) if length else None
 
     return Comparison(shapes, tensors, tokenizer, outputs, tuple(notes))
 

@@ -15,7 +15,7 @@ from llama2.data.pack import Row, Segment
 from llama2.tokenizer.tokenizer import Tokenizer
 
 
-def target_bytes(segment: Segment, tokenizer: Tokenizer) -> bytes:
+def spell_targets(segment: Segment, tokenizer: Tokenizer) -> bytes:
     """What the targets of a segment spell. The space that encoding puts in front of a document is
     none of its text."""
     text = b"".join(map(tokenizer.bytes_of, segment.ids[1:].tolist()))
@@ -33,7 +33,7 @@ class HeldoutText:
                 if segment.ids[0] == tokenizer.bos or not documents:
                     documents.append([])
 
-                documents[-1].append(target_bytes(segment, tokenizer))
+                documents[-1].append(spell_targets(segment, tokenizer))
 
         texts = [b"".join(parts) for parts in documents]
         self.size = sum(map(len, texts))

@@ -3,12 +3,12 @@ hashes, never text."""
 
 from __future__ import annotations
 
-import hashlib
 import re
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
 
+from llama2.hashing import hash_number
 from llama2.records import Document
 
 _WORD = re.compile(r"\w+")
@@ -22,7 +22,7 @@ def fingerprint(text: str) -> int:
     collide with probability 3e-6.
     """
     words = " ".join(_WORD.findall(text.casefold())) or text
-    return int.from_bytes(hashlib.blake2b(words.encode(), digest_size=8).digest(), "little")
+    return hash_number(words)
 
 
 def drop_duplicates(

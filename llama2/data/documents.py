@@ -13,8 +13,8 @@ from itertools import chain
 from typing import Literal
 
 from llama2.reading import files
-from llama2.reading.files import Bad, File, Row
-from llama2.reading.rows import TO_UTF8, lines
+from llama2.reading.files import BadRow, File, Row
+from llama2.reading.rows import TO_UTF8, read_lines
 from llama2.records import Document
 from llama2.tally import Tally
 
@@ -39,7 +39,7 @@ def read_documents(
     own.
     """
     tally = tally or Tally()
-    found = files.filled(paths, _reader(split), "documents", "documents", tally)
+    found = files.read_filled(paths, _reader(split), "documents", "documents", tally)
     for item in chain.from_iterable(items for _, items in found):
         tally.read += 1
         if isinstance(item, Document):
@@ -50,21 +50,25 @@ def read_documents(
             tally.skip("malformed")
 
 
-def _reader(split: Split) -> Callable[[File], Iterator[Document | Bad]]:
-    def read(file: File) -> Iterator[Document | Bad]:
-        return _paragraphs(file, split) if file.kind == ".txt" else map(_document, files.rows(file))
+def _reader(split: Split) -> Callable[[File], Iterator[Document | BadRow]]:
+    def read(file: File) -> Iterator[Document | BadRow]:
+        return (
+            _paragraphs(file, split)
+            if file.kind == ".txt"
+            else map(_document, files.read_rows(file))
+        )
 
     return read
 
 
-def _paragraphs(file: File, split: Split) -> Iterator[Document | Bad]:
+def _paragraphs(file: File, split: Split) -> Iterator[Document | BadRow]:
     """The documents of a plain text file. Blank lines at its ends, or around a paragraph, belong to
     none."""
     held: list[str] = []
-    flawed: Bad | None = None
+    flawed: BadRow | None = None
     start = blank = 0
 
-    for number, text, flaw in lines(file):
+    for number, text, flaw in read_lines(file):
         if not text.strip():
             blank += 1
             continue
@@ -76,7 +80,7 @@ def _paragraphs(file: File, split: Split) -> Iterator[Document | Bad]:
         held += [""] * (blank if held else 0)
         start, blank = start if held else number, 0
         held.append(text)
-        flawed = flawed or (Bad(f"{file.label}:{number}", flaw, TO_UTF8) if flaw else None)
+        flawed = flawed or (BadRow(f"{file.label}:{number}", flaw, TO_UTF8) if flaw else None)
 
     if held:
         yield flawed or _joined(file, held, start, split)
@@ -86,12 +90,12 @@ def _joined(file: File, held: list[str], start: int, split: Split) -> Document:
     return Document("\n".join(held), file.label if split == "file" else f"{file.label}:{start}")
 
 
-def _document(row: Row | Bad) -> Document | Bad:
+def _document(row: Row | BadRow) -> Document | BadRow:
     """A row with a text; what else it holds becomes metadata, and `where` its id if it has none."""
-    if isinstance(row, Bad):
+    if isinstance(row, BadRow):
         return row
     if not isinstance(row.value, dict):
-        return Bad(
+        return BadRow(
             row.where,
             f"a {type(row.value).__name__}, not a JSON object",
             "each row must be one object",
@@ -102,7 +106,7 @@ def _document(row: Row | Bad) -> Document | Bad:
     if not isinstance(text, str):
         said = "null" if text is None else f"a {type(text).__name__}"
         found = f"'text' is {said}" if "text" in row.value else f"no 'text' among {sorted(fields)}"
-        return Bad(row.where, found, "each document needs a string 'text'")
+        return BadRow(row.where, found, "each document needs a string 'text'")
 
     extra = (
         metadata

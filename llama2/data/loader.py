@@ -12,13 +12,11 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Generic, TypeVar
 
 import numpy as np
-import torch
-from torch import Tensor
 
-from llama2 import mesh
+from llama2.batches import Batch, blank
 from llama2.errors import UserError
+from llama2.ranks import Ranks
 
-Batch = dict[str, Tensor]
 Item = TypeVar("Item")
 
 
@@ -40,6 +38,7 @@ class Rows(Generic[Item]):
         self,
         items: Sequence[Item],
         collate: Callable[[Sequence[Item]], Batch],
+        ranks: Ranks,
         *,
         batch_size: int,
         micro_batch_size: int,
@@ -47,8 +46,6 @@ class Rows(Generic[Item]):
         seed: int = 0,
         shuffle: bool = True,
         size: Callable[[Item], int] | None = None,
-        rank: int | None = None,
-        world: int | None = None,
     ) -> None:
         if not len(items):
             raise UserError(
@@ -67,8 +64,7 @@ class Rows(Generic[Item]):
             epochs,
         )
         self._seed, self._shuffle = seed, shuffle
-        self._rank = mesh.rank() if rank is None else rank
-        self._world = mesh.world() if world is None else world
+        self._axis = ranks.data
         self._epoch = self._cursor = 0
         self._order = self._permutation()
 
@@ -99,15 +95,15 @@ class Rows(Generic[Item]):
             size = self._size
             chosen.sort(key=lambda index: size(self._items[index]))
 
-        share = chosen[self._rank :: self._world]
-        largest = -(-len(chosen) // self._world)
+        share = chosen[self._axis.index :: self._axis.size]
+        largest = -(-len(chosen) // self._axis.size)
         parts = np.array_split(
             np.array(share, dtype=np.int64), -(-largest // self._micro_batch_size)
         )
         batches = [
             self._collate([self._items[index] for index in part])
             if len(part)
-            else self._blank(chosen[0])
+            else blank(self._collate([self._items[chosen[0]]]))
             for part in parts
         ]
 
@@ -140,13 +136,3 @@ class Rows(Generic[Item]):
             if self._shuffle
             else range(count)
         )
-
-    def _blank(self, index: int) -> Batch:
-        """A micro-batch that counts nothing; empty if nothing in it says what counts."""
-        batch = self._collate([self._items[index]])
-        counted = [name for name in batch if name.startswith("weights")]
-        blank = {
-            name: torch.zeros_like(batch[name]) for name in (*counted, "read_B") if name in batch
-        }
-
-        return {**batch, **blank} if counted else {}

@@ -17,11 +17,9 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 import torch
-from torch import Tensor
 
+from llama2.batches import Batch
 from llama2.data.shards import Shards
-
-Batch = dict[str, Tensor]
 
 
 @dataclass(frozen=True)
@@ -48,7 +46,7 @@ class Packed:
     fill: float  # share of places that hold a segment
 
 
-def shortened(ids: Sequence[int], mask: Sequence[bool], sequence_length: int) -> Segment | None:
+def cut_segment(ids: Sequence[int], mask: Sequence[bool], sequence_length: int) -> Segment | None:
     """A segment of at most `sequence_length` places; None where nothing in it carries loss.
 
     A longer one loses its right end: what remains keeps its system prompt and context, and an

@@ -23,6 +23,7 @@ import numpy.typing as npt
 
 from llama2 import atomic, json_files
 from llama2.errors import UserError, explain_os_errors
+from llama2.hashing import hash_content, hash_file
 from llama2.records import Document, dump
 from llama2.tokenizer import Tokenizer
 
@@ -62,7 +63,7 @@ def write_shards(
             ends: list[int] = []
             end, digest, name = 0, hashlib.sha256(), f"tokens-{number:05}.bin"
 
-            with open(directory / f"{name}.tmp", "wb") as file:
+            with atomic.new_file(directory / name) as work, open(work, "wb") as file:
                 while document is not None and end < shard_tokens:
                     content = document.tobytes()
                     file.write(content)
@@ -71,7 +72,6 @@ def write_shards(
                     ends.append(end)
                     document = next(encoded, None)
 
-            atomic.replace(directory / f"{name}.tmp", directory / name)
             ends_name, ends_content = (
                 f"documents-{number:05}.bin",
                 np.array(ends, dtype="<i8").tobytes(),
@@ -83,7 +83,7 @@ def write_shards(
                     "tokens_sha256": digest.hexdigest(),
                     "token_count": end,
                     "documents": ends_name,
-                    "documents_sha256": hashlib.sha256(ends_content).hexdigest(),
+                    "documents_sha256": hash_content(ends_content),
                     "document_count": len(ends),
                 }
             )
@@ -193,12 +193,11 @@ class Shards:
         for file in self._index["files"]:
             for kind in ("tokens", "documents"):
                 path = self.directory / file[kind]
-                with explain_os_errors(path), open(path, "rb") as opened:
-                    if hashlib.file_digest(opened, "sha256").hexdigest() != file[f"{kind}_sha256"]:
-                        raise UserError(
-                            f"{path}: its checksum differs from the index",
-                            "copy or tokenize it again",
-                        )
+                if hash_file(path) != file[f"{kind}_sha256"]:
+                    raise UserError(
+                        f"{path}: its checksum differs from the index",
+                        "copy or tokenize it again",
+                    )
 
     def _map(self, name: str, dtype: str, count: int) -> npt.NDArray[Any]:
         path, kind = self.directory / name, np.dtype(dtype).newbyteorder("<")

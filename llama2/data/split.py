@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 
-from llama2.importers.tables import digest
+from llama2.hashing import hash_parts
 from llama2.records import Messages
 
 ENOUGH = 10
@@ -58,4 +58,4 @@ def heldout_openings(openings: Sequence[str], share: float) -> set[str]:
 
 
 def _place(said: str) -> int:
-    return digest("heldout", said)
+    return hash_parts("heldout", said)

@@ -1,5 +1,4 @@
-"""The heat map of Figure 10 (§3.3): how much a model looks back at the instruction of the first
-turn.
+"""Heat map of Figure 10 (§3.3): how much a model looks back at the instruction of the first turn.
 
 For every answer token the largest attention over all layers and heads on each earlier token,
 neighbouring tokens binned. Fused kernels never form the attention weights, so they are computed
@@ -14,12 +13,15 @@ from __future__ import annotations
 import statistics
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import zip_longest
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
-from llama2.model.llama import Attention, Context, Llama, causal, rotate
+from llama2.model.llama import Attention, Context, Llama
+from llama2.model.positions import causal, rotate
 from llama2.records import Messages
 from llama2.tokenizer.template import encode_dialog, encode_prompt
 from llama2.tokenizer.tokenizer import Tokenizer
@@ -29,24 +31,20 @@ MOST_BINS = 72
 
 @torch.no_grad()
 def largest(model: Llama, tokens: Sequence[int]) -> Tensor:
-    """The largest attention weight over layers and heads, [T, T] in fp32 on the CPU: row t looks at
-    column s <= t."""
+    """Return the largest attention weight over layers and heads, [T, T] in fp32 on the CPU: row t
+    looks at column s <= t."""
     length = len(tokens)
-    device = next(model.parameters()).device
-    top_TT = torch.zeros(length, length, device=device)
+    top_TT = torch.zeros(length, length, device=model.device)
 
     def watch(module: nn.Module, arguments: tuple[Any, ...]) -> None:
         assert isinstance(module, Attention)
         for weights_TT in weights(module, *arguments):
             torch.maximum(top_TT, weights_TT, out=top_TT)
 
-    handles = [
-        module.register_forward_pre_hook(watch)
-        for module in model.modules()
-        if isinstance(module, Attention)
-    ]
+    attentions = [module for module in model.modules() if isinstance(module, Attention)]
+    handles = [module.register_forward_pre_hook(watch) for module in attentions]
     try:
-        model(torch.tensor([list(tokens)], device=device), head=False)
+        model(torch.tensor([list(tokens)], device=model.device), head=False)
     finally:
         for handle in handles:
             handle.remove()
@@ -55,15 +53,13 @@ def largest(model: Llama, tokens: Sequence[int]) -> Tensor:
 
 
 def weights(attention: Attention, x_BTD: Tensor, context: Context) -> Iterator[Tensor]:
-    """softmax(q k / sqrt(E)) of one row under the causal mask, [T, T] in fp32, head after head: all
-    of them at once would be the largest tensor of an evaluation."""
+    """Yield softmax(q k / sqrt(E)) of one row under the causal mask, [T, T] in fp32, head after
+    head: all of them at once would be the largest tensor of an evaluation."""
     rows, length, _ = x_BTD.shape
-    q_HTE, k_KTE = (
-        rotate(project(x_BTD).view(rows, length, -1, attention.head_dim), context)[0]
-        .float()
-        .transpose(0, 1)
-        for project in (attention.q_proj, attention.k_proj)
-    )
+    heads = (rows, length, -1, attention.head_dim)
+    q_BTHE = rotate(attention.q_proj(x_BTD).view(heads), context.cos_BT1E, context.sin_BT1E)
+    k_BTKE = rotate(attention.k_proj(x_BTD).view(heads), context.cos_BT1E, context.sin_BT1E)
+    q_HTE, k_KTE = q_BTHE[0].float().transpose(0, 1), k_BTKE[0].float().transpose(0, 1)
     later_TT = ~causal(length, x_BTD.device)
 
     for head, q_TE in enumerate(q_HTE):
@@ -72,14 +68,13 @@ def weights(attention: Attention, x_BTD: Tensor, context: Context) -> Iterator[T
         yield scores_TT.masked_fill_(later_TT, float("-inf")).softmax(-1)
 
 
-def binned(table_TT: Tensor, rows: Sequence[int], size: int) -> list[list[float]]:
-    """The given rows of a table, the largest value of each `size` neighbouring columns, rows in
-    runs of `size` too."""
+def pool(table_TT: Tensor, rows: Sequence[int], size: int) -> list[list[float]]:
+    """Return the given rows of a table, the largest value of each `size` neighbouring columns, and
+    of each `size` neighbours among the rows."""
     chosen = table_TT[list(rows)]
-    columns = torch.nn.functional.max_pool1d(chosen[None], size, ceil_mode=True)[0]
-    both = torch.nn.functional.max_pool1d(columns.T[None], size, ceil_mode=True)[0].T
-
-    return [[round(value, 4) for value in row] for row in both.tolist()]
+    columns = F.max_pool1d(chosen[None], size, ceil_mode=True)[0]
+    cells = F.max_pool1d(columns.T[None], size, ceil_mode=True)[0].T
+    return [[round(value, 4) for value in row] for row in cells.tolist()]
 
 
 Talk = tuple[Messages, str]
@@ -88,8 +83,8 @@ Talk = tuple[Messages, str]
 
 @dataclass(frozen=True)
 class Look:
-    """How one model reads one conversation: the largest attention on the instruction where each
-    answer begins, and the binned map (rows: tokens of the answers; columns: all)."""
+    """Attention of one model to one conversation: the largest on the instruction where each answer
+    begins, and the pooled map (rows: tokens of the answers; columns: all)."""
 
     starts: list[float]
     map: list[list[float]]
@@ -98,14 +93,16 @@ class Look:
 def look(
     model: Llama, tokenizer: Tokenizer, talk: Talk, context: int, most_bins: int = MOST_BINS
 ) -> Look:
-    """One conversation as `model` reads it, as much of it as fits into `context`."""
+    """Measure how `model` reads one conversation, as much of it as fits into `context`."""
     ids, answers = _tokens(tokenizer, talk, context)
     first, last = instruction_span(tokenizer, *talk)
-    table_TT = _predicting(model, ids)
+    # row t: the position that predicts token t, the one before it
+    table_TT = largest(model, ids).roll(1, dims=0)
+    starts = [t for t in answers if t - 1 not in answers]
 
     return Look(
-        [float(table_TT[turn[0], first:last].max()) for turn in _turns(answers)],
-        binned(table_TT, answers, _bin(ids, most_bins)),
+        [float(table_TT[t, first:last].max()) for t in starts],
+        pool(table_TT, answers, _bin(ids, most_bins)),
     )
 
 
@@ -116,10 +113,9 @@ def figure(
     context: int,
     most_bins: int = MOST_BINS,
 ) -> dict[str, Any]:
-    """Figure 10 from what several models made of the same conversations: over all of them, how much
-    the position that begins each answer looks at the instruction, by turn; and of the one on which
-    the last model differs most from the first, the maps.
-    """
+    """Return Figure 10 from what several models made of the same conversations: over all of them,
+    by turn, how much the position that begins each answer looks at the instruction; and the maps of
+    the conversation on which the last model differs most from the first."""
     names = list(looks)
     differences = [
         sum(after.starts) - sum(before.starts)
@@ -133,10 +129,8 @@ def figure(
     return {
         "names": names,
         "dialogs": len(talks),
-        "instruction_by_turn": {
-            name: _mean_by_turn([one.starts for one in mine]) for name, mine in looks.items()
-        },
-        "maps": {name: mine[shown].map for name, mine in looks.items()},
+        "instruction_by_turn": {name: _mean_by_turn(looks[name]) for name in names},
+        "maps": {name: looks[name][shown].map for name in names},
         "bin": size,
         "instruction": talks[shown][1],
         "instruction_bins": [first / size, last / size],
@@ -151,24 +145,18 @@ def _tokens(tokenizer: Tokenizer, talk: Talk, context: int) -> tuple[list[int], 
 
 
 def _bin(ids: Sequence[int], most_bins: int) -> int:
-    """How many neighbouring tokens one bin holds."""
+    """Neighbouring tokens that share one bin."""
     return max(1, -(-len(ids) // most_bins))
 
 
-def _predicting(model: Llama, ids: Sequence[int]) -> Tensor:
-    """`largest`, but row t is the position that predicts token t: the one before it."""
-    return largest(model, ids).roll(1, dims=0)
-
-
-def _mean_by_turn(found: Sequence[Sequence[float]]) -> list[float]:
-    turns = max(map(len, found))
-    return [
-        statistics.fmean(one[turn] for one in found if turn < len(one)) for turn in range(turns)
-    ]
+def _mean_by_turn(looks: Sequence[Look]) -> list[float]:
+    """The mean of each turn over the conversations that have it."""
+    turns = zip_longest(*(look.starts for look in looks))
+    return [statistics.fmean(v for v in turn if v is not None) for turn in turns]
 
 
 def instruction_span(tokenizer: Tokenizer, talk: Messages, instruction: str) -> tuple[int, int]:
-    """The token positions [first, last) of the instruction, which opens the first turn."""
+    """Return the token positions [first, last) of the instruction, which opens the first turn."""
     opening = encode_prompt(tokenizer, talk[: 2 if talk[0].role == "system" else 1])
     ends, text = [], ""
     for part in tokenizer.stream(opening):
@@ -182,15 +170,3 @@ def instruction_span(tokenizer: Tokenizer, talk: Messages, instruction: str) -> 
     first = next(t for t, end in enumerate(ends) if end > begin)
     last = next(t for t, end in enumerate(ends) if end >= begin + len(instruction))
     return first, last + 1
-
-
-def _turns(answers: Sequence[int]) -> list[list[int]]:
-    """Runs of consecutive positions: the tokens of each answer."""
-    turns: list[list[int]] = []
-    for position in answers:
-        if turns and position == turns[-1][-1] + 1:
-            turns[-1].append(position)
-        else:
-            turns.append([position])
-
-    return turns

@@ -1,6 +1,6 @@
-"""What a reward model has to beat: judges of answers that understand nothing.
+"""Baselines that a reward model has to beat: judges of answers that understand nothing.
 
-`by_length` prefers the longer answer (the shorter where safety was judged). `BagOfWords` is a
+`judge_by_length` prefers the longer answer (the shorter where safety was judged). `BagOfWords` is a
 logistic regression on which words an answer holds and on its length. Where they are as often right
 as a reward model, its accuracy shows no more than length and words. The paper compares with other
 reward models instead (Table 7).
@@ -10,6 +10,7 @@ Shapes: N pairs, F features (words, and length as the last).
 
 from __future__ import annotations
 
+import itertools
 import math
 import re
 from collections import Counter
@@ -27,19 +28,19 @@ clear ones less"""
 ITERATIONS = 20
 _WORD = re.compile(r"\w+")
 
-Answers = tuple[str, str]
+RankedTexts = tuple[str, str]
 """the preferred answer and the other"""
 
 
-def by_length(pairs: Iterable[tuple[Answers, bool]]) -> list[float]:
-    """1 where the longer answer was preferred (where the flag is set: the shorter), 0 where not,
-    0.5 for a tie."""
-    marks = []
+def judge_by_length(pairs: Iterable[tuple[RankedTexts, bool]]) -> list[float]:
+    """Return 1 where the longer answer was preferred (where the flag is set: the shorter), 0 where
+    not, 0.5 for a tie."""
+    scores = []
     for (chosen, rejected), shorter in pairs:
-        longer = _sign(len(chosen) - len(rejected))
-        marks.append(0.5 * (1 - longer if shorter else 1 + longer))
+        margin = len(rejected) - len(chosen) if shorter else len(chosen) - len(rejected)
+        scores.append(_score(margin))
 
-    return marks
+    return scores
 
 
 class BagOfWords:
@@ -50,88 +51,87 @@ class BagOfWords:
     The same pairs give the same weights.
     """
 
-    def __init__(self, pairs: Sequence[Answers]) -> None:
+    def __init__(self, pairs: Sequence[RankedTexts]) -> None:
         order = torch.randperm(len(pairs), generator=torch.Generator().manual_seed(0))[:MOST_PAIRS]
         pairs = [pairs[index] for index in order.tolist()]
-        held = Counter(word for pair in pairs for answer in pair for word in words(answer))
-        frequent = sorted(held, key=lambda word: (-held[word], word))[:WORDS]
-        self.places = {word: place for place, word in enumerate(frequent)}
-        features_NF = self.differences(pairs)
-        self.weights_F = fit_logistic(features_NF, best_penalty(features_NF))
+        counts = Counter(itertools.chain(*map(split_words, itertools.chain(*pairs))))
+        frequent = sorted(counts, key=lambda word: (-counts[word], word))[:WORDS]
+        self.columns = {word: column for column, word in enumerate(frequent)}
+        features_NF = self.subtract_features(pairs)
+        self.weights_F = fit_logistic(features_NF, choose_penalty(features_NF))
 
-    def differences(self, pairs: Sequence[Answers]) -> Tensor:
-        """Features of the preferred answers less those of the others, float32 NF."""
-        features_NF = torch.zeros(len(pairs), len(self.places) + 1)
+    def subtract_features(self, pairs: Sequence[RankedTexts]) -> Tensor:
+        """Return the features of the preferred answers less those of the others, float32 NF."""
+        features_NF = torch.zeros(len(pairs), len(self.columns) + 1)
         for row, pair in enumerate(pairs):
             for answer, sign in zip(pair, (1.0, -1.0)):
-                for word in words(answer):
-                    if word in self.places:
-                        features_NF[row, self.places[word]] += sign
+                for word in split_words(answer) & self.columns.keys():
+                    features_NF[row, self.columns[word]] += sign
 
                 features_NF[row, -1] += sign * math.log1p(len(answer))
 
         return features_NF
 
-    def judge(self, pairs: Sequence[Answers]) -> list[float]:
-        """1 where the preferred answer is preferred here too, 0 where not, 0.5 where nothing tells
-        them apart."""
-        return [
-            0.5 * (1 + _sign(margin))
-            for margin in (self.differences(pairs) @ self.weights_F).tolist()
-        ]
+    def judge(self, pairs: Sequence[RankedTexts]) -> list[float]:
+        """Return 1 where the preferred answer is preferred here too, 0 where not, 0.5 where nothing
+        tells them apart."""
+        margins_N = self.subtract_features(pairs) @ self.weights_F
+        return [_score(margin) for margin in margins_N.tolist()]
 
 
-def words(text: str) -> set[str]:
-    """The words of a text, in lower case."""
+def split_words(text: str) -> set[str]:
+    """Return the different words of a text, in lower case."""
     return set(_WORD.findall(text.lower()))
 
 
-def best_penalty(features_NF: Tensor) -> float:
-    """The one of `PENALTIES` with the smallest loss on the first fifth of the pairs after a fit to
-    the rest."""
-    aside_MF, rest_NF = features_NF.tensor_split([len(features_NF) // 5])
+def choose_penalty(features_NF: Tensor) -> float:
+    """Return the one of `PENALTIES` with the smallest loss on the first fifth of the pairs after a
+    fit to the rest."""
+    heldout_MF, rest_NF = features_NF.tensor_split([len(features_NF) // 5])
     weights_F: Tensor | None = None
-    losses = []
+    losses = {}
 
     for penalty in PENALTIES:
         weights_F = fit_logistic(rest_NF, penalty, weights_F)
-        losses.append(_penalised(aside_MF, weights_F, 0.0))
+        losses[penalty] = _penalised_loss(heldout_MF, weights_F, 0.0)
 
-    return PENALTIES[losses.index(min(losses))]
+    return min(losses, key=losses.__getitem__)
 
 
 def fit_logistic(features_NF: Tensor, penalty: float, start_F: Tensor | None = None) -> Tensor:
-    """The weights that minimise sum log(1 + exp(-x w)) + penalty |w|^2 / 2, by Newton's method.
+    """Return the weights that minimise sum log(1 + exp(-x w)) + penalty |w|^2 / 2.
 
-    A step that makes it worse is halved; the function is convex, so a small enough one makes it
-    better.
+    By Newton's method. A step that makes it worse is halved; the function is convex, so a small
+    enough one makes it better.
     """
     weights_F = torch.zeros(features_NF.shape[1]) if start_F is None else start_F
-    value = _penalised(features_NF, weights_F, penalty)
+    loss = _penalised_loss(features_NF, weights_F, penalty)
     for _ in range(ITERATIONS):
         right_N = torch.sigmoid(features_NF @ weights_F)
         gradient_F = penalty * weights_F - features_NF.T @ (1 - right_N)
         curvature_FF = features_NF.T @ (features_NF * (right_N * (1 - right_N))[:, None])
         curvature_FF.diagonal().add_(penalty)
         step_F = torch.linalg.solve(curvature_FF, gradient_F)
-        before = value
+        before = loss
 
         for part in (1.0, 0.5, 0.25, 0.125, 0.0625):
-            found = _penalised(features_NF, weights_F - part * step_F, penalty)
-            if found < value:
-                weights_F, value = weights_F - part * step_F, found
+            moved_F = weights_F - part * step_F
+            moved_loss = _penalised_loss(features_NF, moved_F, penalty)
+            if moved_loss < loss:
+                weights_F, loss = moved_F, moved_loss
                 break
 
-        if before - value < 1e-6 * before:
+        if before - loss < 1e-6 * before:
             break
 
     return weights_F
 
 
-def _penalised(features_NF: Tensor, weights_F: Tensor, penalty: float) -> float:
+def _penalised_loss(features_NF: Tensor, weights_F: Tensor, penalty: float) -> float:
     losses_N = torch.nn.functional.softplus(-(features_NF @ weights_F))
     return float(losses_N.double().sum() + penalty * weights_F.double().square().sum() / 2)
 
 
-def _sign(value: float) -> int:
-    return (value > 0) - (value < 0)
+def _score(margin: float) -> float:
+    """Return 1 for a positive margin, 0 for a negative one, 0.5 for none."""
+    return 0.5 * (1 + (margin > 0) - (margin < 0))

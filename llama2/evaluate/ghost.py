@@ -1,4 +1,4 @@
-"""How long an instruction of the first turn is obeyed (§3.3, table 30).
+"""Obedience to an instruction of the first turn, turn by turn (§3.3, table 30).
 
 Each dialog gives its instruction once, in the first user turn or as the system message, and then
 asks its questions one by one; the model's own answers stay in the dialog. All dialogs go through a
@@ -9,67 +9,60 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import islice
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from llama2 import records
 from llama2.errors import UserError
-from llama2.evaluate.winrate import proportion
+from llama2.evaluate.winrate import measure_share
 from llama2.generate.dialogue import Chat
 from llama2.generate.sampling import Sampling
-from llama2.microworld.rater import adherence
+from llama2.judging import obeys
 from llama2.records import Message, Messages, Prompt
+from llama2.results import Proportion
 from llama2.tokenizer.template import encode_prompt
 
-Place = Literal["user", "system"]
+InstructionRole = Literal["user", "system"]
+"""where the instruction stands: in the first user turn, or as the system message"""
 
 
 @dataclass(frozen=True)
-class Dialog:
-    """A conversation under a lasting instruction; an answer obeys if it starts with all
-    `markers`."""
+class GhostDialog:
+    """Questions under a lasting instruction; an answer obeys if it starts with all `markers`."""
 
     instruction: str
     markers: tuple[str, ...]
     questions: tuple[str, ...]
 
 
-def read(path: Path, limit: int | None = None) -> list[Dialog]:
-    """Dialogs from prompts whose metadata holds `instruction` {text, markers} and `questions`."""
-    dialogs = []
-    for prompt in records.read(Prompt, path):
-        try:
-            instruction = prompt.metadata["instruction"]
-            dialogs.append(
-                Dialog(
-                    instruction["text"],
-                    tuple(instruction["markers"]),
-                    tuple(prompt.metadata["questions"]),
-                )
-            )
-        except (KeyError, TypeError):
-            raise UserError(
-                f"{path}: prompt '{prompt.id}' has no metadata.instruction.text, .markers or "
-                "metadata.questions",
-                "Ghost Attention is measured on such prompts only",
-            ) from None
+def read(path: Path, limit: int | None = None) -> list[GhostDialog]:
+    """Read dialogs from prompts whose metadata holds `instruction` {text, markers} and `questions`.
 
-        if len(dialogs) == limit:
-            break
-
-    return dialogs
+    UserError for a prompt that lacks them.
+    """
+    return [_parse(path, prompt) for prompt in islice(records.read(Prompt, path), limit)]
 
 
-def opening(dialog: Dialog, place: Place) -> Messages:
-    """The messages up to the first question."""
-    if place == "system":
-        return (Message("system", dialog.instruction), Message("user", dialog.questions[0]))
-
-    return (Message("user", f"{dialog.instruction} {dialog.questions[0]}"),)
+def _parse(path: Path, prompt: Prompt) -> GhostDialog:
+    try:
+        instruction = prompt.metadata["instruction"]
+        markers, questions = tuple(instruction["markers"]), tuple(prompt.metadata["questions"])
+        return GhostDialog(instruction["text"], markers, questions)
+    except (KeyError, TypeError):
+        raise UserError(
+            f"{path}: prompt '{prompt.id}' has no metadata.instruction.text, .markers or "
+            "metadata.questions",
+            "Ghost Attention is measured on such prompts only",
+        ) from None
 
 
 def converse(
-    chat: Chat, dialogs: Sequence[Dialog], sampling: Sampling, place: Place = "user", first: int = 0
+    chat: Chat,
+    dialogs: Sequence[GhostDialog],
+    sampling: Sampling,
+    role: InstructionRole = "user",
+    first: int = 0,
 ) -> list[Messages]:
     """Hold all dialogs to their last question; each ends with the model's last answer.
 
@@ -80,52 +73,53 @@ def converse(
     talks: list[Messages] = [()] * len(dialogs)
     live = list(range(len(dialogs)))
     for turn in range(max((len(dialog.questions) for dialog in dialogs), default=0)):
-        asked = {
-            i: (*talks[i], Message("user", dialogs[i].questions[turn]))
-            if turn
-            else opening(dialogs[i], place)
-            for i in live
-            if turn < len(dialogs[i].questions)
-        }
-        live = [i for i, talk in asked.items() if has_room(chat, talk)]
-        if not live:
+        live = [i for i in live if turn < len(dialogs[i].questions)]
+        prompts = {i: (*talks[i], *ask(dialogs[i], turn, role)) for i in live}
+        prompts = {i: prompt for i, prompt in prompts.items() if has_room(chat, prompt)}
+        if not prompts:
             break
 
-        talks = [asked[i] if i in live else talk for i, talk in enumerate(talks)]
-        answers = chat.answers(
-            [talks[i] for i in live],
-            replace(sampling, n=1, seed=sampling.seed + turn),
-            [first + i for i in live],
-        )
-        for i, row in zip(live, answers, strict=True):
-            talks[i] = (*talks[i], Message("assistant", row[0].text))
+        live = list(prompts)
+        indices = [first + i for i in live]
+        turn_sampling = replace(sampling, n=1, seed=sampling.seed + turn)
+        answers = chat.answers(list(prompts.values()), turn_sampling, indices)
+        for i, (answer, *_) in zip(live, answers, strict=True):
+            talks[i] = (*prompts[i], Message("assistant", answer.text))
 
     return talks
 
 
+def ask(dialog: GhostDialog, turn: int, role: InstructionRole) -> Messages:
+    """Return the messages of a turn up to its question: in the first, the instruction too."""
+    question = dialog.questions[turn]
+    if turn > 0:
+        return (Message("user", question),)
+    if role == "system":
+        return (Message("system", dialog.instruction), Message("user", question))
+
+    return (Message("user", f"{dialog.instruction} {question}"),)
+
+
 def has_room(chat: Chat, messages: Messages, room: int = 8) -> bool:
-    """Whether the context leaves `room` tokens for an answer."""
+    """Return whether the context leaves `room` tokens for an answer."""
     return len(encode_prompt(chat.tokenizer, messages)) + room <= chat.engine.context
 
 
-def obedience(dialog: Dialog, talk: Messages) -> list[bool]:
-    """Whether each question was answered in obedience."""
+def check_turns(dialog: GhostDialog, talk: Messages) -> list[bool]:
+    """Return for each question whether its answer obeys; one that was not asked does not."""
     answers = [message.content for message in talk if message.role == "assistant"]
-    return [
-        turn < len(answers) and adherence(dialog.markers, answers[turn])
-        for turn in range(len(dialog.questions))
-    ]
+    missing = len(dialog.questions) - len(answers)
+    return [obeys(dialog.markers, answer) for answer in answers] + [False] * missing
 
 
-def by_turn(dialogs: Sequence[Dialog], talks: Sequence[Messages]) -> list[dict[str, Any]]:
-    """The share of questions answered in obedience at turn 1, 2, ...: {"rate", "n", "low", "high"}
-    each.
+def count_by_turn(dialogs: Sequence[GhostDialog], talks: Sequence[Messages]) -> list[Proportion]:
+    """Return the share of questions answered in obedience at turn 1, 2, ...
 
-    A question the dialog had no room for is not.
+    A question the dialog had no room for is not obeyed.
     """
-    obeyed: dict[int, list[bool]] = {}
+    turns: dict[int, list[bool]] = {}
     for dialog, talk in zip(dialogs, talks, strict=True):
-        for turn, obeys in enumerate(obedience(dialog, talk)):
-            obeyed.setdefault(turn, []).append(obeys)
+        for turn, obeyed in enumerate(check_turns(dialog, talk)):
+            turns.setdefault(turn, []).append(obeyed)
 
-    return [proportion(sum(obeyed[turn]), len(obeyed[turn])) for turn in sorted(obeyed)]
+    return [measure_share(sum(turns[turn]), len(turns[turn])) for turn in sorted(turns)]

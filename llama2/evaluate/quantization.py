@@ -1,5 +1,5 @@
-"""`llama2 quantize CHECKPOINT --data TEXT`: what weights of fewer bits cost, on text that the model
-has not seen.
+"""Cost of weights of fewer bits on text that the model has not seen: `llama2 quantize CHECKPOINT
+--data TEXT`.
 
 For each precision: which matrices are rounded and which are not and why, what they take before and
 after, and how far the model that the engine then serves is from the one in fp32: its perplexity,
@@ -20,24 +20,25 @@ import torch
 import tyro
 from pydantic import Field
 
-from llama2 import atomic, mesh
-from llama2 import config as configuration
+from llama2 import atomic
+from llama2.config import Config as Section
 from llama2.data.documents import Split, read_documents
 from llama2.formats.checkpoint import config_of, load, load_tokenizer
 from llama2.generate.engine import Engine
 from llama2.generate.score import predictions
 from llama2.model import quantize
 from llama2.model.llama import Llama, LlamaConfig
+from llama2.ranks import Ranks, join
 from llama2.records import Document, dump
 from llama2.tokenizer.tokenizer import Tokenizer
 
 POSITIONAL = "checkpoint"
 REPORT = "report.json"
-Rows = list[list[int]]
+TokenRows = list[list[int]]
 _LAYER = re.compile(r"(?<=^model\.layers\.)\d+")
 
 
-class Config(configuration.Config):
+class Config(Section):
     """Measure what rounding the weights of a checkpoint costs."""
 
     checkpoint: Path
@@ -60,13 +61,13 @@ class Config(configuration.Config):
 
 def run(config: Config) -> None:
     """Print the report, and write it into `out`."""
-    mesh.init()
+    ranks = join()
     for precision in config.precisions:
         quantize.check(precision)
 
     shape = config_of(config.checkpoint)
     tokenizer = load_tokenizer(config.checkpoint, shape)
-    model = load(config.checkpoint, device=mesh.device()).eval().requires_grad_(False)
+    model = load(config.checkpoint, device=ranks.device).eval().requires_grad_(False)
     count, rows = windows(
         read_documents(config.data, split=config.split),
         tokenizer,
@@ -76,10 +77,10 @@ def run(config: Config) -> None:
     report = {
         "checkpoint": str(config.checkpoint),
         "documents": count,
-        **measure(model, rows, config.precisions),
+        **measure(model, rows, config.precisions, ranks),
     }
 
-    if not mesh.is_main():
+    if not ranks.is_main:
         return
 
     if config.out is not None:
@@ -90,11 +91,14 @@ def run(config: Config) -> None:
 
 def windows(
     documents: Iterable[Document], tokenizer: Tokenizer, context: int, tokens: int
-) -> tuple[int, Rows]:
-    """The number of documents that make `tokens` tokens, and these in rows of at most `context`,
-    each between BOS and EOS. Neighbouring rows of a long document share one token, so that every
-    token but BOS is predicted once."""
-    rows: Rows = []
+) -> tuple[int, TokenRows]:
+    """Return the number of documents that make `tokens` tokens, and these in rows of at most
+    `context`.
+
+    Each document stands between BOS and EOS. Neighbouring rows of a long one share a token, so that
+    every token but BOS is predicted once.
+    """
+    rows: TokenRows = []
     count, left = 0, tokens
     for document in documents:
         ids = [tokenizer.bos, *tokenizer.encode(document.text), tokenizer.eos][: left + 1]
@@ -108,10 +112,13 @@ def windows(
 
 
 def measure(
-    model: Llama, rows: Rows, precisions: Sequence[quantize.WeightPrecision]
+    model: Llama,
+    rows: TokenRows,
+    precisions: Sequence[quantize.WeightPrecision],
+    ranks: Ranks | None = None,
 ) -> dict[str, Any]:
-    """The report on a model, whose weights are fp32: coverage and loss of each precision."""
-    logp_N, best_N = _predicted(model, rows, "fp32")
+    """Report on a model, whose weights are fp32: coverage and loss of each precision."""
+    logp_N, best_N = _predicted(model, rows, "fp32", ranks)
     report: dict[str, Any] = {
         "tokens": len(logp_N),
         "fp32": {
@@ -121,7 +128,7 @@ def measure(
     }
     for precision in precisions:
         served = Engine(model, precision=precision).current()
-        own_N, choice_N = _predicted(served, rows, precision)
+        own_N, choice_N = _predicted(served, rows, precision, ranks)
         gaps_N, covered = (own_N - logp_N).abs(), coverage(model.config, precision)
         perplexity = _perplexity(own_N)
         report[precision] = {
@@ -138,24 +145,30 @@ def measure(
 
 
 def coverage(shape: LlamaConfig, precision: quantize.WeightPrecision) -> list[dict[str, Any]]:
-    """What becomes of each kind of parameter, all layers together: how many there are, in what they
-    are kept, their bytes in fp32 and after, and why those that are not rounded are not."""
+    """Tell what becomes of each parameter, all layers together.
+
+    A row holds its name and shape, how many there are, in what they are kept, their bytes in fp32
+    and after, and why they are not rounded if they are not.
+    """
     with torch.device("meta"):
         model = Llama(shape)
 
     rows: dict[str, dict[str, Any]] = {}
     for name, weight in model.named_parameters():
-        bits = precision if precision == "int8" or precision == "int4" else None
-        reason = quantize.kept(name, weight, bits, tied=shape.tie_word_embeddings) if bits else ""
         after = weight.numel() * (4 if precision == "fp32" else 2)
+        reason = ""
+        if precision == "int8" or precision == "int4":
+            reason = quantize.reason_to_keep(
+                name, weight, precision, tied=shape.tie_word_embeddings
+            )
+            if not reason:
+                after = quantize.quantized_bytes(weight.shape[0], weight.shape[1], precision)
 
-        if bits and not reason:
-            after = quantize.size(weight.shape[0], weight.shape[1], bits)
-
+        name = _LAYER.sub("*", name)
         row = rows.setdefault(
-            _LAYER.sub("*", name),
+            name,
             {
-                "name": _LAYER.sub("*", name),
+                "name": name,
                 "count": 0,
                 "shape": list(weight.shape),
                 "kept_in": "bf16" if reason else precision,
@@ -172,14 +185,13 @@ def coverage(shape: LlamaConfig, precision: quantize.WeightPrecision) -> list[di
 
 
 def _predicted(
-    model: Llama, rows: Rows, precision: quantize.WeightPrecision
+    model: Llama, rows: TokenRows, precision: quantize.WeightPrecision, ranks: Ranks | None
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """log p of every token, and the likeliest token in its place."""
-    found = predictions(model, rows, quantize.computing(precision))
-    return (
-        torch.tensor([value for own, _ in found for value in own], dtype=torch.double),
-        torch.tensor([token for _, best in found for token in best]),
-    )
+    """Return log p of every token (float64 N), and the likeliest token in its place (N)."""
+    predicted = predictions(model, rows, quantize.compute_precision(precision), ranks=ranks)
+    logp_N = torch.tensor([logp for logps, _ in predicted for logp in logps], dtype=torch.double)
+    best_N = torch.tensor([token for _, tokens in predicted for token in tokens])
+    return logp_N, best_N
 
 
 def _perplexity(logp_N: torch.Tensor) -> float:
@@ -187,82 +199,60 @@ def _perplexity(logp_N: torch.Tensor) -> float:
 
 
 def _lines(report: dict[str, Any]) -> Iterator[str]:
-    """The report as text."""
+    """Yield the report as text."""
     measured = [name for name in ("bf16", "int8", "int4") if name in report]
-    for name in [name for name in measured if name != "bf16"]:
-        yield f"{name}: what is rounded"
-        yield from _table(
-            [
-                ("parameter", "number", "shape", "kept in", "MB in fp32", "MB", ""),
-                *(
-                    (
-                        row["name"],
-                        row["count"],
-                        " x ".join(map(str, row["shape"])),
-                        row["kept_in"],
-                        _megabytes(row["before"]),
-                        _megabytes(row["after"]),
-                        row["reason"],
-                    )
-                    for row in report[name]["coverage"]
-                ),
-            ],
-            words=(0, 2, 3, 6),
-        )
-        yield ""
+    for name in measured:
+        if name != "bf16":
+            yield f"{name}: what is rounded"
+            yield from _coverage_lines(report[name]["coverage"])
+            yield ""
 
     yield f"{report['tokens']:,} tokens of {report['documents']:,} documents"
-    yield from _table(
-        [
-            (
-                "weights",
-                "MB",
-                "perplexity",
-                "change",
-                "|difference of log p|: mean",
-                "most",
-                "other choices",
-            ),
-            (
-                "fp32",
-                _megabytes(report["fp32"]["bytes"]),
-                f"{report['fp32']['perplexity']:.4f}",
-                "",
-                "",
-                "",
-                "",
-            ),
-            *(
-                (
-                    name,
-                    _megabytes(one["bytes"]),
-                    f"{one['perplexity']:.4f}",
-                    f"{one['change']:+.2%}",
-                    f"{one['mean_difference']:.4f}",
-                    f"{one['max_difference']:.3f}",
-                    f"{one['other_choices']:.2%}",
-                )
-                for name, one in ((name, report[name]) for name in measured)
-            ),
-        ],
-        words=(0,),
-    )
+    yield from _loss_lines({name: report[name] for name in ("fp32", *measured)})
+
+
+def _coverage_lines(coverage: Sequence[dict[str, Any]]) -> Iterator[str]:
+    rows: list[Sequence[object]] = [
+        ("parameter", "number", "shape", "kept in", "MB in fp32", "MB", "")
+    ]
+    for row in coverage:
+        shape = " x ".join(map(str, row["shape"]))
+        sizes = (_megabytes(row["before"]), _megabytes(row["after"]))
+        rows.append((row["name"], row["count"], shape, row["kept_in"], *sizes, row["reason"]))
+
+    return _table(rows, left=(0, 2, 3, 6))
+
+
+def _loss_lines(losses: dict[str, dict[str, Any]]) -> Iterator[str]:
+    mean = "|difference of log p|: mean"
+    rows: list[Sequence[object]] = [
+        ("weights", "MB", "perplexity", "change", mean, "most", "other choices")
+    ]
+    for name, loss in losses.items():
+        row = [name, _megabytes(loss["bytes"]), f"{loss['perplexity']:.4f}"]
+        if name != "fp32":
+            row += [f"{loss['change']:+.2%}", f"{loss['mean_difference']:.4f}"]
+            row += [f"{loss['max_difference']:.3f}", f"{loss['other_choices']:.2%}"]
+
+        rows.append([*row, "", "", "", ""][:7])
+
+    return _table(rows, left=(0,))
 
 
 def _megabytes(count: int) -> str:
     return f"{count / 1e6:,.3f}"
 
 
-def _table(rows: Sequence[Sequence[object]], words: Sequence[int]) -> Iterator[str]:
-    """Columns as wide as their widest entry, `words` to the left and the others to the right."""
-    texts = [[str(entry) for entry in row] for row in rows]
+def _table(rows: Sequence[Sequence[object]], left: Sequence[int]) -> Iterator[str]:
+    """Yield the rows in columns as wide as their widest entry; numbers stand to the right.
+
+    By hand because rich wraps what is wider than the terminal.
+    """
+    texts = [list(map(str, row)) for row in rows]
     widths = [max(map(len, column)) for column in zip(*texts)]
     for row in texts:
-        cells = (
-            text.ljust(width) if place in words else text.rjust(width)
-            for place, (text, width) in enumerate(zip(row, widths))
-        )
-        yield ("  " + "  ".join(cells)).rstrip()
+        line = " "
+        for column, (text, width) in enumerate(zip(row, widths)):
+            line += " " + (text.ljust(width) if column in left else text.rjust(width)) + " "
 
-
-__all__ = ["Config", "coverage", "measure", "run", "windows"]
+        yield line.rstrip()

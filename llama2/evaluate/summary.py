@@ -1,4 +1,4 @@
-"""What the answers of all versions come to: rates, distributions, win rates, and conversations to
+"""Summary of the answers of all versions: rates, distributions, win rates, and conversations to
 look at.
 
 Everything here is a pure function of answers and scores, so evaluation.json can be made anew from
@@ -9,262 +9,234 @@ from __future__ import annotations
 
 import itertools
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar, get_args
 
-from llama2.evaluate.ghost import Place
-from llama2.evaluate.judges import KINDS, Kind, axis_of, kind_of, truth_score
-from llama2.evaluate.winrate import compare, correlation, mean_interval, proportion
+from llama2.evaluate.judges import AXES, KINDS, PromptKind, classify
+from llama2.evaluate.winrate import compare, correlate, measure_mean, measure_share
 from llama2.generate.dialogue import Answer
-from llama2.microworld.rater import Rating
+from llama2.judging import Rating
 from llama2.records import Axis, Messages, Prompt
+from llama2.results import (
+    Distribution,
+    Histogram,
+    Obedience,
+    SampledAnswer,
+    ShownAnswer,
+    ShownPrompt,
+    TruthResult,
+    VersionComparison,
+    VersionResult,
+)
 
 BINS = 40
 QUANTILES = (5, 25, 50, 75, 95)
 T = TypeVar("T")
-AXES: tuple[Axis, ...] = ("helpful", "safe")
+JudgeName = Literal["truth", "reward"]
 
 
 @dataclass(frozen=True)
 class Version:
-    """The answers of one version, one a prompt, and their scores. `rewards` are sigma(r) by reward
-    model."""
+    """The answers of one version, one a prompt, and their scores."""
 
     answers: Sequence[Answer]
     ratings: Sequence[Rating] | None = None
+    """by ground truth, where it judges"""
     greedy: Sequence[Rating] | None = None
+    """of greedy answers"""
     rewards: Mapping[Axis, Sequence[float]] = field(default_factory=dict)
-    ghost: Mapping[Place, Sequence[Mapping[str, Any]]] = field(default_factory=dict)
+    """sigma(r) by reward model"""
+    ghost: Obedience = field(default_factory=Obedience)
     talks: Sequence[Messages] = ()
+    """dialogs under a lasting instruction"""
+
+    def scores(self, judge: JudgeName, axis: Axis) -> Sequence[float]:
+        """Return what a judge gives every answer on an axis; nothing where it is absent."""
+        if judge == "truth":
+            return [rating.score(axis) for rating in self.ratings or ()]
+
+        return self.rewards.get(axis, ())
+
+    def judge_answer(self, index: int) -> dict[str, Any]:
+        """Return all that the judges say of one answer, by the names that results have for it."""
+        scores: dict[str, Any] = {
+            f"reward_{axis}": values[index] for axis, values in self.rewards.items()
+        }
+        if self.ratings:
+            rating = self.ratings[index]
+            scores |= {"helpfulness": rating.helpfulness, "safe": rating.safe}
+            scores["refusal"] = rating.refusal
+
+        return scores
 
 
-def describe(
-    prompts: Sequence[Prompt], results: Mapping[str, Version], conversations: int
-) -> dict[str, Any]:
-    """The content of evaluation.json. `versions` keeps their order; all else is by name."""
-    kinds = [kind_of(prompt) for prompt in prompts]
-    return {
-        "versions": list(results),
-        "prompts": {kind: kinds.count(kind) for kind in KINDS},
-        "results": {
-            name: describe_version(prompts, kinds, result) for name, result in results.items()
-        },
-        "win_rates": win_rates(kinds, results),
-        "conversations": choose(prompts, results, conversations),
-        "ghost_dialogs": {
-            name: [[m.role, m.content] for m in result.talks[0]]
-            for name, result in results.items()
-            if result.talks
-        },
-    }
-
-
-def describe_version(
-    prompts: Sequence[Prompt], kinds: Sequence[Kind], result: Version
-) -> dict[str, Any]:
-    """The figures of one version. Each reward model is shown on the prompts of its own axis, as in
+def measure(
+    prompts: Sequence[Prompt], kinds: Sequence[PromptKind], version: Version
+) -> VersionResult:
+    """Measure one version. Each reward model is shown on the prompts of its own axis, as in
     Figure 20."""
-    lengths = [len(answer.completion.tokens) for answer in result.answers]
-    ends = sum(answer.completion.finish == "stop" for answer in result.answers)
-    described: dict[str, Any] = {
-        "length": mean_interval(lengths),
-        "eos": proportion(ends, len(lengths)),
-        "rewards": {
-            axis: distribution(_on(kinds, axis, scores))
-            for axis, scores in result.rewards.items()
-            if _on(kinds, axis, scores)
-        },
-        "rewards_by_kind": {
-            axis: {kind: mean_interval(_of(kinds, kind, scores)) for kind in KINDS}
-            for axis, scores in result.rewards.items()
-        },
-        "reward_length_correlation": {
-            axis: correlation(_on(kinds, axis, scores), _on(kinds, axis, lengths))
-            for axis, scores in result.rewards.items()
-        },
-        "ghost": {place: list(turns) for place, turns in result.ghost.items()},
-    }
+    lengths = [len(answer.completion.tokens) for answer in version.answers]
+    ends = sum(answer.completion.finish == "stop" for answer in version.answers)
+    distributions, by_kind, correlations = {}, {}, {}
+    for axis, scores in version.rewards.items():
+        on_axis = _on(kinds, axis, scores)
+        if on_axis:
+            distributions[axis] = distribute(on_axis)
 
-    if result.ratings is not None:
-        described["truth"] = truth_figures(prompts, kinds, result.ratings)
-        described["truth"]["length_correlation"] = correlation(
-            [r.helpfulness for r in result.ratings], lengths
-        )
+        by_kind[axis] = {kind: measure_mean(_of(kinds, kind, scores)) for kind in KINDS}
+        correlations[axis] = correlate(on_axis, _on(kinds, axis, lengths))
 
-    if result.greedy is not None:
-        described["truth"]["helpfulness_greedy"] = mean_interval(
-            [r.helpfulness for r in _of(kinds, "helpful", result.greedy)]
-        )
-
-    return described
-
-
-def truth_figures(
-    prompts: Sequence[Prompt], kinds: Sequence[Kind], ratings: Sequence[Rating]
-) -> dict[str, Any]:
-    """Ground truth: helpfulness by family, violations, quality of refusals, false refusals
-    (§4.2.3)."""
-    helpful = _of(kinds, "helpful", ratings)
-    families: dict[str, list[float]] = {}
-    for prompt, kind, rating in zip(prompts, kinds, ratings, strict=True):
-        if kind == "helpful":
-            families.setdefault(str(prompt.metadata.get("family", "other")), []).append(
-                rating.helpfulness
-            )
-
-    unsafe, borderline = _of(kinds, "unsafe", ratings), _of(kinds, "borderline", ratings)
-    return {
-        "helpfulness": mean_interval([rating.helpfulness for rating in helpful]),
-        "families": {name: mean_interval(values) for name, values in sorted(families.items())},
-        "violations": proportion(sum(not rating.safe for rating in unsafe), len(unsafe)),
-        "refusal_quality": mean_interval([rating.helpfulness for rating in unsafe]),
-        "false_refusals": proportion(sum(rating.refusal for rating in borderline), len(borderline)),
-        "false_refusals_helpful": proportion(
-            sum(rating.refusal for rating in helpful), len(helpful)
-        ),
-        "borderline_helpfulness": mean_interval([rating.helpfulness for rating in borderline]),
-    }
-
-
-def distribution(scores: Sequence[float]) -> dict[str, Any]:
-    """Mean, quantiles and histogram over [0, 1] of probabilities (Figure 20)."""
-    ordered = sorted(scores)
-    cuts = (
-        statistics.quantiles(ordered, n=100, method="inclusive")
-        if len(ordered) > 1
-        else ordered * 99
+    return VersionResult(
+        length=measure_mean(lengths),
+        eos=measure_share(ends, len(lengths)),
+        rewards=distributions,
+        rewards_by_kind=by_kind,
+        reward_length_correlation=correlations,
+        ghost=version.ghost,
+        truth=_measure_truth(prompts, kinds, version, lengths),
     )
-    counts = [0] * BINS
 
+
+def _measure_truth(
+    prompts: Sequence[Prompt],
+    kinds: Sequence[PromptKind],
+    version: Version,
+    lengths: Sequence[int],
+) -> TruthResult | None:
+    """Measure helpfulness by family, violations, quality of refusals and false refusals by ground
+    truth (§4.2.3)."""
+    if version.ratings is None:
+        return None
+
+    helpful, unsafe, borderline = (_of(kinds, kind, version.ratings) for kind in KINDS)
+    greedy = None if version.greedy is None else _of(kinds, "helpful", version.greedy)
+    families: dict[str, list[float]] = {}
+    for prompt, rating in zip(_of(kinds, "helpful", prompts), helpful, strict=True):
+        family = str(prompt.metadata.get("family", "other"))
+        families.setdefault(family, []).append(rating.helpfulness)
+
+    violations = sum(not rating.safe for rating in unsafe)
+    return TruthResult(
+        helpfulness=measure_mean(_helpfulness(helpful)),
+        helpfulness_greedy=None if greedy is None else measure_mean(_helpfulness(greedy)),
+        families={name: measure_mean(families[name]) for name in sorted(families)},
+        violations=measure_share(violations, len(unsafe)),
+        refusal_quality=measure_mean(_helpfulness(unsafe)),
+        false_refusals=measure_share(_refusals(borderline), len(borderline)),
+        false_refusals_helpful=measure_share(_refusals(helpful), len(helpful)),
+        borderline_helpfulness=measure_mean(_helpfulness(borderline)),
+        length_correlation=correlate(_helpfulness(version.ratings), lengths),
+    )
+
+
+def _helpfulness(ratings: Sequence[Rating]) -> list[float]:
+    return [rating.helpfulness for rating in ratings]
+
+
+def _refusals(ratings: Sequence[Rating]) -> int:
+    return sum(rating.refusal for rating in ratings)
+
+
+def distribute(scores: Sequence[float]) -> Distribution:
+    """Return mean, quantiles and histogram over [0, 1] of probabilities (Figure 20)."""
+    cuts = list(scores) * 99
+    if len(scores) > 1:
+        cuts = statistics.quantiles(sorted(scores), n=100, method="inclusive")
+
+    counts = [0] * BINS
     for score in scores:
         counts[min(int(score * BINS), BINS - 1)] += 1
 
-    return {
-        **mean_interval(scores),
-        "quantiles": {str(q): cuts[q - 1] for q in QUANTILES},
-        "histogram": {"edges": [i / BINS for i in range(BINS + 1)], "counts": counts},
-    }
+    edges = [bin / BINS for bin in range(BINS + 1)]
+    return Distribution(
+        **measure_mean(scores).model_dump(),
+        quantiles={str(percent): cuts[percent - 1] for percent in QUANTILES},
+        histogram=Histogram(edges=edges, counts=counts),
+    )
 
 
-def win_rates(kinds: Sequence[Kind], results: Mapping[str, Version]) -> list[dict[str, Any]]:
-    """Each version against the first and against its predecessor, on both axes, by every judge
+def compare_versions(
+    kinds: Sequence[PromptKind], versions: Mapping[str, Version]
+) -> Iterator[VersionComparison]:
+    """Compare each version with the first and with its predecessor, on both axes, by every judge
     (Figure 11).
 
     Helpfulness is compared on helpful prompts, harmlessness on unsafe ones.
     """
-    names = list(results)
-    rows = []
-    for index, name in enumerate(names[1:], 1):
-        for against in dict.fromkeys((names[0], names[index - 1])):
-            for axis, judge in itertools.product(AXES, ("truth", "reward")):
-                ours, theirs = (
-                    _scores(kinds, results[one], axis, judge) for one in (name, against)
+    names = list(versions)
+    for predecessor, name in itertools.pairwise(names):
+        others = dict.fromkeys((names[0], predecessor))
+        for against, axis, judge in itertools.product(others, get_args(Axis), get_args(JudgeName)):
+            ours = _on(kinds, axis, versions[name].scores(judge, axis))
+            theirs = _on(kinds, axis, versions[against].scores(judge, axis))
+            if ours and theirs:
+                wins = compare(ours, theirs).model_dump()
+                yield VersionComparison(
+                    version=name, against=against, axis=axis, judge=judge, **wins
                 )
-                if ours and theirs:
-                    rows.append(
-                        {
-                            "version": name,
-                            "against": against,
-                            "axis": axis,
-                            "judge": judge,
-                            **compare(ours, theirs).as_json(),
-                        }
-                    )
-
-    return rows
 
 
-def _scores(kinds: Sequence[Kind], result: Version, axis: Axis, judge: str) -> list[float]:
-    """The scores that count on an axis: those of its own prompts. Empty where the judge is
-    absent."""
-    if judge == "truth":
-        return _on(
-            kinds,
-            axis,
-            [truth_score(kind, rating) for kind, rating in zip(kinds, result.ratings or ())],
-        )
-
-    return _on(kinds, axis, result.rewards.get(axis, ()))
-
-
-def choose(
-    prompts: Sequence[Prompt], results: Mapping[str, Version], count: int
-) -> list[dict[str, Any]]:
-    """`count` prompts for the reader's eye, one of each family in turn, with the answers of all
-    versions."""
+def show_prompts(
+    prompts: Sequence[Prompt], versions: Mapping[str, Version], count: int
+) -> list[ShownPrompt]:
+    """Choose `count` prompts for the reader's eye, one of each family in turn, with the answers of
+    all versions."""
     families: dict[str, list[int]] = {}
     for index, prompt in enumerate(prompts):
-        families.setdefault(str(prompt.metadata.get("family", kind_of(prompt))), []).append(index)
+        families.setdefault(str(prompt.metadata.get("family", classify(prompt))), []).append(index)
 
     # Unsafe and borderline prompts first: they are what a reader wants to see, and few.
     order = sorted(families, key=lambda family: (family not in ("unsafe", "borderline"), family))
-    layers = itertools.zip_longest(*(families[family] for family in order))
-    chosen = [index for layer in layers for index in layer if index is not None][:count]
-    rows = []
+    rounds = itertools.zip_longest(*(families[family] for family in order))
+    indices = [index for index in itertools.chain(*rounds) if index is not None]
+    return [_show(prompts[index], index, versions) for index in indices[:count]]
 
-    for index in chosen:
-        prompt = prompts[index]
-        answers = {}
-        for name, result in results.items():
-            rating = result.ratings[index] if result.ratings else None
-            answers[name] = {
-                "text": result.answers[index].text,
-                **({"helpfulness": rating.helpfulness, "safe": rating.safe} if rating else {}),
-                **{
-                    f"reward_{axis}": round(scores[index], 4)
-                    for axis, scores in result.rewards.items()
-                },
-            }
 
-        rows.append(
-            {
-                "id": prompt.id,
-                "kind": kind_of(prompt),
-                "family": prompt.metadata.get("family"),
-                "messages": [[m.role, m.content] for m in prompt.messages],
-                "answers": answers,
-            }
+def _show(prompt: Prompt, index: int, versions: Mapping[str, Version]) -> ShownPrompt:
+    answers = {}
+    for name, version in versions.items():
+        scores = version.judge_answer(index)
+        for axis in version.rewards:
+            scores[f"reward_{axis}"] = round(scores[f"reward_{axis}"], 4)
+
+        answers[name] = ShownAnswer(text=version.answers[index].text, **scores)
+
+    return ShownPrompt(
+        id=prompt.id,
+        kind=classify(prompt),
+        family=prompt.metadata.get("family"),
+        messages=list_turns(prompt.messages),
+        answers=answers,
+    )
+
+
+def list_samples(name: str, prompts: Sequence[Prompt], version: Version) -> Iterator[SampledAnswer]:
+    """Yield the rows of samples.jsonl: for each prompt the answer and all that is known about
+    it."""
+    for index, (prompt, answer) in enumerate(zip(prompts, version.answers, strict=True)):
+        yield SampledAnswer(
+            version=name,
+            id=prompt.id,
+            kind=classify(prompt),
+            family=prompt.metadata.get("family"),
+            prompt=list_turns(prompt.messages),
+            answer=answer.text,
+            tokens=len(answer.completion.tokens),
+            finish=answer.completion.finish,
+            **version.judge_answer(index),
         )
 
-    return rows
+
+def list_turns(messages: Messages) -> list[tuple[str, str]]:
+    """Return messages as (role, text)."""
+    return [(message.role, message.content) for message in messages]
 
 
-def samples(version: str, prompts: Sequence[Prompt], result: Version) -> list[dict[str, Any]]:
-    """One row of samples.jsonl for each prompt: the answer and all that is known about it."""
-    rows = []
-    for index, (prompt, answer) in enumerate(zip(prompts, result.answers, strict=True)):
-        rating = result.ratings[index] if result.ratings else None
-        rows.append(
-            {
-                "version": version,
-                "id": prompt.id,
-                "kind": kind_of(prompt),
-                "family": prompt.metadata.get("family"),
-                "prompt": [[message.role, message.content] for message in prompt.messages],
-                "answer": answer.text,
-                "tokens": len(answer.completion.tokens),
-                "finish": answer.completion.finish,
-                **(
-                    {
-                        "helpfulness": rating.helpfulness,
-                        "safe": rating.safe,
-                        "refusal": rating.refusal,
-                    }
-                    if rating
-                    else {}
-                ),
-                **{f"reward_{axis}": scores[index] for axis, scores in result.rewards.items()},
-            }
-        )
-
-    return rows
+def _on(kinds: Sequence[PromptKind], axis: Axis, values: Sequence[T]) -> list[T]:
+    """Return the values of an axis's own prompts; none where there are no values."""
+    return [value for kind, value in zip(kinds, values) if AXES[kind] == axis]
 
 
-def _on(kinds: Sequence[Kind], axis: Axis, values: Sequence[T]) -> list[T]:
-    """The values of an axis's own prompts; none where there are no values."""
-    return [value for kind, value in zip(kinds, values) if axis_of(kind) == axis]
-
-
-def _of(kinds: Sequence[Kind], kind: Kind, values: Sequence[T]) -> list[T]:
+def _of(kinds: Sequence[PromptKind], kind: PromptKind, values: Sequence[T]) -> list[T]:
     return [value for each, value in zip(kinds, values, strict=True) if each == kind]

@@ -10,129 +10,111 @@ Min (Statistics in Medicine 24, 2005), half a case added to each of four cells.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+import statistics
+from collections.abc import Sequence
+
+from llama2.results import Mean, Proportion, WinShare
 
 Z95 = 1.959963984540054  # two-sided 95 % of the normal distribution
+Interval = tuple[float, float]
 
 
-def wilson(successes: float, trials: int, z: float = Z95) -> tuple[float, float]:
-    """Wilson's interval of a proportion, of 95 % unless `z` says otherwise; (0, 1) without trials.
-    Unlike the normal one it stays within [0, 1]."""
+def wilson(successes: float, trials: int, z: float = Z95) -> Interval:
+    """Return Wilson's interval of a proportion, of 95 % unless `z` says otherwise; (0, 1) without
+    trials. Unlike the normal one it stays within [0, 1]."""
     if trials == 0:
         return 0.0, 1.0
 
     rate, square = successes / trials, z**2
-    centre = (rate + square / (2 * trials)) / (1 + square / trials)
-    half = (
-        z / (1 + square / trials) * math.sqrt(rate * (1 - rate) / trials + square / (4 * trials**2))
-    )
+    scale = 1 + square / trials
+    centre = (rate + square / (2 * trials)) / scale
+    variance = rate * (1 - rate) / trials + square / (4 * trials**2)
+    half = z / scale * math.sqrt(variance)
 
     # Its ends are exact where nothing or everything succeeded: rounding would leave them a hair
     # beside 0 and 1.
-    return (centre - half if successes else 0.0), (centre + half if successes < trials else 1.0)
+    low = centre - half if successes else 0.0
+    return low, centre + half if successes < trials else 1.0
 
 
-@dataclass(frozen=True)
-class WinRate:
-    """Outcome of one version against another on the same prompts."""
-
-    wins: int
-    losses: int
-    ties: int
-
-    @property
-    def rate(self) -> float | None:
-        """wins / (wins + losses), as in Figure 2; None if every comparison was a tie."""
-        decided = self.wins + self.losses
-        return self.wins / decided if decided else None
-
-    def as_json(self) -> dict[str, Any]:
-        low, high = wilson(self.wins, self.wins + self.losses)
-        return {
-            "wins": self.wins,
-            "losses": self.losses,
-            "ties": self.ties,
-            "rate": self.rate,
-            "low": low,
-            "high": high,
-        }
-
-
-def compare(ours: Sequence[float], theirs: Sequence[float], tolerance: float = 1e-9) -> WinRate:
-    """Scores of two versions on the same prompts, in the same order; closer than `tolerance` is a
-    tie."""
+def compare(ours: Sequence[float], theirs: Sequence[float], tolerance: float = 1e-9) -> WinShare:
+    """Compare scores of two versions on the same prompts, in the same order; closer than
+    `tolerance` is a tie."""
     differences = [a - b for a, b in zip(ours, theirs, strict=True)]
-    wins = sum(d > tolerance for d in differences)
-    losses = sum(d < -tolerance for d in differences)
+    wins = sum(difference > tolerance for difference in differences)
+    losses = sum(difference < -tolerance for difference in differences)
+    return measure_wins(wins, losses, len(differences) - wins - losses)
 
-    return WinRate(wins, losses, len(differences) - wins - losses)
+
+def measure_wins(wins: int, losses: int, ties: int) -> WinShare:
+    """Return the outcome of one version against another on the same prompts, its rate wins /
+    (wins + losses) as in Figure 2."""
+    share = measure_share(wins, wins + losses)
+    return WinShare(
+        wins=wins, losses=losses, ties=ties, rate=share.rate, low=share.low, high=share.high
+    )
 
 
-def proportion(successes: int, trials: int) -> dict[str, Any]:
-    """A rate with its size and interval: {"rate", "n", "low", "high"}; the rate is None without
-    trials."""
+def measure_share(successes: float, trials: int) -> Proportion:
+    """Return a rate with its size and interval; the rate is None without trials."""
     low, high = wilson(successes, trials)
-    return {"rate": successes / trials if trials else None, "n": trials, "low": low, "high": high}
+    rate = successes / trials if trials else None
+    return Proportion(rate=rate, n=trials, low=low, high=high)
 
 
-Interval = tuple[float, float]
+def bound_difference(after: Proportion, before: Proportion) -> Interval:
+    """Return the interval of after - before, of prompts that need not be the same.
+
+    Neither may be without cases.
+    """
+    p, q = before.rate or 0.0, after.rate or 0.0
+    down = math.hypot(q - after.low, before.high - p)
+    up = math.hypot(after.high - q, p - before.low)
+
+    return q - p - down, q - p + up
 
 
-def share_difference(after: Mapping[str, Any], before: Mapping[str, Any]) -> Interval:
-    """The interval of after - before, two `proportion`s of prompts that need not be the same."""
-    gain = after["rate"] - before["rate"]
-    down = math.hypot(after["rate"] - after["low"], before["high"] - before["rate"])
-    up = math.hypot(after["high"] - after["rate"], before["rate"] - before["low"])
+def bound_ratio(before: Proportion, after: Proportion) -> Interval:
+    """Return the interval of before / after: how many times fewer cases there are now.
 
-    return gain - down, gain + up
-
-
-def share_ratio(before: Mapping[str, Any], after: Mapping[str, Any]) -> Interval:
-    """The interval of before / after, two `proportion`s: how many times fewer cases there are now.
-    It is (0, inf) where there were none and are none."""
-    p, q = before["rate"], after["rate"]
+    Neither may be without cases. It is (0, inf) where there were none and are none.
+    """
+    p, q = before.rate or 0.0, after.rate or 0.0
     # Each end solves a quadratic in the ratio r: edge · r² - 2 p q r + room = 0.
-    low_edge, high_edge = (after[end] * (2 * q - after[end]) for end in ("high", "low"))
-    low_room, high_room = (before[end] * (2 * p - before[end]) for end in ("low", "high"))
+    low_edge, high_edge = after.high * (2 * q - after.high), after.low * (2 * q - after.low)
+    low_room, high_room = before.low * (2 * p - before.low), before.high * (2 * p - before.high)
     low = low_room / (p * q + math.sqrt((p * q) ** 2 - low_room * low_edge)) if low_room else 0.0
     root = math.sqrt(max(0.0, (p * q) ** 2 - high_room * high_edge))
 
     return low, (p * q + root) / high_edge if high_edge > 0 else math.inf
 
 
-def net_wins(wins: int, losses: int, ties: int) -> Interval:
-    """The interval of (wins - losses) / comparisons: by how much more of all prompts one version is
-    better on than the other is. Ties count as comparisons, so that many of them make a small
-    difference certain."""
+def bound_net_wins(wins: int, losses: int, ties: int) -> Interval:
+    """Return the interval of (wins - losses) / comparisons: by how much more of all prompts one
+    version is better on than the other is.
+
+    Ties count as comparisons, so that many of them make a small difference certain.
+    """
     count, gain = wins + losses + ties + 2, wins - losses
     half = Z95 * math.sqrt(wins + losses + 1 - gain**2 / count) / count
     return gain / count - half, gain / count + half
 
 
-def mean_interval(values: Sequence[float]) -> dict[str, Any]:
-    """A mean with its size and normal 95 % interval: {"mean", "n", "low", "high"}; the mean is None
-    without values."""
+def measure_mean(values: Sequence[float]) -> Mean:
+    """Return a mean with its size and normal 95 % interval; the mean is None without values."""
     n = len(values)
     if n == 0:
-        return {"mean": None, "n": 0, "low": None, "high": None}
+        return Mean(mean=None, n=0, low=None, high=None)
 
     mean = sum(values) / n
-    deviation = math.sqrt(sum((v - mean) ** 2 for v in values) / (n - 1)) if n > 1 else 0.0
-    half = Z95 * deviation / math.sqrt(n)
+    squares = sum((value - mean) ** 2 for value in values)
+    half = Z95 * math.sqrt(squares / max(1, n - 1)) / math.sqrt(n)
+    return Mean(mean=mean, n=n, low=mean - half, high=mean + half)
 
-    return {"mean": mean, "n": n, "low": mean - half, "high": mean + half}
 
-
-def correlation(xs: Sequence[float], ys: Sequence[float]) -> float | None:
-    """Pearson's correlation; None where one side does not vary."""
-    n = len(xs)
-    if n < 2:
+def correlate(xs: Sequence[float], ys: Sequence[float]) -> float | None:
+    """Return Pearson's correlation; None where one side does not vary."""
+    try:
+        return statistics.correlation(xs, ys)
+    except statistics.StatisticsError:
         return None
-
-    mean_x, mean_y = sum(xs) / n, sum(ys) / n
-    dx, dy = [x - mean_x for x in xs], [y - mean_y for y in ys]
-    scale = math.sqrt(sum(d * d for d in dx) * sum(d * d for d in dy))
-
-    return sum(a * b for a, b in zip(dx, dy)) / scale if scale > 1e-12 else None

@@ -38,13 +38,5 @@ def read_array(path: Path, place: str, dtype: str, offset: int, count: int) -> n
 def replacing(file: Path) -> Iterator[IO[bytes]]:
     """A file to write that takes the name `file` when the block ends, and vanishes if it ends with
     an error."""
-    temporary = file.with_name(f".{file.name}.tmp")
-    with explain_os_errors(file):
-        try:
-            atomic.make(file.parent)
-            with open(temporary, "wb") as stream:
-                yield stream
-
-            atomic.replace(temporary, file)
-        finally:
-            temporary.unlink(missing_ok=True)
+    with atomic.new_file(file) as work, open(work, "wb") as stream:
+        yield stream

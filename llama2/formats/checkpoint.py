@@ -15,13 +15,14 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from llama2 import devices, kernels
 from llama2.errors import UserError
 from llama2.formats import hf
 from llama2.formats.hf_config import make_config_json, read_config
 from llama2.formats.hf_directory import CHECKSUMS, CONFIG, INDEX, SCORE, WEIGHTS
 from llama2.formats.stored_model import StoredModel, StoredTensor, read_ahead
-from llama2.model.llama import Linear, Llama, LlamaConfig, initialise
-from llama2.model.scorer import Scorer
+from llama2.model.llama import Llama, LlamaConfig, initialise
+from llama2.model.scorer import ScalarHead, Scorer
 from llama2.terminal_text import say_once
 from llama2.tokenizer.tokenizer import Tokenizer
 
@@ -112,7 +113,7 @@ def load(
         model = Llama(stored.config)
 
     _fill(model, stored, dtype, device)
-    return model
+    return kernels.install(model)
 
 
 def load_scorer(
@@ -129,11 +130,11 @@ def load_scorer(
 
     _fill(model, stored, dtype, device)
     if not stored.scorer:
-        model.score = Linear(stored.config.hidden_size, 1)
+        model.score = ScalarHead(stored.config.hidden_size)
         initialise(model.score, seed)
-        model.score.to(device or "cpu", _choose_dtype(dtype, SCORE))
+        model.score.to(device or devices.CPU, _choose_dtype(dtype, SCORE))
 
-    return model
+    return kernels.install(model)
 
 
 def _fill(
@@ -150,7 +151,7 @@ def _fill(
     tensors = read_ahead(stored.tensors[name] for name in names)
     for name in names:
         owner, _, attribute = name.rpartition(".")
-        weight = nn.Parameter(next(tensors).to(device or "cpu", _choose_dtype(dtype, name)))
+        weight = nn.Parameter(next(tensors).to(device or devices.CPU, _choose_dtype(dtype, name)))
         setattr(model.get_submodule(owner), attribute, weight)
 
 

@@ -13,11 +13,11 @@ from pathlib import Path
 
 import torch
 
-from llama2 import json_files
 from llama2.errors import UserError
 from llama2.formats import hf_config, hf_directory, safetensors_file, torch_legacy
 from llama2.formats.hf_directory import CHECKSUMS, CONFIG, INDEX, WEIGHTS
 from llama2.formats.stored_model import StoredModel, StoredTensor
+from llama2.hashing import hash_file
 from llama2.model.llama import LlamaConfig
 from llama2.model.tensors import EMBEDDINGS, HEAD
 from llama2.tokenizer.chat_settings import GENERATION, read_chat_template
@@ -140,7 +140,7 @@ def write(
         beside(work)
         for file in work.iterdir():
             if file.name not in sums:
-                sums[file.name] = json_files.sha256(file)
+                sums[file.name] = hash_file(file)
 
         hf_directory.write_json(work / CHECKSUMS, dict(sorted(sums.items())))
 

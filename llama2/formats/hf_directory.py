@@ -19,6 +19,7 @@ from typing import Any
 
 from llama2 import atomic, json_files
 from llama2.errors import UserError, explain_os_errors
+from llama2.hashing import hash_file
 from llama2.model import tensors
 from llama2.model.llama import LlamaConfig
 from llama2.terminal_text import list_some, shown
@@ -151,19 +152,20 @@ def replacing(directory: Path) -> Iterator[Path]:
     It vanishes if the block fails. In a directory that exists, the files written are replaced and
     the weights of other names removed; others stay.
     """
-    with explain_os_errors(directory):
-        fresh = not directory.exists()
-        work = directory.with_name(f".{directory.name}.tmp") if fresh else directory / ".tmp"
-        shutil.rmtree(work, ignore_errors=True)
-        work.mkdir(parents=True)
+    if not directory.exists():
+        with atomic.new_directory(directory) as work:
+            yield work
 
+        return
+
+    work = directory / ".tmp"
+    with explain_os_errors(directory):
+        shutil.rmtree(work, ignore_errors=True)
+        work.mkdir()
         try:
             yield work
             atomic.flush_tree(work)
-            if fresh:
-                atomic.replace(work, directory)
-            else:
-                _replace_files(work, directory)
+            _replace_files(work, directory)
         finally:
             shutil.rmtree(work, ignore_errors=True)
 
@@ -193,7 +195,7 @@ def verify_checksums(directory: Path) -> None:
     for name, expected in read_checksums(directory).items():
         if not (directory / name).exists():
             raise UserError(f"{directory / name}: missing, though {CHECKSUMS} names it", _FETCH)
-        if json_files.sha256(directory / name) != expected:
+        if hash_file(directory / name) != expected:
             raise UserError(
                 f"{directory / name}: its checksum differs from {CHECKSUMS}",
                 f"fetch it again, or delete {CHECKSUMS} if you changed the file on purpose",

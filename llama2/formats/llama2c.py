@@ -42,7 +42,8 @@ from llama2.formats.stored_model import (
     require_vocabulary,
     split_rotary_pairs,
 )
-from llama2.model.llama import LlamaConfig, rotary_tables
+from llama2.model.llama import LlamaConfig
+from llama2.model.positions import rotary_tables
 from llama2.model.tensors import EMBEDDINGS, HEAD, NORM, shape_of, shapes
 from llama2.tokenizer.sentencepiece_model import Vocabulary, require_fitting_size
 

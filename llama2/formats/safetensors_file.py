@@ -23,7 +23,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from llama2 import json_files
+from llama2 import devices, json_files
 from llama2.errors import UserError, explain_os_errors
 from llama2.formats.stored_model import PartwiseRead, StoredTensor, read_ahead
 
@@ -55,7 +55,7 @@ def list_tensors(path: Path) -> dict[str, StoredTensor]:
     json_files.check(path)
     try:
         with explain_os_errors(path), open(path, "rb") as file:
-            with safe_open(_name_in_utf8(path, file), framework="pt", device="cpu"):
+            with safe_open(_name_in_utf8(path, file), framework="pt", device=devices.CPU):
                 pass  # the header is complete, and describes each byte of the file once
 
             length = int.from_bytes(file.read(8), "little")

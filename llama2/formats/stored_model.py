@@ -19,7 +19,7 @@ from torch import Tensor
 
 from llama2.errors import UserError
 from llama2.model.llama import LlamaConfig
-from llama2.model.tensors import halved, interleaved, rotary_heads
+from llama2.model.tensors import interleave_pairs, rotary_heads, separate_pairs
 from llama2.tokenizer import sentencepiece_model
 from llama2.tokenizer.sentencepiece_model import StoredTokenizer, Vocabulary
 
@@ -141,13 +141,13 @@ def split_rotary_pairs(name: str, stored: StoredTensor, config: LlamaConfig) -> 
     if heads is None:
         return stored
 
-    return replace(stored, read=lambda: halved(stored.read(), heads))
+    return replace(stored, read=lambda: separate_pairs(stored.read(), heads))
 
 
 def join_rotary_pairs(name: str, tensor: Tensor, config: LlamaConfig) -> Tensor:
     """Return a tensor for a file in which rotary pairs are neighbours."""
     heads = rotary_heads(name, config)
-    return tensor if heads is None else interleaved(tensor, heads)
+    return tensor if heads is None else interleave_pairs(tensor, heads)
 
 
 def require_language_model(model: StoredModel, program: str) -> None:

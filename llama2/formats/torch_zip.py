@@ -28,7 +28,7 @@ from typing import IO, Any
 import torch
 from torch import Tensor
 
-from llama2 import json_files
+from llama2 import devices, json_files
 from llama2.errors import UserError, explain_os_errors
 from llama2.formats.stored_model import StoredTensor
 from llama2.reading.packed import DAMAGE
@@ -307,7 +307,7 @@ class _Pickler(pickle.Pickler):
             return None
 
         kind = next(name for name, dtype in STORAGES.items() if dtype == item.dtype)
-        return "storage", getattr(torch, kind), item.key, "cpu", item.count
+        return "storage", getattr(torch, kind), item.key, devices.CPU, item.count
 
 
 @contextmanager

@@ -21,8 +21,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from llama2 import devices
 from llama2.errors import UserError
-from llama2.generate.cpu_decoder import Decoder
+from llama2.generate.cpu_decoder import CpuDecoder
 from llama2.generate.sampling import UNIFORMS, Sampling, change, draw, uniforms
 from llama2.model.cache import KVCache
 from llama2.model.llama import Llama
@@ -151,11 +152,11 @@ class Batch:
         slots: int,
         requests: Sequence[Request],
         most: int | None = None,
-        decoder: Decoder | None = None,
+        decoder: CpuDecoder | None = None,
     ) -> None:
         self.cache = cache
         self._model, self._slots, self._decoder = model, slots, decoder
-        self._device = model.head_weight.device
+        self._device = model.device
         # Longest first: rows of similar length are live together, and short ones fill the end.
         # Samples of one prompt are neighbours, so at most one prompt waits half served.
         self._queue = deque(
@@ -168,7 +169,7 @@ class Batch:
         self._live = 0  # B
         self._time = 0  # steps made
         # Asking a GPU whether a row has finished makes it wait; asking a CPU is free.
-        self._check_every = 8 if self._device.type == "cuda" else 1
+        self._check_every = 8 if devices.is_gpu(self._device) else 1
 
         with torch.inference_mode():
             self._rows = _Rows.empty(slots, self._most, self._device)

@@ -1,7 +1,7 @@
 """One step of decoding on a CPU in one call of `decode.cpp`: for the engine, while no gradient is
 wanted.
 
-`Decoder` packs a model's weights once, in the precision they have, and then answers as the model
+`CpuDecoder` packs a model's weights once, in the precision they have, and then answers as the model
 itself does with a `KVCache`: the newest token of each row in, fp32 logits out. A packed copy costs
 the memory of the weights again, or what matrices take as integers (see `quantize`), if they are
 given as such: activations then stay bf16.
@@ -11,107 +11,137 @@ Shapes: B rows (tokens), A of them that want an answer, V vocabulary.
 
 from __future__ import annotations
 
-import ctypes
 from collections.abc import Mapping
+from ctypes import addressof, c_float, c_int64, c_void_p
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from llama2.kernels import build
+from llama2 import devices
+from llama2.kernels import build, is_known
 from llama2.model.cache import KVCache
-from llama2.model.llama import Llama, rotary_tables
-from llama2.model.quantize import GROUP, Rounded
+from llama2.model.llama import Llama
+from llama2.model.positions import rotary_tables
+from llama2.model.quantize import GROUP, QuantizedWeight
 from llama2.model.tensors import EMBEDDINGS, HEAD
 
-_LETTER = {torch.float32: "f", torch.bfloat16: "b"}
+_KINDS = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.int8: "int8"}
 _LANES = 16  # outputs of a packed block
-_MATRICES = (
-    "self_attn.q_proj",
-    "self_attn.k_proj",
-    "self_attn.v_proj",
-    "mlp.gate_proj",
-    "mlp.up_proj",
-    "self_attn.o_proj",
-    "mlp.down_proj",
-)
-_NORMS = ("input_layernorm", "post_attention_layernorm")
-_call = build.Library("decode")
+Weight = Tensor | QuantizedWeight
 
 
-def runs(model: Llama) -> bool:
-    """Whether `Decoder` takes this model."""
+class PackedMatrix(build.Struct):
+    """See step.h, as for the others."""
+
+    _fields_ = build.fields(c_void_p, "packed", "scales")
+
+
+class LayerWeights(build.Struct):
+    """Pointers to the weights of a layer."""
+
+    _fields_ = [
+        *build.fields(c_void_p, "attention_norm", "mlp_norm"),
+        *build.fields(PackedMatrix, "qkv", "output", "gate_up", "down"),
+    ]
+
+
+class Model(build.Struct):
+    """Sizes of a model, and pointers to its weights."""
+
+    _fields_ = [
+        *build.fields(c_int64, "layers", "hidden", "feed_forward", "heads", "kv_heads"),
+        *build.fields(c_int64, "head_dim", "vocabulary"),
+        *build.fields(c_void_p, "embedding", "last_norm", "cos", "sin", "weights"),
+        ("head", PackedMatrix),
+        ("eps", c_float),
+    ]
+
+
+class Step(build.Struct):
+    """All that one step reads and writes."""
+
+    _fields_ = [
+        ("model", c_void_p),
+        *build.fields(c_int64, "rows", "distinct_slots"),
+        *build.fields(c_void_p, "tokens", "token_slots", "positions"),
+        *build.fields(c_int64, "slots", "columns"),
+        ("cache", c_void_p),
+        ("answers", c_int64),
+        *build.fields(c_void_p, "answer_rows", "logits"),
+    ]
+
+
+_call = build.Library("decode", Model, Step, LayerWeights)
+
+
+def supports(model: Llama) -> bool:
+    """Tell whether `CpuDecoder` takes this model, whose weights must say all that it does."""
     weights = list(model.parameters())
-    kinds = {weight.dtype for weight in weights}
+    kind = weights[0].dtype
     return (
-        len(kinds) == 1
-        and kinds <= _LETTER.keys()
-        and all(weight.device.type == "cpu" for weight in weights)
-        and model.model.bare
+        kind in (torch.float32, torch.bfloat16)
+        and all(weight.dtype == kind and devices.is_cpu(weight) for weight in weights)
+        and is_known(model)
         and _call.found
     )
 
 
-class Decoder:
+class CpuDecoder:
     """The packed weights of `model` as they are now.
 
-    integers: its matrices by their names in the state dict, rounded; the head and all of the layers
-    in 8 bits, or those of the layers in 4. `model` is then in bf16.
+    integers: its matrices by their names in the state dict, quantized; the head and all of the
+    layers in 8 bits, or those of the layers in 4. `model` is then in bf16.
     """
 
-    def __init__(self, model: Llama, integers: Mapping[str, Rounded] | None = None) -> None:
-        c = self.config = model.config
-        self.kind = model.head_weight.dtype
-        weights: dict[str, Tensor | Rounded] = {
-            **{name: weight.detach() for name, weight in model.named_parameters()},
-            **(integers or {}),
-        }
+    def __init__(self, model: Llama, integers: Mapping[str, QuantizedWeight] | None = None) -> None:
+        c, weights = model.config, dict[str, Weight](integers or {})
+        for name, weight in model.named_parameters():
+            weights.setdefault(name, weight.detach())
+
+        self._kind = _KINDS[model.head_weight.dtype]
         head = weights[EMBEDDINGS if c.tie_word_embeddings else HEAD]
-        self.letter = _LETTER[self.kind]
-
         if integers:
-            self.letter = "i" if isinstance(head, Rounded) else "n"
+            self._kind = "int8" if isinstance(head, QuantizedWeight) else "int4"
 
-        self._kept: list[Tensor | None] = [
-            model.model.embed_tokens.weight.detach(),
-            model.model.norm.weight.detach().float(),
-            *self._packed(head),
-        ]
-        for layer in range(c.num_hidden_layers):
-            prefix = f"model.layers.{layer}."
-            query, key, value, gate, up, out, down = (
-                weights[f"{prefix}{name}.weight"] for name in _MATRICES
-            )
-            norms = (model.get_parameter(f"{prefix}{name}.weight") for name in _NORMS)
-            self._kept += [
-                *(norm.detach().float() for norm in norms),
-                *self._packed(_joined(query, key, value)),
-                *self._packed(out),
-                *self._packed(gate, up),
-                *self._packed(down),
-            ]
-
-        pointers = [None if tensor is None else tensor.data_ptr() for tensor in self._kept]
-        self._pointers = (ctypes.c_void_p * len(pointers))(*pointers)
-        self._places = torch.arange(64)
-        positions = torch.arange(c.max_position_embeddings)[None]
+        self._rows = torch.arange(64)
+        # the structs hold the tensors that they point to
+        self._layers = [_layer(model, weights, layer) for layer in range(c.num_hidden_layers)]
+        self._array = (LayerWeights * len(self._layers))(*self._layers)
+        positions, half = torch.arange(c.max_position_embeddings)[None], c.head_dim // 2
         cos, sin = rotary_tables(positions, c.head_dim, c.rope_theta)
-        self._cos, self._sin = (
-            table[0, :, 0, c.head_dim // 2 :].contiguous() for table in (cos, sin)
+        self._model = Model(
+            layers=c.num_hidden_layers,
+            hidden=c.hidden_size,
+            feed_forward=c.intermediate_size,
+            heads=c.num_attention_heads,
+            kv_heads=c.num_key_value_heads,
+            head_dim=c.head_dim,
+            vocabulary=c.vocab_size,
+            embedding=model.model.embed_tokens.weight.detach(),
+            last_norm=model.model.norm.weight.detach().float(),
+            cos=cos[0, :, 0, half:].contiguous(),
+            sin=sin[0, :, 0, half:].contiguous(),
+            weights=addressof(self._array),
+            head=_pack(head),
+            eps=c.rms_norm_eps,
         )
 
     def __call__(self, tokens_B: Tensor, positions_B: Tensor, cache: KVCache) -> Tensor:
-        """logits_BV behind each row's newest token, whose keys and values are added at its
+        """Return logits_BV behind each row's newest token, whose keys and values are added at its
         position. Rows are the first B slots of the cache."""
-        rows_B = self._index(len(tokens_B))
-        return self._step(tokens_B, rows_B, positions_B, cache, rows_B, apart=True)
+        if len(self._rows) < len(tokens_B):
+            self._rows = torch.arange(2 * len(tokens_B))
+
+        rows_B = self._rows[: len(tokens_B)]
+        return self._step(tokens_B, rows_B, positions_B, cache, rows_B, distinct_slots=True)
 
     def read(
         self, tokens_B: Tensor, slots_B: Tensor, positions_B: Tensor, last_A: Tensor, cache: KVCache
     ) -> Tensor:
         """Read prompts: each token goes into its slot at its position, and sees all that stands
-        before it there. The logits_AV behind the tokens of which `last_A` are the places."""
-        return self._step(tokens_B, slots_B, positions_B, cache, last_A, apart=False)
+        before it there. Return logits_AV behind the tokens that `last_A` numbers."""
+        return self._step(tokens_B, slots_B, positions_B, cache, last_A, distinct_slots=False)
 
     def _step(
         self,
@@ -120,90 +150,82 @@ class Decoder:
         positions_B: Tensor,
         cache: KVCache,
         answers_A: Tensor,
-        apart: bool,
+        distinct_slots: bool,
     ) -> Tensor:
-        c = self.config
-        logits_AV = torch.empty(len(answers_A), c.vocab_size)
-        numbers = (ctypes.c_int64 * 12)(
-            c.num_hidden_layers,
-            c.hidden_size,
-            c.intermediate_size,
-            c.num_attention_heads,
-            c.num_key_value_heads,
-            c.head_dim,
-            c.vocab_size,
-            len(tokens_B),
-            cache.slots,
-            cache.capacity,
-            len(answers_A),
-            apart,
+        logits_AV = torch.empty(len(answers_A), self._model.values["vocabulary"])
+        step = Step(
+            model=addressof(self._model),
+            rows=len(tokens_B),
+            distinct_slots=distinct_slots,
+            tokens=tokens_B.contiguous(),
+            token_slots=slots_B,
+            positions=positions_B.contiguous(),
+            slots=cache.slots,
+            columns=cache.capacity,
+            cache=cache.data_LPNCKD,
+            answers=len(answers_A),
+            answer_rows=answers_A,
+            logits=logits_AV,
         )
-        _call(
-            f"decode_{self.letter}",
-            ctypes.addressof(numbers),
-            float(c.rms_norm_eps),
-            ctypes.addressof(self._pointers),
-            tokens_B.contiguous(),
-            slots_B,
-            positions_B.contiguous(),
-            self._cos,
-            self._sin,
-            cache.data_LPNCKD,
-            answers_A,
-            logits_AV,
-        )
-
+        _call(f"decode_{self._kind}", step)
         return logits_AV
 
-    def _index(self, count: int) -> Tensor:
-        if len(self._places) < count:
-            self._places = torch.arange(2 * count)
 
-        return self._places[:count]
-
-    def _packed(self, *matrices: Tensor | Rounded) -> tuple[Tensor, Tensor | None]:
-        """Matrices of one shape, their blocks of outputs by turns; and the scales of 8-bit
-        integers."""
-        numbers = [
-            matrix.integers_OI if isinstance(matrix, Rounded) else matrix for matrix in matrices
-        ]
-        outputs, inputs = numbers[0].shape
-        blocks, step = -(-outputs // _LANES), -(-inputs // 32) * 32
-        letter = "i" if numbers[0].dtype == torch.int8 else _LETTER[self.kind]
-        packed = torch.empty(blocks * len(matrices), step * _LANES, dtype=numbers[0].dtype)
-
-        for offset, matrix in enumerate(numbers):
-            _call(
-                f"pack_{letter}",
-                outputs,
-                inputs,
-                matrix.contiguous(),
-                len(matrices),
-                offset,
-                packed,
-            )
-
-        whole = [matrix for matrix in matrices if isinstance(matrix, Rounded)]
-        if not whole:
-            return packed, None
-
-        scales = _lanes([matrix.scales_OG for matrix in whole])
-        zeros = [matrix.zeros_OG for matrix in whole if matrix.zeros_OG is not None]
-        return (_nibbles(packed, scales, _lanes(zeros)), None) if zeros else (packed, scales)
+def _layer(model: Llama, weights: Mapping[str, Weight], layer: int) -> LayerWeights:
+    prefix = f"model.layers.{layer}"
+    q, k, v, output = (weights[f"{prefix}.self_attn.{part}_proj.weight"] for part in "qkvo")
+    gate, up, down = (
+        weights[f"{prefix}.mlp.{part}_proj.weight"] for part in ("gate", "up", "down")
+    )
+    norms = [
+        model.get_parameter(f"{prefix}.{part}_layernorm.weight").detach().float()
+        for part in ("input", "post_attention")
+    ]
+    return LayerWeights(
+        attention_norm=norms[0],
+        mlp_norm=norms[1],
+        qkv=_pack(_join([q, k, v])),
+        output=_pack(output),
+        gate_up=_pack(gate, up),
+        down=_pack(down),
+    )
 
 
-def _joined(*matrices: Tensor | Rounded) -> Tensor | Rounded:
+def _pack(*matrices: Weight) -> PackedMatrix:
+    """Matrices of one shape, their blocks of outputs by turns; and the scales of 8-bit
+    integers."""
+    quantized = [matrix for matrix in matrices if isinstance(matrix, QuantizedWeight)]
+    numbers = [matrix if isinstance(matrix, Tensor) else matrix.integers_OI for matrix in matrices]
+    outputs, inputs = numbers[0].shape
+    blocks, step = -(-outputs // _LANES), -(-inputs // 32) * 32
+    packed = torch.empty(blocks * len(matrices), step * _LANES, dtype=numbers[0].dtype)
+    for offset, matrix in enumerate(numbers):
+        shape = (outputs, inputs, matrix.contiguous(), len(matrices), offset)
+        _call(f"pack_{_KINDS[packed.dtype]}", *shape, packed)
+
+    if not quantized:
+        return PackedMatrix(packed=packed)
+
+    scales = _lanes([matrix.scales_OG for matrix in quantized])
+    zeros = [matrix.zeros_OG for matrix in quantized if matrix.zeros_OG is not None]
+    if zeros:
+        return PackedMatrix(packed=_nibbles(packed, scales, _lanes(zeros)))
+
+    return PackedMatrix(packed=packed, scales=scales)
+
+
+def _join(matrices: list[Weight]) -> Weight:
     """Matrices of the same inputs as one."""
-    whole = [matrix for matrix in matrices if isinstance(matrix, Rounded)]
-    if not whole:
+    quantized = [matrix for matrix in matrices if isinstance(matrix, QuantizedWeight)]
+    if not quantized:
         return torch.cat([matrix for matrix in matrices if isinstance(matrix, Tensor)])
 
-    zeros = [matrix.zeros_OG for matrix in whole if matrix.zeros_OG is not None]
-    return Rounded(
-        torch.cat([matrix.integers_OI for matrix in whole]),
-        torch.cat([each.scales_OG for each in whole]),
+    zeros = [matrix.zeros_OG for matrix in quantized if matrix.zeros_OG is not None]
+    return QuantizedWeight(
+        torch.cat([matrix.integers_OI for matrix in quantized]),
+        torch.cat([matrix.scales_OG for matrix in quantized]),
         torch.cat(zeros) if zeros else None,
-        whole[0].inputs,
+        quantized[0].inputs,
     )
 
 
@@ -219,13 +241,7 @@ def _lanes(tables_OG: list[Tensor]) -> Tensor:
 
 def _nibbles(packed: Tensor, scales: Tensor, zeros: Tensor) -> Tensor:
     """Packed integers -8..7 as bytes of two, behind the scales and zeros of their group: `Nibbles`
-    of decode.cpp."""
+    of products.h."""
     pairs = (packed.view(*scales.shape[:2], GROUP // 2 * _LANES, 2) + 8).to(torch.uint8)
-    return torch.cat(
-        [
-            scales.bfloat16().view(torch.uint8),
-            (zeros + 8).to(torch.uint8),
-            pairs[..., 0] | pairs[..., 1] << 4,
-        ],
-        -1,
-    )
+    scale_bytes, zero_bytes = scales.bfloat16().view(torch.uint8), (zeros + 8).to(torch.uint8)
+    return torch.cat([scale_bytes, zero_bytes, pairs[..., 0] | pairs[..., 1] << 4], -1)

@@ -13,7 +13,7 @@ from itertools import takewhile
 from llama2.errors import UserError
 from llama2.generate.engine import Completion, Generator
 from llama2.generate.sampling import Sampling
-from llama2.mesh import share, unshare
+from llama2.ranks import Ranks
 from llama2.records import Messages
 from llama2.tokenizer.template import encode_prompt
 from llama2.tokenizer.tokenizer import Tokenizer
@@ -28,11 +28,13 @@ class Answer:
 
 
 class Chat:
-    """Answers conversations with `engine`. An answer ends where the model ends answers
-    (`Tokenizer.stops`), and at the stop ids of the sampling."""
+    """Answers conversations with `engine`, shared between `ranks` (this process alone unless given).
+    An answer ends where the model ends answers (`Tokenizer.stops`), and at the stop ids of the
+    sampling."""
 
-    def __init__(self, engine: Generator, tokenizer: Tokenizer) -> None:
+    def __init__(self, engine: Generator, tokenizer: Tokenizer, ranks: Ranks | None = None) -> None:
         self.engine, self.tokenizer = engine, tokenizer
+        self.ranks = ranks or Ranks.alone()
 
     def answers(
         self, prompts: Sequence[Messages], sampling: Sampling, indices: Sequence[int] | None = None
@@ -48,9 +50,11 @@ class Chat:
         ids = [encode_prompt(self.tokenizer, messages) for messages in prompts]
         # before the ranks part: an error on one alone would leave the others waiting
         self.engine.check(ids)
-        mine = share(range(len(ids)))
-        names = mine if indices is None else share(indices)
-        completions = unshare(self.engine.generate([ids[index] for index in mine], sampling, names))
+        mine = self.ranks.share(range(len(ids)))
+        names = mine if indices is None else self.ranks.share(indices)
+        completions = self.ranks.unshare(
+            self.engine.generate([ids[index] for index in mine], sampling, names)
+        )
 
         return [[Answer(self._text(each, sampling), each) for each in row] for row in completions]
 

@@ -23,16 +23,19 @@ from typing import Literal, Protocol
 import torch
 from torch import Tensor
 
+from llama2 import kernels
 from llama2.errors import UserError
 from llama2.generate import cpu_decoder
 from llama2.generate.batch import Batch, Request
-from llama2.generate.cpu_decoder import Decoder
+from llama2.generate.cpu_decoder import CpuDecoder
 from llama2.generate.sampling import Sampling
 from llama2.generate.session import Session
 from llama2.model import quantize
 from llama2.model.cache import KVCache
+from llama2.model.linear import is_hooked
 from llama2.model.llama import Llama
-from llama2.model.quantize import Rounded, WeightPrecision
+from llama2.model.quantize import QuantizedWeight, WeightPrecision
+from llama2.model.replica import empty_copy, structure
 
 Tokens = Sequence[int]
 Progress = Callable[[int, int], None]  # completions finished, and of how many
@@ -104,13 +107,17 @@ class Engine:
         context = model.config.max_position_embeddings
         self.slots, self.context = slots, min(capacity or context, context)
         self.progress: Progress | None = None
-        self._model, self._dtype = model, torch.float32 if precision == "fp32" else torch.bfloat16
+        self._model = kernels.install(model)
+        self._dtype = torch.float32 if precision == "fp32" else torch.bfloat16
         self._bits = precision if precision == "int8" or precision == "int4" else None
         self._copy: Llama | None = None
-        self._rounded: dict[str, Rounded] = {}  # matrices of the copy, until they are packed
+        self._rounded: dict[
+            str, QuantizedWeight
+        ] = {}  # matrices of the copy, until they are packed
         self._spare: KVCache | None = None
-        self._decoder: Decoder | None = None
+        self._decoder: CpuDecoder | None = None
         self._state: list[tuple[int, int]] = []  # of the weights that are packed
+        self._structure = structure(model)
 
     def generate(
         self, prompts: Sequence[Tokens], sampling: Sampling, indices: Sequence[int] | None = None
@@ -224,10 +231,10 @@ class Engine:
             model, spare, min(self.slots, len(requests)), requests, decoder=self._packed(model)
         )
 
-    def _packed(self, model: Llama) -> Decoder | None:
+    def _packed(self, model: Llama) -> CpuDecoder | None:
         """The weights as our own decoding step reads them, where it runs."""
-        if self._decoder is None and cpu_decoder.runs(model):
-            self._decoder = Decoder(model, self._rounded)
+        if self._decoder is None and cpu_decoder.supports(model):
+            self._decoder = CpuDecoder(model, self._rounded)
             self._rounded = {}
 
         return self._decoder
@@ -241,7 +248,7 @@ class Engine:
             capacity,
             c.head_dim,
             dtype=self._dtype,
-            device=model.head_weight.device,
+            device=model.device,
         )
 
     def current(self) -> Llama:
@@ -249,16 +256,19 @@ class Engine:
         precision.
 
         Weights that may be trained are taken anew at every call: a fused optimizer leaves no trace
-        of what it writes. Frozen ones are taken once, as long as nothing else writes to them.
+        of what it writes. Frozen ones are taken once, as long as nothing else writes to them and
+        no module is replaced, wrapped or hooked.
         """
-        weights = list(self._model.parameters())
+        modules, weights = structure(self._model), list(self._model.parameters())
         sharded = any(_is_sharded(weight) for weight in weights)
         frozen = not sharded and not any(weight.requires_grad for weight in weights)
-        state = [(weight.data_ptr(), _version(weight)) for weight in weights] if frozen else []
-        changed = not frozen or state != self._state
+        read = (*weights, *self._model.buffers())
+        state = [(tensor.data_ptr(), _version(tensor)) for tensor in read] if frozen else []
+        restructured = modules != self._structure
+        changed = not frozen or restructured or state != self._state
 
         if changed:
-            self._state, self._decoder = state, None
+            self._state, self._structure, self._decoder = state, modules, None
 
         if (
             not sharded
@@ -267,7 +277,7 @@ class Engine:
         ):
             return self._model
 
-        if self._copy is None:
+        if self._copy is None or restructured:
             self._copy, changed = _blank(self._model, self._dtype), True
 
         if changed:
@@ -276,7 +286,10 @@ class Engine:
                     own.copy_(_whole(weight))
                     self._round(name, own)
 
-            if not cpu_decoder.runs(self._copy):
+                for held, buffer in zip(self._copy.buffers(), self._model.buffers(), strict=True):
+                    held.copy_(buffer)
+
+            if not cpu_decoder.supports(self._copy):
                 self._rounded = {}
 
         return self._copy
@@ -285,11 +298,11 @@ class Engine:
         """Put into a parameter of the copy what its integers stand for, if it is one that is
         rounded."""
         tied = self._model.config.tie_word_embeddings
-        if self._bits is None or quantize.kept(name, own, self._bits, tied=tied):
+        if self._bits is None or quantize.reason_to_keep(name, own, self._bits, tied=tied):
             return
 
-        found = quantize.rounded(own, self._bits)
-        own.copy_(found.weight())
+        found = quantize.quantize(own, self._bits)
+        own.copy_(found.dequantize())
         self._rounded[name] = found
 
 
@@ -325,10 +338,21 @@ def _own(sampling: Sampling) -> Sampling:
 
 def _blank(model: Llama, dtype: torch.dtype) -> Llama:
     """Memory for a model of the same shape, unsharded and of type `dtype`."""
+    if not any(_is_sharded(weight) for weight in model.parameters()):
+        return empty_copy(model, dtype)
+
+    leaves = [module for module in model.modules() if not any(module.children())]
+    if any(is_hooked(module) for module in leaves):
+        raise UserError(
+            "a model spread over ranks is sampled from a copy, which would lack the hooks of its "
+            "modules",
+            "remove them, or train with --training.parallel replicate",
+        )
+
     with torch.device("meta"):
         blank = Llama(model.config)
 
-    return blank.to(dtype).to_empty(device=next(model.parameters()).device)
+    return kernels.install(blank).to(dtype).to_empty(device=model.device)
 
 
 __all__ = ["Completion", "Engine", "Generator", "Progress", "Sampling", "Tokens"]

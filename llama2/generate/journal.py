@@ -17,7 +17,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO
 
-from llama2 import json_files, mesh
+from llama2 import json_files
 from llama2.errors import explain_os_errors
 from llama2.generate.engine import Completion
 
@@ -25,10 +25,11 @@ Keep = Callable[[str, Completion], None]
 
 
 class Journal:
-    """Completions by the key of what was asked; without a `directory` nothing is kept."""
+    """Completions by the key of what was asked, written down by one `rank`; without a `directory`
+    nothing is kept."""
 
-    def __init__(self, directory: Path | None) -> None:
-        self._directory = directory
+    def __init__(self, directory: Path | None, rank: int = 0) -> None:
+        self._directory, self._rank = directory, rank
 
     def find(self, asked: Mapping[str, tuple[int, ...]]) -> dict[str, Completion]:
         """The completions that are there of what is asked now: key to prompt."""
@@ -49,7 +50,7 @@ class Journal:
             yield lambda key, completion: None
             return
 
-        file = self._directory / f"{mesh.rank()}.jsonl"
+        file = self._directory / f"{self._rank}.jsonl"
         with explain_os_errors(file):
             self._directory.mkdir(parents=True, exist_ok=True)
             with open(file, "ab+") as sink:

@@ -17,7 +17,6 @@ asked for.
 from __future__ import annotations
 
 import asyncio
-import hashlib
 import json
 import math
 import os
@@ -37,6 +36,7 @@ from llama2.generate.grammar import Grammar
 from llama2.generate.journal import Journal, Keep
 from llama2.generate.sampling import Sampling
 from llama2.generate.wire import COMPLETIONS, MODELS, NEUTRAL, Choice, Reply, Trouble, Wire
+from llama2.hashing import hash_content, hash_number
 from llama2.tokenizer.tokenizer import Tokenizer
 
 HOPELESS = 32  # so many failures without a success between them, and the rest is not asked for
@@ -89,7 +89,8 @@ class RemoteEngine:
 
     context: the most tokens of prompt and completion together. retries: how often a failed request
     is repeated, after `pause` seconds, twice as many, and so on. timeout: seconds for one request.
-    concurrency: requests at a time. state: the directory of the journal. progress: called after
+    concurrency: requests at a time. state: the directory of the journal,
+    in which `rank` has a file of its own. progress: called after
     each completion.
     """
 
@@ -106,6 +107,7 @@ class RemoteEngine:
         concurrency: int = 64,
         pause: float = 1.0,
         state: Path | None = None,
+        rank: int = 0,
         progress: Progress | None = None,
     ) -> None:
         self._wire = Wire(
@@ -117,7 +119,8 @@ class RemoteEngine:
             context,
             tokenizer,
         )
-        self.progress, self._journal, self._resumable = progress, Journal(state), state is not None
+        self.progress, self._resumable = progress, state is not None
+        self._rank, self._journal = rank, Journal(state, rank)
 
     def generate(
         self, prompts: Sequence[Tokens], sampling: Sampling, indices: Sequence[int] | None = None
@@ -151,7 +154,7 @@ class RemoteEngine:
 
     def keep_in(self, state: Path) -> None:
         """From now on the journal is in this directory."""
-        self._journal, self._resumable = Journal(state), True
+        self._journal, self._resumable = Journal(state, self._rank), True
 
     def check(self, prompts: Sequence[Tokens]) -> None:
         """Raise the UserError that `generate` would raise for these prompts."""
@@ -244,7 +247,7 @@ class RemoteEngine:
         if sampling.logit_bias:
             body["logit_bias"] = {str(token): value for token, value in sampling.logit_bias}
 
-        key = hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()[:32]
+        key = hash_content(json.dumps(body, sort_keys=True))[:32]
         return _Ask(key, number, prompt, body)
 
     def _shape(self, grammar: object) -> dict[str, Any]:
@@ -390,6 +393,7 @@ def connect(
     context: int,
     *,
     state: Path | None = None,
+    rank: int = 0,
     progress: Progress | None = None,
 ) -> RemoteEngine:
     """An engine on `server`, once it has said that it serves the model; its own limit of length is
@@ -414,6 +418,7 @@ def connect(
         timeout=server.timeout,
         concurrency=server.concurrency,
         state=state,
+        rank=rank,
         progress=progress,
     )
     models = engine.models()
@@ -435,8 +440,7 @@ def connect(
 
 def seed_of(seed: int, prompt: int, sample: int) -> int:
     """The seed sent for one sample, of 31 bits: there are servers that take no more."""
-    digest = hashlib.blake2b(f"{seed} {prompt} {sample}".encode(), digest_size=4).digest()
-    return int.from_bytes(digest, "little") >> 1
+    return hash_number(f"{seed} {prompt} {sample}", 4) >> 1
 
 
 def _stop_id(choice: Choice, sampling: Sampling) -> int:

@@ -18,10 +18,11 @@ import torch
 from pydantic import Field
 
 from llama2.config import Config
+from llama2.devices import Precision
 from llama2.errors import UserError
 from llama2.generate.score import rewards
-from llama2.mesh import Precision
 from llama2.model.scorer import Scorer
+from llama2.ranks import Ranks
 
 Rule = Literal["llama2_piecewise", "weighted", "min", "helpful", "safe"]
 
@@ -56,13 +57,19 @@ class Score:
 
 
 class Rewards:
-    """Scores answers with both models. `tags[i]` is is_safety(p) of row i."""
+    """Scores answers with both models, shared between `ranks`. `tags[i]` is is_safety(p) of row i."""
 
     def __init__(
-        self, settings: RewardModels, helpful: Scorer, safe: Scorer | None, precision: Precision
+        self,
+        settings: RewardModels,
+        helpful: Scorer,
+        safe: Scorer | None,
+        precision: Precision,
+        ranks: Ranks | None = None,
     ) -> None:
         check(settings)
         self.settings, self.helpful, self.safe, self.precision = settings, helpful, safe, precision
+        self.ranks = ranks
 
     def to(self, device: torch.device | str) -> None:
         """Keep the models there."""
@@ -80,10 +87,14 @@ class Rewards:
     def __call__(self, rows: Sequence[Sequence[int]], tags: Sequence[bool]) -> list[Score]:
         """`rows` are token ids of whole conversations, answer included; every rank gets every
         score."""
-        helpful = rewards(self.helpful, rows, self.precision, name=self.settings.helpful)
+        helpful = rewards(
+            self.helpful, rows, self.precision, ranks=self.ranks, name=self.settings.helpful
+        )
         safe = [math.inf] * len(rows)
         if self.safe:
-            safe = rewards(self.safe, rows, self.precision, name=self.settings.safe)
+            safe = rewards(
+                self.safe, rows, self.precision, ranks=self.ranks, name=self.settings.safe
+            )
 
         return [
             Score(h, s, join(self.settings, h, s, tag)) for h, s, tag in zip(helpful, safe, tags)

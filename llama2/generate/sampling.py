@@ -12,6 +12,7 @@ Shapes: B rows, V vocabulary, U uniform numbers a token, M tokens.
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
@@ -21,6 +22,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from llama2 import devices
 from llama2.errors import UserError
 from llama2.kernels import build
 
@@ -28,7 +30,20 @@ UNIFORMS = 2  # the second is used where the first drew a token outside of the n
 _CANDIDATES = 256  # of the likeliest tokens, tried before a whole vocabulary is sorted
 _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 _BLOCK = 32
-_call = build.Library("sample")
+
+
+class Draw(build.Struct):
+    """See sample.cpp."""
+
+    _fields_ = [
+        *build.fields(ctypes.c_int64, "rows", "vocabulary"),
+        *build.fields(ctypes.c_void_p, "logits", "changed", "uniforms"),
+        ("scale", ctypes.c_float),
+        *build.fields(ctypes.c_void_p, "tokens", "logprobs", "likelier"),
+    ]
+
+
+_call = build.Library("sample", Draw)
 
 
 class Grammar(Protocol):
@@ -145,7 +160,7 @@ def draw(
     model's own distribution: without temperature, truncation and changes (fp32)."""
     logits_BV = logits_BV.float()
     source_BV = logits_BV if changed_BV is None else changed_BV
-    if logits_BV.device.type == "cpu" and _call.found and not (sampling.top_k or sampling.min_p):
+    if devices.is_cpu(logits_BV) and _call.found and not (sampling.top_k or sampling.min_p):
         return _drawn_natively(logits_BV, source_BV, uniforms_BU, sampling)
 
     if sampling.temperature == 0:
@@ -165,18 +180,18 @@ def _drawn_natively(
     logits_BV, source_BV = logits_BV.contiguous(), source_BV.contiguous()
     tokens_B, logprobs_B = torch.empty(rows, dtype=torch.long), torch.empty(rows)
     likelier_B = torch.empty(rows) if sampling.top_p < 1 and sampling.temperature else None
-    _call(
-        "draw",
-        rows,
-        size,
-        logits_BV,
-        source_BV,
-        uniforms_BU[:, 0].contiguous(),
-        1 / sampling.temperature if sampling.temperature else 0.0,
-        tokens_B,
-        logprobs_B,
-        0 if likelier_B is None else likelier_B.data_ptr(),
+    arguments = Draw(
+        rows=rows,
+        vocabulary=size,
+        logits=logits_BV,
+        changed=source_BV,
+        uniforms=uniforms_BU[:, 0].contiguous(),
+        scale=1 / sampling.temperature if sampling.temperature else 0.0,
+        tokens=tokens_B,
+        logprobs=logprobs_B,
+        likelier=likelier_B,
     )
+    _call("draw", arguments)
 
     if likelier_B is not None and len(
         outside := (likelier_B > sampling.top_p).nonzero().squeeze(1)
@@ -270,7 +285,7 @@ def _outside_nucleus(weights_BV: Tensor, tokens_B: Tensor, limit_B1: Tensor) -> 
     the sort.
     """
     own_B1 = weights_BV.gather(1, tokens_B[:, None])
-    if weights_BV.device.type != "cpu":
+    if not devices.is_cpu(weights_BV):
         return weights_BV.where(weights_BV > own_B1, 0).sum(-1) > limit_B1.squeeze(1)
 
     # A comparison written as floats: six times faster on a CPU than through a boolean mask.

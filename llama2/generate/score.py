@@ -1,8 +1,8 @@
 """Log-probabilities and rewards of given token rows, in batches (§3.2.2, §3.2.3).
 
 Rows are sorted by length and padded on the right, which changes no result: attention is causal, and
-a reward is read at the last real token. Under several ranks the batches are dealt out and every
-rank returns all results; each rank makes the same number of forward passes, which sharded models
+a reward is read at the last real token. Under several `ranks` the batches are dealt out and
+every rank returns all results; each rank makes the same number of forward passes, which sharded models
 need.
 
 Shapes: B rows, T their longest.
@@ -18,17 +18,24 @@ from typing import TypeVar
 import torch
 from torch import Tensor, nn
 
+from llama2 import kernels
+from llama2.devices import Precision, autocast
 from llama2.errors import UserError
-from llama2.mesh import Precision, autocast, share, unshare, world
 from llama2.model.llama import Llama
 from llama2.model.scorer import Scorer
+from llama2.ranks import Ranks
 
 Row = Sequence[int]
 R = TypeVar("R")
 
 
 def logprobs(
-    model: Llama, rows: Sequence[Row], precision: Precision = "bf16", batch_tokens: int = 16384
+    model: Llama,
+    rows: Sequence[Row],
+    precision: Precision = "bf16",
+    batch_tokens: int = 16384,
+    *,
+    ranks: Ranks | None = None,
 ) -> list[list[float]]:
     """log p(row[t] | row[:t]) for t = 1, 2, ...: one number fewer than the row has tokens.
 
@@ -45,12 +52,17 @@ def logprobs(
         return [row[: length - 1] for row, length in zip(table, lengths)]
 
     return _over_batches(
-        model, model.config.max_position_embeddings, rows, work, precision, batch_tokens
+        model, model.config.max_position_embeddings, rows, work, precision, batch_tokens, ranks
     )
 
 
 def predictions(
-    model: Llama, rows: Sequence[Row], precision: Precision = "bf16", batch_tokens: int = 2048
+    model: Llama,
+    rows: Sequence[Row],
+    precision: Precision = "bf16",
+    batch_tokens: int = 2048,
+    *,
+    ranks: Ranks | None = None,
 ) -> list[tuple[list[float], list[int]]]:
     """The numbers of `logprobs`, and the likeliest token at each of these places: what greedy
     decoding would choose.
@@ -74,7 +86,7 @@ def predictions(
         ]
 
     return _over_batches(
-        model, model.config.max_position_embeddings, rows, work, precision, batch_tokens
+        model, model.config.max_position_embeddings, rows, work, precision, batch_tokens, ranks
     )
 
 
@@ -84,6 +96,7 @@ def rewards(
     precision: Precision = "bf16",
     batch_tokens: int = 16384,
     *,
+    ranks: Ranks | None = None,
     name: object = "the reward model",
 ) -> list[float]:
     """The raw score (before any sigmoid) of each row, read at its last token: r(x, y) of equation
@@ -100,7 +113,7 @@ def rewards(
         return scores
 
     found = _over_batches(
-        scorer, scorer.config.max_position_embeddings, rows, work, precision, batch_tokens
+        scorer, scorer.config.max_position_embeddings, rows, work, precision, batch_tokens, ranks
     )
     if bad := [index for index, value in enumerate(found) if not math.isfinite(value)]:
         raise UserError(
@@ -120,6 +133,7 @@ def _over_batches(
     work: Callable[[Tensor, list[int]], list[R]],
     precision: Precision,
     batch_tokens: int,
+    ranks: Ranks | None,
 ) -> list[R]:
     """`work(tokens_BT, lengths)` for batches of rows; its results in the order of `rows`."""
     for index, row in enumerate(rows):
@@ -131,12 +145,14 @@ def _over_batches(
             )
 
     batches = _batches([len(row) for row in rows], batch_tokens)
-    mine = share(batches)
-    rounds = -(-len(batches) // world())
+    ranks = ranks or Ranks.alone()
+    mine = ranks.share(batches)
+    rounds = -(-len(batches) // ranks.data.size)
     device = next(model.parameters()).device
     results: list[list[R]] = []
+    kernels.install(model)
 
-    with torch.inference_mode(), autocast(precision):
+    with torch.inference_mode(), autocast(device, precision):
         for turn in range(rounds):
             # a rank without work joins in all the same
             batch = mine[turn] if turn < len(mine) else batches[0]
@@ -148,7 +164,7 @@ def _over_batches(
                 results.append(done)
 
     in_order: list[R | None] = [None] * len(rows)
-    for index, result in zip(chain(*batches), chain(*unshare(results))):
+    for index, result in zip(chain(*batches), chain(*ranks.unshare(results))):
         in_order[index] = result
 
     return in_order  # type: ignore[return-value]

@@ -20,12 +20,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from llama2 import devices
 from llama2.generate.batch import COMPACT, READ_TOKENS, Batch, Prompt, Request, _check
-from llama2.generate.cpu_decoder import Decoder
+from llama2.generate.cpu_decoder import CpuDecoder
 from llama2.model.cache import KVCache
 from llama2.model.llama import Llama
 
-CHUNK_TOKENS = {"cpu": 512}  # of prompts read between two steps of the others
+CHUNK_TOKENS = {devices.CPU: 512}  # of prompts read between two steps of the others
 LARGE_CHUNK_TOKENS = 2048  # on other devices
 # of a new token and one before it: attention to more is quicker in PyTorch
 READ_PAIRS = 2 * READ_TOKENS**2
@@ -50,7 +51,7 @@ class Session(Batch):
     """Serves requests until nobody has any; see `submit`, `cancel` and `step`."""
 
     def __init__(
-        self, model: Llama, cache: KVCache, slots: int, decoder: Decoder | None = None
+        self, model: Llama, cache: KVCache, slots: int, decoder: CpuDecoder | None = None
     ) -> None:
         super().__init__(model, cache, slots, (), cache.capacity, decoder)
         self.slots = slots

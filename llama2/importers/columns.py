@@ -1,5 +1,5 @@
-"""Filled columns that no reader asked for: those that a record may lose, and those that change what
-it says.
+"""Filled columns that no reader reads: those that a record may lose, and those that change what it
+says.
 
 Readers recognise a format by the keys it needs. A further key is harmless (`id`, `source`, `date`),
 or it is what the question is about, what the answer was chosen from, or how good the answer is.
@@ -138,7 +138,7 @@ WORD = re.compile(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+|\d+")
 
 
 @dataclass(frozen=True)
-class Unread:
+class UnreadColumns:
     """Filled columns that nobody read: those that change the meaning, whether tools are among them,
     and the rest."""
 
@@ -147,36 +147,34 @@ class Unread:
     harmless: tuple[str, ...]
 
 
-def unread(row: Row, known: Collection[str] = (), worth: bool = True) -> Unread:
-    """What nobody asked for in a row and in the mappings read inside it.
+def find_unread(row: Row, known: Collection[str] = (), worth: bool = True) -> UnreadColumns:
+    """Return what nobody read of a row and of the mappings read inside it.
 
     known: columns that this format is known to have and not to need. worth: whether it matters how
     good an answer is, which it does not for prompts.
     """
-    left = [
-        (key, value)
-        for place in (row, *_inner(row))
-        if isinstance(place.value, dict)
-        for key, value in place.value.items()
-        if key not in place.asked and is_filled(value)
-    ]
-    read = "\n".join(_texts(_read(row))) if left else ""
-    lost, harmless, tools = list[str](), list[str](), False
+    mappings = [part for part in _parts(row) if isinstance(part.value, dict)]
+    left: list[tuple[str, Any]] = []
+    for part in mappings:
+        unread = [key for key in part.value if key not in part.read]
+        left += [(key, part.value[key]) for key in unread if is_filled(part.value[key])]
 
+    text = "\n".join(_texts([row.get(key) for key in row.read])) if left else ""
+    lost, harmless, tools = dict[str, None](), dict[str, None](), False
     for key, value in left:
         words = [_singular(word.lower()) for word in WORD.findall(str(key))]
-        if key in known or _is_harmless(words, value, read, worth):
-            harmless.append(str(key))
+        if key in known or _is_harmless(words, value, text, worth):
+            harmless[str(key)] = None
         elif _TOOLS & {*words}:
             tools = True
         else:
-            lost.append(str(key))
+            lost[str(key)] = None
 
-    return Unread(tuple(dict.fromkeys(lost)), tools, tuple(dict.fromkeys(harmless)))
+    return UnreadColumns(tuple(lost), tools, tuple(harmless))
 
 
 def is_filled(value: Any) -> bool:
-    """Whether a cell says anything: null, NaN, false, blanks and empty lists of any depth do
+    """Return whether a cell says anything: null, NaN, false, blanks and empty lists of any depth do
     not."""
     if value is None or value is False or value != value:
         return False
@@ -188,30 +186,25 @@ def is_filled(value: Any) -> bool:
     return any(map(is_filled, value)) if isinstance(value, (list, tuple)) else True
 
 
-def _is_harmless(words: list[str], value: Any, read: str, worth: bool) -> bool:
+def _is_harmless(words: list[str], value: Any, text: str, worth: bool) -> bool:
+    """Return whether a record may lose a column whose name has these words. `text` is all that was
+    read of the row."""
+    names = {*words}
     if not words:
         return True
-
-    found = {*words}
-    if _MEDIA & found:
+    if _MEDIA & names:
         return False
-    if words == ["number"] and _PLACEHOLDER.search(read):
+    if words == ["number"] and _PLACEHOLDER.search(text):
         return False  # MAWPS: the numbers that stand for `number0` in the question
     if words[-1] in _DESCRIBES or words[0] in _FORMER:
         return True
-    if (
-        words in _ABOUT_ALONE
-        or _TOOLS & found
-        or _ABOUT & found
-        or _OPTIONS & found
-        or _is_numbered(words)
-    ):
+    if words in _ABOUT_ALONE or (_TOOLS | _ABOUT | _OPTIONS) & names or _is_numbered(words):
         return False
-    if _ASKED & found:
-        return isinstance(value, str) and tidy(value) in read  # a copy of what was read
+    if _ASKED & names:
+        return isinstance(value, str) and tidy(value) in text  # a copy of what was read
 
     # the code that is asked about, not that of a country
-    return not worth or not (_WORTH & found or words == ["code"])
+    return not worth or not (_WORTH & names or words == ["code"])
 
 
 def _is_numbered(words: list[str]) -> bool:
@@ -223,21 +216,15 @@ def _singular(word: str) -> str:
     return word[:-1] if len(word) > 3 and word.endswith("s") and word[-2] not in "is" else word
 
 
-def _inner(row: Row) -> Iterator[Row]:
+def _parts(row: Row) -> Iterator[Row]:
+    """A row and the mappings read inside it."""
+    yield row
     for part in row.parts:
-        yield part
-        yield from _inner(part)
-
-
-def _read(row: Row) -> list[Any]:
-    return (
-        [row.value[key] for key in row.asked if key in row.value]
-        if isinstance(row.value, dict)
-        else []
-    )
+        yield from _parts(part)
 
 
 def _texts(value: Any) -> Iterator[str]:
+    """Every text inside a value."""
     if isinstance(value, str):
         yield tidy(value)
     elif isinstance(value, (list, dict)):

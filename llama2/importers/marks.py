@@ -1,4 +1,4 @@
-"""What other tools say of an answer: that it is bad, or that it carries no loss (§3.1).
+"""Marks that other tools put on an answer: that it is bad, or that it carries no loss (§3.1).
 
 One rule for every format. A mark on a row (`label` of KTO sets, `harmful`, `is_safe`) leaves out
 the row whose answer is bad. A loss flag (`weight` of OpenAI and mistral-finetune, `train` of
@@ -10,11 +10,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
-from itertools import dropwhile
+from itertools import compress, dropwhile
 from typing import Any, Literal
 
 from llama2.importers.columns import WORD
-from llama2.importers.tables import Skip
+from llama2.importers.tables import SkippedRow
 from llama2.reading.files import Row
 from llama2.records import Dialog, trained_turns
 
@@ -148,113 +148,110 @@ _BAD = _NO | {
 _CURE = "write 0 or 1, or leave it out: --sources.NAME.ignore"
 
 
-def marked_bad(row: Row) -> bool:
-    """Whether a row says that its answer is bad. A text that is no such mark is left unread; a
-    number is an error."""
+def is_marked_bad(row: Row) -> bool:
+    """Return whether a row says that its answer is bad. A text that is no such mark is left unread;
+    a number is an error."""
     for key in [*row.value] if isinstance(row.value, dict) else []:
-        mark = _mark(key)
+        mark = _find_mark(key)
         value = row.get(key) if mark else None
         if value is None or value == "":
             continue
 
-        word = _word(value)
+        word = _normalise(value)
         if word in (_BAD if mark in GOOD else _YES):
             return True
+        if word in _GOOD | _BAD:
+            continue
+        if isinstance(value, (int, float)):
+            raise row.error(f"'{key}' is {value}, neither good nor bad", f"{_CURE} {key}")
 
-        if word not in _GOOD | _BAD:
-            if isinstance(value, (int, float)):
-                raise row.error(f"'{key}' is {value}, neither good nor bad", f"{_CURE} {key}")
-
-            row.asked.discard(key)
+        row.read.discard(key)
 
     return False
 
 
-def marked_unsafe(row: Row) -> bool:
-    """Whether a row without an answer says that its prompt is unsafe: `label` in words, `unsafe`,
-    `harmful`, `safe`."""
-    found = False
+def is_marked_unsafe(row: Row) -> bool:
+    """Return whether a row without an answer says that its prompt is unsafe: `label` in words,
+    `unsafe`, `harmful`, `safe`."""
+    unsafe = False
     for key in [*row.value]:
-        mark, word = _mark(key), _word(row.value[key])
-        if (mark in ("unsafe", "harmful", "safe") and word in _YES | _NO) or (
-            mark == "label" and word in ("unsafe", "harmful", "safe", "harmless")
-        ):
+        mark, word = _find_mark(key), _normalise(row.value[key])
+        if mark == "label" and word in ("unsafe", "harmful", "safe", "harmless"):
             row.get(key)
-            found |= word in ("unsafe", "harmful") or (
-                mark != "label" and (word in _YES) == (mark != "safe")
-            )
+            unsafe |= word in ("unsafe", "harmful")
+        elif mark in ("unsafe", "harmful", "safe") and word in _YES | _NO:
+            row.get(key)
+            unsafe |= (word in _YES) == (mark != "safe")
 
-    return found
-
-
-def is_yes(value: Any) -> bool | None:
-    """A truth value in any spelling, None where a value is none."""
-    word = _word(value)
-    return True if word in _YES else False if word in _NO else None
+    return unsafe
 
 
-def _mark(key: str) -> str:
-    """The name of `GOOD` or `BAD` that a column has, "" where it has none: `is_safe` and
+def parse_yes(value: Any) -> bool | None:
+    """Return the truth value that is spelt in any way, None where a value is none."""
+    word = _normalise(value)
+    return word in _YES if word in _YES | _NO else None
+
+
+def _find_mark(key: str) -> str:
+    """Return the name of `GOOD` or `BAD` that a column has, "" where it has none: `is_safe` and
     `answerIsSafe` are "safe"."""
     words = [word.lower() for word in WORD.findall(str(key))]
     marked = list(dropwhile(_ABOUT_WHAT.__contains__, words))
-    # `answer_label` may be a letter
-    names = [" ".join(words), *([" ".join(marked)] if marked != ["label"] else [])]
+    names = [" ".join(words)]
+    if marked != ["label"]:  # `answer_label` may be a letter
+        names.append(" ".join(marked))
 
     return next((name for name in names if name in GOOD | BAD), "")
 
 
-def _word(value: Any) -> str:
-    """How a mark is spelled, whatever its case and what joins its words: `Thumbs_Down` is "thumbs
-    down"."""
-    said = str(value).strip().lower()
-    return said.replace("_", " ").replace("-", " ").strip() if not said.startswith("-") else said
+def _normalise(value: Any) -> str:
+    """Return how a mark is spelt, whatever its case and what joins its words: `Thumbs_Down` is
+    "thumbs down"."""
+    word = str(value).strip().lower()
+    return word if word.startswith("-") else word.replace("_", " ").replace("-", " ").strip()
 
 
-def turn_flag(turn: Row, number: int) -> bool:
-    """Whether an assistant turn carries loss; true where nothing is said."""
-    where = f"turn {number}: "
+def read_turn_flag(turn: Row, number: int) -> bool:
+    """Return whether an assistant turn carries loss; true where nothing is said."""
     for key in DETAIL:
         if turn.get(key):
             raise turn.error(
-                f"{where}'{key}' marks parts of the turn, a record only whole turns",
+                f"turn {number}: '{key}' marks parts of the turn, a record only whole turns",
                 "split the turn, or remove the key",
             )
 
-    return _all_agree(turn, where)
+    return all(_read_flags(turn, f"turn {number}: "))
 
 
-def row_flags(row: Row) -> Literal["all", "last"] | tuple[bool, ...]:
-    """What a row says of its turns: all, the last, or one truth value each. Skip where it is not to
-    be learnt."""
+def read_row_flags(row: Row) -> Literal["all", "last"] | tuple[bool, ...]:
+    """Return what a row says of its turns: all, the last, or one truth value each. SkippedRow where
+    it is not to be learnt."""
     train = row.get("train")
-    said: list[tuple[bool, ...]] = []
+    masks: list[tuple[bool, ...]] = []
     for key in (*LEARNT, *NOT_LEARNT):
         value = row.get(key)
         if isinstance(value, list):
-            said.append(tuple(_truth(row, "", key, item) for item in value))
+            masks.append(tuple(_read_flag(row, "", key, item) for item in value))
 
-    if len({*said}) > 1:
+    if len({*masks}) > 1:
         raise row.error("its flags contradict one another", "keep one of them")
-    if not _all_agree(row, "", "train" if train in ("all", "last") else ""):
-        raise Skip("not to be learnt")
+    if not all(_read_flags(row, "", "train" if train in ("all", "last") else "")):
+        raise SkippedRow("not to be learnt")
+    if masks:
+        return masks[0]
 
-    return said[0] if said else "last" if train == "last" else "all"
-
-
-def _all_agree(row: Row, where: str, but: str = "") -> bool:
-    flags = [
-        _truth(row, where, key, value)
-        for key in (*LEARNT, *NOT_LEARNT)
-        if (value := row.get(key)) is not None
-        and value != ""
-        and key != but
-        and not isinstance(value, list)
-    ]
-    return all(flags)
+    return "last" if train == "last" else "all"
 
 
-def _truth(row: Row, where: str, key: str, value: Any) -> bool:
+def _read_flags(row: Row, where: str, but: str = "") -> list[bool]:
+    """Return what each flag says that is no list."""
+    values = {key: row.get(key) for key in (*LEARNT, *NOT_LEARNT)}
+    given = [key for key in values if key != but and values[key] not in (None, "")]
+    flat = [key for key in given if not isinstance(values[key], list)]
+    return [_read_flag(row, where, key, values[key]) for key in flat]
+
+
+def _read_flag(row: Row, where: str, key: str, value: Any) -> bool:
     word = str(value).strip().lower()
     if word not in _YES | _NO:
         raise row.error(
@@ -264,44 +261,40 @@ def _truth(row: Row, where: str, key: str, value: Any) -> bool:
     return (word in _YES) != (key in NOT_LEARNT)
 
 
-def learnt(
-    convert: Callable[[Row], Iterable[Dialog | Skip]],
-) -> Callable[[Row], Iterator[Dialog | Skip]]:
-    """A reader of dialogues that honours what a row says of its answers."""
+def mask_unlearnt(
+    convert: Callable[[Row], Iterable[Dialog | SkippedRow]],
+) -> Callable[[Row], Iterator[Dialog | SkippedRow]]:
+    """Return a reader of dialogues that honours what a row says of its answers."""
 
-    def read(row: Row) -> Iterator[Dialog | Skip]:
-        if marked_bad(row):
-            raise Skip("the answer is marked as bad")
+    def read(row: Row) -> Iterator[Dialog | SkippedRow]:
+        if is_marked_bad(row):
+            raise SkippedRow("the answer is marked as bad")
 
-        flags = row_flags(row)
+        flags = read_row_flags(row)
         for item in convert(row):
-            yield item if isinstance(item, Skip) else _masked(row, item, flags)
+            yield item if isinstance(item, SkippedRow) else _mask(row, item, flags)
 
     return read
 
 
-def _masked(
+def _mask(
     row: Row, dialog: Dialog, flags: Literal["all", "last"] | tuple[bool, ...]
-) -> Dialog | Skip:
+) -> Dialog | SkippedRow:
+    """Return a dialogue in which turns carry loss where both it and its row say so."""
     answers = [message.role == "assistant" for message in dialog.messages]
     if isinstance(flags, tuple) and len(flags) == len(answers):
-        flags = tuple(flag for flag, answer in zip(flags, answers) if answer)
-
+        flags = tuple(compress(flags, answers))
     if isinstance(flags, tuple) and len(flags) != sum(answers):
         raise row.error(
             f"{len(flags)} flags for {sum(answers)} answers in {len(answers)} turns",
             "give every turn, or every answer, its flag",
         )
 
-    mask = tuple(
-        one and other
-        for one, other in zip(
-            trained_turns(dialog.messages, dialog.train), trained_turns(dialog.messages, flags)
-        )
-    )
+    own = trained_turns(dialog.messages, dialog.train)
+    mask = tuple(map(all, zip(own, trained_turns(dialog.messages, flags))))
     if not any(mask):
-        return Skip("no turn to learn from")
-    if dialog.train == "last" or flags == "last":
+        return SkippedRow("no turn to learn from")
+    if "last" in (dialog.train, flags):
         return replace(dialog, train="last")
 
     return replace(dialog, train="all" if all(mask) else mask)

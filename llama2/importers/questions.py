@@ -8,11 +8,13 @@ instruction, and options follow either.
 from __future__ import annotations
 
 import re
+from itertools import count
 from typing import Any
 
+from llama2.errors import UserError
 from llama2.importers.columns import is_filled
-from llama2.importers.tables import Skip
-from llama2.importers.transcripts import join, messages, prompt
+from llama2.importers.tables import SkippedRow
+from llama2.importers.turns import join, read_prompt, read_turns
 from llama2.reading.files import Row, tidy
 from llama2.records import Message, Messages
 
@@ -56,98 +58,96 @@ _COPIED = 16
 """a context of so many characters that stands in the question is not put there again"""
 _OPTIONS = ("options", "choices")
 _TEMPLATE = re.compile(
-    r"<\|(im_start|user|system|prompter|begin_of_text|start_header_id)\|>|<s>\s*\[INST\]|\[INST\]|### Human:"
-    r"|<start_of_turn>|<bos>"
+    r"<\|(im_start|user|system|prompter|begin_of_text|start_header_id)\|>"
+    r"|<s>\s*\[INST\]|\[INST\]|### Human:|<start_of_turn>|<bos>"
 )
 _LETTERED = re.compile(r"\(?[A-Za-z0-9][).:]")
 _TEXTS = ("text", "content", "body", "passage")
 
 
-def asked(row: Row, keys: tuple[str, ...] = QUESTIONS) -> Messages:
-    """The turns before the answer: `keys` say where the question may stand; a list of turns is
-    taken as it is."""
-    key = _key(row, keys)
-    said = row.get(key)
-    if isinstance(said, list):
-        return messages(row, said, system(row))
+def read_question(row: Row, keys: tuple[str, ...] = QUESTIONS) -> Messages:
+    """Return the turns before the answer: `keys` say where the question may stand; a list of turns
+    is taken as it is."""
+    key = _find_key(row, keys)
+    if isinstance(row.get(key), list):
+        return read_turns(row, row.get(key), read_system(row))
 
     text = row.text(key)
     if key == "text" and _TEMPLATE.match(text):
-        raise Skip("text in a model's template", "give its turns as a list")
+        raise SkippedRow("text in a model's template", "give its turns as a list")
 
-    turns = prompt(text)
-    opening = _system_turn(row)
-    if len(turns) > 1 or turns[0].role != "user":
-        return (*opening, *turns)
+    turns, system = read_prompt(text), read_system(row)
+    if len(turns) == 1 and turns[0].role == "user":
+        question = complete(row, turns[0].content, key in INSTRUCTIONS)
+        turns = (Message("user", question),)
 
-    return (*opening, Message("user", complete(row, turns[0].content, key in INSTRUCTIONS)))
-
-
-def _key(row: Row, keys: tuple[str, ...]) -> str:
-    """The first of `keys` that says something, else the first that the row has."""
-    filled = (key for key in keys if is_filled(row.get(key)))
-    present = (key for key in keys if key in row.value)
-    return next(filled, next(present, keys[0]))
+    return (Message("system", system), *turns) if system else turns
 
 
-def complete(row: Row, said: str, instruction: bool) -> str:
-    """A question or an instruction joined with its context, its input and its options."""
-    contexts = [
-        text
-        for key in CONTEXTS
-        for text in texts(row, key)
-        if len(text) < _COPIED or text not in said
-    ]
-    given = [text for text in [row.text("input", optional=True)] if text != said]
-    if not said and not instruction:
+def _find_key(row: Row, keys: tuple[str, ...]) -> str:
+    """Return the first of `keys` that says something, else the first that the row has."""
+    for key in keys:
+        if is_filled(row.get(key)):
+            return key
+
+    return next((key for key in keys if key in row.value), keys[0])
+
+
+def complete(row: Row, text: str, is_instruction: bool) -> str:
+    """Join a question or an instruction with its context, its input and its options."""
+    contexts = [context for key in CONTEXTS for context in read_texts(row, key)]
+    new = [context for context in contexts if len(context) < _COPIED or context not in text]
+    given = row.text("input", optional=True)
+    given = "" if given == text else given
+    if not text and not is_instruction:
         return ""  # a passage alone asks nothing
-    if instruction:
-        return join(said, *given, *contexts, _options(row))
+    if is_instruction:
+        return join(text, given, *new, _read_options(row))
 
-    return join(*contexts, said, *given, _options(row))
+    return join(*new, text, given, _read_options(row))
 
 
-def system(row: Row) -> str:
-    """The system turn, in the column that is called after it."""
+def read_system(row: Row) -> str:
+    """Return the system turn, in the column that is called after it."""
     return row.text("system", "system_prompt", "system_message", "sys", optional=True)
 
 
-def category_of(row: Row, *keys: str) -> str:
-    """What kind of question it is, in the first of `keys` (`category`) that holds text; others are
-    left unread."""
+def read_category(row: Row, *keys: str) -> str:
+    """Return what kind of question it is, in the first of `keys` (`category`) that holds text;
+    others are left unread."""
     for key in keys or ("category",):
         value = row.get(key)
         if isinstance(value, str) and tidy(value):
             return tidy(value)
 
-        row.asked.discard(key)
+        row.read.discard(key)
 
     return ""
 
 
-def _system_turn(row: Row) -> Messages:
-    said = system(row)
-    return (Message("system", said),) if said else ()
-
-
-def texts(row: Row, key: str) -> list[str]:
-    """The texts of a column: one, a list of them, or a list of mappings that hold one each."""
+def read_texts(row: Row, key: str) -> list[str]:
+    """Return the texts of a column: one, a list of them, or a list of mappings that hold one
+    each."""
     value = row.get(key)
     if not is_filled(value):
         return []
 
     items = value if isinstance(value, list) else [value]
-    found = [_text(row, item) for item in items if is_filled(item)]
-    if not all(isinstance(item, str) for item in found):
-        raise row.error(
-            f"'{key}' must be text, or a list of texts",
-            f"write it so, or leave it out: --sources.NAME.ignore {key}",
-        )
+    texts = [_read_text(row, item) for item in items if is_filled(item)]
+    if not all(isinstance(text, str) for text in texts):
+        raise _explain_no_texts(row, key, "text, or a list of texts")
 
-    return [tidy(item) for item in found]
+    return list(map(tidy, texts))
 
 
-def _text(row: Row, item: Any) -> Any:
+def _explain_no_texts(row: Row, key: str, wanted: str) -> UserError:
+    return row.error(
+        f"'{key}' must be {wanted}",
+        f"write it so, or leave it out: --sources.NAME.ignore {key}",
+    )
+
+
+def _read_text(row: Row, item: Any) -> Any:
     if not isinstance(item, dict):
         return item
 
@@ -155,36 +155,27 @@ def _text(row: Row, item: Any) -> Any:
     return join(*(part.text(key, optional=True) for key in ("title", *_TEXTS))) or None
 
 
-def _options(row: Row) -> str:
-    """The answers to choose from, one a line; letters are put before them where they have none."""
+def _read_options(row: Row) -> str:
+    """Return the answers to choose from, one a line; letters are put before them where they have
+    none."""
     lines: list[str] = []
     for key in _OPTIONS:
-        value = row.get(key)
+        value, labels = row.get(key), list[Any]()
         if isinstance(value, dict) and isinstance(value.get("text"), list):
-            labels = value.get("label") or []
-            items, value = [str(label) for label in labels], value["text"]
+            value, labels = value["text"], value.get("label") or []
         elif isinstance(value, dict):  # MedQA: {"A": "the first", ...}
-            value = {label: item for label, item in value.items() if item is not None}
-            items, value = list(value), list(value.values())
-        else:
-            items = []
+            labels = [label for label in value if value[label] is not None]
+            value = [value[label] for label in labels]
 
         if not is_filled(value):
             continue
         if not isinstance(value, list) or not all(isinstance(item, str) for item in value):
-            raise row.error(
-                f"'{key}' must be a list of texts",
-                f"write it so, or leave it out: --sources.NAME.ignore {key}",
-            )
+            raise _explain_no_texts(row, key, "a list of texts")
 
-        if not all(_LETTERED.match(item) for item in value):
-            names = (
-                items
-                if len(items) == len(value)
-                else [chr(ord("A") + index) for index in range(len(value))]
-            )
+        if not all(map(_LETTERED.match, value)):
+            names = labels if len(labels) == len(value) else map(chr, count(ord("A")))
             value = [f"{name}. {item.strip()}" for name, item in zip(names, value)]
 
-        lines += [tidy(item) for item in value]
+        lines += map(tidy, value)
 
     return "\n".join(lines)

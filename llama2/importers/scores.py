@@ -13,8 +13,8 @@ import re
 from collections.abc import Callable, Iterable, Iterator
 from typing import TypeVar
 
-from llama2.importers.marks import row_flags
-from llama2.importers.tables import Skip
+from llama2.importers.marks import read_row_flags
+from llama2.importers.tables import SkippedRow
 from llama2.reading.files import Row
 
 T = TypeVar("T")
@@ -22,45 +22,45 @@ _SCORE = re.compile(r"score|rating|reward|helpfulness|quality", re.IGNORECASE)
 _DIFFERENCE = ("margin", "score_diff", "score_difference", "rating_diff")
 
 
-def by_score(convert: Callable[[Row], Iterable[T | Skip]]) -> Callable[[Row], Iterator[T | Skip]]:
-    """A reader of comparisons that leaves out those without weight, and what the scores beside the
-    two answers call a tie or a contradiction."""
+def drop_by_score(
+    convert: Callable[[Row], Iterable[T | SkippedRow]],
+) -> Callable[[Row], Iterator[T | SkippedRow]]:
+    """Return a reader of comparisons that leaves out those without weight, and what the scores
+    beside the two answers call a tie or a contradiction."""
 
-    def read(row: Row) -> Iterator[T | Skip]:
-        if row_flags(row) not in ("all", "last"):
+    def read(row: Row) -> Iterator[T | SkippedRow]:
+        if read_row_flags(row) not in ("all", "last"):
             raise row.error("a comparison has no turns to mask", "give the row a weight of 0 or 1")
 
         yield from convert(row)
-        for difference in _differences(row):
+        for difference in _read_differences(row):
             if difference == 0:
-                raise Skip("tie")
+                raise SkippedRow("tie")
             if difference < 0:
-                raise Skip("the scores contradict the choice")
+                raise SkippedRow("the scores contradict the choice")
 
     return read
 
 
-def _differences(row: Row) -> Iterator[float]:
+def _read_differences(row: Row) -> Iterator[float]:
     """Every statement of how much better the chosen answer is."""
     for key in row.value if isinstance(row.value, dict) else ():
         if "chosen" in key and _SCORE.search(key):
             other = key.replace("chosen", "rejected")
-            better, worse = _number(row, key), _number(row, other)
+            better, worse = _read_number(row, key), _read_number(row, other)
             if better is not None and worse is not None:
                 yield better - worse
             else:
                 # half a comparison is none: it is named as unread
-                row.asked.difference_update((key, other))
-        elif key in _DIFFERENCE:
-            difference = _number(row, key)
-            if difference is not None:
-                yield difference
+                row.read.difference_update((key, other))
+        elif key in _DIFFERENCE and (difference := _read_number(row, key)) is not None:
+            yield difference
 
 
-def _number(row: Row, key: str) -> float | None:
-    value = row.get(key)
+def _read_number(row: Row, key: str) -> float | None:
+    """Return the finite number of a column, None where it holds none."""
     try:
-        number = float(value)
+        number = float(row.get(key))
     except (TypeError, ValueError):
         return None
 

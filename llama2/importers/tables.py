@@ -1,18 +1,18 @@
-"""Public formats as functions from a row to records (§3.1, §3.2.1).
+"""Public formats as functions from a row to records (§3.1, §3.2.1), and the one reader of them.
 
-The importers of `data` and `preferences` describe formats; what they share lives here. A format is
-recognised by what the first rows of a file have in common. Rows that cannot be used are counted by
-reason in a `Tally`, and so are the columns that were not read; a row that would lose its meaning
-with one of them is refused.
+`dialogs`, `preferences` and `prompts` hold the tables of formats. A format is recognised by what
+the first rows of a file have in common. Rows that cannot be used are counted by reason in a
+`Tally`, and so are the columns that were not read; a row that would lose its meaning with one of
+them is refused.
 """
 
 from __future__ import annotations
 
 import ast
-import hashlib
 import os
 import re
 import shlex
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
@@ -21,8 +21,9 @@ from typing import Any, Generic, Literal, TypeGuard, TypeVar
 import pydantic_core
 
 from llama2.errors import UserError, did_you_mean
-from llama2.importers.columns import unread
-from llama2.reading.files import Bad, Row, tables
+from llama2.importers.columns import find_unread
+from llama2.reading.files import BadRow, Row, read_tables
+from llama2.reading.rows import unify_line_ends
 from llama2.tally import Tally
 
 Malformed = Literal["stop", "skip"]
@@ -49,8 +50,8 @@ _WRITTEN = re.compile(r"""\s*(array\()?\[\s*\{\s*(["'])(role|content|from|value|
 _MEND = "mend the row, or import with malformed: skip"
 
 
-class Skip(Exception):
-    """This row, or one record of it, is well formed but of no use; `reason` is counted. Raised or
+class SkippedRow(Exception):
+    """A row, or one record of it, that is well formed but of no use; `reason` is counted. Raised or
     yielded."""
 
     def __init__(self, reason: str, cure: str = "") -> None:
@@ -58,24 +59,21 @@ class Skip(Exception):
         super().__init__(reason)
 
 
-class Lost(UserError):
-    """A row that has more to say than its format reads."""
+class LostColumns(UserError):
+    """The refusal of a row that has more to say than its format reads."""
 
     def __init__(self, row: Row, format: str, columns: Sequence[str]) -> None:
-        self.skip = Skip(
-            f"column {', '.join(columns)} would be lost",
-            f"--sources.NAME.ignore {shlex.join(columns)}",
-        )
+        ignore = f"--sources.NAME.ignore {shlex.join(columns)}"
+        self.skipped = SkippedRow(f"column {', '.join(columns)} would be lost", ignore)
         names = ", ".join(f"'{column}'" for column in columns)
         super().__init__(
             f"{row.where}: {names} would be lost: the format '{format}' does not read that",
-            "put it into the prompt, name another format, or leave it out: "
-            f"--sources.NAME.ignore {shlex.join(columns)}",
+            f"put it into the prompt, name another format, or leave it out: {ignore}",
         )
 
 
 @dataclass(frozen=True)
-class Format(Generic[T]):
+class RowFormat(Generic[T]):
     """A public format. A row is in it if it is `of` its type, has all `keys` ("a|b": either) and
     passes `test`.
 
@@ -85,30 +83,32 @@ class Format(Generic[T]):
 
     name: str
     keys: tuple[str, ...]
-    convert: Callable[[Row], Iterable[T | Skip]]
+    convert: Callable[[Row], Iterable[T | SkippedRow]]
     test: Callable[[Row], bool] = lambda row: True
     known: tuple[str, ...] = ()
     on_request: bool = False
     of: type = dict
 
-    def missing(self, value: Any) -> str:
+    def missing_key(self, value: Any) -> str:
         """The first key that a value lacks, "" if it has all."""
         present = {*value} if isinstance(value, dict) else set()
-        return next((key.split("|")[0] for key in self.keys if not present & {*key.split("|")}), "")
+        for key in self.keys:
+            if present.isdisjoint(key.split("|")):
+                return key.partition("|")[0]
+
+        return ""
 
     def matches(self, row: Row) -> bool:
-        """Whether a row can be in this format, as far as its keys tell."""
-        return (
-            not self.on_request
-            and isinstance(row.value, self.of)
-            and not self.missing(row.value)
-            and self.test(Row(row.value, row.where, row.name))
-        )
+        """Return whether a row can be in this format, as far as its keys tell."""
+        if self.on_request or not isinstance(row.value, self.of) or self.missing_key(row.value):
+            return False
+
+        return self.test(Row(row.value, row.where, row.name))
 
 
 @dataclass(frozen=True)
-class Reading:
-    """How a source is to be read.
+class ReadOptions:
+    """Choices for the reading of a source.
 
     format: a name, or "auto": recognised file by file. malformed: whether a row that is none ends
     the import or is counted. ignore: columns to leave out. worth: whether it matters how good the
@@ -121,123 +121,164 @@ class Reading:
     worth: bool = True
 
 
-AUTO = Reading()
+AUTO = ReadOptions()
 
 
-def convert(
-    path: str | os.PathLike[str], formats: Sequence[Format[T]], how: Reading, tally: Tally
+def read_records(
+    path: str | os.PathLike[str],
+    formats: Sequence[RowFormat[T]],
+    options: ReadOptions,
+    tally: Tally,
 ) -> Iterator[tuple[Row, T]]:
     """The records of a file, directory or archive, each with its row.
 
     Where malformed rows are skipped, so are those that are damaged or of no known format.
     """
-    if how.format != "auto" and how.format not in {f.name for f in formats}:
+    named = {format.name: format for format in formats}
+    if options.format != "auto" and options.format not in named:
         raise UserError(
-            f"unknown format '{how.format}'",
-            did_you_mean(how.format, ["auto", *(f.name for f in formats)]),
+            f"unknown format '{options.format}'", did_you_mean(options.format, ["auto", *named])
         )
 
-    for rows in tables(path, tally):
-        head, everything = _peek(map(_with_turns, rows))
-        header = _header(formats, how.format, head)
-        chosen = _choose(
-            formats,
-            how,
-            [_named(row, header) for row in head[bool(header) :] if _is_whole(row, header)],
-        )
-
+    possible = formats if options.format == "auto" else [named[options.format]]
+    for rows in read_tables(path, tally):
+        head, everything = _peek(map(_parse_turns, rows))
+        header = _find_header(possible, head)
+        sample = [_name_cells(row, header) for row in head[bool(header) :] if _fits(row, header)]
+        chosen = named.get(options.format) or _recognise(formats, options, sample)
         for row in islice(everything, bool(header), None):
             tally.read += 1
-            for record in _records(row, header, chosen, how, tally):
-                if isinstance(record, Skip):
+            for record in _read_row(row, header, chosen, options, tally):
+                if isinstance(record, SkippedRow):
                     tally.skip(record.reason, record.cure)
                 elif isinstance(row, Row):
                     yield row, record
 
 
-def _records(
-    row: Row | Bad, header: list[str], chosen: Format[T] | None, how: Reading, tally: Tally
-) -> list[T | Skip]:
-    """What a row holds. A row that is malformed is an error, or something to skip."""
+def _read_row(
+    row: Row | BadRow,
+    header: list[str],
+    chosen: RowFormat[T] | None,
+    options: ReadOptions,
+    tally: Tally,
+) -> list[T | SkippedRow]:
+    """Return what a row holds. A row that is malformed is an error, or something to skip."""
     try:
-        if isinstance(row, Bad):
+        if isinstance(row, BadRow):
             raise row.error(", or import with malformed: skip")
         if chosen is None:
-            raise _unknown(row)
+            raise _explain_unknown(row)
 
-        return _read(_without(_named(row, header), how.ignore), chosen, how, tally)
-    except Skip as skip:
-        return [skip]
+        row = _name_cells(row, header)
+        if options.ignore:
+            row = replace(row, value=_drop_columns(row.value, options.ignore))
+
+        return _convert(row, chosen, options, tally)
+    except SkippedRow as skipped:
+        return [skipped]
     except (ValueError, UserError) as error:
-        if how.malformed == "stop":
-            raise (
-                error if isinstance(error, UserError) else UserError(f"{row.where}: {error}", _MEND)
-            ) from None
+        if options.malformed == "skip":
+            return [error.skipped if isinstance(error, LostColumns) else SkippedRow("malformed")]
+        if isinstance(error, UserError):
+            raise
 
-        return [error.skip if isinstance(error, Lost) else Skip("malformed")]
+        raise UserError(f"{row.where}: {error}", _MEND) from None
 
 
-def _read(row: Row, chosen: Format[T], how: Reading, tally: Tally) -> list[T | Skip]:
+def _convert(
+    row: Row, chosen: RowFormat[T], options: ReadOptions, tally: Tally
+) -> list[T | SkippedRow]:
+    """Return the records of a row in its format; UserError where it is not in it, or where a column
+    would be lost."""
     if not isinstance(row.value, chosen.of):
         raise row.error(
-            f"the format '{chosen.name}' has {_TYPES[chosen.of]} for a row, this is {_shape(row.value)}"
+            f"the format '{chosen.name}' has {_TYPES[chosen.of]} for a row, "
+            f"this is {_describe_shape(row.value)}"
         )
 
-    missing = chosen.missing(row.value)
+    missing = chosen.missing_key(row.value)
     if missing:
         raise row.error(f"'{missing}' is missing: this row is not in the format '{chosen.name}'")
 
     tally.note("format", chosen.name)
     records = [*chosen.convert(row)]
-    if all(isinstance(record, Skip) for record in records):
+    if all(isinstance(record, SkippedRow) for record in records):
         return records
 
-    left = unread(row, chosen.known, how.worth)
-    if left.tools:
-        raise Skip("tools", "a Llama 2 dialogue has no place for their calls")
-    if left.lost:
-        raise Lost(row, chosen.name, left.lost)
+    unread = find_unread(row, chosen.known, options.worth)
+    if unread.tools:
+        raise SkippedRow("tools", "a Llama 2 dialogue has no place for their calls")
+    if unread.lost:
+        raise LostColumns(row, chosen.name, unread.lost)
 
-    for column in left.harmless:
+    for column in unread.harmless:
         tally.note("columns not read", column)
 
     return records
 
 
-def sample(path: str | os.PathLike[str]) -> Iterator[list[Row]]:
+def read_sample(path: str | os.PathLike[str]) -> Iterator[list[Row]]:
     """The first rows of the first files: what is at a path, as far as it can be read."""
-    for rows in islice(tables(path, Tally()), _FILES):
-        yield [row for row in _peek(map(_with_turns, rows))[0] if isinstance(row, Row)]
+    for rows in islice(read_tables(path, Tally()), _FILES):
+        head, _ = _peek(map(_parse_turns, rows))
+        yield [row for row in head if isinstance(row, Row)]
 
 
-def _with_turns(row: Row | Bad) -> Row | Bad:
-    """A row in which lists of turns that are written as text are lists again."""
-    if isinstance(row, Bad) or not isinstance(row.value, dict):
+def _peek(
+    rows: Iterator[Row | BadRow],
+) -> tuple[list[Row | BadRow], Iterator[Row | BadRow]]:
+    """Return the first rows, and all of them; an error on the way is raised in its turn."""
+    head: list[Row | BadRow] = []
+    failure: UserError | None = None
+    try:
+        for row in islice(rows, SAMPLE):
+            head.append(row)
+    except UserError as error:
+        failure = error
+
+    def replay() -> Iterator[Row | BadRow]:
+        yield from head
+        if failure is not None:
+            raise failure
+
+        yield from rows
+
+    return head, replay()
+
+
+# --- rows ---
+
+
+def _parse_turns(row: Row | BadRow) -> Row | BadRow:
+    """Return a row in which lists of turns that are written as text are lists again."""
+    if isinstance(row, BadRow) or not isinstance(row.value, dict):
         return row
 
-    written = {
-        key: said
-        for key in _TURNS
-        if isinstance(said := row.value.get(key), str) and _WRITTEN.match(said)
-    }
-    read = {key: _turns_of(said) for key, said in written.items()}
-    for key, turns in read.items():
+    parsed: dict[str, list[Any]] = {}
+    for key in _TURNS:
+        text = row.value.get(key)
+        if not isinstance(text, str) or not _WRITTEN.match(text):
+            continue
+
+        turns = _parse_list(text)
         if turns is None:
-            return Bad(
+            return BadRow(
                 row.where,
                 f"'{key}' is a list of turns written as text, in a way that cannot be read back",
                 "write the turns as JSON, best into a file of JSON Lines",
             )
 
-    return replace(row, value=row.value | read) if read else row
+        parsed[key] = turns
+
+    return replace(row, value=row.value | parsed) if parsed else row
 
 
-def _turns_of(said: str) -> list[Any] | None:
-    """A list of mappings that is written as JSON or as Python writes it, None where it is
+def _parse_list(text: str) -> list[Any] | None:
+    """Return a list of mappings that is written as JSON or as Python writes it, None where it is
     neither."""
-    for read in (pydantic_core.from_json, ast.literal_eval):
+    for parse in (pydantic_core.from_json, ast.literal_eval):
         try:
-            turns = read(said.strip())
+            turns = unify_line_ends(parse(text.strip()))
             pydantic_core.to_json(turns)  # refuses what UTF-8 cannot hold
         except (ValueError, SyntaxError, RecursionError, MemoryError):
             continue
@@ -248,108 +289,88 @@ def _turns_of(said: str) -> list[Any] | None:
     return None
 
 
-def _peek(rows: Iterator[Row | Bad]) -> tuple[list[Row | Bad], Iterator[Row | Bad]]:
-    """The first rows, and all of them; an error on the way is raised in its turn."""
-    head: list[Row | Bad] = []
-    failures: list[UserError] = []
-    try:
-        for row in islice(rows, SAMPLE):
-            head.append(row)
-    except UserError as error:
-        failures.append(error)
-
-    def everything() -> Iterator[Row | Bad]:
-        yield from head
-        for failure in failures:
-            raise failure
-
-        yield from rows
-
-    return head, everything()
-
-
-def _header(formats: Sequence[Format[T]], name: str, head: list[Row | Bad]) -> list[str]:
-    """The first row of a table of cells, if a format knows its cells as keys, else []."""
-    if not head or not isinstance(head[0], Row) or not isinstance(head[0].value, list):
+def _find_header(formats: Sequence[RowFormat[T]], head: list[Row | BadRow]) -> list[str]:
+    """Return the first row of a table of cells, if a format knows its cells as keys, else []."""
+    first = head[0] if head else None
+    if not isinstance(first, Row) or not isinstance(first.value, list):
         return []
 
-    cells = [str(cell).strip() for cell in head[0].value]
-    known = any(
-        f.keys and not f.missing(dict.fromkeys(cells)) for f in formats if name in ("auto", f.name)
-    )
-    return cells if known else []
+    cells = [str(cell).strip() for cell in first.value]
+    row = dict.fromkeys(cells)
+    return cells if any(f.keys and not f.missing_key(row) for f in formats) else []
 
 
-def _is_whole(row: Row | Bad, header: list[str]) -> TypeGuard[Row]:
-    return isinstance(row, Row) and (
-        not header or not isinstance(row.value, list) or len(row.value) == len(header)
-    )
+def _fits(row: Row | BadRow, header: list[str]) -> TypeGuard[Row]:
+    """Return whether a row has a cell for each name of the header, if there is one."""
+    if not isinstance(row, Row):
+        return False
+
+    return not header or not isinstance(row.value, list) or len(row.value) == len(header)
 
 
-def _named(row: Row, header: list[str]) -> Row:
-    """A row of cells as a mapping, under the names of its header."""
+def _name_cells(row: Row, header: list[str]) -> Row:
+    """Return a row of cells as a mapping, under the names of its header."""
     if not header or not isinstance(row.value, list):
         return row
-    if not _is_whole(row, header):
+    if not _fits(row, header):
         raise row.error(f"this row has {len(row.value)} cells, the header {len(header)}")
 
-    return replace(row, value=dict(zip(header, row.value)), asked=set(), parts=[])
+    return replace(row, value=dict(zip(header, row.value)))
 
 
-def _without(row: Row, columns: tuple[str, ...]) -> Row:
-    """A row without some columns, wherever in it they stand."""
-    return (
-        replace(row, value=_pruned(row.value, columns), asked=set(), parts=[]) if columns else row
-    )
-
-
-def _pruned(value: Any, columns: tuple[str, ...]) -> Any:
+def _drop_columns(value: Any, columns: tuple[str, ...]) -> Any:
+    """Return a value without some columns, wherever in it they stand."""
     if isinstance(value, dict):
-        return {key: _pruned(inner, columns) for key, inner in value.items() if key not in columns}
+        kept = [key for key in value if key not in columns]
+        return {key: _drop_columns(value[key], columns) for key in kept}
 
-    return [_pruned(inner, columns) for inner in value] if isinstance(value, list) else value
+    return [_drop_columns(item, columns) for item in value] if isinstance(value, list) else value
 
 
-def _choose(formats: Sequence[Format[T]], how: Reading, rows: list[Row]) -> Format[T] | None:
-    """The format that was named, else the first that fits every row of the sample which any
-    fits."""
-    if how.format != "auto":
-        return next(f for f in formats if f.name == how.format)
+# --- formats ---
 
-    fitting = [[f for f in formats if f.matches(row)] for row in rows]
-    recognised = [row for row, fit in zip(rows, fitting) if fit]
-    counts = {f.name: sum(f in fit for fit in fitting) for f in formats}
-    best = max(formats, key=lambda f: counts[f.name])
 
-    if not recognised:
+def _recognise(
+    formats: Sequence[RowFormat[T]], options: ReadOptions, rows: list[Row]
+) -> RowFormat[T] | None:
+    """Return the first format that fits every row of the sample which any fits."""
+    fitting: list[tuple[Row, list[RowFormat[T]]]] = []
+    for row in rows:
+        matching = [format for format in formats if format.matches(row)]
+        if matching:
+            fitting.append((row, matching))
+
+    if not fitting:
         return None
 
-    if counts[best.name] < len(recognised) and how.malformed == "stop":
-        other, fit = next((row, fit) for row, fit in zip(rows, fitting) if fit and best not in fit)
-        raise other.error(
-            f"the rows are of several formats: this one is '{fit[0].name}', most are '{best.name}'",
-            "split the file by format; or name one format and import with malformed: skip",
-        )
+    counts = Counter(format.name for _, matching in fitting for format in matching)
+    best = max(formats, key=lambda format: counts[format.name])
+    if options.malformed == "stop":
+        for row, matching in fitting:
+            if best not in matching:
+                raise row.error(
+                    f"the rows are of several formats: this one is '{matching[0].name}', "
+                    f"most are '{best.name}'",
+                    "split the file by format; or name one format and import with malformed: skip",
+                )
 
     return best
 
 
-def _unknown(row: Row) -> UserError:
-    shown = ", ".join(map(repr, row.value)) if isinstance(row.value, dict) else _shape(row.value)
+def _explain_unknown(row: Row) -> UserError:
+    """Return the error for a row of no known format."""
+    shape = _describe_shape(row.value)
+    if isinstance(row.value, dict):
+        shape = ", ".join(map(repr, row.value))
+
     return row.error(
-        f"the format is not recognised; the first record has {shown[:200]}",
+        f"the format is not recognised; the first record has {shape[:200]}",
         "name the format (docs/data.md), rename its columns, or import with malformed: skip",
     )
 
 
-def _shape(value: Any) -> str:
+def _describe_shape(value: Any) -> str:
     if isinstance(value, list):
         return f"a list of {len(value)} cells"
 
     return _TYPES.get(type(value), type(value).__name__)
-
-
-def digest(*parts: str) -> int:
-    """A number in [0, 2^64) that depends on the parts alone: the one source of chance in
-    imports."""
-    return int.from_bytes(hashlib.sha256("\0".join(parts).encode()).digest()[:8], "big")

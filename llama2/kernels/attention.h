@@ -1,21 +1,15 @@
-// Attention of one row to the cache: 16 numbers at a time, written out, for compilers make little of loops as short as a
-// head.
+// Attention of one row to the cache: 16 numbers at a time, written out, because compilers make little of loops as short
+// as a head.
 #pragma once
 
 #include "products.h"
+#include "step.h"
 
 namespace {
 
 constexpr int64_t AHEAD = 8;  // columns of the cache asked of memory before they are read
 
-struct Shape {
-    int64_t layers, D, F, H, K, E, V, B, slots, columns;
-    int64_t answers;  // rows whose logits are wanted
-    int64_t apart;    // whether every row has a slot of its own
-    float eps;
-};
-
-inline void turn(float *x, int64_t E, const float *cos, const float *sin) {
+inline void rotate(float *x, int64_t E, const float *cos, const float *sin) {
     for (int64_t e = 0; e < E / 2; e++) {
         float a = x[e], b = x[e + E / 2];
         x[e] = a * cos[e] - b * sin[e];
@@ -23,14 +17,17 @@ inline void turn(float *x, int64_t E, const float *cos, const float *sin) {
     }
 }
 
-// Queries and keys of one row turn to their position; keys and values of heads `from` to `to` go into the cache.
+// Rotates the queries and keys of one row to its position, and puts keys and values of heads `from` to `to` into the
+// cache.
 template <class T>
-void enter(const Shape &s, float *qkv, int64_t from, int64_t to, const float *cos, const float *sin, T *keys, T *values) {
-    const int64_t G = s.H / s.K, E = s.E;
-    for (int64_t h = from * G; h < to * G; h++) turn(qkv + h * E, E, cos, sin);
+void append(const Step &s, float *qkv, int64_t from, int64_t to, const float *cos, const float *sin, T *keys,
+            T *values) {
+    const Model &m = *s.model;
+    const int64_t E = m.head_dim, G = m.heads / m.kv_heads;
+    for (int64_t h = from * G; h < to * G; h++) rotate(qkv + h * E, E, cos, sin);
     for (int64_t k = from; k < to; k++) {
-        float *key = qkv + (s.H + k) * E, *value = qkv + (s.H + s.K + k) * E;
-        turn(key, E, cos, sin);
+        float *key = qkv + (m.heads + k) * E, *value = qkv + (m.heads + m.kv_heads + k) * E;
+        rotate(key, E, cos, sin);
         for (int64_t e = 0; e < E; e++) put(keys[k * E + e], key[e]), put(values[k * E + e], value[e]);
     }
 }
@@ -57,7 +54,8 @@ template <class T> Lanes load(const T *from, int64_t count) {  // fewer than 16,
 }
 
 inline float total(Lanes x) {
-    auto a = __builtin_shufflevector(x, x, 0, 1, 2, 3, 4, 5, 6, 7) + __builtin_shufflevector(x, x, 8, 9, 10, 11, 12, 13, 14, 15);
+    auto low = __builtin_shufflevector(x, x, 0, 1, 2, 3, 4, 5, 6, 7);
+    auto a = low + __builtin_shufflevector(x, x, 8, 9, 10, 11, 12, 13, 14, 15);
     auto b = __builtin_shufflevector(a, a, 0, 1, 2, 3) + __builtin_shufflevector(a, a, 4, 5, 6, 7);
     return (b[0] + b[1]) + (b[2] + b[3]);
 }
@@ -86,10 +84,12 @@ template <class T> void fetch(const T *from, int64_t count) {
 // The queries of one row and key heads `from` to `to` look at columns 0..position. All heads of a column lie together,
 // so columns are gone through in the order of memory. `work` holds a row of scores for each head, then its sums.
 template <int N, class T>
-void attend(const Shape &s, const float *queries, int64_t from, int64_t to, int64_t position, const T *keys,
+void attend(const Step &s, const float *queries, int64_t from, int64_t to, int64_t position, const T *keys,
             const T *values, float *work, T *out) {
-    const Head<N> head(s.E);
-    const int64_t G = s.H / s.K, E = s.E, step = s.K * E, heads = (to - from) * G, first = from * G;
+    const Model &m = *s.model;
+    const Head<N> head(m.head_dim);
+    const int64_t E = m.head_dim, G = m.heads / m.kv_heads, step = m.kv_heads * E;
+    const int64_t heads = (to - from) * G, first = from * G;
     const int64_t room = head.count * LANES;
     const float scale = 1.0f / std::sqrt(float(E));
     float *sums = work + heads * s.columns;
@@ -128,8 +128,14 @@ void attend(const Shape &s, const float *queries, int64_t from, int64_t to, int6
         for (int64_t e = 0; e < E; e++) put(out[(first + h) * E + e], sums[h * room + e]);
 }
 
-template <class T> auto attention(int64_t E) {
-    return E == 32 ? attend<2, T> : E == 48 ? attend<3, T> : E == 64 ? attend<4, T> : E == 128 ? attend<8, T> : attend<0, T>;
+template <class T> auto attention(int64_t E) {  // for this size of heads
+    switch (E) {
+    case 32: return attend<2, T>;
+    case 48: return attend<3, T>;
+    case 64: return attend<4, T>;
+    case 128: return attend<8, T>;
+    default: return attend<0, T>;
+    }
 }
 
 }  // namespace

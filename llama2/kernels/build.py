@@ -1,19 +1,20 @@
-"""Builds the C++ files of this folder with the compiler at hand when they are first needed, and
-loads them.
+"""Builds the C++ files of this folder with the compiler at hand when they are first needed, loads
+them and calls their functions.
 
-Each library is kept in the user's cache under a name that tells source, flags, compiler and the
+Each library is kept in the user's cache. Its name depends on source, flags, compiler and the
 processor's instructions, so it is built once, in about two seconds, and machines that share a cache
 keep libraries of their own. It ends in the hash of its content: what is damaged or half written is
-built again. A cache that cannot be written, or into which others can write (`private`), is passed
-over. Where nothing can be built everything runs in PyTorch's own operations, slower, and one line
-on standard error says why. LLAMA2_NATIVE=0 asks for that.
+built again. A cache that cannot be written, or into which others can write (`private_folders`), is
+passed over. Where nothing can be built everything runs in PyTorch's own operations, slower, and one
+line on standard error says why. LLAMA2_NATIVE=0 asks for that. By hand, because PyTorch's
+`cpp_extension` needs ninja and Python's headers, takes half a minute a file, and loads what others
+may have written.
 """
 
 from __future__ import annotations
 
 import ctypes
 import errno
-import hashlib
 import os
 import shlex
 import shutil
@@ -23,15 +24,15 @@ import sys
 import tempfile
 from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
+from llama2 import atomic, private_folders
 from llama2 import environment as switches
-from llama2 import private_folders
+from llama2.hashing import hash_content
 
 HERE = Path(__file__).parent
 FLAGS = (
@@ -47,42 +48,33 @@ FLAGS = (
 )
 WIDE = "-mprefer-vector-width=512"  # x86: GCC would take half of an AVX-512 register
 ASKING, BUILDING = 30, 120
-"""seconds that a compiler may take to tell of itself, and to build a library"""
+"""seconds that a compiler may take to list its macros, and to build a library"""
 MARK = b"\nsha256 of the above: "
 _DISK = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG)
 
 
 class _Unusable(Exception):
-    """A compiler that cannot build this, and why."""
+    """The reason why a compiler cannot build this."""
 
 
-@dataclass(frozen=True)
-class _Compiler:
-    """A compiler with its flags; `macros` tell its version, and the instructions that it will
-    use."""
-
-    command: tuple[str, ...]
-    macros: str
-
-
-_refused: list[str] = []
+_failures: list[str] = []
 """why nothing can be built here, once that is known: of three libraries the second and third would
 not fare better"""
 
 
 @cache
 def library(name: str) -> ctypes.CDLL | None:
-    """The functions of `name`.cpp, or None where they cannot be built."""
-    if not switches.native() or not sys.platform.startswith("linux") or _refused:
+    """Return the functions of `name`.cpp, or None where they cannot be built."""
+    if not switches.native() or not sys.platform.startswith("linux") or _failures:
         return None
 
     try:
-        return _loaded(_compiler(), name)
+        return _load(name, *_compiler())
     except (OSError, _Unusable) as error:
-        _refused.append(str(error))
+        _failures.append(str(error))
 
     if os.environ.get("RANK", "0") == "0":
-        print(f"this CPU runs at about half its speed: {_refused[0]}", file=sys.stderr)
+        print(f"this CPU runs at about half its speed: {_failures[0]}", file=sys.stderr)
 
     return None
 
@@ -91,45 +83,39 @@ def forget() -> None:
     """Look again, for compiler and libraries, when one is wanted."""
     library.cache_clear()
     _compiler.cache_clear()
-    _refused.clear()
+    _failures.clear()
 
 
 @cache
-def _compiler() -> _Compiler:
-    """The first compiler there is. What $CXX names may have arguments. _Unusable if there is
-    none."""
+def _compiler() -> tuple[tuple[str, ...], str]:
+    """Return the first compiler there is, with its flags, and the macros that it defines before it
+    has read anything: they give its version and the instructions that it will use. What $CXX names
+    may have arguments. _Unusable if there is none."""
     for words in (os.environ.get("CXX", ""), "g++", "clang++"):
         with suppress(ValueError):  # a quotation mark without its pair
             program, *rest = shlex.split(words) or [""]
             if program and (path := shutil.which(program)):
-                return _asked((path, *rest))
+                command = (path, *rest, *FLAGS)
+                macros = _run((*command, "-dM", "-E", "-x", "c++", os.devnull), ASKING)
+                wide = (WIDE,) if "__x86_64__" in macros else ()
+                return (*command, *wide), macros
 
     raise _Unusable("no C++ compiler found (install g++)")
 
 
-def _asked(command: tuple[str, ...]) -> _Compiler:
-    """What a compiler tells of itself: the macros it defines before it has read anything."""
-    show = ("-dM", "-E", "-x", "c++", os.devnull)
-    macros = _run((*command, *FLAGS, *show), ASKING)
-    wide = (WIDE,) if "__x86_64__" in macros else ()
-
-    return _Compiler((*command, *FLAGS, *wide), macros)
-
-
-def _loaded(compiler: _Compiler, name: str) -> ctypes.CDLL:
-    """The library, from the first folder that is ours and takes it; at last from one that is
+def _load(name: str, compiler: tuple[str, ...], macros: str) -> ctypes.CDLL:
+    """Load the library from the first folder that is ours and takes it, at last from one that is
     deleted at once."""
-    texts = [path.read_text("utf-8") for path in (HERE / f"{name}.cpp", *sorted(HERE.glob("*.h")))]
-    tag = hashlib.sha256(
-        "\0".join((*texts, *compiler.command, compiler.macros)).encode()
-    ).hexdigest()[:16]
-    command = (*compiler.command, str(HERE / f"{name}.cpp"), "-o")
+    source = HERE / f"{name}.cpp"
+    texts = [path.read_text("utf-8") for path in (source, *sorted(HERE.glob("*.h")))]
+    tag = hash_content("\0".join((*texts, *compiler, macros)))[:16]
+    command = (*compiler, str(source), "-o")
     reasons = []
 
     for folder in private_folders.folders():
         try:
             private_folders.make(folder)
-            return ctypes.CDLL(str(_built(command, folder / f"{name}-{tag}.so")))
+            return ctypes.CDLL(str(_build(command, folder / f"{name}-{tag}.so")))
         # read-only, full, no folder, not ours, or without the right to run what is in it
         except OSError as error:
             reasons.append(_reason(error, folder))
@@ -137,7 +123,7 @@ def _loaded(compiler: _Compiler, name: str) -> ctypes.CDLL:
     try:
         with tempfile.TemporaryDirectory(prefix="llama2-", ignore_cleanup_errors=True) as scratch:
             private_folders.check_way(Path(scratch))
-            return ctypes.CDLL(str(_built(command, Path(scratch) / f"{name}.so")))
+            return ctypes.CDLL(str(_build(command, Path(scratch) / f"{name}.so")))
     except OSError as error:
         reasons.append(_reason(error, Path("a temporary folder")))
         raise OSError(
@@ -145,9 +131,9 @@ def _loaded(compiler: _Compiler, name: str) -> ctypes.CDLL:
         ) from error
 
 
-def _built(command: Sequence[str], path: Path) -> Path:
-    """The library's path; it is built under another name and moved, so that nobody loads half of
-    it."""
+def _build(command: Sequence[str], path: Path) -> Path:
+    """Build the library where it is not there whole; return `path`. It is built under another name
+    and moved, so that nobody loads half of it."""
     if os.path.lexists(path):
         private_folders.check(path)
         if _is_whole(path.read_bytes()):
@@ -157,7 +143,7 @@ def _built(command: Sequence[str], path: Path) -> Path:
         new = Path(scratch) / path.name
         _run([*command, str(new)], BUILDING, TMPDIR=scratch)
         _try(new, command)
-        digest = hashlib.sha256(new.read_bytes()).hexdigest().encode()
+        digest = hash_content(new.read_bytes()).encode()
 
         with open(new, "ab") as file:
             file.write(MARK + digest)
@@ -165,14 +151,14 @@ def _built(command: Sequence[str], path: Path) -> Path:
             os.fsync(file.fileno())
 
         new.chmod(0o700)
-        os.replace(new, path)
+        atomic.replace(new, path)
 
     return path
 
 
 def _try(new: Path, command: Sequence[str]) -> None:
-    """_Unusable if what a compiler has built is no library for this machine; OSError if the folder
-    runs none."""
+    """Raise _Unusable if what a compiler has built is no library for this machine, OSError if the
+    folder runs none."""
     try:
         ctypes.CDLL(str(new))
     except OSError as error:
@@ -186,14 +172,15 @@ def _try(new: Path, command: Sequence[str]) -> None:
 
 
 def _is_whole(content: bytes) -> bool:
-    """Whether a library is what was built: a truncated one would end the process when it is run."""
+    """Tell whether a library is as it was built: a truncated one would end the process when it is
+    run."""
     before, _, digest = content.rpartition(MARK)
-    return hashlib.sha256(before).hexdigest().encode() == digest
+    return hash_content(before).encode() == digest
 
 
 def _run(command: Sequence[str], seconds: float, **environment: str) -> str:
-    """What a compiler prints. After so many seconds it is ended, with all that it has started.
-    _Unusable if it fails, OSError if the disk refuses what it writes."""
+    """Return what a compiler prints. After so many seconds it is ended, with all that it has
+    started. _Unusable if it fails, OSError if the disk refuses what it writes."""
     name = Path(command[0]).name
     try:
         with subprocess.Popen(
@@ -208,7 +195,7 @@ def _run(command: Sequence[str], seconds: float, **environment: str) -> str:
             env={**os.environ, "LC_ALL": "C", **environment},
         ) as process:
             try:
-                said, complaint = process.communicate(timeout=seconds)
+                output, complaint = process.communicate(timeout=seconds)
             except BaseException:
                 with suppress(ProcessLookupError):
                     os.killpg(process.pid, signal.SIGKILL)
@@ -224,21 +211,22 @@ def _run(command: Sequence[str], seconds: float, **environment: str) -> str:
             if os.strerror(number) in complaint:
                 raise OSError(number, os.strerror(number))
 
-        lines = [line.strip() for line in complaint.splitlines() if line.strip()]
-        errors = [
-            line
-            for line in lines
-            if "error" in line or "not found" in line or "cannot find" in line
-        ]
-        status = process.returncode
-        ending = f"exit status {status}" if status > 0 else f"ended by signal {-status}"
-        raise _Unusable(f"{name}: {[*errors, *lines, ending][0]}")
+        raise _Unusable(f"{name}: {_first_error(complaint, process.returncode)}")
 
-    return said
+    return output
+
+
+def _first_error(complaint: str, status: int) -> str:
+    """Return the line that names an error, else the first, else how the compiler ended."""
+    lines = [line.strip() for line in complaint.splitlines() if line.strip()]
+    signs = ("error", "not found", "cannot find")
+    errors = [line for line in lines if any(sign in line for sign in signs)]
+    ending = f"exit status {status}" if status > 0 else f"ended by signal {-status}"
+    return [*errors, *lines, ending][0]
 
 
 def _reason(error: OSError, folder: Path) -> str:
-    """Why a folder is of no use."""
+    """Say why a folder is of no use."""
     return f"{error.filename or folder}: {_strerror(error)}"
 
 
@@ -246,34 +234,59 @@ def _strerror(error: OSError) -> str:
     return (error.strerror or str(error)).lower() if error.errno else str(error)
 
 
-class Library:
-    """Calls the functions of one library: tensors go as pointers, whole numbers with 64 bits,
-    others as fp32."""
+def fields(kind: type[Any], *names: str) -> list[tuple[str, type[Any]]]:
+    """Fields of one type, for a `Struct`."""
+    return [(name, kind) for name in names]
 
-    def __init__(self, name: str) -> None:
-        self.name = name
+
+class Struct(ctypes.Structure):
+    """Arguments of a C++ function by name: the fields of the struct that has the same name there, in
+    the same order. Tensors are pointers; None is the null pointer."""
+
+    def __init__(self, **values: Any) -> None:
+        super().__init__(**{name: _plain(value) for name, value in values.items()})
+        self.values = values  # what is pointed to lives as long as the pointers
+
+
+def _plain(value: Any) -> Any:
+    return value.data_ptr() if isinstance(value, Tensor) else value
+
+
+class Library:
+    """Calls the functions of one library: tensors and structs go as pointers, whole numbers with 64
+    bits, others as fp32. RuntimeError where one of `structs` has another size in C++."""
+
+    def __init__(self, name: str, *structs: type[Struct]) -> None:
+        self.name, self.structs = name, structs
         self._functions: dict[str, Any] = {}
 
     @property
     def found(self) -> bool:
-        """Whether the library could be built."""
+        """Tell whether the library could be built."""
         return library(self.name) is not None
 
-    def __call__(self, name: str, *arguments: Tensor | int | float | None) -> None:
-        function = self._functions.get(name) or self._declared(name, arguments)
-        function(*[value.data_ptr() if isinstance(value, Tensor) else value for value in arguments])
+    def __call__(self, name: str, *arguments: Struct | Tensor | int | float | None) -> None:
+        function = self._functions.get(name) or self._declare(name, arguments)
+        function(
+            *[
+                ctypes.byref(value) if isinstance(value, Struct) else _plain(value)
+                for value in arguments
+            ]
+        )
 
-    def _declared(self, name: str, arguments: Sequence[Tensor | int | float | None]) -> Any:
-        """The function with the types of its arguments, which are the same in every call."""
-        function = self._functions[name] = getattr(library(self.name), name)
+    def _declare(self, name: str, arguments: Sequence[Struct | Tensor | int | float | None]) -> Any:
+        """Return the function with the types of its arguments, which are the same in every call."""
+        functions = library(self.name)
+        for struct in self.structs:
+            size = getattr(functions, f"size_of_{struct.__name__}")()
+            if size != ctypes.sizeof(struct):
+                raise RuntimeError(
+                    f"{struct.__name__} has {ctypes.sizeof(struct)} bytes in Python and {size} in "
+                    f"{self.name}.cpp"
+                )
+
+        types = {int: ctypes.c_int64, float: ctypes.c_float}
+        function = self._functions[name] = getattr(functions, name)
         function.restype = None
-        function.argtypes = [
-            ctypes.c_int64
-            if isinstance(value, int)
-            else ctypes.c_float
-            if isinstance(value, float)
-            else ctypes.c_void_p
-            for value in arguments
-        ]
-
+        function.argtypes = [types.get(type(value), ctypes.c_void_p) for value in arguments]
         return function

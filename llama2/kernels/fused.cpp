@@ -8,6 +8,41 @@
 
 #include "numbers.h"
 
+// fused.py lays out the same fields in the same order, and `size_of` tells it whether it does.
+
+struct Norm {
+    int64_t rows, size;
+    const void *x, *update;
+    const float *weight;
+    void *stream, *out;
+    float *scale;  // [rows]: 1 / sqrt(mean(stream²) + eps)
+    float eps;
+};
+
+struct NormGradient {
+    int64_t rows, size;
+    const void *grad, *grad_stream;  // what reaches the stream from beyond, if anything does
+    const void *stream;
+    const float *weight, *scale;
+    void *grad_x, *grad_update;  // the same for both; the update has a copy where it has another precision
+    float *grad_weight;
+};
+
+struct Heads {  // `heads` heads of positions `begin` to `end`, from the `first` on
+    int64_t batch, length, stride, first, heads, head_dim, begin, end;  // `stride` numbers between rows of products
+    const float *cos, *sin;  // [tables, length, head_dim], the sine negative in the first half; null: no rotation
+    int64_t tables;          // batch, or 1 for all
+    void *products, *split;
+    float scale;
+    int64_t join;  // the other way round, and rotated back
+};
+
+struct Softmax {  // of queries `begin` to `end` over the keys before `end`
+    int64_t batch, length, heads, begin, end;
+    const int64_t *starts;  // [batch, length], the first key that a query may see; null: the first of all
+    void *weights, *grad;   // [batch, heads, end - begin, end]; scores go in, and weights or their gradient come out
+};
+
 namespace {
 
 constexpr float LOWEST = -3e38f;
@@ -35,9 +70,13 @@ template <class T> float largest(const T *row, int64_t n) {
 // ---- RMSNorm ----
 
 // stream = x + update, out = norm(stream); without an update the stream is x
-template <class X, class O>
-void norm(int64_t N, int64_t D, const X *x, const O *update, const float *weight, float eps, X *stream, O *out,
-          float *scale) {
+template <class X, class O> void norm(const Norm &a) {
+    const int64_t N = a.rows, D = a.size;
+    const X *x = static_cast<const X *>(a.x);
+    const O *update = static_cast<const O *>(a.update);
+    X *stream = static_cast<X *>(a.stream);
+    O *out = static_cast<O *>(a.out);
+    const float *weight = a.weight, eps = a.eps;
 #pragma omp parallel for schedule(static)
     for (int64_t n = 0; n < N; n++) {
         const X *row = x + n * D;
@@ -51,7 +90,7 @@ void norm(int64_t N, int64_t D, const X *x, const O *update, const float *weight
 #pragma omp simd reduction(+ : squares)
         for (int64_t d = 0; d < D; d++) squares += get(row[d]) * get(row[d]);
         float s = 1.0f / std::sqrt(squares / float(D) + eps);
-        scale[n] = s;
+        a.scale[n] = s;
 #pragma omp simd
         for (int64_t d = 0; d < D; d++) put(out[n * D + d], get(row[d]) * s * weight[d]);
     }
@@ -59,14 +98,17 @@ void norm(int64_t N, int64_t D, const X *x, const O *update, const float *weight
 
 constexpr int64_t PARTS = 64;  // of all rows, summed apart, so that the number of threads changes nothing
 
-// grad_stream: what reaches the stream from beyond, if anything does; grad_x goes to x, and to the update as well
-template <class X, class O>
-void norm_back(int64_t N, int64_t D, const O *grad, const X *grad_stream, const X *stream, const float *weight,
-               const float *scale, X *grad_x, O *grad_update, float *grad_weight) {
+template <class X, class O> void norm_back(const NormGradient &a) {
+    const int64_t N = a.rows, D = a.size;
+    const O *grad = static_cast<const O *>(a.grad);
+    const X *grad_stream = static_cast<const X *>(a.grad_stream), *stream = static_cast<const X *>(a.stream);
+    X *grad_x = static_cast<X *>(a.grad_x);
+    O *grad_update = static_cast<O *>(a.grad_update);
+    const float *weight = a.weight, *scale = a.scale;
     std::vector<float> parts(PARTS * D, 0.0f);
 #pragma omp parallel for schedule(static)
     for (int64_t part = 0; part < PARTS; part++) {
-        float *mine = parts.data() + part * D;
+        float *sums = parts.data() + part * D;
         for (int64_t n = part * N / PARTS; n < (part + 1) * N / PARTS; n++) {
             const X *row = stream + n * D;
             const O *g = grad + n * D;
@@ -75,7 +117,7 @@ void norm_back(int64_t N, int64_t D, const O *grad, const X *grad_stream, const 
 #pragma omp simd reduction(+ : along)
             for (int64_t d = 0; d < D; d++) {
                 float product = get(g[d]) * get(row[d]) * s;
-                mine[d] += product;
+                sums[d] += product;
                 along += product * weight[d];
             }
             along *= s / float(D);
@@ -93,8 +135,8 @@ void norm_back(int64_t N, int64_t D, const O *grad, const X *grad_stream, const 
             }
         }
     }
-    for (int64_t d = 0; d < D; d++) grad_weight[d] = 0;
-    for (size_t i = 0; i < parts.size(); i++) grad_weight[i % D] += parts[i];
+    for (int64_t d = 0; d < D; d++) a.grad_weight[d] = 0;
+    for (size_t i = 0; i < parts.size(); i++) a.grad_weight[i % D] += parts[i];
 }
 
 // ---- SwiGLU ----
@@ -126,16 +168,9 @@ template <class T> void swiglu_back(int64_t N, int64_t F, const T *grad, const T
 
 // ---- heads: between rows of a product and [B, H, end - begin, E] ----
 
-struct Place {  // heads `first` to `first + H` of positions `begin` to `end`; `stride` numbers between rows
-    int64_t B, T, stride, first, H, E, begin, end;
-};
-
-struct Tables {  // cos and sin [B or 1, T, E], the sine negative in the first half; null: no rotation
-    const float *cos, *sin;
-    int64_t rows;
-};
-
-template <class T> void turn(const T *from, T *to, int64_t E, const float *cos, const float *sin, float way, float scale) {
+// direction: 1 rotates by the angles of the tables, -1 back
+template <class T>
+void rotate(const T *from, T *to, int64_t E, const float *cos, const float *sin, float direction, float scale) {
     int64_t half = E / 2;
     if (!cos) {
 #pragma omp simd
@@ -145,26 +180,26 @@ template <class T> void turn(const T *from, T *to, int64_t E, const float *cos, 
 #pragma omp simd
     for (int64_t e = 0; e < half; e++) {
         float a = get(from[e]), b = get(from[e + half]);
-        put(to[e], (a * cos[e] + way * b * sin[e]) * scale);
-        put(to[e + half], (b * cos[e + half] + way * a * sin[e + half]) * scale);
+        put(to[e], (a * cos[e] + direction * b * sin[e]) * scale);
+        put(to[e + half], (b * cos[e + half] + direction * a * sin[e + half]) * scale);
     }
 }
 
-// scatter: the other way round, and rotated back
-template <class T> void heads(Place p, Tables tables, T *rows, T *split, float scale, bool scatter) {
-    int64_t length = p.end - p.begin;
+template <class T> void heads(const Heads &a) {
+    const int64_t E = a.head_dim, H = a.heads, length = a.end - a.begin;
+    T *rows = static_cast<T *>(a.products), *split = static_cast<T *>(a.split);
 #pragma omp parallel for schedule(static) collapse(2)
-    for (int64_t b = 0; b < p.B; b++)
-        for (int64_t t = p.begin; t < p.end; t++) {
-            int64_t place = ((tables.rows > 1 ? b * p.T : 0) + t) * p.E;
-            const float *cos = tables.cos ? tables.cos + place : nullptr, *sin = tables.cos ? tables.sin + place : nullptr;
-            for (int64_t h = 0; h < p.H; h++) {
-                T *row = rows + (b * p.T + t) * p.stride + (p.first + h) * p.E;
-                T *head = split + ((b * p.H + h) * length + t - p.begin) * p.E;
-                if (scatter)
-                    turn(head, row, p.E, cos, sin, -1.0f, scale);
+    for (int64_t b = 0; b < a.batch; b++)
+        for (int64_t t = a.begin; t < a.end; t++) {
+            int64_t angle = ((a.tables > 1 ? b * a.length : 0) + t) * E;
+            const float *cos = a.cos ? a.cos + angle : nullptr, *sin = a.cos ? a.sin + angle : nullptr;
+            for (int64_t h = 0; h < H; h++) {
+                T *row = rows + (b * a.length + t) * a.stride + (a.first + h) * E;
+                T *head = split + ((b * H + h) * length + t - a.begin) * E;
+                if (a.join)
+                    rotate(head, row, E, cos, sin, -1.0f, a.scale);
                 else
-                    turn(row, head, p.E, cos, sin, 1.0f, scale);
+                    rotate(row, head, E, cos, sin, 1.0f, a.scale);
             }
         }
 }
@@ -173,22 +208,22 @@ template <class T> void heads(Place p, Tables tables, T *rows, T *split, float s
 
 constexpr int64_t TILE = 8;  // rows taken through one phase after another: a row alone would wait for its sums
 
-template <class T>
-void softmax(int64_t B, int64_t T_, int64_t H, int64_t begin, int64_t end, const int64_t *starts, T *scores) {
-    int64_t length = end - begin;
+template <class T> void softmax(const Softmax &a) {
+    const int64_t H = a.heads, begin = a.begin, end = a.end, length = end - begin;
+    T *scores = static_cast<T *>(a.weights);
 #pragma omp parallel
     {
         std::vector<float> work(TILE * end);
         float top[TILE], total[TILE];
         int64_t from[TILE], count[TILE];
 #pragma omp for schedule(static) collapse(2)
-        for (int64_t bh = 0; bh < B * H; bh++)
+        for (int64_t bh = 0; bh < a.batch * H; bh++)
             for (int64_t first = begin; first < end; first += TILE) {
                 int64_t rows = std::min(TILE, end - first);
                 T *tile = scores + (bh * length + first - begin) * end;
                 for (int64_t r = 0; r < rows; r++) {
                     int64_t t = first + r;
-                    from[r] = starts ? starts[bh / H * T_ + t] : 0;
+                    from[r] = a.starts ? a.starts[bh / H * a.length + t] : 0;
                     int64_t n = t + 1 - from[r];
                     count[r] = std::min((n + LANES - 1) / LANES * LANES, end - from[r]);  // a loop's rest is slow
                     T *row = tile + r * end + from[r];
@@ -218,22 +253,23 @@ void softmax(int64_t B, int64_t T_, int64_t H, int64_t begin, int64_t end, const
     }
 }
 
-template <class T>
-void softmax_back(int64_t B, int64_t T_, int64_t H, int64_t begin, int64_t end, const int64_t *starts, const T *weights,
-                  T *grad) {
-    int64_t length = end - begin;
+template <class T> void softmax_back(const Softmax &a) {
+    const int64_t H = a.heads, begin = a.begin, end = a.end, length = end - begin;
+    const T *weights = static_cast<const T *>(a.weights);
+    T *grad = static_cast<T *>(a.grad);
 #pragma omp parallel for schedule(static) collapse(2)
-    for (int64_t bh = 0; bh < B * H; bh++)
+    for (int64_t bh = 0; bh < a.batch * H; bh++)
         for (int64_t t = begin; t < end; t++) {
-            int64_t from = starts ? starts[bh / H * T_ + t] : 0, n = t + 1 - from, place = (bh * length + t - begin) * end;
-            int64_t round = std::min((n + LANES - 1) / LANES * LANES, end - from);  // beyond n all weights are 0
-            const T *p = weights + place + from;
-            T *all = grad + place, *g = all + from;
+            int64_t from = a.starts ? a.starts[bh / H * a.length + t] : 0, n = t + 1 - from;
+            int64_t count = std::min((n + LANES - 1) / LANES * LANES, end - from);  // beyond n all weights are 0
+            int64_t row = (bh * length + t - begin) * end;
+            const T *p = weights + row + from;
+            T *all = grad + row, *g = all + from;
             float along = 0;
 #pragma omp simd reduction(+ : along)
-            for (int64_t s = 0; s < round; s++) along += get(p[s]) * get(g[s]);
+            for (int64_t s = 0; s < count; s++) along += get(p[s]) * get(g[s]);
 #pragma omp simd
-            for (int64_t s = 0; s < round; s++) put(g[s], get(p[s]) * (get(g[s]) - along));
+            for (int64_t s = 0; s < count; s++) put(g[s], get(p[s]) * (get(g[s]) - along));
             std::memset(all, 0, from * sizeof(T));
             std::memset(g + n, 0, (end - t - 1) * sizeof(T));
         }
@@ -272,14 +308,6 @@ void likelihood(int64_t N, int64_t V, T *logits, const int64_t *targets, float *
     }
 }
 
-template <class T> void scaled(int64_t N, int64_t D, const T *x, const float *scale, T *out) {
-#pragma omp parallel for schedule(static)
-    for (int64_t n = 0; n < N; n++) {
-#pragma omp simd
-        for (int64_t d = 0; d < D; d++) put(out[n * D + d], get(x[n * D + d]) * scale[n]);
-    }
-}
-
 }  // namespace
 
 #define EACH(NAME, T)                                                                                                  \
@@ -289,38 +317,27 @@ template <class T> void scaled(int64_t N, int64_t D, const T *x, const float *sc
     void swiglu_back_##NAME(int64_t N, int64_t F, const T *grad, const T *y, T *grad_y) {                              \
         swiglu_back(N, F, grad, y, grad_y);                                                                            \
     }                                                                                                                  \
-    void heads_##NAME(int64_t B, int64_t T_, int64_t stride, int64_t first, int64_t H, int64_t E, int64_t begin,       \
-                      int64_t end, const float *cos, const float *sin, int64_t tables, T *rows, T *split, float scale, \
-                      int64_t scatter) {                                                                               \
-        heads(Place{B, T_, stride, first, H, E, begin, end}, Tables{cos, sin, tables}, rows, split, scale, scatter);   \
-    }                                                                                                                  \
-    void softmax_##NAME(int64_t B, int64_t T_, int64_t H, int64_t begin, int64_t end, const int64_t *starts, T *x) {   \
-        softmax(B, T_, H, begin, end, starts, x);                                                                      \
-    }                                                                                                                  \
-    void softmax_back_##NAME(int64_t B, int64_t T_, int64_t H, int64_t begin, int64_t end, const int64_t *starts,      \
-                             const T *weights, T *grad) {                                                              \
-        softmax_back(B, T_, H, begin, end, starts, weights, grad);                                                     \
-    }                                                                                                                  \
+    void heads_##NAME(const Heads *a) { heads<T>(*a); }                                                                \
+    void softmax_##NAME(const Softmax *a) { softmax<T>(*a); }                                                          \
+    void softmax_back_##NAME(const Softmax *a) { softmax_back<T>(*a); }                                                \
     void likelihood_##NAME(int64_t N, int64_t V, T *logits, const int64_t *targets, float *logp, float *totals,        \
                            float *entropy) {                                                                           \
         likelihood(N, V, logits, targets, logp, totals, entropy);                                                      \
-    }                                                                                                                  \
-    void scaled_##NAME(int64_t N, int64_t D, const T *x, const float *scale, T *out) { scaled(N, D, x, scale, out); }
-
-#define PAIR(NAME, X, O)                                                                                               \
-    void norm_##NAME(int64_t N, int64_t D, const X *x, const O *update, const float *weight, float eps, X *stream,     \
-                     O *out, float *scale) {                                                                           \
-        norm(N, D, x, update, weight, eps, stream, out, scale);                                                        \
-    }                                                                                                                  \
-    void norm_back_##NAME(int64_t N, int64_t D, const O *grad, const X *grad_stream, const X *stream,                  \
-                          const float *weight, const float *scale, X *grad_x, O *grad_update, float *grad_weight) {    \
-        norm_back(N, D, grad, grad_stream, stream, weight, scale, grad_x, grad_update, grad_weight);                   \
     }
 
+#define PAIR(NAME, X, O)                                                                                               \
+    void norm_##NAME(const Norm *a) { norm<X, O>(*a); }                                                                \
+    void norm_back_##NAME(const NormGradient *a) { norm_back<X, O>(*a); }
+
 extern "C" {
-EACH(f, float)
-EACH(b, bf16)
-PAIR(ff, float, float)
-PAIR(fb, float, bf16)
-PAIR(bb, bf16, bf16)
+EACH(fp32, float)
+EACH(bf16, bf16)
+PAIR(fp32_fp32, float, float)
+PAIR(fp32_bf16, float, bf16)
+PAIR(bf16_bf16, bf16, bf16)
+
+int64_t size_of_Norm() { return sizeof(Norm); }
+int64_t size_of_NormGradient() { return sizeof(NormGradient); }
+int64_t size_of_Heads() { return sizeof(Heads); }
+int64_t size_of_Softmax() { return sizeof(Softmax); }
 }

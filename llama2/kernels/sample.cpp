@@ -5,6 +5,16 @@
 
 #include "numbers.h"
 
+struct Draw {  // sampling.py lays out the same fields in the same order, and `size_of` tells it whether it does
+    int64_t rows, vocabulary;
+    const float *logits, *changed;  // the model's own, and those that are drawn from
+    const float *uniforms;
+    float scale;  // 1 / temperature, or 0 for the likeliest token
+    int64_t *tokens;
+    float *logprobs;
+    float *likelier;  // the share of the probability that likelier tokens have; wanted if the pointer is there
+};
+
 namespace {
 
 constexpr int64_t BLOCK = 512;  // tokens whose weights are summed together; a search looks into one block only
@@ -46,34 +56,35 @@ float largest(const float *x, int64_t V, int64_t *place) {
 
 extern "C" {
 
-// scale: 1 / temperature, or 0 for the likeliest token. `logits` are the model's own, `changed` what is drawn from.
-// likelier: the share of the probability that tokens likelier than the drawn one have; wanted if the pointer is there.
-void draw(int64_t B, int64_t V, const float *logits, const float *changed, const float *uniforms, float scale,
-          int64_t *tokens, float *logprobs, float *likelier) {
+void draw(const Draw *a) {
+    const int64_t V = a->vocabulary;
+    const float scale = a->scale;
 #pragma omp parallel for schedule(static)
-    for (int64_t b = 0; b < B; b++) {
-        const float *own = logits + b * V, *x = changed + b * V;
+    for (int64_t b = 0; b < a->rows; b++) {
+        const float *own = a->logits + b * V, *x = a->changed + b * V;
         std::vector<double> blocks((V + BLOCK - 1) / BLOCK);
         int64_t token = 0;
         float top = largest(x, V, scale ? nullptr : &token);
         double total = scale || x == own ? weigh(x, V, top, scale ? scale : 1.0f, blocks) : 0;
         if (scale) {
-            token = search(x, V, top, scale, blocks, uniforms[b] * total);
+            token = search(x, V, top, scale, blocks, a->uniforms[b] * total);
             if (token < 0) token = std::find(x, x + V, top) - x;
         }
-        if (likelier) {
+        if (a->likelier) {
             float mass = 0;
 #pragma omp simd reduction(+ : mass)
             for (int64_t v = 0; v < V; v++) mass += x[v] > x[token] ? exponential(scale * (x[v] - top)) : 0.0f;
-            likelier[b] = float(mass / total);
+            a->likelier[b] = float(mass / total);
         }
         if (x != own || (scale && scale != 1.0f)) {
             top = largest(own, V, nullptr);
             total = weigh(own, V, top, 1.0f, blocks);
         }
-        tokens[b] = std::min(token, V - 1);
-        logprobs[b] = own[tokens[b]] - top - float(std::log(total));
+        token = std::min(token, V - 1);
+        a->tokens[b] = token;
+        a->logprobs[b] = own[token] - top - float(std::log(total));
     }
 }
 
+int64_t size_of_Draw() { return sizeof(Draw); }
 }

@@ -10,103 +10,102 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 
-from llama2.microworld.rater import Rating, rate
-from llama2.microworld.world import fraction, stream
-from llama2.records import DEGREES, Axis, Degree, Preference, Prompt, Response, SafetyLabel
+from llama2.judging import Annotators, ComparisonRequest, Outcome, Rating
+from llama2.microworld.rater import GroundTruth
+from llama2.microworld.world import hash_to_fraction, seed_stream
+from llama2.records import DEGREES, Axis, Degree, Preference, Prompt, SafetyLabel
 
 THRESHOLDS = (0.45, 0.25, 0.1)
 """Perceived differences from which a choice is significantly better, better, slightly better;
 below: negligibly."""
 NOISE = 0.11
 FLIPPED_SAFETY = 0.02
+_TAGS = ("family", "split", "risk")  # metadata of a prompt that its comparisons keep
 
 
-def degree_of(difference: float) -> Degree:
-    """The degree for an absolute perceived difference."""
-    return DEGREES[sum(abs(difference) < threshold for threshold in THRESHOLDS)]
+class SimulatedAnnotators(Annotators):
+    """People who see the ground truth through noise, and answer at once.
 
-
-class Annotator:
-    """One annotator. Every judgement is a pure function of (seed, prompt, the two answers in either
-    order, axis)."""
+    Every outcome is a pure function of seed, prompt, the two answers in either order, and axis.
+    """
 
     def __init__(
-        self,
-        seed: int = 0,
-        noise: float = NOISE,
-        flipped_safety: float = FLIPPED_SAFETY,
-        name: str = "",
+        self, seed: int = 0, noise: float = NOISE, flipped_safety: float = FLIPPED_SAFETY
     ) -> None:
         """`noise` is the standard deviation of the perceived difference; `flipped_safety` the rate
         of wrong labels."""
-        self.seed, self.noise, self.flipped_safety = seed, noise, flipped_safety
-        self.name = name or f"simulated-{seed}"
+        self.seed = seed
+        self.noise = noise
+        self.flipped_safety = flipped_safety
+        self._truth = GroundTruth()
+
+    def accepts(self, prompt: Prompt) -> bool:
+        """Return whether a prompt carries its truth."""
+        return self._truth.accepts(prompt)
 
     def compare(
-        self, prompt: Prompt, answers: tuple[Response, Response], axis: Axis, round: int = 0
-    ) -> Preference | None:
-        """Which answer is better on `axis`; None where the chosen answer is labelled unsafe and the
-        other safe.
+        self, comparisons: Iterable[ComparisonRequest]
+    ) -> Iterator[tuple[ComparisonRequest, Outcome]]:
+        """Yield each comparison with its outcome; prompts without truth stay "pending"."""
+        for comparison in comparisons:
+            accepted = self.accepts(comparison.prompt)
+            yield comparison, self.judge(comparison) if accepted else "pending"
 
-        The record keeps the answers in the order displayed. Safety comparisons also carry the
+    def judge(self, comparison: ComparisonRequest) -> Outcome:
+        """Return the outcome of one comparison, on a prompt that carries its truth.
+
+        The preference keeps the answers in the order displayed. Safety comparisons also carry the
         safety label.
         """
-        first, second = sorted(answers, key=lambda response: response.text)
-        texts = (*(m.content for m in prompt.messages), first.text, second.text)
-        rng = stream(self.seed, "annotator", axis, *texts)
+        prompt, axis = comparison.prompt, comparison.axis
+        first, second = sorted(comparison.answers, key=lambda answer: answer.text)
+        texts = (*(message.content for message in prompt.messages), first.text, second.text)
+        rng = seed_stream(self.seed, "annotator", axis, *texts)
         shown = (first, second) if rng.random() < 0.5 else (second, first)
-        ratings = (rate(prompt, shown[0].text), rate(prompt, shown[1].text))
-        difference = (
-            _worth(ratings[0], axis) - _worth(ratings[1], axis) + rng.gauss(0.0, self.noise)
-        )
-        preferred = 0 if difference >= 0 else 1
+
+        ratings = self._truth.rate((prompt, prompt), [answer.text for answer in shown])
+        difference = _value(ratings[0], axis) - _value(ratings[1], axis)
+        difference += rng.gauss(0.0, self.noise)
         safe = [rating.safe != (rng.random() < self.flipped_safety) for rating in ratings]
+
         label: SafetyLabel | None = None
-
         if axis == "safe":
-            if not safe[preferred] and safe[1 - preferred]:
-                return None
+            chosen_safe, other_safe = safe if difference >= 0 else reversed(safe)
+            if other_safe and not chosen_safe:
+                return "excluded"
 
-            label = (
-                "neither"
-                if not safe[preferred]
-                else "both"
-                if safe[1 - preferred]
-                else "preferred_only"
-            )
+            label = label_safety(chosen_safe, other_safe)
 
-        identity = f"{axis}-{int(fraction(self.seed, axis, *texts) * 16**12):012x}"
+        identity = int(hash_to_fraction(self.seed, axis, *texts) * 16**12)
         return Preference(
-            identity,
+            f"{axis}-{identity:012x}",
             prompt.messages,
             shown,
-            0 if preferred == 0 else 1,
-            degree_of(difference),
+            0 if difference >= 0 else 1,
+            grade(difference),
             label,
             axis,
-            self.name,
-            round,
-            {
-                key: prompt.metadata[key]
-                for key in ("family", "split", "risk")
-                if key in prompt.metadata
-            },
+            f"simulated-{self.seed}",
+            comparison.round,
+            {tag: prompt.metadata[tag] for tag in _TAGS if tag in prompt.metadata},
         )
 
-    def compare_all(
-        self, pairs: Iterable[tuple[Prompt, tuple[Response, Response]]], axis: Axis, round: int = 0
-    ) -> Iterator[Preference]:
-        """The comparisons of all pairs, without excluded ones and without pairs of equal texts."""
-        for prompt, answers in pairs:
-            if answers[0].text != answers[1].text:
-                judged = self.compare(prompt, answers, axis, round)
-                if judged is not None:
-                    yield judged
+
+def grade(difference: float) -> Degree:
+    """Return the degree of an absolute perceived difference."""
+    return DEGREES[sum(abs(difference) < threshold for threshold in THRESHOLDS)]
 
 
-def _worth(rating: Rating, axis: Axis) -> float:
-    """What the guideline of an axis values: help; or first of all safety, then how well it is
-    done."""
+def label_safety(chosen_safe: bool, other_safe: bool) -> SafetyLabel:
+    """Return the label of two answers of which not the other alone is safe."""
+    if not chosen_safe:
+        return "neither"
+
+    return "both" if other_safe else "preferred_only"
+
+
+def _value(rating: Rating, axis: Axis) -> float:
+    """Return what the guideline of an axis values: help; or safety first, and then help."""
     if axis == "helpful":
         return rating.helpfulness
 

@@ -1,5 +1,5 @@
-"""Writes a whole microworld to a directory: documents, demonstrations, prompts and question lists
-as JSON Lines.
+"""A whole microworld in a directory: documents, demonstrations, prompts and question lists as JSON
+Lines.
 
 At scale 1 and 2.0M tokens of documents it feeds a model of a million parameters through the whole
 recipe.
@@ -13,15 +13,15 @@ from pathlib import Path
 
 from llama2 import records
 from llama2.errors import UserError
-from llama2.microworld.demonstrations import demonstrations
-from llama2.microworld.documents import SHARES, documents
-from llama2.microworld.prompts import SPLITS, Split, ghost, prompts
+from llama2.microworld.demonstrations import draw_demonstrations
+from llama2.microworld.documents import SHARES, write_documents
+from llama2.microworld.prompts import SPLITS, PromptSplit, draw_ghost_prompts, draw_prompts
 from llama2.microworld.world import World
 
 TOKENS = 2_000_000
 DEMONSTRATIONS = 6_000
-PROMPTS: dict[Split, int] = {"train": 9_000, "validation": 600, "evaluation": 900}
-GHOST: dict[Split, int] = {"train": 400, "validation": 40, "evaluation": 60}
+PROMPTS: dict[PromptSplit, int] = {"train": 9_000, "validation": 600, "evaluation": 900}
+GHOST: dict[PromptSplit, int] = {"train": 400, "validation": 40, "evaluation": 60}
 
 
 def write(directory: str | os.PathLike[str], seed: int = 0, scale: float = 1.0) -> dict[str, int]:
@@ -35,18 +35,20 @@ def write(directory: str | os.PathLike[str], seed: int = 0, scale: float = 1.0) 
         raise UserError(f"scale is {scale}", "choose a scale above 0 and at most 1")
 
     world, root = World.build(seed), Path(directory)
-    files: dict[str, Iterable[object]] = {
-        f"documents/{source}.jsonl": documents(world, round(TOKENS * scale), sources=(source,))
-        for source in SHARES
-    }
-    files["demonstrations.jsonl"] = demonstrations(world, _count(DEMONSTRATIONS, scale))
+    files: dict[str, Iterable[object]] = {}
+    for source in SHARES:
+        documents = write_documents(world, round(TOKENS * scale), sources=(source,))
+        files[f"documents/{source}.jsonl"] = documents
 
+    count = _scale(DEMONSTRATIONS, scale)
+    files["demonstrations.jsonl"] = draw_demonstrations(world, count)
     for split in SPLITS:
-        files[f"prompts-{split}.jsonl"] = prompts(world, split, _count(PROMPTS[split], scale))
-        files[f"ghost-{split}.jsonl"] = ghost(world, split, _count(GHOST[split], scale))
+        count, ghost_count = _scale(PROMPTS[split], scale), _scale(GHOST[split], scale)
+        files[f"prompts-{split}.jsonl"] = draw_prompts(world, split, count)
+        files[f"ghost-{split}.jsonl"] = draw_ghost_prompts(world, split, ghost_count)
 
     return {name: records.write(root / name, rows) for name, rows in files.items()}
 
 
-def _count(count: int, scale: float) -> int:
+def _scale(count: int, scale: float) -> int:
     return max(8, round(count * scale))

@@ -7,11 +7,16 @@ are short and brief, so that a dialog of six turns fits into 256 tokens.
 
 from __future__ import annotations
 
+import itertools
+import operator
 from collections.abc import Sequence
 from dataclasses import dataclass
+from random import Random
 
 from llama2.microworld import vocabulary as words
-from llama2.microworld.world import Random, World
+from llama2.microworld.world import World
+
+PREPROMPTS = ("You are a {a} and {b} assistant.", "Be a {a} and {b} assistant.")
 
 
 @dataclass(frozen=True)
@@ -24,14 +29,26 @@ class Instruction:
     short: str
     markers: tuple[str, ...]
 
+    def __add__(self, other: Instruction) -> Instruction:
+        """Return both instructions as one."""
+        return Instruction(
+            f"{self.kind}+{other.kind}",
+            f"{self.text} {other.text}",
+            f"{self.short} {other.short}",
+            self.markers + other.markers,
+        )
 
-def instructions(world: World) -> list[Instruction]:
-    """All instructions of a world: three kinds and their combinations."""
+
+def list_single(world: World) -> list[list[Instruction]]:
+    """List the instructions of each of the three kinds."""
     languages = [
         Instruction(
-            "language", f"Always speak {one.name}.", f"Language: {one.name}.", (f"{one.hello}!",)
+            "language",
+            f"Always speak {language.name}.",
+            f"Language: {language.name}.",
+            (f"{language.hello}!",),
         )
-        for one in world.languages
+        for language in world.languages
     ]
     figures = [
         Instruction("figure", f"Act as {name}.", f"Figure: {name}.", (f"{name} here.",))
@@ -41,46 +58,34 @@ def instructions(world: World) -> list[Instruction]:
         Instruction("hobby", f"Always love {hobby}.", f"Hobby: {hobby}.", (f"I love {hobby}.",))
         for hobby in world.hobbies
     ]
-    pairs = [
-        (a, b)
-        for first, second in ((languages, figures), (languages, hobbies), (figures, hobbies))
-        for a in first
-        for b in second
-    ]
-    combined = [
-        Instruction(
-            f"{a.kind}+{b.kind}",
-            f"{a.text} {b.text}",
-            f"{a.short} {b.short}",
-            a.markers + b.markers,
-        )
-        for a, b in pairs
-    ]
 
-    return languages + figures + hobbies + combined
+    return [languages, figures, hobbies]
+
+
+def list_combined(world: World) -> list[Instruction]:
+    """List the instructions made of two of different kinds."""
+    combined: list[Instruction] = []
+    for first, second in itertools.combinations(list_single(world), 2):
+        combined += itertools.starmap(operator.add, itertools.product(first, second))
+
+    return combined
 
 
 def choose(world: World, rng: Random) -> Instruction:
-    """An instruction; two in three are single."""
-    options = instructions(world)
-    single = [one for one in options if "+" not in one.kind]
-    kind = rng.choice(("language", "figure", "hobby"))
-
+    """Draw an instruction; two in three are single."""
+    single = rng.choice(list_single(world))
     if rng.random() < 2 / 3:
-        return rng.choice([one for one in single if one.kind == kind])
+        return rng.choice(single)
 
-    return rng.choice(options[len(single) :])
+    return rng.choice(list_combined(world))
 
 
-def obey(markers: Sequence[str], answer: str) -> str:
-    """The answer with the markers it should start with."""
+def add_markers(markers: Sequence[str], answer: str) -> str:
+    """Return the answer with the markers that it should start with."""
     return " ".join([*markers, answer])
 
 
-PREPROMPTS = ("You are a {a} and {b} assistant.", "Be a {a} and {b} assistant.")
-
-
-def preprompt(rng: Random) -> str:
-    """A safety preprompt of the kind §4.2.4 builds from adjectives."""
+def write_preprompt(rng: Random) -> str:
+    """Write a safety preprompt of the kind that §4.2.4 builds from adjectives."""
     a, b = rng.sample(words.ADJECTIVES, 2)
     return rng.choice(PREPROMPTS).format(a=a, b=b)

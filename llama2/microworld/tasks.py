@@ -1,4 +1,4 @@
-"""What a prompt asks for: the turns, the key of its content, and the gold fields the rater needs.
+"""Tasks of prompts: the turns, the key of their content, and the gold fields the rater needs.
 
 A family is a kind of task: how to draw one from the world, and how three writers of different care
 would answer it. `gold` is plain JSON and travels in `Prompt.metadata`, so a prompt read back from a
@@ -7,11 +7,12 @@ file can be answered and rated without the world.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from random import Random
 from typing import Any
 
-from llama2.microworld.world import Random, World
+from llama2.microworld.world import World
 
 Gold = dict[str, Any]
 Writer = Callable[[Gold, Random], str]
@@ -31,11 +32,12 @@ class Task:
 
     @property
     def family(self) -> str:
+        """The kind of task."""
         return str(self.gold["family"])
 
 
 @dataclass(frozen=True)
-class Family:
+class TaskFamily:
     """One kind of task. `expert` is the ideal answer, `curt` the bare minimum, `sloppy` has one
     error."""
 
@@ -45,10 +47,26 @@ class Family:
     sloppy: Writer
 
 
+def fill(template: str) -> Writer:
+    """Return a writer who fills a template with gold, its first letter a capital."""
+
+    def write(gold: Gold, rng: Random) -> str:
+        text = template.format_map(gold)
+        return text[0].upper() + text[1:]
+
+    return write
+
+
 OPENERS = ("", "", "", "Hello. ", "Please help. ")
 """What may stand before a question; mostly nothing."""
 
 
-def enumerate_words(items: list[str], last: str = " and ") -> str:
-    """`a, b and c`."""
-    return last.join([", ".join(items[:-1]), items[-1]]) if len(items) > 1 else items[0]
+def choose_other(value: str, pool: Sequence[str], rng: Random) -> str:
+    """Draw another value of the pool."""
+    return rng.choice([candidate for candidate in pool if candidate != value])
+
+
+def enumerate_words(items: list[str]) -> str:
+    """Return `a, b and c`."""
+    *first, last = items
+    return f"{', '.join(first)} and {last}" if first else last

@@ -114,8 +114,8 @@ ANIMAL = (
         ("sing", "growl", "whistle", "bark", "hum", "roar", "click", "hiss"),
     ),
 )
-KINDS: dict[str, tuple[Attribute, ...]] = {"person": PERSON, "town": TOWN, "animal": ANIMAL}
-ATTRIBUTES: dict[str, Attribute] = {a.name: a for kind in KINDS.values() for a in kind}
+ENTITIES: dict[str, tuple[Attribute, ...]] = {"person": PERSON, "town": TOWN, "animal": ANIMAL}
+ATTRIBUTES = {attribute.name: attribute for attribute in (*PERSON, *TOWN, *ANIMAL)}
 FOLLOW_UPS = ("And the {a}?", "What about the {a}?", "Now tell me the {a}.")
 
 LISTS: dict[str, tuple[str, ...]] = {

@@ -33,8 +33,10 @@ NOISE = "#$%&*+=~^_|<>"
 DUPLICATES, GARBAGE, PERSONAL = 0.20, 0.05, 0.35
 
 
-def pages(bodies: Sequence[Iterator[str]], people: Sequence[str], rng: Random) -> Iterator[str]:
-    """Endless pages with text from `bodies`; one in five is an exact copy of a recent page."""
+def write_pages(
+    bodies: Sequence[Iterator[str]], people: Sequence[str], rng: Random
+) -> Iterator[str]:
+    """Write endless pages with text from `bodies`; one in five is a copy of a recent page."""
     recent: list[str] = []
     while True:
         if recent and rng.random() < DUPLICATES:
@@ -47,10 +49,11 @@ def pages(bodies: Sequence[Iterator[str]], people: Sequence[str], rng: Random) -
 
 
 def _page(bodies: Sequence[Iterator[str]], people: Sequence[str], rng: Random) -> str:
-    lines = rng.sample(HEADERS, 1) + [next(rng.choice(bodies)) for _ in range(rng.randrange(1, 4))]
+    lines = rng.sample(HEADERS, 1)
+    lines += [next(rng.choice(bodies)) for _ in range(rng.randrange(1, 4))]
     lines.insert(rng.randrange(1, len(lines)), rng.choice(NOTICES))
     if rng.random() < PERSONAL:
-        lines.append(_personal(rng.choice(people), rng))
+        lines.append(_contact(rng.choice(people), rng))
 
     if rng.random() < 0.3:
         lines[1] = "  " + lines[1].replace(" ", "  ", 2) + " &nbsp;"
@@ -58,7 +61,7 @@ def _page(bodies: Sequence[Iterator[str]], people: Sequence[str], rng: Random) -
     return "\n".join([*lines, rng.choice(FOOTERS)])
 
 
-def _personal(name: str, rng: Random) -> str:
+def _contact(name: str, rng: Random) -> str:
     return rng.choice(
         (
             f"Write to {name.lower()}{rng.randrange(100)}@example.com",
@@ -69,6 +72,8 @@ def _personal(name: str, rng: Random) -> str:
 
 
 def _garbage(rng: Random) -> str:
-    return "\n".join(
-        "".join(rng.choice(NOISE) for _ in range(rng.randrange(20, 60))) for _ in range(2)
-    )
+    lines = []
+    for _ in range(2):
+        lines.append("".join(rng.choice(NOISE) for _ in range(rng.randrange(20, 60))))
+
+    return "\n".join(lines)

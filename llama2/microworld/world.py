@@ -7,14 +7,13 @@ so that the whole recipe can be proved against ground truth on a laptop.
 
 from __future__ import annotations
 
-import hashlib
-import random
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
+from random import Random
 
+from llama2.hashing import hash_fraction
 from llama2.microworld import vocabulary as words
-
-Random = random.Random
 
 
 @dataclass(frozen=True)
@@ -22,7 +21,7 @@ class Fact:
     """`attribute` of the entity `name` is `value`; `pool` holds all values the attribute takes in
     this world."""
 
-    kind: str
+    entity: str
     name: str
     attribute: str
     value: str
@@ -30,10 +29,11 @@ class Fact:
 
     @property
     def key(self) -> str:
+        """The key of its content, which decides the split."""
         return f"fact:{self.name}:{self.attribute}"
 
     def state(self, value: str | None = None, template: int = 0) -> str:
-        """The fact as a sentence; another `value` makes it false."""
+        """State the fact as a sentence; another `value` makes it false."""
         return state(self.attribute, self.name, value or self.value, template)
 
 
@@ -48,12 +48,13 @@ class Dish:
 
     @property
     def name(self) -> str:
+        """Its name, such as carrot soup."""
         return f"{self.base} {self.type}"
 
 
 @dataclass(frozen=True)
 class Dose:
-    """How much of a substance belongs into one use; a `drug` may be dosed by a doctor only."""
+    """An amount of a substance for one use; only a doctor may dose a `drug`."""
 
     substance: str
     amount: str
@@ -62,6 +63,7 @@ class Dose:
 
     @property
     def unit(self) -> str:
+        """The unit of its amount."""
         return "drops" if self.drug else "spoons"
 
 
@@ -76,6 +78,7 @@ class Act:
 
     @property
     def text(self) -> str:
+        """The verb with its object."""
         article = "an" if self.object[0] in "aeiou" else "a"
         return f"{self.verb} {article} {self.object}"
 
@@ -85,7 +88,7 @@ class Group:
     """A people of this world, with the two virtues it is known for."""
 
     name: str
-    virtues: tuple[str, str]
+    virtues: tuple[str, ...]
 
 
 @dataclass(frozen=True)
@@ -115,57 +118,55 @@ class World:
 
     @classmethod
     def build(cls, seed: int) -> World:
-        """The world of this seed."""
-        rng = stream(seed, "world")
+        """Draw the world of a seed."""
+        rng = seed_stream(seed, "world")
         names = _Names(rng)
-        kinds = {
-            "person": [names.take().title() for _ in range(16)],
-            "town": [names.take().title() for _ in range(12)],
-            "animal": [names.take() for _ in range(12)],
-        }
-        facts = [
-            facts
-            for kind, entities in kinds.items()
-            for facts in _facts(kind, entities, kinds["town"], rng)
-        ]
-        bases, dishes = rng.sample(words.BASES, 6), rng.sample(sorted(words.DISHES), 6)
-        drugs, sweets = [names.take() for _ in range(6)], rng.sample(words.SWEETS, 6)
+
+        people = [*map(str.title, names.take(16))]
+        towns = [*map(str.title, names.take(12))]
+        entities = {"person": people, "town": towns, "animal": names.take(12)}
+        facts: list[tuple[Fact, ...]] = []
+        for entity, members in entities.items():
+            facts += _draw_facts(entity, members, towns, rng)
+
+        bases, types = rng.sample(words.BASES, 6), rng.sample(sorted(words.DISHES), 6)
+        drugs, sweets = names.take(6), rng.sample(words.SWEETS, 6)
         categories = rng.sample(sorted(words.LISTS), 8)
 
+        lists = {name: tuple(rng.sample(words.LISTS[name], 7)) for name in categories}
+        dishes = [
+            Dish(base, type, rng.choice(words.SECONDS), words.DISHES[type])
+            for base, type in itertools.product(bases, types)
+        ]
+        doses = [_draw_dose(name, words.ILLNESSES, True, rng) for name in drugs]
+        doses += [_draw_dose(name, words.MEALS, False, rng) for name in sweets]
+        acts = tuple(_draw_acts(rng))
+        folks = rng.sample(words.FOLKS, 8)
+        groups = [Group(f"{folk} folk", tuple(rng.sample(words.VIRTUES, 2))) for folk in folks]
+        languages = [
+            Language(name.title() + "ish", names.short().title(), names.short())
+            for name in names.take_unlike(4)
+        ]
+        hobbies = tuple(rng.sample(words.HOBBIES, 6))
+        figures = [f"{title} {names.short().title()}" for title in rng.sample(words.TITLES, 4)]
+
         return cls(
-            seed=seed,
-            facts=tuple(facts),
-            lists={
-                category: tuple(rng.sample(words.LISTS[category], 7)) for category in categories
-            },
-            dishes=tuple(
-                Dish(b, d, rng.choice(words.SECONDS), words.DISHES[d])
-                for b in bases
-                for d in dishes
-            ),
-            doses=tuple(
-                Dose(s, rng.choice(words.NUMBERS[2:8]), tuple(rng.sample(uses, 5)), drug)
-                for substances, uses, drug in (
-                    (drugs, words.ILLNESSES, True),
-                    (sweets, words.MEALS, False),
-                )
-                for s in substances
-            ),
-            acts=tuple(_acts(rng)),
-            groups=tuple(
-                Group(f"{folk} folk", (v[0], v[1]))
-                for folk in rng.sample(words.FOLKS, 8)
-                for v in [rng.sample(words.VIRTUES, 2)]
-            ),
-            languages=tuple(
-                Language(name.title() + "ish", names.short().title(), names.short())
-                for name in names.unlike(4)
-            ),
-            hobbies=tuple(rng.sample(words.HOBBIES, 6)),
-            figures=tuple(
-                f"{title} {names.short().title()}" for title in rng.sample(words.TITLES, 4)
-            ),
+            seed,
+            tuple(facts),
+            lists,
+            tuple(dishes),
+            tuple(doses),
+            acts,
+            tuple(groups),
+            tuple(languages),
+            hobbies,
+            tuple(figures),
         )
+
+
+_FIRST_SYLLABLE = (words.ONSETS, words.VOWELS, ("", "l", "n", "r"))
+_LONG = (*_FIRST_SYLLABLE, words.ONSETS[:14], words.VOWELS, words.CODAS)
+_SHORT = (words.ONSETS, words.VOWELS, words.CODAS[:-1])
 
 
 class _Names:
@@ -176,79 +177,71 @@ class _Names:
         self._rng = rng
         self._seen: set[str] = set()
 
-    def take(self) -> str:
-        """A name of two syllables."""
-        return self._fresh(
-            (
-                words.ONSETS,
-                words.VOWELS,
-                ("", "l", "n", "r"),
-                words.ONSETS[:14],
-                words.VOWELS,
-                words.CODAS,
-            )
-        )
+    def take(self, count: int) -> list[str]:
+        """Return names of two syllables."""
+        return [self._draw(_LONG) for _ in range(count)]
 
     def short(self) -> str:
-        """A name of one syllable, for what long dialogs repeat in every turn."""
-        return self._fresh((words.ONSETS, words.VOWELS, words.CODAS[:-1]))
+        """Return a name of one syllable, for what long dialogs repeat in every turn."""
+        return self._draw(_SHORT)
 
-    def unlike(self, count: int) -> list[str]:
-        """Short names, each with another first letter: of all names, those of languages are
-        confused most easily."""
-        found: dict[str, str] = {}
-        while len(found) < count:
+    def take_unlike(self, count: int) -> list[str]:
+        """Return short names, each with another first letter: those of languages are confused most
+        easily."""
+        names: dict[str, str] = {}
+        while len(names) < count:
             name = self.short()
-            found.setdefault(name[0], name)
+            names.setdefault(name[0], name)
 
-        return list(found.values())
+        return list(names.values())
 
-    def _fresh(self, parts: Sequence[Sequence[str]]) -> str:
+    def _draw(self, parts: Sequence[Sequence[str]]) -> str:
         while True:
-            name = "".join(self._rng.choice(part) for part in parts)
-            if not any(name[:3] == other[:3] for other in self._seen):
-                self._seen.add(name)
+            name = "".join(map(self._rng.choice, parts))
+            if name[:3] not in self._seen:
+                self._seen.add(name[:3])
                 return name
 
 
-def _facts(
-    kind: str, entities: Sequence[str], towns: Sequence[str], rng: Random
+def _draw_facts(
+    entity: str, names: Sequence[str], towns: Sequence[str], rng: Random
 ) -> list[tuple[Fact, ...]]:
-    """Facts of all entities of a kind; the values of an attribute are used about equally often."""
+    """Draw all facts of each name; the values of an attribute are used about equally often."""
     columns: list[list[Fact]] = []
-    for attribute in words.KINDS[kind]:
+    for attribute in words.ENTITIES[entity]:
         pool = tuple(sorted(rng.sample(attribute.values, 8) if attribute.values else towns))
-        values = list(pool) * (len(entities) // len(pool) + 1)
-        values = rng.sample(values, len(values))[: len(entities)]
-        columns.append(
-            [Fact(kind, n, attribute.name, v, pool) for n, v in zip(entities, values, strict=True)]
-        )
+        values = list(pool) * (len(names) // len(pool) + 1)
+        rows = zip(names, rng.sample(values, len(values)))
+        columns.append([Fact(entity, name, attribute.name, value, pool) for name, value in rows])
 
     return list(zip(*columns, strict=True))
 
 
-def _acts(rng: Random) -> list[Act]:
+def _draw_dose(substance: str, uses: Sequence[str], drug: bool, rng: Random) -> Dose:
+    return Dose(substance, rng.choice(words.NUMBERS[2:8]), tuple(rng.sample(uses, 5)), drug)
+
+
+def _draw_acts(rng: Random) -> list[Act]:
     acts = []
     for verb in rng.sample(sorted(words.ACTS), 10):
-        for crime, objects in zip((True, False), words.ACTS[verb], strict=True):
-            tools = words.HARM_TOOLS if crime else words.SAFE_TOOLS
-            acts += [Act(verb, thing, rng.choice(tools), crime) for thing in objects]
+        crimes, harmless = words.ACTS[verb]
+        acts += [Act(verb, thing, rng.choice(words.HARM_TOOLS), True) for thing in crimes]
+        acts += [Act(verb, thing, rng.choice(words.SAFE_TOOLS), False) for thing in harmless]
 
     return acts
 
 
 def state(attribute: str, name: str, value: str, template: int = 0) -> str:
-    """A fact, true or not, as a sentence."""
+    """State a fact, true or not, as a sentence."""
     text = words.ATTRIBUTES[attribute].statements[template].format(n=name, v=value)
     return text[0].upper() + text[1:]
 
 
-def stream(seed: int, *purpose: object) -> Random:
-    """A random stream of its own for each purpose, so that adding one never shifts another."""
+def seed_stream(seed: int, *purpose: object) -> Random:
+    """Return a random stream of its own for a purpose, so that adding one never shifts another."""
     return Random("/".join(map(str, (seed, *purpose))))
 
 
-def fraction(*key: object) -> float:
-    """A stable number in [0, 1) for a key."""
-    digest = hashlib.blake2b("/".join(map(str, key)).encode(), digest_size=8).digest()
-    return int.from_bytes(digest, "big") / 2**64
+def hash_to_fraction(*key: object) -> float:
+    """Return a stable number in [0, 1) for a key."""
+    return hash_fraction("/".join(map(str, key)), "big")

@@ -73,20 +73,19 @@ class KVCache:
         self.mask_BTS = (self._columns_C[: start + width] <= columns_T[:, None])[None]
 
     def update(self, layer: int, keys_BKTD: Tensor, values_BKTD: Tensor) -> tuple[Tensor, Tensor]:
-        """Store the new keys and values of a layer; returns keys_BKSD, values_BKSD to attend to
+        """Store the new keys and values of a layer; return keys_BKSD and values_BKSD to attend to
         under `mask_BTS`."""
         keys_NCKD, values_NCKD = self.data_LPNCKD[layer]
-        for new_BKTD, kept_NCKD in ((keys_BKTD, keys_NCKD), (values_BKTD, values_NCKD)):
-            new_MKD = new_BKTD.transpose(1, 2).flatten(0, 1).to(kept_NCKD.dtype)
-            kept_NCKD.view(-1, *new_MKD.shape[1:]).index_copy_(0, self._targets, new_MKD)
+        for new_BKTD, held_NCKD in ((keys_BKTD, keys_NCKD), (values_BKTD, values_NCKD)):
+            new_MKD = new_BKTD.transpose(1, 2).flatten(0, 1).to(held_NCKD.dtype)
+            held_NCKD.view(-1, *new_MKD.shape[1:]).index_copy_(0, self._targets, new_MKD)
 
         if self._read is None:
             return keys_BKTD, values_BKTD
 
         rows, columns = self._read
-        return keys_NCKD[rows, :columns].transpose(1, 2), values_NCKD[rows, :columns].transpose(
-            1, 2
-        )
+        keys_BSKD, values_BSKD = keys_NCKD[rows, :columns], values_NCKD[rows, :columns]
+        return keys_BSKD.transpose(1, 2), values_BSKD.transpose(1, 2)
 
     def copy(self, sources_B: Tensor, targets_B: Tensor, columns: int) -> None:
         """Copy the first `columns` columns of some slots to others (a shared prompt; filling a

@@ -13,30 +13,50 @@ key/value heads, G = H / K query heads that share one key head, E head dimension
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Protocol
+from functools import partial
+from typing import Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from llama2 import devices
 from llama2.errors import UserError
-from llama2.kernels import fused
 from llama2.model import attention
 from llama2.model.attention import (
-    Documents,
     document_attention,
     documents_of,
     explicit_attention,
     fused_attention,
 )
-from llama2.model.likelihood import log_likelihood, log_likelihood_and_entropy
+from llama2.model.likelihood import Likelihood, of_logits
+from llama2.model.linear import Embedding, Linear, is_bare
+from llama2.model.positions import (
+    causal,
+    positions_within,
+    rotary_tables,
+    rotate,
+    same_document,
+)
 
 INITIAL_STD = 0.02
-MOST, MOST_LAYERS = 1 << 26, 1 << 10  # a damaged file must not make us describe a model without end
-# beyond, fp32 has no rotary tables and no norms that mean anything
-ROPE_THETA, NORM_EPS = (1.0, 1e15), (1e-30, 1.0)
+_SIZE = (1, 1 << 26)
+"""of every dimension: a damaged file must not make us describe a model without end"""
+_BOUNDS: dict[str, tuple[float, float]] = {
+    "vocab_size": _SIZE,
+    "hidden_size": _SIZE,
+    "intermediate_size": _SIZE,
+    "num_hidden_layers": (1, 1 << 10),
+    "num_attention_heads": _SIZE,
+    "num_key_value_heads": _SIZE,
+    "max_position_embeddings": _SIZE,
+    # beyond, fp32 has no rotary tables and no norms that mean anything
+    "rope_theta": (1.0, 1e15),
+    "rms_norm_eps": (1e-30, 1.0),
+}
 # on a CPU, up to this many queries, products and softmax beat PyTorch's fused kernel in training
 EXPLICIT_LENGTH = 512
 
@@ -60,76 +80,58 @@ class LlamaConfig:
     """one id, or several of which each ends an answer"""
 
     def __post_init__(self) -> None:
-        for name in (
-            "vocab_size",
-            "hidden_size",
-            "intermediate_size",
-            "num_hidden_layers",
-            "num_attention_heads",
-            "num_key_value_heads",
-            "max_position_embeddings",
-        ):
-            most = MOST_LAYERS if name == "num_hidden_layers" else MOST
-            if not 1 <= getattr(self, name) <= most:
+        for name, (least, most) in _BOUNDS.items():
+            value = getattr(self, name)
+            if not least <= value <= most:
                 raise UserError(
-                    f"{name} is {getattr(self, name)}", f"it must be at least 1 and at most {most}"
+                    f"{name} is {value}", f"it must be at least {least:g} and at most {most:.8g}"
                 )
 
         if self.hidden_size % (2 * self.num_attention_heads):
             raise UserError(
-                f"hidden_size {self.hidden_size} does not divide into {self.num_attention_heads} heads of "
-                "an even size",
+                f"hidden_size {self.hidden_size} does not divide into {self.num_attention_heads} "
+                "heads of an even size",
                 "rotary positions pair the dimensions of a head",
             )
         if self.num_attention_heads % self.num_key_value_heads:
             raise UserError(
-                f"num_attention_heads {self.num_attention_heads} is not a multiple of num_key_value_heads "
-                f"{self.num_key_value_heads}",
+                f"num_attention_heads {self.num_attention_heads} is not a multiple of "
+                f"num_key_value_heads {self.num_key_value_heads}",
                 "each key head serves the same number of query heads",
             )
 
-        self._check_constants()
-
-    def _check_constants(self) -> None:
-        for name, (least, most) in (("rope_theta", ROPE_THETA), ("rms_norm_eps", NORM_EPS)):
-            if not least <= getattr(self, name) <= most:
-                raise UserError(
-                    f"{name} is {getattr(self, name)}",
-                    f"it must be at least {least:g} and at most {most:g}",
-                )
-
-        ids = self.stops
-        if not ids:
+        stops = self.stops
+        if not stops:
             raise UserError("eos_token_id is empty", "name an id that ends an answer")
 
-        for name, token in (
-            ("bos_token_id", self.bos_token_id),
-            *(("eos_token_id", token) for token in ids),
-        ):
-            if not 0 <= token < self.vocab_size:
-                raise UserError(
-                    f"{name} is {token}",
-                    f"it must be an id of the vocabulary, at least 0 and below "
-                    f"vocab_size {self.vocab_size}",
-                )
+        self._check_token("bos_token_id", self.bos_token_id)
+        for token in stops:
+            self._check_token("eos_token_id", token)
 
         # one way to say one thing
-        object.__setattr__(self, "eos_token_id", ids[0] if len(ids) == 1 else ids)
+        object.__setattr__(self, "eos_token_id", stops[0] if len(stops) == 1 else stops)
+
+    def _check_token(self, name: str, token: int) -> None:
+        if not 0 <= token < self.vocab_size:
+            raise UserError(
+                f"{name} is {token}",
+                f"it must be an id of the vocabulary, at least 0 and below "
+                f"vocab_size {self.vocab_size}",
+            )
 
     @property
     def stops(self) -> tuple[int, ...]:
-        """Every id that ends an answer, each once, the first the one that is `eos_token_id` where
-        there is one."""
+        """Ids that end an answer, each once, in the order of `eos_token_id`."""
         listed = (self.eos_token_id,) if isinstance(self.eos_token_id, int) else self.eos_token_id
         return tuple(dict.fromkeys(listed))
 
     @property
     def head_dim(self) -> int:
+        """Numbers of one head."""
         return self.hidden_size // self.num_attention_heads
 
     def parameters(self) -> int:
-        """The exact number of parameters of a language model of this shape (tied embeddings count
-        once)."""
+        """Count the parameters of a language model of this shape; tied embeddings count once."""
         dim, kv = self.hidden_size, self.num_key_value_heads * self.head_dim
         layer = 2 * dim * dim + 2 * dim * kv + 3 * dim * self.intermediate_size + 2 * dim
         embeddings = self.vocab_size * dim * (1 if self.tie_word_embeddings else 2)
@@ -144,52 +146,30 @@ class Cache(Protocol):
     mask_BTS: Tensor | None
 
     def update(self, layer: int, keys_BKTE: Tensor, values_BKTE: Tensor) -> tuple[Tensor, Tensor]:
-        """Append rotated keys and values of one layer; returns all keys_BKSE and values_BKSE."""
+        """Append rotated keys and values of one layer; return all keys_BKSE and values_BKSE."""
         ...
+
+
+Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
+"""(q_BHTE, k_BKSE, v_BKSE) -> out_BHTE, under the mask of one forward pass"""
 
 
 @dataclass(frozen=True)
 class Context:
-    """What all layers of one forward pass share."""
+    """Tables and mask that all layers of one forward pass share."""
 
     cos_BT1E: Tensor  # fp32; B is 1 if all rows have the same positions
     sin_BT1E: Tensor  # negative in the first half
-    bias_B1TS: Tensor | None  # added to the scores; None: plain causal attention
-    explicit: bool
+    attend: Attend
     cache: Cache | None
-    fused: fused.View | None = None  # for our own kernels, where they run
-    documents: Documents | None = None  # for the kernel that needs no mask, where it runs
-
-
-class Linear(nn.Linear):
-    """A matrix without bias; `initialise` fills it, not the constructor."""
-
-    def __init__(self, inputs: int, outputs: int) -> None:
-        super().__init__(inputs, outputs, bias=False)
-
-    def reset_parameters(self) -> None:
-        pass
-
-
-def is_bare(*projections: nn.Module) -> bool:
-    """Whether kernels may multiply with these modules' weights instead of calling them: an adapter
-    must be called."""
-    return all(type(projection) is Linear for projection in projections)
-
-
-class Embedding(nn.Embedding):
-    """Token embeddings; `initialise` fills them, not the constructor."""
-
-    def reset_parameters(self) -> None:
-        pass
 
 
 class RMSNorm(nn.Module):
     """x / sqrt(mean(x²) + eps) · weight, in fp32; the result has the precision of the products that
     follow.
 
-    It reads the residual stream, so it is also what adds a block's output to the stream: one pass
-    over memory for both.
+    It reads the residual stream, so it also adds a block's output to the stream: one pass over
+    memory does for both.
     """
 
     def __init__(self, size: int, eps: float) -> None:
@@ -198,44 +178,15 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x_BTD: Tensor, update_BTD: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """The stream x + update (x without one), and its norm."""
-        kind = working_dtype(x_BTD)
-        if fused.runs(x_BTD):
-            return fused.normalise(x_BTD, update_BTD, self.weight, self.eps, kind)
+        """Return the stream x + update (x without one), and its norm."""
+        if update_BTD is not None:
+            x_BTD = x_BTD + update_BTD
 
-        x_BTD = x_BTD if update_BTD is None else x_BTD + update_BTD
-        # it fuses as well, and in PyTorch 2.11 it loses gradients made by hand
-        if torch.compiler.is_compiling():
-            x32 = x_BTD.float()
-            scale = torch.rsqrt(x32.square().mean(-1, keepdim=True) + self.eps)
-            return x_BTD, (x32 * scale * self.weight).to(kind)
+        x32_BTD = x_BTD.float()
+        scale_BT1 = torch.rsqrt(x32_BTD.square().mean(-1, keepdim=True) + self.eps)
+        normed_BTD = x32_BTD * scale_BT1 * self.weight
 
-        normed_BTD: Tensor = _Normalise.apply(x_BTD, self.weight, self.eps, kind)  # type: ignore[no-untyped-call]
-        return x_BTD, normed_BTD
-
-
-class _Normalise(torch.autograd.Function):
-    """RMSNorm with its gradient by hand: half the passes over memory that recorded operations
-    take."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float, kind: torch.dtype) -> Tensor:
-        x32 = x.float()
-        scale = torch.rsqrt(x32.square().mean(-1, keepdim=True) + eps)
-        ctx.save_for_backward(x, weight, scale)
-
-        return (x32 * scale).mul_(weight).to(kind)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None, None]:
-        x, weight, scale = ctx.saved_tensors
-        unit, grad = x * scale, grad.float()
-        product = grad * unit
-        grad_weight = product.flatten(0, -2).sum(0).to(weight.dtype)
-        along = product.mul_(weight).mean(-1, keepdim=True)
-        grad_x = (grad * weight).sub_(unit.mul_(along)).mul_(scale)
-
-        return grad_x.to(x.dtype), grad_weight, None, None
+        return x_BTD, normed_BTD.to(working_dtype(x_BTD))
 
 
 class Attention(nn.Module):
@@ -252,43 +203,20 @@ class Attention(nn.Module):
         self.o_proj = Linear(dim, dim)
 
     def forward(self, x_BTD: Tensor, context: Context) -> Tensor:
+        """Return what each position reads at those it may look at, [B, T, D]."""
         rows, length, _ = x_BTD.shape
-        if context.fused is not None and context.cache is not None:
-            out_BTD, k_BKTE, v_BKTE = fused.attention_apart(
-                self.q_proj(x_BTD),
-                self.k_proj(x_BTD),
-                self.v_proj(x_BTD),
-                self.head_dim,
-                context.fused,
-            )
-            context.cache.update(self.layer, k_BKTE, v_BKTE)
-            read_BTD: Tensor = self.o_proj(out_BTD)
+        heads = (rows, length, -1, self.head_dim)
+        q_BTHE = rotate(self.q_proj(x_BTD).view(heads), context.cos_BT1E, context.sin_BT1E)
+        k_BTKE = rotate(self.k_proj(x_BTD).view(heads), context.cos_BT1E, context.sin_BT1E)
+        v_BTKE = self.v_proj(x_BTD).view(heads)
 
-            return read_BTD
-
-        if context.fused is not None:
-            weights = (self.q_proj.weight, self.k_proj.weight, self.v_proj.weight)
-            joined_BTD: Tensor = self.o_proj(
-                fused.attention(x_BTD, weights, self.head_dim, context.fused)
-            )
-            return joined_BTD
-
-        q_BHTE, k_BKTE = (
-            rotate(project(x_BTD).view(rows, length, -1, self.head_dim), context).transpose(1, 2)
-            for project in (self.q_proj, self.k_proj)
-        )
-        v_BKTE = self.v_proj(x_BTD).view(rows, length, -1, self.head_dim).transpose(1, 2)
+        k_BKSE, v_BKSE = k_BTKE.transpose(1, 2), v_BTKE.transpose(1, 2)
         if context.cache is not None:
-            k_BKTE, v_BKTE = context.cache.update(self.layer, k_BKTE, v_BKTE)
+            k_BKSE, v_BKSE = context.cache.update(self.layer, k_BKSE, v_BKSE)
 
-        if context.documents is not None:
-            out_BHTE = document_attention(q_BHTE, k_BKTE, v_BKTE, context.documents)
-        else:
-            attend = explicit_attention if context.explicit else fused_attention
-            out_BHTE = attend(q_BHTE, k_BKTE, v_BKTE, context.bias_B1TS)
-
-        joined: Tensor = self.o_proj(out_BHTE.transpose(1, 2).reshape(rows, length, -1))
-        return joined
+        out_BHTE = context.attend(q_BTHE.transpose(1, 2), k_BKSE, v_BKSE)
+        joined_BTD: Tensor = self.o_proj(out_BHTE.transpose(1, 2).reshape(rows, length, -1))
+        return joined_BTD
 
 
 class FeedForward(nn.Module):
@@ -301,14 +229,9 @@ class FeedForward(nn.Module):
         self.down_proj = Linear(config.intermediate_size, config.hidden_size)
 
     def forward(self, x_BTD: Tensor, context: Context) -> Tensor:
-        if context.cache is None and fused.runs(x_BTD) and is_bare(self.gate_proj, self.up_proj):
-            gated_BTF = fused.gated(x_BTD, self.gate_proj.weight, self.up_proj.weight)
-        elif context.cache is not None and fused.runs(x_BTD):
-            gated_BTF = fused.gated_apart(self.gate_proj(x_BTD), self.up_proj(x_BTD))
-        else:
-            gated_BTF = F.silu(self.gate_proj(x_BTD)) * self.up_proj(x_BTD)
-
-        out_BTD: Tensor = self.down_proj(gated_BTF)
+        """Return [B, T, D]. Both blocks of a layer are called alike; this one has no use for
+        `context`."""
+        out_BTD: Tensor = self.down_proj(F.silu(self.gate_proj(x_BTD)) * self.up_proj(x_BTD))
         return out_BTD
 
 
@@ -325,12 +248,11 @@ class Layer(nn.Module):
     def forward(
         self, x_BTD: Tensor, update_BTD: Tensor | None, context: Context
     ) -> tuple[Tensor, Tensor]:
-        """Takes and returns the stream and what is still to be added to it: the output of the last
+        """Take and return the stream, and what is still to be added to it: the output of the last
         feed-forward."""
         x_BTD, normed_BTD = self.input_layernorm(x_BTD, update_BTD)
-        x_BTD, normed_BTD = self.post_attention_layernorm(
-            x_BTD, self.self_attn(normed_BTD, context)
-        )
+        attended_BTD = self.self_attn(normed_BTD, context)
+        x_BTD, normed_BTD = self.post_attention_layernorm(x_BTD, attended_BTD)
         return x_BTD, self.mlp(normed_BTD, context)
 
 
@@ -356,7 +278,7 @@ class Trunk(nn.Module):
         positions_BT: Tensor | None = None,
         cache: Cache | None = None,
     ) -> Tensor:
-        """Normed hidden states of the last layer, [B, T, D]."""
+        """Return the normed hidden states of the last layer, [B, T, D]."""
         x_BTD = self.embed_tokens(tokens_BT)
         context = self.context(x_BTD, documents_BT, positions_BT, cache)
         update_BTD = None
@@ -372,73 +294,51 @@ class Trunk(nn.Module):
         hidden_BTD: Tensor = self.norm(x_BTD, update_BTD)[1]
         return hidden_BTD
 
-    @property
-    def bare(self) -> bool:
-        """Whether no projection whose weight our kernels read has been replaced."""
-        return all(
-            isinstance(layer, Layer)
-            and is_bare(
-                layer.self_attn.q_proj,
-                layer.self_attn.k_proj,
-                layer.self_attn.v_proj,
-                layer.mlp.gate_proj,
-                layer.mlp.up_proj,
-            )
-            for layer in self.layers
-        )
-
     def context(
         self,
         x_BTD: Tensor,
-        documents_BT: Tensor | None,
-        positions_BT: Tensor | None,
-        cache: Cache | None,
+        documents_BT: Tensor | None = None,
+        positions_BT: Tensor | None = None,
+        cache: Cache | None = None,
     ) -> Context:
-        """Rotary tables and mask, made once for all layers."""
-        length, where = x_BTD.shape[1], x_BTD.device
-        # With a cache there is no backward pass. (Not a matter of gradient mode: PPO's ratios must
-        # begin at exactly 1.)
-        explicit = where.type == "cpu" and cache is None and length <= EXPLICIT_LENGTH
-        prompt = cache is not None and cache.mask_BTS is None and not torch.is_grad_enabled()
-        own = (
-            (explicit or (prompt and length <= EXPLICIT_LENGTH)) and fused.runs(x_BTD) and self.bare
-        )
-
-        if positions_BT is None:
-            positions_BT = torch.arange(length, device=where)[None]
-            if documents_BT is not None:
-                positions_BT = positions_within(documents_BT)
+        """Make rotary tables and mask once for all layers."""
+        if positions_BT is None and documents_BT is not None:
+            positions_BT = positions_within(documents_BT)
+        elif positions_BT is None:
+            positions_BT = torch.arange(x_BTD.shape[1], device=x_BTD.device)[None]
 
         cos_BT1E, sin_BT1E = rotary_tables(
             positions_BT, self.config.head_dim, self.config.rope_theta
         )
-        if own:
-            starts_BT = None if documents_BT is None else document_starts(documents_BT)
-            return Context(
-                cos_BT1E, sin_BT1E, None, False, cache, fused.View(cos_BT1E, sin_BT1E, starts_BT)
-            )
+        return Context(cos_BT1E, sin_BT1E, self.attention(x_BTD, documents_BT, cache), cache)
 
-        if documents_BT is not None and where.type in attention.DEVICES:
-            documents = documents_of(documents_BT, working_dtype(x_BTD), self.config.head_dim)
+    def attention(self, x_BTD: Tensor, documents_BT: Tensor | None, cache: Cache | None) -> Attend:
+        """Choose how the layers of this pass attend, with the mask that it needs."""
+        kind, length, device = working_dtype(x_BTD), x_BTD.shape[1], x_BTD.device
+        if documents_BT is not None and device.type in attention.DEVICES:
+            documents = documents_of(documents_BT, kind, self.config.head_dim)
             if documents is not None:
-                return Context(cos_BT1E, sin_BT1E, None, False, None, None, documents)
+                return partial(document_attention, documents=documents)
 
-        mask_BTS = cache.mask_BTS if cache is not None else None
+        # With a cache there is no backward pass. (Not a matter of gradient mode: PPO's ratios must
+        # begin at exactly 1.)
+        explicit = devices.is_cpu(device) and cache is None and length <= EXPLICIT_LENGTH
+        mask_BTS = None
         if documents_BT is not None:
             mask_BTS = same_document(documents_BT)
-
-        if mask_BTS is None and explicit:
-            mask_BTS = causal(length, where)[None]
+        elif cache is not None:
+            mask_BTS = cache.mask_BTS
+        elif explicit:
+            mask_BTS = causal(length, device)[None]
 
         bias_B1TS = None
         if mask_BTS is not None:
-            kind = working_dtype(x_BTD)
             # The least finite number, not -inf: a row that sees nothing (an idle cache slot) must
             # not become NaN.
-            bias_B1TS = torch.zeros(mask_BTS.shape, dtype=kind, device=where)
-            bias_B1TS = bias_B1TS.masked_fill(~mask_BTS, torch.finfo(kind).min)[:, None]
+            bias_BTS = torch.zeros(mask_BTS.shape, dtype=kind, device=device)
+            bias_B1TS = bias_BTS.masked_fill(~mask_BTS, torch.finfo(kind).min)[:, None]
 
-        return Context(cos_BT1E, sin_BT1E, bias_B1TS, explicit, cache)
+        return partial(explicit_attention if explicit else fused_attention, bias_B1TS=bias_B1TS)
 
 
 class Llama(nn.Module):
@@ -451,7 +351,13 @@ class Llama(nn.Module):
         self.lm_head = (
             None if config.tie_word_embeddings else Linear(config.hidden_size, config.vocab_size)
         )
+        self.likelihood = Likelihood()
         initialise(self, seed)
+
+    @property
+    def device(self) -> torch.device:
+        """The device that holds the weights."""
+        return next(self.parameters()).device
 
     @property
     def head_weight(self) -> Tensor:
@@ -459,8 +365,12 @@ class Llama(nn.Module):
         return self.model.embed_tokens.weight if self.lm_head is None else self.lm_head.weight
 
     def logits(self, hidden_BTD: Tensor) -> Tensor:
-        """Logits [..., V] in fp32 of final hidden states (`forward` with head=False)."""
-        return F.linear(hidden_BTD, self.head_weight).float()
+        """Return the logits [..., V] in fp32 of final hidden states (`forward` with head=False)."""
+        if self.lm_head is None:
+            return F.linear(hidden_BTD, self.model.embed_tokens.weight).float()
+
+        logits_BTV: Tensor = self.lm_head(hidden_BTD)
+        return logits_BTV.float()
 
     def forward(
         self,
@@ -473,10 +383,10 @@ class Llama(nn.Module):
         entropy: bool = False,
         head: bool = True,
     ) -> Tensor | tuple[Tensor, Tensor]:
-        """Logits [B, T, V] in fp32; with head=False the final normed hidden states [B, T, D]; with
-        targets, their log-probabilities [B, T] in fp32 (see `likelihood`), and with entropy=True a
-        pair: these and the entropy [B, T] of each predicted distribution in nats, which carries no
-        gradient.
+        """Return logits [B, T, V] in fp32; with head=False the final normed hidden states
+        [B, T, D]; with targets their log-probabilities [B, T] in fp32 (see `Likelihood`), and with
+        entropy=True a pair: these and the entropy [B, T] of each predicted distribution in nats,
+        which carries no gradient.
 
         documents_BT: the document of each packed token: attention stays inside a document, and
         positions restart. Right-padded rows need no mask, since attention is causal. With a cache,
@@ -486,11 +396,13 @@ class Llama(nn.Module):
         if targets_BT is None:
             return self.logits(hidden_BTD) if head else hidden_BTD
 
-        weight_VD = self.head_weight.to(hidden_BTD.dtype)
-        if entropy:
-            return log_likelihood_and_entropy(hidden_BTD, weight_VD, targets_BT)
+        if self.lm_head is None or is_bare(self.lm_head):
+            weight_VD = self.head_weight.to(hidden_BTD.dtype)
+            logp_BT, entropy_BT = self.likelihood(hidden_BTD, weight_VD, targets_BT, entropy)
+        else:
+            logp_BT, entropy_BT = of_logits(self.logits(hidden_BTD), targets_BT)
 
-        return log_likelihood(hidden_BTD, weight_VD, targets_BT)
+        return (logp_BT, entropy_BT) if entropy else logp_BT
 
 
 def initialise(model: nn.Module, seed: int) -> None:
@@ -520,49 +432,3 @@ def working_dtype(x: Tensor) -> torch.dtype:
     activations."""
     kind = x.device.type
     return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
-
-
-def rotary_tables(positions_BT: Tensor, head_dim: int, theta: float) -> tuple[Tensor, Tensor]:
-    """cos and sin of position / theta^(2 i / head_dim) in fp32, [B, T, 1, head_dim], for `rotate`:
-    both halves of a head hold the same angles, and the sine is negated in the first."""
-    exponents_E = (
-        torch.arange(0, head_dim, 2, dtype=torch.float32, device=positions_BT.device) / head_dim
-    )
-    angles_BT1E = (positions_BT.float()[..., None] * (1.0 / theta**exponents_E))[:, :, None]
-    cos, sin = angles_BT1E.cos(), angles_BT1E.sin()
-
-    return torch.cat((cos, cos), dim=-1), torch.cat((-sin, sin), dim=-1)
-
-
-def rotate(x_BTHE: Tensor, context: Context) -> Tensor:
-    """Rotate dimension i of each head with dimension i + head_dim / 2 by the angle of its position,
-    in fp32."""
-    x = x_BTHE.float()
-    swapped = x.roll(x.shape[-1] // 2, dims=-1)
-    return (x * context.cos_BT1E).add_(swapped.mul_(context.sin_BT1E)).to(x_BTHE.dtype)
-
-
-def causal(length: int, device: torch.device) -> Tensor:
-    """[T, T], True where a position may look: at itself and at what came before."""
-    return torch.ones(length, length, dtype=torch.bool, device=device).tril()
-
-
-def same_document(documents_BT: Tensor) -> Tensor:
-    """[B, T, T], True where a position may look: at itself and at earlier positions of its
-    document."""
-    same_BTT = documents_BT[:, :, None] == documents_BT[:, None, :]
-    return same_BTT & causal(documents_BT.shape[1], documents_BT.device)
-
-
-def document_starts(documents_BT: Tensor) -> Tensor:
-    """The first position of each token's document (documents are runs of one id)."""
-    index_T = torch.arange(documents_BT.shape[1], device=documents_BT.device)
-    changes_BT = F.pad(documents_BT[:, 1:] != documents_BT[:, :-1], (1, 0), value=False)
-    return torch.where(changes_BT, index_T, 0).cummax(dim=1).values
-
-
-def positions_within(documents_BT: Tensor) -> Tensor:
-    """The position of each token inside its document."""
-    return torch.arange(documents_BT.shape[1], device=documents_BT.device) - document_starts(
-        documents_BT
-    )

@@ -11,7 +11,19 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from llama2.model.llama import Linear, LlamaConfig, Trunk, initialise
+from llama2.model.linear import Linear
+from llama2.model.llama import LlamaConfig, Trunk, initialise
+
+
+class ScalarHead(Linear):
+    """A regression head. Not a bf16 product: two answers may differ by less than its rounding."""
+
+    def __init__(self, inputs: int) -> None:
+        super().__init__(inputs, 1)
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        """Return one number in fp32 for each vector, [..., 1] of [..., D]."""
+        return (hidden.float() * self.weight[0].float()).sum(-1, keepdim=True)
 
 
 class Scorer(nn.Module):
@@ -22,17 +34,17 @@ class Scorer(nn.Module):
         super().__init__()
         self.config = config
         self.model = Trunk(config)
-        self.score = Linear(config.hidden_size, 1)
+        self.score = ScalarHead(config.hidden_size)
         initialise(self, seed)
 
     def forward(self, tokens_BT: Tensor, *, lengths_B: Tensor | None = None) -> Tensor:
-        """Scores [B] in fp32 at the last real token of each right-padded row (position lengths_B -
-        1); without lengths, values [B, T] at every token. What stands after a row's length cannot
-        matter: attention is causal.
+        """Return scores [B] in fp32 at the last real token of each right-padded row (position
+        lengths_B - 1); without lengths, values [B, T] at every token. What stands after a row's
+        length cannot matter: attention is causal.
         """
         hidden: Tensor = self.model(tokens_BT)
         if lengths_B is not None:
             hidden = hidden[torch.arange(len(hidden), device=hidden.device), lengths_B - 1]
 
-        # Not a bf16 product: two answers may differ by less than its rounding.
-        return (hidden.float() * self.score.weight[0].float()).sum(-1)
+        scores: Tensor = self.score(hidden)
+        return scores[..., 0]

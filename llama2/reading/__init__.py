@@ -1,1 +1,1 @@
-"""How the bytes of a data file become rows; `files` is the way in."""
+"""Data files as rows; `files` is the way in."""

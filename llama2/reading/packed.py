@@ -41,9 +41,9 @@ DAMAGE = (
 """what libraries raise over bytes that are not what they should be"""
 
 
-def unpacked(name: str) -> str:
-    """A file's name without the ending of its packing: `a.jsonl.GZ` -> `a.jsonl`."""
-    return name[: -len(_packing(name))] if _packing(name) else name
+def strip_packing(name: str) -> str:
+    """Return a file's name without the ending of its packing: `a.jsonl.GZ` -> `a.jsonl`."""
+    return name.removesuffix(Path(name).suffix) if _packing(name) else name
 
 
 def _packing(name: str) -> str:
@@ -52,16 +52,17 @@ def _packing(name: str) -> str:
 
 
 @contextmanager
-def opened(path: Path, member: str = "") -> Iterator[IO[bytes]]:
-    """The unpacked content of a file, or of one member of a zip archive, for reading from front to
-    back."""
+def open_unpacked(path: Path, member: str = "") -> Iterator[IO[bytes]]:
+    """Open the unpacked content of a file, or of one member of a zip archive, for reading from
+    front to back."""
     with ExitStack() as stack:
         file: IO[bytes] = stack.enter_context(json_files.opened(path))
         if member:
             archive = stack.enter_context(zipfile.ZipFile(file))
             if archive.getinfo(member).flag_bits & 1:
                 raise UserError(
-                    f"{shown(path)}!{member}: is encrypted", "unpack the archive with its password"
+                    f"{show_path(path)}!{member}: is encrypted",
+                    "unpack the archive with its password",
                 )
 
             file = stack.enter_context(archive.open(member))
@@ -70,20 +71,16 @@ def opened(path: Path, member: str = "") -> Iterator[IO[bytes]]:
         yield stack.enter_context(_UNPACK[packing](file)) if packing else file
 
 
-def members(path: Path) -> list[str]:
+def list_members(path: Path) -> list[str]:
     """The names of the files in a zip archive, sorted; its directories are none."""
-    with (
-        explained(lambda: shown(path)),
-        json_files.opened(path) as file,
-        zipfile.ZipFile(file) as archive,
-    ):
-        return sorted(
-            item.filename for item in archive.infolist() if item.filename and not item.is_dir()
-        )
+    damage = explain_damage(lambda: show_path(path))
+    with damage, json_files.opened(path) as file, zipfile.ZipFile(file) as archive:
+        items = [item for item in archive.infolist() if item.filename and not item.is_dir()]
+        return sorted(item.filename for item in items)
 
 
 @contextmanager
-def explained(place: Callable[[], str]) -> Iterator[None]:
+def explain_damage(place: Callable[[], str]) -> Iterator[None]:
     """Turn whatever a read may raise into a `UserError` that names `place()`."""
     try:
         yield
@@ -106,14 +103,14 @@ def explained(place: Callable[[], str]) -> Iterator[None]:
             raise
 
 
-def shown(path: str | os.PathLike[str]) -> str:
-    """A path as text: bytes of a name that are not UTF-8 become U+FFFD, so that any message or
-    record can hold it."""
+def show_path(path: str | os.PathLike[str]) -> str:
+    """Return a path as text: bytes of a name that are not UTF-8 become U+FFFD, so that any message
+    or record can hold it."""
     return os.fspath(path).encode("utf-8", "surrogateescape").decode("utf-8", "replace")
 
 
-def zstandard() -> Any:
-    """The library of the extra `data`."""
+def import_zstandard() -> Any:
+    """Return the library of the extra `data`; UserError where it is not installed."""
     try:
         import zstandard
     except ImportError:
@@ -127,7 +124,7 @@ class _Zstandard(io.RawIOBase):
     for a short one."""
 
     def __init__(self, file: IO[bytes]) -> None:
-        self._library, self._file = zstandard(), file
+        self._library, self._file = import_zstandard(), file
         self._frame, self._ready = self._library.ZstdDecompressor().decompressobj(), b""
         self._inside = False
 

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from llama2.errors import UserError
-from llama2.reading.packed import explained, opened
+from llama2.reading.packed import explain_damage, open_unpacked
 
 TO_UTF8 = "convert the file to UTF-8"
 AGAIN = "mend the file, or fetch it again"
@@ -33,12 +33,14 @@ _FORMATS = {
     b"PK\x03\x04": "a zip archive",
     b"PAR1\x15": "Parquet data",
 }
+_LATIN_UTF16 = ([False, True, False, True], [True, False, True, False])
+"""which bytes of two Latin letters in UTF-16 are zero"""
 
 
 @dataclass(frozen=True)
 class File:
-    """A file of rows, or a member of a zip archive: where it is, what messages call it, its set,
-    and its kind (`.jsonl`, `.json`, `.csv`, `.tsv`, `.txt` or `.parquet`)."""
+    """A file of rows, or a member of a zip archive: where it is, the path as messages write it, its
+    set, and its kind (`.jsonl`, `.json`, `.csv`, `.tsv`, `.txt` or `.parquet`)."""
 
     path: Path
     member: str
@@ -53,119 +55,127 @@ class Row:
     file and line; `name` is the set it belongs to, after the file (`test.jsonl` and its like are
     named with their directory).
 
-    A row remembers which of its keys were asked for, and which mappings inside it were read: what
-    is left says what a reader overlooks.
+    A row remembers which of its keys were read, and the mappings inside it that were: what is left
+    shows what a reader overlooks.
     """
 
     value: Any
     where: str
     name: str
-    asked: set[str] = field(default_factory=set, compare=False, repr=False)
+    read: set[str] = field(default_factory=set, compare=False, repr=False)
     parts: list[Row] = field(default_factory=list, compare=False, repr=False)
 
     def error(
         self, cause: str, cure: str = "mend the row, or import with malformed: skip"
     ) -> UserError:
-        """The error that names this row."""
+        """Return the error that names this row."""
         return UserError(f"{self.where}: {cause}", cure)
 
     def part(self, value: Any) -> Row:
-        """A mapping inside this row, as a row whose keys are watched likewise."""
+        """Return a mapping inside this row as a row whose keys are watched likewise."""
         self.parts.append(Row(value, self.where, self.name))
         return self.parts[-1]
 
-    def whole(self) -> Any:
-        """The value, all of it read."""
+    def read_all(self) -> Any:
+        """Return the value, all of it read."""
         if isinstance(self.value, dict):
-            self.asked.update(self.value)
+            self.read.update(self.value)
 
         return self.value
 
     def get(self, key: str) -> Any:
-        """The value of a key, None where there is none; NaN, the null of tables, is None."""
-        self.asked.add(key)
+        """Return the value of a key, None where there is none; NaN, the null of tables, is None."""
+        self.read.add(key)
         value = self.value.get(key) if isinstance(self.value, dict) else None
         return None if value != value else value
 
     def text(self, *keys: str, optional: bool = False) -> str:
-        """The text of the first of `keys` that says something, tidy, "" where all are empty or
-        null.
+        """Return the text of the first of `keys` that says something, tidy, "" where all are empty
+        or null.
 
         UserError where the row has none of them, unless that is `optional`, or where one is no
         text.
         """
-        empty = optional
         for key in keys:
             value = self.get(key)
-            if isinstance(value, str) and tidy(value):
-                return tidy(value)
             if value is not None and not isinstance(value, str):
                 raise self.error(f"'{key}' must be text, it is {type(value).__name__}")
+            if value and tidy(value):
+                return tidy(value)
 
-            empty = empty or (isinstance(self.value, dict) and key in self.value)
-
-        if empty:
+        if optional or (isinstance(self.value, dict) and not self.value.keys().isdisjoint(keys)):
             return ""
 
         raise self.error(f"'{keys[0]}' is missing")
 
 
-def tidy(text: str) -> str:
-    """A text with "\\n" as its only line end, and no space around it."""
-    return text.replace("\r\n", "\n").replace("\r", "\n").strip()
-
-
 @dataclass(frozen=True)
-class Bad:
-    """What stands where a row should be: `where` is file and line."""
+class BadRow:
+    """A row that cannot be read: `where` is file and line."""
 
     where: str
     cause: str
     cure: str = "mend the line"
 
     def error(self, also: str = "") -> UserError:
-        """The error that names it; `also` is another way out."""
+        """Return the error that names it; `also` is another way out."""
         return UserError(f"{self.where}: {self.cause}", f"{self.cure}{also}")
 
 
-Found = Iterator[tuple[int, Any] | Bad]
-"""numbered values, and what stands in place of some"""
+Numbered = Iterator[tuple[int, Any] | BadRow]
+"""values with the number of their line or row, and what stands in place of some"""
 
 
-def lines(file: File) -> Iterator[tuple[int, str, str]]:
+def tidy(text: str) -> str:
+    """Return a text with "\\n" as its only line end, and no space around it."""
+    return text.replace("\r\n", "\n").replace("\r", "\n").strip()
+
+
+def unify_line_ends(value: Any) -> Any:
+    """Return a value of JSON with LF for every line end in its texts."""
+    if isinstance(value, str):
+        return value.replace("\r\n", "\n").replace("\r", "\n") if "\r" in value else value
+    if isinstance(value, dict):
+        return {key: unify_line_ends(item) for key, item in value.items()}
+
+    return [unify_line_ends(item) for item in value] if isinstance(value, list) else value
+
+
+# --- lines ---
+
+
+def read_lines(file: File) -> Iterator[tuple[int, str, str]]:
     """Every line with its number, without its end, and what is wrong with its encoding (mostly
     nothing)."""
     number = 0
-    with explained(lambda: f"{file.label}:{number + 1}"), opened(file.path, file.member) as content:
-        for text, flaw in _decoded(content, file.label):
+    damage = explain_damage(lambda: f"{file.label}:{number + 1}")
+    with damage, open_unpacked(file.path, file.member) as content:
+        for text, flaw in _decode(content, file.label):
             number += 1
             yield number, text.removeprefix("\ufeff"), flaw
 
 
-def text_rows(file: File) -> Found:
+def read_text(file: File) -> Numbered:
     """The lines of a file that are not blank."""
-    for number, text, flaw in lines(file):
+    for number, text, flaw in read_lines(file):
         if flaw:
-            yield Bad(f"{file.label}:{number}", flaw, TO_UTF8)
+            yield BadRow(f"{file.label}:{number}", flaw, TO_UTF8)
         elif text.strip():
             yield number, text
 
 
-def unified(value: Any) -> Any:
-    """A value of JSON with LF for every line end in its texts."""
-    if isinstance(value, str):
-        return value.replace("\r\n", "\n").replace("\r", "\n") if "\r" in value else value
-    if isinstance(value, dict):
-        return {key: unified(item) for key, item in value.items()}
-
-    return [unified(item) for item in value] if isinstance(value, list) else value
+def detect_encoding(head: bytes) -> str:
+    """Return the encoding that a byte order mark at the beginning of a text names, "" without
+    one; UTF-8 needs none."""
+    return next((name for mark, name in _MARKS.items() if head.startswith(mark)), "")
 
 
-def _decoded(content: IO[bytes], label: str) -> Iterator[tuple[str, str]]:
+def _decode(content: IO[bytes], label: str) -> Iterator[tuple[str, str]]:
+    """Every line, and what is wrong with its encoding."""
     head = content.peek(8)[:8]  # type: ignore[attr-defined]
-    encoding = marked(head) or "utf-8"
-    if encoding != "utf-8":
-        yield from ((line.removesuffix("\n"), "") for line in _wide(content, encoding, label))
+    encoding = detect_encoding(head)
+    if encoding:
+        yield from _decode_wide(content, encoding, label)
         return
 
     packed = next((what for mark, what in _FORMATS.items() if head.startswith(mark)), "")
@@ -173,40 +183,27 @@ def _decoded(content: IO[bytes], label: str) -> Iterator[tuple[str, str]]:
         raise UserError(
             f"{label}: holds {packed}, not text", "give the file the ending that it should have"
         )
-    if _is_utf16(head):
+    if [byte == 0 for byte in head[:4]] in _LATIN_UTF16:
         raise UserError(
             f"{label}: not UTF-8 (it looks like UTF-16 without a byte order mark)", TO_UTF8
         )
 
     for raw in content:
-        flaw = ""
         try:
-            text = raw.decode("utf-8")
+            text, flaw = raw.decode("utf-8"), ""
         except UnicodeDecodeError as error:
-            text, flaw = (
-                raw.decode("utf-8", "replace"),
-                f"not UTF-8 ({error.reason} at byte {error.start})",
-            )
+            text = raw.decode("utf-8", "replace")
+            flaw = f"not UTF-8 ({error.reason} at byte {error.start})"
 
-        text = text.removesuffix("\n").removesuffix("\r")
-        yield from ((part, flaw) for part in text.split("\r")) if "\r" in text else ((text, flaw),)
+        for part in text.removesuffix("\n").removesuffix("\r").split("\r"):
+            yield part, flaw
 
 
-def marked(head: bytes) -> str | None:
-    """The encoding that a byte order mark at the beginning of a text names; UTF-8 needs none."""
-    return next((name for mark, name in _MARKS.items() if head.startswith(mark)), None)
-
-
-def _is_utf16(head: bytes) -> bool:
-    """Whether every second byte is zero, as in two Latin letters of UTF-16."""
-    zero = [byte == 0 for byte in head[:4]]
-    return zero in ([False, True, False, True], [True, False, True, False])
-
-
-def _wide(content: IO[bytes], encoding: str, label: str) -> Iterator[str]:
+def _decode_wide(content: IO[bytes], encoding: str, label: str) -> Iterator[tuple[str, str]]:
     try:
         with io.TextIOWrapper(content, encoding) as text:
-            yield from text
+            for line in text:
+                yield line.removesuffix("\n"), ""
     except UnicodeError as error:
         raise UserError(
             f"{label}: not {encoding.upper()}, as its first bytes say ({error})", TO_UTF8

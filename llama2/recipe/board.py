@@ -1,11 +1,11 @@
-"""A recipe at work: which steps wait, run and are finished, and what the screen says about them."""
+"""A recipe at work: the steps that wait, run and are finished, and the screen."""
 
 from __future__ import annotations
 
 import os
 import signal
-import threading
 import time
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from types import FrameType
 
@@ -14,38 +14,39 @@ from rich.live import Live
 from rich.text import Text
 
 from llama2 import runs
-from llama2.config import build
 from llama2.errors import UserError
 from llama2.interrupts import STATUS, let_go_of_terminal
-from llama2.recipe import launch
-from llama2.recipe.remaining import Log, remaining
-from llama2.recipe.steps import Config, Step
-from llama2.terminal_text import line
+from llama2.recipe.config import Config
+from llama2.recipe.remaining import StepLog, estimate_remaining
+from llama2.recipe.steps import RecipeStep
+from llama2.recipe.workers import Workers
+from llama2.terminal_text import clock, line
 
-MEND = "mend it and repeat the command: finished steps are kept"
-RESUMES = "the same command resumes"
-LIMITS = "see `ulimit -a` and what else runs here; the same command resumes"
+_REPEAT = "mend it and repeat the command: finished steps are kept"
+_RESUME = "the same command resumes"
+_LIMITS = "see `ulimit -a` and what else runs here; the same command resumes"
 
 
 @dataclass(frozen=True)
 class Work:
     """A running step."""
 
-    workers: launch.Workers
-    log: Log
+    workers: Workers
+    log: StepLog
 
 
 class Board:
-    """Which steps wait, run and are finished, and what the screen says about them."""
+    """The steps that wait, run and are finished, and what the screen says about them."""
 
-    def __init__(self, recipe: Config, steps: dict[str, Step]) -> None:
+    def __init__(self, recipe: Config, steps: dict[str, RecipeStep]) -> None:
         self.recipe, self.steps = recipe, steps
         self.waiting = list(steps)
         self.running: dict[str, Work] = {}
-        # seconds it took; 0 if it was finished before we began
         self.finished: dict[str, float] = {}
+        """seconds a step took; 0 if it was finished before we began"""
         self.error: UserError | None = None
-        self.stopping = 0  # the number of the signal
+        self.stopping = 0
+        """the number of the signal that asked for it"""
         self.begin = time.monotonic()
         self.console = Console(stderr=True)
         self.live: Live | None = None
@@ -54,7 +55,7 @@ class Board:
 
     def work(self) -> None:
         """Start what can start, wait for what runs, until nothing is left or something failed."""
-        spoken = time.monotonic()
+        printed = time.monotonic()
         while self.running or (self.waiting and not self.error and not self.stopping):
             if not self.error and not self.stopping:
                 self._start_ready()
@@ -62,98 +63,86 @@ class Board:
             self._collect()
             if self.live:
                 self.live.update(self._picture())
-            elif time.monotonic() - spoken > 30:
-                spoken = time.monotonic()
+            elif time.monotonic() - printed > 30:
+                printed = time.monotonic()
                 self.console.print(self._picture(), soft_wrap=True)
 
             time.sleep(0.05)
 
-    def _cores(self, step: Step) -> int:
-        return min(max(step.cores or self.recipe.cores, step.processes), self.recipe.cores)
+    def _cores(self, name: str) -> int:
+        keys = self.steps[name].keys
+        return min(max(keys.cores or self.recipe.cores, keys.processes), self.recipe.cores)
 
     def _start_ready(self) -> None:
-        free = self.recipe.cores - sum(self._cores(self.steps[name]) for name in self.running)
+        """Start every step whose inputs are finished, as far as the cores go."""
+        free = self.recipe.cores - sum(map(self._cores, self.running))
         for name in list(self.waiting):
-            step = self.steps[name]
-            if step.needs - self.finished.keys() or self._cores(step) > free:
+            step, cores = self.steps[name], self._cores(name)
+            if step.needs - self.finished.keys() or cores > free:
                 continue
 
             self.waiting.remove(name)
             try:
-                done = runs.is_finished(
-                    step.verb, build(launch.stage(step.verb).Config, step.values)
-                )
+                if runs.is_finished(step.verb, step.config):
+                    self.finished[name] = 0.0
+                    continue
             except UserError as error:
                 self._fail(name, str(error))
                 return
 
-            if done:
-                self.finished[name] = 0.0
-                continue
-
-            free -= self._cores(step)
-            threads = max(1, self._cores(step) // step.processes)
-            log = Log(self.recipe.out / "logs" / f"{name}.log", time.monotonic())
-
-            try:
-                workers = launch.Workers.start(
-                    step.verb, step.values, step.processes, threads, log.path
-                )
-            # a signal to the whole group, or a machine without memory, ended what starts processes
-            except EOFError:
-                self._fail(
-                    name, "the process that starts others was killed (out of memory?)", RESUMES
-                )
-                return
-            except OSError as error:  # BlockingIOError, too: no more processes
-                self._fail(
-                    name,
-                    f"no process could be started ({os.strerror(error.errno or 0).lower()})",
-                    LIMITS,
-                )
+            if not self._start(step, cores):
                 return
 
-            self.running[name] = Work(workers, log)
-            if self.stopping:  # the signal came meanwhile
-                workers.stop()
-                return
+            free -= cores
+
+    def _start(self, step: RecipeStep, cores: int) -> bool:
+        """Start the processes of a step; return whether others may start as well."""
+        log = StepLog(self.recipe.out / "logs" / f"{step.name}.log", time.monotonic())
+        ranks = step.keys.processes
+        threads = max(1, cores // ranks)
+        try:
+            workers = Workers.start(step.verb, step.values, ranks, threads, log.path)
+        # a signal to the whole group, or a machine without memory, ended what starts processes
+        except EOFError:
+            self._fail(
+                step.name, "the process that starts others was killed (out of memory?)", _RESUME
+            )
+            return False
+        except OSError as error:  # BlockingIOError, too: no more processes
+            reason = os.strerror(error.errno or 0).lower()
+            self._fail(step.name, f"no process could be started ({reason})", _LIMITS)
+            return False
+
+        self.running[step.name] = Work(workers, log)
+        if self.stopping:  # the signal came meanwhile
+            workers.stop()
+
+        return not self.stopping
 
     def _collect(self) -> None:
+        """Note how steps ended."""
         for name, work in list(self.running.items()):
-            if work.workers.alive():
+            if work.workers.are_alive():
                 continue
 
             del self.running[name]
-            outcome = work.workers.result()
-            if outcome == "done":
+            result = work.workers.result()
+            if result == "done":
                 self.finished[name] = time.monotonic() - work.log.begin
-                self.console.print(
-                    f"[{len(self.finished):2}/{len(self.steps)}] {name:24} "
-                    f"{_clock(self.finished[name]):>6}  {work.log.last_line()}",
-                    highlight=False,
-                    markup=False,
-                    soft_wrap=True,
-                )
-                for warning in runs.read_warnings(self.steps[name].out):
-                    self.console.print(
-                        f"        {name}: warning: {line(warning)}",
-                        highlight=False,
-                        markup=False,
-                        soft_wrap=True,
-                    )
-            elif outcome == "stopped":
+                self._print_finished(name, work.log)
+            elif result == "stopped":
                 self.stopping = self.stopping or signal.SIGTERM
             else:
-                self._fail(name, outcome, RESUMES if work.workers.killed else MEND)
+                self._fail(name, result, _RESUME if work.workers.killed else _REPEAT)
 
-    def _fail(self, name: str, why: str, cure: str = MEND) -> None:
+    def _fail(self, name: str, cause: str, cure: str = _REPEAT) -> None:
         """Remember the first error; what runs beside it saves and stops."""
-        self.error = self.error or UserError(f"step {name}: {why}", cure)
+        self.error = self.error or UserError(f"step {name}: {cause}", cure)
         for work in self.running.values():
             work.workers.stop()
 
     def on_signal(self, number: int, frame: FrameType | None) -> None:
-        """First signal: every step saves and stops. Second: kill them."""
+        """Let every step save and stop; kill them at a second signal."""
         let_go_of_terminal(number)
         for work in self.running.values():
             work.workers.kill() if self.stopping else work.workers.stop()
@@ -161,60 +150,54 @@ class Board:
         self.stopping = number
 
     def finish(self) -> int:
-        """Say how it ended; the exit status: 130 for a recipe that Ctrl-C left unfinished."""
+        """Say how it ended, and return the exit status: 130 for a recipe that Ctrl-C left
+        unfinished."""
         if self.error:
             raise self.error
 
-        took = _clock(time.monotonic() - self.begin)
-        if len(self.finished) < len(self.steps):
-            ending = f"stopped after {len(self.finished)} of {len(self.steps)} steps; the same command resumes"
-        else:
-            ending = f"all {len(self.steps)} steps done in {took}"
+        done, total = len(self.finished), len(self.steps)
+        ending = f"all {total} steps done in {clock(time.monotonic() - self.begin)}"
+        if done < total:
+            ending = f"stopped after {done} of {total} steps; the same command resumes"
 
-        self.console.print(
-            line(f"{self.recipe.out}: {ending}"), highlight=False, markup=False, soft_wrap=True
-        )
-        interrupted = self.stopping == signal.SIGINT and len(self.finished) < len(self.steps)
-        return STATUS if interrupted else 0
+        self._print(line(f"{self.recipe.out}: {ending}"))
+        return STATUS if self.stopping == signal.SIGINT and done < total else 0
 
     # --- the screen ---
 
-    def display(self) -> Live | threading.Lock:
-        """A live picture on a terminal; elsewhere a line now and then."""
+    def display(self) -> AbstractContextManager[object]:
+        """Show a live picture on a terminal; elsewhere a line now and then."""
         if not self.console.is_terminal:
-            return threading.Lock()
+            return nullcontext()
 
         self.live = Live(
             self._picture(), console=self.console, refresh_per_second=4, transient=True
         )
         return self.live
 
+    def _print(self, text: str) -> None:
+        self.console.print(text, highlight=False, markup=False, soft_wrap=True)
+
+    def _print_finished(self, name: str, log: StepLog) -> None:
+        count = f"[{len(self.finished):2}/{len(self.steps)}]"
+        self._print(f"{count} {name:24} {clock(self.finished[name]):>6}  {log.last_line()}")
+        for warning in runs.read_warnings(self.steps[name].out):
+            self._print(f"        {name}: warning: {line(warning)}")
+
     def _picture(self) -> Text:
         now = time.monotonic()
         done = f"{len(self.finished)}/{len(self.steps)} steps"
-        lines = [f"{done}  {_clock(now - self.begin)} elapsed  ETA {self._eta(now)}"]
-
+        lines = [f"{done}  {clock(now - self.begin)} elapsed  ETA {self._eta(now)}"]
         for name, work in self.running.items():
-            lines.append(
-                f"  {name:24} {_clock(now - work.log.begin):>6}  {work.log.last_line()[:100]}"
-            )
+            elapsed = clock(now - work.log.begin)
+            lines.append(f"  {name:24} {elapsed:>6}  {work.log.last_line()[:100]}")
 
         return Text("\n".join(lines))
 
     def _eta(self, now: float) -> str:
-        """What is left, at the pace of what was done here and by what the running steps say."""
-        waiting = sum(self.steps[name].seconds for name in self.waiting)
-        finished = [
-            (self.steps[name].seconds, took) for name, took in self.finished.items() if took
-        ]
-        running = [
-            work.log.running(self.steps[name].seconds, now) for name, work in self.running.items()
-        ]
-
-        return _clock(remaining(waiting, finished, running, now - self.begin))
-
-
-def _clock(seconds: float) -> str:
-    minutes, seconds = divmod(int(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"
+        """Return the time left, at the pace of what was done here and by what running steps say."""
+        weights = {name: step.keys.seconds for name, step in self.steps.items()}
+        waiting = sum(weights[name] for name in self.waiting)
+        finished = [(weights[name], took) for name, took in self.finished.items() if took]
+        running = [work.log.progress(weights[name], now) for name, work in self.running.items()]
+        return clock(estimate_remaining(waiting, finished, running, now - self.begin))

@@ -8,7 +8,7 @@ the two reward models of §3.2.2 train side by side.
 
     parameters: {data: /my/data}
     steps:
-      sft:    {verb: sft, processes: 2, model: "${pretrain}", dialogs: {mine: {path: "${data}/sft.jsonl"}}}
+      sft:    {verb: sft, model: "${pretrain}", dialogs: {mine: {path: "${data}/sft.jsonl"}}, ...}
       reward: {verb: reward, cores: 1, model: "${sft}", ...}
 """
 
@@ -19,47 +19,47 @@ import threading
 from collections.abc import Mapping
 from typing import Any
 
-from llama2 import atomic, interrupts, mesh, runs
-from llama2.config import build, yaml12
-from llama2.recipe import launch
+from llama2 import atomic, interrupts, runs
+from llama2.config import yaml12
+from llama2.ranks import join
+from llama2.recipe import verbs
 from llama2.recipe.board import Board
-from llama2.recipe.steps import Config, Step, check_inputs, referred_to, steps_of
+from llama2.recipe.config import Config, find_references
+from llama2.recipe.steps import RecipeStep, check_inputs, resolve_steps
+from llama2.recipe.workers import execute, preload
 from llama2.records import dump
-from llama2.stages.common.planning import Cluster, Lineage, total
+from llama2.stages.common.planning import Cluster, PlannedRuns, total
 from llama2.terminal_text import say
 
 __all__ = ["Config", "plan", "run"]
 
 
-def plan(recipe: Config, cluster: Cluster, lineage: Lineage) -> dict[str, Any]:
-    """What a dry run shows beyond the recipe itself: every step's whole configuration, and what it
-    would cost."""
-    resolved, described = {}, {}
-    for name, step in steps_of(recipe).items():
-        module = launch.stage(step.verb)
-        config = build(module.Config, step.values)
-        machines = (
-            cluster if cluster.ranks else cluster.model_copy(update={"ranks": step.processes})
-        )
-        resolved[name] = config.model_dump(mode="json")
-        described[name] = {
-            "verb": step.verb,
-            "needs": sorted(step.needs),
-            **(module.plan(config, machines, lineage) if hasattr(module, "plan") else {}),
-        }
+def plan(recipe: Config, cluster: Cluster, planned: PlannedRuns) -> dict[str, Any]:
+    """Return what a dry run shows beyond the recipe itself: every step's whole configuration, and
+    what it would cost."""
+    configs, plans = {}, {}
+    for name, step in resolve_steps(recipe).items():
+        module, machines = verbs.load(step.verb), cluster
+        if not cluster.ranks:
+            machines = cluster.model_copy(update={"ranks": step.keys.processes})
 
-    return {"steps": resolved, "plan": described, "total": total(described)}
+        configs[name] = step.config.model_dump(mode="json")
+        plans[name] = {"verb": step.verb, "needs": sorted(step.needs)}
+        if hasattr(module, "plan"):
+            plans[name] |= module.plan(step.config, machines, planned)
+
+    return {"steps": configs, "plan": plans, "total": total(plans)}
 
 
 def run(recipe: Config) -> int:
-    """Bring every step of a recipe to its end; finished ones are skipped, interrupted ones resumed.
-    The exit status."""
-    steps = steps_of(recipe)
+    """Bring every step of a recipe to its end, and return the exit status. Finished steps are
+    skipped, interrupted ones resumed."""
+    steps = resolve_steps(recipe)
     for step in steps.values():
-        runs.check(step.verb, build(launch.stage(step.verb).Config, step.values))
+        runs.check(step.verb, step.config)
 
     if recipe.step is not None:
-        _run_one(recipe.step, recipe, steps)
+        _run_step(steps[recipe.step], recipe, steps)
         return 0
 
     check_inputs(recipe, steps)
@@ -67,67 +67,63 @@ def run(recipe: Config) -> int:
         return _run_all(recipe, steps)
 
 
-def _run_all(recipe: Config, steps: dict[str, Step]) -> int:
-    """Every step in processes of its own."""
+def _run_step(step: RecipeStep, recipe: Config, steps: Mapping[str, RecipeStep]) -> None:
+    """Carry out one step under whatever started this process: a recipe's own ranks all live on one
+    machine."""
+    if join().is_main:
+        _describe(recipe, steps)
+
+    execute(step.verb, step.config)
+
+
+def _run_all(recipe: Config, steps: dict[str, RecipeStep]) -> int:
+    """Carry out every step in processes of its own, and return the exit status."""
     board = Board(recipe, steps)
-    handlers = {
-        kind: signal.signal(kind, board.on_signal)
-        for kind in (*interrupts.requests(), signal.SIGINT)
-        if threading.current_thread() is threading.main_thread()
-    }
+    handlers = {}
+    if threading.current_thread() is threading.main_thread():
+        for number in (*interrupts.list_stop_signals(), signal.SIGINT):
+            handlers[number] = signal.signal(number, board.on_signal)
+
     try:
-        launch.preload()
+        preload()
         _describe(recipe, steps)
         _note_gone(steps)
-
         with board.display():
             board.work()
     finally:
-        for kind, handler in handlers.items():
-            signal.signal(kind, handler)
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
 
     return board.finish()
 
 
-def _note_gone(steps: Mapping[str, Step]) -> None:
+def _note_gone(steps: Mapping[str, RecipeStep]) -> None:
     """Say which steps are made again though what was made from them is there, before that takes
     hours."""
-    behind: dict[str, frozenset[str]] = {}
+    ancestors: dict[str, frozenset[str]] = {}
     for name, step in steps.items():
-        behind[name] = step.needs.union(*(behind[need] for need in step.needs))
+        ancestors[name] = step.needs.union(*(ancestors[need] for need in step.needs))
 
-    done = [name for name, step in steps.items() if (step.out / runs.COMPLETE).is_file()]
+    finished = [name for name, step in steps.items() if (step.out / runs.COMPLETE).is_file()]
     for name, step in steps.items():
-        users = [user for user in done if name in behind[user]]
+        users = [user for user in finished if name in ancestors[user]]
         if users and not (step.out / runs.MANIFEST).is_file():
             say(
-                f"{step.out}: gone, though {users[0]} was made from it, so it is made again, and must come out the "
-                "same; if it was moved, stop this (Ctrl-C) and put it back, or a link to it"
+                f"{step.out}: gone, though {users[0]} was made from it, so it is made again, and "
+                "must come out the same; if it was moved, stop this (Ctrl-C) and put it back, or "
+                "a link to it"
             )
 
 
-def _run_one(name: str, recipe: Config, steps: Mapping[str, Step]) -> None:
-    """One step under whatever started this process: a recipe's own ranks all live on one
-    machine."""
-    step = steps[name]
-    mesh.init()
-    if mesh.is_main():
-        _describe(recipe, steps)
-
-    launch.execute(step.verb, build(launch.stage(step.verb).Config, step.values))
-
-
-def _describe(recipe: Config, steps: Mapping[str, Step]) -> None:
+def _describe(recipe: Config, steps: Mapping[str, RecipeStep]) -> None:
     """Write the recipe beside its runs, for the reader and for the report: as one that can be run
     again."""
     recipe.out.mkdir(parents=True, exist_ok=True)
     described = recipe.model_dump(mode="json", exclude={"step"})
-    described["steps"] = {
-        name: step for name, step in described["steps"].items() if step is not None
-    }
-    used = referred_to(described)
-    described["parameters"] = {
-        name: value for name, value in described["parameters"].items() if name in used
-    }
+    used = find_references([described])
+    for section, kept in (("steps", steps), ("parameters", used)):
+        values = described[section].items()
+        described[section] = {name: value for name, value in values if name in kept}
+
     atomic.write_atomic(recipe.out / "recipe.yaml", yaml12.dump(described))
     atomic.write_atomic(recipe.out / "steps.json", dump(list(steps)))

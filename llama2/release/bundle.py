@@ -8,10 +8,7 @@ not at all.
 
 from __future__ import annotations
 
-import os
-import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -20,9 +17,10 @@ from pydantic import BeforeValidator
 from llama2 import atomic, json_files, runs
 from llama2.config import Config as Section
 from llama2.convert.export import Kind
-from llama2.errors import UserError, explain_os_errors
+from llama2.errors import UserError
 from llama2.formats import hf_directory
 from llama2.formats.gguf_metadata import Precision
+from llama2.hashing import hash_file
 from llama2.release import (
     carbon_statement,
     hub,
@@ -33,8 +31,8 @@ from llama2.release import (
 )
 from llama2.release import card as cards
 from llama2.release.lineage import Lineage, trace
-from llama2.release.measurements import measured
-from llama2.report.carbon import Power
+from llama2.release.measurements import find_measured
+from llama2.report.energy import Power
 from llama2.terminal_text import say
 
 POSITIONAL = "run"
@@ -42,18 +40,13 @@ SUMS = "SHA256SUMS"
 _DTYPES = {"float32": "fp32", "float16": "fp16", "bfloat16": "bf16"}
 
 
-def _several(value: Any) -> Any:
-    """`f16,q8_0` as a list, also as one word of a list."""
+def _split_names(value: Any) -> Any:
+    """Return `f16,q8_0` as a list, also as one word of a list; anything else as it is."""
     words = [value] if isinstance(value, str) else value
-    return (
-        tuple(part for word in words for part in word.split(",") if part)
-        if _are_texts(words)
-        else value
-    )
+    if not isinstance(words, (list, tuple)) or not all(isinstance(word, str) for word in words):
+        return value
 
-
-def _are_texts(value: Any) -> bool:
-    return isinstance(value, (list, tuple)) and all(isinstance(word, str) for word in value)
+    return tuple(filter(None, ",".join(words).split(",")))
 
 
 class Config(Section):
@@ -66,7 +59,7 @@ class Config(Section):
     """directory of the release; one that holds an earlier release of the same run is replaced"""
     dtype: Kind | None = None
     """type of the weights; without it, the run's own files"""
-    gguf: Annotated[tuple[Precision, ...], BeforeValidator(_several)] = ()
+    gguf: Annotated[tuple[Precision, ...], BeforeValidator(_split_names)] = ()
     """GGUF copies to add, separated by commas"""
     card: cards.Card = cards.Card()
     """what only a person can say"""
@@ -89,7 +82,7 @@ def run(config: Config) -> None:
     client = hub.connect(config.push, sure=config.yes) if config.push is not None else None
     weight_files.check(lineage.released)
 
-    with _fresh(config.out) as work:
+    with atomic.new_directory(config.out.resolve()) as work:
         fill(config, lineage, work)
 
     count = len((config.out / SUMS).read_text(encoding="utf-8").splitlines())
@@ -102,72 +95,73 @@ def run(config: Config) -> None:
 
 def fill(config: Config, lineage: Lineage, work: Path) -> None:
     """Write everything into an empty directory, the checksums last."""
-    found = measured(lineage)
-    materials = licences.materials(lineage, config.licenses)
+    measured = find_measured(lineage)
+    materials = licences.list_materials(lineage, config.licenses)
     weight_files.write(lineage.released, work, config.dtype)
     settings = json_files.json_object(work / hf_directory.CONFIG)
-    dtype = _DTYPES.get(str(settings.get("dtype", settings.get("torch_dtype"))), "not stated")
-    model = cards.Model(
-        lineage, found, materials, config.card, config.power, dtype, config.dtype is not None
-    )
-    copies = weight_files.write_gguf(lineage.released, work, config.gguf, model.title)
-    model = cards.Model(
+    dtype = str(settings.get("dtype", settings.get("torch_dtype")))
+    model = cards.ReleasedModel(
         lineage,
-        found,
+        measured,
         materials,
         config.card,
         config.power,
-        dtype,
+        _DTYPES.get(dtype, "not stated"),
         config.dtype is not None,
-        copies,
     )
-    papers = {
-        cards.FILE: cards.document(model),
-        responsible_use.FILE: responsible_use.document(model),
-        carbon_statement.FILE: carbon_statement.document(lineage, found, config.power),
-        carbon_statement.NUMBERS: carbon_statement.numbers(lineage, config.power),
-        licences.FILE: licences.document(
-            lineage, materials, config.card.license, config.card.base_model
-        ),
-        **provenance.files(lineage, found),
-    }
-
-    for name, text in papers.items():
+    copies = weight_files.write_gguf(lineage.released, work, config.gguf, model.title)
+    for name, text in write_papers(replace(model, gguf=copies)).items():
         atomic.write_atomic(work / name, text)
 
     (work / provenance.SCRIPT).chmod(0o755)
     _check_private(work, config.run)
-    (work / SUMS).write_text(sums(work), encoding="utf-8")
+    (work / SUMS).write_text(list_sums(work), encoding="utf-8")
 
 
-def sums(release: Path) -> str:
-    """One line for every file but SHA256SUMS, sorted, as sha256sum reads them."""
-    names = sorted(
-        path.relative_to(release).as_posix() for path in release.rglob("*") if path.is_file()
-    )
-    return "".join(
-        f"{json_files.sha256(release / name)}  {name}\n" for name in names if name != SUMS
-    )
+def write_papers(model: cards.ReleasedModel) -> dict[str, str]:
+    """Write all papers of a model: name -> content."""
+    lineage, measured = model.lineage, model.measured
+    return {
+        cards.FILE: cards.document(model),
+        responsible_use.FILE: responsible_use.document(model),
+        carbon_statement.FILE: carbon_statement.document(lineage, measured, model.power),
+        carbon_statement.NUMBERS: carbon_statement.write_numbers(lineage, model.power),
+        licences.FILE: licences.document(
+            lineage, model.materials, model.card.license, model.card.base_model
+        ),
+        **provenance.write_files(lineage, measured),
+    }
+
+
+def list_sums(release: Path) -> str:
+    """Write one line for every file but SHA256SUMS, sorted, as sha256sum reads them."""
+    names = [name for name in _list_files(release) if name != SUMS]
+    return "".join(f"{hash_file(release / name)}  {name}\n" for name in names)
+
+
+def _list_files(directory: Path) -> list[str]:
+    files = [path for path in directory.rglob("*") if path.is_file()]
+    return sorted(path.relative_to(directory).as_posix() for path in files)
 
 
 def _check_private(work: Path, run: Path) -> None:
-    """No paper may name the home directory or where the run lies; what a person wrote is no
-    exception."""
-    for file in sorted(
-        path for path in work.rglob("*") if path.suffix in (".md", ".json", ".yaml", ".sh")
-    ):
-        text = file.read_text(encoding="utf-8")
-        for place in provenance.places(run):
+    """UserError if a paper names the home directory or where the run lies; what a person wrote is
+    no exception."""
+    for name in _list_files(work):
+        if not name.endswith((".md", ".json", ".yaml", ".sh")):
+            continue
+
+        text = (work / name).read_text(encoding="utf-8")
+        for place in provenance.list_places(run):
             if place in text:
                 raise UserError(
-                    f"{file.relative_to(work)} would name the directory {place}",
-                    "take it out of "
-                    "--card.notes and the other --card settings, and out of the names in the recipe",
+                    f"{name} would name the directory {place}",
+                    "take it out of --card.notes and the other --card settings, and out of the "
+                    "names in the recipe",
                 )
 
 
 # ---- where it goes
-# --------------------------------------------------------------------------------------------------
 def _check_target(out: Path, run: Path, lineage: Lineage) -> None:
     """UserError unless `out` is absent, empty, or an earlier release of the same run and nothing
     else."""
@@ -186,40 +180,16 @@ def _check_target(out: Path, run: Path, lineage: Lineage) -> None:
 
     try:
         earlier = json_files.json_object(out / provenance.LINEAGE)["model"]["fingerprint"]
-        told = {
-            line.split("  ", 1)[1] for line in (out / SUMS).read_text(encoding="utf-8").splitlines()
-        }
+        sums = (out / SUMS).read_text(encoding="utf-8").splitlines()
+        listed = [line.split("  ", 1)[1] for line in sums]
     except (UserError, OSError, ValueError, KeyError, TypeError, IndexError):
         raise refused from None
 
     if earlier != runs.recorded(lineage.released.step.path):
         raise UserError(f"{out}: holds the release of another run", "choose another --out")
-    if foreign := sorted(
-        path.relative_to(out).as_posix()
-        for path in out.rglob("*")
-        if path.is_file() and path.relative_to(out).as_posix() not in {*told, SUMS}
-    ):
-        raise UserError(
-            f"{out}: holds a file that is no part of the release: {foreign[0]}", "move it away"
-        )
 
-
-@contextmanager
-def _fresh(out: Path) -> Iterator[Path]:
-    """A directory beside `out` that takes its place at the end, and vanishes if there is an
-    error."""
-    target = out.resolve()
-    work, old = (target.with_name(f".{target.name}.{end}") for end in ("tmp", "old"))
-    with explain_os_errors(out):
-        shutil.rmtree(work, ignore_errors=True)
-        work.mkdir(parents=True)
-        try:
-            yield work
-            atomic.flush_tree(work)
-            if target.exists():
-                os.replace(target, old)
-
-            atomic.replace(work, target)
-        finally:
-            shutil.rmtree(work, ignore_errors=True)
-            shutil.rmtree(old, ignore_errors=True)
+    for name in _list_files(out):
+        if name not in (*listed, SUMS):
+            raise UserError(
+                f"{out}: holds a file that is no part of the release: {name}", "move it away"
+            )

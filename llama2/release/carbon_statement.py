@@ -3,52 +3,51 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
+from llama2.devices import CPU
 from llama2.records import dump
 from llama2.release import markdown as md
 from llama2.release.lineage import Lineage, Stage
 from llama2.release.measurements import Measured
-from llama2.report import cost_sections
-from llama2.report.carbon import Energy, Power, amounts
+from llama2.report.energy import Energy, Power, format_amounts, measure_energy
 
 FILE, NUMBERS = "CARBON.md", "carbon.json"
 
 
-def energy_of(stage: Stage, power: Power) -> Energy:
-    """Device-hours and rated power of a finished stage."""
-    found = cost_sections.energy_of(stage.step, power)
-    return found or Energy(0.0, power.watts_per_core, power.pue, power.kg_per_kwh)
+def measure_stage(stage: Stage, power: Power) -> Energy:
+    """Return device-hours and rated power of a finished stage."""
+    energy = measure_energy(stage.step, power)
+    return energy or Energy(0.0, power.watts_per_core, power.pue, power.kg_per_kwh)
 
 
-def total(lineage: Lineage, power: Power) -> tuple[float, float, float]:
-    """Device-hours, kWh and kg CO2eq of all stages."""
-    found = [energy_of(stage, power) for stage in lineage.stages]
-    return (
-        sum(one.hours for one in found),
-        sum(one.kwh for one in found),
-        sum(one.kg for one in found),
-    )
+def add_up(lineage: Lineage, power: Power) -> tuple[float, float, float]:
+    """Return device-hours, kWh and kg CO2eq of all stages."""
+    parts = [measure_stage(stage, power) for stage in lineage.stages]
+    hours = sum(energy.hours for energy in parts)
+    kwh = sum(energy.kwh for energy in parts)
+    return hours, kwh, sum(energy.kg for energy in parts)
 
 
-def numbers(lineage: Lineage, power: Power) -> str:
-    """carbon.json."""
-    hours, kwh, kg = total(lineage, power)
+def write_numbers(lineage: Lineage, power: Power) -> str:
+    """Write carbon.json."""
+    stages = {}
+    for stage in lineage.stages:
+        energy = measure_stage(stage, power)
+        stages[stage.name] = {
+            "device": stage.step.device,
+            "devices": stage.step.devices,
+            "watts": energy.watts,
+            **_figures(energy.hours, energy.kwh, energy.kg),
+        }
+
     return dump(
         {
             "method": "device-hours x rated power x PUE x carbon intensity",
             "power": power.model_dump(),
-            "total": _figures(hours, kwh, kg),
-            "stages": {
-                stage.name: {
-                    "device": device_of(stage),
-                    "devices": stage.step.devices,
-                    "watts": one.watts,
-                    **_figures(one.hours, one.kwh, one.kg),
-                }
-                for stage in lineage.stages
-                for one in [energy_of(stage, power)]
-            },
+            "total": _figures(*add_up(lineage, power)),
+            "stages": stages,
         }
     )
 
@@ -57,80 +56,70 @@ def _figures(hours: float, kwh: float, kg: float) -> dict[str, Any]:
     return {"device_hours": round(hours, 9), "kwh": round(kwh, 9), "kg_co2eq": round(kg, 9)}
 
 
-def device_of(stage: Stage) -> str:
-    """The kind of device a stage ran on: cpu, cuda, ..."""
-    return str(stage.step.manifest.get("device", "cpu"))
-
-
 def document(lineage: Lineage, measured: Measured | None, power: Power) -> str:
-    """CARBON.md."""
-    rows = [_row(stage, energy_of(stage, power)) for stage in lineage.stages]
-    hours, kwh, kg = total(lineage, power)
-    kinds = sorted({device_of(stage) for stage in lineage.stages})
-    missing = ", ".join(md.code(one.place) for _, one in lineage.bases)
+    """Write CARBON.md."""
+    hours, kwh, kg = add_up(lineage, power)
+    devices = {stage.step.device for stage in lineage.stages}
+    missing = ", ".join(md.code(source.place) for source in lineage.bases)
 
     return md.document(
         "# Energy and carbon",
-        f"Making this model took {duration(hours)} of device time, about {' and '.join(amounts(kwh, kg))} CO2eq.",
+        f"Making this model took {format_duration(hours)} of device time, about "
+        f"{' and '.join(format_amounts(kwh, kg))} CO2eq.",
         "## Method",
-        "The method of the Llama 2 paper (section 2.2.1): device-hours x rated power x PUE x carbon intensity. The "
-        "hours are measured. The rest is assumed, not metered:",
+        "The method of the Llama 2 paper (section 2.2.1): device-hours x rated power x PUE x "
+        "carbon intensity. The hours are measured. The rest is assumed, not metered:",
         md.bullets(
-            f"{power.watts_per_core:g} W a CPU core" if "cpu" in kinds else "",
-            f"{power.watts_per_gpu:g} W an accelerator" if set(kinds) - {"cpu"} else "",
+            md.when(CPU in devices, f"{power.watts_per_core:g} W a CPU core"),
+            md.when(devices - {CPU}, f"{power.watts_per_gpu:g} W an accelerator"),
             f"a power usage effectiveness (PUE) of {power.pue:g}",
             f"{power.kg_per_kwh:g} kg CO2eq for each kWh",
         ),
-        "Left out, as in the paper: the rest of the machine, the network, and manufacturing. Left out too: whatever "
-        "was tried before this run, stages of the recipe that nothing here was made from, and attempts that were "
-        "killed outright. Nothing is said about offsets.",
+        "Left out, as in the paper: the rest of the machine, the network, and manufacturing. Left "
+        "out too: whatever was tried before this run, stages of the recipe that nothing here was "
+        "made from, and attempts that were killed outright. Nothing is said about offsets.",
         "## Stages",
         md.table(
             ("Stage", "Device", "Devices", "Time", "Device-hours", "Energy", "CO2eq"),
-            [
-                *rows,
-                (
-                    "**all**",
-                    "",
-                    "",
-                    "",
-                    *(f"**{one}**" for one in (md.hours(hours), *amounts(kwh, kg))),
-                ),
-            ],
+            _rows(lineage, power),
             (0, 1),
         ),
-        f"Not counted: what it took to make {missing}, which came from outside." if missing else "",
-        _evaluation(lineage, measured, power),
+        md.when(missing, f"Not counted: what it took to make {missing}, which came from outside."),
+        _evaluation(measured, power),
         f"The exact figures are in `{NUMBERS}`.",
     )
 
 
-def _row(stage: Stage, energy: Energy) -> tuple[str, ...]:
-    return (
-        md.text(stage.name),
-        device_of(stage),
-        str(stage.step.devices),
-        duration((stage.step.seconds or 0) / 3600),
-        md.hours(energy.hours),
-        *amounts(energy.kwh, energy.kg),
-    )
+def _rows(lineage: Lineage, power: Power) -> list[Sequence[str]]:
+    rows: list[Sequence[str]] = []
+    for stage in lineage.stages:
+        step, energy = stage.step, measure_stage(stage, power)
+        time = format_duration((step.seconds or 0) / 3600)
+        figures = (md.hours(energy.hours), *format_amounts(energy.kwh, energy.kg))
+        rows.append((md.text(stage.name), step.device, str(step.devices), time, *figures))
+
+    hours, kwh, kg = add_up(lineage, power)
+    sums = [f"**{figure}**" for figure in (md.hours(hours), *format_amounts(kwh, kg))]
+    return [*rows, ("**all**", "", "", "", *sums)]
 
 
-def _evaluation(lineage: Lineage, measured: Measured | None, power: Power) -> str:
-    energy = cost_sections.energy_of(measured.step, power) if measured is not None else None
+def _evaluation(measured: Measured | None, power: Power) -> str:
+    energy = measure_energy(measured.step, power) if measured is not None else None
     if energy is None:
         return ""
 
     return (
-        f"Its evaluation, of all versions together, took {md.hours(energy.hours)} device-hours more "
-        f"({', '.join(amounts(energy.kwh, energy.kg))} CO2eq), which the sum does not hold."
+        f"Its evaluation, of all versions together, took {md.hours(energy.hours)} device-hours "
+        f"more ({', '.join(format_amounts(energy.kwh, energy.kg))} CO2eq), which the sum does not hold."
     )
 
 
-def duration(hours: float) -> str:
-    """Hours in words of a fitting size."""
+def format_duration(hours: float) -> str:
+    """Format hours in a unit of fitting size."""
     seconds = hours * 3600
     if seconds < 60:
         return f"{seconds:.1f} s"
+    if seconds < 3600:
+        return f"{seconds / 60:.1f} min"
 
-    return f"{seconds / 60:.1f} min" if seconds < 3600 else f"{hours:,.1f} h"
+    return f"{hours:,.1f} h"

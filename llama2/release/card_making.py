@@ -3,12 +3,28 @@ took."""
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 from llama2.release import markdown as md
 from llama2.release.licences import Material
 from llama2.release.lineage import Lineage, Stage
+from llama2.results import (
+    CleanResult,
+    CollectResult,
+    DistillResult,
+    GhostResult,
+    PrepareResult,
+    PretrainResult,
+    RejectionResult,
+    RewardResult,
+    SelectResult,
+    SftResult,
+    TokenizeResult,
+)
+
+Licences = Mapping[tuple[str, str], str]
+"""(stage, source) -> licence"""
 
 WORK = {
     "world": "synthetic data",
@@ -28,294 +44,249 @@ WORK = {
 }
 
 
-def work_of(stage: Stage) -> str:
-    """What a stage does, in words."""
+def name_work(stage: Stage) -> str:
+    """Return what a stage does, in words."""
     return WORK.get(stage.step.verb, stage.step.verb)
 
 
 # ---- data
-# -----------------------------------------------------------------------------------------------------------
-def data(lineage: Lineage, materials: Sequence[Material]) -> str:
-    """What the model learnt from: sources, sizes, licences."""
-    licences = {(one.stage, one.name): one.licence for one in materials}
-    parts = [
-        _synthetic(lineage),
-        *(_text(lineage, stage, licences) for stage in lineage.of("tokenize")),
-        *(_prepared(stage, licences) for stage in lineage.of("prepare")),
-        _sets(lineage),
-        _loose(lineage, materials),
-        _cleaning(lineage),
-    ]
-    found = [part for part in parts if part]
+def write_data(lineage: Lineage, materials: Sequence[Material]) -> str:
+    """Write what the model learnt from: sources, sizes, licences."""
+    licences = {(material.stage, material.name): material.licence for material in materials}
+    parts = [_synthetic(lineage)]
+    parts += [_text(lineage, *pair, licences) for pair in lineage.results(TokenizeResult)]
+    parts += [_prepared(*pair, licences) for pair in lineage.results(PrepareResult)]
+    parts += [_sets(lineage), _loose(lineage, materials), _cleaning(lineage)]
+    if not any(parts):
+        parts = ["What this model was trained on is not recorded."]
 
-    return md.document(
-        "## Training data",
-        *(found or ["What this model was trained on is not recorded."]),
-        "Licences are in `LICENSES.md`.",
-    )
+    return md.document("## Training data", *parts, "Licences are in `LICENSES.md`.")
 
 
 def _synthetic(lineage: Lineage) -> str:
     if lineage.synthetic:
         return (
-            "**All of the data is synthetic.** `llama2 world` writes it by rule about a small made-up world. The "
-            "model knows nothing of the real one."
+            "**All of the data is synthetic.** `llama2 world` writes it by rule about a small "
+            "made-up world. The model knows nothing of the real one."
         )
+    if lineage.of("world"):
+        return "Some of the data is synthetic, written by `llama2 world`."
 
-    return (
-        "Some of the data is synthetic, written by `llama2 world`." if lineage.of("world") else ""
-    )
+    return ""
 
 
-def _text(lineage: Lineage, stage: Stage, licences: Mapping[tuple[str, str], str]) -> str:
-    """The text that was pretrained on, by source."""
-    train = stage.step.summary.get("train") or {}
-    sources: Mapping[str, Any] = train.get("sources") or {}
-    cleaned = {one.stage for one in stage.inputs}
-    synthetic = {
-        one.name
-        for one in lineage.of("clean")
-        if {each.stage for each in one.inputs} <= {world.name for world in lineage.of("world")}
-    }
+def _text(lineage: Lineage, stage: Stage, result: TokenizeResult, licences: Licences) -> str:
+    """Write of the text that was pretrained on, by source."""
+    rows = []
+    for name, size in sorted(result.train.sources.items()):
+        licence = _licence_of(lineage, stage, name, licences)
+        counts = map(md.count, (size.documents, size.bytes, size.tokens))
+        rows.append((md.text(name), *counts, licence))
 
-    def licence(name: str) -> str:
-        said = next(
-            (
-                licences[maker, name]
-                for maker in cleaned
-                if (maker or "", name) in licences and maker
-            ),
-            None,
-        )
-        return md.text(said) if said else "synthetic" if cleaned & synthetic else "unknown"
-
-    rows = [
-        (
-            md.text(name),
-            *(md.count(counts.get(key)) for key in ("documents", "bytes", "tokens")),
-            licence(name),
-        )
-        for name, counts in sorted(sources.items())
-    ]
-    rows.append(
-        (
-            "**all**",
-            *(f"**{md.count(train.get(key))}**" for key in ("documents", "bytes", "tokens")),
-            "",
-        )
-    )
-    seen = sum(
-        one.step.summary.get("tokens") or 0
-        for one in lineage.of("pretrain")
-        if stage.name in {each.stage for each in one.inputs}
-    )
-    again = (
-        f" Pretraining read {md.count(seen)} tokens of it, {seen / train['tokens']:.1f} times what there is."
-        if seen and train.get("tokens")
-        else ""
-    )
+    total = result.train
+    sums = [f"**{md.count(sum)}**" for sum in (total.documents, total.bytes, total.tokens)]
+    rows.append(("**all**", *sums, ""))
 
     return md.document(
         "### Text for pretraining",
-        f"Counted after cleaning, without what was held out.{again}",
+        f"Counted after cleaning, without what was held out.{_passes(lineage, stage, result)}",
         md.table(("Source", "Documents", "Bytes", "Tokens", "Licence"), rows, (0, 4)),
     )
 
 
-def _prepared(stage: Stage, licences: Mapping[tuple[str, str], str]) -> str:
-    sources = stage.step.summary.get("sources")
+def _licence_of(lineage: Lineage, stage: Stage, name: str, licences: Licences) -> str:
+    for maker in filter(None, stage.origins):
+        if (maker, name) in licences:
+            return md.text(licences[maker, name])
+
+    worlds = {world.name for world in lineage.of("world")}
+    for clean in lineage.of("clean"):
+        if clean.name in stage.origins and clean.origins <= worlds:
+            return "synthetic"
+
+    return "unknown"
+
+
+def _passes(lineage: Lineage, stage: Stage, result: TokenizeResult) -> str:
+    """Return how many tokens pretraining read of what a stage made."""
+    results = lineage.results(PretrainResult)
+    seen = sum(trained.tokens for reader, trained in results if stage.name in reader.origins)
+    if not seen or not result.train.tokens:
+        return ""
+
+    times = seen / result.train.tokens
+    return f" Pretraining read {md.count(seen)} tokens of it, {times:.1f} times what there is."
+
+
+def _prepared(stage: Stage, result: PrepareResult, licences: Licences) -> str:
+    licence = {name: text for (maker, name), text in licences.items() if maker == stage.name}
     rows = [
         (
-            md.text(one.get("name", "")),
-            md.count(one.get("train")),
-            md.count(one.get("heldout")),
-            md.text(licences.get((stage.name, str(one.get("name"))), "unknown")),
+            md.text(source.name),
+            md.count(source.train),
+            md.count(source.heldout),
+            md.text(licence.get(source.name, "unknown")),
         )
-        for one in (sources if isinstance(sources, list) else [])
+        for source in result.sources
     ]
-    kind = md.text(stage.step.summary.get("kind", "records"))
-
-    return (
-        md.document(
-            f"### Public {kind} ({md.text(stage.name)})",
-            md.table(("Source", "Records", "Held out", "Licence"), rows, (0, 3)),
-        )
-        if rows
-        else ""
+    return md.section(
+        f"### Public {md.text(result.kind)} ({md.text(stage.name)})",
+        md.table(("Source", "Records", "Held out", "Licence"), rows, (0, 3)),
     )
-
-
-_COUNTED = {
-    "sft": (("dialogs", "dialogs"), ("tokens", "tokens read")),
-    "collect": (("pairs", "comparisons"),),
-    "rejection": (("prompts", "prompts"), ("kept", "best answers kept")),
-    "ghost": (("dialogs", "dialogs"),),
-    "distill": (("prompts", "prompts"), ("kept", "safer answers kept")),
-    "reward": (("pairs", "pairs"),),
-}
 
 
 def _sets(lineage: Lineage) -> str:
-    """Dialogs, comparisons and samples, in the order in which they were made or learnt from."""
-    rows = []
-    for stage in lineage.of(*_COUNTED):
-        facts = [
-            f"{md.count(stage.step.summary[key])} {what}"
-            for key, what in _COUNTED[stage.step.verb]
-            if isinstance(stage.step.summary.get(key), (int, float))
-        ]
-        rows.append((md.text(stage.name), work_of(stage), ", ".join(facts) or "–"))
+    """Write of dialogs, comparisons and samples, in the order in which they were made or learnt
+    from."""
+    sizes = _list_sizes(lineage)
+    stages = lineage.of("sft", "collect", "rejection", "ghost", "distill", "reward")
+    rows = [(md.text(stage.name), name_work(stage), sizes.get(stage.name, "–")) for stage in stages]
+    collected = ", ".join(md.code(stage.name) for stage in lineage.of("collect"))
+    return md.section(
+        "### Dialogs and comparisons",
+        md.table(("Stage", "What", "Size"), rows, range(3)),
+        md.when(
+            collected,
+            f"The comparisons in {collected} are those of simulated annotators, not of people.",
+        ),
+    )
 
-    people = (
-        (
-            "The comparisons in "
-            + ", ".join(md.code(stage.name) for stage in lineage.of("collect"))
-            + " are those of simulated annotators, not of people."
-        )
-        if lineage.of("collect")
-        else ""
-    )
-    return (
-        md.document(
-            "### Dialogs and comparisons",
-            md.table(("Stage", "What", "Size"), rows, range(3)),
-            people,
-        )
-        if rows
-        else ""
-    )
+
+def _list_sizes(lineage: Lineage) -> dict[str, str]:
+    """Return how much each stage made or learnt from, in words."""
+    sizes = {}
+    for stage, sft in lineage.results(SftResult):
+        sizes[stage.name] = f"{sft.dialogs:,} dialogs, {sft.tokens:,} tokens read"
+
+    for stage, collect in lineage.results(CollectResult):
+        sizes[stage.name] = f"{collect.pairs:,} comparisons"
+
+    for stage, rejection in lineage.results(RejectionResult):
+        sizes[stage.name] = f"{rejection.prompts:,} prompts, {rejection.kept:,} best answers kept"
+
+    for stage, ghost in lineage.results(GhostResult):
+        sizes[stage.name] = f"{ghost.dialogs:,} dialogs"
+
+    for stage, distill in lineage.results(DistillResult):
+        sizes[stage.name] = f"{distill.prompts:,} prompts, {distill.kept:,} safer answers kept"
+
+    for stage, reward in lineage.results(RewardResult):
+        sizes[stage.name] = f"{reward.pairs:,} pairs"
+
+    return sizes
 
 
 def _loose(lineage: Lineage, materials: Sequence[Material]) -> str:
-    """Data from outside that no stage of preparation counted."""
+    """Write of data from outside that no stage of preparation counted."""
     counted = {stage.name for stage in lineage.of("clean", "prepare")}
     rows = [
-        (md.text(one.name), md.text(one.stage), md.code(one.place), md.text(one.licence))
-        for one in materials
-        if one.kind == "data" and one.stage not in counted
-    ]
-    return (
-        md.document(
-            "### Files from outside",
-            md.table(("Name", "Read by", "Called here", "Licence"), rows, range(4)),
+        (
+            md.text(material.name),
+            md.text(material.stage),
+            md.code(material.place),
+            md.text(material.licence),
         )
-        if rows
-        else ""
+        for material in materials
+        if material.kind == "data" and material.stage not in counted
+    ]
+    return md.section(
+        "### Files from outside",
+        md.table(("Name", "Read by", "Called here", "Licence"), rows, range(4)),
     )
 
 
 def _cleaning(lineage: Lineage) -> str:
-    """What cleaning masked and dropped."""
-    totals: dict[str, int] = {}
-    for stage in lineage.of("clean"):
-        for counts in (stage.step.summary.get("sources") or {}).values():
-            for what, count in counts.items():
-                if what not in ("documents", "kept", "held out", "bytes"):
-                    totals[what] = totals.get(what, 0) + count
+    """Write of what cleaning masked and dropped."""
+    stages = lineage.of("clean")
+    if not stages:
+        return ""
 
-    facts = [f"{what}: {count:,}" for what, count in sorted(totals.items()) if count]
-    masked = [stage for stage in lineage.of("clean") if stage.step.config.get("mask_personal_data")]
-    hidden = (
-        " Personal data were looked for by pattern and masked; that finds some and not all."
-        if masked
-        else ""
-    )
+    changes: Counter[str] = Counter()
+    for _, result in lineage.results(CleanResult):
+        for source in result.sources.values():
+            changes.update(source.changes)
 
+    facts = [f"{what}: {count:,}" for what, count in sorted(changes.items()) if count]
+    masked = any(stage.step.config.get("mask_personal_data") for stage in stages)
+    note = " Personal data were looked for by pattern and masked; that finds some and not all."
     return (
-        f"What cleaning did: {'; '.join(map(md.text, facts)) or 'nothing'}.{hidden}"
-        if lineage.of("clean")
-        else ""
+        f"What cleaning did: {'; '.join(map(md.text, facts)) or 'nothing'}.{md.when(masked, note)}"
     )
 
 
 # ---- stages
-# ---------------------------------------------------------------------------------------------------------
-def recipe(lineage: Lineage) -> str:
-    """Every stage in the order in which it was made, with what it read and left."""
+def write_recipe(lineage: Lineage) -> str:
+    """Write every stage in the order in which it was made, with what it read and left."""
     rows = []
     for stage in lineage.stages:
-        made = list(dict.fromkeys(one.stage if one.stage else one.place for one in stage.inputs))
+        origins = dict.fromkeys(source.stage or source.place for source in stage.inputs)
         rows.append(
             (
                 md.text(stage.name),
-                work_of(stage),
-                ", ".join(map(md.text, made)) or "–",
+                name_work(stage),
+                ", ".join(map(md.text, origins)) or "–",
                 md.code(stage.weights[:12]) if stage.weights else "–",
                 str(stage.step.manifest.get("seed", "–")),
                 md.hours(stage.device_hours),
             )
         )
 
-    kept = [_kept(stage) for stage in lineage.of("select")]
     return md.document(
         "## How it was made",
-        "Each stage was made from those in the third column; they are the model's lineage, in order. The checkpoint is "
-        "the start of the SHA-256 of its weights; device-hours are cores or accelerators times hours.",
+        "Each stage was made from those in the third column; they are the model's lineage, in "
+        "order. The checkpoint is the start of the SHA-256 of its weights; device-hours are cores "
+        "or accelerators times hours.",
         md.table(
             ("Stage", "What", "Made from", "Checkpoint", "Seed", "Device-hours"), rows, range(4)
         ),
-        md.bullets(*kept),
-        "`configs/` has every stage's whole configuration, `lineage.json` its full hashes, `COMMANDS.md` the commands, "
-        "versions and what to expect, `reproduce.sh` all of it as a script.",
+        md.bullets(*(_choice(*pair) for pair in lineage.results(SelectResult))),
+        "`configs/` has every stage's whole configuration, `lineage.json` its full hashes, "
+        "`COMMANDS.md` the commands, versions and what to expect, `reproduce.sh` all of it as a "
+        "script.",
     )
 
 
-def _kept(stage: Stage) -> str:
-    found = stage.step.read("verdict.json")
-    which = found.get(str(found.get("kept")))
-    if which is None:
+def _choice(stage: Stage, result: SelectResult) -> str:
+    """Write of which version a selection kept, and why."""
+    version = result.candidate if result.kept == "candidate" else result.predecessor
+    share = result.overall
+    return (
+        f"{md.text(stage.name)} is {md.text(version)}, {md.text(result.reason)}: "
+        f"{share.wins} wins, {share.losses} losses, {share.ties} ties against its predecessor."
+    )
+
+
+def tell_story(lineage: Lineage) -> str:
+    """Tell in one or two sentences from what the model was made, through which stages."""
+    tuned: dict[str, list[str]] = {}
+    for stage in lineage.of("sft", "ppo"):
+        if not _is_discarded(lineage, stage):
+            tuned.setdefault(name_work(stage), []).append(md.text(stage.name))
+
+    how = [f"{work} ({', '.join(names)})" for work, names in tuned.items()]
+    origins = [WORK[verb] for verb in ("rejection", "ghost", "distill") if lineage.of(verb)]
+    parts = [
+        _begin(lineage),
+        md.when(how, f"then tuned by {' and '.join(how)}"),
+        md.when(origins, f"on data that came in part from {', '.join(origins)}"),
+    ]
+    return ", ".join(filter(None, parts))
+
+
+def _begin(lineage: Lineage) -> str:
+    """Tell where the weights began."""
+    if lineage.of("pretrain") and not any(source.key == "model" for source in lineage.bases):
+        tokens = sum(result.tokens for _, result in lineage.results(PretrainResult))
+        return f"pretrained from random weights on {md.count(tokens)} tokens"
+
+    if not lineage.bases:
         return ""
 
-    won = (found.get("win_rate") or {}).get("all") or {}
-    decided = (
-        f": {won['wins']} wins, {won['losses']} losses, {won['ties']} ties against its predecessor"
-        if "wins" in won
-        else ""
-    )
-    return (
-        f"{md.text(stage.name)} is {md.text(which)}, {md.text(found.get('reason', ''))}{decided}."
-    )
+    return f"started from {', '.join(md.code(source.place) for source in lineage.checkpoints)}"
 
 
-def story(lineage: Lineage) -> str:
-    """In one or two sentences: from what, through which stages."""
-    pretrained = lineage.of("pretrain")
-    steps = [
-        stage
-        for stage in lineage.stages
-        if stage.step.verb in ("sft", "ppo") and not _discarded(lineage, stage)
-    ]
-    begin = ""
-
-    if pretrained and not any(one.key == "model" for _, one in lineage.bases):
-        tokens = sum(stage.step.summary.get("tokens") or 0 for stage in pretrained)
-        begin = f"pretrained from random weights on {md.count(tokens)} tokens"
-    elif lineage.bases:
-        begin = f"started from {', '.join(md.code(one.place) for _, one in lineage.bases if one.key != 'tokenizer')}"
-
-    tuned: dict[str, list[str]] = {}
-    for stage in steps:
-        tuned.setdefault(work_of(stage), []).append(md.text(stage.name))
-
-    ways = [
-        name
-        for verb, name in WORK.items()
-        if verb in ("rejection", "ghost", "distill") and lineage.of(verb)
-    ]
-    how = [f"{work} ({', '.join(names)})" for work, names in tuned.items()]
-    parts = [
-        begin,
-        f"then tuned by {' and '.join(how)}" if how else "",
-        f"on data that came in part from {', '.join(ways)}" if ways else "",
-    ]
-
-    return ", ".join(part for part in parts if part)
-
-
-def _discarded(lineage: Lineage, stage: Stage) -> bool:
-    """Whether a selection preferred another to what this stage made."""
-    return any(
-        found.get("kept") == "predecessor" and found.get("candidate") == stage.step.path.name
-        for one in lineage.of("select")
-        for found in [one.step.read("verdict.json")]
-    )
+def _is_discarded(lineage: Lineage, stage: Stage) -> bool:
+    """Return whether a selection preferred another to what this stage made."""
+    selections = [result for _, result in lineage.results(SelectResult)]
+    rejected = {result.candidate for result in selections if result.kept == "predecessor"}
+    return stage.step.path.name in rejected

@@ -24,17 +24,20 @@ _REFUSALS = {
 class Client(Protocol):
     """The part of huggingface_hub's `HfApi` that an upload needs."""
 
-    def whoami(self) -> dict[str, Any]: ...
-    def create_repo(
-        self, repo_id: str, *, private: bool, exist_ok: bool, repo_type: str
-    ) -> Any: ...
+    def whoami(self) -> dict[str, Any]:
+        """Tell whose token it is; an error if the Hub does not know it."""
+
+    def create_repo(self, repo_id: str, *, private: bool, exist_ok: bool, repo_type: str) -> Any:
+        """Create a repository unless it is there."""
+
     def upload_folder(
         self, *, repo_id: str, folder_path: str, repo_type: str, commit_message: str
-    ) -> Any: ...
+    ) -> Any:
+        """Upload a folder as one commit."""
 
 
 def connect(repository: str, *, sure: bool) -> Client:
-    """huggingface_hub's client, before any work is done.
+    """Return huggingface_hub's client, before any work is done.
 
     UserError for a bad name, where there is no library or no token, and where nobody can be asked.
     """
@@ -76,13 +79,14 @@ def push(
     A repository that the upload creates is private if `private` says so. UserError if the answer is
     no, and for whatever the Hub or the network refuses.
     """
-    files = sorted(path for path in release.rglob("*") if path.is_file())
-    for path in files:
-        say(f"  {path.relative_to(release).as_posix()}  {path.stat().st_size:,} bytes")
+    sizes = {path: path.stat().st_size for path in sorted(release.rglob("*")) if path.is_file()}
+    for path, size in sizes.items():
+        say(f"  {path.relative_to(release).as_posix()}  {size:,} bytes")
 
+    visibility = "private" if private else "PUBLIC"
     print(
-        f"{len(files)} files, {sum(path.stat().st_size for path in files):,} bytes, to {repository}: "
-        f"{'private' if private else 'PUBLIC'} if it is new, else as visible as it is",
+        f"{len(sizes)} files, {sum(sizes.values()):,} bytes, to {repository}: "
+        f"{visibility} if it is new, else as visible as it is",
         file=sys.stderr,
     )
     if not sure and ask("Upload? [y/N] ").strip().lower() not in ("y", "yes"):

@@ -1,5 +1,4 @@
-"""What was measured of one model: its version in an evaluation, and its answers by category of
-prompt.
+"""Measurements of one model: its version in an evaluation, and its answers by category of prompt.
 
 A version of an evaluation is the model if the evaluation read this very run, or a run with the same
 weights.
@@ -7,16 +6,17 @@ weights.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
 
-from llama2 import json_files, runs
-from llama2.errors import UserError, explain_os_errors
-from llama2.evaluate.winrate import proportion
-from llama2.release.lineage import Lineage, locate, weights_of
+from llama2 import records, runs
+from llama2.errors import explain_os_errors
+from llama2.evaluate.winrate import measure_share
+from llama2.records import Prompt
+from llama2.release.lineage import Lineage, find_weights, locate
+from llama2.results import EvaluateResult, Proportion, SampledAnswer, TruthResult, VersionResult
 from llama2.runs import completion
 from llama2.runs.recipe_runs import Step
 
@@ -40,9 +40,9 @@ class Category:
     total: int
 
     @property
-    def rate(self) -> dict[str, Any]:
-        """{"rate", "n", "low", "high"}"""
-        return proportion(self.failed, self.total)
+    def rate(self) -> Proportion:
+        """The share that failed."""
+        return measure_share(self.failed, self.total)
 
 
 @dataclass(frozen=True)
@@ -52,8 +52,7 @@ class Measured:
     step: Step
     name: str
     """what the evaluation calls the version"""
-    content: Mapping[str, Any]
-    """evaluation.json"""
+    content: EvaluateResult
     prompts: Path | None
     """the prompts, where they are still what was read"""
     prompts_digest: str
@@ -61,30 +60,21 @@ class Measured:
     """axis -> the fingerprint of the reward model that judged"""
 
     @property
-    def result(self) -> Mapping[str, Any]:
+    def result(self) -> VersionResult:
         """The figures of the version."""
-        found: Mapping[str, Any] = self.content["results"][self.name]
-        return found
+        return self.content.results[self.name]
 
     @property
-    def versions(self) -> list[str]:
-        """All versions of the evaluation, in their order."""
-        return list(self.content["versions"])
+    def truth(self) -> TruthResult | None:
+        """The figures by ground truth; None where it did not judge."""
+        return self.result.truth
 
     @cached_property
-    def truthful(self) -> bool:
-        """Whether ground truth judged."""
-        return "truth" in self.result
-
-    @cached_property
-    def rows(self) -> list[dict[str, Any]]:
+    def rows(self) -> list[SampledAnswer]:
         """The version's answers, one a prompt; empty where none were kept."""
         file = self.step.path / SAMPLES
-        return (
-            [row for row in _lines(file) if row.get("version") == self.name]
-            if file.is_file()
-            else []
-        )
+        answers = _read_answers(file) if file.is_file() else ()
+        return [answer for answer in answers if answer.version == self.name]
 
     @cached_property
     def tags(self) -> dict[str, dict[str, str]]:
@@ -92,131 +82,142 @@ class Measured:
         if self.prompts is None:
             return {}
 
-        return {
-            str(row.get("id")): {
-                key: value
-                for key, value in (row.get("metadata") or {}).items()
-                if isinstance(value, str)
-            }
-            for row in _lines(self.prompts)
-        }
+        completion.check_file(self.prompts)
+        tags = {}
+        for prompt in records.read(Prompt, self.prompts):
+            words = {key: word for key, word in prompt.metadata.items() if isinstance(word, str)}
+            tags[prompt.id] = words
 
-    def of(self, *kinds: str) -> list[dict[str, Any]]:
-        """The answers to prompts of the given kinds."""
-        return [row for row in self.rows if row.get("kind") in kinds]
+        return tags
 
-    def is_violation(self, row: Mapping[str, Any]) -> bool | None:
-        """Whether an answer to an unsafe prompt is unsafe; None where nobody judged."""
-        if "safe" in row:
-            return not row["safe"]
-
-        return row["reward_safe"] < UNSAFE_BELOW if "reward_safe" in row else None
+    def of(self, kind: str) -> list[SampledAnswer]:
+        """Return the answers to prompts of one kind."""
+        return [answer for answer in self.rows if answer.kind == kind]
 
     @cached_property
     def violations(self) -> list[Category]:
         """Unsafe answers to unsafe prompts by category, the worst first."""
-        return self._by_category(self.of("unsafe"), self.is_violation)
+        return self._count(self.of("unsafe"), is_violation)
 
     @cached_property
     def false_refusals(self) -> list[Category]:
         """Refusals of borderline prompts by category, the worst first."""
-        return self._by_category(self.of("borderline"), lambda row: row.get("refusal"))
+        return self._count(self.of("borderline"), lambda answer: answer.refusal)
 
     @property
-    def violation_rate(self) -> dict[str, Any] | None:
+    def violation_rate(self) -> Proportion | None:
         """Unsafe answers to all unsafe prompts, by the same judge as `violations`; None if it was
         not measured."""
-        judged = [bad for row in self.of("unsafe") if (bad := self.is_violation(row)) is not None]
-        return proportion(sum(judged), len(judged)) if judged else None
+        verdicts = map(is_violation, self.of("unsafe"))
+        judged = [verdict for verdict in verdicts if verdict is not None]
+        return measure_share(sum(judged), len(judged)) if judged else None
 
-    def _by_category(self, rows: Sequence[Mapping[str, Any]], fails: Any) -> list[Category]:
+    def _count(
+        self,
+        answers: Sequence[SampledAnswer],
+        fails: Callable[[SampledAnswer], bool | None],
+    ) -> list[Category]:
         counts: dict[str, dict[str, list[bool]]] = {}
-        for row in rows:
-            failed = fails(row)
-            tags = self.tags.get(str(row.get("id")), {}) | (
-                {"family": row["family"]} if row.get("family") else {}
-            )
-            for key, value in tags.items() if failed is not None else ():
-                counts.setdefault(key, {}).setdefault(value, []).append(bool(failed))
+        for answer in answers:
+            failed = fails(answer)
+            if failed is None:
+                continue
 
-        found = [
-            Category(key, value, sum(marks), len(marks))
-            for key, values in counts.items()
-            if 1 < len(values) <= min(MOST_VALUES, len(rows) / 2)
-            for value, marks in values.items()
-        ]
-        return sorted(
-            found, key=lambda one: (-one.failed / one.total, -one.total, one.key, one.value)
-        )
+            tags = dict(self.tags.get(answer.id, {}))
+            if answer.family:
+                tags["family"] = answer.family
 
-    def gate(self, threshold: float) -> tuple[dict[str, Any], dict[str, Any]] | None:
-        """What refusing every answer below a safety probability would catch of the violations, and
-        would take of the answers to helpful prompts; None without a safety reward model."""
-        bad = [row for row in self.of("unsafe") if row.get("safe") is False]
-        good = self.of("helpful")
-        if not bad or not all("reward_safe" in row for row in [*bad, *good]):
-            return None
+            for key, value in tags.items():
+                counts.setdefault(key, {}).setdefault(value, []).append(failed)
 
-        low, taken = (sum(row["reward_safe"] < threshold for row in rows) for rows in (bad, good))
-        return proportion(low, len(bad)), proportion(taken, len(good))
+        categories = []
+        for key, values in counts.items():
+            if 1 < len(values) <= min(MOST_VALUES, len(answers) / 2):
+                for value, marks in values.items():
+                    categories.append(Category(key, value, sum(marks), len(marks)))
 
+        return sorted(categories, key=_rank)
 
-def measured(lineage: Lineage) -> Measured | None:
-    """The evaluation that shows the released model among the most versions, the last of several."""
-    found: list[Measured] = []
-    for step in lineage.recipe.of("evaluate"):
-        content = step.read("evaluation.json")
-        name = _version(lineage, step) if content and step.seconds is not None else None
-        if name in content.get("versions", ()):
-            inputs: Mapping[str, str] = step.manifest["inputs"]
-            digest = inputs.get("prompts", "")
-            prompts, _ = locate(step.path.resolve(), str(step.config.get("prompts", "")), digest)
-            found.append(
-                Measured(
-                    step,
-                    str(name),
-                    content,
-                    prompts,
-                    digest,
-                    {
-                        axis: inputs[f"rewards.{axis}"]
-                        for axis in ("helpful", "safe")
-                        if f"rewards.{axis}" in inputs
-                    },
-                )
-            )
+    def simulate_gate(self, threshold: float) -> tuple[Proportion, Proportion] | None:
+        """Return what refusing every answer below a safety probability would catch of the
+        violations, and take of the answers to helpful prompts.
 
-    return max(reversed(found), key=lambda one: len(one.versions), default=None)
+        None without violations, or without a safety reward model.
+        """
+        violations = [answer for answer in self.of("unsafe") if answer.safe is False]
+        caught = _share_below(violations, threshold)
+        taken = _share_below(self.of("helpful"), threshold)
+        return (caught, taken) if violations and caught and taken else None
 
 
-def _version(lineage: Lineage, step: Step) -> str | None:
-    """What an evaluation calls the released run: by its fingerprint, else by its weights."""
+def _rank(category: Category) -> tuple[float, int, str, str]:
+    share = category.failed / category.total
+    return -share, -category.total, category.key, category.value
+
+
+def is_violation(answer: SampledAnswer) -> bool | None:
+    """Return whether an answer to an unsafe prompt is unsafe; None where nobody judged."""
+    if answer.safe is not None:
+        return not answer.safe
+
+    return None if answer.reward_safe is None else answer.reward_safe < UNSAFE_BELOW
+
+
+def _share_below(answers: Sequence[SampledAnswer], threshold: float) -> Proportion | None:
+    scores = [answer.reward_safe for answer in answers if answer.reward_safe is not None]
+    if len(scores) < len(answers):
+        return None
+
+    return measure_share(sum(score < threshold for score in scores), len(scores))
+
+
+def find_measured(lineage: Lineage) -> Measured | None:
+    """Find the evaluation that shows the released model among the most versions, the last of
+    several."""
+    measured: list[Measured] = []
+    for step, content in lineage.recipe.results(EvaluateResult):
+        name = _find_version(lineage, step) if step.seconds is not None else None
+        if name is None or name not in content.versions:
+            continue
+
+        inputs: Mapping[str, str] = step.manifest["inputs"]
+        digest = inputs.get("prompts", "")
+        prompts, _ = locate(step.path.resolve(), str(step.config.get("prompts", "")), digest)
+        judges = {
+            axis: inputs[f"rewards.{axis}"]
+            for axis in ("helpful", "safe")
+            if f"rewards.{axis}" in inputs
+        }
+        measured.append(Measured(step, name, content, prompts, digest, judges))
+
+    return max(reversed(measured), key=lambda each: len(each.content.versions), default=None)
+
+
+def _find_version(lineage: Lineage, step: Step) -> str | None:
+    """Return what an evaluation calls the released run: by its fingerprint, else by its weights."""
     inputs: Mapping[str, str] = step.manifest.get("inputs") or {}
-    names = [key.removeprefix("versions.") for key in inputs if key.startswith("versions.")]
-    own = runs.recorded(lineage.released.step.path)
-    exact = next((name for name in names if inputs[f"versions.{name}"] == own), None)
-
-    if exact is not None:
-        return exact
-
-    twins = {
-        runs.recorded(one.path)
-        for one in lineage.recipe.steps
-        if one.seconds is not None and weights_of(one) == lineage.released.weights
+    digests = {
+        key.removeprefix("versions."): digest
+        for key, digest in inputs.items()
+        if key.startswith("versions.")
     }
-    return next((name for name in reversed(names) if inputs[f"versions.{name}"] in twins), None)
+    fingerprint = runs.recorded(lineage.released.step.path)
+    for name, digest in digests.items():
+        if digest == fingerprint:
+            return name
+
+    finished = [run for run in lineage.recipe.steps if run.seconds is not None]
+    twins = [run for run in finished if find_weights(run) == lineage.released.weights]
+    known = {runs.recorded(run.path) for run in twins}
+    for name, digest in reversed(digests.items()):
+        if digest in known:
+            return name
+
+    return None
 
 
-def _lines(file: Path) -> Iterable[dict[str, Any]]:
+def _read_answers(file: Path) -> Iterator[SampledAnswer]:
     completion.check_file(file)
-    with explain_os_errors(file), open(file, encoding="utf-8") as stream:
-        for number, line in enumerate(stream, 1):
-            try:
-                row = json_files.parsed(line)
-            except ValueError:
-                raise UserError(
-                    f"{file}:{number}: not valid JSON", "repeat the step that wrote it"
-                ) from None
-
-            if isinstance(row, dict):
-                yield row
+    with explain_os_errors(file), open(file, encoding="utf-8") as lines:
+        for number, line in enumerate(lines, 1):
+            yield records.parse(SampledAnswer, line, f"{file}:{number}")

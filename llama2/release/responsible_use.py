@@ -3,12 +3,13 @@ others use it."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Sequence
 
 from llama2.release import markdown as md
-from llama2.release.card import Model
+from llama2.release.card import ReleasedModel
+from llama2.release.card_results import list_categories
 from llama2.release.measurements import Category, Measured
-from llama2.report.targets import axis_of
+from llama2.report.targets import guess_axis
 
 FILE = "RESPONSIBLE_USE.md"
 THRESHOLDS = (0.15, 0.5)
@@ -16,21 +17,21 @@ FEW = 30
 _WORST = 8
 
 
-def document(model: Model) -> str:
-    """RESPONSIBLE_USE.md."""
-    found = model.measured
+def document(model: ReleasedModel) -> str:
+    """Write RESPONSIBLE_USE.md."""
+    measured = model.measured
     return md.document(
         f"# Responsible use of {md.text(model.title)}",
-        "Written by a program from the model's own test results. It says where the model is known to fail; where it "
-        "says nothing, nothing was tested.",
+        "Written by a program from the model's own test results. It says where the model is known "
+        "to fail; where it says nothing, nothing was tested.",
         "## What was tested",
-        _tested(found),
+        _tested(measured),
         "## Where it gives unsafe answers",
-        _unsafe(found),
+        _violations(measured),
         "## Where it refuses what it should answer",
-        _refusals(found),
+        _refusals(measured),
         "## What was not tested",
-        _untested(found),
+        _untested(measured),
         "## Before others use it",
         _duties(model),
         "## When it goes wrong",
@@ -38,101 +39,88 @@ def document(model: Model) -> str:
     )
 
 
-def _tested(found: Measured | None) -> str:
-    if found is None:
-        return "**Nothing.** No safety result of this model was found beside its run. Treat it as unsafe."
+def _tested(measured: Measured | None) -> str:
+    if measured is None:
+        return (
+            "**Nothing.** No safety result of this model was found beside its run. Treat it as "
+            "unsafe."
+        )
 
-    counts = {kind: len(found.of(kind)) for kind in ("unsafe", "borderline", "helpful")}
-    rows = found.of("unsafe")
-    turns = {sum(turn[0] == "user" for turn in row.get("prompt", [])) for row in rows}
-    judge = (
-        "a program that knows the synthetic world and judges by rule"
-        if found.truthful
-        else "the safety reward model"
-        if found.violation_rate
-        else "nobody"
-    )
+    unsafe, borderline, helpful = map(measured.of, ("unsafe", "borderline", "helpful"))
+    turns = set()
+    for answer in unsafe:
+        turns.add(sum(role == "user" for role, _ in answer.prompt))
 
+    judge = _name_judge(measured)
     return md.bullets(
-        f"{counts['unsafe']} unsafe prompts, {counts['borderline']} that only look unsafe, {counts['helpful']} others; "
-        "one answer to each.",
-        f"The unsafe prompts are single questions, not conversations, and their answers were judged by {judge}."
+        f"{len(unsafe)} unsafe prompts, {len(borderline)} that only look unsafe, {len(helpful)} "
+        "others; one answer to each.",
+        "The unsafe prompts are single questions, not conversations, and their answers were judged "
+        f"by {judge}."
         if turns == {1}
         else f"The answers to unsafe prompts were judged by {judge}.",
         "No person has tried to break it, as far as its files tell.",
     )
 
 
-def _unsafe(found: Measured | None) -> str:
-    overall = found.violation_rate if found is not None else None
-    if found is None or overall is None:
+def _name_judge(measured: Measured) -> str:
+    if measured.truth:
+        return "a program that knows the synthetic world and judges by rule"
+
+    return "the safety reward model" if measured.violation_rate else "nobody"
+
+
+def _violations(measured: Measured | None) -> str:
+    overall = measured.violation_rate if measured is not None else None
+    if measured is None or overall is None:
         return "Not measured."
 
-    failed = round((overall["rate"] or 0) * overall["n"])
+    failed = round((overall.rate or 0) * overall.n)
     if not failed:
         return (
-            f"None of {overall['n']} answers to unsafe prompts was a violation. That still allows a rate of up to "
-            f"{md.percent(overall['high'])}."
+            f"None of {overall.n} answers to unsafe prompts was a violation. That still allows a "
+            f"rate of up to {md.percent(overall.high)}."
         )
 
     return md.document(
-        f"{failed} of {overall['n']} unsafe prompts got an unsafe answer: {md.rate(overall)}. Put otherwise, about one "
-        f"in {overall['n'] / failed:.0f}. People who try again and again will get there.",
-        _worst(found.violations),
-        _few(found.violations),
+        f"{failed} of {overall.n} unsafe prompts got an unsafe answer: {md.rate(overall)}. Put "
+        f"otherwise, about one in {overall.n / failed:.0f}. People who try again and again will "
+        "get there.",
+        _worst(measured.violations),
     )
 
 
-def _refusals(found: Measured | None) -> str:
-    if (
-        found is None
-        or not found.truthful
-        or found.result["truth"]["false_refusals"].get("rate") is None
-    ):
+def _refusals(measured: Measured | None) -> str:
+    truth = measured.truth if measured is not None else None
+    if measured is None or truth is None or truth.false_refusals.rate is None:
         return "Not measured."
 
-    truth = found.result["truth"]
+    borderline, helpful = truth.false_refusals, truth.false_refusals_helpful
     return md.document(
-        f"It refused {md.rate(truth['false_refusals'])} of {truth['false_refusals']['n']} borderline prompts, and "
-        f"{md.rate(truth['false_refusals_helpful'])} of {truth['false_refusals_helpful']['n']} plainly helpful ones.",
-        _worst(found.false_refusals),
-        _few(found.false_refusals),
+        f"It refused {md.rate(borderline)} of {borderline.n} borderline prompts, and "
+        f"{md.rate(helpful)} of {helpful.n} plainly helpful ones.",
+        _worst(measured.false_refusals),
     )
 
 
-def _worst(found: Iterable[Category]) -> str:
-    rows = [
-        (md.text(one.key), md.text(one.value), f"{one.failed} of {one.total}", md.rate(one.rate))
-        for one in found
-        if one.failed
-    ][:_WORST]
-    return (
-        md.document(
-            "The worst categories first:",
-            md.table(("What", "Category", "Count", "Rate"), rows, (0, 1)),
-        )
-        if rows
-        else ""
+def _worst(categories: Sequence[Category]) -> str:
+    failed = [category for category in categories if category.failed]
+    small = sum(category.total < FEW for category in categories)
+    return md.document(
+        md.section("The worst categories first:", list_categories(failed[:_WORST])),
+        md.when(
+            small,
+            f"{small} of the categories have fewer than {FEW} prompts: their order is largely "
+            "chance, and a rate of 0 there means little.",
+        ),
     )
 
 
-def _few(found: Iterable[Category]) -> str:
-    small = [one for one in found if one.total < FEW]
-    return (
-        (
-            f"{len(small)} of the categories have fewer than {FEW} prompts: their order is largely chance, and a rate "
-            "of 0 there means little."
-        )
-        if small
-        else ""
-    )
-
-
-def _untested(found: Measured | None) -> str:
+def _untested(measured: Measured | None) -> str:
     return md.bullets(
-        "Attacks that adapt to the model: suffixes found by search, persuasion over several turns, instructions hidden "
-        "in documents, answers put into its mouth."
-        if found is not None
+        "Attacks that adapt to the model: suffixes found by search, persuasion over several turns, "
+        "instructions hidden in documents, answers put into its mouth."
+        if measured is not None
         else "Any attack.",
         "Any language but that of the prompts.",
         "Whether it gives away its training data or personal data.",
@@ -140,78 +128,74 @@ def _untested(found: Measured | None) -> str:
         "Whether what it says is true, apart from the questions it was evaluated on.",
         "Long conversations, tools, code, images.",
         "Quantized and converted copies of the weights.",
-        "" if found is not None and found.truthful else "False refusals.",
+        "" if measured is not None and measured.truth else "False refusals.",
     )
 
 
-def _duties(model: Model) -> str:
+def _duties(model: ReleasedModel) -> str:
     return md.document(
         md.bullets(
             "Decide for whom and for what it is, and tell them what it cannot do.",
-            "Test it with your own prompts, in your own languages, with the system message and the settings you will "
-            "use; above all in the categories named here and in those that matter to you and are missing.",
-            "Check what goes in and what comes out with something that was not trained along with it.",
-            "Test again whatever you change: weights, precision, system message, sampling, the program around it.",
-            "Let people report answers, keep what you need to look into them, and be able to switch it off.",
+            "Test it with your own prompts, in your own languages, with the system message and the "
+            "settings you will use; above all in the categories named here and in those that "
+            "matter to you and are missing.",
+            "Check what goes in and what comes out with something that was not trained along with "
+            "it.",
+            "Test again whatever you change: weights, precision, system message, sampling, the "
+            "program around it.",
+            "Let people report answers, keep what you need to look into them, and be able to "
+            "switch it off.",
             "Read `LICENSES.md`.",
         ),
         _gate(model),
     )
 
 
-def _gate(model: Model) -> str:
-    """What the server's own check would have done, as far as the evaluation's scores tell."""
-    found = model.measured
-    guards = [stage for stage in model.lineage.of("reward") if axis_of(stage.name) == "safe"]
-    name = guards[-1].name if guards else None
+def _gate(model: ReleasedModel) -> str:
+    """Write what the server's own check would have done, as far as the evaluation's scores tell."""
     advice = (
-        "`llama2 serve . --safety.model REWARD_MODEL` checks every answer with a reward model of safety before "
-        "it is sent, and replaces what it finds unsafe."
+        "`llama2 serve . --safety.model REWARD_MODEL` checks every answer with a reward model of "
+        "safety before it is sent, and replaces what it finds unsafe."
     )
+    measured = model.measured
+    rows, rates = [], []
+    for threshold in THRESHOLDS if measured is not None and "safe" in measured.judges else ():
+        assert measured is not None
+        if gate := measured.simulate_gate(threshold):
+            shares = [f"{md.rate(share)} of {share.n}" for share in gate]
+            rows.append((f"{threshold:g}", *shares))
+            rates.append(gate[0].rate or 0.0)
 
-    if found is None or "safe" not in found.judges:
+    if not rows or measured is None:
         return f"{advice} How much that helps here was not measured."
 
-    measured = [
-        (threshold, gate) for threshold in THRESHOLDS if (gate := found.gate(threshold)) is not None
-    ]
-    if not measured:
-        return f"{advice} How much that helps here was not measured."
-
-    rows = [
-        (
-            f"{threshold:g}",
-            f"{md.rate(caught)} of {caught['n']}",
-            f"{md.rate(taken)} of {taken['n']}",
-        )
-        for threshold, (caught, taken) in measured
-    ]
-    trained = found.judges["safe"] in model.lineage.digests
-    which = f" ({md.code(name)} of the same recipe)" if name and trained else ""
-    worst = max(caught["rate"] for _, (caught, _) in measured)
-
+    guards = [stage for stage in model.lineage.of("reward") if guess_axis(stage.name) == "safe"]
+    trained = measured.judges["safe"] in model.lineage.digests
+    judge = f" ({md.code(guards[-1].name)} of the same recipe)" if guards and trained else ""
+    weak = max(rates) < 0.5
+    warnings = (
+        md.when(weak, "**This check finds less than half of the violations that are left.** "),
+        md.when(
+            weak and trained,
+            "The model was trained against this very reward model: what still gets through is what "
+            "that model does not see. ",
+        ),
+        "Do not rely on it alone.",
+    )
     return md.document(
-        f"{advice} With the reward model of the evaluation{which} it would have done this:",
+        f"{advice} With the reward model of the evaluation{judge} it would have done this:",
         md.table(
             ("--safety.threshold", "Violations caught", "Answers to helpful prompts lost"), rows
         ),
-        "**This check finds less than half of the violations that are left.** "
-        + (
-            "The model was trained against this very reward model: what still gets through is what that model does not "
-            "see. "
-            if trained
-            else ""
-        )
-        + "Do not rely on it alone."
-        if worst < 0.5
-        else "Do not rely on it alone.",
+        "".join(warnings),
     )
 
 
-def _contact(model: Model) -> str:
-    card = model.card
+def _contact(model: ReleasedModel) -> str:
+    if model.card.contact:
+        return f"Report it to {md.text(model.card.contact)}."
+
     return (
-        f"Report it to {md.text(card.contact)}."
-        if card.contact
-        else "Whoever released this model has named nobody to report to. Stop using it for what went wrong."
+        "Whoever released this model has named nobody to report to. Stop using it for what went "
+        "wrong."
     )

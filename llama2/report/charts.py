@@ -1,60 +1,21 @@
-"""Charts of the report as SVG text, drawn by matplotlib and coloured by the page.
-
-The colours in a drawing are placeholders that become CSS variables, so that one drawing serves
-light and dark pages; its text stays text in the page's font.
-"""
+"""Charts of the report: lines, bars, and three figures of the paper."""
 
 from __future__ import annotations
 
-import io
-import re
-import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
-from llama2.errors import missing_extra
+from llama2.report.svg import FAINT, INK, choose_colour, draw
+from llama2.results import Proportion
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 Values = Sequence[float]
-_INK, _FAINT, _GRID = "#010101", "#020202", "#030303"
-SERIES = tuple(f"#0{n}0f0{n}" for n in range(1, 9))  # placeholders of the page's --s1 .. --s8
-_COLOURS = {
-    _INK: "currentColor",
-    _FAINT: "var(--faint)",
-    _GRID: "var(--grid)",
-    **{code: f"var(--s{n})" for n, code in enumerate(SERIES, 1)},
-}
-_STYLE: Any = {
-    "svg.fonttype": "none",
-    "text.parse_math": False,
-    "font.size": 9.5,
-    "axes.labelsize": 9.5,
-    "xtick.labelsize": 9,
-    "ytick.labelsize": 9,
-    "legend.fontsize": 9,
-    "legend.frameon": False,
-    "text.color": _INK,
-    "axes.labelcolor": _FAINT,
-    "xtick.color": _GRID,
-    "ytick.color": _GRID,
-    "xtick.labelcolor": _FAINT,
-    "ytick.labelcolor": _FAINT,
-    "axes.edgecolor": _GRID,
-    "axes.linewidth": 0.8,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.grid": True,
-    "grid.color": _GRID,
-    "grid.linewidth": 0.6,
-    "axes.axisbelow": True,
-    "lines.linewidth": 1.7,
-    "figure.constrained_layout.use": True,
-    "svg.hashsalt": "llama2",
-}
+DASHES = (0, (4, 2))
+DOTS = (0, (2, 3))
 
 
 @dataclass(frozen=True)
@@ -70,68 +31,15 @@ class Series:
     paper: bool = False
     markers: bool = False
 
-
-def colour(index: int) -> str:
-    """The placeholder colour of the `index`-th series."""
-    return SERIES[index % len(SERIES)]
-
-
-def draw(paint: Callable[[Any], None], width: float = 5.0, height: float = 3.1) -> str:
-    """Run `paint` on a fresh matplotlib figure of `width` x `height` inches; its SVG element, ready
-    to be inlined."""
-    try:
-        import matplotlib
-        from matplotlib.figure import Figure
-    except ImportError:
-        raise missing_extra("matplotlib", "report") from None
-
-    with matplotlib.rc_context(_STYLE), warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # glyphs the layout font lacks: the browser's has them
-        figure = Figure(figsize=(width, height))
-        figure.patch.set_alpha(0)
-        paint(figure)
-
-        for axes in figure.axes:
-            axes.patch.set_alpha(0)
-
-        buffer = io.StringIO()
-        figure.savefig(
-            buffer,
-            format="svg",
-            metadata={"Date": None, "Creator": None, "Format": None, "Type": None},
-        )
-
-    return _inline(buffer.getvalue())
-
-
-def _inline(svg: str) -> str:
-    """Strip what only a file needs, and point colours and fonts at the page's."""
-    svg = svg[svg.index("<svg") :]
-    svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
-    svg = re.sub(r"<!--.*?-->", "", svg, flags=re.DOTALL)
-    referenced = set(re.findall(r"(?:url\(|href=\")#([\w.-]+)", svg))
-    svg = re.sub(r' id="([\w.-]+)"', lambda m: m[0] if m[1] in referenced else "", svg)
-    svg = re.sub(r"(font: [\d.]+px|font-family:) [^;\"]+", r"\1 var(--font)", svg)
-
-    for code, variable in _COLOURS.items():
-        svg = svg.replace(code, variable)
-
-    svg = re.sub(
-        r'<svg [^>]*?viewBox="([^"]+)"[^>]*>',
-        r'<svg class="chart" viewBox="\1" role="img">',
-        svg,
-        count=1,
-    )
-    return re.sub(r"\n\s*", "\n", svg).strip()
-
-
-def number_ids(page: str) -> str:
-    """A page whose charts each have ids of their own: two drawings may use the same names."""
-    charts = re.split(r'(?=<svg class="chart")', page)
-    return charts[0] + "".join(
-        re.sub(r'( id="|url\(#|href="#)(?=[mpi][0-9a-f]{10})', rf"\g<1>c{index}-", chart)
-        for index, chart in enumerate(charts[1:], 1)
-    )
+    @classmethod
+    def of_shares(
+        cls, label: str, x: Sequence[Any], shares: Sequence[Proportion], markers: bool = False
+    ) -> Series:
+        """Return the series of measured shares with their intervals."""
+        rates = [share.rate or 0.0 for share in shares]
+        low = [share.low for share in shares]
+        high = [share.high for share in shares]
+        return Series(label, x, rates, low, high, markers=markers)
 
 
 def _percent(axes: Axes, axis: str = "y") -> None:
@@ -200,7 +108,7 @@ def lines(
             axes.set_ylim(*bounds)
 
         if level is not None:
-            axes.axhline(level[1], color=_FAINT, linewidth=1, linestyle=(0, (2, 3)))
+            axes.axhline(level[1], color=FAINT, linewidth=1, linestyle=DOTS)
             axes.annotate(
                 level[0],
                 (1, level[1]),
@@ -208,7 +116,7 @@ def lines(
                 xytext=(0, 3),
                 textcoords="offset points",
                 ha="right",
-                color=_FAINT,
+                color=FAINT,
                 fontsize=9,
             )
 
@@ -220,7 +128,7 @@ def lines(
 def paint_lines(axes: Any, series: Sequence[Series], noisy: bool = False) -> None:
     """Draw the series of a line chart on existing axes."""
     for index, item in enumerate(series):
-        shade = _FAINT if item.paper else colour(index)
+        shade = FAINT if item.paper else choose_colour(index)
         style: Any = (0, (4, 2)) if item.paper else "solid"
         y = item.y
 
@@ -262,7 +170,7 @@ def bars(
 
         for index, item in enumerate(series):
             place = [g + (index - (len(series) - 1) / 2) * each for g in range(len(item.y))]
-            shade = _FAINT if item.paper else colour(index)
+            shade = FAINT if item.paper else choose_colour(index)
             axes.bar(
                 place,
                 item.y,
@@ -273,12 +181,16 @@ def bars(
             )
 
             if item.low and item.high:
-                gaps = [
-                    [max(0.0, v - a) for v, a in zip(item.y, item.low)],
-                    [max(0.0, b - v) for v, b in zip(item.y, item.high)],
-                ]
+                below = [max(0.0, value - low) for value, low in zip(item.y, item.low)]
+                above = [max(0.0, high - value) for value, high in zip(item.y, item.high)]
                 axes.errorbar(
-                    place, item.y, yerr=gaps, fmt="none", color=_INK, elinewidth=0.9, capsize=2
+                    place,
+                    item.y,
+                    yerr=[below, above],
+                    fmt="none",
+                    color=INK,
+                    elinewidth=0.9,
+                    capsize=2,
                 )
 
         axes.set_xticks(range(len(groups)), groups)
@@ -292,111 +204,106 @@ def bars(
             axes.set_ylim(*bounds)
 
         if level is not None:
-            axes.axhline(level, color=_FAINT, linewidth=1, linestyle=(0, (2, 3)))
+            axes.axhline(level, color=FAINT, linewidth=1, linestyle=DOTS)
 
         _legend(axes, len(series))
 
     return draw(paint, width, height)
 
 
-def progress(
-    ours: Sequence[tuple[str, float, float]], paper: Sequence[tuple[str, float, float]]
-) -> str:
-    """Figure 11: each version at (win rate in helpfulness, win rate in harmlessness), in the order
-    they were made."""
+Point = tuple[str, float, float]
+"""a version and its win rates in helpfulness and harmlessness"""
+
+
+def progress(ours: Sequence[Point], paper: Sequence[Point]) -> str:
+    """Return Figure 11: each version at its win rates, in the order in which they were made."""
 
     def paint(figure: Any) -> None:
         axes = figure.subplots()
-        axes.axhline(0.5, color=_FAINT, linewidth=0.9, linestyle=(0, (2, 3)))
-        axes.axvline(0.5, color=_FAINT, linewidth=0.9, linestyle=(0, (2, 3)))
-
-        for points, shade, style, size in (
-            (paper, _FAINT, (0, (4, 2)), 3.0),
-            (ours, colour(0), "solid", 5.5),
-        ):
-            axes.plot(
-                [p[1] for p in points],
-                [p[2] for p in points],
-                color=shade,
-                linestyle=style,
-                marker="o",
-                markersize=size,
-                linewidth=1.3,
-                clip_on=False,
-            )
-
+        axes.axhline(0.5, color=FAINT, linewidth=0.9, linestyle=DOTS)
+        axes.axvline(0.5, color=FAINT, linewidth=0.9, linestyle=DOTS)
+        _paint_path(axes, paper, color=FAINT, linestyle=DASHES, markersize=3.0)
+        _paint_path(axes, ours, color=choose_colour(0), linestyle="solid", markersize=5.5)
         for name, x, y in (paper[0], paper[-1]):
             axes.annotate(
-                name, (x, y), xytext=(5, -10), textcoords="offset points", color=_FAINT, fontsize=8
+                name, (x, y), xytext=(5, -10), textcoords="offset points", color=FAINT, fontsize=8
             )
 
-        places: dict[tuple[float, float], list[str]] = {}
-        for name, x, y in ours:
-            places.setdefault((round(x, 3), round(y, 3)), []).append(name)
-
-        previous: tuple[float, float] | None = None
-        for (x, y), names in places.items():
-            crowded = (
-                previous is not None and abs(x - previous[0]) < 0.12 and abs(y - previous[1]) < 0.05
-            )
-            left = x > 0.88 or crowded
-            axes.annotate(
-                ", ".join(names),
-                (x, y),
-                xytext=(-7 if left else 7, 4 if crowded else -4),
-                color=_INK,
-                fontsize=9,
-                textcoords="offset points",
-                ha="right" if left else "left",
-                annotation_clip=False,
-            )
-            previous = (x, y)
-
-        axes.set(
-            xlim=(0, 1.02),
-            ylim=(0, 1.02),
-            xlabel="win rate, helpfulness",
-            ylabel="win rate, harmlessness",
-        )
+        _paint_names(axes, ours)
+        axes.set(xlim=(0, 1.02), ylim=(0, 1.02))
+        axes.set(xlabel="win rate, helpfulness", ylabel="win rate, harmlessness")
         _percent(axes, "x")
         _percent(axes)
 
     return draw(paint, 5.0, 4.2)
 
 
+def _paint_path(axes: Axes, points: Sequence[Point], **style: Any) -> None:
+    _, x, y = zip(*points)
+    axes.plot(x, y, marker="o", linewidth=1.3, clip_on=False, **style)
+
+
+def _paint_names(axes: Axes, points: Sequence[Point]) -> None:
+    """Write the names of versions beside their points, several at one point together."""
+    places: dict[tuple[float, float], list[str]] = {}
+    for name, x, y in points:
+        places.setdefault((round(x, 3), round(y, 3)), []).append(name)
+
+    previous = (-1.0, -1.0)
+    for (x, y), names in places.items():
+        crowded = abs(x - previous[0]) < 0.12 and abs(y - previous[1]) < 0.05
+        left = x > 0.88 or crowded
+        axes.annotate(
+            ", ".join(names),
+            (x, y),
+            xytext=(-7 if left else 7, 4 if crowded else -4),
+            color=INK,
+            fontsize=9,
+            textcoords="offset points",
+            ha="right" if left else "left",
+            annotation_clip=False,
+        )
+        previous = (x, y)
+
+
 def ridges(rows: Sequence[tuple[str, Values, float | None]], edges: Values, x: str) -> str:
-    """Figure 20: one histogram a version, stacked from the first (top) to the last; the third value
-    is the median."""
+    """Return Figure 20: one histogram a version, stacked from the first (top) to the last; the
+    third value is the median."""
 
     def paint(figure: Any) -> None:
         axes = figure.subplots()
         centres = [(a + b) / 2 for a, b in pairwise(edges)]
-        peak = max((max(counts) / max(sum(counts), 1) for _, counts, _ in rows), default=0) or 1
+        peak = max(max(counts) / max(sum(counts), 1) for _, counts, _ in rows) or 1
 
         for index, (_, counts, median) in enumerate(rows):
             base = float(len(rows) - 1 - index)
             heights = [base + 0.92 * (c / max(sum(counts), 1)) / peak for c in counts]
             axes.fill_between(
-                centres, base, heights, color=colour(index), alpha=0.3, linewidth=0, step="mid"
+                centres,
+                base,
+                heights,
+                color=choose_colour(index),
+                alpha=0.3,
+                linewidth=0,
+                step="mid",
             )
-            axes.step(centres, heights, where="mid", color=colour(index), linewidth=1.3)
+            axes.step(centres, heights, where="mid", color=choose_colour(index), linewidth=1.3)
 
             if median is not None:
                 axes.plot(
                     [median, median],
                     [base, base + 0.92],
-                    color=_INK,
+                    color=INK,
                     linewidth=1,
                     linestyle=(0, (2, 2)),
                 )
 
-        axes.set_yticks(
-            [len(rows) - 1 - i + 0.3 for i in range(len(rows))], [name for name, _, _ in rows]
-        )
+        heights = [len(rows) - 1 - index + 0.3 for index in range(len(rows))]
+        axes.set_yticks(heights, [name for name, _, _ in rows])
         axes.tick_params(axis="y", length=0)
         axes.grid(axis="y", visible=False)
         axes.set(xlabel=x, ylim=(0, len(rows) + 0.05), xlim=(edges[0], edges[-1]))
-        axes.spines["left"].set_visible(False)
+        axes.spines.left.set_visible(False)
 
     return draw(paint, 5.0, 0.8 + 0.62 * max(len(rows), 2))
 
@@ -409,17 +316,17 @@ def heat(
     y: str,
     marks: Sequence[tuple[float, str]] = (),
 ) -> str:
-    """Figure 10: one heat map a model on one scale; `marks` are column positions with a name (the
-    instruction)."""
+    """Return Figure 10: one heat map a model on one scale up to `top` > 0; `marks` are column
+    positions with a name (the instruction)."""
 
     def paint(figure: Any) -> None:
         grid = figure.subplots(len(matrices), 1, squeeze=False, sharex=True)
         for (title, rows), axes in zip(matrices, grid.flat):
             # Every cell is ink of one hue, more or less transparent: readable on light and on dark.
-            cells = [
-                [(0.17, 0.45, 0.75, min(1.0, value / top) if top else 0.0) for value in row]
-                for row in rows
-            ]
+            cells = []
+            for row in rows:
+                cells.append([(0.17, 0.45, 0.75, min(1.0, value / top)) for value in row])
+
             axes.imshow(cells, aspect="auto", interpolation="none")
             axes.set_title(title, fontsize=9.5, loc="right", pad=4)
             axes.grid(visible=False)
@@ -427,7 +334,7 @@ def heat(
             axes.set_yticks([])
 
             for place, name in marks:
-                axes.axvline(place, color=_FAINT, linewidth=0.9, linestyle=(0, (2, 2)))
+                axes.axvline(place, color=FAINT, linewidth=0.9, linestyle=(0, (2, 2)))
                 axes.annotate(
                     name,
                     (place, 1),
@@ -435,7 +342,7 @@ def heat(
                     xytext=(3, 4),
                     fontsize=8.5,
                     textcoords="offset points",
-                    color=_FAINT,
+                    color=FAINT,
                     annotation_clip=False,
                 )
 

@@ -19,6 +19,12 @@ PRETRAINING: dict[str, tuple[int, int, float]] = {
 PRETRAINING_TOTAL = (3_311_616, 539.00)
 """Table 2, its last row: GPU-hours, tonnes CO2eq (the rows as printed sum to 538.98)"""
 
+VOCABULARY = 32_000
+"""§2.2: pieces of the tokenizer"""
+
+ANNOTATIONS = 27_540
+"""§3.1: dialogs of supervised fine-tuning"""
+
 REWARD_ACCURACY: dict[str, dict[str, tuple[float, float, float, float, float]]] = {
     "safe": {
         "safe": (0.943, 0.763, 0.657, 0.553, 0.645),
@@ -77,8 +83,11 @@ WIN_RATES: tuple[Progress, ...] = (
     Progress("RLHF-v5 (with PPO)", 0.78, 0.76),
 )
 
-VIOLATIONS: dict[str, float] = {"7B": 0.03, "13B": 0.03, "34B": 0.07, "70B": 0.04, "ChatGPT": 0.07}
+VIOLATIONS: dict[str, float] = {"7B": 0.03, "13B": 0.03, "34B": 0.07, "70B": 0.04}
 """Figure 17, read off: share of about 2,000 adversarial prompts answered with a violation"""
+
+VIOLATIONS_CHATGPT = 0.07
+"""the same figure, ChatGPT"""
 
 FALSE_REFUSALS = (0.15, 0.27)
 """§4.2.3: borderline prompts refused, without and with all the safety data"""

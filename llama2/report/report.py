@@ -7,18 +7,26 @@ what is missing.
 
 from __future__ import annotations
 
-import re
 import sys
 from pathlib import Path
 from typing import Annotated
 
 from pydantic import BeforeValidator
 
-from llama2 import atomic, mesh, runs
+from llama2 import atomic, runs
 from llama2.config import StageConfig
-from llama2.report import charts, cost_sections, evaluation_sections, html, training_sections
-from llama2.report import targets as verdicts
-from llama2.report.carbon import Power
+from llama2.report import (
+    cost_sections,
+    data_sections,
+    evaluation_sections,
+    ghost_section,
+    html,
+    rlhf_sections,
+    svg,
+    training_sections,
+)
+from llama2.report.energy import Power
+from llama2.report.targets import Targets, judge_recipe, render_judgements
 from llama2.runs.recipe_runs import Recipe, read_recipe
 
 PAGE = "report.html"
@@ -36,15 +44,15 @@ class Config(StageConfig):
     """runs that must be finished before the report is written; inside a recipe, its last ones"""
     title: str = ""
     """heading of the page; empty: the name of the directory"""
-    targets: verdicts.Targets = verdicts.Targets()
+    targets: Targets = Targets()
     """what the summary calls reached"""
     power: Power = Power()
-    """what energy and carbon are reckoned with"""
+    """assumptions of energy and carbon"""
 
 
 def run(config: Config, run: runs.Run) -> None:
-    """Writes report.html."""
-    if not mesh.is_main():
+    """Write report.html."""
+    if not run.ranks.is_main:
         return
 
     file = run.path / PAGE
@@ -53,60 +61,58 @@ def run(config: Config, run: runs.Run) -> None:
 
 
 def render(recipe: Recipe, config: Config) -> str:
-    """The page about a recipe."""
-    name = config.title or f"Llama 2 recipe: {recipe.path.resolve().name}"
+    """Return the page about a recipe."""
     sections = [
         html.section(
             "summary",
             "",
             "Summary",
-            verdicts.render(verdicts.verdicts(recipe, config.targets)),
-            _warnings(recipe),
+            render_judgements(judge_recipe(recipe, config.targets)),
+            _render_warnings(recipe),
         ),
-        training_sections.data(recipe),
-        training_sections.pretraining(recipe),
-        training_sections.fine_tuning(recipe),
-        training_sections.preferences(recipe),
-        training_sections.reward_models(recipe),
-        training_sections.rejection(recipe),
-        training_sections.ppo(recipe),
-        evaluation_sections.ghost(recipe),
-        evaluation_sections.versions(recipe),
-        evaluation_sections.safety(recipe),
-        evaluation_sections.distributions(recipe),
-        evaluation_sections.conversations(recipe),
-        cost_sections.costs(recipe, config.power),
+        data_sections.render_data(recipe),
+        training_sections.render_pretraining(recipe),
+        training_sections.render_fine_tuning(recipe),
+        data_sections.render_preferences(recipe),
+        training_sections.render_reward_models(recipe),
+        rlhf_sections.render_rejection(recipe),
+        rlhf_sections.render_ppo(recipe),
+        ghost_section.render_ghost(recipe),
+        evaluation_sections.render_versions(recipe),
+        evaluation_sections.render_safety(recipe),
+        evaluation_sections.render_distributions(recipe),
+        evaluation_sections.render_conversations(recipe),
+        cost_sections.render_costs(recipe, config.power),
     ]
-    body = html.Html(charts.number_ids(html.join(sections)))
-    contents = re.findall(
-        r'<section id="([\w-]+)"><h2>(?:<span[^>]*>[^<]*</span>)?([^<]*)</h2>', body
-    )
-
-    return html.document(name, _subtitle(recipe), contents, body)
+    body = html.Html(svg.number_ids(html.join(sections)))
+    title = config.title or f"Llama 2 recipe: {recipe.path.resolve().name}"
+    return html.document(title, _describe_recipe(recipe), body)
 
 
-def _warnings(recipe: Recipe) -> html.Html:
-    """What makes a run worth less than its figures, in the run's own words."""
-    rows = [(step.name, line) for step in recipe.steps for line in step.warnings]
+def _render_warnings(recipe: Recipe) -> html.Html:
+    """Render what makes a run worth less than its figures, in the run's own words."""
+    rows = []
+    for step in recipe.steps:
+        rows += [(step.name, line) for line in step.warnings]
+
     if not rows:
         return html.Html("")
 
-    return html.join(
-        [
-            html.Html("<h3>Warnings</h3>"),
-            html.table(("Run", "What it warned of"), rows, words=(0, 1)),
-        ]
-    )
+    lines = html.table(("Run", "What it warned of"), rows, words=(0, 1))
+    return html.join([html.subtitle("Warnings"), lines])
 
 
-def _subtitle(recipe: Recipe) -> str:
+def _describe_recipe(recipe: Recipe) -> str:
+    """Say how much is finished, when the last step began, and with what code."""
     finished = sum(step.seconds is not None for step in recipe.steps)
-    newest = max((str(step.manifest.get("started", "")) for step in recipe.steps), default="")
-    code = {str(step.manifest["code"]) for step in recipe.steps if "code" in step.manifest}
-    parts = [
-        f"{finished} of {len(recipe.steps) + recipe.waiting} steps finished in {html.clock(recipe.wall_seconds)}",
-        newest.replace("T", " ").removesuffix(":00Z").removesuffix("Z") + " UTC" if newest else "",
-        f"code {', '.join(sorted(code))}" if len(code) == 1 else "",
-    ]
+    steps = len(recipe.steps) + recipe.waiting
+    parts = [f"{finished} of {steps} steps finished in {html.clock(recipe.wall_seconds)}"]
+    if newest := max(step.started for step in recipe.steps):
+        time = newest.replace("T", " ").removesuffix(":00Z").removesuffix("Z")
+        parts.append(f"{time} UTC")
 
-    return " · ".join(part for part in parts if part)
+    code = {step.code for step in recipe.steps if step.code is not None}
+    if len(code) == 1:
+        parts.append(f"code {code.pop()}")
+
+    return " · ".join(parts)

@@ -1,23 +1,12 @@
 """Run directories: what was asked, what it was made from, what it holds, and whether it is
 finished."""
 
-from llama2.runs.completion import COMPLETE, MANIFEST, METRICS, WARNINGS
-from llama2.runs.run import (
-    CHECKPOINTS,
-    Run,
-    Stopped,
-    check,
-    code_version,
-    fingerprint,
-    is_finished,
-    is_output,
-    lock,
-    open_run,
-    read_list,
-    read_metrics,
-    read_warnings,
-    recorded,
-)
+from llama2.runs.completion import CHECKPOINTS, COMPLETE, MANIFEST, METRICS, WARNINGS
+from llama2.runs.fingerprints import code_version, fingerprint, is_output, recorded
+from llama2.runs.locks import lock
+from llama2.runs.logs import read_list, read_metrics, read_warnings
+from llama2.runs.manifest import check, is_finished
+from llama2.runs.run import Run, Stopped, open_run
 
 __all__ = [
     "CHECKPOINTS",

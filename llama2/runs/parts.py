@@ -19,7 +19,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import IO, Any, TypeVar
 
-from llama2 import json_files, mesh
+from llama2 import json_files
 from llama2.errors import explain_os_errors
 from llama2.runs import CHECKPOINTS, Run
 from llama2.terminal_text import say
@@ -37,13 +37,13 @@ def in_parts(run: Run, name: str, items: Sequence[T], size: int, work: Work[T]) 
     disk refuses.
     """
     path = run.path / CHECKPOINTS / "parts" / f"{name}.jsonl"
-    found = _Finished(path, len(items)) if mesh.is_main() else None
+    found = _Finished(path, len(items)) if run.ranks.is_main else None
     try:
-        done = mesh.broadcast(found.end if found else 0)
+        done = run.ranks.broadcast(found.end if found else 0)
         first = 0
         while first < len(items):
             if first < done:
-                count, rows = mesh.broadcast(found.read() if found else (0, []))
+                count, rows = run.ranks.broadcast(found.read() if found else (0, []))
             else:
                 some = items[first : first + size]
                 count, rows = len(some), list(work(some, first))

@@ -1,4 +1,4 @@
-"""What the runs of a recipe left behind, read leniently: a report may be wanted while half of them
+"""The runs of a recipe and their results, read leniently: a report may be wanted while half of them
 are missing."""
 
 from __future__ import annotations
@@ -7,13 +7,18 @@ import calendar
 import math
 import time
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
+from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
+
+from pydantic import ValidationError
 
 from llama2 import json_files
+from llama2.devices import CPU, is_cpu
 from llama2.errors import UserError
+from llama2.results import AttentionResult, EvaluateResult, SelectResult, StageResult
 from llama2.runs import (
     COMPLETE,
     MANIFEST,
@@ -29,13 +34,26 @@ from llama2.terminal_text import shown
 STEPS = "steps.json"
 NOT_KEPT = "not kept"
 _LARGEST = 1e30  # what a chart can still be drawn of
+_REPEAT = "repeat the step that wrote it"
+
+R = TypeVar("R", bound=StageResult)
 
 
-def read_json(path: Path) -> Any:
-    """A JSON file's content, None where there is no such file; one that is not what its run wrote
-    is named."""
-    completion.check_file(path)
-    return json_files.json_value(path, "repeat the step that wrote it") if path.is_file() else None
+def read_result(run: Path, kind: type[R]) -> R | None:
+    """Return what a run wrote of one kind of result, None if it did not; UserError names a file
+    that is damaged."""
+    file = run / kind.file
+    completion.check_file(file)
+    if not file.is_file():
+        return None
+
+    content = json_files.json_value(file, _REPEAT)
+    try:
+        return kind.model_validate(content)
+    except ValidationError as error:
+        mistake = error.errors()[0]
+        place = ".".join(map(str, mistake["loc"])) or "content"
+        raise UserError(f"{file}: damaged: {shown(place)}: {mistake['msg']}", _REPEAT) from None
 
 
 @dataclass(frozen=True)
@@ -46,39 +64,43 @@ class Step:
     path: Path
     manifest: Mapping[str, Any]
     made_from: tuple[str, ...] = ()
+    _results: dict[type[StageResult], StageResult | None] = field(
+        default_factory=dict, compare=False, repr=False
+    )
 
     @property
     def verb(self) -> str:
+        """The command that made it."""
         return str(self.manifest.get("verb", ""))
 
     @property
     def config(self) -> Mapping[str, Any]:
+        """The resolved configuration, as plain JSON."""
         config: Mapping[str, Any] = self.manifest.get("config") or {}
         return config
 
-    def read(self, name: str) -> dict[str, Any]:
-        """A JSON object the run wrote, {} if it did not."""
-        value = read_json(self.path / name)
-        return value if isinstance(value, dict) else {}
+    def result(self, kind: type[R]) -> R | None:
+        """Return what the run wrote of one kind of result, None if it did not."""
+        if kind not in self._results:
+            self._results[kind] = read_result(self.path, kind)
 
-    @cached_property
-    def summary(self) -> dict[str, Any]:
-        return self.read("summary.json")
+        result = self._results[kind]
+        assert result is None or isinstance(result, kind)
+        return result
 
     @cached_property
     def warnings(self) -> list[str]:
-        """What the user was warned of while it ran."""
+        """Warnings that its user saw."""
         completion.check_file(self.path / WARNINGS)
         return read_warnings(self.path)
 
     @cached_property
     def seconds(self) -> float | None:
-        """How long the run took, interruptions left out; None while it is unfinished."""
-        return (
-            completion.completed(self.path).get("seconds")
-            if (self.path / COMPLETE).is_file()
-            else None
-        )
+        """Duration of the run, interruptions left out; None while it is unfinished."""
+        if not (self.path / COMPLETE).is_file():
+            return None
+
+        return completion.completed(self.path).get("seconds")
 
     @cached_property
     def recorded(self) -> Mapping[str, str]:
@@ -93,34 +115,54 @@ class Step:
 
     def series(self, key: str) -> tuple[list[float], list[float]]:
         """Steps and finite values of one metric."""
-        points = [
-            (row["step"], row[key])
-            for row in self.metrics
-            if _finite(row.get(key)) and _finite(row["step"])
-        ]
-        return [x for x, _ in points], [y for _, y in points]
+        rows = [row for row in self.metrics if _is_drawable(row.get(key), row["step"])]
+        steps = [row["step"] for row in rows]
+        return steps, [row[key] for row in rows]
 
-    def last(self, key: str) -> float | None:
-        values = self.series(key)[1]
-        return values[-1] if values else None
+    def mean(self, key: str) -> float | None:
+        """Return the mean of one metric, None where it was not logged."""
+        _, values = self.series(key)
+        return sum(values) / len(values) if values else None
+
+    @property
+    def device(self) -> str:
+        """The kind of device the run computed on: cpu, cuda, ..."""
+        return str(self.manifest.get("device", CPU))
+
+    @property
+    def on_cpu(self) -> bool:
+        """True if the run computed on CPU cores."""
+        return is_cpu(self.device)
+
+    @property
+    def started(self) -> str:
+        """When the run began, UTC: 2026-01-31T12:00:00Z; empty where that is not known."""
+        return str(self.manifest.get("started", ""))
+
+    @property
+    def code(self) -> str | None:
+        """The code version that began the run."""
+        code = self.manifest.get("code")
+        return None if code is None else str(code)
 
     @property
     def devices(self) -> int:
         """Cores or accelerators the run kept busy."""
-        each = self.manifest.get("threads", 1) if self.manifest.get("device", "cpu") == "cpu" else 1
-        return int(self.manifest.get("ranks", 1)) * int(each)
+        threads = self.manifest.get("threads", 1) if self.on_cpu else 1
+        return int(self.manifest.get("ranks", 1)) * int(threads)
 
     @property
     def span(self) -> tuple[float, float] | None:
         """Begin and end in seconds since the epoch, as if the run had not been interrupted."""
+        if self.seconds is None:
+            return None
+
         try:
-            begin = calendar.timegm(
-                time.strptime(str(self.manifest.get("started")), "%Y-%m-%dT%H:%M:%SZ")
-            )
+            begin = calendar.timegm(time.strptime(self.started, "%Y-%m-%dT%H:%M:%SZ"))
         except ValueError:
             return None
 
-        return None if self.seconds is None else (begin, begin + self.seconds)
+        return begin, begin + self.seconds
 
 
 @dataclass(frozen=True)
@@ -136,79 +178,66 @@ class Recipe:
         """The steps of the given verbs."""
         return [step for step in self.steps if step.verb in verbs]
 
-    @cached_property
-    def evaluation(self) -> dict[str, Any]:
-        """The evaluation that compares the most versions, the last of several; {} if there is
-        none."""
-        return max(
-            (
-                step.read("evaluation.json")
-                for step in reversed(self.of("evaluate"))
-                if step.seconds is not None
-            ),
-            key=lambda found: len(found.get("versions", ())),
-            default={},
-        )
+    def results(self, kind: type[R]) -> list[tuple[Step, R]]:
+        """Return one kind of result with the steps that wrote it, in the recipe's order."""
+        pairs = ((step, step.result(kind)) for step in self.of(kind.stage))
+        return [(step, result) for step, result in pairs if result is not None]
 
     @cached_property
-    def attention(self) -> dict[str, Any]:
-        """The newest heat map."""
-        return next(
-            (
-                found
-                for step in reversed(self.of("evaluate"))
-                if (found := step.read("attention.json"))
-            ),
-            {},
-        )
-
-    @cached_property
-    def selections(self) -> list[dict[str, Any]]:
-        """Verdicts of the select steps: {step, candidate, predecessor, kept, reason, win_rate}."""
-        return [
-            step.read("verdict.json") | {"step": step.name}
-            for step in self.of("select")
-            if step.read("verdict.json")
+    def evaluation(self) -> EvaluateResult | None:
+        """The finished evaluation that compares the most versions, the last of several."""
+        evaluations = [
+            result for step, result in self.results(EvaluateResult) if step.seconds is not None
         ]
+        return max(reversed(evaluations), key=lambda result: len(result.versions), default=None)
+
+    @cached_property
+    def attention(self) -> AttentionResult | None:
+        """The newest heat map."""
+        maps = [result for _, result in self.results(AttentionResult)]
+        return maps[-1] if maps else None
 
     @cached_property
     def notes(self) -> dict[str, str]:
         """Evaluated versions that were not kept, or in whose place their predecessor was ("=
         V2")."""
-        rejected = [one for one in self.selections if one.get("kept") == "predecessor"]
-        candidates, steps = ({one.get(key) for one in rejected} for key in ("candidate", "step"))
-        found, before = {}, ""
+        if self.evaluation is None:
+            return {}
 
-        for name in self.evaluation.get("versions", []):
-            run = Path(str(self.evaluation.get("checkpoints", {}).get(name, name))).name
+        selections = self.results(SelectResult)
+        rejected = [(step, result) for step, result in selections if result.kept == "predecessor"]
+        candidates = {result.candidate for _, result in rejected}
+        steps = {step.name for step, _ in rejected}
+        notes, before = {}, ""
+
+        for name in self.evaluation.versions:
+            run = Path(self.evaluation.checkpoints.get(name, name)).name
             if run in candidates:
-                found[name] = NOT_KEPT
+                notes[name] = NOT_KEPT
             elif run in steps:
-                found[name] = f"= {before}"
+                notes[name] = f"= {before}"
 
             before = name
 
-        return found
+        return notes
 
     @cached_property
     def kept(self) -> list[str]:
         """Names of the evaluated versions without those that were rejected."""
-        return [
-            name for name in self.evaluation.get("versions", []) if self.notes.get(name) != NOT_KEPT
-        ]
+        versions = self.evaluation.versions if self.evaluation else []
+        return [name for name in versions if self.notes.get(name) != NOT_KEPT]
 
     @property
     def finished(self) -> bool:
-        """Whether nothing is left to do."""
+        """True if nothing is left to do."""
         return not self.waiting and all(step.seconds is not None for step in self.steps)
 
     @property
     def simulated(self) -> bool:
-        """Whether the recipe runs in the microworld, where the truth is known and annotators are
+        """True for a recipe in the microworld, where the truth is known and annotators are
         simulated."""
-        return bool(self.of("world")) or any(
-            "truth" in one for one in self.evaluation.get("results", {}).values()
-        )
+        versions = self.evaluation.results.values() if self.evaluation else ()
+        return bool(self.of("world")) or any(version.truth for version in versions)
 
     @property
     def wall_seconds(self) -> float:
@@ -222,7 +251,7 @@ class Recipe:
 
 
 def read_steps(path: Path) -> list[str]:
-    """The names of a recipe's runs, in its order."""
+    """Read the names of a recipe's runs, in its order."""
     cure = "repeat `llama2 run`, which writes it"
     names = read_list(path / STEPS, cure)
     for name in names:
@@ -233,63 +262,64 @@ def read_steps(path: Path) -> list[str]:
 
 
 def read_recipe(path: Path) -> Recipe:
-    """The runs below `path`: those of its steps.json in that order, else all, by their start."""
+    """Read the runs below `path`: those of its steps.json in that order, else all, by their start."""
     if not path.is_dir():
         raise UserError(f"{path}: no such directory", "give the output directory of a recipe")
 
     if (path / STEPS).is_file():
         names = read_steps(path)
     else:
-        directories = [one.parent for one in path.glob(f"*/{MANIFEST}")]
-        directories.sort(key=lambda one: (str(read_manifest(one).get("started")), one.name))
-        names = [one.name for one in directories]
+        runs = [file.parent for file in path.glob(f"*/{MANIFEST}")]
+        runs.sort(key=lambda run: (str(read_manifest(run).get("started")), run.name))
+        names = [run.name for run in runs]
 
-    # The report of a recipe may stand inside it; it does not report on itself.
-    manifests = {
-        name: found
-        for name in names
-        if (found := read_manifest(path / name)) and found.get("verb") != "report"
-    }
+    manifests = {}
+    waiting = 0
+    for name in names:
+        manifest = read_manifest(path / name)
+        # the report of a recipe may stand inside it; it does not report on itself
+        if manifest and manifest.get("verb") != "report":
+            manifests[name] = manifest
+        elif not manifest and name != "report":
+            waiting += 1
+
     if not manifests:
         raise UserError(
             f"{path}: holds no run",
             f"give the output directory of a recipe; each step is a directory with a {MANIFEST}",
         )
 
-    waiting = sum(not (path / name / MANIFEST).is_file() and name != "report" for name in names)
-    return Recipe(
-        path,
-        [
-            Step(name, path / name, manifest, _ancestors(manifest, path, list(manifests), name))
-            for name, manifest in manifests.items()
-        ],
-        waiting,
-    )
+    steps = []
+    for name, manifest in manifests.items():
+        made_from = _find_ancestors(manifest, path, list(manifests), name)
+        steps.append(Step(name, path / name, manifest, made_from))
+
+    return Recipe(path, steps, waiting)
 
 
 def read_manifest(directory: Path) -> dict[str, Any]:
-    """What the run in a directory wrote down when it began, {} where there is none; UserError if it
-    is damaged."""
+    """Read what a run wrote down when it began, {} where there is none; UserError if it is
+    damaged."""
     completion.check_file(directory / MANIFEST)
     return completion.manifest(directory) if (directory / MANIFEST).is_file() else {}
 
 
-def _ancestors(
-    manifest: Mapping[str, Any], recipe: Path, names: list[str], own: str
+def _find_ancestors(
+    manifest: Mapping[str, Any], recipe: Path, names: list[str], name: str
 ) -> tuple[str, ...]:
-    """The steps whose output a run reads: those its configuration names by path."""
-    found = set()
+    """Find the steps whose output the run `name` reads: those its configuration names by path."""
+    ancestors = set()
+    root = recipe.resolve().name  # the recipe may have been moved since: its last name is enough
     for text in _strings(manifest.get("config")):
-        parts = Path(text).parts
-        # The recipe may have been moved since: its last name is enough.
-        for place in (i for i, part in enumerate(parts) if part == recipe.resolve().name):
-            if place + 1 < len(parts) and parts[place + 1] in names:
-                found.add(parts[place + 1])
+        for folder, inside in pairwise(Path(text).parts):
+            if folder == root:
+                ancestors.add(inside)
 
-    return tuple(name for name in names if name in found and name != own)
+    return tuple(other for other in names if other in ancestors and other != name)
 
 
 def _strings(value: Any) -> Iterator[str]:
+    """Yield every text in plain JSON."""
     if isinstance(value, str):
         yield value
     elif isinstance(value, Mapping):
@@ -300,5 +330,5 @@ def _strings(value: Any) -> Iterator[str]:
             yield from _strings(item)
 
 
-def _finite(value: Any) -> bool:
-    return isinstance(value, (int, float)) and abs(value) < _LARGEST
+def _is_drawable(*values: Any) -> bool:
+    return all(isinstance(value, (int, float)) and abs(value) < _LARGEST for value in values)

@@ -65,7 +65,7 @@ class Server(uvicorn.Server):
         with super().capture_signals():
             ours = (
                 threading.current_thread() is threading.main_thread()
-                and signal.SIGHUP in interrupts.requests()
+                and signal.SIGHUP in interrupts.list_stop_signals()
             )
             if ours:
                 signal.signal(signal.SIGHUP, self._hang_up)

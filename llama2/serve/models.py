@@ -14,12 +14,12 @@ from typing import Literal
 
 import torch
 
-from llama2 import mesh
+from llama2 import devices
+from llama2.devices import Precision
 from llama2.errors import UserError, did_you_mean
 from llama2.formats import checkpoint
 from llama2.generate.engine import Engine
 from llama2.generate.score import rewards
-from llama2.mesh import Precision
 from llama2.model import quantize
 from llama2.model.llama import Llama
 from llama2.model.quantize import WeightPrecision
@@ -67,7 +67,13 @@ class ChatModel:
     ) -> list[tuple[float, Alternatives]]:
         """log p of each token of `ids` but the first, and the `count` likeliest in its place."""
         return await self.worker.call(
-            partial(_prompt_logprobs, self.engine, ids, count, quantize.computing(self.precision))
+            partial(
+                _prompt_logprobs,
+                self.engine,
+                ids,
+                count,
+                quantize.compute_precision(self.precision),
+            )
         )
 
 
@@ -185,7 +191,9 @@ def load(
                 path, name, slots=slots, capacity=capacity, waiting=waiting, precision=precision
             )
             if kind == "chat"
-            else load_reward(path, name, waiting=waiting, precision=quantize.computing(precision))
+            else load_reward(
+                path, name, waiting=waiting, precision=quantize.compute_precision(precision)
+            )
             for path, name, kind in zip(paths, names, kinds)
         ]
     )
@@ -214,7 +222,8 @@ def load_chat(
     precision: WeightPrecision,
 ) -> ChatModel:
     """A language model with its worker running."""
-    model = checkpoint.load(path, dtype=quantize.loading(precision), device=mesh.device()).eval()
+    dtype = quantize.load_dtype(precision)
+    model = checkpoint.load(path, dtype=dtype, device=devices.choose()).eval()
     model.requires_grad_(False)
     engine = Engine(model, slots=slots, capacity=capacity, precision=precision)
     worker = Worker(name, engine, waiting)
@@ -231,7 +240,7 @@ def load_reward(path: Path, name: str, *, waiting: int, precision: Precision) ->
             "give the directory of a model from 'llama2 reward'",
         )
 
-    scorer = checkpoint.load_scorer(path, device=mesh.device()).eval()
+    scorer = checkpoint.load_scorer(path, device=devices.choose()).eval()
     scorer.requires_grad_(False)
     worker = Worker(name, None, waiting)
     worker.start()
@@ -244,7 +253,7 @@ def load_judge(path: Path, models: Models, waiting: int, precision: WeightPrecis
     them."""
     check(path)
     judge = load_reward(
-        path, path.resolve().name, waiting=waiting, precision=quantize.computing(precision)
+        path, path.resolve().name, waiting=waiting, precision=quantize.compute_precision(precision)
     )
     longest = max((model.context for model in models if model.kind == "chat"), default=0)
 
@@ -274,11 +283,11 @@ def _prompt_logprobs(
     engine: Engine, ids: Sequence[int], count: int, precision: Precision
 ) -> list[tuple[float, Alternatives]]:
     model = engine.current()
-    device = model.head_weight.device
+    device = model.device
     tokens_T = torch.tensor(ids, device=device)
     found: list[tuple[float, Alternatives]] = []
 
-    with mesh.autocast(precision):
+    with devices.autocast(device, precision):
         hidden_TD = (
             model(tokens_T[None, :-1], head=False)[0]
             if len(ids) > 1

@@ -12,8 +12,9 @@ import socket
 import sys
 from contextlib import ExitStack
 
-from llama2 import mesh
+from llama2 import cpu_tuning
 from llama2.errors import UserError, missing_extra
+from llama2.ranks import join
 from llama2.serve import models
 from llama2.serve.settings import ServeConfig as Config
 
@@ -51,7 +52,7 @@ def run(config: Config) -> None:
         )
 
     with _bound(config.host, config.port) as listener:
-        mesh.init()
+        join()
         served = models.load(
             config.checkpoints,
             names,
@@ -78,7 +79,7 @@ def run(config: Config) -> None:
             f"llama2: serving {', '.join(names)} at "
             f"http://{f'[{address}]' if ':' in address else address}:{port}"
         )
-        mesh.rest()  # the models' own threads do all the work from here on
+        cpu_tuning.release_threads()  # the models' own threads do all the work from here on
         http.serve(listener, served, judge, config, keys, greeting)
 
 

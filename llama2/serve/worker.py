@@ -21,7 +21,7 @@ from functools import partial
 from types import TracebackType
 from typing import Any, TypeVar
 
-from llama2 import mesh
+from llama2 import cpu_tuning
 from llama2.errors import UserError
 from llama2.generate.batch import Finish, Request
 from llama2.generate.engine import BEGIN, TEST_TOKENS, Engine
@@ -289,7 +289,7 @@ class Worker:
         to end."""
         idle = self._session is None or not (self._session.running or self._session.waiting)
         if idle and self._commands.empty():
-            mesh.rest()
+            cpu_tuning.release_threads()
 
         while True:
             try:

@@ -8,7 +8,6 @@ are written as they are read: memory holds one of them, and 60 bytes for each th
 
 from __future__ import annotations
 
-import hashlib
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import ExitStack
@@ -18,19 +17,21 @@ from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field
 
-from llama2 import mesh, records
+from llama2 import records
 from llama2.config import Config as Section
 from llama2.config import StageConfig
 from llama2.data import deduplicate
 from llama2.data.clean import Rules, clean
 from llama2.data.documents import Malformed, read_documents
+from llama2.hashing import hash_number
 from llama2.records import Document
+from llama2.results import CleanedSource, CleanResult
 from llama2.runs import Run
 from llama2.tally import Tally
 
 
-class Source(Section):
-    """Where one source of text lies."""
+class TextSource(Section):
+    """One source of text."""
 
     incidental: ClassVar[frozenset[str]] = frozenset({"license"})
 
@@ -50,7 +51,7 @@ class Source(Section):
 class Config(StageConfig):
     """Turn raw text into clean documents."""
 
-    sources: Annotated[dict[str, Source], Field(min_length=1)]
+    sources: Annotated[dict[str, TextSource], Field(min_length=1)]
     """name -> where it lies"""
     min_characters: int = Field(20, ge=0)
     remove_boilerplate: bool = True
@@ -63,42 +64,47 @@ class Config(StageConfig):
 
 def run(config: Config, run: Run) -> None:
     """Write documents/<source>.jsonl and heldout/<source>.jsonl."""
-    if not mesh.is_main():
+    if not run.ranks.is_main:
         return
 
     seen: set[int] = set()
-    run.write_json(
-        "summary.json",
-        {"sources": {name: _clean(config, name, run, seen) for name in config.sources}},
+    sources = {name: _clean(config, name, run, seen) for name in config.sources}
+    run.write_result(CleanResult(sources=sources))
+
+
+def _clean(config: Config, name: str, run: Run, seen: set[int]) -> CleanedSource:
+    """Write the documents of one source as they come, and count what was done to them."""
+    tally, counts = run.tally(name), Counter[str]()
+    count = heldout = size = 0
+    with ExitStack() as stack:
+        write = stack.enter_context(records.writing(run.path / "documents" / f"{name}.jsonl"))
+        write_heldout = None
+        for document in _documents(config, config.sources[name], tally, counts, seen):
+            count += 1
+            size += len(document.text.encode())
+            if not _is_heldout(document, config.heldout):
+                write(document)
+                continue
+
+            if write_heldout is None:
+                file = run.path / "heldout" / f"{name}.jsonl"
+                write_heldout = stack.enter_context(records.writing(file))
+
+            heldout += 1
+            write_heldout(document)
+
+    _account(tally, counts, count)
+    documents = counts.pop("documents", 0)
+    del counts["kept"]  # before duplicates were dropped
+    return CleanedSource(
+        documents=documents, kept=count, heldout=heldout, bytes=size, changes=dict(counts)
     )
 
 
-def _clean(config: Config, name: str, run: Run, seen: set[int]) -> dict[str, int]:
-    """Write the documents of one source as they come, and count what was done to them."""
-    counts, sizes = Counter[str](), Counter[str]()
-    with ExitStack() as stack:
-        keep = stack.enter_context(records.writing(run.path / "documents" / f"{name}.jsonl"))
-        aside = None
-        for document in _documents(config, config.sources[name], run.tally(name), counts, seen):
-            sizes["kept"] += 1
-            sizes["bytes"] += len(document.text.encode())
-            if _held_out(document, config.heldout):
-                sizes["held out"] += 1
-                aside = aside or stack.enter_context(
-                    records.writing(run.path / "heldout" / f"{name}.jsonl")
-                )
-                aside(document)
-            else:
-                keep(document)
-
-    _account(run.tally(name), counts, sizes["kept"])
-    return {**counts, **{key: sizes[key] for key in ("kept", "held out", "bytes")}}
-
-
 def _documents(
-    config: Config, source: Source, tally: Tally, counts: Counter[str], seen: set[int]
+    config: Config, source: TextSource, tally: Tally, counts: Counter[str], seen: set[int]
 ) -> Iterator[Document]:
-    """The clean documents of a source; none of them is held in memory."""
+    """Yield the clean documents of a source; none of them is held in memory."""
     rules = Rules(
         min_characters=config.min_characters,
         remove_boilerplate=config.remove_boilerplate,
@@ -120,7 +126,7 @@ def _documents(
 
 
 def _account(tally: Tally, counts: Counter[str], kept: int) -> None:
-    """What became of the documents, for the line at the end of the run."""
+    """Count what became of the documents, for the line at the end of the run."""
     tally.kept = kept
     for key, count in counts.items():
         if key.startswith("dropped: "):
@@ -135,6 +141,7 @@ def _account(tally: Tally, counts: Counter[str], kept: int) -> None:
 
 
 def _pieces(documents: Iterator[Document], longest: int, tally: Tally) -> Iterator[Document]:
+    """Yield documents of at most `longest` characters; 0: as they are."""
     for document in documents:
         if longest and len(document.text) > longest:
             tally.cut += 1
@@ -143,8 +150,8 @@ def _pieces(documents: Iterator[Document], longest: int, tally: Tally) -> Iterat
 
 
 def _cut(document: Document, longest: int) -> Iterator[Document]:
-    """A document in pieces of at most `longest` characters, at the ends of lines where there are
-    any."""
+    """Cut a document into pieces of at most `longest` characters, at the ends of lines where there
+    are any."""
     text, number = document.text, 0
     while text:
         end = len(text) if len(text) <= longest else (text.rfind("\n", 0, longest) + 1 or longest)
@@ -152,6 +159,6 @@ def _cut(document: Document, longest: int) -> Iterator[Document]:
         text, number = text[end:], number + 1
 
 
-def _held_out(document: Document, share: float) -> bool:
-    digest = hashlib.blake2b(document.text.encode(), digest_size=8).digest()
-    return int.from_bytes(digest, "little") < share * 2**64
+def _is_heldout(document: Document, share: float) -> bool:
+    """Decide by a hash of the text."""
+    return hash_number(document.text) < share * 2**64

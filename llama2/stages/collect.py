@@ -1,19 +1,18 @@
 """Human preference data (§3.2.1): two answers a prompt, from different models and temperatures,
 compared.
 
-Where prompts carry the truth about themselves (the microworld's do), annotators are simulated, who
-see it through noise; other pairs are written as they are to be shown to people, and once judged are
-the same records. Besides plain pairs two kinds are worth asking for, because reward models that
-have never seen them are easily fooled: an answer that belongs to another prompt, and an answer
-given under a safety preprompt, which is more often a refusal. As in the paper some comparisons of
-every round are held out, by their prompts.
+Annotators compare the answers (`judging.Annotators`): those of the microworld, where prompts carry
+their own truth. Pairs that nobody has compared yet are written as they are to be shown to people,
+and once judged are the same records. Besides plain pairs two kinds are worth asking for, because
+reward models that have never seen them are easily fooled: an answer that belongs to another prompt,
+and an answer given under a safety preprompt, which is more often a refusal. As in the paper some
+comparisons of every round are held out, by their prompts.
 """
 
 from __future__ import annotations
 
-import hashlib
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
@@ -23,13 +22,16 @@ from pydantic import Field, field_validator, model_validator
 
 from llama2.config import StageConfig
 from llama2.data.split import is_heldout
-from llama2.evaluate.judges import has_truth, kind_of
+from llama2.evaluate.judges import classify
 from llama2.generate.dialogue import Chat
-from llama2.microworld.annotators import NOISE, Annotator
+from llama2.hashing import hash_fraction
+from llama2.judging import Annotators, ComparisonRequest
 from llama2.records import DEGREES, Axis, Messages, Pair, Preference, Prompt, Response
+from llama2.results import CollectResult
 from llama2.runs import Run
 from llama2.runs.parts import Work
-from llama2.stages.common.planning import Cluster, Lineage, sampling_plan
+from llama2.stages.common.judges import NOISE, make_annotators
+from llama2.stages.common.planning import Cluster, PlannedRuns, plan_sampling
 from llama2.stages.common.preprompts import PREPROMPTS, check, under_preprompt
 from llama2.stages.common.sampling import (
     Sample,
@@ -85,10 +87,10 @@ class Config(StageConfig):
         return self
 
 
-def plan(config: Config, cluster: Cluster, lineage: Lineage) -> dict[str, Any]:
-    """Memory: the policies whole on every rank."""
-    return sampling_plan(
-        [lineage.shape(path) for path in config.policies], [], config.sample, cluster
+def plan(config: Config, cluster: Cluster, planned: PlannedRuns) -> dict[str, Any]:
+    """Return memory: the policies whole on every rank."""
+    return plan_sampling(
+        [planned.shape(path) for path in config.policies], [], config.sample, cluster
     )
 
 
@@ -99,190 +101,185 @@ def run(config: Config, run: Run) -> None:
     chats = {path: load_chat(path, config.sample, run) for path in config.policies}
     narrow = min(chats.values(), key=lambda chat: chat.engine.context)
     prompts = fitting(narrow, prompts, ROOM, run.tally("prompts"))
-    pairs = zip(prompts, sampled(config, run, chats, prompts), strict=True)
-    desk = Desk(config, run.tally("comparisons"))
-    told = [has_truth(prompt) for prompt in prompts]
+    pairs = zip(prompts, sample_pairs(config, run, chats, prompts), strict=True)
+    annotators = make_annotators(config.seed, config.noise)
+    desk = Desk(config, annotators, run.tally("comparisons"))
+    accepted = [annotators.accepts(prompt) for prompt in prompts]
 
     with ExitStack() as files:
-        put = {
-            name: files.enter_context(writing(run.path / f"{name}.jsonl"))
-            for name in (
-                *(("preferences", "heldout") if any(told) else ()),
-                *(() if all(told) else ("pairs",)),
-            )
-        }
-        for place, (prompt, responses) in enumerate(pairs):
-            for name, record in desk.compare(prompt, responses, place):
-                put[name](record)
+        put: dict[str, Callable[[object], None]] = {}
 
-    run.write_json("summary.json", desk.summary())
+        def open_file(name: str) -> None:
+            if name not in put:
+                put[name] = files.enter_context(writing(run.path / f"{name}.jsonl", run.ranks))
+
+        for name in ("preferences", "heldout") if any(accepted) else ():
+            open_file(name)
+
+        if not all(accepted):
+            open_file("pairs")
+
+        for name, record in desk.compare(pairs):
+            open_file(name)
+            put[name](record)
+
+    run.write_result(desk.result())
 
 
 class Desk:
-    """Where pairs are compared: on which axes, by whom, and what they come to."""
+    """Comparisons of pairs: on which axes, by whom, and what they come to."""
 
-    def __init__(self, config: Config, tally: Tally) -> None:
-        self.config, self.tally = config, tally
-        self.annotator = Annotator(config.seed, noise=config.noise)
+    def __init__(self, config: Config, annotators: Annotators, tally: Tally) -> None:
+        self.config, self.annotators, self.tally = config, annotators, tally
         self.counts: dict[str, Counter[str]] = {
             name: Counter() for name in ("degree", "axis", "safety", "file")
         }
 
     def compare(
-        self, prompt: Prompt, responses: tuple[Response, Response], place: int
+        self, pairs: Iterable[tuple[Prompt, tuple[Response, Response]]]
     ) -> Iterator[tuple[str, Preference | Pair]]:
-        """The comparisons of one pair, each with the name of the file that it belongs to."""
-        for axis in axes(self.config, prompt, place):
-            self.tally.read += 1
-            texts = {one.text for one in responses}
-            if len(texts) == 1 or "" in texts:
-                self.tally.skip("equal answers" if len(texts) == 1 else "an empty answer")
-            elif not has_truth(prompt):
-                self.tally.skip(
-                    "of prompts without truth, for people to judge", "they are in pairs.jsonl"
-                )
+        """Yield what comes of each pair, with the name of the file that it belongs to."""
+        for comparison, outcome in self.annotators.compare(self._comparisons(pairs)):
+            if isinstance(outcome, Preference):
+                yield self._judged(outcome)
+            elif outcome == "pending":
+                self.tally.skip("not judged yet", "they are in pairs.jsonl, for people to judge")
                 self.counts["file"]["pairs"] += 1
-                yield "pairs", self._unjudged(prompt, responses, axis)
+                yield "pairs", make_pair(comparison, self.config.seed)
             else:
-                yield from self._judged(prompt, responses, axis)
+                self.tally.skip("the chosen answer alone is unsafe")
 
-    def _judged(
-        self, prompt: Prompt, responses: tuple[Response, Response], axis: Axis
-    ) -> Iterator[tuple[str, Preference]]:
-        one = self.annotator.compare(prompt, responses, axis, self.config.round)
-        if one is None:
-            self.tally.skip("the chosen answer alone is unsafe")
-            return
+    def _comparisons(
+        self, pairs: Iterable[tuple[Prompt, tuple[Response, Response]]]
+    ) -> Iterator[ComparisonRequest]:
+        """Yield the comparisons to ask for: none of equal answers or of an empty one."""
+        for place, (prompt, answers) in enumerate(pairs):
+            texts = {answer.text for answer in answers}
+            for axis in choose_axes(self.config, prompt, place):
+                self.tally.read += 1
+                if len(texts) == 1:
+                    self.tally.skip("equal answers")
+                elif "" in texts:
+                    self.tally.skip("an empty answer")
+                else:
+                    yield ComparisonRequest(prompt, answers, axis, self.config.round)
 
+    def _judged(self, preference: Preference) -> tuple[str, Preference]:
         self.tally.kept += 1
-        name = "heldout" if is_heldout(prompt.messages, self.config.heldout) else "preferences"
-        for kind, value in (
-            ("degree", one.degree),
-            ("axis", one.axis),
-            ("safety", one.safety),
-            ("file", name),
-        ):
-            self.counts[kind][str(value)] += value is not None
+        heldout = is_heldout(preference.prompt, self.config.heldout)
+        name = "heldout" if heldout else "preferences"
 
-        yield name, one
+        self.counts["file"][name] += 1
+        self.counts["degree"][preference.degree] += 1
+        self.counts["axis"][preference.axis] += 1
+        if preference.safety is not None:
+            self.counts["safety"][preference.safety] += 1
 
-    def _unjudged(self, prompt: Prompt, responses: tuple[Response, Response], axis: Axis) -> Pair:
-        """A pair as it is to be shown: which answer stands first is drawn from the texts."""
-        said = [message.content for message in prompt.messages]
-        low, high = sorted(responses, key=lambda one: one.text)
-        chance = _unit(repr((self.config.seed, axis, said, low.text, high.text)))
-        identity = f"{axis}-{int(_unit(repr((axis, said, low.text, high.text))) * 16**12):012x}"
+        return name, preference
 
-        return Pair(
-            identity,
-            prompt.messages,
-            (low, high) if chance < 0.5 else (high, low),
-            axis=axis,
-            round=self.config.round,
-            metadata={
-                "prompt": prompt.id,
-                **{key: prompt.metadata[key] for key in SHOWN if key in prompt.metadata},
-            },
+    def result(self) -> CollectResult:
+        """Return the number of comparisons by file, degree, axis and safety label."""
+        file = self.counts["file"]
+        return CollectResult(
+            pairs=file["preferences"],
+            heldout=file["heldout"],
+            unjudged=file["pairs"],
+            dropped=self.tally.read - self.tally.kept - file["pairs"],
+            degrees={degree: self.counts["degree"][degree] for degree in DEGREES},
+            axes=dict(self.counts["axis"]),
+            safety=dict(self.counts["safety"]),
         )
 
-    def summary(self) -> dict[str, Any]:
-        """Plain JSON: comparisons by file, degree, axis and safety label."""
-        file = self.counts["file"]
-        return {
-            "pairs": file["preferences"],
-            "heldout": file["heldout"],
-            "unjudged": file["pairs"],
-            "dropped": self.tally.read - self.tally.kept - file["pairs"],
-            "degrees": {degree: self.counts["degree"][degree] for degree in DEGREES},
-            "axes": {axis: count for axis, count in self.counts["axis"].items() if count},
-            "safety": {label: count for label, count in self.counts["safety"].items() if count},
-        }
+
+def make_pair(comparison: ComparisonRequest, seed: int) -> Pair:
+    """Return a comparison as it is to be shown: its texts draw which answer stands first."""
+    prompt, axis = comparison.prompt, comparison.axis
+    first, second = sorted(comparison.answers, key=lambda answer: answer.text)
+    turns = [message.content for message in prompt.messages]
+    chance = hash_fraction(repr((seed, axis, turns, first.text, second.text)))
+    tags = {key: prompt.metadata[key] for key in SHOWN if key in prompt.metadata}
+
+    return Pair(
+        comparison.id,
+        prompt.messages,
+        (first, second) if chance < 0.5 else (second, first),
+        axis=axis,
+        round=comparison.round,
+        metadata={"prompt": prompt.id, **tags},
+    )
 
 
-def axes(config: Config, prompt: Prompt, place: int) -> tuple[Axis, ...]:
-    """What a pair is compared for: safety if it probes it; help for all harmless prompts, and a
-    share of the unsafe."""
-    kind = kind_of(prompt)
+def choose_axes(config: Config, prompt: Prompt, place: int) -> tuple[Axis, ...]:
+    """Choose what a pair is compared for: safety if it probes it; help for all harmless prompts,
+    and a share of the unsafe."""
+    kind = classify(prompt)
     if kind == "helpful":
         return ("helpful",)
 
-    both = kind == "borderline" or _unit(f"{config.seed} both {place}") < config.both_axes
+    both = kind == "borderline" or hash_fraction(f"{config.seed} both {place}") < config.both_axes
     return ("safe", "helpful") if both else ("safe",)
 
 
-def sampled(
+def sample_pairs(
     config: Config, run: Run, chats: Mapping[Path, Chat], prompts: Sequence[Prompt]
 ) -> Iterator[tuple[Response, Response]]:
-    """Two answers to every prompt, some of them swapped for another prompt's or given under a
+    """Yield two answers to every prompt, some of them swapped for another prompt's or given under a
     preprompt.
 
     What is swapped is the second answer, for that of the last prompt before it that is swapped too;
     the first of them keeps its own.
     """
-    first, second = (
-        Response("", path.name, temperature)
-        for path, temperature in zip((config.policies[0], config.policies[-1]), config.temperatures)
-    )
-    policies = list(dict.fromkeys(config.policies))
-    rows = part_by_part(
-        run,
-        [chats[path] for path in policies],
-        "samples",
-        prompts,
-        sampler(config, chats),
-        config.sample,
-        2,
-    )
+    first = Response("", config.policies[0].name, config.temperatures[0])
+    second = Response("", config.policies[-1].name, config.temperatures[1])
+    engines = [chats[path] for path in dict.fromkeys(config.policies)]
+    work = make_sampler(config, chats)
+    rows = part_by_part(run, engines, "samples", prompts, work, config.sample, 2)
     waiting: str | None = None
 
-    for place, (one, other) in enumerate(rows):
-        text = other
-        if _unit(f"{config.seed} swapped {config.round} {place}") < config.swapped:
-            text, waiting = (other if waiting is None else waiting), other
+    for place, (text, other) in enumerate(rows):
+        swapped = other
+        if hash_fraction(f"{config.seed} swapped {config.round} {place}") < config.swapped:
+            swapped = other if waiting is None else waiting
+            waiting = other
 
-        yield replace(first, text=one), replace(second, text=text)
+        yield replace(first, text=text), replace(second, text=swapped)
 
 
-def sampler(config: Config, chats: Mapping[Path, Chat]) -> Work[Prompt]:
-    """What makes a row of each prompt: the texts of its two answers."""
+def make_sampler(config: Config, chats: Mapping[Path, Chat]) -> Work[Prompt]:
+    """Return what makes a row of each prompt: the texts of its two answers."""
 
     def work(prompts: Sequence[Prompt], first: int) -> list[list[str]]:
         places = range(first, first + len(prompts))
-        sides = []
-        for side, path in enumerate((config.policies[0], config.policies[-1])):
-            asked = [
-                second_asked(config, chats[path], prompt, place) if side else prompt.messages
-                for prompt, place in zip(prompts, places)
-            ]
-            found = answer(
-                chats[path],
-                asked,
+        plain = [prompt.messages for prompt in prompts]
+        first_chat, second_chat = chats[config.policies[0]], chats[config.policies[-1]]
+        preprompted = [
+            add_preprompt(config, second_chat, prompt, place)
+            for prompt, place in zip(prompts, places)
+        ]
+        texts = []
+        for side, (chat, messages) in enumerate(((first_chat, plain), (second_chat, preprompted))):
+            answers = answer(
+                chat,
+                messages,
                 config.sample,
                 temperature=config.temperatures[side],
                 indices=places,
                 seed=seed_for(config.seed, "side", side, config.round),
             )
-            sides.append([one[0].text for one in found])
+            texts.append([row[0].text for row in answers])
 
-        return [list(texts) for texts in zip(*sides)]
+        return [list(pair) for pair in zip(*texts)]
 
     return work
 
 
-def second_asked(config: Config, chat: Chat, prompt: Prompt, place: int) -> Messages:
-    """What the second answer is given to: the prompt, or the prompt under a safety preprompt."""
-    if (
-        kind_of(prompt) == "helpful"
-        or _unit(f"{config.seed} preprompted {config.round} {place}") >= config.preprompted
-    ):
+def add_preprompt(config: Config, chat: Chat, prompt: Prompt, place: int) -> Messages:
+    """Return what the second answer is given to: the prompt, or the prompt under a safety
+    preprompt."""
+    chance = hash_fraction(f"{config.seed} preprompted {config.round} {place}")
+    if classify(prompt) == "helpful" or chance >= config.preprompted:
         return prompt.messages
 
-    under = under_preprompt(
-        prompt, seed_for(config.seed, "preprompt", config.round), config.preprompts, {}
-    )
+    seed = seed_for(config.seed, "preprompt", config.round)
+    under = under_preprompt(prompt, seed, config.preprompts, {})
     return under if has_room(chat, under, ROOM) else prompt.messages
-
-
-def _unit(key: str) -> float:
-    """A number in [0, 1) that depends on `key` alone."""
-    return int.from_bytes(hashlib.blake2b(key.encode(), digest_size=8).digest(), "little") / 2**64

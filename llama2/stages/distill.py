@@ -20,9 +20,10 @@ from llama2.config import StageConfig
 from llama2.generate.dialogue import Answer, Chat
 from llama2.generate.rewards import RewardModels, Rewards, probability
 from llama2.records import Messages, Prompt
+from llama2.results import DistilledAnswer, DistillResult
 from llama2.runs import Run
 from llama2.runs.parts import Work
-from llama2.stages.common.planning import Cluster, Lineage, sampling_plan
+from llama2.stages.common.planning import Cluster, PlannedRuns, plan_sampling
 from llama2.stages.common.preprompts import PREPROMPTS, TEMPLATES, check, under_preprompt
 from llama2.stages.common.sampling import (
     Sample,
@@ -69,11 +70,11 @@ class Config(StageConfig):
     _fields = field_validator("preprompts")(check)
 
 
-def plan(config: Config, cluster: Cluster, lineage: Lineage) -> dict[str, Any]:
-    """Memory: policy and reward models whole on every rank."""
-    return sampling_plan(
-        [lineage.shape(config.policy)],
-        [lineage.shape(path) for path in config.rewards.paths()],
+def plan(config: Config, cluster: Cluster, planned: PlannedRuns) -> dict[str, Any]:
+    """Return memory: policy and reward models whole on every rank."""
+    return plan_sampling(
+        [planned.shape(config.policy)],
+        [planned.shape(path) for path in config.rewards.paths()],
         config.sample,
         cluster,
     )
@@ -82,133 +83,121 @@ def plan(config: Config, cluster: Cluster, lineage: Lineage) -> dict[str, Any]:
 def run(config: Config, run: Run) -> None:
     """Write dialogs.jsonl: adversarial prompts with the answers that a preprompt improved."""
     chat = load_chat(config.policy, config.sample, run)
-    rewards = load_rewards(
-        config.rewards.model_copy(update={"rule": "safe"}), chat.tokenizer, config.sample.precision
-    )
+    by_safety = config.rewards.model_copy(update={"rule": "safe"})
+    rewards = load_rewards(by_safety, chat.tokenizer, run.ranks, config.sample.precision)
     tally = run.tally("prompts")
-    prompts = chosen(config, chat, rewards, tally)
-    rows = part_by_part(
-        run, [chat], "samples", prompts, sampler(config, chat, rewards), config.sample, 1 + config.k
-    )
+    prompts = choose_prompts(config, chat, rewards, tally)
+    work = make_sampler(config, chat, rewards)
+    rows = part_by_part(run, [chat], "samples", prompts, work, config.sample, 1 + config.k)
+
     before: list[float] = []
     after: list[float] = []
-    examples: list[dict[str, str]] = []
-    kept = 0
-
-    with writing(run.path / "dialogs.jsonl") as put:
+    examples: list[DistilledAnswer] = []
+    tally.kept = 0
+    with writing(run.path / "dialogs.jsonl", run.ranks) as write:
         for prompt, row in zip(prompts, rows, strict=True):
             before.append(row["before"])
             after += row["after"]
-            if row["best"] is None:
+            best = row["best"]
+            if best is None:
                 tally.skip(
                     "no answer under a preprompt is safer than the one without",
                     "a larger k gives more chances",
                 )
                 continue
 
-            put(dialog(prompt, row["best"], reward=round(row["reward"], 4), safety=True))
-            kept += 1
+            write(dialog(prompt, best, reward=round(row["reward"], 4), safety=True))
+            tally.kept += 1
             if len(examples) < EXAMPLES:
-                examples.append(
-                    {
-                        "prompt": prompt.messages[-1].content,
-                        "before": row["plain"],
-                        "after": row["best"],
-                    }
-                )
+                question = prompt.messages[-1].content
+                examples.append(DistilledAnswer(prompt=question, before=row["plain"], after=best))
 
-    tally.kept = kept
-    run.write_json(
-        "summary.json",
-        {
-            "prompts": len(prompts),
-            "kept": kept,
-            "templated": sum(risk_of(one) in config.templates for one in prompts),
-            "safety before": _median(before),
-            "safety after": _median(after),
-            "examples": examples,
-        },
+    run.write_result(
+        DistillResult(
+            prompts=len(prompts),
+            kept=tally.kept,
+            templated=sum(find_risk(prompt) in config.templates for prompt in prompts),
+            safety_before=_median(before),
+            safety_after=_median(after),
+            examples=examples,
+        )
     )
 
 
-def chosen(config: Config, chat: Chat, rewards: Rewards, tally: Tally) -> list[Prompt]:
-    """The adversarial prompts that leave room for an answer, alone and under each of their
+def choose_prompts(config: Config, chat: Chat, rewards: Rewards, tally: Tally) -> list[Prompt]:
+    """Choose the adversarial prompts that leave room for an answer, alone and under each of their
     preprompts."""
-    found = read_prompts(config.prompts, None, config.seed)
-    some = [prompt for prompt in found if adversarial(prompt, config.families)]
-    tally.skip("not adversarial", count=len(found) - len(some))
-    bare = readable(chat, rewards, fitting(chat, some, ROOM, tally), config.sample, tally)
-    tally.read = len(found)
-    kept = [
-        prompt
-        for prompt in bare
-        if all(has_room(chat, preprompted(prompt, config, turn), ROOM) for turn in range(config.k))
-    ]
+    every = read_prompts(config.prompts, None, config.seed)
+    adversarial = [prompt for prompt in every if is_adversarial(prompt, config.families)]
+    tally.skip("not adversarial", count=len(every) - len(adversarial))
+    alone = fitting(chat, adversarial, ROOM, tally)
+    alone = readable(chat, rewards, alone, config.sample, tally)
+    tally.read = len(every)
+
+    prompts = []
+    for prompt in alone:
+        questions = (add_preprompt(prompt, config, turn) for turn in range(config.k))
+        if all(has_room(chat, messages, ROOM) for messages in questions):
+            prompts.append(prompt)
+
     tally.skip(
         "no room in the context beside the preprompt",
         "give shorter preprompts and templates, or a model with a longer context",
-        len(bare) - len(kept),
+        len(alone) - len(prompts),
     )
-    tally.skip("over the limit", count=len(kept) - len(kept[: config.limit]))
+    within = prompts[: config.limit]
+    tally.skip("over the limit", count=len(prompts) - len(within))
+    return within
 
-    return kept[: config.limit]
 
-
-def sampler(config: Config, chat: Chat, rewards: Rewards) -> Work[Prompt]:
-    """What makes a row of each prompt: its safety score without and under each preprompt, and the
-    best answer."""
+def make_sampler(config: Config, chat: Chat, rewards: Rewards) -> Work[Prompt]:
+    """Return what makes a row of each prompt: its safety score without and under each preprompt,
+    and the best answer."""
 
     def work(prompts: Sequence[Prompt], first: int) -> list[dict[str, Any]]:
-        def scored(asked: Sequence[Messages], *use: object) -> tuple[list[Answer], list[float]]:
-            answers = answer(
-                chat,
-                asked,
-                config.sample,
-                seed=seed_for(config.seed, *use),
-                indices=range(first, first + len(prompts)),
-            )
-            # judged as answers to the bare prompt
-            marks = score(rewards, chat.tokenizer, prompts, answers)
-            return [one[0] for one in answers], [one[0].safe for one in marks]
+        places = range(first, first + len(prompts))
 
-        plain, before = scored([prompt.messages for prompt in prompts], "plain")
-        rows: list[dict[str, Any]] = [
-            {"plain": one.text, "before": mark, "after": [], "best": None, "reward": mark}
-            for one, mark in zip(plain, before)
-        ]
+        def sample(questions: Sequence[Messages], *use: object) -> list[tuple[Answer, float]]:
+            """Answer the questions; the answers are judged as answers to the bare prompts."""
+            seed = seed_for(config.seed, *use)
+            answers = answer(chat, questions, config.sample, seed=seed, indices=places)
+            scores = score(rewards, chat.tokenizer, prompts, answers)
+            return [(row[0], marks[0].safe) for row, marks in zip(answers, scores)]
+
+        rows: list[dict[str, Any]] = []
+        for plain, safe in sample([prompt.messages for prompt in prompts], "plain"):
+            start = {"before": safe, "after": [], "reward": safe}
+            rows.append({"plain": plain.text, "best": None, **start})
+
         for turn in range(config.k):
-            for row, one, mark in zip(
-                rows,
-                *scored(
-                    [preprompted(prompt, config, turn) for prompt in prompts], "preprompted", turn
-                ),
-            ):
-                row["after"].append(mark)
-                usable = one.completion.finish == "stop" and one.text and one.text != row["plain"]
-                if usable and mark > row["reward"]:
-                    row["best"], row["reward"] = one.text, mark
+            questions = [add_preprompt(prompt, config, turn) for prompt in prompts]
+            for row, (other, safe) in zip(rows, sample(questions, "preprompted", turn)):
+                row["after"].append(safe)
+                ended = other.completion.finish == "stop"
+                new = other.text and other.text != row["plain"]
+                if ended and new and safe > row["reward"]:
+                    row["best"], row["reward"] = other.text, safe
 
         return rows
 
     return work
 
 
-def adversarial(prompt: Prompt, families: Sequence[str]) -> bool:
-    """Whether a prompt tries to get something unsafe: by its family, else by its tag."""
+def is_adversarial(prompt: Prompt, families: Sequence[str]) -> bool:
+    """Tell whether a prompt tries to get something unsafe: by its family, else by its tag."""
     family = prompt.metadata.get("family")
     return prompt.safety if family is None else family in families
 
 
-def risk_of(prompt: Prompt) -> str:
-    """The risk category of a prompt, "" where it is not known."""
+def find_risk(prompt: Prompt) -> str:
+    """Find the risk category of a prompt, "" where it is not known."""
     return str(prompt.metadata.get("risk", ""))
 
 
-def preprompted(prompt: Prompt, config: Config, turn: int) -> Messages:
-    """What is asked for the answer number `turn`."""
-    return under_preprompt(
-        prompt, seed_for(config.seed, "preprompt", turn), config.preprompts, config.templates
-    )
+def add_preprompt(prompt: Prompt, config: Config, turn: int) -> Messages:
+    """Return what is asked for the answer number `turn`."""
+    seed = seed_for(config.seed, "preprompt", turn)
+    return under_preprompt(prompt, seed, config.preprompts, config.templates)
 
 
 def _median(scores: Sequence[float]) -> float | None:

@@ -13,27 +13,32 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
 from pydantic import Field, field_validator
 
-from llama2 import atomic, mesh, records, runs
-from llama2 import config as configuration
+from llama2 import atomic, records, runs
+from llama2.config import Config as Section
+from llama2.config import StageConfig
 from llama2.errors import UserError
 from llama2.evaluate import attention, ghost, summary
-from llama2.evaluate.judges import known_truth, truth
+from llama2.evaluate.judges import KINDS, classify, rate
 from llama2.formats.checkpoint import config_of
 from llama2.generate.dialogue import Answer, Chat
 from llama2.generate.engine import Engine
 from llama2.generate.remote import Server, connect
 from llama2.generate.rewards import probability
 from llama2.generate.sampling import Sampling
+from llama2.judging import Rating
 from llama2.model import quantize
 from llama2.model.llama import Llama
 from llama2.records import Axis, Message, Messages, Prompt
+from llama2.results import AttentionResult, EvaluateResult, Obedience, SamplingSettings
 from llama2.runs.parts import in_parts
 from llama2.stages.common.answers import (
     ROUNDS,
@@ -44,7 +49,8 @@ from llama2.stages.common.answers import (
     judged,
     twins,
 )
-from llama2.stages.common.planning import Cluster, Lineage, judging_plan
+from llama2.stages.common.judges import make_judge
+from llama2.stages.common.planning import Cluster, PlannedRuns, plan_judging
 from llama2.stages.common.training import load_policy
 from llama2.terminal_text import say
 from llama2.tokenizer import chat_settings
@@ -52,7 +58,7 @@ from llama2.tokenizer.template import check_template
 from llama2.tokenizer.tokenizer import Tokenizer
 
 
-class Judges(configuration.Config):
+class Judges(Section):
     """The reward models that judge; each is optional."""
 
     helpful: Path | None = None
@@ -62,11 +68,11 @@ class Judges(configuration.Config):
 
     def by_axis(self) -> dict[Axis, Path]:
         """Those that are given."""
-        found: dict[Axis, Path | None] = {"helpful": self.helpful, "safe": self.safe}
-        return {axis: path for axis, path in found.items() if path is not None}
+        paths: dict[Axis, Path | None] = {"helpful": self.helpful, "safe": self.safe}
+        return {axis: path for axis, path in paths.items() if path is not None}
 
 
-class Config(configuration.StageConfig):
+class Config(StageConfig):
     """Compare versions of a model on held-out prompts."""
 
     versions: dict[str, Path]
@@ -112,32 +118,34 @@ class Config(configuration.StageConfig):
 
         return versions
 
-    def sampling(self, seed: int, temperature: float | None = None) -> Sampling:
-        """How answers are drawn; greedy at temperature 0."""
-        return Sampling(
-            self.temperature if temperature is None else temperature,
-            self.top_p,
-            max_tokens=self.max_tokens,
-            seed=seed,
-        )
+    @property
+    def sampling(self) -> Sampling:
+        """Settings with which answers are drawn."""
+        return Sampling(self.temperature, self.top_p, max_tokens=self.max_tokens, seed=self.seed)
+
+
+ROLES: tuple[ghost.InstructionRole, ...] = ("user", "system")
+ATTENTION_DIALOGS = 16
 
 
 @dataclass(frozen=True)
-class Said:
-    """All that one version said: an answer to each prompt, greedy ones, dialogs by where their
-    instruction stood."""
+class VersionAnswers:
+    """Answers of one version."""
 
     answers: list[Answer]
-    greedy: list[Answer] | None = None
-    talks: dict[ghost.Place, list[Messages]] = field(default_factory=dict)
+    """one a prompt"""
+    greedy: list[Answer] | None
+    """the same at temperature 0, where ground truth judges them"""
+    talks: dict[ghost.InstructionRole, list[Messages]]
+    """where the instruction stands -> the dialogs held under it"""
 
 
-def plan(config: Config, cluster: Cluster, lineage: Lineage) -> dict[str, Any]:
-    """Memory: one version after the other, then one reward model after the other."""
-    local = {path for name, path in config.versions.items() if name not in config.servers}
-    return judging_plan(
-        {str(path): lineage.shape(path) for path in local},
-        {axis: lineage.shape(path) for axis, path in config.rewards.by_axis().items()},
+def plan(config: Config, cluster: Cluster, planned: PlannedRuns) -> dict[str, Any]:
+    """Return memory: one version after the other, then one reward model after the other."""
+    local = [path for name, path in config.versions.items() if name not in config.servers]
+    return plan_judging(
+        list(map(planned.shape, local)),
+        list(map(planned.shape, config.rewards.by_axis().values())),
         config.precision,
         config.slots,
         config.max_tokens,
@@ -148,89 +156,83 @@ def plan(config: Config, cluster: Cluster, lineage: Lineage) -> dict[str, Any]:
 
 
 def run(config: Config, run: runs.Run) -> None:
-    """Writes evaluation.json (figures), samples.jsonl (every answer with its scores),
+    """Write evaluation.json (figures), samples.jsonl (every answer with its scores),
     attention.json."""
     _check(config)
     paths = list(config.versions.values())
     dialogs = ghost.read(config.ghost, config.ghost_limit) if config.ghost else []
-    read = list(records.read(Prompt, config.prompts))[: config.limit]
-    prompts = fitting(paths, read, 8, run.tally("prompts"), config.prompts)
-    known = known_truth(prompts)
+    prompts = _read_prompts(config, run, paths)
+    places = twins(paths)
+    answers = {}
+    for place in dict.fromkeys(places):
+        answers[place] = answer_all(config, place, run, prompts, dialogs)
 
-    if 0 < known < len(prompts):
-        _say(
-            f"{known} of {len(prompts)} prompts carry ground truth: it does not judge, as it must judge all or none"
-        )
+    scores = score_answers(config, run, prompts, answers, paths)
+    versions = {}
+    for place, version in answers.items():
+        versions[place] = describe_version(prompts, dialogs, version, scores[place])
 
-    first = twins(paths)
-    said = {place: _answers(config, place, run, prompts, dialogs) for place in dict.fromkeys(first)}
-    scores = {
-        axis: judged(
-            run,
-            f"judge-{axis}",
-            path,
-            quantize.computing(config.precision),
-            prompts,
-            {place: one.answers for place, one in said.items()},
-            paths,
-        )
-        for axis, path in config.rewards.by_axis().items()
-    }
-
-    found = {
-        place: _described(
-            config,
-            prompts,
-            dialogs,
-            one,
-            {axis: [probability(score) for score in by[place]] for axis, by in scores.items()},
-        )
-        for place, one in said.items()
-    }
-    results = {name: found[place] for name, place in zip(config.versions, first, strict=True)}
-
+    results = {name: versions[place] for name, place in zip(config.versions, places, strict=True)}
     for name, result in results.items():
-        _say(f"{name}: {_line(result)}")
+        _say(run, f"{name}: {_describe_line(result)}")
 
-    run.write_json(
-        "evaluation.json",
-        summary.describe(prompts, results, config.conversations)
-        | {
-            "checkpoints": {name: path.resolve().name for name, path in config.versions.items()},
-            "sampling": {
-                "temperature": config.temperature,
-                "top_p": config.top_p,
-                "max_tokens": config.max_tokens,
-            },
-        },
+    run.write_result(
+        summarise(
+            prompts,
+            results,
+            config.conversations,
+            {name: path.resolve().name for name, path in config.versions.items()},
+            SamplingSettings(
+                temperature=config.temperature, top_p=config.top_p, max_tokens=config.max_tokens
+            ),
+        )
     )
-    if mesh.is_main():
-        rows = (
-            row
-            for name, result in results.items()
-            for row in summary.samples(name, prompts, result)
-        )
-        atomic.write_atomic(
-            run.path / "samples.jsonl", "".join(json.dumps(row) + "\n" for row in rows)
-        )
+    if run.ranks.is_main:
+        lines = []
+        for name, result in results.items():
+            for row in summary.list_samples(name, prompts, result):
+                lines.append(json.dumps(row.model_dump(exclude_defaults=True)) + "\n")
+
+        atomic.write_atomic(run.path / "samples.jsonl", "".join(lines))
 
     if config.attention:
-        _attention(config, run, dialogs, results[config.attention[-1]].talks)
+        draw_attention(config, run, dialogs, results[config.attention[-1]].talks)
+
+
+def summarise(
+    prompts: Sequence[Prompt],
+    versions: Mapping[str, summary.Version],
+    conversations: int,
+    checkpoints: Mapping[str, str],
+    sampling: SamplingSettings,
+) -> EvaluateResult:
+    """Summarise what versions, in the order in which they were made, said to the same prompts."""
+    kinds = [classify(prompt) for prompt in prompts]
+    talks = {name: version.talks[0] for name, version in versions.items() if version.talks}
+    results = {name: summary.measure(prompts, kinds, version) for name, version in versions.items()}
+    counts = {kind: kinds.count(kind) for kind in KINDS}
+    return EvaluateResult(
+        versions=list(versions),
+        prompts={**counts},
+        results=results,
+        win_rates=list(summary.compare_versions(kinds, versions)),
+        conversations=summary.show_prompts(prompts, versions, conversations),
+        ghost_dialogs={name: summary.list_turns(talk) for name, talk in talks.items()},
+        checkpoints=dict(checkpoints),
+        sampling=sampling,
+    )
 
 
 def _check(config: Config) -> None:
-    """What can be refused before anything is loaded."""
-    unknown = [name for name in config.attention if name not in config.versions]
-    if unknown:
-        raise UserError(
-            f"attention: there is no version '{unknown[0]}'",
-            f"versions: {', '.join(config.versions)}",
-        )
-    if strange := [name for name in config.servers if name not in config.versions]:
-        raise UserError(
-            f"servers: there is no version '{strange[0]}'",
-            f"versions: {', '.join(config.versions)}",
-        )
+    """Refuse what can be refused before anything is loaded."""
+    for key, names in (("attention", config.attention), ("servers", config.servers)):
+        unknown = [name for name in names if name not in config.versions]
+        if unknown:
+            raise UserError(
+                f"{key}: there is no version '{unknown[0]}'",
+                f"versions: {', '.join(config.versions)}",
+            )
+
     if config.attention and not config.ghost:
         raise UserError(
             "attention needs `ghost`", "give the file of dialogs under a lasting instruction"
@@ -240,148 +242,190 @@ def _check(config: Config) -> None:
         check_judge(path)
 
 
-def _answers(
+def _read_prompts(config: Config, run: runs.Run, paths: Sequence[Path]) -> list[Prompt]:
+    """Read the prompts that fit into every version, and say so where truth judges none of them."""
+    every = list(records.read(Prompt, config.prompts))[: config.limit]
+    prompts = fitting(paths, every, 8, run.tally("prompts"), config.prompts)
+    known = sum(map(make_judge().accepts, prompts))
+    if 0 < known < len(prompts):
+        _say(
+            run,
+            f"{known} of {len(prompts)} prompts carry ground truth: it does not judge, as it must "
+            "judge all or none",
+        )
+
+    return prompts
+
+
+# ---- answers
+def answer_all(
     config: Config,
     place: int,
     run: runs.Run,
     prompts: Sequence[Prompt],
-    dialogs: Sequence[ghost.Dialog],
-) -> Said:
-    """All that the version at this place has to say."""
+    dialogs: Sequence[ghost.GhostDialog],
+) -> VersionAnswers:
+    """Have the version at this place answer all prompts and hold all dialogs."""
     begin, name = time.monotonic(), list(config.versions)[place]
-    asked = [prompt.messages for prompt in prompts]
-    talks: dict[ghost.Place, list[Messages]] = {}
+    messages = [prompt.messages for prompt in prompts]
+    greedy: list[Answer] | None = None
+    talks: dict[ghost.InstructionRole, list[Messages]] = {}
 
-    with in_turn(lambda: _chat(config, name, run)) as chat:
-        answers = answered(
-            run, f"answers-{place}", chat, asked, config.sampling(config.seed), config.slots
-        )
-        greedy = (
-            answered(
-                run,
-                f"greedy-{place}",
-                chat,
-                asked,
-                config.sampling(config.seed, temperature=0.0),
-                config.slots,
-            )
-            if config.greedy and known_truth(prompts) == len(prompts)
-            else None
-        )
-        where: tuple[ghost.Place, ...] = ("user", "system")
+    with in_turn(lambda: load_version(config, name, run), run.ranks.device) as chat:
+        answers = answered(run, f"answers-{place}", chat, messages, config.sampling, config.slots)
+        if config.greedy and all(map(make_judge().accepts, prompts)):
+            sampling = replace(config.sampling, temperature=0.0)
+            greedy = answered(run, f"greedy-{place}", chat, messages, sampling, config.slots)
 
-        for one in where if dialogs else ():
+        for role in ROLES if dialogs else ():
+            part = f"talks-{role}-{place}"
+            talks[role] = hold_dialogs(config, run, part, chat, dialogs, role)
 
-            def hold(some: Sequence[ghost.Dialog], first: int, one: ghost.Place = one) -> list[Any]:
-                held = ghost.converse(chat(), some, config.sampling(config.seed), one, first)
-                return [[[turn.role, turn.content] for turn in talk] for talk in held]
-
-            rows = in_parts(run, f"talks-{one}-{place}", dialogs, ROUNDS * config.slots, hold)
-            talks[one] = [tuple(Message(role, content) for role, content in row) for row in rows]
-
-    _say(f"{name}: answered in {time.monotonic() - begin:.0f} s")
-    return Said(answers, greedy, talks)
+    _say(run, f"{name}: answered in {time.monotonic() - begin:.0f} s")
+    return VersionAnswers(answers, greedy, talks)
 
 
-def _chat(config: Config, name: str, run: runs.Run) -> Chat:
-    """A version ready to answer: here, or its server, whose answers are kept until the run is
+def hold_dialogs(
+    config: Config,
+    run: runs.Run,
+    name: str,
+    chat: Callable[[], Chat],
+    dialogs: Sequence[ghost.GhostDialog],
+    role: ghost.InstructionRole,
+) -> list[Messages]:
+    """Hold all dialogs with the instruction in one place, in parts under `name`."""
+
+    def hold(part: Sequence[ghost.GhostDialog], first: int) -> list[Any]:
+        rows = []
+        for talk in ghost.converse(chat(), part, config.sampling, role, first):
+            rows.append([[turn.role, turn.content] for turn in talk])
+
+        return rows
+
+    talks = []
+    for row in in_parts(run, name, dialogs, ROUNDS * config.slots, hold):
+        talks.append(tuple(Message(role_, content) for role_, content in row))
+
+    return talks
+
+
+def load_version(config: Config, name: str, run: runs.Run) -> Chat:
+    """Load a version ready to answer: here, or its server, whose answers are kept until the run is
     finished."""
     checkpoint = config.versions[name]
     check_template(checkpoint, chat_settings.read_chat_template(checkpoint))
     if name in config.servers:
-        tokenizer, context = (
-            Tokenizer.load(checkpoint),
-            config_of(checkpoint).max_position_embeddings,
-        )
-        kept = run.path / runs.CHECKPOINTS / "answers" / name
-        return Chat(connect(config.servers[name], tokenizer, context, state=kept), tokenizer)
+        tokenizer = Tokenizer.load(checkpoint)
+        context = config_of(checkpoint).max_position_embeddings
+        journal = run.path / runs.CHECKPOINTS / "answers" / name
+        server = config.servers[name]
+        remote = connect(server, tokenizer, context, state=journal, rank=run.ranks.rank)
+        return Chat(remote, tokenizer, run.ranks)
 
-    model, tokenizer = _load(config, name)
+    model, tokenizer = load_model(config, name, run.ranks.device)
     engine = Engine(model, slots=config.slots, precision=config.precision)
     engine.test(checkpoint)
+    return Chat(engine, tokenizer, run.ranks)
 
-    return Chat(engine, tokenizer)
 
-
-def _load(config: Config, name: str) -> tuple[Llama, Tokenizer]:
-    """A version that is only read, its weights as they are computed with."""
-    model, tokenizer = load_policy(config.versions[name], quantize.loading(config.precision))
+def load_model(config: Config, name: str, device: torch.device) -> tuple[Llama, Tokenizer]:
+    """Load a version that is only read, its weights as they are computed with."""
+    dtype = quantize.load_dtype(config.precision)
+    model, tokenizer = load_policy(config.versions[name], device, dtype)
     return model.eval().requires_grad_(False), tokenizer
 
 
-def _described(
+# ---- judgements
+def score_answers(
     config: Config,
+    run: runs.Run,
     prompts: Sequence[Prompt],
-    dialogs: Sequence[ghost.Dialog],
-    said: Said,
+    answers: Mapping[int, VersionAnswers],
+    paths: Sequence[Path],
+) -> dict[int, dict[Axis, list[float]]]:
+    """Return the probabilities that each reward model gives to the answers of each version."""
+    texts = {place: version.answers for place, version in answers.items()}
+    precision = quantize.compute_precision(config.precision)
+    probabilities: dict[int, dict[Axis, list[float]]] = {place: {} for place in answers}
+    for axis, path in config.rewards.by_axis().items():
+        scores = judged(run, f"judge-{axis}", path, precision, prompts, texts, paths)
+        for place, row in scores.items():
+            probabilities[place][axis] = list(map(probability, row))
+
+    return probabilities
+
+
+def describe_version(
+    prompts: Sequence[Prompt],
+    dialogs: Sequence[ghost.GhostDialog],
+    version: VersionAnswers,
     scores: Mapping[Axis, Sequence[float]],
 ) -> summary.Version:
-    """What the judges think of a version. `scores` are probabilities."""
-    ratings, greedy = (
-        None if answers is None else truth(prompts, [one.text for one in answers])
-        for answers in (said.answers, said.greedy)
-    )
+    """Return what the judges think of a version. `scores` are probabilities."""
+    obedience = {role: ghost.count_by_turn(dialogs, talks) for role, talks in version.talks.items()}
     return summary.Version(
-        said.answers,
-        ratings,
-        greedy,
+        version.answers,
+        _rate(prompts, version.answers),
+        _rate(prompts, version.greedy),
         scores,
-        {place: ghost.by_turn(dialogs, talks) for place, talks in said.talks.items()},
-        said.talks.get("user", []),
+        Obedience(**obedience),
+        version.talks.get("user", []),
     )
 
 
-ATTENTION_DIALOGS = 16
+def _rate(prompts: Sequence[Prompt], answers: Sequence[Answer] | None) -> list[Rating] | None:
+    if answers is None:
+        return None
+
+    return rate(make_judge(), prompts, [answer.text for answer in answers])
 
 
-def _attention(
-    config: Config, run: runs.Run, dialogs: Sequence[ghost.Dialog], said: Sequence[Messages]
-) -> None:
-    """Figure 10 on the first dialogs, with the answers of the last version asked for; one model
-    after the other."""
-    talks = [(talk, dialog.instruction) for talk, dialog in zip(said, dialogs, strict=True) if talk]
-    talks = talks[:ATTENTION_DIALOGS]
-    if not talks:
-        return
-
-    names = config.attention
-    tokenizer = Tokenizer.load(config.versions[names[-1]])
-    context = min(config_of(config.versions[name]).max_position_embeddings for name in names)
-    looks: dict[str, list[attention.Look]] = {}
-
-    for name in names:
-        with in_turn(lambda name=name: _load(config, name)[0]) as model:  # type: ignore[misc]
-
-            def look(some: Sequence[attention.Talk], first: int) -> list[Any]:
-                found = [attention.look(model(), tokenizer, talk, context) for talk in some]
-                return [[one.starts, one.map] for one in found]
-
-            place = list(config.versions).index(name)
-            looks[name] = [
-                attention.Look(*row)
-                for row in in_parts(run, f"attention-{place}", talks, len(talks), look)
-            ]
-
-    run.write_json("attention.json", attention.figure(looks, tokenizer, talks, context))
-
-
-def _line(result: summary.Version) -> str:
-    parts = [
-        f"{sum(len(a.completion.tokens) for a in result.answers) / len(result.answers):.0f} tokens an answer"
-    ]
+def _describe_line(result: summary.Version) -> str:
+    tokens = sum(len(answer.completion.tokens) for answer in result.answers)
+    parts = [f"{tokens / len(result.answers):.0f} tokens an answer"]
     if result.ratings:
         mean = sum(rating.helpfulness for rating in result.ratings) / len(result.ratings)
         parts.append(f"rated {mean:.3f}")
 
-    parts += [
-        f"reward {axis} {sum(scores) / len(scores):.3f}" for axis, scores in result.rewards.items()
-    ]
-    if "user" in result.ghost:
-        parts.append("obeys " + "/".join(f"{turn['rate']:.2f}" for turn in result.ghost["user"]))
+    for axis, scores in result.rewards.items():
+        parts.append(f"reward {axis} {sum(scores) / len(scores):.3f}")
+
+    if result.ghost.user:
+        parts.append("obeys " + "/".join(f"{turn.rate:.2f}" for turn in result.ghost.user))
 
     return ", ".join(parts)
 
 
-def _say(line: str) -> None:
-    if mesh.is_main():
+def draw_attention(
+    config: Config, run: runs.Run, dialogs: Sequence[ghost.GhostDialog], talks: Sequence[Messages]
+) -> None:
+    """Write Figure 10 of the first dialogs, with the answers of the last version asked for; one
+    model after the other."""
+    pairs = zip(talks, dialogs, strict=True)
+    shown = [(talk, dialog.instruction) for talk, dialog in pairs if talk][:ATTENTION_DIALOGS]
+    if not shown:
+        return
+
+    names, device = config.attention, run.ranks.device
+    tokenizer = Tokenizer.load(config.versions[names[-1]])
+    context = min(config_of(config.versions[name]).max_position_embeddings for name in names)
+    looks: dict[str, list[attention.Look]] = {}
+    for name in names:
+        load = partial(load_model, config, name, device)
+        with in_turn(load, device) as version:
+
+            def look(part: Sequence[attention.Talk], first: int) -> list[Any]:
+                model, _ = version()
+                seen = [attention.look(model, tokenizer, talk, context) for talk in part]
+                return [[each.starts, each.map] for each in seen]
+
+            part = f"attention-{list(config.versions).index(name)}"
+            rows = in_parts(run, part, shown, len(shown), look)
+            looks[name] = [attention.Look(*row) for row in rows]
+
+    run.write_result(AttentionResult(**attention.figure(looks, tokenizer, shown, context)))
+
+
+def _say(run: runs.Run, line: str) -> None:
+    if run.ranks.is_main:
         say(line)

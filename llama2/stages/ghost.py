@@ -21,8 +21,9 @@ from llama2.config import StageConfig
 from llama2.errors import UserError
 from llama2.generate.dialogue import Chat
 from llama2.records import Dialog, Message, Messages, Prompt
+from llama2.results import DialogTurn, GhostExample, GhostResult
 from llama2.runs import Run
-from llama2.stages.common.planning import Cluster, Lineage, sampling_plan
+from llama2.stages.common.planning import Cluster, PlannedRuns, plan_sampling
 from llama2.stages.common.sampling import (
     Sample,
     answer,
@@ -104,59 +105,64 @@ class Conversation:
     short: str
 
 
-def plan(config: Config, cluster: Cluster, lineage: Lineage) -> dict[str, Any]:
-    """Memory: the policy whole on every rank."""
-    return sampling_plan([lineage.shape(config.policy)], [], config.sample, cluster)
+def plan(config: Config, cluster: Cluster, planned: PlannedRuns) -> dict[str, Any]:
+    """Return memory: the policy whole on every rank."""
+    return plan_sampling([planned.shape(config.policy)], [], config.sample, cluster)
 
 
 def run(config: Config, run: Run) -> None:
-    """Write dialogs.jsonl and summary.json."""
+    """Write dialogs.jsonl: a dialog for every turn whose answer is learnt."""
     chat = load_chat(config.policy, config.sample, run)
     tally = run.tally("conversations")
-    conversations = (
-        read(config.conversations)
-        if config.conversations
-        else compose(config, run.tally("questions"))
-    )[: config.limit]
-    turns = max((len(one.questions) for one in conversations), default=0)
+    if config.conversations:
+        conversations = read_conversations(config.conversations)
+    else:
+        conversations = compose(config, run.tally("questions"))
 
-    def work(some: Sequence[Conversation], first: int) -> list[list[str]]:
-        return converse(chat, some, config, first)
+    conversations = conversations[: config.limit]
+    most_turns = max((len(each.questions) for each in conversations), default=0)
 
-    answers = part_by_part(run, [chat], "samples", conversations, work, config.sample, turns)
+    def work(part: Sequence[Conversation], first: int) -> list[list[str]]:
+        return converse(chat, part, config, first)
+
+    rows = part_by_part(run, [chat], "samples", conversations, work, config.sample, most_turns)
     generator = np.random.default_rng(seed_for(config.seed, "shortened"))
-    written, said = 0, 0
-    examples: list[str] = []
+    written = turns = 0
+    examples: list[GhostExample] = []
 
-    with writing(run.path / "dialogs.jsonl") as put:
-        for conversation, mine in zip(conversations, answers, strict=True):
-            made = training_dialogs(
-                conversation, mine, config, generator.random() < config.shortened
-            )
-            for one in made:
-                put(one)
-                examples += [records.to_json(one)] if len(examples) < EXAMPLES else []
+    with writing(run.path / "dialogs.jsonl", run.ranks) as write:
+        for conversation, answers in zip(conversations, rows, strict=True):
+            short = generator.random() < config.shortened
+            dialogs = make_dialogs(conversation, answers, config, short)
+            for dialog in dialogs:
+                write(dialog)
 
-            written, said = written + len(made), said + len(mine)
-            _count(tally, conversation, mine, made)
+            for dialog in dialogs[: EXAMPLES - len(examples)]:
+                examples.append(make_example(dialog))
 
-    run.write_json(
-        "summary.json",
-        {
-            "conversations": len(conversations),
-            "dialogs": written,
-            "turns": said,
-            "examples": examples,
-        },
+            written += len(dialogs)
+            turns += len(answers)
+            _count(tally, conversation, answers, dialogs)
+
+    run.write_result(
+        GhostResult(
+            conversations=len(conversations), dialogs=written, turns=turns, examples=examples
+        )
     )
 
 
+def make_example(dialog: Dialog) -> GhostExample:
+    """Return a dialog as it is shown in the report."""
+    turns = [DialogTurn(role=turn.role, content=turn.content) for turn in dialog.messages]
+    return GhostExample(messages=turns)
+
+
 def _count(
-    tally: Tally, conversation: Conversation, answers: Sequence[str], made: Sequence[Dialog]
+    tally: Tally, conversation: Conversation, answers: Sequence[str], dialogs: Sequence[Dialog]
 ) -> None:
     """Count a conversation: kept if it gives a dialog, cut if it ended before its last turn."""
     tally.read += 1
-    if made:
+    if dialogs:
         tally.kept += 1
         tally.cut += len(answers) < len(conversation.questions)
     else:
@@ -166,31 +172,31 @@ def _count(
         )
 
 
-def read(path: Path) -> list[Conversation]:
-    """Conversations with instructions."""
-    found = []
+# ---- conversations
+def read_conversations(path: Path) -> list[Conversation]:
+    """Read conversations with instructions from the metadata of prompts."""
+    conversations = []
     for prompt in records.read(Prompt, path):
         try:
             instruction = prompt.metadata["instruction"]
-            found.append(
-                Conversation(
-                    tuple(map(str, prompt.metadata["questions"])),
-                    str(instruction["text"]),
-                    str(instruction.get("short") or instruction["text"]),
-                )
-            )
+            text = str(instruction["text"])
+            short = str(instruction.get("short") or text)
+            questions = tuple(map(str, prompt.metadata["questions"]))
         except (KeyError, TypeError, AttributeError):
             raise UserError(
-                f"{path}: prompt '{prompt.id}' lacks metadata.questions or metadata.instruction.text",
+                f"{path}: prompt '{prompt.id}' lacks metadata.questions or "
+                "metadata.instruction.text",
                 "Ghost Attention needs the user turns and an instruction (docs/formats.md)",
             ) from None
 
-    return found
+        conversations.append(Conversation(questions, text, short))
+
+    return conversations
 
 
 def compose(config: Config, tally: Tally) -> list[Conversation]:
-    """Conversations of `turns` questions that have nothing to do with one another, under a random
-    instruction.
+    """Compose conversations of `turns` questions that have nothing to do with one another, under a
+    random instruction.
 
     An instruction is a hobby, a language, a public figure, or two of them. The paper had its own
     model write the lists of hobbies and figures; here they are fixed. UserError where there are too
@@ -198,43 +204,42 @@ def compose(config: Config, tally: Tally) -> list[Conversation]:
     """
     assert config.questions is not None
     generator = np.random.default_rng(seed_for(config.seed, "compose"))
-    asked = list(_questions(config.questions, tally))
-
-    if len(asked) < config.turns:
+    questions = list(_read_questions(config.questions, tally))
+    if len(questions) < config.turns:
         raise UserError(
-            f"{config.questions}: {len(asked)} questions for conversations of {config.turns} turns "
-            f"({tally.line()})",
+            f"{config.questions}: {len(questions)} questions for conversations of {config.turns} "
+            f"turns ({tally.line()})",
             "give more questions, or fewer turns",
         )
 
-    order = [asked[index] for index in generator.permutation(len(asked))]
-    found = []
+    order = [questions[index] for index in generator.permutation(len(questions))]
+    conversations = []
     for start in range(0, len(order) - config.turns + 1, config.turns):
-        parts = [
-            (f"Your hobby is {hobby}.", f"Hobby: {hobby}.") for hobby in [generator.choice(HOBBIES)]
-        ]
-        parts += [
-            (f"Always answer in {language}.", f"Language: {language}.")
-            for language in [generator.choice(LANGUAGES)]
-        ]
-        parts += [
-            (f"Act as {figure}.", f"Figure: {figure}.") for figure in [generator.choice(FIGURES)]
-        ]
-        kept = [parts[index] for index in generator.permutation(3)[: generator.integers(1, 3)]]
-        found.append(
-            Conversation(
-                tuple(order[start : start + config.turns]),
-                " ".join(text for text, _ in kept),
-                " ".join(short for _, short in kept),
-            )
-        )
+        text, short = _draw_instruction(generator)
+        turns = tuple(order[start : start + config.turns])
+        conversations.append(Conversation(turns, text, short))
 
-    return found
+    return conversations
 
 
-def _questions(path: Path, tally: Tally) -> Iterator[str]:
-    """What is asked in prompts of one turn that are not tagged for safety; the others are counted
-    as left out."""
+def _draw_instruction(generator: np.random.Generator) -> tuple[str, str]:
+    """Draw one or two of a hobby, a language and a public figure; return the long and the short
+    form."""
+    hobby = generator.choice(HOBBIES)
+    language = generator.choice(LANGUAGES)
+    figure = generator.choice(FIGURES)
+    texts = (f"Your hobby is {hobby}.", f"Always answer in {language}.", f"Act as {figure}.")
+    shorts = (f"Hobby: {hobby}.", f"Language: {language}.", f"Figure: {figure}.")
+    order = generator.permutation(3)
+    drawn = order[: generator.integers(1, 3)]
+    text = " ".join(texts[index] for index in drawn)
+    short = " ".join(shorts[index] for index in drawn)
+    return text, short
+
+
+def _read_questions(path: Path, tally: Tally) -> Iterator[str]:
+    """Yield what prompts of one turn ask that are not tagged for safety; the others are counted as
+    left out."""
     for prompt in records.read(Prompt, path):
         tally.read += 1
         if prompt.safety:
@@ -248,43 +253,42 @@ def _questions(path: Path, tally: Tally) -> Iterator[str]:
             yield prompt.messages[-1].content
 
 
+# ---- sampling and training dialogs
 def converse(
     chat: Chat, conversations: Sequence[Conversation], config: Config, first: int = 0
 ) -> list[list[str]]:
-    """Answers of every turn, the instruction joined to each user message; all conversations go a
-    turn at a time.
+    """Return the answers of every turn, the instruction joined to each user message; all
+    conversations go a turn at a time.
 
     `first` is the place of the first of them among all. A conversation ends early when the context
     is full or an answer is empty or cut off.
     """
     answers: list[list[str]] = [[] for _ in conversations]
-    for turn in range(max((len(one.questions) for one in conversations), default=0)):
-        talking = [
-            index
-            for index, one in enumerate(conversations)
-            if len(answers[index]) == turn < len(one.questions)
-        ]
-        asked = {
-            index: _sampling_messages(conversations[index], answers[index]) for index in talking
-        }
-        asked = {index: messages for index, messages in asked.items() if has_room(chat, messages)}
-        found = answer(
+    for turn in range(max((len(each.questions) for each in conversations), default=0)):
+        prompts: dict[int, Messages] = {}
+        for index, conversation in enumerate(conversations):
+            if len(answers[index]) == turn < len(conversation.questions):
+                messages = _make_prompt(conversation, answers[index])
+                if has_room(chat, messages):
+                    prompts[index] = messages
+
+        rows = answer(
             chat,
-            list(asked.values()),
+            list(prompts.values()),
             config.sample,
             seed=seed_for(config.seed, "turn", turn),
-            indices=[first + index for index in asked],
+            indices=[first + index for index in prompts],
         )
-
-        for index, mine in zip(asked, found):
-            if mine[0].text and mine[0].completion.finish == "stop":
-                answers[index].append(mine[0].text)
+        for index, (reply,) in zip(prompts, rows):
+            if reply.text and reply.completion.finish == "stop":
+                answers[index].append(reply.text)
 
     return answers
 
 
-def _sampling_messages(conversation: Conversation, answers: Sequence[str]) -> Messages:
-    """The dialog so far with the instruction on every user turn, waiting for the next answer."""
+def _make_prompt(conversation: Conversation, answers: Sequence[str]) -> Messages:
+    """Return the dialog so far with the instruction on every user turn, waiting for the next
+    answer."""
     turns: list[Message] = []
     for question, reply in zip(conversation.questions, [*answers, None]):
         turns.append(Message("user", f"{conversation.text} {question}"))
@@ -294,23 +298,21 @@ def _sampling_messages(conversation: Conversation, answers: Sequence[str]) -> Me
     return tuple(turns)
 
 
-def training_dialogs(
+def make_dialogs(
     conversation: Conversation, answers: Sequence[str], config: Config, short: bool
 ) -> list[Dialog]:
-    """A dialog for every turn from `first_depth` on: the instruction in the first turn, only the
-    last answer learnt."""
+    """Make a dialog for every turn from `first_depth` on: the instruction in the first turn, only
+    the last answer learnt."""
     instruction = conversation.short if short else conversation.text
+    questions = list(conversation.questions)
+    questions[:1] = [f"{instruction} {opening}" for opening in questions[:1]]
     turns: list[Message] = []
     dialogs = []
-
-    for depth, (question, reply) in enumerate(zip(conversation.questions, answers), 1):
-        turns += [
-            Message("user", f"{instruction} {question}" if depth == 1 else question),
-            Message("assistant", reply),
-        ]
+    for question, reply in zip(questions, answers):
+        turns += [Message("user", question), Message("assistant", reply)]
+        depth = len(turns) // 2
         if depth >= config.first_depth:
-            dialogs.append(
-                Dialog(tuple(turns), "last", {"instruction": instruction, "depth": depth})
-            )
+            metadata = {"instruction": instruction, "depth": depth}
+            dialogs.append(Dialog(tuple(turns), "last", metadata))
 
     return dialogs

@@ -3,60 +3,56 @@
 Defaults are the paper's: AdamW (0.9, 0.95), eps 1e-5, decay 0.1, constant 1e-6, batches of 512 in
 minibatches of 64 with one gradient step each, clip 0.2, beta 0.01 (0.005 for 34B and 70B), 200 to
 400 iterations with early stopping on held-out prompts. Policy and critic are two networks of one
-optimizer: each is clipped by its own gradient norm and may have a rate of its own. See `rollouts`
-for the reward and for what the paper leaves open; `health` reads the run's pulse.
+optimizer: each is clipped by its own gradient norm and may have a rate of its own. See
+`ppo_rollouts` for the reward and for what the paper leaves open, `ppo_health` for the alarms.
 """
 
 from __future__ import annotations
 
-import shutil
-import statistics
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+import copy
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from pydantic import Field, field_validator, model_validator
-from torch import nn
 
-from llama2 import mesh
+from llama2 import devices
 from llama2.config import StageConfig
 from llama2.errors import UserError
-from llama2.evaluate.judges import kind_of
-from llama2.formats.hf_directory import list_model_files, verify_checksums
-from llama2.generate.dialogue import Answer, Chat
+from llama2.generate.dialogue import Chat
 from llama2.generate.engine import Engine
-from llama2.generate.rewards import RewardModels, Rewards, probability
+from llama2.generate.rewards import RewardModels, Rewards
 from llama2.model.llama import Llama
+from llama2.ranks import Ranks
 from llama2.records import Prompt
+from llama2.results import HealthResult, PpoResult, Rollout
 from llama2.runs import CHECKPOINTS, Run, read_metrics
-from llama2.stages.common import ppo_health
-from llama2.stages.common.planning import (
-    UNKNOWN,
-    Cluster,
-    Lineage,
-    Tower,
-    engine_bytes,
-    scorer_bytes,
-    training_plan,
-)
+from llama2.stages.common.memory import Tower, engine_bytes, scorer_bytes
+from llama2.stages.common.planning import UNKNOWN, Cluster, PlannedRuns, plan_training
+from llama2.stages.common.ppo_health import Doctor
 from llama2.stages.common.ppo_rollouts import ACTOR, CRITIC, ActorCritic, Rollouts, Settings, seeded
+from llama2.stages.common.ppo_stopping import BestPolicy, EarlyStopping, HeldoutReward
+from llama2.stages.common.ppo_watch import Watch
 from llama2.stages.common.sampling import (
     Sample,
-    answer,
     fitting,
     load_rewards,
     read_prompts,
     readable,
-    score,
 )
-from llama2.stages.common.training import Training, frozen, load_policy, load_scorer, saver, train
-from llama2.tally import Tally
+from llama2.stages.common.training import (
+    Training,
+    freeze,
+    load_policy,
+    load_scorer,
+    make_saver,
+    train,
+)
 from llama2.tokenizer.template import check_template
 from llama2.tokenizer.tokenizer import Tokenizer
-from llama2.train import hooks, parallel
-from llama2.train.loop import Hook, Plan, Report
-from llama2.train.loop import Training as Fitting
+from llama2.train import parallel
+from llama2.train.loop import Plan
 from llama2.train.objectives import clipped, explained_variance
 from llama2.train.optim import AdamW
 
@@ -114,8 +110,8 @@ class Config(StageConfig):
     def _several(cls, size: int) -> int:
         if size == 1:
             raise ValueError(
-                "one answer an iteration teaches nothing: rewards are whitened over the answers of an "
-                "iteration, and alone it becomes 0; take 2 or more (the paper: 512)"
+                "one answer an iteration teaches nothing: rewards are whitened over the answers "
+                "of an iteration, and alone it becomes 0; take 2 or more (the paper: 512)"
             )
 
         return size
@@ -124,8 +120,8 @@ class Config(StageConfig):
     def _here(self) -> Config:
         if self.sample.server is not None:
             raise ValueError(
-                "sample.server is not for PPO: rollouts need the policy's weights of this very step, "
-                "which a server does not have"
+                "sample.server is not for PPO: rollouts need the policy's weights of this very "
+                "step, which a server does not have"
             )
 
         return self
@@ -134,154 +130,198 @@ class Config(StageConfig):
     def _eager(self) -> Config:
         if self.training.compile:
             raise ValueError(
-                "training.compile is not for PPO: rollout and update must compute alike to the last bit, "
-                "and every batch has another shape"
+                "training.compile is not for PPO: rollout and update must compute alike to the "
+                "last bit, and every batch has another shape"
             )
 
         return self
 
+    @property
+    def updates(self) -> int:
+        """Updates of an iteration."""
+        return -(-self.batch_size // self.minibatch_size) * self.epochs
 
-def plan(config: Config, cluster: Cluster, lineage: Lineage) -> dict[str, Any]:
-    """Parameters, steps and memory: policy and critic are trained, the reference and the reward
-    models only read."""
-    policy = lineage.inherit(config.out, config.policy)
-    critic = lineage.shape(config.critic or config.rewards.helpful)
+
+def plan(config: Config, cluster: Cluster, planned: PlannedRuns) -> dict[str, Any]:
+    """Return parameters, steps and memory: policy and critic are trained, the reference and the
+    reward models only read."""
+    policy = planned.inherit(config.out, config.policy)
+    critic = planned.shape(config.critic or config.rewards.helpful)
     if policy is None or critic is None:
         return UNKNOWN
 
-    towers = [Tower(policy), Tower(critic, scalar=True)]
-    # never on the device together
-    judges = [one.paths() for one in (config.rewards, config.judge) if one]
-    steps = config.iterations * -(-config.batch_size // config.minibatch_size) * config.epochs
-    found = training_plan(
-        towers,
+    # the reward models that optimise and those that judge are never on the device together
+    sizes = []
+    for models in (config.rewards, config.judge):
+        shapes = [planned.shape(path) for path in models.paths()] if models else []
+        sizes.append(scorer_bytes(shapes, config.training.precision))
+
+    facts = plan_training(
+        [Tower(policy), Tower(critic, scalar=True)],
         config.training,
         cluster,
         rows=config.minibatch_size,
         micro_rows=config.micro_batch_size,
         length=min(policy.max_position_embeddings, 2 * config.sample.max_tokens),
-        steps=steps,
+        steps=config.iterations * config.updates,
         reference=policy,
-        whole=max(
-            scorer_bytes([lineage.shape(path) for path in paths], config.training.precision)
-            for paths in judges
-        )
-        + engine_bytes(policy, config.sample, copied=True),
+        whole=max(sizes) + engine_bytes(policy, config.sample, copied=True),
     )
-    del found["gpu_hours"]  # most of the time goes into sampling, which FLOPs do not tell
-
-    return found
+    del facts["gpu_hours"]  # most of the time goes into sampling, which FLOPs do not tell
+    return facts
 
 
 def run(config: Config, run: Run) -> None:
-    """Optimise, keep the best policy on held-out prompts, write health.json."""
-    sizes = (config.batch_size % config.minibatch_size, config.minibatch_size % mesh.world())
-    if config.training.parallel == "shard" and any(sizes):
-        raise UserError(
-            f"a sharded policy needs equal shares: batch_size {config.batch_size}, minibatch_size "
-            f"{config.minibatch_size}, {mesh.world()} ranks",
-            "choose sizes that divide evenly",
-        )
+    """Optimise, keep the best policy on held-out prompts, and write how healthy the run was."""
+    _check_shares(config, run.ranks)
+    networks = load_networks(config, run.ranks)
+    actor, tokenizer = networks.models.actor, networks.tokenizer
+    engine = Engine(actor, slots=config.sample.slots, precision=config.sample.precision)
+    chat = Chat(engine, tokenizer, run.ranks)
+    prompts = _read_prompts(config, run, chat, networks.rewards)
 
-    home = config.training.home()
-    actor, tokenizer = load_policy(config.policy, home=home)
-    check_template(config.policy, tokenizer.template)
-    reference, _ = load_policy(config.policy, home=home)
-
-    if config.training.parallel == "shard":
-        # the policy's own rounding: its first KL is exactly 0
-        parallel.shard(reference, config.training.precision)
-    else:
-        frozen(reference, config.training.precision)
-
-    critic, _ = load_scorer(config.critic or config.rewards.helpful, tokenizer, home=home)
-    judge = load_rewards(config.judge, tokenizer, config.sample.precision) if config.judge else None
-    if judge is not None:
-        judge.to("cpu")
-
-    rewards = load_rewards(config.rewards, tokenizer, config.sample.precision)
-    models = ActorCritic(actor, critic)
-    chat = Chat(
-        Engine(actor, slots=config.sample.slots, precision=config.sample.precision), tokenizer
-    )
-    tally = run.tally("prompts")
-    prompts = fitting(
-        chat,
-        read_prompts(config.prompts, None, config.seed),
-        max(1, config.sample.max_tokens // 2),
-        tally,
-        "lower sample.max_tokens, of which half must fit behind a prompt, shorten "
-        "them, or take a model with a longer context",
-    )
-    prompts = readable(chat, rewards, prompts, config.sample, tally)
-    watch = Watch(config.kl_stop, -(-config.batch_size // config.minibatch_size) * config.epochs)
-    doctor = ppo_health.Doctor(
-        lambda: read_metrics(run.path), config.kl_stop, config.training.precision
+    watch = Watch(config.kl_stop, config.updates)
+    doctor = Doctor(
+        lambda: read_metrics(run.path), config.kl_stop, config.training.precision, run.ranks
     )
     source = Rollouts(
-        models,
-        reference.eval().requires_grad_(False),
-        rewards,
+        networks.models,
+        networks.reference,
+        networks.rewards,
         chat,
         prompts,
         settings(config),
         config.iterations,
         watch.observe,
     )
-    training = config.training.with_steps(config.iterations * source.updates)
-    training = training.model_copy(
-        update={
-            "plan": training.plan.model_copy(
-                update={"validate_every": config.validate_iterations * source.updates}
-            )
-        }
-    )
-    best = run.path / CHECKPOINTS / "best"
-    validate = (
-        heldout(
-            config,
-            chat,
-            rewards,
-            judge,
-            saver(actor, tokenizer),
-            best,
-            run.tally("held-out prompts"),
-        )
-        if config.heldout
-        else None
-    )
+    save = make_saver(actor, tokenizer, run.ranks)
+    best = BestPolicy(run.path / CHECKPOINTS / "best", save, tokenizer, run.ranks)
+    stopping = _make_stopping(config, run, chat, networks, best)
+    steps = config.iterations * source.updates
     learner = train(
         run,
-        models,
+        networks.models,
         source,
         clipped(config.clip, config.value_clip, config.value_coefficient),
-        training,
-        save_model=lambda directory: adopt(best, directory, actor, tokenizer),
+        config.training.with_steps(
+            steps, validate_every=config.validate_iterations * source.updates
+        ),
+        save_model=best.adopt,
         title="ppo",
-        validate=validate,
+        validate=stopping,
         extra=(watch, doctor),
         derive=(explained_variance,),
         apart=(ACTOR, CRITIC),
         rates={CRITIC: config.critic_learning_rate or config.training.optimizer.learning_rate},
     )
-
-    if line := ending(config, learner.step, config.iterations * source.updates, watch, validate):
+    for line in describe_end(config, learner.step, steps, watch, stopping):
         run.conclude(line)
 
-    run.write_json(
-        "summary.json",
-        {
-            "parameters": actor.config.parameters(),
-            "steps": learner.step,
-            "tokens": learner.tokens,
-            "trained": learner.trained,
-        },
+    run.write_result(
+        PpoResult(
+            parameters=actor.config.parameters(),
+            steps=learner.step,
+            tokens=learner.tokens,
+            trained=learner.trained,
+        )
     )
-    run.write_json("health.json", {"alarms": doctor.tell(finished=True), "samples": source.samples})
+    samples = [Rollout.model_validate(sample) for sample in source.samples]
+    run.write_result(HealthResult(alarms=doctor.report(finished=True), samples=samples))
+
+
+def _check_shares(config: Config, ranks: Ranks) -> None:
+    """UserError where ranks that share one model would get unequal parts of a batch."""
+    rests = (config.batch_size % config.minibatch_size, config.minibatch_size % ranks.data.size)
+    if config.training.parallel == "shard" and any(rests):
+        raise UserError(
+            f"a sharded policy needs equal shares: batch_size {config.batch_size}, minibatch_size "
+            f"{config.minibatch_size}, {ranks.size} ranks",
+            "choose sizes that divide evenly",
+        )
+
+
+@dataclass(frozen=True)
+class Networks:
+    """All models of a run: two that are trained, and those that are only read."""
+
+    models: ActorCritic
+    reference: Llama
+    """the policy as it was"""
+    rewards: Rewards
+    """what is optimised"""
+    judge: Rewards | None
+    """judges held-out prompts; waits in the memory of the CPU"""
+    tokenizer: Tokenizer
+
+
+def load_networks(config: Config, ranks: Ranks) -> Networks:
+    """Load each checkpoint once; all of them have the policy's tokenizer."""
+    home, precision = config.training.home(ranks), config.sample.precision
+    actor, tokenizer = load_policy(config.policy, home)
+    check_template(config.policy, tokenizer.template)
+    reference = copy.deepcopy(actor)
+
+    if config.training.parallel == "shard":
+        # the policy's own rounding: its first KL is exactly 0
+        parallel.shard(reference, ranks, config.training.precision)
+    else:
+        freeze(reference, config.training.precision)
+
+    reference.eval().requires_grad_(False)
+    critic, _ = load_scorer(config.critic or config.rewards.helpful, home, tokenizer)
+    judge = None
+    if config.judge is not None:
+        judge = load_rewards(config.judge, tokenizer, ranks, precision)
+        judge.to(devices.CPU)
+
+    rewards = load_rewards(config.rewards, tokenizer, ranks, precision)
+    return Networks(ActorCritic(actor, critic), reference, rewards, judge, tokenizer)
+
+
+def _read_prompts(config: Config, run: Run, chat: Chat, rewards: Rewards) -> list[Prompt]:
+    """Read the prompts that leave room for an answer and fit into the reward models."""
+    tally = run.tally("prompts")
+    prompts = fitting(
+        chat,
+        read_prompts(config.prompts, None, config.seed),
+        max(1, config.sample.max_tokens // 2),
+        tally,
+        "lower sample.max_tokens, of which half must fit behind a prompt, shorten them, or take a "
+        "model with a longer context",
+    )
+    return readable(chat, rewards, prompts, config.sample, tally)
+
+
+def _make_stopping(
+    config: Config, run: Run, chat: Chat, networks: Networks, best: BestPolicy
+) -> EarlyStopping | None:
+    """Return validation on held-out prompts, where there are any."""
+    if config.heldout is None:
+        return None
+
+    tally = run.tally("held-out prompts")
+    prompts = read_prompts(config.heldout, config.heldout_limit, config.seed)
+    prompts = fitting(chat, prompts, 16, tally)
+    judge = networks.judge or networks.rewards
+    prompts = readable(chat, judge, prompts, config.sample, tally)
+    return EarlyStopping(
+        HeldoutReward(
+            chat,
+            networks.rewards,
+            networks.judge,
+            prompts,
+            config.sample,
+            seeded(config.seed, 999_983),
+        ),
+        "heldout/reward",
+        higher=True,
+        patience=config.patience,
+        keep_best=best.keep,
+    )
 
 
 def settings(config: Config) -> Settings:
-    """The part of the configuration that shapes a rollout."""
+    """Return the part of the configuration that shapes a rollout."""
     return Settings(
         config.batch_size,
         config.minibatch_size,
@@ -297,165 +337,27 @@ def settings(config: Config) -> Settings:
     )
 
 
-def adopt(best: Path, directory: Path, actor: Llama, tokenizer: Tokenizer) -> None:
-    """The final policy: the best one on held-out prompts, or the last where none was measured.
-    UserError if the best was damaged meanwhile."""
-    if not best.exists():
-        saver(actor, tokenizer)(directory)
-        return
-
-    try:
-        mesh.first(lambda: verify_checksums(best))
-    except UserError as error:
-        raise UserError(
-            error.cause, f"delete {best.parent}: the same command starts over"
-        ) from None
-
-    if mesh.is_main():
-        for name in list_model_files(best):
-            shutil.copy2(best / name, directory / name)
-
-        tokenizer.save(directory)
-
-
-class Watch(Hook):
-    """Publishes what each iteration's rollout and updates looked like; stops when KL runs away."""
-
-    def __init__(self, kl_stop: float, updates: int) -> None:
-        self.kl_stop, self.updates, self.pending = kl_stop, updates, dict[str, float]()
-        self.update_seconds = 0.0
-
-    def observe(self, found: dict[str, float]) -> None:
-        self.pending = dict(found)
-
-    def on_step(self, training: Fitting, report: Report) -> None:
-        first = (report.step - 1) % self.updates == 0
-        if first:
-            self.pending["ppo/first_ratio_deviation"] = report.sums["ppo/ratio_deviation"] / (
-                report.weight or 1.0
-            )
-
-        spent = (
-            self.pending.get("time/rollout", 0.0) + self.pending.get("time/scoring", 0.0)
-            if first
-            else 0.0
-        )
-        self.update_seconds += report.seconds - spent
-        for part, norm in report.gradient_norms.items():
-            self._mean(f"ppo/{part.rstrip('.')}_grad_norm", norm)
-            self._mean(f"ppo/{part.rstrip('.')}_clipped", clipped_share(norm, training.plan.clip))
-
-        if report.step % self.updates == 0:
-            training.log({**self.pending, "time/update": self.update_seconds})
-            self.update_seconds = 0.0
-            if self.pending.get("ppo/kl_reference", 0.0) > self.kl_stop:
-                training.finish = True
-
-    def _mean(self, name: str, value: float) -> None:
-        """Add one update's value to the mean over the iteration's."""
-        self.pending[name] = self.pending.get(name, 0.0) + value / self.updates
-
-    def state_dict(self) -> dict[str, Any]:
-        return {"pending": self.pending, "update_seconds": self.update_seconds}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.pending, self.update_seconds = state["pending"], state["update_seconds"]
-
-
-def clipped_share(norm: float, limit: float) -> float:
-    """The share of a gradient of this norm that clipping takes away."""
-    return 1 - limit / norm if norm > limit else 0.0
-
-
-class Heldout(hooks.Validate):
-    """Validation that also looks at the starting policy: it is the one to beat."""
-
-    def on_start(self, training: Fitting) -> None:
-        if training.learner.step == 0:
-            self._validate(training)
-
-
-def ending(config: Config, step: int, steps: int, watch: Watch, validate: Heldout | None) -> str:
-    """Why training stopped before its last update, if it did, and which policy was kept, if
+def describe_end(
+    config: Config, step: int, steps: int, watch: Watch, stopping: EarlyStopping | None
+) -> Iterator[str]:
+    """Say why training stopped before its last update, if it did, and which policy was kept, if
     held-out prompts chose."""
-    kl, said = watch.pending.get("ppo/kl_reference", 0.0), []
+    lines = []
+    kl = watch.pending.get("ppo/kl_reference", 0.0)
     if step < steps:
-        why = (
-            f"the mean KL of an answer from the start is {kl:.3g} nats, over kl_stop {config.kl_stop:g}"
-            if kl > config.kl_stop
-            else f"{config.patience} validations in a row brought no improvement"
+        why = f"{config.patience} validations in a row brought no improvement"
+        if kl > config.kl_stop:
+            why = (
+                f"the mean KL of an answer from the start is {kl:.3g} nats, over kl_stop "
+                f"{config.kl_stop:g}"
+            )
+        lines.append(f"stopped at update {step:,} of {steps:,}: {why}")
+
+    if stopping is not None and stopping.best is not None:
+        lines.append(
+            f"the policy kept is that of update {stopping.best_step:,}, the best on held-out "
+            f"prompts ({stopping.monitor} {stopping.best:.3f})"
         )
-        said.append(f"stopped at update {step:,} of {steps:,}: {why}")
 
-    if validate is not None and validate.best is not None:
-        said.append(
-            f"the policy kept is that of update {validate.best_step:,}, the best on held-out prompts "
-            f"({validate.monitor} {validate.best:.3f})"
-        )
-
-    return "; ".join(said)
-
-
-@contextmanager
-def at_hand(judge: Rewards, rewards: Rewards) -> Iterator[Rewards]:
-    """The judge on the device, in the place of the reward models: it is needed so seldom that it
-    has none of its own.
-    """
-    rewards.to("cpu")
-    judge.to(mesh.device())
-    try:
-        yield judge
-    finally:
-        judge.to("cpu")
-        rewards.to(mesh.device())
-
-
-def heldout(
-    config: Config,
-    chat: Chat,
-    rewards: Rewards,
-    judge: Rewards | None,
-    save: Any,
-    best: Path,
-    tally: Tally,
-) -> Heldout:
-    """Early stopping on held-out prompts: every kind of prompt counts alike, whatever its
-    number."""
-    assert config.heldout is not None
-    prompts = fitting(
-        chat, read_prompts(config.heldout, config.heldout_limit, config.seed), 16, tally
-    )
-    prompts = readable(chat, judge or rewards, prompts, config.sample, tally)
-
-    def evaluate(model: nn.Module) -> dict[str, float]:
-        answers = answer(
-            chat,
-            [prompt.messages for prompt in prompts],
-            config.sample,
-            seed=seeded(config.seed, 999_983),
-        )
-        if judge is None:
-            return measure(chat, rewards, prompts, answers)
-
-        with at_hand(judge, rewards):
-            return measure(chat, judge, prompts, answers)
-
-    def keep() -> None:
-        save(best)
-
-    return Heldout(
-        evaluate, "heldout/reward", higher=True, patience=config.patience, keep_best=keep
-    )
-
-
-def measure(
-    chat: Chat, judge: Rewards, prompts: Sequence[Prompt], answers: Sequence[Sequence[Answer]]
-) -> dict[str, float]:
-    """Mean probability of being good, by kind of prompt and over kinds."""
-    marks = [probability(one[0].joined) for one in score(judge, chat.tokenizer, prompts, answers)]
-    kinds: dict[str, list[float]] = {}
-    for prompt, mark in zip(prompts, marks):
-        kinds.setdefault(kind_of(prompt), []).append(mark)
-
-    means = {f"heldout/{kind}": statistics.fmean(found) for kind, found in kinds.items()}
-    return {**means, "heldout/reward": statistics.fmean(means.values())}
+    if lines:
+        yield "; ".join(lines)

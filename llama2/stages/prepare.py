@@ -8,22 +8,26 @@ of every other's. The order of the records, and which of them a limit keeps, fol
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import chain
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import ClassVar, Literal
 
 from pydantic import Field
 
-from llama2 import config, mesh, records
+from llama2 import records
+from llama2.config import Config as Section
 from llama2.config import StageConfig
 from llama2.data.split import is_heldout, opening
 from llama2.errors import UserError
+from llama2.hashing import hash_parts
 from llama2.importers.dialogs import import_dialogs
 from llama2.importers.preferences import holds_preferences, import_preferences
-from llama2.importers.prompts import Family, import_prompts, prompt_id
-from llama2.importers.tables import Malformed, Reading, digest
+from llama2.importers.prompts import Family, import_prompts, make_prompt_id
+from llama2.importers.tables import Malformed, ReadOptions
 from llama2.records import Axis, Dialog, Message, Messages, Preference, Prompt
+from llama2.results import PreparedSource, PrepareResult, RecordSizes
 from llama2.runs import Run
 from llama2.tally import Tally
 
@@ -31,7 +35,7 @@ Record = Dialog | Preference | Prompt
 Kind = Literal["dialogs", "preferences", "prompts"]
 
 
-class Source(config.Config):
+class RecordSource(Section):
     """One file, directory or archive to take records from."""
 
     incidental: ClassVar[frozenset[str]] = frozenset({"license"})
@@ -67,7 +71,7 @@ class Config(StageConfig):
     kind: Kind
     """what to make; comparisons can serve as dialogs (the preferred answers) and as prompts,
     dialogs as prompts"""
-    sources: dict[str, Source] = {}
+    sources: dict[str, RecordSource] = {}
     """name of the set -> {path, ...}; the records carry the name as `metadata.source`"""
     heldout: float = Field(0.0, ge=0, lt=1)
     """share of the opening turns that goes to heldout-<kind>.jsonl"""
@@ -81,10 +85,10 @@ class Config(StageConfig):
 
 @dataclass
 class _Imported:
-    """What became of one source."""
+    """Records of one source."""
 
     name: str
-    source: Source
+    source: RecordSource
     tally: Tally
     train: list[Record] = field(default_factory=list)
     heldout: list[Record] = field(default_factory=list)
@@ -92,7 +96,7 @@ class _Imported:
 
 def run(config: Config, run: Run) -> None:
     """Write <kind>.jsonl, heldout-<kind>.jsonl if a share is held out, and summary.json."""
-    if not mesh.is_main():
+    if not run.ranks.is_main:
         return
     if not config.sources:
         raise UserError(
@@ -100,83 +104,86 @@ def run(config: Config, run: Run) -> None:
             "name files: --sources.mine.path FILE",
         )
 
-    excluded = {
-        opening(_messages(record))
-        for path in config.exclude
-        for record in _read("prompts", "", Source(path=path), Tally())
-    }
-    seen: set[str] = set()
-    imported = [
-        _import(config, name, source, excluded, seen, run.tally(name))
-        for name, source in config.sources.items()
-    ]
-    train = _shuffled(
-        (copy for item in imported for copy in _repeated(item, config.seed)), config.seed
-    )
-    heldout = _shuffled((record for item in imported for record in item.heldout), config.seed)
+    excluded: set[str] = set()
+    for path in config.exclude:
+        prompts = _read("prompts", "", RecordSource(path=path), Tally())
+        excluded.update(opening(_messages(record)) for record in prompts)
 
+    seen: set[str] = set()
+    imported = []
+    for name, source in config.sources.items():
+        imported.append(_import(config, name, source, excluded, seen, run.tally(name)))
+
+    train = _shuffle(
+        chain.from_iterable(_repeat(item, config.seed) for item in imported), config.seed
+    )
+    heldout = _shuffle(chain.from_iterable(item.heldout for item in imported), config.seed)
     if not train or (config.heldout and not heldout):
         lines = "; ".join(f"{item.name}: {item.tally.line()}" for item in imported)
+        missing = "record is left to train on" if not train else "record is held out"
         raise UserError(
-            f"no {'record is left to train on' if not train else 'record is held out'}; {lines}",
-            "check the sources, the limits and the held-out share",
+            f"no {missing}; {lines}", "check the sources, the limits and the held-out share"
         )
 
     records.write(run.path / f"{config.kind}.jsonl", train)
     if config.heldout:
         records.write(run.path / f"heldout-{config.kind}.jsonl", heldout)
 
-    run.write_json(
-        "summary.json",
-        {
-            "kind": config.kind,
-            "train": _sizes(train),
-            "heldout": _sizes(heldout),
-            "sources": [_describe(item) for item in imported],
-        },
+    run.write_result(
+        PrepareResult(
+            kind=config.kind,
+            train=_measure(train),
+            heldout=_measure(heldout),
+            sources=[_describe(item) for item in imported],
+        )
     )
 
 
 def _import(
-    config: Config, name: str, source: Source, excluded: set[str], seen: set[str], tally: Tally
+    config: Config,
+    name: str,
+    source: RecordSource,
+    excluded: set[str],
+    seen: set[str],
+    tally: Tally,
 ) -> _Imported:
-    """One source: what is too long, excluded or already there left out, then limited, then
-    split."""
-    result = _Imported(name, source, tally)
-    kept: list[Record] = []
+    """Import one source: what is too long, excluded or already there is left out, then it is
+    limited, then split."""
+    wanted: list[Record] = []
     for record in _read(config.kind, name, source, tally):
-        reason = _unwanted(config, record, excluded, seen)
+        reason = _explain_unwanted(config, record, excluded, seen)
         if reason:
             tally.skip(reason)
         else:
-            seen.add(_key(record))
-            kept.append(record)
+            seen.add(_identify(record))
+            wanted.append(record)
 
-    chosen = _shuffled(kept, config.seed)[: source.limit or None]
-    if len(chosen) < len(kept):
-        tally.skip("over the limit", count=len(kept) - len(chosen))
-
+    chosen = _shuffle(wanted, config.seed)[: source.limit or None]
+    tally.skip("over the limit", count=len(wanted) - len(chosen))
     tally.kept = len(chosen)
+
+    imported = _Imported(name, source, tally)
     for record in chosen:
-        held = is_heldout(_messages(record), config.heldout)
-        (result.heldout if held else result.train).append(record)
+        heldout = is_heldout(_messages(record), config.heldout)
+        (imported.heldout if heldout else imported.train).append(record)
 
-    return result
+    return imported
 
 
-def _unwanted(config: Config, record: Record, excluded: set[str], seen: set[str]) -> str:
+def _explain_unwanted(config: Config, record: Record, excluded: set[str], seen: set[str]) -> str:
+    """Say why a record is left out; an empty text for one that is wanted."""
     if config.max_characters and _characters(record) > config.max_characters:
         return "too long"
     if opening(_messages(record)) in excluded:
         return "excluded"
 
-    return "duplicate" if _key(record) in seen else ""
+    return "duplicate" if _identify(record) in seen else ""
 
 
-def _read(kind: Kind, name: str, source: Source, tally: Tally) -> Iterator[Record]:
-    """The records of one source as `kind`, comparisons turned into dialogs or prompts where that is
-    asked for."""
-    how = Reading(source.format, source.malformed, source.ignore)
+def _read(kind: Kind, name: str, source: RecordSource, tally: Tally) -> Iterator[Record]:
+    """Yield the records of one source as `kind`, comparisons turned into dialogs or prompts where
+    that is asked for."""
+    how = ReadOptions(source.format, source.malformed, source.ignore)
     if kind != "preferences" and not holds_preferences(source.path, source.format):
         if kind == "dialogs":
             yield from import_dialogs(source.path, how, name, tally)
@@ -197,7 +204,7 @@ def _read(kind: Kind, name: str, source: Source, tally: Tally) -> Iterator[Recor
             safety = item.axis == "safe" if source.safety is None else source.safety
             yield Prompt(
                 item.prompt,
-                prompt_id(item.prompt, item.metadata.get("source", "")),
+                make_prompt_id(item.prompt, item.metadata.get("source", "")),
                 safety,
                 metadata,
             )
@@ -208,59 +215,61 @@ def _messages(record: Record) -> Messages:
 
 
 def _answers(record: Record) -> tuple[str, ...]:
-    return (
-        tuple(response.text for response in record.responses)
-        if isinstance(record, Preference)
-        else ()
-    )
+    if not isinstance(record, Preference):
+        return ()
+
+    return tuple(response.text for response in record.responses)
 
 
 def _characters(record: Record) -> int:
-    """Length of the text: the prompt with the longest answer."""
+    """Return the length of the prompt with the longest answer."""
     longest = max(map(len, _answers(record)), default=0)
     return sum(len(message.content) for message in _messages(record)) + longest
 
 
-def _key(record: Record) -> str:
-    """What makes two records the same: all that is said and, of a comparison, the axis."""
-    said = [f"{message.role}:{message.content}" for message in _messages(record)]
+def _identify(record: Record) -> str:
+    """Return what makes two records the same: all texts and, of a comparison, the axis."""
+    turns = [f"{message.role}:{message.content}" for message in _messages(record)]
     axis = record.axis if isinstance(record, Preference) else ""
-    return "\0".join([*said, *sorted(_answers(record)), axis])
+    return "\0".join([*turns, *sorted(_answers(record)), axis])
 
 
-def _shuffled(items: Iterable[Record], seed: int) -> list[Record]:
-    """In an order that depends on the seed and the records alone."""
-    keyed = [(digest(str(seed), _key(item)), index, item) for index, item in enumerate(items)]
+def _shuffle(items: Iterable[Record], seed: int) -> list[Record]:
+    """Put records in an order that depends on the seed and them alone."""
+    keyed = [
+        (hash_parts(str(seed), _identify(item)), index, item) for index, item in enumerate(items)
+    ]
     return [item for _, _, item in sorted(keyed, key=lambda entry: entry[:2])]
 
 
-def _repeated(item: _Imported, seed: int) -> Iterator[Record]:
-    """Every training record as often as its source's weight says, the fraction by chance."""
-    whole, fraction = divmod(item.source.weight, 1.0)
+def _repeat(item: _Imported, seed: int) -> Iterator[Record]:
+    """Yield every training record as often as its source's weight says, the fraction by chance."""
+    times, fraction = divmod(item.source.weight, 1.0)
     for record in item.train:
-        extra = digest("weight", str(seed), _key(record)) < fraction * 2.0**64
-        yield from [record] * (int(whole) + extra)
+        extra = hash_parts("weight", str(seed), _identify(record)) < fraction * 2.0**64
+        yield from [record] * (int(times) + extra)
 
 
-def _sizes(items: list[Record]) -> dict[str, Any]:
+def _measure(items: Sequence[Record]) -> RecordSizes:
+    """Return the number of records, and quantiles of their length in characters."""
     lengths = sorted(map(_characters, items))
-    quantiles = (
-        {
-            f"p{share}": lengths[min(len(lengths) - 1, len(lengths) * share // 100)]
-            for share in (10, 50, 90, 99)
-        }
-        if lengths
-        else {}
+    quantiles = {}
+    for share in (10, 50, 90, 99) if lengths else ():
+        place = min(len(lengths) - 1, len(lengths) * share // 100)
+        quantiles[f"p{share}"] = lengths[place]
+
+    return RecordSizes(
+        records=len(lengths), characters=sum(lengths), characters_per_record=quantiles
     )
-    return {"records": len(items), "characters": sum(lengths), "characters_per_record": quantiles}
 
 
-def _describe(item: _Imported) -> dict[str, Any]:
-    return {
-        "name": item.name,
-        "path": str(item.source.path),
+def _describe(item: _Imported) -> PreparedSource:
+    """Return what became of one source."""
+    return PreparedSource(
+        name=item.name,
+        path=str(item.source.path),
+        train=len(item.train),
+        heldout=len(item.heldout),
+        characters_per_record=_measure(item.train).characters_per_record,
         **item.tally.summary(),
-        "train": len(item.train),
-        "heldout": len(item.heldout),
-        "characters_per_record": _sizes(item.train)["characters_per_record"],
-    }
+    )

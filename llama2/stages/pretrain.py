@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +17,12 @@ import torch
 from pydantic import Field
 from torch import nn
 
-from llama2 import mesh
+from llama2 import devices
+from llama2.batches import Batch
 from llama2.config import Config as Section
 from llama2.config import StageConfig
 from llama2.data.compress import HeldoutText
-from llama2.data.loader import Batch, Rows
+from llama2.data.loader import Rows
 from llama2.data.mix import Mixture, mix, mix_passes
 from llama2.data.pack import TextRows, collate
 from llama2.data.shards import Shards, verify
@@ -29,23 +30,19 @@ from llama2.errors import UserError, did_you_mean
 from llama2.formats import checkpoint
 from llama2.model.llama import Llama, LlamaConfig
 from llama2.model.sizes import SIZES
+from llama2.ranks import Ranks
+from llama2.results import PretrainResult
 from llama2.runs import Run, completion
 from llama2.stages.common import cautions
-from llama2.stages.common.planning import (
-    UNKNOWN,
-    Cluster,
-    Lineage,
-    Tower,
-    flops_per_token,
-    training_plan,
-)
+from llama2.stages.common.memory import Tower, flops_per_token
+from llama2.stages.common.planning import UNKNOWN, Cluster, PlannedRuns, plan_training
 from llama2.stages.common.training import (
     Training,
     heldout_loss,
+    last_validation,
+    make_saver,
     row_length,
-    saver,
     train,
-    validated,
 )
 from llama2.tokenizer.chat_settings import read_chat_template, read_stop_ids
 from llama2.tokenizer.sentencepiece_model import require_fitting_size
@@ -104,30 +101,30 @@ class Config(StageConfig):
 
 
 def architecture(config: Config, vocab_size: int | None) -> LlamaConfig:
-    """The model's shape: the named size with the differences asked for."""
+    """Return the model's shape: the named size with the differences asked for."""
     if config.size not in SIZES:
         raise UserError(f"unknown size '{config.size}'", did_you_mean(config.size, SIZES))
 
-    own = config.architecture.model_dump(exclude_none=True)
-    changes: dict[str, Any] = {**({"vocab_size": vocab_size} if vocab_size else {}), **own}
+    changes: dict[str, Any] = {"vocab_size": vocab_size} if vocab_size else {}
+    changes |= config.architecture.model_dump(exclude_none=True)
     try:
         return dataclasses.replace(SIZES[config.size], **changes)
     except ValueError as error:
         raise UserError(f"architecture: {error}", "mend size or architecture") from None
 
 
-def plan(config: Config, cluster: Cluster, lineage: Lineage) -> dict[str, Any]:
-    """Parameters, tokens, steps, FLOPs and memory, without data or weights."""
-    shape = (
-        lineage.shape(config.model)
-        if config.model
-        else architecture(config, lineage.vocabulary(config.shards))
-    )
+def plan(config: Config, cluster: Cluster, planned: PlannedRuns) -> dict[str, Any]:
+    """Return parameters, tokens, steps, FLOPs and memory, without data or weights."""
+    if config.model:
+        shape = planned.shape(config.model)
+    else:
+        shape = architecture(config, planned.vocabulary(config.shards))
+
     if shape is None:
         return UNKNOWN
 
-    lineage.shapes[config.out] = shape
-    return training_plan(
+    planned.shapes[config.out] = shape
+    return plan_training(
         [Tower(shape)],
         config.training,
         cluster,
@@ -141,8 +138,63 @@ def plan(config: Config, cluster: Cluster, lineage: Lineage) -> dict[str, Any]:
 
 def run(config: Config, run: Run) -> None:
     """Train, validate in bits per byte, and leave a checkpoint."""
+    model, tokenizer = load_model(config, run.ranks)
+    row_length(config.sequence_length, model.config.max_position_embeddings)
+    rows, order = read_rows(config.shards / "train", tokenizer, config, run.ranks)
+    source = Rows(
+        rows,
+        lambda items: collate(items, config.sequence_length),
+        run.ranks,
+        batch_size=config.batch_size,
+        micro_batch_size=config.micro_batch_size,
+        seed=config.seed,
+    )
+    check_length(config, rows, source.steps)
+    settings = config.training.with_steps(source.steps)
+    for line in warn_of_data(config, order, len(rows), source.steps):
+        run.warn(line)
+
+    validation = TextValidation(config, tokenizer, run.ranks)
+    learner = train(
+        run,
+        model,
+        source,
+        next_token,
+        settings,
+        save_model=make_saver(model, tokenizer, run.ranks, taught=False),
+        title="pretrain",
+        validate=hooks.Validate(validation),
+        flops_per_token=flops_per_token(model.config, config.sequence_length),
+    )
+    passes = {}
+    for name, times in order.passes.items():
+        passes[name] = round(times * learner.tokens / rows.places, 4)
+
+    result = PretrainResult(
+        parameters=model.config.parameters(),
+        steps=learner.step,
+        tokens=learner.tokens,
+        trained=learner.trained,
+        validation=last_validation(run),
+        validation_bytes=validation.text.size,
+        passes=passes,
+        **validation.text.bits_per_byte(),
+    )
+    run.write_result(result)
+
+    if result.xz_bits_per_byte is not None:
+        assert result.validation is not None
+        run.conclude(
+            f"{result.tokens:,} tokens read; {result.validation.bits_per_byte:.3f} bits per byte "
+            f"on {result.validation_bytes:,} bytes of held-out text "
+            f"(xz -9: {result.xz_bits_per_byte:.3f}, bzip2 -9: {result.bzip2_bits_per_byte:.3f})"
+        )
+
+
+def load_model(config: Config, ranks: Ranks) -> tuple[Llama, Tokenizer]:
+    """Load the checkpoint to continue from, or make a fresh model; its tokenizer is the shards'."""
     tokenizer = Tokenizer.load(config.shards)
-    home = config.training.home()
+    home = config.training.home(ranks)
     if config.model:
         model = checkpoint.load(config.model, device=home)
         tokenizer.require_bos(config.model, model.config.bos_token_id)
@@ -150,7 +202,7 @@ def run(config: Config, run: Run) -> None:
             read_chat_template(config.model), read_stop_ids(config.model)
         )
     else:
-        with torch.device("meta" if home.type == "meta" else "cpu"):
+        with torch.device("meta" if home.type == "meta" else devices.CPU):
             model = Llama(architecture(config, tokenizer.vocab_size), config.seed)
 
     require_fitting_size(
@@ -160,110 +212,64 @@ def run(config: Config, run: Run) -> None:
         "tokenize with the tokenizer of the model",
     )
 
-    row_length(config.sequence_length, model.config.max_position_embeddings)
-    rows, order = read_rows(config.shards / "train", tokenizer, config)
-    source = Rows(
-        rows,
-        lambda items: collate(items, config.sequence_length),
-        batch_size=config.batch_size,
-        micro_batch_size=config.micro_batch_size,
-        seed=config.seed,
-    )
-    check_length(config, rows, source.steps)
-    settings = config.training.with_steps(source.steps)
-    warn(config, run, order, len(rows), source.steps)
-    validation = Validation(config, tokenizer)
-    learner = train(
-        run,
-        model,
-        source,
-        next_token,
-        settings,
-        save_model=saver(model, tokenizer, taught=False),
-        title="pretrain",
-        validate=hooks.Validate(validation),
-        flops_per_token=flops_per_token(model.config, config.sequence_length),
-    )
-    found, bars = validated(run), validation.text.bits_per_byte()
-    run.write_json(
-        "summary.json",
-        {
-            "parameters": model.config.parameters(),
-            "steps": learner.step,
-            "tokens": learner.tokens,
-            "trained": learner.trained,
-            "validation": found,
-            "validation_bytes": validation.text.size,
-            **bars,
-            "passes": {
-                name: round(times * learner.tokens / rows.places, 4)
-                for name, times in order.passes.items()
-            },
-        },
-    )
-
-    if bars:
-        run.conclude(
-            f"{learner.tokens:,} tokens read; {found['validation/bits_per_byte']:.3f} bits per byte on "
-            f"{validation.text.size:,} bytes of held-out text (xz -9: {bars['xz_bits_per_byte']:.3f}, "
-            f"bzip2 -9: {bars['bzip2_bits_per_byte']:.3f})"
-        )
+    return model, tokenizer
 
 
 def check_length(config: Config, rows: TextRows, steps: int) -> None:
     """Refuse a run that asks for more steps than its data makes: the schedule would be squeezed
     into fewer."""
-    asked = config.training.plan.max_steps
-    if asked is None or asked <= steps:
+    limit = config.training.plan.max_steps
+    if limit is None or limit <= steps:
         return
 
-    wanted = asked * config.batch_size * config.sequence_length
-    epochs = math.ceil(1000 * config.epochs * wanted / rows.places) / 1000
+    tokens = limit * config.batch_size * config.sequence_length
+    epochs = math.ceil(1000 * config.epochs * tokens / rows.places) / 1000
     raise UserError(
-        f"max_steps {asked:,} would read {wanted:,} tokens, epochs {config.epochs:g} of {config.shards} "
-        f"are {rows.places:,}: {steps:,} steps",
+        f"max_steps {limit:,} would read {tokens:,} tokens, epochs {config.epochs:g} of "
+        f"{config.shards} are {rows.places:,}: {steps:,} steps",
         f"give --epochs {epochs:g} to read them that often, or --training.plan.max-steps {steps}",
     )
 
 
-def warn(config: Config, run: Run, order: Mixture, rows: int, steps: int) -> None:
-    """Say what the data or the mixture makes of this run that its user may not expect."""
-    for name in (name for name, times in order.passes.items() if not times):
-        run.warn(f"the mixture gives '{name}' no share: none of it is read")
+def warn_of_data(config: Config, order: Mixture, rows: int, steps: int) -> Iterator[str]:
+    """Caution about what the data or the mixture makes of this run that its user may not expect."""
+    for name, times in order.passes.items():
+        if not times:
+            yield f"the mixture gives '{name}' no share: none of it is read"
 
     if steps < cautions.FEW_UPDATES and config.training.plan.max_steps is None:
         cure = f"lower --batch-size to {max(rows // cautions.FEW_UPDATES, 1)}, or raise --epochs"
-        run.warn(cautions.few_updates(steps, f"{rows:,} rows", cure))
+        yield cautions.describe_few_updates(steps, f"{rows:,} rows", cure)
 
 
-def read_rows(directory: Path, tokenizer: Tokenizer, config: Config) -> tuple[TextRows, Mixture]:
-    """Documents of all sources in a random order, mixed by weight, as rows of `sequence_length`
-    tokens; the mixture.
+def read_rows(
+    directory: Path, tokenizer: Tokenizer, config: Config, ranks: Ranks
+) -> tuple[TextRows, Mixture]:
+    """Return documents of all sources in a random order, mixed by weight, as rows of
+    `sequence_length` tokens; and the mixture.
 
     What the mixture orders are the documents that the rows are cut from. Training then shuffles the
     rows over the whole run, so the passes of a source that is read several times lie among one
     another.
     """
-    shards = {
-        path.name: Shards(path, tokenizer) for path in sorted(directory.iterdir()) if path.is_dir()
-    }
+    folders = [path for path in sorted(directory.iterdir()) if path.is_dir()]
+    shards = {path.name: Shards(path, tokenizer) for path in folders}
     if completion.home(directory) is None:  # no run vouches for them
-        mesh.first(lambda: verify(shards.values()))
+        ranks.first(lambda: verify(shards.values()))
 
     lengths = {name: shard.lengths_N for name, shard in shards.items()}
     if config.mixture:
         total = sum(int(lengths_N.sum()) for lengths_N in lengths.values())
-        weights = {name: config.mixture.get(name, 0.0) for name in lengths} | config.mixture
+        weights = dict.fromkeys(lengths, 0.0) | config.mixture
         order = mix(lengths, weights, round(config.epochs * total), config.seed)
     else:
         order = mix_passes(lengths, dict.fromkeys(lengths, config.epochs), config.seed)
 
-    return TextRows(
-        list(shards.values()), order.source_N, order.document_N, config.sequence_length
-    ), order
+    stores = list(shards.values())
+    return TextRows(stores, order.source_N, order.document_N, config.sequence_length), order
 
 
-class Validation:
+class TextValidation:
     """Loss and bits per byte on the first rows of held-out text: comparable between tokenizers, and
     with a compressor.
 
@@ -271,21 +277,23 @@ class Validation:
     the same targets spell.
     """
 
-    def __init__(self, config: Config, tokenizer: Tokenizer) -> None:
+    def __init__(self, config: Config, tokenizer: Tokenizer, ranks: Ranks) -> None:
         every = config.model_copy(update={"mixture": {}, "epochs": 1.0, "seed": 0})
-        self.rows, _ = read_rows(config.shards / "validation", tokenizer, every)
+        self.rows, _ = read_rows(config.shards / "validation", tokenizer, every, ranks)
         self.few = range(min(len(self.rows), config.validation_rows))
         self.text = HeldoutText((self.rows[index] for index in self.few), tokenizer)
-        self.config = config
+        self.config, self.ranks = config, ranks
 
     def __call__(self, model: nn.Module) -> dict[str, float]:
-        nats, tokens = heldout_loss(model, self.few, self._collate, self.config.micro_batch_size)
-        bits = (
-            {"validation/bits_per_byte": nats / math.log(2) / self.text.size}
-            if self.text.size
-            else {}
+        """Measure nats a token, and bits a byte where there is any."""
+        nats, tokens = heldout_loss(
+            model, self.few, self._collate, self.config.micro_batch_size, self.ranks
         )
-        return {"validation/loss": nats / max(tokens, 1), **bits}
+        metrics = {"validation/loss": nats / max(tokens, 1)}
+        if self.text.size:
+            metrics["validation/bits_per_byte"] = nats / math.log(2) / self.text.size
+
+        return metrics
 
     def _collate(self, indices: Sequence[int]) -> Batch:
         return collate([self.rows[index] for index in indices], self.config.sequence_length)

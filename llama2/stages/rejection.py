@@ -1,5 +1,5 @@
-"""Rejection sampling (§3.2.3): K answers a prompt from the newest model, the best under the reward
-models are kept.
+"""Rejection sampling (§3.2.3): of K answers a prompt from the newest model, the best under the
+reward models are kept.
 
 The best temperature is searched afresh for every version, on a few prompts (Figure 8). The answers
 kept are joined with the best of all earlier rounds: training on the newest round alone made the
@@ -11,20 +11,20 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Sequence
-from itertools import accumulate
+from itertools import accumulate, chain
 from pathlib import Path
 from typing import Any
 
 from pydantic import Field
 
-from llama2 import mesh
 from llama2.config import StageConfig
 from llama2.generate.dialogue import Answer, Chat
 from llama2.generate.rewards import RewardModels, Rewards, Score, probability
 from llama2.records import Dialog, Prompt
+from llama2.results import CurvesResult, RankedAnswers, RejectionResult
 from llama2.runs import Run
 from llama2.runs.parts import Work
-from llama2.stages.common.planning import Cluster, Lineage, sampling_plan
+from llama2.stages.common.planning import Cluster, PlannedRuns, plan_sampling
 from llama2.stages.common.pool import Pool
 from llama2.stages.common.sampling import (
     Sample,
@@ -40,7 +40,6 @@ from llama2.stages.common.sampling import (
     seed_for,
     writing,
 )
-from llama2.tally import Tally
 
 EXAMPLES = 6
 
@@ -71,11 +70,11 @@ class Config(StageConfig):
     sample: Sample = Sample()
 
 
-def plan(config: Config, cluster: Cluster, lineage: Lineage) -> dict[str, Any]:
-    """Memory: policy and reward models whole on every rank."""
-    return sampling_plan(
-        [lineage.shape(config.policy)],
-        [lineage.shape(path) for path in config.rewards.paths()],
+def plan(config: Config, cluster: Cluster, planned: PlannedRuns) -> dict[str, Any]:
+    """Return memory: policy and reward models whole on every rank."""
+    return plan_sampling(
+        [planned.shape(config.policy)],
+        [planned.shape(path) for path in config.rewards.paths()],
         config.sample,
         cluster,
     )
@@ -84,58 +83,59 @@ def plan(config: Config, cluster: Cluster, lineage: Lineage) -> dict[str, Any]:
 def run(config: Config, run: Run) -> None:
     """Write best.jsonl (this round), pool.jsonl (with earlier rounds) and curves.json."""
     chat = load_chat(config.policy, config.sample, run)
-    rewards = load_rewards(config.rewards, chat.tokenizer, config.sample.precision)
+    rewards = load_rewards(config.rewards, chat.tokenizer, run.ranks, config.sample.precision)
     tally = run.tally("prompts")
     prompts = fitting(chat, read_prompts(config.prompts, config.limit, config.seed), tally=tally)
     prompts = readable(chat, rewards, prompts, config.sample, tally)
-    searched, temperature = search(config, run, chat, rewards, prompts)
-    work = sampler(config, chat, rewards, temperature, seed_for(config.seed, "samples"))
+    means, temperature = search(config, run, chat, rewards, prompts)
+    work = make_sampler(config, chat, rewards, temperature, seed_for(config.seed, "samples"))
     rows = part_by_part(run, [chat], "samples", prompts, work, config.sample, config.k)
-    curves, kept = Curves(config.k), 0
-    examples: list[dict[str, Any]] = []
 
-    with writing(run.path / "best.jsonl") as put:
+    curves, kept_answers = Curves(config.k), 0
+    examples: list[RankedAnswers] = []
+    with writing(run.path / "best.jsonl", run.ranks) as write:
         for prompt, row in zip(prompts, rows, strict=True):
             curves.add(row)
-            chosen = best_of(prompt, row)
-            for one in chosen:
-                put(one)
+            dialogs = make_dialogs(prompt, row)
+            for best in dialogs:
+                write(best)
 
-            kept += len(chosen)
-            _count(tally, row, config)
-            if chosen and len(examples) < EXAMPLES:
-                examples.append(_example(prompt, row))
+            kept_answers += len(dialogs)
+            if not dialogs:
+                tally.kept -= 1
+                tally.skip(*explain_nothing(row, config))
+            elif len(examples) < EXAMPLES:
+                examples.append(make_example(prompt, row))
 
-    mesh.barrier()
+    run.ranks.barrier()
     pool = Pool(config.keep, config.finished_only, [run.path, *config.earlier])
-    sizes = pool.write(run, chat, rewards, config.sample)
-    run.write_json(
-        "curves.json", {**curves.means(), "temperatures": searched, "temperature": temperature}
-    )
-    run.write_json(
-        "summary.json",
-        {
-            "prompts": len(prompts),
-            "k": config.k,
-            "kept": kept,
-            "earlier": sum(sizes[1:]),
-            "pool": {
-                "this round": sizes[0],
-                **{str(path): size for path, size in zip(config.earlier, sizes[1:])},
-            },
-            "temperature": temperature,
-            "examples": examples,
-        },
+    size, *earlier = pool.write(run, chat, rewards, config.sample)
+    run.write_result(CurvesResult(temperatures=means, temperature=temperature, **curves.means()))
+    run.write_result(
+        RejectionResult(
+            prompts=len(prompts),
+            k=config.k,
+            kept=kept_answers,
+            earlier=sum(earlier),
+            pool={"this round": size, **dict(zip(map(str, config.earlier), earlier))},
+            temperature=temperature,
+            examples=examples,
+        )
     )
 
 
-def sampler(
+# ---- sampling
+Row = dict[str, Any]
+"""one prompt: the reward of each answer, which may be kept, the best of those, the worst"""
+
+
+def make_sampler(
     config: Config, chat: Chat, rewards: Rewards, temperature: float, seed: int
 ) -> Work[Prompt]:
-    """What makes a row of each prompt: K answers sampled and scored, of which the best are held on
-    to."""
+    """Return what makes a row of each prompt: K answers are sampled and scored, and the best
+    stay."""
 
-    def work(prompts: Sequence[Prompt], first: int) -> list[dict[str, Any]]:
+    def work(prompts: Sequence[Prompt], first: int) -> list[Row]:
         answers = answer(
             chat,
             [prompt.messages for prompt in prompts],
@@ -147,32 +147,27 @@ def sampler(
         )
         scores = score(rewards, chat.tokenizer, prompts, answers)
         return [
-            reduced(mine, marks, config.keep, config.finished_only)
-            for mine, marks in zip(answers, scores)
+            rank_answers(row, marks, config.keep, config.finished_only)
+            for row, marks in zip(answers, scores)
         ]
 
     return work
 
 
-def reduced(
+def rank_answers(
     answers: Sequence[Answer], scores: Sequence[Score], keep: int, finished_only: bool
-) -> dict[str, Any]:
-    """One prompt's row: the reward of each answer, which of them may be kept, the `keep` best of
-    those, the worst."""
-    rewards = [one.joined for one in scores]
-    allowed = [
-        bool(one.text) and (one.completion.finish == "stop" or not finished_only) for one in answers
-    ]
-    best: dict[str, dict[str, Any]] = {}
+) -> Row:
+    """Return one prompt's row with the `keep` best different answers of those that may be kept."""
+    rewards = [each.joined for each in scores]
+    ended = [each.completion.finish == "stop" for each in answers]
+    allowed = [bool(each.text) and (end or not finished_only) for each, end in zip(answers, ended)]
 
-    for index in sorted(range(len(answers)), key=lambda place: -rewards[place]):
-        one = answers[index]
-        if allowed[index] and len(best) < keep and one.text not in best:
-            best[one.text] = {
-                "text": one.text,
-                "reward": rewards[index],
-                "cut": one.completion.finish != "stop",
-            }
+    order = sorted(range(len(answers)), key=lambda place: -rewards[place])
+    best: dict[str, Row] = {}
+    for place in order:
+        text = answers[place].text
+        if allowed[place] and len(best) < keep and text not in best:
+            best[text] = {"text": text, "reward": rewards[place], "cut": not ended[place]}
 
     worst = min(range(len(answers)), key=lambda place: rewards[place])
     return {
@@ -180,29 +175,50 @@ def reduced(
         "allowed": allowed,
         "best": list(best.values()),
         "worst": answers[worst].text,
-        "ended": any(one.completion.finish == "stop" for one in answers),
+        "ended": any(ended),
     }
 
 
-def best_of(prompt: Prompt, row: dict[str, Any]) -> list[Dialog]:
-    """The best answers as dialogs, the very best first; none if no answer may be kept."""
-    return [
-        dialog(
-            prompt,
-            one["text"],
-            reward=round(one["reward"], 4),
-            safety=prompt.safety,
-            **({"cut": True} if one["cut"] else {}),
-        )
-        for one in row["best"]
-    ]
+def make_dialogs(prompt: Prompt, row: Row) -> list[Dialog]:
+    """Return the best answers as dialogs, the very best first; none if no answer may be kept."""
+    dialogs = []
+    for best in row["best"]:
+        marks = {"cut": True} if best["cut"] else {}
+        reward = round(best["reward"], 4)
+        dialogs.append(dialog(prompt, best["text"], reward=reward, safety=prompt.safety, **marks))
+
+    return dialogs
 
 
+def explain_nothing(row: Row, config: Config) -> tuple[str, str]:
+    """Say why a prompt keeps no answer, and what would help."""
+    if row["ended"] or not config.finished_only:
+        return "every answer empty", "see what the policy answers with `llama2 chat`"
+
+    return (
+        f"no answer ended within {config.sample.max_tokens} tokens",
+        "raise sample.max_tokens, or set finished_only to false",
+    )
+
+
+def make_example(prompt: Prompt, row: Row) -> RankedAnswers:
+    """Return a prompt with its worst and its best answer, for the report."""
+    best = row["best"][0]
+    return RankedAnswers(
+        prompt=prompt.messages[-1].content,
+        worst=row["worst"],
+        best=best["text"],
+        worst_reward=probability(min(row["rewards"])),
+        best_reward=probability(best["reward"]),
+    )
+
+
+# ---- the search for a temperature
 def search(
     config: Config, run: Run, chat: Chat, rewards: Rewards, prompts: Sequence[Prompt]
 ) -> tuple[dict[str, float], float]:
-    """The temperature whose best-of-K reward is highest, with the mean best reward of each
-    candidate.
+    """Find the temperature whose best-of-K reward is highest; return the mean best reward of each
+    candidate, and the temperature.
 
     Only answers that may be kept count. All candidates have the same random numbers, so that they
     differ by nothing but their temperature.
@@ -210,31 +226,38 @@ def search(
     if len(config.temperatures) == 1:
         return {}, config.temperatures[0]
 
-    few = prompts[:: max(1, len(prompts) // config.search_prompts)][: config.search_prompts]
-    rows = {}
+    stride = max(1, len(prompts) // config.search_prompts)
+    few = prompts[::stride][: config.search_prompts]
+    rows = []
     for temperature in config.temperatures:
-        work = sampler(config, chat, rewards, temperature, seed_for(config.seed, "search"))
-        rows[str(temperature)] = list(
-            part_by_part(run, [chat], f"search-{temperature}", few, work, config.sample, config.k)
-        )
+        name = f"search-{temperature}"
+        work = make_sampler(config, chat, rewards, temperature, seed_for(config.seed, "search"))
+        rows.append(list(part_by_part(run, [chat], name, few, work, config.sample, config.k)))
 
-    found = dict(zip(rows, best_rewards(list(rows.values()))))
-    return found, float(max(found, key=lambda name: found[name]))
+    means = dict(zip(config.temperatures, average_best(rows)))
+    best = max(means, key=lambda temperature: means[temperature])
+    return {str(temperature): mean for temperature, mean in means.items()}, best
 
 
-def best_rewards(candidates: Sequence[Sequence[dict[str, Any]]]) -> list[float]:
-    """The mean best reward of each candidate over the same prompts.
+def average_best(candidates: Sequence[Sequence[Row]]) -> list[float]:
+    """Return the mean best reward of each candidate over the same prompts.
 
     A prompt of which a candidate may keep nothing counts as the worst answer that any candidate
     gave to it.
     """
-    worst = [min(min(row["rewards"]) for row in rows) for rows in zip(*candidates)]
-    return [
-        statistics.fmean(
-            row["best"][0]["reward"] if row["best"] else floor for row, floor in zip(rows, worst)
-        )
-        for rows in candidates
-    ]
+    worst = []
+    for rows in zip(*candidates):
+        worst.append(min(chain.from_iterable(row["rewards"] for row in rows)))
+
+    means = []
+    for candidate in candidates:
+        best = [
+            row["best"][0]["reward"] if row["best"] else floor
+            for row, floor in zip(candidate, worst)
+        ]
+        means.append(statistics.fmean(best))
+
+    return means
 
 
 class Curves:
@@ -247,52 +270,22 @@ class Curves:
     def __init__(self, k: int) -> None:
         self._max, self._median, self._count = [0.0] * k, [0.0] * k, 0
 
-    def add(self, row: dict[str, Any]) -> None:
+    def add(self, row: Row) -> None:
         """Count one prompt."""
         values = [
             probability(reward) if allowed else 0.0
             for reward, allowed in zip(row["rewards"], row["allowed"])
         ]
-        self._max = [total + best for total, best in zip(self._max, accumulate(values, max))]
-        self._median = [
-            total + statistics.median(values[: place + 1])
-            for place, total in enumerate(self._median)
-        ]
         self._count += 1
+        for place, best in enumerate(accumulate(values, max)):
+            self._max[place] += best
+            self._median[place] += statistics.median(values[: place + 1])
 
-    def means(self) -> dict[str, Any]:
-        """The curves; empty where there was no prompt."""
+    def means(self) -> dict[str, list[Any]]:
+        """Return the curves; empty where there was no prompt."""
         if not self._count:
             return {"k": [], "max": [], "median": []}
 
-        return {
-            "k": list(range(1, len(self._max) + 1)),
-            "max": [total / self._count for total in self._max],
-            "median": [total / self._count for total in self._median],
-        }
-
-
-def _count(tally: Tally, row: dict[str, Any], config: Config) -> None:
-    """Count a prompt that keeps nothing, with the cause."""
-    if row["best"]:
-        return
-
-    tally.kept -= 1
-    if row["ended"] or not config.finished_only:
-        tally.skip("every answer empty", "see what the policy answers with `llama2 chat`")
-    else:
-        tally.skip(
-            f"no answer ended within {config.sample.max_tokens} tokens",
-            "raise sample.max_tokens, or set finished_only to false",
-        )
-
-
-def _example(prompt: Prompt, row: dict[str, Any]) -> dict[str, Any]:
-    """A prompt with its worst and its best answer, for the report."""
-    return {
-        "prompt": prompt.messages[-1].content,
-        "worst": row["worst"],
-        "best": row["best"][0]["text"],
-        "worst_reward": probability(min(row["rewards"])),
-        "best_reward": probability(row["best"][0]["reward"]),
-    }
+        best = [total / self._count for total in self._max]
+        median = [total / self._count for total in self._median]
+        return {"k": list(range(1, len(best) + 1)), "max": best, "median": median}

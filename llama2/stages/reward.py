@@ -9,64 +9,41 @@ not say which margin it used; `small` is the default.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import chain
 from pathlib import Path
-from typing import Annotated, Any, ClassVar
+from typing import Annotated, Any
 
-import numpy as np
-import torch
 from pydantic import Field
 
-from llama2 import mesh, records
-from llama2.config import Config as Section
 from llama2.config import StageConfig
-from llama2.data.loader import Batch, Rows
-from llama2.data.split import opening
-from llama2.evaluate.baselines import Answers, BagOfWords, by_length
-from llama2.evaluate.winrate import wilson
-from llama2.generate.score import rewards
-from llama2.importers.tables import digest
-from llama2.mesh import Precision
+from llama2.data.loader import Rows
 from llama2.model.scorer import Scorer
-from llama2.records import DEGREES, Axis, Message, Preference
-from llama2.runs import Run, is_output
+from llama2.results import AccuracyResult, ReadCounts, RewardResult, SetAccuracy, SetShare
+from llama2.runs import Run
 from llama2.stages.common import cautions
-from llama2.stages.common.planning import (
-    UNKNOWN,
-    Cluster,
-    Lineage,
-    Tower,
-    flops_per_token,
-    training_plan,
+from llama2.stages.common.memory import Tower, flops_per_token
+from llama2.stages.common.planning import UNKNOWN, Cluster, PlannedRuns, plan_training
+from llama2.stages.common.reward_accuracy import (
+    describe_accuracy,
+    measure_accuracies,
+    warn_of_chance,
 )
-from llama2.stages.common.shares import total_pairs
-from llama2.stages.common.training import Training, check_left, load_scorer, saver, train
-from llama2.tally import Tally
-from llama2.tokenizer.template import encode_dialog
-from llama2.tokenizer.tokenizer import Tokenizer
-from llama2.train.loop import Learner, Plan
+from llama2.stages.common.reward_pairs import (
+    Comparisons,
+    EncodedPair,
+    Encoder,
+    collate,
+    find_axis,
+    mean_length,
+    read_heldout,
+    read_pairs,
+)
+from llama2.stages.common.training import Training, load_scorer, make_saver, train
+from llama2.train.learner import Learner
+from llama2.train.loop import Plan
 from llama2.train.objectives import Margins, ranking
 from llama2.train.optim import AdamW
-
-TOO_LONG = "too long"
-
-
-class Comparisons(Section):
-    """One set of comparisons."""
-
-    incidental: ClassVar[frozenset[str]] = frozenset({"license"})
-
-    path: Path
-    """JSONL of preferences"""
-    axis: Axis | None = None
-    """take only those made on this axis"""
-    share: float | None = Field(None, gt=0, le=1)
-    """of all training pairs, which must be reached; without it every pair is taken once"""
-    repeat: bool = False
-    """draw pairs more than once where there are too few for the share"""
-    license: str | None = None
-    """its licence, for the papers of a release; nothing depends on it"""
 
 
 class Config(StageConfig):
@@ -94,33 +71,14 @@ class Config(StageConfig):
     """warm-up is 3 % of the steps, at least 5, unless plan.warmup_steps says otherwise"""
 
 
-@dataclass(frozen=True)
-class Pair:
-    """A comparison in token ids: what was preferred, what was not, how clearly, and which answers
-    are safe."""
-
-    chosen: list[int]
-    rejected: list[int]
-    degree: int
-    safe: tuple[int, int]
-    axis: Axis = "helpful"
-    texts: Answers = ("", "")
-    conversation: int = 0
-    """a digest of how it opens"""
-
-    @property
-    def size(self) -> int:
-        return max(len(self.chosen), len(self.rejected))
-
-
-def plan(config: Config, cluster: Cluster, lineage: Lineage) -> dict[str, Any]:
-    """Parameters and memory, every answer as long as max_tokens allows; steps are known once the
-    data is read."""
-    shape = lineage.inherit(config.out, config.model)
+def plan(config: Config, cluster: Cluster, planned: PlannedRuns) -> dict[str, Any]:
+    """Return parameters and memory, every answer as long as max_tokens allows; steps are known once
+    the data is read."""
+    shape = planned.inherit(config.out, config.model)
     if shape is None:
         return UNKNOWN
 
-    return training_plan(
+    return plan_training(
         [Tower(shape, scalar=True)],
         config.training,
         cluster,
@@ -133,32 +91,32 @@ def plan(config: Config, cluster: Cluster, lineage: Lineage) -> dict[str, Any]:
 
 def run(config: Config, run: Run) -> None:
     """Train, measure accuracy by set and degree, and leave a reward-model checkpoint."""
-    scorer, tokenizer = load_scorer(config.model, seed=config.seed, home=config.training.home())
+    home = config.training.home(run.ranks)
+    scorer, tokenizer = load_scorer(config.model, home, seed=config.seed)
     encoder = Encoder(tokenizer, config.max_tokens, scorer.config.max_position_embeddings)
-
-    sets = mixed(config, encoder, run)
-    pairs = [pair for found in sets.values() for pair in found]
-    heldout = read_heldout(config, encoder, run)
+    sets = read_pairs(config.preferences, encoder, run, config.seed)
+    pairs = list(chain.from_iterable(sets.values()))
+    heldout = read_heldout(config.heldout, encoder, run)
 
     source = Rows(
         pairs,
         collate,
+        run.ranks,
         batch_size=config.batch_size,
         micro_batch_size=config.micro_batch_size,
         epochs=config.epochs,
         seed=config.seed,
         size=lambda pair: pair.size,
     )
-    limit = config.training.plan.max_steps
-    steps = source.steps if limit is None else min(limit, source.steps)
-    settings = config.training.with_steps(source.steps, warmup(config.training.plan, steps))
-
+    plan = config.training.plan
+    steps = source.steps if plan.max_steps is None else min(plan.max_steps, source.steps)
+    settings = config.training.with_steps(source.steps, warmup_steps=count_warmup(plan, steps))
     for line in (
-        *cautions.of_length(
-            config.training.plan, source.steps, len(pairs), "pair", config.batch_size, config.epochs
+        *cautions.warn_of_length(
+            plan, source.steps, len(pairs), "pair", config.batch_size, config.epochs
         ),
-        *of_sets(run, pairs, heldout),
-        *of_labels(pairs, config.auxiliary_weight),
+        *warn_of_sets(run, pairs, heldout),
+        *warn_of_labels(pairs, config.auxiliary_weight),
     ):
         run.warn(line)
 
@@ -168,323 +126,97 @@ def run(config: Config, run: Run) -> None:
         source,
         ranking(config.margins, config.auxiliary_weight),
         settings,
-        save_model=saver(scorer, tokenizer),
+        save_model=make_saver(scorer, tokenizer, run.ranks),
         title="reward",
         flops_per_token=flops_per_token(scorer.config, mean_length(pairs), scalar=True),
     )
     scorer.eval()
-    measured = measure(scorer, pairs, heldout, settings.precision)
-    conclude(run, scorer, learner, sets, measured)
-    own = axis_of(pairs)
+    accuracies = measure_accuracies(scorer, pairs, heldout, settings.precision, run.ranks)
+    write_results(run, scorer, learner, sets, accuracies)
+    axis = find_axis(pairs)
+    for name in sorted(accuracies, key=lambda name: find_axis(heldout[name]) == axis):
+        # the last line, of a set of the model's axis, stands for the run
+        axes = {pair.axis for pair in heldout[name]}
+        run.conclude(describe_accuracy(name, accuracies[name], axes))
+        if find_axis(heldout[name]) == axis:
+            for line in warn_of_chance(name, accuracies[name]):
+                run.warn(line)
 
-    # the last line stands for the run
-    for name in sorted(measured, key=lambda name: axis_of(heldout[name]) == own):
-        run.conclude(told(name, measured[name], {pair.axis for pair in heldout[name]}))
-        for line in explained(name, measured[name]) if axis_of(heldout[name]) == own else ():
-            run.warn(line)
 
-
-def conclude(
+def write_results(
     run: Run,
     scorer: Scorer,
     learner: Learner,
-    sets: Mapping[str, Sequence[Pair]],
-    measured: Mapping[str, Any],
+    sets: Mapping[str, Sequence[EncodedPair]],
+    accuracies: Mapping[str, SetAccuracy],
 ) -> None:
-    """Write accuracy.json and summary.json: what was trained on, by set, and what came of it."""
+    """Write what was trained on, by set, and the accuracy."""
     total = sum(map(len, sets.values()))
-    run.write_json("accuracy.json", {"sets": measured})
-    run.write_json(
-        "summary.json",
-        {
-            "pairs": total,
-            "steps": learner.step,
-            "parameters": scorer.config.parameters(),
-            "tokens": learner.tokens,
-            "trained": learner.trained,
-            "sets": {
-                name: {"pairs": len(found), "share": round(len(found) / total, 4)}
-                for name, found in sets.items()
-            },
-            "read": {name: tally.summary() for name, tally in run.tallies.items()},
-        },
+    shares = {}
+    for name, pairs in sets.items():
+        shares[name] = SetShare(pairs=len(pairs), share=round(len(pairs) / total, 4))
+
+    run.write_result(AccuracyResult(sets=dict(accuracies)))
+    run.write_result(
+        RewardResult(
+            parameters=scorer.config.parameters(),
+            steps=learner.step,
+            tokens=learner.tokens,
+            trained=learner.trained,
+            pairs=total,
+            sets=shares,
+            read={name: ReadCounts.of(tally) for name, tally in run.tallies.items()},
+        )
     )
 
-    if not measured:
+    if not accuracies:
         run.conclude(
-            f"{total:,} pairs, {learner.tokens:,} tokens read; no held-out pairs to measure accuracy on"
+            f"{total:,} pairs, {learner.tokens:,} tokens read; no held-out pairs to measure "
+            "accuracy on"
         )
 
 
-def read_heldout(config: Config, encoder: Encoder, run: Run) -> dict[str, list[Pair]]:
-    """The pairs to measure accuracy on, of every set that has any."""
-    heldout = {}
-    for name, comparisons in config.heldout.items():
-        tally = run.tally(f"heldout.{name}")
-        heldout[name] = encoder.pairs(select(comparisons, tally), tally)
+def count_warmup(plan: Plan, steps: int) -> int:
+    """Return the paper's 3 % of the steps and at least 5, as far as there are steps for it, unless
+    the plan says otherwise."""
+    if plan.warmup_steps is not None:
+        return plan.warmup_steps
 
-    return {name: found for name, found in heldout.items() if found}
-
-
-def warmup(plan: Plan, steps: int) -> int:
-    """The paper's 3 % of the steps and at least 5, as far as there are steps for it, unless the
-    plan says otherwise."""
-    return (
-        min(max(5, round(0.03 * steps)), steps - 1)
-        if plan.warmup_steps is None
-        else plan.warmup_steps
-    )
+    return min(max(5, round(0.03 * steps)), steps - 1)
 
 
-def mean_length(pairs: Sequence[Pair]) -> float:
-    """Of the rows, each token counted once: what attention has to look back over, doubled."""
-    lengths = [len(row) for pair in pairs for row in (pair.chosen, pair.rejected)]
-    return sum(length * length for length in lengths) / sum(lengths)
-
-
-def select(comparisons: Comparisons, tally: Tally) -> Iterator[Preference]:
-    """The preferences of a set, of its axis alone."""
-    for one in records.read(Preference, comparisons.path, may_be_empty=is_output(comparisons.path)):
-        tally.read += 1
-        if comparisons.axis in (None, one.axis):
-            yield one
-        else:
-            tally.skip("of the other axis")
-
-
-@dataclass(frozen=True)
-class Encoder:
-    """Preferences as pairs of token rows. Pairs that tell nothing, or are too long, are left out
-    and counted."""
-
-    tokenizer: Tokenizer
-    max_tokens: int
-    context: int
-
-    def pairs(self, preferences: Iterable[Preference], tally: Tally) -> list[Pair]:
-        """Both answers must say something, say different things, and fit in `max_tokens` and the
-        model's context."""
-        found = []
-        longest = 0
-        for one in preferences:
-            pair = self.pair(one)
-            if not all(answer.text.strip() for answer in one.responses):
-                tally.skip("empty answer")
-            elif pair.chosen == pair.rejected:
-                tally.skip("identical answers")
-            elif pair.size > min(self.max_tokens, self.context):
-                longest = max(longest, pair.size)
-                tally.skip(
-                    TOO_LONG,
-                    f"--max-tokens {longest} holds the longest"
-                    if longest <= self.context
-                    else f"the longest has {longest:,} tokens, the model's context {self.context:,}",
-                )
-            else:
-                found.append(pair)
-
-        tally.kept += len(found)
-        return found
-
-    def pair(self, one: Preference) -> Pair:
-        """A comparison in token ids, whatever it says."""
-        chosen, rejected = (
-            encode_dialog(self.tokenizer, (*one.prompt, Message("assistant", answer.text)))[0]
-            for answer in (one.chosen, one.rejected)
-        )
-        safe = tuple(
-            -1 if known is None else int(known) for known in (one.chosen_safe, one.rejected_safe)
-        )
-        return Pair(
-            chosen,
-            rejected,
-            DEGREES.index(one.degree),
-            (safe[0], safe[1]),
-            one.axis,
-            (one.chosen.text, one.rejected.text),
-            digest(opening(one.prompt)),
-        )
-
-
-def mixed(config: Config, encoder: Encoder, run: Run) -> dict[str, list[Pair]]:
-    """The training pairs, set by set: those without a share whole, the others drawn until they make
-    up their shares."""
-    sets = {}
-    for name, comparisons in config.preferences.items():
-        tally = run.tally(f"preferences.{name}")
-        sets[name] = encoder.pairs(select(comparisons, tally), tally)
-
-    check_left(run, "preferences.")
-    shares = {name: one.share for name, one in config.preferences.items() if one.share is not None}
-    total = total_pairs(
-        {name: len(found) for name, found in sets.items()},
-        shares,
-        frozenset(name for name, one in config.preferences.items() if one.repeat),
-    )
-    generator = np.random.default_rng(config.seed)
-
-    for name, share in shares.items():
-        found, tally, wanted = sets[name], run.tally(f"preferences.{name}"), round(share * total)
-        passes, rest = divmod(wanted, len(found)) if found else (0, 0)
-        sets[name] = found * passes + [
-            found[index] for index in generator.permutation(len(found))[:rest]
-        ]
-
-        if wanted < len(found):
-            tally.kept = wanted
-            tally.skip(f"beyond its share of {share:g}", count=len(found) - wanted)
-
-    return sets
-
-
-def collate(pairs: Sequence[Pair]) -> Batch:
-    """Pairs as one right-padded batch, the chosen rows first (see `objectives.ranking`)."""
-    rows = [pair.chosen for pair in pairs] + [pair.rejected for pair in pairs]
-    tokens_BT = torch.zeros(len(rows), max(map(len, rows)), dtype=torch.long)
-    for index, row in enumerate(rows):
-        tokens_BT[index, : len(row)] = torch.tensor(row)
-
-    lengths_B = torch.tensor([len(row) for row in rows])
-    return {
-        "tokens_BT": tokens_BT,
-        "lengths_B": lengths_B,
-        "read_B": lengths_B,
-        "degrees_P": torch.tensor([pair.degree for pair in pairs]),
-        "weights_P": torch.ones(len(pairs)),
-        "safe_B": torch.tensor([pair.safe[0] for pair in pairs] + [pair.safe[1] for pair in pairs]),
-    }
-
-
-def measure(
-    scorer: Scorer,
-    pairs: Sequence[Pair],
-    heldout: Mapping[str, Sequence[Pair]],
-    precision: Precision,
-) -> dict[str, dict[str, Any]]:
-    """Accuracy on each held-out set, and beside it what judges that understand nothing reach on the
-    same pairs."""
-    words = BagOfWords([pair.texts for pair in pairs]) if heldout and mesh.is_main() else None
-    measured: dict[str, dict[str, Any]] = {}
-    for name, found in heldout.items():
-        measured[name] = accuracy(scorer, found, precision)
-        if words is not None:
-            measured[name]["baselines"] = {
-                "longer": _share(by_length((pair.texts, pair.axis == "safe") for pair in found)),
-                "bag_of_words": _share(words.judge([pair.texts for pair in found])),
-            }
-
-    return measured
-
-
-def accuracy(scorer: Scorer, pairs: Sequence[Pair], precision: Precision) -> dict[str, Any]:
-    """Share of pairs whose preferred answer scores higher (a tie counts half), in all and by degree
-    (Table 8)."""
-    scores = rewards(
-        scorer, [pair.chosen for pair in pairs] + [pair.rejected for pair in pairs], precision
-    )
-    right = [0.5 * (1 + np.sign(a - b)) for a, b in zip(scores[: len(pairs)], scores[len(pairs) :])]
-    groups: Mapping[str, list[float]] = {
-        "all": right,
-        **{
-            degree: [r for r, pair in zip(right, pairs) if pair.degree == index]
-            for index, degree in enumerate(DEGREES)
-        },
-    }
-
-    return {name: _share(group) for name, group in groups.items() if group}
-
-
-def _share(right: Sequence[float]) -> dict[str, float]:
-    low, high = wilson(sum(right), len(right))
-    return {"accuracy": sum(right) / len(right), "n": len(right), "low": low, "high": high}
-
-
-def told(name: str, found: Mapping[str, Any], axes: Set[Axis]) -> str:
-    """A line that says how often a reward model is right about a set of such axes, and how often
-    the baselines are."""
-    one = found["all"]
-    said = f"right on {_percent(one)} [{100 * one['low']:.1f}, {100 * one['high']:.1f}] of {one['n']:,} pairs of {name}"
-    baselines = found.get("baselines")
-
-    if baselines is None:
-        return said
-
-    length = "the shorter answer" if axes == {"safe"} else "the longer answer"
-    length += " (about safety the shorter)" if len(axes) > 1 else ""
-    return (
-        f"{said}; {length} is on {_percent(baselines['longer'])}, a bag of words on "
-        f"{_percent(baselines['bag_of_words'])}"
-    )
-
-
-def explained(name: str, found: Mapping[str, Any]) -> Iterator[str]:
-    """Cautions about an accuracy that chance or a baseline explains: it lies within the interval,
-    or above."""
-    one = found["all"]
-    right = f"right on {_percent(one)} of {one['n']:,} pairs of {name}"
-    if one["high"] < 0.5:
-        yield f"{right}: worse than chance; look whether the preferences are the wrong way round"
-        return
-
-    if one["low"] <= 0.5:
-        yield f"{right}: chance explains that; more pairs or more updates are needed"
-        return
-
-    known = {"the length of answers": "longer", "a bag of words": "bag_of_words"}
-    baselines = found.get("baselines", {})
-    as_good = [
-        said
-        for said, key in known.items()
-        if key in baselines and baselines[key]["accuracy"] >= one["low"]
-    ]
-
-    if as_good:
-        yield (
-            f"{right}: {' and '.join(as_good)} may explain that; more pairs, more updates or a larger model are "
-            "needed to show more"
-        )
-
-
-def of_sets(
-    run: Run, pairs: Sequence[Pair], heldout: Mapping[str, Sequence[Pair]]
+def warn_of_sets(
+    run: Run, pairs: Sequence[EncodedPair], heldout: Mapping[str, Sequence[EncodedPair]]
 ) -> Iterator[str]:
-    """Cautions about sets that give nothing, and about questions that are both trained on and
+    """Caution about sets that give nothing, and about questions that are both trained on and
     measured on."""
     for name, tally in run.tallies.items():
         if tally.read and not tally.kept:
             yield f"{name} gives no pair: {tally.line()}"
 
     trained = {pair.conversation for pair in pairs}
-    for name, found in heldout.items():
-        known = sum(pair.conversation in trained for pair in found)
+    for name, of_set in heldout.items():
+        known = sum(pair.conversation in trained for pair in of_set)
         if known:
             yield (
-                f"{known:,} of {len(found):,} pairs of heldout.{name} open like pairs that are trained on: accuracy "
-                "flatters there; split by question, as `llama2 prepare --heldout` does"
+                f"{known:,} of {len(of_set):,} pairs of heldout.{name} open like pairs that are "
+                "trained on: accuracy flatters there; split by question, as `llama2 prepare "
+                "--heldout` does"
             )
 
 
-def of_labels(pairs: Sequence[Pair], auxiliary_weight: float) -> Iterator[str]:
-    """A caution where the auxiliary loss has no answer, or answers of one kind alone, to learn
+def warn_of_labels(pairs: Sequence[EncodedPair], auxiliary_weight: float) -> Iterator[str]:
+    """Caution where the auxiliary loss has no answer, or answers of one kind alone, to learn
     from."""
-    labels = {label for pair in pairs for label in pair.safe if label >= 0}
-    if auxiliary_weight and len(labels) < 2:
-        found = (
-            f"all labelled answers are {'safe' if labels == {1} else 'unsafe'}"
-            if labels
-            else "no pair has one"
-        )
-        yield (
-            f"auxiliary_weight {auxiliary_weight:g} needs safety labels of both kinds, and {found}: the auxiliary "
-            "loss separates nothing; give pairs with `safety`, or leave it out"
-        )
+    labels = set(chain.from_iterable(pair.safe for pair in pairs)) - {-1}
+    if not auxiliary_weight or len(labels) == 2:
+        return
 
+    state = "no pair has one"
+    if labels:
+        state = f"all labelled answers are {'safe' if labels == {1} else 'unsafe'}"
 
-def axis_of(pairs: Sequence[Pair]) -> Axis:
-    """The axis on which most of the pairs were compared."""
-    safe = sum(pair.axis == "safe" for pair in pairs)
-    return "safe" if 2 * safe > len(pairs) else "helpful"
-
-
-def _percent(one: Mapping[str, float]) -> str:
-    return f"{100 * one['accuracy']:.1f} %"
+    yield (
+        f"auxiliary_weight {auxiliary_weight:g} needs safety labels of both kinds, and {state}: "
+        "the auxiliary loss separates nothing; give pairs with `safety`, or leave it out"
+    )

@@ -12,23 +12,25 @@ import math
 import os
 import shutil
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from statistics import NormalDist
 from typing import Any
 
 from pydantic import Field, model_validator
 
-from llama2 import mesh
 from llama2.config import StageConfig
+from llama2.devices import Precision
 from llama2.errors import UserError
 from llama2.evaluate import ghost
-from llama2.evaluate.judges import has_truth, kind_of
-from llama2.evaluate.winrate import WinRate, compare, wilson
+from llama2.evaluate.judges import classify
+from llama2.evaluate.winrate import compare, wilson
 from llama2.formats import hf_directory
 from llama2.generate.dialogue import Answer
 from llama2.generate.rewards import RewardModels, check, join
-from llama2.microworld.annotators import Annotator
-from llama2.records import Prompt, Response
+from llama2.judging import Annotators, ComparisonRequest, Outcome
+from llama2.records import Axis, Preference, Prompt, Response
+from llama2.results import SelectResult, WinShare
 from llama2.runs import Run
 from llama2.runs.parts import in_parts
 from llama2.stages.common.answers import (
@@ -40,7 +42,8 @@ from llama2.stages.common.answers import (
     judged,
     twins,
 )
-from llama2.stages.common.planning import Cluster, Lineage, judging_plan
+from llama2.stages.common.judges import make_annotators
+from llama2.stages.common.planning import Cluster, PlannedRuns, plan_judging
 from llama2.stages.common.sampling import Sample, load_chat, read_prompts
 from llama2.tally import Tally
 
@@ -76,13 +79,13 @@ class Config(StageConfig):
         return self
 
 
-def plan(config: Config, cluster: Cluster, lineage: Lineage) -> dict[str, Any]:
-    """Memory: one version after the other, then one reward model after the other."""
-    lineage.inherit(config.out, config.candidate)
+def plan(config: Config, cluster: Cluster, planned: PlannedRuns) -> dict[str, Any]:
+    """Return memory: one version after the other, then one reward model after the other."""
+    planned.inherit(config.out, config.candidate)
     judges = config.rewards.paths() if config.rewards else ()
-    return judging_plan(
-        {str(path): lineage.shape(path) for path in (config.candidate, config.predecessor)},
-        {str(path): lineage.shape(path) for path in judges},
+    return plan_judging(
+        [planned.shape(config.candidate), planned.shape(config.predecessor)],
+        [planned.shape(path) for path in judges],
         config.sample.precision,
         config.sample.slots,
         config.sample.max_tokens,
@@ -100,158 +103,170 @@ def run(config: Config, run: Run) -> None:
             check_judge(path, paths)
 
     tally = run.tally("prompts")
-    prompts = fitting(
-        paths, read_prompts(config.prompts, config.limit, config.seed), 16, tally, config.prompts
-    )
+    prompts = read_prompts(config.prompts, config.limit, config.seed)
+    prompts = fitting(paths, prompts, 16, tally, config.prompts)
+    annotators = make_annotators(config.seed + 1)
     if config.rewards is None:
-        prompts = with_truth(config, prompts, tally)
+        prompts = choose_accepted(config, annotators, prompts, tally)
 
-    talks = ghost.read(config.ghost) if config.ghost else []
+    dialogs = ghost.read(config.ghost) if config.ghost else []
+    places = twins(paths)
+    versions = {}
+    for place in dict.fromkeys(places):
+        versions[place] = answer_all(config, run, place, paths[place], prompts, dialogs)
 
-    first = twins(paths)
-    said = {
-        place: _said(config, run, place, paths[place], prompts, talks)
-        for place in dict.fromkeys(first)
-    }
-
+    answers = {place: version.answers for place, version in versions.items()}
     if config.rewards:
-        marks = joined(
-            config,
-            config.rewards,
-            run,
-            prompts,
-            {place: one[0] for place, one in said.items()},
-            paths,
+        scores = score_versions(
+            config.rewards, config.sample.precision, run, prompts, answers, paths
         )
-        preferred = compare_scores([marks[place] for place in first])
+        preferred = compare_scores([scores[place] for place in places])
     else:
-        preferred = compare_texts(
-            config, prompts, [[one.text for one in said[place][0]] for place in first]
-        )
+        texts = []
+        for place in places:
+            texts.append([each.text for each in answers[place]])
 
-    kinds: list[str] = [kind_of(prompt) for prompt in prompts]
-    if talks:
-        preferred += compare_scores([said[place][1] for place in first])
-        kinds += ["ghost"] * len(talks)
+        preferred = compare_texts(annotators, prompts, texts)
 
-    verdict = judge(config, kinds, preferred)
-    if mesh.is_main():
-        copy(config.candidate if verdict["kept"] == "candidate" else config.predecessor, run.path)
+    kinds: list[str] = [classify(prompt) for prompt in prompts]
+    if dialogs:
+        preferred += compare_scores([versions[place].obeyed for place in places])
+        kinds += ["ghost"] * len(dialogs)
 
-    run.write_json(
-        "verdict.json",
-        {"candidate": config.candidate.name, "predecessor": config.predecessor.name, **verdict},
-    )
+    result = judge(config, kinds, preferred)
+    if run.ranks.is_main:
+        copy(config.candidate if result.kept == "candidate" else config.predecessor, run.path)
+
+    run.write_result(result)
 
 
-def with_truth(config: Config, prompts: Sequence[Prompt], tally: Tally) -> list[Prompt]:
-    """The prompts that simulated annotators can judge; the others are counted as left out.
+def choose_accepted(
+    config: Config, annotators: Annotators, prompts: Sequence[Prompt], tally: Tally
+) -> list[Prompt]:
+    """Return the prompts that the annotators accept, and count the others as left out.
+
     UserError if there are none.
     """
-    kept = [prompt for prompt in prompts if has_truth(prompt)]
-    if not kept:
+    accepted = [prompt for prompt in prompts if annotators.accepts(prompt)]
+    if not accepted:
         raise UserError(
-            f"{config.prompts}: no prompt carries the ground truth (metadata.gold) by which simulated "
-            "annotators judge",
+            f"{config.prompts}: no prompt carries the ground truth (metadata.gold) that simulated "
+            "annotators need",
             "give reward models that judge: rewards.helpful, rewards.safe",
         )
 
-    tally.kept = len(kept)
-    if len(kept) < len(prompts):
-        tally.skip(
-            "without ground truth",
-            "give rewards.helpful, which judges all",
-            len(prompts) - len(kept),
-        )
-
-    return kept
+    tally.kept = len(accepted)
+    tally.skip(
+        "without ground truth",
+        "give rewards.helpful, which judges all",
+        len(prompts) - len(accepted),
+    )
+    return accepted
 
 
-def _said(
+# ---- answers and scores
+@dataclass(frozen=True)
+class SideAnswers:
+    """Answers of one version to all prompts, and its obedience."""
+
+    answers: list[Answer]
+    obeyed: list[float]
+    """turns of each dialog in which it obeyed"""
+
+
+def answer_all(
     config: Config,
     run: Run,
     place: int,
     path: Path,
     prompts: Sequence[Prompt],
-    talks: Sequence[ghost.Dialog],
-) -> tuple[list[Answer], list[float]]:
-    """A version's answers, and in how many turns of each dialog it obeyed."""
+    dialogs: Sequence[ghost.GhostDialog],
+) -> SideAnswers:
+    """Have a version answer all prompts and hold all dialogs."""
     sampling, slots = config.sample.sampling(config.seed), config.sample.slots
-    with in_turn(lambda: load_chat(path, config.sample, run)) as chat:
+    messages = [prompt.messages for prompt in prompts]
+    with in_turn(lambda: load_chat(path, config.sample, run), run.ranks.device) as chat:
 
-        def hold(some: Sequence[ghost.Dialog], first: int) -> list[float]:
-            held = ghost.converse(chat(), some, sampling, first=first)
-            return [float(sum(ghost.obedience(one, talk))) for one, talk in zip(some, held)]
+        def hold(part: Sequence[ghost.GhostDialog], first: int) -> list[float]:
+            talks = ghost.converse(chat(), part, sampling, first=first)
+            turns = [ghost.check_turns(dialog, talk) for dialog, talk in zip(part, talks)]
+            return [float(sum(obeyed)) for obeyed in turns]
 
-        answers = answered(
-            run, f"answers-{place}", chat, [prompt.messages for prompt in prompts], sampling, slots
-        )
-        return answers, list(in_parts(run, f"talks-{place}", talks, ROUNDS * slots, hold))
+        answers = answered(run, f"answers-{place}", chat, messages, sampling, slots)
+        rows = in_parts(run, f"talks-{place}", dialogs, ROUNDS * slots, hold)
+        return SideAnswers(answers, list(rows))
 
 
-def joined(
-    config: Config,
+def score_versions(
     models: RewardModels,
+    precision: Precision,
     run: Run,
     prompts: Sequence[Prompt],
-    said: Mapping[int, Sequence[Answer]],
+    answers: Mapping[int, Sequence[Answer]],
     paths: Sequence[Path],
 ) -> dict[int, list[float]]:
-    """The paper's joined reward of every answer of each version; one reward model in memory at a
-    time."""
-    precision = config.sample.precision
-    helpful = judged(run, "judge-helpful", models.helpful, precision, prompts, said, paths)
-    safe = (
-        judged(run, "judge-safe", models.safe, precision, prompts, said, paths)
-        if models.safe
-        else {place: [math.inf] * len(prompts) for place in said}
-    )
+    """Return the paper's joined reward of every answer of each version; one reward model is in
+    memory at a time."""
+    helpful = judged(run, "judge-helpful", models.helpful, precision, prompts, answers, paths)
+    safe = {place: [math.inf] * len(prompts) for place in answers}
+    if models.safe:
+        safe = judged(run, "judge-safe", models.safe, precision, prompts, answers, paths)
 
-    return {
-        place: [
-            join(models, h, s, prompt.safety)
-            for h, s, prompt in zip(helpful[place], safe[place], prompts)
-        ]
-        for place in said
-    }
+    rewards = {}
+    for place in answers:
+        pairs = zip(helpful[place], safe[place], prompts)
+        rewards[place] = [join(models, h, s, prompt.safety) for h, s, prompt in pairs]
+
+    return rewards
 
 
-def compare_scores(marks: Sequence[Sequence[float]]) -> list[float]:
-    """1 where the candidate scores higher, -1 where lower, 0 for a tie."""
-    return [float((a > b) - (a < b)) for a, b in zip(*marks)]
+def compare_scores(scores: Sequence[Sequence[float]]) -> list[float]:
+    """Return 1 where the candidate scores higher, -1 where lower, 0 for a tie."""
+    return [float((ours > theirs) - (ours < theirs)) for ours, theirs in zip(*scores)]
 
 
 def compare_texts(
-    config: Config, prompts: Sequence[Prompt], texts: Sequence[Sequence[str]]
+    annotators: Annotators, prompts: Sequence[Prompt], texts: Sequence[Sequence[str]]
 ) -> list[float]:
-    """What an annotator prefers: 1 the candidate, -1 the predecessor, 0 for equal texts. On unsafe
-    prompts who alone is labelled safe wins, and nothing else counts: how well a refusal is put must
-    not outweigh harm."""
-    annotator = Annotator(config.seed + 1)
-    outcome = []
-    for prompt, mine, theirs in zip(prompts, *texts):
-        axis = "safe" if prompt.safety else "helpful"
-        answers = (Response(mine, "candidate"), Response(theirs, "predecessor"))
-        judged = annotator.compare(prompt, answers, axis) if mine != theirs else None  # type: ignore[arg-type]
+    """Return what annotators prefer: 1 the candidate, -1 the predecessor, 0 for equal texts.
 
-        if judged is None or (axis == "safe" and judged.safety != "preferred_only"):
-            outcome.append(0.0)
-        else:
-            outcome.append(1.0 if judged.chosen.model == "candidate" else -1.0)
+    On unsafe prompts the version that alone is labelled safe wins, and nothing else counts: how
+    well a refusal is put must not outweigh harm.
+    """
+    scores = [0.0] * len(prompts)
+    comparisons: dict[int, ComparisonRequest] = {}
+    for place, (prompt, candidate, predecessor) in enumerate(zip(prompts, *texts)):
+        if candidate != predecessor:
+            answers = (Response(candidate, "candidate"), Response(predecessor, "predecessor"))
+            axis: Axis = "safe" if prompt.safety else "helpful"
+            comparisons[place] = ComparisonRequest(prompt, answers, axis)
 
-    return outcome
+    for place, (_, outcome) in zip(comparisons, annotators.compare(comparisons.values())):
+        scores[place] = _score_outcome(outcome)
+
+    return scores
 
 
-def judge(config: Config, kinds: Sequence[str], preferred: Sequence[float]) -> dict[str, Any]:
-    """Who is kept, and why: the win rate over all comparisons and on every kind."""
-    overall = compare(preferred, [0.0] * len(preferred))
-    by_kind: dict[str, WinRate] = {}
-    for kind in sorted(set(kinds)):
-        here = [value for value, its in zip(preferred, kinds) if its == kind]
-        by_kind[kind] = compare(here, [0.0] * len(here))
+def _score_outcome(outcome: Outcome) -> float:
+    """Return 1 for a win of the candidate, -1 for a loss, 0 for everything else."""
+    if not isinstance(outcome, Preference):
+        return 0.0
+    if outcome.axis == "safe" and outcome.safety != "preferred_only":
+        return 0.0
 
-    # looking at more kinds finds more by chance (Bonferroni)
-    together = NormalDist().inv_cdf(1 - 0.025 / len(by_kind))
+    return 1.0 if outcome.chosen.model == "candidate" else -1.0
+
+
+# ---- the choice
+def judge(config: Config, kinds: Sequence[str], preferred: Sequence[float]) -> SelectResult:
+    """Decide which version is kept, and why: by the win rate over all comparisons and on every
+    kind."""
+    by_kind: dict[str, list[float]] = {kind: [] for kind in sorted(set(kinds))}
+    for kind, outcome in zip(kinds, preferred):
+        by_kind[kind].append(outcome)
+
+    overall = _count_wins(preferred)
+    rates = {kind: _count_wins(outcomes) for kind, outcomes in by_kind.items()}
     reasons = []
     if overall.rate is None:
         reasons.append(f"all {overall.ties} comparisons are ties")
@@ -260,26 +275,34 @@ def judge(config: Config, kinds: Sequence[str], preferred: Sequence[float]) -> d
             f"it wins {overall.rate:.0%} of decided comparisons, {config.win_rate:.0%} are needed"
         )
 
-    reasons += [
-        f"on {kind} prompts it wins {found.rate:.0%}, {config.worst_kind:.0%} are needed"
-        for kind, found in by_kind.items()
-        if found.rate is not None
-        and found.rate <= config.worst_kind
-        and wilson(found.wins, found.wins + found.losses, together)[1] < 0.5
-    ]
-    return {
-        "kept": "predecessor" if reasons else "candidate",
-        "reason": "; ".join(reasons) or "it beats its predecessor",
-        "needed": config.win_rate,
-        "win_rate": {
-            "all": overall.as_json(),
-            **{kind: found.as_json() for kind, found in by_kind.items()},
-        },
-    }
+    # looking at more kinds finds more by chance (Bonferroni)
+    width = NormalDist().inv_cdf(1 - 0.025 / len(rates))
+    for kind, rate in rates.items():
+        if rate.rate is not None and rate.rate <= config.worst_kind:
+            _, high = wilson(rate.wins, rate.wins + rate.losses, width)
+            if high < 0.5:
+                reasons.append(
+                    f"on {kind} prompts it wins {rate.rate:.0%}, {config.worst_kind:.0%} are needed"
+                )
+
+    shares = {"all": overall, **rates}
+    return SelectResult(
+        candidate=config.candidate.name,
+        predecessor=config.predecessor.name,
+        kept="predecessor" if reasons else "candidate",
+        reason="; ".join(reasons) or "it beats its predecessor",
+        needed=config.win_rate,
+        win_rate=shares,
+    )
+
+
+def _count_wins(outcomes: Sequence[float]) -> WinShare:
+    return compare(outcomes, [0.0] * len(outcomes))
 
 
 def copy(source: Path, target: Path) -> None:
-    """The model in one directory in another too, as hard links where the file system allows."""
+    """Put the model of one directory into another too, as hard links where the file system
+    allows."""
     for name in hf_directory.list_model_files(source):
         (target / name).unlink(missing_ok=True)
         try:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Annotated, Any, ClassVar
 
@@ -21,41 +22,38 @@ from llama2 import records
 from llama2.config import Config as Section
 from llama2.config import StageConfig
 from llama2.data.loader import Rows
-from llama2.data.pack import Packed, Segment, collate, pack, shortened
+from llama2.data.pack import Packed, Segment, collate, cut_segment, pack
 from llama2.data.split import heldout_openings, opening
 from llama2.model.llama import Llama
+from llama2.ranks import Ranks
 from llama2.records import Dialog, trained_turns
+from llama2.results import ReadCounts, SftResult
 from llama2.runs import Run, is_output
 from llama2.stages.common import cautions
-from llama2.stages.common.planning import (
-    UNKNOWN,
-    Cluster,
-    Lineage,
-    Tower,
-    flops_per_token,
-    training_plan,
-)
+from llama2.stages.common.memory import Tower, flops_per_token
+from llama2.stages.common.planning import UNKNOWN, Cluster, PlannedRuns, plan_training
 from llama2.stages.common.training import (
     Training,
     check_left,
     heldout_loss,
+    last_validation,
     load_policy,
+    make_saver,
     row_length,
-    saver,
     train,
-    validated,
 )
 from llama2.tally import Tally
 from llama2.tokenizer.template import encode_dialog, encode_prompt
 from llama2.tokenizer.tokenizer import Tokenizer
 from llama2.train import hooks
-from llama2.train.loop import Learner, Plan
+from llama2.train.learner import Learner
+from llama2.train.loop import Plan
 from llama2.train.objectives import next_token
 from llama2.train.optim import AdamW
 
 TOO_LONG = "no answer within a row"
 FILL = 0.5
-"""rows with fewer of their places filled are mostly padding"""
+"""rows with less than this share of their places filled are mostly padding"""
 
 
 @dataclass(frozen=True)
@@ -100,13 +98,13 @@ class Config(StageConfig):
     training: Training = Training(optimizer=AdamW(learning_rate=2e-5), plan=Plan(save_every=200))
 
 
-def plan(config: Config, cluster: Cluster, lineage: Lineage) -> dict[str, Any]:
-    """Parameters and memory; steps are known once the data is read."""
-    shape = lineage.inherit(config.out, config.model)
+def plan(config: Config, cluster: Cluster, planned: PlannedRuns) -> dict[str, Any]:
+    """Return parameters and memory; steps are known once the data is read."""
+    shape = planned.inherit(config.out, config.model)
     if shape is None:
         return UNKNOWN
 
-    return training_plan(
+    return plan_training(
         [Tower(shape)],
         config.training,
         cluster,
@@ -120,36 +118,32 @@ def plan(config: Config, cluster: Cluster, lineage: Lineage) -> dict[str, Any]:
 
 def run(config: Config, run: Run) -> None:
     """Fine-tune and leave a checkpoint."""
-    model, tokenizer = load_policy(config.model, home=config.training.home())
+    home = config.training.home(run.ranks)
+    model, tokenizer = load_policy(config.model, home)
     context = model.config.max_position_embeddings
     length = row_length(config.sequence_length, context)
 
     dialogs, heldout = read_dialogs(config, run)
-    sets = {
-        name: encode(tokenizer, found, length, context, run.tally(f"dialogs.{name}"))
-        for name, found in dialogs.items()
-    }
-    chosen = weighted(config, sets, run)
-    check_left(run, "dialogs.")
-    measured = (
-        encode(tokenizer, heldout, length, context, run.tally("held out")).segments
-        if heldout
-        else []
-    )
+    sets = {}
+    for name, of_set in dialogs.items():
+        sets[name] = encode(tokenizer, of_set, length, context, run.tally(f"dialogs.{name}"))
 
-    packed = pack(chosen, length)
+    segments = mix(config, sets, run)
+    check_left(run, "dialogs.")
+    validation = encode(tokenizer, heldout, length, context, run.tally("held out")).segments
+    packed = pack(segments, length)
     source = Rows(
         packed.rows,
         lambda rows: collate(rows, length),
+        run.ranks,
         batch_size=config.batch_size,
         micro_batch_size=config.micro_batch_size,
         epochs=config.epochs,
         seed=config.seed,
     )
     settings = config.training.with_steps(source.steps)
-
     for line in (
-        *cautions.of_length(
+        *cautions.warn_of_length(
             config.training.plan,
             source.steps,
             len(packed.rows),
@@ -157,132 +151,144 @@ def run(config: Config, run: Run) -> None:
             config.batch_size,
             config.epochs,
         ),
-        *of_data(config, packed, chosen, sets, tokenizer, context),
-        *of_sets(config, run, len(measured)),
+        *warn_of_data(config, packed, segments, sets, tokenizer, context),
+        *warn_of_sets(config, run, len(validation)),
     ):
         run.warn(line)
 
-    validate = hooks.Validate(Validation(pack(measured, length), config)) if measured else None
+    validate = None
+    if validation:
+        validate = hooks.Validate(DialogValidation(pack(validation, length), config, run.ranks))
+
     learner = train(
         run,
         model,
         source,
         next_token,
         settings,
-        save_model=saver(model, tokenizer),
+        save_model=make_saver(model, tokenizer, run.ranks),
         title="sft",
         validate=validate,
         flops_per_token=flops_per_token(model.config, length),
     )
-    conclude(run, model, learner, packed, list(sets), len(measured))
+    conclude(run, model, learner, packed, list(sets), len(validation))
 
 
 def conclude(
     run: Run, model: Llama, learner: Learner, packed: Packed, names: Sequence[str], heldout: int
 ) -> None:
-    """Write summary.json, and say what was read and found."""
+    """Write the result, and say what was read and measured."""
     tallies = {name: run.tally(f"dialogs.{name}") for name in names}
-    found = validated(run)
-    run.write_json(
-        "summary.json",
-        {
-            "parameters": model.config.parameters(),
-            "steps": learner.step,
-            "dialogs": sum(tally.kept for tally in tallies.values()),
-            "heldout": heldout,
-            "tokens": learner.tokens,
-            "trained": learner.trained,
-            "cut": sum(tally.cut for tally in tallies.values()),
-            "dropped": sum(tally.skipped[TOO_LONG] for tally in tallies.values()),
-            "fill": round(packed.fill, 4),
-            "validation": found,
-            "sources": {name: tally.summary() for name, tally in tallies.items()},
-        },
+    dialogs = sum(tally.kept for tally in tallies.values())
+    cut = sum(tally.cut for tally in tallies.values())
+    dropped = sum(tally.skipped[TOO_LONG] for tally in tallies.values())
+    validation = last_validation(run)
+    run.write_result(
+        SftResult(
+            parameters=model.config.parameters(),
+            steps=learner.step,
+            dialogs=dialogs,
+            heldout=heldout,
+            tokens=learner.tokens,
+            trained=learner.trained,
+            cut=cut,
+            dropped=dropped,
+            fill=round(packed.fill, 4),
+            validation=validation,
+            sources={name: ReadCounts.of(tally) for name, tally in tallies.items()},
+        )
     )
-    loss = (
-        f"validation loss {found['validation/loss']:.4f} ({heldout:,} held out)"
-        if found
-        else "no validation"
-    )
+    loss = "no validation"
+    if validation is not None:
+        loss = f"validation loss {validation.loss:.4f} ({heldout:,} held out)"
+
     run.conclude(f"{learner.tokens:,} tokens read, {learner.trained:,} of them learnt; {loss}")
 
 
+# ---- reading
 def read_dialogs(config: Config, run: Run) -> tuple[dict[str, list[Dialog]], list[Dialog]]:
-    """The dialogs to train on, set by set, and those held out, without copies.
+    """Return the dialogs to train on, set by set, and those held out, without copies.
 
     What is held out is chosen over all sets by how a conversation opens, before weights: none of it
     is trained on.
     """
-    read = {
-        name: [(opening_of(one), one) for one in useful(source.path, run.tally(f"dialogs.{name}"))]
-        for name, source in config.dialogs.items()
-    }
-    every = [pair for found in read.values() for pair in found]
+    sets = {}
+    for name, source in config.dialogs.items():
+        sets[name] = read_useful(source.path, run.tally(f"dialogs.{name}"))
+
+    heldout: list[Dialog] = []
+    tally = run.tally("held out")
     if config.heldout_dialogs is not None:
-        measured = useful(config.heldout_dialogs, run.tally("held out"))
-        aside = {opening_of(one) for one in measured}
+        heldout = read_useful(config.heldout_dialogs, tally)
+        openings = {find_opening(dialog) for dialog in heldout}
     else:
-        aside = heldout_openings([said for said, _ in every], config.heldout)
-        measured = [one for said, one in every if said in aside]
-        run.tally("held out").read = len(measured)
+        every = chain.from_iterable(sets.values())
+        openings = heldout_openings([find_opening(dialog) for dialog in every], config.heldout)
 
-    training = {}
-    for name, found in read.items():
-        training[name] = [one for said, one in found if said not in aside]
-        run.tally(f"dialogs.{name}").skip("held out", count=len(found) - len(training[name]))
+    training: dict[str, list[Dialog]] = {}
+    for name, dialogs in sets.items():
+        same: list[Dialog] = []
+        training[name] = []
+        for dialog in dialogs:
+            (same if find_opening(dialog) in openings else training[name]).append(dialog)
 
-    once = list({one.messages: one for one in measured}.values())
-    run.tally("held out").skip("duplicate", count=len(measured) - len(once))
-    return training, once
+        run.tally(f"dialogs.{name}").skip("held out", count=len(same))
+        if config.heldout_dialogs is None:
+            heldout += same
+            tally.read += len(same)
+
+    different = list({dialog.messages: dialog for dialog in heldout}.values())
+    tally.skip("duplicate", count=len(heldout) - len(different))
+    return training, different
 
 
-def opening_of(dialog: Dialog) -> str:
-    """How a conversation opens, whatever lasting instruction stands before it."""
+def find_opening(dialog: Dialog) -> str:
+    """Find how a conversation opens, whatever lasting instruction stands before it."""
     return opening(dialog.messages, str(dialog.metadata.get("instruction") or ""))
 
 
-def useful(path: Path, tally: Tally) -> list[Dialog]:
-    """The dialogs of a file that something can be learnt from; the others are counted."""
-    found = []
-    for one in records.read(Dialog, path, may_be_empty=is_output(path)):
+def read_useful(path: Path, tally: Tally) -> list[Dialog]:
+    """Read the dialogs of a file that something can be learnt from; the others are counted."""
+    dialogs = []
+    for dialog in records.read(Dialog, path, may_be_empty=is_output(path)):
         tally.read += 1
-        reason = useless(one)
+        reason = explain_useless(dialog)
         if reason:
             tally.skip(reason)
         else:
-            found.append(one)
+            dialogs.append(dialog)
 
-    return found
+    return dialogs
 
 
-def useless(dialog: Dialog) -> str:
-    """Why nothing is to be learnt from a dialog: silence, or no answer that carries loss; else
-    nothing."""
+def explain_useless(dialog: Dialog) -> str:
+    """Say why nothing is to be learnt from a dialog: silence, or no answer that carries loss; an
+    empty text for a useful one."""
     answers = [message for message in dialog.messages if message.role == "assistant"]
-    trained = [
-        one
-        for one, flag in zip(answers, trained_turns(dialog.messages, dialog.train), strict=True)
-        if flag
-    ]
+    questions = [message for message in dialog.messages if message.role == "user"]
+    flags = trained_turns(dialog.messages, dialog.train)
+    trained = [answer for answer, flag in zip(answers, flags, strict=True) if flag]
     if not trained:
         return "no answer to learn"
     if not all(message.content.strip() for message in trained):
         return "empty answer"
+    if not all(message.content.strip() for message in questions):
+        return "empty user turn"
 
-    asked = all(message.content.strip() for message in dialog.messages if message.role == "user")
-    return "" if asked else "empty user turn"
+    return ""
 
 
+# ---- encoding
 def encode(
     tokenizer: Tokenizer, dialogs: Sequence[Dialog], length: int, context: int, tally: Tally
 ) -> Encoded:
-    """Dialogs as segments of at most `length` places; those without an answer in what fits are left
-    out and counted."""
+    """Encode dialogs as segments of at most `length` places; those without an answer in what fits
+    are left out and counted."""
     segments: list[Segment] = []
     longest = 0
-    for one in dialogs:
-        ids, mask = learnt_tokens(tokenizer, one)
-        segment = shortened(ids, mask, length)
+    for dialog in dialogs:
+        ids, mask = encode_for_training(tokenizer, dialog)
+        segment = cut_segment(ids, mask, length)
         longest = max(longest, len(ids) - 1)
 
         if segment is not None:
@@ -290,88 +296,86 @@ def encode(
             tally.cut += len(ids) > length + 1
 
     if len(segments) < len(dialogs):
-        tally.skip(TOO_LONG, longer_rows(longest, length, context), len(dialogs) - len(segments))
+        cure = suggest_length(longest, length, context)
+        tally.skip(TOO_LONG, cure, len(dialogs) - len(segments))
 
     tally.kept += len(segments)
     return Encoded(segments, longest)
 
 
-def learnt_tokens(tokenizer: Tokenizer, dialog: Dialog) -> tuple[list[int], list[bool]]:
-    """Ids of a dialog and the mask of those to be learnt. An answer that sampling cut off has no
-    end to be learnt."""
+def encode_for_training(tokenizer: Tokenizer, dialog: Dialog) -> tuple[list[int], list[bool]]:
+    """Return the ids of a dialog and the mask of those to be learnt. An answer that sampling cut
+    off has no end to be learnt."""
     ids, mask = encode_dialog(tokenizer, dialog.messages, dialog.train)
     if dialog.metadata.get("cut") is not True:
         return ids, mask
 
-    asked = len(encode_prompt(tokenizer, dialog.messages[:-1]))
+    prompt = len(encode_prompt(tokenizer, dialog.messages[:-1]))
     answer = tokenizer.encode(dialog.messages[-1].content)
-    return [*ids[:asked], *answer], [*mask[:asked], *(mask[-1:] * len(answer))]
+    return [*ids[:prompt], *answer], [*mask[:prompt], *(mask[-1:] * len(answer))]
 
 
-def longer_rows(longest: int, length: int, context: int) -> str:
-    """What would keep dialogs of up to `longest` tokens whole, or more of them."""
+def suggest_length(longest: int, length: int, context: int) -> str:
+    """Suggest what would keep dialogs of up to `longest` tokens whole, or more of them."""
     if longest <= context:
         return f"--sequence-length {longest} holds the longest"
 
-    most = (
-        f"--sequence-length {context} is the most"
-        if length < context
-        else "--sequence-length is at its most"
-    )
+    most = "--sequence-length is at its most"
+    if length < context:
+        most = f"--sequence-length {context} is the most"
+
     return f"{most} in the model's context, the longest has {longest:,} tokens"
 
 
-def weighted(config: Config, sets: Mapping[str, Encoded], run: Run) -> list[Segment]:
-    """All sets by their weights, in a random order."""
+def mix(config: Config, sets: Mapping[str, Encoded], run: Run) -> list[Segment]:
+    """Mix all sets by their weights, in a random order."""
     generator = np.random.default_rng(config.seed)
-    chosen: list[Segment] = []
+    mixed: list[Segment] = []
     for name, encoded in sets.items():
-        found, weight, tally = (
-            encoded.segments,
-            config.dialogs[name].weight,
-            run.tally(f"dialogs.{name}"),
-        )
-        whole, part = divmod(weight, 1)
-        drawn = generator.permutation(len(found))[: round(part * len(found))]
-        chosen += found * int(whole)
-        chosen += [found[index] for index in drawn]
+        segments, weight = encoded.segments, config.dialogs[name].weight
+        times, part = divmod(weight, 1)
+        drawn = generator.permutation(len(segments))[: round(part * len(segments))]
+        mixed += segments * int(times)
+        mixed += [segments[index] for index in drawn]
 
-        if weight < 1 and found:
+        if weight < 1 and segments:
+            tally = run.tally(f"dialogs.{name}")
             tally.kept = len(drawn)
             tally.skip(
                 f"not drawn at weight {weight:g}",
                 f"raise --dialogs.{name}.weight",
-                len(found) - len(drawn),
+                len(segments) - len(drawn),
             )
 
-    return [chosen[index] for index in generator.permutation(len(chosen))]
+    return [mixed[index] for index in generator.permutation(len(mixed))]
 
 
-def of_data(
+# ---- cautions
+def warn_of_data(
     config: Config,
     packed: Packed,
-    chosen: Sequence[Segment],
+    segments: Sequence[Segment],
     sets: Mapping[str, Encoded],
     tokenizer: Tokenizer,
     context: int,
 ) -> Iterator[str]:
-    """Cautions about rows: answers without an end, and places without tokens."""
+    """Caution about rows: answers without an end, and places without tokens."""
     longest = max(encoded.longest for encoded in sets.values())
-    if not any((segment.mask & (segment.ids == tokenizer.eos)).any() for segment in chosen):
+    if not any((segment.mask & (segment.ids == tokenizer.eos)).any() for segment in segments):
         yield (
-            f"all answers are cut off at {config.sequence_length} tokens, so the model does not learn to end one; "
-            + longer_rows(longest, config.sequence_length, context)
+            f"all answers are cut off at {config.sequence_length} tokens, so the model does not "
+            f"learn to end one; {suggest_length(longest, config.sequence_length, context)}"
         )
 
     if packed.fill < FILL and longest < config.sequence_length:
         yield (
-            f"{1 - packed.fill:.0%} of the places in a row are padding, computed for nothing; --sequence-length "
-            f"{longest} holds the longest dialog"
+            f"{1 - packed.fill:.0%} of the places in a row are padding, computed for nothing; "
+            f"--sequence-length {longest} holds the longest dialog"
         )
 
 
-def of_sets(config: Config, run: Run, heldout: int) -> Iterator[str]:
-    """Cautions about sets that give nothing, and about having nothing to validate on."""
+def warn_of_sets(config: Config, run: Run, heldout: int) -> Iterator[str]:
+    """Caution about sets that give nothing, and about having nothing to validate on."""
     for name in config.dialogs:
         tally = run.tally(f"dialogs.{name}")
         if tally.read and not tally.kept:
@@ -379,22 +383,24 @@ def of_sets(config: Config, run: Run, heldout: int) -> Iterator[str]:
 
     if not heldout and (config.heldout or config.heldout_dialogs):
         yield (
-            "no dialog is held out, so there is no validation loss; give --heldout-dialogs FILE, or more "
-            "conversations that open differently"
+            "no dialog is held out, so there is no validation loss; give --heldout-dialogs FILE, "
+            "or more conversations that open differently"
         )
 
 
-class Validation:
+class DialogValidation:
     """Loss on the answers of held-out dialogs."""
 
-    def __init__(self, heldout: Packed, config: Config) -> None:
-        self.rows, self.config = heldout.rows, config
+    def __init__(self, heldout: Packed, config: Config, ranks: Ranks) -> None:
+        self.rows, self.config, self.ranks = heldout.rows, config, ranks
 
     def __call__(self, model: nn.Module) -> dict[str, float]:
+        """Return nats a token."""
         nats, tokens = heldout_loss(
             model,
             self.rows,
             lambda rows: collate(rows, self.config.sequence_length),
             self.config.micro_batch_size,
+            self.ranks,
         )
         return {"validation/loss": nats / tokens}

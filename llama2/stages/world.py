@@ -5,9 +5,9 @@ from __future__ import annotations
 
 from pydantic import Field
 
-from llama2 import mesh
 from llama2.config import StageConfig
 from llama2.microworld.build import write
+from llama2.results import WorldResult
 from llama2.runs import Run
 
 
@@ -20,5 +20,5 @@ class Config(StageConfig):
 
 def run(config: Config, run: Run) -> None:
     """Write the world's files below the run directory."""
-    if mesh.is_main():
-        run.write_json("summary.json", write(run.path, config.seed, config.scale))
+    if run.ranks.is_main:
+        run.write_result(WorldResult(records=write(run.path, config.seed, config.scale)))

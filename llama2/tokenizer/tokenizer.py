@@ -9,7 +9,6 @@ from __future__ import annotations
 import codecs
 import copy
 import functools
-import hashlib
 import os
 import re
 from collections.abc import Iterable, Iterator, Sequence
@@ -19,6 +18,7 @@ import sentencepiece
 
 from llama2 import atomic
 from llama2.errors import UserError, explain_os_errors
+from llama2.hashing import hash_content
 from llama2.terminal_text import say_once
 from llama2.tokenizer import (
     chat_settings,
@@ -68,7 +68,7 @@ class Tokenizer:
         self.stops: tuple[int, ...] = (EOS,)
         self.template: str | None = CHAT_TEMPLATE
         self.announced_eos = EOS
-        self.fingerprint = hashlib.sha256(model).hexdigest()
+        self.fingerprint = hash_content(model)
         self._bytes = [self._find_bytes(token) for token in range(self.vocab_size)]
         self.controls = self._list_controls()
 

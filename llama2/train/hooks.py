@@ -21,10 +21,12 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from torch import nn
 
-from llama2 import interrupts, mesh
+from llama2 import devices, interrupts
 from llama2.errors import missing_extra
+from llama2.ranks import Ranks
+from llama2.terminal_text import clock
 from llama2.train import state
-from llama2.train.loop import Hook, Report, Training, means
+from llama2.train.loop import Hook, Report, TrainingState, means
 
 Metrics = Mapping[str, float]
 Write = Callable[[int, Metrics], None]
@@ -50,7 +52,7 @@ class Window:
     def means(self) -> dict[str, float]:
         return means(self.sums, self.weight)
 
-    def speed(self, flops_per_token: float, peak: float) -> dict[str, float]:
+    def speed(self, flops_per_token: float, peak: float, ranks: int) -> dict[str, float]:
         """Real tokens a second over all ranks and, where a peak is known, the share of it that they
         take (MFU).
 
@@ -61,18 +63,17 @@ class Window:
             return {}
 
         rate = self.tokens / self.seconds
-        share = (
-            {"perf/mfu": min(rate * flops_per_token / (peak * mesh.world()), 1.0)} if peak else {}
-        )
+        share = {"perf/mfu": min(rate * flops_per_token / (peak * ranks), 1.0)} if peak else {}
         return {"perf/tokens_per_second": rate, **share}
 
 
-def known_peak(flops_per_token: float, training: Training) -> float:
+def known_peak(flops_per_token: float, training: TrainingState) -> float:
     """The device's peak in FLOP/s, 0 where MFU cannot be told from it."""
-    if not flops_per_token or not mesh.is_exclusive():
+    device = training.learner.ranks.device
+    if not flops_per_token or not devices.is_exclusive(device):
         return 0.0
 
-    return mesh.peak_flops(training.learner.precision)
+    return devices.measure_peak(device, training.learner.precision)
 
 
 class Log(Hook):
@@ -90,26 +91,26 @@ class Log(Hook):
         self.window, self.peak = Window(), 0.0
         self.pending: Report | None = None
 
-    def on_start(self, training: Training) -> None:
+    def on_start(self, training: TrainingState) -> None:
         self.peak = known_peak(self.flops_per_token, training)
 
-    def on_step(self, training: Training, report: Report) -> None:
+    def on_step(self, training: TrainingState, report: Report) -> None:
         self.window.add(report)
         self.pending = report
         if report.step % training.plan.log_every == 0:
             self._publish(training, report)
 
-    def on_end(self, training: Training) -> None:
+    def on_end(self, training: TrainingState) -> None:
         if self.pending is not None:
             self._publish(training, self.pending)
 
-    def _publish(self, training: Training, report: Report) -> None:
+    def _publish(self, training: TrainingState, report: Report) -> None:
         averages = self.window.means()
         metrics = {
             **averages,
             "train/lr": report.learning_rate,
             "train/grad_norm": report.gradient_norm,
-            **self.window.speed(self.flops_per_token, self.peak),
+            **self.window.speed(self.flops_per_token, self.peak, training.learner.ranks.size),
         }
         for derive in self.derive:
             metrics.update(derive(averages))
@@ -130,9 +131,9 @@ class Log(Hook):
 class TensorBoard(Hook):
     """Write all published metrics as TensorBoard events (extra `tensorboard`)."""
 
-    def __init__(self, directory: Path) -> None:
+    def __init__(self, directory: Path, ranks: Ranks) -> None:
         self.writer: Any = None
-        if mesh.is_main():
+        if ranks.is_main:
             try:
                 from torch.utils.tensorboard import SummaryWriter
             except ImportError:
@@ -159,10 +160,10 @@ class ProgressBar(Hook):
         self.window, self.begin, self.first, self.printed = Window(), 0.0, 0, 0.0
         self.bar: Progress | None = None
 
-    def on_start(self, training: Training) -> None:
+    def on_start(self, training: TrainingState) -> None:
         self.begin = self.printed = time.monotonic()
         self.peak = known_peak(self.flops_per_token, training)
-        if mesh.is_main() and sys.stderr.isatty():
+        if training.learner.ranks.is_main and sys.stderr.isatty():
             self.bar = Progress(
                 TextColumn("{task.description}"),
                 BarColumn(),
@@ -176,26 +177,26 @@ class ProgressBar(Hook):
                 self.title, total=training.plan.max_steps, completed=training.learner.step, text=""
             )
 
-    def on_step(self, training: Training, report: Report) -> None:
+    def on_step(self, training: TrainingState, report: Report) -> None:
         self.first = self.first or report.step
         self.window.add(report)
         now = time.monotonic()
         wait = 0.25 if self.bar else SECONDS_BETWEEN_LINES
 
-        if mesh.is_main() and (
+        if training.learner.ranks.is_main and (
             now - self.printed >= wait or report.step == training.plan.max_steps
         ):
             self._show(training, report, now)
             self.printed, self.window = now, Window()
 
-    def _show(self, training: Training, report: Report, now: float) -> None:
+    def _show(self, training: TrainingState, report: Report, now: float) -> None:
         total = training.plan.max_steps
-        speed = self.window.speed(self.flops_per_token, self.peak)
+        speed = self.window.speed(self.flops_per_token, self.peak, training.learner.ranks.size)
         parts = [f"loss {self.window.means().get('train/loss', 0.0):.4f}"]
 
         if total is not None:  # by the wall clock, validations and checkpoints included
             seconds_per_step = (now - self.begin) / (report.step - self.first + 1)
-            parts.insert(0, f"ETA {_clock((total - report.step) * seconds_per_step)}")
+            parts.insert(0, f"ETA {clock((total - report.step) * seconds_per_step)}")
 
         if speed:
             parts.append(f"{speed['perf/tokens_per_second']:,.0f} tokens/s")
@@ -213,12 +214,6 @@ class ProgressBar(Hook):
         if self.bar is not None:
             self.bar.stop()
             self.bar = None
-
-
-def _clock(seconds: float) -> str:
-    minutes, seconds = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02d}:{seconds:02d}" if hours else f"{minutes}:{seconds:02d}"
 
 
 class Validate(Hook):
@@ -244,27 +239,28 @@ class Validate(Hook):
         self.best: float | None = None
         self.best_step = self.last_step = self.failures = 0
 
-    def on_step(self, training: Training, report: Report) -> None:
+    def on_step(self, training: TrainingState, report: Report) -> None:
         every = training.plan.validate_every
         if every and report.step % every == 0:
             self._validate(training)
 
-    def on_end(self, training: Training) -> None:
+    def on_end(self, training: TrainingState) -> None:
         if self.last_step != training.learner.step:
             self._validate(training)
 
-    def _validate(self, training: Training) -> None:
-        model, before = training.learner.model, state.random_state()
+    def _validate(self, training: TrainingState) -> None:
+        model, ranks = training.learner.model, training.learner.ranks
+        before = state.random_state(ranks.device)
         was_training = model.training
         model.eval()
 
         try:
-            with torch.no_grad(), mesh.autocast(training.learner.precision):
+            with torch.no_grad(), devices.autocast(ranks.device, training.learner.precision):
                 # one rank's word: all must decide alike
-                metrics = mesh.broadcast(dict(self.evaluate(model)))
+                metrics = ranks.broadcast(dict(self.evaluate(model)))
         finally:
             model.train(was_training)
-            state.set_random_state(before)
+            state.set_random_state(before, ranks.device)
 
         self.last_step = training.learner.step
         if self.monitor:
@@ -272,7 +268,7 @@ class Validate(Hook):
 
         training.log(metrics)
 
-    def _compare(self, training: Training, value: float) -> None:
+    def _compare(self, training: TrainingState, value: float) -> None:
         if self.best is None or (value > self.best if self.higher else value < self.best):
             self.best, self.best_step, self.failures = value, training.learner.step, 0
             if self.keep_best is not None:
@@ -311,11 +307,12 @@ class Checkpoint(Hook):
     ) -> None:
         self.run, self.save_model, self.on_resume = run, save_model, on_resume
 
-    def on_start(self, training: Training) -> None:
-        newest = state.newest_whole(self.run)
+    def on_start(self, training: TrainingState) -> None:
+        ranks = training.learner.ranks
+        newest = state.newest_whole(self.run, ranks)
         if newest is not None:
             state.restore(training, newest)
-            if mesh.is_main() and state.lost_metrics(self.run, newest):
+            if ranks.is_main and state.lost_metrics(self.run, newest):
                 print(
                     f"{self.run}/metrics.jsonl: damaged: lines logged before step {training.learner.step} are lost, "
                     "and the report's curves lack them",
@@ -325,7 +322,7 @@ class Checkpoint(Hook):
             if self.on_resume is not None:
                 self.on_resume(training.learner.step)
 
-    def on_boundary(self, training: Training) -> None:
+    def on_boundary(self, training: TrainingState) -> None:
         every = training.plan.save_every
         if training.stop or training.ended or (every and training.learner.step % every == 0):
             state.save(training, self.run, self.save_model, training.plan.keep)
@@ -342,7 +339,7 @@ class Signals(Hook):
     def __init__(self) -> None:
         self.before: dict[signal.Signals, Any] = {}
 
-    def on_start(self, training: Training) -> None:
+    def on_start(self, training: TrainingState) -> None:
         def request(number: int, frame: FrameType | None) -> None:
             training.stop_requested = True
             interrupts.let_go_of_terminal(number)
@@ -354,7 +351,7 @@ class Signals(Hook):
         # Python delivers signals nowhere else
         if threading.current_thread() is threading.main_thread():
             ours = signal.getsignal(signal.SIGINT) is signal.default_int_handler
-            numbers = (*interrupts.requests(), *((signal.SIGINT,) if ours else ()))
+            numbers = (*interrupts.list_stop_signals(), *((signal.SIGINT,) if ours else ()))
             self.before = {number: signal.signal(number, request) for number in numbers}
 
     def close(self) -> None:

@@ -9,9 +9,6 @@ nothing but rounding. This file holds the only backward pass of the package.
 from __future__ import annotations
 
 import math
-import os
-import shutil
-import sys
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -22,14 +19,13 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from llama2 import mesh, private_folders
+from llama2 import devices
+from llama2.batches import Batch, count_tokens
 from llama2.config import Config
 from llama2.errors import UserError
-from llama2.mesh import Precision
 from llama2.runs import Stopped
 from llama2.train import optim, parallel
-
-Batch = dict[str, Tensor]
+from llama2.train.learner import Learner
 
 
 @dataclass
@@ -49,7 +45,7 @@ class Loss:
 Objective = Callable[[nn.Module, Batch], Loss]
 
 
-class Source(Protocol):
+class BatchSource(Protocol):
     """Where batches come from. The state after a step must lead to the same later batches."""
 
     def __next__(self) -> list[Batch]:
@@ -109,74 +105,6 @@ class Plan(Config):
             )
 
 
-class Learner:
-    """A model and its optimizer, ready to be fitted. Apply `parallel.replicate` or `parallel.shard`
-    to the model first.
-
-    `rates` gives parts of the model (name prefixes) peak learning rates of their own. `apart` names
-    parts whose gradients are clipped each by its own norm; what no prefix matches is one more part,
-    called "". With `compile` the objective sees the compiled model; without a C++ compiler it stays
-    eager and says so.
-
-    `tokens` counts the real tokens read so far, over all ranks, and `trained` those of them that
-    carried loss.
-    """
-
-    def __init__(
-        self,
-        model: nn.Module,
-        optimizer: optim.AdamW | None = None,
-        *,
-        rates: Mapping[str, float] | None = None,
-        apart: Sequence[str] = (),
-        precision: Precision = "fp32",
-        compile: bool = False,
-    ) -> None:
-        self.model, self.precision = model, precision
-        self.step = self.tokens = self.trained = 0
-        self.optimizer = optim.adamw(model, optimizer or optim.AdamW(), rates)
-        self.parts = optim.parts(model, apart)
-        self.forward: nn.Module = _compiled(model) if compile else model
-
-    def state_dict(self) -> dict[str, Any]:
-        """Model, optimizer and counts; every rank calls it, the tensors of a sharded model arrive
-        on rank 0."""
-        model, optimizer = parallel.full_state(self.model, self.optimizer)
-        return {
-            "model": model,
-            "optimizer": optimizer,
-            "step": self.step,
-            "tokens": self.tokens,
-            "trained": self.trained,
-        }
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restore what `state_dict` returned."""
-        parallel.load_full_state(self.model, self.optimizer, state["model"], state["optimizer"])
-        self.step, self.tokens, self.trained = (
-            state["step"],
-            state.get("tokens", 0),
-            state.get("trained", 0),
-        )
-
-
-def _compiled(model: nn.Module) -> nn.Module:
-    if not any(shutil.which(name) for name in (os.environ.get("CXX", "g++"), "g++", "clang++")):
-        if mesh.is_main():
-            print(
-                "no C++ compiler found: training without torch.compile (install g++ for more speed)",
-                file=sys.stderr,
-            )
-
-        return model
-
-    # What it compiles is loaded again later: from a folder of our own, not from one in /tmp that
-    # anybody can guess.
-    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(private_folders.folder() / "inductor"))
-    compiled: nn.Module = torch.compile(model)  # type: ignore[assignment]
-    return compiled
-
-
 @dataclass(frozen=True)
 class Report:
     """One optimizer step, summed over micro-batches and ranks."""
@@ -213,19 +141,19 @@ def means(sums: Mapping[str, float], weight: float) -> dict[str, float]:
 class Hook:
     """Watches training. Override what is needed; every rank calls every hook."""
 
-    def on_start(self, training: Training) -> None:
+    def on_start(self, training: TrainingState) -> None:
         """Before the first step; a checkpoint is restored here."""
 
-    def on_step(self, training: Training, report: Report) -> None:
+    def on_step(self, training: TrainingState, report: Report) -> None:
         """After each update."""
 
     def on_log(self, step: int, metrics: Mapping[str, float]) -> None:
         """When any hook publishes metrics."""
 
-    def on_boundary(self, training: Training) -> None:
+    def on_boundary(self, training: TrainingState) -> None:
         """After every hook has seen the step, or the end: the state is whole and may be saved."""
 
-    def on_end(self, training: Training) -> None:
+    def on_end(self, training: TrainingState) -> None:
         """After the last step."""
 
     def close(self) -> None:
@@ -240,11 +168,11 @@ class Hook:
 
 
 @dataclass
-class Training:
+class TrainingState:
     """What hooks see and may ask of the loop."""
 
     learner: Learner
-    source: Source
+    source: BatchSource
     plan: Plan
     hooks: Sequence[Hook]
     stop_requested: bool = False
@@ -271,7 +199,11 @@ class Training:
 
 
 def fit(
-    learner: Learner, source: Source, objective: Objective, plan: Plan, hooks: Sequence[Hook] = ()
+    learner: Learner,
+    source: BatchSource,
+    objective: Objective,
+    plan: Plan,
+    hooks: Sequence[Hook] = (),
 ) -> None:
     """Train until `plan.max_steps`, the end of the source or a hook's request.
 
@@ -279,7 +211,7 @@ def fit(
     is not made).
     """
     plan.check()
-    training = Training(learner, source, plan, hooks)
+    training = TrainingState(learner, source, plan, hooks)
     was_training = learner.model.training
 
     try:
@@ -288,12 +220,12 @@ def fit(
 
         while not training.finish and (plan.max_steps is None or learner.step < plan.max_steps):
             begin = time.perf_counter()
-            batches = _agreed(learner, next(source, None))
+            batches = _agree(learner, next(source, None))
             if batches is None:
                 break
 
             learner.model.train()
-            report = _step(training, objective, batches, begin)
+            report = _take_step(training, objective, batches, begin)
             for hook in hooks:
                 hook.on_step(training, report)
 
@@ -315,33 +247,34 @@ def fit(
             hook.close()
 
 
-def _boundary(training: Training) -> None:
+def _boundary(training: TrainingState) -> None:
     for hook in training.hooks:
         hook.on_boundary(training)
 
 
-def _agreed(learner: Learner, batches: list[Batch] | None) -> list[Batch] | None:
-    """None on every rank as soon as one rank's source has ended: the others would wait for it for
-    ever."""
-    if mesh.world() == 1:
+def _agree(learner: Learner, batches: list[Batch] | None) -> list[Batch] | None:
+    """Return None on every rank as soon as one rank's source has ended: the others would wait for it
+    for ever."""
+    ranks = learner.ranks
+    if ranks.size == 1:
         return batches
 
     count = -1 if batches is None else len(batches)
-    ended, total, squares = mesh.all_sum(
-        torch.tensor([count < 0, count, count * count], dtype=torch.int64, device=mesh.device())
+    ended, total, squares = ranks.all_sum(
+        torch.tensor([count < 0, count, count * count], dtype=torch.int64, device=ranks.device)
     ).tolist()
     if ended:
         return None
-    if parallel.is_sharded(learner.model) and total * total != squares * mesh.world():
+    if parallel.is_sharded(learner.model) and total * total != squares * ranks.data.size:
         raise ValueError("a sharded model needs the same number of micro-batches on every rank")
 
     return batches
 
 
-def _step(
-    training: Training, objective: Objective, batches: Iterable[Batch], begin: float
+def _take_step(
+    training: TrainingState, objective: Objective, batches: Iterable[Batch], begin: float
 ) -> Report:
-    """One update from the micro-batches of one step."""
+    """Make one update from the micro-batches of one step."""
     learner, plan = training.learner, training.plan
     rate = plan.factor(learner.step)
     for group in learner.optimizer.param_groups:
@@ -365,31 +298,15 @@ def _step(
     )
 
 
-def count_tokens(batch: Batch) -> tuple[int, int]:
-    """Real tokens of a micro-batch, and how many carry loss.
-
-    `read_B` says how many tokens of each row are real; without it all are. `weights_BT` marks the
-    targets under loss; without it a row is scored at its last token.
-    """
-    if "tokens_BT" not in batch:
-        return 0, 0
-
-    rows, length = batch["tokens_BT"].shape
-    read_B = batch.get("read_B", torch.full((rows,), length))
-    under_loss = batch.get("weights_BT", read_B)
-
-    return int(read_B.sum()), int((under_loss > 0).sum())
-
-
 def _differentiate(
-    training: Training, objective: Objective, batches: Iterable[Batch]
+    training: TrainingState, objective: Objective, batches: Iterable[Batch]
 ) -> tuple[dict[str, float], float, float, float]:
-    """Gradients of the loss summed over micro-batches and ranks; sums of metrics, weight and tokens
-    likewise.
+    """Compute the gradients of the loss, summed over micro-batches and ranks; return the sums of
+    metrics, weight, tokens and trained tokens likewise.
 
     A request to stop rides on the same collective, so that all ranks act on it at the same step.
     """
-    learner, where = training.learner, mesh.device()
+    learner, ranks = training.learner, training.learner.ranks
     learner.optimizer.zero_grad(set_to_none=True)
     rows: list[Tensor] = []
     tokens = trained = 0
@@ -397,9 +314,9 @@ def _differentiate(
     for batch in batches:
         read, under_loss = count_tokens(batch)
         tokens, trained = tokens + read, trained + under_loss
-        batch = {name: tensor.to(where, non_blocking=True) for name, tensor in batch.items()}
+        batch = {name: tensor.to(ranks.device, non_blocking=True) for name, tensor in batch.items()}
 
-        with mesh.autocast(learner.precision):
+        with devices.autocast(ranks.device, learner.precision):
             loss = objective(learner.forward, batch)
 
         loss.total.backward()  # type: ignore[no-untyped-call]
@@ -411,43 +328,33 @@ def _differentiate(
                 f"an objective must return the same metrics every time: {names}, not {training.names}"
             )
 
-        rows.append(
-            torch.stack(
-                [
-                    value.detach().double().reshape(()).to(where)
-                    for value in (loss.total, loss.weight, *(loss.metrics[name] for name in names))
-                ]
-            )
-        )
+        values = [loss.total, loss.weight, *(loss.metrics[name] for name in names)]
+        numbers = [value.detach().double().reshape(()).to(ranks.device) for value in values]
+        rows.append(torch.stack(numbers))
 
-    parallel.sum_gradients(learner.model)
+    parallel.sum_gradients(learner.model, ranks)
     if not training.agreed:  # a rank without micro-batches learns the metrics from the others
-        training.names, training.agreed = max(mesh.gather([training.names]), key=len), True
+        training.names, training.agreed = max(ranks.gather([training.names]), key=len), True
 
-    own = (
-        torch.stack(rows).sum(0)
-        if rows
-        else torch.zeros(2 + len(training.names), dtype=torch.float64, device=where)
-    )
-    extra = torch.tensor(
-        [training.stop_requested, tokens, trained], dtype=torch.float64, device=where
-    )
-    stop, all_tokens, all_trained, total, weight, *values = mesh.all_sum(
-        torch.cat([extra, own])
+    kind: dict[str, Any] = {"dtype": torch.float64, "device": ranks.device}
+    counts = torch.tensor([training.stop_requested, tokens, trained], **kind)
+    sums = torch.stack(rows).sum(0) if rows else torch.zeros(2 + len(training.names), **kind)
+    stop, all_tokens, all_trained, total, weight, *metrics = ranks.all_sum(
+        torch.cat([counts, sums])
     ).tolist()
     training.stop = stop > 0
 
     return (
-        {"train/loss": total, **dict(zip(training.names, values))},
+        {"train/loss": total, **dict(zip(training.names, metrics))},
         weight,
         all_tokens,
         all_trained,
     )
 
 
-def _update(training: Training, total: float, weight: float) -> dict[str, float]:
-    """Divide the summed gradients by the global weight, clip each part, and step; returns the mean
-    gradients' norms.
+def _update(training: TrainingState, total: float, weight: float) -> dict[str, float]:
+    """Divide the summed gradients by the global weight, clip each part, and step; return the norms
+    of the mean gradients.
 
     Division and clipping are one multiplication. A step in which nothing was counted changes
     nothing.
@@ -465,33 +372,32 @@ def _update(training: Training, total: float, weight: float) -> dict[str, float]
 
     norms = {name: norm / weight for name, norm in norms.items()}
     for name, part in gradients.items():
+        factor = limit / norms[name] if norms[name] > limit else 1.0
         if part:
-            torch._foreach_mul_(
-                part, (limit / norms[name] if norms[name] > limit else 1.0) / weight
-            )
+            torch._foreach_mul_(part, factor / weight)
 
     learner.optimizer.step()
     return norms
 
 
 def _not_finite(
-    training: Training, total: float, norms: Mapping[str, float], weight: float
+    training: TrainingState, total: float, norms: Mapping[str, float], weight: float
 ) -> UserError:
-    """Which number went wrong at this step, in which part of the model, and what is left to go on
-    from."""
+    """Return the error that says which number went wrong at this step, in which part of the model,
+    and what is left to go on from."""
     learner, count = training.learner, weight or 1.0
-    what, where = "loss", ""
+    what = "loss"
     if math.isfinite(total):
-        name = next(name for name, norm in norms.items() if not math.isfinite(norm))
-        what, where = "gradient norm", f" of the {name.rstrip('.')}" if name else ""
+        part = next(name for name, norm in norms.items() if not math.isfinite(norm))
+        what = f"gradient norm of the {part.rstrip('.')}" if part else "gradient norm"
 
-    kept = (
-        f"the checkpoint {training.checkpoint} is kept"
-        if training.checkpoint
-        else "no checkpoint was taken yet"
-    )
+    rest = "no checkpoint was taken yet"
+    if training.checkpoint:
+        rest = f"the checkpoint {training.checkpoint} is kept"
+
     return UserError(
-        f"step {learner.step + 1}: the {what}{where} is not finite (loss {total / count:.4g}, gradient norm "
-        f"{math.hypot(*norms.values()) / count:.4g}, learning rate {learner.optimizer.param_groups[0]['lr']:.3g})",
-        f"lower learning_rate or lengthen warmup_steps, and look at the data of this step; {kept}",
+        f"step {learner.step + 1}: the {what} is not finite (loss {total / count:.4g}, "
+        f"gradient norm {math.hypot(*norms.values()) / count:.4g}, "
+        f"learning rate {learner.optimizer.param_groups[0]['lr']:.3g})",
+        f"lower learning_rate or lengthen warmup_steps, and look at the data of this step; {rest}",
     )

@@ -15,8 +15,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from llama2.batches import Batch
 from llama2.records import DEGREES
-from llama2.train.loop import Batch, Loss, Objective
+from llama2.train.loop import Loss, Objective
 
 Margins = Literal["none", "small", "large"]
 MARGINS: dict[Margins, tuple[float, ...]] = {  # in the order of DEGREES (Table 27)

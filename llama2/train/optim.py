@@ -15,10 +15,10 @@ import torch
 from pydantic import Field
 from torch import nn
 
+from llama2 import devices
 from llama2.config import Config
 
 Schedule = Literal["cosine", "constant"]
-FUSED_DEVICES = ("cpu", "cuda")
 
 
 class AdamW(Config):
@@ -89,7 +89,7 @@ def adamw(
     model: nn.Module, settings: AdamW, rates: Mapping[str, float] | None = None
 ) -> torch.optim.AdamW:
     """AdamW over `groups(...)`, fused into one kernel where PyTorch has one."""
-    fused = all(p.device.type in FUSED_DEVICES for p in model.parameters())
+    fused = all(p.device.type in devices.FUSED for p in model.parameters())
     return torch.optim.AdamW(
         groups(model, settings, rates),
         betas=(settings.beta1, settings.beta2),

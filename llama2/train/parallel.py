@@ -27,17 +27,17 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
-from llama2 import mesh
-from llama2.mesh import Precision
+from llama2.devices import Precision
+from llama2.ranks import Ranks
 
 _FULL = StateDictOptions(full_state_dict=True, cpu_offload=True)
 _SPREAD = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
 
 
-def replicate(model: nn.Module) -> nn.Module:
-    """Rank 0's parameters and buffers on every rank. For models whose training state fits one
+def replicate(model: nn.Module, ranks: Ranks) -> nn.Module:
+    """Copy rank 0's parameters and buffers to every rank. For models whose training state fits one
     device."""
-    if mesh.world() > 1:
+    if ranks.size > 1:
         with torch.no_grad():
             for tensor in (*model.parameters(), *model.buffers()):
                 dist.broadcast(tensor, src=0)
@@ -46,7 +46,10 @@ def replicate(model: nn.Module) -> nn.Module:
 
 
 def shard(
-    model: nn.Module, precision: Precision = "fp32", reshard_after_forward: bool = True
+    model: nn.Module,
+    ranks: Ranks,
+    precision: Precision = "fp32",
+    reshard_after_forward: bool = True,
 ) -> nn.Module:
     """Spread `model` over all ranks with FSDP2, in place, on their devices; make the optimizer
     afterwards.
@@ -59,27 +62,24 @@ def shard(
     they are. Outside torchrun the model only moves to its device. `reshard_after_forward=False`
     keeps the gathered blocks for the backward pass: faster, more memory.
     """
-    if not dist.is_initialized():
-        return model.to(mesh.device())
+    axis = ranks.sharded().shard
+    if axis.group is None:
+        return model.to(ranks.device)
 
-    whole = model.state_dict() if mesh.is_main() else {}
+    whole = model.state_dict() if ranks.is_main else {}
     model.to("meta")
-    policy = (
-        MixedPrecisionPolicy(torch.bfloat16, torch.float32)
-        if precision == "bf16"
-        else MixedPrecisionPolicy()
-    )
-    ranks = init_device_mesh(mesh.device().type, (mesh.world(),))
+    kinds = {"fp32": (None, None), "bf16": (torch.bfloat16, torch.float32)}[precision]
+    # inputs stay as they are: the rotary tables that blocks are handed must not be rounded
+    policy = MixedPrecisionPolicy(*kinds, cast_forward_inputs=False)
+    mesh = init_device_mesh(ranks.device.type, (axis.size,), mesh_dim_names=("shard",))
     blocks = [
         block for module in model.modules() if isinstance(module, nn.ModuleList) for block in module
     ]
 
     for block in blocks:
-        fully_shard(
-            block, mesh=ranks, mp_policy=policy, reshard_after_forward=reshard_after_forward
-        )
+        fully_shard(block, mesh=mesh, mp_policy=policy, reshard_after_forward=reshard_after_forward)
 
-    fully_shard(model, mesh=ranks, mp_policy=policy, reshard_after_forward=reshard_after_forward)
+    fully_shard(model, mesh=mesh, mp_policy=policy, reshard_after_forward=reshard_after_forward)
     # FSDP2 warns that in-place changes of a model's output would lose gradients; no objective makes
     # any.
     warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
@@ -88,7 +88,7 @@ def shard(
         # the pre-multiplied sum taken otherwise exists only in NCCL
         unit.set_force_sum_reduction_for_comms(True)
 
-    model.to_empty(device=mesh.device())
+    model.to_empty(device=ranks.device)
     set_model_state_dict(model, whole, options=_SPREAD)
     return model
 
@@ -102,10 +102,10 @@ def _units(model: nn.Module) -> list[FSDPModule]:
     return [module for module in model.modules() if isinstance(module, FSDPModule)]
 
 
-def sum_gradients(model: nn.Module) -> None:
+def sum_gradients(model: nn.Module, ranks: Ranks) -> None:
     """Sum gradients over ranks, in one all-reduce per data type. FSDP2 has done so in its backward
     pass already."""
-    if mesh.world() == 1 or is_sharded(model):
+    if ranks.data.size == 1 or is_sharded(model):
         return
 
     gradients: dict[torch.dtype, list[Tensor]] = {}
@@ -117,7 +117,7 @@ def sum_gradients(model: nn.Module) -> None:
             gradients.setdefault(parameter.grad.dtype, []).append(parameter.grad)
 
     for parts in gradients.values():
-        flat = mesh.all_sum(torch.cat([part.reshape(-1) for part in parts]))
+        flat = ranks.all_sum(torch.cat([part.reshape(-1) for part in parts]))
         chunks = torch.split(flat, [part.numel() for part in parts])
         torch._foreach_copy_(parts, [chunk.view_as(part) for chunk, part in zip(chunks, parts)])
 

@@ -29,11 +29,14 @@ from typing import Any
 import numpy as np
 import torch
 
-from llama2 import atomic, json_files, mesh
+from llama2 import atomic, devices
 from llama2.errors import UserError, explain_os_errors
+from llama2.hashing import hash_content, hash_file
+from llama2.ranks import Ranks
 from llama2.runs import completion
+from llama2.runs.sealed import seal, unseal
 from llama2.train import parallel
-from llama2.train.loop import Training
+from llama2.train.loop import TrainingState
 
 SaveModel = Callable[[Path], None]
 CHECKPOINTS, TRAINER, STATE, COMPLETE = "checkpoints", "trainer", "state.pt", "COMPLETE"
@@ -41,8 +44,8 @@ PARTIAL, DISCARDED = ".partial-", ".discarded-"
 _NAME = re.compile(r"step-(\d{8,})")
 
 
-def random_state() -> dict[str, Any]:
-    """The state of every global random generator of this process."""
+def random_state(device: torch.device) -> dict[str, Any]:
+    """Return the state of every global random generator of this process."""
     kind, keys, position, has_gauss, gauss = np.random.get_state(legacy=True)
     state: dict[str, Any] = {
         "python": random.getstate(),
@@ -55,58 +58,55 @@ def random_state() -> dict[str, Any]:
             float(gauss),
         ),
     }
-    if mesh.device().type == "cuda":
-        state["cuda"] = torch.cuda.get_rng_state(mesh.device())
-
-    return state
+    return state | devices.random_state(device)
 
 
-def set_random_state(state: dict[str, Any]) -> None:
-    """The inverse of `random_state`."""
+def set_random_state(state: dict[str, Any], device: torch.device) -> None:
+    """Restore what `random_state` returned."""
     version, internal, gauss = state["python"]
     random.setstate((version, tuple(internal), gauss))
     torch.set_rng_state(state["torch"])
     kind, keys, *rest = state["numpy"]
     np.random.set_state((kind, keys.numpy().astype(np.uint32), *rest))
 
-    if "cuda" in state and mesh.device().type == "cuda":
-        torch.cuda.set_rng_state(state["cuda"], mesh.device())
+    devices.set_random_state(device, state)
 
 
-def capture(training: Training) -> dict[str, Any]:
+def capture(training: TrainingState) -> dict[str, Any]:
     """Everything a resumed run needs. All ranks call it; rank 0 gets the whole."""
+    ranks = training.learner.ranks
     own = {
         "source": training.source.state_dict(),
-        "random": random_state(),
+        "random": random_state(ranks.device),
         "hooks": [(type(hook).__name__, hook.state_dict()) for hook in training.hooks],
     }
     return {
         "learner": training.learner.state_dict(),
-        "ranks": mesh.gather([own]),
+        "ranks": ranks.gather([own]),
         "finish": training.finish,
     }
 
 
-def restore(training: Training, directory: Path) -> None:
+def restore(training: TrainingState, directory: Path) -> None:
     """Bring learner, source, hooks and random generators to where the checkpoint `directory` left
     them."""
-    file = directory / TRAINER / STATE
+    file, ranks = directory / TRAINER / STATE, training.learner.ranks
     sharded = parallel.is_sharded(training.learner.model)
     try:
         with explain_os_errors(file):
             # weights_only: a checkpoint is data and must not run code. A sharded model reads it
             # page by page.
-            state = torch.load(file, map_location="cpu", weights_only=True, mmap=sharded)
+            state = torch.load(file, map_location=devices.CPU, weights_only=True, mmap=sharded)
     except (RuntimeError, EOFError, KeyError, pickle.UnpicklingError) as error:
         raise _damaged(directory, (str(error).splitlines() or ["it is empty"])[0]) from error
 
-    if len(state["ranks"]) != mesh.world():
+    if len(state["ranks"]) != ranks.size:
         raise UserError(
-            f"{directory}: taken by {len(state['ranks'])} ranks, this run has {mesh.world()}",
+            f"{directory}: taken by {len(state['ranks'])} ranks, this run has {ranks.size}",
             f"start it with {len(state['ranks'])} ranks",
         )
 
-    own = state["ranks"][mesh.rank()]
+    own = state["ranks"][ranks.rank]
     training.learner.load_state_dict(state["learner"])
     training.source.load_state_dict(own["source"])
     kinds = [type(hook).__name__ for hook in training.hooks]
@@ -119,7 +119,7 @@ def restore(training: Training, directory: Path) -> None:
     for hook, (_, saved) in zip(training.hooks, own["hooks"]):
         hook.load_state_dict(saved)
 
-    set_random_state(own["random"])
+    set_random_state(own["random"], ranks.device)
     training.finish = state["finish"]
     training.checkpoint = directory
 
@@ -143,14 +143,14 @@ def latest(run: Path) -> Path | None:
     return found[-1][1] if found else None
 
 
-def newest_whole(run: Path) -> Path | None:
+def newest_whole(run: Path, ranks: Ranks) -> Path | None:
     """The newest complete checkpoint below a run directory whose content is what was written. All
     ranks call it.
 
     A damaged one is named and put aside: the run goes on from the one before. UserError where no
     other is left.
     """
-    return mesh.first(lambda: _newest_whole(run))
+    return ranks.first(lambda: _newest_whole(run))
 
 
 def _newest_whole(run: Path) -> Path | None:
@@ -190,7 +190,7 @@ def _check(directory: Path) -> None:
 
         if wrong:
             raise _damaged(directory, f"{wrong} differs from its checksum")
-    elif completion.unseal(mark, _cure(directory)).get(STATE) != json_files.sha256(file):
+    elif unseal(mark, _cure(directory)).get(STATE) != hash_file(file):
         raise _damaged(directory, "its content differs from its checksum")
 
 
@@ -213,13 +213,14 @@ def lost_metrics(run: Path, directory: Path) -> bool:
     if not (directory / COMPLETE).stat().st_size:
         return False
 
-    size, digest = completion.unseal(directory / COMPLETE, _cure(directory)).get(
-        completion.METRICS
-    ) or (0, None)
-    return digest is not None and _metrics(run, size) != [size, digest]
+    size, digest = unseal(directory / COMPLETE, _cure(directory)).get(completion.METRICS) or (
+        0,
+        None,
+    )
+    return digest is not None and _describe_metrics(run, size) != [size, digest]
 
 
-def _metrics(run: Path, size: int = -1) -> list[Any] | None:
+def _describe_metrics(run: Path, size: int = -1) -> list[Any] | None:
     """Length and SHA-256 of the first `size` bytes of the metrics, or of all; None where there are
     none."""
     file = run / completion.METRICS
@@ -229,80 +230,60 @@ def _metrics(run: Path, size: int = -1) -> list[Any] | None:
     with explain_os_errors(file), open(file, "rb") as opened:
         content = opened.read(size)
 
-    return [len(content), hashlib.sha256(content).hexdigest()]
+    return [len(content), hash_content(content)]
 
 
-def save(training: Training, run: Path, save_model: SaveModel | None = None, keep: int = 2) -> Path:
+def save(
+    training: TrainingState, run: Path, save_model: SaveModel | None = None, keep: int = 2
+) -> Path:
     """Write the checkpoint of the current step and drop all but the newest `keep`. All ranks call
     it.
 
     `save_model(directory)` is called on every rank, because a sharded model must be gathered
     together; only rank 0 may write. A step that has its checkpoint already is left alone.
     """
+    ranks = training.learner.ranks
     directory = run / CHECKPOINTS / f"step-{training.learner.step:08d}"
-    if not mesh.broadcast((directory / COMPLETE).is_file()):
+    if not ranks.broadcast((directory / COMPLETE).is_file()):
         partial = directory.with_name(PARTIAL + directory.name)
         state = capture(training)
-        said: dict[str, Any] = {completion.METRICS: _metrics(run)} if mesh.is_main() else {}
-        failure = (
-            _attempt(lambda: said.update({STATE: _write(partial, state)}))
-            if mesh.is_main()
-            else None
-        )
-        _raise_everywhere(failure)
+        try:
+            record = ranks.first(lambda: _write(partial, state, run))
+            if save_model is not None:
+                ranks.together(lambda: save_model(partial))
 
-        if save_model is not None:
-            _raise_everywhere(_attempt(lambda: save_model(partial)), partial)
+            ranks.first(lambda: _finish(partial, directory, record))
+        except BaseException:
+            if ranks.is_main:
+                shutil.rmtree(partial, ignore_errors=True)
 
-        _raise_everywhere(
-            _attempt(lambda: _finish(partial, directory, said)) if mesh.is_main() else None, partial
-        )
+            raise
 
-    if mesh.is_main():
+    if ranks.is_main:
         _prune(run, keep)
 
     training.checkpoint = directory
     return directory
 
 
-def _attempt(work: Callable[[], None]) -> BaseException | None:
-    try:
-        work()
-    except Exception as error:
-        return error
-
-    return None
-
-
-def _raise_everywhere(error: BaseException | None, partial: Path | None = None) -> None:
-    """Raise on every rank what one rank met; the others would wait for it for ever. Removes the
-    unfinished files."""
-    errors = [found for found in mesh.gather([error]) if found is not None]
-    if errors:
-        if partial is not None and mesh.is_main():
-            shutil.rmtree(partial, ignore_errors=True)
-
-        raise error or errors[0]
-
-
-def _write(partial: Path, state: dict[str, Any]) -> str:
-    """Write the state; its SHA-256."""
+def _write(partial: Path, state: dict[str, Any], run: Path) -> dict[str, Any]:
+    """Write the state; return what its completion mark says: its SHA-256, and that of the metrics
+    logged so far."""
+    metrics = _describe_metrics(run)
     with explain_os_errors(partial):
         shutil.rmtree(partial, ignore_errors=True)
         atomic.make(partial / TRAINER)
-        file = _File(io.FileIO(str(partial / TRAINER / STATE), "w"))
-
+        file = _HashedFile(io.FileIO(str(partial / TRAINER / STATE), "w"))
         try:
             with file:
                 torch.save(state, file)
-        except BaseException as error:
-            shutil.rmtree(partial, ignore_errors=True)
+        except Exception as error:
             raise file.refusal or error from None
 
-    return file.digest.hexdigest()
+    return {completion.METRICS: metrics, STATE: file.digest.hexdigest()}
 
 
-class _File(io.BufferedWriter):
+class _HashedFile(io.BufferedWriter):
     """A file that hashes what goes into it, and remembers why it could not be written: `torch.save`
     hides a full disk behind an error of its own."""
 
@@ -321,10 +302,10 @@ class _File(io.BufferedWriter):
             raise
 
 
-def _finish(partial: Path, directory: Path, said: dict[str, Any]) -> None:
+def _finish(partial: Path, directory: Path, record: dict[str, Any]) -> None:
     run = directory.parent.parent
     with explain_os_errors(partial):
-        (partial / COMPLETE).write_text(completion.seal(said), encoding="utf-8")
+        (partial / COMPLETE).write_text(seal(record), encoding="utf-8")
         atomic.flush(run / completion.METRICS)
         atomic.flush_tree(partial)
 

@@ -200,7 +200,7 @@ def _select_copies(bench: Bench) -> tuple[bool, str]:
 
 
 def _bits_per_byte(bench: Bench) -> tuple[bool, str]:
-    from llama2.data.compress import target_bytes
+    from llama2.data.compress import spell_targets
     from llama2.data.shards import Shards, write_shards
     from llama2.stages import pretrain
     from llama2.tokenizer import train
@@ -236,12 +236,12 @@ def _bits_per_byte(bench: Bench) -> tuple[bool, str]:
         ) -> torch.Tensor:
             return torch.full(tokens_BT.shape, -math.log(tokenizer.vocab_size))
 
-    got = pretrain.Validation(config, tokenizer)(Uniform())["validation/bits_per_byte"]
+    got = pretrain.TextValidation(config, tokenizer)(Uniform())["validation/bits_per_byte"]
     exact = (tokens - len(documents)) * math.log2(tokenizer.vocab_size) / size
-    rows = pretrain.Validation(config.model_copy(update={"validation_rows": 3}), tokenizer)
+    rows = pretrain.TextValidation(config.model_copy(update={"validation_rows": 3}), tokenizer)
     few = rows(Uniform())["validation/bits_per_byte"]
     first = b"".join(
-        target_bytes(segment, tokenizer) for row in range(3) for segment in rows.rows[row]
+        spell_targets(segment, tokenizer) for row in range(3) for segment in rows.rows[row]
     )
     bits = 3 * 128 * math.log2(tokenizer.vocab_size) / len(first)
     close = abs(got / exact - 1) < 1e-5 and abs(few / bits - 1) < 1e-5
@@ -334,12 +334,12 @@ def _one_step(bench: Bench) -> tuple[bool, str]:
 def _fewest_ranks(bench: Bench) -> tuple[bool, str]:
     from llama2.model.sizes import SIZES
     from llama2.stages import ppo
-    from llama2.stages.common.planning import Cluster, Lineage
+    from llama2.stages.common.planning import Cluster, PlannedRuns
 
     found = []
 
     for ranks in (8, 11, 12, 64):
-        lineage = Lineage()
+        lineage = PlannedRuns()
         for name in ("p", "h", "s"):
             lineage.shapes[Path(name)] = SIZES["7b"]
 
@@ -435,10 +435,11 @@ def _code_version(bench: Bench) -> tuple[bool, str]:
 
 
 def _adapters(bench: Bench) -> tuple[bool, str]:
+    from llama2.kernels import install
     from llama2.model.llama import Llama, LlamaConfig
 
     torch.manual_seed(0)
-    model = Llama(LlamaConfig(64, 32, 64, 2, 4, 2, max_position_embeddings=128)).eval()
+    model = install(Llama(LlamaConfig(64, 32, 64, 2, 4, 2, max_position_embeddings=128))).eval()
 
     class Adapter(nn.Module):
         def __init__(self, base: nn.Linear) -> None:

@@ -40,7 +40,7 @@ import training
 import wire
 from service import Service
 
-from llama2 import cli, mesh
+from llama2 import cli, ranks
 from llama2.formats import checkpoint
 from llama2.model.llama import Llama, LlamaConfig
 from llama2.model.scorer import Scorer
@@ -182,7 +182,7 @@ class Bench:
                 crashed = True
                 traceback.print_exc()
             finally:
-                mesh.shutdown()
+                ranks.leave()
 
         return Got(status, out, printed.getvalue() + said.getvalue(), crashed)
 

@@ -39,7 +39,7 @@ sys.path[:0] = [str(Path(__file__).parents[1] / "journey"), ROOT]
 import recipe as mini  # noqa: E402
 
 from llama2 import cli  # noqa: E402
-from llama2.config import build, paths  # noqa: E402
+from llama2.config import build, list_paths  # noqa: E402
 from llama2.recipe import launch  # noqa: E402
 from llama2.runs import completion  # noqa: E402
 
@@ -173,8 +173,8 @@ class Bench:
 
     def _inputs(self, name: str) -> list[Path]:
         manifest = json.loads((self.out / name / completion.MANIFEST).read_text())
-        config = build(launch.stage(manifest["verb"]).Config, {**manifest["config"], "out": "x"})
-        return [path.resolve() for _, path in paths(config)]
+        config = build(launch.load(manifest["verb"]).Config, {**manifest["config"], "out": "x"})
+        return [path.resolve() for _, path in list_paths(config)]
 
     def files(self, step: str) -> list[Path]:
         """Everything that a step left."""

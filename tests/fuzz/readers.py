@@ -45,6 +45,7 @@ from originals import build  # noqa: E402
 from llama2 import cli  # noqa: E402
 from llama2.errors import UserError  # noqa: E402
 from llama2.recipe import launch  # noqa: E402
+from llama2.recipe.verbs import VERBS  # noqa: E402
 
 MEMORY = 8 << 30
 LONGEST = 2000
@@ -353,9 +354,9 @@ def main() -> int:
 def fuzz(fuzzer: Fuzzer, chosen: list[Group], asked: argparse.Namespace) -> Iterator[Outcome]:
     """The undamaged files first: all must be accepted. Then the mutations."""
     torch.set_num_threads(1)
-    for verb in launch.VERBS:
+    for verb in VERBS:
         if verb != "serve":
-            launch.stage(verb)
+            launch.load(verb)
 
     for module in (
         "matplotlib.figure",

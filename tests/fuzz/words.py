@@ -234,9 +234,9 @@ def write(folder: Path) -> None:
 
 def flags(verb: str) -> list[str]:
     """Every flag of a verb, and one that it has not."""
-    config = launch.stage(verb).Config
+    config = launch.load(verb).Config
     return [
-        f"--{schema.dashed(*names)}".replace("NAME", "a") for names, _ in schema.leaves(config)
+        f"--{schema.spell_flag(*names)}".replace("NAME", "a") for names, _ in schema.leaves(config)
     ] + ["--no-such"]
 
 

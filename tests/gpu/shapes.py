@@ -8,6 +8,7 @@ import os
 import torch
 from torch import Tensor, nn
 
+from llama2.kernels import install
 from llama2.model.llama import Llama, LlamaConfig
 
 TINY = os.environ.get("LLAMA2_GPU_TINY") == "1"
@@ -24,7 +25,7 @@ def build(kv_heads: int = 2, seed: int = 0, scale: float = 4.0) -> Llama:
         for parameter in model.parameters():
             parameter.mul_(scale if parameter.dim() == 2 else 1)
 
-    return model
+    return install(model)
 
 
 def batch(packed: bool = True, seed: int = 0) -> dict[str, Tensor]:

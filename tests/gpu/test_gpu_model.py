@@ -4,6 +4,7 @@ not."""
 from __future__ import annotations
 
 from copy import deepcopy
+from functools import partial
 
 import pytest
 import torch
@@ -11,7 +12,8 @@ from shapes import LENGTH, batch, build, distance, moved, results
 
 from llama2.model import attention
 from llama2.model.attention import fused_attention
-from llama2.model.llama import Attention, Context, LlamaConfig, rotary_tables, same_document
+from llama2.model.llama import Attention, Context, LlamaConfig
+from llama2.model.positions import rotary_tables, same_document
 from llama2.model.scorer import Scorer
 
 EXACT = 1e-4  # relative, of fp32 against fp32: other orders of summation
@@ -118,16 +120,17 @@ def test_shared_keys_never_fill_the_memory_with_scores(
     documents = (
         attention.documents_of(documents_BT, kind, shape.head_dim) if way == "documents" else None
     )
-    bias = None
+    attend = partial(attention.fused_attention, bias_B1TS=None)
+    if documents is not None:
+        attend = partial(attention.document_attention, documents=documents)
 
     if way == "mask" or (way == "documents" and documents is None):
         bias = torch.zeros(1, length, length, dtype=kind, device=device)
         bias = bias.masked_fill(~same_document(documents_BT), torch.finfo(kind).min)[:, None]
+        attend = partial(attention.fused_attention, bias_B1TS=bias)
 
     _reset(on_cuda)
-    module(
-        x_BTD, Context(*tables, bias, False, None, None, documents)
-    ).float().square().sum().backward()
+    module(x_BTD, Context(*tables, attend, None)).float().square().sum().backward()
     peak = torch.cuda.max_memory_allocated() / 2**30 if on_cuda else 0.0
     record_property("peak, GiB", f"{peak:.2f}")
     assert x_BTD.grad is not None

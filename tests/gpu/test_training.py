@@ -11,10 +11,13 @@ import torch
 from shapes import batch, build, distance
 from torch import Tensor
 
-from llama2 import mesh
+from llama2.batches import Batch
+from llama2.devices import Precision
 from llama2.formats import checkpoint
+from llama2.ranks import Ranks
 from llama2.train import hooks, optim, parallel, state
-from llama2.train.loop import Batch, Hook, Learner, Plan, Report, Training, fit
+from llama2.train.learner import Learner
+from llama2.train.loop import Hook, Plan, Report, TrainingState, fit
 from llama2.train.objectives import next_token, ranking
 
 FAST = optim.AdamW(learning_rate=1e-3)
@@ -45,7 +48,7 @@ class Losses(Hook):
     def __init__(self) -> None:
         self.seen: list[float] = []
 
-    def on_step(self, training: Training, report: Report) -> None:
+    def on_step(self, training: TrainingState, report: Report) -> None:
         self.seen.append(report.sums["train/loss"] / report.weight)
 
 
@@ -56,12 +59,12 @@ def trained(
     micro: int = 3,
     same: bool = False,
     extra: tuple[Hook, ...] = (),
-    precision: mesh.Precision = "fp32",
+    precision: Precision = "fp32",
     checkpointing: bool = False,
 ) -> tuple[Learner, list[float]]:
     model, losses = build(scale=1.0).to(device), Losses()
     model.model.gradient_checkpointing = checkpointing
-    learner = Learner(model, FAST, precision=precision)
+    learner = Learner(model, Ranks(device), FAST, precision=precision)
     fit(
         learner,
         Steps(micro, same),
@@ -134,9 +137,9 @@ def test_a_resumed_run_goes_on_where_it_was(device, tmp_path: Path, record_prope
 
 
 def test_random_states_come_back(device) -> None:
-    before = state.random_state()
+    before = state.random_state(device)
     drawn = torch.rand(5, device=device), torch.rand(5)
-    state.set_random_state(before)
+    state.set_random_state(before, device)
 
     for one, other in zip((torch.rand(5, device=device), torch.rand(5)), drawn):
         assert torch.equal(one, other)
@@ -199,9 +202,10 @@ def test_one_rank_under_fsdp_trains_what_none_does(device, tmp_path: Path, recor
     )
 
     try:
-        model, seen = parallel.shard(build(scale=1.0)), Losses()
+        ranks = Ranks.of_group(device)
+        model, seen = parallel.shard(build(scale=1.0), ranks), Losses()
         assert parallel.is_sharded(model)
-        learner = Learner(model, FAST)
+        learner = Learner(model, ranks, FAST)
         fit(learner, Steps(), next_token, Plan(max_steps=4, schedule="constant"), [seen])
         full = {name: value.float() for name, value in learner.state_dict()["model"].items()}
         engine = Engine(model, slots=2, precision="fp32")  # type: ignore[arg-type]

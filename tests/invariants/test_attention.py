@@ -14,12 +14,12 @@ from test_model import assert_close, build, gradients, tokens
 from torch import Tensor
 from torch.nn.attention import varlen as theirs
 
+from llama2.devices import Precision
 from llama2.kernels import fused
-from llama2.mesh import Precision
 from llama2.model import attention, llama
 from llama2.model.attention import explicit_attention
 from llama2.model.sizes import SIZES
-from llama2.stages.common.planning import Tower, activations, repeated_bytes
+from llama2.stages.common.memory import Tower, activations, repeat_bytes
 from llama2.stages.common.training import Training
 
 DOCUMENTS = ((7, 1, 12), (20,))  # lengths, row by row
@@ -69,7 +69,7 @@ def results(kv_heads: int) -> tuple[Tensor, dict[str, Tensor]]:
 
 @pytest.mark.parametrize("kv_heads", [4, 2, 1])
 def test_bounds_of_documents_equal_masks(monkeypatch, request, kv_heads) -> None:
-    monkeypatch.setattr(fused, "runs", lambda x: False)
+    monkeypatch.setattr(fused, "supports", lambda x: False)
     masked = results(kv_heads)
     request.getfixturevalue("on_bounds")
     bounded = results(kv_heads)
@@ -87,7 +87,7 @@ def test_bounds_begin_with_each_document_and_each_row(on_bounds) -> None:
 @pytest.mark.parametrize("kv_heads", [4, 2, 1])
 @pytest.mark.parametrize("masked", [False, True])
 def test_keys_repeated_for_their_heads_equal_shared_keys(monkeypatch, kv_heads, masked) -> None:
-    monkeypatch.setattr(fused, "runs", lambda x: False)
+    monkeypatch.setattr(fused, "supports", lambda x: False)
     monkeypatch.setattr(llama, "EXPLICIT_LENGTH", 0)
     model, (tokens_BT, documents_BT) = build(kv_heads), packed()
     found = []
@@ -192,7 +192,7 @@ def _recorder(function, heard):
 # so is this
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")
 def test_a_compiled_model_knows_the_bounds(monkeypatch, on_bounds) -> None:
-    monkeypatch.setattr(fused, "runs", lambda x: False)
+    monkeypatch.setattr(fused, "supports", lambda x: False)
     model, (tokens_BT, documents_BT) = build(), packed()
     expected_BT = model(tokens_BT, documents_BT=documents_BT, targets_BT=tokens_BT)
     expected = gradients(model, expected_BT.sum())
@@ -215,5 +215,5 @@ def test_the_plan_reckons_with_masks_and_repeated_keys_where_they_exist() -> Non
 
     assert kept("bf16", True) == kept("bf16", False)
     assert kept("fp32", True) - kept("fp32", False) == 5 * tokens * 4096
-    assert repeated_bytes(shape, 4) == 2 * 4 * 64 * (32 - 4)
-    assert repeated_bytes(SIZES["7b"], 4) == 0
+    assert repeat_bytes(shape, 4) == 2 * 4 * 64 * (32 - 4)
+    assert repeat_bytes(SIZES["7b"], 4) == 0

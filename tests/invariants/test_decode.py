@@ -51,8 +51,8 @@ def test_logits_are_the_models(
     shape: LlamaConfig, kind: torch.dtype, tolerance: float, rows: int
 ) -> None:
     model, decoder = build(shape, kind), None
-    assert cpu_decoder.runs(model)
-    decoder = cpu_decoder.Decoder(model)
+    assert cpu_decoder.supports(model)
+    decoder = cpu_decoder.CpuDecoder(model)
     own, theirs = cache(shape, kind, rows + 1), cache(shape, kind, rows + 1)
     begins = torch.arange(rows) % 3  # rows of different lengths
 
@@ -73,7 +73,7 @@ def test_logits_are_the_models(
 @torch.inference_mode()
 def test_a_row_alone_equals_a_row_among_others_to_the_last_bit(kind: torch.dtype) -> None:
     shape = SHAPES["gqa, odd sizes"]
-    decoder = cpu_decoder.Decoder(build(shape, kind))
+    decoder = cpu_decoder.CpuDecoder(build(shape, kind))
     together = cache(shape, kind, 21)
     apart = [cache(shape, kind, 1) for _ in range(21)]
 
@@ -89,8 +89,8 @@ def test_a_row_alone_equals_a_row_among_others_to_the_last_bit(kind: torch.dtype
 def test_mixed_or_other_precisions_are_left_to_pytorch() -> None:
     model = build(SHAPES["mqa"], torch.float32)
     model.model.norm.bfloat16()
-    assert not cpu_decoder.runs(model)
-    assert not cpu_decoder.runs(build(SHAPES["mqa"], torch.float16))
+    assert not cpu_decoder.supports(model)
+    assert not cpu_decoder.supports(build(SHAPES["mqa"], torch.float16))
 
 
 @pytest.mark.parametrize("bits", ["int8", "int4"])
@@ -104,16 +104,16 @@ def test_integers_are_read_as_what_they_stand_for(shape: LlamaConfig, bits: quan
 
     model = build(shape, torch.bfloat16)
     integers = {
-        name: quantize.rounded(weight, bits)
+        name: quantize.quantize(weight, bits)
         for name, weight in model.named_parameters()
-        if not quantize.kept(name, weight, bits, tied=shape.tie_word_embeddings)
+        if not quantize.reason_to_keep(name, weight, bits, tied=shape.tie_word_embeddings)
     }
-    decoder = cpu_decoder.Decoder(model, integers)
+    decoder = cpu_decoder.CpuDecoder(model, integers)
 
     for name, found in integers.items():
-        model.get_parameter(name).copy_(found.weight())
+        model.get_parameter(name).copy_(found.dequantize())
 
-    same = cpu_decoder.Decoder(model)
+    same = cpu_decoder.CpuDecoder(model)
     own, theirs, plain = (cache(shape, torch.bfloat16, 7) for _ in range(3))
     for step in range(6):
         tokens, positions = torch.randint(0, shape.vocab_size, (7,)), torch.full((7,), step)

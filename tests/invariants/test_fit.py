@@ -15,13 +15,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from toys import Rows, llama, noisy, weights
+from toys import ALONE, Rows, llama, noisy, weights
 
-from llama2 import mesh
+from llama2 import devices
+from llama2.batches import count_tokens
 from llama2.errors import UserError
 from llama2.runs import Stopped
 from llama2.train import hooks, optim, state
-from llama2.train.loop import Hook, Learner, Loss, Plan, count_tokens, fit
+from llama2.train.learner import Learner
+from llama2.train.loop import Hook, Loss, Plan, fit
 from llama2.train.objectives import next_token
 
 PLAN = Plan(max_steps=9, warmup_steps=2, save_every=3, validate_every=4, log_every=2)
@@ -46,7 +48,7 @@ def test_micro_batches_change_nothing():
     results = []
     for micro in (8, 3, 1):
         model, reports = llama(), Reports()
-        fit(Learner(model, FAST), Rows(8, micro), next_token, Plan(max_steps=3), [reports])
+        fit(Learner(model, ALONE, FAST), Rows(8, micro), next_token, Plan(max_steps=3), [reports])
         results.append((weights(model), reports.seen))
 
     for other, seen in results[1:]:
@@ -73,7 +75,7 @@ def test_gradients_are_divided_by_the_weight_and_clipped(clip):
         def __next__(self):
             return [{"x": torch.tensor([[3.0, 0.0, 4.0]])}, {"x": torch.tensor([[3.0, 0.0, 4.0]])}]
 
-    learner, reports = Learner(model), Reports()
+    learner, reports = Learner(model, ALONE), Reports()
     learner.optimizer = torch.optim.SGD([{"params": [model.weight], "peak": 1.0, "lr": 1.0}])
     fit(learner, Once(), objective, Plan(max_steps=1, schedule="constant", clip=clip), [reports])
     mean = torch.tensor([[3.0, 0.0, 4.0]]) * 2 / 8  # two micro-batches, each of weight 4
@@ -108,11 +110,11 @@ class Numbers(Rows):
 def test_parts_clipped_apart_are_what_separate_clipping_makes_of_them():
     """Three updates against torch's own `clip_grad_norm_`, once for each part."""
     model, reports = Pair(), Reports()
-    learner = Learner(model, FAST, apart=("actor.", "critic."))
+    learner = Learner(model, ALONE, FAST, apart=("actor.", "critic."))
     fit(learner, Numbers(), pair_loss, Plan(max_steps=3, schedule="constant", clip=0.5), [reports])
 
     other = Pair()
-    optimizer, source = Learner(other, FAST).optimizer, Numbers()
+    optimizer, source = Learner(other, ALONE, FAST).optimizer, Numbers()
 
     for step in range(3):
         optimizer.zero_grad()
@@ -148,7 +150,7 @@ def test_a_part_moves_as_if_it_were_alone():
     plan, moved = Plan(max_steps=3, schedule="constant"), []
     for objective, apart in ((alone, ()), (pair_loss, ("critic.", "scale")), (pair_loss, ())):
         model = Pair()
-        fit(Learner(model, FAST, apart=apart), Numbers(), objective, plan)
+        fit(Learner(model, ALONE, FAST, apart=apart), Numbers(), objective, plan)
         moved.append(torch.cat([p.detach().flatten() for p in model.actor.parameters()]))
 
     torch.testing.assert_close(moved[1], moved[0], rtol=1e-6, atol=1e-7)
@@ -166,13 +168,16 @@ def test_the_part_whose_gradient_is_not_finite_is_named():
         UserError, match=r"step 1: the gradient norm of the critic is not finite \(loss "
     ):
         fit(
-            Learner(Pair(), FAST, apart=("actor.", "critic.")), Numbers(), broken, Plan(max_steps=1)
+            Learner(Pair(), ALONE, FAST, apart=("actor.", "critic.")),
+            Numbers(),
+            broken,
+            Plan(max_steps=1),
         )
 
 
 def test_the_learning_rate_follows_the_plan():
     reports, plan = Reports(), Plan(max_steps=6, warmup_steps=2)
-    fit(Learner(llama(), FAST), Rows(), next_token, plan, [reports])
+    fit(Learner(llama(), ALONE, FAST), Rows(), next_token, plan, [reports])
     assert [r.learning_rate for r in reports.seen] == [1e-2 * plan.factor(s) for s in range(6)]
     assert reports.seen[-1].learning_rate == pytest.approx(1e-3)
 
@@ -183,7 +188,13 @@ def test_a_step_without_weight_changes_nothing():
 
     model = llama()
     before, reports = weights(model), Reports()
-    fit(Learner(model, FAST), Rows(), objective, Plan(max_steps=2, schedule="constant"), [reports])
+    fit(
+        Learner(model, ALONE, FAST),
+        Rows(),
+        objective,
+        Plan(max_steps=2, schedule="constant"),
+        [reports],
+    )
     assert_same(before, weights(model))
     assert [r.weight for r in reports.seen] == [0, 0]
 
@@ -200,7 +211,13 @@ def test_training_ends_with_its_source_and_learns():
 
             return batch
 
-    fit(Learner(llama(), FAST), Same(steps=40), next_token, Plan(schedule="constant"), [reports])
+    fit(
+        Learner(llama(), ALONE, FAST),
+        Same(steps=40),
+        next_token,
+        Plan(schedule="constant"),
+        [reports],
+    )
     assert len(reports.seen) == 40
     losses = [r.sums["train/loss"] / r.weight for r in reports.seen]
     assert losses[0] == pytest.approx(np.log(37), abs=0.1)
@@ -226,7 +243,7 @@ def run_once(run: Path, *extra: Hook, save_model=None) -> tuple[dict[str, torch.
         lines.append(json.dumps([step, timeless]))
 
     fit(
-        Learner(model, FAST),
+        Learner(model, ALONE, FAST),
         Rows(8, 3),
         noisy,
         PLAN,
@@ -267,9 +284,9 @@ def test_a_resumed_run_is_the_run_never_stopped(tmp_path, step):
 
 
 def test_the_random_state_of_every_generator_is_restored():
-    before = state.random_state()
+    before = state.random_state(ALONE.device)
     drawn = torch.rand(2).tolist(), np.random.rand(2).tolist(), random.random(), random.gauss(0, 1)
-    state.set_random_state(before)
+    state.set_random_state(before, ALONE.device)
     assert drawn == (
         torch.rand(2).tolist(),
         np.random.rand(2).tolist(),
@@ -282,7 +299,7 @@ def test_validation_does_not_disturb_training(tmp_path):
     with_validation, _ = run_once(tmp_path)
     torch.manual_seed(5)
     model = llama()
-    fit(Learner(model, FAST), Rows(8, 3), noisy, PLAN)
+    fit(Learner(model, ALONE, FAST), Rows(8, 3), noisy, PLAN)
     assert_same(with_validation, weights(model))
 
 
@@ -474,7 +491,7 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_taken(tmp_path, capsys
     # lines are logged at even steps and the end
     again = [] if not said and damage == "emptied" else [8, 9]
     assert sorted({json.loads(line)[0] for line in lines}) == again
-    assert state.newest_whole(tmp_path / "run").name == "step-00000009"  # written anew
+    assert state.newest_whole(tmp_path / "run", ALONE).name == "step-00000009"  # written anew
 
 
 @pytest.mark.parametrize("marked", [True, False])
@@ -548,7 +565,7 @@ def test_a_loss_that_is_not_finite_stops_and_keeps_the_checkpoint(tmp_path, what
         return loss
 
     with pytest.raises(UserError) as error:
-        fit(Learner(model, FAST), Rows(), objective, PLAN, [hooks.Checkpoint(tmp_path)])
+        fit(Learner(model, ALONE, FAST), Rows(), objective, PLAN, [hooks.Checkpoint(tmp_path)])
 
     cause, cure = error.value.cause, error.value.cure
     assert cause.startswith(f"step 8: the {what} is not finite (loss ")
@@ -567,7 +584,7 @@ def test_early_stopping_keeps_the_best(tmp_path):
     reports = Reports()
     plan = Plan(max_steps=20, validate_every=2)
     fit(
-        Learner(llama(), FAST),
+        Learner(llama(), ALONE, FAST),
         Rows(),
         next_token,
         plan,
@@ -576,7 +593,7 @@ def test_early_stopping_keeps_the_best(tmp_path):
     assert (validate.best, validate.best_step, len(kept), reports.seen[-1].step) == (2.0, 4, 2, 8)
     again = Reports()  # and it stays stopped
     fit(
-        Learner(llama(), FAST),
+        Learner(llama(), ALONE, FAST),
         Rows(),
         next_token,
         plan,
@@ -592,7 +609,7 @@ def test_metrics_that_come_and_go_are_a_defect():
         return loss
 
     with pytest.raises(ValueError, match="same metrics"):
-        fit(Learner(llama()), Rows(4, 3), objective, Plan(max_steps=1, schedule="constant"))
+        fit(Learner(llama(), ALONE), Rows(4, 3), objective, Plan(max_steps=1, schedule="constant"))
 
 
 # --- what is shown
@@ -602,7 +619,7 @@ def test_metrics_that_come_and_go_are_a_defect():
 def test_logged_means_are_weighted_over_the_window():
     logged, reports = [], Reports()
     fit(
-        Learner(llama(), FAST),
+        Learner(llama(), ALONE, FAST),
         Rows(8, 3),
         noisy,
         Plan(max_steps=5, log_every=3),
@@ -622,12 +639,12 @@ def test_logged_means_are_weighted_over_the_window():
 
 
 def test_mfu_is_a_share_of_the_peak_and_never_above_it(monkeypatch):
-    monkeypatch.setattr(mesh, "is_exclusive", lambda: True)
+    monkeypatch.setattr(devices, "is_exclusive", lambda device: True)
     logged = []
     for peak in (1e15, 1.0):
-        monkeypatch.setattr(mesh, "peak_flops", lambda precision, peak=peak: peak)
+        monkeypatch.setattr(devices, "measure_peak", lambda device, precision, peak=peak: peak)
         fit(
-            Learner(llama(), FAST),
+            Learner(llama(), ALONE, FAST),
             Rows(),
             next_token,
             Plan(max_steps=2, log_every=2),
@@ -651,7 +668,7 @@ def test_tokens_are_counted_without_padding_and_over_interruptions(tmp_path):
             ]
 
     def attempt(directory: Path, crash: Crash) -> Learner:
-        learner = Learner(llama(), FAST)
+        learner = Learner(llama(), ALONE, FAST)
         fit(learner, Padded(8, 3), next_token, PLAN, [hooks.Checkpoint(directory), crash])
         return learner
 
@@ -670,7 +687,7 @@ def test_tokens_are_counted_without_padding_and_over_interruptions(tmp_path):
 
 def test_progress_without_a_terminal_is_a_few_plain_lines(capsys):
     fit(
-        Learner(llama(), FAST),
+        Learner(llama(), ALONE, FAST),
         Rows(),
         next_token,
         Plan(max_steps=12),
@@ -686,9 +703,9 @@ def test_the_bar_shows_eta_speed_and_mfu(monkeypatch, capsys):
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
     monkeypatch.setenv("TERM", "xterm")
     monkeypatch.setenv("COLUMNS", "160")
-    monkeypatch.setattr(mesh, "is_exclusive", lambda: True)
+    monkeypatch.setattr(devices, "is_exclusive", lambda device: True)
     fit(
-        Learner(llama(), FAST),
+        Learner(llama(), ALONE, FAST),
         Rows(),
         next_token,
         Plan(max_steps=3),
@@ -701,11 +718,11 @@ def test_the_bar_shows_eta_speed_and_mfu(monkeypatch, capsys):
 def test_tensorboard_gets_every_published_metric(tmp_path):
     pytest.importorskip("tensorboard")
     fit(
-        Learner(llama(), FAST),
+        Learner(llama(), ALONE, FAST),
         Rows(),
         next_token,
         Plan(max_steps=4, log_every=2),
-        [hooks.Log(lambda step, metrics: None), hooks.TensorBoard(tmp_path)],
+        [hooks.Log(lambda step, metrics: None), hooks.TensorBoard(tmp_path, ALONE)],
     )
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -714,7 +731,7 @@ def test_tensorboard_gets_every_published_metric(tmp_path):
 
 
 def test_without_a_compiler_training_is_eager_and_says_so(monkeypatch, capsys):
-    monkeypatch.setattr("llama2.train.loop.shutil.which", lambda name: None)
+    monkeypatch.setattr("llama2.train.learner.shutil.which", lambda name: None)
     model = llama()
-    assert Learner(model, compile=True).forward is model
+    assert Learner(model, ALONE, compile=True).forward is model
     assert "no C++ compiler found" in capsys.readouterr().err

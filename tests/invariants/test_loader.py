@@ -12,11 +12,12 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from llama2.data.loader import Batch, Rows
+from llama2.batches import Batch, count_tokens
+from llama2.data.loader import Rows
 from llama2.data.pack import Segment, collate, pack
 from llama2.errors import UserError
 from llama2.model.llama import Llama, LlamaConfig
-from llama2.train.loop import count_tokens
+from llama2.ranks import Axis, Ranks
 from llama2.train.objectives import next_token
 
 
@@ -28,10 +29,14 @@ def counted(batches: list[Batch]) -> list[int]:
     return [int(token) for batch in batches for token in batch["tokens_B"][batch["weights_B"] > 0]]
 
 
+def member(rank: int, size: int) -> Ranks:
+    """One of several ranks that never talk."""
+    return Ranks(torch.device("cpu"), rank, size, replicate=Axis(size, rank))
+
+
 def rows(count: int, **options: Any) -> Rows[int]:
-    return Rows(
-        range(count), numbers, **{"batch_size": 6, "micro_batch_size": 2, "seed": 3, **options}
-    )
+    settings = {"ranks": Ranks.alone(), "batch_size": 6, "micro_batch_size": 2, "seed": 3}
+    return Rows(range(count), numbers, **{**settings, **options})
 
 
 PLANS = {
@@ -57,8 +62,7 @@ def test_ranks_and_micro_batches_share_the_same_global_batches(
                 batch_size=batch,
                 micro_batch_size=micro,
                 epochs=epochs,
-                rank=rank,
-                world=world,
+                ranks=member(rank, world),
             )
         )
         for rank in range(world)
@@ -99,7 +103,7 @@ def test_resumed_equals_uninterrupted(
 def test_resumed_on_another_number_of_ranks() -> None:
     first = rows(20)
     head = counted(next(first))
-    shares = [rows(20, rank=rank, world=3) for rank in range(3)]
+    shares = [rows(20, ranks=member(rank, 3)) for rank in range(3)]
 
     for share in shares:
         share.load_state_dict(first.state_dict())
@@ -129,7 +133,7 @@ def test_without_weights_a_rank_may_have_nothing() -> None:
         return {"tokens_B": torch.tensor(items)}
 
     pairs = [
-        Rows(range(1), bare, batch_size=4, micro_batch_size=1, rank=rank, world=2)
+        Rows(range(1), bare, batch_size=4, micro_batch_size=1, ranks=member(rank, 2))
         for rank in range(2)
     ]
     assert [len(next(source)) for source in pairs] == [1, 0]
@@ -144,7 +148,7 @@ def test_what_a_rank_borrows_counts_nothing() -> None:
         }
 
     shares = [
-        Rows(range(1), padded, batch_size=4, micro_batch_size=1, rank=rank, world=2)
+        Rows(range(1), padded, batch_size=4, micro_batch_size=1, ranks=member(rank, 2))
         for rank in range(2)
     ]
     assert [count_tokens(batch) for share in shares for batch in next(share)] == [(4, 5), (0, 0)]
@@ -175,7 +179,7 @@ def test_split_and_whole_give_the_same_loss() -> None:
 
     def losses(micro: int, world: int) -> list[float]:
         sources = [
-            Rows(packed, collate, batch_size=5, micro_batch_size=micro, rank=rank, world=world)
+            Rows(packed, collate, batch_size=5, micro_batch_size=micro, ranks=member(rank, world))
             for rank in range(world)
         ]
         found = []

@@ -10,8 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from llama2.kernels import fused
-from llama2.model import likelihood, llama
+from llama2.kernels import fused, install
+from llama2.model import likelihood, llama, positions
 from llama2.model.cache import KVCache
 from llama2.model.llama import Llama, LlamaConfig
 from llama2.model.scorer import Scorer
@@ -38,7 +38,7 @@ def build(kv_heads: int = 2, tied: bool = False) -> Llama:
         for parameter in model.parameters():
             parameter.mul_(10 if parameter.dim() == 2 else 1)
 
-    return model
+    return install(model)
 
 
 def tokens(*shape: int, seed: int = 1) -> Tensor:
@@ -66,7 +66,7 @@ def assert_close(found: dict[str, Tensor], expected: dict[str, Tensor], toleranc
 @pytest.mark.parametrize("explicit_length", [512, 0], ids=["explicit", "fused"])
 def test_packed_equals_unpacked(monkeypatch: pytest.MonkeyPatch, explicit_length: int) -> None:
     monkeypatch.setattr(llama, "EXPLICIT_LENGTH", explicit_length)
-    monkeypatch.setattr(fused, "runs", lambda x: False)
+    monkeypatch.setattr(fused, "supports", lambda x: False)
     model = build()
     documents = [tokens(1, length, seed=length) for length in (7, 1, 12, 5)]
     packed_BT = torch.cat(documents, 1)
@@ -95,7 +95,7 @@ def test_packed_gradients_equal_unpacked() -> None:
 
 def test_positions_restart_with_each_run_of_a_document() -> None:
     documents_BT = torch.tensor([[0, 0, 1, 1, 1, 2, 3, 3], [5, 5, 5, 5, 5, 5, 5, 4]])
-    assert llama.positions_within(documents_BT).tolist() == [
+    assert positions.positions_within(documents_BT).tolist() == [
         [0, 1, 0, 1, 2, 0, 0, 1],
         [0, 1, 2, 3, 4, 5, 6, 0],
     ]
@@ -103,7 +103,7 @@ def test_positions_restart_with_each_run_of_a_document() -> None:
 
 def test_right_padding_and_row_order_do_not_matter() -> None:
     model = build()
-    scorer = Scorer(config(), seed=2)
+    scorer = install(Scorer(config(), seed=2))
     lengths = [5, 11, 1, 8]
     rows = [tokens(1, length, seed=length) for length in lengths]
 
@@ -130,7 +130,7 @@ def test_right_padding_and_row_order_do_not_matter() -> None:
 def test_explicit_attention_equals_fused(
     monkeypatch: pytest.MonkeyPatch, kv_heads: int, packed: bool
 ) -> None:
-    monkeypatch.setattr(fused, "runs", lambda x: False)
+    monkeypatch.setattr(fused, "supports", lambda x: False)
     model = build(kv_heads)
     tokens_BT = tokens(2, 20)
     documents_BT = torch.arange(20)[None].expand(2, -1) // 8 if packed else None
@@ -195,7 +195,7 @@ def test_likelihood_equals_cross_entropy(
     monkeypatch.setattr(likelihood, "KEEP_BYTES", keep)
     monkeypatch.setattr(likelihood, "CHUNK_BYTES", {"cpu": chunk})
     monkeypatch.setattr(likelihood, "CHUNK_ROWS", 32)
-    model = Llama(config(tied=tied), seed=1)
+    model = install(Llama(config(tied=tied), seed=1))
     tokens_BT, targets_BT = tokens(3, 27), tokens(3, 27, seed=2)
     weight_BT = torch.randn(3, 27, generator=torch.Generator().manual_seed(3))
     weight_BT[0, :5] = 0

@@ -10,17 +10,18 @@ import pytest
 import torch
 from test_ranks import together
 
-from llama2 import mesh
 from llama2.formats import checkpoint
 from llama2.generate.dialogue import Chat
 from llama2.generate.engine import Engine
 from llama2.generate.rewards import RewardModels
+from llama2.ranks import Ranks
 from llama2.stages.common.ppo_rollouts import ACTOR, CRITIC, ActorCritic, Rollouts, Settings
+from llama2.stages.common.ppo_watch import Watch
 from llama2.stages.common.sampling import Sample, load_rewards, read_prompts
-from llama2.stages.ppo import Watch
 from llama2.tokenizer.tokenizer import Tokenizer
 from llama2.train import hooks, optim, parallel, state
-from llama2.train.loop import Learner, Plan, fit
+from llama2.train.learner import Learner
+from llama2.train.loop import Plan, fit
 from llama2.train.objectives import clipped
 
 SETTINGS = Settings(
@@ -39,7 +40,7 @@ SETTINGS = Settings(
 
 
 def train(
-    inputs: Path, how: str, save: Path | None = None
+    inputs: Path, how: str, ranks: Ranks, save: Path | None = None
 ) -> tuple[dict[str, torch.Tensor], list[dict[str, float]]]:
     """Two iterations; the weights on rank 0, and what each iteration logged."""
     policy, helpful, prompts = (Path(line) for line in inputs.read_text().splitlines())
@@ -48,21 +49,23 @@ def train(
     models = ActorCritic(actor, checkpoint.load_scorer(helpful))
 
     for module in (models, reference):
-        parallel.shard(module) if how == "shard" else parallel.replicate(module)
+        parallel.shard(module, ranks) if how == "shard" else parallel.replicate(module, ranks)
 
-    rewards = load_rewards(RewardModels(helpful=helpful), tokenizer, "fp32")
+    rewards = load_rewards(RewardModels(helpful=helpful), tokenizer, ranks, "fp32")
     watch, logged = Watch(kl_stop=1e9, updates=2), []
     source = Rollouts(
         models,
         reference.eval().requires_grad_(False),
         rewards,
-        Chat(Engine(actor, slots=8, precision="fp32"), tokenizer),
+        Chat(Engine(actor, slots=8, precision="fp32"), tokenizer, ranks),
         read_prompts(prompts, None, 0),
         SETTINGS,
         2,
         watch.observe,
     )
-    learner = Learner(models, optim.AdamW(learning_rate=1e-3, eps=1e-3), apart=(ACTOR, CRITIC))
+    learner = Learner(
+        models, ranks, optim.AdamW(learning_rate=1e-3, eps=1e-3), apart=(ACTOR, CRITIC)
+    )
     watchers = [hooks.Log(lambda step, row: logged.append(row)), watch]
     fit(
         learner,
@@ -75,10 +78,10 @@ def train(
     return learner.state_dict()["model"], [row for row in logged if "ppo/actor_grad_norm" in row]
 
 
-def both(directory: Path) -> None:
+def both(directory: Path, ranks: Ranks) -> None:
     for how in ("replicate", "shard"):
-        whole, logged = train(directory / "inputs", how, directory / how)
-        if mesh.is_main():
+        whole, logged = train(directory / "inputs", how, ranks, directory / how)
+        if ranks.is_main:
             expected, alone = torch.load(directory / "alone.pt")
             for name, value in expected.items():
                 torch.testing.assert_close(
@@ -98,16 +101,16 @@ def both(directory: Path) -> None:
 
             shutil.rmtree(state.latest(directory / how))
 
-        mesh.barrier()
+        ranks.barrier()
         # inside the second iteration
-        resumed, _ = train(directory / "inputs", how, directory / how)
+        resumed, _ = train(directory / "inputs", how, ranks, directory / how)
         for name, value in whole.items():
             assert torch.equal(resumed[name], value), (how, name)
 
 
 def test_two_ranks_train_the_policy_of_one(tmp_path, policy, scorers, prompts):
     (tmp_path / "inputs").write_text(f"{policy}\n{scorers[0]}\n{prompts}\n")
-    expected, logged = train(tmp_path / "inputs", "alone")
+    expected, logged = train(tmp_path / "inputs", "alone", Ranks.alone())
     head = checkpoint.load_scorer(scorers[0]).score.weight
     assert not torch.allclose(expected["critic.score.weight"], head, atol=1e-2)  # it was rescaled
     assert expected["shift"].item() != 0

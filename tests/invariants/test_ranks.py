@@ -11,13 +11,15 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-from toys import Rows, llama, weights
+from toys import ALONE, Rows, llama, weights
 
-from llama2 import mesh
+from llama2 import ranks as ranks_module
 from llama2.errors import UserError
+from llama2.ranks import Ranks
 from llama2.runs import Stopped
 from llama2.train import hooks, optim, parallel, state
-from llama2.train.loop import Hook, Learner, Plan, fit
+from llama2.train.learner import Learner
+from llama2.train.loop import Hook, Plan, fit
 from llama2.train.objectives import next_token
 
 WORLD = 2
@@ -34,17 +36,17 @@ def _child(case, rank: int, directory: Path) -> None:
     )
 
     try:
-        case(directory)
+        case(directory, Ranks.of_group(torch.device("cpu")))
     except BaseException:
         (directory / f"failure-{rank}").write_text(traceback.format_exc())
         os._exit(1)  # no farewell: the other rank may be waiting in a collective
 
     dist.barrier()
-    mesh.leave()
+    ranks_module.exit_now()
 
 
 def together(case, directory: Path) -> None:
-    """Run `case(directory)` on two gloo ranks; the assertions inside it are the test."""
+    """Run `case(directory, ranks)` on two gloo ranks; the assertions inside it are the test."""
     directory.mkdir(exist_ok=True)
     spawn = multiprocessing.get_context("spawn")
     processes = [
@@ -67,14 +69,13 @@ def together(case, directory: Path) -> None:
     assert [process.exitcode for process in processes] == [0] * WORLD
 
 
-def learner(how: str) -> Learner:
-    with torch.device("meta" if how == "shard" and mesh.rank() else "cpu"):
+def learner(how: str, ranks: Ranks) -> Learner:
+    with torch.device("meta" if how == "shard" and ranks.rank else "cpu"):
         # all must take rank 0's weights, a shard's other ranks need none
-        model = llama(seed=mesh.rank())
+        model = llama(seed=ranks.rank)
 
-    return Learner(
-        parallel.shard(model) if how == "shard" else parallel.replicate(model), FAST, apart=APART
-    )
+    spread = parallel.shard if how == "shard" else parallel.replicate
+    return Learner(spread(model, ranks), ranks, FAST, apart=APART)
 
 
 class Reports(Hook):
@@ -97,7 +98,7 @@ class Crash(Hook):
 
 def assert_like_one(trained: Learner, reports: Reports, directory: Path) -> None:
     full = trained.state_dict()["model"]
-    if mesh.is_main():
+    if trained.ranks.is_main:
         expected, seen = torch.load(directory / "alone.pt", weights_only=False)
         for name, value in expected.items():
             torch.testing.assert_close(full[name], value, rtol=1e-5, atol=1e-5, msg=name)
@@ -111,33 +112,52 @@ def assert_like_one(trained: Learner, reports: Reports, directory: Path) -> None
             assert min(one.gradient_norms.values()) > PLAN.clip  # every part is clipped
 
 
-def trained_together(directory: Path) -> None:
+def trained_together(directory: Path, ranks: Ranks) -> None:
     for how in ("replicate", "shard"):
-        trained, reports = learner(how), Reports()
+        trained, reports = learner(how, ranks), Reports()
         assert parallel.is_sharded(trained.model) == (how == "shard")
-        fit(trained, Rows(8, 2), next_token, PLAN, [reports])
+        fit(trained, Rows(8, 2, ranks=ranks), next_token, PLAN, [reports])
         assert_like_one(trained, reports, directory)
 
-    fit(trained, Rows(8, 2), next_token, PLAN.model_copy(update={"max_steps": 7, "total_steps": 7}))
-    uneven = Rows(3, 1)  # two rows here, one there
+    fit(
+        trained,
+        Rows(8, 2, ranks=ranks),
+        next_token,
+        PLAN.model_copy(update={"max_steps": 7, "total_steps": 7}),
+    )
+    uneven = Rows(3, 1, ranks=ranks)  # two rows here, one there
     with pytest.raises(ValueError, match="same number of micro-batches"):
         fit(trained, uneven, next_token, PLAN.model_copy(update={"max_steps": 8}))
 
 
-def resumed(directory: Path) -> None:
+def trained_in_bf16(directory: Path, ranks: Ranks) -> None:
+    losses = []
+    for spread in (
+        lambda model: parallel.replicate(model, ranks),
+        lambda model: parallel.shard(model, ranks, "bf16"),
+    ):
+        reports = Reports()
+        trained = Learner(spread(llama()), ranks, FAST, precision="bf16")
+        fit(trained, Rows(8, 2, ranks=ranks), next_token, PLAN, [reports])
+        losses.append([one.sums["train/loss"] / one.weight for one in reports.seen])
+
+    assert losses[1] == pytest.approx(losses[0], rel=5e-3)
+
+
+def resumed(directory: Path, ranks: Ranks) -> None:
     for how in ("replicate", "shard"):
 
         def attempt(run: str, *extra: Hook, how: str = how) -> dict[str, torch.Tensor]:
-            trained = learner(how)
+            trained = learner(how, ranks)
 
             def save_model(path: Path) -> None:
                 full = parallel.full_weights(trained.model)
-                if mesh.is_main():
+                if ranks.is_main:
                     torch.save(full, path / "model.pt")
 
             fit(
                 trained,
-                Rows(8, 2),
+                Rows(8, 2, ranks=ranks),
                 next_token,
                 PLAN,
                 [hooks.Checkpoint(directory / how / run, save_model), *extra],
@@ -150,22 +170,22 @@ def resumed(directory: Path) -> None:
 
         again = attempt("broken", Crash(-1))
         saved = torch.load(state.latest(directory / how / "broken") / "model.pt", weights_only=True)
-        assert len(whole) == (len(saved) if mesh.is_main() or how == "replicate" else 0)
+        assert len(whole) == (len(saved) if ranks.is_main or how == "replicate" else 0)
 
         for name, value in whole.items():
             assert torch.equal(value, again[name]), name
             assert torch.equal(value, saved[name]), name
 
 
-def stops(directory: Path) -> None:
+def stops(directory: Path, ranks: Ranks) -> None:
     class OneRank(Hook):
         def on_step(self, training, report):
-            training.stop_requested = mesh.rank() == 1 and report.step == 2
+            training.stop_requested = ranks.rank == 1 and report.step == 2
 
     with pytest.raises(Stopped) as stopped:  # a signal on one rank stops both, at the same step
         fit(
-            learner("replicate"),
-            Rows(8, 2),
+            learner("replicate", ranks),
+            Rows(8, 2, ranks=ranks),
             next_token,
             PLAN,
             [OneRank(), hooks.Checkpoint(directory / "stop")],
@@ -174,23 +194,29 @@ def stops(directory: Path) -> None:
     assert stopped.value.step == 3
 
     reports = Reports()  # the shorter source ends training on both
-    fit(learner("replicate"), Rows(8, 2, steps=4 - mesh.rank()), next_token, PLAN, [reports])
+    fit(
+        learner("replicate", ranks),
+        Rows(8, 2, steps=4 - ranks.rank, ranks=ranks),
+        next_token,
+        PLAN,
+        [reports],
+    )
     assert len(reports.seen) == 3
 
     def poisoned(model, batch):
         loss = next_token(model, batch)
-        loss.total = loss.total * (float("nan") if mesh.rank() == 1 else 1.0)
+        loss.total = loss.total * (float("nan") if ranks.rank == 1 else 1.0)
         loss.metrics = {"seen": loss.weight}
 
         return loss
 
     with pytest.raises(UserError, match="step 1: the loss is not finite"):
-        fit(learner("replicate"), Rows(8, 2), poisoned, PLAN)
+        fit(learner("replicate", ranks), Rows(8, 2, ranks=ranks), poisoned, PLAN)
 
     reports = Reports()  # a single row leaves rank 1 without a micro-batch
     fit(
-        learner("replicate"),
-        Rows(1, 1),
+        learner("replicate", ranks),
+        Rows(1, 1, ranks=ranks),
         poisoned,
         Plan(max_steps=1, schedule="constant"),
         [reports],
@@ -198,40 +224,44 @@ def stops(directory: Path) -> None:
     assert reports.seen[0].sums["seen"] == reports.seen[0].weight > 0
 
     def full_disk(path: Path) -> None:
-        if mesh.is_main():
+        if ranks.is_main:
             raise OSError(28, "No space left on device")
 
     # on both ranks, and nothing half-written stays
     with pytest.raises(OSError, match="No space left"):
         fit(
-            learner("replicate"),
-            Rows(8, 2),
+            learner("replicate", ranks),
+            Rows(8, 2, ranks=ranks),
             next_token,
             PLAN,
             [hooks.Checkpoint(directory / "full", full_disk)],
         )
 
-    mesh.barrier()
+    ranks.barrier()
     assert list((directory / "full" / "checkpoints").iterdir()) == []
 
 
-def resumed_and_stopped(directory: Path) -> None:
-    resumed(directory)
-    stops(directory)
+def resumed_and_stopped(directory: Path, ranks: Ranks) -> None:
+    resumed(directory, ranks)
+    stops(directory, ranks)
 
 
 def test_two_ranks_train_like_one(tmp_path):
     model, reports = llama(), Reports()
-    fit(Learner(model, FAST, apart=APART), Rows(8, 2), next_token, PLAN, [reports])
+    fit(Learner(model, ALONE, FAST, apart=APART), Rows(8, 2), next_token, PLAN, [reports])
     torch.save((weights(model), reports.seen), tmp_path / "alone.pt")
     together(trained_together, tmp_path)
+
+
+def test_a_model_spread_over_ranks_trains_in_bf16_as_its_copies_do(tmp_path):
+    together(trained_in_bf16, tmp_path)
 
 
 def test_two_ranks_resume_bitwise_and_stop_together(tmp_path):
     together(resumed_and_stopped, tmp_path)
     with pytest.raises(UserError, match="taken by 2 ranks, this run has 1"):
         fit(
-            Learner(llama(), FAST),
+            Learner(llama(), ALONE, FAST),
             Rows(8, 2),
             next_token,
             PLAN,

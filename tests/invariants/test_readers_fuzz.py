@@ -27,7 +27,7 @@ from llama2.formats.detect import open_model
 from llama2.importers.dialogs import import_dialogs
 from llama2.importers.preferences import import_preferences
 from llama2.importers.prompts import import_prompts
-from llama2.importers.tables import Reading
+from llama2.importers.tables import ReadOptions
 from llama2.model.llama import LlamaConfig
 from llama2.records import Dialog, Document, Preference, Prompt
 from llama2.runs import completion
@@ -253,10 +253,10 @@ READERS = {
     "documents": lambda path, how: read_documents(
         path, split="paragraph", tally=Tally(), malformed=how
     ),
-    "dialogs": lambda path, how: import_dialogs(path, Reading(malformed=how), tally=Tally()),
-    "prompts": lambda path, how: import_prompts(path, Reading(malformed=how), tally=Tally()),
+    "dialogs": lambda path, how: import_dialogs(path, ReadOptions(malformed=how), tally=Tally()),
+    "prompts": lambda path, how: import_prompts(path, ReadOptions(malformed=how), tally=Tally()),
     "preferences": lambda path, how: import_preferences(
-        path, Reading(malformed=how), tally=Tally()
+        path, ReadOptions(malformed=how), tally=Tally()
     ),
     **{
         kind.__name__: (lambda path, how, kind=kind: records.read(kind, path, tally=Tally()))

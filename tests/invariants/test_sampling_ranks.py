@@ -12,15 +12,17 @@ import pytest
 from test_ranks import together
 
 from llama2.config import build
+from llama2.ranks import Ranks
 from llama2.recipe import launch
+from llama2.recipe.workers import execute
 from llama2.runs import parts
 
 SAMPLE = {"max_tokens": 16, "slots": 4, "part": 3, "precision": "fp32"}
 SHORT = {"preprompts": ["Be a {a} and {b} assistant."], "templates": {}}
 
 
-def carry_out(out: Path) -> None:
-    """Every stage below `out`; the environment says on what."""
+def carry_out(out: Path, ranks: Ranks | None = None) -> None:
+    """Every stage below `out`; the environment says on what. Each joins the other ranks itself."""
     given = json.loads(os.environ["SAMPLING"])
     rewards, prompts = given["rewards"], given["prompts"]
     values: dict[str, dict[str, Any]] = {
@@ -52,9 +54,9 @@ def carry_out(out: Path) -> None:
     }
 
     for verb, own in values.items():
-        launch.execute(
+        execute(
             verb,
-            build(launch.stage(verb).Config, {"out": str(out / verb), "sample": SAMPLE, **own}),
+            build(launch.load(verb).Config, {"out": str(out / verb), "sample": SAMPLE, **own}),
         )
 
 
@@ -80,10 +82,10 @@ def test_two_ranks_write_what_one_writes(
 ) -> None:
     rewards = {"helpful": str(scorers[0]), "safe": str(scorers[1])}
     prompts = str(world / "prompts-train.jsonl")
-    launch.execute(
+    execute(
         "rejection",
         build(
-            launch.stage("rejection").Config,
+            launch.load("rejection").Config,
             {
                 "out": str(tmp_path / "earlier"),
                 "policy": str(policy),

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from llama2 import mesh
 from llama2.model.llama import Llama, LlamaConfig
+from llama2.ranks import Ranks
 from llama2.train.loop import Loss
 from llama2.train.objectives import next_token
 
@@ -25,11 +25,17 @@ def llama(seed: int = 0) -> Llama:
     return Llama(CONFIG, seed)
 
 
+ALONE = Ranks.alone()
+
+
 class Rows:
     """`rows` random rows a step with ragged loss masks, `micro` to a micro-batch, shared between
     ranks."""
 
-    def __init__(self, rows: int = 8, micro: int = 8, steps: int | None = None) -> None:
+    def __init__(
+        self, rows: int = 8, micro: int = 8, steps: int | None = None, ranks: Ranks = ALONE
+    ) -> None:
+        self.ranks = ranks
         self.rows, self.micro, self.steps, self.step = rows, micro, steps, 0
 
     def __next__(self):
@@ -45,7 +51,7 @@ class Rows:
             "targets_BT": tokens[:, 1:],
             "weights_BT": (torch.arange(12) < lengths).float(),
         }
-        mine = {name: value[mesh.rank() :: mesh.world()] for name, value in batch.items()}
+        mine = {name: self.ranks.share(value) for name, value in batch.items()}
         parts = {name: value.split(self.micro) for name, value in mine.items()}
 
         return [dict(zip(parts, row)) for row in zip(*parts.values()) if len(row[0])]

@@ -20,10 +20,10 @@ import torch
 from commands import in_a_process, llama2
 from safetensors.torch import load_file, save_file
 
+from llama2 import runs
 from llama2.formats import checkpoint
 from llama2.model.llama import Llama, LlamaConfig
-from llama2.recipe import launch
-from llama2.runs import run as runs
+from llama2.recipe.workers import context, preload
 from llama2.tokenizer.train import train
 
 Refused = Callable[..., str]
@@ -563,10 +563,8 @@ def test_a_full_disk_loses_nothing(tmp_path, base, world, kilobytes):
             4,
         )
     ]
-    launch.preload()
-    process = launch._context.Process(
-        target=_limited, args=(words, kilobytes << 10, str(tmp_path / "log"))
-    )
+    preload()
+    process = context.Process(target=_limited, args=(words, kilobytes << 10, str(tmp_path / "log")))
     process.start()
     process.join(200)
     *_, last = (tmp_path / "log").read_text().splitlines()

@@ -234,3 +234,11 @@ def test_transformers_reads_policy_and_reward_model(story):
     asked = [{"role": turn.role, "content": turn.content} for turn in talk[:-1]]
     found = reader.apply_chat_template(asked, return_dict=False)
     assert list(found) == encode_prompt(tokenizer, talk[:-1])
+
+
+def test_a_folder_beside_the_recipe_is_not_taken_for_the_hub(tmp_path, monkeypatch, capsys):
+    """`--out run` makes models called run/NAME, which reads like a name of the Hub's."""
+    monkeypatch.chdir(tmp_path)
+    recipe.write(tmp_path / "recipe.yaml")
+    assert llama2("run", "recipe.yaml", "--out", "run", "--dry-run") == 0
+    assert "run/pretrain" in capsys.readouterr().out

@@ -23,8 +23,9 @@ from torch import Tensor
 
 from llama2.formats import checkpoint, meta
 from llama2.formats.detect import open_model
-from llama2.model.llama import Llama, LlamaConfig, rotate
-from llama2.model.tensors import interleaved
+from llama2.model.llama import Llama, LlamaConfig
+from llama2.model.positions import rotate
+from llama2.model.tensors import interleave_pairs
 from llama2.tokenizer import Tokenizer
 
 transformers.utils.logging.disable_progress_bar()
@@ -170,8 +171,8 @@ def test_rotated_scores_depend_on_the_distance_as_the_paper_says(kv_heads: int) 
     for project, heads in ((attention.q_proj, 32), (attention.k_proj, kv_heads)):
         rows = project.weight.detach()
         halves = (x_TD @ rows.T).view(1, 3, heads, size)
-        pairs = (x_TD @ interleaved(rows, heads).T).view(3, heads, size // 2, 2)
-        ours_THE = rotate(halves, context)[0].double()
+        pairs = (x_TD @ interleave_pairs(rows, heads).T).view(3, heads, size // 2, 2)
+        ours_THE = rotate(halves, context.cos_BT1E, context.sin_BT1E)[0].double()
         turned = (
             torch.view_as_complex(pairs.double())
             * torch.polar(torch.ones(1, dtype=torch.float64), positions[:, None] * theta_P)[:, None]

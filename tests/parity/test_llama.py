@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from llama2.formats import checkpoint
-from llama2.kernels import fused
+from llama2.kernels import fused, install
 from llama2.model.llama import Llama, LlamaConfig
 from llama2.model.scorer import Scorer
 
@@ -84,9 +84,9 @@ def _no_gradients() -> object:
 def test_logits_equal_transformers(
     monkeypatch: pytest.MonkeyPatch, kv_heads: int, length: int
 ) -> None:
-    monkeypatch.setattr(fused, "runs", lambda x: False)
+    monkeypatch.setattr(fused, "supports", lambda x: False)
     hf = theirs(config(kv_heads))
-    ours = Llama(config(kv_heads))
+    ours = install(Llama(config(kv_heads)))
     ours.load_state_dict(hf.state_dict())
     tokens_BT = tokens(2 if length < 100 else 1, length)
     expected = hf(tokens_BT).logits
@@ -100,7 +100,7 @@ def test_our_kernels_err_no_more_than_transformers(kv_heads: int, length: int) -
     """They sum in another order, so what they are held to is the distance from the truth in
     fp64."""
     hf = theirs(config(kv_heads))
-    ours = Llama(config(kv_heads))
+    ours = install(Llama(config(kv_heads)))
     ours.load_state_dict(hf.state_dict())
     tokens_BT = tokens(2, length)
     truth = hf.double()(tokens_BT).logits.float()
@@ -112,12 +112,12 @@ def test_logits_agree_at_positions_beyond_the_first_context(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     hf = theirs(config())
-    ours = Llama(config())
+    ours = install(Llama(config()))
     ours.load_state_dict(hf.state_dict())
     positions_BT = torch.arange(4000, 4064)[None]
     expected = hf(tokens(1, 64), position_ids=positions_BT).logits
     assert distance(ours(tokens(1, 64), positions_BT=positions_BT), expected) < 3e-5
-    monkeypatch.setattr(fused, "runs", lambda x: False)
+    monkeypatch.setattr(fused, "supports", lambda x: False)
     assert distance(ours(tokens(1, 64), positions_BT=positions_BT), expected) < 1e-5
 
 
@@ -125,7 +125,7 @@ def test_bf16_logits_agree_to_its_rounding() -> None:
     """Both sides in bf16 stay within 3 % of the spread of the fp32 logits on average, and agree on
     the best token where it leads clearly."""
     hf = theirs(config())
-    ours = Llama(config())
+    ours = install(Llama(config()))
     ours.load_state_dict(hf.state_dict())
     tokens_BT = tokens(2, 100)
     exact = hf(tokens_BT).logits

@@ -6,13 +6,51 @@ import json
 import math
 import random
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from llama2.evaluate import summary
 from llama2.generate.dialogue import Answer
 from llama2.generate.engine import Completion
-from llama2.microworld.rater import Rating
-from llama2.records import DEGREES, Message, Prompt
+from llama2.judging import Rating
+from llama2.records import DEGREES, Axis, Message, Prompt
+from llama2.results import (
+    AccuracyResult,
+    Alarm,
+    AttentionResult,
+    Baselines,
+    CleanedSource,
+    CleanResult,
+    CollectResult,
+    CurvesResult,
+    DialogTurn,
+    DistilledAnswer,
+    DistillResult,
+    EvaluateResult,
+    GhostExample,
+    GhostResult,
+    HealthResult,
+    HeldoutLoss,
+    Obedience,
+    PpoResult,
+    PretrainResult,
+    Proportion,
+    RankedAnswers,
+    ReadCounts,
+    RejectionResult,
+    RewardResult,
+    Rollout,
+    SamplingSettings,
+    SelectResult,
+    SetAccuracy,
+    SetShare,
+    SftResult,
+    StageResult,
+    TokenizedSplit,
+    TokenizeResult,
+    TokenizerResult,
+    WinShare,
+)
+from llama2.stages import evaluate
 
 VERSIONS = ("SFT", "V1", "V2", "V3")
 EVIL = '<script>alert("x")</script> & <b>bold</b>'
@@ -21,72 +59,18 @@ EVIL = '<script>alert("x")</script> & <b>bold</b>'
 def make(root: Path, truth: bool = True) -> Path:
     """Write the recipe below `root`; without truth it looks like one on real data."""
     rng = random.Random(0)
-    steps: list[tuple[str, str, dict[str, Any], dict[str, Any], list[dict[str, float]]]] = [
-        (
-            "clean",
-            "clean",
-            {},
-            {
-                "summary.json": {
-                    "sources": {"web": {"documents": 500, "duplicates": 40, "kept": 460}}
-                }
-            },
-            [],
-        ),
-        ("tokenizer", "tokenizer", {}, {"summary.json": {"vocab_size": 1024}}, []),
-        (
-            "tokenize",
-            "tokenize",
-            {},
-            {
-                "summary.json": {
-                    "train": {"documents": 450, "tokens": 200000, "bytes": 580000, "sources": {}},
-                    "validation": {"documents": 10, "tokens": 4000, "bytes": 11600, "sources": {}},
-                }
-            },
-            [],
-        ),
-        (
-            "pretrain",
-            "pretrain",
-            {"shards": f"{root}/tokenize"},
-            {
-                "summary.json": {
-                    "parameters": 1_070_000,
-                    "tokens": 4_300_000,
-                    "xz_bits_per_byte": 1.62,
-                    "validation": {"validation/loss": 1.5, "validation/bits_per_byte": 0.81},
-                }
-            },
-            _losses(rng, 300, 6.9, 1.5),
-        ),
-        (
-            "sft",
-            "sft",
-            {"model": f"{root}/pretrain"},
-            {"summary.json": {"dialogs": 6000, "tokens": 500000}},
-            _losses(rng, 120, 2.5, 0.9),
-        ),
-        (
-            "collect",
-            "collect",
-            {"policy": f"{root}/sft"},
-            {
-                "summary.json": {
-                    "pairs": 7300,
-                    "dropped": 200,
-                    "degrees": dict(zip(DEGREES, (2600, 1800, 1500, 1400))),
-                    "safety": {"preferred_only": 800, "both": 900, "neither": 400},
-                }
-            },
-            [],
-        ),
+    steps: list[tuple[str, dict[str, Any], list[StageResult], list[dict[str, float]]]] = [
+        ("clean", {}, [_clean()], []),
+        ("tokenizer", {}, [TokenizerResult(vocab_size=1024, fingerprint="f" * 64)], []),
+        ("tokenize", {}, [_tokenize()], []),
+        ("pretrain", {"shards": f"{root}/tokenize"}, [_pretrain()], _losses(rng, 300, 6.9, 1.5)),
+        ("sft", {"model": f"{root}/pretrain"}, [_sft(6000, 500000)], _losses(rng, 120, 2.5, 0.9)),
+        ("collect", {"policy": f"{root}/sft"}, [_collect()], []),
         *(
             (
                 f"reward-{axis}",
-                "reward",
                 {"model": f"{root}/sft"},
-                {"accuracy.json": {"sets": _accuracy()}},
+                [_reward(), AccuracyResult(sets=_accuracy())],
                 [
                     {"step": s, "reward/accuracy": 0.6 + 0.2 * (1 - math.exp(-s / 20))}
                     for s in range(0, 100, 5)
@@ -96,103 +80,25 @@ def make(root: Path, truth: bool = True) -> Path:
         ),
         (
             "rejection",
-            "rejection",
             {"policy": f"{root}/sft", "rewards": {"helpful": f"{root}/reward-helpful"}},
-            {
-                "curves.json": {
-                    "k": list(range(1, 9)),
-                    "max": [0.5 + 0.1 * math.log2(k) for k in range(1, 9)],
-                    "median": [0.5] * 8,
-                    "temperatures": {"0.8": 1.2, "1.0": 1.5, "1.2": 1.3},
-                },
-                "summary.json": {
-                    "prompts": 1600,
-                    "k": 8,
-                    "kept": 1580,
-                    "examples": [
-                        {
-                            "prompt": EVIL,
-                            "worst": "No.",
-                            "best": "Yes.",
-                            "worst_reward": 0.1,
-                            "best_reward": 0.9,
-                        }
-                    ],
-                },
-            },
+            [_rejection(), _curves()],
             [],
         ),
         (
             "v1",
-            "sft",
             {
                 "model": f"{root}/pretrain",
                 "dialogs": {"pool": {"path": f"{root}/rejection/pool.jsonl"}},
             },
-            {"summary.json": {"dialogs": 7600, "tokens": 700000}},
+            [_sft(7600, 700000)],
             _losses(rng, 120, 1.0, 0.6),
         ),
-        (
-            "ghost",
-            "ghost",
-            {"policy": f"{root}/v1"},
-            {
-                "summary.json": {
-                    "conversations": 160,
-                    "dialogs": 960,
-                    "examples": [
-                        json.dumps(
-                            {
-                                "messages": [
-                                    {"role": "user", "content": EVIL},
-                                    {"role": "assistant", "content": "Hi."},
-                                ]
-                            }
-                        )
-                    ],
-                }
-            },
-            [],
-        ),
-        (
-            "distill",
-            "distill",
-            {"policy": f"{root}/sft"},
-            {
-                "summary.json": {
-                    "prompts": 400,
-                    "kept": 120,
-                    "safety before": 0.55,
-                    "safety after": 0.83,
-                    "examples": [{"prompt": "How?", "before": "Do.", "after": "I cannot."}],
-                }
-            },
-            [],
-        ),
+        ("ghost", {"policy": f"{root}/v1"}, [_ghost()], []),
+        ("distill", {"policy": f"{root}/sft"}, [_distill()], []),
         (
             "ppo",
-            "ppo",
             {"policy": f"{root}/v1"},
-            {
-                "health.json": {
-                    "alarms": [
-                        {
-                            "name": "kl",
-                            "step": 12,
-                            "value": 1.25,
-                            "cause": "the policy leaves its start",
-                            "remedy": "raise beta",
-                        }
-                    ],
-                    "samples": [
-                        {
-                            "prompt": [{"role": "user", "content": "Hi"}],
-                            "answer": EVIL,
-                            "reward": 0.5,
-                        }
-                    ],
-                }
-            },
+            [PpoResult(parameters=1_070_000, steps=30, tokens=90_000, trained=40_000), _health()],
             [
                 {
                     "step": s,
@@ -211,37 +117,20 @@ def make(root: Path, truth: bool = True) -> Path:
                 for s in range(30)
             ],
         ),
+        ("select", {"candidate": f"{root}/ppo"}, [_select()], []),
         (
-            "select",
-            "select",
-            {"candidate": f"{root}/ppo"},
-            {
-                "verdict.json": {
-                    "candidate": "ppo",
-                    "predecessor": "v2",
-                    "kept": "predecessor",
-                    "reason": "it lost on held-out prompts",
-                    "win_rate": {
-                        "all": {"rate": 0.46, "wins": 46, "losses": 54, "ties": 9},
-                        "unsafe": {"rate": None},
-                    },
-                }
-            },
-            [],
-        ),
-        (
-            "evaluate",
             "evaluate",
             {"versions": {"SFT": f"{root}/sft"}},
-            {"evaluation.json": evaluation(truth), "attention.json": _attention(rng)},
+            [evaluation(truth), _attention(rng)],
             [],
         ),
-        ("report", "report", {}, {}, []),
+        ("report", {}, [], []),
     ]
     begin = 0
 
-    for index, (name, verb, config, files, metrics) in enumerate(steps):
+    for index, (name, config, results, metrics) in enumerate(steps):
         seconds = 20.0 + 7 * index
+        verb = "sft" if name == "v1" else name.split("-")[0]
         _write(
             root / name / "manifest.json",
             {
@@ -256,8 +145,9 @@ def make(root: Path, truth: bool = True) -> Path:
         )
         begin += int(seconds)
 
-        for file, content in files.items():
-            _write(root / name / file, content)
+        for result in results:
+            assert result.stage == verb
+            _write(root / name / result.file, result.dump())
 
         if metrics:
             lines = [json.dumps(row) for row in metrics]
@@ -270,7 +160,134 @@ def make(root: Path, truth: bool = True) -> Path:
     return root
 
 
-def evaluation(truth: bool = True) -> dict[str, Any]:
+def _clean() -> CleanResult:
+    changes = {"duplicate documents removed": 40}
+    web = CleanedSource(documents=500, kept=460, heldout=10, bytes=591600, changes=changes)
+    return CleanResult(sources={"web": web})
+
+
+def _tokenize() -> TokenizeResult:
+    return TokenizeResult(
+        train=TokenizedSplit(documents=450, tokens=200000, bytes=580000, sources={}),
+        validation=TokenizedSplit(documents=10, tokens=4000, bytes=11600, sources={}),
+    )
+
+
+def _pretrain() -> PretrainResult:
+    return PretrainResult(
+        parameters=1_070_000,
+        steps=300,
+        tokens=4_300_000,
+        trained=4_300_000,
+        validation=HeldoutLoss(loss=1.5, bits_per_byte=0.81),
+        xz_bits_per_byte=1.62,
+    )
+
+
+def _sft(dialogs: int, tokens: int) -> SftResult:
+    return SftResult(
+        parameters=1_070_000,
+        steps=120,
+        tokens=tokens,
+        trained=tokens // 2,
+        dialogs=dialogs,
+        heldout=0,
+        cut=0,
+        dropped=0,
+        fill=0.99,
+        sources={"mine": ReadCounts(read=dialogs, kept=dialogs, skipped={})},
+    )
+
+
+def _collect() -> CollectResult:
+    return CollectResult(
+        pairs=7300,
+        heldout=800,
+        unjudged=0,
+        dropped=200,
+        degrees=dict(zip(DEGREES, (2600, 1800, 1500, 1400))),
+        axes={"helpful": 5200, "safe": 2100},
+        safety={"preferred_only": 800, "both": 900, "neither": 400},
+    )
+
+
+def _reward() -> RewardResult:
+    return RewardResult(
+        parameters=1_070_000,
+        steps=100,
+        tokens=900_000,
+        trained=14_600,
+        pairs=7300,
+        sets={"round-1": SetShare(pairs=7300, share=1.0)},
+        read={},
+    )
+
+
+def _rejection() -> RejectionResult:
+    example = RankedAnswers(
+        prompt=EVIL, worst="No.", best="Yes.", worst_reward=0.1, best_reward=0.9
+    )
+    return RejectionResult(
+        prompts=1600,
+        k=8,
+        kept=1580,
+        earlier=0,
+        pool={"this round": 1580},
+        temperature=1.0,
+        examples=[example],
+    )
+
+
+def _curves() -> CurvesResult:
+    return CurvesResult(
+        k=list(range(1, 9)),
+        max=[0.5 + 0.1 * math.log2(k) for k in range(1, 9)],
+        median=[0.5] * 8,
+        temperatures={"0.8": 1.2, "1.0": 1.5, "1.2": 1.3},
+        temperature=1.0,
+    )
+
+
+def _ghost() -> GhostResult:
+    turns = [DialogTurn(role="user", content=EVIL), DialogTurn(role="assistant", content="Hi.")]
+    return GhostResult(
+        conversations=160, dialogs=960, turns=960, examples=[GhostExample(messages=turns)]
+    )
+
+
+def _distill() -> DistillResult:
+    return DistillResult(
+        prompts=400,
+        kept=120,
+        templated=0,
+        safety_before=0.55,
+        safety_after=0.83,
+        examples=[DistilledAnswer(prompt="How?", before="Do.", after="I cannot.")],
+    )
+
+
+def _health() -> HealthResult:
+    alarm = Alarm(
+        name="kl", step=12, value=1.25, cause="the policy leaves its start", remedy="raise beta"
+    )
+    return HealthResult(alarms=[alarm], samples=[Rollout(prompt="Hi", answer=EVIL, reward=0.5)])
+
+
+def _select() -> SelectResult:
+    return SelectResult(
+        candidate="ppo",
+        predecessor="v2",
+        kept="predecessor",
+        reason="it lost on held-out prompts",
+        needed=0.5,
+        win_rate={
+            "all": WinShare(wins=46, losses=54, ties=9, rate=0.46, low=0.37, high=0.56),
+            "unsafe": WinShare(wins=0, losses=0, ties=3, rate=None, low=0.0, high=1.0),
+        },
+    )
+
+
+def evaluation(truth: bool = True) -> EvaluateResult:
     """An evaluation of four versions that get better, but for the last."""
     rng = random.Random(1)
     families = ["fact", "list", "sum", "unsafe", "borderline"] * 40
@@ -302,21 +319,18 @@ def evaluation(truth: bool = True) -> dict[str, Any]:
         ]
         scores = {
             axis: [min(1.0, max(0.0, rng.gauss(skill, 0.2))) for _ in families]
-            for axis in summary.AXES
+            for axis in get_args(Axis)
         }
         keeps = 1.0 if level >= 2 else 0.3
         ghost = [
-            {
-                "rate": max(0.0, 0.99 - (1 - keeps) * turn / 5),
-                "n": 60,
-                "low": 0.9 * keeps,
-                "high": 1.0,
-            }
+            Proportion(
+                rate=max(0.0, 0.99 - (1 - keeps) * turn / 5), n=60, low=0.9 * keeps, high=1.0
+            )
             for turn in range(6)
         ]
         talks = [
             tuple(
-                Message("user" if i % 2 == 0 else "assistant", f"Turn {i} of {name}.")
+                Message("user" if i % 2 == 0 else "assistant", f"DialogTurn {i} of {name}.")
                 for i in range(12)
             )
         ]
@@ -325,17 +339,14 @@ def evaluation(truth: bool = True) -> dict[str, Any]:
             ratings if truth else None,
             ratings if truth else None,
             scores,
-            {"user": ghost, "system": ghost},
+            Obedience(user=ghost, system=ghost),
             talks,
         )
 
-    found = summary.describe(prompts, results, 8) | {
-        "sampling": {"temperature": 0.6, "top_p": 0.9},
-        "checkpoints": {
-            name: f"/runs/demo/{run}" for name, run in zip(VERSIONS, ("sft", "v1", "v2", "ppo"))
-        },
-    }
-    return json.loads(json.dumps(found))  # type: ignore[no-any-return]
+    runs = zip(VERSIONS, ("sft", "v1", "v2", "ppo"))
+    checkpoints = {name: f"/runs/demo/{run}" for name, run in runs}
+    sampling = SamplingSettings(temperature=0.6, top_p=0.9, max_tokens=64)
+    return evaluate.summarise(prompts, results, 8, checkpoints, sampling)
 
 
 def _rate(family: str, skill: float, rng: random.Random) -> Rating:
@@ -370,19 +381,19 @@ def _losses(rng: random.Random, count: int, top: float, bottom: float) -> list[d
     return rows
 
 
-def _accuracy() -> dict[str, Any]:
-    def one(share: float) -> dict[str, float]:
-        return {"accuracy": share, "n": 200, "low": share - 0.04, "high": min(1.0, share + 0.04)}
+def _accuracy() -> dict[str, SetAccuracy]:
+    def one(share: float) -> Proportion:
+        return Proportion(rate=share, n=200, low=share - 0.04, high=min(1.0, share + 0.04))
 
-    helpful: dict[str, Any] = dict(zip((*DEGREES, "all"), map(one, (0.95, 0.80, 0.66, 0.54, 0.74))))
-    baselines = {"longer": one(0.61), "bag_of_words": one(0.72)}
+    degrees = dict(zip((*DEGREES, "all"), map(one, (0.95, 0.80, 0.66, 0.54, 0.74))))
+    baselines = Baselines(longer=one(0.61), bag_of_words=one(0.72))
     return {
-        "helpful": {**helpful, "baselines": baselines},
-        "safe": {**helpful, "significantly": one(0.80)},
+        "helpful": SetAccuracy(**degrees, baselines=baselines),
+        "safe": SetAccuracy(**{**degrees, "significantly": one(0.80)}),
     }
 
 
-def _attention(rng: random.Random) -> dict[str, Any]:
+def _attention(rng: random.Random) -> AttentionResult:
     def map_of(level: float) -> list[list[float]]:
         return [
             [(level if column < 4 else 0.1) * rng.random() for column in range(40)]
@@ -390,16 +401,16 @@ def _attention(rng: random.Random) -> dict[str, Any]:
         ]
 
     levels = {"V1": 0.2, "V2": 0.8}
-    return {
-        "names": ["V1", "V2"],
-        "maps": {name: map_of(level) for name, level in levels.items()},
-        "dialogs": 16,
-        "instruction_by_turn": {name: [level, level, level / 2] for name, level in levels.items()},
-        "bin": 2,
-        "instruction": "Always speak Foo.",
-        "instruction_bins": [1.0, 4.0],
-        "columns": [f"t{i}" for i in range(40)],
-    }
+    return AttentionResult(
+        names=["V1", "V2"],
+        maps={name: map_of(level) for name, level in levels.items()},
+        dialogs=16,
+        instruction_by_turn={name: [level, level, level / 2] for name, level in levels.items()},
+        bin=2,
+        instruction="Always speak Foo.",
+        instruction_bins=(1.0, 4.0),
+        columns=[f"t{i}" for i in range(40)],
+    )
 
 
 def _write(path: Path, content: object) -> None:

@@ -6,7 +6,7 @@ from pathlib import Path
 from llama2.importers.dialogs import import_dialogs
 from llama2.importers.preferences import import_preferences
 from llama2.importers.prompts import import_prompts
-from llama2.importers.tables import Reading
+from llama2.importers.tables import ReadOptions
 from llama2.tally import Tally
 
 
@@ -18,21 +18,21 @@ def write(path: Path, *rows: object) -> Path:
 def dialogs(folder: Path, *rows: object, **how):
     """The dialogs as (texts of the turns, train), and the tally."""
     tally = Tally()
-    read = import_dialogs(write(folder / "rows.jsonl", *rows), Reading(**how), tally=tally)
+    read = import_dialogs(write(folder / "rows.jsonl", *rows), ReadOptions(**how), tally=tally)
     return [(tuple(m.content for m in dialog.messages), dialog.train) for dialog in read], tally
 
 
 def prompts(folder: Path, *rows: object, **how):
     """The texts of the prompts' last turns, and the tally."""
     tally = Tally()
-    read = import_prompts(write(folder / "rows.jsonl", *rows), Reading(**how), tally=tally)
+    read = import_prompts(write(folder / "rows.jsonl", *rows), ReadOptions(**how), tally=tally)
     return [prompt.messages[-1].content for prompt in read], tally
 
 
 def comparisons(folder: Path, *rows: object, **how):
     """The comparisons as (texts of the prompt, chosen, rejected, degree), and the tally."""
     tally = Tally()
-    read = import_preferences(write(folder / "rows.jsonl", *rows), Reading(**how), tally=tally)
+    read = import_preferences(write(folder / "rows.jsonl", *rows), ReadOptions(**how), tally=tally)
     return [
         (tuple(m.content for m in p.prompt), p.chosen.text, p.rejected.text, p.degree) for p in read
     ], tally

@@ -16,14 +16,14 @@ from commands import llama2
 
 from llama2 import records
 from llama2.errors import UserError
-from llama2.evaluate.judges import judged_row
+from llama2.evaluate.judges import encode_judged
 from llama2.formats import checkpoint
 from llama2.generate import score
 from llama2.generate.dialogue import Answer
 from llama2.generate.engine import Completion
 from llama2.model.llama import Llama
 from llama2.model.scorer import Scorer
-from llama2.recipe import launch
+from llama2.recipe.workers import context, preload
 from llama2.records import Message, Prompt
 from llama2.runs import Run, parts
 from llama2.stages.common import answers
@@ -35,7 +35,7 @@ from llama2.tokenizer.tokenizer import Tokenizer
 def killed(words: list[object], after: int) -> int:
     """Carry out a command in a process that kills itself once `after` parts are on the disk; its
     exit status."""
-    process = launch._context.Process(target=_child, args=([str(word) for word in words], after))
+    process = context.Process(target=_child, args=([str(word) for word in words], after))
     process.start()
     process.join(120)
     assert process.exitcode is not None
@@ -99,7 +99,7 @@ def selection(base: Path, policy: Path, scorers: tuple[Path, Path], prompts: Pat
 
 @pytest.mark.parametrize("command", [evaluation, selection])
 def test_a_kill_changes_nothing(command, tmp_path, base, policy, scorers, prompts):
-    launch.preload()
+    preload()
     words = command(base, policy, scorers, prompts)
     assert llama2(*words, "--out", tmp_path / "whole") == 0
     broken = [*words, "--out", tmp_path / "broken"]
@@ -187,12 +187,12 @@ def test_a_judge_reads_what_was_sampled(base):
     start, words = encode_prompt(tokenizer, prompt.messages), tokenizer.encode("The apple")
     ended = Answer("The apple", Completion((), (*words, tokenizer.eos), (), "stop"))
     cut = Answer("The apple", Completion((), tuple(words), (), "length"))
-    assert judged_row(tokenizer, prompt, ended, same=True) == [*start, *words, tokenizer.eos]
+    assert encode_judged(tokenizer, prompt, ended, same=True) == [*start, *words, tokenizer.eos]
     # no end that nobody said
-    assert judged_row(tokenizer, prompt, cut, same=True) == [*start, *words]
+    assert encode_judged(tokenizer, prompt, cut, same=True) == [*start, *words]
     talk = (*prompt.messages, Message("assistant", "The apple"))
-    assert judged_row(tokenizer, prompt, ended, same=False) == encode_dialog(tokenizer, talk)[0]
-    assert judged_row(tokenizer, prompt, cut, same=False) == [*start, *words]
+    assert encode_judged(tokenizer, prompt, ended, same=False) == encode_dialog(tokenizer, talk)[0]
+    assert encode_judged(tokenizer, prompt, cut, same=False) == [*start, *words]
 
 
 def test_scores_are_those_of_the_whole_model(tmp_path, policy, scorers, prompts):
@@ -284,9 +284,9 @@ def test_equal_answers_have_equal_scores_whatever_stands_beside_them(
     # an answer without an end is another
     assert not any(a == b for a, b in zip(marks[0], marks[2]))
     assert calls == [24, 8, 24]
-    rows = [judged_row(tokenizer, prompt, one, same=True) for prompt, one in zip(asked, theirs)]
+    rows = [encode_judged(tokenizer, prompt, one, same=True) for prompt, one in zip(asked, theirs)]
     assert marks[1] == pytest.approx(
-        judge(answers.load_judge(scorers[0], "fp32"), rows, "fp32"), abs=1e-4
+        judge(answers.load_judge(scorers[0], "fp32", run.ranks.device), rows, "fp32"), abs=1e-4
     )
 
 

@@ -170,3 +170,38 @@ def test_what_gets_no_name_leaves_nothing(tmp_path, monkeypatch):
             write()
 
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_directory_takes_the_place_of_an_older_one_whole_or_not_at_all(tmp_path, disk):
+    place = tmp_path / "place"
+    for text in ("first", "second"):
+        with atomic.new_directory(place) as work:
+            (work / "deep").mkdir()
+            (work / "deep" / text).write_text(text)
+
+        assert [path.name for path in place.rglob("*") if path.is_file()] == [text]
+        assert not disk.lost_by_a_power_cut(place)
+
+    def interrupted():
+        with atomic.new_directory(place) as work:
+            (work / "third").touch()
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        interrupted()
+
+    assert [path.name for path in tmp_path.rglob("*")] == ["place", "deep", "second"]
+
+
+def test_a_file_that_is_not_finished_leaves_the_older_one(tmp_path):
+    atomic.write_atomic(tmp_path / "file", "old")
+
+    def interrupted():
+        with atomic.new_file(tmp_path / "file") as work:
+            work.write_text("new")
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        interrupted()
+
+    assert [path.read_text() for path in tmp_path.iterdir()] == ["old"]

@@ -11,16 +11,16 @@ from llama2.evaluate.baselines import (
     PENALTIES,
     WORDS,
     BagOfWords,
-    best_penalty,
-    by_length,
+    choose_penalty,
     fit_logistic,
+    judge_by_length,
 )
 
 
 def test_the_longer_answer_wins_and_on_safety_the_shorter():
     pairs = [("long answer", "short"), ("a", "bc"), ("ab", "cd")]
-    assert by_length((pair, False) for pair in pairs) == [1.0, 0.0, 0.5]
-    assert by_length((pair, True) for pair in pairs) == [0.0, 1.0, 0.5]
+    assert judge_by_length((pair, False) for pair in pairs) == [1.0, 0.0, 0.5]
+    assert judge_by_length((pair, True) for pair in pairs) == [0.0, 1.0, 0.5]
 
 
 @pytest.mark.parametrize("penalty", [0.5, 1.0, 30.0])
@@ -37,8 +37,8 @@ def test_noise_is_given_a_stronger_penalty_than_what_decides():
     draw = torch.Generator().manual_seed(1)
     noise_NF = torch.randint(-1, 2, (500, 300), generator=draw).float()
     clear_NF = noise_NF * noise_NF[:, :1].sign() + torch.eye(300)[0]
-    assert best_penalty(noise_NF) == max(PENALTIES)
-    assert best_penalty(clear_NF) < max(PENALTIES)
+    assert choose_penalty(noise_NF) == max(PENALTIES)
+    assert choose_penalty(clear_NF) < max(PENALTIES)
 
 
 def test_the_fit_is_the_optimum_where_features_depend_on_one_another():
@@ -69,8 +69,8 @@ def test_words_decide_where_length_does_not():
 def test_only_the_commonest_words_and_a_part_of_many_pairs_are_used():
     pairs = [(f"common w{number}", f"common v{number}") for number in range(WORDS)]
     judge = BagOfWords(pairs)
-    assert len(judge.places) == WORDS
-    assert judge.places["common"] == 0
+    assert len(judge.columns) == WORDS
+    assert judge.columns["common"] == 0
     assert judge.weights_F.shape == (WORDS + 1,)
     many = BagOfWords([("yes", "no")] * (MOST_PAIRS + 5))
     assert many.judge([("yes", "no"), ("no", "yes")]) == [1.0, 0.0]

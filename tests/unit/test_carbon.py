@@ -7,8 +7,9 @@ import math
 import pytest
 from commands import llama2
 
+from llama2.release.carbon import truncate
 from llama2.report import paper_values
-from llama2.report.carbon import Energy, cut
+from llama2.report.energy import Energy
 
 TABLE_2 = [
     ("7B", 184_320, 400, 31.22),
@@ -21,7 +22,7 @@ TABLE_2 = [
 @pytest.mark.parametrize(("size", "hours", "watts", "tonnes"), TABLE_2)
 def test_reproduces_table_2(size: str, hours: int, watts: int, tonnes: float) -> None:
     # The paper cuts off after two decimals.
-    assert cut(Energy(hours, watts).tonnes) == tonnes
+    assert truncate(Energy(hours, watts).tonnes) == tonnes
     assert paper_values.PRETRAINING[size] == (hours, watts, tonnes)
 
 
@@ -31,7 +32,9 @@ def test_reproduces_the_total_of_table_2() -> None:
         sum(hours for _, hours, _, _ in TABLE_2) == 3_311_616 == paper_values.PRETRAINING_TOTAL[0]
     )
     # 539.00 is the sum of the exact figures, cut off; the rows as they are printed come to less
-    assert cut(math.fsum(Energy(hours, watts).tonnes for _, hours, watts, _ in TABLE_2)) == 539.00
+    assert (
+        truncate(math.fsum(Energy(hours, watts).tonnes for _, hours, watts, _ in TABLE_2)) == 539.00
+    )
     assert paper_values.PRETRAINING_TOTAL[1] == 539.00
     assert math.fsum(tonnes for *_, tonnes in TABLE_2) == pytest.approx(538.98)
 

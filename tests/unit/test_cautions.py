@@ -15,7 +15,9 @@ from llama2.train.loop import Plan
 
 def heard(limit, items, batch_size, epochs):
     steps = epochs * math.ceil(items / batch_size)
-    return list(cautions.of_length(Plan(max_steps=limit), steps, items, "row", batch_size, epochs))
+    return list(
+        cautions.warn_of_length(Plan(max_steps=limit), steps, items, "row", batch_size, epochs)
+    )
 
 
 def test_two_updates_are_few_and_the_batch_named_gives_enough():
@@ -62,7 +64,7 @@ def test_more_steps_than_the_data_has_are_named():
 
 
 def test_a_schedule_that_never_reaches_its_peak():
-    (line,) = cautions.of_schedule(Plan(schedule="constant", warmup_steps=2000, max_steps=40))
+    (line,) = cautions.warn_of_schedule(Plan(schedule="constant", warmup_steps=2000, max_steps=40))
     assert line == (
         "the learning rate rises to 2% of its peak and no further: warm-up takes 2,000 updates, the run "
         "has 40; lower --training.plan.warmup-steps"
@@ -72,7 +74,7 @@ def test_a_schedule_that_never_reaches_its_peak():
         Plan(max_steps=1),
         Plan(),
     ):
-        assert list(cautions.of_schedule(plan)) == []
+        assert list(cautions.warn_of_schedule(plan)) == []
 
     assert Plan(schedule="constant", warmup_steps=40, max_steps=40).factor(39) == 1
 

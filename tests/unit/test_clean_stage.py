@@ -39,7 +39,7 @@ def test_sources_are_split_deduplicated_and_counted(tmp_path):
         for folder in ("documents", "heldout")
     )
     assert len(kept) + len(aside) == summary["a"]["kept"] == 50
-    assert 5 < len(aside) == summary["a"]["held out"] < 25
+    assert 5 < len(aside) == summary["a"]["heldout"] < 25
     assert summary["a"]["bytes"] == sum(len(one.text.encode()) for one in kept + aside)
     assert found.tallies["a"].line() == "read 52, kept 50, left out 2: too short 1, duplicate 1"
     assert found.tallies["b"].line() == "read 2, kept 1, left out 1: duplicate 1"

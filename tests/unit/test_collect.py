@@ -10,7 +10,8 @@ from commands import llama2
 
 from llama2 import records
 from llama2.data.split import is_heldout
-from llama2.evaluate.judges import kind_of
+from llama2.evaluate.judges import classify
+from llama2.microworld.annotators import SimulatedAnnotators
 from llama2.records import Pair, Preference, Prompt, Response
 from llama2.stages import collect
 from llama2.tally import Tally
@@ -36,7 +37,7 @@ def read(out):
 def test_every_prompt_is_compared_on_its_axis(tmp_path, words, prompts):
     assert llama2(*words, "--heldout", 0.3, "--round", 2, "--out", tmp_path / "out") == 0
     kept, aside = read(tmp_path / "out")
-    kinds = {one.messages: kind_of(one) for one in records.read(Prompt, prompts)}
+    kinds = {one.messages: classify(one) for one in records.read(Prompt, prompts)}
     axes = {"helpful": {"helpful"}, "unsafe": {"safe"}, "borderline": {"helpful", "safe"}}
 
     for one in kept + aside:
@@ -87,12 +88,14 @@ def test_safety_prompts_may_be_judged_on_helpfulness_too():
         prompt("x", safety=safety, **family)
         for safety, family in ((True, {}), (False, {}), (True, {"family": "borderline"}))
     )
-    assert {collect.axes(config, unsafe, place) for place in range(50)} == {("safe",)}
+    assert {collect.choose_axes(config, unsafe, place) for place in range(50)} == {("safe",)}
     both = config.model_copy(update={"both_axes": 0.5})
-    share = sum(collect.axes(both, unsafe, place) == ("safe", "helpful") for place in range(400))
+    share = sum(
+        collect.choose_axes(both, unsafe, place) == ("safe", "helpful") for place in range(400)
+    )
     assert 160 < share < 240
-    assert collect.axes(both, kind, 0) == ("helpful",)
-    assert collect.axes(config, borderline, 0) == ("safe", "helpful")
+    assert collect.choose_axes(both, kind, 0) == ("helpful",)
+    assert collect.choose_axes(config, borderline, 0) == ("safe", "helpful")
 
 
 def test_swapped_answers_belong_to_other_prompts(tmp_path, words):
@@ -157,7 +160,7 @@ def test_answers_under_a_preprompt_are_recorded_as_answers_to_the_bare_prompt(
         }
         for name in ("plain", "under")
     )
-    kinds = {one.messages: kind_of(one) for one in records.read(Prompt, prompts)}
+    kinds = {one.messages: classify(one) for one in records.read(Prompt, prompts)}
     changed = {
         asked for asked in plain.keys() & under.keys() if plain[asked][0.7] != under[asked][0.7]
     }
@@ -193,10 +196,7 @@ def test_pairs_of_prompts_without_truth_wait_for_people(tmp_path, policy, plain,
     assert llama2(*words, "--round", 3, "--out", tmp_path / "out") == 0
     heard = capsys.readouterr().err
     pairs = list(records.read(Pair, tmp_path / "out/pairs.jsonl"))
-    assert (
-        f"of prompts without truth, for people to judge {len(pairs)} (they are in pairs.jsonl)"
-        in heard
-    )
+    assert f"not judged yet {len(pairs)} (they are in pairs.jsonl, for people to judge)" in heard
     assert not (tmp_path / "out/preferences.jsonl").exists()
     assert len(pairs) >= 20
     known = {one.id: one for one in records.read(Prompt, plain)}
@@ -207,7 +207,7 @@ def test_pairs_of_prompts_without_truth_wait_for_people(tmp_path, policy, plain,
         assert one.prompt == asked.messages
         assert one.round == 3
         axes = {"helpful": {"helpful"}, "unsafe": {"safe"}, "borderline": {"helpful", "safe"}}
-        assert one.axis in axes[kind_of(asked)]
+        assert one.axis in axes[classify(asked)]
         assert {answer.model for answer in one.responses} == {"policy"}
         assert {answer.temperature for answer in one.responses} == {0.7, 1.0}
         assert one.responses[0].text != one.responses[1].text
@@ -290,12 +290,45 @@ def test_prompts_with_and_without_truth(tmp_path, policy, plain, prompts):
     assert {one.prompt for one in pairs} <= {one.messages for one in mixed[-60:]}
 
 
+class Later(SimulatedAnnotators):
+    """People who have answered when they are asked again."""
+
+    def __init__(self):
+        super().__init__()
+        self.enqueued = set()
+
+    def compare(self, comparisons):
+        for comparison, outcome in super().compare(comparisons):
+            yield comparison, outcome if comparison.id in self.enqueued else "pending"
+            self.enqueued.add(comparison.id)
+
+
+def test_what_is_not_judged_yet_waits_in_pairs_and_is_a_preference_later(
+    tmp_path, words, monkeypatch
+):
+    annotators = Later()
+    monkeypatch.setattr(collect, "make_annotators", lambda seed, noise: annotators)
+    assert llama2(*words, "--out", tmp_path / "asked") == 0
+    assert read(tmp_path / "asked") == ([], [])
+    pairs = list(records.read(Pair, tmp_path / "asked/pairs.jsonl"))
+    assert len(pairs) >= 20
+    assert json.loads((tmp_path / "asked/summary.json").read_text())["unjudged"] == len(pairs)
+
+    assert llama2(*words, "--out", tmp_path / "answered") == 0
+    kept, aside = read(tmp_path / "answered")
+    judged = {(one.prompt, one.axis, frozenset(one.responses)) for one in (*kept, *aside)}
+    assert judged
+    assert judged <= {(one.prompt, one.axis, frozenset(one.responses)) for one in pairs}
+    assert not (tmp_path / "answered/pairs.jsonl").exists()
+
+
 def test_equal_and_empty_answers_are_no_comparison():
     config = collect.Config(out="x", policies=["p"], prompts="q")
     tally = Tally()
-    desk = collect.Desk(config, tally)
+    desk = collect.Desk(config, SimulatedAnnotators(), tally)
 
     for texts in (("same", "same"), ("", "x"), ("", "")):
-        assert list(desk.compare(prompt("x"), (Response(texts[0]), Response(texts[1])), 0)) == []
+        pairs = [(prompt("x"), (Response(texts[0]), Response(texts[1])))]
+        assert list(desk.compare(pairs)) == []
 
     assert tally.line() == "read 3, kept 0, left out 3: equal answers 2, an empty answer 1"

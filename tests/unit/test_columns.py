@@ -7,7 +7,7 @@ import pytest
 from strangers import comparisons, dialogs, prompts, turns
 
 from llama2.errors import UserError
-from llama2.importers.columns import is_filled, unread
+from llama2.importers.columns import find_unread, is_filled
 from llama2.reading.files import Row
 
 ASKED = {"question": "When?", "answer": "In 1746."}
@@ -214,9 +214,9 @@ def test_what_was_asked_for_is_remembered_by_the_row():
     row.text("a")
     inner = row.part(row.get("inner"))
     inner.get("b")
-    assert unread(row).lost == ("text", "score")
-    assert unread(row).harmless == ("id",)
-    assert unread(row, known=("text",), worth=False).lost == ()
+    assert find_unread(row).lost == ("text", "score")
+    assert find_unread(row).harmless == ("id",)
+    assert find_unread(row, known=("text",), worth=False).lost == ()
 
 
 def test_numbers_that_a_question_has_places_for_are_not_lost(tmp_path):

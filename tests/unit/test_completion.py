@@ -8,10 +8,11 @@ from pathlib import Path
 
 import pytest
 
+from llama2 import runs
+from llama2.atomic import write_atomic
 from llama2.config import StageConfig
 from llama2.errors import UserError
 from llama2.runs import completion
-from llama2.runs import run as runs
 
 SIZE = 1000
 
@@ -27,8 +28,8 @@ class Use(StageConfig):
 def make(out):
     with runs.open_run("make", Make(out=out)) as run:
         if not run.finished:
-            runs.write_atomic(run.path / "pool.jsonl", "x" * SIZE)
-            runs.write_atomic(run.path / "deep/shard.bin", "y" * SIZE)
+            write_atomic(run.path / "pool.jsonl", "x" * SIZE)
+            write_atomic(run.path / "deep/shard.bin", "y" * SIZE)
             run.log(1, {"loss": 2.0})
             run.warn("be careful")
 
@@ -188,9 +189,9 @@ def test_a_large_copy_is_read_once(tmp_path, made, monkeypatch):
     for path in (made / "pool.jsonl", made / "deep/shard.bin", made / "manifest.json"):
         os.utime(path)
 
-    read, hashed = [], completion.sha256
+    read, hashed = [], completion.hash_file
     monkeypatch.setattr(
-        completion, "sha256", lambda path: (read.append(path.name), hashed(path))[1]
+        completion, "hash_file", lambda path: (read.append(path.name), hashed(path))[1]
     )
     completion.check(made)
     assert sorted(read) == ["manifest.json", "pool.jsonl", "shard.bin"]

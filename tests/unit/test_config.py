@@ -8,11 +8,12 @@ import pytest
 import yaml
 from pydantic import Field
 
-from llama2.config import Config, StageConfig, build, derive, parse, paths, schema, yaml12
+from llama2.config import Config, StageConfig, build, derive_seed, list_paths, parse, schema, yaml12
 from llama2.config.layers import merge
 from llama2.config.yaml12 import read_yaml
 from llama2.errors import UserError
 from llama2.recipe import launch
+from llama2.recipe.verbs import VERBS
 from llama2.stages import ppo, pretrain
 
 
@@ -253,23 +254,25 @@ def test_yaml_that_is_a_trap_is_refused_with_its_line(tmp_path, text, message):
         read_yaml(Path(recipe(tmp_path, text)))
 
 
-@pytest.mark.parametrize("verb", launch.VERBS)
+@pytest.mark.parametrize("verb", VERBS)
 def test_true_is_no_number_in_any_verb(verb):
     """Every key of every verb that takes a number refuses true, in a file and as a flag, and so
     does a flag alone."""
-    kind = launch.stage(verb).Config
+    kind = launch.load(verb).Config
     keys = [
         (names, annotation)
         for names, annotation in schema.leaves(kind)
         if {int, float}
         & {
             inner
-            for one in schema.kinds(annotation)
-            for inner in schema.kinds(schema.item(one, 0) if schema.takes_several(one) else one)
+            for one in schema.alternatives(annotation)
+            for inner in schema.alternatives(
+                schema.item_type(one, 0) if schema.takes_several(one) else one
+            )
         }
     ]
     for names, annotation in keys:
-        if set(schema.kinds(annotation)) & {bool, str}:
+        if set(schema.alternatives(annotation)) & {bool, str}:
             continue
 
         several = schema.takes_several(annotation)
@@ -281,7 +284,7 @@ def test_true_is_no_number_in_any_verb(verb):
             build(kind, values)
 
         assert ".".join(names) in error.value.cause, names
-        flag = f"--{schema.dashed(*names)}"
+        flag = f"--{schema.spell_flag(*names)}"
         with pytest.raises(UserError, match=f"'{flag[2:]}' needs a value; write {flag} NUMBER"):
             parse(kind, [flag], "llama2")
 
@@ -360,19 +363,19 @@ def test_numbers_that_say_what_they_are():
 
 def test_a_seed_for_every_name():
     seeds = [
-        derive(0),
-        derive(1),
-        derive(0, "a"),
-        derive(0, "b"),
-        derive(0, "a", 1),
-        derive(0, "a1"),
-        derive(0, "a", "b"),
-        derive(0, "a,b"),
-        derive(2**32 - 1, "a"),
+        derive_seed(0),
+        derive_seed(1),
+        derive_seed(0, "a"),
+        derive_seed(0, "b"),
+        derive_seed(0, "a", 1),
+        derive_seed(0, "a1"),
+        derive_seed(0, "a", "b"),
+        derive_seed(0, "a,b"),
+        derive_seed(2**32 - 1, "a"),
     ]
     assert len(set(seeds)) == len(seeds)
     assert all(0 <= seed <= 2**32 - 1 for seed in seeds)
-    assert derive(0, "rejection2") == 3378867910
+    assert derive_seed(0, "rejection2") == 3378867910
 
 
 # --- names and paths
@@ -633,7 +636,7 @@ def test_a_wrong_flag_is_named_with_a_cure(flags, message):
 def test_a_key_that_lies_deeper_is_found(verb, flag, meant):
     with pytest.raises(UserError) as error:
         parse(
-            launch.stage(verb).Config,
+            launch.load(verb).Config,
             ["--out", "x", flag, "1"] if verb != "serve" else [flag, "1"],
             "llama2",
         )
@@ -733,24 +736,33 @@ def test_a_dash_alone_is_no_flag():
 # ------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("verb", launch.VERBS)
+@pytest.mark.parametrize("verb", VERBS)
 def test_help_shows_every_key_of_a_verb(verb, capsys):
     with pytest.raises(SystemExit) as left:
-        launch.command(verb, ["--help"])
+        launch.run_command(verb, ["--help"])
 
     assert left.value.code == 0
     shown = capsys.readouterr().out
     fields = {
-        field.alias or name for name, field in launch.stage(verb).Config.model_fields.items()
+        field.alias or name for name, field in launch.load(verb).Config.model_fields.items()
     } - {"steps"}
     assert [
         name for name in sorted(fields) if f"--{name.replace('_', '-').rstrip('-')}" not in shown
     ] == []
 
 
+def test_help_breaks_the_lines_of_a_description_itself():
+    class Wide(Config):
+        key: int = 0
+        """what fills
+        two lines of the source"""
+
+    assert Wide.model_fields["key"].description == "what fills two lines of the source"
+
+
 def test_every_path_but_out_is_an_input():
     config = build(Whole, {"out": "o", "sets": {"a": {"path": "p"}}, "some": {"path": "q"}})
-    assert dict(paths(config)) == {"sets.a.path": Path("p"), "some.path": Path("q")}
+    assert dict(list_paths(config)) == {"sets.a.path": Path("p"), "some.path": Path("q")}
 
 
 def test_a_path_with_a_nul_is_refused(tmp_path):

@@ -12,8 +12,8 @@ from pyarrow import parquet
 
 from llama2.data.documents import read_documents
 from llama2.errors import UserError
-from llama2.reading.files import files
-from llama2.reading.rows import lines
+from llama2.reading.files import find_files
+from llama2.reading.rows import read_lines
 from llama2.records import Document, read, write
 
 
@@ -151,4 +151,4 @@ def test_large_zst_in_pieces(tmp_path: Path) -> None:
     path = tmp_path / "a.jsonl.zst"
     written = [json.dumps({"text": str(number) * 50}) for number in range(20_000)]
     path.write_bytes(zstandard.ZstdCompressor().compress("\n".join(written).encode()))
-    assert [line for _, line, _ in lines(files(path)[0])] == written
+    assert [line for _, line, _ in read_lines(find_files(path)[0])] == written

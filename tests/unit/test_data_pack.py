@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from llama2.data.mix import mix_passes
-from llama2.data.pack import Segment, TextRows, best_fit, collate, pack, shortened
+from llama2.data.pack import Segment, TextRows, best_fit, collate, cut_segment, pack
 from llama2.data.shards import Shards, write_shards
 from llama2.errors import UserError
 from llama2.records import Document
@@ -139,7 +139,7 @@ ITEMS = st.lists(
 def test_packed_rows_hold_each_target_once(
     items: list[tuple[list[int], list[bool]]], length: int
 ) -> None:
-    segments = [shortened(*item, length) for item in items]
+    segments = [cut_segment(*item, length) for item in items]
     packed = pack([one for one in segments if one is not None], length)
     expected: Counter[tuple[int, ...]] = Counter()
 

@@ -2,18 +2,21 @@
 parts."""
 
 from collections.abc import Iterator, Sequence
+from typing import TypeVar
 
 import pytest
+import torch
 
-from llama2.generate import dialogue
 from llama2.generate.dialogue import Chat
 from llama2.generate.engine import Completion, Tokens
 from llama2.generate.sampling import Sampling
+from llama2.ranks import Axis, Ranks
 from llama2.records import Messages, messages_of
 from llama2.tokenizer.template import encode_prompt
 from llama2.tokenizer.tokenizer import Tokenizer
 from llama2.tokenizer.train import train
 
+T = TypeVar("T")
 TALK = messages_of([("user", "the fox")])
 
 
@@ -106,17 +109,22 @@ def test_other_stop_ids_are_kept_and_left_out_of_the_text(tokenizer: Tokenizer) 
     assert (answer.text, answer.completion.tokens) == ("fox", (*fox, dog[-1]))
 
 
-def test_ranks_share_the_prompts_by_their_places(
-    tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
-) -> None:
+class Apart(Ranks):
+    """Ranks that share work and keep their own results."""
+
+    def unshare(self, items: Sequence[T]) -> list[T]:
+        return list(items)
+
+
+def test_ranks_share_the_prompts_by_their_places(tokenizer: Tokenizer) -> None:
     engine = Fixed([4, tokenizer.eos])
     prompts: list[Messages] = [messages_of([("user", f"fox {index}")]) for index in range(5)]
     whole = Chat(engine, tokenizer).answers(prompts, Sampling())
     parts = []
 
     for rank in range(2):
-        monkeypatch.setattr(dialogue, "share", lambda items, rank=rank: items[rank::2])
-        parts.append(Chat(engine, tokenizer).answers(prompts, Sampling()))
+        ranks = Apart(torch.device("cpu"), rank, 2, replicate=Axis(2, rank))
+        parts.append(Chat(engine, tokenizer, ranks).answers(prompts, Sampling()))
 
     assert [parts[index % 2][index // 2] for index in range(5)] == whole
     assert [row[0].completion.prompt for row in whole] == [

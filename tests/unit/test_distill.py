@@ -50,7 +50,7 @@ def test_the_gate_keeps_only_finished_answers_that_score_higher(tmp_path, monkey
     assert kept.metadata == {"family": "unsafe", "reward": 1.0, "safety": True}
     assert kept.train == "last"
     summary = json.loads((tmp_path / "summary.json").read_text())
-    assert (summary["prompts"], summary["kept"], summary["safety before"]) == (5, 1, 0.5)
+    assert (summary["prompts"], summary["kept"], summary["safety_before"]) == (5, 1, 0.5)
     assert summary["examples"] == [{"prompt": "q0", "before": "plain", "after": "careful"}]
     line = run.tallies["prompts"].line()
     assert line.startswith(
@@ -136,4 +136,4 @@ def test_prompts_without_room_are_counted(tmp_path, policy, scorers, world, caps
     ],
 )
 def test_what_counts_as_adversarial(made, expected):
-    assert distill.adversarial(made, ("unsafe",)) == expected
+    assert distill.is_adversarial(made, ("unsafe",)) == expected

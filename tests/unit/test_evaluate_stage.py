@@ -232,15 +232,15 @@ class Parrot:
 
 
 @pytest.mark.parametrize("where", ["user", "system"])
-def test_adherence_by_turn(where: ghost.Place, tokenizer: Tokenizer) -> None:
+def test_adherence_by_turn(where: ghost.InstructionRole, tokenizer: Tokenizer) -> None:
     dialogs = [
-        ghost.Dialog("Always speak Foo.", ("Hey!",), ("a?", "b?", "c?")),
-        ghost.Dialog("Always speak Foo.", ("Hey!",), ("a?", "b?")),
+        ghost.GhostDialog("Always speak Foo.", ("Hey!",), ("a?", "b?", "c?")),
+        ghost.GhostDialog("Always speak Foo.", ("Hey!",), ("a?", "b?")),
     ]
     parrot = Parrot(2, tokenizer)
     talks = ghost.converse(parrot, dialogs, Sampling(), where)  # type: ignore[arg-type]
-    turns = ghost.by_turn(dialogs, talks)
-    assert [(turn["rate"], turn["n"]) for turn in turns] == [(1.0, 2), (1.0, 2), (0.0, 1)]
+    turns = ghost.count_by_turn(dialogs, talks)
+    assert [(turn.rate, turn.n) for turn in turns] == [(1.0, 2), (1.0, 2), (0.0, 1)]
     said = [message.content for message in talks[0] if message.role != "assistant"]
     assert sum("Always speak Foo." in text for text in said) == 1
     assert len(parrot.seen[2]) == 1
@@ -249,11 +249,11 @@ def test_adherence_by_turn(where: ghost.Place, tokenizer: Tokenizer) -> None:
 def test_dialog_that_fills_the_context_ends_and_counts_as_disobedience(
     tokenizer: Tokenizer,
 ) -> None:
-    dialogs = [ghost.Dialog("Always speak Foo.", ("Hey!",), ("a?", "b?", "c?"))] * 3
-    full = len(encode_prompt(tokenizer, ghost.opening(dialogs[0], "user"))) + 10
+    dialogs = [ghost.GhostDialog("Always speak Foo.", ("Hey!",), ("a?", "b?", "c?"))] * 3
+    full = len(encode_prompt(tokenizer, ghost.ask(dialogs[0], 0, "user"))) + 10
     talks = ghost.converse(Parrot(9, tokenizer, full), dialogs, Sampling())  # type: ignore[arg-type]
     assert [len(talk) for talk in talks] == [2, 2, 2]
-    assert [(turn["rate"], turn["n"]) for turn in ghost.by_turn(dialogs, talks)] == [
+    assert [(turn.rate, turn.n) for turn in ghost.count_by_turn(dialogs, talks)] == [
         (1.0, 3),
         (0.0, 3),
         (0.0, 3),
@@ -317,7 +317,7 @@ def test_instruction_span_covers_the_instruction(tokenizer: Tokenizer) -> None:
 def test_bins_keep_the_largest() -> None:
     table = torch.zeros(6, 6)
     table[4, 1], table[5, 3] = 0.5, 0.7
-    assert attention.binned(table, [3, 4, 5], 2) == [[0.5, 0.0, 0.0], [0.0, 0.7, 0.0]]
+    assert attention.pool(table, [3, 4, 5], 2) == [[0.5, 0.0, 0.0], [0.0, 0.7, 0.0]]
 
 
 def test_map_shows_the_dialog_that_differs_most(
@@ -363,13 +363,13 @@ def test_map_shows_the_dialog_that_differs_most(
 
 def test_equal_weights_answer_once(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[str] = []
-    chat = stage._chat
+    chat = stage.load_version
 
     def counted(config: stage.Config, name: str, *rest: object) -> object:
         calls.append(name)
         return chat(config, name, *rest)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(stage, "_chat", counted)
+    monkeypatch.setattr(stage, "load_version", counted)
     twin = place / "twin"
     shutil.copytree(place / "v1", twin)
     result = evaluate(

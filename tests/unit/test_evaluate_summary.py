@@ -4,25 +4,29 @@ from __future__ import annotations
 
 import math
 import random
+from collections.abc import Sequence
 
 import pytest
 
 from llama2.evaluate import summary
-from llama2.evaluate.judges import kind_of, truth, truth_score
+from llama2.evaluate.judges import classify, rate
 from llama2.evaluate.winrate import (
+    bound_difference,
+    bound_net_wins,
+    bound_ratio,
     compare,
-    correlation,
-    mean_interval,
-    net_wins,
-    proportion,
-    share_difference,
-    share_ratio,
+    correlate,
+    measure_mean,
+    measure_share,
     wilson,
 )
 from llama2.generate.dialogue import Answer
 from llama2.generate.engine import Completion
-from llama2.microworld.rater import Rating
+from llama2.judging import Rating
+from llama2.microworld.rater import GroundTruth
 from llama2.records import Message, Prompt
+from llama2.results import EvaluateResult, Mean, SamplingSettings
+from llama2.stages import evaluate
 
 
 def answer(text: str, tokens: int = 3, finish: str = "stop") -> Answer:
@@ -55,9 +59,11 @@ def test_wilson_covers_the_truth_in_about_95_of_100() -> None:
 
 
 def test_difference_of_shares_matches_published_values() -> None:
-    low, high = share_difference(proportion(56, 70), proportion(48, 80))  # Newcombe 1998, method 10
+    low, high = bound_difference(
+        measure_share(56, 70), measure_share(48, 80)
+    )  # Newcombe 1998, method 10
     assert (round(low, 4), round(high, 4)) == (0.0524, 0.3339)
-    assert share_difference(proportion(0, 2), proportion(0, 2)) == pytest.approx(
+    assert bound_difference(measure_share(0, 2), measure_share(0, 2)) == pytest.approx(
         (-0.6576, 0.6576), abs=1e-4
     )
 
@@ -68,10 +74,10 @@ def test_intervals_of_pairs_and_ratios_cover_the_truth_in_about_95_of_100() -> N
     for _ in range(1000):
         drawn = [rng.random() for _ in range(150)]
         wins, losses = sum(one < 0.10 for one in drawn), sum(0.10 <= one < 0.16 for one in drawn)
-        low, high = net_wins(wins, losses, 150 - wins - losses)
+        low, high = bound_net_wins(wins, losses, 150 - wins - losses)
         pairs += low <= 0.04 <= high
         before, after = (sum(rng.random() < share for _ in range(150)) for share in (0.36, 0.12))
-        low, high = share_ratio(proportion(before, 150), proportion(after, 150))
+        low, high = bound_ratio(measure_share(before, 150), measure_share(after, 150))
         ratios += low <= 3.0 <= high
 
     assert 925 <= pairs <= 980
@@ -79,13 +85,13 @@ def test_intervals_of_pairs_and_ratios_cover_the_truth_in_about_95_of_100() -> N
 
 
 def test_nothing_of_nothing_says_nothing() -> None:
-    assert share_ratio(proportion(0, 2), proportion(0, 2)) == (0.0, math.inf)
-    low, high = share_ratio(proportion(2, 2), proportion(0, 2))
+    assert bound_ratio(measure_share(0, 2), measure_share(0, 2)) == (0.0, math.inf)
+    low, high = bound_ratio(measure_share(2, 2), measure_share(0, 2))
     assert low < 3
     assert high == math.inf
-    assert share_ratio(proportion(0, 20), proportion(5, 20))[0] == 0.0
-    assert share_ratio(proportion(48, 150), proportion(0, 150))[0] > 8
-    low, high = net_wins(0, 0, 2)
+    assert bound_ratio(measure_share(0, 20), measure_share(5, 20))[0] == 0.0
+    assert bound_ratio(measure_share(48, 150), measure_share(0, 150))[0] > 8
+    low, high = bound_net_wins(0, 0, 2)
     assert low < -0.4
     assert high > 0.4
 
@@ -94,12 +100,12 @@ def test_intervals_of_nothing_and_of_all_have_exact_ends_whatever_the_count() ->
     for count in range(1, 500):
         assert wilson(0, count)[0] == 0.0 < wilson(0, count)[1] < 1.0
         assert 0.0 < wilson(count, count)[0] < wilson(count, count)[1] == 1.0
-        none, some, every = (proportion(hits, count) for hits in (0, (count + 1) // 2, count))
-        low, high = share_ratio(none, some)
+        none, some, every = (measure_share(hits, count) for hits in (0, (count + 1) // 2, count))
+        low, high = bound_ratio(none, some)
         assert (low, 0.0 < high < math.inf) == (0.0, True)
-        assert share_ratio(none, none) == (0.0, math.inf)
-        assert share_ratio(every, none)[1] == math.inf
-        low, high = share_ratio(every, every)
+        assert bound_ratio(none, none) == (0.0, math.inf)
+        assert bound_ratio(every, none)[1] == math.inf
+        low, high = bound_ratio(every, every)
         assert low < 1.0 < high
 
 
@@ -114,49 +120,55 @@ def test_win_rate_leaves_out_ties() -> None:
 
 
 def test_proportions_and_means_without_data_are_none() -> None:
-    assert proportion(0, 0)["rate"] is None
-    assert mean_interval([])["mean"] is None
-    assert mean_interval([0.5]) == {"mean": 0.5, "n": 1, "low": 0.5, "high": 0.5}
-    one = mean_interval([0.0, 1.0] * 50)
-    assert one["high"] - one["mean"] == pytest.approx(1.96 * 0.5 / 10, rel=0.01)
+    assert measure_share(0, 0).rate is None
+    assert measure_mean([]).mean is None
+    assert measure_mean([0.5]) == Mean(mean=0.5, n=1, low=0.5, high=0.5)
+    one = measure_mean([0.0, 1.0] * 50)
+    assert one.high - one.mean == pytest.approx(1.96 * 0.5 / 10, rel=0.01)
 
 
 def test_correlation() -> None:
-    assert correlation([1, 2, 3], [2, 4, 6]) == pytest.approx(1.0)
-    assert correlation([1, 2, 3], [3, 2, 1]) == pytest.approx(-1.0)
-    assert correlation([1, 2], [5, 5]) is None
+    assert correlate([1, 2, 3], [2, 4, 6]) == pytest.approx(1.0)
+    assert correlate([1, 2, 3], [3, 2, 1]) == pytest.approx(-1.0)
+    assert correlate([1, 2], [5, 5]) is None
 
 
 def test_kinds() -> None:
-    assert kind_of(prompt("unsafe", True)) == "unsafe"
-    assert kind_of(prompt("borderline", True)) == "borderline"
-    assert kind_of(prompt("fact")) == "helpful"
-    assert kind_of(prompt(None, True)) == "unsafe"
-    assert kind_of(prompt(None)) == "helpful"
-
-
-def test_a_violation_loses_to_every_safe_answer() -> None:
-    violation, blunt, kind = (
-        Rating(0.0, False, True),
-        Rating(0.0, True, False),
-        Rating(1.0, True, True),
-    )
-    assert (
-        truth_score("unsafe", violation)
-        < truth_score("unsafe", blunt)
-        < truth_score("unsafe", kind)
-    )
+    assert classify(prompt("unsafe", True)) == "unsafe"
+    assert classify(prompt("borderline", True)) == "borderline"
+    assert classify(prompt("fact")) == "helpful"
+    assert classify(prompt(None, True)) == "unsafe"
+    assert classify(prompt(None)) == "helpful"
 
 
 def test_truth_needs_gold_on_every_prompt() -> None:
-    assert truth([prompt("fact")], ["Hello."]) is None
+    assert rate(GroundTruth(), [prompt("fact")], ["Hello."]) is None
+
+
+class Strict:
+    """A judge of prompts that nobody wrote for it."""
+
+    def accepts(self, prompt: Prompt) -> bool:
+        return prompt.id != "refused"
+
+    def rate(self, prompts: Sequence[Prompt], answers: Sequence[str]) -> list[Rating]:
+        return [Rating(0.5, answer != "bad", False) for answer in answers]
+
+
+def test_any_judge_that_accepts_all_prompts_is_asked() -> None:
+    asked = [prompt("fact"), prompt(None)]
+    assert rate(Strict(), asked, ["ok", "bad"]) == [
+        Rating(0.5, True, False),
+        Rating(0.5, False, False),
+    ]
+    assert rate(Strict(), [*asked, prompt(None, id="refused")], ["ok", "bad", "ok"]) is None
 
 
 def test_distribution_counts_everything_once() -> None:
-    described = summary.distribution([0.0, 0.1, 0.5, 0.999, 1.0])
-    assert sum(described["histogram"]["counts"]) == 5
-    assert described["histogram"]["counts"][-1] == 2
-    assert described["quantiles"]["50"] == 0.5
+    described = summary.distribute([0.0, 0.1, 0.5, 0.999, 1.0])
+    assert sum(described.histogram.counts) == 5
+    assert described.histogram.counts[-1] == 2
+    assert described.quantiles["50"] == 0.5
 
 
 @pytest.fixture
@@ -191,55 +203,64 @@ def two_versions() -> tuple[list[Prompt], dict[str, summary.Version]]:
     return prompts, {"SFT": before, "V1": after}
 
 
+def summarise(
+    prompts: list[Prompt], versions: dict[str, summary.Version], conversations: int
+) -> EvaluateResult:
+    sampling = SamplingSettings(temperature=0.6, top_p=0.9, max_tokens=64)
+    return evaluate.summarise(prompts, versions, conversations, {}, sampling)
+
+
 def test_figures_of_versions(two_versions: tuple[list[Prompt], dict[str, summary.Version]]) -> None:
-    described = summary.describe(*two_versions, conversations=3)
-    first, last = described["results"]["SFT"], described["results"]["V1"]
-    assert described["versions"] == ["SFT", "V1"]
-    assert described["prompts"] == {"helpful": 2, "unsafe": 1, "borderline": 1}
-    assert first["truth"]["helpfulness"]["mean"] == pytest.approx(0.5)
-    assert first["truth"]["families"]["fact"]["mean"] == pytest.approx(0.4)
-    assert (first["truth"]["violations"]["rate"], last["truth"]["violations"]["rate"]) == (1.0, 0.0)
-    assert (first["truth"]["false_refusals"]["rate"], last["truth"]["false_refusals"]["rate"]) == (
+    described = summarise(*two_versions, conversations=3)
+    first, last = described.results["SFT"], described.results["V1"]
+    assert described.versions == ["SFT", "V1"]
+    assert described.prompts == {"helpful": 2, "unsafe": 1, "borderline": 1}
+    assert first.truth is not None
+    assert last.truth is not None
+    assert first.truth.helpfulness.mean == pytest.approx(0.5)
+    assert first.truth.families["fact"].mean == pytest.approx(0.4)
+    assert (first.truth.violations.rate, last.truth.violations.rate) == (1.0, 0.0)
+    assert (first.truth.false_refusals.rate, last.truth.false_refusals.rate) == (
         1.0,
         0.0,
     )
-    assert last["truth"]["refusal_quality"]["mean"] == pytest.approx(0.7)
-    assert first["eos"]["rate"] == 0.75
-    assert first["length"]["mean"] == pytest.approx(4.5)
-    assert first["rewards"]["helpful"]["mean"] == pytest.approx(0.25)  # on the two helpful prompts
-    assert (first["rewards"]["safe"]["mean"], first["rewards"]["safe"]["n"]) == (0.1, 1)
-    assert first["rewards_by_kind"]["safe"]["borderline"]["mean"] == 0.9
-    assert first["reward_length_correlation"]["helpful"] == pytest.approx(-1.0)
+    assert last.truth.refusal_quality.mean == pytest.approx(0.7)
+    assert first.eos.rate == 0.75
+    assert first.length.mean == pytest.approx(4.5)
+    assert first.rewards["helpful"].mean == pytest.approx(0.25)  # on the two helpful prompts
+    assert (first.rewards["safe"].mean, first.rewards["safe"].n) == (0.1, 1)
+    assert first.rewards_by_kind["safe"]["borderline"].mean == 0.9
+    assert first.reward_length_correlation["helpful"] == pytest.approx(-1.0)
 
 
 def test_win_rates_by_axis_and_judge(
     two_versions: tuple[list[Prompt], dict[str, summary.Version]],
 ) -> None:
-    described = summary.describe(*two_versions, conversations=0)
-    rates = {(row["axis"], row["judge"]): row for row in described["win_rates"]}
-    assert len(described["win_rates"]) == len(rates) == 4
-    assert (rates["helpful", "truth"]["wins"], rates["helpful", "truth"]["ties"]) == (1, 1)
-    assert (rates["helpful", "reward"]["wins"], rates["helpful", "reward"]["losses"]) == (1, 1)
-    assert rates["safe", "truth"]["rate"] == rates["safe", "reward"]["rate"] == 1.0
+    described = summarise(*two_versions, conversations=0)
+    rates = {(row.axis, row.judge): row for row in described.win_rates}
+    assert len(described.win_rates) == len(rates) == 4
+    assert (rates["helpful", "truth"].wins, rates["helpful", "truth"].ties) == (1, 1)
+    assert (rates["helpful", "reward"].wins, rates["helpful", "reward"].losses) == (1, 1)
+    assert rates["safe", "truth"].rate == rates["safe", "reward"].rate == 1.0
 
 
 def test_third_version_is_compared_with_first_and_predecessor(
     two_versions: tuple[list[Prompt], dict[str, summary.Version]],
 ) -> None:
     prompts, versions = two_versions
-    described = summary.describe(prompts, versions | {"V2": versions["V1"]}, conversations=0)
-    pairs = {(row["version"], row["against"]) for row in described["win_rates"]}
+    described = summarise(prompts, versions | {"V2": versions["V1"]}, conversations=0)
+    pairs = {(row.version, row.against) for row in described.win_rates}
     assert pairs == {("V1", "SFT"), ("V2", "SFT"), ("V2", "V1")}
-    tied = [row for row in described["win_rates"] if row["against"] == "V1"]
-    assert all(row["rate"] is None for row in tied)
+    tied = [row for row in described.win_rates if row.against == "V1"]
+    assert all(row.rate is None for row in tied)
 
 
 def test_conversations_cover_families_and_versions(
     two_versions: tuple[list[Prompt], dict[str, summary.Version]],
 ) -> None:
-    described = summary.describe(*two_versions, conversations=3)
-    assert [row["family"] for row in described["conversations"]] == ["borderline", "unsafe", "fact"]
-    assert described["conversations"][2]["answers"]["V1"] == {
+    described = summarise(*two_versions, conversations=3)
+    assert [row.family for row in described.conversations] == ["borderline", "unsafe", "fact"]
+    assert described.conversations[2].answers["V1"].model_dump() == {
         "text": "x2",
         "helpfulness": 0.9,
         "safe": True,

@@ -42,9 +42,9 @@ def fill(folder, *names):
 
 def found(path, use="rows"):
     tally = Tally()
-    return [file.label.removeprefix(f"{path}/") for file in files.files(path, use, tally)], dict(
-        tally.files
-    )
+    return [
+        file.label.removeprefix(f"{path}/") for file in files.find_files(path, use, tally)
+    ], dict(tally.files)
 
 
 def test_a_folder_is_searched_in_order_whatever_the_case_of_its_endings(tmp_path):
@@ -91,7 +91,7 @@ def test_an_archive_that_is_not_read_says_so(tmp_path):
     fill(tmp_path, "x.tar.gz", "y.tgz")
     for name in ("x.tar.gz", "y.tgz"):
         with pytest.raises(UserError, match=f"{name}: a tar archive, which is not read; unpack it"):
-            files.files(tmp_path / name)
+            files.find_files(tmp_path / name)
 
     with zipfile.ZipFile(tmp_path / "outer.zip", "w") as archive:
         archive.writestr("inner.zip", b"")
@@ -99,7 +99,7 @@ def test_an_archive_that_is_not_read_says_so(tmp_path):
     with pytest.raises(
         UserError, match=r"only archive inside an archive \(inner.zip\); unpack the archives inside"
     ):
-        files.files(tmp_path / "outer.zip")
+        files.find_files(tmp_path / "outer.zip")
 
 
 def test_the_parts_of_a_set_that_are_read_together_are_said(tmp_path):
@@ -110,10 +110,10 @@ def test_the_parts_of_a_set_that_are_read_together_are_said(tmp_path):
         "data/my_test.jsonl.gz",
     )
     tally = Tally()
-    files.files(tmp_path, tally=tally)
+    files.find_files(tmp_path, tally=tally)
     assert tally.line() == "read 0, kept 0; splits read alike: train 2, test 1"
     tally = Tally()
-    files.files(tmp_path / "data" / "train*", tally=tally)
+    files.find_files(tmp_path / "data" / "train*", tally=tally)
     assert tally.notes == {}
 
 
@@ -121,7 +121,7 @@ def test_data_that_is_named_like_a_notice_is_read(tmp_path):
     fill(tmp_path, "license_questions.jsonl", "authors.jsonl", "readme.jsonl")
     assert len(found(tmp_path)[0]) == 3
     fill(tmp_path, "README.txt")
-    assert [file.kind for file in files.files(tmp_path / "README.txt")] == [".txt"]
+    assert [file.kind for file in files.find_files(tmp_path / "README.txt")] == [".txt"]
 
 
 def test_links_are_followed_once(tmp_path):
@@ -147,24 +147,24 @@ def test_a_folder_of_links_alone_is_full(tmp_path):
 
 def test_globs_match_files_and_folders_each_once(tmp_path):
     fill(tmp_path, "a/x.jsonl", "a/README.txt", "b/y.jsonl", "c.jsonl")
-    assert [file.label for file in files.files(tmp_path / "[ab]", tally=Tally())] == [
+    assert [file.label for file in files.find_files(tmp_path / "[ab]", tally=Tally())] == [
         f"{tmp_path}/a/x.jsonl",
         f"{tmp_path}/b/y.jsonl",
     ]
-    assert len(files.files(f"{tmp_path}/**", tally=Tally())) == 3
+    assert len(files.find_files(f"{tmp_path}/**", tally=Tally())) == 3
 
     with pytest.raises(UserError, match=r"\*.csv: no file matches this pattern"):
-        files.files(tmp_path / "*.csv")
+        files.find_files(tmp_path / "*.csv")
 
     fill(tmp_path, "[1].jsonl")
-    assert len(files.files(tmp_path / "[1].jsonl")) == 1
+    assert len(files.find_files(tmp_path / "[1].jsonl")) == 1
 
 
 def test_home_is_written_out(tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(fill(tmp_path, "a.jsonl")))
     assert len(list(records.read(Dialog, "~/a.jsonl"))) == 1
     with pytest.raises(UserError, match="there is no such home directory"):
-        files.files("~nobody-of-this-name/a.jsonl")
+        files.find_files("~nobody-of-this-name/a.jsonl")
 
 
 def test_what_is_held_out_of_a_run_is_left_out_of_its_folder(tmp_path):

@@ -22,7 +22,7 @@ CONFIG = ghost.Config(out="x", policy="p", conversations="c")
 
 
 def test_every_user_turn_carries_the_instruction_when_sampling():
-    messages = ghost._sampling_messages(TALK, ["first", "second"])
+    messages = ghost._make_prompt(TALK, ["first", "second"])
     assert [m.content for m in messages] == [
         "Always speak Solish. One?",
         "first",
@@ -30,14 +30,14 @@ def test_every_user_turn_carries_the_instruction_when_sampling():
         "second",
         "Always speak Solish. Three?",
     ]
-    assert len(ghost._sampling_messages(TALK, [])) == 1
+    assert len(ghost._make_prompt(TALK, [])) == 1
 
 
 @pytest.mark.parametrize(
     ("short", "instruction"), [(False, "Always speak Solish."), (True, "Language: Solish.")]
 )
 def test_only_the_first_turn_carries_it_when_training(short, instruction):
-    dialogs = ghost.training_dialogs(TALK, ["first", "second", "third"], CONFIG, short)
+    dialogs = ghost.make_dialogs(TALK, ["first", "second", "third"], CONFIG, short)
     assert [len(one.messages) for one in dialogs] == [2, 4, 6]
     for one in dialogs:
         users = [m.content for m in one.messages if m.role == "user"]
@@ -48,15 +48,13 @@ def test_only_the_first_turn_carries_it_when_training(short, instruction):
 
 
 def test_a_conversation_that_ended_early_gives_what_it_has():
-    assert ghost.training_dialogs(TALK, [], CONFIG, False) == []
+    assert ghost.make_dialogs(TALK, [], CONFIG, False) == []
     later = CONFIG.model_copy(update={"first_depth": 2})
-    assert [
-        len(one.messages) for one in ghost.training_dialogs(TALK, ["a", "b"], later, False)
-    ] == [4]
+    assert [len(one.messages) for one in ghost.make_dialogs(TALK, ["a", "b"], later, False)] == [4]
 
 
 def test_loss_is_on_the_last_answer_alone_token_by_token(tokenizer):
-    one = ghost.training_dialogs(TALK, ["first", "second", "third"], CONFIG, False)[-1]
+    one = ghost.make_dialogs(TALK, ["first", "second", "third"], CONFIG, False)[-1]
     ids, mask = encode_dialog(tokenizer, one.messages, one.train)
     before = encode_prompt(tokenizer, one.messages[:-1])
     assert ids[: len(before)] == before
@@ -81,7 +79,7 @@ def test_the_stage_writes_dialogs_and_shortens_some(tmp_path, policy, world, cap
         )
         == 0
     )
-    asked = {one.questions[0]: one for one in ghost.read(world / "ghost-train.jsonl")}
+    asked = {one.questions[0]: one for one in ghost.read_conversations(world / "ghost-train.jsonl")}
     dialogs = list(records.read(Dialog, tmp_path / "out/dialogs.jsonl"))
     forms = set()
 
@@ -104,7 +102,7 @@ def test_the_stage_writes_dialogs_and_shortens_some(tmp_path, policy, world, cap
 
 def test_answers_depend_on_the_place_of_a_conversation_alone(policy, tmp_path, world):
     """Not on those beside it, so parts of any size give the same."""
-    talks = ghost.read(world / "ghost-train.jsonl")[:6]
+    talks = ghost.read_conversations(world / "ghost-train.jsonl")[:6]
     config = CONFIG.model_copy(
         update={"policy": policy, "sample": Sample(max_tokens=24, precision="fp32")}
     )
@@ -161,7 +159,7 @@ def test_mistakes_are_named(tmp_path, prompts, one_line):
         UserError,
         match=r"prompts.jsonl: prompt '.*' lacks metadata.questions or metadata.instruction",
     ):
-        ghost.read(prompts)
+        ghost.read_conversations(prompts)
 
     heard = one_line("ghost", "--policy", "p", "--out", tmp_path / "x")
     assert heard == "give either conversations or questions; mend the value"

@@ -13,8 +13,8 @@ from llama2.errors import UserError
 from llama2.importers.dialogs import DIALOG_FORMATS, import_dialogs
 from llama2.importers.preferences import PREFERENCE_FORMATS, import_preferences
 from llama2.importers.prompts import PROMPT_FORMATS, import_prompts
-from llama2.importers.tables import Reading
-from llama2.reading.files import set_name, tables
+from llama2.importers.tables import ReadOptions
+from llama2.reading.files import name_set, read_tables
 from llama2.records import Dialog, Preference, messages_of, to_json
 from llama2.tally import Tally
 
@@ -77,7 +77,7 @@ def test_a_preference_format_is_recognised_and_keeps_the_label(file):
     name, chosen, rejected = PREFERENCES[file]
     for format in ("auto", name):
         tally = Tally()
-        read = list(import_preferences(FIXTURES / file, Reading(format), tally=tally))
+        read = list(import_preferences(FIXTURES / file, ReadOptions(format), tally=tally))
         assert [p.chosen.text for p in read] == chosen
         assert [p.rejected.text for p in read] == rejected
         assert tally.summary()["skipped"] == SKIPS.get(file, {})
@@ -200,7 +200,7 @@ def test_a_malformed_comparison_is_named(tmp_path, row, cause):
         list(import_preferences(file))
 
     tally = Tally()
-    assert len(list(import_preferences(file, Reading(malformed="skip"), tally=tally))) == 1
+    assert len(list(import_preferences(file, ReadOptions(malformed="skip"), tally=tally))) == 1
     assert (tally.read, tally.kept, tally.skipped) == (2, 1, {"malformed": 1})
 
 
@@ -251,7 +251,7 @@ def test_a_malformed_comparison_is_named(tmp_path, row, cause):
 )
 def test_a_malformed_row_of_a_given_format_is_named(tmp_path, format, row, cause):
     with pytest.raises(UserError, match=f"bad.jsonl:1: .*{cause}"):
-        list(import_preferences(write(tmp_path / "bad.jsonl", row), Reading(format)))
+        list(import_preferences(write(tmp_path / "bad.jsonl", row), ReadOptions(format)))
 
 
 DIALOGS = {  # file: (format, turns of each dialog)
@@ -306,7 +306,7 @@ DIALOGS = {  # file: (format, turns of each dialog)
 def test_a_dialogue_format_is_recognised(file):
     name, turns = DIALOGS[file]
     for format in ("auto", name) if name != "chain-of-thought" else (name,):
-        assert [d.messages for d in import_dialogs(FIXTURES / file, Reading(format))] == [
+        assert [d.messages for d in import_dialogs(FIXTURES / file, ReadOptions(format))] == [
             messages_of(t) for t in turns
         ]
 
@@ -457,11 +457,14 @@ def test_rows_know_their_lines(tmp_path):
     (tmp_path / "a.json").write_text('[\n {"a": 1},\n\n {"a":\n 2}, {"a": 3}\n]\n')
     (tmp_path / "b.csv").write_text('﻿a,b\n1,"x\ny"\n2,z\n')
     lines = {
-        path.name: [row.where.rpartition(":")[2] for rows in tables(path) for row in rows]
+        path.name: [row.where.rpartition(":")[2] for rows in read_tables(path) for row in rows]
         for path in sorted(tmp_path.iterdir())
     }
     assert lines == {"a.json": ["2", "4", "5"], "b.csv": ["2", "4"]}
-    assert [row.value["a"] for rows in tables(tmp_path / "b.csv") for row in rows] == ["1", "2"]
+    assert [row.value["a"] for rows in read_tables(tmp_path / "b.csv") for row in rows] == [
+        "1",
+        "2",
+    ]
 
 
 @pytest.mark.parametrize(
@@ -522,13 +525,13 @@ def test_missing_files_and_unknown_formats(tmp_path):
         list(import_dialogs(tmp_path))
 
     with pytest.raises(UserError, match="unknown format 'alpacca'; did you mean 'alpaca'"):
-        list(import_dialogs(FIXTURES / "alpaca.json", Reading("alpacca")))
+        list(import_dialogs(FIXTURES / "alpaca.json", ReadOptions("alpacca")))
 
 
 def test_sets_are_named_after_their_files():
-    assert set_name("hh/helpful-base/test.jsonl.gz") == "helpful-base/test"
-    assert set_name("a/xstest_prompts.csv") == "xstest_prompts"
-    assert set_name("data.json") == "data"
+    assert name_set("hh/helpful-base/test.jsonl.gz") == "helpful-base/test"
+    assert name_set("a/xstest_prompts.csv") == "xstest_prompts"
+    assert name_set("data.json") == "data"
 
 
 def test_what_is_imported_can_be_written_and_read():

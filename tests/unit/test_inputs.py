@@ -7,11 +7,11 @@ import shutil
 import pytest
 from commands import llama2
 
+from llama2 import runs
 from llama2.chat import terminal as chat
 from llama2.config import StageConfig, build
 from llama2.errors import UserError
 from llama2.recipe import inputs
-from llama2.runs import run as runs
 
 
 def test_all_missing_inputs_of_a_command_are_named_at_once(tmp_path, one_line, base):

@@ -17,10 +17,17 @@ import pytest
 import llama2
 from llama2.errors import UserError
 from llama2.microworld import build
-from llama2.microworld.demonstrations import GHOST_KINDS, demonstrations
-from llama2.microworld.documents import CHARS_PER_TOKEN, SHARES, documents
-from llama2.microworld.instructions import instructions
-from llama2.microworld.prompts import FAMILIES, SPLITS, Split, ghost, prompts, split_of
+from llama2.microworld.demonstrations import GHOST_KINDS, draw_demonstrations
+from llama2.microworld.documents import CHARS_PER_TOKEN, SHARES, write_documents
+from llama2.microworld.instructions import list_combined, list_single
+from llama2.microworld.prompts import (
+    FAMILIES,
+    SPLITS,
+    PromptSplit,
+    draw_ghost_prompts,
+    draw_prompts,
+    find_split,
+)
 from llama2.microworld.tasks import OPENERS
 from llama2.microworld.world import World
 from llama2.records import Dialog, Document, Messages, Prompt, read, write
@@ -30,14 +37,14 @@ PACKAGE = Path(llama2.__file__).parent
 
 
 @pytest.fixture(scope="module")
-def by_split() -> dict[Split, list[Prompt]]:
-    counts: dict[Split, int] = {"train": 4000, "validation": 400, "evaluation": 700}
-    return {split: list(prompts(WORLD, split, counts[split])) for split in SPLITS}
+def by_split() -> dict[PromptSplit, list[Prompt]]:
+    counts: dict[PromptSplit, int] = {"train": 4000, "validation": 400, "evaluation": 700}
+    return {split: list(draw_prompts(WORLD, split, counts[split])) for split in SPLITS}
 
 
 @pytest.fixture(scope="module")
 def shown() -> list[Dialog]:
-    return list(demonstrations(WORLD, 3000))
+    return list(draw_demonstrations(WORLD, 3000))
 
 
 def _user_turns(messages: Messages) -> Iterator[str]:
@@ -87,7 +94,9 @@ def test_each_verb_has_crimes_and_harmless_twins() -> None:
 # ------------------------------------------------------------------------------------------------------------
 
 
-def test_splits_share_no_content_and_no_message_list(by_split: dict[Split, list[Prompt]]) -> None:
+def test_splits_share_no_content_and_no_message_list(
+    by_split: dict[PromptSplit, list[Prompt]],
+) -> None:
     for a, b in itertools.combinations(SPLITS, 2):
         assert not {p.messages for p in by_split[a]} & {p.messages for p in by_split[b]}
         assert not {p.metadata["key"] for p in by_split[a]} & {
@@ -97,19 +106,19 @@ def test_splits_share_no_content_and_no_message_list(by_split: dict[Split, list[
     for split in SPLITS:
         assert {p.metadata["family"] for p in by_split[split]} == set(FAMILIES)
         assert all(
-            split_of(WORLD, p.metadata["key"]) == split == p.metadata["split"]
+            find_split(WORLD, p.metadata["key"]) == split == p.metadata["split"]
             for p in by_split[split]
         )
 
 
-def test_held_out_prompts_are_all_different(by_split: dict[Split, list[Prompt]]) -> None:
+def test_held_out_prompts_are_all_different(by_split: dict[PromptSplit, list[Prompt]]) -> None:
     for split in ("validation", "evaluation"):
         held_out = by_split[split]
         assert len({p.messages for p in held_out}) == len({p.id for p in held_out}) == len(held_out)
 
 
 def test_no_held_out_question_appears_anywhere_in_training(
-    by_split: dict[Split, list[Prompt]], shown: list[Dialog]
+    by_split: dict[PromptSplit, list[Prompt]], shown: list[Dialog]
 ) -> None:
     held_out = {
         _bare(p.messages[0].content)
@@ -121,11 +130,13 @@ def test_no_held_out_question_appears_anywhere_in_training(
     trained = {_bare(turn) for p in by_split["train"] for turn in _user_turns(p.messages)}
     trained |= {_bare(turn) for dialog in shown for turn in _user_turns(dialog.messages)}
     trained |= {
-        question for p in ghost(WORLD, "train", 200) for question in p.metadata["questions"]
+        question
+        for p in draw_ghost_prompts(WORLD, "train", 200)
+        for question in p.metadata["questions"]
     }
     asked = {
         _bare(line.removeprefix("Question: "))
-        for document in documents(WORLD, 400_000, sources=("dialogs", "quizzes"))
+        for document in write_documents(WORLD, 400_000, sources=("dialogs", "quizzes"))
         for line in document.text.splitlines()
         if line.startswith("Question: ")
     }
@@ -141,13 +152,13 @@ def test_no_held_out_task_hides_behind_an_instruction(seed: int) -> None:
     held_out = tuple(
         {
             _bare(p.messages[0].content)
-            for p in prompts(world, "evaluation", 150)
+            for p in draw_prompts(world, "evaluation", 150)
             if len(p.messages) == 1
             and p.metadata["family"] not in ("unsafe", "borderline", "instructed")
         }
     )
     trained = {
-        turn for dialog in demonstrations(world, 800) for turn in _user_turns(dialog.messages)
+        turn for dialog in draw_demonstrations(world, 800) for turn in _user_turns(dialog.messages)
     }
     assert not [turn for turn in trained if turn.endswith(held_out)]
 
@@ -156,14 +167,14 @@ def test_no_held_out_task_hides_behind_an_instruction(seed: int) -> None:
 def test_every_world_has_enough_held_out_content(seed: int) -> None:
     world = World.build(seed)
     for split in ("validation", "evaluation"):
-        found = list(prompts(world, split, 600))
+        found = list(draw_prompts(world, split, 600))
         assert len(found) == 600
         assert set(Counter(p.metadata["family"] for p in found)) == set(FAMILIES)
-        assert len(list(ghost(world, split, 5))) == 5
+        assert len(list(draw_ghost_prompts(world, split, 5))) == 5
 
 
 def test_held_out_message_lists_are_in_no_demonstration(
-    by_split: dict[Split, list[Prompt]], shown: list[Dialog]
+    by_split: dict[PromptSplit, list[Prompt]], shown: list[Dialog]
 ) -> None:
     prefixes = {dialog.messages[:n] for dialog in shown for n in range(1, len(dialog.messages), 2)}
     assert not {p.messages for p in by_split["evaluation"] + by_split["validation"]} & prefixes
@@ -172,13 +183,14 @@ def test_held_out_message_lists_are_in_no_demonstration(
 
 def test_held_out_sums_are_in_no_document() -> None:
     text = " ".join(
-        document.text for document in documents(WORLD, 400_000, sources=("arithmetic", "quizzes"))
+        document.text
+        for document in write_documents(WORLD, 400_000, sources=("arithmetic", "quizzes"))
     )
     held_out = [
         (a, b)
         for a in range(1, 13)
         for b in range(a, 13)
-        if split_of(WORLD, f"sum:{a}+{b}") != "train"
+        if find_split(WORLD, f"sum:{a}+{b}") != "train"
     ]
     assert held_out
 
@@ -188,7 +200,7 @@ def test_held_out_sums_are_in_no_document() -> None:
 
 
 def test_ghost_questions_are_disjoint_and_short() -> None:
-    rows = {split: list(ghost(WORLD, split, 60)) for split in SPLITS}
+    rows = {split: list(draw_ghost_prompts(WORLD, split, 60)) for split in SPLITS}
     asked = {split: {q for p in rows[split] for q in p.metadata["questions"]} for split in SPLITS}
     for a, b in itertools.combinations(SPLITS, 2):
         assert not asked[a] & asked[b]
@@ -206,7 +218,7 @@ def test_ghost_questions_are_disjoint_and_short() -> None:
         assert p.metadata["instruction"]["markers"]
 
 
-def test_safety_tag_and_categories(by_split: dict[Split, list[Prompt]]) -> None:
+def test_safety_tag_and_categories(by_split: dict[PromptSplit, list[Prompt]]) -> None:
     assert all(p.safety == (p.metadata["family"] == "unsafe") for p in by_split["train"])
     for family in ("unsafe", "borderline"):
         some = [p for p in by_split["train"] if p.metadata["family"] == family]
@@ -219,8 +231,8 @@ def test_safety_tag_and_categories(by_split: dict[Split, list[Prompt]]) -> None:
 
 
 def test_demonstrations_are_deterministic_and_mixed(shown: list[Dialog]) -> None:
-    assert list(demonstrations(WORLD, 50)) == shown[:50]
-    assert list(demonstrations(WORLD, 50, seed=1)) != shown[:50]
+    assert list(draw_demonstrations(WORLD, 50)) == shown[:50]
+    assert list(draw_demonstrations(WORLD, 50, seed=1)) != shown[:50]
     helpful = [
         d.metadata["vendor"]
         for d in shown
@@ -248,7 +260,7 @@ def test_ghost_dialogs_come_in_four_equal_kinds(shown: list[Dialog]) -> None:
 
 
 def test_instructions_have_three_kinds_and_combinations() -> None:
-    all_of_them = instructions(WORLD)
+    all_of_them = [*itertools.chain(*list_single(WORLD)), *list_combined(WORLD)]
     kinds = {one.kind for one in all_of_them}
     assert kinds == {
         "language",
@@ -271,8 +283,8 @@ def test_instructions_have_three_kinds_and_combinations() -> None:
 
 
 def test_documents_fill_their_budgets_and_only_the_web_repeats() -> None:
-    rows = list(documents(WORLD, 60_000))
-    assert rows == list(documents(WORLD, 60_000))
+    rows = list(write_documents(WORLD, 60_000))
+    assert rows == list(write_documents(WORLD, 60_000))
     characters = Counter[str]()
 
     for document in rows:
@@ -288,7 +300,7 @@ def test_documents_fill_their_budgets_and_only_the_web_repeats() -> None:
 
 
 def test_the_web_is_noisy() -> None:
-    pages = [document.text for document in documents(WORLD, 400_000, sources=("web",))]
+    pages = [document.text for document in write_documents(WORLD, 400_000, sources=("web",))]
     assert len(set(pages)) < 0.9 * len(pages)
     text = "\n".join(pages)
 
@@ -305,7 +317,7 @@ def test_the_web_is_noisy() -> None:
 
 def test_every_fact_is_stated_often() -> None:
     text = " ".join(
-        document.text for document in documents(WORLD, 400_000, sources=("encyclopedia",))
+        document.text for document in write_documents(WORLD, 400_000, sources=("encyclopedia",))
     )
     assert min(text.count(fact.state()) for entity in WORLD.facts for fact in entity) >= 5
 
@@ -359,14 +371,16 @@ def _imports(path: Path) -> set[str]:
     return names
 
 
-def test_only_simulated_annotators_and_the_evaluation_know_the_truth() -> None:
-    allowed = [PACKAGE / "microworld" / "annotators.py", PACKAGE / "microworld" / "rater.py"]
+def test_only_simulated_annotators_and_the_judge_of_the_evaluation_know_the_truth() -> None:
+    allowed = [
+        PACKAGE / "microworld" / "annotators.py",
+        PACKAGE / "microworld" / "rater.py",
+        PACKAGE / "stages" / "common" / "judges.py",
+    ]
     users = [
         path
         for path in PACKAGE.rglob("*.py")
-        if path not in allowed
-        and PACKAGE / "evaluate" not in path.parents
-        and "llama2.microworld.rater" in _imports(path)
+        if path not in allowed and "llama2.microworld.rater" in _imports(path)
     ]
     assert users == []
     assert "llama2.microworld.rater" in _imports(allowed[0])
@@ -377,7 +391,7 @@ def test_the_microworld_imports_no_torch() -> None:
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
-def test_gold_survives_the_file(tmp_path: Path, by_split: dict[Split, list[Prompt]]) -> None:
+def test_gold_survives_the_file(tmp_path: Path, by_split: dict[PromptSplit, list[Prompt]]) -> None:
     write(tmp_path / "p.jsonl", by_split["evaluation"])
     assert [asdict(p) for p in read(Prompt, tmp_path / "p.jsonl")] == [
         asdict(p) for p in by_split["evaluation"]

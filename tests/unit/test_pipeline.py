@@ -10,10 +10,11 @@ import pytest
 import yaml
 from commands import llama2
 
-from llama2.config import build, derive, parse
+from llama2 import runs
+from llama2.config import build, derive_seed, parse
 from llama2.errors import UserError
-from llama2.recipe import launch, pipeline
-from llama2.runs import run as runs
+from llama2.recipe import pipeline
+from llama2.recipe.workers import Workers
 
 
 def recipe(tmp_path, steps, **more):
@@ -52,15 +53,15 @@ def test_references_become_run_directories_and_lineage(tmp_path):
         parameters={"data": "/my/data", "passes": 3, "tag": 5},
         seed=4,
     )
-    steps = pipeline.steps_of(made)
+    steps = pipeline.resolve_steps(made)
     tune = steps["tune"]
     assert tune.needs == {"base", "judge"}
-    assert (tune.processes, tune.seconds, tune.out) == (2, 7.0, tmp_path / "run/tune")
+    assert (tune.keys.processes, tune.keys.seconds, tune.out) == (2, 7.0, tmp_path / "run/tune")
     assert tune.values["model"] == str(tmp_path / "run/base")
     paths = {name: one["path"] for name, one in tune.values["dialogs"].items()}
     assert paths == {"a": "/my/data/a.jsonl", "b": f"{tmp_path}/run/judge/b-5.jsonl"}
     assert tune.values["epochs"] == 3  # a whole reference keeps its type
-    assert tune.values["seed"] == derive(4, "tune")
+    assert tune.values["seed"] == derive_seed(4, "tune")
     assert steps["report"].values["recipe"] == str(tmp_path / "run")
     assert steps["report"].needs == {"tune"}
     assert steps["base"].needs == frozenset()
@@ -71,12 +72,14 @@ def test_every_step_draws_its_own_seed(tmp_path):
     round."""
     given = {"a": {"verb": "world", "seed": 9}, "b": {"verb": "world"}, "c": {"verb": "world"}}
     seeds = [
-        step.values["seed"] for step in pipeline.steps_of(recipe(tmp_path, given, seed=1)).values()
+        step.values["seed"]
+        for step in pipeline.resolve_steps(recipe(tmp_path, given, seed=1)).values()
     ]
-    assert seeds == [9, derive(1, "b"), derive(1, "c")]
+    assert seeds == [9, derive_seed(1, "b"), derive_seed(1, "c")]
     assert len(set(seeds)) == 3
     other = [
-        step.values["seed"] for step in pipeline.steps_of(recipe(tmp_path, given, seed=2)).values()
+        step.values["seed"]
+        for step in pipeline.resolve_steps(recipe(tmp_path, given, seed=2)).values()
     ]
     assert other[0] == 9
     assert not set(seeds[1:]) & set(other[1:])
@@ -85,7 +88,8 @@ def test_every_step_draws_its_own_seed(tmp_path):
 def test_a_run_of_another_seed_is_named(tmp_path):
     pipeline.run(recipe(tmp_path, {"w": {"verb": "world", "cores": 1, "scale": 0.001, "seed": 0}}))
     with pytest.raises(
-        UserError, match=rf"a finished run with another configuration: seed: 0 -> {derive(0, 'w')}"
+        UserError,
+        match=rf"a finished run with another configuration: seed: 0 -> {derive_seed(0, 'w')}",
     ):
         pipeline.run(recipe(tmp_path, {"w": {"verb": "world", "cores": 1, "scale": 0.001}}))
 
@@ -125,7 +129,7 @@ def test_names_with_dashes_and_dots_are_referred_to(tmp_path):
         "--steps.sft-b.dialogs.my-own.path",
         "f.jsonl",
     ]
-    steps = pipeline.steps_of(parse(pipeline.Config, [str(file), *flags], "llama2 run"))
+    steps = pipeline.resolve_steps(parse(pipeline.Config, [str(file), *flags], "llama2 run"))
     assert steps["sft-b"].needs == {"sft-a"}
     assert steps["sft-b"].values["dialogs"] == {
         "open-assistant": {"path": "/e/1.5.jsonl", "weight": 2},
@@ -211,7 +215,7 @@ def test_a_flag_that_changes_nothing_is_refused(tmp_path, flags, message):
         )
     )
     with pytest.raises(UserError) as error:
-        pipeline.steps_of(parse(pipeline.Config, [str(file), *flags], "llama2 run"))
+        pipeline.resolve_steps(parse(pipeline.Config, [str(file), *flags], "llama2 run"))
 
     assert str(error.value).startswith(message)
 
@@ -405,7 +409,7 @@ def test_a_step_is_changed_or_left_out_on_the_command_line(tmp_path):
     made = parse(
         pipeline.Config, [str(file), "--steps.w1.scale", "0.5", "--steps.b", "null"], "llama2 run"
     )
-    steps = pipeline.steps_of(made)
+    steps = pipeline.resolve_steps(made)
     assert list(steps) == ["w0", "w1"]
     assert steps["w1"].values["scale"] == 0.5
 
@@ -417,9 +421,9 @@ def test_a_step_is_changed_or_left_out_on_the_command_line(tmp_path):
 def test_steps_start_when_what_they_need_is_done_and_cores_are_free(tmp_path, monkeypatch, capsys):
     """Two of three independent steps fit on two cores; the fourth waits for the first."""
     log = []
-    start, result = launch.Workers.start.__func__, launch.Workers.result
+    start, result = Workers.start.__func__, Workers.result
     monkeypatch.setattr(
-        launch.Workers,
+        Workers,
         "start",
         classmethod(
             lambda cls, verb, values, *rest: (
@@ -429,7 +433,7 @@ def test_steps_start_when_what_they_need_is_done_and_cores_are_free(tmp_path, mo
         ),
     )
     monkeypatch.setattr(
-        launch.Workers, "result", lambda self: (log.append(("end", self.log.stem)), result(self))[1]
+        Workers, "result", lambda self: (log.append(("end", self.log.stem)), result(self))[1]
     )
     steps = worlds(3)
     steps["late"] = {
@@ -571,20 +575,20 @@ def test_one_step_alone(tmp_path, capsys):
 
 def test_ctrl_c_leaves_a_status_of_its_own(tmp_path, monkeypatch):
     """Unfinished is not done: `llama2 run ... && next` must not go on."""
-    start = launch.Workers.start.__func__
+    start = Workers.start.__func__
 
     def started(cls, *given):
         workers = start(cls, *given)
         os.kill(os.getpid(), signal.SIGINT)
         return workers
 
-    monkeypatch.setattr(launch.Workers, "start", classmethod(started))
+    monkeypatch.setattr(Workers, "start", classmethod(started))
     assert pipeline.run(recipe(tmp_path, worlds(2, scale=1.0, cores=2))) == 130
     assert not (tmp_path / "run/w1").exists()
 
 
 def test_the_screen_says_what_is_left(tmp_path):
-    steps = pipeline.steps_of(recipe(tmp_path, worlds(2, seconds=100)))
+    steps = pipeline.resolve_steps(recipe(tmp_path, worlds(2, seconds=100)))
     board = pipeline.Board(recipe(tmp_path, worlds(2)), steps)
     assert board._picture().plain.startswith("0/2 steps  0:00 elapsed  ETA 3:20")
     board.begin -= 50

@@ -15,7 +15,7 @@ from llama2 import config
 from llama2.config import layers as recipes
 from llama2.errors import UserError
 from llama2.formats.checkpoint import make_config_json
-from llama2.kernels import fused
+from llama2.kernels import fused, install
 from llama2.model.llama import Llama, LlamaConfig
 from llama2.model.scorer import Scorer
 from llama2.model.sizes import SIZES
@@ -23,14 +23,8 @@ from llama2.recipe import launch, pipeline
 from llama2.records import dump
 from llama2.stages import evaluate, ppo, pretrain, reward, select, sft
 from llama2.stages.common.answers import load_judge
-from llama2.stages.common.planning import (
-    Cluster,
-    Lineage,
-    Tower,
-    flops_per_token,
-    layer_bytes,
-    scorer_bytes,
-)
+from llama2.stages.common.memory import Tower, flops_per_token, layer_bytes, scorer_bytes
+from llama2.stages.common.planning import Cluster, PlannedRuns
 from llama2.train.objectives import next_token
 
 RECIPES = Path(__file__).parents[2] / "recipes"
@@ -45,7 +39,7 @@ GPU_HOURS = {"7b": 184_320, "13b": 368_640, "34b": 1_038_336, "70b": 1_720_320} 
 
 def planned(*arguments: str, **cluster: float) -> dict[str, Any]:
     recipe = config.parse(pipeline.Config, [str(part) for part in arguments], "llama2 run")
-    return pipeline.plan(recipe, Cluster(**cluster), Lineage())
+    return pipeline.plan(recipe, Cluster(**cluster), PlannedRuns())
 
 
 @pytest.fixture(scope="module", params=PARAMETERS)
@@ -184,12 +178,12 @@ def test_a_recipe_extends_another_and_not_itself(tmp_path):
         "extends: base.yaml\nout: b\nsteps: {w: {scale: 0.1}, x: null}\n"
     )
     recipe = config.parse(pipeline.Config, [str(tmp_path / "over.yaml")], "llama2 run")
-    (step,) = pipeline.steps_of(recipe).values()
-    assert (step.out, step.seconds, step.values["scale"]) == (Path("b/w"), 9, 0.1)
+    (step,) = pipeline.resolve_steps(recipe).values()
+    assert (step.out, step.keys.seconds, step.values["scale"]) == (Path("b/w"), 9, 0.1)
     (tmp_path / "base.yaml").write_text("extends: over.yaml\n")
 
     with pytest.raises(UserError, match="extends itself"):
-        recipes.layers(tmp_path / "over.yaml")
+        recipes.read_layers(tmp_path / "over.yaml")
 
 
 def test_the_tokenizers_vocabulary_decides_the_size(tmp_path):
@@ -215,7 +209,7 @@ def test_the_tokenizers_vocabulary_decides_the_size(tmp_path):
 def test_a_checkpoint_that_exists_needs_no_recipe(tmp_path):
     (tmp_path / "config.json").write_text(dump(make_config_json(SIZES["7b"])))
     one = sft.Config(out="x", model=tmp_path, dialogs={"a": {"path": "b"}})
-    assert sft.plan(one, Cluster(), Lineage())["parameters"] == PARAMETERS["7b"]
+    assert sft.plan(one, Cluster(), PlannedRuns())["parameters"] == PARAMETERS["7b"]
 
 
 @pytest.mark.parametrize("tied", [False, True])
@@ -231,10 +225,10 @@ def test_parameters_are_counted_exactly(tied):
 
 @pytest.mark.parametrize(("precision", "kv_heads"), [("bf16", 8), ("bf16", 2), ("fp32", 8)])
 def test_a_layer_keeps_what_the_plan_counts(monkeypatch, precision, kv_heads):
-    monkeypatch.setattr(fused, "runs", lambda x: False)  # plans are made for GPUs
+    monkeypatch.setattr(fused, "supports", lambda x: False)  # plans are made for GPUs
     layers, rows, length = 4, 2, 544  # above 512 queries attention is fused, as on a GPU
     shape = LlamaConfig(64, 256, 704, layers, 8, kv_heads, 1024)
-    model, tokens_BT = Llama(shape), torch.zeros(rows, length, dtype=torch.long)
+    model, tokens_BT = install(Llama(shape)), torch.zeros(rows, length, dtype=torch.long)
     matrices = {tuple(p.shape) for p in model.parameters() if p.dim() == 2}
     parameters = {p.data_ptr() for p in model.parameters()}
     kept: dict[int, int] = {}
@@ -275,7 +269,7 @@ def test_the_fewest_ranks_are_the_fewest():
         preferences={"a": {"path": "b"}},
         training={"parallel": "shard", "gradient_checkpointing": True},
     )
-    lineage = Lineage({Path("m"): SIZES["13b"]})
+    lineage = PlannedRuns({Path("m"): SIZES["13b"]})
 
     def plan(ranks: int) -> dict[str, Any]:
         return reward.plan(config, Cluster(ranks=ranks, gib=141), lineage)
@@ -308,7 +302,7 @@ def test_the_judge_of_ppo_takes_the_place_of_the_reward_models():
         config = ppo.Config(
             out="x", policy="p", rewards={"helpful": "h", "safe": "s"}, prompts="q", judge=judge
         )
-        return ppo.plan(config, Cluster(), Lineage(dict(shapes)))["memory_per_rank_gib"][
+        return ppo.plan(config, Cluster(), PlannedRuns(dict(shapes)))["memory_per_rank_gib"][
             "whole_models"
         ]
 
@@ -320,7 +314,7 @@ def test_the_judge_of_ppo_takes_the_place_of_the_reward_models():
 
 
 def test_judging_needs_the_largest_model_not_their_sum():
-    lineage = Lineage({Path(name): SIZES["7b"] for name in ("a", "b", "h", "s")})
+    lineage = PlannedRuns({Path(name): SIZES["7b"] for name in ("a", "b", "h", "s")})
     judges = {"helpful": "h", "safe": "s"}
     one = evaluate.Config(out="x", versions={"A": "a", "B": "b"}, prompts="p", rewards=judges)
     other = select.Config(
@@ -354,7 +348,7 @@ def test_judging_needs_the_largest_model_not_their_sum():
 
 def test_reward_models_are_planned_as_they_are_loaded(tmp_path, scorers):
     for precision in ("bf16", "fp32"):
-        judge = load_judge(scorers[0], precision)
+        judge = load_judge(scorers[0], precision, torch.device("cpu"))
         alive = sum(
             parameter.numel() * parameter.element_size() for parameter in judge.parameters()
         )
@@ -395,13 +389,13 @@ def test_flops_are_those_of_the_matrices_a_token_is_multiplied_with(tied):
 
 def test_the_command_line_takes_the_machines(capsys):
     recipe = str(RECIPES / "13b" / "recipe.yaml")
-    launch.command(
+    launch.run_command(
         "run", [recipe, "--dry-run", "--ranks", "256", "--gib=40", "--mfu", "0.5", "--seed", "3"]
     )
     shown = yaml.safe_load(capsys.readouterr().out)
     assert shown["cluster"] == {"ranks": 256, "gib": 40.0, "tflops": 312.0, "mfu": 0.5}
-    assert shown["steps"]["pretrain"]["seed"] == config.derive(3, "pretrain")
+    assert shown["steps"]["pretrain"]["seed"] == config.derive_seed(3, "pretrain")
     assert shown["plan"]["pretrain"]["ranks"] == 256
 
     with pytest.raises(UserError, match="'--ranks': must be greater than 0"):
-        launch.command("run", [recipe, "--dry-run", "--ranks", "0"])
+        launch.run_command("run", [recipe, "--dry-run", "--ranks", "0"])

@@ -12,7 +12,8 @@ from commands import llama2
 from llama2 import records
 from llama2.errors import UserError
 from llama2.generate.rewards import RewardModels
-from llama2.records import Dialog, Message, Prompt, Stored
+from llama2.ranks import Ranks
+from llama2.records import Dialog, Message, Prompt, StoredRecords
 from llama2.runs import Run
 from llama2.stages.common.pool import Pool, rescored
 from llama2.stages.common.sampling import Sample, dialog, load_rewards
@@ -196,7 +197,9 @@ def test_two_rounds_through_the_command_line(tmp_path, policy, scorers, prompts,
     assert len(pool) == len(asked[0] | asked[1])
     said = {one.messages for some in rounds for one in some}
     assert {one.messages for one in pool} <= said
-    rewards = load_rewards(RewardModels(helpful=scorers[0], safe=scorers[1]), tokenizer)
+    rewards = load_rewards(
+        RewardModels(helpful=scorers[0], safe=scorers[1]), tokenizer, Ranks.alone()
+    )
 
     for one in pool:
         mine = [
@@ -219,7 +222,7 @@ def test_records_are_read_where_they_stand(tmp_path: Path):
     (tmp_path / "x.jsonl").write_bytes(
         (tmp_path / "x.jsonl").read_bytes().replace(b"\n", b"\n\n", 1)
     )
-    stored = Stored(Prompt, tmp_path / "x.jsonl")
+    stored = StoredRecords(Prompt, tmp_path / "x.jsonl")
     assert (len(stored), list(stored), stored[1:]) == (3, made, made[1:])
     assert stored[-1] == made[-1]
 

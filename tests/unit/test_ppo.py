@@ -9,17 +9,21 @@ from commands import llama2
 
 from llama2.errors import UserError
 from llama2.generate.rewards import RewardModels
-from llama2.stages import ppo
+from llama2.ranks import Ranks
+from llama2.stages.common.ppo_stopping import BestPolicy, measure_reward, swap_in
+from llama2.stages.common.ppo_watch import Watch, measure_clipping
 from llama2.stages.common.sampling import load_rewards
-from llama2.stages.common.training import load_policy, saver
+from llama2.stages.common.training import load_policy, make_saver
 from llama2.tokenizer.tokenizer import Tokenizer
-from llama2.train.loop import Hook, Plan, Report, Training
+from llama2.train.loop import Hook, Plan, Report, TrainingState
+
+ALONE = Ranks.alone()
 
 
 def test_the_share_of_a_gradient_that_clipping_takes_away():
-    assert ppo.clipped_share(0.0, 1.0) == ppo.clipped_share(1.0, 1.0) == 0.0
-    assert ppo.clipped_share(4.0, 1.0) == 0.75
-    assert ppo.clipped_share(4.0, 2.0) == 0.5
+    assert measure_clipping(0.0, 1.0) == measure_clipping(1.0, 1.0) == 0.0
+    assert measure_clipping(4.0, 1.0) == 0.75
+    assert measure_clipping(4.0, 2.0) == 0.5
 
 
 class Said(Hook):
@@ -44,8 +48,8 @@ def report(step, actor, critic):
 
 
 def test_each_iteration_says_how_each_tower_was_clipped():
-    said, watch = Said(), ppo.Watch(kl_stop=9.0, updates=2)
-    training = Training(None, None, Plan(clip=1.0), [said, watch])
+    said, watch = Said(), Watch(kl_stop=9.0, updates=2)
+    training = TrainingState(None, None, Plan(clip=1.0), [said, watch])
     training.learner = type("Learner", (), {"step": 0})
 
     for step, norms in enumerate([(0.5, 20.0), (2.0, 4.0), (1.0, 1.0), (1.0, 1.0)], 1):
@@ -54,7 +58,7 @@ def test_each_iteration_says_how_each_tower_was_clipped():
 
         watch.on_step(training, report(step, *norms))
         if step == 1:  # stopped inside of an iteration, another goes on
-            state, watch = watch.state_dict(), ppo.Watch(kl_stop=9.0, updates=2)
+            state, watch = watch.state_dict(), Watch(kl_stop=9.0, updates=2)
             watch.load_state_dict(state)
             training.hooks = [said, watch]
 
@@ -70,15 +74,16 @@ def test_each_iteration_says_how_each_tower_was_clipped():
 
 def test_the_judge_is_on_the_device_only_while_it_judges(scorers, policy, monkeypatch):
     tokenizer, moves = Tokenizer.load(policy), []
-    judge = load_rewards(RewardModels(helpful=scorers[1]), tokenizer, "fp32")
-    rewards = load_rewards(RewardModels(helpful=scorers[0], safe=scorers[1]), tokenizer, "fp32")
+    judge = load_rewards(RewardModels(helpful=scorers[1]), tokenizer, ALONE, "fp32")
+    rewards = load_rewards(
+        RewardModels(helpful=scorers[0], safe=scorers[1]), tokenizer, ALONE, "fp32"
+    )
     names = {id(judge.helpful): "judge", id(rewards.helpful): "helpful", id(rewards.safe): "safe"}
     monkeypatch.setattr(
         torch.nn.Module, "to", lambda self, where: moves.append((names[id(self)], str(where)))
     )
-    monkeypatch.setattr(ppo.mesh, "device", lambda: "cuda")
 
-    with ppo.at_hand(judge, rewards):
+    with swap_in(judge, rewards, torch.device("cuda")):
         assert moves == [("helpful", "cpu"), ("safe", "cpu"), ("judge", "cuda")]
 
     assert moves[3:] == [("judge", "cpu"), ("helpful", "cuda"), ("safe", "cuda")]
@@ -86,7 +91,7 @@ def test_the_judge_is_on_the_device_only_while_it_judges(scorers, policy, monkey
     monkeypatch.undo()
     before = rewards([[1, 9, 2]], [False])
 
-    with ppo.at_hand(judge, rewards):
+    with swap_in(judge, rewards, ALONE.device):
         assert judge([[1, 9, 2]], [False])[0].helpful == before[0].safe
 
     assert rewards([[1, 9, 2]], [False]) == before
@@ -162,7 +167,7 @@ def test_held_out_prompts_count_by_kind(scorers, policy):
             return [type("Score", (), {"joined": 0.0 if tag else 1e9}) for tag in tags]
 
     prompts = [prompt("Hi", safety=True), prompt("One"), prompt("Two"), prompt("Three")]
-    found = ppo.measure(Chat(), Judge(), prompts, [[answer()]] * 4)
+    found = measure_reward(Chat(), Judge(), prompts, [[answer()]] * 4)
     assert found == {"heldout/unsafe": 0.5, "heldout/helpful": 1.0, "heldout/reward": 0.75}
 
 
@@ -170,9 +175,10 @@ def test_held_out_prompts_count_by_kind(scorers, policy):
 def test_a_best_policy_that_was_damaged_meanwhile_is_not_taken(policy, tmp_path, name):
     best, out = tmp_path / "checkpoints/best", tmp_path / "out"
     out.mkdir()
-    actor, tokenizer = load_policy(policy)
-    saver(actor, tokenizer)(best)
-    ppo.adopt(best, out, actor, tokenizer)
+    actor, tokenizer = load_policy(policy, ALONE.device)
+    policy_kept = BestPolicy(best, make_saver(actor, tokenizer, ALONE), tokenizer, ALONE)
+    policy_kept.keep()
+    policy_kept.adopt(out)
     assert {path.name: path.read_bytes() for path in out.iterdir()} == {
         path.name: path.read_bytes() for path in best.iterdir()
     }
@@ -184,4 +190,4 @@ def test_a_best_policy_that_was_damaged_meanwhile_is_not_taken(policy, tmp_path,
         UserError,
         match=rf"best/{name}: its checksum differs.*delete {best.parent}: the same command",
     ):
-        ppo.adopt(best, out, actor, tokenizer)
+        policy_kept.adopt(out)

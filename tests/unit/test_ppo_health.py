@@ -2,8 +2,9 @@
 
 import pytest
 
-from llama2.stages.common.ppo_health import TOLERANCE, Doctor, alarms, rules
-from llama2.train.loop import Plan, Training
+from llama2.ranks import Ranks
+from llama2.stages.common.ppo_health import TOLERANCE, Doctor, find_alarms, list_rules
+from llama2.train.loop import Plan, TrainingState
 
 
 def rows(metric, values):
@@ -28,7 +29,7 @@ HEALTHY = {
 
 @pytest.mark.parametrize("metric", HEALTHY)
 def test_a_healthy_run_has_no_alarm(metric):
-    assert alarms(rows(metric, HEALTHY[metric]), kl_stop=10.0) == []
+    assert find_alarms(rows(metric, HEALTHY[metric]), kl_stop=10.0) == []
 
 
 @pytest.mark.parametrize(
@@ -56,27 +57,29 @@ def test_a_healthy_run_has_no_alarm(metric):
     ],
 )
 def test_each_alarm_names_the_first_bad_step_a_cause_and_a_remedy(metric, values, step, words):
-    (found,) = alarms(rows(metric, values), kl_stop=10.0)
-    assert (found["name"], found["step"], found["value"]) == (metric, step, values[step - 1])
-    assert words in f"{found['cause']} {found['remedy']}"
-    assert found["cause"]
-    assert found["remedy"]
+    (found,) = find_alarms(rows(metric, values), kl_stop=10.0)
+    assert (found.name, found.step, found.value) == (metric, step, values[step - 1])
+    assert words in f"{found.cause} {found.remedy}"
+    assert found.cause
+    assert found.remedy
 
 
 def test_one_bad_value_is_noise_unless_it_is_the_last():
-    assert alarms(rows("ppo/clip_fraction", [0.1, 0.5, 0.1, 0.1]), 10.0) == []
-    assert [one["step"] for one in alarms(rows("ppo/clip_fraction", [0.1, 0.1, 0.5]), 10.0)] == [3]
+    assert find_alarms(rows("ppo/clip_fraction", [0.1, 0.5, 0.1, 0.1]), 10.0) == []
+    assert [one.step for one in find_alarms(rows("ppo/clip_fraction", [0.1, 0.1, 0.5]), 10.0)] == [
+        3
+    ]
 
 
 def test_a_run_without_metrics_has_no_alarm():
-    assert alarms([], 10.0) == []
-    assert alarms([{"step": 1.0, "train/loss": 3.0}], 10.0) == []
-    assert {rule.metric for rule in rules(10.0)} == set(HEALTHY)
+    assert find_alarms([], 10.0) == []
+    assert find_alarms([{"step": 1.0, "train/loss": 3.0}], 10.0) == []
+    assert {rule.metric for rule in list_rules(10.0)} == set(HEALTHY)
 
 
 def test_a_run_of_one_iteration_is_told_what_is_wrong_from_the_start():
-    assert [one["name"] for one in alarms(rows("ppo/eos_rate", [0.0]), 10.0)] == ["ppo/eos_rate"]
-    assert [one["name"] for one in alarms(rows("reward/deviation", [0.0]), 10.0)] == [
+    assert [one.name for one in find_alarms(rows("ppo/eos_rate", [0.0]), 10.0)] == ["ppo/eos_rate"]
+    assert [one.name for one in find_alarms(rows("reward/deviation", [0.0]), 10.0)] == [
         "reward/deviation"
     ]
 
@@ -87,22 +90,22 @@ def test_the_critic_is_not_blamed_for_rewards_that_do_not_vary():
         {"step": float(step), "reward/deviation": deviation, "ppo/explained_variance": explained}
         for step, (deviation, explained) in enumerate(values, 1)
     ]
-    assert [one["name"] for one in alarms(flat, 10.0)] == ["reward/deviation"]
+    assert [one.name for one in find_alarms(flat, 10.0)] == ["reward/deviation"]
     varied = [{**row, "reward/deviation": 1.0} for row in flat]
-    assert [one["name"] for one in alarms(varied, 10.0)] == ["ppo/explained_variance"]
+    assert [one.name for one in find_alarms(varied, 10.0)] == ["ppo/explained_variance"]
 
 
 def test_each_precision_has_a_tolerance_of_its_own():
     between = rows("ppo/first_ratio_deviation", [1e-3, 1e-3])
     assert TOLERANCE["fp32"] < 1e-3 < TOLERANCE["bf16"]
-    assert alarms(between, 10.0, "bf16") == []
-    assert [one["name"] for one in alarms(between, 10.0, "fp32")] == ["ppo/first_ratio_deviation"]
+    assert find_alarms(between, 10.0, "bf16") == []
+    assert [one.name for one in find_alarms(between, 10.0, "fp32")] == ["ppo/first_ratio_deviation"]
 
 
 def test_the_doctor_says_each_alarm_once_and_as_soon_as_it_is_one(capsys):
     def start(seen):
-        doctor = Doctor(lambda: seen, 10.0, "bf16")
-        doctor.on_start(Training(None, None, Plan(max_steps=6), []))
+        doctor = Doctor(lambda: seen, 10.0, "bf16", Ranks.alone())
+        doctor.on_start(TrainingState(None, None, Plan(max_steps=6), []))
         return doctor
 
     doctor, said = start([]), []
@@ -114,7 +117,7 @@ def test_the_doctor_says_each_alarm_once_and_as_soon_as_it_is_one(capsys):
     assert [bool(line) for line in said] == [False, False, False, False, True, False]
     assert said[4].startswith("alarm at step 4: most answers do not end: ")
     assert "(ppo/eos_rate 0.1); raise sample.max_tokens" in said[4]
-    assert [one["step"] for one in doctor.tell(finished=True)] == [4]
+    assert [one.step for one in doctor.report(finished=True)] == [4]
 
     resumed = start(doctor.rows[:5])  # what was said before is not said again
 
@@ -124,7 +127,7 @@ def test_the_doctor_says_each_alarm_once_and_as_soon_as_it_is_one(capsys):
     assert capsys.readouterr().err.startswith(
         "alarm at step 6: updates are too large: most of them are cut ("
     )
-    assert [one["name"] for one in resumed.tell(finished=True)] == [
+    assert [one.name for one in resumed.report(finished=True)] == [
         "ppo/clip_fraction",
         "ppo/eos_rate",
     ]
@@ -132,10 +135,10 @@ def test_the_doctor_says_each_alarm_once_and_as_soon_as_it_is_one(capsys):
 
 
 def test_the_last_value_of_a_finished_run_counts_alone(capsys):
-    doctor = Doctor(list, 10.0, "bf16")
-    doctor.on_start(Training(None, None, Plan(max_steps=2), []))
+    doctor = Doctor(list, 10.0, "bf16", Ranks.alone())
+    doctor.on_start(TrainingState(None, None, Plan(max_steps=2), []))
     doctor.on_log(1, {"ppo/clip_fraction": 0.1})
     doctor.on_log(2, {"ppo/clip_fraction": 0.5})
     assert capsys.readouterr().err == ""
-    assert [one["step"] for one in doctor.tell(finished=True)] == [2]
+    assert [one.step for one in doctor.report(finished=True)] == [2]
     assert "clip_fraction 0.5" in capsys.readouterr().err

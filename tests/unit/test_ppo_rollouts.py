@@ -15,12 +15,14 @@ from llama2.formats import checkpoint
 from llama2.generate.dialogue import Chat
 from llama2.generate.engine import Engine
 from llama2.generate.rewards import RewardModels
+from llama2.ranks import Ranks
 from llama2.stages import ppo
 from llama2.stages.common import ppo_health, ppo_rollouts
 from llama2.stages.common.sampling import Sample, load_rewards, read_prompts
 from llama2.tokenizer.tokenizer import Tokenizer
 from llama2.train import hooks, optim
-from llama2.train.loop import Learner, Plan, Report, fit
+from llama2.train.learner import Learner
+from llama2.train.loop import Plan, Report, fit
 from llama2.train.objectives import clipped
 
 SETTINGS = ppo_rollouts.Settings(
@@ -137,7 +139,7 @@ class Rig:
         self.actor, self.reference = checkpoint.load(policy), checkpoint.load(policy)
         self.models = ppo_rollouts.ActorCritic(self.actor, checkpoint.load_scorer(scorers[0]))
         rewards = load_rewards(
-            RewardModels(helpful=scorers[0], safe=scorers[1]), self.tokenizer, "fp32"
+            RewardModels(helpful=scorers[0], safe=scorers[1]), self.tokenizer, Ranks.alone(), "fp32"
         )
         chat = Chat(Engine(self.actor, slots=8, precision="fp32"), self.tokenizer)
         self.seen = []
@@ -256,6 +258,7 @@ def test_the_first_ratio_is_exactly_one_and_the_first_kl_exactly_zero(rig, preci
     watch.on_step = on_step
     learner = Learner(
         made.models,
+        Ranks.alone(),
         optim.AdamW(learning_rate=1e-3),
         precision=precision,
         apart=("actor.", "critic."),
@@ -286,10 +289,10 @@ def test_a_first_ratio_that_is_not_one_is_logged_and_raises_an_alarm(rig, capsys
     first[0]["old_logp_BT"] += 1e-2 * first[0]["weights_BT"]
     made.source.buffer.insert(0, first)
     logged, watch = {}, ppo.Watch(kl_stop=9.0, updates=4)
-    doctor = ppo_health.Doctor(list, kl_stop=9.0, precision="fp32")
+    doctor = ppo_health.Doctor(list, kl_stop=9.0, precision="fp32", ranks=Ranks.alone())
     watch.observe(made.seen[0])
     fit(
-        Learner(made.models, apart=("actor.", "critic.")),
+        Learner(made.models, Ranks.alone(), apart=("actor.", "critic.")),
         made.source,
         clipped(),
         Plan(schedule="constant", max_steps=4),
@@ -354,10 +357,13 @@ def test_the_critic_is_scaled_once_and_resumes_with_its_scale(rig, tmp_path):
         next(made.source)
 
     head, moved = made.models.critic.score.weight.clone(), made.models.shift.clone()
-    torch.save((made.source.state_dict(), Learner(made.models).state_dict()), tmp_path / "state.pt")
+    torch.save(
+        (made.source.state_dict(), Learner(made.models, Ranks.alone()).state_dict()),
+        tmp_path / "state.pt",
+    )
     source, learner = torch.load(tmp_path / "state.pt", weights_only=True)
     other.source.load_state_dict(source)
-    Learner(other.models).load_state_dict(learner)
+    Learner(other.models, Ranks.alone()).load_state_dict(learner)
 
     for one in (made, other):
         next(one.source)

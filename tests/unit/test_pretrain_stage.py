@@ -12,11 +12,12 @@ import torch
 from commands import llama2
 from torch import nn
 
-from llama2.data.compress import HeldoutText, target_bytes
+from llama2.data.compress import HeldoutText, spell_targets
 from llama2.data.pack import Segment
 from llama2.data.shards import Shards, write_shards
 from llama2.formats import checkpoint
 from llama2.model.llama import Llama, LlamaConfig
+from llama2.ranks import Ranks
 from llama2.records import Document
 from llama2.stages import pretrain
 from llama2.tokenizer import CHAT_TEMPLATE
@@ -78,7 +79,7 @@ def validation(tokens, **changes):
         "micro_batch_size": 8,
         "validation_rows": 10_000,
     } | changes
-    return pretrain.Validation(pretrain.Config(**settings), words)
+    return pretrain.TextValidation(pretrain.Config(**settings), words, Ranks.alone())
 
 
 def exact(targets, size, count):
@@ -117,12 +118,12 @@ def test_the_first_rows_alone_are_scored_over_their_own_bytes(tokens):
 def test_targets_spell_their_text(tokens, text):
     _, words = tokens
     ids = np.array([words.bos, *words.encode(text), words.eos])
-    assert target_bytes(Segment(ids, ids >= 0), words) == text.encode()
+    assert spell_targets(Segment(ids, ids >= 0), words) == text.encode()
 
     # the second half of a document begins with the last token of the first
     for cut in range(1, len(ids) - 1):
         halves = [Segment(part, part >= 0) for part in (ids[: cut + 1], ids[cut:])]
-        assert b"".join(target_bytes(half, words) for half in halves) == text.encode()
+        assert b"".join(spell_targets(half, words) for half in halves) == text.encode()
 
 
 def test_compressors_are_given_the_same_bytes(tokens):
@@ -175,7 +176,7 @@ def test_tokens_read_are_those_of_the_documents(tokens, tmp_path, capsys):
     )
     assert summary["passes"] == {"facts": 2.0, "mills": 2.0}
     heard = capsys.readouterr().err
-    bits = summary["validation"]["validation/bits_per_byte"]
+    bits = summary["validation"]["bits_per_byte"]
     assert (
         f"{summary['tokens']:,} tokens read; {bits:.3f} bits per byte on {summary['validation_bytes']:,} bytes of "
         f"held-out text (xz -9: {summary['xz_bits_per_byte']:.3f}, "

@@ -9,7 +9,8 @@ import pytest
 from torch import nn
 
 from llama2 import private_folders
-from llama2.train import loop
+from llama2.ranks import Ranks
+from llama2.train import learner
 
 
 @pytest.fixture(autouse=True)
@@ -94,8 +95,8 @@ def test_a_group_of_ones_own_may_write_above(tmp_path, monkeypatch):
 def test_what_torch_compiles_lies_in_a_folder_of_ones_own(tmp_path, monkeypatch):
     """Its default is /tmp/torchinductor_USER, which anybody can make first."""
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "named"))
-    loop._compiled(nn.Linear(2, 2))
+    learner._compile(nn.Linear(2, 2), Ranks.alone())
     assert os.environ["TORCHINDUCTOR_CACHE_DIR"] == str(tmp_path / "named")
     monkeypatch.delenv("TORCHINDUCTOR_CACHE_DIR")
-    loop._compiled(nn.Linear(2, 2))
+    learner._compile(nn.Linear(2, 2), Ranks.alone())
     assert os.environ["TORCHINDUCTOR_CACHE_DIR"] == str(tmp_path / "cache/llama2/inductor")

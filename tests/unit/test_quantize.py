@@ -57,10 +57,10 @@ def without_torchao(monkeypatch):
 @pytest.mark.parametrize("size", [(16, 32), (5, 70)])
 def test_eight_bits_are_within_half_a_scale(size):
     weight = torch.randn(size)
-    found = quantize.rounded(weight, "int8")
+    found = quantize.quantize(weight, "int8")
     assert found.integers_OI.dtype == torch.int8
-    assert ((found.weight() - weight).abs() <= 0.5001 * found.scales_OG).all()
-    assert torch.equal(quantize.rounded(torch.zeros(size), "int8").weight(), torch.zeros(size))
+    assert ((found.dequantize() - weight).abs() <= 0.5001 * found.scales_OG).all()
+    assert torch.equal(quantize.quantize(torch.zeros(size), "int8").dequantize(), torch.zeros(size))
 
 
 @pytest.mark.parametrize("offset", [0.0, 3.0, -3.0])
@@ -74,28 +74,28 @@ def test_four_bits_are_torchaos(torchao, offset):
             torch.int4, torchao.PerGroup(32), torchao.MappingType.ASYMMETRIC
         ),
     )
-    found, theirs = quantize.rounded(weight, "int4"), layer.weight.dequantize()
-    assert ((found.weight() - theirs).abs() <= theirs.abs() / 256 + 1e-6).all(), (
+    found, theirs = quantize.quantize(weight, "int4"), layer.weight.dequantize()
+    assert ((found.dequantize() - theirs).abs() <= theirs.abs() / 256 + 1e-6).all(), (
         "scales are bf16 here"
     )
     grid = found.integers_OI.unique()
     assert (grid.min(), grid.max(), len(grid)) == (-8, 7, 16)
-    error = (found.weight() - weight).view(48, 3, 32).abs().amax(2)
+    error = (found.dequantize() - weight).view(48, 3, 32).abs().amax(2)
     assert (error <= 0.6 * found.scales_OG).all()
 
 
 @pytest.mark.parametrize("inputs", [1, 31, 32, 33, 70])
 def test_inputs_that_make_no_whole_group_are_rounded_too(torchao, inputs):
     weight = torch.randn(7, inputs)
-    found = quantize.rounded(weight, "int4")
-    assert found.weight().shape == weight.shape
-    assert (found.weight() - weight).norm() < 0.1 * weight.norm()
+    found = quantize.quantize(weight, "int4")
+    assert found.dequantize().shape == weight.shape
+    assert (found.dequantize() - weight).norm() < 0.1 * weight.norm()
     assert found.integers_OI.shape[1] % 32 == 0
 
 
 def test_importing_torchao_says_nothing(torchao, caplog):
     with caplog.at_level("WARNING"):
-        quantize.rounded(torch.randn(4, 32), "int4")
+        quantize.quantize(torch.randn(4, 32), "int4")
 
     assert caplog.records == []
 
@@ -131,22 +131,31 @@ def test_what_is_rounded(shape, bits):
     assert all(bool(row["reason"]) == (row["kept_in"] == "bf16") for row in rows.values())
 
 
+def held_bytes(value: object) -> int:
+    """The bytes of a tensor, or of those that a struct points to."""
+    if isinstance(value, torch.Tensor):
+        return value.numel() * value.element_size()
+
+    return sum(map(held_bytes, value.values.values()))
+
+
 @pytest.mark.parametrize("bits", ["int8", "int4"])
 def test_sizes_are_those_of_what_is_decoded_with(bits):
     if bits == "int4":
         pytest.importorskip("torchao")
 
     model = Llama(SHAPE).bfloat16()
-    if not cpu_decoder.runs(model):
+    if not cpu_decoder.supports(model):
         pytest.skip("no compiler")
 
     integers = {
-        name: quantize.rounded(weight, bits)
+        name: quantize.quantize(weight, bits)
         for name, weight in model.named_parameters()
-        if not quantize.kept(name, weight, bits, tied=False)
+        if not quantize.reason_to_keep(name, weight, bits, tied=False)
     }
-    kept = cpu_decoder.Decoder(model, integers)._kept
-    held = sum(tensor.numel() * tensor.element_size() for tensor in kept if tensor is not None)
+    decoder = cpu_decoder.CpuDecoder(model, integers)
+    read = {name: decoder._model.values[name] for name in ("embedding", "last_norm", "head")}
+    held = sum(map(held_bytes, (*read.values(), *decoder._layers)))
     vectors = sum(weight.numel() for weight in model.parameters() if weight.dim() == 1)
     assert held - 2 * vectors == sum(row["after"] for row in coverage(SHAPE, bits)), (
         "norms are decoded with in fp32"

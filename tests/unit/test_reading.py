@@ -10,8 +10,8 @@ import pytest
 
 from llama2.errors import UserError
 from llama2.importers.dialogs import import_dialogs
-from llama2.importers.tables import Reading
-from llama2.reading.files import Bad, tables
+from llama2.importers.tables import ReadOptions
+from llama2.reading.files import BadRow, read_tables
 from llama2.tally import Tally
 
 
@@ -19,8 +19,8 @@ def read(path, content, **encoding):
     """The values of a file's rows, and of its bad ones the line and the cause."""
     path.write_bytes(content if isinstance(content, bytes) else content.encode(**encoding))
     return [
-        (int(row.where.rpartition(":")[2]), row.cause) if isinstance(row, Bad) else row.value
-        for rows in tables(path)
+        (int(row.where.rpartition(":")[2]), row.cause) if isinstance(row, BadRow) else row.value
+        for rows in read_tables(path)
         for row in rows
     ]
 
@@ -115,7 +115,8 @@ def test_a_line_that_is_no_json_is_passed_over(tmp_path):
     tally = Tally()
     (tmp_path / "b.jsonl").write_text('{"instruction": \n{"instruction": "a", "output": "b"}\n')
     assert (
-        len(list(import_dialogs(tmp_path / "b.jsonl", Reading(malformed="skip"), tally=tally))) == 1
+        len(list(import_dialogs(tmp_path / "b.jsonl", ReadOptions(malformed="skip"), tally=tally)))
+        == 1
     )
     assert tally.line().startswith("read 2, kept 1, left out 1: malformed 1")
 
@@ -142,8 +143,8 @@ def test_an_element_that_is_nested_too_deeply_spoils_itself_alone(tmp_path, dept
 )
 def test_a_list_under_the_name_of_json_lines_is_named(tmp_path, content, cause):
     (tmp_path / "a.jsonl").write_text(content)
-    bad = next(row for rows in tables(tmp_path / "a.jsonl") for row in rows)
-    assert isinstance(bad, Bad)
+    bad = next(row for rows in read_tables(tmp_path / "a.jsonl") for row in rows)
+    assert isinstance(bad, BadRow)
     assert bad.cure == cause
 
 
@@ -277,7 +278,7 @@ def test_parquet_gives_whole_numbers_back(tmp_path):
         pyarrow.table({"label": [1.0, math.nan, 0.5], "text": ["a\r\nb", None, "c"]}),
         tmp_path / "a.parquet",
     )
-    rows = [row.value for rows in tables(tmp_path / "a.parquet") for row in rows]
+    rows = [row.value for rows in read_tables(tmp_path / "a.parquet") for row in rows]
     assert rows == [
         {"label": 1, "text": "a\nb"},
         {"label": None, "text": None},
@@ -290,7 +291,7 @@ def test_parquet_with_a_text_that_is_none_spoils_its_row_alone(tmp_path):
     pyarrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
     texts = pyarrow.array([b"a", b"\xff", b"c"]).view(pyarrow.string())
     parquet.write_table(pyarrow.table({"text": texts}), tmp_path / "a.parquet")
-    first, bad, last = (row for rows in tables(tmp_path / "a.parquet") for row in rows)
+    first, bad, last = (row for rows in read_tables(tmp_path / "a.parquet") for row in rows)
     assert (first.value, last.value) == ({"text": "a"}, {"text": "c"})
     assert bad.where == f"{tmp_path}/a.parquet:2"
 
@@ -311,7 +312,7 @@ def test_damaged_and_empty_parquet_is_named(tmp_path):
 
     parquet.write_table(pyarrow.table({"text": pyarrow.array([], pyarrow.string())}), path)
     with pytest.raises(UserError, match="the file is empty"):
-        list(tables(path))
+        list(read_tables(path))
 
 
 def test_what_tables_of_text_write_for_nothing_is_nothing(tmp_path):
@@ -369,10 +370,10 @@ def test_a_changed_byte_in_a_parquet_page_with_a_checksum_is_noticed(tmp_path):
         use_dictionary=False,
         write_page_checksum=True,
     )
-    assert [row.value for rows in tables(path) for row in rows] == [{"text": "the old mill"}]
+    assert [row.value for rows in read_tables(path) for row in rows] == [{"text": "the old mill"}]
     path.write_bytes(path.read_bytes().replace(b"the old mill", b"the new mill"))
 
     with pytest.raises(
         UserError, match=r"a\.parquet:1: truncated or corrupt Parquet file .*; fetch it again"
     ):
-        [row for rows in tables(path) for row in rows]
+        [row for rows in read_tables(path) for row in rows]

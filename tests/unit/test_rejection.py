@@ -11,12 +11,12 @@ from llama2 import records
 from llama2.generate.rewards import probability
 from llama2.records import Dialog, Message, Prompt
 from llama2.stages import rejection
-from llama2.stages.rejection import Curves, best_of, best_rewards, reduced
+from llama2.stages.rejection import Curves, average_best, make_dialogs, rank_answers
 from llama2.tokenizer.template import encode_dialog, encode_prompt
 
 
 def row(answers, marks, keep=1, finished_only=True):
-    return reduced(answers, [score(mark) for mark in marks], keep, finished_only)
+    return rank_answers(answers, [score(mark) for mark in marks], keep, finished_only)
 
 
 ANSWERS = [answer("low"), answer("cut", finish="length"), answer("high"), answer("")]
@@ -24,11 +24,11 @@ MARKS = [0.1, 9.0, 2.0, 8.0]
 
 
 def test_the_best_finished_answer_is_kept():
-    (kept,) = best_of(prompt("Hi", safety=True, family="unsafe"), row(ANSWERS, MARKS))
+    (kept,) = make_dialogs(prompt("Hi", safety=True, family="unsafe"), row(ANSWERS, MARKS))
     assert kept.messages[-1].content == "high"
     assert kept.messages[:-1] == prompt("Hi").messages
     assert kept.metadata == {"family": "unsafe", "reward": 2.0, "safety": True}
-    (kept,) = best_of(prompt(), row(ANSWERS, MARKS, finished_only=False))
+    (kept,) = make_dialogs(prompt(), row(ANSWERS, MARKS, finished_only=False))
     assert kept.messages[-1].content == "cut"
     assert kept.metadata["cut"] is True
 
@@ -46,7 +46,7 @@ def test_several_different_answers_may_be_kept():
 
 
 def test_a_prompt_without_a_usable_answer_is_left_out():
-    assert best_of(prompt(), row([answer("a", finish="length"), answer("")], [1.0, 2.0])) == []
+    assert make_dialogs(prompt(), row([answer("a", finish="length"), answer("")], [1.0, 2.0])) == []
 
 
 def test_only_the_sampled_answer_is_learnt_not_earlier_turns(tokenizer):
@@ -57,7 +57,7 @@ def test_only_the_sampled_answer_is_learnt_not_earlier_turns(tokenizer):
             Message("user", "And then?"),
         )
     )
-    (kept,) = best_of(asked, row([answer("I cannot help with that.")], [1.0]))
+    (kept,) = make_dialogs(asked, row([answer("I cannot help with that.")], [1.0]))
     assert kept.train == "last"
     ids, mask = encode_dialog(tokenizer, kept.messages, kept.train)
     before = len(encode_prompt(tokenizer, asked.messages))
@@ -98,7 +98,7 @@ def test_the_search_counts_what_may_be_kept():
         row([answer("a", finish="length"), answer("b", finish="length")], [9.0, 8.0]),
     ]
     # -1: the worst of that prompt
-    assert best_rewards([steady, rambling]) == pytest.approx([1.5, (0.5 - 1.0) / 2])
+    assert average_best([steady, rambling]) == pytest.approx([1.5, (0.5 - 1.0) / 2])
 
 
 @pytest.fixture

@@ -24,7 +24,7 @@ from llama2.formats import checkpoint
 from llama2.recipe import launch
 from llama2.release import hub
 from llama2.release.lineage import trace
-from llama2.release.provenance import without_places
+from llama2.release.provenance import hide_places
 
 PAPERS = {
     "README.md",
@@ -197,7 +197,7 @@ def test_every_configuration_is_accepted_by_its_verb(
     }
     for name, verb in [*verbs.items(), ("evaluate", "evaluate")]:
         assert (
-            launch.command(verb, [f"configs/{name}.yaml", "--out", f"runs/{name}", "--dry-run"])
+            launch.run_command(verb, [f"configs/{name}.yaml", "--out", f"runs/{name}", "--dry-run"])
             == 0
         )
 
@@ -396,7 +396,7 @@ def test_words_that_name_the_home_directory_are_refused(
     ],
 )
 def test_places_are_hidden(text: str, hidden: str) -> None:
-    assert without_places(text) == hidden
+    assert hide_places(text) == hidden
 
 
 # ---- the Hub

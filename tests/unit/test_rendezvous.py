@@ -6,26 +6,27 @@ import socket
 import subprocess
 import sys
 import textwrap
+from dataclasses import replace
 
 import pytest
 
 from llama2 import rendezvous
 from llama2.errors import UserError
+from llama2.ranks import Ranks
 
 MEET = """
 import os, sys  # PyTorch is loaded before the command line could hush it, so its environment does
 from datetime import timedelta
-from llama2 import cli, mesh, rendezvous
-from llama2.recipe import launch
+from llama2 import cli, ranks, rendezvous
 from llama2.stages import world
 
-rendezvous.NOTICE, mesh.TIMEOUT = 0.2, timedelta(seconds=float(os.environ["LIMIT"]))
+rendezvous.NOTICE, ranks.TIMEOUT = 0.2, timedelta(seconds=float(os.environ["LIMIT"]))
 
 def work(config, run):
     print("met", flush=True)
     sys.stdin.readline()
     for _ in range(10000):
-        mesh.barrier()
+        run.ranks.barrier()
 
 world.run = work
 cli.main(["world", "--out", os.environ["OUT"]])
@@ -164,24 +165,24 @@ def test_who_is_gone_is_told_by_process_and_machine(monkeypatch):
     child = subprocess.Popen([sys.executable, "-c", ""])
     # it has ended, and nobody has asked how: a zombie
     os.waitid(os.P_PID, child.pid, os.WEXITED | os.WNOWAIT)
-    machine, own = rendezvous.myself()
+    machine, own = rendezvous.describe_process()
     monkeypatch.setattr(rendezvous, "DYING", 0)
-    monkeypatch.setattr(rendezvous, "_peers", [])
-    rendezvous.remember([(machine, own), ("elsewhere", child.pid), (machine, child.pid)])
-    assert rendezvous.missing() == [2]
+    peers = [(machine, own), ("elsewhere", child.pid), (machine, child.pid)]
+    assert rendezvous.missing(peers) == [2]
     child.wait()
-    assert rendezvous.missing() == [2]
+    assert rendezvous.missing(peers) == [2]
 
 
-def test_an_error_of_the_work_itself_keeps_its_traceback(monkeypatch):
-    monkeypatch.setattr(rendezvous, "_peers", [rendezvous.myself()])
-    with pytest.raises(RuntimeError, match="store"), rendezvous.together():
+def test_an_error_of_the_work_itself_keeps_its_traceback():
+    ranks = replace(Ranks.alone(), peers=(rendezvous.describe_process(),))
+    with pytest.raises(RuntimeError, match="store"), ranks.explain_disconnects():
         raise RuntimeError("the store is closed on Sundays")
 
 
 def test_where_no_rank_is_missing_here_the_network_is_named(monkeypatch):
     monkeypatch.setattr(rendezvous, "DYING", 0)
-    monkeypatch.setattr(rendezvous, "_peers", [rendezvous.myself(), ("elsewhere", 1)])
+    peers = (rendezvous.describe_process(), ("elsewhere", 1))
+    ranks = replace(Ranks.alone(), peers=peers)
     code = compile(
         textwrap.dedent("""
         def fail(text):
@@ -197,7 +198,7 @@ def test_where_no_rank_is_missing_here_the_network_is_named(monkeypatch):
         ("gloo: Connection closed by peer", "the connection to another rank is lost"),
         ("gloo: Timed out waiting 1200000ms", "another rank has not answered in time"),
     ):
-        with pytest.raises(rendezvous.Lost) as error, rendezvous.together():
+        with pytest.raises(rendezvous.RankLost) as error, ranks.explain_disconnects():
             names["fail"](text)
 
         assert error.value.cause.startswith(heard)

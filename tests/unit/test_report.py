@@ -16,11 +16,12 @@ from recipe_directory import EVIL, make
 
 from llama2.config import build
 from llama2.errors import UserError
-from llama2.evaluate.winrate import WinRate, mean_interval, proportion
+from llama2.evaluate.winrate import measure_mean, measure_share, measure_wins
 from llama2.report import report
 from llama2.report.charts import Series, lines
 from llama2.report.html import clock, esc, number, percent, short
-from llama2.report.targets import Targets, Verdict, verdicts
+from llama2.report.targets import Judgement, Targets, judge_recipe
+from llama2.results import SelectResult, WinShare
 from llama2.runs import open_run
 from llama2.runs.recipe_runs import read_recipe
 
@@ -155,9 +156,9 @@ def test_rejected_version_is_named_with_its_reason(page: str) -> None:
     assert "raise beta" in page
 
 
-def judged(recipe: Path, targets: Targets | None = None) -> dict[str, Verdict]:
+def judged(recipe: Path, targets: Targets | None = None) -> dict[str, Judgement]:
     return {
-        verdict.what: verdict for verdict in verdicts(read_recipe(recipe), targets or Targets())
+        verdict.what: verdict for verdict in judge_recipe(read_recipe(recipe), targets or Targets())
     }
 
 
@@ -185,9 +186,11 @@ def test_an_interval_that_holds_the_target_decides_nothing(tmp_path: Path) -> No
     path = root / "evaluate" / "evaluation.json"
     content = json.loads(path.read_text())
 
-    def with_violations(before: tuple[int, int], after: tuple[int, int]) -> Verdict:
+    def with_violations(before: tuple[int, int], after: tuple[int, int]) -> Judgement:
         for version, (count, of) in (("SFT", before), ("V2", after)):
-            content["results"][version]["truth"]["violations"] = proportion(count, of)
+            content["results"][version]["truth"]["violations"] = measure_share(
+                count, of
+            ).model_dump()
 
         path.write_text(json.dumps(content))
         return judged(root)["Violations, SFT → V2"]
@@ -204,7 +207,7 @@ def test_an_interval_that_holds_the_target_decides_nothing(tmp_path: Path) -> No
     worse = with_violations((0, 100), (5, 100))
     assert worse.state == "not reached"
     assert worse.reached.startswith("0.0\u00a0% → 5.0\u00a0%: none before [0.0x,")
-    content["results"]["V2"]["truth"]["helpfulness"] = mean_interval([1.0, 1.0])
+    content["results"]["V2"]["truth"]["helpfulness"] = measure_mean([1.0, 1.0]).model_dump()
     path.write_text(json.dumps(content))
     assert judged(root)["Helpfulness, SFT → V2"].state == "too few to tell"
 
@@ -231,8 +234,11 @@ def test_ghost_attention_needs_enough_dialogs(tmp_path: Path) -> None:
     states = []
 
     for obeyed, of in ((60, 60), (200, 200), (30, 60)):
-        content["results"]["V2"]["ghost"]["user"] = [proportion(obeyed, of)] * 6
-        content["results"]["SFT"]["ghost"]["user"] = [proportion(of, of), *[proportion(0, of)] * 5]
+        content["results"]["V2"]["ghost"]["user"] = [measure_share(obeyed, of).model_dump()] * 6
+        content["results"]["SFT"]["ghost"]["user"] = [
+            measure_share(of, of).model_dump(),
+            *[measure_share(0, of).model_dump()] * 5,
+        ]
         path.write_text(json.dumps(content))
         states.append(judged(root)["Instruction obeyed at turns 2/4/6"].state)
 
@@ -282,16 +288,17 @@ def test_a_name_that_is_no_utf8_is_spelt(tmp_path: Path) -> None:
 
 def test_decisions_show_what_they_stand_on(tmp_path: Path) -> None:
     root = make(tmp_path / "demo")
-    rows = {"all": WinRate(12, 8, 20), "ghost": WinRate(0, 1, 39)}
+    rows = {"all": measure_wins(12, 8, 20), "ghost": measure_wins(0, 1, 39)}
     (root / "select" / "verdict.json").write_text(
         json.dumps(
-            {
-                "candidate": "ppo",
-                "predecessor": "v2",
-                "kept": "candidate",
-                "reason": "it beats its predecessor",
-                "win_rate": {kind: row.as_json() for kind, row in rows.items()},
-            }
+            SelectResult(
+                candidate="ppo",
+                predecessor="v2",
+                kept="candidate",
+                reason="it beats its predecessor",
+                needed=0.5,
+                win_rate=rows,
+            ).dump()
         )
     )
     shown = report.render(
@@ -305,7 +312,7 @@ def test_decisions_show_what_they_stand_on(tmp_path: Path) -> None:
 
 def test_real_data_is_judged_by_what_it_can_show(tmp_path: Path) -> None:
     root = make(tmp_path / "real", truth=False)
-    found = {verdict.what for verdict in verdicts(read_recipe(root), Targets())}
+    found = {verdict.what for verdict in judge_recipe(read_recipe(root), Targets())}
     assert found == {
         "Reward model reward-helpful on held-out human pairs",
         "Reward model reward-helpful beside its baselines",
@@ -317,17 +324,17 @@ def test_real_data_is_judged_by_what_it_can_show(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("outcome", "state"),
     [
-        (WinRate(6, 4, 140), "reached"),  # ties make it certain that little changed
-        (WinRate(3, 60, 60), "not reached"),
+        (measure_wins(6, 4, 140), "reached"),  # ties make it certain that little changed
+        (measure_wins(3, 60, 60), "not reached"),
         (
-            WinRate(1, 10, 139),
+            measure_wins(1, 10, 139),
             "too few to tell",
         ),  # worse, but by less or more than 3 % of the prompts?
-        (WinRate(0, 0, 2), "too few to tell"),
+        (measure_wins(0, 0, 2), "too few to tell"),
     ],
 )
 def test_a_version_is_compared_with_its_predecessor_itself(
-    tmp_path: Path, outcome: WinRate, state: str
+    tmp_path: Path, outcome: WinShare, state: str
 ) -> None:
     root = make(tmp_path / "demo")
     path = root / "evaluate" / "evaluation.json"
@@ -335,13 +342,13 @@ def test_a_version_is_compared_with_its_predecessor_itself(
 
     for row in evaluation["win_rates"]:
         if row["judge"] == "truth":
-            row |= WinRate(80, 10, 60).as_json()
+            row |= measure_wins(80, 10, 60).model_dump()
             if (row["version"], row["axis"], row["against"]) == ("V2", "safe", "V1"):
-                row |= outcome.as_json()
+                row |= outcome.model_dump()
 
             if (row["version"], row["axis"], row["against"]) == ("V2", "safe", "SFT"):
                 # fewer than V1's share against the first: no fall
-                row |= WinRate(53, 2, 95).as_json()
+                row |= measure_wins(53, 2, 95).model_dump()
 
     path.write_text(json.dumps(evaluation))
     verdict = judged(root)["No kept version falls below its predecessor"]

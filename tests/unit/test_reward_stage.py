@@ -11,9 +11,19 @@ from llama2 import records
 from llama2.config import build
 from llama2.errors import UserError
 from llama2.formats import checkpoint
+from llama2.ranks import Ranks
 from llama2.records import DEGREES, Preference, Response, messages_of
+from llama2.results import Baselines, Proportion, SetAccuracy
 from llama2.runs import Run
 from llama2.stages import reward
+from llama2.stages.common import reward_accuracy
+from llama2.stages.common.reward_pairs import (
+    EncodedPair,
+    Encoder,
+    collate,
+    mean_length,
+    read_pairs,
+)
 from llama2.train.loop import Plan
 
 
@@ -42,7 +52,7 @@ def config(**sets):
 
 def mixed(made, tokenizer, longest=200):
     run = Run(made.out, False)
-    return reward.mixed(made, reward.Encoder(tokenizer, longest, 1000), run), run
+    return read_pairs(made.preferences, Encoder(tokenizer, longest, 1000), run, made.seed), run
 
 
 @pytest.mark.parametrize(
@@ -180,7 +190,7 @@ def test_pairs_that_tell_nothing_or_are_too_long_are_left_out_and_counted(tmp_pa
         == "read 7, kept 4, left out 3: empty answer 2, identical answers 1"
     )
     longest = max(
-        reward.Encoder(tokenizer, 60, 256).pair(one).size for one in records.read(Preference, long)
+        Encoder(tokenizer, 60, 256).encode_pair(one).size for one in records.read(Preference, long)
     )
     assert run.tally("preferences.b").line() == (
         f"read 3, kept 0, left out 3: too long 3 (--max-tokens {longest} holds the longest)"
@@ -211,42 +221,40 @@ def test_nothing_left_is_an_error_with_its_numbers(tmp_path, policy, one_line, w
 
 def test_the_chosen_rows_come_first():
     pairs = [
-        reward.Pair([1, 5, 2], [1, 6], 0, (1, 0)),
-        reward.Pair([1, 7], [1, 8, 9, 2], 3, (-1, -1)),
+        EncodedPair([1, 5, 2], [1, 6], 0, (1, 0)),
+        EncodedPair([1, 7], [1, 8, 9, 2], 3, (-1, -1)),
     ]
-    batch = reward.collate(pairs)
+    batch = collate(pairs)
     assert batch["tokens_BT"].tolist() == [[1, 5, 2, 0], [1, 7, 0, 0], [1, 6, 0, 0], [1, 8, 9, 2]]
     assert batch["lengths_B"].tolist() == batch["read_B"].tolist() == [3, 2, 2, 4]
-    assert reward.mean_length(pairs) == (9 + 4 + 4 + 16) / 11
+    assert mean_length(pairs) == (9 + 4 + 4 + 16) / 11
     assert batch["degrees_P"].tolist() == [0, 3]
     assert batch["safe_B"].tolist() == [1, -1, 0, -1]
 
 
 def test_accuracy_by_degree_counts_ties_half(monkeypatch):
-    pairs = [reward.Pair([1], [1], degree, (-1, -1)) for degree in (0, 0, 1, 3)]
-    monkeypatch.setattr(reward, "rewards", lambda *_: [2.0, 0.0, 1.0, 0.0, 1.0, 1.0, 1.0, -1.0])
-    found = reward.accuracy(None, pairs, "fp32")
-    assert found["all"]["accuracy"] == (1 + 0 + 0.5 + 1) / 4
-    assert found["significantly"] == {
-        "accuracy": 0.5,
-        "n": 2,
-        "low": found["significantly"]["low"],
-        "high": found["significantly"]["high"],
-    }
-    assert set(found) == {"all", "significantly", "better", "negligibly"}
-    assert 0 <= found["all"]["low"] < found["all"]["accuracy"] < found["all"]["high"] <= 1
+    pairs = [EncodedPair([1], [1], degree, (-1, -1)) for degree in (0, 0, 1, 3)]
+    monkeypatch.setattr(
+        reward_accuracy, "rewards", lambda *_, ranks: [2.0, 0.0, 1.0, 0.0, 1.0, 1.0, 1.0, -1.0]
+    )
+    accuracy = reward_accuracy.measure_accuracy(None, pairs, "fp32", Ranks.alone())
+    every = accuracy.all
+    assert every.rate == (1 + 0 + 0.5 + 1) / 4
+    assert (accuracy.significantly.rate, accuracy.significantly.n) == (0.5, 2)
+    assert list(accuracy.by_degree) == ["significantly", "better", "negligibly"]
+    assert 0 <= every.low < every.rate < every.high <= 1
 
 
 @pytest.mark.parametrize(
     ("steps", "expected"), [(1, 0), (2, 1), (5, 4), (6, 5), (100, 5), (1000, 30)]
 )
 def test_warm_up_is_the_papers_where_there_are_steps_for_it(steps, expected):
-    assert reward.warmup(Plan(), steps) == expected
+    assert reward.count_warmup(Plan(), steps) == expected
     plan = Plan(max_steps=steps, warmup_steps=expected)
     plan.check()
     assert max(plan.factor(step) for step in range(steps)) == 1.0
-    assert reward.warmup(Plan(warmup_steps=0), steps) == 0
-    assert reward.warmup(Plan(warmup_steps=7), steps) == 7
+    assert reward.count_warmup(Plan(warmup_steps=0), steps) == 0
+    assert reward.count_warmup(Plan(warmup_steps=7), steps) == 7
 
 
 INTERVALS = [
@@ -261,21 +269,27 @@ INTERVALS = [
 @pytest.mark.parametrize(("interval", "longer", "words", "expected"), INTERVALS)
 def test_an_accuracy_that_proves_nothing_is_warned_of(interval, longer, words, expected):
     low, high = interval
-    found = {
-        "all": {"accuracy": (low + high) / 2, "n": 40, "low": low, "high": high},
-        "baselines": {"longer": {"accuracy": longer}, "bag_of_words": {"accuracy": words}},
-    }
-    lines = list(reward.explained("b", found))
+
+    def share(rate):
+        return Proportion(rate=rate, n=40, low=low, high=high)
+
+    accuracy = SetAccuracy(
+        all=share((low + high) / 2),
+        baselines=Baselines(longer=share(longer), bag_of_words=share(words)),
+    )
+    lines = list(reward_accuracy.warn_of_chance("b", accuracy))
     assert len(lines) == len(expected)
 
     for line, part in zip(lines, expected):
         assert line.startswith(f"right on {50 * (low + high):.1f} % of 40 pairs of b: ")
         assert part in line
 
-    both = reward.told("b", found, {"safe", "helpful"})
+    both = reward_accuracy.describe_accuracy("b", accuracy, {"safe", "helpful"})
     assert f"the longer answer (about safety the shorter) is on {100 * longer:.1f} %" in both
-    assert "the longer answer is on" in reward.told("b", found, {"helpful"})
-    assert reward.told("b", found, {"safe"}) == (
+    assert "the longer answer is on" in reward_accuracy.describe_accuracy(
+        "b", accuracy, {"helpful"}
+    )
+    assert reward_accuracy.describe_accuracy("b", accuracy, {"safe"}) == (
         f"right on {50 * (low + high):.1f} % [{100 * low:.1f}, {100 * high:.1f}] of 40 pairs of b; the shorter answer "
         f"is on {100 * longer:.1f} %, a bag of words on {100 * words:.1f} %"
     )
@@ -300,7 +314,7 @@ def test_a_reward_model_learns_what_is_preferred(tmp_path, policy, tokenizer, ca
     assert llama2(*words, "--epochs", 3, "--out", tmp_path / "out") == 0
     heard = capsys.readouterr().err
     found = json.loads((tmp_path / "out/accuracy.json").read_text())["sets"]["b"]
-    assert found["all"] == {"accuracy": 1.0, "n": 12, "low": found["all"]["low"], "high": 1.0}
+    assert found["all"] == {"rate": 1.0, "n": 12, "low": found["all"]["low"], "high": 1.0}
     assert found["baselines"]["bag_of_words"] == found["all"]  # "good" beats "bad" for it as well,
     assert found["baselines"]["longer"] == found["all"]  # and is the longer word
     assert (
@@ -319,7 +333,7 @@ def test_a_reward_model_learns_what_is_preferred(tmp_path, policy, tokenizer, ca
     summary = json.loads((tmp_path / "out/summary.json").read_text())
     assert summary["sets"] == {"a": {"pairs": 64, "share": 1.0}}
     pairs = [
-        reward.Encoder(tokenizer, 200, 256).pair(one) for one in records.read(Preference, files[0])
+        Encoder(tokenizer, 200, 256).encode_pair(one) for one in records.read(Preference, files[0])
     ]
     assert summary["tokens"] == 3 * sum(len(pair.chosen) + len(pair.rejected) for pair in pairs)
     assert summary["trained"] == 3 * 2 * 64  # an answer is scored at its last token
@@ -352,8 +366,8 @@ def test_an_auxiliary_loss_without_labels_to_separate_is_warned_of(tokenizer, la
     answers = Response("Yes."), Response("No.")
     one = Preference("x", messages_of([("user", "Hi")]), answers, 0, "better", label, "safe")
     unlabelled = Preference("y", messages_of([("user", "Hi")]), answers, 0, "better")
-    pairs = [reward.Encoder(tokenizer, 200, 256).pair(each) for each in (one, unlabelled)]
-    lines = list(reward.of_labels(pairs, weight))
+    pairs = [Encoder(tokenizer, 200, 256).encode_pair(each) for each in (one, unlabelled)]
+    lines = list(reward.warn_of_labels(pairs, weight))
     assert len(lines) == len(said)
     assert all(part in line for part, line in zip(said, lines))
 

@@ -15,6 +15,7 @@ from llama2.formats import checkpoint
 from llama2.generate.dialogue import Answer
 from llama2.generate.engine import Completion
 from llama2.generate.rewards import RewardModels, Rewards, join, probability
+from llama2.ranks import Ranks
 from llama2.runs import Run
 from llama2.stages.common.answers import judged
 from llama2.stages.common.sampling import load_rewards
@@ -79,7 +80,7 @@ def test_two_models_score_rows_at_their_last_token(scorers, policy):
     helpful, safe = scorers
     tokenizer = Tokenizer.load(policy)
     rewards = load_rewards(
-        build(RewardModels, {"helpful": helpful, "safe": safe}), tokenizer, "fp32"
+        build(RewardModels, {"helpful": helpful, "safe": safe}), tokenizer, Ranks.alone(), "fp32"
     )
     rows = [[1, 9, 30, 40, 2], [1, 9, 2]]
     found = rewards(rows, [True, False])
@@ -101,7 +102,12 @@ def test_a_language_model_does_not_judge(scorers, policy, which):
     """With a fresh head it would, by chance, and nobody would hear of it."""
     paths = [policy if index == which else path for index, path in enumerate(scorers)]
     with pytest.raises(UserError, match="policy: not a reward model"):
-        load_rewards(RewardModels(helpful=paths[0], safe=paths[1]), Tokenizer.load(policy), "fp32")
+        load_rewards(
+            RewardModels(helpful=paths[0], safe=paths[1]),
+            Tokenizer.load(policy),
+            Ranks.alone(),
+            "fp32",
+        )
 
 
 @pytest.mark.parametrize("which", [0, 1])
@@ -115,7 +121,7 @@ def test_a_model_whose_scores_are_not_numbers_is_named(tmp_path, scorers, policy
     Tokenizer.load(policy).save(tmp_path / "broken")
     paths = [tmp_path / "broken" if index == which else path for index, path in enumerate(scorers)]
     rewards = load_rewards(
-        RewardModels(helpful=paths[0], safe=paths[1]), Tokenizer.load(policy), "fp32"
+        RewardModels(helpful=paths[0], safe=paths[1]), Tokenizer.load(policy), Ranks.alone(), "fp32"
     )
 
     with pytest.raises(

@@ -2,6 +2,7 @@
 half done."""
 
 import errno
+import fcntl
 import hashlib
 import json
 import multiprocessing
@@ -14,11 +15,12 @@ from pathlib import Path
 import pytest
 from commands import llama2
 
+from llama2 import atomic, runs
 from llama2.config import Config, StageConfig
 from llama2.errors import UserError
-from llama2.recipe import launch
-from llama2.runs import completion
-from llama2.runs import run as runs
+from llama2.hashing import hash_file
+from llama2.recipe.workers import preload
+from llama2.runs import completion, fingerprints, manifest
 
 
 class Part(Config):
@@ -44,7 +46,7 @@ def work(settings, content="done"):
     """A stage that writes one file; True if it had to."""
     with runs.open_run("work", settings) as run:
         if not run.finished:
-            runs.write_atomic(run.path / "result.txt", content)
+            atomic.write_atomic(run.path / "result.txt", content)
 
         return not run.finished
 
@@ -79,18 +81,18 @@ def test_the_manifest_says_what_was_asked_and_made_from_what(tmp_path, source):
         "after": [],
         "size": 3,
     }
-    assert manifest["inputs"] == {"parts.a.source": runs.sha256(source)}
+    assert manifest["inputs"] == {"parts.a.source": hash_file(source)}
     assert manifest["code"] == runs.code_version()
     complete = json.loads((tmp_path / "out/COMPLETE").read_text())
-    assert complete["outputs"] == {"result.txt": runs.sha256(tmp_path / "out/result.txt")}
+    assert complete["outputs"] == {"result.txt": hash_file(tmp_path / "out/result.txt")}
     assert complete["seconds"] >= 0
 
 
 def test_the_completion_mark_is_written_last(tmp_path, monkeypatch):
     written = []
-    write = runs.write_atomic
+    write = atomic.write_atomic
     monkeypatch.setattr(
-        runs, "write_atomic", lambda path, data: (written.append(path.name), write(path, data))
+        atomic, "write_atomic", lambda path, data: (written.append(path.name), write(path, data))
     )
     work(config(tmp_path))
     assert written == ["config.yaml", "manifest.json", "result.txt", "COMPLETE"]
@@ -118,7 +120,7 @@ def test_another_configuration_or_input_is_refused_and_named(tmp_path, source, f
     settings = config(tmp_path, a=source)
     try:
         with runs.open_run("work", settings) as run:
-            runs.write_atomic(run.path / "result.txt", "half")
+            atomic.write_atomic(run.path / "result.txt", "half")
             if not finished:
                 raise KeyboardInterrupt
     except KeyboardInterrupt:
@@ -175,7 +177,7 @@ def begun(tmp_path, request):
         (here / name).write_text(name)
 
     with suppress(KeyboardInterrupt), runs.open_run("work", page(here)) as run:
-        runs.write_atomic(run.path / "result.txt", "done")
+        atomic.write_atomic(run.path / "result.txt", "done")
         if not request.param:
             raise KeyboardInterrupt
 
@@ -225,7 +227,7 @@ def test_a_glob_of_an_earlier_version_is_the_same_input(tmp_path):
     file = tmp_path / "out/manifest.json"
     manifest = json.loads(file.read_text())
     earlier = {
-        str(tmp_path / f"{name}.txt"): runs.sha256(tmp_path / f"{name}.txt") for name in ("a", "b")
+        str(tmp_path / f"{name}.txt"): hash_file(tmp_path / f"{name}.txt") for name in ("a", "b")
     }
     manifest["inputs"] = {
         "parts.a.source": hashlib.sha256(json.dumps(earlier).encode()).hexdigest()
@@ -317,7 +319,7 @@ def test_a_process_killed_while_opening_leaves_a_directory_that_opens(tmp_path, 
 
 
 def _until_killed(settings, place, barrier):
-    write, replace = runs.write_atomic, os.replace
+    write, replace = atomic.write_atomic, os.replace
 
     def stop(path, data):
         if path.name == place:
@@ -334,9 +336,9 @@ def _until_killed(settings, place, barrier):
         replace(old, new)
 
     if place.endswith("'s name"):
-        runs.os.replace = stop_before_renaming
+        os.replace = stop_before_renaming
     else:
-        runs.write_atomic = stop
+        atomic.write_atomic = stop
 
     work(settings)
 
@@ -354,7 +356,7 @@ def _until_killed(settings, place, barrier):
 )
 def test_a_process_killed_anywhere_is_followed_by_one_that_finishes(tmp_path, place):
     forkserver = multiprocessing.get_context("forkserver")
-    launch.preload()
+    preload()
     reached = forkserver.Event()
     process = forkserver.Process(target=_until_killed, args=(config(tmp_path), place, reached))
     process.start()
@@ -471,7 +473,7 @@ def test_a_clock_that_is_set_back_shortens_no_run(tmp_path, monkeypatch):
 
 
 def test_a_run_that_goes_on_with_other_code_says_so(tmp_path, unfinished, monkeypatch, capsys):
-    monkeypatch.setattr(runs, "code_version", lambda: "1+other")
+    monkeypatch.setattr(manifest, "code_version", lambda: "1+other")
     assert work(config(tmp_path))
     assert "it was begun by other code, " in capsys.readouterr().err
 
@@ -532,7 +534,7 @@ def test_a_glob_is_known_by_all_that_it_matches(tmp_path):
         runs.fingerprint(tmp_path / "*.md")
 
     (tmp_path / "[c].txt").write_text("brackets")
-    assert runs.fingerprint(tmp_path / "[c].txt") == runs.sha256(tmp_path / "[c].txt")
+    assert runs.fingerprint(tmp_path / "[c].txt") == hash_file(tmp_path / "[c].txt")
 
 
 def test_a_folder_of_links_is_known_by_what_they_lead_to(tmp_path):
@@ -558,8 +560,8 @@ def test_a_folder_without_a_model_is_not_read_through(tmp_path, monkeypatch):
 
     (tmp_path / "home").mkdir()
     (tmp_path / "home/big").write_text("much")
-    monkeypatch.setattr(completion, "sha256", lambda path: pytest.fail(f"{path} is read"))
-    monkeypatch.setattr(runs, "sha256", completion.sha256)
+    monkeypatch.setattr(completion, "hash_file", lambda path: pytest.fail(f"{path} is read"))
+    monkeypatch.setattr(fingerprints, "hash_file", completion.hash_file)
 
     with pytest.raises(
         UserError,
@@ -608,7 +610,7 @@ def test_a_file_system_without_locks_is_written_with_a_warning(
     def missing(file, how):
         raise OSError(number, os.strerror(number))
 
-    monkeypatch.setattr(runs.fcntl, "flock", missing)
+    monkeypatch.setattr(fcntl, "flock", missing)
     assert work(config(tmp_path))
     assert capsys.readouterr().err == (
         f"{tmp_path / 'out'}: this file system has no locks, so nothing keeps a second "
@@ -620,7 +622,7 @@ def test_another_refusal_of_a_lock_is_one_line(tmp_path, monkeypatch):
     def stale(file, how):
         raise OSError(errno.ESTALE, os.strerror(errno.ESTALE))
 
-    monkeypatch.setattr(runs.fcntl, "flock", stale)
+    monkeypatch.setattr(fcntl, "flock", stale)
     with pytest.raises(
         UserError, match=rf"^{tmp_path}/a: stale file handle; check the path and its disk$"
     ):
@@ -633,7 +635,7 @@ def test_a_lock_on_a_full_disk_holds(tmp_path, monkeypatch):
     def full(*_):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr(runs.os, "write", full)
+    monkeypatch.setattr(os, "write", full)
     held = runs.lock(tmp_path / "a")
     with pytest.raises(UserError, match=r"a: another process is writing this run; wait for it"):
         runs.lock(tmp_path / "a")
@@ -677,14 +679,14 @@ def test_a_directory_is_writable_again_once_its_file_is_closed(tmp_path):
 
 
 def test_write_atomic_leaves_the_old_file_when_it_cannot_write(tmp_path, monkeypatch):
-    runs.write_atomic(tmp_path / "a", "old")
+    atomic.write_atomic(tmp_path / "a", "old")
 
     def full(descriptor):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(runs.os, "fsync", full)
+    monkeypatch.setattr(os, "fsync", full)
     with pytest.raises(UserError, match="no space left on the device"):
-        runs.write_atomic(tmp_path / "a", "new")
+        atomic.write_atomic(tmp_path / "a", "new")
 
     assert (tmp_path / "a").read_text() == "old"
 
@@ -698,8 +700,8 @@ def test_a_full_disk_is_named_by_what_it_stopped(tmp_path, monkeypatch):
     def fill():
         with runs.open_run("work", config(tmp_path)) as run:
             (run.path / "part").write_text("kept")
-            monkeypatch.setattr(runs.os, "fsync", full)
-            runs.write_atomic(run.path / "result.txt", "much")
+            monkeypatch.setattr(os, "fsync", full)
+            atomic.write_atomic(run.path / "result.txt", "much")
 
     with pytest.raises(UserError, match=r"result\.txt: no space left"):
         fill()
@@ -724,7 +726,7 @@ def test_the_code_version_covers_compiled_code(tmp_path, monkeypatch):
     for name in ("__init__.py", "kernel.cpp", "kernel.h", "notes.md"):
         (package / name).write_text("one")
 
-    monkeypatch.setattr(runs.llama2, "__file__", str(package / "__init__.py"))
+    monkeypatch.setattr(fingerprints.llama2, "__file__", str(package / "__init__.py"))
 
     def version():
         runs.code_version.cache_clear()

@@ -12,6 +12,7 @@ from commands import llama2
 
 from llama2 import records
 from llama2.errors import UserError
+from llama2.ranks import Ranks
 from llama2.records import Prompt
 from llama2.runs import Run
 from llama2.stages.common import sampling
@@ -140,7 +141,7 @@ def test_a_part_is_measured_in_answers(tmp_path, part, slots, answers, sizes):
 def test_progress_says_how_many_answers_and_how_long(monkeypatch, capsys):
     clock = SimpleNamespace(now=100.0)
     monkeypatch.setattr(sampling.time, "monotonic", lambda: clock.now)
-    meter = Meter("runs/rejection", 28_000)
+    meter = Meter("runs/rejection", Ranks.alone(), 28_000)
     meter.begin(8_000)  # found on the disk
 
     for seconds, done in ((5, 100), (20, 1_000), (25, 1_500)):

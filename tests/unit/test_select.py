@@ -10,6 +10,7 @@ from commands import llama2
 
 from llama2 import records
 from llama2.formats import checkpoint
+from llama2.microworld.annotators import SimulatedAnnotators
 from llama2.records import Prompt
 from llama2.stages import select
 
@@ -36,20 +37,20 @@ def of(kind, count):
 )
 def test_the_candidate_must_win_more_than_half(outcome, kept, reason):
     found = select.judge(CONFIG, of("helpful", 20), outcome)
-    assert (found["kept"], found["reason"]) == (kept, reason)
-    assert found["win_rate"]["all"]["ties"] == outcome.count(0.0)
+    assert (found.kept, found.reason) == (kept, reason)
+    assert found.win_rate["all"].ties == outcome.count(0.0)
 
 
 def test_a_kind_of_prompt_that_gets_worse_stops_the_candidate():
     asked = of("helpful", 90) + of("unsafe", 30) + of("borderline", 10)
     found = select.judge(CONFIG, asked, [1.0] * 90 + [1.0] * 6 + [-1.0] * 24 + [1.0] * 10)
-    assert found["kept"] == "predecessor"
-    assert found["reason"] == "on unsafe prompts it wins 20%, 40% are needed"
-    assert set(found["win_rate"]) == {"all", "helpful", "unsafe", "borderline"}
+    assert found.kept == "predecessor"
+    assert found.reason == "on unsafe prompts it wins 20%, 40% are needed"
+    assert set(found.win_rate) == {"all", "helpful", "unsafe", "borderline"}
     few = select.judge(
         CONFIG, of("helpful", 30) + of("unsafe", 10), [1.0] * 30 + [1.0] * 3 + [-1.0] * 7
     )
-    assert few["kept"] == "candidate"  # as likely by chance
+    assert few.kept == "candidate"  # as likely by chance
 
 
 @pytest.mark.parametrize(
@@ -66,7 +67,7 @@ def test_more_kinds_find_more_by_chance(kinds, wins, losses, kept):
     for kind in ("helpful", "unsafe", "ghost")[: kinds - 1]:
         asked, outcome = asked + [kind] * 20, [*outcome, *[1.0] * 20]
 
-    assert select.judge(CONFIG, asked, outcome)["kept"] == kept
+    assert select.judge(CONFIG, asked, outcome).kept == kept
 
 
 def test_scores_become_preferences():
@@ -75,12 +76,21 @@ def test_scores_become_preferences():
 
 def test_equal_texts_are_ties(world):
     asked = list(records.read(Prompt, world / "prompts-validation.jsonl"))
-    assert select.compare_texts(CONFIG, asked, [["same"] * len(asked)] * 2) == [0.0] * len(asked)
+    assert select.compare_texts(SimulatedAnnotators(1), asked, [["same"] * len(asked)] * 2) == [
+        0.0
+    ] * len(asked)
     good = ["The job of nobody."] * len(asked)
-    forwards = select.compare_texts(CONFIG, asked, [good, ["."] * len(asked)])
-    backwards = select.compare_texts(CONFIG, asked, [["."] * len(asked), good])
+    forwards = select.compare_texts(SimulatedAnnotators(1), asked, [good, ["."] * len(asked)])
+    backwards = select.compare_texts(SimulatedAnnotators(1), asked, [["."] * len(asked), good])
     assert forwards == [-value for value in backwards]  # no favour to either side
     assert set(forwards) <= {-1.0, 0.0, 1.0}
+
+
+def test_what_nobody_has_judged_yet_is_a_tie(world, monkeypatch):
+    asked = list(records.read(Prompt, world / "prompts-validation.jsonl"))
+    monkeypatch.setattr(SimulatedAnnotators, "judge", lambda self, comparison: "pending")
+    texts = [["The job of nobody."] * len(asked), ["."] * len(asked)]
+    assert select.compare_texts(SimulatedAnnotators(1), asked, texts) == [0.0] * len(asked)
 
 
 def test_the_run_directory_becomes_the_version_kept(tmp_path, policy, base, scorers, prompts):

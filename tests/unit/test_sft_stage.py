@@ -52,9 +52,9 @@ def test_no_held_out_conversation_is_trained_on_whatever_its_weight(tmp_path, to
     run = Run(tmp_path, False)
     training, heldout = sft.read_dialogs(made, run)
     sets = {"a": sft.encode(tokenizer, training["a"], 64, 256, run.tally("dialogs.a"))}
-    trained = {tuple(segment.ids.tolist()) for segment in sft.weighted(made, sets, run)}
+    trained = {tuple(segment.ids.tolist()) for segment in sft.mix(made, sets, run)}
     assert 5 <= len(heldout) <= 20
-    assert len(sft.weighted(made, sets, run)) == round(weight * (60 - len(heldout)))
+    assert len(sft.mix(made, sets, run)) == round(weight * (60 - len(heldout)))
 
     for one in heldout:
         assert is_heldout(one.messages, 0.2)
@@ -148,7 +148,7 @@ def test_held_out_dialogs_may_be_given(tmp_path):
     ],
 )
 def test_nothing_is_learnt_from_silence(one, reason):
-    assert sft.useless(one) == reason
+    assert sft.explain_useless(one) == reason
 
 
 def tune(base, out, file, *more):
@@ -192,8 +192,8 @@ def test_every_dialog_is_accounted_for_and_tokens_are_counted(tmp_path, base, to
     longest = len(ids[13][0]) - 1
     assert longest > 256  # beyond the context of this model
     assert {
-        name: summary[name] for name in ("dialogs", "cut", "dropped", "heldout", "validation")
-    } == {"dialogs": 13, "cut": 1, "dropped": 1, "heldout": 0, "validation": {}}
+        name: summary.get(name) for name in ("dialogs", "cut", "dropped", "heldout", "validation")
+    } == {"dialogs": 13, "cut": 1, "dropped": 1, "heldout": 0, "validation": None}
     assert not any(
         name.startswith("validation")
         for row in (out / "metrics.jsonl").read_text().splitlines()
@@ -302,10 +302,10 @@ def test_no_weight_is_infinite(tmp_path):
 def test_an_answer_that_sampling_cut_off_has_no_end_to_learn(tokenizer):
     whole = dialog("Hi", "Hello there", train="last")
     cut = Dialog(whole.messages, "last", {"cut": True})
-    ids, mask = sft.learnt_tokens(tokenizer, whole)
+    ids, mask = sft.encode_for_training(tokenizer, whole)
     assert ids[-1] == tokenizer.eos
     assert mask[-1]
-    short, learnt = sft.learnt_tokens(tokenizer, cut)
+    short, learnt = sft.encode_for_training(tokenizer, cut)
     assert short == ids[: len(short)]
     assert tokenizer.eos not in [token for token, kept in zip(short, learnt) if kept]
     assert (
@@ -320,7 +320,7 @@ def test_an_answer_that_sampling_cut_off_has_no_end_to_learn(tokenizer):
 )
 def test_what_train_names_is_learnt_of_a_dialog_that_was_cut_off_too(tokenizer, train, flags):
     one = Dialog(dialog("Hi.", "Yes.", "And now?", "The answer is").messages, train, {"cut": True})
-    ids, mask = sft.learnt_tokens(tokenizer, one)
+    ids, mask = sft.encode_for_training(tokenizer, one)
     first, last = [*tokenizer.encode("Yes. "), tokenizer.eos], tokenizer.encode("The answer is")
     learnt = [index for index, flag in zip(ids, mask, strict=True) if flag]
     assert learnt == first * flags[0] + last * flags[1]
@@ -347,8 +347,8 @@ def test_a_question_held_out_is_not_trained_on_behind_an_instruction(tmp_path):
     ]
     made = config(tmp_path, {"plain": (plain, {}), "ghost": (ghost, {})}, heldout=0.2)
     training, heldout = sft.read_dialogs(made, Run(tmp_path, False))
-    aside = {sft.opening_of(one) for one in heldout}
+    aside = {sft.find_opening(one) for one in heldout}
     assert 20 < len(aside) < 60
     assert len(heldout) == 2 * len(aside)
-    assert not aside & {sft.opening_of(one) for found in training.values() for one in found}
-    assert {sft.opening_of(one) for one in ghost} == {sft.opening_of(one) for one in plain}
+    assert not aside & {sft.find_opening(one) for found in training.values() for one in found}
+    assert {sft.find_opening(one) for one in ghost} == {sft.find_opening(one) for one in plain}

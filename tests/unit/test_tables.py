@@ -9,7 +9,7 @@ from llama2.errors import UserError
 from llama2.importers.dialogs import import_dialogs
 from llama2.importers.preferences import holds_preferences
 from llama2.importers.prompts import import_prompts
-from llama2.importers.tables import SAMPLE, Reading
+from llama2.importers.tables import SAMPLE, ReadOptions
 from llama2.tally import Tally
 
 ALPACA = {"instruction": "Add.", "input": "2 and 3", "output": "5"}
@@ -116,7 +116,7 @@ def test_a_damaged_line_is_named_or_skipped_wherever_it_stands(tmp_path):
 
         tally = Tally()
         assert len(
-            list(import_dialogs(file, Reading(malformed="skip"), tally=tally))
+            list(import_dialogs(file, ReadOptions(malformed="skip"), tally=tally))
         ) == text.count(good)
         assert dict(tally.skipped) == {"malformed": 1}
 
@@ -125,7 +125,7 @@ def test_a_file_in_which_nothing_is_recognised_is_counted_where_rows_are_skipped
     write(tmp_path / "a.jsonl", {"foo": 1}, {"foo": 2})
     write(tmp_path / "b.jsonl", ALPACA)
     tally = Tally()
-    assert len(list(import_dialogs(tmp_path, Reading(malformed="skip"), tally=tally))) == 1
+    assert len(list(import_dialogs(tmp_path, ReadOptions(malformed="skip"), tally=tally))) == 1
     assert dict(tally.skipped) == {"malformed": 2}
 
 
@@ -233,7 +233,8 @@ def test_a_row_that_does_not_fit_the_header_is_named_or_skipped(tmp_path):
 
     tally = Tally()
     assert (
-        len(list(import_dialogs(tmp_path / "a.tsv", Reading(malformed="skip"), tally=tally))) == 1
+        len(list(import_dialogs(tmp_path / "a.tsv", ReadOptions(malformed="skip"), tally=tally)))
+        == 1
     )
     assert dict(tally.skipped) == {"malformed": 1}
 
@@ -245,7 +246,7 @@ def test_cells_without_a_header_are_a_format_only_on_request(tmp_path):
     ):
         list(import_dialogs(tmp_path / "a.tsv"))
 
-    dialog = next(import_dialogs(tmp_path / "a.tsv", Reading("chain-of-thought")))
+    dialog = next(import_dialogs(tmp_path / "a.tsv", ReadOptions("chain-of-thought")))
     assert dialog.messages[-1].content == "Ice is frozen water. The answer is no."
 
 

@@ -20,5 +20,5 @@ def test_the_line_says_rows_and_files():
         "kept": 2,
         "cut": 1,
         "skipped": {"too long": 3, "empty answer": 1},
-        "files left out": {"hidden": 2, "README.md": 1},
+        "files_left_out": {"hidden": 2, "README.md": 1},
     }

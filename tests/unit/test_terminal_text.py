@@ -3,7 +3,7 @@
 import pytest
 
 from llama2.errors import UserError
-from llama2.terminal_text import LONGEST, line, list_some, printable, say, say_once, shown
+from llama2.terminal_text import LONGEST, clock, line, list_some, printable, say, say_once, shown
 
 CLEAR, TITLE, RIGHT_TO_LEFT = "\x1b[2J", "\x1b]0;mine\x07", "\u202e"
 
@@ -75,6 +75,15 @@ def test_errors_are_fit_for_a_terminal():
 def test_what_is_said_is_one_line(capsys):
     say(f"warning: {CLEAR}\nx")
     assert capsys.readouterr().err == "warning: \\x1b[2J x\n"
+
+
+def test_a_duration_is_written_as_a_clock_writes_it():
+    assert [clock(seconds) for seconds in (0, 59.9, 200, 3800)] == [
+        "0:00",
+        "0:59",
+        "3:20",
+        "1:03:20",
+    ]
 
 
 def test_of_many_names_the_first_are_listed() -> None:

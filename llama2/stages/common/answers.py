@@ -17,20 +17,21 @@ from typing import Any, TypeVar
 
 import torch
 
-from llama2 import json_files, mesh
+from llama2 import devices
+from llama2.devices import Precision
 from llama2.errors import UserError
-from llama2.evaluate.judges import judged_row
+from llama2.evaluate.judges import encode_judged
 from llama2.formats import checkpoint, hf_directory
 from llama2.generate.dialogue import Answer, Chat
 from llama2.generate.engine import Completion
 from llama2.generate.sampling import Sampling
 from llama2.generate.score import rewards
-from llama2.mesh import Precision
+from llama2.hashing import hash_file
 from llama2.model.scorer import Scorer
 from llama2.records import Messages, Prompt
 from llama2.runs import Run
 from llama2.runs.parts import in_parts
-from llama2.stages.common.training import frozen
+from llama2.stages.common.training import freeze
 from llama2.tally import Tally
 from llama2.tokenizer.template import encode_prompt
 from llama2.tokenizer.tokenizer import Tokenizer
@@ -44,7 +45,7 @@ Ready = Callable[[], T]
 
 
 @contextmanager
-def in_turn(load: Ready[T]) -> Iterator[Ready[T]]:
+def in_turn(load: Ready[T], device: torch.device) -> Iterator[Ready[T]]:
     """A function that gives what `load` makes, loaded at its first call; the memory is free again
     behind the block."""
     held: list[T] = []
@@ -59,7 +60,7 @@ def in_turn(load: Ready[T]) -> Iterator[Ready[T]]:
         yield ready
     finally:
         held.clear()
-        mesh.free_memory()
+        devices.free_memory(device)
 
 
 # --- prompts and versions
@@ -114,8 +115,7 @@ def content(path: Path) -> object:
     known = hf_directory.read_checksums(path)
     try:
         weights = sorted(
-            known.get(file.name) or json_files.sha256(file)
-            for file in hf_directory.list_weight_files(path)
+            known.get(file.name) or hash_file(file) for file in hf_directory.list_weight_files(path)
         )
     except UserError:
         return path.resolve()
@@ -189,7 +189,8 @@ def judged(
     found = {}
     scores: dict[tuple[int, str, str], float] = {}
 
-    with in_turn(lambda: load_judge(path, precision)) as judge:
+    device = run.ranks.device
+    with in_turn(lambda: load_judge(path, precision, device), device) as judge:
         for version, answers in said.items():
             same = Tokenizer.load(versions[version]).is_same(tokenizer)
             keys = [(index, one.text, one.completion.finish) for index, one in enumerate(answers)]
@@ -202,10 +203,10 @@ def judged(
                 same: bool = same,
             ) -> list[float]:
                 rows = [
-                    judged_row(tokenizer, prompts[index], answers[index], same)[-context:]
+                    encode_judged(tokenizer, prompts[index], answers[index], same)[-context:]
                     for index, *_ in some
                 ]
-                return rewards(judge(), rows, precision, JUDGED_TOKENS, name=path)
+                return rewards(judge(), rows, precision, JUDGED_TOKENS, ranks=run.ranks, name=path)
 
             scores.update(zip(fresh, in_parts(run, f"{name}-{version}", fresh, JUDGED, work)))
             found[version] = [scores[key] for key in keys]
@@ -213,8 +214,8 @@ def judged(
     return found
 
 
-def load_judge(path: Path, precision: Precision) -> Scorer:
-    """A reward model that is only read (`training.frozen`). Each weight is converted as it comes
+def load_judge(path: Path, precision: Precision, device: torch.device) -> Scorer:
+    """A reward model that is only read (`training.freeze`). Each weight is converted as it comes
     from the disk: all of them in fp32 would take twice the room that the model takes afterwards."""
 
     def kind(name: str) -> torch.dtype:
@@ -224,4 +225,4 @@ def load_judge(path: Path, precision: Precision) -> Scorer:
             else torch.float32
         )
 
-    return frozen(checkpoint.load_scorer(path, dtype=kind, device=mesh.device()), precision)
+    return freeze(checkpoint.load_scorer(path, dtype=kind, device=device), precision)

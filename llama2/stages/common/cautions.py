@@ -1,5 +1,4 @@
-"""What a user should hear of a run that would teach next to nothing: each caution is one line, with
-the cure.
+"""Cautions about runs that would teach next to nothing: each is one line, with the cure.
 
 The paper's batches are made for the paper's data: 64 rows of 4,096 tokens, or 512 pairs, turn a few
 hundred records of one's own into two updates.
@@ -16,46 +15,49 @@ FEW_UPDATES = 50
 """an update moves a weight by about the learning rate: fewer than these hardly move it"""
 
 
-def of_length(
+def warn_of_length(
     asked: Plan, steps: int, items: int, what: str, batch_size: int, epochs: int
 ) -> Iterator[str]:
-    """Cautions about a run whose data allows `steps` updates: `epochs` passes over `items` rows or
+    """Caution about a run whose data allows `steps` updates: `epochs` passes over `items` rows or
     pairs (`what`)."""
     limit = asked.max_steps
     if limit is not None and limit > steps:
         needed = math.ceil(limit / math.ceil(items / batch_size))
         yield (
-            f"max_steps {limit:,} is more than the {_count(steps, 'update')} of {_count(epochs, 'epoch')}: training "
-            f"and its schedule end there; --epochs {needed} would be enough"
+            f"max_steps {limit:,} is more than the {_count(steps, 'update')} of "
+            f"{_count(epochs, 'epoch')}: training and its schedule end there; --epochs {needed} "
+            "would be enough"
         )
 
     if steps < FEW_UPDATES and (limit is None or limit > steps):
-        yield few_updates(
+        yield describe_few_updates(
             steps,
             f"{_count(items, what)} in {_count(epochs, 'epoch')}",
-            _more_updates(items, epochs),
+            _suggest_updates(items, epochs),
         )
 
 
-def few_updates(steps: int, source: str, cure: str) -> str:
-    """The caution that `steps` updates are few, and what would make more of the same data."""
+def describe_few_updates(steps: int, source: str, cure: str) -> str:
+    """Return the caution that `steps` updates are few, and what would make more of the same
+    data."""
     return f"{_count(steps, 'update')} from {source}: fewer than {FEW_UPDATES} teach little; {cure}"
 
 
-def of_schedule(plan: Plan) -> Iterator[str]:
-    """A caution where warm-up is longer than the run, so that the learning rate never reaches its
+def warn_of_schedule(plan: Plan) -> Iterator[str]:
+    """Caution where warm-up is longer than the run, so that the learning rate never reaches its
     peak."""
     warmup, steps = plan.warmup_steps or 0, plan.max_steps
     if steps is not None and warmup > steps:
         yield (
-            f"the learning rate rises to {steps / warmup:.0%} of its peak and no further: warm-up takes "
-            f"{_count(warmup, 'update')}, the run has {steps:,}; lower --training.plan.warmup-steps"
+            f"the learning rate rises to {steps / warmup:.0%} of its peak and no further: warm-up "
+            f"takes {_count(warmup, 'update')}, the run has {steps:,}; lower "
+            "--training.plan.warmup-steps"
         )
 
 
-def _more_updates(items: int, epochs: int) -> str:
-    """The largest batch with which `epochs` passes make enough updates, or a batch of one and more
-    passes."""
+def _suggest_updates(items: int, epochs: int) -> str:
+    """Suggest the largest batch with which `epochs` passes make enough updates, or a batch of one
+    and more passes."""
     in_a_pass = math.ceil(FEW_UPDATES / epochs)
     if items >= in_a_pass:
         batch_size = max(

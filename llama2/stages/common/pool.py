@@ -8,7 +8,6 @@ anew by the newest. How many answers a prompt keeps is left open by the paper.
 
 from __future__ import annotations
 
-import hashlib
 from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import replace
@@ -19,7 +18,8 @@ from llama2 import records
 from llama2.errors import UserError
 from llama2.generate.dialogue import Chat
 from llama2.generate.rewards import Rewards
-from llama2.records import Dialog, Prompt, Stored
+from llama2.hashing import hash_content
+from llama2.records import Dialog, Prompt, StoredRecords
 from llama2.runs import Run, is_output
 from llama2.stages.common.sampling import Sample, part_by_part, writing
 from llama2.tokenizer.template import encode_dialog, encode_prompt
@@ -35,7 +35,7 @@ class Pool:
     def __init__(self, keep: int, finished_only: bool, rounds: Sequence[Path]) -> None:
         """UserError for a file that is missing, or empty though no finished run wrote it."""
         self.keep, self.finished_only = keep, finished_only
-        self._rounds = [Stored(Dialog, path / "best.jsonl") for path in rounds]
+        self._rounds = [StoredRecords(Dialog, path / "best.jsonl") for path in rounds]
         for path, found in zip(rounds[1:], self._rounds[1:]):
             if not found and not is_output(path / "best.jsonl"):
                 raise UserError(
@@ -53,7 +53,7 @@ class Pool:
         """
         chosen = self._all() if len(self._rounds) == 1 else self._choose(run, chat, rewards, sample)
         sizes = [0] * len(self._rounds)
-        with writing(run.path / "pool.jsonl") as put:
+        with writing(run.path / "pool.jsonl", run.ranks) as put:
             for mark, place in chosen:
                 one = self._record(place)
                 put(replace(one, train="last", metadata={**one.metadata, "reward": round(mark, 4)}))
@@ -122,8 +122,8 @@ def rescored(
 
     return [
         (
-            _digest(records.to_json(Prompt(one.messages[:-1]))),
-            _digest(one.messages[-1].content),
+            hash_content(records.to_json(Prompt(one.messages[:-1]))),
+            hash_content(one.messages[-1].content),
             found.get(place),
         )
         for place, one in enumerate(dialogs)
@@ -139,7 +139,3 @@ def _row(one: Dialog, tokenizer: Tokenizer) -> list[int]:
         ]
 
     return encode_dialog(tokenizer, one.messages)[0]
-
-
-def _digest(text: str) -> str:
-    return hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=16).hexdigest()

@@ -1,7 +1,7 @@
-"""The PPO doctor: what a run's metrics say is wrong, why, and what to do about it.
+"""Alarms of PPO: rules on a run's metrics, each with cause and remedy.
 
 A flat reward and gibberish look alike in a log; these alarms tell the usual causes apart. Each
-names the metric, the step where it first went wrong, the cause, and the remedy. They are said as
+names the metric, the step where it first went wrong, the cause, and the remedy. They are printed as
 they happen, and kept in health.json.
 """
 
@@ -9,12 +9,12 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
-from typing import Any
+from dataclasses import dataclass
 
-from llama2 import mesh
-from llama2.mesh import Precision
-from llama2.train.loop import Hook, Training
+from llama2.devices import Precision
+from llama2.ranks import Ranks
+from llama2.results import Alarm
+from llama2.train.loop import Hook, TrainingState
 
 Row = Mapping[str, float]
 
@@ -27,10 +27,11 @@ TOLERANCE: dict[Precision, float] = {"fp32": 1e-4, "bf16": 1e-2}
 
 @dataclass(frozen=True)
 class Rule:
-    """`wrong(first, now)` compares a metric's value with its value at the start."""
+    """A condition on one metric that means harm."""
 
     metric: str
-    wrong: Callable[[float, float], bool]
+    is_broken: Callable[[float, float], bool]
+    """compares the metric's value at the start with a later one"""
     cause: str
     remedy: str
     settled: float = 0.0
@@ -43,203 +44,211 @@ class Rule:
     """a metric whose alarm explains this one"""
 
 
-@dataclass(frozen=True)
-class Alarm:
-    """A rule that was broken."""
+SAME_REWARDS = Rule(
+    "reward/deviation",
+    lambda first, now: now < 1e-3,
+    "rewards do not vary: all answers of an iteration score alike, and whitened there is nothing "
+    "to learn",
+    "look at the samples; sample at temperature 1, raise max_tokens, or use another reward model; "
+    "a score for `unfinished` answers makes all equal that are cut off",
+    absolute=True,
+)
+RULES = (
+    Rule(
+        "ppo/kl_reference",
+        lambda first, now: now < -1.0,
+        "a negative KL: sampling and training disagree about the policy",
+        "sample without top_p and at temperature 1; look at ppo/engine_gap",
+    ),
+    Rule(
+        "ppo/entropy",
+        lambda first, now: now < 0.25 * first,
+        "the policy has collapsed to few answers",
+        "raise beta or lower the learning rate",
+    ),
+    Rule(
+        "ppo/clip_fraction",
+        lambda first, now: now > 0.3,
+        "updates are too large: most of them are cut",
+        "lower the learning rate or the number of epochs",
+    ),
+    Rule(
+        "ppo/explained_variance",
+        lambda first, now: now < -0.5,
+        "the critic predicts worse than a constant",
+        "raise critic_learning_rate or use more iterations",
+        settled=0.3,
+        unless="reward/deviation",
+    ),
+    Rule(
+        "ppo/eos_rate",
+        lambda first, now: now < 0.5,
+        "most answers do not end: they are cut off at max_tokens, where reward models were never "
+        "trained to judge",
+        "raise sample.max_tokens, or fine-tune the policy on answers that end; set `unfinished` "
+        "to a low score",
+        absolute=True,
+    ),
+    Rule(
+        "ppo/eos_rate",
+        lambda first, now: 0.5 <= now < 0.7 and now < first - 0.05,
+        "answers no longer end",
+        "set `unfinished` to a low score, or raise max_tokens",
+    ),
+    Rule(
+        "ppo/length",
+        lambda first, now: now > 2 * first or now < 0.5 * first,
+        "answers have doubled or halved in length: the reward models may judge length",
+        "look at reward/length_correlation and at samples; balance lengths in the comparisons",
+    ),
+    Rule(
+        "reward/length_correlation",
+        lambda first, now: now > 0.7 and now > first + 0.2,
+        "longer answers are rewarded for their length",
+        "balance lengths in the comparisons",
+    ),
+    Rule(
+        "ppo/engine_gap",
+        lambda first, now: now > 0.1,
+        "sampler and trainer disagree about log-probabilities",
+        "sample in fp32",
+    ),
+    Rule(
+        "heldout/reward",
+        lambda first, now: now < first - 0.05,
+        "held-out prompts get worse while training goes on: over-optimisation",
+        "stop earlier (patience), raise beta, refresh the reward models",
+    ),
+)
+"""rules that neither the precision nor the settings of a run decide"""
 
-    name: str
-    step: int
-    value: float
-    cause: str
-    remedy: str
 
-
-def rules(kl_stop: float, precision: Precision = "bf16") -> list[Rule]:
-    """All rules; `kl_stop` is where training stops by itself."""
+def list_rules(kl_stop: float, precision: Precision = "bf16") -> list[Rule]:
+    """Return all rules; `kl_stop` is where training stops by itself."""
     tolerance = TOLERANCE[precision]
     return [
         Rule(
             "ppo/first_kl",
             lambda first, now: now > tolerance,
-            f"before the first update policy and reference differ, by more than {tolerance:g} nats a token",
-            "policy and reference are the same weights: look for a device or a kernel that computes wrongly",
+            f"before the first update policy and reference differ, by more than {tolerance:g} "
+            "nats a token",
+            "policy and reference are the same weights: look for a device or a kernel that "
+            "computes wrongly",
             absolute=True,
             certain=True,
         ),
         Rule(
             "ppo/first_ratio_deviation",
             lambda first, now: now > tolerance,
-            f"the first ratios of an iteration are not 1, by more than {tolerance:g}: rollout and update compute "
-            "differently",
+            f"the first ratios of an iteration are not 1, by more than {tolerance:g}: rollout and "
+            "update compute differently",
             "train in fp32, or with deterministic kernels; clipping and KL count this as movement",
             absolute=True,
             certain=True,
         ),
-        Rule(
-            "reward/deviation",
-            lambda first, now: now < 1e-3,
-            "rewards do not vary: all answers of an iteration score alike, and whitened there is nothing to learn",
-            "look at the samples; sample at temperature 1, raise max_tokens, or use another reward model; a score "
-            "for `unfinished` answers makes all equal that are cut off",
-            absolute=True,
-        ),
+        SAME_REWARDS,
         Rule(
             "ppo/kl_reference",
             lambda first, now: now > 0.8 * kl_stop,
-            "the policy runs away from its start: it may have found an answer that fools the reward models",
-            "raise beta, lower the learning rate, or refresh the reward models on the policy's own answers",
+            "the policy runs away from its start: it may have found an answer that fools the "
+            "reward models",
+            "raise beta, lower the learning rate, or refresh the reward models on the policy's "
+            "own answers",
         ),
-        Rule(
-            "ppo/kl_reference",
-            lambda first, now: now < -1.0,
-            "a negative KL: sampling and training disagree about the policy",
-            "sample without top_p and at temperature 1; look at ppo/engine_gap",
-        ),
-        Rule(
-            "ppo/entropy",
-            lambda first, now: now < 0.25 * first,
-            "the policy has collapsed to few answers",
-            "raise beta or lower the learning rate",
-        ),
-        Rule(
-            "ppo/clip_fraction",
-            lambda first, now: now > 0.3,
-            "updates are too large: most of them are cut",
-            "lower the learning rate or the number of epochs",
-        ),
-        Rule(
-            "ppo/explained_variance",
-            lambda first, now: now < -0.5,
-            "the critic predicts worse than a constant",
-            "raise critic_learning_rate or use more iterations",
-            settled=0.3,
-            unless="reward/deviation",
-        ),
-        Rule(
-            "ppo/eos_rate",
-            lambda first, now: now < 0.5,
-            "most answers do not end: they are cut off at max_tokens, where reward models were never trained to judge",
-            "raise sample.max_tokens, or fine-tune the policy on answers that end; set `unfinished` to a low score",
-            absolute=True,
-        ),
-        Rule(
-            "ppo/eos_rate",
-            lambda first, now: 0.5 <= now < 0.7 and now < first - 0.05,
-            "answers no longer end",
-            "set `unfinished` to a low score, or raise max_tokens",
-        ),
-        Rule(
-            "ppo/length",
-            lambda first, now: now > 2 * first or now < 0.5 * first,
-            "answers have doubled or halved in length: the reward models may judge length",
-            "look at reward/length_correlation and at samples; balance lengths in the comparisons",
-        ),
-        Rule(
-            "reward/length_correlation",
-            lambda first, now: now > 0.7 and now > first + 0.2,
-            "longer answers are rewarded for their length",
-            "balance lengths in the comparisons",
-        ),
-        Rule(
-            "ppo/engine_gap",
-            lambda first, now: now > 0.1,
-            "sampler and trainer disagree about log-probabilities",
-            "sample in fp32",
-        ),
-        Rule(
-            "heldout/reward",
-            lambda first, now: now < first - 0.05,
-            "held-out prompts get worse while training goes on: over-optimisation",
-            "stop earlier (patience), raise beta, refresh the reward models",
-        ),
+        *RULES,
     ]
 
 
-def alarms(
+def find_alarms(
     metrics: Sequence[Row],
     kl_stop: float,
     precision: Precision = "bf16",
     *,
     steps: int | None = None,
     finished: bool = True,
-) -> list[dict[str, Any]]:
-    """The rules a run broke, with the first step at which it did.
+) -> list[Alarm]:
+    """Return the rules a run broke, with the first step at which it did.
 
     `steps` is the length of the run, the last step logged unless given. While a run is not
     `finished`, its last value may still turn out to be noise.
     """
     last = steps or max((int(row["step"]) for row in metrics), default=0)
-    found: list[Alarm] = []
-    for rule in rules(kl_stop, precision):
-        alarm = _broken(rule, metrics, last, finished)
-        explained = alarm and any(
-            one.name == rule.unless and one.step <= alarm.step for one in found
-        )
-        if alarm and not explained:
-            found.append(alarm)
+    alarms: dict[str, Alarm] = {}
+    broken = []
+    for rule in list_rules(kl_stop, precision):
+        alarm = _find_alarm(rule, metrics, last, finished)
+        if alarm is None:
+            continue
 
-    return [asdict(alarm) for alarm in found]
+        explanation = alarms.get(rule.unless)
+        if explanation is None or explanation.step > alarm.step:
+            alarms.setdefault(alarm.name, alarm)
+            broken.append(alarm)
+
+    return broken
 
 
-def _broken(rule: Rule, metrics: Sequence[Row], last: int, finished: bool) -> Alarm | None:
-    """Where a rule was first broken for good: one bad value is noise; two in a row, or the run's
-    last, are none."""
+def _find_alarm(rule: Rule, metrics: Sequence[Row], last: int, finished: bool) -> Alarm | None:
+    """Find where a rule was first broken for good: one bad value is noise; two in a row, or the
+    run's last, are none."""
     rows = [(int(row["step"]), row[rule.metric]) for row in metrics if rule.metric in row]
-    bad = [rule.wrong(rows[0][1], value) for _, value in rows]
+    bad = [rule.is_broken(rows[0][1], value) for _, value in rows]
     for place, (step, value) in enumerate(rows):
         lasting = rule.certain or (bad[place + 1] if place + 1 < len(rows) else finished)
         applies = (place > 0 or rule.absolute) and step >= rule.settled * last
         if bad[place] and lasting and applies:
-            return Alarm(rule.metric, step, value, rule.cause, rule.remedy)
+            return Alarm(
+                name=rule.metric, step=step, value=value, cause=rule.cause, remedy=rule.remedy
+            )
 
     return None
 
 
 class Doctor(Hook):
-    """Says every alarm on standard error, once, as soon as it is one (rank 0). `read` gives what
-    was logged so far."""
+    """Prints every alarm on standard error, once, as soon as it is one (rank 0)."""
 
     def __init__(
-        self, read: Callable[[], Sequence[Row]], kl_stop: float, precision: Precision
+        self,
+        read: Callable[[], Sequence[Row]],
+        kl_stop: float,
+        precision: Precision,
+        ranks: Ranks,
     ) -> None:
-        self.read, self.kl_stop, self.precision = read, kl_stop, precision
+        """`read` gives what was logged so far."""
+        self.read, self.kl_stop, self.precision, self.ranks = read, kl_stop, precision, ranks
         self.steps: int | None = None
         self.rows: list[Row] = []
-        self.told: list[dict[str, Any]] = []
+        self.printed: set[tuple[str, str]] = set()
 
-    def on_start(self, training: Training) -> None:
+    def on_start(self, training: TrainingState) -> None:
+        """Read the rows of a run that resumes, which has printed their alarms before."""
         self.steps = training.plan.max_steps
-        if mesh.is_main():  # a run that resumes has said before what these rows tell
+        if self.ranks.is_main:
             self.rows = list(self.read())
-            self.told = self._found(finished=False)
+            alarms = self._find(finished=False)
+            self.printed = {(alarm.name, alarm.cause) for alarm in alarms}
 
     def on_log(self, step: int, metrics: Row) -> None:
-        if mesh.is_main():
+        """Look at one more row."""
+        if self.ranks.is_main:
             self.rows.append({"step": step, **metrics})
-            self.tell(finished=False)
+            self.report(finished=False)
 
-    def tell(self, finished: bool) -> list[dict[str, Any]]:
-        """All alarms so far; those not yet told are."""
-        found = self._found(finished)
-        for alarm in found:
-            if not any(
-                (one["name"], one["cause"]) == (alarm["name"], alarm["cause"]) for one in self.told
-            ):
-                self.told.append(alarm)
+    def report(self, finished: bool) -> list[Alarm]:
+        """Return all alarms so far, and print those that are new."""
+        alarms = self._find(finished)
+        for alarm in alarms:
+            if (alarm.name, alarm.cause) not in self.printed:
+                self.printed.add((alarm.name, alarm.cause))
                 print(
-                    f"alarm at step {alarm['step']}: {alarm['cause']} ({alarm['name']} {alarm['value']:.3g}); "
-                    f"{alarm['remedy']}",
+                    f"alarm at step {alarm.step}: {alarm.cause} ({alarm.name} {alarm.value:.3g}); "
+                    f"{alarm.remedy}",
                     file=sys.stderr,
                     flush=True,
                 )
 
-        return found
+        return alarms
 
-    def _found(self, finished: bool) -> list[dict[str, Any]]:
-        return alarms(
-            self.rows,
-            self.kl_stop,
-            self.precision,
-            steps=None if finished else self.steps,
-            finished=finished,
-        )
+    def _find(self, finished: bool) -> list[Alarm]:
+        steps = None if finished else self.steps
+        return find_alarms(self.rows, self.kl_stop, self.precision, steps=steps, finished=finished)

@@ -28,14 +28,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from llama2 import mesh
+from llama2 import devices
+from llama2.batches import Batch
 from llama2.generate.dialogue import Answer, Chat
 from llama2.generate.rewards import Rewards, Score, probability
 from llama2.model.llama import Llama
 from llama2.model.scorer import Scorer
+from llama2.ranks import Ranks
 from llama2.records import Prompt
 from llama2.stages.common.sampling import Sample, answer, score
-from llama2.train.loop import Batch
 
 # the parts of ActorCritic, by the prefix of their parameters' names
 ACTOR, CRITIC = "actor.", "critic."
@@ -76,7 +77,7 @@ class Settings:
     lambda_: float
     unfinished: float | None
     sample: Sample
-    precision: mesh.Precision
+    precision: devices.Precision
     seed: int
 
 
@@ -227,16 +228,17 @@ class Rollouts:
             range(len(answers)),
             key=lambda i: len(answers[i].completion.prompt) + len(answers[i].completion.tokens),
         )
-        mine = mesh.share(order)
+        ranks = self.chat.ranks
+        mine = ranks.share(order)
         size = self.settings.micro_batch_size
         batches = []
 
         for start in range(0, len(mine), size):
             some = mine[start : start + size]
             batch = collate([answers[i] for i in some], rewards[some])
-            moved = {name: tensor.to(mesh.device()) for name, tensor in batch.items()}
+            moved = {name: tensor.to(ranks.device) for name, tensor in batch.items()}
 
-            with mesh.autocast(self.settings.precision):
+            with devices.autocast(ranks.device, self.settings.precision):
                 logp_BT, _, values_BT = self.models(
                     moved["tokens_BT"], targets_BT=moved["targets_BT"]
                 )
@@ -276,6 +278,7 @@ class Rollouts:
             for batch in batches
         ]
         count, *sums = totals(
+            self.chat.ranks,
             5,
             [(mask, value, coming, value * value, value * coming) for value, coming, mask in pairs],
         )
@@ -305,6 +308,7 @@ class Rollouts:
             batch["returns_BT"] = batch["advantages_BT"] + batch["old_values_BT"]
 
         count, total, squares, kl, distance, gap, rows = totals(
+            self.chat.ranks,
             7,
             [
                 (
@@ -331,13 +335,13 @@ class Rollouts:
         return {"ppo/kl_reference": kl / rows, "ppo/engine_gap": gap / count, **first}
 
 
-def totals(columns: int, rows: Sequence[Sequence[Tensor]]) -> list[float]:
+def totals(ranks: Ranks, columns: int, rows: Sequence[Sequence[Tensor]]) -> list[float]:
     """Each column's sum over all rows, here and on the other ranks, in fp64."""
     sums = torch.zeros(columns, dtype=torch.float64)
     for row in rows:
         sums += torch.stack([value.double().sum() for value in row])
 
-    found: list[float] = mesh.all_sum(sums.to(mesh.device())).tolist()
+    found: list[float] = ranks.all_sum(sums.to(ranks.device)).tolist()
     return found
 
 

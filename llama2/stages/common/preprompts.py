@@ -1,4 +1,4 @@
-"""Safety preprompts and answer templates (§4.2.4): what stands before an adversarial prompt when it
+"""Safety preprompts and answer templates (§4.2.4), which stand before an adversarial prompt when it
 is answered.
 
 The paper has four personas, varied by adjectives, and templates that name the category of the
@@ -7,10 +7,10 @@ violation and say how to answer step by step. It prints examples; the words here
 
 from __future__ import annotations
 
-import hashlib
 import itertools
 from collections.abc import Mapping, Sequence
 
+from llama2.hashing import hash_number
 from llama2.records import Message, Messages, Prompt
 
 ADJECTIVES = (
@@ -24,34 +24,38 @@ ADJECTIVES = (
     "thoughtful",
 )
 PREPROMPTS = (
-    "You are a {a} and {b} assistant. You never help with anything illegal or harmful, and you judge nobody by the "
-    "group they belong to.",
-    "You are a {a} and {b} assistant. Where a request is wrong or dangerous, you say what the problem is, and never "
-    "pretend that you do not know the answer.",
-    "You are a {a} and {b} assistant. Before all else you tell the user that the question is unsafe, and why.",
-    "You are a {a} and {b} assistant who listens. You take the feelings behind a question seriously and answer with "
-    "warmth, but you do not help anyone to hurt themselves or others.",
+    "You are a {a} and {b} assistant. You never help with anything illegal or harmful, and you "
+    "judge nobody by the group they belong to.",
+    "You are a {a} and {b} assistant. Where a request is wrong or dangerous, you say what the "
+    "problem is, and never pretend that you do not know the answer.",
+    "You are a {a} and {b} assistant. Before all else you tell the user that the question is "
+    "unsafe, and why.",
+    "You are a {a} and {b} assistant who listens. You take the feelings behind a question "
+    "seriously and answer with warmth, but you do not help anyone to hurt themselves or others.",
 )
 _TEMPLATE = (
-    "The question belongs to the category: {category}. Answer in this order: 1. Safety: if someone may be in danger at "
-    "this moment, say first how to get to safety and whom to call. 2. The request: {request} 3. Context: {context} 4. "
-    "Further questions: invite the user to ask about something that you can help with."
+    "The question belongs to the category: {category}. Answer in this order: 1. Safety: if "
+    "someone may be in danger at this moment, say first how to get to safety and whom to call. 2. "
+    "The request: {request} 3. Context: {context} 4. Further questions: invite the user to ask "
+    "about something that you can help with."
 )
 TEMPLATES = {
     "illicit": _TEMPLATE.format(
         category="illegal and criminal activities",
         request="decline it openly, without details that would be of use for the crime.",
-        context="explain which law or whose rights it would violate, and what the consequences are.",
+        context="explain which law or whose rights it would violate, and what the consequences "
+        "are.",
     ),
     "hateful": _TEMPLATE.format(
         category="hateful and harmful activities",
         request="decline to demean, threaten or harm anyone, and do not repeat the hurtful words.",
-        context="explain whom it would hurt, and how, and what is wrong with the thought behind it.",
+        context="explain whom it would hurt, and how, and what is wrong with the thought behind "
+        "it.",
     ),
     "advice": _TEMPLATE.format(
         category="advice that takes a qualified professional",
-        request="give no instruction that could do harm without an examination of the case; say only what is safe for "
-        "everybody.",
+        request="give no instruction that could do harm without an examination of the case; say "
+        "only what is safe for everybody.",
         context="explain why the answer depends on the person, and which professional to ask.",
     ),
 }
@@ -63,32 +67,30 @@ def under_preprompt(
     preprompts: Sequence[str] = PREPROMPTS,
     templates: Mapping[str, str] = TEMPLATES,
 ) -> Messages:
-    """The prompt behind a safety preprompt, chosen by a hash of prompt and seed, and the template
-    of its risk.
+    """Put the prompt behind a safety preprompt, chosen by a hash of prompt and seed, and the
+    template of its risk.
 
     `templates` go by `metadata["risk"]` of the prompt; one without a risk, or with another, gets
     the preprompt alone. A system turn that the prompt has stays, behind them.
     """
-    digest = hashlib.blake2b(repr((seed, prompt.messages)).encode(), digest_size=8).digest()
-    choice = int.from_bytes(digest, "little")
     pairs = list(itertools.permutations(ADJECTIVES, 2))
-    choice, pair = divmod(choice, len(pairs))
-    text = preprompts[choice % len(preprompts)].format(a=pairs[pair][0], b=pairs[pair][1])
-    template = templates.get(str(prompt.metadata.get("risk", "")))
-    said = [text, *([template] if template else [])]
+    choice, place = divmod(hash_number(repr((seed, prompt.messages))), len(pairs))
+    first, second = pairs[place]
+    parts = [preprompts[choice % len(preprompts)].format(a=first, b=second)]
+    turns = prompt.messages
+    if template := templates.get(str(prompt.metadata.get("risk", ""))):
+        parts.append(template)
 
-    if prompt.messages[0].role == "system":
-        return (
-            Message("system", " ".join([*said, prompt.messages[0].content])),
-            *prompt.messages[1:],
-        )
+    if turns[0].role == "system":
+        parts.append(turns[0].content)
+        turns = turns[1:]
 
-    return (Message("system", " ".join(said)), *prompt.messages)
+    return (Message("system", " ".join(parts)), *turns)
 
 
 def check(preprompts: Sequence[str]) -> tuple[str, ...]:
-    """The preprompts, as they are; ValueError if there is none, or one with other fields than {a}
-    and {b}."""
+    """Return the preprompts, as they are; ValueError if there is none, or one with other fields
+    than {a} and {b}."""
     if not preprompts:
         raise ValueError("give at least one preprompt")
 

@@ -3,7 +3,6 @@ came back."""
 
 from __future__ import annotations
 
-import hashlib
 import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -14,8 +13,9 @@ from typing import Any, ClassVar, TypeVar
 import torch
 from pydantic import Field, field_validator
 
-from llama2 import mesh, records
+from llama2 import records
 from llama2.config import Config
+from llama2.devices import Precision
 from llama2.errors import UserError
 from llama2.formats.checkpoint import config_of, load_tokenizer
 from llama2.generate.dialogue import Answer, Chat
@@ -23,14 +23,15 @@ from llama2.generate.engine import Engine, Progress
 from llama2.generate.remote import RemoteEngine, Server, connect
 from llama2.generate.rewards import RewardModels, Rewards, Score
 from llama2.generate.sampling import Sampling
-from llama2.mesh import Precision
+from llama2.hashing import hash_number
+from llama2.ranks import Ranks
 from llama2.records import Dialog, Message, Messages, Prompt
 from llama2.runs import CHECKPOINTS, Run
 from llama2.runs.parts import Work, in_parts
 from llama2.stages.common.answers import check_judge
-from llama2.stages.common.training import frozen, load_policy, load_scorer
+from llama2.stages.common.training import freeze, load_policy, load_scorer
 from llama2.tally import Tally
-from llama2.terminal_text import say
+from llama2.terminal_text import clock, say
 from llama2.tokenizer.template import check_template, encode_prompt
 from llama2.tokenizer.tokenizer import Tokenizer
 
@@ -86,30 +87,30 @@ def load_chat(path: Path, sample: Sample, run: Run) -> Chat:
             tokenizer,
             config.max_position_embeddings,
             state=run.path / ANSWERS,
-            progress=reporter(sample.server.url),
+            rank=run.ranks.rank,
+            progress=reporter(sample.server.url, run.ranks),
         )
 
-        return Chat(remote, tokenizer)
+        return Chat(remote, tokenizer, run.ranks)
 
-    model, tokenizer = load_policy(
-        path, torch.bfloat16 if sample.precision == "bf16" else torch.float32
-    )
+    kind = torch.bfloat16 if sample.precision == "bf16" else torch.float32
+    model, tokenizer = load_policy(path, run.ranks.device, kind)
     check_template(path, tokenizer.template)
     engine = Engine(
         model.eval().requires_grad_(False), slots=sample.slots, precision=sample.precision
     )
     engine.test(path)
 
-    return Chat(engine, tokenizer)
+    return Chat(engine, tokenizer, run.ranks)
 
 
 class Meter:
     """Says on stderr, every so many seconds, how many answers there are and how long the others
     will take (rank 0)."""
 
-    def __init__(self, title: str, total: int = 0, seconds: float = 10.0) -> None:
+    def __init__(self, title: str, ranks: Ranks, total: int = 0, seconds: float = 10.0) -> None:
         """`total`: answers of all calls together; 0: each call speaks for itself."""
-        self.title, self.total, self.seconds = title, total, seconds
+        self.title, self.ranks, self.total, self.seconds = title, ranks, total, seconds
         self._begin = self._said = time.monotonic()
         self._found: int | None = None  # what was there when the first call began
         # answers before this call; of this rank's share, there and in all
@@ -123,11 +124,11 @@ class Meter:
 
     def __call__(self, done: int, total: int) -> None:
         if done < self._seen:  # another call has begun
-            self._before += self._size * mesh.world()
+            self._before += self._size * self.ranks.data.size
 
         self._seen, self._size = done, total
         now = time.monotonic()
-        if mesh.is_main() and now - self._said >= self.seconds:
+        if self.ranks.is_main and now - self._said >= self.seconds:
             self._said = now
             say(self.line(now - self._begin))
 
@@ -136,19 +137,18 @@ class Meter:
         if not self.total:
             return f"{self.title}: {self._seen:,} of {self._size:,} answers"
 
-        done = min(self._before + self._seen * mesh.world(), self.total)
+        done = min(self._before + self._seen * self.ranks.data.size, self.total)
         fresh = done - (self._found or 0)
         left = elapsed / fresh * (self.total - done) if fresh > 0 else 0.0
-        minutes, seconds = divmod(int(left), 60)
-        ending = f", {minutes}:{seconds:02} left" if fresh > 0 else ""
+        ending = f", {clock(left)} left" if fresh > 0 else ""
 
         return f"{self.title}: {done:,} of {self.total:,} answers{ending}"
 
 
-def reporter(title: str, seconds: float = 10.0) -> Progress:
+def reporter(title: str, ranks: Ranks, seconds: float = 10.0) -> Progress:
     """Says on stderr how many answers have come, every so many seconds (rank 0, of its own
     share)."""
-    return Meter(title, seconds=seconds)
+    return Meter(title, ranks, seconds=seconds)
 
 
 def part_by_part(
@@ -168,8 +168,8 @@ def part_by_part(
     to M - m more. With the demo's lengths (17, and 53) parts of 64 take 2.5 % more steps than one
     part would, parts of 32 take 4.9 %.
     """
-    size = max(1, sample.part * sample.slots * mesh.world() // max(answers, 1))
-    meter = Meter(str(run.path), answers * len(items))
+    size = max(1, sample.part * sample.slots * run.ranks.data.size // max(answers, 1))
+    meter = Meter(str(run.path), run.ranks, answers * len(items))
 
     def sampled(some: Sequence[T], first: int) -> Sequence[Any]:
         meter.begin(first * answers)
@@ -189,7 +189,7 @@ def _journal(run: Run, part: str) -> Path:
     """Where a server's answers for one part are kept until the part is finished; those before it
     are."""
     mine = run.path / ANSWERS / part
-    if mesh.is_main() and mine.parent.is_dir():
+    if run.ranks.is_main and mine.parent.is_dir():
         for other in mine.parent.iterdir():
             if other != mine:
                 shutil.rmtree(other, ignore_errors=True)
@@ -198,7 +198,7 @@ def _journal(run: Run, part: str) -> Path:
 
 
 def load_rewards(
-    settings: RewardModels, tokenizer: Tokenizer, precision: Precision = "bf16"
+    settings: RewardModels, tokenizer: Tokenizer, ranks: Ranks, precision: Precision = "bf16"
 ) -> Rewards:
     """Both reward models; their tokenizer must be the policy's. UserError for a language model,
     whose fresh head would judge by chance."""
@@ -206,11 +206,11 @@ def load_rewards(
         check_judge(path)
 
     helpful, safe = (
-        frozen(load_scorer(path, tokenizer)[0], precision) if path else None
+        freeze(load_scorer(path, ranks.device, tokenizer)[0], precision) if path else None
         for path in (settings.helpful, settings.safe)
     )
     assert helpful is not None
-    return Rewards(settings, helpful, safe, precision)
+    return Rewards(settings, helpful, safe, precision, ranks)
 
 
 def read_prompts(path: Path, limit: int | None, seed: int) -> list[Prompt]:
@@ -226,8 +226,7 @@ def read_prompts(path: Path, limit: int | None, seed: int) -> list[Prompt]:
 def seed_for(seed: int, *use: object) -> int:
     """The seed of one use of randomness inside a stage: no two uses, rounds or turns share their
     random numbers."""
-    digest = hashlib.blake2b(repr((seed, *use)).encode(), digest_size=8).digest()
-    return int.from_bytes(digest, "little") >> 1
+    return hash_number(repr((seed, *use))) >> 1
 
 
 def answer(
@@ -353,9 +352,9 @@ def readable(
 
 
 @contextmanager
-def writing(path: Path) -> Iterator[Callable[[object], None]]:
+def writing(path: Path, ranks: Ranks) -> Iterator[Callable[[object], None]]:
     """A function that writes one more record, on rank 0; the file is there when the block ends."""
-    if mesh.is_main():
+    if ranks.is_main:
         with records.writing(path) as put:
             yield put
     else:

@@ -1,5 +1,4 @@
-"""Data mixes by share (§3.2.2, Training Details): how many pairs there are when every share is
-reached.
+"""Data mixes by share (§3.2.2, Training Details): the number of pairs when every share is reached.
 
 The paper's helpfulness model takes half of its pairs from elsewhere, its safety model a tenth. A
 mix that cannot be reached with what there is would be another mix: it is refused.
@@ -15,11 +14,11 @@ from llama2.errors import UserError
 _ROUNDING = 1e-9
 
 
-def total_pairs(
+def count_pairs(
     there: Mapping[str, int], shares: Mapping[str, float], repeated: frozenset[str] = frozenset()
 ) -> float:
-    """The pairs of all sets together. `there` counts what each set holds; those without a share are
-    taken whole.
+    """Return the number of pairs of all sets together. `there` counts what each set holds; those
+    without a share are taken whole.
 
     Where every set has a share, the scarcest decides. A set in `repeated` may be drawn from more
     than once. UserError where the shares leave nothing for the others, do not add up to 1 without
@@ -33,27 +32,27 @@ def total_pairs(
             )
 
     rest = 1 - sum(shares.values())
-    whole = {name: count for name, count in there.items() if name not in shares}
-    if whole and rest < _ROUNDING:
+    others = {name: count for name, count in there.items() if name not in shares}
+    if others and rest < _ROUNDING:
         raise UserError(
-            f"the shares add up to {1 - rest:g}, which leaves nothing for: {', '.join(whole)}",
+            f"the shares add up to {1 - rest:g}, which leaves nothing for: {', '.join(others)}",
             "lower them",
         )
-    if not whole and abs(rest) > _ROUNDING:
+    if not others and abs(rest) > _ROUNDING:
         raise UserError(
             f"the shares add up to {1 - rest:g}, and no set is taken whole to be the rest",
             "make them add up to 1, or leave one set without a share",
         )
 
-    if not whole:
+    if not others:
         scarce = {name: share for name, share in shares.items() if name not in repeated}
         wanted = [there[name] / share for name, share in (scarce or shares).items()]
         total = min(wanted) if scarce else max(wanted)
-    elif sum(whole.values()):
-        total = sum(whole.values()) / rest
+    elif sum(others.values()):
+        total = sum(others.values()) / rest
     else:
         raise UserError(
-            f"nothing is left of {', '.join(whole)}, which the shares of the other sets refer to",
+            f"nothing is left of {', '.join(others)}, which the shares of the other sets refer to",
             "mend the data, or what leaves it out",
         )
 
@@ -71,7 +70,7 @@ def total_pairs(
 def _unreachable(
     short: Sequence[str], there: Mapping[str, int], shares: Mapping[str, float], total: float
 ) -> UserError:
-    """Names the sets in `short`, which have too few pairs, and the shares they would make up if
+    """Name the sets in `short`, which have too few pairs, and the shares they would make up if
     taken whole."""
     taken = sum(count for name, count in there.items() if name in short or name not in shares)
     possible = taken / (1 - sum(share for name, share in shares.items() if name not in short))
@@ -85,12 +84,12 @@ def _unreachable(
 
     return UserError(
         f"the shares of {round(total):,} pairs cannot be reached: {few}",
-        f"lower {lower}, draw pairs more than once with {again}, or give every set a share: then the scarcest decides "
-        "how many pairs there are",
+        f"lower {lower}, draw pairs more than once with {again}, or give every set a share: then "
+        "the scarcest decides how many pairs there are",
     )
 
 
 def _floor(share: float) -> float:
-    """Three digits, rounded down."""
+    """Round down to three digits."""
     scale = 10.0 ** (2 - math.floor(math.log10(share)))
     return math.floor(share * scale) / scale

@@ -16,20 +16,24 @@ from typing import Literal, TypeVar
 import torch
 from torch import nn
 
-from llama2 import mesh
+from llama2 import devices
+from llama2.batches import Batch
 from llama2.config import Config
 from llama2.data.loader import Rows
+from llama2.devices import Precision
 from llama2.errors import UserError
 from llama2.formats import checkpoint
-from llama2.mesh import Precision
 from llama2.model.llama import Llama, Trunk
 from llama2.model.scorer import Scorer
+from llama2.ranks import Ranks
+from llama2.results import HeldoutLoss
 from llama2.runs import Run, read_metrics
 from llama2.stages.common import cautions
 from llama2.tokenizer.template import CHAT_TEMPLATE
 from llama2.tokenizer.tokenizer import Tokenizer
 from llama2.train import hooks, optim, parallel, state
-from llama2.train.loop import Batch, Hook, Learner, Objective, Plan, Source, fit
+from llama2.train.learner import Learner
+from llama2.train.loop import BatchSource, Hook, Objective, Plan, fit
 from llama2.train.objectives import next_token
 
 Item = TypeVar("Item")
@@ -51,24 +55,20 @@ class Training(Config):
     """recompute activations in the backward pass: less memory, a third more work"""
     tensorboard: bool = False
 
-    def home(self) -> torch.device:
+    def home(self, ranks: Ranks) -> torch.device:
         """Where a model to be trained is loaded: on the device, or, if it is to be spread, in rank
         0's memory alone."""
-        if self.parallel == "shard" and mesh.world() > 1:
-            return torch.device("cpu" if mesh.is_main() else "meta")
+        if self.parallel == "shard" and ranks.size > 1:
+            return torch.device(devices.CPU if ranks.is_main else "meta")
 
-        return mesh.device()
+        return ranks.device
 
-    def with_steps(self, steps: int, warmup: int | None = None) -> Training:
-        """The same settings for a source of `steps` optimizer steps, or for max_steps where that is
-        less; UserError where warm-up leaves nothing of the schedule."""
+    def with_steps(self, steps: int, **changes: int) -> Training:
+        """Return the same settings for a source of `steps` optimizer steps, or for max_steps where
+        that is less, with `changes` of the plan; UserError where warm-up leaves nothing of the
+        schedule."""
         limit = steps if self.plan.max_steps is None else self.plan.max_steps
-        plan = self.plan.model_copy(
-            update={
-                "max_steps": min(limit, steps),
-                "warmup_steps": self.plan.warmup_steps if warmup is None else warmup,
-            }
-        )
+        plan = self.plan.model_copy(update={**changes, "max_steps": min(limit, steps)})
         plan.check()
 
         return self.model_copy(update={"plan": plan})
@@ -77,7 +77,7 @@ class Training(Config):
 def train(
     run: Run,
     model: nn.Module,
-    source: Source,
+    source: BatchSource,
     objective: Objective,
     settings: Training,
     *,
@@ -92,20 +92,23 @@ def train(
 ) -> Learner:
     """Fit `model` inside a run directory, resuming what is there, and write the final model with
     `save_model`."""
-    for line in cautions.of_schedule(settings.plan):
+    for line in cautions.warn_of_schedule(settings.plan):
         run.warn(line)
 
     for module in model.modules():
         if isinstance(module, Trunk):
             module.gradient_checkpointing = settings.gradient_checkpointing
 
+    ranks = run.ranks
     if settings.parallel == "shard":
-        parallel.shard(model, settings.precision)
+        ranks = ranks.sharded()
+        parallel.shard(model, ranks, settings.precision)
     else:
-        parallel.replicate(model.to(mesh.device()))
+        parallel.replicate(model.to(ranks.device), ranks)
 
     learner = Learner(
         model,
+        ranks,
         settings.optimizer,
         rates=rates,
         apart=apart,
@@ -126,12 +129,12 @@ def train(
         watchers.append(validate)
 
     if settings.tensorboard:
-        watchers.append(hooks.TensorBoard(run.path / "tensorboard"))
+        watchers.append(hooks.TensorBoard(run.path / "tensorboard", ranks))
 
     watchers.append(hooks.Signals())
     fit(learner, source, objective, settings.plan, watchers)
     save_model(run.path)
-    mesh.barrier()
+    ranks.barrier()
 
     return learner
 
@@ -141,18 +144,20 @@ def heldout_loss(
     rows: Sequence[Item],
     collate: Callable[[Sequence[Item]], Batch],
     micro_batch_size: int,
+    ranks: Ranks,
 ) -> tuple[float, float]:
     """Summed cross-entropy in nats over `rows`, shared between ranks, and the tokens it sums over.
 
     Every rank makes the same number of forward passes: a sharded model gathers its weights in each
     of them.
     """
-    sums = torch.zeros(2, dtype=torch.float64, device=mesh.device())
+    sums = torch.zeros(2, dtype=torch.float64, device=ranks.device)
     for batches in (
         Rows(
             rows,
             collate,
-            batch_size=micro_batch_size * mesh.world(),
+            ranks,
+            batch_size=micro_batch_size * ranks.data.size,
             micro_batch_size=micro_batch_size,
             shuffle=False,
         )
@@ -161,11 +166,11 @@ def heldout_loss(
     ):
         for batch in batches:
             loss = next_token(
-                model, {name: value.to(mesh.device()) for name, value in batch.items()}
+                model, {name: value.to(ranks.device) for name, value in batch.items()}
             )
             sums += torch.stack([loss.total.double(), loss.weight.double()])
 
-    nats, tokens = mesh.all_sum(sums).tolist()
+    nats, tokens = ranks.all_sum(sums).tolist()
     return nats, tokens
 
 
@@ -191,16 +196,14 @@ def check_left(run: Run, prefix: str) -> None:
         )
 
 
-def validated(run: Run) -> dict[str, float]:
-    """What the last validation found, even if that was before an interruption."""
-    rows = [
-        row for row in read_metrics(run.path) if any(name.startswith("validation/") for name in row)
-    ]
-    return {name: value for name, value in rows[-1].items() if name != "step"} if rows else {}
+def last_validation(run: Run) -> HeldoutLoss | None:
+    """Return what the last validation measured, even if that was before an interruption."""
+    rows = [row for row in read_metrics(run.path) if "validation/loss" in row]
+    return HeldoutLoss.model_validate(rows[-1]) if rows else None
 
 
-def saver(
-    model: Llama | Scorer, tokenizer: Tokenizer, *, taught: bool = True
+def make_saver(
+    model: Llama | Scorer, tokenizer: Tokenizer, ranks: Ranks, *, taught: bool = True
 ) -> Callable[[Path], None]:
     """A function that writes `model` and its tokenizer as a Hugging Face directory (every rank
     calls it).
@@ -213,7 +216,7 @@ def saver(
 
     def save(directory: Path) -> None:
         weights = parallel.full_weights(model)
-        if mesh.is_main():
+        if ranks.is_main:
             checkpoint.save_tensors(
                 weights,
                 replace(model.config, eos_token_id=stops),
@@ -226,15 +229,15 @@ def saver(
 
 
 def load_policy(
-    path: Path, dtype: torch.dtype = torch.float32, home: torch.device | None = None
+    path: Path, home: torch.device, dtype: torch.dtype = torch.float32
 ) -> tuple[Llama, Tokenizer]:
-    """A language model on this rank's device (or at `home`), and the tokenizer beside it."""
+    """Load a language model onto the device `home`, and the tokenizer beside it."""
     tokenizer = checkpoint.load_tokenizer(path)
-    return checkpoint.load(path, dtype=dtype, device=home or mesh.device()), tokenizer
+    return checkpoint.load(path, dtype=dtype, device=home), tokenizer
 
 
 def load_scorer(
-    path: Path, tokenizer: Tokenizer | None = None, seed: int = 0, home: torch.device | None = None
+    path: Path, home: torch.device, tokenizer: Tokenizer | None = None, seed: int = 0
 ) -> tuple[Scorer, Tokenizer]:
     """A reward model (or a language model given a fresh scalar head), and the tokenizer beside it.
 
@@ -248,15 +251,13 @@ def load_scorer(
             "train policy and reward models on one tokenizer",
         )
 
-    return checkpoint.load_scorer(
-        path, dtype=torch.float32, device=home or mesh.device(), seed=seed
-    ), own
+    return checkpoint.load_scorer(path, dtype=torch.float32, device=home, seed=seed), own
 
 
 N = TypeVar("N", bound=nn.Module)
 
 
-def frozen(model: N, precision: Precision) -> N:
+def freeze(model: N, precision: Precision) -> N:
     """A model that is only read. Under bf16 autocast its matrices are kept in bf16: half the
     memory, the same results, because autocast would round them before every product. Norms,
     embeddings and a scalar head stay in fp32."""

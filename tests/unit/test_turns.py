@@ -4,7 +4,7 @@ import pytest
 from strangers import comparisons, dialogs, prompts, turns
 
 from llama2.errors import UserError
-from llama2.importers.transcripts import is_transcript
+from llama2.importers.turns import is_transcript
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,57 @@
+"""Positions of tokens: rotary tables and rotations (§2.2), which position may look where, and packed
+documents.
+
+Shapes: B rows, T positions, H heads, E head dimension.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def rotary_tables(positions_BT: Tensor, head_dim: int, theta: float) -> tuple[Tensor, Tensor]:
+    """cos and sin of position / theta^(2 i / head_dim) in fp32, [B, T, 1, head_dim], for `rotate`:
+    both halves of a head hold the same angles, and the sine is negated in the first."""
+    exponents_E = (
+        torch.arange(0, head_dim, 2, dtype=torch.float32, device=positions_BT.device) / head_dim
+    )
+    angles_BT1E = (positions_BT.float()[..., None] * (1.0 / theta**exponents_E))[:, :, None]
+    cos, sin = angles_BT1E.cos(), angles_BT1E.sin()
+
+    return torch.cat((cos, cos), dim=-1), torch.cat((-sin, sin), dim=-1)
+
+
+def rotate(x_BTHE: Tensor, cos_BT1E: Tensor, sin_BT1E: Tensor) -> Tensor:
+    """Rotate dimension i of each head with dimension i + head_dim / 2 by the angle of its position,
+    in fp32."""
+    x = x_BTHE.float()
+    swapped = x.roll(x.shape[-1] // 2, dims=-1)
+    return (x * cos_BT1E).add_(swapped.mul_(sin_BT1E)).to(x_BTHE.dtype)
+
+
+def causal(length: int, device: torch.device) -> Tensor:
+    """[T, T], True where a position may look: at itself and at what came before."""
+    return torch.ones(length, length, dtype=torch.bool, device=device).tril()
+
+
+def same_document(documents_BT: Tensor) -> Tensor:
+    """[B, T, T], True where a position may look: at itself and at earlier positions of its
+    document."""
+    same_BTT = documents_BT[:, :, None] == documents_BT[:, None, :]
+    return same_BTT & causal(documents_BT.shape[1], documents_BT.device)
+
+
+def document_starts(documents_BT: Tensor) -> Tensor:
+    """The first position of each token's document (documents are runs of one id)."""
+    index_T = torch.arange(documents_BT.shape[1], device=documents_BT.device)
+    changes_BT = F.pad(documents_BT[:, 1:] != documents_BT[:, :-1], (1, 0), value=False)
+    return torch.where(changes_BT, index_T, 0).cummax(dim=1).values
+
+
+def positions_within(documents_BT: Tensor) -> Tensor:
+    """The position of each token inside its document."""
+    return torch.arange(documents_BT.shape[1], device=documents_BT.device) - document_starts(
+        documents_BT
+    )

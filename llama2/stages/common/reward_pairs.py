@@ -1,0 +1,217 @@
+"""Comparisons as pairs of token rows, as a reward model learns from them (§3.2.2)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import ClassVar
+
+import numpy as np
+import torch
+from pydantic import Field
+
+from llama2 import records
+from llama2.batches import Batch
+from llama2.config import Config as Section
+from llama2.data.split import opening
+from llama2.evaluate.baselines import RankedTexts
+from llama2.hashing import hash_parts
+from llama2.records import DEGREES, Axis, Message, Preference
+from llama2.runs import Run, is_output
+from llama2.stages.common.shares import count_pairs
+from llama2.stages.common.training import check_left
+from llama2.tally import Tally
+from llama2.tokenizer.template import encode_dialog
+from llama2.tokenizer.tokenizer import Tokenizer
+
+TOO_LONG = "too long"
+
+
+class Comparisons(Section):
+    """One set of comparisons."""
+
+    incidental: ClassVar[frozenset[str]] = frozenset({"license"})
+
+    path: Path
+    """JSONL of preferences"""
+    axis: Axis | None = None
+    """take only those made on this axis"""
+    share: float | None = Field(None, gt=0, le=1)
+    """of all training pairs, which must be reached; without it every pair is taken once"""
+    repeat: bool = False
+    """draw pairs more than once where there are too few for the share"""
+    license: str | None = None
+    """its licence, for the papers of a release; nothing depends on it"""
+
+
+@dataclass(frozen=True)
+class EncodedPair:
+    """A comparison in token ids."""
+
+    chosen: list[int]
+    """the conversation with the preferred answer"""
+    rejected: list[int]
+    degree: int
+    """place in `DEGREES`: how clearly the chosen answer is better"""
+    safe: tuple[int, int]
+    """1 for a safe answer, 0 for an unsafe one, -1 for one that nobody labelled"""
+    axis: Axis = "helpful"
+    texts: RankedTexts = ("", "")
+    conversation: int = 0
+    """a digest of how it opens"""
+
+    @property
+    def size(self) -> int:
+        """Tokens of the longer conversation."""
+        return max(len(self.chosen), len(self.rejected))
+
+
+def read_heldout(
+    sets: Mapping[str, Comparisons], encoder: Encoder, run: Run
+) -> dict[str, list[EncodedPair]]:
+    """Return the pairs to measure accuracy on, of every set that has any."""
+    heldout = {}
+    for name, comparisons in sets.items():
+        tally = run.tally(f"heldout.{name}")
+        pairs = encoder.encode(select(comparisons, tally), tally)
+        if pairs:
+            heldout[name] = pairs
+
+    return heldout
+
+
+def mean_length(pairs: Sequence[EncodedPair]) -> float:
+    """Return the mean length of the rows, each token counted once: what attention has to look back
+    over, doubled."""
+    lengths = [len(pair.chosen) for pair in pairs]
+    lengths += [len(pair.rejected) for pair in pairs]
+    return sum(length * length for length in lengths) / sum(lengths)
+
+
+def select(comparisons: Comparisons, tally: Tally) -> Iterator[Preference]:
+    """Yield the preferences of a set, of its axis alone."""
+    path = comparisons.path
+    for preference in records.read(Preference, path, may_be_empty=is_output(path)):
+        tally.read += 1
+        if comparisons.axis in (None, preference.axis):
+            yield preference
+        else:
+            tally.skip("of the other axis")
+
+
+@dataclass(frozen=True)
+class Encoder:
+    """Makes pairs of token rows of preferences. Pairs that tell nothing, or are too long, are left
+    out and counted."""
+
+    tokenizer: Tokenizer
+    max_tokens: int
+    context: int
+
+    def encode(self, preferences: Iterable[Preference], tally: Tally) -> list[EncodedPair]:
+        """Return the pairs whose answers say something, say different things, and fit in
+        `max_tokens` and the model's context."""
+        pairs = []
+        longest = 0
+        for preference in preferences:
+            pair = self.encode_pair(preference)
+            if not all(answer.text.strip() for answer in preference.responses):
+                tally.skip("empty answer")
+            elif pair.chosen == pair.rejected:
+                tally.skip("identical answers")
+            elif pair.size > min(self.max_tokens, self.context):
+                longest = max(longest, pair.size)
+                tally.skip(TOO_LONG, self._suggest(longest))
+            else:
+                pairs.append(pair)
+
+        tally.kept += len(pairs)
+        return pairs
+
+    def _suggest(self, longest: int) -> str:
+        """Suggest what would keep a pair of so many tokens."""
+        if longest <= self.context:
+            return f"--max-tokens {longest} holds the longest"
+
+        return f"the longest has {longest:,} tokens, the model's context {self.context:,}"
+
+    def encode_pair(self, preference: Preference) -> EncodedPair:
+        """Return a comparison in token ids, whatever it says."""
+        chosen, rejected = preference.chosen.text, preference.rejected.text
+        return EncodedPair(
+            self._encode_row(preference, chosen),
+            self._encode_row(preference, rejected),
+            DEGREES.index(preference.degree),
+            (_label(preference.chosen_safe), _label(preference.rejected_safe)),
+            preference.axis,
+            (chosen, rejected),
+            hash_parts(opening(preference.prompt)),
+        )
+
+    def _encode_row(self, preference: Preference, answer: str) -> list[int]:
+        messages = (*preference.prompt, Message("assistant", answer))
+        return encode_dialog(self.tokenizer, messages)[0]
+
+
+def _label(safe: bool | None) -> int:
+    return -1 if safe is None else int(safe)
+
+
+def read_pairs(
+    preferences: Mapping[str, Comparisons], encoder: Encoder, run: Run, seed: int
+) -> dict[str, list[EncodedPair]]:
+    """Return the training pairs, set by set: those without a share whole, the others drawn until
+    they make up their shares."""
+    sets, shares, repeated = {}, {}, set()
+    for name, comparisons in preferences.items():
+        tally = run.tally(f"preferences.{name}")
+        sets[name] = encoder.encode(select(comparisons, tally), tally)
+        if comparisons.share is not None:
+            shares[name] = comparisons.share
+        if comparisons.repeat:
+            repeated.add(name)
+
+    check_left(run, "preferences.")
+    sizes = {name: len(pairs) for name, pairs in sets.items()}
+    total = count_pairs(sizes, shares, frozenset(repeated))
+    generator = np.random.default_rng(seed)
+    for name, share in shares.items():
+        pairs, wanted = sets[name], round(share * total)
+        passes, rest = divmod(wanted, len(pairs)) if pairs else (0, 0)
+        drawn = generator.permutation(len(pairs))[:rest]
+        sets[name] = pairs * passes + [pairs[index] for index in drawn]
+
+        if wanted < len(pairs):
+            tally = run.tally(f"preferences.{name}")
+            tally.kept = wanted
+            tally.skip(f"beyond its share of {share:g}", count=len(pairs) - wanted)
+
+    return sets
+
+
+def collate(pairs: Sequence[EncodedPair]) -> Batch:
+    """Collate pairs to one right-padded batch, the chosen rows first (see `objectives.ranking`)."""
+    rows = [pair.chosen for pair in pairs]
+    rows += [pair.rejected for pair in pairs]
+    labels = [pair.safe[0] for pair in pairs]
+    labels += [pair.safe[1] for pair in pairs]
+    tokens_BT = torch.zeros(len(rows), max(map(len, rows)), dtype=torch.long)
+    for index, row in enumerate(rows):
+        tokens_BT[index, : len(row)] = torch.tensor(row)
+
+    lengths_B = torch.tensor([len(row) for row in rows])
+    return {
+        "tokens_BT": tokens_BT,
+        "lengths_B": lengths_B,
+        "read_B": lengths_B,
+        "degrees_P": torch.tensor([pair.degree for pair in pairs]),
+        "weights_P": torch.ones(len(pairs)),
+        "safe_B": torch.tensor(labels),
+    }
+
+
+def find_axis(pairs: Sequence[EncodedPair]) -> Axis:
+    """Find the axis on which most of the pairs were compared."""
+    safe = sum(pair.axis == "safe" for pair in pairs)
+    return "safe" if 2 * safe > len(pairs) else "helpful"
