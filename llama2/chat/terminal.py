@@ -32,7 +32,6 @@ from llama2.model import quantize
 from llama2.ranks import join
 from llama2.reading.rows import detect_encoding
 from llama2.tokenizer.template import check_template
-from llama2.tokenizer.tokenizer import Tokenizer
 
 POSITIONAL = "checkpoint"
 
@@ -79,8 +78,7 @@ class Config(Section):
 def run(config: Config) -> None:
     """Load the checkpoint and talk until the user leaves."""
     ranks = join()
-    shape, tokenizer = checkpoint.config_of(config.checkpoint), Tokenizer.load(config.checkpoint)
-    tokenizer.check(config.checkpoint, shape.vocab_size, shape.bos_token_id)
+    tokenizer = checkpoint.load_tokenizer(config.checkpoint)
 
     if not checkpoint.is_scorer(config.checkpoint):  # which is refused as what it is
         check_template(config.checkpoint, tokenizer.template)

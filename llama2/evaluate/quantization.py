@@ -23,7 +23,7 @@ from pydantic import Field
 from llama2 import atomic
 from llama2.config import Config as Section
 from llama2.data.documents import Split, read_documents
-from llama2.formats.checkpoint import config_of, load
+from llama2.formats.checkpoint import config_of, load, load_tokenizer
 from llama2.generate.engine import Engine
 from llama2.generate.score import predict_tokens
 from llama2.model import quantize
@@ -65,8 +65,8 @@ def run(config: Config) -> None:
     for precision in config.precisions:
         quantize.check(precision)
 
-    shape, tokenizer = config_of(config.checkpoint), Tokenizer.load(config.checkpoint)
-    tokenizer.check(config.checkpoint, shape.vocab_size, shape.bos_token_id)
+    shape = config_of(config.checkpoint)
+    tokenizer = load_tokenizer(config.checkpoint, shape)
     model = load(config.checkpoint, device=ranks.device).eval().requires_grad_(False)
     count, rows = windows(
         read_documents(config.data, split=config.split),

@@ -19,7 +19,7 @@ from llama2.config import Config as Section
 from llama2.convert.export import Kind
 from llama2.errors import UserError
 from llama2.formats import hf_directory
-from llama2.formats.gguf import Precision
+from llama2.formats.gguf_metadata import Precision
 from llama2.hashing import hash_file
 from llama2.release import (
     carbon_statement,

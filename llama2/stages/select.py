@@ -305,7 +305,7 @@ def _count_wins(outcomes: Sequence[float]) -> WinShare:
 def copy(source: Path, target: Path) -> None:
     """Put the model of one directory into another too, as hard links where the file system
     allows."""
-    for name in hf_directory.model_files(source):
+    for name in hf_directory.list_model_files(source):
         (target / name).unlink(missing_ok=True)
         try:
             os.link((source / name).resolve(), target / name)

@@ -84,8 +84,10 @@ def train(
 
 
 def _sample(texts: Iterable[str], limit: int, seed: int) -> list[str]:
-    """A uniform sample of the texts, of at most `limit` bytes (one text at least), in their
-    order."""
+    """Return a uniform sample of the texts, of at most `limit` bytes, in their order.
+
+    It has one text at least.
+    """
     draw = random.Random(seed).random
     heap: list[tuple[float, int, str]] = []  # the smallest draws stay
     size = 0
@@ -100,8 +102,10 @@ def _sample(texts: Iterable[str], limit: int, seed: int) -> list[str]:
 
 
 def _lines(text: str) -> Iterator[str]:
-    """The lines of a text, long ones cut at a space. Newlines stay out of the vocabulary: they are
-    a byte item."""
+    """Yield the lines of a text, long ones cut at a space.
+
+    Newlines stay out of the vocabulary: they are a byte item.
+    """
     longest = _LINE_BYTES // 4  # four bytes a character at most
     for line in text.split("\n"):
         start = 0
@@ -116,8 +120,7 @@ def _lines(text: str) -> Iterator[str]:
 
 
 def _explain(message: str, vocab_size: int) -> Exception:
-    """SentencePiece's refusals in the user's words; anything else is a defect and keeps its
-    traceback."""
+    """Return SentencePiece's refusal in the user's words; any other error is a defect."""
     if found := re.search(r"Vocabulary size too high .*<= (\d+)", message):
         return UserError(
             f"vocab_size {vocab_size} is too large for this text, which supports {found[1]} items",
@@ -125,7 +128,8 @@ def _explain(message: str, vocab_size: int) -> Exception:
         )
     if found := re.search(r"smaller than required_chars\. \d+ vs (\d+)", message):
         return UserError(
-            f"vocab_size {vocab_size} is too small: the characters of this text alone take {found[1]}",
+            f"vocab_size {vocab_size} is too small: the characters of this text alone take "
+            f"{found[1]}",
             f"choose more than {found[1]}",
         )
 

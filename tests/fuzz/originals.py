@@ -25,7 +25,7 @@ from safetensors.torch import save_file
 
 from llama2 import records
 from llama2.formats import checkpoint, gguf, hf, llama2c, meta
-from llama2.formats.detect import open_source
+from llama2.formats.detect import open_model
 from llama2.model.llama import Llama, LlamaConfig
 from llama2.records import Dialog
 from llama2.tokenizer import CHAT_TEMPLATE, Tokenizer, train
@@ -90,7 +90,7 @@ def _models(folder: Path, demonstrations: Path) -> None:
     ours = folder / "ours"
     checkpoint.save(model, ours)
     tokenizer.save(ours)
-    open_source(ours)
+    open_model(ours)
     source = hf.read(ours)
     hf.write(source, folder / "summed", beside=tokenizer.save)
     hf.write(source, folder / "shards", shard_bytes=40_000, beside=tokenizer.save)

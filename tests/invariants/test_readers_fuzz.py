@@ -23,7 +23,7 @@ from llama2.chat.keyboard import History
 from llama2.data.documents import read_documents
 from llama2.errors import UserError
 from llama2.formats import checkpoint, gguf, hf, llama2c, meta
-from llama2.formats.detect import open_source
+from llama2.formats.detect import open_model
 from llama2.importers.dialogs import import_dialogs
 from llama2.importers.preferences import import_preferences
 from llama2.importers.prompts import import_prompts
@@ -331,7 +331,7 @@ def models(folder, tokenizer):
 
 
 def read_model(place):
-    source = open_source(place)
+    source = open_model(place)
     for stored in source.tensors.values():
         assert stored.read().shape == stored.shape
 
@@ -339,7 +339,7 @@ def read_model(place):
         loaded = (
             Tokenizer.load(source.path)
             if source.path.is_dir()
-            else Tokenizer(sentencepiece_model.content(source.tokenizer))
+            else Tokenizer(sentencepiece_model.read_model(source.tokenizer))
         )
         loaded.decode(loaded.encode("The old mill, built in 1746. \U0001f600"))
 

@@ -431,7 +431,7 @@ def test_tokenizers_of_policy_reward_model_and_shards_must_agree(
         "pretrain", "--shards", shards, "--model", tmp_path / "larger", "--out", tmp_path / "on"
     )
     assert heard.endswith(
-        "its tokenizer has 420 pieces, the model 500; tokenize with the tokenizer of the model"
+        "the tokenizer has 420 pieces, the model 500; tokenize with the tokenizer of the model"
     )
 
 

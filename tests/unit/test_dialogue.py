@@ -137,7 +137,7 @@ def test_ranks_share_the_prompts_by_their_places(tokenizer: Tokenizer) -> None:
 
 
 def test_every_end_of_the_model_ends_an_answer(tokenizer: Tokenizer) -> None:
-    own = tokenizer.speaking(None)
+    own = tokenizer.with_chat_template(None)
     own.stops = (tokenizer.eos, 290, 291)
     for end in own.stops:
         chat = Chat(Fixed([*tokenizer.encode("fox"), end, 5, 6]), own)

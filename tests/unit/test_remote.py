@@ -340,7 +340,7 @@ def test_a_model_with_other_tokens_is_refused(remote, server):
 
 def test_a_server_ends_answers_where_the_sampling_says(remote, server, tokenizer):
     """A server stops at all ends of its model, which are not all asked for here."""
-    several = tokenizer.speaking(None)
+    several = tokenizer.with_chat_template(None)
     several.stops = (tokenizer.eos, 300)
     for stop, ignored in (((2,), True), ((2, 300), False), ((300, 2, 5), False), ((), True)):
         asking = remote(state=None)

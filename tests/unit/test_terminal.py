@@ -469,7 +469,7 @@ def test_a_model_that_is_asked_otherwise_is_refused(
     directory: Path, tmp_path: Path, template: str | None, called: str
 ) -> None:
     other = copied(directory, tmp_path / "other")
-    Tokenizer.load(directory).speaking(template).save(other)
+    Tokenizer.load(directory).with_chat_template(template).save(other)
     for refuse in (
         lambda: terminal.run(terminal.Config(checkpoint=other)),
         lambda: models.check(other),

@@ -126,9 +126,9 @@ def find_equals(checkpoints: Sequence[Path]) -> list[int]:
 def identify(path: Path) -> object:
     """Return what tells two checkpoints apart: shape, tokenizer and weights; the path, where the
     weights are elsewhere."""
-    known = hf_directory.listed(path)
+    known = hf_directory.read_checksums(path)
     try:
-        files = hf_directory.weight_files(path)
+        files = hf_directory.list_weight_files(path)
         weights = sorted(known.get(file.name) or hash_file(file) for file in files)
     except UserError:
         return path.resolve()
@@ -176,7 +176,7 @@ def check_judge(path: Path, versions: Sequence[Path] = ()) -> None:
         )
 
     tokenizer = Tokenizer.load(path)
-    if not all(Tokenizer.load(version).same(tokenizer) for version in versions):
+    if not all(Tokenizer.load(version).is_same(tokenizer) for version in versions):
         raise UserError(
             f"{path}: its tokenizer is not the policy's",
             "train policy and reward models on one tokenizer",
@@ -205,7 +205,7 @@ def judge_answers(
     device = run.ranks.device
     with load_when_needed(lambda: load_judge(path, precision, device), device) as judge:
         for version, given in answers.items():
-            same = Tokenizer.load(versions[version]).same(tokenizer)
+            same = Tokenizer.load(versions[version]).is_same(tokenizer)
             keyed: dict[_Key, Answer] = {
                 (index, answer.text, answer.completion.finish): answer
                 for index, answer in enumerate(given)

@@ -40,7 +40,7 @@ from llama2.stages.common.memory import (
 )
 from llama2.stages.common.sampling import Sample
 from llama2.stages.common.training import Training
-from llama2.tokenizer import foreign
+from llama2.tokenizer.directory import find_tokenizer
 from llama2.tokenizer.tokenizer import Tokenizer
 
 GIB = float(1 << 30)
@@ -92,7 +92,7 @@ class PlannedRuns:
         if path in self.vocabularies:
             return self.vocabularies[path]
 
-        exists = foreign.find(path) if path.is_dir() else path.is_file()
+        exists = find_tokenizer(path) if path.is_dir() else path.is_file()
         return Tokenizer.load(path).vocab_size if exists else None
 
     def inherit_vocabulary(self, out: Path, source: Path) -> dict[str, Any]:

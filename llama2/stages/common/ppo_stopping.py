@@ -15,7 +15,7 @@ from torch import nn
 from llama2 import devices
 from llama2.errors import UserError
 from llama2.evaluate.judges import classify
-from llama2.formats.hf_directory import model_files, verify_checksums
+from llama2.formats.hf_directory import list_model_files, verify_checksums
 from llama2.generate.dialogue import Answer, Chat
 from llama2.generate.rewards import Rewards, to_probability
 from llama2.ranks import Ranks
@@ -118,7 +118,7 @@ class BestPolicy:
             raise UserError(error.cause, cure) from None
 
         if self.ranks.is_main:
-            for name in model_files(self.path):
+            for name in list_model_files(self.path):
                 shutil.copy2(self.path / name, directory / name)
 
             self.tokenizer.save(directory)

@@ -17,7 +17,7 @@ from llama2 import records
 from llama2.config import Config as Section
 from llama2.devices import Precision
 from llama2.errors import UserError
-from llama2.formats.checkpoint import config_of
+from llama2.formats.checkpoint import config_of, load_tokenizer
 from llama2.generate.dialogue import Answer, Chat
 from llama2.generate.engine import Engine
 from llama2.generate.remote import RemoteEngine, Server, connect
@@ -30,7 +30,7 @@ from llama2.runs import CHECKPOINTS, Run
 from llama2.runs.parts import Work, in_parts
 from llama2.stages.common.answers import check_judge, keep_prompts
 from llama2.stages.common.meter import Meter
-from llama2.stages.common.training import freeze, load_fitting_tokenizer, load_policy, load_scorer
+from llama2.stages.common.training import freeze, load_policy, load_scorer
 from llama2.tally import Tally
 from llama2.tokenizer.template import check_template, encode_prompt
 from llama2.tokenizer.tokenizer import Tokenizer
@@ -80,7 +80,7 @@ def load_chat(path: Path, sample: Sample, run: Run) -> Chat:
     until it is finished."""
     if sample.server is not None:
         config = config_of(path)
-        tokenizer = load_fitting_tokenizer(path, config)
+        tokenizer = load_tokenizer(path, config)
         check_template(path, tokenizer.template)
         remote = connect(
             sample.server,

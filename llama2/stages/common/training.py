@@ -24,7 +24,7 @@ from llama2.data.loader import Rows
 from llama2.devices import Precision
 from llama2.errors import UserError
 from llama2.formats import checkpoint
-from llama2.model.llama import Llama, LlamaConfig, Trunk
+from llama2.model.llama import Llama, Trunk
 from llama2.model.scorer import Scorer
 from llama2.ranks import Ranks
 from llama2.results import HeldoutLoss
@@ -208,7 +208,7 @@ def make_saver(
     Where it was `taught` Llama 2's chat format, that is its chat template; else the tokenizer's
     stays. Its answers end at every id at which they did, and at the one that is taught.
     """
-    beside = tokenizer.speaking(CHAT_TEMPLATE) if taught else tokenizer
+    beside = tokenizer.with_chat_template(CHAT_TEMPLATE) if taught else tokenizer
     stops = tuple(dict.fromkeys((*model.config.stops, *tokenizer.stops)))
 
     def save(directory: Path) -> None:
@@ -229,7 +229,7 @@ def load_policy(
     path: Path, home: torch.device, dtype: torch.dtype = torch.float32
 ) -> tuple[Llama, Tokenizer]:
     """Load a language model onto the device `home`, and the tokenizer beside it."""
-    tokenizer = load_fitting_tokenizer(path, checkpoint.config_of(path))
+    tokenizer = checkpoint.load_tokenizer(path)
     return checkpoint.load(path, dtype=dtype, device=home), tokenizer
 
 
@@ -242,8 +242,8 @@ def load_scorer(
     With `tokenizer`, refuses a reward model whose tokenizer is another one: its scores would mean
     nothing.
     """
-    own = load_fitting_tokenizer(path, checkpoint.config_of(path))
-    if tokenizer is not None and not own.same(tokenizer):
+    own = checkpoint.load_tokenizer(path)
+    if tokenizer is not None and not own.is_same(tokenizer):
         raise UserError(
             f"{path}: its tokenizer is not the policy's",
             "train policy and reward models on one tokenizer",
@@ -266,10 +266,3 @@ def freeze(model: N, precision: Precision) -> N:
                 module.to(torch.bfloat16)
 
     return model
-
-
-def load_fitting_tokenizer(path: Path, config: LlamaConfig) -> Tokenizer:
-    """Load the tokenizer in `path`; its vocabulary must be the model's."""
-    tokenizer = Tokenizer.load(path)
-    tokenizer.check(path, config.vocab_size, config.bos_token_id)
-    return tokenizer

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from llama2.errors import UserError
-from llama2.tokenizer import chat_files
+from llama2.tokenizer import chat_settings
 
 
 def put(directory: Path, name: str, values: Any) -> None:
@@ -17,14 +17,14 @@ def put(directory: Path, name: str, values: Any) -> None:
 
 
 def test_nothing_beside_says_nothing(tmp_path: Path) -> None:
-    assert chat_files.stop_ids(tmp_path) == ()
-    assert chat_files.chat_template(tmp_path) is None
+    assert chat_settings.read_stop_ids(tmp_path) == ()
+    assert chat_settings.read_chat_template(tmp_path) is None
 
 
 def test_ends_are_those_of_both_files(tmp_path: Path) -> None:
     put(tmp_path, "config.json", {"eos_token_id": 128001})
     put(tmp_path, "generation_config.json", {"eos_token_id": [128001, 128008, 128009]})
-    assert chat_files.stop_ids(tmp_path) == (128001, 128008, 128009)
+    assert chat_settings.read_stop_ids(tmp_path) == (128001, 128008, 128009)
 
 
 @pytest.mark.parametrize(
@@ -34,7 +34,7 @@ def test_ends_are_those_of_both_files(tmp_path: Path) -> None:
 def test_damage_is_one_line_with_the_file(tmp_path: Path, text: str) -> None:
     put(tmp_path, "generation_config.json", text)
     with pytest.raises(UserError, match=r"generation_config\.json:") as raised:
-        chat_files.stop_ids(tmp_path)
+        chat_settings.read_stop_ids(tmp_path)
 
     assert "\n" not in str(raised.value)
     assert raised.value.cure
@@ -61,13 +61,13 @@ def test_damage_is_one_line_with_the_file(tmp_path: Path, text: str) -> None:
 )
 def test_a_template_of_the_settings(tmp_path: Path, settings: Any, found: str | None) -> None:
     put(tmp_path, "tokenizer_config.json", settings)
-    assert chat_files.chat_template(tmp_path) == found
+    assert chat_settings.read_chat_template(tmp_path) == found
 
 
 def test_a_file_of_its_own_goes_first(tmp_path: Path) -> None:
     put(tmp_path, "tokenizer_config.json", {"chat_template": "a"})
     put(tmp_path, "chat_template.jinja", "b")
-    assert chat_files.chat_template(tmp_path) == "b"
+    assert chat_settings.read_chat_template(tmp_path) == "b"
 
 
 def test_a_template_that_is_no_text_is_refused(tmp_path: Path) -> None:
@@ -75,7 +75,7 @@ def test_a_template_that_is_no_text_is_refused(tmp_path: Path) -> None:
     with pytest.raises(
         UserError, match=r"tokenizer_config\.json: chat_template is '7'; a text was expected"
     ):
-        chat_files.chat_template(tmp_path)
+        chat_settings.read_chat_template(tmp_path)
 
 
 END = {"content": "<|im_end|>", "special": True}
@@ -107,7 +107,7 @@ def test_an_added_item_that_is_the_tokenizers_eos_ends_answers_too(
     put(tmp_path, "config.json", {"eos_token_id": 2})
     put(tmp_path, "tokenizer_config.json", settings)
     put(tmp_path, "added_tokens.json", added)
-    assert chat_files.stop_ids(tmp_path, 1026) == stops
+    assert chat_settings.read_stop_ids(tmp_path, 1026) == stops
 
 
 @pytest.mark.parametrize(
@@ -143,4 +143,4 @@ def test_the_end_of_a_tokenizer_may_stand_in_any_of_its_files(
     for name, values in {"tokenizer_config.json": {"eos_token": "<|im_end|>"}, **files}.items():
         put(tmp_path, name, values)
 
-    assert chat_files.stop_ids(tmp_path, 1026) == stops
+    assert chat_settings.read_stop_ids(tmp_path, 1026) == stops

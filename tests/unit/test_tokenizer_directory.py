@@ -13,7 +13,9 @@ import pytest
 from conversations import trained, with_lowest_spaces
 
 from llama2.errors import UserError
-from llama2.tokenizer import Tokenizer, foreign, sentencepiece_model
+from llama2.terminal_text import say_once
+from llama2.tokenizer import Tokenizer, sentencepiece_model
+from llama2.tokenizer.directory import find_tokenizer
 
 TEXTS = [
     "",
@@ -71,10 +73,10 @@ def change(file: Path, **values: Any) -> None:
 def test_a_model_is_built_of_it(alone: Path, tokenizer: Tokenizer) -> None:
     for place in (alone, alone / "tokenizer.json"):
         again = Tokenizer.load(place)
-        assert again.same(tokenizer)
-        assert not again.same(
+        assert again.is_same(tokenizer)
+        assert not again.is_same(
             Tokenizer(
-                sentencepiece_model.padded(
+                sentencepiece_model.pad(
                     tokenizer.model, tokenizer.vocab_size, tokenizer.vocab_size + 1
                 )
             )
@@ -116,7 +118,7 @@ def test_merges_may_be_pairs(alone: Path, tokenizer: Tokenizer) -> None:
 
 def test_padding_comes_back_as_padding(tmp_path: Path, tokenizer: Tokenizer) -> None:
     size = tokenizer.vocab_size
-    Tokenizer(sentencepiece_model.padded(tokenizer.model, size, size + 3)).save(tmp_path)
+    Tokenizer(sentencepiece_model.pad(tokenizer.model, size, size + 3)).save(tmp_path)
     (tmp_path / "tokenizer.model").unlink()
     again = Tokenizer.load(tmp_path)
     assert again.vocab_size == size + 3
@@ -166,7 +168,7 @@ def test_padding_comes_back_as_padding(tmp_path: Path, tokenizer: Tokenizer) -> 
         ({"model_vocab": {"a": -1}}, "-1 is no id of a token"),
         ({"model_vocab": {"a": 0.5}}, "0.5 is no id of a token"),
         ({"model_vocab": {}}, "its vocabulary is empty"),
-        ({"model": 7}, "model is no JSON object"),
+        ({"model": 7}, "model is 7; a JSON object was expected"),
         ({"added_tokens": [{"id": 1 << 40, "content": "<x>"}]}, "an added token has id"),
         (
             {"added_tokens": [{"id": 300, "content": "<x>"}]},
@@ -249,7 +251,7 @@ def test_they_are_kept_in_what_we_write(
     tmp_path: Path, directory: Path, tokenizer: Tokenizer, capsys: pytest.CaptureFixture[str]
 ) -> None:
     size = tokenizer.vocab_size
-    foreign.say_once.cache_clear()
+    say_once.cache_clear()
     (directory / "added_tokens.json").write_text(
         json.dumps({"<|im_end|>": size, "<tool>": size + 1})
     )
@@ -335,7 +337,7 @@ def test_those_that_the_model_has_no_place_for_are_left_out_aloud(
         ),
         (
             {"tokenizer_config.json": {"added_tokens_decoder": [1]}},
-            "added_tokens_decoder is no JSON object",
+            r"added_tokens_decoder is \[1\]; a JSON object was expected",
         ),
     ],
 )
@@ -352,7 +354,7 @@ def test_contradictions_are_refused(directory: Path, files: dict[str, Any], mess
 def test_files_that_disagree_are_named(
     directory: Path, tokenizer: Tokenizer, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert Tokenizer.load(directory).disagreement(directory) is None
+    assert Tokenizer.load(directory).describe_disagreement(directory) is None
     assert capsys.readouterr().err == ""
     merges = json.loads((directory / "tokenizer.json").read_bytes())["model"]["merges"]
     first = [merge for merge in merges if not merge.strip("\u2581 ")]
@@ -403,11 +405,11 @@ def test_a_tokenizer_without_a_space_in_front_is_refused(
     ):
         Tokenizer.load(directory)
 
-    assert Tokenizer.load(directory / "tokenizer.model").same(tokenizer)
+    assert Tokenizer.load(directory / "tokenizer.model").is_same(tokenizer)
 
 
 def test_a_directory_with_neither(tmp_path: Path, one_line: Callable[..., str]) -> None:
-    assert foreign.find(tmp_path) is None
+    assert find_tokenizer(tmp_path) is None
     with pytest.raises(
         UserError,
         match=r"tokenizer\.model: no such file or directory, and no tokenizer\.json either",
