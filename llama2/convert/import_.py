@@ -177,12 +177,12 @@ def _say_template(model: StoredModel, config: Config) -> None:
         before = "it had none" if model.template is None else f"the model's was {template}"
         _say(f"its chat template is Llama 2's, as asked; {before}")
     elif not is_llama_2(model.template):
-        kept = f"its chat template is {template}, and is kept"
+        origin = f"its chat template is {template}, and is kept"
         if model.template is None:
-            kept = "no chat template came with it"
+            origin = "no chat template came with it"
 
         _say(
-            f"{kept}: it can be trained, and talked to after sft (or at once, if it was tuned for "
+            f"{origin}: it can be trained, and talked to after sft (or at once, if it was tuned for "
             "Llama 2's format: import it with --chat-template llama2)"
         )
 

@@ -162,7 +162,7 @@ def coverage(shape: LlamaConfig, precision: quantize.WeightPrecision) -> list[di
                 name, weight, precision, tied=shape.tie_word_embeddings
             )
             if not reason:
-                after = quantize.quantized_bytes(weight.shape[0], weight.shape[1], precision)
+                after = quantize.count_bytes(weight.shape[0], weight.shape[1], precision)
 
         name = _LAYER.sub("*", name)
         row = rows.setdefault(

@@ -35,8 +35,8 @@ def read_array(path: Path, place: str, dtype: str, offset: int, count: int) -> n
 
 
 @contextmanager
-def replacing(file: Path) -> Iterator[IO[bytes]]:
-    """A file to write that takes the name `file` when the block ends, and vanishes if it ends with
+def replace_file(file: Path) -> Iterator[IO[bytes]]:
+    """Open a file to write that takes the name `file` when the block ends, and vanishes if it ends with
     an error."""
     with atomic.new_file(file) as work, open(work, "wb") as stream:
         yield stream

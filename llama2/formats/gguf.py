@@ -30,7 +30,7 @@ from torch import Tensor
 
 from llama2.errors import UserError, missing_extra
 from llama2.formats import gguf_metadata, gguf_vocabulary
-from llama2.formats.binary import FETCH_AGAIN, read_array, replacing
+from llama2.formats.binary import FETCH_AGAIN, read_array, replace_file
 from llama2.formats.gguf_header import ALIGNMENT, Header, read_header
 from llama2.formats.gguf_metadata import UNREADABLE, Precision
 from llama2.formats.hf_directory import check_shapes
@@ -113,7 +113,7 @@ def write(
     vocabulary = require_vocabulary(model, "which is a part of a GGUF file")
     names = [tensor for tensor in shapes(model.config) if tensor in model.tensors]
     types = {tensor: _choose_type(tensor, model, precision) for tensor in names}
-    with replacing(file) as stream:
+    with replace_file(file) as stream:
         writer = library.GGUFWriter(stream.name, "llama")
         try:
             gguf_metadata.describe_config(writer, model.config, precision, name)
@@ -220,12 +220,9 @@ def read(path: Path) -> StoredModel:
     config = gguf_metadata.read_config(path, header)
     names = {name: _translate(name) for name in shapes(config)}
     _refuse_factors(library, path, header, config)
-    check_shapes(
-        path,
-        {names[name]: shape for name, shape in shapes(config).items()},
-        {name: entry.shape for name, entry in header.tensors.items() if name != _FACTORS},
-        "its metadata",
-    )
+    wanted = {names[name]: shape for name, shape in shapes(config).items()}
+    stored = {name: entry.shape for name, entry in header.tensors.items() if name != _FACTORS}
+    check_shapes(path, wanted, stored, "its metadata")
     tensors = {
         name: split_rotary_pairs(name, _open_tensor(library, path, header, theirs), config)
         for name, theirs in names.items()

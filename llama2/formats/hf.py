@@ -111,7 +111,7 @@ def write(
     tokenizer) into the directory it is given. A failure leaves the old content; other files of a
     directory that exists stay.
     """
-    with hf_directory.replacing(path) as work:
+    with hf_directory.replace_directory(path) as work:
         shards = list(_divide(model.tensors, dtype, shard_bytes))
         sums: dict[str, str] = {}
         weight_map: dict[str, str] = {}

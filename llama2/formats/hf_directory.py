@@ -146,7 +146,7 @@ def require_free(path: Path) -> None:
 
 
 @contextmanager
-def replacing(directory: Path) -> Iterator[Path]:
+def replace_directory(directory: Path) -> Iterator[Path]:
     """Give a place to write a checkpoint directory, which gets its name when the block ends.
 
     It vanishes if the block fails. In a directory that exists, the files written are replaced and

@@ -32,7 +32,7 @@ from torch import Tensor
 from llama2 import json_files
 from llama2.errors import UserError, explain_os_errors
 from llama2.formats import llama2c_vocabulary
-from llama2.formats.binary import FETCH_AGAIN, read_array, replacing, round_to_single
+from llama2.formats.binary import FETCH_AGAIN, read_array, replace_file, round_to_single
 from llama2.formats.settings import build_config
 from llama2.formats.stored_model import (
     StoredModel,
@@ -144,7 +144,7 @@ def write(model: StoredModel, file: Path, *, version: Literal[0, 2] = 0) -> list
                 f"{beside}: the tokenizer of another model is there", "choose another directory"
             )
 
-    with replacing(beside) as other, replacing(file) as stream:
+    with replace_file(beside) as other, replace_file(file) as stream:
         other.write(content)
         stream.write(_pack_header(header))
         for name in _list_names(header):

@@ -278,7 +278,7 @@ def write(
         theirs, axis = translate(name)
         layout[theirs] = _divide(tensor.shape, axis, shards), dtype or tensor.dtype
 
-    with hf_directory.replacing(directory) as work:
+    with hf_directory.replace_directory(directory) as work:
         with ExitStack() as stack:
             files = [work / f"consolidated.{rank:02}.pth" for rank in range(shards)]
             targets = [stack.enter_context(torch_zip.create(file, layout)) for file in files]

@@ -208,21 +208,21 @@ def _open(path: Path) -> _Adapter:
         raise UserError(f"{path}: neither {' nor '.join(WEIGHTS)} is there", _FETCH)
 
     pairs: dict[str, dict[str, StoredTensor]] = {}
-    flat, whole = set(), {}
+    flat, replaced = set(), {}
     for name, stored in _fold_names(hf.list_tensors(files)).items():
         if part := _PART.match(name):
             module, table, letter = part.groups()
             pairs.setdefault(module, {})[letter] = stored
             flat |= {module} if table else set()
         elif name.endswith(".weight") and "lora" not in name:
-            whole[name] = stored
+            replaced[name] = stored
         else:
             raise UserError(f"{stored.place}: this is no part of a plain LoRA adapter", _MERGE)
 
     if not pairs:
         raise UserError(f"{files[0]}: there is no adapter in it (no lora_A, no lora_B)", _FETCH)
 
-    return _Adapter(path / CONFIG, settings, pairs, flat, whole)
+    return _Adapter(path / CONFIG, settings, pairs, flat, replaced)
 
 
 def _fold_names(entries: Mapping[str, StoredTensor]) -> dict[str, StoredTensor]:

@@ -198,8 +198,8 @@ def _list_members(path: Path, file: IO[bytes]) -> dict[str, Extent]:
     for item in items:
         file.seek(max(0, item.header_offset))
         header = file.read(_HEADER)
-        whole = item.header_offset >= 0 and len(header) == _HEADER and header[:4] == b"PK\3\4"
-        if not whole or item.compress_type != zipfile.ZIP_STORED:
+        is_whole = item.header_offset >= 0 and len(header) == _HEADER and header[:4] == b"PK\3\4"
+        if not is_whole or item.compress_type != zipfile.ZIP_STORED:
             raise UserError(f"{path}: the member {item.filename} is damaged or compressed", AGAIN)
 
         name, extra = struct.unpack("<HH", header[26:30])
@@ -277,8 +277,8 @@ def _read_tensor(path: Path, place: str, view: TensorView, member: Extent) -> Te
     Only its own numbers are read if they lie in one piece, else all of its storage.
     """
     dtype = view.storage.dtype
-    whole = not view.is_contiguous() or view.count == view.storage.count
-    begin, count = (0, view.storage.count) if whole else (view.offset, view.count)
+    read_all = not view.is_contiguous() or view.count == view.storage.count
+    begin, count = (0, view.storage.count) if read_all else (view.offset, view.count)
     numbers = torch.empty(count, dtype=dtype)
     memory = numbers.view(torch.uint8).numpy().data
     checksum = 0
@@ -292,7 +292,7 @@ def _read_tensor(path: Path, place: str, view: TensorView, member: Extent) -> Te
 
             checksum = zlib.crc32(part, checksum)
 
-    if whole and member.checksum and checksum != member.checksum:
+    if read_all and member.checksum and checksum != member.checksum:
         raise UserError(f"{place}: its numbers do not match their checksum", AGAIN)
     if view.is_contiguous():
         return numbers.view(view.shape)

@@ -51,13 +51,13 @@ class Chat:
         ids = [encode_prompt(self.tokenizer, messages) for messages in prompts]
         # before the ranks part: an error on one alone would leave the others waiting
         self.engine.check(ids)
-        mine = self.ranks.share(range(len(ids)))
-        names = mine if indices is None else self.ranks.share(indices)
+        share = self.ranks.share(range(len(ids)))
+        names = share if indices is None else self.ranks.share(indices)
         completions = self.ranks.unshare(
-            self.engine.generate([ids[index] for index in mine], sampling, names)
+            self.engine.generate([ids[index] for index in share], sampling, names)
         )
 
-        return [[self._read(completion) for completion in row] for row in completions]
+        return [list(map(self._read, row)) for row in completions]
 
     def stream(self, messages: Messages, sampling: Sampling) -> Iterator[str]:
         """Yield the first answer of `answer([messages], sampling)` in parts, each once it is

@@ -90,12 +90,12 @@ def json_grammar(tokenizer: Tokenizer, schema: dict[str, Any] | None = None) -> 
     sampling.
     """
     # At the top, so that nothing inside of the schema can turn it off.
-    whole = {
+    document = {
         **(_OBJECT if schema is None else schema),
         "x-guidance": {"whitespace_pattern": _WHITE_SPACE},
     }
     try:
-        text = json.dumps(whole, allow_nan=False)
+        text = json.dumps(document, allow_nan=False)
     except (TypeError, ValueError) as error:
         raise _schema_error(str(error)) from None
 

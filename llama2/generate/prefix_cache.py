@@ -35,7 +35,7 @@ class PrefixCache:
         last token of a prompt is always read anew, for the logits behind it.
         """
         head = prompt[:MIN_SHARED]
-        rows = {row: kept for row, kept in self._kept.items() if kept[:MIN_SHARED] == head}
+        rows = {row: text for row, text in self._kept.items() if text[:MIN_SHARED] == head}
         for slot, request in running.items():
             if request.prompt[:MIN_SHARED] == head[: len(request.prompt)]:
                 rows[slot] = request.read_tokens
@@ -55,7 +55,7 @@ class PrefixCache:
     def keep(self, slot: int, tokens: Prompt) -> None:
         """Copy what has been read into a slot, in the place of a shorter beginning of it, or of the
         least recently used."""
-        beginnings = [row for row, kept in self._kept.items() if kept == tokens[: len(kept)]]
+        beginnings = [row for row, text in self._kept.items() if text == tokens[: len(text)]]
         free = [row for row in self._rows if row not in self._kept]
         candidates = [*beginnings, *free, *self._kept]
         if candidates and len(tokens) >= MIN_SHARED:

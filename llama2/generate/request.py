@@ -34,7 +34,7 @@ class SampleRequest:
 
     @cached_property
     def draw_key(self) -> Sampling:
-        """What two requests must have in common to be drawn together."""
+        """The settings that two requests must have in common to be drawn together."""
         return replace(self.sampling, n=1, max_tokens=1, seed=0)
 
     @property

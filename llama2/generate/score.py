@@ -146,7 +146,7 @@ def _run_batches(
 
     batches = _make_batches([len(row) for row in rows], batch_tokens)
     ranks = ranks or Ranks.alone()
-    mine = ranks.share(batches)
+    share = ranks.share(batches)
     rounds = -(-len(batches) // ranks.data.size)
     device = next(model.parameters()).device
     results: list[list[R]] = []
@@ -155,12 +155,12 @@ def _run_batches(
     with torch.inference_mode(), autocast(device, precision):
         for turn in range(rounds):
             # a rank without work takes part all the same
-            batch = mine[turn] if turn < len(mine) else batches[0]
+            batch = share[turn] if turn < len(share) else batches[0]
             lengths = [len(rows[index]) for index in batch]
             padded = [(*rows[index], *(0,) * (max(lengths) - len(rows[index]))) for index in batch]
             done = work(torch.tensor(padded, device=device), lengths)
 
-            if turn < len(mine):
+            if turn < len(share):
                 results.append(done)
 
     order = chain(*batches)

@@ -164,7 +164,7 @@ def swiglu(x_BTD: Tensor, gate_FD: Tensor, up_FD: Tensor) -> Tensor:
     return out_BTF
 
 
-def projected_swiglu(gate_BTF: Tensor, up_BTF: Tensor) -> Tensor:
+def swiglu_of_products(gate_BTF: Tensor, up_BTF: Tensor) -> Tensor:
     """Return silu(gate) · up without a gradient, of products made apart: joining their matrices
     would cost a copy of both."""
     return _swiglu(gate_BTF.contiguous(), up_BTF.contiguous(), gate_BTF.shape[-1])
@@ -216,7 +216,7 @@ def attention(x_BTD: Tensor, weights: Sequence[Tensor], size: int, view: View) -
     return out_BTP
 
 
-def projected_attention(
+def attention_of_products(
     q_BTD: Tensor, k_BTD: Tensor, v_BTD: Tensor, size: int, view: View
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return the same without a gradient, from products made apart: joined heads, and the rotated

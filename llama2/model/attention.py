@@ -62,7 +62,7 @@ def explicit_attention(
     return (weights_BHTS.view(rows, kv_heads, -1, keys) @ v_BKSE).view(rows, heads, length, size)
 
 
-def fused_attention(
+def sdpa_attention(
     q_BHTE: Tensor, k_BKSE: Tensor, v_BKSE: Tensor, bias_B1TS: Tensor | None
 ) -> Tensor:
     """Attend by PyTorch's fused kernels: for long sequences, for one query (decoding) and for

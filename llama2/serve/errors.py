@@ -49,7 +49,7 @@ def invalid(message: str, param: str | None = None, code: str | None = None) -> 
     return ApiError(400, message, param=param, code=code)
 
 
-def overloaded(seconds: int) -> ApiError:
+def overload_error(seconds: int) -> ApiError:
     """Return the error for a full queue; `seconds` estimates when a slot is free."""
     return ApiError(
         429,
@@ -60,7 +60,7 @@ def overloaded(seconds: int) -> ApiError:
     )
 
 
-def crowded() -> ApiError:
+def crowd_error() -> ApiError:
     """Return the error for a connection too many, while all others are being answered."""
     return ApiError(
         503,
@@ -71,7 +71,7 @@ def crowded() -> ApiError:
     )
 
 
-def draining() -> ApiError:
+def drain_error() -> ApiError:
     """Return the error for a server that finishes what runs and takes nothing new."""
     return ApiError(
         503,
@@ -92,7 +92,7 @@ def broken(name: str) -> ApiError:
     )
 
 
-def interrupted(name: str) -> ApiError:
+def interrupt_error(name: str) -> ApiError:
     """Return the error for a request whose model died while it answered."""
     return ApiError(
         500, f"the model '{name}' failed while it answered", kind=SERVER, code="model_failed"
@@ -104,6 +104,6 @@ def defect() -> ApiError:
     return ApiError(500, "the server has a defect; its log says more", kind=SERVER)
 
 
-def timed_out(message: str, headers: dict[str, str] | None = None) -> ApiError:
+def timeout_error(message: str, headers: dict[str, str] | None = None) -> ApiError:
     """Return the error for a request that was sent or answered too slowly."""
     return ApiError(408, message, kind="timeout", code="timeout", headers=headers)

@@ -202,7 +202,7 @@ async def collect(events: AsyncIterator[list[SampleEvent]], count: int) -> list[
     return samples
 
 
-def sampling_for(model: ChatModel, request: ChatRequest | CompletionRequest) -> Sampling:
+def make_sampling(model: ChatModel, request: ChatRequest | CompletionRequest) -> Sampling:
     """Return the sampling that a request asks for; OpenAI's defaults are the model's own
     distribution. ApiError for a token that the model does not have."""
     size = model.tokenizer.vocab_size

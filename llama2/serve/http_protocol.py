@@ -15,7 +15,7 @@ from typing import Any
 import h11
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
-from llama2.serve.errors import ApiError, timed_out
+from llama2.serve.errors import ApiError, timeout_error
 from llama2.serve.middleware import Traffic
 from llama2.serve.settings import Limits
 
@@ -105,7 +105,7 @@ class HttpProtocol(H11Protocol):
             return
 
         if self._receiving and self.conn.our_state is h11.IDLE:
-            self._refuse(timed_out("the head of the request came too slowly"))
+            self._refuse(timeout_error("the head of the request came too slowly"))
         else:
             self.transport.close()
 

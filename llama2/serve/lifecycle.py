@@ -96,7 +96,7 @@ class DrainingServer(uvicorn.Server):
 
             if self.should_exit:
                 for model in self._models.values():
-                    model.worker.fail_all(errors.draining())
+                    model.worker.fail_all(errors.drain_error())
 
         return await super().on_tick(counter)
 

@@ -116,7 +116,7 @@ class Guard:
             async with asyncio.timeout(self._limits.body_seconds):
                 body = await self._read(headers, receive)
         except TimeoutError:
-            error = errors.timed_out("the body of the request came too slowly", _CLOSE)
+            error = errors.timeout_error("the body of the request came too slowly", _CLOSE)
             return JSONResponse(error.body(), error.status, error.headers)
         except ApiError as error:
             return JSONResponse(error.body(), error.status, error.headers)
@@ -137,7 +137,7 @@ class Guard:
                 "LLAMA2_API_KEYS for other names",
             )
         if self._traffic.connections > self._limits.connections and scope["path"] not in _VITAL:
-            raise errors.crowded()
+            raise errors.crowd_error()
 
     def _check_request(self, scope: Scope, headers: Headers) -> None:
         guarded = scope["path"].startswith("/v1/")
@@ -149,7 +149,7 @@ class Guard:
                 headers={"WWW-Authenticate": "Bearer"},
             )
         if guarded and self._traffic.draining:
-            raise errors.draining()
+            raise errors.drain_error()
 
         coding = headers.get("content-encoding", "identity").strip().lower()
         if coding not in ("", "identity"):

@@ -105,7 +105,7 @@ class RewardModel(ServedModel):
 class Models(dict[str, ChatModel | RewardModel]):
     """All models of a server by name."""
 
-    def named(self, name: str) -> ChatModel | RewardModel:
+    def get_model(self, name: str) -> ChatModel | RewardModel:
         """Return the model of that name; ApiError 404 if there is none."""
         if name not in self:
             raise errors.ApiError(
@@ -120,7 +120,7 @@ class Models(dict[str, ChatModel | RewardModel]):
     def find(self, kind: type[M], name: str | None) -> M:
         """Return the model of a kind that is named, or the first; ApiError if there is none."""
         if name:  # some clients send none as ""
-            model = self.named(name)
+            model = self.get_model(name)
             if isinstance(model, kind):
                 return model
 

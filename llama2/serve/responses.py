@@ -46,14 +46,14 @@ class ResponseWriter(ABC):
         choices = []
         for index, sample in enumerate(samples):
             ending = self._ending(sample) or TextDelta()
-            whole = TextDelta(sample.text.text, [*sample.text.tokens, *ending.tokens])
-            choice = {**self._choice(index, whole), "finish_reason": sample.finish}
+            delta = TextDelta(sample.text.text, [*sample.text.tokens, *ending.tokens])
+            choice = {**self._choice(index, delta), "finish_reason": sample.finish}
             choices.append(_add_verdict(choice, [sample.verdict]))
 
         answer = {**self._head, "object": self.answer_object, "choices": choices, "usage": usage}
         return _add_verdict(answer, [sample.verdict for sample in samples])
 
-    def opening(self, count: int, usage: Usage) -> bytes:
+    def begin(self, count: int, usage: Usage) -> bytes:
         """Return the chunks before the text of a stream of `count` samples, if there are any."""
         return b""
 
@@ -71,7 +71,7 @@ class ResponseWriter(ABC):
 
         return chunks
 
-    def closing(self, usage: Usage) -> bytes:
+    def end(self, usage: Usage) -> bytes:
         """Return what a stream ends with."""
         return (self._chunk([], usage) if self._options.include_usage else b"") + DONE
 
@@ -120,7 +120,7 @@ class ChatWriter(ResponseWriter):
 
     answer_object, chunk_object, prefix = "chat.completion", "chat.completion.chunk", "chatcmpl"
 
-    def opening(self, count: int, usage: Usage) -> bytes:
+    def begin(self, count: int, usage: Usage) -> bytes:
         """Return a chunk with the role of each sample."""
         chunks = b""
         for index in range(count):

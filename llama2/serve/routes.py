@@ -27,7 +27,7 @@ from llama2.serve.generation import (
     SampleEvent,
     check_prompts,
     collect,
-    sampling_for,
+    make_sampling,
 )
 from llama2.serve.metrics import Metrics
 from llama2.serve.middleware import LOG
@@ -70,7 +70,7 @@ class Service:
 
     async def describe_model(self, name: str) -> JSONResponse:
         """Describe one model."""
-        return JSONResponse(_describe(self.models.named(name)))
+        return JSONResponse(_describe(self.models.get_model(name)))
 
     async def chat(self, body: ChatRequest, request: Request) -> Response:
         """Answer a conversation."""
@@ -147,7 +147,7 @@ class Service:
         begun: str = "",
     ) -> Generation:
         """Have `n` samples of each checked prompt drawn as a request asks."""
-        sampling = await constrain(sampling_for(model, body), body, model.tokenizer)
+        sampling = await constrain(make_sampling(model, body), body, model.tokenizer)
         make = partial(
             Generation,
             model,
@@ -244,12 +244,12 @@ async def _stream(
 ) -> AsyncGenerator[bytes, None]:
     """Yield the server-sent events of a stream. An error after the first byte is an event too."""
     try:
-        yield writer.opening(generation.choices, generation.usage())
+        yield writer.begin(generation.choices, generation.usage())
         async for batch in events:
             size = sum(cost(event.text) for event in batch)
             yield await offload(size, _write, writer, batch, generation.usage())
 
-        yield writer.closing(generation.usage())
+        yield writer.end(generation.usage())
     except errors.ApiError as error:
         yield encode_event(error.body())
     except Exception as error:

@@ -125,8 +125,8 @@ class SamplingRequest(Strict):
         fields = {}
         for name, value in drop_foreign(body, cls.inert).items():
             if value is not None or name in cls.model_fields:
-                whole = isinstance(value, float) and value.is_integer()
-                fields[name] = int(value) if whole else value
+                is_integer = isinstance(value, float) and value.is_integer()
+                fields[name] = int(value) if is_integer else value
 
         return fields
 

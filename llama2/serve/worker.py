@@ -57,7 +57,7 @@ class SampleStream:
         self._progress: dict[int, tuple[int, Finish | None]] = {}  # by sample: tokens so far
         self._error: Exception | None = None
         self._changed = asyncio.Event()
-        error = errors.timed_out(
+        error = errors.timeout_error(
             f"the request took longer than the {seconds:g} s that are allowed; ask for fewer tokens"
         )
         self._alarm = asyncio.get_running_loop().call_later(seconds, self.fail, error)
@@ -231,7 +231,7 @@ class Worker:
         if not self.alive:
             raise errors.broken(self.name)
         if self.admitted + count > self.limit:
-            raise errors.overloaded(1 + int(self.seconds * self.waiting / self.slots))
+            raise errors.overload_error(1 + int(self.seconds * self.waiting / self.slots))
 
         self._loop = asyncio.get_running_loop()
 
@@ -332,7 +332,7 @@ class Worker:
 
         say(f"llama2: the model '{self.name}' has failed: {error}")
         if self._loop is not None:
-            self._post(self.fail_all, errors.interrupted(self.name))
+            self._post(self.fail_all, errors.interrupt_error(self.name))
 
 
 def _update_all(updates: Sequence[tuple[SampleStream, int, int, Finish | None]]) -> None:

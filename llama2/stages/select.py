@@ -183,7 +183,7 @@ def answer_all(
     dialogs: Sequence[ghost.GhostDialog],
 ) -> SideAnswers:
     """Have a version answer all prompts and hold all dialogs."""
-    sampling, slots = config.sample.sampling(config.seed), config.sample.slots
+    sampling, slots = config.sample.make_sampling(config.seed), config.sample.slots
     messages = [prompt.messages for prompt in prompts]
     with load_when_needed(lambda: load_chat(path, config.sample, run), run.ranks.device) as chat:
 

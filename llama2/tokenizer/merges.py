@@ -101,7 +101,7 @@ def _score_by_ids(texts: Mapping[str, int], groups: Sequence[list[str]]) -> dict
     Runs of spaces at the end get the lowest score. None if that is not the order of the groups.
     """
     begin = min(texts.values(), default=0)
-    scores = [float(begin - min(texts[text] for text in group)) for group in groups]
+    scores = [float(begin - min(map(texts.__getitem__, group))) for group in groups]
     if groups and len(groups[-1]) > 1:
         scores[-1] = _LOWEST
 

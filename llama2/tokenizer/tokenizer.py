@@ -12,6 +12,7 @@ import functools
 import os
 import re
 from collections.abc import Iterable, Iterator, Sequence
+from itertools import chain, islice
 from pathlib import Path
 
 import sentencepiece
@@ -174,10 +175,7 @@ class Tokenizer:
             _refuse_halves(texts)
             raise
 
-        return [
-            [token for _ in cut for token in next(encoded)] if len(cut) > 1 else next(encoded)
-            for cut in parts
-        ]
+        return [list(chain.from_iterable(islice(encoded, len(cut)))) for cut in parts]
 
     def decode(self, ids: Iterable[int]) -> str:
         """Return the text of `ids`; control ids are silent, bytes that are not UTF-8 are U+FFFD."""

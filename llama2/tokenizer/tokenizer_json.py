@@ -313,7 +313,8 @@ def _make_pipeline(bos: str) -> dict[str, Any]:
 
 
 def _make_model(items: Sequence[VocabularyItem]) -> dict[str, Any]:
-    listed = merges.list_merges(items)
+    pairs = merges.list_merges(items)
+    lines = list(map(" ".join, pairs)) if _fit_lines(pairs) else pairs
     return {
         "type": "BPE",
         "dropout": None,
@@ -323,7 +324,7 @@ def _make_model(items: Sequence[VocabularyItem]) -> dict[str, Any]:
         "fuse_unk": True,
         "byte_fallback": True,
         "vocab": {item.text: token for token, item in enumerate(items)},
-        "merges": [" ".join(merge) for merge in listed] if _fit_lines(listed) else listed,
+        "merges": lines,
     }
 
 

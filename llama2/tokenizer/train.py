@@ -98,7 +98,8 @@ def _sample(texts: Iterable[str], limit: int, seed: int) -> list[str]:
         while size > limit and len(heap) > 1:
             size -= len(heapq.heappop(heap)[2].encode())
 
-    return [text for _, text in sorted((index, text) for _, index, text in heap)]
+    chosen = sorted((index, text) for _, index, text in heap)
+    return [text for _, text in chosen]
 
 
 def _lines(text: str) -> Iterator[str]:
@@ -121,16 +122,16 @@ def _lines(text: str) -> Iterator[str]:
 
 def _explain(message: str, vocab_size: int) -> Exception:
     """Return SentencePiece's refusal in the user's words; any other error is a defect."""
-    if found := re.search(r"Vocabulary size too high .*<= (\d+)", message):
+    if match := re.search(r"Vocabulary size too high .*<= (\d+)", message):
         return UserError(
-            f"vocab_size {vocab_size} is too large for this text, which supports {found[1]} items",
-            f"choose at most {found[1]}, or give more text",
+            f"vocab_size {vocab_size} is too large for this text, which supports {match[1]} items",
+            f"choose at most {match[1]}, or give more text",
         )
-    if found := re.search(r"smaller than required_chars\. \d+ vs (\d+)", message):
+    if match := re.search(r"smaller than required_chars\. \d+ vs (\d+)", message):
         return UserError(
             f"vocab_size {vocab_size} is too small: the characters of this text alone take "
-            f"{found[1]}",
-            f"choose more than {found[1]}",
+            f"{match[1]}",
+            f"choose more than {match[1]}",
         )
 
     return RuntimeError(message)

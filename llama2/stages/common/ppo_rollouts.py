@@ -174,7 +174,7 @@ class Rollouts:
             }
             for prompt, answer, score in islice(zip(prompts, answers, scores), 8)
         ]
-        stripped = [[keep_training_tensors(batch) for batch in batches] for batches in minibatches]
+        stripped = [list(map(keep_training_tensors, batches)) for batches in minibatches]
         return stripped * settings.epochs
 
     def _choose(self) -> list[Prompt]:
@@ -220,12 +220,12 @@ class Rollouts:
         ]
         order = sorted(range(len(answers)), key=lambda i: lengths[i])
         ranks = self.chat.ranks
-        mine = ranks.share(order)
+        share = ranks.share(order)
         size = self.settings.micro_batch_size
         batches = []
 
-        for start in range(0, len(mine), size):
-            part = mine[start : start + size]
+        for start in range(0, len(share), size):
+            part = share[start : start + size]
             batch = collate([answers[i] for i in part], rewards[part])
             moved = {name: tensor.to(ranks.device) for name, tensor in batch.items()}
 
@@ -412,12 +412,15 @@ def describe(answers: Sequence[Answer], scores: Sequence[Score]) -> dict[str, fl
     """Return the lengths, endings and scores of the sampled answers."""
     lengths = [float(len(answer.completion.tokens)) for answer in answers]
     rewards = [to_probability(score.reward) for score in scores]
+    finished = [answer.completion.finish == "stop" for answer in answers]
+    raw = [score.reward for score in scores]
+    helpful = [to_probability(score.helpful) for score in scores]
     result = {
         "ppo/length": statistics.fmean(lengths),
-        "ppo/eos_rate": statistics.fmean(answer.completion.finish == "stop" for answer in answers),
+        "ppo/eos_rate": statistics.fmean(finished),
         "reward/mean": statistics.fmean(rewards),
-        "reward/raw": statistics.fmean(score.reward for score in scores),
-        "reward/helpfulness": statistics.fmean(to_probability(score.helpful) for score in scores),
+        "reward/raw": statistics.fmean(raw),
+        "reward/helpfulness": statistics.fmean(helpful),
     }
     if all(score.safe != float("inf") for score in scores):
         result["reward/safety"] = statistics.fmean(to_probability(score.safe) for score in scores)

@@ -68,7 +68,7 @@ class Sample(Section):
 
         return value
 
-    def sampling(self, seed: int) -> Sampling:
+    def make_sampling(self, seed: int) -> Sampling:
         """Return the sampling of one answer a prompt."""
         return Sampling(
             temperature=self.temperature, top_p=self.top_p, max_tokens=self.max_tokens, seed=seed
@@ -196,7 +196,7 @@ def answer(
 
     `indices`: the positions of the prompts in a longer list of which they are a part.
     """
-    sampling = replace(sample.sampling(seed), n=n)
+    sampling = replace(sample.make_sampling(seed), n=n)
     if temperature is not None:
         sampling = replace(sampling, temperature=temperature)
 

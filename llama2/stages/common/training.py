@@ -41,7 +41,7 @@ Item = TypeVar("Item")
 
 
 class Training(Config):
-    """How to train: the same keys for every stage."""
+    """Settings of training, the same for every stage."""
 
     optimizer: optim.AdamW = optim.AdamW()
     plan: Plan = Plan()
@@ -96,17 +96,7 @@ def train(
     for line in cautions.warn_of_schedule(settings.plan):
         run.warn(line)
 
-    for module in model.modules():
-        if isinstance(module, Trunk):
-            module.gradient_checkpointing = settings.gradient_checkpointing
-
-    ranks = run.ranks
-    if settings.parallel == "shard":
-        ranks = ranks.sharded()
-        parallel.shard(model, ranks, settings.precision)
-    else:
-        parallel.replicate(model.to(ranks.device), ranks)
-
+    ranks = distribute(model, run.ranks, settings)
     learner = Learner(
         model,
         ranks,
@@ -138,6 +128,21 @@ def train(
     ranks.barrier()
 
     return learner
+
+
+def distribute(model: nn.Module, ranks: Ranks, settings: Training) -> Ranks:
+    """Spread `model` over the ranks, or copy it to each; return the ranks with the axis it took."""
+    for module in model.modules():
+        if isinstance(module, Trunk):
+            module.gradient_checkpointing = settings.gradient_checkpointing
+
+    if settings.parallel == "replicate":
+        parallel.replicate(model.to(ranks.device), ranks)
+        return ranks
+
+    ranks = ranks.sharded()
+    parallel.shard(model, ranks, settings.precision)
+    return ranks
 
 
 def heldout_loss(
@@ -242,14 +247,16 @@ def load_scorer(
     With `tokenizer`, refuses a reward model whose tokenizer is another one: its scores would mean
     nothing.
     """
-    own = checkpoint.load_tokenizer(path)
-    if tokenizer is not None and not own.is_same(tokenizer):
+    judge_tokenizer = checkpoint.load_tokenizer(path)
+    if tokenizer is not None and not judge_tokenizer.is_same(tokenizer):
         raise UserError(
             f"{path}: its tokenizer is not the policy's",
             "train policy and reward models on one tokenizer",
         )
 
-    return checkpoint.load_scorer(path, dtype=torch.float32, device=home, seed=seed), own
+    return checkpoint.load_scorer(
+        path, dtype=torch.float32, device=home, seed=seed
+    ), judge_tokenizer
 
 
 N = TypeVar("N", bound=nn.Module)
