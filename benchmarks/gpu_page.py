@@ -89,7 +89,7 @@ class Page:
 
         return "\n".join(part for part in parts if part)
 
-    # ---- sections ----
+    # --- sections ----
     def _state(self) -> str:
         if self.device is None:
             return NEVER

@@ -79,7 +79,7 @@ class ChatSession:
             self.failed = True
             note(str(error) if self.interactive else f"llama2: error: {error}")
 
-    # ---- commands ----
+    # --- commands ----
 
     def _carry_out(self, command: str, argument: str) -> None:
         if command not in COMMANDS:
@@ -137,7 +137,7 @@ class ChatSession:
     def _quit(self, _: str) -> None:
         raise EOFError
 
-    # ---- answers ----
+    # --- answers ----
 
     def _last_message(self) -> tuple[str, list[Message]]:
         if not self._last:

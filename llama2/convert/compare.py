@@ -101,7 +101,7 @@ class Outputs:
     first_layer: str | None
 
 
-# ---- shapes
+# --- shapes ---
 def compare_shapes(a: StoredModel, b: StoredModel) -> Shapes:
     """Compare two configurations, and whether both are language models."""
     formats = {a.format, b.format}
@@ -139,7 +139,7 @@ def find_context(a: LlamaConfig, b: LlamaConfig) -> int:
     return min(a.max_position_embeddings, b.max_position_embeddings)
 
 
-# ---- tensors
+# --- tensors ---
 @dataclass(frozen=True)
 class _Gap:
     """The distance of two tensors: `peak` is the largest number of the first."""
@@ -212,7 +212,7 @@ def measure_difference(x: Tensor, y: Tensor) -> Tensor:
     return (x - y).abs().nan_to_num(nan=math.inf).masked_fill(same, 0.0)
 
 
-# ---- outputs
+# --- outputs ---
 @torch.no_grad()
 def compare_outputs(
     a: StoredModel,

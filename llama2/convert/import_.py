@@ -96,7 +96,7 @@ def _open(config: Config) -> tuple[StoredModel, torch.dtype | None]:
     return open_model(config.path, base=config.base, dtype=dtype), dtype
 
 
-# ---- the tokenizer
+# --- the tokenizer ---
 def _load_tokenizer(model: StoredModel, config: Config) -> tuple[Tokenizer | None, str]:
     """Return the tokenizer given or found, and a remark on it; None if there is neither.
 
@@ -169,7 +169,7 @@ def _add_eos(model: StoredModel, tokenizer: Tokenizer | None) -> StoredModel:
     return replace(model, config=replace(model.config, eos_token_id=stops))
 
 
-# ---- messages
+# --- messages ---
 def _say_template(model: StoredModel, config: Config) -> None:
     """Say what became of the chat template, and what follows from it."""
     template = describe_template(model.template)

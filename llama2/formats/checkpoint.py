@@ -45,7 +45,7 @@ Directory = str | os.PathLike[str]
 Kinds = torch.dtype | Callable[[str], torch.dtype]
 
 
-# ---- saving
+# --- saving ---
 def save(
     model: nn.Module,
     directory: Directory,
@@ -90,7 +90,7 @@ def save_tensors(
     hf.write(model, Path(directory), dtype=dtype, shard_bytes=shard_bytes)
 
 
-# ---- loading
+# --- loading ---
 def load(
     directory: Directory,
     *,

@@ -87,7 +87,7 @@ def _translate(name: str) -> str:
     return f"blk.{layer}.{_INSIDE[rest.removesuffix('.weight')]}.weight"
 
 
-# ---- writing
+# --- writing ---
 def write(
     model: StoredModel,
     file: Path,
@@ -207,7 +207,7 @@ def _encode(part: Tensor, kind: Precision) -> np.ndarray[Any, Any]:
     return np.asarray(library.quants.quantize(part.float().numpy(), raw))
 
 
-# ---- reading
+# --- reading ---
 def read(path: Path) -> StoredModel:
     """Open a GGUF file: tensors of fp32, fp16 and bf16 as they are, others dequantized to fp32.
 

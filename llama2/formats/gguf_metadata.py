@@ -46,7 +46,7 @@ _WITHOUT_EFFECT = {
 }
 
 
-# ---- writing
+# --- writing ---
 def describe_config(
     writer: Any, config: LlamaConfig, precision: Precision, name: str | None
 ) -> None:
@@ -79,7 +79,7 @@ def describe_losses(config: LlamaConfig) -> list[str]:
     ]
 
 
-# ---- reading
+# --- reading ---
 def read_config(path: Path, header: Header) -> LlamaConfig:
     """Return the configuration of the model in a file.
 

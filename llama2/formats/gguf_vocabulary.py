@@ -36,7 +36,7 @@ _BYTE = re.compile("<0x[0-9A-F]{2}>")
 _PAD_SCORE = -1000.0
 
 
-# ---- writing
+# --- writing ---
 def describe_tokenizer(writer: Any, model: StoredModel, vocabulary: Vocabulary) -> None:
     """Give a `GGUFWriter` the tokenizer of a model, padded to its embeddings.
 
@@ -70,7 +70,7 @@ def describe_tokenizer(writer: Any, model: StoredModel, vocabulary: Vocabulary) 
     writer.add_bool("tokenizer.ggml.remove_extra_whitespaces", vocabulary.extra_spaces_removed)
 
 
-# ---- reading
+# --- reading ---
 def open_tokenizer(path: Path, header: Header, config: LlamaConfig) -> StoredTokenizer | None:
     """Return the vocabulary in the metadata as a SentencePiece model; None if there is none."""
     if _MODEL not in header.metadata:

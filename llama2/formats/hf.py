@@ -27,7 +27,7 @@ SHARD_BYTES = 5 << 30
 _FLOATS = {torch.float64, torch.float32, torch.float16, torch.bfloat16}
 
 
-# ---- reading
+# --- reading ---
 def read(path: Path) -> StoredModel:
     """Open the checkpoint in a directory.
 
@@ -96,7 +96,7 @@ def select_tensors(
     return {name: selected[name] for name in shapes}
 
 
-# ---- writing
+# --- writing ---
 def write(
     model: StoredModel,
     path: Path,

@@ -169,7 +169,7 @@ def _read_values(directory: Path) -> tuple[Path, dict[str, Any]]:
     return path, json_files.json_object(path)
 
 
-# ---- rotary positions
+# --- rotary positions ---
 def _read_rope_theta(path: Path, values: Mapping[str, Any]) -> tuple[str, Any]:
     """Return the key of the rotary base, and the base; UserError for two different ones.
 
@@ -218,7 +218,7 @@ def _require_one(path: Path, settings: Mapping[str, Any]) -> tuple[str, Any] | N
     return given[0] if given else None
 
 
-# ---- everything else
+# --- everything else ---
 _UNIT, _OFF, _WINDOWS = (1,), (False, 0), (0, -1)
 _NEUTRAL: Mapping[str, tuple[Any, ...]] = {
     "hidden_act": ("silu", "swish"),
@@ -339,7 +339,7 @@ def _is_scorer(path: Path, values: Mapping[str, Any]) -> bool:
     return SEQUENCE_SCORER.lower() in names
 
 
-# ---- writing
+# --- writing ---
 def make_config_json(
     config: LlamaConfig, *, scorer: bool = False, dtype: torch.dtype = torch.float32
 ) -> dict[str, Any]:

@@ -47,7 +47,7 @@ _SHARD = re.compile(r"model-\d+-of-\d+\.safetensors")
 _FETCH = "fetch the checkpoint again"
 
 
-# ---- tensors and their files
+# --- tensors and their files ---
 def list_shapes(config: LlamaConfig, *, scorer: bool = False) -> dict[str, tuple[int, ...]]:
     """Return the shape of every tensor of a model, in the order of its state dict."""
     shapes = tensors.shapes(config)
@@ -135,7 +135,7 @@ def _list_shards(directory: Path, index: str) -> list[Path]:
     return [directory / name for name in sorted(set(weight_map.values()))]
 
 
-# ---- writing whole directories
+# --- writing whole directories ---
 def require_free(path: Path) -> None:
     """UserError if something is at a path; an empty directory is nothing."""
     with explain_os_errors(path):

@@ -112,7 +112,7 @@ def _list_names(header: _Header) -> Iterator[str]:
         yield HEAD
 
 
-# ---- writing
+# --- writing ---
 def write(model: StoredModel, file: Path, *, version: Literal[0, 2] = 0) -> list[str]:
     """Write a language model for run.c (version 0, fp32) or runq.c (version 2, int8).
 
@@ -225,7 +225,7 @@ def _to_bytes(tensor: Tensor) -> bytes:
     return tensor.contiguous().numpy().tobytes()
 
 
-# ---- reading
+# --- reading ---
 def read(path: Path) -> StoredModel:
     """Open a model of llama2.c, in fp32, with the `tokenizer.bin` beside it if there is one.
 

@@ -95,7 +95,7 @@ def translate(name: str) -> tuple[str, int | None]:
     return f"layers.{layer}.{theirs}.weight", axis
 
 
-# ---- reading
+# --- reading ---
 def read(path: Path, *, context: int = CONTEXT) -> StoredModel:
     """Open a directory of Meta's, its model-parallel parts joined.
 
@@ -252,7 +252,7 @@ def _read_equal(copies: Sequence[StoredTensor]) -> Tensor:
     return first
 
 
-# ---- writing
+# --- writing ---
 def write(
     model: StoredModel, directory: Path, *, dtype: torch.dtype | None = None, shards: int = 1
 ) -> list[str]:

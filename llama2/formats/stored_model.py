@@ -134,7 +134,7 @@ def read_ahead(tensors: Iterable[StoredTensor]) -> Iterator[Tensor]:
             yield current.pop()  # not a name of ours, which would keep it
 
 
-# ---- rules that several formats share
+# --- rules that several formats share ---
 def split_rotary_pairs(name: str, stored: StoredTensor, config: LlamaConfig) -> StoredTensor:
     """Return a tensor of a file in which rotary pairs are neighbours as one in our order."""
     heads = rotary_heads(name, config)

@@ -50,7 +50,7 @@ OTHER_ORDER = "its numbers have another byte order than this machine"
 _HEADER, _ALIGNMENT, _CHUNK = 30, 64, 1 << 24
 
 
-# ---- descriptions of tensors
+# --- descriptions of tensors ---
 @dataclass(frozen=True)
 class Extent:
     """The bytes of a member in the file."""
@@ -113,7 +113,7 @@ def _count_strides(shape: tuple[int, ...]) -> tuple[int, ...]:
     return tuple(math.prod(shape[axis + 1 :]) for axis in range(len(shape)))
 
 
-# ---- reading
+# --- reading ---
 class TensorUnpickler(pickle._Unpickler):
     """Read a dictionary of tensors and nothing else: no name of a pickle is ever imported.
 
@@ -300,7 +300,7 @@ def _read_tensor(path: Path, place: str, view: TensorView, member: Extent) -> Te
     return numbers.as_strided(view.shape, view.stride, view.offset).contiguous()
 
 
-# ---- writing
+# --- writing ---
 class _Pickler(pickle.Pickler):
     def persistent_id(self, item: Any) -> Any:
         if not isinstance(item, Storage):

@@ -44,7 +44,7 @@ class Documents:
     kernel: Kernel
 
 
-# ---- for any batch ----
+# --- for any batch ----
 def explicit_attention(
     q_BHTE: Tensor, k_BKSE: Tensor, v_BKSE: Tensor, bias_B1TS: Tensor | None
 ) -> Tensor:
@@ -96,7 +96,7 @@ def takes_shared_keys(q_BHTE: Tensor, bias_B1TS: Tensor | None) -> bool:
     return devices.is_cpu(q_BHTE) or (bias_B1TS is None and q_BHTE.dtype in KINDS)
 
 
-# ---- for packed rows on a GPU ----
+# --- for packed rows on a GPU ----
 def document_attention(
     q_BHTE: Tensor, k_BKTE: Tensor, v_BKTE: Tensor, documents: Documents
 ) -> Tensor:

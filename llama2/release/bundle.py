@@ -161,7 +161,7 @@ def _check_private(work: Path, run: Path) -> None:
                 )
 
 
-# ---- where it goes
+# --- where it goes ---
 def _check_target(out: Path, run: Path, lineage: Lineage) -> None:
     """UserError unless `out` is absent, empty, or an earlier release of the same run and nothing
     else."""

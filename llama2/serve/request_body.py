@@ -91,7 +91,7 @@ def parse_request(content: bytes, kind: type[K], path: str = "") -> K:
         raise invalid(*explain(details, path)) from None
 
 
-# ---- limits ----
+# --- limits ----
 
 
 def check_counts(content: bytes) -> None:
@@ -171,7 +171,7 @@ def _check_keys(value: dict[str, Any], field: str | None) -> None:
             raise invalid(f"unknown parameter '{key[:40]}...'", field)
 
 
-# ---- JSON ----
+# --- JSON ----
 
 
 def _parse_json(content: bytes) -> Any:
@@ -191,7 +191,7 @@ def _parse_json(content: bytes) -> Any:
         raise invalid(f"the body is not valid JSON: {error}") from None
 
 
-# ---- errors ----
+# --- errors ----
 
 
 def explain(details: Iterable[ErrorDetails], path: str = "") -> tuple[str, str | None]:

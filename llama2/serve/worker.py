@@ -153,7 +153,7 @@ class Worker:
         self._unreported: dict[SampleRequest, None] = {}  # with new tokens, in the order of drawing
         self._reported_at = 0.0
 
-    # ---- the event loop's side ----
+    # --- the event loop's side ----
 
     def start(self) -> None:
         """Start the thread and wait for its self-test, a short greedy answer; raises what that
@@ -235,7 +235,7 @@ class Worker:
 
         self._loop = asyncio.get_running_loop()
 
-    # ---- the thread's side ----
+    # --- the thread's side ----
 
     def _run(self) -> None:
         try:

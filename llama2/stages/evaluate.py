@@ -257,7 +257,7 @@ def _read_prompts(config: Config, run: runs.Run, paths: Sequence[Path]) -> list[
     return prompts
 
 
-# ---- answers
+# --- answers ---
 def answer_all(
     config: Config,
     place: int,
@@ -337,7 +337,7 @@ def load_model(config: Config, name: str, device: torch.device) -> tuple[Llama, 
     return model.eval().requires_grad_(False), tokenizer
 
 
-# ---- judgements
+# --- judgements ---
 def score_answers(
     config: Config,
     run: runs.Run,

@@ -171,7 +171,7 @@ def _count(
         )
 
 
-# ---- conversations
+# --- conversations ---
 def read_conversations(path: Path) -> list[Conversation]:
     """Read conversations with instructions from the metadata of prompts."""
     conversations = []
@@ -252,7 +252,7 @@ def _read_questions(path: Path, tally: Tally) -> Iterator[str]:
             yield prompt.messages[-1].content
 
 
-# ---- sampling and training dialogs
+# --- sampling and training dialogs ---
 def converse(
     chat: Chat, conversations: Sequence[Conversation], config: Config, first: int = 0
 ) -> list[list[str]]:

@@ -126,7 +126,7 @@ def run(config: Config, run: Run) -> None:
     )
 
 
-# ---- sampling
+# --- sampling ---
 Row = dict[str, Any]
 """one prompt: the reward of each answer, which may be kept, the best of those, the worst"""
 
@@ -217,7 +217,7 @@ def make_example(prompt: Prompt, row: Row) -> RankedAnswers:
     )
 
 
-# ---- the search for a temperature
+# --- the search for a temperature ---
 def search(
     config: Config, run: Run, chat: Chat, rewards: Rewards, prompts: Sequence[Prompt]
 ) -> tuple[dict[str, float], float]:

@@ -164,7 +164,7 @@ def choose_accepted(
     return accepted
 
 
-# ---- answers and scores
+# --- answers and scores ---
 @dataclass(frozen=True)
 class SideAnswers:
     """Answers of one version to all prompts, and its obedience."""
@@ -259,7 +259,7 @@ def _score_outcome(outcome: Outcome) -> float:
     return 1.0 if outcome.chosen.model == "candidate" else -1.0
 
 
-# ---- the choice
+# --- the choice ---
 def judge(config: Config, kinds: Sequence[str], preferred: Sequence[float]) -> SelectResult:
     """Decide which version is kept, and why: by the win rate over all comparisons and on every
     kind."""

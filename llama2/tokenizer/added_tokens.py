@@ -62,7 +62,7 @@ class AddedToken:
         return VocabularyItem(self.text.replace(" ", SPACE), 0.0, USER_DEFINED)
 
 
-# ---- reading
+# --- reading ---
 def collect(directory: Path, in_json: Mapping[int, AddedToken]) -> dict[int, AddedToken]:
     """Return the tokens that the files in a directory add, by id; `in_json` are tokenizer.json's.
 
@@ -206,7 +206,7 @@ def read_list(file: Path, values: Mapping[str, Any], key: str) -> list[Any]:
     return value
 
 
-# ---- writing
+# --- writing ---
 def describe_added(items: Sequence[VocabularyItem]) -> dict[int, dict[str, Any]]:
     """Return the items that are looked for before all else, as Hugging Face's files list them.
 

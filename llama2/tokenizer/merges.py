@@ -23,7 +23,7 @@ _LONGEST = 1024  # characters at which an item is divided; Llama 2's have 16 at 
 _LOWEST = -1e9  # the score of runs of spaces in the published model
 
 
-# ---- items to merges
+# --- items to merges ---
 def list_merges(items: Sequence[VocabularyItem]) -> list[Merge]:
     """Return the merges of a vocabulary, the first to be tried in front."""
     normal = [item for item in items if item.kind == NORMAL]
@@ -46,7 +46,7 @@ def _divide(text: str, known: Container[str]) -> list[Merge]:
     ]
 
 
-# ---- merges to items
+# --- merges to items ---
 def score_items(texts: Mapping[str, int], merges: Sequence[Merge]) -> dict[str, float] | None:
     """Return the score of each item (text -> id) by which SentencePiece merges in this order.
 
@@ -111,7 +111,7 @@ def _score_by_ids(texts: Mapping[str, int], groups: Sequence[list[str]]) -> dict
     return {text: score for group, score in zip(groups, scores) for text in group}
 
 
-# ---- a list of merges at work
+# --- a list of merges at work ---
 class Merger:
     """Encode by a list of merges, in plain Python, to compare such a list with SentencePiece.
 

@@ -58,7 +58,7 @@ class TokenizerJson:
         return Merger(self.texts, self.merges)
 
 
-# ---- reading
+# --- reading ---
 def read(file: Path) -> TokenizerJson:
     """Read a `tokenizer.json`. UserError if it is damaged, or of another kind than Llama 2's."""
     values = read_object(file)
@@ -174,7 +174,7 @@ def _name(value: Any) -> str:
     return "none" if value is None else ascii(kind)
 
 
-# ---- as a SentencePiece model
+# --- as a SentencePiece model ---
 def open_as_model(file: Path, vocab_size: int | None = None) -> StoredTokenizer:
     """Return the tokenizer in a `tokenizer.json`; `vocab_size` is the model's."""
     return StoredTokenizer(str(file), functools.cache(lambda: _build_model(file, vocab_size)))
@@ -264,7 +264,7 @@ def describe_disagreement(file: Path, vocabulary: Vocabulary, encode: Encode) ->
     return find_difference(content.make_merger(), vocabulary.items, encode)
 
 
-# ---- writing
+# --- writing ---
 def dump(vocabulary: Vocabulary) -> bytes:
     """Return the content of the `tokenizer.json` of a vocabulary."""
     items = vocabulary.items

@@ -75,8 +75,7 @@ def build(folder: Path) -> None:
     (folder / "done").touch()
 
 
-# ---- models
-# ---------------------------------------------------------------------------------------------------------
+# --- models ---
 def _models(folder: Path, demonstrations: Path) -> None:
     torch.manual_seed(0)
     texts = [turn.content for one in records.read(Dialog, demonstrations) for turn in one.messages]
@@ -216,8 +215,7 @@ def _copy(source: Path, target: Path, leave: frozenset[str] | set[str] = frozens
             (target / file.name).write_bytes(file.read_bytes())
 
 
-# ---- records
-# --------------------------------------------------------------------------------------------------------
+# --- records ---
 def _records(folder: Path) -> None:
     for kind, rows in ROWS.items():
         lines = "".join(json.dumps(row) + "\n" for row in rows).encode()
@@ -309,8 +307,7 @@ def _table(rows: list[dict[str, Any]], separator: str) -> bytes:
     ).encode()
 
 
-# ---- runs
-# -----------------------------------------------------------------------------------------------------------
+# --- runs ---
 def _runs(folder: Path) -> None:
     """A finished recipe, and runs of three kinds that were stopped half-way."""
     folder.mkdir()

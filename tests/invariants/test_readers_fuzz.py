@@ -304,8 +304,7 @@ def test_a_damaged_file_gives_records_or_one_clear_line(tmp_path: Path) -> None:
         assert {(name, kind), (name, "refused")} <= outcomes
 
 
-# ---- models, runs, requests
-# -------------------------------------------------------------------------------------
+# --- models, runs, requests ---
 def models(folder, tokenizer):
     """One small model in every format that is read: the place to open, and the files there."""
     model = model_of(LlamaConfig(tokenizer.vocab_size, 16, 24, 1, 2, 1, max_position_embeddings=32))

@@ -39,8 +39,7 @@ def client(served):
         yield client
 
 
-# --- answers sent back
-# ------------------------------------------------------------------------------------------------
+# --- answers sent back ---
 
 
 class Mood(BaseModel):
@@ -131,8 +130,7 @@ def test_a_turn_may_have_fields_that_say_nothing(served, fields):
     assert found["choices"] == plain["choices"]
 
 
-# --- fields
-# -----------------------------------------------------------------------------------------------------------
+# --- fields ---
 
 NOTHING = {
     "tools": [None, []],
@@ -559,8 +557,7 @@ def test_a_developer_speaks_as_the_system(served):
     assert said[0] == said[1]
 
 
-# --- counts
-# -----------------------------------------------------------------------------------------------------------
+# --- counts ---
 
 
 @pytest.mark.parametrize(("logprobs", "ids"), [(0, False), (1, False), (2, True), (None, True)])
@@ -693,8 +690,7 @@ def test_tokens_may_be_named_by_their_ids(served):
     )
 
 
-# --- streams
-# ----------------------------------------------------------------------------------------------------------
+# --- streams ---
 
 
 def test_a_stream_may_tell_its_usage_always_and_hide_its_lengths(client):
@@ -723,8 +719,7 @@ def test_a_stream_may_tell_its_usage_always_and_hide_its_lengths(client):
     assert {len(event + b"\n\n") % 256 for event in events} == {0}
 
 
-# --- beginnings of answers
-# --------------------------------------------------------------------------------------------
+# --- beginnings of answers ---
 
 
 def continued(served, begun, **more):
@@ -803,8 +798,7 @@ def test_the_gate_reads_the_answer_from_its_beginning(policy, scorers):
         )
 
 
-# --- openai's client
-# --------------------------------------------------------------------------------------------------
+# --- openai's client ---
 
 
 def test_refusals_are_typed_exceptions(client):

@@ -46,8 +46,7 @@ def file(source: StoredModel, tmp_path: Path) -> Path:
     return tmp_path / "model.gguf"
 
 
-# ---- round trips
-# ----------------------------------------------------------------------------------------------------
+# --- round trips ---
 @pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
 @pytest.mark.parametrize("kv_heads", RATIOS)
 @pytest.mark.parametrize(
@@ -209,8 +208,7 @@ def test_metadata(file: Path, source: StoredModel, pieces: Path) -> None:
     assert "general.name" not in fields
 
 
-# ---- tokenizer
-# ------------------------------------------------------------------------------------------------------
+# --- tokenizer ---
 @pytest.mark.parametrize("text", STRINGS)
 def test_the_tokenizer_inside_encodes_as_the_original(
     file: Path, tokenizer: Tokenizer, text: str
@@ -279,8 +277,7 @@ def test_a_damaged_tokenizer_is_named(tmp_path: Path, source: StoredModel, piece
             ours.write(replace(source, tokenizer=damaged), tmp_path / "m.gguf")
 
 
-# ---- how it is written
-# ----------------------------------------------------------------------------------------------
+# --- how it is written ---
 def test_the_same_model_gives_the_same_bytes(
     tmp_path: Path, source: StoredModel, file: Path
 ) -> None:
@@ -369,8 +366,7 @@ def test_without_the_library(
         ours.read(tmp_path / "m.gguf")
 
 
-# ---- reading what others write, and damage
-# --------------------------------------------------------------------------
+# --- reading what others write, and damage ---
 def copy(
     file: Path,
     target: Path,
@@ -601,8 +597,7 @@ def test_other_files_and_versions(file: Path, tmp_path: Path) -> None:
         ours.read(tmp_path / "nothing")
 
 
-# ---- metadata that change nothing, and such that do
-# -----------------------------------------------------------------
+# --- metadata that change nothing, and such that do ---
 @pytest.mark.parametrize(
     "change",
     [

@@ -103,8 +103,7 @@ def pickled(
     return directory
 
 
-# ---- what is written
-# ------------------------------------------------------------------------------------------------
+# --- what is written ---
 @pytest.mark.parametrize("shard_bytes", [1 << 30, 3_000])
 @pytest.mark.parametrize("config", [TINY, TIED], ids=["untied", "tied"])
 def test_what_is_written_is_read_bit_for_bit(
@@ -304,8 +303,7 @@ def test_a_number_too_large_for_the_precision_is_named(tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())
 
 
-# ---- what is read
-# ---------------------------------------------------------------------------------------------------
+# --- what is read ---
 @pytest.mark.parametrize("old", [False, True], ids=["zip", "before 1.6"])
 @pytest.mark.parametrize("shards", [1, 3])
 def test_pickled_weights_are_read_bit_for_bit(tmp_path: Path, shards: int, old: bool) -> None:
@@ -360,8 +358,7 @@ def test_only_the_tensor_asked_for_is_read(tmp_path: Path) -> None:
             assert torch.equal(stored.read(), weights()[name])
 
 
-# ---- what is refused
-# ------------------------------------------------------------------------------------------------
+# --- what is refused ---
 class Bomb:
     """Pickles as a call that makes a file."""
 

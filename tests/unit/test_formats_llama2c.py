@@ -46,8 +46,7 @@ def source(model_file: Path) -> StoredModel:
     return source_of(model_of(SHAPE), Path("model"), model_file)
 
 
-# ---- an independent account of the layout
-# ---------------------------------------------------------------------------
+# --- an independent account of the layout ---
 def neighbours(weight: np.ndarray, heads: int) -> np.ndarray:
     """Rows i and i + E/2 of every head of E rows as rows 2 i and 2 i + 1."""
     size = len(weight) // heads
@@ -119,8 +118,7 @@ def plain(model: Llama, version: int) -> bytes:
     return head + b"".join(tensor.tobytes() for tensor in in_order(model, version))
 
 
-# ---- what is written
-# ------------------------------------------------------------------------------------------------
+# --- what is written ---
 @pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
 @pytest.mark.parametrize("kv_heads", RATIOS)
 def test_version_0_is_what_run_reads(
@@ -205,8 +203,7 @@ def test_the_same_model_gives_the_same_bytes(tmp_path: Path, source: StoredModel
         assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
 
 
-# ---- what is read
-# ---------------------------------------------------------------------------------------------------
+# --- what is read ---
 @pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
 @pytest.mark.parametrize("version", [0, 1])
 @pytest.mark.parametrize("kv_heads", RATIOS)
@@ -248,8 +245,7 @@ def test_the_tokenizer_encodes_as_the_original(
     assert again.decode(again.encode(text)) == tokenizer.decode(tokenizer.encode(text))
 
 
-# ---- refusals
-# -------------------------------------------------------------------------------------------------------
+# --- refusals ---
 def test_what_cannot_be_written(tmp_path: Path, source: StoredModel, model_file: Path) -> None:
     target = tmp_path / "model.bin"
     for change, message in (

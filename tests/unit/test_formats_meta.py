@@ -100,8 +100,7 @@ def test_null_says_nothing(written: Path, key: str, value: object) -> None:
         assert meta.read(written).config == wanted
 
 
-# ---- what is written
-# ------------------------------------------------------------------------------------------------
+# --- what is written ---
 @pytest.mark.parametrize("shards", [1, 2, 4])
 @pytest.mark.parametrize("kv_heads", [8, 4], ids=["mha", "gqa"])
 def test_what_is_written_is_read_bit_for_bit(tmp_path: Path, kv_heads: int, shards: int) -> None:
@@ -208,8 +207,7 @@ def test_the_same_source_gives_the_same_bytes(
         assert path.read_bytes() == (tmp_path / "again" / path.name).read_bytes()
 
 
-# ---- params.json
-# ----------------------------------------------------------------------------------------------------
+# --- params.json ---
 @pytest.mark.parametrize(
     ("dim", "size", "multiple", "multiplier"),
     [
@@ -291,8 +289,7 @@ def test_the_tokenizer_lies_beside_or_above(written: Path) -> None:
     assert meta.read(written).tokenizer is None
 
 
-# ---- what is refused
-# ------------------------------------------------------------------------------------------------
+# --- what is refused ---
 def change(
     name: str, to: Callable[[Tensor], Tensor], file: str = "consolidated.01.pth"
 ) -> Callable[[Path], None]:

@@ -227,8 +227,7 @@ def test_a_dry_run_says_what_it_found_and_writes_nothing(
     assert not (tmp_path / "ours").exists()
 
 
-# ---- tokenizers
-# -----------------------------------------------------------------------------------------------------
+# --- tokenizers ---
 def cut_tokenizer(tokenizer: Tokenizer, file: Path, size: int) -> Path:
     """The same tokenizer without its last pieces."""
     from llama2.tokenizer import sentencepiece_model
@@ -394,8 +393,7 @@ def test_a_tokenizer_under_another_name_is_pointed_out_and_taken(
     )
 
 
-# ---- what is refused
-# ------------------------------------------------------------------------------------------------
+# --- what is refused ---
 class Bomb:
     def __init__(self, mark: Path) -> None:
         self.mark = mark
@@ -521,8 +519,7 @@ def test_a_disk_that_is_too_small_is_found_before_anything_is_written(
     assert not (tmp_path / "a").exists()
 
 
-# ---- chat templates
-# -------------------------------------------------------------------------------------------------
+# --- chat templates ---
 ZEPHYR = (
     "{% for message in messages %}{{ '<|' + message['role'] + '|>\\n' + message['content'] + eos_token }}"
     "{% endfor %}{{ '<|assistant|>\\n' }}"
@@ -632,8 +629,7 @@ def test_a_template_in_a_file_of_its_own_comes_in(tmp_path: Path, model: Path) -
     assert settings(tmp_path / "merged")["chat_template"] == "theirs"
 
 
-# ---- where answers begin and end
-# ------------------------------------------------------------------------------------
+# --- where answers begin and end ---
 def edited(model: Path, name: str = "config.json", **changes: Any) -> Path:
     file = model / name
     file.write_text(json.dumps((json.loads(file.read_text()) if file.exists() else {}) | changes))

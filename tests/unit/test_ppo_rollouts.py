@@ -126,8 +126,7 @@ def test_what_the_samples_look_like():
     assert "reward/safety" not in ppo_rollouts.describe(some, [score(0.0, 1.0, float("inf"))] * 2)
 
 
-# --- with a model
-# ---------------------------------------------------------------------------------------------------
+# --- with a model ---
 
 
 class Rig:
@@ -310,8 +309,7 @@ def test_a_first_ratio_that_is_not_one_is_logged_and_raises_an_alarm(rig, capsys
     assert "(ppo/first_ratio_deviation 0.00" in line
 
 
-# --- the scale of the critic
-# ----------------------------------------------------------------------------------------
+# --- the scale of the critic ---
 
 
 def explained(batches) -> float:

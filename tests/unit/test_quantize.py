@@ -50,8 +50,7 @@ def without_torchao(monkeypatch):
     monkeypatch.setitem(sys.modules, "torchao", None)
 
 
-# --- rounding
-# --------------------------------------------------------------------------------------------------------
+# --- rounding ---
 
 
 @pytest.mark.parametrize("size", [(16, 32), (5, 70)])
@@ -162,8 +161,7 @@ def test_sizes_are_those_of_what_is_decoded_with(bits):
     )
 
 
-# --- the measure
-# -----------------------------------------------------------------------------------------------------
+# --- the measure ---
 
 
 def test_every_token_is_predicted_once(tokenizer):
@@ -306,8 +304,7 @@ def test_the_tables(policy, text, capsys):
     assert [line.split()[0] for line in lines[-3:]] == ["fp32", "bf16", "int8"]
 
 
-# --- mistakes, and where it may be asked for
-# -------------------------------------------------------------------------
+# --- mistakes, and where it may be asked for ---
 
 
 def test_without_torchao_only_four_bits_are_missing(policy, text, one_line, monkeypatch, capsys):

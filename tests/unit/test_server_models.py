@@ -99,8 +99,7 @@ def test_several_models_have_their_names(policy):
         assert served.post("chat/completions", messages=ASK, max_tokens=2).json()["model"] == "one"
 
 
-# --- the safety gate
-# -------------------------------------------------------------------------------------------------
+# --- the safety gate ---
 
 
 @pytest.mark.parametrize("threshold", [0.0, 1.0])

@@ -41,8 +41,7 @@ def split(directory, sets, **changes):
     return [opening(one.messages) for found in training.values() for one in found], heldout, run
 
 
-# --- the split
-# ------------------------------------------------------------------------------------------------------
+# --- the split ---
 
 
 @pytest.mark.parametrize("weight", [1, 1.5, 3])
@@ -129,8 +128,7 @@ def test_held_out_dialogs_may_be_given(tmp_path):
     assert run.tally("held out").skipped == {"duplicate": 1}
 
 
-# --- what is learnt
-# -------------------------------------------------------------------------------------------------
+# --- what is learnt ---
 
 
 @pytest.mark.parametrize(

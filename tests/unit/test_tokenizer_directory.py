@@ -68,8 +68,7 @@ def change(file: Path, **values: Any) -> None:
     file.write_text(json.dumps(content))
 
 
-# ---- tokenizer.json alone
-# -------------------------------------------------------------------------------------------
+# --- tokenizer.json alone ---
 def test_a_model_is_built_of_it(alone: Path, tokenizer: Tokenizer) -> None:
     for place in (alone, alone / "tokenizer.json"):
         again = Tokenizer.load(place)
@@ -206,8 +205,7 @@ def test_damage_is_one_line(alone: Path, content: bytes) -> None:
         Tokenizer.load(alone)
 
 
-# ---- added tokens
-# ---------------------------------------------------------------------------------------------------
+# --- added tokens ---
 def test_special_ones_are_control_items_and_others_are_found_in_text(
     directory: Path, tokenizer: Tokenizer
 ) -> None:
@@ -349,8 +347,7 @@ def test_contradictions_are_refused(directory: Path, files: dict[str, Any], mess
         Tokenizer.load(directory)
 
 
-# ---- both files
-# -----------------------------------------------------------------------------------------------------
+# --- both files ---
 def test_files_that_disagree_are_named(
     directory: Path, tokenizer: Tokenizer, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -224,8 +224,7 @@ def test_no_more_than_a_layer_is_in_memory(
     assert len(made) == 2 * SHAPE.num_hidden_layers
 
 
-# ---- tokenizers
-# -----------------------------------------------------------------------------------------------------
+# --- tokenizers ---
 def test_tokenizers(tmp_path: Path, shared: Path, tokenizer: Tokenizer) -> None:
     own = shared / "tokenizer" / "tokenizer.model"
     assert tokenizer_probes.compare_tokenizers(own, own).difference is None
@@ -271,8 +270,7 @@ def test_the_texts_are_hard(tokenizer: Tokenizer) -> None:
             tokenizer.encode(text)
 
 
-# ---- the command
-# ----------------------------------------------------------------------------------------------------
+# --- the command ---
 def test_the_command(tmp_path: Path, base: Path, capsys: pytest.CaptureFixture[str]) -> None:
     shutil.copytree(base, tmp_path / "same")
     assert llama2("verify", base, tmp_path / "same") == 0
@@ -326,8 +324,7 @@ def test_a_length_beyond_the_context_is_refused(source: StoredModel) -> None:
         verify.compare_models(source, source, length=701)
 
 
-# ---- a run and what it wrote
-# ----------------------------------------------------------------------------------------
+# --- a run and what it wrote ---
 def _flip(file: Path) -> None:
     """One bit in the middle; neither the size nor the time tells."""
     status, content = file.stat(), bytearray(file.read_bytes())

@@ -105,7 +105,7 @@ class PlannedRuns:
         return {"vocab_size": size}
 
 
-# ---- stages that train
+# --- stages that train ---
 def plan_training(
     towers: Sequence[Tower],
     settings: Training,
@@ -195,7 +195,7 @@ def _plan_memory(parts: Mapping[str, float], cluster: Cluster, fewest: int | str
     }
 
 
-# ---- stages that sample
+# --- stages that sample ---
 def plan_sampling(
     policies: Sequence[LlamaConfig | None],
     scorers: Sequence[LlamaConfig | None],
@@ -307,7 +307,7 @@ def _keep_largest(phases: dict[str, dict[str, float]], name: str, parts: dict[st
         phases[name] = parts
 
 
-# ---- recipes
+# --- recipes ---
 def total(plans: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
     """Return the sum over all steps of a recipe: GPU-hours where they are known, and the steps that
     do not fit."""
