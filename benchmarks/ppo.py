@@ -45,7 +45,7 @@ from llama2.stages.common.ppo_watch import Watch
 from llama2.stages.common.sampling import Sample
 from llama2.train.learner import Learner
 from llama2.train.loop import Hook, Plan, TrainingState, fit
-from llama2.train.objectives import clipped
+from llama2.train.objectives import make_ppo_loss
 from llama2.train.optim import AdamW
 
 PARTS = ("rollout", "scoring", "update", "total")
@@ -151,7 +151,13 @@ def ours(size: Size, precision: devices.Precision) -> None:
     learner = Learner(
         source.models, ranks, AdamW(learning_rate=1e-6), apart=(ACTOR, CRITIC), precision=precision
     )
-    fit(learner, source, clipped(), Plan(schedule="constant"), [watch, Iterations(Questions())])
+    fit(
+        learner,
+        source,
+        make_ppo_loss(),
+        Plan(schedule="constant"),
+        [watch, Iterations(Questions())],
+    )
 
 
 def compare(name: str, arguments: argparse.Namespace) -> None:

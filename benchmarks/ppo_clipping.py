@@ -38,7 +38,7 @@ from llama2.stages.common.sampling import Sample, keep_fitting, load_rewards, re
 from llama2.stages.common.training import freeze, load_policy, load_scorer
 from llama2.train.learner import Learner
 from llama2.train.loop import Hook, Report, TrainingState, fit
-from llama2.train.objectives import clipped, explained_variance
+from llama2.train.objectives import compute_explained_variance, make_ppo_loss
 
 
 @dataclass
@@ -100,7 +100,7 @@ def train(
     )
     rollouts.scaled = not apart  # as it was: the critic keeps the reward model's scale
     kept = Kept(rollouts if batches is None else iter(batches))
-    objective = clipped(
+    objective = make_ppo_loss(
         config.clip, config.value_clip, 0.0 if batches else config.value_coefficient
     )
     learner = Learner(
@@ -153,7 +153,7 @@ def compare(config: ppo.Config, apart: tuple[str, ...]) -> tuple[Way, Way]:
             [measure_clipping(norm, limit) for norm in clipping],
             own,
             critic,
-            explained_variance(first)["ppo/explained_variance"],
+            compute_explained_variance(first)["ppo/explained_variance"],
             *movement(config, actor, kept.batches),
         ),
         Way(

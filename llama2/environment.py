@@ -12,13 +12,13 @@ _ON, _OFF = ("1", "true", "yes", "on"), ("0", "false", "no", "off")
 def is_on(name: str, *, default: bool) -> bool:
     """Tell whether the variable `name` says yes, `default` where it is not set or empty; UserError
     for what says neither."""
-    said = os.environ.get(name, "").strip().lower()
-    if said and said not in (*_ON, *_OFF):
+    text = os.environ.get(name, "").strip().lower()
+    if text and text not in (*_ON, *_OFF):
         raise UserError(
             f"{name}={os.environ[name]}: it says neither yes nor no", "set it to 1 or 0"
         )
 
-    return said in _ON if said else default
+    return text in _ON if text else default
 
 
 def native() -> bool:

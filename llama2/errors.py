@@ -78,7 +78,7 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
     return f"did you mean '{lower[close[0]]}'?" if close else f"known: {', '.join(names) or 'none'}"
 
 
-def missing_extra(package: str, extra: str) -> UserError:
+def explain_missing_extra(package: str, extra: str) -> UserError:
     """The error for an optional library that is not installed, with the line that installs it."""
     return UserError(
         f"this needs the package '{package}', which is not installed",

@@ -10,12 +10,12 @@ import os
 from typing import Literal
 
 from llama2.errors import explain_os_errors
-from llama2.json_files import opened
+from llama2.json_files import open_file
 
 
 def hash_file(path: str | os.PathLike[str]) -> str:
     """Return the SHA-256 of a plain file's content, in hexadecimal."""
-    with explain_os_errors(path), opened(path) as file:
+    with explain_os_errors(path), open_file(path) as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from llama2.errors import UserError, explain_os_errors
-from llama2.terminal_text import shown
+from llama2.terminal_text import show_value
 
 LARGEST = 1 << 30
 """bytes of a file that is read whole"""
@@ -54,7 +54,7 @@ def check(path: str | os.PathLike[str]) -> int:
     return status.st_size
 
 
-def opened(path: str | os.PathLike[str]) -> BufferedReader:
+def open_file(path: str | os.PathLike[str]) -> BufferedReader:
     """Open a plain file for reading."""
     check(path)
     with explain_os_errors(path):
@@ -97,7 +97,7 @@ def json_value(path: str | os.PathLike[str], cure: str = AGAIN) -> Any:
         raise UserError(f"{path}: the file is empty, JSON was expected", cure)
 
     try:
-        return parsed(text)
+        return parse(text)
     except json.JSONDecodeError as error:
         raise UserError(
             f"{path}:{error.lineno}: not valid JSON ({error.msg} at column {error.colno})", cure
@@ -108,27 +108,27 @@ def json_value(path: str | os.PathLike[str], cure: str = AGAIN) -> Any:
 
 def json_object(path: str | os.PathLike[str], cure: str = AGAIN) -> dict[str, Any]:
     """Read the JSON object in a file."""
-    found = json_value(path, cure)
-    if not isinstance(found, dict):
-        raise UserError(f"{path}: a JSON object was expected, this is {_named(found)}", cure)
+    value = json_value(path, cure)
+    if not isinstance(value, dict):
+        raise UserError(f"{path}: a JSON object was expected, this is {_named(value)}", cure)
 
-    return found
+    return value
 
 
 def json_list(path: str | os.PathLike[str], cure: str = AGAIN) -> list[Any]:
     """Read the JSON list in a file."""
-    found = json_value(path, cure)
-    if not isinstance(found, list):
-        raise UserError(f"{path}: a JSON list was expected, this is {_named(found)}", cure)
+    value = json_value(path, cure)
+    if not isinstance(value, list):
+        raise UserError(f"{path}: a JSON list was expected, this is {_named(value)}", cure)
 
-    return found
+    return value
 
 
-def parsed(text: str | bytes) -> Any:
+def parse(text: str | bytes) -> Any:
     """Return the value of a JSON text. ValueError, and nothing else, if it is none, is nested more
     than `DEEPEST` levels, or says two things of one key."""
     try:
-        found = json.loads(text, object_pairs_hook=_object, parse_int=_whole)
+        value = json.loads(text, object_pairs_hook=_object, parse_int=_whole)
     except UnicodeDecodeError as error:
         raise ValueError(
             f"no text in {error.encoding}: {error.reason} at byte {error.start}"
@@ -136,10 +136,10 @@ def parsed(text: str | bytes) -> Any:
     except RecursionError:
         raise ValueError("nested too deeply") from None
 
-    if is_deep(found, DEEPEST):
+    if is_deep(value, DEEPEST):
         raise ValueError(f"nested more than {DEEPEST} levels deep")
 
-    return found
+    return value
 
 
 def is_deep(value: Any, most: int) -> bool:
@@ -155,12 +155,12 @@ def is_deep(value: Any, most: int) -> bool:
 
 
 def _object(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    for key, value in pairs if len(found) < len(pairs) else ():
-        if found[key] != value:
-            raise ValueError(f"the key {shown(key)} stands twice, with two values")
+    result = dict(pairs)
+    for key, value in pairs if len(result) < len(pairs) else ():
+        if result[key] != value:
+            raise ValueError(f"the key {show_value(key)} stands twice, with two values")
 
-    return found
+    return result
 
 
 def _whole(digits: str) -> float:
@@ -176,7 +176,7 @@ def _items(value: Any) -> Sequence[Any]:
 
 def _named(value: Any) -> str:
     kinds = {dict: "an object", list: "a list", str: "a text", type(None): "null"}
-    return kinds.get(type(value), shown(value))
+    return kinds.get(type(value), show_value(value))
 
 
 def is_own(name: Any) -> bool:

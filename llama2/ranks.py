@@ -5,7 +5,7 @@ CPU ranks talk over gloo, GPU ranks over NCCL. Whoever works with others is hand
 module asks a global one.
 
 The axes have torchtitan's names, and each knows its size, this process's index and its process
-group. Today one data axis has all ranks: `replicate`, or `shard` once `Ranks.sharded` was asked
+group. Today one data axis has all ranks: `replicate`, or `shard` once `Ranks.spread` was asked
 for; the others have one rank each. To open another, lay the ranks out in `join` with PyTorch's
 `init_device_mesh(device.type, sizes, mesh_dim_names=...)` and fill the axes from its
 `get_local_rank(name)` and `get_group(name)`; data, sums over it and shares follow `Ranks.data`. The
@@ -72,7 +72,7 @@ class Ranks:
         ranks = cls(device, rank, size, replicate=Axis(size, rank, dist.group.WORLD))
         return replace(ranks, peers=tuple(ranks.gather([rendezvous.describe_process()])))
 
-    def sharded(self) -> Ranks:
+    def spread(self) -> Ranks:
         """Return the same ranks for one model that is spread over them."""
         return replace(self, replicate=Axis(), shard=self.data)
 
@@ -83,7 +83,7 @@ class Ranks:
 
     @property
     def is_main(self) -> bool:
-        """Whether this is rank 0, which writes files and prints."""
+        """True on rank 0, which writes files and prints."""
         return self.rank == 0
 
     def barrier(self) -> None:
@@ -166,7 +166,7 @@ class Ranks:
             raise rendezvous.explain_disconnect(error, self.peers) from error
 
 
-def requested() -> int | None:
+def count_requested() -> int | None:
     """Return the number of ranks that torchrun (or our launcher) started, None if none did."""
     text = os.environ.get("WORLD_SIZE", "")
     if text and not (text.isdecimal() and int(text)):
@@ -180,7 +180,7 @@ def requested() -> int | None:
 def join() -> Ranks:
     """Join the other ranks if torchrun (or our launcher) started us, and tune a CPU; safe to call
     twice."""
-    size = requested() or 1
+    size = count_requested() or 1
     device = devices.choose()
     if dist.is_initialized():
         ranks = Ranks.of_group(device)
@@ -197,7 +197,7 @@ def _meet(device: torch.device, size: int) -> Ranks:
     devices.claim(device)
     rendezvous.check(size)
     gpu = devices.is_gpu(device)
-    with rendezvous.joining(size, TIMEOUT):
+    with rendezvous.await_ranks(size, TIMEOUT):
         dist.init_process_group(
             "nccl" if gpu else "gloo", timeout=TIMEOUT, device_id=device if gpu else None
         )

@@ -78,7 +78,7 @@ class Dialog:
 
     def __post_init__(self) -> None:
         check_roles(self.messages, last="assistant")
-        trained_turns(self.messages, self.train)
+        mask_turns(self.messages, self.train)
 
 
 @with_config(_STRICT)
@@ -191,7 +191,7 @@ def check_roles(messages: Messages, last: Role) -> None:
         raise ValueError(f"the last turn must be '{last}', it is '{turns[-1].role}'")
 
 
-def trained_turns(messages: Messages, train: Train) -> tuple[bool, ...]:
+def mask_turns(messages: Messages, train: Train) -> tuple[bool, ...]:
     """Return for each assistant turn whether it carries loss; ValueError for a mask of another
     length."""
     turns = sum(message.role == "assistant" for message in messages)
@@ -278,7 +278,7 @@ def write(path: str | os.PathLike[str], records: Iterable[object]) -> int:
     """Write records as JSON Lines (packed for `.gz` and `.zst`), atomically, and return how many
     there were."""
     count = 0
-    with writing(path) as put:
+    with open_writer(path) as put:
         for record in records:
             put(record)
             count += 1
@@ -287,7 +287,7 @@ def write(path: str | os.PathLike[str], records: Iterable[object]) -> int:
 
 
 @contextmanager
-def writing(path: str | os.PathLike[str]) -> Iterator[Callable[[object], None]]:
+def open_writer(path: str | os.PathLike[str]) -> Iterator[Callable[[object], None]]:
     """Yield a function that writes one more record; the file appears under its name when the block
     ends well."""
     path = Path(path)
@@ -309,7 +309,7 @@ class StoredRecords(Sequence[Record]):
         self._kind, self._path = kind, path
         self._starts = array("Q")
         position = 0
-        with explain_os_errors(path), json_files.opened(path) as file:
+        with explain_os_errors(path), json_files.open_file(path) as file:
             for line in file:
                 if line.strip():
                     self._starts.append(position)

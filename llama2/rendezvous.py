@@ -70,7 +70,7 @@ def check(ranks: int) -> None:
 
 
 @contextmanager
-def joining(ranks: int, limit: timedelta) -> Iterator[None]:
+def await_ranks(ranks: int, limit: timedelta) -> Iterator[None]:
     """Wait at most `limit` for the ranks to meet in this block; UserError if they do not."""
     place = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
     rank, seconds = os.environ["RANK"], limit.total_seconds()
@@ -145,7 +145,7 @@ def _is_between_ranks(error: RuntimeError) -> bool:
 def explain_disconnect(error: RuntimeError, peers: Sequence[Peer]) -> RankLost:
     """Return the error to raise for one of the transport: which of the ranks is gone, if that can
     be told."""
-    gone = missing(peers)
+    gone = find_missing(peers)
     if gone:
         ranks = f"rank {gone[0]} is" if len(gone) == 1 else f"ranks {', '.join(map(str, gone))} are"
         return RankLost(
@@ -163,7 +163,7 @@ def explain_disconnect(error: RuntimeError, peers: Sequence[Peer]) -> RankLost:
     )
 
 
-def missing(peers: Sequence[Peer]) -> list[int]:
+def find_missing(peers: Sequence[Peer]) -> list[int]:
     """Return the ranks of this machine whose processes have ended. One that is about to is waited
     for."""
     machine, _ = describe_process()

@@ -54,7 +54,7 @@ def _cut_middle(text: str, most: int) -> str:
     return f"{text[: most - end - len(_GAP)]}{_GAP}{text[-end:]}"
 
 
-def shown(value: Any) -> str:
+def show_value(value: Any) -> str:
     """Return a value of a file as Python writes it, the beginning of a long one."""
     try:
         text = repr(value)

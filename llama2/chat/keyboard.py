@@ -124,7 +124,7 @@ def remember(history: History | None, text: str) -> History | None:
 def _parse_message(line: str) -> str:
     """Return the message of a line; "" if there is none."""
     try:
-        text = json_files.parsed(line)
+        text = json_files.parse(line)
     except ValueError:
         return ""
 

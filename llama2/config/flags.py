@@ -91,9 +91,9 @@ def _refuse_second(place: Place, flag: Flag, nested: Mapping[str, Any]) -> None:
     if not isinstance(first, Flag):
         return
 
-    message = f"{flag.name} is given twice ({first.typed()}, {flag.typed()})"
+    message = f"{flag.name} is given twice ({first.spell()}, {flag.spell()})"
     if schema.lists(place.kind):
-        raise UserError(message, f"give all behind one: {flag.name} {first.typed()} {flag.typed()}")
+        raise UserError(message, f"give all behind one: {flag.name} {first.spell()} {flag.spell()}")
     if Path in schema.alternatives(place.kind) and place.names != ("out",):
         raise UserError(message, "leave one out, or give the second another name")
 

@@ -15,7 +15,7 @@ from pydantic_core import ErrorDetails
 from llama2.config import schema
 from llama2.config.schema import NAME, Flag, Place
 from llama2.errors import UserError
-from llama2.terminal_text import shown
+from llama2.terminal_text import show_value
 
 _DATA = ("dialogs", "preferences", "shards", "documents", "sources", "prompts", "conversations")
 _ALIASES = {
@@ -170,7 +170,7 @@ def explain(
         return _explain_no_section(place, flag, value, prefix)
 
     named = flag.name if flag else key
-    given = flag.typed() if flag and len(flag.words) == 1 else _show(value)
+    given = flag.spell() if flag and len(flag.words) == 1 else _show(value)
     rule, cure = _describe_rule(detail, place.kind)
     return UserError(f"{prefix}'{named}': {rule} (it is {given})", cure)
 
@@ -234,12 +234,12 @@ def _explain_no_section(place: Place, flag: Flag | None, value: Any, prefix: str
     is_named = below[:1] == (NAME,)
     if flag and is_named:
         return UserError(
-            f"{prefix}'{flag.name}' needs a name for what it is given (it is {flag.typed()})",
-            f"use --{place.flag}.{schema.spell_flag(*below)} {flag.typed()}",
+            f"{prefix}'{flag.name}' needs a name for what it is given (it is {flag.spell()})",
+            f"use --{place.flag}.{schema.spell_flag(*below)} {flag.spell()}",
         )
     if flag:
         return UserError(
-            f"{prefix}'{flag.name}' has keys of its own (it is {flag.typed()})",
+            f"{prefix}'{flag.name}' has keys of its own (it is {flag.spell()})",
             f"use {schema.show_usage(place)}",
         )
 
@@ -301,7 +301,7 @@ def _show(value: Any) -> str:
     if isinstance(value, float):
         return f"{value:g}"
     if not isinstance(value, (list, tuple)):
-        return shown(value)
+        return show_value(value)
 
     text = f"[{', '.join(map(_show, value))}]"
     return text if len(text) <= 100 else f"{text[:97]}..."

@@ -104,8 +104,8 @@ def _make_example(annotation: Any, default: Any = tyro.MISSING) -> Any:
         if schema.is_model(kind) and default in (None, tyro.MISSING):
             examples = {}
             for name, field in kind.model_fields.items():
-                own = field.get_default(call_default_factory=True)
-                given = tyro.MISSING if field.is_required() else own
+                value = field.get_default(call_default_factory=True)
+                given = tyro.MISSING if field.is_required() else value
                 examples[name] = _make_example(field.annotation, given)
 
             return kind.model_construct(**examples)

@@ -51,7 +51,7 @@ class Flag:
     """with its dashes, without the value"""
     words: tuple[str, ...]
 
-    def typed(self) -> str:
+    def spell(self) -> str:
         """Its value as it was typed, in quotes where it could not be seen otherwise."""
         text = " ".join(self.words)
         text = text if len(text) <= 100 else f"{text[:97]}..."

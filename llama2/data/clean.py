@@ -97,10 +97,10 @@ _PHONE = re.compile(
 
 @dataclass(frozen=True)
 class Rules:
-    """What to clean. A document is dropped below `min_characters`, or when more than `max_symbols`
-    of its visible characters are neither letters nor digits, or more than `max_repeated` of its
-    characters lie in lines that it repeats, or one word makes up more than `max_one_word` of 50
-    words and more."""
+    """Rules of cleaning. A document is dropped below `min_characters`, or when more than
+    `max_symbols` of its visible characters are neither letters nor digits, or more than
+    `max_repeated` of its characters lie in lines that it repeats, or one word makes up more than
+    `max_one_word` of 50 words and more."""
 
     min_characters: int = 20
     max_symbols: float = 0.7
@@ -140,9 +140,9 @@ def clean_text(text: str, rules: Rules, counts: Counter[str]) -> str:
     lines = [line.rstrip() for line in _SPACES.sub(" ", text).split("\n")]
 
     if rules.remove_boilerplate:
-        kept = [line for line in lines if not is_boilerplate(line)]
-        counts["boilerplate lines removed"] += len(lines) - len(kept)
-        lines = kept
+        content = [line for line in lines if not is_boilerplate(line)]
+        counts["boilerplate lines removed"] += len(lines) - len(content)
+        lines = content
 
     text = re.sub(r"\n{3,}", "\n\n", "\n".join(lines)).strip("\n")
     return mask_personal_data(text, counts) if rules.mask_personal_data else text
@@ -159,7 +159,7 @@ def is_boilerplate(line: str) -> bool:
     return (
         plain.startswith(_BEGINNINGS)
         or any(phrase in plain for phrase in _PHRASES)
-        or all(word in _NAVIGATION for word in words)
+        or _NAVIGATION.issuperset(words)
         or (plain[0] == "<" and bool(_TAGS.fullmatch(plain)))
     )
 
@@ -174,11 +174,11 @@ def mask_personal_data(text: str, counts: Counter[str]) -> str:
     if not _DIGITS.search(text):
         return text
 
-    def mask_ip(found: re.Match[str]) -> str:
+    def mask_ip(match: re.Match[str]) -> str:
         try:
-            ipaddress.IPv4Address(found[0])
+            ipaddress.IPv4Address(match[0])
         except ValueError:
-            return found[0]
+            return match[0]
 
         counts["IP addresses masked"] += 1
         return "[ip address]"
@@ -199,7 +199,7 @@ def _unfit(text: str, rules: Rules) -> str:
     if len(_SYMBOL.findall(visible)) > rules.max_symbols * len(visible):
         return "mostly symbols"
 
-    lines = Counter(line.strip() for line in text.split("\n") if line.strip())
+    lines = Counter(line.strip() for line in text.split("\n"))
     repeated = sum(len(line) * (count - 1) for line, count in lines.items())
     if repeated > rules.max_repeated * len(text):
         return "repeated lines"

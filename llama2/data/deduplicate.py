@@ -63,16 +63,16 @@ def drop_repeated_lines(
     for document in documents:
         lines = document.text.split("\n")
         keys = {line: fingerprint(line) for line in lines if line.strip()}
-        kept = [line for line in lines if line not in keys or seen[keys[line]] < limit]
+        remaining = [line for line in lines if line not in keys or seen[keys[line]] < limit]
         seen.update(set(keys.values()))
 
         if len(seen) > max_lines:
             seen = Counter(dict(seen.most_common(max_lines // 2)))
 
-        counts["repeated lines removed"] += len(lines) - len(kept)
-        if len(kept) == len(lines):
+        counts["repeated lines removed"] += len(lines) - len(remaining)
+        if len(remaining) == len(lines):
             yield document
-        elif text := "\n".join(kept).strip("\n"):
+        elif text := "\n".join(remaining).strip("\n"):
             yield replace(document, text=text)
         else:
             counts["documents of repeated lines removed"] += 1

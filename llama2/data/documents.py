@@ -40,8 +40,8 @@ def read_documents(
     own.
     """
     tally = tally or Tally()
-    found = files.read_filled(paths, _reader(split), "documents", "documents", tally)
-    for item in chain.from_iterable(items for _, items in found):
+    filled = files.read_filled(paths, _reader(split), "documents", "documents", tally)
+    for item in chain.from_iterable(items for _, items in filled):
         tally.read += 1
         if isinstance(item, Document):
             yield item
@@ -105,9 +105,11 @@ def _document(row: Row | BadRow) -> Document | BadRow:
     fields = dict(row.value)
     text, name, metadata = (fields.pop(key, None) for key in ("text", "id", "metadata"))
     if not isinstance(text, str):
-        said = "null" if text is None else f"a {type(text).__name__}"
-        found = f"'text' is {said}" if "text" in row.value else f"no 'text' among {sorted(fields)}"
-        return BadRow(row.where, found, "each document needs a string 'text'")
+        cause = f"no 'text' among {sorted(fields)}"
+        if "text" in row.value:
+            cause = "'text' is " + ("null" if text is None else f"a {type(text).__name__}")
+
+        return BadRow(row.where, cause, "each document needs a string 'text'")
 
     extra = (
         metadata

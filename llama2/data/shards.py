@@ -17,6 +17,7 @@ from __future__ import annotations
 import hashlib
 import os
 from collections.abc import Iterable, Iterator
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -58,37 +59,9 @@ def write_shards(
     with explain_os_errors(directory):
         atomic.make(directory)
         encoded = _encode(documents, tokenizer, dtype, threads)
-        document = next(encoded, None)
-
-        while document is not None:
-            number = len(files)
-            ends: list[int] = []
-            end, digest, name = 0, hashlib.sha256(), f"tokens-{number:05}.bin"
-
-            with atomic.new_file(directory / name) as work, open(work, "wb") as file:
-                while document is not None and end < shard_tokens:
-                    content = document.tobytes()
-                    file.write(content)
-                    digest.update(content)
-                    end += len(document)
-                    ends.append(end)
-                    document = next(encoded, None)
-
-            ends_name, ends_content = (
-                f"documents-{number:05}.bin",
-                np.array(ends, dtype="<i8").tobytes(),
-            )
-            atomic.write_atomic(directory / ends_name, ends_content)
-            files.append(
-                {
-                    "tokens": name,
-                    "tokens_sha256": digest.hexdigest(),
-                    "token_count": end,
-                    "documents": ends_name,
-                    "documents_sha256": hash_content(ends_content),
-                    "document_count": len(ends),
-                }
-            )
+        for document in encoded:
+            rest = chain([document], encoded)
+            files.append(_write_shard(rest, directory, len(files), shard_tokens))
 
         if not files:
             raise UserError(
@@ -106,6 +79,36 @@ def write_shards(
         atomic.write_atomic(directory / INDEX, dump(index))
 
     return Shards(directory, tokenizer)
+
+
+def _write_shard(
+    documents: Iterable[npt.NDArray[Any]], directory: Path, number: int, shard_tokens: int
+) -> dict[str, Any]:
+    """Write documents until there are `shard_tokens` tokens; return the shard's entry in the
+    index."""
+    ends: list[int] = []
+    end, digest, name = 0, hashlib.sha256(), f"tokens-{number:05}.bin"
+    with atomic.new_file(directory / name) as work, open(work, "wb") as file:
+        for document in documents:
+            content = document.tobytes()
+            file.write(content)
+            digest.update(content)
+            end += len(document)
+            ends.append(end)
+            if end >= shard_tokens:
+                break
+
+    ends_name = f"documents-{number:05}.bin"
+    ends_content = np.array(ends, dtype="<i8").tobytes()
+    atomic.write_atomic(directory / ends_name, ends_content)
+    return {
+        "tokens": name,
+        "tokens_sha256": digest.hexdigest(),
+        "token_count": end,
+        "documents": ends_name,
+        "documents_sha256": hash_content(ends_content),
+        "document_count": len(ends),
+    }
 
 
 def _encode(

@@ -17,21 +17,21 @@ ENOUGH = 10
 """conversations of which one can be spared"""
 
 
-def opening(turns: Messages, instruction: str = "") -> str:
+def normalize_opening(turns: Messages, instruction: str = "") -> str:
     """Return the first user turn, case and spacing aside, by which splits and exclusions go.
 
     `instruction` is what Ghost Attention put in front of it: the question behind it is the
     conversation's own.
     """
-    said = next(message.content for message in turns if message.role == "user").strip()
-    asked = said.removeprefix(instruction.strip()).strip() or said
-    return " ".join(asked.lower().split())
+    text = next(message.content for message in turns if message.role == "user").strip()
+    question = text.removeprefix(instruction.strip()).strip() or text
+    return " ".join(question.lower().split())
 
 
 def is_heldout(turns: Messages, share: float) -> bool:
     """Tell whether a conversation belongs to the held-out share; a larger share contains a smaller
     one."""
-    return _place(opening(turns)) < share * 2.0**64
+    return _place(normalize_opening(turns)) < share * 2.0**64
 
 
 def heldout_openings(openings: Sequence[str], share: float) -> set[str]:
@@ -42,20 +42,20 @@ def heldout_openings(openings: Sequence[str], share: float) -> set[str]:
     `ENOUGH` conversations or more.
     """
     counts = Counter(openings)
-    chosen = {said for said in counts if _place(said) < share * 2.0**64}
+    chosen = {opening for opening in counts if _place(opening) < share * 2.0**64}
     if chosen or not share or len(counts) < ENOUGH:
         return chosen
 
     wanted = max(1, round(share * len(openings)))
-    for said in sorted(counts, key=_place):
+    for opening in sorted(counts, key=_place):
         if wanted <= 0:
             break
 
-        chosen.add(said)
-        wanted -= counts[said]
+        chosen.add(opening)
+        wanted -= counts[opening]
 
     return chosen
 
 
-def _place(said: str) -> int:
-    return hash_parts("heldout", said)
+def _place(opening: str) -> int:
+    return hash_parts("heldout", opening)

@@ -63,7 +63,7 @@ def _open_directory(path: Path) -> StoredModel:
 
 
 def _open_file(path: Path) -> StoredModel:
-    with explain_os_errors(path), json_files.opened(path) as file:
+    with explain_os_errors(path), json_files.open_file(path) as file:
         head = file.read(_HEAD)
 
     if head.startswith(gguf_header.MAGIC):

@@ -28,7 +28,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from llama2.errors import UserError, missing_extra
+from llama2.errors import UserError, explain_missing_extra
 from llama2.formats import gguf_metadata, gguf_vocabulary
 from llama2.formats.binary import FETCH_AGAIN, read_array, replace_file
 from llama2.formats.gguf_header import ALIGNMENT, Header, read_header
@@ -72,7 +72,7 @@ def _import_library() -> ModuleType:
         import gguf
         import gguf.quants
     except ImportError:
-        raise missing_extra("gguf", "gguf") from None
+        raise explain_missing_extra("gguf", "gguf") from None
 
     logging.getLogger("gguf").setLevel(logging.ERROR)
     return gguf

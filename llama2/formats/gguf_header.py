@@ -61,7 +61,7 @@ class Header:
 
 def read_header(path: Path) -> Header:
     """Read the head of a GGUF file. UserError for another file or version, and a damaged one."""
-    with explain_os_errors(path), json_files.opened(path) as file:
+    with explain_os_errors(path), json_files.open_file(path) as file:
         if file.read(len(MAGIC)) != MAGIC:
             raise UserError(
                 f"{path}: not a GGUF file: it does not begin with 'GGUF'", "check the path"

@@ -13,7 +13,7 @@ from llama2.formats.binary import FETCH_AGAIN
 from llama2.formats.gguf_header import Header
 from llama2.formats.settings import build_config, changes_nothing, covers_context
 from llama2.model.llama import LlamaConfig
-from llama2.terminal_text import shown
+from llama2.terminal_text import show_value
 
 Precision = Literal["f32", "f16", "bf16", "q8_0", "q4_0"]
 # each ends an answer in llama.cpp
@@ -161,4 +161,4 @@ def _refuse_variants(path: Path, metadata: Mapping[str, Any], config: LlamaConfi
             continue
 
         wanted = f"Llama 2 has {neutral[key][0]!r}" if key in neutral else _UNKNOWN
-        raise UserError(f"{path}: {key} is {shown(_restore(value))}, {wanted}", UNREADABLE)
+        raise UserError(f"{path}: {key} is {show_value(_restore(value))}, {wanted}", UNREADABLE)

@@ -20,7 +20,7 @@ from llama2.errors import UserError
 from llama2.formats.hf_directory import CONFIG, PADDING
 from llama2.formats.settings import build_config, changes_nothing, covers_context
 from llama2.model.llama import LlamaConfig
-from llama2.terminal_text import shown
+from llama2.terminal_text import show_value
 from llama2.tokenizer import chat_settings
 
 LANGUAGE_MODEL, SEQUENCE_SCORER = "LlamaForCausalLM", "LlamaForSequenceClassification"
@@ -123,7 +123,7 @@ def read_config(directory: Path) -> tuple[LlamaConfig, bool]:
     path, values = _read_values(directory)
     if values.get("model_type") != "llama":
         raise UserError(
-            f"{path}: model_type is {shown(values.get('model_type'))}, not 'llama'",
+            f"{path}: model_type is {show_value(values.get('model_type'))}, not 'llama'",
             "only models of the Llama 2 family can be loaded",
         )
 
@@ -192,15 +192,15 @@ def _refuse_scaling(path: Path, name: str, section: Mapping[str, Any]) -> None:
     key, kind = _require_one(path, kinds) or (f"{name}.rope_type", implied)
 
     if kind != "default" and not (kind in _IDENTITIES and changes_nothing(factor, [1])):
-        by = "" if factor is None else f" with the factor {shown(factor)}"
-        raise UserError(f"{path}: {key} is {shown(kind)}{by}, Llama 2 has 'default'", UNFIT)
+        by = "" if factor is None else f" with the factor {show_value(factor)}"
+        raise UserError(f"{path}: {key} is {show_value(kind)}{by}, Llama 2 has 'default'", UNFIT)
 
     for key, value in section.items():
         if value is None or key in _ROPE_WITHOUT_EFFECT:
             continue
         if not changes_nothing(value, _ROPE_NEUTRAL.get(key, ())):
             raise UserError(
-                f"{path}: {name}.{key} is {shown(value)}, which Llama 2 does not have", UNFIT
+                f"{path}: {name}.{key} is {show_value(value)}, which Llama 2 does not have", UNFIT
             )
 
 
@@ -211,7 +211,7 @@ def _require_one(path: Path, settings: Mapping[str, Any]) -> tuple[str, Any] | N
         first, expected = given[0]
         if value != expected:
             raise UserError(
-                f"{path}: {first} is {shown(expected)} and {name} is {shown(value)}",
+                f"{path}: {first} is {show_value(expected)} and {name} is {show_value(value)}",
                 "keep the one with which the model was trained",
             )
 
@@ -300,19 +300,20 @@ def _refuse_relatives(path: Path, values: Mapping[str, Any], config: LlamaConfig
             continue
 
         raise UserError(
-            f"{path}: {name} is {shown(value)}, Llama 2 has {shown(neutral[name][0])}", UNFIT
+            f"{path}: {name} is {show_value(value)}, Llama 2 has {show_value(neutral[name][0])}",
+            UNFIT,
         )
 
     layers = values.get(_LAYERS)
     if layers and (not isinstance(layers, list) or {*map(str, layers)} != {"full_attention"}):
         raise UserError(
-            f"{path}: {_LAYERS} is {shown(layers)}, Llama 2 has 'full_attention' alone", UNFIT
+            f"{path}: {_LAYERS} is {show_value(layers)}, Llama 2 has 'full_attention' alone", UNFIT
         )
 
     for name in _list_unknown(values):
         if _NETWORK.search(name) and name not in neutral and name != _LAYERS:
             raise UserError(
-                f"{path}: {name} is {shown(values[name])}, a key that Llama 2 does not have",
+                f"{path}: {name} is {show_value(values[name])}, a key that Llama 2 does not have",
                 "take it out if the model does not need it, else it cannot be loaded",
             )
 
@@ -332,7 +333,7 @@ def _is_scorer(path: Path, values: Mapping[str, Any]) -> bool:
 
     if not names or not known.issuperset(names):
         raise UserError(
-            f"{path}: architectures is {shown(listed)}",
+            f"{path}: architectures is {show_value(listed)}",
             f"{LANGUAGE_MODEL} or {SEQUENCE_SCORER} was expected",
         )
 

@@ -22,7 +22,7 @@ from llama2.errors import UserError, explain_os_errors
 from llama2.hashing import hash_file
 from llama2.model import tensors
 from llama2.model.llama import LlamaConfig
-from llama2.terminal_text import list_some, shown
+from llama2.terminal_text import list_some, show_value
 from llama2.tokenizer import chat_settings
 
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
@@ -126,7 +126,7 @@ def _list_shards(directory: Path, index: str) -> list[Path]:
 
     for tensor, name in weight_map.items():
         if not json_files.is_own(name):
-            raise UserError(f"{file}: the file of '{tensor}' is {shown(name)}", _FETCH)
+            raise UserError(f"{file}: the file of '{tensor}' is {show_value(name)}", _FETCH)
         if not (directory / name).exists():
             raise UserError(
                 f"{directory / name}: missing, though {index} names it", "fetch this shard"
@@ -211,10 +211,12 @@ def read_checksums(directory: Path) -> dict[str, str]:
     for name, value in checksums.items():
         if not json_files.is_own(name):
             raise UserError(
-                f"{path}: it names {shown(name)}, which is no file of this directory", cure
+                f"{path}: it names {show_value(name)}, which is no file of this directory", cure
             )
         if not isinstance(value, str):
-            raise UserError(f"{path}: the checksum of {shown(name)} is {shown(value)}", cure)
+            raise UserError(
+                f"{path}: the checksum of {show_value(name)} is {show_value(value)}", cure
+            )
 
     return checksums
 

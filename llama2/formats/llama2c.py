@@ -231,7 +231,7 @@ def read(path: Path) -> StoredModel:
 
     UserError for another file, another version, and a size that is not what the header asks for.
     """
-    with explain_os_errors(path), json_files.opened(path) as file:
+    with explain_os_errors(path), json_files.open_file(path) as file:
         head = file.read(_HEADER)
         size = file.seek(0, 2)
 

@@ -36,7 +36,7 @@ from llama2.formats.stored_model import (
 )
 from llama2.model.llama import LlamaConfig
 from llama2.model.tensors import EMBEDDINGS, HEAD, shapes
-from llama2.terminal_text import shown
+from llama2.terminal_text import show_value
 from llama2.tokenizer import sentencepiece_model
 from llama2.tokenizer.chat_settings import MODEL
 from llama2.tokenizer.sentencepiece_model import StoredTokenizer
@@ -171,7 +171,7 @@ def _read_config(
         )
     if settings.get("vocab_size", -1) not in (-1, rows):
         raise UserError(
-            f"{file}: vocab_size is {shown(settings['vocab_size'])}, tok_embeddings.weight has "
+            f"{file}: vocab_size is {show_value(settings['vocab_size'])}, tok_embeddings.weight has "
             f"{rows} rows",
             _OTHER_MODEL,
         )

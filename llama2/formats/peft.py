@@ -33,7 +33,7 @@ from llama2.formats import hf, hf_directory
 from llama2.formats.hf_directory import SCORE
 from llama2.formats.stored_model import StoredModel, StoredTensor
 from llama2.model.tensors import EMBEDDINGS, HEAD
-from llama2.terminal_text import shown
+from llama2.terminal_text import show_value
 from llama2.tokenizer.chat_settings import read_chat_template, read_section, read_stop_ids
 from llama2.tokenizer.directory import find_tokenizer
 
@@ -100,11 +100,11 @@ class _Adapter:
         for expression, other in read_section(self.file, self.settings, pattern).items():
             try:
                 if re.match(rf"(.*\.)?({expression})$", module):
-                    name, value = f"{pattern} of {shown(expression)}", other
+                    name, value = f"{pattern} of {show_value(expression)}", other
                     break
             except (re.error, RecursionError) as error:
                 raise UserError(
-                    f"{self.file}: {pattern} has {shown(expression)} ({error})", "mend it"
+                    f"{self.file}: {pattern} has {show_value(expression)} ({error})", "mend it"
                 ) from None
 
         expected = "a finite number was expected"
@@ -114,7 +114,7 @@ class _Adapter:
 
             expected = "a whole number above 0 was expected"
 
-        raise UserError(f"{self.file}: {name} is {shown(value)}", expected)
+        raise UserError(f"{self.file}: {name} is {show_value(value)}", expected)
 
     def find_rank(self, module: str) -> int:
         """Return R."""
@@ -141,7 +141,7 @@ def find_base(path: Path, given: Path | None = None) -> Path:
     name = json_files.json_object(path / CONFIG).get(_BASE)
     if given is None and (not isinstance(name, str) or not os.path.exists(name)):
         raise UserError(
-            f"{path / CONFIG}: the base model {shown(name)} is not on this machine",
+            f"{path / CONFIG}: the base model {show_value(name)} is not on this machine",
             "name its place: --base DIRECTORY",
         )
 
@@ -262,7 +262,8 @@ def _refuse_others(file: Path, settings: Mapping[str, Any]) -> None:
         value = settings.get(name)
         if value not in allowed and (allowed or value):
             raise UserError(
-                f"{file}: {name} is {shown(value)}, {reason}", f"{_MERGE}, and import the result"
+                f"{file}: {name} is {show_value(value)}, {reason}",
+                f"{_MERGE}, and import the result",
             )
 
     for name in ("rank_pattern", "alpha_pattern"):

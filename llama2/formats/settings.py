@@ -10,7 +10,7 @@ from pydantic import ConfigDict, ValidationError, create_model
 
 from llama2.errors import UserError, did_you_mean
 from llama2.model.llama import LlamaConfig
-from llama2.terminal_text import shown
+from llama2.terminal_text import show_value
 
 _KINDS = get_type_hints(LlamaConfig)
 _FIELDS: dict[str, Any] = {
@@ -53,7 +53,7 @@ def build_config(
         raise UserError(f"{place}: the key '{name}' is missing", did_you_mean(name, given))
 
     expected = _EXPECTED.get(fault["type"], fault["msg"])
-    raise UserError(f"{place}: {name} is {shown(fault['input'])}", expected)
+    raise UserError(f"{place}: {name} is {show_value(fault['input'])}", expected)
 
 
 def changes_nothing(value: Any, neutrals: Iterable[Any]) -> bool:

@@ -38,7 +38,7 @@ class _Unpickler(torch_zip.TensorUnpickler):
 
 def list_tensors(path: Path) -> dict[str, StoredTensor]:
     """Return the tensors in a file of PyTorch's by name, of either format; reads no numbers yet."""
-    with explain_os_errors(path), json_files.opened(path) as file:
+    with explain_os_errors(path), json_files.open_file(path) as file:
         if file.read(len(_BEGIN)) != _BEGIN:
             return torch_zip.list_tensors(path)
 

@@ -163,7 +163,7 @@ def list_tensors(path: Path) -> dict[str, StoredTensor]:
     that lies outside its storage; later, from `StoredTensor.read`, for numbers that do not match
     their checksum.
     """
-    with explain_os_errors(path), json_files.opened(path) as file:
+    with explain_os_errors(path), json_files.open_file(path) as file:
         members = _list_members(path, file)
         pickles = [name for name in members if name.endswith("/data.pkl")]
         if not pickles:

@@ -88,7 +88,7 @@ def _make_line(key: str, completion: Completion) -> bytes:
 def _read_line(line: bytes, prompts: Mapping[str, tuple[int, ...]]) -> dict[str, Completion]:
     """Return the completion of one line by its key; nothing if it is damaged or not wanted."""
     with suppress(ValueError, KeyError, TypeError):
-        row = json_files.parsed(line)
+        row = json_files.parse(line)
         prompt = prompts[row["key"]]
         if row.pop("sum") == _checksum(row):
             logprobs = (math.nan if value is None else float(value) for value in row["logprobs"])

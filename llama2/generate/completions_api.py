@@ -22,7 +22,7 @@ from typing import Any, NoReturn, TypeVar
 from pydantic import BaseModel, ValidationError
 
 from llama2 import json_files
-from llama2.errors import UserError, missing_extra
+from llama2.errors import UserError, explain_missing_extra
 
 COMPLETIONS, MODELS = "/v1/completions", "/v1/models"
 LONGEST_PAUSE = 600.0  # seconds, whatever Retry-After says
@@ -205,7 +205,7 @@ class CompletionsClient:
             raise RequestFailed(_describe(error)) from None
 
         try:
-            return json_files.parsed(response.content)
+            return json_files.parse(response.content)
         except ValueError:
             raise RequestFailed("an answer that is not JSON") from None
 
@@ -296,7 +296,7 @@ def _import_httpx() -> Any:
     try:
         import httpx
     except ImportError:
-        raise missing_extra("httpx", "remote") from None
+        raise explain_missing_extra("httpx", "remote") from None
 
     return httpx
 
@@ -327,7 +327,7 @@ def _read_retry_after(text: str) -> float:
 def _read_message(text: str) -> str:
     """Return what a server says went wrong, in one line."""
     with suppress(ValueError):
-        error = json_files.parsed(text)
+        error = json_files.parse(text)
         error = error.get("error", error) if isinstance(error, dict) else error
         text = str(error.get("message", error)) if isinstance(error, dict) else str(error)
 

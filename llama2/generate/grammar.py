@@ -21,7 +21,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from llama2.errors import UserError, missing_extra
+from llama2.errors import UserError, explain_missing_extra
 from llama2.tokenizer.tokenizer import BOS, EOS, UNKNOWN, Tokenizer
 
 _WHITE_SPACE = r"( |\n {0,16})?"
@@ -161,7 +161,7 @@ def _import_llguidance() -> Any:
     try:
         import llguidance
     except ImportError:
-        raise missing_extra("llguidance", "serve") from None
+        raise explain_missing_extra("llguidance", "serve") from None
 
     return llguidance
 

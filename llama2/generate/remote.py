@@ -354,7 +354,7 @@ class RemoteEngine:
     def _check_json(self, tokens: Sequence[int]) -> None:
         """RequestFailed if a server has ignored `response_format`, which it may without notice."""
         try:
-            json_files.parsed(self.tokenizer.decode(tokens))
+            json_files.parse(self.tokenizer.decode(tokens))
         except ValueError:
             raise RequestFailed(
                 "the answer is not JSON, as if the server did not know response_format", wait=None

@@ -16,7 +16,7 @@ from typing import Any, Literal
 from llama2.importers.columns import WORD
 from llama2.importers.tables import SkippedRow
 from llama2.reading.files import Row
-from llama2.records import Dialog, trained_turns
+from llama2.records import Dialog, mask_turns
 
 GOOD = frozenset(
     (
@@ -290,8 +290,8 @@ def _mask(
             "give every turn, or every answer, its flag",
         )
 
-    own = trained_turns(dialog.messages, dialog.train)
-    mask = tuple(map(all, zip(own, trained_turns(dialog.messages, flags))))
+    before = mask_turns(dialog.messages, dialog.train)
+    mask = tuple(map(all, zip(before, mask_turns(dialog.messages, flags))))
     if not any(mask):
         return SkippedRow("no turn to learn from")
     if "last" in (dialog.train, flags):

@@ -68,8 +68,8 @@ def import_prompts(
 
 def make_prompt_id(turns: Messages, source: str) -> str:
     """Return an id that depends on the set and on what is said."""
-    said = json.dumps([(message.role, message.content) for message in turns])
-    return f"{source}:{hash_parts(said):016x}"
+    text = json.dumps([(message.role, message.content) for message in turns])
+    return f"{source}:{hash_parts(text):016x}"
 
 
 def _make_prompt(turns: Messages, family: Family = "", category: str = "") -> Prompt:

@@ -88,8 +88,8 @@ class RowFormat(Generic[T]):
     on_request: bool = False
     of: type = dict
 
-    def missing_key(self, value: Any) -> str:
-        """The first key that a value lacks, "" if it has all."""
+    def find_missing_key(self, value: Any) -> str:
+        """Return the first key that a value lacks, "" if it has all."""
         present = {*value} if isinstance(value, dict) else set()
         for key in self.keys:
             if present.isdisjoint(key.split("|")):
@@ -99,7 +99,11 @@ class RowFormat(Generic[T]):
 
     def matches(self, row: Row) -> bool:
         """Return whether a row can be in this format, as far as its keys tell."""
-        if self.on_request or not isinstance(row.value, self.of) or self.missing_key(row.value):
+        if (
+            self.on_request
+            or not isinstance(row.value, self.of)
+            or self.find_missing_key(row.value)
+        ):
             return False
 
         return self.test(Row(row.value, row.where, row.name))
@@ -195,7 +199,7 @@ def _convert(
             f"this is {_describe_shape(row.value)}"
         )
 
-    missing = chosen.missing_key(row.value)
+    missing = chosen.find_missing_key(row.value)
     if missing:
         raise row.error(f"'{missing}' is missing: this row is not in the format '{chosen.name}'")
 
@@ -296,7 +300,7 @@ def _find_header(formats: Sequence[RowFormat[T]], head: list[Row | BadRow]) -> l
 
     cells = [str(cell).strip() for cell in first.value]
     row = dict.fromkeys(cells)
-    return cells if any(f.keys and not f.missing_key(row) for f in formats) else []
+    return cells if any(f.keys and not f.find_missing_key(row) for f in formats) else []
 
 
 def _fits(row: Row | BadRow, header: list[str]) -> TypeGuard[Row]:
@@ -320,8 +324,8 @@ def _name_cells(row: Row, header: list[str]) -> Row:
 def _drop_columns(value: Any, columns: tuple[str, ...]) -> Any:
     """Return a value without some columns, wherever in it they stand."""
     if isinstance(value, dict):
-        kept = [key for key in value if key not in columns]
-        return {key: _drop_columns(value[key], columns) for key in kept}
+        items = value.items()
+        return {key: _drop_columns(item, columns) for key, item in items if key not in columns}
 
     return [_drop_columns(item, columns) for item in value] if isinstance(value, list) else value
 

@@ -24,7 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from llama2.devices import Precision
-from llama2.errors import missing_extra
+from llama2.errors import explain_missing_extra
 from llama2.model.tensors import EMBEDDINGS, HEAD
 
 Bits = Literal["int8", "int4"]
@@ -128,7 +128,7 @@ def _torchao() -> Any:
     try:
         from torchao import quantization
     except ImportError:
-        raise missing_extra("torchao", "quantize") from None
+        raise explain_missing_extra("torchao", "quantize") from None
     finally:
         logging.disable(before)
 

@@ -41,8 +41,8 @@ __all__ = [
     "Row",
     "expand_home",
     "find_files",
+    "find_fixed_folder",
     "find_matches",
-    "fixed_folder",
     "has_named_rows",
     "is_pattern",
     "name_set",
@@ -216,7 +216,7 @@ def is_pattern(path: Place) -> bool:
     return glob.has_magic(os.fspath(path)) and not os.path.lexists(expand_home(path))
 
 
-def fixed_folder(pattern: Place) -> Path:
+def find_fixed_folder(pattern: Place) -> Path:
     """Return the folder in which the matches of a glob lie, or folders in it."""
     parents = expand_home(pattern).parents
     return next(folder for folder in parents if not glob.has_magic(str(folder)))

@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from llama2 import json_files
-from llama2.errors import UserError, explain_os_errors, missing_extra
+from llama2.errors import UserError, explain_missing_extra, explain_os_errors
 
 PACKINGS = (".gz", ".bz2", ".xz", ".zst")
 ZIP = ".zip"
@@ -56,7 +56,7 @@ def open_unpacked(path: Path, member: str = "") -> Iterator[IO[bytes]]:
     """Open the unpacked content of a file, or of one member of a zip archive, for reading from
     front to back."""
     with ExitStack() as stack:
-        file: IO[bytes] = stack.enter_context(json_files.opened(path))
+        file: IO[bytes] = stack.enter_context(json_files.open_file(path))
         if member:
             archive = stack.enter_context(zipfile.ZipFile(file))
             if archive.getinfo(member).flag_bits & 1:
@@ -74,7 +74,7 @@ def open_unpacked(path: Path, member: str = "") -> Iterator[IO[bytes]]:
 def list_members(path: Path) -> list[str]:
     """The names of the files in a zip archive, sorted; its directories are none."""
     damage = explain_damage(lambda: show_path(path))
-    with damage, json_files.opened(path) as file, zipfile.ZipFile(file) as archive:
+    with damage, json_files.open_file(path) as file, zipfile.ZipFile(file) as archive:
         items = [item for item in archive.infolist() if item.filename and not item.is_dir()]
         return sorted(item.filename for item in items)
 
@@ -114,7 +114,7 @@ def import_zstandard() -> Any:
     try:
         import zstandard
     except ImportError:
-        raise missing_extra("zstandard", "data") from None
+        raise explain_missing_extra("zstandard", "data") from None
 
     return zstandard
 

@@ -17,7 +17,7 @@ from contextlib import contextmanager
 from typing import IO, Any
 
 from llama2 import json_files
-from llama2.errors import UserError, missing_extra
+from llama2.errors import UserError, explain_missing_extra
 from llama2.reading.packed import explain_damage, open_unpacked
 from llama2.reading.rows import (
     TO_UTF8,
@@ -206,7 +206,7 @@ def read_parquet(file: File) -> Numbered:
         import pyarrow
         from pyarrow import parquet
     except ImportError:
-        raise missing_extra("pyarrow", "data") from None
+        raise explain_missing_extra("pyarrow", "data") from None
 
     number = 0
     with explain_damage(lambda: f"{file.label}:{number + 1}"), _open_seekable(file) as content:
@@ -259,7 +259,7 @@ def _restore_integers(value: Any) -> Any:
 def _open_seekable(file: File) -> Iterator[IO[bytes]]:
     """Open a file that can be read in any order: itself, or a copy of what is packed."""
     if not file.member and file.path.suffix.lower() == file.kind:
-        with json_files.opened(file.path) as content:
+        with json_files.open_file(file.path) as content:
             yield content
 
         return

@@ -107,16 +107,16 @@ def read_json(file: File) -> Numbered:
     if text.lstrip().startswith("["):
         yield from _read_elements(text, file.label)
     elif filled:
-        whole = _read_line(text, filled[0][0], file.label)
-        if not isinstance(whole, BadRow):
-            yield from _read_table(whole, file.label)
+        value = _read_line(text, filled[0][0], file.label)
+        if not isinstance(value, BadRow):
+            yield from _read_table(value, file.label)
             return
 
         rows = (_read_line(line, number, file.label) for number, line in filled)
         first = list(islice(rows, 9))
         if len(filled) == 1 or not any(map(_is_record, first)):
             raise _explain_json(text, file.label) or UserError(
-                f"{whole.where}: {whole.cause}", AGAIN
+                f"{value.where}: {value.cause}", AGAIN
             )
 
         yield from chain(first, rows)

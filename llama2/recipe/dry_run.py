@@ -8,7 +8,7 @@ from types import ModuleType
 from llama2.config import build, parse, yaml12
 from llama2.config.flags import read_flags
 from llama2.errors import UserError
-from llama2.ranks import requested
+from llama2.ranks import count_requested
 from llama2.recipe.verbs import name_positional
 from llama2.stages.common.planning import Cluster, PlannedRuns
 
@@ -53,7 +53,7 @@ def _read_cluster(arguments: list[str]) -> tuple[Cluster, list[str]]:
 
         current.append(word)
 
-    ranks = requested()
+    ranks = count_requested()
     values = {"ranks": ranks} if ranks else {}
     flags = read_flags(Cluster, of_cluster, values)
     return build(Cluster, values | flags, "--dry-run"), rest

@@ -72,9 +72,9 @@ def check_whole(config: BaseModel) -> None:
     for key, path in list_paths(config):
         run = completion.home(path)
         if run is not None:
-            own = _OWN if run == path and _is_model(key) and key != "run" else ()
-            completion.check(run, path.relative_to(run).as_posix(), but=own)
-            for fault in completion.faults(run, own):
+            changeable = _OWN if run == path and _is_model(key) and key != "run" else ()
+            completion.check(run, path.relative_to(run).as_posix(), but=changeable)
+            for fault in completion.faults(run, changeable):
                 say(f"{fault.cause}; the model is used as it is")
 
 

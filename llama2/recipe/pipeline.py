@@ -121,9 +121,9 @@ def _describe(recipe: Config, steps: Mapping[str, RecipeStep]) -> None:
     recipe.out.mkdir(parents=True, exist_ok=True)
     described = recipe.model_dump(mode="json", exclude={"step"})
     used = find_references([described])
-    for section, kept in (("steps", steps), ("parameters", used)):
+    for section, names in (("steps", steps), ("parameters", used)):
         values = described[section].items()
-        described[section] = {name: value for name, value in values if name in kept}
+        described[section] = {name: value for name, value in values if name in names}
 
     atomic.write_atomic(recipe.out / "recipe.yaml", yaml12.dump(described))
     atomic.write_atomic(recipe.out / "steps.json", dump(list(steps)))

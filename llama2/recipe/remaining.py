@@ -138,9 +138,9 @@ def read_share(line: str) -> float | None:
     """Return the share done that a line of progress tells (`sft 20/80: ...`, `reading 25 %`), None
     for any other line."""
     for done, of in _OF.findall(line):
-        part, whole = int(done.replace(",", "")), int(of.replace(",", ""))
-        if part <= whole and whole:
-            return part / whole
+        part, total = int(done.replace(",", "")), int(of.replace(",", ""))
+        if part <= total and total:
+            return part / total
 
     percent = _PERCENT.match(line)
     return float(percent[1]) / 100 if percent and float(percent[1]) <= 100 else None

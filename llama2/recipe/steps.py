@@ -150,11 +150,11 @@ def _resolve(value: Any, where: str, recipe: Config, earlier: Mapping[str, Recip
         if name not in names:
             raise _explain_reference(name, where, recipe, earlier)
 
-    whole = REFERENCE.fullmatch(value)
-    if whole and not isinstance(names[whole[1]], str):
-        return names[whole[1]]
+    match = REFERENCE.fullmatch(value)
+    if match and not isinstance(names[match[1]], str):
+        return names[match[1]]
 
-    text = REFERENCE.sub(lambda match: _spell(names[match[1]]), value)
+    text = REFERENCE.sub(lambda part: _spell(names[part[1]]), value)
     _refuse_leftover(text, value, where)
     return text
 

@@ -75,6 +75,15 @@ def load(verb: str) -> ModuleType:
     The imports are written out, so that the contract of layers sees them. That of `run` is left to
     `launch`: a recipe looks up its steps here, so its module lies above this one.
     """
+    module = _load_base(verb) or _load_tuning(verb) or _load_use(verb)
+    if module is None:
+        raise KeyError(verb)
+
+    return module
+
+
+def _load_base(verb: str) -> ModuleType | None:
+    """Import a verb that makes data or a model to begin with."""
     match verb:
         case "world":
             from llama2.stages import world
@@ -104,6 +113,13 @@ def load(verb: str) -> ModuleType:
             from llama2.stages import pretrain
 
             return pretrain
+        case _:
+            return None
+
+
+def _load_tuning(verb: str) -> ModuleType | None:
+    """Import a verb that tunes a model, or measures what that brought."""
+    match verb:
         case "sft":
             from llama2.stages import sft
 
@@ -140,6 +156,13 @@ def load(verb: str) -> ModuleType:
             from llama2.stages import evaluate
 
             return evaluate
+        case _:
+            return None
+
+
+def _load_use(verb: str) -> ModuleType | None:
+    """Import a verb for models that are there."""
+    match verb:
         case "report":
             from llama2.report import report
 
@@ -172,5 +195,5 @@ def load(verb: str) -> ModuleType:
             from llama2.serve import server
 
             return server
-
-    raise KeyError(verb)
+        case _:
+            return None

@@ -185,7 +185,7 @@ def _check_target(out: Path, run: Path, lineage: Lineage) -> None:
     except (UserError, OSError, ValueError, KeyError, TypeError, IndexError):
         raise refused from None
 
-    if earlier != runs.recorded(lineage.released.step.path):
+    if earlier != runs.read_fingerprint(lineage.released.step.path):
         raise UserError(f"{out}: holds the release of another run", "choose another --out")
 
     for name in _list_files(out):

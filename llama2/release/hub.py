@@ -8,7 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Protocol
 
-from llama2.errors import UserError, missing_extra
+from llama2.errors import UserError, explain_missing_extra
 from llama2.terminal_text import say
 
 _REFUSALS = {
@@ -54,7 +54,7 @@ def connect(repository: str, *, sure: bool) -> Client:
     try:
         from huggingface_hub import HfApi, get_token
     except ImportError:
-        raise missing_extra("huggingface_hub", "release") from None
+        raise explain_missing_extra("huggingface_hub", "release") from None
 
     if not get_token():
         raise UserError(

@@ -261,7 +261,7 @@ def locate(run: Path, path: str, digest: str) -> tuple[Path | None, Path | None]
         if home is None or home == run or not candidate.exists():
             continue
 
-        if runs.recorded(home, candidate.relative_to(home).as_posix()) == digest:
+        if runs.read_fingerprint(home, candidate.relative_to(home).as_posix()) == digest:
             return candidate, home
 
     return None, None

@@ -201,14 +201,14 @@ def _find_version(lineage: Lineage, step: StepRun) -> str | None:
         for key, digest in inputs.items()
         if key.startswith("versions.")
     }
-    fingerprint = runs.recorded(lineage.released.step.path)
+    fingerprint = runs.read_fingerprint(lineage.released.step.path)
     for name, digest in digests.items():
         if digest == fingerprint:
             return name
 
     finished = [run for run in lineage.recipe.steps if run.seconds is not None]
     twins = [run for run in finished if find_weights(run) == lineage.released.weights]
-    known = {runs.recorded(run.path) for run in twins}
+    known = {runs.read_fingerprint(run.path) for run in twins}
     for name, digest in reversed(digests.items()):
         if digest in known:
             return name

@@ -116,7 +116,7 @@ def describe(lineage: Lineage) -> dict[str, Any]:
         "recipe": lineage.name,
         "model": {
             "stage": released.name,
-            "fingerprint": runs.recorded(released.step.path),
+            "fingerprint": runs.read_fingerprint(released.step.path),
             "weights": released.weights,
         },
         "stages": [_describe_stage(stage) for stage in lineage.stages],
@@ -137,7 +137,7 @@ def _describe_stage(stage: Stage) -> dict[str, Any]:
         **{name: manifest[name] for name in _VERSIONS if name in manifest},
         "date": step.started[:10],
         "seconds": step.seconds,
-        "fingerprint": runs.recorded(step.path),
+        "fingerprint": runs.read_fingerprint(step.path),
         "weights": stage.weights,
         "inputs": inputs,
     }

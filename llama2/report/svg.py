@@ -12,7 +12,7 @@ import warnings
 from collections.abc import Callable
 from typing import Any
 
-from llama2.errors import missing_extra
+from llama2.errors import explain_missing_extra
 
 INK, FAINT, GRID = "#010101", "#020202", "#030303"
 SERIES = tuple(f"#0{n}0f0{n}" for n in range(1, 9))  # placeholders of the page's --s1 .. --s8
@@ -63,7 +63,7 @@ def draw(paint: Callable[[Any], None], width: float = 5.0, height: float = 3.1) 
         import matplotlib
         from matplotlib.figure import Figure
     except ImportError:
-        raise missing_extra("matplotlib", "report") from None
+        raise explain_missing_extra("matplotlib", "report") from None
 
     with matplotlib.rc_context(_STYLE), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # glyphs the layout font lacks: the browser's has them

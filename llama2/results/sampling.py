@@ -84,7 +84,7 @@ class GhostResult(StageResult):
         if not isinstance(examples, list):
             return values
 
-        opened = [json_files.parsed(text) if isinstance(text, str) else text for text in examples]
+        opened = [json_files.parse(text) if isinstance(text, str) else text for text in examples]
         return {**values, "examples": opened}
 
 

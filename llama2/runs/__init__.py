@@ -2,7 +2,7 @@
 finished."""
 
 from llama2.runs.completion import CHECKPOINTS, COMPLETE, MANIFEST, METRICS, WARNINGS
-from llama2.runs.fingerprints import code_version, fingerprint, is_output, recorded
+from llama2.runs.fingerprints import code_version, fingerprint, is_output, read_fingerprint
 from llama2.runs.locks import lock
 from llama2.runs.logs import read_list, read_metrics, read_warnings
 from llama2.runs.manifest import check, is_finished
@@ -23,8 +23,8 @@ __all__ = [
     "is_output",
     "lock",
     "open_run",
+    "read_fingerprint",
     "read_list",
     "read_metrics",
     "read_warnings",
-    "recorded",
 ]

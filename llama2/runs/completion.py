@@ -29,7 +29,7 @@ from llama2.errors import UserError, explain_os_errors
 from llama2.hashing import hash_file
 from llama2.reading import files
 from llama2.runs.sealed import seal, unseal
-from llama2.terminal_text import shown
+from llama2.terminal_text import show_value
 
 COMPLETE = "COMPLETE"
 MANIFEST = "manifest.json"
@@ -115,7 +115,7 @@ def _stamp(path: Path) -> Stamp:
 # --- read ---
 
 
-def completed(run: Path) -> dict[str, Any]:
+def read_mark(run: Path) -> dict[str, Any]:
     """Read the completion mark of a finished run, or of one of before, which has no `sum` and less
     in it."""
     values = unseal(run / COMPLETE, cure(run))
@@ -126,7 +126,7 @@ def completed(run: Path) -> dict[str, Any]:
     return values
 
 
-def manifest(run: Path) -> dict[str, Any]:
+def read_manifest(run: Path) -> dict[str, Any]:
     """Read what a run wrote down when it began, and runs of before less of it; UserError where it
     cannot be that."""
     mend = cure_unfinished(run)
@@ -141,7 +141,7 @@ def _check_form(form: type[BaseModel], values: Mapping[str, Any], path: Path, me
         form.model_validate(values)
     except ValidationError as error:
         name = str(error.errors()[0]["loc"][0])
-        raise UserError(f"{path}: damaged: {name} is {shown(values[name])}", mend) from None
+        raise UserError(f"{path}: damaged: {name} is {show_value(values[name])}", mend) from None
 
 
 def home(path: Path) -> Path | None:
@@ -155,10 +155,10 @@ def home(path: Path) -> Path | None:
     return None
 
 
-def recorded(run: Path, inside: str = ".") -> dict[str, str]:
+def read_hashes(run: Path, inside: str = ".") -> dict[str, str]:
     """Return the hash of every output of a finished run, or of those at a path inside, as the run
     wrote it down."""
-    outputs = completed(run)["outputs"]
+    outputs = read_mark(run)["outputs"]
     return {name: digest for name, digest in outputs.items() if _is_at(name, inside)}
 
 
@@ -166,12 +166,12 @@ def recorded(run: Path, inside: str = ".") -> dict[str, str]:
 
 
 def check(run: Path, inside: str = ".", but: Collection[str] = ()) -> dict[str, str]:
-    """Return `recorded`, of files that are what the run wrote.
+    """Return `read_hashes`, of files that are what the run wrote.
 
     UserError names one that is not, or does not belong there. Those with a name in `but` may have
     any content.
     """
-    chosen = recorded(run, inside)
+    chosen = read_hashes(run, inside)
     _raise_first(
         chain(
             faults(run, {*chosen, MANIFEST}.difference(but)), _strangers(run, inside, chosen, but)
@@ -212,7 +212,7 @@ def faults(
 ) -> Iterator[UserError]:
     """Give what is not as a finished run wrote it, of all files or of those named `only`. thorough:
     all content is read."""
-    record = completed(run)
+    record = read_mark(run)
     digests = {**record["outputs"], **record.get("records", {})}
     written = record.get("files", {})
     compared = _compared(run)

@@ -30,7 +30,7 @@ def fingerprint(path: Path) -> str:
     if not files.is_pattern(path):
         return _fingerprint(matches[0])
 
-    root = files.fixed_folder(path)
+    root = files.find_fixed_folder(path)
     return _digest({match.relative_to(root).as_posix(): _fingerprint(match) for match in matches})
 
 
@@ -43,10 +43,10 @@ def fingerprint_of_before(path: Path) -> str | None:
     return _digest({str(match): _fingerprint(match) for match in files.find_matches(path)})
 
 
-def recorded(run: Path, inside: str = ".") -> str:
+def read_fingerprint(run: Path, inside: str = ".") -> str:
     """Return the fingerprint of what a finished run wrote, or of a path inside, whatever has become
     of it."""
-    return _digest(completion.recorded(run, inside))
+    return _digest(completion.read_hashes(run, inside))
 
 
 def _fingerprint(path: Path) -> str:

@@ -71,7 +71,7 @@ def read_metrics(path: Path) -> list[dict[str, float]]:
 def _parse_row(line: bytes) -> dict[str, float] | None:
     """Return a line of metrics; None for one that is not whole."""
     try:
-        row = json_files.parsed(line)
+        row = json_files.parse(line)
     except ValueError:
         return None
 

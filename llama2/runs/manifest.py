@@ -39,8 +39,8 @@ def check(verb: str, config: StageConfig) -> None:
         differences = [f"verb: {old['verb']} -> {verb}"]
     else:
         ignored = {*list_incidentals(config), *_around(config)}
-        asked = _describe(config)
-        differences = _differences(old["config"], asked, ignored, dict(list_paths(config)))
+        inputs = dict(list_paths(config))
+        differences = _differences(old["config"], _describe(config), ignored, inputs)
 
     if differences:
         raise UserError(
@@ -58,7 +58,7 @@ def is_finished(verb: str, config: StageConfig) -> bool:
 def prepare(verb: str, config: StageConfig, ranks: Ranks) -> bool:
     """Compare with what is there, record what is asked; True if there is nothing left to do."""
     check(verb, config)
-    path, asked = config.out, _describe(config)
+    path = config.out
     inputs = fingerprint_inputs(config)
     finished = (path / COMPLETE).is_file()
 
@@ -68,7 +68,7 @@ def prepare(verb: str, config: StageConfig, ranks: Ranks) -> bool:
         if finished:
             completion.check_whole(path)
         else:
-            _resume(path, old, asked)
+            _resume(path, old, _describe(config))
 
         return finished
 
@@ -103,10 +103,10 @@ def _check_inputs(
 def _write(
     path: Path, verb: str, config: StageConfig, inputs: Mapping[str, str], ranks: Ranks
 ) -> None:
-    asked = _describe(config)
+    settings = _describe(config)
     values = {
         "verb": verb,
-        "config": asked,
+        "config": settings,
         "inputs": inputs,
         "seed": config.seed,
         "code": code_version(),
@@ -118,13 +118,13 @@ def _write(
         "threads": torch.get_num_threads(),
         "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
     }
-    atomic.write_atomic(path / CONFIG, yaml12.dump(asked))
+    atomic.write_atomic(path / CONFIG, yaml12.dump(settings))
     atomic.write_atomic(path / MANIFEST, seal(values))
 
 
 def _read(path: Path) -> dict[str, Any]:
     """Read what a run wrote down when it began, all that it is known by."""
-    values = completion.manifest(path)
+    values = completion.read_manifest(path)
     if not {"verb", "config", "inputs"} <= values.keys():
         raise UserError(
             f"{path / MANIFEST}: damaged: it does not say what the run is of",
@@ -134,7 +134,7 @@ def _read(path: Path) -> dict[str, Any]:
     return values
 
 
-def _resume(path: Path, old: Mapping[str, Any], asked: Mapping[str, Any]) -> None:
+def _resume(path: Path, old: Mapping[str, Any], settings: Mapping[str, Any]) -> None:
     """Say that a run goes on, and what is not as it was."""
     print(f"{path}: resuming", file=sys.stderr)
     before, now = old.get("code"), code_version()
@@ -146,13 +146,13 @@ def _resume(path: Path, old: Mapping[str, Any], asked: Mapping[str, Any]) -> Non
 
     file = path / CONFIG
     try:
-        is_whole = yaml12.read_yaml(file) in (old["config"], asked)
+        is_whole = yaml12.read_yaml(file) in (old["config"], settings)
     except UserError:
         is_whole = False
 
     if not is_whole:
         print(f"{file}: damaged; written again", file=sys.stderr)
-        atomic.write_atomic(file, yaml12.dump(asked))
+        atomic.write_atomic(file, yaml12.dump(settings))
 
 
 def is_only_begun(path: Path) -> bool:

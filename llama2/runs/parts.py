@@ -37,24 +37,24 @@ def in_parts(run: Run, name: str, items: Sequence[T], size: int, work: Work[T]) 
     disk refuses.
     """
     path = run.path / CHECKPOINTS / "parts" / f"{name}.jsonl"
-    found = _Finished(path, len(items)) if run.ranks.is_main else None
+    file = _Finished(path, len(items)) if run.ranks.is_main else None
     try:
-        done = run.ranks.broadcast(found.end if found else 0)
+        done = run.ranks.broadcast(file.end if file else 0)
         first = 0
         while first < len(items):
             if first < done:
-                count, rows = run.ranks.broadcast(found.read() if found else (0, []))
+                count, rows = run.ranks.broadcast(file.read() if file else (0, []))
             else:
                 some = items[first : first + size]
                 count, rows = len(some), list(work(some, first))
-                if found:
-                    found.append(first, count, rows)
+                if file:
+                    file.append(first, count, rows)
 
             first += count
             yield from rows
     finally:
-        if found:
-            found.close()
+        if file:
+            file.close()
 
 
 class _Finished:
@@ -67,14 +67,14 @@ class _Finished:
             path.parent.mkdir(parents=True, exist_ok=True)
             self._file: IO[bytes] = open(path, "a+b")  # noqa: SIM115
             self._file.seek(0)
-            whole = 0
+            end = 0  # in bytes
 
             while (
                 (line := self._file.readline())
                 and (part := _part(line, self.end))
                 and self.end + part[0] <= items
             ):
-                self.end, whole = self.end + part[0], whole + len(line)
+                self.end, end = self.end + part[0], end + len(line)
 
             if line.endswith(b"\n"):  # a line that a crash cut off is nothing to speak of
                 say(
@@ -82,7 +82,7 @@ class _Finished:
                     "the rest is made again"
                 )
 
-            self._file.truncate(whole)
+            self._file.truncate(end)
             self._file.seek(0)
 
         self._next = 0
@@ -116,14 +116,13 @@ def _part(line: bytes, first: int) -> tuple[int, list[Any]] | None:
     """Return the number of items and the rows in a line of the file; None if it is not whole, or
     does not begin at `first`."""
     try:
-        found = json_files.parsed(line)
-        text, count = str(found["rows"]), int(found["items"])
-        whole = line.endswith(b"\n") and found["first"] == first and count > 0
-
-        if not whole or found["sum"] != _sum(first, count, text):
+        part = json_files.parse(line)
+        text, count = str(part["rows"]), int(part["items"])
+        follows = line.endswith(b"\n") and part["first"] == first and count > 0
+        if not follows or part["sum"] != _sum(first, count, text):
             return None
 
-        rows: list[Any] = json_files.parsed(text)
+        rows: list[Any] = json_files.parse(text)
         return count, rows
     except (ValueError, KeyError, TypeError):
         return None

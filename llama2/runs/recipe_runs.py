@@ -29,7 +29,7 @@ from llama2.runs import (
     read_metrics,
     read_warnings,
 )
-from llama2.terminal_text import shown
+from llama2.terminal_text import show_value
 
 STEPS = "steps.json"
 NOT_KEPT = "not kept"
@@ -53,7 +53,9 @@ def read_result(run: Path, kind: type[R]) -> R | None:
     except ValidationError as error:
         mistake = error.errors()[0]
         place = ".".join(map(str, mistake["loc"])) or "content"
-        raise UserError(f"{file}: damaged: {shown(place)}: {mistake['msg']}", _REPEAT) from None
+        raise UserError(
+            f"{file}: damaged: {show_value(place)}: {mistake['msg']}", _REPEAT
+        ) from None
 
 
 @dataclass(frozen=True)
@@ -100,12 +102,12 @@ class StepRun:
         if not (self.path / COMPLETE).is_file():
             return None
 
-        return completion.completed(self.path).get("seconds")
+        return completion.read_mark(self.path).get("seconds")
 
     @cached_property
     def recorded(self) -> Mapping[str, str]:
         """The hash of each output of a finished run; {} of others."""
-        return completion.recorded(self.path) if (self.path / COMPLETE).is_file() else {}
+        return completion.read_hashes(self.path) if (self.path / COMPLETE).is_file() else {}
 
     @cached_property
     def metrics(self) -> list[dict[str, float]]:
@@ -256,7 +258,9 @@ def read_steps(path: Path) -> list[str]:
     names = read_list(path / STEPS, cure)
     for name in names:
         if not json_files.is_own(name):
-            raise UserError(f"{path / STEPS}: damaged: {shown(name)} is the name of no run", cure)
+            raise UserError(
+                f"{path / STEPS}: damaged: {show_value(name)} is the name of no run", cure
+            )
 
     return names
 
@@ -301,7 +305,7 @@ def read_manifest(directory: Path) -> dict[str, Any]:
     """Read what a run wrote down when it began, {} where there is none; UserError if it is
     damaged."""
     completion.check_file(directory / MANIFEST)
-    return completion.manifest(directory) if (directory / MANIFEST).is_file() else {}
+    return completion.read_manifest(directory) if (directory / MANIFEST).is_file() else {}
 
 
 def _find_ancestors(

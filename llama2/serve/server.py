@@ -13,7 +13,7 @@ import sys
 from contextlib import ExitStack
 
 from llama2 import cpu_tuning
-from llama2.errors import UserError, missing_extra
+from llama2.errors import UserError, explain_missing_extra
 from llama2.ranks import join
 from llama2.serve import models
 from llama2.serve.settings import ServeConfig as Config
@@ -30,7 +30,7 @@ def run(config: Config) -> None:
         if (error.name or "").partition(".")[0] not in _EXTRA:
             raise
 
-        raise missing_extra(error.name or "fastapi", "serve") from None
+        raise explain_missing_extra(error.name or "fastapi", "serve") from None
 
     names = ", ".join(config.model_names)
     keys = config.api_keys or tuple(filter(None, os.environ.get("LLAMA2_API_KEYS", "").split(",")))

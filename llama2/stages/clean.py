@@ -77,7 +77,7 @@ def _clean(config: Config, name: str, run: Run, seen: set[int]) -> CleanedSource
     tally, counts = run.tally(name), Counter[str]()
     count = heldout = size = 0
     with ExitStack() as stack:
-        write = stack.enter_context(records.writing(run.path / "documents" / f"{name}.jsonl"))
+        write = stack.enter_context(records.open_writer(run.path / "documents" / f"{name}.jsonl"))
         write_heldout = None
         for document in _documents(config, config.sources[name], tally, counts, seen):
             count += 1
@@ -88,7 +88,7 @@ def _clean(config: Config, name: str, run: Run, seen: set[int]) -> CleanedSource
 
             if write_heldout is None:
                 file = run.path / "heldout" / f"{name}.jsonl"
-                write_heldout = stack.enter_context(records.writing(file))
+                write_heldout = stack.enter_context(records.open_writer(file))
 
             heldout += 1
             write_heldout(document)

@@ -60,7 +60,7 @@ from llama2.tokenizer.template import check_template
 from llama2.tokenizer.tokenizer import Tokenizer
 from llama2.train import parallel
 from llama2.train.loop import Plan
-from llama2.train.objectives import clipped, explained_variance
+from llama2.train.objectives import compute_explained_variance, make_ppo_loss
 from llama2.train.optim import AdamW
 
 
@@ -209,7 +209,7 @@ def run(config: Config, run: Run) -> None:
         run,
         networks.models,
         source,
-        clipped(config.clip, config.value_clip, config.value_coefficient),
+        make_ppo_loss(config.clip, config.value_clip, config.value_coefficient),
         config.training.with_steps(
             steps, validate_every=config.validate_iterations * source.updates
         ),
@@ -217,7 +217,7 @@ def run(config: Config, run: Run) -> None:
         title="ppo",
         validate=stopping,
         extra=(watch, doctor),
-        derive=(explained_variance,),
+        derive=(compute_explained_variance,),
         apart=(ACTOR, CRITIC),
         rates={CRITIC: config.critic_learning_rate or config.training.optimizer.learning_rate},
     )

@@ -19,7 +19,7 @@ from pydantic import Field
 from llama2 import records
 from llama2.config import Config as Section
 from llama2.config import StageConfig
-from llama2.data.split import is_heldout, opening
+from llama2.data.split import is_heldout, normalize_opening
 from llama2.errors import UserError
 from llama2.hashing import hash_parts
 from llama2.importers.dialogs import import_dialogs
@@ -107,7 +107,7 @@ def run(config: Config, run: Run) -> None:
     excluded: set[str] = set()
     for path in config.exclude:
         prompts = _read("prompts", "", RecordSource(path=path), Tally())
-        excluded.update(opening(_messages(record)) for record in prompts)
+        excluded.update(normalize_opening(_messages(record)) for record in prompts)
 
     seen: set[str] = set()
     imported = []
@@ -174,7 +174,7 @@ def _explain_unwanted(config: Config, record: Record, excluded: set[str], seen: 
     """Say why a record is left out; an empty text for one that is wanted."""
     if config.max_characters and _characters(record) > config.max_characters:
         return "too long"
-    if opening(_messages(record)) in excluded:
+    if normalize_opening(_messages(record)) in excluded:
         return "excluded"
 
     return "duplicate" if _identify(record) in seen else ""

@@ -42,7 +42,7 @@ from llama2.stages.common.reward_pairs import (
 from llama2.stages.common.training import Training, load_scorer, make_saver, train
 from llama2.train.learner import Learner
 from llama2.train.loop import Plan
-from llama2.train.objectives import Margins, ranking
+from llama2.train.objectives import Margins, make_ranking_loss
 from llama2.train.optim import AdamW
 
 
@@ -124,7 +124,7 @@ def run(config: Config, run: Run) -> None:
         run,
         scorer,
         source,
-        ranking(config.margins, config.auxiliary_weight),
+        make_ranking_loss(config.margins, config.auxiliary_weight),
         settings,
         save_model=make_saver(scorer, tokenizer, run.ranks),
         title="reward",

@@ -23,10 +23,10 @@ from llama2.config import Config as Section
 from llama2.config import StageConfig
 from llama2.data.loader import Rows
 from llama2.data.pack import Packed, Segment, collate, cut_segment, pack
-from llama2.data.split import heldout_openings, opening
+from llama2.data.split import heldout_openings, normalize_opening
 from llama2.model.llama import Llama
 from llama2.ranks import Ranks
-from llama2.records import Dialog, trained_turns
+from llama2.records import Dialog, mask_turns
 from llama2.results import ReadCounts, SftResult
 from llama2.runs import Run, is_output
 from llama2.stages.common import cautions
@@ -244,7 +244,7 @@ def read_dialogs(config: Config, run: Run) -> tuple[dict[str, list[Dialog]], lis
 
 def find_opening(dialog: Dialog) -> str:
     """Find how a conversation opens, whatever lasting instruction stands before it."""
-    return opening(dialog.messages, str(dialog.metadata.get("instruction") or ""))
+    return normalize_opening(dialog.messages, str(dialog.metadata.get("instruction") or ""))
 
 
 def read_useful(path: Path, tally: Tally) -> list[Dialog]:
@@ -266,7 +266,7 @@ def explain_useless(dialog: Dialog) -> str:
     empty text for a useful one."""
     answers = [message for message in dialog.messages if message.role == "assistant"]
     questions = [message for message in dialog.messages if message.role == "user"]
-    flags = trained_turns(dialog.messages, dialog.train)
+    flags = mask_turns(dialog.messages, dialog.train)
     trained = [answer for answer, flag in zip(answers, flags, strict=True) if flag]
     if not trained:
         return "no answer to learn"

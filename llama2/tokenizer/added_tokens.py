@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from llama2.errors import UserError
-from llama2.terminal_text import say_once, shown
+from llama2.terminal_text import say_once, show_value
 from llama2.tokenizer import sentencepiece_model
 from llama2.tokenizer.chat_settings import (
     ADDED,
@@ -171,7 +171,7 @@ def _list_roles(values: Mapping[str, Any]) -> set[str]:
 def _parse_entry(file: Path, entry: Any) -> AddedToken:
     text = read_text(entry)
     if not isinstance(entry, dict) or not text:
-        raise UserError(f"{file}: an added token is {shown(entry)}", FETCH)
+        raise UserError(f"{file}: an added token is {show_value(entry)}", FETCH)
 
     return AddedToken(check_text(file, text), entry.get("special") is True)
 
@@ -180,7 +180,7 @@ def parse_id(file: Path, value: Any) -> int:
     """Return the id of a token: a whole number, or its digits as text."""
     number = int(value) if isinstance(value, str) and value.isdecimal() else value
     if type(number) is not int or number < 0:
-        raise UserError(f"{file}: {shown(value)} is no id of a token", FETCH)
+        raise UserError(f"{file}: {show_value(value)} is no id of a token", FETCH)
 
     return number
 

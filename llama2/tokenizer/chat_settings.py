@@ -15,7 +15,7 @@ from typing import Any
 
 from llama2 import json_files
 from llama2.errors import UserError
-from llama2.terminal_text import shown
+from llama2.terminal_text import show_value
 
 CONFIG, GENERATION = "config.json", "generation_config.json"
 TEMPLATE, SETTINGS, ADDED = "chat_template.jinja", "tokenizer_config.json", "added_tokens.json"
@@ -32,7 +32,7 @@ def read_section(file: Path, values: Mapping[str, Any], key: str) -> dict[str, A
     """Return the JSON object under a key; an empty one if there is none."""
     section = values.get(key) or {}
     if not isinstance(section, dict):
-        raise UserError(f"{file}: {key} is {shown(section)}", "a JSON object was expected")
+        raise UserError(f"{file}: {key} is {show_value(section)}", "a JSON object was expected")
 
     return section
 
@@ -67,7 +67,7 @@ def _read_ends(file: Path, size: int | None) -> list[int]:
     for token in ids:
         if type(token) is not int:
             raise UserError(
-                f"{file}: eos_token_id is {shown(value)}",
+                f"{file}: eos_token_id is {show_value(value)}",
                 "a whole number was expected, or a list of them",
             )
         if size is not None and not 0 <= token < size:

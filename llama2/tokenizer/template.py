@@ -19,7 +19,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from llama2.errors import UserError
-from llama2.records import Message, Messages, Train, check_roles, trained_turns
+from llama2.records import Message, Messages, Train, check_roles, mask_turns
 
 if TYPE_CHECKING:
     from llama2.tokenizer.tokenizer import Tokenizer  # it writes CHAT_TEMPLATE beside its model
@@ -111,7 +111,7 @@ def encode_dialog(
     mask: list[bool] = []
     turns = _fold_system(messages)
 
-    for index, trained in zip(range(0, len(turns), 2), trained_turns(messages, train), strict=True):
+    for index, trained in zip(range(0, len(turns), 2), mask_turns(messages, train), strict=True):
         prompt = _prompt_ids(tokenizer, turns[index])
         answer = _answer_ids(tokenizer, turns[index + 1])
         ids += prompt + answer

@@ -22,7 +22,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from torch import nn
 
 from llama2 import devices, interrupts
-from llama2.errors import missing_extra
+from llama2.errors import explain_missing_extra
 from llama2.ranks import Ranks
 from llama2.terminal_text import clock
 from llama2.train import state
@@ -54,7 +54,7 @@ class Window:
         """Return the mean of each metric."""
         return means(self.sums, self.weight)
 
-    def speed(self, flops_per_token: float, peak: float, ranks: int) -> dict[str, float]:
+    def measure_speed(self, flops_per_token: float, peak: float, ranks: int) -> dict[str, float]:
         """Return real tokens a second over all ranks and, where a peak is known, the share of it
         that they take (MFU).
 
@@ -69,7 +69,7 @@ class Window:
         return {"perf/tokens_per_second": rate, **share}
 
 
-def known_peak(flops_per_token: float, training: TrainingState) -> float:
+def find_peak(flops_per_token: float, training: TrainingState) -> float:
     """Return the device's peak in FLOP/s, 0 where MFU cannot be told from it."""
     device = training.learner.ranks.device
     if not flops_per_token or not devices.is_exclusive(device):
@@ -95,7 +95,7 @@ class Log(Hook):
 
     def on_start(self, training: TrainingState) -> None:
         """Measure the peak that MFU is told from."""
-        self.peak = known_peak(self.flops_per_token, training)
+        self.peak = find_peak(self.flops_per_token, training)
 
     def on_step(self, training: TrainingState, report: Report) -> None:
         """Count the step; publish every `plan.log_every` of them."""
@@ -115,7 +115,9 @@ class Log(Hook):
             **averages,
             "train/lr": report.learning_rate,
             "train/grad_norm": report.gradient_norm,
-            **self.window.speed(self.flops_per_token, self.peak, training.learner.ranks.size),
+            **self.window.measure_speed(
+                self.flops_per_token, self.peak, training.learner.ranks.size
+            ),
         }
         for derive in self.derive:
             metrics.update(derive(averages))
@@ -145,7 +147,7 @@ class TensorBoard(Hook):
             try:
                 from torch.utils.tensorboard import SummaryWriter
             except ImportError:
-                raise missing_extra("tensorboard", "tensorboard") from None
+                raise explain_missing_extra("tensorboard", "tensorboard") from None
 
             self.writer = SummaryWriter(directory)
 
@@ -173,7 +175,7 @@ class ProgressBar(Hook):
     def on_start(self, training: TrainingState) -> None:
         """Show the bar at the step that training begins with."""
         self.begin = self.printed = time.monotonic()
-        self.peak = known_peak(self.flops_per_token, training)
+        self.peak = find_peak(self.flops_per_token, training)
         if training.learner.ranks.is_main and sys.stderr.isatty():
             self.bar = Progress(
                 TextColumn("{task.description}"),
@@ -203,7 +205,9 @@ class ProgressBar(Hook):
 
     def _show(self, training: TrainingState, report: Report, now: float) -> None:
         total = training.plan.max_steps
-        speed = self.window.speed(self.flops_per_token, self.peak, training.learner.ranks.size)
+        speed = self.window.measure_speed(
+            self.flops_per_token, self.peak, training.learner.ranks.size
+        )
         parts = [f"loss {self.window.means().get('train/loss', 0.0):.4f}"]
 
         if total is not None:  # by the wall clock, validations and checkpoints included

@@ -65,7 +65,7 @@ class BatchSource(Protocol):
 
 
 class Plan(Config):
-    """How long to train, at which rate, and how often to look and to save."""
+    """Length of training, its learning rate, and the rhythm of validations and checkpoints."""
 
     max_steps: int | None = Field(None, ge=1)
     """optimizer steps; without it training ends with its source"""

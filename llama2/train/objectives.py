@@ -27,7 +27,7 @@ MARGINS: dict[Margins, tuple[float, ...]] = {  # in the order of DEGREES (Table 
 }
 
 
-def packing(batch: Batch) -> dict[str, Tensor]:
+def select_packing(batch: Batch) -> dict[str, Tensor]:
     """Return the batch's document and position ids, where rows hold several documents."""
     return {name: batch[name] for name in ("documents_BT", "positions_BT") if name in batch}
 
@@ -39,12 +39,12 @@ def next_token(model: nn.Module, batch: Batch) -> Loss:
     Batch: tokens_BT, targets_BT, weights_BT (0 where a target carries no loss) and, for packed
     rows, documents_BT and positions_BT. The weight is the sum of weights_BT.
     """
-    logp_BT = model(batch["tokens_BT"], targets_BT=batch["targets_BT"], **packing(batch))
+    logp_BT = model(batch["tokens_BT"], targets_BT=batch["targets_BT"], **select_packing(batch))
     weights_BT = batch["weights_BT"].to(logp_BT.dtype)
     return Loss(-(logp_BT * weights_BT).sum(), weights_BT.sum())
 
 
-def ranking(margins: Margins = "small", auxiliary_weight: float = 0.0) -> Objective:
+def make_ranking_loss(margins: Margins = "small", auxiliary_weight: float = 0.0) -> Objective:
     """The reward model's loss (§3.2.2, equation 2): -log sigmoid(r_chosen - r_rejected -
     m(degree)), per pair.
 
@@ -120,7 +120,7 @@ def _ranking_metrics(
     return metrics
 
 
-def clipped(
+def make_ppo_loss(
     clip: float = 0.2, value_clip: float = 0.2, value_coefficient: float = 0.5
 ) -> Objective:
     """PPO's clipped surrogate with a clipped value loss (§3.2.3; Schulman et al. 2017, equations 7
@@ -138,7 +138,7 @@ def clipped(
 
     def objective(model: nn.Module, batch: Batch) -> Loss:
         logp_BT, entropy_BT, values_BT = model(
-            batch["tokens_BT"], targets_BT=batch["targets_BT"], **packing(batch)
+            batch["tokens_BT"], targets_BT=batch["targets_BT"], **select_packing(batch)
         )
         mask_BT = batch["weights_BT"].float()
         log_ratio_BT = (logp_BT - batch["old_logp_BT"]) * mask_BT
@@ -177,8 +177,8 @@ def clipped(
     return objective
 
 
-def explained_variance(metrics: Mapping[str, float]) -> dict[str, float]:
-    """Return 1 - Var(return - value) / Var(return), from the means which `clipped` reports; {}
+def compute_explained_variance(metrics: Mapping[str, float]) -> dict[str, float]:
+    """Return 1 - Var(return - value) / Var(return), from the means which `make_ppo_loss` reports; {}
     where returns do not vary."""
     if "ppo/return" not in metrics:
         return {}

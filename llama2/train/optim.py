@@ -43,7 +43,7 @@ def groups(
     names counts once.
     """
     rates = rates or {}
-    found: dict[tuple[float, float], list[nn.Parameter]] = {}
+    members: dict[tuple[float, float], list[nn.Parameter]] = {}
     matched = set()
 
     for name, parameter in model.named_parameters():
@@ -52,14 +52,14 @@ def groups(
         if parameter.requires_grad:
             peak = settings.learning_rate if prefix is None else rates[prefix]
             decay = settings.weight_decay if parameter.dim() >= 2 else 0.0
-            found.setdefault((peak, decay), []).append(parameter)
+            members.setdefault((peak, decay), []).append(parameter)
 
     if missing := set(rates) - matched:
         raise ValueError(f"no parameter starts with {sorted(missing)}")
 
     return [
         {"params": parameters, "peak": peak, "lr": peak, "weight_decay": decay}
-        for (peak, decay), parameters in found.items()
+        for (peak, decay), parameters in members.items()
     ]
 
 
@@ -69,15 +69,15 @@ def parts(model: nn.Module, prefixes: Sequence[str]) -> dict[str, list[nn.Parame
 
     Every prefix must match. A tensor shared under two names counts once.
     """
-    found: dict[str, list[nn.Parameter]] = {prefix: [] for prefix in prefixes}
+    members: dict[str, list[nn.Parameter]] = {prefix: [] for prefix in prefixes}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
-            found.setdefault(_prefix(name, prefixes) or "", []).append(parameter)
+            members.setdefault(_prefix(name, prefixes) or "", []).append(parameter)
 
-    if missing := [prefix for prefix in prefixes if not found[prefix]]:
+    if missing := [prefix for prefix in prefixes if not members[prefix]]:
         raise ValueError(f"no parameter starts with {sorted(missing)}")
 
-    return found
+    return members
 
 
 def _prefix(name: str, prefixes: Iterable[str]) -> str | None:

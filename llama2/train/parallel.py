@@ -62,11 +62,11 @@ def shard(
     they are. Outside torchrun the model only moves to its device. `reshard_after_forward=False`
     keeps the gathered blocks for the backward pass: faster, more memory.
     """
-    axis = ranks.sharded().shard
+    axis = ranks.spread().shard
     if axis.group is None:
         return model.to(ranks.device)
 
-    whole = model.state_dict() if ranks.is_main else {}
+    weights = model.state_dict() if ranks.is_main else {}
     model.to("meta")
     kinds = {"fp32": (None, None), "bf16": (torch.bfloat16, torch.float32)}[precision]
     # inputs stay as they are: the rotary tables that blocks are handed must not be rounded
@@ -89,7 +89,7 @@ def shard(
         unit.set_force_sum_reduction_for_comms(True)
 
     model.to_empty(device=ranks.device)
-    set_model_state_dict(model, whole, options=_SPREAD)
+    set_model_state_dict(model, weights, options=_SPREAD)
     return model
 
 

@@ -77,14 +77,14 @@ def set_random_state(state: dict[str, Any], device: torch.device) -> None:
 def capture(training: TrainingState) -> dict[str, Any]:
     """Return everything a resumed run needs. All ranks call it; rank 0 gets the whole."""
     ranks = training.learner.ranks
-    own = {
+    of_rank = {
         "source": training.source.state_dict(),
         "random": random_state(ranks.device),
         "hooks": [(type(hook).__name__, hook.state_dict()) for hook in training.hooks],
     }
     return {
         "learner": training.learner.state_dict(),
-        "ranks": ranks.gather([own]),
+        "ranks": ranks.gather([of_rank]),
         "finish": training.finish,
     }
 
@@ -108,18 +108,18 @@ def restore(training: TrainingState, directory: Path) -> None:
             f"start it with {len(state['ranks'])} ranks",
         )
 
-    own = state["ranks"][ranks.rank]
+    of_rank = state["ranks"][ranks.rank]
     training.learner.load_state_dict(state["learner"])
-    training.source.load_state_dict(own["source"])
+    training.source.load_state_dict(of_rank["source"])
     kinds = [type(hook).__name__ for hook in training.hooks]
-    kinds_before = [kind for kind, _ in own["hooks"]]
+    kinds_before = [kind for kind, _ in of_rank["hooks"]]
     if kinds != kinds_before:
         raise ValueError(f"a run must resume with the hooks it had: {kinds_before}, not {kinds}")
 
-    for hook, (_, saved) in zip(training.hooks, own["hooks"]):
+    for hook, (_, saved) in zip(training.hooks, of_rank["hooks"]):
         hook.load_state_dict(saved)
 
-    set_random_state(own["random"], ranks.device)
+    set_random_state(of_rank["random"], ranks.device)
     training.finish = state["finish"]
     training.checkpoint = directory
 
@@ -139,8 +139,8 @@ def steps(run: Path) -> list[tuple[int, Path]]:
 def latest(run: Path) -> Path | None:
     """Return the newest complete checkpoint below a run directory; what a crash left unfinished
     does not count."""
-    found = steps(run)
-    return found[-1][1] if found else None
+    checkpoints = steps(run)
+    return checkpoints[-1][1] if checkpoints else None
 
 
 def newest_whole(run: Path, ranks: Ranks) -> Path | None:

@@ -18,7 +18,7 @@ from llama2.ranks import Ranks
 from llama2.train import hooks, optim, parallel, state
 from llama2.train.learner import Learner
 from llama2.train.loop import Hook, Plan, Report, TrainingState, fit
-from llama2.train.objectives import next_token, ranking
+from llama2.train.objectives import make_ranking_loss, next_token
 
 FAST = optim.AdamW(learning_rate=1e-3)
 
@@ -174,7 +174,7 @@ def test_the_ranking_loss_equals_the_cpus(device, monkeypatch) -> None:
 
     for where in (device, torch.device("cpu")):
         scorer = Scorer(build().config, 5).to(where)
-        loss = ranking("large", 0.5)(
+        loss = make_ranking_loss("large", 0.5)(
             scorer, {name: value.to(where) for name, value in data.items()}
         )
         found.append(

@@ -22,7 +22,7 @@ from llama2.tokenizer.tokenizer import Tokenizer
 from llama2.train import hooks, optim, parallel, state
 from llama2.train.learner import Learner
 from llama2.train.loop import Plan, fit
-from llama2.train.objectives import clipped
+from llama2.train.objectives import make_ppo_loss
 
 SETTINGS = Settings(
     batch_size=8,
@@ -70,7 +70,7 @@ def train(
     fit(
         learner,
         source,
-        clipped(),
+        make_ppo_loss(),
         Plan(schedule="constant", max_steps=4, clip=0.2, log_every=99, save_every=1),
         [hooks.Checkpoint(save), *watchers] if save else watchers,
     )

@@ -380,7 +380,7 @@ def test_a_damaged_model_is_read_or_refused_in_one_clear_line(
 
 def test_what_a_run_says_of_itself_is_whole_or_refused(tmp_path: Path, world: Path) -> None:
     """As runs of before wrote it, without a hash of it."""
-    read = {"COMPLETE": completion.completed, "manifest.json": completion.manifest}
+    read = {"COMPLETE": completion.read_mark, "manifest.json": completion.read_manifest}
     outcomes = set()
     for number in range(300):
         chance = random.Random(number)

@@ -46,7 +46,7 @@ def test_sources_are_split_deduplicated_and_counted(tmp_path):
 
 
 def test_memory_holds_no_source(tmp_path):
-    with records.writing(tmp_path / "a.jsonl") as put:
+    with records.open_writer(tmp_path / "a.jsonl") as put:
         for number in range(8000):
             put(Document(text(number)))
 

@@ -134,7 +134,7 @@ def test_a_file_copied_out_of_a_run_is_data_of_ones_own(tmp_path, made):
     mine = tmp_path / "mine.jsonl"
     mine.write_text((made / "pool.jsonl").read_text() + "more")
     assert not use(mine, tmp_path / "used")
-    assert runs.recorded(made) == runs.fingerprint(made)
+    assert runs.read_fingerprint(made) == runs.fingerprint(made)
 
 
 def test_only_what_is_read_must_be_whole(tmp_path, made):
@@ -177,11 +177,11 @@ def test_large_files_are_read_when_a_time_differs_or_it_is_asked_for(made, monke
     monkeypatch.setattr(completion, "CHEAP", SIZE + 500)
     flip(made / "pool.jsonl")
     flip(made / "deep/shard.bin")
-    assert len(list(completion.faults(made, completion.recorded(made)))) == 1
-    assert len(list(completion.faults(made, completion.recorded(made), thorough=True))) == 2
+    assert len(list(completion.faults(made, completion.read_hashes(made)))) == 1
+    assert len(list(completion.faults(made, completion.read_hashes(made), thorough=True))) == 2
     os.utime(made / "pool.jsonl")
     os.utime(made / "deep/shard.bin")
-    assert len(list(completion.faults(made, completion.recorded(made)))) == 2
+    assert len(list(completion.faults(made, completion.read_hashes(made)))) == 2
 
 
 def test_a_large_copy_is_read_once(tmp_path, made, monkeypatch):
@@ -236,7 +236,7 @@ def test_runs_of_before_have_no_sum_and_are_held_to_their_shape(made, name, key,
     said = json.loads(file.read_text())
     del said["sum"]
     file.write_text(json.dumps(said))
-    read = {"COMPLETE": completion.completed, "manifest.json": completion.manifest}[name]
+    read = {"COMPLETE": completion.read_mark, "manifest.json": completion.read_manifest}[name]
     assert read(made) == said
     file.write_text(json.dumps(said | {key: value}))
 

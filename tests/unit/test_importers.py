@@ -11,7 +11,8 @@ from strangers import comparisons, turns
 
 from llama2.errors import UserError
 from llama2.importers.dialogs import DIALOG_FORMATS, import_dialogs
-from llama2.importers.preferences import PREFERENCE_FORMATS, import_preferences
+from llama2.importers.preference_formats import PREFERENCE_FORMATS
+from llama2.importers.preferences import import_preferences
 from llama2.importers.prompts import PROMPT_FORMATS, import_prompts
 from llama2.importers.tables import ReadOptions
 from llama2.reading.files import name_set, read_tables

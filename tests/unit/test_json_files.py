@@ -101,7 +101,7 @@ def test_what_is_no_plain_file_is_refused_before_it_is_opened(tmp_path, monkeypa
         ("a" * 300, "this name is too long for the file system"),
     ):
         with pytest.raises(UserError, match=words):
-            json_files.opened(tmp_path / name)
+            json_files.open_file(tmp_path / name)
 
 
 def test_a_file_may_be_too_large_to_be_what_it_should_be(tmp_path):

@@ -56,7 +56,7 @@ CHOSEN, REJECTED = [2.0, 0.5, -1.0, 0.0], [0.0, 1.0, -1.0, 1.0]
     ("margins", "table"), [("none", (0, 0, 0)), ("small", (1, 2 / 3, 1 / 3)), ("large", (3, 2, 1))]
 )
 def test_ranking_loss_by_hand(margins, table):
-    loss = objectives.ranking(margins)(Fixed(torch.tensor(CHOSEN + REJECTED)), pairs())
+    loss = objectives.make_ranking_loss(margins)(Fixed(torch.tensor(CHOSEN + REJECTED)), pairs())
     expected = sum(
         math.log1p(math.exp(-(c - r - table[d]))) for c, r, d in zip(CHOSEN, REJECTED, (0, 1, 2, 0))
     )
@@ -79,8 +79,8 @@ def test_margins_shrink_with_the_degree():
 def test_auxiliary_loss_reads_labelled_answers_only():
     score = torch.tensor(CHOSEN + REJECTED)
     safe = [1, -1, 0, -1, 0, -1, -1, -1]
-    plain = objectives.ranking("small")(Fixed(score), pairs())
-    loss = objectives.ranking("small", 0.5)(Fixed(score), pairs(safe))
+    plain = objectives.make_ranking_loss("small")(Fixed(score), pairs())
+    loss = objectives.make_ranking_loss("small", 0.5)(Fixed(score), pairs(safe))
     # chosen 0 and 2, rejected 0
     auxiliary = math.log1p(math.exp(-2.0)) + math.log1p(math.exp(-1.0)) + math.log(2)
     assert float((loss.total - plain.total).detach()) == pytest.approx(
@@ -94,12 +94,12 @@ def test_auxiliary_loss_reads_labelled_answers_only():
 
 def test_pairs_of_weight_zero_count_nothing():
     score = torch.tensor(CHOSEN + REJECTED)
-    everything = objectives.ranking("small", 0.5)(Fixed(score), pairs([1] * 8))
+    everything = objectives.make_ranking_loss("small", 0.5)(Fixed(score), pairs([1] * 8))
     weights = torch.tensor([1.0, 0.0, 1.0, 1.0])
-    without = objectives.ranking("small", 0.5)(
+    without = objectives.make_ranking_loss("small", 0.5)(
         Fixed(score), pairs([1] * 8) | {"weights_P": weights}
     )
-    alone = objectives.ranking("small", 0.5)(
+    alone = objectives.make_ranking_loss("small", 0.5)(
         Fixed(score), pairs([1] * 8) | {"weights_P": 1 - weights}
     )
     torch.testing.assert_close(without.total + alone.total, everything.total)
@@ -141,7 +141,7 @@ def test_clipped_by_hand():
     model = Fixed(
         torch.tensor([logp]), torch.tensor([[0.7, 0.3, 0.2, 5.0]]), torch.tensor([values])
     )
-    loss = objectives.clipped(0.2, 0.2, 0.5)(model, batch)
+    loss = objectives.make_ppo_loss(0.2, 0.2, 0.5)(model, batch)
     # ratio 1.5 gains nothing beyond 1.2; ratio 0.5 with a negative advantage counts at 0.8; 1.1 is
     # inside
     policy = -(1.2 * 1.0 + 0.8 * -2.0 + 1.1 * 3.0)
@@ -157,16 +157,16 @@ def test_clipped_by_hand():
     assert metrics["ppo/ratio_deviation"] == pytest.approx((0.5 + 0.5 + 0.1) / 3, rel=1e-5)
     errors, returns = torch.tensor([0.5, -0.1, 0.0]), torch.tensor([1.0, 0.0, 2.0])
     expected = 1 - errors.var(correction=0) / returns.var(correction=0)
-    assert objectives.explained_variance(metrics)["ppo/explained_variance"] == pytest.approx(
-        float(expected), rel=1e-5
-    )
+    assert objectives.compute_explained_variance(metrics)[
+        "ppo/explained_variance"
+    ] == pytest.approx(float(expected), rel=1e-5)
 
 
 def test_clipping_stops_the_gradient():
     logp = torch.tensor([[math.log(1.5), math.log(0.5), math.log(1.1)]])
     batch = ppo_batch([0.0] * 3, [0.0] * 3, [1.0, -1.0, 1.0], [0.0] * 3, [0.0] * 3, [1.0] * 3)
     model = Fixed(logp, torch.zeros(1, 3), torch.zeros(1, 3))
-    objectives.clipped()(model, batch).total.backward()
+    objectives.make_ppo_loss()(model, batch).total.backward()
     gradient = model.answers[0].grad[0]
     assert gradient[:2].tolist() == [0.0, 0.0]
     assert float(gradient[2]) == pytest.approx(-1.1, rel=1e-6)
@@ -176,7 +176,9 @@ def test_ppo_starts_at_ratio_one_and_no_divergence():
     logp = torch.randn(2, 5).sub(3)
     batch = ppo_batch([0.0] * 5, [0.0] * 5, [1.0] * 5, [0.0] * 5, [0.0] * 5, [1.0] * 5)
     batch["old_logp_BT"] = logp.clone()
-    metrics = objectives.clipped()(Fixed(logp, torch.zeros(2, 5), torch.zeros(2, 5)), batch).metrics
+    metrics = objectives.make_ppo_loss()(
+        Fixed(logp, torch.zeros(2, 5), torch.zeros(2, 5)), batch
+    ).metrics
     assert [
         float(metrics[f"ppo/{name}"]) for name in ("ratio_deviation", "kl", "clip_fraction")
     ] == [0, 0, 0]
@@ -189,5 +191,5 @@ def test_explained_variance_of_constant_returns_is_undefined():
         "ppo/error": 0.0,
         "ppo/error_square": 0.5,
     }
-    assert objectives.explained_variance(constant) == {}
-    assert objectives.explained_variance({"train/loss": 1.0}) == {}
+    assert objectives.compute_explained_variance(constant) == {}
+    assert objectives.compute_explained_variance({"train/loss": 1.0}) == {}

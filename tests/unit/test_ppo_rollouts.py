@@ -23,7 +23,7 @@ from llama2.tokenizer.tokenizer import Tokenizer
 from llama2.train import hooks, optim
 from llama2.train.learner import Learner
 from llama2.train.loop import Plan, Report, fit
-from llama2.train.objectives import clipped
+from llama2.train.objectives import make_ppo_loss
 
 SETTINGS = ppo_rollouts.Settings(
     batch_size=8,
@@ -262,7 +262,7 @@ def test_the_first_ratio_is_exactly_one_and_the_first_kl_exactly_zero(rig, preci
         precision=precision,
         apart=("actor.", "critic."),
     )
-    fit(learner, made.source, clipped(), Plan(schedule="constant", max_steps=12), [watch])
+    fit(learner, made.source, make_ppo_loss(), Plan(schedule="constant", max_steps=12), [watch])
     deviations = [report.sums["ppo/ratio_deviation"] for report in reports]
     assert [deviations[step] for step in (0, 4, 8)] == [0.0, 0.0, 0.0]
     assert all(deviations[step] > 0 for step in (1, 2, 3, 5, 6, 7))
@@ -293,7 +293,7 @@ def test_a_first_ratio_that_is_not_one_is_logged_and_raises_an_alarm(rig, capsys
     fit(
         Learner(made.models, Ranks.alone(), apart=("actor.", "critic.")),
         made.source,
-        clipped(),
+        make_ppo_loss(),
         Plan(schedule="constant", max_steps=4),
         [hooks.Log(lambda step, row: logged.update(row)), watch, doctor],
     )

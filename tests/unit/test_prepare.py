@@ -44,7 +44,8 @@ def test_the_same_opening_is_on_the_same_side_in_every_kind(tmp_path):
         )
         assert len(train) + len(heldout) == (200 if kind == "prompts" else 400)
         openings = [
-            {prepare.opening(prepare._messages(r)) for r in side} for side in (train, heldout)
+            {prepare.normalize_opening(prepare._messages(r)) for r in side}
+            for side in (train, heldout)
         ]
         assert not openings[0] & openings[1]
         assert 35 < len(openings[1]) < 85
@@ -127,7 +128,7 @@ def test_no_conversation_is_on_both_sides_whatever_weights_copies_and_depths(tmp
     out = carry_out(tmp_path / "out", kind=kind, sources=sources, heldout=0.3)
     record = Dialog if kind == "dialogs" else Preference
     train, heldout = (
-        [prepare.opening(prepare._messages(r)) for r in read(record, out / name)]
+        [prepare.normalize_opening(prepare._messages(r)) for r in read(record, out / name)]
         for name in (f"{kind}.jsonl", f"heldout-{kind}.jsonl")
     )
     assert 8 < len({*heldout}) < 30

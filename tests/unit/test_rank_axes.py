@@ -23,7 +23,7 @@ def test_shares_follow_the_axis_of_data_whatever_it_is_called() -> None:
     """Ranks of another axis read the same rows."""
     group = object()
     copies = Ranks(torch.device("cpu"), 3, 4, replicate=Axis(4, 3, group))  # type: ignore[arg-type]
-    spread = copies.sharded()
+    spread = copies.spread()
     assert (spread.shard, spread.replicate) == (copies.replicate, Axis())
     assert copies.share(range(9)) == spread.share(range(9)) == range(3, 9, 4)
 

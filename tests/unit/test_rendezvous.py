@@ -168,9 +168,9 @@ def test_who_is_gone_is_told_by_process_and_machine(monkeypatch):
     machine, own = rendezvous.describe_process()
     monkeypatch.setattr(rendezvous, "DYING", 0)
     peers = [(machine, own), ("elsewhere", child.pid), (machine, child.pid)]
-    assert rendezvous.missing(peers) == [2]
+    assert rendezvous.find_missing(peers) == [2]
     child.wait()
-    assert rendezvous.missing(peers) == [2]
+    assert rendezvous.find_missing(peers) == [2]
 
 
 def test_an_error_of_the_work_itself_keeps_its_traceback():

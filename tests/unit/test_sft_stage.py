@@ -8,7 +8,7 @@ from commands import llama2
 
 from llama2 import records
 from llama2.config import build
-from llama2.data.split import ENOUGH, heldout_openings, is_heldout, opening
+from llama2.data.split import ENOUGH, heldout_openings, is_heldout, normalize_opening
 from llama2.errors import UserError
 from llama2.records import Dialog, messages_of
 from llama2.runs import Run
@@ -38,7 +38,11 @@ def split(directory, sets, **changes):
     """Openings trained on, openings held out, and the run with its counts."""
     run = Run(directory, False)
     training, heldout = sft.read_dialogs(config(directory, sets, **changes), run)
-    return [opening(one.messages) for found in training.values() for one in found], heldout, run
+    return (
+        [normalize_opening(one.messages) for found in training.values() for one in found],
+        heldout,
+        run,
+    )
 
 
 # --- the split ---
@@ -80,7 +84,7 @@ def test_copies_depths_and_answers_to_one_prompt_lie_on_one_side(tmp_path):
         },
         heldout=0.1,
     )
-    aside = {opening(one.messages) for one in heldout}
+    aside = {normalize_opening(one.messages) for one in heldout}
     assert 5 <= len(aside) <= 40
     assert not aside & set(trained)
     assert len(aside) + len(set(trained)) == 200

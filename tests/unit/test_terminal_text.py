@@ -3,7 +3,16 @@
 import pytest
 
 from llama2.errors import UserError
-from llama2.terminal_text import LONGEST, clock, line, list_some, printable, say, say_once, shown
+from llama2.terminal_text import (
+    LONGEST,
+    clock,
+    line,
+    list_some,
+    printable,
+    say,
+    say_once,
+    show_value,
+)
 
 CLEAR, TITLE, RIGHT_TO_LEFT = "\x1b[2J", "\x1b]0;mine\x07", "\u202e"
 
@@ -46,19 +55,19 @@ def test_a_message_of_what_must_be_spelt_is_no_longer_for_it():
 
 
 def test_values_are_shown_as_far_as_they_can_be():
-    assert shown([1, 2]) == "[1, 2]"
-    assert shown("\x1b[2J\u202e") == r"'\x1b[2J\u202e'"
-    assert shown(list(range(1000))) == "[" + ", ".join(map(str, range(1000)))[:96] + "..."
+    assert show_value([1, 2]) == "[1, 2]"
+    assert show_value("\x1b[2J\u202e") == r"'\x1b[2J\u202e'"
+    assert show_value(list(range(1000))) == "[" + ", ".join(map(str, range(1000)))[:96] + "..."
     deep: list[object] = []
 
     for _ in range(100_000):
         deep = [deep]
 
-    assert shown(deep) == "a list too large to show"
+    assert show_value(deep) == "a list too large to show"
     while deep:  # Python would free it level by level
         deep = deep.pop()
 
-    assert shown(10**5000) == "a int too large to show"
+    assert show_value(10**5000) == "a int too large to show"
 
 
 def test_errors_are_fit_for_a_terminal():

@@ -14,7 +14,7 @@ from pydantic import Field
 from llama2 import records
 from llama2.batches import Batch
 from llama2.config import Config as Section
-from llama2.data.split import opening
+from llama2.data.split import normalize_opening
 from llama2.evaluate.baselines import RankedTexts
 from llama2.hashing import hash_parts
 from llama2.records import DEGREES, Axis, Message, Preference
@@ -146,7 +146,7 @@ class Encoder:
             (_label(preference.chosen_safe), _label(preference.rejected_safe)),
             preference.axis,
             (chosen, rejected),
-            hash_parts(opening(preference.prompt)),
+            hash_parts(normalize_opening(preference.prompt)),
         )
 
     def _encode_row(self, preference: Preference, answer: str) -> list[int]:
@@ -191,7 +191,7 @@ def read_pairs(
 
 
 def collate(pairs: Sequence[EncodedPair]) -> Batch:
-    """Collate pairs to one right-padded batch, the chosen rows first (see `objectives.ranking`)."""
+    """Collate pairs to one right-padded batch, the chosen rows first (see `objectives.make_ranking_loss`)."""
     rows = [pair.chosen for pair in pairs]
     rows += [pair.rejected for pair in pairs]
     labels = [pair.safe[0] for pair in pairs]

@@ -306,7 +306,7 @@ def open_records(path: Path, ranks: Ranks) -> Iterator[Callable[[object], None]]
     """Give a function that writes one more record, on rank 0; the file is there when the block
     ends."""
     if ranks.is_main:
-        with records.writing(path) as put:
+        with records.open_writer(path) as put:
             yield put
     else:
         yield lambda record: None

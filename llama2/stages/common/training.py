@@ -140,7 +140,7 @@ def distribute(model: nn.Module, ranks: Ranks, settings: Training) -> Ranks:
         parallel.replicate(model.to(ranks.device), ranks)
         return ranks
 
-    ranks = ranks.sharded()
+    ranks = ranks.spread()
     parallel.shard(model, ranks, settings.precision)
     return ranks
 
