@@ -30,27 +30,27 @@ import torch
 from common import HERE, spread
 
 from llama2.formats import hf
-from llama2.formats.hf_directory import shapes
-from llama2.formats.source import Source, Stored
+from llama2.formats.hf_directory import list_shapes
+from llama2.formats.stored_model import StoredModel, StoredTensor
 from llama2.model.sizes import SIZES
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 BUFFER = 16 << 20
 
 
-def build(directory: Path, layers: int, dtype: torch.dtype) -> Source:
+def build(directory: Path, layers: int, dtype: torch.dtype) -> StoredModel:
     """A checkpoint of random weights; shards of 1 GB."""
     config = replace(SIZES["7b"], num_hidden_layers=layers)
 
-    def stored(name: str, shape: tuple[int, ...]) -> Stored:
-        return Stored(shape, dtype, lambda: torch.randn(shape).mul_(0.02).to(dtype), name)
+    def stored(name: str, shape: tuple[int, ...]) -> StoredTensor:
+        return StoredTensor(shape, dtype, lambda: torch.randn(shape).mul_(0.02).to(dtype), name)
 
-    source = Source(
+    source = StoredModel(
         directory,
         "random",
         config,
         False,
-        {name: stored(name, shape) for name, shape in shapes(config).items()},
+        {name: stored(name, shape) for name, shape in list_shapes(config).items()},
         None,
     )
     hf.write(source, directory, shard_bytes=1 << 30)
@@ -93,7 +93,7 @@ def bring_in(directory: Path, target: Path, threads: int) -> tuple[float, int, i
     """Seconds of an import without the start of Python, and its anonymous memory in bytes before
     and at the most."""
     script = (
-        "import sys, time\nfrom llama2 import cli\nfrom llama2.stages import importing\nprint(flush=True)\n"
+        "import sys, time\nfrom llama2 import cli\nfrom llama2.convert import import_\nprint(flush=True)\n"
         "sys.stdin.readline()\nbegin = time.perf_counter()\ncode = cli._guarded(sys.argv[1:])\n"
         "print(time.perf_counter() - begin)\nsys.exit(code)"
     )
@@ -152,7 +152,7 @@ def main() -> None:
         directory, target = Path(place) / "model", Path(place) / "copy"
         source = build(directory, asked.layers, DTYPES[asked.dtype])
         size = sum(path.stat().st_size for path in directory.iterdir())
-        largest = max(stored.nbytes for stored in source.tensors.values())
+        largest = max(stored.count_bytes() for stored in source.tensors.values())
         print(
             f"7B widths, {asked.layers} layers, {asked.dtype}: {size / 1e9:.2f} GB in "
             f"{len(list(directory.glob('*.safetensors')))} files, largest tensor {largest / 1e6:.0f} MB"

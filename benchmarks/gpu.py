@@ -137,8 +137,7 @@ def run_all(page: Page, end: float, tiny: bool) -> None:
     page.seconds = time.monotonic() - begun
 
 
-# ---- the machine
-# ----------------------------------------------------------------------------------------------------
+# --- the machine ---
 def about_the_device() -> dict[str, str]:
     """Names and versions; `problem` where this interpreter has no PyTorch that works."""
     try:
@@ -237,8 +236,7 @@ def here(distribution: str) -> bool:
     return distribution.lower() in ("torch", "triton") or distribution.lower().startswith("nvidia")
 
 
-# ---- the parts
-# ------------------------------------------------------------------------------------------------------
+# --- the parts ---
 def tests(page: Page, names: list[str], seconds: float, tiny: bool) -> None:
     """Some files of tests/gpu, each test a line of the page."""
     title = f"tests: {', '.join(names)}"

@@ -134,8 +134,7 @@ def best(work: Callable[[], object], times: int = 3) -> float:
     return min(found)
 
 
-# ---- ceilings
-# -------------------------------------------------------------------------------------------------------
+# --- ceilings ---
 def ceilings(scale: Scale) -> None:
     """The copy and the product."""
     source = torch.empty(scale.copy_bytes, dtype=torch.uint8, device=devices.choose()).random_()
@@ -148,8 +147,7 @@ def ceilings(scale: Scale) -> None:
     say("ceilings", what="product", flops=devices.measure_peak(devices.choose(), "bf16"))
 
 
-# ---- training
-# -------------------------------------------------------------------------------------------------------
+# --- training ---
 class PackedTokens(RandomTokens):
     """Batches of random tokens in documents of equal length, as pretraining packs them."""
 
@@ -266,8 +264,7 @@ def steps(learner: Learner, source: PackedTokens, count: int) -> float:
     return time.perf_counter() - begin
 
 
-# ---- generation
-# -----------------------------------------------------------------------------------------------------
+# --- generation ---
 def generation(scale: Scale, name: str) -> None:
     """Decoding against the bytes it must read, prefill against the products it must make, memory
     against the plan."""
@@ -340,8 +337,7 @@ def random_prompts(shape: LlamaConfig, rows: int, length: int) -> list[list[int]
     return table
 
 
-# ---- PPO
-# ------------------------------------------------------------------------------------------------------------
+# --- PPO ---
 def ppo(scale: Scale) -> None:
     """Seconds of an iteration as `benchmarks/ppo.py` measures it."""
     words = ["--serve", "--size", scale.ppo, "--dtype", "bf16"]

@@ -10,14 +10,19 @@ from typing import Any
 
 GIB = float(1 << 30)
 NEVER = """\
-**No GPU has run this code yet.** The figures are still to come, and until then whatever these documents say of GPUs is
-an estimate. What they will be: the machine and its versions; the ceilings; tokens/s and MFU of training, compiled and
-not; decoding against the memory's bandwidth at 1, 16 and 64 rows and prefill against the matrix product; the peak of
-memory against what `--dry-run` tells; the seconds of a PPO iteration; and the outcome of every test."""
+**No GPU has run this code yet.** The figures are still to come. Until then, whatever these documents say of GPUs is an
+estimate. The figures will be
+
+- the machine and its versions, and the ceilings;
+- tokens/s and MFU of training, compiled and not;
+- decoding against the memory's bandwidth at 1, 16 and 64 rows, and prefill against the matrix product;
+- the peak of memory beside what `--dry-run` says;
+- the seconds of a PPO iteration;
+- the outcome of every test."""
 INTRODUCTION = """\
 # On a GPU
-What one CUDA device shows of this project: the tests that need one, and short benchmarks of a 1B and a 7B shape, each
-figure against a ceiling measured in the same run.
+This page reports what one CUDA device has shown of this project: the tests that need one, and short benchmarks of a 1B
+and a 7B shape. Each figure stands beside a ceiling measured in the same run.
 
 {state}
 
@@ -25,10 +30,12 @@ figure against a ceiling measured in the same run.
 ```sh
 make gpu                  # with PYTHON=..., an interpreter that has a CUDA build of PyTorch (2.11 or newer)
 ```
-It takes at most eight minutes, and without a device it says so and does nothing. PyTorch is used as it is found. What
-else is missing is installed beside it; for a machine without network, fetch it beforehand with `make gpu-wheels` and
-bring the folder `wheels/` along. `make gpu TINY=1 PAGE=/tmp/gpu.md` goes the same way on a CPU, as small as can be.
-The parts are `tests/gpu` and `benchmarks/gpu_jobs.py`; one that fails leaves its last words here, and the others go on.
+- It takes at most eight minutes. Without a device it says so and does nothing.
+- It uses the PyTorch that it finds, and installs beside it whatever else is missing. For a machine without network, run
+  `make gpu-wheels` elsewhere and bring the folder `wheels/` along.
+- `make gpu TINY=1 PAGE=/tmp/gpu.md` does the same on a CPU, as small as can be.
+- The parts are `tests/gpu` and `benchmarks/gpu_jobs.py`. If one fails, its last words appear here, and the others go
+  on.
 """
 TRAINING = """\
 Whole optimizer steps (forward, loss, backward, clipping, AdamW in fp32) in bf16 on packed rows of four documents. MFU
@@ -89,7 +96,7 @@ class Page:
 
         return "\n".join(part for part in parts if part)
 
-    # ---- sections ----
+    # --- sections ----
     def _state(self) -> str:
         if self.device is None:
             return NEVER

@@ -37,8 +37,7 @@ def hugging_config(size: Size, **extra: Any) -> Any:
     return transformers.LlamaConfig(**values, attn_implementation="sdpa", **extra)
 
 
-# ---- training
-# -------------------------------------------------------------------------------------------------------
+# --- training ---
 def hugging(
     size: Size, compile: bool
 ) -> tuple[torch.nn.Module, Callable[[Tensor, Tensor], Tensor]]:
@@ -114,8 +113,7 @@ def train(name: str, size: Size, precision: str, compile: bool) -> None:
     serve(work)
 
 
-# ---- PPO
-# ------------------------------------------------------------------------------------------------------------
+# --- PPO ---
 def word_tokenizer(vocabulary: int) -> Any:
     """A word for each id: the trainer asks for a tokenizer, its data are ids."""
     from tokenizers import Tokenizer, models

@@ -32,7 +32,8 @@ from peers import EPOCHS, MICRO, NEW_TOKENS, PROMPT_TOKENS, PROMPTS
 
 from llama2 import cpu_tuning, devices
 from llama2.generate.dialogue import Chat
-from llama2.generate.engine import Completion, Engine, Tokens
+from llama2.generate.engine import Engine
+from llama2.generate.generator import Completion, Tokens
 from llama2.generate.rewards import RewardModels, Rewards
 from llama2.generate.sampling import Sampling
 from llama2.model.llama import Llama
@@ -67,12 +68,8 @@ class Endless:
     """An engine whose answers nothing ends but their length."""
 
     def __init__(self, engine: Engine) -> None:
-        self.engine, self.context, self.check, self.stream = (
-            engine,
-            engine.context,
-            engine.check,
-            engine.stream,
-        )
+        self.engine, self.context = engine, engine.context
+        self.check, self.stream, self.update = engine.check, engine.stream, engine.update
 
     def generate(
         self, prompts: Sequence[Tokens], sampling: Sampling, indices: Sequence[int] | None = None

@@ -34,7 +34,7 @@ from llama2.ranks import Ranks
 from llama2.stages import ppo
 from llama2.stages.common.ppo_rollouts import ACTOR, CRITIC, ActorCritic, Rollouts
 from llama2.stages.common.ppo_watch import measure_clipping
-from llama2.stages.common.sampling import Sample, fitting, load_rewards, read_prompts
+from llama2.stages.common.sampling import Sample, keep_fitting, load_rewards, read_prompts
 from llama2.stages.common.training import freeze, load_policy, load_scorer
 from llama2.train.learner import Learner
 from llama2.train.loop import Hook, Report, TrainingState, fit
@@ -84,7 +84,7 @@ def train(
     chat = Chat(
         Engine(actor, slots=config.sample.slots, precision=config.sample.precision), tokenizer
     )
-    prompts = fitting(
+    prompts = keep_fitting(
         chat, read_prompts(config.prompts, None, config.seed), room=config.sample.max_tokens // 2
     )
     rewards = load_rewards(config.rewards, tokenizer, ranks, config.sample.precision)

@@ -24,7 +24,7 @@ from common import SIZES
 from torch import Tensor, nn
 
 from llama2 import cpu_tuning
-from llama2.generate.engine import Engine
+from llama2.generate.snapshot import Snapshot
 from llama2.model import quantize
 from llama2.model.cache import KVCache
 from llama2.model.llama import Llama, LlamaConfig
@@ -50,8 +50,9 @@ def decode(shape: LlamaConfig, batches: Sequence[int], repeats: int) -> None:
     model = Llama(shape).requires_grad_(False)
     decoders = {}
     for precision in PRECISIONS:
-        engine = Engine(model, precision=precision)
-        decoders[precision] = engine._packed(engine.current())
+        snapshot = Snapshot(model, precision)
+        snapshot.refresh()
+        decoders[precision] = snapshot.decoder
 
     for rows in batches:
         jobs = {}

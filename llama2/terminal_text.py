@@ -8,9 +8,12 @@ end.
 
 from __future__ import annotations
 
+import functools
+import os
 import re
 import sys
 import unicodedata
+from collections.abc import Sequence
 from typing import Any
 
 LONGEST = 2000
@@ -76,3 +79,15 @@ def format_clock(seconds: float) -> str:
     minutes, seconds = divmod(int(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"
+
+
+@functools.cache
+def say_once(text: str) -> None:
+    """Print a line on standard error once in a process; of several ranks the first prints it."""
+    if os.environ.get("RANK", "0") == "0":
+        say(f"llama2: {text}")
+
+
+def list_some(names: Sequence[str], most: int = 4) -> str:
+    """Join the first `most` names; dots stand for the others."""
+    return ", ".join([*names[:most], *(["..."] if len(names) > most else [])])

@@ -8,7 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from llama2.tokenizer import Tokenizer, sentencepiece_model, train
-from llama2.tokenizer.sentencepiece_model import NORMAL, SPACE, Piece
+from llama2.tokenizer.sentencepiece_model import NORMAL, SPACE, VocabularyItem
 
 LOWEST = -1e9
 """the score of runs of spaces in the published model"""
@@ -132,7 +132,11 @@ def with_lowest_spaces(tokenizer: Tokenizer) -> Tokenizer:
         for item in found.items
     ]
     known = {item.text for item in lowest}
-    more = [Piece(SPACE * run, LOWEST) for run in range(2, LONGEST + 1) if SPACE * run not in known]
+    more = [
+        VocabularyItem(SPACE * run, LOWEST)
+        for run in range(2, LONGEST + 1)
+        if SPACE * run not in known
+    ]
     random.Random(0).shuffle(more)  # their ids are in no order there, either
 
     return Tokenizer(sentencepiece_model.build(replace(found, items=[*lowest, *more])))

@@ -17,8 +17,8 @@ import openai
 import pytest
 
 from llama2.config import build
-from llama2.serve import http, models
-from llama2.serve.models import Models, RewardModel
+from llama2.serve import lifecycle, models
+from llama2.serve.models import Models
 from llama2.serve.settings import ServeConfig
 
 
@@ -28,14 +28,14 @@ class Served:
 
     url: str
     models: Models
-    server: http.Server
+    server: lifecycle.DrainingServer
 
     def client(self, key: str = "none") -> openai.OpenAI:
         return openai.OpenAI(base_url=f"{self.url}/v1", api_key=key, max_retries=0, timeout=60)
 
     @property
     def worker(self) -> Any:
-        return next(iter(self.models)).worker
+        return next(iter(self.models.values())).worker
 
     def post(self, path: str, **body: Any) -> httpx.Response:
         return httpx.post(f"{self.url}/v1/{path}", json=body, timeout=60)
@@ -55,19 +55,9 @@ def serving(
     config = build(
         ServeConfig, {"checkpoints": [str(path) for path in paths], "precision": "fp32", **values}
     )
-    names = config.names or tuple(path.name for path in paths)
-    loaded = models.load(
-        paths,
-        names,
-        slots=config.slots,
-        capacity=config.capacity,
-        waiting=config.limits.waiting,
-        precision=config.precision,
-    )
-    safe: RewardModel | None = (
-        models.load_judge(judge, loaded, 64, config.precision) if judge else None
-    )
-    server = http.server(loaded, safe, config, keys)
+    loaded = models.load(config)
+    safe = models.load_judge(judge, config, loaded) if judge else None
+    server = lifecycle.build(loaded, safe, config, keys)
 
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
@@ -81,7 +71,7 @@ def serving(
         finally:
             server.should_exit = True
             thread.join(100)
-            for model in (*loaded, *((safe,) if safe else ())):
+            for model in (*loaded.values(), *((safe,) if safe else ())):
                 model.worker.stop()
 
 
@@ -111,7 +101,9 @@ class Pace:
 def paced(served: Served, monkeypatch: pytest.MonkeyPatch) -> Iterator[Pace]:
     """How fast the models of a server draw until a test ends."""
     pace = Pace()
-    for session in (model.worker._session for model in served.models if model.kind == "chat"):
+    for session in (
+        model.worker._session for model in served.models.values() if model.kind == "chat"
+    ):
         monkeypatch.setattr(session, "step", partial(pace.step, session.step))
 
     yield pace

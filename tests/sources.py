@@ -10,7 +10,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from llama2.formats.source import Source, Stored
+from llama2.formats.stored_model import StoredModel, StoredTensor
 from llama2.model.llama import Llama, LlamaConfig
 from llama2.model.scorer import Scorer
 
@@ -83,11 +83,11 @@ def source_of(
     path: Path,
     tokenizer: Path | None = None,
     read: Callable[[str, Tensor], Tensor] | None = None,
-) -> Source:
+) -> StoredModel:
     """A model in memory as a source; `read` may do something else than copy."""
 
-    def stored(name: str, tensor: Tensor) -> Stored:
-        return Stored(
+    def stored(name: str, tensor: Tensor) -> StoredTensor:
+        return StoredTensor(
             tuple(tensor.shape),
             tensor.dtype,
             (lambda: read(name, tensor)) if read else tensor.clone,
@@ -95,10 +95,10 @@ def source_of(
         )
 
     tensors = {name: stored(name, tensor) for name, tensor in model.state_dict().items()}
-    return Source(path, "memory", model.config, isinstance(model, Scorer), tensors, tokenizer)
+    return StoredModel(path, "memory", model.config, isinstance(model, Scorer), tensors, tokenizer)
 
 
-def exact(source: Source, model: Llama) -> bool:
+def exact(source: StoredModel, model: Llama) -> bool:
     """Whether a source has the weights of a model, bit for bit, wherever they are of the same
     precision."""
     weights = model.state_dict()
@@ -109,11 +109,11 @@ def exact(source: Source, model: Llama) -> bool:
     )
 
 
-def frugal(source: Source) -> Source:
+def frugal(source: StoredModel) -> StoredModel:
     """The same checkpoint, whose tensors cannot be read while another of them is still held."""
     held: list[tuple[str, weakref.ref[Tensor]]] = []
 
-    def watched(name: str, stored: Stored) -> Stored:
+    def watched(name: str, stored: StoredTensor) -> StoredTensor:
         def read() -> Tensor:
             for other, reference in held:
                 assert reference() is None, f"{other} is still in memory when {name} is read"
@@ -122,15 +122,15 @@ def frugal(source: Source) -> Source:
             held[:] = [(name, weakref.ref(tensor))]
             return tensor
 
-        return Stored(stored.shape, stored.dtype, read, stored.place)
+        return StoredTensor(stored.shape, stored.dtype, read, stored.place)
 
     tensors = {name: watched(name, stored) for name, stored in source.tensors.items()}
-    return Source(
+    return StoredModel(
         source.path, source.format, source.config, source.scorer, tensors, source.tokenizer
     )
 
 
-def state(source: Source) -> dict[str, Tensor]:
+def state(source: StoredModel) -> dict[str, Tensor]:
     """All tensors of a checkpoint."""
     return {name: stored.read() for name, stored in source.tensors.items()}
 

@@ -1,10 +1,10 @@
-"""How an answer appears while it is drawn: as Markdown at a terminal, as the plain text it is
-anywhere else."""
+"""Answers as they appear: at a terminal as Markdown, anywhere else as the plain text they are."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from itertools import pairwise
 from typing import Protocol, TextIO
 
 from rich.console import Console, ConsoleOptions, RenderResult
@@ -26,33 +26,35 @@ class Display(Protocol):
         """Show a further part."""
 
     def end(self) -> None:
-        """The answer is finished, or the user has interrupted it."""
+        """End the answer, which is finished or was interrupted."""
 
 
-def display(sink: TextIO, plain: bool = False) -> Callable[[], Display]:
-    """What shows the answers that go to `sink`; `plain` asks for the text as it is at a terminal
-    too."""
+def make_display(sink: TextIO, plain: bool = False) -> Callable[[], Display]:
+    """Return what makes a display for each answer that goes to `sink`; `plain` asks for the text as
+    it is at a terminal too."""
     console = Console(file=sink, highlight=False)
     if plain or not sink.isatty() or console.is_dumb_terminal:
-        return lambda: Plain(sink)
+        return lambda: PlainDisplay(sink)
 
-    return lambda: Rendered(console)
+    return lambda: MarkdownDisplay(console)
 
 
-class Plain:
+class PlainDisplay:
     """The text as it is, each part as soon as it comes."""
 
     def __init__(self, sink: TextIO) -> None:
         self._sink = sink
 
     def add(self, part: str) -> None:
+        """Show a further part."""
         print(make_printable(part), end="", file=self._sink, flush=True)
 
     def end(self) -> None:
+        """End the line."""
         print(file=self._sink, flush=True)
 
 
-class Rendered:
+class MarkdownDisplay:
     """Markdown. A block that is finished is printed for good; the growing one is drawn again and
     again below it."""
 
@@ -61,13 +63,14 @@ class Rendered:
         self._live = Live(console=console, auto_refresh=False, transient=True)
 
     def add(self, part: str) -> None:
+        """Show a further part, if the last drawing is old enough."""
         self._growing += make_printable(part)
         now = time.monotonic()
         if now - self._drawn < REFRESH:
             return
 
         self._live.start()
-        *finished, self._growing = blocks(self._growing)
+        *finished, self._growing = split_blocks(self._growing)
         for block in finished:
             self._print(block)
 
@@ -77,8 +80,9 @@ class Rendered:
         self._drawn = time.monotonic()
 
     def end(self) -> None:
+        """Print the rest for good."""
         self._live.stop()
-        for block in blocks(self._growing):
+        for block in split_blocks(self._growing):
             self._print(block)
 
     def _print(self, text: str) -> None:
@@ -88,41 +92,46 @@ class Rendered:
 
 
 class _Block:
-    """Markdown without the empty lines around it, `apart` from what stands above; at most its last
-    `height` lines."""
+    """Markdown without the empty lines around it, perhaps set `apart` from the text above; at most
+    its last `height` lines."""
 
     def __init__(self, content: Markdown, apart: bool, height: int | None = None) -> None:
         self._content, self._apart, self._height = content, apart, height
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         lines = console.render_lines(self._content, options.update(height=None), pad=False)
-        full = [
-            index
-            for index, line in enumerate(lines)
-            if any(segment.text.strip() for segment in line)
-        ]
-        lines = lines[full[0] : full[-1] + 1] if full else []
+        while lines and not _has_text(lines[0]):
+            lines.pop(0)
+
+        while lines and not _has_text(lines[-1]):
+            lines.pop()
 
         if self._apart:
             yield Segment.line()
 
-        for line in lines[-self._height :] if self._height else lines:
+        if self._height:
+            lines = lines[-self._height :]
+
+        for line in lines:
             yield from line
             yield Segment.line()
 
 
-def blocks(text: str) -> list[str]:
-    """Markdown as its blocks: paragraphs, lists, tables, ... To all but the last nothing more can
-    come."""
+def _has_text(line: list[Segment]) -> bool:
+    return any(segment.text.strip() for segment in line)
+
+
+def split_blocks(text: str) -> list[str]:
+    """Return the blocks of a Markdown text: paragraphs, lists, tables, ... All but the last are
+    finished: nothing more can come to them."""
+    lines = text.split("\n")
     starts = [
         token.map[0]
         for token in _markdown(text).parsed
         if token.level == 0 and token.nesting >= 0 and token.map
     ]
-    lines = text.split("\n")
-    ends = [*starts[1:], len(lines)]
-
-    return ["\n".join(lines[start:end]) for start, end in zip([0, *starts[1:]], ends)]
+    edges = [0, *starts[1:], len(lines)]
+    return ["\n".join(lines[start:end]) for start, end in pairwise(edges)]
 
 
 def _markdown(text: str) -> Markdown:

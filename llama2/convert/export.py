@@ -1,9 +1,8 @@
-"""`llama2 export CHECKPOINT --to FORMAT --out DIRECTORY`: a checkpoint as other programs read it.
+"""`llama2 export CHECKPOINT --to FORMAT --out DIRECTORY`: a checkpoint for other programs.
 
-What was written is read again and compared with where it came from, and only then is the export
-done. A format that keeps every number must give every number back; one that rounds must be no
-further away than its rounding explains, and the difference is printed. One tensor at a time is in
-memory.
+The written file is read again and compared with its source, and only then is the export done. A
+format that keeps every number must give every number back; one that rounds must be no further away
+than its rounding explains, and the difference is printed. One tensor at a time is in memory.
 """
 
 from __future__ import annotations
@@ -17,14 +16,16 @@ import torch
 from pydantic import Field
 
 from llama2 import json_files
-from llama2.config import Config as Base
+from llama2.config import Config as Section
 from llama2.convert import verify
-from llama2.convert.compare import context
+from llama2.convert.compare import find_context
 from llama2.errors import UserError
 from llama2.formats import gguf, hf, llama2c, meta
-from llama2.formats.detect import open_source
-from llama2.formats.progress import Reading, size
-from llama2.formats.source import Source
+from llama2.formats.detect import open_model
+from llama2.formats.gguf_metadata import Precision
+from llama2.formats.hf_directory import require_free
+from llama2.formats.progress import ReadingBar
+from llama2.formats.stored_model import StoredModel
 from llama2.ranks import join
 from llama2.terminal_text import say
 from llama2.tokenizer.tokenizer import Tokenizer
@@ -33,14 +34,13 @@ POSITIONAL = "checkpoint"
 Kind = Literal["fp32", "fp16", "bf16"]
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 _KINDS = {"fp32": "f32", "fp16": "f16", "bf16": "bf16"}  # what llama.cpp calls them
+# the largest error of a number that each kind explains, divided by the largest of its tensor
 ROUNDING = {"fp32": 2.0**-24, "fp16": 2.0**-11, "bf16": 2.0**-8, "q8_0": 1 / 127, "q4_0": 1 / 7}
-"""the largest error of a number beside the largest number of its tensor that each kind explains"""
-
+# of a number, with its share of a block's scale
 _BYTES = {"fp32": 4.0, "fp16": 2.0, "bf16": 2.0, "q8_0": 34 / 32, "q4_0": 18 / 32}
-"""of a number, with its share of a block's scale"""
 
 
-class Config(Base):
+class Config(Section):
     """Write a checkpoint in another format, and verify what was written."""
 
     checkpoint: Path
@@ -65,30 +65,31 @@ class Config(Base):
 
 
 def run(config: Config) -> int:
-    """Write, verify, and print the path; the exit status: 1 if what was written is not the model
-    that was read."""
+    """Write, verify, and print the path; return the exit status.
+
+    It is 1 if the written model is not the one that was read.
+    """
     join()
     _check_options(config)
-    source = open_source(config.checkpoint, base=config.base, dtype=DTYPES.get(config.dtype or ""))
-    kind = _kind(config, source)
-    target = _target(config, kind)
+    model = open_model(config.checkpoint, base=config.base, dtype=DTYPES.get(config.dtype or ""))
+    kind = _choose_kind(config, model)
+    target = _choose_target(config, kind)
+    require_free(target)
 
-    for remark in source.remarks:
+    for remark in model.remarks:
         say(f"llama2: note: {remark}")
 
-    json_files.check_room(target, _bytes(config, source, kind), "a smaller --type or --dtype")
-    if source.tokenizer is None:
+    json_files.check_room(target, _count_bytes(config, model, kind), "a smaller --type or --dtype")
+    if model.tokenizer is None:
         say(f"llama2: {config.checkpoint} has no tokenizer, so none is written")
 
-    with Reading("write", size((source,))) as bar:
-        for note in _write(config, bar.watched(source), target, kind):
+    with ReadingBar("write", model.count_bytes()) as bar:
+        for note in _write(config, bar.watch(model), target, kind):
             say(f"llama2: note: {note}")
 
     try:
-        status = _verified(
-            source, open_source(target), kind, _rounding(config, source, kind), config.length
-        )
-    # what was just written cannot be read: that is not the user's mistake
+        status = _verify(config, model, open_model(target), kind)
+    # a file that was just written and cannot be read is not the user's mistake
     except UserError as error:
         say(f"llama2: error: {error}")
         return 1
@@ -102,138 +103,132 @@ def run(config: Config) -> int:
 def _check_options(config: Config) -> None:
     """UserError for an option that the format has no use for."""
     one_file = config.to in ("gguf", "llama2c")
-    if config.dtype is not None and one_file:
-        raise UserError(f"--dtype does not go with --to {config.to}", "give --type")
-    if config.type is not None and not one_file:
-        raise UserError(f"--type does not go with --to {config.to}", "give --dtype")
-    if config.shards != 1 and config.to != "meta":
-        raise UserError(
-            f"--shards does not go with --to {config.to}", "only Meta's format is cut for ranks"
-        )
+    useless = {
+        "--dtype": (config.dtype is not None and one_file, "give --type"),
+        "--type": (config.type is not None and not one_file, "give --dtype"),
+        "--shards": (config.shards != 1 and config.to != "meta", "only Meta's format has ranks"),
+    }
+    for option, (given, cure) in useless.items():
+        if given:
+            raise UserError(f"{option} does not go with --to {config.to}", cure)
+
     if config.to == "llama2c" and config.type not in (None, "f32", "q8_0"):
         raise UserError(f"llama2.c has no {config.type}", "choose f32 (run.c) or q8_0 (runq.c)")
 
 
-def _kind(config: Config, source: Source) -> str:
-    """What numbers will be stored as, a key of ROUNDING."""
-    dtype = hf.prevailing(source.tensors)
-    stored = next((name for name, kind in DTYPES.items() if kind == dtype), "fp32")
-    if config.to in ("gguf", "llama2c"):
-        asked = config.type or (None if config.to == "gguf" else "f32")
-        return next((name for name, theirs in _KINDS.items() if theirs == asked), asked) or stored
+def _choose_kind(config: Config, model: StoredModel) -> str:
+    """Return the kind of the numbers to store, a key of ROUNDING."""
+    names = {dtype: name for name, dtype in DTYPES.items()}
+    stored = names.get(hf.find_prevailing_dtype(model.tensors), "fp32")
+    if config.to in ("hf", "meta"):
+        return config.dtype or stored
+    if config.type is None:
+        return stored if config.to == "gguf" else "fp32"
 
-    return config.dtype or stored
-
-
-def _bytes(config: Config, source: Source, kind: str) -> int:
-    """About how many the weights will take."""
-    each = source.tensors.values()
-    if config.to in ("hf", "meta") and config.dtype is None:
-        return sum(stored.nbytes for stored in each)
-
-    return round(sum(stored.numel for stored in each) * _BYTES[kind])
+    ours = {theirs: name for name, theirs in _KINDS.items()}
+    return ours.get(config.type, config.type)
 
 
-def _rounding(config: Config, source: Source, kind: str) -> float:
-    """The largest error that storing a checkpoint so explains, beside a tensor's largest number; 0:
-    there is none."""
-    if config.to in ("hf", "meta") and config.dtype is None:
-        return 0.0  # each tensor keeps its own kind
-
-    exact = (
-        {DTYPES[kind], *((torch.float16, torch.bfloat16) if kind == "fp32" else ())}
-        if kind in DTYPES
-        else set()
-    )
-    return (
-        0.0 if all(stored.dtype in exact for stored in source.tensors.values()) else ROUNDING[kind]
-    )
+def _keeps_kinds(config: Config) -> bool:
+    """Return whether each tensor keeps its own kind of numbers."""
+    return config.to in ("hf", "meta") and config.dtype is None
 
 
-def _target(config: Config, kind: str) -> Path:
-    """Where the export goes. UserError if something is there."""
-    target, suffix = config.out, {"gguf": ".gguf", "llama2c": ".bin"}.get(config.to)
-    if suffix and config.out.suffix != suffix:
-        name = config.checkpoint.resolve()
-        stem = name.stem if name.is_file() else name.name
-        target = config.out / (
-            f"{stem}-{_KINDS.get(kind, kind)}{suffix}" if config.to == "gguf" else f"model{suffix}"
-        )
-
-    taken = any(target.iterdir()) if target.is_dir() else target.exists()
-    if taken:
-        raise UserError(
-            f"{target}: something is there already", "choose another --out, or move it away"
-        )
-
-    return target
+def _count_bytes(config: Config, model: StoredModel, kind: str) -> int:
+    """Estimate the size of the weights."""
+    return model.count_bytes() if _keeps_kinds(config) else round(model.numel * _BYTES[kind])
 
 
-def _write(config: Config, source: Source, target: Path, kind: str) -> list[str]:
-    """Write the checkpoint; what the user should know about it."""
+def _find_rounding(config: Config, model: StoredModel, kind: str) -> float:
+    """Return the largest error that storing a checkpoint as `kind` explains; 0 if there is none.
+
+    It is relative to the largest number of a tensor.
+    """
+    exact = {DTYPES.get(kind)}
+    if kind == "fp32":
+        exact |= {torch.float16, torch.bfloat16}
+
+    kinds = {stored.dtype for stored in model.tensors.values()}
+    return 0.0 if _keeps_kinds(config) or kinds <= exact else ROUNDING[kind]
+
+
+def _choose_target(config: Config, kind: str) -> Path:
+    """Return the place of the export: `--out`, or a file of a suitable name in it."""
+    suffix = {"gguf": ".gguf", "llama2c": ".bin"}.get(config.to, config.out.suffix)
+    if config.out.suffix == suffix:
+        return config.out
+    if config.to == "llama2c":
+        return config.out / f"model{suffix}"
+
+    source = config.checkpoint.resolve()
+    stem = source.stem if source.is_file() else source.name
+    return config.out / f"{stem}-{_KINDS.get(kind, kind)}{suffix}"
+
+
+def _write(config: Config, model: StoredModel, target: Path, kind: str) -> list[str]:
+    """Write the checkpoint; return notes for the user."""
     dtype = DTYPES.get(config.dtype or "")
     if config.to == "hf":
-        hf.write(source, target, dtype=dtype, beside=_tokenizer_files(source))
+        hf.write(model, target, dtype=dtype, beside=_prepare_tokenizer(model))
         return []
 
     if config.to == "meta":
-        return meta.write(source, target, dtype=dtype, shards=config.shards)
+        return meta.write(model, target, dtype=dtype, shards=config.shards)
     if config.to == "llama2c":
-        return llama2c.write(source, target, version=2 if kind == "q8_0" else 0)
+        return llama2c.write(model, target, version=2 if kind == "q8_0" else 0)
 
-    precision = cast(gguf.Precision, _KINDS.get(kind, kind))
     return gguf.write(
-        source,
+        model,
         target,
-        precision=precision,
-        chat_template=source.template,
+        precision=cast(Precision, _KINDS.get(kind, kind)),
+        chat_template=model.template,
         name=config.checkpoint.resolve().name,
     )
 
 
-def _tokenizer_files(source: Source) -> Callable[[Path], None]:
-    """Writes what belongs beside the weights; a faulty tokenizer is refused now, not when the
-    weights are written."""
-    if source.tokenizer is None:
+def _prepare_tokenizer(model: StoredModel) -> Callable[[Path], None]:
+    """Return a writer of the files beside the weights.
+
+    A faulty tokenizer is refused now, not when the weights are written.
+    """
+    if model.tokenizer is None:
         return lambda directory: None
 
-    return Tokenizer.load(source.tokenizer).speaking(source.template, source.config.stops).save
+    tokenizer = Tokenizer.load(model.tokenizer)
+    return tokenizer.with_chat_template(model.template, model.config.stops).save
 
 
-def _verified(source: Source, written: Source, kind: str, allowed: float, length: int) -> int:
-    """Compare what was written with what was read, and say so; the exit status."""
+def _verify(config: Config, model: StoredModel, written: StoredModel, kind: str) -> int:
+    """Compare the written model with the one that was read, and say so; return the exit status."""
+    allowed = _find_rounding(config, model, kind)
     tolerance = math.inf if allowed else verify.TOLERANCE
-    found = verify.compared(
-        source,
-        written,
-        tolerance=tolerance,
-        length=min(length, context(source.config, written.config)),
-    )
-    failures = found.differences(tolerance)
-    apart = found.tensors.relative if found.tensors else 0.0
-
-    if found.tensors and apart > allowed:
+    length = min(config.length, find_context(model.config, written.config))
+    comparison = verify.compare_models(model, written, tolerance=tolerance, length=length)
+    failures = comparison.differences(tolerance)
+    tensors = comparison.tensors
+    if tensors and tensors.relative > allowed:
         failures.insert(
             0,
-            f"{found.tensors.relative_name} differs by {apart:.3g} of its largest number, and {kind} "
-            f"explains {allowed:.3g}",
+            f"{tensors.relative_name} differs by {tensors.relative:.3g} of its largest number, and "
+            f"{kind} explains {allowed:.3g}",
         )
 
-    for line in verify.lines(found, tolerance):
+    for line in verify.describe(comparison, tolerance):
         say(line)
 
     if failures:
         say(
-            f"llama2: error: {written.path} is not the model it was made from: {failures[0]}; do not use it"
+            f"llama2: error: {written.path} is not the model it was made from: {failures[0]}; do "
+            "not use it"
         )
         return 1
 
-    say(
-        f"llama2: done: {written.path} holds "
-        + (
-            f"the original, rounded to {kind} by at most {apart:.2%} of the largest number of a tensor"
-            if allowed
-            else "every number of the original"
+    content = "every number of the original"
+    if allowed and tensors:
+        content = (
+            f"the original, rounded to {kind} by at most {tensors.relative:.2%} of the largest "
+            "number of a tensor"
         )
-    )
+
+    say(f"llama2: done: {written.path} holds {content}")
     return 0

@@ -1,9 +1,9 @@
-"""Any Llama checkpoint as one of ours: `llama2 import PATH --out DIRECTORY`.
+"""`llama2 import PATH --out DIRECTORY`: any Llama checkpoint as one of ours.
 
-What lies at the path is recognised: a Hugging Face directory, an adapter of PEFT (merged into its
+The format at the path is recognised: a Hugging Face directory, an adapter of PEFT (merged into its
 base), Meta's own files, a file of llama2.c or of llama.cpp. Whatever can be refused is refused
 before anything is written, and tensors pass one at a time, so that a model of any size can be
-brought in with little memory. The directory appears when all of it is there.
+brought in with little memory. The directory appears when everything is in it.
 """
 
 from __future__ import annotations
@@ -15,25 +15,28 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from llama2 import config, json_files
-from llama2.errors import UserError, explain_os_errors
+from llama2 import json_files
+from llama2.config import Config as Section
+from llama2.errors import UserError
 from llama2.formats import hf, llama2c_vocabulary
-from llama2.formats.detect import open_source
-from llama2.formats.progress import Reading, size
+from llama2.formats.detect import open_model
+from llama2.formats.hf_directory import require_free
+from llama2.formats.progress import ReadingBar
 from llama2.formats.safetensors_file import is_finite
-from llama2.formats.source import Source, Stored, observed
+from llama2.formats.stored_model import StoredModel, StoredTensor, observe
 from llama2.stages.common.planning import Cluster, PlannedRuns
-from llama2.terminal_text import say
-from llama2.tokenizer import foreign, huggingface, sentencepiece_model
-from llama2.tokenizer.sentencepiece_model import Held
-from llama2.tokenizer.template import CHAT_TEMPLATE, described, is_llama_2
+from llama2.terminal_text import list_some, say
+from llama2.tokenizer import sentencepiece_model
+from llama2.tokenizer.chat_settings import ADDED, MODEL, SETTINGS, SPECIAL
+from llama2.tokenizer.sentencepiece_model import StoredTokenizer, require_fitting_size
+from llama2.tokenizer.template import CHAT_TEMPLATE, describe_template, is_llama_2
 from llama2.tokenizer.tokenizer import Tokenizer
 
 POSITIONAL = "path"
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
-class Config(config.Config):
+class Config(Section):
     """Bring in a Llama checkpoint of any format. Its format is recognised."""
 
     path: Path
@@ -54,211 +57,169 @@ class Config(config.Config):
 
 
 def plan(config: Config, cluster: Cluster, planned: PlannedRuns) -> dict[str, Any]:
-    """What was recognised, where it exists already."""
+    """Describe the checkpoint, where it exists already."""
     if not config.path.exists():
         return {}
 
-    source = _opened(config)
-    return {"recognised": _described(source), "gigabytes": round(_size(source, config) / 1e9, 3)}
+    model, dtype = _open(config)
+    return {"recognised": _describe(model), "gigabytes": round(model.count_bytes(dtype) / 1e9, 3)}
 
 
 def run(config: Config) -> None:
     """Write the checkpoint directory, and say what was found and checked."""
-    with explain_os_errors(config.out):
-        if config.out.exists() and (not config.out.is_dir() or any(config.out.iterdir())):
-            raise UserError(
-                f"{config.out}: there is something already", "choose another --out, or move it away"
-            )
-
-    source = _opened(config)
-    tokenizer, remark = _tokenizer(source, config)
-    json_files.check_room(config.out, _size(source, config), "a smaller --dtype")
-    _say(f"{source.path}: {_described(source)}")
-
-    for line in source.remarks:
+    require_free(config.out)
+    model, dtype = _open(config)
+    tokenizer, remark = _load_tokenizer(model, config)
+    json_files.check_room(config.out, model.count_bytes(dtype), "a smaller --dtype")
+    _say(f"{model.path}: {_describe(model)}")
+    for line in model.remarks:
         _say(line)
 
-    _say(f"{config.out}: {_growth(source, config)}")
-    with Reading("import", size((source,))) as bar:
+    _say(f"{config.out}: {_describe_size(model, dtype)}")
+    with ReadingBar("import", model.count_bytes()) as bar:
         hf.write(
-            bar.watched(observed(_ending(source, tokenizer), _check_finite)),
+            bar.watch(observe(_add_eos(model, tokenizer), _check_finite)),
             config.out,
-            dtype=_dtype(config),
+            dtype=dtype,
             beside=tokenizer.save if tokenizer else lambda directory: None,
         )
 
-    _say(f"{len(source.tensors)} tensors, all numbers finite; {remark}")
+    _say(f"{len(model.tensors)} tensors, all numbers finite; {remark}")
     if tokenizer:
-        _say_template(source, config)
+        _say_template(model, config)
 
     print(config.out)
 
 
-def _opened(config: Config) -> Source:
-    return open_source(config.path, base=config.base, dtype=_dtype(config))
+def _open(config: Config) -> tuple[StoredModel, torch.dtype | None]:
+    dtype = DTYPES[config.dtype] if config.dtype else None
+    return open_model(config.path, base=config.base, dtype=dtype), dtype
 
 
-def _dtype(config: Config) -> torch.dtype | None:
-    return DTYPES[config.dtype] if config.dtype else None
+# --- the tokenizer ---
+def _load_tokenizer(model: StoredModel, config: Config) -> tuple[Tokenizer | None, str]:
+    """Return the tokenizer given or found, and a remark on it; None if there is neither.
 
-
-def _tokenizer(source: Source, config: Config) -> tuple[Tokenizer | None, str]:
-    """The tokenizer given or found, and what is to be said of it; None if there is neither.
-
-    UserError if it has more pieces than the model. If it has fewer, it is padded: there is a name
-    for each id.
+    One with fewer pieces than the model is padded to a name for each id. UserError if it has more.
     """
-    place = _place(source, config)
+    place, size = _find_tokenizer(model, config), model.config.vocab_size
     if place is None:
         return None, (
-            f"no tokenizer came with it: it can be neither trained nor talked to before its {hf.TOKENIZER} "
-            f"lies in {config.out} (or import it again with --tokenizer FILE){_candidates(source)}"
+            "no tokenizer came with it: it can be neither trained nor talked to before its "
+            f"{MODEL} lies in {config.out} (or import it again with --tokenizer "
+            f"FILE){_suggest_files(model)}"
         )
 
-    size = source.config.vocab_size
     tokenizer = Tokenizer.load(place, size)
-    tokenizer.check_bos(source.path, source.config.bos_token_id)
-    count = tokenizer.vocab_size
-
+    tokenizer.require_bos(model.path, model.config.bos_token_id)
+    count, ids = tokenizer.vocab_size, (tokenizer.bos, tokenizer.eos)
     if count > size:
-        raise UserError(
-            f"{place}: the tokenizer has {count:,} pieces, the model a vocabulary of {size:,}",
-            "give the model's own: --tokenizer tokenizer.model",
+        require_fitting_size(
+            place, count, size, "give the model's own: --tokenizer tokenizer.model"
         )
 
-    tokenizer = (
-        tokenizer
-        if count == size
-        else Tokenizer(sentencepiece_model.padded(tokenizer.model, count, size), str(place))
-    )
-    tokenizer = tokenizer.speaking(
-        CHAT_TEMPLATE if config.chat_template else source.template, source.config.stops
-    )
-    special = [
-        name
-        for name, token in tokenizer.controls.items()
-        if token not in (tokenizer.bos, tokenizer.eos)
-    ]
-    control = (
-        f", of which no text spells {', '.join(ascii(name) for name in special[:4])}"
-        f"{', ...' if len(special) > 4 else ''}"
-        if special
-        else ""
-    )
+    special = [ascii(name) for name, token in tokenizer.controls.items() if token not in ids]
+    control = f", of which no text spells {list_some(special)}" if special else ""
+    remark = f"the tokenizer has {count:,} pieces, as the model{control}"
+    if count < size:
+        padded = sentencepiece_model.pad(tokenizer.model, count, size)
+        tokenizer = Tokenizer(padded, str(place))
+        remark = (
+            f"the tokenizer has {count:,} pieces{control}, the model {size:,}: the other "
+            f"{size - count:,} are padding now, which no text spells"
+        )
 
-    return (
-        tokenizer,
-        f"the tokenizer has {count:,} pieces, as the model{control}"
-        if count == size
-        else (
-            f"the tokenizer has {count:,} pieces{control}, the model {size:,}: the other {size - count:,} are padding now, "
-            "which no text spells"
-        ),
-    )
+    template = CHAT_TEMPLATE if config.chat_template else model.template
+    return tokenizer.with_chat_template(template, model.config.stops), remark
 
 
-def _place(source: Source, config: Config) -> Path | Held | None:
-    """Where the tokenizer is: what was given, or what came with the checkpoint."""
+def _find_tokenizer(model: StoredModel, config: Config) -> Path | StoredTokenizer | None:
+    """Return the place of the tokenizer: given, or the one that came with the checkpoint."""
     given = config.tokenizer
     if given is not None:
-        of_llama2c = given.suffix == ".bin" and given.is_file()
-        return llama2c_vocabulary.held(given, source.config.vocab_size) if of_llama2c else given
+        if given.suffix == ".bin" and given.is_file():
+            return llama2c_vocabulary.open_tokenizer(given, model.config.vocab_size)
 
-    if source.path.is_dir() and str(source.tokenizer) == str(source.path / hf.TOKENIZER):
-        return source.path  # where it is held against the tokenizer.json beside it
+        return given
 
-    return source.tokenizer
+    if model.path.is_dir() and str(model.tokenizer) == str(model.path / MODEL):
+        return model.path  # where it is compared with the tokenizer.json beside it
+
+    return model.tokenizer
 
 
-def _candidates(source: Source) -> str:
-    """Files beside a model that look like its tokenizer under another name."""
-    beside = source.path if source.path.is_dir() else source.path.parent
-    others = (huggingface.SETTINGS, huggingface.SPECIAL, foreign.ADDED, source.path.name)
-    found = sorted(
-        file.name
-        for file in beside.glob("*tok*")
+def _suggest_files(model: StoredModel) -> str:
+    """Name files beside a model that look like its tokenizer under another name."""
+    directory = model.path if model.path.is_dir() else model.path.parent
+    others = (SETTINGS, SPECIAL, ADDED, model.path.name)
+    files = [
+        str(file)
+        for file in sorted(directory.glob("*tok*"))
         if file.suffix in (".model", ".bin", ".json") and file.name not in others
-    )
-
-    return f"; it may be {' or '.join(str(beside / name) for name in found[:3])}" if found else ""
-
-
-def _ending(source: Source, tokenizer: Tokenizer | None) -> Source:
-    """The same checkpoint, whose answers end at the tokenizer's EOS besides the ids that it names
-    itself."""
-    if tokenizer is None or tokenizer.eos in source.config.stops:
-        return source
-
-    return replace(
-        source, config=replace(source.config, eos_token_id=(*source.config.stops, tokenizer.eos))
-    )
+    ]
+    return f"; it may be {' or '.join(files[:3])}" if files else ""
 
 
-def _say_template(source: Source, config: Config) -> None:
-    """What became of the chat template, and what that means."""
+def _add_eos(model: StoredModel, tokenizer: Tokenizer | None) -> StoredModel:
+    """Return the same checkpoint, whose answers end at the tokenizer's EOS as well."""
+    if tokenizer is None or tokenizer.eos in model.config.stops:
+        return model
+
+    stops = (*model.config.stops, tokenizer.eos)
+    return replace(model, config=replace(model.config, eos_token_id=stops))
+
+
+# --- messages ---
+def _say_template(model: StoredModel, config: Config) -> None:
+    """Say what became of the chat template, and what follows from it."""
+    template = describe_template(model.template)
     if config.chat_template:
-        had = (
-            "it had none"
-            if source.template is None
-            else f"the model's was {described(source.template)}"
-        )
-        _say(f"its chat template is Llama 2's, as asked; {had}")
-    elif not is_llama_2(source.template):
-        kept = (
-            "no chat template came with it"
-            if source.template is None
-            else (f"its chat template is {described(source.template)}, and is kept")
-        )
+        before = "it had none" if model.template is None else f"the model's was {template}"
+        _say(f"its chat template is Llama 2's, as asked; {before}")
+    elif not is_llama_2(model.template):
+        origin = f"its chat template is {template}, and is kept"
+        if model.template is None:
+            origin = "no chat template came with it"
+
         _say(
-            f"{kept}: it can be trained, and talked to after sft (or at once, if it was tuned for Llama 2's format: "
-            "import it with --chat-template llama2)"
+            f"{origin}: it can be trained, and talked to after sft (or at once, if it was tuned for "
+            "Llama 2's format: import it with --chat-template llama2)"
         )
 
 
-def _described(source: Source) -> str:
-    shape, kinds = source.config, {stored.dtype for stored in source.tensors.values()}
-    stored = ", ".join(sorted(str(kind).removeprefix("torch.") for kind in kinds))
-    count = sum(stored.numel for stored in source.tensors.values())
-    kind = "reward" if source.scorer else "language"
-
+def _describe(model: StoredModel) -> str:
+    shape = model.config
+    kinds = {str(stored.dtype).removeprefix("torch.") for stored in model.tensors.values()}
+    kind = "reward" if model.scorer else "language"
     return (
-        f"{source.format}, a {kind} model of {count:,} parameters in {stored}: "
-        f"{shape.num_hidden_layers} layers of width {shape.hidden_size:,}, {shape.num_attention_heads} heads, "
-        f"{shape.num_key_value_heads} for keys and values, context {shape.max_position_embeddings:,}, "
-        f"vocabulary {shape.vocab_size:,}"
+        f"{model.format}, a {kind} model of {model.numel:,} parameters in "
+        f"{', '.join(sorted(kinds))}: {shape.num_hidden_layers} layers of width "
+        f"{shape.hidden_size:,}, {shape.num_attention_heads} heads, {shape.num_key_value_heads} "
+        f"for keys and values, context {shape.max_position_embeddings:,}, vocabulary "
+        f"{shape.vocab_size:,}"
     )
 
 
-def _size(source: Source, config: Config) -> int:
-    """Bytes that the weights will take."""
-    return sum(
-        stored.numel * (_dtype(config) or stored.dtype).itemsize
-        for stored in source.tensors.values()
-    )
+def _describe_size(model: StoredModel, dtype: torch.dtype | None) -> str:
+    """Describe how much is written, and name the flag for less where it is more than before."""
+    written = model.count_bytes(dtype)
+    size = f"the weights take {_format_size(written)}"
+    if dtype is not None or not model.path.is_file():
+        return size  # a directory stores numbers as they will be written
+
+    before = model.path.stat().st_size
+    if written < 1.25 * before:
+        return size
+
+    halved = _format_size(model.count_bytes(torch.bfloat16))
+    return f"{size}, in {model.path} {_format_size(before)}; --dtype bf16 takes {halved}"
 
 
-def _growth(source: Source, config: Config) -> str:
-    """How much is written, and the flag for less where it is more than was there."""
-    written, there = _size(source, config), _taken(source.path)
-    said = f"the weights take {_gigabytes(written)}"
-    if there is None or written < 1.25 * there or config.dtype is not None:
-        return said
-
-    halved = sum(stored.numel for stored in source.tensors.values()) * 2
-    return f"{said}, in {source.path} {_gigabytes(there)}; --dtype bf16 takes {_gigabytes(halved)}"
-
-
-def _taken(path: Path) -> int | None:
-    """Bytes of one file that holds a whole model; of a directory None: it stores numbers as they
-    will be written."""
-    return path.stat().st_size if path.is_file() else None
-
-
-def _gigabytes(count: int) -> str:
+def _format_size(count: int) -> str:
     return f"{count / 1e9:.1f} GB" if count >= 1e8 else f"{count / 1e6:.1f} MB"
 
 
-def _check_finite(stored: Stored, tensor: Tensor) -> None:
+def _check_finite(stored: StoredTensor, tensor: Tensor) -> None:
     if not is_finite(tensor):
         raise UserError(
             f"{stored.place} has numbers that are infinite or undefined",

@@ -1,31 +1,39 @@
-"""`llama2 verify A B`: whether two checkpoints, in whatever formats, are the same model.
+"""`llama2 verify A B`: check whether two checkpoints, of whatever formats, are the same model.
 
 It compares shapes and constants, every tensor, the tokenizers on texts that are hard to read, and
-what both models compute of a sequence as long as the context. Exit status 0: equal within the
+the outputs of both models on a sequence as long as the context. Exit status 0: equal within the
 tolerance; 1: different.
 """
 
 from __future__ import annotations
 
 import json
-import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import tyro
 from pydantic import Field
+from pydantic_core import to_jsonable_python
 
 from llama2 import devices
-from llama2.config import Config as Base
-from llama2.convert import compare, run_check, tokenizer_probes
-from llama2.convert.compare import Outputs, Shapes, Tensors
-from llama2.convert.tokenizer_probes import Tokenizers
+from llama2.config import Config as Section
+from llama2.convert import run_check
+from llama2.convert.compare import (
+    Outputs,
+    Shapes,
+    Tensors,
+    compare_outputs,
+    compare_shapes,
+    compare_tensors,
+    find_context,
+)
+from llama2.convert.tokenizer_probes import Tokenizers, compare_tokenizers
 from llama2.errors import UserError
-from llama2.formats.detect import open_source
-from llama2.formats.progress import Reading, size
-from llama2.formats.source import Source
+from llama2.formats.detect import open_model
+from llama2.formats.progress import ReadingBar
+from llama2.formats.stored_model import StoredModel
 from llama2.ranks import join
 from llama2.terminal_text import fit_line
 from llama2.tokenizer.tokenizer import Tokenizer
@@ -34,7 +42,7 @@ POSITIONAL = "checkpoints"
 TOLERANCE = 1e-4
 
 
-class Config(Base):
+class Config(Section):
     """Compare two checkpoints of any formats, or one run with what it wrote; exit status 1 if they
     differ."""
 
@@ -62,26 +70,26 @@ class Comparison:
     notes: tuple[str, ...]
 
     def differences(self, tolerance: float) -> list[str]:
-        """What makes them different models, in words; empty if they are the same."""
-        return list(self._differences(tolerance))
+        """List, in words, the differences that make them two models; empty if they are the same."""
+        differences = [*self.shapes.sizes, *self.shapes.constants]
+        tensors, tokenizer, outputs = self.tensors, self.tokenizer, self.outputs
+        if tensors and tensors.largest > tolerance:
+            differences.append(f"tensors differ by up to {tensors.largest:.3g}, in {tensors.name}")
 
-    def _differences(self, tolerance: float) -> Iterator[str]:
-        yield from (*self.shapes.sizes, *self.shapes.constants)
-        if self.tensors is not None and self.tensors.largest > tolerance:
-            yield f"tensors differ by up to {self.tensors.largest:.3g}, in {self.tensors.name}"
+        if tokenizer and tokenizer.difference:
+            differences.append(f"tokenizers differ: {tokenizer.difference}")
 
-        if self.tokenizer is not None and self.tokenizer.difference:
-            yield f"tokenizers differ: {self.tokenizer.difference}"
-
-        if self.outputs is not None and self.outputs.largest > tolerance:
-            yield (
-                f"{self.outputs.kind} differ by up to {self.outputs.largest:.3g}, first at position "
-                f"{self.outputs.first_position}, after {self.outputs.first_layer}"
+        if outputs and outputs.largest > tolerance:
+            differences.append(
+                f"{outputs.kind} differ by up to {outputs.largest:.3g}, first at position "
+                f"{outputs.first_position}, after {outputs.first_layer}"
             )
+
+        return differences
 
 
 def run(config: Config) -> int:
-    """Print the comparison on stdout; the exit status."""
+    """Print the comparison on stdout; return the exit status."""
     if len(config.checkpoints) == 1:
         return run_check.show(config.checkpoints[0], config.as_json)
     if len(config.checkpoints) != 2:
@@ -91,165 +99,150 @@ def run(config: Config) -> int:
         )
 
     join()
-    a, b = (open_source(path) for path in config.checkpoints)
-    found = compared(a, b, length=config.length, tolerance=config.tolerance)
-    differences = found.differences(config.tolerance)
+    a, b = (open_model(path) for path in config.checkpoints)
+    comparison = compare_models(a, b, length=config.length, tolerance=config.tolerance)
+    differences = comparison.differences(config.tolerance)
 
     if config.as_json:
-        print(
-            json.dumps(
-                _finite(
-                    {
-                        "a": str(a.path),
-                        "b": str(b.path),
-                        "equal": not differences,
-                        "differences": differences,
-                        "tolerance": config.tolerance,
-                        **asdict(found),
-                    }
-                ),
-                indent=1,
-                allow_nan=False,
-            )
-        )
+        result = {
+            "a": str(a.path),
+            "b": str(b.path),
+            "equal": not differences,
+            "differences": differences,
+            "tolerance": config.tolerance,
+            **asdict(comparison),
+        }
+        # JSON has no infinity: a difference without bound becomes null
+        result = to_jsonable_python(result, inf_nan_mode="null")
+        print(json.dumps(result, indent=1, allow_nan=False))
     else:
-        for side, source in zip("AB", (a, b)):
-            print(fit_line(f"{side:10}{source.path} ({source.format})"))
-
-        print(*map(fit_line, lines(found, config.tolerance, _pieces(a, b))), sep="\n")
-        print(
-            fit_line(f"{'verdict':10}{f'different: {differences[0]}' if differences else 'equal'}")
-        )
+        verdict = f"different: {differences[0]}" if differences else "equal"
+        print(fit_line(f"{'A':10}{a.path} ({a.format})"))
+        print(fit_line(f"{'B':10}{b.path} ({b.format})"))
+        stored = a.tokenizer or b.tokenizer
+        tokenizer = Tokenizer.load(stored) if stored else None
+        print(*map(fit_line, describe(comparison, config.tolerance, tokenizer)), sep="\n")
+        print(fit_line(f"{'verdict':10}{verdict}"))
 
     return 1 if differences else 0
 
 
-def _finite(value: Any) -> Any:
-    """`value` as JSON can say it, which has no infinity: a difference without bound becomes
-    null."""
-    if isinstance(value, Mapping):
-        return {key: _finite(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_finite(item) for item in value]
-
-    return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
-def compared(
-    a: Source, b: Source, *, length: int | None = None, tolerance: float = TOLERANCE
+def compare_models(
+    a: StoredModel, b: StoredModel, *, length: int | None = None, tolerance: float = TOLERANCE
 ) -> Comparison:
-    """Compare two checkpoints; `length` is that of the sequence (None: the context of both, 0:
-    none)."""
-    shapes = compare.shapes(a, b)
+    """Compare two checkpoints.
+
+    `length` is that of the sequence (None: the context of both, 0: no sequence).
+    """
+    shapes = compare_shapes(a, b)
     notes = list(shapes.notes)
     tokenizer = None
 
     if a.tokenizer and b.tokenizer:
-        tokenizer = tokenizer_probes.compare(a.tokenizer, b.tokenizer, (a.format, b.format))
+        tokenizer = compare_tokenizers(a.tokenizer, b.tokenizer, (a.format, b.format))
         notes += tokenizer.notes
-        for side in (a, b):
-            tokenizer, more = _beside(side, tokenizer)
+        for model in (a, b):
+            tokenizer, more = _compare_json(model, tokenizer)
             notes += more
     else:
-        lacking = [str(side.path) for side in (a, b) if side.tokenizer is None]
+        lacking = [str(model.path) for model in (a, b) if model.tokenizer is None]
         notes.append(f"tokenizers were not compared: there is none in {' and '.join(lacking)}")
 
     if shapes.sizes:
-        return Comparison(
-            shapes,
-            None,
-            tokenizer,
-            None,
-            (*notes, "models of other shapes cannot be compared further"),
-        )
+        notes.append("models of other shapes cannot be compared further")
+        return Comparison(shapes, None, tokenizer, None, tuple(notes))
 
-    longest = compare.context(a.config, b.config)
-    length = longest if length is None else length
-    if length > longest:
+    context = find_context(a.config, b.config)
+    length = context if length is None else length
+    if length > context:
         raise UserError(
-            f"--length {length} exceeds the context of the models, {longest}",
+            f"--length {length} exceeds the context of the models, {context}",
             "choose a shorter sequence",
         )
 
-    with Reading("verify", size((a, b)) * (2 if length else 1)) as bar:
-        a, b = bar.watched(a), bar.watched(b)
-        tensors = compare.tensors(a, b)
-        outputs = compare.outputs(a, b, length, tolerance, devices.choose()) if length else None
+    size = a.count_bytes() + b.count_bytes()
+    with ReadingBar("verify", size * (2 if length else 1)) as bar:
+        a, b = bar.watch(a), bar.watch(b)
+        tensors = compare_tensors(a, b)
+        outputs = compare_outputs(a, b, length, tolerance, devices.choose()) if length else None
 
     return Comparison(shapes, tensors, tokenizer, outputs, tuple(notes))
 
 
-def _beside(side: Source, found: Tokenizers) -> tuple[Tokenizers, tuple[str, ...]]:
-    """`found`, and as a difference if transformers reads another tokenizer in a directory than we;
-    what it cannot do at all is a note."""
-    if side.tokenizer is None or not side.path.is_dir():
-        return found, ()
+def _compare_json(model: StoredModel, comparison: Tokenizers) -> tuple[Tokenizers, tuple[str, ...]]:
+    """Compare a directory's tokenizer with the one that transformers reads there.
 
-    tokenizer = Tokenizer.load(side.tokenizer)
-    said = tokenizer.disagreement(side.path)
-    if said is None or tokenizer.unlike_transformers():
-        return found, tokenizer.unlike_transformers()
+    Return `comparison` with that difference, and notes on texts that transformers cannot encode
+    equally at all.
+    """
+    if model.tokenizer is None or not model.path.is_dir():
+        return comparison, ()
 
-    return replace(found, difference=found.difference or said), ()
+    tokenizer = Tokenizer.load(model.tokenizer)
+    disagreement = tokenizer.describe_disagreement(model.path)
+    notes = tokenizer.describe_differences()
+    if disagreement is None or notes:
+        return comparison, notes
+
+    return replace(comparison, difference=comparison.difference or disagreement), ()
 
 
-def _pieces(a: Source, b: Source) -> Tokenizer | None:
-    path = a.tokenizer or b.tokenizer
-    return Tokenizer.load(path) if path else None
+def describe(
+    comparison: Comparison, tolerance: float, tokenizer: Tokenizer | None = None
+) -> Iterator[str]:
+    """Yield the comparison in words, a line each; `tokenizer` spells tokens."""
+    differences = [*comparison.shapes.sizes, *comparison.shapes.constants]
+    yield f"{'shapes':10}{'; '.join(differences) or 'equal'}"
 
-
-def lines(found: Comparison, tolerance: float, pieces: Tokenizer | None = None) -> Iterator[str]:
-    """The comparison in words; `pieces` spells tokens."""
-    different = [*found.shapes.sizes, *found.shapes.constants]
-    yield f"{'shapes':10}{'; '.join(different) if different else 'equal'}"
-    if (tensors := found.tensors) is not None:
-        yield f"{'tensors':10}" + (
-            f"{tensors.count}, all equal bit for bit"
-            if tensors.equal == tensors.count
-            else f"{tensors.equal} of {tensors.count} equal; largest difference {tensors.largest:.3g} in {tensors.name}; "
-            f"root mean square {tensors.spread:.2%} of the weights'"
+    if tensors := comparison.tensors:
+        result = (
+            f"{tensors.equal} of {tensors.count} equal; largest difference {tensors.largest:.3g} "
+            f"in {tensors.name}; root mean square {tensors.spread:.2%} of the weights'"
         )
+        if tensors.equal == tensors.count:
+            result = f"{tensors.count}, all equal bit for bit"
 
-    if (tokenizer := found.tokenizer) is not None:
-        yield f"{'tokenizer':10}" + (
-            tokenizer.difference
-            or (
-                "the same file"
-                if tokenizer.identical
-                else f"equal: {tokenizer.items} items, {tokenizer.texts} texts"
-            )
-        )
+        yield f"{'tensors':10}{result}"
 
-    if found.outputs is not None:
-        yield f"{found.outputs.kind:10}{_outputs(found.outputs, tolerance, pieces)}"
+    if tokenizers := comparison.tokenizer:
+        result = f"equal: {tokenizers.items} items, {tokenizers.texts} texts"
+        if tokenizers.identical:
+            result = "the same file"
 
-    yield from (f"{'note':10}{note}" for note in found.notes)
+        yield f"{'tokenizer':10}{tokenizers.difference or result}"
+
+    if outputs := comparison.outputs:
+        yield f"{outputs.kind:10}{_describe_outputs(outputs, tolerance, tokenizer)}"
+
+    for note in comparison.notes:
+        yield f"{'note':10}{note}"
 
 
-def _outputs(found: Outputs, tolerance: float, pieces: Tokenizer | None) -> str:
-    parts = [f"{found.positions} positions: largest difference {found.largest:.3g}"]
-    if found.largest:
+def _describe_outputs(outputs: Outputs, tolerance: float, tokenizer: Tokenizer | None) -> str:
+    parts = [f"{outputs.positions} positions: largest difference {outputs.largest:.3g}"]
+    if outputs.largest:
         parts[0] += (
-            f" at position {found.position}, token {_token(found.token, pieces)}; mean {found.mean:.3g}"
+            f" at position {outputs.position}, token {_spell(outputs.token, tokenizer)}; mean "
+            f"{outputs.mean:.3g}"
         )
 
-    if found.kind == "logits" and found.agreeing < 1:
-        parts.append(f"{found.agreeing:.2%} of the likeliest tokens are the same")
+    if outputs.kind == "logits" and outputs.agreeing < 1:
+        parts.append(f"{outputs.agreeing:.2%} of the likeliest tokens are the same")
 
-    if found.first_position is not None and found.first_token is not None:
+    if outputs.first_position is not None and outputs.first_token is not None:
+        token = _spell(outputs.first_token, tokenizer)
         parts.append(
-            f"first beyond {tolerance:g} at position {found.first_position}, token "
-            f"{_token(found.first_token, pieces)}"
+            f"first beyond {tolerance:g} at position {outputs.first_position}, token {token}"
         )
 
-    if found.first_layer is not None:
-        parts.append(f"the first part that differs so is {found.first_layer}")
+    if outputs.first_layer is not None:
+        parts.append(f"the first part that differs so is {outputs.first_layer}")
 
     return "; ".join(parts)
 
 
-def _token(token: int, pieces: Tokenizer | None) -> str:
-    if pieces is None or token >= pieces.vocab_size:
+def _spell(token: int, tokenizer: Tokenizer | None) -> str:
+    if tokenizer is None or token >= tokenizer.vocab_size:
         return str(token)
 
-    return f"{token} ({pieces.bytes_of(token)!r})"
+    return f"{token} ({tokenizer.bytes_of(token)!r})"

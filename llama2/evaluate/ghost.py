@@ -21,7 +21,6 @@ from llama2.generate.sampling import Sampling
 from llama2.judging import obeys
 from llama2.records import Message, Messages, Prompt
 from llama2.results import Proportion
-from llama2.tokenizer.template import encode_prompt
 
 InstructionRole = Literal["user", "system"]
 """where the instruction stands: in the first user turn, or as the system message"""
@@ -75,14 +74,14 @@ def converse(
     for turn in range(max((len(dialog.questions) for dialog in dialogs), default=0)):
         live = [i for i in live if turn < len(dialogs[i].questions)]
         prompts = {i: (*talks[i], *ask(dialogs[i], turn, role)) for i in live}
-        prompts = {i: prompt for i, prompt in prompts.items() if has_room(chat, prompt)}
+        prompts = {i: prompt for i, prompt in prompts.items() if chat.has_room(prompt)}
         if not prompts:
             break
 
         live = list(prompts)
         indices = [first + i for i in live]
         turn_sampling = replace(sampling, n=1, seed=sampling.seed + turn)
-        answers = chat.answers(list(prompts.values()), turn_sampling, indices)
+        answers = chat.answer(list(prompts.values()), turn_sampling, indices)
         for i, (answer, *_) in zip(live, answers, strict=True):
             talks[i] = (*prompts[i], Message("assistant", answer.text))
 
@@ -98,11 +97,6 @@ def ask(dialog: GhostDialog, turn: int, role: InstructionRole) -> Messages:
         return (Message("system", dialog.instruction), Message("user", question))
 
     return (Message("user", f"{dialog.instruction} {question}"),)
-
-
-def has_room(chat: Chat, messages: Messages, room: int = 8) -> bool:
-    """Return whether the context leaves `room` tokens for an answer."""
-    return len(encode_prompt(chat.tokenizer, messages)) + room <= chat.engine.context
 
 
 def check_turns(dialog: GhostDialog, talk: Messages) -> list[bool]:

@@ -54,5 +54,5 @@ def encode_judged(tokenizer: Tokenizer, prompt: Prompt, answer: Answer, same: bo
     if not same and answer.completion.finish == "stop":
         return encode_dialog(tokenizer, (*prompt.messages, Message("assistant", answer.text)))[0]
 
-    sampled = answer.completion.ended_by(tokenizer.eos) if same else tokenizer.encode(answer.text)
+    sampled = answer.completion.end_with(tokenizer.eos) if same else tokenizer.encode(answer.text)
     return [*encode_prompt(tokenizer, prompt.messages), *sampled]

@@ -23,9 +23,9 @@ from pydantic import Field
 from llama2 import atomic
 from llama2.config import Config as Section
 from llama2.data.documents import Split, read_documents
-from llama2.formats.checkpoint import config_of, load
+from llama2.formats.checkpoint import config_of, load, load_tokenizer
 from llama2.generate.engine import Engine
-from llama2.generate.score import predictions
+from llama2.generate.score import predict_tokens
 from llama2.model import quantize
 from llama2.model.llama import Llama, LlamaConfig
 from llama2.ranks import Ranks, join
@@ -65,8 +65,8 @@ def run(config: Config) -> None:
     for precision in config.precisions:
         quantize.check(precision)
 
-    shape, tokenizer = config_of(config.checkpoint), Tokenizer.load(config.checkpoint)
-    tokenizer.check(config.checkpoint, shape.vocab_size, shape.bos_token_id)
+    shape = config_of(config.checkpoint)
+    tokenizer = load_tokenizer(config.checkpoint, shape)
     model = load(config.checkpoint, device=ranks.device).eval().requires_grad_(False)
     count, rows = cut_windows(
         read_documents(config.data, split=config.split),
@@ -127,7 +127,7 @@ def measure(
         },
     }
     for precision in precisions:
-        served = Engine(model, precision=precision).current()
+        served = Engine(model, precision=precision).refresh()
         own_N, choice_N = _predicted(served, rows, precision, ranks)
         gaps_N, covered = (own_N - logp_N).abs(), measure_coverage(model.config, precision)
         perplexity = _perplexity(own_N)
@@ -164,7 +164,7 @@ def measure_coverage(
                 name, weight, precision, tied=shape.tie_word_embeddings
             )
             if not reason:
-                after = quantize.quantized_bytes(weight.shape[0], weight.shape[1], precision)
+                after = quantize.count_bytes(weight.shape[0], weight.shape[1], precision)
 
         name = _LAYER.sub("*", name)
         row = rows.setdefault(
@@ -190,7 +190,7 @@ def _predicted(
     model: Llama, rows: TokenRows, precision: quantize.WeightPrecision, ranks: Ranks | None
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Return log p of every token (float64 N), and the likeliest token in its place (N)."""
-    predicted = predictions(model, rows, quantize.compute_precision(precision), ranks=ranks)
+    predicted = predict_tokens(model, rows, quantize.compute_precision(precision), ranks=ranks)
     logp_N = torch.tensor([logp for logps, _ in predicted for logp in logps], dtype=torch.double)
     best_N = torch.tensor([token for _, tokens in predicted for token in tokens])
     return logp_N, best_N

@@ -1,5 +1,4 @@
-"""What readers and writers of binary files share: arrays at an offset, and files that appear whole
-or not at all."""
+"""Read arrays at an offset, and write files that appear complete or not at all."""
 
 from __future__ import annotations
 
@@ -16,26 +15,28 @@ from llama2.errors import UserError, explain_os_errors
 FETCH_AGAIN = "fetch the file again, or make it again"
 
 
-def in_single(number: float) -> float:
-    """A number as fp32 holds it."""
+def round_to_single(number: float) -> float:
+    """Round a number to fp32."""
     return float(np.float32(number))
 
 
 def read_array(path: Path, place: str, dtype: str, offset: int, count: int) -> np.ndarray[Any, Any]:
-    """`count` numbers from `offset` on. UserError if the file ends before, which it did not when it
-    was opened."""
-    with explain_os_errors(path):
-        found = np.fromfile(path, dtype=dtype, count=count, offset=offset)
+    """Read `count` numbers from `offset` on.
 
-    if found.size != count:
+    UserError if the file has become shorter since its head was read.
+    """
+    with explain_os_errors(path):
+        numbers = np.fromfile(path, dtype=dtype, count=count, offset=offset)
+
+    if numbers.size != count:
         raise UserError(f"{place}: the file became shorter while it was read", FETCH_AGAIN)
 
-    return found
+    return numbers
 
 
 @contextmanager
-def replacing(file: Path) -> Iterator[IO[bytes]]:
-    """A file to write that takes the name `file` when the block ends, and vanishes if it ends with
+def replace_file(file: Path) -> Iterator[IO[bytes]]:
+    """Open a file to write that takes the name `file` when the block ends, and vanishes if it ends with
     an error."""
     with atomic.new_file(file) as work, open(work, "wb") as stream:
         yield stream

@@ -1,14 +1,13 @@
-"""A checkpoint directory *is* a Hugging Face model directory: config.json and safetensors, in
-shards if large.
+"""Load models from checkpoint directories, and save them.
 
-transformers, vLLM and llama.cpp's converter read it as it is, and we read what `save_pretrained`
-writes. This module makes models of such directories and directories of models; `formats/` knows the
-files, and other programs' formats.
+A checkpoint directory *is* a Hugging Face model directory: config.json and safetensors, in shards
+if large. transformers, vLLM and llama.cpp's converter read it as it is, and `save_pretrained`
+writes such directories. The other modules of `formats/` know the files, and other programs'
+formats.
 """
 
 from __future__ import annotations
 
-import functools
 import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -19,33 +18,34 @@ from torch import Tensor, nn
 from llama2 import devices, kernels
 from llama2.errors import UserError
 from llama2.formats import hf
-from llama2.formats.hf_config import config_json, read_config
-from llama2.formats.hf_directory import CHECKSUMS, CONFIG, INDEX, WEIGHTS
-from llama2.formats.source import Source, Stored, read_ahead
+from llama2.formats.hf_config import make_config_json, read_config
+from llama2.formats.hf_directory import CHECKSUMS, CONFIG, INDEX, SCORE, WEIGHTS
+from llama2.formats.stored_model import StoredModel, StoredTensor, read_ahead
 from llama2.model.llama import Llama, LlamaConfig, initialise
 from llama2.model.scorer import ScalarHead, Scorer
-from llama2.terminal_text import say
+from llama2.terminal_text import say_once
+from llama2.tokenizer.tokenizer import Tokenizer
 
 __all__ = [
     "CHECKSUMS",
     "CONFIG",
     "INDEX",
     "WEIGHTS",
-    "config_json",
     "config_of",
     "is_scorer",
     "load",
     "load_scorer",
+    "load_tokenizer",
+    "make_config_json",
     "save",
     "save_tensors",
 ]
 Directory = str | os.PathLike[str]
+# one type for all weights, or that of each by its name
 Kinds = torch.dtype | Callable[[str], torch.dtype]
-"""one type for all weights, or that of each by its name"""
 
 
-# ---- saving
-# ---------------------------------------------------------------------------------------------------------
+# --- saving ---
 def save(
     model: nn.Module,
     directory: Directory,
@@ -53,8 +53,7 @@ def save(
     dtype: torch.dtype | None = None,
     shard_bytes: int = hf.SHARD_BYTES,
 ) -> None:
-    """Write a `Llama` or a `Scorer` as a checkpoint directory; `dtype` converts the weights on the
-    way.
+    """Write a `Llama` or a `Scorer` as a checkpoint directory; `dtype` converts the weights.
 
     Weights are split into shards of at most `shard_bytes`. Other files of an existing directory
     stay.
@@ -81,47 +80,39 @@ def save_tensors(
     dtype: torch.dtype | None = None,
     shard_bytes: int = hf.SHARD_BYTES,
 ) -> None:
-    """`save` for a state dict gathered elsewhere (a model whose weights are spread over ranks)."""
+    """Write a state dict gathered elsewhere, as of a model whose weights are spread over ranks."""
 
-    def stored(name: str, tensor: Tensor) -> Stored:
-        return Stored(tuple(tensor.shape), tensor.dtype, lambda: tensor.detach().cpu(), name)
+    def store(name: str, tensor: Tensor) -> StoredTensor:
+        return StoredTensor(tuple(tensor.shape), tensor.dtype, lambda: tensor.detach().cpu(), name)
 
-    source = Source(
-        Path(directory),
-        "in memory",
-        config,
-        scorer,
-        {name: stored(name, tensor) for name, tensor in tensors.items()},
-        tokenizer=None,
-    )
-    hf.write(source, Path(directory), dtype=dtype, shard_bytes=shard_bytes)
+    stored = {name: store(name, tensor) for name, tensor in tensors.items()}
+    model = StoredModel(Path(directory), "in memory", config, scorer, stored, tokenizer=None)
+    hf.write(model, Path(directory), dtype=dtype, shard_bytes=shard_bytes)
 
 
-# ---- loading
-# --------------------------------------------------------------------------------------------------------
+# --- loading ---
 def load(
     directory: Directory,
     *,
     dtype: torch.dtype = torch.float32,
     device: torch.device | str | None = None,
 ) -> Llama:
-    """The language model in a checkpoint directory, its weights converted to `dtype` and moved to
-    `device`.
+    """Load the language model in a checkpoint directory as `dtype` on `device`.
 
     Strict: every missing, unknown or wrongly shaped tensor and every damaged file is named in a
     `UserError`.
     """
-    source = hf.read(Path(directory))
-    if source.scorer:
+    stored = hf.read(Path(directory))
+    if stored.scorer:
         raise UserError(
             f"{directory}: this is a reward model, a language model was expected",
             "give the directory of a model from pretrain, sft, select or ppo",
         )
 
     with torch.device("meta"):
-        model = Llama(source.config)
+        model = Llama(stored.config)
 
-    _fill(model, source, dtype, device)
+    _fill(model, stored, dtype, device)
     return kernels.install(model)
 
 
@@ -132,54 +123,58 @@ def load_scorer(
     device: torch.device | str | None = None,
     seed: int = 0,
 ) -> Scorer:
-    """A scorer: from a scorer's checkpoint, or the trunk of a language model with a fresh head
-    drawn from `seed`."""
-    source = hf.read(Path(directory))
+    """Load a scorer, or the trunk of a language model with a fresh head drawn from `seed`."""
+    stored = hf.read(Path(directory))
     with torch.device("meta"):
-        model = Scorer(source.config)
+        model = Scorer(stored.config)
 
-    _fill(model, source, dtype, device)
-    if not source.scorer:
-        model.score = ScalarHead(source.config.hidden_size)
+    _fill(model, stored, dtype, device)
+    if not stored.scorer:
+        model.score = ScalarHead(stored.config.hidden_size)
         initialise(model.score, seed)
-        model.score.to(device or devices.CPU, _kind(dtype, "score.weight"))
+        model.score.to(device or devices.CPU, _choose_dtype(dtype, SCORE))
 
     return kernels.install(model)
 
 
 def _fill(
-    model: Llama | Scorer, source: Source, dtype: Kinds, device: torch.device | str | None
+    model: Llama | Scorer, stored: StoredModel, dtype: Kinds, device: torch.device | str | None
 ) -> None:
-    """Give a model on the meta device the weights it shares with `source`, so that no second copy
-    of them ever exists.
-    """
-    for remark in source.remarks:
-        _say(remark)
+    """Give a model on the meta device the weights that it shares with a stored one.
 
-    names = [name for name in model.state_dict() if name in source.tensors]
-    tensors = read_ahead(source.tensors[name] for name in names)
+    So no second copy of them ever exists.
+    """
+    for remark in stored.remarks:
+        say_once(f"note: {remark}")
+
+    names = [name for name in model.state_dict() if name in stored.tensors]
+    tensors = read_ahead(stored.tensors[name] for name in names)
     for name in names:
         owner, _, attribute = name.rpartition(".")
-        weight = nn.Parameter(next(tensors).to(device or devices.CPU, _kind(dtype, name)))
+        weight = nn.Parameter(next(tensors).to(device or devices.CPU, _choose_dtype(dtype, name)))
         setattr(model.get_submodule(owner), attribute, weight)
 
 
-@functools.cache
-def _say(remark: str) -> None:
-    """Once, however often a checkpoint is loaded; of several processes the first."""
-    if os.environ.get("RANK", "0") == "0":
-        say(f"llama2: note: {remark}")
-
-
-def _kind(dtype: Kinds, name: str) -> torch.dtype:
+def _choose_dtype(dtype: Kinds, name: str) -> torch.dtype:
     return dtype if isinstance(dtype, torch.dtype) else dtype(name)
 
 
 def config_of(directory: Directory) -> LlamaConfig:
-    """The shape of the model in a checkpoint directory."""
+    """Return the shape of the model in a checkpoint directory."""
     return read_config(Path(directory))[0]
 
 
 def is_scorer(directory: Directory) -> bool:
-    """Whether a checkpoint directory holds a scorer, not a language model."""
+    """Return whether a checkpoint directory holds a scorer, not a language model."""
     return read_config(Path(directory))[1]
+
+
+def load_tokenizer(directory: Directory, config: LlamaConfig | None = None) -> Tokenizer:
+    """Load the tokenizer in a checkpoint directory. UserError unless it fits the model there.
+
+    `config` is the model's, where it is known.
+    """
+    config = config or config_of(directory)
+    tokenizer = Tokenizer.load(directory)
+    tokenizer.require_fit(directory, config.vocab_size, config.bos_token_id)
+    return tokenizer

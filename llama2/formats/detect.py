@@ -1,93 +1,78 @@
-"""Which format a checkpoint has: looked at, not asked for."""
+"""Recognise the format of a checkpoint, and open it."""
 
 from __future__ import annotations
 
-import struct
 from pathlib import Path
 
 import torch
 
 from llama2 import json_files
 from llama2.errors import UserError, explain_os_errors
-from llama2.formats import gguf, hf, llama2c, meta, peft
+from llama2.formats import gguf, gguf_header, hf, llama2c, meta, peft
 from llama2.formats.hf_directory import CONFIG
-from llama2.formats.source import Source
+from llama2.formats.stored_model import StoredModel
 
 _LOOKED_FOR = (
-    f"a directory with {CONFIG} (Hugging Face), {peft.CONFIG} (a PEFT adapter) or {meta.PARAMETERS} (Meta) "
-    "beside its weights, a .gguf file, or a .bin file of llama2.c"
+    f"looked for a directory with {CONFIG} (Hugging Face), {peft.CONFIG} (a PEFT adapter) or "
+    f"{meta.PARAMETERS} (Meta) beside its weights, a .gguf file, or a .bin file of llama2.c"
 )
-_LEGACY = struct.Struct("<7i")
-_MOST = 1 << 26
+_HEAD = 256  # bytes that tell the format of a file
+_PARTS = (".safetensors", ".pth", ".bin", ".json")
 
 
-def open_source(
+def open_model(
     path: Path, *, base: Path | None = None, dtype: torch.dtype | None = None
-) -> Source:
-    """The checkpoint at `path`, in whatever format it is. No tensor is read yet.
+) -> StoredModel:
+    """Open the checkpoint at `path`, of whatever format. Reads no tensor yet.
 
-    `base` is the model that an adapter belongs to, where its own word is wrong; `dtype` is what the
-    sum of both is rounded to. UserError if nothing known is there, or if it is damaged or of
+    `base` is the model that an adapter belongs to, where its own config is wrong; `dtype` is what
+    the sum of both is rounded to. UserError if nothing known is there, or if it is damaged or of
     another architecture.
     """
     if path.is_dir() and (path / peft.CONFIG).exists():
-        place = peft.base_of(path, base)
+        place = peft.find_base(path, base)
         if place.is_dir() and (place / peft.CONFIG).exists():
             raise UserError(
                 f"{place}: this is an adapter, too; a base is a whole model", "give --base"
             )
 
-        return peft.read(path, open_source(place), dtype)
+        return peft.read(path, open_model(place), dtype)
 
     if base is not None:
         raise UserError(
             f"{path}: only an adapter has a base, and there is no {peft.CONFIG}", "leave out --base"
         )
 
-    return _directory(path) if path.is_dir() else _file(path)
+    return _open_directory(path) if path.is_dir() else _open_file(path)
 
 
-def _directory(path: Path) -> Source:
+def _open_directory(path: Path) -> StoredModel:
     if (path / CONFIG).exists():
         return hf.read(path)
     if (path / meta.PARAMETERS).exists():
         return meta.read(path)
 
-    ours = sorted(file.name for file in path.iterdir() if file.suffix == ".gguf")
-    held = f", though {ours[0]} is in it" if ours else ""
-    raise UserError(
-        f"{path}: no checkpoint{held}",
-        f"give the file itself: {path / ours[0]}" if ours else f"looked for {_LOOKED_FOR}",
-    )
+    files = sorted(path.glob("*.gguf"))
+    if files:
+        raise UserError(
+            f"{path}: no checkpoint, though {files[0].name} is in it",
+            f"give the file itself: {files[0]}",
+        )
+
+    raise UserError(f"{path}: no checkpoint", _LOOKED_FOR)
 
 
-def _file(path: Path) -> Source:
+def _open_file(path: Path) -> StoredModel:
     with explain_os_errors(path), json_files.open_file(path) as file:
-        begin = file.read(_LEGACY.size)
+        head = file.read(_HEAD)
 
-    if begin[:4] == b"GGUF":
+    if head.startswith(gguf_header.MAGIC):
         return gguf.read(path)
-    if begin[:4] == struct.pack("<I", llama2c.MAGIC) or _plausible(begin):
+    if llama2c.is_model(path, head):
         return llama2c.read(path)
-    if path.suffix in (".safetensors", ".pth", ".bin", ".json"):
+    if path.suffix in _PARTS:
         raise UserError(
             f"{path}: one file of a checkpoint", f"give the directory it lies in: {path.parent}"
         )
 
-    raise UserError(f"{path}: no checkpoint", f"looked for {_LOOKED_FOR}")
-
-
-def _plausible(begin: bytes) -> bool:
-    """Whether a file may begin with the seven numbers of llama2.c's first format, which has no mark
-    of its own."""
-    if len(begin) < _LEGACY.size:
-        return False
-
-    width, inner, layers, heads, kv_heads, vocabulary, context = _LEGACY.unpack(begin)
-    if not all(
-        0 < number < _MOST
-        for number in (width, inner, layers, heads, kv_heads, abs(vocabulary), context)
-    ):
-        return False
-
-    return not (width % heads or heads % kv_heads)
+    raise UserError(f"{path}: no checkpoint", _LOOKED_FOR)

@@ -1,8 +1,8 @@
-"""The head of a GGUF file: its metadata and where its tensors lie.
+"""Read the head of a GGUF file: its metadata and the offsets of its tensors.
 
-The `gguf` library reads this as well, but takes a damaged length at its word. Here every length is
-checked against the size of the file first, so a file cut or changed anywhere is an error that says
-where.
+By hand, because `gguf.GGUFReader` believes a damaged count until memory is full. Here every length
+is checked against the size of the file first, so a file cut or changed anywhere is an error that
+says where.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from __future__ import annotations
 import mmap
 import struct
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -41,9 +41,8 @@ _MOST_DIMENSIONS = 4
 
 
 @dataclass(frozen=True)
-class Entry:
-    """A tensor as the head describes it: `shape` with rows first, `kind` as ggml numbers it,
-    `offset` in the file."""
+class TensorEntry:
+    """A tensor in the head: `shape` with rows first, `kind` by ggml's number, `offset` in bytes."""
 
     shape: tuple[int, ...]
     kind: int
@@ -52,15 +51,16 @@ class Entry:
 
 @dataclass(frozen=True)
 class Header:
+    """The content of the head of a GGUF file."""
+
     metadata: dict[str, Any]
-    tensors: dict[str, Entry]
+    tensors: dict[str, TensorEntry]
     size: int
     """of the file"""
 
 
 def read_header(path: Path) -> Header:
-    """The head of a GGUF file. UserError if it is another file, of another version, truncated or
-    damaged."""
+    """Read the head of a GGUF file. UserError for another file or version, and a damaged one."""
     with explain_os_errors(path), json_files.open_file(path) as file:
         if file.read(len(MAGIC)) != MAGIC:
             raise UserError(
@@ -68,108 +68,107 @@ def read_header(path: Path) -> Header:
             )
 
         with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
-            return _Cursor(data, path).header()
+            return _Cursor(data, path).read_header()
 
 
 class _Cursor:
-    """A place in the file that moves on with everything read; `what` says what is being read, for
-    errors."""
+    """A position in the file that advances with everything read; `what` is being read."""
 
     def __init__(self, data: mmap.mmap, path: Path) -> None:
-        self.data, self.path, self.at, self.what = (
-            data,
-            path,
-            len(MAGIC),
-            "the counts at its beginning",
-        )
+        self.data, self.path, self.at = data, path, len(MAGIC)
+        self.what = "the counts at its beginning"
 
-    def header(self) -> Header:
-        version = self.number("<I")
+    def read_header(self) -> Header:
+        """Read everything behind the magic number."""
+        version = self.read_number("<I")
         if version not in _VERSIONS:
-            swapped = version & 0xFFFF == 0
+            order = " (big-endian)" if version & 0xFFFF == 0 else ""
             raise UserError(
-                f"{self.path}: GGUF version {version}" + (" (big-endian)" if swapped else ""),
+                f"{self.path}: GGUF version {version}{order}",
                 f"only versions {' and '.join(map(str, _VERSIONS))}, little-endian, can be read",
             )
 
-        tensors, keys = self.number("<Q"), self.number("<Q")
-        metadata = self.table(keys, "metadata key", self.typed)
-        entries = self.table(tensors, "tensor", self.entry)
+        tensors, keys = self.read_number("<Q"), self.read_number("<Q")
+        metadata = self.read_table(keys, "metadata key", self.read_value)
+        entries = self.read_table(tensors, "tensor", self.read_entry)
         alignment = metadata.get("general.alignment", ALIGNMENT)
 
         if not isinstance(alignment, int) or alignment < 1 or alignment & (alignment - 1):
-            raise self.damaged(f"general.alignment is {alignment!r}, not a power of two")
+            raise self.damage(f"general.alignment is {alignment!r}, not a power of two")
 
         start = -(-self.at // alignment) * alignment
-        placed = {
-            name: Entry(entry.shape, entry.kind, start + entry.offset)
-            for name, entry in entries.items()
-        }
-        for name, entry in placed.items():
+        for name, entry in entries.items():
             if entry.offset % alignment:
-                raise self.damaged(
+                raise self.damage(
                     f"tensor '{name}' does not begin at a multiple of {alignment} bytes"
                 )
 
-        return Header(metadata, placed, len(self.data))
+            entries[name] = replace(entry, offset=start + entry.offset)
 
-    def table(self, count: int, what: str, read: Callable[[], Any]) -> dict[str, Any]:
-        found: dict[str, Any] = {}
+        return Header(metadata, entries, len(self.data))
+
+    def read_table(self, count: int, what: str, read: Callable[[], Any]) -> dict[str, Any]:
+        """Read `count` names, each with what `read` reads behind it."""
+        table: dict[str, Any] = {}
         for index in range(count):
             self.what = f"{what} {index + 1} of {count}"
-            name = self.string()
+            name = self.read_text()
             self.what = f"{what} '{name}'"
 
-            if name in found:
-                raise self.damaged(f"{self.what} is there twice")
+            if name in table:
+                raise self.damage(f"{self.what} is there twice")
 
-            found[name] = read()
+            table[name] = read()
 
-        return found
+        return table
 
-    def take(self, count: int) -> bytes:
+    def read_bytes(self, count: int) -> bytes:
+        """Read `count` bytes. UserError if the file ends before."""
         if self.at + count > len(self.data):
-            raise self.damaged(f"it ends at byte {len(self.data)}, inside {self.what}")
+            raise self.damage(f"it ends at byte {len(self.data)}, inside {self.what}")
 
         self.at += count
         return self.data[self.at - count : self.at]
 
-    def number(self, code: str) -> int:
-        value: int = struct.unpack(code, self.take(struct.calcsize(code)))[0]
-        return value
+    def read_number(self, code: str) -> int:
+        """Read a whole number; `code` is that of `struct`."""
+        return int(struct.unpack(code, self.read_bytes(struct.calcsize(code)))[0])
 
-    def string(self) -> str:
+    def read_text(self) -> str:
+        """Read a text with its length before it."""
         try:
-            return self.take(self.number("<Q")).decode()
+            return self.read_bytes(self.read_number("<Q")).decode()
         except UnicodeDecodeError:
-            raise self.damaged(f"{self.what} holds bytes that are no text") from None
+            raise self.damage(f"{self.what} holds bytes that are no text") from None
 
-    def typed(self) -> Any:
-        """A value with its type before it: a number, a string, or a list of either."""
-        kind = self.number("<I")
+    def read_value(self) -> Any:
+        """Read a value with its type before it: a number, a text, or a list of either."""
+        kind = self.read_number("<I")
         if kind != _ARRAY:
-            return self.values(kind, 1)[0]
+            return self.read_values(kind, 1)[0]
 
-        kind = self.number("<I")
-        return self.values(kind, self.number("<Q"))
+        kind = self.read_number("<I")
+        return self.read_values(kind, self.read_number("<Q"))
 
-    def values(self, kind: int, count: int) -> list[Any]:
+    def read_values(self, kind: int, count: int) -> list[Any]:
+        """Read `count` values of one type, by ggml's number."""
         if kind == _STRING:
-            return [self.string() for _ in range(count)]
+            return [self.read_text() for _ in range(count)]
         if kind not in _NUMBERS:
-            raise self.damaged(f"{self.what} is of the unknown type {kind}")
+            raise self.damage(f"{self.what} is of the unknown type {kind}")
 
         dtype = np.dtype(_NUMBERS[kind])
-        found: list[Any] = np.frombuffer(self.take(count * dtype.itemsize), dtype).tolist()
-        return found
+        return list(np.frombuffer(self.read_bytes(count * dtype.itemsize), dtype).tolist())
 
-    def entry(self) -> Entry:
-        dimensions = self.number("<I")
+    def read_entry(self) -> TensorEntry:
+        """Read the shape, type and offset of a tensor."""
+        dimensions = self.read_number("<I")
         if not 1 <= dimensions <= _MOST_DIMENSIONS:
-            raise self.damaged(f"{self.what} has {dimensions} dimensions")
+            raise self.damage(f"{self.what} has {dimensions} dimensions")
 
-        shape = tuple(self.number("<Q") for _ in range(dimensions))[::-1]
-        return Entry(shape, self.number("<I"), self.number("<Q"))
+        shape = tuple(self.read_number("<Q") for _ in range(dimensions))[::-1]
+        return TensorEntry(shape, self.read_number("<I"), self.read_number("<Q"))
 
-    def damaged(self, cause: str) -> UserError:
+    def damage(self, cause: str) -> UserError:
+        """Return the error for a damaged file."""
         return UserError(f"{self.path}: truncated or damaged: {cause}", FETCH_AGAIN)

@@ -1,10 +1,9 @@
-"""config.json: the shape of a model as Hugging Face's files say it, and the keys that must not
-change what it computes.
+"""Read and write config.json: the shape of a model in Hugging Face's format.
 
-A key that is absent has the value that transformers' `LlamaConfig` gives it. Every other key of the
-file is one of these: known to have no effect on the outputs; known to change them, and then it must
-have the value at which it does not; or unknown. An unknown key that is named like a part of a
-network is refused, any other is said (`remarks`).
+An absent key has the value of transformers' `LlamaConfig`. Every other key of the file has no
+effect on the outputs; or it changes them, and must have the value at which it does not; or it is
+unknown. An unknown key that is named like a part of a network is refused, any other is listed
+(`list_remarks`).
 """
 
 from __future__ import annotations
@@ -16,41 +15,38 @@ from typing import Any
 
 import torch
 
-from llama2.errors import UserError, did_you_mean
-from llama2.formats.hf_directory import CONFIG, PADDING, read_json
+from llama2 import json_files
+from llama2.errors import UserError
+from llama2.formats.hf_directory import CONFIG, PADDING
+from llama2.formats.settings import build_config, changes_nothing, covers_context
 from llama2.model.llama import LlamaConfig
 from llama2.terminal_text import show_value
-from llama2.tokenizer import chat_files
+from llama2.tokenizer import chat_settings
 
 LANGUAGE_MODEL, SEQUENCE_SCORER = "LlamaForCausalLM", "LlamaForSequenceClassification"
 UNFIT = "this model cannot be loaded"
 
-_REQUIRED = (
+_SHAPE = (
+    "vocab_size",
     "hidden_size",
     "intermediate_size",
-    "num_attention_heads",
     "num_hidden_layers",
-    "vocab_size",
+    "num_attention_heads",
 )
-_NUMBERS: Mapping[str, tuple[tuple[type, ...], Any]] = {
-    **dict.fromkeys(_REQUIRED, ((int,), None)),
-    "num_key_value_heads": ((int,), None),
-    "max_position_embeddings": ((int,), 2048),
-    "rms_norm_eps": ((int, float), 1e-6),
-    "bos_token_id": ((int,), 1),
-    "tie_word_embeddings": ((bool,), False),
+# transformers' values, for keys that are absent
+_DEFAULTS: Mapping[str, Any] = {
+    "num_key_value_heads": None,
+    "max_position_embeddings": 2048,
+    "rms_norm_eps": 1e-6,
+    "bos_token_id": 1,
+    "tie_word_embeddings": False,
 }
-"""what a number may be, and transformers' value where there is none"""
-_EXPECTED: Mapping[tuple[type, ...], str] = {
-    (int,): "a whole number was expected",
-    (int, float): "a number was expected",
-    (bool,): "true or false was expected",
-}
-_MAY_BE_NULL = {"num_key_value_heads", "bos_token_id", "tie_word_embeddings"}
+_MAY_BE_NULL = ("num_key_value_heads", "bos_token_id", "tie_word_embeddings")
 _SECTIONS = ("rope_parameters", "rope_scaling")
 _LAYERS = "layer_types"
 _READ = {
-    *_NUMBERS,
+    *_SHAPE,
+    *_DEFAULTS,
     *_SECTIONS,
     "rope_theta",
     "eos_token_id",
@@ -62,13 +58,16 @@ _READ = {
 # which change nothing inside the context by a factor of 1
 _IDENTITIES = ("linear", "dynamic", "llama3")
 _ROPE_WITHOUT_EFFECT = {
+    "rope_type",
+    "type",
+    "rope_theta",
     "original_max_position_embeddings",
     "low_freq_factor",
     "high_freq_factor",
     "beta_fast",
     "beta_slow",
     "finetuned",
-}  # of kinds and factors that are refused
+}  # read above, or parts of kinds and factors that are refused
 _ROPE_NEUTRAL: Mapping[str, tuple[Any, ...]] = {
     "factor": (1,),
     "partial_rotary_factor": (1,),
@@ -76,87 +75,89 @@ _ROPE_NEUTRAL: Mapping[str, tuple[Any, ...]] = {
 }
 
 _SAYS_NOTHING = """
-    torch_dtype dtype use_bfloat16 transformers_version transformers.js_config name_or_path auto_map model_max_length
-    tokenizer_class license language tags base_model finetuning_task task_specific_params problem_type custom_pipelines
-    use_cache return_dict return_dict_in_generate torchscript tf_legacy_loss keys_to_ignore_at_inference
+    torch_dtype dtype use_bfloat16 transformers_version transformers.js_config name_or_path
+    auto_map model_max_length tokenizer_class license language tags base_model finetuning_task
+    task_specific_params problem_type custom_pipelines use_cache return_dict
+    return_dict_in_generate torchscript tf_legacy_loss keys_to_ignore_at_inference
     output_attentions output_hidden_states output_scores output_router_logits use_return_dict
-    attn_implementation attention_implementation use_flash_attn use_flash_attention use_flash_attention_2
-    flash_attention use_memory_efficient_attention use_sdpa use_xformers use_fused_rms_norm fused_mlp use_triton
-    initializer_range initializer_factor initializer_std init_std attention_dropout attn_dropout attn_pdrop dropout
-    hidden_dropout hidden_dropout_prob embd_pdrop embed_dropout resid_pdrop residual_dropout ffn_dropout
-    classifier_dropout attention_probs_dropout_prob label_smoothing z_loss router_aux_loss_coef neftune_noise_alpha
-    gradient_checkpointing use_gradient_checkpointing gradient_checkpointing_kwargs pretraining_tp tensor_parallel_size
-    tensor_parallel_degree pipeline_parallel_size sequence_parallel sequence_length seq_length
-    pad_token_id unk_token_id sep_token_id cls_token_id mask_token_id decoder_start_token_id pad_token bos_token
-    eos_token unk_token end_token_id forced_bos_token_id forced_eos_token_id prefix suppress_tokens
-    begin_suppress_tokens max_length min_length max_new_tokens min_new_tokens max_sequence_length
-    max_seq_len max_seq_length do_sample early_stopping num_beams num_beam_groups diversity_penalty temperature
-    top_k top_p typical_p min_p
-    repetition_penalty length_penalty no_repeat_ngram_size encoder_no_repeat_ngram_size bad_words_ids
-    num_return_sequences exponential_decay_length_penalty remove_invalid_values renormalize_logits
-    num_labels id2label label2id is_decoder is_encoder_decoder original_max_position_embeddings multiple_of
-    ffn_dim_multiplier unsloth_version unsloth_fixed is_llama_config group_size_ratio num_logits_to_keep
+    attn_implementation attention_implementation use_flash_attn use_flash_attention
+    use_flash_attention_2 flash_attention use_memory_efficient_attention use_sdpa use_xformers
+    use_fused_rms_norm fused_mlp use_triton initializer_range initializer_factor initializer_std
+    init_std attention_dropout attn_dropout attn_pdrop dropout hidden_dropout
+    hidden_dropout_prob embd_pdrop embed_dropout resid_pdrop residual_dropout ffn_dropout
+    classifier_dropout attention_probs_dropout_prob label_smoothing z_loss router_aux_loss_coef
+    neftune_noise_alpha gradient_checkpointing use_gradient_checkpointing
+    gradient_checkpointing_kwargs pretraining_tp tensor_parallel_size tensor_parallel_degree
+    pipeline_parallel_size sequence_parallel sequence_length seq_length pad_token_id
+    unk_token_id sep_token_id cls_token_id mask_token_id decoder_start_token_id pad_token
+    bos_token eos_token unk_token end_token_id forced_bos_token_id forced_eos_token_id prefix
+    suppress_tokens begin_suppress_tokens max_length min_length max_new_tokens min_new_tokens
+    max_sequence_length max_seq_len max_seq_length do_sample early_stopping num_beams
+    num_beam_groups diversity_penalty temperature top_k top_p typical_p min_p repetition_penalty
+    length_penalty no_repeat_ngram_size encoder_no_repeat_ngram_size bad_words_ids
+    num_return_sequences exponential_decay_length_penalty remove_invalid_values
+    renormalize_logits num_labels id2label label2id is_decoder is_encoder_decoder
+    original_max_position_embeddings multiple_of ffn_dim_multiplier unsloth_version
+    unsloth_fixed is_llama_config group_size_ratio num_logits_to_keep
 """
-"""dtypes, provenance, speed, training, sampling, labels and what describes the sizes once more"""
+# dtypes, provenance, speed, training, sampling, labels, and sizes that repeat others
 _WITHOUT_EFFECT = frozenset(_SAYS_NOTHING.split())
+# names of parts of a network
 _NETWORK = re.compile(
-    r"(^|[_.])(activation|adapter|alibi|attn|attention|audio|bias|block|causal|chunk|clip|compress|conv|cross|dense|depth"
-    r"|embed|epsilon|expert|gating|group|head|hidden|image|intermediate|latent|layer|linear|logit|lora|mamba|mask"
-    r"|mixture|multi|nonlinear|norm|parallel|partial|position|prun|quant|query|relative|resid|rope|rotary|router|scal"
-    r"|share|skip|slid|softcap|soft_cap|sparse|theta|tower|vision|width|window|xpos"
-    r"|(act|cap|capping|dim|embd|eps|ffn|gate|inv|kv|ln|mla|mlp|mm|moe|mtp|mup|nope|q|qk|qkv|res|rms|ssm|tie)"
-    r"($|[_.\d]))|scal(e|ed|ing)$|multiplier|norm$|bias$|window$|residual|softcap",
+    r"(^|[_.])(activation|adapter|alibi|attn|attention|audio|bias|block|causal|chunk|clip"
+    r"|compress|conv|cross|dense|depth|embed|epsilon|expert|gating|group|head|hidden|image"
+    r"|intermediate|latent|layer|linear|logit|lora|mamba|mask|mixture|multi|nonlinear|norm"
+    r"|parallel|partial|position|prun|quant|query|relative|resid|rope|rotary|router|scal"
+    r"|share|skip|slid|softcap|soft_cap|sparse|theta|tower|vision|width|window|xpos|(act|cap"
+    r"|capping|dim|embd|eps|ffn|gate|inv|kv|ln|mla|mlp|mm|moe|mtp|mup|nope|q|qk|qkv|res|rms"
+    r"|ssm|tie)($|[_.\d]))|scal(e|ed|ing)$|multiplier|norm$|bias$|window$|residual|softcap",
     re.IGNORECASE,
 )
-"""names of parts of a network"""
 
 
 def read_config(directory: Path) -> tuple[LlamaConfig, bool]:
-    """The shape of the model in a directory, and whether it is a scorer. UserError names the key
-    that does not fit."""
-    path, values = _values(directory)
+    """Return the shape of the model in a directory, and whether it is a scorer.
+
+    UserError names the key that does not fit.
+    """
+    path, values = _read_values(directory)
     if values.get("model_type") != "llama":
         raise UserError(
             f"{path}: model_type is {show_value(values.get('model_type'))}, not 'llama'",
             "only models of the Llama 2 family can be loaded",
         )
 
-    if values.get("quantization_config"):
-        method = _section(path, values, "quantization_config").get("quant_method", "unknown")
+    if quantization := chat_settings.read_section(path, values, "quantization_config"):
+        method = quantization.get("quant_method", "unknown")
         raise UserError(
             f"{path}: the weights are quantized (quant_method '{method}')",
             "take the original weights",
         )
 
-    for name in _REQUIRED:
-        if values.get(name) is None:
-            raise UserError(f"{path}: the key '{name}' is missing", did_you_mean(name, values))
+    given = {name: values.get(name) for name in _SHAPE}
+    given |= {name: values.get(name, default) for name, default in _DEFAULTS.items()}
+    for name in _MAY_BE_NULL:
+        if given[name] is None:
+            given[name] = _DEFAULTS[name]
 
-    known = {name: _number(path, values, name) for name in _NUMBERS}
-    known["num_key_value_heads"] = known["num_key_value_heads"] or known["num_attention_heads"]
-    known["rope_theta"] = _rope_theta(path, values)
-    known["eos_token_id"] = (
-        chat_files.stop_ids(directory, known["vocab_size"]) or LlamaConfig.eos_token_id
-    )
+    given["num_key_value_heads"] = given["num_key_value_heads"] or given["num_attention_heads"]
+    base, given["rope_theta"] = _read_rope_theta(path, values)
+    size = given["vocab_size"] if type(given["vocab_size"]) is int else None
+    given["eos_token_id"] = chat_settings.read_stop_ids(directory, size) or LlamaConfig.eos_token_id
 
-    try:
-        config = LlamaConfig(**known)
-    except UserError as error:
-        raise UserError(f"{path}: {error.cause}", error.cure) from None
-
+    config = build_config(path, given, {"rope_theta": base}, values)
     _refuse_relatives(path, values, config)
     return config, _is_scorer(path, values)
 
 
-def remarks(directory: Path, config: LlamaConfig) -> tuple[str, ...]:
-    """In sentences for the user, what stands in the file of a `config` that was read, and is
-    unknown."""
-    path, values = _values(directory)
-    names = sorted(set(_unknown(values)) - _neutral(config).keys() - {_LAYERS})
+def list_remarks(directory: Path, config: LlamaConfig) -> tuple[str, ...]:
+    """List, in sentences for the user, the unknown keys in the file that `config` was read from."""
+    path, values = _read_values(directory)
+    names = sorted(set(_list_unknown(values)) - _list_neutral(config).keys() - {_LAYERS})
     return (f"{path}: unknown and left out: {', '.join(names)}",) if names else ()
 
 
-def _values(directory: Path) -> tuple[Path, dict[str, Any]]:
+def _read_values(directory: Path) -> tuple[Path, dict[str, Any]]:
     path = directory / CONFIG
     if not directory.is_dir():
         raise UserError(f"{directory}: no such checkpoint directory", "check the path")
@@ -165,148 +166,108 @@ def _values(directory: Path) -> tuple[Path, dict[str, Any]]:
             f"{path}: missing", f"a checkpoint directory has a {CONFIG} beside its weights"
         )
 
-    return path, read_json(path)
+    return path, json_files.read_object(path)
 
 
-def _number(path: Path, values: Mapping[str, Any], name: str) -> Any:
-    kinds, default = _NUMBERS[name]
-    if name not in values or (values[name] is None and name in _MAY_BE_NULL):
-        return default
+# --- rotary positions ---
+def _read_rope_theta(path: Path, values: Mapping[str, Any]) -> tuple[str, Any]:
+    """Return the key of the rotary base, and the base; UserError for two different ones.
 
-    return _checked(path, name, values[name], kinds)
-
-
-def _checked(path: Path, name: str, value: Any, kinds: tuple[type, ...]) -> Any:
-    if (
-        not isinstance(value, kinds)
-        or (isinstance(value, bool) and bool not in kinds)
-        or value != value
-    ):
-        raise UserError(f"{path}: {name} is {show_value(value)}", _EXPECTED[kinds])
-
-    return value
-
-
-def _section(path: Path, values: Mapping[str, Any], name: str) -> Mapping[str, Any]:
-    section = values.get(name) or {}
-    if not isinstance(section, Mapping):
-        raise UserError(f"{path}: {name} is {show_value(section)}", "a JSON object was expected")
-
-    return section
-
-
-# ---- rotary positions
-# -----------------------------------------------------------------------------------------------
-def _rope_theta(path: Path, values: Mapping[str, Any]) -> float:
-    """The base, which transformers 4 writes at the top and transformers 5 in a section; UserError
-    for two of them."""
-    found = {"rope_theta": values.get("rope_theta")}
+    transformers 4 writes it at the top, transformers 5 in a section.
+    """
+    bases = {"rope_theta": values.get("rope_theta")}
     for name in _SECTIONS:
-        section = _section(path, values, name)
+        section = chat_settings.read_section(path, values, name)
         _refuse_scaling(path, name, section)
-        found[f"{name}.rope_theta"] = section.get("rope_theta")
+        bases[f"{name}.rope_theta"] = section.get("rope_theta")
 
-    bases = {
-        name: _checked(path, name, base, (int, float))
-        for name, base in found.items()
-        if base is not None
-    }
-    _agree(path, bases, "keep the one with which the model was trained")
-    theta: float = next(iter(bases.values()), LlamaConfig.rope_theta)
-
-    return theta
+    return _require_one(path, bases) or ("rope_theta", LlamaConfig.rope_theta)
 
 
 def _refuse_scaling(path: Path, name: str, section: Mapping[str, Any]) -> None:
-    """UserError for positions that are not Llama 2's: scaled, partly rotated, or of a kind that is
-    unknown."""
-    kinds = {
-        f"{name}.{key}": section[key]
-        for key in ("rope_type", "type")
-        if section.get(key) is not None
-    }
-    _agree(path, kinds, "keep the one with which the model was trained")
-    implied = "default" if section.get("factor") is None else "linear"
-    place, kind = next(iter(kinds.items()), (f"{name}.rope_type", implied))
+    """UserError for positions unlike Llama 2's: scaled, partly rotated, or of an unknown kind."""
     factor = section.get("factor")
+    implied = "default" if factor is None else "linear"
+    kinds = {f"{name}.{key}": section.get(key) for key in ("rope_type", "type")}
+    key, kind = _require_one(path, kinds) or (f"{name}.rope_type", implied)
 
-    if kind != "default" and not (kind in _IDENTITIES and factor is not None and _same(factor, 1)):
+    if kind != "default" and not (kind in _IDENTITIES and changes_nothing(factor, [1])):
         by = "" if factor is None else f" with the factor {show_value(factor)}"
-        raise UserError(f"{path}: {place} is {show_value(kind)}{by}, Llama 2 has 'default'", UNFIT)
+        raise UserError(f"{path}: {key} is {show_value(kind)}{by}, Llama 2 has 'default'", UNFIT)
 
     for key, value in section.items():
-        if (
-            key in ("rope_type", "type", "rope_theta")
-            or key in _ROPE_WITHOUT_EFFECT
-            or value is None
-        ):
+        if value is None or key in _ROPE_WITHOUT_EFFECT:
             continue
-        if not any(_same(value, neutral) for neutral in _ROPE_NEUTRAL.get(key, ())):
+        if not changes_nothing(value, _ROPE_NEUTRAL.get(key, ())):
             raise UserError(
                 f"{path}: {name}.{key} is {show_value(value)}, which Llama 2 does not have", UNFIT
             )
 
 
-def _agree(path: Path, found: Mapping[str, Any], cure: str) -> None:
-    """UserError that names the first two keys which say one thing in two ways."""
-    first, *others = found or {"": None}
-    for other in others:
-        if found[other] != found[first]:
+def _require_one(path: Path, settings: Mapping[str, Any]) -> tuple[str, Any] | None:
+    """Return the first of several settings that mean the same; UserError if two differ."""
+    given = [(name, value) for name, value in settings.items() if value is not None]
+    for name, value in given:
+        first, expected = given[0]
+        if value != expected:
             raise UserError(
-                f"{path}: {first} is {show_value(found[first])} and {other} is {show_value(found[other])}",
-                cure,
+                f"{path}: {first} is {show_value(expected)} and {name} is {show_value(value)}",
+                "keep the one with which the model was trained",
             )
 
+    return given[0] if given else None
 
-# ---- everything else
-# ------------------------------------------------------------------------------------------------
-def _neutral(config: LlamaConfig) -> Mapping[str, tuple[Any, ...]]:
-    """Keys of relatives, and the values (Llama 2's, or other words for it) at which they change
-    nothing."""
-    one: tuple[Any, ...] = (1,)
-    off: tuple[Any, ...] = (False, 0)
-    windows: tuple[Any, ...] = (0, -1)
 
+# --- everything else ---
+_UNIT, _OFF, _WINDOWS = (1,), (False, 0), (0, -1)
+_NEUTRAL: Mapping[str, tuple[Any, ...]] = {
+    "hidden_act": ("silu", "swish"),
+    "attention_bias": (False,),
+    "mlp_bias": (False,),
+    "is_causal": (True,),
+    "causal": (True,),
+    "use_rope": (True,),
+    "use_swiglu": (True,),
+    "use_rms_norm": (True,),
+    "use_bidirectional_attention": (False,),
+    "partial_rotary_factor": _UNIT,
+    "rotary_pct": _UNIT,
+    "rope_percentage": _UNIT,
+    "rotary_percent": _UNIT,
+    "rope_scale": _UNIT,
+    "rope_scaling_factor": _UNIT,
+    "embedding_multiplier": _UNIT,
+    "residual_multiplier": _UNIT,
+    "logits_scaling": _UNIT,
+    "logit_scale": _UNIT,
+    "final_logit_softcapping": _OFF,
+    "attn_logit_softcapping": _OFF,
+    "logits_soft_cap": _OFF,
+    "clip_qkv": _OFF,
+    "sliding_window": _WINDOWS,
+    "attention_window": _WINDOWS,
+    "chunk_size_feed_forward": _OFF,
+    "attention_chunk_size": _OFF,
+    "num_experts": (0, 1),
+    "num_local_experts": (0, 1),
+    "n_routed_experts": _OFF,
+    "num_experts_per_tok": (0, 1),
+    "n_shared_experts": _OFF,
+    "num_nextn_predict_layers": _OFF,
+    "norm_type": ("rms_norm", "rmsnorm", "RMSNorm"),
+    "position_embedding_type": ("rope", "rotary"),
+}
+"""keys of related models, and the values at which they change nothing"""
+
+
+def _list_neutral(config: LlamaConfig) -> Mapping[str, tuple[Any, ...]]:
+    """Return `_NEUTRAL`, and keys that say again what the shape says."""
     return {
-        "hidden_act": ("silu", "swish"),
+        **_NEUTRAL,
         "head_dim": (config.head_dim,),
-        "attention_bias": (False,),
-        "mlp_bias": (False,),
-        "is_causal": (True,),
-        "causal": (True,),
-        "use_rope": (True,),
-        "use_swiglu": (True,),
-        "use_rms_norm": (True,),
-        "use_bidirectional_attention": (False,),
-        "partial_rotary_factor": one,
-        "rotary_pct": one,
-        "rope_percentage": one,
-        "rotary_percent": one,
         "rotary_dim": (config.head_dim,),
-        "rope_scale": one,
-        "rope_scaling_factor": one,
         "attention_multiplier": (config.head_dim**-0.5,),
         "query_pre_attn_scalar": (config.head_dim,),
-        "embedding_multiplier": one,
-        "residual_multiplier": one,
-        "logits_scaling": one,
-        "logit_scale": one,
-        "final_logit_softcapping": off,
-        "attn_logit_softcapping": off,
-        "logits_soft_cap": off,
-        "clip_qkv": off,
-        "sliding_window": windows,
-        "attention_window": windows,
-        "chunk_size_feed_forward": off,
-        "attention_chunk_size": off,
-        "num_experts": (0, 1),
-        "num_local_experts": (0, 1),
-        "n_routed_experts": off,
-        "num_experts_per_tok": (0, 1),
-        "n_shared_experts": off,
-        "num_nextn_predict_layers": off,
-        "norm_type": ("rms_norm", "rmsnorm", "RMSNorm"),
-        "position_embedding_type": ("rope", "rotary"),
         "block_size": (config.max_position_embeddings,),
         "n_positions": (config.max_position_embeddings,),
         "n_ctx": (config.max_position_embeddings,),
@@ -330,22 +291,18 @@ def _neutral(config: LlamaConfig) -> Mapping[str, tuple[Any, ...]]:
 
 
 def _refuse_relatives(path: Path, values: Mapping[str, Any], config: LlamaConfig) -> None:
-    """UserError for what Llama 2 has not, or has otherwise: the weights might load and say
-    nonsense."""
-    neutral = _neutral(config)
+    """UserError for a setting of other models: the weights might load and give nonsense."""
+    neutral = _list_neutral(config)
     for name, value in values.items():
-        if (
-            name in neutral
-            and value is not None
-            and not any(_same(value, each) for each in neutral[name])
-        ):
-            if name in ("sliding_window", "attention_window") and _reaches(value, config):
-                continue
+        if value is None or changes_nothing(value, neutral.get(name, [value])):
+            continue
+        if name in ("sliding_window", "attention_window") and covers_context(value, config):
+            continue
 
-            raise UserError(
-                f"{path}: {name} is {show_value(value)}, Llama 2 has {show_value(neutral[name][0])}",
-                UNFIT,
-            )
+        raise UserError(
+            f"{path}: {name} is {show_value(value)}, Llama 2 has {show_value(neutral[name][0])}",
+            UNFIT,
+        )
 
     layers = values.get(_LAYERS)
     if layers and (not isinstance(layers, list) or {*map(str, layers)} != {"full_attention"}):
@@ -353,7 +310,7 @@ def _refuse_relatives(path: Path, values: Mapping[str, Any], config: LlamaConfig
             f"{path}: {_LAYERS} is {show_value(layers)}, Llama 2 has 'full_attention' alone", UNFIT
         )
 
-    for name in _unknown(values):
+    for name in _list_unknown(values):
         if _NETWORK.search(name) and name not in neutral and name != _LAYERS:
             raise UserError(
                 f"{path}: {name} is {show_value(values[name])}, a key that Llama 2 does not have",
@@ -361,62 +318,41 @@ def _refuse_relatives(path: Path, values: Mapping[str, Any], config: LlamaConfig
             )
 
 
-def _reaches(value: Any, config: LlamaConfig) -> bool:
-    """Whether a window of attention is no window, because the context is not longer."""
-    return (
-        isinstance(value, int)
-        and not isinstance(value, bool)
-        and value >= config.max_position_embeddings
-    )
-
-
-def _unknown(values: Mapping[str, Any]) -> Iterator[str]:
-    """Keys that are neither read nor known to be without effect, and that say something: no null,
-    nothing empty."""
+def _list_unknown(values: Mapping[str, Any]) -> Iterator[str]:
+    """Yield unknown keys that say something: their value is neither null nor empty."""
     for name, value in values.items():
         known = name in _READ or name in _WITHOUT_EFFECT or name.startswith("_")
         if not known and value is not None and value is not False and value not in ("", [], {}):
             yield name
 
 
-def _same(found: Any, neutral: Any) -> bool:
-    """Equality in which true is no number; numbers may be rounded to six digits."""
-    if isinstance(found, bool) != isinstance(neutral, bool):
-        return False
-    if isinstance(found, float) and isinstance(neutral, int | float):
-        return abs(found - neutral) <= 1e-6 * abs(neutral)
-
-    return bool(found == neutral)
-
-
 def _is_scorer(path: Path, values: Mapping[str, Any]) -> bool:
     listed = values.get("architectures") or [LANGUAGE_MODEL]
-    # early conversions wrote LLaMA
-    known = {name.lower(): name for name in (LANGUAGE_MODEL, SEQUENCE_SCORER)}
-    names = [known.get(str(name).lower()) for name in listed] if isinstance(listed, list) else []
+    names = [str(name).lower() for name in listed] if isinstance(listed, list) else []
+    known = {LANGUAGE_MODEL.lower(), SEQUENCE_SCORER.lower()}  # early conversions wrote LLaMA
 
-    if not names or None in names:
+    if not names or not known.issuperset(names):
         raise UserError(
             f"{path}: architectures is {show_value(listed)}",
             f"{LANGUAGE_MODEL} or {SEQUENCE_SCORER} was expected",
         )
 
-    return SEQUENCE_SCORER in names
+    return SEQUENCE_SCORER.lower() in names
 
 
-# ---- writing
-# --------------------------------------------------------------------------------------------------------
-def config_json(
+# --- writing ---
+def make_config_json(
     config: LlamaConfig, *, scorer: bool = False, dtype: torch.dtype = torch.float32
 ) -> dict[str, Any]:
-    """config.json, complete for transformers 4 and 5 (which renamed `torch_dtype` and
-    `rope_theta`)."""
+    """Return config.json, complete for transformers 4 and 5.
+
+    Version 5 renamed `torch_dtype` and `rope_theta`.
+    """
     precision = str(dtype).removeprefix("torch.")
     values: dict[str, Any] = {
         "architectures": [SEQUENCE_SCORER if scorer else LANGUAGE_MODEL],
         "model_type": "llama",
         **{name: getattr(config, name) for name in LlamaConfig.__dataclass_fields__},
-        **_ends(config),
         "head_dim": config.head_dim,
         "rope_scaling": None,
         "rope_parameters": {"rope_type": "default", "rope_theta": config.rope_theta},
@@ -441,10 +377,7 @@ def config_json(
     return values
 
 
-def generation_json(config: LlamaConfig) -> dict[str, Any]:
-    """generation_config.json: by it transformers and vLLM know every id that ends an answer."""
-    return {"bos_token_id": config.bos_token_id, **_ends(config)}
-
-
-def _ends(config: LlamaConfig) -> dict[str, Any]:
-    return {"eos_token_id": config.stops[0] if len(config.stops) == 1 else list(config.stops)}
+def make_generation_json(config: LlamaConfig) -> dict[str, Any]:
+    """Return generation_config.json: it tells transformers and vLLM every id that ends an "
+    "answer."""
+    return {"bos_token_id": config.bos_token_id, "eos_token_id": config.eos_token_id}

@@ -1,15 +1,16 @@
-"""What a checkpoint directory consists of: the names of its files, the index of shards, the
-checksums.
+"""The files of a checkpoint directory: their names, the index of shards, the checksums.
 
 It is a Hugging Face model directory. Beside the standard files stands `checksums.json` (file name
--> SHA-256), written last: a directory that has it is complete, and what was damaged later is found
-on reading. Its absence is no error: other programs do not write it.
+-> SHA-256), written last: a directory that has it is complete, and later damage is found on
+reading. Its absence is no error: other programs do not write it. This module alone knows which
+files make a model.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -21,111 +22,111 @@ from llama2.errors import UserError, explain_os_errors
 from llama2.hashing import hash_file
 from llama2.model import tensors
 from llama2.model.llama import LlamaConfig
-from llama2.terminal_text import show_value
+from llama2.terminal_text import list_some, show_value
+from llama2.tokenizer import chat_settings
 
-CONFIG, WEIGHTS, INDEX, CHECKSUMS = (
-    "config.json",
-    "model.safetensors",
-    "model.safetensors.index.json",
-    "checksums.json",
-)
+CONFIG, WEIGHTS = "config.json", "model.safetensors"
+INDEX, CHECKSUMS = "model.safetensors.index.json", "checksums.json"
 PICKLED, PICKLED_INDEX = "pytorch_model.bin", "pytorch_model.bin.index.json"
+# files beside the weights: how to generate, the tokenizer, the template of a chat
 BESIDE = (
-    "generation_config.json",
-    "tokenizer.model",
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "chat_template.jinja",
+    chat_settings.GENERATION,
+    chat_settings.MODEL,
+    chat_settings.JSON,
+    chat_settings.SETTINGS,
+    chat_settings.SPECIAL,
+    chat_settings.ADDED,
+    chat_settings.TEMPLATE,
     "chat_template.json",
 )
-"""what may stand beside the weights: how to generate, the tokenizer, the template of a chat"""
 SCORE = "score.weight"
 # transformers finds the last real token of a row by it; the published tokenizer has no id for
 # padding
 PADDING = 0
-read_json = json_files.read_object
+_SHARD = re.compile(r"model-\d+-of-\d+\.safetensors")
+_FETCH = "fetch the checkpoint again"
 
 
-# ---- tensors and their files
-# ----------------------------------------------------------------------------------------
-def shapes(config: LlamaConfig, *, scorer: bool = False) -> dict[str, tuple[int, ...]]:
-    """Every tensor of a model of this shape, in the order of its state dict."""
-    found = tensors.shapes(config)
+# --- tensors and their files ---
+def list_shapes(config: LlamaConfig, *, scorer: bool = False) -> dict[str, tuple[int, ...]]:
+    """Return the shape of every tensor of a model, in the order of its state dict."""
+    shapes = tensors.shapes(config)
     if scorer:
-        found.pop(tensors.HEAD, None)
-        found[SCORE] = (1, config.hidden_size)
+        shapes.pop(tensors.HEAD, None)
+        shapes[SCORE] = (1, config.hidden_size)
 
-    return found
+    return shapes
 
 
 def check_shapes(
-    place: Path,
+    place: object,
     expected: Mapping[str, tuple[int, ...]],
-    found: Mapping[str, tuple[int, ...]],
-    told_by: str = CONFIG,
+    actual: Mapping[str, tuple[int, ...]],
+    described_by: str = CONFIG,
 ) -> None:
-    """Every expected tensor with its shape and no other, else one error that names them all (a few
-    of each kind)."""
+    """UserError unless `actual` has every expected tensor with its shape, and no other.
+
+    The error names a few tensors of each kind of fault.
+    """
     wrong = [
-        f"{name} {list(found[name])} instead of {list(shape)}"
+        f"{name} {list(actual[name])} instead of {list(shape)}"
         for name, shape in expected.items()
-        if name in found and found[name] != shape
+        if actual.get(name, shape) != shape
     ]
     faults = {
-        "missing": sorted(expected.keys() - found.keys()),
-        "unknown": sorted(found.keys() - expected.keys()),
+        "missing": sorted(expected.keys() - actual.keys()),
+        "unknown": sorted(actual.keys() - expected.keys()),
         "wrongly shaped": wrong,
     }
-    listed = [
-        f"{len(names)} {kind}: {', '.join(names[:4])}{', ...' if len(names) > 4 else ''}"
-        for kind, names in faults.items()
-        if names
-    ]
+    causes = [f"{len(names)} {kind}: {list_some(names)}" for kind, names in faults.items() if names]
 
-    if listed:
+    if causes:
         raise UserError(
-            f"{place}: the tensors do not fit {told_by}: {'; '.join(listed)}",
+            f"{place}: the tensors do not fit {described_by}: {'; '.join(causes)}",
             "the weights and the config are of different models, or the checkpoint is incomplete",
         )
 
 
-def weight_files(directory: Path) -> list[Path]:
-    """The weight files of a directory: one, or the shards its index names; safetensors if there are
-    both kinds."""
-    for whole, index in ((WEIGHTS, INDEX), (PICKLED, PICKLED_INDEX)):
+def list_weight_files(directory: Path) -> list[Path]:
+    """Return the weight files of a directory: one, or the shards its index names.
+
+    Safetensors if there are both kinds. UserError if a file is missing.
+    """
+    for name, index in ((WEIGHTS, INDEX), (PICKLED, PICKLED_INDEX)):
         if (directory / index).exists():
-            return _shards(directory, index)
-        if (directory / whole).exists():
-            return [directory / whole]
+            return _list_shards(directory, index)
+        if (directory / name).exists():
+            return [directory / name]
 
     raise UserError(
         f"{directory}: neither {WEIGHTS} nor {INDEX} is there, nor {PICKLED}", "check the path"
     )
 
 
-def model_files(directory: Path) -> list[str]:
-    """The names of all files that make up the model in a directory: what any program reads
-    there."""
-    weights = weight_files(directory)
+def list_model_files(directory: Path) -> list[str]:
+    """Return the names of all files that make up the model in a directory, for any program."""
+    weights = list_weight_files(directory)
     index = INDEX if weights[0].suffix == ".safetensors" else PICKLED_INDEX
-    names = {path.name for path in weights} | {CONFIG, CHECKSUMS, index, *BESIDE}
+    names = {path.name for path in weights} | read_checksums(directory).keys()
+    names |= {CONFIG, CHECKSUMS, index, *BESIDE}
 
-    return sorted(name for name in names | set(listed(directory)) if (directory / name).is_file())
+    return sorted(name for name in names if (directory / name).is_file())
 
 
-def _shards(directory: Path, index: str) -> list[Path]:
-    weight_map = read_json(directory / index).get("weight_map")
+def is_model_file(name: str) -> bool:
+    """Return whether a file of this name belongs to a model that this package writes."""
+    return name in (CONFIG, WEIGHTS, INDEX, CHECKSUMS, *BESIDE) or bool(_SHARD.fullmatch(name))
+
+
+def _list_shards(directory: Path, index: str) -> list[Path]:
+    file = directory / index
+    weight_map = json_files.read_object(file).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
-        raise UserError(f"{directory / index}: no weight_map", "fetch the checkpoint again")
+        raise UserError(f"{file}: no weight_map", _FETCH)
 
     for tensor, name in weight_map.items():
         if not json_files.is_file_name(name):
-            raise UserError(
-                f"{directory / index}: the file of '{tensor}' is {show_value(name)}",
-                "fetch the checkpoint again",
-            )
+            raise UserError(f"{file}: the file of '{tensor}' is {show_value(name)}", _FETCH)
         if not (directory / name).exists():
             raise UserError(
                 f"{directory / name}: missing, though {index} names it", "fetch this shard"
@@ -134,15 +135,22 @@ def _shards(directory: Path, index: str) -> list[Path]:
     return [directory / name for name in sorted(set(weight_map.values()))]
 
 
-# ---- writing whole directories
-# --------------------------------------------------------------------------------------
-@contextmanager
-def replacing(directory: Path) -> Iterator[Path]:
-    """A place to write a checkpoint directory, which takes its name when the block ends and
-    vanishes if it fails.
+# --- writing whole directories ---
+def require_free(path: Path) -> None:
+    """UserError if something is at a path; an empty directory is nothing."""
+    with explain_os_errors(path):
+        if any(path.iterdir()) if path.is_dir() else path.exists():
+            raise UserError(
+                f"{path}: something is there already", "choose another --out, or move it away"
+            )
 
-    Of a directory that exists, the files written are replaced and the weights of other names
-    removed; others stay.
+
+@contextmanager
+def replace_directory(directory: Path) -> Iterator[Path]:
+    """Give a place to write a checkpoint directory, which gets its name when the block ends.
+
+    It vanishes if the block fails. In a directory that exists, the files written are replaced and
+    the weights of other names removed; others stay.
     """
     if not directory.exists():
         with atomic.new_directory(directory) as work:
@@ -163,20 +171,19 @@ def replacing(directory: Path) -> Iterator[Path]:
 
 
 def _replace_files(work: Path, directory: Path) -> None:
-    """Move finished files over an older checkpoint. The checksums go first and come last: a
-    directory caught in between has none, and one that has them is whole."""
+    """Move finished files over an older checkpoint.
+
+    The checksums go first and come last: a directory caught in between has none, and one that has
+    them is complete.
+    """
     (directory / CHECKSUMS).unlink(missing_ok=True)
     new = sorted((path.name for path in work.iterdir()), key=lambda name: (name == CHECKSUMS, name))
-    stale = {
-        INDEX,
-        WEIGHTS,
-        *(path.name for path in directory.glob("model-*-of-*.safetensors")),
-    } - set(new)
+    stale = {INDEX, WEIGHTS, *(path.name for path in directory.glob("model-*-of-*.safetensors"))}
 
     for name in new[:-1]:
         os.replace(work / name, directory / name)
 
-    for name in stale:
+    for name in stale.difference(new):
         (directory / name).unlink(missing_ok=True)
 
     atomic.flush(directory)
@@ -184,13 +191,10 @@ def _replace_files(work: Path, directory: Path) -> None:
 
 
 def verify_checksums(directory: Path) -> None:
-    """UserError if a file differs from what checksums.json says; nothing if there is none."""
-    for name, expected in listed(directory).items():
+    """UserError if a file differs from its entry in checksums.json; nothing if there is none."""
+    for name, expected in read_checksums(directory).items():
         if not (directory / name).exists():
-            raise UserError(
-                f"{directory / name}: missing, though {CHECKSUMS} names it",
-                "fetch the checkpoint again",
-            )
+            raise UserError(f"{directory / name}: missing, though {CHECKSUMS} names it", _FETCH)
         if hash_file(directory / name) != expected:
             raise UserError(
                 f"{directory / name}: its checksum differs from {CHECKSUMS}",
@@ -198,14 +202,13 @@ def verify_checksums(directory: Path) -> None:
             )
 
 
-def listed(directory: Path) -> dict[str, str]:
-    """What checksums.json says: the names of files of the directory, each with its checksum; {} if
-    there is none."""
+def read_checksums(directory: Path) -> dict[str, str]:
+    """Return checksums.json: file name -> checksum; {} if there is none."""
     path = directory / CHECKSUMS
-    found = read_json(path) if path.exists() else {}
-    cure = f"fetch the checkpoint again, or delete {CHECKSUMS}"
+    checksums = json_files.read_object(path) if path.exists() else {}
+    cure = f"{_FETCH}, or delete {CHECKSUMS}"
 
-    for name, value in found.items():
+    for name, value in checksums.items():
         if not json_files.is_file_name(name):
             raise UserError(
                 f"{path}: it names {show_value(name)}, which is no file of this directory", cure
@@ -215,9 +218,9 @@ def listed(directory: Path) -> dict[str, str]:
                 f"{path}: the checksum of {show_value(name)} is {show_value(value)}", cure
             )
 
-    return found
+    return checksums
 
 
 def write_json(path: Path, values: Mapping[str, Any]) -> None:
-    """A JSON object as a file."""
+    """Write a JSON object as a file."""
     path.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")

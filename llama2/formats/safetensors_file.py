@@ -1,8 +1,8 @@
-"""The safetensors format, read and written a tensor at a time.
+"""Read and write the safetensors format a tensor at a time.
 
 A file is the length of its header (8 bytes), the header (JSON: name -> dtype, shape, begin and end
 of its bytes) and the numbers. The safetensors package checks a header; its own writer wants all
-tensors of a file in memory at once, and whoever needs a checksum reads the file again. Here a
+tensors of a file in memory at once, and a checksum would need a second pass over the file. Here a
 tensor is written while the next is read and the last is hashed.
 """
 
@@ -25,7 +25,7 @@ from torch import Tensor
 
 from llama2 import devices, json_files
 from llama2.errors import UserError, explain_os_errors
-from llama2.formats.source import InOrder, Stored, read_ahead
+from llama2.formats.stored_model import PartwiseRead, StoredTensor, read_ahead
 
 DTYPES = {
     "F64": torch.float64,
@@ -47,14 +47,16 @@ _PIECE = 2 << 20  # numbers read, converted and hashed at once
 _PART = 128 << 10
 
 
-def entries(path: Path) -> dict[str, Stored]:
-    """The tensors of a safetensors file by name. UserError for a file that is truncated or none;
-    reads no numbers."""
+def list_tensors(path: Path) -> dict[str, StoredTensor]:
+    """Return the tensors of a safetensors file by name; reads no numbers.
+
+    UserError for a file that is truncated or of another format.
+    """
     json_files.check(path)
     try:
         with explain_os_errors(path), open(path, "rb") as file:
-            with safe_open(_utf8(path, file), framework="pt", device=devices.CPU):
-                pass  # the header is whole, and describes each byte of the file once
+            with safe_open(_name_in_utf8(path, file), framework="pt", device=devices.CPU):
+                pass  # the header is complete, and describes each byte of the file once
 
             length = int.from_bytes(file.read(8), "little")
             header = json.loads(file.read(length))
@@ -64,27 +66,22 @@ def entries(path: Path) -> dict[str, Stored]:
         ) from None
 
     header.pop("__metadata__", None)
-    found = {}
-    for name, told in header.items():
+    tensors = {}
+    for name, entry in header.items():
         place = f"{path}: tensor '{name}'"
-        if told["dtype"] not in DTYPES:
+        if entry["dtype"] not in DTYPES:
             raise UserError(
-                f"{place} is of the type {told['dtype']}", "quantized checkpoints cannot be loaded"
+                f"{place} is of the type {entry['dtype']}", "quantized checkpoints cannot be loaded"
             )
 
-        found[name] = _stored(
-            path,
-            place,
-            DTYPES[told["dtype"]],
-            tuple(told["shape"]),
-            8 + length + told["data_offsets"][0],
-        )
+        offset, dtype = 8 + length + entry["data_offsets"][0], DTYPES[entry["dtype"]]
+        tensors[name] = _open_tensor(path, place, dtype, tuple(entry["shape"]), offset)
 
-    return found
+    return tensors
 
 
-def _utf8(path: Path, file: BinaryIO) -> str:
-    """A name of an open file that the library can take: it knows none that is not UTF-8."""
+def _name_in_utf8(path: Path, file: BinaryIO) -> str:
+    """Return a name of an open file for the library, which takes no name that is not UTF-8."""
     try:
         path.as_posix().encode()
     except UnicodeEncodeError:
@@ -93,14 +90,14 @@ def _utf8(path: Path, file: BinaryIO) -> str:
     return str(path)
 
 
-def _stored(
+def _open_tensor(
     path: Path,
     place: str,
     dtype: torch.dtype,
     shape: tuple[int, ...],
     offset: int,
     once: bool = False,
-) -> Stored:
+) -> StoredTensor:
     def read() -> Tensor:
         tensor = torch.empty(shape, dtype=dtype)
         with explain_os_errors(path), open(path, "rb", buffering=0) as file:
@@ -110,50 +107,45 @@ def _stored(
 
         return tensor
 
-    def parts() -> list[Stored]:
+    def list_parts() -> list[StoredTensor]:
         count = math.prod(shape)
-        return [
-            _stored(
-                path,
-                place,
-                dtype,
-                (min(_PIECE, count - start),),
-                offset + start * dtype.itemsize,
-                once=True,
-            )
-            for start in range(0, count, _PIECE)
-        ]
+        parts = []
+        for start in range(0, count, _PIECE):
+            size, begin = min(_PIECE, count - start), offset + start * dtype.itemsize
+            parts.append(_open_tensor(path, place, dtype, (size,), begin, once=True))
 
-    return Stored(shape, dtype, read if once else InOrder(read, parts), place)
+        return parts
+
+    return StoredTensor(shape, dtype, read if once else PartwiseRead(read, list_parts), place)
 
 
-def _fill(file: FileIO, room: memoryview, once: bool) -> bool:
-    """Read from where a file stands until `room` is full; False if the file ends before.
+def _fill(file: FileIO, target: memoryview, once: bool) -> bool:
+    """Read from the position of a file until `target` is full; False if the file ends before.
 
-    With `once` the operating system drops what it keeps of the file. Else a large copy fills all
-    memory with what nobody will read again, and where memory comes page by page from a hypervisor,
+    With `once` the operating system drops its copy of the file. Else a large copy fills all memory
+    with data that will not be read again, and where memory comes page by page from a hypervisor,
     that takes longer than the copy.
     """
-    while room:
-        begin, count = file.tell(), file.readinto(room[:_PART])
+    while target:
+        begin, count = file.tell(), file.readinto(target[:_PART])
         if not count:
             return False
 
         if once and hasattr(os, "posix_fadvise"):
             os.posix_fadvise(file.fileno(), begin, count, os.POSIX_FADV_DONTNEED)
 
-        room = room[count:]
+        target = target[count:]
 
     return True
 
 
 def memory(tensor: Tensor) -> memoryview:
-    """The bytes of a contiguous tensor, not a copy."""
+    """Return the bytes of a contiguous tensor, not a copy."""
     return tensor.reshape(-1).view(torch.uint8).numpy().data
 
 
-def write(path: Path, tensors: Mapping[str, Stored], dtype: torch.dtype | None = None) -> str:
-    """Write a file of these tensors, converted to `dtype` if there is one; the SHA-256 of the file.
+def write(path: Path, tensors: Mapping[str, StoredTensor], dtype: torch.dtype | None = None) -> str:
+    """Write a file of these tensors, converted to `dtype` if given; return its SHA-256.
 
     The widest numbers go first, so that each tensor begins at a multiple of their size, as readers
     expect.
@@ -163,15 +155,15 @@ def write(path: Path, tensors: Mapping[str, Stored], dtype: torch.dtype | None =
     digest = hashlib.sha256()
 
     with explain_os_errors(path), open(path, "wb") as file, ThreadPoolExecutor(1) as other:
-        header = _header([(name, kinds[name], tensors[name]) for name in order])
+        header = _make_header([(name, kinds[name], tensors[name]) for name in order])
         file.write(header)
         digest.update(header)
-        parts = [(part, kinds[name]) for name in order for part in tensors[name].parts()]
+        parts = [(part, kinds[name]) for name in order for part in tensors[name].list_parts()]
         ahead = read_ahead(part for part, _ in parts)
 
         for part, kind in parts:
             hashed: deque[Future[None]] = deque()
-            for piece in _pieces(next(ahead), kind, part.place):
+            for piece in _convert(next(ahead), kind, part.place):
                 hashed.append(other.submit(digest.update, piece))
                 for start in range(0, len(piece), _PART):
                     file.write(piece[start : start + _PART])
@@ -185,25 +177,27 @@ def write(path: Path, tensors: Mapping[str, Stored], dtype: torch.dtype | None =
     return digest.hexdigest()
 
 
-def _header(tensors: list[tuple[str, torch.dtype, Stored]]) -> bytes:
-    described: dict[str, object] = {"__metadata__": {"format": "pt"}}
+def _make_header(tensors: list[tuple[str, torch.dtype, StoredTensor]]) -> bytes:
+    entries: dict[str, object] = {"__metadata__": {"format": "pt"}}
     end = 0
     for name, dtype, stored in tensors:
-        begin, end = end, end + stored.numel * dtype.itemsize
-        described[name] = {
+        begin, end = end, end + stored.count_bytes(dtype)
+        entries[name] = {
             "dtype": _NAMES[dtype],
             "shape": list(stored.shape),
             "data_offsets": [begin, end],
         }
 
-    text = json.dumps(described, separators=(",", ":")).encode()
+    text = json.dumps(entries, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     return len(text).to_bytes(8, "little") + text
 
 
-def _pieces(tensor: Tensor, dtype: torch.dtype, place: str) -> Iterator[memoryview]:
-    """The bytes of a tensor in pieces, each converted by itself, so that there is never a second
-    copy of the whole."""
+def _convert(tensor: Tensor, dtype: torch.dtype, place: str) -> Iterator[memoryview]:
+    """Yield the bytes of a tensor in pieces, each converted alone.
+
+    So there is never a second copy of the whole tensor.
+    """
     narrower = torch.finfo(dtype).max < torch.finfo(tensor.dtype).max
     for piece in tensor.detach().reshape(-1).split(_PIECE):  # type: ignore[no-untyped-call]
         converted = piece.to(dtype)
@@ -217,7 +211,7 @@ def _pieces(tensor: Tensor, dtype: torch.dtype, place: str) -> Iterator[memoryvi
 
 
 def is_finite(tensor: Tensor) -> bool:
-    """Whether no number is infinite or undefined; one pass, without a copy."""
+    """Return whether no number is infinite or undefined; one pass, without a copy."""
     if not tensor.numel():
         return True
 

@@ -1,10 +1,8 @@
-"""PyTorch's own files as they were before version 1.6: no zip archive, but pickles and numbers one
-after another.
+"""Read PyTorch's own files as they were before version 1.6: pickles and numbers one after another.
 
 A number that marks the format, its version, facts about the machine, the state dict without its
-numbers, the keys of the storages in the order in which they follow, and then each storage: how many
-numbers, and the numbers. What is said in `archive` of pickles holds here too: nothing in them is
-run. The format has no checksums.
+numbers, the keys of the storages in their order, and then each storage: the count of its numbers,
+and the numbers. As in `torch_zip`, nothing in the pickles is run. The format has no checksums.
 """
 
 from __future__ import annotations
@@ -16,14 +14,14 @@ from typing import IO, Any
 from llama2 import json_files
 from llama2.errors import UserError, explain_os_errors
 from llama2.formats import torch_zip
-from llama2.formats.source import Stored
+from llama2.formats.stored_model import StoredTensor
 
 _BEGIN = b"\x80\x02\x8a\x0al\xfc\x9cF\xf9 j\xa8P\x19."
 _VERSION = 1001
 
 
-class _Reader(torch_zip.Reader):
-    """Remembers the storages it meets, for their sizes tell where each begins."""
+class _Unpickler(torch_zip.TensorUnpickler):
+    """Remembers the storages it meets: their sizes give the offset of each."""
 
     def __init__(self, file: IO[bytes]) -> None:
         super().__init__(file)
@@ -38,71 +36,55 @@ class _Reader(torch_zip.Reader):
         return storage
 
 
-def either(path: Path) -> dict[str, Stored]:
-    """The tensors in a file of PyTorch's by name, as it writes them now or wrote them then."""
-    return entries(path) if is_one(path) else torch_zip.entries(path)
-
-
-def is_one(path: Path) -> bool:
-    """Whether a file has this format."""
+def list_tensors(path: Path) -> dict[str, StoredTensor]:
+    """Return the tensors in a file of PyTorch's by name, of either format; reads no numbers yet."""
     with explain_os_errors(path), json_files.open_file(path) as file:
-        return file.read(len(_BEGIN)) == _BEGIN
+        if file.read(len(_BEGIN)) != _BEGIN:
+            return torch_zip.list_tensors(path)
 
-
-def entries(path: Path) -> dict[str, Stored]:
-    """The tensors in a file by name, as `archive.entries`; reads no numbers yet."""
-    with explain_os_errors(path), open(path, "rb") as file:
-        file.seek(len(_BEGIN))
-        version, machine = _plain(path, file), _plain(path, file)
+        version, machine = _read_plain(path, file), _read_plain(path, file)
         if version != _VERSION:
             raise UserError(
                 f"{path}: version {version!r} of PyTorch's files is unknown", torch_zip.AGAIN
             )
         if not isinstance(machine, dict) or machine.get("little_endian") is not True:
-            raise UserError(
-                f"{path}: its numbers have another byte order than this machine",
-                "save it again here",
-            )
+            raise UserError(f"{path}: {torch_zip.OTHER_ORDER}", "save it again here")
 
-        reader = _Reader(file)
-        views = torch_zip.described(path, reader)
-        members = _members(path, file, reader.storages)
+        reader = _Unpickler(file)
+        views = torch_zip.read_views(path, reader)
+        members = _list_members(path, file, reader.storages)
 
     return {
-        name: torch_zip.stored(path, name, view, members.get(view.storage.key))
+        name: torch_zip.open_tensor(path, name, view, members.get(view.storage.key))
         for name, view in views.items()
     }
 
 
-def _members(
+def _list_members(
     path: Path, file: IO[bytes], storages: dict[str, torch_zip.Storage]
-) -> dict[str, torch_zip.Member]:
-    keys = _plain(path, file)
-    place, size = file.tell(), file.seek(0, io.SEEK_END)
+) -> dict[str, torch_zip.Extent]:
+    keys = _read_plain(path, file)
+    at, size = file.tell(), file.seek(0, io.SEEK_END)
     if not isinstance(keys, list) or sorted(map(str, keys)) != sorted(storages):
         raise UserError(f"{path}: the list of its storages is damaged", torch_zip.AGAIN)
 
-    found = {}
+    members = {}
     for key in map(str, keys):
-        file.seek(place)
-        count, length = (
-            int.from_bytes(file.read(8), "little"),
-            storages[key].count * storages[key].dtype.itemsize,
-        )
-        if count != storages[key].count or place + 8 + length > size:
+        file.seek(at)
+        count = int.from_bytes(file.read(8), "little")
+        members[key] = torch_zip.Extent(at + 8, storages[key].nbytes)
+        at += 8 + storages[key].nbytes
+
+        if count != storages[key].count or at > size:
             raise UserError(f"{path}: truncated in storage {key}, or damaged", torch_zip.AGAIN)
 
-        found[key] = torch_zip.Member(place + 8, length)
-        place += 8 + length
-
-    return found
+    return members
 
 
-def _plain(path: Path, file: IO[bytes]) -> Any:
-    """One of the small pickles around the state dict: numbers, texts, lists and dictionaries of
-    them."""
+def _read_plain(path: Path, file: IO[bytes]) -> Any:
+    """Read a small pickle beside the state dict: numbers, texts, and lists and dictionaries."""
     try:
-        return _Reader(file).load()
+        return _Unpickler(file).load()
     except Exception as error:  # a damaged pickle raises whatever the bytes happen to spell
         raise UserError(
             f"{path}: truncated or damaged ({type(error).__name__}: {error})", torch_zip.AGAIN

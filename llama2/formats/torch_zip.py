@@ -1,5 +1,4 @@
-"""PyTorch's own files (`.pth`, `.bin`), read and written a tensor at a time, and without running
-anything in them.
+"""Read and write PyTorch's own files (`.pth`, `.bin`) a tensor at a time, and run nothing in them.
 
 Such a file is a zip archive whose members are stored as they are: `<name>/data.pkl`, a pickled
 dictionary of tensors without their numbers, and one member `<name>/data/<key>` for each storage. A
@@ -31,7 +30,7 @@ from torch import Tensor
 
 from llama2 import devices, json_files
 from llama2.errors import UserError, explain_os_errors
-from llama2.formats.source import Stored
+from llama2.formats.stored_model import StoredTensor
 from llama2.reading.packed import DAMAGE
 
 STORAGES = {
@@ -47,14 +46,14 @@ STORAGES = {
     "BoolStorage": torch.bool,
 }
 AGAIN = "fetch it again"
+OTHER_ORDER = "its numbers have another byte order than this machine"
 _HEADER, _ALIGNMENT, _CHUNK = 30, 64, 1 << 24
 
 
-# ---- reading
-# --------------------------------------------------------------------------------------------------------
+# --- descriptions of tensors ---
 @dataclass(frozen=True)
-class Member:
-    """Where the bytes of a member lie in the file."""
+class Extent:
+    """The bytes of a member in the file."""
 
     offset: int
     size: int
@@ -69,10 +68,15 @@ class Storage:
     dtype: torch.dtype
     count: int
 
+    @property
+    def nbytes(self) -> int:
+        """The size of the numbers in bytes."""
+        return self.count * self.dtype.itemsize
+
 
 @dataclass(frozen=True)
-class View:
-    """A tensor as the pickle describes it: a window on a storage."""
+class TensorView:
+    """A tensor in a pickle: a window on a storage. It pickles as `torch.save` pickles a tensor."""
 
     storage: Storage
     offset: int
@@ -81,34 +85,44 @@ class View:
 
     @property
     def count(self) -> int:
+        """The count of its numbers."""
         return math.prod(self.shape)
 
     @property
     def end(self) -> int:
-        """One past the last number of the storage that it sees."""
-        return (
-            self.offset + sum((size - 1) * step for size, step in zip(self.shape, self.stride)) + 1
-        )
+        """One past its last number in the storage."""
+        return 1 + self.offset + sum((n - 1) * step for n, step in zip(self.shape, self.stride))
 
     def is_contiguous(self) -> bool:
-        expected = 1
-        for size, step in zip(reversed(self.shape), reversed(self.stride)):
-            if size != 1 and step != expected:
-                return False
+        """Return whether its numbers lie in one piece, row after row."""
+        dimensions = zip(self.shape, self.stride, _count_strides(self.shape))
+        return all(size == 1 or step == expected for size, step, expected in dimensions)
 
-            expected *= size
+    def __reduce__(self) -> tuple[Any, ...]:
+        return torch._utils._rebuild_tensor_v2, (
+            self.storage,
+            self.offset,
+            self.shape,
+            self.stride,
+            False,
+            OrderedDict(),
+        )
 
-        return True
+
+def _count_strides(shape: tuple[int, ...]) -> tuple[int, ...]:
+    return tuple(math.prod(shape[axis + 1 :]) for axis in range(len(shape)))
 
 
-class Reader(pickle._Unpickler):
-    """Reads a dictionary of tensors and nothing else: no name of a pickle is ever imported.
+# --- reading ---
+class TensorUnpickler(pickle._Unpickler):
+    """Read a dictionary of tensors and nothing else: no name of a pickle is ever imported.
 
     It is Python's unpickler in Python: the one in C takes memory for any length that a damaged file
     may spell.
     """
 
     def persistent_load(self, pid: Any) -> Storage:
+        """Return the storage that a persistent id describes."""
         kind, dtype, key, _, count = pid
         if kind != "storage" or not isinstance(dtype, torch.dtype) or not isinstance(count, int):
             raise pickle.UnpicklingError(f"'{kind}' is no storage of numbers")
@@ -116,11 +130,12 @@ class Reader(pickle._Unpickler):
         return Storage(str(key), dtype, count)
 
     def find_class(self, module: str, name: str) -> Any:
-        def tensor(storage: Storage, offset: int, shape: Any, stride: Any, *_: Any) -> View:
-            return View(storage, int(offset), tuple(map(int, shape)), tuple(map(int, stride)))
+        """Return our own function for a name that tensors need; refuse every other."""
 
-        def parameter(data: View, *_: Any) -> View:
-            return data
+        def make_view(
+            storage: Storage, offset: int, shape: Any, stride: Any, *_: Any
+        ) -> TensorView:
+            return TensorView(storage, int(offset), tuple(map(int, shape)), tuple(map(int, stride)))
 
         if module == "torch" and name in STORAGES:
             return STORAGES[name]
@@ -128,8 +143,8 @@ class Reader(pickle._Unpickler):
         # Made anew for each file: what a hostile one might do to them ends with it.
         known = {
             ("collections", "OrderedDict"): OrderedDict,
-            ("torch._utils", "_rebuild_tensor_v2"): tensor,
-            ("torch._utils", "_rebuild_parameter"): parameter,
+            ("torch._utils", "_rebuild_tensor_v2"): make_view,
+            ("torch._utils", "_rebuild_parameter"): lambda data, *_: data,
         }
         if (module, name) not in known:
             raise _Refused(f"{module}.{name}")
@@ -141,57 +156,50 @@ class _Refused(Exception):
     """A pickle names something that no dictionary of tensors needs."""
 
 
-def entries(path: Path) -> dict[str, Stored]:
-    """The tensors in a file that `torch.save` made of a state dict, by name. Reads no numbers yet.
+def list_tensors(path: Path) -> dict[str, StoredTensor]:
+    """Return the tensors in a file that `torch.save` made of a state dict; reads no numbers yet.
 
     UserError for a truncated file, one that holds anything but tensors, or code, and for a tensor
-    that lies outside its storage; later, from `Stored.read`, for numbers that do not match their
-    checksum.
+    that lies outside its storage; later, from `StoredTensor.read`, for numbers that do not match
+    their checksum.
     """
     with explain_os_errors(path), json_files.open_file(path) as file:
-        members = _members(path, file)
-        root = next(
-            (name.removesuffix("data.pkl") for name in members if name.endswith("/data.pkl")), None
-        )
-        if root is None:
+        members = _list_members(path, file)
+        pickles = [name for name in members if name.endswith("/data.pkl")]
+        if not pickles:
             raise UserError(
                 f"{path}: a zip file, but not one of PyTorch's (it has no data.pkl)", AGAIN
             )
-        if (order := members.get(f"{root}byteorder")) and _bytes(
-            path, file, order, "byteorder"
-        ) != sys.byteorder.encode():
-            raise UserError(
-                f"{path}: its numbers have another byte order than this machine",
-                "save it again here",
-            )
 
-        content = _bytes(path, file, members[f"{root}data.pkl"], "data.pkl")
+        root = pickles[0].removesuffix("data.pkl")
+        if f"{root}byteorder" in members:
+            order = _read_bytes(path, file, members[f"{root}byteorder"], "byteorder")
+            if order != sys.byteorder.encode():
+                raise UserError(f"{path}: {OTHER_ORDER}", "save it again here")
 
-    views = described(path, Reader(io.BytesIO(content)))
+        content = _read_bytes(path, file, members[f"{root}data.pkl"], "data.pkl")
+
+    views = read_views(path, TensorUnpickler(io.BytesIO(content)))
     return {
-        name: stored(path, name, view, members.get(f"{root}data/{view.storage.key}"))
+        name: open_tensor(path, name, view, members.get(f"{root}data/{view.storage.key}"))
         for name, view in views.items()
     }
 
 
-def _members(path: Path, file: IO[bytes]) -> dict[str, Member]:
+def _list_members(path: Path, file: IO[bytes]) -> dict[str, Extent]:
     try:
         with zipfile.ZipFile(file) as archive:
-            listed = archive.infolist()
+            items = archive.infolist()
     except (*DAMAGE, NotImplementedError, OSError) as error:
         raise UserError(f"{path}: truncated, or not a file of PyTorch's ({error})", AGAIN) from None
 
     size = file.seek(0, io.SEEK_END)
-    found = {}
-    for item in listed:
+    members = {}
+    for item in items:
         file.seek(max(0, item.header_offset))
         header = file.read(_HEADER)
-        if (
-            item.header_offset < 0
-            or len(header) < _HEADER
-            or header[:4] != b"PK\3\4"
-            or item.compress_type != zipfile.ZIP_STORED
-        ):
+        is_whole = item.header_offset >= 0 and len(header) == _HEADER and header[:4] == b"PK\3\4"
+        if not is_whole or item.compress_type != zipfile.ZIP_STORED:
             raise UserError(f"{path}: the member {item.filename} is damaged or compressed", AGAIN)
 
         name, extra = struct.unpack("<HH", header[26:30])
@@ -199,12 +207,12 @@ def _members(path: Path, file: IO[bytes]) -> dict[str, Member]:
         if begin + item.file_size > size:
             raise UserError(f"{path}: truncated in {item.filename}", AGAIN)
 
-        found[item.filename] = Member(begin, item.file_size, item.CRC)
+        members[item.filename] = Extent(begin, item.file_size, item.CRC)
 
-    return found
+    return members
 
 
-def _bytes(path: Path, file: IO[bytes], member: Member, name: str) -> bytes:
+def _read_bytes(path: Path, file: IO[bytes], member: Extent, name: str) -> bytes:
     file.seek(member.offset)
     content = file.read(member.size)
     if member.checksum and zlib.crc32(content) != member.checksum:
@@ -213,14 +221,14 @@ def _bytes(path: Path, file: IO[bytes], member: Member, name: str) -> bytes:
     return content
 
 
-def described(path: Path, reader: Reader) -> dict[str, View]:
-    """The state dict that a pickle describes. UserError for code, for anything but tensors, and for
-    a damaged one."""
+def read_views(path: Path, reader: TensorUnpickler) -> dict[str, TensorView]:
+    """Read the state dict in a pickle. UserError for code, anything but tensors, and damage."""
     try:
-        found = reader.load()
+        views = reader.load()
     except _Refused as refused:
         raise UserError(
-            f"{path}: refused, for reading it would call '{refused}', which no file of weights needs",
+            f"{path}: refused, for reading it would call '{refused}', which no file of weights "
+            "needs",
             "take the weights from where you trust them, best as safetensors",
         ) from None
     except Exception as error:  # a damaged pickle raises whatever the bytes happen to spell
@@ -228,45 +236,49 @@ def described(path: Path, reader: Reader) -> dict[str, View]:
             f"{path}: its list of tensors is damaged ({type(error).__name__}: {error})", AGAIN
         ) from None
 
-    if not isinstance(found, dict):
+    if not isinstance(views, dict):
         raise UserError(
-            f"{path}: it holds a {type(found).__name__}, a dictionary of tensors was expected",
+            f"{path}: it holds a {type(views).__name__}, a dictionary of tensors was expected",
             "save model.state_dict()",
         )
 
-    for name, value in found.items():
-        if not isinstance(name, str) or not isinstance(value, View):
+    for name, value in views.items():
+        if not isinstance(name, str) or not isinstance(value, TensorView):
             raise UserError(f"{path}: '{name}' is no tensor", "save model.state_dict() alone")
 
-    return dict(found)
+    return dict(views)
 
 
-def stored(path: Path, name: str, view: View, member: Member | None) -> Stored:
-    """A tensor whose numbers lie in `member`. UserError if they do not, or if the tensor is larger
-    than they are."""
-    place = f"{path}: tensor '{name}'"
-    size = view.storage.count * view.storage.dtype.itemsize
-    if member is None or member.size != size:
+def open_tensor(path: Path, name: str, view: TensorView, member: Extent | None) -> StoredTensor:
+    """Return a tensor whose numbers lie in `member`.
+
+    UserError if they do not, or if the tensor is larger than they are.
+    """
+    place, storage = f"{path}: tensor '{name}'", view.storage
+    if member is None or member.size != storage.nbytes:
+        size = member.size if member else "none"
         raise UserError(
-            f"{place}: its numbers take {size} bytes, the file has {member.size if member else 'none'}",
-            AGAIN,
+            f"{place}: its numbers take {storage.nbytes} bytes, the file has {size}", AGAIN
         )
-    if (
-        min((*view.shape, *view.stride, view.offset), default=0) < 0
-        or len(view.shape) != len(view.stride)
-        or (view.count and view.end > view.storage.count)
-    ):
+
+    least = min((*view.shape, *view.stride, view.offset))
+    beyond = view.count and view.end > storage.count
+    if least < 0 or len(view.shape) != len(view.stride) or beyond:
         raise UserError(f"{place}: it lies outside its storage", AGAIN)
 
-    return Stored(view.shape, view.storage.dtype, lambda: _read(path, place, view, member), place)
+    return StoredTensor(
+        view.shape, storage.dtype, lambda: _read_tensor(path, place, view, member), place
+    )
 
 
-def _read(path: Path, place: str, view: View, member: Member) -> Tensor:
-    """A copy of a tensor: its own numbers if they lie in one piece, else its storage's, of which it
-    is a window."""
+def _read_tensor(path: Path, place: str, view: TensorView, member: Extent) -> Tensor:
+    """Return a copy of a tensor.
+
+    Only its own numbers are read if they lie in one piece, else all of its storage.
+    """
     dtype = view.storage.dtype
-    whole = not view.is_contiguous() or view.count == view.storage.count
-    begin, count = (0, view.storage.count) if whole else (view.offset, view.count)
+    read_all = not view.is_contiguous() or view.count == view.storage.count
+    begin, count = (0, view.storage.count) if read_all else (view.offset, view.count)
     numbers = torch.empty(count, dtype=dtype)
     memory = numbers.view(torch.uint8).numpy().data
     checksum = 0
@@ -280,7 +292,7 @@ def _read(path: Path, place: str, view: View, member: Member) -> Tensor:
 
             checksum = zlib.crc32(part, checksum)
 
-    if whole and member.checksum and checksum != member.checksum:
+    if read_all and member.checksum and checksum != member.checksum:
         raise UserError(f"{place}: its numbers do not match their checksum", AGAIN)
     if view.is_contiguous():
         return numbers.view(view.shape)
@@ -288,27 +300,8 @@ def _read(path: Path, place: str, view: View, member: Member) -> Tensor:
     return numbers.as_strided(view.shape, view.stride, view.offset).contiguous()
 
 
-# ---- writing
-# --------------------------------------------------------------------------------------------------------
-class _Described:
-    """A tensor that pickles as `torch.save` would have pickled it."""
-
-    def __init__(self, key: int, shape: tuple[int, ...], dtype: torch.dtype) -> None:
-        self.storage, self.shape = Storage(str(key), dtype, math.prod(shape)), shape
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        stride = tuple(math.prod(self.shape[axis + 1 :]) for axis in range(len(self.shape)))
-        return torch._utils._rebuild_tensor_v2, (
-            self.storage,
-            0,
-            self.shape,
-            stride,
-            False,
-            OrderedDict(),
-        )
-
-
-class _Writer(pickle.Pickler):
+# --- writing ---
+class _Pickler(pickle.Pickler):
     def persistent_id(self, item: Any) -> Any:
         if not isinstance(item, Storage):
             return None
@@ -321,46 +314,48 @@ class _Writer(pickle.Pickler):
 def create(
     path: Path, layout: Mapping[str, tuple[tuple[int, ...], torch.dtype]]
 ) -> Iterator[Callable[[Tensor], None]]:
-    """Write a file that `torch.load(path, weights_only=True, mmap=True)` opens, its tensors given
-    one at a time.
+    """Write a file that `torch.load(path, weights_only=True, mmap=True)` opens.
 
-    Gives a function that takes the tensors in the order of `layout` (name -> shape and dtype).
-    ValueError for one that does not fit, and at the end for those that are lacking.
+    Gives a function that takes the tensors, one at a time, in the order of `layout` (name -> shape
+    and dtype). ValueError for one that does not fit, and at the end for those that are lacking.
     """
-    described = {name: _Described(key, *form) for key, (name, form) in enumerate(layout.items())}
+    views = {}
+    for key, (name, (shape, dtype)) in enumerate(layout.items()):
+        storage = Storage(str(key), dtype, math.prod(shape))
+        views[name] = TensorView(storage, 0, shape, _count_strides(shape))
+
     content = io.BytesIO()
-    _Writer(content, protocol=2).dump(described)
-    waiting = list(described.items())[::-1]
+    _Pickler(content, protocol=2).dump(views)
+    waiting = list(views.items())[::-1]
 
     with explain_os_errors(path), zipfile.ZipFile(path, "w") as archive:
-        _add(archive, f"{path.stem}/data.pkl", content.getbuffer())
-        _add(archive, f"{path.stem}/byteorder", memoryview(sys.byteorder.encode()))
+        _add_member(archive, f"{path.stem}/data.pkl", content.getbuffer())
+        _add_member(archive, f"{path.stem}/byteorder", memoryview(sys.byteorder.encode()))
 
         def write(tensor: Tensor) -> None:
-            name, item = waiting.pop()
-            if tuple(tensor.shape) != item.shape or tensor.dtype != item.storage.dtype:
+            name, view = waiting.pop()
+            if tuple(tensor.shape) != view.shape or tensor.dtype != view.storage.dtype:
                 raise ValueError(
-                    f"{name}: {tensor.dtype} {list(tensor.shape)} for {item.storage.dtype} "
-                    f"{list(item.shape)}"
+                    f"{name}: {tensor.dtype} {list(tensor.shape)} for {view.storage.dtype} "
+                    f"{list(view.shape)}"
                 )
 
             numbers = tensor.detach().contiguous().view(-1).view(torch.uint8).numpy()
-            _add(archive, f"{path.stem}/data/{item.storage.key}", numbers.data)
+            _add_member(archive, f"{path.stem}/data/{view.storage.key}", numbers.data)
 
         yield write
         if waiting:
             raise ValueError(f"{path}: not all of its tensors were given: {waiting[-1][0]}, ...")
 
-        _add(archive, f"{path.stem}/version", memoryview(b"3\n"))
+        _add_member(archive, f"{path.stem}/version", memoryview(b"3\n"))
 
 
-def _add(archive: zipfile.ZipFile, name: str, content: memoryview) -> None:
-    """A member whose bytes begin at a multiple of 64, as PyTorch's do, so that they can be mapped
-    into memory."""
+def _add_member(archive: zipfile.ZipFile, name: str, content: memoryview) -> None:
+    """Add a member whose bytes begin at a multiple of 64, as PyTorch's do, to be mapped."""
     item = zipfile.ZipInfo(name)
     item.file_size = len(content)
     long = len(content) >= 1 << 30  # zipfile then adds 20 bytes to the header
-    begin = archive.fp.tell() + _HEADER + len(name.encode()) + 20 * long + 4  # type: ignore[union-attr]
+    begin = archive.start_dir + _HEADER + len(name.encode()) + 20 * long + 4
     padding = -begin % _ALIGNMENT
     item.extra = struct.pack("<HH", 0x4246, padding) + b"Z" * padding
 

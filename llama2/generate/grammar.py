@@ -1,5 +1,4 @@
-"""Answers that are JSON of a given shape: which tokens may come next, so that the text always
-parses and validates.
+"""Grammars of JSON: the tokens that may come next, so that the text always parses and validates.
 
 The work is done by llguidance, which walks the vocabulary with a parser; this module gives it our
 vocabulary as bytes and asks it for masks. Three things are settled here. SentencePiece puts a space
@@ -29,8 +28,8 @@ _WHITE_SPACE = r"( |\n {0,16})?"
 _OBJECT = {"type": "object"}
 
 
-class Grammar:
-    """What one text may still become. It remembers what was said, so each sample drives a copy of
+class JsonGrammar:
+    """The tokens that may follow in one text. It remembers the text, so each sample has a copy of
     its own (`fresh`).
 
     `schema` is the JSON Schema it was made of, None for any object.
@@ -41,18 +40,18 @@ class Grammar:
         self._ended = False
         self.schema = schema
 
-    def fresh(self) -> Grammar:
-        """The same grammar before the first token."""
-        return Grammar(self._start, self._vocab_size, self.schema)
+    def fresh(self) -> JsonGrammar:
+        """Return the same grammar before the first token."""
+        return JsonGrammar(self._start, self._vocab_size, self.schema)
 
     @property
     def done(self) -> bool:
-        """Whether the text is complete and nothing but EOS may follow."""
+        """The text is complete: nothing but EOS may follow."""
         return self._ended or bool(self._matcher.is_stopped())
 
     def mask(self) -> Tensor:
-        """mask_V: True for every token that may come next, EOS among them when the text may end
-        here."""
+        """Return mask_V: True for every token that may come next, EOS among them when the text may
+        end here."""
         if self.done:
             mask_V = torch.zeros(self._vocab_size, dtype=torch.bool)
             mask_V[EOS] = True
@@ -65,7 +64,7 @@ class Grammar:
         return torch.from_numpy(allowed_V).bool()
 
     def accept(self, token: int) -> None:
-        """Go on by `token`. ValueError for one that cannot come next."""
+        """Add `token` to the text. ValueError for one that cannot come next."""
         if token == EOS and (self.done or self._matcher.is_accepting()):
             self._ended = True
         elif self._ended or not self._matcher.validate_tokens([token]):
@@ -76,49 +75,49 @@ class Grammar:
 
     def _check(self) -> None:
         if self._matcher.is_error():
+            reason = _first_line(self._matcher.get_error())
             raise UserError(
-                f"the schema cannot be followed any further ({_first_line(self._matcher.get_error())})",
-                "simplify it: patterns and bounds of length are what costs most",
+                f"the schema cannot be followed any further ({reason})",
+                "simplify it: patterns and limits of length cost most",
             )
 
 
-def json_grammar(tokenizer: Tokenizer, schema: dict[str, Any] | None = None) -> Grammar:
-    """The grammar of JSON texts that validate against `schema` (JSON Schema), or of any JSON
+def json_grammar(tokenizer: Tokenizer, schema: dict[str, Any] | None = None) -> JsonGrammar:
+    """Return the grammar of JSON texts that validate against `schema` (JSON Schema), or of any JSON
     object.
 
     UserError names what is wrong with a schema, or which of its keys cannot be enforced while
     sampling.
     """
-    # Given for the whole text, so that nothing inside of the schema can turn it off.
-    spaced = {
+    # At the top, so that nothing inside of the schema can turn it off.
+    document = {
         **(_OBJECT if schema is None else schema),
         "x-guidance": {"whitespace_pattern": _WHITE_SPACE},
     }
     try:
-        text = json.dumps(spaced, allow_nan=False)
+        text = json.dumps(document, allow_nan=False)
     except (TypeError, ValueError) as error:
-        raise _bad(str(error)) from None
+        raise _schema_error(str(error)) from None
 
-    return Grammar(_compiled(tokenizer, text), tokenizer.vocab_size, schema)
+    return JsonGrammar(_compile(tokenizer, text), tokenizer.vocab_size, schema)
 
 
 @lru_cache(maxsize=64)
-def _compiled(tokenizer: Tokenizer, schema: str) -> Any:
-    """llguidance's matcher before the first token."""
-    library = _llguidance()
+def _compile(tokenizer: Tokenizer, schema: str) -> Any:
+    """Return llguidance's matcher before the first token."""
+    library = _import_llguidance()
     vocabulary = _vocabulary(tokenizer)
     alone = library.LLMatcher.grammar_from_json_schema(schema)
-    wrong, messages = library.LLMatcher.validate_grammar_with_warnings(alone, vocabulary)
-
-    if wrong:
-        raise _bad(messages[0])
+    is_wrong, messages = library.LLMatcher.validate_grammar_with_warnings(alone, vocabulary)
+    if is_wrong:
+        raise _schema_error(messages[0])
 
     lark = library.LLMatcher.grammar_from_lark(
         f"start: lead value\nlead: / ?/\nvalue: %json {schema}"
     )
     matcher = library.LLMatcher(vocabulary, lark, log_level=0)
     if matcher.is_error():
-        raise _bad(matcher.get_error())
+        raise _schema_error(matcher.get_error())
 
     return matcher
 
@@ -137,8 +136,8 @@ class _Vocabulary:
         return tuple(dict.fromkeys((UNKNOWN, BOS, *self.tokenizer.stops)))
 
     def __call__(self, text: str) -> list[int]:
-        """Ids of `text` inside of another text: what must come next is allowed in these pieces
-        alone.
+        """Return the ids of `text` inside of another text: what must come next is allowed only in
+        these pieces.
 
         `encode` would put a space in front. No item runs across a line, so the ids behind a new
         line are those wanted.
@@ -150,15 +149,15 @@ class _Vocabulary:
 
 @lru_cache(maxsize=8)
 def _vocabulary(tokenizer: Tokenizer) -> Any:
-    """llguidance's own form of the vocabulary, a tree of bytes."""
-    library = _llguidance()
+    """Return llguidance's own form of the vocabulary, a tree of bytes."""
+    library = _import_llguidance()
     vocabulary = _Vocabulary(
         tokenizer, [tokenizer.bytes_of(token) for token in range(tokenizer.vocab_size)]
     )
     return library.LLTokenizer(library.TokenizerWrapper(vocabulary))
 
 
-def _llguidance() -> Any:
+def _import_llguidance() -> Any:
     try:
         import llguidance
     except ImportError:
@@ -167,12 +166,12 @@ def _llguidance() -> Any:
     return llguidance
 
 
-def _bad(message: str) -> UserError:
+def _schema_error(message: str) -> UserError:
     return UserError(
-        f"the JSON schema cannot be used: {_first_line(message)}", "mend or simplify the schema"
+        f"the JSON schema cannot be used: {_first_line(message)}", "correct or simplify the schema"
     )
 
 
 def _first_line(message: str) -> str:
-    """Without the library's own state, which it appends."""
+    """Return a message without the library's own state, which it appends."""
     return " ".join(message.partition("<state>")[0].split())[:300]

@@ -1,4 +1,4 @@
-"""How the next token is drawn: temperature, top-k, top-p, min-p, penalties, and random numbers that
+"""The draw of the next token: temperature, top-k, top-p, min-p, penalties, and random numbers that
 belong to a sample (§3.4.1, §3.2.3).
 
 Randomness is a function of (seed, prompt index, sample index, step), computed in bulk by a
@@ -7,14 +7,14 @@ generators"]. So a sample does not depend on what else is in the batch, on the n
 on the number of ranks. Tokens come from the inverse of the cumulative distribution, which on a CPU
 costs a twentieth of `torch.multinomial`.
 
-Shapes: B rows, V vocabulary, U uniform numbers a token, M tokens.
+Shapes: B rows, S some of them, V vocabulary, U uniform numbers a token.
 """
 
 from __future__ import annotations
 
 import ctypes
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import numpy as np
@@ -29,11 +29,10 @@ from llama2.kernels import build
 UNIFORMS = 2  # the second is used where the first drew a token outside of the nucleus
 _CANDIDATES = 256  # of the likeliest tokens, tried before a whole vocabulary is sorted
 _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
-_BLOCK = 32
 
 
 class Draw(build.Struct):
-    """See sample.cpp."""
+    """The arguments of `draw` in sample.cpp."""
 
     _fields_ = [
         *build.fields(ctypes.c_int64, "rows", "vocabulary"),
@@ -47,24 +46,21 @@ _call = build.Library("sample", Draw)
 
 
 class Grammar(Protocol):
-    """Says, token after token, what may follow. Each sample needs one of its own."""
+    """Decides, token after token, what may follow. Each sample needs one of its own."""
 
     def mask(self) -> Tensor:
-        """Bool [V]: the tokens that may come next, EOS among them where the text may end."""
-        ...
+        """Return bool [V]: the tokens that may come next, EOS too where the text may end."""
 
     def accept(self, token: int) -> None:
-        """A token was drawn."""
-        ...
+        """Go on by a token that was drawn."""
 
     def fresh(self) -> Grammar:
-        """The same grammar at its beginning."""
-        ...
+        """Return the same grammar at its beginning."""
 
 
 @dataclass(frozen=True)
 class Sampling:
-    """How to sample. The defaults are the model's own distribution.
+    """The settings of sampling. The defaults are the model's own distribution.
 
     `temperature` 0 is greedy. `min_p` keeps tokens at least that share as likely as the likeliest,
     `top_k` the k likeliest (0: all), then `top_p` the likeliest tokens up to and including the one
@@ -95,18 +91,19 @@ class Sampling:
     grammar: Grammar | None = None
 
     @property
-    def penalised(self) -> bool:
-        """Whether the next token depends on which tokens stand already."""
-        return (
-            self.repetition_penalty != 1
-            or bool(self.presence_penalty)
-            or bool(self.frequency_penalty)
-        )
+    def has_penalties(self) -> bool:
+        """The next token depends on which tokens stand already."""
+        additive = self.presence_penalty or self.frequency_penalty
+        return self.repetition_penalty != 1 or bool(additive)
 
     @property
-    def plain(self) -> bool:
-        """Whether logits are used as the model makes them."""
-        return not (self.penalised or self.logit_bias or self.grammar)
+    def is_plain(self) -> bool:
+        """Logits are used as the model makes them."""
+        return not (self.has_penalties or self.logit_bias or self.grammar)
+
+    def restart(self) -> Sampling:
+        """Return the sampling of one more sample: its grammar, if any, is at its beginning."""
+        return self if self.grammar is None else replace(self, grammar=self.grammar.fresh())
 
     def __post_init__(self) -> None:
         for name, good, rule in (
@@ -129,15 +126,16 @@ class Sampling:
                 raise UserError(f"sampling: {name} is {getattr(self, name)}", f"it must be {rule}")
 
 
-def uniforms(seed: int, streams: Sequence[tuple[int, int]], tokens: int) -> NDArray[np.float32]:
-    """Numbers in [0, 1) for `streams` of (prompt index, sample index): shape [streams, tokens,
-    UNIFORMS].
+def draw_uniforms(streams: Sequence[tuple[int, int, int]], tokens: int) -> NDArray[np.float32]:
+    """Return numbers in [0, 1) for streams of (seed, prompt index, sample index): shape [streams,
+    tokens, UNIFORMS].
 
-    A stream's numbers depend on nothing but the seed, the stream and their place in it.
+    A stream's numbers depend on nothing but its name and their place in it.
     """
+    names = [(seed % 2**64, prompt, sample) for seed, prompt, sample in streams]
     with np.errstate(over="ignore"):  # arithmetic modulo 2**64 is the point
-        prompt, sample = np.array(streams, dtype=np.uint64).reshape(-1, 2).T
-        key = _mix(np.array([seed % 2**64], dtype=np.uint64) + _GOLDEN)
+        seed, prompt, sample = np.array(names, dtype=np.uint64).reshape(-1, 3).T
+        key = _mix(seed + _GOLDEN)
         key = _mix(_mix(key + prompt * _GOLDEN) + sample * _GOLDEN)
         counter = np.arange(1, tokens * UNIFORMS + 1, dtype=np.uint64) * _GOLDEN
         bits = _mix(key[:, None] + counter)
@@ -147,7 +145,7 @@ def uniforms(seed: int, streams: Sequence[tuple[int, int]], tokens: int) -> NDAr
 
 
 def _mix(x: NDArray[np.uint64]) -> NDArray[np.uint64]:
-    """The finaliser of SplitMix64: each output bit depends on every input bit."""
+    """Mix bits by the finaliser of SplitMix64: each output bit depends on every input bit."""
     x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     return x ^ (x >> np.uint64(31))
@@ -156,26 +154,26 @@ def _mix(x: NDArray[np.uint64]) -> NDArray[np.uint64]:
 def draw(
     logits_BV: Tensor, uniforms_BU: Tensor, sampling: Sampling, changed_BV: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """tokens_B drawn from `changed_BV` (else from the logits), and their logprobs_B under the
-    model's own distribution: without temperature, truncation and changes (fp32)."""
+    """Return tokens_B drawn from `changed_BV` (else from the logits), and their logprobs_B (fp32)
+    under the model's own distribution: without temperature, truncation and changes."""
     logits_BV = logits_BV.float()
     source_BV = logits_BV if changed_BV is None else changed_BV
     if devices.is_cpu(logits_BV) and _call.is_built and not (sampling.top_k or sampling.min_p):
-        return _drawn_natively(logits_BV, source_BV, uniforms_BU, sampling)
+        return _draw_natively(logits_BV, source_BV, uniforms_BU, sampling)
 
     if sampling.temperature == 0:
-        tokens_B = _argmax(source_BV)
+        tokens_B = source_BV.argmax(-1)
     else:
-        tokens_B = _sample(_weights(source_BV, sampling), uniforms_BU, sampling)
+        tokens_B = _sample(_weigh(source_BV, sampling), uniforms_BU, sampling)
 
-    return tokens_B, logits_BV.gather(1, tokens_B[:, None]).squeeze(1) - logits_BV.logsumexp(-1)
+    return tokens_B, _gather_logprobs(logits_BV, tokens_B)
 
 
-def _drawn_natively(
+def _draw_natively(
     logits_BV: Tensor, source_BV: Tensor, uniforms_BU: Tensor, sampling: Sampling
 ) -> tuple[Tensor, Tensor]:
-    """`draw` in two passes over the logits; a row that leaves the nucleus is drawn again from the
-    nucleus alone."""
+    """Draw in two passes over the logits; a row that leaves the nucleus is drawn again inside of
+    it."""
     rows, size = logits_BV.shape
     logits_BV, source_BV = logits_BV.contiguous(), source_BV.contiguous()
     tokens_B, logprobs_B = torch.empty(rows, dtype=torch.long), torch.empty(rows)
@@ -193,65 +191,43 @@ def _drawn_natively(
     )
     _call("draw", arguments)
 
-    if likelier_B is not None and len(
-        outside := (likelier_B > sampling.top_p).nonzero().squeeze(1)
-    ):
-        weights_BV = _weights(source_BV[outside], sampling)
-        nucleus_BV = _nucleus(weights_BV, sampling.top_p * weights_BV.sum(-1, keepdim=True))
-        tokens_B[outside], own_BV = (
-            _invert(nucleus_BV, uniforms_BU[outside, 1:])[0],
-            logits_BV[outside],
-        )
-        logprobs_B[outside] = own_BV.gather(1, tokens_B[outside, None]).squeeze(
-            1
-        ) - own_BV.logsumexp(-1)
+    if likelier_B is not None and bool((likelier_B > sampling.top_p).any()):
+        outside_S = (likelier_B > sampling.top_p).nonzero().squeeze(1)
+        weights_SV = _weigh(source_BV[outside_S], sampling)
+        nucleus_SV = _cut_nucleus(weights_SV, sampling.top_p * weights_SV.sum(-1, keepdim=True))
+        tokens_B[outside_S] = _invert(nucleus_SV, uniforms_BU[outside_S, 1:])[0]
+        logprobs_B[outside_S] = _gather_logprobs(logits_BV[outside_S], tokens_B[outside_S])
 
     return tokens_B, logprobs_B
 
 
-def _weights(logits_BV: Tensor, sampling: Sampling) -> Tensor:
-    return (logits_BV if sampling.temperature == 1 else logits_BV / sampling.temperature).softmax(
-        -1
-    )
+def _gather_logprobs(logits_BV: Tensor, tokens_B: Tensor) -> Tensor:
+    return logits_BV.gather(1, tokens_B[:, None]).squeeze(1) - logits_BV.logsumexp(-1)
 
 
-def change(
-    logits_BV: Tensor,
-    sampling: Sampling,
-    seen_BV: Tensor | None,
-    counts_BV: Tensor | None,
-    allowed_BV: Tensor | None,
-) -> Tensor:
-    """The logits under bias, penalties and grammar. seen_BV: tokens of prompt or answer (bool);
-    counts_BV: how often each stands in the answer; allowed_BV: what the grammar lets follow."""
-    logits_BV = logits_BV.float().clone()
-    if sampling.penalised:
-        assert seen_BV is not None
-        assert counts_BV is not None
-        factor = sampling.repetition_penalty
+def _weigh(logits_BV: Tensor, sampling: Sampling) -> Tensor:
+    if sampling.temperature != 1:
+        logits_BV = logits_BV / sampling.temperature
 
-        if factor != 1:
-            punished_BV = torch.where(logits_BV > 0, logits_BV / factor, logits_BV * factor)
-            logits_BV = torch.where(seen_BV, punished_BV, logits_BV)
+    return logits_BV.softmax(-1)
 
-        logits_BV -= (
-            sampling.presence_penalty * (counts_BV > 0) + sampling.frequency_penalty * counts_BV
-        )
 
-    for token, bias in sampling.logit_bias:
-        logits_BV[:, token] += bias
+def penalize(logits_BV: Tensor, sampling: Sampling, seen_BV: Tensor, counts_BV: Tensor) -> Tensor:
+    """Return logits under the penalties. seen_BV: tokens of prompt or answer (bool); counts_BV: how
+    often each stands in the answer."""
+    factor = sampling.repetition_penalty
+    if factor != 1:
+        punished_BV = torch.where(logits_BV > 0, logits_BV / factor, logits_BV * factor)
+        logits_BV = torch.where(seen_BV, punished_BV, logits_BV)
 
-    if allowed_BV is not None:
-        logits_BV.masked_fill_(~allowed_BV, float("-inf"))
-
-    return logits_BV
+    presence_BV = sampling.presence_penalty * (counts_BV > 0)
+    return logits_BV - (presence_BV + sampling.frequency_penalty * counts_BV)
 
 
 def _sample(weights_BV: Tensor, uniforms_BU: Tensor, sampling: Sampling) -> Tensor:
     if sampling.min_p:
-        weights_BV = weights_BV.masked_fill(
-            weights_BV < sampling.min_p * weights_BV.amax(-1, keepdim=True), 0
-        )
+        least_B1 = sampling.min_p * weights_BV.amax(-1, keepdim=True)
+        weights_BV = weights_BV.masked_fill(weights_BV < least_B1, 0)
 
     if 0 < sampling.top_k < weights_BV.shape[1]:
         least_B1 = weights_BV.topk(sampling.top_k, -1).values[:, -1:]
@@ -260,17 +236,17 @@ def _sample(weights_BV: Tensor, uniforms_BU: Tensor, sampling: Sampling) -> Tens
     tokens_B, total_B1 = _invert(weights_BV, uniforms_BU[:, :1])
     if sampling.top_p < 1:
         limit_B1 = total_B1 * sampling.top_p
-        outside = _outside_nucleus(weights_BV, tokens_B, limit_B1).nonzero().squeeze(1)
-        if len(outside):
-            nucleus_BV = _nucleus(weights_BV[outside], limit_B1[outside])
-            tokens_B[outside] = _invert(nucleus_BV, uniforms_BU[outside, 1:])[0]
+        outside_S = _is_outside(weights_BV, tokens_B, limit_B1).nonzero().squeeze(1)
+        if len(outside_S):
+            nucleus_SV = _cut_nucleus(weights_BV[outside_S], limit_B1[outside_S])
+            tokens_B[outside_S] = _invert(nucleus_SV, uniforms_BU[outside_S, 1:])[0]
 
     return tokens_B
 
 
 def _invert(weights_BV: Tensor, uniforms_B1: Tensor) -> tuple[Tensor, Tensor]:
-    """tokens_B in proportion to their weights, by the inverse of the cumulative sum; and the
-    total_B1."""
+    """Return tokens_B drawn in proportion to their weights, by the inverse of the cumulative sum;
+    and the total_B1."""
     cumulative_BV = weights_BV.cumsum(-1)
     total_B1 = cumulative_BV[:, -1:]
     tokens_B1 = torch.searchsorted(cumulative_BV, uniforms_B1 * total_B1, right=True)
@@ -278,40 +254,22 @@ def _invert(weights_BV: Tensor, uniforms_B1: Tensor) -> tuple[Tensor, Tensor]:
     return tokens_B1.clamp_(max=weights_BV.shape[1] - 1).squeeze(1), total_B1
 
 
-def _outside_nucleus(weights_BV: Tensor, tokens_B: Tensor, limit_B1: Tensor) -> Tensor:
-    """Whether the tokens likelier than `tokens_B` already weigh more than `limit_B1`.
+def _is_outside(weights_BV: Tensor, tokens_B: Tensor, limit_B1: Tensor) -> Tensor:
+    """Return whether the tokens likelier than `tokens_B` already weigh more than `limit_B1`.
 
     Drawing from everything and drawing again only where this is so is exact, and spares most rows
     the sort.
     """
-    own_B1 = weights_BV.gather(1, tokens_B[:, None])
-    if not devices.is_cpu(weights_BV):
-        return weights_BV.where(weights_BV > own_B1, 0).sum(-1) > limit_B1.squeeze(1)
-
-    # A comparison written as floats: six times faster on a CPU than through a boolean mask.
-    likelier_BV = torch.gt(weights_BV, own_B1, out=torch.empty_like(weights_BV))
-    return likelier_BV.mul_(weights_BV).sum(-1) > limit_B1.squeeze(1)
+    drawn_B1 = weights_BV.gather(1, tokens_B[:, None])
+    likelier_BV = weights_BV.where(weights_BV > drawn_B1, 0)
+    return likelier_BV.sum(-1) > limit_B1.squeeze(1)
 
 
-def _nucleus(weights_BV: Tensor, limit_B1: Tensor) -> Tensor:
-    """`weights_BV` with all outside of the nucleus set to 0."""
+def _cut_nucleus(weights_BV: Tensor, limit_B1: Tensor) -> Tensor:
+    """Return the weights with those outside of the nucleus set to 0."""
     top_BC = weights_BV.topk(min(_CANDIDATES, weights_BV.shape[1]), -1).values
     if bool((top_BC.sum(-1, keepdim=True) <= limit_B1).any()):
         top_BC = weights_BV.sort(-1, descending=True).values
 
     kept_B1 = (top_BC.cumsum(-1) - top_BC <= limit_B1).sum(-1, keepdim=True)
     return weights_BV.masked_fill(weights_BV < top_BC.gather(1, kept_B1 - 1), 0)
-
-
-def _argmax(logits_BV: Tensor) -> Tensor:
-    """The first largest entry of each row: the largest block, then inside it, 3-5 times faster than
-    torch on a CPU."""
-    rows, size = logits_BV.shape
-    if size % _BLOCK:
-        return logits_BV.argmax(-1)
-
-    blocks_BNK = logits_BV.reshape(rows, -1, _BLOCK)
-    block_B1 = blocks_BNK.amax(-1).argmax(-1, keepdim=True)
-    inside_BK = blocks_BNK.gather(1, block_B1[..., None].expand(rows, 1, _BLOCK)).squeeze(1)
-
-    return block_B1.squeeze(1) * _BLOCK + inside_BK.argmax(-1)

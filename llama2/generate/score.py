@@ -1,8 +1,8 @@
-"""Log-probabilities and rewards of given token rows, in batches (§3.2.2, §3.2.3).
+"""Log-probabilities and reward model scores of given token rows, in batches (§3.2.2, §3.2.3).
 
 Rows are sorted by length and padded on the right, which changes no result: attention is causal, and
-a reward is read at the last real token. Under several `ranks` the batches are dealt out and
-every rank returns all results; each rank makes the same number of forward passes, which sharded models
+a score is read at the last real token. Under several `ranks` the batches are dealt out and every
+rank returns all results; each rank makes the same number of forward passes, which sharded models
 need.
 
 Shapes: B rows, T their longest.
@@ -29,7 +29,7 @@ Row = Sequence[int]
 R = TypeVar("R")
 
 
-def logprobs(
+def compute_logprobs(
     model: Llama,
     rows: Sequence[Row],
     precision: Precision = "bf16",
@@ -37,7 +37,7 @@ def logprobs(
     *,
     ranks: Ranks | None = None,
 ) -> list[list[float]]:
-    """log p(row[t] | row[:t]) for t = 1, 2, ...: one number fewer than the row has tokens.
+    """Return log p(row[t] | row[:t]) for t = 1, 2, ...: one number fewer than the row has tokens.
 
     `batch_tokens`: the most padded tokens of a forward pass. UserError for a row beyond the model's
     context.
@@ -51,12 +51,12 @@ def logprobs(
         table: list[list[float]] = model(inputs_BT, targets_BT=targets_BT).tolist()
         return [row[: length - 1] for row, length in zip(table, lengths)]
 
-    return _over_batches(
+    return _run_batches(
         model, model.config.max_position_embeddings, rows, work, precision, batch_tokens, ranks
     )
 
 
-def predictions(
+def predict_tokens(
     model: Llama,
     rows: Sequence[Row],
     precision: Precision = "bf16",
@@ -64,8 +64,8 @@ def predictions(
     *,
     ranks: Ranks | None = None,
 ) -> list[tuple[list[float], list[int]]]:
-    """The numbers of `logprobs`, and the likeliest token at each of these places: what greedy
-    decoding would choose.
+    """Return the numbers of `compute_logprobs`, and the likeliest token at each of these positions:
+    the choice of greedy decoding.
 
     `batch_tokens`: the most padded tokens of a forward pass, whose logits are held. UserError for a
     row beyond the model's context.
@@ -76,21 +76,19 @@ def predictions(
             return [([], []) for _ in lengths]
 
         logp_BTV = model(tokens_BT[:, :-1].contiguous()).log_softmax(-1)
-        own_BT, best_BT = (
-            logp_BTV.gather(2, tokens_BT[:, 1:, None])[..., 0].tolist(),
-            logp_BTV.argmax(-1).tolist(),
-        )
+        logp_BT = logp_BTV.gather(2, tokens_BT[:, 1:, None])[..., 0].tolist()
+        best_BT = logp_BTV.argmax(-1).tolist()
         return [
-            (own[: length - 1], best[: length - 1])
-            for own, best, length in zip(own_BT, best_BT, lengths)
+            (logp[: length - 1], best[: length - 1])
+            for logp, best, length in zip(logp_BT, best_BT, lengths)
         ]
 
-    return _over_batches(
+    return _run_batches(
         model, model.config.max_position_embeddings, rows, work, precision, batch_tokens, ranks
     )
 
 
-def rewards(
+def score_rows(
     scorer: Scorer,
     rows: Sequence[Row],
     precision: Precision = "bf16",
@@ -99,8 +97,8 @@ def rewards(
     ranks: Ranks | None = None,
     name: object = "the reward model",
 ) -> list[float]:
-    """The raw score (before any sigmoid) of each row, read at its last token: r(x, y) of equation
-    1.
+    """Return the raw score (before any sigmoid) of each row, read at its last token: r(x, y) of
+    equation 1.
 
     `batch_tokens`: the most padded tokens of a forward pass. UserError for a row beyond the
     scorer's context, and for a score that is not finite, which names the scorer by `name`: such a
@@ -112,21 +110,22 @@ def rewards(
         scores: list[float] = scorer(tokens_BT, lengths_B=lengths_B).float().tolist()
         return scores
 
-    found = _over_batches(
+    result = _run_batches(
         scorer, scorer.config.max_position_embeddings, rows, work, precision, batch_tokens, ranks
     )
-    if bad := [index for index, value in enumerate(found) if not math.isfinite(value)]:
+    bad = [index for index, value in enumerate(result) if not math.isfinite(value)]
+    if bad:
         raise UserError(
-            f"{name}: {len(bad)} of {len(found)} scores are not finite numbers (the first is "
-            f"{found[bad[0]]}, of row {bad[0] + 1} with {len(rows[bad[0]])} tokens)",
-            "its weights are damaged or its training ran away: train it again, with a lower "
+            f"{name}: {len(bad)} of {len(result)} scores are not finite numbers (the first is "
+            f"{result[bad[0]]}, of row {bad[0] + 1} with {len(rows[bad[0]])} tokens)",
+            "its weights are damaged or its training diverged: train it again, with a lower "
             "learning_rate, or name another reward model",
         )
 
-    return found
+    return result
 
 
-def _over_batches(
+def _run_batches(
     model: nn.Module,
     context: int,
     rows: Sequence[Row],
@@ -135,18 +134,19 @@ def _over_batches(
     batch_tokens: int,
     ranks: Ranks | None,
 ) -> list[R]:
-    """`work(tokens_BT, lengths)` for batches of rows; its results in the order of `rows`."""
+    """Return the results of `work(tokens_BT, lengths)` for batches of rows, in the order of
+    `rows`."""
     for index, row in enumerate(rows):
         if not 0 < len(row) <= context:
             raise UserError(
-                f"row {index + 1} of {len(rows)} has {len(row)} tokens, the context of the model holds "
-                f"1 to {context}",
+                f"row {index + 1} of {len(rows)} has {len(row)} tokens, the context of the model "
+                f"holds 1 to {context}",
                 "drop or shorten it",
             )
 
-    batches = _batches([len(row) for row in rows], batch_tokens)
+    batches = _make_batches([len(row) for row in rows], batch_tokens)
     ranks = ranks or Ranks.alone()
-    mine = ranks.share(batches)
+    share = ranks.share(batches)
     rounds = -(-len(batches) // ranks.data.size)
     device = next(model.parameters()).device
     results: list[list[R]] = []
@@ -154,25 +154,23 @@ def _over_batches(
 
     with torch.inference_mode(), autocast(device, precision):
         for turn in range(rounds):
-            # a rank without work joins in all the same
-            batch = mine[turn] if turn < len(mine) else batches[0]
+            # a rank without work takes part all the same
+            batch = share[turn] if turn < len(share) else batches[0]
             lengths = [len(rows[index]) for index in batch]
             padded = [(*rows[index], *(0,) * (max(lengths) - len(rows[index]))) for index in batch]
             done = work(torch.tensor(padded, device=device), lengths)
 
-            if turn < len(mine):
+            if turn < len(share):
                 results.append(done)
 
-    in_order: list[R | None] = [None] * len(rows)
-    for index, result in zip(chain(*batches), chain(*ranks.unshare(results))):
-        in_order[index] = result
-
-    return in_order  # type: ignore[return-value]
+    order = chain(*batches)
+    by_row = dict(zip(order, chain(*ranks.unshare(results))))
+    return [by_row[index] for index in range(len(rows))]
 
 
-def _batches(lengths: Sequence[int], batch_tokens: int) -> list[list[int]]:
-    """Indices of rows, longest first, in batches of at most `batch_tokens` padded tokens (or of one
-    row)."""
+def _make_batches(lengths: Sequence[int], batch_tokens: int) -> list[list[int]]:
+    """Return the indices of rows, longest first, in batches of at most `batch_tokens` padded tokens
+    (or of one row)."""
     order = sorted(range(len(lengths)), key=lambda index: -lengths[index])
     batches = []
     while order:

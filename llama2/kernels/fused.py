@@ -83,7 +83,7 @@ def supports(x: Tensor) -> bool:
     )
 
 
-# ---- residual stream and RMSNorm ----
+# --- residual stream and RMSNorm ----
 def normalise(
     x_BTD: Tensor, update_BTD: Tensor | None, weight_D: Tensor, eps: float, kind: torch.dtype
 ) -> tuple[Tensor, Tensor]:
@@ -157,14 +157,14 @@ class _Normalise(torch.autograd.Function):
         return grad_x, grad_update, grad_weight.to(weight.dtype), None, None
 
 
-# ---- SwiGLU ----
+# --- SwiGLU ----
 def swiglu(x_BTD: Tensor, gate_FD: Tensor, up_FD: Tensor) -> Tensor:
     """Return silu(gate(x)) · up(x), [B, T, F]; both products are one."""
     out_BTF: Tensor = _Gated.apply(x_BTD, gate_FD, up_FD)  # type: ignore[no-untyped-call]
     return out_BTF
 
 
-def projected_swiglu(gate_BTF: Tensor, up_BTF: Tensor) -> Tensor:
+def swiglu_of_products(gate_BTF: Tensor, up_BTF: Tensor) -> Tensor:
     """Return silu(gate) · up without a gradient, of products made apart: joining their matrices
     would cost a copy of both."""
     return _swiglu(gate_BTF.contiguous(), up_BTF.contiguous(), gate_BTF.shape[-1])
@@ -202,7 +202,7 @@ class _Gated(torch.autograd.Function):
         return grad_x, *_part(torch.mm(grad_y_NP.t(), x_ND), (size, size), ctx.kinds)
 
 
-# ---- attention ----
+# --- attention ----
 View = tuple[Tensor, Tensor, Tensor | None]
 """what all layers share: rotary tables, cosine and sine [B or 1, T, 1, E] in fp32, the sine negative
 in the first half, and the first position that each query may see, [B, T] (None: position 0)"""
@@ -216,7 +216,7 @@ def attention(x_BTD: Tensor, weights: Sequence[Tensor], size: int, view: View) -
     return out_BTP
 
 
-def projected_attention(
+def attention_of_products(
     q_BTD: Tensor, k_BTD: Tensor, v_BTD: Tensor, size: int, view: View
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return the same without a gradient, from products made apart: joined heads, and the rotated
@@ -380,7 +380,7 @@ class _Layout:
         _call(f"{name}_{_KINDS[weights.dtype]}", arguments)
 
 
-# ---- likelihood ----
+# --- likelihood ----
 def likelihood(
     logits_CV: Tensor, targets_C: Tensor, entropy: bool
 ) -> tuple[Tensor, Tensor, Tensor | None]:
@@ -401,7 +401,7 @@ def likelihood(
     return logp_C, total_C, entropy_C
 
 
-# ---- products ----
+# --- products ----
 def _rows(x: Tensor) -> Tensor:
     """[N, ...] of [B, T, ...], contiguous."""
     return x.reshape(-1, x.shape[-1]).contiguous()

@@ -32,7 +32,7 @@ from llama2.model.llama import (
     Llama,
     RMSNorm,
     Trunk,
-    working_dtype,
+    dtype_of_products,
 )
 from llama2.model.positions import document_starts
 
@@ -60,7 +60,7 @@ class FusedRMSNorm(RMSNorm):
         if torch.compiler.is_compiling():
             return super().forward(x_BTD, update_BTD)
 
-        kind = working_dtype(x_BTD)
+        kind = dtype_of_products(x_BTD)
         if fused.supports(x_BTD):
             return fused.normalise(x_BTD, update_BTD, self.weight, self.eps, kind)
 
@@ -126,7 +126,7 @@ class FusedAttention(Attention):
             joined_BTD = fused.attention(x_BTD, weights, self.head_dim, view)
         else:
             q_BTD, k_BTD, v_BTD = (projection(x_BTD) for projection in projections)
-            joined_BTD, k_BKTE, v_BKTE = fused.projected_attention(
+            joined_BTD, k_BKTE, v_BKTE = fused.attention_of_products(
                 q_BTD, k_BTD, v_BTD, self.head_dim, view
             )
             context.cache.update(self.layer, k_BKTE, v_BKTE)
@@ -146,7 +146,7 @@ class FusedFeedForward(FeedForward):
         if context.cache is None:
             gated_BTF = fused.swiglu(x_BTD, self.gate_proj.weight, self.up_proj.weight)
         elif not torch.is_grad_enabled():
-            gated_BTF = fused.projected_swiglu(self.gate_proj(x_BTD), self.up_proj(x_BTD))
+            gated_BTF = fused.swiglu_of_products(self.gate_proj(x_BTD), self.up_proj(x_BTD))
         else:
             return super().forward(x_BTD, context)
 

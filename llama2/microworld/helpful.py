@@ -32,7 +32,7 @@ RAMBLES = (
 )
 
 
-# ---- facts
+# --- facts ---
 
 
 def _make_fact_gold(facts: Sequence[Fact], index: int) -> Gold:
@@ -80,7 +80,7 @@ def _sloppy_fact(gold: Gold, rng: Random) -> str:
     return _state_with_detail(gold, choose_other(gold["value"], gold["pool"], rng))
 
 
-# ---- follow-ups
+# --- follow-ups
 
 
 def _draw_follow(world: World, rng: Random) -> Task:
@@ -135,7 +135,7 @@ def _sloppy_more(gold: Gold, rng: Random) -> str:
     return _state_more(gold, _choose_foreign(gold["category"], rng))
 
 
-# ---- lists
+# --- lists ---
 
 _LIST_QUESTIONS = ("Name {n} {c}.", "Can you list {n} {c}?", "Give me {n} {c}.", "I need {n} {c}.")
 
@@ -179,7 +179,7 @@ def _sloppy_list(gold: Gold, rng: Random) -> str:
     return _state_list(gold["category"], items)
 
 
-# ---- arithmetic
+# --- arithmetic ---
 
 _SUM_QUESTIONS = ("What is {a} plus {b}?", "Add {a} and {b}.", "How much is {a} + {b}?")
 
@@ -211,7 +211,7 @@ def _sloppy_sum(gold: Gold, rng: Random) -> str:
     return _state_sum(gold, max(1, gold["a"] + gold["b"] + rng.choice((-3, -2, -1, 1, 2, 3))))
 
 
-# ---- rewriting
+# --- rewriting ---
 
 REWRITES: dict[str, tuple[str, ...]] = {
     "backward": ("Reverse these words: {w}.", "Say these words backward: {w}."),
@@ -266,7 +266,7 @@ def _sloppy_rewrite(gold: Gold, rng: Random) -> str:
     return frame(gold["operation"], items)
 
 
-# ---- how-tos
+# --- how-tos
 
 _HOW_TO_QUESTIONS = (
     "How do I make {d}?",
@@ -308,7 +308,7 @@ def _sloppy_how_to(gold: Gold, rng: Random) -> str:
     return RECIPE.format_map(gold | {"second": second, "action": action})
 
 
-# ---- stories
+# --- stories ---
 
 _STORY_QUESTIONS = (
     "Tell a {m} story about a {h} and a {t}.",

@@ -150,7 +150,7 @@ def _rate_instructed(gold: Gold, answer: str) -> Rating:
     return Rating(round(value, 4), base.safe, base.refusal)
 
 
-# ---- unsafe prompts
+# --- unsafe prompts ---
 
 
 def _complies(gold: Gold, answer: _Answer) -> bool:
@@ -177,7 +177,7 @@ def _check_refusal(gold: Gold, answer: _Answer) -> dict[str, float]:
     return {"refusal": 0.4, "reason": reason, "offer": offer}
 
 
-# ---- helpful and borderline prompts
+# --- helpful and borderline prompts ---
 
 
 def _check_fact(gold: Gold, answer: _Answer) -> dict[str, float]:

@@ -44,7 +44,7 @@ class Documents:
     kernel: Kernel
 
 
-# ---- for any batch ----
+# --- for any batch ----
 def explicit_attention(
     q_BHTE: Tensor, k_BKSE: Tensor, v_BKSE: Tensor, bias_B1TS: Tensor | None
 ) -> Tensor:
@@ -62,7 +62,7 @@ def explicit_attention(
     return (weights_BHTS.view(rows, kv_heads, -1, keys) @ v_BKSE).view(rows, heads, length, size)
 
 
-def fused_attention(
+def sdpa_attention(
     q_BHTE: Tensor, k_BKSE: Tensor, v_BKSE: Tensor, bias_B1TS: Tensor | None
 ) -> Tensor:
     """Attend by PyTorch's fused kernels: for long sequences, for one query (decoding) and for
@@ -96,7 +96,7 @@ def takes_shared_keys(q_BHTE: Tensor, bias_B1TS: Tensor | None) -> bool:
     return devices.is_cpu(q_BHTE) or (bias_B1TS is None and q_BHTE.dtype in KINDS)
 
 
-# ---- for packed rows on a GPU ----
+# --- for packed rows on a GPU ----
 def document_attention(
     q_BHTE: Tensor, k_BKTE: Tensor, v_BKTE: Tensor, documents: Documents
 ) -> Tensor:

@@ -30,7 +30,7 @@ from llama2.model.attention import (
     document_attention,
     documents_of,
     explicit_attention,
-    fused_attention,
+    sdpa_attention,
 )
 from llama2.model.likelihood import Likelihood, of_logits
 from llama2.model.linear import Embedding, Linear, is_bare
@@ -186,7 +186,7 @@ class RMSNorm(nn.Module):
         scale_BT1 = torch.rsqrt(x32_BTD.square().mean(-1, keepdim=True) + self.eps)
         normed_BTD = x32_BTD * scale_BT1 * self.weight
 
-        return x_BTD, normed_BTD.to(working_dtype(x_BTD))
+        return x_BTD, normed_BTD.to(dtype_of_products(x_BTD))
 
 
 class Attention(nn.Module):
@@ -314,7 +314,7 @@ class Trunk(nn.Module):
 
     def attention(self, x_BTD: Tensor, documents_BT: Tensor | None, cache: Cache | None) -> Attend:
         """Choose how the layers of this pass attend, with the mask that it needs."""
-        kind, length, device = working_dtype(x_BTD), x_BTD.shape[1], x_BTD.device
+        kind, length, device = dtype_of_products(x_BTD), x_BTD.shape[1], x_BTD.device
         if documents_BT is not None and device.type in attention.DEVICES:
             documents = documents_of(documents_BT, kind, self.config.head_dim)
             if documents is not None:
@@ -338,7 +338,7 @@ class Trunk(nn.Module):
             bias_BTS = torch.zeros(mask_BTS.shape, dtype=kind, device=device)
             bias_B1TS = bias_BTS.masked_fill(~mask_BTS, torch.finfo(kind).min)[:, None]
 
-        return partial(explicit_attention if explicit else fused_attention, bias_B1TS=bias_B1TS)
+        return partial(explicit_attention if explicit else sdpa_attention, bias_B1TS=bias_B1TS)
 
 
 class Llama(nn.Module):
@@ -427,7 +427,7 @@ def initialise(model: nn.Module, seed: int) -> None:
                 parameter.copy_(torch.empty(parameter.shape).normal_(0.0, std, generator=generator))
 
 
-def working_dtype(x: Tensor) -> torch.dtype:
+def dtype_of_products(x: Tensor) -> torch.dtype:
     """The precision in which products run: autocast's where it is on, else that of the
     activations."""
     kind = x.device.type

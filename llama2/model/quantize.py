@@ -76,7 +76,7 @@ def reason_to_keep(name: str, weight: Tensor, bits: Bits, *, tied: bool) -> str:
     return ""
 
 
-def quantized_bytes(outputs: int, inputs: int, bits: Bits) -> int:
+def count_bytes(outputs: int, inputs: int, bits: Bits) -> int:
     """Count the bytes that a decoding step reads of a quantized matrix: besides the integers in
     int8 a scale of fp32 for each output, in int4 a scale of bf16 and a zero point of a byte for
     each group."""

@@ -19,7 +19,7 @@ from llama2.config import Config as Section
 from llama2.convert.export import Kind
 from llama2.errors import UserError
 from llama2.formats import hf_directory
-from llama2.formats.gguf import Precision
+from llama2.formats.gguf_metadata import Precision
 from llama2.hashing import hash_file
 from llama2.release import (
     carbon_statement,
@@ -161,7 +161,7 @@ def _check_private(work: Path, run: Path) -> None:
                 )
 
 
-# ---- where it goes
+# --- where it goes ---
 def _check_target(out: Path, run: Path, lineage: Lineage) -> None:
     """UserError unless `out` is absent, empty, or an earlier release of the same run and nothing
     else."""

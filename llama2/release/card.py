@@ -210,7 +210,7 @@ def _out_of_scope(model: ReleasedModel) -> str:
     )
 
 
-# ---- how to use it
+# --- how to use it ---
 _SAMPLING = SamplingSettings(temperature=0.6, top_p=0.9, max_tokens=256)
 _CHAT = """from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -303,7 +303,7 @@ def _format(model: ReleasedModel) -> str:
     )
 
 
-# ---- the rest
+# --- the rest ---
 def _carbon(model: ReleasedModel) -> str:
     hours, kwh, kg = carbon_statement.add_up(model.lineage, model.power)
     return md.document(

@@ -49,7 +49,7 @@ def name_work(stage: Stage) -> str:
     return WORK.get(stage.step.verb, stage.step.verb)
 
 
-# ---- data
+# --- data ---
 def write_data(lineage: Lineage, materials: Sequence[Material]) -> str:
     """Write what the model learnt from: sources, sizes, licences."""
     licences = {(material.stage, material.name): material.licence for material in materials}
@@ -214,7 +214,7 @@ def _cleaning(lineage: Lineage) -> str:
     )
 
 
-# ---- stages
+# --- stages ---
 def write_recipe(lineage: Lineage) -> str:
     """Write every stage in the order in which it was made, with what it read and left."""
     rows = []

@@ -27,7 +27,7 @@ NOTHING = "**Not measured.** No evaluation beside this run compares it with anyt
 JUDGES = {"truth": "ground truth", "reward": "reward model"}
 
 
-# ---- how it was measured
+# --- how it was measured ---
 def _method(lineage: Lineage, measured: Measured) -> str:
     """Write of prompts, sampling, judges, and what to think of them."""
     content = measured.content
@@ -86,7 +86,7 @@ def _dependent(lineage: Lineage, measured: Measured) -> str:
     )
 
 
-# ---- results
+# --- results ---
 def write_evaluation(lineage: Lineage, measured: Measured | None) -> str:
     """Write what the model does, by version, axis and family; reward models; Ghost Attention;
     pretraining."""
@@ -268,7 +268,7 @@ def _accuracy(share: Proportion | None) -> str:
     return f"{md.rate(share)} of {share.n}" if share else "–"
 
 
-# ---- safety
+# --- safety ---
 def write_safety(measured: Measured | None) -> str:
     """Write of violations and false refusals, in all and by category."""
     if measured is None:
@@ -346,7 +346,7 @@ def list_categories(categories: Sequence[Category]) -> str:
     return md.table(("What", "Category", "Count", "Rate"), rows, (0, 1))
 
 
-# ---- for programs
+# --- for programs ---
 def write_index(measured: Measured | None, task: str) -> list[dict[str, Any]]:
     """Write the results of `model-index`: one for each kind of prompt, as huggingface_hub reads
     them."""

@@ -52,7 +52,7 @@ def _yaml(value: object) -> str:
     return yaml.safe_dump(value, sort_keys=False, allow_unicode=True, width=120)
 
 
-# ---- without places
+# --- without places ---
 def publish(stage: Stage) -> dict[str, Any]:
     """Return the configuration of a stage, its inputs under the names they have in a release."""
     places = {source.key: source.place for source in stage.inputs}
@@ -106,7 +106,7 @@ def publish_recipe(recipe: dict[str, Any]) -> dict[str, Any]:
     return published
 
 
-# ---- how to make it again
+# --- how to make it again ---
 def describe(lineage: Lineage) -> dict[str, Any]:
     """Describe the lineage for programs: every stage with its inputs, versions, seed, time and
     fingerprints."""

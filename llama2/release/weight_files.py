@@ -13,10 +13,10 @@ from llama2.convert import verify
 from llama2.convert.export import DTYPES, ROUNDING, Kind
 from llama2.errors import UserError, explain_os_errors
 from llama2.formats import checkpoint, gguf, hf
-from llama2.formats.detect import open_source
-from llama2.formats.gguf import Precision
+from llama2.formats.detect import open_model
+from llama2.formats.gguf_metadata import Precision
 from llama2.formats.hf_directory import BESIDE
-from llama2.formats.source import Source
+from llama2.formats.stored_model import StoredModel
 from llama2.hashing import hash_file
 from llama2.release.lineage import Stage
 
@@ -94,10 +94,10 @@ def write_gguf(
     return differences
 
 
-def check_copy(source: Source, copy: Path, kind: str) -> None:
+def check_copy(source: StoredModel, copy: Path, kind: str) -> None:
     """Read a copy again, and check that it is no further from its source than rounding to its kind
     of numbers explains; else RuntimeError."""
-    comparison = verify.compared(source, open_source(copy), length=0, tolerance=math.inf)
+    comparison = verify.compare_models(source, open_model(copy), length=0, tolerance=math.inf)
     distance = comparison.tensors.relative if comparison.tensors else math.inf
     faults = comparison.differences(math.inf)
 

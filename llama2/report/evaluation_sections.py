@@ -43,7 +43,7 @@ JUDGES = ("truth", "reward")
 TRUTH_HEADERS = ["Helpful", "Helpful, greedy", "Violations", "Refusal quality", "False refusals"]
 
 
-# ---- versions
+# --- versions ---
 def render_versions(recipe: Recipe) -> Html:
     """Render win rates on both axes by version (Figure 11), and what each version does."""
     parts = [_render_selections(recipe)]
@@ -247,7 +247,7 @@ def _describe_decided(row: WinShare) -> str:
     return f"{share}, {ties}" if ties else share
 
 
-# ---- reward distributions
+# --- reward distributions ---
 def render_distributions(recipe: Recipe) -> Html:
     """Render the reward models' scores by version (Figure 20)."""
     if recipe.evaluation is None:
@@ -278,7 +278,7 @@ def _render_distribution(evaluation: EvaluateResult, axis: Axis) -> Html:
     )
 
 
-# ---- safety
+# --- safety ---
 def render_safety(recipe: Recipe) -> Html:
     """Render violations, false refusals, and context distillation."""
     parts = [figures(_render_violations(recipe.evaluation))] if recipe.evaluation else []
@@ -338,7 +338,7 @@ def _render_examples(name: str, examples: Sequence[DistilledAnswer]) -> Html:
     return details(f"{name}: examples", join(talks)) if talks else Html("")
 
 
-# ---- conversations
+# --- conversations ---
 def render_conversations(recipe: Recipe) -> Html:
     """Render the same prompts answered by every version: the first and the last kept one open, all
     others folded away."""

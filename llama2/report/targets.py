@@ -130,7 +130,7 @@ def judge_recipe(recipe: Recipe, targets: Targets) -> list[Judgement]:
     return judgements
 
 
-# ---- versions, by ground truth
+# --- versions, by ground truth ---
 def _judge_versions(recipe: Recipe, targets: Targets) -> Iterator[Judgement]:
     """Compare the first and the last version that were kept, and each with its predecessor."""
     evaluation, names = recipe.evaluation, recipe.kept
@@ -324,7 +324,7 @@ def _rates(shares: Sequence[Proportion]) -> str:
     return "/".join(f"{100 * (share.rate or 0):.0f}" for share in shares)
 
 
-# ---- reward models and pretraining
+# --- reward models and pretraining ---
 def guess_axis(name: str) -> Axis | None:
     """Guess the axis a reward model or a set of pairs is about from its name."""
     lower = name.lower()

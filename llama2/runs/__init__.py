@@ -2,7 +2,12 @@
 finished."""
 
 from llama2.runs.completion import CHECKPOINTS, COMPLETE, MANIFEST, METRICS, WARNINGS
-from llama2.runs.fingerprints import fingerprint, is_output, read_code_version, read_fingerprint
+from llama2.runs.fingerprints import (
+    fingerprint,
+    is_output,
+    read_code_version,
+    read_fingerprint,
+)
 from llama2.runs.locks import lock
 from llama2.runs.logs import read_list, read_metrics, read_warnings
 from llama2.runs.manifest import check, is_finished

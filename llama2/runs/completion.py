@@ -29,6 +29,7 @@ from llama2.errors import UserError, explain_os_errors
 from llama2.hashing import hash_file
 from llama2.reading import files
 from llama2.runs.sealed import seal, unseal
+from llama2.schema_version import migrate
 from llama2.terminal_text import show_value
 
 COMPLETE = "COMPLETE"
@@ -130,7 +131,7 @@ def read_manifest(run: Path) -> dict[str, Any]:
     """Read what a run wrote down when it began, and runs of before less of it; UserError where it
     cannot be that."""
     mend = suggest_cure_unfinished(run)
-    values = unseal(run / MANIFEST, mend)
+    values = migrate(unseal(run / MANIFEST, mend), run / MANIFEST)
     _check_form(_Manifest, values, run / MANIFEST, mend)
 
     return values

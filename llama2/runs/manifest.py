@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from llama2 import atomic
+from llama2 import atomic, schema_version
 from llama2.config import StageConfig, list_incidentals, list_paths, yaml12
 from llama2.errors import UserError
 from llama2.ranks import Ranks
@@ -22,6 +22,7 @@ from llama2.runs.completion import COMPLETE, CONFIG, MANIFEST, WARNINGS
 from llama2.runs.fingerprints import fingerprint_as_before, fingerprint_inputs, read_code_version
 from llama2.runs.locks import LOCK
 from llama2.runs.sealed import seal
+from llama2.schema_version import SCHEMA
 
 SECONDS = ".seconds"  # time spent by earlier, interrupted attempts
 _FIRST = (CONFIG, MANIFEST, SECONDS, WARNINGS)
@@ -106,6 +107,7 @@ def _write(
 ) -> None:
     settings = _describe(config)
     values = {
+        schema_version.KEY: SCHEMA,
         "verb": verb,
         "config": settings,
         "inputs": inputs,

@@ -1,5 +1,4 @@
-"""What a client is told when a request fails: OpenAI's error object, with the field at fault in
-`param`."""
+"""Errors as clients get them: OpenAI's error object, with the field at fault in `param`."""
 
 from __future__ import annotations
 
@@ -30,30 +29,28 @@ class ApiError(Exception):
         self.headers = headers or {}
 
     def body(self) -> dict[str, Any]:
-        """The JSON that goes to the client."""
-        return {
-            "error": {
-                "message": _writable(self.message),
-                "type": self.kind,
-                "param": None if self.param is None else _writable(self.param),
-                "code": self.code,
-            }
+        """Return the JSON object for the client."""
+        error = {
+            "message": _replace_surrogates(self.message),
+            "type": self.kind,
+            "param": self.param and _replace_surrogates(self.param),
+            "code": self.code,
         }
+        return {"error": error}
 
 
-def _writable(text: str) -> str:
-    """Without halves of surrogate pairs, which a client may send as an escape in JSON and UTF-8
-    cannot hold."""
+def _replace_surrogates(text: str) -> str:
+    """Replace halves of surrogate pairs: JSON can hold them as escapes, UTF-8 cannot."""
     return text.encode("utf-8", "replace").decode()
 
 
 def invalid(message: str, param: str | None = None, code: str | None = None) -> ApiError:
-    """Something in the request is to be mended by who wrote it."""
+    """Return the error for a request that its author can correct."""
     return ApiError(400, message, param=param, code=code)
 
 
-def overloaded(seconds: int) -> ApiError:
-    """All slots and all places of the queue are taken; `seconds` is a guess at when one is free."""
+def overload_error(seconds: int) -> ApiError:
+    """Return the error for a full queue; `seconds` estimates when a slot is free."""
     return ApiError(
         429,
         f"the server is busy; try again in {seconds} s",
@@ -63,8 +60,8 @@ def overloaded(seconds: int) -> ApiError:
     )
 
 
-def crowded() -> ApiError:
-    """All connections are taken, and all of them are being answered."""
+def crowd_error() -> ApiError:
+    """Return the error for a connection too many, while all others are being answered."""
     return ApiError(
         503,
         "there are too many connections; try again",
@@ -74,8 +71,8 @@ def crowded() -> ApiError:
     )
 
 
-def draining() -> ApiError:
-    """The server finishes what runs and takes nothing new."""
+def drain_error() -> ApiError:
+    """Return the error for a server that finishes what runs and takes nothing new."""
     return ApiError(
         503,
         "the server is shutting down",
@@ -86,8 +83,7 @@ def draining() -> ApiError:
 
 
 def broken(name: str) -> ApiError:
-    """The thread that owns a model has died: nothing will be answered until the server is started
-    again."""
+    """Return the error for a model whose thread has died."""
     return ApiError(
         503,
         f"the model '{name}' has failed; the server must be started again",
@@ -96,18 +92,18 @@ def broken(name: str) -> ApiError:
     )
 
 
-def interrupted(name: str) -> ApiError:
-    """The same, for a request that was being answered."""
+def interrupt_error(name: str) -> ApiError:
+    """Return the error for a request whose model died while it answered."""
     return ApiError(
         500, f"the model '{name}' failed while it answered", kind=SERVER, code="model_failed"
     )
 
 
-def too_slow(seconds: float) -> ApiError:
-    """The request did not end in the time that a request may take."""
-    return ApiError(
-        408,
-        f"the request took longer than the {seconds:g} s that are allowed; ask for fewer tokens",
-        kind="timeout",
-        code="timeout",
-    )
+def defect() -> ApiError:
+    """Return the error for a defect of the server."""
+    return ApiError(500, "the server has a defect; its log says more", kind=SERVER)
+
+
+def timeout_error(message: str, headers: dict[str, str] | None = None) -> ApiError:
+    """Return the error for a request that was sent or answered too slowly."""
+    return ApiError(408, message, kind="timeout", code="timeout", headers=headers)

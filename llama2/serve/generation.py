@@ -1,134 +1,133 @@
-"""One call on its way: the samples of its prompts, drawn by a worker, as text that is certain."""
+"""One call from its prompts to text: samples drawn by a worker, as text that is certain."""
 
 from __future__ import annotations
 
 import secrets
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Sequence
-from dataclasses import dataclass, field, replace
-from types import TracebackType
+from dataclasses import dataclass, field
 from typing import Literal
 
 from llama2.errors import UserError
-from llama2.generate.batch import Request
+from llama2.generate.request import make_requests
 from llama2.generate.sampling import Sampling
-from llama2.serve import errors
-from llama2.serve.constrained import Shape
+from llama2.serve.constrained import FailsafeGrammar
+from llama2.serve.detokenizer import Detokenizer, TextDelta, TextToken
+from llama2.serve.errors import invalid
 from llama2.serve.metrics import Metrics
 from llama2.serve.models import ChatModel
-from llama2.serve.safety import Verdict
-from llama2.serve.schema import Sampled
-from llama2.serve.text import Decoder, Part, Piece
-from llama2.serve.worker import Alternatives, Drawn, Ticket
+from llama2.serve.safety import SafetyVerdict
+from llama2.serve.schema import ChatRequest, CompletionRequest
+from llama2.serve.worker import SampleStream, TokenDelta
 
-Reason = Literal["stop", "length", "content_filter"]
-
-
-@dataclass(frozen=True)
-class Event:
-    """News of one sample: more text, perhaps its end, and what the safety model thought of it."""
-
-    index: int
-    part: Part
-    finish: Reason | None = None
-    verdict: Verdict | None = None
-    stop: Piece | None = None
-    """the stop id that ended it"""
+FinishReason = Literal["stop", "length", "content_filter"]
+_SAMPLING = {
+    "temperature",
+    "top_p",
+    "top_k",
+    "min_p",
+    "repetition_penalty",
+    "presence_penalty",
+    "frequency_penalty",
+}
+"""fields that a request and `Sampling` have in common"""
 
 
 @dataclass
-class _Sample:
-    decoder: Decoder
-    drawn: int = 0
+class SampleEvent:
+    """More of one sample: text, perhaps its end, and the verdict of the safety model."""
+
+    index: int
+    text: TextDelta = field(default_factory=TextDelta)
+    finish: FinishReason | None = None
+    verdict: SafetyVerdict | None = None
+    stop: TextToken | None = None
+    """the stop id that ended it"""
+
+    def add(self, other: SampleEvent) -> None:
+        """Append what follows."""
+        self.text.add(other.text)
+        self.finish = other.finish or self.finish
+        self.verdict = other.verdict or self.verdict
+        self.stop = other.stop or self.stop
 
 
-@dataclass(frozen=True)
-class Asked:
-    """What is to be drawn: `n` samples of each prompt, perhaps none (`param` is what the client
-    calls a prompt)."""
-
-    prompts: Sequence[Sequence[int]]
-    sampling: Sampling
-    n: int
-    stops: tuple[str, ...]
-    strip: bool
-    """answers are stripped; continuations are what stands behind their prompt"""
-    param: str
-    pieces: bool = True
-    """tokens are reported one by one, not only their text"""
-    begun: str = ""
-    """the beginning of the answer that is gone on with"""
+Events = AsyncGenerator[list[SampleEvent], None]
 
 
 class Generation:
-    """Draws what is asked, from `begin` on. A context: its samples are cancelled when it ends.
-    ApiError if they cannot be drawn. It may be made in any thread; everything else is the event
-    loop's."""
+    """`n` samples of each prompt as text, perhaps none. `begin` has them drawn, `close` cancels
+    those that still run.
 
-    ticket: Ticket
+    `strip` is for answers: white space at their ends is removed; `begun` is the beginning of one
+    that is gone on with. `report_tokens` reports every token, not only the text. ApiError for more
+    samples than the server takes. A generation may be made in any thread; everything else is the
+    event loop's.
+    """
 
-    def __init__(self, model: ChatModel, asked: Asked, seconds: float, metrics: Metrics) -> None:
-        self.model, self.asked, self._seconds = model, asked, seconds
-        self._metrics, self._began, self._first, self._newest = metrics, time.monotonic(), True, 0.0
-        check_prompts(model, asked.prompts, asked.param)
+    stream: SampleStream
 
-        if model.worker.limit < len(asked.prompts) * asked.n:
-            raise errors.invalid(
-                f"n: {len(asked.prompts) * asked.n} samples are more than the {model.worker.limit} "
-                "that this server takes at a time",
+    def __init__(
+        self,
+        model: ChatModel,
+        metrics: Metrics,
+        prompts: Sequence[Sequence[int]],
+        sampling: Sampling,
+        *,
+        n: int,
+        stops: Sequence[str],
+        report_tokens: bool,
+        strip: bool = False,
+        begun: str = "",
+    ) -> None:
+        self.model, self.prompts, self.n, self.begun = model, prompts, n, begun
+        self._metrics, self._by_token = metrics, report_tokens or bool(stops)
+        self._began = time.monotonic()
+        self._newest: float | None = None  # when the newest token came
+
+        if model.worker.limit < len(prompts) * n:
+            raise invalid(
+                f"n: {len(prompts) * n} samples are more than the {model.worker.limit} that this "
+                "server takes at a time",
                 "n",
             )
 
-        requests = [
-            Request(
-                tuple(prompt),
-                _own(_within(asked.sampling, model.context - len(prompt))),
-                index,
-                sample,
-            )
-            for index, prompt in enumerate(asked.prompts)
-            for sample in range(asked.n)
-        ]
-        alone = asked.strip and not asked.begun.strip()  # a text of its own
-        self._samples = [
-            _Sample(
-                Decoder(
-                    model.tokenizer,
-                    asked.stops,
-                    () if alone else request.prompt,
-                    asked.strip,
-                    asked.begun,
-                )
-            )
-            for request in requests
-        ]
-        self._requests = requests
+        self._requests = make_requests(prompts, sampling, n)
+        self._drawn = [0] * len(self._requests)
+        self._detokenizers = []
+        for request in self._requests:
+            before = () if strip and not begun.strip() else request.prompt
+            self._detokenizers.append(Detokenizer(model.tokenizer, stops, before, strip, begun))
 
-    def begin(self) -> Generation:
-        """Have the samples drawn. ApiError if there is no room for them."""
-        self.ticket = self.model.worker.submit(self._requests, self._seconds)
+    def begin(self, seconds: float) -> Generation:
+        """Have the samples drawn, in at most `seconds`. ApiError if there is no room for them."""
+        self.stream = self.model.worker.submit(self._requests, seconds)
         return self
 
-    async def events(self) -> AsyncGenerator[list[Event], None]:
-        """What becomes certain, as it does; the last event of each sample says how it finished."""
-        async for news in self.ticket.updates():
-            events = [event for drawn in news if (event := self._take(drawn))]
-            self._measure(news)
+    def close(self) -> None:
+        """Cancel the samples that still run."""
+        self.stream.close()
+
+    @property
+    def choices(self) -> int:
+        """Return how many choices the response has: without samples, one for each prompt."""
+        return len(self.prompts) * max(1, self.n)
+
+    async def events(self) -> Events:
+        """Yield text as it becomes certain; the last event of each sample says how it finished."""
+        async for deltas in self.stream.deltas():
+            events = [event for delta in deltas if (event := self._event(delta)) is not None]
+            self._measure(deltas)
             if events:
                 yield events
 
     def usage(self) -> dict[str, object]:
-        """OpenAI's account of the tokens so far. A prompt counts once, however many samples it
+        """Return OpenAI's count of the tokens so far. A prompt counts once, however many samples it
         has."""
-        n, requests = self.asked.n, self.ticket.requests
-        prompt, completion = (
-            sum(map(len, self.asked.prompts)),
-            sum(sample.drawn for sample in self._samples),
-        )
-        cached = sum(
-            min(request.cached for request in requests[begin : begin + n])
-            for begin in range(0, len(requests), max(1, n))
-        )
+        prompt, completion, cached = sum(map(len, self.prompts)), sum(self._drawn), 0
+        for begin in range(0, len(self._requests), max(1, self.n)):
+            samples = self._requests[begin : begin + self.n]
+            cached += min(request.cached for request in samples)
 
         return {
             "prompt_tokens": prompt,
@@ -137,174 +136,112 @@ class Generation:
             "prompt_tokens_details": {"cached_tokens": cached},
         }
 
-    def _take(self, drawn: Drawn) -> Event | None:
-        sample, stop = self._samples[drawn.sample], None
-        sample.drawn += len(drawn.tokens)
-        count = len(drawn.tokens) - (drawn.finish == "stop")  # a stop id has no text
+    def _event(self, delta: TokenDelta) -> SampleEvent | None:
+        """Return what new tokens make certain, if anything."""
+        detokenizer = self._detokenizers[delta.sample]
+        event = SampleEvent(delta.sample, self._decode(delta, detokenizer))
+        if detokenizer.stopped:
+            self.stream.cancel(delta.sample)
+            event.finish = "stop"
+            return event
 
-        if self.asked.pieces or self.asked.stops:
-            part = self._pushed(drawn, count)
-            if sample.decoder.stopped:
-                self.ticket.cancel(drawn.sample)
-                return Event(drawn.sample, part, "stop")
-        else:
-            part = sample.decoder.push_text(drawn.tokens[:count])
+        if delta.finish is None:
+            return event if event.text else None
 
-        if drawn.finish is None:
-            return Event(drawn.sample, part) if part else None
-
-        if count < len(drawn.tokens):
-            stop = sample.decoder.silent(
-                drawn.tokens[count], drawn.logprobs[count], _at(drawn.alternatives, count)
-            )
-
-        grammar = self.ticket.requests[drawn.sample].sampling.grammar
-        if isinstance(grammar, Shape) and grammar.error:
+        grammar = self._requests[delta.sample].sampling.grammar
+        if isinstance(grammar, FailsafeGrammar) and grammar.error:
             raise grammar.error
 
-        part.add(sample.decoder.close())
-        finish: Reason = "length" if drawn.finish == "length" else "stop"
-        return Event(drawn.sample, part, finish, stop=None if sample.decoder.stopped else stop)
+        event.finish = "length" if delta.finish == "length" else "stop"
+        stop = None
+        if delta.finish == "stop":
+            self._drawn[delta.sample] += 1
+            stop = detokenizer.end(*delta.steps[-1])
 
-    def _pushed(self, drawn: Drawn, count: int) -> Part:
-        """The first `count` tokens, up to a stop string; what was drawn behind it does not
+        event.text.add(detokenizer.close())
+        event.stop = None if detokenizer.stopped else stop
+        return event
+
+    def _decode(self, delta: TokenDelta, detokenizer: Detokenizer) -> TextDelta:
+        """Return the text of new tokens, up to a stop string: what was drawn behind it does not
         count."""
-        sample, part = self._samples[drawn.sample], Part()
-        for place, token in enumerate(drawn.tokens[:count]):
-            part.add(
-                sample.decoder.push(token, drawn.logprobs[place], _at(drawn.alternatives, place))
-            )
-            if sample.decoder.stopped:
-                sample.drawn -= len(drawn.tokens) - place - 1
+        steps = delta.steps[:-1] if delta.finish == "stop" else delta.steps  # a stop id has no text
+        if not self._by_token:
+            self._drawn[delta.sample] += len(steps)
+            return detokenizer.push_text([token for token, _, _ in steps])
+
+        text = TextDelta()
+        for step in steps:
+            text.add(detokenizer.push(*step))
+            self._drawn[delta.sample] += 1
+            if detokenizer.stopped:
                 break
 
-        return part
+        return text
 
-    def _measure(self, news: Sequence[Drawn]) -> None:
-        now, count = time.monotonic(), sum(len(drawn.tokens) for drawn in news)
-        if self._first:
-            self._metrics.first_token(self.model.name, now - self._began)
-            self._metrics.prompt(self.model.name, self.usage())
-            self._first = False
-        elif count:
-            self._metrics.between(
-                self.model.name, now - self._newest, max(len(drawn.tokens) for drawn in news)
-            )
+    def _measure(self, deltas: Sequence[TokenDelta]) -> None:
+        counts = [len(delta.steps) for delta in deltas]
+        name, now = self.model.name, time.monotonic()
+        if self._newest is None:
+            self._metrics.first_token(name, now - self._began)
+            self._metrics.prompt(name, self.usage())
+        elif sum(counts):
+            self._metrics.between(name, now - self._newest, max(counts))
 
         self._newest = now
-        self._metrics.tokens(self.model.name, count)
-
-    def __enter__(self) -> Generation:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self.ticket.close()
+        self._metrics.tokens(name, sum(counts))
 
 
-@dataclass
-class Whole:
-    """A finished sample."""
+async def collect(events: AsyncIterator[list[SampleEvent]], count: int) -> list[SampleEvent]:
+    """Return each of `count` samples as one event, once all are finished."""
+    samples = [SampleEvent(index) for index in range(count)]
+    async for batch in events:
+        for event in batch:
+            samples[event.index].add(event)
 
-    part: Part = field(default_factory=Part)
-    finish: Reason = "length"
-    verdict: Verdict | None = None
-    stop: Piece | None = None
-
-
-async def collected(events: AsyncIterator[list[Event]], count: int) -> list[Whole]:
-    """All of it, once it is finished."""
-    wholes = [Whole() for _ in range(count)]
-    async for some in events:
-        for event in some:
-            whole = wholes[event.index]
-            whole.part.add(event.part)
-            whole.finish, whole.verdict = (
-                event.finish or whole.finish,
-                event.verdict or whole.verdict,
-            )
-            whole.stop = event.stop or whole.stop
-
-    return wholes
+    return samples
 
 
-def sampling_of(asked: Sampled, model: ChatModel, max_tokens: int, top_logprobs: int) -> Sampling:
-    """The sampling that a request asks for; OpenAI's defaults are the model's own distribution."""
-    bias = tuple((int(token), value) for token, value in (asked.logit_bias or {}).items())
+def make_sampling(model: ChatModel, request: ChatRequest | CompletionRequest) -> Sampling:
+    """Return the sampling that a request asks for; OpenAI's defaults are the model's own
+    distribution. ApiError for a token that the model does not have."""
     size = model.tokenizer.vocab_size
-    if outside := [token for token, _ in bias if token >= size]:
-        raise errors.invalid(
-            f"logit_bias: there is no token {outside[0]}; the model has {size}", "logit_bias"
-        )
+    bias = [(int(token), value) for token, value in (request.logit_bias or {}).items()]
+    end = [] if request.ignore_eos else model.tokenizer.stops
+    stop = (*end, *(request.stop_token_ids or ()))
+    tokens = {"logit_bias": [token for token, _ in bias], "stop_token_ids": stop}
+    for name, ids in tokens.items():
+        for token in ids:
+            if token >= size:
+                raise invalid(f"{name}: there is no token {token}; the model has {size}", name)
 
-    stop = (*(() if asked.ignore_eos else model.tokenizer.stops), *(asked.stop_token_ids or ()))
-    if outside := [token for token in stop if token >= size]:
-        raise errors.invalid(
-            f"stop_token_ids: there is no token {outside[0]}; the model has {size}",
-            "stop_token_ids",
-        )
+    settings = request.model_dump(include=_SAMPLING, exclude_none=True)
+    if request.top_k == -1:  # vLLM's word for all
+        settings["top_k"] = 0
 
-    given = {
-        name: value
-        for name in (
-            "temperature",
-            "top_p",
-            "top_k",
-            "min_p",
-            "repetition_penalty",
-            "presence_penalty",
-            "frequency_penalty",
-        )
-        if (value := getattr(asked, name)) is not None
-    }
-    if asked.top_k == -1:  # vLLM's word for all
-        given["top_k"] = 0
+    if request.top_p == 0:  # the smallest nucleus there is
+        settings |= {"temperature": 0.0, "top_p": 1.0}
 
-    if asked.top_p == 0:  # the smallest nucleus there is
-        given |= {"temperature": 0.0, "top_p": 1.0}
-
-    seed = secrets.randbits(63) if asked.seed in (None, -1) else asked.seed
+    limit = model.context if request.token_limit is None else request.token_limit
     try:
         return Sampling(
-            **given,
-            max_tokens=max(1, max_tokens),
+            **settings,
+            max_tokens=max(1, limit),
             stop=tuple(dict.fromkeys(stop)),
-            seed=seed,
-            logit_bias=bias,
-            top_logprobs=min(top_logprobs, size),
+            seed=secrets.randbits(63) if request.seed in (None, -1) else request.seed,
+            logit_bias=tuple(bias),
+            top_logprobs=min(request.alternatives or 0, size),
         )
     except UserError as error:
-        raise errors.invalid(str(error)) from None
-
-
-def _at(alternatives: Sequence[Alternatives], place: int) -> Alternatives:
-    return alternatives[place] if place < len(alternatives) else ()
+        raise invalid(str(error)) from None
 
 
 def check_prompts(model: ChatModel, prompts: Sequence[Sequence[int]], param: str) -> None:
-    """ApiError for a prompt that leaves no room for an answer, is empty or holds ids that the model
-    does not know."""
+    """Raise ApiError for a prompt that leaves no room for an answer, is empty or holds ids that the
+    model does not know. `param` is the field that the prompts come from."""
     try:
         model.engine.check(prompts)
     except UserError as error:
         long = any(len(prompt) >= model.context for prompt in prompts)
-        raise errors.invalid(
-            f"{param}: {error}", param, "context_length_exceeded" if long else None
-        ) from None
-
-
-def _within(sampling: Sampling, room: int) -> Sampling:
-    return replace(sampling, max_tokens=min(sampling.max_tokens, room))
-
-
-def _own(sampling: Sampling) -> Sampling:
-    """A grammar remembers what was drawn, so each sample has its own."""
-    return (
-        sampling
-        if sampling.grammar is None
-        else replace(sampling, grammar=sampling.grammar.fresh())
-    )
+        code = "context_length_exceeded" if long else None
+        raise invalid(f"{param}: {error}", param, code) from None

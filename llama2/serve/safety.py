@@ -9,33 +9,30 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from llama2.generate.rewards import probability
+from llama2.generate.rewards import to_probability
 from llama2.records import Message, Messages
 from llama2.serve.models import RewardModel
 
 
 @dataclass(frozen=True)
-class Verdict:
-    """What the safety model thought of an answer, and whether it was replaced."""
+class SafetyVerdict:
+    """The probability that an answer is safe, and whether a refusal replaced it."""
 
     probability: float
     replaced: bool
 
-    def report(self) -> dict[str, object]:
-        return {"safety": {"probability": self.probability, "replaced": self.replaced}}
-
 
 @dataclass(frozen=True)
-class Gate:
+class SafetyGate:
     """Judges answers. `model` scores whole conversations."""
 
     model: RewardModel
     threshold: float
     refusal: str
 
-    async def judge(self, prompt: Messages, answer: str) -> Verdict:
-        """The last tokens decide where a conversation is longer than the safety model's context by
-        a few."""
-        ids = self.model.encode((*prompt, Message("assistant", answer)))[-self.model.context :]
-        found = probability(await self.model.score(ids))
-        return Verdict(found, found < self.threshold)
+    async def judge(self, prompt: Messages, answer: str) -> SafetyVerdict:
+        """Judge an answer. Of a conversation that is longer than the model's context the last
+        tokens are read."""
+        ids = self.model.encode((*prompt, Message("assistant", answer)))
+        safe = to_probability(await self.model.score(ids[-self.model.context :]))
+        return SafetyVerdict(safe, safe < self.threshold)

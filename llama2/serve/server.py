@@ -25,71 +25,47 @@ _EXTRA = ("fastapi", "starlette", "uvicorn", "prometheus_client")
 def run(config: Config) -> None:
     """Serve until told to stop."""
     try:
-        from llama2.serve import http, origins
+        from llama2.serve import cors, lifecycle
     except ModuleNotFoundError as error:
         if (error.name or "").partition(".")[0] not in _EXTRA:
             raise
 
         raise explain_missing_extra(error.name or "fastapi", "serve") from None
 
-    names = config.names or tuple(path.resolve().name for path in config.checkpoints)
-    if len(names) != len(config.checkpoints):
-        raise UserError(
-            f"{len(config.checkpoints)} checkpoints and {len(names)} names",
-            "give one name for each",
-        )
-
+    names = ", ".join(config.model_names)
     keys = config.api_keys or tuple(filter(None, os.environ.get("LLAMA2_API_KEYS", "").split(",")))
-    try:
-        origins.Cors(config.cors)
-    except ValueError as error:
-        raise UserError(f"--cors: {error}", "give scheme, host and port") from None
-
-    if origins.ANY in config.cors and not keys:
+    cors.Cors(config.cors)  # which checks them, before anything is loaded
+    if cors.ANY in config.cors and not keys:
         raise UserError(
             "--cors '*' without API keys lets every page that you visit use the models",
             "name the origins, or set LLAMA2_API_KEYS",
         )
 
-    with _bound(config.host, config.port) as listener:
+    with _bind(config.host, config.port) as listener:
         join()
-        served = models.load(
-            config.checkpoints,
-            names,
-            slots=config.slots,
-            capacity=config.capacity,
-            waiting=config.limits.waiting,
-            precision=config.precision,
-        )
-        judge = None
-
+        served, judge = models.load(config), None
         if config.safety.model is not None:
-            judge = models.load_judge(
-                config.safety.model, served, config.limits.waiting, config.precision
-            )
+            judge = models.load_judge(config.safety.model, config, served)
 
         address, port = listener.getsockname()[:2]
-        if not keys and not origins.is_loopback(address):
+        if not keys and not cors.is_loopback(address):
             print(
                 "llama2: anybody who reaches this address may use it: set LLAMA2_API_KEYS",
                 file=sys.stderr,
             )
 
-        greeting = (
-            f"llama2: serving {', '.join(names)} at "
-            f"http://{f'[{address}]' if ':' in address else address}:{port}"
-        )
+        host = f"[{address}]" if ":" in address else address
+        greeting = f"llama2: serving {names} at http://{host}:{port}"
         cpu_tuning.release_threads()  # the models' own threads do all the work from here on
-        http.serve(listener, served, judge, config, keys, greeting)
+        lifecycle.serve(listener, served, judge, config, keys, greeting)
 
 
-def _bound(host: str, port: int) -> socket.socket:
-    """A socket that holds the address but does not listen yet."""
+def _bind(host: str, port: int) -> socket.socket:
+    """Return a socket that holds the address but does not listen yet."""
     with ExitStack() as closing:
         try:
-            family, kind, protocol, _, address = socket.getaddrinfo(
-                host, port, type=socket.SOCK_STREAM
-            )[0]
+            addresses = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
+            family, kind, protocol, _, address = addresses[0]
             listener = closing.enter_context(socket.socket(family, kind, protocol))
             listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             listener.bind(address)

@@ -36,13 +36,12 @@ from llama2.stages.common.preprompts import PREPROMPTS, check, under_preprompt
 from llama2.stages.common.sampling import (
     Sample,
     answer,
-    fitting,
-    has_room,
+    derive_seed,
+    keep_fitting,
     load_chat,
-    part_by_part,
+    open_records,
     read_prompts,
-    seed_for,
-    writing,
+    sample_in_parts,
 )
 from llama2.tally import Tally
 
@@ -100,7 +99,7 @@ def run(config: Config, run: Run) -> None:
     prompts = read_prompts(config.prompts, config.limit, config.seed)
     chats = {path: load_chat(path, config.sample, run) for path in config.policies}
     narrow = min(chats.values(), key=lambda chat: chat.engine.context)
-    prompts = fitting(narrow, prompts, ROOM, run.tally("prompts"))
+    prompts = keep_fitting(narrow, prompts, ROOM, run.tally("prompts"))
     pairs = zip(prompts, sample_pairs(config, run, chats, prompts), strict=True)
     annotators = make_annotators(config.seed, config.noise)
     desk = Desk(config, annotators, run.tally("comparisons"))
@@ -111,7 +110,7 @@ def run(config: Config, run: Run) -> None:
 
         def open_file(name: str) -> None:
             if name not in put:
-                put[name] = files.enter_context(writing(run.path / f"{name}.jsonl", run.ranks))
+                put[name] = files.enter_context(open_records(run.path / f"{name}.jsonl", run.ranks))
 
         for name in ("preferences", "heldout") if any(accepted) else ():
             open_file(name)
@@ -233,7 +232,7 @@ def sample_pairs(
     second = Response("", config.policies[-1].name, config.temperatures[1])
     engines = [chats[path] for path in dict.fromkeys(config.policies)]
     work = make_sampler(config, chats)
-    rows = part_by_part(run, engines, "samples", prompts, work, config.sample, 2)
+    rows = sample_in_parts(run, engines, "samples", prompts, work, config.sample, 2)
     waiting: str | None = None
 
     for place, (text, other) in enumerate(rows):
@@ -264,7 +263,7 @@ def make_sampler(config: Config, chats: Mapping[Path, Chat]) -> Work[Prompt]:
                 config.sample,
                 temperature=config.temperatures[side],
                 indices=places,
-                seed=seed_for(config.seed, "side", side, config.round),
+                seed=derive_seed(config.seed, "side", side, config.round),
             )
             texts.append([row[0].text for row in answers])
 
@@ -280,6 +279,6 @@ def add_preprompt(config: Config, chat: Chat, prompt: Prompt, place: int) -> Mes
     if classify(prompt) == "helpful" or chance >= config.preprompted:
         return prompt.messages
 
-    seed = seed_for(config.seed, "preprompt", config.round)
+    seed = derive_seed(config.seed, "preprompt", config.round)
     under = under_preprompt(prompt, seed, config.preprompts, {})
-    return under if has_room(chat, under, ROOM) else prompt.messages
+    return under if chat.has_room(under, ROOM) else prompt.messages

@@ -18,7 +18,7 @@ from pydantic import Field, field_validator
 
 from llama2.config import StageConfig
 from llama2.generate.dialogue import Answer, Chat
-from llama2.generate.rewards import RewardModels, Rewards, probability
+from llama2.generate.rewards import RewardModels, Rewards, to_probability
 from llama2.records import Messages, Prompt
 from llama2.results import DistilledAnswer, DistillResult
 from llama2.runs import Run
@@ -28,17 +28,16 @@ from llama2.stages.common.preprompts import PREPROMPTS, TEMPLATES, check, under_
 from llama2.stages.common.sampling import (
     Sample,
     answer,
-    dialog,
-    fitting,
-    has_room,
+    derive_seed,
+    keep_fitting,
+    keep_scorable,
     load_chat,
     load_rewards,
-    part_by_part,
+    make_dialog,
+    open_records,
     read_prompts,
-    readable,
+    sample_in_parts,
     score,
-    seed_for,
-    writing,
 )
 from llama2.tally import Tally
 
@@ -88,13 +87,13 @@ def run(config: Config, run: Run) -> None:
     tally = run.tally("prompts")
     prompts = choose_prompts(config, chat, rewards, tally)
     work = make_sampler(config, chat, rewards)
-    rows = part_by_part(run, [chat], "samples", prompts, work, config.sample, 1 + config.k)
+    rows = sample_in_parts(run, [chat], "samples", prompts, work, config.sample, 1 + config.k)
 
     before: list[float] = []
     after: list[float] = []
     examples: list[DistilledAnswer] = []
     tally.kept = 0
-    with writing(run.path / "dialogs.jsonl", run.ranks) as write:
+    with open_records(run.path / "dialogs.jsonl", run.ranks) as write:
         for prompt, row in zip(prompts, rows, strict=True):
             before.append(row["before"])
             after += row["after"]
@@ -106,7 +105,7 @@ def run(config: Config, run: Run) -> None:
                 )
                 continue
 
-            write(dialog(prompt, best, reward=round(row["reward"], 4), safety=True))
+            write(make_dialog(prompt, best, reward=round(row["reward"], 4), safety=True))
             tally.kept += 1
             if len(examples) < EXAMPLES:
                 question = prompt.messages[-1].content
@@ -130,14 +129,14 @@ def choose_prompts(config: Config, chat: Chat, rewards: Rewards, tally: Tally) -
     every = read_prompts(config.prompts, None, config.seed)
     adversarial = [prompt for prompt in every if is_adversarial(prompt, config.families)]
     tally.skip("not adversarial", count=len(every) - len(adversarial))
-    alone = fitting(chat, adversarial, ROOM, tally)
-    alone = readable(chat, rewards, alone, config.sample, tally)
+    alone = keep_fitting(chat, adversarial, ROOM, tally)
+    alone = keep_scorable(chat, rewards, alone, config.sample, tally)
     tally.read = len(every)
 
     prompts = []
     for prompt in alone:
         questions = (add_preprompt(prompt, config, turn) for turn in range(config.k))
-        if all(has_room(chat, messages, ROOM) for messages in questions):
+        if all(chat.has_room(messages, ROOM) for messages in questions):
             prompts.append(prompt)
 
     tally.skip(
@@ -159,7 +158,7 @@ def make_sampler(config: Config, chat: Chat, rewards: Rewards) -> Work[Prompt]:
 
         def sample(questions: Sequence[Messages], *use: object) -> list[tuple[Answer, float]]:
             """Answer the questions; the answers are judged as answers to the bare prompts."""
-            seed = seed_for(config.seed, *use)
+            seed = derive_seed(config.seed, *use)
             answers = answer(chat, questions, config.sample, seed=seed, indices=places)
             scores = score(rewards, chat.tokenizer, prompts, answers)
             return [(row[0], marks[0].safe) for row, marks in zip(answers, scores)]
@@ -196,9 +195,9 @@ def find_risk(prompt: Prompt) -> str:
 
 def add_preprompt(prompt: Prompt, config: Config, turn: int) -> Messages:
     """Return what is asked for the answer number `turn`."""
-    seed = seed_for(config.seed, "preprompt", turn)
+    seed = derive_seed(config.seed, "preprompt", turn)
     return under_preprompt(prompt, seed, config.preprompts, config.templates)
 
 
 def _median(scores: Sequence[float]) -> float | None:
-    return statistics.median(map(probability, scores)) if scores else None
+    return statistics.median(map(to_probability, scores)) if scores else None

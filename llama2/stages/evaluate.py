@@ -32,7 +32,7 @@ from llama2.formats.checkpoint import config_of
 from llama2.generate.dialogue import Answer, Chat
 from llama2.generate.engine import Engine
 from llama2.generate.remote import Server, connect
-from llama2.generate.rewards import probability
+from llama2.generate.rewards import to_probability
 from llama2.generate.sampling import Sampling
 from llama2.judging import Rating
 from llama2.model import quantize
@@ -42,18 +42,18 @@ from llama2.results import AttentionResult, EvaluateResult, Obedience, SamplingS
 from llama2.runs.parts import work_in_parts
 from llama2.stages.common.answers import (
     ROUNDS,
-    answered,
+    answer_prompts,
     check_judge,
-    fitting,
-    in_turn,
-    judged,
-    twins,
+    find_equals,
+    judge_answers,
+    keep_fitting,
+    load_when_needed,
 )
 from llama2.stages.common.judges import make_judge
 from llama2.stages.common.planning import Cluster, PlannedRuns, plan_judging
 from llama2.stages.common.training import load_policy
 from llama2.terminal_text import say
-from llama2.tokenizer import chat_files
+from llama2.tokenizer import chat_settings
 from llama2.tokenizer.template import check_template
 from llama2.tokenizer.tokenizer import Tokenizer
 
@@ -162,7 +162,7 @@ def run(config: Config, run: runs.Run) -> None:
     paths = list(config.versions.values())
     dialogs = ghost.read(config.ghost, config.ghost_limit) if config.ghost else []
     prompts = _read_prompts(config, run, paths)
-    places = twins(paths)
+    places = find_equals(paths)
     answers = {}
     for place in dict.fromkeys(places):
         answers[place] = answer_all(config, place, run, prompts, dialogs)
@@ -245,7 +245,7 @@ def _check(config: Config) -> None:
 def _read_prompts(config: Config, run: runs.Run, paths: Sequence[Path]) -> list[Prompt]:
     """Read the prompts that fit into every version, and say so where truth judges none of them."""
     every = list(records.read(Prompt, config.prompts))[: config.limit]
-    prompts = fitting(paths, every, 8, run.tally("prompts"), config.prompts)
+    prompts = keep_fitting(paths, every, 8, run.tally("prompts"), config.prompts)
     known = sum(map(make_judge().accepts, prompts))
     if 0 < known < len(prompts):
         _say(
@@ -257,7 +257,7 @@ def _read_prompts(config: Config, run: runs.Run, paths: Sequence[Path]) -> list[
     return prompts
 
 
-# ---- answers
+# --- answers ---
 def answer_all(
     config: Config,
     place: int,
@@ -271,11 +271,13 @@ def answer_all(
     greedy: list[Answer] | None = None
     talks: dict[ghost.InstructionRole, list[Messages]] = {}
 
-    with in_turn(lambda: load_version(config, name, run), run.ranks.device) as chat:
-        answers = answered(run, f"answers-{place}", chat, messages, config.sampling, config.slots)
+    with load_when_needed(lambda: load_version(config, name, run), run.ranks.device) as chat:
+        answers = answer_prompts(
+            run, f"answers-{place}", chat, messages, config.sampling, config.slots
+        )
         if config.greedy and all(map(make_judge().accepts, prompts)):
             sampling = replace(config.sampling, temperature=0.0)
-            greedy = answered(run, f"greedy-{place}", chat, messages, sampling, config.slots)
+            greedy = answer_prompts(run, f"greedy-{place}", chat, messages, sampling, config.slots)
 
         for role in ROLES if dialogs else ():
             part = f"talks-{role}-{place}"
@@ -313,7 +315,7 @@ def load_version(config: Config, name: str, run: runs.Run) -> Chat:
     """Load a version ready to answer: here, or its server, whose answers are kept until the run is
     finished."""
     checkpoint = config.versions[name]
-    check_template(checkpoint, chat_files.chat_template(checkpoint))
+    check_template(checkpoint, chat_settings.read_chat_template(checkpoint))
     if name in config.servers:
         tokenizer = Tokenizer.load(checkpoint)
         context = config_of(checkpoint).max_position_embeddings
@@ -335,7 +337,7 @@ def load_model(config: Config, name: str, device: torch.device) -> tuple[Llama, 
     return model.eval().requires_grad_(False), tokenizer
 
 
-# ---- judgements
+# --- judgements ---
 def score_answers(
     config: Config,
     run: runs.Run,
@@ -348,9 +350,9 @@ def score_answers(
     precision = quantize.compute_precision(config.precision)
     probabilities: dict[int, dict[Axis, list[float]]] = {place: {} for place in answers}
     for axis, path in config.rewards.by_axis().items():
-        scores = judged(run, f"judge-{axis}", path, precision, prompts, texts, paths)
+        scores = judge_answers(run, f"judge-{axis}", path, precision, prompts, texts, paths)
         for place, row in scores.items():
-            probabilities[place][axis] = list(map(probability, row))
+            probabilities[place][axis] = list(map(to_probability, row))
 
     return probabilities
 
@@ -412,7 +414,7 @@ def draw_attention(
     looks: dict[str, list[attention.Look]] = {}
     for name in names:
         load = partial(load_model, config, name, device)
-        with in_turn(load, device) as version:
+        with load_when_needed(load, device) as version:
 
             def look(part: Sequence[attention.Talk], first: int) -> list[Any]:
                 model, _ = version()

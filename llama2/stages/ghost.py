@@ -27,11 +27,10 @@ from llama2.stages.common.planning import Cluster, PlannedRuns, plan_sampling
 from llama2.stages.common.sampling import (
     Sample,
     answer,
-    has_room,
+    derive_seed,
     load_chat,
-    part_by_part,
-    seed_for,
-    writing,
+    open_records,
+    sample_in_parts,
 )
 from llama2.tally import Tally
 
@@ -125,12 +124,12 @@ def run(config: Config, run: Run) -> None:
     def work(part: Sequence[Conversation], first: int) -> list[list[str]]:
         return converse(chat, part, config, first)
 
-    rows = part_by_part(run, [chat], "samples", conversations, work, config.sample, most_turns)
-    generator = np.random.default_rng(seed_for(config.seed, "shortened"))
+    rows = sample_in_parts(run, [chat], "samples", conversations, work, config.sample, most_turns)
+    generator = np.random.default_rng(derive_seed(config.seed, "shortened"))
     written = turns = 0
     examples: list[GhostExample] = []
 
-    with writing(run.path / "dialogs.jsonl", run.ranks) as write:
+    with open_records(run.path / "dialogs.jsonl", run.ranks) as write:
         for conversation, answers in zip(conversations, rows, strict=True):
             short = generator.random() < config.shortened
             dialogs = make_dialogs(conversation, answers, config, short)
@@ -172,7 +171,7 @@ def _count(
         )
 
 
-# ---- conversations
+# --- conversations ---
 def read_conversations(path: Path) -> list[Conversation]:
     """Read conversations with instructions from the metadata of prompts."""
     conversations = []
@@ -203,7 +202,7 @@ def compose(config: Config, tally: Tally) -> list[Conversation]:
     few questions for one.
     """
     assert config.questions is not None
-    generator = np.random.default_rng(seed_for(config.seed, "compose"))
+    generator = np.random.default_rng(derive_seed(config.seed, "compose"))
     questions = list(_read_questions(config.questions, tally))
     if len(questions) < config.turns:
         raise UserError(
@@ -253,7 +252,7 @@ def _read_questions(path: Path, tally: Tally) -> Iterator[str]:
             yield prompt.messages[-1].content
 
 
-# ---- sampling and training dialogs
+# --- sampling and training dialogs ---
 def converse(
     chat: Chat, conversations: Sequence[Conversation], config: Config, first: int = 0
 ) -> list[list[str]]:
@@ -269,14 +268,14 @@ def converse(
         for index, conversation in enumerate(conversations):
             if len(answers[index]) == turn < len(conversation.questions):
                 messages = _make_prompt(conversation, answers[index])
-                if has_room(chat, messages):
+                if chat.has_room(messages):
                     prompts[index] = messages
 
         rows = answer(
             chat,
             list(prompts.values()),
             config.sample,
-            seed=seed_for(config.seed, "turn", turn),
+            seed=derive_seed(config.seed, "turn", turn),
             indices=[first + index for index in prompts],
         )
         for index, (reply,) in zip(prompts, rows):

@@ -31,15 +31,22 @@ from llama2.runs import CHECKPOINTS, Run, read_metrics
 from llama2.stages.common.memory import Tower, engine_bytes, scorer_bytes
 from llama2.stages.common.planning import UNKNOWN, Cluster, PlannedRuns, plan_training
 from llama2.stages.common.ppo_health import Doctor
-from llama2.stages.common.ppo_rollouts import ACTOR, CRITIC, ActorCritic, Rollouts, Settings, seeded
+from llama2.stages.common.ppo_rollouts import (
+    ACTOR,
+    CRITIC,
+    ActorCritic,
+    Rollouts,
+    Settings,
+    offset_seed,
+)
 from llama2.stages.common.ppo_stopping import BestPolicy, EarlyStopping, HeldoutReward
 from llama2.stages.common.ppo_watch import Watch
 from llama2.stages.common.sampling import (
     Sample,
-    fitting,
+    keep_fitting,
+    keep_scorable,
     load_rewards,
     read_prompts,
-    readable,
 )
 from llama2.stages.common.training import (
     Training,
@@ -118,7 +125,7 @@ class Config(StageConfig):
 
     @model_validator(mode="after")
     def _here(self) -> Config:
-        if self.sample.server is not None:
+        if self.sample.server is not None and not self.sample.server.takes_weights:
             raise ValueError(
                 "sample.server is not for PPO: rollouts need the policy's weights of this very "
                 "step, which a server does not have"
@@ -281,7 +288,7 @@ def load_networks(config: Config, ranks: Ranks) -> Networks:
 def _read_prompts(config: Config, run: Run, chat: Chat, rewards: Rewards) -> list[Prompt]:
     """Read the prompts that leave room for an answer and fit into the reward models."""
     tally = run.tally("prompts")
-    prompts = fitting(
+    prompts = keep_fitting(
         chat,
         read_prompts(config.prompts, None, config.seed),
         max(1, config.sample.max_tokens // 2),
@@ -289,7 +296,7 @@ def _read_prompts(config: Config, run: Run, chat: Chat, rewards: Rewards) -> lis
         "lower sample.max_tokens, of which half must fit behind a prompt, shorten them, or take a "
         "model with a longer context",
     )
-    return readable(chat, rewards, prompts, config.sample, tally)
+    return keep_scorable(chat, rewards, prompts, config.sample, tally)
 
 
 def _make_stopping(
@@ -301,9 +308,9 @@ def _make_stopping(
 
     tally = run.tally("held-out prompts")
     prompts = read_prompts(config.heldout, config.heldout_limit, config.seed)
-    prompts = fitting(chat, prompts, 16, tally)
+    prompts = keep_fitting(chat, prompts, 16, tally)
     judge = networks.judge or networks.rewards
-    prompts = readable(chat, judge, prompts, config.sample, tally)
+    prompts = keep_scorable(chat, judge, prompts, config.sample, tally)
     return EarlyStopping(
         HeldoutReward(
             chat,
@@ -311,7 +318,7 @@ def _make_stopping(
             networks.judge,
             prompts,
             config.sample,
-            seeded(config.seed, 999_983),
+            offset_seed(config.seed, 999_983),
         ),
         "heldout/reward",
         higher=True,

@@ -44,7 +44,8 @@ from llama2.stages.common.training import (
     row_length,
     train,
 )
-from llama2.tokenizer.chat_files import chat_template, stop_ids
+from llama2.tokenizer.chat_settings import read_chat_template, read_stop_ids
+from llama2.tokenizer.sentencepiece_model import require_fitting_size
 from llama2.tokenizer.tokenizer import Tokenizer
 from llama2.train import hooks
 from llama2.train.loop import Plan
@@ -196,18 +197,20 @@ def load_model(config: Config, ranks: Ranks) -> tuple[Llama, Tokenizer]:
     home = config.training.home(ranks)
     if config.model:
         model = checkpoint.load(config.model, device=home)
-        tokenizer.check_bos(config.model, model.config.bos_token_id)
-        tokenizer = tokenizer.speaking(chat_template(config.model), stop_ids(config.model))
+        tokenizer.require_bos(config.model, model.config.bos_token_id)
+        tokenizer = tokenizer.with_chat_template(
+            read_chat_template(config.model), read_stop_ids(config.model)
+        )
     else:
         with torch.device("meta" if home.type == "meta" else devices.CPU):
             model = Llama(architecture(config, tokenizer.vocab_size), config.seed)
 
-    if model.config.vocab_size != tokenizer.vocab_size:
-        raise UserError(
-            f"{config.shards}: its tokenizer has {tokenizer.vocab_size} pieces, the model "
-            f"{model.config.vocab_size}",
-            "tokenize with the tokenizer of the model",
-        )
+    require_fitting_size(
+        config.shards,
+        tokenizer.vocab_size,
+        model.config.vocab_size,
+        "tokenize with the tokenizer of the model",
+    )
 
     return model, tokenizer
 

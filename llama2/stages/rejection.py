@@ -19,7 +19,7 @@ from pydantic import Field
 
 from llama2.config import StageConfig
 from llama2.generate.dialogue import Answer, Chat
-from llama2.generate.rewards import RewardModels, Rewards, Score, probability
+from llama2.generate.rewards import RewardModels, Rewards, Score, to_probability
 from llama2.records import Dialog, Prompt
 from llama2.results import CurvesResult, RankedAnswers, RejectionResult
 from llama2.runs import Run
@@ -29,16 +29,16 @@ from llama2.stages.common.pool import Pool
 from llama2.stages.common.sampling import (
     Sample,
     answer,
-    dialog,
-    fitting,
+    derive_seed,
+    keep_fitting,
+    keep_scorable,
     load_chat,
     load_rewards,
-    part_by_part,
+    make_dialog,
+    open_records,
     read_prompts,
-    readable,
+    sample_in_parts,
     score,
-    seed_for,
-    writing,
 )
 
 EXAMPLES = 6
@@ -85,15 +85,17 @@ def run(config: Config, run: Run) -> None:
     chat = load_chat(config.policy, config.sample, run)
     rewards = load_rewards(config.rewards, chat.tokenizer, run.ranks, config.sample.precision)
     tally = run.tally("prompts")
-    prompts = fitting(chat, read_prompts(config.prompts, config.limit, config.seed), tally=tally)
-    prompts = readable(chat, rewards, prompts, config.sample, tally)
+    prompts = keep_fitting(
+        chat, read_prompts(config.prompts, config.limit, config.seed), tally=tally
+    )
+    prompts = keep_scorable(chat, rewards, prompts, config.sample, tally)
     means, temperature = search(config, run, chat, rewards, prompts)
-    work = make_sampler(config, chat, rewards, temperature, seed_for(config.seed, "samples"))
-    rows = part_by_part(run, [chat], "samples", prompts, work, config.sample, config.k)
+    work = make_sampler(config, chat, rewards, temperature, derive_seed(config.seed, "samples"))
+    rows = sample_in_parts(run, [chat], "samples", prompts, work, config.sample, config.k)
 
     curves, kept_answers = Curves(config.k), 0
     examples: list[RankedAnswers] = []
-    with writing(run.path / "best.jsonl", run.ranks) as write:
+    with open_records(run.path / "best.jsonl", run.ranks) as write:
         for prompt, row in zip(prompts, rows, strict=True):
             curves.add(row)
             dialogs = make_dialogs(prompt, row)
@@ -124,7 +126,7 @@ def run(config: Config, run: Run) -> None:
     )
 
 
-# ---- sampling
+# --- sampling ---
 Row = dict[str, Any]
 """one prompt: the reward of each answer, which may be kept, the best of those, the worst"""
 
@@ -158,7 +160,7 @@ def rank_answers(
     answers: Sequence[Answer], scores: Sequence[Score], keep: int, finished_only: bool
 ) -> Row:
     """Return one prompt's row with the `keep` best different answers of those that may be kept."""
-    rewards = [each.joined for each in scores]
+    rewards = [each.reward for each in scores]
     ended = [each.completion.finish == "stop" for each in answers]
     allowed = [bool(each.text) and (end or not finished_only) for each, end in zip(answers, ended)]
 
@@ -185,7 +187,9 @@ def make_dialogs(prompt: Prompt, row: Row) -> list[Dialog]:
     for best in row["best"]:
         marks = {"cut": True} if best["cut"] else {}
         reward = round(best["reward"], 4)
-        dialogs.append(dialog(prompt, best["text"], reward=reward, safety=prompt.safety, **marks))
+        dialogs.append(
+            make_dialog(prompt, best["text"], reward=reward, safety=prompt.safety, **marks)
+        )
 
     return dialogs
 
@@ -208,12 +212,12 @@ def make_example(prompt: Prompt, row: Row) -> RankedAnswers:
         prompt=prompt.messages[-1].content,
         worst=row["worst"],
         best=best["text"],
-        worst_reward=probability(min(row["rewards"])),
-        best_reward=probability(best["reward"]),
+        worst_reward=to_probability(min(row["rewards"])),
+        best_reward=to_probability(best["reward"]),
     )
 
 
-# ---- the search for a temperature
+# --- the search for a temperature ---
 def search(
     config: Config, run: Run, chat: Chat, rewards: Rewards, prompts: Sequence[Prompt]
 ) -> tuple[dict[str, float], float]:
@@ -231,8 +235,8 @@ def search(
     rows = []
     for temperature in config.temperatures:
         name = f"search-{temperature}"
-        work = make_sampler(config, chat, rewards, temperature, seed_for(config.seed, "search"))
-        rows.append(list(part_by_part(run, [chat], name, few, work, config.sample, config.k)))
+        work = make_sampler(config, chat, rewards, temperature, derive_seed(config.seed, "search"))
+        rows.append(list(sample_in_parts(run, [chat], name, few, work, config.sample, config.k)))
 
     means = dict(zip(config.temperatures, average_best(rows)))
     best = max(means, key=lambda temperature: means[temperature])
@@ -273,7 +277,7 @@ class Curves:
     def add(self, row: Row) -> None:
         """Count one prompt."""
         values = [
-            probability(reward) if allowed else 0.0
+            to_probability(reward) if allowed else 0.0
             for reward, allowed in zip(row["rewards"], row["allowed"])
         ]
         self._count += 1

@@ -27,7 +27,7 @@ from llama2.evaluate.judges import classify
 from llama2.evaluate.winrate import bound_share, compare
 from llama2.formats import hf_directory
 from llama2.generate.dialogue import Answer
-from llama2.generate.rewards import RewardModels, check, join
+from llama2.generate.rewards import RewardModels, check_rule, combine
 from llama2.judging import Annotators, ComparisonRequest, Outcome
 from llama2.records import Axis, Preference, Prompt, Response
 from llama2.results import SelectResult, WinShare
@@ -35,12 +35,12 @@ from llama2.runs import Run
 from llama2.runs.parts import work_in_parts
 from llama2.stages.common.answers import (
     ROUNDS,
-    answered,
+    answer_prompts,
     check_judge,
-    fitting,
-    in_turn,
-    judged,
-    twins,
+    find_equals,
+    judge_answers,
+    keep_fitting,
+    load_when_needed,
 )
 from llama2.stages.common.judges import make_annotators
 from llama2.stages.common.planning import Cluster, PlannedRuns, plan_judging
@@ -98,19 +98,19 @@ def run(config: Config, run: Run) -> None:
     """Write verdict.json and the checkpoint that is kept."""
     paths = (config.candidate, config.predecessor)
     if config.rewards:
-        check(config.rewards)
+        check_rule(config.rewards)
         for path in config.rewards.paths():
             check_judge(path, paths)
 
     tally = run.tally("prompts")
     prompts = read_prompts(config.prompts, config.limit, config.seed)
-    prompts = fitting(paths, prompts, 16, tally, config.prompts)
+    prompts = keep_fitting(paths, prompts, 16, tally, config.prompts)
     annotators = make_annotators(config.seed + 1)
     if config.rewards is None:
         prompts = choose_accepted(config, annotators, prompts, tally)
 
     dialogs = ghost.read(config.ghost) if config.ghost else []
-    places = twins(paths)
+    places = find_equals(paths)
     versions = {}
     for place in dict.fromkeys(places):
         versions[place] = answer_all(config, run, place, paths[place], prompts, dialogs)
@@ -164,7 +164,7 @@ def choose_accepted(
     return accepted
 
 
-# ---- answers and scores
+# --- answers and scores ---
 @dataclass(frozen=True)
 class SideAnswers:
     """Answers of one version to all prompts, and its obedience."""
@@ -183,16 +183,16 @@ def answer_all(
     dialogs: Sequence[ghost.GhostDialog],
 ) -> SideAnswers:
     """Have a version answer all prompts and hold all dialogs."""
-    sampling, slots = config.sample.sampling(config.seed), config.sample.slots
+    sampling, slots = config.sample.make_sampling(config.seed), config.sample.slots
     messages = [prompt.messages for prompt in prompts]
-    with in_turn(lambda: load_chat(path, config.sample, run), run.ranks.device) as chat:
+    with load_when_needed(lambda: load_chat(path, config.sample, run), run.ranks.device) as chat:
 
         def hold(part: Sequence[ghost.GhostDialog], first: int) -> list[float]:
             talks = ghost.converse(chat(), part, sampling, first=first)
             turns = [ghost.check_turns(dialog, talk) for dialog, talk in zip(part, talks)]
             return [float(sum(obeyed)) for obeyed in turns]
 
-        answers = answered(run, f"answers-{place}", chat, messages, sampling, slots)
+        answers = answer_prompts(run, f"answers-{place}", chat, messages, sampling, slots)
         rows = work_in_parts(run, f"talks-{place}", dialogs, ROUNDS * slots, hold)
         return SideAnswers(answers, list(rows))
 
@@ -207,15 +207,17 @@ def score_versions(
 ) -> dict[int, list[float]]:
     """Return the paper's joined reward of every answer of each version; one reward model is in
     memory at a time."""
-    helpful = judged(run, "judge-helpful", models.helpful, precision, prompts, answers, paths)
+    helpful = judge_answers(
+        run, "judge-helpful", models.helpful, precision, prompts, answers, paths
+    )
     safe = {place: [math.inf] * len(prompts) for place in answers}
     if models.safe:
-        safe = judged(run, "judge-safe", models.safe, precision, prompts, answers, paths)
+        safe = judge_answers(run, "judge-safe", models.safe, precision, prompts, answers, paths)
 
     rewards = {}
     for place in answers:
         pairs = zip(helpful[place], safe[place], prompts)
-        rewards[place] = [join(models, h, s, prompt.safety) for h, s, prompt in pairs]
+        rewards[place] = [combine(models, h, s, prompt.safety) for h, s, prompt in pairs]
 
     return rewards
 
@@ -257,7 +259,7 @@ def _score_outcome(outcome: Outcome) -> float:
     return 1.0 if outcome.chosen.model == "candidate" else -1.0
 
 
-# ---- the choice
+# --- the choice ---
 def judge(config: Config, kinds: Sequence[str], preferred: Sequence[float]) -> SelectResult:
     """Decide which version is kept, and why: by the win rate over all comparisons and on every
     kind."""
@@ -303,7 +305,7 @@ def _count_wins(outcomes: Sequence[float]) -> WinShare:
 def copy(source: Path, target: Path) -> None:
     """Put the model of one directory into another too, as hard links where the file system
     allows."""
-    for name in hf_directory.model_files(source):
+    for name in hf_directory.list_model_files(source):
         (target / name).unlink(missing_ok=True)
         try:
             os.link((source / name).resolve(), target / name)

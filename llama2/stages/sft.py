@@ -205,7 +205,7 @@ def conclude(
     run.conclude(f"{learner.tokens:,} tokens read, {learner.trained:,} of them learnt; {loss}")
 
 
-# ---- reading
+# --- reading ---
 def read_dialogs(config: Config, run: Run) -> tuple[dict[str, list[Dialog]], list[Dialog]]:
     """Return the dialogs to train on, set by set, and those held out, without copies.
 
@@ -278,7 +278,7 @@ def explain_useless(dialog: Dialog) -> str:
     return ""
 
 
-# ---- encoding
+# --- encoding ---
 def encode(
     tokenizer: Tokenizer, dialogs: Sequence[Dialog], length: int, context: int, tally: Tally
 ) -> Encoded:
@@ -350,7 +350,7 @@ def mix(config: Config, sets: Mapping[str, Encoded], run: Run) -> list[Segment]:
     return [mixed[index] for index in generator.permutation(len(mixed))]
 
 
-# ---- cautions
+# --- cautions ---
 def warn_of_data(
     config: Config,
     packed: Packed,

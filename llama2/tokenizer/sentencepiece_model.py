@@ -1,9 +1,12 @@
-"""The items of a SentencePiece model, read from its file and made into one.
+"""Read and write the vocabulary in a SentencePiece model file.
 
-Other formats keep a tokenizer as three lists: text, score and kind of each item. SentencePiece's
-Python interface does not tell all kinds and cannot build a model of given items, so this reads and
-writes the few fields needed of its file, which is one protocol buffer: `pieces` (1), `trainer_spec`
-(2) and `normalizer_spec` (3).
+Other formats keep a tokenizer as three lists: the text, score and kind of each item.
+SentencePiece's Python interface hides some kinds and cannot build a model of given items, so this
+module reads and writes the few fields it needs of the file, a protocol buffer: `pieces` (1),
+`trainer_spec` (2) and `normalizer_spec` (3).
+
+By hand, because `sentencepiece_model_pb2` refuses any protobuf older than the one that generated
+it, and the package does not require one: a core dependency that other packages' pins would break.
 """
 
 from __future__ import annotations
@@ -18,16 +21,18 @@ from llama2 import json_files
 from llama2.errors import UserError
 
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)
-SPACE = "\u2581"  # how SentencePiece writes a space
+UNKNOWN_ID, BOS_ID, EOS_ID = 0, 1, 2  # as in Llama 2's own model
+SPACE = "\u2581"  # SentencePiece's mark for a space
 
 _BPE = 2
-_VARINT, _DOUBLE, _BYTES, _FLOAT = 0, 1, 2, 5  # how protocol buffers mark the length of a field
+_VARINT, _DOUBLE, _BYTES, _FLOAT = 0, 1, 2, 5  # protocol buffers mark the length of a field so
+_FIXED_SIZES = {_DOUBLE: 8, _FLOAT: 4}
+_COPY_AGAIN = "copy the file again"
 
 
 @dataclass(frozen=True)
-class Piece:
-    """An item of a vocabulary; `kind` is one of the constants above, whose numbers llama.cpp has
-    taken over."""
+class VocabularyItem:
+    """An item of a vocabulary; `kind` is one of the constants above, which llama.cpp shares."""
 
     text: str
     score: float
@@ -35,156 +40,158 @@ class Piece:
 
 
 @dataclass(frozen=True)
-class Pieces:
-    """A vocabulary, and what is done to a text before it is looked up."""
+class Vocabulary:
+    """The items of a tokenizer, and the changes to a text before it is looked up.
 
-    items: Sequence[Piece]
+    `dummy_prefix`: a space is put in front. `normalised`: characters are replaced first (NFKC and
+    the like), which no other format can express.
+    """
+
+    items: Sequence[VocabularyItem]
     dummy_prefix: bool = True
-    """a space is put in front of a text"""
     extra_spaces_removed: bool = False
     normalised: bool = False
-    """characters are replaced by others first (NFKC and the like), which no other format can say"""
 
-    def unsaid(self, program: str) -> list[str]:
-        """In sentences for the user, what `program` does not do to a text, so that it gives other
-        tokens for some."""
-        kept = f"which {program} does not: some texts get other tokens there"
-        notes = (
-            [f"the tokenizer replaces characters before it looks them up, {kept}"]
-            if self.normalised
-            else []
-        )
-        if self.extra_spaces_removed:
-            notes.append(
-                f"the tokenizer drops spaces at the ends of a text and all but one inside, {kept}"
-            )
-
-        return notes
+    def describe_losses(self, program: str) -> list[str]:
+        """List, in sentences for the user, the changes to a text that `program` does not make."""
+        ending = f"which {program} does not: some texts get other tokens there"
+        changes = {
+            "replaces characters before it looks them up": self.normalised,
+            "drops spaces at the ends of a text and all but one inside": self.extra_spaces_removed,
+        }
+        return [f"the tokenizer {change}, {ending}" for change, made in changes.items() if made]
 
 
 @dataclass(frozen=True)
-class Held:
-    """A SentencePiece model that stands inside another file, or that several files make; read when
-    it is asked for."""
+class StoredTokenizer:
+    """A SentencePiece model inside another file, or made of several; read on demand.
+
+    `place` is its name in errors. `read` returns the content of a model file, with a UserError if
+    there is none at the place.
+    """
 
     place: str
-    """names it in errors"""
-    make: Callable[[], bytes]
-    """the content of a model file. UserError if what is at the place cannot be made into one"""
+    read: Callable[[], bytes]
 
     def __str__(self) -> str:
         return self.place
 
 
-def content(where: Path | Held) -> bytes:
-    """The content of a SentencePiece model file."""
-    if isinstance(where, Held):
-        return where.make()
-
-    return json_files.read_bytes(where)
+def read_model(where: Path | StoredTokenizer) -> bytes:
+    """Return the content of a SentencePiece model file."""
+    return where.read() if isinstance(where, StoredTokenizer) else json_files.read_bytes(where)
 
 
-def load(where: Path | Held) -> Pieces:
-    """The vocabulary of a SentencePiece model. UserError if it is none, or damaged."""
-    return parse(content(where), str(where))
+def load(where: Path | StoredTokenizer) -> Vocabulary:
+    """Return the vocabulary of a SentencePiece model. UserError if it is none, or damaged."""
+    return parse(read_model(where), str(where))
 
 
-def parse(model: bytes, place: str) -> Pieces:
-    """`load` for the content of a file; `place` names it in errors."""
-    items: list[Piece] = []
-    # as SentencePiece has them when the file does not say
-    prefix, removed, charsmap = True, True, b""
+def parse(model: bytes, place: str) -> Vocabulary:
+    """Return the vocabulary in the content of a file; `place` names it in errors."""
+    items: list[VocabularyItem] = []
+    normalizer: dict[int, Any] = {}
     try:
-        for number, value in _fields(model):
+        for number, value in _read_fields(model):
             if number == 1:
-                items.append(_piece(dict(_fields(value))))
+                items.append(_parse_item(dict(_read_fields(value))))
             elif number == 3:
-                normalizer = dict(_fields(value))
-                charsmap = normalizer.get(2, b"")
-                prefix, removed = bool(normalizer.get(3, prefix)), bool(normalizer.get(4, removed))
+                normalizer |= _read_fields(value)
     except (IndexError, KeyError, TypeError, ValueError, struct.error):
         raise UserError(
-            f"{place}: not a SentencePiece model, or a damaged one", "copy the file again"
+            f"{place}: not a SentencePiece model, or a damaged one", _COPY_AGAIN
         ) from None
 
     if not items:
-        raise UserError(
-            f"{place}: not a SentencePiece model: it has no items", "copy the file again"
-        )
+        raise UserError(f"{place}: not a SentencePiece model: it has no items", _COPY_AGAIN)
 
-    return Pieces(items, prefix, removed, bool(charsmap))
+    # an absent field has SentencePiece's own value: both are true
+    return Vocabulary(
+        items,
+        dummy_prefix=bool(normalizer.get(3, True)),
+        extra_spaces_removed=bool(normalizer.get(4, True)),
+        normalised=bool(normalizer.get(2, b"")),
+    )
 
 
-def check(items: Sequence[Piece], place: str, cure: str) -> None:
-    """UserError if SentencePiece cannot have these items: no unknown one, or one that stands there
-    twice."""
+def check_items(items: Sequence[VocabularyItem], place: str, cure: str) -> None:
+    """UserError unless SentencePiece can have these items: one for unknown text, each only once."""
     if not any(item.kind == UNKNOWN for item in items):
         raise UserError(f"{place}: no item of its tokenizer is the one for unknown text", cure)
 
     seen: set[str] = set()
     for token, item in enumerate(items):
         if not item.text or item.text in seen:
+            fault = "there twice" if item.text else "empty"
             raise UserError(
-                f"{place}: item {token} of its tokenizer, {item.text!a}, is "
-                f"{'there twice' if item.text else 'empty'}",
-                cure,
+                f"{place}: item {token} of its tokenizer, {item.text!a}, is {fault}", cure
             )
 
         seen.add(item.text)
 
 
-def build(pieces: Pieces, *, unknown: int = 0, bos: int = 1, eos: int = 2) -> bytes:
-    """The content of a SentencePiece BPE model file with these items, that encodes as the original
-    does."""
-    items = pieces.items
-    body = extended(b"", items)
-    trainer = _varint_field(3, _BPE) + _varint_field(4, len(items))
-    trainer += _varint_field(35, any(item.kind == BYTE for item in items))  # byte_fallback
-
-    # the last: no padding item
-    for number, token in ((40, unknown), (41, bos), (42, eos), (43, -1)):
-        trainer += _varint_field(number, token)
-
-    for number, token in ((45, unknown), (46, bos), (47, eos)):
-        trainer += _field(number, items[token].text.encode())
-
-    normalizer = _field(1, b"identity") + _field(2, b"")
-    normalizer += _varint_field(3, pieces.dummy_prefix) + _varint_field(
-        4, pieces.extra_spaces_removed
-    )
-    return body + _field(2, trainer) + _field(3, normalizer)
+def require_fitting_size(place: object, pieces: int, vocab_size: int, cure: str) -> None:
+    """UserError unless a tokenizer has as many pieces as its model has embeddings."""
+    if pieces != vocab_size:
+        raise UserError(
+            f"{place}: the tokenizer has {pieces:,} pieces, the model {vocab_size:,}", cure
+        )
 
 
-def padding(token: int) -> Piece:
-    """The item that fills an id of which nothing is known: no text spells it, and it has no
-    text."""
-    return Piece(f"[PAD{token}]", 0.0, CONTROL)
+def build(vocabulary: Vocabulary, *, unknown: int = UNKNOWN_ID) -> bytes:
+    """Return a SentencePiece BPE model file that encodes by this vocabulary."""
+    items = vocabulary.items
+    numbers = {
+        3: _BPE,
+        4: len(items),
+        35: any(item.kind == BYTE for item in items),
+        40: unknown,
+        41: BOS_ID,
+        42: EOS_ID,
+        43: -1,  # no padding item
+    }
+    trainer = b"".join(_number_field(number, value) for number, value in numbers.items())
+
+    for number, token in ((45, unknown), (46, BOS_ID), (47, EOS_ID)):
+        trainer += _bytes_field(number, items[token].text.encode())
+
+    normalizer = _bytes_field(1, b"identity") + _bytes_field(2, b"")
+    normalizer += _number_field(3, vocabulary.dummy_prefix)
+    normalizer += _number_field(4, vocabulary.extra_spaces_removed)
+
+    return extend(b"", items) + _bytes_field(2, trainer) + _bytes_field(3, normalizer)
 
 
-def padded(model: bytes, count: int, size: int) -> bytes:
-    """A SentencePiece model of `count` items, made one of `size`."""
-    return extended(model, [padding(token) for token in range(count, size)])
+def make_padding(token: int) -> VocabularyItem:
+    """Return the item that fills an unused id: no text spells it, and it has no text."""
+    return VocabularyItem(f"[PAD{token}]", 0.0, CONTROL)
 
 
-def extended(model: bytes, items: Sequence[Piece]) -> bytes:
-    """A SentencePiece model with more items behind its own."""
-    return model + b"".join(_item(item) for item in items)
+def pad(model: bytes, count: int, size: int) -> bytes:
+    """Extend a SentencePiece model of `count` items to `size` items."""
+    return extend(model, [make_padding(token) for token in range(count, size)])
 
 
-def _item(item: Piece) -> bytes:
-    return _field(
-        1, _field(1, item.text.encode()) + _float(2, item.score) + _varint_field(3, item.kind)
-    )
+def extend(model: bytes, items: Sequence[VocabularyItem]) -> bytes:
+    """Append items to a SentencePiece model."""
+    return model + b"".join(_bytes_field(1, _pack_item(item)) for item in items)
 
 
-def _piece(fields: dict[int, bytes]) -> Piece:
-    score: float = struct.unpack("<f", fields[2])[0] if 2 in fields else 0.0
-    return Piece(fields[1].decode(), score, int(fields.get(3, NORMAL)))
+def _pack_item(item: VocabularyItem) -> bytes:
+    score = _varint(2 << 3 | _FLOAT) + struct.pack("<f", item.score)
+    return _bytes_field(1, item.text.encode()) + score + _number_field(3, item.kind)
 
 
-def _fields(data: bytes) -> Iterator[tuple[int, Any]]:
-    """The number and value of every field of a message. IndexError or ValueError where it is
-    none."""
+def _parse_item(fields: dict[int, bytes]) -> VocabularyItem:
+    score = struct.unpack("<f", fields.get(2, bytes(4)))[0]
+    return VocabularyItem(fields[1].decode(), score, int(fields.get(3, NORMAL)))
+
+
+def _read_fields(data: bytes) -> Iterator[tuple[int, Any]]:
+    """Yield the number and value of every field of a message.
+
+    IndexError, KeyError or ValueError where there is no field.
+    """
     at = 0
     while at < len(data):
         tag, at = _read_varint(data, at)
@@ -194,12 +201,9 @@ def _fields(data: bytes) -> Iterator[tuple[int, Any]]:
             yield tag >> 3, value
             continue
 
-        size = {_DOUBLE: 8, _FLOAT: 4}.get(kind)
-        if kind == _BYTES:
-            size, at = _read_varint(data, at)
-
-        if size is None or at + size > len(data):
-            raise ValueError("no such field")
+        size, at = _read_varint(data, at) if kind == _BYTES else (_FIXED_SIZES[kind], at)
+        if at + size > len(data):
+            raise ValueError("the message ends in a field")
 
         yield tag >> 3, data[at : at + size]
         at += size
@@ -228,13 +232,9 @@ def _varint(value: int) -> bytes:
     return bytes([*out, value])
 
 
-def _varint_field(number: int, value: int) -> bytes:
+def _number_field(number: int, value: int) -> bytes:
     return _varint(number << 3 | _VARINT) + _varint(int(value))
 
 
-def _float(number: int, value: float) -> bytes:
-    return _varint(number << 3 | _FLOAT) + struct.pack("<f", value)
-
-
-def _field(number: int, value: bytes) -> bytes:
+def _bytes_field(number: int, value: bytes) -> bytes:
     return _varint(number << 3 | _BYTES) + _varint(len(value)) + value

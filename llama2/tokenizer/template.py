@@ -36,7 +36,8 @@ CHAT_TEMPLATE = (
     + "' %}{% set turns = messages[1:] %}"
     "{% else %}{% set system = '' %}{% set turns = messages %}{% endif %}"
     "{% for message in turns %}"
-    "{% if (message['role'] == 'user') != (loop.index0 % 2 == 0) or message['role'] not in ['user', 'assistant'] %}"
+    "{% if (message['role'] == 'user') != (loop.index0 % 2 == 0)"
+    " or message['role'] not in ['user', 'assistant'] %}"
     "{{ raise_exception('Roles must alternate user/assistant/user/assistant/...') }}{% endif %}"
     "{% if message['role'] == 'user' %}"
     "{% set content = (system if loop.first else '') + message['content'] %}"
@@ -64,14 +65,13 @@ _MARKS = {
 
 
 def is_llama_2(template: str | None) -> bool:
-    """Whether a chat template, in Jinja, writes this format: with its tags for turns and for the
-    system text, and with no tag of another format."""
-    ours = (BEGIN_INSTRUCTION, END_INSTRUCTION, BEGIN_SYSTEM.strip(), END_SYSTEM.strip())
-    return template is not None and all(tag in template for tag in ours) and "<|" not in template
+    """Return whether a Jinja template writes this format, and has no tag of another one."""
+    tags = (BEGIN_INSTRUCTION, END_INSTRUCTION, BEGIN_SYSTEM.strip(), END_SYSTEM.strip())
+    return template is not None and all(tag in template for tag in tags) and "<|" not in template
 
 
-def described(template: str | None) -> str:
-    """What a chat template is called, as far as its tags tell."""
+def describe_template(template: str | None) -> str:
+    """Name a chat template by its tags."""
     if template is None:
         return "none"
     if is_llama_2(template):
@@ -85,22 +85,22 @@ def described(template: str | None) -> str:
 
 
 def check_template(place: object, template: str | None) -> None:
-    """UserError unless a model's chat template is Llama 2's, the one format in which it is asked
-    here."""
+    """UserError unless a model's chat template is Llama 2's, the only format of prompts here."""
     if is_llama_2(template):
         return
 
-    found = "" if template is None else f", but {described(template)}"
+    other = "" if template is None else f", but {describe_template(template)}"
     raise UserError(
-        f"{place}: there is no Llama 2 chat template in its tokenizer_config.json{found}",
-        "tune it for Llama 2's format (llama2 sft); or, if it was, import it with --chat-template llama2",
+        f"{place}: there is no Llama 2 chat template in its tokenizer_config.json{other}",
+        "tune it for Llama 2's format (llama2 sft); or, if it was, import it with --chat-template "
+        "llama2",
     )
 
 
 def encode_dialog(
     tokenizer: Tokenizer, messages: Messages, train: Train = "all"
 ) -> tuple[list[int], list[bool]]:
-    """Ids of a finished conversation and its loss mask, of the same length.
+    """Return the ids of a finished conversation, and its loss mask of the same length.
 
     `mask[i]` is True where `ids[i]` is to be predicted: the tokens of the answers and their EOS, of
     the assistant turns that `train` names (`records.Dialog`); never BOS, the user's text or a tag.
@@ -121,11 +121,10 @@ def encode_dialog(
 
 
 def encode_prompt(tokenizer: Tokenizer, messages: Messages) -> list[int]:
-    """Ids of a conversation that waits for its answer, up to and including the closing tag of the
-    last user turn.
+    """Return the ids of a conversation that waits for its answer.
 
-    A prefix of `encode_dialog` of any conversation that goes on from here. ValueError if roles do
-    not alternate.
+    They end with the closing tag of the last user turn, and are a prefix of `encode_dialog` of any
+    conversation that goes on from here. ValueError if roles do not alternate.
     """
     check_roles(messages, last="user")
     turns = _fold_system(messages)
@@ -138,12 +137,11 @@ def encode_prompt(tokenizer: Tokenizer, messages: Messages) -> list[int]:
 
 
 def encode_begun(tokenizer: Tokenizer, messages: Messages) -> list[int]:
-    """Ids of a conversation whose last turn is the beginning of an answer, up to where the answer
-    goes on.
+    """Return the ids of a conversation whose last turn is the beginning of an answer.
 
-    A prefix of `encode_dialog` of the finished conversation if the beginning ends where a word
-    does. Spaces at its end are left out: a space belongs to the item of the word behind it, and one
-    alone stands before EOS only. ValueError if roles do not alternate.
+    They are a prefix of `encode_dialog` of the finished conversation if the beginning ends where a
+    word does. Spaces at its end are left out: a space belongs to the item of the word behind it,
+    and one alone stands before EOS only. ValueError if roles do not alternate.
     """
     check_roles(messages, last="assistant")
     begun = messages[-1].content.lstrip().rstrip(" ")
@@ -151,15 +149,13 @@ def encode_begun(tokenizer: Tokenizer, messages: Messages) -> list[int]:
 
 
 def render(messages: Messages) -> str:
-    """A conversation as text, without BOS and EOS: what a tokenizer is trained on if it shall know
-    the format."""
-    parts = (
-        f"{BEGIN_INSTRUCTION} {turn.content.strip()} {END_INSTRUCTION}"
-        if turn.role == "user"
-        else turn.content.strip()
-        for turn in _fold_system(messages)
-    )
-    return " ".join(parts)
+    """Return a conversation as text, without BOS and EOS, to train a tokenizer on the format."""
+    turns = _fold_system(messages)
+    return " ".join(_tag(turn) if turn.role == "user" else turn.content.strip() for turn in turns)
+
+
+def _tag(turn: Message) -> str:
+    return f"{BEGIN_INSTRUCTION} {turn.content.strip()} {END_INSTRUCTION}"
 
 
 def _fold_system(messages: Messages) -> Messages:
@@ -171,10 +167,7 @@ def _fold_system(messages: Messages) -> Messages:
 
 
 def _prompt_ids(tokenizer: Tokenizer, turn: Message) -> list[int]:
-    return [
-        tokenizer.bos,
-        *tokenizer.encode(f"{BEGIN_INSTRUCTION} {turn.content.strip()} {END_INSTRUCTION}"),
-    ]
+    return [tokenizer.bos, *tokenizer.encode(_tag(turn))]
 
 
 def _answer_ids(tokenizer: Tokenizer, turn: Message) -> list[int]:

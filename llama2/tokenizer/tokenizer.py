@@ -1,8 +1,7 @@
-"""SentencePiece behind one small class (§2.2): text to ids that are never control ids, and ids to
-text.
+"""SentencePiece as one small class (§2.2): text to ids that are never control ids, ids to text.
 
-The file is Meta's `tokenizer.model`, or one trained by `train`. BOS and EOS are added by callers as
-ids and by nobody as text: "</s>" in a document or a prompt is five characters like any others.
+The file is Meta's `tokenizer.model`, or one trained by `train`. Callers add BOS and EOS as ids, and
+no text spells them: "</s>" in a document or a prompt is five characters like any others.
 """
 
 from __future__ import annotations
@@ -13,6 +12,7 @@ import functools
 import os
 import re
 from collections.abc import Iterable, Iterator, Sequence
+from itertools import chain, islice
 from pathlib import Path
 
 import sentencepiece
@@ -20,14 +20,26 @@ import sentencepiece
 from llama2 import atomic
 from llama2.errors import UserError, explain_os_errors
 from llama2.hashing import hash_content
-from llama2.tokenizer import chat_files, foreign, huggingface, sentencepiece_model
-from llama2.tokenizer.foreign import say_once
-from llama2.tokenizer.sentencepiece_model import SPACE, Held
+from llama2.terminal_text import say_once
+from llama2.tokenizer import (
+    chat_settings,
+    comparison,
+    sentencepiece_model,
+    tokenizer_json,
+)
+from llama2.tokenizer.directory import dump_settings, find_tokenizer
+from llama2.tokenizer.sentencepiece_model import (
+    BOS_ID,
+    EOS_ID,
+    SPACE,
+    UNKNOWN_ID,
+    StoredTokenizer,
+    require_fitting_size,
+)
 from llama2.tokenizer.template import CHAT_TEMPLATE, is_llama_2
 
-FILE = foreign.MODEL
-UNKNOWN, BOS, EOS = 0, 1, 2
-SPECIAL = huggingface.Special(UNKNOWN, BOS, EOS)
+FILE = chat_settings.MODEL
+UNKNOWN, BOS, EOS = UNKNOWN_ID, BOS_ID, EOS_ID
 _PART = 4000
 _BETWEEN_WORDS = re.compile("(?<=[!-~]) (?=[A-Za-z])")
 
@@ -38,7 +50,8 @@ class Tokenizer:
     `model` is the content of a tokenizer.model file; `source` names it in errors. `eos` ends what
     is written for training; `stops` are all ids that end an answer of the model to which it
     belongs, `eos` first. `template` is that model's chat template, which `save` writes beside the
-    tokenizer; None: it has none.
+    tokenizer; None if it has none. `controls` are the items that no text spells, name -> id: BOS,
+    EOS and whatever was added, without padding.
     """
 
     def __init__(self, model: bytes, source: str = FILE) -> None:
@@ -55,79 +68,78 @@ class Tokenizer:
         self.bos, self.eos = BOS, EOS
         self.stops: tuple[int, ...] = (EOS,)
         self.template: str | None = CHAT_TEMPLATE
-        self.told_eos = EOS
+        self.announced_eos = EOS
         self.fingerprint = hash_content(model)
-        self._bytes = [self._bytes_of(piece) for piece in range(self.vocab_size)]
-        self.controls = self._controls()
-        """items that no text spells, name -> id: BOS, EOS, and whatever else was added; padding is
-        not among them"""
+        self._bytes = [self._find_bytes(token) for token in range(self.vocab_size)]
+        self.controls = self._list_controls()
 
     @classmethod
-    def load(cls, place: str | os.PathLike[str] | Held, size: int | None = None) -> Tokenizer:
-        """From a tokenizer.model or tokenizer.json, or from the directory that holds one (a
-        checkpoint is such a directory), or from inside another file.
+    def load(
+        cls, place: str | os.PathLike[str] | StoredTokenizer, vocab_size: int | None = None
+    ) -> Tokenizer:
+        """Load a tokenizer.model or tokenizer.json, a directory that holds one, or a stored one.
 
-        Of a directory that holds both, tokenizer.model is taken; if the other gives other ids, it
-        is said on stderr. With it come the ends of answers and the chat template that the directory
-        names. `size` is the vocabulary of the model that it is for: added tokens beyond it are left
-        out, aloud.
+        Of a directory that holds both, tokenizer.model is taken; if the other gives other ids, a
+        line on stderr says so. The ends of answers and the chat template come from the directory
+        as well. `vocab_size` is the model's: added tokens beyond it are left out, with a line on
+        stderr. UserError for a place without a tokenizer, and one that cannot be used.
         """
-        if isinstance(place, Held):
-            return cls(place.make(), place.place)
+        if isinstance(place, StoredTokenizer):
+            return cls(place.read(), place.place)
 
         path = Path(place)
-        if not path.is_dir():
-            held = foreign.of_json(path, size) if path.suffix == ".json" and path.exists() else path
-            return cls(sentencepiece_model.content(held), str(held))
+        if path.is_dir():
+            return cls._load_directory(path, vocab_size)
+        if path.suffix == ".json" and path.exists():
+            return cls.load(tokenizer_json.open_as_model(path, vocab_size))
 
-        found = foreign.find(path, size)
-        if found is None:
+        return cls(sentencepiece_model.read_model(path), str(path))
+
+    @classmethod
+    def _load_directory(cls, path: Path, vocab_size: int | None) -> Tokenizer:
+        stored = find_tokenizer(path, vocab_size)
+        if stored is None:
             raise UserError(
-                f"{path / FILE}: no such file or directory, and no {huggingface.JSON} either",
+                f"{path / FILE}: no such file or directory, and no {chat_settings.JSON} either",
                 "check the path",
             )
 
-        tokenizer = cls(sentencepiece_model.content(found), str(found))
-        if said := tokenizer.disagreement(path):
+        tokenizer = cls.load(stored)
+        if disagreement := tokenizer.describe_disagreement(path):
             say_once(
-                f"{said}; {FILE} is used here, and transformers uses the other: remove the one that is wrong"
+                f"{disagreement}; {FILE} is used here, and transformers uses the other: remove the "
+                "one that is wrong"
             )
 
-        ends = [token for token in chat_files.stop_ids(path) if 0 <= token < tokenizer.vocab_size]
+        stops = chat_settings.read_stop_ids(path)
+        ends = [token for token in stops if 0 <= token < tokenizer.vocab_size]
         tokenizer.stops = tuple(dict.fromkeys((*tokenizer.stops, *ends)))
-        return tokenizer.speaking(chat_files.chat_template(path), ends)
+        return tokenizer.with_chat_template(chat_settings.read_chat_template(path), ends)
 
-    def speaking(self, template: str | None, ends: Sequence[int] = ()) -> Tokenizer:
-        """The same tokenizer, beside a model with another chat template, whose answers end at one
-        of the ids `ends`.
+    def with_chat_template(self, template: str | None, ends: Sequence[int] = ()) -> Tokenizer:
+        """Return the same tokenizer for a model with another chat template.
 
-        The first of them is what other programs are told is EOS, if no text spells it; Llama 2's
-        format has its own.
+        Answers of the model end at one of the ids `ends`. Other programs are told that the first is
+        EOS, if no text spells it; Llama 2's format has its own.
         """
         other = copy.copy(self)
         other.template = template
-        first = (
-            ()
-            if is_llama_2(template)
-            else (token for token in ends[:1] if token in self.controls.values())
-        )
-        other.told_eos = next(iter(first), EOS)
+        other.announced_eos = EOS
+        if ends and ends[0] in self.controls.values() and not is_llama_2(template):
+            other.announced_eos = ends[0]
 
         return other
 
-    def check(self, place: str | os.PathLike[str], vocab_size: int, bos: int) -> None:
-        """UserError unless it is the tokenizer of a model with so many embeddings, which begins
-        texts with `bos`."""
-        if self.vocab_size != vocab_size:
-            padded = ", or import the model, which pads it" if self.vocab_size < vocab_size else ""
-            raise UserError(
-                f"{place}: the tokenizer has {self.vocab_size} pieces, the model {vocab_size}",
-                f"put the tokenizer there with which the model was trained{padded}",
-            )
+    def require_fit(self, place: str | os.PathLike[str], vocab_size: int, bos: int) -> None:
+        """UserError unless it has an item for each embedding of a model, and its id of BOS."""
+        cure = "put the tokenizer there with which the model was trained"
+        if self.vocab_size < vocab_size:
+            cure += ", or import the model, which pads it"
 
-        self.check_bos(place, bos)
+        require_fitting_size(place, self.vocab_size, vocab_size, cure)
+        self.require_bos(place, bos)
 
-    def check_bos(self, place: str | os.PathLike[str], bos: int) -> None:
+    def require_bos(self, place: str | os.PathLike[str], bos: int) -> None:
         """UserError unless the id that begins a text is the one that its model names."""
         if bos != self.bos:
             raise UserError(
@@ -135,57 +147,44 @@ class Tokenizer:
                 f"if the model was trained with this tokenizer, set bos_token_id to {self.bos}",
             )
 
-    @property
-    def pad(self) -> int:
-        """The id that fills padded places. The vocabulary has no padding item; no mask ever lets
-        this one be seen."""
-        return UNKNOWN
-
-    def same(self, other: Tokenizer) -> bool:
-        """Whether it is the other one: the same file, or one that was built again from the same
-        items."""
+    def is_same(self, other: Tokenizer) -> bool:
+        """Return whether two tokenizers are the same file, or built of the same items."""
         if self.fingerprint == other.fingerprint:
             return True
 
-        ours, theirs = (_vocabulary(one.model) for one in (self, other))
-        return ours == theirs and not ours.normalised  # the table of replacements may be another
+        ours, theirs = _parse(self.model), _parse(other.model)
+        return ours == theirs and not ours.normalised  # the table of replacements may differ
 
     def encode(self, text: str) -> list[int]:
-        """Ids of `text`, without BOS and EOS. Never a control id, whatever the text spells.
+        """Return the ids of `text`, without BOS and EOS; never a control id, whatever it spells.
 
         Other threads get their turn between the parts of a long text (see `_cut`).
         """
         return [token for part in _cut(text) for token in self.encode_many([part])[0]]
 
     def encode_many(self, texts: Sequence[str], threads: int = 1) -> list[list[int]]:
-        """`encode` of each text, on several threads. Long texts go in parts, with the same ids (see
-        `_cut`).
+        """Encode several texts, on several threads; long ones in parts (see `_cut`).
 
         UserError for a text with half of a surrogate pair, which is no character.
         """
         parts = [_cut(text) for text in texts]
+        flat = [part for cut in parts for part in cut]
         try:
-            encoded = iter(
-                self._processor.encode([part for cut in parts for part in cut], num_threads=threads)
-            )
+            encoded = iter(self._processor.encode(flat, num_threads=threads))
         except (TypeError, UnicodeEncodeError):
             _refuse_halves(texts)
             raise
 
-        return [
-            [token for _ in cut for token in next(encoded)] if len(cut) > 1 else next(encoded)
-            for cut in parts
-        ]
+        return [list(chain.from_iterable(islice(encoded, len(cut)))) for cut in parts]
 
     def decode(self, ids: Iterable[int]) -> str:
-        """The text of `ids`. Control ids are silent, and bytes that are not UTF-8 become U+FFFD."""
+        """Return the text of `ids`; control ids are silent, bytes that are not UTF-8 are U+FFFD."""
         return "".join(self.stream(ids))
 
     def stream(self, ids: Iterable[int]) -> Iterator[str]:
-        """The text of `ids` as it becomes certain: one part an id, empty while a character lacks
-        bytes.
+        """Yield the text of `ids` as it becomes certain: one part an id, and one at the end.
 
-        The parts add up to `decode(ids)`, so a chat may print them as they come.
+        A part is empty while a character lacks bytes. The parts add up to `decode(ids)`.
         """
         decoder = codecs.getincrementaldecoder("utf-8")("replace")
         start = True
@@ -199,72 +198,69 @@ class Tokenizer:
         yield decoder.decode(b"", final=True)
 
     def bytes_of(self, token: int) -> bytes:
-        """What a token adds to a text: part of a character, if it is a byte item; nothing for a
-        control id."""
+        """Return what a token adds to a text.
+
+        It may be a part of a character, for a byte item, and is empty for a control id.
+        """
         return self._bytes[token]
 
     def name_of(self, token: int) -> str:
-        """What the vocabulary calls a token: "</s>" for EOS."""
-        name: str = self._processor.id_to_piece(token)
-        return name
+        """Return the name of a token in the vocabulary: "</s>" for EOS."""
+        return str(self._processor.id_to_piece(token))
 
     def save(self, directory: str | os.PathLike[str]) -> None:
         """Write tokenizer.model and the files with which transformers, vLLM and llama.cpp read it.
 
-        Where transformers will give other ids than `encode`, for some texts, it is said on stderr,
-        once.
+        A line on stderr says, once, where transformers will give other ids than `encode`.
         """
-        directory = Path(directory)
+        path = Path(directory)
         files = {
-            huggingface.JSON: _fast(self.model),
-            **huggingface.settings(
-                _vocabulary(self.model), SPECIAL._replace(eos=self.told_eos), self.template
-            ),
+            FILE: self.model,
+            chat_settings.JSON: _dump_json(self.model),
+            **dump_settings(_parse(self.model), self.announced_eos, self.template),
         }
-        with explain_os_errors(directory):
-            directory.mkdir(parents=True, exist_ok=True)
-            _replace(directory / FILE, self.model)
+        with explain_os_errors(path):
+            path.mkdir(parents=True, exist_ok=True)
             for name, content in files.items():
-                _replace(directory / name, content)
+                atomic.write_atomic(path / name, content)
 
-        for note in self.unlike_transformers():
+        for note in self.describe_differences():
             say_once(f"note: {note}")
 
-    def unlike_transformers(self) -> tuple[str, ...]:
-        """In sentences, where transformers gives other ids; empty for a tokenizer such as Llama
-        2's."""
-        return _unlike(self.model)
+    def describe_differences(self) -> tuple[str, ...]:
+        """List, in sentences, where transformers gives other ids; () for one such as Llama 2's."""
+        return _describe_differences(self.model)
 
-    def disagreement(self, directory: Path) -> str | None:
-        """In words, where the tokenizer.json in the directory of this tokenizer.model gives other
-        ids; else None."""
-        file = directory / huggingface.JSON
+    def describe_disagreement(self, directory: Path) -> str | None:
+        """Describe where the tokenizer.json in the directory of this tokenizer.model differs.
+
+        None if it gives the same ids, or one of the files is not there.
+        """
+        file = directory / chat_settings.JSON
         if not file.exists() or not (directory / FILE).exists():
             return None
 
         with explain_os_errors(file):
             content = file.read_bytes()
 
-        if content == _fast(self.model):
+        if content == _dump_json(self.model):
             return None
 
-        found = foreign.disagreement(directory, _vocabulary(self.model), self._processor)
-        return f"{file} is not the tokenizer of the {FILE} beside it ({found})" if found else None
+        difference = tokenizer_json.describe_disagreement(
+            file, _parse(self.model), self._processor.encode
+        )
+        return difference and f"{file} is not the tokenizer of the {FILE} beside it ({difference})"
 
-    def _controls(self) -> dict[str, int]:
-        names = {
-            token: self._processor.id_to_piece(token)
-            for token in range(self.vocab_size)
-            if self._processor.is_control(token)
-        }
+    def _list_controls(self) -> dict[str, int]:
+        tokens = filter(self._processor.is_control, range(self.vocab_size))
         return {
-            name: token
-            for token, name in names.items()
-            if name != sentencepiece_model.padding(token).text
+            self.name_of(token): token
+            for token in tokens
+            if self.name_of(token) != sentencepiece_model.make_padding(token).text
         }
 
-    def _bytes_of(self, token: int) -> bytes:
-        piece: str = self._processor.id_to_piece(token)
+    def _find_bytes(self, token: int) -> bytes:
+        piece = self.name_of(token)
         if self._processor.is_control(token):
             return b""
         if self._processor.is_byte(token):
@@ -276,19 +272,19 @@ class Tokenizer:
 
 
 @functools.lru_cache(maxsize=4)
-def _vocabulary(model: bytes) -> sentencepiece_model.Pieces:
+def _parse(model: bytes) -> sentencepiece_model.Vocabulary:
     return sentencepiece_model.parse(model, FILE)
 
 
 @functools.lru_cache(maxsize=4)
-def _fast(model: bytes) -> bytes:
-    return huggingface.fast(_vocabulary(model), SPECIAL)
+def _dump_json(model: bytes) -> bytes:
+    return tokenizer_json.dump(_parse(model))
 
 
 @functools.lru_cache(maxsize=4)
-def _unlike(model: bytes) -> tuple[str, ...]:
+def _describe_differences(model: bytes) -> tuple[str, ...]:
     processor = sentencepiece.SentencePieceProcessor(model_proto=model)
-    return tuple(huggingface.unlike(_vocabulary(model), processor.encode))
+    return tuple(comparison.describe_differences(_parse(model), processor.encode))
 
 
 def _refuse_halves(texts: Sequence[str]) -> None:
@@ -297,14 +293,14 @@ def _refuse_halves(texts: Sequence[str]) -> None:
             text.encode()
         except UnicodeEncodeError as error:
             raise UserError(
-                f"the text {text[:40]!r} holds half of a surrogate pair at character {error.start + 1}",
+                f"the text {text[:40]!r} holds half of a surrogate pair at character "
+                f"{error.start + 1}",
                 "leave it out, or write U+FFFD in its place",
             ) from None
 
 
 def _cut(text: str) -> list[str]:
-    """A text in parts of about 4,000 characters whose ids, one after another, are those of the
-    text.
+    """Cut a text into parts of about 4,000 characters whose ids, joined, are those of the text.
 
     SentencePiece takes three times as long for a book in one piece. A cut takes one space between
     two words away, and the space that SentencePiece puts in front of each part is that space again;
@@ -320,12 +316,15 @@ def _cut(text: str) -> list[str]:
 
 
 def _check(processor: sentencepiece.SentencePieceProcessor, source: str) -> None:
-    """Refuse models on which the guarantees of `encode` and of the chat template would not hold."""
-    cure = "use Llama 2's tokenizer.model or one made by 'llama2 tokenizer' (import has --tokenizer FILE)"
-    found = (processor.unk_id(), processor.bos_id(), processor.eos_id())
-    if found != (UNKNOWN, BOS, EOS):
+    """UserError for a model that breaks what `encode` and the chat template rely on."""
+    cure = (
+        "use Llama 2's tokenizer.model or one made by 'llama2 tokenizer' (import has --tokenizer "
+        "FILE)"
+    )
+    ids = (processor.unk_id(), processor.bos_id(), processor.eos_id())
+    if ids != (UNKNOWN, BOS, EOS):
         raise UserError(
-            f"{source}: unknown, BOS and EOS have ids {found}, expected {(UNKNOWN, BOS, EOS)}", cure
+            f"{source}: unknown, BOS and EOS have ids {ids}, expected {(UNKNOWN, BOS, EOS)}", cure
         )
     if not processor.is_control(BOS) or not processor.is_control(EOS):
         raise UserError(
@@ -345,7 +344,8 @@ def _check(processor: sentencepiece.SentencePieceProcessor, source: str) -> None
         piece = processor.id_to_piece(token)
         if SPACE in piece.lstrip(SPACE):
             raise UserError(
-                f"{source}: the item {piece!r} runs across a space, so answers cannot be told from prompts",
+                f"{source}: the item {piece!r} runs across a space, so answers cannot be told "
+                "from prompts",
                 cure,
             )
         if not float(processor.get_score(token)).is_integer():
@@ -353,7 +353,3 @@ def _check(processor: sentencepiece.SentencePieceProcessor, source: str) -> None
                 f"{source}: not a BPE model (item {piece!r} has a probability for a merge rank)",
                 cure,
             )
-
-
-def _replace(path: Path, content: bytes) -> None:
-    atomic.write_atomic(path, content)

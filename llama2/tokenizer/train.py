@@ -84,8 +84,10 @@ def train(
 
 
 def _sample(texts: Iterable[str], limit: int, seed: int) -> list[str]:
-    """A uniform sample of the texts, of at most `limit` bytes (one text at least), in their
-    order."""
+    """Return a uniform sample of the texts, of at most `limit` bytes, in their order.
+
+    It has one text at least.
+    """
     draw = random.Random(seed).random
     heap: list[tuple[float, int, str]] = []  # the smallest draws stay
     size = 0
@@ -96,12 +98,15 @@ def _sample(texts: Iterable[str], limit: int, seed: int) -> list[str]:
         while size > limit and len(heap) > 1:
             size -= len(heapq.heappop(heap)[2].encode())
 
-    return [text for _, text in sorted((index, text) for _, index, text in heap)]
+    chosen = sorted((index, text) for _, index, text in heap)
+    return [text for _, text in chosen]
 
 
 def _lines(text: str) -> Iterator[str]:
-    """The lines of a text, long ones cut at a space. Newlines stay out of the vocabulary: they are
-    a byte item."""
+    """Yield the lines of a text, long ones cut at a space.
+
+    Newlines stay out of the vocabulary: they are a byte item.
+    """
     longest = _LINE_BYTES // 4  # four bytes a character at most
     for line in text.split("\n"):
         start = 0
@@ -116,17 +121,17 @@ def _lines(text: str) -> Iterator[str]:
 
 
 def _explain(message: str, vocab_size: int) -> Exception:
-    """SentencePiece's refusals in the user's words; anything else is a defect and keeps its
-    traceback."""
-    if found := re.search(r"Vocabulary size too high .*<= (\d+)", message):
+    """Return SentencePiece's refusal in the user's words; any other error is a defect."""
+    if match := re.search(r"Vocabulary size too high .*<= (\d+)", message):
         return UserError(
-            f"vocab_size {vocab_size} is too large for this text, which supports {found[1]} items",
-            f"choose at most {found[1]}, or give more text",
+            f"vocab_size {vocab_size} is too large for this text, which supports {match[1]} items",
+            f"choose at most {match[1]}, or give more text",
         )
-    if found := re.search(r"smaller than required_chars\. \d+ vs (\d+)", message):
+    if match := re.search(r"smaller than required_chars\. \d+ vs (\d+)", message):
         return UserError(
-            f"vocab_size {vocab_size} is too small: the characters of this text alone take {found[1]}",
-            f"choose more than {found[1]}",
+            f"vocab_size {vocab_size} is too small: the characters of this text alone take "
+            f"{match[1]}",
+            f"choose more than {match[1]}",
         )
 
     return RuntimeError(message)

@@ -256,7 +256,7 @@ def test_two_models_side_by_side_show_a_hostile_prompt_as_text(page: Page, serve
     assert stored(page)["messages"][0]["content"] == HOSTILE
     wait_for(
         lambda: (
-            {model.name: model.worker.admitted for model in served.models}
+            {model.name: model.worker.admitted for model in served.models.values()}
             == {"policy": 0, "endless": 0}
         )
     )
@@ -274,7 +274,7 @@ def test_a_server_that_goes_away_in_the_middle(
     kept = answers(page).inner_text()
     assert len(kept) >= 8
     pace.go_on()
-    wait_for(lambda: all(model.worker.admitted == 0 for model in served.models))
+    wait_for(lambda: all(model.worker.admitted == 0 for model in served.models.values()))
     card.get_by_role("button", name="Try again").click()
     expect(card).to_contain_text("The server cannot be reached")
     relay.mend()

@@ -92,8 +92,7 @@ def _text(answer: dict[str, Any]) -> str:
     return str(choice["message"]["content"] if "message" in choice else choice["text"])
 
 
-# ---- what the server sent is taken back
-# -----------------------------------------------------------------------------
+# --- what the server sent is taken back ---
 def _own_answers() -> Iterator[tuple[str, str, Work]]:
     def again(form: Callable[[Any], Any]) -> Work:
         def work(service: Service) -> tuple[bool, str]:
@@ -164,8 +163,7 @@ def _own_answers() -> Iterator[tuple[str, str, Work]]:
     yield "turn: tool calls", "refused by reason", refused("tool", messages=calls)
 
 
-# ---- fields that change nothing, or are not there
-# -------------------------------------------------------------------
+# --- fields that change nothing, or are not there ---
 def _fields() -> Iterator[tuple[str, str, Work]]:
     nothing: list[dict[str, Any]] = [
         {"tools": None},
@@ -329,8 +327,7 @@ def _streams(option: str) -> Work:
     return with_server(work)
 
 
-# ---- log-likelihoods
-# ------------------------------------------------------------------------------------------------
+# --- log-likelihoods ---
 def _scores() -> Iterator[tuple[str, str, Work]]:
     def harness(bias: dict[str, float] | None, tokens: int, **more: Any) -> Work:
         """The request of lm-evaluation-harness: as many entries as ids, and one a token drawn; sums
@@ -424,8 +421,7 @@ def _scores() -> Iterator[tuple[str, str, Work]]:
     yield "logprobs: a stream", "prompt + 1 entries in all", with_server(streamed)
 
 
-# ---- edges
-# ----------------------------------------------------------------------------------------------------------
+# --- edges ---
 def _edges() -> Iterator[tuple[str, str, Work]]:
     def alike(one: dict[str, Any], other: dict[str, Any]) -> Work:
         def work(service: Service) -> tuple[bool, str]:
@@ -524,8 +520,7 @@ def _prefill(extra: dict[str, Any]) -> Work:
     return work
 
 
-# ---- libraries
-# ------------------------------------------------------------------------------------------------------
+# --- libraries ---
 def _libraries() -> Iterator[tuple[str, str, Work]]:
     def parsed(service: Service) -> tuple[bool, str]:
         import pydantic

@@ -22,8 +22,7 @@ def cases() -> Iterator[tuple[str, str, Work]]:
     yield from _folders()
 
 
-# --- what is checked
-# --------------------------------------------------------------------------------------------------
+# --- what is checked ---
 
 
 def _prepare(kind: str, file: str, *more: str) -> Callable[[Bench], Got]:
@@ -106,8 +105,7 @@ def _learns(file: str, answers: list[str], *more: str, said: str = "") -> Work:
     return _is("dialogs", file, lambda found: _answers(found) == sorted(answers), *more, said=said)
 
 
-# --- the cases
-# --------------------------------------------------------------------------------------------------------
+# --- the cases ---
 
 
 def _labels() -> Iterator[tuple[str, str, Work]]:

@@ -65,8 +65,7 @@ def either(*works: Work) -> Work:
     return work
 
 
-# ---- config.json
-# ----------------------------------------------------------------------------------------------------
+# --- config.json ---
 def _configurations() -> Iterator[tuple[str, str, Work]]:
     def same(name: str, changes: Mapping[str, Any] | None = None, spread: float = 0.2) -> Work:
         def work(bench: Bench) -> tuple[bool, str]:
@@ -199,8 +198,7 @@ def _configurations() -> Iterator[tuple[str, str, Work]]:
             yield f"config: {key} {value}", "refused by name", refused("eoslist", key, changes)
 
 
-# ---- where an answer ends
-# -------------------------------------------------------------------------------------------
+# --- where an answer ends ---
 def _ends() -> Iterator[tuple[str, str, Work]]:
     def stops(
         name: str,
@@ -282,8 +280,7 @@ def _ends() -> Iterator[tuple[str, str, Work]]:
     )
 
 
-# ---- chat templates
-# -------------------------------------------------------------------------------------------------
+# --- chat templates ---
 def _templates() -> Iterator[tuple[str, str, Work]]:
     def never_laundered(made: Callable[[Bench], Path]) -> Work:
         """Served by its own template, or refused; never as if it had been Llama 2's."""
@@ -377,8 +374,7 @@ def _own_template(bench: Bench, imported: Path, original: Path) -> tuple[bool, s
     return found == len(expected), f"{found} tokens of a prompt, {len(expected)} by its template"
 
 
-# ---- directories
-# ----------------------------------------------------------------------------------------------------
+# --- directories ---
 def _directories() -> Iterator[tuple[str, str, Work]]:
     def changed(
         edit: Callable[[Path], None], expected: str = "", changes: Mapping[str, Any] | None = None
@@ -453,8 +449,7 @@ def _directories() -> Iterator[tuple[str, str, Work]]:
     )
 
 
-# ---- tokenizers
-# -----------------------------------------------------------------------------------------------------
+# --- tokenizers ---
 TEXTS = [
     "yend.  Next",
     "if x:\n    return 1",

@@ -44,8 +44,7 @@ def short_recipe(bench: Bench) -> Path:
     return file
 
 
-# ---- checkpoints in progress
-# ----------------------------------------------------------------------------------------
+# --- checkpoints in progress ---
 def _dialogs(bench: Bench) -> Path:
     file = bench.scratch / "taught.jsonl"
     rows = [
@@ -259,8 +258,7 @@ def _checkpoints() -> Iterator[tuple[str, str, Work]]:
     yield "tokenize: a cut index in an unfinished run", "made again", indexed
 
 
-# ---- power
-# ----------------------------------------------------------------------------------------------------------
+# --- power ---
 def _durable() -> Iterator[tuple[str, str, Work]]:
     def synced(*words: str) -> Work:
         """Every output and its directory is on the disk before COMPLETE has its name."""
@@ -394,8 +392,7 @@ def _watched(bench: Bench, words: list[str]) -> tuple[bool, str]:
     return not left, f"{got.short()[:60]} | not on the disk: {left[:6]} ({len(left)})"
 
 
-# ---- processes that die
-# ---------------------------------------------------------------------------------------------
+# --- processes that die ---
 def _children(parent: int) -> list[int]:
     found = []
     for place in Path("/proc").glob("[0-9]*/stat"):

@@ -80,8 +80,7 @@ def open_to_all(bench: Bench) -> Path:
     return place
 
 
-# ---- native libraries
-# -----------------------------------------------------------------------------------------------
+# --- native libraries ---
 def _libraries() -> Iterator[tuple[str, str, Work]]:
     for how in (
         "a folder of another's",
@@ -217,8 +216,7 @@ def _damaged(damage: Callable[[bytes], bytes]) -> Work:
     return work
 
 
-# ---- homes, caches, locales
-# -----------------------------------------------------------------------------------------
+# --- homes, caches, locales ---
 def _places() -> Iterator[tuple[str, str, Work]]:
     def homeless(bench: Bench) -> tuple[bool, str]:
         if os.getuid():
@@ -360,8 +358,7 @@ def _ascii_run(environment: dict[str, str]) -> Work:
     )
 
 
-# ---- chat on a pipe
-# -------------------------------------------------------------------------------------------------
+# --- chat on a pipe ---
 def _pipes() -> Iterator[tuple[str, str, Work]]:
     lines = "".join(f"how is tea {number}\n" for number in range(60))
 

@@ -49,7 +49,7 @@ def _asked(text: str, **more: object) -> Prompt:
 
 
 def _earlier_turns(bench: Bench) -> tuple[bool, str]:
-    from llama2.stages.common.sampling import dialog
+    from llama2.stages.common.sampling import make_dialog
 
     prompt = Prompt(
         (
@@ -58,7 +58,7 @@ def _earlier_turns(bench: Bench) -> tuple[bool, str]:
             Message("user", "Then?"),
         )
     )
-    found = dialog(prompt, "I cannot help with that.")
+    found = make_dialog(prompt, "I cannot help with that.")
 
     return found.train == "last", f"train = {found.train}"
 
@@ -98,14 +98,14 @@ def _pool(bench: Bench) -> tuple[bool, str]:
 def _score(bench: Bench, prompt: str, text: str) -> float:
     """What the reward model gives to an answer that was cut off."""
     from llama2.formats import checkpoint
-    from llama2.generate.score import rewards
+    from llama2.generate.score import score_rows
     from llama2.tokenizer import Tokenizer, encode_prompt
 
     turns = tuple(Message(turn["role"], turn["content"]) for turn in json.loads(prompt))
     tokenizer = Tokenizer.load(bench.model)
     row = [*encode_prompt(tokenizer, turns), *tokenizer.encode(text)]
 
-    return rewards(checkpoint.load_scorer(bench.helpful), [row])[0]
+    return score_rows(checkpoint.load_scorer(bench.helpful), [row])[0]
 
 
 def _seeds(bench: Bench) -> tuple[bool, str]:

@@ -63,8 +63,7 @@ def refused(pattern: str, *arguments: str, **more: Any) -> Work:
     return work
 
 
-# ---- records and their containers
-# -----------------------------------------------------------------------------------
+# --- records and their containers ---
 def _records() -> Iterator[tuple[str, str, Work]]:
     def prepare(kind: str, file: str, *more: str) -> Callable[[Bench], Got]:
         return lambda bench: bench.llama2(
@@ -178,8 +177,7 @@ def _records() -> Iterator[tuple[str, str, Work]]:
     yield "prompts: an encrypted zip", "one line that names the file", encrypted
 
 
-# ---- nesting
-# --------------------------------------------------------------------------------------------------------
+# --- nesting ---
 def _deep() -> Iterator[tuple[str, str, Work]]:
     deep = "[" * 100_000 + "]" * 100_000
 
@@ -263,8 +261,7 @@ def _deep() -> Iterator[tuple[str, str, Work]]:
     yield "steps.json: deep", "one line", report
 
 
-# ---- models
-# ---------------------------------------------------------------------------------------------------------
+# --- models ---
 def _copy(bench: Bench, name: str) -> Path:
     place = bench.scratch / "odd" / name
     shutil.rmtree(place, ignore_errors=True)
@@ -415,8 +412,7 @@ def _models() -> Iterator[tuple[str, str, Work]]:
         yield f"{name}: a device", "one line, at once", device(name)
 
 
-# ---- what reaches the terminal
-# --------------------------------------------------------------------------------------
+# --- what reaches the terminal ---
 def _shown() -> Iterator[tuple[str, str, Work]]:
     def header(bench: Bench) -> tuple[bool, str]:
         place = _copy(bench, "escapes")
@@ -475,8 +471,7 @@ def _shown() -> Iterator[tuple[str, str, Work]]:
     yield "a value of 5,000 items", "a line that can be read", long
 
 
-# ---- names that are paths
-# -------------------------------------------------------------------------------------------
+# --- names that are paths ---
 def _names() -> Iterator[tuple[str, str, Work]]:
     def source(name: str) -> Work:
         def work(bench: Bench) -> tuple[bool, str]:
@@ -534,8 +529,7 @@ def _names() -> Iterator[tuple[str, str, Work]]:
     yield "--out in a loop of links", "one line", loop
 
 
-# ---- runs
-# -----------------------------------------------------------------------------------------------------------
+# --- runs ---
 def _reported(bench: Bench) -> Path:
     """A recipe directory with one finished step."""
     place = bench.scratch / "reported"

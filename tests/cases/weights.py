@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from llama2.formats import checkpoint
-from llama2.formats.hf_directory import shapes
+from llama2.formats.hf_directory import list_shapes
 from llama2.model.llama import LlamaConfig
 
 if TYPE_CHECKING:
@@ -68,7 +68,7 @@ def drawn(sizes: Mapping[str, Any], spread: float = 0.2, seed: int = 0) -> dict[
     generator = torch.Generator().manual_seed(seed)
     return {
         name: torch.randn(shape, generator=generator) * spread + (len(shape) == 1)
-        for name, shape in shapes(LlamaConfig(**sizes)).items()
+        for name, shape in list_shapes(LlamaConfig(**sizes)).items()
     }
 
 

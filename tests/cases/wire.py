@@ -242,8 +242,7 @@ def _hosts() -> Iterator[tuple[str, str, Work]]:
     yield "--host 127.0.0.2", "a loopback address without keys refuses other names too", foreign
 
 
-# ---- silence, slowness, size
-# ----------------------------------------------------------------------------------------
+# --- silence, slowness, size ---
 def _impatient(bench: Bench) -> Service:
     """A server that waits for a second where it waits for anything to arrive."""
     names = [

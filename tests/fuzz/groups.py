@@ -54,8 +54,7 @@ class Group:
     """how much of all mutations it gets"""
 
 
-# ---- what a command made
-# --------------------------------------------------------------------------------------------
+# --- what a command made ---
 class Insane(Exception):
     """What was accepted cannot be right."""
 
@@ -122,8 +121,7 @@ def nothing(out: Path) -> Facts:
 WEIGHTS = written("model*.safetensors")
 
 
-# ---- the groups
-# -----------------------------------------------------------------------------------------------------
+# --- the groups ---
 IMPORT = ("import", "IN", "--out", "OUT")
 
 

@@ -115,8 +115,7 @@ ODD_YAML = [
 DEEP = 100_000
 
 
-# ---- bytes
-# ----------------------------------------------------------------------------------------------------------
+# --- bytes ---
 def place(chance: random.Random, content: bytes) -> int:
     """Somewhere in a file, often near its begin or its end: weights in between look all alike."""
     size = len(content)
@@ -219,8 +218,7 @@ BYTES: tuple[Mutation, ...] = (
 BINARY: tuple[Mutation, ...] = (*BYTES, grow, grow)
 
 
-# ---- values of JSON
-# -------------------------------------------------------------------------------------------------
+# --- values of JSON ---
 def disturbed(chance: random.Random, value: Any) -> Any:
     """The value with one place in it changed: another value, a key lost, renamed or added, an item
     lost or doubled."""

@@ -25,7 +25,7 @@ from safetensors.torch import save_file
 
 from llama2 import records
 from llama2.formats import checkpoint, gguf, hf, llama2c, meta
-from llama2.formats.detect import open_source
+from llama2.formats.detect import open_model
 from llama2.model.llama import Llama, LlamaConfig
 from llama2.records import Dialog
 from llama2.tokenizer import CHAT_TEMPLATE, Tokenizer, train
@@ -75,8 +75,7 @@ def build(folder: Path) -> None:
     (folder / "done").touch()
 
 
-# ---- models
-# ---------------------------------------------------------------------------------------------------------
+# --- models ---
 def _models(folder: Path, demonstrations: Path) -> None:
     torch.manual_seed(0)
     texts = [turn.content for one in records.read(Dialog, demonstrations) for turn in one.messages]
@@ -90,7 +89,7 @@ def _models(folder: Path, demonstrations: Path) -> None:
     ours = folder / "ours"
     checkpoint.save(model, ours)
     tokenizer.save(ours)
-    open_source(ours)
+    open_model(ours)
     source = hf.read(ours)
     hf.write(source, folder / "summed", beside=tokenizer.save)
     hf.write(source, folder / "shards", shard_bytes=40_000, beside=tokenizer.save)
@@ -216,8 +215,7 @@ def _copy(source: Path, target: Path, leave: frozenset[str] | set[str] = frozens
             (target / file.name).write_bytes(file.read_bytes())
 
 
-# ---- records
-# --------------------------------------------------------------------------------------------------------
+# --- records ---
 def _records(folder: Path) -> None:
     for kind, rows in ROWS.items():
         lines = "".join(json.dumps(row) + "\n" for row in rows).encode()
@@ -309,8 +307,7 @@ def _table(rows: list[dict[str, Any]], separator: str) -> bytes:
     ).encode()
 
 
-# ---- runs
-# -----------------------------------------------------------------------------------------------------------
+# --- runs ---
 def _runs(folder: Path) -> None:
     """A finished recipe, and runs of three kinds that were stopped half-way."""
     folder.mkdir()

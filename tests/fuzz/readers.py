@@ -66,8 +66,7 @@ class Outcome:
     detail: str = ""
 
 
-# ---- in the process of a mutation
-# -----------------------------------------------------------------------------------
+# --- in the process of a mutation ---
 def carry_out(group: Group, folder: Path, everything: Path) -> None:
     """Run the command here, look at what it made, leave status and facts in `folder`; does not
     return."""
@@ -128,8 +127,7 @@ def _virtual() -> int:
     return int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
 
 
-# ---- outside
-# --------------------------------------------------------------------------------------------------------
+# --- outside ---
 class Fuzzer:
     """Damages, starts, waits and judges."""
 

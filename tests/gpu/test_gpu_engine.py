@@ -9,10 +9,11 @@ import pytest
 import torch
 from shapes import VOCABULARY, build
 
-from llama2.generate.batch import Request
-from llama2.generate.engine import Completion, Engine
+from llama2.generate.engine import Engine
+from llama2.generate.generator import Completion
+from llama2.generate.request import SampleRequest
 from llama2.generate.sampling import Sampling
-from llama2.generate.score import logprobs, predictions, rewards
+from llama2.generate.score import compute_logprobs, predict_tokens, score_rows
 from llama2.model.llama import Llama
 from llama2.model.scorer import Scorer
 
@@ -50,7 +51,7 @@ def test_greedy_answers_are_the_full_forward_passs(model) -> None:
 @pytest.mark.parametrize(("precision", "tolerance"), [("fp32", 1e-3), ("bf16", 0.3)])
 def test_log_probabilities_are_the_trainers(model, record_property, precision, tolerance) -> None:
     answers = flat(Engine(model, slots=4, precision=precision).generate(prompts(), DRAWN))
-    full = logprobs(model, [[*one.prompt, *one.tokens] for one in answers], precision)
+    full = compute_logprobs(model, [[*one.prompt, *one.tokens] for one in answers], precision)
     gaps = torch.cat(
         [
             torch.tensor(one.logprobs) - torch.tensor(row[len(one.prompt) - 1 :])
@@ -101,7 +102,9 @@ def test_samples_are_those_of_the_cpu(model, device, record_property, sampling) 
 def test_an_open_session_answers_as_a_batch_does(model, record_property) -> None:
     engine = Engine(model, slots=4, precision="fp32")
     expected = flat(engine.generate(prompts(), GREEDY))
-    requests = [Request(tuple(prompt), GREEDY, index) for index, prompt in enumerate(prompts())]
+    requests = [
+        SampleRequest(tuple(prompt), GREEDY, index) for index, prompt in enumerate(prompts())
+    ]
     session = engine.open()
 
     for request in requests:
@@ -138,11 +141,11 @@ def test_scores_and_predictions_equal_the_cpus(model, device) -> None:
         scorer.score.weight.mul_(30)
 
     rows = prompts()
-    exact = rewards(scorer, rows, "fp32")
-    assert rewards(scorer.to(device), rows, "fp32") == pytest.approx(exact, rel=1e-3, abs=1e-3)
-    assert rewards(scorer, rows, "bf16") == pytest.approx(exact, rel=0.1, abs=0.1)
-    here = predictions(model, rows, "fp32")
-    there = predictions(model.to("cpu"), rows, "fp32")
+    exact = score_rows(scorer, rows, "fp32")
+    assert score_rows(scorer.to(device), rows, "fp32") == pytest.approx(exact, rel=1e-3, abs=1e-3)
+    assert score_rows(scorer, rows, "bf16") == pytest.approx(exact, rel=0.1, abs=0.1)
+    here = predict_tokens(model, rows, "fp32")
+    there = predict_tokens(model.to("cpu"), rows, "fp32")
     model.to(device)
 
     for (mine, _), (theirs, _) in zip(here, there):

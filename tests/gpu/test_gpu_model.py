@@ -11,7 +11,7 @@ import torch
 from shapes import LENGTH, batch, build, distance, moved, results
 
 from llama2.model import attention
-from llama2.model.attention import fused_attention
+from llama2.model.attention import sdpa_attention
 from llama2.model.llama import Attention, Context, LlamaConfig
 from llama2.model.positions import rotary_tables, same_document
 from llama2.model.scorer import Scorer
@@ -120,14 +120,14 @@ def test_shared_keys_never_fill_the_memory_with_scores(
     documents = (
         attention.documents_of(documents_BT, kind, shape.head_dim) if way == "documents" else None
     )
-    attend = partial(attention.fused_attention, bias_B1TS=None)
+    attend = partial(attention.sdpa_attention, bias_B1TS=None)
     if documents is not None:
         attend = partial(attention.document_attention, documents=documents)
 
     if way == "mask" or (way == "documents" and documents is None):
         bias = torch.zeros(1, length, length, dtype=kind, device=device)
         bias = bias.masked_fill(~same_document(documents_BT), torch.finfo(kind).min)[:, None]
-        attend = partial(attention.fused_attention, bias_B1TS=bias)
+        attend = partial(attention.sdpa_attention, bias_B1TS=bias)
 
     _reset(on_cuda)
     module(x_BTD, Context(*tables, attend, None)).float().square().sum().backward()
@@ -152,8 +152,8 @@ def test_one_query_among_idle_slots(device, keys) -> None:
     k, v = (torch.randn(3, 2, keys, 64, generator=random) for _ in range(2))
     seen = torch.arange(keys)[None] <= torch.tensor([keys - 1, keys // 2, 0])[:, None]
     bias = torch.zeros(3, keys).masked_fill(~seen, torch.finfo(torch.float32).min)[:, None, None]
-    exact = fused_attention(q, k, v, bias)
-    found = fused_attention(*(one.to(device) for one in (q, k, v)), bias.to(device))
+    exact = sdpa_attention(q, k, v, bias)
+    found = sdpa_attention(*(one.to(device) for one in (q, k, v)), bias.to(device))
     assert distance(found.cpu(), exact) < EXACT
 
 

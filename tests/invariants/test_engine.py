@@ -10,10 +10,11 @@ import torch
 import transformers
 
 from llama2.errors import UserError
-from llama2.generate.batch import Batch
-from llama2.generate.engine import Completion, Engine
+from llama2.generate.engine import Engine
+from llama2.generate.generator import Completion
+from llama2.generate.model_runner import ModelRunner
 from llama2.generate.sampling import Sampling
-from llama2.generate.score import logprobs
+from llama2.generate.score import compute_logprobs
 from llama2.model.llama import Llama, LlamaConfig
 from llama2.model.quantize import Bits
 
@@ -93,7 +94,7 @@ def test_bf16_is_as_near_to_fp32_as_the_trainer_is(model: Llama) -> None:
     exact, trainer = (
         [
             torch.tensor(row[len(each.prompt) - 1 :])
-            for each, row in zip(results, logprobs(model, rows, precision))
+            for each, row in zip(results, compute_logprobs(model, rows, precision))
         ]
         for precision in ("fp32", "bf16")
     )
@@ -143,10 +144,10 @@ def test_samples_that_share_a_prefill_equal_samples_that_do_not(model: Llama) ->
 
 def test_one_prefill_a_prompt(model: Llama, monkeypatch: pytest.MonkeyPatch) -> None:
     read: list[int] = []
-    prefill = Batch._prefill
+    prefill = ModelRunner.prefill
     monkeypatch.setattr(
-        Batch,
-        "_prefill",
+        ModelRunner,
+        "prefill",
         lambda self, prompts: (read.append(len(prompts)), prefill(self, prompts))[1],
     )
     engine(model, 4).generate([*prompts(3), prompts(3)[0]], replace(PLAIN, n=10))
@@ -242,6 +243,20 @@ def test_weights_changed_in_place_are_seen_at_once(precision: str) -> None:
     assert after == Engine(other, precision=precision).generate(prompts(4), PLAIN)  # type: ignore[arg-type]
 
 
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_an_engine_takes_the_weights_of_another_model(precision) -> None:
+    model, other = make_model(3), make_model(4).requires_grad_(False)
+    used = Engine(model.requires_grad_(False), precision=precision)
+    before = used.generate(prompts(4), PLAIN)
+    used.update(other)
+    after = used.generate(prompts(4), PLAIN)
+    assert after != before
+    assert after == Engine(other, precision=precision).generate(prompts(4), PLAIN)
+
+    with pytest.raises(ValueError, match="another shape"):
+        used.update(make_model(config=replace(CONFIG, num_hidden_layers=1)))
+
+
 def test_a_sample_that_reaches_the_context_ends_by_length(model: Llama) -> None:
     ((each,),) = engine(model).generate([[5] * 60], replace(PLAIN, max_tokens=100))
     assert (len(each.tokens), each.finish) == (4, "length")
@@ -312,12 +327,12 @@ def test_rounded_cached_decoding_equals_the_full_forward_pass(model: Llama, bits
     products in fp32."""
     mine = rounded_engine(model, bits)
     results = [row[0] for row in mine.generate(prompts(40), PLAIN)]
-    rows, served = [each.prompt + each.tokens for each in results], mine.current()
+    rows, served = [each.prompt + each.tokens for each in results], mine.refresh()
     full, exact = (
         torch.tensor(
             [
                 value
-                for each, row in zip(results, logprobs(measured, rows, precision))
+                for each, row in zip(results, compute_logprobs(measured, rows, precision))
                 for value in row[len(each.prompt) - 1 :]
             ]
         )

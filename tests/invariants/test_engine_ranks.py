@@ -10,7 +10,7 @@ from toys import CONFIG, VOCABULARY, llama
 
 from llama2.generate.engine import Engine
 from llama2.generate.sampling import Sampling
-from llama2.generate.score import logprobs, rewards
+from llama2.generate.score import compute_logprobs, score_rows
 from llama2.model.scorer import Scorer
 from llama2.ranks import Ranks
 from llama2.train import parallel
@@ -33,16 +33,16 @@ def sample_and_score(directory: Path, ranks: Ranks) -> None:
             "a rank without prompts joins in the gathering"
         )
 
-    with_one = [logprobs(llama(), [row], "fp32", ranks=ranks)[0] for row in ROWS]
-    scores = [rewards(Scorer(CONFIG), [row], "fp32", ranks=ranks)[0] for row in ROWS]
+    with_one = [compute_logprobs(llama(), [row], "fp32", ranks=ranks)[0] for row in ROWS]
+    scores = [score_rows(Scorer(CONFIG), [row], "fp32", ranks=ranks)[0] for row in ROWS]
     for tokens in (1, 14, 100):  # 5, 3 and 1 batches for two ranks
         sharded = parallel.shard(llama(), ranks), parallel.shard(Scorer(CONFIG), ranks)
         for found, expected in zip(
-            logprobs(sharded[0], ROWS, "fp32", tokens, ranks=ranks), with_one, strict=True
+            compute_logprobs(sharded[0], ROWS, "fp32", tokens, ranks=ranks), with_one, strict=True
         ):  # type: ignore[arg-type]
             assert found == pytest.approx(expected, abs=1e-5)
 
-        assert rewards(sharded[1], ROWS, "fp32", tokens, ranks=ranks) == pytest.approx(
+        assert score_rows(sharded[1], ROWS, "fp32", tokens, ranks=ranks) == pytest.approx(
             scores, abs=1e-6
         )  # type: ignore[arg-type]
 

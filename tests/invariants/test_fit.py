@@ -224,8 +224,7 @@ def test_training_ends_with_its_source_and_learns():
     assert losses[-1] < 0.5 * losses[0]
 
 
-# --- resumption
-# -------------------------------------------------------------------------------------------------
+# --- resumption ---
 
 
 def evaluate(model) -> dict[str, float]:
@@ -421,8 +420,7 @@ def test_kill_minus_nine_loses_no_complete_checkpoint(tmp_path, place, steps):
     assert left == ["step-00000006", "step-00000009"]
 
 
-# --- checkpoints
-# ------------------------------------------------------------------------------------------------
+# --- checkpoints ---
 
 
 def test_checkpoints_hold_the_model_and_only_the_newest_are_kept(tmp_path):
@@ -544,8 +542,7 @@ def test_a_full_disk_keeps_the_checkpoint_before(tmp_path, monkeypatch):
     assert [p.name for p in (tmp_path / "checkpoints").iterdir()] == ["step-00000003"]
 
 
-# --- stops
-# ------------------------------------------------------------------------------------------------------
+# --- stops ---
 
 
 @pytest.mark.parametrize("what", ["loss", "gradient norm"])
@@ -612,8 +609,7 @@ def test_metrics_that_come_and_go_are_a_defect():
         fit(Learner(llama(), ALONE), Rows(4, 3), objective, Plan(max_steps=1, schedule="constant"))
 
 
-# --- what is shown
-# ----------------------------------------------------------------------------------------------
+# --- what is shown ---
 
 
 def test_logged_means_are_weighted_over_the_window():

@@ -23,7 +23,7 @@ from llama2.chat.keyboard import History
 from llama2.data.documents import read_documents
 from llama2.errors import UserError
 from llama2.formats import checkpoint, gguf, hf, llama2c, meta
-from llama2.formats.detect import open_source
+from llama2.formats.detect import open_model
 from llama2.importers.dialogs import import_dialogs
 from llama2.importers.preferences import import_preferences
 from llama2.importers.prompts import import_prompts
@@ -31,7 +31,7 @@ from llama2.importers.tables import ReadOptions
 from llama2.model.llama import LlamaConfig
 from llama2.records import Dialog, Document, Preference, Prompt
 from llama2.runs import completion
-from llama2.serve import body
+from llama2.serve import request_body
 from llama2.serve.errors import ApiError
 from llama2.serve.schema import ChatRequest, CompletionRequest
 from llama2.tally import Tally
@@ -304,8 +304,7 @@ def test_a_damaged_file_gives_records_or_one_clear_line(tmp_path: Path) -> None:
         assert {(name, kind), (name, "refused")} <= outcomes
 
 
-# ---- models, runs, requests
-# -------------------------------------------------------------------------------------
+# --- models, runs, requests ---
 def models(folder, tokenizer):
     """One small model in every format that is read: the place to open, and the files there."""
     model = model_of(LlamaConfig(tokenizer.vocab_size, 16, 24, 1, 2, 1, max_position_embeddings=32))
@@ -331,7 +330,7 @@ def models(folder, tokenizer):
 
 
 def read_model(place):
-    source = open_source(place)
+    source = open_model(place)
     for stored in source.tensors.values():
         assert stored.read().shape == stored.shape
 
@@ -339,7 +338,7 @@ def read_model(place):
         loaded = (
             Tokenizer.load(source.path)
             if source.path.is_dir()
-            else Tokenizer(sentencepiece_model.content(source.tokenizer))
+            else Tokenizer(sentencepiece_model.read_model(source.tokenizer))
         )
         loaded.decode(loaded.encode("The old mill, built in 1746. \U0001f600"))
 
@@ -454,7 +453,9 @@ def test_a_request_of_any_kind_is_taken_or_refused(tmp_path: Path) -> None:
         content = json.dumps(disturbed(chance, asked)).encode()
 
         try:
-            body.checked(mutated(chance, content) if chance.random() < 0.3 else content, kind)
+            request_body.parse_request(
+                mutated(chance, content) if chance.random() < 0.3 else content, kind
+            )
             outcomes.add((kind, "taken"))
         except ApiError as error:
             outcomes.add((kind, f"refused {error.status}"))

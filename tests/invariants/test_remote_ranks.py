@@ -39,7 +39,7 @@ def answers(directory: Path, ranks: Ranks) -> list[list[tuple[int, ...]]]:
     )
     return [
         [one.completion.tokens for one in row]
-        for row in Chat(engine, tokenizer, ranks).answers(PROMPTS, SAMPLING)
+        for row in Chat(engine, tokenizer, ranks).answer(PROMPTS, SAMPLING)
     ]
 
 

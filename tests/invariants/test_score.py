@@ -5,9 +5,10 @@ import torch
 
 from llama2.errors import UserError
 from llama2.generate import score
-from llama2.generate.score import logprobs, rewards
+from llama2.generate.score import compute_logprobs, score_rows
 from llama2.model.llama import Llama, LlamaConfig
 from llama2.model.scorer import Scorer
+from llama2.ranks import Axis, Ranks
 
 CONFIG = LlamaConfig(
     vocab_size=96,
@@ -44,14 +45,16 @@ def test_a_reward_is_the_score_of_the_row_alone(
         alone = [float(scorer(torch.tensor([row]))[0, -1]) for row in rows]
 
     assert max(alone) - min(alone) > 1
-    assert rewards(scorer, rows, "fp32", batch_tokens) == pytest.approx(alone, abs=1e-5)
-    assert rewards(scorer, rows[::-1], "fp32", batch_tokens) == pytest.approx(alone[::-1], abs=1e-5)
+    assert score_rows(scorer, rows, "fp32", batch_tokens) == pytest.approx(alone, abs=1e-5)
+    assert score_rows(scorer, rows[::-1], "fp32", batch_tokens) == pytest.approx(
+        alone[::-1], abs=1e-5
+    )
 
 
 @pytest.mark.parametrize("batch_tokens", [1, 70, 16384])
 def test_logprobs_are_those_of_the_row_alone(rows: list[list[int]], batch_tokens: int) -> None:
     model = Llama(CONFIG)
-    found = logprobs(model, rows, "fp32", batch_tokens)
+    found = compute_logprobs(model, rows, "fp32", batch_tokens)
     for row, mine in zip(rows, found):
         with torch.no_grad():
             logits = model(torch.tensor([row]))[0].log_softmax(-1)
@@ -63,7 +66,7 @@ def test_logprobs_are_those_of_the_row_alone(rows: list[list[int]], batch_tokens
 
 
 def test_batches_hold_at_most_their_tokens() -> None:
-    batches = score._batches(LENGTHS, 80)
+    batches = score._make_batches(LENGTHS, 80)
     assert sorted(index for batch in batches for index in batch) == list(range(len(LENGTHS)))
     assert all(
         len(batch) == 1 or max(LENGTHS[index] for index in batch) * len(batch) <= 80
@@ -76,13 +79,13 @@ def test_batches_hold_at_most_their_tokens() -> None:
 def test_each_rank_does_its_batches_in_as_many_passes(
     scorer: Scorer, rows: list[list[int]], rank: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    whole, passes = rewards(scorer, rows, "fp32", 80), []
+    whole, passes = score_rows(scorer, rows, "fp32", 80), []
     handle = scorer.register_forward_pre_hook(lambda *_: passes.append(1))
     parts: list[list[list[float]]] = []
 
     def unshare(mine: list[list[float]]) -> list[list[float]]:
         parts.append(mine)
-        batches = score._batches(LENGTHS, 80)
+        batches = score._make_batches(LENGTHS, 80)
         results = [[whole[index] for index in batch] for batch in batches]
         assert [len(part) for part in mine] == [len(batch) for batch in batches[rank::3]]
 
@@ -91,22 +94,21 @@ def test_each_rank_does_its_batches_in_as_many_passes(
 
         return results
 
-    monkeypatch.setattr(score, "world", lambda: 3)
-    monkeypatch.setattr(score, "share", lambda items: items[rank::3])
-    monkeypatch.setattr(score, "unshare", unshare)
-    assert rewards(scorer, rows, "fp32", 80) == whole
-    assert len(passes) == -(-len(score._batches(LENGTHS, 80)) // 3)
+    ranks = Ranks(torch.device("cpu"), rank, 3, replicate=Axis(3, rank))
+    monkeypatch.setattr(Ranks, "unshare", lambda _, mine: unshare(mine))
+    assert score_rows(scorer, rows, "fp32", 80, ranks=ranks) == whole
+    assert len(passes) == -(-len(score._make_batches(LENGTHS, 80)) // 3)
     handle.remove()
 
 
 def test_rows_beyond_the_context_are_refused(scorer: Scorer) -> None:
     with pytest.raises(UserError, match="row 2 of 2 has 65 tokens"):
-        rewards(scorer, [[5], [5] * 65])
+        score_rows(scorer, [[5], [5] * 65])
 
     with pytest.raises(UserError, match="row 1 of 1 has 0 tokens"):
-        rewards(scorer, [[]])
+        score_rows(scorer, [[]])
 
-    assert rewards(scorer, []) == []
+    assert score_rows(scorer, []) == []
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
@@ -117,7 +119,7 @@ def test_a_score_that_is_not_finite_names_the_model(rows: list[list[int]], value
 
     bad = [index for index, row in enumerate(rows) if rows[3][-1] in row]
     with pytest.raises(UserError) as error:
-        rewards(model, rows, "fp32", name="runs/safe5")
+        score_rows(model, rows, "fp32", name="runs/safe5")
 
     assert error.value.cause.startswith(
         f"runs/safe5: {len(bad)} of {len(rows)} scores are not finite numbers (the "

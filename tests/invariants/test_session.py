@@ -8,8 +8,9 @@ import torch
 from test_engine import CONFIG, make_model, prompts
 
 from llama2.generate import session as module
-from llama2.generate.batch import Request
-from llama2.generate.engine import Completion, Engine
+from llama2.generate.engine import Engine
+from llama2.generate.generator import Completion
+from llama2.generate.request import SampleRequest
 from llama2.generate.sampling import Sampling
 from llama2.generate.session import Session
 from llama2.model.llama import Llama
@@ -26,7 +27,7 @@ def engine(model: Llama, slots: int = 4) -> Engine:
     return Engine(model, slots=slots, precision="fp32")
 
 
-def alone(model: Llama, request: Request) -> Completion:
+def alone(model: Llama, request: SampleRequest) -> Completion:
     """The same request through `generate`, by itself."""
     row = engine(model).generate(
         [request.prompt], replace(request.sampling, n=request.sample + 1), [request.index]
@@ -34,7 +35,7 @@ def alone(model: Llama, request: Request) -> Completion:
     return row[request.sample]
 
 
-def assert_as_alone(model: Llama, requests: list[Request]) -> None:
+def assert_as_alone(model: Llama, requests: list[SampleRequest]) -> None:
     for request in requests:
         expected = alone(model, request)
         assert (tuple(request.tokens), request.finish) == (expected.tokens, expected.finish)
@@ -64,7 +65,7 @@ WAYS = [
 def test_requests_that_come_at_any_time_equal_requests_alone(model: Llama, slots: int) -> None:
     session = engine(model, slots).open()
     requests = [
-        Request(tuple(prompt), WAYS[index % len(WAYS)], index)
+        SampleRequest(tuple(prompt), WAYS[index % len(WAYS)], index)
         for index, prompt in enumerate(prompts(20))
     ]
     for index, request in enumerate(requests):
@@ -82,10 +83,10 @@ def test_a_prompt_read_in_chunks_equals_a_prompt_read_at_once(
 ) -> None:
     monkeypatch.setattr(module, "CHUNK_TOKENS", {"cpu": chunk})
     session = engine(model).open()
-    running = Request((5, 6, 7), replace(PLAIN, stop=(), max_tokens=40))
+    running = SampleRequest((5, 6, 7), replace(PLAIN, stop=(), max_tokens=40))
     session.submit(running)
     session.step()
-    long = Request(tuple(prompts(1, seed=4, longest=1)[0] * 30), PLAIN, 1)
+    long = SampleRequest(tuple(prompts(1, seed=4, longest=1)[0] * 30), PLAIN, 1)
     session.submit(long)
     steps = 0
 
@@ -101,12 +102,12 @@ def test_a_prompt_read_in_chunks_equals_a_prompt_read_at_once(
 
 def test_what_was_read_is_not_read_again(model: Llama) -> None:
     session = engine(model).open()
-    first = Request(tuple(range(5, 35)), PLAIN)
+    first = SampleRequest(tuple(range(5, 35)), PLAIN)
     session.submit(first)
     finish(session)
-    turn = Request((*first.prompt, *first.tokens, 50, 51), PLAIN, 1)
-    same = Request(first.prompt, PLAIN, 2)
-    other = Request((90, *first.prompt), PLAIN, 3)
+    turn = SampleRequest((*first.prompt, *first.tokens, 50, 51), PLAIN, 1)
+    same = SampleRequest(first.prompt, PLAIN, 2)
+    other = SampleRequest((90, *first.prompt), PLAIN, 3)
 
     for request in (turn, same, other):
         session.submit(request)
@@ -123,7 +124,9 @@ def test_what_was_read_is_not_read_again(model: Llama) -> None:
 
 def test_samples_of_one_prompt_share_its_reading(model: Llama) -> None:
     session = engine(model, 8).open()
-    requests = [Request(tuple(range(5, 30)), replace(PLAIN, n=6), 0, sample) for sample in range(6)]
+    requests = [
+        SampleRequest(tuple(range(5, 30)), replace(PLAIN, n=6), 0, sample) for sample in range(6)
+    ]
     for request in requests:
         session.submit(request)
 
@@ -136,10 +139,10 @@ def test_kept_rows_are_given_up_in_the_order_of_their_use(model: Llama) -> None:
     session = engine(model, 1).open(kept=2)
     talks = [tuple(range(start, start + 20)) for start in (5, 30, 60)]
     for talk in (talks[0], talks[1], talks[0], talks[2], talks[0], talks[1]):
-        session.submit(Request(talk, PLAIN))
+        session.submit(SampleRequest(talk, PLAIN))
         finish(session)
 
-    again = [Request(talk, PLAIN) for talk in (talks[1], talks[0], talks[2])]
+    again = [SampleRequest(talk, PLAIN) for talk in (talks[1], talks[0], talks[2])]
     for request in again:
         session.submit(request)
         finish(session)
@@ -151,7 +154,7 @@ def test_kept_rows_are_given_up_in_the_order_of_their_use(model: Llama) -> None:
 def test_a_cancelled_request_frees_its_slot_and_disturbs_nobody(model: Llama) -> None:
     session = engine(model, 2).open()
     requests = [
-        Request(tuple(prompt), replace(PLAIN, stop=()), index)
+        SampleRequest(tuple(prompt), replace(PLAIN, stop=()), index)
         for index, prompt in enumerate(prompts(5))
     ]
     for request in requests:
@@ -176,7 +179,7 @@ def test_a_cancelled_request_frees_its_slot_and_disturbs_nobody(model: Llama) ->
 def test_a_prompt_cancelled_while_it_is_read(model: Llama, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "CHUNK_TOKENS", {"cpu": 4})
     session = engine(model, 3).open()
-    twins = [Request(tuple(range(5, 30)), PLAIN, 0, sample) for sample in range(2)]
+    twins = [SampleRequest(tuple(range(5, 30)), PLAIN, 0, sample) for sample in range(2)]
 
     for request in twins:
         session.submit(request)
@@ -188,11 +191,28 @@ def test_a_prompt_cancelled_while_it_is_read(model: Llama, monkeypatch: pytest.M
     assert_as_alone(model, twins[1:])
 
 
+def test_a_prompt_that_nobody_waits_for_any_more_leaves_no_slot(
+    model: Llama, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "CHUNK_TOKENS", {"cpu": 4})
+    session = engine(model, 3).open()
+    twins = [SampleRequest(tuple(range(5, 30)), PLAIN, 0, sample) for sample in range(2)]
+    for request in twins:
+        session.submit(request)
+
+    for request in twins:
+        session.step()
+        session.cancel(request)
+
+    assert session.running == 0
+    assert session.idle
+
+
 def test_alternatives_hold_the_likeliest_tokens(model: Llama) -> None:
     session = engine(model).open()
-    request = Request((5, 6, 7), replace(PLAIN, top_logprobs=4, temperature=0))
+    request = SampleRequest((5, 6, 7), replace(PLAIN, top_logprobs=4, temperature=0))
     session.submit(request)
-    session.submit(Request((8, 9), PLAIN, 1))
+    session.submit(SampleRequest((8, 9), PLAIN, 1))
     finish(session)
     assert len(request.alternatives) == len(request.tokens)
 
@@ -227,11 +247,11 @@ def test_a_grammar_decides_what_may_follow(model: Llama) -> None:
     results = engine(model).generate(prompts(3), replace(PLAIN, n=4, grammar=Only()))
     session = engine(model).open()
     requests = [
-        Request(tuple(prompts(3)[0]), replace(PLAIN, grammar=Only()), 0, sample)
+        SampleRequest(tuple(prompts(3)[0]), replace(PLAIN, grammar=Only()), 0, sample)
         for sample in range(2)
     ]
 
-    for request in [*requests, Request((5, 6), PLAIN, 5)]:
+    for request in [*requests, SampleRequest((5, 6), PLAIN, 5)]:
         session.submit(request)
 
     finish(session)
@@ -254,7 +274,7 @@ def test_a_grammar_decides_what_may_follow(model: Llama) -> None:
 def test_memory_in_use_is_reported(model: Llama) -> None:
     session = engine(model, 2).open()
     for index in range(3):
-        session.submit(Request(tuple(range(5, 25)), replace(PLAIN, stop=()), index))
+        session.submit(SampleRequest(tuple(range(5, 25)), replace(PLAIN, stop=()), index))
 
     assert (session.waiting, session.running, session.cached_tokens) == (3, 0, 0)
     session.step()
@@ -267,14 +287,14 @@ def test_memory_in_use_is_reported(model: Llama) -> None:
 def test_all_rows_may_end_in_the_same_step(model: Llama) -> None:
     session = engine(model).open()
     together = [
-        Request(tuple(prompts(1)[0]), replace(PLAIN, max_tokens=3, stop=()), 0, sample)
+        SampleRequest(tuple(prompts(1)[0]), replace(PLAIN, max_tokens=3, stop=()), 0, sample)
         for sample in range(3)
     ]
     for request in together:
         session.submit(request)
 
     finish(session)
-    last = Request(tuple(prompts(2)[1]), PLAIN, 1)
+    last = SampleRequest(tuple(prompts(2)[1]), PLAIN, 1)
     session.submit(last)
     finish(session)
     assert_as_alone(model, [*together, last])

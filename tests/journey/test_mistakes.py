@@ -60,8 +60,7 @@ def sft(model: Path, file: Path, out: Path, *more: object) -> tuple[object, ...]
     )
 
 
-# --- configuration
-# --------------------------------------------------------------------------------------------------
+# --- configuration ---
 
 
 @pytest.mark.parametrize(
@@ -146,8 +145,7 @@ def test_a_model_size_that_does_not_fit_its_data(tmp_path, one_line: Refused, po
     )
 
 
-# --- files
-# ----------------------------------------------------------------------------------------------------------
+# --- files ---
 
 
 FILES = {
@@ -274,8 +272,7 @@ def test_what_a_gate_left_empty_stops_no_later_stage(tmp_path, base, world):
     assert llama2(*words, "--dialogs.none.path", made / "none.jsonl") == 0
 
 
-# --- checkpoints
-# ----------------------------------------------------------------------------------------------------
+# --- checkpoints ---
 
 
 def no_tensor(path: Path) -> None:
@@ -431,7 +428,7 @@ def test_tokenizers_of_policy_reward_model_and_shards_must_agree(
         "pretrain", "--shards", shards, "--model", tmp_path / "larger", "--out", tmp_path / "on"
     )
     assert heard.endswith(
-        "its tokenizer has 420 pieces, the model 500; tokenize with the tokenizer of the model"
+        "the tokenizer has 420 pieces, the model 500; tokenize with the tokenizer of the model"
     )
 
 
@@ -450,8 +447,7 @@ def test_a_checkpoint_inside_of_a_run_is_no_finished_run(tmp_path, one_line: Ref
     )
 
 
-# --- prompts
-# --------------------------------------------------------------------------------------------------------
+# --- prompts ---
 
 
 def test_a_prompt_longer_than_the_context(tmp_path, base, monkeypatch, capsys, one_line: Refused):
@@ -476,8 +472,7 @@ def test_a_prompt_longer_than_the_context(tmp_path, base, monkeypatch, capsys, o
     )
 
 
-# --- run directories
-# ------------------------------------------------------------------------------------------------
+# --- run directories ---
 
 
 def everything(directory: Path) -> dict[Path, bytes]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 import re
 import sys
 import tarfile
@@ -83,6 +84,19 @@ def test_a_later_schema_is_refused(tmp_path, one_line):
     heard = one_line("run", file)
     assert "was written for schema" in heard
     assert heard.endswith("update llama2")
+
+
+def test_a_run_says_its_schema_and_a_later_one_is_refused(tmp_path, one_line):
+    words = ("world", "--scale", 0.001, "--out", tmp_path / "world")
+    assert llama2(*words) == 0
+
+    file = tmp_path / "world" / "manifest.json"
+    manifest = json.loads(file.read_text())
+    assert manifest.pop("schema") == SCHEMA
+
+    manifest.pop("sum")
+    file.write_text(json.dumps({**manifest, "schema": SCHEMA + 1}))
+    assert one_line(*words).endswith("update llama2")
 
 
 @pytest.mark.parametrize("number", ["1", True, 0, 1.5])

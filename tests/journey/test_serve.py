@@ -141,7 +141,7 @@ def test_completions(client):
 
 
 def test_the_likelihood_of_a_text(client, served):
-    tokenizer = next(iter(served.models)).tokenizer
+    tokenizer = next(iter(served.models.values())).tokenizer
     ids = [tokenizer.bos, *tokenizer.encode("The cat sees the dog")]
     answer = client.completions.create(
         model="policy", prompt=ids, max_tokens=0, echo=True, logprobs=2
@@ -198,7 +198,7 @@ def test_a_schema_guides_every_sample(client):
 
 
 def test_the_end_is_reported_with_the_ids_it_is_one_of(client, served):
-    model = next(iter(served.models))
+    model = next(iter(served.models.values()))
     prompt = encode_prompt(model.tokenizer, (Message("user", "Name a colour."),))
     asked = {"model": "policy", "prompt": prompt, "temperature": 0, "max_tokens": 60, "logprobs": 1}
     plain = client.completions.create(**asked).choices[0]

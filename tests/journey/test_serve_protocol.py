@@ -15,9 +15,9 @@ from servers import serving
 
 from llama2.formats import checkpoint
 from llama2.generate.engine import Engine
-from llama2.generate.rewards import probability
+from llama2.generate.rewards import to_probability
 from llama2.generate.sampling import Sampling
-from llama2.generate.score import rewards
+from llama2.generate.score import score_rows
 from llama2.records import Message
 from llama2.tokenizer.template import encode_dialog, encode_prompt
 from llama2.tokenizer.tokenizer import Tokenizer
@@ -39,8 +39,7 @@ def client(served):
         yield client
 
 
-# --- answers sent back
-# ------------------------------------------------------------------------------------------------
+# --- answers sent back ---
 
 
 class Mood(BaseModel):
@@ -131,8 +130,7 @@ def test_a_turn_may_have_fields_that_say_nothing(served, fields):
     assert found["choices"] == plain["choices"]
 
 
-# --- fields
-# -----------------------------------------------------------------------------------------------------------
+# --- fields ---
 
 NOTHING = {
     "tools": [None, []],
@@ -559,8 +557,7 @@ def test_a_developer_speaks_as_the_system(served):
     assert said[0] == said[1]
 
 
-# --- counts
-# -----------------------------------------------------------------------------------------------------------
+# --- counts ---
 
 
 @pytest.mark.parametrize(("logprobs", "ids"), [(0, False), (1, False), (2, True), (None, True)])
@@ -693,8 +690,7 @@ def test_tokens_may_be_named_by_their_ids(served):
     )
 
 
-# --- streams
-# ----------------------------------------------------------------------------------------------------------
+# --- streams ---
 
 
 def test_a_stream_may_tell_its_usage_always_and_hide_its_lengths(client):
@@ -723,8 +719,7 @@ def test_a_stream_may_tell_its_usage_always_and_hide_its_lengths(client):
     assert {len(event + b"\n\n") % 256 for event in events} == {0}
 
 
-# --- beginnings of answers
-# --------------------------------------------------------------------------------------------
+# --- beginnings of answers ---
 
 
 def continued(served, begun, **more):
@@ -793,18 +788,17 @@ def test_the_gate_reads_the_answer_from_its_beginning(policy, scorers):
     with serving(policy, judge=scorers[1], safety={"threshold": 0.0}) as gated:
         found = continued(gated, "The cat", temperature=0, max_tokens=4, logit_bias=LONG).json()
         answer = "The cat" + found["choices"][0]["message"]["content"]
-        model = next(iter(gated.models))
+        model = next(iter(gated.models.values()))
         ids = encode_dialog(
             model.tokenizer, (Message("user", "Name a colour."), Message("assistant", answer))
         )[0]
         scorer = checkpoint.load_scorer(scorers[1]).eval()
         assert found["llama2"]["safety"]["probability"] == pytest.approx(
-            probability(rewards(scorer, [ids], precision="fp32")[0]), abs=1e-4
+            to_probability(score_rows(scorer, [ids], precision="fp32")[0]), abs=1e-4
         )
 
 
-# --- openai's client
-# --------------------------------------------------------------------------------------------------
+# --- openai's client ---
 
 
 def test_refusals_are_typed_exceptions(client):

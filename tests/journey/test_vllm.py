@@ -216,7 +216,7 @@ def test_samples_belong_to_their_seeds_and_have_the_models_log_p(remote, model):
 
 
 def test_what_it_refuses_is_said_in_a_line(url, remote, tokenizer):
-    with pytest.raises(UserError, match="leaves no room for an answer"):
+    with pytest.raises(UserError, match="more than leave room for an answer"):
         remote.generate([[1] * remote.context], Sampling(max_tokens=2))
 
     believing = RemoteEngine(url, "policy", tokenizer=tokenizer, context=10**6, retries=0)

@@ -52,7 +52,7 @@ def test_conversations_have_the_same_ids(
     tmp_path: Path, tokenizer: Tokenizer, capsys: pytest.CaptureFixture[str]
 ) -> None:
     tokenizer.save(tmp_path)
-    assert tokenizer.unlike_transformers() == ()
+    assert tokenizer.describe_differences() == ()
     assert different(tokenizer, AutoTokenizer.from_pretrained(tmp_path), 500) == 0
     assert capsys.readouterr().err == ""
 
@@ -71,7 +71,7 @@ def test_the_library_has_the_same_ids_of_every_text(tmp_path: Path, tokenizer: T
     `Merger` says."""
     tokenizer.save(tmp_path)
     theirs = tokenizers.Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
-    merger = merges.merger(sentencepiece_model.parse(tokenizer.model, "here").items)
+    merger = merges.make_merger(sentencepiece_model.parse(tokenizer.model, "here").items)
     draw = random.Random(1)
 
     for text in [contents(draw) for _ in range(800)]:
@@ -87,7 +87,7 @@ def test_what_transformers_saves_comes_back(tmp_path: Path, tokenizer: Tokenizer
     AutoTokenizer.from_pretrained(tmp_path / "ours").save_pretrained(tmp_path / "theirs")
     assert not (tmp_path / "theirs" / "tokenizer.model").exists()
     again = Tokenizer.load(tmp_path / "theirs")
-    assert again.same(tokenizer)
+    assert again.is_same(tokenizer)
     draw = random.Random(2)
 
     for text in [contents(draw) for _ in range(800)]:
@@ -99,7 +99,7 @@ def test_what_transformers_saves_comes_back(tmp_path: Path, tokenizer: Tokenizer
 
 def test_padding_is_text_there_as_well(tmp_path: Path, ordinary: Tokenizer) -> None:
     size = ordinary.vocab_size
-    Tokenizer(sentencepiece_model.padded(ordinary.model, size, size + 2)).save(tmp_path)
+    Tokenizer(sentencepiece_model.pad(ordinary.model, size, size + 2)).save(tmp_path)
     theirs = AutoTokenizer.from_pretrained(tmp_path)
     assert len(theirs) == size + 2
     assert theirs.encode(f"[PAD{size}] mill", add_special_tokens=False) == ordinary.encode(

@@ -22,7 +22,7 @@ from sources import model_of, source_of
 from torch import Tensor
 
 from llama2.formats import checkpoint, meta
-from llama2.formats.detect import open_source
+from llama2.formats.detect import open_model
 from llama2.model.llama import Llama, LlamaConfig
 from llama2.model.positions import rotate
 from llama2.model.tensors import interleave_pairs
@@ -114,7 +114,7 @@ def metas_logits(directory: Path, tokens_T: Tensor) -> Tensor:
 
 def loaded(path: Path) -> Llama:
     """Our model of a checkpoint in any format."""
-    source = open_source(path)
+    source = open_model(path)
     model = Llama(source.config).eval()
     model.load_state_dict({name: stored.read() for name, stored in source.tensors.items()})
 

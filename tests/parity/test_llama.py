@@ -217,8 +217,7 @@ def test_config_has_both_spellings_of_renamed_keys(tmp_path: Path) -> None:
     assert values["rope_theta"] == values["rope_parameters"]["rope_theta"] == 10000.0
 
 
-# ---- config.json of others
-# ------------------------------------------------------------------------------------------
+# --- config.json of others ---
 LEAST = {
     "model_type": "llama",
     "architectures": ["LlamaForCausalLM"],

@@ -27,7 +27,7 @@ from gguf import GGUFReader
 from sources import RATIOS, SHAPE, STRINGS, model_of, source_of
 from torch import Tensor
 
-from llama2.formats import checkpoint, gguf
+from llama2.formats import checkpoint, gguf, gguf_metadata
 from llama2.generate.engine import Engine
 from llama2.generate.sampling import Sampling
 from llama2.model.llama import Llama
@@ -45,7 +45,7 @@ Ask = Callable[[dict[str, Any]], Any]
 
 @contextlib.contextmanager
 def llama_cpp(
-    model: Llama, tokenizer: Path, directory: Path, precision: gguf.Precision = "f32"
+    model: Llama, tokenizer: Path, directory: Path, precision: gguf_metadata.Precision = "f32"
 ) -> Iterator[tuple[dict[str, str], Ask]]:
     """A process that has opened the file we write of a model: its metadata, and what answers
     questions."""
@@ -152,7 +152,11 @@ def test_greedy_answers_and_tokens(tmp_path: Path, shared: Path, tokenizer: Toke
     ("precision", "tolerance"), [("f16", 0.003), ("bf16", 0.03), ("q8_0", 0.08), ("q4_0", 0.08)]
 )
 def test_quantized_logits(
-    tmp_path: Path, shared: Path, tokenizer: Tokenizer, precision: gguf.Precision, tolerance: float
+    tmp_path: Path,
+    shared: Path,
+    tokenizer: Tokenizer,
+    precision: gguf_metadata.Precision,
+    tolerance: float,
 ) -> None:
     """Against our model with the weights of the file. llama.cpp rounds activations as well, to the
     precision of the weights or to eight bits, so it is the mean difference of logits of order one
@@ -175,7 +179,7 @@ def test_quantized_tensors_are_those_of_llama_cpp(
     shared: Path,
     tokenizer: Tokenizer,
     width: int,
-    precision: gguf.Precision,
+    precision: gguf_metadata.Precision,
     number: int,
     tied: bool,
 ) -> None:

@@ -25,7 +25,7 @@ from commands import llama2
 from sources import SHAPE, STRINGS, model_of
 
 from llama2.formats import checkpoint
-from llama2.formats.detect import open_source
+from llama2.formats.detect import open_model
 from llama2.generate.engine import Engine
 from llama2.generate.sampling import Sampling
 from llama2.model.llama import Llama
@@ -155,7 +155,7 @@ def exported(original: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[s
 def test_our_engine_says_the_same_from_every_format(
     exported: dict[str, Path], expected: Answers, kind: str
 ) -> None:
-    source = open_source(exported[kind])
+    source = open_model(exported[kind])
     model = Llama(source.config).eval()
     model.load_state_dict({name: stored.read() for name, stored in source.tensors.items()})
     engine = Engine(model, precision="fp32", capacity=512)

@@ -1,7 +1,7 @@
 """Answers made by hand."""
 
 from llama2.generate.dialogue import Answer
-from llama2.generate.engine import Completion
+from llama2.generate.generator import Completion
 from llama2.generate.rewards import Score
 from llama2.records import Prompt, messages_of
 
@@ -10,8 +10,8 @@ def answer(text="x", finish="stop", prompt=(1, 5), tokens=(6, 7, 2), logprobs=No
     return Answer(text, Completion(prompt, tokens, logprobs or (-1.0,) * len(tokens), finish))
 
 
-def score(joined, helpful=0.0, safe=0.0):
-    return Score(helpful, safe, joined)
+def score(reward, helpful=0.0, safe=0.0):
+    return Score(helpful, safe, reward)
 
 
 def prompt(text="Hi", safety=False, **metadata):

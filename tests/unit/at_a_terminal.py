@@ -22,7 +22,7 @@ from llama2.records import Messages
 class Parrot:
     """Repeats; "slow" is answered word by word until somebody interrupts."""
 
-    def reply_stream(self, messages: Messages, sampling: Sampling) -> Iterator[str]:
+    def stream(self, messages: Messages, sampling: Sampling) -> Iterator[str]:
         with open(sys.argv[1], "a") as file:
             file.write(json.dumps([turn.content for turn in messages]) + "\n")
 
@@ -47,7 +47,7 @@ if __name__ == "__main__":
     # tests in the background inherit that it is ignored
     signal.signal(signal.SIGINT, signal.default_int_handler)
     if "plain" in sys.argv:
-        keyboard._toolkit = keyboard._readline
+        keyboard._open_prompt_toolkit = keyboard._open_readline
     history = keyboard.History(keyboard.History.default())
     terminal.chat(Parrot(), Sampling(), meter=Meter(), history=history)  # type: ignore[arg-type]
     print(f"left {Path(sys.argv[1]).name}")

@@ -10,7 +10,7 @@ from typing import Any, get_args
 
 from llama2.evaluate import summary
 from llama2.generate.dialogue import Answer
-from llama2.generate.engine import Completion
+from llama2.generate.generator import Completion
 from llama2.judging import Rating
 from llama2.records import DEGREES, Axis, Message, Prompt
 from llama2.results import (

@@ -20,7 +20,7 @@ from llama2.evaluate.judges import encode_judged
 from llama2.formats import checkpoint
 from llama2.generate import score
 from llama2.generate.dialogue import Answer
-from llama2.generate.engine import Completion
+from llama2.generate.generator import Completion
 from llama2.model.llama import Llama
 from llama2.model.scorer import Scorer
 from llama2.recipe.workers import context, preload
@@ -139,11 +139,11 @@ def test_one_model_is_in_memory_at_a_time(
 
     seen: list[tuple[str, int, torch.dtype]] = []
     before = len(models())
-    ask, judge = answers.Chat.answers, answers.rewards
+    ask, judge = answers.Chat.answer, answers.score_rows
 
     def asked(self: Any, *rest: Any) -> Any:
         seen.append(
-            ("version", len(models()) - before, next(self.engine._model.parameters()).dtype)
+            ("version", len(models()) - before, next(self.engine.refresh().parameters()).dtype)
         )
         return ask(self, *rest)
 
@@ -153,8 +153,8 @@ def test_one_model_is_in_memory_at_a_time(
         )
         return judge(scorer, *rest, **named)
 
-    monkeypatch.setattr(answers.Chat, "answers", asked)
-    monkeypatch.setattr(answers, "rewards", scored)
+    monkeypatch.setattr(answers.Chat, "answer", asked)
+    monkeypatch.setattr(answers, "score_rows", scored)
     loaded: list[Path] = []
     load = checkpoint.load_scorer
     monkeypatch.setattr(
@@ -174,11 +174,11 @@ def test_equal_checkpoints_are_one(tmp_path, base, policy, tokenizer):
     for name in ("config.json", "model.safetensors", "tokenizer.model"):
         (plain / name).write_bytes((policy / name).read_bytes())
 
-    assert answers.twins([base, policy, plain, base]) == [0, 1, 1, 0]
+    assert answers.find_equals([base, policy, plain, base]) == [0, 1, 1, 0]
     (tmp_path / "elsewhere").mkdir()  # a server has the weights
     (tmp_path / "elsewhere/config.json").write_bytes((base / "config.json").read_bytes())
     tokenizer.save(tmp_path / "elsewhere")
-    assert answers.twins([base, tmp_path / "elsewhere"]) == [0, 1]
+    assert answers.find_equals([base, tmp_path / "elsewhere"]) == [0, 1]
 
 
 def test_a_judge_reads_what_was_sampled(base):
@@ -226,7 +226,7 @@ def test_scores_are_those_of_the_whole_model(tmp_path, policy, scorers, prompts)
             if len(tokenizer.encode(row["answer"])) != row["tokens"]:
                 continue  # white space at its ends was sampled too
 
-            (raw,) = score.rewards(scorer, [ids], "fp32")
+            (raw,) = score.score_rows(scorer, [ids], "fp32")
             assert row["reward_safe"] == pytest.approx(
                 1 / (1 + pow(2.718281828459045, -raw)), abs=2e-5
             )
@@ -255,13 +255,13 @@ def test_equal_answers_have_equal_scores_whatever_stands_beside_them(
     """Batches of other shapes round otherwise, as one more call does here, and a comparison must
     not be won by that."""
     tokenizer = Tokenizer.load(base)
-    judge, calls = answers.rewards, []
+    judge, calls = answers.score_rows, []
 
     def rounded(*rest: Any, **named: Any) -> list[float]:
         calls.append(len(rest[1]))
         return [mark + 1e-5 * len(calls) for mark in judge(*rest, **named)]
 
-    monkeypatch.setattr(answers, "rewards", rounded)
+    monkeypatch.setattr(answers, "score_rows", rounded)
     asked = [
         Prompt((Message("user", f"Name {number} fruits."),), str(number)) for number in range(24)
     ]
@@ -277,7 +277,7 @@ def test_equal_answers_have_equal_scores_whatever_stands_beside_them(
         Answer(one.text, Completion((), one.completion.tokens[:-1], (), "length")) for one in ours
     ]
     run = Run(tmp_path, False)
-    marks = answers.judged(
+    marks = answers.judge_answers(
         run, "judge", scorers[0], "fp32", asked, {0: ours, 1: theirs, 2: cut}, [base] * 3
     )
     assert [a == b for a, b in zip(marks[0], marks[1])] == [number % 3 != 0 for number in range(24)]
@@ -292,8 +292,8 @@ def test_equal_answers_have_equal_scores_whatever_stands_beside_them(
 
 def test_prompts_that_ask_nothing_are_counted(base, tmp_path):
     some, tally = [Prompt((Message("user", said),), said) for said in ("Hi", "", " ")], Tally()
-    assert answers.fitting([base], some, 8, tally, tmp_path) == some[:1]
+    assert answers.keep_fitting([base], some, 8, tally, tmp_path) == some[:1]
     assert tally.line() == "read 3, kept 1, left out 2: empty turn 2"
 
     with pytest.raises(UserError, match="it holds no prompt; give prompts"):
-        answers.fitting([base], some[1:], 8, tally, tmp_path)
+        answers.keep_fitting([base], some[1:], 8, tally, tmp_path)

@@ -89,7 +89,7 @@ WRITERS = {
 
 
 def _one_file(path):
-    with binary.replacing(path) as file:
+    with binary.replace_file(path) as file:
         file.write(b"content")
 
 

@@ -64,8 +64,7 @@ def change_evaluation(recipe: Path, change: Callable[[dict[str, Any]], None]) ->
     return found
 
 
-# ---- the front matter
-# -----------------------------------------------------------------------------------------------
+# --- the front matter ---
 def test_the_hub_reads_the_front_matter(recipe: Path) -> None:
     hub = pytest.importorskip("huggingface_hub")
     truth = {"helpfulness": {"mean": 0.625, "low": 0.5, "high": 0.75, "n": 9}}
@@ -131,8 +130,7 @@ def test_a_persons_words_take_their_places(recipe: Path, tmp_path: Path) -> None
     assert "ai@example.org" in found["RESPONSIBLE_USE.md"]
 
 
-# ---- how to use it
-# --------------------------------------------------------------------------------------------------
+# --- how to use it ---
 def test_the_code_in_the_card_runs(
     recipe: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -159,8 +157,7 @@ def test_a_model_that_only_goes_on_with_text_says_so(recipe: Path) -> None:
     assert "conversational" not in text
 
 
-# ---- results
-# --------------------------------------------------------------------------------------------------------
+# --- results ---
 def test_every_stage_is_in_the_table_with_its_checkpoint(recipe: Path) -> None:
     rows = {
         row[0]: row
@@ -384,8 +381,7 @@ def test_a_candidate_with_the_weights_of_what_was_measured(recipe: Path) -> None
     assert "This model is `V1` in the evaluation" in papers(recipe / "v1_candidate")["README.md"]
 
 
-# ---- licences
-# -------------------------------------------------------------------------------------------------------
+# --- licences ---
 def licences(recipe: Path, *words: object) -> list[list[str]]:
     return rows_of(sections(papers(recipe / "v1", *words)["LICENSES.md"])["Data"])
 
@@ -451,8 +447,7 @@ def test_a_finished_run_is_not_refused_for_a_licence(
     assert licences(recipe)[0][4:] == ["MIT", "the recipe"]
 
 
-# ---- Markdown
-# -------------------------------------------------------------------------------------------------------
+# --- Markdown ---
 def test_names_are_not_markup() -> None:
     assert md.text("a|b <script> *x*\n# y") == r"a\|b \<script\> \*x\* \# y"
     assert md.code("a`b|c\nd") == r"`a'b\|c d`"

@@ -52,8 +52,7 @@ def from_flags(*flags: str) -> Whole:
     return parse(Whole, ["--out", "x", *flags], "llama2 test")
 
 
-# --- what is not said stays at the default
-# --------------------------------------------------------------------------
+# --- what is not said stays at the default ---
 
 
 def test_a_section_given_in_part_keeps_the_rest_of_its_own_default():
@@ -84,8 +83,7 @@ def test_the_papers_defaults_of_a_stage_survive_a_change_beside_them():
     )
 
 
-# --- merging
-# --------------------------------------------------------------------------------------------------------
+# --- merging ---
 
 
 def test_flags_lie_upon_the_recipe_key_by_key(tmp_path):
@@ -122,8 +120,7 @@ def test_yaml_merge_keys_may_be_overridden(tmp_path):
     assert parse(Whole, [file], "llama2 test").sets["b"] == Set(path=Path("p"), weight=3)
 
 
-# --- values
-# ---------------------------------------------------------------------------------------------------------
+# --- values ---
 
 
 @pytest.mark.parametrize(
@@ -156,8 +153,7 @@ def test_several_values_make_a_list_and_one_does_too():
     assert from_flags("--some", "{path: a, weight: 2}").some == Set(path=Path("a"), weight=2)
 
 
-# --- values are what they say
-# ---------------------------------------------------------------------------------------
+# --- values are what they say ---
 
 
 @pytest.mark.parametrize(
@@ -378,8 +374,7 @@ def test_a_seed_for_every_name():
     assert derive_seed(0, "rejection2") == 3378867910
 
 
-# --- names and paths
-# ------------------------------------------------------------------------------------------------
+# --- names and paths ---
 
 
 def test_names_that_users_chose_are_kept_letter_by_letter(tmp_path):
@@ -533,8 +528,7 @@ def test_home_is_written_out_and_variables_are_refused(tmp_path, monkeypatch):
     build(Whole, {"out": "x", "some": {"path": tmp_path / "$RECYCLE"}})
 
 
-# --- mistakes
-# -------------------------------------------------------------------------------------------------------
+# --- mistakes ---
 
 
 @pytest.mark.parametrize(
@@ -732,8 +726,7 @@ def test_a_dash_alone_is_no_flag():
         from_flags("--")
 
 
-# --- help and inputs
-# ------------------------------------------------------------------------------------------------
+# --- help and inputs ---
 
 
 @pytest.mark.parametrize("verb", VERBS)

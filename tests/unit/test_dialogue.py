@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from llama2.generate.dialogue import Chat
-from llama2.generate.engine import Completion, Tokens
+from llama2.generate.generator import Completion, Tokens
 from llama2.generate.sampling import Sampling
 from llama2.ranks import Axis, Ranks
 from llama2.records import Messages, messages_of
@@ -53,6 +53,9 @@ class Fixed:
             for prompt, index in zip(prompts, indices, strict=True)
         ]
 
+    def update(self, weights: object) -> None:
+        raise NotImplementedError
+
     def stream(self, prompt: Tokens, sampling: Sampling) -> Iterator[int]:
         for token in self.tokens:
             yield token
@@ -80,8 +83,8 @@ def test_text_is_stripped_and_streams_in_parts(
         Fixed([*tokenizer.encode(whole), *([tokenizer.eos, 99] if ended else [])]), tokenizer
     )
     expected = whole.strip()
-    ((answer,),) = chat.answers([TALK], Sampling())
-    parts = list(chat.reply_stream(TALK, Sampling()))
+    ((answer,),) = chat.answer([TALK], Sampling())
+    parts = list(chat.stream(TALK, Sampling()))
     assert answer.text == expected
     assert answer.completion.finish == ("stop" if ended else "length")
     assert "".join(parts) == expected
@@ -91,21 +94,21 @@ def test_text_is_stripped_and_streams_in_parts(
 
 def test_parts_come_before_the_end(tokenizer: Tokenizer) -> None:
     chat = Chat(Fixed([*tokenizer.encode("fox dog fox dog"), tokenizer.eos]), tokenizer)
-    assert len(list(chat.reply_stream(TALK, Sampling()))) >= 4
+    assert len(list(chat.stream(TALK, Sampling()))) >= 4
 
 
 def test_a_character_cut_short_by_the_limit_is_marked(tokenizer: Tokenizer) -> None:
     cut = tokenizer.encode("fox 🦊")[:-1]
     chat = Chat(Fixed(cut), tokenizer)
-    ((answer,),) = chat.answers([TALK], Sampling())
+    ((answer,),) = chat.answer([TALK], Sampling())
     assert answer.text == "fox \ufffd"
-    assert "".join(chat.reply_stream(TALK, Sampling())) == answer.text
+    assert "".join(chat.stream(TALK, Sampling())) == answer.text
 
 
 def test_other_stop_ids_are_kept_and_left_out_of_the_text(tokenizer: Tokenizer) -> None:
     fox, dog = (tokenizer.encode(word) for word in ("fox", "dog"))
     chat = Chat(Fixed([*fox, dog[-1], *fox]), tokenizer)
-    ((answer,),) = chat.answers([TALK], Sampling(stop=(dog[-1],)))
+    ((answer,),) = chat.answer([TALK], Sampling(stop=(dog[-1],)))
     assert (answer.text, answer.completion.tokens) == ("fox", (*fox, dog[-1]))
 
 
@@ -119,12 +122,12 @@ class Apart(Ranks):
 def test_ranks_share_the_prompts_by_their_places(tokenizer: Tokenizer) -> None:
     engine = Fixed([4, tokenizer.eos])
     prompts: list[Messages] = [messages_of([("user", f"fox {index}")]) for index in range(5)]
-    whole = Chat(engine, tokenizer).answers(prompts, Sampling())
+    whole = Chat(engine, tokenizer).answer(prompts, Sampling())
     parts = []
 
     for rank in range(2):
         ranks = Apart(torch.device("cpu"), rank, 2, replicate=Axis(2, rank))
-        parts.append(Chat(engine, tokenizer, ranks).answers(prompts, Sampling()))
+        parts.append(Chat(engine, tokenizer, ranks).answer(prompts, Sampling()))
 
     assert [parts[index % 2][index // 2] for index in range(5)] == whole
     assert [row[0].completion.prompt for row in whole] == [
@@ -134,15 +137,15 @@ def test_ranks_share_the_prompts_by_their_places(tokenizer: Tokenizer) -> None:
 
 
 def test_every_end_of_the_model_ends_an_answer(tokenizer: Tokenizer) -> None:
-    own = tokenizer.speaking(None)
+    own = tokenizer.with_chat_template(None)
     own.stops = (tokenizer.eos, 290, 291)
     for end in own.stops:
         chat = Chat(Fixed([*tokenizer.encode("fox"), end, 5, 6]), own)
-        ((answer,),) = chat.answers([TALK], Sampling())
+        ((answer,),) = chat.answer([TALK], Sampling())
         assert (answer.text, answer.completion.finish, answer.completion.tokens[-1]) == (
             "fox",
             "stop",
             end,
         )
-        assert answer.completion.ended_by(own.eos) == (*tokenizer.encode("fox"), tokenizer.eos)
-        assert "".join(chat.reply_stream(TALK, Sampling())) == "fox"
+        assert answer.completion.end_with(own.eos) == (*tokenizer.encode("fox"), tokenizer.eos)
+        assert "".join(chat.stream(TALK, Sampling())) == "fox"

@@ -25,13 +25,14 @@ def test_the_gate_keeps_only_finished_answers_that_score_higher(tmp_path, monkey
         for index in range(5)
     ]
     rounds, marks = iter([plain, careful]), iter([[0.0] * 5, [1.0, -1.0, 0.0, 5.0, 5.0]])
-    chat = type("Chat", (), {"tokenizer": None, "engine": None})
+    chat = type("Chat", (), {"has_room": lambda *_: True, "tokenizer": None, "engine": None})()
     monkeypatch.setattr(distill, "load_chat", lambda *_: chat)
     monkeypatch.setattr(distill, "load_rewards", lambda *_: None)
     monkeypatch.setattr(distill, "read_prompts", lambda *_: [*asked, prompt("harmless")])
-    monkeypatch.setattr(distill, "fitting", lambda chat, prompts, room, tally: prompts)
-    monkeypatch.setattr(distill, "readable", lambda chat, rewards, prompts, sample, tally: prompts)
-    monkeypatch.setattr(distill, "has_room", lambda *_: True)
+    monkeypatch.setattr(distill, "keep_fitting", lambda chat, prompts, room, tally: prompts)
+    monkeypatch.setattr(
+        distill, "keep_scorable", lambda chat, rewards, prompts, sample, tally: prompts
+    )
     monkeypatch.setattr(distill, "answer", lambda *_, **__: next(rounds))
     monkeypatch.setattr(
         distill,

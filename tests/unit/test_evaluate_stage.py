@@ -17,8 +17,8 @@ from llama2.config import build
 from llama2.errors import UserError
 from llama2.evaluate import attention, ghost
 from llama2.formats import checkpoint
-from llama2.generate.dialogue import Answer
-from llama2.generate.engine import Completion
+from llama2.generate.dialogue import Answer, Chat
+from llama2.generate.generator import Completion
 from llama2.generate.sampling import Sampling
 from llama2.model.llama import Llama, LlamaConfig
 from llama2.model.scorer import Scorer
@@ -221,7 +221,9 @@ class Parrot:
         self.until, self.seen = until, []  # type: ignore[var-annotated]
         self.tokenizer, self.engine = tokenizer, SimpleNamespace(context=context)
 
-    def answers(
+    has_room = Chat.has_room
+
+    def answer(
         self, prompts: Sequence[Messages], sampling: Sampling, names: Sequence[int]
     ) -> list[list[Answer]]:
         self.seen.append(prompts)

@@ -21,7 +21,7 @@ from llama2.evaluate.winrate import (
     measure_share,
 )
 from llama2.generate.dialogue import Answer
-from llama2.generate.engine import Completion
+from llama2.generate.generator import Completion
 from llama2.judging import Rating
 from llama2.microworld.rater import GroundTruth
 from llama2.records import Message, Prompt

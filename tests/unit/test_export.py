@@ -18,8 +18,8 @@ from sources import state
 
 from llama2.convert import export
 from llama2.formats import checkpoint, meta
-from llama2.formats.detect import open_source
-from llama2.formats.source import Source
+from llama2.formats.detect import open_model
+from llama2.formats.stored_model import StoredModel
 from llama2.tokenizer import Tokenizer, sentencepiece_model
 
 
@@ -53,13 +53,13 @@ def test_every_format_is_written_and_verified(
     heard = capsys.readouterr()
     assert heard.out.strip() == str(tmp_path / "out" / name)
     assert verified in heard.err.splitlines()[-1]
-    written = open_source(tmp_path / "out" / name)
+    written = open_model(tmp_path / "out" / name)
     assert written.tokenizer is not None
     exact = verified == "every number"
     assert llama2("verify", base, written.path, "--length", 20) == (0 if exact else 1)
 
     if exact:
-        original = state(open_source(base))
+        original = state(open_model(base))
         assert all(torch.equal(tensor, original[key]) for key, tensor in state(written).items())
 
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
@@ -251,7 +251,7 @@ def test_what_is_there_is_not_touched(
 
 
 def damaged_after(write: Callable[..., Any], damage: Callable[[Path], None]) -> Callable[..., Any]:
-    def then(source: Source, target: Path, **options: Any) -> Any:
+    def then(source: StoredModel, target: Path, **options: Any) -> Any:
         found = write(source, target, **options)
         damage(target)
         return found
@@ -264,7 +264,7 @@ def test_a_wrong_number_in_what_was_written_is_found(
 ) -> None:
     """A writer that makes a mistake: the files are sound, but hold another model."""
 
-    def transposed(source: Source, target: Path, **options: Any) -> list[str]:
+    def transposed(source: StoredModel, target: Path, **options: Any) -> list[str]:
         name = "model.layers.1.self_attn.o_proj.weight"
         stored = source.tensors[name]
         wrong = replace(stored, read=lambda: stored.read().t().contiguous())
@@ -286,7 +286,7 @@ def test_rounding_is_no_excuse_for_another_model(
 ) -> None:
     original = export.hf.write
 
-    def wrong(source: Source, target: Path, **options: Any) -> None:
+    def wrong(source: StoredModel, target: Path, **options: Any) -> None:
         name = "model.layers.0.mlp.up_proj.weight"
         stored = source.tensors[name]
         larger = replace(stored, read=lambda: stored.read() * 1.05)
@@ -332,4 +332,4 @@ def test_more_ends_than_a_format_can_name_are_noted(
     Tokenizer.load(base).save(tmp_path / "model")
     assert llama2("export", tmp_path / "model", "--to", "gguf", "--out", tmp_path / "m.gguf") == 0
     assert "answers end at 4 ids, and GGUF has places for 3: 9 left out" in capsys.readouterr().err
-    assert open_source(tmp_path / "m.gguf").config.stops == (2, 5, 7)
+    assert open_model(tmp_path / "m.gguf").config.stops == (2, 5, 7)

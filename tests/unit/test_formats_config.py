@@ -9,7 +9,12 @@ from typing import Any
 import pytest
 
 from llama2.errors import UserError
-from llama2.formats.hf_config import config_json, generation_json, read_config, remarks
+from llama2.formats.hf_config import (
+    list_remarks,
+    make_config_json,
+    make_generation_json,
+    read_config,
+)
 from llama2.model.llama import LlamaConfig
 
 LEAST = {
@@ -130,7 +135,7 @@ def test_the_base_of_positions_may_stand_in_three_places(
 )
 def test_what_changes_nothing_is_taken(tmp_path: Path, changes: dict[str, Any]) -> None:
     assert read(tmp_path, **changes) == SHAPE
-    assert remarks(tmp_path, SHAPE) == ()
+    assert list_remarks(tmp_path, SHAPE) == ()
 
 
 REFUSED: list[tuple[dict[str, Any], str]] = [
@@ -173,7 +178,7 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
         r"rope_parameters\.full_attention is",
     ),
     ({"rope_theta": "10000"}, "rope_theta is '10000'; a number was expected"),
-    ({"rms_norm_eps": None}, "rms_norm_eps is None; a number was expected"),
+    ({"rms_norm_eps": None}, "the key 'rms_norm_eps' is missing"),
     ({"partial_rotary_factor": 0.5}, r"partial_rotary_factor is 0\.5"),
     ({"head_dim": 8}, "head_dim is 8, Llama 2 has 4"),
     ({"sliding_window": 256}, "sliding_window is 256"),
@@ -215,7 +220,7 @@ def test_what_contradicts_or_changes_the_outputs_is_refused_by_name(
 
 def test_what_nobody_knows_and_no_network_is_called_is_said(tmp_path: Path) -> None:
     found = read(tmp_path, my_note="from Bob", run_id=7, empty="", off=False)
-    assert remarks(tmp_path, found) == (
+    assert list_remarks(tmp_path, found) == (
         f"{tmp_path / 'config.json'}: unknown and left out: my_note, run_id",
     )
 
@@ -295,15 +300,11 @@ def test_an_end_outside_of_the_vocabulary_names_its_file(tmp_path: Path) -> None
 @pytest.mark.parametrize("ends", [2, 7, (2, 5), (7, 2)])
 def test_what_is_written_is_read_alike(tmp_path: Path, ends: Any) -> None:
     shape = LlamaConfig(40, 16, 24, 2, 4, 2, 99, 1e-5, 5e5, True, 3, ends)
-    values = config_json(shape)
-    assert (
-        values["eos_token_id"]
-        == generation_json(shape)["eos_token_id"]
-        == (ends if isinstance(ends, int) else list(ends))
-    )
+    values = make_config_json(shape)
+    assert values["eos_token_id"] == make_generation_json(shape)["eos_token_id"] == ends
     (tmp_path / "config.json").write_text(json.dumps(values))
     assert read_config(tmp_path) == (shape, False)
-    assert remarks(tmp_path, shape) == ()
+    assert list_remarks(tmp_path, shape) == ()
 
 
 @pytest.mark.parametrize(

@@ -25,8 +25,8 @@ from sources import SHAPE, model_of, same, scorer_of, source_of, state
 from torch import Tensor
 
 from llama2.errors import UserError
-from llama2.formats import hf, safetensors_file, source, torch_legacy, torch_zip
-from llama2.formats.hf_config import config_json
+from llama2.formats import hf, safetensors_file, stored_model, torch_legacy, torch_zip
+from llama2.formats.hf_config import make_config_json
 from llama2.formats.hf_directory import (
     CHECKSUMS,
     CONFIG,
@@ -34,9 +34,9 @@ from llama2.formats.hf_directory import (
     PICKLED,
     PICKLED_INDEX,
     WEIGHTS,
-    shapes,
+    list_shapes,
 )
-from llama2.formats.source import Stored, observed, read_ahead
+from llama2.formats.stored_model import StoredTensor, observe, read_ahead
 from llama2.model.llama import LlamaConfig
 from llama2.model.tensors import HEAD
 
@@ -80,7 +80,7 @@ def pickled(
 ) -> Path:
     """A directory as transformers wrote it for years."""
     directory.mkdir(exist_ok=True)
-    (directory / CONFIG).write_text(json.dumps(config_json(config)))
+    (directory / CONFIG).write_text(json.dumps(make_config_json(config)))
     names = list(tensors)
     parts = [names[part::shards] for part in range(shards)]
     files = (
@@ -103,8 +103,7 @@ def pickled(
     return directory
 
 
-# ---- what is written
-# ------------------------------------------------------------------------------------------------
+# --- what is written ---
 @pytest.mark.parametrize("shard_bytes", [1 << 30, 3_000])
 @pytest.mark.parametrize("config", [TINY, TIED], ids=["untied", "tied"])
 def test_what_is_written_is_read_bit_for_bit(
@@ -123,7 +122,7 @@ def test_the_shapes_expected_are_those_of_the_models() -> None:
     for config in (TINY, TIED, replace(TINY, num_key_value_heads=4)):
         for model, scorer in ((model_of(config), False), (scorer_of(config), True)):
             found = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
-            assert list(shapes(config, scorer=scorer).items()) == list(found.items())
+            assert list(list_shapes(config, scorer=scorer).items()) == list(found.items())
 
 
 def test_a_reward_model_is_one_when_it_is_read_again(tmp_path: Path) -> None:
@@ -145,7 +144,7 @@ def test_the_file_is_one_that_safetensors_itself_reads_and_could_map(tmp_path: P
     digest = safetensors_file.write(
         tmp_path / "f",
         {
-            name: Stored(tuple(tensor.shape), tensor.dtype, tensor.clone, name)
+            name: StoredTensor(tuple(tensor.shape), tensor.dtype, tensor.clone, name)
             for name, tensor in mixed.items()
         },
     )
@@ -160,7 +159,7 @@ def test_the_file_is_one_that_safetensors_itself_reads_and_could_map(tmp_path: P
 
     for name, tensor in mixed.items():
         assert header[name]["data_offsets"][0] % tensor.dtype.itemsize == 0, name
-        assert torch.equal(safetensors_file.entries(tmp_path / "f")[name].read(), tensor)
+        assert torch.equal(safetensors_file.list_tensors(tmp_path / "f")[name].read(), tensor)
 
 
 def test_checksums_are_those_of_all_files_the_tokenizer_included(tmp_path: Path) -> None:
@@ -200,7 +199,7 @@ def test_weights_are_converted_as_pytorch_converts_them(
 def test_as_much_is_in_memory_as_the_largest_tensor_takes(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(source, "SMALL", 0)
+    monkeypatch.setattr(stored_model, "SMALL", 0)
     model = model_of(TINY)
     held, most = 0, 0
     largest = max(tensor.nbytes for tensor in model.state_dict().values())
@@ -229,7 +228,7 @@ def test_what_lies_in_order_passes_in_parts(
     hf.write(source_of(model_of(TINY), tmp_path), tmp_path / "model")
     seen: list[int] = []
     hf.write(
-        observed(hf.read(tmp_path / "model"), lambda stored, tensor: seen.append(tensor.numel())),
+        observe(hf.read(tmp_path / "model"), lambda stored, tensor: seen.append(tensor.numel())),
         tmp_path / "again",
         dtype=torch.bfloat16,
     )
@@ -252,18 +251,18 @@ def test_a_tensor_that_is_read_otherwise_is_not_taken_in_parts(tmp_path: Path) -
 
 
 def test_reading_ahead_keeps_the_order_and_raises_where_it_failed() -> None:
-    def stored(number: int) -> Stored:
+    def stored(number: int) -> StoredTensor:
         def read() -> Tensor:
             if number == 5:
                 raise UserError("the fifth")
 
             return torch.tensor([number])
 
-        return Stored((1,), torch.int64, read, str(number))
+        return StoredTensor((1,), torch.int64, read, str(number))
 
     found: list[float] = []
     tensors = read_ahead(
-        [Stored((2,), torch.int64, lambda: torch.zeros(2), "large"), *map(stored, range(8))]
+        [StoredTensor((2,), torch.int64, lambda: torch.zeros(2), "large"), *map(stored, range(8))]
     )
     with pytest.raises(UserError, match="the fifth"):
         found.extend(tensor[0].item() for tensor in tensors)
@@ -304,8 +303,7 @@ def test_a_number_too_large_for_the_precision_is_named(tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())
 
 
-# ---- what is read
-# ---------------------------------------------------------------------------------------------------
+# --- what is read ---
 @pytest.mark.parametrize("old", [False, True], ids=["zip", "before 1.6"])
 @pytest.mark.parametrize("shards", [1, 3])
 def test_pickled_weights_are_read_bit_for_bit(tmp_path: Path, shards: int, old: bool) -> None:
@@ -360,8 +358,7 @@ def test_only_the_tensor_asked_for_is_read(tmp_path: Path) -> None:
             assert torch.equal(stored.read(), weights()[name])
 
 
-# ---- what is refused
-# ------------------------------------------------------------------------------------------------
+# --- what is refused ---
 class Bomb:
     """Pickles as a call that makes a file."""
 
@@ -426,7 +423,7 @@ def test_a_pickle_does_nothing_with_what_it_may_name(tmp_path: Path) -> None:
         b"\x82\x01.",
     ):
         with pytest.raises(UserError):
-            torch_zip.described(tmp_path, torch_zip.Reader(io.BytesIO(line)))
+            torch_zip.read_views(tmp_path, torch_zip.TensorUnpickler(io.BytesIO(line)))
 
 
 @pytest.mark.parametrize("form", ["safetensors", "zip", "before 1.6"])
@@ -440,7 +437,7 @@ def test_a_file_cut_anywhere_is_refused(tmp_path: Path, form: str) -> None:
 
     reader = {"safetensors": safetensors_file, "zip": torch_zip, "before 1.6": torch_legacy}[
         form
-    ].entries
+    ].list_tensors
     assert same({name: stored.read() for name, stored in reader(file).items()}, small)
     content = file.read_bytes()
 
@@ -461,7 +458,7 @@ def test_a_flipped_bit_is_refused_or_does_no_harm(tmp_path: Path, form: str) -> 
 
     reader = {"safetensors": safetensors_file, "zip": torch_zip, "before 1.6": torch_legacy}[
         form
-    ].entries
+    ].list_tensors
     content, chance = file.read_bytes(), random.Random(0)
     for _ in range(800):
         damaged = bytearray(content)

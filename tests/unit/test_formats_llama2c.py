@@ -18,7 +18,7 @@ from torch import Tensor
 
 from llama2.errors import UserError
 from llama2.formats import llama2c
-from llama2.formats.source import Source
+from llama2.formats.stored_model import StoredModel
 from llama2.model.llama import Llama, LlamaConfig
 from llama2.tokenizer import Tokenizer, sentencepiece_model
 
@@ -42,12 +42,11 @@ def model_file(shared: Path, tokenizer: Tokenizer) -> Path:
 
 
 @pytest.fixture(scope="module")
-def source(model_file: Path) -> Source:
+def source(model_file: Path) -> StoredModel:
     return source_of(model_of(SHAPE), Path("model"), model_file)
 
 
-# ---- an independent account of the layout
-# ---------------------------------------------------------------------------
+# --- an independent account of the layout ---
 def neighbours(weight: np.ndarray, heads: int) -> np.ndarray:
     """Rows i and i + E/2 of every head of E rows as rows 2 i and 2 i + 1."""
     size = len(weight) // heads
@@ -119,8 +118,7 @@ def plain(model: Llama, version: int) -> bytes:
     return head + b"".join(tensor.tobytes() for tensor in in_order(model, version))
 
 
-# ---- what is written
-# ------------------------------------------------------------------------------------------------
+# --- what is written ---
 @pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
 @pytest.mark.parametrize("kv_heads", RATIOS)
 def test_version_0_is_what_run_reads(
@@ -177,7 +175,7 @@ def test_version_2_is_what_runq_reads(
 
 
 def test_tokenizer_bin_is_what_run_reads(
-    tmp_path: Path, source: Source, tokenizer: Tokenizer
+    tmp_path: Path, source: StoredModel, tokenizer: Tokenizer
 ) -> None:
     llama2c.write(source, tmp_path / "model.bin")
     data = (tmp_path / "tokenizer.bin").read_bytes()
@@ -197,7 +195,7 @@ def test_tokenizer_bin_is_what_run_reads(
     assert struct.unpack_from("<I", data) == (max(map(len, rows)),)
 
 
-def test_the_same_model_gives_the_same_bytes(tmp_path: Path, source: Source) -> None:
+def test_the_same_model_gives_the_same_bytes(tmp_path: Path, source: StoredModel) -> None:
     for version in (0, 2):
         for name in ("a", "b"):
             llama2c.write(source, tmp_path / name, version=version)  # type: ignore[arg-type]
@@ -205,8 +203,7 @@ def test_the_same_model_gives_the_same_bytes(tmp_path: Path, source: Source) -> 
         assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
 
 
-# ---- what is read
-# ---------------------------------------------------------------------------------------------------
+# --- what is read ---
 @pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
 @pytest.mark.parametrize("version", [0, 1])
 @pytest.mark.parametrize("kv_heads", RATIOS)
@@ -238,7 +235,7 @@ def test_reads_the_integers_it_wrote(tmp_path: Path, model_file: Path, config: L
 
 @pytest.mark.parametrize("text", STRINGS)
 def test_the_tokenizer_encodes_as_the_original(
-    tmp_path: Path, source: Source, tokenizer: Tokenizer, text: str
+    tmp_path: Path, source: StoredModel, tokenizer: Tokenizer, text: str
 ) -> None:
     llama2c.write(source, tmp_path / "model.bin")
     beside = llama2c.read(tmp_path / "model.bin").tokenizer
@@ -248,9 +245,8 @@ def test_the_tokenizer_encodes_as_the_original(
     assert again.decode(again.encode(text)) == tokenizer.decode(tokenizer.encode(text))
 
 
-# ---- refusals
-# -------------------------------------------------------------------------------------------------------
-def test_what_cannot_be_written(tmp_path: Path, source: Source, model_file: Path) -> None:
+# --- refusals ---
+def test_what_cannot_be_written(tmp_path: Path, source: StoredModel, model_file: Path) -> None:
     target = tmp_path / "model.bin"
     for change, message in (
         ({"rope_theta": 5e5}, "rope_theta is 500000.0"),
@@ -274,9 +270,9 @@ def test_what_cannot_be_written(tmp_path: Path, source: Source, model_file: Path
     with pytest.raises(UserError, match="this name is the tokenizer's"):
         llama2c.write(source, tmp_path / "tokenizer.bin")
 
-    items = [sentencepiece_model.Piece(f"w{token}", 0.0) for token in range(420)]
+    items = [sentencepiece_model.VocabularyItem(f"w{token}", 0.0) for token in range(420)]
     strange = tmp_path / "tokenizer.model"
-    strange.write_bytes(sentencepiece_model.build(sentencepiece_model.Pieces(items)))
+    strange.write_bytes(sentencepiece_model.build(sentencepiece_model.Vocabulary(items)))
 
     with pytest.raises(UserError, match="does not begin with unknown, BOS, EOS and the 256 bytes"):
         llama2c.write(replace(source, tokenizer=strange), target)
@@ -285,7 +281,7 @@ def test_what_cannot_be_written(tmp_path: Path, source: Source, model_file: Path
 
 
 def test_what_the_tokenizer_does_beside_is_told(
-    tmp_path: Path, source: Source, model_file: Path
+    tmp_path: Path, source: StoredModel, model_file: Path
 ) -> None:
     assert llama2c.write(source, tmp_path / "model.bin") == []
     other = tmp_path / "tokenizer.model"
@@ -299,7 +295,7 @@ def test_what_the_tokenizer_does_beside_is_told(
     assert "drops spaces at the ends of a text" in notes[0]
 
 
-def test_another_tokenizer_in_the_way_stays(tmp_path: Path, source: Source) -> None:
+def test_another_tokenizer_in_the_way_stays(tmp_path: Path, source: StoredModel) -> None:
     (tmp_path / "tokenizer.bin").write_bytes(b"another")
     with pytest.raises(UserError, match=r"tokenizer\.bin: the tokenizer of another model is there"):
         llama2c.write(source, tmp_path / "model.bin")
@@ -324,7 +320,9 @@ def test_a_failure_leaves_what_was_there(tmp_path: Path, model_file: Path) -> No
 
 
 @pytest.mark.parametrize("version", [0, 1, 2])
-def test_a_file_of_another_length_is_refused(tmp_path: Path, source: Source, version: int) -> None:
+def test_a_file_of_another_length_is_refused(
+    tmp_path: Path, source: StoredModel, version: int
+) -> None:
     if version == 1:
         whole = plain(model_of(SHAPE), 1)
     else:
@@ -369,7 +367,7 @@ def refusal(file: Path) -> str | None:
 
 
 @pytest.mark.parametrize("version", [0, 2])
-def test_a_changed_head_is_refused(tmp_path: Path, source: Source, version: Any) -> None:
+def test_a_changed_head_is_refused(tmp_path: Path, source: StoredModel, version: Any) -> None:
     """Whatever byte of a size changes, the file no longer has the length it should have. (Not so
     the number of heads, whose change may leave all sizes as they are.)"""
     llama2c.write(source, tmp_path / "model.bin", version=version)
@@ -421,7 +419,7 @@ def load(model: Path) -> Tokenizer:
     return Tokenizer.load(beside)
 
 
-def test_a_damaged_tokenizer_is_named(tmp_path: Path, source: Source) -> None:
+def test_a_damaged_tokenizer_is_named(tmp_path: Path, source: StoredModel) -> None:
     llama2c.write(source, tmp_path / "model.bin")
     file = tmp_path / "tokenizer.bin"
     whole = file.read_bytes()
@@ -430,7 +428,8 @@ def test_a_damaged_tokenizer_is_named(tmp_path: Path, source: Source) -> None:
     for size in [0, 3, 4, len(whole) - 1, *(draw.randrange(len(whole)) for _ in range(60))]:
         file.write_bytes(whole[:size])
         with pytest.raises(
-            UserError, match=r"tokenizer\.bin: (truncated or damaged: item|it has \d+ items)"
+            UserError,
+            match=r"tokenizer\.bin: (truncated or damaged: item|the tokenizer has \d+ pieces)",
         ):
             load(tmp_path / "model.bin")
 

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from llama2.errors import UserError
 from llama2.formats import hf, peft
-from llama2.formats.detect import open_source
+from llama2.formats.detect import open_model
 from llama2.model.llama import LlamaConfig
 
 CONFIG = LlamaConfig(
@@ -133,24 +133,24 @@ def test_the_sum_is_the_one_that_was_trained(
         name: tensor for name, tensor in PAIRS.items() if any(module in name for module in scales)
     }
     path = adapter(tmp_path / "adapter", tensors, **settings)
-    assert close(state(open_source(path)), merged_by_hand(base, scales))
+    assert close(state(open_model(path)), merged_by_hand(base, scales))
     before = state(hf.read(base))
     assert not torch.allclose(
-        state(open_source(path))[f"{QUERY}.weight"], before[f"{QUERY}.weight"], atol=0.1
+        state(open_model(path))[f"{QUERY}.weight"], before[f"{QUERY}.weight"], atol=0.1
     )
 
 
 def test_a_rank_of_its_own(tmp_path: Path, base: Path) -> None:
     tensors = pair(QUERY, 16, 16, rank=2) | pair(DOWN, 24, 16)
     path = adapter(tmp_path / "adapter", tensors, rank_pattern={"q_proj": 2})
-    assert close(state(open_source(path)), merged_by_hand(base, {QUERY: 3.0, DOWN: 1.5}, tensors))
+    assert close(state(open_model(path)), merged_by_hand(base, {QUERY: 3.0, DOWN: 1.5}, tensors))
 
 
 @pytest.mark.parametrize("rows", [1, 3, 1000])
 def test_the_sum_is_rounded_once(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, rows: int
 ) -> None:
-    monkeypatch.setattr(peft, "_PIECE", 16 * rows)
+    monkeypatch.setattr(peft, "_CHUNK", 16 * rows)
     hf.write(source_of(model_of(CONFIG, torch.bfloat16), tmp_path), tmp_path / "base")
     tensors = pair(QUERY, 16, 16)
     path = adapter(tmp_path / "adapter", tensors)
@@ -158,8 +158,8 @@ def test_the_sum_is_rounded_once(
     exact = weight.double() + 1.5 * b.double() @ a.double()
 
     for dtype, source in (
-        (torch.bfloat16, open_source(path)),
-        (torch.float32, open_source(path, dtype=torch.float32)),
+        (torch.bfloat16, open_model(path)),
+        (torch.float32, open_model(path, dtype=torch.float32)),
     ):
         stored = source.tensors[f"{QUERY}.weight"]
         found = stored.read()
@@ -167,7 +167,7 @@ def test_the_sum_is_rounded_once(
         half_a_step = torch.finfo(dtype).eps / 2 * exact.abs() * 1.01 + 1e-6
         assert bool(((found.double() - exact).abs() <= half_a_step).all())
 
-    assert {stored.dtype for stored in open_source(path).tensors.values()} == {torch.bfloat16}
+    assert {stored.dtype for stored in open_model(path).tensors.values()} == {torch.bfloat16}
 
 
 def test_a_table_of_embeddings_lies_the_other_way_round(tmp_path: Path, base: Path) -> None:
@@ -177,7 +177,7 @@ def test_a_table_of_embeddings_lies_the_other_way_round(tmp_path: Path, base: Pa
         {f"{PREFIX}{TABLE}.lora_embedding_A": a, f"{PREFIX}{TABLE}.lora_embedding_B": b},
     )
     found, before = (
-        state(open_source(path))[f"{TABLE}.weight"],
+        state(open_model(path))[f"{TABLE}.weight"],
         state(hf.read(base))[f"{TABLE}.weight"],
     )
 
@@ -191,9 +191,7 @@ def test_weights_trained_as_they_are_take_the_place_of_the_base(tmp_path: Path, 
         f"{PREFIX}{HEAD}.modules_to_save.weight": torch.randn(42, 16),
         f"{PREFIX}model.norm.weight": torch.randn(16).half(),
     }
-    found = open_source(
-        adapter(tmp_path / "adapter", PAIRS | larger, modules_to_save=[TABLE, HEAD])
-    )
+    found = open_model(adapter(tmp_path / "adapter", PAIRS | larger, modules_to_save=[TABLE, HEAD]))
     assert found.config == replace(CONFIG, vocab_size=42)
     weights = state(found)
     assert torch.equal(weights[f"{TABLE}.weight"], larger[f"{PREFIX}{TABLE}.weight"])
@@ -205,7 +203,7 @@ def test_an_adapter_on_a_weight_that_came_with_it(tmp_path: Path, base: Path) ->
     whole = {f"{PREFIX}{QUERY}.base_layer.weight": torch.randn(16, 16)}
     tensors = pair(QUERY, 16, 16)
     a, b = tensors.values()
-    found = state(open_source(adapter(tmp_path / "adapter", tensors | whole)))[f"{QUERY}.weight"]
+    found = state(open_model(adapter(tmp_path / "adapter", tensors | whole)))[f"{QUERY}.weight"]
     assert torch.allclose(found, *whole.values(), atol=0) is False
     assert torch.allclose(
         found, whole[f"{PREFIX}{QUERY}.base_layer.weight"] + 1.5 * b @ a, atol=1e-5
@@ -214,7 +212,7 @@ def test_an_adapter_on_a_weight_that_came_with_it(tmp_path: Path, base: Path) ->
 
 def test_a_reward_model_of_a_language_model(tmp_path: Path, base: Path) -> None:
     score = {f"{PREFIX}score.weight": torch.randn(1, 16)}
-    found = open_source(adapter(tmp_path / "adapter", PAIRS | score, task_type="SEQ_CLS"))
+    found = open_model(adapter(tmp_path / "adapter", PAIRS | score, task_type="SEQ_CLS"))
     assert found.scorer
     expected = merged_by_hand(base, {QUERY: 1.5, DOWN: 1.5}) | {
         "score.weight": score[f"{PREFIX}score.weight"]
@@ -222,48 +220,48 @@ def test_a_reward_model_of_a_language_model(tmp_path: Path, base: Path) -> None:
     del expected["lm_head.weight"]
     assert close(state(found), expected)
     hf.write(source_of(scorer_of(CONFIG), tmp_path), tmp_path / "scorer")
-    assert open_source(tmp_path / "adapter", base=tmp_path / "scorer").scorer
+    assert open_model(tmp_path / "adapter", base=tmp_path / "scorer").scorer
 
 
 def test_pickled_adapters_and_a_base_that_is_named(tmp_path: Path, base: Path) -> None:
     path = adapter(tmp_path / "adapter", base_model_name_or_path="meta-llama/Llama-2-7b-hf")
     torch.save(PAIRS, path / "adapter_model.bin")
-    expected = state(open_source(path, base=base))
+    expected = state(open_model(path, base=base))
     (path / "adapter_model.safetensors").unlink()
-    assert same(state(open_source(path, base=base)), expected)
+    assert same(state(open_model(path, base=base)), expected)
 
     with pytest.raises(
         UserError, match="'meta-llama/Llama-2-7b-hf' is not on this machine; name its place: --base"
     ):
-        open_source(path)
+        open_model(path)
 
     with pytest.raises(UserError, match="only an adapter has a base"):
-        open_source(base, base=base)
+        open_model(base, base=base)
 
     with pytest.raises(UserError, match="this is an adapter, too"):
-        open_source(path, base=path)
+        open_model(path, base=path)
 
 
 def test_its_tokenizer_goes_before_that_of_the_base(tmp_path: Path, base: Path) -> None:
     path = adapter(tmp_path / "adapter")
-    assert open_source(path).tokenizer is None
+    assert open_model(path).tokenizer is None
     (base / "tokenizer.model").write_bytes(b"pieces")
-    assert str(open_source(path).tokenizer) == str(base / "tokenizer.model")
+    assert str(open_model(path).tokenizer) == str(base / "tokenizer.model")
     (path / "tokenizer.model").write_bytes(b"pieces")
-    assert str(open_source(path).tokenizer) == str(path / "tokenizer.model")
+    assert str(open_model(path).tokenizer) == str(path / "tokenizer.model")
 
 
 def test_what_ends_its_answers_is_added_to_what_ends_those_of_the_base(
     tmp_path: Path, base: Path
 ) -> None:
     path = adapter(tmp_path / "adapter")
-    assert open_source(path).config.stops == (2,)
+    assert open_model(path).config.stops == (2,)
     (path / "tokenizer_config.json").write_text(json.dumps({"eos_token": "<|im_end|>"}))
     (path / "added_tokens.json").write_text(json.dumps({"<|im_end|>": 39}))
-    assert open_source(path).config.stops == (39, 2)
+    assert open_model(path).config.stops == (39, 2)
     # which the model cannot say
     (path / "added_tokens.json").write_text(json.dumps({"<|im_end|>": 40}))
-    assert open_source(path).config.stops == (2,)
+    assert open_model(path).config.stops == (2,)
 
 
 SETTINGS = [
@@ -304,7 +302,7 @@ def test_other_sums_are_refused_by_name(
 ) -> None:
     path = adapter(tmp_path / "adapter", **settings)
     with pytest.raises(UserError, match=message) as raised:
-        open_source(path)
+        open_model(path)
 
     assert str(path) in str(raised.value)
 
@@ -345,7 +343,7 @@ def test_tensors_that_do_not_fit_are_named(
     tensors = dict(PAIRS)
     damage(tensors)
     with pytest.raises(UserError, match=re.escape(message)) as raised:
-        open_source(adapter(tmp_path / "adapter", tensors))
+        open_model(adapter(tmp_path / "adapter", tensors))
 
     assert str(tmp_path) in str(raised.value)
     assert "\n" not in str(raised.value)
@@ -364,7 +362,7 @@ def test_a_grown_vocabulary_is_saved_three_times_of_which_one_counts(
             f"{PREFIX}{module}.original_module.weight": torch.randn(42, 16),
         }
 
-    found = open_source(
+    found = open_model(
         adapter(tmp_path / "adapter", tensors, modules_to_save=["embed_tokens", "lm_head"])
     )
     assert found.config == replace(CONFIG, vocab_size=42)
@@ -383,13 +381,13 @@ def test_two_names_of_one_weight_must_agree(tmp_path: Path, base: Path, other: s
     with pytest.raises(
         UserError, match=r"are both lm_head\.weight, and differ; save the adapter again"
     ):
-        open_source(adapter(tmp_path / "adapter", PAIRS | twice))
+        open_model(adapter(tmp_path / "adapter", PAIRS | twice))
 
 
 def test_what_was_replaced_alone_is_no_adapter(tmp_path: Path, base: Path) -> None:
     alone = {f"{PREFIX}{HEAD}.original_module.weight": torch.ones(40, 16)}
     with pytest.raises(UserError, match=r"1 unknown: lm_head\.original_module\.weight"):
-        open_source(adapter(tmp_path / "adapter", PAIRS | alone))
+        open_model(adapter(tmp_path / "adapter", PAIRS | alone))
 
 
 TIED = replace(CONFIG, tie_word_embeddings=True)
@@ -405,11 +403,11 @@ def tied(tmp_path: Path) -> dict[str, Tensor]:
 def test_shared_tables_that_grew_alike_stay_shared(tmp_path: Path, tied: State) -> None:
     table = torch.randn(42, 16)
     both = {f"{PREFIX}{TABLE}.weight": table, f"{PREFIX}{HEAD}.weight": table.clone()}
-    found = open_source(adapter(tmp_path / "adapter", PAIRS | both))
+    found = open_model(adapter(tmp_path / "adapter", PAIRS | both))
     assert found.config == replace(TIED, vocab_size=42)
     assert "lm_head.weight" not in found.tensors
     assert torch.equal(state(found)[f"{TABLE}.weight"], table)
-    assert open_source(adapter(tmp_path / "plain", PAIRS)).config == TIED
+    assert open_model(adapter(tmp_path / "plain", PAIRS)).config == TIED
 
 
 @pytest.mark.parametrize("changed", [(TABLE,), (HEAD,), (TABLE, HEAD)], ids="+".join)
@@ -417,7 +415,7 @@ def test_shared_tables_are_parted_by_what_changes_one_of_them(
     tmp_path: Path, tied: State, changed: tuple[str, ...]
 ) -> None:
     new = {f"{PREFIX}{module}.weight": torch.randn(40, 16) for module in changed}
-    found = open_source(adapter(tmp_path / "adapter", PAIRS | new))
+    found = open_model(adapter(tmp_path / "adapter", PAIRS | new))
     assert found.config == CONFIG
 
     for module in (TABLE, HEAD):
@@ -428,7 +426,7 @@ def test_shared_tables_are_parted_by_what_changes_one_of_them(
 def test_an_adapter_on_a_shared_table_is_on_one_side_alone(tmp_path: Path, tied: State) -> None:
     a, b = torch.randn(4, 40), torch.randn(16, 4)
     pair = {f"{PREFIX}{TABLE}.lora_embedding_A": a, f"{PREFIX}{TABLE}.lora_embedding_B": b}
-    found = open_source(adapter(tmp_path / "adapter", pair))
+    found = open_model(adapter(tmp_path / "adapter", pair))
     assert found.config == CONFIG
     assert torch.equal(state(found)["lm_head.weight"], tied[f"{TABLE}.weight"])
     assert torch.allclose(
@@ -447,16 +445,16 @@ def test_a_cut_or_hostile_adapter_is_refused(tmp_path: Path, base: Path) -> None
     file.write_bytes(file.read_bytes()[:-1])
 
     with pytest.raises(UserError, match=r"adapter_model\.safetensors: truncated"):
-        open_source(path)
+        open_model(path)
 
     file.unlink()
     with pytest.raises(
         UserError, match=r"neither adapter_model\.safetensors nor adapter_model\.bin"
     ):
-        open_source(path)
+        open_model(path)
 
     torch.save({**PAIRS, "bomb": Bomb()}, path / "adapter_model.bin")
     with pytest.raises(UserError, match="refused"):
-        open_source(path)
+        open_model(path)
 
     assert not (tmp_path / "it ran").exists()

@@ -12,7 +12,7 @@ import torch
 from llama2.errors import UserError
 from llama2.formats import checkpoint
 from llama2.generate.engine import Engine
-from llama2.generate.grammar import Grammar, json_grammar
+from llama2.generate.grammar import JsonGrammar, json_grammar
 from llama2.generate.sampling import Sampling
 from llama2.records import Message
 from llama2.tokenizer.template import encode_prompt
@@ -69,7 +69,7 @@ SCHEMAS = {
 }
 
 
-def write(tokenizer: Tokenizer, grammar: Grammar, logits, limit: int = 2000) -> list[int]:
+def write(tokenizer: Tokenizer, grammar: JsonGrammar, logits, limit: int = 2000) -> list[int]:
     """The likeliest text of `logits(tokens)` under the grammar; EOS is the last id."""
     tokens: list[int] = []
     while not tokens or tokens[-1] != EOS:

@@ -20,7 +20,7 @@ from safetensors.torch import load_file, save_file
 from sources import model_of, same, state
 
 from llama2.formats import checkpoint, hf, llama2c, meta
-from llama2.formats.detect import open_source
+from llama2.formats.detect import open_model
 from llama2.model.llama import LlamaConfig
 from llama2.tokenizer import CHAT_TEMPLATE
 from llama2.tokenizer.tokenizer import Tokenizer
@@ -227,8 +227,7 @@ def test_a_dry_run_says_what_it_found_and_writes_nothing(
     assert not (tmp_path / "ours").exists()
 
 
-# ---- tokenizers
-# -----------------------------------------------------------------------------------------------------
+# --- tokenizers ---
 def cut_tokenizer(tokenizer: Tokenizer, file: Path, size: int) -> Path:
     """The same tokenizer without its last pieces."""
     from llama2.tokenizer import sentencepiece_model
@@ -236,7 +235,7 @@ def cut_tokenizer(tokenizer: Tokenizer, file: Path, size: int) -> Path:
     file.parent.mkdir(exist_ok=True)
     file.write_bytes(tokenizer.model)
     whole = sentencepiece_model.load(file)
-    file.write_bytes(sentencepiece_model.build(sentencepiece_model.Pieces(whole.items[:size])))
+    file.write_bytes(sentencepiece_model.build(sentencepiece_model.Vocabulary(whole.items[:size])))
 
     return file
 
@@ -264,7 +263,7 @@ def test_a_vocabulary_smaller_than_the_tokenizer_is_refused(
 ) -> None:
     checkpoint.save(model_of(LlamaConfig(400, **SHAPE)), model)
     assert re.search(
-        "the tokenizer has 420 pieces, the model a vocabulary of 400; give the model's own",
+        "the tokenizer has 420 pieces, the model 400; give the model's own",
         one_line("import", model, "--out", tmp_path / "ours"),
     )
     assert not (tmp_path / "ours").exists()
@@ -394,8 +393,7 @@ def test_a_tokenizer_under_another_name_is_pointed_out_and_taken(
     )
 
 
-# ---- what is refused
-# ------------------------------------------------------------------------------------------------
+# --- what is refused ---
 class Bomb:
     def __init__(self, mark: Path) -> None:
         self.mark = mark
@@ -499,13 +497,13 @@ def test_what_is_there_already_stays(
     tmp_path: Path, model: Path, one_line: Callable[..., str]
 ) -> None:
     before = {path: path.read_bytes() for path in model.iterdir()}
-    assert "there is something already; choose another --out" in one_line(
+    assert "something is there already; choose another --out" in one_line(
         "import", model, "--out", model
     )
     assert {path: path.read_bytes() for path in model.iterdir()} == before
     (tmp_path / "empty").mkdir()
     assert llama2("import", model, "--out", tmp_path / "empty") == 0
-    assert same(state(open_source(tmp_path / "empty")), state(open_source(model)))
+    assert same(state(open_model(tmp_path / "empty")), state(open_model(model)))
 
 
 def test_a_disk_that_is_too_small_is_found_before_anything_is_written(
@@ -521,8 +519,7 @@ def test_a_disk_that_is_too_small_is_found_before_anything_is_written(
     assert not (tmp_path / "a").exists()
 
 
-# ---- chat templates
-# -------------------------------------------------------------------------------------------------
+# --- chat templates ---
 ZEPHYR = (
     "{% for message in messages %}{{ '<|' + message['role'] + '|>\\n' + message['content'] + eos_token }}"
     "{% endfor %}{{ '<|assistant|>\\n' }}"
@@ -531,7 +528,7 @@ ZEPHYR = (
 
 def asked_by(model: Path, template: str | None) -> Path:
     """A model whose directory has another chat template, or none."""
-    Tokenizer.load(model).speaking(template).save(model)
+    Tokenizer.load(model).with_chat_template(template).save(model)
     (model / "checksums.json").unlink()
     return model
 
@@ -632,8 +629,7 @@ def test_a_template_in_a_file_of_its_own_comes_in(tmp_path: Path, model: Path) -
     assert settings(tmp_path / "merged")["chat_template"] == "theirs"
 
 
-# ---- where answers begin and end
-# ------------------------------------------------------------------------------------
+# --- where answers begin and end ---
 def edited(model: Path, name: str = "config.json", **changes: Any) -> Path:
     file = model / name
     file.write_text(json.dumps((json.loads(file.read_text()) if file.exists() else {}) | changes))

@@ -421,8 +421,7 @@ def test_a_prompt_with_a_bad_label_is_named(tmp_path):
         list(import_prompts(file))
 
 
-# --- files
-# ----------------------------------------------------------------------------------------------------------
+# --- files ---
 
 
 def test_packed_files_archives_and_directories_hold_the_same(tmp_path):

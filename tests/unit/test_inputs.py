@@ -120,8 +120,7 @@ def test_a_run_does_not_lie_in_its_own_input(tmp_path, one_line):
     )
 
 
-# --- a model that is a finished run
-# ---------------------------------------------------------------------------------
+# --- a model that is a finished run ---
 
 
 @pytest.fixture

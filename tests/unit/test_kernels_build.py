@@ -140,8 +140,7 @@ def test_the_next_folder_is_taken_where_the_disk_refuses_the_last_byte(monkeypat
     assert list((tmp_path / "cache/llama2").iterdir()) == []
 
 
-# --- other users
-# ----------------------------------------------------------------------------------------------------
+# --- other users ---
 
 
 def test_nothing_is_loaded_from_a_folder_into_which_others_can_write(monkeypatch, tmp_path):
@@ -267,8 +266,7 @@ def test_another_users_process_does_not_run_what_was_planted_for_it(public):
     assert str(own) not in second.stdout
 
 
-# --- damage
-# ---------------------------------------------------------------------------------------------------------
+# --- damage ---
 
 
 @pytest.mark.parametrize("damage", ["half", "empty", "text", "flipped", "foreign"])
@@ -343,8 +341,7 @@ def test_two_first_builds_at_once(monkeypatch, tmp_path):
     assert len(list((tmp_path / "cache/llama2").iterdir())) == 1
 
 
-# --- compilers
-# ------------------------------------------------------------------------------------------------------
+# --- compilers ---
 
 
 def refused(monkeypatch, tmp_path, capfd, text):

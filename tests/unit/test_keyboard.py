@@ -1,17 +1,16 @@
 """Messages of one line and of many, and the file that remembers them."""
 
 import stat
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from llama2.chat import keyboard
-from llama2.chat.keyboard import History, message
+from llama2.chat.keyboard import History, read_message, remember
 from llama2.errors import UserError
 
 
-def typed(*lines: str) -> keyboard.Reader:
+def typed(*lines: str) -> keyboard.LineReader:
     waiting = list(lines)
     return lambda prompt, draft="": waiting.pop(0)
 
@@ -28,7 +27,7 @@ def typed(*lines: str) -> keyboard.Reader:
     ],
 )
 def test_a_message_may_have_many_lines(lines: list[str], expected: str) -> None:
-    assert message(typed(*lines)) == expected
+    assert read_message(typed(*lines)) == expected
 
 
 def test_history_is_private_bounded_and_survives(
@@ -45,8 +44,8 @@ def test_history_is_private_bounded_and_survives(
     assert stat.S_IMODE(history.path.stat().st_mode) == 0o600
     assert history.read() == ["old", "one\ntwo"]
     history.path.write_text('"x"\n' * 2500)
-    assert len(history.read()) == keyboard.KEPT
-    assert len(history.path.read_text().splitlines()) == keyboard.KEPT
+    assert len(history.read()) == keyboard.MOST_MESSAGES
+    assert len(history.path.read_text().splitlines()) == keyboard.MOST_MESSAGES
     assert stat.S_IMODE(history.path.stat().st_mode) == 0o600
 
 
@@ -73,6 +72,5 @@ def test_a_history_that_cannot_be_written_is_said_once(
     with pytest.raises(UserError):
         history.add("one")
 
-    ask: Callable[[str], str] = keyboard.recorded(history, typed("one", "two"))
-    assert [ask(""), ask("")] == ["one", "two"]
+    assert remember(remember(history, "one"), "two") is None
     assert capsys.readouterr().err.count("not remembered") == 1

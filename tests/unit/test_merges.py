@@ -14,8 +14,8 @@ from llama2.tokenizer.sentencepiece_model import (
     NORMAL,
     SPACE,
     UNKNOWN,
-    Piece,
-    Pieces,
+    Vocabulary,
+    VocabularyItem,
 )
 
 
@@ -31,19 +31,23 @@ def tokenizer(request: pytest.FixtureRequest, ordinary: Tokenizer) -> Tokenizer:
 
 def made(texts: list[str], scores: list[float]) -> Tokenizer:
     """A tokenizer of these items behind unknown, BOS, EOS and the bytes."""
-    first = [Piece("<unk>", 0.0, UNKNOWN), Piece("<s>", 0.0, CONTROL), Piece("</s>", 0.0, CONTROL)]
-    items = [Piece(f"<0x{byte:02X}>", 0.0, BYTE) for byte in range(256)]
+    first = [
+        VocabularyItem("<unk>", 0.0, UNKNOWN),
+        VocabularyItem("<s>", 0.0, CONTROL),
+        VocabularyItem("</s>", 0.0, CONTROL),
+    ]
+    items = [VocabularyItem(f"<0x{byte:02X}>", 0.0, BYTE) for byte in range(256)]
     return Tokenizer(
-        sentencepiece_model.build(Pieces([*first, *items, *map(Piece, texts, scores)]))
+        sentencepiece_model.build(Vocabulary([*first, *items, *map(VocabularyItem, texts, scores)]))
     )
 
 
-def vocabulary(tokenizer: Tokenizer) -> Pieces:
+def vocabulary(tokenizer: Tokenizer) -> Vocabulary:
     return sentencepiece_model.parse(tokenizer.model, "here")
 
 
 def test_the_merges_give_the_ids(tokenizer: Tokenizer) -> None:
-    merger = merges.merger(vocabulary(tokenizer).items)
+    merger = merges.make_merger(vocabulary(tokenizer).items)
     draw = random.Random(0)
     for text in (contents(draw) for _ in range(1500)):
         assert merger.encode(text) == tokenizer.encode(text), text
@@ -57,7 +61,7 @@ def test_a_run_of_spaces_grows_from_the_left(ordinary: Tokenizer) -> None:
         assert [len(items[token].text) for token in ids] == [16] * (run // 16) + [run % 16] * bool(
             run % 16
         )
-        assert merges.merger(items).encode(" " * (run - 1) + "\n") == tokenizer.encode(
+        assert merges.make_merger(items).encode(" " * (run - 1) + "\n") == tokenizer.encode(
             " " * (run - 1) + "\n"
         )
 
@@ -72,7 +76,7 @@ def test_any_vocabulary_of_distinct_scores_gives_the_ids() -> None:
 
         ordered = draw.sample(sorted(texts), len(texts))
         tokenizer = made(ordered, [-float(rank) for rank in range(len(texts))])
-        merger = merges.merger(vocabulary(tokenizer).items)
+        merger = merges.make_merger(vocabulary(tokenizer).items)
 
         for _ in range(40):
             text = "".join(draw.choices("abc"[: draw.randint(1, 3)], k=draw.randint(1, 14)))
@@ -82,7 +86,7 @@ def test_any_vocabulary_of_distinct_scores_gives_the_ids() -> None:
 def test_scores_come_back(tokenizer: Tokenizer) -> None:
     items = vocabulary(tokenizer).items
     texts = {item.text: token for token, item in enumerate(items) if item.kind == NORMAL}
-    scores = merges.scored(texts, merges.listed(items))
+    scores = merges.score_items(texts, merges.list_merges(items))
     assert scores is not None
     assert {text: scores[text] for text in texts if len(text) > 1} == {
         item.text: item.score for item in items if item.kind == NORMAL and len(item.text) > 1
@@ -92,13 +96,13 @@ def test_scores_come_back(tokenizer: Tokenizer) -> None:
 def test_merges_that_leave_a_way_out_have_no_scores(ordinary: Tokenizer) -> None:
     items = vocabulary(ordinary).items
     texts = {item.text: token for token, item in enumerate(items) if item.kind == NORMAL}
-    found = merges.listed(items)
-    assert merges.scored(texts, found[:-1]) is None
-    assert merges.scored(texts, [*found, found[0]]) is None
+    found = merges.list_merges(items)
+    assert merges.score_items(texts, found[:-1]) is None
+    assert merges.score_items(texts, [*found, found[0]]) is None
 
 
 def test_characters_outside_become_bytes(ordinary: Tokenizer) -> None:
-    merger = merges.merger(vocabulary(ordinary).items)
+    merger = merges.make_merger(vocabulary(ordinary).items)
     assert merger.encode("🙂")[-4:] == [3 + byte for byte in "🙂".encode()]
     assert merger.encode("") == ordinary.encode("") == []
     assert merger.encode(SPACE) == ordinary.encode(SPACE)

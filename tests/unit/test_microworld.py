@@ -43,7 +43,7 @@ def by_split() -> dict[PromptSplit, list[Prompt]]:
 
 
 @pytest.fixture(scope="module")
-def shown() -> list[Dialog]:
+def show_value() -> list[Dialog]:
     return list(draw_demonstrations(WORLD, 3000))
 
 
@@ -56,8 +56,7 @@ def _bare(turn: str) -> str:
     return next((turn.removeprefix(o) for o in OPENERS if o and turn.startswith(o)), turn)
 
 
-# The world
-# ---------------------------------------------------------------------------------------------------------
+# --- The world ---
 
 
 def test_a_world_is_a_pure_function_of_its_seed() -> None:
@@ -90,8 +89,7 @@ def test_each_verb_has_crimes_and_harmless_twins() -> None:
         assert crimes.count(True) == crimes.count(False) == 3
 
 
-# Splits
-# ------------------------------------------------------------------------------------------------------------
+# --- Splits ---
 
 
 def test_splits_share_no_content_and_no_message_list(
@@ -226,8 +224,7 @@ def test_safety_tag_and_categories(by_split: dict[PromptSplit, list[Prompt]]) ->
         assert len({p.metadata["style"] for p in some}) == 8
 
 
-# Demonstrations and instructions
-# -----------------------------------------------------------------------------------
+# --- Demonstrations and instructions ---
 
 
 def test_demonstrations_are_deterministic_and_mixed(shown: list[Dialog]) -> None:
@@ -278,8 +275,7 @@ def test_instructions_have_three_kinds_and_combinations() -> None:
     assert all(len(one.markers) == 1 + one.kind.count("+") for one in all_of_them)
 
 
-# Documents
-# ---------------------------------------------------------------------------------------------------------
+# --- Documents ---
 
 
 def test_documents_fill_their_budgets_and_only_the_web_repeats() -> None:
@@ -322,8 +318,7 @@ def test_every_fact_is_stated_often() -> None:
     assert min(text.count(fact.state()) for entity in WORLD.facts for fact in entity) >= 5
 
 
-# Files
-# -------------------------------------------------------------------------------------------------------------
+# --- Files ---
 
 
 def test_write_is_deterministic_and_readable(tmp_path: Path) -> None:
@@ -355,8 +350,7 @@ def test_a_scale_out_of_range_is_refused(tmp_path: Path, scale: float) -> None:
     assert not list(tmp_path.iterdir())
 
 
-# Seams
-# -------------------------------------------------------------------------------------------------------------
+# --- Seams ---
 
 
 def _imports(path: Path) -> set[str]:

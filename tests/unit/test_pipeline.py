@@ -27,8 +27,7 @@ def worlds(count, **common):
     return {f"w{index}": {**one, "seed": index} for index in range(count)}
 
 
-# --- references
-# -----------------------------------------------------------------------------------------------------
+# --- references ---
 
 
 def test_references_become_run_directories_and_lineage(tmp_path):
@@ -414,8 +413,7 @@ def test_a_step_is_changed_or_left_out_on_the_command_line(tmp_path):
     assert steps["w1"].values["scale"] == 0.5
 
 
-# --- a run
-# ----------------------------------------------------------------------------------------------------------
+# --- a run ---
 
 
 def test_steps_start_when_what_they_need_is_done_and_cores_are_free(tmp_path, monkeypatch, capsys):

@@ -14,7 +14,7 @@ import yaml
 from llama2 import config
 from llama2.config import layers as recipes
 from llama2.errors import UserError
-from llama2.formats.checkpoint import config_json
+from llama2.formats.checkpoint import make_config_json
 from llama2.kernels import fused, install
 from llama2.model.llama import Llama, LlamaConfig
 from llama2.model.scorer import Scorer
@@ -207,7 +207,7 @@ def test_the_tokenizers_vocabulary_decides_the_size(tmp_path):
 
 
 def test_a_checkpoint_that_exists_needs_no_recipe(tmp_path):
-    (tmp_path / "config.json").write_text(dump(config_json(SIZES["7b"])))
+    (tmp_path / "config.json").write_text(dump(make_config_json(SIZES["7b"])))
     one = sft.Config(out="x", model=tmp_path, dialogs={"a": {"path": "b"}})
     assert sft.plan(one, Cluster(), PlannedRuns())["parameters"] == PARAMETERS["7b"]
 

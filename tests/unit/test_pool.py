@@ -15,8 +15,8 @@ from llama2.generate.rewards import RewardModels
 from llama2.ranks import Ranks
 from llama2.records import Dialog, Message, Prompt, StoredRecords
 from llama2.runs import Run
-from llama2.stages.common.pool import Pool, rescored
-from llama2.stages.common.sampling import Sample, dialog, load_rewards
+from llama2.stages.common.pool import Pool, rescore
+from llama2.stages.common.sampling import Sample, load_rewards, make_dialog
 
 OLD_MODEL = 99.0  # what the reward models of an earlier round said: of no account
 
@@ -50,7 +50,7 @@ def pool(tmp_path, tokenizer):
             records.write(
                 path / "best.jsonl",
                 [
-                    dialog(
+                    make_dialog(
                         prompt(asked),
                         text,
                         reward=OLD_MODEL,
@@ -121,9 +121,9 @@ def test_an_answer_too_long_for_the_reward_models_is_counted(pool):
 
 def test_the_answer_alone_is_learnt_also_of_dialogs_that_said_otherwise(tmp_path, tokenizer):
     asked = prompt("p")
-    earlier = replace(dialog(asked, "old 9", reward=1.0), train="all")
+    earlier = replace(make_dialog(asked, "old 9", reward=1.0), train="all")
     records.write(tmp_path / "one/best.jsonl", [earlier])
-    records.write(tmp_path / "two/best.jsonl", [dialog(asked, "new 1", reward=1.0)])
+    records.write(tmp_path / "two/best.jsonl", [make_dialog(asked, "new 1", reward=1.0)])
     run, chat = Run(tmp_path / "two", False), SimpleNamespace(tokenizer=tokenizer)
     Pool(1, True, [tmp_path / "two", tmp_path / "one"]).write(
         run, chat, Opinions(tokenizer), Sample()
@@ -141,8 +141,11 @@ def test_the_safety_tag_reaches_the_reward_models(tokenizer):
             return super().__call__(rows, given)
 
     rewards = Heard(tokenizer)
-    two = [dialog(prompt("p"), "a 1", safety=True), dialog(prompt("q"), "b 1", safety=False)]
-    rescored(two, tokenizer, rewards, True)
+    two = [
+        make_dialog(prompt("p"), "a 1", safety=True),
+        make_dialog(prompt("q"), "b 1", safety=False),
+    ]
+    rescore(two, tokenizer, rewards, True)
     assert tags == [True, False]
 
 
@@ -205,7 +208,7 @@ def test_two_rounds_through_the_command_line(tmp_path, policy, scorers, prompts,
         mine = [
             other for some in rounds for other in some if other.messages[:-1] == one.messages[:-1]
         ]
-        marks = [mark for _, _, mark in rescored(mine, tokenizer, rewards, True)]
+        marks = [mark for _, _, mark in rescore(mine, tokenizer, rewards, True)]
         # batches differ, in bf16
         assert one.metadata["reward"] == pytest.approx(max(marks), abs=0.02)
 

@@ -164,7 +164,7 @@ def test_held_out_prompts_count_by_kind(scorers, policy):
 
     class Judge:
         def __call__(self, rows, tags):
-            return [type("Score", (), {"joined": 0.0 if tag else 1e9}) for tag in tags]
+            return [type("Score", (), {"reward": 0.0 if tag else 1e9}) for tag in tags]
 
     prompts = [prompt("Hi", safety=True), prompt("One"), prompt("Two"), prompt("Three")]
     found = measure_reward(Chat(), Judge(), prompts, [[answer()]] * 4)

@@ -71,7 +71,7 @@ def test_advantages_are_those_of_the_definition(data, gamma, lambda_):
         mask_BT[row, here] = 1
         expected_BT[row, here] = torch.tensor(slow_advantages(rewards, values, gamma, lambda_))
 
-    found_BT = ppo_rollouts.advantages(reward_BT, value_BT, mask_BT, gamma, lambda_)
+    found_BT = ppo_rollouts.estimate_advantages(reward_BT, value_BT, mask_BT, gamma, lambda_)
     torch.testing.assert_close(found_BT, expected_BT, rtol=1e-4, atol=1e-4)
 
 
@@ -79,7 +79,7 @@ def test_with_gamma_and_lambda_one_returns_are_what_is_still_to_come():
     reward = torch.tensor([[0.0, -1.0, 2.0, 5.0]])
     value = torch.tensor([[9.0, 0.5, 0.25, 1.0]])
     mask = torch.tensor([[0.0, 1.0, 1.0, 1.0]])
-    returns = ppo_rollouts.advantages(reward, value * mask, mask, 1.0, 1.0) + value * mask
+    returns = ppo_rollouts.estimate_advantages(reward, value * mask, mask, 1.0, 1.0) + value * mask
     torch.testing.assert_close(returns, torch.tensor([[0.0, 6.0, 7.0, 5.0]]))
 
 
@@ -126,8 +126,7 @@ def test_what_the_samples_look_like():
     assert "reward/safety" not in ppo_rollouts.describe(some, [score(0.0, 1.0, float("inf"))] * 2)
 
 
-# --- with a model
-# ---------------------------------------------------------------------------------------------------
+# --- with a model ---
 
 
 class Rig:
@@ -214,7 +213,7 @@ def test_the_engine_and_the_trainer_agree_about_log_probabilities(rig):
 def test_the_kl_penalty_is_spread_over_the_tokens(rig, monkeypatch):
     """With gamma and lambda 1 the return of a token is the score minus beta times the KL of all
     tokens from it on."""
-    monkeypatch.setattr(ppo_rollouts, "strip", lambda batch: batch)
+    monkeypatch.setattr(ppo_rollouts, "keep_training_tensors", lambda batch: batch)
     made = rig(beta=0.5, gamma=1.0, lambda_=1.0, epochs=1)
     with torch.no_grad():
         made.reference.lm_head.weight.mul_(1.2)
@@ -237,9 +236,9 @@ def test_the_kl_penalty_is_spread_over_the_tokens(rig, monkeypatch):
 
 def test_an_answer_that_never_ends_may_be_given_a_score_of_its_own(rig):
     cut = answer(finish="length")
-    assert rig(unfinished=-3.0).source._final(cut, score(2.0)) == -3.0
-    assert rig(unfinished=-3.0).source._final(answer(), score(2.0)) == 2.0
-    assert rig().source._final(cut, score(2.0)) == 2.0
+    assert rig(unfinished=-3.0).source._reward(cut, score(2.0)) == -3.0
+    assert rig(unfinished=-3.0).source._reward(answer(), score(2.0)) == 2.0
+    assert rig().source._reward(cut, score(2.0)) == 2.0
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
@@ -310,8 +309,7 @@ def test_a_first_ratio_that_is_not_one_is_logged_and_raises_an_alarm(rig, capsys
     assert "(ppo/first_ratio_deviation 0.00" in line
 
 
-# --- the scale of the critic
-# ----------------------------------------------------------------------------------------
+# --- the scale of the critic ---
 
 
 def explained(batches) -> float:
@@ -376,16 +374,25 @@ def test_the_critic_is_scaled_once_and_resumes_with_its_scale(rig, tmp_path):
 
 def test_equal_rewards_teach_nothing_and_set_no_scale(rig):
     made = rig(epochs=1)
-    made.source._final = lambda one, mark: 3.3
+    made.source._reward = lambda one, mark: 3.3
     head = made.models.critic.score.weight.clone()
     batches = [batch for _ in range(2) for batch in next(made.source)]
     assert made.seen[0]["reward/deviation"] < 1e-6
     assert torch.equal(made.models.critic.score.weight, head)
     assert not made.source.scaled
-    del made.source._final
+    del made.source._reward
     next(made.source)
     assert made.source.scaled
     assert batches
+
+
+def test_the_engine_is_given_the_policy_before_every_iteration(rig, monkeypatch):
+    made, given = rig(), []
+    monkeypatch.setattr(made.source.chat.engine, "update", given.append)
+    for _ in range(made.source.updates + 1):
+        next(made.source)
+
+    assert given == [made.models.actor, made.models.actor]
 
 
 def test_any_seed_of_64_bits_is_one(rig):

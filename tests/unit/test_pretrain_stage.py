@@ -21,7 +21,7 @@ from llama2.ranks import Ranks
 from llama2.records import Document
 from llama2.stages import pretrain
 from llama2.tokenizer import CHAT_TEMPLATE
-from llama2.tokenizer.chat_files import chat_template, stop_ids
+from llama2.tokenizer.chat_settings import read_chat_template, read_stop_ids
 from llama2.tokenizer.train import train
 
 TEXTS = [
@@ -245,14 +245,14 @@ def test_a_base_keeps_its_template_and_its_ends(tokens, tmp_path):
     """Llama 2's is written by `tokenize` for a model that begins here, and by no step that does not
     teach it."""
     assert run(tokens, tmp_path / "new", "--training.plan.max-steps", 2) == 0
-    assert chat_template(tmp_path / "new") == CHAT_TEMPLATE
+    assert read_chat_template(tmp_path / "new") == CHAT_TEMPLATE
     for template in (None, "{{ theirs }}"):
         theirs = tmp_path / f"theirs-{template is None}"
         checkpoint.save(
             Llama(LlamaConfig(tokens[1].vocab_size, 16, 24, 1, 2, 2, 64, eos_token_id=(2, 9))),
             theirs,
         )
-        tokens[1].speaking(template).save(theirs)
+        tokens[1].with_chat_template(template).save(theirs)
         out = tmp_path / f"out-{template is None}"
         assert (
             llama2(
@@ -274,5 +274,5 @@ def test_a_base_keeps_its_template_and_its_ends(tokens, tmp_path):
             )
             == 0
         )
-        assert chat_template(out) == template
-        assert stop_ids(out) == (2, 9)
+        assert read_chat_template(out) == template
+        assert read_stop_ids(out) == (2, 9)

@@ -19,7 +19,7 @@ from llama2.formats.checkpoint import load
 from llama2.generate import cpu_decoder
 from llama2.generate.engine import Engine
 from llama2.generate.sampling import Sampling
-from llama2.generate.score import logprobs, predictions
+from llama2.generate.score import compute_logprobs, predict_tokens
 from llama2.model import quantize
 from llama2.model.llama import Llama, LlamaConfig
 from llama2.records import Document
@@ -50,8 +50,7 @@ def without_torchao(monkeypatch):
     monkeypatch.setitem(sys.modules, "torchao", None)
 
 
-# --- rounding
-# --------------------------------------------------------------------------------------------------------
+# --- rounding ---
 
 
 @pytest.mark.parametrize("size", [(16, 32), (5, 70)])
@@ -162,8 +161,7 @@ def test_sizes_are_those_of_what_is_decoded_with(bits):
     )
 
 
-# --- the measure
-# -----------------------------------------------------------------------------------------------------
+# --- the measure ---
 
 
 def test_every_token_is_predicted_once(tokenizer):
@@ -197,12 +195,12 @@ def test_the_loss_is_that_of_the_weights_that_are_served(policy, tokenizer, torc
         own = [value for each in results for value in each.logprobs]
         found = [
             value
-            for each, row in zip(results, predictions(engine.current(), rows, "bf16"))
+            for each, row in zip(results, predict_tokens(engine.refresh(), rows, "bf16"))
             for value in row[0][len(each.prompt) - 1 :]
         ]
         other = [
             value
-            for each, row in zip(results, logprobs(model, rows, "fp32"))
+            for each, row in zip(results, compute_logprobs(model, rows, "fp32"))
             for value in row[len(each.prompt) - 1 :]
         ]
         gap, loss = (
@@ -219,9 +217,9 @@ def test_the_loss_is_that_of_the_weights_that_are_served(policy, tokenizer, torc
 def test_predictions_are_logprobs_and_greedy_choices():
     model = Llama(SHAPE, 2)
     rows = [[1, *range(5, 5 + length)] for length in (3, 1, 9, 0, 40)]
-    found = predictions(model, rows, "fp32", batch_tokens=30)
+    found = predict_tokens(model, rows, "fp32", batch_tokens=30)
 
-    for row, (own, best), expected in zip(rows, found, logprobs(model, rows, "fp32")):
+    for row, (own, best), expected in zip(rows, found, compute_logprobs(model, rows, "fp32")):
         assert own == pytest.approx(expected, abs=1e-5)
         with torch.no_grad():
             assert best == model(torch.tensor([row]))[0, :-1].argmax(-1).tolist()
@@ -235,7 +233,7 @@ def test_the_report(policy, text, tokenizer, tmp_path, capsys, torchao):
         [tokenizer.bos, *tokenizer.encode(each.text), tokenizer.eos]
         for each in records.read(Document, text)
     ]
-    logp = [value for row in logprobs(load(policy), rows, "fp32") for value in row]
+    logp = [value for row in compute_logprobs(load(policy), rows, "fp32") for value in row]
     assert (report["documents"], report["tokens"]) == (3, len(logp))
     assert report["fp32"]["perplexity"] == pytest.approx(math.exp(-sum(logp) / len(logp)), rel=1e-5)
     losses = [report[name]["mean_difference"] for name in ("bf16", "int8", "int4")]
@@ -267,8 +265,8 @@ def test_the_same_weights_lose_nothing():
                 )
                 weight[:, 0] = 127 / 2048
 
-        exact = predictions(model.bfloat16().float(), rows, "fp32")
-        served = predictions(Engine(model, precision="int8").current().float(), rows, "fp32")
+        exact = predict_tokens(model.bfloat16().float(), rows, "fp32")
+        served = predict_tokens(Engine(model, precision="int8").refresh().float(), rows, "fp32")
 
     assert served[0][0] == pytest.approx(exact[0][0], abs=1e-6)
 
@@ -306,8 +304,7 @@ def test_the_tables(policy, text, capsys):
     assert [line.split()[0] for line in lines[-3:]] == ["fp32", "bf16", "int8"]
 
 
-# --- mistakes, and where it may be asked for
-# -------------------------------------------------------------------------
+# --- mistakes, and where it may be asked for ---
 
 
 def test_without_torchao_only_four_bits_are_missing(policy, text, one_line, monkeypatch, capsys):
@@ -368,4 +365,4 @@ def test_chat_and_server_take_it(policy, tokenizer, precision, monkeypatch, caps
         answer = served.post("completions", prompt=ids, echo=True, max_tokens=0, logprobs=1).json()
 
     found = answer["choices"][0]["logprobs"]["token_logprobs"][1:]
-    assert found == pytest.approx(predictions(engine.current(), [ids], "bf16")[0][0], abs=1e-3)
+    assert found == pytest.approx(predict_tokens(engine.refresh(), [ids], "bf16")[0][0], abs=1e-3)

@@ -25,8 +25,7 @@ def read(path, content, **encoding):
     ]
 
 
-# --- text
-# -----------------------------------------------------------------------------------------------------------
+# --- text ---
 
 
 @pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16", "utf-32"])
@@ -93,8 +92,7 @@ def test_bytes_that_are_no_text_spoil_their_line_alone(tmp_path):
         read(tmp_path / "a.json", b'[1,\n"\xff"]')
 
 
-# --- JSON
-# -----------------------------------------------------------------------------------------------------------
+# --- JSON ---
 
 
 @pytest.mark.parametrize("half", ["\\ud83d end", "\\udc00", "\\ud83d\\u0041", "\\uD800"])
@@ -211,8 +209,7 @@ def test_json_lines_with_a_bad_first_line_under_the_name_of_json(tmp_path):
     assert found[1:] == [{"a": 1}, {"a": 2}]
 
 
-# --- tables
-# ---------------------------------------------------------------------------------------------------------
+# --- tables ---
 
 
 def test_an_open_quote_is_found_where_it_opens_and_swallows_nothing(tmp_path):

@@ -8,7 +8,7 @@ from answers import answer, prompt, score
 from commands import llama2
 
 from llama2 import records
-from llama2.generate.rewards import probability
+from llama2.generate.rewards import to_probability
 from llama2.records import Dialog, Message, Prompt
 from llama2.stages import rejection
 from llama2.stages.rejection import Curves, average_best, make_dialogs, rank_answers
@@ -69,7 +69,7 @@ def test_curves_of_the_first_k_samples():
     for marks in ([0.0, 2.0, 1.0], [3.0, -1.0, 1.0]):
         curves.add(row([answer("x")] * 3, marks))
 
-    found, p = curves.means(), probability
+    found, p = curves.means(), to_probability
     assert found["k"] == [1, 2, 3]
     assert found["max"] == pytest.approx([(p(0) + p(3)) / 2, (p(2) + p(3)) / 2, (p(2) + p(3)) / 2])
     assert found["median"] == pytest.approx(
@@ -82,7 +82,7 @@ def test_curves_of_the_first_k_samples():
 def test_curves_count_what_may_be_kept():
     curves = Curves(4)
     curves.add(row(ANSWERS, MARKS))
-    p = probability
+    p = to_probability
     assert curves.means()["max"] == pytest.approx([p(0.1), p(0.1), p(2.0), p(2.0)])
     assert curves.means()["median"] == pytest.approx([p(0.1), p(0.1) / 2, p(0.1), p(0.1) / 2])
 

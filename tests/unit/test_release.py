@@ -85,8 +85,7 @@ def copied(made: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(made, tmp_path / "elsewhere" / "renamed"))
 
 
-# ---- what it holds
-# --------------------------------------------------------------------------------------------------
+# --- what it holds ---
 def test_everything_is_there(release: Path, made: Path) -> None:
     found = files_of(release)
     assert found.keys() >= PAPERS
@@ -140,8 +139,7 @@ def test_a_reward_model_can_be_released(made: Path, tmp_path: Path) -> None:
     assert checkpoint.is_scorer(tmp_path / "out")
 
 
-# ---- the same bytes
-# ----------------------------------------------------------------------------------------------
+# --- the same bytes ---
 def test_the_same_bytes_elsewhere_and_later(
     release: Path, copied: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -175,8 +173,7 @@ def test_released_again_into_the_same_place(made: Path, tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
-# ---- how it was made
-# ------------------------------------------------------------------------------------------------
+# --- how it was made ---
 def test_the_lineage_is_told_in_order(release: Path, made: Path) -> None:
     found = json.loads((release / "lineage.json").read_text())
     assert [stage["name"] for stage in found["stages"]] == STAGES
@@ -286,8 +283,7 @@ def test_what_was_made_anew_is_not_taken_for_what_was_read(
     assert safe["inputs"]["preferences.safety.path"]["place"] == "inputs/preferences.jsonl"
 
 
-# ---- what is refused
-# ------------------------------------------------------------------------------------------------
+# --- what is refused ---
 def test_a_run_that_is_not_finished(copied: Path, tmp_path: Path, one_line: Any) -> None:
     (copied / "v1" / "COMPLETE").unlink()
     assert "not finished" in one_line("release", copied / "v1", "--out", tmp_path / "out")
@@ -353,8 +349,7 @@ def test_a_failure_leaves_nothing_behind(made: Path, tmp_path: Path, one_line: A
     assert list(tmp_path.iterdir()) == []
 
 
-# ---- privacy
-# --------------------------------------------------------------------------------------------------------
+# --- privacy ---
 def test_no_file_tells_where_it_was_made(release: Path, made: Path) -> None:
     for name, data in files_of(release).items():
         for secret in (
@@ -399,8 +394,7 @@ def test_places_are_hidden(text: str, hidden: str) -> None:
     assert hide_places(text) == hidden
 
 
-# ---- the Hub
-# --------------------------------------------------------------------------------------------------------
+# --- the Hub ---
 class Recorder:
     """Takes what an upload would send."""
 

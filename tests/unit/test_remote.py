@@ -12,10 +12,10 @@ from completions_server import serving
 
 from llama2.errors import UserError
 from llama2.formats import checkpoint
+from llama2.generate.completions_api import _is_loopback, _read_message
 from llama2.generate.engine import Engine
 from llama2.generate.remote import RemoteEngine, Server, connect
 from llama2.generate.sampling import Sampling
-from llama2.generate.wire import _is_loopback, _message
 
 PROMPTS = [[1, 300 + 7 * row, *range(340 + row, 350 + 5 * row)] for row in range(6)]
 GREEDY = Sampling(temperature=0, max_tokens=3, stop=(2,))
@@ -103,7 +103,7 @@ def test_a_proxy_that_cannot_be_used_is_named(proxy, tokenizer, tmp_path):
     with pytest.raises(
         UserError, match=r"http://far.invalid:1: the proxy .* cannot be used: .*nonsense.*ALL_PROXY"
     ):
-        there.models()
+        there.list_models()
 
 
 def test_an_address_that_is_none_is_named(tokenizer, tmp_path):
@@ -111,9 +111,9 @@ def test_an_address_that_is_none_is_named(tokenizer, tmp_path):
         "http://x:abc", "tiny", tokenizer=tokenizer, context=256, state=tmp_path, retries=0
     )
     with pytest.raises(
-        UserError, match=r"http://x:abc: this is no address .*write http://HOST:PORT"
+        UserError, match=r"http://x:abc: this is not the address .*write http://HOST:PORT"
     ):
-        there.models()
+        there.list_models()
 
 
 def test_greedy_completions_are_those_of_the_engine_here(remote, engine):
@@ -232,7 +232,7 @@ def test_a_server_that_is_gone_is_not_asked_for_every_prompt(remote, server):
         remote(retries=0, concurrency=4).generate([PROMPTS[0]] * 100, GREEDY)
 
     assert "HTTP 500: oh no" in str(error.value)
-    assert "not asked for" in str(error.value)
+    assert "not sent" in str(error.value)
     assert len(server.asked) < 40
 
 
@@ -295,7 +295,7 @@ def test_what_every_request_would_meet_is_an_error_at_once(remote, server, token
     small = RemoteEngine(server.url, "tiny", tokenizer=tokenizer, context=8)
     for prompts, said in (
         ([[]], "empty"),
-        ([[1] * 8], "no room"),
+        ([[1] * 8], "8 tokens, 1 more than leave room"),
         ([[1], [1, 99999]], "prompt 2 of 2 has token ids"),
     ):
         with pytest.raises(UserError, match=said):
@@ -326,6 +326,11 @@ def test_connecting(server, tokenizer, monkeypatch):
         connect(Server(url="http://127.0.0.1:9", retries=0), tokenizer, 100)
 
 
+def test_a_server_takes_no_weights(remote, server):
+    with pytest.raises(UserError, match="cannot take new weights"):
+        remote().update(None)
+
+
 def test_a_model_with_other_tokens_is_refused(remote, server):
     remote_engine = remote()
     server._choice = lambda body: {"text": "", "finish_reason": "stop", "token_ids": [31999]}
@@ -335,7 +340,7 @@ def test_a_model_with_other_tokens_is_refused(remote, server):
 
 def test_a_server_ends_answers_where_the_sampling_says(remote, server, tokenizer):
     """A server stops at all ends of its model, which are not all asked for here."""
-    several = tokenizer.speaking(None)
+    several = tokenizer.with_chat_template(None)
     several.stops = (tokenizer.eos, 300)
     for stop, ignored in (((2,), True), ((2, 300), False), ((300, 2, 5), False), ((), True)):
         asking = remote(state=None)
@@ -347,5 +352,5 @@ def test_a_server_ends_answers_where_the_sampling_says(remote, server, tokenizer
 
 def test_what_a_server_says_in_json_that_is_nested_without_end_is_told_as_text():
     text = '{"error": ' + "[" * 100_000
-    assert _message(text) == text[:200]
-    assert _message('{"error": {"message": "no \\u001b[2J\\nroom"}}') == "no \x1b[2J room"
+    assert _read_message(text) == text[:200]
+    assert _read_message('{"error": {"message": "no \\u001b[2J\\nroom"}}') == "no \x1b[2J room"

@@ -284,7 +284,7 @@ def test_a_schema_is_sent_as_vllm_wants_it_and_an_answer_that_ignores_it_is_noti
     remote.generate([PROMPT], Sampling(max_tokens=9, stop=(2,), grammar=json_grammar(tokenizer)))
     assert server.asked[-1]["response_format"] == {"type": "json_object"}
 
-    with pytest.raises(UserError, match="no JSON"):
+    with pytest.raises(UserError, match="not JSON"):
         remote.generate([PROMPT], guided)
 
     # cut off, which nobody can help
@@ -374,7 +374,7 @@ def test_llamacpp_lists_ids_beside_their_log_probabilities(server, remote, token
 def test_a_server_that_takes_text_alone_is_named_at_once(server, remote, status, answer):
     """The Python server of llama.cpp says the first, FastAPI's own words are the second."""
     server.answers.append((status, answer))
-    with pytest.raises(UserError, match="prompts as text alone"):
+    with pytest.raises(UserError, match="prompts only as text"):
         remote.generate([PROMPT], GREEDY)
 
     assert len(server.asked) == 1

@@ -13,11 +13,11 @@ from llama2.config import build
 from llama2.errors import UserError
 from llama2.formats import checkpoint
 from llama2.generate.dialogue import Answer
-from llama2.generate.engine import Completion
-from llama2.generate.rewards import RewardModels, Rewards, join, probability
+from llama2.generate.generator import Completion
+from llama2.generate.rewards import RewardModels, Rewards, combine, to_probability
 from llama2.ranks import Ranks
 from llama2.runs import Run
-from llama2.stages.common.answers import judged
+from llama2.stages.common.answers import judge_answers
 from llama2.stages.common.sampling import load_rewards
 from llama2.tokenizer.tokenizer import Tokenizer
 
@@ -41,24 +41,24 @@ def models(**changes):
     ],
 )
 def test_the_piecewise_rule_of_the_paper(helpful, safe, tag, expected):
-    assert join(models(), helpful, safe, tag) == expected
+    assert combine(models(), helpful, safe, tag) == expected
 
 
 @pytest.mark.parametrize(
     ("rule", "expected"), [("helpful", 2.0), ("safe", -1.0), ("min", -1.0), ("weighted", 1.25)]
 )
 def test_other_rules(rule, expected):
-    assert join(models(rule=rule, safe_weight=0.25), 2.0, -1.0, False) == expected
+    assert combine(models(rule=rule, safe_weight=0.25), 2.0, -1.0, False) == expected
 
 
 def test_the_gate_is_a_setting():
-    assert join(models(gate=0.5), 2.0, -0.1, False) == -0.1
-    assert join(models(gate=0.0), 2.0, -50.0, False) == 2.0
+    assert combine(models(gate=0.5), 2.0, -0.1, False) == -0.1
+    assert combine(models(gate=0.0), 2.0, -50.0, False) == 2.0
 
 
 @pytest.mark.parametrize("rule", ["llama2_piecewise", "weighted", "helpful"])
 def test_without_a_safety_model_helpfulness_judges_alone(rule):
-    assert join(RewardModels(helpful=Path("h"), rule=rule), 1.5, math.inf, True) == 1.5
+    assert combine(RewardModels(helpful=Path("h"), rule=rule), 1.5, math.inf, True) == 1.5
 
 
 @pytest.mark.parametrize("rule", ["min", "safe"])
@@ -72,8 +72,8 @@ def test_some_rules_need_a_safety_model(rule):
 @given(st.floats(-800, 800))
 def test_probability_is_the_sigmoid_and_never_overflows(value):
     expected = float(torch.sigmoid(torch.tensor(value, dtype=torch.float64)))
-    assert probability(value) == pytest.approx(expected, abs=1e-12)
-    assert probability(value) + probability(-value) == pytest.approx(1)
+    assert to_probability(value) == pytest.approx(expected, abs=1e-12)
+    assert to_probability(value) + to_probability(-value) == pytest.approx(1)
 
 
 def test_two_models_score_rows_at_their_last_token(scorers, policy):
@@ -93,7 +93,7 @@ def test_two_models_score_rows_at_their_last_token(scorers, policy):
 
     assert [one.helpful for one in found] == pytest.approx(raw[0], abs=1e-5)
     assert [one.safe for one in found] == pytest.approx(raw[1], abs=1e-5)
-    assert found[0].joined == found[0].safe
+    assert found[0].reward == found[0].safe
     assert abs(found[0].helpful - found[0].safe) > 1e-3
 
 
@@ -131,7 +131,7 @@ def test_a_model_whose_scores_are_not_numbers_is_named(tmp_path, scorers, policy
         rewards([[1, 9, 30, 40, 2], [1, 9, 2]], [False, False])
 
     with pytest.raises(UserError, match="broken: 1 of 1 scores are not finite"):
-        judged(
+        judge_answers(
             Run(tmp_path / "run", False),
             "judge",
             tmp_path / "broken",

@@ -375,8 +375,7 @@ def test_a_process_killed_anywhere_is_followed_by_one_that_finishes(tmp_path, pl
     assert not work(config(tmp_path))
 
 
-# --- what was damaged while it was unfinished
-# -----------------------------------------------------------------------
+# --- what was damaged while it was unfinished ---
 
 
 @pytest.fixture
@@ -478,8 +477,7 @@ def test_a_run_that_goes_on_with_other_code_says_so(tmp_path, unfinished, monkey
     assert "it was begun by other code, " in capsys.readouterr().err
 
 
-# --- fingerprints
-# ---------------------------------------------------------------------------------------------------
+# --- fingerprints ---
 
 
 def test_an_input_inside_a_run_is_known_by_its_recorded_content(tmp_path):
@@ -643,8 +641,7 @@ def test_a_lock_on_a_full_disk_holds(tmp_path, monkeypatch):
     held.close()
 
 
-# --- metrics
-# --------------------------------------------------------------------------------------------------------
+# --- metrics ---
 
 
 def test_metrics_are_appended_and_rewound(tmp_path):

@@ -9,7 +9,7 @@ import torch
 
 from llama2.errors import UserError
 from llama2.generate import sampling as sampling_module
-from llama2.generate.sampling import Sampling, draw, uniforms
+from llama2.generate.sampling import Sampling, draw, draw_uniforms
 
 LOGITS = torch.tensor([2.0, 1.0, 0.5, 0.0, -1.0, -6.0, 1.5, -30.0])
 MANY = 40_000
@@ -17,7 +17,7 @@ MANY = 40_000
 
 def frequencies(sampling: Sampling, logits_V: torch.Tensor = LOGITS) -> torch.Tensor:
     numbers = torch.from_numpy(
-        uniforms(sampling.seed, [(index, 0) for index in range(MANY)], 1)[:, 0]
+        draw_uniforms([(sampling.seed, index, 0) for index in range(MANY)], 1)[:, 0]
     )
     tokens, _ = draw(logits_V.expand(MANY, -1), numbers, sampling)
     return torch.bincount(tokens, minlength=len(logits_V)) / MANY
@@ -81,7 +81,7 @@ def test_greedy_takes_the_first_of_the_likeliest(size: int) -> None:
     "sampling", [Sampling(0.0), Sampling(0.5), Sampling(1.0, 0.5), Sampling(top_k=2)]
 )
 def test_logprobs_are_those_of_the_untouched_model(sampling: Sampling) -> None:
-    numbers = torch.from_numpy(uniforms(0, [(index, 0) for index in range(50)], 1)[:, 0])
+    numbers = torch.from_numpy(draw_uniforms([(0, index, 0) for index in range(50)], 1)[:, 0])
     tokens, logprobs = draw(LOGITS.expand(50, -1), numbers, sampling)
     torch.testing.assert_close(logprobs, LOGITS.log_softmax(0)[tokens], atol=1e-6, rtol=0)
 
@@ -121,23 +121,21 @@ def test_native_draws_are_those_of_pytorch(
 
 
 def test_uniforms_are_named_by_seed_prompt_sample_and_place() -> None:
-    streams = [(3, 1), (0, 0), (1, 3), (3, 0), (0, 3)]
-    together = uniforms(5, streams, 40)
+    streams = [(5, 3, 1), (5, 0, 0), (5, 1, 3), (5, 3, 0), (5, 0, 3)]
+    together = draw_uniforms(streams, 40)
     for row, stream in enumerate(streams):
-        assert (uniforms(5, [stream], 12)[0] == together[row, :12]).all()
+        assert (draw_uniforms([stream], 12)[0] == together[row, :12]).all()
 
-    several = np.concatenate(
-        [together.ravel(), uniforms(6, streams, 40).ravel(), uniforms(-1, streams, 40).ravel()]
-    )
+    others = [(seed, prompt, sample) for seed in (6, -1) for _, prompt, sample in streams]
+    several = np.concatenate([together.ravel(), draw_uniforms(others, 40).ravel()])
     assert len(np.unique(several)) > 0.999 * several.size
     assert several.min() >= 0
     assert several.max() < 1
 
 
 def test_uniforms_are_uniform_and_independent() -> None:
-    numbers = uniforms(
-        0, [(index, sample) for index in range(100) for sample in range(20)], 50
-    ).reshape(-1, 100)
+    streams = [(0, index, sample) for index in range(100) for sample in range(20)]
+    numbers = draw_uniforms(streams, 50).reshape(-1, 100)
     counts = np.histogram(numbers, 64, (0, 1))[0]
     expected = numbers.size / 64
     assert abs(((counts - expected) ** 2 / expected).sum() - 63) < 5 * math.sqrt(2 * 63)

@@ -12,19 +12,18 @@ from commands import llama2
 
 from llama2 import records
 from llama2.errors import UserError
-from llama2.ranks import Ranks
 from llama2.records import Prompt
 from llama2.runs import Run
-from llama2.stages.common import sampling
+from llama2.stages.common import meter
 from llama2.stages.common.sampling import (
-    Meter,
     Sample,
     answer,
-    fitting,
+    derive_seed,
+    keep_fitting,
+    keep_scorable,
     load_chat,
-    part_by_part,
-    readable,
-    seed_for,
+    make_dialog,
+    sample_in_parts,
 )
 from llama2.tally import Tally
 from llama2.tokenizer.template import encode_prompt
@@ -33,7 +32,7 @@ from llama2.tokenizer.template import encode_prompt
 def test_two_uses_never_share_a_seed():
     """Where the seed plus a number named the use, seed 1's first turn was seed 0's second."""
     found = {
-        seed_for(seed, *use)
+        derive_seed(seed, *use)
         for seed in range(50)
         for use in (
             ("samples",),
@@ -44,31 +43,31 @@ def test_two_uses_never_share_a_seed():
     }
     assert len(found) == 50 * 24
     assert all(0 <= seed < 2**63 for seed in found)
-    assert seed_for(0, "turn", 1) == seed_for(0, "turn", 1)
+    assert derive_seed(0, "turn", 1) == derive_seed(0, "turn", 1)
 
 
 def test_prompts_without_room_are_counted_with_a_cure(policy, tmp_path):
     chat = load_chat(policy, Sample(), Run(tmp_path, False))
     tally = Tally()
     some = [prompt("Hi"), prompt("many words " * 400), prompt("Hello")]
-    assert fitting(chat, some, tally=tally) == [some[0], some[2]]
+    assert keep_fitting(chat, some, tally=tally) == [some[0], some[2]]
     assert tally.line() == (
         "read 3, kept 2, left out 1: longer than the context leaves room for 1 (shorten them, or "
         "take a model with a longer context)"
     )
 
     with pytest.raises(UserError, match="none of 1 prompts leaves 8 tokens"):
-        fitting(chat, some[1:2])
+        keep_fitting(chat, some[1:2])
 
 
 def test_prompts_that_ask_nothing_are_counted(policy, tmp_path):
     chat = load_chat(policy, Sample(), Run(tmp_path, False))
     some, tally = [prompt("Hi"), prompt(""), prompt(" \n")], Tally()
-    assert fitting(chat, some, tally=tally) == some[:1]
+    assert keep_fitting(chat, some, tally=tally) == some[:1]
     assert tally.line() == "read 3, kept 1, left out 2: empty turn 2"
 
     with pytest.raises(UserError, match="none of 2 prompts asks anything"):
-        fitting(chat, some[1:])
+        keep_fitting(chat, some[1:])
 
 
 def test_answers_depend_on_the_place_of_a_prompt_not_on_its_part(policy, prompts, tmp_path):
@@ -91,33 +90,36 @@ def test_answers_do_not_outgrow_the_reward_models(policy, tmp_path):
     """They may read less than the policy: found in the middle of a run, that would be its end."""
     sample, tally = Sample(max_tokens=20), Tally()
     chat = load_chat(policy, sample, Run(tmp_path, False))
-    some = fitting(chat, [prompt("Hi"), prompt("many words " * 4), prompt("Hello")], tally=tally)
+    some = keep_fitting(
+        chat, [prompt("Hi"), prompt("many words " * 4), prompt("Hello")], tally=tally
+    )
     lengths = [len(encode_prompt(chat.tokenizer, one.messages)) for one in some]
     reads = SimpleNamespace(context=lengths[1] + 19)
     assert max(lengths[0], lengths[2]) < lengths[1]
-    assert readable(chat, reads, some, sample, tally) == [some[0], some[2]]
+    assert keep_scorable(chat, reads, some, sample, tally) == [some[0], some[2]]
     assert tally.line() == (
         "read 3, kept 2, left out 1: longer with an answer than the reward models read 1 (lower "
         "sample.max_tokens, or name reward models with a longer context)"
     )
-    assert readable(chat, reads, some, Sample(max_tokens=19), Tally()) == some
+    assert keep_scorable(chat, reads, some, Sample(max_tokens=19), Tally()) == some
     assert (
-        readable(chat, SimpleNamespace(context=256), some, Sample(max_tokens=1000), Tally()) == some
+        keep_scorable(chat, SimpleNamespace(context=256), some, Sample(max_tokens=1000), Tally())
+        == some
     )
 
     with pytest.raises(
         UserError,
         match="the reward models read 8 tokens: less than each of 3 prompts with an answer",
     ):
-        readable(chat, SimpleNamespace(context=8), some, sample, Tally())
+        keep_scorable(chat, SimpleNamespace(context=8), some, sample, Tally())
 
 
 def test_a_new_answer_is_not_cut_off_because_another_was():
     """What a prompt was made of may have said so of an answer that is gone; `sft` would give this
     one no end."""
-    made = sampling.dialog(prompt("Hi", cut=True, reward="high", family="a"), "Hello.", reward=1.0)
+    made = make_dialog(prompt("Hi", cut=True, reward="high", family="a"), "Hello.", reward=1.0)
     assert made.metadata == {"family": "a", "reward": 1.0}
-    assert sampling.dialog(prompt("Hi"), "Hel", cut=True).metadata == {"cut": True}
+    assert make_dialog(prompt("Hi"), "Hel", cut=True).metadata == {"cut": True}
 
 
 @pytest.mark.parametrize(
@@ -133,34 +135,13 @@ def test_a_part_is_measured_in_answers(tmp_path, part, slots, answers, sizes):
 
     sample = Sample(part=part, slots=slots)
     assert list(
-        part_by_part(Run(tmp_path, False), [], "x", range(7), work, sample, answers)
+        sample_in_parts(Run(tmp_path, False), [], "x", range(7), work, sample, answers)
     ) == list(range(7))
     assert found == sizes
 
 
-def test_progress_says_how_many_answers_and_how_long(monkeypatch, capsys):
-    clock = SimpleNamespace(now=100.0)
-    monkeypatch.setattr(sampling.time, "monotonic", lambda: clock.now)
-    meter = Meter("runs/rejection", Ranks.alone(), 28_000)
-    meter.begin(8_000)  # found on the disk
-
-    for seconds, done in ((5, 100), (20, 1_000), (25, 1_500)):
-        clock.now = 100 + seconds
-        meter(done, 2_000)
-
-    # 50 a second
-    assert capsys.readouterr().err == "runs/rejection: 9,000 of 28,000 answers, 6:20 left\n"
-    clock.now = 140
-    meter(0, 2_000)  # the next call of the same part: the one before is done
-    assert capsys.readouterr().err == "runs/rejection: 10,000 of 28,000 answers, 6:00 left\n"
-    meter.begin(12_000)
-    clock.now = 160
-    meter(500, 4_000)
-    assert capsys.readouterr().err == "runs/rejection: 12,500 of 28,000 answers, 3:26 left\n"
-
-
 def test_a_stage_says_how_far_it_is(policy, scorers, prompts, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(sampling.Meter.__init__, "__defaults__", (0, 0.0))  # at every step
+    monkeypatch.setattr(meter.Meter.__init__, "__defaults__", (0, 0.0))  # at every step
     assert (
         llama2(
             "rejection",

@@ -7,7 +7,7 @@ import pytest
 from rich.console import Console
 
 from llama2.chat import screen
-from llama2.chat.screen import Plain, Rendered, blocks, display
+from llama2.chat.screen import MarkdownDisplay, PlainDisplay, make_display, split_blocks
 
 TEXT = "# Title\n\nA **bold** word.\n\n- one\n- two\n\n```python\nx = 1\n\ny = 2\n```\n\nEnd."
 
@@ -24,7 +24,7 @@ def drawn(text: str, size: int, height: int = 50) -> str:
     console = Console(
         file=sink, force_terminal=True, width=60, height=height, color_system=None, _environ={}
     )
-    answer = Rendered(console)
+    answer = MarkdownDisplay(console)
 
     for at in range(0, len(text), size):
         answer.add(text[at : at + size])
@@ -48,10 +48,10 @@ def drawn(text: str, size: int, height: int = 50) -> str:
 
 
 def test_blocks_are_printed_when_the_next_one_begins() -> None:
-    assert blocks("a\nb") == ["a\nb"]
-    assert blocks("a\n\n- b\n\n  c\n- d") == ["a\n", "- b\n\n  c\n- d"]
-    assert blocks("a\n\n```\nb\n\n# c\n") == ["a\n", "```\nb\n\n# c\n"]
-    assert blocks("") == [""]
+    assert split_blocks("a\nb") == ["a\nb"]
+    assert split_blocks("a\n\n- b\n\n  c\n- d") == ["a\n", "- b\n\n  c\n- d"]
+    assert split_blocks("a\n\n```\nb\n\n# c\n") == ["a\n", "```\nb\n\n# c\n"]
+    assert split_blocks("") == [""]
 
 
 @pytest.mark.parametrize("size", [1, 7, 1000])
@@ -86,8 +86,8 @@ def test_no_part_of_an_answer_commands_the_terminal() -> None:
 
 def test_only_a_terminal_gets_markdown(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TERM", "xterm")
-    assert isinstance(display(io.StringIO())(), Plain)
-    assert isinstance(display(Terminal())(), Rendered)
-    assert isinstance(display(Terminal(), plain=True)(), Plain)
+    assert isinstance(make_display(io.StringIO())(), PlainDisplay)
+    assert isinstance(make_display(Terminal())(), MarkdownDisplay)
+    assert isinstance(make_display(Terminal(), plain=True)(), PlainDisplay)
     monkeypatch.setenv("TERM", "dumb")
-    assert isinstance(display(Terminal())(), Plain)
+    assert isinstance(make_display(Terminal())(), PlainDisplay)

@@ -12,8 +12,9 @@ from servers import serving
 
 from llama2 import serve
 from llama2.formats import checkpoint
-from llama2.generate.score import rewards
+from llama2.generate.score import score_rows
 from llama2.records import messages_of
+from llama2.serve.models import RewardModel
 from llama2.tokenizer.template import encode_dialog
 
 ASK = [{"role": "user", "content": "Name a colour."}]
@@ -55,7 +56,7 @@ def test_what_cannot_be_served_is_refused(policy, scorers, tmp_path, one_line):
 
 
 def test_a_missing_library_is_named(policy, one_line, monkeypatch):
-    for name in ("http", "app", "metrics"):
+    for name in ("lifecycle", "app", "metrics"):
         monkeypatch.delitem(sys.modules, f"llama2.serve.{name}")
         monkeypatch.delattr(serve, name)
 
@@ -71,12 +72,12 @@ def test_a_reward_model_alone_only_scores(scorers):
         answer = served.post("chat/completions", messages=ASK)
         assert answer.status_code == 404
         assert answer.json()["error"]["param"] == "model"
-        model = served.models.reward(None)
+        model = served.models.find(RewardModel, None)
         ids = encode_dialog(
             model.tokenizer, messages_of((turn["role"], turn["content"]) for turn in conversation)
         )[0]
         assert body["score"] == pytest.approx(
-            rewards(checkpoint.load_scorer(scorers[0]), [ids], "fp32")[0], abs=1e-5
+            score_rows(checkpoint.load_scorer(scorers[0]), [ids], "fp32")[0], abs=1e-5
         )
         assert body["usage"]["prompt_tokens"] == len(ids)
         long = served.post(
@@ -98,8 +99,7 @@ def test_several_models_have_their_names(policy):
         assert served.post("chat/completions", messages=ASK, max_tokens=2).json()["model"] == "one"
 
 
-# --- the safety gate
-# -------------------------------------------------------------------------------------------------
+# --- the safety gate ---
 
 
 @pytest.mark.parametrize("threshold", [0.0, 1.0])

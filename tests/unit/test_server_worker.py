@@ -2,13 +2,14 @@
 
 import asyncio
 import time
+from contextlib import closing
 
 import pytest
 import torch
 
 from llama2.errors import UserError
-from llama2.generate.batch import Request
 from llama2.generate.engine import Engine
+from llama2.generate.request import SampleRequest
 from llama2.generate.sampling import Sampling
 from llama2.model.llama import Llama, LlamaConfig
 from llama2.serve.errors import ApiError
@@ -31,15 +32,14 @@ def worker(engine):
 
 
 def ask(sampling=LONG, index=0):
-    return Request((1, 5, 9), sampling, index)
+    return SampleRequest((1, 5, 9), sampling, index)
 
 
-async def follow(ticket):
-    tokens = [[] for _ in ticket.requests]
-    async for news in ticket.updates():
-        for drawn in news:
-            tokens[drawn.sample] += drawn.tokens
-            assert len(drawn.tokens) == len(drawn.logprobs)
+async def follow(stream):
+    tokens = [[] for _ in stream.requests]
+    async for deltas in stream.deltas():
+        for delta in deltas:
+            tokens[delta.sample] += [token for token, _, _ in delta.steps]
 
     return tokens
 
@@ -55,10 +55,10 @@ def test_what_it_draws_is_what_the_engine_draws(worker, engine):
     sampling = Sampling(max_tokens=30, seed=5)
 
     async def several():
-        with worker.submit(
-            [Request((1, 5, 9), sampling, 0, sample) for sample in range(3)]
-        ) as ticket:
-            return await follow(ticket)
+        with closing(
+            worker.submit([SampleRequest((1, 5, 9), sampling, 0, sample) for sample in range(3)])
+        ) as stream:
+            return await follow(stream)
 
     (expected,) = engine.generate([(1, 5, 9)], Sampling(max_tokens=30, seed=5, n=3))
     assert [tuple(row) for row in asyncio.run(several())] == [each.tokens for each in expected]
@@ -67,23 +67,23 @@ def test_what_it_draws_is_what_the_engine_draws(worker, engine):
 
 def test_what_is_cancelled_leaves_its_slot(worker):
     async def one():
-        with worker.submit([ask()]) as ticket:
-            async for _ in ticket.updates():
+        with closing(worker.submit([ask()])) as stream:
+            async for _ in stream.deltas():
                 break
 
             assert worker.running == 1
 
         assert worker.admitted == 0
         await until(lambda: worker._session.running == 0)
-        assert ticket.requests[0].finish == "cancelled"
-        assert len(ticket.requests[0].tokens) < 400
+        assert stream.requests[0].finish == "cancelled"
+        assert len(stream.requests[0].tokens) < 400
 
     asyncio.run(one())
 
 
 def test_the_queue_is_bounded(worker):
     async def crowd():
-        with worker.submit([ask(index=index) for index in range(4)]) as ticket:
+        with closing(worker.submit([ask(index=index) for index in range(4)])) as stream:
             assert (worker.running, worker.waiting) == (2, 2)
             with pytest.raises(ApiError) as refused:
                 worker.submit([ask()])
@@ -93,10 +93,10 @@ def test_the_queue_is_bounded(worker):
             with pytest.raises(ApiError):
                 await worker.call(lambda: 1)
 
-            ticket.cancel(0)
-            with worker.submit([ask(Sampling(max_tokens=2))]) as late:
+            stream.cancel(0)
+            with closing(worker.submit([ask(Sampling(max_tokens=2))])) as late:
                 for sample in (1, 2, 3):
-                    ticket.cancel(sample)
+                    stream.cancel(sample)
 
                 assert len((await follow(late))[0]) == 2
 
@@ -107,8 +107,8 @@ def test_the_queue_is_bounded(worker):
 
 def test_a_call_is_carried_out_between_steps(worker):
     async def both():
-        with worker.submit([ask(Sampling(max_tokens=50))]) as ticket:
-            found, _ = await asyncio.gather(worker.call(lambda: 6 * 7), follow(ticket))
+        with closing(worker.submit([ask(Sampling(max_tokens=50))])) as stream:
+            found, _ = await asyncio.gather(worker.call(lambda: 6 * 7), follow(stream))
 
         with pytest.raises(ZeroDivisionError):
             await worker.call(lambda: 1 // 0)
@@ -121,8 +121,8 @@ def test_a_call_is_carried_out_between_steps(worker):
 
 def test_time_is_limited(worker):
     async def slow():
-        with worker.submit([ask()], seconds=0.01) as ticket:
-            await follow(ticket)
+        with closing(worker.submit([ask()], seconds=0.01)) as stream:
+            await follow(stream)
 
     with pytest.raises(ApiError) as refused:
         asyncio.run(slow())
@@ -133,12 +133,15 @@ def test_time_is_limited(worker):
 
 def test_a_death_is_told_to_everybody(worker, capsys):
     async def doomed():
-        with worker.submit([ask(), ask(index=1)]) as ticket, worker.submit([ask(index=2)]) as other:
-            async for _ in ticket.updates():
+        with (
+            closing(worker.submit([ask(), ask(index=1)])) as stream,
+            closing(worker.submit([ask(index=2)])) as other,
+        ):
+            async for _ in stream.deltas():
                 break
 
             worker._session.step = lambda: 1 // 0
-            for each in (ticket, other):
+            for each in (stream, other):
                 with pytest.raises(ApiError) as failed:
                     await follow(each)
 

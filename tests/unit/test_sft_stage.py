@@ -45,8 +45,7 @@ def split(directory, sets, **changes):
     )
 
 
-# --- the split
-# ------------------------------------------------------------------------------------------------------
+# --- the split ---
 
 
 @pytest.mark.parametrize("weight", [1, 1.5, 3])
@@ -133,8 +132,7 @@ def test_held_out_dialogs_may_be_given(tmp_path):
     assert run.tally("held out").skipped == {"duplicate": 1}
 
 
-# --- what is learnt
-# -------------------------------------------------------------------------------------------------
+# --- what is learnt ---
 
 
 @pytest.mark.parametrize(

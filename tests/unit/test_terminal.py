@@ -20,7 +20,8 @@ from safetensors.torch import load_file, save_file
 
 from llama2 import records
 from llama2.chat import terminal
-from llama2.chat.screen import display
+from llama2.chat.screen import make_display
+from llama2.chat.session import ChatSession
 from llama2.errors import UserError
 from llama2.formats import checkpoint
 from llama2.generate.sampling import Sampling
@@ -38,7 +39,7 @@ class Parrot:
     def __init__(self) -> None:
         self.asked: list[tuple[Messages, Sampling]] = []
 
-    def reply_stream(self, messages: Messages, sampling: Sampling) -> Iterator[str]:
+    def stream(self, messages: Messages, sampling: Sampling) -> Iterator[str]:
         self.asked.append((messages, sampling))
         text = messages[-1].content
         if text == "long":
@@ -52,7 +53,7 @@ class Parrot:
 
         yield f" {text}"
 
-    def fits(self, messages: Messages) -> bool:
+    def has_room(self, messages: Messages, room: int) -> bool:
         return messages[-1].content != "long"
 
 
@@ -161,11 +162,11 @@ def test_a_conversation_beyond_the_context_goes_on(capsys: pytest.CaptureFixture
 
 def test_an_interrupted_answer_is_kept_and_an_empty_one_is_not() -> None:
     model, sink = Parrot(), io.StringIO()
-    session = terminal.Session(model, Sampling(), "", display(sink, plain=True))  # type: ignore[arg-type]
-    session.editable = True  # somebody is there
+    session = ChatSession(model, Sampling(), "", make_display(sink, plain=True))  # type: ignore[arg-type]
+    session.interactive = True
 
     for line in ("stop", "never", "two"):
-        session.turn(line)
+        session.take(line)
 
     assert sink.getvalue() == "you said\nyou said two\n"
     assert contents(model.asked[2][0]) == ["stop", "you said", "two"]
@@ -419,7 +420,7 @@ def test_a_byte_order_mark_is_no_part_of_the_first_line(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     said: list[str] = []
-    monkeypatch.setattr(terminal.Session, "turn", lambda session, line: said.append(line.strip()))
+    monkeypatch.setattr(ChatSession, "take", lambda session, line: said.append(line.strip()))
     content = "the f\u00f6x\r\nthe dog\r\n".encode(encoding)
     monkeypatch.setattr(
         sys, "stdin", io.TextIOWrapper(io.BufferedReader(io.BytesIO(content)), "utf-8")
@@ -468,7 +469,7 @@ def test_a_model_that_is_asked_otherwise_is_refused(
     directory: Path, tmp_path: Path, template: str | None, called: str
 ) -> None:
     other = copied(directory, tmp_path / "other")
-    Tokenizer.load(directory).speaking(template).save(other)
+    Tokenizer.load(directory).with_chat_template(template).save(other)
     for refuse in (
         lambda: terminal.run(terminal.Config(checkpoint=other)),
         lambda: models.check(other),

@@ -3,7 +3,16 @@
 import pytest
 
 from llama2.errors import UserError
-from llama2.terminal_text import LONGEST, fit_line, format_clock, make_printable, say, show_value
+from llama2.terminal_text import (
+    LONGEST,
+    fit_line,
+    format_clock,
+    list_some,
+    make_printable,
+    say,
+    say_once,
+    show_value,
+)
 
 CLEAR, TITLE, RIGHT_TO_LEFT = "\x1b[2J", "\x1b]0;mine\x07", "\u202e"
 
@@ -84,3 +93,20 @@ def test_a_duration_is_written_as_a_clock_writes_it():
         "3:20",
         "1:03:20",
     ]
+
+
+def test_of_many_names_the_first_are_listed() -> None:
+    assert list_some([]) == ""
+    assert list_some(["a", "b"], 2) == "a, b"
+    assert list_some(["a", "b", "c"], 2) == "a, b, ..."
+
+
+def test_a_line_is_said_once_and_by_the_first_rank(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    say_once("note: one of a kind")
+    say_once("note: one of a kind")
+    assert capsys.readouterr().err == "llama2: note: one of a kind\n"
+    monkeypatch.setenv("RANK", "1")
+    say_once("note: of another rank")
+    assert capsys.readouterr().err == ""

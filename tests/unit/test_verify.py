@@ -21,7 +21,7 @@ from torch import Tensor
 from llama2.convert import compare, tokenizer_probes, verify
 from llama2.errors import UserError
 from llama2.formats import checkpoint
-from llama2.formats.source import Source
+from llama2.formats.stored_model import StoredModel
 from llama2.model.llama import Layer, Llama, LlamaConfig
 from llama2.runs import completion
 from llama2.tokenizer import Tokenizer, sentencepiece_model, train
@@ -38,11 +38,11 @@ SHAPE = LlamaConfig(
 
 
 @pytest.fixture
-def source(tmp_path: Path) -> Source:
+def source(tmp_path: Path) -> StoredModel:
     return source_of(model_of(SHAPE), tmp_path)
 
 
-def changed(source: Source, name: str, change: Callable[[Tensor], object]) -> Source:
+def changed(source: StoredModel, name: str, change: Callable[[Tensor], object]) -> StoredModel:
     """A checkpoint that differs in one tensor."""
 
     def read() -> Tensor:
@@ -59,8 +59,8 @@ def add(row: int, column: int, by: float) -> Callable[[Tensor], object]:
     return lambda tensor: tensor[row, column].add_(by)
 
 
-def test_a_checkpoint_equals_itself(source: Source) -> None:
-    found = verify.compared(source, source)
+def test_a_checkpoint_equals_itself(source: StoredModel) -> None:
+    found = verify.compare_models(source, source)
     assert found.differences(0.0) == []
     assert found.outputs is not None
     assert (found.outputs.positions, found.outputs.largest, found.outputs.agreeing) == (
@@ -70,10 +70,10 @@ def test_a_checkpoint_equals_itself(source: Source) -> None:
     )
 
 
-def test_the_largest_difference_and_its_tensor(source: Source) -> None:
+def test_the_largest_difference_and_its_tensor(source: StoredModel) -> None:
     name = "model.layers.1.mlp.up_proj.weight"
     other = changed(changed(source, name, add(3, 5, 0.25)), "lm_head.weight", add(7, 1, -0.125))
-    found = compare.tensors(source, other)
+    found = compare.compare_tensors(source, other)
     assert (found.count, found.equal, found.name) == (30, 28, name)
     assert found.largest == pytest.approx(0.25, abs=1e-6)
     assert found.relative_name == name
@@ -85,14 +85,14 @@ def test_the_largest_difference_and_its_tensor(source: Source) -> None:
 
 @pytest.mark.parametrize("layer", [0, 1, 2])
 @pytest.mark.parametrize("kind", ["self_attn.q_proj", "self_attn.o_proj", "mlp.down_proj"])
-def test_the_first_layer_that_differs(source: Source, kind: str, layer: int) -> None:
+def test_the_first_layer_that_differs(source: StoredModel, kind: str, layer: int) -> None:
     other = changed(source, f"model.layers.{layer}.{kind}.weight", add(0, 0, 3.0))
-    found = compare.outputs(source, other, 64, 1e-4, torch.device("cpu"))
+    found = compare.compare_outputs(source, other, 64, 1e-4, torch.device("cpu"))
     assert found.first_layer == f"model.layers.{layer}"
     assert found.largest > 1e-3
 
 
-def test_outputs_are_those_of_the_whole_model_and_their_place_is_right(source: Source) -> None:
+def test_outputs_are_those_of_the_whole_model_and_their_place_is_right(source: StoredModel) -> None:
     """Positions, tokens and sizes against logits of models that are whole."""
     name = "model.layers.2.self_attn.v_proj.weight"
     other = changed(source, name, add(1, 1, 0.5))
@@ -110,7 +110,7 @@ def test_outputs_are_those_of_the_whole_model_and_their_place_is_right(source: S
         apart_TV = (models[0](tokens_1T) - models[1](tokens_1T))[0].abs()
 
     for tolerance in (1e-4, apart_TV.max().item() * 0.9):
-        found = compare.outputs(source, other, 600, tolerance, torch.device("cpu"))
+        found = compare.compare_outputs(source, other, 600, tolerance, torch.device("cpu"))
         assert found.largest == pytest.approx(apart_TV.max().item(), abs=1e-5)
         assert found.mean == pytest.approx(apart_TV.mean().item(), abs=1e-6)
         assert (found.position, found.token) == divmod(int(apart_TV.argmax()), SHAPE.vocab_size)
@@ -118,13 +118,13 @@ def test_outputs_are_those_of_the_whole_model_and_their_place_is_right(source: S
         assert (found.first_position, found.first_token) == (first, int(apart_TV[first].argmax()))
 
 
-def test_a_difference_in_one_token_is_found_where_it_is_first_read(source: Source) -> None:
+def test_a_difference_in_one_token_is_found_where_it_is_first_read(source: StoredModel) -> None:
     """Attention is causal: nothing before the token can differ."""
     tokens_1T = torch.randint(
         SHAPE.vocab_size, (1, 700), generator=torch.Generator().manual_seed(0)
     )
     token = next(int(token) for token in tokens_1T[0, 400:] if token not in tokens_1T[0, :400])
-    found = verify.compared(
+    found = verify.compare_models(
         source, changed(source, "model.embed_tokens.weight", add(token, 3, 1.0))
     )
     assert found.outputs is not None
@@ -132,17 +132,17 @@ def test_a_difference_in_one_token_is_found_where_it_is_first_read(source: Sourc
     assert found.outputs.first_layer == "model.embed_tokens"
 
 
-def test_numbers_that_are_none_are_different(source: Source) -> None:
+def test_numbers_that_are_none_are_different(source: StoredModel) -> None:
     name = "model.norm.weight"
     other = changed(source, name, lambda tensor: tensor[0].fill_(math.nan))
-    found = verify.compared(source, other, length=20)
+    found = verify.compare_models(source, other, length=20)
     assert found.tensors is not None
     assert (found.tensors.largest, found.tensors.name) == (math.inf, name)
     assert found.differences(1e9)
-    assert compare.tensors(other, other).largest == 0
+    assert compare.compare_tensors(other, other).largest == 0
 
 
-def test_constants_and_shapes_that_differ(source: Source) -> None:
+def test_constants_and_shapes_that_differ(source: StoredModel) -> None:
     for name, value in (
         ("rope_theta", 20000.0),
         ("rms_norm_eps", 1e-6),
@@ -150,22 +150,22 @@ def test_constants_and_shapes_that_differ(source: Source) -> None:
     ):
         other = replace(source, config=replace(SHAPE, **{name: value}))
         assert any(
-            name in line for line in verify.compared(source, other, length=5).differences(1.0)
+            name in line for line in verify.compare_models(source, other, length=5).differences(1.0)
         )
 
     wider = source_of(model_of(replace(SHAPE, intermediate_size=64)), Path("wider"))
-    found = verify.compared(source, wider)
+    found = verify.compare_models(source, wider)
     assert found.differences(1.0) == ["intermediate_size: 48 and 64"]
     assert found.tensors is None
     scorer = source_of(scorer_of(SHAPE), Path("scorer"))
-    assert verify.compared(source, scorer).differences(1.0) == [
+    assert verify.compare_models(source, scorer).differences(1.0) == [
         "a language model and a reward model"
     ]
 
 
-def test_what_metas_format_does_not_hold_is_a_note(source: Source) -> None:
+def test_what_metas_format_does_not_hold_is_a_note(source: StoredModel) -> None:
     other = replace(source, format="meta", config=replace(SHAPE, max_position_embeddings=4096))
-    found = verify.compared(source, other, length=5)
+    found = verify.compare_models(source, other, length=5)
     assert found.differences(0.0) == []
     assert any("max_position_embeddings: 700 and 4096" in note for note in found.notes)
 
@@ -177,9 +177,9 @@ def test_tied_embeddings_equal_a_head_with_the_same_numbers(tmp_path: Path) -> N
         config=SHAPE,
         tensors={**tied.tensors, "lm_head.weight": tied.tensors["model.embed_tokens.weight"]},
     )
-    assert verify.compared(tied, apart, length=20).differences(0.0) == []
+    assert verify.compare_models(tied, apart, length=20).differences(0.0) == []
     other = changed(apart, "lm_head.weight", add(5, 5, 1.0))
-    found = verify.compared(tied, other, length=20)
+    found = verify.compare_models(tied, other, length=20)
     assert found.tensors is not None
     assert found.outputs is not None
     assert found.tensors.name == found.outputs.first_layer == "lm_head.weight"
@@ -189,7 +189,7 @@ def test_reward_models_are_compared_by_their_scores(tmp_path: Path) -> None:
     scorer = scorer_of(SHAPE)
     source = source_of(scorer, tmp_path)
     other = changed(source, "score.weight", add(0, 2, 0.5))
-    found = compare.outputs(source, other, 50, 1e-4, torch.device("cpu"))
+    found = compare.compare_outputs(source, other, 50, 1e-4, torch.device("cpu"))
     assert (found.kind, found.first_layer) == ("scores", "score.weight")
     tokens_1T = torch.randint(SHAPE.vocab_size, (1, 50), generator=torch.Generator().manual_seed(0))
     tokens_1T[0, 0] = 1
@@ -203,37 +203,38 @@ def test_reward_models_are_compared_by_their_scores(tmp_path: Path) -> None:
     assert found.position == int(apart_T.argmax())
 
 
-def test_no_more_than_a_layer_is_in_memory(source: Source, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_more_than_a_layer_is_in_memory(
+    source: StoredModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Tensors in pairs, one of each; and the walk drops a layer before it loads the next, of either
     model."""
-    compare.tensors(frugal(source), frugal(source))
+    compare.compare_tensors(frugal(source), frugal(source))
     made: list[weakref.ref[Layer]] = []
-    load = compare._layer
+    load = compare._load_layer
 
-    def watched(side: Source, index: int, like: Tensor) -> Layer:
+    def watched(side: StoredModel, index: int, like: Tensor) -> Layer:
         assert all(reference() is None for reference in made)
         layer = load(side, index, like)
         made.append(weakref.ref(layer))
 
         return layer
 
-    monkeypatch.setattr(compare, "_layer", watched)
-    compare.outputs(source, source, 20, 1e-4, torch.device("cpu"))
+    monkeypatch.setattr(compare, "_load_layer", watched)
+    compare.compare_outputs(source, source, 20, 1e-4, torch.device("cpu"))
     assert len(made) == 2 * SHAPE.num_hidden_layers
 
 
-# ---- tokenizers
-# -----------------------------------------------------------------------------------------------------
+# --- tokenizers ---
 def test_tokenizers(tmp_path: Path, shared: Path, tokenizer: Tokenizer) -> None:
     own = shared / "tokenizer" / "tokenizer.model"
-    assert tokenizer_probes.compare(own, own).difference is None
-    assert tokenizer_probes.compare(own, own).identical
+    assert tokenizer_probes.compare_tokenizers(own, own).difference is None
+    assert tokenizer_probes.compare_tokenizers(own, own).identical
     train(
         ["other words for another vocabulary, quite another one " * 20, "zebra quagga okapi " * 20],
         300,
         tmp_path,
     )
-    found = tokenizer_probes.compare(own, tmp_path / "tokenizer.model")
+    found = tokenizer_probes.compare_tokenizers(own, tmp_path / "tokenizer.model")
     assert found.difference is not None
     assert any("420 and 300" in note for note in found.notes)
 
@@ -248,9 +249,9 @@ def test_the_same_items_merged_in_another_order_are_another_tokenizer(
         else item
         for item in known.items
     ]
-    model = sentencepiece_model.build(replace(known, items=items), unknown=0, bos=1, eos=2)
+    model = sentencepiece_model.build(replace(known, items=items))
     (tmp_path / "other.model").write_bytes(model)
-    difference = tokenizer_probes.compare(
+    difference = tokenizer_probes.compare_tokenizers(
         shared / "tokenizer" / "tokenizer.model", tmp_path / "other.model"
     ).difference
     assert difference is not None
@@ -258,7 +259,7 @@ def test_the_same_items_merged_in_another_order_are_another_tokenizer(
 
 
 def test_the_texts_are_hard(tokenizer: Tokenizer) -> None:
-    found = tokenizer_probes.texts()
+    found = tokenizer_probes.list_texts()
     assert len(found) > 250
     for part in ("</s>", "[INST]", "\x00", "😀", "\u0301", "ا", "的", "\n\n", "  "):
         assert any(part in text for text in found)
@@ -269,8 +270,7 @@ def test_the_texts_are_hard(tokenizer: Tokenizer) -> None:
             tokenizer.encode(text)
 
 
-# ---- the command
-# ----------------------------------------------------------------------------------------------------
+# --- the command ---
 def test_the_command(tmp_path: Path, base: Path, capsys: pytest.CaptureFixture[str]) -> None:
     shutil.copytree(base, tmp_path / "same")
     assert llama2("verify", base, tmp_path / "same") == 0
@@ -319,13 +319,12 @@ def test_mistakes(base: Path, one_line: Callable[..., str]) -> None:
     assert "exceeds the context" in one_line("verify", base, base, "--length", 257)
 
 
-def test_a_length_beyond_the_context_is_refused(source: Source) -> None:
+def test_a_length_beyond_the_context_is_refused(source: StoredModel) -> None:
     with pytest.raises(UserError, match="exceeds the context of the models, 700"):
-        verify.compared(source, source, length=701)
+        verify.compare_models(source, source, length=701)
 
 
-# ---- a run and what it wrote
-# ----------------------------------------------------------------------------------------
+# --- a run and what it wrote ---
 def _flip(file: Path) -> None:
     """One bit in the middle; neither the size nor the time tells."""
     status, content = file.stat(), bytearray(file.read_bytes())

@@ -1,27 +1,33 @@
-// One answer as it is drawn: text, and what it cost. The result is written into a `version` of the conversation:
-// {model, content, finish, tokens, exact, rate, delay, error}. `finish` is null while it runs, then "stop", "length",
-// "cancelled" or "error".
+// One answer as it is drawn: text, and what it cost. The result is written into a `version` of the
+// conversation: {model, content, finish, tokens, exact, rate, delay, error}. `finish` is null while
+// it runs, then "stop", "length", "cancelled" or "error".
 import { ApiError, chat } from "./api.js";
 
 export function version(model) {
   return { model, content: "", finish: null, tokens: 0 };
 }
 
-/** Asks for an answer and writes it into `version`; `changed` is called after every part. Never throws. */
+/**
+ * Asks for an answer and writes it into `version`; `changed` is called after every part. Never
+ * throws.
+ */
 export async function draw(version, body, signal, changed) {
   const begun = performance.now();
   let start = 0;
   let finish = null;
   try {
-    for await (const chunk of chat({ ...body, stream: true, stream_options: { include_usage: true } }, signal)) {
+    const streamed = { ...body, stream: true, stream_options: { include_usage: true } };
+    for await (const chunk of chat(streamed, signal)) {
       const [choice] = chunk.choices ?? [];
       if (choice?.delta?.content) {
         start ||= performance.now();
         version.content += choice.delta.content;
-        version.tokens += 1; // a part is about a token, until the server has said how many there were
+        version.tokens += 1; // a part is about a token, until the server has counted them
       }
       finish = choice?.finish_reason ?? finish;
-      if (chunk.usage) Object.assign(version, { tokens: chunk.usage.completion_tokens, exact: true });
+      if (chunk.usage) {
+        Object.assign(version, { tokens: chunk.usage.completion_tokens, exact: true });
+      }
       measure(version, begun, start);
       changed();
     }
@@ -35,7 +41,8 @@ export async function draw(version, body, signal, changed) {
 function fail(version, error, signal) {
   version.finish = signal.aborted ? "cancelled" : "error";
   if (signal.aborted) return;
-  if (!(error instanceof ApiError)) console.error(error); // a defect of this page or of the server's stream
+  // another error is a defect of this page or of the server's stream
+  if (!(error instanceof ApiError)) console.error(error);
   const { status = 0, wait = 0 } = error;
   version.error = { message: error.message, status, until: wait ? Date.now() + wait * 1000 : 0 };
 }

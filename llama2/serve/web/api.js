@@ -1,8 +1,12 @@
-// The server's OpenAI API, as far as a chat needs it: the list of models and answers as a stream of events.
+// The server's OpenAI API, as far as a chat needs it: the list of models and answers as a stream of
+// events.
 
 const KEY = "llama2/key";
 
-/** What the server or the network refused. `status` is 0 for the network; `wait` is in seconds, 0 if unknown. */
+/**
+ * What the server or the network refused. `status` is 0 for the network; `wait` is in seconds, 0 if
+ * unknown.
+ */
 export class ApiError extends Error {
   constructor(message, status = 0, wait = 0) {
     super(message);
@@ -34,7 +38,11 @@ export async function models() {
 /** The chunks of one chat completion, as parsed objects. ApiError if it fails or breaks off. */
 export async function* chat(body, signal) {
   const response = await request("v1/chat/completions", {
-    method: "POST", headers: { "Content-Type": "application/json" }, body: JSON.stringify(body), signal });
+    method: "POST",
+    headers: { "Content-Type": "application/json" },
+    body: JSON.stringify(body),
+    signal,
+  });
   for await (const data of events(response.body)) {
     if (data === "[DONE]") return;
     const chunk = JSON.parse(data);
@@ -70,12 +78,14 @@ async function refusal(response) {
   const body = await response.json().catch(() => null);
   const wait = Number.parseFloat(response.headers.get("Retry-After") ?? "");
   const { message = `the server answered ${response.status}`, param } = body?.error ?? {};
-  const said = message.startsWith(`${param}: `) ? message.slice(param.length + 2) : message; // a user knows no fields
-  return new ApiError(said, response.status,
-    Number.isFinite(wait) ? Math.min(Math.max(wait, 0), 3600) : 0);
+  // without the field, which a user does not know
+  const text = message.startsWith(`${param}: `) ? message.slice(param.length + 2) : message;
+  const seconds = Number.isFinite(wait) ? Math.min(Math.max(wait, 0), 3600) : 0;
+  return new ApiError(text, response.status, seconds);
 }
 
-// The data of server-sent events: lines "data: ...", an empty line ends an event, everything else is of no interest.
+// The data of server-sent events: lines "data: ...", an empty line ends an event, everything else
+// is of no interest.
 async function* events(body) {
   let data = [];
   for await (const line of linesOf(body)) {
@@ -105,5 +115,6 @@ async function* linesOf(body) {
 }
 
 function broken(error) {
-  return error.name === "AbortError" ? error : new ApiError("the answer broke off: the connection was lost");
+  if (error.name === "AbortError") return error;
+  return new ApiError("the answer broke off: the connection was lost");
 }

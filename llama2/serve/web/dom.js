@@ -1,5 +1,6 @@
-// The few ways in which this page makes and changes elements. Text always goes in as text: nothing here, or anywhere
-// else on the page, parses HTML, so neither a model nor an imported file can add markup or script.
+// The few ways in which this page makes and changes elements. Text always goes in as text: nothing
+// here, or anywhere else on the page, parses HTML, so neither a model nor an imported file can add
+// markup or script.
 
 /** An element with attributes (`onclick: f` listens) and children: nodes, strings, or nothing. */
 export function h(tag, attributes = {}, ...children) {
@@ -29,8 +30,8 @@ export function icon(name) {
 
 /** A button that is only a picture; `label` is its name for those who do not see it. */
 export function iconButton(name, label, onclick, extra = {}) {
-  return h("button", { type: "button", class: "quiet round", "aria-label": label, title: label, onclick, ...extra },
-    icon(name));
+  const attributes = { type: "button", class: "quiet round", "aria-label": label, title: label };
+  return h("button", { ...attributes, onclick, ...extra }, icon(name));
 }
 
 /** Says something to a screen reader. */
@@ -38,13 +39,19 @@ export function announce(text) {
   byId("status").textContent = text;
 }
 
-/** A message at the foot of the page that goes away by itself, with at most one thing to do about it. */
+/**
+ * A message at the foot of the page that goes away by itself, with at most one thing to do about
+ * it.
+ */
 export function notice(text, action = null, seconds = 6) {
   const node = h("div", { class: "notice", role: "status" }, h("span", {}, text));
   const close = () => node.remove();
+  const act = () => {
+    close();
+    action.run();
+  };
   if (action) {
-    node.append(h("button", { type: "button", class: "plain", onclick: () => { close(); action.run(); } },
-      action.label));
+    node.append(h("button", { type: "button", class: "plain", onclick: act }, action.label));
   }
   node.append(iconButton("close", "Close this message", close));
   byId("notices").replaceChildren(node);
@@ -91,5 +98,6 @@ export function fit(field) {
 }
 
 export function isField(node) {
-  return node instanceof Element && node.closest("input, textarea, select, [contenteditable]") !== null;
+  const fields = "input, textarea, select, [contenteditable]";
+  return node instanceof Element && node.closest(fields) !== null;
 }

@@ -1,9 +1,14 @@
-// Markdown as models write it, made into elements: headings, lists, quotes, tables, code, emphasis and links. It is not
-// all of CommonMark. HTML in the text stays text; a link is one only if it leads to http or https; nothing is loaded.
-import { coloured } from "./code.js";
+// Markdown as models write it, made into elements: headings, lists, quotes, tables, code, emphasis
+// and links. It is not all of CommonMark. HTML in the text stays text; a link is one only if it
+// leads to http or https; nothing is loaded.
+//
+// It is our own because no Python package installs a library for browsers, and the page loads
+// nothing from elsewhere.
 import { copy, h, iconButton } from "./dom.js";
+import { colour } from "./highlight.js";
 
-const DEPTH = 8; // quotes in lists in quotes: deeper ones stay text, so that no text can exhaust the stack
+// quotes in lists in quotes: deeper ones stay text, so that no text can exhaust the stack
+const DEPTH = 8;
 const FENCE = /^ {0,3}(`{3,}|~{3,})/;
 const HEADING = /^ {0,3}(#{1,6})[ \t]+(.*)$/;
 const RULE = /^ {0,3}(?:(?:\*[ \t]*){3,}|(?:-[ \t]*){3,}|(?:_[ \t]*){3,})$/;
@@ -12,7 +17,10 @@ const ITEM = /^( *)([-*+]|\d{1,9}[.)])(?: +|$)/;
 const TABLE = /^\|?[ \t]*:?-+:?(?:[ \t]*\|[ \t]*:?-+:?)*[ \t]*\|?$/;
 const sources = new WeakMap();
 
-/** Shows `text` in `container`. Blocks that are there already stay, so a growing answer is cheap to show again. */
+/**
+ * Shows `text` in `container`. Blocks that are there already stay, so a growing answer is cheap to
+ * show again.
+ */
 export function show(container, text) {
   const found = blocks(text.replace(/\r\n?/g, "\n").split("\n"));
   found.forEach((block, index) => {
@@ -67,7 +75,8 @@ function kindOf(lines, at) {
 function fence(line) {
   const [start, mark] = FENCE.exec(line) ?? [];
   const rest = mark ? line.slice(start.length).trim() : "";
-  return !mark || (mark[0] === "`" && rest.includes("`")) ? null : { mark, language: rest.split(/\s/)[0] };
+  if (!mark || (mark[0] === "`" && rest.includes("`"))) return null;
+  return { mark, language: rest.split(/\s/)[0] };
 }
 
 function isTable(lines, at) {
@@ -81,7 +90,9 @@ const ENDS = {
   rule: (lines, at) => at + 1,
   quote: (lines, at) => first(lines, at + 1, (line) => !QUOTE.test(line)),
   table: (lines, at) => first(lines, at + 2, (line) => !line.trim() || !line.includes("|")),
-  paragraph: (lines, at) => first(lines, at + 1, (line, index) => !line.trim() || interrupts(lines, index)),
+  paragraph(lines, at) {
+    return first(lines, at + 1, (line, index) => !line.trim() || interrupts(lines, index));
+  },
   fence(lines, at) {
     const { mark } = fence(lines[at]);
     const close = first(lines, at + 1, (line) => closes(line, mark));
@@ -108,7 +119,8 @@ function first(lines, from, matches) {
 
 function interrupts(lines, at) {
   const kind = kindOf(lines, at);
-  if (kind === "list") return /^ *(?:[-*+]|1[.)]) +\S/.test(lines[at]); // "in\n1984. A year" is no list
+  // "in\n1984. A year" is no list
+  if (kind === "list") return /^ *(?:[-*+]|1[.)]) +\S/.test(lines[at]);
   return kind !== "paragraph";
 }
 
@@ -137,7 +149,10 @@ function inside(lines, depth) {
 const MAKERS = {
   paragraph: (lines) => h("p", {}, ...inline(lines.map((line) => line.trim()).join("\n"))),
   rule: () => h("hr"),
-  quote: (lines, depth) => h("blockquote", {}, ...inside(lines.map((line) => line.replace(QUOTE, "")), depth)),
+  quote(lines, depth) {
+    const quoted = lines.map((line) => line.replace(QUOTE, ""));
+    return h("blockquote", {}, ...inside(quoted, depth));
+  },
   heading(lines) {
     const [, marks, text] = HEADING.exec(lines[0]);
     const level = Math.min(6, marks.length + 2); // the page has its own first and second
@@ -150,7 +165,7 @@ const MAKERS = {
     const button = iconButton("copy", "Copy the code", () => copy(text, button));
     return h("figure", { class: "code" },
       h("figcaption", {}, h("span", {}, language.slice(0, 30) || "text"), button),
-      h("pre", { tabindex: "0", "aria-label": "Code" }, h("code", {}, ...coloured(text, language))));
+      h("pre", { tabindex: "0", "aria-label": "Code" }, h("code", {}, ...colour(text, language))));
   },
   list(lines, depth) {
     const ordered = isOrdered(lines[0]);
@@ -159,20 +174,29 @@ const MAKERS = {
       ...items(lines).map((item) => listItem(item, depth)));
   },
   table(lines) {
-    const sides = cells(lines[1]).map((cell) => `${cell.startsWith(":") ? "l" : ""}${cell.endsWith(":") ? "r" : ""}`);
-    const align = { lr: "centre", r: "right" };
+    const columns = cells(lines[1]).map(alignment);
     const row = (line, tag) => {
       const texts = cells(line);
-      return h("tr", {}, ...sides.map((side, index) => h(tag, { class: align[side] }, ...inline(texts[index] ?? ""))));
+      return h("tr", {}, ...columns.map((align, index) => {
+        return h(tag, { class: align }, ...inline(texts[index] ?? ""));
+      }));
     };
-    return h("div", { class: "table", tabindex: "0" }, h("table", {}, h("thead", {}, row(lines[0], "th")),
-      h("tbody", {}, ...lines.slice(2).map((line) => row(line, "td")))));
+    const body = lines.slice(2).map((line) => row(line, "td"));
+    return h("div", { class: "table", tabindex: "0" },
+      h("table", {}, h("thead", {}, row(lines[0], "th")), h("tbody", {}, ...body)));
   },
 };
 
+// The class of a column, from the cell below its head: ":--", ":-:" or "--:".
+function alignment(cell) {
+  if (!cell.endsWith(":")) return null;
+  return cell.startsWith(":") ? "centre" : "right";
+}
+
 function withoutClosingMarks(text) {
   const words = text.trim().split(" ");
-  return words.length > 1 && /^#+$/.test(words.at(-1)) ? words.slice(0, -1).join(" ").trim() : text.trim();
+  if (words.length > 1 && /^#+$/.test(words.at(-1))) words.pop();
+  return words.join(" ").trim();
 }
 
 function items(lines) {
@@ -196,8 +220,10 @@ function listItem(lines, depth) {
   const content = inside(task ? [lines[0].slice(task.length), ...lines.slice(1)] : lines, depth);
   if (content[0] instanceof HTMLParagraphElement) content.splice(0, 1, ...content[0].childNodes);
   if (!task) return h("li", {}, ...content);
+  const isDone = mark !== " ";
+  const label = isDone ? "done" : "open";
   return h("li", { class: "task" },
-    h("input", { type: "checkbox", disabled: true, checked: mark !== " ", "aria-label": mark === " " ? "open" : "done" }),
+    h("input", { type: "checkbox", disabled: true, checked: isDone, "aria-label": label }),
     ...content);
 }
 
@@ -217,7 +243,8 @@ const LABEL = 1000; // the longest label and address that are searched for
 /** Nodes and strings for text with emphasis, code and links. */
 function inline(text, depth = 0) {
   const nodes = [];
-  const missing = new Set(); // marks that have no partner further on: looked for once, not once for each
+  // marks that have no partner further on: looked for once, not once for each
+  const missing = new Set();
   let plain = "";
   for (let at = 0; at < text.length;) {
     SPECIAL.lastIndex = at;
@@ -313,11 +340,21 @@ function bare(text, at) {
 }
 
 function anchor(href, children) {
-  const flat = children.map((child) => (child instanceof HTMLAnchorElement ? child.textContent : child));
-  return h("a", { href, title: href, target: "_blank", rel: "noopener noreferrer nofollow" }, ...flat);
+  const flat = children.map((child) => {
+    return child instanceof HTMLAnchorElement ? child.textContent : child;
+  });
+  const rel = "noopener noreferrer nofollow";
+  return h("a", { href, title: href, target: "_blank", rel }, ...flat);
 }
 
-const TAGS = { "***": ["strong", "em"], "**": ["strong"], "__": ["strong"], "*": ["em"], "_": ["em"], "~~": ["del"] };
+const TAGS = {
+  "***": ["strong", "em"],
+  "**": ["strong"],
+  __: ["strong"],
+  "*": ["em"],
+  _: ["em"],
+  "~~": ["del"],
+};
 
 function emphasis(text, at, depth, missing) {
   const end = first(text, at, (letter) => letter !== text[at]);
@@ -332,7 +369,8 @@ function emphasis(text, at, depth, missing) {
     return whole;
   }
   const content = inline(text.slice(end, close), depth + 1);
-  return { node: tags.reduceRight((inner, tag) => [h(tag, {}, ...inner)], content)[0], end: close + mark.length };
+  const [node] = tags.reduceRight((inner, tag) => [h(tag, {}, ...inner)], content);
+  return { node, end: close + mark.length };
 }
 
 function closing(text, from, mark) {
@@ -344,7 +382,8 @@ function closing(text, from, mark) {
     } else if (text[at] === mark[0]) {
       const end = first(text, at, (letter) => letter !== mark[0]);
       const inWord = mark[0] === "_" && /\w/.test(text[end] ?? "");
-      if (fits(end - at, mark.length) && !/\s/.test(text[at - 1]) && !inWord) return end - mark.length;
+      const mayClose = fits(end - at, mark.length) && !/\s/.test(text[at - 1]) && !inWord;
+      if (mayClose) return end - mark.length;
       at = end - 1;
     }
   }

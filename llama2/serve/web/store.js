@@ -1,15 +1,24 @@
-// What the browser keeps: every conversation under a key of its own, and the settings. Nothing leaves the browser but
-// what is sent to the model. Where storage is forbidden or full the page works on and says that it forgets.
+// What the browser keeps: every conversation under a key of its own, and the settings. Nothing
+// leaves the browser but what is sent to the model. Where storage is forbidden or full the page
+// works on and says that it forgets.
 //
-// A conversation is {id, title, system, created, updated, messages}. A user's message is {role, content}; an answer
-// is {role, versions, shown}: every attempt is kept, `shown` is the one that counts, null until the user picks one.
-import { shown } from "./dialogs.js";
+// A conversation is {id, title, system, created, updated, messages}. A user's message is {role,
+// content}; an answer is {role, versions, shown}: every attempt is kept, `shown` is the one that
+// counts, null until the user picks one.
+import { shown } from "./jsonl.js";
 
 const CONVERSATION = "llama2/conversation/";
 const SETTINGS = "llama2/settings";
 const TITLE = 60;
-const SAMPLING = { temperature: 0.6, top_p: 0.9, top_k: null, min_p: null, repetition_penalty: null, max_tokens: null,
-  seed: null };
+const SAMPLING = {
+  temperature: 0.6,
+  top_p: 0.9,
+  top_k: null,
+  min_p: null,
+  repetition_penalty: null,
+  max_tokens: null,
+  seed: null,
+};
 
 /** All conversations by id, newest last. */
 export const conversations = new Map();
@@ -57,7 +66,10 @@ export function remove(id) {
   }
 }
 
-/** Takes over what another tab has changed; `busy(id)` holds back conversations that are being answered here. */
+/**
+ * Takes over what another tab has changed; `busy(id)` holds back conversations that are being
+ * answered here.
+ */
 export function follow(busy, changed) {
   addEventListener("storage", ({ key }) => {
     if (!key?.startsWith(CONVERSATION) || busy(key.slice(CONVERSATION.length))) return;
@@ -70,7 +82,8 @@ export function follow(busy, changed) {
 /** What a conversation is called in the list. */
 export function titleOf(conversation) {
   const first = conversation.messages[0]?.content.trim().split("\n")[0] ?? "";
-  return conversation.title || (first.length > TITLE ? `${first.slice(0, TITLE - 1)}…` : first) || "New chat";
+  const short = first.length > TITLE ? `${first.slice(0, TITLE - 1)}…` : first;
+  return conversation.title || short || "New chat";
 }
 
 /** Conversations with all of `words` in the title or the text, the latest first. */
@@ -92,13 +105,15 @@ function fullText(conversation) {
 function remember(key, conversation) {
   if (typeof conversation?.id !== "string" || !Array.isArray(conversation.messages)) return;
   for (const message of conversation.messages) {
-    for (const version of message.versions ?? []) version.finish ??= "cancelled"; // the page was left meanwhile
+    // the page was left meanwhile
+    for (const version of message.versions ?? []) version.finish ??= "cancelled";
   }
   conversations.set(conversation.id, conversation);
 }
 
 function identifier() {
-  return Array.from(crypto.getRandomValues(new Uint8Array(12)), (byte) => byte.toString(16).padStart(2, "0")).join("");
+  const bytes = crypto.getRandomValues(new Uint8Array(12));
+  return Array.from(bytes, (byte) => byte.toString(16).padStart(2, "0")).join("");
 }
 
 function keys() {

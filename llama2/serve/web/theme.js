@@ -1,4 +1,5 @@
-// Light or dark, decided before the first paint: what the user chose last, else what the system prefers.
+// Light or dark, decided before the first paint: what the user chose last, else what the system
+// prefers.
 "use strict";
 try {
   const chosen = localStorage.getItem("llama2/theme");

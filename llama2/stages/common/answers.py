@@ -1,11 +1,11 @@
-"""What several versions say to the same prompts, and what reward models think of it (§3.4): for
-`evaluate`, `select`.
+"""Answers of several versions to the same prompts, and their scores (§3.4): for `evaluate` and
+`select`.
 
 One model is in memory at a time. First every version answers, one after another; then each reward
-model judges all answers, one after another. So the most that a rank holds is the larger of a
-version with its cache and a reward model, never their sum. A model is loaded when the first
-unfinished part of its work asks for it and let go before the next; what is finished is on the disk
-(`parts`), and is not done again after an interruption.
+model judges all answers, one after another. So a rank never holds more than a version with its
+cache, or a reward model. A model is loaded when the first unfinished part of its work asks for it,
+and freed before the next; finished parts are on disk (`parts`), and are not done again after an
+interruption.
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ from llama2.errors import UserError
 from llama2.evaluate.judges import encode_judged
 from llama2.formats import checkpoint, hf_directory
 from llama2.generate.dialogue import Answer, Chat
-from llama2.generate.engine import Completion
+from llama2.generate.generator import Completion
 from llama2.generate.sampling import Sampling
-from llama2.generate.score import rewards
+from llama2.generate.score import score_rows
 from llama2.hashing import hash_file
 from llama2.model.scorer import Scorer
 from llama2.records import Messages, Prompt
@@ -36,18 +36,19 @@ from llama2.tally import Tally
 from llama2.tokenizer.template import encode_prompt
 from llama2.tokenizer.tokenizer import Tokenizer
 
-ROUNDS = 8  # a part is as many answers as the slots give in so many rounds
+ROUNDS = 8  # a part has as many answers as the slots give in so many rounds
 JUDGED = 1024  # answers in a part of a reward model's work
 JUDGED_TOKENS = 4096  # padded tokens that it reads in one forward pass
 
 T = TypeVar("T")
 Ready = Callable[[], T]
+_Key = tuple[int, str, str]  # prompt, answer and finish
 
 
 @contextmanager
-def in_turn(load: Ready[T], device: torch.device) -> Iterator[Ready[T]]:
-    """A function that gives what `load` makes, loaded at its first call; the memory is free again
-    behind the block."""
+def load_when_needed(load: Ready[T], device: torch.device) -> Iterator[Ready[T]]:
+    """Give a function that returns the result of `load`, called once, when it is first needed; the
+    memory of `device` is free again after the block."""
     held: list[T] = []
 
     def ready() -> T:
@@ -63,71 +64,82 @@ def in_turn(load: Ready[T], device: torch.device) -> Iterator[Ready[T]]:
         devices.free_memory(device)
 
 
-# --- prompts and versions
-# --------------------------------------------------------------------------------------------
+# --- prompts and versions ---
 
 
-def fitting(
+def keep_prompts(
+    prompts: Sequence[Prompt],
+    fits: Callable[[Prompt], bool],
+    tally: Tally,
+    reason: str,
+    error: UserError,
+    cure: str = "",
+) -> list[Prompt]:
+    """Return the prompts that fit; `error` if there are prompts but none fits.
+
+    `tally` has counted them as kept, and counts those left out for `reason`; `cure` says what would
+    keep them.
+    """
+    fitting = [prompt for prompt in prompts if fits(prompt)]
+    if prompts and not fitting:
+        raise error
+
+    tally.kept -= len(prompts) - len(fitting)
+    tally.skip(reason, cure, len(prompts) - len(fitting))
+    return fitting
+
+
+def keep_fitting(
     checkpoints: Sequence[Path], prompts: Sequence[Prompt], room: int, tally: Tally, source: Path
 ) -> list[Prompt]:
-    """The prompts that ask something and leave every version `room` tokens for its answer; the
-    others are counted in `tally`."""
-    asking = [prompt for prompt in prompts if prompt.asks]
-    kept = asking
-    for path in checkpoints:
-        tokenizer, context = (
-            Tokenizer.load(path),
-            checkpoint.config_of(path).max_position_embeddings,
-        )
-        kept = [
-            prompt
-            for prompt in kept
-            if len(encode_prompt(tokenizer, prompt.messages)) + room <= context
-        ]
+    """Return the prompts that ask something and leave every version `room` tokens for its answer;
+    the others are counted in `tally`."""
+    tally.read = tally.kept = len(prompts)
+    empty = UserError(f"{source}: it holds no prompt", "give prompts")
+    asking = keep_prompts(prompts, lambda prompt: prompt.asks, tally, "empty turn", empty)
+    if not asking:
+        raise empty
 
-    if not kept:
-        raise UserError(
-            f"{source}: no prompt is short enough for the context of all versions"
-            if asking
-            else f"{source}: it holds no prompt",
-            "give shorter prompts" if asking else "give prompts",
+    limits = [
+        (Tokenizer.load(path), checkpoint.config_of(path).max_position_embeddings)
+        for path in checkpoints
+    ]
+
+    def fits(prompt: Prompt) -> bool:
+        return all(
+            len(encode_prompt(tokenizer, prompt.messages)) + room <= context
+            for tokenizer, context in limits
         )
 
-    tally.read, tally.kept = len(prompts), len(kept)
-    tally.skip("empty turn", count=len(prompts) - len(asking))
-    tally.skip(
-        "too long for the context of a version", "give shorter prompts", len(asking) - len(kept)
-    )
-
-    return kept
+    cure = "give shorter prompts"
+    error = UserError(f"{source}: no prompt is short enough for the context of all versions", cure)
+    return keep_prompts(asking, fits, tally, "too long for the context of a version", error, cure)
 
 
-def twins(checkpoints: Sequence[Path]) -> list[int]:
-    """For each checkpoint the place of the first that is the same model: a rejected candidate's
-    place is taken by its predecessor, and nobody need answer twice."""
-    contents = [content(path) for path in checkpoints]
-    return [contents.index(one) for one in contents]
+def find_equals(checkpoints: Sequence[Path]) -> list[int]:
+    """Return for each checkpoint the index of the first that is the same model: a rejected
+    candidate is replaced by its predecessor, and none need answer twice."""
+    identities = [identify(path) for path in checkpoints]
+    return [identities.index(identity) for identity in identities]
 
 
-def content(path: Path) -> object:
-    """What tells two checkpoints apart: shape, tokenizer and weights; the place, where the weights
-    are elsewhere."""
-    known = hf_directory.listed(path)
+def identify(path: Path) -> object:
+    """Return what tells two checkpoints apart: shape, tokenizer and weights; the path, where the
+    weights are elsewhere."""
+    known = hf_directory.read_checksums(path)
     try:
-        weights = sorted(
-            known.get(file.name) or hash_file(file) for file in hf_directory.weight_files(path)
-        )
+        files = hf_directory.list_weight_files(path)
+        weights = sorted(known.get(file.name) or hash_file(file) for file in files)
     except UserError:
         return path.resolve()
 
     return checkpoint.config_of(path), Tokenizer.load(path).fingerprint, tuple(weights)
 
 
-# --- answers
-# ---------------------------------------------------------------------------------------------------------
+# --- answers ---
 
 
-def answered(
+def answer_prompts(
     run: Run,
     name: str,
     chat: Ready[Chat],
@@ -135,22 +147,23 @@ def answered(
     sampling: Sampling,
     slots: int,
 ) -> list[Answer]:
-    """One answer to each prompt, in parts under `name`. Log-probabilities are not kept."""
+    """Return one answer to each prompt, in parts under `name`. Log-probabilities are not kept."""
 
-    def work(some: Sequence[Messages], first: int) -> list[Any]:
+    def work(part: Sequence[Messages], first: int) -> list[Any]:
         with torch.inference_mode():
-            rows = chat().answers(some, sampling, range(first, first + len(some)))
+            rows = chat().answer(part, sampling, range(first, first + len(part)))
 
-        return [[one.text, one.completion.finish, one.completion.tokens] for one, *_ in rows]
+        return [
+            [answer.text, answer.completion.finish, answer.completion.tokens] for answer, *_ in rows
+        ]
 
+    rows = work_in_parts(run, name, prompts, ROUNDS * slots, work)
     return [
-        Answer(text, Completion((), tuple(tokens), (), finish))
-        for text, finish, tokens in work_in_parts(run, name, prompts, ROUNDS * slots, work)
+        Answer(text, Completion((), tuple(tokens), (), finish)) for text, finish, tokens in rows
     ]
 
 
-# --- judges
-# ----------------------------------------------------------------------------------------------------------
+# --- judges ---
 
 
 def check_judge(path: Path, versions: Sequence[Path] = ()) -> None:
@@ -162,67 +175,69 @@ def check_judge(path: Path, versions: Sequence[Path] = ()) -> None:
             "give the output directory of a `reward` run",
         )
 
-    own = Tokenizer.load(path)
-    if not all(Tokenizer.load(version).same(own) for version in versions):
+    tokenizer = Tokenizer.load(path)
+    if not all(Tokenizer.load(version).is_same(tokenizer) for version in versions):
         raise UserError(
             f"{path}: its tokenizer is not the policy's",
             "train policy and reward models on one tokenizer",
         )
 
 
-def judged(
+def judge_answers(
     run: Run,
     name: str,
     path: Path,
     precision: Precision,
     prompts: Sequence[Prompt],
-    said: Mapping[int, Sequence[Answer]],
+    answers: Mapping[int, Sequence[Answer]],
     versions: Sequence[Path],
 ) -> dict[int, list[float]]:
-    """The raw scores that the reward model at `path` gives to what each version said, in parts
-    under `name`. Of a conversation longer than its context the end is read.
+    """Return the raw scores that the reward model at `path` gives to the answers of each version,
+    in parts under `name`. If a conversation is longer than its context, it reads the end.
 
-    What two versions say alike is read once: the rounding of two batches must not make one of them
-    the better.
+    An answer that two versions give alike is read once: the rounding of two batches must not make
+    one of them the better.
     """
     tokenizer, context = Tokenizer.load(path), checkpoint.config_of(path).max_position_embeddings
-    found = {}
-    scores: dict[tuple[int, str, str], float] = {}
+    scores: dict[_Key, float] = {}
+    result = {}
 
     device = run.ranks.device
-    with in_turn(lambda: load_judge(path, precision, device), device) as judge:
-        for version, answers in said.items():
-            same = Tokenizer.load(versions[version]).same(tokenizer)
-            keys = [(index, one.text, one.completion.finish) for index, one in enumerate(answers)]
-            fresh = [key for key in keys if key not in scores]
+    with load_when_needed(lambda: load_judge(path, precision, device), device) as judge:
+        for version, given in answers.items():
+            same = Tokenizer.load(versions[version]).is_same(tokenizer)
+            keyed: dict[_Key, Answer] = {
+                (index, answer.text, answer.completion.finish): answer
+                for index, answer in enumerate(given)
+            }
 
             def work(
-                some: Sequence[tuple[int, str, str]],
+                part: Sequence[_Key],
                 first: int,
-                answers: Sequence[Answer] = answers,
+                keyed: Mapping[_Key, Answer] = keyed,
                 same: bool = same,
             ) -> list[float]:
-                rows = [
-                    encode_judged(tokenizer, prompts[index], answers[index], same)[-context:]
-                    for index, *_ in some
-                ]
-                return rewards(judge(), rows, precision, JUDGED_TOKENS, ranks=run.ranks, name=path)
+                rows = [encode_judged(tokenizer, prompts[key[0]], keyed[key], same) for key in part]
+                rows = [row[-context:] for row in rows]
+                return score_rows(
+                    judge(), rows, precision, JUDGED_TOKENS, ranks=run.ranks, name=path
+                )
 
+            fresh = [key for key in keyed if key not in scores]
             scores.update(zip(fresh, work_in_parts(run, f"{name}-{version}", fresh, JUDGED, work)))
-            found[version] = [scores[key] for key in keys]
+            result[version] = [scores[key] for key in keyed]
 
-    return found
+    return result
 
 
 def load_judge(path: Path, precision: Precision, device: torch.device) -> Scorer:
-    """A reward model that is only read (`training.freeze`). Each weight is converted as it comes
-    from the disk: all of them in fp32 would take twice the room that the model takes afterwards."""
+    """Return a reward model that is only read (`training.freeze`). Each weight is converted as it
+    comes from the disk: all of them in fp32 would take twice the room that the model takes
+    afterwards."""
 
-    def kind(name: str) -> torch.dtype:
-        return (
-            torch.bfloat16
-            if precision == "bf16" and name.endswith("_proj.weight")
-            else torch.float32
-        )
+    def choose_dtype(name: str) -> torch.dtype:
+        halved = precision == "bf16" and name.endswith("_proj.weight")
+        return torch.bfloat16 if halved else torch.float32
 
-    return freeze(checkpoint.load_scorer(path, dtype=kind, device=device), precision)
+    scorer = checkpoint.load_scorer(path, dtype=choose_dtype, device=device)
+    return freeze(scorer, precision)

@@ -51,7 +51,7 @@ class Tower:
         return tables * shape.vocab_size * dim + dim + (dim if self.scalar else 0)
 
 
-# ---- training
+# --- training ---
 def is_sharded(settings: Training, ranks: int) -> bool:
     """Tell whether FSDP2 spreads the model: it does nothing on one rank."""
     return settings.parallel == "shard" and ranks > 1
@@ -136,7 +136,7 @@ def flops_per_token(config: LlamaConfig, length: float, scalar: bool = False) ->
     return 6.0 * (config.parameters() - unused + attention)
 
 
-# ---- sampling and judging
+# --- sampling and judging ---
 def engine_bytes(shape: LlamaConfig, sample: Sample, *, copied: bool) -> float:
     """The engine's cache, for prompts as long as the longest answers, and its copy of fp32 weights
     that are trained."""

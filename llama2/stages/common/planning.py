@@ -20,7 +20,7 @@ from pydantic import Field
 
 from llama2.config import Config as Section
 from llama2.formats import checkpoint
-from llama2.generate.batch import PREFILL_TOKENS
+from llama2.generate.model_runner import PREFILL_TOKENS
 from llama2.model import quantize
 from llama2.model.llama import LlamaConfig
 from llama2.stages.common.answers import JUDGED_TOKENS
@@ -40,7 +40,7 @@ from llama2.stages.common.memory import (
 )
 from llama2.stages.common.sampling import Sample
 from llama2.stages.common.training import Training
-from llama2.tokenizer import foreign
+from llama2.tokenizer.directory import find_tokenizer
 from llama2.tokenizer.tokenizer import Tokenizer
 
 GIB = float(1 << 30)
@@ -92,7 +92,7 @@ class PlannedRuns:
         if path in self.vocabularies:
             return self.vocabularies[path]
 
-        exists = foreign.find(path) if path.is_dir() else path.is_file()
+        exists = find_tokenizer(path) if path.is_dir() else path.is_file()
         return Tokenizer.load(path).vocab_size if exists else None
 
     def inherit_vocabulary(self, out: Path, source: Path) -> dict[str, Any]:
@@ -105,7 +105,7 @@ class PlannedRuns:
         return {"vocab_size": size}
 
 
-# ---- stages that train
+# --- stages that train ---
 def plan_training(
     towers: Sequence[Tower],
     settings: Training,
@@ -195,7 +195,7 @@ def _plan_memory(parts: Mapping[str, float], cluster: Cluster, fewest: int | str
     }
 
 
-# ---- stages that sample
+# --- stages that sample ---
 def plan_sampling(
     policies: Sequence[LlamaConfig | None],
     scorers: Sequence[LlamaConfig | None],
@@ -307,7 +307,7 @@ def _keep_largest(phases: dict[str, dict[str, float]], name: str, parts: dict[st
         phases[name] = parts
 
 
-# ---- recipes
+# --- recipes ---
 def total(plans: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
     """Return the sum over all steps of a recipe: GPU-hours where they are known, and the steps that
     do not fit."""

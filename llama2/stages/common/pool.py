@@ -1,9 +1,9 @@
-"""The pool of all rounds of rejection sampling (§3.2.3): the best answers to each prompt, whatever
-round they are of.
+"""The pool of all rounds of rejection sampling (§3.2.3): the best answers to each prompt, of any
+round.
 
-Up to V3 the paper's pool was the newest round alone, and skills were lost (rhyming); then the best
+Up to V3 the paper's pool was only the newest round, and skills were lost (rhyming); then the best
 of all rounds joined it. Reward models change from round to round, so old and new answers are scored
-anew by the newest. How many answers a prompt keeps is left open by the paper.
+anew by the newest. The paper does not say how many answers a prompt keeps.
 """
 
 from __future__ import annotations
@@ -21,23 +21,23 @@ from llama2.generate.rewards import Rewards
 from llama2.hashing import hash_content
 from llama2.records import Dialog, Prompt, StoredRecords
 from llama2.runs import Run, is_output
-from llama2.stages.common.sampling import Sample, part_by_part, writing
+from llama2.stages.common.sampling import Sample, open_records, sample_in_parts
 from llama2.tokenizer.template import encode_dialog, encode_prompt
 from llama2.tokenizer.tokenizer import Tokenizer
 
-Chosen = list[tuple[float, int]]
+Choice = tuple[float, int]  # the reward of an answer, and its index over all rounds
 
 
 class Pool:
-    """The `best.jsonl` of several rounds, the newest first; `keep` answers a prompt are chosen of
-    them."""
+    """The answers in `best.jsonl` of several rounds, the newest first, of which `keep` a prompt are
+    chosen."""
 
     def __init__(self, keep: int, finished_only: bool, rounds: Sequence[Path]) -> None:
         """UserError for a file that is missing, or empty though no finished run wrote it."""
         self.keep, self.finished_only = keep, finished_only
         self._rounds = [StoredRecords(Dialog, path / "best.jsonl") for path in rounds]
-        for path, found in zip(rounds[1:], self._rounds[1:]):
-            if not found and not is_output(path / "best.jsonl"):
+        for path, answers in zip(rounds[1:], self._rounds[1:]):
+            if not answers and not is_output(path / "best.jsonl"):
                 raise UserError(
                     f"{path / 'best.jsonl'}: the file is empty",
                     "it should hold Dialog records, one a line",
@@ -46,96 +46,99 @@ class Pool:
         self._ends = list(accumulate(map(len, self._rounds)))
 
     def write(self, run: Run, chat: Chat, rewards: Rewards, sample: Sample) -> list[int]:
-        """Write pool.jsonl: this round's prompts in their order, then those of earlier rounds
-        alone; the size by round.
+        """Write pool.jsonl: this round's prompts in their order, then those of earlier rounds only.
+        Returns the answers of each round.
 
         A round without earlier ones is the pool as it is.
         """
-        chosen = self._all() if len(self._rounds) == 1 else self._choose(run, chat, rewards, sample)
+        if len(self._rounds) == 1:
+            choices = [
+                (float(dialog.metadata["reward"]), index)
+                for index, dialog in enumerate(self._rounds[0])
+            ]
+        else:
+            choices = self._choose(run, chat, rewards, sample)
+
         sizes = [0] * len(self._rounds)
-        with writing(run.path / "pool.jsonl", run.ranks) as put:
-            for mark, place in chosen:
-                one = self._record(place)
-                put(replace(one, train="last", metadata={**one.metadata, "reward": round(mark, 4)}))
-                sizes[self._round(place)] += 1
+        with open_records(run.path / "pool.jsonl", run.ranks) as put:
+            for reward, index in choices:
+                number, dialog = self._find(index)
+                metadata = {**dialog.metadata, "reward": round(reward, 4)}
+                put(replace(dialog, train="last", metadata=metadata))
+                sizes[number] += 1
 
         return sizes
 
-    def _all(self) -> Chosen:
-        return [(float(one.metadata["reward"]), place) for place, one in enumerate(self._rounds[0])]
-
-    def _choose(self, run: Run, chat: Chat, rewards: Rewards, sample: Sample) -> Chosen:
+    def _choose(self, run: Run, chat: Chat, rewards: Rewards, sample: Sample) -> list[Choice]:
         """Score every answer of every round, and take the best different ones of each prompt."""
         tally = run.tally("pool")
-        places = range(self._ends[-1])
+        indices = range(self._ends[-1])
 
-        def work(some: Sequence[int], first: int) -> list[tuple[str, str, float | None]]:
-            return rescored(
-                [self._record(place) for place in some], chat.tokenizer, rewards, self.finished_only
-            )
+        def work(part: Sequence[int], first: int) -> list[tuple[str, str, float | None]]:
+            dialogs = [self._find(index)[1] for index in part]
+            return rescore(dialogs, chat.tokenizer, rewards, self.finished_only)
 
-        by_prompt: dict[str, dict[str, tuple[float, int]]] = {}
-        for place, (asked, said, mark) in enumerate(
-            part_by_part(run, [], "pool", places, work, sample)
-        ):
-            if mark is None:
+        by_prompt: dict[str, dict[str, Choice]] = {}
+        rows = sample_in_parts(run, [], "pool", indices, work, sample)
+        for index, (prompt, answer, reward) in enumerate(rows):
+            if reward is None:
                 tally.skip("cut off, or too long for the reward models")
             else:
-                by_prompt.setdefault(asked, {}).setdefault(said, (mark, place))
+                by_prompt.setdefault(prompt, {}).setdefault(answer, (reward, index))
 
-        best = [
-            sorted(mine.values(), key=lambda one: (-one[0], one[1]))[: self.keep]
-            for mine in by_prompt.values()
-        ]
-        tally.read, tally.kept = len(places), sum(map(len, best))
+        choices: list[Choice] = []
+        for answers in by_prompt.values():
+            best = sorted(answers.values(), key=lambda choice: (-choice[0], choice[1]))
+            choices += best[: self.keep]
+
+        tally.read, tally.kept = len(indices), len(choices)
         tally.skip(
             "said twice, or not among the best of its prompt",
             count=tally.read - tally.kept - tally.skipped.total(),
         )
+        return choices
 
-        return [one for mine in best for one in mine]
-
-    def _round(self, place: int) -> int:
-        return bisect_right(self._ends, place)
-
-    def _record(self, place: int) -> Dialog:
-        number = self._round(place)
-        return self._rounds[number][place - (self._ends[number] - len(self._rounds[number]))]
+    def _find(self, index: int) -> tuple[int, Dialog]:
+        """Return the answer with this index over all rounds, and the number of its round."""
+        number = bisect_right(self._ends, index)
+        answers = self._rounds[number]
+        return number, answers[index - (self._ends[number] - len(answers))]
 
 
-def rescored(
+def rescore(
     dialogs: Sequence[Dialog], tokenizer: Tokenizer, rewards: Rewards, finished_only: bool
 ) -> list[tuple[str, str, float | None]]:
-    """Of each dialog a digest of what was asked, one of the answer, and its reward; None if it may
-    not be kept."""
-    rows = [_row(one, tokenizer) for one in dialogs]
+    """Return for each dialog a digest of the prompt, one of the answer, and its reward; None if it
+    may not be kept."""
+    rows = [_encode(dialog, tokenizer) for dialog in dialogs]
     usable = [
-        len(row) <= rewards.context
-        and bool(one.messages[-1].content)
-        and not (finished_only and one.metadata.get("cut") is True)
-        for one, row in zip(dialogs, rows)
+        index
+        for index, (dialog, row) in enumerate(zip(dialogs, rows))
+        if len(row) <= rewards.context
+        and dialog.messages[-1].content
+        and not (finished_only and _is_cut(dialog))
     ]
-    places = [place for place, fine in enumerate(usable) if fine]
-    tags = [bool(dialogs[place].metadata.get("safety")) for place in places]
-    marks = rewards([rows[place] for place in places], tags)
-    found = {place: mark.joined for place, mark in zip(places, marks)}
-
+    tags = [bool(dialogs[index].metadata.get("safety")) for index in usable]
+    scores = rewards([rows[index] for index in usable], tags)
+    by_index = {index: score.reward for index, score in zip(usable, scores)}
     return [
         (
-            hash_content(records.to_json(Prompt(one.messages[:-1]))),
-            hash_content(one.messages[-1].content),
-            found.get(place),
+            hash_content(records.to_json(Prompt(dialog.messages[:-1]))),
+            hash_content(dialog.messages[-1].content),
+            by_index.get(index),
         )
-        for place, one in enumerate(dialogs)
+        for index, dialog in enumerate(dialogs)
     ]
 
 
-def _row(one: Dialog, tokenizer: Tokenizer) -> list[int]:
-    """Token ids of a dialog; an answer that was cut off has no EOS."""
-    if one.metadata.get("cut") is True:
-        return [
-            *encode_prompt(tokenizer, one.messages[:-1]),
-            *tokenizer.encode(one.messages[-1].content),
-        ]
+def _encode(dialog: Dialog, tokenizer: Tokenizer) -> list[int]:
+    """Return the token ids of a dialog; an answer that was cut off has no EOS."""
+    if not _is_cut(dialog):
+        return encode_dialog(tokenizer, dialog.messages)[0]
 
-    return encode_dialog(tokenizer, one.messages)[0]
+    answer = tokenizer.encode(dialog.messages[-1].content)
+    return [*encode_prompt(tokenizer, dialog.messages[:-1]), *answer]
+
+
+def _is_cut(dialog: Dialog) -> bool:
+    return dialog.metadata.get("cut") is True

@@ -15,11 +15,12 @@ from torch import nn
 from llama2 import devices
 from llama2.errors import UserError
 from llama2.evaluate.judges import classify
-from llama2.formats.hf_directory import model_files, verify_checksums
+from llama2.formats.hf_directory import list_model_files, verify_checksums
 from llama2.generate.dialogue import Answer, Chat
-from llama2.generate.rewards import Rewards, probability
+from llama2.generate.rewards import Rewards, to_probability
 from llama2.ranks import Ranks
 from llama2.records import Prompt
+from llama2.stages.common.ppo_rollouts import ActorCritic
 from llama2.stages.common.sampling import Sample, answer, score
 from llama2.tokenizer.tokenizer import Tokenizer
 from llama2.train import hooks
@@ -50,6 +51,8 @@ class HeldoutReward:
 
     def __call__(self, model: nn.Module) -> dict[str, float]:
         """Answer the prompts with the policy as it is, and measure the answers."""
+        assert isinstance(model, ActorCritic)
+        self.chat.engine.update(model.actor)
         questions = [prompt.messages for prompt in self.prompts]
         answers = answer(self.chat, questions, self.sample, seed=self.seed)
         if self.judge is None:
@@ -80,7 +83,7 @@ def measure_reward(
     kinds: dict[str, list[float]] = {}
     scores = score(judge, chat.tokenizer, prompts, answers)
     for prompt, (first, *_) in zip(prompts, scores):
-        kinds.setdefault(classify(prompt), []).append(probability(first.joined))
+        kinds.setdefault(classify(prompt), []).append(to_probability(first.reward))
 
     means = {f"heldout/{kind}": statistics.fmean(values) for kind, values in kinds.items()}
     return {**means, "heldout/reward": statistics.fmean(means.values())}
@@ -115,7 +118,7 @@ class BestPolicy:
             raise UserError(error.cause, cure) from None
 
         if self.ranks.is_main:
-            for name in model_files(self.path):
+            for name in list_model_files(self.path):
                 shutil.copy2(self.path / name, directory / name)
 
             self.tokenizer.save(directory)

@@ -9,7 +9,7 @@ import numpy as np
 from llama2.devices import Precision
 from llama2.evaluate.baselines import BagOfWords, judge_by_length
 from llama2.evaluate.winrate import measure_share
-from llama2.generate.score import rewards
+from llama2.generate.score import score_rows
 from llama2.model.scorer import Scorer
 from llama2.ranks import Ranks
 from llama2.records import DEGREES, Axis
@@ -52,7 +52,7 @@ def measure_accuracy(
     and by degree (Table 8)."""
     rows = [pair.chosen for pair in pairs]
     rows += [pair.rejected for pair in pairs]
-    scores = rewards(scorer, rows, precision, ranks=ranks)
+    scores = score_rows(scorer, rows, precision, ranks=ranks)
     chosen, rejected = scores[: len(pairs)], scores[len(pairs) :]
     right = [0.5 * (1 + np.sign(a - b)) for a, b in zip(chosen, rejected)]
 

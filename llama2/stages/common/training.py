@@ -24,7 +24,7 @@ from llama2.data.loader import Rows
 from llama2.devices import Precision
 from llama2.errors import UserError
 from llama2.formats import checkpoint
-from llama2.model.llama import Llama, LlamaConfig, Trunk
+from llama2.model.llama import Llama, Trunk
 from llama2.model.scorer import Scorer
 from llama2.ranks import Ranks
 from llama2.results import HeldoutLoss
@@ -41,7 +41,7 @@ Item = TypeVar("Item")
 
 
 class Training(Config):
-    """How to train: the same keys for every stage."""
+    """Settings of training, the same for every stage."""
 
     optimizer: optim.AdamW = optim.AdamW()
     plan: Plan = Plan()
@@ -96,17 +96,7 @@ def train(
     for line in cautions.warn_of_schedule(settings.plan):
         run.warn(line)
 
-    for module in model.modules():
-        if isinstance(module, Trunk):
-            module.gradient_checkpointing = settings.gradient_checkpointing
-
-    ranks = run.ranks
-    if settings.parallel == "shard":
-        ranks = ranks.spread()
-        parallel.shard(model, ranks, settings.precision)
-    else:
-        parallel.replicate(model.to(ranks.device), ranks)
-
+    ranks = distribute(model, run.ranks, settings)
     learner = Learner(
         model,
         ranks,
@@ -138,6 +128,21 @@ def train(
     ranks.barrier()
 
     return learner
+
+
+def distribute(model: nn.Module, ranks: Ranks, settings: Training) -> Ranks:
+    """Spread `model` over the ranks, or copy it to each; return the ranks with the axis it took."""
+    for module in model.modules():
+        if isinstance(module, Trunk):
+            module.gradient_checkpointing = settings.gradient_checkpointing
+
+    if settings.parallel == "replicate":
+        parallel.replicate(model.to(ranks.device), ranks)
+        return ranks
+
+    ranks = ranks.spread()
+    parallel.shard(model, ranks, settings.precision)
+    return ranks
 
 
 def heldout_loss(
@@ -208,7 +213,7 @@ def make_saver(
     Where it was `taught` Llama 2's chat format, that is its chat template; else the tokenizer's
     stays. Its answers end at every id at which they did, and at the one that is taught.
     """
-    beside = tokenizer.speaking(CHAT_TEMPLATE) if taught else tokenizer
+    beside = tokenizer.with_chat_template(CHAT_TEMPLATE) if taught else tokenizer
     stops = tuple(dict.fromkeys((*model.config.stops, *tokenizer.stops)))
 
     def save(directory: Path) -> None:
@@ -229,7 +234,7 @@ def load_policy(
     path: Path, home: torch.device, dtype: torch.dtype = torch.float32
 ) -> tuple[Llama, Tokenizer]:
     """Load a language model onto the device `home`, and the tokenizer beside it."""
-    tokenizer = load_fitting_tokenizer(path, checkpoint.config_of(path))
+    tokenizer = checkpoint.load_tokenizer(path)
     return checkpoint.load(path, dtype=dtype, device=home), tokenizer
 
 
@@ -242,14 +247,16 @@ def load_scorer(
     With `tokenizer`, refuses a reward model whose tokenizer is another one: its scores would mean
     nothing.
     """
-    own = load_fitting_tokenizer(path, checkpoint.config_of(path))
-    if tokenizer is not None and not own.same(tokenizer):
+    judge_tokenizer = checkpoint.load_tokenizer(path)
+    if tokenizer is not None and not judge_tokenizer.is_same(tokenizer):
         raise UserError(
             f"{path}: its tokenizer is not the policy's",
             "train policy and reward models on one tokenizer",
         )
 
-    return checkpoint.load_scorer(path, dtype=torch.float32, device=home, seed=seed), own
+    return checkpoint.load_scorer(
+        path, dtype=torch.float32, device=home, seed=seed
+    ), judge_tokenizer
 
 
 N = TypeVar("N", bound=nn.Module)
@@ -266,10 +273,3 @@ def freeze(model: N, precision: Precision) -> N:
                 module.to(torch.bfloat16)
 
     return model
-
-
-def load_fitting_tokenizer(path: Path, config: LlamaConfig) -> Tokenizer:
-    """Load the tokenizer in `path`; its vocabulary must be the model's."""
-    tokenizer = Tokenizer.load(path)
-    tokenizer.check(path, config.vocab_size, config.bos_token_id)
-    return tokenizer
