@@ -74,7 +74,7 @@ def make(size: str, directory: Path, **shape: int) -> Path:
     train(texts, 420, directory / "small")
     known = sentencepiece_model.load(directory / "small" / FILE)
     words = (
-        sentencepiece_model.Piece(f"{sentencepiece_model.SPACE}w{number}", -number)
+        sentencepiece_model.VocabularyItem(f"{sentencepiece_model.SPACE}w{number}", -number)
         for number in range(len(known.items), config.vocab_size)
     )
     Tokenizer(sentencepiece_model.build(replace(known, items=[*known.items, *words]))).save(

@@ -235,7 +235,7 @@ def test_the_chosen_rows_come_first():
 def test_accuracy_by_degree_counts_ties_half(monkeypatch):
     pairs = [EncodedPair([1], [1], degree, (-1, -1)) for degree in (0, 0, 1, 3)]
     monkeypatch.setattr(
-        reward_accuracy, "rewards", lambda *_, ranks: [2.0, 0.0, 1.0, 0.0, 1.0, 1.0, 1.0, -1.0]
+        reward_accuracy, "score_rows", lambda *_, ranks: [2.0, 0.0, 1.0, 0.0, 1.0, 1.0, 1.0, -1.0]
     )
     accuracy = reward_accuracy.measure_accuracy(None, pairs, "fp32", Ranks.alone())
     every = accuracy.all
