@@ -75,125 +75,57 @@ def load(verb: str) -> ModuleType:
     The imports are written out, so that the contract of layers sees them. That of `run` is left to
     `launch`: a recipe looks up its steps here, so its module lies above this one.
     """
-    module = _load_base(verb) or _load_tuning(verb) or _load_use(verb)
-    if module is None:
-        raise KeyError(verb)
-
-    return module
-
-
-def _load_base(verb: str) -> ModuleType | None:
-    """Import a verb that makes data or a model to begin with."""
+    module: ModuleType
     match verb:
         case "world":
-            from llama2.stages import world
-
-            return world
+            from llama2.stages import world as module
         case "prepare":
-            from llama2.stages import prepare
-
-            return prepare
+            from llama2.stages import prepare as module
         case "import":
-            from llama2.convert import import_
-
-            return import_
+            from llama2.convert import import_ as module
         case "clean":
-            from llama2.stages import clean
-
-            return clean
+            from llama2.stages import clean as module
         case "tokenizer":
-            from llama2.stages import tokenizer
-
-            return tokenizer
+            from llama2.stages import tokenizer as module
         case "tokenize":
-            from llama2.stages import tokenize
-
-            return tokenize
+            from llama2.stages import tokenize as module
         case "pretrain":
-            from llama2.stages import pretrain
-
-            return pretrain
-        case _:
-            return None
-
-
-def _load_tuning(verb: str) -> ModuleType | None:
-    """Import a verb that tunes a model, or measures what that brought."""
-    match verb:
+            from llama2.stages import pretrain as module
         case "sft":
-            from llama2.stages import sft
-
-            return sft
+            from llama2.stages import sft as module
         case "collect":
-            from llama2.stages import collect
-
-            return collect
+            from llama2.stages import collect as module
         case "reward":
-            from llama2.stages import reward
-
-            return reward
+            from llama2.stages import reward as module
         case "rejection":
-            from llama2.stages import rejection
-
-            return rejection
+            from llama2.stages import rejection as module
         case "ppo":
-            from llama2.stages import ppo
-
-            return ppo
+            from llama2.stages import ppo as module
         case "ghost":
-            from llama2.stages import ghost
-
-            return ghost
+            from llama2.stages import ghost as module
         case "distill":
-            from llama2.stages import distill
-
-            return distill
+            from llama2.stages import distill as module
         case "select":
-            from llama2.stages import select
-
-            return select
+            from llama2.stages import select as module
         case "evaluate":
-            from llama2.stages import evaluate
-
-            return evaluate
-        case _:
-            return None
-
-
-def _load_use(verb: str) -> ModuleType | None:
-    """Import a verb for models that are there."""
-    match verb:
+            from llama2.stages import evaluate as module
         case "report":
-            from llama2.report import report
-
-            return report
+            from llama2.report import report as module
         case "quantize":
-            from llama2.evaluate import quantization
-
-            return quantization
+            from llama2.evaluate import quantization as module
         case "export":
-            from llama2.convert import export
-
-            return export
+            from llama2.convert import export as module
         case "verify":
-            from llama2.convert import verify
-
-            return verify
+            from llama2.convert import verify as module
         case "release":
-            from llama2.release import bundle
-
-            return bundle
+            from llama2.release import bundle as module
         case "carbon":
-            from llama2.release import carbon
-
-            return carbon
+            from llama2.release import carbon as module
         case "chat":
-            from llama2.chat import terminal
-
-            return terminal
+            from llama2.chat import terminal as module
         case "serve":
-            from llama2.serve import server
-
-            return server
+            from llama2.serve import server as module
         case _:
-            return None
+            raise KeyError(verb)
+
+    return module
