@@ -78,27 +78,17 @@ def make(directory: Path) -> None:
     """Make a directory and those above it."""
     new = [place for place in (directory, *directory.parents) if not place.exists()]
     directory.mkdir(parents=True, exist_ok=True)
-    flush_names(new)
-
-
-def flush_names(paths: Iterable[Path]) -> None:
-    """Put on the disk that these paths are there."""
-    for parent in dict.fromkeys(path.parent for path in paths):
+    for parent in dict.fromkeys(path.parent for path in new):
         flush(parent)
 
 
 def flush_tree(directory: Path) -> None:
     """Put a directory with everything below it on the disk; what it links to elsewhere, too."""
-    for path in _below(directory):
-        flush(path)
+    for above, folders, names in os.walk(directory, topdown=False):
+        for name in (*names, *folders):
+            flush(Path(above, name))
 
     flush(directory)
-
-
-def _below(directory: Path) -> Iterator[Path]:
-    """Every file and directory below, the deepest first."""
-    for above, folders, names in os.walk(directory, topdown=False):
-        yield from (Path(above, name) for name in (*names, *folders))
 
 
 def flush_all(paths: Iterable[Path], directory: Path) -> None:

@@ -48,7 +48,7 @@ def choose_folder() -> Path:
 
 
 def make(folder: Path) -> None:
-    """Make `choose_folder` if it is not there. OSError unless this user alone could have put anything into
+    """Make a folder if it is not there. OSError unless this user alone could have put anything into
     it."""
     check_way(folder)
     for place in (*reversed(folder.absolute().parents), folder):

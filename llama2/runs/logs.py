@@ -90,7 +90,7 @@ def read_warnings(path: Path) -> list[str]:
 
 
 def read_list(file: Path, cure: str) -> list[str]:
-    """Read the texts in a JSON file; UserError with `suggest_cure` where it is damaged."""
+    """Read the texts in a JSON file; UserError with `cure` where it is damaged."""
     texts: list[str] = json_files.read_list(file, cure)
     if not all(isinstance(text, str) for text in texts):
         raise UserError(f"{file}: damaged: a list of texts was expected", cure)
