@@ -1,7 +1,7 @@
 """Settings that make PyTorch fast on a CPU: threads, memory, and exact fp32 products.
 
 PyTorch and OpenMP count the cores of the machine. In a container with 2 of 64, 64 threads would
-wait for each other, so `cores` counts those that this process may use.
+wait for each other, so `count_cores` counts those that this process may use.
 """
 
 from __future__ import annotations
@@ -34,8 +34,8 @@ def tune() -> None:
     and only if products come out exact.
     """
     keep_large_blocks()
-    if torch.get_num_threads() > cores():
-        torch.set_num_threads(cores())
+    if torch.get_num_threads() > count_cores():
+        torch.set_num_threads(count_cores())
 
     if platform.machine() in ("x86_64", "AMD64") and not has_amx():
         products = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
@@ -110,7 +110,7 @@ def release_threads() -> None:
         ctypes.CDLL("libgomp.so.1").omp_pause_resource_all(1)  # omp_pause_soft
 
 
-def cores() -> int:
+def count_cores() -> int:
     """Count the whole processor cores that this process may use, at least one: those it may run on,
     and no more than its container's share of time."""
     share = min(_shares())

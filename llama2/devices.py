@@ -95,14 +95,14 @@ def synchronize(device: torch.device) -> None:
         torch.cuda.synchronize()
 
 
-def random_state(device: torch.device) -> dict[str, Tensor]:
+def get_random_state(device: torch.device) -> dict[str, Tensor]:
     """Return the state of the device's random generator under the name of its kind; {} for a CPU,
     whose generator is PyTorch's own."""
     return {CUDA: torch.cuda.get_rng_state(device)} if is_gpu(device) else {}
 
 
 def set_random_state(device: torch.device, state: dict[str, Any]) -> None:
-    """Restore what `random_state` returned, if `state` has it and the device is of that kind."""
+    """Restore what `get_random_state` returned, if `state` has it and the device is of that kind."""
     if CUDA in state and is_gpu(device):
         torch.cuda.set_rng_state(state[CUDA], device)
 

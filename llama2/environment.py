@@ -21,7 +21,7 @@ def is_on(name: str, *, default: bool) -> bool:
     return text in _ON if text else default
 
 
-def native() -> bool:
+def wants_native() -> bool:
     """Tell whether our own kernels in C++ are wanted (LLAMA2_NATIVE): they round other than
     PyTorch's operations do."""
     return is_on("LLAMA2_NATIVE", default=True)

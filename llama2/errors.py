@@ -14,7 +14,7 @@ import os
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
-from llama2.terminal_text import LONGEST, line
+from llama2.terminal_text import LONGEST, fit_line
 
 _LONGEST_CAUSE, _ROOM = LONGEST * 3 // 4, 40
 """characters of a cause, and of what is said around it and its cure"""
@@ -31,8 +31,8 @@ class UserError(Exception):
     exit_code = 2
 
     def __init__(self, cause: str, cure: str = "") -> None:
-        self.cause = line(cause, _LONGEST_CAUSE)
-        self.cure = line(cure, LONGEST - _LONGEST_CAUSE - _ROOM)
+        self.cause = fit_line(cause, _LONGEST_CAUSE)
+        self.cure = fit_line(cure, LONGEST - _LONGEST_CAUSE - _ROOM)
         super().__init__(f"{self.cause}; {self.cure}" if cure else self.cause)
 
 

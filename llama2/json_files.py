@@ -61,7 +61,7 @@ def open_file(path: str | os.PathLike[str]) -> BufferedReader:
         return open(path, "rb")
 
 
-def content(path: str | os.PathLike[str], most: int = LARGEST) -> bytes:
+def read_bytes(path: str | os.PathLike[str], most: int = LARGEST) -> bytes:
     """Read the bytes of a plain file; UserError if there are more than `most`."""
     size = check(path)
     if size > most:
@@ -89,10 +89,10 @@ def check_room(path: str | os.PathLike[str], size: int, or_else: str) -> None:
         )
 
 
-def json_value(path: str | os.PathLike[str], cure: str = AGAIN) -> Any:
+def read_json(path: str | os.PathLike[str], cure: str = AGAIN) -> Any:
     """Read the JSON value in a file. UserError that names the file, and the line where there is
     one; `cure` mends it."""
-    text = content(path)
+    text = read_bytes(path)
     if not text.strip():
         raise UserError(f"{path}: the file is empty, JSON was expected", cure)
 
@@ -106,18 +106,18 @@ def json_value(path: str | os.PathLike[str], cure: str = AGAIN) -> Any:
         raise UserError(f"{path}: not valid JSON ({error})", cure) from None
 
 
-def json_object(path: str | os.PathLike[str], cure: str = AGAIN) -> dict[str, Any]:
+def read_object(path: str | os.PathLike[str], cure: str = AGAIN) -> dict[str, Any]:
     """Read the JSON object in a file."""
-    value = json_value(path, cure)
+    value = read_json(path, cure)
     if not isinstance(value, dict):
         raise UserError(f"{path}: a JSON object was expected, this is {_named(value)}", cure)
 
     return value
 
 
-def json_list(path: str | os.PathLike[str], cure: str = AGAIN) -> list[Any]:
+def read_list(path: str | os.PathLike[str], cure: str = AGAIN) -> list[Any]:
     """Read the JSON list in a file."""
-    value = json_value(path, cure)
+    value = read_json(path, cure)
     if not isinstance(value, list):
         raise UserError(f"{path}: a JSON list was expected, this is {_named(value)}", cure)
 
@@ -179,7 +179,7 @@ def _named(value: Any) -> str:
     return kinds.get(type(value), show_value(value))
 
 
-def is_own(name: Any) -> bool:
+def is_file_name(name: Any) -> bool:
     """Tell whether a value is the name of a file in one directory, and no path that leads
     elsewhere."""
     return (

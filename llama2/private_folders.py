@@ -22,7 +22,7 @@ from pathlib import Path
 LINKS = 40  # as many as Linux follows
 
 
-def folders() -> Iterator[Path]:
+def list_folders() -> Iterator[Path]:
     """Give folders for what can be made again, in order of preference: the user's cache, a folder
     among the temporary."""
     with suppress(RuntimeError):  # no HOME, and a user without an entry
@@ -34,10 +34,10 @@ def folders() -> Iterator[Path]:
 
 
 @cache
-def folder() -> Path:
+def choose_folder() -> Path:
     """Return the first of them that is ours alone, made if it was not there; else a fresh one,
     removed at the end."""
-    for each in folders():
+    for each in list_folders():
         with suppress(OSError):
             make(each)
             return each
@@ -48,7 +48,7 @@ def folder() -> Path:
 
 
 def make(folder: Path) -> None:
-    """Make `folder` if it is not there. OSError unless this user alone could have put anything into
+    """Make `choose_folder` if it is not there. OSError unless this user alone could have put anything into
     it."""
     check_way(folder)
     for place in (*reversed(folder.absolute().parents), folder):

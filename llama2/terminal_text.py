@@ -29,13 +29,13 @@ def is_safe(letter: str) -> bool:
     return letter.isprintable() or letter in _JOINERS or unicodedata.category(letter) == "Zs"
 
 
-def printable(text: str) -> str:
+def make_printable(text: str) -> str:
     """Return a text with its lines and tabs, in which each character that is more than drawn is
     U+FFFD."""
     return "".join(letter if is_safe(letter) or letter in "\n\t" else "\ufffd" for letter in text)
 
 
-def line(text: str, most: int = LONGEST) -> str:
+def fit_line(text: str, most: int = LONGEST) -> str:
     """Return a text as one line of at most `most` characters, without its middle where it is
     longer.
 
@@ -61,15 +61,20 @@ def show_value(value: Any) -> str:
     except (RecursionError, ValueError):  # nested too deeply; a number of too many digits
         text = f"a {type(value).__name__} too large to show"
 
-    return line(text if len(text) <= _SHOWN else f"{text[: _SHOWN - 3]}...")
+    return fit_line(shorten(text))
+
+
+def shorten(text: str) -> str:
+    """Return a text, the beginning of a long one."""
+    return text if len(text) <= _SHOWN else f"{text[: _SHOWN - 3]}..."
 
 
 def say(text: str) -> None:
     """Print one line on standard error."""
-    print(line(text), file=sys.stderr, flush=True)
+    print(fit_line(text), file=sys.stderr, flush=True)
 
 
-def clock(seconds: float) -> str:
+def format_clock(seconds: float) -> str:
     """Write whole seconds as a clock does: 3:20, or 1:03:20."""
     minutes, seconds = divmod(int(seconds), 60)
     hours, minutes = divmod(minutes, 60)

@@ -31,7 +31,7 @@ def vouch(*runs: Path) -> None:
         manifest.pop("sum", None)
         (run / completion.MANIFEST).write_text(seal(manifest))
         seconds = json.loads((run / completion.COMPLETE).read_text())["seconds"]
-        (run / completion.COMPLETE).write_text(completion.mark(run, seconds))
+        (run / completion.COMPLETE).write_text(completion.make_mark(run, seconds))
 
 
 def in_a_process(log: Path, *words: object, number: int = 0, step: int = 0, part: int = 0) -> int:

@@ -12,7 +12,7 @@ from rich.live import Live
 from rich.markdown import Markdown
 from rich.segment import Segment
 
-from llama2.terminal_text import printable
+from llama2.terminal_text import make_printable
 
 REFRESH = 0.08
 """seconds between two drawings of a growing answer: often enough to read along, and cheap beside a
@@ -47,7 +47,7 @@ class PlainDisplay:
 
     def add(self, part: str) -> None:
         """Show a further part."""
-        print(printable(part), end="", file=self._sink, flush=True)
+        print(make_printable(part), end="", file=self._sink, flush=True)
 
     def end(self) -> None:
         """End the line."""
@@ -64,7 +64,7 @@ class MarkdownDisplay:
 
     def add(self, part: str) -> None:
         """Show a further part, if the last drawing is old enough."""
-        self._growing += printable(part)
+        self._growing += make_printable(part)
         now = time.monotonic()
         if now - self._drawn < REFRESH:
             return

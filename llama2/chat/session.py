@@ -15,7 +15,7 @@ from llama2.generate.dialogue import Chat
 from llama2.generate.sampling import Sampling
 from llama2.reading import files
 from llama2.records import Dialog, Message, Messages
-from llama2.terminal_text import printable
+from llama2.terminal_text import make_printable
 
 COMMANDS = {
     "/system": "/system TEXT   set the system prompt for the next answers; without TEXT remove it",
@@ -208,4 +208,4 @@ class ChatSession:
 
 def note(text: str) -> None:
     """Tell the user something, on stderr: stdout is for answers alone."""
-    print(printable(text), file=sys.stderr, flush=True)
+    print(make_printable(text), file=sys.stderr, flush=True)

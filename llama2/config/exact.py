@@ -8,7 +8,7 @@ from typing import Any
 
 from pydantic_core import PydanticCustomError, core_schema
 
-from llama2.config.yaml12 import scalar
+from llama2.config.yaml12 import read_scalar
 
 _LARGEST = 2**63 - 1
 """of whole numbers: what libraries below take"""
@@ -68,7 +68,7 @@ def _read_path(value: Any, validate: core_schema.ValidatorFunctionWrapHandler) -
 
 def _read_number(value: Any) -> Any:
     """Return the number that a text holds, anything else as it is."""
-    number = scalar(value) if isinstance(value, str) else value
+    number = read_scalar(value) if isinstance(value, str) else value
     return number if type(number) in (int, float) else value
 
 

@@ -23,9 +23,8 @@ def read_flags(kind: Any, arguments: Sequence[str], under: Mapping[str, Any]) ->
     it has says what its keys are.
     """
     nested: dict[str, Any] = {}
-    flags = _split(arguments)
     # a verb says what else there is
-    for flag in sorted(flags, key=lambda flag: not flag.name.endswith(".verb")):
+    for flag in sorted(_split(arguments), key=lambda flag: not flag.name.endswith(".verb")):
         place, value = _read(kind, flag, merge(under, nested))
         _refuse_second(place, flag, nested)
         _put(nested, place.names, replace(flag, value=value))
@@ -92,9 +91,9 @@ def _refuse_second(place: Place, flag: Flag, nested: Mapping[str, Any]) -> None:
         return
 
     message = f"{flag.name} is given twice ({first.spell()}, {flag.spell()})"
-    if schema.lists(place.kind):
+    if schema.find_lists(place.kind):
         raise UserError(message, f"give all behind one: {flag.name} {first.spell()} {flag.spell()}")
-    if Path in schema.alternatives(place.kind) and place.names != ("out",):
+    if Path in schema.list_types(place.kind) and place.names != ("out",):
         raise UserError(message, "leave one out, or give the second another name")
 
 

@@ -15,7 +15,7 @@ from pydantic_core import ErrorDetails
 from llama2.config import schema
 from llama2.config.schema import NAME, Flag, Place
 from llama2.errors import UserError
-from llama2.terminal_text import show_value
+from llama2.terminal_text import shorten, show_value
 
 _DATA = ("dialogs", "preferences", "shards", "documents", "sources", "prompts", "conversations")
 _ALIASES = {
@@ -73,7 +73,7 @@ def suggest(root: Any, parent: Place, tail: Sequence[str], *, as_flag: bool) -> 
         if names:
             return f"did you mean '{'.'.join((*start.names, *names))}'?"
 
-    known = sorted(key for key, _ in schema.keys(parent.kind) if key != NAME)
+    known = sorted(key for key, _ in schema.list_keys(parent.kind) if key != NAME)
     if as_flag:
         known = [f"--{schema.spell_flag(key)}" for key in known]
 
@@ -97,7 +97,7 @@ def _find_meant(start: Any, wanted: Sequence[str]) -> tuple[str, ...]:
         meant = by_end[close[0]]
 
     if schema.is_section(places[meant]) and len(wanted) == 1:
-        return (*meant, *next(schema.leaves(places[meant]))[0])
+        return (*meant, *next(schema.list_leaves(places[meant]))[0])
 
     return meant
 
@@ -120,7 +120,7 @@ def _match_exactly(
 def _places(annotation: Any, prefix: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], Any]]:
     """Every place below `annotation`, sections included, but none below a name that the user
     chooses."""
-    for key, kind in schema.keys(annotation):
+    for key, kind in schema.list_keys(annotation):
         if key != NAME:
             yield (*prefix, key), kind
             yield from _places(kind, (*prefix, key))
@@ -201,7 +201,7 @@ def _explain_unknown_key(
     if dotted.kind is not None:
         return UserError(
             f"{prefix}'{key}': a key of a recipe has no dots",
-            f"write {_nest(dotted.names, schema.metavar(dotted.kind))}",
+            f"write {_nest(dotted.names, schema.spell_metavar(dotted.kind))}",
         )
 
     parent = schema.find_place(root, names[:-1], values)
@@ -230,7 +230,7 @@ def _how_to_give(place: Place, names: Sequence[str], where: str, values: Any) ->
 
 def _explain_no_section(place: Place, flag: Flag | None, value: Any, prefix: str) -> UserError:
     """Return the error for a value where keys are wanted."""
-    below, kind = next(schema.leaves(place.kind), ((), None))
+    below, kind = next(schema.list_leaves(place.kind), ((), None))
     is_named = below[:1] == (NAME,)
     if flag and is_named:
         return UserError(
@@ -243,7 +243,7 @@ def _explain_no_section(place: Place, flag: Flag | None, value: Any, prefix: str
             f"use {schema.show_usage(place)}",
         )
 
-    inner = schema.metavar(kind)
+    inner = schema.spell_metavar(kind)
     if is_named and not isinstance(value, (list, tuple)):
         inner = _show(value)
     if below:
@@ -275,13 +275,13 @@ def _describe_rule(detail: ErrorDetails, kind: Any) -> tuple[str, str]:
         return "must be a finite number", cure
 
     indices = [part for part in detail["loc"] if isinstance(part, int)]
-    if indices and schema.lists(kind):  # an error inside of a list is about its items
-        kind = schema.item_type(schema.lists(kind)[0], indices[-1])
+    if indices and schema.find_lists(kind):  # an error inside of a list is about its items
+        kind = schema.find_item_type(schema.find_lists(kind)[0], indices[-1])
 
     if detail["type"] == "literal_error":
         return f"must be {schema.describe_type(kind)}", cure
 
-    value, kinds = detail["input"], schema.alternatives(kind)
+    value, kinds = detail["input"], schema.list_types(kind)
     if str in kinds and isinstance(value, (bool, int, float)):
         cure = "put it in quotes"
     elif bool in kinds and str not in kinds:
@@ -303,5 +303,4 @@ def _show(value: Any) -> str:
     if not isinstance(value, (list, tuple)):
         return show_value(value)
 
-    text = f"[{', '.join(map(_show, value))}]"
-    return text if len(text) <= 100 else f"{text[:97]}..."
+    return shorten(f"[{', '.join(map(_show, value))}]")

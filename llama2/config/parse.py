@@ -62,8 +62,8 @@ def _read_recipe(kind: type[BaseModel], name: str) -> list[dict[str, Any]]:
         return read_layers(path)
 
     cure = "name one"
-    for names, inner in schema.leaves(kind):
-        if Path in schema.alternatives(inner) and names != ("out",):
+    for names, inner in schema.list_leaves(kind):
+        if Path in schema.list_types(inner) and names != ("out",):
             flag = f"--{schema.spell_flag(*names)} {name}"
             cure = f"give data and models behind a flag, such as {flag}"
             break
@@ -96,7 +96,7 @@ def _print_help(kind: type[BaseModel], prog: str) -> None:
 
 def _make_example(annotation: Any, default: Any = tyro.MISSING) -> Any:
     """Return a value of every default, with `NAME` for the names a user gives."""
-    for kind in schema.alternatives(annotation):
+    for kind in schema.list_types(annotation):
         if get_origin(kind) is dict and default in ({}, tyro.MISSING):
             below = get_args(kind)[1]
             return {schema.NAME: _make_example(below)} if schema.is_model(below) else {}

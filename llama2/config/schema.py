@@ -17,6 +17,7 @@ import yaml
 from pydantic import BaseModel
 
 from llama2.config import yaml12
+from llama2.terminal_text import shorten
 
 NAME = "NAME"
 """stands for a key that the user chooses"""
@@ -53,31 +54,30 @@ class Flag:
 
     def spell(self) -> str:
         """Its value as it was typed, in quotes where it could not be seen otherwise."""
-        text = " ".join(self.words)
-        text = text if len(text) <= 100 else f"{text[:97]}..."
+        text = shorten(" ".join(self.words))
         return text if text.strip() and text.isprintable() else repr(text)
 
 
 # --- types ---
 
 
-def alternatives(annotation: Any) -> tuple[Any, ...]:
+def list_types(annotation: Any) -> tuple[Any, ...]:
     """The types that an annotation allows: unions and `Annotated` taken apart."""
     origin, arguments = get_origin(annotation), get_args(annotation)
     if origin is Annotated:
-        return alternatives(arguments[0])
+        return list_types(arguments[0])
     if origin in (Union, UnionType):
-        return tuple(kind for argument in arguments for kind in alternatives(argument))
+        return tuple(kind for argument in arguments for kind in list_types(argument))
 
     return (annotation,)
 
 
-def lists(annotation: Any) -> list[Any]:
+def find_lists(annotation: Any) -> list[Any]:
     """The lists and tuples among the alternatives of an annotation."""
-    return [kind for kind in alternatives(annotation) if get_origin(kind) in (tuple, list)]
+    return [kind for kind in list_types(annotation) if get_origin(kind) in (tuple, list)]
 
 
-def item_type(kind: Any, index: int) -> Any:
+def find_item_type(kind: Any, index: int) -> Any:
     """The type of one item of a list or tuple."""
     arguments = get_args(kind)
     if get_origin(kind) is tuple and arguments[-1] is not Ellipsis:
@@ -91,9 +91,9 @@ def is_model(kind: Any) -> TypeGuard[type[BaseModel]]:
     return isinstance(kind, type) and issubclass(kind, BaseModel)
 
 
-def keys(annotation: Any) -> Iterator[tuple[str, Any]]:
+def list_keys(annotation: Any) -> Iterator[tuple[str, Any]]:
     """Every key right below an annotation, with its type; NAME stands for one the user chooses."""
-    for kind in alternatives(annotation):
+    for kind in list_types(annotation):
         if is_model(kind):
             for name, field in kind.model_fields.items():
                 yield field.alias or name, field.annotation
@@ -101,11 +101,13 @@ def keys(annotation: Any) -> Iterator[tuple[str, Any]]:
             yield NAME, get_args(kind)[1]
 
 
-def leaves(annotation: Any, prefix: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], Any]]:
+def list_leaves(
+    annotation: Any, prefix: tuple[str, ...] = ()
+) -> Iterator[tuple[tuple[str, ...], Any]]:
     """Every place below `annotation` that holds a value, with its type."""
-    below = [child for child in keys(annotation) if child != (NAME, Any)]
+    below = [child for child in list_keys(annotation) if child != (NAME, Any)]
     for key, kind in below:
-        yield from leaves(kind, (*prefix, key))
+        yield from list_leaves(kind, (*prefix, key))
 
     if prefix and not below:
         yield prefix, annotation
@@ -113,18 +115,18 @@ def leaves(annotation: Any, prefix: tuple[str, ...] = ()) -> Iterator[tuple[tupl
 
 def is_section(annotation: Any) -> bool:
     """Return whether keys stand below it."""
-    return any(True for _ in keys(annotation))
+    return any(True for _ in list_keys(annotation))
 
 
 def takes_several(annotation: Any) -> bool:
     """Return whether several words may stand behind a flag."""
-    return bool(lists(annotation)) or Any in alternatives(annotation)
+    return bool(find_lists(annotation)) or Any in list_types(annotation)
 
 
 def takes_none(annotation: Any) -> bool:
     """Return whether a flag may stand without a value: one that is true or false and nothing
     else."""
-    return set(alternatives(annotation)) in ({bool}, {bool, NoneType})
+    return set(list_types(annotation)) in ({bool}, {bool, NoneType})
 
 
 # --- places ---
@@ -151,16 +153,16 @@ def find_place(root: Any, names: Sequence[str], values: Mapping[str, Any]) -> Pl
 def _step_down(place: Place, name: str) -> Place:
     """Return the place one name below another."""
     spelling, dashed, kind = name, name, None
-    for key, below in keys(place.kind):
+    for key, below in list_keys(place.kind):
         if name.replace("-", "_") in (key, key.rstrip("_")):
             spelling, dashed, kind = key, spell_flag(key), below
             break
         if key == NAME:
             kind = below
 
-    if kind is None and name.isdigit() and (several := lists(place.kind)):
-        kind = item_type(several[0], int(name))
-    if kind is None and Any in alternatives(place.kind):
+    if kind is None and name.isdigit() and (several := find_lists(place.kind)):
+        kind = find_item_type(several[0], int(name))
+    if kind is None and Any in list_types(place.kind):
         kind = Any
 
     return Place((*place.names, spelling), kind, f"{place.flag}.{dashed}".lstrip("."))
@@ -168,7 +170,7 @@ def _step_down(place: Place, name: str) -> Place:
 
 def _width(annotation: Any, rest: Sequence[str], inside: Any) -> int:
     """Return how many of the names are one key: several where the mapping has a key with dots."""
-    if isinstance(inside, Mapping) and NAME in dict(keys(annotation)):
+    if isinstance(inside, Mapping) and NAME in dict(list_keys(annotation)):
         for count in range(len(rest), 1, -1):
             if ".".join(rest[:count]) in inside:
                 return count
@@ -187,18 +189,18 @@ def spell_flag(*names: str) -> str:
 def show_usage(place: Place) -> str:
     """Return how a value is given to a place, or to the first key below it: `--dialogs.NAME.path
     PATH`."""
-    below, kind = next(leaves(place.kind), ((), place.kind))
+    below, kind = next(list_leaves(place.kind), ((), place.kind))
     flag = ".".join(filter(None, (place.flag, spell_flag(*below))))
-    return f"--{flag} {metavar(kind)}{' ...' if lists(kind) else ''}"
+    return f"--{flag} {spell_metavar(kind)}{' ...' if find_lists(kind) else ''}"
 
 
-def metavar(annotation: Any) -> str:
+def spell_metavar(annotation: Any) -> str:
     """Return the word for a value of this type in an example."""
-    for kind in alternatives(annotation):
+    for kind in list_types(annotation):
         if get_origin(kind) is Literal:
             return "|".join(map(str, get_args(kind)))
-        if lists(kind):
-            return metavar(item_type(kind, 0))
+        if find_lists(kind):
+            return spell_metavar(find_item_type(kind, 0))
         if kind in _WORDS and kind is not NoneType:
             return _WORDS[kind][0]
 
@@ -208,10 +210,10 @@ def metavar(annotation: Any) -> str:
 def describe_type(annotation: Any) -> str:
     """Return the values a place takes, in plain words."""
     words: list[str] = []
-    for kind in alternatives(annotation):
+    for kind in list_types(annotation):
         if get_origin(kind) is Literal:
             words += [f"'{value}'" for value in get_args(kind)]
-        elif lists(kind):
+        elif find_lists(kind):
             words.append("a list")
         elif is_section(kind):
             words.append("a mapping")
@@ -229,14 +231,14 @@ def read_words(words: Sequence[str], annotation: Any) -> Any:
     if len(words) == 1:
         return read_word(words[0], annotation)
 
-    kinds = lists(annotation) or [list[Any]]
-    return [read_word(word, item_type(kinds[0], index)) for index, word in enumerate(words)]
+    kinds = find_lists(annotation) or [list[Any]]
+    return [read_word(word, find_item_type(kinds[0], index)) for index, word in enumerate(words)]
 
 
 def read_word(word: str, annotation: Any) -> Any:
     """Return what `word` means where `annotation` stands: text where text is wanted, else what YAML
     makes of it."""
-    kinds, value = alternatives(annotation), yaml12.scalar(word)
+    kinds, value = list_types(annotation), yaml12.read_scalar(word)
     if word.lstrip()[:1] in ("{", "[") and (is_section(annotation) or takes_several(annotation)):
         return _read_brackets(word)
     if type(value) in kinds and isinstance(value, (bool, NoneType)):
@@ -247,8 +249,8 @@ def read_word(word: str, annotation: Any) -> Any:
     if {str, Path} & set(kinds) or any(get_origin(kind) is Literal for kind in kinds):
         return word
 
-    several = lists(annotation)
-    return [read_word(word, item_type(several[0], 0))] if several else value
+    several = find_lists(annotation)
+    return [read_word(word, find_item_type(several[0], 0))] if several else value
 
 
 def _read_brackets(word: str) -> Any:

@@ -196,7 +196,7 @@ def dump(value: Any, **how: Any) -> str:
     return str(yaml.dump(value, Dumper=_Dumper, sort_keys=False, **how))
 
 
-def scalar(text: str) -> Any:
+def read_scalar(text: str) -> Any:
     """Return what a single word means: a number, true, false or null, else the text itself."""
     for pattern, _, read, _ in _SCALARS.values():
         if text and pattern.match(text):
@@ -230,7 +230,7 @@ def _explain(path: Path, text: str, error: yaml.YAMLError) -> UserError:
 
 def read_yaml(path: Path) -> dict[str, Any]:
     """Read a YAML mapping; a syntax error is reported with file and line."""
-    text = json_files.content(path, LARGEST)
+    text = json_files.read_bytes(path, LARGEST)
     try:
         value = load(text.decode("utf-8"))
     except UnicodeDecodeError as error:

@@ -16,11 +16,11 @@ from llama2.runs.recipe_runs import STEPS, read_steps
 
 def list_runs(path: Path) -> list[Path]:
     """Return the finished run at a path, or those of the recipe there; UserError if none are."""
-    if completion.home(path) == path:
+    if completion.find_run(path) == path:
         return [path]
 
     names = read_steps(path) if (path / STEPS).is_file() else []
-    runs = [path / name for name in names if completion.home(path / name) == path / name]
+    runs = [path / name for name in names if completion.find_run(path / name) == path / name]
     if not runs:
         raise UserError(
             f"{path}: no finished run, nor a recipe's directory with some in it",
@@ -33,7 +33,7 @@ def list_runs(path: Path) -> list[Path]:
 def find_damage(run: Path) -> Iterator[str]:
     """Yield a line for everything that is not as the run wrote it."""
     try:
-        yield from (fault.cause for fault in completion.faults(run, thorough=True))
+        yield from (fault.cause for fault in completion.find_faults(run, thorough=True))
     except UserError as error:  # the completion mark itself
         yield error.cause
 

@@ -35,7 +35,7 @@ from llama2.formats.detect import open_model
 from llama2.formats.progress import ReadingBar
 from llama2.formats.stored_model import StoredModel
 from llama2.ranks import join
-from llama2.terminal_text import line
+from llama2.terminal_text import fit_line
 from llama2.tokenizer.tokenizer import Tokenizer
 
 POSITIONAL = "checkpoints"
@@ -117,12 +117,12 @@ def run(config: Config) -> int:
         print(json.dumps(result, indent=1, allow_nan=False))
     else:
         verdict = f"different: {differences[0]}" if differences else "equal"
-        print(line(f"{'A':10}{a.path} ({a.format})"))
-        print(line(f"{'B':10}{b.path} ({b.format})"))
+        print(fit_line(f"{'A':10}{a.path} ({a.format})"))
+        print(fit_line(f"{'B':10}{b.path} ({b.format})"))
         stored = a.tokenizer or b.tokenizer
         tokenizer = Tokenizer.load(stored) if stored else None
-        print(*map(line, describe(comparison, config.tolerance, tokenizer)), sep="\n")
-        print(line(f"{'verdict':10}{verdict}"))
+        print(*map(fit_line, describe(comparison, config.tolerance, tokenizer)), sep="\n")
+        print(fit_line(f"{'verdict':10}{verdict}"))
 
     return 1 if differences else 0
 

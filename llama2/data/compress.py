@@ -40,7 +40,7 @@ class HeldoutText:
         # no order is the model's: the compressor gets like beside like
         self._text = b"\n".join(sorted(texts))
 
-    def bits_per_byte(self) -> dict[str, float]:
+    def measure_bits_per_byte(self) -> dict[str, float]:
         """Return the bars that a language model should clear, of `xz -9` and `bzip2 -9`; {} where
         there is no text."""
         if not self.size:

@@ -63,14 +63,13 @@ def pack(segments: Sequence[Segment], sequence_length: int) -> Packed:
     room."""
     sizes = [len(segment) for segment in segments]
     rows: list[list[Segment]] = []
-    for indices in best_fit(sizes, sequence_length):
+    for indices in fill_bins(sizes, sequence_length):
         rows.append([segments[index] for index in indices])
 
-    used = sum(sizes)
-    return Packed(rows, used / (len(rows) * sequence_length) if rows else 0.0)
+    return Packed(rows, sum(sizes) / (len(rows) * sequence_length) if rows else 0.0)
 
 
-def best_fit(sizes: Sequence[int], capacity: int) -> list[list[int]]:
+def fill_bins(sizes: Sequence[int], capacity: int) -> list[list[int]]:
     """Put indices of `sizes` into bins of `capacity`: longest first, each into the fullest bin that
     has room."""
     bins: list[list[int]] = []

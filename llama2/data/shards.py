@@ -144,7 +144,7 @@ class Shards:
     ) -> None:
         self.directory = Path(directory)
         where = self.directory / INDEX
-        self._index = json_files.json_object(where, "tokenize again")
+        self._index = json_files.read_object(where, "tokenize again")
 
         try:
             self.vocab_size: int = self._index["vocab_size"]

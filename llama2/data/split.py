@@ -34,7 +34,7 @@ def is_heldout(turns: Messages, share: float) -> bool:
     return _place(normalize_opening(turns)) < share * 2.0**64
 
 
-def heldout_openings(openings: Sequence[str], share: float) -> set[str]:
+def choose_heldout(openings: Sequence[str], share: float) -> set[str]:
     """Return those of `openings` (one for each record) that are held out.
 
     Where `is_heldout` takes none, because there are few or an earlier split has taken its share

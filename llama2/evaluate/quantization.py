@@ -68,7 +68,7 @@ def run(config: Config) -> None:
     shape = config_of(config.checkpoint)
     tokenizer = load_tokenizer(config.checkpoint, shape)
     model = load(config.checkpoint, device=ranks.device).eval().requires_grad_(False)
-    count, rows = windows(
+    count, rows = cut_windows(
         read_documents(config.data, split=config.split),
         tokenizer,
         shape.max_position_embeddings,
@@ -89,7 +89,7 @@ def run(config: Config) -> None:
     print(json.dumps(report, indent=1) if config.json_ else "\n".join(_lines(report)))
 
 
-def windows(
+def cut_windows(
     documents: Iterable[Document], tokenizer: Tokenizer, context: int, tokens: int
 ) -> tuple[int, TokenRows]:
     """Return the number of documents that make `tokens` tokens, and these in rows of at most
@@ -129,7 +129,7 @@ def measure(
     for precision in precisions:
         served = Engine(model, precision=precision).refresh()
         own_N, choice_N = _predicted(served, rows, precision, ranks)
-        gaps_N, covered = (own_N - logp_N).abs(), coverage(model.config, precision)
+        gaps_N, covered = (own_N - logp_N).abs(), measure_coverage(model.config, precision)
         perplexity = _perplexity(own_N)
         report[precision] = {
             "perplexity": perplexity,
@@ -144,7 +144,9 @@ def measure(
     return report
 
 
-def coverage(shape: LlamaConfig, precision: quantize.WeightPrecision) -> list[dict[str, Any]]:
+def measure_coverage(
+    shape: LlamaConfig, precision: quantize.WeightPrecision
+) -> list[dict[str, Any]]:
     """Tell what becomes of each parameter, all layers together.
 
     A row holds its name and shape, how many there are, in what they are kept, their bytes in fp32

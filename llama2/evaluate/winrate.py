@@ -19,7 +19,7 @@ Z95 = 1.959963984540054  # two-sided 95 % of the normal distribution
 Interval = tuple[float, float]
 
 
-def wilson(successes: float, trials: int, z: float = Z95) -> Interval:
+def bound_share(successes: float, trials: int, z: float = Z95) -> Interval:
     """Return Wilson's interval of a proportion, of 95 % unless `z` says otherwise; (0, 1) without
     trials. Unlike the normal one it stays within [0, 1]."""
     if trials == 0:
@@ -57,7 +57,7 @@ def measure_wins(wins: int, losses: int, ties: int) -> WinShare:
 
 def measure_share(successes: float, trials: int) -> Proportion:
     """Return a rate with its size and interval; the rate is None without trials."""
-    low, high = wilson(successes, trials)
+    low, high = bound_share(successes, trials)
     rate = successes / trials if trials else None
     return Proportion(rate=rate, n=trials, low=low, high=high)
 

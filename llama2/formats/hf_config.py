@@ -166,7 +166,7 @@ def _read_values(directory: Path) -> tuple[Path, dict[str, Any]]:
             f"{path}: missing", f"a checkpoint directory has a {CONFIG} beside its weights"
         )
 
-    return path, json_files.json_object(path)
+    return path, json_files.read_object(path)
 
 
 # --- rotary positions ---

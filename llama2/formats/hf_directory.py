@@ -120,12 +120,12 @@ def is_model_file(name: str) -> bool:
 
 def _list_shards(directory: Path, index: str) -> list[Path]:
     file = directory / index
-    weight_map = json_files.json_object(file).get("weight_map")
+    weight_map = json_files.read_object(file).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise UserError(f"{file}: no weight_map", _FETCH)
 
     for tensor, name in weight_map.items():
-        if not json_files.is_own(name):
+        if not json_files.is_file_name(name):
             raise UserError(f"{file}: the file of '{tensor}' is {show_value(name)}", _FETCH)
         if not (directory / name).exists():
             raise UserError(
@@ -205,11 +205,11 @@ def verify_checksums(directory: Path) -> None:
 def read_checksums(directory: Path) -> dict[str, str]:
     """Return checksums.json: file name -> checksum; {} if there is none."""
     path = directory / CHECKSUMS
-    checksums = json_files.json_object(path) if path.exists() else {}
+    checksums = json_files.read_object(path) if path.exists() else {}
     cure = f"{_FETCH}, or delete {CHECKSUMS}"
 
     for name, value in checksums.items():
-        if not json_files.is_own(name):
+        if not json_files.is_file_name(name):
             raise UserError(
                 f"{path}: it names {show_value(name)}, which is no file of this directory", cure
             )

@@ -78,7 +78,7 @@ def open_tokenizer(path: Path, size: int) -> StoredTokenizer:
 
 def load(path: Path, size: int) -> list[VocabularyItem]:
     """Return the items of a tokenizer.bin. UserError if there are not `size`, and for damage."""
-    data = json_files.content(path)
+    data = json_files.read_bytes(path)
     entries: list[tuple[str, float]] = []
     at = 4
 

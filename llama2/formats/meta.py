@@ -139,7 +139,7 @@ def _read_config(
     path: Path, shards: Sequence[Mapping[str, StoredTensor]], context: int
 ) -> LlamaConfig:
     file = path / PARAMETERS
-    settings = json_files.json_object(file)
+    settings = json_files.read_object(file)
     settings = {name: value for name, value in settings.items() if value is not None}
     if settings.get("use_scaled_rope") or settings.get("moe"):
         raise UserError(f"{file}: a later model than Llama 2", _FAMILY)

@@ -138,7 +138,7 @@ class _Adapter:
 
 def find_base(path: Path, given: Path | None = None) -> Path:
     """Return the place of the model that an adapter belongs to: given, or named in its config."""
-    name = json_files.json_object(path / CONFIG).get(_BASE)
+    name = json_files.read_object(path / CONFIG).get(_BASE)
     if given is None and (not isinstance(name, str) or not os.path.exists(name)):
         raise UserError(
             f"{path / CONFIG}: the base model {show_value(name)} is not on this machine",
@@ -201,7 +201,7 @@ def read(path: Path, base: StoredModel, dtype: torch.dtype | None = None) -> Sto
 
 
 def _open(path: Path) -> _Adapter:
-    settings = json_files.json_object(path / CONFIG)
+    settings = json_files.read_object(path / CONFIG)
     _refuse_others(path / CONFIG, settings)
     files = [path / name for name in WEIGHTS if (path / name).exists()][:1]
     if not files:

@@ -66,7 +66,7 @@ not fare better"""
 @cache
 def library(name: str) -> ctypes.CDLL | None:
     """Return the functions of `name`.cpp, or None where they cannot be built."""
-    if not switches.native() or not sys.platform.startswith("linux") or _failures:
+    if not switches.wants_native() or not sys.platform.startswith("linux") or _failures:
         return None
 
     try:
@@ -113,7 +113,7 @@ def _load(name: str, compiler: tuple[str, ...], macros: str) -> ctypes.CDLL:
     command = (*compiler, str(source), "-o")
     reasons = []
 
-    for folder in private_folders.folders():
+    for folder in private_folders.list_folders():
         try:
             private_folders.make(folder)
             return ctypes.CDLL(str(_build(command, folder / f"{name}-{tag}.so")))

@@ -20,7 +20,7 @@ from llama2.recipe.config import Config
 from llama2.recipe.remaining import StepLog, estimate_remaining
 from llama2.recipe.steps import RecipeStep
 from llama2.recipe.workers import Workers
-from llama2.terminal_text import clock, line
+from llama2.terminal_text import fit_line, format_clock
 
 _REPEAT = "mend it and repeat the command: finished steps are kept"
 _RESUME = "the same command resumes"
@@ -156,11 +156,11 @@ class Board:
             raise self.error
 
         done, total = len(self.finished), len(self.steps)
-        ending = f"all {total} steps done in {clock(time.monotonic() - self.begin)}"
+        ending = f"all {total} steps done in {format_clock(time.monotonic() - self.begin)}"
         if done < total:
             ending = f"stopped after {done} of {total} steps; the same command resumes"
 
-        self._print(line(f"{self.recipe.out}: {ending}"))
+        self._print(fit_line(f"{self.recipe.out}: {ending}"))
         return STATUS if self.stopping == signal.SIGINT and done < total else 0
 
     # --- the screen ---
@@ -180,16 +180,16 @@ class Board:
 
     def _print_finished(self, name: str, log: StepLog) -> None:
         count = f"[{len(self.finished):2}/{len(self.steps)}]"
-        self._print(f"{count} {name:24} {clock(self.finished[name]):>6}  {log.last_line()}")
+        self._print(f"{count} {name:24} {format_clock(self.finished[name]):>6}  {log.last_line()}")
         for warning in runs.read_warnings(self.steps[name].out):
-            self._print(f"        {name}: warning: {line(warning)}")
+            self._print(f"        {name}: warning: {fit_line(warning)}")
 
     def _picture(self) -> Text:
         now = time.monotonic()
         done = f"{len(self.finished)}/{len(self.steps)} steps"
-        lines = [f"{done}  {clock(now - self.begin)} elapsed  ETA {self._eta(now)}"]
+        lines = [f"{done}  {format_clock(now - self.begin)} elapsed  ETA {self._eta(now)}"]
         for name, work in self.running.items():
-            elapsed = clock(now - work.log.begin)
+            elapsed = format_clock(now - work.log.begin)
             lines.append(f"  {name:24} {elapsed:>6}  {work.log.last_line()[:100]}")
 
         return Text("\n".join(lines))
@@ -200,4 +200,4 @@ class Board:
         waiting = sum(weights[name] for name in self.waiting)
         finished = [(weights[name], took) for name, took in self.finished.items() if took]
         running = [work.log.progress(weights[name], now) for name, work in self.running.items()]
-        return clock(estimate_remaining(waiting, finished, running, now - self.begin))
+        return format_clock(estimate_remaining(waiting, finished, running, now - self.begin))

@@ -12,7 +12,7 @@ from pydantic import Field, create_model
 from llama2.config import Config as Section
 from llama2.config import StageConfig
 from llama2.config.schema import Flag
-from llama2.cpu_tuning import cores
+from llama2.cpu_tuning import count_cores
 from llama2.errors import UserError, did_you_mean
 from llama2.recipe import verbs
 
@@ -35,7 +35,7 @@ class Config(StageConfig):
     """An ordered list of steps: steps.NAME.verb, .processes, .cores, .seconds, and the verb's own
     keys."""
 
-    cores: int = Field(default_factory=cores, gt=0)
+    cores: int = Field(default_factory=count_cores, gt=0)
     """processor cores the steps may use together"""
     parameters: dict[str, str | int | float | bool] = {}
     """values for `${name}` in the steps; `${out}` is the recipe's own directory"""
@@ -58,7 +58,7 @@ class Config(StageConfig):
             verb = verb.get(name) if isinstance(verb, Mapping) else None
 
         verb = _value(verb)
-        return step_kind(verb) | None if makes_run(verb) else None
+        return make_step_kind(verb) | None if makes_run(verb) else None
 
     @classmethod
     def check_layers(cls, layers: Sequence[Mapping[str, Any]]) -> None:
@@ -96,7 +96,7 @@ def makes_run(verb: Any) -> bool:
 
 
 @cache
-def step_kind(verb: str) -> Any:
+def make_step_kind(verb: str) -> Any:
     """The configuration of a step of this verb, as a recipe has it."""
     return create_model(f"{verb} step", __base__=(verbs.load(verb).Config, StepKeys))
 

@@ -70,11 +70,11 @@ def check_whole(config: BaseModel) -> None:
     damage as well. Not so in a release, which vouches for all it holds.
     """
     for key, path in list_paths(config):
-        run = completion.home(path)
+        run = completion.find_run(path)
         if run is not None:
             changeable = _OWN if run == path and _is_model(key) and key != "run" else ()
             completion.check(run, path.relative_to(run).as_posix(), but=changeable)
-            for fault in completion.faults(run, changeable):
+            for fault in completion.find_faults(run, changeable):
                 say(f"{fault.cause}; the model is used as it is")
 
 
@@ -112,7 +112,7 @@ def _list_models(recipe: Path, scorer: bool) -> list[str]:
     models: list[str] = []
     for name in read_list(recipe / "steps.json", "repeat `llama2 run`, which writes it"):
         file = recipe / name / "config.json"
-        if file.is_file() and scorer == (b"SequenceClassification" in json_files.content(file)):
+        if file.is_file() and scorer == (b"SequenceClassification" in json_files.read_bytes(file)):
             models.append(name)
 
     return models

@@ -120,8 +120,7 @@ def _describe(recipe: Config, steps: Mapping[str, RecipeStep]) -> None:
     again."""
     recipe.out.mkdir(parents=True, exist_ok=True)
     described = recipe.model_dump(mode="json", exclude={"step"})
-    used = find_references([described])
-    for section, names in (("steps", steps), ("parameters", used)):
+    for section, names in (("steps", steps), ("parameters", find_references([described]))):
         values = described[section].items()
         described[section] = {name: value for name, value in values if name in names}
 

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from llama2.terminal_text import line
+from llama2.terminal_text import fit_line
 
 _BELIEF = 10.0
 """seconds for which the recipe's own weights count beside what is measured"""
@@ -112,7 +112,7 @@ class StepLog:
     def last_line(self) -> str:
         """The newest line, fit for a terminal: a step says what it finds in files."""
         lines = self.tail()
-        return line(lines[-1]) if lines else ""
+        return fit_line(lines[-1]) if lines else ""
 
     def progress(self, weight: float, now: float) -> StepProgress:
         """Return how far the step is, by the newest line that says so."""

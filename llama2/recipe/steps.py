@@ -19,8 +19,8 @@ from llama2.recipe.config import (
     Config,
     StepKeys,
     check_new_step,
+    make_step_kind,
     makes_run,
-    step_kind,
 )
 
 _RESERVED = {"out", "logs", "recipe.yaml", "steps.json", "report.html"}
@@ -109,8 +109,8 @@ def _resolve_step(
     kind = verbs.load(verb).Config
     for key in values:
         if find_place(kind, [key], {}).kind is None:
-            meant = Place((), step_kind(verb), "")
-            cure = mistakes.suggest(step_kind(verb), meant, [key], as_flag=False)
+            meant = Place((), make_step_kind(verb), "")
+            cure = mistakes.suggest(make_step_kind(verb), meant, [key], as_flag=False)
             raise UserError(f"{where}: unknown key '{key}'", cure)
 
     config = build(kind, values, where)

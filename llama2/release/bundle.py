@@ -98,7 +98,7 @@ def fill(config: Config, lineage: Lineage, work: Path) -> None:
     measured = find_measured(lineage)
     materials = licences.list_materials(lineage, config.licenses)
     weight_files.write(lineage.released, work, config.dtype)
-    settings = json_files.json_object(work / hf_directory.CONFIG)
+    settings = json_files.read_object(work / hf_directory.CONFIG)
     dtype = str(settings.get("dtype", settings.get("torch_dtype")))
     model = cards.ReleasedModel(
         lineage,
@@ -179,7 +179,7 @@ def _check_target(out: Path, run: Path, lineage: Lineage) -> None:
         raise refused
 
     try:
-        earlier = json_files.json_object(out / provenance.LINEAGE)["model"]["fingerprint"]
+        earlier = json_files.read_object(out / provenance.LINEAGE)["model"]["fingerprint"]
         sums = (out / SUMS).read_text(encoding="utf-8").splitlines()
         listed = [line.split("  ", 1)[1] for line in sums]
     except (UserError, OSError, ValueError, KeyError, TypeError, IndexError):

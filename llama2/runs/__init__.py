@@ -2,7 +2,7 @@
 finished."""
 
 from llama2.runs.completion import CHECKPOINTS, COMPLETE, MANIFEST, METRICS, WARNINGS
-from llama2.runs.fingerprints import code_version, fingerprint, is_output, read_fingerprint
+from llama2.runs.fingerprints import fingerprint, is_output, read_code_version, read_fingerprint
 from llama2.runs.locks import lock
 from llama2.runs.logs import read_list, read_metrics, read_warnings
 from llama2.runs.manifest import check, is_finished
@@ -17,12 +17,12 @@ __all__ = [
     "Run",
     "Stopped",
     "check",
-    "code_version",
     "fingerprint",
     "is_finished",
     "is_output",
     "lock",
     "open_run",
+    "read_code_version",
     "read_fingerprint",
     "read_list",
     "read_metrics",

@@ -75,7 +75,7 @@ class _Manifest(BaseModel):
 # --- written down ---
 
 
-def contents(directory: Path) -> dict[str, str]:
+def hash_contents(directory: Path) -> dict[str, str]:
     """Return the hash of every lasting file below a run directory, or any other."""
     return _hash_files(dict(_lasting(directory)))
 
@@ -86,7 +86,7 @@ def _lasting(directory: Path) -> Iterator[tuple[str, Path]]:
             yield path.relative_to(directory).as_posix(), path
 
 
-def mark(run: Path, seconds: float) -> str:
+def make_mark(run: Path, seconds: float) -> str:
     """Return the completion mark of a run, all of whose files are on the disk from now on."""
     outputs = dict(_lasting(run))
     records = {name: run / name for name in _RECORDS if (run / name).is_file()}
@@ -119,18 +119,18 @@ def _stamp(path: Path) -> Stamp:
 def read_mark(run: Path) -> dict[str, Any]:
     """Read the completion mark of a finished run, or of one of before, which has no `sum` and less
     in it."""
-    values = unseal(run / COMPLETE, cure(run))
+    values = unseal(run / COMPLETE, suggest_cure(run))
     if not isinstance(values.get("outputs"), dict):
-        raise UserError(f"{run / COMPLETE}: damaged: it lists no outputs", cure(run))
+        raise UserError(f"{run / COMPLETE}: damaged: it lists no outputs", suggest_cure(run))
 
-    _check_form(_Mark, values, run / COMPLETE, cure(run))
+    _check_form(_Mark, values, run / COMPLETE, suggest_cure(run))
     return values
 
 
 def read_manifest(run: Path) -> dict[str, Any]:
     """Read what a run wrote down when it began, and runs of before less of it; UserError where it
     cannot be that."""
-    mend = cure_unfinished(run)
+    mend = suggest_cure_unfinished(run)
     values = migrate(unseal(run / MANIFEST, mend), run / MANIFEST)
     _check_form(_Manifest, values, run / MANIFEST, mend)
 
@@ -145,7 +145,7 @@ def _check_form(form: type[BaseModel], values: Mapping[str, Any], path: Path, me
         raise UserError(f"{path}: damaged: {name} is {show_value(values[name])}", mend) from None
 
 
-def home(path: Path) -> Path | None:
+def find_run(path: Path) -> Path | None:
     """Return the finished run that a path is, or lies in."""
     for directory in (path, *path.parents):
         if ".." in path.relative_to(directory).parts:
@@ -175,7 +175,8 @@ def check(run: Path, inside: str = ".", but: Collection[str] = ()) -> dict[str, 
     chosen = read_hashes(run, inside)
     _raise_first(
         chain(
-            faults(run, {*chosen, MANIFEST}.difference(but)), _strangers(run, inside, chosen, but)
+            find_faults(run, {*chosen, MANIFEST}.difference(but)),
+            _strangers(run, inside, chosen, but),
         )
     )
     return chosen
@@ -183,14 +184,14 @@ def check(run: Path, inside: str = ".", but: Collection[str] = ()) -> dict[str, 
 
 def check_whole(run: Path) -> None:
     """UserError if a finished run does not hold all that it wrote, unchanged."""
-    _raise_first(faults(run))
+    _raise_first(find_faults(run))
 
 
 def check_file(path: Path) -> None:
     """UserError for a file of a finished run that is not what the run wrote."""
-    run = home(path)
+    run = find_run(path)
     if run is not None:
-        _raise_first(faults(run, {path.relative_to(run).as_posix()}))
+        _raise_first(find_faults(run, {path.relative_to(run).as_posix()}))
 
 
 def _raise_first(errors: Iterator[UserError]) -> None:
@@ -208,7 +209,7 @@ class _Unread:
     """it was touched since the run wrote it"""
 
 
-def faults(
+def find_faults(
     run: Path, only: Collection[str] | None = None, *, thorough: bool = False
 ) -> Iterator[UserError]:
     """Give what is not as a finished run wrote it, of all files or of those named `only`. thorough:
@@ -272,12 +273,9 @@ def _differing(
 
 
 def _compared(run: Path) -> dict[str, Any]:
-    if not (run / _COMPARED).is_file():
-        return {}
-
     try:
         return unseal(run / _COMPARED, "")
-    except UserError:
+    except UserError:  # or there is none
         return {}
 
 
@@ -309,17 +307,19 @@ def _fault(run: Path, name: str, text: str) -> UserError:
 
     return UserError(
         f"{run / name}: {text}",
-        f"{cure(run)}; a version of your own is used where it lies outside of runs: {way}",
+        f"{suggest_cure(run)}; a version of your own is used where it lies outside of runs: {way}",
     )
 
 
-def cure(run: Path) -> str:
+def suggest_cure(run: Path) -> str:
     """Say what to do about a finished run that is damaged."""
     return f"restore it, or delete {run} and repeat the command that made it"
 
 
-def cure_unfinished(run: Path) -> str:
+def suggest_cure_unfinished(run: Path) -> str:
     """Say what to do about a damaged run that may not be finished."""
     return (
-        cure(run) if (run / COMPLETE).is_file() else f"delete {run}: the same command starts over"
+        suggest_cure(run)
+        if (run / COMPLETE).is_file()
+        else f"delete {run}: the same command starts over"
     )

@@ -34,7 +34,7 @@ def fingerprint(path: Path) -> str:
     return _digest({match.relative_to(root).as_posix(): _fingerprint(match) for match in matches})
 
 
-def fingerprint_of_before(path: Path) -> str | None:
+def fingerprint_as_before(path: Path) -> str | None:
     """Return what earlier versions took for the fingerprint of a glob: it held where the files
     lie."""
     if not files.is_pattern(path):
@@ -50,7 +50,7 @@ def read_fingerprint(run: Path, inside: str = ".") -> str:
 
 
 def _fingerprint(path: Path) -> str:
-    run = completion.home(path)
+    run = completion.find_run(path)
     if run is not None:
         inside = path.relative_to(run).as_posix()
         outputs = completion.check(run, inside)
@@ -67,7 +67,7 @@ def _fingerprint(path: Path) -> str:
     if (path / MANIFEST).is_file():
         raise UserError(f"{path}: this run is not finished", "finish it first: repeat its command")
 
-    return _digest(completion.contents(path))
+    return _digest(completion.hash_contents(path))
 
 
 def _digest(value: Mapping[str, str]) -> str:
@@ -109,11 +109,11 @@ def _check_model(key: str, path: Path) -> None:
 def is_output(path: Path) -> bool:
     """Tell whether a finished run wrote `path`: such a file may be empty, because nothing passed
     the stage's gate."""
-    return completion.home(path.parent) is not None
+    return completion.find_run(path.parent) is not None
 
 
 @cache
-def code_version() -> str:
+def read_code_version() -> str:
     """Return the package's version, a hash of its source, and what was switched off: two runs with
     the same value ran the same code."""
     root = Path(llama2.__file__).parent
@@ -122,5 +122,5 @@ def code_version() -> str:
     for file in sources:
         digest.update(file.relative_to(root).as_posix().encode() + file.read_bytes())
 
-    switches = "" if environment.native() else ".nonative"
+    switches = "" if environment.wants_native() else ".nonative"
     return f"{llama2.__version__}+{digest.hexdigest()[:12]}{switches}"

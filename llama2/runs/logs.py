@@ -10,7 +10,7 @@ from typing import IO
 
 from llama2 import atomic, json_files
 from llama2.errors import UserError, explain_os_errors
-from llama2.runs.completion import METRICS, WARNINGS, cure
+from llama2.runs.completion import METRICS, WARNINGS, suggest_cure
 
 
 class MetricsLog:
@@ -86,12 +86,12 @@ def _parse_row(line: bytes) -> dict[str, float] | None:
 def read_warnings(path: Path) -> list[str]:
     """Read what the user of a run was warned of."""
     file = path / WARNINGS
-    return read_list(file, cure(path)) if file.is_file() else []
+    return read_list(file, suggest_cure(path)) if file.is_file() else []
 
 
 def read_list(file: Path, cure: str) -> list[str]:
-    """Read the texts in a JSON file; UserError with `cure` where it is damaged."""
-    texts: list[str] = json_files.json_list(file, cure)
+    """Read the texts in a JSON file; UserError with `suggest_cure` where it is damaged."""
+    texts: list[str] = json_files.read_list(file, cure)
     if not all(isinstance(text, str) for text in texts):
         raise UserError(f"{file}: damaged: a list of texts was expected", cure)
 

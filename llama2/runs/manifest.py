@@ -19,7 +19,7 @@ from llama2.ranks import Ranks
 from llama2.reading import files
 from llama2.runs import completion
 from llama2.runs.completion import COMPLETE, CONFIG, MANIFEST, WARNINGS
-from llama2.runs.fingerprints import code_version, fingerprint_inputs, fingerprint_of_before
+from llama2.runs.fingerprints import fingerprint_as_before, fingerprint_inputs, read_code_version
 from llama2.runs.locks import LOCK
 from llama2.runs.sealed import seal
 from llama2.schema_version import SCHEMA
@@ -75,7 +75,8 @@ def prepare(verb: str, config: StageConfig, ranks: Ranks) -> bool:
 
     if finished:
         raise UserError(
-            f"{path / MANIFEST}: missing, though this run is finished", completion.cure(path)
+            f"{path / MANIFEST}: missing, though this run is finished",
+            completion.suggest_cure(path),
         )
     if not is_only_begun(path):
         raise UserError(f"{path}: exists and is no run directory", "choose another --out")
@@ -91,7 +92,7 @@ def _check_inputs(
     changed = [
         key
         for key, value in inputs.items()
-        if old.get(key) not in (value, fingerprint_of_before(files.expand_home(named[key])))
+        if old.get(key) not in (value, fingerprint_as_before(files.expand_home(named[key])))
     ]
     if changed:
         which = ", ".join(f"{key} ({named[key]})" for key in changed)
@@ -111,7 +112,7 @@ def _write(
         "config": settings,
         "inputs": inputs,
         "seed": config.seed,
-        "code": code_version(),
+        "code": read_code_version(),
         "torch": torch.__version__,
         "python": platform.python_version(),
         "machine": platform.processor(),
@@ -130,7 +131,7 @@ def _read(path: Path) -> dict[str, Any]:
     if not {"verb", "config", "inputs"} <= values.keys():
         raise UserError(
             f"{path / MANIFEST}: damaged: it does not say what the run is of",
-            completion.cure_unfinished(path),
+            completion.suggest_cure_unfinished(path),
         )
 
     return values
@@ -139,7 +140,7 @@ def _read(path: Path) -> dict[str, Any]:
 def _resume(path: Path, old: Mapping[str, Any], settings: Mapping[str, Any]) -> None:
     """Say that a run goes on, and what is not as it was."""
     print(f"{path}: resuming", file=sys.stderr)
-    before, now = old.get("code"), code_version()
+    before, now = old.get("code"), read_code_version()
     if before != now:
         print(
             f"{path}: it was begun by other code, {before}, and goes on with {now}",

@@ -28,7 +28,9 @@ T = TypeVar("T")
 Work = Callable[[Sequence[T], int], Sequence[Any]]
 
 
-def in_parts(run: Run, name: str, items: Sequence[T], size: int, work: Work[T]) -> Iterator[Any]:
+def work_in_parts(
+    run: Run, name: str, items: Sequence[T], size: int, work: Work[T]
+) -> Iterator[Any]:
     """Give the rows (plain JSON) that `work(some, first)` makes of `items`, `size` of them at a
     time, in order.
 

@@ -47,7 +47,7 @@ def read_result(run: Path, kind: type[R]) -> R | None:
     if not file.is_file():
         return None
 
-    content = json_files.json_value(file, _REPEAT)
+    content = json_files.read_json(file, _REPEAT)
     try:
         return kind.model_validate(content)
     except ValidationError as error:
@@ -78,8 +78,7 @@ class StepRun:
     @property
     def config(self) -> Mapping[str, Any]:
         """The resolved configuration, as plain JSON."""
-        config: Mapping[str, Any] = self.manifest.get("config") or {}
-        return config
+        return self.manifest.get("config") or {}
 
     def result(self, kind: type[R]) -> R | None:
         """Return what the run wrote of one kind of result, None if it did not."""
@@ -257,7 +256,7 @@ def read_steps(path: Path) -> list[str]:
     cure = "repeat `llama2 run`, which writes it"
     names = read_list(path / STEPS, cure)
     for name in names:
-        if not json_files.is_own(name):
+        if not json_files.is_file_name(name):
             raise UserError(
                 f"{path / STEPS}: damaged: {show_value(name)} is the name of no run", cure
             )
@@ -326,11 +325,8 @@ def _strings(value: Any) -> Iterator[str]:
     """Yield every text in plain JSON."""
     if isinstance(value, str):
         yield value
-    elif isinstance(value, Mapping):
-        for item in value.values():
-            yield from _strings(item)
-    elif isinstance(value, list):
-        for item in value:
+    elif isinstance(value, (Mapping, list)):
+        for item in value.values() if isinstance(value, Mapping) else value:
             yield from _strings(item)
 
 

@@ -169,7 +169,7 @@ def _attempt(run: Run) -> Iterator[None]:
 
     run.ranks.barrier()
     if is_main:
-        mark = completion.mark(path, round(time.monotonic() - begin, 2))
+        mark = completion.make_mark(path, round(time.monotonic() - begin, 2))
         atomic.write_atomic(path / COMPLETE, mark)  # last of all
         _remove_leftovers(path)
         run.end()
@@ -218,8 +218,7 @@ def _remove_leftovers(run: Path) -> None:
 def _clear(path: Path, new: Sequence[Path]) -> None:
     """Take away what was begun in a run directory that holds nothing else, and the directories made
     for it."""
-    inside = sorted(path.rglob("*"), reverse=True)  # what lies deeper comes first
-    for entry in inside:
+    for entry in sorted(path.rglob("*"), reverse=True):  # what lies deeper comes first
         if entry.is_dir() and not entry.is_symlink():
             entry.rmdir()
         else:

@@ -22,7 +22,7 @@ def seal(values: Mapping[str, Any]) -> str:
 def unseal(path: Path, cure: str) -> dict[str, Any]:
     """Read what `seal` wrote, or any JSON object without such a hash; UserError with `cure` where
     it is damaged."""
-    values = json_files.json_object(path, cure)
+    values = json_files.read_object(path, cure)
     expected = values.pop(_SUM, None)
     if expected is not None and expected != hash_content(dump(values)):
         raise UserError(f"{path}: damaged: its content does not fit its checksum", cure)

@@ -39,7 +39,7 @@ from llama2.model import quantize
 from llama2.model.llama import Llama
 from llama2.records import Axis, Message, Messages, Prompt
 from llama2.results import AttentionResult, EvaluateResult, Obedience, SamplingSettings
-from llama2.runs.parts import in_parts
+from llama2.runs.parts import work_in_parts
 from llama2.stages.common.answers import (
     ROUNDS,
     answer_prompts,
@@ -305,7 +305,7 @@ def hold_dialogs(
         return rows
 
     talks = []
-    for row in in_parts(run, name, dialogs, ROUNDS * config.slots, hold):
+    for row in work_in_parts(run, name, dialogs, ROUNDS * config.slots, hold):
         talks.append(tuple(Message(role_, content) for role_, content in row))
 
     return talks
@@ -422,7 +422,7 @@ def draw_attention(
                 return [[each.starts, each.map] for each in seen]
 
             part = f"attention-{list(config.versions).index(name)}"
-            rows = in_parts(run, part, shown, len(shown), look)
+            rows = work_in_parts(run, part, shown, len(shown), look)
             looks[name] = [attention.Look(*row) for row in rows]
 
     run.write_result(AttentionResult(**attention.figure(looks, tokenizer, shown, context)))

@@ -178,7 +178,7 @@ def run(config: Config, run: Run) -> None:
         validation=last_validation(run),
         validation_bytes=validation.text.size,
         passes=passes,
-        **validation.text.bits_per_byte(),
+        **validation.text.measure_bits_per_byte(),
     )
     run.write_result(result)
 
@@ -254,7 +254,7 @@ def read_rows(
     """
     folders = [path for path in sorted(directory.iterdir()) if path.is_dir()]
     shards = {path.name: Shards(path, tokenizer) for path in folders}
-    if completion.home(directory) is None:  # no run vouches for them
+    if completion.find_run(directory) is None:  # no run vouches for them
         ranks.first(lambda: verify(shards.values()))
 
     lengths = {name: shard.lengths_N for name, shard in shards.items()}

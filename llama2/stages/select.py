@@ -24,7 +24,7 @@ from llama2.devices import Precision
 from llama2.errors import UserError
 from llama2.evaluate import ghost
 from llama2.evaluate.judges import classify
-from llama2.evaluate.winrate import compare, wilson
+from llama2.evaluate.winrate import bound_share, compare
 from llama2.formats import hf_directory
 from llama2.generate.dialogue import Answer
 from llama2.generate.rewards import RewardModels, check_rule, combine
@@ -32,7 +32,7 @@ from llama2.judging import Annotators, ComparisonRequest, Outcome
 from llama2.records import Axis, Preference, Prompt, Response
 from llama2.results import SelectResult, WinShare
 from llama2.runs import Run
-from llama2.runs.parts import in_parts
+from llama2.runs.parts import work_in_parts
 from llama2.stages.common.answers import (
     ROUNDS,
     answer_prompts,
@@ -193,7 +193,7 @@ def answer_all(
             return [float(sum(obeyed)) for obeyed in turns]
 
         answers = answer_prompts(run, f"answers-{place}", chat, messages, sampling, slots)
-        rows = in_parts(run, f"talks-{place}", dialogs, ROUNDS * slots, hold)
+        rows = work_in_parts(run, f"talks-{place}", dialogs, ROUNDS * slots, hold)
         return SideAnswers(answers, list(rows))
 
 
@@ -281,7 +281,7 @@ def judge(config: Config, kinds: Sequence[str], preferred: Sequence[float]) -> S
     width = NormalDist().inv_cdf(1 - 0.025 / len(rates))
     for kind, rate in rates.items():
         if rate.rate is not None and rate.rate <= config.worst_kind:
-            _, high = wilson(rate.wins, rate.wins + rate.losses, width)
+            _, high = bound_share(rate.wins, rate.wins + rate.losses, width)
             if high < 0.5:
                 reasons.append(
                     f"on {kind} prompts it wins {rate.rate:.0%}, {config.worst_kind:.0%} are needed"

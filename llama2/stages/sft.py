@@ -23,7 +23,7 @@ from llama2.config import Config as Section
 from llama2.config import StageConfig
 from llama2.data.loader import Rows
 from llama2.data.pack import Packed, Segment, collate, cut_segment, pack
-from llama2.data.split import heldout_openings, normalize_opening
+from llama2.data.split import choose_heldout, normalize_opening
 from llama2.model.llama import Llama
 from llama2.ranks import Ranks
 from llama2.records import Dialog, mask_turns
@@ -223,7 +223,7 @@ def read_dialogs(config: Config, run: Run) -> tuple[dict[str, list[Dialog]], lis
         openings = {find_opening(dialog) for dialog in heldout}
     else:
         every = chain.from_iterable(sets.values())
-        openings = heldout_openings([find_opening(dialog) for dialog in every], config.heldout)
+        openings = choose_heldout([find_opening(dialog) for dialog in every], config.heldout)
 
     training: dict[str, list[Dialog]] = {}
     for name, dialogs in sets.items():

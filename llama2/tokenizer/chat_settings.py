@@ -25,7 +25,7 @@ _DEFAULT = "default"  # of several templates by name
 
 def read_object(file: Path) -> dict[str, Any]:
     """Return the object in a JSON file; an empty one if there is no such file."""
-    return json_files.json_object(file, "fetch the file again") if file.exists() else {}
+    return json_files.read_object(file, "fetch the file again") if file.exists() else {}
 
 
 def read_section(file: Path, values: Mapping[str, Any], key: str) -> dict[str, Any]:
@@ -117,7 +117,7 @@ def read_chat_template(directory: Path) -> str | None:
     """Return the chat template in a directory, in Jinja; None if there is none."""
     file = directory / TEMPLATE
     if file.is_file():
-        return json_files.content(file).decode("utf-8", "replace")
+        return json_files.read_bytes(file).decode("utf-8", "replace")
 
     file = directory / SETTINGS
     template = read_object(file).get("chat_template")

@@ -79,7 +79,7 @@ class StoredTokenizer:
 
 def read_model(where: Path | StoredTokenizer) -> bytes:
     """Return the content of a SentencePiece model file."""
-    return where.read() if isinstance(where, StoredTokenizer) else json_files.content(where)
+    return where.read() if isinstance(where, StoredTokenizer) else json_files.read_bytes(where)
 
 
 def load(where: Path | StoredTokenizer) -> Vocabulary:

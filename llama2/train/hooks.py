@@ -24,9 +24,9 @@ from torch import nn
 from llama2 import devices, interrupts
 from llama2.errors import explain_missing_extra
 from llama2.ranks import Ranks
-from llama2.terminal_text import clock
+from llama2.terminal_text import format_clock
 from llama2.train import state
-from llama2.train.loop import Hook, Report, TrainingState, means
+from llama2.train.loop import Hook, Report, TrainingState, average
 
 Metrics = Mapping[str, float]
 Write = Callable[[int, Metrics], None]
@@ -50,9 +50,9 @@ class Window:
         self.tokens += report.tokens
         self.seconds += report.seconds
 
-    def means(self) -> dict[str, float]:
+    def average(self) -> dict[str, float]:
         """Return the mean of each metric."""
-        return means(self.sums, self.weight)
+        return average(self.sums, self.weight)
 
     def measure_speed(self, flops_per_token: float, peak: float, ranks: int) -> dict[str, float]:
         """Return real tokens a second over all ranks and, where a peak is known, the share of it
@@ -110,7 +110,7 @@ class Log(Hook):
             self._publish(training, self.pending)
 
     def _publish(self, training: TrainingState, report: Report) -> None:
-        averages = self.window.means()
+        averages = self.window.average()
         metrics = {
             **averages,
             "train/lr": report.learning_rate,
@@ -208,11 +208,11 @@ class ProgressBar(Hook):
         speed = self.window.measure_speed(
             self.flops_per_token, self.peak, training.learner.ranks.size
         )
-        parts = [f"loss {self.window.means().get('train/loss', 0.0):.4f}"]
+        parts = [f"loss {self.window.average().get('train/loss', 0.0):.4f}"]
 
         if total is not None:  # by the wall clock, validations and checkpoints included
             seconds_per_step = (now - self.begin) / (report.step - self.first + 1)
-            parts.insert(0, f"ETA {clock((total - report.step) * seconds_per_step)}")
+            parts.insert(0, f"ETA {format_clock((total - report.step) * seconds_per_step)}")
 
         if speed:
             parts.append(f"{speed['perf/tokens_per_second']:,.0f} tokens/s")
@@ -269,7 +269,7 @@ class Validate(Hook):
 
     def _validate(self, training: TrainingState) -> None:
         model, ranks = training.learner.model, training.learner.ranks
-        before = state.random_state(ranks.device)
+        before = state.get_random_state(ranks.device)
         was_training = model.training
         model.eval()
 
@@ -331,10 +331,10 @@ class Checkpoint(Hook):
     def on_start(self, training: TrainingState) -> None:
         """Restore the newest checkpoint, if there is one."""
         ranks = training.learner.ranks
-        newest = state.newest_whole(self.run, ranks)
+        newest = state.find_newest_whole(self.run, ranks)
         if newest is not None:
             state.restore(training, newest)
-            if ranks.is_main and state.lost_metrics(self.run, newest):
+            if ranks.is_main and state.has_lost_metrics(self.run, newest):
                 print(
                     f"{self.run}/metrics.jsonl: damaged: lines logged before step "
                     f"{training.learner.step} are lost, and the report's curves lack them",

@@ -43,14 +43,14 @@ class Learner:
     ) -> None:
         self.model, self.ranks, self.precision = kernels.install(model), ranks, precision
         self.step = self.tokens = self.trained = 0
-        self.optimizer = optim.adamw(model, optimizer or optim.AdamW(), rates)
-        self.parts = optim.parts(model, apart)
+        self.optimizer = optim.build_adamw(model, optimizer or optim.AdamW(), rates)
+        self.parts = optim.split_parameters(model, apart)
         self.forward: nn.Module = _compile(model, ranks) if compile else model
 
     def state_dict(self) -> dict[str, Any]:
         """Return model, optimizer and counts; every rank calls it, the tensors of a sharded model
         arrive on rank 0."""
-        model, optimizer = parallel.full_state(self.model, self.optimizer)
+        model, optimizer = parallel.gather_state(self.model, self.optimizer)
         return {
             "model": model,
             "optimizer": optimizer,
@@ -61,7 +61,7 @@ class Learner:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore what `state_dict` returned."""
-        parallel.load_full_state(self.model, self.optimizer, state["model"], state["optimizer"])
+        parallel.scatter_state(self.model, self.optimizer, state["model"], state["optimizer"])
         self.step = state["step"]
         self.tokens, self.trained = state.get("tokens", 0), state.get("trained", 0)
 
@@ -79,6 +79,8 @@ def _compile(model: nn.Module, ranks: Ranks) -> nn.Module:
 
     # What it compiles is loaded again later: from a folder of our own, not from one in /tmp that
     # anybody can guess.
-    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(private_folders.folder() / "inductor"))
+    os.environ.setdefault(
+        "TORCHINDUCTOR_CACHE_DIR", str(private_folders.choose_folder() / "inductor")
+    )
     compiled: nn.Module = torch.compile(model)  # type: ignore[assignment]
     return compiled

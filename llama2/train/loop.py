@@ -91,9 +91,11 @@ class Plan(Config):
         """The step where the cosine ends."""
         return self.max_steps if self.total_steps is None else self.total_steps
 
-    def factor(self, step: int) -> float:
+    def scale_rate(self, step: int) -> float:
         """Return the learning rate of update `step` (0-based) as a share of its peak."""
-        return optim.factor(step, self.schedule, self.warmup_steps or 0, self.total, self.min_ratio)
+        return optim.scale_rate(
+            step, self.schedule, self.warmup_steps or 0, self.total, self.min_ratio
+        )
 
     def check(self) -> None:
         """Raise `UserError` where schedule and length do not fit."""
@@ -133,7 +135,7 @@ class Report:
         return math.hypot(*self.gradient_norms.values())
 
 
-def means(sums: Mapping[str, float], weight: float) -> dict[str, float]:
+def average(sums: Mapping[str, float], weight: float) -> dict[str, float]:
     """Divide each sum by its weight (`<name>/weight`, else `weight`), and leave out metrics that
     nothing was counted for."""
     weights = {
@@ -281,7 +283,7 @@ def _take_step(
 ) -> Report:
     """Make one update from the micro-batches of one step."""
     learner, plan = training.learner, training.plan
-    rate = plan.factor(learner.step)
+    rate = plan.scale_rate(learner.step)
     for group in learner.optimizer.param_groups:
         group["lr"] = group["peak"] * rate
 
@@ -365,7 +367,7 @@ def _update(training: TrainingState, total: float, weight: float) -> dict[str, f
     """
     learner, limit = training.learner, training.plan.clip
     gradients = {name: _gradients(part) for name, part in learner.parts.items()}
-    norms = {name: parallel.gradient_norm(part) for name, part in gradients.items()}
+    norms = {name: parallel.measure_norm(part) for name, part in gradients.items()}
 
     if not all(map(math.isfinite, (total, *norms.values()))):
         raise _not_finite(training, total, norms, weight)

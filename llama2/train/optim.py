@@ -33,7 +33,7 @@ class AdamW(Config):
     """on matrices; vectors do not decay"""
 
 
-def groups(
+def group_parameters(
     model: nn.Module, settings: AdamW, rates: Mapping[str, float] | None = None
 ) -> list[dict[str, object]]:
     """Return parameter groups by peak learning rate and decay.
@@ -63,7 +63,7 @@ def groups(
     ]
 
 
-def parts(model: nn.Module, prefixes: Sequence[str]) -> dict[str, list[nn.Parameter]]:
+def split_parameters(model: nn.Module, prefixes: Sequence[str]) -> dict[str, list[nn.Parameter]]:
     """Return the parameters that train, by the prefix their name starts with; those that match none
     are under "".
 
@@ -85,20 +85,20 @@ def _prefix(name: str, prefixes: Iterable[str]) -> str | None:
     return next((prefix for prefix in prefixes if name.startswith(prefix)), None)
 
 
-def adamw(
+def build_adamw(
     model: nn.Module, settings: AdamW, rates: Mapping[str, float] | None = None
 ) -> torch.optim.AdamW:
     """Return AdamW over `groups(...)`, fused into one kernel where PyTorch has one."""
     fused = all(p.device.type in devices.FUSED for p in model.parameters())
     return torch.optim.AdamW(
-        groups(model, settings, rates),
+        group_parameters(model, settings, rates),
         betas=(settings.beta1, settings.beta2),
         eps=settings.eps,
         fused=fused,
     )
 
 
-def factor(
+def scale_rate(
     step: int, schedule: Schedule, warmup_steps: int, total_steps: int | None, min_ratio: float
 ) -> float:
     """Return the learning rate of update `step` (0-based) as a share of its peak.

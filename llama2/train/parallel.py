@@ -83,10 +83,11 @@ def shard(
     # FSDP2 warns that in-place changes of a model's output would lose gradients; no objective makes
     # any.
     warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
-    for unit in _units(model):
-        unit.set_gradient_divide_factor(1.0)
-        # the pre-multiplied sum taken otherwise exists only in NCCL
-        unit.set_force_sum_reduction_for_comms(True)
+    for unit in model.modules():
+        if isinstance(unit, FSDPModule):
+            unit.set_gradient_divide_factor(1.0)
+            # the pre-multiplied sum taken otherwise exists only in NCCL
+            unit.set_force_sum_reduction_for_comms(True)
 
     model.to_empty(device=ranks.device)
     set_model_state_dict(model, weights, options=_SPREAD)
@@ -96,10 +97,6 @@ def shard(
 def is_sharded(model: nn.Module) -> bool:
     """Tell whether `shard` has spread this model (or a part of it)."""
     return any(isinstance(parameter, DTensor) for parameter in model.parameters())
-
-
-def _units(model: nn.Module) -> list[FSDPModule]:
-    return [module for module in model.modules() if isinstance(module, FSDPModule)]
 
 
 def sum_gradients(model: nn.Module, ranks: Ranks) -> None:
@@ -122,19 +119,19 @@ def sum_gradients(model: nn.Module, ranks: Ranks) -> None:
         torch._foreach_copy_(parts, [chunk.view_as(part) for chunk, part in zip(chunks, parts)])
 
 
-def gradient_norm(gradients: Sequence[Tensor]) -> float:
+def measure_norm(gradients: Sequence[Tensor]) -> float:
     """Return the 2-norm of all gradients taken together, over all ranks."""
     norm = torch.nn.utils.get_total_norm(gradients)
     return float(norm.full_tensor() if isinstance(norm, DTensor) else norm)
 
 
-def full_weights(model: nn.Module) -> dict[str, Any]:
+def gather_weights(model: nn.Module) -> dict[str, Any]:
     """Return the whole state dict of a model; of a sharded one on rank 0 only, {} elsewhere. All
     ranks call it."""
     return get_model_state_dict(model, options=_FULL) if is_sharded(model) else model.state_dict()
 
 
-def full_state(
+def gather_state(
     model: nn.Module, optimizer: torch.optim.Optimizer
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """Return whole state dicts of model and optimizer; of a sharded model on rank 0 only, {}
@@ -147,13 +144,13 @@ def full_state(
     )
 
 
-def load_full_state(
+def scatter_state(
     model: nn.Module,
     optimizer: torch.optim.Optimizer,
     model_state: dict[str, Any],
     optimizer_state: dict[str, Any],
 ) -> None:
-    """Restore what `full_state` returned; for a sharded model rank 0's dicts are spread over the
+    """Restore what `gather_state` returned; for a sharded model rank 0's dicts are spread over the
     ranks."""
     if not is_sharded(model):
         model.load_state_dict(model_state)

@@ -46,7 +46,7 @@ PARTIAL, DISCARDED = ".partial-", ".discarded-"
 _NAME = re.compile(r"step-(\d{8,})")
 
 
-def random_state(device: torch.device) -> dict[str, Any]:
+def get_random_state(device: torch.device) -> dict[str, Any]:
     """Return the state of every global random generator of this process."""
     kind, keys, position, has_gauss, gauss = np.random.get_state(legacy=True)
     state: dict[str, Any] = {
@@ -60,11 +60,11 @@ def random_state(device: torch.device) -> dict[str, Any]:
             float(gauss),
         ),
     }
-    return state | devices.random_state(device)
+    return state | devices.get_random_state(device)
 
 
 def set_random_state(state: dict[str, Any], device: torch.device) -> None:
-    """Restore what `random_state` returned."""
+    """Restore what `get_random_state` returned."""
     version, internal, gauss = state["python"]
     random.setstate((version, tuple(internal), gauss))
     torch.set_rng_state(state["torch"])
@@ -79,7 +79,7 @@ def capture(training: TrainingState) -> dict[str, Any]:
     ranks = training.learner.ranks
     of_rank = {
         "source": training.source.state_dict(),
-        "random": random_state(ranks.device),
+        "random": get_random_state(ranks.device),
         "hooks": [(type(hook).__name__, hook.state_dict()) for hook in training.hooks],
     }
     return {
@@ -124,7 +124,7 @@ def restore(training: TrainingState, directory: Path) -> None:
     training.checkpoint = directory
 
 
-def steps(run: Path) -> list[tuple[int, Path]]:
+def list_checkpoints(run: Path) -> list[tuple[int, Path]]:
     """Return the complete checkpoints below a run directory with their steps, oldest first."""
     root = run / CHECKPOINTS
     if not root.is_dir():
@@ -136,14 +136,14 @@ def steps(run: Path) -> list[tuple[int, Path]]:
     )
 
 
-def latest(run: Path) -> Path | None:
+def find_latest(run: Path) -> Path | None:
     """Return the newest complete checkpoint below a run directory; what a crash left unfinished
     does not count."""
-    checkpoints = steps(run)
+    checkpoints = list_checkpoints(run)
     return checkpoints[-1][1] if checkpoints else None
 
 
-def newest_whole(run: Path, ranks: Ranks) -> Path | None:
+def find_newest_whole(run: Path, ranks: Ranks) -> Path | None:
     """Return the newest complete checkpoint below a run directory whose content is what was
     written. All ranks call it.
 
@@ -155,7 +155,7 @@ def newest_whole(run: Path, ranks: Ranks) -> Path | None:
 
 def _newest_whole(run: Path) -> Path | None:
     damaged: list[tuple[Path, UserError]] = []
-    for step, directory in reversed(steps(run)):
+    for step, directory in reversed(list_checkpoints(run)):
         try:
             _check(directory)
         except UserError as error:
@@ -201,13 +201,17 @@ def _damaged(directory: Path, how: str) -> UserError:
 
 
 def _cure(directory: Path) -> str:
-    older = [step for step, path in steps(directory.parent.parent) if path.name < directory.name]
+    older = [
+        step
+        for step, path in list_checkpoints(directory.parent.parent)
+        if path.name < directory.name
+    ]
     return f"delete {directory}: the same command goes on " + (
         f"from the checkpoint of step {older[-1]}" if older else "from the beginning"
     )
 
 
-def lost_metrics(run: Path, directory: Path) -> bool:
+def has_lost_metrics(run: Path, directory: Path) -> bool:
     """Tell whether lines of metrics that were there when a checkpoint was taken have changed."""
     if not (directory / COMPLETE).stat().st_size:
         return False
@@ -319,7 +323,7 @@ def _finish(partial: Path, directory: Path, record: dict[str, Any]) -> None:
 def _prune(run: Path, keep: int) -> None:
     """Delete old checkpoints; each is renamed first, so that half of one is never taken for a
     whole."""
-    for _, path in steps(run)[:-keep]:
+    for _, path in list_checkpoints(run)[:-keep]:
         path.rename(path.with_name(DISCARDED + path.name))
 
     for path in (run / CHECKPOINTS).iterdir():

@@ -330,7 +330,7 @@ def _not_a_number(bench: Bench) -> tuple[bool, str]:
 def _one_step(bench: Bench) -> tuple[bool, str]:
     from llama2.train import optim
 
-    rate = optim.factor(0, "cosine", 0, 1, 0.1)
+    rate = optim.scale_rate(0, "cosine", 0, 1, 0.1)
     return rate == 1.0, f"factor {rate}"
 
 
@@ -422,7 +422,11 @@ def _code_version(bench: Bench) -> tuple[bool, str]:
 
     def version() -> str:
         return subprocess.run(
-            [sys.executable, "-c", "from llama2.runs import code_version; print(code_version())"],
+            [
+                sys.executable,
+                "-c",
+                "from llama2.runs import read_code_version; print(read_code_version())",
+            ],
             cwd=place,
             capture_output=True,
             text=True,

@@ -236,7 +236,8 @@ def flags(verb: str) -> list[str]:
     """Every flag of a verb, and one that it has not."""
     config = launch.load(verb).Config
     return [
-        f"--{schema.spell_flag(*names)}".replace("NAME", "a") for names, _ in schema.leaves(config)
+        f"--{schema.spell_flag(*names)}".replace("NAME", "a")
+        for names, _ in schema.list_leaves(config)
     ] + ["--no-such"]
 
 

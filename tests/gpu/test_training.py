@@ -128,7 +128,7 @@ def test_bf16_learns_into_fp32_weights(device, record_property) -> None:
 def test_a_resumed_run_goes_on_where_it_was(device, tmp_path: Path, record_property) -> None:
     straight, losses = trained(device, 6)
     _, first = trained(device, 3, extra=(hooks.Checkpoint(tmp_path),))
-    assert state.latest(tmp_path) is not None
+    assert state.find_latest(tmp_path) is not None
     resumed, rest = trained(device, 6, extra=(hooks.Checkpoint(tmp_path),))
     assert first + rest == pytest.approx(losses, rel=1e-5)
     record_property(
@@ -137,7 +137,7 @@ def test_a_resumed_run_goes_on_where_it_was(device, tmp_path: Path, record_prope
 
 
 def test_random_states_come_back(device) -> None:
-    before = state.random_state(device)
+    before = state.get_random_state(device)
     drawn = torch.rand(5, device=device), torch.rand(5)
     state.set_random_state(before, device)
 

@@ -178,7 +178,7 @@ def test_the_part_whose_gradient_is_not_finite_is_named():
 def test_the_learning_rate_follows_the_plan():
     reports, plan = Reports(), Plan(max_steps=6, warmup_steps=2)
     fit(Learner(llama(), ALONE, FAST), Rows(), next_token, plan, [reports])
-    assert [r.learning_rate for r in reports.seen] == [1e-2 * plan.factor(s) for s in range(6)]
+    assert [r.learning_rate for r in reports.seen] == [1e-2 * plan.scale_rate(s) for s in range(6)]
     assert reports.seen[-1].learning_rate == pytest.approx(1e-3)
 
 
@@ -283,7 +283,7 @@ def test_a_resumed_run_is_the_run_never_stopped(tmp_path, step):
 
 
 def test_the_random_state_of_every_generator_is_restored():
-    before = state.random_state(ALONE.device)
+    before = state.get_random_state(ALONE.device)
     drawn = torch.rand(2).tolist(), np.random.rand(2).tolist(), random.random(), random.gauss(0, 1)
     state.set_random_state(before, ALONE.device)
     assert drawn == (
@@ -335,7 +335,7 @@ def test_a_second_ctrl_c_does_not_wait(tmp_path, at_a_terminal):
         run_once(tmp_path, hooks.Signals(), Twice())
 
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
-    assert state.latest(tmp_path) is None
+    assert state.find_latest(tmp_path) is None
 
 
 def test_ctrl_c_that_is_ignored_stays_ignored(tmp_path, at_a_terminal):
@@ -363,7 +363,7 @@ def test_signals_save_and_stop_at_the_step_boundary(tmp_path, number, at_a_termi
 
     assert stopped.value.exit_code == (130 if number == signal.SIGINT else 0)
     assert stopped.value.step == 5  # the signal arrived after step 4 was decided
-    assert stopped.value.checkpoint == state.latest(tmp_path / "stopped")
+    assert stopped.value.checkpoint == state.find_latest(tmp_path / "stopped")
     assert signal.getsignal(number) == before
     result, _ = run_once(tmp_path / "stopped", hooks.Signals(), type("Send", (Hook,), {})())
     assert_same(expected, result)
@@ -412,7 +412,7 @@ def test_kill_minus_nine_loses_no_complete_checkpoint(tmp_path, place, steps):
         timeout=120,
     )
     assert child.returncode == -signal.SIGKILL, child.stderr
-    assert [step for step, _ in state.steps(tmp_path / "killed")] == steps
+    assert [step for step, _ in state.list_checkpoints(tmp_path / "killed")] == steps
     result, _ = run_once(tmp_path / "killed")
     expected, _ = run_once(tmp_path / "whole")
     assert_same(expected, result)
@@ -425,16 +425,16 @@ def test_kill_minus_nine_loses_no_complete_checkpoint(tmp_path, place, steps):
 
 def test_checkpoints_hold_the_model_and_only_the_newest_are_kept(tmp_path):
     run_once(tmp_path, save_model=lambda d: (d / "config.json").write_text("{}"))
-    found = state.steps(tmp_path)
+    found = state.list_checkpoints(tmp_path)
     assert [step for step, _ in found] == [6, 9]
-    assert state.latest(tmp_path) == found[-1][1]
+    assert state.find_latest(tmp_path) == found[-1][1]
 
     for _, path in found:
         assert {p.name for p in path.iterdir()} == {"config.json", "trainer", "COMPLETE"}
 
 
 def test_unfinished_checkpoints_do_not_count(tmp_path):
-    assert state.latest(tmp_path) is None
+    assert state.find_latest(tmp_path) is None
     for name, complete in (
         ("step-00000002", True),
         ("step-00000007", False),
@@ -445,7 +445,7 @@ def test_unfinished_checkpoints_do_not_count(tmp_path):
         if complete:
             (tmp_path / "checkpoints" / name / "COMPLETE").touch()
 
-    assert state.latest(tmp_path).name == "step-00000002"
+    assert state.find_latest(tmp_path).name == "step-00000002"
 
 
 def _flip(file):
@@ -468,7 +468,7 @@ DAMAGES = {
 def test_a_damaged_checkpoint_is_named_and_the_one_before_taken(tmp_path, capsys, damage, name):
     expected, _ = run_once(tmp_path / "whole")
     run_once(tmp_path / "run")
-    newest = state.latest(tmp_path / "run")
+    newest = state.find_latest(tmp_path / "run")
     DAMAGES[damage](newest / name)
     capsys.readouterr()
     result, lines = run_once(tmp_path / "run")
@@ -489,14 +489,14 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_taken(tmp_path, capsys
     # lines are logged at even steps and the end
     again = [] if not said and damage == "emptied" else [8, 9]
     assert sorted({json.loads(line)[0] for line in lines}) == again
-    assert state.newest_whole(tmp_path / "run", ALONE).name == "step-00000009"  # written anew
+    assert state.find_newest_whole(tmp_path / "run", ALONE).name == "step-00000009"  # written anew
 
 
 @pytest.mark.parametrize("marked", [True, False])
 @pytest.mark.parametrize("damage", ["cut", "emptied", "flipped", "missing"])
 def test_the_only_checkpoint_damaged_is_named_with_its_cure(tmp_path, damage, marked):
     run_once(tmp_path)
-    before, newest = (path for _, path in state.steps(tmp_path))
+    before, newest = (path for _, path in state.list_checkpoints(tmp_path))
     shutil.rmtree(before)
     DAMAGES[damage](newest / "trainer/state.pt")
 
@@ -568,8 +568,8 @@ def test_a_loss_that_is_not_finite_stops_and_keeps_the_checkpoint(tmp_path, what
     assert cause.startswith(f"step 8: the {what} is not finite (loss ")
     assert "learning rate" in cause
     assert "lower learning_rate" in cure
-    assert str(state.latest(tmp_path)) in cure
-    assert state.latest(tmp_path).name == "step-00000006"
+    assert str(state.find_latest(tmp_path)) in cure
+    assert state.find_latest(tmp_path).name == "step-00000006"
     assert_same(seen[-1], weights(model))  # the bad update was not made
 
 

@@ -99,7 +99,7 @@ def both(directory: Path, ranks: Ranks) -> None:
 
                 assert mine["ppo/first_ratio_deviation"] == 0.0
 
-            shutil.rmtree(state.latest(directory / how))
+            shutil.rmtree(state.find_latest(directory / how))
 
         ranks.barrier()
         # inside the second iteration

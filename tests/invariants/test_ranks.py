@@ -151,7 +151,7 @@ def resumed(directory: Path, ranks: Ranks) -> None:
             trained = learner(how, ranks)
 
             def save_model(path: Path) -> None:
-                full = parallel.full_weights(trained.model)
+                full = parallel.gather_weights(trained.model)
                 if ranks.is_main:
                     torch.save(full, path / "model.pt")
 
@@ -169,7 +169,9 @@ def resumed(directory: Path, ranks: Ranks) -> None:
             attempt("broken", Crash(5))
 
         again = attempt("broken", Crash(-1))
-        saved = torch.load(state.latest(directory / how / "broken") / "model.pt", weights_only=True)
+        saved = torch.load(
+            state.find_latest(directory / how / "broken") / "model.pt", weights_only=True
+        )
         assert len(whole) == (len(saved) if ranks.is_main or how == "replicate" else 0)
 
         for name, value in whole.items():

@@ -14,7 +14,7 @@ import pytest
 import yaml
 from commands import llama2, vouch
 
-from llama2.evaluate.winrate import wilson
+from llama2.evaluate.winrate import bound_share
 from llama2.release import markdown as md
 
 Rows = list[dict[str, Any]]
@@ -207,7 +207,7 @@ def test_rates_by_category_are_those_of_the_samples(recipe: Path) -> None:
     assert shown.keys() == expected.keys()
 
     for family, marks in expected.items():
-        low, high = wilson(sum(marks), len(marks))
+        low, high = bound_share(sum(marks), len(marks))
         assert shown[family] == [
             f"{sum(marks)} of {len(marks)}",
             f"{100 * sum(marks) / len(marks):.1f} % [{100 * low:.1f}, {100 * high:.1f}]",
@@ -227,7 +227,7 @@ def test_no_violation_is_no_proof(recipe: Path) -> None:
     count = sum(row["kind"] == "unsafe" for row in rows)
     assert (
         f"None of {count} answers to unsafe prompts was a violation. That still allows a rate of up to "
-        f"{100 * wilson(0, count)[1]:.1f} %"
+        f"{100 * bound_share(0, count)[1]:.1f} %"
     ) in papers(recipe / "v1")["RESPONSIBLE_USE.md"]
 
 
@@ -255,7 +255,7 @@ def test_what_the_servers_check_would_do(recipe: Path) -> None:
 
 
 def win(judge: str, wins: int, losses: int) -> dict[str, Any]:
-    low, high = wilson(wins, wins + losses)
+    low, high = bound_share(wins, wins + losses)
     return {
         "version": "V1",
         "against": "SFT",

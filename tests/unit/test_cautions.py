@@ -76,7 +76,7 @@ def test_a_schedule_that_never_reaches_its_peak():
     ):
         assert list(cautions.warn_of_schedule(plan)) == []
 
-    assert Plan(schedule="constant", warmup_steps=40, max_steps=40).factor(39) == 1
+    assert Plan(schedule="constant", warmup_steps=40, max_steps=40).scale_rate(39) == 1
 
 
 def test_a_warm_up_that_leaves_nothing_of_the_schedule_is_one_line(tmp_path, base, world, one_line):

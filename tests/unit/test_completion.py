@@ -167,9 +167,9 @@ def test_a_file_put_into_a_run_is_known_by_its_content(tmp_path, made):
 def test_what_lies_beside_a_run_is_none_of_it(tmp_path, made, monkeypatch):
     (tmp_path / "mine.txt").write_text("one")
     monkeypatch.chdir(made)
-    assert completion.home(Path("../mine.txt")) is None
-    assert completion.home(Path("../made/pool.jsonl")) == Path("../made")
-    assert completion.home(Path("pool.jsonl")) == Path()
+    assert completion.find_run(Path("../mine.txt")) is None
+    assert completion.find_run(Path("../made/pool.jsonl")) == Path("../made")
+    assert completion.find_run(Path("pool.jsonl")) == Path()
     assert not runs.is_output(Path("../mine.txt"))
 
 
@@ -177,11 +177,11 @@ def test_large_files_are_read_when_a_time_differs_or_it_is_asked_for(made, monke
     monkeypatch.setattr(completion, "CHEAP", SIZE + 500)
     flip(made / "pool.jsonl")
     flip(made / "deep/shard.bin")
-    assert len(list(completion.faults(made, completion.read_hashes(made)))) == 1
-    assert len(list(completion.faults(made, completion.read_hashes(made), thorough=True))) == 2
+    assert len(list(completion.find_faults(made, completion.read_hashes(made)))) == 1
+    assert len(list(completion.find_faults(made, completion.read_hashes(made), thorough=True))) == 2
     os.utime(made / "pool.jsonl")
     os.utime(made / "deep/shard.bin")
-    assert len(list(completion.faults(made, completion.read_hashes(made)))) == 2
+    assert len(list(completion.find_faults(made, completion.read_hashes(made)))) == 2
 
 
 def test_a_large_copy_is_read_once(tmp_path, made, monkeypatch):

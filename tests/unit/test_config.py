@@ -257,18 +257,18 @@ def test_true_is_no_number_in_any_verb(verb):
     kind = launch.load(verb).Config
     keys = [
         (names, annotation)
-        for names, annotation in schema.leaves(kind)
+        for names, annotation in schema.list_leaves(kind)
         if {int, float}
         & {
             inner
-            for one in schema.alternatives(annotation)
-            for inner in schema.alternatives(
-                schema.item_type(one, 0) if schema.takes_several(one) else one
+            for one in schema.list_types(annotation)
+            for inner in schema.list_types(
+                schema.find_item_type(one, 0) if schema.takes_several(one) else one
             )
         }
     ]
     for names, annotation in keys:
-        if set(schema.alternatives(annotation)) & {bool, str}:
+        if set(schema.list_types(annotation)) & {bool, str}:
             continue
 
         several = schema.takes_several(annotation)

@@ -46,7 +46,7 @@ def test_a_share_of_time_is_a_number_of_cores(tmp_path, monkeypatch, membership,
         (tmp_path / "groups" / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / "groups" / name).write_text(text)
 
-    assert cpu_tuning.cores() == expected
+    assert cpu_tuning.count_cores() == expected
 
 
 @pytest.fixture(autouse=True)

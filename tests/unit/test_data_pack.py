@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from llama2.data.mix import mix_passes
-from llama2.data.pack import Segment, TextRows, best_fit, collate, cut_segment, pack
+from llama2.data.pack import Segment, TextRows, collate, cut_segment, fill_bins, pack
 from llama2.data.shards import Shards, write_shards
 from llama2.errors import UserError
 from llama2.records import Document
@@ -113,7 +113,7 @@ def test_an_interrupted_directory_is_written_afresh(tmp_path: Path, tokenizer: T
 
 @given(st.lists(st.integers(1, 20), max_size=60), st.integers(20, 40))
 def test_best_fit(sizes: list[int], capacity: int) -> None:
-    bins = best_fit(sizes, capacity)
+    bins = fill_bins(sizes, capacity)
     assert sorted(index for row in bins for index in row) == list(range(len(sizes)))
     fills = [sum(sizes[index] for index in row) for row in bins]
     assert all(0 < fill <= capacity for fill in fills)

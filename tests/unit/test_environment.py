@@ -27,7 +27,7 @@ def test_a_switch_means_what_it_says(monkeypatch, said, means):
     if said is not None:
         monkeypatch.setenv("LLAMA2_NATIVE", said)
 
-    assert environment.native() is means
+    assert environment.wants_native() is means
     assert environment.is_on("LLAMA2_NATIVE", default=False) is (means and bool(said))
 
 
@@ -37,4 +37,4 @@ def test_nonsense_is_refused(monkeypatch, said):
     with pytest.raises(
         UserError, match=f"LLAMA2_NATIVE={said}: it says neither yes nor no; set it to 1 or 0"
     ):
-        environment.native()
+        environment.wants_native()

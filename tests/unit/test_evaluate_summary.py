@@ -14,11 +14,11 @@ from llama2.evaluate.winrate import (
     bound_difference,
     bound_net_wins,
     bound_ratio,
+    bound_share,
     compare,
     correlate,
     measure_mean,
     measure_share,
-    wilson,
 )
 from llama2.generate.dialogue import Answer
 from llama2.generate.generator import Completion
@@ -40,11 +40,11 @@ def prompt(family: str | None, safety: bool = False, id: str = "p") -> Prompt:
 
 
 def test_wilson_matches_published_values() -> None:
-    low, high = wilson(8, 10)  # Newcombe 1998: 0.4902 to 0.9433
+    low, high = bound_share(8, 10)  # Newcombe 1998: 0.4902 to 0.9433
     assert (round(low, 4), round(high, 4)) == (0.4902, 0.9433)
-    assert wilson(0, 0) == (0.0, 1.0)
-    assert wilson(0, 20)[0] == 0.0
-    assert wilson(20, 20)[1] == pytest.approx(1.0)
+    assert bound_share(0, 0) == (0.0, 1.0)
+    assert bound_share(0, 20)[0] == 0.0
+    assert bound_share(20, 20)[1] == pytest.approx(1.0)
 
 
 def test_wilson_covers_the_truth_in_about_95_of_100() -> None:
@@ -52,7 +52,7 @@ def test_wilson_covers_the_truth_in_about_95_of_100() -> None:
     covered = 0
     for _ in range(1000):
         hits = sum(rng.random() < 0.8 for _ in range(50))
-        low, high = wilson(hits, 50)
+        low, high = bound_share(hits, 50)
         covered += low <= 0.8 <= high
 
     assert 925 <= covered <= 975
@@ -98,8 +98,8 @@ def test_nothing_of_nothing_says_nothing() -> None:
 
 def test_intervals_of_nothing_and_of_all_have_exact_ends_whatever_the_count() -> None:
     for count in range(1, 500):
-        assert wilson(0, count)[0] == 0.0 < wilson(0, count)[1] < 1.0
-        assert 0.0 < wilson(count, count)[0] < wilson(count, count)[1] == 1.0
+        assert bound_share(0, count)[0] == 0.0 < bound_share(0, count)[1] < 1.0
+        assert 0.0 < bound_share(count, count)[0] < bound_share(count, count)[1] == 1.0
         none, some, every = (measure_share(hits, count) for hits in (0, (count + 1) // 2, count))
         low, high = bound_ratio(none, some)
         assert (low, 0.0 < high < math.inf) == (0.0, True)

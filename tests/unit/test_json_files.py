@@ -24,12 +24,12 @@ from llama2.errors import UserError
 )
 def test_objects_are_read(tmp_path, content, value):
     (tmp_path / "x.json").write_text(content, "utf-8")
-    assert json_files.json_object(tmp_path / "x.json") == value
+    assert json_files.read_object(tmp_path / "x.json") == value
 
 
 def test_utf_16_behind_its_mark_is_read(tmp_path):
     (tmp_path / "x.json").write_bytes('{"ü": 1}'.encode("utf-16"))
-    assert json_files.json_object(tmp_path / "x.json") == {"ü": 1}
+    assert json_files.read_object(tmp_path / "x.json") == {"ü": 1}
 
 
 @pytest.mark.parametrize(
@@ -64,7 +64,7 @@ def test_utf_16_behind_its_mark_is_read(tmp_path):
 def test_other_json_is_one_line(tmp_path, content, words):
     (tmp_path / "x.json").write_bytes(content)
     with pytest.raises(UserError) as error:
-        json_files.json_object(tmp_path / "x.json", "run it again")
+        json_files.read_object(tmp_path / "x.json", "run it again")
 
     assert str(error.value) == f"{tmp_path}/{words}"
 
@@ -74,7 +74,7 @@ def test_a_list_is_no_object(tmp_path):
     with pytest.raises(
         UserError, match="a JSON list was expected, this is an object; fetch it again"
     ):
-        json_files.json_list(tmp_path / "x.json")
+        json_files.read_list(tmp_path / "x.json")
 
 
 def test_what_is_no_plain_file_is_refused_before_it_is_opened(tmp_path, monkeypatch):
@@ -93,7 +93,7 @@ def test_what_is_no_plain_file_is_refused_before_it_is_opened(tmp_path, monkeypa
         (".", "a directory"),
     ):
         with pytest.raises(UserError, match=f"this is {kind}, a file was expected"):
-            json_files.content(tmp_path / name)
+            json_files.read_bytes(tmp_path / name)
 
     for name, words in (
         ("circle", "symbolic links that lead in a circle"),
@@ -111,9 +111,9 @@ def test_a_file_may_be_too_large_to_be_what_it_should_be(tmp_path):
     with pytest.raises(
         UserError, match=r"x\.json: 1,073,741,825 bytes, at most 1,073,741,824 were expected"
     ):
-        json_files.json_object(tmp_path / "x.json")
+        json_files.read_object(tmp_path / "x.json")
 
 
 def test_names_of_a_directory_of_its_own():
     names = ["a.bin", "..", "../a", "/dev/zero", "a/b", "", ".", "a\0b", "a/", 3, None]
-    assert [name for name in names if json_files.is_own(name)] == ["a.bin"]
+    assert [name for name in names if json_files.is_file_name(name)] == ["a.bin"]

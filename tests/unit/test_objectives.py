@@ -8,7 +8,7 @@ from torch import nn
 
 from llama2.records import DEGREES
 from llama2.train import objectives
-from llama2.train.loop import means
+from llama2.train.loop import average
 
 
 class Fixed(nn.Module):
@@ -62,7 +62,7 @@ def test_ranking_loss_by_hand(margins, table):
     )
     assert float(loss.total.detach()) == pytest.approx(expected, rel=1e-6)
     assert float(loss.weight) == 4
-    rates = means(numbers(loss.metrics), 4)
+    rates = average(numbers(loss.metrics), 4)
     assert rates["reward/accuracy"] == (1 + 0 + 0.5 + 0) / 4
     assert rates["reward/accuracy/significantly"] == 0.5
     assert rates["reward/accuracy/better"] == 0
@@ -86,7 +86,7 @@ def test_auxiliary_loss_reads_labelled_answers_only():
     assert float((loss.total - plain.total).detach()) == pytest.approx(
         0.5 * auxiliary / 2, rel=1e-5
     )
-    rates = means(numbers(loss.metrics), 4)
+    rates = average(numbers(loss.metrics), 4)
     assert rates["reward/safety_loss"] == pytest.approx(auxiliary / 3, rel=1e-5)
     assert rates["reward/safety_accuracy"] == pytest.approx(1.0)
     assert rates["reward/ranking_loss"] == pytest.approx(float(plain.total.detach()) / 4)
@@ -148,7 +148,7 @@ def test_clipped_by_hand():
     value = 0.5 * ((0.2 - 1.0) ** 2 + 0.1**2 + 0.0)  # the first is held at 0.2 from its old value
     assert float(loss.total.detach()) == pytest.approx(policy + 0.5 * value, rel=1e-5)
     assert float(loss.weight) == 3
-    metrics = means(numbers(loss.metrics), 3)
+    metrics = average(numbers(loss.metrics), 3)
     assert metrics["ppo/clip_fraction"] == pytest.approx(2 / 3)
     assert metrics["ppo/entropy"] == pytest.approx(1.2 / 3)
     assert metrics["ppo/kl"] == pytest.approx(

@@ -13,23 +13,23 @@ from llama2.train.loop import Plan
 
 def test_schedule_values():
     plan = Plan(max_steps=110, warmup_steps=10)
-    assert plan.factor(0) == pytest.approx(0.1)
-    assert plan.factor(9) == 1.0
-    assert plan.factor(59) == pytest.approx(0.1 + 0.9 * 0.5)  # half of the cosine
-    assert plan.factor(109) == pytest.approx(0.1)
-    assert plan.factor(500) == pytest.approx(0.1)
-    assert all(plan.factor(s) > plan.factor(s + 1) for s in range(9, 109))
+    assert plan.scale_rate(0) == pytest.approx(0.1)
+    assert plan.scale_rate(9) == 1.0
+    assert plan.scale_rate(59) == pytest.approx(0.1 + 0.9 * 0.5)  # half of the cosine
+    assert plan.scale_rate(109) == pytest.approx(0.1)
+    assert plan.scale_rate(500) == pytest.approx(0.1)
+    assert all(plan.scale_rate(s) > plan.scale_rate(s + 1) for s in range(9, 109))
 
 
 def test_without_warmup_the_first_update_has_the_peak():
     plan = Plan(max_steps=5)
-    assert [plan.factor(s) for s in range(5)] == pytest.approx(
+    assert [plan.scale_rate(s) for s in range(5)] == pytest.approx(
         [0.1 + 0.9 * 0.5 * (1 + math.cos(math.pi * done / 4)) for done in range(5)]
     )
-    assert Plan(max_steps=1).factor(0) == 1.0  # a single update has nothing to decay from
-    assert [Plan(max_steps=2).factor(s) for s in range(2)] == pytest.approx([1.0, 0.1])
-    assert Plan(max_steps=2, warmup_steps=1).factor(0) == 1.0
-    assert Plan(max_steps=6, warmup_steps=5).factor(4) == 1.0
+    assert Plan(max_steps=1).scale_rate(0) == 1.0  # a single update has nothing to decay from
+    assert [Plan(max_steps=2).scale_rate(s) for s in range(2)] == pytest.approx([1.0, 0.1])
+    assert Plan(max_steps=2, warmup_steps=1).scale_rate(0) == 1.0
+    assert Plan(max_steps=6, warmup_steps=5).scale_rate(4) == 1.0
 
 
 @pytest.mark.parametrize("key", ["max_steps", "total_steps"])
@@ -41,7 +41,7 @@ def test_no_steps_at_all_are_refused(key):
 def test_constant_schedule_needs_no_length():
     plan = Plan(schedule="constant", warmup_steps=2)
     plan.check()
-    assert [plan.factor(s) for s in range(4)] == [0.5, 1.0, 1.0, 1.0]
+    assert [plan.scale_rate(s) for s in range(4)] == [0.5, 1.0, 1.0, 1.0]
 
 
 def test_plans_that_do_not_fit_are_refused():
@@ -64,7 +64,7 @@ class Towers(nn.Module):
 def test_matrices_decay_and_vectors_do_not():
     model = Towers()
     model.critic.bias.requires_grad_(False)
-    groups = optim.groups(model, optim.AdamW(), {"critic.": 1e-3})
+    groups = optim.group_parameters(model, optim.AdamW(), {"critic.": 1e-3})
     names = {id(p): n for n, p in model.named_parameters()}
     found = {(names[id(p)], g["peak"], g["weight_decay"]) for g in groups for p in g["params"]}
     assert found == {
@@ -78,19 +78,19 @@ def test_matrices_decay_and_vectors_do_not():
 def test_tied_weights_count_once():
     model = nn.ModuleDict({"embed": nn.Embedding(5, 4), "head": nn.Linear(4, 5, bias=False)})
     model["head"].weight = model["embed"].weight
-    assert sum(len(g["params"]) for g in optim.groups(model, optim.AdamW())) == 1
+    assert sum(len(g["params"]) for g in optim.group_parameters(model, optim.AdamW())) == 1
 
 
 def test_a_rate_for_no_parameter_is_a_defect():
     with pytest.raises(ValueError, match="critics"):
-        optim.groups(Towers(), optim.AdamW(), {"critics.": 1e-3})
+        optim.group_parameters(Towers(), optim.AdamW(), {"critics.": 1e-3})
 
 
 def test_update_is_adamw_by_hand():
     model = nn.Linear(2, 1, bias=False)
     settings = optim.AdamW(learning_rate=0.01)
     before = model.weight.detach().clone()
-    optimizer = optim.adamw(model, settings)
+    optimizer = optim.build_adamw(model, settings)
     model.weight.grad = torch.tensor([[0.3, -0.2]])
     optimizer.step()
     # after one step both bias-corrected moments are the gradient and its square
@@ -108,15 +108,15 @@ def test_parts_are_named_by_prefix_and_the_rest_is_one_more():
     names = {id(p): n for n, p in model.named_parameters()}
     found = {
         part: [names[id(p)] for p in parameters]
-        for part, parameters in optim.parts(model, ["critic."]).items()
+        for part, parameters in optim.split_parameters(model, ["critic."]).items()
     }
     assert found == {
         "critic.": ["critic.weight"],
         "": ["actor.embed.weight", "actor.norm.weight", "actor.norm.bias"],
     }
-    assert [*optim.parts(model, ())] == [""]
+    assert [*optim.split_parameters(model, ())] == [""]
     # nothing is left over
-    assert [*optim.parts(model, ("actor.", "critic."))] == ["actor.", "critic."]
+    assert [*optim.split_parameters(model, ("actor.", "critic."))] == ["actor.", "critic."]
 
     with pytest.raises(ValueError, match="no parameter starts with"):
-        optim.parts(model, ("value.",))
+        optim.split_parameters(model, ("value.",))

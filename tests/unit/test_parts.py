@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from llama2.runs import CHECKPOINTS, Run
-from llama2.runs.parts import in_parts
+from llama2.runs.parts import work_in_parts
 
 ITEMS = list(range(10))
 
@@ -29,7 +29,9 @@ def test_rows_come_in_order_whatever_the_size(tmp_path: Path) -> None:
     for size in (1, 3, 10, 99):
         rows = [
             row["item"]
-            for row in in_parts(Run(tmp_path / str(size), False), "x", ITEMS, size, doubled([]))
+            for row in work_in_parts(
+                Run(tmp_path / str(size), False), "x", ITEMS, size, doubled([])
+            )
         ]
         assert rows == ITEMS
 
@@ -37,13 +39,13 @@ def test_rows_come_in_order_whatever_the_size(tmp_path: Path) -> None:
 def test_finished_parts_are_not_made_again(tmp_path: Path) -> None:
     calls: list[int] = []
     with pytest.raises(RuntimeError):
-        list(in_parts(Run(tmp_path, False), "x", ITEMS, 3, doubled(calls, fail_at=6)))
+        list(work_in_parts(Run(tmp_path, False), "x", ITEMS, 3, doubled(calls, fail_at=6)))
 
     assert calls == [0, 3]
     again: list[int] = []
-    rows = list(in_parts(Run(tmp_path, False), "x", ITEMS, 3, doubled(again)))
+    rows = list(work_in_parts(Run(tmp_path, False), "x", ITEMS, 3, doubled(again)))
     assert again == [6, 9]
-    assert rows == list(in_parts(Run(tmp_path / "other", False), "x", ITEMS, 3, doubled([])))
+    assert rows == list(work_in_parts(Run(tmp_path / "other", False), "x", ITEMS, 3, doubled([])))
 
 
 @pytest.mark.parametrize(
@@ -52,12 +54,14 @@ def test_finished_parts_are_not_made_again(tmp_path: Path) -> None:
 def test_a_damaged_end_is_made_again(
     tmp_path: Path, damage: bytes, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    list(in_parts(Run(tmp_path, False), "x", ITEMS, 5, doubled([])))
+    list(work_in_parts(Run(tmp_path, False), "x", ITEMS, 5, doubled([])))
     file = tmp_path / CHECKPOINTS / "parts" / "x.jsonl"
     first = file.read_bytes().split(b"\n")[0] + b"\n"
     file.write_bytes(first + damage)
     calls: list[int] = []
-    rows = [row["item"] for row in in_parts(Run(tmp_path, False), "x", ITEMS, 5, doubled(calls))]
+    rows = [
+        row["item"] for row in work_in_parts(Run(tmp_path, False), "x", ITEMS, 5, doubled(calls))
+    ]
     assert calls == [5]
     assert rows == ITEMS
     said = (
@@ -70,27 +74,27 @@ def test_a_damaged_end_is_made_again(
 
 @pytest.mark.parametrize("key", ["first", "items", "sum", "rows"])
 def test_each_value_of_a_line_is_vouched_for(tmp_path: Path, key: str) -> None:
-    list(in_parts(Run(tmp_path, False), "x", ITEMS, 5, doubled([])))
+    list(work_in_parts(Run(tmp_path, False), "x", ITEMS, 5, doubled([])))
     file = tmp_path / CHECKPOINTS / "parts" / "x.jsonl"
     first, second, _ = file.read_text().split("\n")
     changed = {"first": 4, "items": 4, "sum": 1, "rows": "[1]"}
     file.write_text(f"{first}\n{json.dumps({**json.loads(second), key: changed[key]})}\n")
     calls: list[int] = []
     assert [
-        row["item"] for row in in_parts(Run(tmp_path, False), "x", ITEMS, 5, doubled(calls))
+        row["item"] for row in work_in_parts(Run(tmp_path, False), "x", ITEMS, 5, doubled(calls))
     ] == ITEMS
     assert calls == [5]
 
 
 def test_nothing_to_do(tmp_path: Path) -> None:
-    assert list(in_parts(Run(tmp_path, False), "x", [], 5, doubled([]))) == []
+    assert list(work_in_parts(Run(tmp_path, False), "x", [], 5, doubled([]))) == []
 
 
 def test_work_goes_on_in_parts_of_another_size(tmp_path: Path) -> None:
     with pytest.raises(RuntimeError):
-        list(in_parts(Run(tmp_path, False), "x", ITEMS, 3, doubled([], fail_at=6)))
+        list(work_in_parts(Run(tmp_path, False), "x", ITEMS, 3, doubled([], fail_at=6)))
 
     calls: list[int] = []
-    rows = list(in_parts(Run(tmp_path, False), "x", ITEMS, 2, doubled(calls)))
+    rows = list(work_in_parts(Run(tmp_path, False), "x", ITEMS, 2, doubled(calls)))
     assert calls == [6, 8]
-    assert rows == list(in_parts(Run(tmp_path / "other", False), "x", ITEMS, 3, doubled([])))
+    assert rows == list(work_in_parts(Run(tmp_path / "other", False), "x", ITEMS, 3, doubled([])))

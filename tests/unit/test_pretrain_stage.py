@@ -138,13 +138,13 @@ def test_compressors_are_given_the_same_bytes(tokens):
             current.append(token)
 
     text = b"\n".join(sorted(documents))
-    found = checked.text.bits_per_byte()
+    found = checked.text.measure_bits_per_byte()
     size = sum(map(len, documents))
     assert found == {
         "xz_bits_per_byte": 8 * len(lzma.compress(text, preset=9)) / size,
         "bzip2_bits_per_byte": 8 * len(bz2.compress(text, 9)) / size,
     }
-    assert HeldoutText([], words).bits_per_byte() == {}
+    assert HeldoutText([], words).measure_bits_per_byte() == {}
 
 
 def run(tokens, out, *more):

@@ -17,16 +17,16 @@ from llama2.train import learner
 def forgotten(monkeypatch, tmp_path):
     monkeypatch.setattr(private_folders.tempfile, "tempdir", str(tmp_path))
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    private_folders.folder.cache_clear()
+    private_folders.choose_folder.cache_clear()
     yield
-    private_folders.folder.cache_clear()
+    private_folders.choose_folder.cache_clear()
 
 
 @pytest.mark.parametrize("umask", [0o000, 0o022, 0o077])
 def test_whatever_the_umask_nobody_else_can_write(tmp_path, umask):
     before = os.umask(umask)
     try:
-        made = private_folders.folder()
+        made = private_folders.choose_folder()
     finally:
         os.umask(before)
 
@@ -38,7 +38,7 @@ def test_a_relative_cache_is_none(tmp_path, monkeypatch):
     """XDG's rule: the working directory may be anybody's."""
     monkeypatch.setenv("XDG_CACHE_HOME", "cache")
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
-    assert private_folders.folder() == tmp_path / "home/.cache/llama2"
+    assert private_folders.choose_folder() == tmp_path / "home/.cache/llama2"
 
 
 def test_what_is_left_is_a_fresh_folder_that_goes_with_the_process(tmp_path):
@@ -69,7 +69,7 @@ def test_nothing_is_made_in_a_home_of_another_user(tmp_path, monkeypatch):
     os.chown(tmp_path / "home", 12345, 12345)
     monkeypatch.delenv("XDG_CACHE_HOME")
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
-    assert private_folders.folder() == tmp_path / "llama2-0"
+    assert private_folders.choose_folder() == tmp_path / "llama2-0"
     assert list((tmp_path / "home").iterdir()) == []
 
 
@@ -82,12 +82,12 @@ def test_a_group_of_ones_own_may_write_above(tmp_path, monkeypatch):
     if not own:
         pytest.skip("this user's group is shared")
 
-    assert private_folders.folder() == tmp_path / "cache/llama2"
+    assert private_folders.choose_folder() == tmp_path / "cache/llama2"
     monkeypatch.setattr(
         private_folders.grp, "getgrgid", lambda number: type("Group", (), {"gr_mem": ["another"]})
     )
-    private_folders.folder.cache_clear()
-    assert private_folders.folder() == tmp_path / f"llama2-{os.getuid()}"
+    private_folders.choose_folder.cache_clear()
+    assert private_folders.choose_folder() == tmp_path / f"llama2-{os.getuid()}"
 
 
 @pytest.mark.filterwarnings("ignore:.*script_method:DeprecationWarning")

@@ -14,7 +14,7 @@ from torch import nn
 
 from llama2 import records
 from llama2.errors import UserError
-from llama2.evaluate.quantization import coverage, measure, windows
+from llama2.evaluate.quantization import cut_windows, measure, measure_coverage
 from llama2.formats.checkpoint import load
 from llama2.generate import cpu_decoder
 from llama2.generate.engine import Engine
@@ -102,7 +102,7 @@ def test_importing_torchao_says_nothing(torchao, caplog):
 @pytest.mark.parametrize("shape", [SHAPE, TIED], ids=["untied", "tied"])
 @pytest.mark.parametrize("bits", ["int8", "int4"])
 def test_what_is_rounded(shape, bits):
-    rows = {row["name"]: row for row in coverage(shape, bits)}
+    rows = {row["name"]: row for row in measure_coverage(shape, bits)}
     assert all(
         rows[f"model.layers.*.{name}.weight"]["kept_in"] == bits
         for name in (
@@ -156,7 +156,7 @@ def test_sizes_are_those_of_what_is_decoded_with(bits):
     read = {name: decoder._model.values[name] for name in ("embedding", "last_norm", "head")}
     held = sum(map(held_bytes, (*read.values(), *decoder._layers)))
     vectors = sum(weight.numel() for weight in model.parameters() if weight.dim() == 1)
-    assert held - 2 * vectors == sum(row["after"] for row in coverage(SHAPE, bits)), (
+    assert held - 2 * vectors == sum(row["after"] for row in measure_coverage(SHAPE, bits)), (
         "norms are decoded with in fp32"
     )
 
@@ -171,13 +171,13 @@ def test_every_token_is_predicted_once(tokenizer):
         Document("never read", "c"),
     ]
     whole = [[tokenizer.bos, *tokenizer.encode(each.text), tokenizer.eos] for each in documents]
-    count, rows = windows(documents, tokenizer, 16, sum(map(len, whole[:2])) - 2)
+    count, rows = cut_windows(documents, tokenizer, 16, sum(map(len, whole[:2])) - 2)
     assert count == 2
     assert all(2 <= len(row) <= 16 for row in rows)
     assert [token for row in rows for token in row[1:]] == [
         token for ids in whole[:2] for token in ids[1:]
     ]
-    assert sum(len(row) - 1 for row in windows(documents, tokenizer, 16, 37)[1]) == 37
+    assert sum(len(row) - 1 for row in cut_windows(documents, tokenizer, 16, 37)[1]) == 37
 
 
 def test_the_loss_is_that_of_the_weights_that_are_served(policy, tokenizer, torchao):

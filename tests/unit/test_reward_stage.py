@@ -252,7 +252,7 @@ def test_warm_up_is_the_papers_where_there_are_steps_for_it(steps, expected):
     assert reward.count_warmup(Plan(), steps) == expected
     plan = Plan(max_steps=steps, warmup_steps=expected)
     plan.check()
-    assert max(plan.factor(step) for step in range(steps)) == 1.0
+    assert max(plan.scale_rate(step) for step in range(steps)) == 1.0
     assert reward.count_warmup(Plan(warmup_steps=0), steps) == 0
     assert reward.count_warmup(Plan(warmup_steps=7), steps) == 7
 

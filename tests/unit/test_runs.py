@@ -82,7 +82,7 @@ def test_the_manifest_says_what_was_asked_and_made_from_what(tmp_path, source):
         "size": 3,
     }
     assert manifest["inputs"] == {"parts.a.source": hash_file(source)}
-    assert manifest["code"] == runs.code_version()
+    assert manifest["code"] == runs.read_code_version()
     complete = json.loads((tmp_path / "out/COMPLETE").read_text())
     assert complete["outputs"] == {"result.txt": hash_file(tmp_path / "out/result.txt")}
     assert complete["seconds"] >= 0
@@ -472,7 +472,7 @@ def test_a_clock_that_is_set_back_shortens_no_run(tmp_path, monkeypatch):
 
 
 def test_a_run_that_goes_on_with_other_code_says_so(tmp_path, unfinished, monkeypatch, capsys):
-    monkeypatch.setattr(manifest, "code_version", lambda: "1+other")
+    monkeypatch.setattr(manifest, "read_code_version", lambda: "1+other")
     assert work(config(tmp_path))
     assert "it was begun by other code, " in capsys.readouterr().err
 
@@ -726,8 +726,8 @@ def test_the_code_version_covers_compiled_code(tmp_path, monkeypatch):
     monkeypatch.setattr(fingerprints.llama2, "__file__", str(package / "__init__.py"))
 
     def version():
-        runs.code_version.cache_clear()
-        return runs.code_version()
+        runs.read_code_version.cache_clear()
+        return runs.read_code_version()
 
     before = version()
     (package / "notes.md").write_text("two")
@@ -742,4 +742,4 @@ def test_the_code_version_covers_compiled_code(tmp_path, monkeypatch):
     monkeypatch.setenv("LLAMA2_NATIVE", "off")  # other operations round otherwise
     versions.add(version())
     assert len(versions) == 5
-    runs.code_version.cache_clear()
+    runs.read_code_version.cache_clear()

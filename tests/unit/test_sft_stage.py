@@ -8,7 +8,7 @@ from commands import llama2
 
 from llama2 import records
 from llama2.config import build
-from llama2.data.split import ENOUGH, heldout_openings, is_heldout, normalize_opening
+from llama2.data.split import ENOUGH, choose_heldout, is_heldout, normalize_opening
 from llama2.errors import UserError
 from llama2.records import Dialog, messages_of
 from llama2.runs import Run
@@ -100,10 +100,10 @@ def test_copies_depths_and_answers_to_one_prompt_lie_on_one_side(tmp_path):
 
 def test_at_least_one_conversation_is_held_out_where_there_are_enough():
     few = [f"question {n}" for n in range(ENOUGH)]
-    assert len(heldout_openings(few, 1e-6)) == 1
-    assert heldout_openings(few[1:], 1e-6) == set()
-    assert heldout_openings(few, 0.0) == set()
-    assert heldout_openings(["the same"] * 500, 0.02) in (set(), {"the same"})
+    assert len(choose_heldout(few, 1e-6)) == 1
+    assert choose_heldout(few[1:], 1e-6) == set()
+    assert choose_heldout(few, 0.0) == set()
+    assert choose_heldout(["the same"] * 500, 0.02) in (set(), {"the same"})
 
 
 def test_an_earlier_split_does_not_leave_the_later_one_without_dialogs():
@@ -113,7 +113,7 @@ def test_an_earlier_split_does_not_leave_the_later_one_without_dialogs():
         for said in (f"question {n}" for n in range(2000))
         if not is_heldout(messages_of([("user", said)]), 0.05)
     ]
-    chosen = heldout_openings(left, 0.02)
+    chosen = choose_heldout(left, 0.02)
     assert len(chosen) == round(0.02 * len(left))
     assert all(is_heldout(messages_of([("user", said)]), 0.1) for said in chosen)
 

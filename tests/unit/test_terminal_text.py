@@ -5,10 +5,10 @@ import pytest
 from llama2.errors import UserError
 from llama2.terminal_text import (
     LONGEST,
-    clock,
-    line,
+    fit_line,
+    format_clock,
     list_some,
-    printable,
+    make_printable,
     say,
     say_once,
     show_value,
@@ -19,9 +19,9 @@ CLEAR, TITLE, RIGHT_TO_LEFT = "\x1b[2J", "\x1b]0;mine\x07", "\u202e"
 
 def test_an_answer_keeps_its_lines_and_every_letter():
     text = "日本\u3000語\tné\u200c \U0001f468\u200d\U0001f469 \u00a0x\n"
-    assert printable(text) == text
+    assert make_printable(text) == text
     assert (
-        printable(f"a{CLEAR}b{RIGHT_TO_LEFT}c\x9bd\re\u2066\u2028")
+        make_printable(f"a{CLEAR}b{RIGHT_TO_LEFT}c\x9bd\re\u2066\u2028")
         == "a\ufffd[2Jb\ufffdc\ufffdd\ufffde\ufffd\ufffd"
     )
 
@@ -37,18 +37,18 @@ def test_an_answer_keeps_its_lines_and_every_letter():
     ],
 )
 def test_a_message_is_one_line_that_spells_what_is_not_drawn(text, expected):
-    assert line(text) == expected
+    assert fit_line(text) == expected
 
 
 def test_a_long_message_keeps_both_ends():
-    found = line("begin" + "x" * 100_000 + "end")
+    found = fit_line("begin" + "x" * 100_000 + "end")
     assert len(found) == LONGEST
     assert found.startswith("beginxxx")
     assert found.endswith("xxxend")
 
 
 def test_a_message_of_what_must_be_spelt_is_no_longer_for_it():
-    found = line("begin" + "\x1b" * 100_000 + "end")
+    found = fit_line("begin" + "\x1b" * 100_000 + "end")
     assert len(found) == LONGEST
     assert found.startswith(r"begin\x1b\x1b")
     assert found.endswith(r"\x1b\x1bend")
@@ -87,7 +87,7 @@ def test_what_is_said_is_one_line(capsys):
 
 
 def test_a_duration_is_written_as_a_clock_writes_it():
-    assert [clock(seconds) for seconds in (0, 59.9, 200, 3800)] == [
+    assert [format_clock(seconds) for seconds in (0, 59.9, 200, 3800)] == [
         "0:00",
         "0:59",
         "3:20",

@@ -30,7 +30,7 @@ from llama2.hashing import hash_file
 from llama2.model.scorer import Scorer
 from llama2.records import Messages, Prompt
 from llama2.runs import Run
-from llama2.runs.parts import in_parts
+from llama2.runs.parts import work_in_parts
 from llama2.stages.common.training import freeze
 from llama2.tally import Tally
 from llama2.tokenizer.template import encode_prompt
@@ -157,7 +157,7 @@ def answer_prompts(
             [answer.text, answer.completion.finish, answer.completion.tokens] for answer, *_ in rows
         ]
 
-    rows = in_parts(run, name, prompts, ROUNDS * slots, work)
+    rows = work_in_parts(run, name, prompts, ROUNDS * slots, work)
     return [
         Answer(text, Completion((), tuple(tokens), (), finish)) for text, finish, tokens in rows
     ]
@@ -224,7 +224,7 @@ def judge_answers(
                 )
 
             fresh = [key for key in keyed if key not in scores]
-            scores.update(zip(fresh, in_parts(run, f"{name}-{version}", fresh, JUDGED, work)))
+            scores.update(zip(fresh, work_in_parts(run, f"{name}-{version}", fresh, JUDGED, work)))
             result[version] = [scores[key] for key in keyed]
 
     return result

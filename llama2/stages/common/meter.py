@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 
 from llama2.ranks import Ranks
-from llama2.terminal_text import clock, say
+from llama2.terminal_text import format_clock, say
 
 
 class Meter:
@@ -47,4 +47,4 @@ class Meter:
         if fresh <= 0:
             return line
 
-        return f"{line}, {clock(elapsed / fresh * (self.total - done))} left"
+        return f"{line}, {format_clock(elapsed / fresh * (self.total - done))} left"

@@ -27,7 +27,7 @@ from llama2.hashing import hash_number
 from llama2.ranks import Ranks
 from llama2.records import Dialog, Message, Messages, Prompt
 from llama2.runs import CHECKPOINTS, Run
-from llama2.runs.parts import Work, in_parts
+from llama2.runs.parts import Work, work_in_parts
 from llama2.stages.common.answers import check_judge, keep_prompts
 from llama2.stages.common.meter import Meter
 from llama2.stages.common.training import freeze, load_policy, load_scorer
@@ -134,7 +134,7 @@ def sample_in_parts(
 
         return work(part, first)
 
-    return in_parts(run, name, items, size, work_on_part)
+    return work_in_parts(run, name, items, size, work_on_part)
 
 
 def _start_journal(run: Run, part: str) -> Path:

@@ -106,7 +106,7 @@ def train(
         precision=settings.precision,
         compile=settings.compile,
     )
-    if state.latest(run.path) is None:
+    if state.find_latest(run.path) is None:
         run.rewind(-1)  # a first attempt may have been killed before its first checkpoint
 
     # Checkpoint restores the others before they start
@@ -217,7 +217,7 @@ def make_saver(
     stops = tuple(dict.fromkeys((*model.config.stops, *tokenizer.stops)))
 
     def save(directory: Path) -> None:
-        weights = parallel.full_weights(model)
+        weights = parallel.gather_weights(model)
         if ranks.is_main:
             checkpoint.save_tensors(
                 weights,
