@@ -46,8 +46,8 @@ def test_what_is_left_is_a_fresh_folder_that_goes_with_the_process(tmp_path):
 import tempfile
 tempfile.tempdir = {str(tmp_path)!r}
 from llama2 import private_folders as private
-made = private.folder()
-print(made, made.is_dir(), oct(made.stat().st_mode & 0o777), private.folder() == made)
+made = private.choose_folder()
+print(made, made.is_dir(), oct(made.stat().st_mode & 0o777), private.choose_folder() == made)
 """
     (tmp_path / "cache").write_text("no folder")
     (tmp_path / f"llama2-{os.getuid()}").symlink_to(tmp_path)
