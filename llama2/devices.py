@@ -102,7 +102,8 @@ def get_random_state(device: torch.device) -> dict[str, Tensor]:
 
 
 def set_random_state(device: torch.device, state: dict[str, Any]) -> None:
-    """Restore what `get_random_state` returned, if `state` has it and the device is of that kind."""
+    """Restore what `get_random_state` returned, if `state` has it and the device is of that
+    kind."""
     if CUDA in state and is_gpu(device):
         torch.cuda.set_rng_state(state[CUDA], device)
 

@@ -1,6 +1,6 @@
 """Hold the package to its rules of style, and print its figures.
 
-    python tools/style.py              name every place that breaks a rule; exit status 1 if any does
+    python tools/style.py              name every place that breaks a rule; status 1 if any does
     python tools/style.py --figures    density of each package as well
 
 The rules are those of CONTRIBUTING.md that a program can hold: functions are verbs, a public class

@@ -182,8 +182,8 @@ def _say_template(model: StoredModel, config: Config) -> None:
             origin = "no chat template came with it"
 
         _say(
-            f"{origin}: it can be trained, and talked to after sft (or at once, if it was tuned for "
-            "Llama 2's format: import it with --chat-template llama2)"
+            f"{origin}: it can be trained, and talked to after sft (or at once, if it was tuned "
+            "for Llama 2's format: import it with --chat-template llama2)"
         )
 
 

@@ -36,7 +36,7 @@ def read_array(path: Path, place: str, dtype: str, offset: int, count: int) -> n
 
 @contextmanager
 def replace_file(file: Path) -> Iterator[IO[bytes]]:
-    """Open a file to write that takes the name `file` when the block ends, and vanishes if it ends with
-    an error."""
+    """Open a file to write that takes the name `file` when the block ends, and vanishes if it ends
+    with an error."""
     with atomic.new_file(file) as work, open(work, "wb") as stream:
         yield stream

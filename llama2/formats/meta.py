@@ -171,8 +171,8 @@ def _read_config(
         )
     if settings.get("vocab_size", -1) not in (-1, rows):
         raise UserError(
-            f"{file}: vocab_size is {show_value(settings['vocab_size'])}, tok_embeddings.weight has "
-            f"{rows} rows",
+            f"{file}: vocab_size is {show_value(settings['vocab_size'])}, tok_embeddings.weight "
+            f"has {rows} rows",
             _OTHER_MODEL,
         )
 

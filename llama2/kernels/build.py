@@ -240,8 +240,8 @@ def fields(kind: type[Any], *names: str) -> list[tuple[str, type[Any]]]:
 
 
 class Struct(ctypes.Structure):
-    """Arguments of a C++ function by name: the fields of the struct that has the same name there, in
-    the same order. Tensors are pointers; None is the null pointer."""
+    """Arguments of a C++ function by name: the fields of the struct that has the same name there,
+    in the same order. Tensors are pointers; None is the null pointer."""
 
     def __init__(self, **values: Any) -> None:
         super().__init__(**{name: _plain(value) for name, value in values.items()})

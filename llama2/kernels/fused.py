@@ -204,8 +204,9 @@ class _Gated(torch.autograd.Function):
 
 # --- attention ----
 View = tuple[Tensor, Tensor, Tensor | None]
-"""what all layers share: rotary tables, cosine and sine [B or 1, T, 1, E] in fp32, the sine negative
-in the first half, and the first position that each query may see, [B, T] (None: position 0)"""
+"""what all layers share: rotary tables, cosine and sine [B or 1, T, 1, E] in fp32, the sine
+negative in the first half, and the first position that each query may see, [B, T] (None: position
+0)"""
 
 
 def attention(x_BTD: Tensor, weights: Sequence[Tensor], size: int, view: View) -> Tensor:

@@ -1,5 +1,5 @@
-"""Positions of tokens: rotary tables and rotations (§2.2), which position may look where, and packed
-documents.
+"""Positions of tokens: rotary tables and rotations (§2.2), which position may look where, and
+packed documents.
 
 Shapes: B rows, T positions, H heads, E head dimension.
 """

@@ -1,5 +1,5 @@
-"""Copies of a model that hold other weights than it, with everything that was put into it: wrappers,
-hooks and subclasses.
+"""Copies of a model that hold other weights than it, with everything that was put into it:
+wrappers, hooks and subclasses.
 """
 
 from __future__ import annotations

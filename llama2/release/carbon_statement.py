@@ -110,7 +110,8 @@ def _evaluation(measured: Measured | None, power: Power) -> str:
 
     return (
         f"Its evaluation, of all versions together, took {md.hours(energy.hours)} device-hours "
-        f"more ({', '.join(format_amounts(energy.kwh, energy.kg))} CO2eq), which the sum does not hold."
+        f"more ({', '.join(format_amounts(energy.kwh, energy.kg))} CO2eq), which the sum does not "
+        "hold."
     )
 
 

@@ -1,9 +1,9 @@
 """What each stage leaves in its run directory, one frozen model a JSON file.
 
 A stage constructs its result and writes it with `Run.write_result`; the report, the papers of a
-release and everything else read it back through `recipe_runs.StepRun.result`. A name that stands here
-is a key of the file, so a key that no stage writes cannot be read. What is at its default is left
-out of the file. Files of earlier versions open too: `spellings` lists how they wrote a key.
+release and everything else read it back through `recipe_runs.StepRun.result`. A name that stands
+here is a key of the file, so a key that no stage writes cannot be read. What is at its default is
+left out of the file. Files of earlier versions open too: `spellings` lists how they wrote a key.
 
 Shares lie in [0, 1]; intervals (`low`, `high`) hold 95 %; losses are in nats a token.
 """

@@ -265,7 +265,8 @@ def read_steps(path: Path) -> list[str]:
 
 
 def read_recipe(path: Path) -> Recipe:
-    """Read the runs below `path`: those of its steps.json in that order, else all, by their start."""
+    """Read the runs below `path`: those of its steps.json in that order, else all, by their
+    start."""
     if not path.is_dir():
         raise UserError(f"{path}: no such directory", "give the output directory of a recipe")
 

@@ -178,8 +178,8 @@ def make_ppo_loss(
 
 
 def compute_explained_variance(metrics: Mapping[str, float]) -> dict[str, float]:
-    """Return 1 - Var(return - value) / Var(return), from the means which `make_ppo_loss` reports; {}
-    where returns do not vary."""
+    """Return 1 - Var(return - value) / Var(return), from the means which `make_ppo_loss` reports;
+    {} where returns do not vary."""
     if "ppo/return" not in metrics:
         return {}
 

@@ -1,6 +1,6 @@
 """PPO's data (§3.2.3): the policy's answers, the reward models' scores, KL, and advantages by GAE.
 
-    R(g | p) = R~_c(g | p) - beta * KL(pi_theta || pi_0),   R~_c = whiten(logit(R_c))     (equation 4)
+    R(g | p) = R~_c(g | p) - beta * KL(pi_theta || pi_0),   R~_c = whiten(logit(R_c))    (eq. 4)
 
 `Rollouts` is a source like any other: `fit` asks it for the micro-batches of one update, and it
 samples anew when the last batch is used up. Where the paper leaves a choice, it is as follows. The

@@ -191,7 +191,8 @@ def read_pairs(
 
 
 def collate(pairs: Sequence[EncodedPair]) -> Batch:
-    """Collate pairs to one right-padded batch, the chosen rows first (see `objectives.make_ranking_loss`)."""
+    """Collate pairs to one right-padded batch, the chosen rows first (see
+    `objectives.make_ranking_loss`)."""
     rows = [pair.chosen for pair in pairs]
     rows += [pair.rejected for pair in pairs]
     labels = [pair.safe[0] for pair in pairs]
