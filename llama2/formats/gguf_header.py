@@ -112,7 +112,7 @@ class _Cursor:
         table: dict[str, Any] = {}
         for index in range(count):
             self.what = f"{what} {index + 1} of {count}"
-            name = self.read_text()
+            name = self.read_string()
             self.what = f"{what} '{name}'"
 
             if name in table:
@@ -134,7 +134,7 @@ class _Cursor:
         """Read a whole number; `code` is that of `struct`."""
         return int(struct.unpack(code, self.read_bytes(struct.calcsize(code)))[0])
 
-    def read_text(self) -> str:
+    def read_string(self) -> str:
         """Read a text with its length before it."""
         try:
             return self.read_bytes(self.read_number("<Q")).decode()
@@ -153,7 +153,7 @@ class _Cursor:
     def read_values(self, kind: int, count: int) -> list[Any]:
         """Read `count` values of one type, by ggml's number."""
         if kind == _STRING:
-            return [self.read_text() for _ in range(count)]
+            return [self.read_string() for _ in range(count)]
         if kind not in _NUMBERS:
             raise self.damage(f"{self.what} is of the unknown type {kind}")
 

@@ -43,7 +43,7 @@ def by_split() -> dict[PromptSplit, list[Prompt]]:
 
 
 @pytest.fixture(scope="module")
-def show_value() -> list[Dialog]:
+def shown() -> list[Dialog]:
     return list(draw_demonstrations(WORLD, 3000))
 
 
