@@ -190,7 +190,8 @@ def install(model: Module) -> Module:
     """Let kernels compute those modules of `model` that are exactly the network's own; return
     `model`. Subclasses stay as they are. Calling it again changes nothing."""
     for module in model.modules():
-        module.__class__ = _FUSED.get(type(module), type(module))
+        if type(module) in _FUSED:
+            module.__class__ = _FUSED[type(module)]
 
     return model
 
