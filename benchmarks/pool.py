@@ -29,7 +29,7 @@ from llama2.recipe.workers import execute
 from llama2.records import Prompt
 from llama2.runs import Run
 from llama2.stages.common.judges import make_judge
-from llama2.stages.common.sampling import Sample, answer, derive_seed, load_chat
+from llama2.stages.common.sampling import Sample, answer, load_chat, seed_use
 
 ROUNDS = 3
 LATER = ("unsafe",)
@@ -91,7 +91,7 @@ def arm(
                 rewards={"helpful": str(base / "helpful1"), "safe": str(base / "safe1")},
                 temperatures=[1.0],
                 earlier=[str(path) for path in rounds] if pooled else [],
-                seed=derive_seed(seed, "round", number) % 2**31,
+                seed=seed_use(seed, "round", number) % 2**31,
                 sample={"max_tokens": MAX_TOKENS, "slots": 256},
             )
         )

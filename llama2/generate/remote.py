@@ -225,7 +225,7 @@ class RemoteEngine:
             "max_tokens": min(sampling.max_tokens, self.context - len(prompt)),
             "temperature": sampling.temperature,
             "top_p": sampling.top_p,
-            "seed": derive_seed(sampling.seed, number, sample),
+            "seed": seed_sample(sampling.seed, number, sample),
             "stop_token_ids": list(sampling.stop),
             "return_token_ids": True,
             "return_tokens_as_token_ids": True,
@@ -432,7 +432,7 @@ def _choose_model(server: Server, url: str, models: Mapping[str, object]) -> str
     return name
 
 
-def derive_seed(seed: int, prompt: int, sample: int) -> int:
+def seed_sample(seed: int, prompt: int, sample: int) -> int:
     """Return the seed sent for one sample, of 31 bits: some servers take no more."""
     return hash_number(f"{seed} {prompt} {sample}", 4) >> 1
 

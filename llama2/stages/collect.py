@@ -36,12 +36,12 @@ from llama2.stages.common.preprompts import PREPROMPTS, check, under_preprompt
 from llama2.stages.common.sampling import (
     Sample,
     answer,
-    derive_seed,
     keep_fitting,
     load_chat,
     open_records,
     read_prompts,
     sample_in_parts,
+    seed_use,
 )
 from llama2.tally import Tally
 
@@ -263,7 +263,7 @@ def make_sampler(config: Config, chats: Mapping[Path, Chat]) -> Work[Prompt]:
                 config.sample,
                 temperature=config.temperatures[side],
                 indices=places,
-                seed=derive_seed(config.seed, "side", side, config.round),
+                seed=seed_use(config.seed, "side", side, config.round),
             )
             texts.append([row[0].text for row in answers])
 
@@ -279,6 +279,6 @@ def add_preprompt(config: Config, chat: Chat, prompt: Prompt, place: int) -> Mes
     if classify(prompt) == "helpful" or chance >= config.preprompted:
         return prompt.messages
 
-    seed = derive_seed(config.seed, "preprompt", config.round)
+    seed = seed_use(config.seed, "preprompt", config.round)
     under = under_preprompt(prompt, seed, config.preprompts, {})
     return under if chat.has_room(under, ROOM) else prompt.messages

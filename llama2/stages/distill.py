@@ -28,7 +28,6 @@ from llama2.stages.common.preprompts import PREPROMPTS, TEMPLATES, check, under_
 from llama2.stages.common.sampling import (
     Sample,
     answer,
-    derive_seed,
     keep_fitting,
     keep_scorable,
     load_chat,
@@ -38,6 +37,7 @@ from llama2.stages.common.sampling import (
     read_prompts,
     sample_in_parts,
     score,
+    seed_use,
 )
 from llama2.tally import Tally
 
@@ -158,7 +158,7 @@ def make_sampler(config: Config, chat: Chat, rewards: Rewards) -> Work[Prompt]:
 
         def sample(questions: Sequence[Messages], *use: object) -> list[tuple[Answer, float]]:
             """Answer the questions; the answers are judged as answers to the bare prompts."""
-            seed = derive_seed(config.seed, *use)
+            seed = seed_use(config.seed, *use)
             answers = answer(chat, questions, config.sample, seed=seed, indices=places)
             scores = score(rewards, chat.tokenizer, prompts, answers)
             return [(row[0], marks[0].safe) for row, marks in zip(answers, scores)]
@@ -195,7 +195,7 @@ def find_risk(prompt: Prompt) -> str:
 
 def add_preprompt(prompt: Prompt, config: Config, turn: int) -> Messages:
     """Return what is asked for the answer number `turn`."""
-    seed = derive_seed(config.seed, "preprompt", turn)
+    seed = seed_use(config.seed, "preprompt", turn)
     return under_preprompt(prompt, seed, config.preprompts, config.templates)
 
 

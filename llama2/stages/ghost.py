@@ -27,10 +27,10 @@ from llama2.stages.common.planning import Cluster, PlannedRuns, plan_sampling
 from llama2.stages.common.sampling import (
     Sample,
     answer,
-    derive_seed,
     load_chat,
     open_records,
     sample_in_parts,
+    seed_use,
 )
 from llama2.tally import Tally
 
@@ -125,7 +125,7 @@ def run(config: Config, run: Run) -> None:
         return converse(chat, part, config, first)
 
     rows = sample_in_parts(run, [chat], "samples", conversations, work, config.sample, most_turns)
-    generator = np.random.default_rng(derive_seed(config.seed, "shortened"))
+    generator = np.random.default_rng(seed_use(config.seed, "shortened"))
     written = turns = 0
     examples: list[GhostExample] = []
 
@@ -202,7 +202,7 @@ def compose(config: Config, tally: Tally) -> list[Conversation]:
     few questions for one.
     """
     assert config.questions is not None
-    generator = np.random.default_rng(derive_seed(config.seed, "compose"))
+    generator = np.random.default_rng(seed_use(config.seed, "compose"))
     questions = list(_read_questions(config.questions, tally))
     if len(questions) < config.turns:
         raise UserError(
@@ -275,7 +275,7 @@ def converse(
             chat,
             list(prompts.values()),
             config.sample,
-            seed=derive_seed(config.seed, "turn", turn),
+            seed=seed_use(config.seed, "turn", turn),
             indices=[first + index for index in prompts],
         )
         for index, (reply,) in zip(prompts, rows):

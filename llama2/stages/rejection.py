@@ -29,7 +29,6 @@ from llama2.stages.common.pool import Pool
 from llama2.stages.common.sampling import (
     Sample,
     answer,
-    derive_seed,
     keep_fitting,
     keep_scorable,
     load_chat,
@@ -39,6 +38,7 @@ from llama2.stages.common.sampling import (
     read_prompts,
     sample_in_parts,
     score,
+    seed_use,
 )
 
 EXAMPLES = 6
@@ -90,7 +90,7 @@ def run(config: Config, run: Run) -> None:
     )
     prompts = keep_scorable(chat, rewards, prompts, config.sample, tally)
     means, temperature = search(config, run, chat, rewards, prompts)
-    work = make_sampler(config, chat, rewards, temperature, derive_seed(config.seed, "samples"))
+    work = make_sampler(config, chat, rewards, temperature, seed_use(config.seed, "samples"))
     rows = sample_in_parts(run, [chat], "samples", prompts, work, config.sample, config.k)
 
     curves, kept_answers = Curves(config.k), 0
@@ -235,7 +235,7 @@ def search(
     rows = []
     for temperature in config.temperatures:
         name = f"search-{temperature}"
-        work = make_sampler(config, chat, rewards, temperature, derive_seed(config.seed, "search"))
+        work = make_sampler(config, chat, rewards, temperature, seed_use(config.seed, "search"))
         rows.append(list(sample_in_parts(run, [chat], name, few, work, config.sample, config.k)))
 
     means = dict(zip(config.temperatures, average_best(rows)))

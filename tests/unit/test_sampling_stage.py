@@ -18,12 +18,12 @@ from llama2.stages.common import meter
 from llama2.stages.common.sampling import (
     Sample,
     answer,
-    derive_seed,
     keep_fitting,
     keep_scorable,
     load_chat,
     make_dialog,
     sample_in_parts,
+    seed_use,
 )
 from llama2.tally import Tally
 from llama2.tokenizer.template import encode_prompt
@@ -32,7 +32,7 @@ from llama2.tokenizer.template import encode_prompt
 def test_two_uses_never_share_a_seed():
     """Where the seed plus a number named the use, seed 1's first turn was seed 0's second."""
     found = {
-        derive_seed(seed, *use)
+        seed_use(seed, *use)
         for seed in range(50)
         for use in (
             ("samples",),
@@ -43,7 +43,7 @@ def test_two_uses_never_share_a_seed():
     }
     assert len(found) == 50 * 24
     assert all(0 <= seed < 2**63 for seed in found)
-    assert derive_seed(0, "turn", 1) == derive_seed(0, "turn", 1)
+    assert seed_use(0, "turn", 1) == seed_use(0, "turn", 1)
 
 
 def test_prompts_without_room_are_counted_with_a_cure(policy, tmp_path):

@@ -175,7 +175,7 @@ def read_prompts(path: Path, limit: int | None, seed: int) -> list[Prompt]:
     return [prompts[index] for index in sorted(order[:limit])]
 
 
-def derive_seed(seed: int, *use: object) -> int:
+def seed_use(seed: int, *use: object) -> int:
     """Return the seed of one use of randomness inside a stage: no two uses, rounds or turns share
     their random numbers."""
     return hash_number(repr((seed, *use))) >> 1
