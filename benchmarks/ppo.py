@@ -30,7 +30,7 @@ import torch
 from common import SIZES, Questions, Side, Size, has, spread
 from peers import EPOCHS, MICRO, NEW_TOKENS, PROMPT_TOKENS, PROMPTS
 
-from llama2 import cpu_tuning, devices
+from llama2 import cpu_tuning, devices, kernels
 from llama2.generate.dialogue import Chat
 from llama2.generate.engine import Engine
 from llama2.generate.generator import Completion, Tokens
@@ -128,7 +128,7 @@ def ours(size: Size, precision: devices.Precision) -> None:
     watch = Watch(kl_stop=1e9, updates=EPOCHS)
     source = Rollouts(
         ActorCritic(actor, critic),
-        reference.eval().requires_grad_(False),
+        kernels.install(reference.eval().requires_grad_(False)),
         rewards,
         chat,
         prompts,
