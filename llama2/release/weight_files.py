@@ -12,32 +12,29 @@ from pathlib import Path
 from llama2.convert import verify
 from llama2.convert.export import DTYPES, ROUNDING, Kind
 from llama2.errors import UserError, explain_os_errors
-from llama2.formats import checkpoint, gguf, hf
+from llama2.formats import gguf, hf
 from llama2.formats.detect import open_model
 from llama2.formats.gguf_metadata import Precision
-from llama2.formats.hf_directory import BESIDE
+from llama2.formats.hf_directory import BESIDE, is_model_file
 from llama2.formats.stored_model import StoredModel
 from llama2.hashing import hash_file
 from llama2.release.lineage import Stage
 
 GGUF = "gguf"
 _ROUNDING = ROUNDING | {"f32": ROUNDING["fp32"], "f16": ROUNDING["fp16"]}
-_MODEL_FILES = {checkpoint.CONFIG, checkpoint.WEIGHTS, checkpoint.INDEX, checkpoint.CHECKSUMS}
-_MODEL_FILES.update(BESIDE)
-_SHARD = re.compile(r"model-\d+-of-\d+\.safetensors")
 
 
 def list_files(run: Path) -> list[str]:
     """List the files that make up the model in a run directory."""
     files = sorted(path.name for path in run.iterdir() if path.is_file())
-    return [name for name in files if name in _MODEL_FILES or _SHARD.fullmatch(name)]
+    return [name for name in files if is_model_file(name)]
 
 
 def check(stage: Stage) -> None:
     """Check that every file of the model is there and has the checksum that its run recorded, else
     UserError."""
     outputs, run = stage.step.recorded, stage.step.path
-    recorded = [name for name in outputs if name in _MODEL_FILES or name.endswith(".safetensors")]
+    recorded = [name for name in outputs if is_model_file(name)]
     for name in sorted({*list_files(run), *recorded}):
         if not (run / name).is_file():
             raise UserError(
