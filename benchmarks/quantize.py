@@ -25,12 +25,20 @@ from torch import Tensor, nn
 
 from llama2 import cpu_tuning
 from llama2.generate.snapshot import Snapshot
+from llama2.kernels.build import Struct
 from llama2.model import quantize
 from llama2.model.cache import KVCache
 from llama2.model.llama import Llama, LlamaConfig
 
 PRECISIONS: tuple[quantize.WeightPrecision, ...] = ("fp32", "bf16", "int8", "int4")
 POSITION = 64
+
+
+def count_bytes(struct: Struct) -> int:
+    """Bytes of the tensors that a struct of the decoder points to, and those inside it."""
+    tensors = [value for value in struct.values.values() if isinstance(value, torch.Tensor)]
+    inner = [value for value in struct.values.values() if isinstance(value, Struct)]
+    return sum(value.nbytes for value in tensors) + sum(map(count_bytes, inner))
 
 
 def best(jobs: dict[str, Callable[[], object]], repeats: int) -> dict[str, float]:
@@ -77,9 +85,8 @@ def decode(shape: LlamaConfig, batches: Sequence[int], repeats: int) -> None:
         seconds = best(jobs, repeats)
         for name, decoder in decoders.items():
             assert decoder is not None
-            held = sum(
-                kept.numel() * kept.element_size() for kept in decoder._kept[2:] if kept is not None
-            )
+            structs = [*decoder._layers, decoder._model.values["head"]]
+            held = sum(map(count_bytes, structs))
             print(
                 f"decode  rows {rows:3}  {name}  {rows / seconds[name]:9,.0f} tokens/s  {held / 1e6:7.1f} MB  "
                 f"{seconds['bf16'] / seconds[name]:5.2f} of bf16's speed",
