@@ -21,7 +21,8 @@ from llama2.errors import UserError
 from llama2.model.llama import LlamaConfig
 from llama2.model.tensors import interleave_pairs, rotary_heads, separate_pairs
 from llama2.tokenizer import sentencepiece_model
-from llama2.tokenizer.sentencepiece_model import StoredTokenizer, Vocabulary
+from llama2.tokenizer.sentencepiece_model import Vocabulary
+from llama2.tokenizer.stored import StoredTokenizer
 
 SMALL = 32 << 20  # bytes that do not matter
 GIVE_ITS_OWN = "put the tokenizer there with which the model was trained"
