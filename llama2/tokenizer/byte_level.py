@@ -177,7 +177,7 @@ def _build(values: Mapping[str, Any], source: str, controls: frozenset[int]) -> 
     merges = [
         merge
         for merge in byte_level_json.list_merges(model)
-        if not {*merge, "".join(merge)} - vocabulary.keys()
+        if all(item in vocabulary for item in (*merge, "".join(merge)))
     ]
     added = [
         {**entry, "content": hidden[token], "special": True} if token in hidden else entry
