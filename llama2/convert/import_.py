@@ -189,6 +189,7 @@ def _say_template(model: StoredModel, config: Config) -> None:
 def _describe(model: StoredModel) -> str:
     shape = model.config
     kinds = {str(stored.dtype).removeprefix("torch.") for stored in model.tensors.values()}
+    kinds = {*model.quantized, "float32"} if model.quantized else kinds
     kind = "reward" if model.scorer else "language"
     return (
         f"{model.format}, a {kind} model of {model.numel:,} parameters in "

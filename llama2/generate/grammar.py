@@ -2,10 +2,11 @@
 
 The work is done by llguidance, which walks the vocabulary with a parser; this module gives it our
 vocabulary as bytes and asks it for masks. Three things are settled here. SentencePiece puts a space
-in front of a first word, so a text may begin with one space, which JSON allows. Between values
-there may be one space, or a new line and an indentation: a model that loves white space must not
-fill its answer with it. And behind the last bracket there is nothing but EOS. Where only one text
-can follow, such as the name of a key, its pieces are those that the tokenizer would choose.
+in front of a first word, so a text may begin with one space, which JSON allows (byte-level
+tokenizers put none). Between values there may be one space, or a new line and an indentation: a
+model that loves white space must not fill its answer with it. And behind the last bracket there is
+nothing but EOS. Where only one text can follow, such as the name of a key, its pieces are those
+that the tokenizer would choose.
 
 Shapes: V vocabulary.
 """
@@ -22,7 +23,7 @@ import torch
 from torch import Tensor
 
 from llama2.errors import UserError, explain_missing_extra
-from llama2.tokenizer.tokenizer import BOS, EOS, UNKNOWN, Tokenizer
+from llama2.tokenizer.tokenizer import Tokenizer
 
 _WHITE_SPACE = r"( |\n {0,16})?"
 _OBJECT = {"type": "object"}
@@ -35,14 +36,16 @@ class JsonGrammar:
     `schema` is the JSON Schema it was made of, None for any object.
     """
 
-    def __init__(self, matcher: Any, vocab_size: int, schema: dict[str, Any] | None = None) -> None:
-        self._start, self._matcher, self._vocab_size = matcher, matcher.deep_copy(), vocab_size
+    def __init__(
+        self, matcher: Any, tokenizer: Tokenizer, schema: dict[str, Any] | None = None
+    ) -> None:
+        self._start, self._matcher, self._tokenizer = matcher, matcher.deep_copy(), tokenizer
         self._ended = False
         self.schema = schema
 
     def fresh(self) -> JsonGrammar:
         """Return the same grammar before the first token."""
-        return JsonGrammar(self._start, self._vocab_size, self.schema)
+        return JsonGrammar(self._start, self._tokenizer, self.schema)
 
     @property
     def done(self) -> bool:
@@ -53,19 +56,20 @@ class JsonGrammar:
         """Return mask_V: True for every token that may come next, EOS among them when the text may
         end here."""
         if self.done:
-            mask_V = torch.zeros(self._vocab_size, dtype=torch.bool)
-            mask_V[EOS] = True
+            mask_V = torch.zeros(self._tokenizer.vocab_size, dtype=torch.bool)
+            mask_V[self._tokenizer.eos] = True
             return mask_V
 
         packed = np.frombuffer(self._matcher.compute_bitmask(), dtype=np.uint8)
         self._check()
-        allowed_V = np.unpackbits(packed, count=self._vocab_size, bitorder="little")
+        count = self._tokenizer.vocab_size
+        allowed_V = np.unpackbits(packed, count=count, bitorder="little")
 
         return torch.from_numpy(allowed_V).bool()
 
     def accept(self, token: int) -> None:
         """Add `token` to the text. ValueError for one that cannot come next."""
-        if token == EOS and (self.done or self._matcher.is_accepting()):
+        if token == self._tokenizer.eos and (self.done or self._matcher.is_accepting()):
             self._ended = True
         elif self._ended or not self._matcher.validate_tokens([token]):
             raise ValueError(f"token {token} cannot come next in this grammar")
@@ -99,7 +103,7 @@ def json_grammar(tokenizer: Tokenizer, schema: dict[str, Any] | None = None) -> 
     except (TypeError, ValueError) as error:
         raise _schema_error(str(error)) from None
 
-    return JsonGrammar(_compile(tokenizer, text), tokenizer.vocab_size, schema)
+    return JsonGrammar(_compile(tokenizer, text), tokenizer, schema)
 
 
 @lru_cache(maxsize=64)
@@ -112,9 +116,8 @@ def _compile(tokenizer: Tokenizer, schema: str) -> Any:
     if is_wrong:
         raise _schema_error(messages[0])
 
-    lark = library.LLMatcher.grammar_from_lark(
-        f"start: lead value\nlead: / ?/\nvalue: %json {schema}"
-    )
+    start = "lead value\nlead: / ?/" if tokenizer.dummy_prefix else "value"
+    lark = library.LLMatcher.grammar_from_lark(f"start: {start}\nvalue: %json {schema}")
     matcher = library.LLMatcher(vocabulary, lark, log_level=0)
     if matcher.is_error():
         raise _schema_error(matcher.get_error())
@@ -128,21 +131,27 @@ class _Vocabulary:
 
     tokenizer: Tokenizer
     tokens: list[bytes]
-    eos_token_id: int = EOS
-    bos_token_id: int = BOS
+    eos_token_id: int
+    bos_token_id: int
 
     @property
     def special_token_ids(self) -> tuple[int, ...]:
-        return tuple(dict.fromkeys((UNKNOWN, BOS, *self.tokenizer.stops)))
+        unknown = self.tokenizer.codec.unknown
+        first = () if unknown is None else (unknown,)
+        controls = self.tokenizer.controls.values()
+        return tuple(dict.fromkeys((*first, self.bos_token_id, *self.tokenizer.stops, *controls)))
 
     def __call__(self, text: str) -> list[int]:
         """Return the ids of `text` inside of another text: what must come next is allowed only in
         these pieces.
 
-        `encode` would put a space in front. No item runs across a line, so the ids behind a new
-        line are those wanted.
+        SentencePiece would put a space in front. No item of it runs across a line, so the ids
+        behind a new line are those wanted.
         """
         # a TypeError for bytes tells llguidance that we want text
+        if not self.tokenizer.dummy_prefix:
+            return self.tokenizer.encode("" + text)
+
         ids = self.tokenizer.encode("\n" + text)
         return ids[len(self.tokenizer.encode("\n")) :]
 
@@ -151,9 +160,8 @@ class _Vocabulary:
 def _vocabulary(tokenizer: Tokenizer) -> Any:
     """Return llguidance's own form of the vocabulary, a tree of bytes."""
     library = _import_llguidance()
-    vocabulary = _Vocabulary(
-        tokenizer, [tokenizer.bytes_of(token) for token in range(tokenizer.vocab_size)]
-    )
+    tokens = [tokenizer.bytes_of(token) for token in range(tokenizer.vocab_size)]
+    vocabulary = _Vocabulary(tokenizer, tokens, tokenizer.eos, tokenizer.bos)
     return library.LLTokenizer(library.TokenizerWrapper(vocabulary))
 
 
