@@ -53,7 +53,6 @@ from llama2.stages.common.judges import make_judge
 from llama2.stages.common.planning import Cluster, PlannedRuns, plan_judging
 from llama2.stages.common.training import load_policy
 from llama2.terminal_text import say
-from llama2.tokenizer import chat_settings
 from llama2.tokenizer.template import check_template
 from llama2.tokenizer.tokenizer import Tokenizer
 
@@ -315,7 +314,7 @@ def load_version(config: Config, name: str, run: runs.Run) -> Chat:
     """Load a version ready to answer: here, or its server, whose answers are kept until the run is
     finished."""
     checkpoint = config.versions[name]
-    check_template(checkpoint, chat_settings.read_chat_template(checkpoint))
+    check_template(checkpoint, Tokenizer.load(checkpoint))
     if name in config.servers:
         tokenizer = Tokenizer.load(checkpoint)
         context = config_of(checkpoint).max_position_embeddings

@@ -28,6 +28,7 @@ from llama2.tokenizer import (
     tokenizer_json,
 )
 from llama2.tokenizer.directory import dump_settings, find_tokenizer
+from llama2.tokenizer.llama2_format import CHAT_TEMPLATE, is_llama_2
 from llama2.tokenizer.sentencepiece_model import (
     BOS_ID,
     EOS_ID,
@@ -36,7 +37,6 @@ from llama2.tokenizer.sentencepiece_model import (
     StoredTokenizer,
     require_fitting_size,
 )
-from llama2.tokenizer.template import CHAT_TEMPLATE, is_llama_2
 
 FILE = chat_settings.MODEL
 UNKNOWN, BOS, EOS = UNKNOWN_ID, BOS_ID, EOS_ID
@@ -68,6 +68,9 @@ class Tokenizer:
         self.bos, self.eos = BOS, EOS
         self.stops: tuple[int, ...] = (EOS,)
         self.template: str | None = CHAT_TEMPLATE
+        self.template_place = ""
+        self.has_bos = self.dummy_prefix = True
+        self.is_byte_level = False
         self.announced_eos = EOS
         self.fingerprint = hash_content(model)
         self._bytes = [self._find_bytes(token) for token in range(self.vocab_size)]
@@ -114,16 +117,19 @@ class Tokenizer:
         stops = chat_settings.read_stop_ids(path)
         ends = [token for token in stops if 0 <= token < tokenizer.vocab_size]
         tokenizer.stops = tuple(dict.fromkeys((*tokenizer.stops, *ends)))
-        return tokenizer.with_chat_template(chat_settings.read_chat_template(path), ends)
+        template = chat_settings.read_chat_template(path)
+        return tokenizer.with_chat_template(template, ends, chat_settings.name_template(path))
 
-    def with_chat_template(self, template: str | None, ends: Sequence[int] = ()) -> Tokenizer:
-        """Return the same tokenizer for a model with another chat template.
+    def with_chat_template(
+        self, template: str | None, ends: Sequence[int] = (), place: str = ""
+    ) -> Tokenizer:
+        """Return the same tokenizer for a model with another chat template; `place` names it.
 
         Answers of the model end at one of the ids `ends`. Other programs are told that the first is
         EOS, if no text spells it; Llama 2's format has its own.
         """
         other = copy.copy(self)
-        other.template = template
+        other.template, other.template_place = template, place
         other.announced_eos = EOS
         if ends and ends[0] in self.controls.values() and not is_llama_2(template):
             other.announced_eos = ends[0]
