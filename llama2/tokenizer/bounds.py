@@ -104,10 +104,12 @@ def seal_operands(budget: Budget, operator: str, left: Any, right: Any) -> tuple
         return left, seal_deep(budget, right)
 
     mixed = isinstance(left, Said) is not isinstance(right, Said)
-    if operator == "+" and mixed and left and right:
-        return seal_deep(budget, left), seal_deep(budget, right)
+    if operator != "+" or not mixed:
+        return left, right
+    if (right if isinstance(left, Said) else left) == "":  # nothing of the template's is joined
+        return mark(left), mark(right)
 
-    return left, right
+    return seal_deep(budget, left), seal_deep(budget, right)
 
 
 def check_operator(budget: Budget, operator: str, left: Any, right: Any) -> None:

@@ -293,6 +293,9 @@ class BoundedEnvironment(ImmutableSandboxedEnvironment):
         budget = _BUDGET.get()
         owner, name = _find_method(__obj)
         if isinstance(owner, str):
+            for scope in ("_loop_vars", "_block_vars"):  # which Jinja hands to its own objects
+                kwargs.pop(scope, None)
+
             return budget.take(bounds.call_text(budget, owner, name, __obj, args, kwargs))
 
         value = super().call(__context, __obj, *args, **kwargs)

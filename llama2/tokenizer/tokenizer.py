@@ -34,14 +34,13 @@ class Tokenizer:
     `content` is that of a tokenizer.model file, or what makes a byte-level tokenizer; `source`
     names it in errors.
 
-    `bos` begins a text, or is `eos` for a tokenizer that has none (`has_bos`); `adds_bos`: programs put it in
-    front of a raw text. `eos` ends what is written for training; `stops` are all ids that end an
-    answer of the model to which it belongs, `eos` first. `template` is that model's chat template,
-    which `save` writes beside the tokenizer; None if it has none; `template_place` names where it
-    stands. `controls` are the items that no
-    text spells, name -> id: BOS, EOS and whatever was added, without padding. `dummy_prefix`: a
-    space stands in front of what `encode` takes, and is none of the text. `fingerprint` is that of
-    all that decides ids.
+    `bos` begins a text, or is `eos` for a tokenizer that has none (`has_bos`); `adds_bos`: programs
+    put it in front of a raw text. `eos` ends what is written for training; `stops` are all ids that
+    end an answer of the model to which it belongs, `eos` first. `template` is that model's chat
+    template, which `save` writes beside the tokenizer; None if it has none; `template_place` names
+    where it stands. `controls` are the items that no text spells, name -> id: BOS, EOS and whatever
+    was added, without padding. `dummy_prefix`: a space stands in front of what `encode` takes, and
+    is none of the text. `fingerprint` is that of all that decides ids.
     """
 
     def __init__(self, content: bytes | ByteLevelModel, source: str = FILE) -> None:
