@@ -53,7 +53,7 @@ from llama2.stages.common.judges import make_judge
 from llama2.stages.common.planning import Cluster, PlannedRuns, plan_judging
 from llama2.stages.common.training import load_policy
 from llama2.terminal_text import say
-from llama2.tokenizer.template import check_template
+from llama2.tokenizer.template import check_template, require_system
 from llama2.tokenizer.tokenizer import Tokenizer
 
 
@@ -278,12 +278,25 @@ def answer_all(
             sampling = replace(config.sampling, temperature=0.0)
             greedy = answer_prompts(run, f"greedy-{place}", chat, messages, sampling, config.slots)
 
-        for role in ROLES if dialogs else ():
+        for role in _list_roles(config, place, run) if dialogs else ():
             part = f"talks-{role}-{place}"
             talks[role] = hold_dialogs(config, run, part, chat, dialogs, role)
 
     _say(run, f"{name}: answered in {time.monotonic() - begin:.0f} s")
     return VersionAnswers(answers, greedy, talks)
+
+
+def _list_roles(config: Config, place: int, run: runs.Run) -> tuple[ghost.InstructionRole, ...]:
+    """Return where an instruction may stand for a version; it is said if the chat template has no
+    place for a system turn."""
+    path = list(config.versions.values())[place]
+    try:
+        require_system(open_tokenizer(path))
+    except UserError as error:
+        _say(run, f"{error.cause}: instructions stand in the first user turn alone")
+        return ("user",)
+
+    return ROLES
 
 
 def hold_dialogs(

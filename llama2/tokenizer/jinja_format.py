@@ -311,14 +311,16 @@ def encode_begun(tokenizer: Tokenizer, messages: Messages) -> list[int]:
 
 
 # --- what a template can do ---
-def check(tokenizer: Tokenizer) -> None:
-    """UserError for a template that cannot ask a model anything."""
+def check(tokenizer: Tokenizer, with_system: bool = False) -> None:
+    """UserError for a template that cannot ask a model anything, or not under a system turn."""
     question = (Message("user", "Is anybody there?"),)
     writer = Writer.of(tokenizer, question)
     if not _shows(writer.render(question, prompt=True), question[0].content):
         raise UserError(
             f"{writer.place}: the chat template does not write what the user says", MEND
         )
+    if with_system:
+        writer.render((Message("system", "Answer in a word."), *question), prompt=True)
 
 
 def find_end(tokenizer: Tokenizer) -> int | None:

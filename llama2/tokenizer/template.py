@@ -35,6 +35,7 @@ __all__ = [
     "has_same_format",
     "is_llama_2",
     "render",
+    "require_system",
 ]
 
 CHATML = (
@@ -111,6 +112,12 @@ def check_template(place: object, tokenizer: Tokenizer) -> None:
 
     if not _is_metas(tokenizer):
         jinja_format.check(tokenizer)
+
+
+def require_system(tokenizer: Tokenizer) -> None:
+    """UserError for a chat template that has no place for a system turn."""
+    if not _is_metas(tokenizer):
+        jinja_format.check(tokenizer, with_system=True)
 
 
 def _is_metas(tokenizer: Tokenizer) -> bool:
