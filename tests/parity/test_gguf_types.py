@@ -133,15 +133,16 @@ def test_a_matrix_passes_in_small_pieces(
     """So that never more of it is in fp32 than what the threads are at work on."""
     write(template, tmp_path / "m.gguf", "Q4_1")
     monkeypatch.setattr(gguf_tensors, "_CHUNK", 4 * 512)
-    dequantize, rows = gguf.quants.dequantize, []
+    dequantize, sizes = gguf.quants.dequantize, []
 
     def watch(data: np.ndarray, kind: Any) -> np.ndarray:
-        rows.append(len(data))
-        return dequantize(data, kind)
+        numbers: np.ndarray = dequantize(data, kind)
+        sizes.append(numbers.size)
+        return numbers
 
     monkeypatch.setattr(gguf.quants, "dequantize", watch)
     stored = ours.read(tmp_path / "m.gguf", torch.bfloat16).tensors["model.embed_tokens.weight"]
-    rows.clear()
+    sizes.clear()
     assert stored.read().dtype == torch.bfloat16
-    assert max(rows) == 4
-    assert sum(rows) == CONFIG.vocab_size
+    assert max(sizes) == 4 * 512
+    assert sum(sizes) == CONFIG.vocab_size * 512
