@@ -134,7 +134,7 @@ def test_a_mark_of_the_template_is_a_control_and_is_shown(directory: Path) -> No
     [
         {"model_ignore_merges": True},
         {"normalizer": {"type": "NFC"}},
-        {"pre_tokenizer": {"type": "ByteLevel", "add_prefix_space": False, "use_regex": True}},
+        {"pre_tokenizer": {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True}},
         {"added_tokens": []},
     ],
 )
