@@ -5,8 +5,8 @@ vocabulary as bytes and asks it for masks. Three things are settled here. Senten
 in front of a first word, so a text may begin with one space, which JSON allows (byte-level
 tokenizers put none). Between values there may be one space, or a new line and an indentation: a
 model that loves white space must not fill its answer with it. And behind the last bracket there is
-nothing but EOS. Where only one text can follow, such as the name of a key, its pieces are those
-that the tokenizer would choose.
+nothing but the end of an answer. Where only one text can follow, such as the name of a key, its
+pieces are those that the tokenizer would choose.
 
 Shapes: V vocabulary.
 """
@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from llama2.errors import UserError, explain_missing_extra
+from llama2.tokenizer.template import find_ends
 from llama2.tokenizer.tokenizer import Tokenizer
 
 _WHITE_SPACE = r"( |\n {0,16})?"
@@ -33,43 +34,44 @@ class JsonGrammar:
     """The tokens that may follow in one text. It remembers the text, so each sample has a copy of
     its own (`fresh`).
 
-    `schema` is the JSON Schema it was made of, None for any object.
+    `end` is the id that ends an answer. `schema` is the JSON Schema it was made of, None for any
+    object.
     """
 
     def __init__(
-        self, matcher: Any, tokenizer: Tokenizer, schema: dict[str, Any] | None = None
+        self, matcher: Any, vocab_size: int, end: int, schema: dict[str, Any] | None = None
     ) -> None:
-        self._start, self._matcher, self._tokenizer = matcher, matcher.deep_copy(), tokenizer
+        self._start, self._matcher = matcher, matcher.deep_copy()
+        self._vocab_size, self._end = vocab_size, end
         self._ended = False
         self.schema = schema
 
     def fresh(self) -> JsonGrammar:
         """Return the same grammar before the first token."""
-        return JsonGrammar(self._start, self._tokenizer, self.schema)
+        return JsonGrammar(self._start, self._vocab_size, self._end, self.schema)
 
     @property
     def done(self) -> bool:
-        """The text is complete: nothing but EOS may follow."""
+        """The text is complete: nothing but its end may follow."""
         return self._ended or bool(self._matcher.is_stopped())
 
     def mask(self) -> Tensor:
-        """Return mask_V: True for every token that may come next, EOS among them when the text may
-        end here."""
+        """Return mask_V: True for every token that may come next, the end among them when the text
+        may end here."""
         if self.done:
-            mask_V = torch.zeros(self._tokenizer.vocab_size, dtype=torch.bool)
-            mask_V[self._tokenizer.eos] = True
+            mask_V = torch.zeros(self._vocab_size, dtype=torch.bool)
+            mask_V[self._end] = True
             return mask_V
 
         packed = np.frombuffer(self._matcher.compute_bitmask(), dtype=np.uint8)
         self._check()
-        count = self._tokenizer.vocab_size
-        allowed_V = np.unpackbits(packed, count=count, bitorder="little")
+        allowed_V = np.unpackbits(packed, count=self._vocab_size, bitorder="little")
 
         return torch.from_numpy(allowed_V).bool()
 
     def accept(self, token: int) -> None:
         """Add `token` to the text. ValueError for one that cannot come next."""
-        if token == self._tokenizer.eos and (self.done or self._matcher.is_accepting()):
+        if token == self._end and (self.done or self._matcher.is_accepting()):
             self._ended = True
         elif self._ended or not self._matcher.validate_tokens([token]):
             raise ValueError(f"token {token} cannot come next in this grammar")
@@ -103,7 +105,8 @@ def json_grammar(tokenizer: Tokenizer, schema: dict[str, Any] | None = None) -> 
     except (TypeError, ValueError) as error:
         raise _schema_error(str(error)) from None
 
-    return JsonGrammar(_compile(tokenizer, text), tokenizer, schema)
+    end = find_ends(tokenizer)[0]
+    return JsonGrammar(_compile(tokenizer, text), tokenizer.vocab_size, end, schema)
 
 
 @lru_cache(maxsize=64)
@@ -116,8 +119,9 @@ def _compile(tokenizer: Tokenizer, schema: str) -> Any:
     if is_wrong:
         raise _schema_error(messages[0])
 
-    start = "lead value\nlead: / ?/" if tokenizer.dummy_prefix else "value"
-    lark = library.LLMatcher.grammar_from_lark(f"start: {start}\nvalue: %json {schema}")
+    lark = library.LLMatcher.grammar_from_lark(
+        f"start: lead value\nlead: / ?/\nvalue: %json {schema}"
+    )
     matcher = library.LLMatcher(vocabulary, lark, log_level=0)
     if matcher.is_error():
         raise _schema_error(matcher.get_error())
@@ -131,27 +135,33 @@ class _Vocabulary:
 
     tokenizer: Tokenizer
     tokens: list[bytes]
-    eos_token_id: int
-    bos_token_id: int
+
+    @property
+    def eos_token_id(self) -> int:
+        return find_ends(self.tokenizer)[0]
+
+    @property
+    def bos_token_id(self) -> int:
+        return self.tokenizer.bos
 
     @property
     def special_token_ids(self) -> tuple[int, ...]:
         unknown = self.tokenizer.codec.unknown
-        first = () if unknown is None else (unknown,)
+        known = () if unknown is None else (unknown,)
         controls = self.tokenizer.controls.values()
-        return tuple(dict.fromkeys((*first, self.bos_token_id, *self.tokenizer.stops, *controls)))
+        return tuple(dict.fromkeys((*known, self.tokenizer.bos, *self.tokenizer.stops, *controls)))
 
     def __call__(self, text: str) -> list[int]:
         """Return the ids of `text` inside of another text: what must come next is allowed only in
         these pieces.
 
-        SentencePiece would put a space in front. No item of it runs across a line, so the ids
-        behind a new line are those wanted.
+        `encode` of SentencePiece would put a space in front. No item of it runs across a line, so
+        the ids behind a new line are those wanted.
         """
-        # a TypeError for bytes tells llguidance that we want text
-        if not self.tokenizer.dummy_prefix:
-            return self.tokenizer.encode("" + text)
+        if not self.tokenizer.dummy_prefix and isinstance(text, str):
+            return self.tokenizer.encode(text)
 
+        # a TypeError for bytes tells llguidance that we want text
         ids = self.tokenizer.encode("\n" + text)
         return ids[len(self.tokenizer.encode("\n")) :]
 
@@ -160,8 +170,9 @@ class _Vocabulary:
 def _vocabulary(tokenizer: Tokenizer) -> Any:
     """Return llguidance's own form of the vocabulary, a tree of bytes."""
     library = _import_llguidance()
-    tokens = [tokenizer.bytes_of(token) for token in range(tokenizer.vocab_size)]
-    vocabulary = _Vocabulary(tokenizer, tokens, tokenizer.eos, tokenizer.bos)
+    vocabulary = _Vocabulary(
+        tokenizer, [tokenizer.bytes_of(token) for token in range(tokenizer.vocab_size)]
+    )
     return library.LLTokenizer(library.TokenizerWrapper(vocabulary))
 
 

@@ -43,6 +43,7 @@ class ByteLevelCodec:
 
     def __init__(self, model: ByteLevelModel, source: str) -> None:
         self.model, self._source = model, source
+        self.has_bos = model.bos is not None
         self.bos = model.eos if model.bos is None else model.bos
         self.eos, self.ends, self.adds_bos = model.eos, model.ends, model.adds_bos
         self._names = byte_level_json.list_names(model.values)
