@@ -2,11 +2,11 @@
 
 The work is done by llguidance, which walks the vocabulary with a parser; this module gives it our
 vocabulary as bytes and asks it for masks. Three things are settled here. SentencePiece puts a space
-in front of a first word, so a text may begin with one space, which JSON allows. Between values
-there may be one space, or a new line and an indentation: a model that loves white space must not
-fill its answer with it. And behind the last bracket there is nothing but the end of an answer.
-Where only one text can follow, such as the name of a key, its pieces are those that the tokenizer
-would choose.
+in front of a first word, so a text may begin with one space, which JSON allows (byte-level
+tokenizers put none). Between values there may be one space, or a new line and an indentation: a
+model that loves white space must not fill its answer with it. And behind the last bracket there is
+nothing but the end of an answer. Where only one text can follow, such as the name of a key, its
+pieces are those that the tokenizer would choose.
 
 Shapes: V vocabulary.
 """

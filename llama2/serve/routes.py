@@ -313,11 +313,11 @@ def _write_chat(
 
 
 def _encode(tokenizer: Tokenizer, prompts: Sequence[str | list[int]]) -> list[list[int]]:
-    """Return the ids of each prompt; those of a text begin with BOS."""
+    """Return the ids of each prompt; those of a text begin with BOS if the tokenizer adds it."""
     ids = []
     for prompt in prompts:
         if isinstance(prompt, str):
-            ids.append([tokenizer.bos, *tokenizer.encode(prompt)])
+            ids.append(tokenizer.encode_raw(prompt))
         else:
             ids.append(prompt)
 
