@@ -39,7 +39,6 @@ from llama2.stages.common.reward_accuracy import (
     warn_of_chance,
 )
 from llama2.stages.common.reward_pairs import EncodedPair, Encoder, warn_of_trained
-from llama2.tokenizer.tokenizer import Tokenizer
 
 POSITIONAL = "model"
 PART = 256
@@ -93,7 +92,7 @@ def run(config: Config, run: Run) -> None:
     check_judge(config.model)
     context = checkpoint.config_of(config.model).max_position_embeddings
     most = context if config.max_tokens is None else config.max_tokens
-    encoder = Encoder(Tokenizer.load(config.model), most, context)
+    encoder = Encoder(checkpoint.open_tokenizer(config.model), most, context)
     sets = {name: read_set(source, encoder, run, name) for name, source in config.pairs.items()}
     sets = {name: pairs for name, pairs in sets.items() if pairs}
     if not sets:

@@ -26,10 +26,10 @@ from llama2 import atomic, records, runs
 from llama2.config import Config as Section
 from llama2.config import StageConfig
 from llama2.errors import UserError
-from llama2.evaluate import attention, ghost, summary
+from llama2.evaluate import ghost, summary
 from llama2.evaluate.conduct_summary import compare_conduct, describe_judges
 from llama2.evaluate.judges import KINDS, classify
-from llama2.formats.checkpoint import config_of
+from llama2.formats.checkpoint import config_of, open_tokenizer
 from llama2.generate.dialogue import Answer, Chat
 from llama2.generate.engine import Engine
 from llama2.generate.remote import Server, connect
@@ -37,7 +37,7 @@ from llama2.generate.sampling import Sampling
 from llama2.model import quantize
 from llama2.model.llama import Llama
 from llama2.records import Axis, Message, Messages, Prompt
-from llama2.results import AttentionResult, EvaluateResult, SamplingSettings
+from llama2.results import EvaluateResult, SamplingSettings
 from llama2.runs.parts import work_in_parts
 from llama2.stages.common.answers import (
     ROUNDS,
@@ -47,6 +47,7 @@ from llama2.stages.common.answers import (
     keep_fitting,
     load_when_needed,
 )
+from llama2.stages.common.attention_maps import draw_attention
 from llama2.stages.common.instructions import KINDS as KINDS_OF_INSTRUCTIONS
 from llama2.stages.common.instructions import Kind, compose_dialogs
 from llama2.stages.common.judges import make_judge
@@ -59,8 +60,7 @@ from llama2.stages.common.version_scores import (
     score_answers,
 )
 from llama2.terminal_text import say
-from llama2.tokenizer import chat_settings
-from llama2.tokenizer.template import check_template
+from llama2.tokenizer.template import check_template, require_system
 from llama2.tokenizer.tokenizer import Tokenizer
 
 
@@ -159,7 +159,6 @@ class Config(StageConfig):
 
 
 ROLES: tuple[ghost.InstructionRole, ...] = ("user", "system")
-ATTENTION_DIALOGS = 16
 
 
 def plan(config: Config, cluster: Cluster, planned: PlannedRuns) -> dict[str, Any]:
@@ -229,7 +228,9 @@ def run(config: Config, run: runs.Run) -> None:
         atomic.write_atomic(run.path / "samples.jsonl", "".join(lines))
 
     if config.attention:
-        draw_attention(config, run, dialogs, results[config.attention[-1]].talks)
+        talks = results[config.attention[-1]].talks
+        load = partial(load_model, config, device=run.ranks.device)
+        draw_attention(run, config.versions, config.attention, load, dialogs, talks)
 
 
 def summarise(
@@ -352,12 +353,25 @@ def answer_all(
             sampling = replace(config.sampling, temperature=0.0)
             greedy = answer_prompts(run, f"greedy-{place}", chat, messages, sampling, config.slots)
 
-        for role in ROLES if dialogs else ():
+        for role in _list_roles(config, place, run) if dialogs else ():
             part = f"talks-{role}-{place}"
             talks[role] = hold_dialogs(config, run, part, chat, dialogs, role)
 
     _say(run, f"{name}: answered in {time.monotonic() - begin:.0f} s")
     return VersionAnswers(answers, greedy, talks)
+
+
+def _list_roles(config: Config, place: int, run: runs.Run) -> tuple[ghost.InstructionRole, ...]:
+    """Return where an instruction may stand for a version; it is said if the chat template has no
+    place for a system turn."""
+    path = list(config.versions.values())[place]
+    try:
+        require_system(open_tokenizer(path))
+    except UserError as error:
+        _say(run, f"{error.cause}: instructions stand in the first user turn alone")
+        return ("user",)
+
+    return ROLES
 
 
 def hold_dialogs(
@@ -388,9 +402,9 @@ def load_version(config: Config, name: str, run: runs.Run) -> Chat:
     """Load a version ready to answer: here, or its server, whose answers are kept until the run is
     finished."""
     checkpoint = config.versions[name]
-    check_template(checkpoint, chat_settings.read_chat_template(checkpoint))
+    check_template(checkpoint, open_tokenizer(checkpoint))
     if name in config.servers:
-        tokenizer = Tokenizer.load(checkpoint)
+        tokenizer = open_tokenizer(checkpoint)
         context = config_of(checkpoint).max_position_embeddings
         journal = run.path / runs.CHECKPOINTS / "answers" / name
         server = config.servers[name]
@@ -408,37 +422,6 @@ def load_model(config: Config, name: str, device: torch.device) -> tuple[Llama, 
     dtype = quantize.load_dtype(config.precision)
     model, tokenizer = load_policy(config.versions[name], device, dtype)
     return model.eval().requires_grad_(False), tokenizer
-
-
-# --- attention ---
-def draw_attention(
-    config: Config, run: runs.Run, dialogs: Sequence[ghost.GhostDialog], talks: Sequence[Messages]
-) -> None:
-    """Write Figure 10 of the first dialogs, with the answers of the last version asked for; one
-    model after the other."""
-    pairs = zip(talks, dialogs, strict=True)
-    shown = [(talk, dialog.instruction) for talk, dialog in pairs if talk][:ATTENTION_DIALOGS]
-    if not shown:
-        return
-
-    names, device = config.attention, run.ranks.device
-    tokenizer = Tokenizer.load(config.versions[names[-1]])
-    context = min(config_of(config.versions[name]).max_position_embeddings for name in names)
-    looks: dict[str, list[attention.Look]] = {}
-    for name in names:
-        load = partial(load_model, config, name, device)
-        with load_when_needed(load, device) as version:
-
-            def look(part: Sequence[attention.Talk], first: int) -> list[Any]:
-                model, _ = version()
-                seen = [attention.look(model, tokenizer, talk, context) for talk in part]
-                return [[each.starts, each.map] for each in seen]
-
-            part = f"attention-{list(config.versions).index(name)}"
-            rows = work_in_parts(run, part, shown, len(shown), look)
-            looks[name] = [attention.Look(*row) for row in rows]
-
-    run.write_result(AttentionResult(**attention.figure(looks, tokenizer, shown, context)))
 
 
 def _say(run: runs.Run, line: str) -> None:
