@@ -22,7 +22,7 @@ from llama2.runs import Run, is_output
 from llama2.stages.common.shares import count_pairs
 from llama2.stages.common.training import check_left
 from llama2.tally import Tally
-from llama2.tokenizer.template import encode_dialog
+from llama2.tokenizer.template import encode_answered
 from llama2.tokenizer.tokenizer import Tokenizer
 
 TOO_LONG = "too long"
@@ -185,7 +185,7 @@ class Encoder:
         return rows
 
     def _encode(self, prompt: Messages, answer: str) -> list[int]:
-        return encode_dialog(self.tokenizer, (*prompt, Message("assistant", answer)))[0]
+        return encode_answered(self.tokenizer, (*prompt, Message("assistant", answer)))
 
 
 def _label(safe: bool | None) -> int:
