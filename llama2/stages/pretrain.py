@@ -163,7 +163,11 @@ def run(config: Config, run: Run) -> None:
         save_model=make_saver(model, tokenizer, run.ranks, taught=False),
         title="pretrain",
         validate=hooks.Validate(validation),
-        flops_per_token=flops_per_token(model.config, config.sequence_length),
+        flops_per_token=flops_per_token(
+            model.config,
+            config.sequence_length,
+            frozen_layers=config.training.frozen_layers,
+        ),
     )
     passes = {}
     for name, times in order.passes.items():
