@@ -49,7 +49,7 @@ class Config(Section):
     """
 
     checkpoint: Path
-    """directory of the model"""
+    """directory of the model, or a GGUF file; package:NAME is the one in an installed package"""
     system: str = ""
     """system prompt"""
     temperature: float = Field(0.6, ge=0)

@@ -113,6 +113,8 @@ def compare_shapes(a: StoredModel, b: StoredModel) -> Shapes:
     places = len(ENDS)
     if gguf.FORMAT in formats and a.config.stops[:places] == b.config.stops[:places]:
         lost.add("eos_token_id")  # GGUF has so many places
+    if gguf.FORMAT in formats and None in (a.config.bos_token_id, b.config.bos_token_id):
+        lost.add("bos_token_id")  # whose absence means 1 there
 
     differences: dict[str, str] = {}
     if not _is_same_scaling(a.config.rope_scaling, b.config.rope_scaling):

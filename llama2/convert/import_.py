@@ -26,9 +26,9 @@ from llama2.formats.safetensors_file import is_finite
 from llama2.formats.stored_model import StoredModel, StoredTensor, observe
 from llama2.stages.common.planning import Cluster, PlannedRuns
 from llama2.terminal_text import list_some, say
-from llama2.tokenizer import sentencepiece_model
 from llama2.tokenizer.chat_settings import ADDED, MODEL, SETTINGS, SPECIAL
-from llama2.tokenizer.sentencepiece_model import StoredTokenizer, require_fitting_size
+from llama2.tokenizer.sentencepiece_model import require_fitting_size
+from llama2.tokenizer.stored import StoredTokenizer
 from llama2.tokenizer.template import CHAT_TEMPLATE, describe_template, is_llama_2
 from llama2.tokenizer.tokenizer import Tokenizer
 
@@ -122,8 +122,7 @@ def _load_tokenizer(model: StoredModel, config: Config) -> tuple[Tokenizer | Non
     control = f", of which no text spells {list_some(special)}" if special else ""
     remark = f"the tokenizer has {count:,} pieces, as the model{control}"
     if count < size:
-        padded = sentencepiece_model.pad(tokenizer.model, count, size)
-        tokenizer = Tokenizer(padded, str(place))
+        tokenizer = tokenizer.pad(size)
         remark = (
             f"the tokenizer has {count:,} pieces{control}, the model {size:,}: the other "
             f"{size - count:,} are padding now, which no text spells"
@@ -190,6 +189,7 @@ def _say_template(model: StoredModel, config: Config) -> None:
 def _describe(model: StoredModel) -> str:
     shape = model.config
     kinds = {str(stored.dtype).removeprefix("torch.") for stored in model.tensors.values()}
+    kinds = {*model.quantized, "float32"} if model.quantized else kinds
     kind = "reward" if model.scorer else "language"
     return (
         f"{model.format}, a {kind} model of {model.numel:,} parameters in "

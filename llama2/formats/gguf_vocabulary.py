@@ -22,11 +22,11 @@ from llama2.tokenizer.sentencepiece_model import (
     NORMAL,
     UNKNOWN,
     UNUSED,
-    StoredTokenizer,
     Vocabulary,
     VocabularyItem,
     require_fitting_size,
 )
+from llama2.tokenizer.stored import StoredTokenizer
 
 _MODEL = "tokenizer.ggml.model"
 _TOKENS, _SCORES = "tokenizer.ggml.tokens", "tokenizer.ggml.scores"

@@ -41,7 +41,7 @@ from llama2.model.tensors import EMBEDDINGS, HEAD, shapes
 from llama2.terminal_text import show_value
 from llama2.tokenizer import sentencepiece_model
 from llama2.tokenizer.chat_settings import MODEL
-from llama2.tokenizer.sentencepiece_model import StoredTokenizer
+from llama2.tokenizer.stored import StoredTokenizer
 
 FORMAT, PARAMETERS = "meta", "params.json"
 CONTEXT = 4096

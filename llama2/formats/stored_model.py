@@ -22,8 +22,11 @@ from llama2.model.config import LlamaConfig
 from llama2.model.rope import RopeScaling
 from llama2.model.tensors import interleave_pairs, rotary_heads, separate_pairs
 from llama2.tokenizer import sentencepiece_model
-from llama2.tokenizer.sentencepiece_model import StoredTokenizer, Vocabulary
+from llama2.tokenizer.sentencepiece_model import Vocabulary
+from llama2.tokenizer.stored import StoredTokenizer
 
+# one type for all weights, or that of each by its name
+Kinds = torch.dtype | Callable[[str], torch.dtype]
 SMALL = 32 << 20  # bytes that do not matter
 GIVE_ITS_OWN = "put the tokenizer there with which the model was trained"
 
@@ -73,7 +76,8 @@ class StoredModel:
     """A checkpoint whose tensors are complete and have the shapes of `config`: its reader checked.
 
     The SentencePiece model of `tokenizer` is not read yet; `template` is the chat template, in
-    Jinja; `remarks` list, for the user, the settings left out because they are unknown.
+    Jinja; `remarks` list, for the user, the settings left out because they are unknown; `quantized`
+    names the types of quantized tensors in the file.
     """
 
     path: Path
@@ -84,6 +88,7 @@ class StoredModel:
     tokenizer: Path | StoredTokenizer | None
     template: str | None = None
     remarks: tuple[str, ...] = ()
+    quantized: tuple[str, ...] = ()
 
     @property
     def numel(self) -> int:
@@ -133,6 +138,11 @@ def read_ahead(tensors: Iterable[StoredTensor]) -> Iterator[Tensor]:
             fits = waiting and stored.count_bytes() + waiting[-1].count_bytes() <= most
             following = reader.submit(waiting[-1].read) if fits else None
             yield current.pop()  # not a name of ours, which would keep it
+
+
+def choose_dtype(dtype: Kinds, name: str) -> torch.dtype:
+    """Return the type that the tensor of this name shall have."""
+    return dtype if isinstance(dtype, torch.dtype) else dtype(name)
 
 
 # --- rules that several formats share ---

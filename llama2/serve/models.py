@@ -177,7 +177,9 @@ def load_chat(path: Path, name: str, config: ServeConfig) -> ChatModel:
     worker.start()
 
     precision = quantize.compute_precision(config.precision)
-    return ChatModel(name, _created(path), Tokenizer.load(path), worker, engine, precision)
+    return ChatModel(
+        name, _created(path), checkpoint.open_tokenizer(path), worker, engine, precision
+    )
 
 
 def load_reward(path: Path, name: str, config: ServeConfig) -> RewardModel:
@@ -193,7 +195,9 @@ def load_reward(path: Path, name: str, config: ServeConfig) -> RewardModel:
     worker.start()
 
     precision = quantize.compute_precision(config.precision)
-    return RewardModel(name, _created(path), Tokenizer.load(path), worker, scorer, precision)
+    return RewardModel(
+        name, _created(path), checkpoint.open_tokenizer(path), worker, scorer, precision
+    )
 
 
 def load_judge(path: Path, config: ServeConfig, models: Models) -> RewardModel:
@@ -214,7 +218,7 @@ def load_judge(path: Path, config: ServeConfig, models: Models) -> RewardModel:
 
 
 def _created(path: Path) -> int:
-    return int((path / checkpoint.CONFIG).stat().st_mtime)
+    return int((path if path.is_file() else path / checkpoint.CONFIG).stat().st_mtime)
 
 
 @torch.inference_mode()

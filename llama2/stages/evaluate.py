@@ -28,7 +28,7 @@ from llama2.config import StageConfig
 from llama2.errors import UserError
 from llama2.evaluate import attention, ghost, summary
 from llama2.evaluate.judges import KINDS, classify, rate
-from llama2.formats.checkpoint import config_of
+from llama2.formats.checkpoint import config_of, open_tokenizer, read_template
 from llama2.generate.dialogue import Answer, Chat
 from llama2.generate.engine import Engine
 from llama2.generate.remote import Server, connect
@@ -53,7 +53,6 @@ from llama2.stages.common.judges import make_judge
 from llama2.stages.common.planning import Cluster, PlannedRuns, plan_judging
 from llama2.stages.common.training import load_policy
 from llama2.terminal_text import say
-from llama2.tokenizer import chat_settings
 from llama2.tokenizer.template import check_template
 from llama2.tokenizer.tokenizer import Tokenizer
 
@@ -315,9 +314,9 @@ def load_version(config: Config, name: str, run: runs.Run) -> Chat:
     """Load a version ready to answer: here, or its server, whose answers are kept until the run is
     finished."""
     checkpoint = config.versions[name]
-    check_template(checkpoint, chat_settings.read_chat_template(checkpoint))
+    check_template(checkpoint, read_template(checkpoint))
     if name in config.servers:
-        tokenizer = Tokenizer.load(checkpoint)
+        tokenizer = open_tokenizer(checkpoint)
         context = config_of(checkpoint).max_position_embeddings
         journal = run.path / runs.CHECKPOINTS / "answers" / name
         server = config.servers[name]
@@ -409,7 +408,7 @@ def draw_attention(
         return
 
     names, device = config.attention, run.ranks.device
-    tokenizer = Tokenizer.load(config.versions[names[-1]])
+    tokenizer = open_tokenizer(config.versions[names[-1]])
     context = min(config_of(config.versions[name]).max_position_embeddings for name in names)
     looks: dict[str, list[attention.Look]] = {}
     for name in names:

@@ -44,7 +44,6 @@ from llama2.stages.common.training import (
     row_length,
     train,
 )
-from llama2.tokenizer.chat_settings import read_chat_template, read_stop_ids
 from llama2.tokenizer.sentencepiece_model import require_fitting_size
 from llama2.tokenizer.tokenizer import Tokenizer
 from llama2.train import hooks
@@ -205,7 +204,7 @@ def load_model(config: Config, ranks: Ranks) -> tuple[Llama, Tokenizer]:
         model = checkpoint.load(config.model, device=home)
         tokenizer.require_bos(config.model, model.config.bos_token_id)
         tokenizer = tokenizer.with_chat_template(
-            read_chat_template(config.model), read_stop_ids(config.model)
+            checkpoint.read_template(config.model), model.config.stops
         )
     else:
         with torch.device("meta" if home.type == "meta" else devices.CPU):

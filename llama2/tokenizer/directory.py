@@ -12,9 +12,9 @@ from llama2.tokenizer.chat_settings import JSON, MODEL, SETTINGS, SPECIAL, read_
 from llama2.tokenizer.sentencepiece_model import (
     BOS_ID,
     UNKNOWN_ID,
-    StoredTokenizer,
     Vocabulary,
 )
+from llama2.tokenizer.stored import StoredTokenizer
 
 
 def find_tokenizer(directory: Path, vocab_size: int | None = None) -> StoredTokenizer | None:
@@ -26,7 +26,7 @@ def find_tokenizer(directory: Path, vocab_size: int | None = None) -> StoredToke
     if model.exists():
         return StoredTokenizer(str(model), functools.cache(lambda: _read_model(model, vocab_size)))
 
-    return tokenizer_json.open_as_model(file, vocab_size) if file.exists() else None
+    return tokenizer_json.open_stored(file, vocab_size) if file.exists() else None
 
 
 def _read_model(model: Path, vocab_size: int | None) -> bytes:

@@ -12,13 +12,14 @@ it, and the package does not require one: a core dependency that other packages'
 from __future__ import annotations
 
 import struct
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from llama2 import json_files
 from llama2.errors import UserError
+from llama2.tokenizer.stored import ByteLevelModel, StoredTokenizer
 
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)
 UNKNOWN_ID, BOS_ID, EOS_ID = 0, 1, 2  # as in Llama 2's own model
@@ -62,24 +63,17 @@ class Vocabulary:
         return [f"the tokenizer {change}, {ending}" for change, made in changes.items() if made]
 
 
-@dataclass(frozen=True)
-class StoredTokenizer:
-    """A SentencePiece model inside another file, or made of several; read on demand.
-
-    `place` is its name in errors. `read` returns the content of a model file, with a UserError if
-    there is none at the place.
-    """
-
-    place: str
-    read: Callable[[], bytes]
-
-    def __str__(self) -> str:
-        return self.place
-
-
 def read_model(where: Path | StoredTokenizer) -> bytes:
-    """Return the content of a SentencePiece model file."""
-    return where.read() if isinstance(where, StoredTokenizer) else json_files.read_bytes(where)
+    """Return the content of a SentencePiece model file. UserError for a byte-level tokenizer."""
+    content = where.read() if isinstance(where, StoredTokenizer) else json_files.read_bytes(where)
+    if isinstance(content, ByteLevelModel):
+        raise UserError(
+            f"{where}: a byte-level BPE tokenizer, where one of Llama 2's kind (SentencePiece BPE) "
+            "is needed",
+            "formats that hold a byte-level tokenizer are Hugging Face's and GGUF",
+        )
+
+    return content
 
 
 def load(where: Path | StoredTokenizer) -> Vocabulary:

@@ -201,7 +201,7 @@ def test_metadata(file: Path, source: StoredModel, pieces: Path) -> None:
         "tokenizer.chat_template": CHAT_TEMPLATE,
     }
     assert {key: fields.get(key) for key in expected} == expected
-    processor = Tokenizer.load(pieces)._processor
+    processor = sentencepiece.SentencePieceProcessor(model_proto=Tokenizer.load(pieces).model)
     assert fields["tokenizer.ggml.tokens"] == [processor.id_to_piece(token) for token in range(420)]
     assert fields["tokenizer.ggml.scores"] == [processor.get_score(token) for token in range(420)]
     assert fields["tokenizer.ggml.token_type"] == [2, 3, 3, *[6] * 256, *[1] * 161]

@@ -42,7 +42,6 @@ from llama2.stages.common.memory import (
 from llama2.stages.common.sampling import Sample
 from llama2.stages.common.training import Training
 from llama2.tokenizer.directory import find_tokenizer
-from llama2.tokenizer.tokenizer import Tokenizer
 
 GIB = float(1 << 30)
 NONE = "none: what every rank holds whole does not fit"
@@ -78,7 +77,7 @@ class PlannedRuns:
         if path in self.shapes:
             return self.shapes[path]
 
-        return checkpoint.config_of(path) if (path / checkpoint.CONFIG).is_file() else None
+        return checkpoint.config_of(path) if checkpoint.exists(path) else None
 
     def inherit(self, out: Path, source: Path) -> LlamaConfig | None:
         """Note a step that leaves a model of the shape it finds at `source`, and return that."""
@@ -94,7 +93,7 @@ class PlannedRuns:
             return self.vocabularies[path]
 
         exists = find_tokenizer(path) if path.is_dir() else path.is_file()
-        return Tokenizer.load(path).vocab_size if exists else None
+        return checkpoint.open_tokenizer(path).vocab_size if exists else None
 
     def inherit_vocabulary(self, out: Path, source: Path) -> dict[str, Any]:
         """Note a step that carries on the tokenizer at `source`, and return its size."""
