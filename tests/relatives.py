@@ -52,6 +52,15 @@ RELATIVES = {
 }
 
 
+UNHOLDABLE = ("dynamic", "yarn, other ramp", "yarn, not truncated")
+HOLDABLE = {
+    name: replace(shape, vocab_size=420)
+    for name, shape in RELATIVES.items()
+    if name not in UNHOLDABLE
+}
+"""those that llama.cpp has, with the vocabulary of the tests' tokenizer"""
+
+
 def theirs(shape: LlamaConfig, **extra: object) -> nn.Module:
     """Return transformers' model of a shape. The weights are wide, so that attention is far from
     uniform and logits are of order one; norms are not one and biases not zero."""

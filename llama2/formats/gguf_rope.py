@@ -2,7 +2,8 @@
 
 llama.cpp scales linearly and by yarn as the metadata say. Llama 3.1's way it knows as a tensor
 alone, `rope_freqs.weight`, by whose numbers frequencies are divided: they are made of the scaling,
-and the scaling is found again from them. It has no dynamic scaling.
+and the scaling is found again from them. It has no dynamic scaling, and the limits of yarn's ramp
+it does not read of a file of this architecture.
 
 Shapes: F frequencies of a head.
 """
@@ -11,6 +12,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -41,17 +43,21 @@ _AGREEMENT = 2e-6  # of factors that went through fp32
 
 # --- writing ---
 def require_holdable(place: object, config: LlamaConfig) -> None:
-    """UserError for a scaling that llama.cpp does not have."""
+    """UserError for a scaling that llama.cpp does not have, or that it does not read of a file."""
     scaling = config.rope_scaling
-    if scaling is None or (scaling.rope_type != "dynamic" and scaling.truncate):
+    if scaling is None or scaling.rope_type in ("linear", "llama3"):
         return
 
-    kind = "'yarn' without whole dimensions (truncate: false)" if scaling.truncate is False else ""
-    raise UserError(
-        f"{place}: rotary positions are scaled by {kind or repr(scaling.rope_type)}, which "
-        "llama.cpp does not have",
-        "export the model in Hugging Face's format",
-    )
+    default = RopeScaling("yarn", scaling.factor, scaling.original)
+    if replace(scaling, attention_factor=default.attention_factor) != default:
+        betas = f"beta_fast {scaling.beta_fast:g}, beta_slow {scaling.beta_slow:g}"
+        limits = f" with {betas}, truncate {scaling.truncate}".lower()
+        raise UserError(
+            f"{place}: rotary positions are scaled by '{scaling.rope_type}'"
+            f"{limits if scaling.rope_type == 'yarn' else ''}, which llama.cpp does not read of a "
+            "file",
+            "export the model in Hugging Face's format",
+        )
 
 
 def describe_scaling(writer: Any, config: LlamaConfig, architecture: str) -> None:
@@ -68,9 +74,6 @@ def describe_scaling(writer: Any, config: LlamaConfig, architecture: str) -> Non
     writer.add_string(f"{architecture}.{_TYPE}", scaling.rope_type)
     writer.add_float32(f"{architecture}.{_FACTOR}", scaling.factor)
     if scaling.rope_type == "yarn":
-        for field, key in _BETAS.items():
-            writer.add_float32(f"{architecture}.{key}", getattr(scaling, field))
-
         # llama.cpp multiplies with the default by itself
         more = scaling.amplitude / default_attention_factor(scaling.factor)
         if more != 1:

@@ -24,7 +24,7 @@ import numpy as np
 import pytest
 import torch
 from gguf import GGUFReader
-from relatives import RELATIVES
+from relatives import HOLDABLE
 from sources import RATIOS, SHAPE, STRINGS, model_of, source_of
 from torch import Tensor
 
@@ -41,11 +41,6 @@ pytestmark = pytest.mark.skipif(
 )
 needs_trained = pytest.mark.skipif(TRAINED is None, reason="LLAMA2_LLAMACPP_MODEL names no model")
 TOLERANCE = 1e-4
-HOLDABLE = {
-    name: replace(shape, vocab_size=420)
-    for name, shape in RELATIVES.items()
-    if name not in ("dynamic", "yarn, not truncated")
-}
 Ask = Callable[[dict[str, Any]], Any]
 
 

@@ -12,7 +12,7 @@ import gguf as library
 import numpy as np
 import pytest
 import torch
-from relatives import PLAIN, QWEN, RELATIVES
+from relatives import HOLDABLE, PLAIN, QWEN, RELATIVES
 from sources import exact, model_of, source_of
 
 from llama2.errors import UserError
@@ -22,11 +22,6 @@ from llama2.model.rope import RopeScaling, rotary_frequencies
 from llama2.model.tensors import separate_pairs
 from llama2.tokenizer import Tokenizer
 
-HOLDABLE = {
-    name: replace(shape, vocab_size=420)
-    for name, shape in RELATIVES.items()
-    if name not in ("dynamic", "yarn, not truncated")
-}
 FACTORS = "rope_freqs.weight"
 
 
@@ -67,8 +62,9 @@ def test_nothing_is_lost(tmp_path: Path, pieces: Path, shape: LlamaConfig) -> No
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("dynamic", "rotary positions are scaled by 'dynamic', which llama.cpp does not have"),
-        ("yarn, not truncated", r"scaled by 'yarn' without whole dimensions \(truncate: false\)"),
+        ("dynamic", "rotary positions are scaled by 'dynamic', which llama.cpp does not read"),
+        ("yarn, not truncated", "scaled by 'yarn' with beta_fast 32, .* truncate false, which"),
+        ("yarn, other ramp", "scaled by 'yarn' with beta_fast 16, beta_slow 2, truncate true"),
     ],
 )
 def test_what_llama_cpp_does_not_have_is_refused(
