@@ -4,6 +4,8 @@ positions, biases in attention, tied heads."""
 from __future__ import annotations
 
 import json
+import os
+import subprocess
 from dataclasses import replace
 from pathlib import Path
 
@@ -167,3 +169,57 @@ def test_relatives_of_other_names_are_read(tmp_path: Path, family: str) -> None:
     model = checkpoint.load(tmp_path)
     assert model.config == replace(shape, bos_token_id=None)
     assert (model(tokens(LENGTH)) - hf(tokens(LENGTH)).logits).abs().max() < 1e-5
+
+
+@pytest.mark.parametrize("name", ["wide heads", "yarn", "bias", "bias everywhere", "mixed"])
+def test_scores_equal_transformers(tmp_path: Path, name: str) -> None:
+    """A reward model on the trunk of a relative, its head left behind, tied or not."""
+    shape = RELATIVES[name]
+    checkpoint.save(ours(shape, theirs(shape)), tmp_path / "model")
+    scorer = checkpoint.load_scorer(tmp_path / "model", seed=4)
+    checkpoint.save(scorer, tmp_path / "scorer")
+    hf, report = transformers.AutoModelForSequenceClassification.from_pretrained(
+        tmp_path / "scorer", output_loading_info=True
+    )
+    assert not any(report[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+    expected = hf(tokens(LENGTH, 2)).logits[:, 0]
+    lengths_B = torch.tensor([LENGTH, LENGTH])
+    again = checkpoint.load_scorer(tmp_path / "scorer")
+    assert again.config == shape
+    assert (again(tokens(LENGTH, 2), lengths_B=lengths_B) - expected).abs().max() < 1e-5
+
+
+TRANSFORMERS_4 = os.environ.get("LLAMA2_TRANSFORMERS4_PYTHON")
+_PEER = """
+import json, sys, torch, transformers
+answers = {}
+for folder in json.loads(sys.argv[1]):
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder, torch_dtype=torch.float32)
+    ids = torch.tensor([json.loads(sys.argv[2])])
+    with torch.no_grad():
+        answers[folder] = model(ids[:, : 64 if "dynamic" in folder else None]).logits[0].tolist()
+print(json.dumps(answers))
+"""
+
+
+@pytest.mark.skipif(TRANSFORMERS_4 is None, reason="LLAMA2_TRANSFORMERS4_PYTHON names no program")
+def test_transformers_4_reads_what_we_write(tmp_path: Path) -> None:
+    models = {}
+    for number, (name, shape) in enumerate(RELATIVES.items()):
+        folder = tmp_path / f"{number}-{name.replace(', ', '-').replace(' ', '-')}"
+        model = ours(shape, theirs(shape))
+        checkpoint.save(model, folder)
+        models[str(folder)] = model
+
+    ids = tokens(LENGTH)
+    told = subprocess.run(
+        [str(TRANSFORMERS_4), "-c", _PEER, json.dumps(list(models)), json.dumps(ids[0].tolist())],
+        capture_output=True,
+        text=True,
+        check=True,
+        env={"PATH": os.environ["PATH"], "OMP_NUM_THREADS": "1"},
+    )
+    for folder, logits in json.loads(told.stdout.splitlines()[-1]).items():
+        expected = torch.tensor(logits)
+        found = models[folder](ids)[0, : len(expected)]
+        assert (found - expected).abs().max() < 2e-5, folder
