@@ -81,7 +81,7 @@ def run(config: Config) -> None:
     tokenizer = checkpoint.load_tokenizer(config.checkpoint)
 
     if not checkpoint.is_scorer(config.checkpoint):  # which is refused as what it is
-        check_template(config.checkpoint, tokenizer.template)
+        check_template(config.checkpoint, tokenizer)
 
     quantize.check(config.precision)
     model = checkpoint.load(

@@ -26,10 +26,15 @@ from llama2.formats.safetensors_file import is_finite
 from llama2.formats.stored_model import StoredModel, StoredTensor, list_variations, observe
 from llama2.stages.common.planning import Cluster, PlannedRuns
 from llama2.terminal_text import list_some, say
-from llama2.tokenizer.chat_settings import ADDED, MODEL, SETTINGS, SPECIAL
+from llama2.tokenizer.chat_settings import ADDED, MODEL, SETTINGS, SPECIAL, name_template
 from llama2.tokenizer.sentencepiece_model import require_fitting_size
 from llama2.tokenizer.stored import StoredTokenizer
-from llama2.tokenizer.template import CHAT_TEMPLATE, describe_template, is_llama_2
+from llama2.tokenizer.template import (
+    TemplateName,
+    check_template,
+    choose_template,
+    describe_template,
+)
 from llama2.tokenizer.tokenizer import Tokenizer
 
 POSITIONAL = "path"
@@ -51,9 +56,9 @@ class Config(Section):
     tokenizer: Path | None = None
     """a tokenizer.model, tokenizer.json or llama2.c's .bin, or a directory that has one; empty:
     what comes with it"""
-    chat_template: Literal["llama2"] | None = None
-    """write Llama 2's, whatever the model has: for one that was tuned for that format and does not
-    say so"""
+    chat_template: TemplateName | Path | None = None
+    """write this template, whatever the model has: a name, or a file of Jinja; for a model that was
+    tuned for a format and does not say so"""
 
 
 def plan(config: Config, cluster: Cluster, planned: PlannedRuns) -> dict[str, Any]:
@@ -86,7 +91,7 @@ def run(config: Config) -> None:
 
     _say(f"{len(model.tensors)} tensors, all numbers finite; {remark}")
     if tokenizer:
-        _say_template(model, config)
+        _say_template(model, config, tokenizer)
 
     print(config.out)
 
@@ -128,8 +133,11 @@ def _load_tokenizer(model: StoredModel, config: Config) -> tuple[Tokenizer | Non
             f"{size - count:,} are padding now, which no text spells"
         )
 
-    template = CHAT_TEMPLATE if config.chat_template else model.template
-    return tokenizer.with_chat_template(template, model.config.stops), remark
+    template, origin = model.template, name_template(model.path)
+    if config.chat_template is not None:
+        template, origin = choose_template(str(config.chat_template))
+
+    return tokenizer.with_chat_template(template, model.config.stops, origin), remark
 
 
 def _find_tokenizer(model: StoredModel, config: Config) -> Path | StoredTokenizer | None:
@@ -169,21 +177,27 @@ def _add_eos(model: StoredModel, tokenizer: Tokenizer | None) -> StoredModel:
 
 
 # --- messages ---
-def _say_template(model: StoredModel, config: Config) -> None:
+def _say_template(model: StoredModel, config: Config, tokenizer: Tokenizer) -> None:
     """Say what became of the chat template, and what follows from it."""
-    template = describe_template(model.template)
-    if config.chat_template:
-        before = "it had none" if model.template is None else f"the model's was {template}"
-        _say(f"its chat template is Llama 2's, as asked; {before}")
-    elif not is_llama_2(model.template):
-        origin = f"its chat template is {template}, and is kept"
-        if model.template is None:
-            origin = "no chat template came with it"
-
+    name = describe_template(model.template)
+    if config.chat_template is not None:
+        before = "it had none" if model.template is None else f"the model's was {name}"
+        chosen = describe_template(tokenizer.template)
+        _say(f"its chat template is {chosen}, as asked; {before}")
+    elif model.template is None:
         _say(
-            f"{origin}: it can be trained, and talked to after sft (or at once, if it was tuned "
-            "for Llama 2's format: import it with --chat-template llama2)"
+            "no chat template came with it: it can be trained, and talked to after sft (or at "
+            "once, if it was tuned for a format: import it with, say, --chat-template llama2)"
         )
+        return
+
+    try:
+        check_template(config.out, tokenizer)
+    except UserError as error:
+        _say(f"its chat template is {name}, and is kept, but cannot be used here: {error}")
+    else:
+        if config.chat_template is None:
+            _say(f"its chat template is {name}, and is kept")
 
 
 def _describe(model: StoredModel) -> str:

@@ -255,4 +255,4 @@ def _make_tokenizer(path: Path, size: int, changed_ns: int) -> Tokenizer:
 
     tokenizer = Tokenizer.load(stored.tokenizer)
     tokenizer.stops = tuple(dict.fromkeys((*tokenizer.stops, *stored.config.stops)))
-    return tokenizer.with_chat_template(stored.template, stored.config.stops)
+    return tokenizer.with_chat_template(stored.template, stored.config.stops, str(path))

@@ -47,7 +47,6 @@ from llama2.formats.stored_model import (
     choose_dtype,
     join_rotary_pairs,
     require_language_model,
-    require_vocabulary,
     split_rotary_pairs,
 )
 from llama2.model.config import LlamaConfig
@@ -108,14 +107,14 @@ def write(
     require_language_model(model, "GGUF")
     gguf_rope.require_holdable(model.path, model.config)
     factors = gguf_rope.make_factors(model.config)
-    vocabulary = require_vocabulary(model, "which is a part of a GGUF file")
+    tokenizer = gguf_vocabulary.read_content(model)
     names = [tensor for tensor in shapes(model.config) if tensor in model.tensors]
     types = {tensor: _choose_type(tensor, model, precision) for tensor in names}
     with replace_file(file) as stream:
         writer = library.GGUFWriter(stream.name, LLAMA)
         try:
             gguf_metadata.describe_config(writer, model.config, precision, name)
-            gguf_vocabulary.describe_tokenizer(writer, model, vocabulary)
+            gguf_vocabulary.describe_tokenizer(writer, model, tokenizer)
             if chat_template:
                 writer.add_chat_template(chat_template)
 
@@ -140,7 +139,7 @@ def write(
 
     return [
         *_describe_wider(types, precision),
-        *vocabulary.describe_losses("llama.cpp"),
+        *gguf_vocabulary.describe_losses(tokenizer),
         *gguf_metadata.describe_losses(model.config),
     ]
 
@@ -215,10 +214,9 @@ def _encode(part: Tensor, kind: Precision) -> np.ndarray[Any, Any]:
 def read(path: Path, dtype: Kinds = torch.float32) -> StoredModel:
     """Open a GGUF file: tensors of fp32, fp16 and bf16 as they are, others dequantized to `dtype`.
 
-    `dtype` may be that of each tensor by its name. The tokenizer inside becomes a SentencePiece
-    model when it is read, so a faulty one can be replaced. UserError for another architecture, a
-    type that cannot be read, missing, unknown or wrongly shaped tensors, and a truncated or damaged
-    file.
+    `dtype` may be that of each tensor by its name. The tokenizer inside is built when it is read,
+    so a faulty one can be replaced. UserError for another architecture, a type that cannot be read,
+    missing, unknown or wrongly shaped tensors, and a truncated or damaged file.
     """
     library = import_library()
     header = read_header(path)

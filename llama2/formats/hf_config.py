@@ -184,9 +184,7 @@ def _read_values(directory: Path) -> tuple[Path, dict[str, Any]]:
     if not directory.is_dir():
         raise UserError(f"{directory}: no such checkpoint directory", "check the path")
     if not path.exists():
-        raise UserError(
-            f"{path}: missing", f"a checkpoint directory has a {CONFIG} beside its weights"
-        )
+        raise UserError(f"{path}: missing", _suggest_instead(directory))
 
     values = json_files.read_object(path)
     family = values.get("model_type")
@@ -208,6 +206,16 @@ def _read_family(path: Path, values: Mapping[str, Any]) -> str:
         )
 
     return family
+
+
+def _suggest_instead(directory: Path) -> str:
+    """Say what to do with a directory that has weights of another kind, or none."""
+    if files := sorted(directory.glob("*.gguf")):
+        return f"give the file itself: {files[0]}"
+    if any((directory / name).exists() for name in ("params.json", "adapter_config.json")):
+        return f"llama2 import {directory} --out DIRECTORY makes a checkpoint of it"
+
+    return f"a checkpoint directory has a {CONFIG} beside its weights"
 
 
 # --- everything else ---

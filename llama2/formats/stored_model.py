@@ -189,12 +189,20 @@ def list_variations(config: LlamaConfig, scaling: RopeScaling | None = None) -> 
     return variations
 
 
-def require_vocabulary(model: StoredModel, reason: str) -> Vocabulary:
-    """Return the vocabulary of a checkpoint. UserError if it has no tokenizer."""
+def require_tokenizer(model: StoredModel, reason: str) -> Path | StoredTokenizer:
+    """Return the tokenizer of a checkpoint. UserError if it has none."""
     if model.tokenizer is None:
         raise UserError(
             f"{model.path}: there is no tokenizer, {reason}",
             "put tokenizer.model beside the weights",
         )
 
-    return sentencepiece_model.load(model.tokenizer)
+    return model.tokenizer
+
+
+def require_vocabulary(model: StoredModel, reason: str) -> Vocabulary:
+    """Return the vocabulary of a SentencePiece model.
+
+    UserError if a checkpoint has no tokenizer, or a byte-level one.
+    """
+    return sentencepiece_model.load(require_tokenizer(model, reason))

@@ -26,6 +26,8 @@ from llama2.release.lineage import Lineage
 from llama2.release.measurements import Measured
 from llama2.report.energy import Power, format_amounts
 from llama2.results import SamplingSettings
+from llama2.tokenizer.chat_settings import read_chat_template
+from llama2.tokenizer.template import is_llama_2
 
 FILE = "README.md"
 
@@ -84,6 +86,11 @@ class ReleasedModel:
     def scorer(self) -> bool:
         """True for a reward model."""
         return read_config(self.lineage.released.step.path)[1]
+
+    @cached_property
+    def template(self) -> str | None:
+        """Its chat template."""
+        return read_chat_template(self.lineage.released.step.path)
 
     @property
     def chats(self) -> bool:
@@ -220,7 +227,9 @@ path = "."  # this directory
 tokenizer = AutoTokenizer.from_pretrained(path)
 model = AutoModelForCausalLM.from_pretrained(path)
 conversation = [{{"role": "user", "content": "Hello"}}]
-inputs = tokenizer.apply_chat_template(conversation, return_tensors="pt", return_dict=True)
+inputs = tokenizer.apply_chat_template(
+    conversation, add_generation_prompt=True, return_tensors="pt", return_dict=True
+)
 answer = model.generate(**inputs, do_sample=True, temperature={temperature}, top_p={top_p}, max_new_tokens={max_tokens})
 print(tokenizer.decode(answer[0, inputs["input_ids"].shape[1]:], skip_special_tokens=True))"""
 _TEXT = """from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -294,6 +303,15 @@ def _llama_cpp(model: ReleasedModel, sampling: SamplingSettings) -> str:
 def _format(model: ReleasedModel) -> str:
     if not model.chats and not model.scorer:
         return "It was not tuned for conversations: it goes on with a text."
+
+    if not is_llama_2(model.template):
+        return md.document(
+            "### The format of a conversation",
+            "It is what the chat template in `tokenizer_config.json` writes.",
+            md.when(
+                model.scorer, "A conversation is read up to the token that ends its last answer."
+            ),
+        )
 
     return md.document(
         "### The format of a conversation",

@@ -28,7 +28,7 @@ from llama2.config import StageConfig
 from llama2.errors import UserError
 from llama2.evaluate import attention, ghost, summary
 from llama2.evaluate.judges import KINDS, classify, rate
-from llama2.formats.checkpoint import config_of, open_tokenizer, read_template
+from llama2.formats.checkpoint import config_of, open_tokenizer
 from llama2.generate.dialogue import Answer, Chat
 from llama2.generate.engine import Engine
 from llama2.generate.remote import Server, connect
@@ -53,7 +53,7 @@ from llama2.stages.common.judges import make_judge
 from llama2.stages.common.planning import Cluster, PlannedRuns, plan_judging
 from llama2.stages.common.training import load_policy
 from llama2.terminal_text import say
-from llama2.tokenizer.template import check_template
+from llama2.tokenizer.template import check_template, require_system
 from llama2.tokenizer.tokenizer import Tokenizer
 
 
@@ -278,12 +278,25 @@ def answer_all(
             sampling = replace(config.sampling, temperature=0.0)
             greedy = answer_prompts(run, f"greedy-{place}", chat, messages, sampling, config.slots)
 
-        for role in ROLES if dialogs else ():
+        for role in _list_roles(config, place, run) if dialogs else ():
             part = f"talks-{role}-{place}"
             talks[role] = hold_dialogs(config, run, part, chat, dialogs, role)
 
     _say(run, f"{name}: answered in {time.monotonic() - begin:.0f} s")
     return VersionAnswers(answers, greedy, talks)
+
+
+def _list_roles(config: Config, place: int, run: runs.Run) -> tuple[ghost.InstructionRole, ...]:
+    """Return where an instruction may stand for a version; it is said if the chat template has no
+    place for a system turn."""
+    path = list(config.versions.values())[place]
+    try:
+        require_system(open_tokenizer(path))
+    except UserError as error:
+        _say(run, f"{error.cause}: instructions stand in the first user turn alone")
+        return ("user",)
+
+    return ROLES
 
 
 def hold_dialogs(
@@ -314,7 +327,7 @@ def load_version(config: Config, name: str, run: runs.Run) -> Chat:
     """Load a version ready to answer: here, or its server, whose answers are kept until the run is
     finished."""
     checkpoint = config.versions[name]
-    check_template(checkpoint, read_template(checkpoint))
+    check_template(checkpoint, open_tokenizer(checkpoint))
     if name in config.servers:
         tokenizer = open_tokenizer(checkpoint)
         context = config_of(checkpoint).max_position_embeddings

@@ -25,6 +25,7 @@ from llama2.hashing import hash_content
 from llama2.tokenizer import byte_level_json
 from llama2.tokenizer.added_tokens import FETCH
 from llama2.tokenizer.codec import Codec, refuse_halves
+from llama2.tokenizer.pre_tokenizers import reduce_step
 from llama2.tokenizer.sentencepiece_model import make_padding
 from llama2.tokenizer.stored import ByteLevelModel
 
@@ -42,6 +43,7 @@ class ByteLevelCodec:
 
     def __init__(self, model: ByteLevelModel, source: str) -> None:
         self.model, self._source = model, source
+        self.has_bos = model.bos is not None
         self.bos = model.eos if model.bos is None else model.bos
         self.eos, self.ends, self.adds_bos = model.eos, model.ends, model.adds_bos
         self._names = byte_level_json.list_names(model.values)
@@ -177,7 +179,7 @@ def _build(values: Mapping[str, Any], source: str, controls: frozenset[int]) -> 
     merges = [
         merge
         for merge in byte_level_json.list_merges(model)
-        if not {*merge, "".join(merge)} - vocabulary.keys()
+        if vocabulary.keys() >= {*merge, "".join(merge)}
     ]
     added = [
         {**entry, "content": hidden[token], "special": True} if token in hidden else entry
@@ -213,7 +215,7 @@ def _hash(values: Mapping[str, Any]) -> str:
         "merges": byte_level_json.list_merges(model),
         "ignore_merges": bool(model.get("ignore_merges")),
         "added": byte_level_json.list_added(values),
-        "normalizer": values.get("normalizer"),
-        "pre_tokenizer": values.get("pre_tokenizer"),
+        "normalizer": reduce_step(values.get("normalizer")),
+        "pre_tokenizer": reduce_step(values.get("pre_tokenizer")),
     }
     return hash_content(json.dumps(content, sort_keys=True).encode())

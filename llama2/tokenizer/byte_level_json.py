@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from collections.abc import Set as AbstractSet
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -63,6 +64,11 @@ def list_names(values: Mapping[str, Any]) -> dict[int, str]:
     return names | {token: entry["content"] for token, entry in list_added(values).items()}
 
 
+def read_role(model: ByteLevelModel, role: str) -> str | None:
+    """Return the text of the token that the settings give a role, such as "pad_token"."""
+    return read_text(model.settings.get(role) or model.special.get(role))
+
+
 # --- reading ---
 def read(file: Path, vocab_size: int | None = None) -> ByteLevelModel:
     """Read a `tokenizer.json` and the settings beside it.
@@ -71,7 +77,7 @@ def read(file: Path, vocab_size: int | None = None) -> ByteLevelModel:
     file is damaged or of another kind, and if no id ends a text.
     """
     values = read_object(file)
-    _check(file, values)
+    check(file, values)
     directory = file.parent
     if vocab_size is None:
         size = read_object(directory / CONFIG).get("vocab_size")
@@ -129,7 +135,7 @@ def _read_roles(
         )
 
     roles = {eos} if bos is None else {bos, eos}
-    _refuse_typed(file, model, roles - added.keys())
+    refuse_typed(file, model, roles - added.keys())
     controls = roles | {token for token, entry in added.items() if entry.special}
     model = replace(model, bos=bos, eos=eos, controls=frozenset(controls))
     if bos is None:
@@ -147,7 +153,7 @@ def _read_roles(
     return replace(model, adds_bos=adds, values=values, original=None)
 
 
-def _refuse_typed(file: Path, model: ByteLevelModel, roles: set[int]) -> None:
+def refuse_typed(file: Path, model: ByteLevelModel, roles: AbstractSet[int]) -> None:
     """UserError if BOS or EOS is an item that texts are made of."""
     made = {"".join(merge) for merge in list_merges(model.values["model"])}
     names = list_names(model.values)
@@ -195,7 +201,7 @@ def _puts_in_front(processor: Any, bos: int, ids: Mapping[str, int]) -> bool:
     return isinstance(token, dict) and ids.get(str(token.get("id"))) == bos
 
 
-def _check(file: Path, values: Mapping[str, Any]) -> None:
+def check(file: Path, values: Mapping[str, Any]) -> None:
     """UserError unless a file is a byte-level BPE whose ids spell what they were made of."""
     model = read_section(file, values, "model")
     kind = model.get("type", "BPE")

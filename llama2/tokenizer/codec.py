@@ -14,7 +14,8 @@ class Codec(Protocol):
     """One of the two engines, SentencePiece or byte-level BPE, with a vocabulary loaded.
 
     `unknown` is the id of unknown text, where there is one; `ends` are ids that end an answer
-    beside `eos`; `adds_bos`: a raw text begins with BOS; `dummy_prefix`: `encode` puts a space in
+    beside `eos`; `has_bos`: `bos` is an item of its own, not `eos` in the place of one that is
+    missing; `adds_bos`: a raw text begins with BOS; `dummy_prefix`: `encode` puts a space in
     front of a text, which is none of it. The other attributes are those of `Tokenizer`.
     """
 
@@ -24,6 +25,7 @@ class Codec(Protocol):
     eos: int
     unknown: int | None
     ends: tuple[int, ...]
+    has_bos: bool
     adds_bos: bool
     dummy_prefix: bool
     controls: dict[str, int]

@@ -41,7 +41,7 @@ class SentencePieceCodec:
     bos, eos = BOS, EOS
     unknown: int | None = UNKNOWN
     ends: tuple[int, ...] = ()
-    adds_bos, dummy_prefix = True, True
+    has_bos = adds_bos = dummy_prefix = True
 
     def __init__(self, model: bytes, source: str = FILE) -> None:
         self.model = model

@@ -20,10 +20,10 @@ from llama2.tokenizer import chat_settings, sentencepiece_model, tokenizer_json
 from llama2.tokenizer.byte_level import ByteLevelCodec
 from llama2.tokenizer.codec import Codec
 from llama2.tokenizer.directory import find_tokenizer
+from llama2.tokenizer.llama2_format import CHAT_TEMPLATE, is_llama_2
 from llama2.tokenizer.sentencepiece_codec import BOS, EOS, FILE, UNKNOWN, SentencePieceCodec
 from llama2.tokenizer.sentencepiece_model import require_fitting_size
 from llama2.tokenizer.stored import ByteLevelModel, StoredTokenizer
-from llama2.tokenizer.template import CHAT_TEMPLATE, is_llama_2
 
 __all__ = ["BOS", "EOS", "FILE", "UNKNOWN", "Tokenizer"]
 
@@ -34,13 +34,13 @@ class Tokenizer:
     `content` is that of a tokenizer.model file, or what makes a byte-level tokenizer; `source`
     names it in errors.
 
-    `bos` begins a text, or is `eos` for a tokenizer that has none; `adds_bos`: programs put it in
-    front of a raw text. `eos` ends what is written for training; `stops` are all ids that end an
-    answer of the model to which it belongs, `eos` first. `template` is that model's chat template,
-    which `save` writes beside the tokenizer; None if it has none. `controls` are the items that no
-    text spells, name -> id: BOS, EOS and whatever was added, without padding. `dummy_prefix`: a
-    space stands in front of what `encode` takes, and is none of the text. `fingerprint` is that of
-    all that decides ids.
+    `bos` begins a text, or is `eos` for a tokenizer that has none (`has_bos`); `adds_bos`: programs
+    put it in front of a raw text. `eos` ends what is written for training; `stops` are all ids that
+    end an answer of the model to which it belongs, `eos` first. `template` is that model's chat
+    template, which `save` writes beside the tokenizer; None if it has none; `template_place` names
+    where it stands. `controls` are the items that no text spells, name -> id: BOS, EOS and whatever
+    was added, without padding. `dummy_prefix`: a space stands in front of what `encode` takes, and
+    is none of the text. `fingerprint` is that of all that decides ids.
     """
 
     def __init__(self, content: bytes | ByteLevelModel, source: str = FILE) -> None:
@@ -51,6 +51,7 @@ class Tokenizer:
             self._use(SentencePieceCodec(content, source))
             self.template = CHAT_TEMPLATE
 
+        self.template_place = ""
         self.bos, self.eos = self.codec.bos, self.codec.eos
         self.stops = tuple(dict.fromkeys((self.eos, *self.codec.ends)))
         self.announced_eos = self.eos
@@ -58,7 +59,8 @@ class Tokenizer:
     def _use(self, codec: Codec) -> None:
         self.codec = codec
         self.vocab_size, self.controls = codec.vocab_size, dict(codec.controls)
-        self.adds_bos, self.dummy_prefix = codec.adds_bos, codec.dummy_prefix
+        self.has_bos, self.adds_bos = codec.has_bos, codec.adds_bos
+        self.dummy_prefix = codec.dummy_prefix
         self.is_byte_level, self.fingerprint = codec.is_byte_level, codec.fingerprint
 
     @classmethod
@@ -102,16 +104,19 @@ class Tokenizer:
         stops = chat_settings.read_stop_ids(path)
         ends = [token for token in stops if 0 <= token < tokenizer.vocab_size]
         tokenizer.stops = tuple(dict.fromkeys((*tokenizer.stops, *ends)))
-        return tokenizer.with_chat_template(chat_settings.read_chat_template(path), ends)
+        template = chat_settings.read_chat_template(path)
+        return tokenizer.with_chat_template(template, ends, chat_settings.name_template(path))
 
-    def with_chat_template(self, template: str | None, ends: Sequence[int] = ()) -> Tokenizer:
-        """Return the same tokenizer for a model with another chat template.
+    def with_chat_template(
+        self, template: str | None, ends: Sequence[int] = (), place: str = ""
+    ) -> Tokenizer:
+        """Return the same tokenizer for a model with another chat template; `place` names it.
 
         Answers of the model end at one of the ids `ends`. Other programs are told that the first is
         EOS, if no text spells it; Llama 2's format and byte-level tokenizers have their own.
         """
         other = copy.copy(self)
-        other.template = template
+        other.template, other.template_place = template, place
         other.announced_eos = self.eos
         other._use(self.codec.with_template(template))
         if (

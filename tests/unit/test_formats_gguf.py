@@ -469,7 +469,11 @@ def test_what_is_not_llama_2(
         ),
         (
             {"tokenizer.ggml.model": "gpt2"},
-            r"its tokenizer is of the kind 'gpt2' .byte-level BPE, .*--tokenizer FILE",
+            r"its tokenizer divides texts in the way 'default' .*--tokenizer FILE",
+        ),
+        (
+            {"tokenizer.ggml.model": "bert"},
+            r"its tokenizer is of the kind 'bert'; only 'llama' .*--tokenizer FILE",
         ),
         ({"tokenizer.ggml.add_space_prefix": False}, r"it puts no space in front of a text"),
     ],

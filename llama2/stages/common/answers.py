@@ -33,7 +33,7 @@ from llama2.runs import Run
 from llama2.runs.parts import work_in_parts
 from llama2.stages.common.training import freeze
 from llama2.tally import Tally
-from llama2.tokenizer.template import encode_prompt
+from llama2.tokenizer.template import encode_prompt, has_same_format
 
 ROUNDS = 8  # a part has as many answers as the slots give in so many rounds
 JUDGED = 1024  # answers in a part of a reward model's work
@@ -207,7 +207,8 @@ def judge_answers(
     device = run.ranks.device
     with load_when_needed(lambda: load_judge(path, precision, device), device) as judge:
         for version, given in answers.items():
-            same = checkpoint.open_tokenizer(versions[version]).is_same(tokenizer)
+            sampler = checkpoint.open_tokenizer(versions[version])
+            same = sampler.is_same(tokenizer) and has_same_format(sampler, tokenizer)
             keyed: dict[_Key, Answer] = {
                 (index, answer.text, answer.completion.finish): answer
                 for index, answer in enumerate(given)

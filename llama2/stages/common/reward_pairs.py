@@ -22,7 +22,7 @@ from llama2.runs import Run, is_output
 from llama2.stages.common.shares import count_pairs
 from llama2.stages.common.training import check_left
 from llama2.tally import Tally
-from llama2.tokenizer.template import encode_dialog
+from llama2.tokenizer.template import encode_answered
 from llama2.tokenizer.tokenizer import Tokenizer
 
 TOO_LONG = "too long"
@@ -151,7 +151,7 @@ class Encoder:
 
     def _encode_row(self, preference: Preference, answer: str) -> list[int]:
         messages = (*preference.prompt, Message("assistant", answer))
-        return encode_dialog(self.tokenizer, messages)[0]
+        return encode_answered(self.tokenizer, messages)
 
 
 def _label(safe: bool | None) -> int:

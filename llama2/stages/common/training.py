@@ -30,7 +30,7 @@ from llama2.ranks import Ranks
 from llama2.results import HeldoutLoss
 from llama2.runs import Run, read_metrics
 from llama2.stages.common import cautions
-from llama2.tokenizer.template import CHAT_TEMPLATE
+from llama2.tokenizer.template import CHAT_TEMPLATE, find_ends, has_same_format
 from llama2.tokenizer.tokenizer import Tokenizer
 from llama2.train import hooks, optim, parallel, state
 from llama2.train.learner import Learner
@@ -210,11 +210,15 @@ def make_saver(
     """Return a function that writes `model` and its tokenizer as a Hugging Face directory (every
     rank calls it).
 
-    Where it was `taught` Llama 2's chat format, that is its chat template; else the tokenizer's
-    stays. Its answers end at every id at which they did, and at the one that is taught.
+    The tokenizer's chat template stays. If it has none, and conversations were `taught`, that is
+    Llama 2's. Answers end at every id at which they did, and at the one that is taught.
     """
-    beside = tokenizer.with_chat_template(CHAT_TEMPLATE) if taught else tokenizer
-    stops = tuple(dict.fromkeys((*model.config.stops, *tokenizer.stops)))
+    beside = tokenizer
+    if taught and tokenizer.template is None:
+        beside = tokenizer.with_chat_template(CHAT_TEMPLATE)
+
+    ends = find_ends(beside) if taught else tokenizer.stops
+    stops = tuple(dict.fromkeys((*model.config.stops, *tokenizer.stops, *ends)))
 
     def save(directory: Path) -> None:
         weights = parallel.gather_weights(model)
@@ -252,6 +256,11 @@ def load_scorer(
         raise UserError(
             f"{path}: its tokenizer is not the policy's",
             "train policy and reward models on one tokenizer",
+        )
+    if tokenizer is not None and not has_same_format(judge_tokenizer, tokenizer):
+        raise UserError(
+            f"{path}: its chat template is not the policy's",
+            "train policy and reward models on one chat format (sft has --chat-template)",
         )
 
     return checkpoint.load_scorer(
