@@ -367,8 +367,8 @@ def test_quantized_files_of_llama_cpp(
 ) -> None:
     """Against the numbers that llama.cpp makes of its own file: it writes them out as F32.
 
-    Its products with quantized weights round what goes into them to eight bits, so its logits are
-    compared in the mean.
+    Logits are compared on that file. On the quantized one it rounds what goes into each product to
+    eight bits as well: how far that moves them is printed.
     """
     made, plain = tmp_path / "made.gguf", tmp_path / "plain.gguf"
     with llama_cpp(f16) as ask:
@@ -389,14 +389,20 @@ def test_quantized_files_of_llama_cpp(
     ids = tokenizer.encode(" ".join(PROMPTS))[:256]
     at = list(range(8, len(ids), 8))
     model = checkpoint.load(made)
-    with llama_cpp(made) as ask, torch.no_grad():
-        theirs = torch.tensor(ask({"logits": ids, "at": at}))
+    with torch.no_grad():
         logits = model(torch.tensor([ids]))[0, at]
 
-    mean = (logits - theirs).abs().mean().item()
+    apart = []
+    for opened in (plain, made):
+        with llama_cpp(opened) as ask:
+            apart.append((torch.tensor(ask({"logits": ids, "at": at})) - logits).abs())
+
+    largest, mean = apart[0].max().item(), apart[1].mean().item()
     show(
         f"{kind} ({', '.join(ours.quantized)}), llama.cpp",
-        f"weights within {worst:.1g}, logits {mean:.2g} apart in the mean",
+        f"weights within {worst:.1g}, logits within {largest:.1g}; {mean:.1g} in the mean with its "
+        "rounding",
     )
     assert worst < 1e-6
-    assert mean < 0.15
+    assert largest < 2e-4
+    assert mean < 0.5
