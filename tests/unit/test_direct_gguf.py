@@ -11,10 +11,13 @@ import pytest
 import torch
 from commands import llama2
 
+from llama2.config import build
 from llama2.errors import UserError
 from llama2.formats import checkpoint, gguf, hf
 from llama2.hashing import hash_file
 from llama2.model.scorer import Scorer
+from llama2.serve import models
+from llama2.serve.settings import ServeConfig
 from llama2.tokenizer import CHAT_TEMPLATE
 
 pytest.importorskip("gguf")
@@ -87,6 +90,20 @@ def test_chat(
 
     assert answers[0] == answers[1]
     assert answers[0].strip()
+
+
+def test_serve(file: Path) -> None:
+    """A client calls it by the name of the file without its ending."""
+    config = build(ServeConfig, {"checkpoints": [str(file)], "precision": "fp32", "slots": 1})
+    assert config.model_names == ("policy",)
+    assert models.check(file) == "chat"
+
+    served = models.load(config)
+    try:
+        assert served["policy"].created == int(file.stat().st_mtime)
+        assert served["policy"].tokenizer.template == CHAT_TEMPLATE
+    finally:
+        served["policy"].worker.stop()
 
 
 def test_stages(
