@@ -122,7 +122,9 @@ class ByteLevelCodec:
 
         return spell(self._names[token])
 
-    def dump_files(self, eos: int, template: str | None) -> Mapping[str, bytes]:
+    def dump_files(
+        self, eos: int, template: str | None, space_once: bool = False
+    ) -> Mapping[str, bytes]:
         """Return tokenizer.json and the settings with which other programs read it."""
         return byte_level_json.dump_files(self.model, template)
 

@@ -56,8 +56,13 @@ class Codec(Protocol):
     def name_of(self, token: int) -> str:
         """Return the name of a token in the vocabulary."""
 
-    def dump_files(self, eos: int, template: str | None) -> Mapping[str, bytes]:
-        """Return the files of the tokenizer, name -> content; `eos` is what others take for EOS."""
+    def dump_files(
+        self, eos: int, template: str | None, space_once: bool = False
+    ) -> Mapping[str, bytes]:
+        """Return the files of the tokenizer, name -> content; `eos` is what others take for EOS.
+
+        `space_once`: they put a space in front of a whole text alone, if they put any.
+        """
 
     def describe_differences(self) -> tuple[str, ...]:
         """List, in sentences, where transformers gives other ids."""

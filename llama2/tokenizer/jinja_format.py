@@ -132,7 +132,8 @@ class Writer:
         begin, end = span
         places = [begin, *sorted({cut for cut in cuts if begin < cut < end}), end]
         pieces = []
-        begun = False
+        # a text that begins with a space gets no other, where only the beginning gets one
+        begun = self.tokenizer.space_once and (begin > 0 or text.startswith(" "))
         for first, last in pairwise(places):
             part = self.seal.remove(text[first:last])
             if part:

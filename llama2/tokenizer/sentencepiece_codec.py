@@ -103,12 +103,14 @@ class SentencePieceCodec:
         """Return the name of a token in the vocabulary."""
         return str(self.processor.id_to_piece(token))
 
-    def dump_files(self, eos: int, template: str | None) -> Mapping[str, bytes]:
+    def dump_files(
+        self, eos: int, template: str | None, space_once: bool = False
+    ) -> Mapping[str, bytes]:
         """Return tokenizer.model and the files with which other programs read it."""
         return {
             FILE: self.model,
-            chat_settings.JSON: _dump_json(self.model),
-            **dump_settings(_parse(self.model), eos, template),
+            chat_settings.JSON: _dump_json(self.model, space_once),
+            **dump_settings(_parse(self.model), eos, template, space_once),
         }
 
     def describe_differences(self) -> tuple[str, ...]:
@@ -161,8 +163,8 @@ def _parse(model: bytes) -> sentencepiece_model.Vocabulary:
 
 
 @functools.lru_cache(maxsize=4)
-def _dump_json(model: bytes) -> bytes:
-    return tokenizer_json.dump(_parse(model))
+def _dump_json(model: bytes, space_once: bool = False) -> bytes:
+    return tokenizer_json.dump(_parse(model), space_once)
 
 
 @functools.lru_cache(maxsize=4)
