@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Protocol
 
 from llama2.errors import UserError
 from llama2.tokenizer.stored import ByteLevelModel
+
+_TAG = re.compile(r"[<\[{].*[>\]}]", re.DOTALL)
 
 
 class Codec(Protocol):
@@ -69,6 +72,12 @@ class Codec(Protocol):
 
     def describe_disagreement(self, directory: Path) -> str | None:
         """Describe where a second file in the directory of the tokenizer gives other ids."""
+
+
+def is_tag(text: str) -> bool:
+    """Return whether a text stands in brackets, as `<tool_call>`, `[INST]` and `<|im_start|>` do;
+    no run of spaces and no word does."""
+    return _TAG.fullmatch(text) is not None
 
 
 def refuse_halves(texts: Sequence[str]) -> None:
