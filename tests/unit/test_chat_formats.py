@@ -176,6 +176,7 @@ def test_a_template_that_changes_earlier_turns_is_refused_by_turn(byte_level: To
 
 def test_a_template_without_an_end_teaches_none(byte_level: Tokenizer) -> None:
     endless = "{% for m in messages %}{{ m.role + ': ' + m.content + '\n' }}{% endfor %}"
+    endless += "{% if add_generation_prompt %}{{ 'assistant: ' }}{% endif %}"
     tokenizer = byte_level.with_chat_template(endless)
     check_template("model", tokenizer)
     assert encode_prompt(tokenizer, TALK[:2])
