@@ -160,6 +160,7 @@ def write(model: StoredModel, file: Path, *, version: Literal[0, 2] = 0) -> list
 def _check_writable(model: StoredModel) -> Vocabulary:
     """Return the vocabulary of a model that the format has a place for; UserError for others."""
     require_language_model(model, "llama2.c")
+    vocabulary = require_vocabulary(model, "without which llama2.c cannot run a model")
     if variations := list_variations(model.config):
         raise UserError(
             f"{model.path}: llama2.c does not have {', '.join(variations)}",
@@ -179,7 +180,6 @@ def _check_writable(model: StoredModel) -> Vocabulary:
             f"llama2.c takes 1 and 2 {cure}",
         )
 
-    vocabulary = require_vocabulary(model, "without which llama2.c cannot run a model")
     require_fitting_size(
         model.tokenizer,
         len(vocabulary.items),

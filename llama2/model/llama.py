@@ -37,9 +37,11 @@ from llama2.model.likelihood import Likelihood, of_logits
 from llama2.model.linear import Embedding, Linear, is_bare
 from llama2.model.positions import (
     causal,
+    positions_along,
     positions_within,
     rotary_tables,
     rotate,
+    same_branch,
     same_document,
 )
 
@@ -202,10 +204,12 @@ class Trunk(nn.Module):
         documents_BT: Tensor | None = None,
         positions_BT: Tensor | None = None,
         cache: Cache | None = None,
+        branches_BT: Tensor | None = None,
     ) -> Tensor:
-        """Return the normed hidden states of the last layer, [B, T, D]."""
+        """Return the normed hidden states of the last layer, [B, T, D]. branches_BT: 0 for a
+        prompt, 1, 2, ... for answers behind it (see `positions`)."""
         x_BTD = self.embed_tokens(tokens_BT)
-        context = self.context(x_BTD, documents_BT, positions_BT, cache)
+        context = self.context(x_BTD, documents_BT, positions_BT, cache, branches_BT)
         update_BTD = None
 
         for layer in self.layers:
@@ -225,9 +229,12 @@ class Trunk(nn.Module):
         documents_BT: Tensor | None = None,
         positions_BT: Tensor | None = None,
         cache: Cache | None = None,
+        branches_BT: Tensor | None = None,
     ) -> Context:
         """Make rotary tables and mask once for all layers."""
-        if positions_BT is None and documents_BT is not None:
+        if branches_BT is not None:
+            positions_BT = positions_along(branches_BT)
+        elif positions_BT is None and documents_BT is not None:
             positions_BT = positions_within(documents_BT)
         elif positions_BT is None:
             positions_BT = torch.arange(x_BTD.shape[1], device=x_BTD.device)[None]
@@ -236,9 +243,17 @@ class Trunk(nn.Module):
         cos_BT1E, sin_BT1E = rotary_tables(
             positions_BT, shape.head_dim, shape.rope_theta, shape.rope_scaling
         )
-        return Context(cos_BT1E, sin_BT1E, self.attention(x_BTD, documents_BT, cache), cache)
+        return Context(
+            cos_BT1E, sin_BT1E, self.attention(x_BTD, documents_BT, cache, branches_BT), cache
+        )
 
-    def attention(self, x_BTD: Tensor, documents_BT: Tensor | None, cache: Cache | None) -> Attend:
+    def attention(
+        self,
+        x_BTD: Tensor,
+        documents_BT: Tensor | None,
+        cache: Cache | None,
+        branches_BT: Tensor | None = None,
+    ) -> Attend:
         """Choose how the layers of this pass attend, with the mask that it needs."""
         kind, length, device = dtype_of_products(x_BTD), x_BTD.shape[1], x_BTD.device
         if documents_BT is not None and device.type in attention.DEVICES:
@@ -250,7 +265,9 @@ class Trunk(nn.Module):
         # begin at exactly 1.)
         explicit = devices.is_cpu(device) and cache is None and length <= EXPLICIT_LENGTH
         mask_BTS = None
-        if documents_BT is not None:
+        if branches_BT is not None:
+            mask_BTS = same_branch(branches_BT)
+        elif documents_BT is not None:
             mask_BTS = same_document(documents_BT)
         elif cache is not None:
             mask_BTS = cache.mask_BTS
@@ -333,9 +350,8 @@ class Llama(nn.Module):
 
 def initialise(model: nn.Module, seed: int) -> None:
     """Draw all weights: normal with deviation 0.02, the two projections that write to the residual
-    stream with
-    0.02 / sqrt(2 · layers) so that its variance does not grow with depth; norms are one, biases
-    zero.
+    stream with 0.02 / sqrt(2 · layers) so that its variance does not grow with depth; norms are
+    one, biases zero.
 
     The paper does not state its initialisation. A model on the meta device is left alone.
     """

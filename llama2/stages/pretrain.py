@@ -169,7 +169,11 @@ def run(config: Config, run: Run) -> None:
         save_model=make_saver(model, tokenizer, run.ranks, taught=False),
         title="pretrain",
         validate=hooks.Validate(validation),
-        flops_per_token=flops_per_token(model.config, config.sequence_length),
+        flops_per_token=flops_per_token(
+            model.config,
+            config.sequence_length,
+            frozen_layers=config.training.frozen_layers,
+        ),
     )
     passes = {}
     for name, times in order.passes.items():
@@ -203,6 +207,9 @@ def load_model(config: Config, ranks: Ranks) -> tuple[Llama, Tokenizer]:
     if config.model:
         model = checkpoint.load(config.model, device=home)
         tokenizer.require_bos(config.model, model.config.bos_token_id)
+        if tokenizer.is_byte_level:  # whose files do not list padding
+            tokenizer = tokenizer.pad(model.config.vocab_size)
+
         tokenizer = tokenizer.with_chat_template(
             checkpoint.read_template(config.model), model.config.stops
         )

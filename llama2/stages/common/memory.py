@@ -37,6 +37,14 @@ class Tower:
         head = 0 if shape.tie_word_embeddings else shape.vocab_size * shape.hidden_size
         return shape.parameters() - head + shape.hidden_size
 
+    def count_trained(self, frozen_layers: int) -> int:
+        """Count the parameters that train where the lowest layers and the embeddings do not."""
+        if not frozen_layers:
+            return self.parameters
+
+        table = self.shape.vocab_size * self.shape.hidden_size
+        return self.parameters - table - frozen_layers * self.block
+
     @property
     def block(self) -> int:
         """Parameters of one layer."""
@@ -72,8 +80,9 @@ def transient_bytes(towers: Sequence[Tower], settings: Training, ranks: int) -> 
         return size * (2 * block + root) + size * (block + root) + 2 * 4 * block
 
     count = sum(tower.parameters for tower in towers)
+    trained = sum(tower.count_trained(settings.frozen_layers) for tower in towers)
     copies = size * count if size == 2 else 0
-    gradients = 4 * count if ranks > 1 else 0
+    gradients = 4 * trained if ranks > 1 else 0
     return copies + gradients
 
 
@@ -98,7 +107,8 @@ def activations(
 
         # what a layer keeps until the backward pass reaches it
         stored = stream * residual if settings.gradient_checkpointing else layer
-        total += shape.num_hidden_layers * stored + 2 * layer + stream * (residual + size)
+        layers = shape.num_hidden_layers - settings.frozen_layers
+        total += layers * stored + 2 * layer + stream * (residual + size)
 
         if not tower.scalar:
             logits = tokens * shape.vocab_size
@@ -121,9 +131,11 @@ def repeat_bytes(shape: LlamaConfig, size: int) -> int:
     return 2 * size * shape.head_dim * more
 
 
-def flops_per_token(config: LlamaConfig, length: float, scalar: bool = False) -> float:
+def flops_per_token(
+    config: LlamaConfig, length: float, scalar: bool = False, frozen_layers: int = 0
+) -> float:
     """FLOPs of the forward and backward pass, causal attention counted at half: 6 N + 6 L d T,
-    input embedding not counted.
+    input embedding not counted. Layers that are frozen have no backward pass.
 
     A reward model (`scalar`) has a head of one row and reads it at one token of a conversation,
     which is nothing. For rows of several lengths, T is their mean with each token counted once: the
@@ -132,8 +144,10 @@ def flops_per_token(config: LlamaConfig, length: float, scalar: bool = False) ->
     # of those counted, not multiplied with
     tables = (1 if config.tie_word_embeddings else 2) - (0 if scalar else 1)
     unused = tables * config.vocab_size * config.hidden_size
-    attention = config.num_hidden_layers * config.query_size * length
-    return 6.0 * (config.parameters() - unused + attention)
+    attention = config.query_size * length
+    every = config.parameters() - unused + config.num_hidden_layers * attention
+    frozen = frozen_layers * (Tower(config).block + attention)
+    return 6.0 * every - 4.0 * frozen
 
 
 # --- sampling and judging ---

@@ -127,14 +127,16 @@ def plan_training(
     trained.
     """
     ranks = cluster.ranks or 1
+    frozen = settings.frozen_layers
     parameters = sum(tower.parameters for tower in towers)
+    trained = sum(tower.count_trained(frozen) for tower in towers)
 
     def list_parts(count: int) -> dict[str, float]:
         """Return the bytes of a rank, of so many."""
         spread = is_sharded(settings, count)
         share = count if spread else 1
         micro = min(micro_rows, -(-rows // count))
-        parts = {"weights_and_optimizer": 16 * parameters / share}
+        parts = {"weights_and_optimizer": (4 * parameters + 12 * trained) / share}
         if reference is not None:
             size = 4 if spread else size_of(settings.precision)
             parts["reference"] = size * reference.parameters() / share
@@ -147,7 +149,9 @@ def plan_training(
         }
 
     tokens = rows * length
-    flops = sum(flops_per_token(tower.shape, length, tower.scalar) for tower in towers) * tokens
+    flops = tokens * sum(
+        flops_per_token(tower.shape, length, tower.scalar, frozen) for tower in towers
+    )
     unknown = "known when the data is read"
     return {
         "parameters": parameters,
