@@ -31,7 +31,7 @@ from llama2.generate.sampling import Sampling
 from llama2.model import quantize
 from llama2.ranks import join
 from llama2.reading.rows import detect_encoding
-from llama2.tokenizer.template import check_template
+from llama2.tokenizer.template import check_template, require_system
 
 POSITIONAL = "checkpoint"
 
@@ -49,7 +49,7 @@ class Config(Section):
     """
 
     checkpoint: Path
-    """directory of the model"""
+    """directory of the model, or a GGUF file; package:NAME is the one in an installed package"""
     system: str = ""
     """system prompt"""
     temperature: float = Field(0.6, ge=0)
@@ -81,7 +81,9 @@ def run(config: Config) -> None:
     tokenizer = checkpoint.load_tokenizer(config.checkpoint)
 
     if not checkpoint.is_scorer(config.checkpoint):  # which is refused as what it is
-        check_template(config.checkpoint, tokenizer.template)
+        check_template(config.checkpoint, tokenizer)
+        if config.system:
+            require_system(tokenizer)
 
     quantize.check(config.precision)
     model = checkpoint.load(

@@ -8,6 +8,7 @@ from typing import Any
 
 from pydantic_core import PydanticCustomError, core_schema
 
+from llama2 import model_packages
 from llama2.config.yaml12 import read_scalar
 
 _LARGEST = 2**63 - 1
@@ -21,7 +22,7 @@ def make_exact(node: Any, alternative: bool = False) -> Any:
 
     Pydantic's own strict mode would refuse lists for tuples and texts for paths as well. Where only
     a number can be meant, not as one of several alternatives, a text is read as the number it
-    holds. `~` is written out in paths.
+    holds. `~` and `package:NAME` are written out in paths.
     """
     if isinstance(node, (list, tuple)):
         return type(node)(make_exact(item, alternative) for item in node)
@@ -51,12 +52,13 @@ def make_exact(node: Any, alternative: bool = False) -> Any:
 
 
 def _read_path(value: Any, validate: core_schema.ValidatorFunctionWrapHandler) -> Path:
-    """Return a path with its home directory written out, where there is one. An empty text is none,
-    though Python takes it for the directory one is in."""
+    """Return a path with its home directory written out, where there is one, and `package:NAME` as
+    the file that it names. An empty text is no path, though Python takes it for the directory one
+    is in."""
     if isinstance(value, str) and not value.strip():
         raise PydanticCustomError("path_type", "a path is wanted")
 
-    path: Path = validate(value)
+    path: Path = model_packages.locate(validate(value))
     if path.parts[:1] == ("~",) or (str(path).startswith("~") and not path.exists()):
         try:
             return path.expanduser()

@@ -23,13 +23,18 @@ from llama2.formats.detect import open_model
 from llama2.formats.hf_directory import require_free
 from llama2.formats.progress import ReadingBar
 from llama2.formats.safetensors_file import is_finite
-from llama2.formats.stored_model import StoredModel, StoredTensor, observe
+from llama2.formats.stored_model import StoredModel, StoredTensor, list_variations, observe
 from llama2.stages.common.planning import Cluster, PlannedRuns
 from llama2.terminal_text import list_some, say
-from llama2.tokenizer import sentencepiece_model
-from llama2.tokenizer.chat_settings import ADDED, MODEL, SETTINGS, SPECIAL
-from llama2.tokenizer.sentencepiece_model import StoredTokenizer, require_fitting_size
-from llama2.tokenizer.template import CHAT_TEMPLATE, describe_template, is_llama_2
+from llama2.tokenizer.chat_settings import ADDED, MODEL, SETTINGS, SPECIAL, name_template
+from llama2.tokenizer.sentencepiece_model import require_fitting_size
+from llama2.tokenizer.stored import StoredTokenizer
+from llama2.tokenizer.template import (
+    TemplateName,
+    check_template,
+    choose_template,
+    describe_template,
+)
 from llama2.tokenizer.tokenizer import Tokenizer
 
 POSITIONAL = "path"
@@ -51,9 +56,9 @@ class Config(Section):
     tokenizer: Path | None = None
     """a tokenizer.model, tokenizer.json or llama2.c's .bin, or a directory that has one; empty:
     what comes with it"""
-    chat_template: Literal["llama2"] | None = None
-    """write Llama 2's, whatever the model has: for one that was tuned for that format and does not
-    say so"""
+    chat_template: TemplateName | Path | None = None
+    """write this template, whatever the model has: a name, or a file of Jinja; for a model that was
+    tuned for a format and does not say so"""
 
 
 def plan(config: Config, cluster: Cluster, planned: PlannedRuns) -> dict[str, Any]:
@@ -86,7 +91,7 @@ def run(config: Config) -> None:
 
     _say(f"{len(model.tensors)} tensors, all numbers finite; {remark}")
     if tokenizer:
-        _say_template(model, config)
+        _say_template(model, config, tokenizer)
 
     print(config.out)
 
@@ -122,15 +127,17 @@ def _load_tokenizer(model: StoredModel, config: Config) -> tuple[Tokenizer | Non
     control = f", of which no text spells {list_some(special)}" if special else ""
     remark = f"the tokenizer has {count:,} pieces, as the model{control}"
     if count < size:
-        padded = sentencepiece_model.pad(tokenizer.model, count, size)
-        tokenizer = Tokenizer(padded, str(place))
+        tokenizer = tokenizer.pad(size)
         remark = (
             f"the tokenizer has {count:,} pieces{control}, the model {size:,}: the other "
             f"{size - count:,} are padding now, which no text spells"
         )
 
-    template = CHAT_TEMPLATE if config.chat_template else model.template
-    return tokenizer.with_chat_template(template, model.config.stops), remark
+    template, origin = model.template, name_template(model.path)
+    if config.chat_template is not None:
+        template, origin = choose_template(str(config.chat_template))
+
+    return tokenizer.with_chat_template(template, model.config.stops, origin), remark
 
 
 def _find_tokenizer(model: StoredModel, config: Config) -> Path | StoredTokenizer | None:
@@ -170,33 +177,41 @@ def _add_eos(model: StoredModel, tokenizer: Tokenizer | None) -> StoredModel:
 
 
 # --- messages ---
-def _say_template(model: StoredModel, config: Config) -> None:
+def _say_template(model: StoredModel, config: Config, tokenizer: Tokenizer) -> None:
     """Say what became of the chat template, and what follows from it."""
-    template = describe_template(model.template)
-    if config.chat_template:
-        before = "it had none" if model.template is None else f"the model's was {template}"
-        _say(f"its chat template is Llama 2's, as asked; {before}")
-    elif not is_llama_2(model.template):
-        origin = f"its chat template is {template}, and is kept"
-        if model.template is None:
-            origin = "no chat template came with it"
-
+    name = describe_template(model.template)
+    if config.chat_template is not None:
+        before = "it had none" if model.template is None else f"the model's was {name}"
+        chosen = describe_template(tokenizer.template)
+        _say(f"its chat template is {chosen}, as asked; {before}")
+    elif model.template is None:
         _say(
-            f"{origin}: it can be trained, and talked to after sft (or at once, if it was tuned "
-            "for Llama 2's format: import it with --chat-template llama2)"
+            "no chat template came with it: it can be trained, and talked to after sft (or at "
+            "once, if it was tuned for a format: import it with, say, --chat-template llama2)"
         )
+        return
+
+    try:
+        check_template(config.out, tokenizer)
+    except UserError as error:
+        _say(f"its chat template is {name}, and is kept, but cannot be used here: {error}")
+    else:
+        if config.chat_template is None:
+            _say(f"its chat template is {name}, and is kept")
 
 
 def _describe(model: StoredModel) -> str:
     shape = model.config
     kinds = {str(stored.dtype).removeprefix("torch.") for stored in model.tensors.values()}
+    kinds = {*model.quantized, "float32"} if model.quantized else kinds
     kind = "reward" if model.scorer else "language"
+    variations = "".join(f", {variation}" for variation in list_variations(shape))
     return (
         f"{model.format}, a {kind} model of {model.numel:,} parameters in "
         f"{', '.join(sorted(kinds))}: {shape.num_hidden_layers} layers of width "
         f"{shape.hidden_size:,}, {shape.num_attention_heads} heads, {shape.num_key_value_heads} "
         f"for keys and values, context {shape.max_position_embeddings:,}, vocabulary "
-        f"{shape.vocab_size:,}"
+        f"{shape.vocab_size:,}{variations}"
     )
 
 

@@ -19,7 +19,8 @@ def spell_targets(segment: Segment, tokenizer: Tokenizer) -> bytes:
     """Return the bytes that the targets of a segment spell. The space that encoding puts in front
     of a document is none of its text."""
     text = b"".join(map(tokenizer.bytes_of, segment.ids[1:].tolist()))
-    return text.removeprefix(b" ") if segment.ids[0] == tokenizer.bos else text
+    has_space = tokenizer.dummy_prefix and segment.ids[0] == tokenizer.document_start
+    return text.removeprefix(b" ") if has_space else text
 
 
 class HeldoutText:
@@ -30,7 +31,7 @@ class HeldoutText:
         documents: list[list[bytes]] = []
         for row in rows:
             for segment in row:
-                if segment.ids[0] == tokenizer.bos or not documents:
+                if segment.ids[0] == tokenizer.document_start or not documents:
                     documents.append([])
 
                 documents[-1].append(spell_targets(segment, tokenizer))

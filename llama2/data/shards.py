@@ -6,10 +6,11 @@ A directory holds pairs of files and `index.json`, which is written last:
     tokens-00000.bin      ids of all documents one after another, little-endian uint16 (uint32
                           from 65,537 items on)
     documents-00000.bin   where each document ends in it, little-endian int64
-    index.json            version, dtype, vocab_size, tokenizer (sha256 of tokenizer.model), counts,
+    index.json            version, dtype, vocab_size, tokenizer (its fingerprint), counts,
                           sha256 of each file
 
-Each document is BOS, its ids, EOS.
+Each document is BOS, its ids, EOS; a tokenizer that adds no BOS has EOS in its place, as models
+without BOS were trained on documents with EOS between them.
 """
 
 from __future__ import annotations
@@ -118,7 +119,7 @@ def _encode(
 
     def flush(batch: list[str]) -> Iterator[npt.NDArray[Any]]:
         for ids in tokenizer.encode_many(batch, threads):
-            yield np.array([tokenizer.bos, *ids, tokenizer.eos], dtype=dtype)
+            yield np.array([tokenizer.document_start, *ids, tokenizer.eos], dtype=dtype)
 
     batch: list[str] = []
     size = 0

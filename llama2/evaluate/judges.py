@@ -13,7 +13,12 @@ from typing import Literal
 from llama2.generate.dialogue import Answer
 from llama2.judging import Judge, Rating
 from llama2.records import Axis, Message, Prompt
-from llama2.tokenizer.template import encode_dialog, encode_prompt
+from llama2.tokenizer.template import (
+    encode_answered,
+    encode_cut,
+    encode_prompt,
+    find_ends,
+)
 from llama2.tokenizer.tokenizer import Tokenizer
 
 PromptKind = Literal["helpful", "unsafe", "borderline"]
@@ -49,10 +54,11 @@ def encode_judged(tokenizer: Tokenizer, prompt: Prompt, answer: Answer, same: bo
     """Encode what a reward model reads: the prompt, and the answer as it was sampled.
 
     An answer that was cut off has no end there either. `same`: the sampled tokens are this
-    tokenizer's; otherwise the text is encoded.
+    tokenizer's, in its chat format; otherwise the text is encoded.
     """
-    if not same and answer.completion.finish == "stop":
-        return encode_dialog(tokenizer, (*prompt.messages, Message("assistant", answer.text)))[0]
+    if same:
+        sampled = answer.completion.end_with(find_ends(tokenizer)[0])
+        return [*encode_prompt(tokenizer, prompt.messages), *sampled]
 
-    sampled = answer.completion.end_with(tokenizer.eos) if same else tokenizer.encode(answer.text)
-    return [*encode_prompt(tokenizer, prompt.messages), *sampled]
+    encode = encode_answered if answer.completion.finish == "stop" else encode_cut
+    return encode(tokenizer, (*prompt.messages, Message("assistant", answer.text)))

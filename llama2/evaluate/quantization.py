@@ -95,13 +95,14 @@ def cut_windows(
     """Return the number of documents that make `tokens` tokens, and these in rows of at most
     `context`.
 
-    Each document stands between BOS and EOS. Neighbouring rows of a long one share a token, so that
-    every token but BOS is predicted once.
+    Each document stands between `document_start` and EOS. Neighbouring rows of a long one share a
+    token, so that every token but the first is predicted once.
     """
     rows: TokenRows = []
     count, left = 0, tokens
     for document in documents:
-        ids = [tokenizer.bos, *tokenizer.encode(document.text), tokenizer.eos][: left + 1]
+        text = tokenizer.encode(document.text)
+        ids = [tokenizer.document_start, *text, tokenizer.eos][: left + 1]
         rows += [ids[begin : begin + context] for begin in range(0, len(ids) - 1, context - 1)]
         count, left = count + 1, left - len(ids) + 1
 

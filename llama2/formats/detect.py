@@ -10,7 +10,7 @@ from llama2 import json_files
 from llama2.errors import UserError, explain_os_errors
 from llama2.formats import gguf, gguf_header, hf, llama2c, meta, peft
 from llama2.formats.hf_directory import CONFIG
-from llama2.formats.stored_model import StoredModel
+from llama2.formats.stored_model import Kinds, StoredModel
 
 _LOOKED_FOR = (
     f"looked for a directory with {CONFIG} (Hugging Face), {peft.CONFIG} (a PEFT adapter) or "
@@ -26,8 +26,8 @@ def open_model(
     """Open the checkpoint at `path`, of whatever format. Reads no tensor yet.
 
     `base` is the model that an adapter belongs to, where its own config is wrong; `dtype` is what
-    the sum of both is rounded to. UserError if nothing known is there, or if it is damaged or of
-    another architecture.
+    the sum of both is rounded to, and the numbers of quantized tensors. UserError if nothing known
+    is there, or if it is damaged or of another architecture.
     """
     if path.is_dir() and (path / peft.CONFIG).exists():
         place = peft.find_base(path, base)
@@ -43,7 +43,7 @@ def open_model(
             f"{path}: only an adapter has a base, and there is no {peft.CONFIG}", "leave out --base"
         )
 
-    return _open_directory(path) if path.is_dir() else _open_file(path)
+    return _open_directory(path) if path.is_dir() else open_file(path, dtype or torch.float32)
 
 
 def _open_directory(path: Path) -> StoredModel:
@@ -62,12 +62,13 @@ def _open_directory(path: Path) -> StoredModel:
     raise UserError(f"{path}: no checkpoint", _LOOKED_FOR)
 
 
-def _open_file(path: Path) -> StoredModel:
+def open_file(path: Path, dtype: Kinds = torch.float32) -> StoredModel:
+    """Open a checkpoint that is one file. UserError as `open_model`."""
     with explain_os_errors(path), json_files.open_file(path) as file:
         head = file.read(_HEAD)
 
     if head.startswith(gguf_header.MAGIC):
-        return gguf.read(path)
+        return gguf.read(path, dtype)
     if llama2c.is_model(path, head):
         return llama2c.read(path)
     if path.suffix in _PARTS:

@@ -16,10 +16,8 @@ among them).
 
 from __future__ import annotations
 
-import functools
-import logging
-import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any, get_args
@@ -28,21 +26,30 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from llama2.errors import UserError, explain_missing_extra
-from llama2.formats import gguf_metadata, gguf_vocabulary
-from llama2.formats.binary import FETCH_AGAIN, read_array, replace_file
+from llama2.errors import UserError
+from llama2.formats import gguf_metadata, gguf_rope, gguf_vocabulary
+from llama2.formats.binary import FETCH_AGAIN, replace_file
 from llama2.formats.gguf_header import ALIGNMENT, Header, read_header
-from llama2.formats.gguf_metadata import UNREADABLE, Precision
+from llama2.formats.gguf_metadata import LLAMA, Precision, find_architecture
+from llama2.formats.gguf_rope import FACTORS
+from llama2.formats.gguf_tensors import (
+    PLAIN,
+    count_bytes,
+    import_library,
+    list_quantized,
+    open_tensor,
+)
 from llama2.formats.hf_directory import check_shapes
 from llama2.formats.stored_model import (
+    Kinds,
     StoredModel,
     StoredTensor,
+    choose_dtype,
     join_rotary_pairs,
     require_language_model,
-    require_vocabulary,
     split_rotary_pairs,
 )
-from llama2.model.llama import LlamaConfig
+from llama2.model.config import LlamaConfig
 from llama2.model.tensors import EMBEDDINGS, HEAD, NORM, shapes
 
 FORMAT = "gguf"
@@ -50,8 +57,6 @@ _BLOCK = 32
 _CHUNK = 1 << 22  # numbers that are converted at a time
 # scales of blocks are numbers of fp16
 _LARGEST = {"f16": 65504.0, "q8_0": 65504.0 * 127, "q4_0": 65504.0 * 8}
-_FACTORS = "rope_freqs.weight"  # by which rotary frequencies are divided
-_PLAIN = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 _OUTSIDE = {EMBEDDINGS: "token_embd.weight", NORM: "output_norm.weight", HEAD: "output.weight"}
 _INSIDE = {
@@ -67,24 +72,14 @@ _INSIDE = {
 }
 
 
-def _import_library() -> ModuleType:
-    try:
-        import gguf
-        import gguf.quants
-    except ImportError:
-        raise explain_missing_extra("gguf", "gguf") from None
-
-    logging.getLogger("gguf").setLevel(logging.ERROR)
-    return gguf
-
-
 def _translate(name: str) -> str:
     """Return llama.cpp's name of a tensor."""
     if name in _OUTSIDE:
         return _OUTSIDE[name]
 
     _, _, layer, rest = name.split(".", 3)  # model.layers.N.<rest>
-    return f"blk.{layer}.{_INSIDE[rest.removesuffix('.weight')]}.weight"
+    part, _, leaf = rest.rpartition(".")
+    return f"blk.{layer}.{_INSIDE[part]}.{leaf}"
 
 
 # --- writing ---
@@ -103,25 +98,27 @@ def write(
     reward model, a checkpoint without a tokenizer, and weights that are too large for the precision
     or not finite.
     """
-    library = _import_library()
+    library = import_library()
     if precision not in get_args(Precision):
         raise UserError(
             f"precision '{precision}' is unknown", f"choose one of {', '.join(get_args(Precision))}"
         )
 
     require_language_model(model, "GGUF")
-    vocabulary = require_vocabulary(model, "which is a part of a GGUF file")
+    gguf_rope.require_holdable(model.path, model.config)
+    factors = gguf_rope.make_factors(model.config)
+    tokenizer = gguf_vocabulary.read_content(model)
     names = [tensor for tensor in shapes(model.config) if tensor in model.tensors]
     types = {tensor: _choose_type(tensor, model, precision) for tensor in names}
     with replace_file(file) as stream:
-        writer = library.GGUFWriter(stream.name, "llama")
+        writer = library.GGUFWriter(stream.name, LLAMA)
         try:
             gguf_metadata.describe_config(writer, model.config, precision, name)
-            gguf_vocabulary.describe_tokenizer(writer, model, vocabulary)
+            gguf_vocabulary.describe_tokenizer(writer, model, tokenizer)
             if chat_template:
                 writer.add_chat_template(chat_template)
 
-            _describe_tensors(library, writer, model, types)
+            _describe_tensors(library, writer, model, types, factors)
             writer.write_header_to_file()
             writer.write_kv_data_to_file()
             writer.write_ti_data_to_file()
@@ -129,6 +126,10 @@ def write(
             writer.close()
 
         stream.seek(0, 2)
+        stream.write(bytes(-stream.tell() % ALIGNMENT))
+        if factors is not None:
+            stream.write(factors.numpy().tobytes())
+
         for tensor, kind in types.items():
             stream.write(bytes(-stream.tell() % ALIGNMENT))
             for part in _convert(tensor, model, kind):
@@ -138,23 +139,25 @@ def write(
 
     return [
         *_describe_wider(types, precision),
-        *vocabulary.describe_losses("llama.cpp"),
+        *gguf_vocabulary.describe_losses(tokenizer),
         *gguf_metadata.describe_losses(model.config),
     ]
 
 
 def _describe_tensors(
-    library: ModuleType, writer: Any, model: StoredModel, types: Mapping[str, Precision]
+    library: ModuleType,
+    writer: Any,
+    model: StoredModel,
+    types: Mapping[str, Precision],
+    factors: Tensor | None,
 ) -> None:
+    if factors is not None:
+        writer.add_tensor_info(FACTORS, factors.shape, np.dtype("float32"), factors.nbytes)
+
     for name, kind in types.items():
         raw, shape = library.GGMLQuantizationType[kind.upper()], model.tensors[name].shape
-        size = _count_bytes(library, shape, raw)
+        size = count_bytes(library, shape, raw)
         writer.add_tensor_info(_translate(name), shape, np.dtype("float32"), size, raw_dtype=raw)
-
-
-def _count_bytes(library: ModuleType, shape: tuple[int, ...], kind: Any) -> int:
-    block, size = library.GGML_QUANT_SIZES[kind]
-    return math.prod(shape) // int(block) * int(size)
 
 
 def _choose_type(name: str, model: StoredModel, precision: Precision) -> Precision:
@@ -200,33 +203,36 @@ def _encode(part: Tensor, kind: Precision) -> np.ndarray[Any, Any]:
     if kind == "bf16":
         return part.to(torch.bfloat16).view(torch.int16).numpy()
     if kind in ("f32", "f16"):
-        return part.to(_PLAIN[kind.upper()]).numpy()
+        return part.to(PLAIN[kind.upper()]).numpy()
 
-    library = _import_library()
+    library = import_library()
     raw = library.GGMLQuantizationType[kind.upper()]
     return np.asarray(library.quants.quantize(part.float().numpy(), raw))
 
 
 # --- reading ---
-def read(path: Path) -> StoredModel:
-    """Open a GGUF file: tensors of fp32, fp16 and bf16 as they are, others dequantized to fp32.
+def read(path: Path, dtype: Kinds = torch.float32) -> StoredModel:
+    """Open a GGUF file: tensors of fp32, fp16 and bf16 as they are, others dequantized to `dtype`.
 
-    The tokenizer inside becomes a SentencePiece model when it is read, so a faulty one can be
-    replaced. UserError for another architecture, a type that cannot be read, missing, unknown or
-    wrongly shaped tensors, and a truncated or damaged file.
+    `dtype` may be that of each tensor by its name. The tokenizer inside is built when it is read,
+    so a faulty one can be replaced. UserError for another architecture, a type that cannot be read,
+    missing, unknown or wrongly shaped tensors, and a truncated or damaged file.
     """
-    library = _import_library()
+    library = import_library()
     header = read_header(path)
     config = gguf_metadata.read_config(path, header)
+    if FACTORS in header.tensors:
+        config = _read_factors(library, path, header, config)
+
     names = {name: _translate(name) for name in shapes(config)}
-    _refuse_factors(library, path, header, config)
     wanted = {names[name]: shape for name, shape in shapes(config).items()}
-    stored = {name: entry.shape for name, entry in header.tensors.items() if name != _FACTORS}
+    stored = {name: entry.shape for name, entry in header.tensors.items() if name != FACTORS}
     check_shapes(path, wanted, stored, "its metadata")
-    tensors = {
-        name: split_rotary_pairs(name, _open_tensor(library, path, header, theirs), config)
-        for name, theirs in names.items()
-    }
+    pairs_joined = find_architecture(path, header.metadata) == LLAMA
+    tensors: dict[str, StoredTensor] = {}
+    for name, theirs in names.items():
+        opened = open_tensor(library, path, header, theirs, choose_dtype(dtype, name))
+        tensors[name] = split_rotary_pairs(name, opened, config) if pairs_joined else opened
 
     template = header.metadata.get("tokenizer.chat_template")
     if template is not None and not isinstance(template, str):
@@ -240,89 +246,21 @@ def read(path: Path) -> StoredModel:
         tensors,
         gguf_vocabulary.open_tokenizer(path, header, config),
         template or None,
+        quantized=list_quantized(library, header),
     )
 
 
-def _refuse_factors(library: ModuleType, path: Path, header: Header, config: LlamaConfig) -> None:
-    """UserError for scaled positions.
-
-    llama.cpp keeps them as factors of rotary frequencies; factors of 1 scale nothing.
-    """
-    if _FACTORS not in header.tensors:
-        return
-
+def _read_factors(
+    library: ModuleType, path: Path, header: Header, config: LlamaConfig
+) -> LlamaConfig:
+    """Return the shape with the scaling that factors of rotary frequencies stand for."""
     check_shapes(
         path,
-        {_FACTORS: (config.head_dim // 2,)},
-        {_FACTORS: header.tensors[_FACTORS].shape},
+        {FACTORS: (config.head_dim // 2,)},
+        {FACTORS: header.tensors[FACTORS].shape},
         "its metadata",
     )
-    if not (_open_tensor(library, path, header, _FACTORS).read() == 1).all():
-        raise UserError(
-            f"{path}: {_FACTORS} scales rotary positions, which Llama 2 does not", UNREADABLE
-        )
-
-
-def _open_tensor(library: ModuleType, path: Path, header: Header, name: str) -> StoredTensor:
-    entry, place = header.tensors[name], f"{path}: {name}"
-    try:
-        kind = library.GGMLQuantizationType(entry.kind)
-    except ValueError:
-        raise UserError(
-            f"{place}: the type {entry.kind} is unknown", "a newer gguf library may know it"
-        ) from None
-
-    block, _ = library.GGML_QUANT_SIZES[kind]
-    if entry.shape[-1] % block:
-        raise UserError(
-            f"{place}: rows of {entry.shape[-1]} do not divide into blocks of {block}", FETCH_AGAIN
-        )
-
-    count = _count_bytes(library, entry.shape, kind)
-    end = entry.offset + count
-    if end > header.size:
-        raise UserError(
-            f"{place}: truncated: the file ends at byte {header.size}, the tensor at {end}",
-            FETCH_AGAIN,
-        )
-
-    plain = _PLAIN.get(kind.name)
-    if plain is None and not _can_dequantize(library, kind):
-        raise UserError(
-            f"{place}: the library gguf cannot read the type {kind.name}",
-            "export it as F16 or Q8_0",
-        )
-
-    def read() -> Tensor:
-        data = read_array(path, place, "u1", entry.offset, count)
-        if plain is not None:
-            return torch.from_numpy(data).view(plain).view(entry.shape)
-
-        return _dequantize(library, data, kind, entry.shape)
-
-    return StoredTensor(entry.shape, plain or torch.float32, read, place)
-
-
-def _dequantize(
-    library: ModuleType, data: np.ndarray[Any, Any], kind: Any, shape: tuple[int, ...]
-) -> Tensor:
-    rows = data.reshape(math.prod(shape[:-1]), -1)
-    numbers = torch.empty(len(rows), shape[-1])
-    step = max(1, _CHUNK // shape[-1])
-
-    for start in range(0, len(rows), step):
-        part = library.quants.dequantize(rows[start : start + step], kind)
-        numbers[start : start + step] = torch.from_numpy(part)
-
-    return numbers.view(shape)
-
-
-@functools.cache
-def _can_dequantize(library: ModuleType, kind: Any) -> bool:
-    dequantize: Callable[..., Any] = library.quants.dequantize
-    try:
-        dequantize(np.zeros((1, library.GGML_QUANT_SIZES[kind][1]), np.uint8), kind)
-    except NotImplementedError:
-        return False
-
-    return True
+    stored = open_tensor(library, path, header, FACTORS)
+    original = gguf_metadata.find_original(path, header.metadata)
+    scaling = gguf_rope.recognise_factors(stored.place, stored.read().float(), config, original)
+    return config if scaling is None else replace(config, rope_scaling=scaling)

@@ -59,6 +59,15 @@ class Header:
     """of the file"""
 
 
+def is_gguf(path: Path) -> bool:
+    """Return whether a file begins as a GGUF file does."""
+    if not path.is_file():
+        return False
+
+    with explain_os_errors(path), json_files.open_file(path) as file:
+        return file.read(len(MAGIC)) == MAGIC
+
+
 def read_header(path: Path) -> Header:
     """Read the head of a GGUF file. UserError for another file or version, and a damaged one."""
     with explain_os_errors(path), json_files.open_file(path) as file:

@@ -9,12 +9,13 @@ from pathlib import Path
 from typing import Any
 
 from llama2.errors import UserError
+from llama2.formats import gguf_bpe
 from llama2.formats.binary import FETCH_AGAIN
 from llama2.formats.gguf_header import Header
 from llama2.formats.gguf_metadata import ENDS
-from llama2.formats.stored_model import GIVE_ITS_OWN, StoredModel
+from llama2.formats.stored_model import GIVE_ITS_OWN, StoredModel, require_tokenizer
 from llama2.model.llama import LlamaConfig
-from llama2.terminal_text import say_once
+from llama2.terminal_text import say_once, show_value
 from llama2.tokenizer import sentencepiece_model
 from llama2.tokenizer.sentencepiece_model import (
     BYTE,
@@ -22,11 +23,12 @@ from llama2.tokenizer.sentencepiece_model import (
     NORMAL,
     UNKNOWN,
     UNUSED,
-    StoredTokenizer,
     Vocabulary,
     VocabularyItem,
+    read_model,
     require_fitting_size,
 )
+from llama2.tokenizer.stored import ByteLevelModel, StoredTokenizer
 
 _MODEL = "tokenizer.ggml.model"
 _TOKENS, _SCORES = "tokenizer.ggml.tokens", "tokenizer.ggml.scores"
@@ -37,11 +39,38 @@ _PAD_SCORE = -1000.0
 
 
 # --- writing ---
-def describe_tokenizer(writer: Any, model: StoredModel, vocabulary: Vocabulary) -> None:
+def read_content(model: StoredModel) -> Vocabulary | ByteLevelModel:
+    """Return the tokenizer of a checkpoint. UserError if it has none."""
+    place = require_tokenizer(model, "which is a part of a GGUF file")
+    content = place.read() if isinstance(place, StoredTokenizer) else read_model(place)
+    if isinstance(content, ByteLevelModel):
+        return content
+
+    return sentencepiece_model.parse(content, str(place))
+
+
+def describe_losses(tokenizer: Vocabulary | ByteLevelModel) -> list[str]:
+    """List, in sentences for the user, what llama.cpp does otherwise with a text."""
+    if isinstance(tokenizer, ByteLevelModel):
+        return gguf_bpe.describe_losses(tokenizer)
+
+    return tokenizer.describe_losses("llama.cpp")
+
+
+def describe_tokenizer(
+    writer: Any, model: StoredModel, tokenizer: Vocabulary | ByteLevelModel
+) -> None:
     """Give a `GGUFWriter` the tokenizer of a model, padded to its embeddings.
 
     UserError if the tokenizer has more items than the model has embeddings.
     """
+    if isinstance(tokenizer, ByteLevelModel):
+        gguf_bpe.describe_tokenizer(writer, model, tokenizer)
+    else:
+        _describe_vocabulary(writer, model, tokenizer)
+
+
+def _describe_vocabulary(writer: Any, model: StoredModel, vocabulary: Vocabulary) -> None:
     items, size = list(vocabulary.items), model.config.vocab_size
     if len(items) > size:
         require_fitting_size(model.tokenizer, len(items), size, GIVE_ITS_OWN)
@@ -57,7 +86,8 @@ def describe_tokenizer(writer: Any, model: StoredModel, vocabulary: Vocabulary) 
     writer.add_token_list([item.text.encode() for item in items])
     writer.add_token_scores([item.score for item in items])
     writer.add_token_types(kinds)
-    writer.add_bos_token_id(model.config.bos_token_id)
+    if model.config.bos_token_id is not None:
+        writer.add_bos_token_id(model.config.bos_token_id)
 
     for key, token in zip(ENDS, model.config.stops):
         writer.add_uint32(key, token)
@@ -72,24 +102,27 @@ def describe_tokenizer(writer: Any, model: StoredModel, vocabulary: Vocabulary) 
 
 # --- reading ---
 def open_tokenizer(path: Path, header: Header, config: LlamaConfig) -> StoredTokenizer | None:
-    """Return the vocabulary in the metadata as a SentencePiece model; None if there is none."""
+    """Return the tokenizer in the metadata, of either engine; None if there is none."""
     if _MODEL not in header.metadata:
         return None
 
-    return StoredTokenizer(
-        str(path), functools.cache(lambda: _build_model(path, header.metadata, config))
-    )
+    def read_content() -> bytes | ByteLevelModel:
+        if header.metadata[_MODEL] == gguf_bpe.KIND:
+            return gguf_bpe.build_model(path, header.metadata, config)
+
+        return _build_model(path, header.metadata, config)
+
+    return StoredTokenizer(str(path), functools.cache(read_content))
 
 
 def _build_model(path: Path, metadata: Mapping[str, Any], config: LlamaConfig) -> bytes:
     kind = metadata[_MODEL]
     if kind != "llama":
-        what = " (byte-level BPE, as Llama 3 has)" if kind == "gpt2" else ""
         raise UserError(
-            f"{path}: its tokenizer is of the kind {kind!r}{what}; only those of Llama 2's kind "
-            "('llama': SentencePiece BPE) can be read",
-            "take a model of the Llama 2 family; if this is one, give its tokenizer.model: "
-            "--tokenizer FILE",
+            f"{path}: its tokenizer is of the kind {show_value(kind)}; only 'llama' (SentencePiece "
+            f"BPE) and {gguf_bpe.KIND!r} (byte-level BPE) can be read",
+            "take a model of the Llama family; if this is one, give its tokenizer.model or "
+            "tokenizer.json: --tokenizer FILE",
         )
 
     try:
@@ -145,6 +178,9 @@ def _guess_kinds(texts: Any, metadata: Mapping[str, Any], config: LlamaConfig) -
         return []
 
     unknown = int(metadata.get(_UNKNOWN_ID, 0))
-    special = {unknown: UNKNOWN} | dict.fromkeys((config.bos_token_id, *config.stops), CONTROL)
+    special = {unknown: UNKNOWN} | dict.fromkeys(config.stops, CONTROL)
+    if config.bos_token_id is not None:
+        special[config.bos_token_id] = CONTROL
+
     plain = [BYTE if _BYTE.fullmatch(text) else NORMAL for text in texts]
     return [special.get(token, kind) for token, kind in enumerate(plain)]

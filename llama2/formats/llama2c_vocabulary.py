@@ -23,11 +23,11 @@ from llama2.tokenizer.sentencepiece_model import (
     NORMAL,
     SPACE,
     UNKNOWN,
-    StoredTokenizer,
     Vocabulary,
     VocabularyItem,
     require_fitting_size,
 )
+from llama2.tokenizer.stored import StoredTokenizer
 
 FILE = "tokenizer.bin"
 _ITEM = struct.Struct("<fI")

@@ -18,11 +18,15 @@ import torch
 from torch import Tensor
 
 from llama2.errors import UserError
-from llama2.model.llama import LlamaConfig
+from llama2.model.config import LlamaConfig
+from llama2.model.rope import RopeScaling
 from llama2.model.tensors import interleave_pairs, rotary_heads, separate_pairs
 from llama2.tokenizer import sentencepiece_model
-from llama2.tokenizer.sentencepiece_model import StoredTokenizer, Vocabulary
+from llama2.tokenizer.sentencepiece_model import Vocabulary
+from llama2.tokenizer.stored import StoredTokenizer
 
+# one type for all weights, or that of each by its name
+Kinds = torch.dtype | Callable[[str], torch.dtype]
 SMALL = 32 << 20  # bytes that do not matter
 GIVE_ITS_OWN = "put the tokenizer there with which the model was trained"
 
@@ -72,7 +76,8 @@ class StoredModel:
     """A checkpoint whose tensors are complete and have the shapes of `config`: its reader checked.
 
     The SentencePiece model of `tokenizer` is not read yet; `template` is the chat template, in
-    Jinja; `remarks` list, for the user, the settings left out because they are unknown.
+    Jinja; `remarks` list, for the user, the settings left out because they are unknown; `quantized`
+    names the types of quantized tensors in the file.
     """
 
     path: Path
@@ -83,6 +88,7 @@ class StoredModel:
     tokenizer: Path | StoredTokenizer | None
     template: str | None = None
     remarks: tuple[str, ...] = ()
+    quantized: tuple[str, ...] = ()
 
     @property
     def numel(self) -> int:
@@ -134,6 +140,11 @@ def read_ahead(tensors: Iterable[StoredTensor]) -> Iterator[Tensor]:
             yield current.pop()  # not a name of ours, which would keep it
 
 
+def choose_dtype(dtype: Kinds, name: str) -> torch.dtype:
+    """Return the type that the tensor of this name shall have."""
+    return dtype if isinstance(dtype, torch.dtype) else dtype(name)
+
+
 # --- rules that several formats share ---
 def split_rotary_pairs(name: str, stored: StoredTensor, config: LlamaConfig) -> StoredTensor:
     """Return a tensor of a file in which rotary pairs are neighbours as one in our order."""
@@ -159,12 +170,39 @@ def require_language_model(model: StoredModel, program: str) -> None:
         )
 
 
-def require_vocabulary(model: StoredModel, reason: str) -> Vocabulary:
-    """Return the vocabulary of a checkpoint. UserError if it has no tokenizer."""
+def list_variations(config: LlamaConfig, scaling: RopeScaling | None = None) -> list[str]:
+    """List, in words, in what a shape differs from those of the paper.
+
+    `scaling` of rotary positions counts as none.
+    """
+    variations = []
+    if config.query_size != config.hidden_size:
+        variations.append(f"{config.num_attention_heads} heads of size {config.head_dim}")
+    if config.attention_bias:
+        variations.append("biases in attention")
+    if config.rope_scaling is not None and config.rope_scaling != scaling:
+        variations.append(
+            f"rotary positions scaled by '{config.rope_scaling.rope_type}' "
+            f"(factor {config.rope_scaling.factor:g})"
+        )
+
+    return variations
+
+
+def require_tokenizer(model: StoredModel, reason: str) -> Path | StoredTokenizer:
+    """Return the tokenizer of a checkpoint. UserError if it has none."""
     if model.tokenizer is None:
         raise UserError(
             f"{model.path}: there is no tokenizer, {reason}",
             "put tokenizer.model beside the weights",
         )
 
-    return sentencepiece_model.load(model.tokenizer)
+    return model.tokenizer
+
+
+def require_vocabulary(model: StoredModel, reason: str) -> Vocabulary:
+    """Return the vocabulary of a SentencePiece model.
+
+    UserError if a checkpoint has no tokenizer, or a byte-level one.
+    """
+    return sentencepiece_model.load(require_tokenizer(model, reason))

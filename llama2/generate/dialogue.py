@@ -14,7 +14,7 @@ from llama2.generate.generator import Completion, Generator
 from llama2.generate.sampling import Sampling
 from llama2.ranks import Ranks
 from llama2.records import Messages
-from llama2.tokenizer.template import encode_prompt
+from llama2.tokenizer.template import encode_prompt, find_ends
 from llama2.tokenizer.tokenizer import Tokenizer
 
 
@@ -29,13 +29,14 @@ class Answer:
 class Chat:
     """Answers conversations with `engine`, shared between `ranks` (this process if not given).
 
-    An answer ends where the model ends answers (`Tokenizer.stops`), and at the stop ids of the
+    An answer ends where the model ends answers (`template.find_ends`), and at the stop ids of the
     sampling.
     """
 
     def __init__(self, engine: Generator, tokenizer: Tokenizer, ranks: Ranks | None = None) -> None:
         self.engine, self.tokenizer = engine, tokenizer
         self.ranks = ranks or Ranks.alone()
+        self.ends = find_ends(tokenizer)
 
     def answer(
         self, prompts: Sequence[Messages], sampling: Sampling, indices: Sequence[int] | None = None
@@ -72,7 +73,7 @@ class Chat:
         return len(encode_prompt(self.tokenizer, messages)) + room <= self.engine.context
 
     def _add_stops(self, sampling: Sampling) -> Sampling:
-        return replace(sampling, stop=tuple(dict.fromkeys((*sampling.stop, *self.tokenizer.stops))))
+        return replace(sampling, stop=tuple(dict.fromkeys((*sampling.stop, *self.ends))))
 
     def _read(self, completion: Completion) -> Answer:
         tokens = completion.tokens[:-1] if completion.finish == "stop" else completion.tokens

@@ -2,10 +2,11 @@
 
 The work is done by llguidance, which walks the vocabulary with a parser; this module gives it our
 vocabulary as bytes and asks it for masks. Three things are settled here. SentencePiece puts a space
-in front of a first word, so a text may begin with one space, which JSON allows. Between values
-there may be one space, or a new line and an indentation: a model that loves white space must not
-fill its answer with it. And behind the last bracket there is nothing but EOS. Where only one text
-can follow, such as the name of a key, its pieces are those that the tokenizer would choose.
+in front of a first word, so a text may begin with one space, which JSON allows (byte-level
+tokenizers put none). Between values there may be one space, or a new line and an indentation: a
+model that loves white space must not fill its answer with it. And behind the last bracket there is
+nothing but the end of an answer. Where only one text can follow, such as the name of a key, its
+pieces are those that the tokenizer would choose.
 
 Shapes: V vocabulary.
 """
@@ -22,7 +23,8 @@ import torch
 from torch import Tensor
 
 from llama2.errors import UserError, explain_missing_extra
-from llama2.tokenizer.tokenizer import BOS, EOS, UNKNOWN, Tokenizer
+from llama2.tokenizer.template import find_ends
+from llama2.tokenizer.tokenizer import Tokenizer
 
 _WHITE_SPACE = r"( |\n {0,16})?"
 _OBJECT = {"type": "object"}
@@ -32,29 +34,33 @@ class JsonGrammar:
     """The tokens that may follow in one text. It remembers the text, so each sample has a copy of
     its own (`fresh`).
 
-    `schema` is the JSON Schema it was made of, None for any object.
+    `end` is the id that ends an answer. `schema` is the JSON Schema it was made of, None for any
+    object.
     """
 
-    def __init__(self, matcher: Any, vocab_size: int, schema: dict[str, Any] | None = None) -> None:
-        self._start, self._matcher, self._vocab_size = matcher, matcher.deep_copy(), vocab_size
+    def __init__(
+        self, matcher: Any, vocab_size: int, end: int, schema: dict[str, Any] | None = None
+    ) -> None:
+        self._start, self._matcher = matcher, matcher.deep_copy()
+        self._vocab_size, self._end = vocab_size, end
         self._ended = False
         self.schema = schema
 
     def fresh(self) -> JsonGrammar:
         """Return the same grammar before the first token."""
-        return JsonGrammar(self._start, self._vocab_size, self.schema)
+        return JsonGrammar(self._start, self._vocab_size, self._end, self.schema)
 
     @property
     def done(self) -> bool:
-        """The text is complete: nothing but EOS may follow."""
+        """The text is complete: nothing but its end may follow."""
         return self._ended or bool(self._matcher.is_stopped())
 
     def mask(self) -> Tensor:
-        """Return mask_V: True for every token that may come next, EOS among them when the text may
-        end here."""
+        """Return mask_V: True for every token that may come next, the end among them when the text
+        may end here."""
         if self.done:
             mask_V = torch.zeros(self._vocab_size, dtype=torch.bool)
-            mask_V[EOS] = True
+            mask_V[self._end] = True
             return mask_V
 
         packed = np.frombuffer(self._matcher.compute_bitmask(), dtype=np.uint8)
@@ -65,7 +71,7 @@ class JsonGrammar:
 
     def accept(self, token: int) -> None:
         """Add `token` to the text. ValueError for one that cannot come next."""
-        if token == EOS and (self.done or self._matcher.is_accepting()):
+        if token == self._end and (self.done or self._matcher.is_accepting()):
             self._ended = True
         elif self._ended or not self._matcher.validate_tokens([token]):
             raise ValueError(f"token {token} cannot come next in this grammar")
@@ -99,7 +105,8 @@ def json_grammar(tokenizer: Tokenizer, schema: dict[str, Any] | None = None) -> 
     except (TypeError, ValueError) as error:
         raise _schema_error(str(error)) from None
 
-    return JsonGrammar(_compile(tokenizer, text), tokenizer.vocab_size, schema)
+    end = find_ends(tokenizer)[0]
+    return JsonGrammar(_compile(tokenizer, text), tokenizer.vocab_size, end, schema)
 
 
 @lru_cache(maxsize=64)
@@ -128,20 +135,32 @@ class _Vocabulary:
 
     tokenizer: Tokenizer
     tokens: list[bytes]
-    eos_token_id: int = EOS
-    bos_token_id: int = BOS
+
+    @property
+    def eos_token_id(self) -> int:
+        return find_ends(self.tokenizer)[0]
+
+    @property
+    def bos_token_id(self) -> int:
+        return self.tokenizer.bos
 
     @property
     def special_token_ids(self) -> tuple[int, ...]:
-        return tuple(dict.fromkeys((UNKNOWN, BOS, *self.tokenizer.stops)))
+        unknown = self.tokenizer.codec.unknown
+        known = () if unknown is None else (unknown,)
+        controls = self.tokenizer.controls.values()
+        return tuple(dict.fromkeys((*known, self.tokenizer.bos, *self.tokenizer.stops, *controls)))
 
     def __call__(self, text: str) -> list[int]:
         """Return the ids of `text` inside of another text: what must come next is allowed only in
         these pieces.
 
-        `encode` would put a space in front. No item runs across a line, so the ids behind a new
-        line are those wanted.
+        `encode` of SentencePiece would put a space in front. No item of it runs across a line, so
+        the ids behind a new line are those wanted.
         """
+        if not self.tokenizer.dummy_prefix and isinstance(text, str):
+            return self.tokenizer.encode(text)
+
         # a TypeError for bytes tells llguidance that we want text
         ids = self.tokenizer.encode("\n" + text)
         return ids[len(self.tokenizer.encode("\n")) :]

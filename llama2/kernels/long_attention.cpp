@@ -18,6 +18,7 @@ struct LongAttention {
     const float *cos, *sin;  // [tables, length, head_dim], the sine negative in the first half
     int64_t tables;          // batch, or 1 for all
     const int64_t *starts;   // [batch, length], the first key that a query may see; null: the first of all
+    const int64_t *gaps;     // [batch, length, 2], keys after that which it may not see, begin and end; null: none
     const void *products;    // [batch, length, (heads + 2 kv_heads) head_dim]: queries, keys, values
     void *out;               // [batch, length, heads head_dim]
     float *log_sums;         // [batch, heads, length]: of the exponentials of a query's scores
@@ -86,14 +87,17 @@ template <class T> struct Head {
 
     // Whether some query of a block may not see some key of another.
     bool is_masked(int64_t keys, int64_t queries) const {
-        return keys == queries || (a.starts && a.starts[row(queries) + count(queries) - 1] > keys * SIDE);
+        return keys == queries || a.gaps || (a.starts && a.starts[row(queries) + count(queries) - 1] > keys * SIDE);
     }
 
     // Marks the scores of a key for the queries of a block that may not see it.
     void hide(int64_t key, int64_t queries, float *scores) const {
         for (int64_t q = 0; q < SIDE; q++) {
-            int64_t start = a.starts && q < count(queries) ? a.starts[row(queries) + q] : 0;
-            if (key > queries * SIDE + q || key < start) scores[q] = HIDDEN;
+            const bool real = q < count(queries);
+            const int64_t start = real && a.starts ? a.starts[row(queries) + q] : 0;
+            const int64_t *gap = real && a.gaps ? a.gaps + 2 * (row(queries) + q) : nullptr;
+            const bool in_gap = gap && key >= gap[0] && key < gap[1];
+            if (key > queries * SIDE + q || key < start || in_gap) scores[q] = HIDDEN;
         }
     }
 };
@@ -155,13 +159,13 @@ template <class T> struct Forward {
     // Makes weights of the scores of 16 queries. What is taken off a score is the first of the largest, until another
     // is larger by ROOM: so what was summed before is seldom scaled. Returns whether it must be.
     bool weigh(const float *s, int64_t q, bool masked) {
-        Lanes best = read(s);
-        for (int64_t i = 1; i < SIDE; i++) best = larger(read(s + i * SIDE), best);
-        const Lanes before = read(top + q), now = best > before + ROOM ? best : before;
+        Lanes best = load(s);
+        for (int64_t i = 1; i < SIDE; i++) best = larger(load(s + i * SIDE), best);
+        const Lanes before = load(top + q), now = best > before + ROOM ? best : before;
         const Lanes change = exponential(before - now);
-        Lanes sum = read(total + q) * change;
+        Lanes sum = load(total + q) * change;
         for (int64_t i = 0; i < SIDE; i += 2) {
-            const Lanes x = read(s + i * SIDE), y = read(s + (i + 1) * SIDE);
+            const Lanes x = load(s + i * SIDE), y = load(s + (i + 1) * SIDE);
             Lanes even = exponential(x - now), odd = exponential(y - now);
             if (masked) {
                 even = x == HIDDEN ? Lanes{} : even;
@@ -170,9 +174,9 @@ template <class T> struct Forward {
             sum += even + odd;
             Panels::put_pair(even, odd, Panels::pair(weights.data(), i, q, SIDE), SIDE);
         }
-        write(now, top + q);
-        write(sum, total + q);
-        write(change, factor + q);
+        store(top + q, now);
+        store(total + q, sum);
+        store(factor + q, change);
         for (int64_t j = 0; j < LANES; j++)
             if (now[j] != before[j]) return true;
         return false;
@@ -182,7 +186,7 @@ template <class T> struct Forward {
         for (int64_t w = 0; w < W; w++)
             for (int64_t q = 0; q < SIDE; q += LANES) {
                 float *x = out.data() + w * SIDE + q;
-                write(read(x) * read(factor + q), x);
+                store(x, load(x) * load(factor + q));
             }
     }
 
@@ -295,9 +299,9 @@ template <class T> struct Backward {
 
     // Makes weights, and the gradients of their scores, of 16 queries at the keys from `first` on.
     void weigh(const float *s, const float *d, int64_t query, int64_t first, int64_t q, bool masked) {
-        const Lanes sums = read(log_sums.data() + query), mean = read(along.data() + query);
+        const Lanes sums = load(log_sums.data() + query), mean = load(along.data() + query);
         for (int64_t i = 0; i < STRIP; i += 2) {
-            const Lanes x = read(s + i * SIDE), y = read(s + (i + 1) * SIDE);
+            const Lanes x = load(s + i * SIDE), y = load(s + (i + 1) * SIDE);
             Lanes even = exponential(x - sums), odd = exponential(y - sums);
             if (masked) {
                 even = x == HIDDEN ? Lanes{} : even;
@@ -306,8 +310,8 @@ template <class T> struct Backward {
             const int64_t at = (first + i) * SIDE + q;
             Panels::put_row(even, weights.data() + at);
             Panels::put_row(odd, weights.data() + at + SIDE);
-            even *= read(d + i * SIDE) - mean;
-            odd *= read(d + (i + 1) * SIDE) - mean;
+            even *= load(d + i * SIDE) - mean;
+            odd *= load(d + (i + 1) * SIDE) - mean;
             Panels::put_row(even, grad_scores.data() + at);
             Panels::put_row(odd, grad_scores.data() + at + SIDE);
             Panels::put_pair(even, odd, Panels::pair(grad_pairs.data(), first + i, q, SIDE), SIDE);

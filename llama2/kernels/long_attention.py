@@ -30,7 +30,7 @@ class LongAttention(build.Struct):
         *build.fields(c_int64, "batch", "length", "heads", "kv_heads", "head_dim"),
         *build.fields(c_void_p, "cos", "sin"),
         ("tables", c_int64),
-        *build.fields(c_void_p, "starts", "products", "out", "log_sums"),
+        *build.fields(c_void_p, "starts", "gaps", "products", "out", "log_sums"),
         *build.fields(c_void_p, "grad", "grad_products", "grad_heads"),
     ]
 
@@ -107,7 +107,7 @@ def _describe(
     y_NP: Tensor, out: Tensor, log_sums: Tensor, size: int, view: View
 ) -> dict[str, Tensor | int | None]:
     """Return the arguments of both directions."""
-    cos, sin, starts = view
+    cos, sin, starts, gaps = view
     rows, heads, length = log_sums.shape
     return {
         "batch": rows,
@@ -119,6 +119,7 @@ def _describe(
         "sin": sin,
         "tables": len(cos),
         "starts": starts,
+        "gaps": gaps,
         "products": y_NP,
         "out": out,
         "log_sums": log_sums,

@@ -34,17 +34,19 @@ from llama2.model.llama import (
     Trunk,
     dtype_of_products,
 )
-from llama2.model.positions import document_starts
+from llama2.model.positions import branch_gaps, document_starts
 
 Module = TypeVar("Module", bound=nn.Module)
 
 
 @dataclass(frozen=True)
 class FusedAttend:
-    """The first position that each query may see, [B, T] (None: position 0); called, it attends in
-    PyTorch's operations, for a layer that the kernels leave alone."""
+    """The first position that each query may see, [B, T] (None: position 0), and those after it
+    that it may not see, [B, T, 2] (None: it sees all); called, it attends in PyTorch's operations,
+    for a layer that the kernels leave alone."""
 
     starts_BT: Tensor | None
+    gaps_BT2: Tensor | None
     plain: Callable[[], Attend]  # makes the mask when it is first wanted
 
     def __call__(self, q_BHTE: Tensor, k_BKSE: Tensor, v_BKSE: Tensor) -> Tensor:
@@ -103,10 +105,16 @@ def is_long(x_BTD: Tensor) -> bool:
 class FusedTrunk(Trunk):
     """Makes no mask where the layers' kernels need none."""
 
-    def attention(self, x_BTD: Tensor, documents_BT: Tensor | None, cache: Cache | None) -> Attend:
+    def attention(
+        self,
+        x_BTD: Tensor,
+        documents_BT: Tensor | None,
+        cache: Cache | None,
+        branches_BT: Tensor | None = None,
+    ) -> Attend:
         """Choose how the layers of this pass attend: training, scoring, and reading whole prompts
         of up to EXPLICIT_LENGTH tokens into a cache go to the kernels."""
-        plain = functools.partial(super().attention, x_BTD, documents_BT, cache)
+        plain = functools.partial(super().attention, x_BTD, documents_BT, cache, branches_BT)
         if not fused.supports(x_BTD):
             return plain()
 
@@ -120,7 +128,8 @@ class FusedTrunk(Trunk):
             return plain()
 
         starts_BT = None if documents_BT is None else document_starts(documents_BT)
-        return FusedAttend(starts_BT, functools.cache(plain))
+        gaps_BT2 = None if branches_BT is None else branch_gaps(branches_BT)
+        return FusedAttend(starts_BT, gaps_BT2, functools.cache(plain))
 
 
 class FusedAttention(Attention):
@@ -132,7 +141,7 @@ class FusedAttention(Attention):
         if not isinstance(attend, FusedAttend) or not is_bare(*projections):
             return super().forward(x_BTD, context)
 
-        view = (context.cos_BT1E, context.sin_BT1E, attend.starts_BT)
+        view = (context.cos_BT1E, context.sin_BT1E, attend.starts_BT, attend.gaps_BT2)
         if context.cache is None:
             weights = [projection.weight for projection in projections]
             attention = long_attention.attention if is_long(x_BTD) else fused.attention

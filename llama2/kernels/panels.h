@@ -48,14 +48,7 @@ inline void transpose(const void *from, int64_t rows, int64_t columns, void *to)
         }
 }
 
-// ---- 16 numbers at a time, written out: compilers branch where a lane is clamped, and then compute all branches ----
-
-using Lanes = float __attribute__((vector_size(64)));
-using Loose = float __attribute__((vector_size(64), aligned(4), may_alias));  // anywhere in memory
-
-inline Lanes read(const float *from) { return *reinterpret_cast<const Loose *>(from); }
-
-inline void write(Lanes x, float *to) { *reinterpret_cast<Loose *>(to) = x; }
+// ---- 16 numbers at a time ----
 
 inline Lanes larger(Lanes a, Lanes b) { return a > b ? a : b; }  // b where one is not a number
 
@@ -79,13 +72,14 @@ inline Lanes larger(Lanes a, Lanes b) { return a > b ? a : b; }  // b where one 
 
 struct Vectors {
     using Number = float;
+    using Loose = float __attribute__((vector_size(64), aligned(4), may_alias));  // anywhere in memory
 
     // 16 numbers of a row, and of two neighbouring rows that a product goes through in pairs.
-    static void put_row(Lanes x, float *row) { write(x, row); }
+    static void put_row(Lanes x, float *row) { store(row, x); }
 
     static void put_pair(Lanes even, Lanes odd, float *rows, int64_t width) {
-        write(even, rows);
-        write(odd, rows + width);
+        store(rows, even);
+        store(rows + width, odd);
     }
 
     // Where numbers of two neighbouring rows lie.
@@ -200,13 +194,13 @@ template <> struct ChoosePanels<bf16> { using Panels = TilesOfPairs; };
 
 // A block of `width` columns as a left side, and as a right side whose rows are summed over.
 template <class Panels> void put_rows(const float *x, int64_t width, typename Panels::Number *to) {
-    for (int64_t i = 0; i < SIDE * width; i += LANES) Panels::put_row(read(x + i), to + i);
+    for (int64_t i = 0; i < SIDE * width; i += LANES) Panels::put_row(load(x + i), to + i);
 }
 
 template <class Panels> void put_pairs(const float *x, int64_t width, typename Panels::Number *to) {
     for (int64_t r = 0; r < SIDE; r += 2)
         for (int64_t c = 0; c < width; c += LANES)
-            Panels::put_pair(read(x + r * width + c), read(x + (r + 1) * width + c), Panels::pair(to, r, c, width),
+            Panels::put_pair(load(x + r * width + c), load(x + (r + 1) * width + c), Panels::pair(to, r, c, width),
                              width);
 }
 

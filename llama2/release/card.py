@@ -17,6 +17,7 @@ import yaml
 from llama2.config import Config
 from llama2.errors import UserError, explain_os_errors
 from llama2.formats.hf_config import read_config
+from llama2.formats.stored_model import list_variations
 from llama2.model.llama import LlamaConfig
 from llama2.release import carbon_statement, card_making, card_results
 from llama2.release import markdown as md
@@ -25,6 +26,8 @@ from llama2.release.lineage import Lineage
 from llama2.release.measurements import Measured
 from llama2.report.energy import Power, format_amounts
 from llama2.results import SamplingSettings
+from llama2.tokenizer.chat_settings import read_chat_template
+from llama2.tokenizer.template import is_llama_2
 
 FILE = "README.md"
 
@@ -83,6 +86,11 @@ class ReleasedModel:
     def scorer(self) -> bool:
         """True for a reward model."""
         return read_config(self.lineage.released.step.path)[1]
+
+    @cached_property
+    def template(self) -> str | None:
+        """Its chat template."""
+        return read_chat_template(self.lineage.released.step.path)
 
     @property
     def chats(self) -> bool:
@@ -176,6 +184,7 @@ def _facts(model: ReleasedModel) -> str:
         ("Layers", str(shape.num_hidden_layers)),
         ("Width", f"{shape.hidden_size}, {shape.intermediate_size} in the feed-forward network"),
         ("Heads", f"{shape.num_attention_heads}, {shape.num_key_value_heads} of keys and values"),
+        *(("Unlike Llama 2", md.text(variation)) for variation in list_variations(shape)),
         ("Vocabulary", md.count(shape.vocab_size)),
         ("Context", f"{md.count(shape.max_position_embeddings)} tokens"),
         ("Weights", model.dtype + md.when(model.converted, ", converted from the run's")),
@@ -218,7 +227,9 @@ path = "."  # this directory
 tokenizer = AutoTokenizer.from_pretrained(path)
 model = AutoModelForCausalLM.from_pretrained(path)
 conversation = [{{"role": "user", "content": "Hello"}}]
-inputs = tokenizer.apply_chat_template(conversation, return_tensors="pt", return_dict=True)
+inputs = tokenizer.apply_chat_template(
+    conversation, add_generation_prompt=True, return_tensors="pt", return_dict=True
+)
 answer = model.generate(**inputs, do_sample=True, temperature={temperature}, top_p={top_p}, max_new_tokens={max_tokens})
 print(tokenizer.decode(answer[0, inputs["input_ids"].shape[1]:], skip_special_tokens=True))"""
 _TEXT = """from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -292,6 +303,15 @@ def _llama_cpp(model: ReleasedModel, sampling: SamplingSettings) -> str:
 def _format(model: ReleasedModel) -> str:
     if not model.chats and not model.scorer:
         return "It was not tuned for conversations: it goes on with a text."
+
+    if not is_llama_2(model.template):
+        return md.document(
+            "### The format of a conversation",
+            "It is what the chat template in `tokenizer_config.json` writes.",
+            md.when(
+                model.scorer, "A conversation is read up to the token that ends its last answer."
+            ),
+        )
 
     return md.document(
         "### The format of a conversation",

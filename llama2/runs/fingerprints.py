@@ -102,6 +102,8 @@ def _check_model(key: str, path: Path) -> None:
             f"it is a PEFT adapter: `llama2 import {path} --base BASE --out MODEL` joins it to its "
             "base"
         )
+    elif ggufs := sorted(folder.glob("*.gguf")):
+        cure = f"give the file itself: {ggufs[0]}"
 
     raise UserError(f"{path}: config.json: missing, so this folder holds no model", cure)
 

@@ -18,6 +18,7 @@ from llama2.generate.grammar import json_grammar
 from llama2.generate.sampling import Grammar, Sampling
 from llama2.serve import errors
 from llama2.serve.schema import JsonBySchema, JsonObject, SamplingRequest
+from llama2.tokenizer.template import find_ends
 from llama2.tokenizer.tokenizer import Tokenizer
 
 
@@ -41,7 +42,7 @@ class FailsafeGrammar:
                 self.error = _api_error(error)
 
         mask_V = torch.zeros(self._tokenizer.vocab_size, dtype=torch.bool)
-        mask_V[self._tokenizer.eos] = True
+        mask_V[find_ends(self._tokenizer)[0]] = True
         return mask_V
 
     def accept(self, token: int) -> None:

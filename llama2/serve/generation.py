@@ -207,7 +207,7 @@ def make_sampling(model: ChatModel, request: ChatRequest | CompletionRequest) ->
     distribution. ApiError for a token that the model does not have."""
     size = model.tokenizer.vocab_size
     bias = [(int(token), value) for token, value in (request.logit_bias or {}).items()]
-    end = [] if request.ignore_eos else model.tokenizer.stops
+    end = [] if request.ignore_eos else model.ends
     stop = (*end, *(request.stop_token_ids or ()))
     tokens = {"logit_bias": [token for token, _ in bias], "stop_token_ids": stop}
     for name, ids in tokens.items():

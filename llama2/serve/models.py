@@ -27,7 +27,7 @@ from llama2.serve import errors
 from llama2.serve.detokenizer import Alternatives
 from llama2.serve.settings import ServeConfig
 from llama2.serve.worker import Worker
-from llama2.tokenizer.template import check_template, encode_dialog
+from llama2.tokenizer.template import check_template, encode_answered, find_ends
 from llama2.tokenizer.tokenizer import Tokenizer
 
 Kind = Literal["chat", "reward"]
@@ -63,6 +63,11 @@ class ChatModel(ServedModel):
     precision: Precision
     """of computation"""
 
+    @cached_property
+    def ends(self) -> tuple[int, ...]:
+        """Return the ids that end an answer."""
+        return find_ends(self.tokenizer)
+
     @property
     def context(self) -> int:
         """Return the most tokens of prompt and answer together."""
@@ -94,7 +99,7 @@ class RewardModel(ServedModel):
 
     def encode(self, messages: Messages) -> list[int]:
         """Return the ids of a finished conversation."""
-        return encode_dialog(self.tokenizer, messages)[0]
+        return encode_answered(self.tokenizer, messages)
 
     async def score(self, ids: Sequence[int]) -> float:
         """Return the raw score of one conversation."""
@@ -164,7 +169,7 @@ def check(path: Path) -> Kind:
     if scorer:
         return "reward"
 
-    check_template(path, tokenizer.template)
+    check_template(path, tokenizer)
     return "chat"
 
 
@@ -177,7 +182,9 @@ def load_chat(path: Path, name: str, config: ServeConfig) -> ChatModel:
     worker.start()
 
     precision = quantize.compute_precision(config.precision)
-    return ChatModel(name, _created(path), Tokenizer.load(path), worker, engine, precision)
+    return ChatModel(
+        name, _created(path), checkpoint.open_tokenizer(path), worker, engine, precision
+    )
 
 
 def load_reward(path: Path, name: str, config: ServeConfig) -> RewardModel:
@@ -193,7 +200,9 @@ def load_reward(path: Path, name: str, config: ServeConfig) -> RewardModel:
     worker.start()
 
     precision = quantize.compute_precision(config.precision)
-    return RewardModel(name, _created(path), Tokenizer.load(path), worker, scorer, precision)
+    return RewardModel(
+        name, _created(path), checkpoint.open_tokenizer(path), worker, scorer, precision
+    )
 
 
 def load_judge(path: Path, config: ServeConfig, models: Models) -> RewardModel:
@@ -214,7 +223,7 @@ def load_judge(path: Path, config: ServeConfig, models: Models) -> RewardModel:
 
 
 def _created(path: Path) -> int:
-    return int((path / checkpoint.CONFIG).stat().st_mtime)
+    return int((path if path.is_file() else path / checkpoint.CONFIG).stat().st_mtime)
 
 
 @torch.inference_mode()

@@ -15,6 +15,7 @@ from typing import Any
 from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse, Response
 
+from llama2.errors import UserError
 from llama2.generate.rewards import to_probability
 from llama2.records import Message, Messages
 from llama2.serve import errors
@@ -38,7 +39,7 @@ from llama2.serve.responses import ChatWriter, CompletionWriter, ResponseWriter,
 from llama2.serve.safety import SafetyGate
 from llama2.serve.schema import ChatRequest, CompletionRequest, ScoreRequest
 from llama2.serve.streaming import EventStream, cancel_on_disconnect
-from llama2.tokenizer.template import encode_begun, encode_prompt
+from llama2.tokenizer.template import encode_answered, encode_begun, encode_prompt
 from llama2.tokenizer.tokenizer import Tokenizer
 
 MOST_TOKENS = 256  # in one event of a stream
@@ -76,11 +77,11 @@ class Service:
         """Answer a conversation."""
         model, messages = self.models.find(ChatModel, body.model), to_messages(body.messages)
         size = check_length(model, [message.content for message in messages], "messages")
-        prompt, begun, encode = messages, "", encode_prompt
+        prompt, begun, write = messages, "", encode_prompt
         if body.continue_final_message:
-            prompt, begun, encode = messages[:-1], messages[-1].content, encode_begun
+            prompt, begun, write = messages[:-1], messages[-1].content, encode_begun
 
-        ids = [await offload(size, encode, model.tokenizer, messages)]
+        ids = [await offload(size, _write_chat, write, model.tokenizer, messages)]
         check_prompts(model, ids, "messages")
         writer = ChatWriter(model, body)
         generation = await self._begin(
@@ -112,7 +113,7 @@ class Service:
         """Score the answer at the end of a conversation: a reward model's score and its sigmoid."""
         model, messages = self.models.find(RewardModel, body.model), to_messages(body.messages)
         size = check_length(model, [message.content for message in messages], "messages")
-        ids = await offload(size, model.encode, messages)
+        ids = await offload(size, _write_chat, encode_answered, model.tokenizer, messages)
 
         if len(ids) > model.context:
             raise errors.invalid(
@@ -299,12 +300,24 @@ def check_length(model: ChatModel | RewardModel, texts: Sequence[str], param: st
     return size
 
 
+def _write_chat(
+    encode: Callable[[Tokenizer, Messages], list[int]], tokenizer: Tokenizer, messages: Messages
+) -> list[int]:
+    """Return the ids of a conversation; ApiError for one that the model's format cannot hold."""
+    try:
+        return encode(tokenizer, messages)
+    except UserError as error:
+        # without the path of a file of the server's
+        cause = error.cause.removeprefix(f"{tokenizer.template_place}: ")
+        raise errors.invalid(f"messages: {cause}; {error.cure}", "messages") from None
+
+
 def _encode(tokenizer: Tokenizer, prompts: Sequence[str | list[int]]) -> list[list[int]]:
-    """Return the ids of each prompt; those of a text begin with BOS."""
+    """Return the ids of each prompt; those of a text begin with BOS if the tokenizer adds it."""
     ids = []
     for prompt in prompts:
         if isinstance(prompt, str):
-            ids.append([tokenizer.bos, *tokenizer.encode(prompt)])
+            ids.append(tokenizer.encode_raw(prompt))
         else:
             ids.append(prompt)
 

@@ -252,8 +252,8 @@ class CompletionRequest(SamplingRequest):
         | Annotated[List[Ids], Field(min_length=1, max_length=MOST_PROMPTS)]
         | None
     )
-    """a text, several, or token ids; a text gets a BOS token in front, ids stay as they are; null:
-    the empty text"""
+    """a text, several, or token ids; a text gets a BOS token in front if the model's tokenizer
+    adds one, ids stay as they are; null: the empty text"""
     max_tokens: int | None = Field(None, ge=-1)
     """default 16; 0 with echo draws nothing; -1: as many as the context has room for"""
     echo: bool | None = None

@@ -60,10 +60,10 @@ class ServeConfig(Section):
     """
 
     checkpoints: tuple[Path, ...] = Field(min_length=1)
-    """directories of models; the first language model is the default, reward models serve
-    /v1/score"""
+    """directories of models, or GGUF files; the first language model is the default, reward models
+    serve /v1/score"""
     names: tuple[str, ...] = ()
-    """names of the models for clients (default: those of the directories)"""
+    """names of the models for clients (default: those of the directories or files)"""
     host: str = "127.0.0.1"
     """address to listen at; 0.0.0.0 is every interface of this machine"""
     port: int = Field(8000, ge=0, le=65535)
@@ -87,7 +87,7 @@ class ServeConfig(Section):
     @property
     def model_names(self) -> tuple[str, ...]:
         """Return the name of each checkpoint; UserError for names that do not fit."""
-        names = self.names or tuple(path.resolve().name for path in self.checkpoints)
+        names = self.names or tuple(map(_name_model, self.checkpoints))
         if len(names) != len(self.checkpoints):
             raise UserError(
                 f"{len(self.checkpoints)} checkpoints and {len(names)} names",
@@ -99,3 +99,9 @@ class ServeConfig(Section):
                 raise UserError(f"two models are called '{name}'", "name them: --names A B")
 
         return names
+
+
+def _name_model(path: Path) -> str:
+    """Return the name of a directory, or of a file without its ending."""
+    place = path.resolve()
+    return place.stem if place.is_file() else place.name

@@ -40,6 +40,7 @@ from llama2.stages.common.sampling import (
     seed_use,
 )
 from llama2.tally import Tally
+from llama2.tokenizer.template import require_system
 
 ROOM = 48  # tokens that an answer needs
 EXAMPLES = 6
@@ -82,6 +83,7 @@ def plan(config: Config, cluster: Cluster, planned: PlannedRuns) -> dict[str, An
 def run(config: Config, run: Run) -> None:
     """Write dialogs.jsonl: adversarial prompts with the answers that a preprompt improved."""
     chat = load_chat(config.policy, config.sample, run)
+    require_system(chat.tokenizer)
     by_safety = config.rewards.model_copy(update={"rule": "safe"})
     rewards = load_rewards(by_safety, chat.tokenizer, run.ranks, config.sample.precision)
     tally = run.tally("prompts")

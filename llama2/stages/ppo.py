@@ -265,7 +265,7 @@ def load_networks(config: Config, ranks: Ranks) -> Networks:
     """Load each checkpoint once; all of them have the policy's tokenizer."""
     home, precision = config.training.home(ranks), config.sample.precision
     actor, tokenizer = load_policy(config.policy, home)
-    check_template(config.policy, tokenizer.template)
+    check_template(config.policy, tokenizer)
     reference = copy.deepcopy(actor)
 
     if config.training.parallel == "shard":

@@ -25,7 +25,7 @@ from llama2.errors import UserError
 from llama2.evaluate import ghost
 from llama2.evaluate.judges import classify
 from llama2.evaluate.winrate import bound_share, compare
-from llama2.formats import hf_directory
+from llama2.formats import checkpoint, hf, hf_directory
 from llama2.generate.dialogue import Answer
 from llama2.generate.rewards import RewardModels, check_rule, combine
 from llama2.judging import Annotators, ComparisonRequest, Outcome
@@ -303,8 +303,13 @@ def _count_wins(outcomes: Sequence[float]) -> WinShare:
 
 
 def copy(source: Path, target: Path) -> None:
-    """Put the model of one directory into another too, as hard links where the file system
-    allows."""
+    """Put a model into another directory too: its files as hard links where the file system allows,
+    or what a GGUF file holds."""
+    if source.is_file():
+        model = checkpoint.open_checkpoint(source)
+        hf.write(model, target, beside=checkpoint.open_tokenizer(source).save)
+        return
+
     for name in hf_directory.list_model_files(source):
         (target / name).unlink(missing_ok=True)
         try:

@@ -43,7 +43,16 @@ from llama2.stages.common.training import (
     train,
 )
 from llama2.tally import Tally
-from llama2.tokenizer.template import encode_dialog, encode_prompt
+from llama2.tokenizer.template import (
+    CHAT_TEMPLATE,
+    TemplateName,
+    check_template,
+    choose_template,
+    encode_cut,
+    encode_dialog,
+    encode_prompt,
+    find_ends,
+)
 from llama2.tokenizer.tokenizer import Tokenizer
 from llama2.train import hooks
 from llama2.train.learner import Learner
@@ -82,6 +91,9 @@ class Config(StageConfig):
     """Fine-tune on dialogs."""
 
     model: Path
+    chat_template: TemplateName | Path | None = None
+    """teach this format: a name, or a file of Jinja; empty: the model's own, Llama 2's where it has
+    none"""
     dialogs: Annotated[dict[str, Dialogs], Field(min_length=1)]
     """name -> dialogs; they are mixed"""
     sequence_length: int = Field(4096, gt=1)
@@ -120,6 +132,7 @@ def run(config: Config, run: Run) -> None:
     """Fine-tune and leave a checkpoint."""
     home = config.training.home(run.ranks)
     model, tokenizer = load_policy(config.model, home)
+    tokenizer = choose_format(config, tokenizer)
     context = model.config.max_position_embeddings
     length = row_length(config.sequence_length, context)
 
@@ -169,7 +182,9 @@ def run(config: Config, run: Run) -> None:
         save_model=make_saver(model, tokenizer, run.ranks),
         title="sft",
         validate=validate,
-        flops_per_token=flops_per_token(model.config, length),
+        flops_per_token=flops_per_token(
+            model.config, length, frozen_layers=config.training.frozen_layers
+        ),
     )
     conclude(run, model, learner, packed, list(sets), len(validation))
 
@@ -203,6 +218,19 @@ def conclude(
         loss = f"validation loss {validation.loss:.4f} ({heldout:,} held out)"
 
     run.conclude(f"{learner.tokens:,} tokens read, {learner.trained:,} of them learnt; {loss}")
+
+
+def choose_format(config: Config, tokenizer: Tokenizer) -> Tokenizer:
+    """Return the tokenizer with the chat template that is taught: the one asked for, else the
+    model's, else Llama 2's. UserError for one that cannot be used."""
+    if config.chat_template is not None:
+        template, place = choose_template(str(config.chat_template))
+        tokenizer = tokenizer.with_chat_template(template, tokenizer.stops, place)
+    elif tokenizer.template is None:
+        tokenizer = tokenizer.with_chat_template(CHAT_TEMPLATE)
+
+    check_template(config.model, tokenizer)
+    return tokenizer
 
 
 # --- reading ---
@@ -311,8 +339,8 @@ def encode_for_training(tokenizer: Tokenizer, dialog: Dialog) -> tuple[list[int]
         return ids, mask
 
     prompt = len(encode_prompt(tokenizer, dialog.messages[:-1]))
-    answer = tokenizer.encode(dialog.messages[-1].content)
-    return [*ids[:prompt], *answer], [*mask[:prompt], *(mask[-1:] * len(answer))]
+    ids = encode_cut(tokenizer, dialog.messages)
+    return ids, [*mask[:prompt], *(mask[prompt : prompt + 1] * (len(ids) - prompt))]
 
 
 def suggest_length(longest: int, length: int, context: int) -> str:
@@ -361,7 +389,8 @@ def warn_of_data(
 ) -> Iterator[str]:
     """Caution about rows: answers without an end, and places without tokens."""
     longest = max(encoded.longest for encoded in sets.values())
-    if not any((segment.mask & (segment.ids == tokenizer.eos)).any() for segment in segments):
+    end = find_ends(tokenizer)[0]
+    if not any((segment.mask & (segment.ids == end)).any() for segment in segments):
         yield (
             f"all answers are cut off at {config.sequence_length} tokens, so the model does not "
             f"learn to end one; {suggest_length(longest, config.sequence_length, context)}"

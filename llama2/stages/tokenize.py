@@ -11,6 +11,7 @@ from llama2.config import StageConfig
 from llama2.data.documents import read_documents
 from llama2.data.shards import INDEX, Shards, write_shards
 from llama2.errors import UserError
+from llama2.formats import checkpoint
 from llama2.results import TextSize, TokenizedSplit, TokenizeResult
 from llama2.runs import Run
 from llama2.stages.common.planning import Cluster, PlannedRuns
@@ -36,7 +37,7 @@ def run(config: Config, run: Run) -> None:
     if not run.ranks.is_main:
         return
 
-    tokenizer = Tokenizer.load(config.tokenizer)
+    tokenizer = checkpoint.open_tokenizer(config.tokenizer)
     tokenizer.save(run.path)
     train = _tokenize(config.documents / "documents", tokenizer, run, "train")
     validation = _tokenize(config.documents / "heldout", tokenizer, run, "validation")

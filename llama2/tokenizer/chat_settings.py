@@ -113,6 +113,15 @@ def read_text(entry: Any) -> str | None:
     return text if isinstance(text, str) else None
 
 
+def name_template(model: Path) -> str:
+    """Name the file in which the chat template of a model stands: in its directory, or itself."""
+    file = model / TEMPLATE
+    if file.is_file() or not model.is_dir():
+        return str(file if file.is_file() else model)
+
+    return str(model / SETTINGS)
+
+
 def read_chat_template(directory: Path) -> str | None:
     """Return the chat template in a directory, in Jinja; None if there is none."""
     file = directory / TEMPLATE

@@ -11,14 +11,16 @@ it, and the package does not require one: a core dependency that other packages'
 
 from __future__ import annotations
 
+import re
 import struct
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from llama2 import json_files
-from llama2.errors import UserError
+from llama2.errors import UserError, explain_os_errors
+from llama2.tokenizer.stored import ByteLevelModel, StoredTokenizer
 
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)
 UNKNOWN_ID, BOS_ID, EOS_ID = 0, 1, 2  # as in Llama 2's own model
@@ -28,6 +30,7 @@ _BPE = 2
 _VARINT, _DOUBLE, _BYTES, _FLOAT = 0, 1, 2, 5  # protocol buffers mark the length of a field so
 _FIXED_SIZES = {_DOUBLE: 8, _FLOAT: 4}
 _COPY_AGAIN = "copy the file again"
+_TIKTOKEN = re.compile(rb"[A-Za-z0-9+/]+={0,2} \d+\r?\n")
 
 
 @dataclass(frozen=True)
@@ -62,24 +65,30 @@ class Vocabulary:
         return [f"the tokenizer {change}, {ending}" for change, made in changes.items() if made]
 
 
-@dataclass(frozen=True)
-class StoredTokenizer:
-    """A SentencePiece model inside another file, or made of several; read on demand.
-
-    `place` is its name in errors. `read` returns the content of a model file, with a UserError if
-    there is none at the place.
-    """
-
-    place: str
-    read: Callable[[], bytes]
-
-    def __str__(self) -> str:
-        return self.place
-
-
 def read_model(where: Path | StoredTokenizer) -> bytes:
-    """Return the content of a SentencePiece model file."""
-    return where.read() if isinstance(where, StoredTokenizer) else json_files.read_bytes(where)
+    """Return the content of a SentencePiece model file. UserError for a byte-level tokenizer."""
+    content = where.read() if isinstance(where, StoredTokenizer) else json_files.read_bytes(where)
+    if isinstance(content, bytes) and _TIKTOKEN.match(content):
+        raise UserError(
+            f"{where}: a list of tiktoken, as Meta's Llama 3 has, which does not name its special "
+            "tokens",
+            "give the tokenizer.json of the model in Hugging Face's format (import has --tokenizer "
+            "FILE)",
+        )
+    if isinstance(content, ByteLevelModel):
+        raise UserError(
+            f"{where}: a byte-level BPE tokenizer, where one of Llama 2's kind (SentencePiece BPE) "
+            "is needed",
+            "formats that hold a byte-level tokenizer are Hugging Face's and GGUF",
+        )
+
+    return content
+
+
+def is_tiktoken(file: Path) -> bool:
+    """Return whether a file is a list of items in base64, each with its rank."""
+    with explain_os_errors(file), json_files.open_file(file) as stream:
+        return _TIKTOKEN.match(stream.read(256)) is not None
 
 
 def load(where: Path | StoredTokenizer) -> Vocabulary:

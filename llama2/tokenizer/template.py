@@ -1,51 +1,58 @@
-"""The chat format of Llama 2-Chat: the only place that knows its tags.
+"""Conversations as token ids: the only entrances to chat formats.
 
-Every finished turn is encoded alone, as BOS + "[INST] {user} [/INST] {assistant} " + EOS; the last
-user turn as BOS + "[INST] {user} [/INST]". Contents are stripped, and the system text is folded
-into the first user turn. The ids are those of Meta's reference code. The tags are plain text, no
-vocabulary items: BOS and EOS come from here alone and everything else goes through
-`Tokenizer.encode`, which cannot produce them, so a tag or a "</s>" typed by a user stays text. (The
-reference refuses prompts with tags in them; we answer them.)
-
-Why prompt and answer may be encoded apart: `Tokenizer` accepts only models whose pieces never run
-from a visible character into a space, so no merge spans the space between "[/INST]" and the answer,
-and SentencePiece's leading space stands for that space. So ids("... [/INST] a ") = ids("...
-[/INST]") + ids("a "): the boundary of the loss is exact, and what the model sees at inference is a
-prefix of what it was trained on.
+Llama 2's format on a SentencePiece tokenizer has Meta's scheme (`llama2_format`); any other format
+is what the checkpoint's own template writes (`jinja_format`). A model without a template is taught
+Llama 2's.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
 
-from llama2.errors import UserError
-from llama2.records import Message, Messages, Train, check_roles, mask_turns
+from llama2 import json_files
+from llama2.errors import UserError, explain_os_errors
+from llama2.records import Messages, Train
+from llama2.tokenizer import jinja_format, llama2_format
+from llama2.tokenizer.llama2_format import CHAT_TEMPLATE, is_llama_2, render
 
 if TYPE_CHECKING:
     from llama2.tokenizer.tokenizer import Tokenizer  # it writes CHAT_TEMPLATE beside its model
 
-BEGIN_INSTRUCTION, END_INSTRUCTION = "[INST]", "[/INST]"
-BEGIN_SYSTEM, END_SYSTEM = "<<SYS>>\n", "\n<</SYS>>\n\n"
+__all__ = [
+    "CHAT_TEMPLATE",
+    "NAMED",
+    "TemplateName",
+    "check_template",
+    "choose_template",
+    "describe_template",
+    "encode_answered",
+    "encode_begun",
+    "encode_cut",
+    "encode_dialog",
+    "encode_prompt",
+    "find_ends",
+    "has_same_format",
+    "is_llama_2",
+    "render",
+    "require_system",
+]
 
-CHAT_TEMPLATE = (
-    "{% if messages[0]['role'] == 'system' %}"
-    "{% set system = '"
-    + BEGIN_SYSTEM.replace("\n", "\\n")
-    + "' + messages[0]['content'] + '"
-    + END_SYSTEM.replace("\n", "\\n")
-    + "' %}{% set turns = messages[1:] %}"
-    "{% else %}{% set system = '' %}{% set turns = messages %}{% endif %}"
-    "{% for message in turns %}"
-    "{% if (message['role'] == 'user') != (loop.index0 % 2 == 0)"
-    " or message['role'] not in ['user', 'assistant'] %}"
-    "{{ raise_exception('Roles must alternate user/assistant/user/assistant/...') }}{% endif %}"
-    "{% if message['role'] == 'user' %}"
-    "{% set content = (system if loop.first else '') + message['content'] %}"
-    "{{ bos_token + '" + BEGIN_INSTRUCTION + " ' + content.strip() + ' " + END_INSTRUCTION + "' }}"
-    "{% else %}{{ ' ' + message['content'].strip() + ' ' + eos_token }}{% endif %}"
+CHATML = (
+    "{% for message in messages %}"
+    "{{ '<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>' + '\\n' }}"
     "{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
 )
-"""Jinja for tokenizer_config.json: renders the same text in transformers, vLLM and llama.cpp."""
+ZEPHYR = (
+    "{% for message in messages %}"
+    "{{ '<|' + message['role'] + '|>\\n' + message['content'] + eos_token + '\\n' }}"
+    "{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|assistant|>\\n' }}{% endif %}"
+)
+TemplateName = Literal["llama2", "chatml", "zephyr"]
+NAMED = {"llama2": CHAT_TEMPLATE, "chatml": CHATML, "zephyr": ZEPHYR}
+"""templates that can be asked for by name"""
 
 _MARKS = {
     "ChatML": ("<|im_start|>",),
@@ -60,14 +67,8 @@ _MARKS = {
     "Vicuna": ("ASSISTANT:",),
     "Guanaco": ("### Assistant",),
     "OpenChat": ("GPT4 Correct",),
-    "Mistral": (BEGIN_INSTRUCTION, END_INSTRUCTION),
+    "Mistral": ("[INST]", "[/INST]"),
 }
-
-
-def is_llama_2(template: str | None) -> bool:
-    """Return whether a Jinja template writes this format, and has no tag of another one."""
-    tags = (BEGIN_INSTRUCTION, END_INSTRUCTION, BEGIN_SYSTEM.strip(), END_SYSTEM.strip())
-    return template is not None and all(tag in template for tag in tags) and "<|" not in template
 
 
 def describe_template(template: str | None) -> str:
@@ -84,17 +85,45 @@ def describe_template(template: str | None) -> str:
     return f"another's ({' '.join(template.split())[:60]!r}...)"
 
 
-def check_template(place: object, template: str | None) -> None:
-    """UserError unless a model's chat template is Llama 2's, the only format of prompts here."""
-    if is_llama_2(template):
-        return
+def choose_template(choice: str) -> tuple[str, str]:
+    """Return a template by its name or from a file of Jinja, and where it stands."""
+    if choice in NAMED:
+        return NAMED[choice], f"the template {choice}"
 
-    other = "" if template is None else f", but {describe_template(template)}"
-    raise UserError(
-        f"{place}: there is no Llama 2 chat template in its tokenizer_config.json{other}",
-        "tune it for Llama 2's format (llama2 sft); or, if it was, import it with --chat-template "
-        "llama2",
-    )
+    file = Path(choice)
+    if not file.is_file():
+        raise UserError(
+            f"{choice}: no such file, and no chat template has that name",
+            f"give a file of Jinja, or one of {', '.join(NAMED)}",
+        )
+
+    with explain_os_errors(file):
+        return json_files.read_bytes(file).decode("utf-8", "replace"), str(file)
+
+
+def check_template(place: object, tokenizer: Tokenizer) -> None:
+    """UserError unless a model has a chat template that can ask it something."""
+    if tokenizer.template is None:
+        raise UserError(
+            f"{place}: there is no chat template in its tokenizer_config.json",
+            "fine-tune it on dialogs (llama2 sft); or, if it was, import it with --chat-template "
+            f"FILE or one of {', '.join(NAMED)}",
+        )
+
+    if not _is_metas(tokenizer):
+        jinja_format.check(tokenizer)
+
+
+def require_system(tokenizer: Tokenizer) -> None:
+    """UserError for a chat template that has no place for a system turn."""
+    if not _is_metas(tokenizer):
+        jinja_format.check(tokenizer, with_system=True)
+
+
+def _is_metas(tokenizer: Tokenizer) -> bool:
+    """Return whether a tokenizer takes Meta's scheme for Llama 2's format."""
+    named = tokenizer.template is None or is_llama_2(tokenizer.template)
+    return named and not tokenizer.is_byte_level
 
 
 def encode_dialog(
@@ -102,73 +131,71 @@ def encode_dialog(
 ) -> tuple[list[int], list[bool]]:
     """Return the ids of a finished conversation, and its loss mask of the same length.
 
-    `mask[i]` is True where `ids[i]` is to be predicted: the tokens of the answers and their EOS, of
-    the assistant turns that `train` names (`records.Dialog`); never BOS, the user's text or a tag.
-    ValueError if roles do not alternate.
+    `mask[i]` is True where `ids[i]` is to be predicted: the tokens of the answers and what ends
+    each, of the assistant turns that `train` names (`records.Dialog`); never BOS, the user's text
+    or a tag. ValueError if roles do not alternate. UserError for a conversation that the template
+    cannot write, and for one whose answers cannot be told from it.
     """
-    check_roles(messages, last="assistant")
-    ids: list[int] = []
-    mask: list[bool] = []
-    turns = _fold_system(messages)
+    if _is_metas(tokenizer):
+        return llama2_format.encode_dialog(tokenizer, messages, train)
 
-    for index, trained in zip(range(0, len(turns), 2), mask_turns(messages, train), strict=True):
-        prompt = _prompt_ids(tokenizer, turns[index])
-        answer = _answer_ids(tokenizer, turns[index + 1])
-        ids += prompt + answer
-        mask += [False] * len(prompt) + [trained] * len(answer)
+    return jinja_format.encode_dialog(tokenizer, messages, train)
 
-    return ids, mask
+
+def encode_answered(tokenizer: Tokenizer, messages: Messages) -> list[int]:
+    """Return the ids of a finished conversation up to the end of its last answer, which is what a
+    reward model reads. ValueError and UserError as `encode_dialog`."""
+    if _is_metas(tokenizer):
+        return llama2_format.encode_dialog(tokenizer, messages)[0]
+
+    return jinja_format.encode_answered(tokenizer, messages)
 
 
 def encode_prompt(tokenizer: Tokenizer, messages: Messages) -> list[int]:
     """Return the ids of a conversation that waits for its answer.
 
-    They end with the closing tag of the last user turn, and are a prefix of `encode_dialog` of any
-    conversation that goes on from here. ValueError if roles do not alternate.
+    They are a prefix of `encode_dialog` of any conversation that goes on from here, if the template
+    writes the beginning as it did. ValueError if roles do not alternate. UserError for a
+    conversation that the template cannot write.
     """
-    check_roles(messages, last="user")
-    turns = _fold_system(messages)
-    ids: list[int] = []
+    if _is_metas(tokenizer):
+        return llama2_format.encode_prompt(tokenizer, messages)
 
-    for index, turn in enumerate(turns):
-        ids += _prompt_ids(tokenizer, turn) if index % 2 == 0 else _answer_ids(tokenizer, turn)
-
-    return ids
+    return jinja_format.encode_prompt(tokenizer, messages)
 
 
 def encode_begun(tokenizer: Tokenizer, messages: Messages) -> list[int]:
     """Return the ids of a conversation whose last turn is the beginning of an answer.
 
     They are a prefix of `encode_dialog` of the finished conversation if the beginning ends where a
-    word does. Spaces at its end are left out: a space belongs to the item of the word behind it,
-    and one alone stands before EOS only. ValueError if roles do not alternate.
+    word does. Spaces at its end are left out: a space belongs to the item of the word behind it.
+    ValueError and UserError as `encode_prompt`.
     """
-    check_roles(messages, last="assistant")
-    begun = messages[-1].content.lstrip().rstrip(" ")
-    return encode_prompt(tokenizer, messages[:-1]) + (tokenizer.encode(begun) if begun else [])
+    if _is_metas(tokenizer):
+        return llama2_format.encode_begun(tokenizer, messages)
+
+    return jinja_format.encode_begun(tokenizer, messages)
 
 
-def render(messages: Messages) -> str:
-    """Return a conversation as text, without BOS and EOS, to train a tokenizer on the format."""
-    turns = _fold_system(messages)
-    return " ".join(_tag(turn) if turn.role == "user" else turn.content.strip() for turn in turns)
+def encode_cut(tokenizer: Tokenizer, messages: Messages) -> list[int]:
+    """Return the ids of a conversation whose last answer was cut off, and so has no end."""
+    if _is_metas(tokenizer):
+        answer = tokenizer.encode(messages[-1].content)
+        return [*llama2_format.encode_prompt(tokenizer, messages[:-1]), *answer]
+
+    return jinja_format.encode_begun(tokenizer, messages)
 
 
-def _tag(turn: Message) -> str:
-    return f"{BEGIN_INSTRUCTION} {turn.content.strip()} {END_INSTRUCTION}"
+def has_same_format(one: Tokenizer, other: Tokenizer) -> bool:
+    """Return whether two tokenizers write conversations alike."""
+    if _is_metas(one) and _is_metas(other):
+        return True
+
+    return (one.template or CHAT_TEMPLATE) == (other.template or CHAT_TEMPLATE)
 
 
-def _fold_system(messages: Messages) -> Messages:
-    if messages[0].role != "system":
-        return messages
-
-    system, first, *rest = messages
-    return (Message("user", BEGIN_SYSTEM + system.content + END_SYSTEM + first.content), *rest)
-
-
-def _prompt_ids(tokenizer: Tokenizer, turn: Message) -> list[int]:
-    return [tokenizer.bos, *tokenizer.encode(_tag(turn))]
-
-
-def _answer_ids(tokenizer: Tokenizer, turn: Message) -> list[int]:
-    return [*tokenizer.encode(f"{turn.content.strip()} "), tokenizer.eos]
+def find_ends(tokenizer: Tokenizer) -> tuple[int, ...]:
+    """Return the ids that end an answer: what the template writes behind one, then EOS of all
+    files (`Tokenizer.stops`)."""
+    end = None if _is_metas(tokenizer) else jinja_format.find_end(tokenizer)
+    return tuple(dict.fromkeys((*(() if end is None else (end,)), *tokenizer.stops)))

@@ -19,7 +19,7 @@ from typing import Any
 import sentencepiece
 
 from llama2.errors import UserError
-from llama2.tokenizer import added_tokens, merges, sentencepiece_model
+from llama2.tokenizer import added_tokens, byte_level_json, merges, sentencepiece_model
 from llama2.tokenizer.added_tokens import FETCH, AddedToken, describe_added
 from llama2.tokenizer.chat_settings import read_object, read_section
 from llama2.tokenizer.comparison import Encode, find_difference
@@ -31,10 +31,10 @@ from llama2.tokenizer.sentencepiece_model import (
     SPACE,
     UNKNOWN,
     UNKNOWN_ID,
-    StoredTokenizer,
     Vocabulary,
     VocabularyItem,
 )
+from llama2.tokenizer.stored import ByteLevelModel, StoredTokenizer
 
 _GIVE_MODEL = "give the tokenizer.model of this model (import has --tokenizer FILE)"
 _OTHER_FAMILY = "take a model of the Llama 2 family"
@@ -101,14 +101,6 @@ def _read_merges(
 
 def _refuse_other_kinds(file: Path, values: Mapping[str, Any], model: Mapping[str, Any]) -> None:
     """UserError unless it is a BPE with bytes for unknown characters that only marks spaces."""
-    pipeline = [values.get(part) for part in ("normalizer", "pre_tokenizer", "decoder")]
-    if '"ByteLevel"' in json.dumps(pipeline):
-        raise UserError(
-            f"{file}: a byte-level BPE tokenizer, as Llama 3 and GPT-2 have; only those of Llama "
-            "2's kind (SentencePiece BPE) can be read",
-            _OTHER_FAMILY,
-        )
-
     kind = model.get("type")
     if kind != "BPE" or not model.get("byte_fallback"):
         without = "without bytes for unknown characters (byte_fallback)"
@@ -174,10 +166,17 @@ def _name(value: Any) -> str:
     return "none" if value is None else ascii(kind)
 
 
-# --- as a SentencePiece model ---
-def open_as_model(file: Path, vocab_size: int | None = None) -> StoredTokenizer:
-    """Return the tokenizer in a `tokenizer.json`; `vocab_size` is the model's."""
-    return StoredTokenizer(str(file), functools.cache(lambda: _build_model(file, vocab_size)))
+# --- as what one of the engines takes ---
+def open_stored(file: Path, vocab_size: int | None = None) -> StoredTokenizer:
+    """Return the tokenizer in a `tokenizer.json`, of either engine; `vocab_size` is the model's."""
+
+    def read_content() -> bytes | ByteLevelModel:
+        if byte_level_json.is_byte_level(read_object(file)):
+            return byte_level_json.read(file, vocab_size)
+
+        return _build_model(file, vocab_size)
+
+    return StoredTokenizer(str(file), functools.cache(read_content))
 
 
 def _build_model(file: Path, vocab_size: int | None) -> bytes:
@@ -284,22 +283,10 @@ def _make_pipeline(bos: str) -> dict[str, Any]:
 
     A space is put in front, BOS before each text, and decoding takes the space away.
     """
-
-    def place(name: str, number: int) -> list[dict[str, Any]]:
-        return [
-            {"SpecialToken": {"id": bos, "type_id": number}},
-            {"Sequence": {"id": name, "type_id": number}},
-        ]
-
     return {
         "normalizer": {"type": "Sequence", "normalizers": [_PREPEND, _REPLACE]},
         "pre_tokenizer": None,
-        "post_processor": {
-            "type": "TemplateProcessing",
-            "single": place("A", 0),
-            "pair": place("A", 0) + place("B", 1),
-            "special_tokens": {bos: {"id": bos, "ids": [BOS_ID], "tokens": [bos]}},
-        },
+        "post_processor": byte_level_json.make_post_processor(bos, BOS_ID),
         "decoder": {
             "type": "Sequence",
             "decoders": [

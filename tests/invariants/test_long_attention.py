@@ -27,7 +27,7 @@ KINDS = [torch.float32, torch.bfloat16]
 def draw(kind: torch.dtype, rows: int, length: int) -> tuple[Tensor, View]:
     """Products of queries, keys and values, and the view of rows without documents."""
     products = torch.randn(rows * length, (HEADS + 2 * KV_HEADS) * SIZE).to(kind)
-    return products, (*rotary_tables(torch.arange(length)[None], SIZE, 1e4), None)
+    return products, (*rotary_tables(torch.arange(length)[None], SIZE, 1e4), None, None)
 
 
 def results(products: Tensor, rows: int, view: View) -> tuple[Tensor, Tensor]:
@@ -40,7 +40,7 @@ def results(products: Tensor, rows: int, view: View) -> tuple[Tensor, Tensor]:
 
 @pytest.mark.parametrize(("heads", "kv_heads", "size"), [(4, 4, 16), (6, 2, 64), (4, 1, 10)])
 @pytest.mark.parametrize(("precision", "tolerance"), [("fp32", 2e-5), ("bf16", 0.03)])
-@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("rows", ["plain", "documents", "branches"])
 def test_it_equals_pytorch(
     monkeypatch: pytest.MonkeyPatch,
     heads: int,
@@ -48,22 +48,27 @@ def test_it_equals_pytorch(
     size: int,
     precision: Precision,
     tolerance: float,
-    packed: bool,
+    rows: str,
 ) -> None:
     torch.manual_seed(0)
     monkeypatch.setattr(llama, "EXPLICIT_LENGTH", 100)
     model = install(Llama(LlamaConfig(71, heads * size, 88, 2, heads, kv_heads, 512), 3))
     tokens_BT = torch.randint(0, 71, (3, 205))  # three blocks and a ragged one
-    documents_BT = (torch.rand(3, 205) < 0.03).cumsum(1) if packed else None
-    calls = []
+    marks = {"documents_BT": (torch.rand(3, 205) < 0.03).cumsum(1)}
+    if rows == "branches":  # a prompt of 80 tokens and two answers to it
+        marks = {"branches_BT": ((torch.arange(205) >= 80) * 1 + (torch.arange(205) >= 150))}
+        marks["branches_BT"] = marks["branches_BT"].expand(3, -1).contiguous()
+
+    calls: list[int] = []
 
     def measure() -> list[Tensor]:
         model.zero_grad()
         with devices.autocast(torch.device("cpu"), precision):
-            logp_BT = model(tokens_BT, targets_BT=tokens_BT.roll(1, 1), documents_BT=documents_BT)
+            hidden_BTD = model.model(tokens_BT, **({} if rows == "plain" else marks)).float()
 
-        (logp_BT * torch.linspace(-1, 1, 205)).sum().backward()
-        return [logp_BT.detach(), *(parameter.grad.clone() for parameter in model.parameters())]
+        (hidden_BTD * torch.linspace(-1, 1, 205)[:, None]).sum().backward()
+        weights = [weight for weight in model.parameters() if weight.grad is not None]
+        return [hidden_BTD.detach(), *(weight.grad.clone() for weight in weights)]
 
     attend = long_attention.attend
     monkeypatch.setattr(
@@ -97,7 +102,7 @@ def test_a_row_does_not_depend_on_other_rows_threads_or_what_follows(kind: torch
 
     shorter = products.view(3, 150, -1)[:, :70].reshape(210, -1).contiguous()
     begun, _ = long_attention.attend(
-        shorter, 3, HEADS, SIZE, (view[0][:, :70].contiguous(), view[1][:, :70].contiguous(), None)
+        shorter, 3, HEADS, SIZE, (*(table[:, :70].contiguous() for table in view[:2]), None, None)
     )
     assert torch.equal(begun, out[:, :70])
 
@@ -105,9 +110,9 @@ def test_a_row_does_not_depend_on_other_rows_threads_or_what_follows(kind: torch
 @pytest.mark.parametrize("kind", KINDS)
 def test_documents_do_not_see_each_other(kind: torch.dtype) -> None:
     torch.manual_seed(0)
-    products, (cos, sin, _) = draw(kind, 1, 200)
+    products, (cos, sin, *_) = draw(kind, 1, 200)
     documents_1T = (torch.arange(200) >= 90).long()[None]
-    view = (cos, sin, document_starts(documents_1T))
+    view = (cos, sin, document_starts(documents_1T), None)
     out, grads = results(products, 1, view)
     other = products.clone()
     other[:90] = torch.randn_like(other[:90])

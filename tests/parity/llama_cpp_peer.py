@@ -3,8 +3,10 @@ JSON value a line.
 
 {"file": path, "context": n} loads a model, keys and values in fp32; then {"logits": ids, "at":
 positions} gives the logits at some positions; {"greedy": ids, "count": n} the ids that follow;
-{"tokenize": text} the ids of a text; {"quantize": path, "to": path, "type": number} makes a
-quantized file and answers with its status.
+{"tokenize": text} the ids of a text; {"chat": [{"role", "content"}, ...]} those of a conversation
+that waits for its answer, rendered by the template in the file; {"quantize": path, "to": path,
+"type": number} makes a file of another type, from a quantized one, too, and answers with its
+status.
 """
 
 import ctypes
@@ -13,6 +15,7 @@ import sys
 
 import llama_cpp
 import numpy as np
+from llama_cpp import llama_chat_format
 
 F32 = 0  # ggml's number for it: by default keys and values are kept in fp16
 
@@ -41,17 +44,37 @@ def load(asked: dict) -> llama_cpp.Llama:
         n_threads_batch=1,
         type_k=F32,
         type_v=F32,
+        # what the file says, not the library's own numbers
+        yarn_attn_factor=-1.0,
+        yarn_beta_fast=-1.0,
+        yarn_beta_slow=-1.0,
         verbose=False,
     )
+
+
+def tokenize_chat(model: llama_cpp.Llama, messages: list) -> list:
+    """The ids of what llama.cpp's Python package would send, control tokens included."""
+    texts = [
+        model._model.token_get_text(token) if token >= 0 else ""
+        for token in (model.token_eos(), model.token_bos())
+    ]
+    formatter = llama_chat_format.Jinja2ChatFormatter(
+        model.metadata["tokenizer.chat_template"], *texts
+    )
+    prompt = formatter(messages=messages).prompt
+    return model.tokenize(prompt.encode(), add_bos=False, special=True)
 
 
 def answer(model: llama_cpp.Llama, asked: dict) -> list:
     if "tokenize" in asked:
         return model.tokenize(asked["tokenize"].encode(), add_bos=False, special=False)
 
+    if "chat" in asked:
+        return tokenize_chat(model, asked["chat"])
+
     if "quantize" in asked:
         params = llama_cpp.llama_model_quantize_default_params()
-        params.ftype, params.nthread = asked["type"], 1
+        params.ftype, params.nthread, params.allow_requantize = asked["type"], 1, True
         return [
             llama_cpp.llama_model_quantize(
                 asked["quantize"].encode(), asked["to"].encode(), ctypes.byref(params)

@@ -161,7 +161,7 @@ def test_long_texts_in_parts_have_the_ids_of_the_whole(
     raw = sentencepiece.SentencePieceProcessor(model_file=str(directory / "tokenizer.model"))
     text = "".join(parts)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("llama2.tokenizer.tokenizer._PART", part)
+        patch.setattr("llama2.tokenizer.sentencepiece_codec._PART", part)
         assert tokenizer.encode(text) == raw.encode(text)
 
     book = (text + "the mill by the river ") * 600

@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import sentencepiece
 import torch
 from sources import RATIOS, SHAPE, STRINGS, exact, model_of, source_of
 from torch import Tensor
@@ -179,7 +180,7 @@ def test_tokenizer_bin_is_what_run_reads(
 ) -> None:
     llama2c.write(source, tmp_path / "model.bin")
     data = (tmp_path / "tokenizer.bin").read_bytes()
-    processor, at, rows = tokenizer._processor, 4, []
+    processor, at, rows = sentencepiece.SentencePieceProcessor(model_proto=tokenizer.model), 4, []
 
     for token in range(SHAPE.vocab_size):
         score, length = struct.unpack_from("<fi", data, at)

@@ -131,11 +131,11 @@ def test_padding_comes_back_as_padding(tmp_path: Path, tokenizer: Tokenizer) -> 
     [
         (
             {"pre_tokenizer": {"type": "Sequence", "pretokenizers": [{"type": "ByteLevel"}]}},
-            "a byte-level BPE tokenizer",
+            "byte_fallback is True, which no byte-level BPE has",
         ),
         (
-            {"decoder": {"type": "ByteLevel"}},
-            "a byte-level BPE tokenizer, as Llama 3 and GPT-2 have",
+            {"decoder": {"type": "ByteLevel"}, "model_byte_fallback": False},
+            "its decoder reads bytes, and no step before makes them of a text",
         ),
         (
             {"model_type": "Unigram"},

@@ -33,8 +33,7 @@ from llama2.runs import Run
 from llama2.runs.parts import work_in_parts
 from llama2.stages.common.training import freeze
 from llama2.tally import Tally
-from llama2.tokenizer.template import encode_prompt
-from llama2.tokenizer.tokenizer import Tokenizer
+from llama2.tokenizer.template import encode_prompt, has_same_format
 
 ROUNDS = 8  # a part has as many answers as the slots give in so many rounds
 JUDGED = 1024  # answers in a part of a reward model's work
@@ -101,7 +100,7 @@ def keep_fitting(
         raise empty
 
     limits = [
-        (Tokenizer.load(path), checkpoint.config_of(path).max_position_embeddings)
+        (checkpoint.open_tokenizer(path), checkpoint.config_of(path).max_position_embeddings)
         for path in checkpoints
     ]
 
@@ -128,12 +127,12 @@ def identify(path: Path) -> object:
     weights are elsewhere."""
     known = hf_directory.read_checksums(path)
     try:
-        files = hf_directory.list_weight_files(path)
+        files = [path] if path.is_file() else hf_directory.list_weight_files(path)
         weights = sorted(known.get(file.name) or hash_file(file) for file in files)
     except UserError:
         return path.resolve()
 
-    return checkpoint.config_of(path), Tokenizer.load(path).fingerprint, tuple(weights)
+    return checkpoint.config_of(path), checkpoint.open_tokenizer(path).fingerprint, tuple(weights)
 
 
 # --- answers ---
@@ -175,8 +174,8 @@ def check_judge(path: Path, versions: Sequence[Path] = ()) -> None:
             "give the output directory of a `reward` run",
         )
 
-    tokenizer = Tokenizer.load(path)
-    if not all(Tokenizer.load(version).is_same(tokenizer) for version in versions):
+    tokenizer = checkpoint.open_tokenizer(path)
+    if not all(checkpoint.open_tokenizer(version).is_same(tokenizer) for version in versions):
         raise UserError(
             f"{path}: its tokenizer is not the policy's",
             "train policy and reward models on one tokenizer",
@@ -198,14 +197,18 @@ def judge_answers(
     An answer that two versions give alike is read once: the rounding of two batches must not make
     one of them the better.
     """
-    tokenizer, context = Tokenizer.load(path), checkpoint.config_of(path).max_position_embeddings
+    tokenizer, context = (
+        checkpoint.open_tokenizer(path),
+        checkpoint.config_of(path).max_position_embeddings,
+    )
     scores: dict[_Key, float] = {}
     result = {}
 
     device = run.ranks.device
     with load_when_needed(lambda: load_judge(path, precision, device), device) as judge:
         for version, given in answers.items():
-            same = Tokenizer.load(versions[version]).is_same(tokenizer)
+            sampler = checkpoint.open_tokenizer(versions[version])
+            same = sampler.is_same(tokenizer) and has_same_format(sampler, tokenizer)
             keyed: dict[_Key, Answer] = {
                 (index, answer.text, answer.completion.finish): answer
                 for index, answer in enumerate(given)

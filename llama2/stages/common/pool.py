@@ -22,7 +22,7 @@ from llama2.hashing import hash_content
 from llama2.records import Dialog, Prompt, StoredRecords
 from llama2.runs import Run, is_output
 from llama2.stages.common.sampling import Sample, open_records, sample_in_parts
-from llama2.tokenizer.template import encode_dialog, encode_prompt
+from llama2.tokenizer.template import encode_answered, encode_cut
 from llama2.tokenizer.tokenizer import Tokenizer
 
 Choice = tuple[float, int]  # the reward of an answer, and its index over all rounds
@@ -132,12 +132,9 @@ def rescore(
 
 
 def _encode(dialog: Dialog, tokenizer: Tokenizer) -> list[int]:
-    """Return the token ids of a dialog; an answer that was cut off has no EOS."""
-    if not _is_cut(dialog):
-        return encode_dialog(tokenizer, dialog.messages)[0]
-
-    answer = tokenizer.encode(dialog.messages[-1].content)
-    return [*encode_prompt(tokenizer, dialog.messages[:-1]), *answer]
+    """Return the token ids of a dialog; an answer that was cut off has no end."""
+    encode = encode_cut if _is_cut(dialog) else encode_answered
+    return encode(tokenizer, dialog.messages)
 
 
 def _is_cut(dialog: Dialog) -> bool:

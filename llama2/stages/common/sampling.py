@@ -32,7 +32,7 @@ from llama2.stages.common.answers import check_judge, keep_prompts
 from llama2.stages.common.meter import Meter
 from llama2.stages.common.training import freeze, load_policy, load_scorer
 from llama2.tally import Tally
-from llama2.tokenizer.template import check_template, encode_prompt
+from llama2.tokenizer.template import check_template, encode_prompt, find_ends
 from llama2.tokenizer.tokenizer import Tokenizer
 
 T = TypeVar("T")
@@ -81,7 +81,7 @@ def load_chat(path: Path, sample: Sample, run: Run) -> Chat:
     if sample.server is not None:
         config = config_of(path)
         tokenizer = load_tokenizer(path, config)
-        check_template(path, tokenizer.template)
+        check_template(path, tokenizer)
         remote = connect(
             sample.server,
             tokenizer,
@@ -94,7 +94,7 @@ def load_chat(path: Path, sample: Sample, run: Run) -> Chat:
 
     dtype = torch.bfloat16 if sample.precision == "bf16" else torch.float32
     model, tokenizer = load_policy(path, run.ranks.device, dtype)
-    check_template(path, tokenizer.template)
+    check_template(path, tokenizer)
     engine = Engine(
         model.eval().requires_grad_(False), slots=sample.slots, precision=sample.precision
     )
@@ -213,12 +213,13 @@ def score(
     """Return the score of every answer to every prompt.
 
     The same rule holds for the search of a temperature, the choice of answers, judges and PPO: an
-    answer that was cut off is scored as it is, without an EOS that was never sampled.
+    answer that was cut off is scored as it is, without an end that was never sampled.
     """
     rows, tags = [], []
+    end = find_ends(tokenizer)[0]
     for prompt, group in zip(prompts, answers):
         ids = encode_prompt(tokenizer, prompt.messages)
-        rows += [[*ids, *answer.completion.end_with(tokenizer.eos)] for answer in group]
+        rows += [[*ids, *answer.completion.end_with(end)] for answer in group]
         tags += [prompt.safety] * len(group)
 
     scores = iter(rewards(rows, tags))

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Literal, TypeVar
 
 import torch
+from pydantic import Field
 from torch import nn
 
 from llama2 import devices
@@ -30,7 +31,7 @@ from llama2.ranks import Ranks
 from llama2.results import HeldoutLoss
 from llama2.runs import Run, read_metrics
 from llama2.stages.common import cautions
-from llama2.tokenizer.template import CHAT_TEMPLATE
+from llama2.tokenizer.template import CHAT_TEMPLATE, find_ends, has_same_format
 from llama2.tokenizer.tokenizer import Tokenizer
 from llama2.train import hooks, optim, parallel, state
 from llama2.train.learner import Learner
@@ -54,6 +55,9 @@ class Training(Config):
     """under several ranks: a copy of the model on each, or one model spread over all (FSDP2)"""
     gradient_checkpointing: bool = False
     """recompute activations in the backward pass: less memory, a third more work"""
+    frozen_layers: int = Field(0, ge=0)
+    """of each network, the embeddings and so many of the layers above them stay as they are: with
+    half of them a step takes two thirds of the work, and less memory"""
     tensorboard: bool = False
 
     def home(self, ranks: Ranks) -> torch.device:
@@ -135,6 +139,7 @@ def distribute(model: nn.Module, ranks: Ranks, settings: Training) -> Ranks:
     for module in model.modules():
         if isinstance(module, Trunk):
             module.gradient_checkpointing = settings.gradient_checkpointing
+            freeze_lower(module, settings.frozen_layers)
 
     if settings.parallel == "replicate":
         parallel.replicate(model.to(ranks.device), ranks)
@@ -143,6 +148,22 @@ def distribute(model: nn.Module, ranks: Ranks, settings: Training) -> Ranks:
     ranks = ranks.spread()
     parallel.shard(model, ranks, settings.precision)
     return ranks
+
+
+def freeze_lower(trunk: Trunk, layers: int) -> None:
+    """Leave the embeddings and the lowest `layers` of a network as they are; a head that is tied
+    to the embeddings stays with them. UserError where nothing would be left."""
+    if layers >= len(trunk.layers):
+        raise UserError(
+            f"frozen_layers {layers} leaves none of the model's {len(trunk.layers)} layers to "
+            "train",
+            "lower --training.frozen-layers",
+        )
+
+    if layers:
+        trunk.embed_tokens.requires_grad_(False)
+        for layer in trunk.layers[:layers]:
+            layer.requires_grad_(False)
 
 
 def heldout_loss(
@@ -210,11 +231,15 @@ def make_saver(
     """Return a function that writes `model` and its tokenizer as a Hugging Face directory (every
     rank calls it).
 
-    Where it was `taught` Llama 2's chat format, that is its chat template; else the tokenizer's
-    stays. Its answers end at every id at which they did, and at the one that is taught.
+    The tokenizer's chat template stays. If it has none, and conversations were `taught`, that is
+    Llama 2's. Answers end at every id at which they did, and at the one that is taught.
     """
-    beside = tokenizer.with_chat_template(CHAT_TEMPLATE) if taught else tokenizer
-    stops = tuple(dict.fromkeys((*model.config.stops, *tokenizer.stops)))
+    beside = tokenizer
+    if taught and tokenizer.template is None:
+        beside = tokenizer.with_chat_template(CHAT_TEMPLATE)
+
+    ends = find_ends(beside) if taught else tokenizer.stops
+    stops = tuple(dict.fromkeys((*model.config.stops, *tokenizer.stops, *ends)))
 
     def save(directory: Path) -> None:
         weights = parallel.gather_weights(model)
@@ -252,6 +277,11 @@ def load_scorer(
         raise UserError(
             f"{path}: its tokenizer is not the policy's",
             "train policy and reward models on one tokenizer",
+        )
+    if tokenizer is not None and not has_same_format(judge_tokenizer, tokenizer):
+        raise UserError(
+            f"{path}: its chat template is not the policy's",
+            "train policy and reward models on one chat format (sft has --chat-template)",
         )
 
     return checkpoint.load_scorer(
