@@ -211,11 +211,12 @@ struct Tiles {
         if (!used) return;
         static const long asked = syscall(SYS_arch_prctl, 0x1023, 18);  // ARCH_REQ_XCOMP_PERM, XTILEDATA
         (void)asked;
-        struct alignas(64) {
+        struct alignas(64) Setup {
             uint8_t palette = 1, start = 0, reserved[14] = {};
             uint16_t bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
             uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
-        } setup;
+        };
+        static constexpr Setup setup;  // on the stack GCC 12 writes its first bytes alone
         _tile_loadconfig(&setup);
     }
     ~Tiles() {
