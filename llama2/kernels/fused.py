@@ -66,7 +66,7 @@ class Softmax(build.Struct):
 
     _fields_ = [
         *build.fields(c_int64, "batch", "length", "heads", "begin", "end"),
-        *build.fields(c_void_p, "starts", "weights", "grad"),
+        *build.fields(c_void_p, "starts", "gaps", "weights", "grad"),
     ]
 
 
@@ -203,10 +203,10 @@ class _Gated(torch.autograd.Function):
 
 
 # --- attention ----
-View = tuple[Tensor, Tensor, Tensor | None]
+View = tuple[Tensor, Tensor, Tensor | None, Tensor | None]
 """what all layers share: rotary tables, cosine and sine [B or 1, T, 1, E] in fp32, the sine
-negative in the first half, and the first position that each query may see, [B, T] (None: position
-0)"""
+negative in the first half; the first position that each query may see, [B, T] (None: position 0);
+and those after it that it may not see, begin and end, [B, T, 2] (None: it sees all)"""
 
 
 def attention(x_BTD: Tensor, weights: Sequence[Tensor], size: int, view: View) -> Tensor:
@@ -344,7 +344,7 @@ class _Layout:
     ) -> None:
         """Fill `split` from rows of `y`, or, to `join` them, rows of `y` from `split`, rotated
         back."""
-        cos, sin, _ = self.view
+        cos, sin, _, _ = self.view
         arguments = Heads(
             batch=self.rows,
             length=self.length,
@@ -374,6 +374,7 @@ class _Layout:
             begin=begin,
             end=end,
             starts=self.view[2],
+            gaps=self.view[3],
             weights=weights,
             grad=grad,
         )

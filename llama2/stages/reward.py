@@ -18,14 +18,22 @@ from pydantic import Field
 
 from llama2.config import StageConfig
 from llama2.data.loader import Rows
+from llama2.evaluate.baselines import BagOfWords
 from llama2.model.scorer import Scorer
-from llama2.results import AccuracyResult, ReadCounts, RewardResult, SetAccuracy, SetShare
+from llama2.results import (
+    AccuracyResult,
+    ReadCounts,
+    RewardResult,
+    SetAccuracy,
+    SetShare,
+    WordWeights,
+)
 from llama2.runs import Run
 from llama2.stages.common import cautions
 from llama2.stages.common.memory import Tower, flops_per_token
 from llama2.stages.common.planning import UNKNOWN, Cluster, PlannedRuns, plan_training
 from llama2.stages.common.reward_accuracy import (
-    describe_accuracy,
+    describe_accuracies,
     measure_accuracies,
     warn_of_chance,
 )
@@ -34,10 +42,12 @@ from llama2.stages.common.reward_pairs import (
     EncodedPair,
     Encoder,
     collate,
+    collate_shared,
     find_axis,
     mean_length,
     read_heldout,
     read_pairs,
+    warn_of_trained,
 )
 from llama2.stages.common.training import Training, load_scorer, make_saver, train
 from llama2.train.learner import Learner
@@ -62,6 +72,11 @@ class Config(StageConfig):
     """of the safety auxiliary loss; above 0 for a safety model"""
     max_tokens: int = Field(4096, gt=1)
     """longer conversations are left out and counted"""
+    shorten: bool = False
+    """first take the oldest exchanges from a prompt that is too long, as far as it has several"""
+    share_prompts: bool = False
+    """compute what the conversations of a pair have in common once, in one row for both answers:
+    the same up to rounding, with fewer tokens"""
     batch_size: int = Field(512, gt=0)
     """pairs in an optimizer step, over all ranks"""
     micro_batch_size: int = Field(8, gt=0)
@@ -93,20 +108,22 @@ def run(config: Config, run: Run) -> None:
     """Train, measure accuracy by set and degree, and leave a reward-model checkpoint."""
     home = config.training.home(run.ranks)
     scorer, tokenizer = load_scorer(config.model, home, seed=config.seed)
-    encoder = Encoder(tokenizer, config.max_tokens, scorer.config.max_position_embeddings)
+    encoder = Encoder(
+        tokenizer, config.max_tokens, scorer.config.max_position_embeddings, config.shorten
+    )
     sets = read_pairs(config.preferences, encoder, run, config.seed)
     pairs = list(chain.from_iterable(sets.values()))
     heldout = read_heldout(config.heldout, encoder, run)
 
     source = Rows(
         pairs,
-        collate,
+        collate_shared if config.share_prompts else collate,
         run.ranks,
         batch_size=config.batch_size,
         micro_batch_size=config.micro_batch_size,
         epochs=config.epochs,
         seed=config.seed,
-        size=lambda pair: pair.size,
+        size=lambda pair: pair.joint_size if config.share_prompts else pair.size,
     )
     plan = config.training.plan
     steps = source.steps if plan.max_steps is None else min(plan.max_steps, source.steps)
@@ -128,19 +145,35 @@ def run(config: Config, run: Run) -> None:
         settings,
         save_model=make_saver(scorer, tokenizer, run.ranks),
         title="reward",
-        flops_per_token=flops_per_token(scorer.config, mean_length(pairs), scalar=True),
+        flops_per_token=flops_per_token(
+            scorer.config,
+            mean_length(pairs),
+            scalar=True,
+            frozen_layers=config.training.frozen_layers,
+        ),
     )
     scorer.eval()
-    accuracies = measure_accuracies(scorer, pairs, heldout, settings.precision, run.ranks)
+    words = fit_words(run, pairs) if run.ranks.is_main else None
+    accuracies = measure_accuracies(scorer, words, heldout, settings.precision, run.ranks)
     write_results(run, scorer, learner, sets, accuracies)
     axis = find_axis(pairs)
-    for name in sorted(accuracies, key=lambda name: find_axis(heldout[name]) == axis):
-        # the last line, of a set of the model's axis, stands for the run
-        axes = {pair.axis for pair in heldout[name]}
-        run.conclude(describe_accuracy(name, accuracies[name], axes))
+    # the last line, of a set of the model's axis, stands for the run
+    order = sorted(heldout, key=lambda name: find_axis(heldout[name]) == axis)
+    for line in describe_accuracies({name: heldout[name] for name in order}, accuracies):
+        run.conclude(line)
+
+    for name in order:
         if find_axis(heldout[name]) == axis:
             for line in warn_of_chance(name, accuracies[name]):
                 run.warn(line)
+
+
+def fit_words(run: Run, pairs: Sequence[EncodedPair]) -> BagOfWords:
+    """Fit a bag of words to the training pairs and leave it beside the model."""
+    words = BagOfWords.fit([pair.texts for pair in pairs])
+    weights = words.weights_F.tolist()
+    run.write_result(WordWeights(fitted_to=words.count, words=words.words, word_weights=weights))
+    return words
 
 
 def write_results(
@@ -195,14 +228,7 @@ def warn_of_sets(
             yield f"{name} gives no pair: {tally.line()}"
 
     trained = {pair.conversation for pair in pairs}
-    for name, of_set in heldout.items():
-        known = sum(pair.conversation in trained for pair in of_set)
-        if known:
-            yield (
-                f"{known:,} of {len(of_set):,} pairs of heldout.{name} open like pairs that are "
-                "trained on: accuracy flatters there; split by question, as `llama2 prepare "
-                "--heldout` does"
-            )
+    yield from warn_of_trained(trained, heldout)
 
 
 def warn_of_labels(pairs: Sequence[EncodedPair], auxiliary_weight: float) -> Iterator[str]:

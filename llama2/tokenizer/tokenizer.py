@@ -137,7 +137,7 @@ class Tokenizer:
         other._use(self.codec.pad(size))
         return other
 
-    def require_fit(self, place: str | os.PathLike[str], vocab_size: int, bos: int) -> None:
+    def require_fit(self, place: str | os.PathLike[str], vocab_size: int, bos: int | None) -> None:
         """UserError unless it has an item for each embedding of a model, and its id of BOS."""
         cure = "put the tokenizer there with which the model was trained"
         if self.vocab_size < vocab_size:
@@ -146,9 +146,10 @@ class Tokenizer:
         require_fitting_size(place, self.vocab_size, vocab_size, cure)
         self.require_bos(place, bos)
 
-    def require_bos(self, place: str | os.PathLike[str], bos: int) -> None:
-        """UserError unless the id that begins a text is the one that its model names."""
-        if self.adds_bos and bos != self.bos:
+    def require_bos(self, place: str | os.PathLike[str], bos: int | None) -> None:
+        """UserError unless the id that begins a text is the one that its model names, if it names
+        one."""
+        if bos is not None and self.adds_bos and bos != self.bos:
             raise UserError(
                 f"{place}: the model's bos_token_id is {bos}, the tokenizer's is {self.bos}",
                 f"if the model was trained with this tokenizer, set bos_token_id to {self.bos}",

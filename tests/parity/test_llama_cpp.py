@@ -24,13 +24,14 @@ import numpy as np
 import pytest
 import torch
 from gguf import GGUFReader
+from relatives import HOLDABLE
 from sources import RATIOS, SHAPE, STRINGS, model_of, source_of
 from torch import Tensor
 
 from llama2.formats import checkpoint, gguf, gguf_metadata
 from llama2.generate.engine import Engine
 from llama2.generate.sampling import Sampling
-from llama2.model.llama import Llama
+from llama2.model.llama import Llama, LlamaConfig
 from llama2.tokenizer import CHAT_TEMPLATE, Tokenizer
 
 PYTHON = os.environ.get("LLAMA2_LLAMACPP_PYTHON")
@@ -133,6 +134,18 @@ def test_logits(
     with llama_cpp(model, shared / "tokenizer" / "tokenizer.model", tmp_path) as (metadata, ask):
         assert metadata["tokenizer.chat_template"] == CHAT_TEMPLATE
         assert differences(model, ask).max() < TOLERANCE
+
+
+@pytest.mark.parametrize("shape", HOLDABLE.values(), ids=HOLDABLE)
+def test_relatives(tmp_path: Path, shared: Path, tokenizer: Tokenizer, shape: LlamaConfig) -> None:
+    """Heads of another size, scaled positions beyond the original context, biases, tied heads. An
+    attention factor sharpens the softmax, and errors with it."""
+    model, draw = model_of(shape), random.Random(0)
+    prompts = [[1, *(draw.randrange(3, 420) for _ in range(length))] for length in (3, 90)]
+
+    with llama_cpp(model, shared / "tokenizer" / "tokenizer.model", tmp_path) as (_, ask):
+        assert differences(model, ask).max() < 3 * TOLERANCE
+        assert different_answers(model, prompts, ask) == []
 
 
 def test_greedy_answers_and_tokens(tmp_path: Path, shared: Path, tokenizer: Tokenizer) -> None:
