@@ -246,6 +246,26 @@ def test_ghost_attention_needs_enough_dialogs(tmp_path: Path) -> None:
     assert states == ["too few to tell", "reached", "not reached"]
 
 
+def test_instructions_that_a_program_checks_are_told_by_turn_and_kind(tmp_path: Path) -> None:
+    root = make(tmp_path / "real", truth=False)
+    assert "Instruction obeyed at turn" not in render(root)
+    path = root / "evaluate" / "evaluation.json"
+    content = json.loads(path.read_text())
+    for name, share in (("SFT", 0.2), ("V2", 0.9)):
+        turns = [measure_share(round(60 * share), 60).model_dump() for _ in range(10)]
+        ghost = {"user": turns, "system": [], "by_kind": {"language": turns, "<hobby>": turns[:3]}}
+        content["results"][name]["ghost"] = ghost
+
+    path.write_text(json.dumps(content))
+    text = render(root)
+    assert "Instruction obeyed at turn" in text
+    assert "V2, &lt;hobby&gt;" in text
+    assert "90\u00a0% [80, 95]" in text
+    assert re.search(r"paper, without \(Table 30\)</td>.*?10\u00a0%", text)
+    line = judged(root)["Instruction obeyed at turns 2/4/6/10"]
+    assert line.state == "too few to tell"  # 90 % [80, 95] of 60 holds the target of 95 %
+
+
 def test_a_reward_model_stands_beside_its_baselines(
     recipe: Path, page: str, tmp_path: Path
 ) -> None:
