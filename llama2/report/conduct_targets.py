@@ -20,7 +20,7 @@ from llama2.results import ConductDifference, ConductResult, EvaluateResult, Pro
 from llama2.runs.recipe_runs import Recipe
 
 JUST_BELOW = math.nextafter(0.0, -1)
-FEW_DEGENERATE = 0.02
+FEW_DEGENERATE = 0.05
 """largest rise of the share of answers that are none"""
 
 

@@ -412,7 +412,7 @@ def test_rules_and_judges_apart_compare_the_first_and_the_last_version(tmp_path:
     root = write_rules(tmp_path / "rules")
     verdicts = judged(root)
     assert verdicts["Violations by rules, SFT → V2"].state == "reached"
-    assert verdicts["Answers that are none, unsafe prompts, SFT → V2"].state == "too few to tell"
+    assert verdicts["Answers that are none, unsafe prompts, SFT → V2"].state == "reached"
     assert "False refusals of borderline prompts by rules, SFT → V2" in verdicts
     wins = verdicts["Wins of V2 against SFT by judges not optimised against"]
     assert wins.reached.startswith("<apart> (safe) ")
