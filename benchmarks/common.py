@@ -46,6 +46,14 @@ SIZES = {
     "S": Size(LlamaConfig(32000, 288, 768, 6, 6, 6, 512, tie_word_embeddings=True), 8, 256),
     # 110M
     "M": Size(LlamaConfig(32000, 768, 2048, 12, 12, 12, 1024, tie_word_embeddings=True), 2, 1024),
+    # 135M: the shape of SmolLM2
+    "smollm2": Size(
+        LlamaConfig(
+            49152, 576, 1536, 30, 9, 3, 2048, rope_theta=100000.0, tie_word_embeddings=True
+        ),
+        2,
+        1024,
+    ),
 }
 
 

@@ -74,6 +74,12 @@ class Config(BaseModel):
         return None
 
     @classmethod
+    def find_variant(cls, values: Mapping[str, Any]) -> Mapping[str, Any]:
+        """Return what the chosen variants of a recipe change in it, to be laid upon it and below
+        the flags; `values` are those of recipes and flags together."""
+        return {}
+
+    @classmethod
     def check_layers(cls, layers: Sequence[Mapping[str, Any]]) -> None:
         """Refuse what shows only before recipes and flags, the lowest first, are merged."""
 

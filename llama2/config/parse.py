@@ -48,7 +48,9 @@ def parse(kind: type[C], arguments: Sequence[str], prog: str) -> C:
             f"write llama2 run {where}, or with --step NAME for one of them",
         )
 
-    layers.append(read_flags(kind, flags, values))
+    variant = kind.find_variant(merge(values, read_flags(kind, flags, values)))
+    values = merge(values, variant)
+    layers += [variant, read_flags(kind, flags, values)]
     kind.check_layers(layers)
     return build(kind, merge(values, layers[-1]), where)
 

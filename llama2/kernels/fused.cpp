@@ -40,6 +40,7 @@ struct Heads {  // `heads` heads of positions `begin` to `end`, from the `first`
 struct Softmax {  // of queries `begin` to `end` over the keys before `end`
     int64_t batch, length, heads, begin, end;
     const int64_t *starts;  // [batch, length], the first key that a query may see; null: the first of all
+    const int64_t *gaps;    // [batch, length, 2], keys after that which it may not see, begin and end; null: none
     void *weights, *grad;   // [batch, heads, end - begin, end]; scores go in, and weights or their gradient come out
 };
 
@@ -227,6 +228,10 @@ template <class T> void softmax(const Softmax &a) {
                     int64_t n = t + 1 - from[r];
                     count[r] = std::min((n + LANES - 1) / LANES * LANES, end - from[r]);  // a loop's rest is slow
                     T *row = tile + r * end + from[r];
+                    if (a.gaps) {
+                        const int64_t *gap = a.gaps + 2 * (bh / H * a.length + t);
+                        for (int64_t s = gap[0]; s < gap[1]; s++) put(tile[r * end + s], LOWEST);
+                    }
                     for (int64_t s = n; s < count[r]; s++) put(row[s], LOWEST);
                     top[r] = largest(row, count[r]);
                 }

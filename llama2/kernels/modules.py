@@ -18,7 +18,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from llama2.kernels import fused
+from llama2.kernels import fused, long_attention
 from llama2.model import llama
 from llama2.model.likelihood import Likelihood
 from llama2.model.linear import Embedding, Linear, is_bare, is_hooked
@@ -34,17 +34,19 @@ from llama2.model.llama import (
     Trunk,
     dtype_of_products,
 )
-from llama2.model.positions import document_starts
+from llama2.model.positions import branch_gaps, document_starts
 
 Module = TypeVar("Module", bound=nn.Module)
 
 
 @dataclass(frozen=True)
 class FusedAttend:
-    """The first position that each query may see, [B, T] (None: position 0); called, it attends in
-    PyTorch's operations, for a layer that the kernels leave alone."""
+    """The first position that each query may see, [B, T] (None: position 0), and those after it
+    that it may not see, [B, T, 2] (None: it sees all); called, it attends in PyTorch's operations,
+    for a layer that the kernels leave alone."""
 
     starts_BT: Tensor | None
+    gaps_BT2: Tensor | None
     plain: Callable[[], Attend]  # makes the mask when it is first wanted
 
     def __call__(self, q_BHTE: Tensor, k_BKSE: Tensor, v_BKSE: Tensor) -> Tensor:
@@ -95,20 +97,39 @@ class _Normalise(torch.autograd.Function):
         return grad_x.to(x.dtype), grad_weight, None, None
 
 
+def is_long(x_BTD: Tensor) -> bool:
+    """Tell whether rows are so long that their attention weights should not be kept."""
+    return x_BTD.shape[1] > llama.EXPLICIT_LENGTH
+
+
 class FusedTrunk(Trunk):
     """Makes no mask where the layers' kernels need none."""
 
-    def attention(self, x_BTD: Tensor, documents_BT: Tensor | None, cache: Cache | None) -> Attend:
-        """Choose how the layers of this pass attend: training and scoring up to EXPLICIT_LENGTH
-        tokens and reading whole prompts into a cache go to the kernels."""
-        plain = functools.partial(super().attention, x_BTD, documents_BT, cache)
-        prompt = cache is not None and cache.mask_BTS is None and not torch.is_grad_enabled()
-        short = x_BTD.shape[1] <= llama.EXPLICIT_LENGTH
-        if not (short and (cache is None or prompt) and fused.supports(x_BTD)):
+    def attention(
+        self,
+        x_BTD: Tensor,
+        documents_BT: Tensor | None,
+        cache: Cache | None,
+        branches_BT: Tensor | None = None,
+    ) -> Attend:
+        """Choose how the layers of this pass attend: training, scoring, and reading whole prompts
+        of up to EXPLICIT_LENGTH tokens into a cache go to the kernels."""
+        plain = functools.partial(super().attention, x_BTD, documents_BT, cache, branches_BT)
+        if not fused.supports(x_BTD):
+            return plain()
+
+        if is_long(x_BTD):
+            takes = cache is None and long_attention.is_built()
+        else:
+            prompt = cache is not None and cache.mask_BTS is None and not torch.is_grad_enabled()
+            takes = cache is None or prompt
+
+        if not takes:
             return plain()
 
         starts_BT = None if documents_BT is None else document_starts(documents_BT)
-        return FusedAttend(starts_BT, functools.cache(plain))
+        gaps_BT2 = None if branches_BT is None else branch_gaps(branches_BT)
+        return FusedAttend(starts_BT, gaps_BT2, functools.cache(plain))
 
 
 class FusedAttention(Attention):
@@ -120,10 +141,11 @@ class FusedAttention(Attention):
         if not isinstance(attend, FusedAttend) or not is_bare(*projections):
             return super().forward(x_BTD, context)
 
-        view = (context.cos_BT1E, context.sin_BT1E, attend.starts_BT)
+        view = (context.cos_BT1E, context.sin_BT1E, attend.starts_BT, attend.gaps_BT2)
         if context.cache is None:
             weights = [projection.weight for projection in projections]
-            joined_BTD = fused.attention(x_BTD, weights, self.head_dim, view)
+            attention = long_attention.attention if is_long(x_BTD) else fused.attention
+            joined_BTD = attention(x_BTD, weights, self.head_dim, view)
         else:
             q_BTD, k_BTD, v_BTD = (projection(x_BTD) for projection in projections)
             joined_BTD, k_BKTE, v_BKTE = fused.attention_of_products(

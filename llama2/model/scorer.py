@@ -37,13 +37,26 @@ class Scorer(nn.Module):
         self.score = ScalarHead(config.hidden_size)
         initialise(self, seed)
 
-    def forward(self, tokens_BT: Tensor, *, lengths_B: Tensor | None = None) -> Tensor:
+    def forward(
+        self,
+        tokens_BT: Tensor,
+        *,
+        lengths_B: Tensor | None = None,
+        branches_BT: Tensor | None = None,
+        ends_BK: Tensor | None = None,
+    ) -> Tensor:
         """Return scores [B] in fp32 at the last real token of each right-padded row (position
         lengths_B - 1); without lengths, values [B, T] at every token. What stands after a row's
         length cannot matter: attention is causal.
+
+        Where a row holds a prompt and K answers to it (branches_BT, see `positions`), return
+        scores [B, K] at the last token of each, ends_BK.
         """
-        hidden: Tensor = self.model(tokens_BT)
-        if lengths_B is not None:
+        hidden: Tensor = self.model(tokens_BT, branches_BT=branches_BT)
+        if ends_BK is not None:
+            rows_B1 = torch.arange(len(hidden), device=hidden.device)[:, None]
+            hidden = hidden[rows_B1, ends_BK]
+        elif lengths_B is not None:
             hidden = hidden[torch.arange(len(hidden), device=hidden.device), lengths_B - 1]
 
         scores: Tensor = self.score(hidden)

@@ -11,6 +11,7 @@ from pydantic import Field, create_model
 
 from llama2.config import Config as Section
 from llama2.config import StageConfig
+from llama2.config.layers import merge
 from llama2.config.schema import Flag
 from llama2.cpu_tuning import count_cores
 from llama2.errors import UserError, did_you_mean
@@ -39,6 +40,9 @@ class Config(StageConfig):
     """processor cores the steps may use together"""
     parameters: dict[str, str | int | float | bool] = {}
     """values for `${name}` in the steps; `${out}` is the recipe's own directory"""
+    variants: dict[str, dict[str, dict[str, Any]]] = {}
+    """parameter -> each value that it may have -> the keys of the recipe which that value changes:
+    sizes of one recipe, such as `scale: {small: {steps: {...}}, full: {}}`"""
     awaits: tuple[str, ...] = ()
     """files and directories that are made by hand while the recipe runs: they need not be there
     when it begins"""
@@ -61,21 +65,44 @@ class Config(StageConfig):
         return make_step_kind(verb) | None if makes_run(verb) else None
 
     @classmethod
+    def find_variant(cls, values: Mapping[str, Any]) -> Mapping[str, Any]:
+        """Return what the values of parameters with variants change in the recipe."""
+        variants, parameters = values.get("variants"), values.get("parameters")
+        changes: Mapping[str, Any] = {}
+        for name, choices in variants.items() if isinstance(variants, Mapping) else ():
+            if not isinstance(choices, Mapping):
+                continue  # refused when all is checked
+
+            given = parameters.get(name) if isinstance(parameters, Mapping) else None
+            value = str(_value(given))
+            if value not in choices:
+                raise UserError(
+                    f"parameters.{name}: no variant of this recipe is called '{value}'",
+                    did_you_mean(value, choices),
+                )
+
+            changes = merge(changes, choices[value] or {})
+
+        return changes
+
+    @classmethod
     def check_layers(cls, layers: Sequence[Mapping[str, Any]]) -> None:
         """Refuse a change to a step that no recipe has, and a parameter that none refers to."""
         known: dict[str, None] = {}
         parameters: dict[str, None] = {}
+        variants: set[str] = set()
         for layer in layers:
             steps, given = layer.get("steps"), layer.get("parameters")
             steps = steps if isinstance(steps, Mapping) else {}
             parameters |= dict.fromkeys(given if isinstance(given, Mapping) else ())
+            variants |= set(layer.get("variants") or ())
             for name, step in steps.items():
                 if name not in known:
                     check_new_step(name, step, [*known, *steps])
 
             known |= dict.fromkeys(steps)
 
-        used = find_references(layers)
+        used = find_references(layers) | variants
         for name in parameters:
             if name not in used:
                 raise UserError(

@@ -45,10 +45,18 @@ def plan(recipe: Config, cluster: Cluster, planned: PlannedRuns) -> dict[str, An
 
         configs[name] = step.config.model_dump(mode="json")
         plans[name] = {"verb": step.verb, "needs": sorted(step.needs)}
+        if "seconds" in step.keys.model_fields_set:
+            plans[name]["seconds"] = step.keys.seconds
+
         if hasattr(module, "plan"):
             plans[name] |= module.plan(step.config, machines, planned)
 
-    return {"steps": configs, "plan": plans, "total": total(plans)}
+    minutes = sum(plan.get("seconds", 0.0) for plan in plans.values()) / 60
+    return {
+        "steps": configs,
+        "plan": plans,
+        "total": {**total(plans), "minutes": round(minutes, 1)},
+    }
 
 
 def run(recipe: Config) -> int:
@@ -119,7 +127,7 @@ def _describe(recipe: Config, steps: Mapping[str, RecipeStep]) -> None:
     """Write the recipe beside its runs, for the reader and for the report: as one that can be run
     again."""
     recipe.out.mkdir(parents=True, exist_ok=True)
-    described = recipe.model_dump(mode="json", exclude={"step"})
+    described = recipe.model_dump(mode="json", exclude={"step", "variants"})
     for section, names in (("steps", steps), ("parameters", find_references([described]))):
         values = described[section].items()
         described[section] = {name: value for name, value in values if name in names}

@@ -63,6 +63,8 @@ class Architecture(Section):
     num_hidden_layers: int | None = Field(None, gt=0)
     num_attention_heads: int | None = Field(None, gt=0)
     num_key_value_heads: int | None = Field(None, gt=0)
+    head_dim: int | None = Field(None, gt=0)
+    """numbers of one head (hidden_size / num_attention_heads unless given)"""
     max_position_embeddings: int | None = Field(None, gt=0)
     """the longest context"""
     rms_norm_eps: float | None = Field(None, gt=0)
@@ -104,7 +106,11 @@ def architecture(config: Config, vocab_size: int | None) -> LlamaConfig:
     if config.size not in SIZES:
         raise UserError(f"unknown size '{config.size}'", did_you_mean(config.size, SIZES))
 
-    changes: dict[str, Any] = {"vocab_size": vocab_size} if vocab_size else {}
+    # not that of the named size, which would outlive another number of heads
+    changes: dict[str, Any] = {"head_dim": 0}
+    if vocab_size:
+        changes["vocab_size"] = vocab_size
+
     changes |= config.architecture.model_dump(exclude_none=True)
     try:
         return dataclasses.replace(SIZES[config.size], **changes)
@@ -163,7 +169,11 @@ def run(config: Config, run: Run) -> None:
         save_model=make_saver(model, tokenizer, run.ranks, taught=False),
         title="pretrain",
         validate=hooks.Validate(validation),
-        flops_per_token=flops_per_token(model.config, config.sequence_length),
+        flops_per_token=flops_per_token(
+            model.config,
+            config.sequence_length,
+            frozen_layers=config.training.frozen_layers,
+        ),
     )
     passes = {}
     for name, times in order.passes.items():
@@ -197,6 +207,9 @@ def load_model(config: Config, ranks: Ranks) -> tuple[Llama, Tokenizer]:
     if config.model:
         model = checkpoint.load(config.model, device=home)
         tokenizer.require_bos(config.model, model.config.bos_token_id)
+        if tokenizer.is_byte_level:  # whose files do not list padding
+            tokenizer = tokenizer.pad(model.config.vocab_size)
+
         tokenizer = tokenizer.with_chat_template(
             checkpoint.read_template(config.model), model.config.stops
         )

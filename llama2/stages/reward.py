@@ -42,6 +42,7 @@ from llama2.stages.common.reward_pairs import (
     EncodedPair,
     Encoder,
     collate,
+    collate_shared,
     find_axis,
     mean_length,
     read_heldout,
@@ -71,6 +72,11 @@ class Config(StageConfig):
     """of the safety auxiliary loss; above 0 for a safety model"""
     max_tokens: int = Field(4096, gt=1)
     """longer conversations are left out and counted"""
+    shorten: bool = False
+    """first take the oldest exchanges from a prompt that is too long, as far as it has several"""
+    share_prompts: bool = False
+    """compute what the conversations of a pair have in common once, in one row for both answers:
+    the same up to rounding, with fewer tokens"""
     batch_size: int = Field(512, gt=0)
     """pairs in an optimizer step, over all ranks"""
     micro_batch_size: int = Field(8, gt=0)
@@ -102,20 +108,22 @@ def run(config: Config, run: Run) -> None:
     """Train, measure accuracy by set and degree, and leave a reward-model checkpoint."""
     home = config.training.home(run.ranks)
     scorer, tokenizer = load_scorer(config.model, home, seed=config.seed)
-    encoder = Encoder(tokenizer, config.max_tokens, scorer.config.max_position_embeddings)
+    encoder = Encoder(
+        tokenizer, config.max_tokens, scorer.config.max_position_embeddings, config.shorten
+    )
     sets = read_pairs(config.preferences, encoder, run, config.seed)
     pairs = list(chain.from_iterable(sets.values()))
     heldout = read_heldout(config.heldout, encoder, run)
 
     source = Rows(
         pairs,
-        collate,
+        collate_shared if config.share_prompts else collate,
         run.ranks,
         batch_size=config.batch_size,
         micro_batch_size=config.micro_batch_size,
         epochs=config.epochs,
         seed=config.seed,
-        size=lambda pair: pair.size,
+        size=lambda pair: pair.joint_size if config.share_prompts else pair.size,
     )
     plan = config.training.plan
     steps = source.steps if plan.max_steps is None else min(plan.max_steps, source.steps)
@@ -137,7 +145,12 @@ def run(config: Config, run: Run) -> None:
         settings,
         save_model=make_saver(scorer, tokenizer, run.ranks),
         title="reward",
-        flops_per_token=flops_per_token(scorer.config, mean_length(pairs), scalar=True),
+        flops_per_token=flops_per_token(
+            scorer.config,
+            mean_length(pairs),
+            scalar=True,
+            frozen_layers=config.training.frozen_layers,
+        ),
     )
     scorer.eval()
     words = fit_words(run, pairs) if run.ranks.is_main else None

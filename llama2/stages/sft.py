@@ -182,7 +182,9 @@ def run(config: Config, run: Run) -> None:
         save_model=make_saver(model, tokenizer, run.ranks),
         title="sft",
         validate=validate,
-        flops_per_token=flops_per_token(model.config, length),
+        flops_per_token=flops_per_token(
+            model.config, length, frozen_layers=config.training.frozen_layers
+        ),
     )
     conclude(run, model, learner, packed, list(sets), len(validation))
 

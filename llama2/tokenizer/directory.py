@@ -20,10 +20,11 @@ from llama2.tokenizer.stored import StoredTokenizer
 def find_tokenizer(directory: Path, vocab_size: int | None = None) -> StoredTokenizer | None:
     """Return the tokenizer in a directory: `tokenizer.model`, else `tokenizer.json`, else None.
 
+    A `tokenizer.model` of Llama 3 is of another kind than the name says: `tokenizer.json` is taken.
     `vocab_size` is that of the model it is for, where no config.json beside it says so.
     """
     model, file = directory / MODEL, directory / JSON
-    if model.exists():
+    if model.exists() and not (file.exists() and sentencepiece_model.is_tiktoken(model)):
         return StoredTokenizer(str(model), functools.cache(lambda: _read_model(model, vocab_size)))
 
     return tokenizer_json.open_stored(file, vocab_size) if file.exists() else None
@@ -58,10 +59,13 @@ def _read_model(model: Path, vocab_size: int | None) -> bytes:
     return sentencepiece_model.extend(content, more)
 
 
-def dump_settings(vocabulary: Vocabulary, eos: int, template: str | None) -> dict[str, bytes]:
+def dump_settings(
+    vocabulary: Vocabulary, eos: int, template: str | None, space_once: bool = False
+) -> dict[str, bytes]:
     """Return the two small files beside a tokenizer, name -> content.
 
     `eos` is the id that other programs take for EOS, `template` the chat template, if there is one.
+    `space_once`: a space is put in front of a whole text, not of each piece between added tokens.
     """
     items = vocabulary.items
     names = {
@@ -76,7 +80,7 @@ def dump_settings(vocabulary: Vocabulary, eos: int, template: str | None) -> dic
         "added_tokens_decoder": {str(token): entry for token, entry in added.items()},
         **({"chat_template": template} if template else {}),
         "clean_up_tokenization_spaces": False,
-        "legacy": True,
+        "legacy": not space_once,
         "sp_model_kwargs": {},
         "tokenizer_class": "LlamaTokenizer",
         **names,

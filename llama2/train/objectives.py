@@ -53,14 +53,15 @@ def make_ranking_loss(margins: Margins = "small", auxiliary_weight: float = 0.0)
     safe", over the answers that have a label, each counting half of a pair, times
     `auxiliary_weight`.
 
-    Batch: tokens_BT and lengths_B, the chosen rows first; degrees_P, indices into DEGREES; safe_B
-    with 1 safe, 0 unsafe, -1 no label (may be absent where `auxiliary_weight` is 0); weights_P, 0
-    for a pair that does not count (absent: all count).
+    Batch: tokens_BT and lengths_B, the chosen rows first, or a row a pair whose answers share a
+    prompt: tokens_BT, branches_BT and ends_BK, the chosen answer first; degrees_P, indices into
+    DEGREES; safe_B, the chosen answers first, with 1 safe, 0 unsafe, -1 no label (may be absent
+    where `auxiliary_weight` is 0); weights_P, 0 for a pair that does not count (absent: all count).
     """
     table = torch.tensor(MARGINS[margins])
 
     def objective(model: nn.Module, batch: Batch) -> Loss:
-        score_B = model(batch["tokens_BT"], lengths_B=batch["lengths_B"]).float()
+        score_B = score_answers(model, batch)
         chosen_P, rejected_P = score_B.chunk(2)
         degrees_P = batch["degrees_P"]
         weights_P = (
@@ -79,6 +80,19 @@ def make_ranking_loss(margins: Margins = "small", auxiliary_weight: float = 0.0)
         return Loss(total, weights_P.sum(), metrics)
 
     return objective
+
+
+def score_answers(model: nn.Module, batch: Batch) -> Tensor:
+    """Return the scores of the chosen answers and behind them those of the rejected ones, [2 P], in
+    fp32."""
+    if "branches_BT" not in batch:
+        score_B: Tensor = model(batch["tokens_BT"], lengths_B=batch["lengths_B"])
+        return score_B.float()
+
+    score_P2: Tensor = model(
+        batch["tokens_BT"], branches_BT=batch["branches_BT"], ends_BK=batch["ends_BK"]
+    )
+    return score_P2.float().t().flatten()
 
 
 def _separation(

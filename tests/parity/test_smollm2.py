@@ -29,6 +29,7 @@ from commands import llama2
 from test_gguf import theirs
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers.utils.logging import disable_progress_bar
 
 from llama2 import model_packages
 from llama2.errors import UserError
@@ -53,6 +54,7 @@ def find() -> Path | None:
 
 
 FILE = find()
+disable_progress_bar()
 PYTHON = os.environ.get("LLAMA2_LLAMACPP_PYTHON")
 pytestmark = [
     pytest.mark.skipif(
@@ -168,12 +170,12 @@ def f16(directory: Path) -> Path:
     return target
 
 
-def answer(model: Llama, prompts: list[list[int]]) -> list[list[int]]:
+def answer(model: Llama, prompts: list[list[int]], length: int = ANSWER) -> list[list[int]]:
     """The greedy answers of our engine to prompts, all of the same length."""
     engine = Engine(model, precision="fp32", slots=len(prompts))
-    sampling = Sampling(temperature=0.0, max_tokens=ANSWER)
+    sampling = Sampling(temperature=0.0, max_tokens=length)
     tokens = [list(row[0].tokens) for row in engine.generate(prompts, sampling)]
-    assert {len(row) for row in tokens} == {ANSWER}
+    assert {len(row) for row in tokens} == {length}
     return tokens
 
 
@@ -209,26 +211,36 @@ def check_followed(
 
 # --- transformers ---
 @torch.no_grad()
-def test_logits(model: Llama, reference: nn.Module) -> None:
-    ids = torch.randint(3, 49152, (1, POSITIONS), generator=torch.Generator().manual_seed(0))
-    difference = (model(ids) - reference(ids).logits).abs().max().item()
-    show(
-        f"transformers, logits of {POSITIONS:,} positions, fp32: largest difference",
-        f"{difference:.2g}",
-    )
-    assert difference <= 1e-4
-
-
-@torch.no_grad()
 def test_logits_of_a_text(model: Llama, reference: nn.Module, tokenizer: Tokenizer) -> None:
-    """Of which the model is sure, so its logits are larger."""
     text = Path(__file__).parents[2].joinpath("docs/tour.md").read_text("utf-8")
     ids = torch.tensor([tokenizer.encode(text)[:POSITIONS]])
     ours, expected = model(ids), reference(ids).logits
     difference = (ours - expected).abs().max().item()
-    show(f"the same, of {ids.shape[1]:,} tokens of English text", f"{difference:.2g}")
+    agree = (ours.argmax(-1) == expected.argmax(-1)).float().mean().item()
+    show(
+        f"transformers, logits at {ids.shape[1]:,} positions of a text, fp32",
+        f"within {difference:.2g} (the largest {ours.abs().max():.0f}); {agree:.2%} of the likeliest "
+        "tokens the same",
+    )
     assert difference <= 1e-4
-    assert torch.equal(ours.argmax(-1), expected.argmax(-1))
+    assert agree == 1
+
+
+@torch.no_grad()
+def test_logits_of_random_tokens(file: Path, model: Llama) -> None:
+    """The hardest input for rounding: two fp32 programs part by the sum of what each rounds. So each
+    is held against transformers in fp64, at every 16th position."""
+    ids = torch.randint(3, 49152, (1, POSITIONS), generator=torch.Generator().manual_seed(0))
+    at = [*range(0, POSITIONS, 16), POSITIONS - 1]
+    other = theirs(file)
+    ours, single = model(ids)[0, at], other(ids).logits[0, at]
+    exact = other.double()(ids).logits[0, at]
+    errors = [(logits - exact).abs().max().item() for logits in (ours, single)]
+    show(
+        f"{POSITIONS:,} random tokens: fp32 logits against transformers' in fp64",
+        f"ours within {errors[0]:.2g}, transformers' own within {errors[1]:.2g}",
+    )
+    assert errors[0] <= 1e-4
 
 
 def test_greedy_answers(
@@ -239,12 +251,12 @@ def test_greedy_answers(
 
 def test_it_answers(tokenizer: Tokenizer, answers: list[list[int]]) -> None:
     """Sense, not only equality: three facts."""
-    for index, word in ((0, "Paris"), (8, "Shakespeare"), (7, "Buenos d")):
+    for index, word in ((0, "Paris"), (8, "Shakespeare"), (14, "[::-1]")):
         assert word in tokenizer.decode(answers[index]), tokenizer.decode(answers[index])
 
 
 def test_directory_in_transformers(
-    directory: Path, tokenizer: Tokenizer, prompts: list[list[int]], answers: list[list[int]]
+    directory: Path, prompts: list[list[int]], answers: list[list[int]]
 ) -> None:
     other = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32).eval()
     check_followed(
@@ -253,11 +265,21 @@ def test_directory_in_transformers(
         answers,
         "GGUF -> ours -> Hugging Face, transformers",
     )
-    ids = torch.tensor([prompts[0]])
-    generated = other.generate(ids, attention_mask=torch.ones_like(ids), do_sample=False)
-    end = answers[0].index(tokenizer.eos) + 1
-    assert generated[0, ids.shape[1] :].tolist() == answers[0][:end]
 
+
+def test_transformers_stops_where_we_do(
+    directory: Path, model: Llama, tokenizer: Tokenizer, prompts: list[list[int]]
+) -> None:
+    """Its own loop, with the directory's own settings."""
+    other = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32).eval()
+    ids = torch.tensor([prompts[0]])
+    more = {"attention_mask": torch.ones_like(ids), "max_new_tokens": ANSWER, "do_sample": False}
+    generated = other.generate(ids, **more)[0, ids.shape[1] :].tolist()
+    assert generated[-1] in tokenizer.stops
+    assert generated == answer(model, prompts[:1], len(generated))[0]
+
+
+def test_ids_in_transformers(directory: Path, tokenizer: Tokenizer) -> None:
     their = AutoTokenizer.from_pretrained(directory)
     assert [text for text in TEXTS if their.encode(text) != tokenizer.encode_raw(text)] == []
     show("the same: texts with equal ids", f"{len(TEXTS)} of {len(TEXTS)}")
@@ -345,8 +367,8 @@ def test_quantized_files_of_llama_cpp(
 ) -> None:
     """Against the numbers that llama.cpp makes of its own file: it writes them out as F32.
 
-    Its products with quantized weights round what goes into them to eight bits, so its logits are
-    compared in the mean.
+    Logits are compared on that file. On the quantized one it rounds what goes into each product to
+    eight bits as well: how far that moves them is printed.
     """
     made, plain = tmp_path / "made.gguf", tmp_path / "plain.gguf"
     with llama_cpp(f16) as ask:
@@ -367,14 +389,20 @@ def test_quantized_files_of_llama_cpp(
     ids = tokenizer.encode(" ".join(PROMPTS))[:256]
     at = list(range(8, len(ids), 8))
     model = checkpoint.load(made)
-    with llama_cpp(made) as ask, torch.no_grad():
-        theirs = torch.tensor(ask({"logits": ids, "at": at}))
+    with torch.no_grad():
         logits = model(torch.tensor([ids]))[0, at]
 
-    mean = (logits - theirs).abs().mean().item()
+    apart = []
+    for opened in (plain, made):
+        with llama_cpp(opened) as ask:
+            apart.append((torch.tensor(ask({"logits": ids, "at": at})) - logits).abs())
+
+    largest, mean = apart[0].max().item(), apart[1].mean().item()
     show(
         f"{kind} ({', '.join(ours.quantized)}), llama.cpp",
-        f"weights within {worst:.1g}, logits {mean:.2g} apart in the mean",
+        f"weights within {worst:.1g}, logits within {largest:.1g}; {mean:.1g} in the mean with its "
+        "rounding",
     )
     assert worst < 1e-6
-    assert mean < 0.15
+    assert largest < 2e-4
+    assert mean < 0.5

@@ -25,6 +25,7 @@ from llama2.stages import evaluate, ppo, pretrain, reward, select, sft
 from llama2.stages.common.answers import load_judge
 from llama2.stages.common.memory import Tower, flops_per_token, layer_bytes, scorer_bytes
 from llama2.stages.common.planning import Cluster, PlannedRuns
+from llama2.stages.common.training import freeze_lower
 from llama2.train.objectives import next_token
 
 RECIPES = Path(__file__).parents[2] / "recipes"
@@ -260,6 +261,20 @@ def test_a_layer_keeps_what_the_plan_counts(monkeypatch, precision, kv_heads):
     assert sum(kept.values()) == pytest.approx(
         rows * length * (layers * layer_bytes(shape, size, 4) + ends), rel=0.03
     )
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_frozen_layers_have_neither_moments_nor_a_backward_pass(tied):
+    shape = LlamaConfig(100, 32, 64, 4, 4, 2, tie_word_embeddings=tied)
+    model = Llama(shape)
+    freeze_lower(model.model, 3)
+    trained = sum(each.numel() for each in model.parameters() if each.requires_grad)
+    assert Tower(shape).count_trained(3) == trained
+    assert Tower(shape).count_trained(0) == shape.parameters()
+
+    frozen = sum(each.numel() for each in model.model.layers[:3].parameters())
+    saved = flops_per_token(shape, 10) - flops_per_token(shape, 10, frozen_layers=3)
+    assert saved == 4 * (frozen + 3 * 32 * 10)
 
 
 def test_the_fewest_ranks_are_the_fewest():

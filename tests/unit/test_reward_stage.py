@@ -2,6 +2,7 @@
 
 import json
 from collections import Counter
+from dataclasses import replace
 
 import pytest
 import torch
@@ -22,10 +23,13 @@ from llama2.stages.common.reward_pairs import (
     EncodedPair,
     Encoder,
     collate,
+    collate_shared,
     mean_length,
     read_pairs,
 )
+from llama2.stages.common.training import freeze_lower
 from llama2.train.loop import Plan
+from llama2.train.objectives import make_ranking_loss
 
 
 def write(path, count, axis="helpful", long=False):
@@ -231,6 +235,60 @@ def test_the_chosen_rows_come_first():
     assert mean_length(pairs) == (9 + 4 + 4 + 16) / 11
     assert batch["degrees_P"].tolist() == [0, 3]
     assert batch["safe_B"].tolist() == [1, -1, 0, -1]
+
+
+def test_a_row_for_both_answers_holds_their_beginning_once():
+    pairs = [
+        EncodedPair([1, 5, 2], [1, 6], 0, (1, 0)),
+        EncodedPair([1, 7], [1, 7, 9, 2], 3, (-1, -1)),
+    ]
+    batch = collate_shared(pairs)
+    assert batch["tokens_BT"].tolist() == [[1, 5, 2, 6, 0], [1, 7, 7, 9, 2]]
+    assert batch["branches_BT"].tolist() == [[0, 1, 1, 2, 3], [0, 1, 2, 2, 2]]
+    assert batch["ends_BK"].tolist() == [[2, 3], [1, 4]]
+    assert batch["weights_BT"].sum() == 4
+    assert batch["read_B"].tolist() == [pair.joint_size for pair in pairs] == [4, 5]
+    assert batch["safe_B"].tolist() == [1, -1, 0, -1]
+
+
+def test_sharing_prompts_changes_nothing_but_rounding(tmp_path, tokenizer, policy):
+    """The loss and its gradients are those of two rows a pair."""
+    encoder = Encoder(tokenizer, 200, 256)
+    files = write(tmp_path / "a.jsonl", 8), write(tmp_path / "b.jsonl", 5, "safe")
+    pairs = [encoder.encode_pair(one) for file in files for one in records.read(Preference, file)]
+    assert all(pair.shared > 5 for pair in pairs)
+    assert sum(pair.joint_size for pair in pairs) < 0.7 * sum(2 * pair.size for pair in pairs)
+
+    scorer = checkpoint.load_scorer(policy, seed=1)
+    objective = make_ranking_loss("small", 0.5)
+    found = []
+    for make in (collate, collate_shared):
+        scorer.zero_grad()
+        loss = objective(scorer, make(pairs))
+        loss.total.backward()
+        assert loss.weight == len(pairs)
+        values = torch.stack([loss.total.detach(), *(loss.metrics[key] for key in loss.metrics)])
+        found.append([values, *(each.grad.clone() for each in scorer.parameters())])
+
+    for apart, together in zip(*found, strict=True):
+        assert (apart - together).norm() <= 1e-4 * apart.norm()
+
+
+def test_a_long_prompt_loses_its_oldest_exchanges(tmp_path, tokenizer):
+    turns = [("system", "Be brief."), ("user", "first " * 30), ("assistant", "one " * 30)]
+    prompt = messages_of([*turns, ("user", "second"), ("assistant", "two"), ("user", "third")])
+    preference = Preference("x", prompt, (Response("Yes."), Response("No.")), 0, "better")
+    late = messages_of([turns[0], ("user", "second"), ("assistant", "two"), ("user", "third")])
+    expected = Encoder(tokenizer, 200, 256).encode_pair(replace(preference, prompt=late))
+    short = Encoder(tokenizer, 70, 256, shorten=True).encode_pair(preference)
+    assert (short.chosen, short.rejected) == (expected.chosen, expected.rejected)
+    assert short.conversation == Encoder(tokenizer, 200, 256).encode_pair(preference).conversation
+    assert Encoder(tokenizer, 60, 256).encode_pair(preference).size > 60
+
+    whole = replace(preference, prompt=messages_of([("user", "first " * 90)]))
+    run = Run(tmp_path / "run", False)
+    assert Encoder(tokenizer, 60, 256, shorten=True).encode([whole], run.tally("a")) == []
+    assert "too long 1" in run.tally("a").line()  # the newest question is never cut
 
 
 def test_accuracy_by_degree_counts_ties_half(monkeypatch):
@@ -450,3 +508,25 @@ def test_the_last_line_is_about_the_axis_that_was_trained_on(tmp_path, policy, a
     ]
     assert len(lines) == 2
     assert f"of 8 pairs of {axis};" in lines[-1]
+
+
+def test_frozen_layers_stay_and_the_others_learn(tmp_path, policy):
+    words = ["reward", "--model", policy, "--preferences.a.path", write(tmp_path / "a.jsonl", 16)]
+    frozen = [*words, "--training.frozen-layers", 1, "--batch-size", 8, "--share-prompts"]
+    assert llama2(*frozen, "--out", tmp_path / "out") == 0
+    before, after = checkpoint.load(policy), checkpoint.load_scorer(tmp_path / "out")
+    old = before.model.state_dict()
+    changed = [
+        name
+        for name, tensor in after.model.state_dict().items()
+        if not torch.equal(tensor, old[name])
+    ]
+    assert changed
+    assert not any(name.startswith(("embed_tokens", "layers.0.")) for name in changed)
+    assert all(name.startswith(("layers.", "norm")) for name in changed)
+
+
+def test_a_model_whose_layers_are_all_frozen_is_refused(policy):
+    trunk = checkpoint.load(policy).model
+    with pytest.raises(UserError, match="frozen_layers 2 leaves none of the model's 2 layers"):
+        freeze_lower(trunk, 2)

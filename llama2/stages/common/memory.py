@@ -37,6 +37,14 @@ class Tower:
         head = 0 if shape.tie_word_embeddings else shape.vocab_size * shape.hidden_size
         return shape.parameters() - head + shape.hidden_size
 
+    def count_trained(self, frozen_layers: int) -> int:
+        """Count the parameters that train where the lowest layers and the embeddings do not."""
+        if not frozen_layers:
+            return self.parameters
+
+        table = self.shape.vocab_size * self.shape.hidden_size
+        return self.parameters - table - frozen_layers * self.block
+
     @property
     def block(self) -> int:
         """Parameters of one layer."""
@@ -72,8 +80,9 @@ def transient_bytes(towers: Sequence[Tower], settings: Training, ranks: int) -> 
         return size * (2 * block + root) + size * (block + root) + 2 * 4 * block
 
     count = sum(tower.parameters for tower in towers)
+    trained = sum(tower.count_trained(settings.frozen_layers) for tower in towers)
     copies = size * count if size == 2 else 0
-    gradients = 4 * count if ranks > 1 else 0
+    gradients = 4 * trained if ranks > 1 else 0
     return copies + gradients
 
 
@@ -98,7 +107,8 @@ def activations(
 
         # what a layer keeps until the backward pass reaches it
         stored = stream * residual if settings.gradient_checkpointing else layer
-        total += shape.num_hidden_layers * stored + 2 * layer + stream * (residual + size)
+        layers = shape.num_hidden_layers - settings.frozen_layers
+        total += layers * stored + 2 * layer + stream * (residual + size)
 
         if not tower.scalar:
             logits = tokens * shape.vocab_size
@@ -110,8 +120,8 @@ def activations(
 def layer_bytes(shape: LlamaConfig, size: int, residual: int) -> int:
     """Bytes a token that one layer keeps: the stream at its two norms and their results; queries,
     keys, values and what attention makes of them; gate, its SiLU, up and their product."""
-    dim, kv = shape.hidden_size, shape.num_key_value_heads * shape.head_dim
-    return 2 * residual * dim + size * (2 * dim + 2 * dim + 2 * kv + 4 * shape.intermediate_size)
+    dim, heads = shape.hidden_size, 2 * shape.query_size + 2 * shape.key_size
+    return 2 * residual * dim + size * (2 * dim + heads + 4 * shape.intermediate_size)
 
 
 def repeat_bytes(shape: LlamaConfig, size: int) -> int:
@@ -121,9 +131,11 @@ def repeat_bytes(shape: LlamaConfig, size: int) -> int:
     return 2 * size * shape.head_dim * more
 
 
-def flops_per_token(config: LlamaConfig, length: float, scalar: bool = False) -> float:
+def flops_per_token(
+    config: LlamaConfig, length: float, scalar: bool = False, frozen_layers: int = 0
+) -> float:
     """FLOPs of the forward and backward pass, causal attention counted at half: 6 N + 6 L d T,
-    input embedding not counted.
+    input embedding not counted. Layers that are frozen have no backward pass.
 
     A reward model (`scalar`) has a head of one row and reads it at one token of a conversation,
     which is nothing. For rows of several lengths, T is their mean with each token counted once: the
@@ -132,8 +144,10 @@ def flops_per_token(config: LlamaConfig, length: float, scalar: bool = False) ->
     # of those counted, not multiplied with
     tables = (1 if config.tie_word_embeddings else 2) - (0 if scalar else 1)
     unused = tables * config.vocab_size * config.hidden_size
-    attention = config.num_hidden_layers * config.hidden_size * length
-    return 6.0 * (config.parameters() - unused + attention)
+    attention = config.query_size * length
+    every = config.parameters() - unused + config.num_hidden_layers * attention
+    frozen = frozen_layers * (Tower(config).block + attention)
+    return 6.0 * every - 4.0 * frozen
 
 
 # --- sampling and judging ---
@@ -148,13 +162,13 @@ def engine_bytes(shape: LlamaConfig, sample: Sample, *, copied: bool) -> float:
 def cache_bytes(shape: LlamaConfig, sample: Sample, columns: int) -> float:
     """Keys and values of so many tokens in every slot."""
     columns = min(columns, shape.max_position_embeddings)
-    numbers = 2 * shape.num_hidden_layers * shape.num_key_value_heads * shape.head_dim
+    numbers = 2 * shape.num_hidden_layers * shape.key_size
     return float(sample.slots * columns * numbers * size_of(sample.precision))
 
 
 def decoder_bytes(shape: LlamaConfig, precision: Precision) -> float:
     """The matrices of the layers and the head as a CPU's decoding step reads them."""
-    vectors = (2 * shape.num_hidden_layers + 1) * shape.hidden_size
+    vectors = shape.num_hidden_layers * shape.vectors() + shape.hidden_size
     lookup = 0 if shape.tie_word_embeddings else shape.vocab_size * shape.hidden_size
     return float(size_of(precision) * (shape.parameters() - vectors - lookup))
 
@@ -169,7 +183,7 @@ def forward_bytes(
     in fp32."""
     size, dim = size_of(precision), shape.hidden_size
     stream = 2 * (size if bare else 4) * dim
-    rotation = (3 * 4 + 5 * size) * dim
+    rotation = (3 * 4 + 4 * size) * shape.query_size + size * dim
     feed_forward = 2 * size * dim + 3 * size * shape.intermediate_size
     return float(tokens * (stream + max(rotation, feed_forward)))
 
@@ -187,7 +201,7 @@ def scorer_bytes(shapes: Sequence[LlamaConfig | None], precision: Precision) -> 
     for shape in shapes:
         if shape is not None:
             tower = Tower(shape, scalar=True)
-            matrices = shape.num_hidden_layers * (tower.block - 2 * shape.hidden_size)
+            matrices = shape.num_hidden_layers * (tower.block - shape.vectors())
             total += 4 * tower.parameters - (4 - size_of(precision)) * matrices
 
     return total

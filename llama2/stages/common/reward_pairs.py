@@ -17,7 +17,7 @@ from llama2.config import Config as Section
 from llama2.data.split import normalize_opening
 from llama2.evaluate.baselines import RankedTexts
 from llama2.hashing import hash_parts
-from llama2.records import DEGREES, Axis, Message, Preference
+from llama2.records import DEGREES, Axis, Message, Messages, Preference
 from llama2.runs import Run, is_output
 from llama2.stages.common.shares import count_pairs
 from llama2.stages.common.training import check_left
@@ -68,6 +68,23 @@ class EncodedPair:
         """Tokens of the longer conversation."""
         return max(len(self.chosen), len(self.rejected))
 
+    @property
+    def shared(self) -> int:
+        """Tokens with which both conversations begin, the last token of neither among them."""
+        count = 0
+        for chosen, rejected in zip(self.chosen[:-1], self.rejected[:-1]):
+            if chosen != rejected:
+                break
+
+            count += 1
+
+        return count
+
+    @property
+    def joint_size(self) -> int:
+        """Tokens of both conversations, those that they share counted once."""
+        return len(self.chosen) + len(self.rejected) - self.shared
+
 
 def read_heldout(
     sets: Mapping[str, Comparisons], encoder: Encoder, run: Run
@@ -105,11 +122,17 @@ def select(comparisons: Comparisons, tally: Tally) -> Iterator[Preference]:
 @dataclass(frozen=True)
 class Encoder:
     """Makes pairs of token rows of preferences. Pairs that tell nothing, or are too long, are left
-    out and counted."""
+    out and counted; with `shorten` a prompt loses its oldest turns first."""
 
     tokenizer: Tokenizer
     max_tokens: int
     context: int
+    shorten: bool = False
+
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest conversation that stays."""
+        return min(self.max_tokens, self.context)
 
     def encode(self, preferences: Iterable[Preference], tally: Tally) -> list[EncodedPair]:
         """Return the pairs whose answers say something, say different things, and fit in
@@ -122,7 +145,7 @@ class Encoder:
                 tally.skip("empty answer")
             elif pair.chosen == pair.rejected:
                 tally.skip("identical answers")
-            elif pair.size > min(self.max_tokens, self.context):
+            elif pair.size > self.longest:
                 longest = max(longest, pair.size)
                 tally.skip(TOO_LONG, self._suggest(longest))
             else:
@@ -141,9 +164,9 @@ class Encoder:
     def encode_pair(self, preference: Preference) -> EncodedPair:
         """Return a comparison in token ids, whatever it says."""
         chosen, rejected = preference.chosen.text, preference.rejected.text
+        rows = self._encode_rows(preference.prompt, chosen, rejected)
         return EncodedPair(
-            self._encode_row(preference, chosen),
-            self._encode_row(preference, rejected),
+            *rows,
             DEGREES.index(preference.degree),
             (_label(preference.chosen_safe), _label(preference.rejected_safe)),
             preference.axis,
@@ -152,9 +175,20 @@ class Encoder:
             str(preference.metadata.get("source", "")),
         )
 
-    def _encode_row(self, preference: Preference, answer: str) -> list[int]:
-        messages = (*preference.prompt, Message("assistant", answer))
-        return encode_answered(self.tokenizer, messages)
+    def _encode_rows(
+        self, prompt: Messages, chosen: str, rejected: str
+    ) -> tuple[list[int], list[int]]:
+        """Return both conversations, without the oldest exchanges of a prompt that is too long."""
+        rows = self._encode(prompt, chosen), self._encode(prompt, rejected)
+        system = int(prompt[0].role == "system")
+        while self.shorten and max(map(len, rows)) > self.longest and len(prompt) > system + 2:
+            prompt = (*prompt[:system], *prompt[system + 2 :])
+            rows = self._encode(prompt, chosen), self._encode(prompt, rejected)
+
+        return rows
+
+    def _encode(self, prompt: Messages, answer: str) -> list[int]:
+        return encode_answered(self.tokenizer, (*prompt, Message("assistant", answer)))
 
 
 def _label(safe: bool | None) -> int:
@@ -209,6 +243,38 @@ def collate(pairs: Sequence[EncodedPair]) -> Batch:
         "tokens_BT": tokens_BT,
         "lengths_B": lengths_B,
         "read_B": lengths_B,
+        "degrees_P": torch.tensor([pair.degree for pair in pairs]),
+        "weights_P": torch.ones(len(pairs)),
+        "safe_B": torch.tensor(labels),
+    }
+
+
+def collate_shared(pairs: Sequence[EncodedPair]) -> Batch:
+    """Collate pairs to one right-padded batch with a row a pair: what both conversations begin
+    with, the rest of the chosen one, the rest of the rejected one (see `positions`)."""
+    shape = (len(pairs), max(pair.joint_size for pair in pairs))
+    tokens_BT = torch.zeros(shape, dtype=torch.long)
+    branches_BT = torch.full(shape, 3)  # what pads a row is one branch more
+    ends_BK = torch.zeros(len(pairs), 2, dtype=torch.long)
+
+    for index, pair in enumerate(pairs):
+        shared, chosen, size = pair.shared, len(pair.chosen), pair.joint_size
+        tokens_BT[index, :chosen] = torch.tensor(pair.chosen)
+        tokens_BT[index, chosen:size] = torch.tensor(pair.rejected[shared:])
+        branches_BT[index, :shared] = 0
+        branches_BT[index, shared:chosen] = 1
+        branches_BT[index, chosen:size] = 2
+        ends_BK[index] = torch.tensor((chosen - 1, size - 1))
+
+    weights_BT = torch.zeros(shape).scatter(1, ends_BK, 1.0)  # an answer is scored at its end
+    labels = [pair.safe[0] for pair in pairs]
+    labels += [pair.safe[1] for pair in pairs]
+    return {
+        "tokens_BT": tokens_BT,
+        "branches_BT": branches_BT,
+        "ends_BK": ends_BK,
+        "read_B": (branches_BT < 3).sum(1),
+        "weights_BT": weights_BT,
         "degrees_P": torch.tensor([pair.degree for pair in pairs]),
         "weights_P": torch.ones(len(pairs)),
         "safe_B": torch.tensor(labels),

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Literal, TypeVar
 
 import torch
+from pydantic import Field
 from torch import nn
 
 from llama2 import devices
@@ -54,6 +55,9 @@ class Training(Config):
     """under several ranks: a copy of the model on each, or one model spread over all (FSDP2)"""
     gradient_checkpointing: bool = False
     """recompute activations in the backward pass: less memory, a third more work"""
+    frozen_layers: int = Field(0, ge=0)
+    """of each network, the embeddings and so many of the layers above them stay as they are: with
+    half of them a step takes two thirds of the work, and less memory"""
     tensorboard: bool = False
 
     def home(self, ranks: Ranks) -> torch.device:
@@ -135,6 +139,7 @@ def distribute(model: nn.Module, ranks: Ranks, settings: Training) -> Ranks:
     for module in model.modules():
         if isinstance(module, Trunk):
             module.gradient_checkpointing = settings.gradient_checkpointing
+            freeze_lower(module, settings.frozen_layers)
 
     if settings.parallel == "replicate":
         parallel.replicate(model.to(ranks.device), ranks)
@@ -143,6 +148,22 @@ def distribute(model: nn.Module, ranks: Ranks, settings: Training) -> Ranks:
     ranks = ranks.spread()
     parallel.shard(model, ranks, settings.precision)
     return ranks
+
+
+def freeze_lower(trunk: Trunk, layers: int) -> None:
+    """Leave the embeddings and the lowest `layers` of a network as they are; a head that is tied
+    to the embeddings stays with them. UserError where nothing would be left."""
+    if layers >= len(trunk.layers):
+        raise UserError(
+            f"frozen_layers {layers} leaves none of the model's {len(trunk.layers)} layers to "
+            "train",
+            "lower --training.frozen-layers",
+        )
+
+    if layers:
+        trunk.embed_tokens.requires_grad_(False)
+        for layer in trunk.layers[:layers]:
+            layer.requires_grad_(False)
 
 
 def heldout_loss(
