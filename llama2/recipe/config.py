@@ -31,6 +31,15 @@ class StepKeys(Section):
     seconds: float = Field(1.0, gt=0)
     """how long it takes, relative to the other steps: weighs the ETA"""
 
+    def count_cores(self, cores: int) -> int:
+        """Return the cores it takes, of `cores` that there are."""
+        return min(max(self.cores or cores, self.processes), cores)
+
+    def weigh(self, cores: int) -> float:
+        """Return its part in the time of a recipe on so many cores: steps that take half of them
+        run two at a time."""
+        return self.seconds * self.count_cores(cores) / cores
+
 
 class Config(StageConfig):
     """An ordered list of steps: steps.NAME.verb, .processes, .cores, .seconds, and the verb's own
