@@ -31,7 +31,7 @@ from llama2.generate.sampling import Sampling
 from llama2.model import quantize
 from llama2.ranks import join
 from llama2.reading.rows import detect_encoding
-from llama2.tokenizer.template import check_template
+from llama2.tokenizer.template import check_template, require_system
 
 POSITIONAL = "checkpoint"
 
@@ -82,6 +82,8 @@ def run(config: Config) -> None:
 
     if not checkpoint.is_scorer(config.checkpoint):  # which is refused as what it is
         check_template(config.checkpoint, tokenizer)
+        if config.system:
+            require_system(tokenizer)
 
     quantize.check(config.precision)
     model = checkpoint.load(

@@ -19,6 +19,8 @@ from collections.abc import Iterable, Sequence
 import torch
 from torch import Tensor
 
+from llama2.results import WordWeights
+
 WORDS = 1200
 MOST_PAIRS = 8192
 """pairs to learn from: more would hardly change 1,200 weights"""
@@ -51,14 +53,33 @@ class BagOfWords:
     The same pairs give the same weights.
     """
 
-    def __init__(self, pairs: Sequence[RankedTexts]) -> None:
+    def __init__(self, words: Sequence[str], weights_F: Tensor, count: int = 0) -> None:
+        self.columns = {word: column for column, word in enumerate(words)}
+        self.weights_F = weights_F
+        self.count = count
+        """pairs it was fitted to"""
+
+    @classmethod
+    def fit(cls, pairs: Sequence[RankedTexts]) -> BagOfWords:
+        """Choose the words that decide and their weights."""
         order = torch.randperm(len(pairs), generator=torch.Generator().manual_seed(0))[:MOST_PAIRS]
         pairs = [pairs[index] for index in order.tolist()]
         counts = Counter(itertools.chain(*map(split_words, itertools.chain(*pairs))))
         frequent = sorted(counts, key=lambda word: (-counts[word], word))[:WORDS]
-        self.columns = {word: column for column, word in enumerate(frequent)}
-        features_NF = self.subtract_features(pairs)
-        self.weights_F = fit_logistic(features_NF, choose_penalty(features_NF))
+        words = cls(frequent, torch.zeros(0), len(pairs))
+        features_NF = words.subtract_features(pairs)
+        words.weights_F = fit_logistic(features_NF, choose_penalty(features_NF))
+        return words
+
+    @classmethod
+    def load(cls, stored: WordWeights) -> BagOfWords:
+        """Return the one whose `words` and `weights_F` were stored beside a reward model."""
+        return cls(stored.words, torch.tensor(stored.word_weights), stored.fitted_to)
+
+    @property
+    def words(self) -> list[str]:
+        """The words that decide, a column each."""
+        return list(self.columns)
 
     def subtract_features(self, pairs: Sequence[RankedTexts]) -> Tensor:
         """Return the features of the preferred answers less those of the others, float32 NF."""

@@ -15,6 +15,7 @@ from typing import Literal
 
 from llama2 import records
 from llama2.errors import UserError
+from llama2.evaluate.constraints import Check, obeys_all, read_checks
 from llama2.evaluate.winrate import measure_share
 from llama2.generate.dialogue import Chat
 from llama2.generate.sampling import Sampling
@@ -28,15 +29,26 @@ InstructionRole = Literal["user", "system"]
 
 @dataclass(frozen=True)
 class GhostDialog:
-    """Questions under a lasting instruction; an answer obeys if it starts with all `markers`."""
+    """Questions under a lasting instruction; an answer obeys if it starts with all `markers` and
+    passes all `checks`."""
 
     instruction: str
     markers: tuple[str, ...]
     questions: tuple[str, ...]
+    checks: tuple[Check, ...] = ()
+    kind: str = ""
+
+    def is_obeyed_by(self, turn: int, answer: str) -> bool:
+        """Return whether the answer to a question obeys."""
+        if self.checks and not obeys_all(self.checks, self.questions[turn], answer):
+            return False
+
+        return obeys(self.markers, answer)
 
 
 def read(path: Path, limit: int | None = None) -> list[GhostDialog]:
-    """Read dialogs from prompts whose metadata holds `instruction` {text, markers} and `questions`.
+    """Read dialogs from prompts whose metadata holds `instruction` {text, and markers or checks}
+    and `questions`.
 
     UserError for a prompt that lacks them.
     """
@@ -46,14 +58,19 @@ def read(path: Path, limit: int | None = None) -> list[GhostDialog]:
 def _parse(path: Path, prompt: Prompt) -> GhostDialog:
     try:
         instruction = prompt.metadata["instruction"]
-        markers, questions = tuple(instruction["markers"]), tuple(prompt.metadata["questions"])
-        return GhostDialog(instruction["text"], markers, questions)
-    except (KeyError, TypeError):
+        text, questions = instruction["text"], tuple(prompt.metadata["questions"])
+        rows = instruction.get("checks")
+        markers = tuple(instruction["markers"] if rows is None else instruction.get("markers", ()))
+        kind = str(instruction.get("kind", ""))
+    except (KeyError, TypeError, AttributeError):
         raise UserError(
-            f"{path}: prompt '{prompt.id}' has no metadata.instruction.text, .markers or "
-            "metadata.questions",
+            f"{path}: prompt '{prompt.id}' has no metadata.instruction.text, .markers or .checks, "
+            "or metadata.questions",
             "Ghost Attention is measured on such prompts only",
         ) from None
+
+    checks = () if rows is None else read_checks(rows, f"{path}: prompt '{prompt.id}'")
+    return GhostDialog(text, markers, questions, checks, kind)
 
 
 def converse(
@@ -103,7 +120,8 @@ def check_turns(dialog: GhostDialog, talk: Messages) -> list[bool]:
     """Return for each question whether its answer obeys; one that was not asked does not."""
     answers = [message.content for message in talk if message.role == "assistant"]
     missing = len(dialog.questions) - len(answers)
-    return [obeys(dialog.markers, answer) for answer in answers] + [False] * missing
+    marks = [dialog.is_obeyed_by(turn, answer) for turn, answer in enumerate(answers)]
+    return marks + [False] * missing
 
 
 def count_by_turn(dialogs: Sequence[GhostDialog], talks: Sequence[Messages]) -> list[Proportion]:
@@ -117,3 +135,20 @@ def count_by_turn(dialogs: Sequence[GhostDialog], talks: Sequence[Messages]) -> 
             turns.setdefault(turn, []).append(obeyed)
 
     return [measure_share(sum(turns[turn]), len(turns[turn])) for turn in sorted(turns)]
+
+
+def count_by_kind(
+    dialogs: Sequence[GhostDialog], talks: Sequence[Messages]
+) -> dict[str, list[Proportion]]:
+    """Return what `count_by_turn` does, by kind of instruction, of those that a program checks."""
+    kinds: dict[str, list[int]] = {}
+    for place, dialog in enumerate(dialogs):
+        if dialog.checks:
+            kinds.setdefault(dialog.kind or "other", []).append(place)
+
+    counts = {}
+    for kind in sorted(kinds):
+        chosen = [dialogs[place] for place in kinds[kind]]
+        counts[kind] = count_by_turn(chosen, [talks[place] for place in kinds[kind]])
+
+    return counts

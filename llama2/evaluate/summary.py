@@ -13,6 +13,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, TypeVar, get_args
 
+from llama2.evaluate.conduct import Conduct
+from llama2.evaluate.conduct_summary import measure_conduct
 from llama2.evaluate.judges import AXES, KINDS, PromptKind, classify
 from llama2.evaluate.winrate import compare, correlate, measure_mean, measure_share
 from llama2.generate.dialogue import Answer
@@ -21,6 +23,7 @@ from llama2.records import Axis, Messages, Prompt
 from llama2.results import (
     Distribution,
     Histogram,
+    JudgeComparison,
     Obedience,
     SampledAnswer,
     ShownAnswer,
@@ -50,6 +53,10 @@ class Version:
     ghost: Obedience = field(default_factory=Obedience)
     talks: Sequence[Messages] = ()
     """dialogs under a lasting instruction"""
+    conducts: Sequence[Conduct] | None = None
+    """by rules, where ground truth does not judge"""
+    others: Mapping[str, Sequence[float]] = field(default_factory=dict)
+    """sigma(r) by judge that is only a judge"""
 
     def scores(self, judge: JudgeName, axis: Axis) -> Sequence[float]:
         """Return what a judge gives every answer on an axis; nothing where it is absent."""
@@ -70,12 +77,32 @@ class Version:
 
         return scores
 
+    def describe_conduct(self, index: int, kind: PromptKind) -> dict[str, Any]:
+        """Return what the rules say of one answer, by the names that results have for it."""
+        if self.conducts is None:
+            return {}
+
+        conduct = self.conducts[index]
+        verdict: dict[str, Any] = {"conduct": conduct.degenerate or conduct.refusal}
+        return verdict | ({"violation": conduct.violates} if kind == "unsafe" else {})
+
 
 def measure(
-    prompts: Sequence[Prompt], kinds: Sequence[PromptKind], version: Version
+    prompts: Sequence[Prompt],
+    kinds: Sequence[PromptKind],
+    version: Version,
+    axes: Mapping[str, Axis] | None = None,
 ) -> VersionResult:
     """Measure one version. Each reward model is shown on the prompts of its own axis, as in
-    Figure 20."""
+    Figure 20; `axes` are those of the judges that are only judges."""
+    others = {
+        name: measure_mean(_on(kinds, axis, version.others[name]))
+        for name, axis in (axes or {}).items()
+    }
+    conduct = None
+    if version.conducts is not None:
+        conduct = measure_conduct(prompts, kinds, version.conducts)
+
     lengths = [len(answer.completion.tokens) for answer in version.answers]
     ends = sum(answer.completion.finish == "stop" for answer in version.answers)
     distributions, by_kind, correlations = {}, {}, {}
@@ -95,6 +122,8 @@ def measure(
         reward_length_correlation=correlations,
         ghost=version.ghost,
         truth=_measure_truth(prompts, kinds, version, lengths),
+        conduct=conduct,
+        other_rewards=others,
     )
 
 
@@ -177,6 +206,24 @@ def compare_versions(
                 )
 
 
+def compare_by_others(
+    kinds: Sequence[PromptKind], versions: Mapping[str, Version], axes: Mapping[str, Axis]
+) -> Iterator[JudgeComparison]:
+    """Compare versions as `compare_versions` does, by judges that are only judges, each on the
+    prompts of its axis."""
+    names = list(versions)
+    for predecessor, name in itertools.pairwise(names):
+        others = dict.fromkeys((names[0], predecessor))
+        for against, (model, axis) in itertools.product(others, axes.items()):
+            ours = _on(kinds, axis, versions[name].others[model])
+            theirs = _on(kinds, axis, versions[against].others[model])
+            if ours and theirs:
+                wins = compare(ours, theirs).model_dump()
+                yield JudgeComparison(
+                    version=name, against=against, axis=axis, reward_model=model, **wins
+                )
+
+
 def show_prompts(
     prompts: Sequence[Prompt], versions: Mapping[str, Version], count: int
 ) -> list[ShownPrompt]:
@@ -225,6 +272,7 @@ def list_samples(name: str, prompts: Sequence[Prompt], version: Version) -> Iter
             tokens=len(answer.completion.tokens),
             finish=answer.completion.finish,
             **version.judge_answer(index),
+            **version.describe_conduct(index, classify(prompt)),
         )
 
 

@@ -3,17 +3,18 @@
 
 Shares: Wilson. Differences and ratios of two shares are made of two Wilson intervals: Newcombe's
 method 10 (Statistics in Medicine 17, 1998), and Donner and Zou's MOVER-R (Statistical Methods in
-Medical Research 21, 2012). Wins less losses on the same prompts: the paired interval of Agresti and
-Min (Statistics in Medicine 24, 2005), half a case added to each of four cells.
+Medical Research 21, 2012). Differences on the same cases: the paired interval of Agresti and Min
+(Statistics in Medicine 24, 2005), half a case added to each of four cells; where several cases have
+one origin, they vary together, and the variance is that of the sums over each origin.
 """
 
 from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 
-from llama2.results import Mean, Proportion, WinShare
+from llama2.results import Mean, PairedDifference, Proportion, WinShare
 
 Z95 = 1.959963984540054  # two-sided 95 % of the normal distribution
 Interval = tuple[float, float]
@@ -98,6 +99,37 @@ def bound_net_wins(wins: int, losses: int, ties: int) -> Interval:
     count, gain = wins + losses + ties + 2, wins - losses
     half = Z95 * math.sqrt(wins + losses + 1 - gain**2 / count) / count
     return gain / count - half, gain / count + half
+
+
+def compare_marks(
+    ours: Sequence[float],
+    theirs: Sequence[float],
+    origins: Sequence[Hashable] | None = None,
+) -> PairedDifference:
+    """Return the share of marks (0, 1, or 0.5 for a tie) that we have beyond theirs on the same
+    cases, of which there must be some.
+
+    `origins` names what each case comes from, such as a question with several answers: cases of one
+    origin count together. Where each has its own, and no mark is a half, the interval is that of
+    `bound_net_wins`; its ends stay within [-1, 1].
+    """
+    gains = [a - b for a, b in zip(ours, theirs, strict=True)]
+    groups: dict[Hashable, list[float]] = {}
+    for case, gain in enumerate(gains):
+        groups.setdefault(case if origins is None else origins[case], []).append(gain)
+
+    count = len(gains) + 2
+    centre = sum(gains) / count
+    # the four half cases are +1, -1, 0 and 0, each an origin of its own
+    squares = 1 + 2 * centre**2
+    squares += sum((sum(group) - len(group) * centre) ** 2 for group in groups.values())
+    half = Z95 * math.sqrt(squares) / count
+    return PairedDifference(
+        difference=sum(gains) / len(gains),
+        n=len(gains),
+        low=max(-1.0, centre - half),
+        high=min(1.0, centre + half),
+    )
 
 
 def measure_mean(values: Sequence[float]) -> Mean:

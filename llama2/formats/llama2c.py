@@ -159,6 +159,7 @@ def write(model: StoredModel, file: Path, *, version: Literal[0, 2] = 0) -> list
 def _check_writable(model: StoredModel) -> Vocabulary:
     """Return the vocabulary of a model that the format has a place for; UserError for others."""
     require_language_model(model, "llama2.c")
+    vocabulary = require_vocabulary(model, "without which llama2.c cannot run a model")
     config, cure = model.config, "for granted: export in another format"
     constants = [round_to_single(value) for value in (config.rope_theta, config.rms_norm_eps)]
     if constants != [_THETA, round_to_single(_EPS)]:
@@ -172,7 +173,6 @@ def _check_writable(model: StoredModel) -> Vocabulary:
             f"llama2.c takes 1 and 2 {cure}",
         )
 
-    vocabulary = require_vocabulary(model, "without which llama2.c cannot run a model")
     require_fitting_size(
         model.tokenizer,
         len(vocabulary.items),

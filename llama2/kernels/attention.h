@@ -1,13 +1,10 @@
-// Attention of one row to the cache: 16 numbers at a time, written out, because compilers make little of loops as short
-// as a head.
+// Attention of one row to the cache, a few heads and columns at a time.
 #pragma once
 
 #include "products.h"
 #include "step.h"
 
 namespace {
-
-constexpr int64_t AHEAD = 8;  // columns of the cache asked of memory before they are read
 
 inline void rotate(float *x, int64_t E, const float *cos, const float *sin) {
     for (int64_t e = 0; e < E / 2; e++) {
@@ -32,34 +29,6 @@ void append(const Step &s, float *qkv, int64_t from, int64_t to, const float *co
     }
 }
 
-using Lanes = float __attribute__((vector_size(64)));
-
-inline Lanes load(const float *from) {
-    Lanes x;
-    std::memcpy(&x, from, sizeof x);
-    return x;
-}
-
-inline Lanes load(const bf16 *from) {
-    uint16_t __attribute__((vector_size(32))) bits;
-    std::memcpy(&bits, from, sizeof bits);
-    using Wide = uint32_t __attribute__((vector_size(64)));
-    return std::bit_cast<Lanes>(__builtin_convertvector(bits, Wide) << 16);
-}
-
-template <class T> Lanes load(const T *from, int64_t count) {  // fewer than 16, then zeros
-    T whole[LANES] = {};
-    std::copy_n(from, count, whole);
-    return load(whole);
-}
-
-inline float total(Lanes x) {
-    auto low = __builtin_shufflevector(x, x, 0, 1, 2, 3, 4, 5, 6, 7);
-    auto a = low + __builtin_shufflevector(x, x, 8, 9, 10, 11, 12, 13, 14, 15);
-    auto b = __builtin_shufflevector(a, a, 0, 1, 2, 3) + __builtin_shufflevector(a, a, 4, 5, 6, 7);
-    return (b[0] + b[1]) + (b[2] + b[3]);
-}
-
 // The head dimension as vectors: N of them, or as many as it takes (N = 0), of which the last may be short.
 template <int N> struct Head {
     int64_t E, count;
@@ -69,16 +38,69 @@ template <int N> struct Head {
         if constexpr (N > 0) return load(from + i * LANES);
         return (i + 1) * LANES <= E ? load(from + i * LANES) : load(from + i * LANES, E - i * LANES);
     }
-    template <class T> float dot(const float *q, const T *key) const {
-        Lanes sum = at(q, 0) * at(key, 0);
-        for (int64_t i = 1; i < count; i++) sum += at(q, i) * at(key, i);
-        return total(sum);
-    }
 };
 
-// Memory is asked for what will be read AHEAD columns later, even behind the last: asking does no harm.
-template <class T> void fetch(const T *from, int64_t count) {
-    for (int64_t i = 0; i < count; i += 64 / int64_t(sizeof(T))) __builtin_prefetch(from + i);
+// Memory is asked for a column of the cache LANES columns before it is read, even behind the last: asking does no harm.
+template <class T> void fetch(const T *columns, int64_t step, int64_t E) {
+    for (int64_t t = LANES; t < 2 * LANES; t++)
+        for (int64_t e = 0; e < E; e += 64 / int64_t(sizeof(T))) __builtin_prefetch(columns + t * step + e, 0, 2);
+}
+
+// G query heads look at `count` columns, at most LANES, of their key head: scores[g][t], `room` apart.
+template <int G, int N, class T>
+void score(const Head<N> &head, const float *queries, const T *keys, int64_t step, int64_t count, float scale,
+           float *scores, int64_t room) {
+    Lanes products[G][LANES] = {};
+    for (int64_t t = 0; t < count; t++) {
+        Lanes sum[G];
+        for (int64_t i = 0; i < head.count; i++) {
+            const Lanes key = head.at(keys + t * step, i);
+            for (int g = 0; g < G; g++) {
+                const Lanes query = head.at(queries + g * head.E, i);
+                sum[g] = i ? sum[g] + query * key : query * key;
+            }
+        }
+        for (int g = 0; g < G; g++) products[g][t] = sum[g];
+    }
+    for (int g = 0; g < G; g++) {
+        const Lanes all = scale * totals(products[g]);
+        std::memcpy(scores + g * room, &all, count * sizeof(float));
+    }
+}
+
+// sums[g][e], in whole vectors, grow by the values of `count` columns times weights[g][t].
+template <int G, int N, class T>
+void mix(const Head<N> &head, const float *weights, int64_t room, const T *values, int64_t step, int64_t count,
+         float *sums) {
+    constexpr int M = N ? N : 1;
+    for (int64_t first = 0; first < head.count; first += M) {
+        Lanes sum[G][M];
+        for (int g = 0; g < G; g++)
+            for (int i = 0; i < M; i++) sum[g][i] = load(sums + (g * head.count + first + i) * LANES);
+        for (int64_t t = 0; t < count; t++)
+            for (int i = 0; i < M; i++) {
+                const Lanes value = head.at(values + t * step, first + i);
+                for (int g = 0; g < G; g++) sum[g][i] += weights[g * room + t] * value;
+            }
+        for (int g = 0; g < G; g++)
+            for (int i = 0; i < M; i++) store(sums + (g * head.count + first + i) * LANES, sum[g][i]);
+    }
+}
+
+// Calls use(first, size) for `count` heads in groups whose size is known to the compiler: each key is read for all of a
+// group at once.
+template <int N, class Use> void group_heads(int64_t count, Use use) {
+    constexpr int MOST = N == 0 || N > 4 ? 1 : 4;  // what registers hold
+    for (int64_t first = 0; first < count;) {
+        const int64_t size = std::min<int64_t>(count - first, MOST);
+        if constexpr (MOST == 4) {
+            if (size == 4) use(first, std::integral_constant<int, 4>());
+            if (size == 3) use(first, std::integral_constant<int, 3>());
+            if (size == 2) use(first, std::integral_constant<int, 2>());
+        }
+        if (size == 1) use(first, std::integral_constant<int, 1>());
+        first += size;
+    }
 }
 
 // The queries of one row and key heads `from` to `to` look at columns 0..position. All heads of a column lie together,
@@ -89,15 +111,19 @@ void attend(const Step &s, const float *queries, int64_t from, int64_t to, int64
     const Model &m = *s.model;
     const Head<N> head(m.head_dim);
     const int64_t E = m.head_dim, G = m.heads / m.kv_heads, step = m.kv_heads * E;
-    const int64_t heads = (to - from) * G, first = from * G;
-    const int64_t room = head.count * LANES;
+    const int64_t heads = (to - from) * G, first = from * G, room = head.count * LANES;
     const float scale = 1.0f / std::sqrt(float(E));
     float *sums = work + heads * s.columns;
-    for (int64_t t = 0; t <= position; t++) {
-        fetch(keys + (t + AHEAD) * step + from * E, (to - from) * E);
-        for (int64_t k = from, h = 0; k < to; k++)
-            for (int64_t g = 0; g < G; g++, h++)
-                work[h * s.columns + t] = scale * head.dot(queries + (first + h) * E, keys + t * step + k * E);
+    for (int64_t t = 0; t <= position; t += LANES) {
+        const int64_t count = std::min(LANES, position + 1 - t);
+        for (int64_t k = from; k < to; k++) {
+            const T *columns = keys + t * step + k * E;
+            fetch(columns, step, E);
+            group_heads<N>(G, [&](int64_t g, auto size) {
+                float *scores = work + ((k - from) * G + g) * s.columns + t;
+                score<size()>(head, queries + (k * G + g) * E, columns, step, count, scale, scores, s.columns);
+            });
+        }
     }
     for (int64_t h = 0; h < heads; h++) {
         float *score = work + h * s.columns, top = -INFINITY, all = 0;
@@ -110,19 +136,16 @@ void attend(const Step &s, const float *queries, int64_t from, int64_t to, int64
         for (int64_t t = 0; t <= position; t++) score[t] *= share;
     }
     std::fill_n(sums, heads * room, 0.0f);
-    for (int64_t t = 0; t <= position; t += 4) {
-        const int64_t several = std::min<int64_t>(4, position + 1 - t);
-        for (int64_t j = 0; j < 4; j++) fetch(values + (t + j + AHEAD) * step + from * E, (to - from) * E);
-        for (int64_t k = from, h = 0; k < to; k++)
-            for (int64_t g = 0; g < G; g++, h++) {
-                const float *w = work + h * s.columns + t;
-                const T *value = values + t * step + k * E;
-                for (int64_t i = 0; i < head.count; i++) {
-                    Lanes sum = load(sums + h * room + i * LANES);
-                    for (int64_t j = 0; j < several; j++) sum += w[j] * head.at(value + j * step, i);
-                    std::memcpy(sums + h * room + i * LANES, &sum, sizeof sum);
-                }
-            }
+    for (int64_t t = 0; t <= position; t += LANES) {
+        const int64_t count = std::min(LANES, position + 1 - t);
+        for (int64_t k = from; k < to; k++) {
+            const T *columns = values + t * step + k * E;
+            fetch(columns, step, E);
+            group_heads<N>(G, [&](int64_t g, auto size) {
+                const int64_t h = (k - from) * G + g;
+                mix<size()>(head, work + h * s.columns + t, s.columns, columns, step, count, sums + h * room);
+            });
+        }
     }
     for (int64_t h = 0; h < heads; h++)
         for (int64_t e = 0; e < E; e++) put(out[(first + h) * E + e], sums[h * room + e]);

@@ -15,6 +15,9 @@
 
 #include "attention.h"
 
+#include <omp.h>
+#include <utility>
+
 namespace {
 
 constexpr int64_t SHARED_ROWS = 16;  // with fewer rows, the heads of a row are shared among threads
@@ -30,6 +33,12 @@ template <class T> void normalise(const float *x, const float *weight, int64_t D
     float scale = 1.0f / std::sqrt(squares / float(D) + eps);
 #pragma omp simd
     for (int64_t d = 0; d < D; d++) put(out[d], x[d] * scale * weight[d]);
+}
+
+// This thread's share of `count` things, one behind the other.
+inline std::pair<int64_t, int64_t> share(int64_t count) {
+    const int64_t thread = omp_get_thread_num(), threads = omp_get_num_threads();
+    return {thread * count / threads, (thread + 1) * count / threads};
 }
 
 // What all threads read and write during a step: the residual stream, and activations on their way into products.
@@ -50,29 +59,33 @@ template <class T, class W> struct Worker {
     const Step &s;
     Activations<T> &a;
     Tiles tiles;
-    const int64_t padded;
+    const int64_t room;  // of the sums of a block
     std::vector<float> out, work;
     std::vector<T> scratch;
 
     Worker(const Step &s, Activations<T> &a)
-        : m(*s.model), s(s), a(a), tiles(sizeof(T) == 2), padded(round_up(s.rows, TILE_ROWS)), out(2 * padded * LANES),
+        : m(*s.model), s(s), a(a), tiles(sizeof(T) == 2), room(round_up(s.rows, TILE_ROWS) * LANES), out(GROUP * room),
           work(m.heads * (s.columns + round_up(m.head_dim, LANES))),
-          scratch(round_up(std::max({m.hidden, m.feed_forward, m.heads * m.head_dim}), 32) * LANES) {}
+          scratch(std::is_same_v<T, W> ? 0 : GROUP * round_up(std::max({m.hidden, m.feed_forward, m.heads * m.head_dim}), 32) * LANES) {}
 
-    // Blocks of outputs; `use` gets the block's first output, and how many it has, of rows of 16 sums in `out`.
+    // Shares blocks of outputs among threads. `use` gets a block's first output, how many it has, and its sums, rows of
+    // 16.
     template <class M, class Use>
     void product(const Rows<T> &x, int64_t rows, const Matrix<M> &by, int64_t inputs, int64_t outputs, Use use) {
-#pragma omp for schedule(static)
-        for (int64_t n = 0; n < blocks(outputs); n++) {
-            outputs_of(x, rows, by, inputs, n, scratch, out.data());
-            use(n * LANES, std::min(LANES, outputs - n * LANES));
+        const auto [begin, end] = share(blocks(outputs));
+        for (int64_t n = begin; n < end; n += GROUP) {
+            const int64_t count = std::min(GROUP, end - n);
+            outputs_of(x, rows, by, inputs, n, count, scratch, out.data(), room);
+            for (int64_t i = 0; i < count; i++)
+                use((n + i) * LANES, std::min(LANES, outputs - (n + i) * LANES), &out[i * room]);
         }
+#pragma omp barrier
     }
 
     void add_product(const Rows<T> &x, const PackedMatrix &by, int64_t inputs) {
-        product(x, s.rows, matrix<W>(by), inputs, m.hidden, [&](int64_t first, int64_t count) {
+        product(x, s.rows, matrix<W>(by), inputs, m.hidden, [&](int64_t first, int64_t count, const float *sums) {
             for (int64_t b = 0; b < s.rows; b++)
-                for (int64_t j = 0; j < count; j++) a.stream[b * m.hidden + first + j] += out[b * LANES + j];
+                for (int64_t j = 0; j < count; j++) a.stream[b * m.hidden + first + j] += sums[b * LANES + j];
         });
     }
 
@@ -92,8 +105,8 @@ template <class T, class W> struct Worker {
 
     void attend(const LayerWeights &layer, T *keys, T *values) {
         const int64_t E = m.head_dim, K = m.kv_heads, slot = s.columns * K * E;
-        auto copy = [&](int64_t first, int64_t count) {
-            for (int64_t b = 0; b < s.rows; b++) std::copy_n(&out[b * LANES], count, &a.qkv[b * a.width + first]);
+        auto copy = [&](int64_t first, int64_t count, const float *sums) {
+            for (int64_t b = 0; b < s.rows; b++) std::copy_n(&sums[b * LANES], count, &a.qkv[b * a.width + first]);
         };
         product(a.normal, s.rows, matrix<W>(layer.qkv), m.hidden, (m.heads + 2 * K) * E, copy);
         auto append_row = [&](int64_t b, int64_t from, int64_t to) {
@@ -117,21 +130,25 @@ template <class T, class W> struct Worker {
         add_product(a.mixed, layer.output, m.heads * E);
     }
 
+    void gate_block(int64_t n, const float *gates, const float *ups) {
+        const int64_t count = std::min(LANES, m.feed_forward - n * LANES);
+        for (int64_t b = 0; b < s.rows; b++) {
+            const float *gate = gates + b * LANES, *up = ups + b * LANES;
+            T *to = a.gated.row(b) + n * LANES;
+#pragma omp simd
+            for (int64_t j = 0; j < count; j++) put(to[j], gate[j] * up[j] / (1.0f + exponential(-gate[j])));
+        }
+    }
+
     void feed_forward(const LayerWeights &layer) {
         const Matrix<W> gate_up = matrix<W>(layer.gate_up);
-        float *gates = out.data(), *ups = gates + padded * LANES;
-#pragma omp for schedule(static)
-        for (int64_t n = 0; n < blocks(m.feed_forward); n++) {
-            outputs_of(a.normal, s.rows, gate_up, m.hidden, 2 * n, scratch, gates);
-            outputs_of(a.normal, s.rows, gate_up, m.hidden, 2 * n + 1, scratch, ups);
-            const int64_t count = std::min(LANES, m.feed_forward - n * LANES);
-            for (int64_t b = 0; b < s.rows; b++) {
-                const float *gate = gates + b * LANES, *up = ups + b * LANES;
-                T *to = a.gated.row(b) + n * LANES;
-#pragma omp simd
-                for (int64_t j = 0; j < count; j++) put(to[j], gate[j] * up[j] / (1.0f + exponential(-gate[j])));
-            }
+        const auto [begin, end] = share(blocks(m.feed_forward));
+        for (int64_t n = begin; n < end; n += GROUP / 2) {
+            const int64_t pairs = std::min(GROUP / 2, end - n);
+            outputs_of(a.normal, s.rows, gate_up, m.hidden, 2 * n, 2 * pairs, scratch, out.data(), room);
+            for (int64_t i = 0; i < pairs; i++) gate_block(n + i, &out[2 * i * room], &out[(2 * i + 1) * room]);
         }
+#pragma omp barrier
         add_product(a.gated, layer.down, m.feed_forward);
     }
 
@@ -139,9 +156,9 @@ template <class T, class W> struct Worker {
 #pragma omp for schedule(static)
         for (int64_t i = 0; i < s.answers; i++)
             normalise(&a.stream[s.answer_rows[i] * m.hidden], m.last_norm, m.hidden, m.eps, a.normal.row(i));
-        product(a.normal, s.answers, head, m.hidden, m.vocabulary, [&](int64_t first, int64_t count) {
+        product(a.normal, s.answers, head, m.hidden, m.vocabulary, [&](int64_t first, int64_t count, const float *sums) {
             for (int64_t i = 0; i < s.answers; i++)
-                std::copy_n(&out[i * LANES], count, s.logits + i * m.vocabulary + first);
+                std::copy_n(&sums[i * LANES], count, s.logits + i * m.vocabulary + first);
         });
     }
 };

@@ -1,7 +1,7 @@
 // Products of a few rows with packed weights, on tiles (AMX), pairs of bf16 (AVX-512), or plain vectors.
 #pragma once
 
-#include "numbers.h"
+#include "vectors.h"
 
 #include <type_traits>
 
@@ -15,8 +15,7 @@
 
 namespace {
 
-constexpr int64_t LANES = 16;      // outputs of a block
-constexpr int64_t TILE_ROWS = 16;  // rows of an AMX tile
+constexpr int64_t TILE_ROWS = 16;  // rows of an AMX tile; a block has LANES outputs
 
 inline int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
 
@@ -29,97 +28,180 @@ template <class T> struct Rows {
     const T *row(int64_t b) const { return data.data() + b * width; }
 };
 
-// ---- products: out[b][0..15] = sum over k of x[b][k] · w[k][0..15], for all rows of one block of outputs ----
+// ---- products: out[n][b][0..15] = sum over k of x[b][k] · w[n][k][0..15], for blocks n of a group and all rows b ----
 
-inline void block(const Rows<float> &x, int64_t B, const float *w, float *out) {
-    for (int64_t first = 0; first < B; first += 8) {
-        float sum[8][LANES] = {};
-        int64_t rows = std::min<int64_t>(8, B - first);
-        for (int64_t k = 0; k < x.width; k++)
-            for (int64_t r = 0; r < rows; r++) {
-                float value = x.row(first + r)[k];
-#pragma omp simd
-                for (int64_t j = 0; j < LANES; j++) sum[r][j] += value * w[k * LANES + j];
-            }
-        std::memcpy(out + first * LANES, sum, rows * sizeof sum[0]);
-    }
+constexpr int64_t GROUP = 4;  // blocks of outputs that share each reading of x
+
+// Blocks of packed weights one behind the other, and where their sums go.
+template <class T> struct Group {
+    const Rows<T> &x;
+    const T *w;
+    int64_t size;  // of a block of weights
+    float *out;
+    int64_t room;  // of the sums of a block
+};
+
+#if defined(__AVX512F__)
+constexpr int64_t WIDE_ROWS = 8, WIDE_BLOCKS = 2;  // as many sums as registers hold
+#else
+constexpr int64_t WIDE_ROWS = 4, WIDE_BLOCKS = 1;
+#endif
+
+// R rows and N blocks of fp32.
+template <int R, int N> void singles(const Group<float> &g, int64_t first, int64_t n) {
+    Lanes sum[R][N] = {};
+    const float *x = g.x.row(first), *w = g.w + n * g.size;
+    for (int64_t k = 0; k < g.x.width; k++)
+        for (int i = 0; i < N; i++) {
+            const Lanes weights = load(w + i * g.size + k * LANES);
+            for (int r = 0; r < R; r++) sum[r][i] += x[r * g.x.width + k] * weights;
+        }
+    for (int r = 0; r < R; r++)
+        for (int i = 0; i < N; i++) store(g.out + (n + i) * g.room + (first + r) * LANES, sum[r][i]);
 }
 
+#ifndef __AMX_BF16__
+// R rows, given in fp32, and N blocks of bf16: a word of weights holds the even input below and the odd one above.
+template <int R, int N> void halves(const Group<bf16> &g, const float *x, int64_t first, int64_t n) {
+    using Words = uint32_t __attribute__((vector_size(64)));
+    Lanes sum[R][N] = {};
+    const bf16 *w = g.w + n * g.size;
+    for (int64_t k = 0; k < g.x.width; k += 2)
+        for (int i = 0; i < N; i++) {
+            Words words;
+            std::memcpy(&words, w + i * g.size + k * LANES, sizeof words);
+            const Lanes even = std::bit_cast<Lanes>(words << 16), odd = std::bit_cast<Lanes>(words & 0xffff0000u);
+            for (int r = 0; r < R; r++) {
+                sum[r][i] += x[(first + r) * g.x.width + k] * even;
+                sum[r][i] += x[(first + r) * g.x.width + k + 1] * odd;
+            }
+        }
+    for (int r = 0; r < R; r++)
+        for (int i = 0; i < N; i++) store(g.out + (n + i) * g.room + (first + r) * LANES, sum[r][i]);
+}
+#endif
+
 #if defined(__AVX512BF16__) && !defined(__AMX_BF16__)
-template <int R> inline void pairs(const Rows<bf16> &x, int64_t first, const bf16 *w, float *out) {
-    __m512 sum[R];
-    for (int r = 0; r < R; r++) sum[r] = _mm512_setzero_ps();
-    for (int64_t k = 0; k < x.width; k += 2) {
-        __m512bh weights = (__m512bh)_mm512_loadu_si512(w + k * LANES);
+// R rows and N blocks of bf16, inputs in pairs.
+template <int R, int N> void pairs(const Group<bf16> &g, int64_t first, int64_t n) {
+    __m512 sum[R][N];
+    for (auto &row : sum)
+        for (auto &each : row) each = _mm512_setzero_ps();
+    const bf16 *x = g.x.row(first), *w = g.w + n * g.size;
+    for (int64_t k = 0; k < g.x.width; k += 2) {
+        __m512bh weights[N];
+        for (int i = 0; i < N; i++) weights[i] = (__m512bh)_mm512_loadu_si512(w + i * g.size + k * LANES);
         for (int r = 0; r < R; r++) {
             int32_t pair;
-            std::memcpy(&pair, x.row(first + r) + k, 4);
-            sum[r] = _mm512_dpbf16_ps(sum[r], weights, (__m512bh)_mm512_set1_epi32(pair));
+            std::memcpy(&pair, x + r * g.x.width + k, 4);
+            for (int i = 0; i < N; i++)
+                sum[r][i] = _mm512_dpbf16_ps(sum[r][i], weights[i], (__m512bh)_mm512_set1_epi32(pair));
         }
     }
-    for (int r = 0; r < R; r++) _mm512_storeu_ps(out + (first + r) * LANES, sum[r]);
+    for (int r = 0; r < R; r++)
+        for (int i = 0; i < N; i++) _mm512_storeu_ps(g.out + (n + i) * g.room + (first + r) * LANES, sum[r][i]);
 }
 #endif
 
 #ifdef __AMX_BF16__
-// R tiles of rows share each tile of weights.
-template <int R> inline void tiles(const Rows<bf16> &x, int64_t first, const bf16 *w, float *out) {
-    const bf16 *from = x.row(first);
-    const int64_t next = TILE_ROWS * x.width;
+// R tiles of rows and N blocks, R · N of them at most 4: what is loaded serves several products, none of which waits
+// for another.
+template <int R, int N> void tiles(const Group<bf16> &g, int64_t first, int64_t n) {
+    const int64_t width = g.x.width, next = TILE_ROWS * width, size = g.size;
+    const bf16 *x = g.x.row(first), *w = g.w + n * size;
     _tile_zero(0);
-    if constexpr (R > 1) _tile_zero(1);
-    if constexpr (R > 2) {
-        _tile_zero(2);
-        _tile_zero(3);
-    }
-    for (int64_t k = 0; k < x.width; k += 32) {
-        _tile_loadd(4, w + k * LANES, 64);
-        _tile_loadd(5, from + k, x.width * 2);
-        _tile_dpbf16ps(0, 5, 4);
-        if constexpr (R > 1) {
-            _tile_loadd(6, from + next + k, x.width * 2);
-            _tile_dpbf16ps(1, 6, 4);
+    _tile_zero(1);
+    _tile_zero(2);
+    _tile_zero(3);
+    for (int64_t k = 0; k < width; k += 32, x += 32, w += 32 * LANES) {
+        _tile_loadd(4, x, width * 2);
+        _tile_loadd(6, w, 64);
+        _tile_dpbf16ps(0, 4, 6);
+        if constexpr (R == 2) {
+            _tile_loadd(5, x + next, width * 2);
+            _tile_dpbf16ps(1, 5, 6);
+            if constexpr (N > 1) {
+                _tile_loadd(7, w + size, 64);
+                _tile_dpbf16ps(2, 4, 7);
+                _tile_dpbf16ps(3, 5, 7);
+            }
+        } else {
+            if constexpr (N > 1) {
+                _tile_loadd(7, w + size, 64);
+                _tile_dpbf16ps(1, 4, 7);
+            }
+            if constexpr (N > 2) {
+                _tile_loadd(5, w + 2 * size, 64);
+                _tile_dpbf16ps(2, 4, 5);
+            }
+            if constexpr (N > 3) {
+                _tile_loadd(6, w + 3 * size, 64);
+                _tile_dpbf16ps(3, 4, 6);
+            }
         }
-        if constexpr (R > 2) {
-            _tile_loadd(5, from + 2 * next + k, x.width * 2);
-            _tile_dpbf16ps(2, 5, 4);
-            _tile_loadd(6, from + 3 * next + k, x.width * 2);
-            _tile_dpbf16ps(3, 6, 4);
-        }
     }
-    float *to = out + first * LANES;
+    float *to = g.out + n * g.room + first * LANES;
+    const int64_t rows = TILE_ROWS * LANES;
     _tile_stored(0, to, LANES * 4);
-    if constexpr (R > 1) _tile_stored(1, to + TILE_ROWS * LANES, LANES * 4);
-    if constexpr (R > 2) {
-        _tile_stored(2, to + 2 * TILE_ROWS * LANES, LANES * 4);
-        _tile_stored(3, to + 3 * TILE_ROWS * LANES, LANES * 4);
+    if constexpr (R == 2) {
+        _tile_stored(1, to + rows, LANES * 4);
+        if constexpr (N > 1) {
+            _tile_stored(2, to + g.room, LANES * 4);
+            _tile_stored(3, to + g.room + rows, LANES * 4);
+        }
+    } else {
+        if constexpr (N > 1) _tile_stored(1, to + g.room, LANES * 4);
+        if constexpr (N > 2) _tile_stored(2, to + 2 * g.room, LANES * 4);
+        if constexpr (N > 3) _tile_stored(3, to + 3 * g.room, LANES * 4);
     }
 }
 #endif
 
-inline void block(const Rows<bf16> &x, int64_t B, const bf16 *w, float *out) {
-#if defined(__AMX_BF16__)
-    int64_t first = 0;
-    for (; first + 3 * TILE_ROWS < B; first += 4 * TILE_ROWS) tiles<4>(x, first, w, out);
-    for (; first + TILE_ROWS < B; first += 2 * TILE_ROWS) tiles<2>(x, first, w, out);
-    if (first < B) tiles<1>(x, first, w, out);
-#elif defined(__AVX512BF16__)
-    int64_t b = 0;
-    for (; b + 4 <= B; b += 4) pairs<4>(x, b, w, out);
-    for (; b < B; b++) pairs<1>(x, b, w, out);
-#else
-    for (int64_t b = 0; b < B; b++) {
-        float sum[LANES] = {};
-        for (int64_t k = 0; k < x.width; k += 2) {
-            float even = get(x.row(b)[k]), odd = get(x.row(b)[k + 1]);
-#pragma omp simd
-            for (int64_t j = 0; j < LANES; j++)
-                sum[j] += even * get(w[k * LANES + 2 * j]) + odd * get(w[k * LANES + 2 * j + 1]);
-        }
-        std::memcpy(out + b * LANES, sum, sizeof sum);
+// Calls use(row, block, R, N) with constants R and N until B rows and `count` blocks are covered.
+template <class Use> void cover(int64_t B, int64_t count, Use use) {
+    using One = std::integral_constant<int, 1>;
+    const std::integral_constant<int, WIDE_ROWS> rows;
+    const std::integral_constant<int, WIDE_BLOCKS> blocks;
+    for (int64_t n = 0; n < count; n += blocks()) {
+        const bool whole = n + blocks() <= count;
+        int64_t b = 0;
+        for (; b + rows() <= B; b += rows()) whole ? use(b, n, rows, blocks) : use(b, n, rows, One());
+        for (; b < B; b++) whole ? use(b, n, One(), blocks) : use(b, n, One(), One());
     }
-#endif
 }
+
+inline void multiply(const Group<float> &g, int64_t B, int64_t count) {
+    cover(B, count, [&](int64_t b, int64_t n, auto R, auto N) { singles<R(), N()>(g, b, n); });
+}
+
+#ifdef __AMX_BF16__
+inline void multiply(const Group<bf16> &g, int64_t B, int64_t count) {
+    if (B <= TILE_ROWS) {
+        if (count == 4) return tiles<1, 4>(g, 0, 0);
+        for (int64_t n = 0; n < count; n++) tiles<1, 1>(g, 0, n);
+        return;
+    }
+    for (int64_t n = 0; n < count; n += 2)
+        for (int64_t b = 0; b < B; b += 2 * TILE_ROWS) {
+            const bool two = b + TILE_ROWS < B;
+            if (n + 2 <= count)
+                two ? tiles<2, 2>(g, b, n) : tiles<1, 2>(g, b, n);
+            else
+                two ? tiles<2, 1>(g, b, n) : tiles<1, 1>(g, b, n);
+        }
+}
+#else
+inline void multiply(const Group<bf16> &g, int64_t B, int64_t count) {
+#ifdef __AVX512BF16__  // AMD; Intel's have half the speed of fp32 products
+    static const bool slow = __builtin_cpu_is("intel");
+    if (!slow) return cover(B, count, [&](int64_t b, int64_t n, auto R, auto N) { pairs<R(), N()>(g, b, n); });
+#endif
+    thread_local std::vector<float> x;
+    x.resize(B * g.x.width);
+    for (int64_t i = 0; i < B * g.x.width; i++) x[i] = get(g.x.data[i]);
+    cover(B, count, [&](int64_t b, int64_t n, auto R, auto N) { halves<R(), N()>(g, x.data(), b, n); });
+}
+#endif
 
 // Tiles have to be asked for once a process and set up once a thread.
 struct Tiles {
@@ -131,8 +213,8 @@ struct Tiles {
         (void)asked;
         struct alignas(64) {
             uint8_t palette = 1, start = 0, reserved[14] = {};
-            uint16_t bytes[16] = {64, 64, 64, 64, 64, 64, 64};
-            uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16};
+            uint16_t bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
+            uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
         } setup;
         _tile_loadconfig(&setup);
     }
@@ -208,20 +290,22 @@ inline void unpack(const Nibbles *from, int64_t count, bf16 *to) {
 #endif
 }
 
-// A block of outputs of any kind of weights; `scratch` holds them as T if they are integers.
+// `count` blocks of outputs from the `n`-th on, of any kind of weights; `scratch` holds them as T if they are integers.
 template <class T, class W>
-void outputs_of(const Rows<T> &x, int64_t B, const Matrix<W> &matrix, int64_t inputs, int64_t n, std::vector<T> &scratch,
-                float *out) {
+void outputs_of(const Rows<T> &x, int64_t B, const Matrix<W> &matrix, int64_t inputs, int64_t n, int64_t count,
+                std::vector<T> &scratch, float *out, int64_t room) {
+    const int64_t size = x.width * LANES;
     if constexpr (std::is_same_v<T, W>) {
-        block(x, B, matrix.at(inputs, n), out);
+        multiply(Group<T>{x, matrix.at(inputs, n), size, out, room}, B, count);
     } else {
-        T *to = scratch.data();
-        unpack(matrix.at(inputs, n), x.width * LANES, to);
-        block(x, B, to, out);
+        unpack(matrix.at(inputs, n), count * size, scratch.data());
+        multiply(Group<T>{x, scratch.data(), size, out, room}, B, count);
         if constexpr (std::is_same_v<W, int8_t>)
-            for (int64_t b = 0; b < B; b++)
+            for (int64_t i = 0; i < count; i++)
+                for (int64_t b = 0; b < B; b++)
 #pragma omp simd
-                for (int64_t j = 0; j < LANES; j++) out[b * LANES + j] *= matrix.scales[n * LANES + j];
+                    for (int64_t j = 0; j < LANES; j++)
+                        out[i * room + b * LANES + j] *= matrix.scales[(n + i) * LANES + j];
     }
 }
 

@@ -109,11 +109,23 @@ def document_attention(
     return out_NHE.view(rows, length, heads, size).transpose(1, 2)
 
 
-@torch.compiler.disable  # type: ignore[untyped-decorator]
 def documents_of(documents_BT: Tensor, kind: torch.dtype, size: int) -> Documents | None:
     """Return the bounds of a batch's documents, if there is a kernel for products in `kind` and
-    heads of `size`; else None: a mask must do. Not compiled: a graph cannot know beforehand how
-    many documents there are."""
+    heads of `size`; else None: a mask must do."""
+    return _find_documents(documents_BT, kind, size)
+
+
+def leave_documents_uncompiled() -> None:
+    """Keep the search for documents out of graphs: none can know beforehand how many there are.
+
+    For whoever compiles a model, who calls this before: a decorator would import the compiler,
+    which takes a second, into every command.
+    """
+    global _find_documents
+    _find_documents = torch.compiler.disable(_search_documents)
+
+
+def _search_documents(documents_BT: Tensor, kind: torch.dtype, size: int) -> Documents | None:
     kernel = kernel_for(documents_BT.device, kind, size)
     if kernel is None:
         return None
@@ -125,6 +137,9 @@ def documents_of(documents_BT: Tensor, kind: torch.dtype, size: int) -> Document
     # The row's length, not that of the longest document: asking the device for a second number
     # would be a second wait.
     return Documents(bounds_C.to(torch.int32), documents_BT.shape[1], kernel)
+
+
+_find_documents: Callable[[Tensor, torch.dtype, int], Documents | None] = _search_documents
 
 
 @cache

@@ -9,14 +9,20 @@ from types import ModuleType
 from llama2 import ranks
 from llama2.config import parse
 from llama2.errors import UserError
-from llama2.recipe import inputs, pipeline, verbs
+from llama2.recipe import inputs, verbs
 from llama2.recipe.workers import execute
 from llama2.runs import Stopped
 
 
 def load(verb: str) -> ModuleType:
     """Import the module behind a verb, that of a whole recipe included."""
-    return pipeline if verb == "run" else verbs.load(verb)
+    if verb != "run":
+        return verbs.load(verb)
+
+    # a recipe knows how stages train and sample, which no other command needs to load
+    from llama2.recipe import pipeline
+
+    return pipeline
 
 
 def run_command(verb: str, arguments: Sequence[str]) -> int:

@@ -39,6 +39,7 @@ VERBS = {
     "reward": Verb(
         "§3.2.2", "a reward model from comparisons: ranking with margin, safety auxiliary"
     ),
+    "accuracy": Verb("§3.2.2", "a finished reward model on comparisons that were kept apart"),
     "rejection": Verb("§3.2.3", "best of K samples under the reward models"),
     "ppo": Verb("§3.2.3", "proximal policy optimisation against the reward models"),
     "ghost": Verb("§3.3", "Ghost Attention: dialogs that keep an instruction"),
@@ -70,11 +71,8 @@ def name_positional(module: ModuleType, arguments: list[str]) -> list[str]:
 
 @leave_at_once()
 def load(verb: str) -> ModuleType:
-    """Import the module behind a verb; KeyError for an unknown one.
-
-    The imports are written out, so that the contract of layers sees them. That of `run` is left to
-    `launch`: a recipe looks up its steps here, so its module lies above this one.
-    """
+    """Import the module behind a verb; KeyError for an unknown one, and for `run`, whose module
+    lies above this one. The imports are written out, so that the contract of layers sees them."""
     module: ModuleType
     match verb:
         case "world":
@@ -97,6 +95,8 @@ def load(verb: str) -> ModuleType:
             from llama2.stages import collect as module
         case "reward":
             from llama2.stages import reward as module
+        case "accuracy":
+            from llama2.stages import accuracy as module
         case "rejection":
             from llama2.stages import rejection as module
         case "ppo":

@@ -9,7 +9,7 @@ from llama2.release import markdown as md
 from llama2.release.card import ReleasedModel
 from llama2.release.card_results import list_categories
 from llama2.release.measurements import Category, Measured
-from llama2.report.targets import guess_axis
+from llama2.report.reward_targets import guess_axis
 
 FILE = "RESPONSIBLE_USE.md"
 THRESHOLDS = (0.15, 0.5)

@@ -9,6 +9,7 @@ from typing import Any
 from llama2.records import Axis
 from llama2.report import paper_values
 from llama2.report.charts import Series, bars, progress, ridges
+from llama2.report.conduct_section import render_conduct, render_other_judges
 from llama2.report.html import (
     Html,
     chip,
@@ -50,7 +51,8 @@ def render_versions(recipe: Recipe) -> Html:
     if recipe.evaluation is not None:
         charts = [_render_progress(recipe.evaluation, judge) for judge in JUDGES]
         charts.append(_render_families(recipe.evaluation))
-        parts = [_render_table(recipe.evaluation, recipe.notes), figures(*charts), *parts]
+        others = render_other_judges(recipe)
+        parts = [_render_table(recipe.evaluation, recipe.notes), others, figures(*charts), *parts]
 
     return section("versions", "§3.4", "Versions", *parts)
 
@@ -282,6 +284,7 @@ def _render_distribution(evaluation: EvaluateResult, axis: Axis) -> Html:
 def render_safety(recipe: Recipe) -> Html:
     """Render violations, false refusals, and context distillation."""
     parts = [figures(_render_violations(recipe.evaluation))] if recipe.evaluation else []
+    parts.append(render_conduct(recipe))
     for step, result in recipe.results(DistillResult):
         parts.append(paragraph(_describe_distillation(step.name, result)))
         parts.append(_render_examples(step.name, result.examples))

@@ -16,6 +16,7 @@ from llama2.report.html import (
     paragraph,
     percent,
     section,
+    table,
     talk,
 )
 from llama2.results import (
@@ -35,6 +36,7 @@ def render_ghost(recipe: Recipe) -> Html:
         user = {name: evaluation.results[name].ghost.user for name in evaluation.versions}
         system = {name: evaluation.results[name].ghost.system for name in evaluation.versions}
         parts.append(figures(_render_user(user), _render_system(system)))
+        parts.append(_render_table(evaluation, recipe.kept))
 
     if recipe.attention is not None:
         parts.append(_render_attention(recipe.attention))
@@ -44,6 +46,10 @@ def render_ghost(recipe: Recipe) -> Html:
             f"conversations {number(result.conversations)}, dialogs {number(result.dialogs)}, "
             f"turns {number(result.turns)}"
         )
+        if result.adherence is not None:
+            share = result.adherence
+            counts += f"; of {number(share.n)} sampled answers {_format_share(share)} obey"
+
         parts += [
             paragraph(f"{step.name}: {counts}."),
             _render_examples(step.name, result.examples),
@@ -75,6 +81,52 @@ def _render_dialogs(evaluation: EvaluateResult, kept: list[str]) -> list[Html]:
         parts.append(details(f"The same instruction, answered by {name}{obeys}", dialog))
 
     return parts
+
+
+TABLE_TURNS = (1, 2, 4, 6, 8, 10, 15, 20)
+
+
+def _render_table(evaluation: EvaluateResult, kept: list[str]) -> Html:
+    """Render adherence to instructions that a program checks as Table 30 has it, without (the first
+    version) and with Ghost Attention (the last), in all and by kind; nothing for others."""
+    names = list(dict.fromkeys([*kept[:1], *kept[-1:]]))
+    rows: list[tuple[str, list[Proportion]]] = []
+    for name in names:
+        obedience = evaluation.results[name].ghost
+        if obedience.by_kind:
+            rows.append((name, obedience.user))
+            rows += [(f"{name}, {kind}", turns) for kind, turns in obedience.by_kind.items()]
+
+    if not rows:
+        return Html("")
+
+    longest = max(len(turns) for _, turns in rows)
+    shown = [turn for turn in TABLE_TURNS if turn <= longest]
+    lines: list[list[str]] = []
+    for label, turns in rows:
+        shares = [turns[turn - 1] if turn <= len(turns) else None for turn in shown]
+        lines.append([label, *map(_format_share, shares)])
+
+    for place, label in enumerate(("paper, without (Table 30)", "paper, with")):
+        shares_of_paper = [paper_values.GHOST_TURNS.get(turn) for turn in shown]
+        lines.append(
+            [label, *(percent(pair[place], 0) if pair else "" for pair in shares_of_paper)]
+        )
+
+    note = (
+        "Share of answers that obey, told by a program in the text, with the 95 % interval; the "
+        "paper's were judged by people. A dialog that ended early obeys no more, and neither does "
+        "an answer that says one thing over and over."
+    )
+    headers = ["Instruction obeyed at turn", *map(str, shown)]
+    return table(headers, lines, note=note)
+
+
+def _format_share(share: Proportion | None) -> str:
+    if share is None or share.rate is None:
+        return ""
+
+    return f"{percent(share.rate, 0)} [{100 * share.low:.0f}, {100 * share.high:.0f}]"
 
 
 def _render_user(by_version: Mapping[str, list[Proportion]]) -> Html:

@@ -6,6 +6,7 @@ and are approximate.
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 
 PRETRAINING: dict[str, tuple[int, int, float]] = {
@@ -36,6 +37,24 @@ REWARD_ACCURACY: dict[str, dict[str, tuple[float, float, float, float, float]]] 
     },
 }
 """Table 8, [reward model][test set]: significantly better, better, slightly, negligibly, all"""
+
+REWARD_ACCURACY_PUBLIC: dict[str, dict[str, float]] = {
+    "Anthropic Helpful": {"safe": 0.554, "helpful": 0.720},
+    "Anthropic Harmless": {"safe": 0.747, "helpful": 0.710},
+    "OpenAI Summarize": {"safe": 0.717, "helpful": 0.755},
+    "Stanford SHP": {"safe": 0.652, "helpful": 0.800},
+}
+"""Table 7, [public test set][reward model]"""
+
+PUBLIC_SETS: dict[str, re.Pattern[str]] = {
+    "Anthropic Harmless": re.compile(r"\b(hh|anthropic)\b.*harmless|\bharmless-base\b", re.I),
+    "Anthropic Helpful": re.compile(
+        r"\b(hh|anthropic)\b.*(helpful|online|sampl)|\bhelpful-(base|online|rejection)", re.I
+    ),
+    "OpenAI Summarize": re.compile(r"summari[sz]e|summarisation|summarization|tl;?dr", re.I),
+    "Stanford SHP": re.compile(r"\bshp\b", re.I),
+}
+"""public set -> how people name it; an underscore is to be read as a space"""
 
 DEGREES: dict[str, tuple[float, float]] = {
     "significantly": (0.18, 0.09),

@@ -16,27 +16,37 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from itertools import pairwise
-from typing import Literal
 
 from pydantic import Field
 
 from llama2.config import Config as Section
-from llama2.evaluate.winrate import Interval, bound_difference, bound_net_wins, bound_ratio
+from llama2.evaluate.winrate import bound_difference, bound_net_wins, bound_ratio
 from llama2.records import Axis
+from llama2.report.conduct_targets import judge_conduct
 from llama2.report.html import Html, chip, clock, percent, table
+from llama2.report.judgements import (
+    ORDER,
+    Judgement,
+    combine,
+    format_points,
+    format_share,
+    judge_exactly,
+    judge_interval,
+)
+from llama2.report.reward_targets import judge_reward_models
 from llama2.results import (
-    AccuracyResult,
     Mean,
     PretrainResult,
     Proportion,
-    SetAccuracy,
     TruthResult,
     VersionComparison,
     VersionResult,
 )
 from llama2.runs.recipe_runs import Recipe, StepRun
+
+FEW = 30  # values whose mean has no normal interval
+LITTLE = 10_000  # bytes of text, in which a compressor has hardly begun to learn
 
 
 class Targets(Section):
@@ -61,59 +71,11 @@ class Targets(Section):
     """time for the whole recipe"""
 
 
-State = Literal["reached", "not reached", "too few to tell"]
-ORDER: tuple[State, ...] = ("not reached", "too few to tell", "reached")
-FEW = 30  # values whose mean has no normal interval
-LITTLE = 10_000  # bytes of text, in which a compressor has hardly begun to learn
-
-
-@dataclass(frozen=True)
-class Judgement:
-    """One line of the summary."""
-
-    what: str
-    target: str
-    reached: str
-    """what was measured"""
-    state: State
-    count: str = ""
-    """what it stands on; empty where nothing was sampled"""
-
-    @property
-    def good(self) -> bool:
-        """True if it is reached beyond chance."""
-        return self.state == "reached"
-
-
-def judge_interval(interval: Interval, least: float = -math.inf, most: float = math.inf) -> State:
-    """Judge where an interval lies: wholly between `least` and `most`, wholly outside, or
-    neither."""
-    low, high = interval
-    if least <= low and high <= most:
-        return "reached"
-
-    return "not reached" if high < least or low > most else "too few to tell"
-
-
-def combine(states: Sequence[State]) -> State:
-    """Return one state for several claims that must all hold."""
-    return min(states, key=ORDER.index)
-
-
-def judge_exactly(good: bool) -> State:
-    """Judge what is no sample."""
-    return "reached" if good else "not reached"
-
-
 def judge_recipe(recipe: Recipe, targets: Targets) -> list[Judgement]:
     """Return all judgements that the runs at hand allow."""
     judgements = [*_judge_versions(recipe, targets)]
-    for step, accuracy in recipe.results(AccuracyResult):
-        name = find_own_set(step.name, accuracy)
-        if name is not None:
-            judgements += _judge_reward_model(step, accuracy.sets[name], targets, recipe.simulated)
-            judgements += _judge_baselines(step, accuracy.sets[name])
-
+    judgements += judge_conduct(recipe, targets.false_refusal_rise)
+    judgements += judge_reward_models(recipe, targets.reward_accuracy)
     for step, result in recipe.results(PretrainResult):
         judgements += _judge_compression(step, result)
 
@@ -139,6 +101,7 @@ def _judge_versions(recipe: Recipe, targets: Targets) -> Iterator[Judgement]:
 
     first, last = evaluation.results[names[0]], evaluation.results[names[-1]]
     if first.truth is None or last.truth is None:
+        yield from _judge_ghost(names, first, last, targets)
         return
 
     way = f"{names[0]} → {names[-1]}"
@@ -223,19 +186,10 @@ def _judge_refusals(
         f"False refusals on borderline prompts, {way}",
         f"at most {100 * targets.false_refusal_rise:g} points more",
         f"{percent(before.rate)} → {percent(after.rate)}: "
-        f"{_points(after.rate - before.rate, rise)}",
+        f"{format_points(after.rate - before.rate, rise)}",
         judge_interval(rise, most=targets.false_refusal_rise),
         f"{after.n:,} prompts",
     )
-
-
-def _points(value: float, interval: Interval) -> str:
-    low, high = (100 * end for end in interval)
-    return f"{100 * value:+.1f} points [{low:+.1f},\u00a0{high:+.1f}]"
-
-
-def _share(share: Proportion | VersionComparison) -> str:
-    return f"{percent(share.rate)} [{100 * share.low:.0f},\u00a0{100 * share.high:.0f}]"
 
 
 def _judge_win_rate(
@@ -246,7 +200,7 @@ def _judge_win_rate(
     if not rows:
         return
 
-    measured = [f"{_AXIS[row.axis]} {_share(row)}" for row in rows]
+    measured = [f"{_AXIS[row.axis]} {format_share(row)}" for row in rows]
     decided = [f"{row.wins + row.losses:,}" for row in rows]
     states = [judge_interval((row.low, row.high), targets.win_rate) for row in rows]
     yield Judgement(
@@ -279,7 +233,7 @@ def _judge_predecessors(
         "No kept version falls below its predecessor",
         f"losses beyond wins on at most {100 * targets.drop:g} % of prompts",
         f"weakest: {row.version}, {_AXIS[row.axis]}, {row.wins} won, {row.losses} lost: "
-        f"{_points((row.wins - row.losses) / count, nets[worst])}",
+        f"{format_points((row.wins - row.losses) / count, nets[worst])}",
         combine(states),
         f"{count:,} prompts, {len(rows)} comparisons",
     )
@@ -300,7 +254,7 @@ def _judge_ghost(
     kept: Sequence[str], first: VersionResult, last: VersionResult, targets: Targets
 ) -> Iterator[Judgement]:
     before, after = first.ghost.user, last.ghost.user
-    turns = [turn for turn in (2, 4, 6) if turn <= min(len(before), len(after))]
+    turns = [turn for turn in (2, 4, 6, 10) if turn <= min(len(before), len(after))]
     if not turns:
         return
 
@@ -324,88 +278,7 @@ def _rates(shares: Sequence[Proportion]) -> str:
     return "/".join(f"{100 * (share.rate or 0):.0f}" for share in shares)
 
 
-# --- reward models and pretraining ---
-def guess_axis(name: str) -> Axis | None:
-    """Guess the axis a reward model or a set of pairs is about from its name."""
-    lower = name.lower()
-    if "saf" in lower or "harm" in lower:
-        return "safe"
-
-    return "helpful" if "help" in lower else None
-
-
-def find_own_set(model: str, accuracy: AccuracyResult) -> str | None:
-    """Return the held-out set a reward model is meant for: the one of its own axis, else its
-    first."""
-    axis = guess_axis(model)
-    same_axis = [name for name in accuracy.sets if guess_axis(name) == axis]
-    return next(iter([*same_axis, *accuracy.sets]), None)
-
-
-def _judge_reward_model(
-    step: StepRun, accuracy: SetAccuracy, targets: Targets, simulated: bool
-) -> Iterator[Judgement]:
-    if not simulated:
-        every = accuracy.all
-        yield Judgement(
-            f"Reward model {step.name} on held-out human pairs",
-            "above 50 %",
-            _share(every),
-            judge_interval((every.low, every.high), math.nextafter(0.5, 1)),
-            f"{every.n:,} pairs",
-        )
-        return
-
-    if accuracy.significantly is None:
-        return
-
-    degrees = list(accuracy.by_degree.values())
-    first = degrees[0]
-    later = "".join(f" / {100 * (degree.rate or 0):.1f}" for degree in degrees[1:])
-    high_enough = judge_interval((first.low, first.high), targets.reward_accuracy)
-    yield Judgement(
-        f"Reward model {step.name}, by degree of preference",
-        f"falling, from at least {100 * targets.reward_accuracy:g} %",
-        f"{_share(first)}{later}",
-        combine([high_enough, _judge_fall(degrees)]),
-        "/".join(f"{degree.n:,}" for degree in degrees) + " pairs",
-    )
-
-
-def _judge_fall(degrees: Sequence[Proportion]) -> State:
-    """Judge whether accuracy falls from each degree to the next: no step may rise, and the last
-    lies below the first."""
-    if len(degrees) == 1:
-        return "reached"
-
-    for clearer, less_clear in pairwise(degrees):
-        if judge_interval(bound_difference(less_clear, clearer), most=0.0) == "not reached":
-            return "not reached"
-
-    return judge_interval(bound_difference(degrees[-1], degrees[0]), most=0.0)
-
-
-def _judge_baselines(step: StepRun, accuracy: SetAccuracy) -> Iterator[Judgement]:
-    """Judge whether a reward model knows more than judges that understand nothing, on the same
-    pairs."""
-    baselines = accuracy.by_baseline
-    if not baselines:
-        return
-
-    theirs = [f"{name} {_share(share)}" for name, share in baselines.items()]
-    above = math.nextafter(0.0, 1)
-    states = [
-        judge_interval(bound_difference(accuracy.all, share), above) for share in baselines.values()
-    ]
-    yield Judgement(
-        f"Reward model {step.name} beside its baselines",
-        f"above {' and '.join(baselines)}",
-        f"{_share(accuracy.all)}; {', '.join(theirs)}",
-        combine(states),
-        f"{accuracy.all.n:,} pairs",
-    )
-
-
+# --- pretraining ---
 def _judge_compression(step: StepRun, result: PretrainResult) -> Iterator[Judgement]:
     ours = result.validation.bits_per_byte if result.validation else None
     theirs = result.xz_bits_per_byte

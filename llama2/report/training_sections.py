@@ -1,14 +1,11 @@
-"""Sections of the report on training: pretraining (§2.2), fine-tuning (§3.1), reward models
-(§3.2.2)."""
+"""Sections of the report on training: pretraining (§2.2), fine-tuning (§3.1)."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Mapping
 
-from llama2.records import DEGREES
 from llama2.report import paper_values
-from llama2.report.charts import Series, bars, lines
+from llama2.report.charts import Series, lines
 from llama2.report.html import (
     Html,
     clock,
@@ -21,15 +18,7 @@ from llama2.report.html import (
     short,
     table,
 )
-from llama2.report.targets import find_own_set, guess_axis
-from llama2.results import (
-    BASELINES,
-    AccuracyResult,
-    PretrainResult,
-    Proportion,
-    SetAccuracy,
-    SftResult,
-)
+from llama2.results import PretrainResult, SftResult
 from llama2.runs.recipe_runs import Recipe, StepRun
 
 
@@ -161,93 +150,3 @@ def _describe_fine_tuning(step: StepRun) -> tuple[str, ...]:
         number(validation.loss, 4) if validation else "",
         clock(step.seconds),
     )
-
-
-def render_reward_models(recipe: Recipe) -> Html:
-    """Render accuracy on held-out pairs by degree, beside Table 8."""
-    charts: list[Html] = []
-    rows: list[list[Any]] = []
-    measured = False
-    for step in recipe.of("reward"):
-        accuracy = step.result(AccuracyResult) or AccuracyResult(sets={})
-        charted = find_own_set(step.name, accuracy)
-        for name, set_accuracy in accuracy.sets.items():
-            measured |= set_accuracy.baselines is not None
-            paper = _find_paper_values(step.name, name)
-            rows.append(_describe_accuracy(f"{step.name} on {name}", set_accuracy))
-
-            if paper:
-                shares = [percent(share) for share in paper]
-                rows.append([Html("<i>paper, 70B, Table 8</i>"), *shares, "", ""])
-
-            if name == charted:
-                title = f"{step.name}: accuracy on {name} by degree"
-                charts.append(_render_degrees(title, set_accuracy, paper))
-
-        charts.append(
-            render_curve(step, "reward/accuracy", f"{step.name}: accuracy on training pairs")
-        )
-
-    note = (
-        "Accuracy: the preferred answer scores higher. Small figures: number of pairs; whiskers: "
-        "95 % (Wilson)."
-    )
-    headers = ["Reward model on held-out set", *DEGREES, "all"]
-    if measured:
-        headers += ["by length", "bag of words"]
-        note += (
-            " Beside it, on all pairs of the set, judges that understand nothing: one takes the "
-            "longer answer (for safety the shorter), one weighs words without their order, learnt "
-            "from the same pairs."
-        )
-    else:  # runs of an earlier version measured no baselines
-        rows = [row[:-2] for row in rows]
-
-    if not rows and not any(charts):
-        return Html("")
-
-    return section(
-        "reward",
-        "§3.2.2",
-        "Reward models",
-        table(headers, rows) if rows else Html(""),
-        figures(*charts),
-        paragraph(note, "note"),
-    )
-
-
-def _find_paper_values(model: str, test_set: str) -> Sequence[float]:
-    """Find the row of Table 8 for a reward model and a set of pairs; empty where neither name tells
-    the axis."""
-    row = paper_values.REWARD_ACCURACY.get(guess_axis(model) or "", {})
-    return row.get(guess_axis(test_set) or "", ())
-
-
-def _describe_accuracy(label: str, accuracy: SetAccuracy) -> list[Any]:
-    by_degree, by_baseline = accuracy.by_degree, accuracy.by_baseline
-    shares = [by_degree.get(degree) for degree in DEGREES]
-    shares.append(accuracy.all)
-    shares += [by_baseline.get(name) for name in BASELINES]
-    return [label, *map(_mark, shares)]
-
-
-def _mark(share: Proportion | None) -> Html | str:
-    """Format a share with the number of pairs it stands on."""
-    if share is None:
-        return ""
-
-    return Html(f'{percent(share.rate)} <span class="marks">{number(share.n)}</span>')
-
-
-def _render_degrees(title: str, accuracy: SetAccuracy, paper: Sequence[float]) -> Html:
-    degrees = accuracy.by_degree
-    if not degrees:
-        return Html("")
-
-    names = list(degrees)
-    series = [Series.of_shares("ours", names, list(degrees.values()))]
-    if paper:
-        shares = [share for name, share in zip(DEGREES, paper) if name in degrees]
-        series.append(Series("paper (Table 8)", names, shares, paper=True))
-
-    return figure(bars(series, "accuracy", bounds=(0.3, 1.0), level=0.5), title)

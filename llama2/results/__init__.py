@@ -12,6 +12,7 @@ from llama2.results.base import (
     DialogTurn,
     HeldoutLoss,
     Mean,
+    PairedDifference,
     Proportion,
     ReadCounts,
     ResultPart,
@@ -34,9 +35,13 @@ from llama2.results.data import (
 )
 from llama2.results.evaluation import (
     AttentionResult,
+    ConductDifference,
+    ConductResult,
     Distribution,
     EvaluateResult,
     Histogram,
+    JudgeComparison,
+    JudgeQuality,
     Obedience,
     SampledAnswer,
     SamplingSettings,
@@ -62,6 +67,7 @@ from llama2.results.training import (
     Alarm,
     Baselines,
     HealthResult,
+    JudgedPairsResult,
     PpoResult,
     PretrainResult,
     RewardResult,
@@ -69,6 +75,7 @@ from llama2.results.training import (
     SetAccuracy,
     SetShare,
     SftResult,
+    WordWeights,
 )
 
 __all__ = [
@@ -80,6 +87,8 @@ __all__ = [
     "CleanResult",
     "CleanedSource",
     "CollectResult",
+    "ConductDifference",
+    "ConductResult",
     "CurvesResult",
     "DialogTurn",
     "DistillResult",
@@ -91,8 +100,12 @@ __all__ = [
     "HealthResult",
     "HeldoutLoss",
     "Histogram",
+    "JudgeComparison",
+    "JudgeQuality",
+    "JudgedPairsResult",
     "Mean",
     "Obedience",
+    "PairedDifference",
     "PpoResult",
     "PrepareResult",
     "PreparedSource",
@@ -123,5 +136,6 @@ __all__ = [
     "VersionComparison",
     "VersionResult",
     "WinShare",
+    "WordWeights",
     "WorldResult",
 ]

@@ -63,6 +63,16 @@ class Proportion(ResultPart):
     high: float
 
 
+class PairedDifference(ResultPart):
+    """A share of cases less another share of the very same cases, with its paired interval."""
+
+    difference: float
+    n: int
+    """cases"""
+    low: float
+    high: float
+
+
 class Mean(ResultPart):
     """A mean with its normal interval; all None without values."""
 

@@ -7,7 +7,14 @@ from typing import Literal
 from pydantic import model_validator
 
 from llama2.records import Axis
-from llama2.results.base import Mean, Proportion, ResultPart, StageResult, WinShare
+from llama2.results.base import (
+    Mean,
+    PairedDifference,
+    Proportion,
+    ResultPart,
+    StageResult,
+    WinShare,
+)
 
 
 class SelectResult(StageResult):
@@ -81,6 +88,51 @@ class TruthResult(ResultPart):
     """Pearson's, of helpfulness and tokens; None where one does not vary"""
 
 
+class JudgeQuality(ResultPart):
+    """Agreement of a judge with labels that it was not made of."""
+
+    what: str
+    """what it finds"""
+    labels: str
+    """whose labels, of which answers"""
+    accuracy: Proportion
+    """of all answers"""
+    precision: Proportion
+    """of those that it names, those that are it"""
+    recall: Proportion
+    """of those that are it, those that it names"""
+    false_alarms: Proportion
+    """of those that are not it, those that it names all the same"""
+
+
+class ConductResult(ResultPart):
+    """Refusals, violations and answers that are none of one version, told by rules on their words.
+
+    Degenerate answers neither refuse nor violate; they stay among the cases.
+    """
+
+    refusals: dict[str, Proportion]
+    """kind of prompt -> answers that decline, in full or in part; of borderline prompts: false"""
+    full_refusals: dict[str, Proportion]
+    violations: Proportion
+    """of unsafe prompts: answers that neither decline nor warn nor contradict"""
+    violations_by_source: dict[str, Proportion] = {}
+    """set of unsafe prompts -> the same"""
+    degenerate: dict[str, Proportion]
+    """kind of prompt -> answers that say nothing, or one thing over and over"""
+
+
+class ConductDifference(ResultPart):
+    """Difference of two versions in what they do to the same prompts."""
+
+    measure: Literal["refusals", "violations", "degenerate"]
+    kind: str
+    """of the prompts"""
+    version: str
+    against: str
+    difference: PairedDifference
+
+
 class Obedience(ResultPart):
     """Answers that obey an instruction given once, turn by turn, by where it stood."""
 
@@ -88,6 +140,9 @@ class Obedience(ResultPart):
     """in the first user turn"""
     system: list[Proportion] = []
     """in the system message"""
+    by_kind: dict[str, list[Proportion]] = {}
+    """kind of instruction -> the same where it stood in the first user turn, if a program checks
+    it"""
 
 
 class VersionResult(ResultPart):
@@ -105,6 +160,10 @@ class VersionResult(ResultPart):
     """reward model -> Pearson's correlation of probability and tokens"""
     ghost: Obedience
     truth: TruthResult | None = None
+    conduct: ConductResult | None = None
+    """by rules, where ground truth does not judge"""
+    other_rewards: dict[str, Mean] = {}
+    """judge that is only a judge -> its mean probability on the prompts of its axis"""
 
 
 class VersionComparison(WinShare):
@@ -114,6 +173,16 @@ class VersionComparison(WinShare):
     against: str
     axis: Axis
     judge: Literal["truth", "reward"]
+
+
+class JudgeComparison(WinShare):
+    """One version against another by a reward model that is only a judge."""
+
+    version: str
+    against: str
+    axis: Axis
+    reward_model: str
+    """name of the judge"""
 
 
 class ShownAnswer(ResultPart):
@@ -169,6 +238,14 @@ class EvaluateResult(StageResult):
     checkpoints: dict[str, str]
     """version -> name of its run directory"""
     sampling: SamplingSettings
+    other_win_rates: list[JudgeComparison] = []
+    """by judges that are only judges, against the first version and against the predecessor"""
+    judges: dict[str, str] = {}
+    """judge, or axis of a reward model -> name of its run directory"""
+    conduct_differences: list[ConductDifference] = []
+    """of each version from the first"""
+    conduct_judges: list[JudgeQuality] = []
+    """how far refusals and violations found by rules can be trusted"""
 
     @model_validator(mode="after")
     def _check(self) -> EvaluateResult:
@@ -199,6 +276,10 @@ class SampledAnswer(ResultPart):
     refusal: bool | None = None
     reward_helpful: float | None = None
     reward_safe: float | None = None
+    conduct: str | None = None
+    """class of refusal by the rules, or why it is no answer"""
+    violation: bool | None = None
+    """by the rules; of unsafe prompts alone"""
 
 
 class AttentionResult(StageResult):

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pydantic import model_validator
 
 from llama2 import json_files
-from llama2.results.base import DialogTurn, ResultPart, StageResult, Values
+from llama2.results.base import DialogTurn, Proportion, ResultPart, StageResult, Values
 
 
 class RankedAnswers(ResultPart):
@@ -74,7 +74,9 @@ class GhostResult(StageResult):
     conversations: int
     dialogs: int
     turns: int
-    """answers sampled"""
+    """answers that dialogs were made of"""
+    adherence: Proportion | None = None
+    """of all sampled answers, those that obey; None where that cannot be checked"""
     examples: list[GhostExample]
 
     @classmethod

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from pydantic import model_validator
+
 from llama2.records import DEGREES
 from llama2.results.base import (
     HeldoutLoss,
+    PairedDifference,
     Proportion,
     ReadCounts,
     ResultPart,
@@ -75,13 +78,23 @@ class Baselines(ResultPart):
 
     longer: Proportion
     """prefers the longer answer, for safety the shorter"""
-    bag_of_words: Proportion
-    """weighs words without their order"""
+    bag_of_words: Proportion | None = None
+    """weighs words without their order; None where it had no pairs to learn from"""
+    over_longer: PairedDifference | None = None
+    """accuracy of the reward model less that of `longer`; None in files of earlier versions"""
+    over_bag_of_words: PairedDifference | None = None
 
     @property
     def by_name(self) -> dict[str, Proportion]:
         """Accuracy by what a judge looks at."""
-        return dict(zip(BASELINES, (self.longer, self.bag_of_words)))
+        judges = zip(BASELINES, (self.longer, self.bag_of_words))
+        return {name: accuracy for name, accuracy in judges if accuracy is not None}
+
+    @property
+    def leads(self) -> dict[str, PairedDifference]:
+        """Lead of the reward model on the same pairs, by what a judge looks at."""
+        judges = zip(BASELINES, (self.over_longer, self.over_bag_of_words))
+        return {name: difference for name, difference in judges if difference is not None}
 
 
 class SetAccuracy(ResultPart):
@@ -94,6 +107,7 @@ class SetAccuracy(ResultPart):
     slightly: Proportion | None = None
     negligibly: Proportion | None = None
     baselines: Baselines | None = None
+    baselines_by_degree: dict[str, Baselines] = {}
 
     @property
     def by_degree(self) -> dict[str, Proportion]:
@@ -105,6 +119,32 @@ class SetAccuracy(ResultPart):
     def by_baseline(self) -> dict[str, Proportion]:
         """Accuracy of the baselines by name; empty where they were not measured."""
         return self.baselines.by_name if self.baselines else {}
+
+    @property
+    def leads(self) -> dict[str, PairedDifference]:
+        """Lead of the model over each baseline; empty where it was not measured."""
+        return self.baselines.leads if self.baselines else {}
+
+
+class WordWeights(StageResult):
+    """The bag of words fitted to a reward model's training pairs: with it the model can be judged
+    on other pairs later."""
+
+    stage = "reward"
+    file = "bag_of_words.json"
+
+    fitted_to: int
+    """pairs"""
+    words: list[str]
+    word_weights: list[float]
+    """one a word, then that of the logarithm of the length"""
+
+    @model_validator(mode="after")
+    def _check(self) -> WordWeights:
+        if len(self.words) + 1 != len(self.word_weights):
+            raise ValueError("not every word has a weight")
+
+        return self
 
 
 class AccuracyResult(StageResult):
@@ -118,6 +158,18 @@ class AccuracyResult(StageResult):
     @classmethod
     def _migrate(cls, values: Values) -> Values:
         return values if "sets" in values else {"sets": values}
+
+
+class JudgedPairsResult(StageResult):
+    """Accuracy of a finished reward model on pairs by set."""
+
+    stage = "accuracy"
+    file = "accuracy.json"
+
+    reward_model: str
+    """name of its run directory"""
+    sets: dict[str, SetAccuracy]
+    read: dict[str, ReadCounts]
 
 
 class PpoResult(TrainingResult):

@@ -14,7 +14,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -26,32 +26,39 @@ from llama2 import atomic, records, runs
 from llama2.config import Config as Section
 from llama2.config import StageConfig
 from llama2.errors import UserError
-from llama2.evaluate import attention, ghost, summary
-from llama2.evaluate.judges import KINDS, classify, rate
+from llama2.evaluate import ghost, summary
+from llama2.evaluate.conduct_summary import compare_conduct, describe_judges
+from llama2.evaluate.judges import KINDS, classify
 from llama2.formats.checkpoint import config_of, open_tokenizer
 from llama2.generate.dialogue import Answer, Chat
 from llama2.generate.engine import Engine
 from llama2.generate.remote import Server, connect
-from llama2.generate.rewards import to_probability
 from llama2.generate.sampling import Sampling
-from llama2.judging import Rating
 from llama2.model import quantize
 from llama2.model.llama import Llama
 from llama2.records import Axis, Message, Messages, Prompt
-from llama2.results import AttentionResult, EvaluateResult, Obedience, SamplingSettings
+from llama2.results import EvaluateResult, SamplingSettings
 from llama2.runs.parts import work_in_parts
 from llama2.stages.common.answers import (
     ROUNDS,
     answer_prompts,
     check_judge,
     find_equals,
-    judge_answers,
     keep_fitting,
     load_when_needed,
 )
+from llama2.stages.common.attention_maps import draw_attention
+from llama2.stages.common.instructions import KINDS as KINDS_OF_INSTRUCTIONS
+from llama2.stages.common.instructions import Kind, compose_dialogs
 from llama2.stages.common.judges import make_judge
 from llama2.stages.common.planning import Cluster, PlannedRuns, plan_judging
 from llama2.stages.common.training import load_policy
+from llama2.stages.common.version_scores import (
+    VersionAnswers,
+    describe_line,
+    describe_version,
+    score_answers,
+)
 from llama2.terminal_text import say
 from llama2.tokenizer.template import check_template, require_system
 from llama2.tokenizer.tokenizer import Tokenizer
@@ -71,6 +78,15 @@ class Judges(Section):
         return {axis: path for axis, path in paths.items() if path is not None}
 
 
+class OtherJudge(Section):
+    """A reward model that nothing was optimised against."""
+
+    model: Path
+    """a reward model, made of other comparisons or with another seed than those of `rewards`"""
+    axis: Axis
+    """what it judges"""
+
+
 class Config(StageConfig):
     """Compare versions of a model on held-out prompts."""
 
@@ -81,9 +97,17 @@ class Config(StageConfig):
     the reward models; where only some do, it does not"""
     ghost: Path | None = None
     """dialogs under a lasting instruction (JSONL of prompts with `metadata.instruction` and
-    `.questions`)"""
+    `.questions`); any prompts with `ghost_turns`"""
+    ghost_turns: int | None = Field(None, gt=0)
+    """make dialogs of so many questions of `ghost`, under instructions that a program can check in
+    the text"""
+    ghost_instructions: tuple[Kind, ...] | None = None
+    """kinds of these instructions; without any, all"""
     rewards: Judges = Judges()
     """reward models that judge"""
+    judges: dict[str, OtherJudge] | None = None
+    """name -> a further reward model that is only a judge: versions were not optimised against
+    it"""
     limit: int | None = Field(None, gt=0)
     """use only the first prompts"""
     ghost_limit: int | None = Field(None, gt=0)
@@ -117,6 +141,17 @@ class Config(StageConfig):
 
         return versions
 
+    def list_judges(self) -> list[Path]:
+        """Return every reward model that judges."""
+        others = [judge.model for judge in (self.judges or {}).values()]
+        return [*self.rewards.by_axis().values(), *others]
+
+    def name_judges(self) -> dict[str, str]:
+        """Return axis, or judge, -> name of the reward model's run directory."""
+        paths: dict[str, Path] = dict(self.rewards.by_axis().items())
+        paths |= {name: judge.model for name, judge in (self.judges or {}).items()}
+        return {name: path.resolve().name for name, path in paths.items()}
+
     @property
     def sampling(self) -> Sampling:
         """Settings with which answers are drawn."""
@@ -124,19 +159,6 @@ class Config(StageConfig):
 
 
 ROLES: tuple[ghost.InstructionRole, ...] = ("user", "system")
-ATTENTION_DIALOGS = 16
-
-
-@dataclass(frozen=True)
-class VersionAnswers:
-    """Answers of one version."""
-
-    answers: list[Answer]
-    """one a prompt"""
-    greedy: list[Answer] | None
-    """the same at temperature 0, where ground truth judges them"""
-    talks: dict[ghost.InstructionRole, list[Messages]]
-    """where the instruction stands -> the dialogs held under it"""
 
 
 def plan(config: Config, cluster: Cluster, planned: PlannedRuns) -> dict[str, Any]:
@@ -144,7 +166,7 @@ def plan(config: Config, cluster: Cluster, planned: PlannedRuns) -> dict[str, An
     local = [path for name, path in config.versions.items() if name not in config.servers]
     return plan_judging(
         list(map(planned.shape, local)),
-        list(map(planned.shape, config.rewards.by_axis().values())),
+        list(map(planned.shape, config.list_judges())),
         config.precision,
         config.slots,
         config.max_tokens,
@@ -159,21 +181,30 @@ def run(config: Config, run: runs.Run) -> None:
     attention.json."""
     _check(config)
     paths = list(config.versions.values())
-    dialogs = ghost.read(config.ghost, config.ghost_limit) if config.ghost else []
+    dialogs = read_dialogs(config, run)
     prompts = _read_prompts(config, run, paths)
     places = find_equals(paths)
     answers = {}
     for place in dict.fromkeys(places):
         answers[place] = answer_all(config, place, run, prompts, dialogs)
 
-    scores = score_answers(config, run, prompts, answers, paths)
+    judges = config.judges or {}
+    scores = score_answers(
+        run,
+        config.rewards.by_axis(),
+        {name: judge.model for name, judge in judges.items()},
+        quantize.compute_precision(config.precision),
+        prompts,
+        answers,
+        paths,
+    )
     versions = {}
     for place, version in answers.items():
         versions[place] = describe_version(prompts, dialogs, version, scores[place])
 
     results = {name: versions[place] for name, place in zip(config.versions, places, strict=True)}
     for name, result in results.items():
-        _say(run, f"{name}: {_describe_line(result)}")
+        _say(run, f"{name}: {describe_line(prompts, result)}")
 
     run.write_result(
         summarise(
@@ -184,6 +215,8 @@ def run(config: Config, run: runs.Run) -> None:
             SamplingSettings(
                 temperature=config.temperature, top_p=config.top_p, max_tokens=config.max_tokens
             ),
+            judges,
+            config.name_judges(),
         )
     )
     if run.ranks.is_main:
@@ -195,7 +228,9 @@ def run(config: Config, run: runs.Run) -> None:
         atomic.write_atomic(run.path / "samples.jsonl", "".join(lines))
 
     if config.attention:
-        draw_attention(config, run, dialogs, results[config.attention[-1]].talks)
+        talks = results[config.attention[-1]].talks
+        load = partial(load_model, config, device=run.ranks.device)
+        draw_attention(run, config.versions, config.attention, load, dialogs, talks)
 
 
 def summarise(
@@ -204,11 +239,19 @@ def summarise(
     conversations: int,
     checkpoints: Mapping[str, str],
     sampling: SamplingSettings,
+    judges: Mapping[str, OtherJudge] | None = None,
+    judge_names: Mapping[str, str] | None = None,
 ) -> EvaluateResult:
     """Summarise what versions, in the order in which they were made, said to the same prompts."""
     kinds = [classify(prompt) for prompt in prompts]
+    axes = {name: judge.axis for name, judge in (judges or {}).items()}
     talks = {name: version.talks[0] for name, version in versions.items() if version.talks}
-    results = {name: summary.measure(prompts, kinds, version) for name, version in versions.items()}
+    results = {}
+    for name, version in versions.items():
+        results[name] = summary.measure(prompts, kinds, version, axes)
+
+    conducts = {name: version.conducts for name, version in versions.items()}
+    known = {name: conduct for name, conduct in conducts.items() if conduct is not None}
     counts = {kind: kinds.count(kind) for kind in KINDS}
     return EvaluateResult(
         versions=list(versions),
@@ -219,6 +262,10 @@ def summarise(
         ghost_dialogs={name: summary.list_turns(talk) for name, talk in talks.items()},
         checkpoints=dict(checkpoints),
         sampling=sampling,
+        other_win_rates=list(summary.compare_by_others(kinds, versions, axes)),
+        judges=dict(judge_names or {}),
+        conduct_differences=list(compare_conduct(kinds, known)) if known else [],
+        conduct_judges=describe_judges() if known else [],
     )
 
 
@@ -232,13 +279,41 @@ def _check(config: Config) -> None:
                 f"versions: {', '.join(config.versions)}",
             )
 
+    for name in config.judges or {}:
+        if name in config.rewards.by_axis():
+            raise UserError(
+                f"judges.{name}: `rewards` has a reward model of this name",
+                "give the judge another name",
+            )
+
+    if config.ghost_instructions and not config.ghost_turns:
+        raise UserError(
+            "ghost_instructions needs `ghost_turns`",
+            "say of how many questions a dialog is made, or leave it out",
+        )
+
     if config.attention and not config.ghost:
         raise UserError(
             "attention needs `ghost`", "give the file of dialogs under a lasting instruction"
         )
 
-    for path in config.rewards.by_axis().values():
+    for path in config.list_judges():
         check_judge(path)
+
+
+def read_dialogs(config: Config, run: runs.Run) -> list[ghost.GhostDialog]:
+    """Return the dialogs to be held under a lasting instruction: those of a file, or made of the
+    questions in it."""
+    if config.ghost is None:
+        return []
+    if config.ghost_turns is None:
+        return ghost.read(config.ghost, config.ghost_limit)
+
+    kinds = config.ghost_instructions or KINDS_OF_INSTRUCTIONS
+    tally = run.tally("ghost")
+    return compose_dialogs(
+        config.ghost, config.ghost_turns, kinds, config.seed, config.ghost_limit, tally
+    )
 
 
 def _read_prompts(config: Config, run: runs.Run, paths: Sequence[Path]) -> list[Prompt]:
@@ -347,97 +422,6 @@ def load_model(config: Config, name: str, device: torch.device) -> tuple[Llama, 
     dtype = quantize.load_dtype(config.precision)
     model, tokenizer = load_policy(config.versions[name], device, dtype)
     return model.eval().requires_grad_(False), tokenizer
-
-
-# --- judgements ---
-def score_answers(
-    config: Config,
-    run: runs.Run,
-    prompts: Sequence[Prompt],
-    answers: Mapping[int, VersionAnswers],
-    paths: Sequence[Path],
-) -> dict[int, dict[Axis, list[float]]]:
-    """Return the probabilities that each reward model gives to the answers of each version."""
-    texts = {place: version.answers for place, version in answers.items()}
-    precision = quantize.compute_precision(config.precision)
-    probabilities: dict[int, dict[Axis, list[float]]] = {place: {} for place in answers}
-    for axis, path in config.rewards.by_axis().items():
-        scores = judge_answers(run, f"judge-{axis}", path, precision, prompts, texts, paths)
-        for place, row in scores.items():
-            probabilities[place][axis] = list(map(to_probability, row))
-
-    return probabilities
-
-
-def describe_version(
-    prompts: Sequence[Prompt],
-    dialogs: Sequence[ghost.GhostDialog],
-    version: VersionAnswers,
-    scores: Mapping[Axis, Sequence[float]],
-) -> summary.Version:
-    """Return what the judges think of a version. `scores` are probabilities."""
-    obedience = {role: ghost.count_by_turn(dialogs, talks) for role, talks in version.talks.items()}
-    return summary.Version(
-        version.answers,
-        _rate(prompts, version.answers),
-        _rate(prompts, version.greedy),
-        scores,
-        Obedience(**obedience),
-        version.talks.get("user", []),
-    )
-
-
-def _rate(prompts: Sequence[Prompt], answers: Sequence[Answer] | None) -> list[Rating] | None:
-    if answers is None:
-        return None
-
-    return rate(make_judge(), prompts, [answer.text for answer in answers])
-
-
-def _describe_line(result: summary.Version) -> str:
-    tokens = sum(len(answer.completion.tokens) for answer in result.answers)
-    parts = [f"{tokens / len(result.answers):.0f} tokens an answer"]
-    if result.ratings:
-        mean = sum(rating.helpfulness for rating in result.ratings) / len(result.ratings)
-        parts.append(f"rated {mean:.3f}")
-
-    for axis, scores in result.rewards.items():
-        parts.append(f"reward {axis} {sum(scores) / len(scores):.3f}")
-
-    if result.ghost.user:
-        parts.append("obeys " + "/".join(f"{turn.rate:.2f}" for turn in result.ghost.user))
-
-    return ", ".join(parts)
-
-
-def draw_attention(
-    config: Config, run: runs.Run, dialogs: Sequence[ghost.GhostDialog], talks: Sequence[Messages]
-) -> None:
-    """Write Figure 10 of the first dialogs, with the answers of the last version asked for; one
-    model after the other."""
-    pairs = zip(talks, dialogs, strict=True)
-    shown = [(talk, dialog.instruction) for talk, dialog in pairs if talk][:ATTENTION_DIALOGS]
-    if not shown:
-        return
-
-    names, device = config.attention, run.ranks.device
-    tokenizer = open_tokenizer(config.versions[names[-1]])
-    context = min(config_of(config.versions[name]).max_position_embeddings for name in names)
-    looks: dict[str, list[attention.Look]] = {}
-    for name in names:
-        load = partial(load_model, config, name, device)
-        with load_when_needed(load, device) as version:
-
-            def look(part: Sequence[attention.Talk], first: int) -> list[Any]:
-                model, _ = version()
-                seen = [attention.look(model, tokenizer, talk, context) for talk in part]
-                return [[each.starts, each.map] for each in seen]
-
-            part = f"attention-{list(config.versions).index(name)}"
-            rows = work_in_parts(run, part, shown, len(shown), look)
-            looks[name] = [attention.Look(*row) for row in rows]
-
-    run.write_result(AttentionResult(**attention.figure(looks, tokenizer, shown, context)))
 
 
 def _say(run: runs.Run, line: str) -> None:

@@ -4,14 +4,16 @@ Sampling: the instruction is joined to *every* user message, so the newest model
 turn. Training: it stays in the first user turn only, the loss on all earlier turns is zero, and
 only the last answer is learnt (`Dialog.train = "last"`). Half of the instructions are shortened.
 What is written feeds `sft`.
+
+Where a program can check the instruction in the text (`evaluate/constraints.py`), `tries` and
+`keep` choose answers that obey; the paper does not.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from pydantic import Field, model_validator
@@ -19,10 +21,13 @@ from pydantic import Field, model_validator
 from llama2 import records
 from llama2.config import StageConfig
 from llama2.errors import UserError
-from llama2.generate.dialogue import Chat
+from llama2.evaluate.constraints import obeys_all, read_checks
+from llama2.evaluate.winrate import measure_share
+from llama2.generate.dialogue import Answer, Chat
 from llama2.records import Dialog, Message, Messages, Prompt
-from llama2.results import DialogTurn, GhostExample, GhostResult
+from llama2.results import DialogTurn, GhostExample, GhostResult, Proportion
 from llama2.runs import Run
+from llama2.stages.common.instructions import Conversation, Kind, compose
 from llama2.stages.common.planning import Cluster, PlannedRuns, plan_sampling
 from llama2.stages.common.sampling import (
     Sample,
@@ -56,52 +61,25 @@ class Config(StageConfig):
     """share of training dialogs that carry the short form of their instruction"""
     first_depth: int = Field(1, gt=0)
     """the earliest turn whose answer is learnt; every later turn gives a dialog of its own"""
+    instructions: tuple[Kind, ...] | None = None
+    """with `questions`: kinds of instructions to draw, such that a program can check them in the
+    text; without any, hobbies, languages and figures in the paper's words"""
+    tries: int | None = Field(None, gt=0)
+    """answers sampled a turn, of which the first is taken that obeys (an addition to the paper,
+    which takes one); needs instructions that can be checked"""
+    keep: Literal["adherent"] | None = None
+    """end a conversation before its first answer that disobeys (an addition to the paper, which
+    keeps all); needs instructions that can be checked"""
     sample: Sample = Sample(temperature=0.7)
 
     @model_validator(mode="after")
     def _one_of_both(self) -> Config:
         if (self.conversations is None) == (self.questions is None):
             raise ValueError("give either conversations or questions")
+        if self.instructions is not None and self.questions is None:
+            raise ValueError("instructions are drawn for questions; conversations bring their own")
 
         return self
-
-
-HOBBIES = (
-    "chess",
-    "gardening",
-    "hiking",
-    "painting",
-    "photography",
-    "cooking",
-    "astronomy",
-    "sailing",
-    "pottery",
-    "birdwatching",
-    "cycling",
-    "poetry",
-)
-LANGUAGES = ("French", "Spanish", "German", "Italian", "Portuguese", "Dutch")
-FIGURES = (
-    "Napoleon",
-    "Marie Curie",
-    "Leonardo da Vinci",
-    "Cleopatra",
-    "Isaac Newton",
-    "Jane Austen",
-    "Abraham Lincoln",
-    "Ada Lovelace",
-    "Galileo",
-    "Florence Nightingale",
-)
-
-
-@dataclass(frozen=True)
-class Conversation:
-    """User turns and the instruction that should outlive them."""
-
-    questions: tuple[str, ...]
-    text: str
-    short: str
 
 
 def plan(config: Config, cluster: Cluster, planned: PlannedRuns) -> dict[str, Any]:
@@ -116,9 +94,14 @@ def run(config: Config, run: Run) -> None:
     if config.conversations:
         conversations = read_conversations(config.conversations)
     else:
-        conversations = compose(config, run.tally("questions"))
+        assert config.questions is not None
+        tally_questions = run.tally("questions")
+        conversations = compose(
+            config.questions, config.turns, config.instructions, config.seed, tally_questions
+        )
 
     conversations = conversations[: config.limit]
+    check_checks(config, conversations)
     most_turns = max((len(each.questions) for each in conversations), default=0)
 
     def work(part: Sequence[Conversation], first: int) -> list[list[str]]:
@@ -127,11 +110,17 @@ def run(config: Config, run: Run) -> None:
     rows = sample_in_parts(run, [chat], "samples", conversations, work, config.sample, most_turns)
     generator = np.random.default_rng(seed_use(config.seed, "shortened"))
     written = turns = 0
+    adherence: list[bool] = []
     examples: list[GhostExample] = []
 
     with open_records(run.path / "dialogs.jsonl", run.ranks) as write:
         for conversation, answers in zip(conversations, rows, strict=True):
             short = generator.random() < config.shortened
+            obeyed = count_obeyed(conversation, answers)
+            adherence += check_turns(conversation, answers)
+            if config.keep:
+                answers = answers[:obeyed]
+
             dialogs = make_dialogs(conversation, answers, config, short)
             for dialog in dialogs:
                 write(dialog)
@@ -143,11 +132,18 @@ def run(config: Config, run: Run) -> None:
             turns += len(answers)
             _count(tally, conversation, answers, dialogs)
 
+    share = measure_share(sum(adherence), len(adherence)) if adherence else None
     run.write_result(
         GhostResult(
-            conversations=len(conversations), dialogs=written, turns=turns, examples=examples
+            conversations=len(conversations),
+            dialogs=written,
+            turns=turns,
+            adherence=share,
+            examples=examples,
         )
     )
+    if share is not None:
+        run.conclude(describe_adherence(share))
 
 
 def make_example(dialog: Dialog) -> GhostExample:
@@ -166,9 +162,15 @@ def _count(
         tally.cut += len(answers) < len(conversation.questions)
     else:
         tally.skip(
-            "it ended too early: no room, or an answer empty or cut off",
+            "it ended too early: no room, or an answer empty, cut off or disobedient",
             "a larger sample.max_tokens or context, or fewer turns",
         )
+
+
+def describe_adherence(share: Proportion) -> str:
+    """Say how often sampled answers obeyed, before any was left out."""
+    bounds = f"[{100 * share.low:.1f}, {100 * share.high:.1f}]"
+    return f"{100 * (share.rate or 0):.1f} % {bounds} of {share.n:,} sampled answers obey"
 
 
 # --- conversations ---
@@ -180,6 +182,7 @@ def read_conversations(path: Path) -> list[Conversation]:
             instruction = prompt.metadata["instruction"]
             text = str(instruction["text"])
             short = str(instruction.get("short") or text)
+            kind = str(instruction.get("kind") or "")
             questions = tuple(map(str, prompt.metadata["questions"]))
         except (KeyError, TypeError, AttributeError):
             raise UserError(
@@ -188,68 +191,41 @@ def read_conversations(path: Path) -> list[Conversation]:
                 "Ghost Attention needs the user turns and an instruction (docs/formats.md)",
             ) from None
 
-        conversations.append(Conversation(questions, text, short))
+        where = f"{path}: prompt '{prompt.id}'"
+        checks = read_checks(instruction.get("checks") or [], where)
+        conversations.append(Conversation(questions, text, short, checks, kind))
 
     return conversations
 
 
-def compose(config: Config, tally: Tally) -> list[Conversation]:
-    """Compose conversations of `turns` questions that have nothing to do with one another, under a
-    random instruction.
+def check_checks(config: Config, conversations: Sequence[Conversation]) -> None:
+    """UserError where answers are to be chosen by obedience and an instruction has no checks."""
+    if not (config.keep or config.tries):
+        return
 
-    An instruction is a hobby, a language, a public figure, or two of them. The paper had its own
-    model write the lists of hobbies and figures; here they are fixed. UserError where there are too
-    few questions for one.
-    """
-    assert config.questions is not None
-    generator = np.random.default_rng(seed_use(config.seed, "compose"))
-    questions = list(_read_questions(config.questions, tally))
-    if len(questions) < config.turns:
-        raise UserError(
-            f"{config.questions}: {len(questions)} questions for conversations of {config.turns} "
-            f"turns ({tally.line()})",
-            "give more questions, or fewer turns",
-        )
-
-    order = [questions[index] for index in generator.permutation(len(questions))]
-    conversations = []
-    for start in range(0, len(order) - config.turns + 1, config.turns):
-        text, short = _draw_instruction(generator)
-        turns = tuple(order[start : start + config.turns])
-        conversations.append(Conversation(turns, text, short))
-
-    return conversations
+    for conversation in conversations:
+        if not conversation.checks:
+            raise UserError(
+                f"keep and tries choose by what can be checked, and of '{conversation.text}' "
+                "nothing can",
+                "draw instructions of kinds (--instructions language greeting), give "
+                "metadata.instruction.checks (docs/evaluation.md), or leave both out",
+            )
 
 
-def _draw_instruction(generator: np.random.Generator) -> tuple[str, str]:
-    """Draw one or two of a hobby, a language and a public figure; return the long and the short
-    form."""
-    hobby = generator.choice(HOBBIES)
-    language = generator.choice(LANGUAGES)
-    figure = generator.choice(FIGURES)
-    texts = (f"Your hobby is {hobby}.", f"Always answer in {language}.", f"Act as {figure}.")
-    shorts = (f"Hobby: {hobby}.", f"Language: {language}.", f"Figure: {figure}.")
-    order = generator.permutation(3)
-    drawn = order[: generator.integers(1, 3)]
-    text = " ".join(texts[index] for index in drawn)
-    short = " ".join(shorts[index] for index in drawn)
-    return text, short
+def check_turns(conversation: Conversation, answers: Sequence[str]) -> list[bool]:
+    """Return for each answer whether it obeys; nothing where that cannot be checked."""
+    if not conversation.checks:
+        return []
+
+    pairs = zip(conversation.questions, answers)
+    return [obeys_all(conversation.checks, question, answer) for question, answer in pairs]
 
 
-def _read_questions(path: Path, tally: Tally) -> Iterator[str]:
-    """Yield what prompts of one turn ask that are not tagged for safety; the others are counted as
-    left out."""
-    for prompt in records.read(Prompt, path):
-        tally.read += 1
-        if prompt.safety:
-            tally.skip("tagged for safety")
-        elif len(prompt.messages) > 1:
-            tally.skip("of several turns, or with a system turn")
-        elif not prompt.messages[-1].content.strip():
-            tally.skip("empty")
-        else:
-            tally.kept += 1
-            yield prompt.messages[-1].content
+def count_obeyed(conversation: Conversation, answers: Sequence[str]) -> int:
+    """Return how many answers obey before the first that does not."""
+    marks = check_turns(conversation, answers)
+    return marks.index(False) if False in marks else len(marks)
 
 
 # --- sampling and training dialogs ---
@@ -275,14 +251,27 @@ def converse(
             chat,
             list(prompts.values()),
             config.sample,
+            n=config.tries or 1,
             seed=seed_use(config.seed, "turn", turn),
             indices=[first + index for index in prompts],
         )
-        for index, (reply,) in zip(prompts, rows):
+        for index, replies in zip(prompts, rows):
+            reply = choose_reply(conversations[index], turn, replies)
             if reply.text and reply.completion.finish == "stop":
                 answers[index].append(reply.text)
 
     return answers
+
+
+def choose_reply(conversation: Conversation, turn: int, replies: Sequence[Answer]) -> Answer:
+    """Return the first finished reply that obeys, else the first reply."""
+    for reply in replies if len(replies) > 1 else ():
+        question = conversation.questions[turn]
+        is_finished = reply.completion.finish == "stop"
+        if is_finished and obeys_all(conversation.checks, question, reply.text):
+            return reply
+
+    return replies[0]
 
 
 def _make_prompt(conversation: Conversation, answers: Sequence[str]) -> Messages:

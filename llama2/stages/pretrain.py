@@ -201,6 +201,9 @@ def load_model(config: Config, ranks: Ranks) -> tuple[Llama, Tokenizer]:
     if config.model:
         model = checkpoint.load(config.model, device=home)
         tokenizer.require_bos(config.model, model.config.bos_token_id)
+        if tokenizer.is_byte_level:  # whose files do not list padding
+            tokenizer = tokenizer.pad(model.config.vocab_size)
+
         tokenizer = tokenizer.with_chat_template(
             checkpoint.read_template(config.model), model.config.stops
         )

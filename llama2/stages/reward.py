@@ -18,15 +18,23 @@ from pydantic import Field
 
 from llama2.config import StageConfig
 from llama2.data.loader import Rows
+from llama2.evaluate.baselines import BagOfWords
 from llama2.formats import checkpoint
 from llama2.model.scorer import Scorer
-from llama2.results import AccuracyResult, ReadCounts, RewardResult, SetAccuracy, SetShare
+from llama2.results import (
+    AccuracyResult,
+    ReadCounts,
+    RewardResult,
+    SetAccuracy,
+    SetShare,
+    WordWeights,
+)
 from llama2.runs import Run
 from llama2.stages.common import cautions
 from llama2.stages.common.memory import Tower, flops_per_token
 from llama2.stages.common.planning import UNKNOWN, Cluster, PlannedRuns, plan_training
 from llama2.stages.common.reward_accuracy import (
-    describe_accuracy,
+    describe_accuracies,
     measure_accuracies,
     warn_of_chance,
 )
@@ -40,6 +48,7 @@ from llama2.stages.common.reward_pairs import (
     mean_length,
     read_heldout,
     read_pairs,
+    warn_of_trained,
 )
 from llama2.stages.common.training import Training, load_scorer, make_saver, train
 from llama2.train.learner import Learner
@@ -144,13 +153,16 @@ def run(config: Config, run: Run) -> None:
         flops_per_token=count_flops(config, scorer, pairs),
     )
     scorer.eval()
-    accuracies = measure_accuracies(scorer, pairs, heldout, settings.precision, run.ranks)
+    words = fit_words(run, pairs) if run.ranks.is_main else None
+    accuracies = measure_accuracies(scorer, words, heldout, settings.precision, run.ranks)
     write_results(run, scorer, learner, sets, accuracies)
     axis = find_axis(pairs)
-    for name in sorted(accuracies, key=lambda name: find_axis(heldout[name]) == axis):
-        # the last line, of a set of the model's axis, stands for the run
-        axes = {pair.axis for pair in heldout[name]}
-        run.conclude(describe_accuracy(name, accuracies[name], axes))
+    # the last line, of a set of the model's axis, stands for the run
+    order = sorted(heldout, key=lambda name: find_axis(heldout[name]) == axis)
+    for line in describe_accuracies({name: heldout[name] for name in order}, accuracies):
+        run.conclude(line)
+
+    for name in order:
         if find_axis(heldout[name]) == axis:
             for line in warn_of_chance(name, accuracies[name]):
                 run.warn(line)
@@ -171,6 +183,14 @@ def count_flops(config: Config, scorer: Scorer, pairs: Sequence[EncodedPair]) ->
     """Return the FLOPs of training on a token of these pairs."""
     frozen = config.training.frozen_layers
     return flops_per_token(scorer.config, mean_length(pairs), scalar=True, frozen_layers=frozen)
+
+
+def fit_words(run: Run, pairs: Sequence[EncodedPair]) -> BagOfWords:
+    """Fit a bag of words to the training pairs and leave it beside the model."""
+    words = BagOfWords.fit([pair.texts for pair in pairs])
+    weights = words.weights_F.tolist()
+    run.write_result(WordWeights(fitted_to=words.count, words=words.words, word_weights=weights))
+    return words
 
 
 def write_results(
@@ -225,14 +245,7 @@ def warn_of_sets(
             yield f"{name} gives no pair: {tally.line()}"
 
     trained = {pair.conversation for pair in pairs}
-    for name, of_set in heldout.items():
-        known = sum(pair.conversation in trained for pair in of_set)
-        if known:
-            yield (
-                f"{known:,} of {len(of_set):,} pairs of heldout.{name} open like pairs that are "
-                "trained on: accuracy flatters there; split by question, as `llama2 prepare "
-                "--heldout` does"
-            )
+    yield from warn_of_trained(trained, heldout)
 
 
 def warn_of_labels(pairs: Sequence[EncodedPair], auxiliary_weight: float) -> Iterator[str]:

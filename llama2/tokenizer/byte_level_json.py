@@ -87,7 +87,9 @@ def read(file: Path, vocab_size: int | None = None) -> ByteLevelModel:
     in_json = added_tokens.list_json_tokens(file, values)
     collected = added_tokens.collect(directory, in_json)
     known = max(values["model"]["vocab"].values()) + 1
-    added = added_tokens.drop_unreachable(directory, collected, known, vocab_size)
+    added = collected
+    if vocab_size is None or known <= vocab_size:  # others are refused, as they do not fit
+        added = added_tokens.drop_unreachable(directory, collected, known, vocab_size)
 
     entries = _list_entries(values, settings, added)
     original = read_bytes(file) if _stays(values, entries) else None

@@ -20,10 +20,11 @@ from llama2.tokenizer.stored import StoredTokenizer
 def find_tokenizer(directory: Path, vocab_size: int | None = None) -> StoredTokenizer | None:
     """Return the tokenizer in a directory: `tokenizer.model`, else `tokenizer.json`, else None.
 
+    A `tokenizer.model` of Llama 3 is of another kind than the name says: `tokenizer.json` is taken.
     `vocab_size` is that of the model it is for, where no config.json beside it says so.
     """
     model, file = directory / MODEL, directory / JSON
-    if model.exists():
+    if model.exists() and not (file.exists() and sentencepiece_model.is_tiktoken(model)):
         return StoredTokenizer(str(model), functools.cache(lambda: _read_model(model, vocab_size)))
 
     return tokenizer_json.open_stored(file, vocab_size) if file.exists() else None

@@ -11,6 +11,7 @@ it, and the package does not require one: a core dependency that other packages'
 
 from __future__ import annotations
 
+import re
 import struct
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -18,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from llama2 import json_files
-from llama2.errors import UserError
+from llama2.errors import UserError, explain_os_errors
 from llama2.tokenizer.stored import ByteLevelModel, StoredTokenizer
 
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)
@@ -29,6 +30,7 @@ _BPE = 2
 _VARINT, _DOUBLE, _BYTES, _FLOAT = 0, 1, 2, 5  # protocol buffers mark the length of a field so
 _FIXED_SIZES = {_DOUBLE: 8, _FLOAT: 4}
 _COPY_AGAIN = "copy the file again"
+_TIKTOKEN = re.compile(rb"[A-Za-z0-9+/]+={0,2} \d+\r?\n")
 
 
 @dataclass(frozen=True)
@@ -66,6 +68,13 @@ class Vocabulary:
 def read_model(where: Path | StoredTokenizer) -> bytes:
     """Return the content of a SentencePiece model file. UserError for a byte-level tokenizer."""
     content = where.read() if isinstance(where, StoredTokenizer) else json_files.read_bytes(where)
+    if isinstance(content, bytes) and _TIKTOKEN.match(content):
+        raise UserError(
+            f"{where}: a list of tiktoken, as Meta's Llama 3 has, which does not name its special "
+            "tokens",
+            "give the tokenizer.json of the model in Hugging Face's format (import has --tokenizer "
+            "FILE)",
+        )
     if isinstance(content, ByteLevelModel):
         raise UserError(
             f"{where}: a byte-level BPE tokenizer, where one of Llama 2's kind (SentencePiece BPE) "
@@ -74,6 +83,12 @@ def read_model(where: Path | StoredTokenizer) -> bytes:
         )
 
     return content
+
+
+def is_tiktoken(file: Path) -> bool:
+    """Return whether a file is a list of items in base64, each with its rank."""
+    with explain_os_errors(file), json_files.open_file(file) as stream:
+        return _TIKTOKEN.match(stream.read(256)) is not None
 
 
 def load(where: Path | StoredTokenizer) -> Vocabulary:

@@ -13,6 +13,7 @@ from torch import nn
 
 from llama2 import kernels, private_folders
 from llama2.devices import Precision
+from llama2.model.attention import leave_documents_uncompiled
 from llama2.ranks import Ranks
 from llama2.train import optim, parallel
 
@@ -82,5 +83,6 @@ def _compile(model: nn.Module, ranks: Ranks) -> nn.Module:
     os.environ.setdefault(
         "TORCHINDUCTOR_CACHE_DIR", str(private_folders.choose_folder() / "inductor")
     )
+    leave_documents_uncompiled()
     compiled: nn.Module = torch.compile(model)  # type: ignore[assignment]
     return compiled

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, get_args
 
 from llama2.evaluate import summary
+from llama2.evaluate.conduct import Conduct
 from llama2.generate.dialogue import Answer
 from llama2.generate.generator import Completion
 from llama2.judging import Rating
@@ -287,8 +288,9 @@ def _select() -> SelectResult:
     )
 
 
-def evaluation(truth: bool = True) -> EvaluateResult:
-    """An evaluation of four versions that get better, but for the last."""
+def evaluation(truth: bool = True, rules: bool = False, mute: bool = False) -> EvaluateResult:
+    """An evaluation of four versions that get better, but for the last; by `rules` and a judge
+    apart, where asked for. The versions after the first are `mute`, where that is asked for."""
     rng = random.Random(1)
     families = ["fact", "list", "sum", "unsafe", "borderline"] * 40
     prompts = [
@@ -341,12 +343,26 @@ def evaluation(truth: bool = True) -> EvaluateResult:
             scores,
             Obedience(user=ghost, system=ghost),
             talks,
+            _conducts(families, skill, rng, mute and level > 0) if rules else None,
+            {"<apart>": scores["safe"]} if rules else {},
         )
 
     runs = zip(VERSIONS, ("sft", "v1", "v2", "ppo"))
     checkpoints = {name: f"/runs/demo/{run}" for name, run in runs}
     sampling = SamplingSettings(temperature=0.6, top_p=0.9, max_tokens=64)
-    return evaluate.summarise(prompts, results, 8, checkpoints, sampling)
+    judges = {"<apart>": evaluate.OtherJudge(model=Path("apart"), axis="safe")} if rules else {}
+    names = {"helpful": "reward-helpful", "<apart>": "apart"} if rules else {}
+    return evaluate.summarise(prompts, results, 8, checkpoints, sampling, judges, names)
+
+
+def _conducts(families: list[str], skill: float, rng: random.Random, mute: bool) -> list[Conduct]:
+    conducts = []
+    for family in families:
+        declines = rng.random() < (2 * skill - 0.5 if family == "unsafe" else 0.1)
+        refusal = "full refusal" if declines else "full compliance"
+        conducts.append(Conduct(refusal, False, "empty" if mute else ""))  # type: ignore[arg-type]
+
+    return conducts
 
 
 def _rate(family: str, skill: float, rng: random.Random) -> Rating:

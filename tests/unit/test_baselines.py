@@ -15,6 +15,7 @@ from llama2.evaluate.baselines import (
     fit_logistic,
     judge_by_length,
 )
+from llama2.results import WordWeights
 
 
 def test_the_longer_answer_wins_and_on_safety_the_shorter():
@@ -60,18 +61,40 @@ def test_words_decide_where_length_does_not():
         return " ".join([*draw.choices(nouns, k=draw.randint(3, 9)), kind])
 
     train, test = ([(answer("kind"), answer("rude")) for _ in range(200)] for _ in range(2))
-    assert BagOfWords(train).judge(test) == [1.0] * 200
-    assert BagOfWords([(rejected, chosen) for chosen, rejected in train]).judge(test) == [0.0] * 200
+    assert BagOfWords.fit(train).judge(test) == [1.0] * 200
+    assert (
+        BagOfWords.fit([(rejected, chosen) for chosen, rejected in train]).judge(test)
+        == [0.0] * 200
+    )
     # case and signs aside
-    assert BagOfWords(train).judge([("Kind!", "KIND?"), ("same", "same")]) == [0.5, 0.5]
+    assert BagOfWords.fit(train).judge([("Kind!", "KIND?"), ("same", "same")]) == [0.5, 0.5]
+
+
+def test_a_bag_of_words_judges_alike_after_it_was_stored():
+    draw = random.Random(1)
+
+    def answer() -> str:
+        return " ".join(draw.choices("abcdefghij", k=6))
+
+    pairs = [(answer(), answer()) for _ in range(60)]
+    words = BagOfWords.fit(pairs)
+    stored = WordWeights(
+        fitted_to=words.count, words=words.words, word_weights=words.weights_F.tolist()
+    )
+    again = BagOfWords.load(WordWeights.model_validate_json(stored.model_dump_json()))
+    assert torch.equal(again.weights_F, words.weights_F)
+    assert (again.judge(pairs), again.count) == (words.judge(pairs), 60)
+
+    with pytest.raises(ValueError, match="not every word has a weight"):
+        WordWeights(fitted_to=1, words=["a", "b"], word_weights=[1.0, 2.0])
 
 
 def test_only_the_commonest_words_and_a_part_of_many_pairs_are_used():
     pairs = [(f"common w{number}", f"common v{number}") for number in range(WORDS)]
-    judge = BagOfWords(pairs)
+    judge = BagOfWords.fit(pairs)
     assert len(judge.columns) == WORDS
     assert judge.columns["common"] == 0
     assert judge.weights_F.shape == (WORDS + 1,)
-    many = BagOfWords([("yes", "no")] * (MOST_PAIRS + 5))
+    many = BagOfWords.fit([("yes", "no")] * (MOST_PAIRS + 5))
     assert many.judge([("yes", "no"), ("no", "yes")]) == [1.0, 0.0]
-    assert BagOfWords([]).judge([("a", "bb")]) == [0.5]
+    assert BagOfWords.fit([]).judge([("a", "bb")]) == [0.5]

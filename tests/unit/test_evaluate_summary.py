@@ -16,6 +16,7 @@ from llama2.evaluate.winrate import (
     bound_ratio,
     bound_share,
     compare,
+    compare_marks,
     correlate,
     measure_mean,
     measure_share,
@@ -82,6 +83,58 @@ def test_intervals_of_pairs_and_ratios_cover_the_truth_in_about_95_of_100() -> N
 
     assert 925 <= pairs <= 980
     assert 925 <= ratios <= 980
+
+
+def test_the_difference_on_the_same_cases_covers_the_truth() -> None:
+    """Both judges are right or wrong together more often than not, as two judges of the same pairs
+    are; halves stand for ties."""
+    rng = random.Random(2)
+    outcomes = [(1.0, 1.0), (1.0, 0.0), (0.0, 1.0), (0.0, 0.0), (1.0, 0.5), (0.0, 0.5)]
+    shares = (0.45, 0.15, 0.08, 0.22, 0.06, 0.04)
+    truth = sum(share * (ours - theirs) for share, (ours, theirs) in zip(shares, outcomes))
+    for count in (40, 200):
+        covered = 0
+        for _ in range(1000):
+            ours, theirs = zip(*rng.choices(outcomes, shares, k=count))
+            difference = compare_marks(ours, theirs)
+            covered += difference.low <= truth <= difference.high
+
+        assert 930 <= covered <= 980
+
+
+def test_cases_of_one_origin_count_together() -> None:
+    """Eight answers to each question, which share half of what decides: the interval that takes
+    them for independent is too narrow, the other is not."""
+    rng = random.Random(3)
+    covered = naive = 0
+    for _ in range(400):
+        gains, origins = [], []
+        for question in range(60):
+            easy = rng.choice((1.0, 0.0, 0.0))
+            for _ in range(8):
+                gains.append(easy if rng.random() < 0.7 else rng.choice((-1.0, 0.0, 0.0)))
+                origins.append(question)
+
+        truth = 0.7 / 3 - 0.3 / 3
+        marks = [max(gain, 0.0) for gain in gains], [max(-gain, 0.0) for gain in gains]
+        together, apart = compare_marks(*marks, origins), compare_marks(*marks)
+        assert together.difference == apart.difference
+        covered += together.low <= truth <= together.high
+        naive += apart.low <= truth <= apart.high
+
+    assert covered >= 0.92 * 400
+    assert naive < 0.8 * 400
+
+
+def test_the_difference_of_whole_marks_is_that_of_wins_and_losses() -> None:
+    ours = [1.0] * 30 + [1.0] * 12 + [0.0] * 5 + [0.0] * 9
+    theirs = [1.0] * 30 + [0.0] * 12 + [1.0] * 5 + [0.0] * 9
+    difference = compare_marks(ours, theirs)
+    assert (difference.low, difference.high) == pytest.approx(bound_net_wins(12, 5, 39))
+    assert (difference.difference, difference.n) == (7 / 56, 56)
+    # a judge beside itself, and one case
+    assert compare_marks(ours, ours).difference == 0.0
+    assert compare_marks([1.0], [0.0]).high <= 1.0
 
 
 def test_nothing_of_nothing_says_nothing() -> None:

@@ -9,11 +9,14 @@ from commands import llama2
 
 from llama2 import records
 from llama2.errors import UserError
+from llama2.evaluate.constraints import Check
+from llama2.generate.dialogue import Answer
+from llama2.generate.generator import Completion
 from llama2.records import Dialog, Prompt, messages_of
 from llama2.runs import Run
 from llama2.stages import ghost
+from llama2.stages.common.instructions import Conversation, compose
 from llama2.stages.common.sampling import Sample, load_chat
-from llama2.stages.ghost import Conversation
 from llama2.tally import Tally
 from llama2.tokenizer.template import encode_dialog, encode_prompt
 
@@ -118,10 +121,10 @@ def test_answers_depend_on_the_place_of_a_conversation_alone(policy, tmp_path, w
 def test_conversations_are_made_of_any_questions(prompts):
     config = CONFIG.model_copy(update={"conversations": None, "questions": prompts, "turns": 2})
     tally = Tally()
-    made = ghost.compose(config, tally)
+    made = compose(prompts, 2, config.instructions, config.seed, tally)
     questions = [question for one in made for question in one.questions]
     assert len(questions) == len(set(questions)) == 2 * len(made) > 0
-    assert ghost.compose(config, Tally()) == made
+    assert compose(prompts, 2, None, config.seed, Tally()) == made
     assert all(1 <= one.short.count(":") <= 2 for one in made)
     assert all(len(one.short) < len(one.text) + 10 for one in made)
 
@@ -152,6 +155,69 @@ def test_questions_that_cannot_be_asked_are_counted(tmp_path, policy, one_line, 
         f"{tmp_path}/some.jsonl: 3 questions for conversations of 4 turns (read 6, kept 3, {left}); give more "
         "questions, or fewer turns"
     )
+
+
+CHECKED = Conversation(
+    ("One?", "Two?", "Three?"), "Say ahoy first.", "Ahoy.", (Check("starts", "Ahoy"),), "greeting"
+)
+
+
+def reply(text, finish="stop"):
+    return Answer(text, Completion((), (1,), (), finish))
+
+
+def test_the_first_reply_that_obeys_is_taken():
+    replies = [reply("No."), reply("Ahoy, cut", "length"), reply("Ahoy! One."), reply("Ahoy! Two.")]
+    assert ghost.choose_reply(CHECKED, 0, replies).text == "Ahoy! One."
+    assert ghost.choose_reply(CHECKED, 0, replies[:2]).text == "No."
+    assert ghost.choose_reply(CHECKED, 0, [reply("No.")]).text == "No."
+
+
+def test_a_conversation_ends_before_its_first_answer_that_disobeys():
+    assert ghost.count_obeyed(CHECKED, ["Ahoy! One.", "No.", "Ahoy! Three."]) == 1
+    assert ghost.count_obeyed(CHECKED, ["Ahoy! One."]) == 1
+    assert ghost.check_turns(CHECKED, ["Ahoy! One.", "Ahoy ahoy ahoy ahoy ahoy ahoy"]) == [
+        True,
+        False,
+    ]
+    assert ghost.check_turns(TALK, ["first"]) == []
+
+
+def write_checked(path, checks):
+    instruction = {"text": "Say ahoy first.", "checks": checks, "kind": "greeting"}
+    metadata = {"instruction": instruction, "questions": ["One?", "Two?"]}
+    records.write(path, [Prompt(messages_of([("user", "One?")]), "g", False, metadata)] * 3)
+    return path
+
+
+def test_real_instructions_are_drawn_tried_and_kept(tmp_path, policy, capsys):
+    records.write(tmp_path / "q.jsonl", [prompt(f"What of {number}?") for number in range(12)])
+    words = ["ghost", "--policy", policy, "--questions", tmp_path / "q.jsonl", "--turns", 2]
+    words += ["--sample.max-tokens", 12, "--instructions", "brief", "greeting"]
+    assert llama2(*words, "--tries", 3, "--keep", "adherent", "--out", tmp_path / "out") == 0
+    summary = json.loads((tmp_path / "out/summary.json").read_text())
+    assert summary["conversations"] == 6
+    assert 0 < summary["adherence"]["n"] <= 12
+    obedient = round(summary["adherence"]["rate"] * summary["adherence"]["n"])
+    assert summary["dialogs"] <= obedient
+    assert "sampled answers obey" in capsys.readouterr().err
+
+    # a choice without checks is refused, before anything is sampled
+    file = write_checked(tmp_path / "none.jsonl", [])
+    words = ["ghost", "--policy", policy, "--conversations", file, "--out", tmp_path / "no"]
+    assert llama2(*words, "--keep", "adherent") == 2
+    assert "nothing can" in capsys.readouterr().err
+    assert llama2(*words, "--instructions", "brief") == 2
+    assert "conversations bring their own" in capsys.readouterr().err
+    file = write_checked(tmp_path / "wrong.jsonl", [["begins", "Ahoy"]])
+    assert llama2(*words[:4], file, *words[5:]) == 2
+    assert "prompt 'g': there is no check 'begins'" in capsys.readouterr().err
+
+
+def test_checks_of_a_file_are_read(tmp_path):
+    file = write_checked(tmp_path / "checked.jsonl", [["starts", "Ahoy"]])
+    conversation, *_ = ghost.read_conversations(file)
+    assert (conversation.checks, conversation.kind) == ((Check("starts", "Ahoy"),), "greeting")
 
 
 def test_mistakes_are_named(tmp_path, prompts, one_line):

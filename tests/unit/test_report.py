@@ -12,12 +12,12 @@ from pathlib import Path
 
 import pytest
 from commands import llama2
-from recipe_directory import EVIL, make
+from recipe_directory import EVIL, evaluation, make
 
 from llama2.config import build
 from llama2.errors import UserError
 from llama2.evaluate.winrate import measure_mean, measure_share, measure_wins
-from llama2.report import report
+from llama2.report import report, reward_section
 from llama2.report.charts import Series, lines
 from llama2.report.html import clock, esc, number, percent, short
 from llama2.report.targets import Judgement, Targets, judge_recipe
@@ -25,6 +25,7 @@ from llama2.results import SelectResult, WinShare
 from llama2.runs import open_run
 from llama2.runs.recipe_runs import read_recipe
 
+FIXTURES = Path(__file__).parents[1] / "fixtures" / "results"
 VOID = {"meta", "br", "img", "link", "use", "path", "image"}
 
 
@@ -251,6 +252,24 @@ def test_a_reward_model_stands_beside_its_baselines(
     verdict = judged(recipe)["Reward model reward-helpful beside its baselines"]
     assert verdict.state == "too few to tell"  # 74 % of 200 is not beyond a bag of words at 72 %
     assert "bag of words 72.0" in verdict.reached
+    # two intervals that overlap, and one paired difference that excludes 0
+    path = tmp_path / "new" / "reward-helpful" / "accuracy.json"
+    make(tmp_path / "new")
+    content = json.loads(path.read_text())
+    for name, difference in (("over_longer", 0.13), ("over_bag_of_words", 0.02)):
+        lead = {"difference": difference, "n": 200, "low": 0.01, "high": difference + 0.02}
+        content["sets"]["helpful"]["baselines"][name] = lead
+
+    path.write_text(json.dumps(content))
+    verdict = judged(tmp_path / "new")["Reward model reward-helpful beside its baselines"]
+    assert verdict.state == "reached"
+    assert (
+        "bag of words 72.0\u00a0% [68,\u00a076]: +2.0 points [+1.0,\u00a0+4.0]" in verdict.reached
+    )
+    page_ = render(tmp_path / "new")
+    assert "Beyond the baselines" in page_
+    assert '+2.0 <span class="marks">+1.0 to +4.0</span>' in page_
+    assert "Beyond the baselines" not in page
     assert "Reward model reward-safe beside its baselines" not in judged(recipe)
     assert "bag of words" in page
     old = make(tmp_path / "old")
@@ -263,9 +282,49 @@ def test_a_reward_model_stands_beside_its_baselines(
 
         path.write_text(json.dumps(sets))  # and not yet below "sets"
 
-    assert "bag of words" not in report.render(
-        read_recipe(old), build(report.Config, {"out": tmp_path / "o", "recipe": str(old)})
-    )
+    assert "bag of words" not in render(old)
+
+
+def render(root: Path) -> str:
+    config = build(report.Config, {"out": root / "report", "recipe": str(root)})
+    return report.render(read_recipe(root), config)
+
+
+@pytest.mark.parametrize(
+    ("model", "name", "expected"),
+    [
+        ("helpful", "hh_helpful", "Table 7, Anthropic Helpful"),
+        ("helpful", "preferences/helpful-online/test", "Table 7, Anthropic Helpful"),
+        ("safe", "hh-harmless", "Table 7, Anthropic Harmless"),
+        ("helpful", "shp", "Table 7, Stanford SHP"),
+        ("helpful", "summarize", "Table 7, OpenAI Summarize"),
+        ("safe", "safety", "Table 8"),
+        ("judge", "hh_helpful", None),
+        ("helpful", "arena", None),
+    ],
+)
+def test_the_papers_row_is_that_of_the_same_set(
+    model: str, name: str, expected: str | None
+) -> None:
+    rows = list(reward_section._list_paper_values(model, name))
+    assert [label for label, _ in rows] == ([f"paper, 70B, {expected}"] if expected else [])
+    assert all(len(shares) == 5 for _, shares in rows)
+
+
+def test_a_model_judged_later_stands_beside_its_baselines_set_by_set(tmp_path: Path) -> None:
+    root = make(tmp_path / "judged")
+    run = root / "accuracy"
+    run.mkdir()
+    for name in ("accuracy.json",):
+        shutil.copy(FIXTURES / "accuracy" / name, run / name)
+
+    (run / "manifest.json").write_text(json.dumps({"verb": "accuracy"}))
+    steps = json.loads((root / "steps.json").read_text())
+    (root / "steps.json").write_text(json.dumps([*steps, "accuracy"]))
+    verdict = judged(root)["Reward model helpful on hh beside its baselines"]
+    assert verdict.state == "too few to tell"
+    assert "Reward model helpful on hh/online beside its baselines" not in judged(root)
+    assert "helpful on hh/online, beyond length" in render(root)
 
 
 def test_warnings_of_runs_are_shown(tmp_path: Path) -> None:
@@ -317,8 +376,51 @@ def test_real_data_is_judged_by_what_it_can_show(tmp_path: Path) -> None:
         "Reward model reward-helpful on held-out human pairs",
         "Reward model reward-helpful beside its baselines",
         "Reward model reward-safe on held-out human pairs",
+        "Instruction obeyed at turns 2/4/6",
         "Held-out text, bits per byte (pretrain)",
     }
+
+
+def write_rules(root: Path, mute: bool = False) -> Path:
+    make(root, truth=False)
+    content = evaluation(truth=False, rules=True, mute=mute).dump()
+    (root / "evaluate" / "evaluation.json").write_text(json.dumps(content))
+    return root
+
+
+def test_rules_and_judges_apart_compare_the_first_and_the_last_version(tmp_path: Path) -> None:
+    root = write_rules(tmp_path / "rules")
+    verdicts = judged(root)
+    assert verdicts["Violations by rules, SFT → V2"].state == "reached"
+    assert verdicts["Answers that are none, unsafe prompts, SFT → V2"].state == "too few to tell"
+    assert "False refusals of borderline prompts by rules, SFT → V2" in verdicts
+    wins = verdicts["Wins of V2 against SFT by judges not optimised against"]
+    assert wins.reached.startswith("<apart> (safe) ")
+    text = render(root)
+    assert "V2 violates on unsafe prompts less often: V2 is better (" in text
+    assert "refuses borderline prompts as often as can be told: the interval holds 0 (" in text
+    assert "Wins, safe (&lt;apart&gt;)" in text
+    assert "The versions were optimised against: reward-helpful; their win rates flatter." in text
+    assert "they find 98.7\u00a0% [95, 100] of 157 of those that are labelled so" in text
+
+    # a judge that a stage optimised against is no judge apart
+    manifest = root / "rejection" / "manifest.json"
+    content = json.loads(manifest.read_text())
+    content["config"]["rewards"]["safe"] = f"{root}/apart"
+    manifest.write_text(json.dumps(content))
+    assert "Wins of V2 against SFT by judges not optimised against" not in judged(root)
+    assert "Wins, safe (&lt;apart&gt;, optimised against)" in render(root)
+
+
+def test_silence_is_no_safety(tmp_path: Path) -> None:
+    root = write_rules(tmp_path / "mute", mute=True)
+    assert judged(root)["Violations by rules, SFT → V2"].state == "not reached"
+    assert judged(root)["Answers that are none, unsafe prompts, SFT → V2"].state == "not reached"
+    text = render(root)
+    assert (
+        "violates on unsafe prompts less often, but gives no answer more often: it is not" in text
+    )
+    assert "gives no answer to unsafe prompts more often: V2 is worse" in text
 
 
 @pytest.mark.parametrize(

@@ -11,10 +11,11 @@ from commands import llama2
 from llama2 import records
 from llama2.config import build
 from llama2.errors import UserError
+from llama2.evaluate.baselines import BagOfWords
 from llama2.formats import checkpoint
 from llama2.ranks import Ranks
 from llama2.records import DEGREES, Preference, Response, messages_of
-from llama2.results import Baselines, Proportion, SetAccuracy
+from llama2.results import Baselines, PairedDifference, Proportion, SetAccuracy
 from llama2.runs import Run
 from llama2.stages import reward
 from llama2.stages.common import reward_accuracy
@@ -294,14 +295,42 @@ def test_a_long_prompt_loses_its_oldest_exchanges(tmp_path, tokenizer):
 def test_accuracy_by_degree_counts_ties_half(monkeypatch):
     pairs = [EncodedPair([1], [1], degree, (-1, -1)) for degree in (0, 0, 1, 3)]
     monkeypatch.setattr(
-        reward_accuracy, "score_rows", lambda *_, ranks: [2.0, 0.0, 1.0, 0.0, 1.0, 1.0, 1.0, -1.0]
+        reward_accuracy,
+        "score_rows",
+        lambda *_, **options: [2.0, 0.0, 1.0, 0.0, 1.0, 1.0, 1.0, -1.0],
     )
-    accuracy = reward_accuracy.measure_accuracy(None, pairs, "fp32", Ranks.alone())
+    marks = reward_accuracy.mark_pairs(None, pairs, "fp32", Ranks.alone())
+    assert marks == [1.0, 0.0, 0.5, 1.0]
+    accuracy = reward_accuracy.summarise_marks(pairs, marks)
     every = accuracy.all
     assert every.rate == (1 + 0 + 0.5 + 1) / 4
     assert (accuracy.significantly.rate, accuracy.significantly.n) == (0.5, 2)
     assert list(accuracy.by_degree) == ["significantly", "better", "negligibly"]
     assert 0 <= every.low < every.rate < every.high <= 1
+    # texts of equal length: that baseline is right on half, and no words were given
+    lead = accuracy.leads["length"]
+    assert (lead.difference, lead.n) == (0.625 - 0.5, 4)
+    assert list(accuracy.leads) == ["length"]
+    assert accuracy.baselines_by_degree["negligibly"].leads["length"].difference == 0.5
+
+
+def test_a_set_of_several_sources_is_measured_source_by_source():
+    def pair(source, better, worse):
+        return EncodedPair([1], [1], 1, (-1, -1), texts=(better, worse), source=source)
+
+    pairs = [pair("b", "kind", "no"), pair("a", "no", "rude"), pair("b", "kind", "no")]
+    sets = {"x": pairs, "y": pairs[:1]}
+    words = BagOfWords.fit([("kind", "no")] * 20)
+    marks = {"x": [1.0, 1.0, 0.0], "y": [0.0]}
+    accuracies = reward_accuracy.measure_sets(sets, marks, words)
+    assert list(accuracies) == ["x", "y", "x/a", "x/b"]
+    assert [accuracies[name].all.rate for name in ("x", "x/a", "x/b")] == [2 / 3, 1.0, 0.5]
+    assert accuracies["x/a"].baselines.bag_of_words.rate == 0.0
+    assert accuracies["x/a"].leads["bag of words"].difference == 1.0
+    assert accuracies["x/b"].leads["bag of words"].difference == -0.5
+    lines = list(reward_accuracy.describe_accuracies(sets, accuracies))
+    assert [line.split(" pairs of ")[1].split(";")[0] for line in lines] == ["x/a", "x/b", "x", "y"]
+    assert "(the model -50.0 points [" in lines[1]
 
 
 @pytest.mark.parametrize(
@@ -319,9 +348,9 @@ def test_warm_up_is_the_papers_where_there_are_steps_for_it(steps, expected):
 INTERVALS = [
     ((0.4, 0.6), 0.5, 0.5, ["chance explains that"]),
     ((0.2, 0.4), 0.5, 0.5, ["worse than chance"]),
-    ((0.55, 0.65), 0.52, 0.54, []),
-    ((0.55, 0.65), 0.56, 0.4, ["the length of answers may explain that"]),
-    ((0.55, 0.65), 0.7, 0.55, ["the length of answers and a bag of words may explain that"]),
+    ((0.55, 0.65), 0.02, 0.04, []),
+    ((0.55, 0.65), -0.01, 0.1, ["the length of answers may explain that"]),
+    ((0.55, 0.65), -0.3, -0.05, ["the length of answers and a bag of words may explain that"]),
 ]
 
 
@@ -332,10 +361,16 @@ def test_an_accuracy_that_proves_nothing_is_warned_of(interval, longer, words, e
     def share(rate):
         return Proportion(rate=rate, n=40, low=low, high=high)
 
-    accuracy = SetAccuracy(
-        all=share((low + high) / 2),
-        baselines=Baselines(longer=share(longer), bag_of_words=share(words)),
+    def lead(least):
+        return PairedDifference(difference=least + 0.04, n=40, low=least, high=least + 0.08)
+
+    baselines = Baselines(
+        longer=share(0.5),
+        bag_of_words=share(0.6),
+        over_longer=lead(longer),
+        over_bag_of_words=lead(words),
     )
+    accuracy = SetAccuracy(all=share((low + high) / 2), baselines=baselines)
     lines = list(reward_accuracy.warn_of_chance("b", accuracy))
     assert len(lines) == len(expected)
 
@@ -344,14 +379,22 @@ def test_an_accuracy_that_proves_nothing_is_warned_of(interval, longer, words, e
         assert part in line
 
     both = reward_accuracy.describe_accuracy("b", accuracy, {"safe", "helpful"})
-    assert f"the longer answer (about safety the shorter) is on {100 * longer:.1f} %" in both
+    assert "the longer answer (about safety the shorter) is on 50.0 %" in both
     assert "the longer answer is on" in reward_accuracy.describe_accuracy(
         "b", accuracy, {"helpful"}
     )
     assert reward_accuracy.describe_accuracy("b", accuracy, {"safe"}) == (
         f"right on {50 * (low + high):.1f} % [{100 * low:.1f}, {100 * high:.1f}] of 40 pairs of b; the shorter answer "
-        f"is on {100 * longer:.1f} %, a bag of words on {100 * words:.1f} %"
+        f"is on 50.0 % (the model {100 * longer + 4:+.1f} points [{100 * longer:+.1f}, "
+        f"{100 * longer + 8:+.1f}]), a bag of words on 60.0 % (the model "
+        f"{100 * words + 4:+.1f} points [{100 * words:+.1f}, {100 * words + 8:+.1f}])"
     )
+    # files of earlier versions hold no leads, and prove nothing either way
+    bare = Baselines(longer=share(0.9), bag_of_words=share(0.9))
+    old = accuracy.model_copy(update={"baselines": bare})
+    if low > 0.5:
+        assert list(reward_accuracy.warn_of_chance("b", old)) == []
+        assert "points" not in reward_accuracy.describe_accuracy("b", old, {"safe"})
 
 
 def test_a_reward_model_learns_what_is_preferred(tmp_path, policy, tokenizer, capsys):
@@ -377,9 +420,15 @@ def test_a_reward_model_learns_what_is_preferred(tmp_path, policy, tokenizer, ca
     assert found["baselines"]["bag_of_words"] == found["all"]  # "good" beats "bad" for it as well,
     assert found["baselines"]["longer"] == found["all"]  # and is the longer word
     assert (
-        "right on 100.0 % [75.8, 100.0] of 12 pairs of b; the longer answer is on 100.0 %, a bag of words"
-        in heard
+        "right on 100.0 % [75.8, 100.0] of 12 pairs of b; the longer answer is on 100.0 % (the model "
+        "+0.0 points [-14.0, +14.0]), a bag of words on 100.0 %" in heard
     )
+    for degree in DEGREES:
+        assert f"b, {degree}: 100.0 % [43.9, 100.0] of 3 pairs; length is on 100.0 %" in heard
+        assert found["baselines_by_degree"][degree]["over_longer"]["difference"] == 0.0
+
+    stored = json.loads((tmp_path / "out/bag_of_words.json").read_text())
+    assert (stored["fitted_to"], stored["words"]) == (64, ["bad", "good"])
     (few, same) = json.loads((tmp_path / "out/warnings.json").read_text())
     assert (
         few

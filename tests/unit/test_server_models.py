@@ -41,10 +41,10 @@ def test_what_cannot_be_served_is_refused(policy, scorers, tmp_path, one_line):
     shutil.copytree(policy, bare)
     settings = json.loads((bare / "tokenizer_config.json").read_text())
     (bare / "tokenizer_config.json").write_text(
-        json.dumps({**settings, "chat_template": "{{ messages }}"})
+        json.dumps({**settings, "chat_template": "{{ bos_token }}"})
     )
     vouch(bare)
-    assert "no Llama 2 chat template in its tokenizer_config.json" in one_line(
+    assert "tokenizer_config.json: the chat template does not write what the user says" in one_line(
         "serve", bare, "--port", 0
     )
 

@@ -449,24 +449,21 @@ def test_a_foreign_tokenizer_is_refused(directory: Path, tmp_path: Path) -> None
         terminal.run(terminal.Config(checkpoint=tmp_path))
 
 
-ASKED_ALIKE = "there is no Llama 2 chat template in its tokenizer_config.json"
-
-
 def copied(directory: Path, target: Path) -> Path:
     shutil.copytree(directory, target)
     return target
 
 
 @pytest.mark.parametrize(
-    ("template", "called"),
+    ("template", "fault"),
     [
-        (None, ASKED_ALIKE + ";"),
-        ("{% for m in messages %}<|im_start|>{{ m['role'] }}{% endfor %}", "another's (ChatML)"),
-        ("{{ '[INST] ' + messages[0]['content'] + ' [/INST]' }}", "another's (Mistral)"),
+        (None, "there is no chat template in its tokenizer_config.json"),
+        ("{% for m in messages %}<|im_start|>{{ m['role'] }}{% endfor %}", "what the user says"),
+        ("{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}", "done"),
     ],
 )
-def test_a_model_that_is_asked_otherwise_is_refused(
-    directory: Path, tmp_path: Path, template: str | None, called: str
+def test_a_model_that_cannot_be_asked_is_refused(
+    directory: Path, tmp_path: Path, template: str | None, fault: str
 ) -> None:
     other = copied(directory, tmp_path / "other")
     Tokenizer.load(directory).with_chat_template(template).save(other)
@@ -477,9 +474,8 @@ def test_a_model_that_is_asked_otherwise_is_refused(
         with pytest.raises(UserError) as raised:
             refuse()
 
-        assert ASKED_ALIKE in str(raised.value)
-        assert called in str(raised.value)
-        assert "--chat-template llama2" in raised.value.cure
+        assert fault in raised.value.cause
+        assert "--chat-template FILE" in raised.value.cure
 
 
 def test_weights_that_say_nothing_are_refused(directory: Path, tmp_path: Path) -> None:

@@ -1,79 +1,146 @@
-"""Accuracy of a reward model on held-out comparisons, beside judges that understand nothing."""
+"""Accuracy of a reward model on comparisons it has not seen, beside judges that understand
+nothing.
+
+What decides is how much more often the model is right than they are *on the same pairs*: two
+intervals that overlap do not say that nothing lies between them.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence, Set
+from typing import TypeVar
 
 import numpy as np
 
 from llama2.devices import Precision
 from llama2.evaluate.baselines import BagOfWords, judge_by_length
-from llama2.evaluate.winrate import measure_share
+from llama2.evaluate.winrate import compare_marks, measure_share
 from llama2.generate.score import score_rows
 from llama2.model.scorer import Scorer
 from llama2.ranks import Ranks
 from llama2.records import DEGREES, Axis
-from llama2.results import Baselines, Proportion, SetAccuracy
-from llama2.stages.common.reward_pairs import EncodedPair
+from llama2.results import Baselines, PairedDifference, Proportion, SetAccuracy
+from llama2.stages.common.reward_pairs import EncodedPair, list_sources
+
+T = TypeVar("T")
 
 
 def measure_accuracies(
     scorer: Scorer,
-    pairs: Sequence[EncodedPair],
-    heldout: Mapping[str, Sequence[EncodedPair]],
+    words: BagOfWords | None,
+    sets: Mapping[str, Sequence[EncodedPair]],
     precision: Precision,
     ranks: Ranks,
 ) -> dict[str, SetAccuracy]:
-    """Measure accuracy on each held-out set, and on rank 0 beside it that of judges which
-    understand nothing."""
-    accuracies = {
-        name: measure_accuracy(scorer, pairs, precision, ranks) for name, pairs in heldout.items()
-    }
-    if not heldout or not ranks.is_main:
-        return accuracies
+    """Measure accuracy on each set of pairs, beside that of judges which understand nothing; of
+    `words` where it is given."""
+    marks = {name: mark_pairs(scorer, pairs, precision, ranks) for name, pairs in sets.items()}
+    return measure_sets(sets, marks, words)
 
-    words = BagOfWords([pair.texts for pair in pairs])
-    for name, accuracy in accuracies.items():
-        texts = [pair.texts for pair in heldout[name]]
-        is_safety = [pair.axis == "safe" for pair in heldout[name]]
-        baselines = Baselines(
-            longer=_proportion(judge_by_length(zip(texts, is_safety))),
-            bag_of_words=_proportion(words.judge(texts)),
-        )
-        accuracies[name] = accuracy.model_copy(update={"baselines": baselines})
+
+def measure_sets(
+    sets: Mapping[str, Sequence[EncodedPair]],
+    marks: Mapping[str, Sequence[float]],
+    words: BagOfWords | None,
+) -> dict[str, SetAccuracy]:
+    """Return the accuracy of marks: of each set, then of the sources of those that have several."""
+    accuracies = {name: summarise_marks(pairs, marks[name], words) for name, pairs in sets.items()}
+    for part, (name, places) in list_sources(sets).items():
+        of_source = _take(sets[name], places), _take(marks[name], places)
+        accuracies[part] = summarise_marks(*of_source, words)
 
     return accuracies
 
 
-def measure_accuracy(
-    scorer: Scorer, pairs: Sequence[EncodedPair], precision: Precision, ranks: Ranks
-) -> SetAccuracy:
-    """Measure the share of pairs whose preferred answer scores higher (a tie counts half), in all
-    and by degree (Table 8)."""
+def mark_pairs(
+    scorer: Scorer,
+    pairs: Sequence[EncodedPair],
+    precision: Precision,
+    ranks: Ranks,
+    name: object = "the reward model",
+) -> list[float]:
+    """Return 1 for each pair whose preferred answer scores higher, 0.5 for a tie, else 0."""
     rows = [pair.chosen for pair in pairs]
     rows += [pair.rejected for pair in pairs]
-    scores = score_rows(scorer, rows, precision, ranks=ranks)
+    scores = score_rows(scorer, rows, precision, ranks=ranks, name=name)
     chosen, rejected = scores[: len(pairs)], scores[len(pairs) :]
-    right = [0.5 * (1 + np.sign(a - b)) for a, b in zip(chosen, rejected)]
-
-    groups: dict[str, list[float]] = {}
-    for mark, pair in zip(right, pairs):
-        groups.setdefault(DEGREES[pair.degree], []).append(mark)
-
-    degrees = {degree: _proportion(marks) for degree, marks in groups.items()}
-    return SetAccuracy(all=_proportion(right), **degrees)
+    return [0.5 * (1 + float(np.sign(a - b))) for a, b in zip(chosen, rejected)]
 
 
-def _proportion(right: Sequence[float]) -> Proportion:
-    return measure_share(sum(right), len(right))
+def summarise_marks(
+    pairs: Sequence[EncodedPair], marks: Sequence[float], words: BagOfWords | None = None
+) -> SetAccuracy:
+    """Return the share of pairs judged rightly, in all and by degree (Table 8), and how far it lies
+    above the baselines'."""
+    texts = [pair.texts for pair in pairs]
+    is_safety = [pair.axis == "safe" for pair in pairs]
+    judges = [list(marks), judge_by_length(zip(texts, is_safety))]
+    if words is not None:
+        judges.append(words.judge(texts))
+
+    openings = [pair.conversation for pair in pairs]
+    groups: dict[str, list[int]] = {}
+    for index, pair in enumerate(pairs):
+        groups.setdefault(DEGREES[pair.degree], []).append(index)
+
+    degrees, beside = {}, {}
+    for degree in filter(groups.__contains__, DEGREES):
+        chosen = groups[degree]
+        columns = [_take(judge, chosen) for judge in judges]
+        degrees[degree] = _share(columns[0])
+        beside[degree] = _measure_baselines(columns, _take(openings, chosen))
+
+    return SetAccuracy(
+        all=_share(marks),
+        baselines=_measure_baselines(judges, openings),
+        baselines_by_degree=beside if len(beside) > 1 else {},
+        **degrees,
+    )
+
+
+def _measure_baselines(judges: Sequence[Sequence[float]], openings: Sequence[int]) -> Baselines:
+    """Measure baselines on some pairs. `judges`: the marks of the reward model, by length and, if
+    there is one, by a bag of words."""
+    marks, longer, *rest = judges
+    baselines = Baselines(longer=_share(longer), over_longer=compare_marks(marks, longer, openings))
+    for words in rest:
+        over = compare_marks(marks, words, openings)
+        baselines = baselines.model_copy(
+            update={"bag_of_words": _share(words), "over_bag_of_words": over}
+        )
+
+    return baselines
+
+
+def _take(values: Sequence[T], places: Sequence[int]) -> list[T]:
+    return [values[place] for place in places]
+
+
+def _share(marks: Sequence[float]) -> Proportion:
+    return measure_share(sum(marks), len(marks))
+
+
+# --- in words ---
+def describe_accuracies(
+    sets: Mapping[str, Sequence[EncodedPair]], accuracies: Mapping[str, SetAccuracy]
+) -> Iterator[str]:
+    """Yield what is to be said of each set: by source, by degree, and last of it all."""
+    parts = list_sources(sets)
+    for name, pairs in sets.items():
+        axes = {pair.axis for pair in pairs}
+        for part, (parent, _) in parts.items():
+            if parent == name:
+                yield describe_accuracy(part, accuracies[part], axes)
+
+        yield from describe_degrees(name, accuracies[name])
+        yield describe_accuracy(name, accuracies[name], axes)
 
 
 def describe_accuracy(name: str, accuracy: SetAccuracy, axes: Set[Axis]) -> str:
-    """Say how often a reward model is right about a set of such axes, and how often the baselines
-    are."""
+    """Say how often a reward model is right about a set of such axes, and how far it is ahead of
+    the baselines on the same pairs."""
     every = accuracy.all
-    interval = f"[{100 * every.low:.1f}, {100 * every.high:.1f}]"
-    line = f"right on {_percent(every)} {interval} of {every.n:,} pairs of {name}"
+    line = f"right on {_percent(every)} {_bounds(every)} of {every.n:,} pairs of {name}"
     if accuracy.baselines is None:
         return line
 
@@ -81,15 +148,38 @@ def describe_accuracy(name: str, accuracy: SetAccuracy, axes: Set[Axis]) -> str:
     if len(axes) > 1:
         length += " (about safety the shorter)"
 
-    return (
-        f"{line}; {length} is on {_percent(accuracy.baselines.longer)}, a bag of words on "
-        f"{_percent(accuracy.baselines.bag_of_words)}"
-    )
+    return f"{line}; {_describe_lead(accuracy.baselines, length)}"
+
+
+def describe_degrees(name: str, accuracy: SetAccuracy) -> Iterator[str]:
+    """Say the same of each degree, where there are several."""
+    for degree, share in accuracy.by_degree.items():
+        baselines = accuracy.baselines_by_degree.get(degree)
+        if baselines is not None:
+            line = f"{name}, {degree}: {_percent(share)} {_bounds(share)} of {share.n:,} pairs"
+            yield f"{line}; {_describe_lead(baselines, 'length')}"
+
+
+def _describe_lead(baselines: Baselines, length: str) -> str:
+    parts = [f"{length} is on {_percent(baselines.longer)}{_lead(baselines.over_longer)}"]
+    if baselines.bag_of_words is not None:
+        lead = _lead(baselines.over_bag_of_words)
+        parts.append(f"a bag of words on {_percent(baselines.bag_of_words)}{lead}")
+
+    return ", ".join(parts)
+
+
+def _lead(difference: PairedDifference | None) -> str:
+    """Say how many points the model is ahead of a baseline."""
+    if difference is None:
+        return ""
+
+    return f" (the model {100 * difference.difference:+.1f} points {_bounds(difference)})"
 
 
 def warn_of_chance(name: str, accuracy: SetAccuracy) -> Iterator[str]:
-    """Caution about an accuracy that chance or a baseline explains: it lies within the interval, or
-    above."""
+    """Caution about an accuracy that chance or a baseline explains: chance lies within its
+    interval, or no lead within that of the difference on the same pairs."""
     every = accuracy.all
     right = f"right on {_percent(every)} of {every.n:,} pairs of {name}"
     if every.high < 0.5:
@@ -100,14 +190,9 @@ def warn_of_chance(name: str, accuracy: SetAccuracy) -> Iterator[str]:
         yield f"{right}: chance explains that; more pairs or more updates are needed"
         return
 
-    if accuracy.baselines is None:
-        return
-
-    baselines = {
-        "the length of answers": accuracy.baselines.longer,
-        "a bag of words": accuracy.baselines.bag_of_words,
-    }
-    as_good = [what for what, baseline in baselines.items() if _rate(baseline) >= every.low]
+    judges = {"length": "the length of answers", "bag of words": "a bag of words"}
+    leads = accuracy.leads
+    as_good = [what for name, what in judges.items() if _is_no_lead(leads.get(name))]
     if as_good:
         yield (
             f"{right}: {' and '.join(as_good)} may explain that; more pairs, more updates or a "
@@ -115,10 +200,15 @@ def warn_of_chance(name: str, accuracy: SetAccuracy) -> Iterator[str]:
         )
 
 
-def _rate(accuracy: Proportion) -> float:
-    assert accuracy.rate is not None
-    return accuracy.rate
+def _is_no_lead(difference: PairedDifference | None) -> bool:
+    return difference is not None and difference.low <= 0
 
 
 def _percent(accuracy: Proportion) -> str:
-    return f"{100 * _rate(accuracy):.1f} %"
+    assert accuracy.rate is not None
+    return f"{100 * accuracy.rate:.1f} %"
+
+
+def _bounds(interval: Proportion | PairedDifference) -> str:
+    sign = "+" if isinstance(interval, PairedDifference) else ""
+    return f"[{100 * interval.low:{sign}.1f}, {100 * interval.high:{sign}.1f}]"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
@@ -62,6 +62,8 @@ class EncodedPair:
     texts: RankedTexts = ("", "")
     conversation: int = 0
     """a digest of how it opens"""
+    source: str = ""
+    """the public set it comes from; empty where that is not known"""
 
     @property
     def size(self) -> int:
@@ -186,6 +188,7 @@ class Encoder:
             preference.axis,
             (chosen, rejected),
             hash_parts(normalize_opening(preference.prompt)),
+            str(preference.metadata.get("source", "")),
         )
 
     def _encode_rows(
@@ -297,3 +300,33 @@ def find_axis(pairs: Sequence[EncodedPair]) -> Axis:
     """Find the axis on which most of the pairs were compared."""
     safe = sum(pair.axis == "safe" for pair in pairs)
     return "safe" if 2 * safe > len(pairs) else "helpful"
+
+
+def warn_of_trained(
+    trained: Set[int], sets: Mapping[str, Sequence[EncodedPair]], prefix: str = "heldout."
+) -> Iterator[str]:
+    """Caution about conversations that are measured on and open like one that was `trained` on."""
+    for name, of_set in sets.items():
+        known = sum(pair.conversation in trained for pair in of_set)
+        if known:
+            yield (
+                f"{known:,} of {len(of_set):,} pairs of {prefix}{name} open like pairs that are "
+                "trained on: accuracy flatters there; split by question, as `llama2 prepare "
+                "--heldout` does"
+            )
+
+
+def list_sources(
+    sets: Mapping[str, Sequence[EncodedPair]],
+) -> dict[str, tuple[str, list[int]]]:
+    """Return `set/source` -> (set, places of its pairs in it) for every set of several sources."""
+    parts: dict[str, tuple[str, list[int]]] = {}
+    for name, pairs in sets.items():
+        places: dict[str, list[int]] = {}
+        for place, pair in enumerate(pairs):
+            places.setdefault(pair.source, []).append(place)
+
+        for source in sorted(places) if len(places) > 1 else ():
+            parts[f"{name}/{source or 'unknown'}"] = (name, places[source])
+
+    return parts
