@@ -58,10 +58,13 @@ def test_a_parameter_chooses_what_changes(tmp_path, flags, scale, names):
 
 def test_another_recipe_may_choose(tmp_path):
     over = tmp_path / "over.yaml"
-    over.write_text("parameters: {size: small}\n")
+    over.write_text("parameters: {size: small}\nsteps: {w: {scale: 0.3}}\n")
     recipe = read(tmp_path)
     recipe = parse(Config, [str(tmp_path / "recipe.yaml"), str(over)], "llama2 run")
-    assert list(pipeline.resolve_steps(recipe)) == ["w"]
+    steps = pipeline.resolve_steps(recipe)
+    assert list(steps) == ["w"]
+    assert steps["w"].config.scale == 0.3  # what lies upon a recipe lies upon its variants
+    assert steps["w"].keys.seconds == 30
 
 
 @pytest.mark.parametrize(
