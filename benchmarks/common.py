@@ -148,6 +148,33 @@ def has(python: str, module: str) -> bool:
     return subprocess.run([python, "-c", test]).returncode == 0
 
 
+# for GCC and for oneDNN
+WITHOUT_AMX = {
+    "CXX": "g++ -mno-amx-bf16 -mno-amx-int8 -mno-amx-tile",
+    "ONEDNN_MAX_CPU_ISA": "AVX512_CORE_BF16",
+}
+
+
+def hide_amx() -> bool:
+    """Have programs started from now on work without AMX: our kernels and oneDNN. Return whether
+    that was still to be done."""
+    hidden = all(os.environ.get(name) == value for name, value in WITHOUT_AMX.items())
+    os.environ.update(WITHOUT_AMX)
+    return not hidden
+
+
+def instruction_set() -> str:
+    """What the processor offers for products, as far as it is not hidden."""
+    with open("/proc/cpuinfo", encoding="utf-8") as file:
+        flags = set(next((line for line in file if line.startswith("flags")), "").split())
+
+    names = {"amx_bf16": "AMX", "avx512_bf16": "AVX-512 with bf16", "avx512f": "AVX-512"}
+    if "ONEDNN_MAX_CPU_ISA" in os.environ:
+        flags.discard("amx_bf16")
+
+    return next((name for flag, name in names.items() if flag in flags), "AVX2 or less")
+
+
 def spread(values: Sequence[float], form: str = ",.0f") -> str:
     """Median (least-most)."""
     return f"{statistics.median(values):{form}} ({min(values):{form}}-{max(values):{form}})"
