@@ -21,6 +21,7 @@ from llama2.data.loader import Rows
 from llama2.evaluate.baselines import BagOfWords
 from llama2.formats import checkpoint
 from llama2.model.scorer import Scorer
+from llama2.records import Axis
 from llama2.results import (
     AccuracyResult,
     ReadCounts,
@@ -156,7 +157,17 @@ def run(config: Config, run: Run) -> None:
     words = fit_words(run, pairs) if run.ranks.is_main else None
     accuracies = measure_accuracies(scorer, words, heldout, settings.precision, run.ranks)
     write_results(run, scorer, learner, sets, accuracies)
-    axis = find_axis(pairs)
+    conclude(run, find_axis(pairs), heldout, accuracies)
+
+
+def conclude(
+    run: Run,
+    axis: Axis,
+    heldout: Mapping[str, Sequence[EncodedPair]],
+    accuracies: Mapping[str, SetAccuracy],
+) -> None:
+    """Have all accuracies said at the end, and warn of those on the model's own axis that prove
+    nothing."""
     # the last line, of a set of the model's axis, stands for the run
     order = sorted(heldout, key=lambda name: find_axis(heldout[name]) == axis)
     for line in describe_accuracies({name: heldout[name] for name in order}, accuracies):

@@ -1,6 +1,7 @@
 """A finished reward model on pairs that were kept apart, in the formats people have them in."""
 
 import json
+import shutil
 
 import pytest
 from commands import llama2
@@ -78,15 +79,13 @@ def test_the_bag_of_words_can_be_fitted_to_other_pairs(tmp_path, model, capsys):
     assert baselines["bag_of_words"]["rate"] == 0.0
     assert baselines["over_bag_of_words"]["low"] > 0.4
 
-    # without the file that `reward` left there is none, and that is said
-    (model / "bag_of_words.json").rename(tmp_path / "kept.json")
-    (model / "COMPLETE").rename(tmp_path / "COMPLETE")
-    try:
-        assert llama2(*command, "--out", tmp_path / "b") == 0
-    finally:
-        (tmp_path / "kept.json").rename(model / "bag_of_words.json")
-        (tmp_path / "COMPLETE").rename(model / "COMPLETE")
+    # a reward model from elsewhere has none, and that is said
+    bare = tmp_path / "bare"
+    shutil.copytree(model, bare)
+    for name in ("bag_of_words.json", "manifest.json", "COMPLETE"):
+        (bare / name).unlink()
 
+    assert llama2("accuracy", bare, *command[2:], "--out", tmp_path / "b") == 0
     assert "bag_of_words" not in read(tmp_path / "b")["sets"]["new"]["baselines"]
     assert "--training-pairs.NAME.path FILE fits one" in capsys.readouterr().err
 

@@ -248,7 +248,7 @@ def test_ghost_attention_needs_enough_dialogs(tmp_path: Path) -> None:
 
 def test_instructions_that_a_program_checks_are_told_by_turn_and_kind(tmp_path: Path) -> None:
     root = make(tmp_path / "real", truth=False)
-    assert "Instruction obeyed at turn" not in render(root)
+    assert ">Instruction obeyed at turn</th>" not in render(root)
     path = root / "evaluate" / "evaluation.json"
     content = json.loads(path.read_text())
     for name, share in (("SFT", 0.2), ("V2", 0.9)):
@@ -258,7 +258,7 @@ def test_instructions_that_a_program_checks_are_told_by_turn_and_kind(tmp_path: 
 
     path.write_text(json.dumps(content))
     text = render(root)
-    assert "Instruction obeyed at turn" in text
+    assert ">Instruction obeyed at turn</th>" in text
     assert "V2, &lt;hobby&gt;" in text
     assert "90\u00a0% [80, 95]" in text
     assert re.search(r"paper, without \(Table 30\)</td>.*?10\u00a0%", text)
