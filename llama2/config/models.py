@@ -74,10 +74,10 @@ class Config(BaseModel):
         return None
 
     @classmethod
-    def find_variant(cls, values: Mapping[str, Any]) -> Mapping[str, Any]:
-        """Return what the chosen variants of a recipe change in it, to be laid upon it and below
-        the flags; `values` are those of recipes and flags together."""
-        return {}
+    def arrange_layers(cls, layers: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+        """Return recipes and flags, the lowest first, with the changes between them that the values
+        of parameters choose."""
+        return list(layers)
 
     @classmethod
     def check_layers(cls, layers: Sequence[Mapping[str, Any]]) -> None:

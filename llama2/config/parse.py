@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Mapping, Sequence
+from functools import reduce
 from pathlib import Path
 from typing import Any, get_args, get_origin
 
@@ -48,9 +49,9 @@ def parse(kind: type[C], arguments: Sequence[str], prog: str) -> C:
             f"write llama2 run {where}, or with --step NAME for one of them",
         )
 
-    variant = kind.find_variant(merge(values, read_flags(kind, flags, values)))
-    values = merge(values, variant)
-    layers += [variant, read_flags(kind, flags, values)]
+    *layers, _ = kind.arrange_layers([*layers, read_flags(kind, flags, values)])
+    values = dict(reduce(merge, layers, {}))
+    layers.append(read_flags(kind, flags, values))
     kind.check_layers(layers)
     return build(kind, merge(values, layers[-1]), where)
 

@@ -70,8 +70,7 @@ class Board:
             time.sleep(0.05)
 
     def _cores(self, name: str) -> int:
-        keys = self.steps[name].keys
-        return min(max(keys.cores or self.recipe.cores, keys.processes), self.recipe.cores)
+        return self.steps[name].keys.count_cores(self.recipe.cores)
 
     def _start_ready(self) -> None:
         """Start every step whose inputs are finished, as far as the cores go."""
@@ -196,7 +195,7 @@ class Board:
 
     def _eta(self, now: float) -> str:
         """Return the time left, at the pace of what was done here and by what running steps say."""
-        weights = {name: step.keys.seconds for name, step in self.steps.items()}
+        weights = {name: step.keys.weigh(self.recipe.cores) for name, step in self.steps.items()}
         waiting = sum(weights[name] for name in self.waiting)
         finished = [(weights[name], took) for name, took in self.finished.items() if took]
         running = [work.log.progress(weights[name], now) for name, work in self.running.items()]

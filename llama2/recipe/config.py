@@ -31,6 +31,15 @@ class StepKeys(Section):
     seconds: float = Field(1.0, gt=0)
     """how long it takes, relative to the other steps: weighs the ETA"""
 
+    def count_cores(self, cores: int) -> int:
+        """Return the cores it takes, of `cores` that there are."""
+        return min(max(self.cores or cores, self.processes), cores)
+
+    def weigh(self, cores: int) -> float:
+        """Return its part in the time of a recipe on so many cores: steps that take half of them
+        run two at a time."""
+        return self.seconds * self.count_cores(cores) / cores
+
 
 class Config(StageConfig):
     """An ordered list of steps: steps.NAME.verb, .processes, .cores, .seconds, and the verb's own
@@ -65,25 +74,21 @@ class Config(StageConfig):
         return make_step_kind(verb) | None if makes_run(verb) else None
 
     @classmethod
-    def find_variant(cls, values: Mapping[str, Any]) -> Mapping[str, Any]:
-        """Return what the values of parameters with variants change in the recipe."""
-        variants, parameters = values.get("variants"), values.get("parameters")
-        changes: Mapping[str, Any] = {}
-        for name, choices in variants.items() if isinstance(variants, Mapping) else ():
-            if not isinstance(choices, Mapping):
-                continue  # refused when all is checked
+    def arrange_layers(cls, layers: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+        """Lay what the parameters choose upon the recipe that has the variants, below the recipes
+        and flags that lie upon it."""
+        arranged = list(layers)
+        parameters: dict[str, Any] = {}
+        for layer in layers:
+            given = layer.get("parameters")
+            parameters |= given if isinstance(given, Mapping) else {}
 
-            given = parameters.get(name) if isinstance(parameters, Mapping) else None
-            value = str(_value(given))
-            if value not in choices:
-                raise UserError(
-                    f"parameters.{name}: no variant of this recipe is called '{value}'",
-                    did_you_mean(value, choices),
-                )
+        for place in reversed(range(len(layers))):
+            variants = layers[place].get("variants")
+            if isinstance(variants, Mapping):
+                arranged.insert(place + 1, _choose(variants, parameters))
 
-            changes = merge(changes, choices[value] or {})
-
-        return changes
+        return arranged
 
     @classmethod
     def check_layers(cls, layers: Sequence[Mapping[str, Any]]) -> None:
@@ -109,6 +114,25 @@ class Config(StageConfig):
                     f"parameters.{name}: no step refers to '${{{name}}}'",
                     did_you_mean(name, used - known.keys() - {"out"}),
                 )
+
+
+def _choose(variants: Mapping[str, Any], parameters: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Return what the values of parameters with variants change in a recipe."""
+    changes: Mapping[str, Any] = {}
+    for name, choices in variants.items():
+        if not isinstance(choices, Mapping):
+            continue  # refused when all is checked
+
+        value = str(_value(parameters.get(name)))
+        if value not in choices:
+            raise UserError(
+                f"parameters.{name}: no variant of this recipe is called '{value}'",
+                did_you_mean(value, choices),
+            )
+
+        changes = merge(changes, choices[value] or {})
+
+    return changes
 
 
 def find_references(recipe: Sequence[Mapping[str, Any]]) -> set[str]:

@@ -37,7 +37,10 @@ __all__ = ["Config", "plan", "run"]
 def plan(recipe: Config, cluster: Cluster, planned: PlannedRuns) -> dict[str, Any]:
     """Return what a dry run shows beyond the recipe itself: every step's whole configuration, and
     what it would cost."""
-    configs, plans = {}, {}
+    configs: dict[str, Any] = {}
+    plans: dict[str, dict[str, Any]] = {}
+    seconds = 0.0
+
     for name, step in resolve_steps(recipe).items():
         module, machines = verbs.load(step.verb), cluster
         if not cluster.ranks:
@@ -47,16 +50,13 @@ def plan(recipe: Config, cluster: Cluster, planned: PlannedRuns) -> dict[str, An
         plans[name] = {"verb": step.verb, "needs": sorted(step.needs)}
         if "seconds" in step.keys.model_fields_set:
             plans[name]["seconds"] = step.keys.seconds
+            seconds += step.keys.weigh(recipe.cores)
 
         if hasattr(module, "plan"):
             plans[name] |= module.plan(step.config, machines, planned)
 
-    minutes = sum(plan.get("seconds", 0.0) for plan in plans.values()) / 60
-    return {
-        "steps": configs,
-        "plan": plans,
-        "total": {**total(plans), "minutes": round(minutes, 1)},
-    }
+    summary = {**total(plans), "minutes": round(seconds / 60, 1)}
+    return {"steps": configs, "plan": plans, "total": summary}
 
 
 def run(recipe: Config) -> int:

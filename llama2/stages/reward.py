@@ -19,6 +19,7 @@ from pydantic import Field
 from llama2.config import StageConfig
 from llama2.data.loader import Rows
 from llama2.evaluate.baselines import BagOfWords
+from llama2.formats import checkpoint
 from llama2.model.scorer import Scorer
 from llama2.results import (
     AccuracyResult,
@@ -82,6 +83,9 @@ class Config(StageConfig):
     micro_batch_size: int = Field(8, gt=0)
     """pairs a rank computes at a time"""
     epochs: int = Field(1, gt=0)
+    head_learning_rate: float | None = Field(None, gt=0)
+    """of the scalar head, which a chat checkpoint lacks; that of the rest unless given. A fresh
+    head begins at zero then, so that it soon is what it has learnt and not what was drawn"""
     training: Training = Training(optimizer=AdamW(learning_rate=1e-5), plan=Plan(save_every=200))
     """warm-up is 3 % of the steps, at least 5, unless plan.warmup_steps says otherwise"""
 
@@ -108,12 +112,12 @@ def run(config: Config, run: Run) -> None:
     """Train, measure accuracy by set and degree, and leave a reward-model checkpoint."""
     home = config.training.home(run.ranks)
     scorer, tokenizer = load_scorer(config.model, home, seed=config.seed)
-    encoder = Encoder(
-        tokenizer, config.max_tokens, scorer.config.max_position_embeddings, config.shorten
-    )
+    rates = choose_rates(config, scorer)
+    context = scorer.config.max_position_embeddings
+    encoder = Encoder(tokenizer, config.max_tokens, context, config.shorten)
     sets = read_pairs(config.preferences, encoder, run, config.seed)
     pairs = list(chain.from_iterable(sets.values()))
-    heldout = read_heldout(config.heldout, encoder, run)
+    heldout = read_heldout(config.heldout, encoder, run, config.seed)
 
     source = Rows(
         pairs,
@@ -145,12 +149,8 @@ def run(config: Config, run: Run) -> None:
         settings,
         save_model=make_saver(scorer, tokenizer, run.ranks),
         title="reward",
-        flops_per_token=flops_per_token(
-            scorer.config,
-            mean_length(pairs),
-            scalar=True,
-            frozen_layers=config.training.frozen_layers,
-        ),
+        rates=rates,
+        flops_per_token=count_flops(config, scorer, pairs),
     )
     scorer.eval()
     words = fit_words(run, pairs) if run.ranks.is_main else None
@@ -166,6 +166,23 @@ def run(config: Config, run: Run) -> None:
         if find_axis(heldout[name]) == axis:
             for line in warn_of_chance(name, accuracies[name]):
                 run.warn(line)
+
+
+def choose_rates(config: Config, scorer: Scorer) -> dict[str, float] | None:
+    """Return the learning rate of the head, if it has one of its own; a fresh head is set to zero
+    then."""
+    if config.head_learning_rate is None:
+        return None
+    if not checkpoint.is_scorer(config.model):
+        scorer.score.weight.data.zero_()
+
+    return {"score.": config.head_learning_rate}
+
+
+def count_flops(config: Config, scorer: Scorer, pairs: Sequence[EncodedPair]) -> float:
+    """Return the FLOPs of training on a token of these pairs."""
+    frozen = config.training.frozen_layers
+    return flops_per_token(scorer.config, mean_length(pairs), scalar=True, frozen_layers=frozen)
 
 
 def fit_words(run: Run, pairs: Sequence[EncodedPair]) -> BagOfWords:

@@ -40,7 +40,9 @@ class Tokenizer:
     template, which `save` writes beside the tokenizer; None if it has none; `template_place` names
     where it stands. `controls` are the items that no text spells, name -> id: BOS, EOS and whatever
     was added, without padding. `dummy_prefix`: a space stands in front of what `encode` takes, and
-    is none of the text. `fingerprint` is that of all that decides ids.
+    is none of the text; `space_once`: in a chat template that is not Llama 2's, of a whole
+    conversation, not of each piece between control tokens. `fingerprint` is that of all that
+    decides ids.
     """
 
     def __init__(self, content: bytes | ByteLevelModel, source: str = FILE) -> None:
@@ -51,7 +53,7 @@ class Tokenizer:
             self._use(SentencePieceCodec(content, source))
             self.template = CHAT_TEMPLATE
 
-        self.template_place = ""
+        self.template_place, self.space_once = "", False
         self.bos, self.eos = self.codec.bos, self.codec.eos
         self.stops = tuple(dict.fromkeys((self.eos, *self.codec.ends)))
         self.announced_eos = self.eos
@@ -75,7 +77,11 @@ class Tokenizer:
         stderr. UserError for a place without a tokenizer, and one that cannot be used.
         """
         if isinstance(place, StoredTokenizer):
-            return cls(place.read(), place.place)
+            tokenizer, file = cls(place.read(), place.place), Path(place.place)
+            if tokenizer.dummy_prefix and file.name in (FILE, chat_settings.JSON):
+                tokenizer.space_once = chat_settings.puts_space_once(file.parent)
+
+            return tokenizer
 
         path = Path(place)
         if path.is_dir():
@@ -233,7 +239,10 @@ class Tokenizer:
         A line on stderr says, once, where transformers will give other ids than `encode`.
         """
         path = Path(directory)
-        files = self.codec.dump_files(self.announced_eos, self.template)
+        others = self.template is not None and not is_llama_2(self.template)
+        files = self.codec.dump_files(
+            self.announced_eos, self.template, space_once=self.space_once and others
+        )
         with explain_os_errors(path):
             path.mkdir(parents=True, exist_ok=True)
             for name, content in files.items():

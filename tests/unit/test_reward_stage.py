@@ -25,6 +25,7 @@ from llama2.stages.common.reward_pairs import (
     collate,
     collate_shared,
     mean_length,
+    read_heldout,
     read_pairs,
 )
 from llama2.stages.common.training import freeze_lower
@@ -508,6 +509,33 @@ def test_the_last_line_is_about_the_axis_that_was_trained_on(tmp_path, policy, a
     ]
     assert len(lines) == 2
     assert f"of 8 pairs of {axis};" in lines[-1]
+
+
+def test_a_limit_takes_some_pairs_by_chance(tmp_path, tokenizer):
+    file = write(tmp_path / "help.jsonl", 30)
+    whole, _ = mixed(config(a={"path": file}), tokenizer)
+    made = config(a={"path": file, "limit": 7})
+    sets, run = mixed(made, tokenizer)
+    assert len(sets["a"]) == run.tally("preferences.a").kept == 7
+    assert run.tally("preferences.a").skipped == {"over the limit": 23}
+    assert all(pair in whole["a"] for pair in sets["a"])
+    assert mixed(made, tokenizer)[0] == sets
+    assert mixed(made.model_copy(update={"seed": 1}), tokenizer)[0] != sets
+    heldout = read_heldout(made.preferences, Encoder(tokenizer, 200, 1000), run, 0)
+    assert len(heldout["a"]) == 7
+
+
+def test_a_head_with_a_rate_of_its_own_begins_at_zero(tmp_path, policy):
+    words = ["reward", "--model", policy, "--preferences.a.path", write(tmp_path / "a.jsonl", 16)]
+    words += ["--training.plan.max-steps", 1, "--training.optimizer.learning-rate", 1e-12]
+    assert llama2(*words, "--head-learning-rate", 1e-3, "--out", tmp_path / "out") == 0
+    head = checkpoint.load_scorer(tmp_path / "out").score.weight.detach()
+    assert 0 < float(head.abs().max()) <= 1.1e-3  # one step of AdamW
+
+    again = [*words[:2], tmp_path / "out", *words[3:], "--head-learning-rate", 1e-12]
+    assert llama2(*again, "--out", tmp_path / "on") == 0
+    on = checkpoint.load_scorer(tmp_path / "on").score.weight.detach()
+    assert torch.allclose(on, head, atol=1e-9)  # one that was trained goes on as it was
 
 
 def test_frozen_layers_stay_and_the_others_learn(tmp_path, policy):

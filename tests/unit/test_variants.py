@@ -58,10 +58,13 @@ def test_a_parameter_chooses_what_changes(tmp_path, flags, scale, names):
 
 def test_another_recipe_may_choose(tmp_path):
     over = tmp_path / "over.yaml"
-    over.write_text("parameters: {size: small}\n")
+    over.write_text("parameters: {size: small}\nsteps: {w: {scale: 0.3}}\n")
     recipe = read(tmp_path)
     recipe = parse(Config, [str(tmp_path / "recipe.yaml"), str(over)], "llama2 run")
-    assert list(pipeline.resolve_steps(recipe)) == ["w"]
+    steps = pipeline.resolve_steps(recipe)
+    assert list(steps) == ["w"]
+    assert steps["w"].config.scale == 0.3  # what lies upon a recipe lies upon its variants
+    assert steps["w"].keys.seconds == 30
 
 
 @pytest.mark.parametrize(
@@ -80,10 +83,11 @@ def test_mistakes_are_named(tmp_path, flags, changed, refusal):
 
 
 def test_a_plan_adds_up_the_minutes_of_the_chosen_size(tmp_path):
-    for flags, minutes in (((), 2.0), (("--parameters.size", "small"), 0.5)):
-        found = pipeline.plan(read(tmp_path, *flags), Cluster(), PlannedRuns())
+    """Steps that take one of two cores run two at a time."""
+    for flags, seconds, minutes in (((), 90, 1.0), (("--parameters.size", "small"), 30, 0.2)):
+        found = pipeline.plan(read(tmp_path, *flags, cores=2), Cluster(), PlannedRuns())
         assert found["total"]["minutes"] == minutes
-        assert found["plan"]["w"]["seconds"] == 60 * minutes - 30 * ("more" in found["plan"])
+        assert found["plan"]["w"]["seconds"] == seconds
 
 
 def test_the_recipe_written_beside_the_runs_is_the_one_that_ran(tmp_path):

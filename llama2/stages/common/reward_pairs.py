@@ -39,6 +39,8 @@ class Comparisons(Section):
     """take only those made on this axis"""
     share: float | None = Field(None, gt=0, le=1)
     """of all training pairs, which must be reached; without it every pair is taken once"""
+    limit: int | None = Field(None, gt=0)
+    """use at most this many pairs, chosen at random"""
     repeat: bool = False
     """draw pairs more than once where there are too few for the share"""
     license: str | None = None
@@ -87,17 +89,31 @@ class EncodedPair:
 
 
 def read_heldout(
-    sets: Mapping[str, Comparisons], encoder: Encoder, run: Run
+    sets: Mapping[str, Comparisons], encoder: Encoder, run: Run, seed: int
 ) -> dict[str, list[EncodedPair]]:
     """Return the pairs to measure accuracy on, of every set that has any."""
     heldout = {}
     for name, comparisons in sets.items():
-        tally = run.tally(f"heldout.{name}")
-        pairs = encoder.encode(select(comparisons, tally), tally)
+        pairs = _read_set(comparisons, encoder, run.tally(f"heldout.{name}"), seed)
         if pairs:
             heldout[name] = pairs
 
     return heldout
+
+
+def _read_set(
+    comparisons: Comparisons, encoder: Encoder, tally: Tally, seed: int
+) -> list[EncodedPair]:
+    """Return the pairs of one set that can be used, at most as many as its limit."""
+    pairs = encoder.encode(select(comparisons, tally), tally)
+    if comparisons.limit is None or len(pairs) <= comparisons.limit:
+        return pairs
+
+    left_out = len(pairs) - comparisons.limit
+    tally.kept -= left_out
+    tally.skip("over the limit", count=left_out)
+    order = np.random.default_rng([seed, len(pairs)]).permutation(len(pairs))
+    return [pairs[index] for index in sorted(order[: comparisons.limit])]
 
 
 def mean_length(pairs: Sequence[EncodedPair]) -> float:
@@ -202,8 +218,7 @@ def read_pairs(
     they make up their shares."""
     sets, shares, repeated = {}, {}, set()
     for name, comparisons in preferences.items():
-        tally = run.tally(f"preferences.{name}")
-        sets[name] = encoder.encode(select(comparisons, tally), tally)
+        sets[name] = _read_set(comparisons, encoder, run.tally(f"preferences.{name}"), seed)
         if comparisons.share is not None:
             shares[name] = comparisons.share
         if comparisons.repeat:
