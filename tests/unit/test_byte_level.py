@@ -12,14 +12,20 @@ from pathlib import Path
 from typing import Any
 
 import gguf
+import numpy as np
 import pytest
 from byte_level import CHATML, FAMILIES, list_texts, write_tokenizer
 from commands import llama2
 from sources import SHAPE, model_of
 
+from llama2.data.compress import spell_targets
+from llama2.data.pack import Segment
+from llama2.data.shards import write_shards
 from llama2.errors import UserError
-from llama2.formats import checkpoint
+from llama2.formats import checkpoint, gguf_bpe, gguf_header
 from llama2.formats import gguf as ours
+from llama2.generate.grammar import json_grammar
+from llama2.records import Document
 from llama2.tokenizer import Tokenizer
 from llama2.tokenizer.byte_level import spell
 
@@ -373,8 +379,6 @@ def test_a_damaged_vocabulary_of_gguf_names_the_file(
     assert llama2("export", directory, "--to", "gguf", "--out", file) == 0
     stored = ours.read(file)
     assert stored.tokenizer is not None
-    from llama2.formats import gguf_bpe, gguf_header
-
     header = gguf_header.read_header(file)
     metadata = header.metadata | {f"tokenizer.ggml.{key}": value}
     with pytest.raises(UserError, match=message) as raised:
@@ -406,3 +410,41 @@ def test_added_tokens_beyond_the_embeddings_are_left_out(
     ]
     assert "<|pause|>" not in names
     assert Tokenizer.load(tmp_path / "ours").vocab_size == size - 1
+
+
+# --- what goes by the tokenizer ---
+@pytest.mark.parametrize("family", FAMILIES)
+def test_json_can_be_held_to_a_schema(trained: Callable[..., Path], family: str) -> None:
+    pytest.importorskip("llguidance")
+    plain = Tokenizer.load(trained(family))
+    tokenizer = plain.pad(SIZE)
+    schema = {
+        "type": "object",
+        "properties": {"name": {"type": "string"}, "age": {"type": "integer"}},
+        "required": ["name", "age"],
+        "additionalProperties": False,
+    }
+    grammar = json_grammar(tokenizer, schema)
+    for token in [*tokenizer.encode('{"name": "Ann", "age": 31}'), tokenizer.eos]:
+        allowed = set(grammar.mask().nonzero().flatten().tolist())
+        assert token in allowed
+        assert not (allowed - {tokenizer.eos}) & set(tokenizer.controls.values())
+        assert max(allowed) < plain.vocab_size
+        grammar.accept(token)
+
+    assert grammar.done
+    assert grammar.mask().nonzero().flatten().tolist() == [tokenizer.eos]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_documents_are_separated(tmp_path: Path, trained: Callable[..., Path], family: str) -> None:
+    """By BOS where texts begin with it, else by EOS; and what is predicted spells the text."""
+    tokenizer = Tokenizer.load(trained(family))
+    texts = ["the old mill", " a b\n", "日本語"]
+    documents = [Document(text) for text in texts]
+    shards = write_shards(documents, tokenizer, tmp_path / "shards", threads=2)
+    start = tokenizer.bos if family == "llama-bpe" else tokenizer.eos
+    for number, text in enumerate(texts):
+        ids = shards.document(number).astype(np.int64)
+        assert ids.tolist() == [start, *tokenizer.encode(text), tokenizer.eos]
+        assert spell_targets(Segment(ids, ids >= 0), tokenizer) == text.encode()
