@@ -46,6 +46,14 @@ SIZES = {
     "S": Size(LlamaConfig(32000, 288, 768, 6, 6, 6, 512, tie_word_embeddings=True), 8, 256),
     # 110M
     "M": Size(LlamaConfig(32000, 768, 2048, 12, 12, 12, 1024, tie_word_embeddings=True), 2, 1024),
+    # 135M: the shape of SmolLM2
+    "smollm2": Size(
+        LlamaConfig(
+            49152, 576, 1536, 30, 9, 3, 2048, rope_theta=100000.0, tie_word_embeddings=True
+        ),
+        2,
+        1024,
+    ),
 }
 
 
@@ -138,6 +146,33 @@ def has(python: str, module: str) -> bool:
     """Whether an interpreter can import a module."""
     test = f"import importlib.util, sys; sys.exit(importlib.util.find_spec('{module}') is None)"
     return subprocess.run([python, "-c", test]).returncode == 0
+
+
+# for GCC and for oneDNN
+WITHOUT_AMX = {
+    "CXX": "g++ -mno-amx-bf16 -mno-amx-int8 -mno-amx-tile",
+    "ONEDNN_MAX_CPU_ISA": "AVX512_CORE_BF16",
+}
+
+
+def hide_amx() -> bool:
+    """Have programs started from now on work without AMX: our kernels and oneDNN. Return whether
+    that was still to be done."""
+    hidden = all(os.environ.get(name) == value for name, value in WITHOUT_AMX.items())
+    os.environ.update(WITHOUT_AMX)
+    return not hidden
+
+
+def instruction_set() -> str:
+    """What the processor offers for products, as far as it is not hidden."""
+    with open("/proc/cpuinfo", encoding="utf-8") as file:
+        flags = set(next((line for line in file if line.startswith("flags")), "").split())
+
+    names = {"amx_bf16": "AMX", "avx512_bf16": "AVX-512 with bf16", "avx512f": "AVX-512"}
+    if "ONEDNN_MAX_CPU_ISA" in os.environ:
+        flags.discard("amx_bf16")
+
+    return next((name for flag, name in names.items() if flag in flags), "AVX2 or less")
 
 
 def spread(values: Sequence[float], form: str = ",.0f") -> str:

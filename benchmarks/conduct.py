@@ -1,6 +1,7 @@
-"""How far the rules of `evaluate/conduct.py` agree with labels of people and of GPT-4.
+"""How far the rules of `evaluate/conduct.py` agree with labels of people and of GPT-4, and those of
+`evaluate/language.py` with the language of a text.
 
-    python benchmarks/conduct.py DATA
+    python benchmarks/conduct.py DATA [--languages xquad.de.json xquad.es.json ...]
 
 DATA holds XSTest's answers (`xstest/model_completions/*.csv`) and Do-Not-Answer's
 (`do-not-answer/Review/Human/*.csv`, `do-not-answer/data_en.csv.gz`); docs/evaluation.md names their
@@ -14,14 +15,25 @@ import argparse
 import csv
 import gzip
 import hashlib
+import json
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 from llama2.evaluate.conduct import judge_conduct
 from llama2.evaluate.conduct_summary import measure_judge
+from llama2.evaluate.language import find_language
+from llama2.evaluate.winrate import measure_share
 from llama2.results import JudgeQuality, Proportion
 
+XQUAD = {
+    "ar": "Arabic",
+    "de": "German",
+    "en": "English",
+    "es": "Spanish",
+    "ru": "Russian",
+    "zh": "Chinese",
+}
 MODELS = ("llama2-7b-chat", "vicuna-7b", "ChatGLM2", "ChatGPT", "GPT4", "Claude")
 Row = dict[str, str]
 
@@ -109,11 +121,35 @@ def format_share(share: Proportion) -> str:
     return f"{100 * share.rate:.1f} % [{100 * share.low:.1f}, {100 * share.high:.1f}] of {share.n}"
 
 
+def measure_languages(files: Sequence[Path]) -> None:
+    """Print how often the language of XQuAD's paragraphs and questions is told, by file."""
+    print()
+    for file in files:
+        language = XQUAD[file.name.split(".")[1]]
+        paragraphs: list[str] = []
+        questions: list[str] = []
+        for article in json.loads(file.read_text("utf-8"))["data"]:
+            for paragraph in article["paragraphs"]:
+                paragraphs.append(paragraph["context"])
+                questions += [item["question"] for item in paragraph["qas"]]
+
+        for what, texts in (("paragraphs", paragraphs), ("questions", questions)):
+            told = [find_language(text) for text in texts]
+            right = measure_share(told.count(language), len(told))
+            none = measure_share(told.count(""), len(told))
+            print(
+                f"{language:10}{what:12}{format_share(right)}; of no language {format_share(none)}"
+            )
+
+
 def main() -> None:
-    """Measure both judges."""
+    """Measure both judges, and the language of texts."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("data", type=Path)
-    data = parser.parse_args().data
+    parser.add_argument("--languages", type=Path, nargs="*", default=[])
+    arguments = parser.parse_args()
+    data = arguments.data
+    measure_languages(arguments.languages)
     measure_refusals(data / "xstest" / "model_completions")
     asked = data / "do-not-answer"
     (file,) = (asked / "Review" / "Human").glob("*.csv")

@@ -1,6 +1,7 @@
 """llama.cpp as a side of engine.py: prefill and decode of even rows, greedy, on random weights.
 
-    python benchmarks/llamacpp.py SIZE f32|bf16|q8_0|q4_1 ROWS THREADS
+    python benchmarks/llamacpp.py SIZE f32|bf16|q8_0|q4_1 ROWS THREADS COLUMNS
+    python benchmarks/llamacpp.py MODEL.gguf file ROWS THREADS COLUMNS
 
 Started by engine.py with an interpreter that has llama-cpp-python, gguf and numpy; needs nothing
 else.
@@ -47,6 +48,7 @@ def write(path: Path, shape: dict[str, Any], kind: str) -> None:
     writer.add_head_count_kv(kv)
     writer.add_layer_norm_rms_eps(shape["rms_norm_eps"])
     writer.add_rope_dimension_count(dim // heads)
+    writer.add_rope_freq_base(shape["rope_theta"])
     writer.add_tokenizer_model("llama")
     writer.add_token_list(
         [b"<unk>", b"<s>", b"</s>", *(f"w{token}".encode() for token in range(3, vocabulary))]
@@ -93,6 +95,8 @@ class Model:
         llama_cpp.llama_log_set(_QUIET, ctypes.c_void_p(0))
         llama_cpp.llama_backend_init()
         settings = llama_cpp.llama_model_default_params()
+        # its kernels for AMX, which take quantized weights alone, crash on some virtual machines
+        settings.use_extra_bufts = False
         self.model = llama_cpp.llama_model_load_from_file(str(path).encode(), settings)
         context = llama_cpp.llama_context_default_params()
         context.n_ctx, context.n_seq_max = rows * columns, rows
@@ -157,18 +161,17 @@ def _QUIET(level: int, text: bytes, data: Any) -> None:
 
 def main() -> None:
     """Answers {"prompts": ..., "new": ...} with {"prefill": seconds, "decode": seconds}."""
-    shape, kind, rows, threads = (
-        json.loads(sys.argv[1]),
-        sys.argv[2],
-        int(sys.argv[3]),
-        int(sys.argv[4]),
-    )
+    source, kind = sys.argv[1], sys.argv[2]
+    rows, threads, columns = map(int, sys.argv[3:6])
     out = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)
 
     with tempfile.TemporaryDirectory() as folder:
-        write(Path(folder) / "model.gguf", shape, kind)
-        model = Model(Path(folder) / "model.gguf", rows, 256, threads)
+        path = Path(source if kind == "file" else f"{folder}/model.gguf")
+        if kind != "file":
+            write(path, json.loads(source), kind)
+
+        model = Model(path, rows, columns, threads)
         for line in iter(sys.stdin.readline, ""):
             question = json.loads(line)
             prefill, decode = model.run(question["prompts"], question["new"])

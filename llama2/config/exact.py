@@ -58,7 +58,7 @@ def _read_path(value: Any, validate: core_schema.ValidatorFunctionWrapHandler) -
     if isinstance(value, str) and not value.strip():
         raise PydanticCustomError("path_type", "a path is wanted")
 
-    path: Path = model_packages.locate(validate(value))
+    path: Path = model_packages.locate_installed(validate(value))
     if path.parts[:1] == ("~",) or (str(path).startswith("~") and not path.exists()):
         try:
             return path.expanduser()

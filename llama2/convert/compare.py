@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 
 import torch
 import torch.nn.functional as F
@@ -24,6 +24,7 @@ from llama2.formats.gguf_metadata import ENDS
 from llama2.formats.hf_directory import SCORE
 from llama2.formats.stored_model import StoredModel
 from llama2.model.llama import Layer, LlamaConfig, RMSNorm, Trunk
+from llama2.model.rope import RopeScaling
 from llama2.model.tensors import EMBEDDINGS, HEAD, NORM
 
 _CHUNK = 1 << 20  # numbers that are compared at a time
@@ -35,6 +36,9 @@ _SIZES = (
     "num_hidden_layers",
     "num_attention_heads",
     "num_key_value_heads",
+    "head_dim",
+    "attention_bias",
+    "attention_output_bias",
 )
 _CONSTANTS = ("rms_norm_eps", "rope_theta")
 _LABELS = ("max_position_embeddings", "bos_token_id", "eos_token_id")
@@ -109,8 +113,15 @@ def compare_shapes(a: StoredModel, b: StoredModel) -> Shapes:
     places = len(ENDS)
     if gguf.FORMAT in formats and a.config.stops[:places] == b.config.stops[:places]:
         lost.add("eos_token_id")  # GGUF has so many places
+    if gguf.FORMAT in formats and None in (a.config.bos_token_id, b.config.bos_token_id):
+        lost.add("bos_token_id")  # whose absence means 1 there
 
     differences: dict[str, str] = {}
+    if not _is_same_scaling(a.config.rope_scaling, b.config.rope_scaling):
+        differences["rope_scaling"] = (
+            f"rope_scaling: {a.config.rope_scaling} and {b.config.rope_scaling}"
+        )
+
     for name in (*_SIZES, *_CONSTANTS, *_LABELS):
         x, y = getattr(a.config, name), getattr(b.config, name)
         if name in _CONSTANTS and formats & _SINGLE:
@@ -132,6 +143,15 @@ def compare_shapes(a: StoredModel, b: StoredModel) -> Shapes:
         tuple(differences.values()),
         tuple(f"{note}, which one of the formats does not hold" for note in notes),
     )
+
+
+def _is_same_scaling(a: RopeScaling | None, b: RopeScaling | None) -> bool:
+    """Compare two scalings of positions, whose numbers a format may hold in fp32."""
+    if a is None or b is None or a.rope_type != b.rope_type:
+        return a == b
+
+    pairs = zip(astuple(a)[1:], astuple(b)[1:])
+    return all(math.isclose(x or 0, y or 0, rel_tol=1e-6) for x, y in pairs)
 
 
 def find_context(a: LlamaConfig, b: LlamaConfig) -> int:
@@ -229,7 +249,9 @@ def compare_outputs(
     """
     generator = torch.Generator().manual_seed(seed)
     tokens_1T = torch.randint(a.config.vocab_size, (1, length), generator=generator)
-    tokens_1T[0, 0] = a.config.bos_token_id
+    if a.config.bos_token_id is not None:
+        tokens_1T[0, 0] = a.config.bos_token_id
+
     tokens_1T = tokens_1T.to(device)
 
     x_TD, y_TD, first_layer = _find_hidden(a, b, tokens_1T, tolerance)

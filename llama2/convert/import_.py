@@ -23,7 +23,7 @@ from llama2.formats.detect import open_model
 from llama2.formats.hf_directory import require_free
 from llama2.formats.progress import ReadingBar
 from llama2.formats.safetensors_file import is_finite
-from llama2.formats.stored_model import StoredModel, StoredTensor, observe
+from llama2.formats.stored_model import StoredModel, StoredTensor, list_variations, observe
 from llama2.stages.common.planning import Cluster, PlannedRuns
 from llama2.terminal_text import list_some, say
 from llama2.tokenizer.chat_settings import ADDED, MODEL, SETTINGS, SPECIAL, name_template
@@ -205,12 +205,13 @@ def _describe(model: StoredModel) -> str:
     kinds = {str(stored.dtype).removeprefix("torch.") for stored in model.tensors.values()}
     kinds = {*model.quantized, "float32"} if model.quantized else kinds
     kind = "reward" if model.scorer else "language"
+    variations = "".join(f", {variation}" for variation in list_variations(shape))
     return (
         f"{model.format}, a {kind} model of {model.numel:,} parameters in "
         f"{', '.join(sorted(kinds))}: {shape.num_hidden_layers} layers of width "
         f"{shape.hidden_size:,}, {shape.num_attention_heads} heads, {shape.num_key_value_heads} "
         f"for keys and values, context {shape.max_position_embeddings:,}, vocabulary "
-        f"{shape.vocab_size:,}"
+        f"{shape.vocab_size:,}{variations}"
     )
 
 

@@ -17,6 +17,7 @@ among them).
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any, get_args
@@ -26,10 +27,11 @@ import torch
 from torch import Tensor
 
 from llama2.errors import UserError
-from llama2.formats import gguf_metadata, gguf_vocabulary
+from llama2.formats import gguf_metadata, gguf_rope, gguf_vocabulary
 from llama2.formats.binary import FETCH_AGAIN, replace_file
 from llama2.formats.gguf_header import ALIGNMENT, Header, read_header
-from llama2.formats.gguf_metadata import UNREADABLE, Precision
+from llama2.formats.gguf_metadata import LLAMA, Precision, find_architecture
+from llama2.formats.gguf_rope import FACTORS
 from llama2.formats.gguf_tensors import (
     PLAIN,
     count_bytes,
@@ -47,7 +49,7 @@ from llama2.formats.stored_model import (
     require_language_model,
     split_rotary_pairs,
 )
-from llama2.model.llama import LlamaConfig
+from llama2.model.config import LlamaConfig
 from llama2.model.tensors import EMBEDDINGS, HEAD, NORM, shapes
 
 FORMAT = "gguf"
@@ -55,7 +57,6 @@ _BLOCK = 32
 _CHUNK = 1 << 22  # numbers that are converted at a time
 # scales of blocks are numbers of fp16
 _LARGEST = {"f16": 65504.0, "q8_0": 65504.0 * 127, "q4_0": 65504.0 * 8}
-_FACTORS = "rope_freqs.weight"  # by which rotary frequencies are divided
 
 _OUTSIDE = {EMBEDDINGS: "token_embd.weight", NORM: "output_norm.weight", HEAD: "output.weight"}
 _INSIDE = {
@@ -77,7 +78,8 @@ def _translate(name: str) -> str:
         return _OUTSIDE[name]
 
     _, _, layer, rest = name.split(".", 3)  # model.layers.N.<rest>
-    return f"blk.{layer}.{_INSIDE[rest.removesuffix('.weight')]}.weight"
+    part, _, leaf = rest.rpartition(".")
+    return f"blk.{layer}.{_INSIDE[part]}.{leaf}"
 
 
 # --- writing ---
@@ -103,18 +105,20 @@ def write(
         )
 
     require_language_model(model, "GGUF")
+    gguf_rope.require_holdable(model.path, model.config)
+    factors = gguf_rope.make_factors(model.config)
     tokenizer = gguf_vocabulary.read_content(model)
     names = [tensor for tensor in shapes(model.config) if tensor in model.tensors]
     types = {tensor: _choose_type(tensor, model, precision) for tensor in names}
     with replace_file(file) as stream:
-        writer = library.GGUFWriter(stream.name, "llama")
+        writer = library.GGUFWriter(stream.name, LLAMA)
         try:
             gguf_metadata.describe_config(writer, model.config, precision, name)
             gguf_vocabulary.describe_tokenizer(writer, model, tokenizer)
             if chat_template:
                 writer.add_chat_template(chat_template)
 
-            _describe_tensors(library, writer, model, types)
+            _describe_tensors(library, writer, model, types, factors)
             writer.write_header_to_file()
             writer.write_kv_data_to_file()
             writer.write_ti_data_to_file()
@@ -122,6 +126,10 @@ def write(
             writer.close()
 
         stream.seek(0, 2)
+        stream.write(bytes(-stream.tell() % ALIGNMENT))
+        if factors is not None:
+            stream.write(factors.numpy().tobytes())
+
         for tensor, kind in types.items():
             stream.write(bytes(-stream.tell() % ALIGNMENT))
             for part in _convert(tensor, model, kind):
@@ -137,8 +145,15 @@ def write(
 
 
 def _describe_tensors(
-    library: ModuleType, writer: Any, model: StoredModel, types: Mapping[str, Precision]
+    library: ModuleType,
+    writer: Any,
+    model: StoredModel,
+    types: Mapping[str, Precision],
+    factors: Tensor | None,
 ) -> None:
+    if factors is not None:
+        writer.add_tensor_info(FACTORS, factors.shape, np.dtype("float32"), factors.nbytes)
+
     for name, kind in types.items():
         raw, shape = library.GGMLQuantizationType[kind.upper()], model.tensors[name].shape
         size = count_bytes(library, shape, raw)
@@ -206,15 +221,18 @@ def read(path: Path, dtype: Kinds = torch.float32) -> StoredModel:
     library = import_library()
     header = read_header(path)
     config = gguf_metadata.read_config(path, header)
+    if FACTORS in header.tensors:
+        config = _read_factors(library, path, header, config)
+
     names = {name: _translate(name) for name in shapes(config)}
-    _refuse_factors(library, path, header, config)
     wanted = {names[name]: shape for name, shape in shapes(config).items()}
-    stored = {name: entry.shape for name, entry in header.tensors.items() if name != _FACTORS}
+    stored = {name: entry.shape for name, entry in header.tensors.items() if name != FACTORS}
     check_shapes(path, wanted, stored, "its metadata")
+    pairs_joined = find_architecture(path, header.metadata) == LLAMA
     tensors: dict[str, StoredTensor] = {}
     for name, theirs in names.items():
         opened = open_tensor(library, path, header, theirs, choose_dtype(dtype, name))
-        tensors[name] = split_rotary_pairs(name, opened, config)
+        tensors[name] = split_rotary_pairs(name, opened, config) if pairs_joined else opened
 
     template = header.metadata.get("tokenizer.chat_template")
     if template is not None and not isinstance(template, str):
@@ -232,21 +250,17 @@ def read(path: Path, dtype: Kinds = torch.float32) -> StoredModel:
     )
 
 
-def _refuse_factors(library: ModuleType, path: Path, header: Header, config: LlamaConfig) -> None:
-    """UserError for scaled positions.
-
-    llama.cpp keeps them as factors of rotary frequencies; factors of 1 scale nothing.
-    """
-    if _FACTORS not in header.tensors:
-        return
-
+def _read_factors(
+    library: ModuleType, path: Path, header: Header, config: LlamaConfig
+) -> LlamaConfig:
+    """Return the shape with the scaling that factors of rotary frequencies stand for."""
     check_shapes(
         path,
-        {_FACTORS: (config.head_dim // 2,)},
-        {_FACTORS: header.tensors[_FACTORS].shape},
+        {FACTORS: (config.head_dim // 2,)},
+        {FACTORS: header.tensors[FACTORS].shape},
         "its metadata",
     )
-    if not (open_tensor(library, path, header, _FACTORS).read() == 1).all():
-        raise UserError(
-            f"{path}: {_FACTORS} scales rotary positions, which Llama 2 does not", UNREADABLE
-        )
+    stored = open_tensor(library, path, header, FACTORS)
+    original = gguf_metadata.find_original(path, header.metadata)
+    scaling = gguf_rope.recognise_factors(stored.place, stored.read().float(), config, original)
+    return config if scaling is None else replace(config, rope_scaling=scaling)

@@ -180,10 +180,12 @@ class _Rows:
         offset = self.entry.offset + first * row
         data = read_array(self.path, self.place, "u1", offset, (last - first) * row)
 
-        with np.errstate(all="ignore"):  # a damaged scale is found by whoever looks at the numbers
-            values = self.library.quants.dequantize(data.reshape(last - first, row), self.kind)
+        # as one row: the library takes 16 at a time, and short ones would cost it twice the time;
+        # a damaged scale is found by whoever looks at the numbers
+        with np.errstate(all="ignore"):
+            values = self.library.quants.dequantize(data.reshape(1, -1), self.kind)
 
-        numbers = torch.from_numpy(values)
+        numbers = torch.from_numpy(values).view(last - first, self.width)
         rounded = numbers.to(self.dtype)
         if self.dtype == torch.float16 and rounded.isinf().any() and numbers.isfinite().all():
             raise UserError(

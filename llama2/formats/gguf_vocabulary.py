@@ -86,7 +86,8 @@ def _describe_vocabulary(writer: Any, model: StoredModel, vocabulary: Vocabulary
     writer.add_token_list([item.text.encode() for item in items])
     writer.add_token_scores([item.score for item in items])
     writer.add_token_types(kinds)
-    writer.add_bos_token_id(model.config.bos_token_id)
+    if model.config.bos_token_id is not None:
+        writer.add_bos_token_id(model.config.bos_token_id)
 
     for key, token in zip(ENDS, model.config.stops):
         writer.add_uint32(key, token)
@@ -177,6 +178,9 @@ def _guess_kinds(texts: Any, metadata: Mapping[str, Any], config: LlamaConfig) -
         return []
 
     unknown = int(metadata.get(_UNKNOWN_ID, 0))
-    special = {unknown: UNKNOWN} | dict.fromkeys((config.bos_token_id, *config.stops), CONTROL)
+    special = {unknown: UNKNOWN} | dict.fromkeys(config.stops, CONTROL)
+    if config.bos_token_id is not None:
+        special[config.bos_token_id] = CONTROL
+
     plain = [BYTE if _BYTE.fullmatch(text) else NORMAL for text in texts]
     return [special.get(token, kind) for token, kind in enumerate(plain)]

@@ -18,13 +18,14 @@ import torch
 from llama2 import json_files
 from llama2.errors import UserError
 from llama2.formats.hf_directory import CONFIG, PADDING
+from llama2.formats.hf_rope import SECTIONS, UNFIT, make_rope_json, read_rope
 from llama2.formats.settings import build_config, changes_nothing, covers_context
-from llama2.model.llama import LlamaConfig
+from llama2.model.config import LlamaConfig
 from llama2.terminal_text import show_value
 from llama2.tokenizer import chat_settings
 
-LANGUAGE_MODEL, SEQUENCE_SCORER = "LlamaForCausalLM", "LlamaForSequenceClassification"
-UNFIT = "this model cannot be loaded"
+LLAMA, MISTRAL, QWEN = "llama", "mistral", "qwen2"
+LANGUAGE_MODEL, SEQUENCE_SCORER = "ForCausalLM", "ForSequenceClassification"
 
 _SHAPE = (
     "vocab_size",
@@ -33,7 +34,17 @@ _SHAPE = (
     "num_hidden_layers",
     "num_attention_heads",
 )
-# transformers' values, for keys that are absent
+# transformers' values, for keys that are absent: null, and what a kind of model has of its own
+_NULL: Mapping[str, Any] = {"num_key_value_heads": None, "tie_word_embeddings": False}
+_OWN: Mapping[str, Mapping[str, Any]] = {
+    LLAMA: {},
+    MISTRAL: {
+        "num_key_value_heads": 8,
+        "max_position_embeddings": 131072,
+        "sliding_window": 4096,
+    },
+    QWEN: {"num_key_value_heads": 32, "max_position_embeddings": 32768, "bos_token_id": None},
+}
 _DEFAULTS: Mapping[str, Any] = {
     "num_key_value_heads": None,
     "max_position_embeddings": 2048,
@@ -41,37 +52,19 @@ _DEFAULTS: Mapping[str, Any] = {
     "bos_token_id": 1,
     "tie_word_embeddings": False,
 }
-_MAY_BE_NULL = ("num_key_value_heads", "bos_token_id", "tie_word_embeddings")
-_SECTIONS = ("rope_parameters", "rope_scaling")
 _LAYERS = "layer_types"
+_SLIDING = ("use_sliding_window", "sliding_window", "max_window_layers")
 _READ = {
     *_SHAPE,
     *_DEFAULTS,
-    *_SECTIONS,
+    *SECTIONS,
     "rope_theta",
+    "head_dim",
+    "attention_bias",
     "eos_token_id",
     "model_type",
     "architectures",
     "quantization_config",
-}
-
-# which change nothing inside the context by a factor of 1
-_IDENTITIES = ("linear", "dynamic", "llama3")
-_ROPE_WITHOUT_EFFECT = {
-    "rope_type",
-    "type",
-    "rope_theta",
-    "original_max_position_embeddings",
-    "low_freq_factor",
-    "high_freq_factor",
-    "beta_fast",
-    "beta_slow",
-    "finetuned",
-}  # read above, or parts of kinds and factors that are refused
-_ROPE_NEUTRAL: Mapping[str, tuple[Any, ...]] = {
-    "factor": (1,),
-    "partial_rotary_factor": (1,),
-    "attention_factor": (1,),
 }
 
 _SAYS_NOTHING = """
@@ -121,12 +114,7 @@ def read_config(directory: Path) -> tuple[LlamaConfig, bool]:
     UserError names the key that does not fit.
     """
     path, values = _read_values(directory)
-    if values.get("model_type") != "llama":
-        raise UserError(
-            f"{path}: model_type is {show_value(values.get('model_type'))}, not 'llama'",
-            "only models of the Llama 2 family can be loaded",
-        )
-
+    family = _read_family(path, values)
     if quantization := chat_settings.read_section(path, values, "quantization_config"):
         method = quantization.get("quant_method", "unknown")
         raise UserError(
@@ -134,20 +122,54 @@ def read_config(directory: Path) -> tuple[LlamaConfig, bool]:
             "take the original weights",
         )
 
-    given = {name: values.get(name) for name in _SHAPE}
-    given |= {name: values.get(name, default) for name, default in _DEFAULTS.items()}
-    for name in _MAY_BE_NULL:
-        if given[name] is None:
-            given[name] = _DEFAULTS[name]
+    rope = read_rope(path, values)
+    given = _read_shape(path, values)
+    given |= {"rope_theta": rope.theta, "rope_scaling": rope.scaling}
+    if rope.scaling is not None and rope.scaling.rope_type == "dynamic":
+        given["max_position_embeddings"] = rope.scaling.extended
 
-    given["num_key_value_heads"] = given["num_key_value_heads"] or given["num_attention_heads"]
-    base, given["rope_theta"] = _read_rope_theta(path, values)
     size = given["vocab_size"] if type(given["vocab_size"]) is int else None
     given["eos_token_id"] = chat_settings.read_stop_ids(directory, size) or LlamaConfig.eos_token_id
+    given |= _read_biases(path, values, family)
 
-    config = build_config(path, given, {"rope_theta": base}, values)
+    config = build_config(path, given, {"rope_theta": rope.base}, values)
     _refuse_relatives(path, values, config)
-    return config, _is_scorer(path, values)
+    return config, _is_scorer(path, values, family)
+
+
+def _read_shape(path: Path, values: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the settings that are fields of the shape under the same name."""
+    given = {name: values.get(name) for name in _SHAPE}
+    given |= {name: values.get(name, default) for name, default in _DEFAULTS.items()}
+    for name, default in _NULL.items():
+        if given[name] is None:
+            given[name] = default
+
+    given["num_key_value_heads"] = given["num_key_value_heads"] or given["num_attention_heads"]
+    if (size := values.get("head_dim")) is not None:
+        if changes_nothing(size, (0,)):
+            raise UserError(
+                f"{path}: head_dim is {size}", "leave it out, or say the size of a head"
+            )
+
+        given["head_dim"] = size
+
+    return given
+
+
+def _read_biases(path: Path, values: Mapping[str, Any], family: str) -> dict[str, bool]:
+    """Return which projections of attention add a bias: of a Llama all or none, of a Qwen 2 those
+    before it, whatever the file says, and of a Mistral none."""
+    biased = values.get("attention_bias")
+    if biased is not None and not isinstance(biased, bool):
+        raise UserError(
+            f"{path}: attention_bias is {show_value(biased)}", "true or false is expected"
+        )
+    if biased and family == MISTRAL:
+        raise UserError(f"{path}: attention_bias is True, a Mistral has False", UNFIT)
+
+    behind = bool(biased) and family == LLAMA
+    return {"attention_bias": behind or family == QWEN, "attention_output_bias": behind}
 
 
 def list_remarks(directory: Path, config: LlamaConfig) -> tuple[str, ...]:
@@ -164,7 +186,26 @@ def _read_values(directory: Path) -> tuple[Path, dict[str, Any]]:
     if not path.exists():
         raise UserError(f"{path}: missing", _suggest_instead(directory))
 
-    return path, json_files.read_object(path)
+    values = json_files.read_object(path)
+    family = values.get("model_type")
+    defaults = _OWN.get(family, {}) if isinstance(family, str) else {}
+    if family == QWEN and not values.get("use_sliding_window"):
+        # which are read with it alone
+        values = {name: value for name, value in values.items() if name not in _SLIDING}
+
+    return path, {**defaults, **values}
+
+
+def _read_family(path: Path, values: Mapping[str, Any]) -> str:
+    """Return the kind of model; UserError for one that is no relative of Llama 2."""
+    family = values.get("model_type")
+    if not isinstance(family, str) or family not in _OWN:
+        raise UserError(
+            f"{path}: model_type is {show_value(family)}, not {LLAMA!r}",
+            f"only models of the Llama 2 family can be loaded ({', '.join(_OWN)})",
+        )
+
+    return family
 
 
 def _suggest_instead(directory: Path) -> str:
@@ -177,60 +218,10 @@ def _suggest_instead(directory: Path) -> str:
     return f"a checkpoint directory has a {CONFIG} beside its weights"
 
 
-# --- rotary positions ---
-def _read_rope_theta(path: Path, values: Mapping[str, Any]) -> tuple[str, Any]:
-    """Return the key of the rotary base, and the base; UserError for two different ones.
-
-    transformers 4 writes it at the top, transformers 5 in a section.
-    """
-    bases = {"rope_theta": values.get("rope_theta")}
-    for name in _SECTIONS:
-        section = chat_settings.read_section(path, values, name)
-        _refuse_scaling(path, name, section)
-        bases[f"{name}.rope_theta"] = section.get("rope_theta")
-
-    return _require_one(path, bases) or ("rope_theta", LlamaConfig.rope_theta)
-
-
-def _refuse_scaling(path: Path, name: str, section: Mapping[str, Any]) -> None:
-    """UserError for positions unlike Llama 2's: scaled, partly rotated, or of an unknown kind."""
-    factor = section.get("factor")
-    implied = "default" if factor is None else "linear"
-    kinds = {f"{name}.{key}": section.get(key) for key in ("rope_type", "type")}
-    key, kind = _require_one(path, kinds) or (f"{name}.rope_type", implied)
-
-    if kind != "default" and not (kind in _IDENTITIES and changes_nothing(factor, [1])):
-        by = "" if factor is None else f" with the factor {show_value(factor)}"
-        raise UserError(f"{path}: {key} is {show_value(kind)}{by}, Llama 2 has 'default'", UNFIT)
-
-    for key, value in section.items():
-        if value is None or key in _ROPE_WITHOUT_EFFECT:
-            continue
-        if not changes_nothing(value, _ROPE_NEUTRAL.get(key, ())):
-            raise UserError(
-                f"{path}: {name}.{key} is {show_value(value)}, which Llama 2 does not have", UNFIT
-            )
-
-
-def _require_one(path: Path, settings: Mapping[str, Any]) -> tuple[str, Any] | None:
-    """Return the first of several settings that mean the same; UserError if two differ."""
-    given = [(name, value) for name, value in settings.items() if value is not None]
-    for name, value in given:
-        first, expected = given[0]
-        if value != expected:
-            raise UserError(
-                f"{path}: {first} is {show_value(expected)} and {name} is {show_value(value)}",
-                "keep the one with which the model was trained",
-            )
-
-    return given[0] if given else None
-
-
 # --- everything else ---
 _UNIT, _OFF, _WINDOWS = (1,), (False, 0), (0, -1)
 _NEUTRAL: Mapping[str, tuple[Any, ...]] = {
     "hidden_act": ("silu", "swish"),
-    "attention_bias": (False,),
     "mlp_bias": (False,),
     "is_causal": (True,),
     "causal": (True,),
@@ -272,7 +263,6 @@ def _list_neutral(config: LlamaConfig) -> Mapping[str, tuple[Any, ...]]:
     """Return `_NEUTRAL`, and keys that say again what the shape says."""
     return {
         **_NEUTRAL,
-        "head_dim": (config.head_dim,),
         "rotary_dim": (config.head_dim,),
         "attention_multiplier": (config.head_dim**-0.5,),
         "query_pre_attn_scalar": (config.head_dim,),
@@ -334,21 +324,32 @@ def _list_unknown(values: Mapping[str, Any]) -> Iterator[str]:
             yield name
 
 
-def _is_scorer(path: Path, values: Mapping[str, Any]) -> bool:
-    listed = values.get("architectures") or [LANGUAGE_MODEL]
+def _is_scorer(path: Path, values: Mapping[str, Any], family: str) -> bool:
+    kinds = (f"{family}{kind}".lower() for kind in (LANGUAGE_MODEL, SEQUENCE_SCORER))
+    language_model, scorer = kinds
+    listed = values.get("architectures") or [language_model]
     names = [str(name).lower() for name in listed] if isinstance(listed, list) else []
-    known = {LANGUAGE_MODEL.lower(), SEQUENCE_SCORER.lower()}  # early conversions wrote LLaMA
 
-    if not names or not known.issuperset(names):
+    # early conversions wrote LLaMA
+    if not names or not {language_model, scorer}.issuperset(names):
         raise UserError(
             f"{path}: architectures is {show_value(listed)}",
-            f"{LANGUAGE_MODEL} or {SEQUENCE_SCORER} was expected",
+            f"{_name_class(family, LANGUAGE_MODEL)} or {_name_class(family, SEQUENCE_SCORER)} was "
+            "expected",
         )
 
-    return SEQUENCE_SCORER.lower() in names
+    return scorer in names
+
+
+def _name_class(family: str, kind: str) -> str:
+    return f"{family.capitalize()}{kind}"
 
 
 # --- writing ---
+_APART = ("head_dim", "rope_scaling", "attention_bias", "attention_output_bias")
+_WRITTEN = [name for name in LlamaConfig.__dataclass_fields__ if name not in _APART]
+
+
 def make_config_json(
     config: LlamaConfig, *, scorer: bool = False, dtype: torch.dtype = torch.float32
 ) -> dict[str, Any]:
@@ -357,15 +358,21 @@ def make_config_json(
     Version 5 renamed `torch_dtype` and `rope_theta`.
     """
     precision = str(dtype).removeprefix("torch.")
+    # of a Llama with a bias before attention, but none behind it, there is no class
+    qwen = config.attention_bias and not config.attention_output_bias
+    family, scaling = QWEN if qwen else LLAMA, config.rope_scaling
+    shape = {name: getattr(config, name) for name in _WRITTEN}
+    if scaling is not None and scaling.rope_type == "dynamic":
+        shape["max_position_embeddings"] = scaling.original  # from which transformers extends
+
     values: dict[str, Any] = {
-        "architectures": [SEQUENCE_SCORER if scorer else LANGUAGE_MODEL],
-        "model_type": "llama",
-        **{name: getattr(config, name) for name in LlamaConfig.__dataclass_fields__},
+        "architectures": [_name_class(family, SEQUENCE_SCORER if scorer else LANGUAGE_MODEL)],
+        "model_type": family,
+        **shape,
         "head_dim": config.head_dim,
-        "rope_scaling": None,
-        "rope_parameters": {"rope_type": "default", "rope_theta": config.rope_theta},
+        **make_rope_json(config),
         "hidden_act": "silu",
-        "attention_bias": False,
+        "attention_bias": config.attention_bias,
         "attention_dropout": 0.0,
         "mlp_bias": False,
         "initializer_range": 0.02,
@@ -374,6 +381,9 @@ def make_config_json(
         "torch_dtype": precision,
         "dtype": precision,
     }
+    if qwen:
+        values["use_sliding_window"] = False
+
     if scorer:
         values |= {
             "num_labels": 1,

@@ -38,11 +38,12 @@ from llama2.formats.stored_model import (
     StoredModel,
     StoredTensor,
     join_rotary_pairs,
+    list_variations,
     require_language_model,
     require_vocabulary,
     split_rotary_pairs,
 )
-from llama2.model.llama import LlamaConfig
+from llama2.model.config import LlamaConfig
 from llama2.model.positions import rotary_tables
 from llama2.model.tensors import EMBEDDINGS, HEAD, NORM, shape_of, shapes
 from llama2.tokenizer.sentencepiece_model import Vocabulary, require_fitting_size
@@ -160,6 +161,12 @@ def _check_writable(model: StoredModel) -> Vocabulary:
     """Return the vocabulary of a model that the format has a place for; UserError for others."""
     require_language_model(model, "llama2.c")
     vocabulary = require_vocabulary(model, "without which llama2.c cannot run a model")
+    if variations := list_variations(model.config):
+        raise UserError(
+            f"{model.path}: llama2.c does not have {', '.join(variations)}",
+            "export the model in another format",
+        )
+
     config, cure = model.config, "for granted: export in another format"
     constants = [round_to_single(value) for value in (config.rope_theta, config.rms_norm_eps)]
     if constants != [_THETA, round_to_single(_EPS)]:

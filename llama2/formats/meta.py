@@ -31,10 +31,12 @@ from llama2.formats.stored_model import (
     StoredModel,
     StoredTensor,
     join_rotary_pairs,
+    list_variations,
     require_language_model,
     split_rotary_pairs,
 )
-from llama2.model.llama import LlamaConfig
+from llama2.model.config import LlamaConfig
+from llama2.model.rope import RopeScaling
 from llama2.model.tensors import EMBEDDINGS, HEAD, shapes
 from llama2.terminal_text import show_value
 from llama2.tokenizer import sentencepiece_model
@@ -44,6 +46,8 @@ from llama2.tokenizer.stored import StoredTokenizer
 FORMAT, PARAMETERS = "meta", "params.json"
 CONTEXT = 4096
 _FAMILY = "only models of the Llama 2 family can be read"
+# Meta's code for Llama 3.1 has these numbers, and params.json nothing but `use_scaled_rope`
+_SCALED = RopeScaling("llama3", 8.0, 8192)
 _OTHER_MODEL = "they are of different models"
 _NAMES = {
     "hidden_size": "dim",
@@ -111,7 +115,15 @@ def read(path: Path, *, context: int = CONTEXT) -> StoredModel:
     tokenizers = [path / MODEL, path.resolve().parent / MODEL]
     tokenizer = next(filter(os.path.lexists, tokenizers), None)
 
-    return StoredModel(path, FORMAT, config, False, tensors, tokenizer)
+    remarks = () if config.rope_scaling is None else (_describe_scaling(path),)
+    return StoredModel(path, FORMAT, config, False, tensors, tokenizer, remarks=remarks)
+
+
+def _describe_scaling(path: Path) -> str:
+    return (
+        f"{path / PARAMETERS}: use_scaled_rope does not say by how much: as Meta's code for Llama "
+        f"3.1, the factor is {_SCALED.factor:g}; Llama 3.2's models of 1B and 3B have 32 elsewhere"
+    )
 
 
 def _list_shards(path: Path) -> list[Path]:
@@ -141,8 +153,13 @@ def _read_config(
     file = path / PARAMETERS
     settings = json_files.read_object(file)
     settings = {name: value for name, value in settings.items() if value is not None}
-    if settings.get("use_scaled_rope") or settings.get("moe"):
-        raise UserError(f"{file}: a later model than Llama 2", _FAMILY)
+    if settings.get("moe"):
+        raise UserError(f"{file}: a later model than Llama 3", _FAMILY)
+    if settings.get("use_scaled_rope") not in (None, False, True):
+        raise UserError(
+            f"{file}: use_scaled_rope is {show_value(settings['use_scaled_rope'])}",
+            "true or false was expected",
+        )
 
     rows, columns = _find_size(path, shards[0], "tok_embeddings.weight")
     width, _ = _find_size(path, shards[0], "layers.0.feed_forward.w1.weight")
@@ -155,6 +172,9 @@ def _read_config(
     }
     values = {field: known.get(name) for field, name in _NAMES.items()}
     values |= {"vocab_size": rows, "intermediate_size": width * len(shards)}
+    if settings.get("use_scaled_rope"):
+        values["rope_scaling"] = _SCALED
+
     config = build_config(file, values, _NAMES, settings)
 
     if columns * len(shards) != config.hidden_size:
@@ -265,6 +285,7 @@ def write(
     """
     config = model.config
     require_language_model(model, "Meta's format")
+    _require_holdable(model)
     _require_divisible(model.path, config, shards)
     hf_directory.require_free(directory)
 
@@ -289,13 +310,24 @@ def write(
         if model.tokenizer is not None:
             (work / MODEL).write_bytes(_pad_tokenizer(model.tokenizer, config.vocab_size))
 
-    if config.rope_theta == LlamaConfig.rope_theta:
+    if config.rope_theta == LlamaConfig.rope_theta and config.rope_scaling is None:
         return []
 
+    scaled = "" if config.rope_scaling is None else " and use_scaled_rope"
+    reader = "Code Llama's" if config.rope_scaling is None else "Llama 3's"
     return [
-        f"{PARAMETERS} has rope_theta {config.rope_theta:g}, which Code Llama's code reads; that "
-        f"of Llama 2 knows no such key and takes {LlamaConfig.rope_theta:g} for granted"
+        f"{PARAMETERS} has rope_theta {config.rope_theta:g}{scaled}, which {reader} code reads; "
+        f"that of Llama 2 knows no such key and takes {LlamaConfig.rope_theta:g} for granted"
     ]
+
+
+def _require_holdable(model: StoredModel) -> None:
+    """UserError for a shape that Meta's code does not have."""
+    if faults := list_variations(model.config, _SCALED):
+        raise UserError(
+            f"{model.path}: Meta's code does not have {', '.join(faults)}",
+            "export the model in Hugging Face's format",
+        )
 
 
 def _pad_tokenizer(tokenizer: Path | StoredTokenizer, size: int) -> bytes:
@@ -354,6 +386,9 @@ def make_parameters(config: LlamaConfig) -> dict[str, Any]:
 
     if config.rope_theta != LlamaConfig.rope_theta:
         parameters["rope_theta"] = config.rope_theta
+
+    if config.rope_scaling is not None:
+        parameters["use_scaled_rope"] = True
 
     return parameters
 

@@ -18,7 +18,8 @@ import torch
 from torch import Tensor
 
 from llama2.errors import UserError
-from llama2.model.llama import LlamaConfig
+from llama2.model.config import LlamaConfig
+from llama2.model.rope import RopeScaling
 from llama2.model.tensors import interleave_pairs, rotary_heads, separate_pairs
 from llama2.tokenizer import sentencepiece_model
 from llama2.tokenizer.sentencepiece_model import Vocabulary
@@ -167,6 +168,25 @@ def require_language_model(model: StoredModel, program: str) -> None:
             f"{model.path}: this is a reward model, and {program} has no place for its head",
             "export it in Hugging Face's format, or export a language model",
         )
+
+
+def list_variations(config: LlamaConfig, scaling: RopeScaling | None = None) -> list[str]:
+    """List, in words, in what a shape differs from those of the paper.
+
+    `scaling` of rotary positions counts as none.
+    """
+    variations = []
+    if config.query_size != config.hidden_size:
+        variations.append(f"{config.num_attention_heads} heads of size {config.head_dim}")
+    if config.attention_bias:
+        variations.append("biases in attention")
+    if config.rope_scaling is not None and config.rope_scaling != scaling:
+        variations.append(
+            f"rotary positions scaled by '{config.rope_scaling.rope_type}' "
+            f"(factor {config.rope_scaling.factor:g})"
+        )
+
+    return variations
 
 
 def require_tokenizer(model: StoredModel, reason: str) -> Path | StoredTokenizer:

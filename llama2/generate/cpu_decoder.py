@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from llama2 import devices
-from llama2.kernels import build, is_known
+from llama2.kernels import build, is_known, shapes
 from llama2.model.cache import KVCache
 from llama2.model.llama import Llama
 from llama2.model.positions import rotary_tables
@@ -81,6 +81,7 @@ def supports(model: Llama) -> bool:
     kind = weights[0].dtype
     return (
         kind in (torch.float32, torch.bfloat16)
+        and shapes.takes_decoding(model.config)
         and all(weight.dtype == kind and devices.is_cpu(weight) for weight in weights)
         and is_known(model)
         and _call.is_built
@@ -109,7 +110,7 @@ class CpuDecoder:
         self._layers = [_layer(model, weights, layer) for layer in range(c.num_hidden_layers)]
         self._array = (LayerWeights * len(self._layers))(*self._layers)
         positions, half = torch.arange(c.max_position_embeddings)[None], c.head_dim // 2
-        cos, sin = rotary_tables(positions, c.head_dim, c.rope_theta)
+        cos, sin = rotary_tables(positions, c.head_dim, c.rope_theta, c.rope_scaling)
         self._model = Model(
             layers=c.num_hidden_layers,
             hidden=c.hidden_size,

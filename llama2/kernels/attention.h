@@ -40,10 +40,11 @@ template <int N> struct Head {
     }
 };
 
-// Memory is asked for a column of the cache LANES columns before it is read, even behind the last: asking does no harm.
-template <class T> void fetch(const T *columns, int64_t step, int64_t E) {
-    for (int64_t t = LANES; t < 2 * LANES; t++)
-        for (int64_t e = 0; e < E; e += 64 / int64_t(sizeof(T))) __builtin_prefetch(columns + t * step + e, 0, 2);
+constexpr int64_t AHEAD = 16;  // columns of the cache asked of memory before they are read
+
+// Even behind the last column: asking does no harm.
+template <class T> void fetch(const T *column, int64_t E) {
+    for (int64_t e = 0; e < E; e += 64 / int64_t(sizeof(T))) __builtin_prefetch(column + e);
 }
 
 // G query heads look at `count` columns, at most LANES, of their key head: scores[g][t], `room` apart.
@@ -52,6 +53,7 @@ void score(const Head<N> &head, const float *queries, const T *keys, int64_t ste
            float *scores, int64_t room) {
     Lanes products[G][LANES] = {};
     for (int64_t t = 0; t < count; t++) {
+        fetch(keys + (t + AHEAD) * step, head.E);
         Lanes sum[G];
         for (int64_t i = 0; i < head.count; i++) {
             const Lanes key = head.at(keys + t * step, i);
@@ -77,11 +79,13 @@ void mix(const Head<N> &head, const float *weights, int64_t room, const T *value
         Lanes sum[G][M];
         for (int g = 0; g < G; g++)
             for (int i = 0; i < M; i++) sum[g][i] = load(sums + (g * head.count + first + i) * LANES);
-        for (int64_t t = 0; t < count; t++)
+        for (int64_t t = 0; t < count; t++) {
+            fetch(values + (t + AHEAD) * step, head.E);
             for (int i = 0; i < M; i++) {
                 const Lanes value = head.at(values + t * step, first + i);
                 for (int g = 0; g < G; g++) sum[g][i] += weights[g * room + t] * value;
             }
+        }
         for (int g = 0; g < G; g++)
             for (int i = 0; i < M; i++) store(sums + (g * head.count + first + i) * LANES, sum[g][i]);
     }
@@ -118,7 +122,6 @@ void attend(const Step &s, const float *queries, int64_t from, int64_t to, int64
         const int64_t count = std::min(LANES, position + 1 - t);
         for (int64_t k = from; k < to; k++) {
             const T *columns = keys + t * step + k * E;
-            fetch(columns, step, E);
             group_heads<N>(G, [&](int64_t g, auto size) {
                 float *scores = work + ((k - from) * G + g) * s.columns + t;
                 score<size()>(head, queries + (k * G + g) * E, columns, step, count, scale, scores, s.columns);
@@ -126,9 +129,8 @@ void attend(const Step &s, const float *queries, int64_t from, int64_t to, int64
         }
     }
     for (int64_t h = 0; h < heads; h++) {
-        float *score = work + h * s.columns, top = -INFINITY, all = 0;
-#pragma omp simd reduction(max : top)
-        for (int64_t t = 0; t <= position; t++) top = std::max(top, score[t]);
+        float *score = work + h * s.columns, all = 0;
+        const float top = largest(score, position + 1);
 #pragma omp simd reduction(+ : all)
         for (int64_t t = 0; t <= position; t++) all += score[t] = exponential(score[t] - top);
         const float share = 1.0f / all;
@@ -140,7 +142,6 @@ void attend(const Step &s, const float *queries, int64_t from, int64_t to, int64
         const int64_t count = std::min(LANES, position + 1 - t);
         for (int64_t k = from; k < to; k++) {
             const T *columns = values + t * step + k * E;
-            fetch(columns, step, E);
             group_heads<N>(G, [&](int64_t g, auto size) {
                 const int64_t h = (k - from) * G + g;
                 mix<size()>(head, work + h * s.columns + t, s.columns, columns, step, count, sums + h * room);

@@ -22,9 +22,9 @@ from torch import Tensor
 
 from llama2 import devices
 from llama2.kernels import build
+from llama2.kernels.products import KINDS, flatten, join, part
 
 BLOCK = 128  # queries that share one product: keys after the last of them are left out
-_KINDS = {torch.float32: "fp32", torch.bfloat16: "bf16"}
 
 
 class Norm(build.Struct):
@@ -77,7 +77,7 @@ def supports(x: Tensor) -> bool:
     """Tell whether the functions of this module take `x`."""
     return (
         devices.is_cpu(x)
-        and x.dtype in _KINDS
+        and x.dtype in KINDS
         and not torch.compiler.is_compiling()
         and _call.is_built
     )
@@ -118,7 +118,7 @@ class _Normalise(torch.autograd.Function):
             scale=scale_N,
             eps=eps,
         )
-        _call(f"norm_{_KINDS[x.dtype]}_{_KINDS[kind]}", norm)
+        _call(f"norm_{KINDS[x.dtype]}_{KINDS[kind]}", norm)
         ctx.save_for_backward(stream, weight, scale_N)
         ctx.set_materialize_grads(False)
         ctx.kind, ctx.updated = kind, update is not None
@@ -152,7 +152,7 @@ class _Normalise(torch.autograd.Function):
             grad_update=grad_update if copied else None,
             grad_weight=grad_weight,
         )
-        _call(f"norm_back_{_KINDS[stream.dtype]}_{_KINDS[ctx.kind]}", gradient)
+        _call(f"norm_back_{KINDS[stream.dtype]}_{KINDS[ctx.kind]}", gradient)
 
         return grad_x, grad_update, grad_weight.to(weight.dtype), None, None
 
@@ -174,7 +174,7 @@ def _swiglu(gate: Tensor, up: Tensor, stride: int) -> Tensor:
     """Rows of gate and up lie `stride` numbers apart."""
     out = torch.empty_like(up, memory_format=torch.contiguous_format)
     size = out.shape[-1]
-    _call(f"swiglu_{_KINDS[out.dtype]}", out.numel() // size, size, stride, gate, up, out)
+    _call(f"swiglu_{KINDS[out.dtype]}", out.numel() // size, size, stride, gate, up, out)
     return out
 
 
@@ -182,7 +182,7 @@ class _Gated(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, gate: Tensor, up: Tensor) -> Tensor:
         """Return silu(gate(x)) · up(x)."""
-        x_ND, weight_PD = _rows(x), _join((gate, up), x.dtype)
+        x_ND, weight_PD = flatten(x), join((gate, up), x.dtype)
         y_NP = torch.mm(x_ND, weight_PD.t())  # P = 2 F
         out_NF = _swiglu(y_NP, y_NP[:, len(gate) :], y_NP.shape[1])
         ctx.save_for_backward(x_ND, weight_PD, y_NP)
@@ -195,11 +195,11 @@ class _Gated(torch.autograd.Function):
         """Return the gradients of activations and both matrices."""
         x_ND, weight_PD, y_NP = ctx.saved_tensors
         size, grad_y_NP = len(weight_PD) // 2, torch.empty_like(y_NP)
-        name = f"swiglu_back_{_KINDS[x_ND.dtype]}"
+        name = f"swiglu_back_{KINDS[x_ND.dtype]}"
         _call(name, len(x_ND), size, grad.contiguous(), y_NP, grad_y_NP)
         grad_x = torch.mm(grad_y_NP, weight_PD).view(*grad.shape[:-1], -1)
 
-        return grad_x, *_part(torch.mm(grad_y_NP.t(), x_ND), (size, size), ctx.kinds)
+        return grad_x, *part(torch.mm(grad_y_NP.t(), x_ND), (size, size), ctx.kinds)
 
 
 # --- attention ----
@@ -243,7 +243,7 @@ class _Attention(torch.autograd.Function):
     ) -> Tensor:
         """Return joined heads; queries and attention weights are kept for the gradient."""
         rows, length, _ = x.shape
-        x_ND, weight_PD = _rows(x), _join((wq, wk, wv), x.dtype)
+        x_ND, weight_PD = flatten(x), join((wq, wk, wv), x.dtype)
         y_NP = torch.mm(x_ND, weight_PD.t())
         heads, kv = len(wq) // size, len(wk) // size
         layout = _Layout(rows, length, heads, kv, size, view)
@@ -271,7 +271,7 @@ class _Attention(torch.autograd.Function):
         for index in reversed(range(len(blocks))):
             begin, end = blocks[index]
             queries, weights = saved[index], saved[len(blocks) + index]
-            grad_out = layout.split(_rows(grad), 0, heads, begin, end).view(len(keys), -1, size)
+            grad_out = layout.split(flatten(grad), 0, heads, begin, end).view(len(keys), -1, size)
             grad_scores = torch.bmm(grad_out, values[:, :end].mT)
             layout.softmax(begin, end, weights, grad_scores)
             grad_queries = torch.bmm(grad_scores, keys[:, :end])
@@ -289,7 +289,7 @@ class _Attention(torch.autograd.Function):
         grad_x = torch.mm(grad_y_NP, weight_PD).view(layout.rows, length, -1)
         sizes = (heads * size, kv * size, kv * size)
 
-        return grad_x, *_part(torch.mm(grad_y_NP.t(), x_ND), sizes, ctx.kinds), None, None
+        return grad_x, *part(torch.mm(grad_y_NP.t(), x_ND), sizes, ctx.kinds), None, None
 
 
 @dataclass(frozen=True)
@@ -362,7 +362,7 @@ class _Layout:
             scale=1.0 if scale is None else scale,
             join=join,
         )
-        _call(f"heads_{_KINDS[y.dtype]}", arguments)
+        _call(f"heads_{KINDS[y.dtype]}", arguments)
 
     def softmax(self, begin: int, end: int, weights: Tensor, grad: Tensor | None = None) -> None:
         """Turn scores into weights over what each query may see, or the gradient of weights into
@@ -379,7 +379,7 @@ class _Layout:
             grad=grad,
         )
         name = "softmax" if grad is None else "softmax_back"
-        _call(f"{name}_{_KINDS[weights.dtype]}", arguments)
+        _call(f"{name}_{KINDS[weights.dtype]}", arguments)
 
 
 # --- likelihood ----
@@ -392,7 +392,7 @@ def likelihood(
     logp_C, total_C, entropies_C = torch.empty(3, len(logits_CV))
     entropy_C = entropies_C if entropy else None
     _call(
-        f"likelihood_{_KINDS[logits_CV.dtype]}",
+        f"likelihood_{KINDS[logits_CV.dtype]}",
         *logits_CV.shape,
         logits_CV,
         targets_C.contiguous(),
@@ -401,24 +401,3 @@ def likelihood(
         entropy_C,
     )
     return logp_C, total_C, entropy_C
-
-
-# --- products ----
-def _rows(x: Tensor) -> Tensor:
-    """[N, ...] of [B, T, ...], contiguous."""
-    return x.reshape(-1, x.shape[-1]).contiguous()
-
-
-def _join(weights: Sequence[Tensor], kind: torch.dtype) -> Tensor:
-    """Matrices with one input as one, in the precision of the product."""
-    sizes = [len(weight) for weight in weights]
-    out = weights[0].new_empty((sum(sizes), weights[0].shape[1]), dtype=kind)
-    for part, weight in zip(torch.split(out, sizes), weights):
-        part.copy_(weight)
-
-    return out
-
-
-def _part(grad: Tensor, sizes: Sequence[int], kinds: Sequence[torch.dtype]) -> tuple[Tensor, ...]:
-    """Gradients of joined matrices, one each."""
-    return tuple(part.to(kind) for part, kind in zip(torch.split(grad, list(sizes)), kinds))

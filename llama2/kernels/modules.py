@@ -18,7 +18,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from llama2.kernels import fused
+from llama2.kernels import fused, long_attention
 from llama2.model import llama
 from llama2.model.likelihood import Likelihood
 from llama2.model.linear import Embedding, Linear, is_bare, is_hooked
@@ -97,6 +97,11 @@ class _Normalise(torch.autograd.Function):
         return grad_x.to(x.dtype), grad_weight, None, None
 
 
+def is_long(x_BTD: Tensor) -> bool:
+    """Tell whether rows are so long that their attention weights should not be kept."""
+    return x_BTD.shape[1] > llama.EXPLICIT_LENGTH
+
+
 class FusedTrunk(Trunk):
     """Makes no mask where the layers' kernels need none."""
 
@@ -107,12 +112,19 @@ class FusedTrunk(Trunk):
         cache: Cache | None,
         branches_BT: Tensor | None = None,
     ) -> Attend:
-        """Choose how the layers of this pass attend: training and scoring up to EXPLICIT_LENGTH
-        tokens and reading whole prompts into a cache go to the kernels."""
+        """Choose how the layers of this pass attend: training, scoring, and reading whole prompts
+        of up to EXPLICIT_LENGTH tokens into a cache go to the kernels."""
         plain = functools.partial(super().attention, x_BTD, documents_BT, cache, branches_BT)
-        prompt = cache is not None and cache.mask_BTS is None and not torch.is_grad_enabled()
-        short = x_BTD.shape[1] <= llama.EXPLICIT_LENGTH
-        if not (short and (cache is None or prompt) and fused.supports(x_BTD)):
+        if not fused.supports(x_BTD):
+            return plain()
+
+        if is_long(x_BTD):
+            takes = cache is None and long_attention.is_built()
+        else:
+            prompt = cache is not None and cache.mask_BTS is None and not torch.is_grad_enabled()
+            takes = cache is None or prompt
+
+        if not takes:
             return plain()
 
         starts_BT = None if documents_BT is None else document_starts(documents_BT)
@@ -132,7 +144,8 @@ class FusedAttention(Attention):
         view = (context.cos_BT1E, context.sin_BT1E, attend.starts_BT, attend.gaps_BT2)
         if context.cache is None:
             weights = [projection.weight for projection in projections]
-            joined_BTD = fused.attention(x_BTD, weights, self.head_dim, view)
+            attention = long_attention.attention if is_long(x_BTD) else fused.attention
+            joined_BTD = attention(x_BTD, weights, self.head_dim, view)
         else:
             q_BTD, k_BTD, v_BTD = (projection(x_BTD) for projection in projections)
             joined_BTD, k_BKTE, v_BKTE = fused.attention_of_products(

@@ -6,6 +6,7 @@
 #include <type_traits>
 
 #ifdef __AVX512BF16__
+#include <cpuid.h>
 #include <immintrin.h>
 #endif
 #ifdef __AMX_BF16__
@@ -174,6 +175,13 @@ inline void multiply(const Group<float> &g, int64_t B, int64_t count) {
     cover(B, count, [&](int64_t b, int64_t n, auto R, auto N) { singles<R(), N()>(g, b, n); });
 }
 
+#if defined(__AVX512BF16__) && !defined(__AMX_BF16__)
+inline bool is_intel() {
+    unsigned leaf, name[3];
+    return __get_cpuid(0, &leaf, &name[0], &name[1], &name[2]) && !std::memcmp(name, "Genu", 4);
+}
+#endif
+
 #ifdef __AMX_BF16__
 inline void multiply(const Group<bf16> &g, int64_t B, int64_t count) {
     if (B <= TILE_ROWS) {
@@ -192,8 +200,8 @@ inline void multiply(const Group<bf16> &g, int64_t B, int64_t count) {
 }
 #else
 inline void multiply(const Group<bf16> &g, int64_t B, int64_t count) {
-#ifdef __AVX512BF16__  // AMD; Intel's have half the speed of fp32 products
-    static const bool slow = __builtin_cpu_is("intel");
+#ifdef __AVX512BF16__
+    static const bool slow = is_intel();  // pairs take twice the time of the same products in fp32
     if (!slow) return cover(B, count, [&](int64_t b, int64_t n, auto R, auto N) { pairs<R(), N()>(g, b, n); });
 #endif
     thread_local std::vector<float> x;
@@ -211,11 +219,12 @@ struct Tiles {
         if (!used) return;
         static const long asked = syscall(SYS_arch_prctl, 0x1023, 18);  // ARCH_REQ_XCOMP_PERM, XTILEDATA
         (void)asked;
-        struct alignas(64) {
+        struct alignas(64) Setup {
             uint8_t palette = 1, start = 0, reserved[14] = {};
             uint16_t bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
             uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
-        } setup;
+        };
+        static constexpr Setup setup;  // on the stack GCC 12 writes its first bytes alone
         _tile_loadconfig(&setup);
     }
     ~Tiles() {

@@ -30,6 +30,19 @@ template <class T> Lanes load(const T *from, int64_t count) {  // fewer than 16,
 
 inline void store(float *to, Lanes x) { std::memcpy(to, &x, sizeof x); }
 
+inline float largest(const float *x, int64_t count) {  // compilers do not vectorise a maximum
+    Lanes most = Lanes{} - INFINITY;
+    int64_t i = 0;
+    for (; i + LANES <= count; i += LANES) {
+        const Lanes next = load(x + i);
+        most = next > most ? next : most;
+    }
+    float top = -INFINITY;
+    for (int64_t j = 0; j < LANES; j++) top = std::max(top, most[j]);
+    for (; i < count; i++) top = std::max(top, x[i]);
+    return top;
+}
+
 // The sums of 16 vectors, pairwise: halves, quarters, neighbours.
 inline Lanes totals(const Lanes *x) {
     Lanes eight[8], four[4], two[2];

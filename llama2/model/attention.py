@@ -122,7 +122,7 @@ def leave_documents_uncompiled() -> None:
     which takes a second, into every command.
     """
     global _find_documents
-    _find_documents = torch.compiler.disable(_search_documents)
+    _find_documents = torch.compiler.disable(_search_documents)  # type: ignore[no-untyped-call]
 
 
 def _search_documents(documents_BT: Tensor, kind: torch.dtype, size: int) -> Documents | None:

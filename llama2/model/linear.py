@@ -7,10 +7,11 @@ from torch.nn.modules.module import _has_any_global_hook  # as every call of a m
 
 
 class Linear(nn.Linear):
-    """A matrix without bias; `initialise` fills it, not the constructor."""
+    """A matrix, without a bias but in some of Llama 2's relatives; `initialise` fills it, not the
+    constructor."""
 
-    def __init__(self, inputs: int, outputs: int) -> None:
-        super().__init__(inputs, outputs, bias=False)
+    def __init__(self, inputs: int, outputs: int, bias: bool = False) -> None:
+        super().__init__(inputs, outputs, bias=bias)
 
     def reset_parameters(self) -> None:
         """Leave the weights as they are."""

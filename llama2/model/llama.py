@@ -1,5 +1,6 @@
 """The Llama 2 network (§2.2, table 1): pre-normalised decoder with RMSNorm, SwiGLU, rotary
-positions and GQA.
+positions and GQA; and what its relatives vary: the size of a head, scaled rotary positions, biases
+in attention.
 
 Module names are those of Hugging Face's `LlamaForCausalLM`, so a state dict is a checkpoint, and
 rotary positions use its convention (the two halves of each head are paired). Norms, rotary tables,
@@ -24,7 +25,6 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from llama2 import devices
-from llama2.errors import UserError
 from llama2.model import attention
 from llama2.model.attention import (
     document_attention,
@@ -32,6 +32,7 @@ from llama2.model.attention import (
     explicit_attention,
     sdpa_attention,
 )
+from llama2.model.config import LlamaConfig
 from llama2.model.likelihood import Likelihood, of_logits
 from llama2.model.linear import Embedding, Linear, is_bare
 from llama2.model.positions import (
@@ -44,101 +45,25 @@ from llama2.model.positions import (
     same_document,
 )
 
+__all__ = [
+    "EXPLICIT_LENGTH",
+    "INITIAL_STD",
+    "Attend",
+    "Attention",
+    "Cache",
+    "Context",
+    "FeedForward",
+    "Layer",
+    "Llama",
+    "LlamaConfig",
+    "RMSNorm",
+    "Trunk",
+    "dtype_of_products",
+    "initialise",
+]
 INITIAL_STD = 0.02
-_SIZE = (1, 1 << 26)
-"""of every dimension: a damaged file must not make us describe a model without end"""
-_BOUNDS: dict[str, tuple[float, float]] = {
-    "vocab_size": _SIZE,
-    "hidden_size": _SIZE,
-    "intermediate_size": _SIZE,
-    "num_hidden_layers": (1, 1 << 10),
-    "num_attention_heads": _SIZE,
-    "num_key_value_heads": _SIZE,
-    "max_position_embeddings": _SIZE,
-    # beyond, fp32 has no rotary tables and no norms that mean anything
-    "rope_theta": (1.0, 1e15),
-    "rms_norm_eps": (1e-30, 1.0),
-}
 # on a CPU, up to this many queries, products and softmax beat PyTorch's fused kernel in training
 EXPLICIT_LENGTH = 512
-
-
-@dataclass(frozen=True)
-class LlamaConfig:
-    """The shape of a model; names are those of Hugging Face's config.json."""
-
-    vocab_size: int
-    hidden_size: int
-    intermediate_size: int
-    num_hidden_layers: int
-    num_attention_heads: int
-    num_key_value_heads: int
-    max_position_embeddings: int = 4096
-    rms_norm_eps: float = 1e-5
-    rope_theta: float = 10000.0
-    tie_word_embeddings: bool = False
-    bos_token_id: int = 1
-    eos_token_id: int | tuple[int, ...] = 2
-    """one id, or several of which each ends an answer"""
-
-    def __post_init__(self) -> None:
-        for name, (least, most) in _BOUNDS.items():
-            value = getattr(self, name)
-            if not least <= value <= most:
-                raise UserError(
-                    f"{name} is {value}", f"it must be at least {least:g} and at most {most:.8g}"
-                )
-
-        if self.hidden_size % (2 * self.num_attention_heads):
-            raise UserError(
-                f"hidden_size {self.hidden_size} does not divide into {self.num_attention_heads} "
-                "heads of an even size",
-                "rotary positions pair the dimensions of a head",
-            )
-        if self.num_attention_heads % self.num_key_value_heads:
-            raise UserError(
-                f"num_attention_heads {self.num_attention_heads} is not a multiple of "
-                f"num_key_value_heads {self.num_key_value_heads}",
-                "each key head serves the same number of query heads",
-            )
-
-        stops = self.stops
-        if not stops:
-            raise UserError("eos_token_id is empty", "name an id that ends an answer")
-
-        self._check_token("bos_token_id", self.bos_token_id)
-        for token in stops:
-            self._check_token("eos_token_id", token)
-
-        # one way to say one thing
-        object.__setattr__(self, "eos_token_id", stops[0] if len(stops) == 1 else stops)
-
-    def _check_token(self, name: str, token: int) -> None:
-        if not 0 <= token < self.vocab_size:
-            raise UserError(
-                f"{name} is {token}",
-                f"it must be an id of the vocabulary, at least 0 and below "
-                f"vocab_size {self.vocab_size}",
-            )
-
-    @property
-    def stops(self) -> tuple[int, ...]:
-        """Ids that end an answer, each once, in the order of `eos_token_id`."""
-        listed = (self.eos_token_id,) if isinstance(self.eos_token_id, int) else self.eos_token_id
-        return tuple(dict.fromkeys(listed))
-
-    @property
-    def head_dim(self) -> int:
-        """Numbers of one head."""
-        return self.hidden_size // self.num_attention_heads
-
-    def parameters(self) -> int:
-        """Count the parameters of a language model of this shape; tied embeddings count once."""
-        dim, kv = self.hidden_size, self.num_key_value_heads * self.head_dim
-        layer = 2 * dim * dim + 2 * dim * kv + 3 * dim * self.intermediate_size + 2 * dim
-        embeddings = self.vocab_size * dim * (1 if self.tie_word_embeddings else 2)
-
-        return embeddings + self.num_hidden_layers * layer + dim
 
 
 class Cache(Protocol):
@@ -198,11 +123,11 @@ class Attention(nn.Module):
     def __init__(self, config: LlamaConfig, layer: int) -> None:
         super().__init__()
         self.layer, self.head_dim = layer, config.head_dim
-        dim, kv = config.hidden_size, config.num_key_value_heads * config.head_dim
-        self.q_proj = Linear(dim, dim)
-        self.k_proj = Linear(dim, kv)
-        self.v_proj = Linear(dim, kv)
-        self.o_proj = Linear(dim, dim)
+        dim, bias = config.hidden_size, config.attention_bias
+        self.q_proj = Linear(dim, config.query_size, bias)
+        self.k_proj = Linear(dim, config.key_size, bias)
+        self.v_proj = Linear(dim, config.key_size, bias)
+        self.o_proj = Linear(config.query_size, dim, config.attention_output_bias)
 
     def forward(self, x_BTD: Tensor, context: Context) -> Tensor:
         """Return what each position reads at those it may look at, [B, T, D]."""
@@ -314,8 +239,9 @@ class Trunk(nn.Module):
         elif positions_BT is None:
             positions_BT = torch.arange(x_BTD.shape[1], device=x_BTD.device)[None]
 
+        shape = self.config
         cos_BT1E, sin_BT1E = rotary_tables(
-            positions_BT, self.config.head_dim, self.config.rope_theta
+            positions_BT, shape.head_dim, shape.rope_theta, shape.rope_scaling
         )
         return Context(
             cos_BT1E, sin_BT1E, self.attention(x_BTD, documents_BT, cache, branches_BT), cache
@@ -424,7 +350,8 @@ class Llama(nn.Module):
 
 def initialise(model: nn.Module, seed: int) -> None:
     """Draw all weights: normal with deviation 0.02, the two projections that write to the residual
-    stream with 0.02 / sqrt(2 · layers) so that its variance does not grow with depth; norms are 1.
+    stream with 0.02 / sqrt(2 · layers) so that its variance does not grow with depth; norms are
+    one, biases zero.
 
     The paper does not state its initialisation. A model on the meta device is left alone.
     """
@@ -436,7 +363,7 @@ def initialise(model: nn.Module, seed: int) -> None:
 
         with torch.no_grad():
             if parameter.dim() == 1:
-                parameter.fill_(1.0)
+                parameter.fill_(0.0 if name.endswith("bias") else 1.0)
             else:
                 residual = name.endswith(("o_proj.weight", "down_proj.weight"))
                 std = INITIAL_STD / math.sqrt(2 * layers) if residual else INITIAL_STD

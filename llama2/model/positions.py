@@ -13,15 +13,19 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from llama2.model.rope import RopeScaling, rotary_angles
 
-def rotary_tables(positions_BT: Tensor, head_dim: int, theta: float) -> tuple[Tensor, Tensor]:
-    """cos and sin of position / theta^(2 i / head_dim) in fp32, [B, T, 1, head_dim], for `rotate`:
-    both halves of a head hold the same angles, and the sine is negated in the first."""
-    exponents_E = (
-        torch.arange(0, head_dim, 2, dtype=torch.float32, device=positions_BT.device) / head_dim
-    )
-    angles_BT1E = (positions_BT.float()[..., None] * (1.0 / theta**exponents_E))[:, :, None]
+
+def rotary_tables(
+    positions_BT: Tensor, head_dim: int, theta: float, scaling: RopeScaling | None = None
+) -> tuple[Tensor, Tensor]:
+    """cos and sin of position / theta^(2 i / head_dim), scaled if the model does, in fp32,
+    [B, T, 1, head_dim], for `rotate`: both halves of a head hold the same angles, and the sine is
+    negated in the first."""
+    angles_BT1E = rotary_angles(positions_BT, head_dim, theta, scaling)[:, :, None]
     cos, sin = angles_BT1E.cos(), angles_BT1E.sin()
+    if scaling is not None and scaling.amplitude != 1:
+        cos, sin = cos * scaling.amplitude, sin * scaling.amplitude
 
     return torch.cat((cos, cos), dim=-1), torch.cat((-sin, sin), dim=-1)
 

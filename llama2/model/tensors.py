@@ -32,10 +32,16 @@ def shapes(config: LlamaConfig) -> dict[str, tuple[int, ...]]:
 
 
 def _names(config: LlamaConfig) -> Iterator[str]:
+    biased = set(_PARTS[:3]) if config.attention_bias else set()
+    if config.attention_output_bias:
+        biased.add(_PARTS[3])
+
     yield EMBEDDINGS
     for layer in range(config.num_hidden_layers):
         for part in _PARTS:
             yield f"model.layers.{layer}.{part}.weight"
+            if part in biased:
+                yield f"model.layers.{layer}.{part}.bias"
 
     yield NORM
     if not config.tie_word_embeddings:
@@ -45,42 +51,43 @@ def _names(config: LlamaConfig) -> Iterator[str]:
 def shape_of(name: str, config: LlamaConfig) -> tuple[int, ...]:
     """Return the shape of a tensor. Plain arithmetic: a damaged header may ask for sizes at which a
     model would overflow."""
-    dim, kv = config.hidden_size, config.num_key_value_heads * config.head_dim
-    kind = name.split(".")[-2]
+    dim = config.hidden_size
+    kind, leaf = name.split(".")[-2:]
     if kind.endswith("norm"):
         return (dim,)
 
     rows = {
-        "k_proj": kv,
-        "v_proj": kv,
+        "q_proj": config.query_size,
+        "k_proj": config.key_size,
+        "v_proj": config.key_size,
         "gate_proj": config.intermediate_size,
         "up_proj": config.intermediate_size,
         "embed_tokens": config.vocab_size,
         "lm_head": config.vocab_size,
     }
-    columns = {"down_proj": config.intermediate_size}
-    return rows.get(kind, dim), columns.get(kind, dim)
+    columns = {"o_proj": config.query_size, "down_proj": config.intermediate_size}
+    size = rows.get(kind, dim)
+    return (size,) if leaf == "bias" else (size, columns.get(kind, dim))
 
 
 def rotary_heads(name: str, config: LlamaConfig) -> int | None:
     """Count the heads in the rows of a tensor that makes queries or keys, which alone are rotated;
     None for any other."""
-    if name.endswith("q_proj.weight"):
+    kind = name.split(".")[-2]
+    if kind == "q_proj":
         return config.num_attention_heads
 
-    return config.num_key_value_heads if name.endswith("k_proj.weight") else None
+    return config.num_key_value_heads if kind == "k_proj" else None
 
 
-def interleave_pairs(weight_RD: Tensor, heads: int) -> Tensor:
+def interleave_pairs(weight: Tensor, heads: int) -> Tensor:
     """Make neighbours of the rows of a rotary pair (as Meta and llama.cpp have them), which lie
-    half a head apart in our weights."""
-    rows, columns = weight_RD.shape
-    halves = weight_RD.reshape(heads, 2, rows // heads // 2, columns)
-    return halves.transpose(1, 2).reshape(rows, columns)
+    half a head apart in our weights [R, D] and biases [R]."""
+    halves = weight.reshape(heads, 2, len(weight) // heads // 2, *weight.shape[1:])
+    return halves.transpose(1, 2).reshape(weight.shape)
 
 
-def separate_pairs(weight_RD: Tensor, heads: int) -> Tensor:
+def separate_pairs(weight: Tensor, heads: int) -> Tensor:
     """Undo `interleave_pairs`."""
-    rows, columns = weight_RD.shape
-    pairs = weight_RD.reshape(heads, rows // heads // 2, 2, columns)
-    return pairs.transpose(1, 2).reshape(rows, columns)
+    pairs = weight.reshape(heads, len(weight) // heads // 2, 2, *weight.shape[1:])
+    return pairs.transpose(1, 2).reshape(weight.shape)

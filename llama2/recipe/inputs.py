@@ -9,7 +9,7 @@ from pathlib import Path
 
 from pydantic import BaseModel
 
-from llama2 import json_files
+from llama2 import json_files, model_packages
 from llama2.config import StageConfig, list_paths
 from llama2.errors import UserError
 from llama2.runs import COMPLETE, completion, read_list
@@ -96,6 +96,7 @@ def _refuse_inside(out: Path, key: str, path: Path) -> None:
 def _check_model(path: Path, *, scorer: bool) -> None:
     """UserError for a path that holds no model but looks like something that has one. scorer: a
     reward model is asked for."""
+    model_packages.locate(path)  # which says how to install it
     if not path.exists() and _is_of_the_hub(path):
         raise _explain_missing(path)
 

@@ -37,7 +37,10 @@ __all__ = ["Config", "plan", "run"]
 def plan(recipe: Config, cluster: Cluster, planned: PlannedRuns) -> dict[str, Any]:
     """Return what a dry run shows beyond the recipe itself: every step's whole configuration, and
     what it would cost."""
-    configs, plans, seconds = {}, {}, 0.0
+    configs: dict[str, Any] = {}
+    plans: dict[str, dict[str, Any]] = {}
+    seconds = 0.0
+
     for name, step in resolve_steps(recipe).items():
         module, machines = verbs.load(step.verb), cluster
         if not cluster.ranks:

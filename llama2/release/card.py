@@ -17,6 +17,7 @@ import yaml
 from llama2.config import Config
 from llama2.errors import UserError, explain_os_errors
 from llama2.formats.hf_config import read_config
+from llama2.formats.stored_model import list_variations
 from llama2.model.llama import LlamaConfig
 from llama2.release import carbon_statement, card_making, card_results
 from llama2.release import markdown as md
@@ -183,6 +184,7 @@ def _facts(model: ReleasedModel) -> str:
         ("Layers", str(shape.num_hidden_layers)),
         ("Width", f"{shape.hidden_size}, {shape.intermediate_size} in the feed-forward network"),
         ("Heads", f"{shape.num_attention_heads}, {shape.num_key_value_heads} of keys and values"),
+        *(("Unlike Llama 2", md.text(variation)) for variation in list_variations(shape)),
         ("Vocabulary", md.count(shape.vocab_size)),
         ("Context", f"{md.count(shape.max_position_embeddings)} tokens"),
         ("Weights", model.dtype + md.when(model.converted, ", converted from the run's")),

@@ -177,11 +177,9 @@ def render_other_judges(recipe: Recipe) -> Html:
 def find_optimised(recipe: Recipe) -> set[str]:
     """Return the run directories of the reward models that stages of the recipe optimised against
     or chose by."""
-    names = set()
+    names: set[str] = set()
     for step in recipe.of(*OPTIMISERS):
-        rewards = step.config.get("rewards") or {}
-        for path in rewards.values():
-            names.add(str(path).rstrip("/").rpartition("/")[2])
+        names.update(step.rewards)
 
     return names
 

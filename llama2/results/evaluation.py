@@ -121,6 +121,11 @@ class ConductResult(ResultPart):
     degenerate: dict[str, Proportion]
     """kind of prompt -> answers that say nothing, or one thing over and over"""
 
+    @property
+    def false_refusals(self) -> Proportion | None:
+        """Refusals of borderline prompts, None where there are none."""
+        return self.refusals.get("borderline")
+
 
 class ConductDifference(ResultPart):
     """Difference of two versions in what they do to the same prompts."""

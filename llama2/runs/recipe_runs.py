@@ -80,6 +80,12 @@ class StepRun:
         """The resolved configuration, as plain JSON."""
         return self.manifest.get("config") or {}
 
+    @property
+    def rewards(self) -> list[str]:
+        """Names of the run directories of the reward models it used."""
+        rewards = self.config.get("rewards") or {}
+        return [Path(str(path)).name for path in rewards.values()]
+
     def result(self, kind: type[R]) -> R | None:
         """Return what the run wrote of one kind of result, None if it did not."""
         if kind not in self._results:

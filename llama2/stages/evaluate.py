@@ -37,7 +37,7 @@ from llama2.generate.sampling import Sampling
 from llama2.model import quantize
 from llama2.model.llama import Llama
 from llama2.records import Axis, Message, Messages, Prompt
-from llama2.results import EvaluateResult, SamplingSettings
+from llama2.results import AttentionResult, EvaluateResult, SamplingSettings
 from llama2.runs.parts import work_in_parts
 from llama2.stages.common.answers import (
     ROUNDS,
@@ -230,7 +230,9 @@ def run(config: Config, run: runs.Run) -> None:
     if config.attention:
         talks = results[config.attention[-1]].talks
         load = partial(load_model, config, device=run.ranks.device)
-        draw_attention(run, config.versions, config.attention, load, dialogs, talks)
+        figure = draw_attention(run, config.versions, config.attention, load, dialogs, talks)
+        if figure is not None:
+            run.write_result(AttentionResult(**figure))
 
 
 def summarise(

@@ -11,6 +11,7 @@ Where a program can check the instruction in the text (`evaluate/constraints.py`
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -40,6 +41,8 @@ from llama2.stages.common.sampling import (
 from llama2.tally import Tally
 
 EXAMPLES = 3
+_SENTENCES = re.compile(r".*[^\W\d][.!?…][\"'”’)]*(?=\s|$)", re.DOTALL)
+"""all up to the last mark behind a word"""
 
 
 class Config(StageConfig):
@@ -67,6 +70,9 @@ class Config(StageConfig):
     tries: int | None = Field(None, gt=0)
     """answers sampled a turn, of which the first is taken that obeys (an addition to the paper,
     which takes one); needs instructions that can be checked"""
+    unfinished: Literal["trim"] | None = None
+    """trim: an answer that was cut off stays up to its last whole sentence (an addition to the
+    paper); else it ends its conversation"""
     keep: Literal["adherent"] | None = None
     """end a conversation before its first answer that disobeys (an addition to the paper, which
     keeps all); needs instructions that can be checked"""
@@ -256,22 +262,33 @@ def converse(
             indices=[first + index for index in prompts],
         )
         for index, replies in zip(prompts, rows):
-            reply = choose_reply(conversations[index], turn, replies)
-            if reply.text and reply.completion.finish == "stop":
-                answers[index].append(reply.text)
+            texts = [read_reply(reply, config) for reply in replies]
+            text = choose_reply(conversations[index], turn, texts)
+            if text:
+                answers[index].append(text)
 
     return answers
 
 
-def choose_reply(conversation: Conversation, turn: int, replies: Sequence[Answer]) -> Answer:
-    """Return the first finished reply that obeys, else the first reply."""
+def read_reply(reply: Answer, config: Config) -> str:
+    """Return the text of a reply; of one that was cut off its whole sentences, if that is asked
+    for, and else nothing."""
+    if reply.completion.finish == "stop":
+        return reply.text
+    if config.unfinished is None:
+        return ""
+
+    sentences = _SENTENCES.match(reply.text)
+    return sentences[0] if sentences else ""
+
+
+def choose_reply(conversation: Conversation, turn: int, replies: Sequence[str]) -> str:
+    """Return the first reply that obeys, else the first that is not empty, else nothing."""
     for reply in replies if len(replies) > 1 else ():
-        question = conversation.questions[turn]
-        is_finished = reply.completion.finish == "stop"
-        if is_finished and obeys_all(conversation.checks, question, reply.text):
+        if obeys_all(conversation.checks, conversation.questions[turn], reply):
             return reply
 
-    return replies[0]
+    return next(filter(None, replies), "")
 
 
 def _make_prompt(conversation: Conversation, answers: Sequence[str]) -> Messages:

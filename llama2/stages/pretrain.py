@@ -63,6 +63,8 @@ class Architecture(Section):
     num_hidden_layers: int | None = Field(None, gt=0)
     num_attention_heads: int | None = Field(None, gt=0)
     num_key_value_heads: int | None = Field(None, gt=0)
+    head_dim: int | None = Field(None, gt=0)
+    """numbers of one head (hidden_size / num_attention_heads unless given)"""
     max_position_embeddings: int | None = Field(None, gt=0)
     """the longest context"""
     rms_norm_eps: float | None = Field(None, gt=0)
@@ -104,7 +106,11 @@ def architecture(config: Config, vocab_size: int | None) -> LlamaConfig:
     if config.size not in SIZES:
         raise UserError(f"unknown size '{config.size}'", did_you_mean(config.size, SIZES))
 
-    changes: dict[str, Any] = {"vocab_size": vocab_size} if vocab_size else {}
+    # not that of the named size, which would outlive another number of heads
+    changes: dict[str, Any] = {"head_dim": 0}
+    if vocab_size:
+        changes["vocab_size"] = vocab_size
+
     changes |= config.architecture.model_dump(exclude_none=True)
     try:
         return dataclasses.replace(SIZES[config.size], **changes)

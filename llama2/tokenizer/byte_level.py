@@ -12,7 +12,6 @@ import copy
 import functools
 import json
 import os
-import re
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -24,13 +23,11 @@ from llama2.errors import UserError, explain_missing_extra
 from llama2.hashing import hash_content
 from llama2.tokenizer import byte_level_json
 from llama2.tokenizer.added_tokens import FETCH
-from llama2.tokenizer.codec import Codec, refuse_halves
+from llama2.tokenizer.codec import Codec, is_tag, refuse_halves
 from llama2.tokenizer.pre_tokenizers import reduce_step
 from llama2.tokenizer.sentencepiece_model import make_padding
 from llama2.tokenizer.stored import ByteLevelModel
 
-# a tag, in brackets: `<tool_call>`, `[INST]`, `<|im_start|>`; no run of spaces and no word
-_TAG = re.compile(r"[<\[{].*[>\]}]", re.DOTALL)
 _BATCH = 64  # texts that a thread encodes at a time
 
 
@@ -63,7 +60,7 @@ class ByteLevelCodec:
         tags = {
             token
             for token, entry in added.items()
-            if _TAG.fullmatch(entry["content"]) and entry["content"] in (template or "")
+            if is_tag(entry["content"]) and entry["content"] in (template or "")
         }
         controls = self.model.controls | tags
         if controls == self._hidden:
@@ -122,7 +119,9 @@ class ByteLevelCodec:
 
         return spell(self._names[token])
 
-    def dump_files(self, eos: int, template: str | None) -> Mapping[str, bytes]:
+    def dump_files(
+        self, eos: int, template: str | None, space_once: bool = False
+    ) -> Mapping[str, bytes]:
         """Return tokenizer.json and the settings with which other programs read it."""
         return byte_level_json.dump_files(self.model, template)
 

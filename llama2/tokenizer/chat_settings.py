@@ -113,6 +113,17 @@ def read_text(entry: Any) -> str | None:
     return text if isinstance(text, str) else None
 
 
+def puts_space_once(directory: Path) -> bool:
+    """Return whether transformers puts a space in front of a whole text alone: without this, in
+    front of each piece of it between control tokens."""
+    file = directory / JSON
+    if not file.exists():
+        return read_object(directory / SETTINGS).get("legacy") is False
+
+    split = read_object(file).get("pre_tokenizer")
+    return isinstance(split, dict) and split.get("prepend_scheme") == "first"
+
+
 def name_template(model: Path) -> str:
     """Name the file in which the chat template of a model stands: in its directory, or itself."""
     file = model / TEMPLATE

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Protocol
 
 from llama2.errors import UserError
 from llama2.tokenizer.stored import ByteLevelModel
+
+_TAG = re.compile(r"[<\[{].*[>\]}]", re.DOTALL)
 
 
 class Codec(Protocol):
@@ -56,14 +59,25 @@ class Codec(Protocol):
     def name_of(self, token: int) -> str:
         """Return the name of a token in the vocabulary."""
 
-    def dump_files(self, eos: int, template: str | None) -> Mapping[str, bytes]:
-        """Return the files of the tokenizer, name -> content; `eos` is what others take for EOS."""
+    def dump_files(
+        self, eos: int, template: str | None, space_once: bool = False
+    ) -> Mapping[str, bytes]:
+        """Return the files of the tokenizer, name -> content; `eos` is what others take for EOS.
+
+        `space_once`: they put a space in front of a whole text alone, if they put any.
+        """
 
     def describe_differences(self) -> tuple[str, ...]:
         """List, in sentences, where transformers gives other ids."""
 
     def describe_disagreement(self, directory: Path) -> str | None:
         """Describe where a second file in the directory of the tokenizer gives other ids."""
+
+
+def is_tag(text: str) -> bool:
+    """Return whether a text stands in brackets, as `<tool_call>`, `[INST]` and `<|im_start|>` do;
+    no run of spaces and no word does."""
+    return _TAG.fullmatch(text) is not None
 
 
 def refuse_halves(texts: Sequence[str]) -> None:

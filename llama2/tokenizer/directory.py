@@ -59,10 +59,13 @@ def _read_model(model: Path, vocab_size: int | None) -> bytes:
     return sentencepiece_model.extend(content, more)
 
 
-def dump_settings(vocabulary: Vocabulary, eos: int, template: str | None) -> dict[str, bytes]:
+def dump_settings(
+    vocabulary: Vocabulary, eos: int, template: str | None, space_once: bool = False
+) -> dict[str, bytes]:
     """Return the two small files beside a tokenizer, name -> content.
 
     `eos` is the id that other programs take for EOS, `template` the chat template, if there is one.
+    `space_once`: a space is put in front of a whole text, not of each piece between added tokens.
     """
     items = vocabulary.items
     names = {
@@ -77,7 +80,7 @@ def dump_settings(vocabulary: Vocabulary, eos: int, template: str | None) -> dic
         "added_tokens_decoder": {str(token): entry for token, entry in added.items()},
         **({"chat_template": template} if template else {}),
         "clean_up_tokenization_spaces": False,
-        "legacy": True,
+        "legacy": not space_once,
         "sp_model_kwargs": {},
         "tokenizer_class": "LlamaTokenizer",
         **names,

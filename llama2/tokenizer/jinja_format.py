@@ -132,7 +132,8 @@ class Writer:
         begin, end = span
         places = [begin, *sorted({cut for cut in cuts if begin < cut < end}), end]
         pieces = []
-        begun = False
+        # a text that begins with a space gets no other, where only the beginning gets one
+        begun = self.tokenizer.space_once and (begin > 0 or text.startswith(" "))
         for first, last in pairwise(places):
             part = self.seal.remove(text[first:last])
             if part:
@@ -319,8 +320,28 @@ def check(tokenizer: Tokenizer, with_system: bool = False) -> None:
         raise UserError(
             f"{writer.place}: the chat template does not write what the user says", MEND
         )
+
+    _check_header(tokenizer)
     if with_system:
         writer.render((Message("system", "Answer in a word."), *question), prompt=True)
+
+
+def _check_header(tokenizer: Tokenizer) -> None:
+    """UserError for a template that writes a header in front of an answer and none where it is
+    asked for one: the model would have to say it itself."""
+    question, answer = Message("user", "Is anybody there?"), Message("assistant", "Somebody is.")
+    writer = Writer.of(tokenizer, (question, answer))
+    before = writer.render((question,), prompt=True).text
+    plain = writer.render((question,)).text
+    full = writer.render((question, answer)).text
+    place = full.find(answer.content)
+    header = full[len(before) : place].strip()
+    if before == plain and full.startswith(before) and header:
+        raise UserError(
+            f"{writer.place}: the chat template writes {header!r} in "
+            "front of an answer, and not where one is asked for",
+            "have it write that at its end if add_generation_prompt is true",
+        )
 
 
 def find_end(tokenizer: Tokenizer) -> int | None:

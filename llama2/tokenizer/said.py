@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import functools
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import chain, pairwise
 from typing import Any, SupportsIndex
 
@@ -130,6 +130,8 @@ class Markers:
         # what a template that changes the case of a text could still make of it
         self._anywhere = re.compile(f"(?={tree})", re.DOTALL | re.IGNORECASE)
         lowered = [text.lower() for text in self.texts]
+        firsts = [text[0] for text in self.texts]
+        self._firsts = {*map(str.lower, firsts), *map(str.upper, firsts)}
         self._longest = max(map(len, lowered), default=0)
         self._lowered = tuple(lowered)
         self._heads = {text[:end] for text in lowered for end in range(1, len(text))}
@@ -138,7 +140,10 @@ class Markers:
 
     def find_breaks(self, text: str) -> list[int]:
         """Return where a text must be broken so that no marker is in it, or arises around it."""
-        places = [match.start() + 1 for match in self._anywhere.finditer(text)]
+        places: list[int] = []
+        if any(letter in text for letter in self._firsts):
+            places += [match.start() + 1 for match in self._anywhere.finditer(text)]
+
         inner = text.strip().lower()
         if not inner:
             return places
@@ -189,10 +194,11 @@ class Seal:
     `texts` are all texts of that rendering: a character that none of them has marks the breaks.
     """
 
-    def __init__(self, markers: Markers, texts: Iterable[str]) -> None:
-        used = set(chain.from_iterable(texts))
-        numbers = chain.from_iterable(_PRIVATE)
-        free = (letter for letter in map(chr, numbers) if letter not in used)
+    def __init__(self, markers: Markers, texts: Sequence[str]) -> None:
+        def is_free(letter: str) -> bool:
+            return not any(letter in text for text in texts)
+
+        free = filter(is_free, map(chr, chain.from_iterable(_PRIVATE)))
         self.markers, self.mark = markers, next(free)
         self.end = next(free)
         """of an answer that is begun"""

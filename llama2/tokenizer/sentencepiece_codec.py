@@ -8,6 +8,7 @@ from __future__ import annotations
 import functools
 import re
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from itertools import chain, islice
 from pathlib import Path
 
@@ -21,9 +22,16 @@ from llama2.tokenizer import (
     sentencepiece_model,
     tokenizer_json,
 )
-from llama2.tokenizer.codec import Codec, refuse_halves
+from llama2.tokenizer.codec import Codec, is_tag, refuse_halves
 from llama2.tokenizer.directory import dump_settings
-from llama2.tokenizer.sentencepiece_model import BOS_ID, EOS_ID, SPACE, UNKNOWN_ID
+from llama2.tokenizer.sentencepiece_model import (
+    BOS_ID,
+    CONTROL,
+    EOS_ID,
+    SPACE,
+    UNKNOWN_ID,
+    USER_DEFINED,
+)
 
 FILE = chat_settings.MODEL
 UNKNOWN, BOS, EOS = UNKNOWN_ID, BOS_ID, EOS_ID
@@ -56,11 +64,36 @@ class SentencePieceCodec:
         self.vocab_size: int = self.processor.vocab_size()
         self.fingerprint = hash_content(model)
         self.controls = self._list_controls()
+        self._tags: list[int] = []  # items that a template's tags made controls
         self._bytes = [self._find_bytes(token) for token in range(self.vocab_size)]
 
     def with_template(self, template: str | None) -> SentencePieceCodec:
-        """Return itself: the tags of Llama 2's format are text."""
-        return self
+        """Return the same codec, in which no text spells a tag that a template writes.
+
+        The tags of Llama 2's format are text. Those of others may be items that are looked for.
+        """
+        vocabulary = _parse(self.model)
+        if vocabulary.normalised:
+            return self  # cannot be built again; no such model is known
+
+        tags = [
+            token
+            for token, item in enumerate(vocabulary.items)
+            if item.kind == USER_DEFINED and is_tag(item.text) and item.text in (template or "")
+        ]
+        if tags == self._tags:
+            return self
+
+        items = list(vocabulary.items)
+        for token in tags:
+            items[token] = replace(items[token], kind=CONTROL)
+
+        other = SentencePieceCodec(sentencepiece_model.build(replace(vocabulary, items=items)))
+        other.model, other.fingerprint, other._tags = self.model, self.fingerprint, tags
+        for token in tags:  # they are shown, as by the other engine
+            other._bytes[token] = items[token].text.encode()
+
+        return other
 
     def pad(self, size: int) -> SentencePieceCodec:
         """Return the same codec with items, which no text spells, up to `size`."""
@@ -103,12 +136,14 @@ class SentencePieceCodec:
         """Return the name of a token in the vocabulary."""
         return str(self.processor.id_to_piece(token))
 
-    def dump_files(self, eos: int, template: str | None) -> Mapping[str, bytes]:
+    def dump_files(
+        self, eos: int, template: str | None, space_once: bool = False
+    ) -> Mapping[str, bytes]:
         """Return tokenizer.model and the files with which other programs read it."""
         return {
             FILE: self.model,
-            chat_settings.JSON: _dump_json(self.model),
-            **dump_settings(_parse(self.model), eos, template),
+            chat_settings.JSON: _dump_json(self.model, space_once),
+            **dump_settings(_parse(self.model), eos, template, space_once),
         }
 
     def describe_differences(self) -> tuple[str, ...]:
@@ -161,8 +196,8 @@ def _parse(model: bytes) -> sentencepiece_model.Vocabulary:
 
 
 @functools.lru_cache(maxsize=4)
-def _dump_json(model: bytes) -> bytes:
-    return tokenizer_json.dump(_parse(model))
+def _dump_json(model: bytes, space_once: bool = False) -> bytes:
+    return tokenizer_json.dump(_parse(model), space_once)
 
 
 @functools.lru_cache(maxsize=4)

@@ -40,7 +40,9 @@ class Tokenizer:
     template, which `save` writes beside the tokenizer; None if it has none; `template_place` names
     where it stands. `controls` are the items that no text spells, name -> id: BOS, EOS and whatever
     was added, without padding. `dummy_prefix`: a space stands in front of what `encode` takes, and
-    is none of the text. `fingerprint` is that of all that decides ids.
+    is none of the text; `space_once`: in a chat template that is not Llama 2's, of a whole
+    conversation, not of each piece between control tokens. `fingerprint` is that of all that
+    decides ids.
     """
 
     def __init__(self, content: bytes | ByteLevelModel, source: str = FILE) -> None:
@@ -51,7 +53,7 @@ class Tokenizer:
             self._use(SentencePieceCodec(content, source))
             self.template = CHAT_TEMPLATE
 
-        self.template_place = ""
+        self.template_place, self.space_once = "", False
         self.bos, self.eos = self.codec.bos, self.codec.eos
         self.stops = tuple(dict.fromkeys((self.eos, *self.codec.ends)))
         self.announced_eos = self.eos
@@ -75,7 +77,11 @@ class Tokenizer:
         stderr. UserError for a place without a tokenizer, and one that cannot be used.
         """
         if isinstance(place, StoredTokenizer):
-            return cls(place.read(), place.place)
+            tokenizer, file = cls(place.read(), place.place), Path(place.place)
+            if tokenizer.dummy_prefix and file.name in (FILE, chat_settings.JSON):
+                tokenizer.space_once = chat_settings.puts_space_once(file.parent)
+
+            return tokenizer
 
         path = Path(place)
         if path.is_dir():
@@ -137,7 +143,7 @@ class Tokenizer:
         other._use(self.codec.pad(size))
         return other
 
-    def require_fit(self, place: str | os.PathLike[str], vocab_size: int, bos: int) -> None:
+    def require_fit(self, place: str | os.PathLike[str], vocab_size: int, bos: int | None) -> None:
         """UserError unless it has an item for each embedding of a model, and its id of BOS."""
         cure = "put the tokenizer there with which the model was trained"
         if self.vocab_size < vocab_size:
@@ -146,9 +152,10 @@ class Tokenizer:
         require_fitting_size(place, self.vocab_size, vocab_size, cure)
         self.require_bos(place, bos)
 
-    def require_bos(self, place: str | os.PathLike[str], bos: int) -> None:
-        """UserError unless the id that begins a text is the one that its model names."""
-        if self.adds_bos and bos != self.bos:
+    def require_bos(self, place: str | os.PathLike[str], bos: int | None) -> None:
+        """UserError unless the id that begins a text is the one that its model names, if it names
+        one."""
+        if bos is not None and self.adds_bos and bos != self.bos:
             raise UserError(
                 f"{place}: the model's bos_token_id is {bos}, the tokenizer's is {self.bos}",
                 f"if the model was trained with this tokenizer, set bos_token_id to {self.bos}",
@@ -232,7 +239,10 @@ class Tokenizer:
         A line on stderr says, once, where transformers will give other ids than `encode`.
         """
         path = Path(directory)
-        files = self.codec.dump_files(self.announced_eos, self.template)
+        others = self.template is not None and not is_llama_2(self.template)
+        files = self.codec.dump_files(
+            self.announced_eos, self.template, space_once=self.space_once and others
+        )
         with explain_os_errors(path):
             path.mkdir(parents=True, exist_ok=True)
             for name, content in files.items():

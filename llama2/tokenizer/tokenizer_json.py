@@ -40,6 +40,15 @@ _GIVE_MODEL = "give the tokenizer.model of this model (import has --tokenizer FI
 _OTHER_FAMILY = "take a model of the Llama 2 family"
 _BYTE = re.compile("<0x[0-9A-F]{2}>")
 _PREPEND = {"type": "Prepend", "prepend": SPACE}
+_SPACE_ONCE = {
+    "normalizer": None,
+    "pre_tokenizer": {
+        "type": "Metaspace",
+        "replacement": SPACE,
+        "prepend_scheme": "first",
+        "split": False,
+    },
+}
 _REPLACE = {"type": "Replace", "pattern": {"String": " "}, "content": SPACE}
 
 
@@ -264,8 +273,11 @@ def describe_disagreement(file: Path, vocabulary: Vocabulary, encode: Encode) ->
 
 
 # --- writing ---
-def dump(vocabulary: Vocabulary) -> bytes:
-    """Return the content of the `tokenizer.json` of a vocabulary."""
+def dump(vocabulary: Vocabulary, space_once: bool = False) -> bytes:
+    """Return the content of the `tokenizer.json` of a vocabulary.
+
+    `space_once`: a space is put in front of a whole text, not of each piece between added tokens.
+    """
     items = vocabulary.items
     content = {
         "version": "1.0",
@@ -273,6 +285,7 @@ def dump(vocabulary: Vocabulary) -> bytes:
         "padding": None,
         "added_tokens": [{"id": token, **entry} for token, entry in describe_added(items).items()],
         **_make_pipeline(items[BOS_ID].text),
+        **(_SPACE_ONCE if space_once else {}),
         "model": _make_model(items),
     }
     return json.dumps(content, ensure_ascii=False, separators=(",", ":")).encode()

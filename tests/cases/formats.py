@@ -128,9 +128,7 @@ def _configurations() -> Iterator[tuple[str, str, Work]]:
             f"config: {name}",
             "refused by name, or transformers' logits",
             either(
-                refused(
-                    "eoslist", "rope|rotary|attention_bias|hidden_act|head_dim|linear", changes
-                ),
+                refused("eoslist", "rope|rotary|bias|hidden_act|head_dim|_proj|linear", changes),
                 same("eoslist", changes),
             ),
         )

@@ -124,33 +124,36 @@ def _keys() -> Iterator[tuple[str, str, Work]]:
     scaling = "llama.rope.scaling"
     head = 16  # the tiny model's, so that eight pairs turn
     yield "gguf: written again", "the same model", same("again")
-    yield (
-        "gguf: factor without a type",
-        "refused: llama.cpp scales",
-        refused("factor", "scal", put={f"{scaling}.factor": (4.0, "FLOAT32")}),
-    )
-    yield (
-        "gguf: the old key of the scale",
-        "refused",
-        refused("old", "scal", put={"llama.rope.scale_linear": (4.0, "FLOAT32")}),
-    )
-    yield (
-        "gguf: linear",
-        "refused",
-        refused(
-            "linear",
-            "scal",
-            put={f"{scaling}.type": ("linear", "STRING"), f"{scaling}.factor": (4.0, "FLOAT32")},
+
+    def scaled(name: str, kind: str, **how: Any) -> Work:
+        def work(bench: Bench) -> tuple[bool, str]:
+            got = bring(bench, rewritten(bench, name, **how))
+            if got.status:
+                return False, got.short()
+
+            rope = got.json("config.json")["rope_scaling"]
+            return (rope["rope_type"], rope["factor"]) == (kind, 4.0), str(rope)
+
+        return work
+
+    for name, kind, keys in (
+        ("factor without a type", "linear", {f"{scaling}.factor": (4.0, "FLOAT32")}),
+        ("the old key of the scale", "linear", {"llama.rope.scale_linear": (4.0, "FLOAT32")}),
+        *(
+            (
+                kind,
+                kind,
+                {f"{scaling}.type": (kind, "STRING"), f"{scaling}.factor": (4.0, "FLOAT32")},
+            )
+            for kind in ("linear", "yarn")
         ),
-    )
+    ):
+        yield f"gguf: {name}", "scaled positions", scaled(kind, kind, put=keys)
+
     yield (
-        "gguf: yarn",
+        "gguf: longrope",
         "refused",
-        refused(
-            "yarn",
-            "scal|yarn",
-            put={f"{scaling}.type": ("yarn", "STRING"), f"{scaling}.factor": (4.0, "FLOAT32")},
-        ),
+        refused("long", "longrope", put={f"{scaling}.type": ("longrope", "STRING")}),
     )
 
     for key in ("attn_factor", "yarn_log_multiplier"):

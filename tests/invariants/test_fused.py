@@ -15,6 +15,7 @@ from torch import Tensor
 from llama2 import devices
 from llama2.devices import Precision
 from llama2.kernels import build, fused, install
+from llama2.kernels.products import KINDS
 from llama2.model.llama import Llama, LlamaConfig
 from llama2.model.scorer import Scorer
 
@@ -105,7 +106,7 @@ def test_a_row_does_not_depend_on_its_neighbours(kind: torch.dtype) -> None:
         marks = fused.likelihood(q, targets[rows], True)
         y = torch.cat((x[rows] @ gate.t(), x[rows] @ up.t()), 1).to(kind)
         product = y.new_empty(len(y), 90)
-        fused._call(f"swiglu_{fused._KINDS[kind]}", len(y), 90, 180, y, y[:, 90:], product)
+        fused._call(f"swiglu_{KINDS[kind]}", len(y), 90, 180, y, y[:, 90:], product)
 
         return [
             q,

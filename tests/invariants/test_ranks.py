@@ -6,15 +6,18 @@ from __future__ import annotations
 import multiprocessing
 import os
 import traceback
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed as dist
-from toys import ALONE, Rows, llama, weights
+from toys import ALONE, CONFIG, Rows, llama, weights
 
 from llama2 import ranks as ranks_module
 from llama2.errors import UserError
+from llama2.model.llama import Llama, LlamaConfig
+from llama2.model.rope import RopeScaling
 from llama2.ranks import Ranks
 from llama2.runs import Stopped
 from llama2.train import hooks, optim, parallel, state
@@ -25,6 +28,14 @@ from llama2.train.objectives import next_token
 WORLD = 2
 FAST = optim.AdamW(learning_rate=1e-2)
 PLAN = Plan(max_steps=6, warmup_steps=2, save_every=2, log_every=2, clip=0.02)
+RELATIVE = replace(
+    CONFIG,
+    head_dim=12,
+    attention_bias=True,
+    attention_output_bias=True,
+    rope_scaling=RopeScaling("yarn", 4.0, 8),
+    tie_word_embeddings=True,
+)
 APART = ("model.layers.0.", "lm_head.")
 
 
@@ -69,13 +80,15 @@ def together(case, directory: Path) -> None:
     assert [process.exitcode for process in processes] == [0] * WORLD
 
 
-def learner(how: str, ranks: Ranks) -> Learner:
+def learner(
+    how: str, ranks: Ranks, config: LlamaConfig = CONFIG, apart: tuple[str, ...] = APART
+) -> Learner:
     with torch.device("meta" if how == "shard" and ranks.rank else "cpu"):
         # all must take rank 0's weights, a shard's other ranks need none
-        model = llama(seed=ranks.rank)
+        model = Llama(config, seed=ranks.rank)
 
     spread = parallel.shard if how == "shard" else parallel.replicate
-    return Learner(spread(model, ranks), ranks, FAST, apart=APART)
+    return Learner(spread(model, ranks), ranks, FAST, apart=apart)
 
 
 class Reports(Hook):
@@ -128,6 +141,16 @@ def trained_together(directory: Path, ranks: Ranks) -> None:
     uneven = Rows(3, 1, ranks=ranks)  # two rows here, one there
     with pytest.raises(ValueError, match="same number of micro-batches"):
         fit(trained, uneven, next_token, PLAN.model_copy(update={"max_steps": 8}))
+
+
+def relative_trained_together(directory: Path, ranks: Ranks) -> None:
+    for how in ("replicate", "shard"):
+        trained = learner(how, ranks, RELATIVE, ())
+        fit(trained, Rows(8, 2, ranks=ranks), next_token, PLAN)
+        full = trained.state_dict()["model"]
+        if ranks.is_main:
+            for name, value in torch.load(directory / "alone.pt").items():
+                torch.testing.assert_close(full[name], value, rtol=1e-5, atol=1e-5, msg=name)
 
 
 def trained_in_bf16(directory: Path, ranks: Ranks) -> None:
@@ -253,6 +276,18 @@ def test_two_ranks_train_like_one(tmp_path):
     fit(Learner(model, ALONE, FAST, apart=APART), Rows(8, 2), next_token, PLAN, [reports])
     torch.save((weights(model), reports.seen), tmp_path / "alone.pt")
     together(trained_together, tmp_path)
+
+
+def test_a_relative_with_tied_heads_is_trained_by_two_ranks_as_by_one(tmp_path):
+    model = Llama(RELATIVE)
+    alone = Learner(model, ALONE, FAST)
+    members = [len(group["params"]) for group in alone.optimizer.param_groups]
+    assert sum(members) == len(list(model.parameters())), "what is tied is there once"
+    before = weights(model)
+    fit(alone, Rows(8, 2), next_token, PLAN)
+    assert all(bool((value != before[name]).any()) for name, value in model.named_parameters())
+    torch.save(weights(model), tmp_path / "alone.pt")
+    together(relative_trained_together, tmp_path)
 
 
 def test_a_model_spread_over_ranks_trains_in_bf16_as_its_copies_do(tmp_path):

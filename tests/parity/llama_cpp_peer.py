@@ -44,6 +44,10 @@ def load(asked: dict) -> llama_cpp.Llama:
         n_threads_batch=1,
         type_k=F32,
         type_v=F32,
+        # what the file says, not the library's own numbers
+        yarn_attn_factor=-1.0,
+        yarn_beta_fast=-1.0,
+        yarn_beta_slow=-1.0,
         verbose=False,
     )
 

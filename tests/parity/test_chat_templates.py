@@ -26,6 +26,8 @@ CASES = [
     *(("byte-level", name) for name in TEMPLATES),
     # Llama 2's format has Meta's scheme there (test_template)
     *(("SentencePiece", name) for name in sorted(TEMPLATES.keys() - {"llama2"})),
+    # as transformers writes Llama's tokenizers since `legacy` is false
+    *(("SentencePiece, a space once", name) for name in ("chatml", "spaced", "zephyr")),
 ]
 
 
@@ -34,7 +36,11 @@ def directory(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathF
     engine, name = request.param
     path = tmp_path_factory.mktemp("chat")
     make = make_byte_level if engine == "byte-level" else make_sentencepiece
-    make(path, TEMPLATES[name])
+    tokenizer = make(path, TEMPLATES[name])
+    if engine.endswith("once"):
+        tokenizer.space_once = True
+        tokenizer.save(path)
+
     return path
 
 
@@ -156,4 +162,5 @@ def test_the_template_goes_out_as_it_came(tokenizer: Tokenizer, tmp_path: Path) 
     again = Tokenizer.load(tmp_path)
     assert again.template == tokenizer.template
     assert again.is_same(tokenizer)
+    assert again.space_once == tokenizer.space_once
     assert find_ends(again) == find_ends(tokenizer)

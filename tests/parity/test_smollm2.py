@@ -170,12 +170,12 @@ def f16(directory: Path) -> Path:
     return target
 
 
-def answer(model: Llama, prompts: list[list[int]]) -> list[list[int]]:
+def answer(model: Llama, prompts: list[list[int]], length: int = ANSWER) -> list[list[int]]:
     """The greedy answers of our engine to prompts, all of the same length."""
     engine = Engine(model, precision="fp32", slots=len(prompts))
-    sampling = Sampling(temperature=0.0, max_tokens=ANSWER)
+    sampling = Sampling(temperature=0.0, max_tokens=length)
     tokens = [list(row[0].tokens) for row in engine.generate(prompts, sampling)]
-    assert {len(row) for row in tokens} == {ANSWER}
+    assert {len(row) for row in tokens} == {length}
     return tokens
 
 
@@ -251,12 +251,12 @@ def test_greedy_answers(
 
 def test_it_answers(tokenizer: Tokenizer, answers: list[list[int]]) -> None:
     """Sense, not only equality: three facts."""
-    for index, word in ((0, "Paris"), (8, "Shakespeare"), (7, "Buenos d")):
+    for index, word in ((0, "Paris"), (8, "Shakespeare"), (14, "[::-1]")):
         assert word in tokenizer.decode(answers[index]), tokenizer.decode(answers[index])
 
 
 def test_directory_in_transformers(
-    directory: Path, tokenizer: Tokenizer, prompts: list[list[int]], answers: list[list[int]]
+    directory: Path, prompts: list[list[int]], answers: list[list[int]]
 ) -> None:
     other = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32).eval()
     check_followed(
@@ -265,11 +265,21 @@ def test_directory_in_transformers(
         answers,
         "GGUF -> ours -> Hugging Face, transformers",
     )
-    ids = torch.tensor([prompts[0]])
-    generated = other.generate(ids, attention_mask=torch.ones_like(ids), do_sample=False)
-    end = answers[0].index(tokenizer.eos) + 1
-    assert generated[0, ids.shape[1] :].tolist() == answers[0][:end]
 
+
+def test_transformers_stops_where_we_do(
+    directory: Path, model: Llama, tokenizer: Tokenizer, prompts: list[list[int]]
+) -> None:
+    """Its own loop, with the directory's own settings."""
+    other = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32).eval()
+    ids = torch.tensor([prompts[0]])
+    more = {"attention_mask": torch.ones_like(ids), "max_new_tokens": ANSWER, "do_sample": False}
+    generated = other.generate(ids, **more)[0, ids.shape[1] :].tolist()
+    assert generated[-1] in tokenizer.stops
+    assert generated == answer(model, prompts[:1], len(generated))[0]
+
+
+def test_ids_in_transformers(directory: Path, tokenizer: Tokenizer) -> None:
     their = AutoTokenizer.from_pretrained(directory)
     assert [text for text in TEXTS if their.encode(text) != tokenizer.encode_raw(text)] == []
     show("the same: texts with equal ids", f"{len(TEXTS)} of {len(TEXTS)}")
@@ -357,8 +367,8 @@ def test_quantized_files_of_llama_cpp(
 ) -> None:
     """Against the numbers that llama.cpp makes of its own file: it writes them out as F32.
 
-    Its products with quantized weights round what goes into them to eight bits, so its logits are
-    compared in the mean.
+    Logits are compared on that file. On the quantized one it rounds what goes into each product to
+    eight bits as well: how far that moves them is printed.
     """
     made, plain = tmp_path / "made.gguf", tmp_path / "plain.gguf"
     with llama_cpp(f16) as ask:
@@ -379,14 +389,20 @@ def test_quantized_files_of_llama_cpp(
     ids = tokenizer.encode(" ".join(PROMPTS))[:256]
     at = list(range(8, len(ids), 8))
     model = checkpoint.load(made)
-    with llama_cpp(made) as ask, torch.no_grad():
-        theirs = torch.tensor(ask({"logits": ids, "at": at}))
+    with torch.no_grad():
         logits = model(torch.tensor([ids]))[0, at]
 
-    mean = (logits - theirs).abs().mean().item()
+    apart = []
+    for opened in (plain, made):
+        with llama_cpp(opened) as ask:
+            apart.append((torch.tensor(ask({"logits": ids, "at": at})) - logits).abs())
+
+    largest, mean = apart[0].max().item(), apart[1].mean().item()
     show(
         f"{kind} ({', '.join(ours.quantized)}), llama.cpp",
-        f"weights within {worst:.1g}, logits {mean:.2g} apart in the mean",
+        f"weights within {worst:.1g}, logits within {largest:.1g}; {mean:.1g} in the mean with its "
+        "rounding",
     )
     assert worst < 1e-6
-    assert mean < 0.15
+    assert largest < 2e-4
+    assert mean < 0.5

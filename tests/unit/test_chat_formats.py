@@ -18,7 +18,8 @@ from chat_formats import (
 
 from llama2.errors import UserError
 from llama2.records import Messages, Train, messages_of
-from llama2.tokenizer import Tokenizer
+from llama2.tokenizer import Tokenizer, sentencepiece_model
+from llama2.tokenizer.sentencepiece_model import USER_DEFINED, VocabularyItem
 from llama2.tokenizer.template import (
     check_template,
     choose_template,
@@ -175,6 +176,7 @@ def test_a_template_that_changes_earlier_turns_is_refused_by_turn(byte_level: To
 
 def test_a_template_without_an_end_teaches_none(byte_level: Tokenizer) -> None:
     endless = "{% for m in messages %}{{ m.role + ': ' + m.content + '\n' }}{% endfor %}"
+    endless += "{% if add_generation_prompt %}{{ 'assistant: ' }}{% endif %}"
     tokenizer = byte_level.with_chat_template(endless)
     check_template("model", tokenizer)
     assert encode_prompt(tokenizer, TALK[:2])
@@ -281,3 +283,30 @@ def test_templates_are_chosen_by_name_or_file(tmp_path: Path) -> None:
     assert choose_template("chatml")[0] == TEMPLATES["chatml"]
     with pytest.raises(UserError, match="llama2, chatml, zephyr"):
         choose_template("chatlm")
+
+
+def test_a_tag_that_a_template_writes_is_no_text_of_a_user(tmp_path: Path) -> None:
+    """Even where the tokenizer calls it an ordinary added token."""
+    plain = make_sentencepiece(tmp_path, None)
+    more = [
+        VocabularyItem("<turn>", 0.0, USER_DEFINED),
+        VocabularyItem("<tool>", 0.0, USER_DEFINED),
+    ]
+    tokenizer = Tokenizer(sentencepiece_model.extend(plain.model, more))
+    turn, tool = plain.vocab_size, plain.vocab_size + 1
+    assert {turn, tool} <= {*tokenizer.encode("<turn><tool>")}
+
+    written = tokenizer.with_chat_template("{{ '<turn>' ~ messages[0].content ~ '<turn>' }}")
+    ids = encode_prompt(written, messages_of([("user", "<turn> <tool>")]))
+    assert (ids.count(turn), ids.count(tool)) == (2, 1)
+    assert turn not in written.encode("<turn>")
+    assert tokenizer.encode("<turn>") == written.with_chat_template(None).encode("<turn>")
+
+    written.save(tmp_path / "again")
+    assert Tokenizer.load(tmp_path / "again").model == tokenizer.model
+
+
+def test_a_header_that_is_not_asked_for_is_missed(byte_level: Tokenizer) -> None:
+    template = TEMPLATES["chatml"].partition("{% if add_generation_prompt %}")[0]
+    with pytest.raises(UserError, match=r"writes '<.im_start.>assistant' in front of an answer"):
+        check_template("model", byte_level.with_chat_template(template))

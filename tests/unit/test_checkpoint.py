@@ -204,14 +204,20 @@ FAULTS: dict[str, tuple[Callable[[Path], object], str]] = {
     "key of the wrong type": (edit_config(hidden_size="32"), r"hidden_size is '32'"),
     "scaled positions": (
         edit_config(rope_parameters={"rope_type": "llama3", "rope_theta": 1e4}),
-        r"rope_type is 'llama3'",
+        r"the key 'rope_parameters\.factor' is missing",
     ),
     "scaled positions, old key": (
         edit_config(rope_scaling={"type": "linear", "factor": 2}),
-        r"rope_scaling\.type is 'linear' with the factor 2",
+        r"rope_parameters\.rope_type is 'default' and rope_scaling\.type is 'linear'",
     ),
-    "biases": (edit_config(attention_bias=True), r"attention_bias is True"),
-    "wide heads": (edit_config(head_dim=64), r"head_dim is 64"),
+    "biases": (
+        edit_config(attention_bias=True),
+        r"missing: model\.layers\.0\.self_attn\.k_proj\.bias",
+    ),
+    "wide heads": (
+        edit_config(head_dim=64),
+        r"q_proj\.weight|o_proj\.weight \[32, 32\] instead of \[32, 256\]",
+    ),
     "impossible shape": (
         edit_config(num_key_value_heads=3),
         r"config\.json: num_attention_heads 4 is not a multiple",

@@ -4,9 +4,11 @@ import json
 
 import pytest
 from answers import answer, prompt
+from chat_formats import NO_SYSTEM, make_byte_level
 from commands import llama2
 
 from llama2 import records
+from llama2.errors import UserError
 from llama2.generate.rewards import Score
 from llama2.records import Dialog, Prompt
 from llama2.runs import Run
@@ -27,6 +29,7 @@ def test_the_gate_keeps_only_finished_answers_that_score_higher(tmp_path, monkey
     rounds, marks = iter([plain, careful]), iter([[0.0] * 5, [1.0, -1.0, 0.0, 5.0, 5.0]])
     chat = type("Chat", (), {"has_room": lambda *_: True, "tokenizer": None, "engine": None})()
     monkeypatch.setattr(distill, "load_chat", lambda *_: chat)
+    monkeypatch.setattr(distill, "require_system", lambda tokenizer: None)
     monkeypatch.setattr(distill, "load_rewards", lambda *_: None)
     monkeypatch.setattr(distill, "read_prompts", lambda *_: [*asked, prompt("harmless")])
     monkeypatch.setattr(distill, "keep_fitting", lambda chat, prompts, room, tally: prompts)
@@ -138,3 +141,14 @@ def test_prompts_without_room_are_counted(tmp_path, policy, scorers, world, caps
 )
 def test_what_counts_as_adversarial(made, expected):
     assert distill.is_adversarial(made, ("unsafe",)) == expected
+
+
+def test_a_format_without_a_system_turn_cannot_be_distilled_in(tmp_path, monkeypatch):
+    tokenizer = make_byte_level(tmp_path / "tokenizer", NO_SYSTEM)
+    chat = type("Chat", (), {"tokenizer": tokenizer})()
+    monkeypatch.setattr(distill, "load_chat", lambda *_: chat)
+    config = distill.Config(
+        out=tmp_path, policy="p", rewards={"helpful": "h", "safe": "s"}, prompts="q"
+    )
+    with pytest.raises(UserError, match="no place for a system turn"):
+        distill.run(config, Run(tmp_path, False))

@@ -194,7 +194,9 @@ def test_rules_and_judges_apart_judge_where_there_is_no_truth(
     assert {row["what"] for row in result["conduct_judges"]} == {"refusals", "violations"}
     heard = capsys.readouterr().err
     assert "of 1 borderline prompts, violates on " in heard
-    samples = [json.loads(line) for line in (place / "families/samples.jsonl").open()]
+    samples = [
+        json.loads(line) for line in (place / "families/samples.jsonl").read_text().splitlines()
+    ]
     assert {row["id"] for row in samples if "violation" in row} == {"u"}
     assert all(row["conduct"] for row in samples)
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +17,8 @@ from llama2.formats.hf_config import (
     make_generation_json,
     read_config,
 )
-from llama2.model.llama import LlamaConfig
+from llama2.model.config import LlamaConfig
+from llama2.model.rope import RopeScaling
 
 LEAST = {
     "model_type": "llama",
@@ -100,6 +103,16 @@ def test_the_base_of_positions_may_stand_in_three_places(
         },
         {"hidden_act": "swish"},
         {"head_dim": 4},
+        {"head_dim": None},
+        {"rope_scaling": {"rope_type": "dynamic", "factor": 1.0}},
+        {
+            "rope_parameters": {
+                "rope_type": "yarn",
+                "factor": 1.0,
+                "original_max_position_embeddings": 64,
+            }
+        },
+        {"attention_bias": False, "mlp_bias": False},
         {"sliding_window": None},
         {"sliding_window": 4096},
         {"use_sliding_window": False},
@@ -122,7 +135,6 @@ def test_the_base_of_positions_may_stand_in_three_places(
         {
             "pad_token_id": -1,
             "num_key_value_heads": None,
-            "bos_token_id": None,
             "eos_token_id": None,
         },
         {
@@ -138,6 +150,122 @@ def test_what_changes_nothing_is_taken(tmp_path: Path, changes: dict[str, Any]) 
     assert list_remarks(tmp_path, SHAPE) == ()
 
 
+SCALED: list[tuple[dict[str, Any], RopeScaling]] = [
+    ({"type": "linear", "factor": 4}, RopeScaling("linear", 4.0)),
+    ({"rope_type": "dynamic", "factor": 2.0}, RopeScaling("dynamic", 2.0, 2048)),
+    (
+        {
+            "rope_type": "llama3",
+            "factor": 8.0,
+            "low_freq_factor": 1.0,
+            "high_freq_factor": 4.0,
+            "original_max_position_embeddings": 8192,
+        },
+        RopeScaling("llama3", 8.0, 8192),
+    ),
+    ({"rope_type": "yarn", "factor": 4.0}, RopeScaling("yarn", 4.0, 2048)),
+    (
+        {"rope_type": "yarn", "original_max_position_embeddings": 512, "beta_fast": 0},
+        RopeScaling("yarn", 4.0, 512),
+    ),
+    (
+        {"rope_type": "yarn", "factor": 4.0, "mscale": 1.0, "mscale_all_dim": 1.0},
+        RopeScaling("yarn", 4.0, 2048, attention_factor=1.0),
+    ),
+    (
+        {"rope_type": "yarn", "factor": 4.0, "mscale": 0.7, "attention_factor": 1.1},
+        RopeScaling("yarn", 4.0, 2048, attention_factor=1.1),
+    ),
+    (
+        {"rope_type": "yarn", "factor": 2.0, "truncate": False, "finetuned": True},
+        RopeScaling("yarn", 2.0, 2048, truncate=False),
+    ),
+]
+
+
+@pytest.mark.parametrize("key", ["rope_scaling", "rope_parameters"])
+@pytest.mark.parametrize(("section", "scaling"), SCALED)
+def test_scaled_positions_are_read_under_either_key_and_written_under_both(
+    tmp_path: Path, key: str, section: dict[str, Any], scaling: RopeScaling
+) -> None:
+    found = read(tmp_path, **{key: section})
+    context = 4096 if scaling.rope_type == "dynamic" else 2048
+    assert found == replace(SHAPE, rope_scaling=scaling, max_position_embeddings=context)
+
+    values = make_config_json(found)
+    parameters = values["rope_scaling"] | {"rope_theta": 10000.0}
+    assert values["rope_parameters"] == parameters
+    assert values["max_position_embeddings"] == 2048
+    (tmp_path / "config.json").write_text(json.dumps(values))
+    assert read_config(tmp_path) == (found, False)
+    assert list_remarks(tmp_path, found) == ()
+
+
+def test_the_context_of_pretraining_may_stand_outside(tmp_path: Path) -> None:
+    section = {"rope_type": "yarn", "factor": 4.0}
+    found = read(tmp_path, rope_scaling=section, original_max_position_embeddings=512)
+    assert found.rope_scaling == RopeScaling("yarn", 4.0, 512)
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({"head_dim": 8}, {"head_dim": 8}),
+        ({"bos_token_id": None}, {"bos_token_id": None}),
+        (
+            {"attention_bias": True},
+            {"attention_bias": True, "attention_output_bias": True},
+        ),
+        (
+            {"model_type": "mistral", "sliding_window": 131072, "num_key_value_heads": 2},
+            {"num_key_value_heads": 2, "max_position_embeddings": 131072},
+        ),
+        (
+            {
+                "model_type": "mistral",
+                "sliding_window": 4096,
+                "num_key_value_heads": None,
+                "max_position_embeddings": 4096,
+                "architectures": ["MistralForCausalLM"],
+            },
+            {"max_position_embeddings": 4096},
+        ),
+        (
+            {
+                "model_type": "qwen2",
+                "num_key_value_heads": 2,
+                "max_window_layers": 1,
+                "sliding_window": 64,
+                "use_sliding_window": False,
+                "architectures": ["Qwen2ForCausalLM"],
+            },
+            {
+                "num_key_value_heads": 2,
+                "max_position_embeddings": 32768,
+                "attention_bias": True,
+                "bos_token_id": None,
+            },
+        ),
+    ],
+)
+def test_relatives_are_read_and_written(
+    tmp_path: Path, changes: dict[str, Any], expected: dict[str, Any]
+) -> None:
+    found = read(tmp_path, **changes)
+    assert found == replace(SHAPE, **expected)
+    assert list_remarks(tmp_path, found) == ()
+    (tmp_path / "config.json").write_text(json.dumps(make_config_json(found, scorer=True)))
+    assert read_config(tmp_path) == (found, True)
+
+
+def test_the_config_of_a_plain_shape_is_what_it_was_to_the_byte() -> None:
+    """The fingerprints of finished runs hold it."""
+    shape = LlamaConfig(40, 16, 24, 2, 4, 2, 99, 1e-5, 5e5, True, 3, (2, 5))
+    content = json.dumps(make_config_json(shape, scorer=True), indent=2).encode()
+    digest = "6985dbb34fbde006697fd2866c698da7f62299b670ed1af8077294664d3a5fa3"
+    assert hashlib.sha256(content).hexdigest() == digest
+
+
 REFUSED: list[tuple[dict[str, Any], str]] = [
     (
         {"rope_theta": 1e4, "rope_parameters": {"rope_theta": 1e6}},
@@ -151,19 +279,89 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
         {"rope_parameters": {"rope_type": "default", "type": "linear", "factor": 4.0}},
         r"rope_parameters\.rope_type is 'default' and rope_parameters\.type is 'linear'",
     ),
-    (
-        {"rope_parameters": {"type": "linear", "factor": 4.0}},
-        r"rope_parameters\.type is 'linear' with the factor 4\.0",
-    ),
-    (
-        {"rope_scaling": {"type": "dynamic", "factor": 2.0}},
-        r"rope_scaling\.type is 'dynamic' with the factor 2\.0",
-    ),
-    ({"rope_scaling": {"rope_type": "linear"}}, r"rope_scaling\.rope_type is 'linear'"),
+    ({"rope_scaling": {"rope_type": "linear"}}, r"the key 'rope_scaling\.factor' is missing"),
+    ({"rope_parameters": {"type": "dynamic"}}, r"the key 'rope_parameters\.factor' is missing"),
     (
         {"rope_scaling": {"factor": 4.0}},
-        r"rope_scaling\.rope_type is 'linear' with the factor 4\.0",
+        r"rope_scaling\.factor is 4\.0, which the rope type 'default' does not have",
     ),
+    (
+        {
+            "rope_scaling": {"rope_type": "linear", "factor": 4.0},
+            "rope_parameters": {"rope_type": "linear", "factor": 2.0},
+        },
+        r"rope_parameters\.factor is 2\.0 and rope_scaling\.factor is 4\.0",
+    ),
+    (
+        {
+            "rope_scaling": {"rope_type": "linear", "factor": 4.0},
+            "rope_parameters": {"rope_type": "default", "rope_theta": 1e4},
+        },
+        r"rope_parameters\.rope_type is 'default' and rope_scaling\.rope_type is 'linear'",
+    ),
+    (
+        {
+            "rope_scaling": {
+                "rope_type": "dynamic",
+                "factor": 2.0,
+                "original_max_position_embeddings": 64,
+            }
+        },
+        r"original_max_position_embeddings is 64 and max_position_embeddings is 2048",
+    ),
+    (
+        {
+            "rope_scaling": {
+                "rope_type": "yarn",
+                "factor": 2.0,
+                "original_max_position_embeddings": 64,
+            },
+            "original_max_position_embeddings": 128,
+        },
+        r"embeddings is 64 and original_max_position_embeddings is 128",
+    ),
+    (
+        {"rope_scaling": {"rope_type": "linear", "factor": "4"}},
+        r"rope_scaling\.factor is '4'; a number was expected",
+    ),
+    ({"rope_scaling": {"rope_type": "linear", "factor": 0.5}}, r"factor of .*'linear' is 0\.5"),
+    ({"rope_scaling": {"rope_type": "linear", "factor": float("inf")}}, r"factor is inf"),
+    (
+        {"rope_scaling": {"rope_type": "llama3", "factor": 8.0, "high_freq_factor": 0.5}},
+        r"low_freq_factor 1 is not less than high_freq_factor 0\.5",
+    ),
+    (
+        {"rope_scaling": {"rope_type": "yarn", "factor": 8.0, "beta_fast": 0.5}},
+        r"beta_slow 1 is more than beta_fast 0\.5",
+    ),
+    (
+        {"rope_scaling": {"rope_type": "yarn", "factor": 8.0, "mscale": "1"}},
+        r"rope_scaling\.mscale is '1'; a number is expected",
+    ),
+    (
+        {"rope_scaling": {"rope_type": "yarn", "factor": 8.0, "attention_factor": -1.0}},
+        r"attention_factor of the rope type 'yarn' is -1\.0",
+    ),
+    (
+        {"rope_scaling": {"rope_type": "llama3", "factor": 8.0, "attention_factor": 1.5}},
+        r"rope_scaling\.attention_factor is 1\.5, which the rope type 'llama3' does not have",
+    ),
+    (
+        {"rope_scaling": {"rope_type": "dynamic", "factor": 2.0}, "head_dim": 2},
+        r"head_dim is 2; the rope type 'dynamic' needs at least 4",
+    ),
+    (
+        {"rope_scaling": {"rope_type": "yarn", "factor": 2.0}, "rope_theta": 1.0},
+        r"rope_theta is 1; the rope type 'yarn' needs a larger one",
+    ),
+    *(
+        (
+            {"rope_scaling": {"rope_type": kind, "factor": 4.0, "long_factor": [1.0, 1.0]}},
+            rf"rope_scaling\.rope_type is '{kind}', which is not known",
+        )
+        for kind in ("longrope", "su", "proportional", "mrope", "ntk")
+    ),
+    ({"rope_scaling": {"type": ["linear"], "factor": 4.0}}, r"rope_scaling\.type is \['linear'\]"),
     ({"rope_scaling": {"rope_type": "default", "factor": 4.0}}, r"rope_scaling\.factor is 4\.0"),
     (
         {"rope_scaling": {"rope_type": "swirl", "factor": 1.0}},
@@ -180,7 +378,35 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"rope_theta": "10000"}, "rope_theta is '10000'; a number was expected"),
     ({"rms_norm_eps": None}, "the key 'rms_norm_eps' is missing"),
     ({"partial_rotary_factor": 0.5}, r"partial_rotary_factor is 0\.5"),
-    ({"head_dim": 8}, "head_dim is 8, Llama 2 has 4"),
+    ({"head_dim": 7}, "head_dim is 7, an odd number"),
+    ({"head_dim": 0}, "head_dim is 0"),
+    ({"head_dim": "8"}, "head_dim is '8'; a whole number was expected"),
+    ({"hidden_size": 18, "head_dim": 4}, "hidden_size 18 does not divide into 4 heads"),
+    ({"attention_bias": "yes"}, "attention_bias is 'yes'; true or false is expected"),
+    ({"mlp_bias": True}, "mlp_bias is True, Llama 2 has False"),
+    ({"model_type": "mistral", "num_key_value_heads": 2}, "sliding_window is 4096"),
+    (
+        {"model_type": "mistral", "num_key_value_heads": 2, "sliding_window": 1024},
+        "sliding_window is 1024",
+    ),
+    (
+        {"model_type": "mistral", "sliding_window": None, "attention_bias": True},
+        "attention_bias is True, a Mistral has False",
+    ),
+    (
+        {"model_type": "qwen2", "num_key_value_heads": 2, "use_sliding_window": True},
+        "use_sliding_window is True",
+    ),
+    ({"model_type": "qwen3", "head_dim": 4}, "model_type is 'qwen3', not 'llama'"),
+    (
+        {
+            "model_type": "mistral",
+            "num_key_value_heads": 4,
+            "sliding_window": None,
+            "architectures": ["LlamaForCausalLM"],
+        },
+        "architectures is",
+    ),
     ({"sliding_window": 256}, "sliding_window is 256"),
     ({"attention_multiplier": 0.0078125}, r"attention_multiplier is 0\.0078125, Llama 2 has 0\.5"),
     ({"embedding_multiplier": 12.0}, r"embedding_multiplier is 12\.0"),

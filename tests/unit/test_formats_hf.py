@@ -501,8 +501,10 @@ def resave(change: Callable[[State], object]) -> Callable[[Path], None]:
 
 FAULTS: dict[str, tuple[Callable[[Path], object], str]] = {
     "mistral": (
-        lambda d: edit(d, model_type="mistral", architectures=["MistralForCausalLM"]),
-        "is 'mistral'",
+        lambda d: edit(
+            d, model_type="mistral", architectures=["MistralForCausalLM"], sliding_window=16
+        ),
+        "sliding_window is 16",
     ),
     "mixtral": (lambda d: edit(d, model_type="mixtral"), "is 'mixtral'"),
     "a model without a head": (

@@ -405,7 +405,8 @@ MISTAKES = {
         r"n_heads is \[8, 8, 8, .{,90}\.\.\.; a whole number",
     ),
     "no number": (parameter("norm_eps", "small"), r"norm_eps is 'small'"),
-    "later": (parameter("use_scaled_rope", True), r"later model"),
+    "later": (parameter("moe", {"num_experts": 8}), r"later model"),
+    "scaled somehow": (parameter("use_scaled_rope", 8), r"use_scaled_rope is 8; true or false"),
     "no JSON": (lambda d: (d / "params.json").write_text("{"), r"params\.json:1: not valid JSON"),
     "no key": (
         lambda d: (d / "params.json").write_text("{}"),

@@ -167,10 +167,30 @@ def reply(text, finish="stop"):
 
 
 def test_the_first_reply_that_obeys_is_taken():
-    replies = [reply("No."), reply("Ahoy, cut", "length"), reply("Ahoy! One."), reply("Ahoy! Two.")]
-    assert ghost.choose_reply(CHECKED, 0, replies).text == "Ahoy! One."
-    assert ghost.choose_reply(CHECKED, 0, replies[:2]).text == "No."
-    assert ghost.choose_reply(CHECKED, 0, [reply("No.")]).text == "No."
+    replies = ["No.", "", "Ahoy! One.", "Ahoy! Two."]
+    assert ghost.choose_reply(CHECKED, 0, replies) == "Ahoy! One."
+    assert ghost.choose_reply(CHECKED, 0, replies[:2]) == "No."
+    assert ghost.choose_reply(CHECKED, 0, ["", "No."]) == "No."
+    assert ghost.choose_reply(CHECKED, 0, ["No."]) == "No."
+    assert ghost.choose_reply(CHECKED, 0, [""]) == ""
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("Yes. It rains! And then the", "Yes. It rains!"),
+        ('He said "no." Then', 'He said "no."'),
+        ("It costs 3.50 euros in", ""),
+        ("1. Flour\n2. Wat", ""),
+        ("Done.", "Done."),
+        ("", ""),
+    ],
+)
+def test_an_answer_that_was_cut_off_is_trimmed_where_that_is_asked_for(text, expected):
+    trim = CONFIG.model_copy(update={"unfinished": "trim"})
+    assert ghost.read_reply(reply(text, "length"), trim) == expected
+    assert ghost.read_reply(reply(text, "length"), CONFIG) == ""
+    assert ghost.read_reply(reply(text), CONFIG) == ghost.read_reply(reply(text), trim) == text
 
 
 def test_a_conversation_ends_before_its_first_answer_that_disobeys():

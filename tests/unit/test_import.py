@@ -409,11 +409,36 @@ def cut(path: Path) -> Path:
     return path
 
 
+CHANGES: dict[str, dict[str, Any]] = {
+    "mixtral": {"model_type": "mixtral"},
+    "rope": {
+        "rope_parameters": None,
+        "rope_scaling": {"rope_type": "longrope", "long_factor": [1.0], "short_factor": [1.0]},
+    },
+    "window": {
+        "model_type": "mistral",
+        "architectures": ["MistralForCausalLM"],
+        "sliding_window": 16,
+    },
+}
+
+
 def faults(tmp_path: Path, model: Path) -> dict[str, tuple[Path, str]]:
     """What is given to the command, and what it must say."""
     made = {
         name: tmp_path / name
-        for name in ("cut", "code", "shape", "mistral", "shard", "nothing", "text", "one")
+        for name in (
+            "cut",
+            "code",
+            "shape",
+            "mixtral",
+            "rope",
+            "window",
+            "shard",
+            "nothing",
+            "text",
+            "one",
+        )
     }
     (shutil.copytree(model, made["cut"]) / "checksums.json").unlink()
     cut(made["cut"] / "model.safetensors")
@@ -423,9 +448,11 @@ def faults(tmp_path: Path, model: Path) -> dict[str, tuple[Path, str]]:
     weights = load_file(model / "model.safetensors")
     weights["model.norm.weight"] = torch.ones(31)
     torch.save(weights, as_pickles(model, made["shape"]) / "pytorch_model.bin")
-    as_hf(model, made["mistral"])
-    values = json.loads((model / "config.json").read_text()) | {"model_type": "mistral"}
-    (made["mistral"] / "config.json").write_text(json.dumps(values))
+    for name, change in CHANGES.items():
+        as_hf(model, made[name])
+        values = json.loads((model / "config.json").read_text()) | change
+        (made[name] / "config.json").write_text(json.dumps(values))
+
     (as_meta(model, made["shard"]) / "consolidated.01.pth").unlink()
     made["nothing"].mkdir()
     (made["nothing"] / "model.gguf").write_bytes(b"GGUF")
@@ -438,7 +465,12 @@ def faults(tmp_path: Path, model: Path) -> dict[str, tuple[Path, str]]:
             r"pytorch_model\.bin: refused, for reading it would call 'posix\.mkdir'",
         ),
         "shape": (made["shape"], r"model\.norm\.weight \[31\] instead of \[32\]"),
-        "mistral": (made["mistral"], r"model_type is 'mistral'"),
+        "mixtral": (made["mixtral"], r"model_type is 'mixtral'"),
+        "rope": (
+            made["rope"],
+            r"rope_scaling\.rope_type is 'longrope', which is not known; .* default, linear, dyn",
+        ),
+        "window": (made["window"], r"sliding_window is 16, Llama 2 has 0"),
         "missing shard": (made["shard"], r"one of 2 shards, of which 1 are here"),
         "half a llama2.c file": (cut(as_llama2c(model, made["one"])), r"model\.bin"),
         "the file beside": (

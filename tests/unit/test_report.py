@@ -246,6 +246,26 @@ def test_ghost_attention_needs_enough_dialogs(tmp_path: Path) -> None:
     assert states == ["too few to tell", "reached", "not reached"]
 
 
+def test_instructions_that_a_program_checks_are_told_by_turn_and_kind(tmp_path: Path) -> None:
+    root = make(tmp_path / "real", truth=False)
+    assert "Instruction obeyed at turn" not in render(root)
+    path = root / "evaluate" / "evaluation.json"
+    content = json.loads(path.read_text())
+    for name, share in (("SFT", 0.2), ("V2", 0.9)):
+        turns = [measure_share(round(60 * share), 60).model_dump() for _ in range(10)]
+        ghost = {"user": turns, "system": [], "by_kind": {"language": turns, "<hobby>": turns[:3]}}
+        content["results"][name]["ghost"] = ghost
+
+    path.write_text(json.dumps(content))
+    text = render(root)
+    assert "Instruction obeyed at turn" in text
+    assert "V2, &lt;hobby&gt;" in text
+    assert "90\u00a0% [80, 95]" in text
+    assert re.search(r"paper, without \(Table 30\)</td>.*?10\u00a0%", text)
+    line = judged(root)["Instruction obeyed at turns 2/4/6/10"]
+    assert line.state == "too few to tell"  # 90 % [80, 95] of 60 holds the target of 95 %
+
+
 def test_a_reward_model_stands_beside_its_baselines(
     recipe: Path, page: str, tmp_path: Path
 ) -> None:
@@ -392,7 +412,7 @@ def test_rules_and_judges_apart_compare_the_first_and_the_last_version(tmp_path:
     root = write_rules(tmp_path / "rules")
     verdicts = judged(root)
     assert verdicts["Violations by rules, SFT → V2"].state == "reached"
-    assert verdicts["Answers that are none, unsafe prompts, SFT → V2"].state == "too few to tell"
+    assert verdicts["Answers that are none, unsafe prompts, SFT → V2"].state == "reached"
     assert "False refusals of borderline prompts by rules, SFT → V2" in verdicts
     wins = verdicts["Wins of V2 against SFT by judges not optimised against"]
     assert wins.reached.startswith("<apart> (safe) ")

@@ -71,6 +71,6 @@ def test_only_the_large_models_group_queries(
     ],
 )
 def test_an_impossible_shape_is_refused(change: dict[str, int], named: str) -> None:
-    values = {**SIZES["tiny"].__dict__, "num_attention_heads": 8, **change}
+    values = {**SIZES["tiny"].__dict__, "head_dim": 0, "num_attention_heads": 8, **change}
     with pytest.raises(UserError, match=named):
         LlamaConfig(**values)

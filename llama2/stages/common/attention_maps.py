@@ -13,7 +13,6 @@ from llama2.evaluate.ghost import GhostDialog
 from llama2.formats.checkpoint import config_of, open_tokenizer
 from llama2.model.llama import Llama
 from llama2.records import Messages
-from llama2.results import AttentionResult
 from llama2.runs import Run
 from llama2.runs.parts import work_in_parts
 from llama2.stages.common.answers import load_when_needed
@@ -29,13 +28,13 @@ def draw_attention(
     load: Callable[[str], tuple[Llama, Tokenizer]],
     dialogs: Sequence[GhostDialog],
     talks: Sequence[Messages],
-) -> None:
-    """Write Figure 10 of the first dialogs, with the answers of the last version asked for; one
-    model after the other."""
+) -> dict[str, Any] | None:
+    """Return Figure 10 of the first dialogs, with the answers of the last version asked for, as
+    `AttentionResult` has it; one model after the other. None where no dialog was held."""
     pairs = zip(talks, dialogs, strict=True)
     shown = [(talk, dialog.instruction) for talk, dialog in pairs if talk][:ATTENTION_DIALOGS]
     if not shown:
-        return
+        return None
 
     device = run.ranks.device
     tokenizer = open_tokenizer(versions[names[-1]])
@@ -53,4 +52,4 @@ def draw_attention(
             rows = work_in_parts(run, part, shown, len(shown), look)
             looks[name] = [attention.Look(*row) for row in rows]
 
-    run.write_result(AttentionResult(**attention.figure(looks, tokenizer, shown, context)))
+    return attention.figure(looks, tokenizer, shown, context)

@@ -120,8 +120,8 @@ def activations(
 def layer_bytes(shape: LlamaConfig, size: int, residual: int) -> int:
     """Bytes a token that one layer keeps: the stream at its two norms and their results; queries,
     keys, values and what attention makes of them; gate, its SiLU, up and their product."""
-    dim, kv = shape.hidden_size, shape.num_key_value_heads * shape.head_dim
-    return 2 * residual * dim + size * (2 * dim + 2 * dim + 2 * kv + 4 * shape.intermediate_size)
+    dim, heads = shape.hidden_size, 2 * shape.query_size + 2 * shape.key_size
+    return 2 * residual * dim + size * (2 * dim + heads + 4 * shape.intermediate_size)
 
 
 def repeat_bytes(shape: LlamaConfig, size: int) -> int:
@@ -144,7 +144,7 @@ def flops_per_token(
     # of those counted, not multiplied with
     tables = (1 if config.tie_word_embeddings else 2) - (0 if scalar else 1)
     unused = tables * config.vocab_size * config.hidden_size
-    attention = config.hidden_size * length
+    attention = config.query_size * length
     every = config.parameters() - unused + config.num_hidden_layers * attention
     frozen = frozen_layers * (Tower(config).block + attention)
     return 6.0 * every - 4.0 * frozen
@@ -162,13 +162,13 @@ def engine_bytes(shape: LlamaConfig, sample: Sample, *, copied: bool) -> float:
 def cache_bytes(shape: LlamaConfig, sample: Sample, columns: int) -> float:
     """Keys and values of so many tokens in every slot."""
     columns = min(columns, shape.max_position_embeddings)
-    numbers = 2 * shape.num_hidden_layers * shape.num_key_value_heads * shape.head_dim
+    numbers = 2 * shape.num_hidden_layers * shape.key_size
     return float(sample.slots * columns * numbers * size_of(sample.precision))
 
 
 def decoder_bytes(shape: LlamaConfig, precision: Precision) -> float:
     """The matrices of the layers and the head as a CPU's decoding step reads them."""
-    vectors = (2 * shape.num_hidden_layers + 1) * shape.hidden_size
+    vectors = shape.num_hidden_layers * shape.vectors() + shape.hidden_size
     lookup = 0 if shape.tie_word_embeddings else shape.vocab_size * shape.hidden_size
     return float(size_of(precision) * (shape.parameters() - vectors - lookup))
 
@@ -183,7 +183,7 @@ def forward_bytes(
     in fp32."""
     size, dim = size_of(precision), shape.hidden_size
     stream = 2 * (size if bare else 4) * dim
-    rotation = (3 * 4 + 5 * size) * dim
+    rotation = (3 * 4 + 4 * size) * shape.query_size + size * dim
     feed_forward = 2 * size * dim + 3 * size * shape.intermediate_size
     return float(tokens * (stream + max(rotation, feed_forward)))
 
@@ -201,7 +201,7 @@ def scorer_bytes(shapes: Sequence[LlamaConfig | None], precision: Precision) -> 
     for shape in shapes:
         if shape is not None:
             tower = Tower(shape, scalar=True)
-            matrices = shape.num_hidden_layers * (tower.block - 2 * shape.hidden_size)
+            matrices = shape.num_hidden_layers * (tower.block - shape.vectors())
             total += 4 * tower.parameters - (4 - size_of(precision)) * matrices
 
     return total

@@ -21,6 +21,7 @@ from pydantic import Field
 from llama2.config import Config as Section
 from llama2.formats import checkpoint
 from llama2.generate.model_runner import PREFILL_TOKENS
+from llama2.kernels import shapes as kernel_shapes
 from llama2.model import quantize
 from llama2.model.llama import LlamaConfig
 from llama2.stages.common.answers import JUDGED_TOKENS
@@ -154,6 +155,7 @@ def plan_training(
     unknown = "known when the data is read"
     return {
         "parameters": parameters,
+        "on_a_cpu": _name_paths([tower.shape for tower in towers]),
         "ranks": ranks,
         "steps": steps or unknown,
         "tokens_per_step": tokens,
@@ -224,6 +226,7 @@ def plan_sampling(
     fits = sum(parts.values()) <= cluster.gib * GIB
     return {
         "parameters": known[0].parameters(),
+        "on_a_cpu": _name_paths([*known, *filter(None, scorers)]),
         "ranks": cluster.ranks or 1,
         **_plan_memory(parts, cluster, 1 if fits else NONE),
     }
@@ -279,6 +282,7 @@ def plan_judging(
     fits = most <= cluster.gib * GIB
     return {
         "parameters": max((shape.parameters() for shape in versions if shape), default=0),
+        "on_a_cpu": _name_paths(list(filter(None, (*versions, *judges)))),
         "ranks": cluster.ranks or 1,
         "memory_per_rank_gib": {
             **memory,
@@ -308,6 +312,11 @@ def _keep_largest(phases: dict[str, dict[str, float]], name: str, parts: dict[st
     """Keep the larger of two phases of one name: they come one after the other."""
     if sum(parts.values()) > sum(phases.get(name, {}).values()):
         phases[name] = parts
+
+
+def _name_paths(shapes: Sequence[LlamaConfig]) -> str:
+    """Return what computes models of these shapes on a CPU."""
+    return "; ".join(dict.fromkeys(map(kernel_shapes.describe, shapes)))
 
 
 # --- recipes ---
