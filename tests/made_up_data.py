@@ -184,7 +184,7 @@ def _write_safety(data: Path) -> None:
     tuned = safety / "safety-tuned-llamas"
     _write(
         tuned / "evaluation/I-PhysicalSafetySafe.json",
-        json.dumps({"instructions": advice, "inputs": [""] * COUNT}),
+        json.dumps({"instructions": advice, "inputs": []}),
     )
     answers = [
         {

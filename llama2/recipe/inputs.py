@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from pydantic import BaseModel
@@ -40,6 +41,8 @@ _OWN = (
 )
 """what people change in a model's folder, such as its template, and other programs when they save
 it"""
+_FEW = 8
+"""missing inputs that are named with the keys that ask for them"""
 _HUB = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 _FILES = (
     *(".jsonl", ".json", ".csv", ".tsv", ".txt", ".gz", ".zst", ".parquet"),
@@ -131,11 +134,21 @@ def refuse_missing(needed: Sequence[tuple[str, Path]]) -> None:
     if len(absent) == 1:
         raise _explain_missing(*absent)
     if absent:
-        named = ", ".join(f"{path} ({key})" for path, key in absent.items())
         raise UserError(
-            f"{len(absent)} inputs are missing: {named}",
+            f"{len(absent)} inputs are missing{_list_absent(absent)}",
             "check the paths, or run the stages that make them",
         )
+
+
+def _list_absent(absent: Mapping[Path, str]) -> str:
+    """Return every path with its key, or many of one directory by what lies below it, so that one
+    line holds them all."""
+    common = os.path.commonpath([path.absolute() for path in absent])
+    if len(absent) <= _FEW or common == os.sep:
+        return ": " + ", ".join(f"{path} ({key})" for path, key in absent.items())
+
+    names = [str(path.absolute().relative_to(common)) for path in absent]
+    return f" below {common}: {', '.join(names)}"
 
 
 def _explain_missing(path: Path) -> UserError:

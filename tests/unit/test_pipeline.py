@@ -586,7 +586,11 @@ def test_ctrl_c_leaves_a_status_of_its_own(tmp_path, monkeypatch):
 
 
 def test_the_screen_says_what_is_left(tmp_path):
-    steps = pipeline.resolve_steps(recipe(tmp_path, worlds(2, seconds=100)))
+    side_by_side = recipe(tmp_path, worlds(2, seconds=100))  # a core each, of two
+    board = pipeline.Board(side_by_side, pipeline.resolve_steps(side_by_side))
+    assert board._picture().plain.startswith("0/2 steps  0:00 elapsed  ETA 1:40")
+
+    steps = pipeline.resolve_steps(recipe(tmp_path, worlds(2, seconds=100, cores=2)))
     board = pipeline.Board(recipe(tmp_path, worlds(2)), steps)
     assert board._picture().plain.startswith("0/2 steps  0:00 elapsed  ETA 3:20")
     board.begin -= 50
