@@ -56,6 +56,7 @@ class Words:
     """A tokenizer of numbers: each word is an id, other words are 0."""
 
     bos, eos, stops = 1, 2, (2,)
+    template, is_byte_level = None, False
 
     def encode(self, text: str) -> list[int]:
         return [int(word) if word.isdigit() else 0 for word in text.split()]

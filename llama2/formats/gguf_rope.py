@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from llama2 import devices
 from llama2.errors import UserError
 from llama2.formats.settings import build_scaling, changes_nothing
 from llama2.model.config import LlamaConfig
@@ -90,7 +91,7 @@ def make_factors(config: LlamaConfig) -> Tensor | None:
 
 
 def _divide_frequencies(config: LlamaConfig, scaling: RopeScaling) -> Tensor:
-    head, theta, device = config.head_dim, config.rope_theta, torch.device("cpu")
+    head, theta, device = config.head_dim, config.rope_theta, torch.device(devices.CPU)
     plain_F = rotary_frequencies(head, theta, None, device)
     return plain_F / rotary_frequencies(head, theta, scaling, device)
 
@@ -186,7 +187,7 @@ def _find_limits(
     """Return how often what is scaled, and what stays, turns within the original context at most
     and at least; zeros if factors do not lie on a ramp."""
     frequencies_F = rotary_frequencies(
-        config.head_dim, config.rope_theta, None, torch.device("cpu")
+        config.head_dim, config.rope_theta, None, torch.device(devices.CPU)
     )
     turns_F = frequencies_F.double() * original / (2 * math.pi)
     shares_F = (1 / factors_F - 1 / factor) / (1 - 1 / factor)

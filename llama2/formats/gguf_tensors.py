@@ -161,7 +161,10 @@ class _Rows:
 
     def read(self, first: int, last: int) -> Tensor:
         """Return the rows from `first` to before `last`, in the shape of the whole if all are."""
-        numbers = torch.empty(last - first, self.width, dtype=self.dtype)
+        # a caller may be in inference mode, which threads do not inherit: they could not write then
+        with torch.inference_mode(mode=False):
+            numbers = torch.empty(last - first, self.width, dtype=self.dtype)
+
         step = max(1, _CHUNK // self.width)
 
         def fill(begin: int) -> None:

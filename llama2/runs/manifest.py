@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from pydantic import ValidationError
 
 from llama2 import atomic, schema_version
 from llama2.config import StageConfig, list_incidentals, list_paths, yaml12
@@ -41,7 +42,9 @@ def check(verb: str, config: StageConfig) -> None:
     else:
         ignored = {*list_incidentals(config), *_around(config)}
         inputs = dict(list_paths(config))
-        differences = _differences(old["config"], _describe(config), ignored, inputs)
+        differences = _differences(
+            _complete(old["config"], config), _describe(config), ignored, inputs
+        )
 
     if differences:
         raise UserError(
@@ -166,6 +169,17 @@ def is_only_begun(path: Path) -> bool:
 
 def _is_empty(path: Path) -> bool:
     return path.is_dir() and not any(inside.is_file() for inside in path.rglob("*"))
+
+
+def _complete(old: dict[str, Any], config: StageConfig) -> dict[str, Any]:
+    """Return an older configuration with the keys that it is too old to have.
+
+    At its default, a newer key leaves everything as it was.
+    """
+    try:
+        return _describe(type(config).model_validate({**old, "out": config.out}))
+    except (ValidationError, UserError):  # it has keys or values that are gone
+        return old
 
 
 def _describe(config: StageConfig) -> dict[str, Any]:

@@ -105,7 +105,7 @@ class Config(StageConfig):
     """kinds of these instructions; without any, all"""
     rewards: Judges = Judges()
     """reward models that judge"""
-    judges: dict[str, OtherJudge] | None = None
+    judges: dict[str, OtherJudge] = {}
     """name -> a further reward model that is only a judge: versions were not optimised against
     it"""
     limit: int | None = Field(None, gt=0)
@@ -143,13 +143,13 @@ class Config(StageConfig):
 
     def list_judges(self) -> list[Path]:
         """Return every reward model that judges."""
-        others = [judge.model for judge in (self.judges or {}).values()]
+        others = [judge.model for judge in self.judges.values()]
         return [*self.rewards.by_axis().values(), *others]
 
     def name_judges(self) -> dict[str, str]:
         """Return axis, or judge, -> name of the reward model's run directory."""
         paths: dict[str, Path] = dict(self.rewards.by_axis().items())
-        paths |= {name: judge.model for name, judge in (self.judges or {}).items()}
+        paths |= {name: judge.model for name, judge in self.judges.items()}
         return {name: path.resolve().name for name, path in paths.items()}
 
     @property
@@ -188,7 +188,7 @@ def run(config: Config, run: runs.Run) -> None:
     for place in dict.fromkeys(places):
         answers[place] = answer_all(config, place, run, prompts, dialogs)
 
-    judges = config.judges or {}
+    judges = config.judges
     scores = score_answers(
         run,
         config.rewards.by_axis(),
@@ -281,7 +281,7 @@ def _check(config: Config) -> None:
                 f"versions: {', '.join(config.versions)}",
             )
 
-    for name in config.judges or {}:
+    for name in config.judges:
         if name in config.rewards.by_axis():
             raise UserError(
                 f"judges.{name}: `rewards` has a reward model of this name",

@@ -436,7 +436,7 @@ PICTURE = {
         (
             {"chat_template_kwargs": {"x": 1}},
             "chat_template_kwargs",
-            "Llama 2's format has no options",
+            "the model's format is asked for without options",
         ),
         (
             {"response_format": {"type": "json_schema", "schema": {}}},

@@ -67,6 +67,14 @@ def test_quantized_weights_come_in_the_precision_that_is_asked_for(small: Path) 
     assert scorer.model.layers[0].mlp.up_proj.weight.dtype == torch.bfloat16
 
 
+def test_quantized_weights_are_loaded_in_inference_mode(small: Path) -> None:
+    with torch.inference_mode():
+        inside = checkpoint.load(small, dtype=torch.bfloat16)
+
+    outside = checkpoint.load(small, dtype=torch.bfloat16).state_dict()
+    assert all(torch.equal(weight, outside[name]) for name, weight in inside.state_dict().items())
+
+
 def test_a_file_that_changes_is_read_again(file: Path, small: Path, tmp_path: Path) -> None:
     copy = Path(shutil.copy(file, tmp_path / "m.gguf"))
     before = checkpoint.load_tokenizer(copy)

@@ -20,7 +20,7 @@ from llama2.config import Config, StageConfig
 from llama2.errors import UserError
 from llama2.hashing import hash_file
 from llama2.recipe.workers import preload
-from llama2.runs import completion, fingerprints, manifest
+from llama2.runs import completion, fingerprints, manifest, sealed
 
 
 class Part(Config):
@@ -113,6 +113,20 @@ def test_what_a_death_behind_the_completion_mark_left_is_taken_away(tmp_path):
         "result.txt",
     }
     assert (tmp_path / "out/COMPLETE").read_bytes() == before
+
+
+def test_a_key_that_is_newer_than_a_run_had_its_default(tmp_path, source):
+    with runs.open_run("work", config(tmp_path, a=source)):
+        pass
+
+    file = tmp_path / "out/manifest.json"
+    values = sealed.unseal(file, "")
+    assert values["config"].pop("size") == 1
+    file.write_text(sealed.seal(values))
+
+    runs.check("work", config(tmp_path, a=source))
+    with pytest.raises(UserError, match="another configuration: size: 1 -> 2"):
+        runs.check("work", config(tmp_path, a=source, size=2))
 
 
 @pytest.mark.parametrize("finished", [True, False])
