@@ -203,54 +203,34 @@ def _make(kind: Kind, generator: np.random.Generator) -> LastingInstruction:
     match kind:
         case "language":
             name = choose(LANGUAGES)
-            return LastingInstruction(
-                kind, f"Always answer in {name}.", f"Language: {name}.", (Check(kind, name),)
-            )
+            full, short = f"Always answer in {name}.", f"Language: {name}."
+            check = Check(kind, name)
         case "persona":
             return _make_persona(choose(("a pirate", *FIGURES)))
         case "hobby":
             name = choose(HOBBIES)
-            return LastingInstruction(
-                kind,
-                f"You love {name}: mention {name} in every answer.",
-                f"Hobby: {name}.",
-                (Check("mentions", name),),
-            )
+            full, short = f"You love {name}: mention {name} in every answer.", f"Hobby: {name}."
+            check = Check("mentions", name)
         case "greeting":
             words = choose(GREETINGS)
-            return LastingInstruction(
-                kind,
-                f'Begin every answer with "{words}"',
-                f'Begin with "{words}"',
-                (Check("starts", words),),
-            )
+            full, short = f'Begin every answer with "{words}"', f'Begin with "{words}"'
+            check = Check("starts", words)
         case "farewell":
             words = choose(FAREWELLS)
-            return LastingInstruction(
-                kind,
-                f'End every answer with "{words}"',
-                f'End with "{words}"',
-                (Check("ends", words),),
-            )
+            full, short = f'End every answer with "{words}"', f'End with "{words}"'
+            check = Check("ends", words)
         case "case":
             name = choose(("upper case", "lower case"))
-            return LastingInstruction(
-                kind,
-                f"Write every answer in {name} letters only.",
-                f"Letters: {name}.",
-                (Check(name),),
-            )
+            full, short = f"Write every answer in {name} letters only.", f"Letters: {name}."
+            check = Check(name)
         case "emoji":
-            return LastingInstruction(
-                kind, "Use an emoji in every answer.", "Style: emoji.", (Check("emoji"),)
-            )
+            full, short = "Use an emoji in every answer.", "Style: emoji."
+            check = Check("emoji")
         case "brief":
-            return LastingInstruction(
-                kind,
-                "Answer every question in at most ten words.",
-                "Length: ten words.",
-                (Check("at most", "10"),),
-            )
+            full, short = "Answer every question in at most ten words.", "Length: ten words."
+            check = Check("at most", "10")
+
+    return LastingInstruction(kind, full, short, (check,))
 
 
 def _make_persona(name: str) -> LastingInstruction:
