@@ -87,7 +87,7 @@ def sdpa_attention(
         is_causal=bias_B1TS is None and length > 1,
         enable_gqa=shared,
     )
-    return out_BHTE.view(shape) if length == 1 else out_BHTE
+    return out_BHTE.reshape(shape) if length == 1 else out_BHTE
 
 
 def takes_shared_keys(q_BHTE: Tensor, bias_B1TS: Tensor | None) -> bool:
