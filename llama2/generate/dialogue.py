@@ -14,7 +14,7 @@ from llama2.generate.generator import Completion, Generator
 from llama2.generate.sampling import Sampling
 from llama2.ranks import Ranks
 from llama2.records import Messages
-from llama2.tokenizer.template import encode_prompt, find_ends
+from llama2.tokenizer.template import encode_begun, encode_prompt, find_ends
 from llama2.tokenizer.tokenizer import Tokenizer
 
 
@@ -41,7 +41,8 @@ class Chat:
     def answer(
         self, prompts: Sequence[Messages], sampling: Sampling, indices: Sequence[int] | None = None
     ) -> list[list[Answer]]:
-        """Return `sampling.n` answers to each conversation, which ends with a user turn.
+        """Return `sampling.n` answers to each conversation, which ends with a user turn; or what
+        follows the beginning of an answer, if it ends with that.
 
         `indices` (default 0, 1, ...) names the conversations to the random numbers, so that a part
         of a list gets the answers that the whole list would get. Under several ranks all must call
@@ -49,7 +50,7 @@ class Chat:
         of one rank. UserError for a conversation that leaves no room for an answer.
         """
         sampling = self._add_stops(sampling)
-        ids = [encode_prompt(self.tokenizer, messages) for messages in prompts]
+        ids = [self._encode(messages) for messages in prompts]
         # before the ranks part: an error on one alone would leave the others waiting
         self.engine.check(ids)
         share = self.ranks.share(range(len(ids)))
@@ -64,13 +65,17 @@ class Chat:
         """Yield the first answer of `answer([messages], sampling)` in parts, each once it is
         certain."""
         sampling = self._add_stops(sampling)
-        ids = self.engine.stream(encode_prompt(self.tokenizer, messages), sampling)
+        ids = self.engine.stream(self._encode(messages), sampling)
         text_ids = takewhile(lambda token: token not in sampling.stop, ids)
         return _strip(self.tokenizer.stream(text_ids))
 
     def has_room(self, messages: Messages, room: int = 8) -> bool:
         """Return whether a conversation leaves `room` tokens of the context for an answer."""
-        return len(encode_prompt(self.tokenizer, messages)) + room <= self.engine.context
+        return len(self._encode(messages)) + room <= self.engine.context
+
+    def _encode(self, messages: Messages) -> list[int]:
+        is_begun = messages[-1].role == "assistant"
+        return (encode_begun if is_begun else encode_prompt)(self.tokenizer, messages)
 
     def _add_stops(self, sampling: Sampling) -> Sampling:
         return replace(sampling, stop=tuple(dict.fromkeys((*sampling.stop, *self.ends))))

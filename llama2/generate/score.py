@@ -43,7 +43,7 @@ def compute_logprobs(
     context.
     """
 
-    def work(tokens_BT: Tensor, lengths: list[int]) -> list[list[float]]:
+    def work(tokens_BT: Tensor, lengths: Sequence[int]) -> list[list[float]]:
         if tokens_BT.shape[1] == 1:
             return [[] for _ in lengths]
 
@@ -51,7 +51,7 @@ def compute_logprobs(
         table: list[list[float]] = model(inputs_BT, targets_BT=targets_BT).tolist()
         return [row[: length - 1] for row, length in zip(table, lengths)]
 
-    return _run_batches(
+    return _run_rows(
         model, model.config.max_position_embeddings, rows, work, precision, batch_tokens, ranks
     )
 
@@ -71,7 +71,7 @@ def predict_tokens(
     row beyond the model's context.
     """
 
-    def work(tokens_BT: Tensor, lengths: list[int]) -> list[tuple[list[float], list[int]]]:
+    def work(tokens_BT: Tensor, lengths: Sequence[int]) -> list[tuple[list[float], list[int]]]:
         if tokens_BT.shape[1] == 1:
             return [([], []) for _ in lengths]
 
@@ -83,7 +83,7 @@ def predict_tokens(
             for logp, best, length in zip(logp_BT, best_BT, lengths)
         ]
 
-    return _run_batches(
+    return _run_rows(
         model, model.config.max_position_embeddings, rows, work, precision, batch_tokens, ranks
     )
 
@@ -105,31 +105,35 @@ def score_rows(
     score would win or lose every comparison.
     """
 
-    def work(tokens_BT: Tensor, lengths: list[int]) -> list[float]:
+    def work(tokens_BT: Tensor, lengths: Sequence[int]) -> list[float]:
         lengths_B = torch.tensor(lengths, device=tokens_BT.device)
         scores: list[float] = scorer(tokens_BT, lengths_B=lengths_B).float().tolist()
         return scores
 
-    result = _run_batches(
+    result = _run_rows(
         scorer, scorer.config.max_position_embeddings, rows, work, precision, batch_tokens, ranks
     )
-    bad = [index for index, value in enumerate(result) if not math.isfinite(value)]
+    check_finite(result, [len(row) for row in rows], name)
+    return result
+
+
+def check_finite(scores: Sequence[float], lengths: Sequence[int], name: object) -> None:
+    """UserError for scores of rows that are not finite; it names the scorer."""
+    bad = [index for index, value in enumerate(scores) if not math.isfinite(value)]
     if bad:
         raise UserError(
-            f"{name}: {len(bad)} of {len(result)} scores are not finite numbers (the first is "
-            f"{result[bad[0]]}, of row {bad[0] + 1} with {len(rows[bad[0]])} tokens)",
+            f"{name}: {len(bad)} of {len(scores)} scores are not finite numbers (the first is "
+            f"{scores[bad[0]]}, of row {bad[0] + 1} with {lengths[bad[0]]} tokens)",
             "its weights are damaged or its training diverged: train it again, with a lower "
             "learning_rate, or name another reward model",
         )
 
-    return result
 
-
-def _run_batches(
+def _run_rows(
     model: nn.Module,
     context: int,
     rows: Sequence[Row],
-    work: Callable[[Tensor, list[int]], list[R]],
+    work: Callable[[Tensor, Sequence[int]], list[R]],
     precision: Precision,
     batch_tokens: int,
     ranks: Ranks | None,
@@ -144,28 +148,43 @@ def _run_batches(
                 "drop or shorten it",
             )
 
-    batches = _make_batches([len(row) for row in rows], batch_tokens)
+    device = next(model.parameters()).device
+
+    def pad(batch: Sequence[int]) -> list[R]:
+        lengths = [len(rows[index]) for index in batch]
+        padded = [(*rows[index], *(0,) * (max(lengths) - len(rows[index]))) for index in batch]
+        return work(torch.tensor(padded, device=device), lengths)
+
+    return run_batches(model, [len(row) for row in rows], pad, precision, batch_tokens, ranks)
+
+
+def run_batches(
+    model: nn.Module,
+    lengths: Sequence[int],
+    work: Callable[[Sequence[int]], list[R]],
+    precision: Precision,
+    batch_tokens: int,
+    ranks: Ranks | None,
+) -> list[R]:
+    """Return the results of `work(indices)`, in the order of the indices 0, 1, ..., for batches of
+    rows of these lengths."""
+    batches = _make_batches(lengths, batch_tokens)
     ranks = ranks or Ranks.alone()
     share = ranks.share(batches)
     rounds = -(-len(batches) // ranks.data.size)
-    device = next(model.parameters()).device
     results: list[list[R]] = []
     kernels.install(model)
 
-    with torch.inference_mode(), autocast(device, precision):
+    with torch.inference_mode(), autocast(next(model.parameters()).device, precision):
         for turn in range(rounds):
             # a rank without work takes part all the same
-            batch = share[turn] if turn < len(share) else batches[0]
-            lengths = [len(rows[index]) for index in batch]
-            padded = [(*rows[index], *(0,) * (max(lengths) - len(rows[index]))) for index in batch]
-            done = work(torch.tensor(padded, device=device), lengths)
-
+            done = work(share[turn] if turn < len(share) else batches[0])
             if turn < len(share):
                 results.append(done)
 
     order = chain(*batches)
     by_row = dict(zip(order, chain(*ranks.unshare(results))))
-    return [by_row[index] for index in range(len(rows))]
+    return [by_row[index] for index in range(len(lengths))]
 
 
 def _make_batches(lengths: Sequence[int], batch_tokens: int) -> list[list[int]]:

@@ -5,8 +5,8 @@ turn. Training: it stays in the first user turn only, the loss on all earlier tu
 only the last answer is learnt (`Dialog.train = "last"`). Half of the instructions are shortened.
 What is written feeds `sft`.
 
-Where a program can check the instruction in the text (`evaluate/constraints.py`), `tries` and
-`keep` choose answers that obey; the paper does not.
+Where a program can check the instruction in the text (`evaluate/constraints.py`), `tries`, `begin`
+and `keep` lead to answers that obey; the paper has none of them.
 """
 
 from __future__ import annotations
@@ -70,6 +70,9 @@ class Config(StageConfig):
     tries: int | None = Field(None, gt=0)
     """answers sampled a turn, of which the first is taken that obeys (an addition to the paper,
     which takes one); needs instructions that can be checked"""
+    begin: bool = False
+    """begin each answer with the words that its instruction asks for at the start, and let the
+    policy go on: what many `tries` would find (an addition to the paper)"""
     unfinished: Literal["trim"] | None = None
     """trim: an answer that was cut off stays up to its last whole sentence (an addition to the
     paper); else it ends its conversation"""
@@ -249,7 +252,8 @@ def converse(
         prompts: dict[int, Messages] = {}
         for index, conversation in enumerate(conversations):
             if len(answers[index]) == turn < len(conversation.questions):
-                messages = _make_prompt(conversation, answers[index])
+                begin = find_beginning(conversation, config)
+                messages = _make_prompt(conversation, answers[index], begin)
                 if chat.has_room(messages):
                     prompts[index] = messages
 
@@ -262,7 +266,8 @@ def converse(
             indices=[first + index for index in prompts],
         )
         for index, replies in zip(prompts, rows):
-            texts = [read_reply(reply, config) for reply in replies]
+            begin = find_beginning(conversations[index], config)
+            texts = [read_reply(reply, config, begin) for reply in replies]
             text = choose_reply(conversations[index], turn, texts)
             if text:
                 answers[index].append(text)
@@ -270,16 +275,24 @@ def converse(
     return answers
 
 
-def read_reply(reply: Answer, config: Config) -> str:
-    """Return the text of a reply; of one that was cut off its whole sentences, if that is asked
-    for, and else nothing."""
-    if reply.completion.finish == "stop":
-        return reply.text
-    if config.unfinished is None:
+def find_beginning(conversation: Conversation, config: Config) -> str:
+    """Return the words that every answer is begun with; nothing where none are asked for."""
+    if not config.begin:
         return ""
 
-    sentences = _SENTENCES.match(reply.text)
-    return sentences[0] if sentences else ""
+    starts = [check.argument for check in conversation.checks if check.name == "starts"]
+    return " ".join(starts[:1])
+
+
+def read_reply(reply: Answer, config: Config, begin: str = "") -> str:
+    """Return the text of a reply behind its beginning; of one that was cut off the whole sentences,
+    if that is asked for, and else nothing."""
+    text = reply.text
+    if reply.completion.finish != "stop":
+        sentences = _SENTENCES.match(text) if config.unfinished else None
+        text = sentences[0] if sentences else ""
+
+    return f"{begin} {text}" if begin and text else text
 
 
 def choose_reply(conversation: Conversation, turn: int, replies: Sequence[str]) -> str:
@@ -291,16 +304,15 @@ def choose_reply(conversation: Conversation, turn: int, replies: Sequence[str]) 
     return next(filter(None, replies), "")
 
 
-def _make_prompt(conversation: Conversation, answers: Sequence[str]) -> Messages:
+def _make_prompt(conversation: Conversation, answers: Sequence[str], begin: str = "") -> Messages:
     """Return the dialog so far with the instruction on every user turn, waiting for the next
-    answer."""
+    answer, or for what follows its beginning."""
     turns: list[Message] = []
-    for question, reply in zip(conversation.questions, [*answers, None]):
+    for question, reply in zip(conversation.questions, [*answers, begin]):
         turns.append(Message("user", f"{conversation.text} {question}"))
-        if reply is not None:
-            turns.append(Message("assistant", reply))
+        turns.append(Message("assistant", reply))
 
-    return tuple(turns)
+    return tuple(turns if begin else turns[:-1])
 
 
 def make_dialogs(

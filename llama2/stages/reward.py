@@ -155,7 +155,9 @@ def run(config: Config, run: Run) -> None:
     )
     scorer.eval()
     words = fit_words(run, pairs) if run.ranks.is_main else None
-    accuracies = measure_accuracies(scorer, words, heldout, settings.precision, run.ranks)
+    accuracies = measure_accuracies(
+        scorer, words, heldout, settings.precision, run.ranks, config.share_prompts
+    )
     write_results(run, scorer, learner, sets, accuracies)
     conclude(run, find_axis(pairs), heldout, accuracies)
 

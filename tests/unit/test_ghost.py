@@ -203,6 +203,24 @@ def test_a_conversation_ends_before_its_first_answer_that_disobeys():
     assert ghost.check_turns(TALK, ["first"]) == []
 
 
+def test_answers_are_begun_with_what_is_asked_for_at_the_start(tmp_path, policy):
+    begun = CONFIG.model_copy(update={"begin": True, "tries": 2, "unfinished": "trim"})
+    assert ghost.find_beginning(CHECKED, CONFIG) == ghost.find_beginning(TALK, begun) == ""
+    assert ghost.find_beginning(CHECKED, begun) == "Ahoy"
+    assert ghost.read_reply(reply("Go on. And"), begun, "Ahoy") == "Ahoy Go on. And"
+    assert ghost.read_reply(reply("Go on. And", "length"), begun, "Ahoy") == "Ahoy Go on."
+    assert ghost.read_reply(reply("", "length"), begun, "Ahoy") == ""
+
+    file = write_checked(tmp_path / "checked.jsonl", [["starts", "Ahoy there"]])
+    words = ["ghost", "--policy", policy, "--conversations", file, "--sample.max-tokens", 8]
+    words += ["--unfinished", "trim", "--sample.temperature", 1]
+    assert llama2(*words, "--begin", "--tries", 2, "--out", tmp_path / "out") == 0
+    dialogs = list(records.read(Dialog, tmp_path / "out/dialogs.jsonl"))
+    answers = [turn.content for dialog in dialogs for turn in dialog.messages[1::2]]
+    assert answers
+    assert all(answer.startswith("Ahoy there ") for answer in answers)
+
+
 def write_checked(path, checks):
     instruction = {"text": "Say ahoy first.", "checks": checks, "kind": "greeting"}
     metadata = {"instruction": instruction, "questions": ["One?", "Two?"]}

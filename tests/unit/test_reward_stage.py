@@ -252,7 +252,7 @@ def test_a_row_for_both_answers_holds_their_beginning_once():
     assert batch["safe_B"].tolist() == [1, -1, 0, -1]
 
 
-def test_sharing_prompts_changes_nothing_but_rounding(tmp_path, tokenizer, policy):
+def test_sharing_prompts_changes_nothing_but_rounding(tmp_path, tokenizer, policy, monkeypatch):
     """The loss and its gradients are those of two rows a pair."""
     encoder = Encoder(tokenizer, 200, 256)
     files = write(tmp_path / "a.jsonl", 8), write(tmp_path / "b.jsonl", 5, "safe")
@@ -273,6 +273,18 @@ def test_sharing_prompts_changes_nothing_but_rounding(tmp_path, tokenizer, polic
 
     for apart, together in zip(*found, strict=True):
         assert (apart - together).norm() <= 1e-4 * apart.norm()
+
+    # and so is the accuracy, whatever stands in a batch
+    turned = [replace(pair, chosen=pair.rejected, rejected=pair.chosen) for pair in pairs[::2]]
+    pairs = pairs[1::2] + turned
+    marks = [
+        mark(scorer, pairs, "fp32", Ranks.alone())
+        for mark in (reward_accuracy.mark_pairs, reward_accuracy.mark_joint_pairs)
+    ]
+    monkeypatch.setattr(reward_accuracy, "JOINT_TOKENS", 100)
+    marks.append(reward_accuracy.mark_joint_pairs(scorer, pairs, "fp32", Ranks.alone()))
+    assert marks[0] == marks[1] == marks[2]
+    assert len(set(marks[0])) > 1
 
 
 def test_a_long_prompt_loses_its_oldest_exchanges(tmp_path, tokenizer):

@@ -245,5 +245,5 @@ def _make_persona(name: str) -> LastingInstruction:
         "persona",
         f'Act as {name}: begin every answer with "{name} here."',
         f"Figure: {name}.",
-        (Check("starts", f"{name} here"),),
+        (Check("starts", f"{name} here."),),
     )

@@ -15,14 +15,16 @@ import numpy as np
 from llama2.devices import Precision
 from llama2.evaluate.baselines import BagOfWords, judge_by_length
 from llama2.evaluate.winrate import compare_marks, measure_share
-from llama2.generate.score import score_rows
+from llama2.generate.score import check_finite, run_batches, score_rows
 from llama2.model.scorer import Scorer
 from llama2.ranks import Ranks
 from llama2.records import DEGREES, Axis
 from llama2.results import Baselines, PairedDifference, Proportion, SetAccuracy
-from llama2.stages.common.reward_pairs import EncodedPair, list_sources
+from llama2.stages.common.reward_pairs import EncodedPair, collate_shared, list_sources
 
 T = TypeVar("T")
+JOINT_TOKENS = 16384
+"""the most padded tokens of a forward pass"""
 
 
 def measure_accuracies(
@@ -31,10 +33,12 @@ def measure_accuracies(
     sets: Mapping[str, Sequence[EncodedPair]],
     precision: Precision,
     ranks: Ranks,
+    share_prompts: bool = False,
 ) -> dict[str, SetAccuracy]:
     """Measure accuracy on each set of pairs, beside that of judges which understand nothing; of
     `words` where it is given."""
-    marks = {name: mark_pairs(scorer, pairs, precision, ranks) for name, pairs in sets.items()}
+    mark = mark_joint_pairs if share_prompts else mark_pairs
+    marks = {name: mark(scorer, pairs, precision, ranks) for name, pairs in sets.items()}
     return measure_sets(sets, marks, words)
 
 
@@ -64,7 +68,33 @@ def mark_pairs(
     rows += [pair.rejected for pair in pairs]
     scores = score_rows(scorer, rows, precision, ranks=ranks, name=name)
     chosen, rejected = scores[: len(pairs)], scores[len(pairs) :]
-    return [0.5 * (1 + float(np.sign(a - b))) for a, b in zip(chosen, rejected)]
+    return list(map(_compare, chosen, rejected))
+
+
+def mark_joint_pairs(
+    scorer: Scorer, pairs: Sequence[EncodedPair], precision: Precision, ranks: Ranks
+) -> list[float]:
+    """Return the marks of `mark_pairs`; what both conversations of a pair begin with is computed
+    once, in one row for both."""
+    device = next(scorer.parameters()).device
+
+    def work(batch: Sequence[int]) -> list[tuple[float, float]]:
+        joint = collate_shared([pairs[index] for index in batch])
+        tokens_BT, branches_BT, ends_BK = (
+            joint[name].to(device) for name in ("tokens_BT", "branches_BT", "ends_BK")
+        )
+        scores_BK = scorer(tokens_BT, branches_BT=branches_BT, ends_BK=ends_BK)
+        return list(map(tuple, scores_BK.float().tolist()))
+
+    sizes = [pair.joint_size for pair in pairs]
+    scores = run_batches(scorer, sizes, work, precision, JOINT_TOKENS, ranks)
+    check_finite([sum(pair) for pair in scores], sizes, "the reward model")
+
+    return [_compare(*pair) for pair in scores]
+
+
+def _compare(chosen: float, rejected: float) -> float:
+    return 0.5 * (1 + float(np.sign(chosen - rejected)))
 
 
 def summarise_marks(
