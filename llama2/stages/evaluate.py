@@ -48,8 +48,7 @@ from llama2.stages.common.answers import (
     load_when_needed,
 )
 from llama2.stages.common.attention_maps import draw_attention
-from llama2.stages.common.instructions import KINDS as KINDS_OF_INSTRUCTIONS
-from llama2.stages.common.instructions import Kind, compose_dialogs
+from llama2.stages.common.instructions import Kind, read_dialogs
 from llama2.stages.common.judges import make_judge
 from llama2.stages.common.planning import Cluster, PlannedRuns, plan_judging
 from llama2.stages.common.training import load_policy
@@ -288,12 +287,6 @@ def _check(config: Config) -> None:
                 "give the judge another name",
             )
 
-    if config.ghost_instructions and not config.ghost_turns:
-        raise UserError(
-            "ghost_instructions needs `ghost_turns`",
-            "say of how many questions a dialog is made, or leave it out",
-        )
-
     if config.attention and not config.ghost:
         raise UserError(
             "attention needs `ghost`", "give the file of dialogs under a lasting instruction"
@@ -301,21 +294,6 @@ def _check(config: Config) -> None:
 
     for path in config.list_judges():
         check_judge(path)
-
-
-def read_dialogs(config: Config, run: runs.Run) -> list[ghost.GhostDialog]:
-    """Return the dialogs to be held under a lasting instruction: those of a file, or made of the
-    questions in it."""
-    if config.ghost is None:
-        return []
-    if config.ghost_turns is None:
-        return ghost.read(config.ghost, config.ghost_limit)
-
-    kinds = config.ghost_instructions or KINDS_OF_INSTRUCTIONS
-    tally = run.tally("ghost")
-    return compose_dialogs(
-        config.ghost, config.ghost_turns, kinds, config.seed, config.ghost_limit, tally
-    )
 
 
 def _read_prompts(config: Config, run: runs.Run, paths: Sequence[Path]) -> list[Prompt]:

@@ -42,6 +42,7 @@ from llama2.stages.common.answers import (
     keep_fitting,
     load_when_needed,
 )
+from llama2.stages.common.instructions import Kind, read_dialogs
 from llama2.stages.common.judges import make_annotators
 from llama2.stages.common.planning import Cluster, PlannedRuns, plan_judging
 from llama2.stages.common.sampling import Sample, load_chat, read_prompts
@@ -57,8 +58,15 @@ class Config(StageConfig):
     """held-out prompts"""
     limit: int | None = Field(None, gt=0)
     ghost: Path | None = None
-    """held-out dialogs under a lasting instruction: each is a comparison too, won by whoever obeys
-    in more turns"""
+    """held-out dialogs under a lasting instruction, or any prompts with `ghost_turns`: each dialog
+    is a comparison too, won by whoever obeys in more turns"""
+    ghost_turns: int | None = Field(None, gt=0)
+    """make dialogs of so many questions of `ghost`, under instructions that a program can check in
+    the text"""
+    ghost_instructions: tuple[Kind, ...] | None = None
+    """kinds of these instructions; without any, all"""
+    ghost_limit: int | None = Field(None, gt=0)
+    """use only the first dialogs of `ghost`"""
     rewards: RewardModels | None = None
     """judge by these reward models; without them simulated annotators judge, who need prompts with
     ground truth"""
@@ -109,7 +117,7 @@ def run(config: Config, run: Run) -> None:
     if config.rewards is None:
         prompts = choose_accepted(config, annotators, prompts, tally)
 
-    dialogs = ghost.read(config.ghost) if config.ghost else []
+    dialogs = read_dialogs(config, run)
     places = find_equals(paths)
     versions = {}
     for place in dict.fromkeys(places):

@@ -139,6 +139,13 @@ def test_the_run_directory_becomes_the_version_kept(tmp_path, policy, base, scor
 
     assert not (tmp_path / "judged/summary.json").exists()  # that of another stage
 
+    # dialogs under a lasting instruction, made of the same prompts, are comparisons too
+    talks = ["--ghost", prompts, "--ghost-turns", 2, "--ghost-instructions", "brief", "case"]
+    assert llama2(*judged, *talks, "--ghost-limit", 3, "--out", tmp_path / "talks") == 0
+    verdict = json.loads((tmp_path / "talks/verdict.json").read_text())
+    rate = verdict["win_rate"]["ghost"]
+    assert rate["wins"] + rate["losses"] + rate["ties"] == 3
+
 
 def test_prompts_without_truth_need_reward_models(
     tmp_path, policy, base, scorers, prompts, one_line, monkeypatch

@@ -10,15 +10,17 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Literal, Protocol
 
 import numpy as np
 
 from llama2 import records
 from llama2.errors import UserError
+from llama2.evaluate import ghost
 from llama2.evaluate.constraints import Check
 from llama2.evaluate.ghost import GhostDialog
 from llama2.records import Prompt
+from llama2.runs import Run
 from llama2.stages.common.sampling import seed_use
 from llama2.tally import Tally
 
@@ -137,6 +139,41 @@ def compose_dialogs(
         dialogs.append(GhostDialog(each.text, (), each.questions, each.checks, each.kind))
 
     return dialogs
+
+
+class HoldsDialogs(Protocol):
+    """A stage's settings of dialogs under a lasting instruction."""
+
+    @property
+    def seed(self) -> int: ...
+    @property
+    def ghost(self) -> Path | None: ...
+    @property
+    def ghost_turns(self) -> int | None: ...
+    @property
+    def ghost_instructions(self) -> tuple[Kind, ...] | None: ...
+    @property
+    def ghost_limit(self) -> int | None: ...
+
+
+def read_dialogs(config: HoldsDialogs, run: Run) -> list[GhostDialog]:
+    """Return the dialogs of a file, or, with `ghost_turns`, those made of the questions in it.
+
+    UserError for kinds of instructions without `ghost_turns`.
+    """
+    path, turns, kinds = config.ghost, config.ghost_turns, config.ghost_instructions
+    if kinds and turns is None:
+        raise UserError(
+            "ghost_instructions needs `ghost_turns`",
+            "say of how many questions a dialog is made, or leave it out",
+        )
+    if path is None:
+        return []
+    if turns is None:
+        return ghost.read(path, config.ghost_limit)
+
+    tally = run.tally("ghost")
+    return compose_dialogs(path, turns, kinds or KINDS, config.seed, config.ghost_limit, tally)
 
 
 def _read_questions(path: Path, tally: Tally) -> Iterator[str]:
