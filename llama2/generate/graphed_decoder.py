@@ -39,7 +39,7 @@ ROWS = 8  # more rows are rounded to a multiple of this
 COLUMNS = 128  # columns are rounded to a multiple of this, and the more there are, to a larger one
 _KINDS = (torch.float32, torch.bfloat16, torch.float16)
 
-_failures: list[str] = []
+failures: list[str] = []
 """why nothing can be recorded here, once that is known"""
 
 
@@ -47,7 +47,7 @@ def supports(model: Llama, cache: KVCache) -> bool:
     """Tell whether steps of this model may be recorded: it must be exactly the network, whole, with
     plain weights beside the cache, and neither hooked, wrapped nor compiled."""
     return (
-        not _failures
+        not failures
         and environment.wants_graphs()
         and is_known(model)
         and not any(module._compiled_call_impl for module in model.modules())
@@ -181,7 +181,7 @@ class GraphedDecoder:
         if work is None:
             work = partial(self._step, model, rows, columns)
             self._steps[shape] += 1
-            if _failures or self._steps[shape] <= EAGER_STEPS:
+            if failures or self._steps[shape] <= EAGER_STEPS:
                 return work
 
             graph = self._make_graph(work)
@@ -207,7 +207,7 @@ class GraphedDecoder:
             cause = f"{type(error).__name__}: {error}".splitlines()[0]
 
         self.forget()
-        _failures.append(cause)
+        failures.append(cause)
         print(
             f"decoding is slower than it could be: its steps cannot be recorded as CUDA graphs "
             f"({cause})",

@@ -78,7 +78,7 @@ def _as_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cpu_decoder, "supports", lambda model: False)
     monkeypatch.setattr(fused, "supports", lambda x: False)
     monkeypatch.setattr(devices, "find_recorder", lambda device: Recorder)
-    monkeypatch.setattr(graphed_decoder, "_failures", [])
+    monkeypatch.setattr(graphed_decoder, "failures", [])
     monkeypatch.setattr(Recorder, "made", 0)
     monkeypatch.setattr(Recorder, "played", 0)
 

@@ -59,7 +59,7 @@ class Failing(Rerun):
 
 @pytest.fixture(autouse=True)
 def _fresh(monkeypatch):
-    monkeypatch.setattr(graphed_decoder, "_failures", [])
+    monkeypatch.setattr(graphed_decoder, "failures", [])
     monkeypatch.setattr(cpu_decoder, "supports", lambda model: False)
     monkeypatch.setattr(devices, "find_recorder", lambda device: Rerun)
     monkeypatch.setattr(Rerun, "made", 0)
