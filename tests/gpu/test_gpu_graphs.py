@@ -20,8 +20,11 @@ from llama2.generate import cpu_decoder, graphed_decoder
 from llama2.generate.engine import Engine
 from llama2.generate.generator import Completion
 from llama2.generate.request import SampleRequest
+from llama2.kernels import install
+from llama2.kernels.modules import is_decoding, rotate_together
 from llama2.model.cache import KVCache
-from llama2.model.llama import Llama
+from llama2.model.llama import Llama, RMSNorm
+from llama2.model.positions import rotary_tables, rotate
 
 LENGTH = 40
 TOLERANCE = {"fp32": 1e-3, "bf16": 0.3}  # of log-probabilities, as in test_gpu_engine
@@ -93,6 +96,31 @@ def count_alike(mine: list[Completion], theirs: list[Completion], tolerance: flo
         assert one.logprobs[:shared] == pytest.approx(other.logprobs[:shared], abs=tolerance)
 
     return sum(one.tokens == other.tokens for one, other in zip(mine, theirs))
+
+
+@pytest.mark.parametrize("kind", [torch.float32, torch.bfloat16])
+def test_fewer_kernels_compute_the_same(device, record_property, kind) -> None:
+    """Those of decoding, one by one, against the network's own."""
+    random = torch.Generator().manual_seed(0)
+    q, k, x, update = (
+        torch.randn(5, 1, *shape, generator=random).to(device, kind)
+        for shape in ((6, 64), (2, 64), (384,), (384,))
+    )
+    tables = rotary_tables(torch.tensor([[0], [70], [255], [9], [4000]], device=device), 64, 1e4)
+    norm = RMSNorm(384, 1e-5).to(device, kind)
+    with torch.inference_mode():
+        norm.weight.copy_(torch.rand(384, generator=random) + 0.5)
+        plain = (rotate(q, *tables), rotate(k, *tables), *norm(x, update))
+        ours = (*rotate_together(q, k, *tables), *install(norm)(x, update))
+
+    assert is_decoding(x) is False  # a gradient may be wanted here
+    for mine, theirs in zip(ours, plain, strict=True):
+        torch.testing.assert_close(
+            mine, theirs, rtol=1e-5 if kind == torch.float32 else 0.01, atol=1e-6
+        )
+
+    same = sum(torch.equal(mine, theirs) for mine, theirs in zip(ours, plain))
+    record_property("alike to the bit", f"{same} of {len(plain)}")
 
 
 SAMPLINGS = {

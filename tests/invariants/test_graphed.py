@@ -20,9 +20,10 @@ from llama2.generate.engine import Engine
 from llama2.generate.graphed_decoder import COLUMNS, EAGER_STEPS, GraphedDecoder, list_tensors
 from llama2.generate.request import SampleRequest
 from llama2.generate.session import Session
-from llama2.kernels import fused, install
+from llama2.kernels import fused, install, modules
 from llama2.model.cache import KVCache
 from llama2.model.llama import Llama
+from llama2.model.positions import rotary_tables, rotate
 from llama2.model.rope import RopeScaling
 
 GREEDY = replace(PLAIN, temperature=0)
@@ -77,6 +78,7 @@ def _as_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     """No code but PyTorch's, which a tape sees."""
     monkeypatch.setattr(cpu_decoder, "supports", lambda model: False)
     monkeypatch.setattr(fused, "supports", lambda x: False)
+    monkeypatch.setattr(modules, "is_decoding", lambda x: x.shape[1] == 1)
     monkeypatch.setattr(devices, "find_recorder", lambda device: Recorder)
     monkeypatch.setattr(graphed_decoder, "failures", [])
     monkeypatch.setattr(Recorder, "made", 0)
@@ -192,6 +194,27 @@ def test_weights_moved_within_a_call_are_noticed(model: Llama, plainly) -> None:
 
     assert draw() == plainly(draw)
     assert Recorder.made == 2
+
+
+@pytest.mark.parametrize("kv_heads", [4, 2, 1])
+def test_fewer_kernels_compute_the_same(monkeypatch, kv_heads: int) -> None:
+    """Norms in one, queries and keys rotated together."""
+    model = make_model(config=replace(CONFIG, num_key_value_heads=kv_heads))
+    fewer = engine(model).generate(prompts(5), LONG)
+    calls = []
+    monkeypatch.setattr(modules, "is_decoding", lambda x: bool(calls.append(x)))
+    assert_same(fewer, engine(model).generate(prompts(5), LONG))
+    assert calls
+
+
+@pytest.mark.parametrize("kind", [torch.float32, torch.bfloat16])
+def test_queries_and_keys_are_rotated_to_the_bit(kind: torch.dtype) -> None:
+    random = torch.Generator().manual_seed(0)
+    q, k = (torch.randn(3, 1, heads, 16, generator=random).to(kind) for heads in (6, 2))
+    tables = rotary_tables(torch.tensor([[3], [70], [900]]), 16, 1e4)
+    together = modules.rotate_together(q, k, *tables)
+    assert torch.equal(together[0], rotate(q, *tables))
+    assert torch.equal(together[1], rotate(k, *tables))
 
 
 def decode(graphs: GraphedDecoder, model: Llama, positions: list[int]) -> torch.Tensor:
