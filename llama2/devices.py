@@ -118,26 +118,26 @@ class Recorder:
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
-        # not the default one, which cannot be recorded
-        self._stream: Any = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
         self._pool = torch.cuda.graph_pool_handle()
 
     def __call__(self, work: Work) -> Work:
         """Run the work once and record it; return what launches it again. RuntimeError where it
         cannot be recorded: no graph of this recorder is of use then."""
         graph, outside = torch.cuda.CUDAGraph(), torch.cuda.current_stream(self._device)
-        with _recording, torch.cuda.device(self._device), torch.cuda.stream(self._stream):
-            self._stream.wait_stream(outside)
+        aside = _recording_stream(self._device)
+        with _recording, torch.cuda.device(self._device), torch.cuda.stream(aside):
+            aside.wait_stream(outside)
             # loads kernels and makes the stream's workspaces, which must not become the graph's
             work()
             torch.cuda.synchronize()
+            random = torch.cuda.get_rng_state(self._device)
             try:
                 self._record(graph, work)
             except RuntimeError:
-                self._abandon()
+                self._abandon(random)
                 raise
 
-        outside.wait_stream(self._stream)
+        outside.wait_stream(aside)
         return graph.replay
 
     def _record(self, graph: torch.cuda.CUDAGraph, work: Work) -> None:
@@ -150,12 +150,24 @@ class Recorder:
         finally:
             graph.capture_end()
 
-    def _abandon(self) -> None:
-        """Take the allocator out of a recording that broke off before its end, where PyTorch leaves
-        it: it could not give back memory any more."""
+    def _abandon(self, random: Tensor) -> None:
+        """Take allocator and random generator out of a recording that broke off before its end,
+        where PyTorch leaves them: neither could give back memory nor draw any more."""
+        index = self._device.index
         with suppress(RuntimeError, AttributeError):  # it ended after all
-            torch._C._cuda_endAllocateToPool(self._device.index, self._pool)
-            torch._C._cuda_releasePool(self._device.index, self._pool)
+            torch._C._cuda_endAllocateToPool(index, self._pool)
+            torch._C._cuda_releasePool(index, self._pool)
+        with suppress(RuntimeError, AttributeError):
+            fresh = torch.Generator(self._device)
+            fresh.set_state(random)
+            torch.cuda.default_generators[index].graphsafe_set_state(fresh.graphsafe_get_state())
+
+
+@cache
+def _recording_stream(device: torch.device) -> Any:
+    """Return the stream for recordings, since the default one allows none. There is one, because
+    each keeps a workspace of its own for products."""
+    return torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
 
 
 def get_random_state(device: torch.device) -> dict[str, Tensor]:

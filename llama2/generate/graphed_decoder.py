@@ -147,7 +147,9 @@ class GraphedDecoder:
         self._check_places(weights)
         rows = round_rows(live, len(self._tokens_N))
         columns = round_columns(longest, self.cache.capacity)
-        self._find_work(model, rows, columns)()
+        work = partial(self._step, model, rows, columns)
+        if not self._launch((rows, columns), work):
+            work()
 
         return self._logits_NV[:live]
 
@@ -174,46 +176,46 @@ class GraphedDecoder:
             self.forget()
             self._places = places
 
-    def _find_work(self, model: Llama, rows: int, columns: int) -> devices.Work:
-        """Return what does a step of this shape: its graph, if it has one or is to have one now."""
-        shape = rows, columns
-        work = self._graphs.pop(shape, None)
-        if work is None:
-            work = partial(self._step, model, rows, columns)
+    def _launch(self, shape: tuple[int, int], work: devices.Work) -> bool:
+        """Launch the graph of the work of this shape, if it has one or is to have one now; return
+        whether that was done. Work may be done twice: it writes the same again."""
+        if failures:  # which are those of the device, so that no graph is certain any more
+            return False
+
+        graph = self._graphs.pop(shape, None)
+        if graph is None:
             self._steps[shape] += 1
-            if failures or self._steps[shape] <= EAGER_STEPS:
-                return work
+            if self._steps[shape] <= EAGER_STEPS:
+                return False
 
-            graph = self._make_graph(work)
-            if graph is None:
-                return work
+        try:
+            self._graphs[shape] = graph or self._make_graph(work)
+            self._graphs[shape]()
+        except RuntimeError as error:
+            self._give_up(error)
+            return False
 
-            work = graph
+        return True
 
-        self._graphs[shape] = work
-        return work
-
-    def _make_graph(self, work: devices.Work) -> devices.Work | None:
-        """Return the graph of some work; None where it cannot be recorded."""
+    def _make_graph(self, work: devices.Work) -> devices.Work:
         if len(self._graphs) == MOST_GRAPHS:
             devices.synchronize(self._tokens_N.device)
             oldest = next(iter(self._graphs))
             del self._graphs[oldest], self._steps[oldest]
 
-        try:
-            self._record = self._record or self._make_recorder()
-            return self._record(work)
-        except RuntimeError as error:
-            cause = f"{type(error).__name__}: {error}".splitlines()[0]
+        self._record = self._record or self._make_recorder()
+        return self._record(work)
 
-        self.forget()
+    def _give_up(self, error: RuntimeError) -> None:
+        """Record nothing more in this process, and say so."""
+        cause = f"{type(error).__name__}: {error}".splitlines()[0]
         failures.append(cause)
+        self.forget()
         print(
             f"decoding is slower than it could be: its steps cannot be recorded as CUDA graphs "
             f"({cause})",
             file=sys.stderr,
         )
-        return None
 
     def _step(self, model: Llama, rows: int, columns: int) -> None:
         """Decode `rows` rows, of which `columns` columns are read."""

@@ -258,6 +258,9 @@ def test_work_that_cannot_be_recorded_runs_as_it_is(
     decode, way = KVCache.decode, replace(GREEDY, max_tokens=LENGTH)
     expected = flat(Engine(model, slots=6, precision="fp32").generate(prompts(), way))
     recorded = graphs.recorded
+    torch.manual_seed(7)
+    numbers = torch.randn(8, device=device)
+    torch.manual_seed(7)
     calls = iter(range(10**9))
 
     def wait(cache: KVCache, positions_B: torch.Tensor, columns: int) -> None:
@@ -279,6 +282,7 @@ def test_work_that_cannot_be_recorded_runs_as_it_is(
     assert len(graphed_decoder.failures) == 1
     assert "cannot be recorded as CUDA graphs" in capsys.readouterr().err
     devices.free_memory(device)
+    assert torch.equal(torch.randn(8, device=device), numbers), "random numbers go on as they would"
     if on_cuda:
         assert torch.cuda.current_stream() == torch.cuda.default_stream()
 

@@ -209,6 +209,37 @@ def test_a_recorder_that_cannot_be_made_is_no_fault(monkeypatch, capsys) -> None
     assert "(RuntimeError: no stream)" in capsys.readouterr().err
 
 
+def test_a_graph_that_cannot_be_launched_is_replaced_by_its_work(monkeypatch, capsys) -> None:
+    """Nor is any other launched from then on: what failed is the device's."""
+
+    class Stuck(Rerun):
+        def __call__(self, work):
+            super().__call__(work)
+            launches = iter(range(2))
+
+            def launch() -> None:
+                if next(launches, None) is None:
+                    raise RuntimeError("Offset increment outside graph capture")
+
+                work()
+
+            return launch
+
+    monkeypatch.setenv("LLAMA2_CUDA_GRAPHS", "0")
+    expected = Engine(build(), slots=1, precision="fp32").generate([[5, 6]], GREEDY)
+    monkeypatch.delenv("LLAMA2_CUDA_GRAPHS")
+    other = GraphedDecoder(make_cache(), 4, 40, Rerun)
+    for _ in range(EAGER_STEPS + 1):
+        decode(other, build())
+
+    monkeypatch.setattr(devices, "find_recorder", lambda device: Stuck)
+    answers = Engine(build(), slots=1, precision="fp32").generate([[5, 6]], GREEDY)
+    assert answers[0][0].tokens == expected[0][0].tokens
+    assert capsys.readouterr().err.count("Offset increment") == 1
+    monkeypatch.setattr(other, "_graphs", {(1, 128): lambda: pytest.fail("it was launched")})
+    decode(other, build())
+
+
 # --- graphs come and go ---
 def decode(graphs: GraphedDecoder, model: Llama, live: int = 1, longest: int = 1) -> None:
     with torch.inference_mode():
@@ -261,7 +292,8 @@ class Driver:
         cuda = torch.cuda
         side = SimpleNamespace(wait_stream=lambda other: self.tell("side waits"))
         default = SimpleNamespace(wait_stream=lambda other: self.tell("default waits"))
-        monkeypatch.setattr(cuda, "Stream", lambda device: side)
+        monkeypatch.setattr(devices, "_recording_stream", lambda device: side)
+        monkeypatch.setattr(cuda, "get_rng_state", lambda device: torch.zeros(16))
         monkeypatch.setattr(cuda, "current_stream", lambda device: default)
         monkeypatch.setattr(cuda, "graph_pool_handle", lambda: (0, 7))
         monkeypatch.setattr(cuda, "synchronize", lambda: self.tell("waits"))
