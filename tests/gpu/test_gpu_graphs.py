@@ -178,7 +178,8 @@ def test_graphs_read_weights_that_were_trained(device, graphs, singly, precision
     before = engine.generate(prompts(4), GREEDY)
     recorded = graphs.recorded
     assert recorded
-    optimizer = torch.optim.AdamW(model.parameters(), lr=0.5, fused=True)
+    # not so much that bf16 tells little of the answers
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.05, fused=True)
     for parameter in model.parameters():
         parameter.grad = torch.randn_like(parameter)
 
