@@ -48,7 +48,13 @@ NEEDED = {
     "pytest_timeout": "pytest-timeout",
 }
 # file: seconds at most
-TESTS = {"test_gpu_model": 90, "test_gpu_engine": 60, "test_training": 60, "test_command": 60}
+TESTS = {
+    "test_gpu_model": 90,
+    "test_gpu_engine": 60,
+    "test_gpu_graphs": 60,
+    "test_training": 60,
+    "test_command": 60,
+}
 JOBS = {
     "ceilings": 40,
     "training 1b": 60,

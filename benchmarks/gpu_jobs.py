@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import gc
 import json
+import os
 import sys
 import time
 from collections.abc import Callable
@@ -29,6 +30,7 @@ from train import RandomTokens
 from llama2 import devices
 from llama2.batches import Batch
 from llama2.generate.engine import Engine
+from llama2.generate.graphed_decoder import failures
 from llama2.generate.sampling import Sampling
 from llama2.model.llama import Llama, LlamaConfig
 from llama2.model.sizes import SIZES
@@ -266,50 +268,15 @@ def steps(learner: Learner, source: PackedTokens, count: int) -> float:
 
 # --- generation ---
 def generation(scale: Scale, name: str) -> None:
-    """Decoding against the bytes it must read, prefill against the products it must make, memory
-    against the plan."""
+    """Decoding, as graphs and, for the fewest and the most rows, by single kernels; prefill against
+    the products it must make."""
     shape = scale.shapes[name]
     fresh_memory()
     model = on_device(shape, torch.bfloat16).requires_grad_(False).eval()
-    prompt = new = scale.prompt
-
     for rows in scale.batches:
-        engine = Engine(model, slots=rows, precision="bf16")
-        prompts = random_prompts(shape, rows, prompt)
-        engine.generate(prompts, Sampling(temperature=0, max_tokens=4))
-        fresh_memory()
-        one = best(lambda: engine.generate(prompts, Sampling(temperature=0, max_tokens=1)), 1)  # noqa: B023
-        many = best(lambda: engine.generate(prompts, Sampling(temperature=0, max_tokens=new)), 1)  # noqa: B023
-        seconds = max(many - one, 1e-9) / (new - 1)
-        weights = 2.0 * (
-            shape.parameters()
-            - shape.vocab_size * shape.hidden_size * (not shape.tie_word_embeddings)
-        )
-        cache = (
-            4.0
-            * shape.num_hidden_layers
-            * shape.num_key_value_heads
-            * shape.head_dim
-            * rows
-            * (prompt + new / 2)
-        )
-        held = 2.0 * shape.parameters() + engine_bytes(
-            shape, Sample(slots=rows, max_tokens=new), copied=False
-        )
-        say(
-            f"generation {name}",
-            what="decode",
-            shape=name,
-            rows=rows,
-            prompt=prompt,
-            new=new,
-            tokens_per_second=rows / seconds,
-            seconds_per_step=seconds,
-            bytes_per_second=(weights + cache) / seconds,
-            peak_bytes=peak_memory(),
-            plan_bytes=held,
-        )
-        del engine
+        decoding(scale, name, model, rows, graphs=True)
+        if rows in (min(scale.batches), max(scale.batches)):
+            decoding(scale, name, model, rows, graphs=False)
 
     rows, length = scale.prefill
     engine = Engine(model, slots=rows, precision="bf16")
@@ -325,6 +292,48 @@ def generation(scale: Scale, name: str) -> None:
         prompt=length,
         tokens_per_second=rows * length / seconds,
         flops=rows * length * (flops_per_token(shape, length) / 3 - head) / seconds,
+    )
+
+
+def decoding(scale: Scale, name: str, model: Llama, rows: int, *, graphs: bool) -> None:
+    """Decoding against the bytes it must read, memory against the plan. Steps are recorded in the
+    runs that warm up."""
+    os.environ["LLAMA2_CUDA_GRAPHS"] = str(int(graphs))
+    shape, prompt, new = scale.shapes[name], scale.prompt, scale.prompt
+    engine = Engine(model, slots=rows, precision="bf16")
+    prompts = random_prompts(shape, rows, prompt)
+    engine.generate(prompts, Sampling(temperature=0, max_tokens=4))
+    fresh_memory()
+    one = best(lambda: engine.generate(prompts, Sampling(temperature=0, max_tokens=1)), 1)
+    many = best(lambda: engine.generate(prompts, Sampling(temperature=0, max_tokens=new)), 1)
+    seconds = max(many - one, 1e-9) / (new - 1)
+    weights = 2.0 * (
+        shape.parameters() - shape.vocab_size * shape.hidden_size * (not shape.tie_word_embeddings)
+    )
+    cache = (
+        4.0
+        * shape.num_hidden_layers
+        * shape.num_key_value_heads
+        * shape.head_dim
+        * rows
+        * (prompt + new / 2)
+    )
+    held = 2.0 * shape.parameters() + engine_bytes(
+        shape, Sample(slots=rows, max_tokens=new), copied=False
+    )
+    say(
+        f"generation {name}",
+        what="decode",
+        shape=name,
+        rows=rows,
+        prompt=prompt,
+        new=new,
+        graphs=graphs and not failures,  # they end with the first one
+        tokens_per_second=rows / seconds,
+        seconds_per_step=seconds,
+        bytes_per_second=(weights + cache) / seconds,
+        peak_bytes=peak_memory(),
+        plan_bytes=held,
     )
 
 

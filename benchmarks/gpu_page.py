@@ -42,9 +42,9 @@ Whole optimizer steps (forward, loss, backward, clipping, AdamW in fp32) in bf16
 is the share of the matrix product above; FLOPs are 6 for each parameter and token and those of attention, causal over
 the whole row, without what is computed again. A 7B model whose states do not fit has fewer layers, all of its shape; so
 has the compiled one, because compiling takes seconds a layer."""
-DECODING = (
-    "Decoding reads all weights, but no embeddings, and the cache, once a token: bf16, greedy."
-)
+DECODING = """\
+Decoding reads all weights, but no embeddings, and the cache, once a token: bf16, greedy. A step is launched as one CUDA
+graph, or, with `LLAMA2_CUDA_GRAPHS=0`, kernel by kernel."""
 MEMORY = "What `--dry-run` tells beforehand, and the most that tensors took."
 PPO = """\
 An iteration of `benchmarks/ppo.py`: 32 prompts of 64 tokens, 64 new tokens each, 4 epochs; the first warms up."""
@@ -193,6 +193,7 @@ class Page:
                 one["shape"],
                 one["rows"],
                 f"{one['prompt']} + {one['new']}",
+                "a graph" if one["graphs"] else "single kernels",
                 f"{one['tokens_per_second']:,.0f}",
                 f"{1000 * one['seconds_per_step']:.2f} ms",
                 f"{one['bytes_per_second'] / 1e12:.2f} TB/s",
@@ -214,7 +215,10 @@ class Page:
 
         if decode:
             text += f"{DECODING}\n\n" + _table(
-                ("shape", "rows", "prompt + answer", "tokens/s", "a step", "read", "of the copy"),
+                (
+                    *("shape", "rows", "prompt + answer", "launched as"),
+                    *("tokens/s", "a step", "read", "of the copy"),
+                ),
                 decode,
             )
 
@@ -312,7 +316,8 @@ class Page:
 def _planned(one: dict[str, Any]) -> str:
     """What a plan was made for."""
     if one["what"] != "training":
-        return f"{one['what']} {one['shape']}, {one['rows']} rows"
+        how = "" if one["graphs"] else ", single kernels"
+        return f"{one['what']} {one['shape']}, {one['rows']} rows{how}"
 
     how = ", compiled" if one["compile"] else ", recomputed" if one["checkpointing"] else ""
     return f"training {one['shape']}, {_layers(one)} layers{how}"

@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import gc
 import os
+import threading
 import time
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
-from functools import cache
+from contextlib import AbstractContextManager, nullcontext, suppress
+from functools import cache, partial
 from typing import Any, Literal
 
 import torch
@@ -24,6 +25,10 @@ CPU, CUDA = "cpu", "cuda"
 FUSED = (CPU, CUDA)
 """kinds for which PyTorch has AdamW as one kernel"""
 PEAK_SECONDS = 0.3
+Work = Callable[[], None]
+Record = Callable[[Work], Work]
+"""runs some work, and returns what does it again"""
+_recording = threading.Lock()  # a process records one graph at a time
 
 
 def choose() -> torch.device:
@@ -93,6 +98,76 @@ def synchronize(device: torch.device) -> None:
     """Wait until the device has done what it was given; a CPU has."""
     if is_gpu(device):
         torch.cuda.synchronize()
+
+
+def find_recorder(device: torch.device) -> Callable[[], Record] | None:
+    """Return what makes a recorder for the device; None where launching work one by one costs
+    nothing."""
+    return partial(Recorder, device) if is_gpu(device) else None
+
+
+class Recorder:
+    """Records work on a GPU as CUDA graphs, each launched as a whole in the place of all its
+    kernels.
+
+    The work reads and writes tensors that stay where they are, and does the same whatever is in
+    them: it neither waits for the device nor makes tensors of the host's numbers. What it leaves
+    lies in tensors made before. The graphs of one recorder share the memory of what they make in
+    between, so one of them runs at a time, in the current stream.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._pool = torch.cuda.graph_pool_handle()
+
+    def __call__(self, work: Work) -> Work:
+        """Run the work once and record it; return what launches it again. RuntimeError where it
+        cannot be recorded: no graph of this recorder is of use then."""
+        graph, outside = torch.cuda.CUDAGraph(), torch.cuda.current_stream(self._device)
+        aside = _recording_stream(self._device)
+        with _recording, torch.cuda.device(self._device), torch.cuda.stream(aside):
+            aside.wait_stream(outside)
+            # loads kernels and makes the stream's workspaces, which must not become the graph's
+            work()
+            torch.cuda.synchronize()
+            random = torch.cuda.get_rng_state(self._device)
+            try:
+                self._record(graph, work)
+            except RuntimeError:
+                self._abandon(random)
+                raise
+
+        outside.wait_stream(aside)
+        return graph.replay
+
+    def _record(self, graph: torch.cuda.CUDAGraph, work: Work) -> None:
+        # Other threads go on working: "global" would let each of them spoil the recording. Outside
+        # of inference mode, because the random generator makes tensors here that it keeps.
+        with torch.inference_mode(False):
+            graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
+        try:
+            work()
+        finally:
+            graph.capture_end()
+
+    def _abandon(self, random: Tensor) -> None:
+        """Take allocator and random generator out of a recording that broke off before its end,
+        where PyTorch leaves them: neither could give back memory nor draw any more."""
+        index = self._device.index
+        with suppress(RuntimeError, AttributeError):  # it ended after all
+            torch._C._cuda_endAllocateToPool(index, self._pool)
+            torch._C._cuda_releasePool(index, self._pool)
+        with suppress(RuntimeError, AttributeError):
+            fresh = torch.Generator(self._device)
+            fresh.set_state(random)
+            torch.cuda.default_generators[index].graphsafe_set_state(fresh.graphsafe_get_state())
+
+
+@cache
+def _recording_stream(device: torch.device) -> Any:
+    """Return the stream for recordings, since the default one allows none. There is one, because
+    each keeps a workspace of its own for products."""
+    return torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
 
 
 def get_random_state(device: torch.device) -> dict[str, Tensor]:

@@ -25,3 +25,8 @@ def wants_native() -> bool:
     """Tell whether our own kernels in C++ are wanted (LLAMA2_NATIVE): they round other than
     PyTorch's operations do."""
     return is_on("LLAMA2_NATIVE", default=True)
+
+
+def wants_graphs() -> bool:
+    """Tell whether decoding steps on a GPU may be recorded as CUDA graphs (LLAMA2_CUDA_GRAPHS)."""
+    return is_on("LLAMA2_CUDA_GRAPHS", default=True)

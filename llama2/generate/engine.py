@@ -18,6 +18,7 @@ from collections.abc import Iterator, Sequence
 
 from llama2.errors import UserError
 from llama2.generate.generator import Completion, Progress, Tokens, check_prompts
+from llama2.generate.graphed_decoder import GraphedDecoder, find_decoder
 from llama2.generate.model_runner import ModelRunner
 from llama2.generate.offline_batch import OfflineBatch
 from llama2.generate.prefix_cache import PrefixCache
@@ -57,7 +58,8 @@ class Engine:
         self.slots, self.context = slots, min(capacity or context, context)
         self.progress: Progress | None = None
         self._snapshot = Snapshot(model, precision)
-        self._spare: KVCache | None = None
+        # of an earlier call, with the steps that were recorded over it
+        self._spare: tuple[KVCache, GraphedDecoder | None] | None = None
 
     def generate(
         self, prompts: Sequence[Tokens], sampling: Sampling, indices: Sequence[int] | None = None
@@ -76,7 +78,7 @@ class Engine:
             if self.progress:
                 self.progress(len(requests) - batch.unfinished, len(requests))
 
-        self._spare = slots.runner.cache
+        self._spare = slots.runner.cache, slots.runner.graphs
         done = [_complete(request) for request in requests]
         return [done[start : start + sampling.n] for start in range(0, len(done), sampling.n)]
 
@@ -96,14 +98,14 @@ class Engine:
             if token in sampling.stop:
                 break
 
-        self._spare = slots.runner.cache
+        self._spare = slots.runner.cache, slots.runner.graphs
 
     def open(self, kept: int | None = None) -> Session:
         """Return a session with the weights of this moment. Its cache holds `slots` running rows
         and `kept` ones (as many unless given), each of the engine's whole context."""
         self.refresh()
         rows = self.slots + (self.slots if kept is None else kept)
-        runner = self._make_runner(self._make_cache(rows, self.context))
+        runner = self._make_runner(self._make_cache(rows, self.context), self.slots)
         slots = Slots(runner, self.slots, self.context, self.context)
 
         return Session(slots, PrefixCache(runner, range(self.slots, rows)))
@@ -139,20 +141,25 @@ class Engine:
         new = [request.max_new_tokens(self.context) for request in requests]
         longest = max(len(request.prompt) + limit for request, limit in zip(requests, new))
         count = min(self.slots, len(requests))
-        cache, self._spare = self._spare, None  # taken, so that a stream left open keeps its own
+        # taken, so that a stream left open keeps its own
+        (cache, graphs), self._spare = self._spare or (None, None), None
 
         if cache is None or cache.slots < count or cache.capacity < longest:
             rows, capacity = count, -(-longest // _ROUND) * _ROUND
             if cache is not None:
                 rows, capacity = max(rows, cache.slots), max(capacity, cache.capacity)
-                del cache
+                del cache, graphs
 
-            cache = self._make_cache(rows, capacity)
+            cache, graphs = self._make_cache(rows, capacity), None
 
-        return Slots(self._make_runner(cache), count, self.context, max(new))
+        return Slots(self._make_runner(cache, cache.slots, graphs), count, self.context, max(new))
 
-    def _make_runner(self, cache: KVCache) -> ModelRunner:
-        return ModelRunner(self._snapshot.model, cache, self._snapshot.decoder)
+    def _make_runner(
+        self, cache: KVCache, rows: int, graphs: GraphedDecoder | None = None
+    ) -> ModelRunner:
+        model = self._snapshot.model
+        graphs = find_decoder(model, cache, rows, graphs)
+        return ModelRunner(model, cache, self._snapshot.decoder, graphs)
 
     def _make_cache(self, rows: int, capacity: int) -> KVCache:
         model = self._snapshot.model

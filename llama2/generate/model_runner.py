@@ -1,7 +1,7 @@
 """Forward passes of a model over a KV cache: whole prompts, parts of prompts, newest tokens.
 
 On a CPU our own decoding step reads the packed weights, and short prompts too; longer ones are
-quicker in PyTorch's large products.
+quicker in PyTorch's large products. On a GPU a step may be launched as a whole, as a CUDA graph.
 
 Shapes: B live rows, P prompts read together, T their longest, V vocabulary.
 """
@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from llama2.generate.cpu_decoder import CpuDecoder
+from llama2.generate.graphed_decoder import GraphedDecoder, list_tensors
 from llama2.generate.request import Prompt
 from llama2.model.cache import KVCache
 from llama2.model.llama import Llama
@@ -27,21 +28,33 @@ COLUMNS = 16  # the number of columns read is a multiple of this, so that kernel
 
 
 class ModelRunner:
-    """Runs `model` on the rows of `cache`; `decoder` holds its weights for a CPU, if that runs."""
+    """Runs `model` on the rows of `cache`; `decoder` holds its weights for a CPU, `graphs` the
+    steps that were recorded on a GPU over this cache, where there are any."""
 
-    def __init__(self, model: Llama, cache: KVCache, decoder: CpuDecoder | None = None) -> None:
-        self.cache = cache
+    def __init__(
+        self,
+        model: Llama,
+        cache: KVCache,
+        decoder: CpuDecoder | None = None,
+        graphs: GraphedDecoder | None = None,
+    ) -> None:
+        self.cache, self.graphs = cache, graphs
         self.vocab_size = model.config.vocab_size
         self.device = model.device
         self._model, self._decoder = model, decoder
+        self._weights = [] if graphs is None else list_tensors(model)
 
     def decode(self, tokens_B: Tensor, positions_B: Tensor, longest: int) -> Tensor:
-        """Append one token to each of the first B rows; returns logits_BV (fp32).
+        """Append one token to each of the first B rows; returns logits_BV (fp32), which last until
+        the next call.
 
         `longest`: more than the largest position.
         """
         if self._decoder is not None:
             return self._decoder(tokens_B, positions_B, self.cache)
+
+        if self.graphs is not None and self.graphs.takes(len(tokens_B)):
+            return self.graphs(self._model, self._weights, tokens_B, positions_B, longest)
 
         columns = -(-longest // COLUMNS) * COLUMNS
         self.cache.decode(positions_B, min(columns, self.cache.capacity))

@@ -133,8 +133,8 @@ class Attention(nn.Module):
         """Return what each position reads at those it may look at, [B, T, D]."""
         rows, length, _ = x_BTD.shape
         heads = (rows, length, -1, self.head_dim)
-        q_BTHE = rotate(self.q_proj(x_BTD).view(heads), context.cos_BT1E, context.sin_BT1E)
-        k_BTKE = rotate(self.k_proj(x_BTD).view(heads), context.cos_BT1E, context.sin_BT1E)
+        q_BTHE, k_BTKE = self.q_proj(x_BTD).view(heads), self.k_proj(x_BTD).view(heads)
+        q_BTHE, k_BTKE = self.rotate(q_BTHE, k_BTKE, context)
         v_BTKE = self.v_proj(x_BTD).view(heads)
 
         k_BKSE, v_BKSE = k_BTKE.transpose(1, 2), v_BTKE.transpose(1, 2)
@@ -144,6 +144,11 @@ class Attention(nn.Module):
         out_BHTE = context.attend(q_BTHE.transpose(1, 2), k_BKSE, v_BKSE)
         joined_BTD: Tensor = self.o_proj(out_BHTE.transpose(1, 2).reshape(rows, length, -1))
         return joined_BTD
+
+    def rotate(self, q_BTHE: Tensor, k_BTKE: Tensor, context: Context) -> tuple[Tensor, Tensor]:
+        """Rotate queries and keys by their positions."""
+        table = context.cos_BT1E, context.sin_BT1E
+        return rotate(q_BTHE, *table), rotate(k_BTKE, *table)
 
 
 class FeedForward(nn.Module):

@@ -1,5 +1,5 @@
 """The engine on a GPU: what it draws is the model's, alone or in company, and the same seed draws
-the same."""
+the same. Steps that are launched as graphs: `test_gpu_graphs.py`."""
 
 from __future__ import annotations
 

@@ -133,7 +133,7 @@ def test_the_parts_fit_into_their_time(gpu: Any) -> None:
         path.name for path in (ROOT / "tests/gpu").glob("test_*.py")
     }
     first = ("ceilings", "training 1b", "generation 1b", "training 7b", "generation 7b")
-    assert sum(gpu.TESTS.values()) + sum(gpu.JOBS[name] for name in first) < 60 * 9
+    assert sum(gpu.TESTS.values()) + sum(gpu.JOBS[name] for name in first) < 60 * 10
 
 
 @pytest.mark.parametrize("wheels", [True, False])
@@ -206,6 +206,7 @@ def test_a_page_of_every_kind_of_figure(page: Any) -> None:
             "rows": 16,
             "prompt": 128,
             "new": 128,
+            "graphs": True,
             "tokens_per_second": 5000.0,
             "seconds_per_step": 0.0032,
             "bytes_per_second": 1e12,
@@ -230,7 +231,7 @@ def test_a_page_of_every_kind_of_figure(page: Any) -> None:
         in text
     )
     assert "| training 7b, 18 of 32 layers, recomputed | 70.00 | 56.00 | +25.0% |" in text
-    assert "| 1b | 16 | 128 + 128 | 5,000 | 3.20 ms | 1.00 TB/s | 25.0% |" in text
+    assert "| 1b | 16 | 128 + 128 | a graph | 5,000 | 3.20 ms | 1.00 TB/s | 25.0% |" in text
     assert "| model | a thing[x\\|y] | failed | 1.0 s | gap: 1e-6 |" in text
     assert text.count("```") % 2 == 0
     assert page.failures == ["test_model: test_a_thing[x|y]"]

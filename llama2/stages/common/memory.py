@@ -152,11 +152,18 @@ def flops_per_token(
 
 # --- sampling and judging ---
 def engine_bytes(shape: LlamaConfig, sample: Sample, *, copied: bool) -> float:
-    """The engine's cache, for prompts as long as the longest answers, and its copy of fp32 weights
-    that are trained."""
+    """The engine's cache, for prompts as long as the longest answers, its copy of fp32 weights that
+    are trained, and the memory of recorded steps."""
     size = size_of(sample.precision)
     copy = shape.parameters() * size if size == 2 and copied else 0
-    return copy + cache_bytes(shape, sample, 2 * sample.max_tokens)
+    return copy + cache_bytes(shape, sample, 2 * sample.max_tokens) + graph_bytes(shape, sample)
+
+
+def graph_bytes(shape: LlamaConfig, sample: Sample) -> float:
+    """Bytes that steps recorded on a GPU keep between calls, however many they are: the logits that
+    they leave, and in the memory that they share those of a product, in its precision and in fp32.
+    All else is small beside them."""
+    return float((4 + 4 + size_of(sample.precision)) * sample.slots * shape.vocab_size)
 
 
 def cache_bytes(shape: LlamaConfig, sample: Sample, columns: int) -> float:
