@@ -50,7 +50,7 @@ class Chat:
         of one rank. UserError for a conversation that leaves no room for an answer.
         """
         sampling = self._add_stops(sampling)
-        ids = [self._encode(messages) for messages in prompts]
+        ids = [_encode(self.tokenizer, messages) for messages in prompts]
         # before the ranks part: an error on one alone would leave the others waiting
         self.engine.check(ids)
         share = self.ranks.share(range(len(ids)))
@@ -65,17 +65,13 @@ class Chat:
         """Yield the first answer of `answer([messages], sampling)` in parts, each once it is
         certain."""
         sampling = self._add_stops(sampling)
-        ids = self.engine.stream(self._encode(messages), sampling)
+        ids = self.engine.stream(_encode(self.tokenizer, messages), sampling)
         text_ids = takewhile(lambda token: token not in sampling.stop, ids)
         return _strip(self.tokenizer.stream(text_ids))
 
     def has_room(self, messages: Messages, room: int = 8) -> bool:
         """Return whether a conversation leaves `room` tokens of the context for an answer."""
-        return len(self._encode(messages)) + room <= self.engine.context
-
-    def _encode(self, messages: Messages) -> list[int]:
-        is_begun = messages[-1].role == "assistant"
-        return (encode_begun if is_begun else encode_prompt)(self.tokenizer, messages)
+        return len(_encode(self.tokenizer, messages)) + room <= self.engine.context
 
     def _add_stops(self, sampling: Sampling) -> Sampling:
         return replace(sampling, stop=tuple(dict.fromkeys((*sampling.stop, *self.ends))))
@@ -83,6 +79,12 @@ class Chat:
     def _read(self, completion: Completion) -> Answer:
         tokens = completion.tokens[:-1] if completion.finish == "stop" else completion.tokens
         return Answer(self.tokenizer.decode(tokens).strip(), completion)
+
+
+def _encode(tokenizer: Tokenizer, messages: Messages) -> list[int]:
+    """Return the ids of a conversation that waits for an answer, or for the rest of one."""
+    is_begun = messages[-1].role == "assistant"
+    return (encode_begun if is_begun else encode_prompt)(tokenizer, messages)
 
 
 def _strip(parts: Iterable[str]) -> Iterator[str]:

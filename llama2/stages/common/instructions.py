@@ -145,15 +145,29 @@ class HoldsDialogs(Protocol):
     """A stage's settings of dialogs under a lasting instruction."""
 
     @property
-    def seed(self) -> int: ...
+    def seed(self) -> int:
+        """The source of randomness."""
+        ...
+
     @property
-    def ghost(self) -> Path | None: ...
+    def ghost(self) -> Path | None:
+        """The file of dialogs, or of prompts."""
+        ...
+
     @property
-    def ghost_turns(self) -> int | None: ...
+    def ghost_turns(self) -> int | None:
+        """Questions of a dialog that is made."""
+        ...
+
     @property
-    def ghost_instructions(self) -> tuple[Kind, ...] | None: ...
+    def ghost_instructions(self) -> tuple[Kind, ...] | None:
+        """Kinds to draw; None: all."""
+        ...
+
     @property
-    def ghost_limit(self) -> int | None: ...
+    def ghost_limit(self) -> int | None:
+        """The most dialogs."""
+        ...
 
 
 def read_dialogs(config: HoldsDialogs, run: Run) -> list[GhostDialog]:
