@@ -53,6 +53,9 @@ class RecordSource(Section):
     family: Family = ""
     """prompts no one should comply with (unsafe), or that look so and are not (borderline), where
     the set is silent"""
+    without: tuple[str, ...] = ()
+    """leave out records with one of these phrases in what the assistant says, whatever its case:
+    boilerplate that a model would take over"""
     limit: int = Field(0, ge=0)
     """use at most this many records, chosen at random; 0: all"""
     weight: float = Field(1.0, gt=0)
@@ -151,7 +154,7 @@ def _import(
     limited, then split."""
     wanted: list[Record] = []
     for record in _read(config.kind, name, source, tally):
-        reason = _explain_unwanted(config, record, excluded, seen)
+        reason = _explain_unwanted(config, source, record, excluded, seen)
         if reason:
             tally.skip(reason)
         else:
@@ -170,12 +173,16 @@ def _import(
     return imported
 
 
-def _explain_unwanted(config: Config, record: Record, excluded: set[str], seen: set[str]) -> str:
+def _explain_unwanted(
+    config: Config, source: RecordSource, record: Record, excluded: set[str], seen: set[str]
+) -> str:
     """Say why a record is left out; an empty text for one that is wanted."""
     if config.max_characters and _characters(record) > config.max_characters:
         return "too long"
     if normalize_opening(_messages(record)) in excluded:
         return "excluded"
+    if any(phrase.lower() in answer for phrase in source.without for answer in _said(record)):
+        return "with a phrase of `without`"
 
     return "duplicate" if _identify(record) in seen else ""
 
@@ -219,6 +226,12 @@ def _answers(record: Record) -> tuple[str, ...]:
         return ()
 
     return tuple(response.text for response in record.responses)
+
+
+def _said(record: Record) -> tuple[str, ...]:
+    """Return all that the assistant says, in lower case."""
+    turns = [turn.content for turn in _messages(record) if turn.role == "assistant"]
+    return tuple(map(str.lower, (*turns, *_answers(record))))
 
 
 def _characters(record: Record) -> int:

@@ -224,6 +224,25 @@ def test_duplicates_long_and_excluded_records_are_counted(tmp_path):
     assert not (out / "heldout-dialogs.jsonl").exists()
 
 
+def test_answers_with_a_phrase_are_left_out(tmp_path):
+    path = tmp_path / "d.jsonl"
+    rows = [("A?", "As an AI, no."), ("As an AI?", "Yes."), ("B?", "Well, as an Airman: yes.")]
+    path.write_text("".join(json.dumps({"instruction": i, "output": o}) + "\n" for i, o in rows))
+    source = {"path": path, "without": ["as an ai,", "never said"]}
+    out = carry_out(tmp_path / "out", kind="dialogs", sources={"mine": source})
+    kept = {dialog.messages[0].content for dialog in read(Dialog, out / "dialogs.jsonl")}
+    assert kept == {"As an AI?", "B?"}
+    (mine,) = json.loads((out / "summary.json").read_text())["sources"]
+    assert mine["skipped"] == {"with a phrase of `without`": 1}
+
+    # of a comparison both answers count
+    pair = {"prompt": "A?", "chosen": "Yes.", "rejected": "I AM SORRY"}
+    path.write_text(json.dumps(pair) + "\n" + json.dumps({**pair, "rejected": "No"}) + "\n")
+    source = {"path": path, "without": ["I am sorry"]}
+    out = carry_out(tmp_path / "pairs", kind="preferences", sources={"mine": source})
+    assert len(list(read(Preference, out / "preferences.jsonl"))) == 1
+
+
 def test_comparisons_serve_as_dialogs_and_prompts(tmp_path):
     (tmp_path / "harmless").mkdir()
     path = tmp_path / "harmless" / "pairs.jsonl"
