@@ -22,7 +22,7 @@ ROOT = Path(__file__).parents[2]
 RECIPE = ROOT / "recipes" / "real" / "recipe.yaml"
 SCALES = ("small", "full", "large")
 PREPARED = ("evaluation", "preferences", "halves", "adversarial", "dialogs", "prompts")
-MINUTES = {"small": (10, 25), "full": (90, 140), "large": (300, 700)}
+MINUTES = {"small": (4, 20), "full": (50, 90), "large": (150, 400)}
 
 sys.path.insert(0, str(ROOT / "tools"))
 import real_data as listing  # noqa: E402
