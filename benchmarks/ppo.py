@@ -128,7 +128,7 @@ def ours(size: Size, precision: devices.Precision) -> None:
     rewards = Rewards(RewardModels(helpful=Path("helpful")), helpful.eval(), None, precision)
     watch = Watch(kl_stop=1e9, updates=EPOCHS)
     source = Rollouts(
-        ActorCritic(actor, critic).to(actor.device),
+        ActorCritic(actor, critic),
         kernels.install(reference.eval().requires_grad_(False)),
         rewards,
         chat,

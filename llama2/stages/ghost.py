@@ -72,7 +72,8 @@ class Config(StageConfig):
     which takes one); needs instructions that can be checked"""
     begin: bool = False
     """begin each answer with the words that its instruction asks for at the start, and let the
-    policy go on: what many `tries` would find (an addition to the paper)"""
+    policy go on: what many `tries` would find (an addition to the paper); needs instructions that
+    can be checked"""
     unfinished: Literal["trim"] | None = None
     """trim: an answer that was cut off stays up to its last whole sentence (an addition to the
     paper); else it ends its conversation"""
@@ -208,14 +209,14 @@ def read_conversations(path: Path) -> list[Conversation]:
 
 
 def check_checks(config: Config, conversations: Sequence[Conversation]) -> None:
-    """UserError where answers are to be chosen by obedience and an instruction has no checks."""
-    if not (config.keep or config.tries):
+    """UserError where answers are to obey and an instruction has no checks."""
+    if not (config.keep or config.tries or config.begin):
         return
 
     for conversation in conversations:
         if not conversation.checks:
             raise UserError(
-                f"keep and tries choose by what can be checked, and of '{conversation.text}' "
+                f"keep, tries and begin go by what can be checked, and of '{conversation.text}' "
                 "nothing can",
                 "draw instructions of kinds (--instructions language greeting), give "
                 "metadata.instruction.checks (docs/evaluation.md), or leave both out",

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from test_engine import CONFIG, PLAIN, assert_same, make_model, prompts
+from test_session import finish, serve_twenty
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -19,7 +20,6 @@ from llama2.generate import cpu_decoder, graphed_decoder
 from llama2.generate.engine import Engine
 from llama2.generate.graphed_decoder import COLUMNS, EAGER_STEPS, GraphedDecoder, list_tensors
 from llama2.generate.request import SampleRequest
-from llama2.generate.session import Session
 from llama2.kernels import fused, install, modules
 from llama2.model.cache import KVCache
 from llama2.model.llama import Llama
@@ -286,11 +286,6 @@ def test_rows_keep_their_own_whatever_ran_before(model: Llama) -> None:
     torch.testing.assert_close(logits, first, rtol=1e-5, atol=1e-5)
 
 
-def finish(session: Session) -> None:
-    while not session.idle:
-        session.step()
-
-
 def test_kept_prefixes_are_not_written_to(model: Llama, plainly) -> None:
     """Even one that fills its row to the last token that is read."""
     used = engine(model, 3)
@@ -331,18 +326,7 @@ def test_a_session_answers_as_plain_steps_do(model: Llama, plainly, slots: int) 
     ways = [LONG, replace(GREEDY, max_tokens=30), replace(LONG, top_p=0.7)]
 
     def serve() -> list[SampleRequest]:
-        session = engine(model, slots).open()
-        requests = [
-            SampleRequest(tuple(prompt), ways[index % 3], index)
-            for index, prompt in enumerate(prompts(20))
-        ]
-        for index, request in enumerate(requests):
-            session.submit(request)
-            for _ in range(index % 3):
-                session.step()
-
-        finish(session)
-        return requests
+        return serve_twenty(engine(model, slots).open(), ways)
 
     for request, expected in zip(serve(), plainly(serve)):
         assert (request.tokens, request.finish) == (expected.tokens, expected.finish)

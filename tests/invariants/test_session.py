@@ -49,6 +49,21 @@ def finish(session: Session) -> None:
     assert session.running == session.waiting == 0
 
 
+def serve_twenty(session: Session, ways: list[Sampling]) -> list[SampleRequest]:
+    """Requests that come between steps, sampled in these ways in turn."""
+    requests = [
+        SampleRequest(tuple(prompt), ways[index % len(ways)], index)
+        for index, prompt in enumerate(prompts(20))
+    ]
+    for index, request in enumerate(requests):
+        session.submit(request)
+        for _ in range(index % 3):
+            session.step()
+
+    finish(session)
+    return requests
+
+
 WAYS = [
     PLAIN,
     replace(PLAIN, temperature=0),
@@ -63,18 +78,7 @@ WAYS = [
 
 @pytest.mark.parametrize("slots", [1, 3, 16])
 def test_requests_that_come_at_any_time_equal_requests_alone(model: Llama, slots: int) -> None:
-    session = engine(model, slots).open()
-    requests = [
-        SampleRequest(tuple(prompt), WAYS[index % len(WAYS)], index)
-        for index, prompt in enumerate(prompts(20))
-    ]
-    for index, request in enumerate(requests):
-        session.submit(request)
-        for _ in range(index % 3):
-            session.step()
-
-    finish(session)
-    assert_as_alone(model, requests)
+    assert_as_alone(model, serve_twenty(engine(model, slots).open(), WAYS))
 
 
 @pytest.mark.parametrize("chunk", [3, 512])

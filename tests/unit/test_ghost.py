@@ -245,6 +245,8 @@ def test_real_instructions_are_drawn_tried_and_kept(tmp_path, policy, capsys):
     words = ["ghost", "--policy", policy, "--conversations", file, "--out", tmp_path / "no"]
     assert llama2(*words, "--keep", "adherent") == 2
     assert "nothing can" in capsys.readouterr().err
+    assert llama2(*words, "--begin") == 2
+    assert "nothing can" in capsys.readouterr().err
     assert llama2(*words, "--instructions", "brief") == 2
     assert "conversations bring their own" in capsys.readouterr().err
     file = write_checked(tmp_path / "wrong.jsonl", [["begins", "Ahoy"]])

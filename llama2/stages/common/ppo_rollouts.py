@@ -51,7 +51,8 @@ class ActorCritic(nn.Module):
     def __init__(self, actor: Llama, critic: Scorer) -> None:
         super().__init__()
         self.actor, self.critic = actor, critic
-        self.register_buffer("shift", torch.zeros(1))  # a scorer's head has no bias
+        # a scorer's head has no bias
+        self.register_buffer("shift", torch.zeros(1, device=actor.device))
 
     def forward(self, tokens_BT: Tensor, *, targets_BT: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Return log-probabilities of the targets, entropies and values, each [B, T] in fp32."""
